@@ -2,8 +2,11 @@
 
 import os
 import re
+from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
+
+from lit_clip.secrets import without_secrets
 
 # Control characters except newline and tab, other separators of lines, marks that turn the direction of writing, and
 # what is not Unicode in a file's name.
@@ -16,8 +19,8 @@ FROM_WORKER = re.compile(r"\ACaught \w+ in DataLoader worker .*^(?:\w+\.)+\w+: (
 
 
 def printable(text: str) -> str:
-    """Return text with escapes, such as a backslash and ``x1b``, in place of the characters that steer a terminal."""
-    return UNPRINTABLE.sub(_escaped, text)
+    """Return text without secrets, and with escapes, such as a backslash and ``x1b``, for what steers a terminal."""
+    return UNPRINTABLE.sub(_escaped, without_secrets(text))
 
 
 def _escaped(found: re.Match[str]) -> str:
@@ -40,6 +43,12 @@ def one_printable_line(text: str) -> str:
 
 def _without_middle(text: str, first: int, last: int) -> str:
     return text if len(text) <= first + last else f"{text[:first]} ... {text[-last:]}"
+
+
+def listed(names: Collection[str], most: int = 5) -> str:
+    """Return names for a message: the first ones, and how many more there are."""
+    shown = ", ".join(list(names)[:most])
+    return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
 
 
 class InputError(ValueError):
@@ -86,6 +95,7 @@ class BadSample(InputError):  # noqa: N818  # named for the sample
 
     def __init__(self, where: str, reason: str = "", detail: str = "") -> None:
         # A data loader raises a worker's error again, from its message alone.
+        where, reason, detail = map(without_secrets, (where, reason, detail))  # they are listed in files, too
         super().__init__(": ".join(part for part in (where, detail or reason) if part))
         self.where, self.reason, self.detail = where, reason, detail
 

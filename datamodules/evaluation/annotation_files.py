@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, listed
 from lit_clip.evaluation.data import MissingData
 from lit_clip.tools.reading import reading
 
@@ -147,7 +147,7 @@ def read_table(path: Path, columns: Mapping[str, Sequence[str]], delimiter: str 
     for column, names in columns.items():
         found = [lowered.index(name) for name in names if name in lowered]
         if not found:
-            raise InputError(f"{path}: no column {' or '.join(names)}; its columns are {', '.join(header) or 'none'}")
+            raise InputError(f"{path}: no column {' or '.join(names)}; its columns are {listed(header, 20) or 'none'}")
         places[column] = found[0]
     rows = []
     for line, cells in lines[1:]:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from datamodules.evaluation.image_folder import ClassNames, resolve_names
 from datamodules.pairs.column_names import refuse_equal
-from lit_clip.errors import InputError, require
+from lit_clip.errors import InputError, listed, require
 from lit_clip.evaluation.data import LabelledImages, MissingData, numbered
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import open_image
@@ -84,7 +84,7 @@ class ParquetClasses(LabelledImages):
         refuse_equal(file, schema.names, (self.image_column, label_column))
         for column in (self.image_column, label_column):
             if column not in schema.names:
-                raise InputError(f"{file}: no column {column!r}; its columns are {', '.join(schema.names)}")
+                raise InputError(f"{file}: no column {column!r}; its columns are {listed(schema.names, 20)}")
         if not pa.types.is_integer(schema.field(label_column).type):
             raise InputError(
                 f"{file}: column {label_column!r} holds {schema.field(label_column).type}, not labels from 0"
@@ -147,7 +147,7 @@ def _files_of_split(path: str, files: Sequence[Path], split: str | None) -> list
     """Return the files of one split, which names such as ``train-00000-of-00002`` or ``val.parquet`` tell."""
     matches = [SPLIT.fullmatch(file.stem) for file in files]
     splits = [match and (match[1] or match[2]) for match in matches]
-    found = ", ".join(name or "other files" for name in dict.fromkeys(splits))
+    found = listed([name or "other files" for name in dict.fromkeys(splits)])
     if split is None:
         require(len(set(splits)) == 1, f"{path}: has files of several splits ({found}); set split to one of them")
         return list(files)

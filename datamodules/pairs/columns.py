@@ -14,6 +14,7 @@ from datamodules.loading.bad_samples import BLANK, check_caption, is_blank
 from datamodules.loading.store import StoreFolder, stamp_of
 from datamodules.pairs.source import NO_CAPTION, EncodedPair, LeftOut, Pair, PairSource, PairText, Rows, divide_rows
 from lit_clip.errors import BadSample, InputError
+from lit_clip.secrets import without_secrets
 from lit_clip.tools.hashing import hash64
 from lit_clip.tools.images import CHECKED, check_images, open_image
 from lit_clip.tools.remote_names import is_relative
@@ -71,9 +72,10 @@ class ColumnPairs(PairSource):
 
     def copied_from(self, name: str, version: str, copy: str) -> Self:
         """Note that the file or folder ``copy`` is a version of ``name``; see :attr:`PairSource.versions`."""
-        self._versions, self._local, self._address = {name: version}, copy, name
+        shown = without_secrets(name)  # the versions are in checkpoints
+        self._versions, self._local, self._address = {shown: version}, copy, name
         left_out = self._left_out.listed
-        self._left_out.listed = [(where.replace(copy, name, 1), reason) for where, reason in left_out]
+        self._left_out.listed = [(where.replace(copy, shown, 1), reason) for where, reason in left_out]
         return self
 
     def shown(self, path: Path) -> str:

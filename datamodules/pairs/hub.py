@@ -14,7 +14,7 @@ from datamodules.loading.cache import default_cache_dir, writing_cached
 from datamodules.pairs.columns import ColumnPairs
 from datamodules.pairs.parquet import open_parquet
 from datamodules.pairs.source import PairSource, SourceOptions, find_split
-from lit_clip.errors import InputError, require
+from lit_clip.errors import InputError, listed, require
 from lit_clip.tools.hub_client import first_line, guard_hub
 from lit_clip.tools.reading import naming
 from lit_clip.tools.remote_names import COMMIT, checked_commit, checked_relative
@@ -22,7 +22,6 @@ from lit_clip.tools.remote_names import COMMIT, checked_commit, checked_relative
 CONVERTED = "refs/convert/parquet"  # where the hub puts its conversion of other formats
 DOWNLOADS = 4  # files at once
 SPLITS = ("train", "test", "validation", "valid", "val", "dev")
-SHOWN = 20  # configurations in a message
 NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))?(:(?P<configuration>[\w.+ -]+))?")
 
 
@@ -160,7 +159,7 @@ def _files_of_split(name: str, parts: HubName, files: Sequence[str], options: So
     if wanted not in found:
         problem = f"no configuration {wanted!r}" if parts.configuration else "it has several configurations"
         base = name.removesuffix(f":{parts.configuration}")
-        raise InputError(f"{name}: {problem}; it has {', '.join(found[:SHOWN])}; give one, such as {base}:{found[0]}")
+        raise InputError(f"{name}: {problem}; it has {listed(found)}; give one, such as {base}:{found[0]}")
     splits = [(split, file) for configuration, split, file in placed if configuration == wanted]
     split = find_split(name, list(dict.fromkeys(split for split, _ in splits)), options)
     chosen = [file for each, file in splits if each == split]

@@ -9,6 +9,7 @@ from datamodules.loading.store import fetch, stamp_of
 from datamodules.pairs.columns import ColumnPairs
 from datamodules.pairs.source import PairSource, SourceOptions
 from lit_clip.errors import InputError, require
+from lit_clip.secrets import without_secrets
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.untrusted import shortened
 
@@ -62,7 +63,7 @@ def open_remote_table(
     Raises:
         InputError: see :func:`fetch_table`, and what ``open_file`` raises, about the URL.
     """
-    path, version = fetch_table(url, options.versions.get(url))
+    path, version = fetch_table(url, options.versions.get(without_secrets(url)))
     folder = url.partition("?")[0].rpartition("/")[0]
     try:
         source = open_file(path, options._replace(root=options.root or folder))

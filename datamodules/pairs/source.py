@@ -13,7 +13,7 @@ from PIL import Image
 
 from datamodules.loading.sampling import permutation
 from datamodules.loading.store import StoreFolder, is_remote
-from lit_clip.errors import BadSample, InputError, require
+from lit_clip.errors import BadSample, InputError, listed, require
 from lit_clip.tools.hashing import hash64
 from lit_clip.tools.images import OnError
 
@@ -190,7 +190,10 @@ class PairSource(ABC):
 
     @property
     def versions(self) -> dict[str, str]:
-        """The version of each address that was opened and may change; opened again with it, it has the same rows."""
+        """The version of each address that was opened and may change; opened again with it, it has the same rows.
+
+        Addresses are without secrets.
+        """
         return {}
 
     def image_names(self) -> list[str] | None:
@@ -301,7 +304,8 @@ class SourceOptions(NamedTuple):
         shards: how tar shards are read, a :class:`datamodules.shards.pairs.ShardOptions`.
         templates: of the captions of a folder of classes.
         class_names: of a folder of classes.
-        versions: address -> version, for addresses that are to be opened as they were (:attr:`PairSource.versions`).
+        versions: address without secrets -> version, for addresses that are to be opened as they were
+            (:attr:`PairSource.versions`).
         option_prefix: of these names on the command line, for messages.
     """
 
@@ -363,4 +367,4 @@ def find_split(path: object, found: Sequence[str], options: SourceOptions) -> st
         if wanted is not None and SPLIT_NAMES.get(name, name) == SPLIT_NAMES.get(wanted, wanted):
             return name
     problem = "it has several splits" if wanted is None else f"no split {wanted!r}"
-    raise InputError(f"{path}: {problem}; its splits are {', '.join(name[:60] for name in found[:30])}; set split")
+    raise InputError(f"{path}: {problem}; its splits are {listed([name[:60] for name in found])}; set split")

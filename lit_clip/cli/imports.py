@@ -15,6 +15,7 @@ import yaml
 
 from lit_clip.errors import InputError
 from lit_clip.models.custom_config import how_to_import
+from lit_clip.tools.text_files import parse_yaml
 
 OPTION = "--import"
 
@@ -137,7 +138,7 @@ def _typed(words: Sequence[str]) -> Iterator[tuple[str, str]]:
         if keys[:2] != ["model", "architecture"] or len(keys) > 3:
             continue
         try:
-            settings = yaml.safe_load(value if equals else " ".join(words[i + 1 : i + 2]))
+            settings = parse_yaml(value if equals else " ".join(words[i + 1 : i + 2]))
         except yaml.YAMLError:  # the parser says so
             continue
         yield from _class_paths({keys[2]: settings} if len(keys) == 3 else settings)

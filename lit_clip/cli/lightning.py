@@ -22,9 +22,17 @@ from lit_clip.cli.argument_types import register_types
 from lit_clip.cli.callback_options import Typed, callbacks_option, take_options
 from lit_clip.cli.configurations import configuration, differences, evaluated
 from lit_clip.cli.imports import check_not_imported_by, command_words, import_encoders
-from lit_clip.cli.loggers import check_loggers, logger_errors
+from lit_clip.cli.loggers import check_loggers, log_no_secrets, logger_errors
 from lit_clip.cli.packaged_defaults import use_packaged_defaults
 from lit_clip.cli.plain_help import PlainHelp, print_section_help, short_help
+from lit_clip.cli.references import (
+    MODE,
+    check_settings_are_whole,
+    dumping,
+    dumping_values,
+    forget_references,
+    use_references,
+)
 from lit_clip.cli.run_folders import run_folders
 from lit_clip.cli.save_config import SaveConfig
 from lit_clip.cli.words import (
@@ -62,7 +70,10 @@ NEWEST = ("last", "auto", "hpc")
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's, whose help, also that of single classes (``--data.help``), is plain text; a command's is short."""
+    """Lightning's, whose help, also that of single classes (``--data.help``), is plain text; a command's is short.
+
+    It saves references, such as ``${oc.env:NAME}``, and not their values.
+    """
 
     command: str | None = None
 
@@ -71,6 +82,10 @@ class Parser(LightningArgumentParser):
 
     def format_help(self, *args: Any, **options: Any) -> str:
         return short_help(self, self.command) if self.command else super().format_help(*args, **options)
+
+    def dump(self, *args: Any, **options: Any) -> str:
+        with dumping(self):
+            return super().dump(*args, **options)
 
 
 class CLI(LightningCLI):
@@ -131,6 +146,7 @@ class CLI(LightningCLI):
         print_section_help(known, words)
         if subcommand in ("validate", "test"):
             known.set_defaults(verbose=False)  # our table shows it, with the baselines
+        forget_references()
         try:
             with hinting(
                 words,
@@ -158,6 +174,7 @@ class CLI(LightningCLI):
     ) -> None:
         """Parse again with the named options of callbacks, or the newest checkpoint; leave out what that replaces."""
         known, path = self._subcommand_parsers[subcommand], checkpoint_path(words, subcommand)
+        check_settings_are_whole(self.config[subcommand].as_dict())
         if of_callbacks:
             callbacks = yaml.safe_load(known.dump(self.config[subcommand], skip_none=False))["trainer"]["callbacks"]
             self.parse_arguments(parser, [*words, callbacks_option(callbacks, of_callbacks, _default_callbacks())])
@@ -189,6 +206,11 @@ class CLI(LightningCLI):
                 "shows them)"
             )
         check_loggers(self._get(self.config, "trainer").logger)
+
+    def _dump_config(self) -> None:
+        """Keep the settings that modules get as hyper-parameters, and may use: no references."""
+        with dumping_values():
+            super()._dump_config()
 
     def instantiate_classes(self) -> None:
         with logger_errors():
@@ -236,6 +258,7 @@ class CLI(LightningCLI):
         # The last two: two callbacks with one name for their states, and a package that an option needs.
         except (ValueError, TypeError, OverflowError, RuntimeError, ModuleNotFoundError) as error:
             raise InputError(f"trainer: {error}") from error
+        log_no_secrets(trainer.loggers)
         watch_started_ranks(trainer)
         keep_freed_memory(trainer)
         if self.subcommand and self.subcommand != "fit":  # the newest version_N is that of the newest run
@@ -348,6 +371,7 @@ def run(args: ArgsType = None, execute: bool = True) -> CLI:
     """Parse and run a command; errors that the user can fix are raised."""
     # Without this, absolute keys such as ${model.optimizer.lr} are looked up above the subcommand.
     register_types()
+    use_references()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
     model = named_class(words, next(iter(words), None), "model")
@@ -364,7 +388,7 @@ def run(args: ArgsType = None, execute: bool = True) -> CLI:
         # Data modules divide the samples among ranks themselves, each exactly once. The plan replaces the summary.
         trainer_defaults={"use_distributed_sampler": False, "enable_model_summary": False},
         parser_kwargs={
-            "parser_mode": "omegaconf+",
+            "parser_mode": MODE,
             "exit_on_error": False,
             "allow_abbrev": False,
         },

@@ -5,6 +5,7 @@ Heavy modules are imported only when they are needed, so that ``lit-clip --help`
 
 import ast
 import importlib.util
+import shlex
 import sys
 import textwrap
 import threading
@@ -34,6 +35,7 @@ CONFIGURED = {
     "test": "The same metrics on the test data.",
     "predict": "Features of the data's images and captions, for Python callers.",
 }
+BEFORE_COMMAND = ("-h", "--help", "-c", "--config", "--print_config")  # options that a command may follow
 EXAMPLES = (
     "lit-clip fit --data.train captions.csv",
     "lit-clip validate --ckpt_path last.ckpt --data.val captions.csv",
@@ -96,6 +98,12 @@ def _check_command(words: Sequence[str]) -> None:
         near = [instead] if instead else get_close_matches(words[0], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
         raise InputError(f"unknown command {words[0]!r}; {hint}")
+    if words[0].startswith("-") and words[0].partition("=")[0] not in BEFORE_COMMAND:
+        named = next((i for i, word in enumerate(words) if word in known), None)
+        if named is None:
+            raise InputError(f"{words[0]}: no command given; type one of {', '.join(known)} before the options")
+        ordered = shlex.join(["lit-clip", words[named], *words[:named], *words[named + 1 :]])
+        raise InputError(f"{words[0]}: options come after the command; type {ordered}")
 
 
 def _run(words: list[str]) -> int:

@@ -4,9 +4,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lit_clip.tools.messages import options_of
+from lit_clip.tools.text_files import read_yaml
 
 DEFAULTS = Path(__file__).with_name("fit.yaml")
 
@@ -20,7 +19,7 @@ def use_packaged_defaults(parser: Any, words: Sequence[str]) -> dict[str, Any]:
         parser: of one of LightningCLI's commands.
         words: the command line as typed.
     """
-    settings = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))
+    settings = read_yaml(DEFAULTS)
     if any(word.partition("=")[0] == "--model.pretrained" for word in words):
         settings["model"] = {}
     model: dict[str, Any] = settings.pop("model")

@@ -5,9 +5,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from lit_clip.cli.references import with_environment
 from lit_clip.errors import InputError
+from lit_clip.tools.text_files import read_yaml
 from lit_clip.training.run_folder import CONFIG
 
 # Loggers whose runs lie in save_dir/name/version_N.
@@ -56,9 +56,10 @@ def _mlflow_runs(named: Mapping[str, Any], root: Path) -> list[Path]:
     store = Path(address.removeprefix(LOCAL_STORE)) if address.startswith(LOCAL_STORE) else root
     folders = set()
     for config in store.glob(f"*/*/{CONFIG}*.yaml"):
-        saved = yaml.safe_load(config.read_text(encoding="utf-8"))
+        saved = read_yaml(config)
         kind, other = _first_logger(saved["trainer"])
-        if kind == "MLFlowLogger" and other.get("experiment_name") == named.get("experiment_name"):
+        experiment = with_environment(other.get("experiment_name"))
+        if kind == "MLFlowLogger" and experiment == named.get("experiment_name"):
             folders.add(config.parent)
     return sorted(folders)
 

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-import yaml
 from jsonargparse import ArgumentParser
 
 from lit_clip.cli.packaged_defaults import DEFAULTS
@@ -16,7 +15,7 @@ from lit_clip.losses.loss import foreign_losses
 from lit_clip.tools.messages import imported_class, one_line, parameters, user_error
 from lit_clip.tools.parts import describe_instance, qualified_name
 from lit_clip.tools.reading import naming
-from lit_clip.tools.text_files import read_yaml
+from lit_clip.tools.text_files import parse_yaml, read_yaml
 from lit_clip.tools.untrusted import hints_of, is_trusted, names_nothing, shortened, value_names_nothing
 from lit_clip.training.optim import EXCEPT_GAINS_AND_BIASES
 from lit_clip.training.optimization import KINDS, Optimization
@@ -111,7 +110,7 @@ def named_class(words: Sequence[str], subcommand: str | None, *keys: str) -> str
         subcommand: such as ``fit``.
         keys: such as ``model``, ``optimizer``.
     """
-    typed = [yaml.safe_load(value) for value in options(words, f"--{'.'.join(keys)}")]
+    typed = [parse_yaml(value) for value in options(words, f"--{'.'.join(keys)}")]
     in_files = (_value(section, keys) for section in sections(words, subcommand))
     for value in (*reversed(typed), *in_files):
         named = value.get("class_path") if isinstance(value, Mapping) else value

@@ -25,7 +25,7 @@ from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import Console, Text, from_totals, progress, stderr, write_results
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.images import OnError, or_skip
-from lit_clip.tools.text_files import read_text
+from lit_clip.tools.text_files import no_formula, read_text
 
 Output = Literal["table", "csv", "json"]
 
@@ -196,7 +196,9 @@ def _as_text(classes_of: dict[str, list[RankedClass]]) -> str:
 
 def _as_csv(classes_of: dict[str, list[RankedClass]]) -> str:
     text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
+    names = (*classes_of, *(name for best in classes_of.values() for name, _ in best))
+    bare = any("\r" in name for name in names)  # which the writer quotes only where it ends lines
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if bare else csv.QUOTE_MINIMAL)
     writer.writerow(["image", "rank", "class", "probability"])
     for key, best in classes_of.items():
         writer.writerows(
@@ -204,11 +206,6 @@ def _as_csv(classes_of: dict[str, list[RankedClass]]) -> str:
             for rank, (name, value) in enumerate(best, start=1)
         )
     return text.getvalue()
-
-
-def no_formula(text: str) -> str:
-    """Return a text cell for a CSV file, with an apostrophe before what a spreadsheet would compute."""
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r")) else text
 
 
 def _as_json(classes_of: dict[str, list[RankedClass]]) -> str:

@@ -88,6 +88,7 @@ def search(
     """
     require(bool(queries or image), "nothing to search for; type a text after the folder, or give --image")
     for query in queries:
+        require(bool(query.strip()), "a text to search for is empty; type one after the folder, or give --image")
         named = bool(Path(query).suffix) and os.path.isfile(query)
         require(not named, f"{query}: is a file, and would be searched for as a text; put it after --image")
     for each in image or []:  # before the model, which may have to be downloaded

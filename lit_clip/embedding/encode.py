@@ -36,6 +36,7 @@ from lit_clip.embedding.reading import (
 )
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
+from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.images import FIX_HINT, OnError, or_skip
@@ -327,5 +328,5 @@ def report_skipped(keys: Sequence[str], unreadable: Sequence[UnreadableRow], pat
     else:
         lines = [f"{keys[bad.row]}\t{bad.message.removesuffix(FIX_HINT)}\n" for bad in unreadable]
         with replacing(path) as draft:
-            draft.write_text("".join(lines), encoding="utf-8", errors="replace")
+            draft.write_text(without_secrets("".join(lines)), encoding="utf-8", errors="replace")
         stderr().print(f"skipped {len(unreadable)} that could not be read; they are listed in {path}")

@@ -11,6 +11,7 @@ from typing import Any
 from lit_clip.errors import InputError
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.models.clip import CLIP
+from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.hashing import hex_digest, sha256_of_file
 from lit_clip.tools.text_files import read_json
@@ -139,7 +140,8 @@ class Results:
         """Write ``results.json`` and return its content."""
         everything = {**head, "sets": self.sets}
         with replacing(self.folder / "results.json") as draft:
-            draft.write_text(json.dumps(everything, indent=1, ensure_ascii=False), encoding="utf-8", errors="replace")
+            text = without_secrets(json.dumps(everything, indent=1, ensure_ascii=False))
+            draft.write_text(text, encoding="utf-8", errors="replace")
         return everything
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import replacing
 
 if TYPE_CHECKING:
@@ -18,13 +19,13 @@ THUMBNAIL = 160  # pixels of the longer side
 
 
 def render(template: Path, **values: Any) -> str:
-    """Fill in a template; text from ``values`` is escaped, and a missing value is an error.
+    """Fill in a template; text from ``values`` is escaped, secrets are hidden, and a missing value is an error.
 
     Args:
         template: an .html file, which may use the templates beside it and the shared ``base.html`` and ``macros.html``.
         **values: what the template shows.
     """
-    return _environment(template.parent).get_template(template.name).render(values)
+    return without_secrets(_environment(template.parent).get_template(template.name).render(values))
 
 
 @lru_cache  # it keeps the compiled templates, whose compilation takes longer than most pages

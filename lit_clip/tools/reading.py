@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 from lit_clip.errors import InputError, no_such_file
+from lit_clip.secrets import without_secrets
 
 LONGEST_REASON = 200  # characters; parsers quote the file in their messages
 
@@ -79,4 +80,5 @@ def reason(error: Exception) -> str:
     words = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, KeyError) and error.args:  # of a mapping, or with a sentence of Arrow's
         words = error.args[0] if " " in str(error.args[0]) else f"{words} is missing"
+    words = without_secrets(words)  # half of a password would not be recognised
     return words if len(words) <= LONGEST_REASON else f"{words[:LONGEST_REASON]} ..."

@@ -1,4 +1,4 @@
-"""Read text, YAML and JSON files, with one error that names the file."""
+"""Read text, YAML and JSON files, with one error that names the file; and cells of CSV files."""
 
 import json
 from collections.abc import Callable, Hashable
@@ -10,6 +10,9 @@ import yaml
 from lit_clip.tools.reading import reading
 
 Content = TypeVar("Content")
+MOST_REPEATED = 10_000  # values, or each 100 characters of one, that the aliases of a YAML document may stand for
+DEEPEST = 100  # lists and mappings within each other
+HARMLESS = 200  # characters; a shorter document is neither deep nor large
 
 
 def read_text(path: str | Path, option: str = "") -> str:
@@ -27,7 +30,36 @@ def read_yaml(path: str | Path, option: str = "") -> Any:
     Raises:
         InputError: the file does not exist, or cannot be read or parsed.
     """
-    return _read(path, option, "YAML", lambda text: yaml.load(text, _UniqueKeyLoader))  # noqa: S506 # a SafeLoader
+    return _read(path, option, "YAML", parse_yaml)
+
+
+def parse_yaml(text: str) -> Any:
+    """Return the content of a YAML document of bounded size; a key that occurs twice in a mapping is an error.
+
+    Raises:
+        yaml.YAMLError: it cannot be parsed, is nested too deeply, or is too large with its aliases written in full.
+    """
+    return yaml.load(text, _UniqueKeyLoader)  # noqa: S506 # a SafeLoader
+
+
+def check_yaml(text: str) -> None:
+    """Refuse YAML that :func:`parse_yaml` would, for parsers of other packages.
+
+    Raises:
+        yaml.YAMLError: too large or deep, or not YAML.
+    """
+    if len(text) > HARMLESS:
+        yaml.compose(text, _BoundedLoader)
+
+
+def no_formula(cell: Any) -> Any:
+    """Return a cell for a CSV file: a text that a spreadsheet would compute has an apostrophe in front.
+
+    As OWASP's page on CSV injection advises.
+    """
+    return (
+        f"'{cell}" if isinstance(cell, str) and cell.startswith(tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")) else cell
+    )
 
 
 def read_json(path: str | Path, option: str = "") -> Any:
@@ -40,7 +72,42 @@ def _read(path: str | Path, option: str, kind: str, parse: Callable[[str], Conte
         return parse(Path(path).read_text(encoding="utf-8-sig"))
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+class _BoundedLoader(yaml.SafeLoader):
+    """Refuses documents that are nested too deeply, or whose aliases, each written in full, would make them too large.
+
+    Seven lists of nine aliases to the list before are 300 characters, and 5 million values for whoever copies them.
+    """
+
+    def __init__(self, stream: Any) -> None:
+        super().__init__(stream)
+        self._depth, self._repeated = 0, 0
+        self._sizes: dict[int, int] = {}  # of nodes, by their identity
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        mark, repeats = self.peek_event().start_mark, self.check_event(yaml.AliasEvent)
+        if self._depth > DEEPEST:
+            raise yaml.constructor.ConstructorError(None, None, f"nested more than {DEEPEST} deep", mark)
+        self._depth += 1
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        if not repeats:
+            self._sizes[id(node)] = self._size(node)
+        else:
+            self._repeated += self._sizes.get(id(node), 1)
+            if self._repeated > MOST_REPEATED:
+                problem = f"its aliases repeat more than {MOST_REPEATED:,} values"
+                raise yaml.constructor.ConstructorError(None, None, problem, mark)
+        return node
+
+    def _size(self, node: Any) -> int:
+        if isinstance(node, yaml.ScalarNode):
+            return 1 + len(node.value) // 100
+        pairs = isinstance(node, yaml.MappingNode)
+        children = (child for item in node.value for child in (item if pairs else (item,)))
+        return 1 + sum(self._sizes.get(id(child), 1) for child in children)
+
+
+class _UniqueKeyLoader(_BoundedLoader):
     """Refuses equal keys, of which PyYAML keeps the last without a word, and values that hold themselves."""
 
     def __init__(self, stream: Any) -> None:

@@ -31,6 +31,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from lit_clip.errors import InputError, require
+from lit_clip.secrets import without_secrets
 from lit_clip.tools.parts import is_plain
 
 # Modules whose classes a checkpoint may name: it must not be able to import anything else.
@@ -234,7 +235,11 @@ def class_paths_within(value: Any) -> Iterator[str]:
 
 def shortened(value: Any) -> str:
     """Return a value for a message, in one short line."""
-    text = f"of {value.bit_length()} bits" if isinstance(value, int) and abs(value) >= LARGEST else repr(value)
+    text = (
+        f"of {value.bit_length()} bits"
+        if isinstance(value, int) and abs(value) >= LARGEST
+        else without_secrets(repr(value))
+    )
     return text if len(text) <= 80 else f"{text[:80]} ..."
 
 

@@ -129,11 +129,13 @@ def _parts(trainer: Any) -> Iterator[tuple[str, Any]]:
 
 
 def check_counts(trainer: Any) -> None:
-    """Check the numbers by which Lightning divides; it does so in the middle of a run.
+    """Check the numbers by which Lightning divides, which it does in the middle of a run, and the gradient's clipping.
 
     Raises:
-        InputError: one is below 1.
+        InputError: one is below 1, or the largest gradient below 0.
     """
+    clip = getattr(trainer, "gradient_clip_val", None)
+    require(clip is None or clip >= 0, f"trainer.gradient_clip_val: {clip} must be at least 0; null clips nothing")
     for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"):
         value = getattr(trainer, name, None)
         unset = value is None and name != "accumulate_grad_batches"

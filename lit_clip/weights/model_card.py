@@ -1,14 +1,17 @@
 """The README.md of exported weights: facts, and how to open them."""
 
 import json
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
 
+from lit_clip.errors import one_printable_line
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import HuggingFaceTextConfig
 from lit_clip.models.preprocess import resize_size
+from lit_clip.secrets import without_secrets
 from lit_clip.tools.weight_files import is_path
 from lit_clip.version import __version__
 from lit_clip.weights.export import Parity
@@ -115,7 +118,7 @@ def model_card(
     measured = [f"image features {parity.image:.1e}", f"text features {parity.text:.1e}"]
     tested = "" if parity.tokens is None else "; preprocessing within one of 255 levels, token ids equal"
     facts = {
-        "exported from": f"`{source.name}`{digest}",
+        "exported from": f"{_code(source.name)}{digest}",
         "by": f"lit-clip {__version__}",
         "licence of the weights": license or "unknown",
         "parameters": f"{total:,} (image encoder {image:,})",
@@ -132,15 +135,34 @@ def model_card(
     for part in (config["text"], config["text"].get("tokenizer") or {}):
         for key in {"hugging_face", "source"} & part.keys():
             part[key] = Path(part[key]).name if is_path(part[key]) else part[key]  # a folder of this machine
+    name = one_printable_line(name)
     title = repository.rpartition("/")[2] if repository else name
     usage, notes = _usage(model, format, name, repository), _notes(model, format)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {title}\n",
         f"A CLIP model for {LIBRARY[format]}.\n\n| | |\n|---|---|\n{rows}\n",
         f"## Usage\n\n{usage}\n{notes}",
-        f"## Architecture, preprocessing, tokenizer\n\n```yaml\n{yaml.safe_dump(config, sort_keys=False)}```\n",
+        f"## Architecture, preprocessing, tokenizer\n\n{_fenced(yaml.safe_dump(config, sort_keys=False))}\n",
     ]
-    return "\n".join(parts)
+    return without_secrets("\n".join(parts))
+
+
+def _code(text: str) -> str:
+    """Return text as code in a cell of a Markdown table, where it can neither end the code nor the cell."""
+    text = one_printable_line(text).replace("|", "\\|")
+    ticks = _more_ticks(text, 1)
+    return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
+
+
+def _fenced(text: str) -> str:
+    """Return YAML as a block of code that no line in it ends."""
+    ticks = _more_ticks(text, 3)
+    return f"{ticks}yaml\n{text}{ticks}"
+
+
+def _more_ticks(text: str, least: int) -> str:
+    """Return more backticks than stand in a row in a text."""
+    return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])
 
 
 def _usage(model: CLIP, format: str, name: str, repository: str | None) -> str:
@@ -159,6 +181,7 @@ def _usage(model: CLIP, format: str, name: str, repository: str | None) -> str:
 
 
 def _snippet(model: CLIP, format: str, name: str) -> str:
+    name = name.replace("\\", "\\\\").replace('"', '\\"')
     if format == "open_clip":
         crop_pct, size = model.preprocessing.crop_pct, model.preprocessing.image_size
         crop = OPEN_CLIP_CROP.format(larger=resize_size(model.preprocessing), crop_pct=crop_pct, size=size)

@@ -7,7 +7,8 @@ from typing import NamedTuple
 
 from rich.filesize import decimal
 
-from lit_clip.errors import InputError, require
+from lit_clip.errors import InputError, listed, require
+from lit_clip.secrets import reference, remember, without_secrets
 
 HUBS_OWN = ".gitattributes"  # the hub makes it with the repository
 LOGIN = "run hf auth login"
@@ -33,11 +34,10 @@ class Repository(NamedTuple):
         from huggingface_hub import ModelCard
 
         others = sorted(self.files - {*names, HUBS_OWN})
-        listed = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
         require(
             not others,
-            f"--push {self.name}: holds other files than this format's ({listed}); name another repository; nothing "
-            "was written, uploaded or deleted",
+            f"--push {self.name}: holds other files than this format's ({listed(others)}); name another repository; "
+            "nothing was written, uploaded or deleted",
         )
         try:
             ModelCard(card).validate()
@@ -49,11 +49,11 @@ class Repository(NamedTuple):
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
         kind = "private" if self.private else "public"
         new = "new, " if self.commit is None else ""
-        listed = ", ".join(f"{name} {decimal(size)}" for name, size in sizes.items())
+        files = ", ".join(f"{name} {decimal(size)}" for name, size in sizes.items())
         total = decimal(sum(sizes.values()))
         replaced = len(self.files & sizes.keys())
         note = f"; {replaced} of them in place of older ones, which stay in its history" if replaced else ""
-        return f"uploading {total} to {self.name} ({new}{kind}): {listed}{note}"
+        return f"uploading {total} to {self.name} ({new}{kind}): {files}{note}"
 
 
 def find_repository(name: str, private: bool) -> Repository:
@@ -72,6 +72,7 @@ def find_repository(name: str, private: bool) -> Repository:
 
     require(name.count("/") == 1, f"--push {name}: must be a repository on the hub, org/name")
     require(get_token() is not None, f"--push {name}: no token of the hub; {LOGIN}")
+    remember(get_token(), reference("HF_TOKEN"))  # which a hub may repeat in its answers
     try:
         info = HfApi().model_info(name)
     except HFValidationError as error:
@@ -141,4 +142,4 @@ def _refusal(name: str, error: Exception, what: str, left: str) -> InputError:
 def _first_line(error: BaseException) -> str:
     """Return the hub's own words about an error if there are any, and else the library's."""
     words = getattr(error, "server_message", None) or str(error)
-    return " ".join(words.split())[:300] or type(error).__name__
+    return without_secrets(" ".join(words.split()))[:300] or type(error).__name__

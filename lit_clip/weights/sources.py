@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lit_clip.errors import InputError, require
+from lit_clip.errors import InputError, listed, require
 from lit_clip.models.config import (
     CLIPConfig,
     HuggingFaceTextConfig,
@@ -118,7 +118,7 @@ def _open_folder(folder: Path) -> Weights:
         return Weights(str(folder), state, config)
     found = sorted(path.name for path in folder.iterdir())[:8]
     raise InputError(
-        f"{folder}: has neither open_clip_config.json nor config.json; found: {', '.join(found) or 'nothing'}"
+        f"{folder}: has neither open_clip_config.json nor config.json; found: {listed(found, 20) or 'nothing'}"
     )
 
 

@@ -29,6 +29,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_clip.errors import require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.lora import is_added
+from lit_clip.secrets import plain_without_secrets
 from lit_clip.tools.weight_files import Source, read_mapped
 from lit_clip.weights.checkpoints import EMA_WEIGHTS, check_base, checkpoint_tokenizer, saved_tokenizer
 from lit_clip.weights.load import check_architecture, check_finite_weights, check_weights
@@ -36,10 +37,13 @@ from lit_clip.weights.load import check_architecture, check_finite_weights, chec
 PREFIX, LOSS_PREFIX = "model.", "loss."
 # EMA's checkpoints hold the average as their state_dict, and the weights of the last step as current_model_state.
 STATES = {"state_dict", "current_model_state"}
+SETTINGS = {"hyper_parameters", "datamodule_hyper_parameters"}
 
 
 def pack_checkpoint(checkpoint: dict[str, Any], model: CLIP, base: Mapping[str, str] | None) -> None:
     """Turn what Lightning saves into what we write: OpenAI's key names, the tokenizer, and of a LoRA nothing else.
+
+    No secrets are in its settings.
 
     Args:
         checkpoint: changed in place.
@@ -48,8 +52,10 @@ def pack_checkpoint(checkpoint: dict[str, Any], model: CLIP, base: Mapping[str, 
     """
     _move_own_keys(checkpoint, checkpoint["state_dict"])
     checkpoint |= saved_tokenizer(model)
+    for settings in SETTINGS & checkpoint.keys():
+        checkpoint[settings] = plain_without_secrets(checkpoint[settings])
     if base:
-        checkpoint["base"] = dict(base)
+        checkpoint["base"] = plain_without_secrets(base)
         for states in STATES & checkpoint.keys():
             checkpoint[states] = {
                 key: value

@@ -157,8 +157,28 @@ def test_configs_are_merged_and_interpolated(
     result = cli("validate", *configs, "--print_config")
     assert result.returncode == 0, result.stderr
     config = yaml.safe_load(result.stdout)
-    assert config["data"]["init_args"]["val"] == str(caption_table)
+    assert config["data"]["init_args"]["val"] == "${oc.env:TABLE}"  # variables may hold secrets
     assert config["model"]["optimizer"]["init_args"]["weight_decay"] == 0.125  # the typed value, across files
+    monkeypatch.chdir(tmp_path)
+    command = run(args=[*configs, "--trainer.logger", "false"], execute=False)
+    assert command.config["data"]["init_args"]["val"] == str(caption_table)
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ("--model m.ckpt embed a b", "--model: options come after the command; type lit-clip embed --model m.ckpt a b"),
+        ("--data.val=t fit", "--data.val=t: options come after the command; type lit-clip fit --data.val=t"),
+        ("--model m.ckpt", "--model: no command given; type one of classify, demo, "),
+    ],
+)  # fmt: skip
+def test_options_before_the_command_are_one_line(typed: str, message: str, cli: Cli) -> None:
+    assert_user_error(cli(*typed.split()), message)
+
+
+def test_a_negative_clipping_of_gradients_is_refused(caption_table: Path, cli: Cli) -> None:
+    result = cli(*words("fit", caption_table), "--trainer.gradient_clip_val", "-1")
+    assert_user_error(result, "trainer.gradient_clip_val: -1", "must be at least 0; null clips nothing")
 
 
 def test_the_data_module_gets_the_models_preprocessing_and_tokenizer(caption_table: Path) -> None:

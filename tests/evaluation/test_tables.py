@@ -44,6 +44,18 @@ def test_the_csv_has_one_value_a_line_with_its_interval(tmp_path: Path) -> None:
     assert found["runs/b", "zero_shot", "", "top1"]["model"] == "RN50:openai"
 
 
+def test_no_cell_of_the_csv_is_a_formula_and_numbers_stay_numbers(tmp_path: Path) -> None:
+    evil = "=cmd|' /C calc'!A0"
+    ours = results_of({evil: a_set("CIFAR10", zero_shot=zero_shot(0.85))}, f"+{evil}")
+    ours["sets"][evil]["tasks"]["zero_shot"]["metrics"] = {"@metric": -0.25}
+    write_tables(ours, tmp_path, {f"-{evil}": other(0.7), f"\t{evil}": other(0.6)})
+    lines = csv_lines(tmp_path)
+    assert {line["value"] for line in lines if line["run"] == "this run"} >= {"-0.25"}
+    texts = [line[name] for line in lines for name in ("run", "model", "set", "task", "metric")]
+    assert not [text for text in texts if text.startswith(("=", "+", "-", "@", "\t", "\r"))]
+    assert {f"'{evil}", f"'+{evil}", f"'-{evil}", f"'\t{evil}", "'@metric"} <= set(texts)  # read back whole
+
+
 def test_the_csv_has_means_of_whole_groups_only(tmp_path: Path) -> None:
     write_tables(results_of(whole_paper()), tmp_path, {"half": results_of(dict(list(whole_paper().items())[:9]))})
     means = [line for line in csv_lines(tmp_path) if line["metric"] == "mean"]

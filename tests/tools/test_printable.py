@@ -96,9 +96,9 @@ def test_log_messages_warnings_and_tracebacks_are_escaped() -> None:
 
 
 def test_no_cell_of_a_csv_file_is_a_formula() -> None:
-    names = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "plain", "a=b"]
+    names = ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", "\n=1", "\uff1d1+1", "plain", "a=b"]
     results = {name: [RankedClass(name, 0.5)] for name in names}
-    rows = list(csv.reader(io.StringIO(_as_csv(results))))[1:]
-    assert not any(cell.startswith(("=", "+", "-", "@", "\t")) for row in rows for cell in row)
+    rows = list(csv.reader(io.StringIO(_as_csv(results), newline="")))[1:]
+    assert not any(cell.startswith(tuple("=+-@\t\r\n\uff1d")) for row in rows for cell in row)
     assert [row[0].removeprefix("'") for row in rows] == names
     assert '"image": "=1+1"' in _as_json(results)  # programs find the names as they are

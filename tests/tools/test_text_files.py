@@ -26,6 +26,14 @@ def test_text_yaml_and_json_are_read_as_utf8(tmp_path: Path) -> None:
         (read_yaml, b"a: [", "file: not a readable YAML file"),
         (read_yaml, b"a: 1\nb: {c: 1, c: 2}", "'c' is there twice"),
         (read_yaml, b"a: &a {b: [*a]}", "found unconstructable recursive node"),
+        (
+            read_yaml,
+            b"a: &a [" + b"x, " * 99 + b"x]\nb: &b [" + b"*a, " * 99 + b"*a]\n",
+            "repeat more than 10,000 values",
+        ),
+        (read_yaml, b"a: &a " + b"x" * 99_000 + b"\nb: [" + b"*a, " * 11 + b"*a]\n", "repeat more than 10,000 values"),
+        (read_yaml, b"- " * 5000, "nested more than 100 deep"),
+        (read_yaml, b"{a: " * 5000, "nested more than 100 deep"),
         (read_json, b"{", "file: not a readable JSON file"),
         (read_json, b"[" * 100_000, "file: not a readable JSON file"),
     ],
@@ -38,6 +46,15 @@ def test_an_unreadable_file_is_a_one_line_error_that_names_it(
         read(tmp_path / "file", "--option")
     assert str(error.value).startswith(f"--option: {tmp_path}/file: ")
     assert "\n" not in str(error.value)
+
+
+def test_yaml_with_a_few_aliases_is_read(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text(
+        f"a: &a {{x: [{', '.join(map(str, range(200)))}], y: &y [1, 2]}}\nb: [*a, *y, *a]\nc:\n  <<: *a\n  z: 3\n"
+    )
+    values = read_yaml(tmp_path / "file")
+    assert values["b"] == [values["a"], [1, 2], values["a"]]
+    assert values["c"] == {**values["a"], "z": 3}
 
 
 def test_a_missing_file_is_an_error_that_suggests_a_similar_name(tmp_path: Path) -> None:

@@ -41,6 +41,23 @@ def test_the_card_states_facts_and_its_code_runs(tmp_path: Path, tiny_config: CL
     assert torch.equal(names["tokenizer"](TEXTS), ours.tokenize(TEXTS))
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["a\n\n# Heading\n.ckpt", "a`<script>`|b.ckpt", "``` a.ckpt", "\u2028# a.ckpt", "\x1b[31m", "hf_abcdefghijklmnop"],
+)  # fmt: skip
+def test_a_file_name_can_add_nothing_to_the_card(name: str, tmp_path: Path, tiny_config: CLIPConfig) -> None:
+    checkpoint(tiny_config, tmp_path / name)
+    export(str(tmp_path / name), format="open_clip", output=str(tmp_path / "out"))
+    card = (tmp_path / "out/README.md").read_text()
+    (row,) = [line for line in card.splitlines() if line.startswith("| exported from |")]
+    assert re.fullmatch(r"\| exported from \| (`+)( ?)[^\n]+\2\1, SHA-256 `\w{64}` \|", row)
+    assert len(re.findall(r"(?<!\\)\|", row)) == 3  # no other cell
+    assert [line for line in card.splitlines() if line.startswith("#")] == [
+        *("# out", "## Usage", "## Architecture, preprocessing, tokenizer")
+    ]
+    assert card.isprintable() or not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028]|hf_abcd", card)
+
+
 @pytest.fixture(scope="module")
 def folders() -> dict[str, Path]:
     """Return the folders with an export by its format, filled on first use."""

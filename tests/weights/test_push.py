@@ -168,6 +168,17 @@ def test_a_token_without_the_right_or_of_nobody_is_one_line_and_the_export_stays
 
 
 @pytest.mark.usefixtures("ours")
+def test_a_token_that_the_hub_repeats_is_not_printed(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*arguments: object, **options: object) -> None:
+        raise RuntimeError("no quota for may-write, sent as Authorization: Bearer may-write")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.create_commit", refuse)
+    message = refused(tmp_path)
+    assert "no quota for ${oc.env:HF_TOKEN}, sent as Authorization: " in message
+    assert "may-write" not in message
+
+
+@pytest.mark.usefixtures("ours")
 def test_a_licence_that_the_hub_does_not_know_is_refused_before_anything_is_uploaded(hub: Hub, tmp_path: Path) -> None:
     message = '--push us/tiny: the hub refuses the model card ("license" must be one of [apache-2.0, mit, ...])'
     assert refused(tmp_path, license="my own") == f"{message}; nothing was written"

@@ -22,6 +22,7 @@ from lit_clip.evaluation.overview import (
 from lit_clip.evaluation.report.chart_style import run_names
 from lit_clip.evaluation.report.result_columns import Groups, Quantity, quantities, seed_values
 from lit_clip.tools.atomic import replacing
+from lit_clip.tools.text_files import no_formula
 
 Results = Mapping[str, Any]
 SPECIAL = {
@@ -86,7 +87,7 @@ def write_tables(results: Results, out: Path, others: Mapping[str, Results], gro
     ):
         writer = csv.writer(file)
         writer.writerow(Line._fields)
-        writer.writerows(line for name, run in runs.items() for line in lines(name, run))
+        writer.writerows(map(no_formula, line) for name, run in runs.items() for line in lines(name, run))
     with replacing(out / "results.tex") as draft:
         draft.write_text(latex(results, others, groups or {}), encoding="utf-8", errors="replace")
 

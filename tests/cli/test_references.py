@@ -1,0 +1,212 @@
+"""Settings that refer to the environment: resolved for the run, references in all that the run writes and prints."""
+
+import base64
+import json
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from subprocess import CompletedProcess
+from threading import Thread
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from tests.conftest import TINY_YAML
+
+Cli = Callable[..., CompletedProcess[str]]
+SECRET = "c4nary-s3cret"
+OWN_DATA = """\
+from typing import Any
+
+import datamodules
+
+
+class Secretive(datamodules.Captions):
+    def __init__(self, *args: Any, secret: str = "", count: int = 0, more: Any = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        assert secret == "c4nary-s3cret" and more["b"] == [secret, secret, "none"] == more["c"], more
+        self.save_hyperparameters("secret", "count", "more")
+"""
+SETTINGS = {
+    "model": {"architecture": yaml.safe_load(TINY_YAML)},
+    "data": {
+        "class_path": "own_data.Secretive",
+        "init_args": {
+            "train": "${oc.env:TABLE}",
+            "val": "${.train}",
+            "batch_size": "${oc.env:COUNT}",
+            "count": "${oc.env:COUNT}",
+            "num_workers": 0,
+            "secret": "${oc.env:PASSWORD}",
+            "more": {
+                "a": "https://me:${oc.env:PASSWORD}@host",
+                "b": ["${oc.env:PASSWORD,none}", "${data.init_args.secret}", "${oc.env:MISSING,none}"],
+                "c": "${..more.b}",
+                "d": ["${oc.decode:${oc.env:COUNT}}"],
+            },
+        },
+    },
+    "trainer": {
+        "accelerator": "cpu",
+        "max_steps": 2,
+        "limit_val_batches": 1,
+        "enable_progress_bar": False,
+        "log_every_n_steps": 1,
+        "logger": [
+            {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "csv"}},
+            {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": "x"}},
+        ],
+    },
+}
+
+
+@pytest.fixture
+def environment(tmp_path: Path, caption_table: Path) -> dict[str, str]:
+    (tmp_path / "own_data.py").write_text(OWN_DATA)
+    (tmp_path / "secret.yaml").write_text(json.dumps(SETTINGS))
+    return {"PASSWORD": SECRET, "COUNT": "8", "TABLE": str(caption_table), "PYTHONPATH": str(tmp_path)}
+
+
+def assert_nowhere(secret: str, folder: Path, *results: CompletedProcess[str]) -> None:
+    files = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("own_data.py", "own_data.pyc")]
+    files = [path for path in files if "__pycache__" not in path.parts]
+    assert len(files) > 3
+    forms = (secret, base64.b64encode(secret.encode()).decode())
+    assert not [path for path in files for form in forms if form.encode() in path.read_bytes()]
+    for result in results:
+        assert secret not in result.stdout + result.stderr
+
+
+def test_no_file_or_message_of_a_run_holds_a_secret_and_the_saved_config_resumes_it(
+    cli: Cli, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    run = partial(cli, environment=environment)
+    first = run("fit", "--config", "secret.yaml")
+    assert first.returncode == 0, first.stderr
+    saved = tmp_path / "runs/csv/version_0/fit_config.yaml"
+    kept = yaml.safe_load(saved.read_text())["data"]["init_args"]
+    wanted = SETTINGS["data"]["init_args"]
+    assert {name: kept[name] for name in ("train", "batch_size", "secret")} == {
+        name: wanted[name] for name in ("train", "batch_size", "secret")
+    }
+    assert (kept["more"]["a"], kept["more"]["d"]) == (wanted["more"]["a"], wanted["more"]["d"])
+    printed = run("fit", "--config", str(saved), "--print_config")
+    assert printed.stdout == saved.read_text()
+    more = run("fit", "--config", str(saved), "--ckpt_path", "last", "--trainer.max_steps", "4")
+    assert more.returncode == 0, more.stderr
+    (checkpoint,) = (tmp_path / "runs/csv/version_1/checkpoints").glob("*.ckpt")
+    content = torch.load(checkpoint, weights_only=True)
+    assert content["global_step"] == 4
+    settings = content["datamodule_hyper_parameters"]
+    assert (settings["secret"], settings["count"]) == ("***", 8)
+    assert settings["more"]["a"] == "https://me:***@host"
+    plan = run("fit", "--config", str(saved), "--print_plan")
+    assert_nowhere(SECRET, tmp_path, first, printed, more, plan)
+    checked = run("validate", "--config", str(saved), "--ckpt_path", str(checkpoint))
+    assert checked.returncode == 0, checked.stderr
+    unset = cli("fit", "--config", str(saved), environment={**environment, "PASSWORD": "another"})
+    assert "AssertionError" in unset.stderr  # it is the environment that counts, not what was saved
+
+
+@pytest.mark.parametrize(
+    ("word", "shown"),
+    [
+        ("${oc.env:PASSWORD}", "${oc.env:PASSWORD}: no such file"),
+        ("x/${oc.env:PASSWORD}.csv", "x/${oc.env:PASSWORD}.csv: no such file"),
+        ("http://me:${oc.env:PASSWORD}@127.0.0.1:9/t.csv", "http://me:${oc.env:PASSWORD}@127.0.0.1:9/t.csv: cannot be"),
+    ],
+)
+def test_messages_show_the_reference(cli: Cli, environment: dict[str, str], word: str, shown: str) -> None:
+    result = cli("fit", "--config", "secret.yaml", "--data.train", word, environment=environment)
+    assert result.returncode == 2
+    assert shown in result.stderr
+    assert SECRET not in result.stdout + result.stderr
+
+
+class Guarded(SimpleHTTPRequestHandler):
+    def do_GET(self) -> None:  # noqa: N802  # http.server's name
+        wanted = "Basic " + base64.b64encode(f"me:{SECRET}".encode()).decode()
+        if self.headers.get("Authorization") == wanted:
+            super().do_GET()
+        else:
+            self.send_error(401)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A table behind a password; two of its ten images are missing."""
+    folder = tmp_path_factory.mktemp("site")
+    for number in range(8):
+        Image.new("RGB", (40, 40), (number * 30, 0, 0)).save(folder / f"{number}.png")
+    rows = [f"{number}.png,caption {number}" for number in range(10)]
+    (folder / "t.csv").write_text("\n".join(["image,caption", *rows]))
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Guarded, directory=str(folder))) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://me:{SECRET}@127.0.0.1:{server.server_port}/t.csv"
+        server.shutdown()
+
+
+def test_a_password_typed_in_an_address_is_not_saved(cli: Cli, tmp_path: Path, address: str) -> None:
+    limits = ("--data.on_error", "skip", "--data.max_skipped", "0.5", "--trainer.max_steps", "5")
+    model = ("--model.architecture", TINY_YAML, "--trainer.accelerator", "cpu", "--data.num_workers", "0")
+    done = cli("fit", "--data.train", address, "--data.val", address, *limits, *model, "--data.batch_size", "4")
+    assert done.returncode == 0, done.stderr
+    (config,), (skipped,) = tmp_path.rglob("fit_config.yaml"), tmp_path.rglob("skipped.jsonl")
+    assert "http://me:***@127.0.0.1" in skipped.read_text()
+    assert_nowhere(SECRET, tmp_path, done)
+    again = cli("fit", "--config", str(config))
+    assert again.returncode == 2
+    assert "data.train: *** stands for a secret that was not saved; type --data.train with it" in again.stderr
+
+
+REPEATED = "".join(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]\n" for i in range(1, 9))
+ALIASES = f"x0: &x0 [a, a, a, a, a, a, a, a, a]\n{REPEATED}"
+DOUBLED = {"e0": "x" * 10, **{f"e{i}": f"${{.e{i - 1}}}${{.e{i - 1}}}" for i in range(1, 40)}}
+MULTIPLIED = {"e0": ["x"] * 9, **{f"e{i}": [f"${{..e{i - 1}}}"] * 9 for i in range(1, 12)}}
+CIRCLE = {"a": {"x": "${..b}"}, "b": {"y": "${..a}"}}
+
+
+@pytest.mark.parametrize(
+    ("bomb", "message"),
+    [
+        (ALIASES, "secret.yaml: not a readable YAML file (its aliases repeat more than 10,000 values"),
+        ("a: " + "[" * 50_000 + "]" * 50_000, "secret.yaml: not a readable YAML file (nested more than 100 deep"),
+        (DOUBLED, "data.init_args.more.e10: its references (${...}) stand for more than 5,000 values, or for a text"),
+        (dict(reversed(DOUBLED.items())), "data.init_args.more.e39: its references (${...}) stand for more than"),
+        (MULTIPLIED, "its references (${...}) stand for more than 5,000 values"),
+        (CIRCLE, "data.init_args.more.a.x: its references (${...}) stand for each other"),
+    ],
+    ids=["aliases", "deep", "doubled", "doubled, the last first", "multiplied", "circle"],
+)
+def test_a_config_that_grows_without_bound_is_refused_at_once(
+    cli: Cli, tmp_path: Path, environment: dict[str, str], bomb: Any, message: str
+) -> None:
+    text = (tmp_path / "secret.yaml").read_text()
+    if isinstance(bomb, str):
+        text = yaml.safe_dump(yaml.safe_load(text)) + bomb
+    else:
+        settings = json.loads(text)
+        settings["data"]["init_args"]["more"] = bomb
+        text = json.dumps(settings)
+    (tmp_path / "secret.yaml").write_text(text)
+    start = time.monotonic()
+    result = cli("fit", "--config", "secret.yaml", "--print_config", environment=environment, timeout=60)
+    assert result.returncode == 2
+    assert message in result.stderr.splitlines()[-1]
+    assert time.monotonic() - start < 30  # with the imports, on a busy machine
+
+
+def test_typed_yaml_is_bounded_too(cli: Cli, environment: dict[str, str]) -> None:
+    words = ("fit", "--config", "secret.yaml", "--data.more", ALIASES, "--print_config")
+    result = cli(*words, environment=environment, timeout=60)
+    assert len(result.stdout) + len(result.stderr) < 100_000
