@@ -103,6 +103,7 @@ check: install  ## Check lint, format, types, import rules and the documentation
 
 docs: install  ## Build the documentation site, site/index.html
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+	@echo 'open site/index.html, or with its search http://localhost:8000 after: python -m http.server --directory site'
 
 format: install  ## Format the code
 	@$(BIN)/ruff check --fix .

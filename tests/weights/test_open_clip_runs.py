@@ -57,6 +57,7 @@ def run_of(folder: Path, *options: str, prefix: str = "", params: bool = True) -
     args = parse_args(["--name", "run", *options])
     if isinstance(args.force_image_size, list) and len(args.force_image_size) == 1:
         args.force_image_size = args.force_image_size[0]
+    bias: dict[str, Any] = {"init_logit_bias": -10} if args.siglip else {}
     torch.manual_seed(0)
     model, _, preprocess = open_clip.create_model_and_transforms(
         args.model,
@@ -67,7 +68,7 @@ def run_of(folder: Path, *options: str, prefix: str = "", params: bool = True) -
         image_std=args.image_std,
         image_interpolation=args.image_interpolation,
         image_resize_mode=args.image_resize_mode,
-        **({"init_logit_bias": -10} if args.siglip else {}),
+        **bias,
     )
     (folder / "run/checkpoints").mkdir(parents=True)
     if params:
