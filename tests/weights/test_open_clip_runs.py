@@ -54,15 +54,15 @@ def registry(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def run_of(folder: Path, *options: str, prefix: str = "", params: bool = True) -> tuple[Path, Any, Any]:
     """Write a run as ``open_clip_train.main`` does; return its checkpoint, open_clip's model and its transform."""
-    args = parse_args(["--name", "run", *options])
-    if isinstance(args.force_image_size, list) and len(args.force_image_size) == 1:
-        args.force_image_size = args.force_image_size[0]
+    args: Any = parse_args(["--name", "run", *options])
+    size: Any = args.force_image_size
+    args.force_image_size = size = size[0] if isinstance(size, list) and len(size) == 1 else size
     bias: dict[str, Any] = {"init_logit_bias": -10} if args.siglip else {}
     torch.manual_seed(0)
     model, _, preprocess = open_clip.create_model_and_transforms(
         args.model,
         force_quick_gelu=args.force_quick_gelu,
-        force_image_size=args.force_image_size,
+        force_image_size=size,
         force_context_length=args.force_context_length,
         image_mean=args.image_mean,
         image_std=args.image_std,
