@@ -90,7 +90,7 @@ class Limits:
         if method in ("GET", "HEAD"):
             if not (PAGE.fullmatch(path) or self._is_stored(path.removeprefix(f"{API}/file="))):
                 raise Refused(404, "no such page")
-            await self.app(scope, receive, send)
+            await self._pass_on(scope, receive, send)
         elif method == "POST" and path == f"{API}/upload":
             await _send_json(send, 200, [await self._upload(scope, receive)])
         elif method == "POST" and (called := CALL.fullmatch(path)):
@@ -98,9 +98,24 @@ class Limits:
             await asyncio.to_thread(self._remove_oldest)
             kept = [pair for pair in scope["headers"] if pair[0] not in (b"content-length", b"content-type")]
             kept += [(b"content-length", str(len(body)).encode()), (b"content-type", b"application/json")]
-            await self.app({**scope, "headers": kept}, _received(body, receive), send)
+            await self._pass_on({**scope, "headers": kept}, _received(body, receive), send)
         else:
             raise Refused(405, "no such page")
+
+    async def _pass_on(self, scope: Message, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def sending(message: Message) -> None:
+            nonlocal started
+            started = True
+            await send(message)
+
+        try:
+            await self.app(scope, receive, sending)
+        except Exception:
+            if not started:
+                raise
+            await send({"type": "http.response.body"})  # a stream of what nobody asked for, which gradio had begun
 
     async def _upload(self, scope: Message, receive: Receive) -> str:
         """Store the image of a form; return its path."""

@@ -156,6 +156,8 @@ def test_nothing_but_the_page_is_answered(path: str, served: tuple[int, Path]) -
     assert ask(port, "OPTIONS", f"/{path}", Origin="http://somewhere.example")[0] in (403, 405)
     for other in ("vibe-edit/", "cancel", "stream/a", "reset", "call/other"):
         assert post(port, other, {"data": ["tiger", 3], "session_hash": "a", "event_id": "a"})[0] in (400, 405)
+    for unknown in ("queue/data?session_hash=unknown", "call/search/unknown"):  # no traceback in the terminal either
+        assert b"complete" not in get(port, f"/gradio_api/{unknown}")[1]
     assert get(port, "/assets/../../routes.py")[0] == 404
     assert get(port, "/static/%2e%2e/%2e%2e/routes.py")[0] == 404
 

@@ -9,7 +9,7 @@ import pytest
 from tests.fuzz.driver import Driver, read_case, seed_of
 from tests.fuzz.inputs import Input, edited, to_json
 from tests.fuzz.oracle import ROOT
-from tests.fuzz.targets import NAMES, evaluation, pairs, remote, settings, weights
+from tests.fuzz.targets import NAMES, demo, evaluation, pairs, remote, settings, weights
 from tests.helpers import forks
 
 PLANTED = "tests/fuzz/planted.py"
@@ -111,6 +111,17 @@ def test_command_ends_with_1_after_a_finding_and_says_what_to_do(tmp_path: Path)
     assert done.returncode == 1, done.stdout + done.stderr
     assert "KeyError" in done.stdout
     assert "copy its input to tests/corpus/" in done.stdout
+
+
+@pytest.mark.parametrize("path", ["@folder@/secret.txt", "@stored@/../../../secret.txt", "/proc/self/environ"])
+def test_a_demo_that_gives_files_away_is_found(path: str) -> None:
+    pytest.importorskip("gradio", reason="the extra demo is not installed")
+    call = demo.requests()["calls"][0]
+    call["body"] = {"data": [{**demo.FILE, "path": path}, "a, b", "{}"]}
+    for target, found in (("tests/fuzz/targets/demo.py:unlimited", ["AssertionError"]), ("demo", [])):
+        driver = Driver()
+        driver.batch(target, 0, 60, 1, [Input("calls", to_json([call]))])
+        assert [each.finding.kind for each in driver.summary.found.values()] == found
 
 
 @pytest.mark.parametrize("name", NAMES)

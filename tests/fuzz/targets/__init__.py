@@ -1,6 +1,7 @@
 """The targets by name, and what one is."""
 
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 
 from tests.fuzz.target import Target
@@ -15,6 +16,8 @@ MODULES = {
     "evaluation": ("suites", "results", "annotations"),
     "remote": ("hub", "store"),
 }
+if find_spec("gradio"):  # an extra
+    MODULES["demo"] = ("demo",)
 NAMES = tuple(name for names in MODULES.values() for name in names)
 
 
