@@ -22,7 +22,7 @@ from lit_clip.models.timm_hub import timm_hub_model
 from lit_clip.tools.stores import store_of
 from lit_clip.weights import hub as weights_hub
 from lit_clip.weights.load import check_before_loading
-from tests.fuzz.inputs import CANARY, Input, Inputs, edited_json
+from tests.fuzz.inputs import CANARY, DEEP, Input, Inputs, edited_json, to_json
 from tests.fuzz.samples import shard_members, table_images, tar, whole_tables
 from tests.fuzz.target import Target
 from tests.fuzz.targets.pairs import on_error, read_pairs, whole_parquet
@@ -32,6 +32,7 @@ COMMIT, SHA256 = "0123456789" * 4, "01234567" * 8
 BLOB = "9e26dfeeb6e641a33dae4961196235bdb965b21b"  # git's checksum of `{}`
 TIMM = {"architecture": "resnet18", "model_args": {"num_classes": 3}, "pretrained_cfg": {"mean": [0, 0, 0]}}
 DEEP_DOWN = "1/2/3/4"  # the caches are there, so that a path of many `..` is found in the working folder
+DEEPLY = to_json(DEEP)
 MOST = 16 << 20  # bytes that are held of an answer, so that an endless one is soon refused
 ENDLESS = 400  # megabytes
 HOSTILE = (
@@ -61,7 +62,7 @@ def _answer(tree: Any, bodies: dict[str, bytes]) -> Answer:
     return Answer(
         status if type(status) is int and 200 <= status < 600 else 200,
         tuple(headers.items()) if isinstance(headers, dict) else (),
-        json.dumps(body).encode() if content is None else content,
+        to_json(body) if content is None else content,
         times if type(times) is int and 0 <= times <= ENDLESS else 1,
         cut if type(cut) is int and 0 <= cut < 2**31 else None,
         told.get("packed") is True,
@@ -70,8 +71,8 @@ def _answer(tree: Any, bodies: dict[str, bytes]) -> Answer:
 
 def _read_tree(data: bytes) -> dict[str, Any]:
     try:
-        tree = json.loads(data)
-    except RecursionError:
+        tree = json.loads(data.replace(DEEPLY, json.dumps(DEEP).encode()))  # an answer is made deep again
+    except ValueError:  # a key that was made a list
         return {}
     return tree if isinstance(tree, dict) else {}
 
