@@ -1,5 +1,6 @@
 """The settings of a run, saved into its folder."""
 
+from collections.abc import Iterable
 from enum import Enum
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.cli import SaveConfigCallback
 
 from lit_clip.cli.configurations import Configuration, configuration, differences, joined
+from lit_clip.cli.hparams import log_settings
 from lit_clip.errors import require
 from lit_clip.tools.atomic import replacing
 from lit_clip.training.run_folder import run_folder
@@ -22,7 +24,8 @@ class SaveConfig(SaveConfigCallback):
     """Write ``<subcommand>_config.yaml`` into the run's folder, if it has one; a file that is there is kept.
 
     A run that another one continues in the same folder, with other settings, gets a number: ``fit_config-v1.yaml``.
-    Checkpoints hold a digest of the settings by which ``--ckpt_path last`` knows them again.
+    Checkpoints hold a digest of the settings by which ``--ckpt_path last`` knows them again, and TensorBoard's HParams
+    page has the settings themselves.
     """
 
     before: Any = None  # of the run that this one goes on from
@@ -34,6 +37,16 @@ class SaveConfig(SaveConfigCallback):
         if folder and trainer.is_global_zero:
             save_text(folder / self.config_filename, self.parser.dump(self.config, skip_none=False))
         self.already_saved = True
+
+    def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self._log_settings(trainer)
+
+    def on_fit_end(self, trainer: Trainer, pl_module: Any) -> None:
+        self._log_settings(trainer, trainer.callback_metrics)
+
+    def _log_settings(self, trainer: Trainer, metrics: Iterable[str] | None = None) -> None:
+        if trainer.is_global_zero and trainer.loggers:
+            log_settings(trainer.loggers, yaml.safe_load(self.parser.dump(self.config, skip_none=False)), metrics)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self.before = checkpoint.get("configuration")
