@@ -267,6 +267,7 @@ def test_a_bad_image_is_an_error_or_is_skipped_and_listed(folder: Path, tiny_che
     ("words", "message"),
     [
         (["photos"], "nothing to search for"),
+        (["photos", ""], "a text to search for is empty"),
         (["photos", "kite", "photos/a.png"], "photos/a.png: is a file, .* put it after --image"),
         (["absent", "kite"], "absent: no such folder"),
         (["photos/a.png", "kite"], "photos/a.png: no such folder"),

@@ -15,6 +15,9 @@ from hypothesis.strategies import SearchStrategy
 CANARY = "fuzz_canary"  # a module that lies beside every input; importing it is a finding
 DEEP = "@deep@"  # a value written as 100,000 nested lists
 DEPTH = 100_000
+ALIASES = "@aliases@"  # a value written as lists of YAML that would hold 9^9 texts
+SECRET = "c4nary-0f-the-fuzzer"  # in the environment; no message and no configuration may hold it
+SECRET_NAME = "FUZZ_SECRET"
 GO_ON = 0.9  # probability of a step deeper into a tree
 
 
@@ -122,7 +125,7 @@ def odd_values(extra: tuple[Any, ...] = ()) -> SearchStrategy[Any]:
         "\ud800",
         "=1+1",
     )
-    long = ("x" * 3000, "../" * 40 + "a", "a.b.C", "{}", "${oc.env:HOME}", "é" * 200, DEEP)
+    long = ("x" * 3000, "../" * 40 + "a", "a.b.C", "{}", "${oc.env:HOME}", "é" * 200, DEEP, ALIASES)
     trees: tuple[Any, ...] = ([], {}, [[]], [None], [0], ["a"], [1, 2, 3], {"": None}, {"a": 1}, [{}], {"a": {"b": []}})
     special = (None, True, False, float("nan"), float("inf"), float("-inf"))
     return st.one_of(
@@ -196,7 +199,9 @@ def _change(parent: Any, key: Any, kind: str, value: Any) -> None:
 def to_json(tree: Any) -> bytes:
     """Write a tree as JSON, which is also YAML."""
     text = json.dumps(tree)
-    return text.replace(f'"{DEEP}"', "[" * DEPTH + "]" * DEPTH).encode()
+    lists = (f"&x{i} [{', '.join([f'*x{i - 1}'] * 9)}]" for i in range(1, 9))
+    aliases = f"[&x0 [{', '.join('a' * 9)}], {', '.join(lists)}]"
+    return text.replace(f'"{DEEP}"', "[" * DEPTH + "]" * DEPTH).replace(f'"{ALIASES}"', aliases).encode()
 
 
 def edited_json(trees: Callable[[], Mapping[str, Any]], extra: tuple[Any, ...] = (), most: int = 3) -> Inputs:

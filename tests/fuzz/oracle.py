@@ -12,10 +12,10 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 from datamodules.evaluation.annotation_files import MAT_PROGRAM
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, printable
 from lit_clip.models.registry import list_models
 from lit_clip.tools.messages import one_line
-from tests.fuzz.inputs import CANARY
+from tests.fuzz.inputs import CANARY, SECRET
 
 ROOT = Path(__file__).parents[2]
 LONGEST_MESSAGE = 500
@@ -82,6 +82,8 @@ def wrong_message(error: InputError, names: tuple[str, ...]) -> str:
         return "message of several lines"
     if len(line.replace(", ".join(list_models()), "")) > LONGEST_MESSAGE:  # our own list is long for a reason
         return f"message longer than {LONGEST_MESSAGE} characters"
+    if SECRET in printable(line):
+        return "secret in a message"
     if control:
         return "control character in a message"
     if not any(character.isalnum() for character in line):

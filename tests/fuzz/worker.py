@@ -17,7 +17,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from lit_clip.errors import InputError
 from lit_clip.tools.messages import one_line, user_error
-from tests.fuzz.inputs import CANARY, Input
+from tests.fuzz.inputs import CANARY, SECRET, SECRET_NAME, Input
 from tests.fuzz.oracle import Finding, ForbiddenError, Guard, our_place, wrong_message
 from tests.fuzz.target import Target
 from tests.fuzz.targets import find_target
@@ -69,6 +69,7 @@ def work(job: Job, connection: Connection) -> None:
     for descriptor in (1, 2):
         os.dup2(output, descriptor)
     os.environ.update(HOME=str(job.folder), XDG_CACHE_HOME=str(job.folder / "cache"), OMP_NUM_THREADS="1")
+    os.environ[SECRET_NAME] = SECRET
     os.environ.update(TMPDIR=str(job.folder), COLUMNS="200")
     import huggingface_hub.constants
     import torch

@@ -2,6 +2,7 @@
 
 import io
 import random
+import re
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -260,3 +261,11 @@ def other(content: bytes) -> bytes:
         table = table.set_column(table.column_names.index(name), name, [texts])
     pq.write_table(table, file)
     return file.getvalue()
+
+
+def test_thousands_of_configurations_are_a_short_line(hub: Hub) -> None:
+    hub.repositories["jxie/flickr8k"].push({f"c{number}/train.parquet": parquet(range(1)) for number in range(400)})
+    assert re.fullmatch(
+        r"jxie/flickr8k: it has several configurations; it has (\w+, ){4}\w+ and 39\d more; give one, such as \S+",
+        message("jxie/flickr8k"),
+    )

@@ -12,7 +12,7 @@ MODULES = {
     "features": ("feature_files", "feature_index", "score_files", "stored_rows"),
     "weights": ("weight_files", "checkpoints", "open_clip_folders", "open_clip_runs", "hugging_face_folders"),
     "settings": ("fit_yaml", "resumed_checkpoints"),
-    "words": ("captions",),
+    "words": ("captions", "cards"),
     "evaluation": ("suites", "results", "annotations"),
     "remote": ("hub", "store"),
 }

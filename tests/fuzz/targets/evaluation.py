@@ -1,5 +1,6 @@
 """Suites, results of evaluations, and the annotation files of evaluation sets."""
 
+import csv
 import io
 import json
 from collections.abc import Iterator, Mapping
@@ -181,9 +182,20 @@ def read_other_results(folder: Path, given: Input) -> Iterator[str]:
         paired_differences(whole, folder, {"other": OtherRun("", folder, results)})
     except InputError as error:
         raise AssertionError(f"refused after it was read: {error}") from error
+    with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
+        texts = [cell for row in csv.reader(file) for cell in row if not _is_number(cell)]
+    assert not [text for text in texts if text.startswith(tuple("=+-@\t\r"))], "a formula in results.csv"
     text = (folder / "report.html").read_text(encoding="utf-8")
     assert "<script>alert" not in text, "a script of the results is in the report"
     yield "used"
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        float(cell)
+    except ValueError:
+        return False
+    return True
 
 
 @cache

@@ -1,12 +1,16 @@
-"""Captions, as the tokenizers get them."""
+"""Captions, as the tokenizers get them, and names of files, as the model card shows them."""
 
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from time import process_time
 
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer
 from lit_clip.models.tokenizer import EOT_ID, SOT_ID, CLIPTokenizer
+from lit_clip.weights.export import Parity
+from lit_clip.weights.model_card import ExportedSource, model_card
 from tests.fuzz.inputs import Input, texts
 from tests.fuzz.target import Target
 
@@ -47,4 +51,24 @@ def read_caption(folder: Path, given: Input) -> Iterator[str]:
     yield "used"
 
 
+@cache
+def tiny_model() -> CLIP:
+    """Return the smallest CLIP."""
+    image = VisionTransformerConfig(image_size=32, patch_size=16, width=8, layers=1, heads=1)
+    return CLIP(CLIPConfig(8, image, TextTransformerConfig(context_length=8, width=8, layers=1, heads=1)))
+
+
+def write_card(folder: Path, given: Input) -> Iterator[str]:
+    """Write the model card of a checkpoint whose name is a text."""
+    name = given.data.decode("utf-8", "surrogatepass")
+    card = model_card(tiny_model(), "open_clip", "model", ExportedSource(name, None), Parity(0, 0, 0, True), None)
+    card.encode()
+    plain = model_card(tiny_model(), "open_clip", "model", ExportedSource("x", None), Parity(0, 0, 0, True), None)
+    pairs = zip(card.splitlines(), plain.splitlines(), strict=True)
+    changed = [line for line, other in pairs if line != other]
+    assert all(line.startswith("| exported from | `") for line in changed), changed
+    yield "used"
+
+
+cards = Target(lambda: texts("name.txt"), write_card, named=False)
 captions = Target(lambda: texts("caption.txt"), read_caption, named=False)
