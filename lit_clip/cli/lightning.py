@@ -180,19 +180,21 @@ class CLI(LightningCLI):
             self.parse_arguments(parser, [*words, callbacks_option(callbacks, of_callbacks, _default_callbacks())])
             return
         if path in NEWEST:
-            found = self._newest(known, subcommand, path)
+            found = self._newest(known, words, subcommand, path)
             self.parse_arguments(parser, [*words, "--ckpt_path", str(found) if found else "null"])
             return
         model = _model_of(self.config[subcommand])
         if path and not model.get("lora"):
             model["pretrained"] = None  # the checkpoint replaces every weight
 
-    def _newest(self, parser: LightningArgumentParser, subcommand: str, path: str) -> Path | None:
+    def _newest(self, parser: LightningArgumentParser, words: Sequence[str], subcommand: str, path: str) -> Path | None:
         """Return the newest checkpoint of this configuration; None if there is none and the run may begin."""
         settings = self.config[subcommand]
         folders, ours = run_folders(settings.as_dict()), configuration(parser, settings)
         if subcommand != "fit":
             ours = {} if self.uses_packaged_defaults else evaluated(ours)
+        if self.uses_packaged_defaults and not any(word.startswith("--model.architecture") for word in words):
+            ours.pop("model.architecture", None)  # the checkpoint's comes before the packaged one
         found = newest_checkpoint(folders, lambda checkpoint: differences(ours, checkpoint.get("configuration")))
         if found is None and not (path == "auto" and subcommand == "fit"):
             hint = "; --ckpt_path auto starts from the beginning in that case" if subcommand == "fit" else ""
