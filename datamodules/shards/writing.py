@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ from lit_clip.tools.reading import reading
 from lit_clip.tools.workers import loader
 
 MANIFEST = "shards.json"
+OURS = re.compile(rf"{re.escape(MANIFEST)}|\d{{5,}}\.(tar({re.escape(INDEX_SUFFIX)})?|skipped\.jsonl)")
 EXTENSIONS = {
     "JPEG": "jpg",
     "MPO": "jpg",  # a JPEG followed by further images, as some cameras write
@@ -76,11 +78,12 @@ def keep_manifest(path: Path, manifest: dict[str, Any]) -> None:
     """Write the manifest into a new folder; in an old one compare it, so that no folder mixes two sets of shards.
 
     Raises:
-        InputError: the folder holds other shards.
+        InputError: the folder holds other shards or other files.
     """
+    visible = sorted(each.name for each in path.parent.iterdir() if not each.name.startswith("."))
+    if others := [name for name in visible if not (path.exists() and OURS.fullmatch(name))]:
+        raise InputError(f"{path.parent}: {others[0]} was not written by lit-clip shard; give an empty folder")
     if not path.exists():
-        if tars := sorted(path.parent.glob("*.tar")):
-            raise InputError(f"{path.parent}: {tars[0].name} was not written by lit-clip shard; give an empty folder")
         with replacing(path) as draft:
             draft.write_text(json.dumps(manifest, indent=1), encoding="utf-8")
         return

@@ -23,9 +23,9 @@ from lit_clip.cli.imports import (
 )
 from lit_clip.cli.lazy_torchmetrics import defer_torchmetrics
 from lit_clip.errors import InputError, printable
-from lit_clip.tools.guarded_output import guard_messages
+from lit_clip.tools.guarded_output import guard_messages, open_closed_streams
 from lit_clip.tools.messages import one_line, user_error
-from lit_clip.tools.processes import let_launcher_end, watch_launcher
+from lit_clip.tools.processes import check_open_files, let_launcher_end, watch_launcher
 from lit_clip.tools.silenced import silence
 
 # LightningCLI's commands, imported when one of them is run.
@@ -108,6 +108,7 @@ def _check_command(words: Sequence[str]) -> None:
 
 def _run(words: list[str]) -> int:
     """Run a command and return the exit code."""
+    check_open_files()
     find_working_folder()
     modules, words = command_words(words)
     _check_command(words)
@@ -128,22 +129,24 @@ def _run(words: list[str]) -> int:
 
 def main() -> None:
     """Run the ``lit-clip`` command; errors that the user can fix are one line and exit code 2."""
+    closed = open_closed_streams()
     silence()
     guard_messages()
     if threading.excepthook is threading.__excepthook__:  # not where this command runs in a program that has its own
         threading.excepthook = _thread_error
     watch_launcher()
+    messages = sys.stdout if "stderr" in closed else sys.stderr
     defer_torchmetrics()
     try:
         code = _run(sys.argv[1:])
     except KeyboardInterrupt as stop:
-        sys.stderr.write(printable(f"lit-clip: interrupted{f': {stop}' if str(stop) else ''}\n"))
+        messages.write(printable(f"lit-clip: interrupted{f': {stop}' if str(stop) else ''}\n"))
         code = INTERRUPTED
     except Exception as error:
         fixable = user_error(error)
         if fixable is None:
             raise
-        sys.stderr.write(f"lit-clip: error: {printable(one_line(fixable))}\n")
+        messages.write(f"lit-clip: error: {printable(one_line(fixable))}\n")
         code = USER_ERROR
     if code:
         let_launcher_end(PATIENCE)

@@ -185,7 +185,7 @@ def make_trainer(callbacks: list[Callback], settings: EncodingSettings) -> Train
     """Return a trainer that only computes: no logs, checkpoints or progress bar.
 
     Raises:
-        InputError: there is no such device.
+        InputError: there is no such device, or SLURM's variables contradict the settings.
     """
     try:
         trainer = Trainer(
@@ -200,7 +200,7 @@ def make_trainer(callbacks: list[Callback], settings: EncodingSettings) -> Train
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:  # of SLURM's variables the last
         raise InputError(f"devices or accelerator: {error}") from error
     watch_started_ranks(trainer)
     keep_freed_memory(trainer)

@@ -17,6 +17,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import not_written, replacing
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
+from lit_clip.training.claims import claim, release_folders
 
 CHECKED_AT_ONCE = 65_536  # rows of a file of features
 LENGTH_TOLERANCE = 0.01  # of unit features; bfloat16 rounds to 0.004
@@ -87,10 +88,11 @@ class FeatureParts:
     def __init__(self, output: Path, model: str) -> None:
         self.folder = output.with_name(f".{output.name.lstrip('.')}.parts")
         self.model = model
+        self.output_of_one = ""  # the output, if no other run may write it at the same time
 
     @classmethod
     def resumed(cls, output: Path, models: Mapping[Precision, str], precision: Precision) -> Self:
-        """Return the parts of an output, those of an earlier run too, unless that had another precision.
+        """Return the parts of an output of one run at a time, those of an earlier run too, but of no other precision.
 
         Args:
             output: the file that they will become.
@@ -101,6 +103,7 @@ class FeatureParts:
             InputError: there are parts in another precision.
         """
         parts = cls(output, models[precision])
+        parts.output_of_one = str(output)
         begun = parts.models()
         for other, model in models.items():
             require(
@@ -116,7 +119,15 @@ class FeatureParts:
         return self.folder / "stop"
 
     def start(self) -> None:
-        """Make the folder and remove an earlier run's :attr:`stop`; for one rank to call."""
+        """Make the folder and remove an earlier run's :attr:`stop`; for one rank to call.
+
+        Raises:
+            InputError: the folder cannot be made, or another run writes the output.
+        """
+        if self.output_of_one and (holder := claim(self.folder / "run")):
+            raise InputError(
+                f"{self.output_of_one}: another run writes it ({holder}); wait for its end, or give another --output"
+            )
         try:
             self.folder.mkdir(exist_ok=True)
             self.stop.unlink(missing_ok=True)
@@ -156,6 +167,7 @@ class FeatureParts:
 
     def end(self) -> None:
         """End an unfinished run: keep the parts, but no empty folder."""
+        self._release()
         self.stop.unlink(missing_ok=True)
         with suppress(OSError):  # not empty
             self.folder.rmdir()
@@ -163,6 +175,11 @@ class FeatureParts:
     def remove(self) -> None:
         """Remove the parts when the output is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        self._release()
+
+    def _release(self) -> None:
+        if self.output_of_one:
+            release_folders()
 
 
 def collect(identities: Sequence[Identity], features: Mapping[Identity, np.ndarray], embed_dim: int) -> FeatureTable:

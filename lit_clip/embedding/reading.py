@@ -78,7 +78,7 @@ class EncoderBatch(NamedTuple):
 
 def in_batches(rows: Sequence[int], batch_size: int) -> list[Sequence[int]]:
     """Cut rows into batches, in their order."""
-    require(batch_size >= 1, f"--batch_size {batch_size} must be at least 1")
+    require(1 <= batch_size < 2**31, f"--batch_size {batch_size} must be at least 1 and less than 2**31")
     return [rows[start : start + batch_size] for start in range(0, len(rows), batch_size)]
 
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 from lit_clip.errors import InputError
 
+OS_ERROR = "(os error "  # of safetensors and tokenizers, which raise no OSError
+
 
 @contextmanager
 def replacing(path: Path, hint: str = "") -> Iterator[Path]:
@@ -23,7 +25,8 @@ def replacing(path: Path, hint: str = "") -> Iterator[Path]:
         hint: what to do about it, for the end of the error message.
 
     Raises:
-        InputError: the folder of ``path`` does not exist or cannot be written to, or the body raised an ``OSError``.
+        InputError: the folder of ``path`` does not exist or cannot be written to, or the body raised an ``OSError``,
+            or what a library written in Rust raises in its place.
     """
     whole = path.absolute()
     draft = draft_of(whole)
@@ -31,7 +34,9 @@ def replacing(path: Path, hint: str = "") -> Iterator[Path]:
         yield draft
         _to_disk(draft)
         os.replace(draft, path)
-    except OSError as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and (isinstance(error, InputError) or OS_ERROR not in str(error)):
+            raise
         raise not_written(path, error, hint) from error
     finally:
         remove(draft)
@@ -87,9 +92,9 @@ def make_folder(path: Path, option: str = "") -> None:
         raise InputError(f"{option} {path}: cannot be created ({error.strerror})".lstrip()) from error
 
 
-def not_written(path: Path, error: OSError, hint: str = "") -> InputError:
+def not_written(path: Path, error: Exception, hint: str = "") -> InputError:
     """Return the error to raise for a file that could not be written."""
-    reason = error.strerror or str(error).partition("\n")[0] or type(error).__name__
+    reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
     return InputError(f"{path}: cannot be written ({reason}){hint}")
 
 

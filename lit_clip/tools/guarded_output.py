@@ -1,6 +1,7 @@
 """Text for the terminal: what comes from a file, such as its name, must not reach it as an escape sequence."""
 
 import logging
+import os
 import sys
 import traceback
 import warnings
@@ -17,6 +18,19 @@ def guard_messages() -> None:
     logging.setLogRecordFactory(_Record)
     warnings.showwarning = _show_warning
     sys.excepthook = _show_error
+
+
+def open_closed_streams() -> set[str]:
+    """Open the null device in place of the standard streams that are closed, as by ``2>&-``; return their names.
+
+    Python has no object for a closed stream, and the next file that is opened would get its descriptor.
+    """
+    streams = {"stdin": "r", "stdout": "w", "stderr": "w"}  # by descriptor: a file gets the lowest that is free
+    closed = {name for name in streams if getattr(sys, name) is None}
+    for name, mode in streams.items():
+        if name in closed:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+    return closed
 
 
 class _Record(logging.LogRecord):

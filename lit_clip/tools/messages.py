@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import importlib
 import inspect
+import os
 import re
 import sys
 from argparse import ArgumentError
@@ -18,6 +19,7 @@ from traceback import walk_tb
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lit_clip.errors import InputError
+from lit_clip.tools.processes import few_files
 
 NO_FILE = "Expected a path but "  # every class path could be that of a file with settings
 UNION = "Does not validate against any of the Union subtypes"
@@ -209,6 +211,9 @@ UNKNOWN_METRIC = re.compile(r"Early stopping conditioned on metric `(.*?)` which
 
 SECONDS_FOR_CORE = 10  # to wait for a worker that has closed its connection and is not yet gone
 
+# The system's error, and torch's where a descriptor that a data worker sends does not arrive.
+MANY_FILES = re.compile(rf"{os.strerror(errno.EMFILE)}|received \d+ items of ancdata")
+
 # In the messages of gloo and of the rendezvous.
 SILENT_PEER = re.compile("Timed out (?:waiting|after) ")
 
@@ -270,11 +275,14 @@ def user_error(error: BaseException) -> BaseException | None:
 
     jsonargparse wraps an error that a constructor raises; ours is then among the causes.
     """
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, InputError):
-            return cause
-        cause = cause.__cause__ or cause.__context__
+    chain = [error]
+    while cause := chain[-1].__cause__ or chain[-1].__context__:
+        chain.append(cause)
+    if any(MANY_FILES.search(str(each)) for each in chain):
+        return few_files()
+    ours = next((each for each in chain if isinstance(each, InputError)), None)
+    if ours:
+        return ours
     of_encoder = re.search(r"Not of type \w+: (architecture: .*)", str(error))
     if of_encoder:
         return InputError(of_encoder[1])

@@ -1,17 +1,43 @@
-"""End this process, a rank or a data worker, when the process that started it has ended."""
+"""End this process, a rank or a data worker, when the process that started it has ended; how many files it may open."""
 
 import os
 import sys
 import threading
 import time
 
+from lit_clip.errors import InputError
+
+try:
+    import resource
+except ImportError:  # Windows, which has no such limit
+    resource = None
+
 LAUNCHER = "LIT_CLIP_LAUNCHER"  # id of the process that starts this machine's other ranks
+LEAST_FILES = 128  # that a process may open; a data worker that can open no more loses its batch without an error
 GRACE = 10.0  # seconds; after an orderly end the other ranks need one or two
 
 
 def is_launched() -> bool:
     """Whether another rank's ``lit-clip`` started this process (not torchrun, SLURM or a person)."""
     return "LOCAL_RANK" in os.environ and os.environ.get(LAUNCHER) == str(os.getppid())
+
+
+def check_open_files() -> None:
+    """Raise :class:`InputError` if this process may open too few files to train."""
+    if _most_files() < LEAST_FILES:
+        raise few_files()
+
+
+def few_files() -> InputError:
+    """Return the error for a process that may not open enough files."""
+    return InputError(
+        f"too many open files: a process may open {_most_files():.0f}, and needs {LEAST_FILES} or more; raise the "
+        "limit: ulimit -n 4096"
+    )
+
+
+def _most_files() -> float:
+    return float("inf") if resource is None else resource.getrlimit(resource.RLIMIT_NOFILE)[0] % 2**63
 
 
 def watch_launcher() -> None:

@@ -12,6 +12,7 @@ from string import Template
 from tests.faults.catalogue import FAULTS, STORE_TIMEOUT, Fault
 from tests.faults.cells import RANKS, TOLERANCE, WORKERS, Cell, Outcome, all_cells
 from tests.faults.runs import EPOCHS, EVERY, GROUP_TIMEOUT, STEPS
+from tests.faults.surroundings import table as surroundings
 
 Outcomes = Mapping[tuple[Cell, int], Outcome]
 
@@ -22,7 +23,12 @@ def markdown(outcomes: Outcomes) -> str:
     """Return ``docs/faults.md``."""
     values = {"steps": STEPS, "epochs": EPOCHS, "every": EVERY, "tolerance": f"{TOLERANCE:g}"}
     limits = {"group": GROUP_TIMEOUT, "store": f"{STORE_TIMEOUT:g}"}
-    tables = {"outcomes": _summary(outcomes), "cells": _details(outcomes), "others": _others(outcomes)}
+    tables = {
+        "outcomes": _summary(outcomes),
+        "cells": _details(outcomes),
+        "others": _others(outcomes),
+        "surroundings": surroundings(),
+    }
     return Template(TEMPLATE.read_text(encoding="utf-8")).substitute(values | limits | tables)
 
 

@@ -1,0 +1,174 @@
+"""Commands whose surroundings are at fault work, or end in one line; the table is in docs/faults.md."""
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from lit_clip.cli.subcommands import run_command
+from lit_clip.errors import InputError
+from lit_clip.tools.messages import user_error
+from tests.conftest import ROOT
+from tests.faults import surroundings
+from tests.faults.disks import why_no_disk
+
+LIT_CLIP = str(Path(sys.executable).parent / "lit-clip")
+EMBED = ["embed", "images", "--model", "tiny.ckpt", "--output", "f.npy", "--num_workers", "0", "--accelerator", "cpu"]
+FIT = [
+    *["fit", "--data.train", "pairs.csv", "--data.val", "pairs.csv", "--data.batch_size", "4"],
+    *["--data.num_workers", "0", "--model.pretrained", "tiny.ckpt", "--trainer.max_steps", "1"],
+    *["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"],
+]
+EXPORT_UNTIL_IT_FITS = """
+import os, subprocess, sys
+from lit_clip.cli.subcommands import run_command
+from lit_clip.tools.messages import user_error
+disk, model, format, step = sys.argv[1:]
+size = 4
+while True:
+    subprocess.run(["mount", "-o", f"remount,size={size}k", disk], check=True)
+    try:
+        run_command(["export", model, "--format", format, "--output", f"{disk}/out"])
+    except Exception as error:
+        line = user_error(error)
+        assert line is not None, f"{size}k: {type(error).__name__}: {error}"
+        assert str(line).startswith(f"{disk}/out: cannot be written ("), line
+        assert not os.listdir(disk), os.listdir(disk)
+        size += int(step)
+    else:
+        break
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path) -> Path:
+    """A working folder with eight images, a table of them and a checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    Path("images").mkdir()
+    for number in range(8):
+        Image.new("RGB", (40, 40), (30 * number, 0, 0)).save(f"images/{number}.png")
+    Path("pairs.csv").write_text("image,caption\n" + "".join(f"images/{n}.png,number {n}\n" for n in range(8)))
+    Path("tiny.ckpt").symlink_to(tiny_checkpoint)
+    return tmp_path
+
+
+def run(words: list[str], redirection: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
+    """Run the command in a shell of its own, as a fork has streams already."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **variables}
+    command = ["sh", "-c", f'exec "$@" {redirection}', "sh", LIT_CLIP, *words]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+
+
+@pytest.mark.parametrize("words", [FIT, EMBED], ids=["fit", "embed"])
+@pytest.mark.parametrize("closed", ["2>&-", ">&-"])
+def test_a_command_works_without_a_stream(words: list[str], closed: str, folder: Path) -> None:
+    done = run(words, closed)
+    assert done.returncode == 0, done
+    assert Path("f.npy").exists() or list(folder.rglob("last.ckpt"))
+    if words is EMBED and closed == "2>&-":
+        done = run([*EMBED, "--batch_size", "0"], closed)
+        assert (done.returncode, done.stdout) == (
+            *(2, "lit-clip: error: --batch_size 0 must be at least 1 and less than 2**31\n"),
+        )
+
+
+@pytest.mark.parametrize("words", [FIT, EMBED], ids=["fit", "embed"])
+def test_few_open_files_are_one_line_that_names_the_limit(words: list[str], folder: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    limited = ["sh", "-c", 'ulimit -n 24; exec "$@"', "sh", LIT_CLIP, *words]
+    done = subprocess.run(limited, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    line = "too many open files: a process may open 24, and needs 128 or more; raise the limit: ulimit -n 4096"
+    assert (done.returncode, done.stderr) == (2, f"lit-clip: error: {line}\n")
+
+
+def test_files_that_run_out_later_are_the_same_line() -> None:
+    line = f"a process may open {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}, and needs"
+    ours = InputError("a.csv: cannot be written (Too many open files)")
+    ours.__cause__ = OSError(errno.EMFILE, "Too many open files", "a.csv")
+    for error in (ours.__cause__, ours, RuntimeError("received 0 items of ancdata")):
+        assert line in str(user_error(error))
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from lit_clip.embedding.feature_files import FeatureParts
+parts = FeatureParts.resumed(Path(sys.argv[1]), {"32-true": "m"}, "32-true")
+parts.start()
+print("held", flush=True)
+time.sleep(120)
+"""
+
+
+@pytest.mark.parametrize("output", ["f.npy", "s.parquet"])
+def test_an_output_that_another_run_writes_is_refused_at_once(output: str, folder: Path) -> None:
+    words = EMBED if output == "f.npy" else ["score", "pairs.csv", *EMBED[2:4], "--output", output, *EMBED[6:]]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    other = subprocess.Popen([sys.executable, "-c", HOLD, output], env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        kept = Path(f".{output}.parts", "part.npz")
+        kept.write_bytes(b"")
+        with pytest.raises(InputError, match=rf"^{output}: another run writes it \(process {other.pid} on .*\); wait"):
+            run_command(words)
+        assert kept.exists()
+    finally:
+        other.kill()
+        other.communicate()
+    run_command(words)
+    assert Path(output).exists()
+    assert not [path.name for path in folder.glob(".*")]
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "00000.tar", "photos"])
+def test_a_folder_with_other_files_is_not_filled_with_shards(name: str, folder: Path) -> None:
+    (folder / "out").mkdir()
+    (folder / "out" / name).mkdir() if name == "photos" else (folder / "out" / name).write_bytes(b"x")
+    with pytest.raises(InputError, match=rf"^out: {name} was not written by lit-clip shard; give an empty folder$"):
+        run_command(["shard", "pairs.csv", "out", "--workers", "0"])
+    assert [path.name for path in Path("out").iterdir() if path.name != ".lock"] == [name]
+
+
+def test_a_folder_that_shards_were_written_to_is_resumed_and_gets_no_other_files(folder: Path) -> None:
+    words = ["shard", "pairs.csv", "out", "--workers", "0", "--shard_size", "3"]
+    run_command(words)
+    whole = Path("out/00001.tar").read_bytes()
+    Path("out/00001.tar").unlink()
+    run_command(words)
+    assert Path("out/00001.tar").read_bytes() == whole
+    Path("out/more.tar").touch()
+    with pytest.raises(InputError, match="more.tar was not written by lit-clip shard"):
+        run_command(words)
+
+
+@pytest.mark.skipif(bool(why_no_disk()), reason=why_no_disk())
+@pytest.mark.parametrize("format", ["hugging_face", "open_clip"])
+def test_a_full_disk_ends_an_export_in_one_line_and_leaves_nothing(
+    format: str, folder: Path, tiny_checkpoint: Path
+) -> None:
+    (folder / "disk").mkdir()
+    step = str(tiny_checkpoint.stat().st_size // 1024 // 8 + 400)
+    mount = 'mount -t tmpfs -o size=1m tmpfs "$1" && exec "$2" -c "$3" "$1" "$4" "$5" "$6"'
+    words = ["disk", sys.executable, EXPORT_UNTIL_IT_FITS, "tiny.ckpt", format, step]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    command = ["unshare", "-m", "sh", "-c", mount, "sh", *words]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_slurm_tasks_that_lightning_refuses_are_one_line(folder: Path) -> None:
+    done = run(EMBED, SLURM_NTASKS="2")
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("lit-clip: error: devices or accelerator: You set `--ntasks=2` in your SLURM bash script")
+
+
+def test_the_page_has_every_fault_and_every_fault_a_test() -> None:
+    assert surroundings.table() in (ROOT / "docs/faults.md").read_text(encoding="utf-8")
+    assert all(each.test in globals() for each in surroundings.SURROUNDINGS)
