@@ -193,7 +193,8 @@ def web_app(trial: Trial, name: str, uploads: Path, host: str = "127.0.0.1") -> 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     gr.mount_gradio_app(app, blocks.queue(max_size=WAITING), "/", theme=theme, css=CSS, **options)
     functions = blocks.config["dependencies"]
-    inputs = {each[key]: len(each["inputs"]) for each in functions for key in ("id", "api_name")}
+    inputs: dict[int | str, int] = {each["id"]: len(each["inputs"]) for each in functions}
+    inputs |= {str(each["api_name"]): inputs[each["id"]] for each in functions}  # False: it has none
     return Limits(app, uploads, host, inputs)
 
 

@@ -69,7 +69,7 @@ class Limits:
         inputs: number of inputs of each function of the page, by its number and by the name of its route.
     """
 
-    def __init__(self, app: Application, uploads: Path, host: str, inputs: Mapping[Any, int]) -> None:
+    def __init__(self, app: Application, uploads: Path, host: str, inputs: Mapping[int | str, int]) -> None:
         self.app, self.uploads, self.host, self.inputs = app, uploads, host, inputs
         self._bodies = asyncio.Semaphore(MOST_UPLOADS)
         self._stored = re.compile(rf"{re.escape(str(uploads))}/[0-9a-f]{{16,64}}/\w[\w.-]{{0,80}}", re.ASCII)
@@ -112,10 +112,12 @@ class Limits:
 
         try:
             await self.app(scope, receive, sending)
-        except Exception:
+        except (Exception, asyncio.CancelledError):
             if not started:
                 raise
-            await send({"type": "http.response.body"})  # a stream of what nobody asked for, which gradio had begun
+            # Of a stream: gradio begins one for a call that nobody made, and the demo may end while a page is open.
+            with suppress(RuntimeError):  # it has ended already
+                await send({"type": "http.response.body"})
 
     async def _upload(self, scope: Message, receive: Receive) -> str:
         """Store the image of a form; return its path."""

@@ -39,7 +39,8 @@ def running(checkpoint: Path, folder: Path, *options: str) -> Iterator[tuple[int
             raise AssertionError("".join(lines))
         yield int(found[1]), lines
         process.send_signal(signal.SIGTERM)
-        assert "Traceback" not in process.stderr.read()
+        printed = process.stderr.read()
+        assert "Traceback" not in printed, printed
         assert process.wait(timeout=60) == 0
 
 
