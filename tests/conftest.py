@@ -23,6 +23,7 @@ import torch
 from filelock import FileLock
 from threadpoolctl import threadpool_limits
 
+from lit_clip import secrets
 from lit_clip.cli.main import CONFIGURED
 from lit_clip.models import flops
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
@@ -98,6 +99,12 @@ def _no_rank() -> Iterator[None]:
     yield
     for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
+
+
+@pytest.fixture(autouse=True)
+def _no_known_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forget what a configuration took from the environment; a process of the command line reads one."""
+    monkeypatch.setattr(secrets, "_known", {})
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,12 @@
 """A run's settings for TensorBoard's HParams page, where runs are compared by settings and metrics."""
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
-LOGIN = re.compile(r"(?<=://)[^/@\s]+@")  # in an address
+from lit_clip.secrets import without_secrets
+
 # Settings of the trainer that change what is learned.
 OF_TRAINER = (
     *("max_epochs", "max_steps", "limit_train_batches", "overfit_batches", "precision", "devices", "num_nodes"),
@@ -62,7 +62,7 @@ def flat_settings(settings: Mapping[str, Any]) -> dict[str, bool | float | str]:
     named = [_described(each) for each in (callbacks if isinstance(callbacks, list) else [callbacks])]
     chosen = {"seed_everything": settings.get("seed_everything"), "model": settings.get("model")}
     chosen |= {"data": settings.get("data"), "trainer": trainer | {"callbacks": ", ".join(sorted(named))}}
-    return {name: LOGIN.sub("***@", value) if isinstance(value, str) else value for name, value in _flat(chosen)}
+    return {name: without_secrets(value) if isinstance(value, str) else value for name, value in _flat(chosen)}
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bool | float | str]]:

@@ -71,7 +71,7 @@ def test_settings_are_flat_plain_values_without_passwords() -> None:
     }
     expected = {
         **{"model.loss": "mine.Loss", "model.loss.power": 2, "data": "datamodules.Captions"},
-        **{"data.train": "https://***@host/a.csv", "trainer.max_epochs": 3},
+        **{"data.train": "https://me:***@host/a.csv", "trainer.max_epochs": 3},
         "trainer.callbacks": "EMA(decay=0.9), ModelCheckpoint",
     }
     assert flat_settings(yaml.safe_load(yaml.safe_dump(given))) == expected
