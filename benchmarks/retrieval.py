@@ -23,9 +23,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lit_clip.evaluation.retrieval import Joined, RetrievalSet, retrieval_metrics, token_hashes
-from lit_clip.evaluation.retrieval_metrics import pair_scores, retrieval_ranks, whole_set_loss
 from lit_clip.losses.contrastive import unit
+from lit_clip.retrieval.metrics import pair_scores, retrieval_ranks, whole_set_loss
+from lit_clip.retrieval.retrieval_set import Joined, RetrievalSet, retrieval_metrics, token_hashes
 
 D = 512
 BATCH = 1000  # pairs

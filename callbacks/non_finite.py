@@ -21,9 +21,9 @@ from lit_clip.module import TrainingStep
 from lit_clip.tools import host_copy
 from lit_clip.tools.host_copy import HostCopy
 from lit_clip.tools.untrusted import check_entries
+from lit_clip.training.lightning.run_folder import run_folder
+from lit_clip.training.lightning.signals import signal_of
 from lit_clip.training.optim import obeys_found_inf, skip_step
-from lit_clip.training.run_folder import run_folder
-from lit_clip.training.signals import signal_of
 
 FILE = "non_finite.jsonl"
 MOST_IN_A_ROW = 100  # weights that are not finite themselves never recover

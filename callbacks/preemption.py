@@ -13,10 +13,10 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_clip import distributed
 from lit_clip.errors import require
 from lit_clip.tools.processes import is_launched
-from lit_clip.training.checkpoint_io import save_whole
-from lit_clip.training.claims import release_folders
-from lit_clip.training.run_folder import run_folder
-from lit_clip.training.signals import Signals, replace_signals, signals_of
+from lit_clip.training.lightning.checkpoint_io import save_whole
+from lit_clip.training.lightning.folder_locks import release_folders
+from lit_clip.training.lightning.run_folder import run_folder
+from lit_clip.training.lightning.signals import Signals, replace_signals, signals_of
 from lit_clip.training.summary import resume_command
 
 

@@ -7,7 +7,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_warn
 
-from lit_clip.training.run_folder import curves, run_folder
+from lit_clip.training.lightning.run_folder import curves, run_folder
 from lit_clip.training.summary import print_next_steps, print_summary
 
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lit_clip import distributed
 from lit_clip.errors import require
-from lit_clip.training.restoring import restoring
+from lit_clip.training.lightning.resume_checks import restoring
 
 
 class RandomStates(Callback):

@@ -9,12 +9,13 @@ from callbacks.periodic import PeriodicEvaluation, PeriodicResult, from_first_ra
 from callbacks.suite_sets import check_images, chosen_entries, named, open_sets
 from lit_clip.errors import require
 from lit_clip.evaluation.caption_choice import EncodedChoices, encode_choices, evaluate_choices
+from lit_clip.evaluation.caption_texts import caption_texts
 from lit_clip.evaluation.data import CaptionChoices, CaptionedImages, ImageSet
 from lit_clip.evaluation.prompts import Prompts, text_classifier
-from lit_clip.evaluation.retrieval import caption_texts, evaluate_pairs
 from lit_clip.evaluation.set_encoding import Encoded, SetEncoder
 from lit_clip.evaluation.suite import Metric, Task
 from lit_clip.module import LitCLIP
+from lit_clip.retrieval.retrieval_set import evaluate_pairs
 from lit_clip.tools.images import OnError
 
 TASKS: tuple[Task, ...] = ("retrieval", "caption_choice")

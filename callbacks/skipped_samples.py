@@ -15,7 +15,7 @@ from lit_clip.batch import JUDGED_AFTER, CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.tools.hashing import hash64
 from lit_clip.tools.untrusted import check_entries
-from lit_clip.training.run_folder import run_folder
+from lit_clip.training.lightning.run_folder import run_folder
 
 FILE = "skipped.jsonl"
 MOST_REASONS = 20  # logged separately

@@ -28,7 +28,7 @@ from lit_clip.models.patches import as_image
 from lit_clip.models.preprocess import pixels
 from lit_clip.module import LitCLIP
 from lit_clip.tools.images import OnError
-from lit_clip.training.run_folder import run_folder
+from lit_clip.training.lightning.run_folder import run_folder
 from lit_clip.weights.fingerprint import text_sha256
 
 __all__ = ["ZeroShot", "ZeroShotSet"]

@@ -18,7 +18,6 @@ from torch.nn.parallel import DistributedDataParallel
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.retrieval import RetrievalSet, token_hashes
 from lit_clip.losses.contrastive import at_least_float32
 from lit_clip.losses.loss import Loss, Pairs, build_loss, check_gradient, check_resumed_loss, evaluate_loss
 from lit_clip.losses.pairwise import Contrastive, Sigmoid
@@ -34,12 +33,16 @@ from lit_clip.models.finetuning import (
 )
 from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.retrieval.retrieval_set import RetrievalSet, token_hashes
 from lit_clip.tools import host_copy
 from lit_clip.tools.untrusted import given
-from lit_clip.training.checkpoint_io import load_the_same_checkpoint, remove_after_writing
+from lit_clip.training.checkpoint_contents import close_epoch, pack_checkpoint, reopen_epoch, unpack_checkpoint
 from lit_clip.training.checks import check_counts, check_lora_gradients, check_parts, check_run, check_skipped_samples
-from lit_clip.training.claims import claim_folders, note_unnumbered, release_folders, remove_leftovers
-from lit_clip.training.fsdp import compute_missing_batches
+from lit_clip.training.lightning.checkpoint_io import load_the_same_checkpoint, remove_after_writing
+from lit_clip.training.lightning.folder_locks import claim_folders, note_unnumbered, release_folders, remove_leftovers
+from lit_clip.training.lightning.fsdp import compute_missing_batches
+from lit_clip.training.lightning.signals import Signals
+from lit_clip.training.lightning.sync_batch_norm import synchronise_batch_norm
 from lit_clip.training.micro_batches import encode_pairs, encode_parts, hard_negatives, placeholder, split_batch
 from lit_clip.training.optim import (
     EXCEPT_GAINS_AND_BIASES,
@@ -52,12 +55,9 @@ from lit_clip.training.optim import (
 )
 from lit_clip.training.optimization import Optimization
 from lit_clip.training.schedules import ScheduleFactory, WarmupCosine
-from lit_clip.training.signals import Signals
-from lit_clip.training.sync_batch_norm import synchronise_batch_norm
 from lit_clip.weights.checkpoints import base_name, check_settings, checked
 from lit_clip.weights.fingerprint import weights_sha256
 from lit_clip.weights.load import check_before_loading, create_model, whole_name
-from lit_clip.weights.training_checkpoints import close_epoch, pack_checkpoint, reopen_epoch, unpack_checkpoint
 
 
 class Features(TypedDict):

@@ -13,7 +13,7 @@ from gpu.fitting import Timed, as_batch, fit
 from gpu.inputs import named, uint8_pairs
 from gpu.setting import Row, Setting, attempt, gap
 from lit_clip import LitCLIP
-from lit_clip.training.fsdp import FSDP
+from lit_clip.training.lightning.fsdp import FSDP
 
 TOLERANCE = 0.02  # of the loss after a few steps in bfloat16
 

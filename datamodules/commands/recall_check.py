@@ -13,9 +13,10 @@ from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.precision import autocast
 from lit_clip.embedding.reading import encoded_batches, image_features, in_batches
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.retrieval import caption_texts, evaluate_pairs
-from lit_clip.evaluation.retrieval_metrics import PairIndices
+from lit_clip.evaluation.caption_texts import caption_texts
 from lit_clip.models.clip import CLIP
+from lit_clip.retrieval.metrics import PairIndices
+from lit_clip.retrieval.retrieval_set import evaluate_pairs
 from lit_clip.tools.console import Console
 
 SHOWN = [

@@ -112,7 +112,7 @@ def check_not_imported_by(hparams: Mapping[str, Any], path: str) -> None:
     Raises:
         InputError: a setting names a module that is not imported.
     """
-    from lit_clip.cli.words import PARTS  # imports torch
+    from lit_clip.cli.argv import PARTS  # imports torch
     from lit_clip.tools.untrusted import class_paths_within, dotted_names
 
     for key, value in hparams.items():

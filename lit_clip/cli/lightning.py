@@ -19,6 +19,17 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_clip.cli.argument_types import register_types
+from lit_clip.cli.argv import (
+    check_class,
+    check_encoder_options,
+    checkpoint_path,
+    data_options,
+    model_defaults,
+    named_class,
+    options,
+    part_options,
+    sections,
+)
 from lit_clip.cli.callback_options import Typed, callbacks_option, take_options
 from lit_clip.cli.configurations import configuration, differences, evaluated
 from lit_clip.cli.imports import check_not_imported_by, command_words, import_encoders
@@ -35,34 +46,23 @@ from lit_clip.cli.references import (
 )
 from lit_clip.cli.run_folders import run_folders
 from lit_clip.cli.save_config import SaveConfig
-from lit_clip.cli.words import (
-    check_class,
-    check_encoder_options,
-    checkpoint_path,
-    data_options,
-    model_defaults,
-    named_class,
-    options,
-    part_options,
-    sections,
-)
 from lit_clip.errors import InputError, require
 from lit_clip.module import LitCLIP
 from lit_clip.tools.hardware import computes_in_bfloat16
 from lit_clip.tools.messages import hinting, options_of
 from lit_clip.tools.untrusted import shortened
 from lit_clip.tools.weight_files import read_mapped
-from lit_clip.training.checkpoint_io import WholeCheckpointIO, checkpoint_step, newest_checkpoint
+from lit_clip.training.checkpoint_contents import adopt_tokenizer
 from lit_clip.training.checks import check_counts
-from lit_clip.training.claims import name_folders
 from lit_clip.training.kept_memory import keep_freed_memory
-from lit_clip.training.lost_ranks import watch_started_ranks
+from lit_clip.training.lightning.checkpoint_io import WholeCheckpointIO, checkpoint_step, newest_checkpoint
+from lit_clip.training.lightning.folder_locks import name_folders
+from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
 from lit_clip.training.plan import measure_run
 from lit_clip.training.plan_table import print_plan
 from lit_clip.training.summary import print_summary, resume_command
 from lit_clip.weights.checkpoints import checked
 from lit_clip.weights.load import check_fits
-from lit_clip.weights.training_checkpoints import adopt_tokenizer
 
 DEFAULT_CALLBACKS = "callbacks"  # the package whose defaults() every run gets; lit_clip must not import it
 # The newest checkpoint of this configuration's runs or of its requeued SLURM job; auto starts over if there is none.

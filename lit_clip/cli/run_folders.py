@@ -8,7 +8,7 @@ from typing import Any
 from lit_clip.cli.references import with_environment
 from lit_clip.errors import InputError
 from lit_clip.tools.text_files import read_yaml
-from lit_clip.training.run_folder import CONFIG
+from lit_clip.training.lightning.run_folder import CONFIG
 
 # Loggers whose runs lie in save_dir/name/version_N.
 ON_DISK = ("CSVLogger", "TensorBoardLogger")

@@ -14,7 +14,7 @@ from lit_clip.cli.configurations import Configuration, configuration, difference
 from lit_clip.cli.hparams import log_settings
 from lit_clip.errors import require
 from lit_clip.tools.atomic import replacing
-from lit_clip.training.run_folder import run_folder
+from lit_clip.training.lightning.run_folder import run_folder
 
 # The default of Timer.interval is one, which jsonargparse's dumper would refuse.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))

@@ -26,7 +26,7 @@ from lit_clip.tools.messages import one_line
 from lit_clip.tools.reading import naming
 from lit_clip.tools.text_files import read_yaml
 from lit_clip.tools.untrusted import fits
-from lit_clip.training.checkpoint_io import WholeCheckpointIO
+from lit_clip.training.lightning.checkpoint_io import WholeCheckpointIO
 from lit_clip.weights.checkpoints import saved_tokenizer
 from lit_clip.weights.load import load_model
 

@@ -42,8 +42,8 @@ from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.images import FIX_HINT, OnError, or_skip
 from lit_clip.tools.workers import loader
 from lit_clip.training.kept_memory import keep_freed_memory
-from lit_clip.training.lost_ranks import watch_started_ranks
-from lit_clip.training.signals import Signals
+from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
+from lit_clip.training.lightning.signals import Signals
 
 SECONDS_BETWEEN_PARTS = 10  # of work that a killed run can lose
 

@@ -17,7 +17,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import not_written, replacing
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
-from lit_clip.training.claims import claim, release_folders
+from lit_clip.training.lightning.folder_locks import claim, release_folders
 
 CHECKED_AT_ONCE = 65_536  # rows of a file of features
 LENGTH_TOLERANCE = 0.01  # of unit features; bfloat16 rounds to 0.004

@@ -9,9 +9,9 @@ from lit_clip.evaluation.caption_choice import EncodedChoices
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.other_classes import Classes
 from lit_clip.evaluation.prompts import Prompts
-from lit_clip.evaluation.retrieval_metrics import PairIndices
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task
+from lit_clip.retrieval.metrics import PairIndices
 
 
 @dataclass

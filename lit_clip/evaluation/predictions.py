@@ -16,10 +16,10 @@ from torch import Tensor
 from lit_clip.errors import InputError
 from lit_clip.evaluation.accuracy import predictions, ranks_of_labels
 from lit_clip.evaluation.intervals import Interval, UnitScores
-from lit_clip.evaluation.retrieval_metrics import PairIndices
 from lit_clip.evaluation.scores import interval, lexicon_predictions, pm_right
 from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
+from lit_clip.retrieval.metrics import PairIndices
 from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.hashing import hex_digest, sha256_of_file
 from lit_clip.tools.reading import reading

@@ -14,6 +14,7 @@ from lit_clip.embedding.precision import autocast
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.bias import bias_texts
 from lit_clip.evaluation.caption_choice import encode_choices
+from lit_clip.evaluation.caption_texts import caption_texts
 from lit_clip.evaluation.data import (
     CaptionChoices,
     CaptionedImages,
@@ -28,7 +29,6 @@ from lit_clip.evaluation.open_set import DistinctCaptions, Fold, OpenSet
 from lit_clip.evaluation.other_classes import single_classes, trained_classes
 from lit_clip.evaluation.prompts import Prompts, prompts_of_set, text_classifier
 from lit_clip.evaluation.results import Results, cache_key, code_digest
-from lit_clip.evaluation.retrieval import caption_texts
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.evaluation.tasks import TaskOptions, needed_splits, run_task, target_digests, top1_among, used_splits

@@ -35,13 +35,13 @@ from lit_clip.evaluation.predictions import (
     unit_scores,
 )
 from lit_clip.evaluation.probe import MOST_PENALTIES, Probe, Split, train_probe
-from lit_clip.evaluation.retrieval import DIRECTIONS, retrieval_metrics
-from lit_clip.evaluation.retrieval_metrics import pair_scores, retrieval_ranks
 from lit_clip.evaluation.robustness import subset_rows, subset_top1
 from lit_clip.evaluation.scores import baseline, comparable, evaluate_scores, interval, mean_over_folds
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import Task
 from lit_clip.evaluation.targets import Targets
+from lit_clip.retrieval.metrics import pair_scores, retrieval_ranks
+from lit_clip.retrieval.retrieval_set import DIRECTIONS, retrieval_metrics
 from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.console import progress
 from lit_clip.tools.hardware import best_device

@@ -16,7 +16,8 @@ files, may name what they like; these files may not:
 
 Two things may be fetched, by a published name or by a path: the weights that a LoRA's checkpoint is an addition to,
 which must have the fingerprint that the checkpoint names, and the teacher of a distillation that is resumed. They are
-data under the same rule. What a trainer restores beside the model is in :mod:`lit_clip.training.restoring`.
+data under the same rule. What a trainer restores beside the model is in
+:mod:`lit_clip.training.lightning.resume_checks`.
 """
 
 import dataclasses

@@ -44,7 +44,7 @@ _AVERAGE = (
     "use callbacks.EMA",
 )
 _UNTESTED = "has not been tried with this package"
-_OTHER_STRATEGY = "use ddp, or lit_clip.training.fsdp.FSDP"
+_OTHER_STRATEGY = "use ddp, or lit_clip.training.lightning.fsdp.FSDP"
 
 # docs/combinations.md lists them beside what works.
 REFUSED = (
@@ -96,7 +96,7 @@ REFUSED = (
         plugins.TransformerEnginePrecision, "would replace the linear layers", "set trainer.precision to bf16-mixed"
     ),
     Refusal(plugins.XLAPrecision, _UNTESTED, "set trainer.precision to bf16-mixed"),
-    Refusal(XLACheckpointIO, _UNTESTED, "use lit_clip.training.checkpoint_io.WholeCheckpointIO"),
+    Refusal(XLACheckpointIO, _UNTESTED, "use lit_clip.training.lightning.checkpoint_io.WholeCheckpointIO"),
 )
 
 

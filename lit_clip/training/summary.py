@@ -10,7 +10,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lit_clip.tools.console import Console
-from lit_clip.training.run_folder import newest_config, shown
+from lit_clip.training.lightning.run_folder import newest_config, shown
 
 
 def metrics_table(

@@ -28,10 +28,10 @@ from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
 from lit_clip.tools import host_copy
-from lit_clip.training.checkpoint_io import WholeCheckpointIO
+from lit_clip.training.lightning.checkpoint_io import WholeCheckpointIO
+from lit_clip.training.lightning.signals import Signals
 from lit_clip.training.optim import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
-from lit_clip.training.signals import Signals
 from tests.conftest import ROOT, TINY_YAML, lit_clip_command
 from tests.helpers import forks
 from tests.helpers.fork_ranks import command_of_ranks
@@ -581,13 +581,15 @@ def test_a_sharded_run_saves_a_complete_checkpoint(
     header, *rows = caption_table.read_text(encoding="utf-8").splitlines()
     folder = str(caption_table.parent)
     val.write_text("\n".join([header, *(rows * 10)]), encoding="utf-8")
-    sharded = ("--trainer.strategy", "{class_path: lit_clip.training.fsdp.FSDP}", "--data.root", folder)
+    sharded = ("--trainer.strategy", "{class_path: lit_clip.training.lightning.fsdp.FSDP}", "--data.root", folder)
     run = start(caption_table, *LONG_VALIDATION, *sharded, val=val)
     if during == "training":
         run.wait_for_step(1)
     else:
         run.wait_for_validation()
-    assert "lit_clip.training.fsdp.FSDP" in (run.folder / "lightning_logs/version_0/fit_config.yaml").read_text()
+    assert (
+        "lit_clip.training.lightning.fsdp.FSDP" in (run.folder / "lightning_logs/version_0/fit_config.yaml").read_text()
+    )
     os.kill(run.ranks[1], signal.SIGTERM)
     assert run.exit_code(60) == 128 + signal.SIGTERM
     saved = load(run.checkpoint("preempted.ckpt"))

@@ -24,7 +24,7 @@ from lit_clip.cli import loggers
 from lit_clip.cli.loggers import check_answers, check_loggers
 from lit_clip.cli.save_config import save_text
 from lit_clip.errors import InputError
-from lit_clip.training.run_folder import curves, newest_config
+from lit_clip.training.lightning.run_folder import curves, newest_config
 from tests.conftest import TINY_YAML
 
 Fit = Callable[..., CompletedProcess[str]]

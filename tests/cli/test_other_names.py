@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
+from lit_clip.cli.argv import part_options
 from lit_clip.cli.lightning import CLI, run
 from lit_clip.cli.main import CONFIGURED
 from lit_clip.cli.other_names import COMMANDS, OPTIONS, check_options, command_for
 from lit_clip.cli.subcommands import COMMANDS as OTHER_COMMANDS
-from lit_clip.cli.words import part_options
 from lit_clip.errors import InputError
 from lit_clip.module import LitCLIP
 from lit_clip.tools.messages import options_of, parameters

@@ -15,7 +15,7 @@ from lit_clip.losses import Loss
 from lit_clip.losses.loss import WholeBatch
 from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.models.lora import LoRA
-from lit_clip.training.fsdp import FSDP
+from lit_clip.training.lightning.fsdp import FSDP
 from tests.combinations.checks import RESUMED, SAME, TRAINED, Check, near
 from tests.combinations.rows import OURS, Settings, csv_logger, nothing, option, refused, strategy, works
 from tests.combinations.runs import CONFIG

@@ -9,8 +9,8 @@ import torch
 from lightning.pytorch import plugins, strategies
 from lightning.pytorch.plugins import environments
 
-from lit_clip.training.checkpoint_io import WholeCheckpointIO
-from lit_clip.training.fsdp import FSDP
+from lit_clip.training.lightning.checkpoint_io import WholeCheckpointIO
+from lit_clip.training.lightning.fsdp import FSDP
 from tests.combinations.checks import RESUMED, SAME, near, shows
 from tests.combinations.rows import STRATEGIES, Settings, option, refused, strategy, works
 from tests.combinations.runs import Run
@@ -64,7 +64,7 @@ SHARDED: dict[str, dict[str, Any]] = {
 for name, values in SHARDED.items():
     works(
         STRATEGIES,
-        f"lit_clip.training.fsdp.FSDP: {name}",
+        f"lit_clip.training.lightning.fsdp.FSDP: {name}",
         near(1e-5),
         RESUMED,
         ranks=[2],
@@ -78,7 +78,7 @@ MESHES: dict[str, tuple[str, dict[str, Any]]] = {
 for mesh, (line, values) in MESHES.items():
     refused(
         STRATEGIES,
-        f"lit_clip.training.fsdp.FSDP: HYBRID_SHARD{mesh}",
+        f"lit_clip.training.lightning.fsdp.FSDP: HYBRID_SHARD{mesh}",
         line,
         (2,),
         trainer=strategy(lambda values=values: FSDP("HYBRID_SHARD", **values)),

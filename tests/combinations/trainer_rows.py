@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Callback
 
 from lit_clip.models.config import CLIPConfig, ResNetConfig
-from lit_clip.training.fsdp import FSDP
+from lit_clip.training.lightning.fsdp import FSDP
 from tests.combinations.checks import RESUMED, SAME, TRAINED, Check, near, shows, stopped_at
 from tests.combinations.rows import TRAINER, Settings, option, refused, works
 from tests.combinations.runs import CONFIG, STEPS, Run

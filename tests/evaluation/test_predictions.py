@@ -15,10 +15,10 @@ from lit_clip.evaluation.predictions import (
     unit_scores,
     write_predictions,
 )
-from lit_clip.evaluation.retrieval_metrics import PairIndices
 from lit_clip.evaluation.scores import evaluate_scores
 from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
+from lit_clip.retrieval.metrics import PairIndices
 
 N = 40
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from datamodules import Captions
 from datamodules.openmoji import draw, read_table
-from lit_clip.evaluation.retrieval import RetrievalSet, token_hashes
+from lit_clip.retrieval.retrieval_set import RetrievalSet, token_hashes
 from tests.helpers import forks
 from tests.helpers.ranks_evaluation import (
     CASES,
@@ -155,7 +155,7 @@ def test_batch_norm_validates_during_training_although_a_rank_has_no_pairs(
 
 def test_block_size_makes_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = brute_force(*random_rows(1000), scale=20.0)
-    monkeypatch.setattr("lit_clip.evaluation.retrieval.BLOCK", 10 * 12 * 4)  # ten rows
+    monkeypatch.setattr("lit_clip.retrieval.retrieval_set.BLOCK", 10 * 12 * 4)  # ten rows
     assert evaluate_rows(1000, 7, None).metrics == pytest.approx(expected, abs=1e-6)
 
 
@@ -203,7 +203,7 @@ MEMORY = """
 import torch
 from pathlib import Path
 from lit_clip.losses.contrastive import unit
-from lit_clip.evaluation.retrieval import RetrievalSet, token_hashes
+from lit_clip.retrieval.retrieval_set import RetrievalSet, token_hashes
 torch.set_num_threads(1)
 def held(key):
     lines = Path("/proc/self/status").read_text().splitlines()

@@ -25,7 +25,7 @@ for name in (
     "lit_clip.cli.main",
     "lit_clip.embedding.encode",
     "lit_clip.commands.export",
-    "lit_clip.training.fsdp",
+    "lit_clip.training.lightning.fsdp",
     "lit_clip.cli.lightning",
     "lit_clip.commands.search",
     "lit_clip.commands.wise_ft",

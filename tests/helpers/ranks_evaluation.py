@@ -13,10 +13,10 @@ from torch import Tensor
 from callbacks import EmbeddingProjector, SimilarityMatrix, ZeroShot, ZeroShotSet
 from datamodules import Captions, OpenMojiClasses
 from lit_clip import distributed
-from lit_clip.evaluation.retrieval import Evaluation, RetrievalSet, token_hashes
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.module import LitCLIP
+from lit_clip.retrieval.retrieval_set import Evaluation, RetrievalSet, token_hashes
 from lit_clip.training.schedules import WarmupCosine
 from tests.helpers.ranks import serve
 

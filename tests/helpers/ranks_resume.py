@@ -14,7 +14,7 @@ from lit_clip import LitCLIP, distributed
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.lora import LoRA
-from lit_clip.training.fsdp import FSDP
+from lit_clip.training.lightning.fsdp import FSDP
 from lit_clip.training.optim import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 

@@ -1,4 +1,4 @@
-"""One rank of the trainings in ``tests/training/test_fsdp.py``."""
+"""One rank of the trainings in ``tests/training/lightning/test_fsdp.py``."""
 
 import json
 import os
@@ -15,7 +15,7 @@ from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.module import LitCLIP
-from lit_clip.training.fsdp import FSDP
+from lit_clip.training.lightning.fsdp import FSDP
 from lit_clip.training.optim import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from tests.helpers.ranks import CONFIG, PAIRS, make_batch

@@ -14,13 +14,13 @@ from torch import Tensor
 
 from lit_clip import load_model
 from lit_clip.errors import InputError
-from lit_clip.evaluation.retrieval import token_hashes
 from lit_clip.models.config import (
     CLIPConfig,
     HuggingFaceTextConfig,
     TimmConfig,
 )
 from lit_clip.module import LitCLIP
+from lit_clip.retrieval.retrieval_set import token_hashes
 from tests.helpers.towers import (
     FAMILIES,
     TEXTS,

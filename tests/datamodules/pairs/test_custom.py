@@ -22,7 +22,7 @@ from datamodules.open_source import open_source
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import CLIPConfig, Preprocessing
 from lit_clip.module import LitCLIP
-from lit_clip.training.checkpoint_io import WholeCheckpointIO
+from lit_clip.training.lightning.checkpoint_io import WholeCheckpointIO
 
 
 class Shapes(CustomPairs):

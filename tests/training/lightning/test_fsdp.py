@@ -12,7 +12,7 @@ from timm import optim
 from callbacks import EMA, ZeroShot
 from lit_clip import load_model
 from lit_clip.errors import InputError
-from lit_clip.training.fsdp import FSDP, _check_optimizer
+from lit_clip.training.lightning.fsdp import FSDP, _check_optimizer
 from lit_clip.training.optim import EXCEPT_GAINS_AND_BIASES, PaperAdamW, is_elementwise
 from lit_clip.training.optimization import Optimization
 from lit_clip.training.schedules import WarmupCosine

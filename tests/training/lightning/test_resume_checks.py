@@ -14,7 +14,7 @@ from callbacks import NonFiniteSteps
 from callbacks.random_states import RandomStates
 from lit_clip.errors import InputError
 from lit_clip.tools.untrusted import fits
-from lit_clip.training.checkpoint_io import load_the_same_checkpoint
+from lit_clip.training.lightning.checkpoint_io import load_the_same_checkpoint
 
 NUMPYS = ("MT19937", torch.zeros(624, dtype=torch.int64), 10**6, 0, 0.0)
 

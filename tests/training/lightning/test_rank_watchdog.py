@@ -8,16 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from lit_clip.training import lost_ranks
+from lit_clip.training.lightning import rank_watchdog
 from tests.helpers.forks import CONTEXT
 
 
 def lead(scripts: Sequence[str], path: str) -> None:
     """Be busy while others run; record stderr and whether they have ended."""
     sys.stderr = open(path, "w")  # noqa: SIM115
-    lost_ranks.GRACE = lost_ranks.PERIOD = 0.1  # pyright: ignore
+    rank_watchdog.GRACE = rank_watchdog.PERIOD = 0.1  # pyright: ignore
     others = [subprocess.Popen([sys.executable, "-S", "-c", script]) for script in scripts]
-    lost_ranks._watch(others)
+    rank_watchdog._watch(others)
     for other in others:
         other.wait()
 

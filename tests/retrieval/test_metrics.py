@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_clip.evaluation.retrieval_metrics import (
+from lit_clip.losses.contrastive import contrastive_loss, sigmoid_loss, unit
+from lit_clip.retrieval.metrics import (
     CAPTIONS,
     IMAGES,
     PairIndices,
@@ -20,7 +21,6 @@ from lit_clip.evaluation.retrieval_metrics import (
     retrieval_ranks,
     whole_set_loss,
 )
-from lit_clip.losses.contrastive import contrastive_loss, sigmoid_loss, unit
 
 KS = (1, 5, 10)
 

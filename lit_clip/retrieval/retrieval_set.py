@@ -1,7 +1,7 @@
 """Retrieval and loss of a set of image-caption pairs that is distributed over the ranks."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_clip import distributed
-from lit_clip.evaluation.prompts import Prompts, templates_of
-from lit_clip.evaluation.retrieval_metrics import (
+from lit_clip.losses import Contrastive, Sigmoid
+from lit_clip.retrieval.metrics import (
     PairIndices,
     Ranks,
     baseline_recalls,
@@ -20,7 +20,6 @@ from lit_clip.evaluation.retrieval_metrics import (
     retrieval_ranks,
     whole_set_loss,
 )
-from lit_clip.losses import Contrastive, Sigmoid
 from lit_clip.tools.hashing import hash64
 
 RECALL_AT = (1, 5, 10)
@@ -260,44 +259,6 @@ def evaluate_pairs(image_ID: Tensor, text_TD: Tensor, pairs: PairIndices) -> Eva
     """Return metrics and baselines of a set that this process has whole, from unit features."""
     ranks = retrieval_ranks(image_ID, text_TD, pairs, pair_scores(image_ID, text_TD, pairs))
     return Evaluation(retrieval_metrics(ranks, pairs), _baselines(pairs))
-
-
-class Captioned(Protocol):
-    """Images by row that have captions, such as :class:`lit_clip.evaluation.data.CaptionedImages`."""
-
-    def captions(self, index: int) -> list[str]:
-        """Return all captions of an image, at least one."""
-        ...
-
-
-def caption_texts(
-    images: Captioned, rows: Sequence[int], templates: str | Sequence[str] | None
-) -> tuple[Prompts, PairIndices]:
-    """Return the distinct captions of a set as prompts, and which image (by its place in ``rows``) each belongs to.
-
-    Args:
-        images: the set.
-        rows: images that have features.
-        templates: text with ``{}`` for the caption, of several the first; None: the caption itself.
-
-    Raises:
-        InputError: a template without ``{}``.
-    """
-    template = templates_of(templates or "{}")[0]
-    numbers: dict[str, int] = {}
-    counts: dict[tuple[int, int], int] = {}
-    earlier: dict[tuple[int, int], int] = {}
-    rows_of_text: list[int] = []
-    for image, row in enumerate(rows):
-        for caption in images.captions(row):
-            text = numbers.setdefault(template.replace("{}", caption), len(numbers))
-            if text == len(rows_of_text):
-                rows_of_text.append(0)
-            earlier.setdefault((text, image), rows_of_text[text])
-            rows_of_text[text] += 1
-            counts[text, image] = counts.get((text, image), 0) + 1
-    columns = [(image, text, count, earlier[text, image]) for (text, image), count in sorted(counts.items())]
-    return Prompts(list(numbers), [[text] for text in numbers]), PairIndices(*torch.tensor(columns).T.contiguous())
 
 
 def _baselines(pairs: PairIndices) -> dict[str, float]:

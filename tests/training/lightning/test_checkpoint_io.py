@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lit_clip import LitCLIP
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
-from lit_clip.training.checkpoint_io import WholeCheckpointIO, newest_checkpoint, remove_after_writing
+from lit_clip.training.lightning.checkpoint_io import WholeCheckpointIO, newest_checkpoint, remove_after_writing
 from tests.conftest import TINY_YAML
 from tests.helpers import forks
 from tests.test_module import data_for, trainer

@@ -22,7 +22,7 @@ from lit_clip.errors import InputError
 from lit_clip.tools.atomic import draft_of
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
-from lit_clip.training.restoring import check_restorable, restore_in_one_line
+from lit_clip.training.lightning.resume_checks import check_restorable, restore_in_one_line
 
 CLOCKS_DIFFER = 60.0  # seconds that the clocks of machines that share a disk may
 

@@ -1,0 +1,1 @@
+"""Recall and loss over a whole set of pairs, on any number of ranks."""

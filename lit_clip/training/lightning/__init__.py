@@ -1,0 +1,1 @@
+"""Everything that changes Lightning or reads its private parts."""
