@@ -114,10 +114,9 @@ class TrainingMonitor(TimedCallback):
             self._warn_if_stuck(trainer, cast(LitCLIP, pl_module))
 
     def _warn_if_stuck(self, trainer: Trainer, module: LitCLIP) -> None:
-        hparams: Any = module.hparams
         loss, step = trainer.callback_metrics.get("train/loss"), module.last_step
-        warming_up = trainer.global_step <= hparams.lr_scheduler["init_args"].get("warmup_steps", 0)
-        if self._warned or loss is None or step is None or module.loss is None or warming_up:
+        warming_up = trainer.global_step <= module.parts["lr_scheduler"]["init_args"].get("warmup_steps", 0)
+        if self._warned or loss is None or step is None or warming_up:
             return
         baseline = module.loss.uninformed(step.pairs)
         if baseline is None:

@@ -21,6 +21,7 @@ from lit_clip.module import TrainingStep
 from lit_clip.tools import host_copy
 from lit_clip.tools.host_copy import HostCopy
 from lit_clip.tools.untrusted import check_entries
+from lit_clip.training.lightning.loops import validation_due
 from lit_clip.training.lightning.run_folder import run_folder
 from lit_clip.training.lightning.signals import signal_of
 from lit_clip.training.optim import obeys_found_inf, skip_step
@@ -185,8 +186,7 @@ class NonFiniteSteps(Callback):
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         # Before a validation, and before a signal ends the run: raised by saving, the error would come while the run is
         # being ended, and other callbacks would not be told of it.
-        loop: Any = trainer.fit_loop
-        if self._unread and (signal_of(trainer) or loop.epoch_loop._should_check_val_fx(loop._data_fetcher)):
+        if self._unread and (signal_of(trainer) or validation_due(trainer)):
             self._read()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

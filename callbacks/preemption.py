@@ -15,8 +15,9 @@ from lit_clip.errors import require
 from lit_clip.tools.processes import is_launched
 from lit_clip.training.lightning.checkpoint_io import save_whole
 from lit_clip.training.lightning.folder_locks import release_folders
+from lit_clip.training.lightning.loops import validate_after_step, validation_due
 from lit_clip.training.lightning.run_folder import run_folder
-from lit_clip.training.lightning.signals import Signals, replace_signals, signals_of
+from lit_clip.training.lightning.signals import Signals, replace_signals, signal_of, signals_of
 from lit_clip.training.summary import resume_command
 
 
@@ -63,12 +64,11 @@ class Preemption(Callback):
         if self._agreed(trainer):
             raise SIGTERMException
         if self._validation_due and trainer.enable_validation:
-            _validate(trainer)
+            validate_after_step(trainer)
         self._validation_due = False
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        loop: Any = trainer.fit_loop
-        self._validation_due = loop.epoch_loop._should_check_val_fx(loop._data_fetcher)
+        self._validation_due = validation_due(trainer)
         signals = signals_of(trainer)
         exchanged = trainer.world_size > 1 and signals.read(trainer.strategy.root_device)
         if bool(signals.agreed) if exchanged else self._agreed(trainer):
@@ -96,8 +96,8 @@ class Preemption(Callback):
             self._validation_due = False
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        signals: Any = trainer._signal_connector
-        if isinstance(exception, SIGTERMException) and isinstance(signals, Signals) and signals.agreed:
+        if isinstance(exception, SIGTERMException) and signal_of(trainer):
+            signals = signals_of(trainer)
             outcome = self._save(trainer, signals)
             exception.code = 0 if is_launched() else 128 + signals.agreed
             if trainer.is_global_zero:
@@ -124,18 +124,6 @@ class Preemption(Callback):
         save_whole(trainer, path)
         folder = run_folder(trainer)  # every rank must ask
         return f"saved step {trainer.global_step}; resume with: {resume_command(path, folder)}"
-
-
-def _validate(trainer: Trainer) -> None:
-    """Validate as the training loop does after a step, and log at that step."""
-    loop: Any = trainer.fit_loop.epoch_loop
-    loop.val_loop.restarting = False
-    trainer.validating = True
-    first_iteration = trainer._logger_connector._first_loop_iter
-    loop.val_loop.run()
-    loop.val_loop._has_run = False  # otherwise the training loop takes the current epoch for a finished one
-    trainer._logger_connector._first_loop_iter = first_iteration
-    trainer.training = True
 
 
 def _checkpoint_path(trainer: Trainer) -> Path | None:

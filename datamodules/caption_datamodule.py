@@ -38,6 +38,7 @@ from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
 from lit_clip.tools.images import OnError
 from lit_clip.tools.untrusted import check_entries, shortened
 from lit_clip.tools.workers import Sent, shield_worker
+from lit_clip.training.lightning.loops import divides_samples
 
 EVALUATION_BATCH_SIZE = 64
 
@@ -125,7 +126,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
 
     def setup(self, stage: str) -> None:
         trainer: Any = self.trainer
-        if trainer and trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler:
+        if trainer and divides_samples(trainer):
             raise InputError(
                 "trainer.use_distributed_sampler: the data module itself divides the samples among processes; "
                 "pass Trainer(use_distributed_sampler=False)"

@@ -2,27 +2,19 @@
 
 import inspect
 import re
-from argparse import ArgumentError
 from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-from jsonargparse import ArgumentParser
-
 from lit_clip.cli.packaged_defaults import DEFAULTS
 from lit_clip.errors import InputError, require
-from lit_clip.losses.loss import foreign_losses
-from lit_clip.tools.messages import imported_class, one_line, parameters, user_error
+from lit_clip.tools.messages import imported_class, parameters
 from lit_clip.tools.parts import describe_instance, qualified_name
-from lit_clip.tools.reading import naming
 from lit_clip.tools.text_files import parse_yaml, read_yaml
-from lit_clip.tools.untrusted import hints_of, is_trusted, names_nothing, shortened, value_names_nothing
-from lit_clip.training.optim import EXCEPT_GAINS_AND_BIASES
-from lit_clip.training.optimization import KINDS, Optimization
-from lit_clip.training.schedules import WarmupCosine
+from lit_clip.tools.untrusted import hints_of, matches_plain_type, shortened
+from lit_clip.training.optimization import PARTS
 
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
-PARTS = tuple(KINDS)
 
 
 def options(words: Sequence[str], *names: str) -> list[str]:
@@ -142,9 +134,9 @@ def _value(section: Any, keys: Sequence[str]) -> Any:
 
 
 def model_defaults(
-    model: type, words: Sequence[str], subcommand: str | None, hparams: Mapping[str, Any]
+    model: type, words: Sequence[str], subcommand: str | None, packaged: Mapping[str, Any], saved: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Return the defaults of the model's arguments: those of a checkpoint, and each part's class.
+    """Return the defaults of the model's arguments: packaged ones, a checkpoint's, and each part's class.
 
     A part whose class is named keeps nothing of another class's settings.
 
@@ -152,69 +144,26 @@ def model_defaults(
         model: the class whose arguments these are; a subclass that is named may have more.
         words: the command line.
         subcommand: such as ``fit``.
-        hparams: of the checkpoint, and packaged ones; a part without a class is of the default class.
+        packaged: settings of :data:`lit_clip.cli.packaged_defaults.DEFAULTS`; parts are of the default classes.
+        saved: a checkpoint's plain settings, among which are no parts.
     """
     named = named_class(words, subcommand, "model")
     hints = hints_of(model) | (hints_of(imported) if named and (imported := imported_class(named)) else {})
-    defaults = {name: hparams[name] for name in hints.keys() & hparams.keys()}
-    for name in defaults.keys() - {"architecture", "loss", *PARTS}:  # which have rules of their own
+    kept = {name: saved[name] for name in hints.keys() & saved.keys()}
+    for name in kept.keys() - {"architecture"}:  # which has a rule of its own
         require(
-            value_names_nothing(defaults[name], hints[name]),
-            f"--ckpt_path: its setting {name}, {defaults[name]!r}, is not of the kind that a checkpoint may hold",
+            matches_plain_type(kept[name], hints[name]),
+            f"--ckpt_path: its setting {name}, {shortened(kept[name])}, is not of the kind that a checkpoint holds",
         )
-    kept: dict[str, Any] = {}
+    defaults = {**packaged, **kept}
     for part in PARTS:
-        named, saved, default = named_class(words, subcommand, "model", part), defaults.get(part), _default(model, part)
-        if subcommand == "fit" and named is None:
-            _check_nameable(part, saved, checkpoint_path(words, subcommand) or "")
+        named, default = named_class(words, subcommand, "model", part), _default(model, part)
         if named and _other_settings(words, subcommand, part, named):
             named = None  # those of the default class, which a later file or option then replaces
-        kept[part] = _kept(part, named, saved, default["class_path"])
-        defaults[part] = kept[part] or ({"class_path": named} if named else default)
-    named, saved = named_class(words, subcommand, "model", "loss"), defaults.get("loss")
-    if saved and (foreign_losses(saved) or (named and not _same_class(named, saved["class_path"]))):
-        del defaults["loss"]  # a foreign loss is asked for by the module, if it trains
-    kept["loss"] = defaults.get("loss")
-    with naming(checkpoint_path(words, subcommand) or ""):
-        _check_creatable({name: each for name, each in kept.items() if each}, hints)
+        if part in packaged and (named is None or _same_class(named, default["class_path"])):
+            default = {**default, "init_args": packaged[part]}
+        defaults[part] = {"class_path": named} if named and not _same_class(named, default["class_path"]) else default
     return defaults
-
-
-def _kept(part: str, named: str | None, saved: Any, default: str) -> dict[str, Any] | None:
-    """Return the checkpoint's description of a part; None if it may not name the class, or another one is named."""
-    if isinstance(saved, Mapping) and "class_path" not in saved:
-        saved = {"class_path": default, "init_args": saved}
-    if is_trusted(saved, KINDS[part]) and (named is None or _same_class(named, saved["class_path"])):
-        return {**saved, "class_path": named or saved["class_path"]}
-    found = imported_class(named) if named else None
-    same = isinstance(saved, Mapping) and named is not None and _same_class(named, str(saved["class_path"]))
-    if found is not None and same and names_nothing(saved.get("init_args"), found):
-        return {"class_path": named, "init_args": saved["init_args"]}
-    return None
-
-
-def _check_creatable(parts: Mapping[str, Any], hints: Mapping[str, Any]) -> None:
-    """Raise :class:`InputError` unless a checkpoint's parts can be created, as the command line's parser does it."""
-    parser = ArgumentParser(exit_on_error=False)
-    for name in parts:
-        parser.add_argument(f"--model.{name}", type=hints[name])
-    try:
-        made = parser.instantiate_classes(parser.parse_object({"model": dict(parts)})).get("model", {})
-    except (ArgumentError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(one_line(user_error(error) or error)) from error
-    if "optimizer" in parts:  # a schedule need not suit another one
-        others = {"lr_scheduler": WarmupCosine, "decay": EXCEPT_GAINS_AND_BIASES}
-        Optimization(**{name: made.get(name, others.get(name)) for name in KINDS})
-
-
-def _check_nameable(part: str, saved: Any, checkpoint: str) -> None:
-    """Refuse to resume with the default of a part for which the checkpoint has a class that it may not name."""
-    if isinstance(saved, Mapping) and "class_path" in saved and not is_trusted(saved, KINDS[part]):
-        path = saved["class_path"]
-        raise InputError(
-            f"--ckpt_path {checkpoint}: was trained with {path}, which a checkpoint may not import by "
-            f"itself; name it with --model.{part} {path}"
-        )
 
 
 def _other_settings(words: Sequence[str], subcommand: str | None, part: str, named: str) -> bool:

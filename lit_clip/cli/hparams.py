@@ -6,6 +6,7 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from lit_clip.secrets import without_secrets
+from lit_clip.training.lightning.loops import leave_out_hp_metric
 
 # Settings of the trainer that change what is learned.
 OF_TRAINER = (
@@ -43,7 +44,7 @@ def log_settings(loggers: Sequence[Logger], settings: Mapping[str, Any], metrics
     plugin.content = data.SerializeToString()
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger._default_hp_metric = False  # with it Lightning would write another list, with hp_metric alone
+            leave_out_hp_metric(logger)
             writer: Any = logger.experiment._get_file_writer()
             for summary in (beginning,) if metrics is None else (lists, end):
                 writer.add_summary(summary, 0)

@@ -102,26 +102,17 @@ def import_encoders(words: Sequence[str], sections: Iterable[Mapping[str, Any]])
             import_modules([module], f"architecture.{tower}: {class_path}")
 
 
-def check_not_imported_by(hparams: Mapping[str, Any], path: str) -> None:
-    """Refuse settings of a checkpoint that name a module: the parser would import it.
-
-    Args:
-        hparams: the checkpoint's settings, which become defaults. Parts that are classes have rules of their own.
-        path: of the checkpoint, for messages.
+def check_not_imported_by(architecture: Any, path: str) -> None:
+    """Refuse a checkpoint's architecture that names a module, in any place: the parser would import it.
 
     Raises:
-        InputError: a setting names a module that is not imported.
+        InputError: the module is not imported.
     """
-    from lit_clip.cli.argv import PARTS  # imports torch
-    from lit_clip.tools.untrusted import class_paths_within, dotted_names
+    from lit_clip.tools.untrusted import class_paths_within  # imports torch
 
-    for key, value in hparams.items():
-        if key in ("pretrained", "loss", *PARTS):  # a path; and what has rules of its own
-            continue
-        # An architecture's strings are names of models, but for class paths; the parser would follow one in any place.
-        for name in class_paths_within(value) if key == "architecture" else dotted_names(value):
-            if name.rpartition(".")[0] not in sys.modules:
-                raise InputError(f"{path}: its {key} names {name}, which is not imported; {how_to_import(name)}")
+    for name in class_paths_within(architecture):
+        if name.rpartition(".")[0] not in sys.modules:
+            raise InputError(f"{path}: its architecture names {name}, which is not imported; {how_to_import(name)}")
 
 
 def _in_files(sections: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:

@@ -3,17 +3,16 @@
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import yaml
 from jsonargparse import set_parsing_settings
-from lightning.fabric.plugins import CheckpointIO
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichModelSummary, RichProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
-from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
@@ -55,7 +54,8 @@ from lit_clip.tools.weight_files import read_mapped
 from lit_clip.training.checkpoint_contents import adopt_tokenizer
 from lit_clip.training.checks import check_counts
 from lit_clip.training.kept_memory import keep_freed_memory
-from lit_clip.training.lightning.checkpoint_io import WholeCheckpointIO, checkpoint_step, newest_checkpoint
+from lit_clip.training.lightning.checkpoint_io import checkpoint_step, newest_checkpoint, write_whole_files
+from lit_clip.training.lightning.command_line import PlainCLI
 from lit_clip.training.lightning.folder_locks import name_folders
 from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
 from lit_clip.training.plan import measure_run
@@ -88,24 +88,8 @@ class Parser(LightningArgumentParser):
             return super().dump(*args, **options)
 
 
-class CLI(LightningCLI):
-    """``lit-clip fit | validate | test | predict``.
-
-    Args:
-        arguments: those of :class:`LightningCLI`.
-        command: fill the parser of this command only, which saves the time of the others. None: fill all.
-    """
-
-    def __init__(self, *arguments: Any, command: str | None = None, **others: Any) -> None:
-        self._command = command if command in self.subcommands() else None
-        super().__init__(*arguments, **others)
-
-    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
-        if self._command not in (None, subcommand):
-            return self.init_parser(**kwargs)
-        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
-        cast(Parser, parser).command = f"lit-clip {subcommand}"
-        return parser
+class CLI(PlainCLI):
+    """``lit-clip fit | validate | test | predict``."""
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -126,18 +110,18 @@ class CLI(LightningCLI):
         words, of_callbacks = take_options(args if isinstance(args, list) else [])
         if isinstance(args, list):  # a configuration is printed with all options
             args = [word for word in words if not of_callbacks or not word.startswith("--print_config")]
-        subcommand = next((word for word in words if word in getattr(self, "_subcommand_parsers", ())), None)
+        subcommand = next((word for word in words if word in self.parsers), None)
         import_encoders(words, sections(words, subcommand))
         check_encoder_options(words, subcommand)
-        path, hparams = checkpoint_path(words, subcommand), {}
+        path, saved, packaged = checkpoint_path(words, subcommand), {}, {}
         require(path not in ("", "best"), f"--ckpt_path {path}: give a checkpoint's path, or last for the newest")
         if subcommand and path and path not in NEWEST:
-            hparams = _settings_of(path)
-        known = getattr(self, "_subcommand_parsers", {}).get(subcommand, parser)
+            saved = _settings_of(path)
+        known = self.parsers.get(subcommand or "", parser)
         self.uses_packaged_defaults = subcommand is not None and not options(words, "--config", "-c")
         if self.uses_packaged_defaults:
-            hparams = use_packaged_defaults(known, words) | hparams
-        defaults = model_defaults(LitCLIP, words, subcommand, hparams)
+            packaged = use_packaged_defaults(known, words)
+        defaults = model_defaults(LitCLIP, words, subcommand, packaged, saved)
         if self.subclass_mode_model:
             named = named_class(words, subcommand, "model")
             known.set_defaults({"model": {"class_path": named, "init_args": defaults}})
@@ -173,7 +157,7 @@ class CLI(LightningCLI):
         self, parser: LightningArgumentParser, words: list[str], subcommand: str, of_callbacks: Sequence[Typed]
     ) -> None:
         """Parse again with the named options of callbacks, or the newest checkpoint; leave out what that replaces."""
-        known, path = self._subcommand_parsers[subcommand], checkpoint_path(words, subcommand)
+        known, path = self.parsers[subcommand], checkpoint_path(words, subcommand)
         check_settings_are_whole(self.config[subcommand].as_dict())
         if of_callbacks:
             callbacks = yaml.safe_load(known.dump(self.config[subcommand], skip_none=False))["trainer"]["callbacks"]
@@ -207,32 +191,22 @@ class CLI(LightningCLI):
                 f"{self.subcommand}: no --config; the packaged defaults (lit-clip {self.subcommand} --print_config "
                 "shows them)"
             )
-        check_loggers(self._get(self.config, "trainer").logger)
+        check_loggers(self.setting("trainer").logger)
 
-    def _dump_config(self) -> None:
+    def dumping(self) -> AbstractContextManager[None]:
         """Keep the settings that modules get as hyper-parameters, and may use: no references."""
-        with dumping_values():
-            super()._dump_config()
+        return dumping_values()
 
     def instantiate_classes(self) -> None:
         with logger_errors():
             super().instantiate_classes()
-        path = self._get(self.config, "ckpt_path") if self.subcommand else None
+        path = self.setting("ckpt_path") if self.subcommand else None
         if path:
             adopt_tokenizer(self.model.model, path)
 
-    def _parse_ckpt_path(self) -> None:
-        """Lightning lets a checkpoint's hyper-parameters override what the user typed; see :meth:`parse_arguments`."""
-
-    def _set_seed(self) -> None:
-        try:
-            super()._set_seed()
-        except ValueError as error:
-            raise InputError(f"seed_everything: {error}") from error
-
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         self.save_config_kwargs = {"config_filename": f"{self.subcommand}_config.yaml"}
-        settings: Any = self._get(self.config_init, "trainer")
+        settings: Any = self.settings_to_create("trainer")
         callbacks = settings.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         settings.callbacks = _default_callbacks()(*callbacks)
@@ -240,11 +214,7 @@ class CLI(LightningCLI):
             settings.callbacks.append(RichModelSummary())
         plugins = settings.plugins or []
         settings.plugins = plugins if isinstance(plugins, list) else [plugins]
-        if not any(isinstance(plugin, CheckpointIO) for plugin in settings.plugins):
-            settings.plugins.append(WholeCheckpointIO())
-        for plugin in settings.plugins:
-            if isinstance(plugin, _WrappingCheckpointIO):  # such as AsyncCheckpointIO
-                plugin.checkpoint_io = WholeCheckpointIO()  # has no effect if it wraps one already
+        write_whole_files(settings.plugins)
         if self.subcommand == "fit" and settings.precision is None:
             self._choose_precision(settings)
         elif str(settings.precision).startswith("bf16") and computes_in_bfloat16(settings.accelerator) is False:
@@ -273,19 +243,10 @@ class CLI(LightningCLI):
             return
         if computes_in_bfloat16(settings.accelerator):
             # Set in both: one creates the trainer, the other is saved with the run.
-            settings.precision = self._get(self.config, "trainer").precision = "bf16-mixed"
+            settings.precision = self.setting("trainer").precision = "bf16-mixed"
             rank_zero_info("trainer.precision: bf16-mixed, which this machine supports; set 32-true for float32")
 
-    def _run_subcommand(self, subcommand: str) -> None:
-        """Run a subcommand; Ctrl-C stays a KeyboardInterrupt, with the command that resumes the run."""
-        try:
-            super()._run_subcommand(subcommand)
-        except SystemExit as end:
-            if not isinstance(end.__context__, KeyboardInterrupt):
-                raise
-            raise KeyboardInterrupt(self._how_to_resume() if subcommand == "fit" else "") from None
-
-    def _how_to_resume(self) -> str:
+    def how_to_resume(self) -> str:
         """Return how to resume an interrupted run, on the first rank and without a collective."""
         folders = [
             Path(folder) for one in self.trainer.checkpoint_callbacks if (folder := getattr(one, "dirpath", None))
@@ -305,17 +266,17 @@ class CLI(LightningCLI):
         self._warn_of_random_weights()
 
     def _warn_of_random_weights(self) -> None:
-        if not self.model.starts_trained and not self._get(self.config, "ckpt_path"):
+        if not self.model.starts_trained and not self.setting("ckpt_path"):
             rank_zero_warn(
                 f"{self.subcommand}: evaluates random weights; set trained ones with --ckpt_path or --model.pretrained"
             )
 
     def before_fit(self) -> None:
         """Print the plan only, or validate before the first step; a resumed run has those metrics in its checkpoint."""
-        if self._get(self.config, "print_plan"):
+        if self.setting("print_plan"):
             self._print_plan()
             sys.exit(0)
-        if self._get(self.config, "validate_first") and not self._get(self.config, "ckpt_path"):
+        if self.setting("validate_first") and not self.setting("ckpt_path"):
             self.trainer.validate(self.model, self.datamodule, verbose=False)
             self.model.before = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
 
@@ -356,7 +317,7 @@ def _settings_of(path: str) -> dict[str, Any]:
     """Return the settings that a checkpoint holds, none of which may have the parser import anything."""
     checkpoint = checked(read_mapped(Path(path)), path)
     hparams = checkpoint["hyper_parameters"]
-    check_not_imported_by(hparams, path)
+    check_not_imported_by(hparams["architecture"], path)
     check_fits(checkpoint, path)
     return hparams
 

@@ -43,7 +43,7 @@ from lit_clip.tools.images import FIX_HINT, OnError, or_skip
 from lit_clip.tools.workers import loader
 from lit_clip.training.kept_memory import keep_freed_memory
 from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
-from lit_clip.training.lightning.signals import Signals
+from lit_clip.training.lightning.signals import replace_signals
 
 SECONDS_BETWEEN_PARTS = 10  # of work that a killed run can lose
 
@@ -204,7 +204,7 @@ def make_trainer(callbacks: list[Callback], settings: EncodingSettings) -> Train
         raise InputError(f"devices or accelerator: {error}") from error
     watch_started_ranks(trainer)
     keep_freed_memory(trainer)
-    trainer._signal_connector = Signals(trainer)  # Lightning's own would wait for the other ranks in the handler
+    replace_signals(trainer)  # Lightning's own would wait for the other ranks in the handler
     return trainer
 
 

@@ -1,9 +1,8 @@
-"""The contract of a loss: what it gets, what it returns, and how a checkpoint names it.
+"""The contract of a loss: its input, its value, and its description.
 
 Shapes: B pairs of this rank, N pairs of all ranks, M hard negatives of all ranks, D embedding dimension.
 """
 
-import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,8 +17,7 @@ from lit_clip.distributed import Shards
 from lit_clip.errors import InputError, require
 from lit_clip.losses.duplicates import pair_ids
 from lit_clip.losses.tiled import HardNegatives
-from lit_clip.tools.parts import Description, is_plain, plain, qualified_name
-from lit_clip.tools.untrusted import factory_of, is_trusted, trusted_class
+from lit_clip.tools.parts import Description, describe_instance, qualified_name
 
 
 @dataclass(frozen=True)
@@ -132,18 +130,10 @@ class Loss(nn.Module):
     uses_negatives = False
     """Whether the loss reads hard negative captions; otherwise a data module must not have them."""
 
-    _arguments: dict[str, Any]
-
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Record the constructor's arguments for :meth:`describe`."""
+        """Initialise the module here, so that a class that forgets ``super().__init__()`` works too."""
         loss = super().__new__(cls)
-        nn.Module.__init__(loss)  # so that a class that forgets to call it works all the same
-        try:
-            bound = inspect.signature(cls.__init__).bind(loss, *args, **kwargs)
-        except TypeError:  # wrong arguments, which __init__ reports, or a copy, which brings its own attributes
-            return loss
-        arguments = dict(list(bound.arguments.items())[1:])
-        object.__setattr__(loss, "_arguments", arguments)  # nn.Module's own is not ready yet
+        nn.Module.__init__(loss)
         return loss
 
     def whole_batch(self, pairs: WholeBatch) -> Tensor | LossValue:
@@ -175,44 +165,28 @@ class Loss(nn.Module):
         return None
 
     def describe(self) -> Description:
-        """Return the class and its arguments, as plain values; an argument of another kind is shown as text."""
-        return {
-            "class_path": qualified_name(type(self)),
-            "init_args": {name: _described(value) for name, value in self._arguments.items()},
-        }
+        """Return the class and the attributes that are named like its arguments, as plain values."""
+        return describe_instance(self)
 
 
-def _described(value: Any) -> Any:
-    if isinstance(value, Loss):
-        return value.describe()
-    if isinstance(value, list | tuple):
-        return [_described(item) for item in value]
-    return plain(value) if is_plain(value) else repr(value)
-
-
-def build_loss(description: Mapping[str, Any]) -> Loss:
-    """Return the loss that :meth:`Loss.describe` described; only losses of lit-clip, because checkpoints hold these.
+def check_is_loss(loss: Any) -> Loss | None:
+    """Return a loss, or None for None.
 
     Raises:
-        InputError: the description names another class.
+        InputError: it is anything else.
     """
-    arguments = description.get("init_args")
-    inner = arguments if trusted_class(description, Loss) and isinstance(arguments, Mapping) else {}
-    built = {name: _built(value) for name, value in inner.items()}  # first, so that a refused inner loss is named
-    return factory_of(description, "model.loss", Loss)(**built)
-
-
-def _built(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_built(item) for item in value]
-    return build_loss(value) if isinstance(value, Mapping) and "class_path" in value else value
+    require(
+        loss is None or isinstance(loss, Loss),
+        f"model.loss: {loss!r} is no loss; pass an object of a subclass of lit_clip.losses.Loss, as Contrastive()",
+    )
+    return loss
 
 
 def evaluate_loss(loss: Loss, pairs: Pairs) -> LossValue:
-    """Call a loss and check what it returns.
+    """Call a loss and check its value.
 
     Raises:
-        InputError: it returned no scalar.
+        InputError: it is no scalar, or has no gradient.
     """
     result = loss(pairs)
     value = result if isinstance(result, LossValue) else LossValue(result)
@@ -220,55 +194,14 @@ def evaluate_loss(loss: Loss, pairs: Pairs) -> LossValue:
     if not isinstance(value.loss, Tensor):
         raise InputError(f"{name} returned a {type(value.loss).__name__}, not a tensor; {advice}")
     require(value.loss.ndim == 0, f"{name} returned a tensor of shape {list(value.loss.shape)}; {advice}")
+    require(
+        value.loss.requires_grad or not len(pairs.image) or not torch.is_grad_enabled(),
+        f"{name} returned a loss without gradient; compute it from pairs.image and pairs.text, without detach, item or "
+        "no_grad",
+    )
     for metric, number in value.metrics.items():
         require(
             isinstance(number, int | float) or (isinstance(number, Tensor) and number.ndim == 0),
             f"{name}: its metric {metric} is not a number; {advice}",
         )
     return value
-
-
-def check_gradient(loss: Loss, value: Tensor) -> None:
-    """Raise :class:`InputError` if a loss's value has no gradient."""
-    require(
-        value.requires_grad,
-        f"model.loss: {qualified_name(type(loss))} returned a loss without gradient; compute it from pairs.image and "
-        "pairs.text, without detach, item or no_grad",
-    )
-
-
-def foreign_losses(description: Any) -> list[str]:
-    """Return the class paths of a described loss, and of losses within it, that a checkpoint may not import."""
-    if is_trusted(description, Loss):
-        return []
-    if not isinstance(description, Mapping):
-        return [str(description)]
-    arguments = description.get("init_args")
-    values = arguments.values() if isinstance(arguments, Mapping) else ()
-    inner = [item for value in values for item in _items(value) if isinstance(item, Mapping) and "class_path" in item]
-    own = str(description.get("class_path"))
-    found = [] if trusted_class(description, Loss) else [own]
-    return [*found, *(path for item in inner for path in foreign_losses(item))] or [own]  # its arguments name something
-
-
-def _items(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def check_resumed_loss(ours: Mapping[str, Any] | None, saved: Mapping[str, Any] | None, name: str) -> None:
-    """Check that a run whose loss a checkpoint may not name names it itself when it is resumed.
-
-    Args:
-        ours: description of this run's loss; None for the default.
-        saved: the checkpoint's.
-        name: of the checkpoint, for messages.
-
-    Raises:
-        InputError: this run would go on with the default loss.
-    """
-    foreign = foreign_losses(saved) if ours is None and saved is not None else []
-    require(
-        not foreign,
-        f"{name}: was trained with {', '.join(foreign)}, which a checkpoint may not import by itself; name the loss "
-        "with --model.loss, or pass loss=... to LitCLIP",
-    )

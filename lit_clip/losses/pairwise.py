@@ -121,3 +121,8 @@ class Sigmoid(Loss):
     def uninformed(self, pairs: int) -> float:
         """Return ``log N + (N - 1) log(N / (N - 1))``: the best prediction for each of an image's N captions is 1/N."""
         return math.log(pairs) + ((pairs - 1) * math.log(pairs / (pairs - 1)) if pairs > 1 else 0.0)
+
+
+def default_loss(model: Any) -> Loss:
+    """Return :class:`Sigmoid` for a model with a ``logit_bias`` (SigLIP), otherwise :class:`Contrastive`."""
+    return Contrastive() if model.logit_bias is None else Sigmoid()

@@ -1,4 +1,7 @@
-"""Exchangeable parts: objects and callables in Python, a class path with arguments in YAML and in a checkpoint."""
+"""Exchangeable parts: objects and callables in Python, a class path with arguments in YAML.
+
+A checkpoint, a plan and a logger get their description, which is data: nothing is ever built from it.
+"""
 
 import inspect
 import sys
@@ -56,16 +59,44 @@ def describe_instance(instance: Any) -> Description:
 
 
 def _remembered_arguments(made: Any) -> dict[str, Any]:
-    values = {**vars(made), **getattr(made, "defaults", {})}
+    values = {**vars(made), **vars(made).get("_modules", {}), **getattr(made, "defaults", {})}
     return {name: values[name] for name in inspect.signature(type(made)).parameters.keys() & values.keys()}
 
 
 def _description(target: Any, arguments: Mapping[str, Any]) -> Description:
-    items = sorted(arguments.items())
+    described = {name: _described(value) for name, value in sorted(arguments.items())}
     return {
         "class_path": qualified_name(target),
-        "init_args": {name: plain(value) for name, value in items if value is not None and is_plain(value)},
+        "init_args": {name: value for name, value in described.items() if value is not None},
     }
+
+
+def _described(value: Any) -> Any:
+    """Return an argument as plain values, parts among them by their descriptions; None for anything else."""
+    if is_plain(value):
+        return plain(value)
+    if hasattr(value, "describe"):
+        return value.describe()
+    if isinstance(value, tuple) or hasattr(value, "append"):  # a list, or torch's ModuleList
+        return [each for item in value if (each := _described(item)) is not None]
+    return None
+
+
+def class_paths(description: Mapping[str, Any]) -> list[str]:
+    """Return the class path of a described part, then those of the parts within it."""
+    found = [str(description["class_path"])]
+    for value in description["init_args"].values():
+        for each in value if isinstance(value, list) else [value]:
+            if isinstance(each, Mapping) and {"class_path", "init_args"} <= each.keys():
+                found += class_paths(each)
+    return found
+
+
+def setting_changes(ours: Description, saved: Description) -> list[str]:
+    """Return the settings of a part that differ from a checkpoint's, such as ``lr 0.001 (checkpoint: 0.0005)``."""
+    here, there = ours["init_args"], saved["init_args"]
+    names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
+    return [f"{name} {_shown_value(here.get(name))} (checkpoint: {_shown_value(there.get(name))})" for name in names]
 
 
 def is_plain(value: Any) -> bool:

@@ -5,27 +5,25 @@ files, may name what they like; these files may not:
 
 - **Values are plain**: None, bools, finite numbers, texts, lists and mappings. Each is checked against the type of the
   field that it fills (:func:`filled`), and numbers against the ranges of the dataclass.
-- **No module**: a ``class_path``, which no text may hide as YAML, is that of a part (loss, optimiser, schedule, rule of
-  weight decay) in one of :data:`TRUSTED` (:func:`trusted_class`), or of an encoder whose module is imported already. A
-  text is never looked up as a module, nor is the name of a function.
+- **No module**: a text is never looked up as a module, a class or a function, but for the ``class_path`` of an encoder
+  whose module is imported already. Parts (loss, optimiser, schedule, rule of weight decay) are only ever built from
+  what the user types, writes in YAML or passes in Python; a checkpoint has their names, to compare.
 - **No resolver**: ``${...}``, which the command line's parser would replace (by an environment variable, by another
   setting), is refused, not resolved.
 - **No loader and no file**: settings that make timm or transformers open a file, a repository or a kernel are refused
   (:mod:`lit_clip.models.external_settings`). The files of a folder lie in that folder.
 - **No program**: files that can hold one are read by readers that admit tensors and plain values alone.
 
-Two things may be fetched, by a published name or by a path: the weights that a LoRA's checkpoint is an addition to,
-which must have the fingerprint that the checkpoint names, and the teacher of a distillation that is resumed. They are
-data under the same rule. What a trainer restores beside the model is in
-:mod:`lit_clip.training.lightning.resume_checks`.
+One thing may be fetched, by a published name or by a path: the weights that a LoRA's checkpoint is an addition to,
+which must have the fingerprint that the checkpoint names. They are data under the same rule. What a trainer restores
+beside the model is in :mod:`lit_clip.training.lightning.resume_checks`.
 """
 
 import dataclasses
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache, partial
-from importlib import import_module
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from types import UnionType
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -35,8 +33,6 @@ from lit_clip.errors import InputError, require
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.parts import is_plain
 
-# Modules whose classes a checkpoint may name: it must not be able to import anything else.
-TRUSTED = ("lit_clip.", "torch.optim.", "timm.optim.")
 INTERPOLATION = "${"  # OmegaConf's
 
 Settings = TypeVar("Settings")
@@ -212,24 +208,12 @@ def check_options(options: Any, where: str) -> None:
 COUNTS = {"layer": 1000, "depth": 1000, "stage": 1000, "expert": 4096, "head": 65536}
 
 
-def is_dotted(text: str) -> bool:
-    """Return whether a text could be the import path of a class or a function."""
-    return "." in text and all(part.isidentifier() for part in text.split("."))
-
-
-def dotted_names(value: Any) -> Iterator[str]:
-    """Yield the strings, at any depth, that could be the path of a class or a function."""
-    if isinstance(value, str) and is_dotted(value):
-        yield value
-    elif isinstance(value, Mapping | list | tuple):
-        for item in (*value, *value.values()) if isinstance(value, Mapping) else value:
-            yield from dotted_names(item)
-
-
 def class_paths_within(value: Any) -> Iterator[str]:
     """Yield the values of ``class_path``, at any depth, that could be the path of a class."""
     if isinstance(value, Mapping):
-        yield from dotted_names(value.get("class_path"))
+        path = value.get("class_path")
+        if isinstance(path, str) and "." in path:
+            yield path
     for item in value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple) else ():
         yield from class_paths_within(item)
 
@@ -264,53 +248,11 @@ def shown_type(hint: Any) -> str:
     return names.get(hint, getattr(hint, "__name__", str(hint)))
 
 
-def trusted_class(description: Any, kind: type) -> type | None:
-    """Return the class of a description from a checkpoint; None if a checkpoint may not name it, or it does not exist.
+def hints_of(target: Any) -> dict[str, Any]:
+    """Return the types of the arguments of a class or a function.
 
-    Args:
-        description: a :data:`Description`, or whatever else the checkpoint holds.
-        kind: of which the class must be: a trusted module also has functions, its own and imported ones.
+    ``Any`` for one without a type, and a text where a type cannot be found.
     """
-    path = description.get("class_path") if isinstance(description, Mapping) else None
-    if not isinstance(path, str) or not path.startswith(TRUSTED) or "__" in path:
-        return None
-    module, _, name = path.rpartition(".")
-    try:
-        found = getattr(import_module(module), name)
-    except (ImportError, AttributeError, ValueError):
-        return None
-    return found if inspect.isclass(found) and issubclass(found, kind) else None
-
-
-def is_trusted(description: Any, kind: type) -> bool:
-    """Return whether a checkpoint may name this class with these arguments, see :func:`trusted_class`."""
-    found = trusted_class(description, kind)
-    return (
-        found is not None
-        and description.keys() <= {"class_path", "init_args"}
-        and names_nothing(description.get("init_args", {}), found, kind)
-    )
-
-
-def names_nothing(arguments: Any, target: Callable[..., Any], kind: type | None = None) -> bool:
-    """Return whether arguments from a checkpoint name nothing that a parser of their types would import or read.
-
-    A parser imports the class or function that a string or a ``class_path`` names where a class or a callable is
-    wanted, and reads the file of settings that a string names there. So strings are for arguments that are text.
-
-    Args:
-        arguments: by name.
-        target: the class or function that has them.
-        kind: of parts within the arguments, which must be trusted too; None: there may be none.
-    """
-    hints = hints_of(target)
-    return isinstance(arguments, Mapping) and all(
-        isinstance(name, str) and value_names_nothing(value, hints.get(name), kind) for name, value in arguments.items()
-    )
-
-
-def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
-    """Return the types of arguments; ``Any`` for one without a type, and a text where a type cannot be found."""
     parameters = inspect.signature(target).parameters.values()
     hints = {each.name: Any if each.annotation is each.empty else each.annotation for each in parameters}
     try:
@@ -319,48 +261,24 @@ def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
         return hints
 
 
-def value_names_nothing(value: Any, hint: Any, kind: type | None = None) -> bool:
-    """Return whether a value names nothing that a parser of a type would import or read, see :func:`names_nothing`."""
-    types = get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)
-    if isinstance(value, str):
-        if INTERPOLATION in value:
-            return False
-        free = Any in types and not is_dotted(value)
-        return free or str in types or any(value in get_args(each) for each in types if get_origin(each) is Literal)
-    if isinstance(value, list | tuple):
-        inner = [item for each in types for item in (get_args(each) or ([Any] if each in (Any, list, tuple) else []))]
-        return all(any(value_names_nothing(item, each, kind) for each in inner) for item in value)
-    if not isinstance(value, Mapping):
-        return value is None or type(value) in (bool, int, float)
-    if "class_path" in value:
-        return kind is not None and is_trusted(value, kind)
-    kinds: list[Any] = [each for each in types if dataclasses.is_dataclass(each)]
-    fields = [each for each in kinds if value.keys() <= hints_of(each).keys()]
-    if fields:
-        return any(names_nothing(value, each, kind) for each in fields)
-    inner = [(get_args(each) or (Any, Any))[1] for each in types if each in (Any, dict) or get_origin(each) is dict]
-    return any(all(value_names_nothing(item, each, kind) for item in value.values()) for each in inner)
+def matches_plain_type(value: Any, hint: Any) -> bool:
+    """Return whether a file's value fits an argument, and the command line's parser would look nothing up for it.
 
-
-def factory_of(part: Callable[..., Any] | Mapping[str, Any], option: str, kind: type) -> Callable[..., Any]:
-    """Return the factory of a part; a description, which comes from a checkpoint, must be of a trusted class.
-
-    Args:
-        part: a callable, or a :data:`Description`.
-        option: for messages, such as ``model.optimizer``.
-        kind: the class that a described part must be of.
-
-    Raises:
-        InputError: the description names a class that a checkpoint may not name, or one that does not exist.
+    Where a class or a callable is wanted the parser imports the one that a text names, and reads the file of settings
+    that a text names where a mapping is wanted.
     """
-    if not isinstance(part, Mapping):
-        return part
-    if is_trusted(part, kind):
-        return partial(trusted_class(part, kind), **part.get("init_args", {}))  # pyright: ignore[reportCallIssue, reportArgumentType]
-    path, name = str(part.get("class_path")), option.rpartition(".")[2]
-    if path.startswith(TRUSTED) and trusted_class(part, kind) is None:
-        raise InputError(f"{option}: the checkpoint was trained with {path}, which is no installed {kind.__name__}")
-    raise InputError(
-        f"{option}: the checkpoint was trained with {path}; name it with --{option} {path}, or pass {name}=... to "
-        "LitCLIP (a checkpoint may not import it by itself)"
-    )
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin in (Union, UnionType):
+        return any(matches_plain_type(value, each) for each in inner)
+    if dataclasses.is_dataclass(hint) or origin is dict:
+        if not isinstance(value, Mapping):
+            return False
+        kinds = dict.fromkeys(value, inner[1]) if origin is dict else hints_of(hint)
+        return value.keys() <= kinds.keys() and all(matches_plain_type(value[name], kinds[name]) for name in value)
+    if origin in (list, tuple):
+        return isinstance(value, list | tuple) and all(
+            any(matches_plain_type(item, each) for each in inner) for item in value
+        )
+    if hint is Any:
+        return value is None or type(value) in (bool, int, float)
+    return (hint in (bool, int, float, str, type(None)) or origin is Literal) and fits(value, hint)

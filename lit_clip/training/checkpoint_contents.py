@@ -3,6 +3,7 @@
 Beside Lightning's own keys (epoch, global_step, optimizer_states, lr_schedulers, loops, callbacks, hyper_parameters):
 
 - ``state_dict``: weights under OpenAI's key names, which open_clip can read; of a LoRA only the additions
+- ``parts``: class and settings of the optimiser, the schedule, the rule of weight decay and the loss, to compare
 - ``loss``: parameters of a loss that has some
 - ``base``: name and fingerprint of the weights that a LoRA belongs to
 - ``tokenizer``: definition of a tokenizer other than the paper's
@@ -21,12 +22,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lightning.pytorch import LightningModule
 from lightning.pytorch.callbacks import WeightAveraging
-from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_clip.errors import require
+from lit_clip.losses.loss import Loss
 from lit_clip.models.clip import CLIP
 from lit_clip.models.lora import is_added
 from lit_clip.secrets import plain_without_secrets
@@ -113,33 +113,33 @@ def close_epoch(checkpoint: dict[str, Any]) -> None:
         counts["completed"] = counts["processed"]
 
 
-def unpack_checkpoint(checkpoint: dict[str, Any], module: LightningModule, base_sha256: str, name: Source) -> None:
+def unpack_checkpoint(checkpoint: dict[str, Any], module: Any, name: Source, trainer: Any = None) -> None:
     """Turn a checkpoint of ours into what Lightning loads, and give the module's model the checkpoint's tokenizer.
 
     Args:
         checkpoint: changed in place.
-        module: its ``model`` is a :class:`CLIP`.
-        base_sha256: fingerprint of the weights that the module's LoRA belongs to; empty without a LoRA.
+        module: with a ``model``, a ``loss`` and, if the model has a LoRA, the fingerprint ``base_sha256`` of its base.
         name: of the checkpoint, for messages.
+        trainer: whose training resumes; None: the weights are only used.
 
     Raises:
         InputError: another architecture, weights that do not fit or are not finite, a LoRA of other weights, or another
             loss.
     """
-    model: Any = module.model
-    _use_last_step(checkpoint, module, name)
+    model: CLIP = module.model
+    if trainer is not None and not any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+        _use_last_step(checkpoint, name)
     check_architecture(checkpoint, model.config, name)
-    if base_sha256:
-        check_base(checkpoint, base_sha256, name)
+    if module.base_sha256:
+        check_base(checkpoint, module.base_sha256, name)
         for states, ours in (("state_dict", model.state_dict()), ("current_model_state", module.state_dict())):
             if states in checkpoint:
                 checkpoint[states] = {**ours, **checkpoint[states]}
     state: Mapping[str, Any] = checkpoint["state_dict"]
     check_weights(model, state, name)
     check_finite_weights(state, name)
-    checkpoint["state_dict"] = {PREFIX + key: value for key, value in state.items()} | _loss_state(
-        checkpoint, module, name
-    )
+    loss = _loss_state(checkpoint, module.loss, name, resumed=trainer is not None)
+    checkpoint["state_dict"] = {PREFIX + key: value for key, value in state.items()} | loss
     model._tokenizer = checkpoint_tokenizer(checkpoint, model.config) or model._tokenizer
     if checkpoint.get("weights") == EMA_WEIGHTS:
         rank_zero_info(f"{name}: these weights are the exponential moving average, not those of the last step")
@@ -153,18 +153,14 @@ def adopt_tokenizer(model: CLIP, checkpoint: Source) -> None:
     model._tokenizer = checkpoint_tokenizer(read_mapped(Path(checkpoint)), model.config) or model._tokenizer
 
 
-def _use_last_step(checkpoint: dict[str, Any], module: LightningModule, name: Source) -> None:
+def _use_last_step(checkpoint: dict[str, Any], name: Source) -> None:
     """Resume a run that goes on without an average from the weights that the optimiser's moments belong to.
 
     Args:
         checkpoint: changed in place.
-        module: with its trainer, if it has one.
         name: of the checkpoint, for messages.
     """
-    trainer: Any = module._trainer
-    if trainer is None or trainer.state.fn != TrainerFn.FITTING or "current_model_state" not in checkpoint:
-        return
-    if any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+    if "current_model_state" not in checkpoint:
         return
     current = checkpoint.pop("current_model_state")
     _move_own_keys(checkpoint, current)
@@ -175,13 +171,12 @@ def _use_last_step(checkpoint: dict[str, Any], module: LightningModule, name: So
         )
 
 
-def _loss_state(checkpoint: Mapping[str, Any], module: Any, name: Source) -> dict[str, Any]:
-    """Return the parameters of the module's loss under its own names; the checkpoint's if the loss is trained on."""
+def _loss_state(checkpoint: Mapping[str, Any], loss: Loss, name: Source, resumed: bool) -> dict[str, Any]:
+    """Return the parameters of a module's loss under its own names; the checkpoint's if training resumes."""
     saved: Mapping[str, Any] = checkpoint.get("loss", {})
-    ours = {} if module.loss is None else module.loss.state_dict()
+    ours = loss.state_dict()
     if _shapes(saved) != _shapes(ours):
-        trains = module._trainer is not None and module._trainer.state.fn == TrainerFn.FITTING
-        require(not trains, f"{name}: its loss has other parameters than model.loss; name the loss it was trained with")
+        require(not resumed, f"{name}: its loss has other parameters; name the loss it was trained with as model.loss")
         saved = ours
     return {LOSS_PREFIX + key: value for key, value in saved.items()}
 

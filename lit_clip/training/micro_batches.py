@@ -13,7 +13,8 @@ from lit_clip.batch import CaptionBatch
 from lit_clip.distributed import Shards
 from lit_clip.errors import require
 from lit_clip.losses.contrastive import unit
-from lit_clip.losses.loss import Loss
+from lit_clip.losses.loss import Loss, Pairs
+from lit_clip.losses.tiled import HardNegatives
 from lit_clip.models.clip import CLIP
 from lit_clip.models.frozen_prefix import image_features_from, text_features_from
 from lit_clip.training.activation_checkpointing import FrozenStatistics, checkpoint
@@ -90,6 +91,18 @@ def placeholder(model: CLIP, batch: CaptionBatch) -> CaptionBatch:
     return CaptionBatch(images, tokens, [""], ["a"], [""], stored_texts=stored)
 
 
+class StepCounts(NamedTuple):
+    """Numbers of a step on each rank.
+
+    Attributes:
+        pairs: pairs.
+        negatives: hard negative captions that the loss reads.
+    """
+
+    pairs: Shards
+    negatives: Shards
+
+
 class StepFeatures(NamedTuple):
     """Unit features of a step's pairs on this rank.
 
@@ -102,6 +115,22 @@ class StepFeatures(NamedTuple):
     image: Tensor
     text: Tensor
     negative: Tensor | None
+
+
+def encode_step(model: CLIP, batch: CaptionBatch, counts: StepCounts, size: int | None) -> Pairs:
+    """Encode a rank's pairs, and the hard negatives if any rank has some, in micro-batches.
+
+    Args:
+        model: the encoders.
+        batch: this rank's pairs, maybe none.
+        counts: of all ranks.
+        size: most pairs of a micro-batch; None: all at once.
+    """
+    parts = split_batch(model, batch, counts.pairs, size)
+    image_BD, text_BD, negative_MD = encode_parts(model, parts, len(batch.images), counts.negatives.total > 0)
+    negatives = None if negative_MD is None else HardNegatives(negative_MD, counts.negatives)
+    scale, bias, pad_id = model.logit_scale.exp(), model.logit_bias, model.tokenizer.pad_id
+    return Pairs(image_BD, text_BD, scale, bias, counts.pairs, batch, parts, pad_id, negatives)
 
 
 def encode_parts(model: CLIP, parts: list[CaptionBatch], pairs: int, negatives: bool = False) -> StepFeatures:

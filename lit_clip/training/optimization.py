@@ -1,21 +1,20 @@
 """A run's optimiser, schedule and rule of weight decay, whichever they are: created, described, and resumed."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lit_clip.errors import InputError, require
+from lit_clip.models.finetuning import LayerDecay
 from lit_clip.tools.parts import Description, describe, describe_instance
-from lit_clip.tools.untrusted import check_entries, factory_of, is_like, is_trusted, shortened
+from lit_clip.tools.untrusted import check_entries, is_like, shortened
 from lit_clip.training.optim import (
     Decays,
-    ExceptGainsAndBiases,
     OptimizerFactory,
-    PaperAdamW,
     lay_out_like_parameters,
     parameter_groups,
     total_steps,
@@ -27,19 +26,17 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 Groups = Sequence[Mapping[str, Any]]
-# The arguments of LitCLIP that are a class with its own arguments, and what a checkpoint may name there.
-KINDS: dict[str, type] = {"optimizer": Optimizer, "lr_scheduler": LRScheduler, "decay": ExceptGainsAndBiases}
+PARTS = ("optimizer", "lr_scheduler", "decay")  # the arguments of LitCLIP that are kept here
 
 
 class Optimization:
     """The optimiser, the schedule and the rule of weight decay of a run.
 
-    Each part may be given as a description from a checkpoint; it is then imported when training starts.
-
     Args:
         optimizer: creates the optimiser of parameter groups.
         lr_scheduler: creates the schedule of the optimiser.
         decay: which parameters have weight decay.
+        layer_decay: the learning rate of each layer relative to the next one; None: the same rate for all.
 
     Attributes:
         descriptions: class and arguments of each, as plain values.
@@ -50,32 +47,19 @@ class Optimization:
 
     def __init__(
         self,
-        optimizer: OptimizerFactory | Description,
-        lr_scheduler: ScheduleFactory | Description,
-        decay: Decays | Description,
+        optimizer: OptimizerFactory,
+        lr_scheduler: ScheduleFactory,
+        decay: Decays,
+        layer_decay: LayerDecay | None = None,
     ) -> None:
-        self._optimizer, self._lr_scheduler, self._decay = optimizer, lr_scheduler, decay
-        require(
-            isinstance(decay, Mapping) or callable(decay),
-            f"model.decay: {decay!r} is no function",
-        )
-        usable = not isinstance(optimizer, Mapping) or is_trusted(optimizer, Optimizer)
+        require(callable(decay), f"model.decay: {decay!r} is no function")
+        self.optimizer, self._lr_scheduler, self._decay = optimizer, lr_scheduler, decay
+        self.layer_decay = layer_decay
         self.descriptions = {
-            "optimizer": dict(optimizer) if isinstance(optimizer, Mapping) else describe(optimizer, trial(optimizer)),
-            "lr_scheduler": dict(lr_scheduler)
-            if isinstance(lr_scheduler, Mapping)
-            else _describe_schedule(lr_scheduler, self.optimizer if usable else PaperAdamW),
-            "decay": dict(decay) if isinstance(decay, Mapping) else describe_instance(decay),
+            "optimizer": describe(optimizer, trial(optimizer)),
+            "lr_scheduler": _describe_schedule(lr_scheduler, optimizer),
+            "decay": describe_instance(decay),
         }
-
-    @property
-    def optimizer(self) -> OptimizerFactory:
-        """The optimiser's factory.
-
-        Raises:
-            InputError: a checkpoint names it, and may not.
-        """
-        return factory_of(self._optimizer, "model.optimizer", Optimizer)
 
     @property
     def lr(self) -> float:
@@ -86,12 +70,7 @@ class Optimization:
         self, module: nn.Module, layers: Iterable[tuple[str, float, Sequence[nn.Parameter]]]
     ) -> list[dict[str, Any]]:
         """Return a module's parameter groups, see :func:`lit_clip.training.optim.parameter_groups`."""
-        decay = (
-            factory_of(self._decay, "model.decay", ExceptGainsAndBiases)()
-            if isinstance(self._decay, Mapping)
-            else self._decay
-        )
-        return parameter_groups(module, layers, trial(self.optimizer).defaults, decay)
+        return parameter_groups(module, layers, trial(self.optimizer).defaults, self._decay)
 
     def configure(self, groups: Groups, trainer: "Trainer") -> dict[str, Any]:
         """Return the optimiser and its schedule in Lightning's form.
@@ -114,16 +93,14 @@ class Optimization:
             raise InputError(f"model.optimizer: {' '.join(str(error).split())}{hint}") from error
         if fusable:
             optimizer.register_load_state_dict_post_hook(lay_out_like_parameters)
-        schedule = create_schedule(
-            factory_of(self._lr_scheduler, "model.lr_scheduler", LRScheduler), optimizer, total_steps(trainer)
-        )
+        schedule = create_schedule(self._lr_scheduler, optimizer, total_steps(trainer))
         how: dict[str, Any] = {"interval": "step"}
         if isinstance(schedule, ReduceLROnPlateau):
             monitor = getattr(schedule, "monitor", "val/loss")
             how = {"interval": "epoch", "frequency": trainer.check_val_every_n_epoch or 1, "monitor": monitor}
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **how}}
 
-    def resume(self, checkpoint: Mapping[str, Any], groups: Groups, layer_decay: Any, steps: int, name: str) -> None:
+    def resume(self, checkpoint: Mapping[str, Any], groups: Groups, steps: int, name: str) -> None:
         """Overwrite a checkpoint's settings of the optimiser and schedule with this run's where they differ.
 
         A resumed run keeps its moments and its position; what an optimiser or a schedule has changed in the parameter
@@ -132,31 +109,24 @@ class Optimization:
         Args:
             checkpoint: changed in place.
             groups: this run's.
-            layer_decay: this run's, as in the hyper-parameters.
             steps: optimiser steps of this run.
             name: of the checkpoint, for messages.
 
         Raises:
-            InputError: the checkpoint has another optimiser or other parameter groups.
+            InputError: the checkpoint has other parameter groups, or a state that this optimiser cannot have written.
         """
-        hparams, here = checkpoint["hyper_parameters"], self.descriptions
-        there = hparams.get("optimizer") or {}
-        former = there.get("class_path", "another optimiser")
-        if former != here["optimizer"]["class_path"]:
-            raise InputError(
-                f"{name}: was trained with {former}, and this run has {here['optimizer']['class_path']}; "
-                "resume with the same model.optimizer, or start from its weights with model.pretrained"
-            )
-        settings = here["optimizer"]["init_args"]
-        changed = {key: value for key, value in settings.items() if there.get("init_args", {}).get(key) != value}
-        rates = "lr" in changed or hparams.get("layer_decay") != layer_decay
+        here, there = self.descriptions, checkpoint["parts"]
+        former = there["optimizer"]["init_args"]
+        changed = {k: value for k, value in here["optimizer"]["init_args"].items() if former.get(k) != value}
+        layer_decay = self.layer_decay and asdict(self.layer_decay)
+        rates = "lr" in changed or checkpoint["hyper_parameters"].get("layer_decay") != layer_decay
         defaults = trial(self.optimizer).defaults
         for optimizer in checkpoint.get("optimizer_states", []):
             _check_state(optimizer, defaults, f"{name}: optimizer_states")
             _resume_groups(optimizer["param_groups"], groups, changed, rates, name)
         for schedule in checkpoint.get("lr_schedulers", []):
             self._check_schedule(schedule, groups, steps, f"{name}: lr_schedulers")
-            same = hparams.get("lr_scheduler") == here["lr_scheduler"] and schedule.get("total_steps") in (None, steps)
+            same = there["lr_scheduler"] == here["lr_scheduler"] and schedule.get("total_steps") in (None, steps)
             if not same:
                 self._start_schedule(schedule, checkpoint, groups, steps)
             elif rates and "base_lrs" in schedule:
@@ -165,8 +135,7 @@ class Optimization:
     def _check_schedule(self, saved: Mapping[str, Any], groups: Groups, steps: int, where: str) -> None:
         """Check a saved schedule's values against a new one's, which torch would overwrite with whatever they are."""
         optimizer = self.optimizer([{**group, "params": [nn.Parameter(torch.zeros(8, 8))]} for group in groups])
-        factory = factory_of(self._lr_scheduler, "model.lr_scheduler", LRScheduler)
-        fresh = create_schedule(factory, optimizer, steps).state_dict()
+        fresh = create_schedule(self._lr_scheduler, optimizer, steps).state_dict()
         for key, value in fresh.items():
             theirs = saved.get(key, value)
             possible = is_like(theirs, value) and (key not in ("base_lrs", "_last_lr") or len(theirs) == len(value))
@@ -183,8 +152,7 @@ class Optimization:
         position = schedule["last_epoch"] if "_step_count" in schedule else checkpoint["global_step"]
         optimizer = self.optimizer([{**group, "params": [nn.Parameter(torch.zeros(8, 8))]} for group in groups])
         before = [dict(group) for group in optimizer.param_groups]
-        factory = factory_of(self._lr_scheduler, "model.lr_scheduler", LRScheduler)
-        made = create_schedule(factory, optimizer, steps)
+        made = create_schedule(self._lr_scheduler, optimizer, steps)
         advance(made, position)
         schedule.clear()
         schedule |= made.state_dict()

@@ -169,7 +169,7 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
     """
     data: Any = getattr(trainer, "datamodule", None)
     per_epoch = batches_per_epoch(trainer)
-    hparams, model = module.hparams, module.model
+    hparams, parts, model = module.hparams, module.parts, module.model
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     norms = (layer for layer in model.modules() if isinstance(layer, _BatchNorm))
     return RunPlan(
@@ -187,11 +187,11 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         trial=bool(getattr(trainer, "fast_dev_run", False)),
         steps=None if per_epoch is None else total_steps(trainer),
         pairs=len(source) if (source := getattr(data, "train_source", None)) is not None else None,
-        warmup=hparams.lr_scheduler["init_args"].get("warmup_steps"),
+        warmup=parts["lr_scheduler"]["init_args"].get("warmup_steps"),
         learning_rate=module.optimization.lr,
-        optimizer=hparams.optimizer,
-        lr_scheduler=hparams.lr_scheduler,
-        loss=module.loss.describe() if module.loss else hparams.loss,
+        optimizer=parts["optimizer"],
+        lr_scheduler=parts["lr_scheduler"],
+        loss=parts["loss"],
         moments=moments(module.optimization.optimizer),
         pretrained=module.starts_trained,
         lora=bool(hparams.lora),

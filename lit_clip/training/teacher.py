@@ -72,19 +72,19 @@ class Distillation(Loss):
 
     def __init__(self, teacher: str) -> None:
         super().__init__()
-        self.name = str(teacher)
-        self.teacher: Teacher | None = None
+        self.teacher = str(teacher)
+        self.loaded: Teacher | None = None
 
     def prepare(self, model: Any) -> None:
-        if self.teacher is None:
-            self.teacher = Teacher(self.name)
+        if self.loaded is None:
+            self.loaded = Teacher(self.teacher)
 
     def forward(self, pairs: Pairs) -> Tensor:
-        assert self.teacher is not None, "call prepare first"
-        features = [self.teacher.features(part) for part in pairs.parts]
+        assert self.loaded is not None, "call prepare first"
+        features = [self.loaded.features(part) for part in pairs.parts]
         image, text = (torch.cat(rows)[: len(pairs.image)] for rows in zip(*features, strict=True))
         student = ModelFeatures(pairs.image, pairs.text, pairs.scale)
-        return blockwise_distillation(student, ModelFeatures(image, text, self.teacher.scale), pairs.shards)
+        return blockwise_distillation(student, ModelFeatures(image, text, self.loaded.scale), pairs.shards)
 
     def uninformed(self, pairs: int) -> float:
         """Return log N, the cross-entropy if all candidates seem equal."""

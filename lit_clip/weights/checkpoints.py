@@ -1,5 +1,6 @@
 """Our checkpoint files: architecture, weights under OpenAI's names, a tokenizer, the base of a LoRA."""
 
+import dataclasses
 import os
 import re
 import sys
@@ -19,6 +20,7 @@ from lit_clip.models.finetuning import Freeze, LayerDecay
 from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer, check_ids
 from lit_clip.models.lora import LoRA
 from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.tools.parts import plain
 from lit_clip.tools.reading import naming, reason
 from lit_clip.tools.untrusted import (
     LARGEST,
@@ -35,18 +37,24 @@ from lit_clip.tools.weight_files import Source, check_tensors_within
 EMA_WEIGHTS = "exponential moving average"  # a checkpoint's ``weights`` if its state_dict is an average
 
 
-# Settings of the module that are no parts, with their types and ranges; see lit_clip.tools.untrusted for the rule.
+# The module's plain settings, with their types and ranges; see lit_clip.tools.untrusted for the rule.
 _TYPES: dict[str, Any] = {
     "pretrained": str | None,
     "image_size": Size | None,
     "context_length": int | None,
     "micro_batch_size": int | None,
 }
+# Class and settings of a part: data, compared when a run is resumed, see lit_clip.tools.parts.Description.
+_PART: dict[str, Any] = {"class_path": str, "init_args": dict[str, Any]}
 _PARTS = ("optimizer", "lr_scheduler", "decay", "loss")
-_PART: dict[str, Any] = {"class_path": str, "init_args": dict[str, object]}
 _DATACLASSES: dict[str, type] = {"freeze": Freeze, "layer_decay": LayerDecay, "lora": LoRA}
 # Entries beside the settings and weights: ours, and Lightning's. A missing one is noticed by who needs it.
-_OURS: dict[str, Any] = {"weights": str, "before": dict[str, object], "loss": dict[str, object]}
+_OURS: dict[str, Any] = {
+    "weights": str,
+    "before": dict[str, object],
+    "loss": dict[str, object],
+    "parts": dict[str, object],
+}
 _LIGHTNINGS: dict[str, Any] = {
     "epoch": int,
     "global_step": int,
@@ -120,18 +128,17 @@ def _checked_settings(hparams: Mapping[str, Any]) -> CLIPConfig:
     for tower in ("image", "text"):  # a checkpoint has its own weights
         started = getattr(getattr(config, tower), "pretrained", False)
         require(not started, f"hyper_parameters.architecture.{tower}.pretrained: {shortened(started)} must be false")
+    for name in _PARTS:
+        require(name not in hparams, f"hyper_parameters: may not have {name}, a part; a checkpoint holds data alone")
     check_settings(hparams, "hyper_parameters.")
     for name, kind in _DATACLASSES.items():
         value = hparams.get(name)
         given(kind, LayerDecay(value, value) if kind is LayerDecay and isinstance(value, float) else value, name)
-    for name in _PARTS:
-        if hparams.get(name) is not None:
-            check_entries(hparams[name], _PART, f"hyper_parameters.{name}")
     return config
 
 
 def check_settings(settings: Mapping[str, Any], where: str) -> None:
-    """Check the module's settings that are no parts, as far as they are there.
+    """Check the plain settings that are present.
 
     Raises:
         InputError: one is of another type, or no size.
@@ -144,8 +151,18 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
                 require(number >= 1, f"{where}{name}: {value} must be at least 1")
 
 
+def _check_parts(parts: Mapping[str, Any]) -> None:
+    for name in _PARTS:
+        require(name in parts, f"parts: lacks {name}")
+        check_entries(parts[name], _PART, f"parts.{name}")
+        for entry in _PART:
+            require(entry in parts[name], f"parts.{name}: lacks {entry}")
+
+
 def _check_ours(checkpoint: Mapping[str, Any], config: CLIPConfig) -> None:
     check_entries(checkpoint, _OURS)
+    if "parts" in checkpoint:
+        _check_parts(checkpoint["parts"])
     for name in _OTHER_SETTINGS:  # which nobody would check
         harmless = name not in checkpoint or (name == "hparams_name" and checkpoint[name] in (None, "kwargs"))
         require(harmless, f"may not have {name}; its settings are hyper_parameters")
@@ -171,6 +188,22 @@ def check_lightnings_entries(checkpoint: Mapping[str, Any], name: Source) -> Non
         migrated = not str(version).startswith("2.")  # Lightning changes what an older version wrote
         for key in ("epoch", "global_step") if migrated or "optimizer_states" in checkpoint else ():
             require(key in checkpoint, f"lacks {key}")
+
+
+def saved_settings(
+    model: CLIP, settings: Mapping[str, Any], sizes: Mapping[str, Any], base: Source | None
+) -> dict[str, Any]:
+    """Return the settings that a checkpoint keeps, as plain values.
+
+    Args:
+        model: the encoders.
+        settings: dataclasses or None, by argument of :class:`lit_clip.LitCLIP`.
+        sizes: how the base was resized.
+        base: the weights that a LoRA belongs to, which its checkpoint names; None: a checkpoint has all weights.
+    """
+    values = {name: value and plain(dataclasses.asdict(value)) for name, value in settings.items()}
+    values |= dict(sizes) if base else dict.fromkeys(sizes)
+    return values | {"architecture": model.config.to_dict(), "pretrained": base and base_name(base)}
 
 
 def saved_tokenizer(model: CLIP) -> dict[str, Any]:

@@ -21,6 +21,7 @@ from lit_clip.errors import InputError
 from lit_clip.losses import Loss, WholeBatch
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.tokenizer import CLIPTokenizer
+from tests.helpers.ranks import make_batch
 from tests.helpers.ranks_negatives import HOOKS, After, plain_loop
 from tests.helpers.small_sets import data_for, make_module, make_trainer, write_table
 
@@ -142,11 +143,12 @@ def test_hard_negatives_that_ranks_cannot_know_of_are_refused(monkeypatch: pytes
     fitting = make_trainer(tmp_path, [], max_steps=1, limit_val_batches=0, enable_checkpointing=False)
     fitting.fit(module, data)
     monkeypatch.setattr(distributed, "rank_and_world", lambda: (0, 1))
-    assert module._shards(4, 2)[1].counts == (2,)
+    hard = make_batch(slice(0, 4))._replace(negatives=["a", "b", "", ""], negative_tokens=torch.ones(2, 3).long())
+    assert module.begin_step(hard).negatives.counts == (2,)
     monkeypatch.setattr(distributed, "rank_and_world", lambda: (0, 2))
     monkeypatch.setattr(type(fitting), "world_size", 2)
     loader: Any = fitting.train_dataloader
     monkeypatch.setattr(loader.batch_sampler, "world", 2)
-    assert module._shards(4, 0)[1].counts == (0, 0)
+    assert module.begin_step(make_batch(slice(0, 4))).negatives.counts == (0, 0)
     with pytest.raises(InputError, match="hard negatives.*; add them in on_after_batch_transfer of the module"):
-        module._shards(4, 2)
+        module.begin_step(hard)

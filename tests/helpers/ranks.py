@@ -19,13 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
-from lit_clip.losses import Contrastive, Sigmoid, tiled
+from lit_clip.losses import Contrastive, Sigmoid, Sum, tiled
 from lit_clip.losses.contrastive import Duplicates, contrastive_loss, sigmoid_loss
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.finetuning import Freeze
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.module import LitCLIP
 from lit_clip.training.activation_checkpointing import checkpoint_encoders
+from lit_clip.training.teacher import Distillation
 from tests.helpers import own_encoders
 
 CONFIG = CLIPConfig(
@@ -199,9 +200,16 @@ def summed_rows() -> None:
 
 
 def finetuned_module(options: str) -> LitCLIP:
-    """Return :func:`make_module` with LitCLIP's arguments as JSON, a loss as a description, after ``setup``."""
+    """Return :func:`make_module` with LitCLIP's arguments as JSON, after ``setup``.
+
+    ``teacher`` and ``weight`` stand for a distillation beside the default loss.
+    """
     assert own_encoders  # a mapping that names them finds them only if they are imported
-    module = make_module(**json.loads(options))
+    arguments = json.loads(options)
+    if "teacher" in arguments:
+        terms = [Contrastive(), Distillation(arguments.pop("teacher"))]
+        arguments["loss"] = Sum(terms, [1.0, arguments.pop("weight")])
+    module = make_module(**arguments)
     module.setup("fit")
     return module
 

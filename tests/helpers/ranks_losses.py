@@ -241,7 +241,7 @@ class Setup(NamedTuple):
         loss = case.make("teacher").double()
         for module in loss.modules():
             if isinstance(module, Distillation):
-                module.teacher = self.teacher
+                module.loaded = self.teacher
         loss.prepare(self.module.model)
         return loss
 

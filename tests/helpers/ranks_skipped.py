@@ -14,6 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 from callbacks import ActivationCheckpointing
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
+from lit_clip.losses import Contrastive
+from lit_clip.losses.contrastive import Duplicates
 from lit_clip.models.config import ResNetConfig
 from lit_clip.module import LitCLIP
 from lit_clip.training.lightning.fsdp import FSDP
@@ -68,7 +70,13 @@ class Data(LightningDataModule):
 
 
 def train(
-    output: str, world: int, strategy: str, batch_norm: bool = False, checkpointed: bool = False, **options: Any
+    output: str,
+    world: int,
+    strategy: str,
+    batch_norm: bool = False,
+    checkpointed: bool = False,
+    duplicates: Duplicates = "negatives",
+    **options: Any,
 ) -> None:
     """Train one epoch, validate, and write the checkpoint and the metrics."""
     torch.manual_seed(0)
@@ -76,6 +84,7 @@ def train(
     module = LitCLIP(
         BATCH_NORM if batch_norm else PLAIN,
         **options,
+        loss=Contrastive(duplicates),
         optimizer=partial(PaperAdamW, eps=1e-3),
         lr_scheduler=partial(WarmupCosine, warmup_steps=1),
     )

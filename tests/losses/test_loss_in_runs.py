@@ -19,7 +19,6 @@ from callbacks import EMA
 from lit_clip.commands.wise_ft import save
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Loss, LossValue, Matryoshka, Sigmoid, Sum, WholeBatch
-from lit_clip.losses.loss import build_loss
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
@@ -80,53 +79,50 @@ def test_a_run_resumed_inside_an_epoch_ends_with_the_same_bits_of_the_losss_own_
     checkpoint = torch.load(tmp_path / "whole/step=6.ckpt", weights_only=True)
     assert checkpoint["state_dict"].keys() == whole.model.state_dict().keys()
     assert torch.equal(checkpoint["loss"]["terms.1.log_scale"], found)
-    assert checkpoint["hyper_parameters"]["loss"]["init_args"]["terms"][1]["class_path"] == f"{__name__}.Tempered"
+    assert checkpoint["parts"]["loss"]["init_args"]["terms"][1]["class_path"] == f"{__name__}.Tempered"
 
 
-def test_a_checkpoint_never_imports_a_loss_and_training_on_asks_for_it(
+def test_a_checkpoint_names_its_loss_and_a_run_with_another_one_is_refused(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     fit(tiny_config, caption_table, tmp_path, ema=False)
     path = tmp_path / "step=6.ckpt"
     loaded = LitCLIP.load_from_checkpoint(path)
-    assert loaded.loss is None
-    with pytest.raises(InputError, match=r"trained with tests\..*Tempered; name it with --model.loss"):
-        loaded.setup("fit")
-    plain = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=1))
-    data = data_for(plain, caption_table)
-    with pytest.raises(InputError, match=r"was trained with tests\.\S+\.Tempered, which a checkpoint may not"):
-        trainer(tmp_path, max_steps=8).fit(plain, data, ckpt_path=path)
-    trainer(tmp_path).validate(plain, data, ckpt_path=path, verbose=False)  # needs no training loss
-    other = LitCLIP(tiny_config, loss=Contrastive(), lr_scheduler=partial(WarmupCosine, warmup_steps=1))
-    with pytest.raises(InputError, match="its loss has other parameters than model.loss"):
-        trainer(tmp_path, max_steps=8).fit(other, data, ckpt_path=path)
+    assert isinstance(loaded.loss, Contrastive)  # the default; a part is never built from a file
+    data = data_for(loaded, caption_table)
+    optimizer = partial(PaperAdamW, lr=1e-2)
+    for loss in (None, Contrastive(), Sum([Contrastive(), Contrastive()])):
+        module = LitCLIP(
+            tiny_config, loss=loss, optimizer=optimizer, lr_scheduler=partial(WarmupCosine, warmup_steps=1)
+        )
+        with pytest.raises(InputError, match=r"trained with model.loss \S+Sum of \S+ of \S+Tempered, and this run has"):
+            trainer(tmp_path, max_steps=8).fit(module, data, ckpt_path=path)
+        trainer(tmp_path).validate(module, data, ckpt_path=path, verbose=False)  # needs no training loss
 
 
-@pytest.mark.parametrize(
-    ("class_path", "message"),
-    [
-        ("os.path.join", r"trained with os.path.join; name it with --model.loss"),
-        ("lit_clip.commands.export.export", "lit_clip.commands.export.export, which is no installed Loss"),
-        ("lit_clip.losses.Nothing", "lit_clip.losses.Nothing, which is no installed Loss"),
-    ],
-)
-def test_a_description_of_anything_but_our_losses_is_refused(class_path: str, message: str) -> None:
-    for description in (
-        {"class_path": class_path, "init_args": {}},
-        {"class_path": "lit_clip.losses.Sum", "init_args": {"terms": [{"class_path": class_path, "init_args": {}}]}},
-    ):
-        with pytest.raises(InputError, match=message):
-            build_loss(description)
-
-
-def test_a_loss_is_described_by_its_arguments_and_built_from_them() -> None:
+def test_a_loss_is_described_by_its_arguments() -> None:
     loss = Matryoshka(Sum([Contrastive("positives"), Sigmoid()], weights=[1, 0.5]), [4, 8])
     described = loss.describe()
-    assert described["init_args"]["loss"]["init_args"]["terms"][0] == {
-        "class_path": "lit_clip.losses.pairwise.Contrastive",
-        "init_args": {"duplicates": "positives"},
+    assert described == {
+        "class_path": "lit_clip.losses.combined.Matryoshka",
+        "init_args": {
+            "dims": [4, 8],
+            "loss": {
+                "class_path": "lit_clip.losses.combined.Sum",
+                "init_args": {
+                    "terms": [
+                        {
+                            "class_path": "lit_clip.losses.pairwise.Contrastive",
+                            "init_args": {"duplicates": "positives", "label_smoothing": 0.0},
+                        },
+                        {"class_path": "lit_clip.losses.pairwise.Sigmoid", "init_args": {"duplicates": "negatives"}},
+                    ],
+                    "weights": [1, 0.5],
+                },
+            },
+            "weights": [1.0, 1.0],
+        },
     }
-    assert build_loss(described).describe() == described
     assert copy.deepcopy(loss).describe() == pickle.loads(pickle.dumps(loss)).describe() == described
 
 

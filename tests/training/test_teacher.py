@@ -66,12 +66,12 @@ def test_the_loss_is_open_clips_with_the_teachers_own_preprocessing(teacher: tup
 
 def distilling(path: Path, weight: float = 1.0) -> str:
     """Return LitCLIP's arguments for the default loss and distillation, as JSON."""
-    return json.dumps({"loss": Sum([Contrastive(), Distillation(str(path))], [1.0, weight]).describe()})
+    return json.dumps({"teacher": str(path), "weight": weight})
 
 
 def teacher_of(module: LitCLIP) -> Teacher:
     assert isinstance(module.loss, Sum)
-    (teacher,) = (term.teacher for term in module.loss.terms if isinstance(term, Distillation))
+    (teacher,) = (term.loaded for term in module.loss.terms if isinstance(term, Distillation))
     assert teacher is not None
     return teacher
 
@@ -142,7 +142,7 @@ def test_the_teacher_is_in_no_checkpoint_optimizer_copy_or_parameter_list(
         "class_path": "lit_clip.training.teacher.Distillation",
         "init_args": {"teacher": str(teacher[1])},
     }
-    assert checkpoint["hyper_parameters"]["loss"]["init_args"]["terms"][1] == distillation
+    assert checkpoint["parts"]["loss"]["init_args"]["terms"][1] == distillation
     loaded = teacher_of(module)
     assert teacher_of(copy.deepcopy(module)) is loaded
     assert not loaded.model.training

@@ -1,1 +1,21 @@
-"""Everything that changes Lightning or reads its private parts."""
+"""Everything that changes Lightning or reads its private parts; nothing outside of this room does.
+
+Seen in Lightning 2.6.4. After an upgrade read this table, and run ``tests/training/lightning/test_patches.py``: each of
+its tests fails when Lightning no longer does what makes the patch necessary.
+
+- ``signals``: Lightning's handlers save and broadcast within the handler, where other ranks are not, and its loop
+  broadcasts before every step, which waits for the device.
+- ``rank_watchdog``: Lightning kills the first rank a few seconds after another one fails, without an error of its own.
+- ``checkpoint_io``: Lightning ignores a file that it may not write; its asynchronous plugin removes a checkpoint before
+  the next one is on the disk; a checkpoint at an address may hold a program.
+- ``resume_checks``: Lightning restores states unchecked, and deletes files that they name.
+- ``folder_locks``: two runs that start at once get the same version of a logger.
+- ``run_folder``: ``trainer.log_dir`` is not the run's folder for all loggers.
+- ``sync_batch_norm``: torch's converter, which Lightning uses, drops the activation in timm's BatchNorm.
+- ``strategies``: DDP by name has a second copy of all gradients, and synchronises buffers in each rank's first batch of
+  a validation.
+- ``fsdp``: Lightning's strategy refuses CPUs, cannot hold a scalar, and restores before the module sees a checkpoint.
+- ``loops``: when a validation is due, how to run one between two steps, and a logger's own state have no public names.
+- ``command_line``: LightningCLI lets a checkpoint's settings override typed ones, builds every command's parser, and
+  turns Ctrl-C into exit code 1.
+"""

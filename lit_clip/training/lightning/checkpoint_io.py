@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.plugins import CheckpointIO, TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import AsyncCheckpointIO
+from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
 
 from lit_clip import distributed
@@ -63,6 +64,19 @@ class WholeCheckpointIO(TorchCheckpointIO):
         finally:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
+
+
+def write_whole_files(plugins: list[Any]) -> None:
+    """Have a trainer's plugins write checkpoints by :class:`WholeCheckpointIO`, unless they have one of another kind.
+
+    Args:
+        plugins: changed in place.
+    """
+    if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
+        plugins.append(WholeCheckpointIO())
+    for plugin in plugins:
+        if isinstance(plugin, _WrappingCheckpointIO):  # such as AsyncCheckpointIO
+            plugin.checkpoint_io = WholeCheckpointIO()  # has no effect if it wraps one already
 
 
 def remove_after_writing(plugin: Any) -> None:

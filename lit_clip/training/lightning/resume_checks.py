@@ -8,22 +8,52 @@ Lightning and torch take them as they are: a count that is a text fails in the m
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import PurePath
+from pathlib import Path, PurePath
 from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
 from lit_clip.errors import InputError, require
+from lit_clip.tools.parts import Description, class_paths, setting_changes
 from lit_clip.tools.reading import reason
 from lit_clip.tools.untrusted import check_entries, shortened
+from lit_clip.training.lightning.run_folder import newest_config, shown
 from lit_clip.weights.checkpoints import check_lightnings_entries, check_progress
 
 # States of an optimiser that are of their parameter's shape.
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
 PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
+
+
+def check_same_parts(ours: Mapping[str, Description], saved: Mapping[str, Description], name: str) -> None:
+    """Refuse to resume with another optimiser or loss than the checkpoint's; tell of another schedule or settings.
+
+    Args:
+        ours: this run's optimiser, schedule, rule of weight decay and loss, by name.
+        saved: the checkpoint's.
+        name: of the checkpoint, for messages.
+
+    Raises:
+        InputError: the optimiser or the loss is of another class; the line names the configuration to pass.
+    """
+    config = newest_config(Path(name).parent.parent)
+    how = f"--config {shown(config)}" if config else "the configuration, or in Python the arguments, of its run"
+    changes = []
+    for part, description in ours.items():
+        there, here = (" of ".join(class_paths(each)) for each in (saved[part], description))
+        require(
+            there == here or part not in ("optimizer", "loss"),
+            f"{name}: was trained with model.{part} {there}, and this run has {here}; resume with {how}, or start from "
+            f"its weights with model.pretrained {name}",
+        )
+        differing = setting_changes(description, saved[part]) if there == here else [f"{here} (checkpoint: {there})"]
+        changes += [f"model.{part} {change}" for change in differing]
+    if changes:
+        rank_zero_info(f"{name}: resumes with {', '.join(changes)}; {how} has the checkpoint's settings")
 
 
 def check_restorable(checkpoint: Any, trainer: Trainer, name: str) -> None:

@@ -8,6 +8,8 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
+from lit_clip.training.lightning.loops import mlflow_address
+
 CONFIG = "fit_config"
 
 
@@ -62,7 +64,7 @@ def _curves(logger: Any, resumed_from: str | Path | None) -> str | None:
         folder = Path(run.dir).parent  # of run.dir, which is its `files`
         return shlex.join(["wandb", "sync", str(shown(folder))]) if run.offline else run.url
     if isinstance(logger, MLFlowLogger):
-        address = logger._tracking_uri
+        address = mlflow_address(logger)
         if address.startswith("http"):
             return f"{address}/#/experiments/{logger.experiment_id}/runs/{logger.run_id}"
         return shlex.join(["mlflow", "ui", "--backend-store-uri", address])

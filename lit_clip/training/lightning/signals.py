@@ -94,6 +94,18 @@ def replace_signals(trainer: Trainer) -> None:
     loop._broadcast_sigterm_tensor = lambda: None  # its ranks read what the first one sends, and wait for the device
 
 
+def add_flags(trainer: Trainer, like: Tensor) -> list[Tensor]:
+    """Return :meth:`Signals.flags` of a trainer; none if its signals are Lightning's own."""
+    connector: Any = trainer._signal_connector
+    return connector.flags(like) if isinstance(connector, Signals) else []
+
+
+def note_flags(trainer: Trainer, counts: Tensor) -> None:
+    """Take the sum of the ranks' :func:`add_flags`, if there were any."""
+    if len(counts):
+        signals_of(trainer).note(counts)
+
+
 def signal_of(trainer: Trainer) -> int:
     """Return the number of the signal that all ranks have agreed to end the run for; 0: none."""
     connector: Any = trainer._signal_connector

@@ -343,8 +343,8 @@ def test_too_many_skipped_samples_end_the_run_on_all_processes(
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
-    "positives": {"loss": {"class_path": "lit_clip.losses.Contrastive", "init_args": {"duplicates": "positives"}}},
-    "ignored": {"loss": {"class_path": "lit_clip.losses.Contrastive", "init_args": {"duplicates": "ignored"}}},
+    "positives": {"duplicates": "positives"},
+    "ignored": {"duplicates": "ignored"},
     "parts": {"micro_batch_size": 3, "checkpointed": True},
     "sharded": {"micro_batch_size": 3, "strategy": "fsdp"},
     "batch_norm": {"batch_norm": True},

@@ -1,0 +1,71 @@
+"""LightningCLI without what it does to the user's settings, seeds and interrupts."""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+
+from lit_clip.errors import InputError
+
+
+class PlainCLI(LightningCLI):
+    """Fill the parser of one command, leave a checkpoint's settings to the caller, and pass interrupts on.
+
+    Args:
+        arguments: those of :class:`LightningCLI`.
+        command: fill the parser of this command only, which saves the time of the others. None: fill all.
+    """
+
+    def __init__(self, *arguments: Any, command: str | None = None, **others: Any) -> None:
+        self._command = command if command in self.subcommands() else None
+        super().__init__(*arguments, **others)
+
+    def setting(self, name: str) -> Any:
+        """Return a setting of the command, as parsed; None if it has none of that name."""
+        return self._get(self.config, name)
+
+    def settings_to_create(self, name: str) -> Any:
+        """Return the settings that objects are created from, changes of which are not saved with the run."""
+        return self._get(self.config_init, name)
+
+    @property
+    def parsers(self) -> dict[str, Any]:
+        """The parser of each command; empty before they are made."""
+        return getattr(self, "_subcommand_parsers", {})
+
+    def how_to_resume(self) -> str:
+        """Return the message of an interrupt."""
+        return ""
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        if self._command not in (None, subcommand):
+            return self.init_parser(**kwargs)
+        parser: Any = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser.command = f"lit-clip {subcommand}"
+        return parser
+
+    def dumping(self) -> AbstractContextManager[Any]:
+        """Return the context in which the settings that modules get as hyper-parameters are written."""
+        return nullcontext()
+
+    def _dump_config(self) -> None:
+        with self.dumping():
+            super()._dump_config()
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: Lightning lets a checkpoint's hyper-parameters override typed options."""
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise InputError(f"seed_everything: {error}") from error
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run a subcommand; Ctrl-C stays a KeyboardInterrupt, which Lightning turns into an exit."""
+        try:
+            super()._run_subcommand(subcommand)
+        except SystemExit as end:
+            if not isinstance(end.__context__, KeyboardInterrupt):
+                raise
+            raise KeyboardInterrupt(self.how_to_resume() if subcommand == "fit" else "") from None

@@ -1,0 +1,285 @@
+"""What Lightning needs around a training step: set-up, collectives, validation of wrapped models, checkpoints."""
+
+import inspect
+import sys
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from lightning.pytorch import Callback, LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from lit_clip import distributed
+from lit_clip.batch import CaptionBatch
+from lit_clip.distributed import Shards
+from lit_clip.errors import InputError, require
+from lit_clip.losses.loss import Loss
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import Preprocessing
+from lit_clip.models.finetuning import Freeze, batch_norms, frozen_modules, frozen_names, learning_rate_factors
+from lit_clip.models.lora import LoRA, add_lora
+from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.secrets import plain_without_secrets
+from lit_clip.tools import host_copy
+from lit_clip.tools.parts import Description
+from lit_clip.training.checkpoint_contents import close_epoch, pack_checkpoint, reopen_epoch, unpack_checkpoint
+from lit_clip.training.checks import check_counts, check_lora_gradients, check_parts, check_run, check_skipped_samples
+from lit_clip.training.lightning.checkpoint_io import load_the_same_checkpoint, remove_after_writing
+from lit_clip.training.lightning.folder_locks import claim_folders, note_unnumbered, release_folders, remove_leftovers
+from lit_clip.training.lightning.fsdp import compute_missing_batches
+from lit_clip.training.lightning.resume_checks import check_same_parts
+from lit_clip.training.lightning.signals import add_flags, note_flags
+from lit_clip.training.lightning.strategies import keep_gradients_in_buckets, validate_without_synchronising
+from lit_clip.training.lightning.sync_batch_norm import synchronise_batch_norm
+from lit_clip.training.micro_batches import StepCounts, hard_negatives
+from lit_clip.training.optim import even_batches, skip_step, total_steps
+from lit_clip.training.optimization import Optimization
+from lit_clip.weights.checkpoints import checked
+from lit_clip.weights.fingerprint import weights_sha256
+from lit_clip.weights.load import check_before_loading
+
+
+class RunHooks(LightningModule):
+    """Base of :class:`lit_clip.LitCLIP`: all that a run needs and that is no part of the training step.
+
+    Attributes:
+        model: the dual encoders.
+        loss: the training loss.
+        optimization: the optimiser, schedule and rule of weight decay.
+        step_skipped: whether the step under way changes nothing, on all ranks; callbacks may set it after the backward
+            pass.
+        baselines: for a logged metric its baseline, filled by whoever logs the metric.
+        before: metrics of a validation before the first step, if there was one; kept in checkpoints.
+        starts_trained: whether training starts from pretrained weights.
+        base_sha256: fingerprint of the weights that the ``lora`` belongs to; empty without one.
+    """
+
+    model: CLIP
+    loss: Loss
+    optimization: Optimization
+    step_skipped: bool = False
+    starts_trained: bool = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base_sha256 = ""
+        self.baselines: dict[str, float] = {}
+        self.before: dict[str, float] = {}
+        self._step_metrics: dict[str, Tensor] | None = None  # of this rank's step, until they are averaged
+        self._groups: list[dict[str, Any]] | None = None
+        self._frozen_modules: list[str] = []
+
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
+        """See Lightning's; arguments that this class does not know, which Lightning drops in silence, are refused."""
+        known = inspect.signature(super().load_from_checkpoint).parameters.keys()
+        parameters = inspect.signature(cls).parameters
+        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
+            for name in kwargs.keys() - known - parameters.keys():
+                raise InputError(f"{cls.__name__} has no argument {name!r}; there are {', '.join(parameters)}")
+        check_before_loading(checkpoint_path)
+        kwargs.setdefault("weights_only", True)  # Lightning's default would run a program that an address holds
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    # Data modules ask for these two, so that nothing has to be written twice in a YAML file.
+
+    @property
+    def preprocessing(self) -> Preprocessing:
+        """The model's preprocessing of images."""
+        return self.model.preprocessing
+
+    @property
+    def tokenize(self) -> TextTokenizer:
+        """Tokenizer: texts -> int64 ``[N, context_length]``, picklable for data workers."""
+        return self.model.tokenizer
+
+    @property
+    def parts(self) -> dict[str, Description]:
+        """Class and settings of the exchangeable parts, as plain values; a checkpoint keeps them to compare."""
+        return {**self.optimization.descriptions, "loss": self.loss.describe()}
+
+    def _freeze(self, freeze: Freeze, lora: LoRA | None) -> None:
+        """Freeze encoders or layers, add a LoRA, and remember which modules stay in evaluation mode."""
+        for name in frozen_names(self.model, freeze):
+            self.model.get_parameter(name).requires_grad_(False)
+        if lora:
+            require(self.starts_trained, "model.lora: adds to a trained model; set model.pretrained")
+            self.base_sha256 = weights_sha256(self.model)
+            add_lora(self.model, lora)
+        norms = batch_norms(self.model) if freeze.batch_norm else []
+        self._frozen_modules = [*frozen_modules(self.model), *norms]  # names: a strategy may replace the modules
+        self.train()
+
+    def train(self, mode: bool = True) -> Self:
+        """Set the mode of trainable modules; frozen ones stay in evaluation mode, statistics and dropout included."""
+        super().train(mode)
+        for name in self._frozen_modules:
+            self.model.get_submodule(name).eval()
+        return self
+
+    # Set-up, in the order in which Lightning calls the hooks.
+
+    def configure_callbacks(self) -> list[Callback]:
+        # The first hook: callbacks' setup would fail less clearly, and next a trainer asks its loggers for folders.
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            check_parts(self.trainer)
+            check_counts(self.trainer)
+        note_unnumbered(self.trainer)
+        return []
+
+    def prepare_data(self) -> None:
+        # The only hook between the ranks' meeting and the loggers' opening of files.
+        claim_folders(self.trainer)
+
+    def setup(self, stage: str) -> None:
+        if self._trainer:
+            keep_gradients_in_buckets(self.trainer.strategy)
+            load_the_same_checkpoint(self.trainer)
+            remove_after_writing(self.trainer.strategy.checkpoint_io)
+            if stage != "predict":
+                check_skipped_samples(self.trainer)
+        if stage == "fit":
+            if self._trainer:
+                synchronise_batch_norm(self.trainer.strategy)
+            self.loss.prepare(self.model)
+            self._groups = None
+            self._groups = self._parameter_groups()
+
+    def on_fit_start(self) -> None:
+        check_run(self)
+
+    def teardown(self, stage: str) -> None:
+        release_folders()
+
+    # A step: numbers of pairs before it, its one collective after the backward pass.
+
+    def begin_step(self, batch: CaptionBatch) -> StepCounts:
+        """Return how many pairs and hard negatives each rank has; without asking, if the data module guarantees that.
+
+        A step without any pair is skipped.
+
+        Raises:
+            InputError: the data module guarantees another number than this rank has.
+        """
+        pairs, negatives = len(batch.images), hard_negatives(batch, self.loss)
+        even = even_batches(self._trainer, self.loss.uses_negatives) if self._trainer else None
+        require(
+            even in (None, pairs),
+            f"training_step: got {pairs} pairs of a batch of {even}; a hook that changes their number needs "
+            "data.on_error: skip",
+        )
+        rank, world = distributed.rank_and_world()
+        if even is None or world == 1:
+            counts = StepCounts(*distributed.shards_of(pairs, negatives))
+        else:
+            require(
+                not negatives,
+                "training_step: got hard negatives of which other ranks do not know; add them in "
+                "on_after_batch_transfer of the module",
+            )
+            counts = StepCounts(Shards(rank, (pairs,) * world), Shards(rank, (0,) * world))
+        self.step_skipped, self._step_metrics = counts.pairs.total == 0, {}
+        return counts
+
+    def zero_loss(self, image_BD: Tensor, text_BD: Tensor) -> Tensor:
+        """Return 0 with a gradient of every parameter: DDP and FSDP need one, also if the loss does not use it."""
+        own = [p for p in self.loss.parameters() if p.requires_grad]
+        scalars = [p for p in (self.model.logit_scale, self.model.logit_bias, *own) if p is not None]
+        return sum((p.sum() * 0 for p in scalars), image_BD[:0].sum() + text_BD[:0].sum())
+
+    def log_step(self, values: dict[str, Tensor | float], world: int) -> None:
+        """Log a step's values as ``train/<name>``: tensors averaged over ranks, in the step's one collective."""
+        assert self._step_metrics is not None, "set by begin_step"
+        for name, value in values.items():
+            if isinstance(value, Tensor) and world > 1:
+                self._step_metrics[f"train/{name}"] = value.detach()
+            else:  # a number as a tensor: Lightning would copy it to the device, and wait for it
+                self.log(f"train/{name}", torch.as_tensor(value, dtype=torch.float32).detach())
+
+    def sum_over_ranks(self, numbers: Tensor) -> Tensor:
+        """Return the sum of numbers over ranks, in a step's one collective; log the step's metrics, averaged in it too.
+
+        The collective also exchanges the ranks' signals. Called in ``on_before_optimizer_step``, at most once a step
+        and then by all ranks; if no callback does, the module does.
+
+        Args:
+            numbers: float ``[N]``, on the module's device.
+        """
+        metrics, self._step_metrics = self._step_metrics or {}, None
+        world = distributed.rank_and_world()[1]
+        flags = add_flags(self.trainer, numbers) if world > 1 else []
+        own = [value.to(numbers.device).reshape(1) for value in metrics.values()]
+        total = distributed.sum_over_ranks(torch.cat([numbers, *flags, *own]), numbers.device)
+        summed, received, of_metrics = total.split([len(numbers), len(flags), len(own)])
+        note_flags(self.trainer, received)
+        for name, mean in zip(metrics, (of_metrics / world).unbind(), strict=True):
+            self.log(name, mean)
+        return summed
+
+    def on_after_backward(self) -> None:
+        if self.base_sha256 and self.global_step == 0:
+            check_lora_gradients(self.model)
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._step_metrics is not None:
+            self.sum_over_ranks(torch.zeros(0, device=self.device))
+        if self.step_skipped:  # otherwise AdamW's momentum would move the weights
+            skip_step(self)
+
+    def configure_gradient_clipping(self, *args: Any, **kwargs: Any) -> None:
+        if not self.step_skipped:  # which has no gradients
+            super().configure_gradient_clipping(*args, **kwargs)
+
+    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        super().optimizer_step(*args, **kwargs)
+        # Not in on_train_batch_end: callbacks' hooks run before the module's, and one of them saves the checkpoint.
+        self.model.clamp_logit_scale()
+        trainer: Any = self.trainer
+        logged = (self.global_step + 1) % (trainer.log_every_n_steps or sys.maxsize) == 0
+        loss = trainer.callback_metrics.get("train/loss")
+        if loss is not None and (logged or not host_copy.runs_ahead(self.device)):
+            # With prog_bar=True Lightning would read it in every step, twice.
+            trainer.progress_bar_metrics["train/loss"] = float(loss)
+
+    def on_validation_epoch_start(self) -> None:
+        compute_missing_batches(self.trainer, self.model)
+        validate_without_synchronising(self.trainer.strategy, self.model)
+
+    def on_test_epoch_start(self) -> None:
+        self.on_validation_epoch_start()
+
+    # The optimiser, and checkpoints.
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        """Return the groups as they were when ``fit`` began: FSDP's shards are flat, so weights look like biases."""
+        if self._groups is not None:
+            return [{**group, "params": list(group["params"])} for group in self._groups]
+        layers = learning_rate_factors(self.model, self.optimization.layer_decay)
+        return self.optimization.groups(self, [*layers, ("loss", 1.0, list(self.loss.parameters()))])
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        base = {"pretrained": self.hparams["pretrained"], "sha256": self.base_sha256} if self.base_sha256 else None
+        pack_checkpoint(checkpoint, self.model, base)
+        reopen_epoch(checkpoint)
+        checkpoint |= {"parts": plain_without_secrets(self.parts), "before": dict(self.before)}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        name = str((self._trainer and self._trainer.ckpt_path) or "the checkpoint")
+        fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
+        if self._trainer:  # load_from_checkpoint has checked it, and put its caller's arguments into it
+            checked(checkpoint, name)
+        if fitting:
+            require(
+                "optimizer_states" in checkpoint and "parts" in checkpoint,
+                f"{name}: holds weights only, so training cannot resume; start from it with model.pretrained",
+            )
+            self.trainer.precision_plugin.convert_module(self)  # Lightning's turn comes after 64-bit weights are loaded
+            check_same_parts(self.parts, checkpoint["parts"], name)
+            if self.trainer.is_global_zero:
+                remove_leftovers(Path(name))
+        unpack_checkpoint(checkpoint, self, name, self.trainer if fitting else None)
+        self.before = dict(checkpoint.get("before", {}))  # wise-ft writes none
+        if fitting:
+            close_epoch(checkpoint)
+            self.optimization.resume(checkpoint, self._parameter_groups(), total_steps(self.trainer), name)

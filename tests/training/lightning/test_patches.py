@@ -1,0 +1,161 @@
+"""Each patch of Lightning is still needed: these tests see Lightning itself do what the patch is for.
+
+One that fails after an upgrade is good news: remove its patch, see ``lit_clip/training/lightning/__init__.py``.
+"""
+
+import inspect
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
+from lightning.fabric.utilities.cloud_io import _load
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.demos.boring_classes import BoringModel
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers.logger import DummyLogger
+from lightning.pytorch.plugins import AsyncCheckpointIO
+from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
+from timm.layers.norm_act import BatchNormAct2d
+from torch import nn
+
+from lit_clip.training.lightning import __doc__ as table
+
+ROOM = Path(inspect.getfile(sys.modules["lit_clip.training.lightning"])).parent
+
+
+def quiet(**settings: Any) -> Trainer:
+    off = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return Trainer(accelerator="cpu", max_steps=2, limit_val_batches=0, **off, **settings)
+
+
+def test_every_patch_is_in_the_table() -> None:
+    assert table is not None
+    named = {line.split("``")[1] for line in table.splitlines() if line.startswith("- ``")}
+    assert named == {file.stem for file in ROOM.glob("*.py")} - {"__init__"}
+
+
+def test_signals_lightning_broadcasts_before_every_step_and_in_its_handler() -> None:
+    trainer = quiet()
+    assert "self._broadcast_sigterm_tensor()" in inspect.getsource(type(trainer.fit_loop.epoch_loop).advance)
+    assert "broadcast" in inspect.getsource(type(trainer._signal_connector)._sigterm_notifier_fn)
+
+
+def test_rank_watchdog_lightning_kills_the_first_rank() -> None:
+    assert "_launch_process_observer" in inspect.getsource(_SubprocessScriptLauncher.launch)
+    assert "SIGKILL" in inspect.getsource(_ChildProcessObserver)
+
+
+def test_checkpoint_io_lightning_is_silent_when_it_may_not_write(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Forbidden(type(fsspec.filesystem("file"))):
+        def open(self, *args: Any, **kwargs: Any) -> Any:
+            raise PermissionError("read-only")
+
+    monkeypatch.setattr(fsspec.core, "url_to_fs", lambda path, **_: (Forbidden(skip_instance_cache=True), path))
+    TorchCheckpointIO().save_checkpoint({"a": 1}, tmp_path / "a.ckpt")
+    assert not (tmp_path / "a.ckpt").exists()
+
+
+def test_checkpoint_io_lightning_removes_a_checkpoint_before_the_next_one_is_written(tmp_path: Path) -> None:
+    class Slow(TorchCheckpointIO):
+        def save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+            time.sleep(0.3)
+            super().save_checkpoint(*args, **kwargs)
+
+    plugin = AsyncCheckpointIO(Slow())
+    (tmp_path / "first").touch()
+    plugin.save_checkpoint({}, tmp_path / "second")
+    plugin.remove_checkpoint(tmp_path / "first")
+    assert not any(tmp_path.iterdir())  # a run that is killed now has no checkpoint
+    plugin.teardown()
+
+
+def test_checkpoint_io_lightning_may_run_a_program_from_an_address(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(torch.hub, "load_state_dict_from_url", lambda *_, **options: asked.append(options))
+    _load("http://127.0.0.1/a.ckpt")
+    assert [options["weights_only"] for options in asked] == [False]
+
+
+def test_resume_checks_lightning_takes_states_unchecked() -> None:
+    trainer = quiet()
+    state = trainer.fit_loop.state_dict()
+    state["epoch_progress"]["current"]["completed"] = "a text"
+    trainer.fit_loop.load_state_dict(state)
+    assert trainer.fit_loop.epoch_progress.current.completed == "a text"
+
+
+def test_folder_locks_lightning_gives_two_runs_one_version(tmp_path: Path) -> None:
+    first, second = (TensorBoardLogger(str(tmp_path)) for _ in range(2))
+    assert first.version == second.version == 0
+
+
+def test_run_folder_lightnings_log_dir_is_the_folder_of_all_runs(tmp_path: Path) -> None:
+    class Named(DummyLogger):  # as W&B's and MLflow's: a folder for all runs, a name and a version
+        save_dir, name, version = str(tmp_path), "runs", "7"
+
+    trainer = quiet()
+    trainer.loggers = [Named()]
+    assert trainer.log_dir == str(tmp_path)
+
+
+def test_sync_batch_norm_torch_drops_timms_activation() -> None:
+    layer = BatchNormAct2d(3)
+    (converted,) = TorchSyncBatchNorm().apply(nn.Sequential(layer)).children()
+    assert type(converted) is nn.SyncBatchNorm
+
+
+def test_strategies_ddp_by_name_copies_its_gradients() -> None:
+    strategy = quiet(strategy="ddp", devices=1).strategy
+    assert isinstance(strategy, DDPStrategy)
+    assert "gradient_as_bucket_view" not in strategy._ddp_kwargs
+
+
+def test_fsdp_lightnings_strategy_refuses_a_cpu_and_restores_by_itself() -> None:
+    with pytest.raises(ValueError, match="requires a GPU"):
+        quiet(strategy=FSDPStrategy(), devices=1)
+    assert not FSDPStrategy().lightning_restore_optimizer
+
+
+def test_loops_a_due_validation_has_no_public_name() -> None:
+    loop = quiet().fit_loop.epoch_loop
+    assert hasattr(loop, "_should_check_val_fx")
+    assert not [name for name in dir(loop) if not name.startswith("_") and "check_val" in name]
+
+
+def test_command_line_a_checkpoints_settings_override_typed_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Sized(BoringModel):
+        def __init__(self, size: int = 1) -> None:
+            super().__init__()
+            self.size = size
+
+    torch.save({"hyper_parameters": {"size": 3}}, tmp_path / "a.ckpt")
+    monkeypatch.setattr(LightningCLI, "_run_subcommand", lambda self, name: None)
+    monkeypatch.setattr(LightningCLI, "instantiate_classes", lambda self: None)
+    words = ["fit", "--model.size", "2", "--ckpt_path", str(tmp_path / "a.ckpt"), "--trainer.logger", "false"]
+    parsed = LightningCLI(Sized, args=words, save_config_callback=None)
+    assert parsed.config["fit"]["model"]["size"] == 3
+
+
+def test_command_line_ctrl_c_becomes_an_exit() -> None:
+    class Interrupted(BoringModel):
+        def training_step(self, *args: Any) -> Any:
+            raise KeyboardInterrupt
+
+    module: LightningModule = Interrupted()
+    with pytest.raises(SystemExit) as stopped:
+        quiet().fit(module)
+    assert stopped.value.code == 1
+    assert isinstance(stopped.value.__context__, KeyboardInterrupt)
