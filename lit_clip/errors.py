@@ -6,12 +6,12 @@ from collections.abc import Collection
 from difflib import get_close_matches
 from pathlib import Path
 
-from lit_clip.secrets import without_secrets
+from lit_clip.secrets import ends_without_secrets, without_secrets
 
 # Control characters except newline and tab, other separators of lines, marks that turn the direction of writing, and
 # what is not Unicode in a file's name.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
-LINE_BREAK = re.compile(r"\s*[\n\t]\s*")
+LINE_BREAK = re.compile(r"(?<!\s)\s*[\n\t]\s*")
 # A part of a message that is longer than our sentences quotes a name: of a column, a member, a key, an image.
 LONG_PART = re.compile(r"[^,:;]{200,}")
 LONGEST_MESSAGE = 2000  # characters; with long lists of what there is
@@ -36,7 +36,7 @@ def one_printable_line(text: str) -> str:
     A data loader raises a worker's error again with the worker's traceback as its message; of that the message remains.
     """
     from_worker = FROM_WORKER.search(text)
-    text = from_worker[1] if from_worker else text
+    text = ends_without_secrets(from_worker[1] if from_worker else text)
     line = LONG_PART.sub(lambda part: _without_middle(part[0], 110, 60), printable(LINE_BREAK.sub(" ", text)))
     return _without_middle(line, LONGEST_MESSAGE - 500, 490)  # says at its end what to do
 

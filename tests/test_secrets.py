@@ -1,10 +1,20 @@
 """Secrets do not reach messages: passwords in addresses, tokens, and variables that a configuration names."""
 
+import time
+
 import pytest
 
 from lit_clip import secrets
 from lit_clip.errors import BadSample, InputError
-from lit_clip.secrets import plain_without_secrets, reference, remember, remember_environment, without_secrets
+from lit_clip.secrets import (
+    is_secret,
+    plain_without_secrets,
+    reference,
+    remember,
+    remember_environment,
+    without_secrets,
+)
+from lit_clip.tools.untrusted import shortened
 
 
 @pytest.fixture(autouse=True)
@@ -27,6 +37,10 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
         ("https://a.blob/c?sv=2020&sig=s3cret%2B%3D", "https://a.blob/c?sv=2020&sig=***"),
         ("https://h/x?api_key=s3cret 'https://h/y?key=s3cret'", "https://h/x?api_key=*** 'https://h/y?key=***'"),
         ("{'Authorization': 'Bearer s3cret'}", "{'Authorization': 'Bearer ***'}"),
+        ("X-Api-Key: s3cret, Cookie: id=s3cret; b=s3cret", "X-Api-Key: ***, Cookie: ***"),
+        ("https://s3cret@a,https://me:s3cret@b", "https://***@a,https://me:***@b"),
+        ("'https://me:s3cret'1@host/t.csv': row 2", "'https://me:***@host/t.csv': row 2"),
+        ("http://me:8080@host", "http://me:***@host"),
         ("invalid token hf_s3crets3crets3crets3cret", "invalid token hf_***"),
     ],
 )  # fmt: skip
@@ -41,6 +55,10 @@ def test_passwords_and_tokens_in_addresses_are_hidden(text: str, shown: str) -> 
     "text",
     [
         "http://localhost:5000/a@b",
+        "http://localhost:8080?email=a@b",
+        "http://localhost:5000#x@y",
+        "https://[::1]:8080/a@b",
+        "class cookie: key=value",
         "s3://bucket/a@b.jpg",
         "https://h/x?page=2&size=3",
         "me@host.org: a=b",
@@ -80,3 +98,62 @@ def test_settings_for_checkpoints_and_loggers_keep_what_opens_the_checkpoint() -
     assert (kept["pretrained"], kept["note"]) == ("https://me:***@host/w.pt", ["***", 3])
     assert kept["address"] == "https://me:***@host"
     assert plain_without_secrets({"pretrained": "my-org/encoder"}) == {"pretrained": "my-org/encoder"}
+
+
+def test_what_opens_or_resumes_a_checkpoint_is_never_changed_within_a_word() -> None:
+    for value in ("resnet10", "Contrastive", "classes", "s3cret-w0rd"):
+        remember(value, reference("SOME_KEY"))
+    architecture = {"image": {"timm": "resnet10t"}, "text": {"layers": 2}}
+    settings = {"architecture": architecture, "freeze": {"image": "classes"}, "lora": {"modules": ["classes"]}}
+    assert plain_without_secrets(settings) == settings
+    assert plain_without_secrets({"x": {"class_path": "a.Contrastive"}}) == {"x": {"class_path": "a.Contrastive"}}
+    part = {"class_path": "lit_clip.losses.pairwise.Contrastive", "init_args": {"duplicates": "classes"}}
+    assert plain_without_secrets({"loss": part}, opens=True) == {"loss": part}
+    part["init_args"] = {"token": "classes", "other": "s3cret-w0rd", "address": "https://me:s3cret-w0rd@host"}
+    kept = plain_without_secrets({"loss": part}, opens=True)["loss"]["init_args"]
+    assert kept == {"token": "***", "other": "***", "address": "https://me:***@host"}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HF_TOKEN", "a"), ("PW", "a"), ("DB_PASSWORD", "a"), ("MY_KEY_2", "a"), ("AUTH", "a"), ("PASSWORD1", "a"),
+        ("api_key", "a"), ("key", "a"), ("x", "0f8a6c1b9d3e57a2"), ("x", "sk-live-a8Fk20sLx9Qp3Zb7"),
+    ],
+)  # fmt: skip
+def test_a_secret_has_the_name_of_one_or_looks_random(name: str, value: str) -> None:
+    assert is_secret(name, value)
+
+
+@pytest.mark.parametrize("name", ["RUN", "AUTHOR", "TOKENIZER", "PASSAGE", "KEYBOARD", "caption_key", "monkey", "PATH"])
+@pytest.mark.parametrize(
+    "value",
+    ["imagenet", "classes", "resnet10", "my-run", "/data/cc12m-0123456789/t.csv", "2026-11-28T20-34-50",
+     "eva02_large_patch14_448.mim_m38m_ft_in22k_in1k", "ViT-B-16-quickgelu", "20261128T203450Z"],
+)  # fmt: skip
+def test_a_word_or_a_name_is_no_secret(name: str, value: str) -> None:
+    assert not is_secret(name, value)
+
+
+@pytest.mark.parametrize(
+    "part",
+    ["://a:", "://a", "?token=", "?token=:", "?a", ";", "authorization:", "authorization: bearer ", "x-", "Cookie: a",
+     "cookie: a=", " ", "hf_", "://[", "@", "://a@", "a.", "://'a", "'", "x: \n "],
+)  # fmt: skip
+def test_a_megabyte_of_anything_is_read_at_once(part: str) -> None:
+    text = f"x=://: {part * (1_000_000 // len(part))}"
+    for read in (without_secrets, InputError, shortened):
+        start = time.process_time()
+        read(text)
+        assert time.process_time() - start < 1
+
+
+@pytest.mark.parametrize("length", range(0, 60, 7))
+def test_a_long_text_is_cut_without_uncovering_half_a_secret(length: int) -> None:
+    remember("the very s3cret words", reference("PW"))
+    secret = "the very s3cret words https://me:s3cret@host?token=s3cret "
+    text = "a" * length + secret * 2000
+    for shown in (str(InputError(text)), shortened(text)):
+        assert "s3cr" not in shown
+        assert "cret" not in shown
+        assert len(shown) < 2000

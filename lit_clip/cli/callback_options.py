@@ -4,6 +4,7 @@ The parser knows only the options of the callback that was typed last. Others ar
 """
 
 import json
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
@@ -13,8 +14,10 @@ from typing import Any, NamedTuple
 import yaml
 
 from lit_clip.errors import InputError, require
+from lit_clip.secrets import HIDDEN
 from lit_clip.tools.messages import parameters
 from lit_clip.tools.parts import qualified_name
+from lit_clip.tools.text_files import parse_yaml
 
 PREFIX = "--trainer.callbacks"
 
@@ -32,18 +35,51 @@ class Typed(NamedTuple):
 
 
 def take_options(words: Sequence[str]) -> tuple[list[str], list[Typed]]:
-    """Take the options that name their callback, or follow no typed callback, from a command line's words."""
-    rest, taken, typed = [], [], False
-    remaining = iter(words)
-    for word in remaining:
+    """Take the options that name their callback, or follow no typed callback, from a command line's words.
+
+    Raises:
+        InputError: an option has no value, or is set again without its callback's name, which would have no effect.
+    """
+    rest: list[str] = []
+    taken: list[Typed] = []
+    callback = ""  # typed last
+    for number, word in enumerate(words):
+        if taken and number and words[number - 1] == taken[-1].option:
+            continue  # its value
         option, equals, value = word.partition("=")
-        typed |= option in (PREFIX, f"{PREFIX}+")
+        following = words[number + 1] if number + 1 < len(words) else "--"
         inner = option.removeprefix(f"{PREFIX}.")
-        if inner == option or option.endswith(".help") or (typed and not inner[:1].isupper()):
+        if option in (PREFIX, f"{PREFIX}+"):
+            callback = value if equals else following
+        if inner == option or option.endswith(".help") or (callback and not inner[:1].isupper()):
+            _check_not_set(option, inner, callback, taken)
             rest.append(word)
         else:
-            taken.append(Typed(option, value if equals else next(remaining, "")))
+            require(bool(equals) or not following.startswith("--"), f"{option}: has no value; type one after it")
+            taken.append(Typed(option, value if equals else following))
     return rest, taken
+
+
+def _check_not_set(option: str, inner: str, callback: str, taken: Sequence[Typed]) -> None:
+    """Refuse an option of the callback typed last that an option with its name has set: that one is applied later."""
+    classes = {path.rpartition(".")[2] for path in re.findall(r"[\w.]+", callback)}
+    for other in taken:
+        name, _, key = other.option.removeprefix(f"{PREFIX}.").partition(".")
+        require(
+            name not in classes or re.sub(r"^\d+\.", "", key) != inner,
+            f"{option}: {other.option} was typed before and would win; leave one of them out, or name both callbacks",
+        )
+
+
+def as_typed(values: Any, saved: Any) -> Any:
+    """Return settings with the references of their saved form, and with the secrets that this hides."""
+    if isinstance(values, Mapping):
+        others = saved if isinstance(saved, Mapping) else {}
+        return {key: as_typed(value, others.get(key)) for key, value in values.items()}
+    if isinstance(values, list):
+        others = saved if isinstance(saved, list) else [None] * len(values)
+        return [as_typed(value, other) for value, other in zip(values, others, strict=True)]
+    return saved if isinstance(saved, str) and "${" in saved and HIDDEN not in saved else values
 
 
 def callbacks_option(callbacks: Any, options: Sequence[Typed], defaults: Callable[[], Sequence[Any]]) -> str:
@@ -69,11 +105,23 @@ def callbacks_option(callbacks: Any, options: Sequence[Typed], defaults: Callabl
         number, keys = _find(option, names, every, len(listed))
         if every[number] not in listed:
             listed.append(every[number])
-        settings = every[number].setdefault("init_args", {})
-        for key in keys[:-1]:
-            settings = settings.setdefault(key, {})
-        settings[keys[-1]] = yaml.safe_load(value)
+        settings = every[number]
+        for key in ("init_args", *keys[:-1]):
+            settings[key] = {} if settings.get(key) is None else settings[key]
+            settings = settings[key]
+            require(isinstance(settings, dict), f"{option}: {key} is one value, without options; set {key} itself")
+        settings[keys[-1]] = _value(value)
     return f"{PREFIX}={json.dumps(listed)}"
+
+
+def _value(text: str) -> Any:
+    """Return the plain values of a YAML text, or the text, such as ``{epoch}: {step}``, if it is none."""
+    try:
+        value = parse_yaml(text)
+        json.dumps(value)
+    except (yaml.YAMLError, TypeError, ValueError, RecursionError):
+        return text
+    return value
 
 
 def _find(option: str, names: list[str], every: list[dict[str, Any]], own: int) -> tuple[int, list[str]]:

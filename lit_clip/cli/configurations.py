@@ -1,12 +1,21 @@
 """Which runs have the same configuration: whose checkpoints ``--ckpt_path last`` may take."""
 
+import inspect
 import json
+import os
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import yaml
 
+from lit_clip.errors import InputError
+from lit_clip.losses import Contrastive, Sigmoid
+from lit_clip.models.registry import resolve_architecture
 from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.text_files import read_yaml
+from lit_clip.training.lightning.run_folder import CONFIG
 
 Configuration = dict[str, list[str]]
 """Digests of settings, by name; a resumed run has those of the run that it goes on from, too."""
@@ -26,9 +35,73 @@ def configuration(parser: Any, config: Any) -> Configuration:
         parser: of the command; it dumps ``config`` as it is saved, so that references stay what they are.
         config: the command's settings.
     """
-    settings = yaml.safe_load(parser.dump(config, skip_none=False))
-    named = (each for section in ("model", "data") for each in _named(section, settings.get(section)))
-    return {name: [_digest(value)] for name, value in named}
+    return _configuration(yaml.safe_load(parser.dump(config, skip_none=False)))
+
+
+def saved_configuration(file: Path, checkpoint: Mapping[str, Any]) -> Any:
+    """Return the configuration that a checkpoint holds, or else that of the files in its run's folder; None without."""
+    if checkpoint.get("configuration") is not None:
+        return checkpoint["configuration"]
+    found: Configuration = {}
+    for saved in file.parent.parent.glob(f"{CONFIG}*.yaml"):
+        with suppress(InputError):
+            settings = read_yaml(saved)
+            for name, digests in _configuration(settings if isinstance(settings, Mapping) else {}).items():
+                found[name] = [*found.get(name, ()), *digests]
+    return found or None
+
+
+def _configuration(settings: Mapping[str, Any]) -> Configuration:
+    """Return two digests of each setting, or one if they are equal: as written, and in its usual form."""
+    found = {}
+    for section in ("model", "data"):
+        written = dict(_named(section, settings.get(section)))
+        usual = dict(_named(section, _usual(section, settings.get(section))))
+        found |= {name: [*dict.fromkeys((_digest(value), _digest(usual[name])))] for name, value in written.items()}
+    return found
+
+
+def _usual(section: str, value: Any) -> Any:
+    """Return a section with whole paths, a list of one as that one, and null for the default loss."""
+    arguments = value.get("init_args", value) if isinstance(value, Mapping) else None
+    if not isinstance(arguments, Mapping):
+        return value
+    if section == "model":
+        changed = {"loss": None} if _has_default_loss(arguments) else {}
+    else:
+        changed = {
+            name: _whole_paths(each[0] if isinstance(each, list) and len(each) == 1 else each)
+            for name, each in arguments.items()
+            if name != "class_path"
+        }
+    return {**value, "init_args": {**arguments, **changed}}
+
+
+def _whole_paths(value: Any) -> Any:
+    """Return texts as paths below the working folder; those that are no paths differ from each other as before."""
+    if isinstance(value, Mapping):
+        return {name: each if name == "class_path" else _whole_paths(each) for name, each in value.items()}
+    if isinstance(value, list):
+        return [_whole_paths(each) for each in value]
+    return os.path.realpath(value) if isinstance(value, str) and "://" not in value and "\0" not in value else value
+
+
+def _has_default_loss(model: Mapping[str, Any]) -> bool:
+    """Return whether a model's settings name the loss that it has without one, with its default arguments."""
+    loss, architecture = model.get("loss"), model.get("architecture")
+    if not isinstance(loss, Mapping) or not str(loss.get("class_path")).startswith("lit_clip."):
+        return False
+    if isinstance(architecture, Mapping):
+        has_bias = architecture.get("init_args", architecture).get("logit_bias")
+    else:
+        try:
+            has_bias = resolve_architecture(str(architecture)).logit_bias
+        except InputError:
+            return False
+    default = Sigmoid if has_bias else Contrastive
+    arguments = {name: each.default for name, each in inspect.signature(default).parameters.items()}
+    named = str(loss["class_path"]).rpartition(".")[2]
+    return named == default.__name__ and arguments | (loss.get("init_args") or {}) == arguments
 
 
 def evaluated(ours: Configuration) -> Configuration:
@@ -44,7 +117,7 @@ def _digest(value: Any) -> str:
 def _named(section: str, value: Any) -> Iterator[tuple[str, Any]]:
     """Yield the settings of a section that count."""
     value = _without_packages(value)
-    arguments = value.get("init_args", value) if isinstance(value, Mapping) else {}
+    arguments = (value.get("init_args", value) if isinstance(value, Mapping) else None) or {}
     yield section, value.get("class_path") if isinstance(value, Mapping) else value
     for key, setting in arguments.items():
         name = f"{section}.{key}"

@@ -2,7 +2,7 @@
 
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
@@ -29,8 +29,8 @@ from lit_clip.cli.argv import (
     part_options,
     sections,
 )
-from lit_clip.cli.callback_options import Typed, callbacks_option, take_options
-from lit_clip.cli.configurations import configuration, differences, evaluated
+from lit_clip.cli.callback_options import Typed, as_typed, callbacks_option, take_options
+from lit_clip.cli.configurations import configuration, differences, evaluated, saved_configuration
 from lit_clip.cli.imports import check_not_imported_by, command_words, import_encoders
 from lit_clip.cli.loggers import check_loggers, log_no_secrets, logger_errors
 from lit_clip.cli.packaged_defaults import use_packaged_defaults
@@ -54,7 +54,7 @@ from lit_clip.tools.weight_files import read_mapped
 from lit_clip.training.checkpoint_contents import adopt_tokenizer
 from lit_clip.training.checks import check_counts
 from lit_clip.training.kept_memory import keep_freed_memory
-from lit_clip.training.lightning.checkpoint_io import checkpoint_step, newest_checkpoint, write_whole_files
+from lit_clip.training.lightning.checkpoint_io import checkpoint_step, newest_checkpoint, passed_over, write_whole_files
 from lit_clip.training.lightning.command_line import PlainCLI
 from lit_clip.training.lightning.folder_locks import name_folders
 from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
@@ -160,7 +160,9 @@ class CLI(PlainCLI):
         known, path = self.parsers[subcommand], checkpoint_path(words, subcommand)
         check_settings_are_whole(self.config[subcommand].as_dict())
         if of_callbacks:
-            callbacks = yaml.safe_load(known.dump(self.config[subcommand], skip_none=False))["trainer"]["callbacks"]
+            saved = _callbacks(known, self.config[subcommand])
+            with dumping_values():
+                callbacks = as_typed(_callbacks(known, self.config[subcommand]), saved)
             self.parse_arguments(parser, [*words, callbacks_option(callbacks, of_callbacks, _default_callbacks())])
             return
         if path in NEWEST:
@@ -172,17 +174,36 @@ class CLI(PlainCLI):
             model["pretrained"] = None  # the checkpoint replaces every weight
 
     def _newest(self, parser: LightningArgumentParser, words: Sequence[str], subcommand: str, path: str) -> Path | None:
-        """Return the newest checkpoint of this configuration; None if there is none and the run may begin."""
+        """Return the newest checkpoint of this configuration; None if there is none at all and the run may begin."""
         settings = self.config[subcommand]
         folders, ours = run_folders(settings.as_dict()), configuration(parser, settings)
         if subcommand != "fit":
             ours = {} if self.uses_packaged_defaults else evaluated(ours)
         if self.uses_packaged_defaults and not any(word.startswith("--model.architecture") for word in words):
             ours.pop("model.architecture", None)  # the checkpoint's comes before the packaged one
-        found = newest_checkpoint(folders, lambda checkpoint: differences(ours, checkpoint.get("configuration")))
-        if found is None and not (path == "auto" and subcommand == "fit"):
+        unknown: set[Path] = set()
+        others: dict[Path, list[str]] = {}
+
+        def differing(file: Path, checkpoint: Mapping[str, Any]) -> list[str]:
+            saved = saved_configuration(file, checkpoint)
+            if saved is None:
+                unknown.add(file)
+            elif names := differences(ours, saved):
+                others[file] = names
+            return others.get(file, [])
+
+        found = newest_checkpoint(folders, differing)
+        problem = f"--ckpt_path {path}: no complete checkpoint below {', '.join(map(str, folders))}"
+        if found in unknown and ours:
+            rank_zero_info(f"{found}: its configuration is not recorded; it is resumed with this command's")
+        elif found is None and others:
+            raise InputError(
+                f"{problem} has this configuration; {passed_over(others)}. Give a checkpoint's path to "
+                "--ckpt_path, or set another save_dir or name of trainer.logger to begin anew"
+            )
+        elif found is None and not (path == "auto" and subcommand == "fit"):
             hint = "; --ckpt_path auto starts from the beginning in that case" if subcommand == "fit" else ""
-            raise InputError(f"--ckpt_path {path}: no complete checkpoint below {', '.join(map(str, folders))}{hint}")
+            raise InputError(f"{problem}{hint}")
         return found
 
     def before_instantiate_classes(self) -> None:
@@ -320,6 +341,10 @@ def _settings_of(path: str) -> dict[str, Any]:
     check_not_imported_by(hparams["architecture"], path)
     check_fits(checkpoint, path)
     return hparams
+
+
+def _callbacks(parser: LightningArgumentParser, settings: Any) -> Any:
+    return yaml.safe_load(parser.dump(settings, skip_none=False))["trainer"]["callbacks"]
 
 
 def _default_callbacks() -> Callable[..., list[Any]]:

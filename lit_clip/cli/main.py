@@ -43,6 +43,7 @@ EXAMPLES = (
     'lit-clip search photos "a red kite over the beach" --model last.ckpt',
     "lit-clip embed photos --model last.ckpt --output features.parquet",
 )
+WITHOUT_WORKERS = ("export", "models")  # commands that need no more open files than any program
 HELP_WIDTH = 80
 USER_ERROR = 2  # argparse's exit code for a bad command line
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as in shells
@@ -108,13 +109,14 @@ def _check_command(words: Sequence[str]) -> None:
 
 def _run(words: list[str]) -> int:
     """Run a command and return the exit code."""
-    check_open_files()
     find_working_folder()
     modules, words = command_words(words)
     _check_command(words)
     import_modules(modules, OPTION)
     if words[0] not in ("-h", "--help"):
         find_stubs_without_a_program()
+    if not {"-h", "--help"}.intersection(words) and words[0] not in WITHOUT_WORKERS:
+        check_open_files()
     if words[0] in ("-h", "--help"):
         sys.stdout.write(f"{help_text()}\n")
     elif words[0] in subcommands.COMMANDS:

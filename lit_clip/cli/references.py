@@ -23,14 +23,22 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from lit_clip.errors import InputError, require
-from lit_clip.secrets import is_hidden, reference, remember, without_passwords, without_secrets
+from lit_clip.secrets import (
+    is_hidden,
+    is_secret,
+    is_secret_in_address,
+    reference,
+    remember,
+    without_passwords,
+    without_secrets,
+)
 from lit_clip.tools.text_files import check_yaml
 
 MOST_RESOLVED = 5_000  # values that references may stand for, with those that these stand for
 LONGEST = 20_000  # characters of a text with references
 MODE = "omegaconf+"  # of the parser
 _noted: dict[tuple[Any, ...], tuple[str, bool]] = {}  # a setting's place -> its text, and whether its value was null
-_environment_reads = 0
+_reads: list[tuple[str, str]] = []  # variables of the environment that were read, with their values
 # Subcommands of the parsers that write, each within the one before; None where there is none.
 _writing: ContextVar[tuple[str | None, ...]] = ContextVar("_writing", default=())
 
@@ -49,6 +57,7 @@ def use_references() -> None:
 def forget_references() -> None:
     """Forget the settings of the command line before."""
     _noted.clear()
+    _reads.clear()
 
 
 def _items(settings: Any) -> Iterator[tuple[Any, Any]]:
@@ -126,13 +135,19 @@ def _load(text: str) -> Any:
 
 
 def _read_environment(*arguments: Any) -> Any:
-    """OmegaConf's ``oc.env``, counted, and its value hidden in messages."""
-    global _environment_reads
-    _environment_reads += 1
+    """OmegaConf's ``oc.env``, noted; the value is hidden in messages if it is a secret."""
     value, name = oc.env(*arguments), str(arguments[0])
-    if name in os.environ:
-        remember(value, reference(name))
+    _reads.append((name, os.environ.get(name, "")))
+    _remember_secrets(_reads[-1:], "", "")
     return value
+
+
+def _remember_secrets(reads: list[tuple[str, str]], setting: str, text: Any) -> None:
+    """Hide values of variables in messages that are secrets by themselves, by their setting or in its address."""
+    for name, value in reads:
+        in_address = isinstance(text, str) and bool(value) and is_secret_in_address(value, text)
+        if in_address or is_secret(name, value) or is_secret(setting, ""):
+            remember(value, reference(name))
 
 
 def _resolve(parser: Any, settings: Any) -> Any:
@@ -191,14 +206,16 @@ class _Resolution:
     def _plain(self, tree: Any, texts: Any, place: tuple[Any, ...]) -> Any:
         values = {}
         for key, text in _items(texts):
-            reads, self._place = _environment_reads, (*place, key)
+            reads, self._place = len(_reads), (*place, key)
             value = text if OmegaConf.is_missing(tree, key) else tree[key]
             if isinstance(text, dict | list):
                 value = self._plain(value, text, self._place)
             elif OmegaConf.is_config(value):
                 value = self._expanded(value)
-            if _environment_reads > reads and isinstance(text, str):
+            if len(_reads) > reads and isinstance(text, str):
                 _noted[self._place] = text, value is None
+                names = [each for each in self._place if isinstance(each, str)]
+                _remember_secrets(_reads[reads:], names[-1] if names else "", value)
             values[key] = value
         return values if isinstance(texts, dict) else list(values.values())
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lit_clip import load_model
 from lit_clip.commands.classify import class_probabilities
-from lit_clip.commands.demo_limits import MOST_BYTES, Limits
+from lit_clip.commands.demo_limits import MOST_BYTES, MOST_IMAGES, Limits
 from lit_clip.commands.search import Searched, encode_queries, search_in, small_image
 from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.image_files import images_in
@@ -33,7 +33,7 @@ from lit_clip.tools.html import plural
 from lit_clip.tools.images import OnError, open_image
 
 SHOWN = 512  # pixels of the longer side of an image found; nothing larger leaves this machine
-MOST_PROMPTS, LONGEST_PROMPT, MOST_IMAGES = 10_000, 1_000, 200  # that a click encodes, in characters, and shows
+MOST_PROMPTS, LONGEST_PROMPT = 10_000, 1_000  # that a click encodes, and in characters
 QUEUE, WAITING = {"concurrency_id": "model", "concurrency_limit": 4}, 64  # a slow request leaves room for others
 MOST_CONNECTIONS = 256
 # The browser loads nothing from elsewhere, whatever a version of gradio or a text on the page would have it load.
@@ -193,9 +193,9 @@ def web_app(trial: Trial, name: str, uploads: Path, host: str = "127.0.0.1") -> 
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     gr.mount_gradio_app(app, blocks.queue(max_size=WAITING), "/", theme=theme, css=CSS, **options)
     functions = blocks.config["dependencies"]
-    inputs: dict[int | str, int] = {each["id"]: len(each["inputs"]) for each in functions}
-    inputs |= {str(each["api_name"]): inputs[each["id"]] for each in functions}  # False: it has none
-    return Limits(app, uploads, host, inputs)
+    numbered: dict[int, int] = {each["id"]: len(each["inputs"]) for each in functions}
+    named: dict[str, int] = {str(each["api_name"]): numbered[each["id"]] for each in functions}  # False: it has none
+    return Limits(app, uploads, host, numbered, named)
 
 
 def _classify_tab(gr: Any, trial: Trial) -> None:

@@ -29,7 +29,7 @@ MOST_JSON = 2**20  # bytes of any other request
 MOST_FILES, MOST_STORED = 2_000, 2**30  # uploads and images found that are kept, and their bytes
 MOST_SECONDS = 120  # for a body to arrive
 MOST_UPLOADS = 16  # that arrive at once
-MOST_COUNT = 1_000_000
+MOST_IMAGES = 200  # that a search shows
 EVERYWHERE = ("", "0", "0.0.0.0", "::")  # noqa: S104  # addresses to listen on that stand for all of a machine
 API = "/gradio_api"
 PAGE = re.compile(
@@ -38,6 +38,7 @@ PAGE = re.compile(
     re.ASCII,
 )
 CALL = re.compile(rf"{API}/(?:queue/join|call/(\w{{1,64}}))", re.ASCII)
+OF_PROXIES = (b"forwarded", b"x-forwarded-", b"x-gradio-")  # headers that give the page another address
 WORD = re.compile(r"[\w-]{1,80}", re.ASCII)
 
 Message = dict[str, Any]
@@ -66,11 +67,14 @@ class Limits:
         app: gradio's application.
         uploads: folder in which gradio, too, stores files.
         host: address listened on.
-        inputs: number of inputs of each function of the page, by its number and by the name of its route.
+        numbered: number of inputs of each function of the page, by its number.
+        named: the same, by the name of its route.
     """
 
-    def __init__(self, app: Application, uploads: Path, host: str, inputs: Mapping[int | str, int]) -> None:
-        self.app, self.uploads, self.host, self.inputs = app, uploads, host, inputs
+    def __init__(
+        self, app: Application, uploads: Path, host: str, numbered: Mapping[int, int], named: Mapping[str, int]
+    ) -> None:
+        self.app, self.uploads, self.host, self.numbered, self.named = app, uploads, host, numbered, named
         self._bodies = asyncio.Semaphore(MOST_UPLOADS)
         self._stored = re.compile(rf"{re.escape(str(uploads))}/[0-9a-f]{{16,64}}/\w[\w.-]{{0,80}}", re.ASCII)
 
@@ -86,7 +90,8 @@ class Limits:
     async def _answer(self, scope: Message, receive: Receive, send: Send) -> None:
         _check_names(scope["headers"], self.host)
         method, path = scope["method"], scope["path"]
-        scope = {**scope, "query_string": _known(scope["query_string"])}
+        headers = [pair for pair in scope["headers"] if not pair[0].startswith(OF_PROXIES)]
+        scope = {**scope, "query_string": _known(scope["query_string"]), "headers": headers}
         if method in ("GET", "HEAD"):
             if not (PAGE.fullmatch(path) or self._is_stored(path.removeprefix(f"{API}/file="))):
                 raise Refused(404, "no such page")
@@ -181,10 +186,10 @@ class Limits:
             if function is None:
                 called |= {"fn_index": typed["fn_index"], "session_hash": typed["session_hash"]}
                 require(bool(WORD.fullmatch(called["session_hash"])), "no session")
-            wanted = self.inputs[called.get("fn_index", function)]
+            wanted = self.numbered[called["fn_index"]] if function is None else self.named[function]
             require(len(called["data"]) == wanted, "inputs of another function")
             return json.dumps(called, ensure_ascii=False).encode()  # no surrogate is text
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise Refused(400, "not a request of this page, or its image is no longer kept; upload it again") from error
 
     def _inputs(self, data: Any) -> list[Any]:
@@ -194,8 +199,8 @@ class Limits:
             case [{"path": path}, None | str() as names, None | str() as templates] if self._is_stored(path):
                 image = {"path": path, "orig_name": Path(path).name, "meta": {"_type": "gradio.FileData"}}
                 return [image, names or "", templates or ""]
-            case [None | str() as text, None | int() | float() as count] if abs(count or 0) <= MOST_COUNT:
-                return [text or "", int(count or 1)]
+            case [None | str() as text, None | int() | float() as count]:
+                return [text or "", max(1, min(int(count or 1), MOST_IMAGES))]  # gradio raises for others
             case _:
                 raise InputError("inputs of no function")
 

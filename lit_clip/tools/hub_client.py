@@ -9,7 +9,6 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
-from urllib.parse import urlsplit
 
 from lit_clip.errors import InputError, require
 from lit_clip.tools.reading import LONGEST_REASON
@@ -68,17 +67,14 @@ def _check_answer(response: Any) -> None:
     if "X-Repo-Commit" in headers:
         checked_commit(headers["X-Repo-Commit"])
     tag = headers.get("X-Linked-Etag") or headers.get("ETag") or ""
-    if tag and response.request.method == "HEAD" and not _stays(response):
-        named = tag.lstrip("W/").strip('"')  # as in huggingface_hub
-        require(bool(TAG.fullmatch(named)), f"the hub's ETag {shortened(tag)} is none that can name a file")
+    named = tag.lstrip("W/").strip('"')  # as in huggingface_hub
+    if tag and response.request.method == "HEAD" and not TAG.fullmatch(named):
+        # huggingface_hub follows some redirections, whose ETag may be any, and stops at others, whose ETag it uses.
+        require(response.has_redirect_location, f"the hub's ETag {shortened(tag)} is none that can name a file")
+        for name in ("X-Linked-Etag", "ETag"):
+            headers.pop(name, None)
     if response.has_redirect_location:
         _read(response)
-
-
-def _stays(response: Any) -> bool:
-    """Whether an answer leads to another address of the same server, and is not itself that of a file."""
-    host = urlsplit(response.headers.get("Location", "")).netloc
-    return response.has_redirect_location and host in ("", response.url.netloc.decode())
 
 
 def _read(response: Any) -> None:

@@ -30,7 +30,7 @@ from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_
 import yaml
 
 from lit_clip.errors import InputError, require
-from lit_clip.secrets import without_secrets
+from lit_clip.secrets import ends_without_secrets
 from lit_clip.tools.parts import is_plain
 
 INTERPOLATION = "${"  # OmegaConf's
@@ -223,7 +223,7 @@ def shortened(value: Any) -> str:
     text = (
         f"of {value.bit_length()} bits"
         if isinstance(value, int) and abs(value) >= LARGEST
-        else without_secrets(repr(value))
+        else ends_without_secrets(repr(value))
     )
     return text if len(text) <= 80 else f"{text[:80]} ..."
 

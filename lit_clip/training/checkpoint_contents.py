@@ -55,7 +55,7 @@ def pack_checkpoint(checkpoint: dict[str, Any], model: CLIP, base: Mapping[str, 
     for settings in SETTINGS & checkpoint.keys():
         checkpoint[settings] = plain_without_secrets(checkpoint[settings])
     if base:
-        checkpoint["base"] = plain_without_secrets(base)
+        checkpoint["base"] = plain_without_secrets(base, opens=True)
         for states in STATES & checkpoint.keys():
             checkpoint[states] = {
                 key: value

@@ -262,7 +262,7 @@ class RunHooks(LightningModule):
         base = {"pretrained": self.hparams["pretrained"], "sha256": self.base_sha256} if self.base_sha256 else None
         pack_checkpoint(checkpoint, self.model, base)
         reopen_epoch(checkpoint)
-        checkpoint |= {"parts": plain_without_secrets(self.parts), "before": dict(self.before)}
+        checkpoint |= {"parts": plain_without_secrets(self.parts, opens=True), "before": dict(self.before)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         name = str((self._trainer and self._trainer.ckpt_path) or "the checkpoint")
@@ -270,16 +270,17 @@ class RunHooks(LightningModule):
         if self._trainer:  # load_from_checkpoint has checked it, and put its caller's arguments into it
             checked(checkpoint, name)
         if fitting:
-            require(
-                "optimizer_states" in checkpoint and "parts" in checkpoint,
-                f"{name}: holds weights only, so training cannot resume; start from it with model.pretrained",
-            )
             self.trainer.precision_plugin.convert_module(self)  # Lightning's turn comes after 64-bit weights are loaded
-            check_same_parts(self.parts, checkpoint["parts"], name)
+            if "parts" in checkpoint:
+                check_same_parts(self.parts, checkpoint["parts"], name)
             if self.trainer.is_global_zero:
                 remove_leftovers(Path(name))
         unpack_checkpoint(checkpoint, self, name, self.trainer if fitting else None)
         self.before = dict(checkpoint.get("before", {}))  # wise-ft writes none
         if fitting:
+            require(
+                "optimizer_states" in checkpoint and "parts" in checkpoint,
+                f"{name}: holds weights only, so training cannot resume; start from it with model.pretrained",
+            )
             close_epoch(checkpoint)
             self.optimization.resume(checkpoint, self._parameter_groups(), total_steps(self.trainer), name)

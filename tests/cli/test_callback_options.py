@@ -21,6 +21,21 @@ LISTED = [
 ]
 
 
+BOMB = (
+    "[&a [x, x, x, x, x, x, x, x, x]"
+    + "".join(f", &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in zip("abcdefg", "bcdefgh", strict=True))
+    + "]"
+)
+HOOK = """
+from pathlib import Path
+from lightning.pytorch import Callback
+
+class Hook(Callback):
+    def __init__(self, token: str, url: str, place: str, both: str, every: int = 1) -> None:
+        Path("received.txt").write_text("\\n".join(map(str, [token, url, place, both, every])))
+"""
+
+
 class NonFiniteSteps:
     """Stands for a callback that every run has."""
 
@@ -45,8 +60,15 @@ def test_an_option_reaches_the_callback_that_it_names_and_leaves_the_others() ->
 
 
 def test_options_that_follow_a_typed_callback_stay_the_parsers() -> None:
-    words = [f"{PREFIX}.EMA.decay=1", f"{PREFIX}+=callbacks.EMA", f"{PREFIX}.decay", "0.9", f"{PREFIX}.help", "EMA"]
-    assert take_options(["fit", *words]) == (["fit", *words[1:]], [Typed(f"{PREFIX}.EMA.decay", "1")])
+    words = [
+        f"{PREFIX}.EMA.start_step=1",
+        f"{PREFIX}+=callbacks.EMA",
+        f"{PREFIX}.decay",
+        "0.9",
+        f"{PREFIX}.help",
+        "EMA",
+    ]
+    assert take_options(["fit", *words]) == (["fit", *words[1:]], [Typed(f"{PREFIX}.EMA.start_step", "1")])
 
 
 @pytest.mark.parametrize(
@@ -66,6 +88,81 @@ def test_an_option_that_names_no_callback_or_several_is_one_line_with_candidates
 ) -> None:
     with pytest.raises(InputError, match=message):
         result(callbacks, f"{PREFIX}.{option}", "0.9")
+
+
+@pytest.mark.parametrize(
+    ("option", "text", "value"),
+    [
+        ("EMA.decay", "{a: [}", "{a: [}"),
+        ("ModelCheckpoint.filename", "{epoch}: {step}", "{epoch}: {step}"),
+        ("EMA.decay", "2026-01-01", "2026-01-01"),  # a date in YAML
+        ("EMA.decay", "{a: 1, a: 2}", "{a: 1, a: 2}"),
+        ("EMA.start_step", "[1, {a: null}]", [1, {"a": None}]),
+        ("EMA.decay", "-1", -1),
+        ("EMA.decay", BOMB, BOMB),
+    ],
+)
+def test_a_text_that_is_no_bounded_plain_yaml_stays_a_text(option: str, text: str, value: Any) -> None:
+    callback = next(
+        each for each in result(LISTED[:2], f"{PREFIX}.{option}", text) if option.split(".")[1] in str(each)
+    )
+    assert callback["init_args"][option.split(".")[1]] == value
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([f"{PREFIX}.EMA.decay.x", "3"], r"EMA.decay.x: decay is one value, without options; set decay itself$"),
+        ([f"{PREFIX}.EMA.decay", "--print_config"], r"EMA.decay: has no value; type one after it$"),
+        ([f"{PREFIX}.EMA.decay"], r"EMA.decay: has no value; type one after it$"),
+        (
+            [f"{PREFIX}+=callbacks.EMA", f"{PREFIX}.EMA.decay", "0.5", f"{PREFIX}.decay", "0.6"],
+            rf"{PREFIX}.decay: {PREFIX}.EMA.decay was typed before and would win; leave one of them",
+        ),
+        (
+            [f"{PREFIX}+", "{class_path: callbacks.EMA}", f"{PREFIX}.EMA.2.decay=0.5", f"{PREFIX}.decay=0.6"],
+            rf"{PREFIX}.decay: {PREFIX}.EMA.2.decay was typed before and would win; leave one of them",
+        ),
+    ],
+)
+def test_an_option_without_a_value_or_without_a_place_is_one_line(words: list[str], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        result(LISTED[:2], *words)
+
+
+def test_the_later_of_two_options_of_one_callback_wins() -> None:
+    (found,) = result(LISTED[0], f"{PREFIX}.EMA.decay", "0.5", f"{PREFIX}.decay", "0.6")
+    assert found["init_args"] == {"decay": 0.6}
+    rest, taken = take_options([f"{PREFIX}.EMA.decay=0.5", f"{PREFIX}+=callbacks.Other", f"{PREFIX}.decay", "0.6"])
+    assert (len(rest), len(taken)) == (3, 1)  # of another callback
+
+
+def test_secrets_and_references_of_callbacks_reach_them_and_are_not_saved(
+    cli: Callable[..., CompletedProcess[str]], caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A named option has the callbacks parsed again, from the true values."""
+    (tmp_path / "hooks.py").write_text(HOOK, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("HOOK_PLACE", "gpu")
+    monkeypatch.setenv("HOOK_PART", "partly-secret")
+    token, url, both = (
+        "hf_ABCDEFGHIJKLMNOPQRST",
+        "https://u:literalpw@example.org/x",
+        "https://u:${oc.env:HOOK_PART}@h.org",
+    )
+    hook = {"token": token, "url": url, "place": "${oc.env:HOOK_PLACE}", "both": both}
+    config = tmp_path / "hook.yaml"
+    callbacks = {"trainer": {"callbacks": [{"class_path": "hooks.Hook", "init_args": hook}]}}
+    config.write_text(yaml.safe_dump(callbacks), encoding="utf-8")
+    data = ["--data.train", str(caption_table), "--data.val", str(caption_table), "--config", str(config)]
+    words = [word for word in WORDS if "--trainer.callbacks+" not in word]
+    run = cli("fit", *words, *data, f"{PREFIX}.Hook.every", "3")
+    assert run.returncode == 0, run.stderr
+    received = (tmp_path / "received.txt").read_text(encoding="utf-8").splitlines()
+    assert received == [token, url, "gpu", "https://u:partly-secret@h.org", "3"]
+    saved = (tmp_path / "runs/mine/version_0/fit_config.yaml").read_text(encoding="utf-8")
+    assert all(reference in saved for reference in ("place: ${oc.env:HOOK_PLACE}", f"both: {both}", "token: hf_***"))
+    assert not any(secret in saved + run.stderr + run.stdout for secret in (token, "literalpw", "partly-secret"))
 
 
 def test_options_reach_callbacks_of_configs_and_defaults_and_are_saved(

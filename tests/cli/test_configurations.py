@@ -1,15 +1,17 @@
 """Checkpoints of another configuration are not resumed by ``--ckpt_path last``, ``auto`` and ``hpc``."""
 
+import itertools
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
-from lit_clip.cli.configurations import differences, joined
+from lit_clip.cli.configurations import configuration, differences, joined, saved_configuration
 from tests.cli.test_main import TINY_YAML
 
 Cli = Callable[..., CompletedProcess[str]]
@@ -92,3 +94,77 @@ def test_what_a_checkpoint_holds_in_place_of_a_configuration_is_never_the_same()
         assert joined(ours, saved)["data.train"] == ["b"]
     assert differences(ours, {"model": ["c", "a"], "data.train": ["b"], "data.later": ["d"]}) == []
     assert joined(ours, {"model": ["z"], "data.train": ["y"]}) == {"model": ["z", "a"], "data.train": ["b"]}
+
+
+class Dumper:
+    """Stands for a parser: settings are saved as they are."""
+
+    def dump(self, settings: Any, skip_none: bool) -> str:
+        return yaml.safe_dump(settings)
+
+
+def settings(train: Any, loss: Any = None, architecture: Any = "RN-tiny-64", **more: Any) -> dict[str, Any]:
+    data = {"class_path": "datamodules.Captions", "init_args": {"train": train, "image_column": "p.csv", **more}}
+    return {"model": {"loss": loss, "architecture": architecture}, "data": data}
+
+
+def named_loss(name: str = "Contrastive", **arguments: Any) -> dict[str, Any]:
+    return {"class_path": f"lit_clip.losses.{name}", "init_args": arguments}
+
+
+def differing(ours: dict[str, Any], saved: dict[str, Any]) -> list[str]:
+    return differences(configuration(Dumper(), ours), configuration(Dumper(), saved))
+
+
+def test_other_spellings_of_the_same_data_and_of_the_default_loss_are_no_difference() -> None:
+    spellings = ["p.csv", "./p.csv", str(Path.cwd() / "p.csv"), ["p.csv"], ["./p.csv"]]
+    for one, other in itertools.product(spellings, repeat=2):
+        assert differing(settings(one), settings(other)) == []
+    for other in ("q.csv", ["p.csv", "q.csv"], "s3://p.csv", "../p.csv", None):
+        assert differing(settings("p.csv"), settings(other)) == ["data.train"]
+    default, biased = named_loss(duplicates="negatives", label_smoothing=0.0), {"logit_bias": True, "embed_dim": 4}
+    assert differing(settings("p.csv", default), settings("p.csv")) == []
+    assert differing(settings("p.csv"), settings("p.csv", named_loss())) == []
+    assert differing(settings("p.csv", named_loss("Sigmoid"), biased), settings("p.csv", None, biased)) == []
+    others = [(named_loss(label_smoothing=0.1), "RN-tiny-64"), (named_loss("Sigmoid"), "RN-tiny-64")]
+    own = {"class_path": "mine.Contrastive", "init_args": {}}
+    for loss, architecture in [*others, (named_loss(), biased), (own, "RN-tiny-64")]:
+        assert differing(settings("p.csv", loss, architecture), settings("p.csv", None, architecture)) == ["model.loss"]
+
+
+def test_a_checkpoint_without_a_record_has_the_configuration_of_its_runs_folder(tmp_path: Path) -> None:
+    file, ours = tmp_path / "checkpoints/last.ckpt", configuration(Dumper(), settings("p.csv"))
+    assert saved_configuration(file, {}) is None
+    (tmp_path / "fit_config.yaml").write_text("a: &a [*a]", encoding="utf-8")
+    assert saved_configuration(file, {}) is None
+    (tmp_path / "fit_config.yaml").write_text(yaml.safe_dump(settings("q.csv")), encoding="utf-8")
+    assert differences(ours, saved_configuration(file, {})) == ["data.train"]
+    (tmp_path / "fit_config-v1.yaml").write_text(yaml.safe_dump(settings("p.csv")), encoding="utf-8")
+    assert differences(ours, saved_configuration(file, {})) == []
+    assert saved_configuration(file, {"configuration": 3}) == 3
+
+
+def test_auto_begins_anew_only_where_there_is_no_checkpoint_and_takes_those_without_a_record(
+    cli: Cli, caption_table: Path, tmp_path: Path
+) -> None:
+    data = ["--data.train", str(caption_table), "--data.val", str(caption_table)]
+    assert cli("fit", *WORDS, *data).returncode == 0
+    file = tmp_path / checkpoint(0)
+    other = ["--model.loss", "lit_clip.losses.Sigmoid"]
+    for record in ("in the checkpoint", "in fit_config.yaml"):
+        refused = cli("fit", *WORDS, *data, "--data.seed", "3", "--ckpt_path", "auto", "--print_plan")
+        assert refused.returncode == 2, record
+        (line,) = refused.stderr.strip().splitlines()
+        assert (
+            f"{file}: passed over; its run had another configuration (data.seed). Give a checkpoint's path to" in line
+        )
+        content = torch.load(file, weights_only=True)
+        content.pop("configuration", None)
+        torch.save(content, file)
+    same = cli(
+        "fit", *WORDS, *data, "--ckpt_path", "last", "--print_plan", "--model.loss", "lit_clip.losses.Contrastive"
+    )
+    assert same.returncode == 0, same.stderr
+    (file.parents[1] / "fit_config.yaml").unlink()
+    taken = cli("fit", *WORDS, *data, *other, "--ckpt_path", "auto", "--print_plan")
+    assert f"{file}: its configuration is not recorded; it is resumed with this command's" in taken.stderr

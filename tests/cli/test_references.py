@@ -128,6 +128,36 @@ def test_messages_show_the_reference(cli: Cli, environment: dict[str, str], word
     assert SECRET not in result.stdout + result.stderr
 
 
+def test_messages_show_the_values_of_variables_that_are_no_secrets(cli: Cli, environment: dict[str, str]) -> None:
+    given = {**environment, "RUN": "resnet10", "LOGIN": "0ther-s3cret", "WORD": "third-s3cret"}
+    words = ("fit", "--config", "secret.yaml", "--data.train")
+    named = cli(*words, "r/${oc.env:RUN}/t.csv", environment=given)
+    assert "r/resnet10/t.csv: no such file" in named.stderr
+    login = cli(*words, "http://me:${oc.env:LOGIN}@127.0.0.1:9/t.csv?x=${oc.env:WORD}", environment=given)
+    assert "http://me:${oc.env:LOGIN}@127.0.0.1:9/t.csv" in login.stderr
+    assert "s3cret" not in login.stdout + login.stderr
+
+
+def test_a_variable_within_the_name_of_an_encoder_or_a_loss_leaves_the_checkpoint_usable(
+    cli: Cli, tmp_path: Path, environment: dict[str, str]
+) -> None:
+    settings = json.loads((tmp_path / "secret.yaml").read_text())
+    settings["trainer"]["logger"] = {"class_path": "CSVLogger", "init_args": {"save_dir": "r", "name": "${oc.env:RUN}"}}
+    (tmp_path / "secret.yaml").write_text(json.dumps(settings))
+    environment["RUN"] = "Contrastive"
+    done = cli("fit", "--config", "secret.yaml", environment=environment)
+    assert done.returncode == 0, done.stderr
+    assert "${oc.env:RUN}" not in done.stdout + done.stderr  # the commands in it can be copied
+    saved = tmp_path / "r/Contrastive/version_0"
+    assert "${oc.env:RUN}" in (saved / "fit_config.yaml").read_text()
+    (checkpoint,) = (saved / "checkpoints").glob("*.ckpt")
+    assert torch.load(checkpoint, weights_only=True)["parts"]["loss"]["class_path"].endswith(".Contrastive")
+    words = ("--config", str(saved / "fit_config.yaml"), "--ckpt_path", str(checkpoint), "--trainer.max_steps", "3")
+    more = cli("fit", *words, environment=environment)
+    assert more.returncode == 0, more.stderr
+    assert "resumes with" not in more.stderr  # the parts are the same
+
+
 class Guarded(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:  # noqa: N802  # http.server's name
         wanted = "Basic " + base64.b64encode(f"me:{SECRET}".encode()).decode()

@@ -31,7 +31,7 @@ SURROUNDINGS = (
     ),
     Surrounding(
         "at most 24 open files (`ulimit -n 24`)",
-        "all",
+        "`fit`, `embed`",
         "one line that names the limit, exit code 2",
         "test_few_open_files_are_one_line_that_names_the_limit",
     ),

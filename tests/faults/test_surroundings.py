@@ -77,6 +77,20 @@ def test_a_command_works_without_a_stream(words: list[str], closed: str, folder:
         )
 
 
+@pytest.mark.parametrize("words", [["--help"], ["embed", "--help"], ["export", "nowhere.ckpt"]], ids=" ".join)
+def test_what_starts_no_workers_needs_few_open_files(words: list[str]) -> None:
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -n 100; exec "$@"', "sh", LIT_CLIP, *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == (2 if "export" in words else 0)
+    assert "open files" not in done.stderr
+
+
 @pytest.mark.parametrize("words", [FIT, EMBED], ids=["fit", "embed"])
 def test_few_open_files_are_one_line_that_names_the_limit(words: list[str], folder: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}

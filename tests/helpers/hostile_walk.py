@@ -28,7 +28,7 @@ MEMORY = 8 * 2**30
 MORE = [("_instantiator",), ("_class_path",)]
 MORE += [("architecture", "image", key) for key in ("class_path", "timm", "pretrained")]
 MORE += [("architecture", "text", key) for key in ("class_path", "hugging_face", "tokenizer", "model")]
-OTHERS = ("tokenizer", "base", "weights", "before", "loss", "hparams", "module_arguments", "random_states")
+OTHERS = ("parts", "tokenizer", "base", "weights", "before", "loss", "hparams", "module_arguments", "random_states")
 
 
 def keys(values: Any, at: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lit_clip.tools import hub_client
 from lit_clip.tools.remote_names import checked_commit, checked_path, checked_relative
 from lit_clip.weights import hub as weights_hub
 from tests.conftest import ROOT
+from tests.fuzz import wire
 from tests.helpers.hub import Hub, Repository, running_hub
 
 DOORS: dict[str, Callable[[], object]] = {
@@ -72,6 +74,67 @@ def test_an_etag_never_becomes_a_path(hub: Hub, tmp_path: Path, door: str, name:
     hub.headers[name] = f'"{tag.format(folder=tmp_path)}"'
     assert "ETag" in refused(door)
     assert outside(tmp_path) == []
+
+
+MOVED = ("https://127.0.0.1:1/new", "http://127.0.0.1:2/new", "//127.0.0.1:2/new", "//other/new", "http://[::1]:1/new")
+
+
+def moved(location: str, tags: dict[str, str], status: int = 302) -> None:
+    """Have huggingface_hub ask a hub whose files have moved."""
+    import huggingface_hub
+
+    def serve(method: str, url: str, _: str) -> wire.Answer:
+        file = (("ETag", '"0"'), ("X-Repo-Commit", "0" * 40), ("Content-Length", "2"))
+        old = (("Location", location), ("X-Repo-Commit", "0" * 40), *tags.items())
+        if "/api/" in url:
+            sibling = {"rfilename": "config.json", "size": 2, "blobId": "0" * 40}
+            values = {"id": "a/b", "sha": "0" * 40, "siblings": [sibling], "private": False, "tags": []}
+            listed = [{"type": "file", "path": "config.json", "size": 2, "oid": "0" * 40}]
+            return wire.Answer(body=json.dumps(listed if "/tree/" in url else values).encode())
+        return wire.Answer(status, old) if method == "HEAD" and "/resolve/" in url else wire.Answer(200, file, b"{}")
+
+    huggingface_hub.set_client_factory(lambda: wire.hub_client(serve))
+
+
+@pytest.fixture
+def own_client() -> Iterator[None]:
+    """Restore the client that other tests use."""
+    import huggingface_hub
+    from huggingface_hub.utils import _http
+
+    before = _http._GLOBAL_CLIENT_FACTORY
+    yield
+    huggingface_hub.set_client_factory(before)
+
+
+@pytest.mark.parametrize("name", ["ETag", "X-Linked-Etag"])
+@pytest.mark.parametrize("location", [*MOVED, "/new", "new", "?new", "", "http://127.0.0.1:1/new"])
+def test_an_etag_of_a_redirection_never_becomes_a_path(
+    hub: Hub, own_client: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str, name: str
+) -> None:
+    """Whether huggingface_hub follows it, or stops there and takes its ETag."""
+    template = "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    for status in (301, 302, 307, 308, 300, 304):
+        moved(location, {"ETag": '"1"', name: f"{'../' * 7}created"}, status)  # into tmp_path
+        for door in DOORS.values():
+            with suppress(InputError):  # a redirection that is followed leads to a file
+                door()
+        assert outside(tmp_path) == []
+
+
+@pytest.mark.parametrize(("location", "blob"), [("/new", "0"), (MOVED[0], "1")])
+def test_a_file_that_has_moved_is_downloaded(
+    hub: Hub, own_client: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str, blob: str
+) -> None:
+    from huggingface_hub import hf_hub_download
+
+    template = "http://127.0.0.1:1/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr("huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE", template)
+    moved(location, {"ETag": 'W/"43-a/b+c"' if blob == "0" else '"1"'})  # the web server's own, of a redirection
+    hub_client.guard_hub()
+    assert Path(hf_hub_download("a/b", "config.json")).read_text() == "{}"
+    assert [path.name for path in tmp_path.glob("1/2/3/4/hub/*/blobs/*")] == [blob]
 
 
 @pytest.mark.parametrize("door", DOORS)

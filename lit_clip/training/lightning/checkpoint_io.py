@@ -130,7 +130,7 @@ def put_in_place(part: Path, whole: Path) -> None:
 
 
 def newest_checkpoint(
-    places: Iterable[Path], differing: Callable[[Mapping[str, Any]], Sequence[str]] = lambda checkpoint: ()
+    places: Iterable[Path], differing: Callable[[Path, Mapping[str, Any]], Sequence[str]] = lambda file, checkpoint: ()
 ) -> Path | None:
     """Return the complete checkpoint with the most optimiser steps in the folder that was written to last.
 
@@ -138,16 +138,15 @@ def newest_checkpoint(
 
     Args:
         places: folders, searched at any depth, and files.
-        differing: returns the names of the settings in which a checkpoint's run had another configuration, which are
-            passed over.
+        differing: of a file and what it holds; returns the names of the settings in which its run had another
+            configuration. Such files are passed over, and named if another one is found.
     """
     files = {file.resolve() for place in places for file in ([place] if place.is_file() else place.rglob("*.ckpt"))}
     found = {file: checkpoint for file in files if (checkpoint := _resumable(file)) is not None}
-    others = {file: names for file, checkpoint in found.items() if (names := differing(checkpoint))}
+    others = {file: names for file, checkpoint in found.items() if (names := differing(file, checkpoint))}
     _date_until_now(found)
     steps = [(int(found[file]["global_step"]), file.stat().st_mtime, file) for file in found.keys() - others.keys()]
     if not steps:
-        _name_others(others)
         return None
     last = max(steps, key=lambda each: each[1])[2].parent
     step, written, newest = max(each for each in steps if each[2].parent == last)
@@ -156,19 +155,17 @@ def newest_checkpoint(
     for file in sorted(filter(Path.is_file, files)):  # a link may lead to a file that was removed
         if file.stat().st_mtime > written and not zipfile.is_zipfile(file):
             rank_zero_warn(f"{file}: incomplete or damaged; {newest} is the newest complete checkpoint")
-    _name_others({file: names for file, names in others.items() if file.stat().st_mtime > written})
+    newer = {file: names for file, names in others.items() if file.stat().st_mtime > written}
+    if newer:
+        rank_zero_warn(f"{passed_over(newer)}. To resume from it, give its path to --ckpt_path")
     return newest
 
 
-def _name_others(others: Mapping[Path, Sequence[str]]) -> None:
-    """Name the newest of other configurations' checkpoints, which are passed over."""
-    if others:
-        newest = max(others, key=os.path.getmtime)
-        more = f", as {len(others) - 1} more are" if len(others) > 1 else ""
-        rank_zero_warn(
-            f"{newest}: passed over{more}; its run had another configuration ({', '.join(others[newest])}). To resume "
-            "from it, give its path to --ckpt_path"
-        )
+def passed_over(others: Mapping[Path, Sequence[str]]) -> str:
+    """Return which is the newest of other configurations' checkpoints, and in which settings it differs."""
+    newest = max(others, key=os.path.getmtime)
+    more = f", as {len(others) - 1} more are" if len(others) > 1 else ""
+    return f"{newest}: passed over{more}; its run had another configuration ({', '.join(others[newest])})"
 
 
 @rank_zero_only

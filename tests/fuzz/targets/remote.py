@@ -4,7 +4,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -35,6 +35,12 @@ DEEP_DOWN = "1/2/3/4"  # the caches are there, so that a path of many `..` is fo
 DEEPLY = to_json(DEEP)
 MOST = 16 << 20  # bytes that are held of an answer, so that an endless one is soon refused
 ENDLESS = 400  # megabytes
+MOVED = {  # where a file that is asked for has moved to
+    "moved": "/again",
+    "moved-scheme": "http://hub/again",
+    "moved-port": "https://hub:1/again",
+    "moved-host": "//other/again",
+}
 HOSTILE = (
     *("../" * 4 + "created", "../" * 7 + "created", "/tmp/created", "..", "a/../../b", "a\\..\\b", "a\0b", "x" * 3000),
     *(
@@ -49,7 +55,18 @@ HOSTILE = (
         "x.tar",
     ),
     *("gzip", "gzip, gzip", "br", "identity", "chunked", "bytes 0-9/10", "bytes */*", "none", 404, 403, 416, 206, 302),
-    *("http://other/x", "//other/x", "file:///etc/passwd", "/again", "https://hub/", -5, 10**12, "RepoNotFound"),
+    *(
+        "http://other/x",
+        "//other/x",
+        "file:///etc/passwd",
+        "/again",
+        "https://hub/",
+        "http://hub/again",
+        "https://hub:1/again",
+        -5,
+        10**12,
+        "RepoNotFound",
+    ),
 )
 
 
@@ -81,6 +98,7 @@ def _read_tree(data: bytes) -> dict[str, Any]:
 def hub_trees() -> dict[str, Any]:
     """Return the answers of a hub to each of those who ask it."""
     names = {"pairs": "train.parquet", "weights": "model.safetensors", "timm": "config.json", "download": "test/0.tar"}
+    names |= dict.fromkeys(MOVED, "model.safetensors")
     trees: dict[str, Any] = {}
     for door, name in names.items():
         files = [{"rfilename": each, "size": 2, "blobId": BLOB} for each in (name, "config.json")]
@@ -96,6 +114,8 @@ def hub_trees() -> dict[str, Any]:
             "HEAD": {"status": 200, "headers": {**headers, "X-Linked-Etag": f'"{SHA256}"', "X-Error-Code": ""}},
             "GET": {"status": 200, "headers": headers, "body": {}, "times": 1, "cut": None, "packed": False},
         }
+        if door in MOVED:
+            trees[door]["moved"] = {"status": 302, "headers": {**headers, "Location": MOVED[door]}}
         contents = {"pairs": "pairs", "timm": TIMM}
         if door in contents:
             trees[door]["GET"]["body"] = contents[door]
@@ -114,6 +134,8 @@ def _hub(tree: dict[str, Any]) -> Server:
 
     def serve(method: str, url: str, _: str) -> Answer:
         kind = "tree" if "/tree/" in url else "info" if "/api/" in url else method
+        if kind == "HEAD" and "/resolve/" in url and "moved" in tree:
+            kind = "moved"
         return _answer(tree.get(kind), bodies)
 
     return serve
@@ -127,8 +149,8 @@ def _download(folder: Path) -> Iterator[str]:
     yield "used"
 
 
-def _use_weights() -> Iterator[str]:
-    assert weights_hub.download("org/weights").is_dir()
+def _use_weights(name: str) -> Iterator[str]:
+    assert weights_hub.download(f"org/{name}").is_dir()
     yield "used"
 
 
@@ -146,7 +168,7 @@ def ask_hub(folder: Path, given: Input) -> Iterator[str]:
     down.mkdir(parents=True)
     doors: dict[str, Callable[[], Iterator[str]]] = {
         "pairs": lambda: read_pairs(open_source("org/pairs", on_error=on_error(given))),
-        "weights": _use_weights,
+        **{name: partial(_use_weights, name) for name in ("weights", *MOVED)},
         "timm": _use_timm,
         "download": lambda: _download(down),
     }
