@@ -179,9 +179,6 @@ def best_order(measured: Sequence[Measured], backend: Backend, device: str) -> l
         measured: all kinds of calls.
         backend: the first one, or ``fastest``.
         device: its name, for error messages.
-
-    Raises:
-        InputError: there is no call, or none that ``backend`` can compute.
     """
     require(bool(measured), "callbacks.AttentionBackend: the model has no attention; remove the callback")
     usable = [name for name in BACKENDS if any(name in call.seconds for call in measured)]

@@ -136,12 +136,7 @@ class NonFiniteSteps(Callback):
             pl_module.log("train/non_finite_steps", torch.tensor(float(self.steps)))
 
     def _check(self, step: TrainingStep, trainer: Trainer, module: Any, optimizer: Any, at_once: bool) -> None:
-        """Decide, together with all ranks, whether a step may change the weights, and undo it if not.
-
-        Raises:
-            InputError: it may not, the result is read at once, and the policy is ``stop`` or there have been too many
-                in a row.
-        """
+        """Decide, together with all ranks, whether a step may change the weights, and undo it if not."""
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         gradients = torch.zeros_like(step.loss) if scaled else largest_gradient(module.parameters()).to(step.loss)
         bad = torch.stack([~step.loss.isfinite(), bad_rows(step).any(), ~gradients.isfinite()]).float()
@@ -166,11 +161,7 @@ class NonFiniteSteps(Callback):
                 buffer.copy_(before)
 
     def _read(self) -> bool:
-        """Return whether the step that was checked last is undone, and report it; False if that has been done.
-
-        Raises:
-            InputError: it is, and the policy is ``stop`` or there have been too many in a row.
-        """
+        """Return whether the step that was checked last is undone, and report it; False if that has been done."""
         unread, self._unread = self._unread, None
         if unread is None:
             return False

@@ -145,11 +145,7 @@ def _as_in_validation(trainer: Trainer, module: LightningModule) -> Iterator[Non
 
 
 def from_first_rank(compute: Callable[[], Result]) -> Result:
-    """Compute a result on the first rank while the others wait, and return it on all ranks.
-
-    Raises:
-        InputError: the first rank's error, on all ranks.
-    """
+    """Compute a result on the first rank while the others wait, and return it on all ranks."""
     results: list[tuple[Result | None, str]] = []
     if distributed.rank_and_world()[0] == 0:
         try:

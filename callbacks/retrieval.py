@@ -37,9 +37,6 @@ class Retrieval(PeriodicEvaluation):
         batch_size: images encoded at once on each rank.
         num_workers: data workers of each rank; None: a share of the cores, and none for a small set.
         on_error: for an image that cannot be read, stop with an error or skip it with a warning.
-
-    Raises:
-        InputError: no set of the suite has one of the tasks, or a set has no captions.
     """
 
     def __init__(

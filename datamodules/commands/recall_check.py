@@ -41,11 +41,7 @@ class RecallCheck(NamedTuple):
 
     @classmethod
     def open(cls, data: str) -> "RecallCheck":
-        """Open whatever training takes.
-
-        Raises:
-            InputError: it cannot be read, or holds fewer than two images or captions.
-        """
+        """Open whatever training takes."""
         source = open_source(data, default_split="validation", option_prefix="--check ")
         source.prepare()
         first: dict[str, int] = {}

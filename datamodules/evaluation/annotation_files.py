@@ -52,7 +52,6 @@ def read_text(path: Path) -> str:
 
     Raises:
         MissingData: no such file.
-        InputError: it cannot be read, or is not UTF-8.
     """
     refuse_missing(path)
     with reading(path, "text file", hint=AGAIN):
@@ -71,7 +70,6 @@ def read_words(path: Path, columns: int) -> list[list[str]]:
 
     Raises:
         MissingData: no such file.
-        InputError: a line has fewer words.
     """
     rows = []
     for line_number, line in enumerate(read_text(path).splitlines(), start=1):
@@ -90,7 +88,6 @@ def read_json(path: Path) -> Any:
 
     Raises:
         MissingData: no such file.
-        InputError: not JSON.
     """
     text = read_text(path)
     with reading(path, "JSON file", hint=AGAIN):
@@ -102,7 +99,6 @@ def read_json_lines(path: Path) -> list[tuple[str, Any]]:
 
     Raises:
         MissingData: no such file.
-        InputError: a line is not JSON.
     """
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
@@ -113,11 +109,7 @@ def read_json_lines(path: Path) -> list[tuple[str, Any]]:
 
 
 def text_of(row: Any, field: str, where: str) -> str:
-    """Return a field of an element of a JSON file.
-
-    Raises:
-        InputError: it is not a text, or empty.
-    """
+    """Return a field of an element of a JSON file."""
     value = row.get(field) if isinstance(row, dict) else None
     if not isinstance(value, str) or not value.strip():
         raise InputError(f"{where}: {field} must be a text, not {str(value)[:40]!r}; {AGAIN}")
@@ -134,7 +126,6 @@ def read_table(path: Path, columns: Mapping[str, Sequence[str]], delimiter: str 
 
     Raises:
         MissingData: no such file.
-        InputError: a column is missing, or a row is too short.
     """
     file = io.StringIO(read_text(path), newline="")
     csv.field_size_limit(LONGEST_FIELD)
@@ -162,11 +153,7 @@ def read_table(path: Path, columns: Mapping[str, Sequence[str]], delimiter: str 
 
 
 def number(row: Mapping[str, str], column: str, where: str) -> float:
-    """Return a cell as a number.
-
-    Raises:
-        InputError: it is not a finite number.
-    """
+    """Return a cell as a number."""
     text = row[column]
     try:
         value = math.nan if "_" in text else float(text)  # Python's own literals may have underscores
@@ -194,7 +181,6 @@ def read_mat(path: Path, *names: str) -> list[Any]:
 
     Raises:
         MissingData: no such file.
-        InputError: not a MATLAB file, or a variable is missing; or SciPy is not installed.
     """
     import numpy as np
 
@@ -232,11 +218,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def own_dataset(file: Any, path: Path, name: str) -> Any:
-    """Return a data set of an open HDF5 file.
-
-    Raises:
-        InputError: there is none, or its values are in another file, which the file could name at will.
-    """
+    """Return a data set of an open HDF5 file."""
     h5py = import_optional("h5py", "h5py", path)
     parts = name.split("/")
     with reading(path, f"HDF5 file with {name!r}", hint=AGAIN):
@@ -250,11 +232,7 @@ def own_dataset(file: Any, path: Path, name: str) -> Any:
 
 
 def import_optional(module: str, package: str, needed_for: object) -> Any:
-    """Import a module of a package that only some sets need.
-
-    Raises:
-        InputError: it is not installed; the message names the package to install.
-    """
+    """Import a module of a package that only some sets need."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -44,7 +44,6 @@ class _ChoiceFiles(UnlabelledFiles, CaptionChoices):
 
     Raises:
         MissingData: the folder of the first image does not exist.
-        InputError: there are no questions.
     """
 
     def __init__(self, root: Path, questions: Iterable[tuple[Sequence[str], Choice]], where: Path) -> None:
@@ -84,7 +83,6 @@ class SugarCrepe(_ChoiceFiles):
 
     Raises:
         MissingData: no such folder or file.
-        InputError: a question lacks its image or a caption.
     """
 
     def __init__(self, root: str, subset: Subset) -> None:
@@ -113,7 +111,6 @@ class AROVisualGenome(_ChoiceFiles):
 
     Raises:
         MissingData: no such folder or file.
-        InputError: a question lacks its image, its region or a caption.
     """
 
     def __init__(self, root: str, subset: Literal["relation", "attribution"]) -> None:
@@ -177,7 +174,6 @@ class AROOrder(_ChoiceFiles):
 
     Raises:
         MissingData: no such file or folder.
-        InputError: a question lacks its image or its captions.
     """
 
     def __init__(self, path: str, root: str) -> None:
@@ -199,7 +195,6 @@ class MMVPVLM(_ChoiceFiles):
 
     Raises:
         MissingData: no such folder or file.
-        InputError: the rows of the table are not pairs of an odd and an even number with a type and a statement.
     """
 
     def __init__(self, root: str) -> None:
@@ -228,7 +223,6 @@ class Winoground(_ChoiceFiles):
 
     Raises:
         MissingData: no such folder or file.
-        InputError: an example lacks an image or a caption.
     """
 
     def __init__(self, root: str) -> None:
@@ -252,7 +246,6 @@ class WinoGAViL(_ChoiceFiles):
 
     Raises:
         MissingData: no such folder or file.
-        InputError: a question lacks its word, or its associations are not some of its candidates.
     """
 
     def __init__(self, root: str, candidates: Literal["5-6", "10-12"] | None = None) -> None:

@@ -102,7 +102,6 @@ class FER2013(ByLayout):
 
     Raises:
         MissingData: no such table or folders.
-        InputError: the table cannot be read, a folder is not an emotion, or a file's name does not tell its split.
     """
 
     def __init__(self, root: str, split: TrainValTest = "test") -> None:
@@ -144,7 +143,6 @@ class FERPlus(_FaceTable):
 
     Raises:
         MissingData: no such table.
-        InputError: the two tables do not have the same rows, or a row cannot be read.
     """
 
     names = (*EMOTIONS, "contemptuous")

@@ -36,9 +36,6 @@ class NeighbouringFrames(ImageFiles, Neighbours):
         accepted: each frame's name -> the labels that count as correct.
         class_names: in label order.
         annotations: the files of metadata.
-
-    Raises:
-        InputError: there are no anchors, or a frame has no label or one without a class name.
     """
 
     def __init__(
@@ -84,7 +81,6 @@ class ImageNetVidRobust(NeighbouringFrames, SomeOfImageNet):
 
     Raises:
         MissingData: no such folder or file.
-        InputError: the metadata have another structure.
     """
 
     def __init__(self, root: str) -> None:
@@ -150,7 +146,6 @@ class YTBBRobust(NeighbouringFrames, SomeOfImageNet):
 
     Raises:
         MissingData: no such folder or file.
-        InputError: the metadata have another structure.
     """
 
     def __init__(self, root: str) -> None:

@@ -69,9 +69,6 @@ class ImageFiles(LabelledFiles):
         labels: each image's class.
         class_names: in label order.
         annotations: the files that list them.
-
-    Raises:
-        InputError: no images.
     """
 
     def __init__(
@@ -178,9 +175,6 @@ def labels_of(names: Sequence[str], classes: Sequence[str], where: Path) -> list
         names: of the classes of some images.
         classes: all class names, in label order.
         where: the file that lists the names, for the error message.
-
-    Raises:
-        InputError: a name is not in ``classes``.
     """
     label_of = {name: label for label, name in enumerate(classes)}
     unknown = next((name for name in names if name not in label_of), None)
@@ -209,7 +203,6 @@ def images_in(folder: Path) -> list[str]:
 
     Raises:
         MissingData: no such folder.
-        InputError: no images in it.
     """
     if not folder.is_dir():
         raise MissingData(f"{folder}: no such folder")
@@ -225,7 +218,6 @@ def subfolders(folder: Path) -> list[str]:
 
     Raises:
         MissingData: no such folder.
-        InputError: it has no subfolders.
     """
     if not folder.is_dir():
         raise MissingData(f"{folder}: no such folder")
@@ -248,7 +240,6 @@ def in_class_folders(
 
     Raises:
         MissingData: a class has no folder.
-        InputError: a class has no images.
     """
     files, labels = [], []
     for label, name in enumerate(classes):

@@ -15,11 +15,7 @@ ClassNames = list[str] | Literal["imagenet"]
 
 
 def resolve_names(names: ClassNames | None, default: list[str], where: str) -> list[str]:
-    """Return the class names that a user gave, or ``default``.
-
-    Raises:
-        InputError: there are more or fewer than in ``default``; the message names ``where``.
-    """
+    """Return the class names that a user gave, or ``default``."""
     if names is None:
         return default
     names = imagenet_class_names() if names == "imagenet" else list(names)
@@ -41,7 +37,6 @@ class ImageFolderClasses(LabelledFiles):
 
     Raises:
         MissingData: no such folder.
-        InputError: a class without images, or more or fewer names than subfolders.
     """
 
     def __init__(self, root: str, class_names: ClassNames | None = None) -> None:

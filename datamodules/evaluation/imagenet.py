@@ -56,7 +56,6 @@ class ImageNet(ByLayout):
 
     Raises:
         MissingData: no such folder, tar files or labels.
-        InputError: a folder or label is not a class of ImageNet, or images and labels do not match.
     """
 
     def __init__(self, root: str, split: Literal["train", "val"] = "val") -> None:
@@ -137,7 +136,6 @@ class _ImageNetTars(TarImages, LabelledImages):
 
     Raises:
         MissingData: a file that the set's ``_info.json`` lists does not exist.
-        InputError: a sample has no image or no label, or its name is of another class than its label.
     """
 
     def __init__(self, tars: list[Path]) -> None:

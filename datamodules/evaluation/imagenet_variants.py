@@ -45,7 +45,6 @@ class ImageNetV2(ImageFiles):
 
     Raises:
         MissingData: no such folder.
-        InputError: the folders are not 0 to 999, or one has no images.
     """
 
     def __init__(self, root: str) -> None:
@@ -71,7 +70,6 @@ class ImageNetFolders(ImageFiles, SomeOfImageNet):
 
     Raises:
         MissingData: no such folder.
-        InputError: a folder is not a class of ImageNet or has no images, or there are more or fewer than ``classes``.
     """
 
     def __init__(self, root: str, classes: int | None = None) -> None:
@@ -105,7 +103,6 @@ class ObjectNet(ImageFiles, SomeOfImageNet):
 
     Raises:
         MissingData: the folder or one of its files does not exist.
-        InputError: the mappings do not match each other, or a class has no images.
     """
 
     def __init__(self, root: str) -> None:

@@ -34,7 +34,6 @@ def read_labels(
 
     Raises:
         MissingData: no such file.
-        InputError: a column is missing, a row is malformed or lacks an image or a label, or there are no rows.
     """
     check_is_file(path)
     if not path.is_file():
@@ -94,9 +93,6 @@ def resolve_labels(
         path: for error messages.
         rows: each row's number in the file and its label.
         class_names: in label order; None: the numbers, or the sorted names that occur.
-
-    Raises:
-        InputError: a label is out of range or not a class name, or the column could be read both ways.
     """
     numbers = [_number(label) for _, label in rows]
     if class_names is None:
@@ -159,9 +155,6 @@ class LabelledTable(LabelledFiles):
 
     Raises:
         MissingData: no such table.
-        InputError: a column is missing, a row lacks an image or a label, a label is out of range or not a class name,
-            or the first row's image does not exist. The message names file and row. Other missing or broken images
-            raise ``BadSample`` when they are read, so that an evaluation can count them.
     """
 
     def __init__(

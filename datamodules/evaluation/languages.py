@@ -39,7 +39,6 @@ class XTD10(_CaptionedFiles):
 
     Raises:
         MissingData: no such folder, list or captions.
-        InputError: there are more or fewer captions than images.
     """
 
     def __init__(self, root: str, language: str) -> None:
@@ -66,7 +65,6 @@ class Crossmodal3600(_CaptionedFiles):
 
     Raises:
         MissingData: no such folder or file.
-        InputError: an image has no caption in this language.
     """
 
     def __init__(self, root: str, language: str) -> None:
@@ -158,7 +156,6 @@ class TranslatedImageNet(_TranslatedImageNet):
 
     Raises:
         MissingData: see :class:`ImageNet`; or the package has no such language.
-        InputError: the package is not installed.
     """
 
     def __init__(self, root: str, language: str, split: str = "val") -> None:
@@ -183,7 +180,6 @@ class BabelImageNet(_TranslatedImageNet):
 
     Raises:
         MissingData: see :class:`ImageNet`; or no such file.
-        InputError: the language is not in the file, or its entry is damaged.
     """
 
     def __init__(

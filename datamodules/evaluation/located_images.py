@@ -21,7 +21,6 @@ class LocatedImages(UnlabelledFiles, Located):
 
     Raises:
         MissingData: no such table.
-        InputError: a column is missing, or a latitude or longitude is out of range.
     """
 
     def __init__(self, path: str, root: str | None = None) -> None:

@@ -28,7 +28,6 @@ class Birdsnap(ImageFiles):
 
     Raises:
         MissingData: a list or the folder of images does not exist.
-        InputError: a list cannot be read or names an unknown species, or no image of the split exists.
     """
 
     def __init__(self, root: str, split: TrainTest = "test") -> None:
@@ -65,7 +64,6 @@ class RESISC45(ImageFiles):
 
     Raises:
         MissingData: no such folder.
-        InputError: there are not 45 classes, or one has no images.
     """
 
     def __init__(self, root: str, split: TrainTest = "test", seed: int = 0) -> None:
@@ -92,7 +90,6 @@ class HatefulMemes(ImageFiles):
 
     Raises:
         MissingData: no such file.
-        InputError: a row has no image or label, or a label is not 0 or 1.
     """
 
     def __init__(self, root: str, split: Literal["train", "dev"] = "dev") -> None:
@@ -114,7 +111,6 @@ class AYahoo(ImageFiles):
 
     Raises:
         MissingData: no such file.
-        InputError: a line has too few words.
     """
 
     def __init__(self, root: str) -> None:
@@ -140,7 +136,6 @@ class SUN(ImageFiles):
 
     Raises:
         MissingData: no such file.
-        InputError: a class has no images.
     """
 
     def __init__(self, root: str) -> None:
@@ -157,9 +152,6 @@ class Digits(LabelledImages):
 
     Args:
         split: ``train``: the first 1,000; ``test``: the other 797.
-
-    Raises:
-        InputError: scikit-learn is not installed.
     """
 
     def __init__(self, split: TrainTest = "test") -> None:

@@ -37,8 +37,6 @@ class ParquetClasses(LabelledImages):
 
     Raises:
         MissingData: no such file, or none of this split.
-        InputError: the folder has files of several splits and ``split`` is None, a column is missing, or a label has no
-            class name.
     """
 
     def __init__(

@@ -28,7 +28,6 @@ class FairFace(ImageFiles, Grouped):
 
     Raises:
         MissingData: no such folder, table or images.
-        InputError: a column is missing, or has a value that FairFace does not use.
     """
 
     def __init__(self, root: str, attribute: Attribute = "race", split: Literal["train", "val"] = "val") -> None:
@@ -65,7 +64,6 @@ class CelebAIdentities(ImageFiles):
 
     Raises:
         MissingData: no such folder or file.
-        InputError: a line that cannot be read, or fewer people than ``identities``.
     """
 
     def __init__(

@@ -27,7 +27,6 @@ class SVHNNumbers(ImageFiles):
 
     Raises:
         MissingData: no such folder or file.
-        InputError: h5py is not installed, or the file has another structure.
     """
 
     def __init__(self, root: str, split: str = "test") -> None:
@@ -80,7 +79,6 @@ class IIIT5K(ImageFiles, Lexicons):
 
     Raises:
         MissingData: no such folder or file.
-        InputError: SciPy is not installed, or the file has another structure.
     """
 
     def __init__(self, root: str, split: TrainTest = "test", lexicon: Literal["small", "medium"] = "medium") -> None:

@@ -38,7 +38,6 @@ class CaptionedPairs(CaptionedImages):
 
     Raises:
         MissingData: no such path.
-        InputError: the source cannot be read.
     """
 
     def __init__(
@@ -163,7 +162,6 @@ class Flickr30k(UnlabelledFiles, CaptionedImages):
 
     Raises:
         MissingData: no such folder or file.
-        InputError: a line cannot be read, or the split has no images.
     """
 
     def __init__(self, root: str, split: str = "test") -> None:

@@ -43,9 +43,6 @@ class ImageArrays(LabelledImages):
         labels: each image's class.
         class_names: in label order.
         rows: each image's row in the file; None: all rows, in order.
-
-    Raises:
-        InputError: there are no labels, or one has no class name.
     """
 
     def __init__(

@@ -89,7 +89,6 @@ def read_frames(path: Path, frames: Frames, span: tuple[float, float] = WHOLE) -
 
     Raises:
         BadSample: the file is missing, broken or not a video, or the span contains no frame.
-        InputError: PyAV is not installed.
     """
     timestamps = times_of_frames(path)
     if timestamps is None:

@@ -89,7 +89,6 @@ class UCF101(Videos):
 
     Raises:
         MissingData: no such folder, lists, or videos.
-        InputError: a list names an unknown class.
     """
 
     def __init__(self, root: str, split: TrainTest, fold: int = 1, frames: Frames = "centre") -> None:
@@ -141,7 +140,6 @@ class Kinetics700(Videos):
 
     Raises:
         MissingData: no such folder or table, or none of its videos.
-        InputError: the table lacks ``label`` or ``youtube_id``; ``time_start`` and ``time_end`` are optional.
     """
 
     def __init__(self, root: str, split: str, frames: Frames = "centre") -> None:
@@ -203,7 +201,6 @@ class RareAct(Videos, VerbsAndNouns):
 
     Raises:
         MissingData: no such folder or table, or none of its videos.
-        InputError: the table lacks a column, or ``class_id`` does not number the classes from 0.
     """
 
     def __init__(self, root: str, frames: Frames = "all") -> None:

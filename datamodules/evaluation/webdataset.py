@@ -126,8 +126,6 @@ class _Tars(TarImages):
 
     Raises:
         MissingData: the folder or one of the files it must have does not exist.
-        InputError: the set is of another kind, a tar is damaged, a sample has no target, or there are no samples; the
-            message names which.
     """
 
     kind: ClassVar[Kind]
@@ -192,9 +190,6 @@ class WebDataset(_Tars, LabelledImages):
 
     Attributes:
         class_names: the lines of ``classnames.txt``; without that file the labels.
-
-    Raises:
-        InputError: also if a label has no class name.
     """
 
     kind = "classification"
@@ -223,11 +218,7 @@ class WebDataset(_Tars, LabelledImages):
 
 
 class WebDatasetMultiLabel(_Tars, LabelledImages, MultiLabel):
-    """Images with any number of classes each; a ``.npy`` file has a 1 or a 0 for every class. See :class:`_Tars`.
-
-    Raises:
-        InputError: also if a ``.npy`` does not match the classes.
-    """
+    """Images with any number of classes each; a ``.npy`` file has a 1 or a 0 for every class. See :class:`_Tars`."""
 
     kind = "multilabel"
 
@@ -261,11 +252,7 @@ class WebDatasetMultiLabel(_Tars, LabelledImages, MultiLabel):
 
 
 class WebDatasetCaptions(_Tars, CaptionedImages):
-    """Images with captions, which are the lines of a ``.txt`` file. See :class:`_Tars`.
-
-    Raises:
-        InputError: also if an image has no caption.
-    """
+    """Images with captions, which are the lines of a ``.txt`` file. See :class:`_Tars`."""
 
     kind = "retrieval"
 

@@ -20,7 +20,6 @@ class WebDatasetGroups(WebDataset, Grouped):
 
     Raises:
         MissingData: see :class:`datamodules.evaluation.WebDataset`.
-        InputError: also if a sample has no ``.npy`` with whole numbers in these columns.
     """
 
     def __init__(self, root: str, columns: list[str], split: str = "test") -> None:

@@ -210,9 +210,6 @@ class TrainingTransform:
 
     Attributes:
         decode_size: size that images must be decoded at: the first transform's ``decode_size``; None: full size.
-
-    Raises:
-        InputError: a transform normalises, or there are budgets for a model that reads images of one size.
     """
 
     def __init__(
@@ -286,11 +283,7 @@ def _name(transform: Transform) -> str:
 
 
 def described_augmentation(augmentation: object) -> str:
-    """Describe an augmentation or a list of transforms by class and settings, the same in every run.
-
-    Raises:
-        InputError: a transform's settings cannot be described.
-    """
+    """Describe an augmentation or a list of transforms by class and settings, the same in every run."""
     if isinstance(augmentation, list):
         return ", ".join(described_augmentation(transform) for transform in augmentation)
     kind = type(augmentation)

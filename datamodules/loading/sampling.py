@@ -90,9 +90,6 @@ class GlobalBatchSampler(Sampler[list[TrainingSample]]):
 
     Attributes:
         reshuffle: whether each epoch has its own permutation.
-
-    Raises:
-        InputError: fewer samples than one global batch.
     """
 
     def __init__(
@@ -150,11 +147,7 @@ class GlobalBatchSampler(Sampler[list[TrainingSample]]):
 
 
 def checked_budgets(patch_budgets: list[int] | None) -> list[int]:
-    """Return the budgets of patches that training batches draw from; none for None.
-
-    Raises:
-        InputError: there are none, or one is no number of patches.
-    """
+    """Return the budgets of patches that training batches draw from; none for None."""
     if patch_budgets is None:
         return []
     numbers = bool(patch_budgets) and all(1 <= budget < 2**16 for budget in patch_budgets)

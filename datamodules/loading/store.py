@@ -44,7 +44,6 @@ def retry(url: str, function: Callable[..., T], *arguments: Any, **options: Any)
 
     Raises:
         FileNotFoundError: the file does not exist.
-        InputError: every attempt failed, or the answer was refused, of which the error then is.
     """
     for attempt in range(ATTEMPTS):
         try:
@@ -101,7 +100,6 @@ def stamp_of(url: str) -> Stamp:
 
     Raises:
         FileNotFoundError: there is no such file.
-        InputError: the store does not answer, or reports no size.
     """
     if not is_remote(url):
         try:
@@ -127,9 +125,6 @@ def fetch(url: str, stamp: Stamp, path: Path, before: Callable[[], None] = lambd
         stamp: its present version.
         path: where it goes; it appears there whole or not at all.
         before: called before a download, to make room for it.
-
-    Raises:
-        InputError: the store does not answer, or sent another size.
     """
     from filelock import FileLock
 
@@ -194,7 +189,6 @@ class StoreFolder:
 
         Raises:
             BadSample: there is no such file, or it is larger than ``MAX_IMAGE_BYTES``.
-            InputError: the store does not answer.
         """
         store, path = store_of(url)
         try:

@@ -104,11 +104,7 @@ class Queries:
         title: str,
         precision: Precision = "32-true",
     ) -> "Queries":
-        """Read and encode a set.
-
-        Raises:
-            InputError: no image can be read, or features are not finite.
-        """
+        """Read and encode a set."""
         batches = in_batches(range(len(images)), 1 if images.several else batch_size)
         encode = image_features(model, precision)
         features, looks, items, bad = [torch.empty(0, model.config.embed_dim)], [], [], []
@@ -220,9 +216,6 @@ def search(
         batch_size: images encoded at once.
         num_workers: processes that decode.
         precision: of the encoder.
-
-    Raises:
-        InputError: no training image can be read, or features are not finite.
     """
     found = NearestFound.load(path, model.device) or NearestFound.nothing(len(queries.items), model.device)
     if found.done >= len(source):

@@ -39,11 +39,7 @@ class EvaluationSet:
 def open_sets(
     folders: Sequence[str], suites: Sequence[str], names: Sequence[str] | None, data_root: Path, templates: list[str]
 ) -> dict[str, EvaluationSet]:
-    """Open the sets; skip those of a suite that are not on the disk, with a note, unless they are named.
-
-    Raises:
-        InputError: no set is given, one is missing, or two have the same name.
-    """
+    """Open the sets; skip those of a suite that are not on the disk, with a note, unless they are named."""
     require(
         bool(folders) or bool(suites), "no evaluation set; name a folder of classes before the options, or a --suite"
     )
@@ -87,11 +83,7 @@ def _prompts(each: EvaluationSet) -> Prompts | None:
 
 
 def read_thresholds(words: Sequence[str], names: Sequence[str]) -> dict[str, float]:
-    """Read the threshold of each set, see :func:`datamodules.commands.overlap.overlap`.
-
-    Raises:
-        InputError: a threshold is not between -1 and 1, or there is no such set.
-    """
+    """Read the threshold of each set, see :func:`datamodules.commands.overlap.overlap`."""
     given_thresholds: dict[str, Any] = {}
     for word in words:
         name, equals, value = word.rpartition("=")
@@ -123,11 +115,7 @@ def _read_mapping(path: Path, expected: str) -> dict[str, Any]:
 
 
 def read_results(path: Path, names: Sequence[str]) -> dict[str, dict[str, bool]]:
-    """Read whether a model is right about each image, by set and image key.
-
-    Raises:
-        InputError: the file is not readable, lacks a set, or holds anything but true and false.
-    """
+    """Read whether a model is right about each image, by set and image key."""
     values = read_json(path, "--results")
     expected = 'must hold {"set": {"image": true, ...}, ...}'
     require(isinstance(values, dict), f"--results {path}: {expected}")
@@ -140,11 +128,7 @@ def read_results(path: Path, names: Sequence[str]) -> dict[str, dict[str, bool]]
 
 
 def answers_of(images: ImageSet, items_Q: np.ndarray, answers: Mapping[str, bool], name: str) -> Tensor:
-    """Return from a file's answers whether a model is right about each item: bool ``[N]``.
-
-    Raises:
-        InputError: the file lacks an item.
-    """
+    """Return from a file's answers whether a model is right about each item: bool ``[N]``."""
     keys = [images.key(int(item)) for item in np.unique(items_Q)]
     missing = next((key for key in keys if key not in answers), None)
     require(missing is None, f"--results: {name}: nothing about {missing}")

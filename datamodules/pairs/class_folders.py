@@ -17,11 +17,7 @@ from lit_clip.tools.reading import reading
 
 
 def open_class_folders(folder: Path, options: SourceOptions) -> "ClassPairs":
-    """Open a folder of classes; templates and class names are those of :func:`prompts_of`.
-
-    Raises:
-        InputError: no subfolders, a class without images, templates that are unknown, or names that do not fit.
-    """
+    """Open a folder of classes; templates and class names are those of :func:`prompts_of`."""
     options.refuse_split(folder)
     options.refuse_columns(folder)
     with reading(folder, "folder"):
@@ -39,9 +35,6 @@ class ClassPairs(ColumnPairs):
         folder: the parent of the subfolders.
         classes: names of the subfolders.
         prompts: of these classes, in their order.
-
-    Raises:
-        InputError: a class has no images.
     """
 
     def __init__(self, folder: Path, classes: list[str], prompts: Prompts) -> None:

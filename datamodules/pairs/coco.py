@@ -25,11 +25,7 @@ from lit_clip.tools.reading import check_is_file, reading
 
 
 def open_json(path: Path, options: SourceOptions) -> PairSource:
-    """Open a ``.json`` file of any of this module's formats, or with an object per line.
-
-    Raises:
-        InputError: another format, a damaged file, or no image with a caption.
-    """
+    """Open a ``.json`` file of any of this module's formats, or with an object per line."""
     check_is_file(path)
     if _is_lines(path):
         return open_table(path, options)
@@ -135,11 +131,7 @@ def _pairs(path: Path, rows: Iterator[RawRow], options: SourceOptions, problems:
 
 
 def _find_root(path: Path, image: str) -> Path:
-    """Find the folder of the images: beside the file, or where COCO's archives put it.
-
-    Raises:
-        InputError: the first image is in none of these folders.
-    """
+    """Find the folder of the images: beside the file, or where COCO's archives put it."""
     above = path.parent.parent
     named = path.stem.removeprefix("captions_")  # captions_train2017.json
     places = [path.parent, path.parent / "images", path.parent / named, above, above / "images", above / named]

@@ -53,9 +53,6 @@ def find_column(path: object, found: list[str], wanted: str | None, usual: tuple
         wanted: name set by the user; None: the first of ``usual`` that is found, ignoring case.
         usual: names to look for.
         option: by which the user sets ``wanted``, for messages.
-
-    Raises:
-        InputError: there is no such column.
     """
     if wanted is not None:
         if wanted in found:
@@ -74,11 +71,7 @@ def find_column(path: object, found: list[str], wanted: str | None, usual: tuple
 
 
 def find_columns(path: object, found: list[str], options: SourceOptions) -> Columns:
-    """Choose the columns of images, captions, groups and hard negatives among the columns ``found``.
-
-    Raises:
-        InputError: a column that is set does not exist, or none has a usual name.
-    """
+    """Choose the columns of images, captions, groups and hard negatives among the columns ``found``."""
     prefix = options.option_prefix
     image = find_column(path, found, options.image_column, IMAGE_COLUMNS, f"{prefix}image_column")
     numbered = [] if options.caption_column is not None else _numbered_captions(found)

@@ -23,9 +23,6 @@ def walk_images(folder: Path) -> Iterator[tuple[str, bool]]:
     """Yield the images at any depth, sorted, without hidden ones, and whether each has a text file.
 
     Links to folders are followed, except to a folder that the link itself is in.
-
-    Raises:
-        InputError: a folder cannot be listed.
     """
     # A stack, the innermost folder last: folders may be nested more deeply than Python's calls.
     stack = [(_identity(folder), _listed(folder, ""))]
@@ -70,9 +67,6 @@ class FolderPairs(ColumnPairs):
     Args:
         folder: to search.
         option_prefix: see :class:`SourceOptions`.
-
-    Raises:
-        InputError: no image in it has a text file.
     """
 
     def __init__(self, folder: Path, option_prefix: str = "") -> None:

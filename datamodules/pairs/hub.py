@@ -41,11 +41,7 @@ class Listing(NamedTuple):
 
     @classmethod
     def checked(cls, commit: object, files: Iterable[object]) -> "Listing":
-        """Return a listing, which the hub or a file of a cache gives.
-
-        Raises:
-            InputError: the commit is none, or a file is outside of the repository.
-        """
+        """Return a listing, which the hub or a file of a cache gives."""
         return cls(checked_commit(commit), sorted(map(checked_relative, files)))
 
 
@@ -64,10 +60,6 @@ def open_hub_data(name: str, parts: HubName, options: SourceOptions) -> PairSour
         name: as the user typed it.
         parts: of the name.
         options: set by the user; ``versions`` may have the commit for this name.
-
-    Raises:
-        InputError: no such data set, revision, configuration, split or column; no access or no network; no parquet
-            files.
     """
     with naming(name):
         commit, files = _list_files(name, parts, options.versions.get(name))

@@ -24,9 +24,6 @@ def kept_pairs(source: PairSource, path: str | Path, option: str = "") -> "KeptP
         source: that was scored.
         path: what ``lit-clip score`` wrote.
         option: that gave it, for messages.
-
-    Raises:
-        InputError: the file is damaged, is of other pairs, or keeps none.
     """
     with naming(option):
         file = ScoreFile(Path(path).expanduser())
@@ -84,11 +81,7 @@ class KeptPairs(Rows):
         return bool((self._hashes(index) == pair_hash(key, caption)).any())
 
     def _kept(self, index: int, key: str, captions: list[str]) -> list[str]:
-        """Select the captions that are kept.
-
-        Raises:
-            InputError: none of them was scored.
-        """
+        """Select the captions that are kept."""
         kept = [caption for caption in captions if self._is_kept(index, key, caption)]
         if not kept:
             raise InputError(

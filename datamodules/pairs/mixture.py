@@ -139,9 +139,6 @@ class Mixture(Concatenated):
         sources: keys and groups are prefixed with the source's number (``0:cat.jpg``).
         weights: one per source; they need not sum to 1.
         epoch_size: pairs in an epoch; None: as many as the sources have together.
-
-    Raises:
-        InputError: a weight is not positive, or so small that its source would never be used.
     """
 
     def __init__(self, sources: Sequence[PairSource], weights: Sequence[float], epoch_size: int | None = None) -> None:

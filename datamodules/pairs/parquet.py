@@ -29,11 +29,7 @@ LAYOUT = 2  # of the cached files; a new number makes old ones be written again
 
 
 def files_of_split(folder: Path, files: Sequence[Path], options: SourceOptions) -> list[Path]:
-    """Return a folder's files of the wanted split, if their names (``train-00000-of-00001``) tell.
-
-    Raises:
-        InputError: there is no such split, or several and none is set.
-    """
+    """Return a folder's files of the wanted split, if their names (``train-00000-of-00001``) tell."""
     splits = [re.match(r"(.+?)-\d{5}-of-\d{5}", file.name) for file in files]
     names = [split[1] for split in splits if split]
     if len(names) < len(files):
@@ -59,11 +55,7 @@ def open_parquet_file(path: Path, options: SourceOptions) -> PairSource:
 
 
 def open_parquet(paths: Sequence[Path], options: SourceOptions) -> PairSource:
-    """Open parquet files as one source.
-
-    Raises:
-        InputError: a file is unreadable, lacks a column, or no row has a caption.
-    """
+    """Open parquet files as one source."""
     whole = paths[0] if len(paths) == 1 else paths[0].parent
     parts, sizes, columns = [], [], None
     for path in paths:

@@ -27,9 +27,6 @@ def fetch_table(url: str, version: str | None) -> tuple[Path, str]:
     Args:
         url: of the table.
         version: that is wanted; None: the present one.
-
-    Raises:
-        InputError: there is no such file, the store does not answer, or the wanted version is no longer there.
     """
     name = url.partition("?")[0].rpartition("/")[2]
     folder = default_cache_dir() / "remote-tables"
@@ -59,9 +56,6 @@ def open_remote_table(
         url: of the table.
         options: set by the user.
         open_file: opens the downloaded file.
-
-    Raises:
-        InputError: see :func:`fetch_table`, and what ``open_file`` raises, about the URL.
     """
     path, version = fetch_table(url, options.versions.get(without_secrets(url)))
     folder = url.partition("?")[0].rpartition("/")[0]

@@ -23,11 +23,7 @@ def is_saved(folder: Path) -> bool:
 
 
 def open_saved(folder: Path, options: SourceOptions) -> PairSource:
-    """Open a saved ``Dataset``, or one split of a saved ``DatasetDict``.
-
-    Raises:
-        InputError: damaged, no such split or column, or no row with a caption.
-    """
+    """Open a saved ``Dataset``, or one split of a saved ``DatasetDict``."""
     splits = folder / "dataset_dict.json"
     if splits.is_file():
         names = _names(splits, "splits", _json(splits).get("splits"))

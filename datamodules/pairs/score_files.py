@@ -58,9 +58,6 @@ def write_scores(
         scores: of all pairs that have one, in any order, float32 ``[P]``.
         filters: decide which are kept.
         metadata: of the file.
-
-    Raises:
-        InputError: the filters keep no pair, or the file cannot be written.
     """
     cut, counts = filters.cut(scores), Filtered()
     about = {**metadata, "filters": json.dumps({name: value for name, value in asdict(filters).items() if value})}
@@ -115,9 +112,6 @@ class ScoreFile:
 
     Attributes:
         metadata: such as the model and the source.
-
-    Raises:
-        InputError: there is no such file, or it is damaged or something else.
     """
 
     def __init__(self, path: Path) -> None:

@@ -109,9 +109,6 @@ class FittingCaptions(PairSource):
     Args:
         source: of the pairs.
         tokenize: the model's tokenizer.
-
-    Raises:
-        InputError: the tokenizer cannot count what it would cut off.
     """
 
     def __init__(self, source: PairSource, tokenize: TextTokenizer) -> None:

@@ -123,7 +123,6 @@ class PairSource(ABC):
 
         Raises:
             BadSample: the image file is missing, or the caption cannot be read.
-            InputError: this source has no image files.
         """
         raise InputError(f"{type(self).__name__}: its images are not files; use a table, a folder or shards")
 
@@ -201,11 +200,7 @@ class PairSource(ABC):
         return None
 
     def divide(self, share: float, seed: int) -> "tuple[PairSource, PairSource]":
-        """Divide the pairs in two; the second has about ``share`` of the images, and no image is in both.
-
-        Raises:
-            InputError: fewer than two images.
-        """
+        """Divide the pairs in two; the second has about ``share`` of the images, and no image is in both."""
         names = self.image_names()
         return divide_rows(self, share, seed) if names is None else divide_named(self, names, share, seed)
 
@@ -355,11 +350,7 @@ SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation"}
 
 
 def find_split(path: object, found: Sequence[str], options: SourceOptions) -> str:
-    """Return the split to take; ``val``, ``valid``, ``dev`` and ``validation`` are the same name.
-
-    Raises:
-        InputError: there is no such split, or several and none is set.
-    """
+    """Return the split to take; ``val``, ``valid``, ``dev`` and ``validation`` are the same name."""
     wanted = options.split or options.default_split
     if options.split is None and len(found) == 1:
         return found[0]

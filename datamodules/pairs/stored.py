@@ -41,9 +41,6 @@ class StoredPairs(ColumnPairs):
         parts: of all files, in order.
         columns: that are read.
         blank: numbers of the rows without a caption over all files, ascending, int64 ``[K]``; see :func:`blank_rows`.
-
-    Raises:
-        InputError: every row is blank.
     """
 
     def __init__(

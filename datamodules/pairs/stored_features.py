@@ -239,11 +239,7 @@ class StoredTexts(NamedTuple):
         return torch.zeros(0, *[1] * (len(shape) - 1), shape[-1], dtype=self.stored.dtype)
 
     def of(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-        """Return the activations of a batch of captions, ``[B, ...]``.
-
-        Raises:
-            InputError: a caption was not encoded.
-        """
+        """Return the activations of a batch of captions, ``[B, ...]``."""
         wanted = token_hashes(tokens, lengths)
         rows = np.minimum(np.searchsorted(self.hashes, wanted), len(self.hashes) - 1)
         shape = self.stored.shape
@@ -308,9 +304,6 @@ class WithStoredFeatures:
 
         Args:
             augmentations: versions of each training image; 0: the image without augmentation.
-
-        Raises:
-            InputError: ``augmentations`` is 0 and the augmentation is not empty.
         """
         fixed = not isinstance(self.augmentation, Augmentation) and not self.augmentation
         require(

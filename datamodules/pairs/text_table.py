@@ -278,9 +278,6 @@ def raw_rows(path: Path, find: FindColumns) -> Iterator[RawRow]:
     Args:
         path: see :func:`open_table`.
         find: chooses the columns.
-
-    Raises:
-        InputError: a row does not match the header, the encoding is wrong, or ``find`` raises.
     """
     problems = Problems(path, skip=False)
     try:
@@ -299,9 +296,6 @@ def open_table(path: Path, options: SourceOptions) -> PairSource:
         path: ``.jsonl``, ``.ndjson`` or ``.json`` with an object per line; any other suffix is a delimited file with a
             header, whose delimiter is detected automatically. UTF-8, or UTF-16 with a byte order mark.
         options: set by the user.
-
-    Raises:
-        InputError: no such file or column, an empty table, a row that does not match the header, or wrong encoding.
     """
     check_is_file(path)
     require(path.is_file(), f"{path}: no such file")

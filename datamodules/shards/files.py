@@ -35,9 +35,6 @@ def expand_urls(urls: str | Sequence[str]) -> list[str]:
     Args:
         urls: ``x.tar``, ``shards/{000..099}.tar``, ``shards/*.tar``, a folder of .tar files, or a list of these; each
             may be an address in a store (a folder's URL ends with ``/``).
-
-    Raises:
-        InputError: no shard, a shard named twice, or a compressed one.
     """
     given = [urls] if isinstance(urls, str) else urls
     shards = [shard for url in given for name in expand_braces(url) for shard in _expand_name(name)]
@@ -52,11 +49,7 @@ def expand_urls(urls: str | Sequence[str]) -> list[str]:
 
 
 def expand_braces(name: str) -> list[str]:
-    """Return the names that ranges (``{000..099}``) and lists (``{a,b}``) in braces stand for, as a shell does.
-
-    Raises:
-        InputError: a brace has no partner, braces are nested, or a range is not one of whole numbers.
-    """
+    """Return the names that ranges (``{000..099}``) and lists (``{a,b}``) in braces stand for, as a shell does."""
     parts = re.split(r"\{([^{}]*)\}", name)  # every second part was in braces
     if any(brace in part for part in parts for brace in "{}"):
         raise InputError(f"{name}: its braces do not match or are nested; use {{000..099}} or {{a,b}}")
@@ -179,11 +172,7 @@ def _fetch_index(url: str, stamp: Stamp, cached: Path) -> Summary | None:
 
 
 def make_index(url: str, stamp: Stamp, folder: ShardFolder) -> Summary:
-    """Read a shard's headers and write its index beside it, or into the folder if that fails.
-
-    Raises:
-        InputError: the index cannot be written to either.
-    """
+    """Read a shard's headers and write its index beside it, or into the folder if that fails."""
     with folder.open(url, stamp) if folder.limit or not is_remote(url) else _stream(url) as file:
         index = scan_shard(file, stamp.size)
     cached = Path(f"{folder.place(url, stamp)}{INDEX_SUFFIX}")
@@ -234,11 +223,7 @@ def _write_and_read(index: ShardIndex, stamp: Stamp, path: Path) -> Summary:
 
 
 def open_index(url: str, summary: Summary, folder: ShardFolder) -> MappedIndex:
-    """Open a shard's index; a damaged one is made again.
-
-    Raises:
-        InputError: the shard has other samples than the index had.
-    """
+    """Open a shard's index; a damaged one is made again."""
     try:
         return MappedIndex(summary)
     except InputError as error:

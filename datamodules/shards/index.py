@@ -144,9 +144,6 @@ def scan_shard(file: BinaryIO, size: int) -> ShardIndex:
     Args:
         file: seekable, at its start.
         size: of the file in bytes.
-
-    Raises:
-        InputError: the store that holds the shard does not answer.
     """
     scan = _Scan()
     try:
@@ -165,11 +162,7 @@ def scan_shard(file: BinaryIO, size: int) -> ShardIndex:
 
 
 def write_index(index: ShardIndex, stamp: Stamp, path: Path) -> None:
-    """Write an index file.
-
-    Raises:
-        InputError: the folder cannot be written to.
-    """
+    """Write an index file."""
     flat = index.spans.reshape(len(index.keys), 2 * len(FIELDS))
     columns = {"key": pa.array(index.keys, pa.large_string())}
     columns |= {name: pa.array(np.ascontiguousarray(flat[:, i])) for i, name in enumerate(SPANS)}
@@ -239,9 +232,6 @@ class MappedIndex:
 
     Args:
         summary: its head.
-
-    Raises:
-        InputError: the file is gone, damaged or another one.
     """
 
     def __init__(self, summary: Summary) -> None:

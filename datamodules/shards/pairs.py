@@ -116,9 +116,6 @@ class TarPairs(PairSource):
         group_column: field of the ``.json`` that names the group.
         on_error: for a missing, truncated or unreadable shard, and a sample without image or caption: ``error`` raises,
             ``skip`` leaves it out. Blank captions are left out either way, as from tables. ``left_out`` counts all.
-
-    Raises:
-        InputError: no shard, a bad one under ``error``, or no usable sample.
     """
 
     def __init__(

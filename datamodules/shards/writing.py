@@ -75,11 +75,7 @@ def manifest_of(
 
 
 def keep_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest into a new folder; in an old one compare it, so that no folder mixes two sets of shards.
-
-    Raises:
-        InputError: the folder holds other shards or other files.
-    """
+    """Write the manifest into a new folder; in an old one compare it, so that no folder mixes two sets of shards."""
     visible = sorted(each.name for each in path.parent.iterdir() if not each.name.startswith("."))
     if others := [name for name in visible if not (path.exists() and OURS.fullmatch(name))]:
         raise InputError(f"{path.parent}: {others[0]} was not written by lit-clip shard; give an empty folder")

@@ -112,11 +112,7 @@ def named_class(words: Sequence[str], subcommand: str | None, *keys: str) -> str
 
 
 def check_class(named: str, base: type, option: str) -> None:
-    """Check that a class can be imported and is of a kind.
-
-    Raises:
-        InputError: it is not.
-    """
+    """Check that a class can be imported and is of a kind."""
     module, _, name = named.rpartition(".")
     try:
         found = getattr(import_module(module), name)

@@ -35,11 +35,7 @@ class Typed(NamedTuple):
 
 
 def take_options(words: Sequence[str]) -> tuple[list[str], list[Typed]]:
-    """Take the options that name their callback, or follow no typed callback, from a command line's words.
-
-    Raises:
-        InputError: an option has no value, or is set again without its callback's name, which would have no effect.
-    """
+    """Take the options that name their callback, or follow no typed callback, from a command line's words."""
     rest: list[str] = []
     taken: list[Typed] = []
     callback = ""  # typed last
@@ -89,9 +85,6 @@ def callbacks_option(callbacks: Any, options: Sequence[Typed], defaults: Callabl
         callbacks: ``trainer.callbacks`` as plain values.
         options: from :func:`take_options`.
         defaults: returns the callbacks that every run has; one is added if an option names it.
-
-    Raises:
-        InputError: an option names no callback, several, or nothing that its callback has.
     """
     listed = callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
     listed = [deepcopy(dict(each)) if isinstance(each, Mapping) else {"class_path": str(each)} for each in listed]

@@ -43,11 +43,7 @@ def find_stubs_without_a_program() -> None:
 
 
 def command_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into the modules to import and the command with its options.
-
-    Raises:
-        InputError: ``--import`` without a module.
-    """
+    """Split a command line into the modules to import and the command with its options."""
     modules, rest = [], list(words)
     while rest and rest[0].partition("=")[0] == OPTION:
         _, equals, module = rest.pop(0).partition("=")
@@ -65,9 +61,6 @@ def import_modules(modules: Iterable[str], why: str) -> None:
     Args:
         modules: their names.
         why: the option or key that names them, for messages.
-
-    Raises:
-        InputError: there is no such module.
     """
     for module in modules:
         parts = module.split(".")
@@ -92,9 +85,6 @@ def import_encoders(words: Sequence[str], sections: Iterable[Mapping[str, Any]])
     Args:
         words: the command line.
         sections: a subcommand's settings in YAML files.
-
-    Raises:
-        InputError: there is no such module.
     """
     for tower, class_path in dict.fromkeys([*_in_files(sections), *_typed(words)]):
         module = class_path.rpartition(".")[0]
@@ -103,11 +93,7 @@ def import_encoders(words: Sequence[str], sections: Iterable[Mapping[str, Any]])
 
 
 def check_not_imported_by(architecture: Any, path: str) -> None:
-    """Refuse a checkpoint's architecture that names a module, in any place: the parser would import it.
-
-    Raises:
-        InputError: the module is not imported.
-    """
+    """Refuse a checkpoint's architecture that names a module, in any place: the parser would import it."""
     from lit_clip.tools.untrusted import class_paths_within  # imports torch
 
     for name in class_paths_within(architecture):

@@ -27,9 +27,6 @@ def check_loggers(loggers: Any) -> None:
 
     Args:
         loggers: ``trainer.logger`` of a configuration.
-
-    Raises:
-        InputError: one is not.
     """
     for logger in loggers if isinstance(loggers, list) else [loggers]:
         class_path = str(logger.get("class_path")) if hasattr(logger, "get") else ""
@@ -44,11 +41,7 @@ def check_loggers(loggers: Any) -> None:
 
 
 def check_answers(address: str) -> None:
-    """Check that there is a server at MLflow's address, for which its client would try for minutes.
-
-    Raises:
-        InputError: nothing answers, neither within :data:`PATIENCE` nor when asked again.
-    """
+    """Check that there is a server at MLflow's address, for which its client would try for minutes."""
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https"):
         return
@@ -74,11 +67,7 @@ def check_answers(address: str) -> None:
 
 @contextmanager
 def logger_errors() -> Iterator[None]:
-    """Raise what a logger's constructor has raised as an error in one line; jsonargparse keeps only the text.
-
-    Raises:
-        InputError: a logger cannot be created.
-    """
+    """Raise what a logger's constructor has raised as an error in one line; jsonargparse keeps only the text."""
     try:
         yield
     except ValueError as error:

@@ -173,9 +173,6 @@ def check_options(words: Sequence[str]) -> None:
 
     Args:
         words: arguments of one of LightningCLI's commands.
-
-    Raises:
-        InputError: one of them is another tool's.
     """
     for i, word in enumerate(words):
         option, equals, value = word.partition("=")

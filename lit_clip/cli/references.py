@@ -68,11 +68,7 @@ def _items(settings: Any) -> Iterator[tuple[Any, Any]]:
 
 
 def check_settings_are_whole(settings: Any, place: tuple[Any, ...] = ()) -> None:
-    """Refuse a saved configuration's address whose password was not saved.
-
-    Raises:
-        InputError: with the option to type.
-    """
+    """Refuse a saved configuration's address whose password was not saved."""
     if isinstance(settings, str):
         option = ".".join(str(key) for key in place if key != "init_args")
         require(
@@ -167,11 +163,7 @@ class _Resolution:
         self._place: tuple[Any, ...] = ()
 
     def run(self, text: str) -> Any:
-        """Return the plain values of a YAML document.
-
-        Raises:
-            InputError: references stand for more than the limits allow.
-        """
+        """Return the plain values of a YAML document."""
         look_up, evaluate = Container._resolve_node_interpolation, Container.resolve_parse_tree
 
         def counted(method: Callable[..., Any]) -> Callable[..., Any]:

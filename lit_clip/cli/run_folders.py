@@ -22,9 +22,6 @@ def run_folders(config: Any) -> list[Path]:
 
     Args:
         config: of one of LightningCLI's commands.
-
-    Raises:
-        InputError: neither is known before the run.
     """
     trainer = config["trainer"]
     root = Path(trainer["default_root_dir"] or ".")

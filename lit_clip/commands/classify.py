@@ -132,11 +132,7 @@ def _lines(words: Sequence[str], option: str) -> list[str]:
 
 
 def read_classes(words: Sequence[str]) -> list[str]:
-    """Return class names as typed, from a file with one name per line, or from one word that lists them with commas.
-
-    Raises:
-        InputError: the file is unreadable, or a name is empty or a duplicate (ignoring case).
-    """
+    """Return class names as typed, from a file with one name per line, or from one word that lists them with commas."""
     names = _lines(words, "classes")
     if len(names) == len(words) == 1 and "," in names[0]:
         names = [name.strip() for name in names[0].split(",")]

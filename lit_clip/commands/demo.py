@@ -112,10 +112,6 @@ class Trial:
             image: a file that was uploaded.
             names: of classes, separated by commas or lines.
             templates: prompt templates, one a line; or ``imagenet``, the paper's 80.
-
-        Raises:
-            InputError: no image or one that cannot be read, too few classes, a template without ``{}``, or too many
-                prompts or too long ones.
         """
         require(image is not None, "no image: drop one, or click to choose a file")
         classes = list(dict.fromkeys(_words(names.replace(",", "\n"))))
@@ -137,11 +133,7 @@ class Trial:
         return zero_shot_classifier(self.model, names, templates)
 
     def search(self, text: str, count: int) -> list[tuple[Image.Image, str]]:
-        """Return the images of the folder that best match a text, small, with their names and cosines.
-
-        Raises:
-            InputError: no text, or one that is too long.
-        """
+        """Return the images of the folder that best match a text, small, with their names and cosines."""
         assert self.searched is not None
         require(bool(text.strip()), "nothing to search for: type a sentence")
         require(len(text) <= LONGEST_PROMPT, f"sentence: {len(text):,} characters; at most {LONGEST_PROMPT:,}")
@@ -246,11 +238,7 @@ def _shown(gr: Any, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; the first to connect waits until the model is loaded.
-
-    Raises:
-        InputError: the port is in use, or the address is not one of this machine.
-    """
+    """Return a socket that listens; the first to connect waits until the model is loaded."""
     require(0 <= port < 65536, f"--port {port}: must be from 0 to 65535")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET

@@ -145,11 +145,7 @@ def search_in(
 
 
 def _stored(path: Path, model: CLIP) -> Searched:
-    """Read a file of features.
-
-    Raises:
-        InputError: it is not one, or is another model's.
-    """
+    """Read a file of features."""
     stored = read_features(path)
     theirs = stored.metadata.get("model", "an unknown model")
     same = stored.metadata.get("model_sha256") == fingerprint(model).model

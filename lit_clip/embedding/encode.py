@@ -132,7 +132,6 @@ def encode(
 
     Raises:
         UnreadableError: an image cannot be read and ``on_error`` is ``error``.
-        InputError: the settings are impossible, or parts cannot be written.
         KeyboardInterrupt: after the finished features have been written.
     """
     identities, finished = task.identities, parts.finished()
@@ -167,11 +166,7 @@ def predict(encoder: "Encoder", writer: "PartWriter") -> list[UnreadableRow] | N
 
 
 def start_processes(settings: EncodingSettings) -> torch.device:
-    """Start the other processes, or join them, unless that has been done; return this one's device.
-
-    Raises:
-        InputError: there is no such device.
-    """
+    """Start the other processes, or join them, unless that has been done; return this one's device."""
     trainer = make_trainer([], settings)
     strategy = trainer.strategy
     if strategy.launcher is not None and trainer.world_size > 1:
@@ -182,11 +177,7 @@ def start_processes(settings: EncodingSettings) -> torch.device:
 
 
 def make_trainer(callbacks: list[Callback], settings: EncodingSettings) -> Trainer:
-    """Return a trainer that only computes: no logs, checkpoints or progress bar.
-
-    Raises:
-        InputError: there is no such device, or SLURM's variables contradict the settings.
-    """
+    """Return a trainer that only computes: no logs, checkpoints or progress bar."""
     try:
         trainer = Trainer(
             accelerator=settings.accelerator,

@@ -98,9 +98,6 @@ class FeatureParts:
             output: the file that they will become.
             models: by precision.
             precision: of this run.
-
-        Raises:
-            InputError: there are parts in another precision.
         """
         parts = cls(output, models[precision])
         parts.output_of_one = str(output)
@@ -119,11 +116,7 @@ class FeatureParts:
         return self.folder / "stop"
 
     def start(self) -> None:
-        """Make the folder and remove an earlier run's :attr:`stop`; for one rank to call.
-
-        Raises:
-            InputError: the folder cannot be made, or another run writes the output.
-        """
+        """Make the folder and remove an earlier run's :attr:`stop`; for one rank to call."""
         if self.output_of_one and (holder := claim(self.folder / "run")):
             raise InputError(
                 f"{self.output_of_one}: another run writes it ({holder}); wait for its end, or give another --output"
@@ -257,12 +250,7 @@ class StoredFeatures(NamedTuple):
 
 
 def read_features(path: Path) -> StoredFeatures:
-    """Read what :func:`write_features` wrote.
-
-    Raises:
-        InputError: the file, or the one beside it, does not exist, is damaged or was written by something else, or
-            features are not of unit length.
-    """
+    """Read what :func:`write_features` wrote."""
     stored = _read_array(path) if path.suffix == ".npy" else _read_parquet(path)
     if stored.features.dtype == np.int8:
         with reading(path, "file of features", hint=WRITE_AGAIN):

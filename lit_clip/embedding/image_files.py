@@ -65,9 +65,6 @@ def images_in(folder: Path, on_error: OnError = "error") -> list[ImageFile]:
     Args:
         folder: to search.
         on_error: for a folder that cannot be read; ``skip`` counts it on the terminal.
-
-    Raises:
-        InputError: there is no such folder, no image in it, or a folder in it cannot be read.
     """
     require(folder.is_dir(), f"{folder}: no such folder")
     found, unreadable = [], []
@@ -95,11 +92,7 @@ def images_in(folder: Path, on_error: OnError = "error") -> list[ImageFile]:
 
 
 def find_images(paths: Sequence[str], on_error: OnError = "error") -> list[ImageFile]:
-    """List the files and the images below the folders named, each file once, sorted by the path as typed, the key.
-
-    Raises:
-        InputError: nothing is named, there is no such file or folder, or see :func:`images_in`.
-    """
+    """List the files and the images below the folders named, each file once, sorted by the path as typed, the key."""
     require(len(paths) > 0, "no images: name files or folders of images, before the options")
     found: dict[str, ImageFile] = {}  # by absolute path: a file may be named twice
     for path in map(Path, paths):

@@ -62,11 +62,7 @@ class PairRows(ImageRows, Protocol):
     """Images with their captions, by row number."""
 
     def captions(self, row: int) -> list[str]:
-        """Return the distinct captions of a row, at least one.
-
-        Raises:
-            InputError: they cannot be read.
-        """
+        """Return the distinct captions of a row, at least one."""
         ...
 
 
@@ -264,8 +260,6 @@ def score_pairs(
 
     Raises:
         UnreadableError: a row cannot be read and ``on_error`` is ``error``.
-        InputError: a score is not finite and ``on_error`` is ``error``, the settings are impossible, or parts cannot be
-            written.
         KeyboardInterrupt: after the finished scores have been written.
     """
     parts.remove_damaged()

@@ -21,9 +21,6 @@ def check_precision(precision: Precision, accelerator: str = "auto") -> None:
     Args:
         precision: the command's option.
         accelerator: Lightning's name of the device.
-
-    Raises:
-        InputError: ``16-mixed`` on a CPU, in whose place Lightning would compute in bfloat16.
     """
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and best_device().type == "cpu")
     require(precision != "16-mixed" or not on_cpu, "--precision 16-mixed: needs a GPU; on a CPU use 32-true")

@@ -34,11 +34,7 @@ class ImageRows(Protocol):
         ...
 
     def read(self, row: int) -> tuple[str, list[Image.Image]]:
-        """Return the user's name for a row, and its images.
-
-        Raises:
-            InputError: the row cannot be read.
-        """
+        """Return the user's name for a row, and its images."""
         ...
 
 

@@ -75,9 +75,6 @@ def bias_report(scores: Mapping[str, Tensor], groups: Mapping[str, Sequence[str]
     Returns:
         ``images``, ``note``, ``prompts``, ``accuracy`` (see :func:`accuracy_by_group`) and ``denigration`` (see
         :func:`denigration`).
-
-    Raises:
-        InputError: different lengths, or a value that FairFace does not have.
     """
     groups = _checked(groups)
     images = len(next(iter(groups.values())))

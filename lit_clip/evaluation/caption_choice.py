@@ -73,9 +73,6 @@ def evaluate_choices(metric: Metric, image_ND: np.ndarray, encoded: EncodedChoic
             without a group do not count.
         image_ND: unit features of the images.
         encoded: the questions.
-
-    Raises:
-        InputError: a metric that is not defined for these questions.
     """
     require(metric in CHOICE_METRICS, f"metric: {metric} does not judge choices; {', '.join(CHOICE_METRICS)} do")
     answers = []
@@ -151,11 +148,7 @@ def _jaccard(score_I: np.ndarray, right: int) -> float:
 
 
 def chance(metric: Metric, choice: Choice) -> float:
-    """Return the expected score of random similarities, without ties.
-
-    Raises:
-        InputError: ``group_score`` of a question that has not two images and two captions.
-    """
+    """Return the expected score of random similarities, without ties."""
     images, texts, right = len(choice.images), len(choice.captions), choice.right
     if metric == "jaccard":  # the number of hits is hypergeometric
         ways = [comb(right, hits) * comb(images - right, right - hits) for hits in range(right + 1)]

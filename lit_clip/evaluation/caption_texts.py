@@ -26,9 +26,6 @@ def caption_texts(
         images: the set.
         rows: images that have features.
         templates: text with ``{}`` for the caption, of several the first; None: the caption itself.
-
-    Raises:
-        InputError: a template without ``{}``.
     """
     template = templates_of(templates or "{}")[0]
     numbers: dict[str, int] = {}

@@ -43,10 +43,6 @@ def other_runs(texts: Sequence[str], output: Path) -> dict[str, OtherRun]:
     Args:
         texts: as above.
         output: folder of the run that they are compared with.
-
-    Raises:
-        InputError: a path that does not exist or holds no results, that of the run itself, the same run twice, or the
-            name :data:`THIS_RUN`.
     """
     found: dict[str, OtherRun] = {}
     seen: set[tuple[str, Path]] = set()  # a run can stand alone and be a seed of a recipe
@@ -174,11 +170,7 @@ class _Scores(NamedTuple):
 
 
 def _scores(folder: Path, entry: Mapping[str, Any], place: PairedDifference) -> _Scores:
-    """Read the scores whose mean is a metric.
-
-    Raises:
-        InputError: there are none, or they are not those of ``results.json``.
-    """
+    """Read the scores whose mean is a metric."""
     name, task, metric = place.set, place.task, place.metric
     result = tasks_of(entry)[task]
     known = number((result.get("metrics") or {}).get(metric))
@@ -218,11 +210,7 @@ def _mean(scores: _Scores, metric: str) -> float:
 
 
 def _paired(place: PairedDifference, both: Sequence[_Scores]) -> PairedDifference:
-    """Compare two runs' scores.
-
-    Raises:
-        InputError: they are not of the same images.
-    """
+    """Compare two runs' scores."""
     ours, theirs = both
     if not (np.array_equal(ours.key, theirs.key) and np.array_equal(ours.fold, theirs.fold)):
         here, there = (set(zip(run.fold.tolist(), run.key.tolist(), strict=True)) for run in both)

@@ -91,11 +91,7 @@ class LabelledImages(ImageSet, Dataset[tuple[Image.Image, int]]):
 
 
 def numbered(labels: Sequence[int], where: str) -> list[str]:
-    """Return the numbers from 0 to the highest label, as class names for a set that has none.
-
-    Raises:
-        InputError: the highest label is far above the number of images.
-    """
+    """Return the numbers from 0 to the highest label, as class names for a set that has none."""
     classes = 1 + max(labels, default=0)
     possible = classes <= max(10_000, 100 * len(labels))
     require(possible, f"{where}: label {classes - 1} is too high to be a class's number; fix it or give class names")

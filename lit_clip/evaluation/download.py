@@ -79,9 +79,6 @@ def download_missing(
     """Download what is not below ``data_root`` of the sets that say how; return why some could not be, by name.
 
     Splits that none of the ``tasks`` uses, and those of another set, are not downloaded for a set.
-
-    Raises:
-        InputError: ``data_root`` cannot be made.
     """
     make_folder(data_root, "--data_root")
     failed: dict[str, str] = {}
@@ -364,11 +361,7 @@ def _link(file: Path, path: Path) -> None:
 
 
 def _unpack(plan: _Plan, source: Mapping[str, Any], transfers: Sequence[Transfer]) -> None:
-    """Let torchvision unpack its archives, and download what is not on an ordinary server.
-
-    Raises:
-        InputError: it cannot. Archives without a checksum are removed then, as they may not be what they should be.
-    """
+    """Let torchvision unpack its archives, and download what is not on an ordinary server."""
     try:
         with _inside_of_folder():
             _torchvision_class(source)(str(plan.content), download=True, **_arguments(source))

@@ -71,9 +71,6 @@ def train_few_shot(
         draws: number of draws.
         seed: seed of the first draw.
         advance: see :class:`lit_clip.evaluation.logistic.LogisticProblem`.
-
-    Raises:
-        InputError: images with several classes or none, or too few examples for any number of shots.
     """
     require(
         train.targets.relevance is None, "few_shot: images have several classes, so shots per class are not defined"

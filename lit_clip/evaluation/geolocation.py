@@ -45,9 +45,6 @@ def nearest_km(query: Tensor, reference: Tensor, query_coordinates: Tensor, refe
         reference: features ``[M, D]`` of images whose location is known.
         query_coordinates: true latitudes and longitudes ``[N, 2]`` in degrees.
         reference_coordinates: ``[M, 2]``.
-
-    Raises:
-        InputError: no queries, no references, or coordinates that are not on Earth.
     """
     require(len(query) > 0 and len(reference) > 0, "within_km: there are no images, or none to compare them with")
     for name, coordinates in (("images", query_coordinates), ("references", reference_coordinates)):

@@ -73,9 +73,6 @@ def fit_logistic(
         l2: strength of the penalty.
         max_iterations: limit for L-BFGS.
         tolerance: stop when the objective falls by less than this fraction twice in a row.
-
-    Raises:
-        InputError: labels out of range or all the same, features that are not finite, or no examples.
     """
     return LogisticProblem(features, labels, classes).fit(l2, None, max_iterations, tolerance)
 

@@ -19,9 +19,6 @@ def trained_classes(entry: SuiteEntry, splits: Mapping[str, ImageSet]) -> Classe
 
     Returns:
         for each class of ``test``, the classes of ``train``; None if all splits are of one set.
-
-    Raises:
-        InputError: splits of one set with different classes, or a class of ``test`` that the other set does not have.
     """
     others = {name: images for name, images in splits.items() if name != "test" and entry.is_of_another_set(name)}
     if not others:

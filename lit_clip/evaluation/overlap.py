@@ -94,9 +94,6 @@ def overlap_of(seen_N: Tensor, correct_N: Tensor | None = None) -> Overlap:
     Args:
         seen_N: bool ``[N]``, whether an image is in the overlap.
         correct_N: bool ``[N]``, whether the model classifies it correctly; None: no accuracies.
-
-    Raises:
-        InputError: different lengths.
     """
     images, overlap = len(seen_N), int(seen_N.sum())
     sizes = (images, overlap, images - overlap)

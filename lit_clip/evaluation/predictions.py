@@ -145,11 +145,7 @@ def predictions_entry(folder: Path, name: str, task: str, columns: Columns, judg
 
 
 def read_predictions(folder: Path, name: str, task: str) -> dict[str, np.ndarray]:
-    """Read the columns of a file of predictions.
-
-    Raises:
-        InputError: there is none in the run's folder, or it is damaged.
-    """
+    """Read the columns of a file of predictions."""
     import pyarrow.parquet as pq
 
     path, within = (Path(os.path.realpath(each)) for each in (folder / predictions_name(name, task), folder))

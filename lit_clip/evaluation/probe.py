@@ -80,9 +80,6 @@ def train_probe(
         metric: metric that chooses the penalty.
         seed: seed for the images held out.
         advance: see :class:`lit_clip.evaluation.logistic.LogisticProblem`.
-
-    Raises:
-        InputError: splits that do not match, or that nothing can be learnt from.
     """
     _check([train] if val is None else [train, val])
     search_train, search_val = held_out(train, seed) if val is None else (train, val)

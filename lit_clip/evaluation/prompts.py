@@ -93,9 +93,6 @@ def prompts_of(class_names: ClassNames, templates: str | list[str] | None, own_n
         templates: None for those in the file of ``class_names``, or else ``a photo of a {}.``; a named list or a YAML
             file as above; one template; or a list of templates.
         own_names: the set's own class names, in label order.
-
-    Raises:
-        InputError: a list that does not exist, cannot be read, or does not fit a set with these classes.
     """
     classes = _align(_classes(class_names, own_names), own_names)
     if classes.whole_prompts:
@@ -118,9 +115,6 @@ def templates_of(templates: str | Sequence[str], where: str = "templates") -> li
     Args:
         templates: the templates, or the name of their list.
         where: their place, for messages.
-
-    Raises:
-        InputError: a list that does not exist or cannot be read, or a template without ``{}``.
     """
     if isinstance(templates, str):
         file = templates.endswith(FILES) and "{}" not in templates

@@ -146,11 +146,7 @@ class Results:
 
 
 def read_results(path: Path) -> dict[str, Any]:
-    """Read the ``results.json`` of another run, given by its path or its folder.
-
-    Raises:
-        InputError: it does not exist or is not a ``results.json``.
-    """
+    """Read the ``results.json`` of another run, given by its path or its folder."""
     path = path / "results.json" if path.is_dir() else path
     results = read_json(path)
     if not isinstance(results, dict) or not {"sets", "model"} <= results.keys():

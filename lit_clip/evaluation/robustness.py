@@ -75,9 +75,6 @@ def effective_robustness(points: Sequence[TopOnePair], references: Sequence[TopO
     Args:
         points: classifiers to evaluate.
         references: at least two classifiers with different accuracies on ImageNet.
-
-    Raises:
-        InputError: too few references, or an accuracy of 0 or 1, which has no logit.
     """
     slope, intercept = logit_line(references)
     return [point.shifted - _probability(slope * _logit(point.imagenet) + intercept) for point in points]

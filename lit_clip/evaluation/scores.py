@@ -38,9 +38,6 @@ def evaluate_scores(metric: Metric, scores: Tensor, targets: Targets) -> dict[st
     Returns:
         ``metric`` first; ``top1``, ``top5`` (with more than 5 classes) and ``mean_per_class`` if every image has one
         class; ``pm0`` and ``pm10`` with ``pm``, their mean; ``mwsap`` with ``mwap``.
-
-    Raises:
-        InputError: scores of another shape, no images, or targets that the metric is not defined for.
     """
     require(metric in _METRICS, f"metric: {metric} is not computed from class scores")
     require(len(targets) > 0, f"{metric}: there are no images")

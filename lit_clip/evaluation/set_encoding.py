@@ -106,9 +106,6 @@ class SetEncoder:
             images: the set.
             encode: normalised ``[B, 3, H, W]`` -> ``[B, D]``.
             name: of the set, for messages.
-
-        Raises:
-            InputError: on all ranks, an image cannot be read and may not be skipped, or none can be read.
         """
         rank, world = distributed.rank_and_world()
         rows_at_once = 1 if images.several else self.batch_size

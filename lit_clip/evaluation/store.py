@@ -87,11 +87,7 @@ class FeatureStore:
         return self._paths[images]
 
     def compute(self, images: ImageSet, title: str) -> None:
-        """Compute the features that :meth:`read` returns, unless they are there; for all ranks, in the same order.
-
-        Raises:
-            InputError: on every rank, an image cannot be read and ``on_error`` is ``error``, or none can be read.
-        """
+        """Compute the features that :meth:`read` returns, unless they are there; for all ranks, in the same order."""
         require(len(images) > 0, f"{title}: the set is empty")
         if isinstance(images, PartOf):
             self.compute(images.whole, title)

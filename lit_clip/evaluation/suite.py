@@ -140,7 +140,6 @@ class SuiteEntry:
 
         Raises:
             MissingData: its files are not below ``data_root``.
-            InputError: its files are there but cannot be used.
         """
         spec = self.spec(split, fold)
         options: dict[str, Any] = spec["init_args"]
@@ -154,11 +153,7 @@ class SuiteEntry:
 
 
 def _command(source: Mapping[str, Any]) -> str:
-    """Return what to type to download something.
-
-    Raises:
-        InputError: it is neither a class of torchvision's nor a data set of the hub.
-    """
+    """Return what to type to download something."""
     kinds = [key for key in ("torchvision", "hub") if isinstance(source.get(key), str)]
     known = len(kinds) == 1 and (kinds == ["torchvision"] or len(source) == 1)
     require(known, f"download: {dict(source)} must be {{torchvision: NAME, ...}} or {{hub: OWNER/NAME}}")
@@ -197,11 +192,7 @@ def _instantiate(spec: Mapping[str, Any]) -> ImageSet:
 
 
 def read_suite(paths: str | Path | Sequence[str | Path]) -> dict[str, SuiteEntry]:
-    """Read the sets of one or several suite files, by name.
-
-    Raises:
-        InputError: a file that cannot be read or an invalid entry; the message names the file and the set.
-    """
+    """Read the sets of one or several suite files, by name."""
     entries: dict[str, SuiteEntry] = {}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SuiteEntry)

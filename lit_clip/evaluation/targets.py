@@ -73,9 +73,6 @@ class Targets:
             data: the set.
             rows: images that have features, ascending; None: all.
             classes: number of class names in use; None: as many as the set has.
-
-        Raises:
-            InputError: a label out of range, or labels or annotations for another number of images.
         """
         labelled = isinstance(data, LabelledImages)
         if classes is None:

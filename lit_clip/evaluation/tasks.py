@@ -171,11 +171,7 @@ def used_splits(task: Task) -> tuple[str, ...]:
 
 
 def target_digests(opened: OpenSet) -> dict[tuple[int, str], str]:
-    """Hash the labels and annotations by fold and split; results depend on them as well as on features and prompts.
-
-    Raises:
-        InputError: a label out of range.
-    """
+    """Hash the labels and annotations by fold and split; results depend on them as well as on features and prompts."""
     return {
         (number, split): Targets.of(images, None, _class_count(opened, fold, split)).digest()
         for number, fold in enumerate(opened.folds)

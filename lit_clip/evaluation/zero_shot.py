@@ -124,9 +124,6 @@ def zero_shot_classifier(
 
     Returns:
         ``[D, C]``, unit columns; ``image_features @ classifier`` are the cosine similarities.
-
-    Raises:
-        InputError: no class, no template, or a template without ``{}``.
     """
     check_templates(templates)
     require(not isinstance(class_names, str), f"class_names: {class_names!r} is one string; give a list of names")

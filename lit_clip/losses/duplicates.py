@@ -41,9 +41,6 @@ def pair_ids(keys: Sequence[str], tokens: Tensor, pad_id: int, groups: Sequence[
         pad_id: the token they are padded with.
         groups: each pair's group, an empty string for none; an empty list if no pair has one. A pair without a group is
             grouped by its image.
-
-    Raises:
-        InputError: the number of groups is not the number of pairs.
     """
     require(len(groups) in (0, len(keys)), f"batch.groups: {len(groups)} groups for {len(keys)} pairs")
     image = [stable_hash(f"image {key}") for key in keys]

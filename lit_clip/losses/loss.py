@@ -170,11 +170,7 @@ class Loss(nn.Module):
 
 
 def check_is_loss(loss: Any) -> Loss | None:
-    """Return a loss, or None for None.
-
-    Raises:
-        InputError: it is anything else.
-    """
+    """Return a loss, or None for None."""
     require(
         loss is None or isinstance(loss, Loss),
         f"model.loss: {loss!r} is no loss; pass an object of a subclass of lit_clip.losses.Loss, as Contrastive()",
@@ -183,11 +179,7 @@ def check_is_loss(loss: Any) -> Loss | None:
 
 
 def evaluate_loss(loss: Loss, pairs: Pairs) -> LossValue:
-    """Call a loss and check its value.
-
-    Raises:
-        InputError: it is no scalar, or has no gradient.
-    """
+    """Call a loss and check its value."""
     result = loss(pairs)
     value = result if isinstance(result, LossValue) else LossValue(result)
     name, advice = f"model.loss: {qualified_name(type(loss))}", "return a scalar, such as its mean"

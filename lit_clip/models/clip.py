@@ -193,9 +193,6 @@ class CLIP(TextTransformer):
 
         Returns:
             float32 ``[N, D]``; of a single item ``[D]``.
-
-        Raises:
-            InputError: an item of another type, or a file that is no readable image.
         """
         if isinstance(items, str | os.PathLike | Image.Image):
             return encode_items(self, [items], batch_size)[0]

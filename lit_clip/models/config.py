@@ -223,11 +223,7 @@ class CLIPConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CLIPConfig":
-        """Invert :meth:`to_dict`; the values may be a file's.
-
-        Raises:
-            InputError: an unknown or missing setting, or a value of another type or out of its range.
-        """
+        """Invert :meth:`to_dict`; the values may be a file's."""
         where = "architecture"
         require(isinstance(values, Mapping), f"{where}: {shortened(values)} must be a mapping of settings")
         for name in ("image", "text"):

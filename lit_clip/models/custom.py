@@ -71,12 +71,7 @@ def find_class(class_path: str) -> type[nn.Module] | None:
 
 
 def create_encoder(config: CustomImageConfig | CustomTextConfig, embed_dim: int) -> nn.Module:
-    """Create an encoder in float32 on the CPU, whatever the default device is.
-
-    Raises:
-        InputError: its class is not imported or is no encoder, or an argument is unknown or missing. What the class
-            itself raises is passed on.
-    """
+    """Create an encoder in float32 on the CPU, whatever the default device is."""
     kind = "image" if isinstance(config, CustomImageConfig) else "text"
     path = str(config.class_path)
     found = find_class(path)
@@ -110,20 +105,12 @@ def _check_arguments(found: type, init_args: dict[str, Any], where: str, kind: s
 
 
 def encoder_image_size(config: CustomImageConfig, embed_dim: int) -> Size:
-    """Return an encoder's ``image_size``.
-
-    Raises:
-        InputError: see :func:`create_encoder`, or it has none.
-    """
+    """Return an encoder's ``image_size``."""
     return _image_size(create_encoder(config, embed_dim), config)
 
 
 def encoder_context_length(config: CustomTextConfig, embed_dim: int) -> int:
-    """Return an encoder's ``context_length``.
-
-    Raises:
-        InputError: see :func:`create_encoder`, or it has none.
-    """
+    """Return an encoder's ``context_length``."""
     return _context_length(create_encoder(config, embed_dim), config)
 
 
@@ -145,11 +132,7 @@ def _context_length(encoder: nn.Module, config: CustomTextConfig) -> int:
 
 
 class CustomImageEncoder(nn.Module):
-    """An image encoder of your own (``encoder``), checked with one small batch when it is created.
-
-    Raises:
-        InputError: it breaks the contract above.
-    """
+    """An image encoder of your own (``encoder``), checked with one small batch when it is created."""
 
     def __init__(self, config: CustomImageConfig, embed_dim: int) -> None:
         super().__init__()
@@ -182,9 +165,6 @@ class CustomTextEncoder(nn.Module):
     Attributes:
         tokenizer: the encoder's, or CLIP's.
         reads_lengths: whether the encoder is told the texts' lengths, and reads batches without common padding.
-
-    Raises:
-        InputError: it breaks the contract above.
     """
 
     def __init__(self, config: CustomTextConfig, embed_dim: int) -> None:
@@ -222,11 +202,7 @@ class CustomTextEncoder(nn.Module):
 
 
 def custom_blocks(encoder: CustomImageEncoder | CustomTextEncoder) -> list[nn.Module]:
-    """Return an encoder's ``blocks``; empty if it has none.
-
-    Raises:
-        InputError: they are not modules of the encoder.
-    """
+    """Return an encoder's ``blocks``; empty if it has none."""
     blocks: Any = getattr(encoder.encoder, "blocks", None)
     blocks = list(blocks) if isinstance(blocks, nn.ModuleList | nn.Sequential | list | tuple) else []
     inside = {id(module) for module in encoder.encoder.modules()}

@@ -84,11 +84,7 @@ def _images(model: Any, images: list[Path | Image.Image]) -> Tensor:
 
 
 def as_features(model: Any, items: Any, batch_size: int) -> Tensor:
-    """Return unit features ``[N, D]`` of items, or features that are given, on the CPU in float32.
-
-    Raises:
-        InputError: features of another width.
-    """
+    """Return unit features ``[N, D]`` of items, or features that are given, on the CPU in float32."""
     if not isinstance(items, Tensor | np.ndarray):
         features = model.encode(items, batch_size)
     else:

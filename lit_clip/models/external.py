@@ -88,11 +88,7 @@ def _reads_patches(trunk: nn.Module) -> bool:
 
 
 def _trunk(config: TimmConfig, classes: int) -> nn.Module:
-    """Create a timm model with its weights.
-
-    Raises:
-        InputError: the model does not support the pooling, the size or an option, or its weights are unavailable.
-    """
+    """Create a timm model with its weights."""
     import timm
 
     assert config.image_size is not None
@@ -140,9 +136,6 @@ def load_timm_file(trunk: nn.Module, name: str, path: str) -> None:
     Weights of another image size are resized by timm's own rule. Different names are matched by order, if every
     tensor's shape and the last part of its name agree. The file's classifier is ignored; a trunk that has a
     classifier keeps its own.
-
-    Raises:
-        InputError: the file is not of that model.
     """
     theirs, state = read_tensors(Path(path)), trunk.state_dict()
     classifiers = cast(Any, trunk).pretrained_cfg.get("classifier") or ()

@@ -26,9 +26,6 @@ def with_external_settings(config: CLIPConfig) -> CLIPConfig:
     That is image size, preprocessing and text configuration of other libraries' encoders, and image size and context
     length of encoders by class path. An explicit image size or preprocessing wins over timm's. Architectures of our own
     encoders come back unchanged.
-
-    Raises:
-        InputError: an unknown model, or one that lit-clip cannot use.
     """
     image, text, preprocessing = config.image, config.text, config.preprocessing
     if isinstance(image, TimmConfig):
@@ -127,11 +124,7 @@ def naflex_patch_size(config: TimmConfig) -> int | None:
 
 
 def hugging_face_config(source: str) -> dict[str, Any]:
-    """Return the configuration of a text encoder as plain values.
-
-    Raises:
-        InputError: no such model, or not a text encoder.
-    """
+    """Return the configuration of a text encoder as plain values."""
     from transformers import AutoConfig
 
     guard_hub()

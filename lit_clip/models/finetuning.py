@@ -73,11 +73,7 @@ class LayerDecay:
 
 
 def frozen_names(model: Any, freeze: Freeze) -> set[str]:
-    """Return the names of the parameters to freeze.
-
-    Raises:
-        InputError: ``unlock_last`` exceeds the number of blocks, or the blocks are unknown.
-    """
+    """Return the names of the parameters to freeze."""
     frozen: set[str] = set()
     for tower in TOWERS:
         setting: str | UnlockLast | None = getattr(freeze, tower)
@@ -119,11 +115,7 @@ def frozen_modules(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def batch_norms(model: nn.Module) -> list[str]:
-    """Return the names of the BatchNorm layers, for ``Freeze.batch_norm``.
-
-    Raises:
-        InputError: there are none.
-    """
+    """Return the names of the BatchNorm layers, for ``Freeze.batch_norm``."""
     found = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
     require(bool(found), "model.freeze.batch_norm: the encoders have no BatchNorm; leave it out")
     return found

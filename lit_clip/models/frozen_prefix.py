@@ -77,9 +77,6 @@ def find_frozen_prefix(model: Any, tower: Tower) -> FrozenPrefix | None:
 
     Returns:
         None if the tower has no frozen block.
-
-    Raises:
-        InputError: something before the first trainable module is trainable, or called by other means.
     """
     parameters = tower_parameters(model, tower)
     if not any(parameter.requires_grad for parameter in parameters.values()):
@@ -122,9 +119,6 @@ def use_frozen_prefix(model: Any, tower: Tower) -> FrozenPrefix | None:
 
     Returns:
         None if the tower has no frozen block.
-
-    Raises:
-        InputError: the features would differ, or the frozen layers are random in training.
     """
     prefix = find_frozen_prefix(model, tower)
     if prefix is None:

@@ -104,10 +104,6 @@ def from_source(
         context_length: ids per text.
         whole: whether the encoder attends to padding.
         vocab_size: number of ids in the encoder's embedding.
-
-    Raises:
-        InputError: there is no tokenizer, ``tokenizers`` cannot run it, it has no padding token, or it has ids
-            outside the encoder's vocabulary.
     """
     from transformers import AutoTokenizer  # takes seconds
 

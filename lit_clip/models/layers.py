@@ -61,9 +61,6 @@ def layer_groups(model: Any, tower: Tower) -> list[LayerGroup]:
 
     Returns:
         Groups that together hold each parameter of the tower once; none is empty.
-
-    Raises:
-        InputError: an encoder by class path has no ``blocks``.
     """
     parameters = tower_parameters(model, tower)
     timms = tower == "image" and isinstance(model.visual, TimmImageEncoder)

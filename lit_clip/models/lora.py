@@ -35,11 +35,7 @@ class LoRA:
 
 
 def target_names(model: CLIP, targets: list[str] | None = None) -> list[str]:
-    """Return the names of linear layers and fused attention weights in the blocks that are not frozen.
-
-    Raises:
-        InputError: there are none, or a target matches none.
-    """
+    """Return the names of linear layers and fused attention weights in the blocks that are not frozen."""
     found = []
     for tower in TOWERS:
         if not any(parameter.requires_grad for parameter in tower_parameters(model, tower).values()):
@@ -68,9 +64,6 @@ def add_lora(model: CLIP, lora: LoRA) -> None:
 
     peft's wrapper for torch's attention replaces its forward, which ours overrides. The fused weight is therefore a
     target parameter: peft adds to it for the duration of any forward.
-
-    Raises:
-        InputError: peft is not installed, or no layer matches.
     """
     try:
         from peft import LoraConfig, inject_adapter_in_model

@@ -82,11 +82,7 @@ def open_clip_names() -> tuple[str, ...]:
 
 
 def named(name: str) -> CLIPConfig:
-    """Return the architecture of a name in :func:`open_clip_names`.
-
-    Raises:
-        InputError: lit-clip does not support the model.
-    """
+    """Return the architecture of a name in :func:`open_clip_names`."""
     return from_open_clip(model_config(name), None, name)
 
 
@@ -104,9 +100,6 @@ def from_open_clip(model: Mapping[str, Any], preprocess: Mapping[str, Any] | Non
         model: ``model_cfg``.
         preprocess: ``preprocess_cfg``; None: open_clip's default for that kind of model.
         name: the source, for messages.
-
-    Raises:
-        InputError: an entry that lit-clip does not support.
     """
     top = _CheckedDict(model, name)
     activation: Activation = "quick_gelu" if top.take("quick_gelu", False) else "gelu"

@@ -70,11 +70,7 @@ def list_models() -> list[str]:
 
 
 def resolve_architecture(architecture: "str | CLIPConfig | Mapping[str, Any]") -> CLIPConfig:
-    """Return the configuration of a name or of a checkpoint's mapping, with settings of other libraries filled in.
-
-    Raises:
-        InputError: no such name, or an open_clip model that lit-clip does not support.
-    """
+    """Return the configuration of a name or of a checkpoint's mapping, with settings of other libraries filled in."""
     if isinstance(architecture, CLIPConfig):
         return with_external_settings(architecture)
     if isinstance(architecture, Mapping):

@@ -24,11 +24,7 @@ KEPT_POSITIONS = 20  # of a text: Long-CLIP's count of the positions that CLIP's
 
 
 def resized(config: CLIPConfig, image_size: Size | None, context_length: int | None) -> CLIPConfig:
-    """Return the architecture with other sizes; None keeps a size.
-
-    Raises:
-        InputError: the architecture does not support a size.
-    """
+    """Return the architecture with other sizes; None keeps a size."""
     image, text, preprocessing = config.image, config.text, config.preprocessing
     assert preprocessing is not None
     if image_size is not None and height_width(image_size) != height_width(preprocessing.image_size):

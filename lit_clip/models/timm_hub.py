@@ -29,9 +29,6 @@ def timm_hub_model(name: str) -> dict[str, Any]:
     Returns:
         ``architecture``, timm's name of the model; ``model_args``, arguments of it; and ``data``, how its images are
         preprocessed.
-
-    Raises:
-        InputError: it is not available, is no timm model, or has an argument that loads something.
     """
     file = _download(name, "config.json")
     with naming(name), reading(file, "configuration of a timm model"):
@@ -52,11 +49,7 @@ def timm_hub_model(name: str) -> dict[str, Any]:
 
 
 def timm_hub_weights(name: str) -> Path:
-    """Return the file of a hub name's weights, to be read by :mod:`lit_clip.tools.weight_files`.
-
-    Raises:
-        InputError: it has none in a known file, or is neither in the hub's cache nor to be downloaded.
-    """
+    """Return the file of a hub name's weights, to be read by :mod:`lit_clip.tools.weight_files`."""
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     files, absent, unreached = ", ".join(_WEIGHTS), None, None

@@ -132,9 +132,6 @@ def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: boo
 
     Returns:
         int64 ``[N, context_length]``.
-
-    Raises:
-        InputError: an entry that is not a string, or a text too long while ``truncate`` is false.
     """
     require(
         context_length >= 2, f"context_length: {context_length} must be at least 2, for the start and the end of a text"

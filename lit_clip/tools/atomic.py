@@ -23,10 +23,6 @@ def replacing(path: Path, hint: str = "") -> Iterator[Path]:
     Args:
         path: the name in the end.
         hint: what to do about it, for the end of the error message.
-
-    Raises:
-        InputError: the folder of ``path`` does not exist or cannot be written to, or the body raised an ``OSError``,
-            or what a library written in Rust raises in its place.
     """
     whole = path.absolute()
     draft = draft_of(whole)
@@ -82,9 +78,6 @@ def make_folder(path: Path, option: str = "") -> None:
     Args:
         path: the folder.
         option: name of the option that gave the path, which the error opens with.
-
-    Raises:
-        InputError: it cannot be made.
     """
     try:
         path.mkdir(parents=True, exist_ok=True)

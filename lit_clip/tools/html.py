@@ -41,11 +41,7 @@ def _environment(folder: Path) -> "jinja2.Environment":
 
 
 def write_page(path: Path, template: Path, **values: Any) -> None:
-    """Write a page; see :func:`render`.
-
-    Raises:
-        InputError: the folder does not exist or cannot be written to.
-    """
+    """Write a page; see :func:`render`."""
     with replacing(path) as temporary:
         temporary.write_text(render(template, **values), encoding="utf-8", errors="replace")
 

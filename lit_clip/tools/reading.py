@@ -26,9 +26,6 @@ def reading(
         kind: the expected content, such as ``parquet table``.
         option: name of the option that gave the path, which the error opens with.
         hint: what to do about it, appended to the error.
-
-    Raises:
-        InputError: the file does not exist, is neither a file nor a folder, or the body raised an ``Exception``.
     """
     return _reading(path, kind, option, f"; {hint}" if hint else "")  # pyright: ignore[reportReturnType]  # it raises what it catches
 

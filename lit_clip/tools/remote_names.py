@@ -13,11 +13,7 @@ LONGEST_PART = 200  # bytes of a file's name, which other names are made from
 
 
 def checked_commit(value: object) -> str:
-    """Return the hash of a commit.
-
-    Raises:
-        InputError: it is none.
-    """
+    """Return the hash of a commit."""
     if isinstance(value, str) and COMMIT.fullmatch(value):
         return value
     require(False, f"the hub's commit {shortened(value)} is not a hash of 40 digits")
@@ -25,11 +21,7 @@ def checked_commit(value: object) -> str:
 
 
 def checked_relative(value: object) -> str:
-    """Return the name of a file that stays below any folder, with ``/`` between its parts.
-
-    Raises:
-        InputError: it is no text, absolute, has ``..`` or control characters in it, or a part that is too long.
-    """
+    """Return the name of a file that stays below any folder, with ``/`` between its parts."""
     require(is_relative(value), f"the file name {shortened(value)} is not a plain one inside its folder")
     return str(value)
 
@@ -42,11 +34,7 @@ def is_relative(value: object) -> bool:
 
 
 def checked_path(folder: Path, name: object) -> Path:
-    """Return the path of a file in a folder, into which links on disk lead as well.
-
-    Raises:
-        InputError: see :func:`checked_relative`, or a link leads out of the folder.
-    """
+    """Return the path of a file in a folder, into which links on disk lead as well."""
     path = folder / checked_relative(name)
     require(path.resolve().is_relative_to(folder.resolve()), f"{path}: is outside of {folder}")
     return path

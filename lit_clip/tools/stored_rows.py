@@ -69,9 +69,6 @@ class StoredRows:
 
         Damaged files, and files of other rows, are created again. Values are not checked, see
         :meth:`remove_damaged`.
-
-        Raises:
-            InputError: the folder cannot be written to.
         """
         wanted = rows, tuple(shape), dtype
         if folder.exists() and not cls._holds(folder, wanted):
@@ -129,9 +126,6 @@ class StoredRows:
 
         Yields:
             The number of rows compared since the last pair, and how many of them were damaged.
-
-        Raises:
-            InputError: the disk cannot be read or written to.
         """
         done = rows[self.state()[rows] == DONE]
         parts = [done[start : start + CHECKED_AT_ONCE] for start in range(0, len(done), CHECKED_AT_ONCE)]
@@ -149,11 +143,7 @@ class StoredRows:
         return [row for row, data in found if _digest(row, data) != self._state[row]]
 
     def write(self, rows: np.ndarray, values: Tensor) -> None:
-        """Write rows ``[n, ...]``, or the first entries of rows, such as those of a short text.
-
-        Raises:
-            InputError: values of another type, or the disk is full.
-        """
+        """Write rows ``[n, ...]``, or the first entries of rows, such as those of a short text."""
         self._open()
         if values.dtype != self.dtype:
             raise InputError(f"{self.folder}: holds {self.dtype}, not {values.dtype}; delete the folder")

@@ -14,11 +14,7 @@ SILENT_SECONDS = 60.0  # after which a web server that sends nothing counts as o
 
 
 def store_of(url: str) -> tuple[Any, str]:
-    """Return the store and the path in it; fsspec keeps one store of each kind per process.
-
-    Raises:
-        InputError: no protocol of ``PROTOCOLS``, or its package is not installed.
-    """
+    """Return the store and the path in it; fsspec keeps one store of each kind per process."""
     protocol = url.partition("://")[0]
     known = protocol in PROTOCOLS and "::" not in url
     require(known, f"{url}: files are read from s3://, gs://, az://, abfs://, hf:// and https:// alone; copy it there")
@@ -40,9 +36,6 @@ class AtMost(Callback):
 
     Args:
         size: of the file.
-
-    Raises:
-        InputError: while it is downloaded.
     """
 
     def __init__(self, size: int) -> None:

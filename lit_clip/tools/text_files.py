@@ -26,9 +26,6 @@ def read_yaml(path: str | Path, option: str = "") -> Any:
     Args:
         path: UTF-8 encoded file.
         option: name of the option that gave the path, which the error opens with.
-
-    Raises:
-        InputError: the file does not exist, or cannot be read or parsed.
     """
     return _read(path, option, "YAML", parse_yaml)
 

@@ -65,12 +65,7 @@ def _part(path: Path) -> Path:
 
 
 def fetch(transfer: Transfer, path: Path) -> None:
-    """Download a file to ``path``, unless it is there; what an earlier call has left of it is not asked for again.
-
-    Raises:
-        InputError: it cannot be had, the server's file has another size than ``transfer``, or its checksum is wrong, in
-            which case nothing of it is kept.
-    """
+    """Download a file to ``path``, unless it is there; what an earlier call has left of it is not asked for again."""
     if path.exists():
         if transfer.size in (None, path.stat().st_size):
             return

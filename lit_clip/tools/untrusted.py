@@ -45,9 +45,6 @@ def filled(kind: type[Settings], values: Any, where: str) -> Settings:
         kind: the dataclass.
         values: by name of the field.
         where: the settings' place, for messages, such as ``architecture.image``.
-
-    Raises:
-        InputError: not a mapping, an unknown or a missing field, or a value of another type or out of its range.
     """
     require(isinstance(values, Mapping), f"{where}: {shortened(values)} must be a mapping of settings")
     fields: list[Any] = list(dataclasses.fields(kind))  # pyright: ignore[reportArgumentType]
@@ -72,9 +69,6 @@ def check_fields(settings: Any, where: str, ranges: Mapping[str, tuple[float, fl
         settings: the dataclass.
         where: its place, for messages.
         ranges: least and most of numbers, by name of the field; for those within a list or a tuple too.
-
-    Raises:
-        InputError: a value is of another type, or a number is out of its range or not finite.
     """
     for name, hint in _hints(type(settings)).items():
         value = getattr(settings, name)
@@ -190,9 +184,6 @@ def check_options(options: Any, where: str) -> None:
     Args:
         options: plain values, at any depth.
         where: their place, for messages.
-
-    Raises:
-        InputError: a class path, a resolver, or a number of layers that no model has.
     """
     check_names_nothing(options, where)
     for name, value in options.items() if isinstance(options, Mapping) else ():

@@ -37,21 +37,13 @@ _DTYPES = {
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read a file's tensors by name, floating-point ones in float32, on the CPU.
-
-    Raises:
-        InputError: the file is missing, unreadable or incomplete, or holds anything but tensors by name.
-    """
+    """Read a file's tensors by name, floating-point ones in float32, on the CPU."""
     values = read_file(path)
     return as_float32(checked_tensors(values.get("state_dict", values), path))
 
 
 def checked_tensors(state: Any, name: Source) -> dict[str, Tensor]:
-    """Return weights by name if that is what they are.
-
-    Raises:
-        InputError: not a dictionary, a name is no text, or a value is no plain tensor with memory of its own.
-    """
+    """Return weights by name if that is what they are."""
     problem = _problem(state)
     require(not problem, f"{name}: does not hold tensors by name{f': {problem}' if problem else ''}")
     return state
@@ -115,11 +107,7 @@ def as_float32(state: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def read_file(path: Path) -> dict[str, Any]:
-    """Read a weight file's dictionary: tensors by name, or a checkpoint that has those as ``state_dict``.
-
-    Raises:
-        InputError: the file is missing, unreadable or incomplete, or holds something besides tensors and plain values.
-    """
+    """Read a weight file's dictionary: tensors by name, or a checkpoint that has those as ``state_dict``."""
     with opening(path):
         if path.suffix == ".safetensors":
             return _read_safetensors(path)

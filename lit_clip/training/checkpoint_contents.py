@@ -121,10 +121,6 @@ def unpack_checkpoint(checkpoint: dict[str, Any], module: Any, name: Source, tra
         module: with a ``model``, a ``loss`` and, if the model has a LoRA, the fingerprint ``base_sha256`` of its base.
         name: of the checkpoint, for messages.
         trainer: whose training resumes; None: the weights are only used.
-
-    Raises:
-        InputError: another architecture, weights that do not fit or are not finite, a LoRA of other weights, or another
-            loss.
     """
     model: CLIP = module.model
     if trainer is not None and not any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):

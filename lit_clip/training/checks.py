@@ -101,11 +101,7 @@ REFUSED = (
 
 
 def check_parts(trainer: Any) -> None:
-    """Check a trainer's callbacks, strategy and plugins, before any of them is set up.
-
-    Raises:
-        InputError: one of them would not do what its name says, see ``REFUSED``.
-    """
+    """Check a trainer's callbacks, strategy and plugins, before any of them is set up."""
     for option, part in _parts(trainer):
         for refusal in REFUSED:
             found = type(part) is refusal.kind if refusal.exactly else isinstance(part, refusal.kind)
@@ -129,11 +125,7 @@ def _parts(trainer: Any) -> Iterator[tuple[str, Any]]:
 
 
 def check_counts(trainer: Any) -> None:
-    """Check the numbers by which Lightning divides, which it does in the middle of a run, and the gradient's clipping.
-
-    Raises:
-        InputError: one is below 1, or the largest gradient below 0.
-    """
+    """Check the numbers by which Lightning divides in the middle of a run, and the limit of gradients."""
     clip = getattr(trainer, "gradient_clip_val", None)
     require(clip is None or clip >= 0, f"trainer.gradient_clip_val: {clip} must be at least 0; null clips nothing")
     for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"):
@@ -144,12 +136,7 @@ def check_counts(trainer: Any) -> None:
 
 
 def check_run(module: Any) -> None:
-    """Check a module's trainer and weights before the first step.
-
-    Raises:
-        InputError: weights in half precision, accumulated gradients, a hook that would not be called, or hard
-            negatives that the loss does not use.
-    """
+    """Check a module's trainer and weights before the first step."""
     trainer: Any = module.trainer  # its callbacks and data module are set by connectors
     _check_master_weights(module, str(trainer.precision))
     _check_accumulation(trainer)
@@ -164,11 +151,7 @@ def check_run(module: Any) -> None:
 
 
 def check_skipped_samples(trainer: Any) -> None:
-    """Check that a callback counts and limits the samples that the data module skips.
-
-    Raises:
-        InputError: the data module skips samples, and nobody counts them.
-    """
+    """Check that a callback counts and limits the samples that the data module skips."""
     if getattr(getattr(trainer, "datamodule", None), "on_error", "error") == "skip":
         require(
             any(getattr(callback, "counts_skipped_samples", False) for callback in trainer.callbacks),
@@ -233,11 +216,7 @@ def _check_bias(module: Any, trainer: Any) -> None:
 
 
 def check_lora_gradients(model: nn.Module) -> None:
-    """Check after a backward pass that every LoRA addition got a gradient.
-
-    Raises:
-        InputError: an addition belongs to a layer that is never called.
-    """
+    """Check after a backward pass that every LoRA addition got a gradient."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and parameter.grad is None and parameter.numel():  # a shard may be empty
             raise InputError(

@@ -100,9 +100,6 @@ def open_rows(
         rows: number of images or captions.
         identity: digest of the images or captions.
         longest: tokens of the longest caption, for layers that hand on every token.
-
-    Raises:
-        InputError: it cannot be written.
     """
     inputs, lengths = sample_inputs(encoding.model, prefix.tower, 1)
     example = encoding.activations(prefix, inputs, lengths)

@@ -43,11 +43,7 @@ def _encode_texts(model: CLIP, tokens: Tensor, lengths: Sequence[int], stored: T
 
 
 def hard_negatives(batch: CaptionBatch, loss: Loss) -> int:
-    """Return the number of a batch's hard negatives.
-
-    Raises:
-        InputError: some would not count.
-    """
+    """Return the number of a batch's hard negatives."""
     number = sum(map(bool, batch.negatives))
     rows = 0 if batch.negative_tokens is None else len(batch.negative_tokens)
     require(

@@ -71,11 +71,7 @@ EXCEPT_GAINS_AND_BIASES = ExceptGainsAndBiases()
 
 
 def trial(optimizer: OptimizerFactory, option: str = "model.optimizer") -> Optimizer:
-    """Create an optimiser of one 8 x 8 matrix, to see its class and settings before there is a run.
-
-    Raises:
-        InputError: the factory refuses its settings, or creates something else.
-    """
+    """Create an optimiser of one 8 x 8 matrix, to see its class and settings before there is a run."""
     try:
         made = optimizer([nn.Parameter(torch.zeros(8, 8))])
     except (TypeError, ValueError, AttributeError) as error:

@@ -40,9 +40,6 @@ class Optimization:
 
     Attributes:
         descriptions: class and arguments of each, as plain values.
-
-    Raises:
-        InputError: a part cannot be created with its settings.
     """
 
     def __init__(
@@ -78,9 +75,6 @@ class Optimization:
         Torch's Adam, AdamW and SGD use their fused kernels unless ``fused`` or ``foreach`` is set. The groups say so,
         not the optimiser: Lightning takes an optimiser that is created fused for one that unscales gradients by itself,
         and refuses to clip them.
-
-        Raises:
-            InputError: the optimiser does not take these parameters.
         """
         made = trial(self.optimizer)
         fusable = isinstance(made, torch.optim.Adam | torch.optim.SGD)  # AdamW is an Adam
@@ -111,9 +105,6 @@ class Optimization:
             groups: this run's.
             steps: optimiser steps of this run.
             name: of the checkpoint, for messages.
-
-        Raises:
-            InputError: the checkpoint has other parameter groups, or a state that this optimiser cannot have written.
         """
         here, there = self.descriptions, checkpoint["parts"]
         former = there["optimizer"]["init_args"]

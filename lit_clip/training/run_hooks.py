@@ -158,9 +158,6 @@ class RunHooks(LightningModule):
         """Return how many pairs and hard negatives each rank has; without asking, if the data module guarantees that.
 
         A step without any pair is skipped.
-
-        Raises:
-            InputError: the data module guarantees another number than this rank has.
         """
         pairs, negatives = len(batch.images), hard_negatives(batch, self.loss)
         even = even_batches(self._trainer, self.loss.uses_negatives) if self._trainer else None

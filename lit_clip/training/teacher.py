@@ -32,11 +32,7 @@ class Teacher:
 
     @torch.no_grad()
     def features(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
-        """Return unit features ``[B, D]`` of images and captions; images are resized to the teacher's size.
-
-        Raises:
-            InputError: the batch has no captions.
-        """
+        """Return unit features ``[B, D]`` of images and captions; images are resized to the teacher's size."""
         if len(batch.captions) != len(batch.images):
             raise InputError("model.loss: the teacher needs captions, and the data module's batches have none")
         model = self.model.to(batch.images.device)

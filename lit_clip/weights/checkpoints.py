@@ -98,12 +98,7 @@ class Base:
 
 
 def checked(checkpoint: dict[str, Any], path: Source) -> dict[str, Any]:
-    """Return the checkpoint if it has weights and an architecture, and its settings obey the rule for files.
-
-    Raises:
-        InputError: it is not one of lit-clip's, a setting is of another type or names something (see
-            :mod:`lit_clip.tools.untrusted`), or an encoder's class, which it only names, is not imported.
-    """
+    """Return the checkpoint if it has weights and an architecture, and its settings obey the rule for files."""
     hparams, state = checkpoint.get("hyper_parameters"), checkpoint.get("state_dict")
     require(
         isinstance(hparams, Mapping) and isinstance(hparams.get("architecture"), Mapping) and isinstance(state, dict),
@@ -138,11 +133,7 @@ def _checked_settings(hparams: Mapping[str, Any]) -> CLIPConfig:
 
 
 def check_settings(settings: Mapping[str, Any], where: str) -> None:
-    """Check the plain settings that are present.
-
-    Raises:
-        InputError: one is of another type, or no size.
-    """
+    """Check the plain settings that are present."""
     for name, hint in _TYPES.items():
         value = settings.get(name)
         require(fits(value, hint), f"{where}{name}: {shortened(value)} must be {shown_type(hint)}")
@@ -254,9 +245,6 @@ def check_progress(saved: Any, fresh: Any, where: str, outermost: bool = True) -
         fresh: those of a trainer that has not begun.
         where: their place, for messages.
         outermost: whether these are whole loops, by name.
-
-    Raises:
-        InputError: a count is missing or is no whole number of at least 0.
     """
     if isinstance(fresh, Mapping):
         require(isinstance(saved, Mapping), f"{where}: {shortened(saved)} must be a mapping")

@@ -145,11 +145,7 @@ def _save_json(values: dict[str, Any], path: Path) -> None:
 
 
 def write_open_clip(model: CLIP, folder: Path) -> None:
-    """Write a folder that open_clip opens as ``local-dir:FOLDER``, or from the hub once uploaded.
-
-    Raises:
-        InputError: open_clip does not support the model.
-    """
+    """Write a folder that open_clip opens as ``local-dir:FOLDER``, or from the hub once uploaded."""
     ours = model.preprocessing
     require(ours.max_patches is None, f"open_clip's transform has no NaFlex patches; {_naflex_format(model)}")
     text = model.config.text
@@ -201,11 +197,7 @@ def read_open_clip(folder: Path, sample: ExportSample) -> Reading:
 
 
 def write_hugging_face(model: CLIP, folder: Path) -> None:
-    """Write a folder that transformers' model and processor classes open.
-
-    Raises:
-        InputError: neither CLIPModel nor SiglipModel nor Siglip2Model can represent the model.
-    """
+    """Write a folder that transformers' model and processor classes open."""
     try:
         kind = hugging_face_kind(model.config)
         values, state = to_hugging_face(model)
@@ -289,11 +281,7 @@ def check_onnx_packages() -> None:
 
 
 def write_onnx(model: CLIP, folder: Path) -> None:
-    """Write ``image_encoder.onnx`` and ``text_encoder.onnx``, for any batch size, ``model.json`` and the tokenizer.
-
-    Raises:
-        InputError: a text encoder by class path or its tokenizer cannot be written.
-    """
+    """Write ``image_encoder.onnx`` and ``text_encoder.onnx``, for any batch size, ``model.json`` and the tokenizer."""
     if model.preprocessing.max_patches is not None:
         raise InputError(f"onnx: whoever runs the graph would have to cut NaFlex's patches; {_naflex_format(model)}")
     if isinstance(model.text_encoder, CustomTextEncoder):
@@ -354,11 +342,7 @@ _OPEN = (
 
 
 def read_onnx(folder: Path, sample: ExportSample) -> Reading:
-    """Run onnxruntime on the CPU, in batches of 1 and 3.
-
-    Raises:
-        InputError: it crashes on opening a file, as its graph optimiser can; found out in a process of its own.
-    """
+    """Run onnxruntime on the CPU, in batches of 1 and 3."""
     import onnxruntime
 
     command = [sys.executable, "-P", "-c", _OPEN, *map(str, sorted(folder.glob("*.onnx")))]

@@ -21,11 +21,7 @@ _SMALL = [
 
 
 def download(name: str) -> Path:
-    """Download configuration, tokenizer and weights of ``org/name``, and return their folder in the hub's cache.
-
-    Raises:
-        InputError: no such model, no network, or no weights in a known file.
-    """
+    """Download configuration, tokenizer and weights of ``org/name``, and return their folder in the hub's cache."""
     from huggingface_hub import hf_hub_download, snapshot_download
     from huggingface_hub.errors import EntryNotFoundError
 
@@ -52,9 +48,6 @@ def download_tag(name: str) -> tuple[Path, CLIPConfig]:
     """Download ``model:tag`` of open_clip's registry; return the file and its architecture.
 
     The registry knows the activation and preprocessing that the weights were trained with; they override the model's.
-
-    Raises:
-        InputError: no such model or tag, or no network.
     """
     model, _, tag = name.partition(":")
     guard_hub()

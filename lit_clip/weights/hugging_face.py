@@ -52,11 +52,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_hugging_face_folder(folder: str | os.PathLike[str]) -> tuple[CLIPConfig, dict[str, Tensor]]:
-    """Read a folder written by ``save_pretrained`` of a model and its processor, see :func:`from_hugging_face`.
-
-    Raises:
-        InputError: a file is missing or unreadable, or lit-clip does not support the model.
-    """
+    """Read a folder written by ``save_pretrained`` of a model and its processor, see :func:`from_hugging_face`."""
     folder = Path(folder)
     config = read_json(folder / "config.json")
     preprocessor = None
@@ -106,9 +102,6 @@ def from_hugging_face(
 
     Returns:
         The architecture, and the weights under our names with their types unchanged.
-
-    Raises:
-        InputError: another kind of model, or a setting or weight that lit-clip does not support.
     """
     kind = config.get("model_type")
     if kind == "clip":
@@ -121,22 +114,14 @@ def from_hugging_face(
 
 
 def to_hugging_face(model: CLIP) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Convert to a ``CLIPModel``, a ``SiglipModel`` or a ``Siglip2Model``: its ``config.json`` and its weights.
-
-    Raises:
-        InputError: neither can represent the model.
-    """
+    """Convert to a ``CLIPModel``, a ``SiglipModel`` or a ``Siglip2Model``: its ``config.json`` and its weights."""
     kind = hugging_face_kind(model.config)
     values = _clip_values(model.config) if kind == "clip" else _siglip_values(model.config, kind)
     return values, renamed(model.state_dict(), _pairs(model.config), inwards=False)
 
 
 def hugging_face_kind(config: CLIPConfig) -> Literal["clip", "siglip", "siglip2"]:
-    """Return which of their models can represent ours.
-
-    Raises:
-        InputError: neither can; the message gives the reason.
-    """
+    """Return which of their models can represent ours."""
     image, text = config.image, config.text
     kinds = [getattr(each, "class_path", type(each).__name__.removesuffix("Config")) for each in (image, text)]
     encoders = " and ".join(kinds)
@@ -302,11 +287,7 @@ def _timm_config(theirs: Any, size: int, patch: int, naflex: bool) -> TimmConfig
 
 
 def timm_siglip(name: str, **options: Any) -> dict[str, Any]:
-    """Return the sizes of a timm SigLIP image encoder by timm's argument names, without allocating memory.
-
-    Raises:
-        InputError: not like SigLIP: no class token, LayerNorms with epsilon 1e-6, attention pooling, GELU.
-    """
+    """Return the sizes of a timm SigLIP image encoder by timm's argument names, without allocating memory."""
     import timm
 
     with torch.device("meta"):

@@ -129,11 +129,7 @@ def _divided(tensor: Tensor, shares: Mapping[str, int]) -> dict[str, Tensor]:
 
 
 def renamed(state: Mapping[str, Tensor], pairs: Iterable[KeyPair], inwards: bool) -> dict[str, Tensor]:
-    """Return the weights under our names (``inwards``) or theirs.
-
-    Raises:
-        InputError: a weight is missing, or has no counterpart on the other side.
-    """
+    """Return the weights under our names (``inwards``) or theirs."""
     unpaired: set[str] = set(state)
     result: dict[str, Tensor] = {}
     for pair in pairs:

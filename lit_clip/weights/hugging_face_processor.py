@@ -69,11 +69,7 @@ def square(name: str, size: Any) -> int:
 
 
 def preprocessing_of(values: Mapping[str, Any], image_size: int, kind: str) -> Preprocessing:
-    """Convert their ``preprocessor_config.json``, with the defaults of :data:`PROCESSORS`.
-
-    Raises:
-        InputError: a step that ours does not have, or a crop that is not the model's image size.
-    """
+    """Convert their ``preprocessor_config.json``, with the defaults of :data:`PROCESSORS`."""
     settings, same = _settings(values, kind)
     resized = settings["size"]
     if isinstance(resized, int):
@@ -93,11 +89,7 @@ def preprocessing_of(values: Mapping[str, Any], image_size: int, kind: str) -> P
 
 
 def naflex_preprocessing(values: Mapping[str, Any], patch_size: int) -> Preprocessing:
-    """Convert the ``preprocessor_config.json`` of a ``Siglip2Model`` with patches of this size.
-
-    Raises:
-        InputError: a step that ours does not have, or patches of another size.
-    """
+    """Convert the ``preprocessor_config.json`` of a ``Siglip2Model`` with patches of this size."""
     settings, same = _settings(values, "Siglip2ImageProcessor")
     agree("preprocessor patch_size", settings["patch_size"], patch_size)
     return replace(same, patch_size=patch_size, max_patches=settings["max_num_patches"])

@@ -48,9 +48,6 @@ def create_model(
         pretrained: anything :func:`load_model` opens, or an open_clip tag for that name.
         image_size: overrides the architecture's, see :func:`load_model`.
         context_length: overrides the architecture's, see :func:`load_model`.
-
-    Raises:
-        InputError: an unknown name, or weights that are unreadable or of another architecture.
     """
     if pretrained is not None:
         return _load(whole_name(name, pretrained), name, image_size, context_length)
@@ -77,10 +74,6 @@ def load_model(
         context_length: overrides the weights'; positions are truncated at the end, or those beyond the 20th are
             stretched as in Long-CLIP, see :func:`lit_clip.models.resize.stretched`. The features of captions of up to
             20 tokens stay the same.
-
-    Raises:
-        InputError: the source does not exist, is unreadable, is of another architecture or names none, or a weight
-            is not finite. Nothing in a file is ever executed.
     """
     return _load(source, architecture, image_size, context_length).eval()
 
@@ -130,11 +123,7 @@ def whole_name(architecture: str | CLIPConfig | None, pretrained: Source) -> Sou
 
 
 def _merged(weights: Weights, lora: LoRACheckpoint, above: tuple[Path, ...]) -> Weights:
-    """Merge a LoRA into the weights that its checkpoint names.
-
-    Raises:
-        InputError: the base is neither at its path nor beside the checkpoint, or has other weights.
-    """
+    """Merge a LoRA into the weights that its checkpoint names."""
     hparams, path = lora.checkpoint["hyper_parameters"], lora.path
     base = hparams.get("pretrained")
     require(bool(base) and hparams.get("lora") is not None, f"{path}: its settings have no LoRA, or no base of it")
@@ -260,10 +249,6 @@ def check_before_loading(source: Any) -> None:
 
     Args:
         source: whatever ``torch.load`` or ``fsspec`` opens: a path, an address, or an open file, which is rewound.
-
-    Raises:
-        InputError: it is none, its settings do not obey :mod:`lit_clip.tools.untrusted`, or its weights are not of its
-            architecture.
     """
     if isinstance(source, str | os.PathLike) and "://" not in str(source):
         checkpoint, name = read_mapped(Path(source)), str(source)

@@ -17,11 +17,7 @@ from lit_clip.models.custom import custom_encoders
 
 
 def open_clip_model(model: CLIP) -> dict[str, Any]:
-    """Return the ``model_cfg`` of a model, whose weights have open_clip's names already.
-
-    Raises:
-        InputError: open_clip does not support the model.
-    """
+    """Return the ``model_cfg`` of a model, whose weights have open_clip's names already."""
     config = model.config
     for _, own in custom_encoders(config):
         raise InputError(f"open_clip has no encoder {own}; use onnx")

@@ -26,9 +26,6 @@ def run_architecture(path: Path, named: bool) -> tuple[CLIPConfig, str] | None:
     Args:
         path: the checkpoint, ``NAME/checkpoints/epoch_1.pt`` or a copy beside ``params.txt``.
         named: whether the architecture is known; a model that open_clip does not list is no error then.
-
-    Raises:
-        InputError: ``params.txt`` names a model or a setting that lit-clip does not support.
     """
     for folder in (path.parent, path.parent.parent):
         params = _params(folder / "params.txt")
@@ -93,9 +90,6 @@ def architecture_by_shapes(
         state: the weights, under open_clip's names of any version.
         fits: whether all weights are those of an architecture.
         name: the source, for messages.
-
-    Raises:
-        InputError: there are several that differ in what no shape shows, such as the activation.
     """
     found = {
         model: config

@@ -62,10 +62,6 @@ def find_repository(name: str, private: bool) -> Repository:
     Args:
         name: ``org/name``; need not exist.
         private: that a new repository be private.
-
-    Raises:
-        InputError: not a name of a repository, no token, one that the hub does not accept, no network, or a public
-            repository where a private one is wanted.
     """
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
@@ -96,8 +92,6 @@ def upload(folder: Path, repository: Repository) -> str:
     none is deleted.
 
     Raises:
-        InputError: the token has no right to write there, the repository has changed since it was looked up, or the
-            upload failed.
         KeyboardInterrupt: with a message that says how to go on.
     """
     from huggingface_hub import CommitOperationAdd, HfApi

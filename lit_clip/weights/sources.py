@@ -79,9 +79,6 @@ def open_weights(source: Source, named: bool = False) -> Weights:
     Args:
         source: as there.
         named: whether the architecture is known, which a file need not name then.
-
-    Raises:
-        InputError: the source does not exist, is unreadable, or contradicts the name in front of it.
     """
     path, name = Path(source).expanduser(), os.fspath(source)
     require(bool(name), "no model: its name is empty")  # as a path it would be the working folder
@@ -193,11 +190,7 @@ def _tensors(values: dict[str, Any], name: Source) -> dict[str, Tensor]:
 
 
 def openai_architecture(state: Mapping[str, Tensor], name: Source) -> CLIPConfig:
-    """Infer the architecture of an OpenAI model from the shapes of its weights; their activation is QuickGELU.
-
-    Raises:
-        InputError: weights of another kind of model.
-    """
+    """Infer the architecture of an OpenAI model from the shapes of its weights; their activation is QuickGELU."""
 
     def blocks(prefix: str) -> int:
         return len({key[len(prefix) :].partition(".")[0] for key in state if key.startswith(prefix)})

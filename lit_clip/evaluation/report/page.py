@@ -53,9 +53,6 @@ def write_report(
         others: results of other runs to compare with, by path or name.
         groups: names of runs that are seeds of one recipe, see :func:`lit_clip.evaluation.comparison.seed_groups`.
         differences: from the other runs on the same images.
-
-    Raises:
-        InputError: the folder cannot be written to.
     """
     write_page(out / "report.html", TEMPLATE, **report_values(results, out, others, groups, differences))
 

@@ -76,9 +76,6 @@ def write_tables(results: Results, out: Path, others: Mapping[str, Results], gro
         out: the run's folder.
         others: results of other runs, by path or name.
         groups: names of runs that are seeds of one recipe.
-
-    Raises:
-        InputError: the folder cannot be written to.
     """
     runs = {THIS_RUN: results, **others}
     with (

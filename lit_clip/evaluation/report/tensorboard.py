@@ -29,9 +29,6 @@ def write_tensorboard(
         others: results of other runs that the charts compare with, by path or name.
         out: the run's folder, which holds the images.
         step: of everything else.
-
-    Raises:
-        InputError: the folder cannot be written to.
     """
     from torch.utils.tensorboard import SummaryWriter
 

@@ -36,11 +36,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        """Write a checkpoint.
-
-        Raises:
-            InputError: it cannot be written; an existing file is left unchanged.
-        """
+        """Write a checkpoint."""
         if "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
@@ -115,11 +111,7 @@ def _first(error: BaseException, handled: BaseException | None) -> BaseException
 
 
 def put_in_place(part: Path, whole: Path) -> None:
-    """Rename a written checkpoint to its final path if it is complete; a sharded one is a folder.
-
-    Raises:
-        InputError: it is not complete.
-    """
+    """Rename a written checkpoint to its final path if it is complete; a sharded one is a folder."""
     if not (part.is_dir() or zipfile.is_zipfile(part)):  # the end of the file is written last
         raise InputError(
             f"{whole}: the checkpoint could not be written; check the free space and the folder's permissions"
@@ -223,11 +215,7 @@ def load_the_same_checkpoint(trainer: Trainer) -> None:
 
 
 def _check_the_same(path: Any) -> None:
-    """Check that the checkpoints of all ranks have the same contents; a collective.
-
-    Raises:
-        InputError: on every rank.
-    """
+    """Check that the checkpoints of all ranks have the same contents; a collective."""
     first, *others = distributed.gather_objects([(str(path or "none"), _fingerprint(path))])
     for rank, other in enumerate(others, start=1):
         if other[1] != first[1]:
@@ -258,9 +246,6 @@ def save_whole(trainer: Trainer, path: Path) -> None:
     """Save a checkpoint beside its final path, check that it is complete, and rename it; called on every rank.
 
     Works with any ``CheckpointIO``: Lightning's own is silent when it may not write, see :class:`WholeCheckpointIO`.
-
-    Raises:
-        InputError: on the rank that writes, if the file could not be written.
     """
     part = trainer.strategy.broadcast(draft_of(path))
     trainer.save_checkpoint(part)

@@ -51,9 +51,6 @@ def claim_folders(trainer: Trainer) -> None:
     A version that the logger numbers itself is a new folder, which two runs that start at once cannot both make. A
     folder that the user names is refused while another process's run writes there. A run that has ended, however it
     ended, holds no folder, and one process may use its folders again.
-
-    Raises:
-        InputError: on the first rank; another run writes there, or the logger's folder cannot be made.
     """
     if not trainer.is_global_zero:
         return

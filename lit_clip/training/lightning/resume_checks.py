@@ -36,9 +36,6 @@ def check_same_parts(ours: Mapping[str, Description], saved: Mapping[str, Descri
         ours: this run's optimiser, schedule, rule of weight decay and loss, by name.
         saved: the checkpoint's.
         name: of the checkpoint, for messages.
-
-    Raises:
-        InputError: the optimiser or the loss is of another class; the line names the configuration to pass.
     """
     config = newest_config(Path(name).parent.parent)
     how = f"--config {shown(config)}" if config else "the configuration, or in Python the arguments, of its run"
@@ -63,9 +60,6 @@ def check_restorable(checkpoint: Any, trainer: Trainer, name: str) -> None:
         checkpoint: as Lightning has loaded it.
         trainer: set up, and not begun.
         name: of the checkpoint, for messages.
-
-    Raises:
-        InputError: an entry is of another type, or a callback's state names a file that is not this run's.
     """
     require(isinstance(checkpoint, Mapping), f"{name}: not a checkpoint (a {type(checkpoint).__name__})")
     check_lightnings_entries(checkpoint, name)

@@ -36,11 +36,7 @@ class SyncBatchNorm(LayerSync):
 
 
 def synchronise_batch_norm(strategy: Strategy) -> None:
-    """Use :class:`SyncBatchNorm` in place of Lightning's.
-
-    Raises:
-        InputError: torch has no synchronised BatchNorm for this device.
-    """
+    """Use :class:`SyncBatchNorm` in place of Lightning's."""
     if isinstance(strategy, ParallelStrategy) and type(strategy._layer_sync) is TorchSyncBatchNorm:
         device = strategy.root_device.type
         require(
