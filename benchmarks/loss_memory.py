@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lit_clip.distributed import Shards
+from lit_clip.distributed import RankCounts
 from lit_clip.losses.contrastive import unit
 from lit_clip.losses.tiled import PairLayout, sharded_contrastive_loss, sharded_sigmoid_loss
 
@@ -29,7 +29,7 @@ KINDS = ("softmax", "sigmoid")
 
 def loss_of(library: str, kind: str, image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Tensor:
     if library == "lit-clip":
-        plan = PairLayout(Shards(0, (len(image),)))
+        plan = PairLayout(RankCounts(0, (len(image),)))
         if kind == "softmax":
             return sharded_contrastive_loss(image, text, scale, plan).loss
         return sharded_sigmoid_loss(image, text, scale, bias, plan).loss

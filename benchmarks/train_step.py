@@ -38,7 +38,7 @@ from torch import Tensor
 
 from callbacks.non_finite import largest_gradient
 from lit_clip import CLIP
-from lit_clip.distributed import Shards
+from lit_clip.distributed import RankCounts
 from lit_clip.losses.tiled import PairLayout, sharded_contrastive_loss
 from lit_clip.models.config import height_width
 from lit_clip.training.optim import decay_groups
@@ -93,7 +93,7 @@ def our_step(model: CLIP, rate: float, bf16: bool, device: str) -> Callable[[Pai
         with autocast(device, bf16):
             image = model.encode_image(pairs.images, normalize=True)
             text = model.encode_text(pairs.trimmed, normalize=True, lengths=pairs.lengths)
-            shards = Shards(0, (len(image),))
+            shards = RankCounts(0, (len(image),))
             loss = sharded_contrastive_loss(image, text, model.logit_scale.exp(), PairLayout(shards)).loss
         loss.backward()
         finite = largest_gradient(model.parameters()).isfinite()  # lit-clip checks this too

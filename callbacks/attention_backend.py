@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.benchmark import Timer
 
 from lit_clip.batch import CaptionBatch
-from lit_clip.distributed import Shards
+from lit_clip.distributed import RankCounts
 from lit_clip.errors import require
 from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.training.micro_batches import split_batch
@@ -66,7 +66,7 @@ class AttentionBackend(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: CaptionBatch, batch_idx: int) -> None:
         if self.order:
             return
-        shards = Shards(0, (len(batch.images),))
+        shards = RankCounts(0, (len(batch.images),))
         part = split_batch(pl_module.model, batch, shards, pl_module.hparams["micro_batch_size"])[0]
         with evaluation_mode(pl_module):  # draws no random number and changes no statistics
             calls = recorded(lambda: trainer.strategy.predict_step(part, 0))

@@ -58,7 +58,7 @@ class TrainingMonitor(TimedCallback):
     - ``train/samples_seen``
 
     It warns once if, after warm-up, the mean of the ``train/loss`` logged over ``stuck_steps`` optimiser steps is still
-    at its baseline (:meth:`lit_clip.losses.Loss.uninformed`) or above; a loss without a baseline is not watched.
+    at its baseline (:meth:`lit_clip.losses.Loss.chance_loss`) or above; a loss without a baseline is not watched.
 
     Args:
         stuck_steps: number of optimiser steps, after warm-up, over which the loss is averaged.
@@ -118,7 +118,7 @@ class TrainingMonitor(TimedCallback):
         warming_up = trainer.global_step <= module.parts["lr_scheduler"]["init_args"].get("warmup_steps", 0)
         if self._warned or loss is None or step is None or warming_up:
             return
-        baseline = module.loss.uninformed(step.pairs)
+        baseline = module.loss.chance_loss(step.pairs)
         if baseline is None:
             return
         value = float(loss)  # synchronises the device, but only on logged steps

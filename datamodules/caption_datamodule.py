@@ -37,7 +37,7 @@ from lit_clip.models.preprocess import pixels
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
 from lit_clip.tools.images import OnError
 from lit_clip.tools.untrusted import check_entries, shortened
-from lit_clip.tools.workers import Sent, shield_worker
+from lit_clip.tools.workers import SharedMemoryCollate, shield_worker
 from lit_clip.training.lightning.loops import divides_samples
 
 EVALUATION_BATCH_SIZE = 64
@@ -250,7 +250,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         return ResumableLoader(
             SkippingDataset(dataset) if self.on_error == "skip" else dataset,
             num_workers=self.num_workers,
-            collate_fn=Sent(self._collate(stored)),
+            collate_fn=SharedMemoryCollate(self._collate(stored)),
             worker_init_fn=shield_worker,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,

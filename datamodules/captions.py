@@ -12,7 +12,7 @@ from datamodules.caption_datamodule import CaptionDataModule
 from datamodules.loading.augmentation import Augmentation, Transform
 from datamodules.open_source import open_source
 from datamodules.pairs.caption_lengths import LongCaptions
-from datamodules.pairs.kept import KeptPairs, kept_pairs
+from datamodules.pairs.kept import FilteredPairs, kept_pairs
 from datamodules.pairs.mixture import Mixture
 from datamodules.pairs.source import NO_CAPTION, PairSource
 from datamodules.shards.pairs import ShardOptions
@@ -207,7 +207,7 @@ class Captions(CaptionDataModule):
 
     def _open(self, data: Data, split: str) -> PairSource:
         source = self._source(data, split)
-        if isinstance(source, KeptPairs):
+        if isinstance(source, FilteredPairs):
             rank_zero_info(f"{source.name}: keeps {len(source.pairs)} pairs")
         if source.left_out.counts:
             name = data if isinstance(data, str) else split

@@ -23,7 +23,7 @@ def rank_and_world() -> tuple[int, int]:
     return 0, 1
 
 
-class Shards(NamedTuple):
+class RankCounts(NamedTuple):
     """Number of pairs of a global batch that each rank holds, and this process's rank.
 
     Attributes:
@@ -101,15 +101,15 @@ def host_group() -> Any:
     return _host_group
 
 
-def shards_of(*rows: int) -> tuple[Shards, ...]:
+def shards_of(*rows: int) -> tuple[RankCounts, ...]:
     """Exchange numbers of several kinds of rows with the other ranks, in one collective."""
     rank, world = rank_and_world()
     if world == 1:
-        return tuple(Shards(0, (number,)) for number in rows)
+        return tuple(RankCounts(0, (number,)) for number in rows)
     counts = torch.zeros(len(rows), world, dtype=torch.long)
     counts[:, rank] = torch.tensor(rows)
     dist.all_reduce(counts, group=host_group())
-    return tuple(Shards(rank, tuple(of_ranks)) for of_ranks in counts.tolist())
+    return tuple(RankCounts(rank, tuple(of_ranks)) for of_ranks in counts.tolist())
 
 
 def _newest(name: str, before: str) -> Any:
@@ -117,7 +117,7 @@ def _newest(name: str, before: str) -> Any:
     return getattr(dist, name, None) or getattr(dist, before)
 
 
-def _all_rows(local: Tensor, shards: Shards) -> Tensor:
+def _all_rows(local: Tensor, shards: RankCounts) -> Tensor:
     """Gather ``[B, ...]`` to ``[N, ...]`` in rank order."""
     most, even = max(shards.counts), len(set(shards.counts)) == 1
     padded = local.contiguous() if even else F.pad(local, [0, 0] * (local.ndim - 1) + [0, most - len(local)])
@@ -132,7 +132,7 @@ class _Gather(torch.autograd.Function):
     """Concatenate over ranks; the gradient of a row is the sum of its gradients on all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor, shards: Shards) -> Tensor:
+    def forward(ctx: Any, local: Tensor, shards: RankCounts) -> Tensor:
         ctx.shards = shards
         return _all_rows(local, shards)
 
@@ -141,17 +141,17 @@ class _Gather(torch.autograd.Function):
         return sum_rows(grads[0].contiguous(), ctx.shards), None
 
 
-def gather(local: Tensor, shards: Shards) -> Tensor:
+def gather(local: Tensor, shards: RankCounts) -> Tensor:
     """Gather ``[B, ...]`` to ``[N, ...]`` in rank order, differentiably."""
     return local if shards.world == 1 else _Gather.apply(local, shards)  # pyright: ignore[reportReturnType]  # untyped apply
 
 
-def gather_rows(local: Tensor, shards: Shards) -> Tensor:
+def gather_rows(local: Tensor, shards: RankCounts) -> Tensor:
     """Gather ``[B, ...]`` to ``[N, ...]`` in rank order; no gradient. A single rank's are returned as they are."""
     return local if shards.world == 1 else _all_rows(local, shards)
 
 
-def sum_rows(everyones: Tensor, shards: Shards) -> Tensor:
+def sum_rows(everyones: Tensor, shards: RankCounts) -> Tensor:
     """Sum ``[N, ...]`` over ranks and return this rank's rows ``[B, ...]``; may change its input; no gradient."""
     if shards.world == 1:
         return everyones
@@ -163,7 +163,7 @@ def sum_rows(everyones: Tensor, shards: Shards) -> Tensor:
     return mine
 
 
-def logsumexp_over_ranks(everyones: Tensor, shards: Shards) -> Tensor:
+def logsumexp_over_ranks(everyones: Tensor, shards: RankCounts) -> Tensor:
     """Return the element-wise log-sum-exp of ``[N]`` over ranks, in place; -inf stands for no term; no gradient."""
     if shards.world == 1:
         return everyones

@@ -1,7 +1,6 @@
 """Errors that the user can fix.
 
-Code that reads options or files raises :class:`InputError` for values it cannot use. Docstrings do not repeat that; they
-name other errors.
+Code that reads options or files raises :class:`InputError` for values it cannot use. Docstrings do not repeat that.
 """
 
 import os

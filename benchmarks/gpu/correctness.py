@@ -22,7 +22,7 @@ from gpu.fitting import as_batch, fit
 from gpu.inputs import named, uint8_pairs
 from gpu.setting import NEEDS_CUDA, Row, Setting, attempt, gap
 from lit_clip import CLIP, LitCLIP, create_model
-from lit_clip.distributed import Shards
+from lit_clip.distributed import RankCounts
 from lit_clip.losses.tiled import PairLayout, sharded_contrastive_loss
 
 EXACT, SAME_LOSSES = 1e-4, 1e-3  # largest relative errors
@@ -74,7 +74,7 @@ def results(model: CLIP, pairs: Pairs, packed: bool) -> dict[str, Tensor]:
     """Return unit features, and gradients by parameter."""
     image = model.encode_image(model.normalize(pairs.images), normalize=True)
     text = model.encode_text(pairs.trimmed, normalize=True, lengths=pairs.lengths if packed else None)
-    layout = PairLayout(Shards(0, (len(image),)))
+    layout = PairLayout(RankCounts(0, (len(image),)))
     sharded_contrastive_loss(image, text, model.logit_scale.exp(), layout).loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {"image features": image.detach(), "text features": text.detach(), **gradients}

@@ -15,7 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from gpu.inputs import named
 from gpu.setting import Row, Setting, attempt, gap, seconds_per_call
 from lit_clip import create_model
-from lit_clip.distributed import Shards
+from lit_clip.distributed import RankCounts
 from lit_clip.losses.tiled import PairLayout, sharded_contrastive_loss
 
 HEADS, WIDTH, CONTEXT, ROW = 8, 64, 77, 80  # of ViT-B-32's text encoder; a row holds several texts
@@ -151,7 +151,7 @@ def loss_tiles(setting: Setting) -> Iterator[Row]:
     def loss(layout: PairLayout) -> Tensor:
         return sharded_contrastive_loss(features[0], features[1], scale, layout).loss
 
-    shards = Shards(0, (pairs,))
+    shards = RankCounts(0, (pairs,))
     yield attempt(setting, "default", lambda: timed(setting, lambda: loss(PairLayout(shards))))
     for tile in TILES:
         name = f"{tile[0]} x {tile[1]}"

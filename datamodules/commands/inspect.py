@@ -13,7 +13,7 @@ from datamodules.inspection.page import write_inspection
 from datamodules.inspection.scan import ScanFindings, inspect_source
 from datamodules.inspection.summary import SummarySection, find_duplicates, summarize
 from datamodules.open_source import open_source
-from datamodules.pairs.source import LeftOut
+from datamodules.pairs.source import SkippedRows
 from lit_clip.errors import InputError, require
 from lit_clip.models.registry import list_models, resolve_architecture
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
@@ -113,7 +113,7 @@ def _tokenizer(model: str | None, context_length: int | None) -> TextTokenizer:
     return tokenizer.with_context(context_length) if context_length else tokenizer
 
 
-def _print(data: str, sections: list[SummarySection], findings: ScanFindings, left_out: LeftOut) -> None:
+def _print(data: str, sections: list[SummarySection], findings: ScanFindings, left_out: SkippedRows) -> None:
     console = Console(file_width=120)
     table = Table(title=Text(data), show_header=False)
     table.add_column("", overflow="fold")

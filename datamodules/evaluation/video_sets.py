@@ -15,7 +15,7 @@ from PIL import Image
 from datamodules.evaluation.annotation_files import find, number, read_table, read_words
 from datamodules.evaluation.image_files import LabelledFiles, TrainTest
 from datamodules.evaluation.video_frames import VIDEO_SUFFIXES, WHOLE, Frames, read_frames
-from datamodules.pairs.source import LeftOut
+from datamodules.pairs.source import SkippedRows
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import MissingData, VerbsAndNouns
 from lit_clip.tools.hashing import hash64
@@ -42,7 +42,7 @@ class Videos(LabelledFiles):
         require(frames in ("centre", "all"), f"frames: must be 'centre' or 'all', not {frames!r}")
         self.frames: Frames = frames
         self.several = frames == "all"
-        self.left_out = LeftOut()
+        self.left_out = SkippedRows()
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
         """Return the middle frame and the label."""

@@ -10,7 +10,7 @@ from PIL import Image
 from datamodules.inspection.scan import ANIMATED, PLAIN, ROTATED, ScanFindings, formats
 from datamodules.loading.sampling import EvaluationBatchSampler, GlobalBatchSampler, default_batch_size
 from datamodules.near_duplicates import Groups, equal_groups, look_alikes
-from datamodules.pairs.source import LeftOut
+from datamodules.pairs.source import SkippedRows
 from lit_clip.errors import InputError
 from lit_clip.tools.console import size_in_bytes
 
@@ -69,7 +69,7 @@ def _of_rows(groups: Groups, rows: np.ndarray) -> Groups:
 
 def summarize(
     findings: ScanFindings,
-    left_out: LeftOut,
+    left_out: SkippedRows,
     duplicates: DuplicateGroups,
     context_length: int,
     world_size: int,
@@ -105,7 +105,7 @@ def share(part: int, whole: int) -> str:
     return f"{part:,} ({part / whole:.1%})" if part / whole >= 0.001 else f"{part:,} (under 0.1%)"
 
 
-def _pair_lines(findings: ScanFindings, left_out: LeftOut, duplicates: DuplicateGroups) -> list[SummaryLine]:
+def _pair_lines(findings: ScanFindings, left_out: SkippedRows, duplicates: DuplicateGroups) -> list[SummaryLine]:
     read, usable, dropped = len(findings.images), len(findings.usable), left_out.counts.total()
     lines = [
         SummaryLine("rows or samples found", f"{read + dropped:,}"),

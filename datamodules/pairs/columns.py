@@ -12,7 +12,7 @@ import pyarrow.compute
 
 from datamodules.loading.bad_samples import BLANK, check_caption, is_blank
 from datamodules.loading.store import StoreFolder, stamp_of
-from datamodules.pairs.source import NO_CAPTION, EncodedPair, LeftOut, Pair, PairSource, PairText, Rows, divide_rows
+from datamodules.pairs.source import NO_CAPTION, EncodedPair, Pair, PairSource, PairText, Rows, SkippedRows, divide_rows
 from lit_clip.errors import BadSample, InputError
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.hashing import hash64
@@ -66,7 +66,7 @@ class ColumnPairs(PairSource):
 
     def __init__(self, path: Path, root: Path | StoreFolder) -> None:
         self.path, self.root = path, root
-        self._left_out = LeftOut()
+        self._left_out = SkippedRows()
         self._versions: dict[str, str] = {}
         self._local, self._address = "", ""
 
@@ -95,7 +95,7 @@ class ColumnPairs(PairSource):
         """
 
     @property
-    def left_out(self) -> LeftOut:
+    def left_out(self) -> SkippedRows:
         return self._left_out
 
     def image_paths(self) -> pa.ChunkedArray | None:
@@ -240,11 +240,11 @@ class TablePairs(ColumnPairs):
         root: Path | StoreFolder,
         label: str = "row",
         mapped: Path | None = None,
-        left_out: LeftOut | None = None,
+        left_out: SkippedRows | None = None,
     ) -> None:
         super().__init__(path, root)
         self._table, self.label, self._mapped = table, label, mapped
-        self._left_out = left_out or LeftOut()
+        self._left_out = left_out or SkippedRows()
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave a mapped table out: the receiving process maps it again."""

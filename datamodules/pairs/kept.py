@@ -17,7 +17,7 @@ from lit_clip.tools.reading import naming
 CHECKED = 100  # pairs that are compared with the source before it is used
 
 
-def kept_pairs(source: PairSource, path: str | Path, option: str = "") -> "KeptPairs":
+def kept_pairs(source: PairSource, path: str | Path, option: str = "") -> "FilteredPairs":
     """Return the pairs of a source that a file of scores keeps.
 
     Args:
@@ -35,7 +35,7 @@ def kept_pairs(source: PairSource, path: str | Path, option: str = "") -> "KeptP
         for name, version in source.versions.items():
             known = file.versions.get(name, version)
             require(known == version, f"{path}: is of version {known} of {name}, not {version}; {other}")
-        kept = KeptPairs(source, *file.kept(), str(path))
+        kept = FilteredPairs(source, *file.kept(), str(path))
         for index in range(min(CHECKED, len(kept))):  # the first, not spread: that would fetch every shard of a store
             kept.check_captions(index)
         return kept
@@ -43,13 +43,13 @@ def kept_pairs(source: PairSource, path: str | Path, option: str = "") -> "KeptP
 
 def digest_of_kept(source: PairSource) -> str:
     """Return a hash that changes with the pairs that scores keep of a source or its parts; empty without scores."""
-    if isinstance(source, KeptPairs):
+    if isinstance(source, FilteredPairs):
         return source.digest
     parts = [digest_of_kept(part) for part in source.sources] if isinstance(source, Concatenated) else []
     return hex_digest(parts) if any(parts) else ""
 
 
-class KeptPairs(Rows):
+class FilteredPairs(Rows):
     """Some pairs of a source: rows with some of their captions.
 
     Each pair is compared with the one that was scored when it is loaded, so that none is used with another's score.
@@ -130,7 +130,7 @@ class KeptPairs(Rows):
         train, held_out = (self._within(part) for part in self.source.divide(share, seed))
         return train, held_out
 
-    def _within(self, part: PairSource) -> "KeptPairs":
+    def _within(self, part: PairSource) -> "FilteredPairs":
         usable = isinstance(part, Rows) and part.source is self.source
         require(usable, f"{self.name}: {type(self.source).__name__} cannot be divided; set data.val")
         assert isinstance(part, Rows)
@@ -140,4 +140,4 @@ class KeptPairs(Rows):
             bool(chosen.any()),
             f"{self.name}: keeps no pair for training, or none for validation; keep more, or set data.val",
         )
-        return KeptPairs(self.source, of_pair[chosen], self.pairs[chosen], self.name)
+        return FilteredPairs(self.source, of_pair[chosen], self.pairs[chosen], self.name)

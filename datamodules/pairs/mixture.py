@@ -7,7 +7,7 @@ from itertools import accumulate
 
 import numpy as np
 
-from datamodules.pairs.source import EncodedPair, LeftOut, Pair, PairSource, PairText
+from datamodules.pairs.source import EncodedPair, Pair, PairSource, PairText, SkippedRows
 from lit_clip.errors import InputError, require
 
 
@@ -117,8 +117,8 @@ class Concatenated(PairSource):
             source.check()
 
     @property
-    def left_out(self) -> LeftOut:
-        total = LeftOut()
+    def left_out(self) -> SkippedRows:
+        total = SkippedRows()
         for source in self.sources:
             total.update(source.left_out)
         return total

@@ -16,7 +16,7 @@ from datamodules.loading.store import StoreFolder
 from datamodules.pairs.column_names import Columns, check_types, find_columns, is_encoded
 from datamodules.pairs.columns import map_table, map_valid_table
 from datamodules.pairs.source import PairSource, SourceOptions, find_split
-from datamodules.pairs.stored import RowRange, StoredPairs, blank_rows
+from datamodules.pairs.stored import ColumnarPairs, RowRange, blank_rows
 from lit_clip.errors import InputError
 from lit_clip.tools.reading import reading
 
@@ -108,7 +108,7 @@ def _batches(file: pq.ParquetFile, groups: list[int], names: list[str]) -> Itera
     return file.iter_batches(BATCH_ROWS, row_groups=groups, columns=names, use_threads=False)
 
 
-class ParquetPairs(StoredPairs):
+class ParquetPairs(ColumnarPairs):
     """Pairs in parquet files.
 
     A row can only be read with its whole row group. Large texts are therefore copied once into memory-mapped files of

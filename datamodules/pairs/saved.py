@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from datamodules.pairs.column_names import Columns, check_types, find_columns, is_encoded
 from datamodules.pairs.source import PairSource, SourceOptions, find_split
-from datamodules.pairs.stored import RowRange, StoredPairs, blank_rows
+from datamodules.pairs.stored import ColumnarPairs, RowRange, blank_rows
 from lit_clip.errors import InputError, require
 from lit_clip.tools.reading import reading
 
@@ -72,7 +72,7 @@ def _open(folder: Path, options: SourceOptions) -> PairSource:
         blank.append(blank_rows(table.select(columns.captions).to_batches(), columns.captions) + start)
         start += table.num_rows
     parts = [RowRange(file, 0, 0, table.num_rows) for file, table in zip(files, tables, strict=True)]
-    return SavedPairs(folder, options.image_root(folder), parts, columns, np.concatenate(blank))
+    return ArrowDatasetPairs(folder, options.image_root(folder), parts, columns, np.concatenate(blank))
 
 
 def _map_stream(file: Path) -> pa.Table:
@@ -110,7 +110,7 @@ def _bytes_for_texts(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-class SavedPairs(StoredPairs):
+class ArrowDatasetPairs(ColumnarPairs):
     """Pairs in the mapped files of a saved data set."""
 
     columns: Columns

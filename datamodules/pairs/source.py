@@ -68,7 +68,7 @@ class EncodedPair(NamedTuple):
     where: str
 
 
-class LeftOut:
+class SkippedRows:
     """Rows that were left out when a source was opened: counts by reason, and the first of them.
 
     Attributes:
@@ -86,7 +86,7 @@ class LeftOut:
         if len(self.listed) < LISTED:
             self.listed.append((where, reason))
 
-    def update(self, other: "LeftOut") -> None:
+    def update(self, other: "SkippedRows") -> None:
         """Add those of another source."""
         self.counts.update(other.counts)
         self.listed = [*self.listed, *other.listed][:LISTED]
@@ -183,9 +183,9 @@ class PairSource(ABC):
         """
 
     @property
-    def left_out(self) -> LeftOut:
+    def left_out(self) -> SkippedRows:
         """Rows that were left out when the source was opened."""
-        return LeftOut()
+        return SkippedRows()
 
     @property
     def versions(self) -> dict[str, str]:
@@ -276,7 +276,7 @@ class Rows(PairSource):
         self.source.check()
 
     @property
-    def left_out(self) -> LeftOut:
+    def left_out(self) -> SkippedRows:
         return self.source.left_out
 
     @property

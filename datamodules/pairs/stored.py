@@ -32,7 +32,7 @@ class RowRange(NamedTuple):
     rows: int
 
 
-class StoredPairs(ColumnPairs):
+class ColumnarPairs(ColumnPairs):
     """Pairs in the columns of several files, without the rows that have no caption.
 
     Args:

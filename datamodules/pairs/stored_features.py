@@ -23,7 +23,7 @@ from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.hashing import hash64, hex_digest
 from lit_clip.tools.images import OnError
 from lit_clip.tools.stored_rows import StoredRows
-from lit_clip.tools.workers import Sent, shield_worker
+from lit_clip.tools.workers import SharedMemoryCollate, shield_worker
 from lit_clip.training.frozen_features import ImageBatch, Texts
 
 TOKENIZED_AT_ONCE = 4096
@@ -329,7 +329,7 @@ class WithStoredFeatures:
             sampler=wanted.tolist(),
             batch_size=self.evaluation_batch_size,
             num_workers=self.num_workers if len(wanted) else 0,
-            collate_fn=Sent(collate_images),
+            collate_fn=SharedMemoryCollate(collate_images),
             worker_init_fn=shield_worker,
             generator=torch.Generator(),
         )

@@ -17,7 +17,7 @@ from datamodules.loading.bad_samples import is_blank, is_unicode
 from datamodules.loading.cache import cache_file, made_once
 from datamodules.pairs.column_names import Columns, find_columns
 from datamodules.pairs.columns import TablePairs, group_name, map_valid_table
-from datamodules.pairs.source import JSON_LINES, NO_CAPTION, LeftOut, PairSource, SourceOptions
+from datamodules.pairs.source import JSON_LINES, NO_CAPTION, PairSource, SkippedRows, SourceOptions
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.reading import check_is_file
 
@@ -62,7 +62,7 @@ class Problems:
     """Raises the error of a row that cannot be read, or with ``skip`` leaves the row out and counts it."""
 
     def __init__(self, path: Path, skip: bool, label: str = "row") -> None:
-        self.path, self.skip, self.label, self.left_out = path, skip, label, LeftOut()
+        self.path, self.skip, self.label, self.left_out = path, skip, label, SkippedRows()
         self.image_column = "image"  # until the header is read
 
     def add(self, number: int, reason: str, detail: str) -> None:
@@ -321,7 +321,7 @@ def _open(path: Path, options: SourceOptions, schema: pa.Schema, read: Read) -> 
         settings = (LAYOUT, *names, options.on_error)
         mapped = cache_file("tables", path, settings, ".arrow")
 
-        def load(file: Path) -> tuple[pa.Table, LeftOut]:
+        def load(file: Path) -> tuple[pa.Table, SkippedRows]:
             return map_valid_table(file, schema), _read_left_out(file)
 
         def make(file: Path) -> None:
@@ -356,11 +356,11 @@ def _write(file: Path, path: Path, schema: pa.Schema, read: Read, problems: Prob
         writer.write_batch(pa.RecordBatch.from_pylist([], schema), custom_metadata={"left_out": left_out})
 
 
-def _read_left_out(mapped: Path) -> LeftOut:
+def _read_left_out(mapped: Path) -> SkippedRows:
     with pa.memory_map(str(mapped)) as file:
         reader = pa.ipc.open_file(file)
         metadata = reader.get_batch_with_custom_metadata(reader.num_record_batches - 1).custom_metadata
-    left_out = LeftOut()
+    left_out = SkippedRows()
     counts, listed = json.loads(metadata[b"left_out"])
     left_out.counts.update(counts)
     left_out.listed = [(where, reason) for where, reason in listed]

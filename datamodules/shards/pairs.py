@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from datamodules.loading.bad_samples import check_caption, is_blank
 from datamodules.loading.cache import default_cache_dir
 from datamodules.loading.store import MAX_IMAGE_BYTES, Stamp, is_remote, stamp_of
-from datamodules.pairs.source import LISTED, NO_CAPTION, EncodedPair, LeftOut, Pair, PairSource, PairText
+from datamodules.pairs.source import LISTED, NO_CAPTION, EncodedPair, Pair, PairSource, PairText, SkippedRows
 from datamodules.shards.files import (
     OpenShard,
     OpenShards,
@@ -105,7 +105,7 @@ class TarPairs(PairSource):
     beside it as ``x.tar.index.arrow``, or in the cache folder where that is not writable; a changed shard is indexed
     again. Opening shards that have an index reads nothing else.
 
-    Shards in a store are fetched whole when their first sample is read, and kept in the
+    RankCounts in a store are fetched whole when their first sample is read, and kept in the
     cache folder up to a limit. A store that does not answer is tried three times and then ends the run: its samples are
     not bad samples.
 
@@ -243,9 +243,9 @@ class TarPairs(PairSource):
         return super().divide(share, seed)
 
     @property
-    def left_out(self) -> LeftOut:
+    def left_out(self) -> SkippedRows:
         """Samples that were left out; the lost rest of a damaged shard counts as one."""
-        left_out = LeftOut()
+        left_out = SkippedRows()
         for url in self._missing:
             left_out.add(url, "missing shard")
         for url, summary in zip(self.urls, self._shards.summaries, strict=True):

@@ -56,8 +56,8 @@ class Sum(Loss):
             metrics = {**logged, **metrics, name: loss.detach()}
         return LossValue(total, metrics)
 
-    def uninformed(self, pairs: int) -> float | None:
-        return _weighted_sum((weight, term.uninformed(pairs)) for weight, term in self.losses)
+    def chance_loss(self, pairs: int) -> float | None:
+        return _weighted_sum((weight, term.chance_loss(pairs)) for weight, term in self.losses)
 
 
 class Matryoshka(Loss):
@@ -96,8 +96,8 @@ class Matryoshka(Loss):
             metrics |= {f"loss_{dim}": loss.detach()} | (dict(logged) if dim == max(self.dims) else {})
         return LossValue(total, metrics)
 
-    def uninformed(self, pairs: int) -> float | None:
-        inner = self.loss.uninformed(pairs)
+    def chance_loss(self, pairs: int) -> float | None:
+        inner = self.loss.chance_loss(pairs)
         return None if inner is None else sum(self.weights) * inner
 
 

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from lit_clip.distributed import Shards, gather
+from lit_clip.distributed import RankCounts, gather
 from lit_clip.losses.contrastive import at_least_float32
 
 
@@ -49,7 +49,7 @@ class ModelFeatures(NamedTuple):
         return two_way_logits(self.image[rows], self.text[rows], all_image_ND, all_text_ND, self.scale)
 
 
-def blockwise_distillation(student: ModelFeatures, teacher: ModelFeatures, shards: Shards) -> Tensor:
+def blockwise_distillation(student: ModelFeatures, teacher: ModelFeatures, shards: RankCounts) -> Tensor:
     """:func:`distillation_loss` over all ranks' pairs, computed for a block of rows at a time.
 
     The logits of a block are computed again in the backward pass. The mean over ranks is the loss of all pairs, and so

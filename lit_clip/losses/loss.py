@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
-from lit_clip.distributed import Shards
+from lit_clip.distributed import RankCounts
 from lit_clip.errors import InputError, require
 from lit_clip.losses.duplicates import pair_ids
 from lit_clip.losses.tiled import HardNegatives
@@ -40,7 +40,7 @@ class Pairs:
     text: Tensor
     scale: Tensor
     bias: Tensor | None
-    shards: Shards
+    shards: RankCounts
     batch: CaptionBatch
     parts: list[CaptionBatch]
     pad_id: int
@@ -156,7 +156,7 @@ class Loss(nn.Module):
     def prepare(self, model: Any) -> None:
         """Check that the loss fits a :class:`lit_clip.CLIP`, and load what it needs; called when training starts."""
 
-    def uninformed(self, pairs: int) -> float | None:
+    def chance_loss(self, pairs: int) -> float | None:
         """Return the lowest loss of a model that cannot tell which caption belongs to which image; None: unknown.
 
         Args:

@@ -6,7 +6,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from lit_clip.distributed import Shards, gather
+from lit_clip.distributed import RankCounts, gather
 from lit_clip.errors import require
 from lit_clip.losses.contrastive import Duplicates
 from lit_clip.losses.loss import Loss, LossValue, Pairs
@@ -62,7 +62,7 @@ class Contrastive(Loss):
             result = result._replace(loss=result.loss + self.label_smoothing * _own_above_mean(pairs))
         return _value(result, pairs)
 
-    def uninformed(self, pairs: int) -> float:
+    def chance_loss(self, pairs: int) -> float:
         """Return log N: each of N captions is equally likely."""
         return math.log(pairs)
 
@@ -76,7 +76,7 @@ def _own_above_mean(pairs: Pairs) -> Tensor:
     with torch.autocast(pairs.image.device.type, enabled=False):
         own = (pairs.image * pairs.text).sum() * world / total
         sums = torch.cat([pairs.image.sum(dim=0), pairs.text.sum(dim=0)])[None]  # [1, 2D]
-        image_D, text_D = gather(sums, Shards(rank, (1,) * world)).sum(dim=0).chunk(2)
+        image_D, text_D = gather(sums, RankCounts(rank, (1,) * world)).sum(dim=0).chunk(2)
         return pairs.scale * (own - image_D @ text_D / total**2)
 
 
@@ -118,7 +118,7 @@ class Sigmoid(Loss):
         layout = _layout(pairs, self.duplicates)
         return _value(sharded_sigmoid_loss(pairs.image, pairs.text, pairs.scale, bias, layout), pairs)
 
-    def uninformed(self, pairs: int) -> float:
+    def chance_loss(self, pairs: int) -> float:
         """Return ``log N + (N - 1) log(N / (N - 1))``: the best prediction for each of an image's N captions is 1/N."""
         return math.log(pairs) + ((pairs - 1) * math.log(pairs / (pairs - 1)) if pairs > 1 else 0.0)
 

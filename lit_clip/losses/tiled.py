@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from lit_clip.distributed import Shards, gather_rows, logsumexp_over_ranks, sum_rows
+from lit_clip.distributed import RankCounts, gather_rows, logsumexp_over_ranks, sum_rows
 from lit_clip.losses.contrastive import Duplicates, at_least_float32
 
 TILE = (1024, 2048)  # rows and columns
@@ -42,7 +42,7 @@ class PairLayout:
         tile: rows and columns of similarities that exist at once; None: :func:`default_tile`.
     """
 
-    shards: Shards
+    shards: RankCounts
     ids: Tensor | None = None
     duplicates: Duplicates = "negatives"
     tile: tuple[int, int] | None = None
@@ -70,7 +70,7 @@ class HardNegatives(NamedTuple):
     """
 
     features: Tensor
-    shards: Shards
+    shards: RankCounts
 
 
 def sharded_contrastive_loss(

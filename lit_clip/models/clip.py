@@ -26,12 +26,12 @@ from lit_clip.models.config import (
 from lit_clip.models.custom import CustomImageEncoder, CustomTextEncoder
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
 from lit_clip.models.encoding import Item, as_features, encode_items
-from lit_clip.models.entering import Entering
 from lit_clip.models.external import HuggingFaceTextEncoder, TimmImageEncoder
 from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.frozen_prefix import FrozenPrefix
 from lit_clip.models.hf_tokenizer import from_source
 from lit_clip.models.layers import Tower
+from lit_clip.models.partial_forward import PartialForward
 from lit_clip.models.resnet import ModifiedResNet
 from lit_clip.models.tokenizer import EOT_ID, CLIPTokenizer, TextTokenizer
 from lit_clip.models.transformer import TextTransformer, VisionTransformer
@@ -156,7 +156,7 @@ class CLIP(TextTransformer):
         tokens: Tensor,
         normalize: bool = False,
         lengths: Sequence[int] | Tensor | None = None,
-        entering: Entering | None = None,
+        entering: PartialForward | None = None,
     ) -> Tensor:
         """int64 ``[B, L]``, ``L`` at most the context length -> ``[B, D]``, of unit length if ``normalize``.
 

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from lit_clip.errors import InputError
 from lit_clip.models.config import HuggingFaceTextConfig, TimmConfig, height_width
-from lit_clip.models.entering import Entering, starting_at
 from lit_clip.models.external_settings import check_text_only, one_line, timm_name, timm_pretrained_cfg
 from lit_clip.models.packing import length_groups
+from lit_clip.models.partial_forward import PartialForward, starting_at
 from lit_clip.models.timm_hub import timm_hub_weights
 from lit_clip.models.transformer import check_images, is_traced
 from lit_clip.tools.hardware import to_device
@@ -257,7 +257,9 @@ class HuggingFaceTextEncoder(nn.Module):
             model.pooler = None  # it would get no gradient
         self.proj = projection(width, embed_dim, config.projection, False, config.hugging_face)
 
-    def forward(self, tokens: Tensor, lengths: Sequence[int] | None = None, entering: Entering | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, lengths: Sequence[int] | None = None, entering: PartialForward | None = None
+    ) -> Tensor:
         """int64 ``[B, L]`` -> ``[B, D]``; padding never changes the features.
 
         Texts of similar length are encoded together if that saves padding and the lengths are known without
@@ -281,7 +283,7 @@ class HuggingFaceTextEncoder(nn.Module):
             features.append(self._encode(tokens[:, :longest].index_select(0, rows), part))
         return torch.cat(features).index_select(0, to_device(torch.cat(groups).argsort(), tokens.device))
 
-    def _encode(self, tokens: Tensor, entering: Entering | None = None) -> Tensor:
+    def _encode(self, tokens: Tensor, entering: PartialForward | None = None) -> Tensor:
         mask = (tokens != self.pad_id).long()  # [B, L]
         mask[:, 0] = 1  # some tokenizers turn an empty text into padding only
         with self._starting_at(entering, tokens.shape[1]):
@@ -296,7 +298,7 @@ class HuggingFaceTextEncoder(nn.Module):
         index = (positions * mask).argmax(dim=1) if self.pooling == "last" else torch.zeros_like(mask[:, 0])
         return self.proj(x[torch.arange(x.shape[0], device=x.device), index])
 
-    def _starting_at(self, entering: Entering | None, length: int) -> AbstractContextManager[None]:
+    def _starting_at(self, entering: PartialForward | None, length: int) -> AbstractContextManager[None]:
         if entering is None:
             return nullcontext()
         return starting_at(entering.module, entering.x[:, :length], entering.skipped)

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from lit_clip.errors import InputError
-from lit_clip.models.entering import Entering, starting_at
 from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.models.layers import Tower, tower_blocks, tower_parameters
+from lit_clip.models.partial_forward import PartialForward, starting_at
 from lit_clip.models.transformer import TextTransformer, VisionTransformer
 
 
@@ -245,5 +245,5 @@ def text_features_from(model: Any, stored: Tensor, tokens: Tensor, lengths: Sequ
     if stored.ndim == 2:  # pooled: the boundary is the projection
         return module(stored)
     skipped = [(block, prefix.values) for block in tower_blocks(model, "text")[: prefix.block]]
-    entering = Entering(stored, prefix.block, module, skipped)
+    entering = PartialForward(stored, prefix.block, module, skipped)
     return model.encode_text(tokens, lengths=lengths, entering=entering)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from lit_clip.errors import InputError
 from lit_clip.models.config import Activation, Size, TextTransformerConfig, VisionTransformerConfig, height_width
-from lit_clip.models.entering import Entering
 from lit_clip.models.packing import Layout, pack
+from lit_clip.models.partial_forward import PartialForward
 
 
 class QuickGELU(nn.Module):
@@ -279,7 +279,7 @@ class TextTransformer(nn.Module):
         self.transformer.init_like_gpt()
 
     def read_text(
-        self, tokens: Tensor, lengths: Sequence[int] | None = None, entering: Entering | None = None
+        self, tokens: Tensor, lengths: Sequence[int] | None = None, entering: PartialForward | None = None
     ) -> Tensor:
         """int64 ``[B, L]`` -> ``[B, D]``; ``L`` is the context length if all padding is read, else at most that.
 
@@ -322,7 +322,7 @@ class TextTransformer(nn.Module):
             return torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
         return (tokens if self.text_pool == "argmax" else (tokens == self.eos_id).int()).argmax(dim=-1)
 
-    def _read_class(self, tokens: Tensor, lengths: Sequence[int] | None, entering: Entering | None) -> Tensor:
+    def _read_class(self, tokens: Tensor, lengths: Sequence[int] | None, entering: PartialForward | None) -> Tensor:
         """Compute the class token behind the texts: int64 ``[B, L]`` -> ``[B, W]``.
 
         Every query reads a token only if the one before it is no padding, as when CoCa's weights were trained: the
@@ -357,7 +357,7 @@ class TextTransformer(nn.Module):
             return x
         return project(x) if isinstance(project, nn.Linear) else x @ project  # [B, D]
 
-    def _padded(self, tokens: Tensor, entering: Entering | None) -> Tensor:
+    def _padded(self, tokens: Tensor, entering: PartialForward | None) -> Tensor:
         """Ids ``[B, L]`` -> ``[B * L, W]``, the input of the first block that is computed."""
         L = tokens.shape[1]
         if entering is None:
@@ -381,7 +381,9 @@ class TextTransformer(nn.Module):
         """Ids ``[...]`` and their position embeddings ``[..., W]`` -> ``[T, W]``."""
         return (self.token_embedding(tokens) + positions).flatten(0, -2)
 
-    def forward(self, tokens: Tensor, lengths: Sequence[int] | None = None, entering: Entering | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, lengths: Sequence[int] | None = None, entering: PartialForward | None = None
+    ) -> Tensor:
         """See :meth:`read_text`."""
         return self.read_text(tokens, lengths, entering)
 

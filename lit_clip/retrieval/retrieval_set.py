@@ -192,8 +192,8 @@ class RetrievalSet:
         loss = whole_set_loss(image_ID, text_TD, own_pairs, score_E, scale, bias, *over_ranks)
         pair_E, text_T = (distributed.gather_uneven(each).cpu() for each in (ranks.pair, ranks.merged_text))
         ranks = Ranks(ranks.image.cpu(), pair_E, ranks.merged_image.cpu(), text_T)
-        uninformed = (Contrastive() if bias is None else Sigmoid()).uninformed(int(all_pairs.rows.sum()))
-        baselines = {"loss": uninformed, **_baselines(all_pairs)}
+        chance_loss = (Contrastive() if bias is None else Sigmoid()).chance_loss(int(all_pairs.rows.sum()))
+        baselines = {"loss": chance_loss, **_baselines(all_pairs)}
         return Evaluation({"loss": loss, **retrieval_metrics(ranks, all_pairs)}, baselines)
 
     def _rows(self, device: torch.device) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -43,13 +43,13 @@ def loader(batches: Dataset[Any], num_workers: int, pin_memory: bool = False) ->
         batch_size=None,
         num_workers=min(num_workers, count, usable_cores()) if count > 1 else 0,
         pin_memory=pin_memory,
-        collate_fn=Sent(default_convert),
+        collate_fn=SharedMemoryCollate(default_convert),
         worker_init_fn=shield_worker,
         generator=torch.Generator().manual_seed(0),  # a data loader draws its workers' seeds, by default globally
     )
 
 
-class Sent:
+class SharedMemoryCollate:
     """A ``collate_fn`` that makes sure in a data worker that the batch can be sent.
 
     torch moves tensors to shared memory in a thread of the worker. Where that is full (a container has 64 MB of it) the

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_clip.batch import CaptionBatch
-from lit_clip.distributed import Shards
+from lit_clip.distributed import RankCounts
 from lit_clip.errors import require
 from lit_clip.losses.contrastive import unit
 from lit_clip.losses.loss import Loss, Pairs
@@ -59,7 +59,7 @@ def hard_negatives(batch: CaptionBatch, loss: Loss) -> int:
     return number
 
 
-def split_batch(model: CLIP, batch: CaptionBatch, shards: Shards, size: int | None) -> list[CaptionBatch]:
+def split_batch(model: CLIP, batch: CaptionBatch, shards: RankCounts, size: int | None) -> list[CaptionBatch]:
     """Split a rank's batch into micro-batches: the same number on every rank, that of the rank with the most pairs.
 
     A rank with fewer pairs encodes its last pair several times: ranks synchronise in every backward pass, and under
@@ -95,8 +95,8 @@ class StepCounts(NamedTuple):
         negatives: hard negative captions that the loss reads.
     """
 
-    pairs: Shards
-    negatives: Shards
+    pairs: RankCounts
+    negatives: RankCounts
 
 
 class StepFeatures(NamedTuple):

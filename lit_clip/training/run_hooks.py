@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
-from lit_clip.distributed import Shards
+from lit_clip.distributed import RankCounts
 from lit_clip.errors import InputError, require
 from lit_clip.losses.loss import Loss
 from lit_clip.models.clip import CLIP
@@ -175,7 +175,7 @@ class RunHooks(LightningModule):
                 "training_step: got hard negatives of which other ranks do not know; add them in "
                 "on_after_batch_transfer of the module",
             )
-            counts = StepCounts(Shards(rank, (pairs,) * world), Shards(rank, (0,) * world))
+            counts = StepCounts(RankCounts(rank, (pairs,) * world), RankCounts(rank, (0,) * world))
         self.step_skipped, self._step_metrics = counts.pairs.total == 0, {}
         return counts
 

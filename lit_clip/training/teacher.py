@@ -82,6 +82,6 @@ class Distillation(Loss):
         student = ModelFeatures(pairs.image, pairs.text, pairs.scale)
         return blockwise_distillation(student, ModelFeatures(image, text, self.loaded.scale), pairs.shards)
 
-    def uninformed(self, pairs: int) -> float:
+    def chance_loss(self, pairs: int) -> float:
         """Return log N, the cross-entropy if all candidates seem equal."""
         return math.log(pairs)

@@ -104,11 +104,11 @@ def test_the_uninformed_loss_is_the_lowest_that_equal_features_reach(pairs: int)
     features = F.normalize(torch.ones(pairs, 4, dtype=torch.float64), dim=-1)
     target = torch.arange(pairs)
     softmax = F.cross_entropy(5 * features @ features.T, target)
-    assert Contrastive().uninformed(pairs) == pytest.approx(float(softmax))
+    assert Contrastive().chance_loss(pairs) == pytest.approx(float(softmax))
     scale = torch.tensor(0.0, dtype=torch.float64)  # only the bias matters
     biases = torch.linspace(-8, 2, 300, dtype=torch.float64)
     least = min(float(sigmoid_loss(features, features, scale, bias)) for bias in biases)
-    assert Sigmoid().uninformed(pairs) == pytest.approx(least, rel=1e-3)
+    assert Sigmoid().chance_loss(pairs) == pytest.approx(least, rel=1e-3)
 
 
 def test_a_run_that_does_not_learn_warns_once(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:

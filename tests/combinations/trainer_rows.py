@@ -147,7 +147,7 @@ CLIP_AT = 0.001  # far below the norm, and the largest value, of any step's grad
 class Gradients(Callback):
     """Record the gradients' norm and largest value when the optimiser has used them.
 
-    Shards of weights are recorded by rank: their squares are summed over ranks when they are read.
+    RankCounts of weights are recorded by rank: their squares are summed over ranks when they are read.
     """
 
     def __init__(self) -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lit_clip.distributed import Shards
+from lit_clip.distributed import RankCounts
 from lit_clip.losses.contrastive import Duplicates, contrastive_loss, sigmoid_loss, unit
 from lit_clip.losses.tiled import PairLayout, sharded_contrastive_loss, sharded_sigmoid_loss
 from lit_clip.module import LitCLIP
@@ -26,7 +26,7 @@ def test_the_tiled_loss_on_the_gpu_equals_the_definition_on_the_cpu(kind: str, d
     def gradients(device: str, dtype: torch.dtype) -> list[Tensor]:
         inputs = [x.to(device, dtype).requires_grad_() for x in (*raw, torch.tensor(3.0), torch.tensor(-5.0))]
         image, text, scale, bias = unit(inputs[0]), unit(inputs[1]), inputs[2].exp(), inputs[3]
-        plan = PairLayout(Shards(0, (pairs,)), ids.to(device), duplicates, tile=(128, 256))
+        plan = PairLayout(RankCounts(0, (pairs,)), ids.to(device), duplicates, tile=(128, 256))
         same = (ids[:, None] == ids[None]).any(dim=-1)
         if kind == "softmax":
             dense = device == "cpu" and contrastive_loss(image, text, image, text, scale, 0, same, duplicates)

@@ -144,7 +144,7 @@ def gradients(output: str) -> None:
     Compared with one process that has the whole batch.
     """
     rank, world = distributed.rank_and_world()
-    shards, errors = distributed.Shards(rank, COUNTS[world]), {}
+    shards, errors = distributed.RankCounts(rank, COUNTS[world]), {}
     for case in CASES:
         tiled.TILE = case.tile
         step = DistributedDataParallel(_Step(case.module()))
@@ -174,7 +174,7 @@ def synchronisations() -> None:
             return default_hooks.allreduce_hook(dist.group.WORLD, bucket)
 
         step.register_comm_hook(summed, count)
-        step(make_batch(distributed.Shards(rank, COUNTS[world]).mine)).backward()
+        step(make_batch(distributed.RankCounts(rank, COUNTS[world]).mine)).backward()
         assert sum(summed) == sum(parameter.numel() for parameter in module.parameters()), (parts, summed)
 
 
@@ -192,7 +192,7 @@ def summed_rows() -> None:
     """Check that the gradient of gathered rows is the sum of all ranks' gradients, for even and uneven ranks."""
     rank, world = distributed.rank_and_world()
     for counts in ((2,) * world, tuple(range(1, world + 1))):
-        shards = distributed.Shards(rank, counts)
+        shards = distributed.RankCounts(rank, counts)
         rows = torch.full((counts[rank], 3), float(rank), dtype=torch.float64, requires_grad=True)
         weight = torch.arange(3.0 * shards.total, dtype=torch.float64).reshape(-1, 3)
         (distributed.gather(rows, shards) * weight * (rank + 1)).sum().backward()

@@ -266,16 +266,16 @@ def mean_over_ranks(value: Tensor | None) -> Tensor | None:
     return total / dist.get_world_size()
 
 
-def rows_of(counts: tuple[int, ...]) -> distributed.Shards:
+def rows_of(counts: tuple[int, ...]) -> distributed.RankCounts:
     """Return how the hard negatives are spread if the pairs are spread like this."""
     starts = [sum(counts[:rank]) for rank in range(len(counts))]
     negatives = [sum(start <= i < start + n for i in WITH_NEGATIVE) for start, n in zip(starts, counts, strict=True)]
-    return distributed.Shards(dist.get_rank(), tuple(negatives))
+    return distributed.RankCounts(dist.get_rank(), tuple(negatives))
 
 
 def of_features(setup: Setup, case: Case, counts: tuple[int, ...]) -> float:
     """Return the largest error of the value and the gradients, given features."""
-    shards, hard = distributed.Shards(dist.get_rank(), counts), rows_of(counts)
+    shards, hard = distributed.RankCounts(dist.get_rank(), counts), rows_of(counts)
     generator = torch.Generator().manual_seed(5)
     whole = [unit(torch.randn(n, 16, generator=generator).double()) for n in (PAIRS, PAIRS, len(WITH_NEGATIVE))]
     numbers = [torch.tensor(x, dtype=torch.float64) for x in (9.0, -2.0)]
@@ -303,7 +303,7 @@ def of_features(setup: Setup, case: Case, counts: tuple[int, ...]) -> float:
 
 def of_step(setup: Setup, case: Case, counts: tuple[int, ...]) -> float:
     """Return the largest error of the value and of every parameter's gradient after a DDP step with micro-batches."""
-    shards = distributed.Shards(dist.get_rank(), counts)
+    shards = distributed.RankCounts(dist.get_rank(), counts)
     ours = setup.module_of(case)
     step = DistributedDataParallel(_Step(ours))  # a name: it sums nothing once it is gone
     value = step(rank_batch(shards.mine, case.negatives))
@@ -356,7 +356,7 @@ def collectives(output: str) -> None:
     """Write the collectives of a loss and its backward pass as JSON, by its name and the pairs of each rank."""
     found: dict[str, list[str]] = {}
     for counts in ((4, 4), (5, 3)):
-        shards, hard = distributed.Shards(dist.get_rank(), counts), rows_of(counts)
+        shards, hard = distributed.RankCounts(dist.get_rank(), counts), rows_of(counts)
         number = shards.counts[shards.rank]
         image, text = (unit(torch.randn(number, 16)).requires_grad_() for _ in range(2))
         scale, bias = torch.tensor(9.0), torch.tensor(-2.0)

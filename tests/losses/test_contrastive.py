@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lit_clip.batch import CaptionBatch
-from lit_clip.distributed import Shards
+from lit_clip.distributed import RankCounts
 from lit_clip.losses import Pairs, Sigmoid
 from lit_clip.losses.contrastive import contrastive_loss, sigmoid_loss, unit
 from lit_clip.losses.distillation import distillation_loss, two_way_logits
@@ -199,7 +199,7 @@ def test_a_bias_learned_with_large_batches_fits_small_ones_if_the_loss_knows_of_
         """Return how strongly batches of 16 pull all cosines up together, as they would a bias."""
         slopes = []
         for rows in torch.arange(512).split(16):
-            pairs = Pairs(image[rows], text[rows], scale, bias, Shards(0, (16,)), batch, [batch], 0)
+            pairs = Pairs(image[rows], text[rows], scale, bias, RankCounts(0, (16,)), batch, [batch], 0)
             slopes += torch.autograd.grad(evaluate_loss(loss, pairs).loss, bias)
         return -torch.stack(slopes).mean().item()
 

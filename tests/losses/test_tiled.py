@@ -9,7 +9,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_clip.distributed import Shards
+from lit_clip.distributed import RankCounts
 from lit_clip.losses import tiled
 from lit_clip.losses.contrastive import Duplicates, contrastive_loss, sigmoid_loss, unit
 from lit_clip.losses.tiled import PairLayout, ShardedLoss, default_tile, sharded_contrastive_loss, sharded_sigmoid_loss
@@ -55,7 +55,7 @@ def test_value_and_gradients_equal_the_definition(
     ids = torch.stack([torch.randint(0, top, (pairs,), generator=generator) for top in (pairs // 2 + 1, 3 * pairs)], 1)
     same = (ids[:, None] == ids[None]).any(dim=-1)
     ours, theirs = leaves(pairs, 5), leaves(pairs, 5)
-    result = sharded(kind, ours, PairLayout(Shards(0, (pairs,)), ids, duplicates, tile=tile))
+    result = sharded(kind, ours, PairLayout(RankCounts(0, (pairs,)), ids, duplicates, tile=tile))
     expected = with_gradients(dense(kind, theirs, same, duplicates), theirs)
     for our, their in zip(with_gradients(result.loss, ours), expected, strict=True):
         torch.testing.assert_close(our, their, rtol=1e-9, atol=1e-12)
@@ -64,7 +64,7 @@ def test_value_and_gradients_equal_the_definition(
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_equal_finite_differences(kind: str) -> None:
     def loss(*inputs: Tensor) -> Tensor:
-        return sharded(kind, list(inputs), PairLayout(Shards(0, (5,)), tile=(2, 3))).loss
+        return sharded(kind, list(inputs), PairLayout(RankCounts(0, (5,)), tile=(2, 3))).loss
 
     inputs = leaves(5, 4)
     assert torch.autograd.gradcheck(loss, inputs if kind == "sigmoid" else [*inputs[:3], inputs[3].detach()])
@@ -76,7 +76,9 @@ def test_the_loss_of_each_duplicate_policy_by_hand() -> None:
     scale, ids, e = torch.tensor(1.0, dtype=torch.float64), torch.tensor([[5], [5], [8]]), math.e
 
     def loss(duplicates: Duplicates) -> float:
-        return sharded_contrastive_loss(image, text, scale, PairLayout(Shards(0, (3,)), ids, duplicates)).loss.item()
+        return sharded_contrastive_loss(
+            image, text, scale, PairLayout(RankCounts(0, (3,)), ids, duplicates)
+        ).loss.item()
 
     duplicate, third = math.log(2 * e + 1) - 1, math.log(e + 2) - 1
     assert loss("negatives") == pytest.approx((2 * duplicate + third) / 3, rel=1e-12)
@@ -85,7 +87,9 @@ def test_the_loss_of_each_duplicate_policy_by_hand() -> None:
     zero = torch.tensor(0.0, dtype=torch.float64)
 
     def sigmoid(duplicates: Duplicates) -> float:
-        return sharded_sigmoid_loss(image, text, scale, zero, PairLayout(Shards(0, (3,)), ids, duplicates)).loss.item()
+        return sharded_sigmoid_loss(
+            image, text, scale, zero, PairLayout(RankCounts(0, (3,)), ids, duplicates)
+        ).loss.item()
 
     positive, negative, zero_logit = math.log1p(1 / e), math.log1p(e), math.log(2)
     assert sigmoid("negatives") == pytest.approx((3 * positive + 2 * negative + 4 * zero_logit) / 3, rel=1e-12)
@@ -112,7 +116,7 @@ def test_no_tensor_is_larger_than_the_features_or_a_tile(kind: str, duplicates: 
     pairs, dim, tile = 200, 8, (16, 32)
     inputs, ids = leaves(pairs, dim), torch.arange(pairs)[:, None] // 3
     with Largest() as largest:
-        sharded(kind, inputs, PairLayout(Shards(0, (pairs,)), ids, duplicates, tile=tile)).loss.backward()
+        sharded(kind, inputs, PairLayout(RankCounts(0, (pairs,)), ids, duplicates, tile=tile)).loss.backward()
     assert largest.elements <= 2 * pairs * dim  # both modalities' features, created together above
     assert largest.elements >= tile[0] * tile[1]  # the tiles were seen
 
@@ -130,7 +134,7 @@ class Launches(TorchDispatchMode):
 @pytest.mark.parametrize(("device", "most"), [("cuda", 80), ("cpu", 760)])
 def test_a_gpu_gets_few_large_tiles(device: str, most: int) -> None:
     """Operations of the softmax loss and its gradient for 8,192 pairs: two tiles instead of 32."""
-    layout = PairLayout(Shards(0, (8192,)), tile=default_tile(torch.device(device)))
+    layout = PairLayout(RankCounts(0, (8192,)), tile=default_tile(torch.device(device)))
     with FakeTensorMode():
         features = [torch.randn(8192, 16, requires_grad=True) for _ in range(2)]
         with Launches() as launches:
@@ -142,7 +146,7 @@ def test_the_tile_is_that_of_the_features_device(monkeypatch: pytest.MonkeyPatch
     asked: list[torch.device] = []
     monkeypatch.setattr(tiled, "default_tile", lambda device: asked.append(device) or (2, 3))
     for kind in KINDS:
-        sharded(kind, leaves(5, 4), PairLayout(Shards(0, (5,))))
+        sharded(kind, leaves(5, 4), PairLayout(RankCounts(0, (5,))))
     assert asked == [torch.device("cpu")] * 2
 
 
@@ -153,11 +157,11 @@ def test_hits_count_images_nearest_to_their_own_text(kind: str) -> None:
         inputs[1][:20] = inputs[0][:20] + 0.1 * inputs[1][:20]
     scores = unit(inputs[0]) @ unit(inputs[1]).T
     nearest = scores.argmax(dim=1) == torch.arange(50)
-    result = sharded(kind, inputs, PairLayout(Shards(0, (50,)), tile=(7, 9)))
+    result = sharded(kind, inputs, PairLayout(RankCounts(0, (50,)), tile=(7, 9)))
     assert result.hits.item() == int(nearest.sum()) > 5
     assert not result.hits.requires_grad
     equal = torch.ones(50, 4, dtype=torch.float64)  # with equal features no image is nearer to its own text
-    assert sharded(kind, [equal, equal, *inputs[2:]], PairLayout(Shards(0, (50,)), tile=(7, 9))).hits.item() == 0
+    assert sharded(kind, [equal, equal, *inputs[2:]], PairLayout(RankCounts(0, (50,)), tile=(7, 9))).hits.item() == 0
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -165,7 +169,7 @@ def test_bfloat16_features_are_summed_in_float32(kind: str) -> None:
     inputs = leaves(40, 16, torch.float32)
     half = [x.detach().bfloat16() for x in inputs[:2]]
     exact = [x.double() for x in half]
-    layout = PairLayout(Shards(0, (40,)), tile=(16, 16))
+    layout = PairLayout(RankCounts(0, (40,)), tile=(16, 16))
     scale, bias = torch.tensor(100.0), torch.tensor(-10.0)
     with torch.autocast("cpu", torch.bfloat16):
         if kind == "softmax":
@@ -181,7 +185,7 @@ def test_bfloat16_features_are_summed_in_float32(kind: str) -> None:
 def test_extreme_scales_neither_overflow_nor_vanish() -> None:
     inputs = leaves(30, 4, torch.float32)
     inputs[2] = torch.tensor(math.log(1e4), requires_grad=True)  # logits from -10,000 to 10,000
-    result = with_gradients(sharded("softmax", inputs, PairLayout(Shards(0, (30,)), tile=(8, 8))).loss, inputs)
+    result = with_gradients(sharded("softmax", inputs, PairLayout(RankCounts(0, (30,)), tile=(8, 8))).loss, inputs)
     reference = [x.detach().double().requires_grad_() for x in inputs]
     expected = with_gradients(dense("softmax", reference, torch.eye(30) > 0, "negatives"), reference)
     for our, their in zip(result, expected, strict=True):
@@ -194,4 +198,4 @@ def test_a_nan_feature_makes_the_loss_nan() -> None:
     with torch.no_grad():
         inputs[0][3, 1] = math.nan
     for kind in KINDS:
-        assert sharded(kind, inputs, PairLayout(Shards(0, (6,)), tile=(2, 2))).loss.isnan()
+        assert sharded(kind, inputs, PairLayout(RankCounts(0, (6,)), tile=(2, 2))).loss.isnan()

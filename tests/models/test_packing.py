@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from lit_clip import CLIP
 from lit_clip.models import packing, transformer
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
-from lit_clip.models.entering import Entering
 from lit_clip.models.packing import Layout, length_groups, pack
+from lit_clip.models.partial_forward import PartialForward
 from lit_clip.models.transformer import TextTransformer
 from tests.helpers.towers import TEXTS, save_family, text_model
 
@@ -131,13 +131,13 @@ def test_texts_in_rows_may_start_from_stored_activations(monkeypatch: pytest.Mon
     stored = (model.token_embedding(tokens) + model.positional_embedding).detach()
     stored[torch.arange(CONTEXT) >= torch.tensor(lengths)[:, None]] = 7.0
     in_rows(monkeypatch)
-    entering = Entering(stored, 0, model.transformer.resblocks[0])
+    entering = PartialForward(stored, 0, model.transformer.resblocks[0])
     torch.testing.assert_close(
         model.encode_text(tokens, lengths=lengths, entering=entering), expected, rtol=1e-12, atol=1e-12
     )
     with torch.no_grad():
         behind = model.transformer.resblocks[0](stored.flatten(0, 1), Layout(((len(lengths), CONTEXT),), True))
-    entering = Entering(behind.view_as(stored), 1, model.transformer.resblocks[1])
+    entering = PartialForward(behind.view_as(stored), 1, model.transformer.resblocks[1])
     found = model.encode_text(tokens, lengths=lengths, entering=entering)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 

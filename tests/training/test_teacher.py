@@ -17,7 +17,7 @@ import lit_clip.losses.distillation
 from callbacks import EMA
 from lit_clip.batch import CaptionBatch
 from lit_clip.commands.wise_ft import save
-from lit_clip.distributed import Shards
+from lit_clip.distributed import RankCounts
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Sum
 from lit_clip.losses.contrastive import unit
@@ -90,7 +90,7 @@ def test_blockwise_loss_and_gradients_equal_those_of_all_logits_at_once(
         leaves = [x.requires_grad_() for x in (*features[:2], scales[0])]
         ours, theirs = ModelFeatures(*features[:2], scales[0]), ModelFeatures(*features[2:], scales[1])
         if blockwise:
-            loss = blockwise_distillation(ours, theirs, Shards(0, (pairs,)))
+            loss = blockwise_distillation(ours, theirs, RankCounts(0, (pairs,)))
         else:
             rows = slice(pairs)
             loss = distillation_loss(ours.logits(rows, *features[:2]), theirs.logits(rows, *features[2:]))
@@ -106,7 +106,7 @@ def test_at_most_one_block_of_logits_exists_at_once(monkeypatch: pytest.MonkeyPa
     scale = torch.tensor(10.0)
     with Largest() as largest:
         theirs = ModelFeatures(image.detach(), text.detach(), scale)
-        blockwise_distillation(ModelFeatures(image, text, scale), theirs, Shards(0, (200,))).backward()
+        blockwise_distillation(ModelFeatures(image, text, scale), theirs, RankCounts(0, (200,))).backward()
     assert 400 < largest.elements <= 1000
 
 

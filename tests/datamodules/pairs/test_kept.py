@@ -17,7 +17,7 @@ from datamodules.captions import Captions
 from datamodules.commands.shard import shard
 from datamodules.open_source import open_source
 from datamodules.openmoji import EmojiPairs, read_table
-from datamodules.pairs.kept import KeptPairs, kept_pairs
+from datamodules.pairs.kept import FilteredPairs, kept_pairs
 from datamodules.pairs.pair_filters import PairFilters
 from datamodules.pairs.score_files import write_scores
 from datamodules.pairs.source import PairSource
@@ -241,6 +241,6 @@ def test_a_source_that_only_loads_pairs_is_filtered_too(folder: Path) -> None:
 def test_kept_pairs_take_a_few_bytes_each(folder: Path) -> None:
     rows, pairs = np.arange(1000, dtype=np.int64), np.arange(1000, dtype=np.int64)
     source = open_source("captions.csv")
-    kept = KeptPairs(source, rows, pairs, "")
+    kept = FilteredPairs(source, rows, pairs, "")
     arrays = [value for value in vars(kept).values() if isinstance(value, np.ndarray)]
     assert sum(array.nbytes for array in arrays) == 12 * 1000

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 
-class Entering(NamedTuple):
+class PartialForward(NamedTuple):
     """Activations to start from in the middle of a text encoder.
 
     Attributes:
