@@ -3,7 +3,6 @@
 from lightning.pytorch import Callback
 
 from callbacks.activation_checkpointing import ActivationCheckpointing
-from callbacks.attention_backend import AttentionBackend
 from callbacks.compile import Compile
 from callbacks.ema import EMA
 from callbacks.frozen_features import FrozenFeatures
@@ -26,7 +25,6 @@ from lit_clip.tools.silenced import silence
 __all__ = [
     "EMA",
     "ActivationCheckpointing",
-    "AttentionBackend",
     "Compile",
     "EmbeddingProjector",
     "FrozenFeatures",

@@ -10,11 +10,9 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
-from lightning.pytorch import Callback
 from peers import open_clip_pair
 from train_step import TINY_RATE, Pairs, our_step, their_step
 
-from callbacks import AttentionBackend
 from callbacks.compile import compile_blocks
 from gpu.fitting import Timed, as_batch, fit
 from gpu.inputs import named, uint8_pairs
@@ -206,19 +204,16 @@ def in_trainer(setting: Setting, case: Case, material: Material) -> Iterator[Row
     if case.compiled or case.micro:
         name = "lit-clip compiled, Trainer" if case.compiled else "lit-clip, Trainer"
         yield attempt(setting, name, lambda: fitted(setting, case, material), needs=12)
-    if case.compiled:
-        name = "lit-clip compiled, Trainer, callbacks.AttentionBackend"
-        yield attempt(setting, name, lambda: fitted(setting, case, material, AttentionBackend()), needs=20)
 
 
-def fitted(setting: Setting, case: Case, material: Material, *own: Callback) -> Row:
+def fitted(setting: Setting, case: Case, material: Material) -> Row:
     module = LitCLIP(material.ours.config, micro_batch_size=4 if setting.tiny else case.micro)
     module.model.load_state_dict(material.ours.state_dict())
     if case.compiled:
         compile_blocks(module.model, "eager" if setting.tiny else "inductor")
     block = 1 if setting.tiny else 5 if case.micro else 10
     timed, data = Timed(block), [as_batch(pairs, setting.cuda) for pairs in material.batches]
-    fit(setting, module, data, 3 * block, timed, *own, log_every_n_steps=block)
+    fit(setting, module, data, 3 * block, timed, log_every_n_steps=block)
     return rates(setting, material, timed.seconds())
 
 

@@ -38,8 +38,6 @@ def own(kind: str, folder: Path) -> Callback:
         return ours.FrozenFeatures(str(folder / "features"))
     if kind == "EMA":
         return ours.EMA(0.5)
-    if kind == "AttentionBackend":  # which torch takes on a CPU anyway; the fastest may be another one after resuming
-        return ours.AttentionBackend("flash")
     return getattr(ours, kind)()
 
 
