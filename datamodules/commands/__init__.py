@@ -1,1 +1,1 @@
-"""The commands about data, one per file: embed (``recall_check``: its --check), inspect, overlap, score, shard."""
+"""The commands about data, one per file: embed, inspect, overlap, score, shard."""

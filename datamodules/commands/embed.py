@@ -5,13 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
-from datamodules.commands.recall_check import RecallCheck
 from datamodules.open_source import holds_pairs, open_source, stamp_of_data
 from datamodules.pairs.columns import ColumnPairs
 from datamodules.pairs.encoder_rows import SourcePairs
 from datamodules.pairs.source import PairSource
 from lit_clip import load_model
-from lit_clip.embedding.compact import INT8_SCALE, TRUNCATED_FROM, DType, Int8Scale, check_smaller, truncated
 from lit_clip.embedding.encode import (
     EncodingSettings,
     check_complete,
@@ -84,13 +82,10 @@ def embed(
     accelerator: str = "auto",
     precision: Precision = "32-true",
     on_error: OnError = "error",
-    dimensions: int | None = None,
-    dtype: DType = "float32",
-    check: str | None = None,
 ) -> None:
     """Write the features of images, or of texts, to a file.
 
-    Features are of unit length, by default float32; rows are sorted by key. Each image has one row, each caption its
+    Features are of unit length, float32; rows are sorted by key. Each image has one row, each caption its
     own. The same command resumes an interrupted run.
 
     Args:
@@ -111,23 +106,16 @@ def embed(
         accelerator: cpu, gpu, mps, ...
         precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
         on_error: error ends the run at an image that cannot be read; skip lists it in a file beside the output.
-        dimensions: number of the first dimensions to keep; features have unit length again. By default all.
-        dtype: of the stored numbers; int8 has 256 levels from the lowest to the highest value of each dimension.
-        check: pairs, such as a table; print what dimensions and dtype lose of the recall on them.
     """
     path = Path(output)
     check_output(path)
     require(bool(data) != bool(texts), "give either images or --texts; instead of images also a table or other data")
     check_precision(precision, accelerator)
-    smaller = dimensions is not None or dtype != "float32"
-    require(check is None or smaller, f"--check {check}: full features lose nothing; give --dimensions or --dtype int8")
-    checked = None if check is None else RecallCheck.open(check)
     options = {"root": root, "image_column": image_column, "caption_column": caption_column, "split": split}
     options |= {"templates": templates}
     items = _items_of_texts(Path(texts)) if texts else _items_of(data, captions, options, on_error)
     check_keys(path, items.keys)
     clip = load_model(model)
-    check_smaller(dimensions, clip.config.embed_dim, dtype, len(items.identities))
     name = fingerprint(clip).model
     workers = 0 if items.images is None else num_workers  # tokenizing is not worth a process
     settings = EncodingSettings(batch_size, workers, devices, accelerator, precision, on_error)
@@ -145,34 +133,19 @@ def embed(
     table = collect(task.identities, parts.read(), clip.config.embed_dim)
     check_complete(task.identities, table, unreadable)
     metadata = {"model": model, "model_sha256": name, "precision": precision, "lit_clip": __version__}
-    scale = _write(path, items, table, metadata, dimensions, dtype)
+    _write(path, items, table, metadata)
     report_skipped(items.keys, unreadable, path.with_name(f"{path.name}.skipped.txt"))
     parts.remove()
-    width = dimensions or table.features.shape[1]
-    stderr().print(f"{path}: {len(table.identities)} rows of {width} numbers ({dtype})")
+    stderr().print(f"{path}: {len(table.identities)} rows of {table.features.shape[1]} numbers")
     if items.content == "image":
         stderr().print(f"search them: {shlex.join(['lit-clip', 'search', output, 'TEXT', '--model', model])}")
-    if checked is not None:
-        checked.report(clip, settings, items.content == "image", width, scale)
 
 
-def _write(
-    path: Path, items: _Items, table: FeatureTable, metadata: dict[str, str], dimensions: int | None, dtype: DType
-) -> Int8Scale | None:
-    """Write the features, smaller if wanted; return the scale of int8 ones."""
-    features, scale = table.features, None
-    if dimensions is not None:
-        metadata |= {TRUNCATED_FROM: str(features.shape[1])}
-        features = truncated(features, dimensions)
-    if dtype == "int8":
-        scale = Int8Scale.of(features)
-        metadata |= {INT8_SCALE: scale.to_text()}
-        features = scale.encode(features)
+def _write(path: Path, items: _Items, table: FeatureTable, metadata: dict[str, str]) -> None:
     metadata |= {"content": items.content} | ({"root": str(items.root)} if items.root is not None else {})
     texts_of = dict(zip(items.identities, items.texts, strict=True)) if items.content == "caption" else {}
     captions = [texts_of[identity] for identity in table.identities] if texts_of else None
-    write_features(path, [key for key, _, _ in table.identities], features, metadata, captions)
-    return scale
+    write_features(path, [key for key, _, _ in table.identities], table.features, metadata, captions)
 
 
 def _items_of_texts(path: Path) -> _Items:

@@ -12,7 +12,6 @@ from rich.table import Table
 from torch import Tensor
 
 from lit_clip import load_model
-from lit_clip.embedding.compact import TRUNCATED_FROM, truncated
 from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.feature_files import WRITE_AGAIN, read_features
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
@@ -111,7 +110,6 @@ def search(
     vectors = encode_queries(clip, queries, image or [])  # before the folder: an unreadable query ends the command
     if stored:
         searched = _stored(path, clip)
-        vectors = truncated(vectors, searched.features.shape[1])
     else:
         settings = EncodingSettings(batch_size, num_workers, precision=precision, on_error=on_error)
         searched = search_in(clip, path, files, index, settings)
@@ -152,11 +150,7 @@ def _stored(path: Path, model: CLIP) -> Searched:
     require(same, f"{path}: features of another model ({theirs}); give that one as --model, or embed again with yours")
     require(bool(stored.keys), f"{path}: no features in it")
     width, ours = stored.features.shape[1], model.config.embed_dim
-    whole = stored.metadata.get(TRUNCATED_FROM, str(width))
-    require(
-        whole == str(ours) and width <= ours,
-        f"{path}: has features of {width} numbers, but the model's have {ours}; {WRITE_AGAIN}",
-    )
+    require(width == ours, f"{path}: has features of {width} numbers, but the model's have {ours}; {WRITE_AGAIN}")
     root = stored.metadata.get("root")
     files = [None if root is None else Path(root, key) for key in stored.keys]
     if not stored.captions:

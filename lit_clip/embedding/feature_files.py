@@ -11,7 +11,6 @@ from typing import NamedTuple, Self
 
 import numpy as np
 
-from lit_clip.embedding.compact import Int8Scale
 from lit_clip.embedding.precision import Precision
 from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import not_written, replacing
@@ -211,8 +210,7 @@ def write_features(
     """Write features ``[N, D]``, their keys, and the captions that they are of, if any.
 
     A ``.parquet`` file has the columns ``key`` (string), ``caption`` (string) if there are captions, and ``feature`` (D
-    float32 or int8 numbers), and the metadata in its schema; of int8 features these hold the ``int8_scale``, see
-    :class:`lit_clip.embedding.compact.Int8Scale`. A ``.npy`` file is only the array; metadata and the lists ``keys``
+    float32 numbers), and the metadata in its schema. A ``.npy`` file is only the array; metadata and the lists ``keys``
     and ``captions`` are beside it, in ``<name>.keys.json``.
     """
     if path.suffix == ".npy":
@@ -238,7 +236,7 @@ class StoredFeatures(NamedTuple):
 
     Attributes:
         keys: of N rows.
-        features: float32 ``[N, D]``, of unit length; int8 features are decoded.
+        features: float32 ``[N, D]``, of unit length.
         captions: that the features are of; empty if they are of images or of the keys.
         metadata: such as the model and its SHA-256.
     """
@@ -252,10 +250,6 @@ class StoredFeatures(NamedTuple):
 def read_features(path: Path) -> StoredFeatures:
     """Read what :func:`write_features` wrote."""
     stored = _read_array(path) if path.suffix == ".npy" else _read_parquet(path)
-    if stored.features.dtype == np.int8:
-        with reading(path, "file of features", hint=WRITE_AGAIN):
-            scale = Int8Scale.from_metadata(stored.metadata, stored.features.shape[1])
-        stored = stored._replace(features=scale.decode(stored.features))
     for texts, name in ((stored.keys, "keys"), (stored.captions or stored.keys, "captions")):
         whole = isinstance(texts, list) and len(texts) == len(stored.features)
         if not whole or not all(isinstance(text, str) for text in texts):
@@ -274,8 +268,8 @@ def read_features(path: Path) -> StoredFeatures:
 def _read_array(path: Path) -> StoredFeatures:
     with reading(path, "file of features", hint=WRITE_AGAIN):
         features = np.lib.format.open_memmap(path, mode="r")  # np.load advises to trust what it does not know
-        if features.dtype not in (np.float32, np.int8) or features.ndim != 2:
-            raise ValueError(f"{features.dtype} {list(features.shape)} in place of float32 or int8 [N, D]")
+        if features.dtype != np.float32 or features.ndim != 2:
+            raise ValueError(f"{features.dtype} {list(features.shape)} in place of float32 [N, D]")
     names = path.with_suffix(".keys.json")
     with reading(names, "list of keys", hint=WRITE_AGAIN):
         listed = json.loads(names.read_text(encoding="utf-8"))
@@ -294,7 +288,7 @@ def _read_parquet(path: Path) -> StoredFeatures:
         table = pq.read_table(path)
         table.validate(full=True)
         column = table["feature"].combine_chunks()
-        if not pa.types.is_fixed_size_list(column.type) or column.type.value_type not in (pa.float32(), pa.int8()):
+        if not pa.types.is_fixed_size_list(column.type) or column.type.value_type != pa.float32():
             raise ValueError(f"its column feature holds {column.type}")
         features = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
         captions = table["caption"].to_pylist() if "caption" in table.column_names else []
