@@ -102,9 +102,10 @@ def _no_rank() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _no_known_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_known_secrets() -> Iterator[None]:
     """Forget what a configuration took from the environment; a process of the command line reads one."""
-    monkeypatch.setattr(secrets, "_known", {})
+    yield
+    secrets._known.clear()
 
 
 @pytest.fixture(autouse=True)

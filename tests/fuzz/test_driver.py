@@ -67,8 +67,8 @@ def test_what_no_input_may_lead_to_is_found(name: str, tmp_path: Path) -> None:
 def test_what_a_hub_or_a_store_may_not_do_is_found_without_the_checks(name: str, kind: str) -> None:
     driver = Driver(memory=2**29)
     driver.batch(f"{PLANTED}:{name}", seed=1, seconds=60, count=1)
-    (found,) = driver.summary.found.values()
-    assert found.finding.kind == kind
+    # A process that is short of memory may end in another way, too.
+    assert kind in [found.finding.kind for found in driver.summary.found.values()]
 
 
 def test_error_while_an_input_is_made_is_shown_as_the_fuzzers_own() -> None:
