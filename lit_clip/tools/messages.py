@@ -97,7 +97,8 @@ def _wanted(types: str, value: str) -> str:
     *kinds, last = _kinds(types)
     near = [ALIASES[value]] if ALIASES.get(value) in kinds else get_close_matches(value, {*kinds, last} - TYPES, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    return f"wants {', '.join(kinds)}{' or ' if kinds else ''}{last}, not {value}{hint}"
+    shown = value if len(value) <= 200 else f"{value[:200]} ..."
+    return f"wants {', '.join(kinds)}{' or ' if kinds else ''}{last}, not {shown}{hint}"
 
 
 def _kinds(types: str) -> list[str]:
