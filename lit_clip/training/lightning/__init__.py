@@ -1,6 +1,7 @@
-"""Everything that changes Lightning or reads its private parts; nothing outside of this room does.
+"""Everything that changes Lightning or reads its private parts.
 
-Seen in Lightning 2.6.4. After an upgrade read this table, and run ``tests/training/lightning/test_patches.py``: each of
+Outside of this room only :class:`callbacks.EMA` uses protected attributes, of Lightning's own callback that it extends.
+Seen in Lightning 2.6.6. After an upgrade read this table, and run ``tests/training/lightning/test_patches.py``: each of
 its tests fails when Lightning no longer does what makes the patch necessary.
 
 - ``signals``: Lightning's handlers save and broadcast within the handler, where other ranks are not, and its loop
