@@ -12,7 +12,7 @@ from string import Template
 from tests.faults.catalogue import FAULTS, STORE_TIMEOUT, Fault
 from tests.faults.cells import RANKS, TOLERANCE, WORKERS, Cell, Outcome, all_cells
 from tests.faults.runs import EPOCHS, EVERY, GROUP_TIMEOUT, STEPS
-from tests.faults.surroundings import table as surroundings
+from tests.faults.surroundings import tables as surroundings
 
 Outcomes = Mapping[tuple[Cell, int], Outcome]
 

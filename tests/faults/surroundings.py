@@ -1,16 +1,17 @@
-"""Faults in what a command is started with: closed streams, few files, another command at work, a full disk."""
+"""Faults in what a command is started with, and in what a run is resumed from."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 
 class Surrounding(NamedTuple):
-    """A fault of a command's surroundings; ``tests/faults/test_surroundings.py`` has a test of each.
+    """A fault of a command's surroundings.
 
     Attributes:
         text: what is wrong.
         commands: to which it is done.
         outcome: what must follow.
-        test: its name.
+        test: its name, after its file's if that is not ``tests/faults/test_surroundings.py``.
     """
 
     text: str
@@ -61,9 +62,52 @@ SURROUNDINGS = (
     ),
 )
 
+RESUMED = (
+    Surrounding(
+        "the newest checkpoint is of another configuration",
+        "`fit --ckpt_path auto`, `last`",
+        "passed over in one line that names the settings; the newest of this configuration is resumed",
+        "tests/cli/test_configurations.py::test_last_and_auto_take_only_checkpoints_of_the_same_configuration",
+    ),
+    Surrounding(
+        "a requeued SLURM job has another configuration",
+        "`fit`",
+        "one line that names the checkpoint, exit code 2",
+        "tests/cli/test_configurations.py::test_a_requeued_job_of_another_configuration_is_not_resumed",
+    ),
+    Surrounding(
+        "the run was finished, and kept an average of its weights",
+        "`fit --ckpt_path`",
+        "nothing is trained; the module and its next checkpoint have the average",
+        "tests/callbacks/test_ema.py::test_a_finished_run_that_is_resumed_has_the_average_in_its_module",
+    ),
+    Surrounding(
+        "the run kept an average of its weights, the resumed one does not",
+        "`fit --ckpt_path`",
+        "it goes on from the weights of the last step, and a line says so",
+        "tests/callbacks/test_ema.py::test_a_run_resumed_without_the_average_goes_on_from_the_weights_of_the_last_step",
+    ),
+    Surrounding(
+        "the run had another optimiser",
+        "`fit --ckpt_path`",
+        "one line that names both, exit code 2",
+        "tests/training/test_optimization.py::test_another_optimiser_cannot_resume",
+    ),
+)
 
-def table() -> str:
-    """Return the section of ``docs/faults.md``."""
-    rows = [f"| {each.text} | {each.commands} | {each.outcome} |" for each in SURROUNDINGS]
-    lines = ["## When a command starts", "", "Each has a test in `tests/faults/test_surroundings.py`.", ""]
-    return "\n".join([*lines, "| fault | command | required |", "|---|---|---|", *rows, ""])
+
+def tables() -> str:
+    """Return the sections of ``docs/faults.md``."""
+    started = "Each has a test in `tests/faults/test_surroundings.py`."
+    resumed = "Each has a test, which `tests/faults/surroundings.py` names."
+    return "\n".join(
+        [
+            *_section("When a command starts", started, SURROUNDINGS),
+            *_section("When a run is resumed", resumed, RESUMED),
+        ]
+    )
+
+
+def _section(title: str, tests: str, faults: Sequence[Surrounding]) -> list[str]:
+    rows = [f"| {each.text} | {each.commands} | {each.outcome} |" for each in faults]
+    return [f"## {title}", "", tests, "", "| fault | command | required |", "|---|---|---|", *rows, ""]

@@ -184,5 +184,8 @@ def test_slurm_tasks_that_lightning_refuses_are_one_line(folder: Path) -> None:
 
 
 def test_the_page_has_every_fault_and_every_fault_a_test() -> None:
-    assert surroundings.table() in (ROOT / "docs/faults.md").read_text(encoding="utf-8")
+    assert surroundings.tables() in (ROOT / "docs/faults.md").read_text(encoding="utf-8")
     assert all(each.test in globals() for each in surroundings.SURROUNDINGS)
+    for each in surroundings.RESUMED:
+        file, _, test = each.test.partition("::")
+        assert f"\ndef {test}(" in (ROOT / file).read_text(encoding="utf-8")
