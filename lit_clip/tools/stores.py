@@ -10,6 +10,8 @@ from lit_clip.tools.hub_client import guard_hub
 
 # Others of fsspec's protocols read what a file names, unpack archives, or log in somewhere.
 PROTOCOLS = ("s3", "s3a", "gs", "gcs", "az", "abfs", "hf", "http", "https", "memory", "file")
+# the option of each store's client that its web session is made with; the clients of the others unpack nothing
+SESSIONS = {"http": "client_kwargs", "https": "client_kwargs", "gs": "session_kwargs", "gcs": "session_kwargs"}
 SILENT_SECONDS = 60.0  # after which a web server that sends nothing counts as one that does not answer
 
 
@@ -19,10 +21,10 @@ def store_of(url: str) -> tuple[Any, str]:
     known = protocol in PROTOCOLS and "::" not in url
     require(known, f"{url}: files are read from s3://, gs://, az://, abfs://, hf:// and https:// alone; copy it there")
     options: dict[str, Any] = {}
-    if protocol in ("http", "https"):
+    if protocol in SESSIONS:
         from lit_clip.tools.store_answers import client_options  # imports aiohttp
 
-        options["client_kwargs"] = client_options(SILENT_SECONDS)
+        options[SESSIONS[protocol]] = client_options(SILENT_SECONDS)
     if protocol == "hf":
         guard_hub()
     try:

@@ -1,5 +1,6 @@
 """A store is asked for files in known ways, and no more is taken from it than was asked for."""
 
+import asyncio
 import gzip
 import io
 import threading
@@ -7,8 +8,12 @@ from collections.abc import Callable, Iterator
 from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
+import aiohttp
 import pytest
+from fsspec import AbstractFileSystem
 from PIL import Image
 
 from datamodules.loading import store
@@ -132,6 +137,30 @@ def test_a_compressed_answer_is_not_unpacked(
     server[1].told = len(server[1].body)
     with pytest.raises(InputError, match=r"127.0.0.1.*the server sends it compressed \('.*'\); have it sent as it is"):
         read(server[0])
+
+
+def test_google_cloud_storage_unpacks_nothing_either(server: tuple[str, type[Handler]]) -> None:
+    """gcsfs itself is not installed here; it makes its session with the option that stands below."""
+    address, handler = server
+    handler.body, handler.encoding = gzip.compress(bytes(MB)), "gzip"
+    made: list[dict[str, Any]] = []
+
+    class Recorded(AbstractFileSystem):
+        cachable = False
+
+        def __init__(self, session_kwargs: dict[str, Any]) -> None:
+            made.append(session_kwargs)
+
+    async def fetched() -> bytes:
+        async with aiohttp.ClientSession(**made[0]) as session, session.get(address) as answer:
+            return await answer.read()
+
+    for protocol in ("gs", "gcs"):
+        with patch.dict("fsspec.registry._registry", {protocol: Recorded}):
+            store_of(f"{protocol}://bucket/a.png")
+        with pytest.raises(InputError, match=r"the server sends it compressed \('gzip'\)"):
+            asyncio.run(fetched())
+        made.clear()
 
 
 @pytest.mark.parametrize(
