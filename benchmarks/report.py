@@ -1,4 +1,4 @@
-"""Format results that the benchmarks wrote with ``--json`` as Markdown for ``docs/benchmarks.md``.
+"""Format results that the benchmarks wrote with ``--json`` as Markdown for ``docs/evidence/benchmarks.md``.
 
     python benchmarks/report.py FILES OR FOLDERS ...
 

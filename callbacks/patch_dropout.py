@@ -11,8 +11,8 @@ from lit_clip.models.transformer import VisionTransformer
 class PatchDropout(Callback):
     """Leave out a share of each image's patches in training steps.
 
-    The image encoder does that much less work, at a cost in accuracy (docs/performance.md). Only for the paper's ViTs;
-    timm's have ``options: {patch_drop_rate: ...}`` of their own.
+    The image encoder does that much less work, at a cost in accuracy (docs/evidence/performance.md). Only for the
+    paper's ViTs; timm's have ``options: {patch_drop_rate: ...}`` of their own.
 
     Args:
         share: of the patches, at least 0 and below 1.

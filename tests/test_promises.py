@@ -1,4 +1,4 @@
-"""Each promise of docs/promises.md names tests that exist and run."""
+"""Each promise of docs/evidence/promises.md names tests that exist and run."""
 
 import ast
 import re
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PAGE = (ROOT / "docs/promises.md").read_text(encoding="utf-8")
+PAGE = (ROOT / "docs/evidence/promises.md").read_text(encoding="utf-8")
 NAMED = re.findall(r"`(tests/[\w/]+\.py)::(\w+)`", PAGE)
 ROWS = [line for line in PAGE.splitlines() if line.startswith("| ") and not line.startswith("| promise")]
 

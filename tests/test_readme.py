@@ -32,8 +32,8 @@ from tests.conftest import ROOT, lit_clip_command
 from tests.helpers import forks
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-GUIDES = dict.fromkeys(re.findall(r"\((docs/\w+\.md)", README)) | dict.fromkeys(
-    path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").glob("*.md"))
+GUIDES = dict.fromkeys(re.findall(r"\((docs/[\w/]+\.md)", README)) | dict.fromkeys(
+    path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))
 )
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ["README.md", "CONTRIBUTING.md", *GUIDES]}
 FAST = ("--trainer.accelerator", "cpu", "--data.num_workers", "0")

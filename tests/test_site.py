@@ -11,7 +11,7 @@ import yaml
 
 from tests.conftest import ROOT
 
-PAGES = sorted(path.name for path in (ROOT / "docs").glob("*.md"))
+PAGES = sorted(path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs").rglob("*.md"))
 SITE = (ROOT / "mkdocs.yml").read_text(encoding="utf-8")
 
 
@@ -63,7 +63,7 @@ def test_every_metric_that_is_logged_by_a_fixed_name_is_on_the_page_of_metrics()
         ("training.md", "scaling.md#fsdp", "scaling.md#fsdp"),
         ("training.md", "#speed", "#speed"),
         ("finetuning.md", "../README.md#fine-tune", "index.md#fine-tune"),
-        ("promises.md", "../SECURITY.md", "SECURITY.md"),
+        ("evidence/promises.md", "../../SECURITY.md", "../SECURITY.md"),
         ("extending.md", "../examples", "files/examples.md"),
         ("encoders.md", "../examples/own_encoder.py", "files/examples/own_encoder.py.md"),
         ("index.md", "docs/data.md", "data.md"),

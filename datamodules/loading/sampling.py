@@ -62,7 +62,8 @@ def permutation(size: int, epoch: int, seed: int) -> np.ndarray:
 def default_batch_size(pairs: int, world: int) -> int:
     """Return the pairs per step on each rank where none are set: 64, 128 or 256 on all ranks, or all that there are.
 
-    With 500 photographs 64 pairs a step were best, with 3,068 64 to 256, with 5,000 icons 256 (docs/recipes.md).
+    With 500 photographs 64 pairs a step were best, with 3,068 64 to 256, with 5,000 icons 256
+    (docs/evidence/recipes.md).
 
     Args:
         pairs: in an epoch.

@@ -70,7 +70,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None
     """``[n, H, m, d]`` queries, ``[n, H, l, d]`` keys and values -> ``[n, H, m, d]``.
 
     Calls torch's kernel except on a CPU, whose fused kernel has a slow backward pass: up to four times slower in
-    bfloat16, and in float32 for sequences that fit in one of its blocks (docs/performance.md).
+    bfloat16, and in float32 for sequences that fit in one of its blocks (docs/evidence/performance.md).
 
     Args:
         q: queries.

@@ -46,7 +46,7 @@ _AVERAGE = (
 _UNTESTED = "has not been tried with this package"
 _OTHER_STRATEGY = "use ddp, or lit_clip.training.lightning.fsdp.FSDP"
 
-# docs/combinations.md lists them beside what works.
+# docs/evidence/combinations.md lists them beside what works.
 REFUSED = (
     Refusal(callbacks.WeightAveraging, *_AVERAGE, exactly=True),
     Refusal(callbacks.EMAWeightAveraging, *_AVERAGE),

@@ -7,7 +7,7 @@ from lit_clip.tools.parts import shown
 from lit_clip.training.contradictions import contradictions
 from lit_clip.training.plan import RunPlan
 
-FEW_PAIRS = 3_500  # docs/recipes.md: pretrained encoders were measured with up to 3,068 pairs,
+FEW_PAIRS = 3_500  # docs/evidence/recipes.md: pretrained encoders were measured with up to 3,068 pairs,
 SMALL_DATA = 60_000  # training from scratch with up to 50,000;
 BATCH_MATTERS = 2_000  # with 5,000 and 50,000 256 pairs a step were best, with 500 the batch hardly mattered
 
@@ -77,7 +77,7 @@ def _small_data(pairs: int) -> str:
         f"RN-tiny-64 learned more of icons and photographs than ViT-tiny-16-64, best {batch}at a rate of 1e-3, and "
         "more the longer: 65 epochs of 5,000 pairs and 12 of 50,000 were not too many"
     )
-    return f"{pairs:,}{few}; from scratch {rule} (docs/recipes.md)"
+    return f"{pairs:,}{few}; from scratch {rule} (docs/evidence/recipes.md)"
 
 
 def _short(number: float) -> str:

@@ -6,7 +6,7 @@ from lit_clip.training.checks import REFUSED
 from tests.combinations.rows import GROUPS, OURS
 from tests.combinations.table import ELSEWHERE, ROWS, Row
 
-FOLDER = Path(__file__).parents[2] / "docs"
+FOLDER = Path(__file__).parents[2] / "docs/evidence"
 INTRODUCTION = """# Combinations
 
 Which options of Lightning work with lit-clip, and which it refuses with one line before the first step. Made from the

@@ -1,7 +1,8 @@
 """Every option of Lightning and every callback of ours with its outcome: works, as its checks show, or refused.
 
-``docs/combinations.md`` and ``docs/combinations_parts.md`` are made from this table, ``test_combinations.py`` runs it.
-A row is one setting on one process or on two ranks (DDP by gloo); its name and number of ranks identify it.
+``combinations.md`` and ``combinations_parts.md`` of ``docs/evidence`` are made from this table, which
+``test_combinations.py`` runs. A row is one setting on one process or on two ranks (DDP by gloo); its name and number of
+ranks identify it.
 """
 
 from tests.combinations import callback_rows, our_rows, strategy_rows, trainer_rows  # noqa: F401  # they add rows

@@ -1,4 +1,4 @@
-"""Run the matrix of faults and write its table: ``python -m tests.faults --markdown docs/faults.md``."""
+"""Run the matrix of faults and write its table: ``python -m tests.faults --markdown docs/evidence/faults.md``."""
 
 import argparse
 import json

@@ -1,4 +1,4 @@
-"""The document about the matrix: ``docs/faults.md``."""
+"""The document about the matrix: ``docs/evidence/faults.md``."""
 
 import datetime
 import os
@@ -20,7 +20,7 @@ TEMPLATE = Path(__file__).with_name("template.md")
 
 
 def markdown(outcomes: Outcomes) -> str:
-    """Return ``docs/faults.md``."""
+    """Return ``docs/evidence/faults.md``."""
     values = {"steps": STEPS, "epochs": EPOCHS, "every": EVERY, "tolerance": f"{TOLERANCE:g}"}
     limits = {"group": GROUP_TIMEOUT, "store": f"{STORE_TIMEOUT:g}"}
     tables = {

@@ -97,7 +97,7 @@ RESUMED = (
 
 
 def tables() -> str:
-    """Return the sections of ``docs/faults.md``."""
+    """Return the sections of ``docs/evidence/faults.md``."""
     started = "Each has a test in `tests/faults/test_surroundings.py`."
     resumed = "Each has a test, which `tests/faults/surroundings.py` names."
     return "\n".join(

@@ -1,4 +1,4 @@
-"""Faults in the middle of a run: the same samples and weights, or a clear end in time; see docs/faults.md."""
+"""Faults in the middle of a run: the same samples and weights, or a clear end in time; see docs/evidence/faults.md."""
 
 import socket
 from collections.abc import Iterator

@@ -1,4 +1,4 @@
-"""Commands whose surroundings are at fault work, or end in one line; the table is in docs/faults.md."""
+"""Commands whose surroundings are at fault work, or end in one line; the table is in docs/evidence/faults.md."""
 
 import errno
 import os
@@ -184,7 +184,7 @@ def test_slurm_tasks_that_lightning_refuses_are_one_line(folder: Path) -> None:
 
 
 def test_the_page_has_every_fault_and_every_fault_a_test() -> None:
-    assert surroundings.tables() in (ROOT / "docs/faults.md").read_text(encoding="utf-8")
+    assert surroundings.tables() in (ROOT / "docs/evidence/faults.md").read_text(encoding="utf-8")
     assert all(each.test in globals() for each in surroundings.SURROUNDINGS)
     for each in surroundings.RESUMED:
         file, _, test = each.test.partition("::")

@@ -1,8 +1,8 @@
 """Write the tables of open_clip's models: ``python -m tests.parity.page [--measure]``.
 
-``docs/open_clip_registry.md`` lists the registry and what lit-clip says to each name. With ``--measure`` a small model
-of every family is created with random weights, and the largest differences from open_clip are written between the marks
-in ``docs/models.md``.
+``docs/evidence/open_clip_registry.md`` lists the registry and what lit-clip says to each name. With ``--measure`` a
+small model of every family is created with random weights, and the largest differences from open_clip are written
+between the marks in ``docs/models.md``.
 """
 
 import os
@@ -23,7 +23,7 @@ from lit_clip.weights.load import load_model
 from tests.parity.families import FAMILIES, compare, small
 
 DOCS = Path(__file__).parents[2] / "docs"
-REGISTRY, MODELS = DOCS / "open_clip_registry.md", DOCS / "models.md"
+REGISTRY, MODELS = DOCS / "evidence/open_clip_registry.md", DOCS / "models.md"
 BEGIN, END = "<!-- python -m tests.parity.page --measure -->", "<!-- end -->"
 HEAD = """# open_clip's registry
 
@@ -31,7 +31,7 @@ All {weights} published weights of open_clip {version} by model, and whether `lo
 decided from the configurations: nothing is downloaded. Made by `python -m tests.parity.page`; tests compare it with the
 installed open_clip, and every weight's name and shape with open_clip's models. "Hub" names what is read from the
 Hugging Face hub or its cache beside the weights: a tokenizer, or a text encoder with its tokenizer.
-[Models and weights](models.md) has the differences of features.
+[Models and weights](../models.md) has the differences of features.
 
 {opened} open, {refused} are refused. Of its {names} configurations without published weights these are refused:
 {without}.
