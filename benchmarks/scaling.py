@@ -7,7 +7,7 @@
 ``ranks`` starts gloo processes on this machine that run the loss alone and a whole step under DDP, and compares their
 peak memory (Linux's VmHWM) and the bytes they sent (counted by the kernel for each process's TCP connections) with the
 formulas. ``activations`` counts the bytes that autograd keeps for one pair. ``h100`` evaluates the formulas for the
-paper's runs. docs/scaling.md explains them.
+paper's runs. docs/evidence/scaling.md explains them.
 """
 
 import argparse
@@ -70,7 +70,7 @@ MODELS = {  # name: micro-batch size and activation checkpointing of the shipped
     "ViT-L-14-336": (64, False),
 }
 
-# Bytes that a rank sends in a step, from the pairs per rank, the world size and the parameters (docs/scaling.md).
+# Bytes that a rank sends in a step, from pairs per rank, world size and parameters (docs/evidence/scaling.md).
 
 
 def sent_by_loss(pairs: int, world: int) -> float:

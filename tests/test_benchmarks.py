@@ -174,7 +174,7 @@ def test_saved_results_are_loaded_with_the_command_that_reproduces_them(
 
 
 def test_the_memory_of_the_papers_runs_is_counted_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The formula of docs/scaling.md, 21 w numbers per token of a block with QuickGELU, is the independent count."""
+    """docs/evidence/scaling.md counts independently: 21 w numbers per token of a block with QuickGELU."""
     scaling = functions("scaling.py", monkeypatch)
     kept = scaling["kept_by_a_pair"]("ViT-B-32", half=False)
     tokens = 12 * 768 * 50 + 12 * 512 * 77  # blocks, width and tokens of the image and of a caption of full length

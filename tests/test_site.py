@@ -60,7 +60,7 @@ def test_every_metric_that_is_logged_by_a_fixed_name_is_on_the_page_of_metrics()
 @pytest.mark.parametrize(
     ("page", "link", "there"),
     [
-        ("training.md", "scaling.md#fsdp", "scaling.md#fsdp"),
+        ("training.md", "many_gpus.md#fsdp", "many_gpus.md#fsdp"),
         ("training.md", "#speed", "#speed"),
         ("finetuning.md", "../README.md#fine-tune", "index.md#fine-tune"),
         ("evidence/promises.md", "../../SECURITY.md", "../SECURITY.md"),

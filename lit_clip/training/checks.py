@@ -211,7 +211,7 @@ def _check_bias(module: Any, trainer: Any) -> None:
         rank_zero_warn(
             f"model.loss: logit_bias {bias:.1f} was learned with far larger batches than this one of {pairs:,} pairs: "
             "training would first pull all features together; set model.loss.pretraining_batch (32768 for the "
-            "published SigLIPs, docs/siglip.md)"
+            "published SigLIPs, docs/finetuning.md)"
         )
 
 
