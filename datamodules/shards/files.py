@@ -27,6 +27,7 @@ from lit_clip.tools.stores import store_of
 
 OPEN_AT_ONCE = 32  # shards in each process
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
+NO_PARTS = "the server cannot send parts of a file; set cache_gb above 0"
 
 
 def expand_urls(urls: str | Sequence[str]) -> list[str]:
@@ -190,6 +191,7 @@ class _StoreFile:
     def __init__(self, url: str) -> None:
         store, path = store_of(url)
         self.url, self.file = url, retry(url, store.open, path, "rb")
+        require(getattr(self.file, "size", 0) is not None, f"{url}: {NO_PARTS}")  # None: it can only be read through
 
     def read(self, size: int = -1) -> bytes:
         start = self.file.tell()
@@ -249,7 +251,7 @@ class OpenShard:
         try:
             return retry(self.url, store.cat_file, path, start=offset, end=offset + size)
         except AnswerTooLargeError as error:
-            raise InputError(f"{self.url}: the server cannot send parts of a file; set cache_gb above 0") from error
+            raise InputError(f"{self.url}: {NO_PARTS}") from error
 
     def close(self) -> None:
         """Close the file."""
