@@ -78,9 +78,6 @@ class ImageNetVidRobust(NeighbouringFrames, SomeOfImageNet):
 
     Args:
         root: the folder that contains these, or its parent.
-
-    Raises:
-        MissingData: no such folder or file.
     """
 
     def __init__(self, root: str) -> None:
@@ -143,9 +140,6 @@ class YTBBRobust(NeighbouringFrames, SomeOfImageNet):
         root: the folder of ``ytbb_videos``, or its parent. ``anchor_labels.json``, ``pmk_labels.json``,
             ``ytbb_class_index.json`` and ``ytbb_robustness_test_anchors_full.csv`` lie beside ``ytbb_videos``, in
             ``metadata`` or in ``ytbb-robust_metadata``.
-
-    Raises:
-        MissingData: no such folder or file.
     """
 
     def __init__(self, root: str) -> None:

@@ -6,8 +6,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
-
 from datamodules.evaluation.annotation_files import (
     AGAIN,
     find,
@@ -19,8 +17,8 @@ from datamodules.evaluation.annotation_files import (
     whole_number,
 )
 from datamodules.evaluation.image_files import (
-    ByLayout,
     ImageFiles,
+    KnownLabels,
     images_in,
     in_class_folders,
     labels_of,
@@ -34,6 +32,7 @@ from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.reading import reading
 
+ImageNetSplit = Literal["train", "val"]
 DEVKIT = "ILSVRC2012_devkit_t12"
 KAGGLE = "ILSVRC/Data/CLS-LOC"
 SOLUTION = "LOC_val_solution.csv"  # Kaggle's labels of the validation images
@@ -42,34 +41,23 @@ TARS = {"train": "imagenet1k-train-*.tar", "val": "imagenet1k-validation-*.tar"}
 WNID = re.compile(r"(n\d{8})_")
 
 
-class ImageNet(ByLayout):
+def ImageNet(root: str, split: ImageNetSplit = "val") -> LabelledImages:
     """ImageNet 2012, as torchvision, its archives, Kaggle or timm lay it out.
 
     One of ``root/train/n01440764/*.JPEG`` and ``root/val/...`` (or ``root/validation/...``), where class folders may be
     missing; the same below Kaggle's ``ILSVRC/Data/CLS-LOC``; or the tar files of ``timm/imagenet-1k-wds`` in ``root``.
     All validation images may lie in their folder itself. Then the labels come from torchvision's ``meta.bin``, from the
     unpacked ``ILSVRC2012_devkit_t12`` or from Kaggle's ``LOC_val_solution.csv`` in ``root``.
-
-    Args:
-        root: the folder.
-        split: ``train``, or ``val``, which the paper tests on.
-
-    Raises:
-        MissingData: no such folder, tar files or labels.
     """
-
-    def __init__(self, root: str, split: Literal["train", "val"] = "val") -> None:
-        top = Path(root)
-        folders = [f"{place}{name}" for place in ("", f"{KAGGLE}/") for name in FOLDERS[split]]
-        tars = sorted(top.glob(TARS[split]))
-        if tars and not any((top / folder).is_dir() for folder in folders):
-            self.read_by(_ImageNetTars(tars))
-        else:
-            folder = find(top, folders, f"folder of images, and no {TARS[split]},")
-            self.read_by(_open_folder(top, folder, split))
+    top = Path(root)
+    folders = [f"{place}{name}" for place in ("", f"{KAGGLE}/") for name in FOLDERS[split]]
+    tars = sorted(top.glob(TARS[split]))
+    if tars and not any((top / folder).is_dir() for folder in folders):
+        return _ImageNetTars(tars)
+    return _open_folder(top, find(top, folders, f"folder of images, and no {TARS[split]},"), split)
 
 
-def _open_folder(root: Path, folder: Path, split: Literal["train", "val"]) -> ImageFiles:
+def _open_folder(root: Path, folder: Path, split: ImageNetSplit) -> ImageFiles:
     wnids = imagenet_wnids()
     names = imagenet_class_names()
     if split == "val" and not any(entry.is_dir() and entry.name[0] == "n" for entry in os.scandir(folder)):
@@ -126,16 +114,10 @@ def _wnids_in_solution(path: Path, files: Sequence[str]) -> list[str]:
     return [wnid_of[Path(file).stem] for file in files]
 
 
-class _ImageNetTars(TarImages, LabelledImages):
+class _ImageNetTars(TarImages, KnownLabels):
     """The tar files of ``timm/imagenet-1k-wds``, whose samples are a ``.jpg`` and its label in a ``.cls``.
 
     Images have the names and the order that they have in class folders.
-
-    Args:
-        tars: all files of a split.
-
-    Raises:
-        MissingData: a file that the set's ``_info.json`` lists does not exist.
     """
 
     def __init__(self, tars: list[Path]) -> None:
@@ -167,12 +149,6 @@ class _ImageNetTars(TarImages, LabelledImages):
         span = self.spans[index]
         assert span is not None
         return f"{self.tars[span.tar]} sample {self.keys[index]}"
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.image(index), self._labels[index]
-
-    def labels(self) -> list[int]:
-        return list(self._labels)
 
     def stamp(self) -> str:
         return stamp_of_files(self.tars)

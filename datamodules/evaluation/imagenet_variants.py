@@ -35,41 +35,25 @@ def _timms(name: str) -> str:
     return read_text(Path(package.origin).parent / "data/_info" / name)
 
 
-class ImageNetV2(ImageFiles):
+def ImageNetV2(root: str) -> ImageFiles:
     """ImageNetV2: 10 new images of each class, in folders named 0 to 999 by label.
 
     A loader that sorts folder names as text (0, 1, 10, 100, ...) would label nearly every image wrongly.
-
-    Args:
-        root: for example ``imagenetv2-matched-frequency-format-val``.
-
-    Raises:
-        MissingData: no such folder.
     """
-
-    def __init__(self, root: str) -> None:
-        wanted = [str(label) for label in range(1000)]
-        if wrong := sorted(set(subfolders(Path(root))) ^ set(wanted)):
-            raise InputError(f"{root}: its folders are not 0 to 999 ({len(wrong)} differ: {', '.join(wrong[:3])})")
-        files, labels = in_class_folders(Path(root), wanted)
-        super().__init__(Path(root), files, labels, imagenet_class_names())
+    wanted = [str(label) for label in range(1000)]
+    if wrong := sorted(set(subfolders(Path(root))) ^ set(wanted)):
+        raise InputError(f"{root}: its folders are not 0 to 999 ({len(wrong)} differ: {', '.join(wrong[:3])})")
+    return ImageFiles(Path(root), *in_class_folders(Path(root), wanted), imagenet_class_names())
 
 
 class ImageNetFolders(ImageFiles, SomeOfImageNet):
     """Images of some of ImageNet's classes, in folders named by WordNet id, scored among those classes only.
 
-    This is the layout of ImageNet-A, -R and -Sketch.
+    This is the layout of ImageNet-A, -R and -Sketch. Labels follow ImageNet's order, and names are the paper's.
 
     Args:
         root: the folder.
         classes: the number of classes to expect; None: any.
-
-    Attributes:
-        wnids: the classes' WordNet ids, in ImageNet's order.
-        class_names: the paper's names for them.
-
-    Raises:
-        MissingData: no such folder.
     """
 
     def __init__(self, root: str, classes: int | None = None) -> None:
@@ -93,16 +77,8 @@ class ObjectNet(ImageFiles, SomeOfImageNet):
     """ObjectNet: everyday objects in unusual places, restricted to the 113 classes that ImageNet has too.
 
     ObjectNet's ``mappings`` list these classes and their names. Labels follow the sorted folder names, as in
-    CLIP_benchmark. The red line around each image, which marks it as not to be trained on, is cut off.
-
-    Args:
-        root: ``objectnet-1.0``, with ``images`` and ``mappings``.
-
-    Attributes:
-        class_names: ObjectNet's own, in lower case.
-
-    Raises:
-        MissingData: the folder or one of its files does not exist.
+    CLIP_benchmark; class names are ObjectNet's own in lower case. The red line around each image, which marks it as
+    not to be trained on, is cut off. ``root`` is ``objectnet-1.0``, with ``images`` and ``mappings``.
     """
 
     def __init__(self, root: str) -> None:
@@ -130,7 +106,7 @@ class ObjectNet(ImageFiles, SomeOfImageNet):
             raise InputError(f"objectnet_to_imagenet_1k.json: {wrong[0]!r} does not name one class of ImageNet")
         return [[known[words][0] for words in several] for several in self._words]
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        image, label = super().__getitem__(index)
+    def image(self, index: int) -> Image.Image:
+        image = super().image(index)
         width, height = image.size
-        return image.crop((BORDER, BORDER, width - BORDER, height - BORDER)), label
+        return image.crop((BORDER, BORDER, width - BORDER, height - BORDER))

@@ -8,12 +8,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from PIL import Image
 
+from datamodules.evaluation.image_files import KnownLabels
 from datamodules.evaluation.image_folder import ClassNames, resolve_names
 from datamodules.pairs.column_names import refuse_equal
+from datamodules.pairs.stored import RowRange
 from lit_clip.errors import InputError, listed, require
-from lit_clip.evaluation.data import LabelledImages, MissingData, numbered
+from lit_clip.evaluation.data import MissingData, numbered
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import open_image
 from lit_clip.tools.reading import check_is_file, reading
@@ -23,7 +27,7 @@ SPLIT = re.compile(rf"(.+?)-\d{{5}}-of-\d{{5}}|({NAMED})([-_].*)?", re.IGNORECAS
 SEPARATE = "separate the sets, or convert them again"
 
 
-class ParquetClasses(LabelledImages):
+class ParquetClasses(KnownLabels):
     """Parquet files with encoded images and labels, as Hugging Face stores ImageNet.
 
     Args:
@@ -34,9 +38,6 @@ class ParquetClasses(LabelledImages):
         image_column: bytes, or a struct with a field ``bytes``.
         label_column: integers from 0.
         split: of the folder's files, by the beginning of their names; needed if there are several.
-
-    Raises:
-        MissingData: no such file, or none of this split.
     """
 
     def __init__(
@@ -47,8 +48,6 @@ class ParquetClasses(LabelledImages):
         label_column: str = "label",
         split: str | None = None,
     ) -> None:
-        import pyarrow.parquet as pq
-
         files = sorted(Path(path).glob("*.parquet")) if Path(path).is_dir() else [Path(path)]
         for file in files:
             check_is_file(file)
@@ -57,36 +56,30 @@ class ParquetClasses(LabelledImages):
         self.paths = _files_of_split(path, files, split)
         self.image_column = image_column
         self._labels: list[int] = []
-        self._groups: list[tuple[Path, int, int]] = []  # file, row group, the group's first row in the file
+        self._groups: list[RowRange] = []
         self._starts: list[int] = []  # first row of each group, counted over all files
         self._loaded: tuple[int, Any] | None = None
-        stored: list[str] | None = None
-        for file in self.paths:
-            with reading(file, "parquet file"):
-                parquet = pq.ParquetFile(file)
-                schema = parquet.schema_arrow
-            self._index(file, parquet, schema, label_column)
-            names = _stored_names(file, schema, label_column)
-            if file is not self.paths[0] and names != stored:
+        stored = [self._read(file, label_column) for file in self.paths]
+        for file, names in zip(self.paths, stored, strict=True):
+            if names != stored[0]:
                 raise InputError(f"{file}: its class names are not those of {self.paths[0].name}; {SEPARATE}")
-            stored = names
         if not self._labels:
             raise InputError(f"{path}: no rows")
-        if stored is not None and max(self._labels) >= len(stored):
-            raise InputError(f"{path}: label {max(self._labels)}, but {len(stored)} class names in its metadata")
-        self.class_names = resolve_names(class_names, stored or numbered(self._labels, path), path)
+        if stored[0] is not None and max(self._labels) >= len(stored[0]):
+            raise InputError(f"{path}: label {max(self._labels)}, but {len(stored[0])} class names in its metadata")
+        self.class_names = resolve_names(class_names, stored[0] or numbered(self._labels, path), path)
 
-    def _index(self, file: Path, parquet: Any, schema: Any, label_column: str) -> None:
-        import pyarrow as pa
-
+    def _read(self, file: Path, label_column: str) -> list[str] | None:
+        """Note the labels and row groups of a file; return its class names."""
+        with reading(file, "parquet file"):
+            parquet = pq.ParquetFile(file)
+            schema = parquet.schema_arrow
         refuse_equal(file, schema.names, (self.image_column, label_column))
         for column in (self.image_column, label_column):
             if column not in schema.names:
                 raise InputError(f"{file}: no column {column!r}; its columns are {listed(schema.names, 20)}")
-        if not pa.types.is_integer(schema.field(label_column).type):
-            raise InputError(
-                f"{file}: column {label_column!r} holds {schema.field(label_column).type}, not labels from 0"
-            )
+        kind = schema.field(label_column).type
+        require(pa.types.is_integer(kind), f"{file}: column {label_column!r} holds {kind}, not labels from 0")
         first = 0
         for group in range(parquet.num_row_groups):
             with reading(file, "parquet file"):
@@ -94,45 +87,37 @@ class ParquetClasses(LabelledImages):
             for row, label in enumerate(labels, start=first):
                 if label is None or label < 0:
                     raise InputError(f"{file} row {row}: its label is {label}; only labelled images can be scored")
-            self._groups.append((file, group, first))
+            self._groups.append(RowRange(file, group, first, len(labels)))
             self._starts.append(len(self._labels))
             self._labels += labels
             first += len(labels)
+        return _stored_names(file, schema, label_column)
 
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        import pyarrow.parquet as pq
-
-        group, file, row = self._place(index)
-        number = self._groups[group][1]
-        if self._loaded is None or self._loaded[0] != group:  # rows are read in order: keep the last group
-            with reading(file, "parquet file"):
-                column = pq.ParquetFile(file).read_row_group(number, columns=[self.image_column])[self.image_column]
-            self._loaded = (group, column)
-        value = self._loaded[1][index - self._starts[group]].as_py()
+    def image(self, index: int) -> Image.Image:
+        number, row = self._place(index)
+        group = self._groups[number]
+        if self._loaded is None or self._loaded[0] != number:  # rows are read in order: keep the last group
+            with reading(group.file, "parquet file"):
+                table = pq.ParquetFile(group.file).read_row_group(group.group, columns=[self.image_column])
+            self._loaded = (number, table[self.image_column])
+        value = self._loaded[1][row].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
-        where = f"{file} row {row}"
+        where = f"{group.file} row {group.first + row}"
         if not isinstance(data, bytes):
             raise InputError(f"{where}: column {self.image_column!r} holds no encoded image")
-        return open_image(io.BytesIO(data), where), self._labels[index]
+        return open_image(io.BytesIO(data), where)
 
-    def _place(self, index: int) -> tuple[int, Path, int]:
-        """Find a row: the index of its row group, its file, and its number in the file."""
-        group = bisect_right(self._starts, index) - 1
-        file, _, first = self._groups[group]
-        return group, file, first + index - self._starts[group]
+    def _place(self, index: int) -> tuple[int, int]:
+        """Return the number of a row's group, and its place there."""
+        number = bisect_right(self._starts, index) - 1
+        return number, index - self._starts[number]
 
     def image_paths(self) -> list[Path]:
         return self.paths
 
-    def labels(self) -> list[int]:
-        return self._labels
-
     def key(self, index: int) -> str:
-        _, file, row = self._place(index)
-        return f"{file.name}:{row}"
+        number, row = self._place(index)
+        return f"{self._groups[number].file.name}:{self._groups[number].first + row}"
 
     def stamp(self) -> str:
         return f"{stamp_of_files(self.paths)}-{self.image_column}"

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Literal, get_args
 
-from datamodules.evaluation.annotation_files import find, read_table, read_words
+from datamodules.evaluation.annotation_files import find, read_lines, read_table, read_words
 from datamodules.evaluation.image_files import ImageFiles, TrainValTest
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import Grouped
@@ -21,13 +21,7 @@ FAIRFACE: dict[str, list[str]] = {  # as the tables write them
 class FairFace(ImageFiles, Grouped):
     """FairFace: ``fairface_label_val.csv`` and ``val/1.jpg``; one attribute is the class, all three are groups.
 
-    Args:
-        root: the folder of the tables and of ``train`` and ``val``.
-        attribute: ``race`` (7 classes), ``gender`` (2) or ``age`` (9).
-        split: ``val``, the usual test split, or ``train``.
-
-    Raises:
-        MissingData: no such folder, table or images.
+    ``race`` has 7 classes, ``gender`` 2 and ``age`` 9; ``val`` is the usual test split.
     """
 
     def __init__(self, root: str, attribute: Attribute = "race", split: Literal["train", "val"] = "val") -> None:
@@ -49,7 +43,9 @@ class FairFace(ImageFiles, Grouped):
         return {name: list(values) for name, values in self._groups.items()}
 
 
-class CelebAIdentities(ImageFiles):
+def CelebAIdentities(
+    root: str, names: str = "identity_names.txt", identities: int = 100, split: TrainValTest | None = None
+) -> ImageFiles:
     """CelebA's people by name: ``identity_CelebA.txt``, ``list_eval_partition.txt``, ``img_align_celeba`` and names.
 
     CelebA only numbers the people. Their names come from a file of the user's with a number and a name on each line
@@ -61,49 +57,38 @@ class CelebAIdentities(ImageFiles):
         names: the file of names, below ``root``.
         identities: number of classes; the paper has 100, 1,000 and 2,000.
         split: the partition; None: all, since no person is in two partitions.
-
-    Raises:
-        MissingData: no such folder or file.
     """
-
-    def __init__(
-        self,
-        root: str,
-        names: str = "identity_names.txt",
-        identities: int = 100,
-        split: TrainValTest | None = None,
-    ) -> None:
-        top = Path(root)
-        identity = find(top, ("identity_CelebA.txt",), "identity_CelebA.txt")
-        annotations = [identity, find(top, (names,), "file of the people's names")]
-        person_of, name_of = dict(read_words(identity, 2)), _names_of_people(annotations[1])
-        images = [name for name, person in person_of.items() if person in name_of]
-        if split is not None:
-            partition = str(get_args(TrainValTest).index(split))
-            annotations.append(find(top, ("list_eval_partition.txt",), "list_eval_partition.txt"))
-            partition_of = dict(read_words(annotations[-1], 2))
-            images = [name for name in images if partition_of.get(name) == partition]
-        counts = Counter(person_of[name] for name in images)
-        require(identities > 1, f"identities: must be at least 2, not {identities}")
-        require(
-            identities <= len(counts),
-            f"identities: {identities} is more than the {len(counts)} named people with images; "
-            f"lower it, or add names to {top / names}",
-        )
-        people = sorted(counts, key=lambda person: (-counts[person], int(person)))[:identities]
-        label_of = {person: label for label, person in enumerate(people)}
-        kept = [name for name in images if person_of[name] in label_of]
-        folder = find(top, ("img_align_celeba", "img_celeba"), "folder of images")
-        labels = [label_of[person_of[name]] for name in kept]
-        super().__init__(folder, kept, labels, [name_of[person] for person in people], annotations)
+    top = Path(root)
+    identity = find(top, ("identity_CelebA.txt",), "identity_CelebA.txt")
+    annotations = [identity, find(top, (names,), "file of the people's names")]
+    person_of, name_of = dict(read_words(identity, 2)), _names_of_people(annotations[1])
+    images = [name for name, person in person_of.items() if person in name_of]
+    if split is not None:
+        partition = str(get_args(TrainValTest).index(split))
+        annotations.append(find(top, ("list_eval_partition.txt",), "list_eval_partition.txt"))
+        partition_of = dict(read_words(annotations[-1], 2))
+        images = [name for name in images if partition_of.get(name) == partition]
+    counts = Counter(person_of[name] for name in images)
+    require(identities > 1, f"identities: must be at least 2, not {identities}")
+    require(
+        identities <= len(counts),
+        f"identities: {identities} is more than the {len(counts)} named people with images; "
+        f"lower it, or add names to {top / names}",
+    )
+    people = sorted(counts, key=lambda person: (-counts[person], int(person)))[:identities]
+    label_of = {person: label for label, person in enumerate(people)}
+    kept = [name for name in images if person_of[name] in label_of]
+    folder = find(top, ("img_align_celeba", "img_celeba"), "folder of images")
+    labels = [label_of[person_of[name]] for name in kept]
+    return ImageFiles(folder, kept, labels, [name_of[person] for person in people], annotations)
 
 
 def _names_of_people(path: Path) -> dict[str, str]:
     names = {}
-    for row in read_words(path, 1):
-        match = re.fullmatch(r"([0-9]{1,18})[\s,;:]+(.+)", row[0])
+    for line in read_lines(path):
+        match = re.fullmatch(r"([0-9]{1,18})[\s,;:]+(.+)", line)
         if match:
             names[match[1]] = match[2].strip().strip('"').replace("_", " ")
         elif names:  # the first line may be a header
-            raise InputError(f"{path}: {row[0]!r} is not a number and a name; fix the line")
+            raise InputError(f"{path}: {line!r} is not a number and a name; fix the line")
     return names

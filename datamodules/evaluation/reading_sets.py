@@ -6,7 +6,7 @@ from typing import Any, Literal
 import numpy as np
 
 from datamodules.evaluation.annotation_files import AGAIN, find, import_optional, own_dataset, read_mat
-from datamodules.evaluation.image_files import ImageFiles, TrainTest
+from datamodules.evaluation.image_files import ImageFiles, TrainTest, labels_of
 from datamodules.loading.bad_samples import is_unicode
 from lit_clip.errors import require
 from lit_clip.evaluation.data import Lexicons
@@ -15,28 +15,19 @@ from lit_clip.tools.reading import reading
 LONGEST_CELL = 4096  # letters of a name, or digits of a number
 
 
-class SVHNNumbers(ImageFiles):
+def SVHNNumbers(root: str, split: str = "test") -> ImageFiles:
     """SVHN's photographs of house numbers (format 1); the class is the whole number.
 
     Classes are the numbers that occur in the split, sorted by value and then by spelling. The paper does not say which
-    classes it used.
-
-    Args:
-        root: the folder that contains ``test`` with ``digitStruct.mat`` and the images, as in ``test.tar.gz``.
-        split: ``train``, ``test`` or ``extra``.
-
-    Raises:
-        MissingData: no such folder or file.
+    classes it used. ``SPLIT`` (``train``, ``test`` or ``extra``) has ``digitStruct.mat`` and the images, as in
+    ``test.tar.gz``.
     """
-
-    def __init__(self, root: str, split: str = "test") -> None:
-        folder = find(Path(root), (split,), f"folder of {split} (unpack {split}.tar.gz)")
-        path = find(folder, ("digitStruct.mat",), "digitStruct.mat")
-        rows = _digit_structs(path)
-        names = sorted({numeral for _, numeral in rows}, key=lambda numeral: (int(numeral), numeral))
-        label_of = {numeral: label for label, numeral in enumerate(names)}
-        labels = [label_of[numeral] for _, numeral in rows]
-        super().__init__(folder, [name for name, _ in rows], labels, names, [path])
+    folder = find(Path(root), (split,), f"folder of {split} (unpack {split}.tar.gz)")
+    path = find(folder, ("digitStruct.mat",), "digitStruct.mat")
+    rows = _digit_structs(path)
+    names = sorted({numeral for _, numeral in rows}, key=lambda numeral: (int(numeral), numeral))
+    labels = labels_of([numeral for _, numeral in rows], names, path)
+    return ImageFiles(folder, [name for name, _ in rows], labels, names, [path])
 
 
 def _digit_structs(path: Path) -> list[tuple[str, str]]:
@@ -72,13 +63,8 @@ class IIIT5K(ImageFiles, Lexicons):
 
     Case does not count, as in the set's own scoring: all words are upper-cased. Classes are all words of all lists.
 
-    Args:
-        root: the folder of ``testdata.mat`` and ``test`` (``IIIT5K`` in the archive).
-        split: ``train`` or ``test``.
-        lexicon: ``medium``: lists of 1,000 words ("1k"); ``small``: of 50.
-
-    Raises:
-        MissingData: no such folder or file.
+    ``testdata.mat`` and ``test`` are in ``root`` or in ``IIIT5K``. ``medium`` lists have 1,000 words ("1k"), ``small``
+    ones 50.
     """
 
     def __init__(self, root: str, split: TrainTest = "test", lexicon: Literal["small", "medium"] = "medium") -> None:

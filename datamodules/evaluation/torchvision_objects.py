@@ -12,11 +12,12 @@ from datamodules.evaluation.annotation_files import (
     AGAIN,
     number,
     read_json,
+    read_lines,
     read_text,
     read_words,
     whole_number,
 )
-from datamodules.evaluation.image_files import ListedImages, TrainTest, TrainValTest, by_hash, labels_of
+from datamodules.evaluation.image_files import ImageFiles, ListedImages, TrainTest, TrainValTest, by_hash, labels_of
 from datamodules.loading.bad_samples import is_unicode
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MultiLabel
@@ -24,49 +25,21 @@ from lit_clip.tools.reading import reading
 
 # In the order of the paper's prompts, which is not alphabetical.
 VOC_CLASSES = [
-    "aeroplane",
-    "bicycle",
-    "bird",
-    "boat",
-    "bottle",
-    "bus",
-    "car",
-    "cat",
-    "chair",
-    "cow",
-    "dog",
-    "horse",
-    "motorbike",
-    "person",
-    "sheep",
-    "sofa",
-    "diningtable",
-    "pottedplant",
-    "train",
-    "tvmonitor",
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dog", "horse"),
+    *("motorbike", "person", "sheep", "sofa", "diningtable", "pottedplant", "train", "tvmonitor"),
 ]
 COUNTS = (10, 3, 4, 5, 6, 7, 8, 9)  # labels follow the paper's prompts: "10" sorts before "3"
-DISTANCES = [
-    "a car on the left or right side",
-    "a car nearby",
-    "a car in the distance",
-    "no car",
-]
+DISTANCES = ["a car on the left or right side", "a car nearby", "a car in the distance", "no car"]
 VEHICLES = {"Car", "Van", "Truck"}
 
 
 class VOC2007(ListedImages, MultiLabel):
-    """PASCAL VOC 2007: which of 20 kinds of objects an image shows.
-
-    Args:
-        root: the folder with ``VOCdevkit/VOC2007``.
-        split: a list in ``ImageSets/Main``.
-    """
+    """PASCAL VOC 2007: which of 20 kinds of objects an image shows; ``VOCdevkit/VOC2007``."""
 
     def __init__(self, root: str, split: Literal["train", "val", "trainval", "test"] = "test") -> None:
         folder = Path(root) / "VOCdevkit" / "VOC2007"
         listed = folder / "ImageSets" / "Main" / f"{split}.txt"
-        images = [row[0] for row in read_words(listed, 1)]
+        images = read_lines(listed)
         annotations = [folder / "Annotations" / f"{image}.xml" for image in images]
         self._relevance = [_relevance_of_classes(path) for path in annotations]
         files = [f"JPEGImages/{image}.jpg" for image in images]
@@ -93,27 +66,22 @@ def _relevance_of_classes(path: Path) -> list[int]:
     return relevance
 
 
-class KITTI(ListedImages):
+def KITTI(root: str, split: TrainValTest = "test") -> ImageFiles:
     """KITTI's street scenes: how far away the closest vehicle is.
 
     Labels are those of VTAB's task ``closest_vehicle_distance``: up to 8 m, up to 20 m, farther, no vehicle. A vehicle
     is a car, a van or a truck; distance is measured along the camera's axis. Only images with public labels are used.
-    ``val`` and ``test`` are whole videos, drawn as in TensorFlow Datasets 3, which VTAB uses.
-
-    Args:
-        root: the folder with ``Kitti/raw/training``, and with ``Kitti/raw/mapping`` from ``devkit_object.zip``.
-        split: ``train``, ``val`` or ``test``.
+    ``val`` and ``test`` are whole videos, drawn as in TensorFlow Datasets 3, which VTAB uses. ``Kitti/raw`` has
+    ``training``, and ``mapping`` from ``devkit_object.zip``.
     """
-
-    def __init__(self, root: str, split: TrainValTest = "test") -> None:
-        raw = Path(root) / "Kitti" / "raw"
-        mapping = [raw / "mapping" / name for name in ("train_mapping.txt", "train_rand.txt")]
-        images = _split_by_video(*mapping)[split]
-        folder = raw / "training"
-        annotations = [folder / "label_2" / f"{image:06}.txt" for image in images]
-        labels = [_closest_vehicle(path) for path in annotations]
-        files = [f"image_2/{image:06}.png" for image in images]
-        super().__init__(folder, files, labels, list(DISTANCES), [*mapping, *annotations])
+    raw = Path(root) / "Kitti" / "raw"
+    mapping = [raw / "mapping" / name for name in ("train_mapping.txt", "train_rand.txt")]
+    images = _split_by_video(*mapping)[split]
+    folder = raw / "training"
+    annotations = [folder / "label_2" / f"{image:06}.txt" for image in images]
+    labels = [_closest_vehicle(path) for path in annotations]
+    files = [f"image_2/{image:06}.png" for image in images]
+    return ListedImages(folder, files, labels, list(DISTANCES), [*mapping, *annotations])
 
 
 def _split_by_video(mapping: Path, path: Path) -> dict[str, list[int]]:
@@ -149,37 +117,25 @@ def _closest_vehicle(path: Path) -> int:
     return 0 if nearest <= 8 else 1 if nearest <= 20 else 2
 
 
-class CLEVRCounts(ListedImages):
-    """CLEVR: how many objects an image shows, 3 to 10.
+def CLEVRCounts(root: str, split: TrainTest = "test", train: int = 2_000, test: int = 500, seed: int = 0) -> ImageFiles:
+    """CLEVR: how many objects an image shows, 3 to 10; ``clevr/CLEVR_v1.0``.
 
     ``train`` is the first ``train`` of CLEVR's training images by :func:`by_hash`, ``test`` the first ``test`` of its
     validation images: the sizes of table 9. (CLEVR's own test images have no public labels.)
-
-    Args:
-        root: the folder with ``clevr/CLEVR_v1.0``.
-        split: ``train`` or ``test``.
-        train: number of training images.
-        test: number of test images.
-        seed: of the draw.
     """
-
-    def __init__(
-        self, root: str, split: TrainTest = "test", train: int = 2_000, test: int = 500, seed: int = 0
-    ) -> None:
-        folder = Path(root) / "clevr" / "CLEVR_v1.0"
-        part, wanted = ("train", train) if split == "train" else ("val", test)
-        path = folder / "scenes" / f"CLEVR_{part}_scenes.json"
-        scenes = read_json(path)
-        with reading(path, "file of CLEVR's scenes", hint=AGAIN):
-            counts = {scene["image_filename"]: len(scene["objects"]) for scene in scenes["scenes"]}
-        if not all(isinstance(name, str) and is_unicode(name) for name in counts):
-            raise InputError(f"{path}: the name of an image is not text; get it again")
-        if len(counts) < wanted:
-            raise InputError(f"{path}: {len(counts)} scenes, not {wanted}; get it again")
-        names = sorted(by_hash(list(counts), seed)[:wanted])
-        wrong = next((name for name in names if counts[name] not in COUNTS), None)
-        if wrong is not None:
-            raise InputError(f"{path}: {wrong} has {counts[wrong]} objects; CLEVR's images have 3 to 10")
-        files = [f"images/{part}/{name}" for name in names]
-        labels = [COUNTS.index(counts[name]) for name in names]
-        super().__init__(folder, files, labels, [str(n) for n in COUNTS], [path])
+    folder = Path(root) / "clevr" / "CLEVR_v1.0"
+    part, wanted = ("train", train) if split == "train" else ("val", test)
+    path = folder / "scenes" / f"CLEVR_{part}_scenes.json"
+    scenes = read_json(path)
+    with reading(path, "file of CLEVR's scenes", hint=AGAIN):
+        counts = {scene["image_filename"]: len(scene["objects"]) for scene in scenes["scenes"]}
+    if not all(isinstance(name, str) and is_unicode(name) for name in counts):
+        raise InputError(f"{path}: the name of an image is not text; get it again")
+    if len(counts) < wanted:
+        raise InputError(f"{path}: {len(counts)} scenes, not {wanted}; get it again")
+    names = sorted(by_hash(list(counts), seed)[:wanted])
+    wrong = next((name for name in names if counts[name] not in COUNTS), None)
+    if wrong is not None:
+        raise InputError(f"{path}: {wrong} has {counts[wrong]} objects; CLEVR's images have 3 to 10")
+    labels = [COUNTS.index(counts[name]) for name in names]
+    return ListedImages(folder, [f"images/{part}/{name}" for name in names], labels, [str(n) for n in COUNTS], [path])

@@ -18,15 +18,10 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.evaluation.annotation_files import AGAIN, read_text, refuse_missing, whole_number
+from datamodules.evaluation.image_files import KnownLabels
 from datamodules.shards.index import split_name, tar_members
 from lit_clip.errors import BadSample, InputError, require
-from lit_clip.evaluation.data import (
-    CaptionedImages,
-    ImageSet,
-    LabelledImages,
-    MultiLabel,
-    numbered,
-)
+from lit_clip.evaluation.data import CaptionedImages, Grouped, ImageSet, MultiLabel, numbered
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import SUFFIXES, open_image
 from lit_clip.tools.reading import reading
@@ -71,13 +66,7 @@ def scan_tar(path: Path, number: int, target_suffix: str) -> dict[str, TarSample
 
 
 class TarImages(ImageSet):
-    """Images that are members of tar files.
-
-    Attributes:
-        tars: the files.
-        keys: each sample's name.
-        spans: where each sample's image is; None: it has none.
-    """
+    """Images that are members of tar files: each sample's name, and where its image is, if it has one."""
 
     tars: list[Path]
     keys: list[str]
@@ -114,18 +103,11 @@ class TarImages(ImageSet):
 
 
 class _Tars(TarImages):
-    """Images in the tar files of a split.
-
-    Args:
-        root: the folder of the set.
-        split: its subfolder.
+    """Images in the tar files of a split, which is a subfolder of the set's.
 
     Attributes:
         templates: the set's own prompt templates, with ``{}`` for the class name; empty if it has no file of them.
         targets: the content of each sample's ``.cls``, ``.npy`` or ``.txt`` file.
-
-    Raises:
-        MissingData: the folder or one of the files it must have does not exist.
     """
 
     kind: ClassVar[Kind]
@@ -185,12 +167,8 @@ class _Tars(TarImages):
         return f"{self.split}-{len(self)}-{stamp_of_files(self.tars)}"
 
 
-class WebDataset(_Tars, LabelledImages):
-    """Images with one class each, whose label is in a ``.cls`` file; arguments and errors as :class:`_Tars`.
-
-    Attributes:
-        class_names: the lines of ``classnames.txt``; without that file the labels.
-    """
+class WebDataset(_Tars, KnownLabels):
+    """Images with one class each: labels in ``.cls`` files, names in ``classnames.txt``, if there is one."""
 
     kind = "classification"
 
@@ -210,15 +188,44 @@ class WebDataset(_Tars, LabelledImages):
             raise InputError(f"{self.where(index)}: its label is {text[:40]!r}, not a whole number of at least 0")
         return label
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.image(index), self._labels[index]
 
-    def labels(self) -> list[int]:
-        return list(self._labels)
+class WebDatasetGroups(WebDataset, Grouped):
+    """A classification set with metadata, as DataComp stores WILDS, Dollar Street and GeoDE.
+
+    A ``.npy`` file beside each ``.cls`` file has one number per column.
+
+    Args:
+        root: the folder of the set.
+        columns: the attributes in the first columns, which define groups; further columns are ignored.
+        split: its subfolder.
+    """
+
+    def __init__(self, root: str, columns: list[str], split: str = "test") -> None:
+        super().__init__(root, split)
+        metadata: dict[str, bytes | None] = {}
+        for number, path in enumerate(self.tars):
+            metadata |= {f"{path.stem}/{key}": it.target for key, it in scan_tar(path, number, "npy").items()}
+        rows = [self._numbers(index, metadata.get(key), len(columns)) for index, key in enumerate(self.keys)]
+        self._groups = {name: [str(row[column]) for row in rows] for column, name in enumerate(columns)}
+
+    def _numbers(self, index: int, content: bytes | None, columns: int) -> list[int]:
+        if content is None:
+            raise InputError(f"{self.where(index)}: no .npy file of metadata; get the set again")
+        with reading(f"{self.where(index)}: its .npy", "array of numbers", hint="get the set again"):
+            row = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+            numbers = [float(value) for value in row[:columns]] if row.ndim == 1 and row.dtype.kind in "iuf" else []
+        if len(numbers) < columns or not all(number.is_integer() for number in numbers):
+            raise InputError(
+                f"{self.where(index)}: its .npy must start with {columns} whole numbers; get the set again"
+            )
+        return [int(number) for number in numbers]
+
+    def groups(self) -> dict[str, list[str]]:
+        return {name: list(values) for name, values in self._groups.items()}
 
 
-class WebDatasetMultiLabel(_Tars, LabelledImages, MultiLabel):
-    """Images with any number of classes each; a ``.npy`` file has a 1 or a 0 for every class. See :class:`_Tars`."""
+class WebDatasetMultiLabel(_Tars, KnownLabels, MultiLabel):
+    """Images with any number of classes each; a ``.npy`` file has a 1 or a 0 for every class."""
 
     kind = "multilabel"
 
@@ -230,7 +237,7 @@ class WebDatasetMultiLabel(_Tars, LabelledImages, MultiLabel):
             if len(mark) != len(self.class_names):
                 problem = f"{len(mark)} marks for {len(self.class_names)} class names"
                 raise InputError(f"{self.where(index)}: {problem}; fix classnames.txt or the set")
-        self._relevance = torch.tensor(np.stack(marks))
+        self._labels, self._relevance = [-1] * len(marks), torch.tensor(np.stack(marks))
 
     def _marks(self, index: int) -> np.ndarray:
         target = io.BytesIO(self.targets[index])
@@ -241,18 +248,12 @@ class WebDatasetMultiLabel(_Tars, LabelledImages, MultiLabel):
             raise InputError(f"{self.where(index)}: its .npy must hold a 0 or a 1 for each class; write it again")
         return marks.astype(np.int8)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.image(index), -1
-
-    def labels(self) -> list[int]:
-        return [-1] * len(self)
-
     def relevance(self) -> Tensor:
         return self._relevance
 
 
 class WebDatasetCaptions(_Tars, CaptionedImages):
-    """Images with captions, which are the lines of a ``.txt`` file. See :class:`_Tars`."""
+    """Images with captions, which are the lines of a ``.txt`` file."""
 
     kind = "retrieval"
 
