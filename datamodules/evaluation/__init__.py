@@ -13,23 +13,31 @@ from datamodules.evaluation.caption_choices import (
     WinoGAViL,
     Winoground,
 )
-from datamodules.evaluation.faces import FER2013, FERPlus
+from datamodules.evaluation.faces import FER2013, CelebAIdentities, FairFace, FERPlus
 from datamodules.evaluation.frame_robustness import ImageNetVidRobust, YTBBRobust
-from datamodules.evaluation.imagenet import ImageNet
-from datamodules.evaluation.imagenet_variants import ImageNetFolders, ImageNetV2, ObjectNet
+from datamodules.evaluation.imagenet import ImageNet, ImageNetFolders, ImageNetV2, ObjectNet
 from datamodules.evaluation.labelled_table import LabelledTable, LocatedImages
 from datamodules.evaluation.languages import XTD10, BabelImageNet, Crossmodal3600, TranslatedImageNet
-from datamodules.evaluation.non_torchvision_sets import RESISC45, SUN, AYahoo, Birdsnap, Digits, HatefulMemes
-from datamodules.evaluation.people_sets import CelebAIdentities, FairFace
-from datamodules.evaluation.reading_sets import IIIT5K, SVHNNumbers
+from datamodules.evaluation.non_torchvision_sets import (
+    IIIT5K,
+    RESISC45,
+    SUN,
+    AYahoo,
+    Birdsnap,
+    Digits,
+    HatefulMemes,
+    SVHNNumbers,
+)
 from datamodules.evaluation.retrieval_sets import COCO, CaptionedPairs, Flickr30k
 from datamodules.evaluation.torchvision_arrays import CIFAR10, CIFAR100, MNIST, STL10, PCam
-from datamodules.evaluation.torchvision_objects import KITTI, VOC2007, CLEVRCounts
 from datamodules.evaluation.torchvision_sets import (
     DTD,
     GTSRB,
+    KITTI,
     SUN397,
+    VOC2007,
     Caltech101,
+    CLEVRCounts,
     Country211,
     EuroSAT,
     FGVCAircraft,

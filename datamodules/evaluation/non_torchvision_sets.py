@@ -1,18 +1,40 @@
-"""Classification sets that torchvision lacks: Birdsnap, RESISC45, Hateful Memes, aYahoo, SUN, scikit-learn's digits."""
+"""Sets that torchvision lacks: Birdsnap, RESISC45, Hateful Memes, aYahoo, SUN, digits, SVHN's house numbers, IIIT5K."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 
-from datamodules.evaluation.annotation_files import find, import_optional, read_table, read_text, read_words
-from datamodules.evaluation.image_files import ImageFiles, KnownLabels, TrainTest, by_hash, in_class_folders, subfolders
+from datamodules.evaluation.annotation_files import (
+    AGAIN,
+    find,
+    import_optional,
+    own_dataset,
+    read_mat,
+    read_table,
+    read_text,
+    read_words,
+)
+from datamodules.evaluation.image_files import (
+    ImageFiles,
+    KnownLabels,
+    TrainTest,
+    by_hash,
+    in_class_folders,
+    labels_of,
+    subfolders,
+)
 from datamodules.evaluation.labelled_table import read_labels, resolve_labels
-from lit_clip.errors import InputError
+from datamodules.loading.bad_samples import is_unicode
+from lit_clip.errors import InputError, require
+from lit_clip.evaluation.data import Lexicons
 from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.reading import reading
 
 DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TRAINING_DIGITS = 1000
+LONGEST_CELL = 4096  # letters of a name, or digits of a number
 
 
 def Birdsnap(root: str, split: TrainTest = "test") -> ImageFiles:
@@ -127,3 +149,84 @@ class Digits(KnownLabels):
 
     def stamp(self) -> str:
         return hex_digest([self.pixels.tobytes()])
+
+
+def SVHNNumbers(root: str, split: str = "test") -> ImageFiles:
+    """SVHN's photographs of house numbers (format 1); the class is the whole number.
+
+    Classes are the numbers that occur in the split, sorted by value and then by spelling. The paper does not say which
+    classes it used. ``SPLIT`` (``train``, ``test`` or ``extra``) has ``digitStruct.mat`` and the images, as in
+    ``test.tar.gz``.
+    """
+    folder = find(Path(root), (split,), f"folder of {split} (unpack {split}.tar.gz)")
+    path = find(folder, ("digitStruct.mat",), "digitStruct.mat")
+    rows = _digit_structs(path)
+    names = sorted({numeral for _, numeral in rows}, key=lambda numeral: (int(numeral), numeral))
+    labels = labels_of([numeral for _, numeral in rows], names, path)
+    return ImageFiles(folder, [name for name, _ in rows], labels, names, [path])
+
+
+def _digit_structs(path: Path) -> list[tuple[str, str]]:
+    """Read each image's file name and number from a MATLAB 7.3 file, which is HDF5 whose cells are references."""
+    h5py = import_optional("h5py", "h5py", path)
+    everything = h5py.h5s.ALL
+
+    def read(dataset: Any) -> np.ndarray:  # h5py's high-level objects take twice as long
+        plan = dataset.get_create_plist()
+        if plan.get_external_count() or plan.get_layout() == h5py.h5d.VIRTUAL or dataset.shape[0] > LONGEST_CELL:
+            raise ValueError("a cell is not a name or a number")
+        values = np.empty(dataset.shape, dataset.dtype)
+        dataset.read(everything, everything, values)
+        return values[:, 0]
+
+    with reading(path, "file of SVHN's digitStruct", hint=AGAIN), h5py.File(path) as opened:
+        file: Any = opened
+        rows = []
+        columns = [own_dataset(file, path, f"digitStruct/{name}") for name in ("name", "bbox")]
+        for name, box in zip(*(column[:, 0] for column in columns), strict=True):
+            cells = read(h5py.h5d.open(h5py.h5r.dereference(box, file.id), b"label"))
+            if len(cells) > 1:  # references; a single value is stored directly
+                cells = [read(h5py.h5r.dereference(cell, file.id))[0] for cell in cells]
+            letters = read(h5py.h5r.dereference(name, file.id))
+            rows.append(("".join(map(chr, letters)), "".join(str(int(cell) % 10) for cell in cells)))
+    require(bool(rows), f"{path}: no images in it; get it again")
+    require(all(is_unicode(name) for name, _ in rows), f"{path}: a name is not Unicode; get it again")
+    return rows
+
+
+class IIIT5K(ImageFiles, Lexicons):
+    """IIIT 5K-Word: images of single words; each has its own list of words to choose from.
+
+    Case does not count, as in the set's own scoring: all words are upper-cased. Classes are all words of all lists.
+
+    ``testdata.mat`` and ``test`` are in ``root`` or in ``IIIT5K``. ``medium`` lists have 1,000 words ("1k"), ``small``
+    ones 50.
+    """
+
+    def __init__(self, root: str, split: TrainTest = "test", lexicon: Literal["small", "medium"] = "medium") -> None:
+        path = find(Path(root), (f"{split}data.mat", f"IIIT5K/{split}data.mat"), f"{split}data.mat")
+        rows = _words_of_images(path, f"{split}data", f"{lexicon}Lexi")
+        names = sorted({word for _, truth, words in rows for word in (truth, *words)})
+        label_of = {word: label for label, word in enumerate(names)}
+        labels = [label_of[truth] for _, truth, _ in rows]
+        super().__init__(path.parent, [name for name, _, _ in rows], labels, names, [path])
+        self._candidates = [sorted({label_of[word] for word in (truth, *words)}) for _, truth, words in rows]
+
+    def candidates(self) -> list[list[int]]:
+        return [list(labels) for labels in self._candidates]
+
+
+def _words_of_images(path: Path, variable: str, lexicon: str) -> list[tuple[str, str, list[str]]]:
+    """Read each image's file name, its word, and the words of its list."""
+    (structs,) = read_mat(path, variable)
+    with reading(path, f"file of IIIT5K's {variable} with {lexicon}", hint=AGAIN):
+        rows = [
+            (
+                str(row["ImgName"]),
+                str(row["GroundTruth"]).upper(),
+                [str(word).upper() for word in np.atleast_1d(row[lexicon])],
+            )
+            for row in structs
+        ]
+    require(bool(rows), f"{path}: no images in it; get it again")
+    return rows

@@ -6,18 +6,26 @@ with them.
 """
 
 import random
+from collections import defaultdict
 from pathlib import Path
 from typing import Literal
+from xml.etree import ElementTree
+
+import torch
+from torch import Tensor
 
 from datamodules.evaluation.annotation_files import (
     AGAIN,
     find,
     find_folder,
+    number,
     read_json,
     read_lines,
     read_mat,
     read_table,
+    read_text,
     read_words,
+    whole_number,
 )
 from datamodules.evaluation.image_files import (
     ImageFiles,
@@ -30,7 +38,9 @@ from datamodules.evaluation.image_files import (
     labels_of,
     subfolders,
 )
+from datamodules.loading.bad_samples import is_unicode
 from lit_clip.errors import InputError
+from lit_clip.evaluation.data import MultiLabel
 from lit_clip.tools.reading import reading
 
 EUROSAT = [
@@ -48,6 +58,14 @@ GTSRB_SIGNS = [
     *("straight on or right", "straight on or left", "keep right", "keep left", "roundabout"),
     *("end of no passing", "end of no passing for trucks"),
 ]
+# In the order of the paper's prompts, which is not alphabetical.
+VOC_CLASSES = [
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "dog", "horse"),
+    *("motorbike", "person", "sheep", "sofa", "diningtable", "pottedplant", "train", "tvmonitor"),
+]
+COUNTS = (10, 3, 4, 5, 6, 7, 8, 9)  # labels follow the paper's prompts: "10" sorts before "3"
+DISTANCES = ["a car on the left or right side", "a car nearby", "a car in the distance", "no car"]
+VEHICLES = {"Car", "Van", "Truck"}
 
 
 def Food101(root: str, split: TrainTest = "test") -> ImageFiles:
@@ -238,3 +256,111 @@ def RenderedSST2(root: str, split: TrainValTest = "test") -> ImageFiles:
     folder = Path(root) / "rendered-sst2" / ("valid" if split == "val" else split)
     names = ["negative", "positive"]
     return ImageFiles(folder, *in_class_folders(folder, names), names)
+
+
+class VOC2007(ListedImages, MultiLabel):
+    """PASCAL VOC 2007: which of 20 kinds of objects an image shows; ``VOCdevkit/VOC2007``."""
+
+    def __init__(self, root: str, split: Literal["train", "val", "trainval", "test"] = "test") -> None:
+        folder = Path(root) / "VOCdevkit" / "VOC2007"
+        listed = folder / "ImageSets" / "Main" / f"{split}.txt"
+        images = read_lines(listed)
+        annotations = [folder / "Annotations" / f"{image}.xml" for image in images]
+        self._relevance = [_relevance_of_classes(path) for path in annotations]
+        files = [f"JPEGImages/{image}.jpg" for image in images]
+        super().__init__(folder, files, [-1] * len(files), list(VOC_CLASSES), [listed, *annotations])
+
+    def relevance(self) -> Tensor:
+        return torch.tensor(self._relevance, dtype=torch.int8)
+
+
+def _relevance_of_classes(path: Path) -> list[int]:
+    """Return 1 or 0 for each class, or -1 if all its objects are marked difficult, like VOC's classification lists."""
+    relevance = [0] * len(VOC_CLASSES)
+    text = read_text(path)
+    if "<!" in text:  # entities may stand for gigabytes
+        raise InputError(f"{path}: not an annotation of VOC2007, which has no declarations or comments; get it again")
+    with reading(path, "annotation of VOC2007", hint=AGAIN):
+        objects = ElementTree.fromstring(text).findall("object")
+    if not objects:
+        raise InputError(f"{path}: no objects, although every annotation of VOC2007 has some; get it again")
+    for element in objects:
+        (label,) = labels_of([str(element.findtext("name", "")).strip()], VOC_CLASSES, path)
+        difficult = element.findtext("difficult", "0").strip() == "1"
+        relevance[label] = 1 if relevance[label] == 1 or not difficult else -1
+    return relevance
+
+
+def KITTI(root: str, split: TrainValTest = "test") -> ImageFiles:
+    """KITTI's street scenes: how far away the closest vehicle is.
+
+    Labels are those of VTAB's task ``closest_vehicle_distance``: up to 8 m, up to 20 m, farther, no vehicle. A vehicle
+    is a car, a van or a truck; distance is measured along the camera's axis. Only images with public labels are used.
+    ``val`` and ``test`` are whole videos, drawn as in TensorFlow Datasets 3, which VTAB uses. ``Kitti/raw`` has
+    ``training``, and ``mapping`` from ``devkit_object.zip``.
+    """
+    raw = Path(root) / "Kitti" / "raw"
+    mapping = [raw / "mapping" / name for name in ("train_mapping.txt", "train_rand.txt")]
+    images = _split_by_video(*mapping)[split]
+    folder = raw / "training"
+    annotations = [folder / "label_2" / f"{image:06}.txt" for image in images]
+    labels = [_closest_vehicle(path) for path in annotations]
+    files = [f"image_2/{image:06}.png" for image in images]
+    return ListedImages(folder, files, labels, list(DISTANCES), [*mapping, *annotations])
+
+
+def _split_by_video(mapping: Path, path: Path) -> dict[str, list[int]]:
+    """Return each split's image numbers, ascending; no video is in two splits."""
+    import numpy as np
+
+    rows = read_words(mapping, 3)  # day, video, frame
+    numbers = [whole_number(word.strip()) for word in read_text(path).split(",")]
+    lines = [number - 1 for number in numbers if number is not None and 0 < number <= len(rows)]
+    if len(lines) < len(numbers):
+        raise InputError(f"{path}: not line numbers of train_mapping.txt; get devkit_object.zip again")
+    videos = [rows[line][1] for line in lines]
+    of_video: dict[str, list[int]] = defaultdict(list)
+    for image, video in enumerate(videos):
+        of_video[video].append(image)
+    if len(of_video) < 3:
+        raise InputError(f"{path}: {len(of_video)} videos cannot be three splits; get devkit_object.zip again")
+    count = max(1, len(of_video) // 10)
+    generator = np.random.RandomState(123)  # TensorFlow Datasets' seed; numpy keeps this generator's output fixed
+    test = set(generator.choice(sorted(of_video), count, replace=False))
+    val = set(generator.choice(sorted(of_video.keys() - test), count, replace=False))
+    splits: dict[str, list[int]] = {"train": [], "val": [], "test": []}
+    for video, images in of_video.items():
+        splits["test" if video in test else "val" if video in val else "train"] += images
+    return {split: sorted(images) for split, images in splits.items()}
+
+
+def _closest_vehicle(path: Path) -> int:
+    objects = [(row[0], number({"distance": row[13]}, "distance", str(path))) for row in read_words(path, 15)]
+    nearest = min((distance for kind, distance in objects if kind in VEHICLES), default=None)
+    if nearest is None:
+        return 3
+    return 0 if nearest <= 8 else 1 if nearest <= 20 else 2
+
+
+def CLEVRCounts(root: str, split: TrainTest = "test", train: int = 2_000, test: int = 500, seed: int = 0) -> ImageFiles:
+    """CLEVR: how many objects an image shows, 3 to 10; ``clevr/CLEVR_v1.0``.
+
+    ``train`` is the first ``train`` of CLEVR's training images by :func:`by_hash`, ``test`` the first ``test`` of its
+    validation images: the sizes of table 9. (CLEVR's own test images have no public labels.)
+    """
+    folder = Path(root) / "clevr" / "CLEVR_v1.0"
+    part, wanted = ("train", train) if split == "train" else ("val", test)
+    path = folder / "scenes" / f"CLEVR_{part}_scenes.json"
+    scenes = read_json(path)
+    with reading(path, "file of CLEVR's scenes", hint=AGAIN):
+        counts = {scene["image_filename"]: len(scene["objects"]) for scene in scenes["scenes"]}
+    if not all(isinstance(name, str) and is_unicode(name) for name in counts):
+        raise InputError(f"{path}: the name of an image is not text; get it again")
+    if len(counts) < wanted:
+        raise InputError(f"{path}: {len(counts)} scenes, not {wanted}; get it again")
+    names = sorted(by_hash(list(counts), seed)[:wanted])
+    wrong = next((name for name in names if counts[name] not in COUNTS), None)
+    if wrong is not None:
+        raise InputError(f"{path}: {wrong} has {counts[wrong]} objects; CLEVR's images have 3 to 10")
+    labels = [COUNTS.index(counts[name]) for name in names]
+    return ListedImages(folder, [f"images/{part}/{name}" for name in names], labels, [str(n) for n in COUNTS], [path])
