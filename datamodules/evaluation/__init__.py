@@ -5,14 +5,7 @@ the files are not there. ``root`` is the folder of the set, or the folder that c
 of most sets and ``annotation_files`` the readers of their lists; the other files hold sets.
 """
 
-from datamodules.evaluation.caption_choices import (
-    MMVPVLM,
-    AROOrder,
-    AROVisualGenome,
-    SugarCrepe,
-    WinoGAViL,
-    Winoground,
-)
+from datamodules.evaluation.caption_choices import MMVPVLM, AROOrder, AROVisualGenome, SugarCrepe, WinoGAViL, Winoground
 from datamodules.evaluation.faces import FER2013, CelebAIdentities, FairFace, FERPlus
 from datamodules.evaluation.frame_robustness import ImageNetVidRobust, YTBBRobust
 from datamodules.evaluation.imagenet import ImageNet, ImageNetFolders, ImageNetV2, ObjectNet

@@ -16,6 +16,7 @@ from datamodules.evaluation.annotation_files import (
     find,
     read_json,
     read_json_lines,
+    read_lines,
     read_table,
     read_text,
     text_of,
@@ -35,13 +36,7 @@ SYMMETRIC = Path(__file__).with_name("aro_symmetric_relations.txt")
 
 
 class _ChoiceFiles(UnlabelledFiles, CaptionChoices):
-    """Questions about images that are files below a folder; a file of several questions is one image.
-
-    Args:
-        root: the folder.
-        questions: paths below ``root``, and a question without rows.
-        where: the file of the questions.
-    """
+    """Questions of a file about images below a folder, by their paths; a path in several questions is one image."""
 
     def __init__(self, root: Path, questions: Iterable[tuple[Sequence[str], Choice]], where: Path) -> None:
         row_of: dict[str, int] = {}
@@ -75,13 +70,10 @@ def SugarCrepe(root: str, subset: Subset) -> _ChoiceFiles:
     top = Path(root)
     path = find(top, (f"{subset}.json", f"data/{subset}.json"), "file of captions")
     images = find(top, ("val2017", "images/val2017", "coco/val2017"), "COCO's val2017")
-    questions = [
-        (
-            [text_of(row, "filename", where)],
-            Choice((), (text_of(row, "caption", where), text_of(row, "negative_caption", where))),
-        )
-        for where, row in _rows(path)
-    ]
+    questions = []
+    for where, row in _rows(path):
+        captions = (text_of(row, "caption", where), text_of(row, "negative_caption", where))
+        questions.append(([text_of(row, "filename", where)], Choice((), captions)))
     return _ChoiceFiles(images, questions, path)
 
 
@@ -89,11 +81,8 @@ class AROVisualGenome(_ChoiceFiles):
     """ARO's VG-Relation and VG-Attribution: a region of an image, with the objects or attributes exchanged.
 
     Groups are the relations, without the symmetric ones, and the pairs of attributes with at least 25 questions: the
-    authors' notebook takes the mean over these.
-
-    Args:
-        root: the folder of ``visual_genome_relation.json``, ``visual_genome_attribution.json`` and ``images``.
-        subset: which of the two.
+    authors' notebook takes the mean over these. ``root`` has ``visual_genome_relation.json`` or
+    ``visual_genome_attribution.json``, and ``images``.
     """
 
     def __init__(self, root: str, subset: Literal["relation", "attribution"]) -> None:
@@ -101,7 +90,7 @@ class AROVisualGenome(_ChoiceFiles):
         self._regions: dict[str, tuple[str, tuple[float, ...]]] = {}
         rows = _rows(path)
         groups = [self._group(row, subset, where) for where, row in rows]
-        counts, symmetric = Counter(groups), set(read_text(SYMMETRIC).splitlines())
+        counts, symmetric = Counter(groups), set(read_lines(SYMMETRIC))
         questions = []
         for (where, row), group in zip(rows, groups, strict=True):
             file, region = text_of(row, "image_path", where), _region(row, where)
@@ -198,11 +187,8 @@ def WinoGAViL(root: str, candidates: Literal["5-6", "10-12"] | None = None) -> _
     """WinoGAViL: which of 5 to 12 images are associated with a word.
 
     The caption is the word in lower case after "A" or "An", as in the authors' and DataComp's scripts. ``root`` has
-    ``winogavil_dataset.csv`` and ``winogavil_images``.
-
-    Args:
-        root: the folder.
-        candidates: only questions of 5 and 6, or of 10 and 12 images (DataComp's main metric); None: all.
+    ``winogavil_dataset.csv`` and ``winogavil_images``. With ``candidates``, only questions of 5 and 6, or of 10 and 12
+    images (DataComp's main metric).
     """
     path = find(Path(root), ("winogavil_dataset.csv",), "winogavil_dataset.csv")
     columns = {name: (name,) for name in ("cue", "candidates", "associations")}

@@ -148,9 +148,8 @@ class FairFace(ImageFiles, Grouped):
         rows = read_table(table, {"file": ("file",), **{name: (name,) for name in get_args(Attribute)}})
         for row in rows:
             for name, values in FAIRFACE.items():
-                require(
-                    row[name] in values, f"{table}: {row['file']}: {name} is {row[name]!r}, not {', '.join(values)}"
-                )
+                wrong = f"{table}: {row['file']}: {name} is {row[name]!r}, not {', '.join(values)}"
+                require(row[name] in values, wrong)
         labels = [FAIRFACE[attribute].index(row[attribute]) for row in rows]
         super().__init__(images, [row["file"] for row in rows], labels, list(FAIRFACE[attribute]), [table])
         self._groups = {name: [row[name] for row in rows] for name in FAIRFACE}
@@ -186,11 +185,8 @@ def CelebAIdentities(
         images = [name for name in images if partition_of.get(name) == partition]
     counts = Counter(person_of[name] for name in images)
     require(identities > 1, f"identities: must be at least 2, not {identities}")
-    require(
-        identities <= len(counts),
-        f"identities: {identities} is more than the {len(counts)} named people with images; "
-        f"lower it, or add names to {top / names}",
-    )
+    too_many = f"identities: {identities} is more than the {len(counts)} named people with images"
+    require(identities <= len(counts), f"{too_many}; lower it, or add names to {top / names}")
     people = sorted(counts, key=lambda person: (-counts[person], int(person)))[:identities]
     label_of = {person: label for label, person in enumerate(people)}
     kept = [name for name in images if person_of[name] in label_of]

@@ -8,7 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from datamodules.evaluation.annotation_files import (
     AGAIN,
@@ -246,8 +246,8 @@ class ObjectNet(ImageFiles, SomeOfImageNet):
             problem = f"{len(overlap)} folders for the {len(in_imagenet)} classes that are in ImageNet"
             raise InputError(f"{mappings / 'folder_to_objectnet_label.json'}: {problem}; get the mappings again")
         files, labels = in_class_folders(folder / "images", overlap)
-        words, annotations = [label_of[name].lower() for name in overlap], [mappings / name for name in names]
-        super().__init__(folder / "images", files, labels, words, annotations)
+        own_names = [label_of[name].lower() for name in overlap]
+        super().__init__(folder / "images", files, labels, own_names, [mappings / name for name in names])
         self._words = [str(in_imagenet[label_of[name]]).split("; ") for name in overlap]
 
     def imagenet_classes(self) -> list[list[int]]:
@@ -260,6 +260,4 @@ class ObjectNet(ImageFiles, SomeOfImageNet):
         return [[known[words][0] for words in several] for several in self._words]
 
     def image(self, index: int) -> Image.Image:
-        image = super().image(index)
-        width, height = image.size
-        return image.crop((BORDER, BORDER, width - BORDER, height - BORDER))
+        return ImageOps.crop(super().image(index), BORDER)

@@ -53,25 +53,16 @@ def Crossmodal3600(root: str, language: str) -> CaptionedFiles:
 
 
 class _TranslatedImageNet(KnownLabels, PartOf):
-    """ImageNet, or some of its classes, with other class names; its features are those of :func:`ImageNet`.
-
-    Args:
-        whole: a split of ImageNet.
-        classes: labels in ImageNet, ascending.
-        class_names: their names.
-        templates: prompt templates with ``{}`` for the class name.
-    """
+    """ImageNet, or some of its classes (labels, ascending), with other class names and the features of the whole."""
 
     def __init__(
         self, whole: LabelledImages, classes: Sequence[int], class_names: list[str], templates: list[str]
     ) -> None:
-        self.whole = whole
+        self.whole, self.annotation_paths = whole, whole.annotation_paths
         self.class_names, self.templates = class_names, templates
-        label_of = {label: number for number, label in enumerate(classes)}
-        labels = self.whole.labels()
+        label_of, labels = {label: number for number, label in enumerate(classes)}, whole.labels()
         self.rows = [row for row, label in enumerate(labels) if label in label_of]
         self._labels = [label_of[labels[row]] for row in self.rows]
-        self.annotation_paths = self.whole.annotation_paths
 
     def image_paths(self) -> Sequence[Path]:
         return self.whole.image_paths()

@@ -27,14 +27,8 @@ class CaptionedPairs(CaptionedImages):
     """Any source of pairs (a table, a folder, COCO's or Karpathy's JSON, parquet, tar shards) as a retrieval set.
 
     Rows with the same image path are one image with all their captions. Where the source contains the images
-    themselves, each row is an image.
-
-    Args:
-        path: the source; see :func:`datamodules.open_source.open_source`.
-        root: folder that image paths are relative to; None: detected automatically.
-        image_column: of a table; None: detected automatically.
-        caption_column: of a table; None: detected automatically.
-        split: of a source with splits; None: ``test`` if there is one.
+    themselves, each row is an image. Without ``split``, a source with splits gives ``test``; what else is None is
+    detected automatically; see :func:`datamodules.open_source.open_source`.
     """
 
     def __init__(

@@ -96,8 +96,7 @@ class ImageArrays(KnownLabels):
         return str(self.rows[index])
 
     def stamp(self) -> str:
-        rows = hex_digest(self.rows)
-        return f"{stamp_of_files([self.path])}-{rows}"
+        return f"{stamp_of_files([self.path])}-{hex_digest(self.rows)}"
 
 
 class _CIFAR(ImageArrays):

@@ -77,13 +77,7 @@ def UCF101(root: str, split: TrainTest, fold: int = 1, frames: Frames = "centre"
     """UCF101: ``UCF-101/CLASS/v_CLASS_gXX_cYY.avi`` and the lists in ``ucfTrainTestlist``.
 
     Labels follow the sorted class names, like the paper's prompts: HammerThrow before Hammering, and JumpRope before
-    JumpingJack. In ``classInd.txt`` it is the other way round.
-
-    Args:
-        root: the folder of both.
-        split: ``train`` or ``test``.
-        fold: official split 1, 2 or 3.
-        frames: see :class:`Videos`.
+    JumpingJack. In ``classInd.txt`` it is the other way round. ``fold`` is official split 1, 2 or 3.
     """
     require(fold in (1, 2, 3), f"fold: must be 1, 2 or 3, not {fold}")
     top = Path(root)

@@ -10,7 +10,7 @@ import os
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -26,9 +26,7 @@ from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import SUFFIXES, open_image
 from lit_clip.tools.reading import reading
 
-Kind = Literal["classification", "retrieval", "multilabel"]
 LARGEST_TARGET = 1 << 20  # bytes
-TARGET_SUFFIXES: dict[Kind, str] = {"classification": "cls", "retrieval": "txt", "multilabel": "npy"}
 
 
 class ImageSpan(NamedTuple):
@@ -77,11 +75,7 @@ class TarImages(ImageSet):
         """Name a sample in error messages."""
 
     def image(self, index: int) -> Image.Image:
-        """Decode the image of a sample.
-
-        Raises:
-            BadSample: the sample has no image, or it cannot be read.
-        """
+        """Decode the image of a sample."""
         span = self.spans[index]
         if span is None:
             raise BadSample(self.where(index), "missing image", "no image; fix the set")
@@ -110,7 +104,8 @@ class _Tars(TarImages):
         targets: the content of each sample's ``.cls``, ``.npy`` or ``.txt`` file.
     """
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[str]  # in dataset_type.txt
+    suffix: ClassVar[str]  # of targets
 
     def __init__(self, root: str, split: str = "test") -> None:
         self.root, self.split = Path(root), split
@@ -130,18 +125,14 @@ class _Tars(TarImages):
         for number in range(shards):  # if the count is too large, the first missing tar ends this
             path = self.root / split / f"{number}.tar"
             self.tars.append(path)
-            self._add(path, scan_tar(path, number, TARGET_SUFFIXES[self.kind]))
+            for key, sample in scan_tar(path, number, self.suffix).items():
+                if sample.target is None:
+                    raise InputError(f"{path} sample {key}: an image without {key}.{self.suffix}; fix the set")
+                self.keys.append(f"{path.stem}/{key}")
+                self.spans.append(sample.image)
+                self.targets.append(sample.target)
         if not self.keys:
             raise InputError(f"{self.root / split}: no samples in its {count} tar files")
-
-    def _add(self, path: Path, samples: dict[str, TarSample]) -> None:
-        for key, sample in samples.items():
-            if sample.target is None:
-                suffix = TARGET_SUFFIXES[self.kind]
-                raise InputError(f"{path} sample {key}: an image without {key}.{suffix}; fix the set")
-            self.keys.append(f"{path.stem}/{key}")
-            self.spans.append(sample.image)
-            self.targets.append(sample.target)
 
     def _lines(self, name: str) -> list[str]:
         """Return the lines of a file of the set, without trailing empty ones; [] if it does not exist."""
@@ -155,7 +146,7 @@ class _Tars(TarImages):
         try:
             return self.targets[index].decode("utf-8")
         except UnicodeDecodeError as error:
-            problem = f"its .{TARGET_SUFFIXES[self.kind]} is not UTF-8 text (byte {error.start})"
+            problem = f"its .{self.suffix} is not UTF-8 text (byte {error.start})"
             raise InputError(f"{self.where(index)}: {problem}; write the file again") from error
 
     def where(self, index: int) -> str:
@@ -170,7 +161,7 @@ class _Tars(TarImages):
 class WebDataset(_Tars, KnownLabels):
     """Images with one class each: labels in ``.cls`` files, names in ``classnames.txt``, if there is one."""
 
-    kind = "classification"
+    kind, suffix = "classification", "cls"
 
     def __init__(self, root: str, split: str = "test") -> None:
         super().__init__(root, split)
@@ -192,12 +183,8 @@ class WebDataset(_Tars, KnownLabels):
 class WebDatasetGroups(WebDataset, Grouped):
     """A classification set with metadata, as DataComp stores WILDS, Dollar Street and GeoDE.
 
-    A ``.npy`` file beside each ``.cls`` file has one number per column.
-
-    Args:
-        root: the folder of the set.
-        columns: the attributes in the first columns, which define groups; further columns are ignored.
-        split: its subfolder.
+    A ``.npy`` file beside each ``.cls`` file has one number per column. ``columns`` are the attributes in the first
+    columns, which define groups; further columns are ignored.
     """
 
     def __init__(self, root: str, columns: list[str], split: str = "test") -> None:
@@ -227,7 +214,7 @@ class WebDatasetGroups(WebDataset, Grouped):
 class WebDatasetMultiLabel(_Tars, KnownLabels, MultiLabel):
     """Images with any number of classes each; a ``.npy`` file has a 1 or a 0 for every class."""
 
-    kind = "multilabel"
+    kind, suffix = "multilabel", "npy"
 
     def __init__(self, root: str, split: str = "test") -> None:
         super().__init__(root, split)
@@ -255,7 +242,7 @@ class WebDatasetMultiLabel(_Tars, KnownLabels, MultiLabel):
 class WebDatasetCaptions(_Tars, CaptionedImages):
     """Images with captions, which are the lines of a ``.txt`` file."""
 
-    kind = "retrieval"
+    kind, suffix = "retrieval", "txt"
 
     def __init__(self, root: str, split: str = "test") -> None:
         super().__init__(root, split)
