@@ -10,7 +10,7 @@ from torch import Tensor
 
 from datamodules.evaluation.annotation_files import number, read_table, whole_number
 from datamodules.evaluation.image_files import ImageFiles, UnlabelledFiles
-from datamodules.evaluation.image_folder import ClassNames
+from datamodules.evaluation.own_classes import ClassNames
 from datamodules.loading.bad_samples import BLANK, is_unicode
 from datamodules.pairs.column_names import IMAGE_COLUMNS, Columns, find_column, is_encoded, refuse_equal
 from datamodules.pairs.text_table import RawRow, raw_rows, shown
