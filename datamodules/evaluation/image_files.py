@@ -43,7 +43,7 @@ class ImageFiles(KnownLabels):
 
     Args:
         root: the folder.
-        files: each image's path below it, which is its key.
+        files: each image's path below it, as text, or its whole path; its key is its path below the folder.
         labels: each image's class.
         class_names: in label order.
         annotations: the files that list them.
@@ -60,7 +60,8 @@ class ImageFiles(KnownLabels):
         if not files:
             raise InputError(f"{root}: no images of this split; get the set again")
         self.root, self.class_names, self.annotation_paths = root, class_names, annotations
-        self.files, self._labels = [root / file for file in files], list(labels)
+        self.files = [file if isinstance(file, Path) else root / file for file in files]
+        self._labels = list(labels)
 
     def image(self, index: int) -> Image.Image:
         return open_image(self.files[index], self.where(index))

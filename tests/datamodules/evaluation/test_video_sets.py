@@ -47,6 +47,14 @@ def test_ucf101_has_the_papers_class_order_and_three_folds(ucf101: Path) -> None
     assert "fold" in message_of(lambda: UCF101(str(ucf101), "test", fold=0))
 
 
+def test_root_may_be_relative(ucf101: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = UCF101(str(ucf101), "test")
+    monkeypatch.chdir(ucf101.parent)
+    videos = UCF101(ucf101.name, "test")
+    assert [videos.key(i) for i in range(5)] == [whole.key(i) for i in range(5)]
+    assert videos.images(0)[0].tobytes() == whole.images(0)[0].tobytes()
+
+
 def test_paper_prompts_of_ucf101_are_in_label_order() -> None:
     path = ROOT / "lit_clip/evaluation/paper_prompts.json"
     prompts = json.loads(path.read_text(encoding="utf-8"))["sets"]["UCF101"]["classes"]
