@@ -1,6 +1,6 @@
 """Video frames and neighbouring frames that look the same to people: ImageNet-Vid-Robust and YTBB-Robust.
 
-From "Do Image Classifiers Generalize Across Time?", arXiv 1906.02168. The rules are those of its authors' scoring:
+From "Do Image Classifiers Generalize Across Time?", arXiv 1906.02168. The rules follow its authors' scoring:
 github.com/modestyachts/imagenet-vid-robust-example and github.com/modestyachts/imagenet-testbed.
 """
 
@@ -123,8 +123,8 @@ def _class_names(path: Path) -> list[str]:
 def YTBBRobust(root: str) -> NeighbouringFrames:
     """YTBB-Robust: ``ytbb_videos/VIDEO_MS/frame-NUMBER.jpg``, and the metadata of its authors' testbed.
 
-    An anchor counts if reviewers marked it good; its labels are its video's class and those that reviewers added. A
-    neighbour counts if it is at most ten frames away and reviewers marked it similar without a problem; it has the
+    An anchor counts if reviewers marked it good; its labels are its video's class and the labels that reviewers added.
+    A neighbour counts if it is at most ten frames away and reviewers marked it similar without a problem; it has the
     anchor's labels. "none" is not used as a class: anchors that have only this label are left out.
 
     ``anchor_labels.json``, ``pmk_labels.json``, ``ytbb_class_index.json`` and

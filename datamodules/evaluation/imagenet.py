@@ -175,7 +175,7 @@ def imagenet_wnids() -> tuple[str, ...]:
 
 
 def _imagenet_words() -> list[str]:
-    """Read WordNet's words for ImageNet's 1,000 classes, such as ``cock``, in label order, likewise."""
+    """Read WordNet's words for ImageNet's 1,000 classes, such as ``cock``, in label order, from timm's list."""
     lines = _timms("imagenet_synset_to_lemma.txt").splitlines()
     words = dict(line.split("\t", maxsplit=1) for line in lines if line)
     return [words[wnid] for wnid in imagenet_wnids()]

@@ -122,8 +122,8 @@ def BabelImageNet(
     Args:
         root: the folder of :func:`ImageNet`.
         language: its code as in the files, such as ``DE``.
-        names: the authors' ``babel_imagenet.json``: language -> labels and names; None: that of ``clip-benchmark``.
-        prompts: the authors' ``nllb_dist13b_prompts.json``: language -> templates; None: that of ``clip-benchmark``.
+        names: the authors' ``babel_imagenet.json``: language -> labels and names; None: ``clip-benchmark``'s.
+        prompts: the authors' ``nllb_dist13b_prompts.json``: language -> templates; None: ``clip-benchmark``'s.
         split: of ImageNet.
     """
     path = Path(names) if names else _package_file("babel_imagenet.json")

@@ -83,8 +83,8 @@ class ParquetClasses(KnownLabels):
     Args:
         path: a file, or a folder of ``.parquet`` files (read in the order of their names), such as
             ``train-00000-of-00002.parquet``.
-        class_names: names in label order, or ``imagenet``; None: those that ``datasets`` has written into the files,
-            or the numbers.
+        class_names: names in label order, or ``imagenet``; None: the names that ``datasets`` has written into the
+            files, or the numbers.
         image_column: bytes, or a struct with a field ``bytes``.
         label_column: integers from 0.
         split: of the folder's files, by the beginning of their names; needed if there are several.

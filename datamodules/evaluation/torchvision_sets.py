@@ -1,8 +1,8 @@
 """Sets of table 9 whose images are files, in torchvision's layout on disk.
 
 torchvision's own classes are not used. Some decode images or hash gigabytes on construction, their label order is not
-always that of the paper's prompts, and a broken list ends in a traceback that does not name the file. The tests compare
-with them.
+always the order of the paper's prompts, and a broken list ends in a traceback that does not name the file. The tests
+compare with them.
 """
 
 import random
@@ -294,7 +294,7 @@ def _relevance_of_classes(path: Path) -> list[int]:
 def KITTI(root: str, split: TrainValTest = "test") -> ImageFiles:
     """KITTI's street scenes: how far away the closest vehicle is.
 
-    Labels are those of VTAB's task ``closest_vehicle_distance``: up to 8 m, up to 20 m, farther, no vehicle. A vehicle
+    Labels follow VTAB's task ``closest_vehicle_distance``: up to 8 m, up to 20 m, farther, no vehicle. A vehicle
     is a car, a van or a truck; distance is measured along the camera's axis. Only images with public labels are used.
     ``val`` and ``test`` are whole videos, drawn as in TensorFlow Datasets 3, which VTAB uses. ``Kitti/raw`` has
     ``training``, and ``mapping`` from ``devkit_object.zip``.

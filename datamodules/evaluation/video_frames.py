@@ -13,7 +13,7 @@ from lit_clip.tools.reading import reason
 
 Frames = Literal["centre", "all"]
 VIDEO_SUFFIXES = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
-CONTAINERS = {  # no lists of other files or addresses, such as HLS, whatever a file is called
+CONTAINERS = {  # no lists of other files or addresses, such as HLS, by any file name
     "format_whitelist": "avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegvideo,mpegts,m4v,asf,ogg,h264,hevc",
     "protocol_whitelist": "file",
 }
