@@ -2,8 +2,7 @@
 
 from datamodules.caption_datamodule import CaptionDataModule
 from datamodules.captions import Captions, Weighted
-from datamodules.evaluation.image_folder import ImageFolderClasses
-from datamodules.evaluation.parquet_classes import ParquetClasses
+from datamodules.evaluation.own_classes import ImageFolderClasses, ParquetClasses
 from datamodules.loading.augmentation import Augmentation, RandomSquareCrop
 from datamodules.no_captions import NoCaptions
 from datamodules.openmoji import OpenMoji, OpenMojiClasses

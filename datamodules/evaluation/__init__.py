@@ -1,34 +1,36 @@
-"""The data sets of the evaluation suites, as subclasses of `lit_clip.evaluation.data.ImageSet`, one class per set.
+"""The data sets of the evaluation suites: functions and classes that open a split of a set.
 
-`image_files` has the bases and `annotation_files` the readers that most sets share; the other files hold sets.
+Each returns a :class:`lit_clip.evaluation.data.ImageSet` and raises :class:`lit_clip.evaluation.data.MissingData` where
+the files are not there. ``root`` is the folder of the set, or the folder that contains it. ``image_files`` has the base
+of most sets and ``annotation_files`` the readers of their lists; the other files hold sets.
 """
 
-from datamodules.evaluation.caption_choices import (
-    MMVPVLM,
-    AROOrder,
-    AROVisualGenome,
-    SugarCrepe,
-    WinoGAViL,
-    Winoground,
-)
-from datamodules.evaluation.faces import FER2013, FERPlus
+from datamodules.evaluation.caption_choices import MMVPVLM, AROOrder, AROVisualGenome, SugarCrepe, WinoGAViL, Winoground
+from datamodules.evaluation.faces import FER2013, CelebAIdentities, FairFace, FERPlus
 from datamodules.evaluation.frame_robustness import ImageNetVidRobust, YTBBRobust
-from datamodules.evaluation.imagenet import ImageNet
-from datamodules.evaluation.imagenet_variants import ImageNetFolders, ImageNetV2, ObjectNet
-from datamodules.evaluation.labelled_table import LabelledTable
+from datamodules.evaluation.imagenet import ImageNet, ImageNetFolders, ImageNetV2, ObjectNet
+from datamodules.evaluation.labelled_table import LabelledTable, LocatedImages
 from datamodules.evaluation.languages import XTD10, BabelImageNet, Crossmodal3600, TranslatedImageNet
-from datamodules.evaluation.located_images import LocatedImages
-from datamodules.evaluation.non_torchvision_sets import RESISC45, SUN, AYahoo, Birdsnap, Digits, HatefulMemes
-from datamodules.evaluation.people_sets import CelebAIdentities, FairFace
-from datamodules.evaluation.reading_sets import IIIT5K, SVHNNumbers
+from datamodules.evaluation.non_torchvision_sets import (
+    IIIT5K,
+    RESISC45,
+    SUN,
+    AYahoo,
+    Birdsnap,
+    Digits,
+    HatefulMemes,
+    SVHNNumbers,
+)
 from datamodules.evaluation.retrieval_sets import COCO, CaptionedPairs, Flickr30k
 from datamodules.evaluation.torchvision_arrays import CIFAR10, CIFAR100, MNIST, STL10, PCam
-from datamodules.evaluation.torchvision_objects import KITTI, VOC2007, CLEVRCounts
 from datamodules.evaluation.torchvision_sets import (
     DTD,
     GTSRB,
+    KITTI,
     SUN397,
+    VOC2007,
     Caltech101,
+    CLEVRCounts,
     Country211,
     EuroSAT,
     FGVCAircraft,
@@ -39,68 +41,18 @@ from datamodules.evaluation.torchvision_sets import (
     StanfordCars,
 )
 from datamodules.evaluation.video_sets import UCF101, Kinetics700, RareAct
-from datamodules.evaluation.webdataset import WebDataset, WebDatasetCaptions, WebDatasetMultiLabel
-from datamodules.evaluation.webdataset_groups import WebDatasetGroups
+from datamodules.evaluation.webdataset import WebDataset, WebDatasetCaptions, WebDatasetGroups, WebDatasetMultiLabel
 
-__all__ = [
-    "AROOrder",
-    "AROVisualGenome",
-    "AYahoo",
-    "BabelImageNet",
-    "Birdsnap",
-    "CIFAR10",
-    "CIFAR100",
-    "CLEVRCounts",
-    "COCO",
-    "Caltech101",
-    "CaptionedPairs",
-    "CelebAIdentities",
-    "Country211",
-    "Crossmodal3600",
-    "DTD",
-    "Digits",
-    "EuroSAT",
-    "FER2013",
-    "FERPlus",
-    "FGVCAircraft",
-    "FairFace",
-    "Flickr30k",
-    "Flowers102",
-    "Food101",
-    "GTSRB",
-    "HatefulMemes",
-    "IIIT5K",
-    "ImageNet",
-    "ImageNetFolders",
-    "ImageNetV2",
-    "ImageNetVidRobust",
-    "KITTI",
-    "Kinetics700",
-    "LabelledTable",
-    "LocatedImages",
-    "MMVPVLM",
-    "MNIST",
-    "ObjectNet",
-    "OxfordPets",
-    "PCam",
-    "RESISC45",
-    "RareAct",
-    "RenderedSST2",
-    "STL10",
-    "SUN",
-    "SUN397",
-    "SVHNNumbers",
-    "StanfordCars",
-    "SugarCrepe",
-    "TranslatedImageNet",
-    "UCF101",
-    "VOC2007",
-    "WebDataset",
-    "WebDatasetCaptions",
-    "WebDatasetGroups",
-    "WebDatasetMultiLabel",
-    "WinoGAViL",
-    "Winoground",
-    "XTD10",
-    "YTBBRobust",
-]
+__all__ = ["AROOrder", "AROVisualGenome", "MMVPVLM", "SugarCrepe", "WinoGAViL", "Winoground"]
+__all__ += ["CelebAIdentities", "FER2013", "FERPlus", "FairFace"]
+__all__ += ["ImageNetVidRobust", "YTBBRobust"]
+__all__ += ["ImageNet", "ImageNetFolders", "ImageNetV2", "ObjectNet"]
+__all__ += ["LabelledTable", "LocatedImages"]
+__all__ += ["BabelImageNet", "Crossmodal3600", "TranslatedImageNet", "XTD10"]
+__all__ += ["AYahoo", "Birdsnap", "Digits", "HatefulMemes", "IIIT5K", "RESISC45", "SUN", "SVHNNumbers"]
+__all__ += ["COCO", "CaptionedPairs", "Flickr30k"]
+__all__ += ["CIFAR10", "CIFAR100", "MNIST", "PCam", "STL10"]
+__all__ += ["CLEVRCounts", "Caltech101", "Country211", "DTD", "EuroSAT", "FGVCAircraft", "Flowers102"]
+__all__ += ["Food101", "GTSRB", "KITTI", "OxfordPets", "RenderedSST2", "SUN397", "StanfordCars", "VOC2007"]
+__all__ += ["Kinetics700", "RareAct", "UCF101"]
+__all__ += ["WebDataset", "WebDatasetCaptions", "WebDatasetGroups", "WebDatasetMultiLabel"]

@@ -25,11 +25,7 @@ MAT_PROGRAM = Path(__file__).with_name("mat_program.py")
 
 
 def find(root: Path, names: Sequence[str], description: str) -> Path:
-    """Return the first of ``names`` that exists below ``root``; ``""`` is ``root`` itself.
-
-    Raises:
-        MissingData: none of them exists.
-    """
+    """Return the first of ``names`` that exists below ``root``; ``""`` is ``root`` itself."""
     for name in names:
         if os.path.exists(root / name):  # unlike the method, false for a name that is too long
             return root / name
@@ -37,22 +33,13 @@ def find(root: Path, names: Sequence[str], description: str) -> Path:
 
 
 def find_folder(root: Path, places: Sequence[str], inside: str) -> Path:
-    """Return the first of some folders below ``root`` that has a file or folder ``inside``; ``""`` is ``root`` itself.
-
-    Raises:
-        MissingData: none of them has it.
-    """
-    return find(root, [f"{place}/{inside}".lstrip("/") for place in places], "files of this set").parents[
-        inside.count("/")
-    ]
+    """Return the first of some folders below ``root`` that has a file or folder ``inside``; see :func:`find`."""
+    found = find(root, [f"{place}/{inside}".lstrip("/") for place in places], "files of this set")
+    return found.parents[inside.count("/")]
 
 
 def read_text(path: Path) -> str:
-    """Read a text file.
-
-    Raises:
-        MissingData: no such file.
-    """
+    """Read a text file."""
     refuse_missing(path)
     with reading(path, "text file", hint=AGAIN):
         return path.read_text(encoding="utf-8-sig")
@@ -65,12 +52,13 @@ def refuse_missing(*paths: Path) -> None:
         raise MissingData(f"{missing}: no such file")
 
 
-def read_words(path: Path, columns: int) -> list[list[str]]:
-    """Split each non-empty line at white space into ``columns`` words; the last may contain spaces.
+def read_lines(path: Path) -> list[str]:
+    """Read the lines of a text file that are not empty, without white space around them."""
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
-    Raises:
-        MissingData: no such file.
-    """
+
+def read_words(path: Path, columns: int) -> list[list[str]]:
+    """Split each non-empty line at white space into ``columns`` words; the last may contain spaces."""
     rows = []
     for line_number, line in enumerate(read_text(path).splitlines(), start=1):
         row = line.split(maxsplit=columns - 1)
@@ -84,22 +72,14 @@ def read_words(path: Path, columns: int) -> list[list[str]]:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file.
-
-    Raises:
-        MissingData: no such file.
-    """
+    """Read a JSON file."""
     text = read_text(path)
     with reading(path, "JSON file", hint=AGAIN):
         return json.loads(text)
 
 
 def read_json_lines(path: Path) -> list[tuple[str, Any]]:
-    """Return the elements of a JSON Lines file, each with its place for messages.
-
-    Raises:
-        MissingData: no such file.
-    """
+    """Return the elements of a JSON Lines file, each with its place for messages."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
@@ -119,13 +99,7 @@ def text_of(row: Any, field: str, where: str) -> str:
 def read_table(path: Path, columns: Mapping[str, Sequence[str]], delimiter: str = ",") -> list[dict[str, str]]:
     """Read the rows of a CSV file with a header.
 
-    Args:
-        path: the file.
-        columns: our name of each column -> the names it may have in the header, in lower case.
-        delimiter: between cells.
-
-    Raises:
-        MissingData: no such file.
+    ``columns`` maps our name of each column to the names that it may have in the header, in lower case.
     """
     file = io.StringIO(read_text(path), newline="")
     csv.field_size_limit(LONGEST_FIELD)
@@ -174,13 +148,6 @@ def read_mat(path: Path, *names: str) -> list[Any]:
 
     Dimensions of size 1 are dropped, and cells that hold one value are unpacked. A process of its own reads the file,
     because SciPy's reader crashes for some damaged ones.
-
-    Args:
-        path: the file.
-        names: of the variables.
-
-    Raises:
-        MissingData: no such file.
     """
     import numpy as np
 

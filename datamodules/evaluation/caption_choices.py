@@ -16,14 +16,15 @@ from datamodules.evaluation.annotation_files import (
     find,
     read_json,
     read_json_lines,
+    read_lines,
     read_table,
     read_text,
     text_of,
     whole_number,
 )
-from datamodules.evaluation.image_files import UnlabelledFiles
+from datamodules.evaluation.image_files import UnlabelledFiles, refuse_no_folder
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import CaptionChoices, Choice, MissingData
+from lit_clip.evaluation.data import CaptionChoices, Choice
 from lit_clip.tools.hashing import hash64, stamp_of_files
 from lit_clip.tools.images import open_image
 from lit_clip.tools.reading import reading
@@ -35,31 +36,17 @@ SYMMETRIC = Path(__file__).with_name("aro_symmetric_relations.txt")
 
 
 class _ChoiceFiles(UnlabelledFiles, CaptionChoices):
-    """Questions about images that are files below a folder; a file of several questions is one image.
-
-    Args:
-        root: the folder.
-        questions: with paths of files below ``root`` instead of rows.
-        where: the file of the questions, for messages.
-
-    Raises:
-        MissingData: the folder of the first image does not exist.
-    """
+    """Questions of a file about images below a folder, by their paths; a path in several questions is one image."""
 
     def __init__(self, root: Path, questions: Iterable[tuple[Sequence[str], Choice]], where: Path) -> None:
         row_of: dict[str, int] = {}
-        self.root, self.annotation_paths, self._choices = root, [where], []
+        self._choices: list[Choice] = []
         for names, choice in questions:
             rows = tuple(row_of.setdefault(name, len(row_of)) for name in names)
             self._choices.append(choice._replace(images=rows))
         require(bool(self._choices), f"{where}: no questions in it; {AGAIN}")
-        self.names = list(row_of)
-        folder = self._file(0).parent
-        if not os.path.isdir(folder):
-            raise MissingData(f"{folder}: no such folder")
-
-    def _file(self, index: int) -> Path:
-        return self.root / self.names[index]
+        super().__init__(root, list(row_of), [where])
+        refuse_no_folder(self.file(0).parent)
 
     def choices(self) -> list[Choice]:
         return list(self._choices)
@@ -74,43 +61,28 @@ def _rows(path: Path) -> list[tuple[str, Any]]:
     return [(f"{path} row {name}", row) for name, row in named]
 
 
-class SugarCrepe(_ChoiceFiles):
+def SugarCrepe(root: str, subset: Subset) -> _ChoiceFiles:
     """SugarCrepe: a caption of COCO and a wrong one that a language model made of it.
 
-    Args:
-        root: the folder of the seven JSON files (or of ``data`` with them) and of COCO's ``val2017``.
-        subset: name of the file: what was added, replaced or swapped.
-
-    Raises:
-        MissingData: no such folder or file.
+    ``root`` has the seven JSON files (or ``data`` with them), named by what was added, replaced or swapped, and COCO's
+    ``val2017``.
     """
-
-    def __init__(self, root: str, subset: Subset) -> None:
-        top = Path(root)
-        path = find(top, (f"{subset}.json", f"data/{subset}.json"), "file of captions")
-        images = find(top, ("val2017", "images/val2017", "coco/val2017"), "COCO's val2017")
-        questions = [
-            (
-                [text_of(row, "filename", where)],
-                Choice((), (text_of(row, "caption", where), text_of(row, "negative_caption", where))),
-            )
-            for where, row in _rows(path)
-        ]
-        super().__init__(images, questions, path)
+    top = Path(root)
+    path = find(top, (f"{subset}.json", f"data/{subset}.json"), "file of captions")
+    images = find(top, ("val2017", "images/val2017", "coco/val2017"), "COCO's val2017")
+    questions = []
+    for where, row in _rows(path):
+        captions = (text_of(row, "caption", where), text_of(row, "negative_caption", where))
+        questions.append(([text_of(row, "filename", where)], Choice((), captions)))
+    return _ChoiceFiles(images, questions, path)
 
 
 class AROVisualGenome(_ChoiceFiles):
     """ARO's VG-Relation and VG-Attribution: a region of an image, with the objects or attributes exchanged.
 
     Groups are the relations, without the symmetric ones, and the pairs of attributes with at least 25 questions: the
-    authors' notebook takes the mean over these.
-
-    Args:
-        root: the folder of ``visual_genome_relation.json``, ``visual_genome_attribution.json`` and ``images``.
-        subset: which of the two.
-
-    Raises:
-        MissingData: no such folder or file.
+    authors' notebook takes the mean over these. ``root`` has ``visual_genome_relation.json`` or
+    ``visual_genome_attribution.json``, and ``images``.
     """
 
     def __init__(self, root: str, subset: Literal["relation", "attribution"]) -> None:
@@ -118,7 +90,7 @@ class AROVisualGenome(_ChoiceFiles):
         self._regions: dict[str, tuple[str, tuple[float, ...]]] = {}
         rows = _rows(path)
         groups = [self._group(row, subset, where) for where, row in rows]
-        counts, symmetric = Counter(groups), set(read_text(SYMMETRIC).splitlines())
+        counts, symmetric = Counter(groups), set(read_lines(SYMMETRIC))
         questions = []
         for (where, row), group in zip(rows, groups, strict=True):
             file, region = text_of(row, "image_path", where), _region(row, where)
@@ -138,16 +110,13 @@ class AROVisualGenome(_ChoiceFiles):
             raise InputError(f"{where}: attributes must be a list of two; {AGAIN}")
         return "_".join(map(str, attributes))
 
-    def _file(self, index: int) -> Path:
+    def file(self, index: int) -> Path:
         return self.root / self._regions[self.names[index]][0]
 
     def images(self, index: int) -> list[Image.Image]:
-        return [open_image(self._file(index)).convert("RGB").crop(self._regions[self.names[index]][1])]  # pyright: ignore[reportArgumentType]  # a tuple of 4
+        return [open_image(self.file(index)).convert("RGB").crop(self._regions[self.names[index]][1])]  # pyright: ignore[reportArgumentType]  # a tuple of 4
 
-    def image_paths(self) -> list[Path]:
-        return [self.root / file for file in dict.fromkeys(file for file, _ in self._regions.values())]
-
-    def stamp(self) -> str:
+    def stamp(self) -> str:  # each file once
         files = stamp_of_files(path for path in self.image_paths() if os.path.isfile(path))
         return f"{files}-{hash64(repr(self.names)).hex()}"
 
@@ -161,110 +130,82 @@ def _region(row: Any, where: str) -> tuple[float, ...]:
     return x, y, x + width, y + height
 
 
-class AROOrder(_ChoiceFiles):
+def AROOrder(path: str, root: str) -> _ChoiceFiles:
     """ARO's COCO-Order and Flickr30k-Order: a caption, and the same caption in four other orders of its words.
 
     The authors do not publish the orders but draw them whenever their class is created. This reads a JSON file of its
-    ``test_cases``: a list of mappings with ``image`` (path) and ``caption_options`` (the right caption first).
-    An order that is the caption itself is no alternative.
-
-    Args:
-        path: the JSON file.
-        root: folder that the images' paths are relative to.
-
-    Raises:
-        MissingData: no such file or folder.
+    ``test_cases``: a list of mappings with ``image`` (a path below ``root``) and ``caption_options`` (the right caption
+    first). An order that is the caption itself is no alternative.
     """
-
-    def __init__(self, path: str, root: str) -> None:
-        questions = []
-        for where, row in _rows(Path(path)):
-            name, options = text_of(row, "image", where), row.get("caption_options")
-            if not isinstance(options, list) or not options or not all(isinstance(each, str) for each in options):
-                raise InputError(f"{where}: caption_options must be a list of captions; write the file again")
-            right = options[0]
-            questions.append(([name], Choice((), (right, *(option for option in options[1:] if option != right)))))
-        super().__init__(Path(root), questions, Path(path))
+    questions = []
+    for where, row in _rows(Path(path)):
+        name, options = text_of(row, "image", where), row.get("caption_options")
+        if not isinstance(options, list) or not options or not all(isinstance(each, str) for each in options):
+            raise InputError(f"{where}: caption_options must be a list of captions; write the file again")
+        right = options[0]
+        questions.append(([name], Choice((), (right, *(option for option in options[1:] if option != right)))))
+    return _ChoiceFiles(Path(root), questions, Path(path))
 
 
-class MMVPVLM(_ChoiceFiles):
+def MMVPVLM(root: str) -> _ChoiceFiles:
     """MMVP-VLM: pairs of images that CLIP confuses, and a statement about each; groups are the nine visual patterns.
 
-    Args:
-        root: the folder of ``Questions.csv`` and ``MLLM_VLM Images``.
-
-    Raises:
-        MissingData: no such folder or file.
+    ``root`` has ``Questions.csv`` and ``MLLM_VLM Images``.
     """
-
-    def __init__(self, root: str) -> None:
-        path = find(Path(root), ("Questions.csv",), "Questions.csv")
-        text = io.StringIO(read_text(path), newline="")
-        with reading(path, "table", hint=AGAIN):
-            rows = [cells for cells in csv.reader(text) if cells][1:]  # as in the authors' script, columns by position
-        wrong = next((n for n, cells in enumerate(rows) if len(cells) != 3 or not cells[2].strip()), None)
-        require(wrong is None, f"{path} row {wrong}: must have a number, a type and a statement; {AGAIN}")
-        questions = []
-        for first, second in zip(rows[::2], [*rows[1::2], []][: len(rows[::2])], strict=True):
-            numbers = [whole_number(cells[0].strip()) if cells else None for cells in (first, second)]
-            if None in numbers or [number % 2 for number in numbers if number is not None] != [1, 0]:
-                raise InputError(f"{path}: {first[0]!r} is not the odd number of a pair with an even one; {AGAIN}")
-            kind = first[1].strip()
-            names = [f"{kind}/{number}.jpg" for number in numbers]
-            questions.append((names, Choice((), (first[2].strip(), second[2].strip()), group=kind)))
-        super().__init__(Path(root) / "MLLM_VLM Images", questions, path)
+    path = find(Path(root), ("Questions.csv",), "Questions.csv")
+    text = io.StringIO(read_text(path), newline="")
+    with reading(path, "table", hint=AGAIN):
+        rows = [cells for cells in csv.reader(text) if cells][1:]  # as in the authors' script, columns by position
+    wrong = next((n for n, cells in enumerate(rows) if len(cells) != 3 or not cells[2].strip()), None)
+    require(wrong is None, f"{path} row {wrong}: must have a number, a type and a statement; {AGAIN}")
+    questions = []
+    for first, second in zip(rows[::2], [*rows[1::2], []][: len(rows[::2])], strict=True):
+        numbers = [whole_number(cells[0].strip()) if cells else None for cells in (first, second)]
+        if None in numbers or [number % 2 for number in numbers if number is not None] != [1, 0]:
+            raise InputError(f"{path}: {first[0]!r} is not the odd number of a pair with an even one; {AGAIN}")
+        kind = first[1].strip()
+        names = [f"{kind}/{number}.jpg" for number in numbers]
+        questions.append((names, Choice((), (first[2].strip(), second[2].strip()), group=kind)))
+    return _ChoiceFiles(Path(root) / "MLLM_VLM Images", questions, path)
 
 
-class Winoground(_ChoiceFiles):
+def Winoground(root: str) -> _ChoiceFiles:
     """Winoground: two images and two captions of the same words; groups are the collapsed tags.
 
-    Args:
-        root: the folder of ``examples.jsonl`` (or of ``data`` with it), beside which ``images.zip`` is unpacked.
-
-    Raises:
-        MissingData: no such folder or file.
+    ``root`` has ``examples.jsonl`` (or ``data`` with it), beside which ``images.zip`` is unpacked.
     """
-
-    def __init__(self, root: str) -> None:
-        path = find(Path(root), ("data/examples.jsonl", "examples.jsonl"), "examples.jsonl")
-        questions = []
-        for where, row in read_json_lines(path):
-            names = [f"{text_of(row, f'image_{i}', where)}.png" for i in range(2)]
-            captions = tuple(text_of(row, f"caption_{i}", where) for i in range(2))
-            questions.append((names, Choice((), captions, group=str(row.get("collapsed_tag") or ""))))
-        super().__init__(path.parent / "images", questions, path)
+    path = find(Path(root), ("data/examples.jsonl", "examples.jsonl"), "examples.jsonl")
+    questions = []
+    for where, row in read_json_lines(path):
+        names = [f"{text_of(row, f'image_{i}', where)}.png" for i in range(2)]
+        captions = tuple(text_of(row, f"caption_{i}", where) for i in range(2))
+        questions.append((names, Choice((), captions, group=str(row.get("collapsed_tag") or ""))))
+    return _ChoiceFiles(path.parent / "images", questions, path)
 
 
-class WinoGAViL(_ChoiceFiles):
+def WinoGAViL(root: str, candidates: Literal["5-6", "10-12"] | None = None) -> _ChoiceFiles:
     """WinoGAViL: which of 5 to 12 images are associated with a word.
 
-    The caption is the word in lower case after "A" or "An", as in the authors' and DataComp's scripts.
-
-    Args:
-        root: the folder of ``winogavil_dataset.csv`` and ``winogavil_images``.
-        candidates: only questions of 5 and 6, or of 10 and 12 images (DataComp's main metric); None: all.
-
-    Raises:
-        MissingData: no such folder or file.
+    The caption is the word in lower case after "A" or "An", as in the authors' and DataComp's scripts. ``root`` has
+    ``winogavil_dataset.csv`` and ``winogavil_images``. With ``candidates``, only questions of 5 and 6, or of 10 and 12
+    images (DataComp's main metric).
     """
-
-    def __init__(self, root: str, candidates: Literal["5-6", "10-12"] | None = None) -> None:
-        path = find(Path(root), ("winogavil_dataset.csv",), "winogavil_dataset.csv")
-        columns = {name: (name,) for name in ("cue", "candidates", "associations")}
-        questions = []
-        for number, row in enumerate(read_table(path, columns)):
-            where = f"{path} row {number}"
-            lists = []
-            for name in ("candidates", "associations"):
-                with reading(path, f"table: {name} of row {number}", hint=AGAIN):
-                    lists.append([str(each) for each in json.loads(row[name])])
-            images, right = lists[0], set(lists[1])
-            if candidates and (len(images) >= 10) != (candidates == "10-12"):
-                continue
-            names = sorted(images, key=lambda name: name not in right)  # the right ones first
-            hits = sum(name in right for name in images)
-            require(0 < hits < len(images), f"{where}: {hits} of {len(images)} candidates are associations; {AGAIN}")
-            cue = text_of(row, "cue", where).lower()
-            caption = f"{'An' if cue[0] in 'aeiou' else 'A'} {cue}"
-            questions.append(([f"{name}.jpg" for name in names], Choice((), (caption,), right=hits)))
-        super().__init__(Path(root) / "winogavil_images", questions, path)
+    path = find(Path(root), ("winogavil_dataset.csv",), "winogavil_dataset.csv")
+    columns = {name: (name,) for name in ("cue", "candidates", "associations")}
+    questions = []
+    for number, row in enumerate(read_table(path, columns)):
+        where = f"{path} row {number}"
+        lists = []
+        for name in ("candidates", "associations"):
+            with reading(path, f"table: {name} of row {number}", hint=AGAIN):
+                lists.append([str(each) for each in json.loads(row[name])])
+        images, right = lists[0], set(lists[1])
+        if candidates and (len(images) >= 10) != (candidates == "10-12"):
+            continue
+        names = sorted(images, key=lambda name: name not in right)  # the right ones first
+        hits = sum(name in right for name in images)
+        require(0 < hits < len(images), f"{where}: {hits} of {len(images)} candidates are associations; {AGAIN}")
+        cue = text_of(row, "cue", where).lower()
+        caption = f"{'An' if cue[0] in 'aeiou' else 'A'} {cue}"
+        questions.append(([f"{name}.jpg" for name in names], Choice((), (caption,), right=hits)))
+    return _ChoiceFiles(Path(root) / "winogavil_images", questions, path)

@@ -1,10 +1,11 @@
 """Video frames and neighbouring frames that look the same to people: ImageNet-Vid-Robust and YTBB-Robust.
 
-From "Do Image Classifiers Generalize Across Time?", arXiv 1906.02168. The rules are those of its authors' scoring:
+From "Do Image Classifiers Generalize Across Time?", arXiv 1906.02168. The rules follow its authors' scoring:
 github.com/modestyachts/imagenet-vid-robust-example and github.com/modestyachts/imagenet-testbed.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -27,7 +28,7 @@ PROBLEMS = frozenset(
 )
 
 
-class NeighbouringFrames(ImageFiles, Neighbours):
+class NeighbouringFrames(ImageFiles, Neighbours, SomeOfImageNet):
     """Anchor frames and their neighbours, each frame once, sorted by name.
 
     Args:
@@ -36,6 +37,7 @@ class NeighbouringFrames(ImageFiles, Neighbours):
         accepted: each frame's name -> the labels that count as correct.
         class_names: in label order.
         annotations: the files of metadata.
+        imagenet_classes: reads ImageNet's labels for each class.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class NeighbouringFrames(ImageFiles, Neighbours):
         accepted: Mapping[str, set[int]],
         class_names: list[str],
         annotations: Sequence[Path],
+        imagenet_classes: Callable[[], list[list[int]]],
     ) -> None:
         require(bool(anchors), f"{root}: no anchors; get the metadata again")
         names = sorted({*anchors, *(name for frames in anchors.values() for name in frames)})
@@ -59,7 +62,7 @@ class NeighbouringFrames(ImageFiles, Neighbours):
         self._neighbours = [
             (row_of[anchor], [row_of[name] for name in frames if name != anchor]) for anchor, frames in anchors.items()
         ]
-        self._accepted = [set(accepted[name]) for name in names]
+        self._accepted, self._imagenet_classes = [set(accepted[name]) for name in names], imagenet_classes
         # labels() can only give one of the accepted labels: the first.
         super().__init__(root, names, [min(accepted[name]) for name in names], class_names, annotations)
 
@@ -69,52 +72,37 @@ class NeighbouringFrames(ImageFiles, Neighbours):
     def accepted(self) -> list[set[int]]:
         return [set(classes) for classes in self._accepted]
 
+    def imagenet_classes(self) -> list[list[int]]:
+        return self._imagenet_classes()
 
-class ImageNetVidRobust(NeighbouringFrames, SomeOfImageNet):
+
+def ImageNetVidRobust(root: str) -> NeighbouringFrames:
     """ImageNet-Vid-Robust: ``val/VIDEO/FRAME.JPEG``, ``metadata/{pmsets,labels}.json``, ``misc/``; 30 classes.
 
     A probe trained on ImageNet needs ``rev_class_idx_map.json`` of github.com/modestyachts/imagenet-testbed too, in
     ``metadata`` or ``misc``.
-
-    Args:
-        root: the folder that contains these, or its parent.
-
-    Raises:
-        MissingData: no such folder or file.
     """
-
-    def __init__(self, root: str) -> None:
-        metadata = find(Path(root), ("metadata", "imagenet-vid-robust/metadata"), "metadata")
-        top = metadata.parent
-        index, sets, labelled = (
-            top / "misc" / "imagenet_vid_class_index.json",
-            metadata / "pmsets.json",
-            metadata / "labels.json",
-        )
-        names, anchors, labels = _class_names(index), read_json(sets), read_json(labelled)
-        for path, values in ((sets, anchors), (labelled, labels)):
-            kind = str if path.name == "pmsets.json" else int
-            require(
-                isinstance(values, dict)
-                and all(
-                    isinstance(each, list) and all(isinstance(item, kind) for item in each) for each in values.values()
-                ),
-                f"{path}: not a mapping from frames to lists of {'frames' if kind is str else 'labels'}; get it again",
-            )
-        find(top, ("val",), "folder of frames")
-        self._top = top
-        accepted = {name: set(classes) for name, classes in labels.items()}
-        super().__init__(top, anchors, accepted, names, [index, sets, labelled])
-
-    def imagenet_classes(self) -> list[list[int]]:
-        path = find(
-            self._top, ("metadata/rev_class_idx_map.json", "misc/rev_class_idx_map.json"), "classes of ImageNet"
-        )
-        return _imagenet_labels(path, range(len(self.class_names)))
+    metadata = find(Path(root), ("metadata", "imagenet-vid-robust/metadata"), "metadata")
+    top = metadata.parent
+    index, sets, labelled = (
+        top / "misc/imagenet_vid_class_index.json",
+        metadata / "pmsets.json",
+        metadata / "labels.json",
+    )
+    names, anchors, labels = _class_names(index), read_json(sets), read_json(labelled)
+    for path, values, kind, items in ((sets, anchors, str, "frames"), (labelled, labels, int, "labels")):
+        lists = values.values() if isinstance(values, dict) else [None]
+        good = all(isinstance(each, list) and all(isinstance(item, kind) for item in each) for each in lists)
+        require(good, f"{path}: not a mapping from frames to lists of {items}; get it again")
+    find(top, ("val",), "folder of frames")
+    accepted = {name: set(classes) for name, classes in labels.items()}
+    in_imagenet = partial(_imagenet_labels, top, ("metadata/", "misc/"), range(len(names)))
+    return NeighbouringFrames(top, anchors, accepted, names, [index, sets, labelled], in_imagenet)
 
 
-def _imagenet_labels(path: Path, classes: Iterable[int]) -> list[list[int]]:
+def _imagenet_labels(folder: Path, places: Sequence[str], classes: Iterable[int]) -> list[list[int]]:
     """Read ImageNet's labels for each class from ``{"0": [404], ...}``; none for a class that is not there."""
+    path = find(folder, [f"{place}rev_class_idx_map.json" for place in places], "classes of ImageNet")
     values = read_json(path)
     with reading(path, "mapping from classes to lists of ImageNet's labels", hint=AGAIN):
         return [[int(label) for label in values.get(str(number), ())] for number in classes]
@@ -132,56 +120,44 @@ def _class_names(path: Path) -> list[str]:
     return [name.replace("_", " ") for name in names]
 
 
-class YTBBRobust(NeighbouringFrames, SomeOfImageNet):
+def YTBBRobust(root: str) -> NeighbouringFrames:
     """YTBB-Robust: ``ytbb_videos/VIDEO_MS/frame-NUMBER.jpg``, and the metadata of its authors' testbed.
 
-    An anchor counts if reviewers marked it good; its labels are its video's class and those that reviewers added. A
-    neighbour counts if it is at most ten frames away and reviewers marked it similar without a problem; it has the
+    An anchor counts if reviewers marked it good; its labels are its video's class and the labels that reviewers added.
+    A neighbour counts if it is at most ten frames away and reviewers marked it similar without a problem; it has the
     anchor's labels. "none" is not used as a class: anchors that have only this label are left out.
 
-    Args:
-        root: the folder of ``ytbb_videos``, or its parent. ``anchor_labels.json``, ``pmk_labels.json``,
-            ``ytbb_class_index.json`` and ``ytbb_robustness_test_anchors_full.csv`` lie beside ``ytbb_videos``, in
-            ``metadata`` or in ``ytbb-robust_metadata``.
-
-    Raises:
-        MissingData: no such folder or file.
+    ``anchor_labels.json``, ``pmk_labels.json``, ``ytbb_class_index.json`` and
+    ``ytbb_robustness_test_anchors_full.csv`` lie beside ``ytbb_videos``, in ``metadata`` or in
+    ``ytbb-robust_metadata``.
     """
-
-    def __init__(self, root: str) -> None:
-        videos = find(Path(root), ("ytbb_videos", "ytbb-robust/ytbb_videos"), "folder of frames")
-        folders = ("metadata/", "ytbb-robust_metadata/", "")
-        file = find(videos.parent, [f"{folder}anchor_labels.json" for folder in folders], "metadata")
-        metadata = file.parent
-        names = _class_names(metadata / "ytbb_class_index.json")
-        kept = [label for label, name in enumerate(names) if name != NO_CLASS]
-        self._metadata, self._kept = metadata, kept
-        label_of = {names[label]: new_label for new_label, label in enumerate(kept)}
-        class_of_video = _classes_of_videos(metadata / ANCHORS_TABLE, names)
-        good, bad_anchors, pairs = _reviewed(metadata)
-        anchors: dict[str, list[str]] = {}
-        accepted: dict[str, set[int]] = {}
-        without_class = 0
-        for anchor, added in good.items():
-            if anchor in bad_anchors:
-                continue
-            folder = anchor.split("/")[0]
-            require(folder in class_of_video, f"{metadata}: {folder} is not in {ANCHORS_TABLE}")
-            classes = {label_of[name] for name in {class_of_video[folder], *added} if name in label_of}
-            if not classes:
-                without_class += 1
-                continue
-            anchors[anchor] = sorted(pairs.get(anchor, ()), key=_frame_number)
-            accepted |= dict.fromkeys([anchor, *anchors[anchor]], classes)
-        if without_class:
-            rank_zero_info(f"{videos}: left out {without_class} anchors without a class")
-        files = ("anchor_labels.json", "pmk_labels.json", "ytbb_class_index.json", ANCHORS_TABLE)
-        annotations = [metadata / name for name in files]
-        super().__init__(videos, anchors, accepted, [names[label] for label in kept], annotations)
-
-    def imagenet_classes(self) -> list[list[int]]:
-        path = find(self._metadata, ("rev_class_idx_map.json",), "classes of ImageNet")
-        return _imagenet_labels(path, self._kept)
+    videos = find(Path(root), ("ytbb_videos", "ytbb-robust/ytbb_videos"), "folder of frames")
+    folders = ("metadata/", "ytbb-robust_metadata/", "")
+    metadata = find(videos.parent, [f"{folder}anchor_labels.json" for folder in folders], "metadata").parent
+    names = _class_names(metadata / "ytbb_class_index.json")
+    kept = [label for label, name in enumerate(names) if name != NO_CLASS]
+    label_of = {names[label]: new_label for new_label, label in enumerate(kept)}
+    class_of_video = _classes_of_videos(metadata / ANCHORS_TABLE, names)
+    good, bad_anchors, pairs = _reviewed(metadata)
+    anchors: dict[str, list[str]] = {}
+    accepted: dict[str, set[int]] = {}
+    without_class = 0
+    for anchor, added in good.items():
+        if anchor in bad_anchors:
+            continue
+        folder = anchor.split("/")[0]
+        require(folder in class_of_video, f"{metadata}: {folder} is not in {ANCHORS_TABLE}")
+        classes = {label_of[name] for name in {class_of_video[folder], *added} if name in label_of}
+        if not classes:
+            without_class += 1
+            continue
+        anchors[anchor] = sorted(pairs.get(anchor, ()), key=_frame_number)
+        accepted |= dict.fromkeys([anchor, *anchors[anchor]], classes)
+    if without_class:
+        rank_zero_info(f"{videos}: left out {without_class} anchors without a class")
+    files = ("anchor_labels.json", "pmk_labels.json", "ytbb_class_index.json", ANCHORS_TABLE)
+    annotations, in_imagenet = [metadata / name for name in files], partial(_imagenet_labels, metadata, ("",), kept)
+    return NeighbouringFrames(videos, anchors, accepted, [names[label] for label in kept], annotations, in_imagenet)
 
 
 def _frame_name(path: str) -> str:

@@ -1,12 +1,14 @@
-"""ImageNet: class folders, the validation images as the archive holds them, Kaggle's layout, or timm's tar files."""
+"""ImageNet in all its layouts, and test sets that share its classes: ImageNetV2, ImageNet-A, -R, -Sketch, ObjectNet."""
 
+import importlib.util
 import os
 import re
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from datamodules.evaluation.annotation_files import (
     AGAIN,
@@ -19,57 +21,47 @@ from datamodules.evaluation.annotation_files import (
     whole_number,
 )
 from datamodules.evaluation.image_files import (
-    ByLayout,
     ImageFiles,
+    KnownLabels,
     images_in,
     in_class_folders,
     labels_of,
     subfolders,
 )
-from datamodules.evaluation.imagenet_variants import imagenet_wnids
 from datamodules.evaluation.webdataset import ImageSpan, TarImages, scan_tar
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import LabelledImages, MissingData
+from lit_clip.evaluation.data import LabelledImages, MissingData, SomeOfImageNet
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.reading import reading
 
+ImageNetSplit = Literal["train", "val"]
 DEVKIT = "ILSVRC2012_devkit_t12"
 KAGGLE = "ILSVRC/Data/CLS-LOC"
 SOLUTION = "LOC_val_solution.csv"  # Kaggle's labels of the validation images
 FOLDERS = {"train": ("train",), "val": ("val", "validation")}
 TARS = {"train": "imagenet1k-train-*.tar", "val": "imagenet1k-validation-*.tar"}  # of timm/imagenet-1k-wds
 WNID = re.compile(r"(n\d{8})_")
+BORDER = 2  # pixels; the red line is 1 wide, but its authors' loader cuts off 2 (abarbu/objectnet-template-pytorch)
 
 
-class ImageNet(ByLayout):
+def ImageNet(root: str, split: ImageNetSplit = "val") -> LabelledImages:
     """ImageNet 2012, as torchvision, its archives, Kaggle or timm lay it out.
 
     One of ``root/train/n01440764/*.JPEG`` and ``root/val/...`` (or ``root/validation/...``), where class folders may be
     missing; the same below Kaggle's ``ILSVRC/Data/CLS-LOC``; or the tar files of ``timm/imagenet-1k-wds`` in ``root``.
     All validation images may lie in their folder itself. Then the labels come from torchvision's ``meta.bin``, from the
     unpacked ``ILSVRC2012_devkit_t12`` or from Kaggle's ``LOC_val_solution.csv`` in ``root``.
-
-    Args:
-        root: the folder.
-        split: ``train``, or ``val``, which the paper tests on.
-
-    Raises:
-        MissingData: no such folder, tar files or labels.
     """
-
-    def __init__(self, root: str, split: Literal["train", "val"] = "val") -> None:
-        top = Path(root)
-        folders = [f"{place}{name}" for place in ("", f"{KAGGLE}/") for name in FOLDERS[split]]
-        tars = sorted(top.glob(TARS[split]))
-        if tars and not any((top / folder).is_dir() for folder in folders):
-            self.read_by(_ImageNetTars(tars))
-        else:
-            folder = find(top, folders, f"folder of images, and no {TARS[split]},")
-            self.read_by(_open_folder(top, folder, split))
+    top = Path(root)
+    folders = [f"{place}{name}" for place in ("", f"{KAGGLE}/") for name in FOLDERS[split]]
+    tars = sorted(top.glob(TARS[split]))
+    if tars and not any((top / folder).is_dir() for folder in folders):
+        return _ImageNetTars(tars)
+    return _open_folder(top, find(top, folders, f"folder of images, and no {TARS[split]},"), split)
 
 
-def _open_folder(root: Path, folder: Path, split: Literal["train", "val"]) -> ImageFiles:
+def _open_folder(root: Path, folder: Path, split: ImageNetSplit) -> ImageFiles:
     wnids = imagenet_wnids()
     names = imagenet_class_names()
     if split == "val" and not any(entry.is_dir() and entry.name[0] == "n" for entry in os.scandir(folder)):
@@ -126,16 +118,10 @@ def _wnids_in_solution(path: Path, files: Sequence[str]) -> list[str]:
     return [wnid_of[Path(file).stem] for file in files]
 
 
-class _ImageNetTars(TarImages, LabelledImages):
+class _ImageNetTars(TarImages, KnownLabels):
     """The tar files of ``timm/imagenet-1k-wds``, whose samples are a ``.jpg`` and its label in a ``.cls``.
 
     Images have the names and the order that they have in class folders.
-
-    Args:
-        tars: all files of a split.
-
-    Raises:
-        MissingData: a file that the set's ``_info.json`` lists does not exist.
     """
 
     def __init__(self, tars: list[Path]) -> None:
@@ -168,12 +154,6 @@ class _ImageNetTars(TarImages, LabelledImages):
         assert span is not None
         return f"{self.tars[span.tar]} sample {self.keys[index]}"
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.image(index), self._labels[index]
-
-    def labels(self) -> list[int]:
-        return list(self._labels)
-
     def stamp(self) -> str:
         return stamp_of_files(self.tars)
 
@@ -186,3 +166,98 @@ def _listed_beside(info: Path, tar: Path) -> list[Path]:
             if tar.name in split["filenames"]:
                 return [info.with_name(str(name)) for name in split["filenames"]]
     raise InputError(f"{info}: {tar.name} is in none of its splits; {AGAIN}")
+
+
+@lru_cache(maxsize=1)
+def imagenet_wnids() -> tuple[str, ...]:
+    """Read the WordNet ids of ImageNet's 1,000 classes, in label order, from timm's list without importing timm."""
+    return tuple(_timms("imagenet_synsets.txt").split())
+
+
+def _imagenet_words() -> list[str]:
+    """Read WordNet's words for ImageNet's 1,000 classes, such as ``cock``, in label order, from timm's list."""
+    lines = _timms("imagenet_synset_to_lemma.txt").splitlines()
+    words = dict(line.split("\t", maxsplit=1) for line in lines if line)
+    return [words[wnid] for wnid in imagenet_wnids()]
+
+
+def _timms(name: str) -> str:
+    package = importlib.util.find_spec("timm")
+    if package is None or package.origin is None:
+        raise InputError("the list of ImageNet's classes comes with timm, which is not installed; pip install timm")
+    return read_text(Path(package.origin).parent / "data/_info" / name)
+
+
+def ImageNetV2(root: str) -> ImageFiles:
+    """ImageNetV2: 10 new images of each class, in folders named 0 to 999 by label.
+
+    A loader that sorts folder names as text (0, 1, 10, 100, ...) would label nearly every image wrongly.
+    """
+    wanted = [str(label) for label in range(1000)]
+    if wrong := sorted(set(subfolders(Path(root))) ^ set(wanted)):
+        raise InputError(f"{root}: its folders are not 0 to 999 ({len(wrong)} differ: {', '.join(wrong[:3])})")
+    return ImageFiles(Path(root), *in_class_folders(Path(root), wanted), imagenet_class_names())
+
+
+class ImageNetFolders(ImageFiles, SomeOfImageNet):
+    """Images of some of ImageNet's classes, in folders named by WordNet id, scored among those classes only.
+
+    This is the layout of ImageNet-A, -R and -Sketch. Labels follow ImageNet's order, and names are the paper's.
+
+    Args:
+        root: the folder.
+        classes: the number of classes to expect; None: any.
+    """
+
+    def __init__(self, root: str, classes: int | None = None) -> None:
+        folders = subfolders(Path(root))
+        number = {wnid: label for label, wnid in enumerate(imagenet_wnids())}
+        if unknown := sorted(set(folders) - number.keys()):
+            raise InputError(f"{root}: {unknown[0]} is not a class of ImageNet; folders must be named n01440764, ...")
+        if classes is not None and len(folders) != classes:
+            raise InputError(f"{root}: {len(folders)} class folders instead of {classes}; get the set again")
+        self.wnids = sorted(folders, key=number.__getitem__)
+        files, labels = in_class_folders(Path(root), self.wnids)
+        names = imagenet_class_names()
+        self._numbers = [number[wnid] for wnid in self.wnids]
+        super().__init__(Path(root), files, labels, [names[label] for label in self._numbers])
+
+    def imagenet_classes(self) -> list[list[int]]:
+        return [[label] for label in self._numbers]
+
+
+class ObjectNet(ImageFiles, SomeOfImageNet):
+    """ObjectNet: everyday objects in unusual places, restricted to the 113 classes that ImageNet has too.
+
+    ObjectNet's ``mappings`` list these classes and their names. Labels follow the sorted folder names, as in
+    CLIP_benchmark; class names are ObjectNet's own in lower case. The red line around each image, which marks it as
+    not to be trained on, is cut off. ``root`` is ``objectnet-1.0``, with ``images`` and ``mappings``.
+    """
+
+    def __init__(self, root: str) -> None:
+        folder, mappings = Path(root), Path(root) / "mappings"
+        names = ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")
+        label_of, in_imagenet = (read_json(mappings / name) for name in names)
+        mappings_of_names = isinstance(label_of, dict) and all(isinstance(name, str) for name in label_of.values())
+        if not mappings_of_names or not isinstance(in_imagenet, dict):
+            raise InputError(f"{mappings}: not the mappings of ObjectNet 1.0; get them again")
+        overlap = sorted(name for name, label in label_of.items() if label in in_imagenet)
+        if len(overlap) != len(in_imagenet):
+            problem = f"{len(overlap)} folders for the {len(in_imagenet)} classes that are in ImageNet"
+            raise InputError(f"{mappings / 'folder_to_objectnet_label.json'}: {problem}; get the mappings again")
+        files, labels = in_class_folders(folder / "images", overlap)
+        own_names = [label_of[name].lower() for name in overlap]
+        super().__init__(folder / "images", files, labels, own_names, [mappings / name for name in names])
+        self._words = [str(in_imagenet[label_of[name]]).split("; ") for name in overlap]
+
+    def imagenet_classes(self) -> list[list[int]]:
+        known: dict[str, list[int]] = {}
+        for label, words in enumerate(_imagenet_words()):
+            known.setdefault(words, []).append(label)
+        wrong = [words for several in self._words for words in several if len(known.get(words, ())) != 1]
+        if wrong:
+            raise InputError(f"objectnet_to_imagenet_1k.json: {wrong[0]!r} does not name one class of ImageNet")
+        return [[known[words][0] for words in several] for several in self._words]
+
+    def image(self, index: int) -> Image.Image:
+        return ImageOps.crop(super().image(index), BORDER)

@@ -1,39 +1,36 @@
-"""A user's table of labelled images: a column of paths and a column of labels."""
+"""A user's tables: of images and their labels, or of images and the places where they were taken (IM2GPS)."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from datamodules.evaluation.annotation_files import whole_number
-from datamodules.evaluation.image_files import LabelledFiles
-from datamodules.evaluation.image_folder import ClassNames
+import torch
+from torch import Tensor
+
+from datamodules.evaluation.annotation_files import number, read_table, whole_number
+from datamodules.evaluation.image_files import ImageFiles, UnlabelledFiles
+from datamodules.evaluation.own_classes import ClassNames
 from datamodules.loading.bad_samples import BLANK, is_unicode
 from datamodules.pairs.column_names import IMAGE_COLUMNS, Columns, find_column, is_encoded, refuse_equal
 from datamodules.pairs.text_table import RawRow, raw_rows, shown
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import MissingData, numbered
+from lit_clip.evaluation.data import Located, MissingData, numbered
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.tools.reading import check_is_file, reading
 
 LABEL_COLUMNS = ("label", "labels", "class", "target", "class_id", "class_name", "category")
-BATCH_ROWS = 16_384
 
 
-def read_labels(
-    path: Path, image_column: str | None = None, label_column: str | None = None
-) -> list[tuple[int, str, Any]]:
-    """Read a table of images and labels: each row's number in the file, image path, and label as written.
+Rows = Sequence[tuple[int, str, Any]]  # number in the file, path of the image, label as written
 
-    Args:
-        path: ``.parquet``; ``.jsonl``, ``.ndjson`` or ``.json`` with one object per line; or a delimited file with a
-            header, whose delimiter is detected (UTF-8, or UTF-16 with a byte order mark). A text file's first line is
-            row 1, a parquet file's first row is row 0.
-        image_column: None: the first column with a usual name.
-        label_column: None: the first column with a usual name.
 
-    Raises:
-        MissingData: no such file.
+def read_labels(path: Path, image_column: str | None = None, label_column: str | None = None) -> Rows:
+    """Read a table of images and labels.
+
+    ``path`` is ``.parquet``; ``.jsonl``, ``.ndjson`` or ``.json`` with one object per line; or a delimited file with a
+    header, whose delimiter is detected (UTF-8, or UTF-16 with a byte order mark). A text file's first line is row 1, a
+    parquet file's first row is row 0. Columns that are None are the first with a usual name.
     """
     check_is_file(path)
     if not path.is_file():
@@ -50,7 +47,7 @@ def read_labels(
     return rows
 
 
-def _parquet_rows(path: Path, find: Any) -> Iterator[RawRow]:
+def _parquet_rows(path: Path, find: Any) -> list[RawRow]:
     import pyarrow.parquet as pq
 
     with reading(path, "parquet file"):
@@ -62,12 +59,10 @@ def _parquet_rows(path: Path, find: Any) -> Iterator[RawRow]:
     if is_encoded(kind):
         problem = f"column {columns.image!r} holds {kind}, not paths"
         raise InputError(f"{path}: {problem}; use datamodules.ParquetClasses for images stored in the table")
-    rows: list[tuple[Any, Any]] = []
     with reading(path, "parquet file"):
-        for batch in file.iter_batches(BATCH_ROWS, columns=[columns.image, columns.caption]):
-            rows += zip(batch[columns.image].to_pylist(), batch[columns.caption].to_pylist(), strict=True)
-    for number, (image, label) in enumerate(rows):
-        yield RawRow(number, image, label)
+        table = file.read(columns=[columns.image, columns.caption])
+        images, labels = (table[name].to_pylist() for name in (columns.image, columns.caption))
+    return [RawRow(number, *row) for number, row in enumerate(zip(images, labels, strict=True))]
 
 
 def _validated(path: Path, row: RawRow) -> tuple[int, str, Any]:
@@ -82,30 +77,24 @@ def _validated(path: Path, row: RawRow) -> tuple[int, str, Any]:
     return row.number, row.image.strip(), label
 
 
-def resolve_labels(
-    path: Path, rows: Sequence[tuple[int, Any]], class_names: list[str] | None
-) -> tuple[list[int], list[str]]:
-    """Turn a column of labels into label numbers and class names.
+def resolve_labels(path: Path, rows: Rows, class_names: list[str] | None) -> tuple[list[int], list[str]]:
+    """Turn the labels of :func:`read_labels` into label numbers and class names.
 
-    The column is read as names or as numbers, never as a mixture.
-
-    Args:
-        path: for error messages.
-        rows: each row's number in the file and its label.
-        class_names: in label order; None: the numbers, or the sorted names that occur.
+    The column is read as names or as numbers, never as a mixture. Without ``class_names``, classes are the numbers, or
+    the sorted names that occur.
     """
-    numbers = [_number(label) for _, label in rows]
+    numbers = [_number(label) for _, _, label in rows]
     if class_names is None:
         if all(number is not None for number in numbers):
             class_names = numbered([number or 0 for number in numbers], str(path))
         else:
-            class_names = sorted({str(label) for _, label in rows})
+            class_names = sorted({str(label) for _, _, label in rows})
     label_of = {name: label for label, name in enumerate(class_names)}
-    named = [label_of.get(label) if isinstance(label, str) else None for _, label in rows]
+    named = [label_of.get(label) if isinstance(label, str) else None for _, _, label in rows]
     as_names = len(label_of) == len(class_names) and None not in named
     as_numbers = all(number is not None and 0 <= number < len(class_names) for number in numbers)
     if as_names and as_numbers and named != numbers:
-        row, label = next(row for row, a, b in zip(rows, named, numbers, strict=True) if a != b)
+        row, _, label = next(row for row, a, b in zip(rows, named, numbers, strict=True) if a != b)
         both = f"label {label!r} is the name of one class and the number of another"
         raise InputError(f"{path} row {row}: {both}; give the classes other names, or write names into the table")
     if not as_names and not as_numbers:
@@ -121,11 +110,7 @@ def _number(label: Any) -> int | None:
 
 
 def _bad_label(
-    path: Path,
-    rows: Sequence[tuple[int, Any]],
-    numbers: list[int | None],
-    named: list[int | None],
-    class_names: list[str],
+    path: Path, rows: Rows, numbers: list[int | None], named: list[int | None], class_names: list[str]
 ) -> InputError:
     """Describe the first bad label, reading the column as whichever most of its cells are: names or numbers."""
     twice = [name for label, name in enumerate(class_names) if name in class_names[:label]]
@@ -135,14 +120,14 @@ def _bad_label(
     meant_numbers = sum(number is not None for number in numbers) > sum(label is not None for label in named)
     wrong = [number is None or not 0 <= number < len(class_names) for number in numbers]
     bad = wrong if meant_numbers else [label is None for label in named]
-    row, label = next(row for row, is_bad in zip(rows, bad, strict=True) if is_bad)
+    row, _, label = next(row for row, is_bad in zip(rows, bad, strict=True) if is_bad)
     some = ", ".join(class_names[:3]) + (", ..." if len(class_names) > 3 else "")
     if isinstance(label, str) and _number(label) is None:
         return InputError(f"{path} row {row}: {label!r} is none of the {len(class_names)} classes ({some})")
     return InputError(f"{path} row {row}: label {label} is not between 0 and {len(class_names) - 1} ({some})")
 
 
-class LabelledTable(LabelledFiles):
+class LabelledTable(ImageFiles):
     """Images whose paths and labels are columns of a table, in row order.
 
     Args:
@@ -152,9 +137,6 @@ class LabelledTable(LabelledFiles):
         image_column: paths of images; None: the first of ``image``, ``image_path``, ``filepath``, ...
         label_column: whole numbers from 0, or class names; None: the first of ``label``, ``class``, ...
         root: folder that image paths are relative to; None: the table's.
-
-    Raises:
-        MissingData: no such table.
     """
 
     def __init__(
@@ -166,19 +148,46 @@ class LabelledTable(LabelledFiles):
         root: str | None = None,
     ) -> None:
         self.path = Path(path)
-        self.annotation_paths = [self.path]
         rows = read_labels(self.path, image_column, label_column)
         names = imagenet_class_names() if class_names == "imagenet" else class_names
         if names is not None and not names:
             raise InputError(f"class_names: must not be empty; leave it out to use the classes of {path}")
-        labels, self.class_names = resolve_labels(
-            self.path, [(number, label) for number, _, label in rows], None if names is None else list(names)
-        )
-        self.root = Path(root).expanduser() if root else self.path.parent
-        self.files = [(self.root / image, label) for (_, image, _), label in zip(rows, labels, strict=True)]
+        labels, classes = resolve_labels(self.path, rows, None if names is None else list(names))
         self._numbers = [number for number, _, _ in rows]
-        if not os.path.isfile(self.files[0][0]):  # unlike the method, false for a name that is too long
-            raise InputError(f"{self.where(0)}: no such image file: {self.files[0][0]}; set root to their folder")
+        folder = Path(root).expanduser() if root else self.path.parent
+        super().__init__(folder, [image for _, image, _ in rows], labels, classes, [self.path])
+        if not os.path.isfile(self.files[0]):  # unlike the method, false for a name that is too long
+            raise InputError(f"{self.where(0)}: no such image file: {self.files[0]}; set root to their folder")
 
     def where(self, index: int) -> str:
         return f"{self.path} row {self._numbers[index]}"
+
+
+class LocatedImages(UnlabelledFiles, Located):
+    """A table of images and where they were taken: IM2GPS, or the reference images it is compared with.
+
+    Args:
+        path: a CSV file with columns ``image`` (or ``img_id``), ``latitude`` (``lat``) and ``longitude`` (``lon``,
+            ``lng``), as github.com/TIBHannover/GeoEstimation has them.
+        root: folder that image paths are relative to; None: the table's.
+    """
+
+    def __init__(self, path: str, root: str | None = None) -> None:
+        columns = {
+            "image": ("image", "img_id", "filename", "file", "path"),
+            "latitude": ("latitude", "lat"),
+            "longitude": ("longitude", "lon", "lng"),
+        }
+        rows = read_table(Path(path), columns)
+        self._places: list[tuple[float, float]] = []
+        for row in rows:
+            where = f"{path}: {row['image']}"
+            latitude, longitude = number(row, "latitude", where), number(row, "longitude", where)
+            on_earth = abs(latitude) <= 90 and abs(longitude) <= 180
+            require(on_earth, f"{where}: {latitude}, {longitude} is not a latitude and a longitude in degrees")
+            self._places.append((latitude, longitude))
+        folder = Path(path).parent if root is None else Path(root)
+        super().__init__(folder, [row["image"] for row in rows], [Path(path)])
+
+    def coordinates(self) -> Tensor:
+        return torch.tensor(self._places, dtype=torch.float64)

@@ -8,112 +8,67 @@ from typing import Any
 from PIL import Image
 
 from datamodules.evaluation.annotation_files import AGAIN, find, read_json, read_json_lines, read_text, text_of
-from datamodules.evaluation.image_files import UnlabelledFiles
-from datamodules.evaluation.imagenet import ImageNet
+from datamodules.evaluation.image_files import CaptionedFiles, KnownLabels
+from datamodules.evaluation.imagenet import ImageNet, ImageNetSplit
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import CaptionedImages, LabelledImages, PartOf
+from lit_clip.evaluation.data import LabelledImages, PartOf
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
 
 
-class _CaptionedFiles(UnlabelledFiles, CaptionedImages):
-    """Images with one caption each.
+def XTD10(root: str, language: str) -> CaptionedFiles:
+    """XTD10: 1,000 images of COCO 2014 with a caption in each of 11 languages (``en``, ``de``, ..., ``jp``, ``zh``).
 
-    Attributes:
-        texts: the captions, in the order of the images.
+    ``root`` has the authors' ``XTD10``, ``MIC`` and ``STAIR`` folders or the files in them, and the images: all in
+    ``images``, or in COCO's ``train2014`` and ``val2014``.
     """
-
-    texts: list[str]
-
-    def captions(self, index: int) -> list[str]:
-        return [self.texts[index]]
-
-
-class XTD10(_CaptionedFiles):
-    """XTD10: 1,000 images of COCO 2014 with a caption in each of 11 languages.
-
-    Args:
-        root: the folder of the authors' ``XTD10``, ``MIC`` and ``STAIR`` folders or of the files in them, and of the
-            images: all in ``images``, or in COCO's ``train2014`` and ``val2014``.
-        language: ``en``, ``de``, ``es``, ``fr``, ``it``, ``jp``, ``ko``, ``pl``, ``ru``, ``tr`` or ``zh``.
-
-    Raises:
-        MissingData: no such folder, list or captions.
-    """
-
-    def __init__(self, root: str, language: str) -> None:
-        top, folders = Path(root), ("XTD10/", "MIC/", "STAIR/", "")
-        listed = find(top, [f"{folder}test_image_names.txt" for folder in folders], "list of images")
-        file = f"test_1kcaptions_{language}.txt"
-        path = find(top, [f"{folder}{file}" for folder in folders], f"captions in {language}")
-        names = read_text(listed).split()
-        self.texts = read_text(path).splitlines()
-        if not names or len(self.texts) != len(names):
-            raise InputError(f"{path}: {len(self.texts)} captions for {len(names)} images; {AGAIN}")
-        images = find(top, ("images", "train2014", "val2014"), "images")
-        folder_of = {split: "images" if images.name == "images" else split for split in ("train2014", "val2014")}
-        self.root, self.annotation_paths = top, [listed, path]
-        self.names = [f"{folder_of['train2014' if 'train2014' in name else 'val2014']}/{name}" for name in names]
+    top, folders = Path(root), ("XTD10/", "MIC/", "STAIR/", "")
+    listed = find(top, [f"{folder}test_image_names.txt" for folder in folders], "list of images")
+    file = f"test_1kcaptions_{language}.txt"
+    path = find(top, [f"{folder}{file}" for folder in folders], f"captions in {language}")
+    names = read_text(listed).split()
+    captions = [[caption] for caption in read_text(path).splitlines()]
+    if not names or len(captions) != len(names):
+        raise InputError(f"{path}: {len(captions)} captions for {len(names)} images; {AGAIN}")
+    images = find(top, ("images", "train2014", "val2014"), "images")
+    folder_of = {split: "images" if images.name == "images" else split for split in ("train2014", "val2014")}
+    names = [f"{folder_of['train2014' if 'train2014' in name else 'val2014']}/{name}" for name in names]
+    return CaptionedFiles(top, names, captions, [listed, path])
 
 
-class Crossmodal3600(_CaptionedFiles):
+def Crossmodal3600(root: str, language: str) -> CaptionedFiles:
     """Crossmodal-3600: 3,600 images with captions in 36 languages, of which the first is used, as in CLIP_benchmark.
 
-    Args:
-        root: the folder of ``captions.jsonl`` and ``images``.
-        language: its code, such as ``de``.
-
-    Raises:
-        MissingData: no such folder or file.
+    ``root`` has ``captions.jsonl`` and ``images``; the language is a code such as ``de``.
     """
-
-    def __init__(self, root: str, language: str) -> None:
-        path = find(Path(root), ("captions.jsonl",), "captions.jsonl")
-        self.root, self.annotation_paths, self.names, self.texts = Path(root), [path], [], []
-        for where, row in read_json_lines(path):
-            self.names.append(f"images/{text_of(row, 'image/key', where)}.jpg")
-            with reading(path, f"file of captions in {language!r}", hint="choose one of its languages"):
-                captions = row[language]["caption"]
-                first = captions[0]
-            self.texts.append(text_of({"caption": first}, "caption", where))
-        require(bool(self.names), f"{path}: no images in it; {AGAIN}")
-        find(self.root, ("images",), "images")
+    path, names, captions = find(Path(root), ("captions.jsonl",), "captions.jsonl"), [], []
+    for where, row in read_json_lines(path):
+        names.append(f"images/{text_of(row, 'image/key', where)}.jpg")
+        with reading(path, f"file of captions in {language!r}", hint="choose one of its languages"):
+            first = row[language]["caption"][0]
+        captions.append([text_of({"caption": first}, "caption", where)])
+    require(bool(names), f"{path}: no images in it; {AGAIN}")
+    find(Path(root), ("images",), "images")
+    return CaptionedFiles(Path(root), names, captions, [path])
 
 
-class _TranslatedImageNet(LabelledImages, PartOf):
-    """ImageNet, or some of its classes, with other class names; its features are those of :class:`ImageNet`.
+class _TranslatedImageNet(KnownLabels, PartOf):
+    """ImageNet, or some of its classes (labels, ascending), with other class names and the features of the whole."""
 
-    Args:
-        root: see :class:`ImageNet`.
-        split: see there.
-        classes: labels in ImageNet, ascending.
-        class_names: their names.
-        templates: prompt templates with ``{}`` for the class name.
-
-    Raises:
-        MissingData: see :class:`ImageNet`.
-    """
-
-    def __init__(self, root: str, split: Any, classes: list[int], class_names: list[str], templates: list[str]) -> None:
-        self.whole = ImageNet(root, split)
+    def __init__(
+        self, whole: LabelledImages, classes: Sequence[int], class_names: list[str], templates: list[str]
+    ) -> None:
+        self.whole, self.annotation_paths = whole, whole.annotation_paths
         self.class_names, self.templates = class_names, templates
-        label_of = {label: number for number, label in enumerate(classes)}
-        labels = self.whole.labels()
+        label_of, labels = {label: number for number, label in enumerate(classes)}, whole.labels()
         self.rows = [row for row, label in enumerate(labels) if label in label_of]
         self._labels = [label_of[labels[row]] for row in self.rows]
-        self.annotation_paths = self.whole.annotation_paths
 
     def image_paths(self) -> Sequence[Path]:
         return self.whole.image_paths()
 
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.whole.images(self.rows[index])[0], self._labels[index]
-
-    def labels(self) -> list[int]:
-        return list(self._labels)
+    def image(self, index: int) -> Image.Image:
+        return self.whole.images(self.rows[index])[0]
 
     def check(self) -> None:
         self.whole.check()
@@ -146,53 +101,40 @@ def _texts(value: Any, where: str) -> list[str]:
     return value
 
 
-class TranslatedImageNet(_TranslatedImageNet):
+def TranslatedImageNet(root: str, language: str, split: ImageNetSplit = "val") -> _TranslatedImageNet:
     """ImageNet with CLIP_benchmark's translated class names and prompt templates, from the installed package.
 
-    Args:
-        root: the folder of ImageNet; see :class:`ImageNet`.
-        language: ``ar``, ``cn``, ``it`` or ``jp``.
-        split: see :class:`ImageNet`.
-
-    Raises:
-        MissingData: see :class:`ImageNet`; or the package has no such language.
+    The language is ``ar``, ``cn``, ``it`` or ``jp``; ``root`` is the folder of :func:`ImageNet`.
     """
-
-    def __init__(self, root: str, language: str, split: str = "val") -> None:
-        files = [
-            _package_file(f"{language}_{part}.json") for part in ("classnames", "zeroshot_classification_templates")
-        ]
-        names, templates = (_texts(_entry(path, "imagenet1k"), str(path)) for path in files)
-        super().__init__(root, split, list(range(len(names))), names, [text.replace("{c}", "{}") for text in templates])
+    files = [_package_file(f"{language}_{part}.json") for part in ("classnames", "zeroshot_classification_templates")]
+    names, templates = (_texts(_entry(path, "imagenet1k"), str(path)) for path in files)
+    templates = [text.replace("{c}", "{}") for text in templates]
+    return _TranslatedImageNet(ImageNet(root, split), range(len(names)), names, templates)
 
 
-class BabelImageNet(_TranslatedImageNet):
+def BabelImageNet(
+    root: str, language: str, names: str | None = None, prompts: str | None = None, split: ImageNetSplit = "val"
+) -> _TranslatedImageNet:
     """Babel-ImageNet: the classes of ImageNet that have a name in a language, scored among themselves.
 
     Without prompt templates in the language, the prompt is the name, as in the authors' ``label`` prompts.
 
     Args:
-        root: the folder of ImageNet; see :class:`ImageNet`.
+        root: the folder of :func:`ImageNet`.
         language: its code as in the files, such as ``DE``.
-        names: the authors' ``babel_imagenet.json``: language -> labels and names; None: that of ``clip-benchmark``.
-        prompts: the authors' ``nllb_dist13b_prompts.json``: language -> templates; None: that of ``clip-benchmark``.
-        split: see :class:`ImageNet`.
-
-    Raises:
-        MissingData: see :class:`ImageNet`; or no such file.
+        names: the authors' ``babel_imagenet.json``: language -> labels and names; None: ``clip-benchmark``'s.
+        prompts: the authors' ``nllb_dist13b_prompts.json``: language -> templates; None: ``clip-benchmark``'s.
+        split: of ImageNet.
     """
-
-    def __init__(
-        self, root: str, language: str, names: str | None = None, prompts: str | None = None, split: str = "val"
-    ) -> None:
-        path = Path(names) if names else _package_file("babel_imagenet.json")
-        entry, where = _entry(path, language), f"{path}: {language}"
-        with reading(path, f"list of {language}", hint=AGAIN):
-            classes, class_names = entry
-            known = all(isinstance(label, int) and 0 <= label < 1000 for label in classes)
-            known = known and list(classes) == sorted(set(classes)) and len(classes) == len(class_names)
-        require(known, f"{where}: must be ascending labels from 0 to 999, and as many names; {AGAIN}")
-        file = Path(prompts) if prompts else _package_file("nllb_dist13b_prompts.json")
-        content = read_json(file)
-        templates = (content.get(language) if isinstance(content, dict) else None) or ["{}"]
-        super().__init__(root, split, classes, _texts(class_names, where), _texts(templates, f"{file}: {language}"))
+    path = Path(names) if names else _package_file("babel_imagenet.json")
+    entry, where = _entry(path, language), f"{path}: {language}"
+    with reading(path, f"list of {language}", hint=AGAIN):
+        classes, class_names = entry
+        known = all(isinstance(label, int) and 0 <= label < 1000 for label in classes)
+        known = known and list(classes) == sorted(set(classes)) and len(classes) == len(class_names)
+    require(known, f"{where}: must be ascending labels from 0 to 999, and as many names; {AGAIN}")
+    own_names = _texts(class_names, where)
+    file = Path(prompts) if prompts else _package_file("nllb_dist13b_prompts.json")
+    content = read_json(file)
+    templates = _texts((content.get(language) if isinstance(content, dict) else None) or ["{}"], f"{file}: {language}")
+    return _TranslatedImageNet(ImageNet(root, split), classes, own_names, templates)

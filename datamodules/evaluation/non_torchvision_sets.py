@@ -1,153 +1,132 @@
-"""Classification sets that torchvision lacks: Birdsnap, RESISC45, Hateful Memes, aYahoo, SUN, scikit-learn's digits."""
+"""Sets that torchvision lacks: Birdsnap, RESISC45, Hateful Memes, aYahoo, SUN, digits, SVHN's house numbers, IIIT5K."""
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 from PIL import Image
 
-from datamodules.evaluation.annotation_files import find, import_optional, read_table, read_text, read_words
-from datamodules.evaluation.image_files import ImageFiles, TrainTest, by_hash, in_class_folders, subfolders
+from datamodules.evaluation.annotation_files import (
+    AGAIN,
+    find,
+    import_optional,
+    own_dataset,
+    read_mat,
+    read_table,
+    read_text,
+    read_words,
+)
+from datamodules.evaluation.image_files import (
+    ImageFiles,
+    KnownLabels,
+    TrainTest,
+    by_hash,
+    in_class_folders,
+    labels_of,
+    subfolders,
+)
 from datamodules.evaluation.labelled_table import read_labels, resolve_labels
-from lit_clip.errors import InputError
-from lit_clip.evaluation.data import LabelledImages
+from datamodules.loading.bad_samples import is_unicode
+from lit_clip.errors import InputError, require
+from lit_clip.evaluation.data import Lexicons
 from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.reading import reading
 
 DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TRAINING_DIGITS = 1000
+LONGEST_CELL = 4096  # letters of a name, or digits of a number
 
 
-class Birdsnap(ImageFiles):
+def Birdsnap(root: str, split: TrainTest = "test") -> ImageFiles:
     """Birdsnap 1.1: North American birds, as far as its ``get_birdsnap.py`` could still download the images.
 
-    Args:
-        root: with ``species.txt``, ``images.txt`` and ``test_images.txt``, and ``download/images`` or ``images``.
-        split: ``test``: the images in ``test_images.txt``; ``train``: the others.
-
-    Attributes:
-        class_names: the species, sorted by folder name, which is the order of the paper's list.
-
-    Raises:
-        MissingData: a list or the folder of images does not exist.
+    ``root`` has ``species.txt``, ``images.txt`` and ``test_images.txt``, and ``download/images`` or ``images``. Labels
+    follow the species' folder names, which is the order of the paper's list.
     """
+    folder = Path(root)
 
-    def __init__(self, root: str, split: TrainTest = "test") -> None:
-        folder = Path(root)
-        species = read_table(folder / "species.txt", {"dir": ["dir"]}, delimiter="\t")
-        folders = sorted(row["dir"] for row in species)
-        listed = [row["path"] for row in read_table(folder / "images.txt", {"path": ["path"]}, delimiter="\t")]
-        test = {row["path"] for row in read_table(folder / "test_images.txt", {"path": ["path"]}, delimiter="\t")}
-        label_of = {name: label for label, name in enumerate(folders)}
-        images = find(folder, ["download/images", "images"], "folder of images")
-        files, labels = [], []
-        for path in listed:
-            species_folder = path.split("/")[0]
-            if species_folder not in label_of:
-                raise InputError(f"{folder / 'images.txt'}: {path} is of no species in species.txt; get both again")
-            if (path in test) == (split == "test") and (images / path).is_file():
-                files.append((images / path).relative_to(folder).as_posix())
-                labels.append(label_of[species_folder])
-        lists = [folder / name for name in ("species.txt", "images.txt", "test_images.txt")]
-        super().__init__(folder, files, labels, [name.replace("_", " ") for name in folders], lists)
+    def column(path: Path, name: str) -> list[str]:
+        return [row[name] for row in read_table(path, {name: [name]}, delimiter="\t")]
+
+    lists = [folder / name for name in ("species.txt", "images.txt", "test_images.txt")]
+    folders, listed, test = sorted(column(lists[0], "dir")), column(lists[1], "path"), set(column(lists[2], "path"))
+    label_of = {name: label for label, name in enumerate(folders)}
+    images = find(folder, ["download/images", "images"], "folder of images")
+    files, labels = [], []
+    for path in listed:
+        species = path.split("/")[0]
+        if species not in label_of:
+            raise InputError(f"{lists[1]}: {path} is of no species in species.txt; get both again")
+        if (path in test) == (split == "test") and (images / path).is_file():
+            files.append((images / path).relative_to(folder).as_posix())
+            labels.append(label_of[species])
+    return ImageFiles(folder, files, labels, [name.replace("_", " ") for name in folders], lists)
 
 
-class RESISC45(ImageFiles):
-    """NWPU-RESISC45: aerial images of 45 kinds of places, 700 each.
+def RESISC45(root: str, split: TrainTest = "test", seed: int = 0) -> ImageFiles:
+    """NWPU-RESISC45: aerial images of 45 kinds of places, 700 each, in class folders in or below ``root``.
 
     The paper trains on 3,150 images and tests on 25,200. Its author said that a tenth is for training (openai/CLIP#45),
     not which; the tenth that is in neither is probably his validation split. Here each class is sorted by
     :func:`by_hash`: the first tenth is ``train``, the next eight tenths are ``test``, and the last tenth is not used.
-
-    Args:
-        root: the folder that contains ``NWPU-RESISC45``, or that folder itself.
-        split: ``train`` or ``test``.
-        seed: of the split.
-
-    Raises:
-        MissingData: no such folder.
     """
+    folder = find(Path(root), ["NWPU-RESISC45", ""], "class folders")
+    classes = subfolders(folder)
+    if len(classes) != 45:
+        raise InputError(f"{folder}: {len(classes)} class folders instead of 45; unpack the archive again")
 
-    def __init__(self, root: str, split: TrainTest = "test", seed: int = 0) -> None:
-        folder = find(Path(root), ["NWPU-RESISC45", ""], "class folders")
-        classes = subfolders(folder)
-        if len(classes) != 45:
-            raise InputError(f"{folder}: {len(classes)} class folders instead of 45; unpack the archive again")
+    def in_split(paths: list[str]) -> list[str]:
+        shuffled, tenth = by_hash(paths, seed), len(paths) // 10
+        return sorted(shuffled[:tenth] if split == "train" else shuffled[tenth : 9 * tenth])
 
-        def in_split(paths: list[str]) -> list[str]:
-            shuffled, tenth = by_hash(paths, seed), len(paths) // 10
-            return sorted(shuffled[:tenth] if split == "train" else shuffled[tenth : 9 * tenth])
-
-        files, labels = in_class_folders(folder, classes, in_split)
-        super().__init__(folder, files, labels, [name.replace("_", " ") for name in classes])
+    files, labels = in_class_folders(folder, classes, in_split)
+    return ImageFiles(folder, files, labels, [name.replace("_", " ") for name in classes])
 
 
-class HatefulMemes(ImageFiles):
-    """The Hateful Memes Challenge: images with text, hateful or not.
+def HatefulMemes(root: str, split: Literal["train", "dev"] = "dev") -> ImageFiles:
+    """The Hateful Memes Challenge: images with text, hateful or not; the paper tests on ``dev``.
 
-    Args:
-        root: with ``train.jsonl``, ``dev_seen.jsonl`` (in the first release ``dev.jsonl``, the same 500 rows) and
-            ``img``.
-        split: ``train``, or ``dev``, which the paper tests on.
-
-    Raises:
-        MissingData: no such file.
+    ``root`` has ``img``, ``train.jsonl`` and ``dev_seen.jsonl`` (in the first release ``dev.jsonl``, the same rows).
     """
-
-    def __init__(self, root: str, split: Literal["train", "dev"] = "dev") -> None:
-        names = ["train.jsonl"] if split == "train" else ["dev_seen.jsonl", "dev.jsonl"]
-        path = find(Path(root), names, f"list of the {split} split")
-        rows = read_labels(path, "img", "label")
-        class_names = ["not hateful", "hateful"]
-        labels, _ = resolve_labels(path, [(number, label) for number, _, label in rows], class_names)
-        super().__init__(Path(root), [image for _, image, _ in rows], labels, class_names, [path])
+    names = ["train.jsonl"] if split == "train" else ["dev_seen.jsonl", "dev.jsonl"]
+    path = find(Path(root), names, f"list of the {split} split")
+    rows = read_labels(path, "img", "label")
+    class_names = ["not hateful", "hateful"]
+    labels, _ = resolve_labels(path, rows, class_names)
+    return ImageFiles(Path(root), [image for _, image, _ in rows], labels, class_names, [path])
 
 
-class AYahoo(ImageFiles):
+def AYahoo(root: str) -> ImageFiles:
     """aYahoo: search engine results for 12 classes (Farhadi et al. 2009), a test set of Visual N-Grams.
 
-    Each image is used whole and once; where several objects are marked, the first gives the class.
-
-    Args:
-        root: with ``ayahoo_test_images`` and ``attribute_data/ayahoo_test.txt`` (or ``ayahoo_test.txt``).
-
-    Raises:
-        MissingData: no such file.
+    Each image is used whole and once; where several objects are marked, the first gives the class. ``root`` has
+    ``ayahoo_test_images`` and ``attribute_data/ayahoo_test.txt`` (or ``ayahoo_test.txt``).
     """
-
-    def __init__(self, root: str) -> None:
-        folder = Path(root)
-        index = find(folder, ["attribute_data/ayahoo_test.txt", "ayahoo_test.txt"], "list of the images")
-        class_of: dict[str, str] = {}
-        for name, class_name, _ in read_words(index, 3):
-            class_of.setdefault(name, class_name)
-        class_names = sorted(set(class_of.values()))
-        images = find(folder, ["ayahoo_test_images"], "folder of images").relative_to(folder)
-        files = [(images / name).as_posix() for name in class_of]
-        labels = [class_names.index(name) for name in class_of.values()]
-        super().__init__(folder, files, labels, class_names, [index])
+    folder = Path(root)
+    index = find(folder, ["attribute_data/ayahoo_test.txt", "ayahoo_test.txt"], "list of the images")
+    class_of: dict[str, str] = {}
+    for name, class_name, _ in read_words(index, 3):
+        class_of.setdefault(name, class_name)
+    class_names = sorted(set(class_of.values()))
+    images = find(folder, ["ayahoo_test_images"], "folder of images").relative_to(folder)
+    labels = [class_names.index(name) for name in class_of.values()]
+    return ImageFiles(folder, [(images / name).as_posix() for name in class_of], labels, class_names, [index])
 
 
-class SUN(ImageFiles):
-    """All 108,754 images of SUN397, without splits: 397 kinds of places.
+def SUN(root: str) -> ImageFiles:
+    """All 108,754 images of SUN397, without splits: 397 kinds of places, which ``SUN397/ClassName.txt`` lists.
 
     Labels follow the sorted class names in words, like the paper's prompts.
-
-    Args:
-        root: with ``SUN397``, whose ``ClassName.txt`` lists the class folders.
-
-    Raises:
-        MissingData: no such file.
     """
-
-    def __init__(self, root: str) -> None:
-        folder = find(Path(root), ["SUN397"], "folder of the set")
-        classes = [name.strip("/") for name in read_text(folder / "ClassName.txt").split()]
-        folder_of = {" ".join(name.split("/")[1:]).replace("_", " "): name for name in classes}
-        names = sorted(folder_of)
-        files, labels = in_class_folders(folder, [folder_of[name] for name in names])
-        super().__init__(folder, files, labels, names, [folder / "ClassName.txt"])
+    folder = find(Path(root), ["SUN397"], "folder of the set")
+    classes = [name.strip("/") for name in read_text(folder / "ClassName.txt").split()]
+    folder_of = {" ".join(name.split("/")[1:]).replace("_", " "): name for name in classes}
+    names = sorted(folder_of)
+    files, labels = in_class_folders(folder, [folder_of[name] for name in names])
+    return ImageFiles(folder, files, labels, names, [folder / "ClassName.txt"])
 
 
-class Digits(LabelledImages):
+class Digits(KnownLabels):
     """The handwritten digits that come with scikit-learn: 1,797 grey images of 8 x 8 pixels.
 
     Args:
@@ -160,19 +139,94 @@ class Digits(LabelledImages):
         self.class_names, self.first = list(DIGIT_NAMES), rows.start
         digits = load_digits()
         self.pixels = (digits.images[rows] * (255 / 16)).round().astype("uint8")  # [N, 8, 8], scaled from 0 to 16
-        self._labels: list[int] = digits.target[rows].tolist()
+        self._labels = digits.target[rows].tolist()
 
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return Image.fromarray(self.pixels[index]), self._labels[index]
-
-    def labels(self) -> list[int]:
-        return list(self._labels)
+    def image(self, index: int) -> Image.Image:
+        return Image.fromarray(self.pixels[index])
 
     def key(self, index: int) -> str:
         return str(self.first + index)
 
     def stamp(self) -> str:
         return hex_digest([self.pixels.tobytes()])
+
+
+def SVHNNumbers(root: str, split: str = "test") -> ImageFiles:
+    """SVHN's photographs of house numbers (format 1); the class is the whole number.
+
+    Classes are the numbers that occur in the split, sorted by value and then by spelling. The paper does not say which
+    classes it used. ``SPLIT`` (``train``, ``test`` or ``extra``) has ``digitStruct.mat`` and the images, as in
+    ``test.tar.gz``.
+    """
+    folder = find(Path(root), (split,), f"folder of {split} (unpack {split}.tar.gz)")
+    path = find(folder, ("digitStruct.mat",), "digitStruct.mat")
+    rows = _digit_structs(path)
+    names = sorted({numeral for _, numeral in rows}, key=lambda numeral: (int(numeral), numeral))
+    labels = labels_of([numeral for _, numeral in rows], names, path)
+    return ImageFiles(folder, [name for name, _ in rows], labels, names, [path])
+
+
+def _digit_structs(path: Path) -> list[tuple[str, str]]:
+    """Read each image's file name and number from a MATLAB 7.3 file, which is HDF5 whose cells are references."""
+    h5py = import_optional("h5py", "h5py", path)
+    everything = h5py.h5s.ALL
+
+    def read(dataset: Any) -> np.ndarray:  # h5py's high-level objects take twice as long
+        plan = dataset.get_create_plist()
+        if plan.get_external_count() or plan.get_layout() == h5py.h5d.VIRTUAL or dataset.shape[0] > LONGEST_CELL:
+            raise ValueError("a cell is not a name or a number")
+        values = np.empty(dataset.shape, dataset.dtype)
+        dataset.read(everything, everything, values)
+        return values[:, 0]
+
+    with reading(path, "file of SVHN's digitStruct", hint=AGAIN), h5py.File(path) as opened:
+        file: Any = opened
+        rows = []
+        columns = [own_dataset(file, path, f"digitStruct/{name}") for name in ("name", "bbox")]
+        for name, box in zip(*(column[:, 0] for column in columns), strict=True):
+            cells = read(h5py.h5d.open(h5py.h5r.dereference(box, file.id), b"label"))
+            if len(cells) > 1:  # references; a single value is stored directly
+                cells = [read(h5py.h5r.dereference(cell, file.id))[0] for cell in cells]
+            letters = read(h5py.h5r.dereference(name, file.id))
+            rows.append(("".join(map(chr, letters)), "".join(str(int(cell) % 10) for cell in cells)))
+    require(bool(rows), f"{path}: no images in it; get it again")
+    require(all(is_unicode(name) for name, _ in rows), f"{path}: a name is not Unicode; get it again")
+    return rows
+
+
+class IIIT5K(ImageFiles, Lexicons):
+    """IIIT 5K-Word: images of single words; each has its own list of words to choose from.
+
+    Case does not count, as in the set's own scoring: all words are upper-cased. Classes are all words of all lists.
+
+    ``testdata.mat`` and ``test`` are in ``root`` or in ``IIIT5K``. ``medium`` lists have 1,000 words ("1k"), ``small``
+    ones 50.
+    """
+
+    def __init__(self, root: str, split: TrainTest = "test", lexicon: Literal["small", "medium"] = "medium") -> None:
+        path = find(Path(root), (f"{split}data.mat", f"IIIT5K/{split}data.mat"), f"{split}data.mat")
+        rows = _words_of_images(path, f"{split}data", f"{lexicon}Lexi")
+        names = sorted({word for _, truth, words in rows for word in (truth, *words)})
+        label_of = {word: label for label, word in enumerate(names)}
+        labels = [label_of[truth] for _, truth, _ in rows]
+        super().__init__(path.parent, [name for name, _, _ in rows], labels, names, [path])
+        self._candidates = [sorted({label_of[word] for word in (truth, *words)}) for _, truth, words in rows]
+
+    def candidates(self) -> list[list[int]]:
+        return [list(labels) for labels in self._candidates]
+
+
+def _words_of_images(path: Path, variable: str, lexicon: str) -> list[tuple[str, str, list[str]]]:
+    """Read each image's file name, its word, and the words of its list."""
+    (structs,) = read_mat(path, variable)
+    with reading(path, f"file of IIIT5K's {variable} with {lexicon}", hint=AGAIN):
+        rows = [
+            (
+                str(row["ImgName"]),
+                str(row["GroundTruth"]).upper(),
+                [str(word).upper() for word in np.atleast_1d(row[lexicon])],
+            )
+            for row in structs
+        ]
+    require(bool(rows), f"{path}: no images in it; get it again")
+    return rows

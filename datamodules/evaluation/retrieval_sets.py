@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from datamodules.evaluation.annotation_files import AGAIN, find, read_json, read_table, read_text, read_words
-from datamodules.evaluation.image_files import UnlabelledFiles
+from datamodules.evaluation.annotation_files import AGAIN, find, read_json, read_lines, read_table, read_text
+from datamodules.evaluation.image_files import CaptionedFiles
 from datamodules.open_source import open_source
 from datamodules.pairs.columns import ColumnPairs
 from datamodules.pairs.source import PairSource
@@ -27,17 +27,8 @@ class CaptionedPairs(CaptionedImages):
     """Any source of pairs (a table, a folder, COCO's or Karpathy's JSON, parquet, tar shards) as a retrieval set.
 
     Rows with the same image path are one image with all their captions. Where the source contains the images
-    themselves, each row is an image.
-
-    Args:
-        path: the source; see :func:`datamodules.open_source.open_source`.
-        root: folder that image paths are relative to; None: detected automatically.
-        image_column: of a table; None: detected automatically.
-        caption_column: of a table; None: detected automatically.
-        split: of a source with splits; None: ``test`` if there is one.
-
-    Raises:
-        MissingData: no such path.
+    themselves, each row is an image. Without ``split``, a source with splits gives ``test``; what else is None is
+    detected automatically; see :func:`datamodules.open_source.open_source`.
     """
 
     def __init__(
@@ -118,74 +109,57 @@ class COCO(CaptionedPairs):
     Args:
         root: the folder, with the images in ``val2014``, ``train2014`` or ``val2017``.
         split: ``test``, ``val`` or ``train`` (Karpathy's), or ``val2017``.
-
-    Raises:
-        MissingData: no such folder, or no file of this split in it.
     """
 
     def __init__(self, root: str, split: str = "test") -> None:
         top, self._folder = Path(root), ""
-        of_split = VAL2017 if split == "val2017" else f"coco_{split}_karpathy.json"
+        of_split = f"coco_{split}_karpathy.json"
         names = [VAL2017] if split == "val2017" else ["dataset_coco.json", of_split]
-        places = [f"{folder}{name}" for name in names for folder in ("", "annotations/")]
-        other = [VAL2017, f"annotations/{VAL2017}"] if split != "val2017" else []
-        if not any(os.path.exists(top / place) for place in places) and any(
-            os.path.exists(top / place) for place in other
+        places, others = (
+            [f"{folder}{name}" for name in each for folder in ("", "annotations/")] for each in (names, [VAL2017])
+        )
+        if any(os.path.exists(top / place) for place in others) and not any(
+            os.path.exists(top / each) for each in places
         ):
             what = f"{VAL2017} has other images than split {split}, which needs {' or '.join(names)}"
             raise MissingData(f"{root}: {what}; for the images of {VAL2017} set split to val2017")
         path = find(top, places, "file of captions")
-        if path.name == "dataset_coco.json":
-            super().__init__(str(path), split=split)
-        elif path.name == VAL2017:
-            super().__init__(str(path))
-        else:  # whose images are named without their folder
+        if path.name == of_split:  # whose images are named without their folder
             self._folder = "train2014" if split == "train" else "val2014"
             super().__init__(str(path), root=str(find(top, [self._folder], "folder of images")))
+        else:
+            super().__init__(str(path), split=split if path.name != VAL2017 else None)
 
     def key(self, index: int) -> str:
         return (PurePosixPath(self._folder) / super().key(index)).as_posix()
 
 
-class Flickr30k(UnlabelledFiles, CaptionedImages):
-    """Flickr30k's 1,000 images of Karpathy's test split, or another of his splits.
+def Flickr30k(root: str, split: str = "test") -> CaptionedFiles:
+    """Flickr30k's 1,000 images of Karpathy's test split, or another of his splits (``train``, ``val``).
 
     Captions are read from ``dataset_flickr30k.json`` (Karpathy), ``flickr30k_test_karpathy.txt`` (CLIP_benchmark),
     ``flickr_annotations_30k.csv`` (Hugging Face's ``nlphuji/flickr30k``), ``results.csv`` or
     ``results_20130124.token`` (both from the set's owners). The last two cover all images and need a ``test.txt``
-    beside them that lists the split's images, one per line.
-
-    Args:
-        root: the folder of that file, with the images in it or in ``flickr30k-images``, ``flickr30k_images`` or
-            ``images``.
-        split: ``train``, ``val`` or ``test``.
-
-    Raises:
-        MissingData: no such folder or file.
+    beside them that lists the split's images, one per line. The images are in ``root`` or in ``flickr30k-images``,
+    ``flickr30k_images`` or ``images``.
     """
-
-    def __init__(self, root: str, split: str = "test") -> None:
-        top = Path(root)
-        listed = f"flickr30k_{split}_karpathy.txt"
-        names = ("dataset_flickr30k.json", listed, HUB_TABLE, "results.csv", "flickr30k_images/results.csv")
-        path = find(top, (*names, "results_20130124.token"), "file of captions")
-        self.annotation_paths = [path]
-        if path.suffix == ".json":
-            self._captions = _read_karpathy(path, split, _folder_of(top, _first_name(path)))
-        elif path.name == HUB_TABLE:
-            self._captions = _read_hub_table(path, split)
-        else:
-            self._captions = _read_lines(path)
-            if path.name != listed:
-                names_file = find(path.parent, (f"{split}.txt",), "list of the split's images")
-                self.annotation_paths = [path, names_file]
-                self._captions = _restrict(self._captions, path, names_file)
-        require(bool(self._captions), f"{path}: no captions in it; get it again")
-        self.names = list(self._captions)
-        self.root = _folder_of(top, self.names[0])
-
-    def captions(self, index: int) -> list[str]:
-        return list(self._captions[self.names[index]])
+    top = Path(root)
+    listed = f"flickr30k_{split}_karpathy.txt"
+    names = ("dataset_flickr30k.json", listed, HUB_TABLE, "results.csv", "flickr30k_images/results.csv")
+    path = find(top, (*names, "results_20130124.token"), "file of captions")
+    annotations = [path]
+    if path.suffix == ".json":
+        captions = _read_karpathy(path, split, _folder_of(top, _first_name(path)))
+    elif path.name == HUB_TABLE:
+        captions = _read_hub_table(path, split)
+    else:
+        captions = _read_lines(path)
+        if path.name != listed:
+            annotations.append(find(path.parent, (f"{split}.txt",), "list of the split's images"))
+            captions = _restrict(captions, *annotations)
+    require(bool(captions), f"{path}: no captions in it; get it again")
+    folder = _folder_of(top, next(iter(captions)))
+    return CaptionedFiles(folder, list(captions), list(captions.values()), annotations)
 
 
 def _folder_of(root: Path, name: str) -> Path:
@@ -234,7 +208,7 @@ def _read_lines(path: Path) -> dict[str, list[str]]:
 
 def _restrict(captions: dict[str, list[str]], path: Path, names_file: Path) -> dict[str, list[str]]:
     """Keep the captions of the images that ``names_file`` lists, in its order."""
-    wanted = [row[0] for row in read_words(names_file, 1)]
+    wanted = read_lines(names_file)
     if unknown := [name for name in wanted if name not in captions]:
         raise InputError(f"{names_file}: {unknown[0]} is not in {path.name}; fix the list")
     return {name: captions[name] for name in wanted}

@@ -5,8 +5,8 @@ Labels are read on construction. Pixels stay in the file, which each process ope
 
 import math
 import os
-from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,8 @@ from datamodules.evaluation.annotation_files import (
     refuse_missing,
     whole_number,
 )
-from datamodules.evaluation.image_files import (
-    TrainTest,
-    TrainValTest,
-)
+from datamodules.evaluation.image_files import KnownLabels, TrainTest, TrainValTest
 from lit_clip.errors import BadSample, InputError, require
-from lit_clip.evaluation.data import LabelledImages
 from lit_clip.tools.hashing import hex_digest, stamp_of_files
 from lit_clip.tools.reading import reading
 
@@ -35,35 +31,47 @@ STL10_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monk
 MOST_IMAGES = 1_000_000  # of PatchCamelyon, which has 262,144 to train on
 
 
-class ImageArrays(LabelledImages):
+def _as_stored(pixels: Any, row: int) -> Image.Image:
+    return Image.fromarray(np.asarray(pixels[row]))
+
+
+class ImageArrays(KnownLabels):
     """Images that are rows of a file.
 
     Args:
         path: the file.
+        open_pixels: opens it and returns its pixels, to be indexed by row.
         labels: each image's class.
         class_names: in label order.
+        annotations: the files with the labels.
         rows: each image's row in the file; None: all rows, in order.
+        image: returns a row of the pixels as an image.
     """
 
     def __init__(
-        self, path: Path, labels: Sequence[int], class_names: Sequence[str], rows: Sequence[int] | None = None
+        self,
+        path: Path,
+        open_pixels: Callable[[], Any],
+        labels: Sequence[int],
+        class_names: Sequence[str],
+        annotations: Sequence[Path],
+        rows: Sequence[int] | None = None,
+        image: Callable[[Any, int], Image.Image] = _as_stored,
     ) -> None:
-        self.path, self.class_names = path, list(class_names)
+        self.path, self.class_names, self.annotation_paths = path, list(class_names), annotations
         self._labels = [int(label) for label in labels]
         self.rows = range(len(self._labels)) if rows is None else [int(row) for row in rows]
+        self._open_pixels, self._image = open_pixels, image
         self._opened: tuple[int, Any] | None = None
         wrong = next((label for label in self._labels if not 0 <= label < len(self.class_names)), None)
         if not self._labels or wrong is not None:
             problem = "no images" if wrong is None else f"label {wrong} is none of the {len(self.class_names)} classes"
             raise InputError(f"{path}: {problem}; get the files again")
 
-    def __len__(self) -> int:
-        return len(self._labels)
-
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+    def image(self, index: int) -> Image.Image:
         where = f"{self.path} row {self.rows[index]}"
         try:
-            return self.image(self._pixels(), self.rows[index]), self._labels[index]
+            return self._image(self._pixels(), self.rows[index])
         except InputError:
             raise
         except Exception as error:  # numpy and h5py raise anything for damaged pixels
@@ -77,16 +85,9 @@ class ImageArrays(LabelledImages):
             self._opened = (os.getpid(), self.open())
         return self._opened[1]
 
-    @abstractmethod
     def open(self) -> Any:
-        """Open the file and return its pixels, to be indexed by row."""
-
-    def image(self, pixels: Any, row: int) -> Image.Image:
-        """Return a row of what :meth:`open` returned as an image."""
-        return Image.fromarray(np.asarray(pixels[row]))
-
-    def labels(self) -> list[int]:
-        return list(self._labels)
+        """Open the file and return its pixels."""
+        return self._open_pixels()
 
     def image_paths(self) -> list[Path]:
         return [self.path]
@@ -95,34 +96,21 @@ class ImageArrays(LabelledImages):
         return str(self.rows[index])
 
     def stamp(self) -> str:
-        rows = hex_digest(self.rows)
-        return f"{stamp_of_files([self.path])}-{rows}"
+        return f"{stamp_of_files([self.path])}-{hex_digest(self.rows)}"
 
 
 class _CIFAR(ImageArrays):
     """Pickled batches of ``uint8 [N, 3072]``: 32 x 32 pixels, one channel after the other."""
 
-    FOLDER: str
-    PARTS: dict[str, list[str]]
-    META: tuple[str, str]
-    LABELS: str
-
-    def __init__(self, root: str, split: TrainTest = "test") -> None:
-        folder = Path(root) / self.FOLDER
-        self.paths = [folder / name for name in self.PARTS[split]]
-        refuse_missing(*self.paths, folder / self.META[0])
-        batches = [_unpickle(path, "data", self.LABELS) for path in self.paths]
-        labels = [label for batch in batches for label in batch[self.LABELS]]
-        names = _unpickle(folder / self.META[0], self.META[1])[self.META[1]]
-        super().__init__(self.paths[0], labels, [name.replace("_", " ") for name in names])
-        self.annotation_paths = [folder / self.META[0]]
+    def __init__(self, folder: Path, parts: Sequence[str], meta: str, names_key: str, labels_key: str) -> None:
+        self.paths = [folder / part for part in parts]
+        refuse_missing(*self.paths, folder / meta)
+        batches = [_unpickle(path, "data", labels_key) for path in self.paths]
+        labels = [label for batch in batches for label in batch[labels_key]]
+        names = [name.replace("_", " ") for name in _unpickle(folder / meta, names_key)[names_key]]
+        opened = partial(_cifar_pixels, self.paths, labels_key)
+        super().__init__(self.paths[0], opened, labels, names, [folder / meta], image=_image_of_channels)
         self._opened = (os.getpid(), np.concatenate([batch["data"] for batch in batches]))
-
-    def open(self) -> Any:
-        return np.concatenate([_unpickle(path, "data", self.LABELS)["data"] for path in self.paths])
-
-    def image(self, pixels: Any, row: int) -> Image.Image:
-        return Image.fromarray(np.ascontiguousarray(pixels[row].reshape(3, 32, 32).transpose(1, 2, 0)))
 
     def image_paths(self) -> list[Path]:
         return self.paths
@@ -131,22 +119,23 @@ class _CIFAR(ImageArrays):
         return stamp_of_files(self.paths)
 
 
-class CIFAR10(_CIFAR):
+def CIFAR10(root: str, split: TrainTest = "test") -> ImageArrays:
     """CIFAR-10: ``cifar-10-batches-py``."""
-
-    FOLDER = "cifar-10-batches-py"
-    PARTS = {"train": [f"data_batch_{number}" for number in range(1, 6)], "test": ["test_batch"]}
-    META = ("batches.meta", "label_names")
-    LABELS = "labels"
+    parts = [f"data_batch_{number}" for number in range(1, 6)] if split == "train" else ["test_batch"]
+    return _CIFAR(Path(root) / "cifar-10-batches-py", parts, "batches.meta", "label_names", "labels")
 
 
-class CIFAR100(_CIFAR):
+def CIFAR100(root: str, split: TrainTest = "test") -> ImageArrays:
     """CIFAR-100 with its 100 fine classes: ``cifar-100-python``."""
+    return _CIFAR(Path(root) / "cifar-100-python", [split], "meta", "fine_label_names", "fine_labels")
 
-    FOLDER = "cifar-100-python"
-    PARTS = {"train": ["train"], "test": ["test"]}
-    META = ("meta", "fine_label_names")
-    LABELS = "fine_labels"
+
+def _cifar_pixels(paths: Sequence[Path], labels_key: str) -> np.ndarray:
+    return np.concatenate([_unpickle(path, "data", labels_key)["data"] for path in paths])
+
+
+def _image_of_channels(pixels: Any, row: int) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(pixels[row].reshape(3, 32, 32).transpose(1, 2, 0)))
 
 
 def _unpickle(path: Path, *keys: str) -> dict[str, Any]:
@@ -161,6 +150,18 @@ def _unpickle(path: Path, *keys: str) -> dict[str, Any]:
         return values
 
 
+def MNIST(root: str, split: TrainTest = "test") -> ImageArrays:
+    """MNIST: grey digits of 28 x 28 pixels in unpacked IDX files, ``MNIST/raw``."""
+    start = str(Path(root) / "MNIST" / "raw" / ("train" if split == "train" else "t10k"))
+    images, labels = Path(f"{start}-images-idx3-ubyte"), Path(f"{start}-labels-idx1-ubyte")
+    refuse_missing(images, labels)
+    shape = _idx_size(images, 3)
+    if _idx_size(labels, 1)[0] != shape[0]:
+        raise InputError(f"{labels}: fewer or more labels than images in {images.name}; get both again")
+    classes, names = np.fromfile(labels, np.uint8, offset=8).tolist(), [str(digit) for digit in range(10)]
+    return ImageArrays(images, partial(np.memmap, images, np.uint8, "r", 16, shape), classes, names, [labels])
+
+
 def _idx_size(path: Path, dimensions: int) -> tuple[int, ...]:
     """Read the array shape from an IDX file's header: 0, 0, 8 (bytes), the number of dimensions, 4 bytes for each."""
     with reading(path, "IDX file", hint=AGAIN), path.open("rb") as file:
@@ -171,54 +172,28 @@ def _idx_size(path: Path, dimensions: int) -> tuple[int, ...]:
     return sizes
 
 
-class MNIST(ImageArrays):
-    """MNIST: grey digits of 28 x 28 pixels in unpacked IDX files, ``MNIST/raw``."""
-
-    def __init__(self, root: str, split: TrainTest = "test") -> None:
-        start = str(Path(root) / "MNIST" / "raw" / ("train" if split == "train" else "t10k"))
-        images, labels = Path(f"{start}-images-idx3-ubyte"), Path(f"{start}-labels-idx1-ubyte")
-        refuse_missing(images, labels)
-        self.shape = _idx_size(images, 3)
-        if _idx_size(labels, 1)[0] != self.shape[0]:
-            raise InputError(f"{labels}: fewer or more labels than images in {images.name}; get both again")
-        super().__init__(images, np.fromfile(labels, np.uint8, offset=8).tolist(), [str(digit) for digit in range(10)])
-        self.annotation_paths = [labels]
-
-    def open(self) -> Any:
-        return np.memmap(self.path, np.uint8, "r", offset=16, shape=self.shape)
-
-
-class STL10(ImageArrays):
+def STL10(root: str, split: TrainTest = "test", fold: int | None = None) -> ImageArrays:
     """STL-10: 96 x 96 pixels, stored channel by channel and column by column; ``stl10_binary``.
 
-    Args:
-        root: the folder with ``stl10_binary``.
-        split: ``train`` or ``test``.
-        fold: one of the ten folds of 1,000 training images; None: all 5,000. ``test`` is the same for all folds.
+    ``fold`` is one of the ten folds of 1,000 training images; None: all 5,000. ``test`` is the same for all folds.
     """
+    folder = Path(root) / "stl10_binary"
+    path, labels = folder / f"{split}_X.bin", folder / f"{split}_y.bin"
+    refuse_missing(path, labels)
+    with reading(labels, "file of labels", hint=AGAIN):
+        classes = np.fromfile(labels, np.uint8).astype(int) - 1
+    if path.stat().st_size != len(classes) * 3 * 96 * 96:
+        raise InputError(f"{path}: not {len(classes)} images, the number of labels in {labels.name}; get both again")
+    rows, annotations = list(range(len(classes))), [labels]
+    if split == "train" and fold is not None:
+        rows, annotations = _fold(folder, fold, len(classes)), [labels, folder / "fold_indices.txt"]
+    pixels = partial(np.memmap, path, np.uint8, "r", 0, (len(classes), 3, 96, 96))
+    kept = None if len(rows) == len(classes) else rows
+    return ImageArrays(path, pixels, classes[rows].tolist(), STL10_CLASSES, annotations, kept, _image_of_columns)
 
-    def __init__(self, root: str, split: TrainTest = "test", fold: int | None = None) -> None:
-        folder = Path(root) / "stl10_binary"
-        pixels, labels = folder / f"{split}_X.bin", folder / f"{split}_y.bin"
-        refuse_missing(pixels, labels)
-        with reading(labels, "file of labels", hint=AGAIN):
-            classes = np.fromfile(labels, np.uint8).astype(int) - 1
-        if pixels.stat().st_size != len(classes) * 3 * 96 * 96:
-            raise InputError(
-                f"{pixels}: not {len(classes)} images, the number of labels in {labels.name}; get both again"
-            )
-        rows, annotations = list(range(len(classes))), [labels]
-        if split == "train" and fold is not None:
-            rows, annotations = _fold(folder, fold, len(classes)), [labels, folder / "fold_indices.txt"]
-        super().__init__(pixels, classes[rows].tolist(), STL10_CLASSES, None if len(rows) == len(classes) else rows)
-        self.annotation_paths = annotations
-        self.count = len(classes)
 
-    def open(self) -> Any:
-        return np.memmap(self.path, np.uint8, "r", shape=(self.count, 3, 96, 96))
-
-    def image(self, pixels: Any, row: int) -> Image.Image:
-        return Image.fromarray(np.ascontiguousarray(pixels[row].transpose(2, 1, 0)))
+def _image_of_columns(pixels: Any, row: int) -> Image.Image:
+    return Image.fromarray(np.ascontiguousarray(pixels[row].transpose(2, 1, 0)))
 
 
 def _fold(folder: Path, fold: int, count: int) -> list[int]:
@@ -233,28 +208,21 @@ def _fold(folder: Path, fold: int, count: int) -> list[int]:
     return rows
 
 
-class PCam(ImageArrays):
+def PCam(root: str, split: TrainValTest = "test") -> ImageArrays:
     """PatchCamelyon: images of lymph nodes, 96 x 96 pixels, in HDF5 files."""
-
-    def __init__(self, root: str, split: TrainValTest = "test") -> None:
-        part = {"train": "train", "val": "valid", "test": "test"}[split]
-        start = f"camelyonpatch_level_2_split_{part}"
-        pixels, labels = (Path(root) / "pcam" / f"{start}_{array}.h5" for array in "xy")
-        refuse_missing(pixels, labels)
-        shape, stored = _dataset(pixels, "x").shape, _dataset(labels, "y")
-        count = shape[0] if shape else 0
-        require(shape == (count, 96, 96, 3), f"{pixels}: pixels of shape {shape}, not [N, 96, 96, 3]; get it again")
-        if count != stored.size:
-            raise InputError(f"{pixels}: {count} images for the {stored.size} labels of {labels.name}; get both again")
-        require(count <= MOST_IMAGES, f"{pixels}: {count} images are more than PatchCamelyon has; get it again")
-        with reading(labels, "file of labels", hint=AGAIN):
-            classes = np.asarray(stored).reshape(-1)
-        names = ["lymph node", "lymph node containing metastatic tumor tissue"]
-        super().__init__(pixels, classes.tolist(), names)
-        self.annotation_paths = [labels]
-
-    def open(self) -> Any:
-        return _dataset(self.path, "x")
+    start = f"camelyonpatch_level_2_split_{'valid' if split == 'val' else split}"
+    pixels, labels = (Path(root) / "pcam" / f"{start}_{array}.h5" for array in "xy")
+    refuse_missing(pixels, labels)
+    shape, stored = _dataset(pixels, "x").shape, _dataset(labels, "y")
+    count = shape[0] if shape else 0
+    require(shape == (count, 96, 96, 3), f"{pixels}: pixels of shape {shape}, not [N, 96, 96, 3]; get it again")
+    if count != stored.size:
+        raise InputError(f"{pixels}: {count} images for the {stored.size} labels of {labels.name}; get both again")
+    require(count <= MOST_IMAGES, f"{pixels}: {count} images are more than PatchCamelyon has; get it again")
+    with reading(labels, "file of labels", hint=AGAIN):
+        classes = np.asarray(stored).reshape(-1)
+    names = ["lymph node", "lymph node containing metastatic tumor tissue"]
+    return ImageArrays(pixels, partial(_dataset, pixels, "x"), classes.tolist(), names, [labels])
 
 
 def _dataset(path: Path, name: str) -> Any:

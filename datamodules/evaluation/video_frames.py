@@ -13,7 +13,7 @@ from lit_clip.tools.reading import reason
 
 Frames = Literal["centre", "all"]
 VIDEO_SUFFIXES = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
-CONTAINERS = {  # no lists of other files or addresses, such as HLS, whatever a file is called
+CONTAINERS = {  # no lists of other files or addresses, such as HLS, by any file name
     "format_whitelist": "avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegvideo,mpegts,m4v,asf,ogg,h264,hevc",
     "protocol_whitelist": "file",
 }
@@ -98,15 +98,10 @@ def read_frames(path: Path, frames: Frames, span: tuple[float, float] = WHOLE) -
         times = [time for time in times if span[0] <= (time - times[0]) * unit < span[1]]
         if frames == "centre":
             times = times[len(times) // 2 :][:1]
-        images = _between(path, times[0], times[-1]) if times else []
+        images = _decoded(path, times[0], times[-1], seek=True) if times else []
+        if images is None:  # the file's index is wrong: decode from the start
+            images = _decoded(path, times[0], times[-1], seek=False)
     if not images:
         where = "" if span == WHOLE else f" from {span[0]:g} to {span[1]:g} s"
         raise BadSample(str(path), "no frames", f"no frame{where} can be decoded; get it again")
     return images
-
-
-def _between(path: Path, first: int, last: int) -> list[Image.Image]:
-    images = _decoded(path, first, last, seek=True)
-    if images is None:  # the file's index is wrong: decode from the start
-        images = _decoded(path, first, last, seek=False)
-    return images or []

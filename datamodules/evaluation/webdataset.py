@@ -10,7 +10,7 @@ import os
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -18,22 +18,15 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.evaluation.annotation_files import AGAIN, read_text, refuse_missing, whole_number
+from datamodules.evaluation.image_files import KnownLabels
 from datamodules.shards.index import split_name, tar_members
 from lit_clip.errors import BadSample, InputError, require
-from lit_clip.evaluation.data import (
-    CaptionedImages,
-    ImageSet,
-    LabelledImages,
-    MultiLabel,
-    numbered,
-)
+from lit_clip.evaluation.data import CaptionedImages, Grouped, ImageSet, MultiLabel, numbered
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import SUFFIXES, open_image
 from lit_clip.tools.reading import reading
 
-Kind = Literal["classification", "retrieval", "multilabel"]
 LARGEST_TARGET = 1 << 20  # bytes
-TARGET_SUFFIXES: dict[Kind, str] = {"classification": "cls", "retrieval": "txt", "multilabel": "npy"}
 
 
 class ImageSpan(NamedTuple):
@@ -71,13 +64,7 @@ def scan_tar(path: Path, number: int, target_suffix: str) -> dict[str, TarSample
 
 
 class TarImages(ImageSet):
-    """Images that are members of tar files.
-
-    Attributes:
-        tars: the files.
-        keys: each sample's name.
-        spans: where each sample's image is; None: it has none.
-    """
+    """Images that are members of tar files: each sample's name, and where its image is, if it has one."""
 
     tars: list[Path]
     keys: list[str]
@@ -88,11 +75,7 @@ class TarImages(ImageSet):
         """Name a sample in error messages."""
 
     def image(self, index: int) -> Image.Image:
-        """Decode the image of a sample.
-
-        Raises:
-            BadSample: the sample has no image, or it cannot be read.
-        """
+        """Decode the image of a sample."""
         span = self.spans[index]
         if span is None:
             raise BadSample(self.where(index), "missing image", "no image; fix the set")
@@ -114,21 +97,15 @@ class TarImages(ImageSet):
 
 
 class _Tars(TarImages):
-    """Images in the tar files of a split.
-
-    Args:
-        root: the folder of the set.
-        split: its subfolder.
+    """Images in the tar files of a split, which is a subfolder of the set's.
 
     Attributes:
         templates: the set's own prompt templates, with ``{}`` for the class name; empty if it has no file of them.
         targets: the content of each sample's ``.cls``, ``.npy`` or ``.txt`` file.
-
-    Raises:
-        MissingData: the folder or one of the files it must have does not exist.
     """
 
-    kind: ClassVar[Kind]
+    kind: ClassVar[str]  # in dataset_type.txt
+    suffix: ClassVar[str]  # of targets
 
     def __init__(self, root: str, split: str = "test") -> None:
         self.root, self.split = Path(root), split
@@ -148,18 +125,14 @@ class _Tars(TarImages):
         for number in range(shards):  # if the count is too large, the first missing tar ends this
             path = self.root / split / f"{number}.tar"
             self.tars.append(path)
-            self._add(path, scan_tar(path, number, TARGET_SUFFIXES[self.kind]))
+            for key, sample in scan_tar(path, number, self.suffix).items():
+                if sample.target is None:
+                    raise InputError(f"{path} sample {key}: an image without {key}.{self.suffix}; fix the set")
+                self.keys.append(f"{path.stem}/{key}")
+                self.spans.append(sample.image)
+                self.targets.append(sample.target)
         if not self.keys:
             raise InputError(f"{self.root / split}: no samples in its {count} tar files")
-
-    def _add(self, path: Path, samples: dict[str, TarSample]) -> None:
-        for key, sample in samples.items():
-            if sample.target is None:
-                suffix = TARGET_SUFFIXES[self.kind]
-                raise InputError(f"{path} sample {key}: an image without {key}.{suffix}; fix the set")
-            self.keys.append(f"{path.stem}/{key}")
-            self.spans.append(sample.image)
-            self.targets.append(sample.target)
 
     def _lines(self, name: str) -> list[str]:
         """Return the lines of a file of the set, without trailing empty ones; [] if it does not exist."""
@@ -173,7 +146,7 @@ class _Tars(TarImages):
         try:
             return self.targets[index].decode("utf-8")
         except UnicodeDecodeError as error:
-            problem = f"its .{TARGET_SUFFIXES[self.kind]} is not UTF-8 text (byte {error.start})"
+            problem = f"its .{self.suffix} is not UTF-8 text (byte {error.start})"
             raise InputError(f"{self.where(index)}: {problem}; write the file again") from error
 
     def where(self, index: int) -> str:
@@ -185,14 +158,10 @@ class _Tars(TarImages):
         return f"{self.split}-{len(self)}-{stamp_of_files(self.tars)}"
 
 
-class WebDataset(_Tars, LabelledImages):
-    """Images with one class each, whose label is in a ``.cls`` file; arguments and errors as :class:`_Tars`.
+class WebDataset(_Tars, KnownLabels):
+    """Images with one class each: labels in ``.cls`` files, names in ``classnames.txt``, if there is one."""
 
-    Attributes:
-        class_names: the lines of ``classnames.txt``; without that file the labels.
-    """
-
-    kind = "classification"
+    kind, suffix = "classification", "cls"
 
     def __init__(self, root: str, split: str = "test") -> None:
         super().__init__(root, split)
@@ -210,17 +179,42 @@ class WebDataset(_Tars, LabelledImages):
             raise InputError(f"{self.where(index)}: its label is {text[:40]!r}, not a whole number of at least 0")
         return label
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.image(index), self._labels[index]
 
-    def labels(self) -> list[int]:
-        return list(self._labels)
+class WebDatasetGroups(WebDataset, Grouped):
+    """A classification set with metadata, as DataComp stores WILDS, Dollar Street and GeoDE.
+
+    A ``.npy`` file beside each ``.cls`` file has one number per column. ``columns`` are the attributes in the first
+    columns, which define groups; further columns are ignored.
+    """
+
+    def __init__(self, root: str, columns: list[str], split: str = "test") -> None:
+        super().__init__(root, split)
+        metadata: dict[str, bytes | None] = {}
+        for number, path in enumerate(self.tars):
+            metadata |= {f"{path.stem}/{key}": it.target for key, it in scan_tar(path, number, "npy").items()}
+        rows = [self._numbers(index, metadata.get(key), len(columns)) for index, key in enumerate(self.keys)]
+        self._groups = {name: [str(row[column]) for row in rows] for column, name in enumerate(columns)}
+
+    def _numbers(self, index: int, content: bytes | None, columns: int) -> list[int]:
+        if content is None:
+            raise InputError(f"{self.where(index)}: no .npy file of metadata; get the set again")
+        with reading(f"{self.where(index)}: its .npy", "array of numbers", hint="get the set again"):
+            row = np.lib.format.read_array(io.BytesIO(content), allow_pickle=False)
+            numbers = [float(value) for value in row[:columns]] if row.ndim == 1 and row.dtype.kind in "iuf" else []
+        if len(numbers) < columns or not all(number.is_integer() for number in numbers):
+            raise InputError(
+                f"{self.where(index)}: its .npy must start with {columns} whole numbers; get the set again"
+            )
+        return [int(number) for number in numbers]
+
+    def groups(self) -> dict[str, list[str]]:
+        return {name: list(values) for name, values in self._groups.items()}
 
 
-class WebDatasetMultiLabel(_Tars, LabelledImages, MultiLabel):
-    """Images with any number of classes each; a ``.npy`` file has a 1 or a 0 for every class. See :class:`_Tars`."""
+class WebDatasetMultiLabel(_Tars, KnownLabels, MultiLabel):
+    """Images with any number of classes each; a ``.npy`` file has a 1 or a 0 for every class."""
 
-    kind = "multilabel"
+    kind, suffix = "multilabel", "npy"
 
     def __init__(self, root: str, split: str = "test") -> None:
         super().__init__(root, split)
@@ -230,7 +224,7 @@ class WebDatasetMultiLabel(_Tars, LabelledImages, MultiLabel):
             if len(mark) != len(self.class_names):
                 problem = f"{len(mark)} marks for {len(self.class_names)} class names"
                 raise InputError(f"{self.where(index)}: {problem}; fix classnames.txt or the set")
-        self._relevance = torch.tensor(np.stack(marks))
+        self._labels, self._relevance = [-1] * len(marks), torch.tensor(np.stack(marks))
 
     def _marks(self, index: int) -> np.ndarray:
         target = io.BytesIO(self.targets[index])
@@ -241,20 +235,14 @@ class WebDatasetMultiLabel(_Tars, LabelledImages, MultiLabel):
             raise InputError(f"{self.where(index)}: its .npy must hold a 0 or a 1 for each class; write it again")
         return marks.astype(np.int8)
 
-    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
-        return self.image(index), -1
-
-    def labels(self) -> list[int]:
-        return [-1] * len(self)
-
     def relevance(self) -> Tensor:
         return self._relevance
 
 
 class WebDatasetCaptions(_Tars, CaptionedImages):
-    """Images with captions, which are the lines of a ``.txt`` file. See :class:`_Tars`."""
+    """Images with captions, which are the lines of a ``.txt`` file."""
 
-    kind = "retrieval"
+    kind, suffix = "retrieval", "txt"
 
     def __init__(self, root: str, split: str = "test") -> None:
         super().__init__(root, split)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.evaluation.image_folder import ImageFolderClasses
+from datamodules.evaluation.own_classes import ImageFolderClasses
 from datamodules.overlap.search import Queries
 from lit_clip.embedding.precision import Precision, autocast
 from lit_clip.errors import InputError, require

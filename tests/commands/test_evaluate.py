@@ -343,7 +343,7 @@ def test_a_wrong_suite_entry_fails_its_set_with_one_line(root: Path, change: dic
 
 
 def test_imagenet_accuracy_is_also_computed_over_the_classes_of_its_variants(root: Path) -> None:
-    from datamodules.evaluation.imagenet_variants import imagenet_wnids
+    from datamodules.evaluation.imagenet import imagenet_wnids
     from lit_clip.evaluation.zero_shot import imagenet_class_names
 
     few = [3, 207, 500, 999]

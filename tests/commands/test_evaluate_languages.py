@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from datamodules.evaluation import BabelImageNet
-from datamodules.evaluation.imagenet_variants import imagenet_wnids
+from datamodules.evaluation.imagenet import imagenet_wnids
 from lit_clip import load_model, zero_shot_classifier
 from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.evaluation.store import FeatureStore

@@ -7,7 +7,7 @@ import pytest
 from torchvision import datasets
 
 from datamodules.evaluation import ImageNetFolders, ImageNetV2, ObjectNet
-from datamodules.evaluation.imagenet_variants import imagenet_wnids
+from datamodules.evaluation.imagenet import imagenet_wnids
 from lit_clip.errors import BadSample
 from lit_clip.evaluation.data import MissingData
 from lit_clip.evaluation.zero_shot import imagenet_class_names

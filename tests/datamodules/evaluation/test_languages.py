@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from datamodules.evaluation import XTD10, BabelImageNet, Crossmodal3600, ImageNet, TranslatedImageNet
-from datamodules.evaluation.imagenet_variants import imagenet_wnids
+from datamodules.evaluation.imagenet import imagenet_wnids
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MissingData
 from lit_clip.evaluation.suite import read_suite

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from datamodules import evaluation as sets
-from datamodules.evaluation.imagenet_variants import imagenet_wnids
+from datamodules.evaluation.imagenet import imagenet_wnids
 from lit_clip.evaluation.data import CaptionedImages, LabelledImages, MissingData
 from tests.helpers.coloured_sets import message_of, paint_shade, shade
 from tests.helpers.miniature_arrays import EMOTION_NAMES, FACES, write_fer2013

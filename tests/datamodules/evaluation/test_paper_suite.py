@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from datamodules.evaluation import FERPlus
+from datamodules import evaluation as sets
+from datamodules.evaluation.faces import FER_PLUS
 from lit_clip.evaluation.data import ImageSet, MissingData
 from lit_clip.evaluation.prompts import prompts_of
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
@@ -96,9 +97,9 @@ def test_suite_entries_open_the_miniatures(name: str, tmp_path: Path, suite: dic
     miniature, entry = MINIATURES[name], copy.deepcopy(suite[name])
     rows = miniature.write(tmp_path / entry.location)
     entry.data["init_args"].update(miniature.options)
+    assert getattr(sets, entry.data["class_path"].removeprefix("datamodules.evaluation.")) is miniature.make
     for split, options in entry.splits.items():
         images = entry.open(split, 0, tmp_path)
-        assert isinstance(images, miniature.make)  # pyright: ignore[reportArgumentType]
         if name != "stl10":  # its folds are subsets
             assert len(images) == len(rows[options["split"]])
     assert entry.how_to_get in message_of(lambda: entry.open("test", 0, tmp_path / "nowhere"), MissingData)
@@ -106,9 +107,9 @@ def test_suite_entries_open_the_miniatures(name: str, tmp_path: Path, suite: dic
 
 def test_fer_plus_has_the_papers_names_of_fer2013_in_its_own_label_order(suite: dict[str, SuiteEntry]) -> None:
     entry = suite["fer_plus"]
-    prompts = prompts_of(entry.class_names, entry.templates, list(FERPlus.names))
-    papers = prompts_of("paper:FER2013", "paper:FER2013", list(FERPlus.names[:-1]))
-    assert prompts.names == list(FERPlus.names)
+    prompts = prompts_of(entry.class_names, entry.templates, list(FER_PLUS))
+    papers = prompts_of("paper:FER2013", "paper:FER2013", list(FER_PLUS[:-1]))
+    assert prompts.names == list(FER_PLUS)
     assert prompts.texts[:-1] == papers.texts
     assert len(prompts.texts[-1]) == len(papers.texts[0])
 

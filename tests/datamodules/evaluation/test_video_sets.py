@@ -47,6 +47,14 @@ def test_ucf101_has_the_papers_class_order_and_three_folds(ucf101: Path) -> None
     assert "fold" in message_of(lambda: UCF101(str(ucf101), "test", fold=0))
 
 
+def test_root_may_be_relative(ucf101: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = UCF101(str(ucf101), "test")
+    monkeypatch.chdir(ucf101.parent)
+    videos = UCF101(ucf101.name, "test")
+    assert [videos.key(i) for i in range(5)] == [whole.key(i) for i in range(5)]
+    assert videos.images(0)[0].tobytes() == whole.images(0)[0].tobytes()
+
+
 def test_paper_prompts_of_ucf101_are_in_label_order() -> None:
     path = ROOT / "lit_clip/evaluation/paper_prompts.json"
     prompts = json.loads(path.read_text(encoding="utf-8"))["sets"]["UCF101"]["classes"]
@@ -71,7 +79,7 @@ def test_frames_option_selects_the_centre_or_all_frames(ucf101: Path) -> None:
 def test_ucf101_counts_missing_videos_and_names_missing_lists(ucf101: Path, tmp_path: Path) -> None:
     (ucf101 / "UCF-101/Archery/v_Archery_g02_c01.avi").unlink()
     left = UCF101(str(ucf101), "test")
-    assert (len(left), str(left.left_out)) == (4, "1 row (video is gone)")
+    assert (len(left), left.absent) == (4, 1)
     (ucf101 / "ucfTrainTestlist/testlist02.txt").write_text("Fencing/v_Fencing_g01_c01.avi\n")
     assert "Fencing" in message_of(lambda: UCF101(str(ucf101), "test", fold=2))
     (ucf101 / "ucfTrainTestlist/testlist02.txt").unlink()
@@ -100,7 +108,7 @@ def test_kinetics_finds_clips_by_name_and_counts_missing_ones(tmp_path: Path) ->
         "val/acting_in_play/xy_000003_000013.mp4",
         "val/yoga/plainplain0.mkv",
     ]
-    assert clips.left_out.counts == {"video is gone": 1}
+    assert clips.absent == 1
     assert nearest_frame(clips[1][0], frame_colours(3)) == 1
     assert pickle.loads(pickle.dumps(clips)).labels() == [2, 1, 2]
     assert "train" in message_of(lambda: Kinetics700(str(tmp_path), "train"), MissingData)
@@ -142,7 +150,7 @@ def test_rareact_rows_are_spans_with_verb_noun_and_code(tmp_path: Path) -> None:
     assert [nearest_frame(image, frame_colours(20)) for image in clips.images(1)] == list(range(10, 20))
     assert len(RareAct(str(tmp_path), frames="centre").images(1)) == 1
     assert clips.key(1) == "rareact/one.mp4:1-2"
-    assert clips.left_out.counts == {"video is gone": 1}
+    assert clips.absent == 1
     stamp = clips.stamp()
     assert pickle.loads(pickle.dumps(clips)).stamp() == stamp
     rows[1][2] = 0.5

@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from datamodules import Captions
-from datamodules.evaluation.image_folder import ImageFolderClasses
+from datamodules.evaluation.own_classes import ImageFolderClasses
 from datamodules.open_source import open_source
 from datamodules.pairs.mixture import Concatenated
 from lit_clip.errors import InputError
