@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 
 from lit_clip.errors import InputError
-from lit_clip.evaluation.overview import number, sets_of, shots_of, tasks_of
+from lit_clip.evaluation.overview import metrics_of, sets_of, shots_of, tasks_of
 from lit_clip.evaluation.report.chart_style import chart_settings
 from lit_clip.evaluation.report.charts import figures
 from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
@@ -52,11 +52,8 @@ def write_tensorboard(
 def _scalars(results: Mapping[str, Any], step: int) -> Iterator[tuple[str, float, int]]:
     """Yield tags, values and steps."""
     for name, entry in sets_of(results):
-        for task, result in tasks_of(entry).items():
-            for metric, value in (result.get("metrics") or {}).items():
-                known = number(value)
-                if known is not None:
-                    yield f"{task}/{name}/{metric}", known, step
+        for task, _, metric, value in metrics_of(entry):
+            yield f"{task}/{name}/{metric}", value, step
         for shots, mean in shots_of(entry).items():
             yield f"few_shot/{name}/{entry.get('metric') or 'top1'}", mean, shots
 
