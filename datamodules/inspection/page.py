@@ -32,17 +32,7 @@ def write_inspection(
     sections: Sequence[SummarySection],
     context_length: int,
 ) -> None:
-    """Write the page.
-
-    Args:
-        path: of the page.
-        title: name of the data.
-        source: of the pairs that are shown.
-        findings: of the scan.
-        duplicates: duplicates among them.
-        sections: the figures.
-        context_length: tokens that the model reads of a caption.
-    """
+    """Write the page of a scan; ``context_length`` is the number of tokens that the model reads of a caption."""
     usable = findings.usable
     samples = usable[np.unique(np.linspace(0, len(usable) - 1, SAMPLES).astype(int))] if len(usable) else []
     wrong = [(where, line) for where, _, line in findings.problems] + source.left_out.listed

@@ -21,14 +21,7 @@ BARS = 50
 
 
 def write_overlap(path: Path, report: Mapping[str, Any], sets: Mapping[str, SetFindings], source: PairSource) -> None:
-    """Write the page.
-
-    Args:
-        path: of the page.
-        report: contents of the JSON file.
-        sets: findings by name of the set.
-        source: of the training images that are shown.
-    """
+    """Write the page of a JSON ``report`` with findings by set; ``source`` has the training images that are shown."""
     with warnings.catch_warnings(action="ignore"):  # from Pillow, as when the images were read
         galleries = {name: _galleries(findings, source) for name, findings in sets.items()}
     write_page(

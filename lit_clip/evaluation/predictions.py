@@ -77,12 +77,13 @@ def class_columns(
 def retrieval_columns(keys: Sequence[str], pairs: PairIndices, image_ranks: Tensor, pair_ranks: Tensor) -> Columns:
     """Return the columns of a retrieval: one row a query, with the ``rank`` of its best right candidate, 0 is best.
 
+    Text queries are called like their image with a number, as captions have no keys.
+
     Args:
         keys: of the images.
         pairs: of the set.
         image_ranks: int64 ``[I]``, ranks of the images' best captions.
-        pair_ranks: int64 ``[E]``, rank of its image for the caption of each pair. Queries are called like their image
-            with a number, as captions have no keys.
+        pair_ranks: int64 ``[E]``, rank of its image for the caption of each pair.
     """
     captions: Counter[int] = Counter()
     names = []
@@ -131,13 +132,8 @@ def write_predictions(folder: Path, name: str, task: str, columns: Columns) -> s
 def predictions_entry(folder: Path, name: str, task: str, columns: Columns, judged: Iterable[object]) -> dict[str, str]:
     """Write the predictions of a set's task; return what ``results.json`` says about them.
 
-    Args:
-        folder: of the run.
-        name: of the set.
-        task: as in ``results.json``.
-        columns: of the file.
-        judged: what was right, an object with the key for each image, in any order; its hash tells whether two runs
-            were judged alike, which their files alone do not.
+    ``judged`` is what was right, an object with the key for each image, in any order; its hash tells whether two runs
+    were judged alike, which their files alone do not.
     """
     path = write_predictions(folder, name, task, columns)
     digest = hex_digest(sorted(map(repr, judged)))

@@ -19,11 +19,9 @@ THUMBNAIL = 160  # pixels of the longer side
 
 
 def render(template: Path, **values: Any) -> str:
-    """Fill in a template; text from ``values`` is escaped, secrets are hidden, and a missing value is an error.
+    """Fill in a template, which may use the templates beside it and the shared ``base.html`` and ``macros.html``.
 
-    Args:
-        template: an .html file, which may use the templates beside it and the shared ``base.html`` and ``macros.html``.
-        **values: what the template shows.
+    Text from ``values`` is escaped, secrets are hidden, and a missing value is an error.
     """
     return without_secrets(_environment(template.parent).get_template(template.name).render(values))
 

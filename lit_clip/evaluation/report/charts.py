@@ -33,15 +33,7 @@ Table = Mapping[Key, Row]
 
 
 def figures(results: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> "dict[str, Figure]":
-    """Draw the charts that there are data for.
-
-    Args:
-        results: contents of a ``results.json``.
-        others: results of other runs to compare with, by path or name.
-
-    Returns:
-        Up to five charts: ``zero_shot``, ``linear_probe``, ``zero_shot_minus_probe``, ``few_shot``, ``robustness``.
-    """
+    """Draw the charts that there are data for, with other runs by path or name; return them by name."""
     names = run_names(others)
     runs = [ChartRun(THIS_RUN, results), *(ChartRun(names[name], other) for name, other in others.items())]
     with chart_settings():

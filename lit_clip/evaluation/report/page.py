@@ -9,23 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_clip.evaluation.comparison import PairedDifference
-from lit_clip.evaluation.overview import (
-    STATUSES,
-    Row,
-    metric_words,
-    percent,
-    points,
-    rows,
-    sets_of,
-)
-from lit_clip.evaluation.published import (
-    PAPER,
-    NearestModel,
-    disagreements,
-    measured_weights,
-    nearest,
-    papers_name,
-)
+from lit_clip.evaluation.overview import STATUSES, Row, metric_words, percent, points, rows, sets_of
+from lit_clip.evaluation.published import PAPER, NearestModel, disagreements, measured_weights, nearest, papers_name
 from lit_clip.evaluation.report.chart_style import svg
 from lit_clip.evaluation.report.charts import figures
 from lit_clip.evaluation.report.result_columns import Groups, result_columns
@@ -45,14 +30,9 @@ def write_report(
     groups: Groups | None = None,
     differences: Sequence[PairedDifference] = (),
 ) -> None:
-    """Write ``report.html``.
+    """Write ``report.html`` to the run's folder, which holds the images.
 
-    Args:
-        results: contents of ``results.json``.
-        out: the run's folder, which holds the images.
-        others: results of other runs to compare with, by path or name.
-        groups: names of runs that are seeds of one recipe, see :func:`lit_clip.evaluation.comparison.seed_groups`.
-        differences: from the other runs on the same images.
+    ``others`` are results of runs to compare with, by path or name; ``groups`` those that are seeds of one recipe.
     """
     write_page(out / "report.html", TEMPLATE, **report_values(results, out, others, groups, differences))
 

@@ -20,21 +20,15 @@ GREYS = ["#222222", "#666666", "#9A9A9A", "#C4C4C4"]
 
 
 class ChartPoint(NamedTuple):
-    """A classifier in the chart.
-
-    Attributes:
-        name: shown in the legend.
-        values: accuracies as fractions, by the paper's name of the set; includes ImageNet.
-    """
+    """A classifier in the chart: its name, and accuracies by the paper's name of the set, ImageNet among them."""
 
     name: str
     values: dict[str, float]
 
     def mean(self, sets: Sequence[str]) -> float | None:
-        """Return the mean over those sets, or None if one is missing."""
-        if not all(name in self.values for name in sets):
-            return None
-        return sum(self.values[name] for name in sets) / len(sets)
+        """Return the mean over some sets, or None if one is missing."""
+        whole = all(name in self.values for name in sets)
+        return sum(self.values[name] for name in sets) / len(sets) if whole else None
 
 
 def run_points(runs: Sequence[ChartRun]) -> list[ChartPoint]:

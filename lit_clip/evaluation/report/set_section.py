@@ -32,14 +32,9 @@ Task = Mapping[str, Any]  # of results.json
 def set_section(
     name: str, entry: Mapping[str, Any], model: str, folder: Path, weights: str | None = None
 ) -> dict[str, Any]:
-    """Compute the values of ``set_section.html``.
+    """Compute the values of ``set_section.html`` from a set's entry in ``results.json``.
 
-    Args:
-        name: of the set.
-        entry: of the set in ``results.json``.
-        model: the paper's model whose figures are shown for comparison.
-        folder: of the run, which holds the images.
-        weights: the published weights whose measured figures are shown; None: OpenAI's of the paper's model.
+    The paper's figures are its ``model``'s, measured ones those of published ``weights``; None: OpenAI's of the model.
     """
     tasks = tasks_of(entry)
     zero_shot = tasks.get("zero_shot", {})
@@ -72,21 +67,18 @@ def _metrics(
                     f"{TASKS.get(task, task)}, {metric_words(metric)}",
                     percent(number(value)),
                     _between((result.get("intervals") or {}).get(metric)),
-                    _with_table(published(paper, task, model, metric)),
+                    _with_source(published(paper, task, model, metric)),
                     _with_source(measured(measured_name(name, paper), task, weights, metric)),
-                    "; ".join(f"{peer} {_with_table(of[metric])}" for peer, of in others.items() if metric in of),
+                    "; ".join(f"{peer} {_with_source(of[metric])}" for peer, of in others.items() if metric in of),
                 ]
             )
     kept = [place for place in range(6) if any(line[place] for line in lines[1:])]
     return [[line[place] for place in kept] for line in lines]
 
 
-def _with_table(figure: Published | None) -> str:
-    return f"{papers_percent(figure)} ({figure.source.removeprefix(f'{PAPER}, ')})" if figure else ""
-
-
 def _with_source(figure: Published | None) -> str:
-    return f"{papers_percent(figure)} ({figure.source.split(', ')[0]})" if figure else ""
+    source = figure.source.removeprefix(f"{PAPER}, ").split(", ")[0] if figure else ""
+    return f"{papers_percent(figure)} ({source})" if figure else ""
 
 
 def _between(interval: Any) -> str:

@@ -57,14 +57,7 @@ class Line(NamedTuple):
 
 
 def write_tables(results: Results, out: Path, others: Mapping[str, Results], groups: Groups | None = None) -> None:
-    """Write ``results.csv`` and ``results.tex``.
-
-    Args:
-        results: contents of ``results.json``.
-        out: the run's folder.
-        others: results of other runs, by path or name.
-        groups: names of runs that are seeds of one recipe.
-    """
+    """Write ``results.csv`` and ``results.tex`` to the run's folder; other runs by path or name, as on the page."""
     runs = {THIS_RUN: results, **others}
     with (
         replacing(out / "results.csv") as draft,

@@ -22,13 +22,8 @@ def write_tensorboard(
     """Write event files to ``out/tensorboard``; those of an earlier evaluation are replaced.
 
     Scalars are named as in training (``zero_shot/<set>/top1``), charts ``evaluation/<chart>`` and contact sheets
-    ``zero_shot/<set>/most confidently wrong``. The step of a few-shot scalar is its number of examples per class.
-
-    Args:
-        results: contents of a ``results.json``.
-        others: results of other runs that the charts compare with, by path or name.
-        out: the run's folder, which holds the images.
-        step: of everything else.
+    ``zero_shot/<set>/most confidently wrong``. The step of a few-shot scalar is its number of examples per class,
+    ``step`` that of everything else.
     """
     from torch.utils.tensorboard import SummaryWriter
 
