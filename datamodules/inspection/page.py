@@ -1,6 +1,5 @@
 """The findings of an inspection as one HTML file: figures, histograms, images and lists."""
 
-import io
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,8 +12,7 @@ from datamodules.inspection.summary import DuplicateGroups, SummarySection
 from datamodules.near_duplicates import Groups
 from datamodules.pairs.source import PairSource
 from lit_clip.errors import BadSample
-from lit_clip.tools.html import THUMBNAIL, thumbnail, write_page
-from lit_clip.tools.images import decoding_at_least, open_image
+from lit_clip.tools.html import stored_thumbnail, write_page
 
 TEMPLATE = Path(__file__).parent / "templates" / "inspect.html"
 SAMPLES = 24
@@ -89,8 +87,7 @@ def _shown(source: PairSource, rows: Iterable[int]) -> list[dict[str, Any]]:
     for row in rows:
         try:
             stored = source.read(int(row))
-            with decoding_at_least(lambda width, height: (min(width, THUMBNAIL), min(height, THUMBNAIL))):
-                image = thumbnail(open_image(io.BytesIO(stored.image), stored.where))
+            image = stored_thumbnail(stored.image, stored.where)
         except BadSample as error:  # readable a moment ago
             pairs.append({"image": None, "captions": [str(error)], "names": []})
         else:

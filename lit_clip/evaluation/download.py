@@ -301,23 +301,17 @@ def _transfer(file: RemoteFile, path: Path) -> None:
         with _AtMost(io.FileIO(part, "ab" if file.size else "wb")) as out:
             out.size = file.size
             http_get(file.url, out, resume_size=out.tell(), headers={**file.headers}, expected_size=file.size)
-        digest = _digest(part, file.checksum)
-        require(digest == file.checksum, f"its checksum is {digest} instead of {file.checksum}")
+        if file.checksum:
+            git = sha1(f"blob {part.stat().st_size}\0".encode(), usedforsecurity=False)
+            with part.open("rb") as whole:
+                digest = file_digest(whole, "sha256" if len(file.checksum) == 64 else lambda: git).hexdigest()
+            require(digest == file.checksum, f"its checksum is {digest} instead of {file.checksum}")
     except Exception as error:  # of the connection, the disk or the HTTP library
         if isinstance(error, InputError) or (type(error) is OSError and error.errno is None):  # of another size
             part.unlink(missing_ok=True)
         hint = "run the same command again to resume"
         raise InputError(f"{file.url}: cannot be downloaded ({first_line(error)}); {hint}") from error
     part.replace(path)
-
-
-def _digest(path: Path, checksum: str) -> str:
-    """Compute the digest of a checksum's kind."""
-    if not checksum:
-        return ""
-    git = sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
-    with path.open("rb") as file:
-        return file_digest(file, "sha256" if len(checksum) == 64 else lambda: git).hexdigest()
 
 
 def _unpack(plan: _Plan, source: Mapping[str, Any]) -> None:

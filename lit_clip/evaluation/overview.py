@@ -83,7 +83,11 @@ def points(value: float | None) -> str:
 
 def interval_of(task: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
     """Return the interval of a task's metric in ``results.json``; None if it has none."""
-    ends = (task.get("intervals") or {}).get(metric)
+    return as_interval((task.get("intervals") or {}).get(metric))
+
+
+def as_interval(ends: Any) -> tuple[float, float] | None:
+    """Return two finite numbers, anything else as None."""
     known = [number(end) for end in ends] if isinstance(ends, list | tuple) else []
     return (known[0], known[1]) if len(known) == 2 and known[0] is not None and known[1] is not None else None
 

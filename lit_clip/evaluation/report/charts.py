@@ -69,8 +69,8 @@ def bars(runs: Sequence[ChartRun], column: Column) -> "Figure | None":
             if value is not None and column in tables[place][key].intervals:
                 low, high = tables[place][key].intervals[column]
                 axes.plot([100 * low, 100 * high], [y, y], color=INK, linewidth=1.0, solid_capstyle="butt")
-    marked = [tables[0].get(key) for key in order]
-    for handle, label in _marks(axes, marked, column, nearest_model(_model(runs[0])), thick / 2 - 0.4):
+    marked, model = [tables[0].get(key) for key in order], nearest_model(runs[0].results.get("model") or {})
+    for handle, label in _marks(axes, marked, column, model, thick / 2 - 0.4):
         handles.append(handle)
         labels.append(label)
     name_lines(axes, [_title(key, order) for key in order])
@@ -79,10 +79,6 @@ def bars(runs: Sequence[ChartRun], column: Column) -> "Figure | None":
     axes.grid(axis="x")
     legend(figure, handles, labels)
     return figure
-
-
-def _model(run: ChartRun) -> Mapping[str, Any]:
-    return run.results.get("model") or {}
 
 
 def _value(table: Table, key: Key, column: Column) -> float | None:

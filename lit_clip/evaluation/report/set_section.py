@@ -1,13 +1,15 @@
 """The report's section on one evaluation set."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lit_clip.evaluation.overview import (
     COLUMNS,
     STATUSES,
+    as_interval,
     baseline_of,
+    interval_of,
     metric_words,
     number,
     papers_percent,
@@ -15,8 +17,8 @@ from lit_clip.evaluation.overview import (
     skipped_of,
     tasks_of,
 )
+from lit_clip.evaluation.predictions import run_image
 from lit_clip.evaluation.published import PAPER, Published, measured, measured_name, peers, published
-from lit_clip.evaluation.report.run_images import run_image
 from lit_clip.tools.html import plural, thumbnail
 
 TASKS = {
@@ -66,7 +68,7 @@ def _metrics(
                 [
                     f"{TASKS.get(task, task)}, {metric_words(metric)}",
                     percent(number(value)),
-                    _between((result.get("intervals") or {}).get(metric)),
+                    _between(interval_of(result, metric)),
                     _with_source(published(paper, task, model, metric)),
                     _with_source(measured(measured_name(name, paper), task, weights, metric)),
                     "; ".join(f"{peer} {_with_source(of[metric])}" for peer, of in others.items() if metric in of),
@@ -81,12 +83,9 @@ def _with_source(figure: Published | None) -> str:
     return f"{papers_percent(figure)} ({source})" if figure else ""
 
 
-def _between(interval: Any) -> str:
+def _between(interval: tuple[float, float] | None) -> str:
     """Return ``88.1 to 90.2`` for an interval of fractions, or an empty text."""
-    if not isinstance(interval, Sequence) or len(interval) != 2:
-        return ""
-    low, high = number(interval[0]), number(interval[1])
-    return "" if low is None or high is None else f"{percent(low)} to {percent(high)}"
+    return " to ".join(map(percent, interval or ()))
 
 
 def _facts(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> Iterator[tuple[str, str]]:
@@ -147,4 +146,4 @@ def _bias_value(value: Any) -> str:
         return str(value)
     share = number(value["value"])
     text = "no images" if share is None else f"{percent(share)} % ({value['count']} of {value['images']})"
-    return ", ".join(filter(None, [text, _between(value.get("interval"))]))
+    return ", ".join(filter(None, [text, _between(as_interval(value.get("interval")))]))

@@ -10,10 +10,10 @@ from PIL import Image
 
 from lit_clip.errors import InputError
 from lit_clip.evaluation.overview import metrics_of, sets_of, shots_of, tasks_of
+from lit_clip.evaluation.predictions import run_image
 from lit_clip.evaluation.report.chart_style import chart_settings
 from lit_clip.evaluation.report.charts import figures
 from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
-from lit_clip.evaluation.report.run_images import run_image
 
 
 def write_tensorboard(
