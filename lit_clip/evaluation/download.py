@@ -80,8 +80,10 @@ class _Plan:
 
     def size(self) -> int:
         """Return how many bytes of files of the hub are still to be transferred."""
-        kept = [path for file in self.files for path in (self.kept(file), _part(self.kept(file)))]
-        return sum(file.size or 0 for file in self.files) - sum(path.stat().st_size for path in kept if path.exists())
+        files = [file for file in self.files if file.size is not None]
+        kept = [path for file in files for path in (self.kept(file), _part(self.kept(file)))]
+        have = sum(path.stat().st_size for path in kept if path.exists())
+        return max(0, sum(file.size or 0 for file in files) - have)
 
 
 def download_missing(
@@ -212,7 +214,7 @@ def _of_hub(plan: _Plan, name: str) -> list[RemoteFile]:
             checked_path(plan.content, file.rfilename)
             known = file.size is None or (type(file.size) is int and file.size >= 0)
             require(known, f"the size {shortened(file.size)} of {file.rfilename} is no number of bytes")
-            checksum = file.lfs.sha256 if file.lfs else str(file.blob_id)
+            checksum = str(file.lfs.sha256 if file.lfs else file.blob_id)
             url = hf_hub_url(name, file.rfilename, repo_type="dataset", revision=commit)
             files.append(RemoteFile(url, file.rfilename, file.size, checksum, build_hf_headers()))
     require(bool(files), f"{name}: no files of {', '.join(sorted(plan.splits))} on the hub")

@@ -92,15 +92,6 @@ def as_interval(ends: Any) -> tuple[float, float] | None:
     return (known[0], known[1]) if len(known) == 2 and known[0] is not None and known[1] is not None else None
 
 
-def metrics_of(entry: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any], str, float]]:
-    """Yield task, the task's result, metric and value of all numbers of a set."""
-    for task, result in tasks_of(entry).items():
-        for metric, value in (result.get("metrics") or {}).items():
-            known = number(value)
-            if known is not None:
-                yield task, result, metric, known
-
-
 def papers_percent(figure: Published | None) -> str:
     """Format a published figure like :func:`percent`, with a question mark if it could not be verified."""
     return "" if figure is None else percent(figure.value) + ("" if figure.verified else "?")
@@ -252,9 +243,12 @@ def _datacomp_means(table: Sequence[Row]) -> Iterator[GroupMean]:
 
 def shots_of(entry: Mapping[str, Any]) -> dict[int, float]:
     """Return the mean over draws by number of shots."""
-    curve = {}
-    for shots, draws in tasks_of(entry).get("few_shot", {}).get("shots") or []:
-        values = [value for value in map(number, draws) if value is not None]
-        if values:
-            curve[int(shots)] = sum(values) / len(values)
-    return curve
+    return {shots: sum(draws) / len(draws) for shots, draws in draws_of(tasks_of(entry).get("few_shot", {})).items()}
+
+
+def draws_of(few_shot: Mapping[str, Any]) -> dict[int, list[float]]:
+    """Return the values of all draws by number of shots, as far as there are any."""
+    draws = {}
+    for shots, values in few_shot.get("shots") or []:
+        draws[int(shots)] = [value for value in map(number, values) if value is not None]
+    return {shots: values for shots, values in draws.items() if values}

@@ -9,6 +9,7 @@ from lit_clip.evaluation.overview import (
     STATUSES,
     as_interval,
     baseline_of,
+    draws_of,
     interval_of,
     metric_words,
     number,
@@ -111,11 +112,9 @@ def _facts(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> Iterator[tupl
 
 def _few_shot(task: Task) -> Iterator[list[str]]:
     """Number of examples, mean and range of the accuracy, number of draws."""
-    for shots, draws in task.get("shots") or []:
-        known = [value for value in map(number, draws) if value is not None]
-        if known:
-            mean, spread = percent(sum(known) / len(known)), f"{percent(min(known))} to {percent(max(known))}"
-            yield [str(shots), mean, spread, str(len(known))]
+    for shots, draws in draws_of(task).items():
+        mean, spread = percent(sum(draws) / len(draws)), f"{percent(min(draws))} to {percent(max(draws))}"
+        yield [str(shots), mean, spread, str(len(draws))]
 
 
 def _wrong_image(error: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -12,18 +12,19 @@ from lit_clip.evaluation.overview import (
     group_means,
     interval_of,
     metric_words,
-    metrics_of,
     number,
     percent,
     rows,
     sets_of,
     shots_of,
+    tasks_of,
 )
 from lit_clip.evaluation.report.result_columns import Block, Cell, Groups, blocks
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.text_files import no_formula
 
 Results = Mapping[str, Any]
+MEAN = "mean"  # of a group of sets
 SPECIAL = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -74,17 +75,19 @@ def lines(run: str, results: Results) -> Iterator[Line]:
     """Yield all metrics of a run, then the means over groups of sets."""
     model = str((results.get("model") or {}).get("name") or "")
     for name, entry in sets_of(results):
-        for task, result, metric, value in metrics_of(entry):
-            low, high = interval_of(result, metric) or (None, None)
-            own = number(result.get("baseline")) if metric == entry.get("metric") else None
-            yield Line(run, model, name, task, None, metric, value, low, high, own, result.get("images"))
+        for task, result in tasks_of(entry).items():
+            for metric, value in (result.get("metrics") or {}).items():
+                known, (low, high) = number(value), interval_of(result, metric) or (None, None)
+                own = number(result.get("baseline")) if metric == entry.get("metric") else None
+                if known is not None:
+                    yield Line(run, model, name, task, None, metric, known, low, high, own, result.get("images"))
         for shots, mean in shots_of(entry).items():
             yield Line(run, model, name, "few_shot", shots, str(entry.get("metric") or "top1"), mean)
     found = rows(results)
     for column in COLUMNS:
         for mean in group_means(found, column):
             if mean.ours is not None:
-                yield Line(run, model, mean.group, column, None, "mean", mean.ours)
+                yield Line(run, model, mean.group, column, None, MEAN, mean.ours)
 
 
 def latex(results: Results, others: Mapping[str, Results], groups: Groups) -> str:
