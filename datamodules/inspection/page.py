@@ -1,6 +1,5 @@
 """The findings of an inspection as one HTML file: figures, histograms, images and lists."""
 
-import io
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -13,8 +12,7 @@ from datamodules.inspection.summary import DuplicateGroups, SummarySection
 from datamodules.near_duplicates import Groups
 from datamodules.pairs.source import PairSource
 from lit_clip.errors import BadSample
-from lit_clip.tools.html import THUMBNAIL, thumbnail, write_page
-from lit_clip.tools.images import decoding_at_least, open_image
+from lit_clip.tools.html import stored_thumbnail, write_page
 
 TEMPLATE = Path(__file__).parent / "templates" / "inspect.html"
 SAMPLES = 24
@@ -32,17 +30,7 @@ def write_inspection(
     sections: Sequence[SummarySection],
     context_length: int,
 ) -> None:
-    """Write the page.
-
-    Args:
-        path: of the page.
-        title: name of the data.
-        source: of the pairs that are shown.
-        findings: of the scan.
-        duplicates: duplicates among them.
-        sections: the figures.
-        context_length: tokens that the model reads of a caption.
-    """
+    """Write the page of a scan; ``context_length`` is the number of tokens that the model reads of a caption."""
     usable = findings.usable
     samples = usable[np.unique(np.linspace(0, len(usable) - 1, SAMPLES).astype(int))] if len(usable) else []
     wrong = [(where, line) for where, _, line in findings.problems] + source.left_out.listed
@@ -99,8 +87,7 @@ def _shown(source: PairSource, rows: Iterable[int]) -> list[dict[str, Any]]:
     for row in rows:
         try:
             stored = source.read(int(row))
-            with decoding_at_least(lambda width, height: (min(width, THUMBNAIL), min(height, THUMBNAIL))):
-                image = thumbnail(open_image(io.BytesIO(stored.image), stored.where))
+            image = stored_thumbnail(stored.image, stored.where)
         except BadSample as error:  # readable a moment ago
             pairs.append({"image": None, "captions": [str(error)], "names": []})
         else:

@@ -1,6 +1,5 @@
 """The overlap of evaluation sets as one HTML file: figures, and pairs of images to judge the threshold by."""
 
-import io
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +11,7 @@ from datamodules.overlap.findings import OverlapPair, SetFindings
 from datamodules.pairs.source import PairSource
 from lit_clip.errors import InputError
 from lit_clip.evaluation.overlap import Overlap
-from lit_clip.tools.html import THUMBNAIL, thumbnail, write_page
-from lit_clip.tools.images import decoding_at_least, open_image
+from lit_clip.tools.html import stored_thumbnail, thumbnail, write_page
 
 TEMPLATE = Path(__file__).parent / "templates" / "overlap.html"
 SHOWN = 12  # pairs of a kind
@@ -21,14 +19,7 @@ BARS = 50
 
 
 def write_overlap(path: Path, report: Mapping[str, Any], sets: Mapping[str, SetFindings], source: PairSource) -> None:
-    """Write the page.
-
-    Args:
-        path: of the page.
-        report: contents of the JSON file.
-        sets: findings by name of the set.
-        source: of the training images that are shown.
-    """
+    """Write the page of a JSON ``report`` with findings by set; ``source`` has the training images that are shown."""
     with warnings.catch_warnings(action="ignore"):  # from Pillow, as when the images were read
         galleries = {name: _galleries(findings, source) for name, findings in sets.items()}
     write_page(
@@ -111,8 +102,7 @@ def _shown(pair: OverlapPair, same: bool, findings: SetFindings, source: PairSou
         images[0] = thumbnail(findings.images.images(pair.item)[pair.frame])
         if pair.row >= 0:
             stored = source.read(pair.row)
-            with decoding_at_least(lambda width, height: (min(width, THUMBNAIL), min(height, THUMBNAIL))):
-                images[1] = thumbnail(open_image(io.BytesIO(stored.image), stored.where))
+            images[1] = stored_thumbnail(stored.image, stored.where)
     except (InputError, IndexError):  # readable a moment ago
         pass
     label = "same look" if pair.similarity is None else f"{pair.similarity:.3f}"

@@ -1,7 +1,7 @@
 """Compare a run with others: image by image where both kept their predictions, and over the seeds of a recipe."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -22,13 +22,7 @@ Table = Mapping[str, np.ndarray]  # of a file of predictions
 
 
 class OtherRun(NamedTuple):
-    """A run to compare with.
-
-    Attributes:
-        group: name of the recipe whose seeds belong together; empty for a run of its own.
-        folder: holds its predictions.
-        results: contents of its ``results.json``.
-    """
+    """A run to compare with: its recipe, whose seeds belong together (empty: none), and its results."""
 
     group: str
     folder: Path
@@ -38,11 +32,7 @@ class OtherRun(NamedTuple):
 def other_runs(texts: Sequence[str], output: Path) -> dict[str, OtherRun]:
     """Read runs, each given as ``PATH`` of a ``results.json`` or its folder, or as ``NAME=PATH``; return them by name.
 
-    Runs with the same name are seeds of one recipe.
-
-    Args:
-        texts: as above.
-        output: folder of the run that they are compared with.
+    Runs with the same name are seeds of one recipe. ``output`` is the folder of the run that they are compared with.
     """
     found: dict[str, OtherRun] = {}
     seen: set[tuple[str, Path]] = set()  # a run can stand alone and be a seed of a recipe
@@ -94,20 +84,15 @@ def over_seeds(values: Sequence[float | None]) -> OverSeeds | None:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """A metric of this run minus that of another on the same images; fractions.
+    """A metric of this run minus the other run's on the same images; fractions.
 
     Attributes:
-        run: name of the other run.
-        set: name of the set.
-        task: as in ``results.json``.
-        metric: as in ``results.json``.
         images: number of images, or of queries.
         difference: None if the runs cannot be paired.
         interval: 99.5 % bootstrap interval of the difference, over images (within classes for a mean per class);
             None if it has no width, which would look certain: within classes, all scores differ by the same.
         p_value: exact two-sided test that the images which only one run gets right are as often one's as the other's
             (McNemar 1947); None if images are not simply right or wrong, or the set has several folds.
-        reason: why they cannot be paired.
     """
 
     run: str
@@ -118,19 +103,13 @@ class PairedDifference:
     difference: float | None = None
     interval: Interval | None = None
     p_value: float | None = None
-    reason: str = ""
+    reason: str = ""  # why they cannot be paired
 
 
 def paired_differences(
     results: Mapping[str, Any], folder: Path, others: Mapping[str, OtherRun]
 ) -> list[PairedDifference]:
-    """Compare a run with others on every set and task that both have; seeds of its own recipe are not compared.
-
-    Args:
-        results: contents of the run's ``results.json``.
-        folder: of the run.
-        others: by name.
-    """
+    """Compare a run with others on every set and task that both have; seeds of its own recipe are not compared."""
     found = []
     for name, other in others.items():
         theirs = dict(sets_of(other.results))
@@ -143,7 +122,7 @@ def paired_differences(
                     runs = [(folder, entry), (other.folder, theirs[set_name])]
                     found.append(_paired(place, [_scores(where, each, place) for where, each in runs]))
                 except InputError as error:
-                    found.append(PairedDifference(name, set_name, task, metric, reason=str(error)))
+                    found.append(replace(place, reason=str(error)))
     return found
 
 
@@ -210,7 +189,6 @@ def _mean(scores: _Scores, metric: str) -> float:
 
 
 def _paired(place: PairedDifference, both: Sequence[_Scores]) -> PairedDifference:
-    """Compare two runs' scores."""
     ours, theirs = both
     if not (np.array_equal(ours.key, theirs.key) and np.array_equal(ours.fold, theirs.fold)):
         here, there = (set(zip(run.fold.tolist(), run.key.tolist(), strict=True)) for run in both)
@@ -221,25 +199,17 @@ def _paired(place: PairedDifference, both: Sequence[_Scores]) -> PairedDifferenc
     folds = _folds(ours._replace(value=ours.value - theirs.value), place.metric)
     low, high = mean_interval([fold.bootstrap() for fold in folds])
     binary = all(bool(np.isin(run.value, (0, 1)).all()) for run in both)
-    return PairedDifference(
-        place.run,
-        place.set,
-        place.task,
-        place.metric,
-        len(ours.key),
-        fmean(fold.mean() for fold in folds),
-        (low, high) if low < high else None,
-        mcnemar(ours.value, theirs.value) if binary and len(folds) == 1 else None,
+    return replace(
+        place,
+        images=len(ours.key),
+        difference=fmean(fold.mean() for fold in folds),
+        interval=(low, high) if low < high else None,
+        p_value=mcnemar(ours.value, theirs.value) if binary and len(folds) == 1 else None,
     )
 
 
 def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Return the exact two-sided p-value of McNemar's test; 1 if both are right about the same images.
-
-    Args:
-        ours: 0 or 1 for each image.
-        theirs: the other run's, of the same images.
-    """
+    """Return the exact two-sided p-value of McNemar's test for two runs' 0 or 1 of each image; 1 if all are equal."""
     from scipy.stats import binomtest
 
     only_ours, only_theirs = int((ours > theirs).sum()), int((theirs > ours).sum())

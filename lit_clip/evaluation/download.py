@@ -1,23 +1,26 @@
 """Download the sets of a suite that torchvision or the Hugging Face hub has.
 
-Files are transferred here, not by those packages: a transfer that was interrupted resumes where it ended, and each file
-is compared with its checksum. Torchvision then finds its archives and unpacks them. All this happens in a hidden folder
-beside the set's, whose content is moved there when it is complete: at once if the set's folder is new, else file by
-file. Processes that would download into the same folder wait for each other.
+huggingface_hub transfers the files, so that an interrupted transfer resumes; they are compared with their sizes and
+checksums. Torchvision unpacks its own archives. All this happens in a hidden folder beside the set's, whose content is
+moved there when it is complete: at once if the set's folder is new, else file by file. Processes that would download
+into the same folder wait for each other.
 """
 
 import errno
 import importlib
+import io
 import os
 import shutil
 import tarfile
-import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+import urllib.request
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from itertools import chain
+from hashlib import file_digest, sha1
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, NamedTuple
+
+from filelock import FileLock, Timeout
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import MissingData
@@ -29,36 +32,32 @@ from lit_clip.tools.hashing import hash64
 from lit_clip.tools.hub_client import first_line, guard_hub
 from lit_clip.tools.reading import naming
 from lit_clip.tools.remote_names import checked_commit, checked_path
-from lit_clip.tools.transfers import Checksum, Transfer, fetch, lacking, size_on_server
 from lit_clip.tools.untrusted import shortened
 
-try:
-    import fcntl
-except ImportError:  # Windows, where downloads are not kept apart
-    fcntl = None
 
-# What torchvision's data sets call to download and unpack; some import it into their own module.
-CALLS = ["download_url", "download_and_extract_archive", "extract_archive", "download_file_from_google_drive"]
-CALLS += ["_decompress"]
+class RemoteFile(NamedTuple):
+    """A file to download: its checksum is SHA-256, or git's SHA-1; torchvision compares its own files with theirs."""
+
+    url: str
+    name: str  # in the set's folder
+    size: int | None
+    checksum: str = ""
+    headers: Mapping[str, str] = {"User-Agent": "lit-clip"}  # those of a login go to no other host
 
 
 @dataclass
 class _Plan:
-    """What a folder lacks.
-
-    Attributes:
-        root: the folder.
-        names: of the suite's sets in it.
-        sources: how to get it, as in :class:`lit_clip.evaluation.suite.SuiteEntry`.
-        splits: subfolders wanted of a data set of the hub.
-        transfers: the files of each source.
-    """
+    """What a folder lacks: of a suite's sets in it, files of the hub and sets of torchvision."""
 
     root: Path
     names: list[str] = field(default_factory=list)
     sources: list[dict[str, Any]] = field(default_factory=list)
-    splits: set[str] = field(default_factory=set)
-    transfers: list[list[Transfer]] = field(default_factory=list)
+    splits: set[str] = field(default_factory=set)  # subfolders wanted of a data set of the hub
+    files: list[RemoteFile] = field(default_factory=list)
+
+    @property
+    def title(self) -> str:
+        return ", ".join(self.names)
 
     @property
     def stage(self) -> Path:
@@ -68,50 +67,68 @@ class _Plan:
     def content(self) -> Path:
         return self.stage / "content"
 
-    def kept(self, transfer: Transfer) -> Path:
+    @property
+    def of_torchvision(self) -> list[dict[str, Any]]:
+        return [source for source in self.sources if "torchvision" in source]
+
+    def kept(self, file: RemoteFile) -> Path:
         """Return where a file is kept until the set is complete."""
-        return self.stage / "transfers" / f"{hash64(transfer.url).hex()}-{transfer.path.name}"
+        return self.stage / "transfers" / f"{hash64(file.url).hex()}-{Path(file.name).name}"
+
+    def lacks(self, file: RemoteFile) -> bool:
+        return not (self.root / file.name).exists()
+
+    def size(self) -> int:
+        """Return how many bytes of files of the hub are still to be transferred."""
+        files = [file for file in self.files if file.size is not None]
+        kept = [path for file in files for path in (self.kept(file), _part(self.kept(file)))]
+        have = sum(path.stat().st_size for path in kept if path.exists())
+        return max(0, sum(file.size or 0 for file in files) - have)
 
 
 def download_missing(
     entries: Mapping[str, SuiteEntry], data_root: Path, tasks: Collection[Task] = TASKS
 ) -> dict[str, str]:
-    """Download what is not below ``data_root`` of the sets that say how; return why some could not be, by name.
+    """Download the missing sets of a suite that have a ``download``; return the failures, by set.
 
-    Splits that none of the ``tasks`` uses, and those of another set, are not downloaded for a set.
+    Splits that none of the ``tasks`` uses, and splits of another set, are not downloaded for a set.
     """
     make_folder(data_root, "--data_root")
     failed: dict[str, str] = {}
     plans: list[_Plan] = []
     for plan in _plans(entries, data_root, tasks):
         try:
-            found = [(source, _transfers(plan, source)) for source in plan.sources]
-            # Torchvision may name no files, and gets them by itself.
-            found = [(source, transfers) for source, transfers in found if transfers or "torchvision" in source]
-            if found:
-                plan.sources, plan.transfers = map(list, zip(*found, strict=True))
-                plans.append(plan)
+            plan.files = [file for source in plan.sources if "hub" in source for file in _of_hub(plan, source["hub"])]
+            plans += [plan] if plan.files or plan.of_torchvision else []
         except InputError as error:
             failed |= dict.fromkeys(plan.names, str(error))
-    free = shutil.disk_usage(data_root).free
-    fitting = _fitting(plans, free)
+    free = left = shutil.disk_usage(data_root).free
+    fitting: list[_Plan] = []
+    for plan in plans:
+        if plan.size() <= left:
+            fitting.append(plan)
+            left -= plan.size()
     if fitting:
-        _announce(fitting, data_root)
+        amounts = {plan.title: _amount(plan.size(), bool(plan.of_torchvision)) for plan in fitting}
+        total = _amount(sum(map(_Plan.size, fitting)), any(plan.of_torchvision for plan in fitting))
+        lines = [f"  {title}: {amount}" for title, amount in amounts.items()]
+        stderr().print(f"downloading {total} into {data_root}:\n" + "\n".join(lines))
     for plan in plans:
         try:
-            size, space = size_in_bytes(_size_of(plan)), size_in_bytes(free)
+            size, space = size_in_bytes(plan.size()), size_in_bytes(free)
             require(plan in fitting, f"--data_root {data_root}: {size} do not fit; {space} are free for all sets")
             _download(plan)
         except InputError as error:
             failed |= dict.fromkeys(plan.names, str(error))
-            stderr().print(f"{', '.join(plan.names)}: {error}")
+            stderr().print(f"{plan.title}: {error}")
     return failed
 
 
 def _plans(entries: Mapping[str, SuiteEntry], data_root: Path, tasks: Collection[Task]) -> list[_Plan]:
     plans: dict[Path, _Plan] = {}
     for name, entry in entries.items():
-        splits = _own_splits(entry, tasks)
+        used = {split for task in entry.tasks or () if task in tasks for split in used_splits(task)}
+        splits = {split for split in entry.splits if split in used and not entry.is_of_another_set(split)}
         if entry.download and _is_missing(entry, splits, data_root):
             root = (data_root / entry.location).resolve()
             unused = entry.splits.keys() - splits
@@ -124,14 +141,8 @@ def _plans(entries: Mapping[str, SuiteEntry], data_root: Path, tasks: Collection
     return list(plans.values())
 
 
-def _own_splits(entry: SuiteEntry, tasks: Collection[Task]) -> set[str]:
-    """Return the splits of this set, not of another one, that some of the tasks use."""
-    used = {split for task in entry.tasks or () if task in tasks for split in used_splits(task)}
-    return {split for split in entry.splits if split in used and not entry.is_of_another_set(split)}
-
-
 def _is_missing(entry: SuiteEntry, splits: Iterable[str], data_root: Path) -> bool:
-    """Whether files of a split are not there; what else is wrong with them is for the evaluation to say."""
+    """Whether files of a split are not there; the evaluation says what else is wrong with them."""
     for split in splits:
         try:
             entry.open(split, 0, data_root)
@@ -147,81 +158,42 @@ def _is_there(source: Mapping[str, Any], root: Path) -> bool:
     if "torchvision" not in source:
         return False
     try:
-        _torchvision_class(source)(str(root), **_arguments(source))
+        _torchvision_set(source, root)
     except Exception:  # torchvision's classes raise anything for missing files
         return False
     return True
 
 
-def _torchvision_class(source: Mapping[str, Any]) -> Any:
+def _torchvision_set(source: Mapping[str, Any], root: Path, **options: Any) -> Any:
     found = getattr(importlib.import_module("torchvision.datasets"), source["torchvision"], None)
     require(found is not None, f"download: torchvision.datasets has no {source['torchvision']}")
-    return found
+    assert found is not None
+    return found(str(root), **{key: value for key, value in source.items() if key != "torchvision"}, **options)
 
 
-def _arguments(source: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in source.items() if key != "torchvision"}
-
-
-def _transfers(plan: _Plan, source: Mapping[str, Any]) -> list[Transfer]:
-    return _of_hub(plan, source["hub"]) if "hub" in source else _of_torchvision(plan, source)
-
-
-def _of_torchvision(plan: _Plan, source: Mapping[str, Any]) -> list[Transfer]:
-    """Return the files that torchvision would download, by letting it, with calls that only note them."""
-    noted: list[Transfer] = []
-    with tempfile.TemporaryDirectory() as folder:
-
-        def note(url: str, root: Any, filename: Any, checksum: str | None, archive: bool) -> None:
-            below = Path(os.path.expanduser(root)).relative_to(folder)
-            path = plan.content / below / (filename or os.path.basename(url))
-            noted.append(
-                Transfer(url, path, size_on_server(url), Checksum("md5", checksum) if checksum else None, archive)
-            )
-
-        def download_url(url: str, root: Any, filename: Any = None, md5: str | None = None, **_: Any) -> None:
-            note(url, root, filename, md5, archive=False)
-
-        def download_and_extract_archive(
-            url: str,
-            download_root: Any,
-            extract_root: Any = None,
-            filename: Any = None,
-            md5: str | None = None,
-            **_: Any,
-        ) -> None:
-            note(url, download_root, filename, md5, archive=True)
-
-        def nothing(*_: Any, **__: Any) -> None:
-            pass
-
-        replacements = {
-            **dict.fromkeys(CALLS, nothing),
-            "download_url": download_url,
-            "download_and_extract_archive": download_and_extract_archive,
-        }
-        with _replaced(_torchvision_class(source), replacements), suppress(Exception):  # nothing is there to be read
-            _torchvision_class(source)(folder, download=True, **_arguments(source))
-    return noted
+def size_on_server(url: str) -> int | None:
+    """Ask for the size of a file; None: the server does not say."""
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=60) as response:
+            return int(response.headers["Content-Length"]) or None
+    except (OSError, TypeError, ValueError):
+        return None
 
 
 @contextmanager
-def _replaced(of_class: Any, functions: Mapping[str, Any]) -> Iterator[None]:
-    """Replace functions that a data set of torchvision calls, in its own module and where they are defined."""
-    modules = [importlib.import_module(name) for name in ("torchvision.datasets.utils", of_class.__module__)]
-    before = [
-        (module, name, getattr(module, name)) for module in modules for name in functions if hasattr(module, name)
-    ]
+def _replaced(owner: Any, **values: Any) -> Iterator[None]:
+    """Replace attributes of a module or class."""
+    before = {name: vars(owner)[name] for name in values}
     try:
-        for module, name, _ in before:
-            setattr(module, name, functions[name])
+        for name, value in values.items():
+            setattr(owner, name, value)
         yield
     finally:
-        for module, name, function in before:
-            setattr(module, name, function)
+        for name, value in before.items():
+            setattr(owner, name, value)
 
 
-def _of_hub(plan: _Plan, name: str) -> list[Transfer]:
+def _of_hub(plan: _Plan, name: str) -> list[RemoteFile]:
     """Return the missing files of a data set of the hub, among those at its top and in folders of wanted splits."""
     from huggingface_hub import HfApi, hf_hub_url
     from huggingface_hub.utils import build_hf_headers
@@ -229,163 +201,148 @@ def _of_hub(plan: _Plan, name: str) -> list[Transfer]:
     guard_hub()
     try:
         info = HfApi().dataset_info(name, revision="main", files_metadata=True)
-        files = [file for file in info.siblings or [] if not file.rfilename.startswith(".")]
+        listed = [file for file in info.siblings or [] if not file.rfilename.startswith(".")]
     except Exception as error:  # offline, gated, no such data set, or an error of the HTTP library
         raise InputError(f"{name}: cannot be downloaded from the hub ({first_line(error)})") from error
-    transfers = []
+    files = []
     with naming(name):
         commit = checked_commit(info.sha)
-        for file in files:
+        for file in listed:
             folder, slash, _ = file.rfilename.partition("/")
             if slash and folder not in plan.splits:
                 continue
-            path = checked_path(plan.content, file.rfilename)
+            checked_path(plan.content, file.rfilename)
             known = file.size is None or (type(file.size) is int and file.size >= 0)
             require(known, f"the size {shortened(file.size)} of {file.rfilename} is no number of bytes")
-            checksum = Checksum("sha256", file.lfs.sha256) if file.lfs else Checksum("git", str(file.blob_id))
+            checksum = str(file.lfs.sha256 if file.lfs else file.blob_id)
             url = hf_hub_url(name, file.rfilename, repo_type="dataset", revision=commit)
-            transfers.append(Transfer(url, path, file.size, checksum, headers=build_hf_headers()))
-    require(bool(transfers), f"{name}: no files of {', '.join(sorted(plan.splits))} on the hub")
-    return _missing(plan, transfers)
+            files.append(RemoteFile(url, file.rfilename, file.size, checksum, build_hf_headers()))
+    require(bool(files), f"{name}: no files of {', '.join(sorted(plan.splits))} on the hub")
+    return list(filter(plan.lacks, files))
 
 
-def _missing(plan: _Plan, transfers: Iterable[Transfer]) -> list[Transfer]:
-    return [each for each in transfers if not (plan.root / each.path.relative_to(plan.content)).exists()]
-
-
-def _fitting(plans: Iterable[_Plan], free: int) -> list[_Plan]:
-    """Return the plans for which the disk has space, taken in order."""
-    fitting = []
-    for plan in plans:
-        size = _size_of(plan)
-        if size <= free:
-            fitting.append(plan)
-            free -= size
-    return fitting
-
-
-def _size_of(plan: _Plan) -> int:
-    """Return how many bytes are still to be transferred, as far as servers say it."""
-    return sum(lacking(plan.kept(each), each.size) for each in chain(*plan.transfers) if each.size is not None)
-
-
-def _announce(plans: Iterable[_Plan], data_root: Path) -> None:
-    """Say what will be downloaded and how much that is."""
-    total, unknown, lines = 0, False, []
-    for plan in plans:
-        known = _size_of(plan)
-        incomplete = [] in plan.transfers or any(each.size is None for each in chain(*plan.transfers))
-        total, unknown = total + known, unknown or incomplete
-        lines.append(f"  {', '.join(plan.names)}: {_amount(known, incomplete)}")
-    stderr().print(f"downloading {_amount(total, unknown)} into {data_root}:\n" + "\n".join(lines))
-
-
-def _amount(known: int, incomplete: bool) -> str:
-    if not incomplete:
-        return size_in_bytes(known)
-    return f"{size_in_bytes(known)} and files of unknown size" if known else "unknown size"
+def _amount(size: int, more: bool) -> str:
+    """Format a number of bytes; torchvision does not say how large its files are."""
+    if not more:
+        return size_in_bytes(size)
+    return f"{size_in_bytes(size)} and files of unknown size" if size else "unknown size"
 
 
 def _download(plan: _Plan) -> None:
+    """Download what is missing now: another process may have been faster."""
     try:
         with _alone(plan):
-            _download_alone(plan)
+            shutil.rmtree(plan.content, ignore_errors=True)  # an earlier run may have left it half unpacked
+            for folder in (plan.stage / "transfers", plan.content):
+                folder.mkdir(parents=True, exist_ok=True)
+            for file in filter(plan.lacks, plan.files):
+                _fetch(plan, file, plan.content / file.name)
+            for source in plan.of_torchvision:
+                if not _is_there(source, plan.root):
+                    _unpack(plan, source)
+            _publish(plan.content, plan.root)
+            shutil.rmtree(plan.stage)
     except OSError as error:
         raise not_written(plan.root, error) from error
 
 
 @contextmanager
 def _alone(plan: _Plan) -> Iterator[None]:
-    """Wait until no other process downloads into the folder, and hold it; if this process is killed it is free."""
+    """Wait until no other process downloads into the folder, and hold it; a killed process holds nothing."""
     path = plan.stage.with_name(f"{plan.stage.name}.lock")
     path.parent.mkdir(parents=True, exist_ok=True)
-    held = False
-    while not held:
-        with path.open("w") as file:
-            _wait_for(file, plan)
-            held = _is_current(file, path)
-            if held:
-                try:
-                    yield
-                finally:
-                    with suppress(OSError):
-                        path.unlink()
-
-
-def _wait_for(file: IO[str], plan: _Plan) -> None:
-    if fcntl is None:
-        return
-    with suppress(OSError):  # a file system without locks
+    lock = FileLock(path)
+    with suppress(OSError, NotImplementedError):  # a file system without locks
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            stderr().print(f"{', '.join(plan.names)}: waiting for another process that downloads into {plan.root}")
-            fcntl.flock(file, fcntl.LOCK_EX)
-
-
-def _is_current(file: IO[str], path: Path) -> bool:
-    """Whether the name is still that of the open file; its earlier holder removes it."""
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), path.stat())
-    except FileNotFoundError:
-        return False
-
-
-def _download_alone(plan: _Plan) -> None:
-    """Download what is missing now: another process may have been faster."""
-    shutil.rmtree(plan.content, ignore_errors=True)  # what an earlier run may have left half unpacked
-    for folder in (plan.stage / "transfers", plan.content):
-        folder.mkdir(parents=True, exist_ok=True)
-    for source, transfers in zip(plan.sources, plan.transfers, strict=True):
-        if _is_there(source, plan.root):
-            continue
-        for transfer in transfers if "torchvision" in source else _missing(plan, transfers):
-            file = plan.kept(transfer)
-            fetch(transfer, file)
-            transfer.path.parent.mkdir(parents=True, exist_ok=True)
-            _link(file, transfer.path)
-        if "torchvision" in source:
-            _unpack(plan, source, transfers)
-        for transfer in transfers:
-            if transfer.archive:
-                transfer.path.unlink(missing_ok=True)
-    _publish(plan.content, plan.root)
-    shutil.rmtree(plan.stage)
-
-
-def _link(file: Path, path: Path) -> None:
-    try:
-        os.link(file, path)
-    except OSError:  # a file system without hard links
-        shutil.copyfile(file, path)
-
-
-def _unpack(plan: _Plan, source: Mapping[str, Any], transfers: Sequence[Transfer]) -> None:
-    """Let torchvision unpack its archives, and download what is not on an ordinary server."""
-    try:
-        with _inside_of_folder():
-            _torchvision_class(source)(str(plan.content), download=True, **_arguments(source))
-    except Exception as error:  # a damaged archive can raise anything
-        reason = str(error).strip().partition("\n")[0] or type(error).__name__
-        message = f"torchvision.datasets.{source['torchvision']} could not get the set: {reason}"
-        doubtful = [transfer for transfer in transfers if transfer.archive and transfer.checksum is None]
-        if doubtful and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
-            for transfer in doubtful:
-                plan.kept(transfer).unlink(missing_ok=True)
-            message += f"; {', '.join(transfer.url for transfer in doubtful)} is removed, to be downloaded again"
-        raise InputError(message) from error
-
-
-@contextmanager
-def _inside_of_folder() -> Iterator[None]:
-    """Refuse members of tar files that would be outside of the folder, which Python does by default only from 3.14."""
-    require(hasattr(tarfile, "data_filter"), "archives cannot be unpacked safely; use Python 3.11.4 or newer")
-    before = tarfile.TarFile.extraction_filter
-    tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)
+            lock.acquire(blocking=False)
+        except Timeout:
+            stderr().print(f"{plan.title}: waiting for another process that downloads into {plan.root}")
+            lock.acquire()
     try:
         yield
     finally:
-        tarfile.TarFile.extraction_filter = before
+        with suppress(OSError):
+            path.unlink()
+        lock.release()
+
+
+def _part(path: Path) -> Path:
+    return path.with_name(f"{path.name}.part")
+
+
+class _AtMost(io.BufferedWriter):
+    """A file that takes no more bytes than were announced."""
+
+    size: int | None = None
+
+    def write(self, data: Any) -> int:
+        fits = self.size is None or self.tell() + len(data) <= self.size
+        require(fits, f"the server sends more than {self.size:,} bytes")
+        return super().write(data)
+
+
+def _fetch(plan: _Plan, file: RemoteFile, path: Path) -> None:
+    """Download a file to the stage, unless it is kept there, and put it at ``path``."""
+    kept = plan.kept(file)
+    if not kept.exists() or file.size not in (None, kept.stat().st_size):
+        _transfer(file, kept)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(kept, path)
+    except OSError:  # a file system without hard links
+        shutil.copyfile(kept, path)
+
+
+def _transfer(file: RemoteFile, path: Path) -> None:
+    """Download a file, or the rest of it if an earlier transfer was interrupted."""
+    from huggingface_hub.file_download import http_get
+
+    guard_hub()
+    part = _part(path)
+    try:
+        with _AtMost(io.FileIO(part, "ab" if file.size else "wb")) as out:
+            out.size = file.size
+            http_get(file.url, out, resume_size=out.tell(), headers={**file.headers}, expected_size=file.size)
+        if file.checksum:
+            git = sha1(f"blob {part.stat().st_size}\0".encode(), usedforsecurity=False)
+            with part.open("rb") as whole:
+                digest = file_digest(whole, "sha256" if len(file.checksum) == 64 else lambda: git).hexdigest()
+            require(digest == file.checksum, f"its checksum is {digest} instead of {file.checksum}")
+    except Exception as error:  # of the connection, the disk or the HTTP library
+        if isinstance(error, InputError) or (type(error) is OSError and error.errno is None):  # of another size
+            part.unlink(missing_ok=True)
+        hint = "run the same command again to resume"
+        raise InputError(f"{file.url}: cannot be downloaded ({first_line(error)}); {hint}") from error
+    part.replace(path)
+
+
+def _unpack(plan: _Plan, source: Mapping[str, Any]) -> None:
+    """Let torchvision compare its archives with their checksums and unpack them, members inside of the folder only."""
+    from torchvision.datasets import utils
+
+    latest, unpack = list[RemoteFile](), utils.extract_archive
+
+    def retrieve(url: str, path: str, *_: Any) -> None:
+        latest[:] = [RemoteFile(url, path, size_on_server(url))]
+        _fetch(plan, latest[0], Path(path))
+
+    functions = {
+        "_urlretrieve": retrieve,
+        "_get_redirect_url": lambda url, **_: url,
+        "extract_archive": lambda archive, folder=None, *_: unpack(archive, folder, remove_finished=True),
+    }
+    try:
+        inside = staticmethod(tarfile.data_filter)  # which is Python's default from 3.14 only
+        with _replaced(utils, **functions), _replaced(tarfile.TarFile, extraction_filter=inside):
+            _torchvision_set(source, plan.content, download=True)
+    except InputError:
+        raise
+    except Exception as error:  # a damaged archive can raise anything
+        message = f"torchvision.datasets.{source['torchvision']} could not get the set: {first_line(error)}"
+        if latest and getattr(error, "errno", None) not in (errno.ENOSPC, errno.EDQUOT):
+            plan.kept(latest[0]).unlink(missing_ok=True)
+            message += f"; {latest[0].url} is removed, to be downloaded again"
+        raise InputError(message) from error
 
 
 def _publish(content: Path, root: Path) -> None:

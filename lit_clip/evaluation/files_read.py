@@ -12,15 +12,9 @@ MOST_LISTED = 20
 
 
 def files_read(sets: Sequence[ImageSet], root: Path) -> dict[str, Any]:
-    """Return the files with annotations and those with images of some sets, each file once.
+    """Return the ``annotations`` and ``images`` of a split's folds, each file once, named relative to ``root``.
 
-    Args:
-        sets: the folds of a split.
-        root: what their names are relative to.
-
-    Returns:
-        ``annotations`` and ``images``: a list of ``path`` and ``bytes``, or for more than 20 files their number and a
-        hash of their sorted names.
+    Both are lists of ``path`` and ``bytes``, or for more than 20 files their number and a hash of their sorted names.
     """
     prefix = os.path.join(os.fspath(root), "")  # text, since there can be a million paths
     annotations = {os.fspath(path) for images in sets for path in images.annotation_paths}

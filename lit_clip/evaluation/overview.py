@@ -45,36 +45,23 @@ METRICS = {
 class Row:
     """One metric of a set; values are fractions.
 
-    Attributes:
-        name: name of the set.
-        metric: name of the metric in ``results.json``.
-        status: ``done``, ``missing`` or ``failed``.
-        reason: why the set is missing, failed or incomplete.
-        paper: the set's name in the paper.
-        values: our values by column; retrieval counts as zero-shot, geolocation (which has labelled neighbours) as
-            linear probe.
-        intervals: 99.5 % intervals of the values.
-        shots: few-shot values, means over draws, by number of examples per class.
-        papers: by column, values of the nearest of the paper's models.
-        measured: by column, values that others measured with these weights, or with OpenAI's of that model.
-        baseline: value that a constant answer reaches.
-        images: number of images in the test split.
-        skipped: number of images of any split that could not be read.
+    Retrieval counts as zero-shot, geolocation (which has labelled neighbours) as linear probe. Published figures are of
+    the nearest of the paper's models, measured ones of these weights, or of OpenAI's of that model.
     """
 
     name: str
-    metric: str
-    status: str
-    reason: str = ""
-    paper: str = ""
+    metric: str  # its name in results.json
+    status: str  # done, missing or failed
+    reason: str = ""  # why the set is missing, failed or incomplete
+    paper: str = ""  # the set's name in the paper
     values: dict[Column, float] = field(default_factory=dict)
-    intervals: dict[Column, tuple[float, float]] = field(default_factory=dict)
-    shots: dict[int, float] = field(default_factory=dict)
+    intervals: dict[Column, tuple[float, float]] = field(default_factory=dict)  # 99.5 %
+    shots: dict[int, float] = field(default_factory=dict)  # means over draws, by number of examples per class
     papers: dict[Column, Published] = field(default_factory=dict)
     measured: dict[Column, Published] = field(default_factory=dict)
-    baseline: float | None = None
-    images: int | None = None
-    skipped: int = 0
+    baseline: float | None = None  # value that a constant answer reaches
+    images: int | None = None  # of the test split
+    skipped: int = 0  # images of any split that could not be read
 
 
 def number(value: Any) -> float | None:
@@ -96,7 +83,11 @@ def points(value: float | None) -> str:
 
 def interval_of(task: Mapping[str, Any], metric: str) -> tuple[float, float] | None:
     """Return the interval of a task's metric in ``results.json``; None if it has none."""
-    ends = (task.get("intervals") or {}).get(metric)
+    return as_interval((task.get("intervals") or {}).get(metric))
+
+
+def as_interval(ends: Any) -> tuple[float, float] | None:
+    """Return two finite numbers, anything else as None."""
     known = [number(end) for end in ends] if isinstance(ends, list | tuple) else []
     return (known[0], known[1]) if len(known) == 2 and known[0] is not None and known[1] is not None else None
 
@@ -147,28 +138,24 @@ def _rows_of(name: str, entry: Mapping[str, Any], models: tuple[str, str]) -> It
         "images": ((entry.get("splits") or {}).get("test") or {}).get("images"),
         "skipped": sum(map(len, skipped_of(entry).values())),
     }
-    found = False
-    for task, metrics in _reported(entry, tasks):
-        for metric in metrics:
-            found = True
-            yield _row(entry, tasks, task, metric, models, common)
-    if not found:
-        yield Row(metric=", ".join(tasks) or str(entry.get("metric") or ""), **common)
+    found = [_row(entry, tasks, *reported, models, common) for reported in _reported(entry, tasks)]
+    yield from found or [Row(metric=", ".join(tasks) or str(entry.get("metric") or ""), **common)]
 
 
-def _reported(entry: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, list[str]]]:
+def _reported(entry: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     """Yield tasks and metrics that get a row: the set's own metric, recall in both directions, the distance used."""
+    own = entry.get("metric")
     if tasks.keys() & {*COLUMNS, "few_shot"}:
-        yield "", [str(entry.get("metric") or "top1")]
-    if "retrieval" in tasks:
-        at_1 = [name for name in tasks["retrieval"].get("metrics") or {} if name.endswith("recall@1")]
-        yield "retrieval", [name for name in at_1 if not name.startswith("merged_")]
+        yield "", str(own or "top1")
+    for metric in tasks.get("retrieval", {}).get("metrics") or {}:
+        if metric.endswith("recall@1") and not metric.startswith("merged_"):
+            yield "retrieval", metric
     if "caption_choice" in tasks:
-        yield "caption_choice", [str(entry.get("metric") or "text_score")]
+        yield "caption_choice", str(own or "text_score")
     if "geolocation" in tasks:
         task = tasks["geolocation"]
         metrics = task.get("metrics") or {}
-        yield "geolocation", [next((k for k, v in metrics.items() if v == task.get("value")), next(iter(metrics), ""))]
+        yield "geolocation", next((k for k, v in metrics.items() if v == task.get("value")), next(iter(metrics), ""))
 
 
 def _row(
@@ -208,15 +195,7 @@ def baseline_of(tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
 
 @dataclass(frozen=True)
 class GroupMean:
-    """The mean over a group of sets, each by its own metric; fractions.
-
-    Attributes:
-        group: name of the group.
-        sets: number of its sets.
-        missing: those that have no value.
-        ours: our mean; None if a set is missing.
-        papers: the paper's mean over the same sets; None if a set is missing.
-    """
+    """The mean over a group of sets, each by its own metric; fractions, None if a set is missing."""
 
     group: str
     sets: int
@@ -244,16 +223,10 @@ def _papers_mean(table: Sequence[Row], column: Column) -> GroupMean:
         if name and column in row.values and row.metric == sets[name]:
             found.setdefault(name, row)
     missing = [name for name in sets if name not in found]
-    ours, papers = ([of.values[column] for of in found.values()], [of.papers.get(column) for of in found.values()])
-    known = [figure.value for figure in papers if figure]
-    whole = not missing
-    return GroupMean(
-        f"the paper's {len(sets)} sets",
-        len(sets),
-        missing,
-        sum(ours) / len(sets) if whole else None,
-        sum(known) / len(sets) if whole and len(known) == len(sets) else None,
-    )
+    ours = [row.values[column] for row in found.values()]
+    papers = [row.papers[column].value for row in found.values() if column in row.papers]
+    means = [sum(values) / len(sets) if len(values) == len(sets) else None for values in (ours, papers)]
+    return GroupMean(f"the paper's {len(sets)} sets", len(sets), missing, *means)
 
 
 def _datacomp_means(table: Sequence[Row]) -> Iterator[GroupMean]:
@@ -270,9 +243,12 @@ def _datacomp_means(table: Sequence[Row]) -> Iterator[GroupMean]:
 
 def shots_of(entry: Mapping[str, Any]) -> dict[int, float]:
     """Return the mean over draws by number of shots."""
-    curve = {}
-    for shots, draws in tasks_of(entry).get("few_shot", {}).get("shots") or []:
-        values = [value for value in map(number, draws) if value is not None]
-        if values:
-            curve[int(shots)] = sum(values) / len(values)
-    return curve
+    return {shots: sum(draws) / len(draws) for shots, draws in draws_of(tasks_of(entry).get("few_shot", {})).items()}
+
+
+def draws_of(few_shot: Mapping[str, Any]) -> dict[int, list[float]]:
+    """Return the values of all draws by number of shots, as far as there are any."""
+    draws = {}
+    for shots, values in few_shot.get("shots") or []:
+        draws[int(shots)] = [value for value in map(number, values) if value is not None]
+    return {shots: values for shots, values in draws.items() if values}

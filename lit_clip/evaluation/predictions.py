@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lit_clip.errors import InputError
@@ -22,6 +23,7 @@ from lit_clip.evaluation.targets import Targets
 from lit_clip.retrieval.metrics import PairIndices
 from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.hashing import hex_digest, sha256_of_file
+from lit_clip.tools.images import open_image
 from lit_clip.tools.reading import reading
 
 Columns = dict[str, Any]  # values of a file by column, all of the same length
@@ -77,12 +79,13 @@ def class_columns(
 def retrieval_columns(keys: Sequence[str], pairs: PairIndices, image_ranks: Tensor, pair_ranks: Tensor) -> Columns:
     """Return the columns of a retrieval: one row a query, with the ``rank`` of its best right candidate, 0 is best.
 
+    Text queries are called like their image with a number, as captions have no keys.
+
     Args:
         keys: of the images.
         pairs: of the set.
         image_ranks: int64 ``[I]``, ranks of the images' best captions.
-        pair_ranks: int64 ``[E]``, rank of its image for the caption of each pair. Queries are called like their image
-            with a number, as captions have no keys.
+        pair_ranks: int64 ``[E]``, rank of its image for the caption of each pair.
     """
     captions: Counter[int] = Counter()
     names = []
@@ -131,13 +134,8 @@ def write_predictions(folder: Path, name: str, task: str, columns: Columns) -> s
 def predictions_entry(folder: Path, name: str, task: str, columns: Columns, judged: Iterable[object]) -> dict[str, str]:
     """Write the predictions of a set's task; return what ``results.json`` says about them.
 
-    Args:
-        folder: of the run.
-        name: of the set.
-        task: as in ``results.json``.
-        columns: of the file.
-        judged: what was right, an object with the key for each image, in any order; its hash tells whether two runs
-            were judged alike, which their files alone do not.
+    ``judged`` is what was right, an object with the key for each image, in any order; its hash tells whether two runs
+    were judged alike, which their files alone do not.
     """
     path = write_predictions(folder, name, task, columns)
     digest = hex_digest(sorted(map(repr, judged)))
@@ -148,9 +146,23 @@ def read_predictions(folder: Path, name: str, task: str) -> dict[str, np.ndarray
     """Read the columns of a file of predictions."""
     import pyarrow.parquet as pq
 
-    path, within = (Path(os.path.realpath(each)) for each in (folder / predictions_name(name, task), folder))
-    if not path.is_relative_to(within) or not path.is_file():
+    path = _inside(folder, predictions_name(name, task))
+    if path is None or not path.is_file():
         raise InputError(f"no {predictions_name(name, task)} in {folder}")
     with reading(path, "file of predictions"):
         table = pq.read_table(path)
         return {column: table[column].to_numpy(zero_copy_only=False) for column in table.column_names}
+
+
+def run_image(folder: Path, name: Any) -> Image.Image | None:
+    """Open an image that the results name, as RGB; None if it is outside the run's folder, missing or broken."""
+    try:
+        path = _inside(folder, str(name))
+        return open_image(path).convert("RGB") if path else None
+    except (InputError, OSError, ValueError):
+        return None
+
+
+def _inside(folder: Path, name: str) -> Path | None:
+    path, within = (Path(os.path.realpath(each)) for each in (folder / name, folder))
+    return path if path.is_relative_to(within) else None

@@ -30,17 +30,11 @@ PARAMETERS = {  # in millions, as counted by `lit-clip models`
 
 
 class Published(NamedTuple):
-    """A published figure.
-
-    Attributes:
-        value: fraction, as in our results.
-        verified: whether it was checked against its source.
-        source: the source, such as ``Radford et al. 2021, table 11``.
-    """
+    """A published figure, as a fraction."""
 
     value: float
-    verified: bool
-    source: str
+    verified: bool  # whether it was checked against its source
+    source: str  # such as ``Radford et al. 2021, table 11``
 
 
 class NearestModel(NamedTuple):
@@ -81,15 +75,16 @@ def _figures() -> _Figures:
             mean = round((both[0].value + both[1].value) / 2, 6)
             values["pm"] = Published(mean, all(one.verified for one in both), f"{both[0].source}, mean of the two")
     for record in data["figures"]:
-        for peer, name, metric, figure in _peers(record):
-            figures.peers.setdefault((_key(name), record["task"]), {}).setdefault(peer, {})[metric] = figure
+        for peer, sets in record.get("peers", {}).items():
+            for name, metric, figure in _of_record(record, sets):
+                figures.peers.setdefault((_key(name), record["task"]), {}).setdefault(peer, {})[metric] = figure
     for name, task, model, metric, figure in _measured_cells(data):
         figures.measured.setdefault((figures.canonical.get(_key(name), _key(name)), task, model), {})[metric] = figure
     return figures
 
 
 def _measured_cells(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, Published]]:
-    """Yield set, task, weights, metric and figure of what others measured."""
+    """As :func:`_cells`, of published weights that others measured."""
     for table in data["measured"]:
         metrics = table.get("metrics") or [data["metrics"].get(name, "top1") for name in table["sets"]]
         for model, row in table["rows"].items():
@@ -112,17 +107,16 @@ def _cells(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, Publis
                 figure = Published(_fraction(value), verified == "all" or name in verified, source)
                 yield name, table["task"], model, data["metrics"].get(name, "top1"), figure
     for record in data["figures"]:
-        for name, values in record["sets"].items():
-            for metric, value in values.items():
-                figure = Published(_fraction(value), True, f"{PAPER}, table {record['table']}")
-                yield name, record["task"], record["model"], metric, figure
+        for name, metric, figure in _of_record(record, record["sets"]):
+            yield name, record["task"], record["model"], metric, figure
 
 
-def _peers(record: Mapping[str, Any]) -> Iterator[tuple[str, str, str, Published]]:
-    for peer, sets in record.get("peers", {}).items():
-        for name, values in sets.items():
-            for metric, value in values.items():
-                yield peer, name, metric, Published(_fraction(value), True, f"{PAPER}, table {record['table']}")
+def _of_record(
+    record: Mapping[str, Any], sets: Mapping[str, Mapping[str, float]]
+) -> Iterator[tuple[str, str, Published]]:
+    for name, values in sets.items():
+        for metric, value in values.items():
+            yield name, metric, Published(_fraction(value), True, f"{PAPER}, table {record['table']}")
 
 
 def _fraction(percent: float) -> float:
@@ -134,7 +128,7 @@ def _set(name: str) -> str:
 
 
 def published(name: str, task: str, model: str, metric: str | None = None) -> Published | None:
-    """Return the paper's figure, or None if it has none.
+    """Return the paper's figure for a set, or None if it has none.
 
     Args:
         name: name of the set in the paper's tables.
@@ -151,13 +145,9 @@ def published_metrics(name: str, task: str, model: str) -> dict[str, Published]:
 
 
 def measured(name: str, task: str, weights: str, metric: str | None = None) -> Published | None:
-    """Return what open_clip or CLIP_benchmark measured with published weights.
+    """As :func:`published`, what open_clip or CLIP_benchmark measured with :func:`measured_weights`.
 
-    Args:
-        name: name of the set in the paper's tables, or CLIP_benchmark's, such as ``wds_vtab-cifar10``.
-        task: ``zero_shot`` or ``retrieval``.
-        weights: see :func:`measured_weights`.
-        metric: the metric, for a set with several; None: its first.
+    The name may be CLIP_benchmark's, such as ``wds_vtab-cifar10``.
     """
     return _select(_figures().measured.get((_set(name), task, weights), {}), metric)
 
@@ -166,27 +156,14 @@ def measured_name(name: str, paper: str) -> str:
     """Return what :func:`measured` calls a set: its name in the paper, or its own if that is CLIP_benchmark's.
 
     Any other set may be called like one of the paper's without having its images.
-
-    Args:
-        name: of the set.
-        paper: its name in the paper; may be empty.
     """
     return paper or (name if name.startswith(tuple(f"{prefix}_" for prefix in PREFIXES)) else "")
 
 
 def measured_weights(model: Mapping[str, Any]) -> str:
-    """Return the published weights to compare a model with: those that it is, or OpenAI's of :func:`nearest_model`.
-
-    Args:
-        model: ``model`` of a ``results.json``.
-    """
+    """Return the weights to compare a ``model`` of ``results.json`` with: its own, or OpenAI's of the nearest one."""
     name = str(model.get("name") or "").replace("-quickgelu:", ":")
-    return name if name in _all_measured_weights() else nearest_model(model)
-
-
-@lru_cache(maxsize=1)
-def _all_measured_weights() -> set[str]:
-    return {weights for _, _, weights in _figures().measured}
+    return name if any(name == weights for _, _, weights in _figures().measured) else nearest_model(model)
 
 
 def _select(figures: Mapping[str, Published], metric: str | None) -> Published | None:
@@ -235,9 +212,6 @@ def nearest(model: Mapping[str, Any]) -> NearestModel:
     2. The image encoder has the same sizes.
     3. The image encoder is of the same kind (ResNet or ViT) and needs the nearest amount of arithmetic.
     4. The number of parameters is nearest.
-
-    Args:
-        model: ``model`` of a ``results.json``; ``name``, ``architecture`` and ``parameters`` are used if present.
     """
     named = {_key(papers_name(name)): name for name in papers_models()}
     named |= {_key(name): name for name in papers_models()}

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ def provenance(
 ) -> dict[str, Any]:
     """Return the part of ``results.json`` that says which model, packages and suite the numbers come from."""
     architecture = model.config.to_dict()
+    versions = {package: next((each.version for each in distributions(name=package)), None) for package in PACKAGES}
     return {
         "lit_clip": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -53,23 +54,12 @@ def provenance(
         },
         "precision": precision,
         "suite": [{"path": path, "sha256": sha256_of_file(Path(path))} for path in suite],
-        "packages": {package: _version(package) for package in PACKAGES},
+        "packages": versions,
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 class Results:
-    """The results of a run by set, and their cache in the run's folder.
-
-    Args:
-        folder: folder of the run, which must exist.
-    """
+    """The results of a run by set, and their cache in the run's folder, which must exist."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -77,16 +67,8 @@ class Results:
 
     def begin(self, name: str, entry: SuiteEntry) -> None:
         """Start the entry of a set."""
-        self.sets[name] = {
-            "status": "done",
-            "reason": "",
-            "how_to_get": entry.how_to_get,
-            "note": entry.note,
-            "metric": entry.metric,
-            "paper": entry.paper,
-            "splits": {},
-            "tasks": {},
-        }
+        told = {key: getattr(entry, key) for key in ("how_to_get", "note", "metric", "paper")}
+        self.sets[name] = {"status": "done", "reason": "", **told, "splits": {}, "tasks": {}}
 
     def update(self, name: str, **values: Any) -> None:
         """Add values to a set's entry."""

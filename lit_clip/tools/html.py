@@ -10,6 +10,7 @@ from PIL import Image
 
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import replacing
+from lit_clip.tools.images import decoding_at_least, open_image
 
 if TYPE_CHECKING:
     import jinja2
@@ -19,11 +20,9 @@ THUMBNAIL = 160  # pixels of the longer side
 
 
 def render(template: Path, **values: Any) -> str:
-    """Fill in a template; text from ``values`` is escaped, secrets are hidden, and a missing value is an error.
+    """Fill in a template, which may use the templates beside it and the shared ``base.html`` and ``macros.html``.
 
-    Args:
-        template: an .html file, which may use the templates beside it and the shared ``base.html`` and ``macros.html``.
-        **values: what the template shows.
+    Text from ``values`` is escaped, secrets are hidden, and a missing value is an error.
     """
     return without_secrets(_environment(template.parent).get_template(template.name).render(values))
 
@@ -58,3 +57,9 @@ def thumbnail(image: Image.Image, size: int = THUMBNAIL) -> str:
     data = io.BytesIO()
     small.save(data, "JPEG", quality=80)
     return f"data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}"
+
+
+def stored_thumbnail(data: bytes, where: str) -> str:
+    """Return :func:`thumbnail` of a file's bytes, decoded no larger than needed."""
+    with decoding_at_least(lambda width, height: (min(width, THUMBNAIL), min(height, THUMBNAIL))):
+        return thumbnail(open_image(io.BytesIO(data), where))

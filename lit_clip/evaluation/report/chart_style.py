@@ -40,12 +40,7 @@ STYLE = {
 
 
 class ChartRun(NamedTuple):
-    """One run in a chart.
-
-    Attributes:
-        name: shown in the legend.
-        results: contents of its ``results.json``.
-    """
+    """One run in a chart: its name in the legend, and the contents of its ``results.json``."""
 
     name: str
     results: Mapping[str, Any]
@@ -113,12 +108,7 @@ def diamonds(axes: "Axes", places: Sequence[tuple[float, float]], filled: bool =
 
 
 def svg(figure: "Figure", name: str) -> str:
-    """Return the figure as an ``svg`` element: reproducible, and without ids that clash on a page.
-
-    Args:
-        figure: made by :func:`new_figure`.
-        name: makes the ids inside unique among the figures of a page.
-    """
+    """Return the figure as an ``svg`` element: reproducible, its ids unique on a page by the figure's ``name``."""
     data = io.StringIO()
     no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with chart_settings({"svg.hashsalt": name}), warnings.catch_warnings(action="ignore"):  # missing glyphs

@@ -33,15 +33,7 @@ Table = Mapping[Key, Row]
 
 
 def figures(results: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> "dict[str, Figure]":
-    """Draw the charts that there are data for.
-
-    Args:
-        results: contents of a ``results.json``.
-        others: results of other runs to compare with, by path or name.
-
-    Returns:
-        Up to five charts: ``zero_shot``, ``linear_probe``, ``zero_shot_minus_probe``, ``few_shot``, ``robustness``.
-    """
+    """Draw the charts that there are data for, with other runs by path or name; return them by name."""
     names = run_names(others)
     runs = [ChartRun(THIS_RUN, results), *(ChartRun(names[name], other) for name, other in others.items())]
     with chart_settings():
@@ -77,8 +69,8 @@ def bars(runs: Sequence[ChartRun], column: Column) -> "Figure | None":
             if value is not None and column in tables[place][key].intervals:
                 low, high = tables[place][key].intervals[column]
                 axes.plot([100 * low, 100 * high], [y, y], color=INK, linewidth=1.0, solid_capstyle="butt")
-    marked = [tables[0].get(key) for key in order]
-    for handle, label in _marks(axes, marked, column, nearest_model(_model(runs[0])), thick / 2 - 0.4):
+    marked, model = [tables[0].get(key) for key in order], nearest_model(runs[0].results.get("model") or {})
+    for handle, label in _marks(axes, marked, column, model, thick / 2 - 0.4):
         handles.append(handle)
         labels.append(label)
     name_lines(axes, [_title(key, order) for key in order])
@@ -87,10 +79,6 @@ def bars(runs: Sequence[ChartRun], column: Column) -> "Figure | None":
     axes.grid(axis="x")
     legend(figure, handles, labels)
     return figure
-
-
-def _model(run: ChartRun) -> Mapping[str, Any]:
-    return run.results.get("model") or {}
 
 
 def _value(table: Table, key: Key, column: Column) -> float | None:

@@ -9,23 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lit_clip.evaluation.comparison import PairedDifference
-from lit_clip.evaluation.overview import (
-    STATUSES,
-    Row,
-    metric_words,
-    percent,
-    points,
-    rows,
-    sets_of,
-)
-from lit_clip.evaluation.published import (
-    PAPER,
-    NearestModel,
-    disagreements,
-    measured_weights,
-    nearest,
-    papers_name,
-)
+from lit_clip.evaluation.overview import STATUSES, Row, metric_words, percent, points, rows, sets_of
+from lit_clip.evaluation.published import PAPER, NearestModel, disagreements, measured_weights, nearest, papers_name
 from lit_clip.evaluation.report.chart_style import svg
 from lit_clip.evaluation.report.charts import figures
 from lit_clip.evaluation.report.result_columns import Groups, result_columns
@@ -40,21 +25,13 @@ Results = Mapping[str, Any]
 
 def write_report(
     results: Results,
-    out: Path,
+    folder: Path,
     others: Mapping[str, Results],
     groups: Groups | None = None,
     differences: Sequence[PairedDifference] = (),
 ) -> None:
-    """Write ``report.html``.
-
-    Args:
-        results: contents of ``results.json``.
-        out: the run's folder, which holds the images.
-        others: results of other runs to compare with, by path or name.
-        groups: names of runs that are seeds of one recipe, see :func:`lit_clip.evaluation.comparison.seed_groups`.
-        differences: from the other runs on the same images.
-    """
-    write_page(out / "report.html", TEMPLATE, **report_values(results, out, others, groups, differences))
+    """Write ``report.html``; see :func:`report_values`."""
+    write_page(folder / "report.html", TEMPLATE, **report_values(results, folder, others, groups, differences))
 
 
 def report_values(
@@ -64,7 +41,15 @@ def report_values(
     groups: Groups | None = None,
     differences: Sequence[PairedDifference] = (),
 ) -> dict[str, Any]:
-    """Compute the values of ``report.html``; see :func:`write_report`."""
+    """Compute the values of ``report.html``.
+
+    Args:
+        results: contents of ``results.json``.
+        folder: of the run, which holds the images.
+        others: results of other runs to compare with, by path or name.
+        groups: names of runs that are seeds of one recipe, see :func:`lit_clip.evaluation.comparison.seed_groups`.
+        differences: from the other runs on the same images.
+    """
     model = results.get("model") or {}
     near, everything = nearest(model), rows(results)
     found = [row for row in everything if row.status != "missing"]
@@ -126,9 +111,8 @@ def _provenance(results: Results, others: Mapping[str, Results]) -> Iterator[tup
     facts["model"] = {key: value for key, value in (results.get("model") or {}).items() if key != "architecture"}
     suites = results.get("suite") or []
     facts["suite"] = "; ".join(f"{suite.get('path')}, SHA-256 {suite.get('sha256')}" for suite in suites)
-    facts["compared with"] = "; ".join(
-        f"{name}: {(run.get('model') or {}).get('name')}" for name, run in others.items()
-    )
+    models = {name: (run.get("model") or {}).get("name") for name, run in others.items()}
+    facts["compared with"] = "; ".join(f"{name}: {model}" for name, model in models.items())
     for path, value in leaves(facts, ", "):
         if value not in (None, ""):
             yield path, f"{value:,}" if type(value) is int else str(value)

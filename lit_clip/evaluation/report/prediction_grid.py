@@ -29,12 +29,9 @@ def fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: fl
 
 
 def prediction_grid(predictions: Sequence[Prediction], columns: int = 4, font_file: Path | None = None) -> Image.Image:
-    """Draw each image with its true name and the nearest names beside it, the right one marked.
+    """Draw each image, at most ``columns`` in a row, with its true name and the nearest ones, the right one marked.
 
-    Args:
-        predictions: the images.
-        columns: at most this many images in a row.
-        font_file: TrueType; None: Pillow's own font, which has the letters of English only.
+    ``font_file`` is TrueType; None: Pillow's own font, which has the letters of English only.
     """
     sizes = (12, 13)
     font, bold = (ImageFont.truetype(font_file, n) if font_file else ImageFont.load_default(n) for n in sizes)

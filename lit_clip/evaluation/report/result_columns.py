@@ -1,54 +1,87 @@
-"""The columns of the table of all results, for the terminal and for the page."""
+"""The columns of the tables of all results, for the terminal, the page and LaTeX."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lit_clip.evaluation.comparison import THIS, over_seeds
 from lit_clip.evaluation.overview import COLUMNS, Column, Row, group_means, papers_percent, percent, rows
-from lit_clip.evaluation.published import Published
 from lit_clip.evaluation.report.chart_style import run_names
 
 DIFFERS = 0.01  # a measured figure is shown if it differs by this much from the paper's, or if the paper has none
 Groups = Mapping[str, Sequence[str]]  # see lit_clip.evaluation.comparison.seed_groups
 
 
-class ResultColumn(NamedTuple):
-    """A column, as text.
+class Cell(NamedTuple):
+    """A value with its interval, or a mean over seeds with its standard deviation."""
 
-    Attributes:
-        title: its heading.
-        cells: one for each row of the overview.
-        means: over groups of sets, by name of the group.
-        ours: whether the values are this run's.
-    """
+    value: float
+    interval: tuple[float, float] | None = None
+    deviation: float | None = None
+
+
+class RunColumn(NamedTuple):
+    """The cells of a run, or of the seeds of a recipe: one for each row of the overview."""
+
+    title: str
+    cells: list[Cell | None]
+    table: list[Row] = []  # the run's own rows
+
+
+class Block(NamedTuple):
+    """What there is of a quantity: zero-shot, the linear probe, or a number of shots, of which nothing is published."""
+
+    title: str
+    column: Column | None
+    ours: list[Cell | None]
+    runs: list[RunColumn]
+    recipes: list[RunColumn]
+
+
+class ResultColumn(NamedTuple):
+    """A column as text: a cell for each row of the overview, and means over groups of sets, by name of the group."""
 
     title: str
     cells: list[str]
     means: dict[str, str] = {}
-    ours: bool = False
+    ours: bool = False  # whether the values are this run's
 
 
-class Quantity(NamedTuple):
-    """What a block of columns compares: zero-shot, linear probe, or a number of shots.
+def blocks(found: Sequence[Row], others: Mapping[str, Mapping[str, Any]], groups: Groups) -> Iterator[Block]:
+    """Yield zero-shot, the linear probe, and the largest number of shots of each set.
 
-    Attributes:
-        title: heading of this run's column.
-        value: of a row.
-        column: None for shots, of which nothing is published.
+    Args:
+        found: rows of this run.
+        others: results of other runs to compare with, by path or name.
+        groups: names of runs that are seeds of one recipe, shown as one column.
     """
-
-    title: str
-    value: Callable[[Row], float | None]
-    column: Column | None = None
-
-
-def quantities(found: Sequence[Row]) -> list[Quantity]:
-    """Return zero-shot, linear probe, and the largest number of shots of each set."""
+    tables = {name: rows(run) for name, run in others.items()}
+    by_place = {name: {(row.name, row.metric): row for row in table} for name, table in tables.items()}
+    grouped = {name for names in groups.values() for name in names}
+    titles = run_names(name for name in tables if name not in grouped)
+    kinds: list[tuple[str, Column | None, int]] = [(title, column, 0) for column, title in COLUMNS.items()]
     shots = sorted({max(row.shots) for row in found if row.shots})
-    return [
-        *(Quantity(title, lambda row, key=key: row.values.get(key), key) for key, title in COLUMNS.items()),
-        *(Quantity(f"{n} shot{'s' * (n > 1)}", lambda row, n=n: row.shots.get(n)) for n in shots),
-    ]
+    for title, column, n in [*kinds, *((f"{n} shot{'s' * (n > 1)}", None, n) for n in shots)]:
+
+        def cell(row: Row | None, column: Column | None = column, n: int = n) -> Cell | None:
+            value = None if row is None else row.values.get(column) if column else row.shots.get(n)
+            return None if row is None or value is None else Cell(value, row.intervals.get(column) if column else None)
+
+        runs = [
+            RunColumn(titles[name], [cell(by_place[name].get((row.name, row.metric))) for row in found], tables[name])
+            for name in titles
+        ]
+        recipes = []
+        for group, names in groups.items():
+            seeds = [[cell(by_place[name].get((row.name, row.metric))) for name in names] for row in found]
+            ours = [[cell(row)] if group == THIS else [] for row in found]
+            cells = [_over_seeds([*own, *of_row]) for own, of_row in zip(ours, seeds, strict=True)]
+            recipes.append(RunColumn(f"{group}, {len(names) + (group == THIS)} runs", cells))
+        yield Block(title, column, [cell(row) for row in found], runs, recipes)
+
+
+def _over_seeds(cells: Sequence[Cell | None]) -> Cell | None:
+    seeds = over_seeds([cell and cell.value for cell in cells])
+    return Cell(seeds.mean, deviation=seeds.deviation) if seeds else None
 
 
 def result_columns(
@@ -56,14 +89,15 @@ def result_columns(
 ) -> Iterator[ResultColumn]:
     """Yield the columns that have values: results with the paper's and other runs' beside them, then the counts.
 
-    Args:
-        found: rows of this run.
-        others: results of other runs to compare with, by path or name.
-        groups: names of runs that are seeds of one recipe, shown as one column.
+    Arguments are those of :func:`blocks`.
     """
-    tables = {name: {(row.name, row.metric): row for row in rows(other)} for name, other in others.items()}
-    for quantity in quantities(found):
-        yield from _compared(found, tables, groups or {}, quantity)
+    for block in blocks(found, others, groups or {}):
+        ours = ResultColumn(block.title, _texts(block.ours), _means(found, block.column), ours=True)
+        recipes = [ResultColumn(each.title, _texts(each.cells)) for each in block.recipes]
+        runs = [ResultColumn(each.title, _texts(each.cells), _means(each.table, block.column)) for each in block.runs]
+        if any(any(each.cells) for each in (ours, *recipes, *runs)):
+            yield ours
+            yield from (each for each in (*_published(found, block.column), *recipes, *runs) if any(each.cells))
     counts = (
         ResultColumn("baseline", [percent(row.baseline) for row in found]),
         ResultColumn("images", ["" if row.images is None else f"{row.images:,}" for row in found]),
@@ -72,55 +106,22 @@ def result_columns(
     yield from (column for column in counts if any(column.cells))
 
 
-def seed_values(
-    found: Sequence[Row], tables: Mapping[str, Mapping[tuple[str, str], Row]], names: Sequence[str], group: str
-) -> list[list[Row | None]]:
-    """Return, for each row, the rows of the runs of a recipe; this run's is among those of :data:`THIS`."""
-    return [
-        [*([row] if group == THIS else []), *(tables[name].get((row.name, row.metric)) for name in names)]
-        for row in found
-    ]
+def _texts(cells: Sequence[Cell | None]) -> list[str]:
+    deviations = ["" if cell is None or cell.deviation is None else f" ± {percent(cell.deviation)}" for cell in cells]
+    return [percent(cell and cell.value) + deviation for cell, deviation in zip(cells, deviations, strict=True)]
 
 
-def _compared(
-    found: Sequence[Row],
-    tables: Mapping[str, Mapping[tuple[str, str], Row]],
-    groups: Groups,
-    quantity: Quantity,
-) -> list[ResultColumn]:
-    column = quantity.column
-    values = [percent(quantity.value(row)) for row in found]
-    means = group_means(found, column) if column else []
-    columns = [ResultColumn(quantity.title, values, {mean.group: percent(mean.ours) for mean in means}, ours=True)]
-    if column:
-        papers = [papers_percent(row.papers.get(column)) for row in found]
-        columns.append(ResultColumn("paper", papers, {mean.group: percent(mean.papers) for mean in means}))
-        others = [papers_percent(_differing(row.measured.get(column), row.papers.get(column))) for row in found]
-        columns.append(ResultColumn("measured", others))
-    grouped = {name for names in groups.values() for name in names}
-    for group, names in groups.items():
-        runs = [_seeds(quantity, of_row) for of_row in seed_values(found, tables, names, group)]
-        columns.append(ResultColumn(f"{group}, {len(names) + (group == THIS)} runs", runs))
-    titles = run_names(name for name in tables if name not in grouped)
-    for name, table in tables.items():
-        if name in titles:
-            cells = [table.get((row.name, row.metric)) for row in found]
-            other_means = group_means(list(table.values()), column) if column else []
-            of_groups = {mean.group: percent(mean.ours) for mean in other_means}
-            texts = ["" if cell is None else percent(quantity.value(cell)) for cell in cells]
-            columns.append(ResultColumn(titles[name], texts, of_groups))
-    if not any(any(each.cells) for each in columns if each.title not in ("paper", "measured")):
-        return []
-    return [columns[0], *(each for each in columns[1:] if any(each.cells))]
+def _means(table: Sequence[Row], column: Column | None) -> dict[str, str]:
+    return {mean.group: percent(mean.ours) for mean in group_means(table, column)} if column else {}
 
 
-def _differing(figure: Published | None, paper: Published | None) -> Published | None:
-    """Return a measured figure where it tells more than the paper's."""
-    if figure and paper and abs(figure.value - paper.value) < DIFFERS:
-        return None
-    return figure
-
-
-def _seeds(quantity: Quantity, runs: Sequence[Row | None]) -> str:
-    found = over_seeds([None if run is None else quantity.value(run) for run in runs])
-    return f"{percent(found.mean)} ± {percent(found.deviation)}" if found else ""
+def _published(found: Sequence[Row], column: Column | None) -> Iterator[ResultColumn]:
+    """Yield the paper's figures, and measured ones where they tell more than the paper's."""
+    if column is None:
+        return
+    papers, measured = [row.papers.get(column) for row in found], [row.measured.get(column) for row in found]
+    means = {mean.group: percent(mean.papers) for mean in group_means(found, column)}
+    yield ResultColumn("paper", list(map(papers_percent, papers)), means)
+    both = zip(measured, papers, strict=True)
+    told = [None if ours and paper and abs(ours.value - paper.value) < DIFFERS else ours for ours, paper in both]
+    yield ResultColumn("measured", list(map(papers_percent, told)))

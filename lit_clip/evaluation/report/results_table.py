@@ -42,9 +42,7 @@ def print_results(results: Mapping[str, Any], console: Console | None = None) ->
 def results_table(results: Mapping[str, Any], width: int = WIDE) -> Table:
     """Return a row for each metric of the sets that were evaluated, in %, beside the paper's nearest model.
 
-    Args:
-        results: contents of a ``results.json``.
-        width: of the terminal; columns that do not fit are left out, the least needed first.
+    Columns that do not fit the terminal's ``width`` are left out, the least needed first.
     """
     found = [row for row in rows(results) if row.status == "done"]
     columns = _fitting([column for column in result_columns(found, {}) if any(column.cells)], width)

@@ -1,6 +1,7 @@
 """The robustness chart: accuracy on ImageNet and under distribution shift (the paper's figure 13 and table 16)."""
 
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_clip.evaluation.overview import COLUMNS, Column, number, rows, sets_of, tasks_of
@@ -20,29 +21,20 @@ GREYS = ["#222222", "#666666", "#9A9A9A", "#C4C4C4"]
 
 
 class ChartPoint(NamedTuple):
-    """A classifier in the chart.
-
-    Attributes:
-        name: shown in the legend.
-        values: accuracies as fractions, by the paper's name of the set; includes ImageNet.
-    """
+    """A classifier in the chart: its name, and accuracies by the paper's name of the set, ImageNet among them."""
 
     name: str
     values: dict[str, float]
 
     def mean(self, sets: Sequence[str]) -> float | None:
-        """Return the mean over those sets, or None if one is missing."""
-        if not all(name in self.values for name in sets):
-            return None
-        return sum(self.values[name] for name in sets) / len(sets)
+        """Return the mean over some sets, or None if one is missing."""
+        whole = all(name in self.values for name in sets)
+        return sum(self.values[name] for name in sets) / len(sets) if whole else None
 
 
 def run_points(runs: Sequence[ChartRun]) -> list[ChartPoint]:
     """Return the zero-shot classifiers and probes that were evaluated on ImageNet and on a shifted set."""
-    columns: tuple[Column, ...] = ("zero_shot", "linear_probe")
-    points = [
-        ChartPoint(f"{run.name}, {COLUMNS[column]}", _values(run.results, column)) for run in runs for column in columns
-    ]
+    points = [ChartPoint(f"{run.name}, {COLUMNS[key]}", _values(run.results, key)) for run in runs for key in COLUMNS]
     return [point for point in points if IMAGENET in point.values and len(point.values) > 1]
 
 
@@ -59,8 +51,7 @@ def _values(results: Mapping[str, Any], column: Column) -> dict[str, float]:
 def effective_rows(results: Mapping[str, Any]) -> list[RobustnessRow]:
     """Return zero-shot effective robustness on the shifted sets for which it can be computed.
 
-    A set with only some of ImageNet's classes needs ImageNet's accuracy among those classes, the metric
-    ``top1/ImageNet-A``.
+    A set with only some of ImageNet's classes needs ImageNet's accuracy among them, the metric ``top1/ImageNet-A``.
     """
     ours = _values(results, "zero_shot")
     points = {}
@@ -81,22 +72,21 @@ def _accuracy_among_classes(results: Mapping[str, Any], name: str) -> float | No
 
 def papers_points() -> list[ChartPoint]:
     """Return the rows of table 16."""
-    points = []
-    for task, name in (("zero_shot", "zero-shot CLIP"), ("linear_probe", "linear probe CLIP")):
-        points.append(_point(name, {known: published_metrics(known, task, MODEL) for known in [IMAGENET, *SHIFTED]}))
+    sets = [IMAGENET, *SHIFTED]
+    figures = dict[str, Mapping[str, Mapping[str, Published]]]()
+    for task, name in COLUMNS.items():
+        figures[f"{name} CLIP"] = {known: published_metrics(known, task, MODEL) for known in sets}
     for peer in peers("ImageNetV2", "zero_shot"):
-        points.append(_point(peer, {known: peers(known, "zero_shot").get(peer, {}) for known in [IMAGENET, *SHIFTED]}))
-    return points
-
-
-def _point(name: str, sets: Mapping[str, Mapping[str, Published]]) -> ChartPoint:
-    return ChartPoint(name, {known: _top1_or_pm(figures) for known, figures in sets.items() if figures})
+        figures[peer] = {known: peers(known, "zero_shot").get(peer, {}) for known in sets}
+    return [
+        ChartPoint(name, {known: _top1_or_pm(values) for known, values in of.items() if values})
+        for name, of in figures.items()
+    ]
 
 
 def _top1_or_pm(figures: Mapping[str, Published]) -> float:
     """Top-1, or the mean of PM-0 and PM-10 as in the paper."""
-    kept = [figure.value for metric, figure in figures.items() if metric in ("top1", "pm0", "pm10")]
-    return sum(kept) / len(kept)
+    return fmean(figure.value for metric, figure in figures.items() if metric in ("top1", "pm0", "pm10"))
 
 
 def robustness(runs: Sequence[ChartRun]) -> "Figure | None":

@@ -1,13 +1,16 @@
 """The report's section on one evaluation set."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lit_clip.evaluation.overview import (
     COLUMNS,
     STATUSES,
+    as_interval,
     baseline_of,
+    draws_of,
+    interval_of,
     metric_words,
     number,
     papers_percent,
@@ -15,8 +18,8 @@ from lit_clip.evaluation.overview import (
     skipped_of,
     tasks_of,
 )
+from lit_clip.evaluation.predictions import run_image
 from lit_clip.evaluation.published import PAPER, Published, measured, measured_name, peers, published
-from lit_clip.evaluation.report.run_images import run_image
 from lit_clip.tools.html import plural, thumbnail
 
 TASKS = {
@@ -32,14 +35,9 @@ Task = Mapping[str, Any]  # of results.json
 def set_section(
     name: str, entry: Mapping[str, Any], model: str, folder: Path, weights: str | None = None
 ) -> dict[str, Any]:
-    """Compute the values of ``set_section.html``.
+    """Compute the values of ``set_section.html`` from a set's entry in ``results.json``.
 
-    Args:
-        name: of the set.
-        entry: of the set in ``results.json``.
-        model: the paper's model whose figures are shown for comparison.
-        folder: of the run, which holds the images.
-        weights: the published weights whose measured figures are shown; None: OpenAI's of the paper's model.
+    The paper's figures are its ``model``'s, measured ones those of published ``weights``; None: OpenAI's of the model.
     """
     tasks = tasks_of(entry)
     zero_shot = tasks.get("zero_shot", {})
@@ -71,30 +69,24 @@ def _metrics(
                 [
                     f"{TASKS.get(task, task)}, {metric_words(metric)}",
                     percent(number(value)),
-                    _between((result.get("intervals") or {}).get(metric)),
-                    _with_table(published(paper, task, model, metric)),
+                    _between(interval_of(result, metric)),
+                    _with_source(published(paper, task, model, metric)),
                     _with_source(measured(measured_name(name, paper), task, weights, metric)),
-                    "; ".join(f"{peer} {_with_table(of[metric])}" for peer, of in others.items() if metric in of),
+                    "; ".join(f"{peer} {_with_source(of[metric])}" for peer, of in others.items() if metric in of),
                 ]
             )
     kept = [place for place in range(6) if any(line[place] for line in lines[1:])]
     return [[line[place] for place in kept] for line in lines]
 
 
-def _with_table(figure: Published | None) -> str:
-    return f"{papers_percent(figure)} ({figure.source.removeprefix(f'{PAPER}, ')})" if figure else ""
-
-
 def _with_source(figure: Published | None) -> str:
-    return f"{papers_percent(figure)} ({figure.source.split(', ')[0]})" if figure else ""
+    source = figure.source.removeprefix(f"{PAPER}, ").split(", ")[0] if figure else ""
+    return f"{papers_percent(figure)} ({source})" if figure else ""
 
 
-def _between(interval: Any) -> str:
+def _between(interval: tuple[float, float] | None) -> str:
     """Return ``88.1 to 90.2`` for an interval of fractions, or an empty text."""
-    if not isinstance(interval, Sequence) or len(interval) != 2:
-        return ""
-    low, high = number(interval[0]), number(interval[1])
-    return "" if low is None or high is None else f"{percent(low)} to {percent(high)}"
+    return " to ".join(map(percent, interval or ()))
 
 
 def _facts(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> Iterator[tuple[str, str]]:
@@ -120,11 +112,9 @@ def _facts(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> Iterator[tupl
 
 def _few_shot(task: Task) -> Iterator[list[str]]:
     """Number of examples, mean and range of the accuracy, number of draws."""
-    for shots, draws in task.get("shots") or []:
-        known = [value for value in map(number, draws) if value is not None]
-        if known:
-            mean, spread = percent(sum(known) / len(known)), f"{percent(min(known))} to {percent(max(known))}"
-            yield [str(shots), mean, spread, str(len(known))]
+    for shots, draws in draws_of(task).items():
+        mean, spread = percent(sum(draws) / len(draws)), f"{percent(min(draws))} to {percent(max(draws))}"
+        yield [str(shots), mean, spread, str(len(draws))]
 
 
 def _wrong_image(error: Mapping[str, Any], folder: Path) -> dict[str, Any]:
@@ -155,4 +145,4 @@ def _bias_value(value: Any) -> str:
         return str(value)
     share = number(value["value"])
     text = "no images" if share is None else f"{percent(share)} % ({value['count']} of {value['images']})"
-    return ", ".join(filter(None, [text, _between(value.get("interval"))]))
+    return ", ".join(filter(None, [text, _between(as_interval(value.get("interval")))]))

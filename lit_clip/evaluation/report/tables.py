@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from lit_clip.evaluation.comparison import THIS, THIS_RUN, over_seeds
+from lit_clip.evaluation.comparison import THIS_RUN
 from lit_clip.evaluation.overview import (
     COLUMNS,
     Row,
@@ -19,12 +19,12 @@ from lit_clip.evaluation.overview import (
     shots_of,
     tasks_of,
 )
-from lit_clip.evaluation.report.chart_style import run_names
-from lit_clip.evaluation.report.result_columns import Groups, Quantity, quantities, seed_values
+from lit_clip.evaluation.report.result_columns import Block, Cell, Groups, blocks
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.text_files import no_formula
 
 Results = Mapping[str, Any]
+MEAN = "mean"  # of a group of sets
 SPECIAL = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -41,42 +41,24 @@ SPECIAL = {
 class Line(NamedTuple):
     """A line of ``results.csv``; values are fractions, empty where there is none.
 
-    Attributes:
-        run: ``this run``, or the other run's name.
-        model: its name.
-        set: name of the set, or of a group of sets.
-        task: as in ``results.json``.
-        shots: examples per class of a few-shot result, which is the mean over draws.
-        metric: as in ``results.json``; ``mean`` for a group of sets, each by its own metric.
-        value: of the metric.
-        low: lower end of its 99.5 % interval.
-        high: upper end.
-        baseline: of the set's own metric.
-        images: number of images evaluated.
+    Few-shot values are means over draws. ``mean`` is the metric of a group of sets, each by its own.
     """
 
-    run: str
+    run: str  # ``this run``, or the other run's name
     model: str
-    set: str
-    task: str
+    set: str  # name of the set, or of a group of sets
+    task: str  # as in results.json
     shots: int | None
     metric: str
     value: float
-    low: float | None = None
+    low: float | None = None  # ends of the 99.5 % interval
     high: float | None = None
-    baseline: float | None = None
+    baseline: float | None = None  # of the set's own metric
     images: int | None = None
 
 
 def write_tables(results: Results, out: Path, others: Mapping[str, Results], groups: Groups | None = None) -> None:
-    """Write ``results.csv`` and ``results.tex``.
-
-    Args:
-        results: contents of ``results.json``.
-        out: the run's folder.
-        others: results of other runs, by path or name.
-        groups: names of runs that are seeds of one recipe.
-    """
+    """Write ``results.csv`` and ``results.tex`` to the run's folder; other runs by path or name, as on the page."""
     runs = {THIS_RUN: results, **others}
     with (
         replacing(out / "results.csv") as draft,
@@ -105,58 +87,34 @@ def lines(run: str, results: Results) -> Iterator[Line]:
     for column in COLUMNS:
         for mean in group_means(found, column):
             if mean.ours is not None:
-                yield Line(run, model, mean.group, column, None, "mean", mean.ours)
-
-
-class _Cell(NamedTuple):
-    """A number of a LaTeX table: a value with its interval, or a mean over seeds with its standard deviation."""
-
-    value: float
-    interval: tuple[float, float] | None = None
-    deviation: float | None = None
+                yield Line(run, model, mean.group, column, None, MEAN, mean.ours)
 
 
 def latex(results: Results, others: Mapping[str, Results], groups: Groups) -> str:
     """Return a ``booktabs`` table for zero-shot, the linear probe and each number of shots that there are values of."""
     found = rows(results)
-    tables = {name: {(row.name, row.metric): row for row in rows(other)} for name, other in others.items()}
     head = [
         r"% In %, with 99.5 % intervals; +/- is the standard deviation over seeds. Needs \usepackage{booktabs}.",
         "% Bold: not below the interval of the set's best result (Radford et al. 2021, appendix A.3).",
     ]
-    blocks = [_latex_table(quantity, found, tables, groups) for quantity in quantities(found)]
-    return "\n".join([*head, *(line for block in blocks for line in block), ""])
+    return "\n".join([*head, *(line for block in blocks(found, others, groups) for line in _table(block, found)), ""])
 
 
-def _latex_table(
-    quantity: Quantity,
-    found: Sequence[Row],
-    tables: Mapping[str, Mapping[tuple[str, str], Row]],
-    groups: Groups,
-) -> list[str]:
-    grouped = {name for names in groups.values() for name in names}
-    titles = run_names(name for name in tables if name not in grouped)
-    columns: list[tuple[str, list[_Cell | None]]] = [(THIS_RUN, [_cell(quantity, row) for row in found])]
-    for name, table in tables.items():
-        if name in titles:
-            columns.append((titles[name], [_cell(quantity, table.get((row.name, row.metric))) for row in found]))
-    for group, names in groups.items():
-        title = f"{group}, {len(names) + (group == THIS)} runs"
-        columns.append((title, [_seeds(quantity, of_row) for of_row in seed_values(found, tables, names, group)]))
+def _table(block: Block, found: Sequence[Row]) -> list[str]:
+    columns = [(THIS_RUN, block.ours), *((run.title, run.cells) for run in (*block.runs, *block.recipes))]
     columns = [(title, cells) for title, cells in columns if any(cells)]
     if not columns:
         return []
-    kept = [place for place in range(len(found)) if any(cells[place] for _, cells in columns)]
     body = []
-    for place in kept:
-        cells = [of_run[place] for _, of_run in columns]
-        names = [escape(found[place].name), escape(metric_words(found[place].metric))]
-        body.append(" & ".join([*names, *_texts(cells)]) + r" \\")
+    for row, *cells in zip(found, *(cells for _, cells in columns), strict=True):
+        if any(cells):
+            words = [escape(row.name), escape(metric_words(row.metric)), *_texts(cells)]
+            body.append(" & ".join(words) + r" \\")
     return [
         "",
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{escape(quantity.title.capitalize())}, \%}}",
+        rf"\caption{{{escape(block.title.capitalize())}, \%}}",
         rf"\begin{{tabular}}{{ll{'r' * len(columns)}}}",
         r"\toprule",
         " & ".join(["set", "metric", *(escape(title) for title, _ in columns)]) + r" \\",
@@ -168,19 +126,7 @@ def _latex_table(
     ]
 
 
-def _cell(quantity: Quantity, row: Row | None) -> _Cell | None:
-    value = None if row is None else quantity.value(row)
-    if row is None or value is None:
-        return None
-    return _Cell(value, row.intervals.get(quantity.column) if quantity.column else None)
-
-
-def _seeds(quantity: Quantity, runs: Sequence[Row | None]) -> _Cell | None:
-    seeds = over_seeds([None if run is None else quantity.value(run) for run in runs])
-    return _Cell(seeds.mean, deviation=seeds.deviation) if seeds else None
-
-
-def _texts(cells: Sequence[_Cell | None]) -> Iterator[str]:
+def _texts(cells: Sequence[Cell | None]) -> Iterator[str]:
     """Format the cells of a row, bold by the paper's rule if there are several."""
     known = [cell for cell in cells if cell]
     best = max(known, key=lambda cell: cell.value)

@@ -9,11 +9,12 @@ import numpy as np
 from PIL import Image
 
 from lit_clip.errors import InputError
-from lit_clip.evaluation.overview import number, sets_of, shots_of, tasks_of
+from lit_clip.evaluation.overview import sets_of, tasks_of
+from lit_clip.evaluation.predictions import run_image
 from lit_clip.evaluation.report.chart_style import chart_settings
 from lit_clip.evaluation.report.charts import figures
 from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
-from lit_clip.evaluation.report.run_images import run_image
+from lit_clip.evaluation.report.tables import MEAN, lines
 
 
 def write_tensorboard(
@@ -22,13 +23,8 @@ def write_tensorboard(
     """Write event files to ``out/tensorboard``; those of an earlier evaluation are replaced.
 
     Scalars are named as in training (``zero_shot/<set>/top1``), charts ``evaluation/<chart>`` and contact sheets
-    ``zero_shot/<set>/most confidently wrong``. The step of a few-shot scalar is its number of examples per class.
-
-    Args:
-        results: contents of a ``results.json``.
-        others: results of other runs that the charts compare with, by path or name.
-        out: the run's folder, which holds the images.
-        step: of everything else.
+    ``zero_shot/<set>/most confidently wrong``. The step of a few-shot scalar is its number of examples per class,
+    ``step`` that of everything else.
     """
     from torch.utils.tensorboard import SummaryWriter
 
@@ -37,8 +33,10 @@ def write_tensorboard(
         for old in folder.glob("events.out.tfevents.*"):  # TensorBoard would show both
             old.unlink()
         with SummaryWriter(folder) as writer:
-            for tag, value, scalar_step in _scalars(results, step):
-                writer.add_scalar(tag, value, scalar_step)
+            for line in lines("", results):
+                if line.metric != MEAN:
+                    tag = f"{line.task}/{line.set}/{line.metric}"
+                    writer.add_scalar(tag, line.value, step if line.shots is None else line.shots)
             with chart_settings(), warnings.catch_warnings(action="ignore"):  # missing glyphs
                 for name, figure in figures(results, others).items():
                     writer.add_figure(f"evaluation/{name}", figure, step)
@@ -47,18 +45,6 @@ def write_tensorboard(
                 writer.add_image(tag, np.asarray(sheet), step, dataformats="HWC")
     except OSError as error:
         raise InputError(f"{folder}: cannot be written ({error.strerror or error})") from error
-
-
-def _scalars(results: Mapping[str, Any], step: int) -> Iterator[tuple[str, float, int]]:
-    """Yield tags, values and steps."""
-    for name, entry in sets_of(results):
-        for task, result in tasks_of(entry).items():
-            for metric, value in (result.get("metrics") or {}).items():
-                known = number(value)
-                if known is not None:
-                    yield f"{task}/{name}/{metric}", known, step
-        for shots, mean in shots_of(entry).items():
-            yield f"few_shot/{name}/{entry.get('metric') or 'top1'}", mean, shots
 
 
 def _sheets(results: Mapping[str, Any], out: Path) -> Iterator[tuple[str, Image.Image]]:

@@ -4,9 +4,10 @@ import os
 import socket
 from contextlib import suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
+from filelock import FileLock, Timeout
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -15,17 +16,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lit_clip.errors import InputError
 from lit_clip.tools.atomic import not_written
 
-try:
-    import fcntl
-except ImportError:  # Windows, where runs are not kept apart
-    fcntl = None
-
 DRAFTS = ".*.????????.tmp"  # as lit_clip.tools.atomic.replacing names them
 RUN = "version"
 OnDisk = TensorBoardLogger | CSVLogger  # their run's folder is save_dir/name/version_N
 _unnumbered: WeakSet[Any] = WeakSet()
 _kinds: WeakKeyDictionary[Logger, str] = WeakKeyDictionary()  # names of folders other than RUN
-_held: dict[Path, IO[str]] = {}  # this process's lock files; closing one gives its folder back
+_held: dict[Path, FileLock] = {}  # this process's locks
 
 
 def note_unnumbered(trainer: Trainer) -> None:
@@ -95,7 +91,7 @@ def _new_version(root: Path, kind: str, version: int) -> int:
 
 
 def claim(folder: Path) -> str:
-    """Hold a folder until :func:`release_folders` or the end of this process, whatever ends it.
+    """Hold a folder until :func:`release_folders` or the end of this process, however it ends.
 
     A file beside the folder is locked. Where that is impossible (no permission, no locks on this disk) the folder
     counts as held, and saving says what is wrong with it.
@@ -105,44 +101,31 @@ def claim(folder: Path) -> str:
     """
     folder = folder.expanduser().resolve()
     path = folder.with_name(f".{folder.name}.lock")
-    while path not in _held and fcntl:
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "a+", encoding="utf-8", opener=_not_following)  # noqa: SIM115  # held until release
-        except OSError:
-            break
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            current = os.path.samestat(os.fstat(file.fileno()), path.stat())
-        except (BlockingIOError, PermissionError):
-            with file:
-                file.seek(0)
-                return file.read() or "another process"
-        except FileNotFoundError:  # its holder has removed it
-            current = False
-        except OSError:
-            file.close()
-            break
-        if current:
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {socket.gethostname()}")
-            file.flush()
-            _held[path] = file
-        else:
-            file.close()
+    if path in _held:
+        return ""
+    lock = FileLock(path, thread_local=False)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0.2)  # its holder may be about to remove the file
+    except Timeout:
+        with suppress(OSError):
+            return path.read_text(encoding="utf-8") or "another process"
+        return "another process"
+    except (OSError, NotImplementedError):
+        return ""
+    _held[path] = lock
+    with suppress(OSError):
+        path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
     return ""
-
-
-def _not_following(path: str, flags: int) -> int:
-    """Open a file, but not through a link: a folder that somebody packed could have its lock lead to another file."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def release_folders(kept: frozenset[Path] = frozenset()) -> None:
     """Give back the folders that this process holds."""
     for path in _held.keys() - kept:
-        with suppress(OSError), _held.pop(path):
+        lock = _held.pop(path)
+        with suppress(OSError):
             path.unlink()
+        lock.release()
 
 
 def remove_leftovers(checkpoint: Path) -> None:
