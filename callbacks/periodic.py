@@ -3,7 +3,6 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,22 +14,10 @@ from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.module import LitCLIP
+from lit_clip.retrieval.retrieval_set import Evaluation
 from lit_clip.tools.untrusted import check_entries
 
 Result = TypeVar("Result")
-
-
-@dataclass
-class PeriodicResult:
-    """Metrics of an evaluation, the same on every rank.
-
-    Attributes:
-        metrics: values by full name.
-        baselines: what a constant answer reaches in some of the metrics, by full name.
-    """
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    baselines: dict[str, float] = field(default_factory=dict)
 
 
 class PeriodicEvaluation(Callback):
@@ -55,19 +42,19 @@ class PeriodicEvaluation(Callback):
         require(valid_steps, f"{name}.every_n_steps: {every_n_steps} must be at least 1")
         require(every_n_steps is None or every_n_epochs == 1, f"{name}: give either every_n_epochs or every_n_steps")
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
-        self._last = PeriodicResult()
+        self._last = Evaluation()
         self._waited = 0  # validations since the last evaluation
         self._logged = False  # whether the trainer has the last values
 
     @abstractmethod
-    def evaluate(self, trainer: Trainer, module: LitCLIP) -> PeriodicResult:
+    def evaluate(self, trainer: Trainer, module: LitCLIP) -> Evaluation:
         """Compute the metrics; called on all ranks, with the module in evaluation mode and without gradients."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Reset the state of an earlier run; a checkpoint's state is loaded after this."""
         if stage != "fit":
             return
-        self._last, self._waited, self._logged = PeriodicResult(), 0, False
+        self._last, self._waited, self._logged = Evaluation(), 0, False
         callbacks = _callbacks(trainer)
         late = [callback for callback in callbacks[callbacks.index(self) :] if isinstance(callback, WeightAveraging)]
         require(
@@ -82,7 +69,7 @@ class PeriodicEvaluation(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         types = {"metrics": dict[str, object], "baselines": dict[str, object], "waited": int}
         check_entries(state_dict, types, f"callbacks.{type(self).__name__}")
-        self._last = PeriodicResult(dict(state_dict["metrics"]), dict(state_dict["baselines"]))
+        self._last = Evaluation(dict(state_dict["metrics"]), dict(state_dict["baselines"]))
         self._waited = state_dict["waited"]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,14 +1,19 @@
-"""A set that is being evaluated, with its features."""
+"""A set that is being evaluated, with the features of its images and texts."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from lit_clip.evaluation.caption_choice import EncodedChoices
-from lit_clip.evaluation.data import ImageSet
+from lit_clip.errors import InputError
+from lit_clip.evaluation.bias import bias_texts
+from lit_clip.evaluation.caption_choice import EncodedChoices, encode_choices
+from lit_clip.evaluation.caption_texts import caption_texts
+from lit_clip.evaluation.data import CaptionChoices, CaptionedImages, ImageSet, LabelledImages
 from lit_clip.evaluation.other_classes import Classes
-from lit_clip.evaluation.prompts import Prompts
+from lit_clip.evaluation.prompts import Prompts, prompts_of_set
+from lit_clip.evaluation.results import cache_key
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.retrieval.metrics import PairIndices
@@ -22,7 +27,7 @@ class Fold:
         images: the images of each split.
         features: the features of each split.
         classes: for a probe that is trained on another set, see :mod:`lit_clip.evaluation.other_classes`.
-        trained_on: hash of the splits that probes are trained on.
+        trained_on: name of the splits that probes are trained on, the same for the same images and labels.
     """
 
     images: dict[str, ImageSet] = field(default_factory=dict)
@@ -31,15 +36,8 @@ class Fold:
     trained_on: str = ""
 
 
-@dataclass
-class DistinctCaptions:
-    """Distinct captions of a retrieval set.
-
-    Attributes:
-        features: ``[T, D]``, of unit length.
-        pairs: which caption belongs to which image.
-        digest: hash of the texts and the pairs.
-    """
+class DistinctCaptions(NamedTuple):
+    """Unit features ``[T, D]`` of a retrieval set's distinct captions, their images, and a hash of both."""
 
     features: Tensor
     pairs: PairIndices
@@ -48,30 +46,58 @@ class DistinctCaptions:
 
 @dataclass
 class OpenSet:
-    """A set with its features.
+    """A set with its features. The texts and their features are None, or empty, without a task that needs them.
 
     Attributes:
         name: name of the set.
         entry: its entry in the suite.
         folds: its folds, at least one.
-        prompts: prompts of its classes; None without zero-shot classification.
-        classifier: zero-shot classifier ``[D, C]``; None without zero-shot classification.
+        tasks: those to run, which the splits on disk allow.
+        scale: the model's inverse temperature.
+        probes: all probes of this run, which several sets may be tested on.
+        prompts: prompts of its classes.
+        classifier: zero-shot classifier ``[D, C]``.
         captions: captions of a retrieval set.
         choices: questions of a set with right and wrong captions.
         bias: classifiers of the bias probes, by probe.
-        scale: the model's inverse temperature.
-        tasks: those that the splits on disk allow.
-        probes: all probes of this run, which several sets may be tested on.
     """
 
     name: str
     entry: SuiteEntry
     folds: list[Fold]
+    tasks: list[Task] = field(default_factory=list)
+    scale: float = 100.0
+    probes: dict[tuple[Any, ...], Any] = field(default_factory=dict)
     prompts: Prompts | None = None
     classifier: Tensor | None = None
     captions: DistinctCaptions | None = None
     choices: EncodedChoices | None = None
     bias: dict[str, Tensor] = field(default_factory=dict)
-    scale: float = 100.0
-    tasks: list[Task] = field(default_factory=list)
-    probes: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+
+
+def encode_texts(opened: OpenSet, rows: Callable[[], Sequence[int]], encode: Callable[[Prompts], Tensor]) -> None:
+    """Encode each distinct text that a set's tasks compare its images with.
+
+    Args:
+        opened: the set.
+        rows: returns the test images that have features, for captions.
+        encode: returns the classifier ``[D, C]`` of prompts; all ranks call it in the same order.
+    """
+    test, templates = opened.folds[0].images["test"], opened.entry.templates
+    if "zero_shot" in opened.tasks:
+        if not isinstance(test, LabelledImages):
+            raise InputError(f"{type(test).__name__} has no classes, which zero-shot needs")
+        opened.prompts = opened.prompts or prompts_of_set(opened.entry, test)
+        opened.classifier = encode(opened.prompts)
+    for probe, texts in bias_texts().items() if "bias" in opened.tasks else ():
+        opened.bias[probe] = encode(Prompts(list(texts), [[text] for text in texts.values()]))
+    if "retrieval" in opened.tasks:
+        if not isinstance(test, CaptionedImages):
+            raise InputError(f"{type(test).__name__} has no captions, which retrieval needs")
+        prompts, pairs = caption_texts(test, rows(), templates)
+        digest = cache_key(prompts.sha256, [column.tolist() for column in pairs])
+        opened.captions = DistinctCaptions(encode(prompts).T.contiguous(), pairs, digest)
+    if "caption_choice" in opened.tasks:
+        if not isinstance(test, CaptionChoices):
+            raise InputError(f"{type(test).__name__} has no questions, which caption_choice needs")
+        opened.choices = encode_choices(test, rows(), templates, encode)

@@ -67,7 +67,12 @@ class Probe:
 
 
 def train_probe(
-    train: Split, val: Split | None, metric: Metric, seed: int = 0, advance: Advance | None = None
+    train: Split,
+    val: Split | None,
+    metric: Metric,
+    seed: int = 0,
+    advance: Advance | None = None,
+    l2: float | None = None,
 ) -> Probe:
     """Train a classifier on features by up to ``MOST_PENALTIES + 1`` fits.
 
@@ -80,12 +85,15 @@ def train_probe(
         metric: metric that chooses the penalty.
         seed: seed for the images held out.
         advance: see :class:`lit_clip.evaluation.logistic.LogisticProblem`.
+        l2: penalty, which is then not searched for.
     """
-    _check([train] if val is None else [train, val])
-    search_train, search_val = held_out(train, seed) if val is None else (train, val)
-    search, start = _search(search_train, search_val, metric, advance)
-    l2 = best_l2(search)
-    features, labels = (train.features, train.labels) if val is None else _joined(train, val)
+    splits = [train] if val is None else [train, val]
+    _check(splits)
+    search, start = {}, None
+    if l2 is None:
+        search, start = _search(*(splits if val else held_out(train, seed)), metric, advance)
+        l2 = best_l2(search)
+    features, labels = torch.cat([each.features for each in splits]), torch.cat([each.labels for each in splits])
     problem = LogisticProblem(features, labels, train.targets.classes, advance)
     return Probe(l2, search, problem.fit(l2, start))
 
@@ -157,10 +165,6 @@ def places_in_classes(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     place = torch.empty_like(labels)
     place[order] = torch.arange(len(labels)) - first[labels[order]]
     return place, count[labels]
-
-
-def _joined(*splits: Split) -> tuple[Tensor, Tensor]:
-    return torch.cat([split.features for split in splits]), torch.cat([split.labels for split in splits])
 
 
 def _nearest(fits: dict[float, Fit], l2: float) -> Fit | None:

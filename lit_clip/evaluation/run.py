@@ -1,6 +1,6 @@
 """The sets of a suite, evaluated one after the other into one folder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,23 +11,13 @@ from torch import Tensor
 
 from lit_clip import distributed
 from lit_clip.embedding.precision import autocast
-from lit_clip.errors import InputError, require
-from lit_clip.evaluation.bias import bias_texts
-from lit_clip.evaluation.caption_choice import encode_choices
-from lit_clip.evaluation.caption_texts import caption_texts
-from lit_clip.evaluation.data import (
-    CaptionChoices,
-    CaptionedImages,
-    LabelledImages,
-    MissingData,
-    SomeOfImageNet,
-    check_classes,
-)
+from lit_clip.errors import InputError
+from lit_clip.evaluation.data import MissingData, SomeOfImageNet, check_classes
 from lit_clip.evaluation.download import download_missing
 from lit_clip.evaluation.files_read import files_read
-from lit_clip.evaluation.open_set import DistinctCaptions, Fold, OpenSet
+from lit_clip.evaluation.open_set import Fold, OpenSet, encode_texts
 from lit_clip.evaluation.other_classes import single_classes, trained_classes
-from lit_clip.evaluation.prompts import Prompts, prompts_of_set, text_classifier
+from lit_clip.evaluation.prompts import Prompts, text_classifier
 from lit_clip.evaluation.results import Results, cache_key, code_digest
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import SuiteEntry, Task
@@ -104,19 +94,18 @@ class EvaluationRun:
     def _open(self, name: str, entry: SuiteEntry) -> OpenSet:
         """Open a set and compute its features; called on all ranks in the same order."""
         opened = OpenSet(name, entry, [], scale=float(self.model.logit_scale.detach().exp()), probes=self.probes)
-        tasks = opened.tasks = self._open_folds(opened)
+        opened.tasks = self._open_folds(opened)
         for number, fold in enumerate(opened.folds):
             for split, images in fold.images.items():
                 title = f"{name} {split}" + (f" {number + 1}/{len(opened.folds)}" if len(opened.folds) > 1 else "")
                 self.store.compute(images, title)
-        if {"zero_shot", "bias"} & set(tasks):
-            self._build_classifiers(opened, tasks)
+        test = opened.folds[0].images["test"]
+        encode_texts(opened, lambda: self.store.read(test).rows, partial(self._encode, name))
+        if prompts := opened.prompts:
+            counts = {"classes": len(prompts.names), "texts": sum(map(len, prompts.texts))}
+            self.results.update(name, class_names=prompts.names, prompts={**counts, "sha256": prompts.sha256})
         if distributed.rank_and_world()[0] == 0:
             self._read_features(opened)
-        if "retrieval" in tasks:
-            self._encode_captions(opened)
-        if "caption_choice" in tasks:
-            self._encode_choices(opened)
         return opened
 
     def _open_folds(self, opened: OpenSet) -> list[Task]:
@@ -164,19 +153,6 @@ class EvaluationRun:
         self.model.cpu()
         return classifier.cpu()
 
-    def _build_classifiers(self, opened: OpenSet, tasks: Sequence[Task]) -> None:
-        """Build the classifiers of zero-shot and of the bias probes; each rank encodes its share of the prompts."""
-        test = opened.folds[0].images["test"]
-        if "zero_shot" in tasks:
-            if not isinstance(test, LabelledImages):
-                raise InputError(f"{type(test).__name__} has no classes, which zero-shot needs")
-            prompts = prompts_of_set(opened.entry, test)
-            opened.prompts, opened.classifier = prompts, self._encode(opened.name, prompts)
-            counts = {"classes": len(prompts.names), "texts": sum(map(len, prompts.texts))}
-            self.results.update(opened.name, class_names=prompts.names, prompts={**counts, "sha256": prompts.sha256})
-        for probe, texts in bias_texts().items() if "bias" in tasks else ():
-            opened.bias[probe] = self._encode(opened.name, Prompts(list(texts), [[text] for text in texts.values()]))
-
     def _read_features(self, opened: OpenSet) -> None:
         """Read the features and count the images, on the first rank."""
         splits: dict[str, Any] = {}
@@ -195,25 +171,6 @@ class EvaluationRun:
                 f"the features of {not_finite} images are not finite and count as wrong; check weights and precision"
             )
             self.results.add_reason(opened.name, reason)
-
-    def _encode_captions(self, opened: OpenSet) -> None:
-        """Encode each distinct caption once; called on all ranks."""
-        test = opened.folds[0].images["test"]
-        require(isinstance(test, CaptionedImages), f"{type(test).__name__} has no captions, which retrieval needs")
-        assert isinstance(test, CaptionedImages)
-        rows = self.store.read(test).rows
-        prompts, pairs = caption_texts(test, rows, opened.entry.templates)
-        features = self._encode(opened.name, prompts).T
-        digest = cache_key(prompts.sha256, [column.tolist() for column in pairs])
-        opened.captions = DistinctCaptions(features.contiguous(), pairs, digest)
-
-    def _encode_choices(self, opened: OpenSet) -> None:
-        """Encode each distinct caption once; called on all ranks."""
-        test = opened.folds[0].images["test"]
-        require(isinstance(test, CaptionChoices), f"{type(test).__name__} has no questions, which caption_choice needs")
-        assert isinstance(test, CaptionChoices)
-        rows, encode = self.store.read(test).rows, partial(self._encode, opened.name)
-        opened.choices = encode_choices(test, rows, opened.entry.templates, encode)
 
     def _finish(self, opened: OpenSet) -> None:
         """Run the tasks of a set, on the first rank."""
@@ -269,7 +226,8 @@ class EvaluationRun:
         ]
         entry, more = opened.entry, ()
         if task in ("linear_probe", "few_shot"):
-            more = (vars(self.options), [fold.classes for fold in opened.folds])
+            options = (self.options.shots, self.options.draws, self.options.seed)
+            more = (options, [fold.classes for fold in opened.folds])
         elif task == "zero_shot" and opened.prompts:
             more = (opened.prompts.names, opened.prompts.sha256)
         elif task == "caption_choice" and opened.choices:

@@ -1,6 +1,7 @@
 """Retrieval and loss of a set of image-caption pairs that is distributed over the ranks."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -121,16 +122,17 @@ class Joined(NamedTuple):
     all_pairs: PairIndices
 
 
-class Evaluation(NamedTuple):
-    """Metrics of a set.
+@dataclass
+class Evaluation:
+    """Metrics of a set, by name, the same on every rank.
 
     Attributes:
-        metrics: values by name, without the prefix of the stage.
-        baselines: loss of a model that knows nothing, and what a constant answer reaches in the recalls, by name.
+        metrics: values.
+        baselines: what a constant answer, or a model that knows nothing, reaches in some of the metrics.
     """
 
-    metrics: dict[str, float]
-    baselines: dict[str, float]
+    metrics: dict[str, float] = field(default_factory=dict)
+    baselines: dict[str, float] = field(default_factory=dict)
 
 
 class RetrievalSet:
@@ -180,7 +182,7 @@ class RetrievalSet:
         """
         joined = self.join(empty)
         if joined is None:
-            return Evaluation({}, {})
+            return Evaluation()
         image_ID, text_TD, own_pairs, all_pairs = joined
 
         def total(local: Tensor) -> Tensor:
