@@ -37,9 +37,8 @@ class PeriodicEvaluation(Callback):
 
     def __init__(self, every_n_epochs: int = 1, every_n_steps: int | None = None) -> None:
         name = type(self).__name__
-        require(every_n_epochs >= 1, f"{name}.every_n_epochs: {every_n_epochs} must be at least 1")
-        valid_steps = every_n_steps is None or every_n_steps >= 1
-        require(valid_steps, f"{name}.every_n_steps: {every_n_steps} must be at least 1")
+        for option, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
+            require(value is None or value >= 1, f"{name}.{option}: {value} must be at least 1")
         require(every_n_steps is None or every_n_epochs == 1, f"{name}: give either every_n_epochs or every_n_steps")
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
         self._last = Evaluation()
@@ -79,13 +78,11 @@ class PeriodicEvaluation(Callback):
         due = self.every_n_steps is None and self._waited >= self.every_n_epochs
         if due or not self._last.metrics or trainer.state.fn != TrainerFn.FITTING:
             self._run(trainer, pl_module)
-        for name, value in self._last.metrics.items():
-            pl_module.log(name, value)
+        pl_module.log_dict(self._last.metrics)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._run(trainer, pl_module)
-        for name, value in self._last.metrics.items():
-            pl_module.log(name, value)
+        pl_module.log_dict(self._last.metrics)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -99,8 +96,7 @@ class PeriodicEvaluation(Callback):
             for logger in trainer.loggers:  # at this step, even if it is not a logged step of training
                 logger.log_metrics(self._last.metrics, trainer.global_step)
         if due or not self._logged:
-            for name, value in self._last.metrics.items():
-                pl_module.log(name, value, logger=False, on_step=True, on_epoch=False)
+            pl_module.log_dict(self._last.metrics, logger=False, on_step=True, on_epoch=False)
         self._logged = True
 
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -12,9 +12,7 @@ from lit_clip.retrieval.metrics import PairIndices
 class Captioned(Protocol):
     """Images by row that have captions, such as :class:`lit_clip.evaluation.data.CaptionedImages`."""
 
-    def captions(self, index: int) -> list[str]:
-        """Return all captions of an image, at least one."""
-        ...
+    def captions(self, index: int) -> list[str]: ...
 
 
 def caption_texts(
@@ -22,10 +20,7 @@ def caption_texts(
 ) -> tuple[Prompts, PairIndices]:
     """Return the distinct captions of a set as prompts, and which image (by its place in ``rows``) each belongs to.
 
-    Args:
-        images: the set.
-        rows: images that have features.
-        templates: text with ``{}`` for the caption, of several the first; None: the caption itself.
+    Of several templates the first is used; None: the caption itself.
     """
     template = templates_of(templates or "{}")[0]
     numbers: dict[str, int] = {}

@@ -25,7 +25,7 @@ class ImageSet(ABC):
 
     Attributes:
         several: whether an item may have many images; items are then read one at a time.
-        absent: number of items that the set lists but that are not on disk; they are not among the items here.
+        absent: number of items that the set lists but that are not on disk, and so not here.
         annotation_paths: files that say which items there are and what they show.
     """
 
@@ -49,10 +49,7 @@ class ImageSet(ABC):
         return ()
 
     def check(self) -> None:  # noqa: B027 # optional
-        """Raise :class:`InputError` for images that are visibly broken without decoding any.
-
-        Training would otherwise fail hours later, at its first evaluation.
-        """
+        """Raise :class:`InputError`, before training, for images that are visibly broken without decoding any."""
 
     def key(self, index: int) -> str:
         """Return an item's name in reports, the same in every run, such as its path below the root."""
@@ -60,10 +57,7 @@ class ImageSet(ABC):
 
     @abstractmethod
     def stamp(self) -> str:
-        """Return the cache key of the features; it changes with the images or their order.
-
-        It need not depend on the labels. See :func:`stamp_of_files`.
-        """
+        """Return the cache key of the features; it changes with the images or their order, not with the labels."""
 
 
 class LabelledImages(ImageSet, Dataset[tuple[Image.Image, int]]):
@@ -99,10 +93,7 @@ def numbered(labels: Sequence[int], where: str) -> list[str]:
 
 
 def check_classes(splits: Mapping[str, ImageSet]) -> None:
-    """Raise :class:`InputError` if a split's classes or their order differ from those of the test split.
-
-    In folders and tables without a list of classes, each split has the classes that occur in it.
-    """
+    """Raise :class:`InputError` if a split's classes or their order differ from the test split's."""
     names = {split: images.class_names for split, images in splits.items() if isinstance(images, LabelledImages)}
     test = names.get("test", [])
     for split, others in names.items():

@@ -35,13 +35,7 @@ class FewShotProbes:
     left_out: dict[int, str]
 
     def evaluate(self, test: Split, metric: Metric, classes: Classes | None = None) -> dict[int, list[float]]:
-        """Return, by shots, the metric of each draw on a test split.
-
-        Args:
-            test: split to evaluate, used once per draw.
-            metric: metric to compute.
-            classes: see :func:`lit_clip.evaluation.other_classes.trained_classes`; None: the probes' own.
-        """
+        """Return, by shots, the metric of each draw on a test split; ``classes`` as in :func:`among`."""
         return {
             k: [
                 evaluate_scores(metric, among(fit.scores(test.features), classes), test.targets)[metric] for fit in fits
@@ -59,18 +53,10 @@ def train_few_shot(
     seed: int = 0,
     advance: Advance | None = None,
 ) -> FewShotProbes:
-    """Train on k random examples per class, several times.
+    """Train on k random examples per class of ``train``, ``draws`` times, for each k of ``shots`` that classes have.
 
-    The n-th draw of k examples is part of the n-th draw of more. Validation images only choose the penalty.
-
-    Args:
-        train: split to draw from.
-        val: split to choose the penalty on; None: a fifth of each class of ``train``, which is then not drawn from.
-        metric: metric that chooses the penalty.
-        shots: numbers of examples per class; numbers that a class does not have are skipped.
-        draws: number of draws.
-        seed: seed of the first draw.
-        advance: see :class:`lit_clip.evaluation.logistic.LogisticProblem`.
+    The n-th draw of k examples is part of the n-th draw of more. Validation images only choose the penalty, by
+    ``metric``; without ``val`` they are a fifth of each class of ``train``, which is then not drawn from.
     """
     require(
         train.targets.relevance is None, "few_shot: images have several classes, so shots per class are not defined"
@@ -100,12 +86,7 @@ def _drawn(pool: Split, k: int, seed: int, advance: Advance | None) -> LogisticP
     return LogisticProblem(drawn.features, drawn.labels, drawn.targets.classes, advance)
 
 
-def _choose(
-    problems: list[LogisticProblem],
-    fits: dict[float, list[Fit]],
-    validation: Split,
-    metric: Metric,
-) -> float:
+def _choose(problems: list[LogisticProblem], fits: dict[float, list[Fit]], validation: Split, metric: Metric) -> float:
     """Return the penalty with the best mean on validation images; ``fits`` gets the classifiers by penalty."""
 
     def value_of(l2: float) -> float:

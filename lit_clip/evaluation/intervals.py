@@ -15,11 +15,9 @@ Interval = tuple[float, float]
 
 
 class UnitScores(NamedTuple):
-    """A metric's score of each image, whose mean is the metric.
+    """A metric's score of each image, float64 ``[N]``, whose mean is the metric.
 
-    Attributes:
-        values: float64 ``[N]``.
-        classes: int64 ``[N]``: the metric is the mean over classes of the mean of their images; None: the plain mean.
+    With ``classes``, int64 ``[N]``, the metric is the mean over classes of the mean of their images.
     """
 
     values: np.ndarray

@@ -15,11 +15,7 @@ Classes = list[list[int]]  # for each class of the tested set, those of the trai
 
 
 def trained_classes(entry: SuiteEntry, splits: Mapping[str, ImageSet]) -> Classes | None:
-    """Check the classes of the opened splits of a fold, and return those that a probe is trained on.
-
-    Returns:
-        for each class of ``test``, the classes of ``train``; None if all splits are of one set.
-    """
+    """Check a fold's classes; return the classes of ``train`` for each of ``test``, or None if all are of one set."""
     others = {name: images for name, images in splits.items() if name != "test" and entry.is_of_another_set(name)}
     if not others:
         check_classes(splits)

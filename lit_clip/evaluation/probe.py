@@ -27,12 +27,7 @@ HELD_OUT = 5  # without a validation split one image in 5 of each class is held 
 
 @dataclass
 class Split:
-    """Features of images and the truth about them.
-
-    Attributes:
-        features: float32 ``[N, W]``.
-        targets: of the N images.
-    """
+    """Features ``[N, W]`` of images, float32, and the truth about them."""
 
     features: Tensor
     targets: Targets
@@ -47,19 +42,13 @@ class Split:
 
     @property
     def labels(self) -> Tensor:
-        """Labels for :func:`lit_clip.evaluation.logistic.fit_logistic`: relevance if images have several classes."""
+        """Labels for a ``LogisticProblem``: relevance if images have several classes."""
         return self.targets.labels if self.targets.relevance is None else self.targets.relevance
 
 
 @dataclass
 class Probe:
-    """A trained probe.
-
-    Attributes:
-        l2: the chosen penalty.
-        search: the metric on the validation images by penalty, in the order tried.
-        fit: the classifier, trained on training and validation images.
-    """
+    """A trained probe: penalty, the metric on validation images by penalty in the order tried, and classifier."""
 
     l2: float
     search: dict[float, float]
@@ -76,16 +65,10 @@ def train_probe(
 ) -> Probe:
     """Train a classifier on features by up to ``MOST_PENALTIES + 1`` fits.
 
-    The penalty is chosen on ``val``; the final classifier is trained on ``train`` and ``val``. If images have several
-    classes, there is one binary classifier per class, all with the same penalty.
-
-    Args:
-        train: split to train on.
-        val: split to choose the penalty on; None: a fifth of each class of ``train`` (see :func:`held_out`).
-        metric: metric that chooses the penalty.
-        seed: seed for the images held out.
-        advance: see :class:`lit_clip.evaluation.logistic.LogisticProblem`.
-        l2: penalty, which is then not searched for.
+    The penalty is chosen by ``metric`` on ``val``, or without it on a fifth of each class of ``train`` (see
+    :func:`held_out`), unless ``l2`` is given; the final classifier is trained on ``train`` and ``val``. If images have
+    several classes, there is one binary classifier per class, all with the same penalty. For ``advance`` see
+    :class:`lit_clip.evaluation.logistic.LogisticProblem`.
     """
     splits = [train] if val is None else [train, val]
     _check(splits)
@@ -104,7 +87,8 @@ def _search(train: Split, val: Split, metric: Metric, advance: Advance | None) -
     fits: dict[float, Fit] = {}
 
     def value_of(l2: float) -> float:
-        fits[l2] = problem.fit(l2, _nearest(fits, l2))
+        nearest = min(fits, key=lambda other: abs(math.log(other / l2)), default=None)
+        fits[l2] = problem.fit(l2, None if nearest is None else fits[nearest])  # start from the closest penalty
         return evaluate_scores(metric, fits[l2].scores(val.features), val.targets)[metric]
 
     search = search_l2(value_of)
@@ -114,11 +98,7 @@ def _search(train: Split, val: Split, metric: Metric, advance: Advance | None) -
 def search_l2(value_of: Callable[[float], float]) -> dict[float, float]:
     """Search the 97 penalties as the paper does: every 16th, strongest first, then in ever smaller steps near the peak.
 
-    Args:
-        value_of: function of a penalty to maximise.
-
-    Returns:
-        values by penalty, in the order tried. They include the maximum if there is a single peak.
+    Return the values of the maximised function by penalty, in the order tried; they include a single peak's maximum.
     """
     values: dict[float, float] = {}
     span, tried = FIRST_SPAN, range(len(L2_GRID) - 1, -1, -FIRST_SPAN)
@@ -167,19 +147,15 @@ def places_in_classes(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return place, count[labels]
 
 
-def _nearest(fits: dict[float, Fit], l2: float) -> Fit | None:
-    """Return the fit whose penalty is closest in logarithm, to start from."""
-    return fits[min(fits, key=lambda other: abs(math.log(other / l2)))] if fits else None
-
-
 def _check(splits: list[Split]) -> None:
     for split in splits:
         require(len(split.targets) > 0, "linear probe: a split has no images")
         one_class = bool((split.targets.labels >= 0).all())
         require(split.labels.ndim == 2 or one_class, "linear probe: a split has images without a class")
-        for name, ours, first in (
-            ("features", split.features.shape[1], splits[0].features.shape[1]),
-            ("classes", split.targets.classes, splits[0].targets.classes),
-            ("kinds of labels", split.labels.ndim, splits[0].labels.ndim),
-        ):
+    for name, first, *others in (
+        ("features", *(split.features.shape[1] for split in splits)),
+        ("classes", *(split.targets.classes for split in splits)),
+        ("kinds of labels", *(split.labels.ndim for split in splits)),
+    ):
+        for ours in others:
             require(ours == first, f"linear probe: the splits have {first} and {ours} {name}; they must be the same")

@@ -38,12 +38,7 @@ METHOD = "ensemble 1"  # part of the cache key: increase the number when the ari
 
 @dataclass(frozen=True)
 class Prompts:
-    """Names and prompts of C classes, in label order.
-
-    Attributes:
-        names: display name of each class.
-        texts: prompts of each class, one or more.
-    """
+    """Display name, and one or more prompts, of each of C classes, in label order."""
 
     names: list[str]
     texts: list[list[str]]
@@ -56,16 +51,14 @@ class Prompts:
 
 @dataclass
 class _Classes:
-    """A list of classes in the order of its source.
+    """A list of classes in the order of its source, called ``where`` in errors.
 
     Attributes:
-        where: name of the list in errors.
         names: names of each class, or its prompts if ``whole_prompts``.
         display: display name of each class; the first of its names if not given.
         aliases: other names that a set may have for a display name.
         in_label_order: whether the order is meant to be the set's label order.
-        whole_prompts: whether ``names`` are whole prompts, without templates.
-        by_name: whether classes can only be matched by name, because the order is not that of any dataset.
+        by_name: whether classes can only be matched by name, because the order is no dataset's.
         templates: prompt templates from the same file, if any.
     """
 
@@ -110,12 +103,7 @@ def prompts_of_set(entry: SuiteEntry, images: LabelledImages) -> Prompts:
 
 
 def templates_of(templates: str | Sequence[str], where: str = "templates") -> list[str]:
-    """Return the prompt templates of a named list, a YAML file, a single template or a list; see :func:`prompts_of`.
-
-    Args:
-        templates: the templates, or the name of their list.
-        where: their place, for messages.
-    """
+    """Return the prompt templates of a named list, a YAML file, a single template or a list; see :func:`prompts_of`."""
     if isinstance(templates, str):
         file = templates.endswith(FILES) and "{}" not in templates
         templates, where = _templates(templates, where), f"{where}: {templates}" if file else where
@@ -170,16 +158,13 @@ def _classes(spec: ClassNames, own_names: Sequence[str]) -> _Classes:
 def _listed(value: Any, where: str) -> _Classes:
     """Read a list of names or of several names per class, or a mapping from classes to prompts."""
     require(isinstance(value, list | dict) and bool(value), f"{where}: must be a list or a mapping of classes")
-    names = [_names(element, where) for element in (value.values() if isinstance(value, dict) else value)]
+    names = []
+    for element in value.values() if isinstance(value, dict) else value:
+        names.append([_string(name, where) for name in (element if isinstance(element, list) else [element])])
+        require(bool(names[-1]), f"{where}: a class has no name")
     if isinstance(value, dict):
         return _Classes(where, names, [_string(name, where) for name in value], whole_prompts=True)
     return _Classes(where, names, in_label_order=True)
-
-
-def _names(value: Any, where: str) -> list[str]:
-    names = [_string(name, where) for name in (value if isinstance(value, list) else [value])]
-    require(bool(names), f"{where}: a class has no name")
-    return names
 
 
 def _string(value: Any, where: str) -> str:
@@ -259,22 +244,15 @@ def text_classifier(
     batch_size: int = 512,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Build the paper's prompt ensemble in embedding space (section 3.1.4) for any number of prompts per class.
-
-    See :func:`lit_clip.evaluation.zero_shot.ensemble`. All ranks call this and share the work; the result does not
-    depend on their number.
+    """Return the :func:`lit_clip.evaluation.zero_shot.ensemble` of prompts, which all ranks share, or load it.
 
     Args:
         model: model on the device to compute on.
         prompts: prompts of C classes.
-        cache: folder of built classifiers, keyed by the text tower's weights and the tokens; created if it does not
-            exist. Damaged files are replaced.
+        cache: folder of built classifiers, keyed by the text tower's weights and the tokens.
         weights: :func:`text_sha256` of the model, or another name of its weights, if known.
         batch_size: prompts encoded at once.
         progress: called after each batch with the number of prompts that this process has encoded.
-
-    Returns:
-        float32 ``[D, C]`` on the model's device, unit columns.
     """
     require(bool(prompts.texts) and all(prompts.texts), "prompts: there are no classes, or a class has no prompt")
     counts = [len(texts) for texts in prompts.texts]
@@ -292,7 +270,9 @@ def text_classifier(
     error = None
     if path is not None:
         try:
-            _save(path, classifier)
+            make_folder(path.parent)
+            with replacing(path) as temporary, temporary.open("wb") as file:
+                np.savez(file, classifier=classifier.float().cpu().numpy())
         except InputError as raised:
             error = raised
     if cache is not None and distributed.maximum(int(error is not None)):  # raise on all ranks or on none
@@ -324,9 +304,3 @@ def _load(path: Path, shape: tuple[int, int]) -> Tensor | None:
     except InputError:
         return None
     return torch.from_numpy(values) if values.shape == shape and values.dtype == np.float32 else None
-
-
-def _save(path: Path, classifier: Tensor) -> None:
-    make_folder(path.parent)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, classifier=classifier.float().cpu().numpy())

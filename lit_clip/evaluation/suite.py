@@ -36,6 +36,11 @@ Metric = Literal[
     "jaccard",
 ]
 CHOICE_METRICS: tuple[Metric, ...] = ("text_score", "macro_text_score", "image_score", "group_score", "jaccard")
+TASK_OF_METRIC: dict[Metric, Task] = {
+    "recall@1": "retrieval",
+    "within_km": "geolocation",
+    **dict.fromkeys(CHOICE_METRICS, "caption_choice"),
+}
 LOCATION_ARGUMENTS = ("root", "path")  # relative to the data root
 NAME_BYTES = 100  # limit for a set's name, which is part of file names (at most 255 bytes)
 ClassNames = str | list[str | list[str]] | dict[str, list[str]] | None
@@ -84,6 +89,9 @@ class SuiteEntry:
         unknown = self.splits.keys() - {"train", "val", "test"}
         require(not unknown, f"splits: unknown split {', '.join(sorted(unknown))}; must be train, val or test")
         for name in self.splits:
+            same = name != "test" and self.splits[name] == self.splits["test"]
+            message = f"splits: {name} and test have the same arguments, so the probe would train on test images"
+            require(not same, message)
             if self.is_of_another_set(name):
                 require(name != "test", "splits: test has a class_path; write it under data")
                 self.splits = {**self.splits, name: _checked_class(self.splits[name], f"splits: {name}")}
@@ -92,11 +100,6 @@ class SuiteEntry:
             {key for fold in self.folds for split in self.splits.values() for key in fold.keys() & split.keys()}
         )
         require(not twice, f"folds: {', '.join(twice)} is set by splits too, which the fold would override; keep one")
-        for name in self.splits.keys() - {"test"}:
-            same = self.splits[name] == self.splits["test"]
-            require(
-                not same, f"splits: {name} and test have the same arguments, so the probe would train on test images"
-            )
         if self.tasks is None:
             self.tasks = self._default_tasks()
         require(bool(self.tasks), "tasks: empty; leave it out to run all that the splits allow")
@@ -110,12 +113,8 @@ class SuiteEntry:
         return "class_path" in self.splits[split]
 
     def _default_tasks(self) -> list[Task]:
-        if self.metric == "recall@1":
-            return ["retrieval"]
-        if self.metric == "within_km":
-            return ["geolocation"]
-        if self.metric in CHOICE_METRICS:
-            return ["caption_choice"]
+        if self.metric in TASK_OF_METRIC:
+            return [TASK_OF_METRIC[self.metric]]
         if "train" not in self.splits:
             return ["zero_shot"]
         if self.metric == "map11":  # shots per class are not defined for images with several classes
@@ -136,11 +135,7 @@ class SuiteEntry:
         return {"class_path": self.data["class_path"], "init_args": options}
 
     def open(self, split: str, fold: int, data_root: Path) -> ImageSet:
-        """Open one split of one fold.
-
-        Raises:
-            MissingData: its files are not below ``data_root``.
-        """
+        """Open one split of one fold; raise :class:`MissingData` if its files are not below ``data_root``."""
         spec = self.spec(split, fold)
         options: dict[str, Any] = spec["init_args"]
         for key in LOCATION_ARGUMENTS:
@@ -197,7 +192,11 @@ def read_suite(paths: str | Path | Sequence[str | Path]) -> dict[str, SuiteEntry
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SuiteEntry)
     for path in [paths] if isinstance(paths, str | Path) else paths:
-        for name, value in _sets(Path(path)).items():
+        values = read_yaml(Path(path))
+        sets = values.get("sets") if isinstance(values, dict) else None
+        if not isinstance(sets, dict):
+            raise InputError(f"{path}: must have a mapping called sets: {{name: {{data: ...}}}}")
+        for name, value in sets.items():
             check_name(name, str(path))
             require(name not in entries, f"{path}: there are two sets called {name}; rename one")
             entries[name] = _entry(parser, value, f"{path}: {name}")
@@ -216,14 +215,6 @@ def check_name(name: Any, where: str) -> None:
         fits and 0 < len(name.encode()) <= NAME_BYTES,
         f"{where}: {name[:NAME_BYTES]!r} cannot be part of file names; it {rule}",
     )
-
-
-def _sets(path: Path) -> Mapping[Any, Any]:
-    values = read_yaml(path)
-    sets = values.get("sets") if isinstance(values, dict) else None
-    if not isinstance(sets, dict):
-        raise InputError(f"{path}: must have a mapping called sets: {{name: {{data: ...}}}}")
-    return sets
 
 
 def _entry(parser: ArgumentParser, value: Any, where: str) -> SuiteEntry:

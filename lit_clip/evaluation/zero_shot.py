@@ -23,18 +23,12 @@ class TextEncoder(Protocol):
     """Interface that :func:`zero_shot_classifier` needs of a model."""
 
     @property
-    def device(self) -> torch.device:
-        """Device of the parameters."""
-        ...
+    def device(self) -> torch.device: ...
 
     @property
-    def tokenizer(self) -> TextTokenizer:
-        """Tokenizer: texts to int64 ``[N, L]``."""
-        ...
+    def tokenizer(self) -> TextTokenizer: ...
 
-    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
-        """Encode int64 ``[N, L]`` to ``[N, D]``."""
-        ...
+    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor: ...
 
 
 @lru_cache(maxsize=1)
@@ -113,7 +107,9 @@ def zero_shot_classifier(
     batch_size: int = 512,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Build the paper's prompt ensemble in embedding space (section 3.1.4), see :func:`ensemble`.
+    """Build the paper's prompt ensemble in embedding space (section 3.1.4): ``[D, C]``, with unit columns.
+
+    ``image_features @ classifier`` are then the cosine similarities.
 
     Args:
         model: a :class:`lit_clip.CLIP`, or anything with ``tokenizer`` and ``encode_text``.
@@ -121,9 +117,6 @@ def zero_shot_classifier(
         templates: texts with ``{}`` for the class name.
         batch_size: prompts encoded at once.
         progress: called after each batch with the number of prompts encoded.
-
-    Returns:
-        ``[D, C]``, unit columns; ``image_features @ classifier`` are the cosine similarities.
     """
     check_templates(templates)
     require(not isinstance(class_names, str), f"class_names: {class_names!r} is one string; give a list of names")
@@ -142,10 +135,10 @@ def ensemble(
     progress: Callable[[int], None] | None = None,
     ranks: bool = False,
 ) -> Tensor:
-    """Return the normalised mean of each class's unit prompt features.
+    """Return the normalised mean of each class's unit prompt features, float32 ``[D, C]`` on the model's device.
 
-    Prompts are sorted by length, so batches have little padding. The ranks share the batches, and sums are float64, so
-    the result does not depend on the number of ranks.
+    Prompts are sorted by length, so batches have little padding. With ``ranks`` all ranks call this and share the
+    batches; sums are float64, so the result does not depend on their number.
 
     Args:
         model: model whose text encoder is used.
@@ -153,10 +146,7 @@ def ensemble(
         counts: number of prompts of each of C classes, at least one.
         batch_size: prompts encoded at once.
         progress: called after each batch with the number of prompts that this process has encoded.
-        ranks: whether all ranks call this and share the work.
-
-    Returns:
-        float32 ``[D, C]`` on the model's device.
+        ranks: whether other ranks share the work.
     """
     tokenizer = model.tokenizer
     classes = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # [P]
