@@ -61,11 +61,7 @@ class ImageSet(ABC):
 
 
 class LabelledImages(ImageSet, Dataset[tuple[Image.Image, int]]):
-    """Images with one class each.
-
-    Attributes:
-        class_names: names of the classes, in label order.
-    """
+    """Images with one class each; class names are in label order."""
 
     class_names: list[str]
 
@@ -148,12 +144,7 @@ class CaptionChoices(ABC):
 
 
 class PartOf(ABC):
-    """Some images of another set, under other labels or class names; both share their features.
-
-    Attributes:
-        whole: the other set.
-        rows: rows of the images there, ascending.
-    """
+    """Some images of a ``whole`` set, by ascending rows there, under other labels or names; both share features."""
 
     whole: ImageSet
     rows: list[int]

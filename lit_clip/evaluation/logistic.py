@@ -32,14 +32,9 @@ Advance = Callable[[float], None]  # of lit_clip.tools.console.progress
 
 @dataclass(frozen=True)
 class Fit:
-    """A linear classifier.
+    """A linear classifier: weight ``[C, W]`` and bias ``[C]``, -inf for a class without examples.
 
-    Attributes:
-        weight: ``[C, W]``.
-        bias: ``[C]``; -inf for a class without examples, which is never predicted.
-        iterations: number of L-BFGS iterations.
-        converged: whether the objective stopped falling before the iteration limit.
-        objective: sum of losses + l2 / 2 |weight|^2 of the fitted classes.
+    ``converged`` says whether the objective (of the fitted classes) stopped falling before the iteration limit.
     """
 
     weight: Tensor

@@ -6,7 +6,7 @@ The paper states scikit-learn's L-BFGS, 1,000 iterations, a grid of 97 lambdas f
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -74,22 +74,31 @@ def train_probe(
     _check(splits)
     search, start = {}, None
     if l2 is None:
-        search, start = _search(*(splits if val else held_out(train, seed)), metric, advance)
+        search_train, search_val = held_out(train, seed) if val is None else (train, val)
+        problem = LogisticProblem(search_train.features, search_train.labels, train.targets.classes, advance)
+        search, (start,) = searched([problem], search_val, metric, warm=True)
         l2 = best_l2(search)
     features, labels = torch.cat([each.features for each in splits]), torch.cat([each.labels for each in splits])
     problem = LogisticProblem(features, labels, train.targets.classes, advance)
     return Probe(l2, search, problem.fit(l2, start))
 
 
-def _search(train: Split, val: Split, metric: Metric, advance: Advance | None) -> tuple[dict[float, float], Fit]:
-    """Return the metric by penalty, and the classifier of the best penalty."""
-    problem = LogisticProblem(train.features, train.labels, train.targets.classes, advance)
-    fits: dict[float, Fit] = {}
+def searched(
+    problems: Sequence[LogisticProblem], val: Split, metric: Metric, warm: bool = False
+) -> tuple[dict[float, float], list[Fit]]:
+    """Return the metric by penalty, its mean over the problems, and their classifiers of the best penalty.
+
+    If ``warm``, a fit starts from the one whose penalty is the closest in logarithm.
+    """
+    fits: dict[float, list[Fit]] = {}
 
     def value_of(l2: float) -> float:
-        nearest = min(fits, key=lambda other: abs(math.log(other / l2)), default=None)
-        fits[l2] = problem.fit(l2, None if nearest is None else fits[nearest])  # start from the closest penalty
-        return evaluate_scores(metric, fits[l2].scores(val.features), val.targets)[metric]
+        nearest = min(fits, key=lambda other: abs(math.log(other / l2)), default=l2)
+        starts = fits.get(nearest) if warm else None
+        fits[l2] = [problem.fit(l2, starts and starts[number]) for number, problem in enumerate(problems)]
+        scores = [fit.scores(val.features) for fit in fits[l2]]
+        values = [evaluate_scores(metric, of_fit, val.targets)[metric] for of_fit in scores]
+        return float(torch.tensor(values, dtype=torch.float64).mean())
 
     search = search_l2(value_of)
     return search, fits[best_l2(search)]

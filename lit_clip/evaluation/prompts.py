@@ -20,7 +20,7 @@ from torch import Tensor
 from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import LabelledImages
-from lit_clip.evaluation.suite import ClassNames, SuiteEntry
+from lit_clip.evaluation.suite import ClassNames, SuiteEntry, as_text
 from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, ensemble, imagenet_class_names, imagenet_templates
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder, replacing
@@ -126,7 +126,7 @@ def _templates(name: str, where: str) -> list[str]:
     listed = value.get("templates") if isinstance(value, dict) else value
     if not isinstance(listed, list) or not listed:
         raise InputError(f"{where}: {name}: must be a list of templates, or a mapping with one")
-    return [_string(template, f"{where}: {name}") for template in listed]
+    return [as_text(template, f"{where}: {name}") for template in listed]
 
 
 def _classes(spec: ClassNames, own_names: Sequence[str]) -> _Classes:
@@ -160,21 +160,11 @@ def _listed(value: Any, where: str) -> _Classes:
     require(isinstance(value, list | dict) and bool(value), f"{where}: must be a list or a mapping of classes")
     names = []
     for element in value.values() if isinstance(value, dict) else value:
-        names.append([_string(name, where) for name in (element if isinstance(element, list) else [element])])
+        names.append([as_text(name, where) for name in (element if isinstance(element, list) else [element])])
         require(bool(names[-1]), f"{where}: a class has no name")
     if isinstance(value, dict):
-        return _Classes(where, names, [_string(name, where) for name in value], whole_prompts=True)
+        return _Classes(where, names, [as_text(name, where) for name in value], whole_prompts=True)
     return _Classes(where, names, in_label_order=True)
-
-
-def _string(value: Any, where: str) -> str:
-    """Return a string; YAML reads some as numbers, which are converted back, or as other types, which are errors."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise InputError(f"{where}: {shortened(value)} is not a string; put it in quotes")
-    require(bool(value.strip()), f"{where}: a name or prompt is empty")
-    return value
 
 
 def _without_spelling(name: str) -> str:
@@ -257,36 +247,19 @@ def text_classifier(
     require(bool(prompts.texts) and all(prompts.texts), "prompts: there are no classes, or a class has no prompt")
     counts = [len(texts) for texts in prompts.texts]
     tokens = model.tokenizer([text for texts in prompts.texts for text in texts])  # [P, L]
-    shape, path, stored = (model.config.embed_dim, len(counts)), None, None
-    if cache is not None and distributed.rank_and_world()[0] == 0:
-        path = cache / f"{_cache_key(model, tokens, counts, weights)}.npz"
-        stored = _load(path, shape)
-    if cache is not None:
-        stored = _from_first_rank(stored, shape, model.device)
-    if stored is not None:
-        return stored.to(model.device)
+    path = None if cache is None else cache / f"{_cache_key(model, tokens, counts, weights)}.npz"
+    first = distributed.rank_and_world()[0] == 0
+    if path is not None:
+        shape = (model.config.embed_dim, len(counts))
+        (stored,) = distributed.gather_objects([_load(path, shape)] if first else [])
+        if stored is not None:
+            return stored.to(model.device)
     # In the memory layout of a loaded classifier: with another one, products with it would be rounded differently.
     classifier = ensemble(model, tokens, counts, batch_size, progress, ranks=True).contiguous()
-    error = None
     if path is not None:
-        try:
-            make_folder(path.parent)
-            with replacing(path) as temporary, temporary.open("wb") as file:
-                np.savez(file, classifier=classifier.float().cpu().numpy())
-        except InputError as raised:
-            error = raised
-    if cache is not None and distributed.maximum(int(error is not None)):  # raise on all ranks or on none
-        error = error or InputError("the first process could not save the classifier; its message says why")
-    if error:
-        raise error
+        for reason in distributed.gather_objects(_save(path, classifier) if first else []):
+            raise InputError(reason)  # on all ranks or on none
     return classifier
-
-
-def _from_first_rank(stored: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor | None:
-    """Return the first rank's classifier on all ranks; the other ranks have none."""
-    if not distributed.maximum(int(stored is not None)):
-        return None
-    return distributed.sum_over_ranks(torch.zeros(shape) if stored is None else stored, device)
 
 
 def _cache_key(model: CLIP, tokens: Tensor, counts: Sequence[int], weights: str | None) -> str:
@@ -300,7 +273,18 @@ def _load(path: Path, shape: tuple[int, int]) -> Tensor | None:
     """Return a saved classifier; None if there is none or it is damaged (an ``.npz`` file has a checksum)."""
     try:
         with reading(path, "classifier"), np.load(path, allow_pickle=False) as file:
-            values = np.ascontiguousarray(file["classifier"])  # collectives take the memory in its order
+            values = np.ascontiguousarray(file["classifier"])
     except InputError:
         return None
     return torch.from_numpy(values) if values.shape == shape and values.dtype == np.float32 else None
+
+
+def _save(path: Path, classifier: Tensor) -> list[str]:
+    """Save a classifier; return the reason if it could not be saved."""
+    try:
+        make_folder(path.parent)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, classifier=classifier.float().cpu().numpy())
+    except InputError as error:
+        return [str(error)]
+    return []

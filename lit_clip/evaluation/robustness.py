@@ -38,13 +38,11 @@ class RobustnessRow(NamedTuple):
     effective: float | None
 
 
-def robustness_table(
-    points: Mapping[str, TopOnePair], references: Mapping[str, Sequence[TopOnePair]] | None = None
-) -> list[RobustnessRow]:
-    """Return a row for each set, by its name in the paper; default references: :func:`imagenet_classifiers`."""
+def robustness_table(points: Mapping[str, TopOnePair]) -> list[RobustnessRow]:
+    """Return a row for each set, by its name in the paper, compared with :func:`imagenet_classifiers`."""
     rows = []
     for name, point in points.items():
-        reference = (references or {}).get(name) or imagenet_classifiers(name)
+        reference = imagenet_classifiers(name)
         effective = effective_robustness([point], reference)[0] if reference else None
         rows.append(RobustnessRow(name, point, point.imagenet - point.shifted, effective))
     return rows
@@ -74,18 +72,13 @@ def imagenet_classifiers(name: str) -> list[TopOnePair]:
     return list(_published().get(name, ()))
 
 
-def subset_top1(scores: Tensor, labels: Tensor, classes: Sequence[int]) -> float:
-    """Return ImageNet's accuracy among some of its classes, from scores ``[N, 1000]`` and labels ``[N]``."""
-    columns, rows = torch.tensor(sorted(set(classes))), subset_rows(labels, classes)
-    subset = scores[rows.to(scores.device)][:, columns.to(scores.device)]
-    return accuracies(classification_counts(subset, torch.searchsorted(columns, labels[rows])))["top1"]
-
-
-def subset_rows(labels: Tensor, classes: Sequence[int]) -> Tensor:
-    """Return the rows of ImageNet's images of these classes, int64 ``[n]``."""
-    rows = torch.isin(labels, torch.tensor(sorted(set(classes)))).nonzero()[:, 0]
+def subset_top1(scores: Tensor, labels: Tensor, classes: Sequence[int]) -> tuple[float, int]:
+    """Return ImageNet's accuracy among some of its classes, from scores ``[N, 1000]``, and their number of images."""
+    columns = torch.tensor(sorted(set(classes)))
+    rows = torch.isin(labels, columns).nonzero()[:, 0]
     require(len(rows) > 0, "robustness: there is no ImageNet image of these classes")
-    return rows
+    subset = scores[rows.to(scores.device)][:, columns.to(scores.device)]
+    return accuracies(classification_counts(subset, torch.searchsorted(columns, labels[rows])))["top1"], len(rows)
 
 
 @lru_cache(maxsize=1)

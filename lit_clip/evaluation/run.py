@@ -1,6 +1,7 @@
 """The sets of a suite, evaluated one after the other into one folder."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,35 +30,23 @@ from lit_clip.tools.console import from_totals, progress, stderr
 IMAGENET = "ImageNet"  # its name in the paper
 
 
+@dataclass
 class EvaluationRun:
-    """Evaluation of one model into one output folder.
+    """Evaluation of one model into one output folder; the sets' paths are relative to ``root``.
 
     All ranks compute features and classifiers together. The first rank alone then runs the tasks.
-
-    Args:
-        model: the encoders.
-        store: of the model's features.
-        root: folder that the sets' paths are relative to.
-        results: of the output folder.
-        options: of the tasks.
-        tasks: those to run.
     """
 
-    def __init__(
-        self,
-        model: CLIP,
-        store: FeatureStore,
-        root: Path,
-        results: Results,
-        options: TaskOptions,
-        tasks: tuple[Task, ...],
-    ) -> None:
-        self.model, self.store, self.root = model, store, root
-        self.results, self.options, self.tasks = results, options, tasks
-        self.device, self.text_weights = torch.device("cpu"), store.fingerprint.text
-        self.probes: dict[tuple[Any, ...], Any] = {}
-        self.imagenet: list[OpenSet] = []  # ImageNet and the sets that have some of its classes
-        self.not_downloaded: dict[str, str] = {}  # why, by set; known on the first rank
+    model: CLIP
+    store: FeatureStore
+    root: Path
+    results: Results
+    options: TaskOptions
+    tasks: tuple[Task, ...]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"), init=False)
+    probes: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False)
+    imagenet: list[OpenSet] = field(default_factory=list, init=False)  # it and the sets that have some of its classes
+    not_downloaded: dict[str, str] = field(default_factory=dict, init=False)  # why, by set; known on the first rank
 
     def evaluate(self, entries: Mapping[str, SuiteEntry], download: bool = False) -> None:
         """Evaluate all sets, in order, after downloading those that are missing if ``download``."""
@@ -66,21 +55,18 @@ class EvaluationRun:
             failed = distributed.on_first_rank(lambda: download_missing(entries, self.root, self.tasks))
             self.not_downloaded = failed or {}
         rank, world = distributed.rank_and_world()
-        waiting = []
+        waiting: list[OpenSet] = []
         for name, entry in entries.items():
             self.results.begin(name, entry)
             try:
-                opened = self._open(name, entry)
+                waiting.append(self._open(name, entry))
             except InputError as error:
                 self._record_failure(name, error)
-                continue
-            if world == 1:
-                self._finish(opened)
-            else:
-                waiting.append(opened)
-        for opened in waiting if rank == 0 else ():
-            self._finish(opened)
+            while waiting and world == 1:  # otherwise the other ranks would wait for the first
+                self._finish(waiting.pop())
         if rank == 0:
+            for opened in waiting:
+                self._finish(opened)
             self._add_subset_accuracies()
 
     def _record_failure(self, name: str, error: InputError) -> None:
@@ -109,11 +95,7 @@ class EvaluationRun:
         return opened
 
     def _open_folds(self, opened: OpenSet) -> list[Task]:
-        """Open the splits that are there and return the tasks that they allow.
-
-        Raises:
-            MissingData: there is no test split.
-        """
+        """Open the splits that are there, of which the test split must be, and return the tasks that they allow."""
         entry = opened.entry
         assert entry.tasks is not None
         tasks: list[Task] = [task for task in entry.tasks if task in self.tasks]
@@ -149,7 +131,9 @@ class EvaluationRun:
             progress(f"{name} texts", share, enabled=rank == 0) as advance,
         ):
             count = from_totals(advance)
-            classifier = text_classifier(self.model, prompts, folder, weights=self.text_weights, progress=count)
+            classifier = text_classifier(
+                self.model, prompts, folder, weights=self.store.fingerprint.text, progress=count
+            )
         self.model.cpu()
         return classifier.cpu()
 

@@ -12,30 +12,15 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, MissingData
 from lit_clip.tools.messages import one_line, user_error
 from lit_clip.tools.text_files import read_yaml
+from lit_clip.tools.untrusted import shortened
 
 Task = Literal["zero_shot", "linear_probe", "few_shot", "retrieval", "geolocation", "bias", "caption_choice"]
 TASKS: tuple[Task, ...] = get_args(Task)
-Metric = Literal[
-    "top1",
-    "mean_per_class",
-    "map11",
-    "roc_auc",
-    "mean_top1_top5",
-    "pm",
-    "lexicon",
-    "mwap",
-    "macro_f1",
-    "worst_group_top1",
-    "worst_group_top5",
-    "within_km",
-    "recall@1",
-    "text_score",
-    "macro_text_score",
-    "image_score",
-    "group_score",
-    "jaccard",
-]
-CHOICE_METRICS: tuple[Metric, ...] = ("text_score", "macro_text_score", "image_score", "group_score", "jaccard")
+ClassMetric = Literal["top1", "mean_per_class", "mean_top1_top5", "macro_f1", "worst_group_top1", "worst_group_top5"]
+AnnotatedMetric = Literal["map11", "roc_auc", "pm", "lexicon", "mwap"]
+ChoiceMetric = Literal["text_score", "macro_text_score", "image_score", "group_score", "jaccard"]
+Metric = Literal[ClassMetric, AnnotatedMetric, ChoiceMetric, "within_km", "recall@1"]
+CHOICE_METRICS: tuple[Metric, ...] = get_args(ChoiceMetric)
 TASK_OF_METRIC: dict[Metric, Task] = {
     "recall@1": "retrieval",
     "within_km": "geolocation",
@@ -234,7 +219,14 @@ def _strings(value: Any, where: str) -> Any:
         return {_strings(name, where): _strings(words, where) for name, words in lists.items()}
     if isinstance(value, list):
         return [_strings(element, where) for element in value]
+    return as_text(value, where)
+
+
+def as_text(value: Any, where: str) -> str:
+    """Return a string; YAML reads some as numbers, which are converted back, or as other types, which are errors."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    require(isinstance(value, str), f"{where}: {value!r} is not a string; put it in quotes")
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {shortened(value)} is not a string; put it in quotes")
+    require(bool(value.strip()), f"{where}: a name or prompt is empty")
     return value

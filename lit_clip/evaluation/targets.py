@@ -83,15 +83,12 @@ class Targets:
 
     def digest(self) -> str:
         """Return a hash of all values, the same in every process; part of the cache key of results."""
-        parts: list[object] = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                parts += [(field.name, value.dtype, value.shape), value.contiguous().numpy().tobytes()]
-            else:
-                value = [sorted(classes) for classes in value] if field.name == "accepted" and value else value
-                parts.append((field.name, value))
-        return hex_digest(parts)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["accepted"] = self.accepted and [sorted(classes) for classes in self.accepted]
+        return hex_digest(
+            (name, value.dtype, value.shape, value.tolist()) if isinstance(value, Tensor) else (name, value)
+            for name, value in values.items()
+        )
 
     def take(self, rows: Sequence[int] | Tensor) -> "Targets":
         """Return the targets of some rows, renumbered.

@@ -35,7 +35,7 @@ from lit_clip.evaluation.predictions import (
     unit_scores,
 )
 from lit_clip.evaluation.probe import MOST_PENALTIES, Probe, Split, train_probe
-from lit_clip.evaluation.robustness import subset_rows, subset_top1
+from lit_clip.evaluation.robustness import subset_top1
 from lit_clip.evaluation.scores import baseline, baselines, comparable, evaluate_scores, interval, mean_over_folds
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import Task
@@ -149,40 +149,26 @@ def _keys(fold: Fold) -> list[str]:
     return [fold.images["test"].key(row) for row in fold.features["test"].rows]
 
 
-@dataclass
-class _Scored:
-    """A fold's classification: metrics with their intervals, and the rows of the file of predictions."""
-
-    metrics: dict[str, float]
-    intervals: dict[str, Interval]
-    columns: Columns
-
-
-def _scored(opened: OpenSet, number: int, scores: Tensor) -> _Scored:
-    metric, fold = opened.entry.metric, opened.folds[number]
-    targets = _targets(opened, fold, "test")
-    metrics, units = evaluate_scores(metric, scores, targets), unit_scores(metric, scores, targets)
-    return _Scored(metrics, intervals(units), class_columns(metric, _keys(fold), scores, targets, units, number))
-
-
 def _classification(task: Task, opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
     """Return the result, averaged over folds, and save the predictions."""
-    start, first, last = time.monotonic(), opened.folds[0], opened.folds[-1]
-    scored = [
-        _scored(opened, number, class_scores(task, opened, fold, options)) for number, fold in enumerate(opened.folds)
-    ]
-    mean, targets = mean_over_folds([fold.metrics for fold in scored]), _targets(opened, first, "test")
-    columns = joined([fold.columns for fold in scored])
+    start, metric, first, last = time.monotonic(), opened.entry.metric, opened.folds[0], opened.folds[-1]
+    metrics: list[dict[str, float]] = []
+    of_folds: list[dict[str, Interval]] = []
+    rows: list[Columns] = []
+    for number, fold in enumerate(opened.folds):
+        scores, targets = class_scores(task, opened, fold, options), _targets(opened, fold, "test")
+        units = unit_scores(metric, scores, targets)
+        metrics.append(evaluate_scores(metric, scores, targets))
+        of_folds.append(intervals(units))
+        rows.append(class_columns(metric, _keys(fold), scores, targets, units, number))
+    mean, columns, targets = mean_over_folds(metrics), joined(rows), _targets(opened, first, "test")
+    known = [name for name in of_folds[0] if all(name in fold for fold in of_folds)]
     judged = zip(*(columns[name].tolist() for name in ("fold", "key", "truth")), strict=True)
     result = {
-        "value": mean[opened.entry.metric],
+        "value": mean[metric],
         "metrics": mean,
-        "intervals": {
-            name: mean_interval([fold.intervals[name] for fold in scored])
-            for name in scored[0].intervals
-            if all(name in fold.intervals for fold in scored)
-        },
-        "baseline": baseline(opened.entry.metric, targets),
+        "intervals": {name: mean_interval([fold[name] for fold in of_folds]) for name in known},
+        "baseline": baseline(metric, targets),
         "images": len(targets.labels),
         **predictions_entry(folder, opened.name, task, columns, judged),
     }
@@ -215,8 +201,8 @@ def top1_among(opened: OpenSet, classes: Sequence[int]) -> tuple[float, Interval
     """Return the zero-shot accuracy among some of the classes, see :func:`subset_top1`, and its interval."""
     fold = opened.folds[0]
     labels = _targets(opened, fold, "test").labels
-    value = subset_top1(_logits(opened, fold, opened.classifier), labels, classes)
-    return value, interval(value, len(subset_rows(labels, classes)))
+    value, images = subset_top1(_logits(opened, fold, opened.classifier), labels, classes)
+    return value, interval(value, images)
 
 
 def _confusions(opened: OpenSet, scores: Tensor, targets: Targets) -> list[tuple[str, str, int]]:

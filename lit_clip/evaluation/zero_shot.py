@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,22 +13,10 @@ from torch import Tensor
 from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import LabelledImages
-from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.models.clip import CLIP
 from lit_clip.tools.untrusted import shortened
 
 IMAGENET = "imagenet"
-
-
-class TextEncoder(Protocol):
-    """Interface that :func:`zero_shot_classifier` needs of a model."""
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def tokenizer(self) -> TextTokenizer: ...
-
-    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor: ...
 
 
 @lru_cache(maxsize=1)
@@ -101,7 +89,7 @@ class ZeroShotSet:
 
 
 def zero_shot_classifier(
-    model: TextEncoder,
+    model: CLIP,
     class_names: Sequence[str],
     templates: Sequence[str],
     batch_size: int = 512,
@@ -128,7 +116,7 @@ def zero_shot_classifier(
 
 @torch.no_grad()
 def ensemble(
-    model: TextEncoder,
+    model: CLIP,
     tokens: Tensor,
     counts: Sequence[int],
     batch_size: int = 512,
@@ -137,16 +125,9 @@ def ensemble(
 ) -> Tensor:
     """Return the normalised mean of each class's unit prompt features, float32 ``[D, C]`` on the model's device.
 
-    Prompts are sorted by length, so batches have little padding. With ``ranks`` all ranks call this and share the
-    batches; sums are float64, so the result does not depend on their number.
-
-    Args:
-        model: model whose text encoder is used.
-        tokens: int64 ``[P, L]``, the prompts of all classes, in the order of the classes.
-        counts: number of prompts of each of C classes, at least one.
-        batch_size: prompts encoded at once.
-        progress: called after each batch with the number of prompts that this process has encoded.
-        ranks: whether other ranks share the work.
+    Prompts, int64 ``[P, L]`` in the order of the classes with one or more of ``counts`` each, are sorted by length, so
+    batches have little padding. With ``ranks`` all ranks call this and share the batches; sums are float64, so the
+    result does not depend on their number. For the other arguments see :func:`zero_shot_classifier`.
     """
     tokenizer = model.tokenizer
     classes = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # [P]

@@ -374,7 +374,7 @@ def test_a_line_needs_two_classifiers_with_logits() -> None:
 def test_subset_top1_uses_only_the_images_and_scores_of_the_subset() -> None:
     scores = torch.tensor([[9.0, 1, 2, 3], [9, 5, 2, 4], [0, 1, 2, 9], [9, 0, 0, 0]])
     labels = torch.tensor([3, 3, 3, 0])
-    assert subset_top1(scores, labels, [3, 1]) == pytest.approx(2 / 3)  # without class 0 and its image
+    assert subset_top1(scores, labels, [3, 1]) == (pytest.approx(2 / 3), 3)  # without class 0 and its image
 
 
 @pytest.mark.parametrize("classes", [2, 4])
