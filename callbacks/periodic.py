@@ -54,7 +54,7 @@ class PeriodicEvaluation(Callback):
         if stage != "fit":
             return
         self._last, self._waited, self._logged = Evaluation(), 0, False
-        callbacks = _callbacks(trainer)
+        callbacks: list[Callback] = cast(Any, trainer).callbacks  # set by a connector
         late = [callback for callback in callbacks[callbacks.index(self) :] if isinstance(callback, WeightAveraging)]
         require(
             not late or self.every_n_steps is None,
@@ -107,14 +107,10 @@ class PeriodicEvaluation(Callback):
         module.baselines |= self._last.baselines
 
 
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    return cast(Any, trainer).callbacks  # set by a connector
-
-
 @contextmanager
 def _as_in_validation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Set up between two steps what a validation has: averaged weights, evaluation mode, one rank's statistics."""
-    averages = [callback for callback in _callbacks(trainer) if isinstance(callback, WeightAveraging)]
+    averages = [callback for callback in cast(Any, trainer).callbacks if isinstance(callback, WeightAveraging)]
     distributed.same_buffers(cast(LitCLIP, module).model)
     with evaluation_mode(module):
         for average in averages:

@@ -18,6 +18,7 @@ from lit_clip.evaluation.open_set import Fold, OpenSet
 from lit_clip.evaluation.prompts import Prompts
 from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
 from lit_clip.evaluation.suite import SuiteEntry, check_name
+from lit_clip.evaluation.tasks import nearest_classes
 from lit_clip.evaluation.zero_shot import ZeroShotSet
 from lit_clip.models.clip import CLIP
 from lit_clip.models.patches import as_image
@@ -111,8 +112,7 @@ def _contact_sheet(module: LitCLIP, opened: OpenSet, examples: int) -> Image.Ima
     for number in [i * len(features.rows) // shown for i in range(shown)]:
         row = features.rows[number]
         frames = images.images(row)
-        best = (torch.from_numpy(features.after[number]) @ opened.classifier).topk(min(5, len(names)))
-        nearest = [(names[i], s) for i, s in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        nearest = nearest_classes(names, torch.from_numpy(features.after[number]) @ opened.classifier)
         truth = names[labels[row]] if labels[row] >= 0 else ""
         predictions.append(Prediction(to_pil_image(as_image(transform(frames[len(frames) // 2]))), truth, nearest))
     return prediction_grid(predictions)

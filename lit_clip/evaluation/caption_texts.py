@@ -1,22 +1,16 @@
 """The distinct captions of a set of captioned images, as prompts."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 
+from lit_clip.evaluation.data import CaptionedImages
 from lit_clip.evaluation.prompts import Prompts, templates_of
 from lit_clip.retrieval.metrics import PairIndices
 
 
-class Captioned(Protocol):
-    """Images by row that have captions, such as :class:`lit_clip.evaluation.data.CaptionedImages`."""
-
-    def captions(self, index: int) -> list[str]: ...
-
-
 def caption_texts(
-    images: Captioned, rows: Sequence[int], templates: str | Sequence[str] | None
+    images: CaptionedImages, rows: Sequence[int], templates: str | Sequence[str] | None
 ) -> tuple[Prompts, PairIndices]:
     """Return the distinct captions of a set as prompts, and which image (by its place in ``rows``) each belongs to.
 

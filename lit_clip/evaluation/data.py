@@ -21,17 +21,11 @@ class MissingData(InputError):  # noqa: N818 # an InputError, like everything th
 
 
 class ImageSet(ABC):
-    """Images by index, decoded on access; can be pickled, so that data workers can read them.
+    """Images by index, decoded on access; can be pickled, so that data workers can read them."""
 
-    Attributes:
-        several: whether an item may have many images; items are then read one at a time.
-        absent: number of items that the set lists but that are not on disk, and so not here.
-        annotation_paths: files that say which items there are and what they show.
-    """
-
-    several: bool = False
-    absent: int = 0
-    annotation_paths: Sequence[Path] = ()
+    several: bool = False  # whether an item may have many images; items are then read one at a time
+    absent: int = 0  # number of items that the set lists but that are not on disk, and so not here
+    annotation_paths: Sequence[Path] = ()  # files that say which items there are and what they show
 
     @abstractmethod
     def __len__(self) -> int:
@@ -119,14 +113,10 @@ class CaptionedImages(ImageSet):
 
 
 class Choice(NamedTuple):
-    """A question of which captions and images belong together.
+    """A question of which captions and images, given by their rows, belong together.
 
-    Attributes:
-        images: rows of the images.
-        captions: the captions.
-        right: number of images that the only caption is right for, which come first. 0: image i and caption i belong
-            together, for as many as there are of both; the others are wrong.
-        group: kind of question, such as a relation; "" for none.
+    Image i and caption i do, for as many as there are of both; the others are wrong. If ``right`` is not 0, the only
+    caption is right for the first ``right`` images. ``group`` is a kind of question, such as a relation.
     """
 
     images: tuple[int, ...]

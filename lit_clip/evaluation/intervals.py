@@ -62,7 +62,7 @@ class UnitScores(NamedTuple):
 def intervals(units: Mapping[str, UnitScores]) -> dict[str, Interval]:
     """Return the interval of each metric but those that have no width, which would look certain."""
     found = {metric: scores.interval() for metric, scores in units.items()}
-    return {metric: (low, high) for metric, (low, high) in found.items() if low < high}
+    return {metric: ends for metric, ends in found.items() if ends[0] < ends[1]}
 
 
 def mean_interval(folds: list[Interval]) -> Interval:

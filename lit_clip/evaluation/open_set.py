@@ -21,19 +21,12 @@ from lit_clip.retrieval.metrics import PairIndices
 
 @dataclass
 class Fold:
-    """One division of a set into splits.
+    """One division of a set into splits, whose images and features are by name of the split."""
 
-    Attributes:
-        images: the images of each split.
-        features: the features of each split.
-        classes: for a probe that is trained on another set, see :mod:`lit_clip.evaluation.other_classes`.
-        trained_on: name of the splits that probes are trained on, the same for the same images and labels.
-    """
-
-    images: dict[str, ImageSet] = field(default_factory=dict)
+    images: dict[str, ImageSet]
     features: dict[str, SetFeatures] = field(default_factory=dict)
-    classes: Classes | None = None
-    trained_on: str = ""
+    classes: Classes | None = None  # of a probe that is trained on another set, see other_classes
+    trained_on: str = ""  # the same for the same images and labels that probes are trained on
 
 
 class DistinctCaptions(NamedTuple):
@@ -46,42 +39,26 @@ class DistinctCaptions(NamedTuple):
 
 @dataclass
 class OpenSet:
-    """A set with its features. The texts and their features are None, or empty, without a task that needs them.
-
-    Attributes:
-        name: name of the set.
-        entry: its entry in the suite.
-        folds: its folds, at least one.
-        tasks: those to run, which the splits on disk allow.
-        scale: the model's inverse temperature.
-        probes: all probes of this run, which several sets may be tested on.
-        prompts: prompts of its classes.
-        classifier: zero-shot classifier ``[D, C]``.
-        captions: captions of a retrieval set.
-        choices: questions of a set with right and wrong captions.
-        bias: classifiers of the bias probes, by probe.
-    """
+    """A set with its features. The texts and their features are None, or empty, without a task that needs them."""
 
     name: str
     entry: SuiteEntry
     folds: list[Fold]
-    tasks: list[Task] = field(default_factory=list)
-    scale: float = 100.0
-    probes: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    tasks: list[Task] = field(default_factory=list)  # those to run, which the splits on disk allow
+    scale: float = 100.0  # the model's inverse temperature
+    probes: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # of this run; several sets may be tested on one
     prompts: Prompts | None = None
-    classifier: Tensor | None = None
+    classifier: Tensor | None = None  # zero-shot, [D, C]
     captions: DistinctCaptions | None = None
     choices: EncodedChoices | None = None
-    bias: dict[str, Tensor] = field(default_factory=dict)
+    bias: dict[str, Tensor] = field(default_factory=dict)  # classifiers by bias probe
 
 
 def encode_texts(opened: OpenSet, rows: Callable[[], Sequence[int]], encode: Callable[[Prompts], Tensor]) -> None:
     """Encode each distinct text that a set's tasks compare its images with.
 
-    Args:
-        opened: the set.
-        rows: returns the test images that have features, for captions.
-        encode: returns the classifier ``[D, C]`` of prompts; all ranks call it in the same order.
+    ``rows`` returns the test images that have features, ``encode`` the classifier ``[D, C]`` of prompts; all ranks call
+    it in the same order.
     """
     test, templates = opened.folds[0].images["test"], opened.entry.templates
     if "zero_shot" in opened.tasks:

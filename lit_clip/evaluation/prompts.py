@@ -51,25 +51,16 @@ class Prompts:
 
 @dataclass
 class _Classes:
-    """A list of classes in the order of its source, called ``where`` in errors.
-
-    Attributes:
-        names: names of each class, or its prompts if ``whole_prompts``.
-        display: display name of each class; the first of its names if not given.
-        aliases: other names that a set may have for a display name.
-        in_label_order: whether the order is meant to be the set's label order.
-        by_name: whether classes can only be matched by name, because the order is no dataset's.
-        templates: prompt templates from the same file, if any.
-    """
+    """A list of classes in the order of its source, called ``where`` in errors."""
 
     where: str
-    names: list[list[str]]
-    display: list[str] = field(default_factory=list)
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    in_label_order: bool = False
+    names: list[list[str]]  # of each class; its prompts if whole_prompts
+    display: list[str] = field(default_factory=list)  # name of each class; by default the first of its names
+    aliases: Mapping[str, str] = field(default_factory=dict)  # other names that a set may have for a display name
+    in_label_order: bool = False  # whether the order is meant to be the set's label order
     whole_prompts: bool = False
-    by_name: bool = False
-    templates: list[str] | None = None
+    by_name: bool = False  # whether classes can only be matched by name: the order is no dataset's
+    templates: list[str] | None = None  # from the same file
 
     def __post_init__(self) -> None:
         self.display = self.display or [names[0] for names in self.names]

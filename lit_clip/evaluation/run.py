@@ -165,7 +165,7 @@ class EvaluationRun:
             return
         for number, fold in enumerate(opened.folds):
             splits = [split for split in fold.images if split != "test"]
-            fold.trained_on = cache_key([self._split_key(fold, number, split, digests) for split in splits])
+            fold.trained_on = cache_key([self._split_key(fold, split, digests[number, split]) for split in splits])
         for task in opened.tasks:
             key = self._cache_key(opened, task, digests)
             try:
@@ -194,16 +194,14 @@ class EvaluationRun:
                     value, interval = top1_among(whole, classes)
                     result["metrics"][f"top1/{name}"], result["intervals"][f"top1/{name}"] = value, interval
 
-    def _split_key(
-        self, fold: Fold, number: int, split: str, digests: Mapping[tuple[int, str], str]
-    ) -> tuple[Any, ...]:
+    def _split_key(self, fold: Fold, split: str, digest: str) -> tuple[Any, ...]:
         """Return what identifies the features and the truth of a split."""
-        return split, self.store.path(fold.images[split]).name, fold.features[split].skipped, digests[number, split]
+        return split, self.store.path(fold.images[split]).name, fold.features[split].skipped, digest
 
     def _cache_key(self, opened: OpenSet, task: Task, digests: Mapping[tuple[int, str], str]) -> str:
         """Hash all that a result depends on."""
         used = [
-            self._split_key(fold, number, split, digests)
+            self._split_key(fold, split, digests[number, split])
             for number, fold in enumerate(opened.folds)
             for split in fold.images
             if split in used_splits(task)

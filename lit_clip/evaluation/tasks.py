@@ -53,23 +53,14 @@ THUMBNAIL = 160  # pixels
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """Options of the tasks.
+    """Options of the tasks."""
 
-    Attributes:
-        shots: numbers of examples per class.
-        draws: number of draws of the examples.
-        seed: random seed of the draws and of held-out images.
-        l2: penalty of the linear probe; None: search for it.
-        device: device that probes are trained on; None: the best one.
-        show_progress: whether training probes is shown on standard error.
-    """
-
-    shots: tuple[int, ...] = SHOTS
-    draws: int = 3
-    seed: int = 0
-    l2: float | None = None
-    device: torch.device | None = None
-    show_progress: bool = True
+    shots: tuple[int, ...] = SHOTS  # numbers of examples per class
+    draws: int = 3  # of the examples
+    seed: int = 0  # of the draws and of held-out images
+    l2: float | None = None  # penalty of the linear probe; None: search for it
+    device: torch.device | None = None  # that probes are trained on; None: the best one
+    show_progress: bool = True  # while probes are trained
 
 
 def needed_splits(task: Task) -> tuple[str, ...]:
@@ -225,7 +216,6 @@ def _errors(opened: OpenSet, scores: Tensor, targets: Targets, folder: Path) -> 
     errors = []
     for number in wrong[probability[wrong].argsort(descending=True, stable=True)][:ERRORS].tolist():
         row = features.rows[number]
-        nearest = scores[number].softmax(dim=0).topk(min(5, len(names)))
         errors.append(
             {
                 "key": test.key(row),
@@ -233,12 +223,16 @@ def _errors(opened: OpenSet, scores: Tensor, targets: Targets, folder: Path) -> 
                 "prediction": names[int(prediction[number])],
                 "probability": float(probability[number]),
                 "image": _thumbnail(test, row, folder, opened.name),
-                "nearest": [
-                    (names[i], p) for i, p in zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)
-                ],
+                "nearest": nearest_classes(names, scores[number].softmax(dim=0)),
             }
         )
     return errors
+
+
+def nearest_classes(names: Sequence[str], score_C: Tensor) -> list[tuple[str, float]]:
+    """Return up to five classes of the highest scores."""
+    best = score_C.topk(min(5, len(names)))
+    return [(names[i], score) for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 
 def _thumbnail(images: ImageSet, row: int, folder: Path, name: str) -> str:
@@ -265,16 +259,15 @@ def _trained(task: Task, opened: OpenSet, fold: Fold, options: TaskOptions) -> A
     if key not in opened.probes:
         train = _split(opened, fold, "train", options)
         val = _split(opened, fold, "val", options) if "val" in fold.features else None
-        fits = MOST_PENALTIES + 1
+        name, fits = "linear probe", MOST_PENALTIES + 1
         if task == "few_shot":
-            fits = len(options.shots) * options.draws * MOST_PENALTIES
-        title = f"{opened.name} {'few-shot probes' if task == 'few_shot' else 'linear probe'}"
-        with progress(title, fits, options.show_progress) as advance:
+            name, fits = "few-shot probes", len(options.shots) * options.draws * MOST_PENALTIES
+        with progress(f"{opened.name} {name}", fits, options.show_progress) as advance:
             if task == "few_shot":
-                trained = train_few_shot(train, val, by, options.shots, options.draws, options.seed, advance)
+                drawn = (options.shots, options.draws, options.seed)
+                opened.probes[key] = train_few_shot(train, val, by, *drawn, advance)
             else:
-                trained = train_probe(train, val, by, options.seed, advance, options.l2)
-        opened.probes[key] = trained
+                opened.probes[key] = train_probe(train, val, by, options.seed, advance, options.l2)
     return opened.probes[key]
 
 

@@ -1,6 +1,7 @@
 """Build zero-shot classifiers from class names and prompt templates; accuracy is computed in accuracy.py."""
 
 import importlib.util
+import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -29,13 +30,9 @@ def _imagenet() -> tuple[list[str], list[str]]:
     if package is None or not package.submodule_search_locations:
         raise InputError("ImageNet's class names and templates come with open-clip-torch; install it")
     path = Path(package.submodule_search_locations[0]) / "zero_shot_metadata.py"
-    spec = importlib.util.spec_from_file_location("open_clip_zero_shot_metadata", path)
-    assert spec is not None
-    assert spec.loader is not None
-    metadata: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(metadata)
-    templates = [template("{}") for template in metadata.OPENAI_IMAGENET_TEMPLATES]
-    return list(metadata.IMAGENET_CLASSNAMES), templates
+    metadata = runpy.run_path(str(path))
+    templates = [template("{}") for template in metadata["OPENAI_IMAGENET_TEMPLATES"]]
+    return list(metadata["IMAGENET_CLASSNAMES"]), templates
 
 
 def imagenet_class_names() -> list[str]:

@@ -22,19 +22,12 @@ Reduce = Callable[[Tensor], Tensor]  # over ranks, element-wise
 
 
 class PairIndices(NamedTuple):
-    """The distinct image-caption pairs of a set, each column int64 ``[E]``.
+    """The distinct image-caption pairs of a set, each column int64 ``[E]``."""
 
-    Attributes:
-        image: rows of the images' features.
-        text: rows of the captions' features, ascending.
-        rows: number of rows of the set with this pair.
-        earlier: number of rows of the set with this caption before the first row with this pair.
-    """
-
-    image: Tensor
-    text: Tensor
-    rows: Tensor
-    earlier: Tensor
+    image: Tensor  # rows of the images' features
+    text: Tensor  # rows of the captions' features, ascending
+    rows: Tensor  # number of rows of the set with this pair
+    earlier: Tensor  # number of rows of the set with this caption before the first row with this pair
 
     def to(self, device: torch.device) -> "PairIndices":
         """Copy to a device."""
@@ -52,17 +45,12 @@ class Ranks(NamedTuple):
     rows, as in CLIP_benchmark's recall@1. If all right candidates score NaN, or there is none, it is the number of
     candidates.
 
-    Attributes:
-        image: ``[I]``, rank of each image's best caption.
-        pair: ``[E]``, rank of the image of each of this process's pairs among all images.
-        merged_image: ``[I]``, rank of each image's best caption among the distinct ones.
-        merged_text: ``[T]``, rank of the best image of each of this process's captions among all images.
     """
 
-    image: Tensor
-    pair: Tensor
-    merged_image: Tensor
-    merged_text: Tensor
+    image: Tensor  # [I], rank of each image's best caption
+    pair: Tensor  # [E], rank of the image of each of this process's pairs among all images
+    merged_image: Tensor  # [I], rank of each image's best caption among the distinct ones
+    merged_text: Tensor  # [T], rank of the best image of each of this process's captions among all images
 
 
 def rank_local(local: Tensor) -> Tensor:
@@ -138,13 +126,8 @@ def retrieval_ranks(
 ) -> Ranks:
     """Rank the captions for each image and the images for each caption, by both rules of :class:`Ranks`.
 
-    Args:
-        image_ID: unit features of all images.
-        text_TD: unit features of this rank's captions.
-        pairs: pairs of this rank's captions.
-        score_E: scores of the pairs, see :func:`pair_scores`.
-        maximum: element-wise maximum over ranks.
-        total: sum over ranks.
+    Features have unit length; the captions and the pairs, with their :func:`pair_scores`, are this rank's. ``maximum``
+    and ``total`` reduce element-wise over ranks.
     """
     images = len(image_ID)
     best_I, best_T = maximum(_best(score_E, pairs.image, images)), _best(score_E, pairs.text, len(text_TD))

@@ -115,12 +115,7 @@ class Joined(NamedTuple):
 
 @dataclass
 class Evaluation:
-    """Metrics of a set, by name, the same on every rank.
-
-    Attributes:
-        metrics: values.
-        baselines: what a constant answer, or a model that knows nothing, reaches in some of the metrics.
-    """
+    """Metrics of a set and, of some, what a constant answer or a model that knows nothing reaches; on every rank."""
 
     metrics: dict[str, float] = field(default_factory=dict)
     baselines: dict[str, float] = field(default_factory=dict)
