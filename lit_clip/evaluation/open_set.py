@@ -4,15 +4,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lit_clip.errors import InputError
 from lit_clip.evaluation.bias import bias_texts
 from lit_clip.evaluation.caption_choice import EncodedChoices, encode_choices
-from lit_clip.evaluation.caption_texts import caption_texts
 from lit_clip.evaluation.data import CaptionChoices, CaptionedImages, ImageSet, LabelledImages
 from lit_clip.evaluation.other_classes import Classes
-from lit_clip.evaluation.prompts import Prompts, prompts_of_set
+from lit_clip.evaluation.prompts import Prompts, prompts_of_set, templates_of
 from lit_clip.evaluation.results import cache_key
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task
@@ -71,10 +71,34 @@ def encode_texts(opened: OpenSet, rows: Callable[[], Sequence[int]], encode: Cal
     if "retrieval" in opened.tasks:
         if not isinstance(test, CaptionedImages):
             raise InputError(f"{type(test).__name__} has no captions, which retrieval needs")
-        prompts, pairs = caption_texts(test, rows(), templates)
+        prompts, pairs = _caption_texts(test, rows(), templates)
         digest = cache_key(prompts.sha256, [column.tolist() for column in pairs])
         opened.captions = DistinctCaptions(encode(prompts).T.contiguous(), pairs, digest)
     if "caption_choice" in opened.tasks:
         if not isinstance(test, CaptionChoices):
             raise InputError(f"{type(test).__name__} has no questions, which caption_choice needs")
         opened.choices = encode_choices(test, rows(), templates, encode)
+
+
+def _caption_texts(
+    images: CaptionedImages, rows: Sequence[int], templates: str | Sequence[str] | None
+) -> tuple[Prompts, PairIndices]:
+    """Return the distinct captions of a set as prompts, and which image (by its place in ``rows``) each belongs to.
+
+    Of several templates the first is used; None: the caption itself.
+    """
+    template = templates_of(templates or "{}")[0]
+    numbers: dict[str, int] = {}
+    counts: dict[tuple[int, int], int] = {}
+    earlier: dict[tuple[int, int], int] = {}
+    rows_of_text: list[int] = []
+    for image, row in enumerate(rows):
+        for caption in images.captions(row):
+            text = numbers.setdefault(template.replace("{}", caption), len(numbers))
+            if text == len(rows_of_text):
+                rows_of_text.append(0)
+            earlier.setdefault((text, image), rows_of_text[text])
+            rows_of_text[text] += 1
+            counts[text, image] = counts.get((text, image), 0) + 1
+    columns = [(image, text, count, earlier[text, image]) for (text, image), count in sorted(counts.items())]
+    return Prompts(list(numbers), [[text] for text in numbers]), PairIndices(*torch.tensor(columns).T.contiguous())

@@ -8,7 +8,7 @@ from torch import Tensor
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, LabelledImages, SomeOfImageNet, check_classes
 from lit_clip.evaluation.prompts import prompts_of
-from lit_clip.evaluation.suite import Metric, SuiteEntry
+from lit_clip.evaluation.suite import SuiteEntry
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 
 Classes = list[list[int]]  # for each class of the tested set, those of the training set
@@ -58,11 +58,6 @@ def single_classes(test: ImageSet) -> list[int]:
     except InputError:  # the set's own file that says so is not there; only a probe needs it
         return []
     return [label for group in groups for label in group] if all(len(group) == 1 for group in groups) else []
-
-
-def penalty_metric(metric: Metric, classes: Classes | None) -> Metric:
-    """Return the metric that chooses a probe's penalty: the set's, or accuracy on another set that it is trained on."""
-    return metric if classes is None else "top1"
 
 
 def among(scores: Tensor, classes: Sequence[Sequence[int]] | None) -> Tensor:

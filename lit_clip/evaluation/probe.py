@@ -94,8 +94,8 @@ def searched(
 
     def value_of(l2: float) -> float:
         nearest = min(fits, key=lambda other: abs(math.log(other / l2)), default=l2)
-        starts = fits.get(nearest) if warm else None
-        fits[l2] = [problem.fit(l2, starts and starts[number]) for number, problem in enumerate(problems)]
+        starts = fits[nearest] if warm and fits else [None] * len(problems)
+        fits[l2] = [problem.fit(l2, start) for problem, start in zip(problems, starts, strict=True)]
         scores = [fit.scores(val.features) for fit in fits[l2]]
         values = [evaluate_scores(metric, of_fit, val.targets)[metric] for of_fit in scores]
         return float(torch.tensor(values, dtype=torch.float64).mean())

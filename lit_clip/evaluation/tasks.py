@@ -24,7 +24,7 @@ from lit_clip.evaluation.few_shot import SHOTS, FewShotProbes, train_few_shot
 from lit_clip.evaluation.geolocation import nearest_km, within_km
 from lit_clip.evaluation.intervals import Interval, intervals, mean_interval
 from lit_clip.evaluation.open_set import Fold, OpenSet
-from lit_clip.evaluation.other_classes import among, penalty_metric
+from lit_clip.evaluation.other_classes import among
 from lit_clip.evaluation.predictions import (
     Columns,
     class_columns,
@@ -197,7 +197,7 @@ def top1_among(opened: OpenSet, classes: Sequence[int]) -> tuple[float, Interval
 
 
 def _confusions(opened: OpenSet, scores: Tensor, targets: Targets) -> list[tuple[str, str, int]]:
-    """Return the most frequent confusions: true class, predicted class, number of images."""
+    """Return the most frequent true and predicted classes and their images, without torchmetrics' ``[C, C]``."""
     assert opened.prompts is not None
     prediction, labels, names = predictions(scores), targets.labels, opened.prompts.names
     wrong = (prediction != labels) & (prediction >= 0)
@@ -229,7 +229,7 @@ def _errors(opened: OpenSet, scores: Tensor, targets: Targets, folder: Path) -> 
     return errors
 
 
-def nearest_classes(names: Sequence[str], score_C: Tensor) -> list[tuple[str, float]]:
+def nearest_classes(names: list[str], score_C: Tensor) -> list[tuple[str, float]]:
     """Return up to five classes of the highest scores."""
     best = score_C.topk(min(5, len(names)))
     return [(names[i], score) for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
@@ -254,7 +254,7 @@ def _split(opened: OpenSet, fold: Fold, split: str, options: TaskOptions) -> Spl
 
 def _trained(task: Task, opened: OpenSet, fold: Fold, options: TaskOptions) -> Any:
     """Return a fold's linear probe or few-shot probes, trained once for all sets that are tested on them."""
-    by = penalty_metric(opened.entry.metric, fold.classes)
+    by = opened.entry.metric if fold.classes is None else "top1"  # another set's metric may not be defined
     key = (task, by, fold.trained_on)
     if key not in opened.probes:
         train = _split(opened, fold, "train", options)
