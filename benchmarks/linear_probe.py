@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from lit_clip.evaluation.logistic import MAX_ITERATIONS, Fit, fit_logistic
+from lit_clip.evaluation.logistic import MAX_ITERATIONS, Fit, LogisticProblem
 from lit_clip.evaluation.probe import Split, train_probe
 from lit_clip.evaluation.scores import evaluate_scores
 from lit_clip.evaluation.targets import Targets
@@ -60,7 +60,7 @@ def scikit(x: Tensor, labels: Tensor, l2: float, dtype: torch.dtype, tol: float 
 def as_low(x: Tensor, labels: Tensor, classes: int, l2: float, theirs: float) -> int:
     """Return how many iterations lit-clip needs for an objective no higher than theirs."""
     for iterations in range(1, 1001):
-        if fit_logistic(x, labels, classes, l2, iterations).objective <= theirs:
+        if LogisticProblem(x, labels, classes).fit(l2, None, iterations).objective <= theirs:
             return iterations
     raise RuntimeError(f"lit-clip does not reach the objective {theirs}")
 
@@ -89,7 +89,7 @@ class Comparison:
         self.seconds.setdefault(name, []).append(time.perf_counter() - start)
 
     def ours(self, iterations: int = MAX_ITERATIONS) -> Fit:
-        return fit_logistic(self.x, self.labels, self.classes, self.l2, iterations)
+        return LogisticProblem(self.x, self.labels, self.classes).fit(self.l2, None, iterations)
 
     def theirs(self, dtype: torch.dtype, tol: float = 1e-4) -> Fit:
         return scikit(self.x, self.labels, self.l2, dtype, tol)

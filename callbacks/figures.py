@@ -11,10 +11,7 @@ from lit_clip.evaluation.report.prediction_grid import INK, MARGIN, PAPER, fit
 def similarity_matrix(images: Sequence[Image.Image], captions: Sequence[str], scores: np.ndarray) -> Image.Image:
     """Return a table with images above, captions at the left, and each similarity as a shade and a number.
 
-    Args:
-        images: N images.
-        captions: N texts.
-        scores: cosine similarities, ``[N captions, N images]``; NaN has no shade.
+    Scores are cosines ``[N captions, N images]``; NaN has no shade.
     """
     font = ImageFont.load_default(12)
     cell, left, top, N = 56, 230, 64, len(captions)

@@ -3,7 +3,6 @@
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any, TypeVar, cast
 
 import torch
@@ -15,22 +14,10 @@ from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.module import LitCLIP
+from lit_clip.retrieval.retrieval_set import Evaluation
 from lit_clip.tools.untrusted import check_entries
 
 Result = TypeVar("Result")
-
-
-@dataclass
-class PeriodicResult:
-    """Metrics of an evaluation, the same on every rank.
-
-    Attributes:
-        metrics: values by full name.
-        baselines: what a constant answer reaches in some of the metrics, by full name.
-    """
-
-    metrics: dict[str, float] = field(default_factory=dict)
-    baselines: dict[str, float] = field(default_factory=dict)
 
 
 class PeriodicEvaluation(Callback):
@@ -50,25 +37,24 @@ class PeriodicEvaluation(Callback):
 
     def __init__(self, every_n_epochs: int = 1, every_n_steps: int | None = None) -> None:
         name = type(self).__name__
-        require(every_n_epochs >= 1, f"{name}.every_n_epochs: {every_n_epochs} must be at least 1")
-        valid_steps = every_n_steps is None or every_n_steps >= 1
-        require(valid_steps, f"{name}.every_n_steps: {every_n_steps} must be at least 1")
+        for option, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
+            require(value is None or value >= 1, f"{name}.{option}: {value} must be at least 1")
         require(every_n_steps is None or every_n_epochs == 1, f"{name}: give either every_n_epochs or every_n_steps")
         self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
-        self._last = PeriodicResult()
+        self._last = Evaluation()
         self._waited = 0  # validations since the last evaluation
         self._logged = False  # whether the trainer has the last values
 
     @abstractmethod
-    def evaluate(self, trainer: Trainer, module: LitCLIP) -> PeriodicResult:
+    def evaluate(self, trainer: Trainer, module: LitCLIP) -> Evaluation:
         """Compute the metrics; called on all ranks, with the module in evaluation mode and without gradients."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Reset the state of an earlier run; a checkpoint's state is loaded after this."""
         if stage != "fit":
             return
-        self._last, self._waited, self._logged = PeriodicResult(), 0, False
-        callbacks = _callbacks(trainer)
+        self._last, self._waited, self._logged = Evaluation(), 0, False
+        callbacks: list[Callback] = cast(Any, trainer).callbacks  # set by a connector
         late = [callback for callback in callbacks[callbacks.index(self) :] if isinstance(callback, WeightAveraging)]
         require(
             not late or self.every_n_steps is None,
@@ -82,7 +68,7 @@ class PeriodicEvaluation(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         types = {"metrics": dict[str, object], "baselines": dict[str, object], "waited": int}
         check_entries(state_dict, types, f"callbacks.{type(self).__name__}")
-        self._last = PeriodicResult(dict(state_dict["metrics"]), dict(state_dict["baselines"]))
+        self._last = Evaluation(dict(state_dict["metrics"]), dict(state_dict["baselines"]))
         self._waited = state_dict["waited"]
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -92,13 +78,11 @@ class PeriodicEvaluation(Callback):
         due = self.every_n_steps is None and self._waited >= self.every_n_epochs
         if due or not self._last.metrics or trainer.state.fn != TrainerFn.FITTING:
             self._run(trainer, pl_module)
-        for name, value in self._last.metrics.items():
-            pl_module.log(name, value)
+        pl_module.log_dict(self._last.metrics)
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._run(trainer, pl_module)
-        for name, value in self._last.metrics.items():
-            pl_module.log(name, value)
+        pl_module.log_dict(self._last.metrics)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -112,8 +96,7 @@ class PeriodicEvaluation(Callback):
             for logger in trainer.loggers:  # at this step, even if it is not a logged step of training
                 logger.log_metrics(self._last.metrics, trainer.global_step)
         if due or not self._logged:
-            for name, value in self._last.metrics.items():
-                pl_module.log(name, value, logger=False, on_step=True, on_epoch=False)
+            pl_module.log_dict(self._last.metrics, logger=False, on_step=True, on_epoch=False)
         self._logged = True
 
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -124,14 +107,10 @@ class PeriodicEvaluation(Callback):
         module.baselines |= self._last.baselines
 
 
-def _callbacks(trainer: Trainer) -> list[Callback]:
-    return cast(Any, trainer).callbacks  # set by a connector
-
-
 @contextmanager
 def _as_in_validation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
     """Set up between two steps what a validation has: averaged weights, evaluation mode, one rank's statistics."""
-    averages = [callback for callback in _callbacks(trainer) if isinstance(callback, WeightAveraging)]
+    averages = [callback for callback in cast(Any, trainer).callbacks if isinstance(callback, WeightAveraging)]
     distributed.same_buffers(cast(LitCLIP, module).model)
     with evaluation_mode(module):
         for average in averages:

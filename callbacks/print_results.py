@@ -12,10 +12,7 @@ from lit_clip.training.summary import print_next_steps, print_summary
 
 
 class PrintResults(Callback):
-    """Print the last metrics beside their baselines and what they were before training, and where the run's files are.
-
-    Warns of last steps that no checkpoint holds.
-    """
+    """Print a run's last metrics, beside baselines and first values, and its files; warn of steps that none holds."""
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module

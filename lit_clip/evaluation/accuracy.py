@@ -1,7 +1,8 @@
 """Top-1, top-5 and mean-per-class accuracy, and what a constant answer reaches in each.
 
-Shapes: N images, C classes. Accuracies are fractions, 0 to 1. A tie goes to the class with the lowest number, so the
-result does not depend on how images are divided among ranks or chunks. An image with a NaN among its scores is wrong.
+Shapes: N images, C classes. torchmetrics has the same accuracies, but it leaves ties to ``topk`` and counts an image
+with NaN scores as any other; here a tie goes to the class with the lowest number and such an image is wrong, so that
+the result does not depend on how images are divided among ranks or chunks.
 """
 
 import torch
@@ -29,14 +30,9 @@ def predictions(scores: Tensor) -> Tensor:
 
 
 def classification_counts(scores: Tensor, labels: Tensor) -> Tensor:
-    """Count images and correct predictions by class; the counts of batches and ranks can be summed.
+    """Count images, correct predictions and those among five by class, from scores ``[N, C]`` and labels ``[N]``.
 
-    Args:
-        scores: ``[N, C]``, higher is likelier.
-        labels: int64 ``[N]``, 0 to C - 1.
-
-    Returns:
-        float64 ``[3, C]`` on the CPU: for each class its images, those ranked first and those ranked among five.
+    The counts, float64 ``[3, C]`` on the CPU, of batches and ranks can be summed.
     """
     labels, ranks = labels.cpu(), ranks_of_labels(scores, labels).cpu()
     counts = torch.zeros(3, scores.shape[1], dtype=torch.float64)
@@ -59,11 +55,7 @@ def accuracies(counts: Tensor) -> dict[str, float]:
 
 
 def baseline_accuracies(images: Tensor) -> dict[str, float]:
-    """Return the :func:`accuracies` of always predicting the most common classes.
-
-    Args:
-        images: number of images of each class, ``[C]``.
-    """
+    """Return the :func:`accuracies` of always predicting the most common classes, from each class's images ``[C]``."""
     shares = (images.double() / images.sum()).sort(descending=True).values
     found = {"top1": float(shares[0])}
     if len(images) > 5:

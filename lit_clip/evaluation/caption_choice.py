@@ -24,14 +24,7 @@ MACRO: Metric = "macro_text_score"
 
 @dataclass
 class EncodedChoices:
-    """Questions with the features of their captions.
-
-    Attributes:
-        choices: the questions whose images could all be read; their images are rows of the images' features.
-        captions: row of each caption's features.
-        features: ``[captions, D]``, of unit length.
-        digest: hash of the questions.
-    """
+    """Questions with unit features ``[captions, D]``, each caption's row there, and a hash of the questions."""
 
     choices: list[Choice]
     captions: dict[str, int]
@@ -50,14 +43,7 @@ def readable_choices(choices: Sequence[Choice], rows: Sequence[int]) -> list[Cho
 def encode_choices(
     images: CaptionChoices, rows: Sequence[int], templates: str | list[str] | None, encode: Callable[[Prompts], Tensor]
 ) -> EncodedChoices:
-    """Encode each distinct caption of a set's questions once.
-
-    Args:
-        images: the set.
-        rows: images that have features.
-        templates: text with ``{}`` for the caption, of several the first; None: the caption itself.
-        encode: returns unit features ``[D, captions]``.
-    """
+    """Encode each distinct caption of a set's questions once; ``encode`` as of ``encode_texts``."""
     choices, template = readable_choices(images.choices(), rows), templates_of(templates or "{}")[0]
     captions = list(dict.fromkeys(caption for choice in choices for caption in choice.captions))
     features = encode(Prompts(captions, [[template.replace("{}", caption)] for caption in captions])).T
@@ -66,13 +52,9 @@ def encode_choices(
 
 
 def evaluate_choices(metric: Metric, image_ND: np.ndarray, encoded: EncodedChoices) -> dict[str, Any]:
-    """Return the task's entry in ``results.json``; see :func:`answer` and :func:`chance`.
+    """Return the task's entry in ``results.json`` from unit features of the images; see :func:`answer`.
 
-    Args:
-        metric: one of ``CHOICE_METRICS``. ``macro_text_score`` is the mean of the groups' text scores; questions
-            without a group do not count.
-        image_ND: unit features of the images.
-        encoded: the questions.
+    ``macro_text_score`` is the mean of the groups' text scores; questions without a group do not count.
     """
     require(metric in CHOICE_METRICS, f"metric: {metric} does not judge choices; {', '.join(CHOICE_METRICS)} do")
     answers = []
@@ -111,11 +93,7 @@ def evaluate_choices(metric: Metric, image_ND: np.ndarray, encoded: EncodedChoic
 
 
 def answer(score_IT: np.ndarray, right: int = 0) -> Mapping[str, float]:
-    """Judge the answer to one question.
-
-    Args:
-        score_IT: similarities ``[I, T]``; image i and caption i belong together.
-        right: if not 0, the only caption is right for the first images, this many.
+    """Judge the answer to one question (see :class:`lit_clip.evaluation.data.Choice`) by similarities ``[I, T]``.
 
     Returns:
         Without ``right``, 1 or 0 for each score that is defined: ``text_score`` (each image is nearest to its caption;

@@ -21,17 +21,11 @@ class MissingData(InputError):  # noqa: N818 # an InputError, like everything th
 
 
 class ImageSet(ABC):
-    """Images by index, decoded on access; can be pickled, so that data workers can read them.
+    """Images by index, decoded on access; can be pickled, so that data workers can read them."""
 
-    Attributes:
-        several: whether an item may have many images; items are then read one at a time.
-        absent: number of items that the set lists but that are not on disk; they are not among the items here.
-        annotation_paths: files that say which items there are and what they show.
-    """
-
-    several: bool = False
-    absent: int = 0
-    annotation_paths: Sequence[Path] = ()
+    several: bool = False  # whether an item may have many images; items are then read one at a time
+    absent: int = 0  # number of items that the set lists but that are not on disk, and so not here
+    annotation_paths: Sequence[Path] = ()  # files that say which items there are and what they show
 
     @abstractmethod
     def __len__(self) -> int:
@@ -49,10 +43,7 @@ class ImageSet(ABC):
         return ()
 
     def check(self) -> None:  # noqa: B027 # optional
-        """Raise :class:`InputError` for images that are visibly broken without decoding any.
-
-        Training would otherwise fail hours later, at its first evaluation.
-        """
+        """Raise :class:`InputError`, before training, for images that are visibly broken without decoding any."""
 
     def key(self, index: int) -> str:
         """Return an item's name in reports, the same in every run, such as its path below the root."""
@@ -60,18 +51,11 @@ class ImageSet(ABC):
 
     @abstractmethod
     def stamp(self) -> str:
-        """Return the cache key of the features; it changes with the images or their order.
-
-        It need not depend on the labels. See :func:`stamp_of_files`.
-        """
+        """Return the cache key of the features; it changes with the images or their order, not with the labels."""
 
 
 class LabelledImages(ImageSet, Dataset[tuple[Image.Image, int]]):
-    """Images with one class each.
-
-    Attributes:
-        class_names: names of the classes, in label order.
-    """
+    """Images with one class each; class names are in label order."""
 
     class_names: list[str]
 
@@ -99,10 +83,7 @@ def numbered(labels: Sequence[int], where: str) -> list[str]:
 
 
 def check_classes(splits: Mapping[str, ImageSet]) -> None:
-    """Raise :class:`InputError` if a split's classes or their order differ from those of the test split.
-
-    In folders and tables without a list of classes, each split has the classes that occur in it.
-    """
+    """Raise :class:`InputError` if a split's classes or their order differ from the test split's."""
     names = {split: images.class_names for split, images in splits.items() if isinstance(images, LabelledImages)}
     test = names.get("test", [])
     for split, others in names.items():
@@ -132,14 +113,10 @@ class CaptionedImages(ImageSet):
 
 
 class Choice(NamedTuple):
-    """A question of which captions and images belong together.
+    """A question of which captions and images, given by their rows, belong together.
 
-    Attributes:
-        images: rows of the images.
-        captions: the captions.
-        right: number of images that the only caption is right for, which come first. 0: image i and caption i belong
-            together, for as many as there are of both; the others are wrong.
-        group: kind of question, such as a relation; "" for none.
+    Image i and caption i do, for as many as there are of both; the others are wrong. If ``right`` is not 0, the only
+    caption is right for the first ``right`` images. ``group`` is a kind of question, such as a relation.
     """
 
     images: tuple[int, ...]
@@ -157,12 +134,7 @@ class CaptionChoices(ABC):
 
 
 class PartOf(ABC):
-    """Some images of another set, under other labels or class names; both share their features.
-
-    Attributes:
-        whole: the other set.
-        rows: rows of the images there, ascending.
-    """
+    """Some images of a ``whole`` set, by ascending rows there, under other labels or names; both share features."""
 
     whole: ImageSet
     rows: list[int]

@@ -70,13 +70,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 
 class DataCompMean(NamedTuple):
-    """Mean of the main metrics of a group of sets.
-
-    Attributes:
-        value: fraction; None if a set is missing.
-        sets: number of sets in the group.
-        missing: names of the sets without a value.
-    """
+    """Mean of the main metrics of a group's ``sets``; None if some are ``missing``, which have no value."""
 
     value: float | None
     sets: int
@@ -89,11 +83,10 @@ def datacomp_means(values: Mapping[str, float]) -> dict[str, DataCompMean]:
     Args:
         values: main metrics by name of the set in ``configs/evaluation/datacomp.yaml``; other sets do not matter.
     """
-    names = {group: [PREFIX + name for name in members] for group, members in GROUPS.items()}
-    known = any(name in values for name in names[ALL])
-    return {group: _mean(values, members) for group, members in names.items() if known}
-
-
-def _mean(values: Mapping[str, float], names: list[str]) -> DataCompMean:
-    missing = [name for name in names if name not in values]
-    return DataCompMean(None if missing else fmean(values[name] for name in names), len(names), missing)
+    means: dict[str, DataCompMean] = {}
+    for group, members in GROUPS.items():
+        names = [PREFIX + name for name in members]
+        missing = [name for name in names if name not in values]
+        mean = None if missing else fmean(values[name] for name in names)
+        means[group] = DataCompMean(mean, len(names), missing)
+    return means if len(means[ALL].missing) < means[ALL].sets else {}

@@ -6,42 +6,27 @@ the draws on those images, which are in no draw.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-
-import torch
+from typing import NamedTuple
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.logistic import Advance, Fit, LogisticProblem
 from lit_clip.evaluation.other_classes import Classes, among
-from lit_clip.evaluation.probe import Split, best_l2, held_out, places_in_classes, search_l2
+from lit_clip.evaluation.probe import Split, best_l2, held_out, places_in_classes, searched
 from lit_clip.evaluation.scores import evaluate_scores
 from lit_clip.evaluation.suite import Metric
 
 SHOTS = (1, 2, 4, 8, 16)
 
 
-@dataclass
-class FewShotProbes:
-    """Probes by number of shots (examples per class).
-
-    Attributes:
-        fits: by shots, the classifier of each draw.
-        l2: by shots, the penalty.
-        left_out: by shots, why a class does not have that many examples.
-    """
+class FewShotProbes(NamedTuple):
+    """By number of shots: the classifier of each draw, the penalty, or why a class does not have that many examples."""
 
     fits: dict[int, list[Fit]]
     l2: dict[int, float]
     left_out: dict[int, str]
 
     def evaluate(self, test: Split, metric: Metric, classes: Classes | None = None) -> dict[int, list[float]]:
-        """Return, by shots, the metric of each draw on a test split.
-
-        Args:
-            test: split to evaluate, used once per draw.
-            metric: metric to compute.
-            classes: see :func:`lit_clip.evaluation.other_classes.trained_classes`; None: the probes' own.
-        """
+        """Return, by shots, the metric of each draw on a test split; ``classes`` as in :func:`among`."""
         return {
             k: [
                 evaluate_scores(metric, among(fit.scores(test.features), classes), test.targets)[metric] for fit in fits
@@ -59,18 +44,10 @@ def train_few_shot(
     seed: int = 0,
     advance: Advance | None = None,
 ) -> FewShotProbes:
-    """Train on k random examples per class, several times.
+    """Train on k random examples per class of ``train``, ``draws`` times, for each k of ``shots`` that classes have.
 
-    The n-th draw of k examples is part of the n-th draw of more. Validation images only choose the penalty.
-
-    Args:
-        train: split to draw from.
-        val: split to choose the penalty on; None: a fifth of each class of ``train``, which is then not drawn from.
-        metric: metric that chooses the penalty.
-        shots: numbers of examples per class; numbers that a class does not have are skipped.
-        draws: number of draws.
-        seed: seed of the first draw.
-        advance: see :class:`lit_clip.evaluation.logistic.LogisticProblem`.
+    The n-th draw of k examples is part of the n-th draw of more. Validation images only choose the penalty, by
+    ``metric``; without ``val`` they are a fifth of each class of ``train``, which is then not drawn from.
     """
     require(
         train.targets.relevance is None, "few_shot: images have several classes, so shots per class are not defined"
@@ -85,33 +62,13 @@ def train_few_shot(
         if k > counts[fewest]:
             result.left_out[k] = f"class {fewest} has {int(counts[fewest])} examples to draw from"
             continue
-        problems = [_drawn(pool, k, seed + draw, advance) for draw in range(draws)]
-        fits: dict[float, list[Fit]] = {}
-        result.l2[k] = _choose(problems, fits, validation, metric)
-        result.fits[k] = fits[result.l2[k]]
+        drawn = [
+            pool.take((places_in_classes(pool.targets.labels, seed + draw)[0] < k).nonzero()[:, 0])
+            for draw in range(draws)
+        ]
+        problems = [LogisticProblem(each.features, each.labels, each.targets.classes, advance) for each in drawn]
+        search, result.fits[k] = searched(problems, validation, metric)
+        result.l2[k] = best_l2(search)
     if not result.fits:
         raise InputError(f"few_shot: {result.left_out[min(shots)]}; leave few_shot out of this set's tasks")
     return result
-
-
-def _drawn(pool: Split, k: int, seed: int, advance: Advance | None) -> LogisticProblem:
-    place, _ = places_in_classes(pool.targets.labels, seed)
-    drawn = pool.take((place < k).nonzero()[:, 0])
-    return LogisticProblem(drawn.features, drawn.labels, drawn.targets.classes, advance)
-
-
-def _choose(
-    problems: list[LogisticProblem],
-    fits: dict[float, list[Fit]],
-    validation: Split,
-    metric: Metric,
-) -> float:
-    """Return the penalty with the best mean on validation images; ``fits`` gets the classifiers by penalty."""
-
-    def value_of(l2: float) -> float:
-        fits[l2] = [problem.fit(l2) for problem in problems]
-        scores = [fit.scores(validation.features) for fit in fits[l2]]
-        values = [evaluate_scores(metric, of_draw, validation.targets)[metric] for of_draw in scores]
-        return float(torch.tensor(values, dtype=torch.float64).mean())
-
-    return best_l2(search_l2(value_of))

@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 from lit_clip.errors import require
+from lit_clip.evaluation.overlap import nearer, nowhere
 from lit_clip.losses.contrastive import unit
 
 WITHIN_KM = (1, 25, 200, 750, 2500)  # table 17
 EARTH_RADIUS_KM = 6371.0088  # mean radius
-CHUNK_ENTRIES = 2**24  # similarities computed at once
 
 
 def distances_km(from_N2: Tensor, to_N2: Tensor) -> Tensor:
@@ -22,29 +22,17 @@ def distances_km(from_N2: Tensor, to_N2: Tensor) -> Tensor:
     return 2 * EARTH_RADIUS_KM * chord.clamp(max=1).sqrt().asin()
 
 
-@torch.no_grad()
 def nearest_rows(query: Tensor, reference: Tensor) -> Tensor:
     """Return the row of ``[M, D]`` with the highest cosine to each of ``[N, D]``, the first of a tie; int64 ``[N]``."""
-    query = unit(query)
-    best = query.new_full((len(query),), -torch.inf)
-    row = torch.zeros(len(query), dtype=torch.int64, device=query.device)
-    start = 0
-    for part in reference.split(max(1, CHUNK_ENTRIES // max(1, len(query)))):
-        score, place = (query @ unit(part.to(query.device)).T).max(dim=1)
-        closer = score > best
-        best, row = torch.where(closer, score, best), torch.where(closer, start + place, row)
-        start += len(part)
-    return row
+    start = nowhere(len(query), query.device)
+    rows = torch.arange(len(reference), device=query.device)
+    return nearer(start, unit(query), unit(reference.to(query.device)), rows).row
 
 
 def nearest_km(query: Tensor, reference: Tensor, query_coordinates: Tensor, reference_coordinates: Tensor) -> Tensor:
     """Return the distance of each query's nearest neighbour from the query's true place, float64 ``[N]`` in km.
 
-    Args:
-        query: features ``[N, D]``.
-        reference: features ``[M, D]`` of images whose location is known.
-        query_coordinates: true latitudes and longitudes ``[N, 2]`` in degrees.
-        reference_coordinates: ``[M, 2]``.
+    Features are ``[N, D]`` and ``[M, D]``, coordinates latitudes and longitudes in degrees, ``[N, 2]`` and ``[M, 2]``.
     """
     require(len(query) > 0 and len(reference) > 0, "within_km: there are no images, or none to compare them with")
     for name, coordinates in (("images", query_coordinates), ("references", reference_coordinates)):

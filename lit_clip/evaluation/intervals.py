@@ -15,11 +15,9 @@ Interval = tuple[float, float]
 
 
 class UnitScores(NamedTuple):
-    """A metric's score of each image, whose mean is the metric.
+    """A metric's score of each image, float64 ``[N]``, whose mean is the metric.
 
-    Attributes:
-        values: float64 ``[N]``.
-        classes: int64 ``[N]``: the metric is the mean over classes of the mean of their images; None: the plain mean.
+    With ``classes``, int64 ``[N]``, the metric is the mean over classes of the mean of their images.
     """
 
     values: np.ndarray
@@ -64,7 +62,7 @@ class UnitScores(NamedTuple):
 def intervals(units: Mapping[str, UnitScores]) -> dict[str, Interval]:
     """Return the interval of each metric but those that have no width, which would look certain."""
     found = {metric: scores.interval() for metric, scores in units.items()}
-    return {metric: (low, high) for metric, (low, high) in found.items() if low < high}
+    return {metric: ends for metric, ends in found.items() if ends[0] < ends[1]}
 
 
 def mean_interval(folds: list[Interval]) -> Interval:

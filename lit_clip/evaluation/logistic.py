@@ -32,14 +32,9 @@ Advance = Callable[[float], None]  # of lit_clip.tools.console.progress
 
 @dataclass(frozen=True)
 class Fit:
-    """A linear classifier.
+    """A linear classifier: weight ``[C, W]`` and bias ``[C]``, -inf for a class without examples.
 
-    Attributes:
-        weight: ``[C, W]``.
-        bias: ``[C]``; -inf for a class without examples, which is never predicted.
-        iterations: number of L-BFGS iterations.
-        converged: whether the objective stopped falling before the iteration limit.
-        objective: sum of losses + l2 / 2 |weight|^2 of the fitted classes.
+    ``converged`` says whether the objective (of the fitted classes) stopped falling before the iteration limit.
     """
 
     weight: Tensor
@@ -53,37 +48,16 @@ class Fit:
         return torch.addmm(self.bias, features, self.weight.T)
 
 
-def fit_logistic(
-    features: Tensor,
-    labels: Tensor,
-    classes: int,
-    l2: float,
-    max_iterations: int = MAX_ITERATIONS,
-    tolerance: float = TOLERANCE,
-) -> Fit:
-    """Return the classifier that minimises sum of losses + l2 / 2 |weight|^2; the bias is not penalised.
+class LogisticProblem:
+    """Find the classifiers that minimise sum of losses + l2 / 2 |weight|^2, for several ``l2``; no penalty on the bias.
 
-    It equals scikit-learn's ``LogisticRegression(C=1 / l2)``: with three or more classes the loss is the cross-entropy,
-    with two it is that of a single logit, half of whose weight goes to each class with opposite signs.
+    They equal scikit-learn's ``LogisticRegression(C=1 / l2)``: with three or more classes the loss is the
+    cross-entropy, with two a single logit's, half of whose weight goes to each class with opposite signs.
 
     Args:
         features: float ``[N, W]``; their device and dtype are used.
         labels: int64 ``[N]``; or relevance, int8 ``[N, C]`` (1, 0, or -1 for not counted), for binary classifiers.
         classes: C; a class without examples is not fitted.
-        l2: strength of the penalty.
-        max_iterations: limit for L-BFGS.
-        tolerance: stop when the objective falls by less than this fraction twice in a row.
-    """
-    return LogisticProblem(features, labels, classes).fit(l2, None, max_iterations, tolerance)
-
-
-class LogisticProblem:
-    """:func:`fit_logistic` for several ``l2``, each of which can start where another ended.
-
-    Args:
-        features: see :func:`fit_logistic`, also for the next two.
-        labels: of the features.
-        classes: number of classes.
         advance: called with 0 after each iteration and with 1 after each fit, to show progress.
     """
 
@@ -95,9 +69,8 @@ class LogisticProblem:
         self.labels = labels.to(features.device)
         positive, counted = self._counts()
         self.fitted = ((positive > 0) & (positive < counted)).nonzero()[:, 0]  # [K]
-        self.constant = torch.where(positive > 0, torch.inf, -torch.inf).to(
-            features
-        )  # biases of the classes not fitted
+        # Biases of the classes that are not fitted.
+        self.constant = torch.where(positive > 0, torch.inf, -torch.inf).to(features)
         self.share = (positive / counted)[self.fitted].to(features)  # [K]
         self.counted = counted[self.fitted].to(features)
         require(len(self.fitted) > 0, "labels: all the same; at least two classes need examples")
@@ -128,7 +101,7 @@ class LogisticProblem:
     def fit(
         self, l2: float, start: Fit | None = None, max_iterations: int = MAX_ITERATIONS, tolerance: float = TOLERANCE
     ) -> Fit:
-        """Fit one ``l2``, see :func:`fit_logistic`; ``start`` is a fit of the same classes and features."""
+        """Fit one ``l2``, from another's fit if given, until the objective falls by less than ``tolerance`` twice."""
         require(l2 > 0, f"l2: {l2} must be above 0; without a penalty, separable classes have no optimum")
         search = _Search(self, l2)
         with torch.no_grad(), torch.autocast(self.features.device.type, enabled=False):
@@ -178,9 +151,7 @@ class LogisticProblem:
 def _check(features: Tensor, labels: Tensor, classes: int) -> None:
     require(features.ndim == 2 and len(features) > 0, "features: there are none")
     require(len(labels) == len(features), f"labels: there are {len(labels)} labels, but {len(features)} features")
-    wrong = (~features.sum(dim=1).isfinite()).nonzero()[
-        :, 0
-    ]  # a row's sum is finite if the row is, and needs no [N, W]
+    wrong = (~features.sum(dim=1).isfinite()).nonzero()[:, 0]  # a row's sum needs no [N, W]
     if len(wrong):
         raise InputError(f"features: those of row {int(wrong[0])} are not finite; evaluate the model in float32")
     if labels.ndim == 2:

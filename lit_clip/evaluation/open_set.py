@@ -1,14 +1,19 @@
-"""A set that is being evaluated, with its features."""
+"""A set that is being evaluated, with the features of its images and texts."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
-from lit_clip.evaluation.caption_choice import EncodedChoices
-from lit_clip.evaluation.data import ImageSet
+from lit_clip.errors import InputError
+from lit_clip.evaluation.bias import bias_texts
+from lit_clip.evaluation.caption_choice import EncodedChoices, encode_choices
+from lit_clip.evaluation.data import CaptionChoices, CaptionedImages, ImageSet, LabelledImages
 from lit_clip.evaluation.other_classes import Classes
-from lit_clip.evaluation.prompts import Prompts
+from lit_clip.evaluation.prompts import Prompts, prompts_of_set, templates_of
+from lit_clip.evaluation.results import cache_key
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.retrieval.metrics import PairIndices
@@ -16,30 +21,16 @@ from lit_clip.retrieval.metrics import PairIndices
 
 @dataclass
 class Fold:
-    """One division of a set into splits.
+    """One division of a set into splits, whose images and features are by name of the split."""
 
-    Attributes:
-        images: the images of each split.
-        features: the features of each split.
-        classes: for a probe that is trained on another set, see :mod:`lit_clip.evaluation.other_classes`.
-        trained_on: hash of the splits that probes are trained on.
-    """
-
-    images: dict[str, ImageSet] = field(default_factory=dict)
+    images: dict[str, ImageSet]
     features: dict[str, SetFeatures] = field(default_factory=dict)
-    classes: Classes | None = None
-    trained_on: str = ""
+    classes: Classes | None = None  # of a probe that is trained on another set, see other_classes
+    trained_on: str = ""  # the same for the same images and labels that probes are trained on
 
 
-@dataclass
-class DistinctCaptions:
-    """Distinct captions of a retrieval set.
-
-    Attributes:
-        features: ``[T, D]``, of unit length.
-        pairs: which caption belongs to which image.
-        digest: hash of the texts and the pairs.
-    """
+class DistinctCaptions(NamedTuple):
+    """Unit features ``[T, D]`` of a retrieval set's distinct captions, their images, and a hash of both."""
 
     features: Tensor
     pairs: PairIndices
@@ -48,30 +39,66 @@ class DistinctCaptions:
 
 @dataclass
 class OpenSet:
-    """A set with its features.
-
-    Attributes:
-        name: name of the set.
-        entry: its entry in the suite.
-        folds: its folds, at least one.
-        prompts: prompts of its classes; None without zero-shot classification.
-        classifier: zero-shot classifier ``[D, C]``; None without zero-shot classification.
-        captions: captions of a retrieval set.
-        choices: questions of a set with right and wrong captions.
-        bias: classifiers of the bias probes, by probe.
-        scale: the model's inverse temperature.
-        tasks: those that the splits on disk allow.
-        probes: all probes of this run, which several sets may be tested on.
-    """
+    """A set with its features. The texts and their features are None, or empty, without a task that needs them."""
 
     name: str
     entry: SuiteEntry
     folds: list[Fold]
+    tasks: list[Task] = field(default_factory=list)  # those to run, which the splits on disk allow
+    scale: float = 100.0  # the model's inverse temperature
+    probes: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # of this run; several sets may be tested on one
     prompts: Prompts | None = None
-    classifier: Tensor | None = None
+    classifier: Tensor | None = None  # zero-shot, [D, C]
     captions: DistinctCaptions | None = None
     choices: EncodedChoices | None = None
-    bias: dict[str, Tensor] = field(default_factory=dict)
-    scale: float = 100.0
-    tasks: list[Task] = field(default_factory=list)
-    probes: dict[tuple[Any, ...], Any] = field(default_factory=dict)
+    bias: dict[str, Tensor] = field(default_factory=dict)  # classifiers by bias probe
+
+
+def encode_texts(opened: OpenSet, rows: Callable[[], Sequence[int]], encode: Callable[[Prompts], Tensor]) -> None:
+    """Encode each distinct text that a set's tasks compare its images with.
+
+    ``rows`` returns the test images that have features, ``encode`` the classifier ``[D, C]`` of prompts; all ranks call
+    it in the same order.
+    """
+    test, templates = opened.folds[0].images["test"], opened.entry.templates
+    if "zero_shot" in opened.tasks:
+        if not isinstance(test, LabelledImages):
+            raise InputError(f"{type(test).__name__} has no classes, which zero-shot needs")
+        opened.prompts = opened.prompts or prompts_of_set(opened.entry, test)
+        opened.classifier = encode(opened.prompts)
+    for probe, texts in bias_texts().items() if "bias" in opened.tasks else ():
+        opened.bias[probe] = encode(Prompts(list(texts), [[text] for text in texts.values()]))
+    if "retrieval" in opened.tasks:
+        if not isinstance(test, CaptionedImages):
+            raise InputError(f"{type(test).__name__} has no captions, which retrieval needs")
+        prompts, pairs = _caption_texts(test, rows(), templates)
+        digest = cache_key(prompts.sha256, [column.tolist() for column in pairs])
+        opened.captions = DistinctCaptions(encode(prompts).T.contiguous(), pairs, digest)
+    if "caption_choice" in opened.tasks:
+        if not isinstance(test, CaptionChoices):
+            raise InputError(f"{type(test).__name__} has no questions, which caption_choice needs")
+        opened.choices = encode_choices(test, rows(), templates, encode)
+
+
+def _caption_texts(
+    images: CaptionedImages, rows: Sequence[int], templates: str | Sequence[str] | None
+) -> tuple[Prompts, PairIndices]:
+    """Return the distinct captions of a set as prompts, and which image (by its place in ``rows``) each belongs to.
+
+    Of several templates the first is used; None: the caption itself.
+    """
+    template = templates_of(templates or "{}")[0]
+    numbers: dict[str, int] = {}
+    counts: dict[tuple[int, int], int] = {}
+    earlier: dict[tuple[int, int], int] = {}
+    rows_of_text: list[int] = []
+    for image, row in enumerate(rows):
+        for caption in images.captions(row):
+            text = numbers.setdefault(template.replace("{}", caption), len(numbers))
+            if text == len(rows_of_text):
+                rows_of_text.append(0)
+            earlier.setdefault((text, image), rows_of_text[text])
+            rows_of_text[text] += 1
+            counts[text, image] = counts.get((text, image), 0) + 1
+    columns = [(image, text, count, earlier[text, image]) for (text, image), count in sorted(counts.items())]
+    return Prompts(list(numbers), [[text] for text in numbers]), PairIndices(*torch.tensor(columns).T.contiguous())

@@ -8,18 +8,14 @@ from torch import Tensor
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, LabelledImages, SomeOfImageNet, check_classes
 from lit_clip.evaluation.prompts import prompts_of
-from lit_clip.evaluation.suite import Metric, SuiteEntry
+from lit_clip.evaluation.suite import SuiteEntry
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 
 Classes = list[list[int]]  # for each class of the tested set, those of the training set
 
 
 def trained_classes(entry: SuiteEntry, splits: Mapping[str, ImageSet]) -> Classes | None:
-    """Check the classes of the opened splits of a fold, and return those that a probe is trained on.
-
-    Returns:
-        for each class of ``test``, the classes of ``train``; None if all splits are of one set.
-    """
+    """Check a fold's classes; return the classes of ``train`` for each of ``test``, or None if all are of one set."""
     others = {name: images for name, images in splits.items() if name != "test" and entry.is_of_another_set(name)}
     if not others:
         check_classes(splits)
@@ -62,11 +58,6 @@ def single_classes(test: ImageSet) -> list[int]:
     except InputError:  # the set's own file that says so is not there; only a probe needs it
         return []
     return [label for group in groups for label in group] if all(len(group) == 1 for group in groups) else []
-
-
-def penalty_metric(metric: Metric, classes: Classes | None) -> Metric:
-    """Return the metric that chooses a probe's penalty: the set's, or accuracy on another set that it is trained on."""
-    return metric if classes is None else "top1"
 
 
 def among(scores: Tensor, classes: Sequence[Sequence[int]] | None) -> Tensor:

@@ -6,7 +6,7 @@ The paper states scikit-learn's L-BFGS, 1,000 iterations, a grid of 97 lambdas f
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -27,12 +27,7 @@ HELD_OUT = 5  # without a validation split one image in 5 of each class is held 
 
 @dataclass
 class Split:
-    """Features of images and the truth about them.
-
-    Attributes:
-        features: float32 ``[N, W]``.
-        targets: of the N images.
-    """
+    """Features ``[N, W]`` of images, float32, and the truth about them."""
 
     features: Tensor
     targets: Targets
@@ -47,19 +42,13 @@ class Split:
 
     @property
     def labels(self) -> Tensor:
-        """Labels for :func:`lit_clip.evaluation.logistic.fit_logistic`: relevance if images have several classes."""
+        """Labels for a ``LogisticProblem``: relevance if images have several classes."""
         return self.targets.labels if self.targets.relevance is None else self.targets.relevance
 
 
 @dataclass
 class Probe:
-    """A trained probe.
-
-    Attributes:
-        l2: the chosen penalty.
-        search: the metric on the validation images by penalty, in the order tried.
-        fit: the classifier, trained on training and validation images.
-    """
+    """A trained probe: penalty, the metric on validation images by penalty in the order tried, and classifier."""
 
     l2: float
     search: dict[float, float]
@@ -67,37 +56,49 @@ class Probe:
 
 
 def train_probe(
-    train: Split, val: Split | None, metric: Metric, seed: int = 0, advance: Advance | None = None
+    train: Split,
+    val: Split | None,
+    metric: Metric,
+    seed: int = 0,
+    advance: Advance | None = None,
+    l2: float | None = None,
 ) -> Probe:
     """Train a classifier on features by up to ``MOST_PENALTIES + 1`` fits.
 
-    The penalty is chosen on ``val``; the final classifier is trained on ``train`` and ``val``. If images have several
-    classes, there is one binary classifier per class, all with the same penalty.
-
-    Args:
-        train: split to train on.
-        val: split to choose the penalty on; None: a fifth of each class of ``train`` (see :func:`held_out`).
-        metric: metric that chooses the penalty.
-        seed: seed for the images held out.
-        advance: see :class:`lit_clip.evaluation.logistic.LogisticProblem`.
+    The penalty is chosen by ``metric`` on ``val``, or without it on a fifth of each class of ``train`` (see
+    :func:`held_out`), unless ``l2`` is given; the final classifier is trained on ``train`` and ``val``. If images have
+    several classes, there is one binary classifier per class, all with the same penalty. For ``advance`` see
+    :class:`lit_clip.evaluation.logistic.LogisticProblem`.
     """
-    _check([train] if val is None else [train, val])
-    search_train, search_val = held_out(train, seed) if val is None else (train, val)
-    search, start = _search(search_train, search_val, metric, advance)
-    l2 = best_l2(search)
-    features, labels = (train.features, train.labels) if val is None else _joined(train, val)
+    splits = [train] if val is None else [train, val]
+    _check(splits)
+    search, start = {}, None
+    if l2 is None:
+        search_train, search_val = held_out(train, seed) if val is None else (train, val)
+        problem = LogisticProblem(search_train.features, search_train.labels, train.targets.classes, advance)
+        search, (start,) = searched([problem], search_val, metric, warm=True)
+        l2 = best_l2(search)
+    features, labels = torch.cat([each.features for each in splits]), torch.cat([each.labels for each in splits])
     problem = LogisticProblem(features, labels, train.targets.classes, advance)
     return Probe(l2, search, problem.fit(l2, start))
 
 
-def _search(train: Split, val: Split, metric: Metric, advance: Advance | None) -> tuple[dict[float, float], Fit]:
-    """Return the metric by penalty, and the classifier of the best penalty."""
-    problem = LogisticProblem(train.features, train.labels, train.targets.classes, advance)
-    fits: dict[float, Fit] = {}
+def searched(
+    problems: Sequence[LogisticProblem], val: Split, metric: Metric, warm: bool = False
+) -> tuple[dict[float, float], list[Fit]]:
+    """Return the metric by penalty, its mean over the problems, and their classifiers of the best penalty.
+
+    If ``warm``, a fit starts from the one whose penalty is the closest in logarithm.
+    """
+    fits: dict[float, list[Fit]] = {}
 
     def value_of(l2: float) -> float:
-        fits[l2] = problem.fit(l2, _nearest(fits, l2))
-        return evaluate_scores(metric, fits[l2].scores(val.features), val.targets)[metric]
+        nearest = min(fits, key=lambda other: abs(math.log(other / l2)), default=l2)
+        starts = fits[nearest] if warm and fits else [None] * len(problems)
+        fits[l2] = [problem.fit(l2, start) for problem, start in zip(problems, starts, strict=True)]
+        scores = [fit.scores(val.features) for fit in fits[l2]]
+        values = [evaluate_scores(metric, of_fit, val.targets)[metric] for of_fit in scores]
+        return float(torch.tensor(values, dtype=torch.float64).mean())
 
     search = search_l2(value_of)
     return search, fits[best_l2(search)]
@@ -106,11 +107,7 @@ def _search(train: Split, val: Split, metric: Metric, advance: Advance | None) -
 def search_l2(value_of: Callable[[float], float]) -> dict[float, float]:
     """Search the 97 penalties as the paper does: every 16th, strongest first, then in ever smaller steps near the peak.
 
-    Args:
-        value_of: function of a penalty to maximise.
-
-    Returns:
-        values by penalty, in the order tried. They include the maximum if there is a single peak.
+    Return the values of the maximised function by penalty, in the order tried; they include a single peak's maximum.
     """
     values: dict[float, float] = {}
     span, tried = FIRST_SPAN, range(len(L2_GRID) - 1, -1, -FIRST_SPAN)
@@ -159,23 +156,15 @@ def places_in_classes(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     return place, count[labels]
 
 
-def _joined(*splits: Split) -> tuple[Tensor, Tensor]:
-    return torch.cat([split.features for split in splits]), torch.cat([split.labels for split in splits])
-
-
-def _nearest(fits: dict[float, Fit], l2: float) -> Fit | None:
-    """Return the fit whose penalty is closest in logarithm, to start from."""
-    return fits[min(fits, key=lambda other: abs(math.log(other / l2)))] if fits else None
-
-
 def _check(splits: list[Split]) -> None:
     for split in splits:
         require(len(split.targets) > 0, "linear probe: a split has no images")
         one_class = bool((split.targets.labels >= 0).all())
         require(split.labels.ndim == 2 or one_class, "linear probe: a split has images without a class")
-        for name, ours, first in (
-            ("features", split.features.shape[1], splits[0].features.shape[1]),
-            ("classes", split.targets.classes, splits[0].targets.classes),
-            ("kinds of labels", split.labels.ndim, splits[0].labels.ndim),
-        ):
+    for name, first, *others in (
+        ("features", *(split.features.shape[1] for split in splits)),
+        ("classes", *(split.targets.classes for split in splits)),
+        ("kinds of labels", *(split.labels.ndim for split in splits)),
+    ):
+        for ours in others:
             require(ours == first, f"linear probe: the splits have {first} and {ours} {name}; they must be the same")

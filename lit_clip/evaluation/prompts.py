@@ -20,7 +20,7 @@ from torch import Tensor
 from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import LabelledImages
-from lit_clip.evaluation.suite import ClassNames, SuiteEntry
+from lit_clip.evaluation.suite import ClassNames, SuiteEntry, as_text
 from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, ensemble, imagenet_class_names, imagenet_templates
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder, replacing
@@ -38,12 +38,7 @@ METHOD = "ensemble 1"  # part of the cache key: increase the number when the ari
 
 @dataclass(frozen=True)
 class Prompts:
-    """Names and prompts of C classes, in label order.
-
-    Attributes:
-        names: display name of each class.
-        texts: prompts of each class, one or more.
-    """
+    """Display name, and one or more prompts, of each of C classes, in label order."""
 
     names: list[str]
     texts: list[list[str]]
@@ -56,27 +51,16 @@ class Prompts:
 
 @dataclass
 class _Classes:
-    """A list of classes in the order of its source.
-
-    Attributes:
-        where: name of the list in errors.
-        names: names of each class, or its prompts if ``whole_prompts``.
-        display: display name of each class; the first of its names if not given.
-        aliases: other names that a set may have for a display name.
-        in_label_order: whether the order is meant to be the set's label order.
-        whole_prompts: whether ``names`` are whole prompts, without templates.
-        by_name: whether classes can only be matched by name, because the order is not that of any dataset.
-        templates: prompt templates from the same file, if any.
-    """
+    """A list of classes in the order of its source, called ``where`` in errors."""
 
     where: str
-    names: list[list[str]]
-    display: list[str] = field(default_factory=list)
-    aliases: Mapping[str, str] = field(default_factory=dict)
-    in_label_order: bool = False
+    names: list[list[str]]  # of each class; its prompts if whole_prompts
+    display: list[str] = field(default_factory=list)  # name of each class; by default the first of its names
+    aliases: Mapping[str, str] = field(default_factory=dict)  # other names that a set may have for a display name
+    in_label_order: bool = False  # whether the order is meant to be the set's label order
     whole_prompts: bool = False
-    by_name: bool = False
-    templates: list[str] | None = None
+    by_name: bool = False  # whether classes can only be matched by name: the order is no dataset's
+    templates: list[str] | None = None  # from the same file
 
     def __post_init__(self) -> None:
         self.display = self.display or [names[0] for names in self.names]
@@ -110,12 +94,7 @@ def prompts_of_set(entry: SuiteEntry, images: LabelledImages) -> Prompts:
 
 
 def templates_of(templates: str | Sequence[str], where: str = "templates") -> list[str]:
-    """Return the prompt templates of a named list, a YAML file, a single template or a list; see :func:`prompts_of`.
-
-    Args:
-        templates: the templates, or the name of their list.
-        where: their place, for messages.
-    """
+    """Return the prompt templates of a named list, a YAML file, a single template or a list; see :func:`prompts_of`."""
     if isinstance(templates, str):
         file = templates.endswith(FILES) and "{}" not in templates
         templates, where = _templates(templates, where), f"{where}: {templates}" if file else where
@@ -138,7 +117,7 @@ def _templates(name: str, where: str) -> list[str]:
     listed = value.get("templates") if isinstance(value, dict) else value
     if not isinstance(listed, list) or not listed:
         raise InputError(f"{where}: {name}: must be a list of templates, or a mapping with one")
-    return [_string(template, f"{where}: {name}") for template in listed]
+    return [as_text(template, f"{where}: {name}") for template in listed]
 
 
 def _classes(spec: ClassNames, own_names: Sequence[str]) -> _Classes:
@@ -170,26 +149,13 @@ def _classes(spec: ClassNames, own_names: Sequence[str]) -> _Classes:
 def _listed(value: Any, where: str) -> _Classes:
     """Read a list of names or of several names per class, or a mapping from classes to prompts."""
     require(isinstance(value, list | dict) and bool(value), f"{where}: must be a list or a mapping of classes")
-    names = [_names(element, where) for element in (value.values() if isinstance(value, dict) else value)]
+    names = []
+    for element in value.values() if isinstance(value, dict) else value:
+        names.append([as_text(name, where) for name in (element if isinstance(element, list) else [element])])
+        require(bool(names[-1]), f"{where}: a class has no name")
     if isinstance(value, dict):
-        return _Classes(where, names, [_string(name, where) for name in value], whole_prompts=True)
+        return _Classes(where, names, [as_text(name, where) for name in value], whole_prompts=True)
     return _Classes(where, names, in_label_order=True)
-
-
-def _names(value: Any, where: str) -> list[str]:
-    names = [_string(name, where) for name in (value if isinstance(value, list) else [value])]
-    require(bool(names), f"{where}: a class has no name")
-    return names
-
-
-def _string(value: Any, where: str) -> str:
-    """Return a string; YAML reads some as numbers, which are converted back, or as other types, which are errors."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise InputError(f"{where}: {shortened(value)} is not a string; put it in quotes")
-    require(bool(value.strip()), f"{where}: a name or prompt is empty")
-    return value
 
 
 def _without_spelling(name: str) -> str:
@@ -259,54 +225,32 @@ def text_classifier(
     batch_size: int = 512,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Build the paper's prompt ensemble in embedding space (section 3.1.4) for any number of prompts per class.
-
-    See :func:`lit_clip.evaluation.zero_shot.ensemble`. All ranks call this and share the work; the result does not
-    depend on their number.
+    """Return the :func:`lit_clip.evaluation.zero_shot.ensemble` of prompts, which all ranks share, or load it.
 
     Args:
         model: model on the device to compute on.
         prompts: prompts of C classes.
-        cache: folder of built classifiers, keyed by the text tower's weights and the tokens; created if it does not
-            exist. Damaged files are replaced.
+        cache: folder of built classifiers, keyed by the text tower's weights and the tokens.
         weights: :func:`text_sha256` of the model, or another name of its weights, if known.
         batch_size: prompts encoded at once.
         progress: called after each batch with the number of prompts that this process has encoded.
-
-    Returns:
-        float32 ``[D, C]`` on the model's device, unit columns.
     """
     require(bool(prompts.texts) and all(prompts.texts), "prompts: there are no classes, or a class has no prompt")
     counts = [len(texts) for texts in prompts.texts]
     tokens = model.tokenizer([text for texts in prompts.texts for text in texts])  # [P, L]
-    shape, path, stored = (model.config.embed_dim, len(counts)), None, None
-    if cache is not None and distributed.rank_and_world()[0] == 0:
-        path = cache / f"{_cache_key(model, tokens, counts, weights)}.npz"
-        stored = _load(path, shape)
-    if cache is not None:
-        stored = _from_first_rank(stored, shape, model.device)
-    if stored is not None:
-        return stored.to(model.device)
+    path = None if cache is None else cache / f"{_cache_key(model, tokens, counts, weights)}.npz"
+    first = distributed.rank_and_world()[0] == 0
+    if path is not None:
+        shape = (model.config.embed_dim, len(counts))
+        (stored,) = distributed.gather_objects([_load(path, shape)] if first else [])
+        if stored is not None:
+            return stored.to(model.device)
     # In the memory layout of a loaded classifier: with another one, products with it would be rounded differently.
     classifier = ensemble(model, tokens, counts, batch_size, progress, ranks=True).contiguous()
-    error = None
     if path is not None:
-        try:
-            _save(path, classifier)
-        except InputError as raised:
-            error = raised
-    if cache is not None and distributed.maximum(int(error is not None)):  # raise on all ranks or on none
-        error = error or InputError("the first process could not save the classifier; its message says why")
-    if error:
-        raise error
+        for reason in distributed.gather_objects(_save(path, classifier) if first else []):
+            raise InputError(reason)  # on all ranks or on none
     return classifier
-
-
-def _from_first_rank(stored: Tensor | None, shape: tuple[int, int], device: torch.device) -> Tensor | None:
-    """Return the first rank's classifier on all ranks; the other ranks have none."""
-    if not distributed.maximum(int(stored is not None)):
-        return None
-    return distributed.sum_over_ranks(torch.zeros(shape) if stored is None else stored, device)
 
 
 def _cache_key(model: CLIP, tokens: Tensor, counts: Sequence[int], weights: str | None) -> str:
@@ -320,13 +264,18 @@ def _load(path: Path, shape: tuple[int, int]) -> Tensor | None:
     """Return a saved classifier; None if there is none or it is damaged (an ``.npz`` file has a checksum)."""
     try:
         with reading(path, "classifier"), np.load(path, allow_pickle=False) as file:
-            values = np.ascontiguousarray(file["classifier"])  # collectives take the memory in its order
+            values = np.ascontiguousarray(file["classifier"])
     except InputError:
         return None
     return torch.from_numpy(values) if values.shape == shape and values.dtype == np.float32 else None
 
 
-def _save(path: Path, classifier: Tensor) -> None:
-    make_folder(path.parent)
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, classifier=classifier.float().cpu().numpy())
+def _save(path: Path, classifier: Tensor) -> list[str]:
+    """Save a classifier; return the reason if it could not be saved."""
+    try:
+        make_folder(path.parent)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, classifier=classifier.float().cpu().numpy())
+    except InputError as error:
+        return [str(error)]
+    return []

@@ -10,7 +10,6 @@ line: two of the four are CLIP models, the other two were trained on far more th
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
@@ -24,27 +23,14 @@ from lit_clip.tools.text_files import read_yaml
 
 
 class TopOnePair(NamedTuple):
-    """Top-1 accuracies of a classifier, fractions.
-
-    Attributes:
-        imagenet: accuracy on ImageNet's validation images, with the classes of the other set only.
-        shifted: accuracy on the other set.
-    """
+    """Top-1 accuracies of a classifier: on ImageNet's images of the other set's classes, and on the other set."""
 
     imagenet: float
     shifted: float
 
 
-@dataclass(frozen=True)
-class RobustnessRow:
-    """A row of the robustness table.
-
-    Attributes:
-        name: name of the set.
-        point: accuracies on ImageNet and on the set.
-        gap: accuracy lost on the set.
-        effective: effective robustness; None without classifiers to compare with.
-    """
+class RobustnessRow(NamedTuple):
+    """A set's accuracies, the accuracy lost on it, and its effective robustness if there are classifiers to compare."""
 
     name: str
     point: TopOnePair
@@ -52,39 +38,24 @@ class RobustnessRow:
     effective: float | None
 
 
-def robustness_table(
-    points: Mapping[str, TopOnePair], references: Mapping[str, Sequence[TopOnePair]] | None = None
-) -> list[RobustnessRow]:
-    """Return one row per set, in the given order.
-
-    Args:
-        points: accuracies of the classifier by set, under the set's name in the paper.
-        references: accuracies of the classifiers to compare with, by set; default: :func:`imagenet_classifiers`.
-    """
+def robustness_table(points: Mapping[str, TopOnePair]) -> list[RobustnessRow]:
+    """Return a row for each set, by its name in the paper, compared with :func:`imagenet_classifiers`."""
     rows = []
     for name, point in points.items():
-        reference = (references or {}).get(name) or imagenet_classifiers(name)
+        reference = imagenet_classifiers(name)
         effective = effective_robustness([point], reference)[0] if reference else None
         rows.append(RobustnessRow(name, point, point.imagenet - point.shifted, effective))
     return rows
 
 
 def effective_robustness(points: Sequence[TopOnePair], references: Sequence[TopOnePair]) -> list[float]:
-    """Return each point's height above the line through the references, in accuracy.
-
-    Args:
-        points: classifiers to evaluate.
-        references: at least two classifiers with different accuracies on ImageNet.
-    """
+    """Return each point's height above the line through the references, in accuracy."""
     slope, intercept = logit_line(references)
-    return [point.shifted - _probability(slope * _logit(point.imagenet) + intercept) for point in points]
+    return [point.shifted - 1 / (1 + math.exp(-slope * _logit(point.imagenet) - intercept)) for point in points]
 
 
 def logit_line(references: Sequence[TopOnePair]) -> tuple[float, float]:
-    """Fit ``logit(shifted)`` over ``logit(imagenet)`` by least squares: return slope and intercept.
-
-    Raises the errors of :func:`effective_robustness`.
-    """
+    """Fit ``logit(shifted)`` over ``logit(imagenet)`` by least squares: return slope and intercept."""
     different = len({point.imagenet for point in references})
     require(
         different >= 2, f"robustness: {different} different accuracies on ImageNet define no line; give at least two"
@@ -101,24 +72,13 @@ def imagenet_classifiers(name: str) -> list[TopOnePair]:
     return list(_published().get(name, ()))
 
 
-def subset_top1(scores: Tensor, labels: Tensor, classes: Sequence[int]) -> float:
-    """Return the accuracy on ImageNet with only the classes of another set.
-
-    Args:
-        scores: ``[N, 1000]``.
-        labels: int64 ``[N]``.
-        classes: labels of the other set's classes in ImageNet.
-    """
-    columns, rows = torch.tensor(sorted(set(classes))), subset_rows(labels, classes)
-    subset = scores[rows.to(scores.device)][:, columns.to(scores.device)]
-    return accuracies(classification_counts(subset, torch.searchsorted(columns, labels[rows])))["top1"]
-
-
-def subset_rows(labels: Tensor, classes: Sequence[int]) -> Tensor:
-    """Return the rows of ImageNet's images of these classes, int64 ``[n]``."""
-    rows = torch.isin(labels, torch.tensor(sorted(set(classes)))).nonzero()[:, 0]
+def subset_top1(scores: Tensor, labels: Tensor, classes: Sequence[int]) -> tuple[float, int]:
+    """Return ImageNet's accuracy among some of its classes, from scores ``[N, 1000]``, and their number of images."""
+    columns = torch.tensor(sorted(set(classes)))
+    rows = torch.isin(labels, columns).nonzero()[:, 0]
     require(len(rows) > 0, "robustness: there is no ImageNet image of these classes")
-    return rows
+    subset = scores[rows.to(scores.device)][:, columns.to(scores.device)]
+    return accuracies(classification_counts(subset, torch.searchsorted(columns, labels[rows])))["top1"], len(rows)
 
 
 @lru_cache(maxsize=1)
@@ -135,7 +95,3 @@ def _logit(accuracy: float) -> float:
     if not 0 < accuracy < 1:
         raise InputError(f"robustness: an accuracy of {accuracy} has no logit; leave this classifier out")
     return math.log(accuracy / (1 - accuracy))
-
-
-def _probability(logit: float) -> float:
-    return 1 / (1 + math.exp(-logit))

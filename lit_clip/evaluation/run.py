@@ -1,6 +1,7 @@
 """The sets of a suite, evaluated one after the other into one folder."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,13 @@ from torch import Tensor
 
 from lit_clip import distributed
 from lit_clip.embedding.precision import autocast
-from lit_clip.errors import InputError, require
-from lit_clip.evaluation.bias import bias_texts
-from lit_clip.evaluation.caption_choice import encode_choices
-from lit_clip.evaluation.caption_texts import caption_texts
-from lit_clip.evaluation.data import (
-    CaptionChoices,
-    CaptionedImages,
-    LabelledImages,
-    MissingData,
-    SomeOfImageNet,
-    check_classes,
-)
+from lit_clip.errors import InputError
+from lit_clip.evaluation.data import MissingData, SomeOfImageNet, check_classes
 from lit_clip.evaluation.download import download_missing
 from lit_clip.evaluation.files_read import files_read
-from lit_clip.evaluation.open_set import DistinctCaptions, Fold, OpenSet
+from lit_clip.evaluation.open_set import Fold, OpenSet, encode_texts
 from lit_clip.evaluation.other_classes import single_classes, trained_classes
-from lit_clip.evaluation.prompts import Prompts, prompts_of_set, text_classifier
+from lit_clip.evaluation.prompts import Prompts, text_classifier
 from lit_clip.evaluation.results import Results, cache_key, code_digest
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import SuiteEntry, Task
@@ -39,35 +30,23 @@ from lit_clip.tools.console import from_totals, progress, stderr
 IMAGENET = "ImageNet"  # its name in the paper
 
 
+@dataclass
 class EvaluationRun:
-    """Evaluation of one model into one output folder.
+    """Evaluation of one model into one output folder; the sets' paths are relative to ``root``.
 
     All ranks compute features and classifiers together. The first rank alone then runs the tasks.
-
-    Args:
-        model: the encoders.
-        store: of the model's features.
-        root: folder that the sets' paths are relative to.
-        results: of the output folder.
-        options: of the tasks.
-        tasks: those to run.
     """
 
-    def __init__(
-        self,
-        model: CLIP,
-        store: FeatureStore,
-        root: Path,
-        results: Results,
-        options: TaskOptions,
-        tasks: tuple[Task, ...],
-    ) -> None:
-        self.model, self.store, self.root = model, store, root
-        self.results, self.options, self.tasks = results, options, tasks
-        self.device, self.text_weights = torch.device("cpu"), store.fingerprint.text
-        self.probes: dict[tuple[Any, ...], Any] = {}
-        self.imagenet: list[OpenSet] = []  # ImageNet and the sets that have some of its classes
-        self.not_downloaded: dict[str, str] = {}  # why, by set; known on the first rank
+    model: CLIP
+    store: FeatureStore
+    root: Path
+    results: Results
+    options: TaskOptions
+    tasks: tuple[Task, ...]
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"), init=False)
+    probes: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False)
+    imagenet: list[OpenSet] = field(default_factory=list, init=False)  # it and the sets that have some of its classes
+    not_downloaded: dict[str, str] = field(default_factory=dict, init=False)  # why, by set; known on the first rank
 
     def evaluate(self, entries: Mapping[str, SuiteEntry], download: bool = False) -> None:
         """Evaluate all sets, in order, after downloading those that are missing if ``download``."""
@@ -76,21 +55,18 @@ class EvaluationRun:
             failed = distributed.on_first_rank(lambda: download_missing(entries, self.root, self.tasks))
             self.not_downloaded = failed or {}
         rank, world = distributed.rank_and_world()
-        waiting = []
+        waiting: list[OpenSet] = []
         for name, entry in entries.items():
             self.results.begin(name, entry)
             try:
-                opened = self._open(name, entry)
+                waiting.append(self._open(name, entry))
             except InputError as error:
                 self._record_failure(name, error)
-                continue
-            if world == 1:
-                self._finish(opened)
-            else:
-                waiting.append(opened)
-        for opened in waiting if rank == 0 else ():
-            self._finish(opened)
+            while waiting and world == 1:  # otherwise the other ranks would wait for the first
+                self._finish(waiting.pop())
         if rank == 0:
+            for opened in waiting:
+                self._finish(opened)
             self._add_subset_accuracies()
 
     def _record_failure(self, name: str, error: InputError) -> None:
@@ -104,27 +80,22 @@ class EvaluationRun:
     def _open(self, name: str, entry: SuiteEntry) -> OpenSet:
         """Open a set and compute its features; called on all ranks in the same order."""
         opened = OpenSet(name, entry, [], scale=float(self.model.logit_scale.detach().exp()), probes=self.probes)
-        tasks = opened.tasks = self._open_folds(opened)
+        opened.tasks = self._open_folds(opened)
         for number, fold in enumerate(opened.folds):
             for split, images in fold.images.items():
                 title = f"{name} {split}" + (f" {number + 1}/{len(opened.folds)}" if len(opened.folds) > 1 else "")
                 self.store.compute(images, title)
-        if {"zero_shot", "bias"} & set(tasks):
-            self._build_classifiers(opened, tasks)
+        test = opened.folds[0].images["test"]
+        encode_texts(opened, lambda: self.store.read(test).rows, partial(self._encode, name))
+        if prompts := opened.prompts:
+            counts = {"classes": len(prompts.names), "texts": sum(map(len, prompts.texts))}
+            self.results.update(name, class_names=prompts.names, prompts={**counts, "sha256": prompts.sha256})
         if distributed.rank_and_world()[0] == 0:
             self._read_features(opened)
-        if "retrieval" in tasks:
-            self._encode_captions(opened)
-        if "caption_choice" in tasks:
-            self._encode_choices(opened)
         return opened
 
     def _open_folds(self, opened: OpenSet) -> list[Task]:
-        """Open the splits that are there and return the tasks that they allow.
-
-        Raises:
-            MissingData: there is no test split.
-        """
+        """Open the splits that are there, of which the test split must be, and return the tasks that they allow."""
         entry = opened.entry
         assert entry.tasks is not None
         tasks: list[Task] = [task for task in entry.tasks if task in self.tasks]
@@ -160,22 +131,11 @@ class EvaluationRun:
             progress(f"{name} texts", share, enabled=rank == 0) as advance,
         ):
             count = from_totals(advance)
-            classifier = text_classifier(self.model, prompts, folder, weights=self.text_weights, progress=count)
+            classifier = text_classifier(
+                self.model, prompts, folder, weights=self.store.fingerprint.text, progress=count
+            )
         self.model.cpu()
         return classifier.cpu()
-
-    def _build_classifiers(self, opened: OpenSet, tasks: Sequence[Task]) -> None:
-        """Build the classifiers of zero-shot and of the bias probes; each rank encodes its share of the prompts."""
-        test = opened.folds[0].images["test"]
-        if "zero_shot" in tasks:
-            if not isinstance(test, LabelledImages):
-                raise InputError(f"{type(test).__name__} has no classes, which zero-shot needs")
-            prompts = prompts_of_set(opened.entry, test)
-            opened.prompts, opened.classifier = prompts, self._encode(opened.name, prompts)
-            counts = {"classes": len(prompts.names), "texts": sum(map(len, prompts.texts))}
-            self.results.update(opened.name, class_names=prompts.names, prompts={**counts, "sha256": prompts.sha256})
-        for probe, texts in bias_texts().items() if "bias" in tasks else ():
-            opened.bias[probe] = self._encode(opened.name, Prompts(list(texts), [[text] for text in texts.values()]))
 
     def _read_features(self, opened: OpenSet) -> None:
         """Read the features and count the images, on the first rank."""
@@ -196,25 +156,6 @@ class EvaluationRun:
             )
             self.results.add_reason(opened.name, reason)
 
-    def _encode_captions(self, opened: OpenSet) -> None:
-        """Encode each distinct caption once; called on all ranks."""
-        test = opened.folds[0].images["test"]
-        require(isinstance(test, CaptionedImages), f"{type(test).__name__} has no captions, which retrieval needs")
-        assert isinstance(test, CaptionedImages)
-        rows = self.store.read(test).rows
-        prompts, pairs = caption_texts(test, rows, opened.entry.templates)
-        features = self._encode(opened.name, prompts).T
-        digest = cache_key(prompts.sha256, [column.tolist() for column in pairs])
-        opened.captions = DistinctCaptions(features.contiguous(), pairs, digest)
-
-    def _encode_choices(self, opened: OpenSet) -> None:
-        """Encode each distinct caption once; called on all ranks."""
-        test = opened.folds[0].images["test"]
-        require(isinstance(test, CaptionChoices), f"{type(test).__name__} has no questions, which caption_choice needs")
-        assert isinstance(test, CaptionChoices)
-        rows, encode = self.store.read(test).rows, partial(self._encode, opened.name)
-        opened.choices = encode_choices(test, rows, opened.entry.templates, encode)
-
     def _finish(self, opened: OpenSet) -> None:
         """Run the tasks of a set, on the first rank."""
         try:
@@ -224,7 +165,7 @@ class EvaluationRun:
             return
         for number, fold in enumerate(opened.folds):
             splits = [split for split in fold.images if split != "test"]
-            fold.trained_on = cache_key([self._split_key(fold, number, split, digests) for split in splits])
+            fold.trained_on = cache_key([self._split_key(fold, split, digests[number, split]) for split in splits])
         for task in opened.tasks:
             key = self._cache_key(opened, task, digests)
             try:
@@ -253,23 +194,22 @@ class EvaluationRun:
                     value, interval = top1_among(whole, classes)
                     result["metrics"][f"top1/{name}"], result["intervals"][f"top1/{name}"] = value, interval
 
-    def _split_key(
-        self, fold: Fold, number: int, split: str, digests: Mapping[tuple[int, str], str]
-    ) -> tuple[Any, ...]:
+    def _split_key(self, fold: Fold, split: str, digest: str) -> tuple[Any, ...]:
         """Return what identifies the features and the truth of a split."""
-        return split, self.store.path(fold.images[split]).name, fold.features[split].skipped, digests[number, split]
+        return split, self.store.path(fold.images[split]).name, fold.features[split].skipped, digest
 
     def _cache_key(self, opened: OpenSet, task: Task, digests: Mapping[tuple[int, str], str]) -> str:
         """Hash all that a result depends on."""
         used = [
-            self._split_key(fold, number, split, digests)
+            self._split_key(fold, split, digests[number, split])
             for number, fold in enumerate(opened.folds)
             for split in fold.images
             if split in used_splits(task)
         ]
         entry, more = opened.entry, ()
         if task in ("linear_probe", "few_shot"):
-            more = (vars(self.options), [fold.classes for fold in opened.folds])
+            options = (self.options.shots, self.options.draws, self.options.seed)
+            more = (options, [fold.classes for fold in opened.folds])
         elif task == "zero_shot" and opened.prompts:
             more = (opened.prompts.names, opened.prompts.sha256)
         elif task == "caption_choice" and opened.choices:

@@ -1,12 +1,13 @@
 """Metrics of the paper's evaluation, pure functions of class scores and targets; sums are float64.
 
-Shapes: N images, C classes. All values are fractions, 0 to 1. A tie goes to the class with the lowest number, so the
-result does not depend on how images are divided among ranks or chunks. An image with a NaN among its scores is wrong.
+Shapes: N images, C classes. All values are fractions, 0 to 1. Ties and NaN are judged as in ``accuracy``, or against
+the model. torchmetrics has neither these rules nor the definitions of VOC2007, RareAct, WILDS and DataComp.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from statistics import fmean
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -28,12 +29,7 @@ Knowledge = TypeVar("Knowledge")
 
 
 def evaluate_scores(metric: Metric, scores: Tensor, targets: Targets) -> dict[str, float]:
-    """Compute a set's metric and the other metrics that its labels allow.
-
-    Args:
-        metric: any but ``within_km``, ``recall@1`` and those of caption choice, which have no class scores.
-        scores: float ``[N, C]``, higher is likelier.
-        targets: truth about the N images.
+    """Compute a set's metric and the other metrics that its labels allow, from class scores ``[N, C]``.
 
     Returns:
         ``metric`` first; ``top1``, ``top5`` (with more than 5 classes) and ``mean_per_class`` if every image has one
@@ -71,11 +67,10 @@ def baselines(metric: Metric, targets: Targets) -> dict[str, float]:
 
 
 def baseline(metric: Metric, targets: Targets) -> float | None:
-    """Return the best value that an answer can reach without looking at the images.
+    """Return the best value of an answer without looking at the images; None for a metric without a defined one.
 
     That answer is always the same class; for average precision and ROC AUC always the same score; for ``lexicon`` one
-    of the image's candidates at random. None for ``worst_group_top5`` and for metrics that are not computed from class
-    scores.
+    of the image's candidates at random.
     """
     if metric in ("within_km", "recall@1", "worst_group_top5", *CHOICE_METRICS):
         return None
@@ -88,8 +83,7 @@ def baseline(metric: Metric, targets: Targets) -> float | None:
     if metric in ("map11", "roc_auc", "mwap"):
         return evaluate_scores(metric, torch.zeros(len(targets), targets.classes), targets)[metric]
     _require_labels(targets, metric)
-    found = _baseline_accuracies(targets)
-    return _mean_top1_top5(found) if metric == "mean_top1_top5" else found[metric]
+    return _with_mean_top1_top5(_baseline_accuracies(targets))[metric]
 
 
 def mean_over_folds(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -124,36 +118,23 @@ def _baseline_accuracies(targets: Targets) -> dict[str, float]:
     return baseline_accuracies(targets.labels.bincount(minlength=targets.classes))
 
 
-def _mean_top1_top5(found: dict[str, float]) -> float:
-    """Kinetics-700's metric; with 5 classes or fewer every image is among the top 5."""
-    return (found["top1"] + found.get("top5", 1.0)) / 2
+def _with_mean_top1_top5(found: dict[str, float]) -> dict[str, float]:
+    """Add Kinetics-700's metric; with 5 classes or fewer every image is among the top 5."""
+    return found | {"mean_top1_top5": (found["top1"] + found.get("top5", 1.0)) / 2}
 
 
-def _with_mean_top1_top5(scores: Tensor, targets: Targets) -> dict[str, float]:
-    found = _accuracies(scores, targets)
-    return found | {"mean_top1_top5": _mean_top1_top5(found)}
+def _curve(score: Tensor, right: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weights, float64 ``[..., T]``, of the images that score at least as high as each of T distinct scores.
 
-
-class _Curve(NamedTuple):
-    """Weights of the images that score at least as high as each of T thresholds: the distinct scores, descending.
-
-    Attributes:
-        right: float64 ``[..., T]``, total weight of the relevant images.
-        found: float64 ``[..., T]``, total weight of all images.
+    Of scores ``[n]``, bool ``[n]`` and weights ``[..., n]``, they are the weights of the right images and of all, by
+    descending score; a NaN score counts as the worst possible one.
     """
-
-    right: Tensor
-    found: Tensor
-
-
-def _curve(score: Tensor, right: Tensor, weight: Tensor) -> _Curve:
-    """Scores ``[n]``, bool ``[n]``, weights ``[..., n]``; a NaN score counts as the worst possible one."""
     score = torch.where(score.isnan(), torch.where(right, -torch.inf, torch.inf).to(score.dtype), score)
     order = score.argsort(descending=True, stable=True)
     score, weight = score[order], weight[..., order].double()
     last = torch.ones_like(right)
     last[:-1] = score[1:] != score[:-1]  # equal scores are found together, whatever their order
-    return _Curve((weight * right[order]).cumsum(-1)[..., last], weight.cumsum(-1)[..., last])
+    return (weight * right[order]).cumsum(-1)[..., last], weight.cumsum(-1)[..., last]
 
 
 def _map11(scores: Tensor, targets: Targets) -> dict[str, float]:
@@ -261,10 +242,11 @@ def _mwap(scores: Tensor, targets: Targets) -> dict[str, float]:
             continue
         rows = torch.cat([part.nonzero()[:, 0] for part in (right, hard, wrong)])
         weights = [_film_weights(video[part], random) for part in (right, hard, wrong)]
-        curve = _curve(scores[rows.to(scores.device), action].cpu(), right[rows], torch.cat(weights, dim=1))
-        precision = curve.right / curve.found.clamp(min=torch.finfo(torch.float64).tiny)
-        gained = curve.right.diff(prepend=torch.zeros_like(curve.right[:, :1]))
-        values.append((gained * precision).sum(dim=1) / curve.right[:, -1])
+        score = scores[rows.to(scores.device), action].cpu()
+        right_T, found_T = _curve(score, right[rows], torch.cat(weights, dim=1))
+        precision = right_T / found_T.clamp(min=torch.finfo(torch.float64).tiny)
+        gained = right_T.diff(prepend=torch.zeros_like(right_T[:, :1]))
+        values.append((gained * precision).sum(dim=1) / right_T[:, -1])
     require(bool(values), "mwap: no action has a clip")
     mean = torch.stack(values).mean(dim=0)
     return {"mwap": float(mean[0]), "mwsap": float(mean[1:].mean())}
@@ -281,15 +263,11 @@ def _macro_f1(scores: Tensor, targets: Targets) -> dict[str, float]:
     return {"macro_f1": float(f1[images > 0].mean())}
 
 
-def _worst_group(metric: Metric, within: int) -> Callable[[Tensor, Targets], dict[str, float]]:
+def _worst_group(metric: Metric, within: int, scores: Tensor, targets: Targets) -> dict[str, float]:
     """Lowest accuracy of a group that has images: DataComp's ``acc_wg`` (GeoDE, FMoW) and ``acc_top5_wg``."""
-
-    def worst(scores: Tensor, targets: Targets) -> dict[str, float]:
-        _require_labels(targets, metric)
-        right = (ranks_of_labels(scores, targets.labels) < within).cpu()
-        return {metric: float(_group_means(right.double()[:, None], targets, metric).min())}
-
-    return worst
+    _require_labels(targets, metric)
+    right = (ranks_of_labels(scores, targets.labels) < within).cpu()
+    return {metric: float(_group_means(right.double()[:, None], targets, metric).min())}
 
 
 def _group_means(values: Tensor, targets: Targets, metric: Metric) -> Tensor:
@@ -333,13 +311,13 @@ def _film_weights(video: Tensor, random: torch.Generator) -> Tensor:
 _METRICS: dict[Metric, Callable[[Tensor, Targets], dict[str, float]]] = {
     "top1": _accuracies,
     "mean_per_class": _accuracies,
-    "mean_top1_top5": _with_mean_top1_top5,
+    "mean_top1_top5": lambda scores, targets: _with_mean_top1_top5(_accuracies(scores, targets)),
     "map11": _map11,
     "roc_auc": _roc_auc,
     "pm": _pm,
     "lexicon": _lexicon,
     "mwap": _mwap,
     "macro_f1": _macro_f1,
-    "worst_group_top1": _worst_group("worst_group_top1", 1),
-    "worst_group_top5": _worst_group("worst_group_top5", 5),
+    "worst_group_top1": partial(_worst_group, "worst_group_top1", 1),
+    "worst_group_top5": partial(_worst_group, "worst_group_top5", 5),
 }

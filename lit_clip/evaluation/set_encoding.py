@@ -68,12 +68,7 @@ def set_task(model: CLIP, images: ImageSet) -> EncodingTask:
 
 
 class Encoded(NamedTuple):
-    """Features of a set, the same on every rank.
-
-    Attributes:
-        rows: the N images that could be read, ascending.
-        features: float32 ``[N, D]`` on the CPU.
-    """
+    """Rows of the N images that could be read, ascending, and their features, float32 ``[N, D]`` on the CPU."""
 
     rows: list[int]
     features: Tensor
@@ -82,12 +77,8 @@ class Encoded(NamedTuple):
 class SetEncoder:
     """Encodes sets on all ranks of a training; batches are the same on any number of ranks.
 
-    Args:
-        batch_size: images encoded at once on each rank.
-        num_workers: processes that read images; None: this rank's share of the cores but one, up to 8, and at most one
-            for four batches, so that a small set starts none.
-        on_error: whether an image that cannot be read is an error or is skipped.
-        callback: name for messages.
+    The options are those of the ``callback``. By default a rank has its share of the cores but one as data workers, up
+    to 8, and at most one for four batches, so that a small set starts none.
     """
 
     def __init__(self, batch_size: int, num_workers: int | None, on_error: OnError, callback: str) -> None:
@@ -99,13 +90,9 @@ class SetEncoder:
         self._warned: set[str] = set()
 
     def encode(self, model: CLIP, images: ImageSet, encode: Encode, name: str) -> Encoded:
-        """Return the features of all images of a set; for all ranks to call.
+        """Return the features of all images of a set by ``encode``, normalised ``[B, 3, H, W]`` -> ``[B, D]``.
 
-        Args:
-            model: the encoders.
-            images: the set.
-            encode: normalised ``[B, 3, H, W]`` -> ``[B, D]``.
-            name: of the set, for messages.
+        All ranks call this; ``name`` is the set's in messages.
         """
         rank, world = distributed.rank_and_world()
         rows_at_once = 1 if images.several else self.batch_size

@@ -12,30 +12,20 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, MissingData
 from lit_clip.tools.messages import one_line, user_error
 from lit_clip.tools.text_files import read_yaml
+from lit_clip.tools.untrusted import shortened
 
 Task = Literal["zero_shot", "linear_probe", "few_shot", "retrieval", "geolocation", "bias", "caption_choice"]
 TASKS: tuple[Task, ...] = get_args(Task)
-Metric = Literal[
-    "top1",
-    "mean_per_class",
-    "map11",
-    "roc_auc",
-    "mean_top1_top5",
-    "pm",
-    "lexicon",
-    "mwap",
-    "macro_f1",
-    "worst_group_top1",
-    "worst_group_top5",
-    "within_km",
-    "recall@1",
-    "text_score",
-    "macro_text_score",
-    "image_score",
-    "group_score",
-    "jaccard",
-]
-CHOICE_METRICS: tuple[Metric, ...] = ("text_score", "macro_text_score", "image_score", "group_score", "jaccard")
+ClassMetric = Literal["top1", "mean_per_class", "mean_top1_top5", "macro_f1", "worst_group_top1", "worst_group_top5"]
+AnnotatedMetric = Literal["map11", "roc_auc", "pm", "lexicon", "mwap"]
+ChoiceMetric = Literal["text_score", "macro_text_score", "image_score", "group_score", "jaccard"]
+Metric = Literal[ClassMetric, AnnotatedMetric, ChoiceMetric, "within_km", "recall@1"]
+CHOICE_METRICS: tuple[Metric, ...] = get_args(ChoiceMetric)
+TASK_OF_METRIC: dict[Metric, Task] = {
+    "recall@1": "retrieval",
+    "within_km": "geolocation",
+    **dict.fromkeys(CHOICE_METRICS, "caption_choice"),
+}
 LOCATION_ARGUMENTS = ("root", "path")  # relative to the data root
 NAME_BYTES = 100  # limit for a set's name, which is part of file names (at most 255 bytes)
 ClassNames = str | list[str | list[str]] | dict[str, list[str]] | None
@@ -84,6 +74,9 @@ class SuiteEntry:
         unknown = self.splits.keys() - {"train", "val", "test"}
         require(not unknown, f"splits: unknown split {', '.join(sorted(unknown))}; must be train, val or test")
         for name in self.splits:
+            same = name != "test" and self.splits[name] == self.splits["test"]
+            message = f"splits: {name} and test have the same arguments, so the probe would train on test images"
+            require(not same, message)
             if self.is_of_another_set(name):
                 require(name != "test", "splits: test has a class_path; write it under data")
                 self.splits = {**self.splits, name: _checked_class(self.splits[name], f"splits: {name}")}
@@ -92,11 +85,6 @@ class SuiteEntry:
             {key for fold in self.folds for split in self.splits.values() for key in fold.keys() & split.keys()}
         )
         require(not twice, f"folds: {', '.join(twice)} is set by splits too, which the fold would override; keep one")
-        for name in self.splits.keys() - {"test"}:
-            same = self.splits[name] == self.splits["test"]
-            require(
-                not same, f"splits: {name} and test have the same arguments, so the probe would train on test images"
-            )
         if self.tasks is None:
             self.tasks = self._default_tasks()
         require(bool(self.tasks), "tasks: empty; leave it out to run all that the splits allow")
@@ -110,12 +98,8 @@ class SuiteEntry:
         return "class_path" in self.splits[split]
 
     def _default_tasks(self) -> list[Task]:
-        if self.metric == "recall@1":
-            return ["retrieval"]
-        if self.metric == "within_km":
-            return ["geolocation"]
-        if self.metric in CHOICE_METRICS:
-            return ["caption_choice"]
+        if self.metric in TASK_OF_METRIC:
+            return [TASK_OF_METRIC[self.metric]]
         if "train" not in self.splits:
             return ["zero_shot"]
         if self.metric == "map11":  # shots per class are not defined for images with several classes
@@ -136,11 +120,7 @@ class SuiteEntry:
         return {"class_path": self.data["class_path"], "init_args": options}
 
     def open(self, split: str, fold: int, data_root: Path) -> ImageSet:
-        """Open one split of one fold.
-
-        Raises:
-            MissingData: its files are not below ``data_root``.
-        """
+        """Open one split of one fold; raise :class:`MissingData` if its files are not below ``data_root``."""
         spec = self.spec(split, fold)
         options: dict[str, Any] = spec["init_args"]
         for key in LOCATION_ARGUMENTS:
@@ -197,7 +177,11 @@ def read_suite(paths: str | Path | Sequence[str | Path]) -> dict[str, SuiteEntry
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SuiteEntry)
     for path in [paths] if isinstance(paths, str | Path) else paths:
-        for name, value in _sets(Path(path)).items():
+        values = read_yaml(Path(path))
+        sets = values.get("sets") if isinstance(values, dict) else None
+        if not isinstance(sets, dict):
+            raise InputError(f"{path}: must have a mapping called sets: {{name: {{data: ...}}}}")
+        for name, value in sets.items():
             check_name(name, str(path))
             require(name not in entries, f"{path}: there are two sets called {name}; rename one")
             entries[name] = _entry(parser, value, f"{path}: {name}")
@@ -218,14 +202,6 @@ def check_name(name: Any, where: str) -> None:
     )
 
 
-def _sets(path: Path) -> Mapping[Any, Any]:
-    values = read_yaml(path)
-    sets = values.get("sets") if isinstance(values, dict) else None
-    if not isinstance(sets, dict):
-        raise InputError(f"{path}: must have a mapping called sets: {{name: {{data: ...}}}}")
-    return sets
-
-
 def _entry(parser: ArgumentParser, value: Any, where: str) -> SuiteEntry:
     try:
         require(isinstance(value, dict), "must be a mapping with data, splits, ...")
@@ -243,7 +219,14 @@ def _strings(value: Any, where: str) -> Any:
         return {_strings(name, where): _strings(words, where) for name, words in lists.items()}
     if isinstance(value, list):
         return [_strings(element, where) for element in value]
+    return as_text(value, where)
+
+
+def as_text(value: Any, where: str) -> str:
+    """Return a string; YAML reads some as numbers, which are converted back, or as other types, which are errors."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    require(isinstance(value, str), f"{where}: {value!r} is not a string; put it in quotes")
+    if not isinstance(value, str):
+        raise InputError(f"{where}: {shortened(value)} is not a string; put it in quotes")
+    require(bool(value.strip()), f"{where}: a name or prompt is empty")
     return value

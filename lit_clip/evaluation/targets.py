@@ -25,18 +25,9 @@ ANNOTATIONS_BY_ROW = ("annotation", "video")  # the other annotations of VerbsAn
 
 @dataclass
 class Targets:
-    """The truth about N images and C classes.
+    """The truth about N images and C ``classes``; the annotations are those of :mod:`lit_clip.evaluation.data`.
 
-    Attributes:
-        labels: int64 ``[N]``; -1 where there is no single class.
-        classes: C.
-        relevance: see :class:`lit_clip.evaluation.data.MultiLabel`.
-        neighbours: see :class:`lit_clip.evaluation.data.Neighbours`.
-        accepted: see :class:`lit_clip.evaluation.data.Neighbours`.
-        candidates: see :class:`lit_clip.evaluation.data.Lexicons`.
-        coordinates: see :class:`lit_clip.evaluation.data.Located`.
-        groups: see :class:`lit_clip.evaluation.data.Grouped`.
-        annotations: see :class:`lit_clip.evaluation.data.VerbsAndNouns`.
+    ``labels`` is int64 ``[N]``; -1 where there is no single class.
     """
 
     labels: Tensor
@@ -67,12 +58,9 @@ class Targets:
 
     @classmethod
     def of(cls, data: ImageSet, rows: Sequence[int] | None = None, classes: int | None = None) -> "Targets":
-        """Collect the labels and annotations of a set.
+        """Collect the labels and annotations of a set, of some rows or all.
 
-        Args:
-            data: the set.
-            rows: images that have features, ascending; None: all.
-            classes: number of class names in use; None: as many as the set has.
+        ``classes`` is the number of class names in use; None: as many as the set has.
         """
         labelled = isinstance(data, LabelledImages)
         if classes is None:
@@ -95,15 +83,12 @@ class Targets:
 
     def digest(self) -> str:
         """Return a hash of all values, the same in every process; part of the cache key of results."""
-        parts: list[object] = []
-        for field in fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, Tensor):
-                parts += [(field.name, value.dtype, value.shape), value.contiguous().numpy().tobytes()]
-            else:
-                value = [sorted(classes) for classes in value] if field.name == "accepted" and value else value
-                parts.append((field.name, value))
-        return hex_digest(parts)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        values["accepted"] = self.accepted and [sorted(classes) for classes in self.accepted]
+        return hex_digest(
+            (name, value.dtype, value.shape, value.tolist()) if isinstance(value, Tensor) else (name, value)
+            for name, value in values.items()
+        )
 
     def take(self, rows: Sequence[int] | Tensor) -> "Targets":
         """Return the targets of some rows, renumbered.
@@ -114,30 +99,24 @@ class Targets:
         kept = index.tolist()
         values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
         for name in ("labels", "relevance", "coordinates"):
-            if values[name] is not None:
-                values[name] = values[name][index]
+            values[name] = None if values[name] is None else values[name][index]
         for name in ("accepted", "candidates"):
-            if values[name] is not None:
-                values[name] = [values[name][row] for row in kept]
+            values[name] = None if values[name] is None else [values[name][row] for row in kept]
         if self.groups is not None:
             values["groups"] = {name: [group[row] for row in kept] for name, group in self.groups.items()}
         if self.annotations is not None:
-            by_row = {name: self.annotations[name] for name in ANNOTATIONS_BY_ROW if name in self.annotations}
-            values["annotations"] = self.annotations | {
-                name: [column[row] for row in kept] for name, column in by_row.items()
+            values["annotations"] = {
+                name: [column[row] for row in kept] if name in ANNOTATIONS_BY_ROW else column
+                for name, column in self.annotations.items()
             }
         if self.neighbours is not None:
-            values["neighbours"] = _renumbered(self.neighbours, kept)
+            place = {row: new for new, row in enumerate(kept)}
+            values["neighbours"] = [
+                (place[anchor], [place[row] for row in around if row in place])
+                for anchor, around in self.neighbours
+                if anchor in place
+            ]
         return Targets(**values)
-
-
-def _renumbered(neighbours: list[tuple[int, list[int]]], kept: Sequence[int]) -> list[tuple[int, list[int]]]:
-    place = {row: new for new, row in enumerate(kept)}
-    return [
-        (place[anchor], [place[row] for row in around if row in place])
-        for anchor, around in neighbours
-        if anchor in place
-    ]
 
 
 def check_labels(labels: Tensor, classes: int, name_of: Callable[[int], str]) -> None:

@@ -24,7 +24,7 @@ from lit_clip.evaluation.few_shot import SHOTS, FewShotProbes, train_few_shot
 from lit_clip.evaluation.geolocation import nearest_km, within_km
 from lit_clip.evaluation.intervals import Interval, intervals, mean_interval
 from lit_clip.evaluation.open_set import Fold, OpenSet
-from lit_clip.evaluation.other_classes import among, penalty_metric
+from lit_clip.evaluation.other_classes import among
 from lit_clip.evaluation.predictions import (
     Columns,
     class_columns,
@@ -35,13 +35,13 @@ from lit_clip.evaluation.predictions import (
     unit_scores,
 )
 from lit_clip.evaluation.probe import MOST_PENALTIES, Probe, Split, train_probe
-from lit_clip.evaluation.robustness import subset_rows, subset_top1
-from lit_clip.evaluation.scores import baseline, comparable, evaluate_scores, interval, mean_over_folds
+from lit_clip.evaluation.robustness import subset_top1
+from lit_clip.evaluation.scores import baseline, baselines, comparable, evaluate_scores, interval, mean_over_folds
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import Task
 from lit_clip.evaluation.targets import Targets
 from lit_clip.retrieval.metrics import pair_scores, retrieval_ranks
-from lit_clip.retrieval.retrieval_set import DIRECTIONS, retrieval_metrics
+from lit_clip.retrieval.retrieval_set import DIRECTIONS, Evaluation, evaluate_pairs, retrieval_metrics
 from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.console import progress
 from lit_clip.tools.hardware import best_device
@@ -53,17 +53,14 @@ THUMBNAIL = 160  # pixels
 
 @dataclass(frozen=True)
 class TaskOptions:
-    """Options of the tasks.
+    """Options of the tasks."""
 
-    Attributes:
-        shots: numbers of examples per class.
-        draws: number of draws of the examples.
-        seed: random seed of the draws and of held-out images.
-    """
-
-    shots: tuple[int, ...] = SHOTS
-    draws: int = 3
-    seed: int = 0
+    shots: tuple[int, ...] = SHOTS  # numbers of examples per class
+    draws: int = 3  # of the examples
+    seed: int = 0  # of the draws and of held-out images
+    l2: float | None = None  # penalty of the linear probe; None: search for it
+    device: torch.device | None = None  # that probes are trained on; None: the best one
+    show_progress: bool = True  # while probes are trained
 
 
 def needed_splits(task: Task) -> tuple[str, ...]:
@@ -76,10 +73,8 @@ def run_task(task: Task, opened: OpenSet, options: TaskOptions, folder: Path) ->
 
     Predictions, and images that the report shows, are saved below ``folder``.
     """
-    if task == "zero_shot":
-        return _zero_shot(opened, folder)
-    if task == "linear_probe":
-        return _linear_probe(opened, options, folder)
+    if task in ("zero_shot", "linear_probe"):
+        return _classification(task, opened, options, folder)
     if task == "few_shot":
         return _few_shot(opened, options)
     if task == "retrieval":
@@ -91,12 +86,41 @@ def run_task(task: Task, opened: OpenSet, options: TaskOptions, folder: Path) ->
     return _bias(opened)
 
 
+def task_metrics(task: Task, opened: OpenSet, options: TaskOptions) -> Evaluation:
+    """Return the metrics and baselines of a task that has no files: zero-shot, linear probe, retrieval or choices."""
+    metric, features = opened.entry.metric, opened.folds[0].features["test"]
+    if task == "retrieval":
+        assert opened.captions is not None
+        return evaluate_pairs(_embeddings(features), opened.captions.features, opened.captions.pairs)
+    if task == "caption_choice":
+        result = _caption_choice(opened)
+        return Evaluation(result["metrics"], {metric: result["baseline"]})
+    folds = [
+        evaluate_scores(metric, class_scores(task, opened, fold, options), _targets(opened, fold, "test"))
+        for fold in opened.folds
+    ]
+    return Evaluation(mean_over_folds(folds), baselines(metric, _targets(opened, opened.folds[0], "test")))
+
+
+def class_scores(task: Task, opened: OpenSet, fold: Fold, options: TaskOptions) -> Tensor:
+    """Return the scores ``[N, C]`` of a fold's test images by which zero-shot or a linear probe ranks the classes."""
+    if task == "zero_shot":
+        return comparable(opened.entry.metric, _logits(opened, fold, opened.classifier))
+    fit = _trained(task, opened, fold, options).fit
+    return among(fit.scores(_split(opened, fold, "test", options).features), fold.classes)
+
+
 def _embeddings(features: SetFeatures) -> Tensor:
     return torch.from_numpy(np.array(features.after))
 
 
+def all_targets(opened: OpenSet, fold: Fold, split: str) -> Targets:
+    """Return the truth about all images of a split, with features or without."""
+    return Targets.of(fold.images[split], None, _class_count(opened, fold, split))
+
+
 def _targets(opened: OpenSet, fold: Fold, split: str) -> Targets:
-    return Targets.of(fold.images[split], fold.features[split].rows, _class_count(opened, fold, split))
+    return all_targets(opened, fold, split).take(fold.features[split].rows)
 
 
 def _class_count(opened: OpenSet, fold: Fold, split: str) -> int | None:
@@ -105,7 +129,7 @@ def _class_count(opened: OpenSet, fold: Fold, split: str) -> int | None:
     return len(opened.prompts.names) if opened.prompts and not of_another_set else None
 
 
-def _scores(opened: OpenSet, fold: Fold, classifier: Tensor | None) -> Tensor:
+def _logits(opened: OpenSet, fold: Fold, classifier: Tensor | None) -> Tensor:
     """Return the logits ``[N, C]`` of the test split."""
     assert classifier is not None
     return opened.scale * (_embeddings(fold.features["test"]) @ classifier.cpu().float())
@@ -116,52 +140,37 @@ def _keys(fold: Fold) -> list[str]:
     return [fold.images["test"].key(row) for row in fold.features["test"].rows]
 
 
-@dataclass
-class _Scored:
-    """A fold's classification: metrics with their intervals, and the rows of the file of predictions."""
-
-    metrics: dict[str, float]
-    intervals: dict[str, Interval]
-    columns: Columns
-
-
-def _score(opened: OpenSet, number: int, scores: Tensor, targets: Targets) -> _Scored:
-    metric, keys = opened.entry.metric, _keys(opened.folds[number])
-    metrics, units = evaluate_scores(metric, scores, targets), unit_scores(metric, scores, targets)
-    return _Scored(metrics, intervals(units), class_columns(metric, keys, scores, targets, units, number))
-
-
-def _classification_result(opened: OpenSet, task: Task, scored: Sequence[_Scored], folder: Path) -> dict[str, Any]:
-    """Return the entries that all classification tasks share, averaged over folds, and save the predictions."""
-    mean, targets = mean_over_folds([fold.metrics for fold in scored]), _targets(opened, opened.folds[0], "test")
-    columns = joined([fold.columns for fold in scored])
+def _classification(task: Task, opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
+    """Return the result, averaged over folds, and save the predictions."""
+    start, metric, first, last = time.monotonic(), opened.entry.metric, opened.folds[0], opened.folds[-1]
+    metrics: list[dict[str, float]] = []
+    of_folds: list[dict[str, Interval]] = []
+    rows: list[Columns] = []
+    for number, fold in enumerate(opened.folds):
+        scores, targets = class_scores(task, opened, fold, options), _targets(opened, fold, "test")
+        units = unit_scores(metric, scores, targets)
+        metrics.append(evaluate_scores(metric, scores, targets))
+        of_folds.append(intervals(units))
+        rows.append(class_columns(metric, _keys(fold), scores, targets, units, number))
+    mean, columns, targets = mean_over_folds(metrics), joined(rows), _targets(opened, first, "test")
+    known = [name for name in of_folds[0] if all(name in fold for fold in of_folds)]
     judged = zip(*(columns[name].tolist() for name in ("fold", "key", "truth")), strict=True)
-    return {
-        "value": mean[opened.entry.metric],
+    result = {
+        "value": mean[metric],
         "metrics": mean,
-        "intervals": {
-            name: mean_interval([fold.intervals[name] for fold in scored])
-            for name in scored[0].intervals
-            if all(name in fold.intervals for fold in scored)
-        },
-        "baseline": baseline(opened.entry.metric, targets),
+        "intervals": {name: mean_interval([fold[name] for fold in of_folds]) for name in known},
+        "baseline": baseline(metric, targets),
         "images": len(targets.labels),
         **predictions_entry(folder, opened.name, task, columns, judged),
     }
-
-
-def _zero_shot(opened: OpenSet, folder: Path) -> dict[str, Any]:
-    scored, first = [], None
-    for number, fold in enumerate(opened.folds):
-        scores, targets = _scores(opened, fold, opened.classifier), _targets(opened, fold, "test")
-        scored.append(_score(opened, number, comparable(opened.entry.metric, scores), targets))
-        first = first or (scores, targets)
-    assert first is not None
-    scores, targets = first
-    result = _classification_result(opened, "zero_shot", scored, folder)
-    if bool((targets.labels >= 0).all()):
-        result["confusions"] = _confusions(opened, scores, targets)
-        result["errors"] = _errors(opened, scores, targets, folder)
+    if task == "linear_probe":
+        probe: Probe = _trained(task, opened, last, options)
+        seconds = round(time.monotonic() - start, 1)
+        result |= {"l2": probe.l2, "search": sorted(probe.search.items()), "seconds": seconds}
+    elif bool((targets.labels >= 0).all()):
+        logits = _logits(opened, first, opened.classifier)
+        result["confusions"] = _confusions(opened, logits, targets)
+        result["errors"] = _errors(opened, logits, targets, folder)
     return result
 
 
@@ -173,9 +182,9 @@ def used_splits(task: Task) -> tuple[str, ...]:
 def target_digests(opened: OpenSet) -> dict[tuple[int, str], str]:
     """Hash the labels and annotations by fold and split; results depend on them as well as on features and prompts."""
     return {
-        (number, split): Targets.of(images, None, _class_count(opened, fold, split)).digest()
+        (number, split): all_targets(opened, fold, split).digest()
         for number, fold in enumerate(opened.folds)
-        for split, images in fold.images.items()
+        for split in fold.images
     }
 
 
@@ -183,12 +192,12 @@ def top1_among(opened: OpenSet, classes: Sequence[int]) -> tuple[float, Interval
     """Return the zero-shot accuracy among some of the classes, see :func:`subset_top1`, and its interval."""
     fold = opened.folds[0]
     labels = _targets(opened, fold, "test").labels
-    value = subset_top1(_scores(opened, fold, opened.classifier), labels, classes)
-    return value, interval(value, len(subset_rows(labels, classes)))
+    value, images = subset_top1(_logits(opened, fold, opened.classifier), labels, classes)
+    return value, interval(value, images)
 
 
 def _confusions(opened: OpenSet, scores: Tensor, targets: Targets) -> list[tuple[str, str, int]]:
-    """Return the most frequent confusions: true class, predicted class, number of images."""
+    """Return the most frequent true and predicted classes and their images, without torchmetrics' ``[C, C]``."""
     assert opened.prompts is not None
     prediction, labels, names = predictions(scores), targets.labels, opened.prompts.names
     wrong = (prediction != labels) & (prediction >= 0)
@@ -207,7 +216,6 @@ def _errors(opened: OpenSet, scores: Tensor, targets: Targets, folder: Path) -> 
     errors = []
     for number in wrong[probability[wrong].argsort(descending=True, stable=True)][:ERRORS].tolist():
         row = features.rows[number]
-        nearest = scores[number].softmax(dim=0).topk(min(5, len(names)))
         errors.append(
             {
                 "key": test.key(row),
@@ -215,12 +223,16 @@ def _errors(opened: OpenSet, scores: Tensor, targets: Targets, folder: Path) -> 
                 "prediction": names[int(prediction[number])],
                 "probability": float(probability[number]),
                 "image": _thumbnail(test, row, folder, opened.name),
-                "nearest": [
-                    (names[i], p) for i, p in zip(nearest.indices.tolist(), nearest.values.tolist(), strict=True)
-                ],
+                "nearest": nearest_classes(names, scores[number].softmax(dim=0)),
             }
         )
     return errors
+
+
+def nearest_classes(names: list[str], score_C: Tensor) -> list[tuple[str, float]]:
+    """Return up to five classes of the highest scores."""
+    best = score_C.topk(min(5, len(names)))
+    return [(names[i], score) for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
 
 def _thumbnail(images: ImageSet, row: int, folder: Path, name: str) -> str:
@@ -235,55 +247,37 @@ def _thumbnail(images: ImageSet, row: int, folder: Path, name: str) -> str:
     return path.as_posix()
 
 
-def _split(opened: OpenSet, fold: Fold, split: str) -> Split | None:
-    if split not in fold.features:
-        return None
-    targets = _targets(opened, fold, split)
-    return Split(torch.from_numpy(np.array(fold.features[split].before)).to(best_device()), targets)
+def _split(opened: OpenSet, fold: Fold, split: str, options: TaskOptions) -> Split:
+    features = torch.from_numpy(np.array(fold.features[split].before)).to(options.device or best_device())
+    return Split(features, _targets(opened, fold, split))
 
 
-def _linear_probe(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
-    start, scored, metric, last = time.monotonic(), [], opened.entry.metric, None
-    for number, fold in enumerate(opened.folds):
-        by = penalty_metric(metric, fold.classes)
-        key = ("linear_probe", by, fold.trained_on)
-        if key not in opened.probes:
-            train, val = (_split(opened, fold, split) for split in ("train", "val"))
-            assert train is not None
-            with progress(f"{opened.name} linear probe", MOST_PENALTIES + 1) as advance:
-                opened.probes[key] = train_probe(train, val, by, seed=options.seed, advance=advance)
-        probe: Probe = opened.probes[key]
-        last = probe
-        test = _split(opened, fold, "test")
-        assert test is not None
-        scored.append(_score(opened, number, among(probe.fit.scores(test.features), fold.classes), test.targets))
-    assert last is not None
-    result = _classification_result(opened, "linear_probe", scored, folder)
-    return result | {
-        "l2": last.l2,
-        "search": sorted(last.search.items()),
-        "seconds": round(time.monotonic() - start, 1),
-    }
+def _trained(task: Task, opened: OpenSet, fold: Fold, options: TaskOptions) -> Any:
+    """Return a fold's linear probe or few-shot probes, trained once for all sets that are tested on them."""
+    by = opened.entry.metric if fold.classes is None else "top1"  # another set's metric may not be defined
+    key = (task, by, fold.trained_on)
+    if key not in opened.probes:
+        train = _split(opened, fold, "train", options)
+        val = _split(opened, fold, "val", options) if "val" in fold.features else None
+        name, fits = "linear probe", MOST_PENALTIES + 1
+        if task == "few_shot":
+            name, fits = "few-shot probes", len(options.shots) * options.draws * MOST_PENALTIES
+        with progress(f"{opened.name} {name}", fits, options.show_progress) as advance:
+            if task == "few_shot":
+                drawn = (options.shots, options.draws, options.seed)
+                opened.probes[key] = train_few_shot(train, val, by, *drawn, advance)
+            else:
+                opened.probes[key] = train_probe(train, val, by, options.seed, advance, options.l2)
+    return opened.probes[key]
 
 
 def _few_shot(opened: OpenSet, options: TaskOptions) -> dict[str, Any]:
     of_folds: list[dict[int, list[float]]] = []
     used: dict[int, float] = {}
     left_out: dict[int, str] = {}
-    metric = opened.entry.metric
     for fold in opened.folds:
-        by = penalty_metric(metric, fold.classes)
-        key = ("few_shot", by, fold.trained_on)
-        if key not in opened.probes:
-            train, val = (_split(opened, fold, split) for split in ("train", "val"))
-            assert train is not None
-            most, drawn = len(options.shots) * options.draws * MOST_PENALTIES, (options.draws, options.seed)
-            with progress(f"{opened.name} few-shot probes", most) as advance:
-                opened.probes[key] = train_few_shot(train, val, by, options.shots, *drawn, advance=advance)
-        probes: FewShotProbes = opened.probes[key]
-        test = _split(opened, fold, "test")
-        assert test is not None
-        of_folds.append(probes.evaluate(test, metric, fold.classes))
+        probes: FewShotProbes = _trained("few_shot", opened, fold, options)
+        of_folds.append(probes.evaluate(_split(opened, fold, "test", options), opened.entry.metric, fold.classes))
         used |= probes.l2
         left_out |= probes.left_out
     shots = [n for n in sorted(of_folds[0]) if n not in left_out]  # those that every fold has
@@ -300,19 +294,13 @@ def _few_shot(opened: OpenSet, options: TaskOptions) -> dict[str, Any]:
 
 def _retrieval(opened: OpenSet, folder: Path) -> dict[str, Any]:
     assert opened.captions is not None
-    image_ID, text_TD, pairs = (
-        _embeddings(opened.folds[0].features["test"]),
-        opened.captions.features,
-        opened.captions.pairs,
-    )
+    fold, (text_TD, pairs, _) = opened.folds[0], opened.captions
+    image_ID, test, keys = _embeddings(fold.features["test"]), fold.images["test"], _keys(fold)
     ranks = retrieval_ranks(image_ID, text_TD, pairs, pair_scores(image_ID, text_TD, pairs))
     metrics = retrieval_metrics(ranks, pairs)
     value = fmean(metrics[f"{direction}_recall@1"] for direction in DIRECTIONS)
-    test, keys = opened.folds[0].images["test"], _keys(opened.folds[0])
     assert isinstance(test, CaptionedImages)
-    judged = (
-        (key, list(test.captions(row))) for key, row in zip(keys, opened.folds[0].features["test"].rows, strict=True)
-    )
+    judged = ((key, list(test.captions(row))) for key, row in zip(keys, fold.features["test"].rows, strict=True))
     columns = retrieval_columns(keys, pairs, ranks.image, ranks.pair)
     result = {"value": value, "metrics": metrics, "images": len(image_ID), "captions": int(pairs.rows.sum())}
     return result | {
@@ -351,4 +339,4 @@ def _bias(opened: OpenSet) -> dict[str, Any]:
     if not isinstance(test, Grouped):
         raise InputError(f"{opened.name}: {type(test).__name__} has no groups, which the bias probes need")
     groups = {name: [values[row] for row in fold.features["test"].rows] for name, values in test.groups().items()}
-    return bias_report({name: _scores(opened, fold, classifier) for name, classifier in opened.bias.items()}, groups)
+    return bias_report({name: _logits(opened, fold, classifier) for name, classifier in opened.bias.items()}, groups)

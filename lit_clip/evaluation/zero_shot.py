@@ -1,11 +1,12 @@
 """Build zero-shot classifiers from class names and prompt templates; accuracy is computed in accuracy.py."""
 
 import importlib.util
+import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,28 +14,10 @@ from torch import Tensor
 from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import LabelledImages
-from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.models.clip import CLIP
 from lit_clip.tools.untrusted import shortened
 
 IMAGENET = "imagenet"
-
-
-class TextEncoder(Protocol):
-    """Interface that :func:`zero_shot_classifier` needs of a model."""
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the parameters."""
-        ...
-
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        """Tokenizer: texts to int64 ``[N, L]``."""
-        ...
-
-    def encode_text(self, tokens: Tensor, normalize: bool = False) -> Tensor:
-        """Encode int64 ``[N, L]`` to ``[N, D]``."""
-        ...
 
 
 @lru_cache(maxsize=1)
@@ -47,13 +30,9 @@ def _imagenet() -> tuple[list[str], list[str]]:
     if package is None or not package.submodule_search_locations:
         raise InputError("ImageNet's class names and templates come with open-clip-torch; install it")
     path = Path(package.submodule_search_locations[0]) / "zero_shot_metadata.py"
-    spec = importlib.util.spec_from_file_location("open_clip_zero_shot_metadata", path)
-    assert spec is not None
-    assert spec.loader is not None
-    metadata: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(metadata)
-    templates = [template("{}") for template in metadata.OPENAI_IMAGENET_TEMPLATES]
-    return list(metadata.IMAGENET_CLASSNAMES), templates
+    metadata = runpy.run_path(str(path))
+    templates = [template("{}") for template in metadata["OPENAI_IMAGENET_TEMPLATES"]]
+    return list(metadata["IMAGENET_CLASSNAMES"]), templates
 
 
 def imagenet_class_names() -> list[str]:
@@ -107,13 +86,15 @@ class ZeroShotSet:
 
 
 def zero_shot_classifier(
-    model: TextEncoder,
+    model: CLIP,
     class_names: Sequence[str],
     templates: Sequence[str],
     batch_size: int = 512,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Build the paper's prompt ensemble in embedding space (section 3.1.4), see :func:`ensemble`.
+    """Build the paper's prompt ensemble in embedding space (section 3.1.4): ``[D, C]``, with unit columns.
+
+    ``image_features @ classifier`` are then the cosine similarities.
 
     Args:
         model: a :class:`lit_clip.CLIP`, or anything with ``tokenizer`` and ``encode_text``.
@@ -121,9 +102,6 @@ def zero_shot_classifier(
         templates: texts with ``{}`` for the class name.
         batch_size: prompts encoded at once.
         progress: called after each batch with the number of prompts encoded.
-
-    Returns:
-        ``[D, C]``, unit columns; ``image_features @ classifier`` are the cosine similarities.
     """
     check_templates(templates)
     require(not isinstance(class_names, str), f"class_names: {class_names!r} is one string; give a list of names")
@@ -135,28 +113,18 @@ def zero_shot_classifier(
 
 @torch.no_grad()
 def ensemble(
-    model: TextEncoder,
+    model: CLIP,
     tokens: Tensor,
     counts: Sequence[int],
     batch_size: int = 512,
     progress: Callable[[int], None] | None = None,
     ranks: bool = False,
 ) -> Tensor:
-    """Return the normalised mean of each class's unit prompt features.
+    """Return the normalised mean of each class's unit prompt features, float32 ``[D, C]`` on the model's device.
 
-    Prompts are sorted by length, so batches have little padding. The ranks share the batches, and sums are float64, so
-    the result does not depend on the number of ranks.
-
-    Args:
-        model: model whose text encoder is used.
-        tokens: int64 ``[P, L]``, the prompts of all classes, in the order of the classes.
-        counts: number of prompts of each of C classes, at least one.
-        batch_size: prompts encoded at once.
-        progress: called after each batch with the number of prompts that this process has encoded.
-        ranks: whether all ranks call this and share the work.
-
-    Returns:
-        float32 ``[D, C]`` on the model's device.
+    Prompts, int64 ``[P, L]`` in the order of the classes with one or more of ``counts`` each, are sorted by length, so
+    batches have little padding. With ``ranks`` all ranks call this and share the batches; sums are float64, so the
+    result does not depend on their number. For the other arguments see :func:`zero_shot_classifier`.
     """
     tokenizer = model.tokenizer
     classes = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))  # [P]

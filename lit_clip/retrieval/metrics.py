@@ -22,19 +22,12 @@ Reduce = Callable[[Tensor], Tensor]  # over ranks, element-wise
 
 
 class PairIndices(NamedTuple):
-    """The distinct image-caption pairs of a set.
+    """The distinct image-caption pairs of a set, each column int64 ``[E]``."""
 
-    Attributes:
-        image: int64 ``[E]``, rows of the images' features.
-        text: int64 ``[E]``, rows of the captions' features, ascending.
-        rows: int64 ``[E]``, number of rows of the set with this pair.
-        earlier: int64 ``[E]``, number of rows of the set with this caption before the first row with this pair.
-    """
-
-    image: Tensor
-    text: Tensor
-    rows: Tensor
-    earlier: Tensor
+    image: Tensor  # rows of the images' features
+    text: Tensor  # rows of the captions' features, ascending
+    rows: Tensor  # number of rows of the set with this pair
+    earlier: Tensor  # number of rows of the set with this caption before the first row with this pair
 
     def to(self, device: torch.device) -> "PairIndices":
         """Copy to a device."""
@@ -52,17 +45,12 @@ class Ranks(NamedTuple):
     rows, as in CLIP_benchmark's recall@1. If all right candidates score NaN, or there is none, it is the number of
     candidates.
 
-    Attributes:
-        image: ``[I]``, rank of each image's best caption.
-        pair: ``[E]``, rank of the image of each of this process's pairs among all images.
-        merged_image: ``[I]``, rank of each image's best caption among the distinct ones.
-        merged_text: ``[T]``, rank of the best image of each of this process's captions among all images.
     """
 
-    image: Tensor
-    pair: Tensor
-    merged_image: Tensor
-    merged_text: Tensor
+    image: Tensor  # [I], rank of each image's best caption
+    pair: Tensor  # [E], rank of the image of each of this process's pairs among all images
+    merged_image: Tensor  # [I], rank of each image's best caption among the distinct ones
+    merged_text: Tensor  # [T], rank of the best image of each of this process's captions among all images
 
 
 def rank_local(local: Tensor) -> Tensor:
@@ -138,13 +126,8 @@ def retrieval_ranks(
 ) -> Ranks:
     """Rank the captions for each image and the images for each caption, by both rules of :class:`Ranks`.
 
-    Args:
-        image_ID: unit features of all images.
-        text_TD: unit features of this rank's captions.
-        pairs: pairs of this rank's captions.
-        score_E: their scores, see :func:`pair_scores`.
-        maximum: element-wise maximum over ranks.
-        total: sum over ranks.
+    Features have unit length; the captions and the pairs, with their :func:`pair_scores`, are this rank's. ``maximum``
+    and ``total`` reduce element-wise over ranks.
     """
     images = len(image_ID)
     best_I, best_T = maximum(_best(score_E, pairs.image, images)), _best(score_E, pairs.text, len(text_TD))
@@ -181,11 +164,7 @@ def retrieval_ranks(
 def recalls(ranks: Tensor, rows: Tensor, candidates: int, ks: Sequence[int]) -> list[float]:
     """Return recall@k for each k: the fraction of queries with a right candidate among the first k.
 
-    Args:
-        ranks: int64 ``[Q]``, a field of :class:`Ranks`.
-        rows: int64 ``[Q]``, weight of each query: how often it occurs.
-        candidates: number of candidates.
-        ks: values of k.
+    ``ranks`` is a field of :class:`Ranks`, ``rows`` how often each query occurs; both int64 ``[Q]``.
     """
     return [int(rows[ranks < min(k, candidates)].sum()) / int(rows.sum()) for k in ks]
 
@@ -197,24 +176,11 @@ def median_rank(ranks: Tensor, rows: Tensor) -> int:
     return 1 + int(ranks[order][2 * queries >= queries[-1]][0])
 
 
-class Baselines(NamedTuple):
-    """Recalls that are reached by always answering with the same k candidates, by both rules of :class:`Ranks`."""
-
-    image: list[float]
-    pair: list[float]
-    merged_image: list[float]
-    merged_text: list[float]
-
-
-def baseline_recalls(pairs: PairIndices, ks: Sequence[int]) -> Baselines:
-    """Return the baselines of recall@k.
+def baseline_recalls(pairs: PairIndices, ks: Sequence[int]) -> tuple[list[float], ...]:
+    """Return the recall@k of always answering with the same k candidates, for each field of :class:`Ranks`.
 
     With N distinct pairs that is k / N; answering with the most frequent image, or with merged captions with the most
-    frequent ones, reaches more.
-
-    Args:
-        pairs: pairs of all ranks.
-        ks: values of k.
+    frequent ones, reaches more. The pairs are those of all ranks.
     """
     image_E, text_E, rows_E, _ = pairs.to(torch.device("cpu"))
     images, rows = int(image_E.max()) + 1, int(rows_E.sum())
@@ -230,7 +196,7 @@ def baseline_recalls(pairs: PairIndices, ks: Sequence[int]) -> Baselines:
         return [min(1.0, float(gains.sort(descending=True).values[:k].sum()) / queries) for k in ks]
 
     own = (best(torch.ones(images), images), best(rows_of_image, rows))
-    return Baselines(*own, best(images_of_text, images), best(best_image, rows))
+    return (*own, best(images_of_text, images), best(best_image, rows))
 
 
 class _LogSumExp:
@@ -270,17 +236,8 @@ def whole_set_loss(
 ) -> float:
     """Return the training loss of one batch with all N rows of the set; each row is right for itself alone.
 
-    Rows with the same image and caption have the same similarities, which are computed once and weighted.
-
-    Args:
-        image_ID: unit features of all images.
-        text_TD: unit features of this rank's captions.
-        pairs: pairs of this rank's captions.
-        score_E: their scores, see :func:`pair_scores`.
-        scale: inverse temperature, ``exp(logit_scale)``.
-        bias: ``logit_bias`` for the sigmoid loss; None for the contrastive loss.
-        maximum: element-wise maximum over ranks.
-        total: sum over ranks.
+    Rows with the same image and caption have the same similarities, which are computed once and weighted. ``scale`` is
+    ``exp(logit_scale)``, ``bias`` the sigmoid loss's ``logit_bias``; other arguments as in :func:`retrieval_ranks`.
     """
     rows_I = total(pairs.rows.new_zeros(len(image_ID)).index_add_(0, pairs.image, pairs.rows))
     rows_T = pairs.rows.new_zeros(len(text_TD)).index_add_(0, pairs.text, pairs.rows)
@@ -298,9 +255,7 @@ def whole_set_loss(
         losses = torch.zeros_like(_LogSumExp(1, score_E).sum)[0]
         losses -= (pairs.rows * (scale * score_E + bias)).sum()
         for texts, images, score in _tiles(image_ID, text_TD):
-            negative = -F.logsigmoid(
-                -(scale * score + bias)
-            )  # loss of a negative; that of a positive is less the logit
+            negative = -F.logsigmoid(-(scale * score + bias))  # loss of a negative; a positive's is less the logit
             losses += (rows_T[texts] * (negative @ rows_I[images].to(negative.dtype)).to(losses.dtype)).sum()
         loss = total(losses)
     return float(loss / rows_I.sum())

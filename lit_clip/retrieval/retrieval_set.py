@@ -1,6 +1,7 @@
 """Retrieval and loss of a set of image-caption pairs that is distributed over the ranks."""
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
@@ -80,12 +81,10 @@ class _Distinct:
 
 
 class _Owners(NamedTuple):
-    """The rank that owns each distinct image (or caption): the one where it appears first.
+    """The rank that owns each distinct image (or caption), where it appears first.
 
-    Attributes:
-        numbers: number of each row's image (or caption); those that a rank owns are consecutive.
-        counts: how many each rank owns.
-        owned: which of the features on this rank it owns, ascending.
+    ``numbers`` has each row's image, consecutive on its owner; ``counts`` how many each rank owns; ``owned`` which of
+    the features on this rank it owns, ascending.
     """
 
     numbers: np.ndarray
@@ -106,14 +105,7 @@ def _owners(hash_N: np.ndarray, rank_N: np.ndarray, rank: int, world: int) -> _O
 
 
 class Joined(NamedTuple):
-    """The part of all ranks' pairs that one rank needs.
-
-    Attributes:
-        image: features ``[I, D]`` of all images.
-        text: features ``[T, D]`` of the captions that this rank owns.
-        own_pairs: pairs of those captions, on the same device.
-        all_pairs: pairs of all ranks' captions, on the CPU.
-    """
+    """Features of all images and of this rank's captions, pairs of these captions there, all pairs on the CPU."""
 
     image: Tensor
     text: Tensor
@@ -121,16 +113,12 @@ class Joined(NamedTuple):
     all_pairs: PairIndices
 
 
-class Evaluation(NamedTuple):
-    """Metrics of a set.
+@dataclass
+class Evaluation:
+    """Metrics of a set and, of some, what a constant answer or a model that knows nothing reaches; on every rank."""
 
-    Attributes:
-        metrics: values by name, without the prefix of the stage.
-        baselines: loss of a model that knows nothing, and what a constant answer reaches in the recalls, by name.
-    """
-
-    metrics: dict[str, float]
-    baselines: dict[str, float]
+    metrics: dict[str, float] = field(default_factory=dict)
+    baselines: dict[str, float] = field(default_factory=dict)
 
 
 class RetrievalSet:
@@ -152,8 +140,7 @@ class RetrievalSet:
     def join(self, empty: Tensor) -> Joined | None:
         """Gather all ranks' pairs and empty this set; return None if there are no pairs.
 
-        Args:
-            empty: ``[0, D]``, in the dtype and on the device of features, for a rank without pairs.
+        ``empty`` is ``[0, D]``, in the dtype and on the device of features, for a rank without pairs.
         """
         rank, world = distributed.rank_and_world()
         image_hash_N, text_hash_N, rank_N = self._rows(empty.device)
@@ -171,16 +158,10 @@ class RetrievalSet:
         return Joined(image_ID, text_TD, own_pairs.to(empty.device), pairs)
 
     def evaluate(self, empty: Tensor, scale: Tensor, bias: Tensor | None) -> Evaluation:
-        """Return loss and retrieval metrics and empty this set; a collective call.
-
-        Args:
-            empty: see :meth:`join`.
-            scale: inverse temperature, ``exp(logit_scale)``.
-            bias: ``logit_bias`` for the sigmoid loss.
-        """
+        """Return loss and retrieval metrics and empty this set; a collective call. See also :func:`whole_set_loss`."""
         joined = self.join(empty)
         if joined is None:
-            return Evaluation({}, {})
+            return Evaluation()
         image_ID, text_TD, own_pairs, all_pairs = joined
 
         def total(local: Tensor) -> Tensor:
@@ -239,12 +220,7 @@ def _names(pairs: PairIndices) -> tuple[str, ...]:
 
 
 def retrieval_metrics(ranks: Ranks, pairs: PairIndices) -> dict[str, float]:
-    """Return recalls and median ranks in both directions by the field's rule, and merged if captions have copies.
-
-    Args:
-        ranks: ranks of all ranks' images, pairs and captions, on the CPU.
-        pairs: pairs of all ranks' captions, on the CPU.
-    """
+    """Return recalls and median ranks in both directions by the field's rule, and merged if captions have copies."""
     one_each = torch.ones_like(ranks.image)  # an image with five captions is one query
     rows_T = torch.zeros_like(ranks.merged_text).index_add_(0, pairs.text, pairs.rows)
     weights = (one_each, pairs.rows, one_each, rows_T)

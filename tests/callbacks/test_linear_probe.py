@@ -92,7 +92,7 @@ def test_invalid_options_are_an_error(folder: Path, options: dict[str, Any], mes
 
 def test_a_suite_without_training_splits_is_an_error(folder: Path) -> None:
     suite = write_suite(folder, only_test=entry(splits={"test": {}}))
-    with pytest.raises(InputError, match="no set has a split to train on"):
+    with pytest.raises(InputError, match="LinearProbe.suite: no set has the task linear_probe"):
         LinearProbe(suite)
 
 

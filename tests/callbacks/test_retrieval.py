@@ -95,7 +95,7 @@ def test_a_suite_without_captions_is_refused(folder: Path) -> None:
     with pytest.raises(InputError, match=r"Retrieval.suite: no set has the task retrieval or caption_choice"):
         Retrieval(str(folder / "suite.yaml"))
     write_suite(folder, shades=entry(tasks=["retrieval"]))
-    with pytest.raises(InputError, match="shades: Shades has no captions for retrieval"):
+    with pytest.raises(InputError, match="shades: Shades has no captions, which retrieval needs"):
         make_trainer(folder, [Retrieval(str(folder / "suite.yaml"), str(folder))]).validate(
             make_module(), data_for(make_module(), folder / "captions.csv"), verbose=False
         )

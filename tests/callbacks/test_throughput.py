@@ -20,7 +20,6 @@ from torch import Tensor
 
 from callbacks import Throughput, TrainingMonitor, ZeroShot
 from callbacks.compile import compile_blocks
-from callbacks.periodic import PeriodicResult
 from callbacks.throughput import Count, device_peak, peak_memory, throughput
 from callbacks.training_clock import FETCH, TrainingClock
 from datamodules import Captions
@@ -32,6 +31,7 @@ from lit_clip.models.flops import PairFlops, matmul_peak, measure, training_flop
 from lit_clip.models.lora import LoRA
 from lit_clip.models.transformer import VisionTransformer
 from lit_clip.module import LitCLIP
+from lit_clip.retrieval.retrieval_set import Evaluation
 from lit_clip.training.activation_checkpointing import checkpoint_encoders
 from lit_clip.training.plan import tower_work
 from lit_clip.training.schedules import WarmupCosine
@@ -369,9 +369,9 @@ class Sleeps(Callback):
 class SleepyZeroShot(ZeroShot):
     """An evaluation that sleeps between two steps."""
 
-    def evaluate(self, trainer: Trainer, module: LitCLIP) -> PeriodicResult:
+    def evaluate(self, trainer: Trainer, module: LitCLIP) -> Evaluation:
         time.sleep(0.2)
-        return PeriodicResult({"zero_shot/none/top1": 0.0})
+        return Evaluation({"zero_shot/none/top1": 0.0})
 
 
 @pytest.mark.parametrize("where", ["validations", "checkpoints", "ends of epochs", "evaluations"])

@@ -13,8 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
-from callbacks import EMA, ZeroShot
-from callbacks import zero_shot as zero_shot_file
+from callbacks import EMA, ZeroShot, suite_evaluation
 from datamodules import NoCaptions
 from lit_clip import LitCLIP, zero_shot_classifier
 from lit_clip.errors import InputError
@@ -192,8 +191,8 @@ def test_prompts_are_encoded_again_only_if_the_text_tower_has_changed(
     folder: Path, monkeypatch: pytest.MonkeyPatch, frozen: bool, times: int
 ) -> None:
     built: list[int] = []
-    build = zero_shot_file.text_classifier
-    monkeypatch.setattr(zero_shot_file, "text_classifier", lambda *words: built.append(1) or build(*words))
+    build = suite_evaluation.text_classifier
+    monkeypatch.setattr(suite_evaluation, "text_classifier", lambda *words: built.append(1) or build(*words))
     module = make_module(freeze=Freeze(text="all") if frozen else None)
     callback = zero_shot(folder)
     make_trainer(folder, [callback], max_epochs=3, enable_checkpointing=False).fit(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from lit_clip.errors import InputError
-from lit_clip.evaluation import geolocation as module
+from lit_clip.evaluation import overlap
 from lit_clip.evaluation.geolocation import distances_km, nearest_km, nearest_rows, within_km
 
 
@@ -28,8 +28,8 @@ def test_within_km_counts_queries_by_the_distance_to_their_nearest_neighbour(mon
     where = torch.rand(101, 2).double() * 3
     truth = where[expected]
     truth[:4, 0] += torch.tensor([0.1, 1.0, 5.0, 20.0])  # about 11, 111, 556 and 2224 km further north
-    for entries in (2**24, 13 * 7):
-        monkeypatch.setattr(module, "CHUNK_ENTRIES", entries)
+    for entries in (2**24, 7):
+        monkeypatch.setattr(overlap, "REFERENCES", entries)
         assert nearest_rows(query, reference).tolist() == expected
         found = within_km(nearest_km(query, reference, truth, where))
         assert [round(13 * value) for value in found.values()] == [9, 10, 11, 12, 13]
@@ -37,7 +37,7 @@ def test_within_km_counts_queries_by_the_distance_to_their_nearest_neighbour(mon
 
 
 def test_a_tie_between_neighbours_goes_to_the_first_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CHUNK_ENTRIES", 2)
+    monkeypatch.setattr(overlap, "REFERENCES", 2)
     reference = torch.eye(4)[[3, 1, 1, 2, 1, 3]]
     assert nearest_rows(torch.eye(4)[[1, 3]], reference).tolist() == [1, 0]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_clip.errors import InputError
 from lit_clip.evaluation import logistic
 from lit_clip.evaluation.few_shot import train_few_shot
-from lit_clip.evaluation.logistic import Fit, fit_logistic
+from lit_clip.evaluation.logistic import Fit, LogisticProblem
 from lit_clip.evaluation.probe import L2_GRID, Probe, Split, best_l2, held_out, search_l2, train_probe
 from lit_clip.evaluation.robustness import (
     TopOnePair,
@@ -68,7 +68,7 @@ def accuracy(fit: Fit, features: Tensor, labels: Tensor) -> float:
 def test_optimum_equals_scikit_learns(digits: tuple[Tensor, Tensor], N: int, l2: float) -> None:
     """Also with fewer examples than features, when the problem is solved in the space that they span."""
     features, labels = digits[0][:N], digits[1][:N]
-    theirs, ours = scikit(features, labels, l2), fit_logistic(features, labels, 10, l2, **EXACT)
+    theirs, ours = scikit(features, labels, l2), LogisticProblem(features, labels, 10).fit(l2, **EXACT)
     best = objective(theirs.coef_, theirs.intercept_, features, labels, l2)
     assert ours.converged
     assert ours.objective == pytest.approx(objective(ours.weight, ours.bias, features, labels, l2), rel=1e-9)
@@ -83,7 +83,7 @@ def test_float32_accuracy_is_within_a_tenth_of_a_point_of_scikit_learns(
     digits: tuple[Tensor, Tensor], l2: float
 ) -> None:
     features, labels = digits
-    ours = fit_logistic(features[:1000].float(), labels[:1000], 10, l2)
+    ours = LogisticProblem(features[:1000].float(), labels[:1000], 10).fit(l2)
     theirs = scikit(features[:1000], labels[:1000], l2)
     expected = theirs.score(features[1000:].numpy(), labels[1000:].numpy())
     assert ours.converged
@@ -96,7 +96,10 @@ def test_float32_accuracy_is_within_a_tenth_of_a_point_of_scikit_learns(
 def test_offset_and_scale_of_features_make_no_difference(digits: tuple[Tensor, Tensor]) -> None:
     features, labels = digits[0][:600], digits[1][:600]
     moved = features + torch.linspace(-500, 500, 64)
-    ours, theirs = fit_logistic(moved.float(), labels, 10, 1.0), fit_logistic(features, labels, 10, 1.0, **EXACT)
+    ours, theirs = (
+        LogisticProblem(moved.float(), labels, 10).fit(1.0),
+        LogisticProblem(features, labels, 10).fit(1.0, **EXACT),
+    )
     assert ours.objective == pytest.approx(theirs.objective, rel=1e-3)
     assert torch.allclose(ours.weight.double(), theirs.weight, atol=0.02 * float(theirs.weight.abs().max()))
     assert accuracy(ours, moved.float(), labels) == pytest.approx(accuracy(theirs, features, labels), abs=2e-3)
@@ -106,7 +109,7 @@ def test_offset_and_scale_of_features_make_no_difference(digits: tuple[Tensor, T
 def test_two_classes_have_a_single_logit_as_in_scikit_learn(digits: tuple[Tensor, Tensor], N: int) -> None:
     rows = digits[1] < 2
     features, labels = digits[0][rows][:N], digits[1][rows][:N]
-    theirs, ours = scikit(features, labels, 3.0), fit_logistic(features, labels, 2, 3.0, **EXACT)
+    theirs, ours = scikit(features, labels, 3.0), LogisticProblem(features, labels, 2).fit(3.0, **EXACT)
     assert np.abs((ours.weight[1] - ours.weight[0]).numpy() - theirs.coef_[0]).max() < 1e-5
     probability = torch.softmax(ours.scores(features), 1).numpy()
     assert np.abs(probability - theirs.predict_proba(features.numpy())).max() < 1e-5
@@ -115,7 +118,7 @@ def test_two_classes_have_a_single_logit_as_in_scikit_learn(digits: tuple[Tensor
 def test_a_class_without_examples_is_never_predicted(digits: tuple[Tensor, Tensor]) -> None:
     rows = (digits[1] != 3) & (digits[1] != 9)
     features, labels = digits[0][rows][:500], digits[1][rows][:500]
-    theirs, ours = scikit(features, labels, 1.0), fit_logistic(features, labels, 10, 1.0, **EXACT)
+    theirs, ours = scikit(features, labels, 1.0), LogisticProblem(features, labels, 10).fit(1.0, **EXACT)
     present = [0, 1, 2, 4, 5, 6, 7, 8]
     assert theirs.classes_.tolist() == present
     assert np.abs(ours.weight[present].numpy() - theirs.coef_).max() < 1e-3 * np.abs(theirs.coef_).max()
@@ -129,7 +132,7 @@ def test_images_with_several_classes_have_one_classifier_per_class(digits: tuple
     features, labels = digits[0][:300], digits[1][:300]
     relevance = torch.stack([labels % 2 == 0, labels > 6, labels == 11, labels < 9], dim=1).to(torch.int8)
     relevance[torch.rand(300, 4, generator=torch.Generator().manual_seed(0)) < 0.2] = -1
-    ours = fit_logistic(features, relevance, 4, 2.0, **EXACT)
+    ours = LogisticProblem(features, relevance, 4).fit(2.0, **EXACT)
     for c in (0, 1, 3):
         rows = relevance[:, c] >= 0
         theirs = scikit(features[rows], relevance[rows, c], 2.0)
@@ -141,14 +144,14 @@ def test_images_with_several_classes_have_one_classifier_per_class(digits: tuple
 
 def test_chunk_size_makes_no_difference(digits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
     features, labels = digits
-    whole = fit_logistic(features, labels, 10, 10.0, **EXACT)
+    whole = LogisticProblem(features, labels, 10).fit(10.0, **EXACT)
     monkeypatch.setattr(logistic, "CPU_ENTRIES", 1)  # 256 rows at a time: 7 chunks and 5 rows
-    chunked = fit_logistic(features, labels, 10, 10.0, **EXACT)
+    chunked = LogisticProblem(features, labels, 10).fit(10.0, **EXACT)
     assert torch.allclose(chunked.weight, whole.weight, atol=1e-6)
 
 
 def test_a_fit_that_reaches_the_iteration_limit_is_not_converged(digits: tuple[Tensor, Tensor]) -> None:
-    fit = fit_logistic(*digits, 10, 1e-3, max_iterations=3)
+    fit = LogisticProblem(*digits, 10).fit(1e-3, max_iterations=3)
     assert (fit.iterations, fit.converged) == (3, False)
 
 
@@ -167,12 +170,12 @@ def test_labels_and_features_that_cannot_be_learnt_from_are_an_error(
     digits: tuple[Tensor, Tensor], change: Any, message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        fit_logistic(*change(*digits), 10, 1.0)
+        LogisticProblem(*change(*digits), 10).fit(1.0)
 
 
 def test_a_penalty_of_zero_is_an_error(digits: tuple[Tensor, Tensor]) -> None:
     with pytest.raises(InputError, match="l2: 0.0 must be above 0"):
-        fit_logistic(*digits, 10, 0.0)
+        LogisticProblem(*digits, 10).fit(0.0)
 
 
 @pytest.mark.parametrize("peak", [0, 1, 37, 48, 71, 95, 96])
@@ -221,7 +224,7 @@ def metrics_of(probe: Probe, test: Split, metric: Any) -> dict[str, float]:
 
 
 def _fit(train: Split, l2: float) -> Fit:
-    return fit_logistic(train.features, train.targets.labels, 10, l2)
+    return LogisticProblem(train.features, train.targets.labels, 10).fit(l2)
 
 
 def test_without_a_validation_split_a_fifth_of_each_class_chooses_the_penalty(
@@ -236,7 +239,9 @@ def test_without_a_validation_split_a_fifth_of_each_class_chooses_the_penalty(
     assert not torch.equal(fifth.features, held_out(train, seed=1)[1].features)
     result = train_probe(train, None, "top1")
     assert result.search[result.l2] == pytest.approx(
-        accuracy(fit_logistic(rest.features, rest.targets.labels, 10, result.l2), fifth.features, fifth.targets.labels),
+        accuracy(
+            LogisticProblem(rest.features, rest.targets.labels, 10).fit(result.l2), fifth.features, fifth.targets.labels
+        ),
         abs=1 / 95,
     )
     expected = accuracy(_fit(train, result.l2), test.features, test.targets.labels)
@@ -369,7 +374,7 @@ def test_a_line_needs_two_classifiers_with_logits() -> None:
 def test_subset_top1_uses_only_the_images_and_scores_of_the_subset() -> None:
     scores = torch.tensor([[9.0, 1, 2, 3], [9, 5, 2, 4], [0, 1, 2, 9], [9, 0, 0, 0]])
     labels = torch.tensor([3, 3, 3, 0])
-    assert subset_top1(scores, labels, [3, 1]) == pytest.approx(2 / 3)  # without class 0 and its image
+    assert subset_top1(scores, labels, [3, 1]) == (pytest.approx(2 / 3), 3)  # without class 0 and its image
 
 
 @pytest.mark.parametrize("classes", [2, 4])
@@ -383,7 +388,7 @@ def test_fewer_examples_than_channels_in_float32_end_at_scikit_learns_optimum(
     features = 0.5 * torch.randn(classes, width, generator=generator)[labels]
     features += torch.randn(examples, width, generator=generator)
     theirs = LogisticRegression(C=1 / l2, tol=1e-12, max_iter=20_000).fit(features.double().numpy(), labels.numpy())
-    fit = fit_logistic(features, labels, classes, l2)
+    fit = LogisticProblem(features, labels, classes).fit(l2)
 
     def objective(weight: Tensor, bias: Tensor) -> float:
         logits = features.double() @ weight.double().T + bias.double()

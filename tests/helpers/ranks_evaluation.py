@@ -54,7 +54,7 @@ CASES = [(rows, bias) for rows in (1, 21, 1000) for bias in (None, -3.0)]
 def evaluate_cases() -> list[dict[str, float]]:
     """Return metrics and baselines of sets of several sizes, with both losses."""
     results = [evaluate_rows(rows, 7, bias) for rows, bias in CASES]
-    return [{**metrics, **{f"baseline {name}": x for name, x in baselines.items()}} for metrics, baselines in results]
+    return [{**each.metrics, **{f"baseline {name}": x for name, x in each.baselines.items()}} for each in results]
 
 
 def make_module(image: VisionTransformerConfig | ResNetConfig = VIT) -> LitCLIP:

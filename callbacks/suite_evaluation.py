@@ -1,0 +1,202 @@
+"""Base of the callbacks that run tasks of ``lit-clip evaluate`` during training."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor
+
+from callbacks.periodic import PeriodicEvaluation, from_first_rank
+from lit_clip import distributed
+from lit_clip.errors import InputError, require
+from lit_clip.evaluation.caption_choice import evaluate_choices
+from lit_clip.evaluation.data import MissingData, check_classes
+from lit_clip.evaluation.logistic import LogisticProblem
+from lit_clip.evaluation.open_set import Fold, OpenSet, encode_texts
+from lit_clip.evaluation.other_classes import trained_classes
+from lit_clip.evaluation.probe import Split, held_out
+from lit_clip.evaluation.prompts import Prompts, text_classifier
+from lit_clip.evaluation.scores import evaluate_scores
+from lit_clip.evaluation.set_encoding import SetEncoder
+from lit_clip.evaluation.store import SetFeatures
+from lit_clip.evaluation.suite import SuiteEntry, Task, read_suite
+from lit_clip.evaluation.tasks import TaskOptions, all_targets, task_metrics, used_splits
+from lit_clip.models.clip import CLIP
+from lit_clip.module import LitCLIP
+from lit_clip.retrieval.retrieval_set import Evaluation
+from lit_clip.tools.images import OnError, or_skip
+
+
+class SuiteEvaluation(PeriodicEvaluation):
+    """Runs tasks on sets of a suite, under ``fit``, ``validate`` and ``test``; logs ``<task>/<set>/<metric>``.
+
+    Ranks divide the images and the texts; the first rank then computes the metrics while the others wait.
+
+    Args:
+        suite: one or several suite files of ``lit-clip evaluate``; sets without the callback's tasks are left out.
+        data_root: folder that the suite's paths are relative to. Sets that are not there are skipped with a warning.
+        only: names of the suite's sets to evaluate; None: all.
+        every_n_epochs: see :class:`callbacks.periodic.PeriodicEvaluation`.
+        every_n_steps: see :class:`callbacks.periodic.PeriodicEvaluation`.
+        batch_size: images encoded at once on each rank.
+        num_workers: data workers of each rank; None: a share of the cores, and none for a small set.
+        on_error: for an image that cannot be read, stop with an error or skip it with a warning.
+    """
+
+    tasks: tuple[Task, ...]
+    needs_suite = True
+
+    def __init__(
+        self,
+        suite: str | list[str] | None,
+        data_root: str = ".",
+        only: list[str] | None = None,
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        batch_size: int = 256,
+        num_workers: int | None = None,
+        on_error: OnError = "error",
+    ) -> None:
+        super().__init__(every_n_epochs, every_n_steps)
+        self.data_root, self.options = data_root, TaskOptions(show_progress=False)
+        self.entries = self._chosen_entries(suite, only)
+        self._encoder = SetEncoder(batch_size, num_workers, on_error, type(self).__name__)
+        self._opened: list[OpenSet] | None = None
+
+    def _chosen_entries(self, suite: str | list[str] | None, only: list[str] | None) -> dict[str, SuiteEntry]:
+        name, wanted = type(self).__name__, " or ".join(self.tasks)
+        require(suite is not None or not only, f"{name}.only: needs suite, whose sets it names")
+        entries = {} if suite is None else read_suite(suite)
+        able = {name: entry for name, entry in entries.items() if self._tasks_of(entry)}
+        for each in only or ():
+            require(each in entries, f"{name}.only: no {each!r} in the suite; there are {', '.join(entries)}")
+            require(each in able, f"{name}.only: {each} does not have the task {wanted}; leave it out")
+        require(bool(able) or not self.needs_suite, f"{name}.suite: no set has the task {wanted}")
+        return {each: entry for each, entry in able.items() if only is None or each in only}
+
+    def _tasks_of(self, entry: SuiteEntry) -> list[Task]:
+        return [task for task in self.tasks if task in (entry.tasks or ())]
+
+    @property
+    def state_key(self) -> str:
+        return self._generate_state_key(sets=sorted(self.entries))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        self._encoder.processes = trainer.num_devices
+        if self._opened is not None:
+            return
+        opened: list[OpenSet] = []
+        for name, entry in self.entries.items():
+            try:
+                opened.append(OpenSet(name, entry, self._open(name, entry), self._tasks_of(entry)))
+            except MissingData as error:
+                rank_zero_warn(f"{type(self).__name__}: {name} is skipped: {error}")
+                continue
+            with named(name):
+                self._check(opened[-1])
+        self._opened = opened
+
+    def _open(self, name: str, entry: SuiteEntry) -> list[Fold]:
+        """Open the splits that the tasks use, of every fold; raise MissingData on all ranks if on any."""
+        splits = [split for split in used_splits(self.tasks[0]) if split in entry.splits]
+        folds: list[Fold] = []
+        missing: list[str] = []
+        try:
+            for number in range(len(entry.folds)):
+                images = {split: entry.open(split, number, Path(self.data_root)) for split in splits}
+                folds.append(Fold(images, trained_on=str(number)))
+        except MissingData as error:
+            missing.append(str(error))
+        everywhere = distributed.gather_objects(missing)
+        if everywhere:
+            raise MissingData(everywhere[0])
+        return folds
+
+    def _check(self, opened: OpenSet) -> None:
+        """Raise :class:`InputError` for what would otherwise stop a run hours later, at its first evaluation."""
+        metric, test = opened.entry.metric, opened.folds[0].images["test"]
+        for fold in opened.folds:
+            check_classes({"test": fold.images["test"], "the first fold": test})
+            fold.classes = trained_classes(opened.entry, fold.images)
+            for images in fold.images.values():
+                require(len(images) > 0, "the set is empty")
+                if self._encoder.on_error == "error":
+                    try:
+                        images.check()
+                    except InputError as error:
+                        raise InputError(or_skip(str(error), "on_error to skip")) from error
+        encode_texts(opened, lambda: range(len(test)), lambda prompts: torch.zeros(1, len(prompts.names)))
+        for task in opened.tasks:
+            if task == "caption_choice":
+                assert opened.choices is not None
+                evaluate_choices(metric, np.zeros((len(test), 1)), opened.choices)
+            for fold in opened.folds if task in ("zero_shot", "linear_probe") else ():
+                targets = all_targets(opened, fold, "test")
+                evaluate_scores(metric, torch.zeros(()).expand(len(targets), targets.classes), targets)
+                if task == "linear_probe":
+                    self._check_learnable(opened, fold)
+
+    def _check_learnable(self, opened: OpenSet, fold: Fold) -> None:
+        targets = {split: all_targets(opened, fold, split) for split in fold.images}
+        train = Split(torch.zeros(len(targets["train"]), 1), targets["train"])
+        if self.options.l2 is None and "val" not in fold.images:
+            train = held_out(train, 0)[0]
+        LogisticProblem(train.features, train.labels, train.targets.classes)
+
+    def features(self, model: CLIP, pixels: Tensor) -> Tensor:
+        """Encode normalised ``[B, 3, H, W]`` to the features ``[B, D]`` that the tasks compare."""
+        return model.encode_image(pixels, True)
+
+    def classifier(self, model: CLIP, prompts: Prompts) -> Tensor:
+        """Return the classifier ``[D, C]`` of prompts; a collective call."""
+        return text_classifier(model, prompts).cpu()
+
+    def evaluate(self, trainer: Trainer, module: LitCLIP) -> Evaluation:
+        result, options = Evaluation(), replace(self.options, device=module.device)
+        for opened in self._opened or ():
+            current = self._encoded(module.model, opened)
+            with named(opened.name), torch.autocast(module.device.type, enabled=False):
+                for task in opened.tasks:
+                    of_set = from_first_rank(partial(task_metrics, task, current, options))
+                    prefix = f"{task}/{opened.name}"
+                    result.metrics |= {f"{prefix}/{name}": value for name, value in of_set.metrics.items()}
+                    result.baselines |= {f"{prefix}/{name}": value for name, value in of_set.baselines.items()}
+                self.show(trainer, module, current)
+        return result
+
+    def show(self, trainer: Trainer, module: LitCLIP, opened: OpenSet) -> None:
+        """Show a set after its evaluation; called on all ranks."""
+
+    def _encoded(self, model: CLIP, opened: OpenSet) -> OpenSet:
+        """Return the set with the features of its images and texts; splits with the same images are encoded once."""
+        several, features = len(opened.folds) > 1, dict[str, SetFeatures]()
+        folds = [replace(fold, features={}) for fold in opened.folds]
+        for number, fold in enumerate(folds, 1):
+            for split, images in fold.images.items():
+                stamp = f"{len(images)} {images.stamp()}" if several else split
+                if stamp not in features:
+                    title = opened.name + f" {split}" * (len(fold.images) > 1) + f" {number}/{len(folds)}" * several
+                    rows, values = self._encoder.encode(model, images, partial(self.features, model), title)
+                    features[stamp] = SetFeatures(values.numpy(), values.numpy(), rows, [])
+                fold.features[split] = features[stamp]
+        scale = float(model.logit_scale.detach().exp())
+        current = replace(opened, folds=folds, scale=scale, probes={})
+        with named(opened.name):
+            encode_texts(current, lambda: folds[0].features["test"].rows, partial(self.classifier, model))
+        return current
+
+
+@contextmanager
+def named(name: str) -> Iterator[None]:
+    """Prefix errors with the name of the set."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
