@@ -64,10 +64,10 @@ class CaptionBatch(NamedTuple):
 
     def _rows(self, rows: slice) -> "CaptionBatch":
         hard = slice(*(sum(map(bool, self.negatives[:row])) for row in rows.indices(len(self.images))[:2]))
-        values = {name: value for name, value in self._asdict().items() if value is not None} | {"skipped": ()}
-        return CaptionBatch(
-            **{name: value[hard if name.startswith("negative_") else rows] for name, value in values.items()}
-        )
+        values: dict[str, Any] = {**self._asdict(), "skipped": ()}
+        for name, value in values.items():
+            values[name] = value if value is None else value[hard if name.startswith("negative_") else rows]
+        return CaptionBatch(**values)
 
     def stretched(self, pairs: int) -> "CaptionBatch":
         """Repeat the last pair, without its negative, until there are at least ``pairs``."""

@@ -218,7 +218,8 @@ class WithStoredFeatures:
             "set it to 0",
         )
         settings = () if fixed else (self.seed, described_augmentation(self.augmentation))
-        return DistinctImageRows(*self._fit_sources, max(1, augmentations), settings)
+        train, val = self._fit_sources
+        return DistinctImageRows(train, val, max(1, augmentations), settings)
 
     def images_once(self: Any, rows: DistinctImageRows, wanted: np.ndarray) -> DataLoader[ImageBatch]:
         """Load the images of some rows, each as training or validation loads it."""

@@ -10,6 +10,8 @@ from torch.utils.checkpoint import checkpoint
 from lit_clip.distributed import RankCounts, gather
 from lit_clip.losses.contrastive import at_least_float32
 
+LOGITS = 2**22  # most logits of one model that exist at once
+
 
 def distillation_loss(student_QN: Tensor, teacher_QN: Tensor) -> Tensor:
     """Mean cross-entropy between probabilities over N candidates, a scalar, from the logits of Q queries.
@@ -17,9 +19,6 @@ def distillation_loss(student_QN: Tensor, teacher_QN: Tensor) -> Tensor:
     As in open_clip; the mean over ranks is the loss of the whole batch.
     """
     return F.cross_entropy(student_QN, teacher_QN.softmax(dim=1).to(student_QN.dtype))
-
-
-LOGITS = 2**22  # most logits of one model that exist at once
 
 
 class ModelFeatures(NamedTuple):

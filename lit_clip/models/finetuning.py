@@ -77,11 +77,9 @@ def frozen_names(model: Any, freeze: Freeze) -> set[str]:
     frozen: set[str] = set()
     for tower in TOWERS:
         setting: str | UnlockLast | None = getattr(freeze, tower)
-        if setting is None:
-            continue
         if isinstance(setting, str):
             frozen |= tower_parameters(model, tower).keys()
-        else:
+        elif setting is not None:
             groups = layer_groups(model, tower)
             blocks = sum(group.name.startswith("blocks.") for group in groups)
             more = f"unlock_last {setting.unlock_last}, but the tower has {blocks} blocks"

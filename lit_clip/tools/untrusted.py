@@ -30,8 +30,13 @@ from lit_clip.secrets import ends_without_secrets
 from lit_clip.tools.parts import is_plain
 
 INTERPOLATION = "${"  # OmegaConf's
+LARGEST = 2**63  # torch's integers
+LOADERS = ("_instantiator", "_class_path")
+# Most of what is built one by one, by a part of its name in other libraries' settings.
+COUNTS = {"layer": 1000, "depth": 1000, "stage": 1000, "expert": 4096, "head": 65536}
 
 Settings = TypeVar("Settings")
+_hints = lru_cache(get_type_hints)
 
 
 def from_plain(kind: type[Settings], values: Any, where: str) -> Settings:
@@ -39,11 +44,12 @@ def from_plain(kind: type[Settings], values: Any, where: str) -> Settings:
 
     ``where`` is the settings' place, for messages, such as ``architecture.image``.
     """
-    require(isinstance(values, Mapping), f"{where}: {shortened(values)} must be a mapping of settings")
+    if not isinstance(values, Mapping):
+        raise InputError(f"{where}: {shortened(values)} must be a mapping of settings")
     fields: list[Any] = list(dataclasses.fields(kind))  # pyright: ignore[reportArgumentType]
     known = [each.name for each in fields]
-    for name in values:
-        require(name in known, f"{where}: has no setting {shortened(name)}; there are {', '.join(known)}")
+    for name in (name for name in values if name not in known):
+        raise InputError(f"{where}: has no setting {shortened(name)}; there are {', '.join(known)}")
     for each in fields:
         needed = each.default is dataclasses.MISSING and each.default_factory is dataclasses.MISSING
         require(not needed or each.name in values, f"{where}: lacks {each.name}")
@@ -96,9 +102,6 @@ def matches_type(value: Any, hint: Any) -> bool:
     if hint is int:
         return type(value) is int and abs(value) < LARGEST
     return isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool)
-
-
-LARGEST = 2**63  # torch's integers
 
 
 def check_entries(values: Any, types: Mapping[str, Any], where: str = "", complete: bool = False) -> None:
@@ -163,9 +166,6 @@ def _names_class(text: str) -> bool:
     return "class_path" in scalars or any(_names_class(each) for each in scalars if each != text)
 
 
-LOADERS = ("_instantiator", "_class_path")
-
-
 def check_options(options: Any, where: str) -> None:
     """Check settings whose names only another library knows: nothing is named, and no count would fill the memory."""
     check_names_nothing(options, where)
@@ -176,10 +176,6 @@ def check_options(options: Any, where: str) -> None:
             if isinstance(number, int | float):
                 require(number <= most, f"{where}.{name} {shortened(number)} must be at most {most:g}")
             check_options(number, f"{where}.{name}")
-
-
-# Most of what is built one by one, by a part of its name in other libraries' settings.
-COUNTS = {"layer": 1000, "depth": 1000, "stage": 1000, "expert": 4096, "head": 65536}
 
 
 def class_paths_within(value: Any) -> Iterator[str]:
@@ -197,9 +193,6 @@ def shortened(value: Any) -> str:
     huge = isinstance(value, int) and abs(value) >= LARGEST
     text = f"of {value.bit_length()} bits" if huge else ends_without_secrets(repr(value))
     return text if len(text) <= 80 else f"{text[:80]} ..."
-
-
-_hints = lru_cache(get_type_hints)
 
 
 def shown_type(hint: Any) -> str:

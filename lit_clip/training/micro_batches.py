@@ -56,8 +56,10 @@ def hard_negatives(batch: CaptionBatch, loss: Loss) -> int:
 def placeholder(model: CLIP, batch: CaptionBatch) -> CaptionBatch:
     """Return one blank pair, for a rank whose samples were all skipped; its features are discarded."""
     tokens = model.tokenizer.trim(model.tokenizer(["a"])).to(batch.tokens.device)
-    images, stored = (x if x is None else x.new_zeros(1, *x.shape[1:]) for x in (batch.images, batch.stored_texts))
-    return CaptionBatch(images, tokens, [""], ["a"], [""], stored_texts=stored)
+    images, stored = batch.images, batch.stored_texts
+    if stored is not None:
+        stored = stored.new_zeros(1, *stored.shape[1:])
+    return CaptionBatch(images.new_zeros(1, *images.shape[1:]), tokens, [""], ["a"], [""], stored_texts=stored)
 
 
 class StepCounts(NamedTuple):
