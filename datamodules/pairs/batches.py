@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -12,12 +13,21 @@ from datamodules.loading.augmentation import TrainingTransform, seeded
 from datamodules.loading.bad_samples import Skipped, split_skipped
 from datamodules.loading.sampling import TrainingSample, sample_seed
 from datamodules.pairs.caption_lengths import refuse_long
-from datamodules.pairs.source import DecodedPair, PairSource
-from datamodules.pairs.stored_features import StoredTexts
+from datamodules.pairs.source import PairSource
+from datamodules.pairs.stored_features import StoredImages, StoredPair, StoredTexts
 from lit_clip.batch import CaptionBatch
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.images import decoding_at_least
-from lit_clip.tools.stored_rows import StoredRows
+
+
+class DecodedPair(NamedTuple):
+    """A pair whose image is uint8, of the model's shape."""
+
+    image: Tensor
+    caption: str
+    key: str
+    group: str
+    negative: str
 
 
 class TrainingPairs(Dataset[DecodedPair]):
@@ -65,18 +75,18 @@ class Collate:
         tokenize: TextTokenizer,
         shape: tuple[int, ...],
         refuse_long: bool = False,
-        images: StoredRows | None = None,
+        images: StoredImages | None = None,
         texts: StoredTexts | None = None,
     ) -> None:
         self.tokenize, self.refuse_long, self.texts = tokenize, refuse_long, texts
         self.nothing = torch.zeros(0, *shape, dtype=torch.uint8)
         if images:
-            self.nothing = torch.zeros(0, *images.shape, dtype=images.dtype)
+            self.nothing = torch.zeros(0, *images.stored.shape, dtype=images.stored.dtype)
 
-    def __call__(self, samples: list[DecodedPair | Skipped]) -> CaptionBatch:
+    def __call__(self, samples: list[DecodedPair | StoredPair | Skipped]) -> CaptionBatch:
         items, skipped = split_skipped(samples)
         if not items:
-            stored = self.texts and torch.zeros(0, *self.texts.stored.shape, dtype=self.texts.stored.dtype)
+            stored = self.texts and self.texts.nothing
             tokens = torch.zeros(0, 1, dtype=torch.long)
             return CaptionBatch(self.nothing, tokens, [], skipped=skipped, stored_texts=stored)
         captions = [item.caption for item in items]

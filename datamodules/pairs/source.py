@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
 
 from datamodules.loading.sampling import permutation
 from datamodules.loading.store import StoreFolder, is_remote
@@ -49,16 +48,6 @@ class PairText(NamedTuple):
     key: str
     group: str = ""
     negative: str = ""
-
-
-class DecodedPair(NamedTuple):
-    """A pair whose image is uint8, of the model's shape, or the stored activations of its frozen layers."""
-
-    image: Tensor
-    caption: str
-    key: str
-    group: str
-    negative: str
 
 
 class EncodedPair(NamedTuple):

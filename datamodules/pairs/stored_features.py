@@ -4,6 +4,7 @@
 """
 
 import random
+from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,10 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.loading.augmentation import Augmentation, described_augmentation
 from datamodules.loading.cache import default_cache_dir
 from datamodules.loading.sampling import TrainingSample, sample_seed
-from datamodules.pairs.source import DecodedPair, PairSource
+from datamodules.pairs.source import PairSource, PairText
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.hashing import hash64, hex_digest
+from lit_clip.tools.images import OnError
 from lit_clip.tools.stored_rows import StoredRows
 from lit_clip.tools.workers import SharedMemoryCollate, shield_worker
 from lit_clip.training.frozen_features import ImageBatch, Texts
@@ -30,8 +32,16 @@ TOKENIZED_AT_ONCE = 4096
 class DistinctImageRows:
     """The row of each sample's image in a file: rows of a source with the same image share one.
 
-    A training image has a row for each of its augmented ``versions``. The ``identity`` is a digest that changes with
-    any image, its place, or the ``settings``, all that a version of an image depends on besides the image.
+    Args:
+        train: the training source.
+        val: the validation source.
+        versions: augmented versions of each training image.
+        settings: all that a version of an image depends on besides the image.
+
+    Attributes:
+        versions: of each training image.
+        count: number of rows.
+        identity: digest that changes with any image, its place, or the settings.
     """
 
     def __init__(self, train: PairSource, val: PairSource, versions: int, settings: Sequence[object]) -> None:
@@ -74,10 +84,21 @@ def _distinct_images(source: PairSource) -> tuple[np.ndarray, np.ndarray, list[o
     return image_of, np.array(first, dtype=np.int64), list(numbers)
 
 
-class ImagesOnce(Dataset[tuple[int, Tensor | None]]):
-    """Every row of a file with its image, loaded as training or validation loads it.
+class OneImage(NamedTuple):
+    """An image to encode, and its row; None if it cannot be read."""
 
-    An image that cannot be read is an error, or with ``skip`` None.
+    row: int
+    image: Tensor | None
+
+
+class ImagesOnce(Dataset[OneImage]):
+    """Every image of a file, loaded as training or validation loads it.
+
+    Args:
+        rows: of the file.
+        training: dataset by training sample.
+        validation: dataset by row.
+        skip: whether an image that cannot be read is None instead of an error.
     """
 
     def __init__(self, rows: DistinctImageRows, training: Dataset[Any], validation: Dataset[Any], skip: bool) -> None:
@@ -86,47 +107,90 @@ class ImagesOnce(Dataset[tuple[int, Tensor | None]]):
     def __len__(self) -> int:
         return self.rows.count
 
-    def __getitem__(self, row: int) -> tuple[int, Tensor | None]:
+    def __getitem__(self, row: int) -> OneImage:
         origin = self.rows.origin(row)
         dataset = self.training if isinstance(origin, TrainingSample) else self.validation
         try:
-            return row, dataset[origin].image
+            return OneImage(row, dataset[origin].image)
         except BadSample:
             if not self.skip:
                 raise
-            return row, None
+            return OneImage(row, None)
 
 
-def collate_images(items: list[tuple[int, Tensor | None]]) -> ImageBatch:
+def collate_images(items: list[OneImage]) -> ImageBatch:
     """Join images to a batch."""
-    images = [image for _, image in items if image is not None]
-    rows = np.array([row for row, image in items if image is not None], dtype=np.int64)
-    unusable = [row for row, image in items if image is None]
+    images = [item.image for item in items if item.image is not None]
+    rows = np.array([item.row for item in items if item.image is not None], dtype=np.int64)
+    unusable = [item.row for item in items if item.image is None]
     return ImageBatch(rows, torch.stack(images) if images else torch.zeros(0), unusable)
 
 
-class StoredPairs(Dataset[DecodedPair]):
-    """Training and validation samples with activations for images; captions are drawn as with the images."""
+class StoredPair(NamedTuple):
+    """A pair with the stored activations of its image."""
 
-    def __init__(self, source: PairSource, rows: DistinctImageRows, stored: StoredRows, seed: int) -> None:
-        self.source, self.rows, self.stored, self.seed = source, rows, stored, seed
+    image: Tensor
+    caption: str
+    key: str
+    group: str
+    negative: str
+
+
+class StoredImages(NamedTuple):
+    """A file of activations of images, and which row belongs to which sample."""
+
+    rows: DistinctImageRows
+    stored: StoredRows
+
+    def pair(self, source: PairSource, index: int, row: int, rng: random.Random | None, text: PairText) -> StoredPair:
+        """Return a sample.
+
+        Raises:
+            BadSample: its image could not be read when the images were encoded.
+        """
+        activations = self.stored.read(row)
+        if activations is None:
+            source.load(index, rng)  # says what is wrong with it
+            raise BadSample(text.key, "not stored", f"its image was not readable before; delete {self.stored.folder}")
+        return StoredPair(activations, *text)
+
+
+class StoredTraining(Dataset[StoredPair]):
+    """Training samples without their images; the captions are those that are drawn with the images.
+
+    Args:
+        source: of the pairs.
+        images: their activations.
+        seed: of the run.
+    """
+
+    def __init__(self, source: PairSource, images: StoredImages, seed: int) -> None:
+        self.source, self.images, self.seed = source, images, seed
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, sample: TrainingSample | int) -> DecodedPair:
-        rows, rng = self.rows, None
-        if isinstance(sample, TrainingSample):
-            rng = random.Random(sample_seed(self.seed, sample))
-            index, text = sample.row, self.source.text(sample.row, rng)
-            row = rows.training(index, rng.randrange(rows.versions) if rows.versions > 1 else 0)
-        else:
-            index, text, row = sample, self.source.text(sample, None), rows.validation(sample)
-        activations = self.stored.read(row)
-        if activations is None:
-            self.source.load(index, rng)  # says what is wrong with it
-            raise BadSample(text.key, "not stored", f"its image was not readable before; delete {self.stored.folder}")
-        return DecodedPair(activations, *text)
+    def __getitem__(self, sample: TrainingSample) -> StoredPair:
+        rng = random.Random(sample_seed(self.seed, sample))
+        text = self.source.text(sample.row, rng)
+        versions = self.images.rows.versions
+        version = rng.randrange(versions) if versions > 1 else 0
+        row = self.images.rows.training(sample.row, version)
+        return self.images.pair(self.source, sample.row, row, rng, text)
+
+
+class StoredValidation(Dataset[StoredPair]):
+    """Validation samples without their images."""
+
+    def __init__(self, source: PairSource, images: StoredImages) -> None:
+        self.source, self.images = source, images
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, row: int) -> StoredPair:
+        text = self.source.text(row, None)
+        return self.images.pair(self.source, row, self.images.rows.validation(row), None, text)
 
 
 def distinct_texts(sources: Sequence[PairSource], tokenize: TextTokenizer) -> Texts:
@@ -156,14 +220,23 @@ def token_hashes(tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> np.ndar
 
 
 class StoredTexts(NamedTuple):
-    """A file of activations of captions, with the ascending hashes of each row's tokens.
+    """A file of activations of captions.
 
-    ``longest`` is the number of tokens of the longest; a row has more entries if there are a class token and padding.
+    Attributes:
+        hashes: of the tokens of each row, int64 ascending.
+        stored: the activations.
+        longest: tokens of the longest caption; a row has more entries if there are a class token and padding too.
     """
 
     hashes: np.ndarray
     stored: StoredRows
     longest: int
+
+    @property
+    def nothing(self) -> Tensor:
+        """Activations of no caption."""
+        shape = self.stored.shape
+        return torch.zeros(0, *[1] * (len(shape) - 1), shape[-1], dtype=self.stored.dtype)
 
     def of(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         """Return the activations of a batch of captions, ``[B, ...]``."""
@@ -180,18 +253,40 @@ class StoredTexts(NamedTuple):
 
 
 class WithStoredFeatures:
-    """The part of a :class:`datamodules.CaptionDataModule` that puts stored activations in place of what it loads.
+    """The part of a data module that puts stored activations in place of images and captions.
 
     :class:`callbacks.FrozenFeatures` asks for every image and caption of ``fit``, encodes what is not stored yet, and
     calls :meth:`use_stored`.
 
     Attributes:
+        stored_images: the activations that batches hold in place of images.
+        stored_texts: the activations of captions that batches hold.
         lists_captions: whether the sources list every caption that they draw; otherwise no text can be stored.
     """
 
     lists_captions = True
-    stored_images: tuple[DistinctImageRows, StoredRows] | None = None
+    stored_images: StoredImages | None = None
     stored_texts: StoredTexts | None = None
+    train_source: PairSource | None
+    val_source: PairSource | None
+    augmentation: Augmentation | list[Any]
+    tokenize: TextTokenizer
+    seed: int
+    num_workers: int
+    on_error: OnError
+
+    @property
+    @abstractmethod
+    def evaluation_batch_size(self) -> int:
+        """Return the number of images or captions that are encoded at once."""
+
+    @abstractmethod
+    def training_pairs(self, source: PairSource) -> Dataset[Any]:
+        """Return the training samples with decoded images."""
+
+    @abstractmethod
+    def validation_pairs(self, source: PairSource) -> Dataset[Any]:
+        """Return the validation samples with decoded images."""
 
     @property
     def cache_folder(self) -> Path:
@@ -199,13 +294,17 @@ class WithStoredFeatures:
         return default_cache_dir()
 
     @property
-    def _fit_sources(self: Any) -> tuple[PairSource, PairSource]:
+    def _fit_sources(self) -> tuple[PairSource, PairSource]:
         assert self.train_source is not None
         assert self.val_source is not None, "call setup('fit') first"
         return self.train_source, self.val_source
 
-    def image_rows(self: Any, augmentations: int) -> DistinctImageRows:
-        """Give each distinct image of ``fit`` a row, or one for each of its augmented versions; reads no image."""
+    def image_rows(self, augmentations: int) -> DistinctImageRows:
+        """Give each distinct image of ``fit`` a row; reads no image.
+
+        Args:
+            augmentations: versions of each training image; 0: the image without augmentation.
+        """
         fixed = not isinstance(self.augmentation, Augmentation) and not self.augmentation
         require(
             fixed or augmentations > 0,
@@ -218,10 +317,9 @@ class WithStoredFeatures:
             "set it to 0",
         )
         settings = () if fixed else (self.seed, described_augmentation(self.augmentation))
-        train, val = self._fit_sources
-        return DistinctImageRows(train, val, max(1, augmentations), settings)
+        return DistinctImageRows(*self._fit_sources, max(1, augmentations), settings)
 
-    def images_once(self: Any, rows: DistinctImageRows, wanted: np.ndarray) -> DataLoader[ImageBatch]:
+    def images_once(self, rows: DistinctImageRows, wanted: np.ndarray) -> DataLoader[ImageBatch]:
         """Load the images of some rows, each as training or validation loads it."""
         train, val = self._fit_sources
         datasets = self.training_pairs(train), self.validation_pairs(val)
@@ -236,13 +334,18 @@ class WithStoredFeatures:
             generator=torch.Generator(),
         )
 
-    def distinct_texts(self: Any) -> Texts:
+    def distinct_texts(self) -> Texts:
         """Tokenize every caption of ``fit``; reads no image where the source can do without."""
         return distinct_texts(self._fit_sources, self.tokenize)
 
     def use_stored(
         self, images: tuple[DistinctImageRows, StoredRows] | None, texts: tuple[np.ndarray, StoredRows, int] | None
     ) -> None:
-        """Make training and validation batches with stored activations of the images, the texts, or both."""
-        self.stored_images = images
+        """Make training and validation batches with stored activations of the images, the texts, or both.
+
+        Args:
+            images: their rows, and the activations; None: decode images.
+            texts: see :class:`StoredTexts`; None: only tokens.
+        """
+        self.stored_images = images and StoredImages(*images)
         self.stored_texts = texts and StoredTexts(*texts)

@@ -95,7 +95,13 @@ def check_encoder_options(words: Sequence[str], subcommand: str | None) -> None:
 
 
 def named_class(words: Sequence[str], subcommand: str | None, *keys: str) -> str | None:
-    """Return the class named for keys such as ``model``, ``optimizer``: a typed one, or that of the last YAML file."""
+    """Return the class named for ``--model``, or for one of its parts; a typed one, or that of the last YAML file.
+
+    Args:
+        words: the command line.
+        subcommand: such as ``fit``.
+        keys: such as ``model``, ``optimizer``.
+    """
     typed = [parse_yaml(value) for value in options(words, f"--{'.'.join(keys)}")]
     in_files = (_value(section, keys) for section in sections(words, subcommand))
     for value in (*reversed(typed), *in_files):
@@ -128,8 +134,14 @@ def model_defaults(
 ) -> dict[str, Any]:
     """Return the defaults of the model's arguments: packaged ones, a checkpoint's, and each part's class.
 
-    A part whose class is named keeps nothing of another class's settings. A subclass that is named may have more
-    arguments than ``model``. The ``packaged`` parts are of the default classes, and ``saved`` settings have no parts.
+    A part whose class is named keeps nothing of another class's settings.
+
+    Args:
+        model: the class whose arguments these are; a subclass that is named may have more.
+        words: the command line.
+        subcommand: such as ``fit``.
+        packaged: settings of :data:`lit_clip.cli.packaged_defaults.DEFAULTS`; parts are of the default classes.
+        saved: a checkpoint's plain settings, among which are no parts.
     """
     named = named_class(words, subcommand, "model")
     hints = hints_of(model) | (hints_of(imported) if named and (imported := imported_class(named)) else {})
@@ -160,7 +172,7 @@ def _other_settings(words: Sequence[str], subcommand: str | None, part: str, nam
     return False
 
 
-def _same_class(named: str, default: str) -> bool:
+def _same_class(named: str, saved: str) -> bool:
     """Return whether two import paths may be of one class: packages offer it under a shorter path."""
-    same_package = "." not in named or default.startswith(named.partition(".")[0])
-    return named.rpartition(".")[2] == default.rpartition(".")[2] and same_package
+    same_package = "." not in named or saved.startswith(named.partition(".")[0])
+    return named.rpartition(".")[2] == saved.rpartition(".")[2] and same_package

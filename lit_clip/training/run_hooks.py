@@ -158,8 +158,11 @@ class RunHooks(LightningModule):
         """
         pairs, negatives = len(batch.images), hard_negatives(batch, self.loss)
         even = even_batches(self._trainer, self.loss.uses_negatives) if self._trainer else None
-        changed = f"training_step: got {pairs} pairs of a batch of {even}; a hook that changes their number"
-        require(even in (None, pairs), f"{changed} needs data.on_error: skip")
+        require(
+            even in (None, pairs),
+            f"training_step: got {pairs} pairs of a batch of {even}; a hook that changes their number needs "
+            "data.on_error: skip",
+        )
         rank, world = distributed.rank_and_world()
         if even is None or world == 1:
             counts = StepCounts(*distributed.shards_of(pairs, negatives))
