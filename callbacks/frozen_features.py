@@ -1,6 +1,5 @@
 """Encode every image and caption once through the frozen layers, and train the rest on the stored activations."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -13,8 +12,8 @@ from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.evaluation_mode import evaluation_mode
-from lit_clip.models.frozen_prefix import FrozenPrefix, find_frozen_prefix, use_frozen_prefix
-from lit_clip.models.layers import TOWERS, Tower
+from lit_clip.models.frozen_prefix import find_frozen_prefix, use_frozen_prefix
+from lit_clip.models.layers import TOWERS
 from lit_clip.module import LitCLIP
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.stored_rows import ABSENT
@@ -53,21 +52,17 @@ class FrozenFeatures(Callback):
         if cast(Any, trainer).fast_dev_run:  # would encode everything for a few steps
             return
         module, data = cast(LitCLIP, pl_module), cast(Any, trainer).datamodule
-        prefixes: dict[Tower, FrozenPrefix] = {}
-        for tower in TOWERS:
-            if tower == "text" and not data.lists_captions:
-                continue
-            if prefix := use_frozen_prefix(module.model, tower):
-                prefixes[tower] = prefix
-        if not prefixes:
+        for tower in TOWERS if data.lists_captions else TOWERS[:1]:
+            use_frozen_prefix(module.model, tower)
+        if not module.model.frozen_prefixes:
             raise InputError(f"FrozenFeatures: {_nothing_stored(module.model, data)}, or remove the callback")
-        _refuse_loss(module, data, prefixes)
+        _refuse_loss(module, data)
         with evaluation_mode(module):
-            self._store(trainer, module, data, prefixes)
+            self._store(trainer, module, data)
 
-    def _store(self, trainer: Trainer, module: LitCLIP, data: Any, prefixes: dict[Tower, FrozenPrefix]) -> None:
+    def _store(self, trainer: Trainer, module: LitCLIP, data: Any) -> None:
         """Encode what is absent, and give the files to the data module."""
-        context = trainer.precision_plugin.forward_context
+        context, prefixes = trainer.precision_plugin.forward_context, module.model.frozen_prefixes
         encoding = Encoding(module.model, context, str(trainer.precision), data.evaluation_batch_size)
         folder = Path(self.folder) if self.folder else data.cache_folder / "frozen_features"
         images = texts = None
@@ -79,8 +74,7 @@ class FrozenFeatures(Callback):
             images = rows, stored
         if "text" in prefixes:
             found = data.distinct_texts()
-            identity = hex_digest([found.hashes.tobytes()])
-            longest = found.tokens.shape[1]
+            identity, longest = hex_digest([found.hashes.tobytes()]), found.tokens.shape[1]
             stored = open_rows(encoding, prefixes["text"], folder, len(found.hashes), identity, longest)
             store_texts(encoding, prefixes["text"], stored, found, my_share(stored))
             texts = found.hashes, stored, longest
@@ -118,11 +112,9 @@ def _refuse(trainer: Trainer, module: LightningModule) -> None:
     require(not compiled, "FrozenFeatures: not together with callbacks.Compile; remove one of them")
 
 
-def _refuse_loss(module: LitCLIP, data: Any, prefixes: Mapping[Tower, FrozenPrefix]) -> None:
+def _refuse_loss(module: LitCLIP, data: Any) -> None:
     """Raise :class:`InputError` for a loss that needs what is not encoded."""
-    loss = module.loss
-    assert loss is not None, "setup builds it"
-    if any(isinstance(part, Distillation) for part in loss.modules()):
+    if any(isinstance(part, Distillation) for part in module.loss.modules()):
         raise InputError("FrozenFeatures: the teacher of Distillation needs images; remove one of them")
-    if "text" in prefixes and loss.uses_negatives and getattr(data, "negative_column", None):
-        raise InputError(HARD_NEGATIVES)
+    negatives = module.loss.uses_negatives and getattr(data, "negative_column", None)
+    require(not negatives or "text" not in module.model.frozen_prefixes, HARD_NEGATIVES)

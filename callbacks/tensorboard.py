@@ -46,7 +46,7 @@ class SimilarityMatrix(Callback):
     ) -> None:
         if batch_idx or trainer.sanity_checking or not trainer.is_global_zero or not len(batch.images):
             return
-        if not batch.has_pixels:
+        if batch.images.is_floating_point():  # stored activations
             rank_zero_warn("SimilarityMatrix: FrozenFeatures decodes no images, so there is no picture")
             return
         features = cast(Features, outputs)

@@ -1,7 +1,7 @@
 """Batches: named tuples of tensors and keys."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,11 +40,6 @@ class CaptionBatch(NamedTuple):
     negative_lengths: Sequence[int] = ()
     stored_texts: Tensor | None = None
 
-    @property
-    def has_pixels(self) -> bool:
-        """Whether ``images`` are images, and not stored activations."""
-        return not self.images.is_floating_point()
-
     def to(self, device: torch.device | str) -> "CaptionBatch":
         """Move the tensors to a device; a CUDA device's queued work is not waited for if they are pinned.
 
@@ -68,32 +63,23 @@ class CaptionBatch(NamedTuple):
         return [self._rows(row) for row in rows]
 
     def _rows(self, rows: slice) -> "CaptionBatch":
-        texts = self.keys[rows], self.captions[rows], self.groups[rows]
-        first, stop, _ = rows.indices(len(self.images))
-        of_rows = slice(*(sum(map(bool, self.negatives[:row])) for row in (first, stop)))
-        negative_tokens = None if self.negative_tokens is None else self.negative_tokens[of_rows]
-        negatives = self.negatives[rows], negative_tokens, self.negative_lengths[of_rows]
-        stored = None if self.stored_texts is None else self.stored_texts[rows]
-        return CaptionBatch(self.images[rows], self.tokens[rows], *texts, (), self.lengths[rows], *negatives, stored)
+        hard = slice(*(sum(map(bool, self.negatives[:row])) for row in rows.indices(len(self.images))[:2]))
+        values: dict[str, Any] = {**self._asdict(), "skipped": ()}
+        for name, value in values.items():
+            values[name] = value if value is None else value[hard if name.startswith("negative_") else rows]
+        return CaptionBatch(**values)
 
     def stretched(self, pairs: int) -> "CaptionBatch":
         """Repeat the last pair, without its negative, until there are at least ``pairs``."""
         more = pairs - len(self.images)
         if more <= 0:
             return self
-        rows = [*range(len(self.images)), *[-1] * more]
-        keys, captions, groups = (
-            [*text, *[text[-1]] * more] if text else [] for text in (self.keys, self.captions, self.groups)
-        )
-        lengths = [*self.lengths, *[self.lengths[-1]] * more] if self.lengths else []
-        negatives = [*self.negatives, *[""] * more] if self.negatives else []
-        return self._replace(
-            images=self.images[rows],
-            tokens=self.tokens[rows],
-            keys=keys,
-            captions=captions,
-            groups=groups,
-            lengths=lengths,
-            negatives=negatives,
-            stored_texts=None if self.stored_texts is None else self.stored_texts[rows],
-        )
+
+        def repeated(values: Any) -> Any:
+            if isinstance(values, Tensor):
+                return values[[*range(len(values)), *[-1] * more]]
+            return values and [*values, *[values[-1]] * more]
+
+        names = "images", "tokens", "keys", "captions", "groups", "lengths", "stored_texts"
+        negatives = [*self.negatives, *[""] * more] if self.negatives else ()
+        return self._replace(**{name: repeated(getattr(self, name)) for name in names}, negatives=negatives)

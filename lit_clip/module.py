@@ -6,14 +6,15 @@ from typing import Any, NamedTuple, TypedDict
 from torch import Tensor
 
 from lit_clip.batch import CaptionBatch
+from lit_clip.errors import require
 from lit_clip.losses.contrastive import at_least_float32
-from lit_clip.losses.loss import Loss, check_is_loss, evaluate_loss
+from lit_clip.losses.loss import Loss, evaluate_loss
 from lit_clip.losses.pairwise import default_loss
 from lit_clip.models.config import CLIPConfig, Size
 from lit_clip.models.finetuning import Freeze, LayerDecay
 from lit_clip.models.lora import LoRA
 from lit_clip.retrieval.retrieval_set import RetrievalSet, token_hashes
-from lit_clip.tools.untrusted import given
+from lit_clip.tools.untrusted import coerced
 from lit_clip.training.micro_batches import encode_pairs, encode_step, placeholder
 from lit_clip.training.optim import EXCEPT_GAINS_AND_BIASES, Decays, OptimizerFactory, PaperAdamW
 from lit_clip.training.optimization import Optimization
@@ -35,12 +36,7 @@ class Features(TypedDict):
 class TrainingStep(NamedTuple):
     """Results of the current training step, detached, for callbacks.
 
-    Attributes:
-        keys: of this rank's pairs.
-        image: their images' unit features ``[B, D]``.
-        text: their captions' unit features ``[B, D]``.
-        loss: this rank's loss, a scalar.
-        pairs: number of pairs of all ranks.
+    Keys, unit features ``[B, D]`` and scalar loss are those of this rank; ``pairs`` is the number of all ranks' pairs.
     """
 
     keys: list[str]
@@ -102,12 +98,15 @@ class LitCLIP(RunHooks):
         super().__init__()
         sizes = {"image_size": image_size, "context_length": context_length}
         check_settings({**sizes, "micro_batch_size": micro_batch_size}, "model.")
-        check_is_loss(loss)
+        require(
+            loss is None or isinstance(loss, Loss),
+            f"model.loss: {loss!r} is no loss; pass an object of a subclass of lit_clip.losses.Loss, as Contrastive()",
+        )
         decays = LayerDecay(layer_decay, layer_decay) if isinstance(layer_decay, int | float) else layer_decay
         settings: dict[str, Any] = {
-            "freeze": given(Freeze, freeze, "model.freeze"),
-            "layer_decay": given(LayerDecay, decays, "model.layer_decay"),
-            "lora": given(LoRA, lora, "model.lora"),
+            "freeze": coerced(Freeze, freeze, "model.freeze"),
+            "layer_decay": coerced(LayerDecay, decays, "model.layer_decay"),
+            "lora": coerced(LoRA, lora, "model.lora"),
         }
         self.optimization = Optimization(optimizer, lr_scheduler, decay, settings["layer_decay"])
         self.model = create_model(architecture, pretrained, image_size, context_length)

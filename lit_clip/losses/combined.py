@@ -1,6 +1,7 @@
 """Losses made of others."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
@@ -31,33 +32,30 @@ class Sum(Loss):
     def __init__(self, terms: list[Loss], weights: list[float] | None = None) -> None:
         super().__init__()
         self.weights = _weights(weights, len(terms), "terms", "Sum")
-        self.terms = nn.ModuleList(terms)
+        self.terms: Any = nn.ModuleList(terms)
         self.names = _different(_loss_name(term) for term in terms)
 
     @property
-    def losses(self) -> list[tuple[float, Any]]:
-        """Weight and loss of each term."""
-        return list(zip(self.weights, self.terms, strict=True))
-
-    @property
     def uses_negatives(self) -> bool:  # pyright: ignore[reportIncompatibleVariableOverride]  # depends on the terms
-        return any(term.uses_negatives for _, term in self.losses)
+        return any(term.uses_negatives for term in self.terms)
 
     def prepare(self, model: Any) -> None:
-        for _, term in self.losses:
+        for term in self.terms:
             term.prepare(model)
 
     def forward(self, pairs: Pairs) -> LossValue:
         total: Any = 0.0
         metrics: dict[str, Tensor | float] = {}
-        for name, (weight, term) in zip(self.names, self.losses, strict=True):
+        for name, weight, term in zip(self.names, self.weights, self.terms, strict=True):
             loss, logged = evaluate_loss(term, pairs)
             total = total + weight * loss
             metrics = {**logged, **metrics, name: loss.detach()}
         return LossValue(total, metrics)
 
     def chance_loss(self, pairs: int) -> float | None:
-        return _weighted_sum((weight, term.chance_loss(pairs)) for weight, term in self.losses)
+        values = [term.chance_loss(pairs) for term in self.terms]
+        known = None not in values
+        return sum(weight * value for weight, value in zip(self.weights, values, strict=True)) if known else None
 
 
 class Matryoshka(Loss):
@@ -120,17 +118,8 @@ def _loss_name(loss: Loss) -> str:
 def _different(names: Iterable[str]) -> list[str]:
     """Number repeated names: ``a, a, b`` -> ``a, a_2, b``."""
     found: list[str] = []
-    counts: dict[str, int] = {}
+    counts: Counter[str] = Counter()
     for name in names:
-        counts[name] = counts.get(name, 0) + 1
+        counts[name] += 1
         found.append(name if counts[name] == 1 else f"{name}_{counts[name]}")
     return found
-
-
-def _weighted_sum(terms: Iterable[tuple[float, float | None]]) -> float | None:
-    total = 0.0
-    for weight, value in terms:
-        if value is None:
-            return None
-        total += weight * value
-    return total

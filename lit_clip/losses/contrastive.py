@@ -91,13 +91,13 @@ def sigmoid_loss(
     loss of the whole batch, and so is its gradient.
 
     Args:
-        image_BD: this rank's image features, unit length.
-        all_text_ND: all ranks' text features in rank order, unit length.
+        image_BD: as for :func:`contrastive_loss`, like the others.
+        all_text_ND: all ranks' text features.
         scale: inverse temperature, ``exp(logit_scale)``.
         bias: ``logit_bias``.
         first_row: index of this rank's first pair among all.
-        same_BN: see :func:`contrastive_loss`.
-        duplicates: as in :func:`contrastive_loss`.
+        same_BN: duplicates.
+        duplicates: how they count.
 
     Returns:
         A scalar: the sum of the B x N binary cross-entropies divided by B, float32 or wider.

@@ -10,31 +10,15 @@ from torch.utils.checkpoint import checkpoint
 from lit_clip.distributed import RankCounts, gather
 from lit_clip.losses.contrastive import at_least_float32
 
-
-def two_way_logits(
-    image_BD: Tensor, text_BD: Tensor, all_image_ND: Tensor, all_text_ND: Tensor, scale: Tensor
-) -> Tensor:
-    """Return ``[2B, N]``: the images' logits over all texts, then the texts' over all images, float32 or wider."""
-    with torch.autocast(image_BD.device.type, enabled=False):
-        image_BD, text_BD, all_image_ND, all_text_ND = map(
-            at_least_float32, (image_BD, text_BD, all_image_ND, all_text_ND)
-        )
-        return scale * torch.cat([image_BD @ all_text_ND.T, text_BD @ all_image_ND.T])
+LOGITS = 2**22  # most logits of one model that exist at once
 
 
 def distillation_loss(student_QN: Tensor, teacher_QN: Tensor) -> Tensor:
-    """Mean cross-entropy between the teacher's and the student's probabilities over N candidates, a scalar.
+    """Mean cross-entropy between probabilities over N candidates, a scalar, from the logits of Q queries.
 
     As in open_clip; the mean over ranks is the loss of the whole batch.
-
-    Args:
-        student_QN: the student's logits of Q queries, see :func:`two_way_logits`.
-        teacher_QN: the teacher's logits of the same queries.
     """
     return F.cross_entropy(student_QN, teacher_QN.softmax(dim=1).to(student_QN.dtype))
-
-
-LOGITS = 2**22  # most logits of one model that exist at once
 
 
 class ModelFeatures(NamedTuple):
@@ -45,20 +29,21 @@ class ModelFeatures(NamedTuple):
     scale: Tensor
 
     def logits(self, rows: slice, all_image_ND: Tensor, all_text_ND: Tensor) -> Tensor:
-        """Return the logits ``[2b, N]`` of some of this rank's pairs over all ranks' pairs."""
-        return two_way_logits(self.image[rows], self.text[rows], all_image_ND, all_text_ND, self.scale)
+        """Return the logits of some of this rank's pairs over all ranks' pairs, float32 or wider.
+
+        ``[2b, N]``: the images' over all texts, then the texts' over all images.
+        """
+        features = self.image[rows], self.text[rows], all_image_ND, all_text_ND
+        with torch.autocast(self.image.device.type, enabled=False):
+            image_bD, text_bD, all_image_ND, all_text_ND = map(at_least_float32, features)
+            return self.scale * torch.cat([image_bD @ all_text_ND.T, text_bD @ all_image_ND.T])
 
 
 def blockwise_distillation(student: ModelFeatures, teacher: ModelFeatures, shards: RankCounts) -> Tensor:
     """:func:`distillation_loss` over all ranks' pairs, computed for a block of rows at a time.
 
     The logits of a block are computed again in the backward pass. The mean over ranks is the loss of all pairs, and so
-    is its gradient.
-
-    Args:
-        student: the student's features.
-        teacher: the teacher's features, without gradients.
-        shards: number of pairs of each rank.
+    is its gradient. The teacher's features have no gradients.
     """
     pairs = len(student.image)
     candidates = [gather(features, shards) for features in (student.image, student.text, teacher.image, teacher.text)]

@@ -35,12 +35,7 @@ def token_hash(tokens: Tensor, pad_id: int) -> Tensor:
 def pair_ids(keys: Sequence[str], tokens: Tensor, pad_id: int, groups: Sequence[str] = ()) -> Tensor:
     """Return int64 ``[B, 3]``: ids of each pair's image, caption and group; pairs that agree in any are duplicates.
 
-    Args:
-        keys: the images' keys.
-        tokens: int64 ``[B, L]``, the captions.
-        pad_id: the token they are padded with.
-        groups: each pair's group, an empty string for none; an empty list if no pair has one. A pair without a group is
-            grouped by its image.
+    A pair without a group (an empty string; ``groups`` is empty if no pair has one) is grouped by its image.
     """
     require(len(groups) in (0, len(keys)), f"batch.groups: {len(groups)} groups for {len(keys)} pairs")
     image = [stable_hash(f"image {key}") for key in keys]

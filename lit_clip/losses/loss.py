@@ -56,9 +56,6 @@ class WholeBatch:
 
     What a loss does not read is not sent between ranks.
 
-    Args:
-        pairs: this rank's.
-
     Attributes:
         scale: inverse temperature, ``exp(logit_scale)``, a scalar.
         bias: ``logit_bias``, a scalar; None if the model has none.
@@ -137,18 +134,13 @@ class Loss(nn.Module):
         return loss
 
     def whole_batch(self, pairs: WholeBatch) -> Tensor | LossValue:
-        """Return the loss of the whole batch, a scalar; every rank computes all of it, without autocast.
-
-        Args:
-            pairs: all pairs of the step.
-        """
+        """Return the loss of the whole batch, a scalar; every rank computes all of it, without autocast."""
         raise InputError(f"model.loss: {qualified_name(type(self))} must override whole_batch, or forward")
 
     def forward(self, pairs: Pairs) -> Tensor | LossValue:
         """Return a scalar whose mean over ranks is the loss of the whole batch, and so is its gradient.
 
-        Args:
-            pairs: this rank's, maybe none.
+        A rank may have no pairs.
         """
         with torch.autocast(pairs.image.device.type, enabled=False):
             return self.whole_batch(WholeBatch(pairs))
@@ -157,25 +149,12 @@ class Loss(nn.Module):
         """Check that the loss fits a :class:`lit_clip.CLIP`, and load what it needs; called when training starts."""
 
     def chance_loss(self, pairs: int) -> float | None:
-        """Return the lowest loss of a model that cannot tell which caption belongs to which image; None: unknown.
-
-        Args:
-            pairs: number of pairs in the batch of all ranks.
-        """
+        """Return the lowest loss of a model that cannot tell which of so many pairs belong together; None: unknown."""
         return None
 
     def describe(self) -> Description:
         """Return the class and the attributes that are named like its arguments, as plain values."""
         return describe_instance(self)
-
-
-def check_is_loss(loss: Any) -> Loss | None:
-    """Return a loss, or None for None."""
-    require(
-        loss is None or isinstance(loss, Loss),
-        f"model.loss: {loss!r} is no loss; pass an object of a subclass of lit_clip.losses.Loss, as Contrastive()",
-    )
-    return loss
 
 
 def evaluate_loss(loss: Loss, pairs: Pairs) -> LossValue:
@@ -186,14 +165,10 @@ def evaluate_loss(loss: Loss, pairs: Pairs) -> LossValue:
     if not isinstance(value.loss, Tensor):
         raise InputError(f"{name} returned a {type(value.loss).__name__}, not a tensor; {advice}")
     require(value.loss.ndim == 0, f"{name} returned a tensor of shape {list(value.loss.shape)}; {advice}")
-    require(
-        value.loss.requires_grad or not len(pairs.image) or not torch.is_grad_enabled(),
-        f"{name} returned a loss without gradient; compute it from pairs.image and pairs.text, without detach, item or "
-        "no_grad",
-    )
+    differentiable = value.loss.requires_grad or not len(pairs.image) or not torch.is_grad_enabled()
+    mend = "compute it from pairs.image and pairs.text, without detach, item or no_grad"
+    require(differentiable, f"{name} returned a loss without gradient; {mend}")
     for metric, number in value.metrics.items():
-        require(
-            isinstance(number, int | float) or (isinstance(number, Tensor) and number.ndim == 0),
-            f"{name}: its metric {metric} is not a number; {advice}",
-        )
+        scalar = isinstance(number, int | float) or (isinstance(number, Tensor) and number.ndim == 0)
+        require(scalar, f"{name}: its metric {metric} is not a number; {advice}")
     return value

@@ -96,10 +96,8 @@ class Sigmoid(Loss):
     def __init__(self, duplicates: Duplicates = "negatives", pretraining_batch: int | None = None) -> None:
         super().__init__()
         _check_duplicates(duplicates)
-        require(
-            pretraining_batch is None or pretraining_batch >= 1,
-            f"model.loss: Sigmoid.pretraining_batch {pretraining_batch} must be at least 1",
-        )
+        known = pretraining_batch is None or pretraining_batch >= 1
+        require(known, f"model.loss: Sigmoid.pretraining_batch {pretraining_batch} must be at least 1")
         self.duplicates: Duplicates = duplicates
         self.pretraining_batch = pretraining_batch
 

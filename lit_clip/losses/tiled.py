@@ -32,29 +32,18 @@ def default_tile(device: torch.device) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class PairLayout:
-    """How the pairs are spread over ranks, and which of them are duplicates.
+    """How the pairs are spread over ranks, and which of them are duplicates; there is no value for "unknown"."""
 
-    Attributes:
-        shards: number of pairs of each rank.
-        ids: int64 ``[B, K]`` of this rank's pairs; pairs that agree in any column are duplicates. Not needed if
-            ``duplicates`` is ``negatives``. There is no value for "unknown".
-        duplicates: see :func:`lit_clip.losses.contrastive.contrastive_loss`.
-        tile: rows and columns of similarities that exist at once; None: :func:`default_tile`.
-    """
-
-    shards: RankCounts
-    ids: Tensor | None = None
-    duplicates: Duplicates = "negatives"
-    tile: tuple[int, int] | None = None
+    shards: RankCounts  # number of pairs of each rank
+    ids: Tensor | None = None  # int64 [B, K]; pairs that agree in any column are duplicates; unused for negatives
+    duplicates: Duplicates = "negatives"  # see contrastive_loss
+    tile: tuple[int, int] | None = None  # rows and columns that exist at once; None: default_tile
 
 
 class ShardedLoss(NamedTuple):
-    """Result of a loss on one rank.
+    """A scalar whose mean over ranks is the loss of the whole batch, and a number of this rank's images.
 
-    Attributes:
-        loss: a scalar whose mean over ranks is the loss of the whole batch.
-        hits: number of this rank's images that are closest to their own text among all N; a tie does not count. A
-            scalar without gradient.
+    ``hits``, a scalar without gradient, are closest to their own text among all N; a tie does not count.
     """
 
     loss: Tensor
@@ -62,12 +51,7 @@ class ShardedLoss(NamedTuple):
 
 
 class HardNegatives(NamedTuple):
-    """Texts that are wrong for every image (NegCLIP, Yuksekgonul et al. 2023).
-
-    Attributes:
-        features: this rank's, unit length, ``[M, D]``.
-        shards: their number on each rank.
-    """
+    """Texts that are wrong for every image: this rank's unit features ``[M, D]``, and their number on each rank."""
 
     features: Tensor
     shards: RankCounts
@@ -79,14 +63,7 @@ def sharded_contrastive_loss(
     """Softmax loss over all ranks' pairs; see :func:`lit_clip.losses.contrastive.contrastive_loss`.
 
     All ranks must scale the result by the same factor before ``backward``: a rank's gradient includes the terms of
-    other ranks' losses that depend on its features.
-
-    Args:
-        image_BD: this rank's image features, unit length.
-        text_BD: their captions' features, unit length.
-        scale: inverse temperature, ``exp(logit_scale)``.
-        layout: how the pairs are spread over ranks.
-        negatives: hard negative captions; None if no rank has one.
+    other ranks' losses that depend on its features. Without hard negatives on any rank there are no ``negatives``.
     """
     image, text, layout = at_least_float32(image_BD), at_least_float32(text_BD), _with_tile(layout, image_BD)
     hard = () if negatives is None else (at_least_float32(negatives.features), negatives.shards)
@@ -96,15 +73,7 @@ def sharded_contrastive_loss(
 def sharded_sigmoid_loss(
     image_BD: Tensor, text_BD: Tensor, scale: Tensor, bias: Tensor, layout: PairLayout
 ) -> ShardedLoss:
-    """Sigmoid loss over all ranks' pairs; see :func:`lit_clip.losses.contrastive.sigmoid_loss`.
-
-    Args:
-        image_BD: this rank's image features, unit length.
-        text_BD: their captions' features, unit length.
-        scale: inverse temperature, ``exp(logit_scale)``.
-        bias: ``logit_bias``.
-        layout: how the pairs are spread over ranks.
-    """
+    """Sigmoid loss over all ranks' pairs; see :func:`lit_clip.losses.contrastive.sigmoid_loss`."""
     image, text, layout = at_least_float32(image_BD), at_least_float32(text_BD), _with_tile(layout, image_BD)
     scale, bias = scale.to(image.dtype), bias.to(image.dtype)
     return ShardedLoss(*_Sigmoid.apply(image, text, scale, bias, layout))  # pyright: ignore[reportGeneralTypeIssues]  # untyped apply
@@ -148,18 +117,11 @@ def _tiles(layout: PairLayout) -> Iterator[_Tile]:
 
 
 class _Texts(NamedTuple):
-    """All ranks' texts.
+    """All ranks' texts."""
 
-    Attributes:
-        features: ``[N, D]``.
-        ids: int64 ``[N, K]``; None if ``duplicates`` is ``negatives``.
-        shares: ``[N]``, each text's share of the target, one by the number of its duplicates; None unless
-            ``duplicates`` is ``positives``.
-    """
-
-    features: Tensor
-    ids: Tensor | None = None
-    shares: Tensor | None = None
+    features: Tensor  # [N, D]
+    ids: Tensor | None = None  # int64 [N, K]; None for negatives
+    shares: Tensor | None = None  # [N], of the target: one by the number of duplicates; None except for positives
 
     @classmethod
     def gathered(cls, layout: PairLayout, text_BD: Tensor, with_shares: bool) -> "_Texts":
@@ -188,17 +150,11 @@ def _own(tile_bn: Tensor, offset: int) -> Tensor:
 
 
 class _Others(NamedTuple):
-    """A tile's logits without the images' own texts; -inf takes an entry out of sums and maxima.
+    """A tile's logits without the images' own texts; -inf takes an entry out of sums and maxima."""
 
-    Attributes:
-        logits: without ignored duplicates.
-        wrong: without any duplicate.
-        same: bool, the duplicates that are positives; None unless ``duplicates`` is ``positives``.
-    """
-
-    logits: Tensor
-    wrong: Tensor
-    same: Tensor | None
+    logits: Tensor  # without ignored duplicates
+    wrong: Tensor  # without any duplicate
+    same: Tensor | None  # bool, the duplicates that are positives; None unless these are
 
     @classmethod
     def of(cls, layout: PairLayout, tile: _Tile, logits_bn: Tensor, texts: _Texts) -> "_Others":

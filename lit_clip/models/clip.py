@@ -5,7 +5,6 @@ The state dict has OpenAI's key names. Shapes: B batch, L tokens, W width, D emb
 
 import math
 import os
-import sys
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -13,27 +12,18 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from lit_clip.errors import InputError, require
+from lit_clip.errors import InputError
 from lit_clip.losses.contrastive import unit
 from lit_clip.models import preprocess as pp
-from lit_clip.models.config import (
-    CLIPConfig,
-    HuggingFaceTextConfig,
-    ResNetConfig,
-    TextTransformerConfig,
-    VisionTransformerConfig,
-)
-from lit_clip.models.custom import CustomImageEncoder, CustomTextEncoder
-from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
+from lit_clip.models.config import CLIPConfig, TextTransformerConfig
+from lit_clip.models.custom_config import CustomTextConfig
+from lit_clip.models.encoders import check_patches, create_tokenizer, image_encoder, text_encoder
 from lit_clip.models.encoding import Item, as_features, encode_items
-from lit_clip.models.external import HuggingFaceTextEncoder, TimmImageEncoder
 from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.frozen_prefix import FrozenPrefix
-from lit_clip.models.hf_tokenizer import from_source
 from lit_clip.models.layers import Tower
-from lit_clip.models.partial_forward import PartialForward
 from lit_clip.models.resnet import ModifiedResNet
-from lit_clip.models.tokenizer import EOT_ID, CLIPTokenizer, TextTokenizer
+from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.models.transformer import TextTransformer, VisionTransformer
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # paper, section 2.5
@@ -64,13 +54,13 @@ class CLIP(TextTransformer):
         self.config = config = with_external_settings(config)
         assert config.preprocessing is not None  # with_external_settings has filled it in
         self.preprocessing = config.preprocessing
-        self.visual = _image_encoder(config)
-        _check_patches(self.visual, self.preprocessing)
+        self.visual = image_encoder(config)
+        check_patches(self.visual, self.preprocessing)
         if config.papers_layout:
             assert isinstance(config.text, TextTransformerConfig)
             self.add_text(config.text, config.embed_dim, config.activation)
         else:
-            self.text = _text_encoder(config)
+            self.text = text_encoder(config)
         self.logit_scale = nn.Parameter(torch.tensor(SIGLIP_LOGIT_SCALE if config.logit_bias else INITIAL_LOGIT_SCALE))
         self.logit_bias = nn.Parameter(torch.tensor(SIGLIP_LOGIT_BIAS)) if config.logit_bias else None
         self._tokenizer = tokenizer
@@ -99,22 +89,9 @@ class CLIP(TextTransformer):
     def tokenizer(self) -> TextTokenizer:
         """The tokenizer, picklable so that data workers can receive it."""
         if self._tokenizer is None:
-            text = self.config.text
-            if isinstance(text, CustomTextConfig):
+            if isinstance(self.config.text, CustomTextConfig):
                 return cast(TextTokenizer, self.text.tokenizer)
-            padding_read, vocab_size = 0, sys.maxsize
-            if isinstance(text, TextTransformerConfig):
-                padding_read, vocab_size = text.padding_read, text.vocab_size
-            elif text.model and text.model.get("vocab_size"):
-                vocab_size = text.model["vocab_size"]
-            if text.tokenizer is None:
-                require(
-                    vocab_size > EOT_ID,
-                    f"architecture.text: vocab_size {vocab_size} must be at least {EOT_ID + 1} for CLIP's tokenizer",
-                )
-                self._tokenizer = CLIPTokenizer(self.context_length, padding_read=padding_read)
-            else:
-                self._tokenizer = from_source(text.tokenizer, self.context_length, padding_read > 0, vocab_size)
+            self._tokenizer = create_tokenizer(self.config.text)
         return self._tokenizer
 
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
@@ -156,28 +133,24 @@ class CLIP(TextTransformer):
         tokens: Tensor,
         normalize: bool = False,
         lengths: Sequence[int] | Tensor | None = None,
-        entering: PartialForward | None = None,
     ) -> Tensor:
         """int64 ``[B, L]``, ``L`` at most the context length -> ``[B, D]``, of unit length if ``normalize``.
 
         Padding never changes the features. It costs nothing where the texts' lengths are known without synchronising
         the device: always on a CPU, elsewhere if ``lengths`` is given (``tokenizer.lengths``). Without them, drop the
         columns that no text needs (``tokenizer.trim``).
-
-        With ``entering`` the encoder starts from the texts' activations in its middle (:mod:`frozen_prefix`).
         """
-        if tokens.shape[1] > self.context_length:
-            raise InputError(
-                f"texts have {tokens.shape[1]} tokens, the model reads {self.context_length}; use model.tokenize"
-            )
+        longest = tokens.shape[1]
+        if longest > self.context_length:
+            raise InputError(f"texts have {longest} tokens, the model reads {self.context_length}; use model.tokenize")
         if isinstance(lengths, Tensor):
             lengths = lengths.tolist()
         if self.config.papers_layout:
             if self.config.text.tokenizer is not None:
                 lengths = None  # the encoder stops at the highest id, which another tokenizer may use before the end
-            features = self.read_text(tokens, lengths, entering)
+            features = self.read_text(tokens, lengths)
         else:
-            features = self.text(tokens, lengths, entering) if entering else self.text(tokens, lengths)
+            features = self.text(tokens, lengths)
         return unit(features) if normalize else features
 
     def encode(self, items: Item | Sequence[Item], batch_size: int = 64) -> Tensor:
@@ -185,11 +158,8 @@ class CLIP(TextTransformer):
 
         A PIL image is an image, and a ``pathlib.Path`` an image file. A string is an image file if it ends like one
         (``.jpg``, ``.png``, ...) and that file exists, and otherwise a text, which is truncated to the context.
-        The model runs where it is, without gradients and in evaluation mode, and is left as it was.
-
-        Args:
-            items: one, or a sequence of them.
-            batch_size: most texts or images that are encoded at once.
+        The model runs where it is, without gradients and in evaluation mode, and is left as it was. At most
+        ``batch_size`` texts or images are encoded at once.
 
         Returns:
             float32 ``[N, D]``; of a single item ``[D]``.
@@ -201,8 +171,8 @@ class CLIP(TextTransformer):
     def similarity(self, a: Any, b: Any, batch_size: int = 64) -> Tensor:
         """Return the cosine similarity of each of ``a`` with each of ``b``, float32 ``[len(a), len(b)]``.
 
-        Either is whatever :meth:`encode` takes, or features ``[N, D]`` of any length (a tensor or an array); a single
-        one counts as a list of one.
+        Either is what :meth:`encode` takes, or features ``[N, D]`` of any length (a tensor or an array); a single one
+        counts as a list of one.
         """
         return as_features(self, a, batch_size) @ as_features(self, b, batch_size).T
 
@@ -214,33 +184,3 @@ class CLIP(TextTransformer):
         """
         if self.logit_bias is None:
             self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)
-
-
-def _image_encoder(config: CLIPConfig) -> VisionTransformer | ModifiedResNet | TimmImageEncoder | CustomImageEncoder:
-    if isinstance(config.image, VisionTransformerConfig):
-        return VisionTransformer(config.image, config.embed_dim, config.activation)
-    if isinstance(config.image, ResNetConfig):
-        return ModifiedResNet(config.image, config.embed_dim)
-    if isinstance(config.image, CustomImageConfig):
-        with torch.device("cpu"):  # not on the meta device: its code may read values
-            return CustomImageEncoder(config.image, config.embed_dim)
-    return TimmImageEncoder(config.image, config.embed_dim)
-
-
-def _check_patches(visual: Any, preprocessing: pp.Preprocessing) -> None:
-    if preprocessing.max_patches is None:
-        return
-    where = f"architecture: preprocessing.max_patches {preprocessing.max_patches}"
-    reads = getattr(visual, "reads_patches", False)
-    require(reads, f"{where}: {type(visual).__name__} reads images of one size; use a naflexvit model of timm")
-    patch, theirs = preprocessing.patch_size, tuple(visual.trunk.embeds.patch_size)
-    require(theirs == (patch, patch), f"{where}: patch_size {patch} is not the model's {theirs[0]}")
-
-
-def _text_encoder(config: CLIPConfig) -> nn.Module:
-    if isinstance(config.text, HuggingFaceTextConfig):
-        return HuggingFaceTextEncoder(config.text, config.embed_dim)
-    if isinstance(config.text, CustomTextConfig):
-        with torch.device("cpu"):
-            return CustomTextEncoder(config.text, config.embed_dim)
-    return TextTransformer(config.text, config.embed_dim, config.activation)

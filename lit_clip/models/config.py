@@ -13,7 +13,7 @@ from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
 from lit_clip.models.external_config import HuggingFaceTextConfig, HuggingFaceTokenizerConfig, TimmConfig
 from lit_clip.models.preprocessing_config import Preprocessing
 from lit_clip.models.size import RANGES, Size, height_width, normalised
-from lit_clip.tools.untrusted import check_fields, filled, given, shortened
+from lit_clip.tools.untrusted import check_fields, coerced, from_plain, shortened
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
@@ -159,17 +159,17 @@ def _image(values: Any) -> ImageConfig:
         kind = TimmConfig
     else:
         kind = VisionTransformerConfig if "patch_size" in keys else ResNetConfig
-    return filled(kind, values, "architecture.image")
+    return from_plain(kind, values, "architecture.image")
 
 
 def _text(values: Any) -> TextConfig:
     where, keys = "architecture.text", values if isinstance(values, Mapping) else {}
     if "class_path" in keys:
-        return filled(CustomTextConfig, values, where)
+        return from_plain(CustomTextConfig, values, where)
     if "hugging_face" in keys:
-        return filled(HuggingFaceTextConfig, values, where)
-    tokenizer = given(HuggingFaceTokenizerConfig, keys.get("tokenizer"), f"{where}.tokenizer")
-    return filled(TextTransformerConfig, {**keys, "tokenizer": tokenizer} if keys else values, where)
+        return from_plain(HuggingFaceTextConfig, values, where)
+    tokenizer = coerced(HuggingFaceTokenizerConfig, keys.get("tokenizer"), f"{where}.tokenizer")
+    return from_plain(TextTransformerConfig, {**keys, "tokenizer": tokenizer} if keys else values, where)
 
 
 @dataclass
@@ -231,9 +231,9 @@ class CLIPConfig:
         parts = {
             "image": _image(values["image"]),
             "text": _text(values["text"]),
-            "preprocessing": given(Preprocessing, values.get("preprocessing"), f"{where}.preprocessing"),
+            "preprocessing": coerced(Preprocessing, values.get("preprocessing"), f"{where}.preprocessing"),
         }
-        return filled(cls, {**values, **parts}, where)
+        return from_plain(cls, {**values, **parts}, where)
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for a checkpoint, ``pretrained`` always false: a checkpoint has its own weights."""

@@ -3,7 +3,7 @@
 import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +27,8 @@ def encode_items(model: Any, items: Sequence[Item], batch_size: int) -> Tensor:
     result = torch.zeros(len(found), model.config.embed_dim)
     texts = [i for i, item in enumerate(found) if isinstance(item, str)]
     images = [i for i, item in enumerate(found) if not isinstance(item, str)]
-    kinds: tuple[tuple[list[int], Callable[[Any, list[Any]], Tensor]], ...] = ((texts, _texts), (images, _images))
     with torch.no_grad(), evaluation_mode(model):
-        for rows, encode in kinds:
+        for rows, encode in ((texts, _texts), (images, _images)):
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
                 result[batch] = encode(model, [found[i] for i in batch]).float().cpu()
@@ -44,10 +43,12 @@ def _image_or_text(i: int, item: Any) -> str | Path | Image.Image:
     if not isinstance(item, str):
         kind = f"{type(item).__module__}.{type(item).__name__}".removeprefix("builtins.")
         raise InputError(f"encode: item {i} is a {kind}; it must be a text, a PIL image or the path of an image file")
-    if not item.lower().endswith(tuple(SUFFIXES)) or len(item.split()) > 1 and not _is_file(item):
+    if not item.lower().endswith(tuple(SUFFIXES)):
         return item
     if _is_file(item):
         return Path(item)
+    if len(item.split()) > 1:
+        return item
     # A caption may be a file name; a mistyped path must not become one in silence.
     message = f"encode: {item!r} is no file here and is encoded as a text; pass a Path for files"
     warnings.warn(message, stacklevel=_callers_level())
@@ -79,7 +80,7 @@ def _images(model: Any, images: list[Path | Image.Image]) -> Tensor:
     opened = (open_image(image) if isinstance(image, Path) else image for image in images)
     pixels = torch.stack([model.preprocess(image) for image in opened])
     # In the weights' precision, which need not be float32.
-    weights = next((parameter for parameter in model.visual.parameters()), model.logit_scale)
+    weights = next(model.visual.parameters(), model.logit_scale)
     return model.encode_image(pixels.to(model.device, weights.dtype), normalize=True)
 
 

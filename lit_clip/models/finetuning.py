@@ -8,10 +8,10 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lit_clip.errors import InputError, require
+from lit_clip.errors import require
 from lit_clip.models.custom import CustomImageEncoder, CustomTextEncoder
 from lit_clip.models.layers import HEAD, TOWERS, layer_groups, tower_encoder, tower_parameters
-from lit_clip.tools.untrusted import check_fields, filled
+from lit_clip.tools.untrusted import check_fields, from_plain
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Freeze:
         for tower in TOWERS:
             value = getattr(self, tower)
             if isinstance(value, Mapping):  # from a checkpoint
-                setattr(self, tower, filled(UnlockLast, value, f"model.freeze.{tower}"))
+                setattr(self, tower, from_plain(UnlockLast, value, f"model.freeze.{tower}"))
         check_fields(self, "model.freeze", {})
 
 
@@ -77,17 +77,13 @@ def frozen_names(model: Any, freeze: Freeze) -> set[str]:
     frozen: set[str] = set()
     for tower in TOWERS:
         setting: str | UnlockLast | None = getattr(freeze, tower)
-        if setting is None:
-            continue
         if isinstance(setting, str):
             frozen |= tower_parameters(model, tower).keys()
-        else:
+        elif setting is not None:
             groups = layer_groups(model, tower)
             blocks = sum(group.name.startswith("blocks.") for group in groups)
-            if setting.unlock_last > blocks:
-                raise InputError(
-                    f"model.freeze.{tower}: unlock_last {setting.unlock_last}, but the tower has {blocks} blocks"
-                )
+            more = f"unlock_last {setting.unlock_last}, but the tower has {blocks} blocks"
+            require(setting.unlock_last <= blocks, f"model.freeze.{tower}: {more}")
             first = len([group for group in groups if group.name != HEAD]) - setting.unlock_last
             frozen |= {name for group in groups[:first] for name in group.parameters}
     return frozen

@@ -8,36 +8,30 @@ Shapes: B batch, L tokens, W width, D embedding dimension.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lit_clip.errors import InputError
 from lit_clip.models.evaluation_mode import evaluation_mode
-from lit_clip.models.layers import Tower, tower_blocks, tower_parameters
+from lit_clip.models.layers import Tower, tower_blocks, tower_encoder, tower_parameters
 from lit_clip.models.partial_forward import PartialForward, starting_at
 from lit_clip.models.transformer import TextTransformer, VisionTransformer
 
 
 class FrozenPrefix(NamedTuple):
-    """The frozen first layers of a tower; nothing here refers to a module, so that models can be copied.
-
-    Attributes:
-        tower: ``image`` or ``text``.
-        boundary: name within the model of the first module to compute; None: the whole tower is frozen.
-        block: number of frozen blocks before the boundary.
-        is_block: whether the boundary is a block.
-        values: how many values the frozen blocks return; 0 for a tensor.
-        blanks: images that timm's frozen layers compute in every step for nothing: 1 if they accept no empty batch.
-    """
+    """The frozen first layers of a tower; nothing here refers to a module, so that models can be copied."""
 
     tower: Tower
-    boundary: str | None = None
-    block: int = 0
-    is_block: bool = False
-    values: int = 0
-    blanks: int = 0
+    boundary: str | None = None  # name within the model of the first module to compute; None: all is frozen
+    block: int = 0  # number of frozen blocks before the boundary
+    is_block: bool = False  # whether the boundary is a block
+    values: int = 0  # how many values the frozen blocks return; 0 for a tensor
+    blanks: int = 0  # images that timm's frozen layers compute in every step for nothing: 1 if not an empty batch
 
 
 class _ReachedError(Exception):
@@ -51,52 +45,37 @@ class _ReachedError(Exception):
 def _first_call(model: nn.Module, names: Sequence[str], run: Callable[[], Tensor]) -> _ReachedError | None:
     """Run up to the first call of one of the modules."""
 
-    def hook(name: str) -> Callable[..., None]:
-        def stop(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            raise _ReachedError(name, args[0] if args else next(iter(kwargs.values())))
+    def stop(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _ReachedError(name, args[0] if args else next(iter(kwargs.values())))
 
-        return stop
-
-    handles = [model.get_submodule(name).register_forward_pre_hook(hook(name), with_kwargs=True) for name in names]
-    try:
-        run()
-    except _ReachedError as reached:
-        return reached
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks:
+        for name in names:
+            module = model.get_submodule(name)
+            hooks.enter_context(module.register_forward_pre_hook(partial(stop, name), with_kwargs=True))
+        try:
+            run()
+        except _ReachedError as reached:
+            return reached
     return None
 
 
 def find_frozen_prefix(model: Any, tower: Tower) -> FrozenPrefix | None:
-    """Find the frozen first layers of a tower by running it on one sample.
-
-    Args:
-        model: a :class:`lit_clip.CLIP`.
-        tower: ``image`` or ``text``.
-
-    Returns:
-        None if the tower has no frozen block.
-    """
-    parameters = tower_parameters(model, tower)
-    if not any(parameter.requires_grad for parameter in parameters.values()):
+    """Find the frozen first layers of a :class:`lit_clip.CLIP`'s tower by running it on one sample; None: no block."""
+    if not any(parameter.requires_grad for parameter in tower_parameters(model, tower).values()):
         return FrozenPrefix(tower)
     blocks = tower_blocks(model, tower)
     if not any(all(not p.requires_grad for p in block.parameters()) for block in blocks):
         return None
-    names = _candidates(model, tower, blocks)
     values: list[int] = []  # of each block that was called
 
     def note(_: nn.Module, __: Any, output: Any) -> None:
         values.append(len(output) if isinstance(output, tuple) else 0)
 
-    handles = [block.register_forward_hook(note) for block in blocks]
-    try:
-        with torch.enable_grad():
-            reached = _first_call(model, names, lambda: _run(model, tower, *sample_inputs(model, tower, 1)))
-    finally:
-        for handle in handles:
-            handle.remove()
+    with ExitStack() as hooks, torch.enable_grad():
+        for block in blocks:
+            hooks.enter_context(block.register_forward_hook(note))
+        sample = sample_inputs(model, tower, 1)
+        reached = _first_call(model, _candidates(model, tower, blocks), lambda: _run(model, tower, *sample))
     if reached is None or not isinstance(reached.activations, Tensor) or reached.activations.requires_grad:
         raise _refusal(tower, "end at no single module")
     if not values:
@@ -113,12 +92,9 @@ def _refusal(tower: Tower, reason: str) -> InputError:
 
 
 def use_frozen_prefix(model: Any, tower: Tower) -> FrozenPrefix | None:
-    """Find the frozen first layers of a tower, and check that what follows gives the same features without them.
+    """Set ``model.frozen_prefixes`` for a tower; None if the tower has no frozen block.
 
-    Sets ``model.frozen_prefixes``.
-
-    Returns:
-        None if the tower has no frozen block.
+    Checks that the layers behind the frozen ones give the same features without them.
     """
     prefix = find_frozen_prefix(model, tower)
     if prefix is None:
@@ -131,30 +107,26 @@ def use_frozen_prefix(model: Any, tower: Tower) -> FrozenPrefix | None:
             if not torch.equal(stored, frozen_activations(model, prefix, inputs, lengths)):
                 raise _refusal(tower, "are random in training (dropout)")
             with evaluation_mode(model):
-                expected, model.frozen_prefixes[tower] = _run(model, tower, inputs, lengths), prefix
-                if not _gives(model, tower, stored, expected, inputs, lengths):
-                    prefix = model.frozen_prefixes[tower] = prefix._replace(blanks=1)
-                    if not _gives(model, tower, stored, expected, inputs, lengths):
-                        raise _refusal(tower, "hand on more than one tensor")
+                expected = _run(model, tower, inputs, lengths)
+                for blanks in (0, 1):
+                    prefix = model.frozen_prefixes[tower] = prefix._replace(blanks=blanks)
+                    if _gives(model, tower, stored, expected, inputs, lengths):
+                        return prefix
+        raise _refusal(tower, "hand on more than one tensor")
     except InputError:
         model.frozen_prefixes.pop(tower, None)
         raise
-    return prefix
 
 
 def _gives(model: Any, tower: Tower, stored: Tensor, expected: Tensor, tokens: Tensor, lengths: Sequence[int]) -> bool:
     """Whether the features from stored activations are those of the whole tower."""
     try:
-        found = (
-            image_features_from(model, stored)
-            if tower == "image"
-            else text_features_from(model, stored, tokens, lengths)
-        )
+        from_text = tower == "text"
+        found = text_features_from(model, stored, tokens, lengths) if from_text else image_features_from(model, stored)
     except Exception:  # encoders of other libraries raise anything
         return False
-    return found.shape == expected.shape and torch.allclose(
-        found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max())
-    )
+    least = 1e-5 * float(expected.abs().max())
+    return found.shape == expected.shape and torch.allclose(found, expected, rtol=1e-4, atol=least)
 
 
 def _candidates(model: nn.Module, tower: Tower, blocks: Sequence[nn.Module]) -> list[str]:
@@ -192,24 +164,16 @@ def _run(model: Any, tower: Tower, inputs: Tensor, lengths: Sequence[int] = ()) 
 def frozen_activations(model: Any, prefix: FrozenPrefix, inputs: Tensor, lengths: Sequence[int] = ()) -> Tensor:
     """Compute what a tower's frozen layers hand on, ``[B, ...]``: features, ``[B, L, W]`` tokens or ``[B, C, H, W]``.
 
-    Args:
-        model: a :class:`lit_clip.CLIP`.
-        prefix: of one of its towers.
-        inputs: uint8 images ``[B, 3, H, W]``, or int64 tokens ``[B, L]`` of texts of equal length.
-        lengths: of the texts.
+    The inputs are uint8 images ``[B, 3, H, W]``, or int64 tokens ``[B, L]`` of texts of equal length.
     """
     if prefix.boundary is None:
         return _run(model, prefix.tower, inputs, lengths)
     reached = _first_call(model, [prefix.boundary], lambda: _run(model, prefix.tower, inputs, lengths))
     assert reached is not None, "find_frozen_prefix has reached it"
     x = reached.activations
-    if prefix.is_block and isinstance(_encoder(model, prefix.tower), VisionTransformer | TextTransformer):
+    if prefix.is_block and isinstance(tower_encoder(model, prefix.tower), VisionTransformer | TextTransformer):
         return x.unflatten(0, (len(inputs), -1))  # [B * L, W]: equal lengths are not reordered
     return x
-
-
-def _encoder(model: Any, tower: Tower) -> nn.Module:
-    return model.visual if tower == "image" else model.text_encoder
 
 
 def image_features_from(model: Any, stored: Tensor) -> Tensor:
@@ -230,20 +194,23 @@ def image_features_from(model: Any, stored: Tensor) -> Tensor:
 def text_features_from(model: Any, stored: Tensor, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
     """Compute the text encoder behind its frozen layers: :func:`frozen_activations` -> ``[B, D]``.
 
-    Args:
-        model: a :class:`lit_clip.CLIP`.
-        stored: ``[B, W]``, or ``[B, L, W]`` with any finite values for padding.
-        tokens: int64 ``[B, L]`` of the same texts.
-        lengths: of the texts.
+    Stored tokens ``[B, L, W]`` may have any finite values for padding; ``tokens`` are the same texts.
     """
     prefix, encoder = model.frozen_prefixes["text"], model.text_encoder
     if prefix.boundary is None:
         return stored
-    if isinstance(encoder, TextTransformer) and not prefix.is_block:
+    ours = isinstance(encoder, TextTransformer)
+    if ours and not prefix.is_block:
         return encoder.project_text(stored)
     module = model.get_submodule(prefix.boundary)
     if stored.ndim == 2:  # pooled: the boundary is the projection
         return module(stored)
+    if stored.shape[1] < tokens.shape[1]:  # of a placeholder
+        stored = F.pad(stored, (0, 0, 0, tokens.shape[1] - stored.shape[1]))
     skipped = [(block, prefix.values) for block in tower_blocks(model, "text")[: prefix.block]]
     entering = PartialForward(stored, prefix.block, module, skipped)
-    return model.encode_text(tokens, lengths=lengths, entering=entering)
+    if not ours:
+        return encoder(tokens, lengths, entering)
+    if encoder is model and model.config.text.tokenizer is not None:
+        lengths = ()  # see CLIP.encode_text
+    return encoder.read_text(tokens, lengths, entering)

@@ -48,15 +48,12 @@ def target_names(model: CLIP, targets: list[str] | None = None) -> list[str]:
                 elif parameter.requires_grad and last == "weight" and isinstance(model.get_submodule(owner), nn.Linear):
                     found.append(owner)
     for target in targets or ():
-        if not any(_ends(name, target) for name in found):
+        if not any(f".{name}".endswith(f".{target}") for name in found):
             kinds = sorted({name.rpartition(".")[2] for name in found})
             raise InputError(f"model.lora: no layer is called {target!r}; there are {', '.join(kinds) or 'none'}")
     require(bool(found), "model.lora: the blocks that are not frozen have no linear layers")
-    return [name for name in found if targets is None or any(_ends(name, target) for target in targets)]
-
-
-def _ends(name: str, target: str) -> bool:
-    return f".{name}".endswith(f".{target}")
+    ends = tuple(f".{target}" for target in targets or ())
+    return [name for name in found if targets is None or f".{name}".endswith(ends)]
 
 
 def add_lora(model: CLIP, lora: LoRA) -> None:

@@ -8,19 +8,12 @@ from torch import Tensor, nn
 
 
 class PartialForward(NamedTuple):
-    """Activations to start from in the middle of a text encoder.
+    """Activations to start from in the middle of a text encoder."""
 
-    Attributes:
-        x: float ``[B, L, W]``, the input of ``module``; padding may have any finite values.
-        block: number of the first block to compute; all of them if there is none.
-        module: the first module to compute.
-        skipped: the blocks before it, and for each how many values it returns; 0 for a tensor.
-    """
-
-    x: Tensor
-    block: int
-    module: nn.Module
-    skipped: Sequence[tuple[nn.Module, int]] = ()
+    x: Tensor  # float [B, L, W], the input of ``module``; padding may have any finite values
+    block: int  # number of the first block to compute; all of them if there is none
+    module: nn.Module  # the first module to compute
+    skipped: Sequence[tuple[nn.Module, int]] = ()  # the blocks before it, and how many values each returns; 0: a tensor
 
 
 @contextmanager
@@ -35,7 +28,10 @@ def starting_at(module: nn.Module, x: Tensor, skipped: Sequence[tuple[nn.Module,
     with ExitStack() as stack:
         stack.callback(module.register_forward_pre_hook(replace, with_kwargs=True).remove)
         for block, values in skipped:
-            stack.callback(_restore, block, vars(block).get("forward"))
+            if before := vars(block).get("forward"):  # of activation checkpointing
+                stack.callback(setattr, block, "forward", before)
+            else:
+                stack.callback(delattr, block, "forward")
             block.forward = _passing_on(values)
         yield
 
@@ -46,9 +42,3 @@ def _passing_on(values: int) -> Any:
         return (hidden, *[None] * (values - 1)) if values else hidden
 
     return forward
-
-
-def _restore(block: nn.Module, forward: Any) -> None:
-    del block.forward  # of the class again
-    if forward is not None:  # of activation checkpointing
-        block.forward = forward

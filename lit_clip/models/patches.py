@@ -23,17 +23,11 @@ LEAST_SCALE, LARGEST_SCALE, PRECISION = 1e-6, 100.0, 1e-5  # of the search, as i
 
 
 class Patches(NamedTuple):
-    """The patches of a batch, as timm's NaFlexVit reads them.
+    """The patches of a batch, as timm's NaFlexVit reads them."""
 
-    Attributes:
-        patches: ``[B, N, 3PP]``.
-        patch_coord: int64 ``[B, N, 2]``, row and column in the grid; 0 for padding.
-        patch_valid: bool ``[B, N]``, false for padding.
-    """
-
-    patches: Tensor
-    patch_coord: Tensor
-    patch_valid: Tensor
+    patches: Tensor  # [B, N, 3PP]
+    patch_coord: Tensor  # int64 [B, N, 2], row and column in the grid; 0 for padding
+    patch_valid: Tensor  # bool [B, N], false for padding
 
 
 @lru_cache(maxsize=4096)
@@ -53,8 +47,8 @@ def grid_size(height: int, width: int, patch_size: int, max_patches: int) -> tup
 
 def sequence_size(height: int, width: int, config: Preprocessing) -> tuple[int, int]:
     """Return the height and width in pixels that an image is resized to."""
-    assert config.patch_size is not None
-    assert config.max_patches is not None
+    assert config.patch_size
+    assert config.max_patches
     rows, columns = grid_size(height, width, config.patch_size, config.max_patches)
     return rows * config.patch_size, columns * config.patch_size
 
@@ -66,8 +60,8 @@ def patch_sequence(image: Any, config: Preprocessing) -> Tensor:
     image = TF.resize(image, list(size), InterpolationMode(config.interpolation))
     pixels = TF.pil_to_tensor(image) if isinstance(image, Image.Image) else image
     P, N = config.patch_size, config.max_patches
-    assert P is not None
-    assert N is not None
+    assert P
+    assert N
     rows, columns = size[0] // P, size[1] // P
     patches = pixels.view(3, rows, P, columns, P).permute(1, 3, 2, 4, 0).reshape(rows * columns, 3 * P * P)
     header = torch.zeros(1, 3 * P * P, dtype=torch.uint8)

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 Description = dict[str, Any]
@@ -30,41 +31,30 @@ def qualified_name(target: Any) -> str:
 
 
 def unwrapped(factory: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Return the class or function that a ``functools.partial`` calls, and the keyword arguments it adds.
-
-    jsonargparse wraps a class in two helpers of its own, the class being a positional argument of the first.
-    """
+    """Return the class or function that a ``functools.partial`` calls, and the keyword arguments it adds."""
     if not isinstance(factory, partial):
         return factory, {}
+    # jsonargparse wraps a class in two helpers of its own, the class being a positional argument of the first.
     target = next((each for each in (factory.func, *factory.args) if inspect.isclass(each)), factory.func)
     return target, dict(factory.keywords)
 
 
 def describe(factory: Callable[..., Any], made: Any) -> Description:
-    """Describe what a factory creates by its class and the arguments that are plain values.
+    """Describe what a factory created; the arguments of a ``functools.partial`` come before remembered ones."""
+    return describe_instance(made, unwrapped(factory)[1])
 
-    Args:
-        factory: a class, a ``functools.partial`` of one, or any function.
-        made: something that it created: its class, and those attributes (or for an optimiser ``defaults``) that are
-            named like arguments of the class, complete the description.
+
+def describe_instance(instance: Any, arguments: Mapping[str, Any] = MappingProxyType({})) -> Description:
+    """Describe an object by its class and plain arguments; a function by its name.
+
+    Remembered arguments are the attributes (or an optimiser's ``defaults``) that are named like them.
     """
-    return _description(type(made), _remembered_arguments(made) | unwrapped(factory)[1])
-
-
-def describe_instance(instance: Any) -> Description:
-    """Describe an object by its class and its attributes that are named like arguments; a function by its name."""
-    if inspect.isroutine(instance):
-        return _description(instance, {})
-    return _description(type(instance), _remembered_arguments(instance))
-
-
-def _remembered_arguments(made: Any) -> dict[str, Any]:
-    values = {**vars(made), **vars(made).get("_modules", {}), **getattr(made, "defaults", {})}
-    return {name: values[name] for name in inspect.signature(type(made)).parameters.keys() & values.keys()}
-
-
-def _description(target: Any, arguments: Mapping[str, Any]) -> Description:
-    described = {name: _described(value) for name, value in sorted(arguments.items())}
+    target, values = instance, {}
+    if not inspect.isroutine(instance):
+        target = type(instance)
+        values = {**vars(instance), **vars(instance).get("_modules", {}), **getattr(instance, "defaults", {})}
+        values = {name: values[name] for name in inspect.signature(target).parameters.keys() & values.keys()}
+    described = {name: _described(value) for name, value in sorted({**values, **arguments}.items())}
     return {
         "class_path": qualified_name(target),
         "init_args": {name: value for name, value in described.items() if value is not None},

@@ -21,44 +21,39 @@ Source = str | os.PathLike[str]
 """The name of weights: a file, a folder, a name on the hub or in open_clip's registry."""
 
 SMALL = 2**24  # bytes; no view or archive of this size is worth a refusal
+DEEPEST = 100  # mappings and lists within each other; those that hold themselves have no end
 
-_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-}
+_KINDS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Bool")
+_DTYPES: dict[str, torch.dtype] = {f"{kind}Storage": getattr(torch, kind.lower()) for kind in _KINDS}
+_DTYPES |= {"CharStorage": torch.int8, "ByteStorage": torch.uint8}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """Read a file's tensors by name, floating-point ones in float32, on the CPU."""
-    values = read_file(path)
-    return as_float32(checked_tensors(values.get("state_dict", values), path))
+    return tensors_of(read_file(path), path)
+
+
+def tensors_of(values: dict[str, Any], name: Source) -> dict[str, Tensor]:
+    """Return a file's tensors as :func:`read_tensors` does."""
+    return as_float32(checked_tensors(values.get("state_dict", values), name))
 
 
 def checked_tensors(state: Any, name: Source) -> dict[str, Tensor]:
-    """Return weights by name if that is what they are."""
-    problem = _problem(state)
-    require(not problem, f"{name}: does not hold tensors by name{f': {problem}' if problem else ''}")
+    """Return the state dict; anything but plain tensors by name is an :class:`InputError`."""
+    problem = f"it is a {type(state).__name__}"
+    if isinstance(state, dict):
+        problem = next((found for key, value in state.items() if (found := _problem(key, value))), "")
+    if problem or not state:
+        raise InputError(f"{name}: does not hold tensors by name: {problem or 'it is empty'}")
     return state
 
 
-def _problem(state: Any) -> str:
-    """Return why these are no weights by name; an empty string if they are."""
-    if not isinstance(state, dict) or not state:
-        return "it is empty" if isinstance(state, dict) else f"it is a {type(state).__name__}"
-    for key, tensor in state.items():
-        if not isinstance(key, str) or not isinstance(tensor, Tensor):
-            return f"{shortened(key)} is of type {type(tensor).__name__}"
-        if problem := _oddity(tensor):
-            return f"{shortened(key)} is {problem}"
-    return ""
+def _problem(key: Any, tensor: Any) -> str:
+    """Return why an entry is no plain tensor with a name; an empty string if it is one."""
+    if not isinstance(key, str) or not isinstance(tensor, Tensor):
+        return f"{shortened(key)} is of type {type(tensor).__name__}"
+    found = _oddity(tensor)
+    return found and f"{shortened(key)} is {found}"
 
 
 def _oddity(tensor: Tensor) -> str:
@@ -74,9 +69,6 @@ def _oddity(tensor: Tensor) -> str:
     if not problem and tensor.nbytes > SMALL and tensor.nbytes > tensor.untyped_storage().nbytes():
         problem = f"{list(tensor.shape)} of fewer values"
     return problem
-
-
-DEEPEST = 100  # mappings and lists within each other; those that hold themselves have no end
 
 
 def check_tensors_within(values: Any, where: str = "", depth: int = 0) -> None:
@@ -130,7 +122,7 @@ def read_mapped(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def opening(path: Path) -> Iterator[None]:
-    """Turn whatever is raised for somebody's weight file into one line that names it."""
+    """Turn any error of somebody's weight file into one line that names it."""
     with reading(path, "weight file", hint="it may be incomplete"):
         require(not path.is_dir(), f"{path}: is a folder; name a file in it")
         require(path.is_file(), f"{path}: no such checkpoint file")
@@ -160,15 +152,23 @@ def _torch_load(path: Path) -> Any:
     if isinstance(values, dict) and isinstance(values.get("state_dict"), dict):
         checked_tensors(values["state_dict"], path)
         if sum(tensor.nbytes for tensor in values["state_dict"].values()) < 0.7 * path.stat().st_size:
-            # A mapped tensor would change or crash when the file is overwritten, so each is copied. The file is mapped
-            # anew for every few, so that mapped pages do not add up to a second copy of the weights.
-            copied, keys = {}, list(values["state_dict"])
-            for start in range(0, len(keys), 1 + len(keys) // 8):
+            copied: dict[str, Tensor] = {}
+            for keys in _parts(list(values["state_dict"])):
                 mapped = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-                for key in keys[start : start + 1 + len(keys) // 8]:
-                    copied[key] = mapped[key].clone()
+                copied |= {key: mapped[key].clone() for key in keys}
             return {**values, "state_dict": copied}
     return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _parts(names: list[str]) -> Iterator[list[str]]:
+    """Yield the names of a file's tensors in eight parts.
+
+    A mapped tensor would change or crash when the file is overwritten, so each is copied. The file is mapped anew for
+    each part, so that mapped pages do not add up to a second copy of the weights; not for each tensor, as safetensors'
+    list of tensors is read every time.
+    """
+    size = 1 + len(names) // 8
+    yield from (names[start : start + size] for start in range(0, len(names), size))
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -177,14 +177,10 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     path.open("rb").close()  # of a file that may not be opened the library says that it does not exist
     with safe_open(path, "pt") as file:
         names = list(file.keys())
-    result = {}
-    # The library maps the file, and a mapped tensor crashes when the file is overwritten, so each is copied. The file
-    # is mapped anew for every few, so that mapped pages do not add up to a second copy of the weights; not for each,
-    # as its list of tensors is read every time.
-    for start in range(0, len(names), 1 + len(names) // 8):
+    result: dict[str, Any] = {}
+    for part in _parts(names):
         with safe_open(path, "pt") as file:
-            for name in names[start : start + 1 + len(names) // 8]:
-                result[name] = file.get_tensor(name).clone()
+            result |= {name: file.get_tensor(name).clone() for name in part}
     return result
 
 

@@ -43,25 +43,15 @@ class FrozenStatistics(AbstractContextManager[None]):
 def checkpoint(function: Callable[..., Result], *args: Any, inside: nn.Module, **kwargs: Any) -> Result:
     """Call ``function(*args, **kwargs)`` and compute its activations again in the backward pass.
 
-    Exact: random numbers (dropout) and autocast's state are those of the first call, and BatchNorm's running statistics
-    are updated once. Can be nested. Without gradients this is a plain call.
-
-    Args:
-        function: the function.
-        args: its inputs, which are kept.
-        inside: the module that the function runs, with its BatchNorm layers.
-        kwargs: further inputs, which are kept.
+    Exact: random numbers (dropout) and autocast's state are those of the first call, and the running statistics of the
+    BatchNorm layers ``inside`` a module are updated once. Can be nested. Without gradients this is a plain call.
     """
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
     norms = [module for module in inside.modules() if isinstance(module, _BatchNorm)]
-    if not norms:  # torch.compile supports no context_fn
-        return torch_checkpoint(function, *args, use_reentrant=False, **kwargs)  # pyright: ignore[reportReturnType]
-
-    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
-        return nullcontext(), FrozenStatistics(norms)
-
-    return torch_checkpoint(function, *args, use_reentrant=False, context_fn=contexts, **kwargs)  # pyright: ignore[reportReturnType]
+    # torch.compile supports no context_fn
+    options = {"context_fn": lambda: (nullcontext(), FrozenStatistics(norms))} if norms else {}
+    return torch_checkpoint(function, *args, use_reentrant=False, **options, **kwargs)  # pyright: ignore[reportReturnType]
 
 
 def _forward(block: nn.Module, forward: Callable[..., Result], *args: Any, **kwargs: Any) -> Result:

@@ -29,10 +29,12 @@ from lit_clip.errors import require
 from lit_clip.losses.loss import Loss
 from lit_clip.models.clip import CLIP
 from lit_clip.models.lora import is_added
+from lit_clip.models.registry import resolve_architecture
 from lit_clip.secrets import plain_without_secrets
 from lit_clip.tools.weight_files import Source, read_mapped
 from lit_clip.weights.checkpoints import EMA_WEIGHTS, check_base, checkpoint_tokenizer, saved_tokenizer
-from lit_clip.weights.load import check_architecture, check_finite_weights, check_weights
+from lit_clip.weights.load import check_finite_weights, check_weights
+from lit_clip.weights.sources import check_same
 
 PREFIX, LOSS_PREFIX = "model.", "loss."
 # EMA's checkpoints hold the average as their state_dict, and the weights of the last step as current_model_state.
@@ -41,14 +43,9 @@ SETTINGS = {"hyper_parameters", "datamodule_hyper_parameters"}
 
 
 def pack_checkpoint(checkpoint: dict[str, Any], model: CLIP, base: Mapping[str, str] | None) -> None:
-    """Turn what Lightning saves into what we write: OpenAI's key names, the tokenizer, and of a LoRA nothing else.
+    """Turn what Lightning saves into what we write, in place: OpenAI's key names, the tokenizer, no secrets.
 
-    No secrets are in its settings.
-
-    Args:
-        checkpoint: changed in place.
-        model: the trained model.
-        base: the weights that a LoRA belongs to, ``pretrained`` and ``sha256``; None without a LoRA.
+    With the ``base`` that a LoRA belongs to, ``pretrained`` and ``sha256``, only the LoRA's weights stay.
     """
     _move_own_keys(checkpoint, checkpoint["state_dict"])
     checkpoint |= saved_tokenizer(model)
@@ -72,16 +69,12 @@ def _move_own_keys(checkpoint: dict[str, Any], state: Mapping[str, Any]) -> None
 
 
 def reopen_epoch(checkpoint: dict[str, Any]) -> None:
-    """Count an epoch that a run has left before its last batch as under way, as a checkpoint within it does.
+    """Count an epoch that a run has left before its last batch as under way, as a checkpoint within it does; in place.
 
     Lightning counts it as processed when ``max_steps`` ends the run, and then as completed. A checkpoint that
     ``ModelCheckpoint`` saves at that end, or that is saved by hand afterwards, would resume in the next epoch.
-
-    Args:
-        checkpoint: changed in place.
     """
-    loops = checkpoint.get("loops", {}).get("fit_loop", {})
-    batches, epochs = loops.get("epoch_loop.batch_progress"), loops.get("epoch_progress")
+    batches, epochs = _epoch_counts(checkpoint)
     if not batches or batches["is_last_batch"] or not batches["current"]["ready"]:
         return
     current = epochs["current"]
@@ -93,16 +86,12 @@ def reopen_epoch(checkpoint: dict[str, Any]) -> None:
 
 
 def close_epoch(checkpoint: dict[str, Any]) -> None:
-    """Begin with a new epoch after one that is complete; the counterpart of :func:`reopen_epoch`.
+    """Begin with a new epoch after one that is complete, in place; the counterpart of :func:`reopen_epoch`.
 
     With ``max_steps`` Lightning would resume within the complete epoch, find no batch left in it, and count it twice:
     the run would leave out the data of an epoch.
-
-    Args:
-        checkpoint: changed in place.
     """
-    loops = checkpoint.get("loops", {}).get("fit_loop", {})
-    batches, epochs = loops.get("epoch_loop.batch_progress"), loops.get("epoch_progress")
+    batches, epochs = _epoch_counts(checkpoint)
     if not batches or not batches["is_last_batch"]:
         return
     if epochs["current"]["processed"] < epochs["current"]["started"]:  # callbacks may still have to see its end
@@ -113,19 +102,21 @@ def close_epoch(checkpoint: dict[str, Any]) -> None:
         counts["completed"] = counts["processed"]
 
 
-def unpack_checkpoint(checkpoint: dict[str, Any], module: Any, name: Source, trainer: Any = None) -> None:
-    """Turn a checkpoint of ours into what Lightning loads, and give the module's model the checkpoint's tokenizer.
+def _epoch_counts(checkpoint: Mapping[str, Any]) -> tuple[Any, Any]:
+    loops = checkpoint.get("loops", {}).get("fit_loop", {})
+    return loops.get("epoch_loop.batch_progress"), loops.get("epoch_progress")
 
-    Args:
-        checkpoint: changed in place.
-        module: with a ``model``, a ``loss`` and, if the model has a LoRA, the fingerprint ``base_sha256`` of its base.
-        name: of the checkpoint, for messages.
-        trainer: whose training resumes; None: the weights are only used.
+
+def unpack_checkpoint(checkpoint: dict[str, Any], module: Any, name: Source, trainer: Any = None) -> None:
+    """Turn a checkpoint of ours into what Lightning loads, in place, and give the model its tokenizer.
+
+    Without a ``trainer``, whose training resumes, the weights are only used.
     """
     model: CLIP = module.model
-    if trainer is not None and not any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks):
+    averaged = trainer is None or any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
+    if "current_model_state" in checkpoint and not averaged:
         _use_last_step(checkpoint, name)
-    check_architecture(checkpoint, model.config, name)
+    check_same(resolve_architecture(checkpoint["hyper_parameters"]["architecture"]), model.config, name)
     if module.base_sha256:
         check_base(checkpoint, module.base_sha256, name)
         for states, ours in (("state_dict", model.state_dict()), ("current_model_state", module.state_dict())):
@@ -150,16 +141,8 @@ def adopt_tokenizer(model: CLIP, checkpoint: Source) -> None:
 
 
 def _use_last_step(checkpoint: dict[str, Any], name: Source) -> None:
-    """Resume a run that goes on without an average from the weights that the optimiser's moments belong to.
-
-    Args:
-        checkpoint: changed in place.
-        name: of the checkpoint, for messages.
-    """
-    if "current_model_state" not in checkpoint:
-        return
-    current = checkpoint.pop("current_model_state")
-    _move_own_keys(checkpoint, current)
+    """Resume a run that goes on without an average from the weights that the optimiser's moments belong to."""
+    _move_own_keys(checkpoint, checkpoint.pop("current_model_state"))
     if checkpoint.pop("weights", None) == EMA_WEIGHTS:
         rank_zero_info(
             f"{name}: this run has no callbacks.EMA; it resumes from the weights of the last step, and the "
@@ -169,13 +152,9 @@ def _use_last_step(checkpoint: dict[str, Any], name: Source) -> None:
 
 def _loss_state(checkpoint: Mapping[str, Any], loss: Loss, name: Source, resumed: bool) -> dict[str, Any]:
     """Return the parameters of a module's loss under its own names; the checkpoint's if training resumes."""
-    saved: Mapping[str, Any] = checkpoint.get("loss", {})
-    ours = loss.state_dict()
-    if _shapes(saved) != _shapes(ours):
+    saved, ours = checkpoint.get("loss", {}), loss.state_dict()
+    there, here = ({key: getattr(value, "shape", None) for key, value in state.items()} for state in (saved, ours))
+    if there != here:
         require(not resumed, f"{name}: its loss has other parameters; name the loss it was trained with as model.loss")
         saved = ours
     return {LOSS_PREFIX + key: value for key, value in saved.items()}
-
-
-def _shapes(state: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: getattr(value, "shape", None) for key, value in state.items()}

@@ -28,14 +28,7 @@ LAYOUT = 1  # a new number makes old files be written again
 
 
 class Encoding(NamedTuple):
-    """How frozen layers are computed.
-
-    Attributes:
-        model: the encoders, in evaluation mode.
-        context: of the precision, for each batch.
-        precision: its name.
-        batch_size: captions that are encoded at once.
-    """
+    """How frozen layers are computed: a model in evaluation mode, and a context of the precision for each batch."""
 
     model: CLIP
     context: Callable[[], AbstractContextManager[Any]]
@@ -49,13 +42,7 @@ class Encoding(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Distinct captions.
-
-    Attributes:
-        tokens: int64 ``[N, L]``, padded.
-        lengths: int64 ``[N]``.
-        hashes: of the tokens, ascending, int64 ``[N]``.
-    """
+    """Distinct captions: padded tokens, int64 ``[N, L]``, their lengths, and ascending hashes of the tokens ``[N]``."""
 
     tokens: Tensor
     lengths: np.ndarray
@@ -63,13 +50,7 @@ class Texts(NamedTuple):
 
 
 class ImageBatch(NamedTuple):
-    """Images to encode.
-
-    Attributes:
-        rows: int64 ``[B]``, their rows in the file.
-        images: uint8 ``[B, 3, H, W]``.
-        unusable: rows of images that cannot be read.
-    """
+    """Images to encode, uint8 ``[B, 3, H, W]``, their rows in the file, and the rows of images that cannot be read."""
 
     rows: np.ndarray
     images: Tensor
@@ -78,9 +59,8 @@ class ImageBatch(NamedTuple):
 
 def frozen_sha256(model: CLIP, prefix: FrozenPrefix, precision: str) -> str:
     """Return the digest of all that a tower's frozen layers depend on except their input."""
-    tensors: dict[str, Tensor] = {
-        name: value for name, value in tower_parameters(model, prefix.tower).items() if not value.requires_grad
-    }
+    parameters = tower_parameters(model, prefix.tower)
+    tensors: dict[str, Tensor] = {name: value for name, value in parameters.items() if not value.requires_grad}
     for name, module in frozen_modules(model).items():
         if f"{name}.".startswith("visual.") == (prefix.tower == "image"):
             tensors |= {f"{name}.{key}": value for key, value in module.named_buffers()}
@@ -91,16 +71,7 @@ def frozen_sha256(model: CLIP, prefix: FrozenPrefix, precision: str) -> str:
 def open_rows(
     encoding: Encoding, prefix: FrozenPrefix, folder: Path, rows: int, identity: str, longest: int = 0
 ) -> StoredRows:
-    """Open the file of a tower's activations, or create it.
-
-    Args:
-        encoding: how they are computed.
-        prefix: the frozen layers.
-        folder: of all such files.
-        rows: number of images or captions.
-        identity: digest of the images or captions.
-        longest: tokens of the longest caption, for layers that hand on every token.
-    """
+    """Open or create the file of a tower's activations for images or captions of at most ``longest`` tokens."""
     inputs, lengths = sample_inputs(encoding.model, prefix.tower, 1)
     example = encoding.activations(prefix, inputs, lengths)
     shape = list(example.shape[1:])
@@ -114,7 +85,7 @@ def my_share(stored: StoredRows) -> np.ndarray:
     """Return this rank's share of the rows to encode, int64 ``[n]``: those that are absent or damaged; a collective."""
     rank, world = rank_and_world()
     mine, damaged = np.arange(stored.rows)[rank::world], 0
-    with progress("checking stored features", len(mine), _is_first()) as advance:
+    with progress("checking stored features", len(mine), rank == 0) as advance:
         for compared, found in stored.remove_damaged(mine):
             advance(compared)
             damaged += found
@@ -130,7 +101,7 @@ def store_images(
     encoding: Encoding, prefix: FrozenPrefix, stored: StoredRows, batches: Iterable[ImageBatch], total: int
 ) -> None:
     """Encode ``total`` images into a file."""
-    with closing(stored), progress("encoding images", total, _is_first()) as advance:
+    with closing(stored), progress("encoding images", total, rank_and_world()[0] == 0) as advance:
         for batch in batches:
             if len(batch.rows):
                 stored.write(batch.rows, encoding.activations(prefix, batch.images))
@@ -142,15 +113,11 @@ def store_texts(encoding: Encoding, prefix: FrozenPrefix, stored: StoredRows, te
     """Encode some rows of texts into a file, those of one length together, so that nothing is padded."""
     rows = rows[np.argsort(texts.lengths[rows], kind="stable")]
     starts = np.flatnonzero(np.diff(texts.lengths[rows], prepend=-1))  # of each length
-    with closing(stored), progress("encoding captions", len(rows), _is_first()) as advance:
+    with closing(stored), progress("encoding captions", len(rows), rank_and_world()[0] == 0) as advance:
         for group in np.split(rows, starts[1:]):
-            length = int(texts.lengths[group[0]]) if len(group) else 0
             for first in range(0, len(group), encoding.batch_size):
                 some = group[first : first + encoding.batch_size]
+                length = int(texts.lengths[some[0]])
                 tokens = texts.tokens[torch.from_numpy(some), :length]
                 stored.write(some, encoding.activations(prefix, tokens, [length] * len(some)))
                 advance(len(some))
-
-
-def _is_first() -> bool:
-    return rank_and_world()[0] == 0

@@ -13,7 +13,7 @@ def keep_freed_memory(trainer: Trainer) -> None:
     """Let this process, and those that it forks, keep what it frees, if the trainer computes on the CPU.
 
     glibc returns the memory of large tensors, so that the next ones are new pages, which the system clears and maps one
-    by one. After its peak the process keeps all that it needed there. Without glibc this does nothing.
+    by one. Without glibc this does nothing.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None and isinstance(trainer.accelerator, CPUAccelerator):

@@ -31,7 +31,7 @@ def encode_pairs(model: CLIP, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
 
 
 def _encode_images(model: CLIP, images: Tensor) -> Tensor:
-    if images.is_floating_point():
+    if images.is_floating_point():  # stored activations
         return unit(image_features_from(model, images))
     return model.encode_image(model.normalize(images), normalize=True)
 
@@ -46,110 +46,56 @@ def hard_negatives(batch: CaptionBatch, loss: Loss) -> int:
     """Return the number of a batch's hard negatives."""
     number = sum(map(bool, batch.negatives))
     rows = 0 if batch.negative_tokens is None else len(batch.negative_tokens)
-    require(
-        number == rows,
-        f"training_step: a batch has {number} hard negatives and {rows} rows of negative_tokens; give a row to each "
-        "text of negatives that is not empty",
-    )
-    require(
-        not number or loss.uses_negatives,
-        f"training_step: {type(loss).__name__} does not use hard negatives; leave them out, or use "
-        "lit_clip.losses.Contrastive",
-    )
+    found = f"training_step: a batch has {number} hard negatives and {rows} rows of negative_tokens"
+    require(number == rows, f"{found}; give a row to each text of negatives that is not empty")
+    unused = f"training_step: {type(loss).__name__} does not use hard negatives"
+    require(not number or loss.uses_negatives, f"{unused}; leave them out, or use lit_clip.losses.Contrastive")
     return number
-
-
-def split_batch(model: CLIP, batch: CaptionBatch, shards: RankCounts, size: int | None) -> list[CaptionBatch]:
-    """Split a rank's batch into micro-batches: the same number on every rank, that of the rank with the most pairs.
-
-    A rank with fewer pairs encodes its last pair several times: ranks synchronise in every backward pass, and under
-    FSDP in every forward pass too.
-
-    Args:
-        model: provides the tokenizer for a placeholder.
-        batch: this rank's pairs.
-        shards: number of pairs of each rank.
-        size: most pairs in a micro-batch; None: all pairs at once.
-    """
-    most = max(1, *shards.counts)
-    parts = math.ceil(most / (size or most))
-    whole = batch if len(batch.images) else placeholder(model, batch)
-    return whole.stretched(2 * parts if batch.skipped else parts).split(parts)  # BatchNorm may need two pairs
 
 
 def placeholder(model: CLIP, batch: CaptionBatch) -> CaptionBatch:
     """Return one blank pair, for a rank whose samples were all skipped; its features are discarded."""
     tokens = model.tokenizer.trim(model.tokenizer(["a"])).to(batch.tokens.device)
-    images, stored = batch.images.new_zeros(1, *batch.images.shape[1:]), batch.stored_texts
+    images, stored = batch.images, batch.stored_texts
     if stored is not None:
-        length = [tokens.shape[1]] * (stored.ndim == 3)
-        stored = stored.new_zeros(1, *length, stored.shape[-1])
-    return CaptionBatch(images, tokens, [""], ["a"], [""], stored_texts=stored)
+        stored = stored.new_zeros(1, *stored.shape[1:])
+    return CaptionBatch(images.new_zeros(1, *images.shape[1:]), tokens, [""], ["a"], [""], stored_texts=stored)
 
 
 class StepCounts(NamedTuple):
-    """Numbers of a step on each rank.
-
-    Attributes:
-        pairs: pairs.
-        negatives: hard negative captions that the loss reads.
-    """
+    """Numbers of a step's pairs, and of the hard negative captions that the loss reads, on each rank."""
 
     pairs: RankCounts
     negatives: RankCounts
 
 
-class StepFeatures(NamedTuple):
-    """Unit features of a step's pairs on this rank.
-
-    Attributes:
-        image: ``[B, D]``.
-        text: ``[B, D]``.
-        negative: ``[M, D]``, of those pairs that have a hard negative, in order; None if these are not encoded.
-    """
-
-    image: Tensor
-    text: Tensor
-    negative: Tensor | None
-
-
 def encode_step(model: CLIP, batch: CaptionBatch, counts: StepCounts, size: int | None) -> Pairs:
     """Encode a rank's pairs, and the hard negatives if any rank has some, in micro-batches.
 
-    Args:
-        model: the encoders.
-        batch: this rank's pairs, maybe none.
-        counts: of all ranks.
-        size: most pairs of a micro-batch; None: all at once.
+    Features and gradients are those of all pairs at once, and only the activations of the last micro-batch are kept:
+    each one but the last is a checkpointed segment of one graph, so DDP synchronises once, after the backward pass of
+    the first. The last is the first in the backward pass, so its activations are gone when those of another are
+    computed again. Only BatchNorm sees the micro-batches instead of the batch.
+
+    Ranks have equally many micro-batches, as they synchronise in every backward pass, and under FSDP in every forward
+    pass too: one with fewer pairs encodes its last pair several times. At most ``size`` pairs are encoded at once.
     """
-    parts = split_batch(model, batch, counts.pairs, size)
-    image_BD, text_BD, negative_MD = encode_parts(model, parts, len(batch.images), counts.negatives.total > 0)
+    pairs, most = len(batch.images), max(1, *counts.pairs.counts)
+    number = math.ceil(most / (size or most))
+    whole = batch if pairs else placeholder(model, batch)
+    parts = whole.stretched(2 * number if batch.skipped else number).split(number)  # BatchNorm may need two pairs
+    repeats = sum(len(part.images) for part in parts) > pairs  # which count in no statistics
+    norms = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)] if repeats else []
+    with FrozenStatistics(norms):
+        image_BD, text_BD, negative_MD = _encode_parts(model, parts, counts.negatives.total > 0)
+    if repeats:
+        image_BD, text_BD = image_BD[:pairs], text_BD[:pairs]
     negatives = None if negative_MD is None else HardNegatives(negative_MD, counts.negatives)
     scale, bias, pad_id = model.logit_scale.exp(), model.logit_bias, model.tokenizer.pad_id
     return Pairs(image_BD, text_BD, scale, bias, counts.pairs, batch, parts, pad_id, negatives)
 
 
-def encode_parts(model: CLIP, parts: list[CaptionBatch], pairs: int, negatives: bool = False) -> StepFeatures:
-    """Encode micro-batches, keeping the activations of the last; the same features and gradients as all pairs at once.
-
-    Each micro-batch but the last is a checkpointed segment of one graph, so DDP synchronises once, after the backward
-    pass of the first. The last is the first in the backward pass, so its activations are gone when those of another are
-    computed again. Only BatchNorm sees the micro-batches instead of the batch.
-
-    Args:
-        model: the encoders.
-        parts: from :func:`split_batch`.
-        pairs: number of this rank's pairs; features of repeated pairs and of a placeholder are cut off.
-        negatives: whether to encode the hard negatives too, together with the captions.
-    """
-    if sum(len(part.images) for part in parts) == pairs:
-        return _encode_parts(model, parts, negatives)
-    with FrozenStatistics([layer for layer in model.modules() if isinstance(layer, _BatchNorm)]):
-        image_BD, text_BD, negative_MD = _encode_parts(model, parts, negatives)
-    return StepFeatures(image_BD[:pairs], text_BD[:pairs], negative_MD)
-
-
-def _encode_parts(model: CLIP, parts: list[CaptionBatch], negatives: bool) -> StepFeatures:
+def _encode_parts(model: CLIP, parts: list[CaptionBatch], negatives: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     images, texts, hard = [], [], []
     for part in parts:
         tokens, lengths = _all_texts(model, part) if negatives else (part.tokens, part.lengths)
@@ -160,7 +106,7 @@ def _encode_parts(model: CLIP, parts: list[CaptionBatch], negatives: bool) -> St
         text = run(_encode_texts, model, tokens, lengths, part.stored_texts, inside=model.text_encoder)
         texts.append(text[: len(part.tokens)])
         hard.append(text[len(part.tokens) :])
-    return StepFeatures(torch.cat(images), torch.cat(texts), torch.cat(hard) if negatives else None)
+    return torch.cat(images), torch.cat(texts), torch.cat(hard) if negatives else None
 
 
 def _run(encode: Callable[..., Tensor], *args: Any, inside: nn.Module) -> Tensor:

@@ -44,9 +44,6 @@ class RunHooks(LightningModule):
     """Base of :class:`lit_clip.LitCLIP`: all that a run needs and that is no part of the training step.
 
     Attributes:
-        model: the dual encoders.
-        loss: the training loss.
-        optimization: the optimiser, schedule and rule of weight decay.
         step_skipped: whether the step under way changes nothing, on all ranks; callbacks may set it after the backward
             pass.
         baselines: for a logged metric its baseline, filled by whoever logs the metric.
@@ -170,11 +167,8 @@ class RunHooks(LightningModule):
         if even is None or world == 1:
             counts = StepCounts(*distributed.shards_of(pairs, negatives))
         else:
-            require(
-                not negatives,
-                "training_step: got hard negatives of which other ranks do not know; add them in "
-                "on_after_batch_transfer of the module",
-            )
+            unknown = "training_step: got hard negatives of which other ranks do not know"
+            require(not negatives, f"{unknown}; add them in on_after_batch_transfer of the module")
             counts = StepCounts(RankCounts(rank, (pairs,) * world), RankCounts(rank, (0,) * world))
         self.step_skipped, self._step_metrics = counts.pairs.total == 0, {}
         return counts
@@ -195,13 +189,10 @@ class RunHooks(LightningModule):
                 self.log(f"train/{name}", torch.as_tensor(value, dtype=torch.float32).detach())
 
     def sum_over_ranks(self, numbers: Tensor) -> Tensor:
-        """Return the sum of numbers over ranks, in a step's one collective; log the step's metrics, averaged in it too.
+        """Return the sum over ranks of float numbers ``[N]``, in a step's one collective; log the step's metrics in it.
 
         The collective also exchanges the ranks' signals. Called in ``on_before_optimizer_step``, at most once a step
         and then by all ranks; if no callback does, the module does.
-
-        Args:
-            numbers: float ``[N]``, on the module's device.
         """
         metrics, self._step_metrics = self._step_metrics or {}, None
         world = distributed.rank_and_world()[1]
@@ -275,9 +266,8 @@ class RunHooks(LightningModule):
         unpack_checkpoint(checkpoint, self, name, self.trainer if fitting else None)
         self.before = dict(checkpoint.get("before", {}))  # wise-ft writes none
         if fitting:
-            require(
-                "optimizer_states" in checkpoint and "parts" in checkpoint,
-                f"{name}: holds weights only, so training cannot resume; start from it with model.pretrained",
-            )
+            resumable = "optimizer_states" in checkpoint and "parts" in checkpoint
+            weights_only = f"{name}: holds weights only, so training cannot resume"
+            require(resumable, f"{weights_only}; start from it with model.pretrained")
             close_epoch(checkpoint)
             self.optimization.resume(checkpoint, self._parameter_groups(), total_steps(self.trainer), name)

@@ -8,7 +8,7 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.batch import CaptionBatch
-from lit_clip.errors import InputError
+from lit_clip.errors import require
 from lit_clip.losses.distillation import ModelFeatures, blockwise_distillation
 from lit_clip.losses.loss import Loss, Pairs
 from lit_clip.models.config import height_width
@@ -19,9 +19,6 @@ class Teacher:
     """A frozen model with its own tokenizer, image size and normalisation; it sees the student's augmented images.
 
     Not a module, so that it is never part of a student's parameters, checkpoints or copies.
-
-    Args:
-        name: anything :func:`lit_clip.load_model` opens.
     """
 
     def __init__(self, name: str) -> None:
@@ -33,27 +30,18 @@ class Teacher:
     @torch.no_grad()
     def features(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
         """Return unit features ``[B, D]`` of images and captions; images are resized to the teacher's size."""
-        if len(batch.captions) != len(batch.images):
-            raise InputError("model.loss: the teacher needs captions, and the data module's batches have none")
+        captioned = len(batch.captions) == len(batch.images)
+        require(captioned, "model.loss: the teacher needs captions, and the data module's batches have none")
         model = self.model.to(batch.images.device)
         images, size_HW = batch.images, list(height_width(model.preprocessing.image_size))
         ours = model.preprocessing.patch_size
         if images.ndim == 3 or ours is not None:
             same = images.ndim == 3 and ours is not None and images.shape[2] == 3 * ours**2
-            if not same:
-                raise InputError("model.loss: a teacher and its student must both read NaFlex's patches, or neither")
+            require(same, "model.loss: a teacher and its student must both read NaFlex's patches, or neither")
         elif list(images.shape[-2:]) != size_HW:
             images = TF.resize(images, size_HW, TF.InterpolationMode.BICUBIC, antialias=True)
         tokens = model.tokenizer.trim(model.tokenize(batch.captions)).to(images.device)
-        return (
-            model.encode_image(model.normalize(images), normalize=True),
-            model.encode_text(tokens, normalize=True),
-        )
-
-    @property
-    def scale(self) -> Tensor:
-        """The teacher's inverse temperature."""
-        return self.model.logit_scale.exp()
+        return model.encode_image(model.normalize(images), normalize=True), model.encode_text(tokens, normalize=True)
 
 
 class Distillation(Loss):
@@ -80,7 +68,9 @@ class Distillation(Loss):
         features = [self.loaded.features(part) for part in pairs.parts]
         image, text = (torch.cat(rows)[: len(pairs.image)] for rows in zip(*features, strict=True))
         student = ModelFeatures(pairs.image, pairs.text, pairs.scale)
-        return blockwise_distillation(student, ModelFeatures(image, text, self.loaded.scale), pairs.shards)
+        return blockwise_distillation(
+            student, ModelFeatures(image, text, self.loaded.model.logit_scale.exp()), pairs.shards
+        )
 
     def chance_loss(self, pairs: int) -> float:
         """Return log N, the cross-entropy if all candidates seem equal."""

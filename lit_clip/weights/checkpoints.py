@@ -27,10 +27,9 @@ from lit_clip.tools.untrusted import (
     check_entries,
     check_fields,
     check_names_nothing,
-    fits,
-    given,
+    check_type,
+    coerced,
     shortened,
-    shown_type,
 )
 from lit_clip.tools.weight_files import Source, check_tensors_within
 
@@ -49,25 +48,15 @@ _PART: dict[str, Any] = {"class_path": str, "init_args": dict[str, Any]}
 _PARTS = ("optimizer", "lr_scheduler", "decay", "loss")
 _DATACLASSES: dict[str, type] = {"freeze": Freeze, "layer_decay": LayerDecay, "lora": LoRA}
 # Entries beside the settings and weights: ours, and Lightning's. A missing one is noticed by who needs it.
-_OURS: dict[str, Any] = {
-    "weights": str,
-    "before": dict[str, object],
-    "loss": dict[str, object],
-    "parts": dict[str, object],
-}
+_OURS: dict[str, Any] = {"weights": str, **dict.fromkeys(("before", "loss", "parts"), dict[str, object])}
 _LIGHTNINGS: dict[str, Any] = {
     "epoch": int,
     "global_step": int,
     "pytorch-lightning_version": str,
-    "loops": dict[str, object],
-    "callbacks": dict[str, object],
-    "optimizer_states": list[dict[str, object]],
-    "lr_schedulers": list[dict[str, object]],
-    "current_model_state": dict[str, object],
-    "averaging_state": dict[str, object],
-    "random_states": list[dict[str, object]],
-    "skipped_samples": dict[str, object],
     "validation_due": bool,
+    **dict.fromkeys(("loops", "callbacks"), dict[str, object]),
+    **dict.fromkeys(("optimizer_states", "lr_schedulers", "random_states"), list[dict[str, object]]),
+    **dict.fromkeys(("current_model_state", "averaging_state", "skipped_samples"), dict[str, object]),
 }
 # Where Lightning looks for settings too: older names of hyper_parameters, and what to make of them.
 _OTHER_SETTINGS = ("hparams", "module_arguments", "hparams_name", "hparams_type")
@@ -84,17 +73,6 @@ class SavedTokenizer:
     def __post_init__(self) -> None:
         ids = (0, RANGES["vocab_size"][1])
         check_fields(self, "tokenizer", {"pad_id": ids, "stripped_id": ids})
-
-
-@dataclass
-class Base:
-    """A checkpoint's entry for the weights that its LoRA belongs to."""
-
-    pretrained: str
-    sha256: str
-
-    def __post_init__(self) -> None:
-        check_fields(self, "base", {})
 
 
 def checked(checkpoint: dict[str, Any], path: Source) -> dict[str, Any]:
@@ -121,14 +99,15 @@ def _checked_settings(hparams: Mapping[str, Any]) -> CLIPConfig:
     check_names_nothing(hparams, "hyper_parameters")
     config = CLIPConfig.from_dict(hparams["architecture"])
     for tower in ("image", "text"):  # a checkpoint has its own weights
-        started = getattr(getattr(config, tower), "pretrained", False)
-        require(not started, f"hyper_parameters.architecture.{tower}.pretrained: {shortened(started)} must be false")
+        if started := getattr(getattr(config, tower), "pretrained", False):
+            where = f"hyper_parameters.architecture.{tower}.pretrained"
+            raise InputError(f"{where}: {shortened(started)} must be false")
     for name in _PARTS:
         require(name not in hparams, f"hyper_parameters: may not have {name}, a part; a checkpoint holds data alone")
     check_settings(hparams, "hyper_parameters.")
     for name, kind in _DATACLASSES.items():
         value = hparams.get(name)
-        given(kind, LayerDecay(value, value) if kind is LayerDecay and isinstance(value, float) else value, name)
+        coerced(kind, LayerDecay(value, value) if kind is LayerDecay and isinstance(value, float) else value, name)
     return config
 
 
@@ -136,29 +115,24 @@ def check_settings(settings: Mapping[str, Any], where: str) -> None:
     """Check the plain settings that are present."""
     for name, hint in _TYPES.items():
         value = settings.get(name)
-        require(fits(value, hint), f"{where}{name}: {shortened(value)} must be {shown_type(hint)}")
+        check_type(value, hint, f"{where}{name}:")
         for number in value if isinstance(value, list | tuple) else [value]:
             if isinstance(number, int):
                 require(number >= 1, f"{where}{name}: {value} must be at least 1")
 
 
-def _check_parts(parts: Mapping[str, Any]) -> None:
-    for name in _PARTS:
-        require(name in parts, f"parts: lacks {name}")
-        check_entries(parts[name], _PART, f"parts.{name}")
-        for entry in _PART:
-            require(entry in parts[name], f"parts.{name}: lacks {entry}")
-
-
 def _check_ours(checkpoint: Mapping[str, Any], config: CLIPConfig) -> None:
     check_entries(checkpoint, _OURS)
     if "parts" in checkpoint:
-        _check_parts(checkpoint["parts"])
+        check_entries(checkpoint["parts"], dict.fromkeys(_PARTS, dict[str, object]), "parts", complete=True)
+        for name in _PARTS:
+            check_entries(checkpoint["parts"][name], _PART, f"parts.{name}", complete=True)
     for name in _OTHER_SETTINGS:  # which nobody would check
         harmless = name not in checkpoint or (name == "hparams_name" and checkpoint[name] in (None, "kwargs"))
         require(harmless, f"may not have {name}; its settings are hyper_parameters")
-    given(SavedTokenizer, checkpoint.get("tokenizer"), "tokenizer")
-    given(Base, checkpoint.get("base"), "base")
+    coerced(SavedTokenizer, checkpoint.get("tokenizer"), "tokenizer")
+    if checkpoint.get("base") is not None:
+        check_entries(checkpoint["base"], {"pretrained": str, "sha256": str}, "base", complete=True)
     # Otherwise opening the file would fetch what it names.
     require("tokenizer" in checkpoint or config.text.tokenizer is None, "holds no tokenizer")
     named = checkpoint["hyper_parameters"].get("pretrained")
@@ -184,17 +158,12 @@ def check_lightnings_entries(checkpoint: Mapping[str, Any], name: Source) -> Non
 def saved_settings(
     model: CLIP, settings: Mapping[str, Any], sizes: Mapping[str, Any], base: Source | None
 ) -> dict[str, Any]:
-    """Return the settings that a checkpoint keeps, as plain values.
-
-    Args:
-        model: the encoders.
-        settings: dataclasses or None, by argument of :class:`lit_clip.LitCLIP`.
-        sizes: how the base was resized.
-        base: the weights that a LoRA belongs to, which its checkpoint names; None: a checkpoint has all weights.
-    """
+    """Return the settings that a checkpoint keeps, as plain values; of a LoRA also its base, and how it was resized."""
     values = {name: value and plain(dataclasses.asdict(value)) for name, value in settings.items()}
     values |= dict(sizes) if base else dict.fromkeys(sizes)
-    return values | {"architecture": model.config.to_dict(), "pretrained": base and base_name(base)}
+    if base is not None and Path(base).exists():  # otherwise the name of published weights
+        base = Path(base).resolve()
+    return values | {"architecture": model.config.to_dict(), "pretrained": base and str(base)}
 
 
 def saved_tokenizer(model: CLIP) -> dict[str, Any]:
@@ -207,7 +176,7 @@ def saved_tokenizer(model: CLIP) -> dict[str, Any]:
 
 def checkpoint_tokenizer(checkpoint: Mapping[str, Any], config: CLIPConfig) -> TextTokenizer | None:
     """Return the tokenizer that a checkpoint holds; None if it is CLIP's own."""
-    saved, text = given(SavedTokenizer, checkpoint.get("tokenizer"), "tokenizer"), config.text
+    saved, text = coerced(SavedTokenizer, checkpoint.get("tokenizer"), "tokenizer"), config.text
     if saved is None or text.tokenizer is None:
         return None
     whole = isinstance(text, TextTransformerConfig) and text.padding_read > 0
@@ -227,9 +196,8 @@ def checkpoint_tokenizer(checkpoint: Mapping[str, Any], config: CLIPConfig) -> T
 
 def check_base(checkpoint: Mapping[str, Any], ours: str, name: str | os.PathLike[str]) -> None:
     """Raise :class:`InputError` unless a checkpoint's LoRA belongs to the weights with this SHA-256."""
-    base = checkpoint.get("base")
-    if base is None:
-        raise InputError(f"{name}: holds no LoRA; pass it as model.pretrained")
+    base: Any = checkpoint.get("base")
+    require(base is not None, f"{name}: holds no LoRA; pass it as model.pretrained")
     if base["sha256"] != ours:
         raise InputError(
             f"{name}: its LoRA belongs to {base['pretrained']} with other weights "
@@ -238,13 +206,9 @@ def check_base(checkpoint: Mapping[str, Any], ours: str, name: str | os.PathLike
 
 
 def check_progress(saved: Any, fresh: Any, where: str, outermost: bool = True) -> None:
-    """Check that a checkpoint's counts of steps are such as Lightning writes.
+    """Check that a checkpoint's counts of steps are such as a trainer that has not begun has: ``fresh``.
 
-    Args:
-        saved: the checkpoint's.
-        fresh: those of a trainer that has not begun.
-        where: their place, for messages.
-        outermost: whether these are whole loops, by name.
+    ``outermost`` values are whole loops, by name.
     """
     if isinstance(fresh, Mapping):
         require(isinstance(saved, Mapping), f"{where}: {shortened(saved)} must be a mapping")
@@ -254,14 +218,7 @@ def check_progress(saved: Any, fresh: Any, where: str, outermost: bool = True) -
                 require(name in saved, f"{where}: lacks {name}")
                 check_progress(saved[name], value, f"{where}.{name}", outermost=False)
     elif type(fresh) is int:
-        require(
-            type(saved) is int and 0 <= saved < LARGEST,
-            f"{where}: {shortened(saved)} must be a whole number, at least 0",
-        )
+        counts = type(saved) is int and 0 <= saved < LARGEST
+        require(counts, f"{where}: {shortened(saved)} must be a whole number, at least 0")
     elif type(fresh) is bool:
         require(type(saved) is bool, f"{where}: {shortened(saved)} must be true or false")
-
-
-def base_name(pretrained: str | os.PathLike[str]) -> str:
-    """Return how a checkpoint names its base: a file by its absolute path, published weights by their name."""
-    return str(Path(pretrained).resolve()) if Path(pretrained).exists() else str(pretrained)

@@ -26,7 +26,7 @@ from lit_clip.models.config import (
 )
 from lit_clip.models.tokenizer import EOT_ID, SOT_ID
 from lit_clip.tools.reading import naming, reading
-from lit_clip.tools.untrusted import check_names_nothing, fits, shortened
+from lit_clip.tools.untrusted import check_names_nothing, matches_type, shortened
 from lit_clip.tools.weight_files import read_tensors
 from lit_clip.weights.hugging_face_keys import clip_pairs, renamed, siglip_pairs
 from lit_clip.weights.hugging_face_processor import (
@@ -79,7 +79,7 @@ def read_hugging_face_folder(folder: str | os.PathLike[str]) -> tuple[CLIPConfig
 def _shards(index: Path) -> list[str]:
     """Return the files of an index; they are beside it, whatever their names say."""
     names = read_json(index).get("weight_map")
-    files = set(names.values()) if isinstance(names, dict) and fits(names, dict[str, str]) else set()
+    files = set(names.values()) if isinstance(names, dict) and matches_type(names, dict[str, str]) else set()
     require(bool(files), f"{index}: has no weight_map of files by weight")
     for name in files:
         require(Path(name).name == name, f"{index}: {shortened(name)} is not a file of this folder")

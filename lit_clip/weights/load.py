@@ -24,12 +24,12 @@ from lit_clip.models.resize import resize_weights, resized
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.stores import store_of
-from lit_clip.tools.untrusted import filled, given
+from lit_clip.tools.untrusted import coerced, from_plain
 from lit_clip.tools.weight_files import Source, checked_tensors, is_path, read_mapped
 from lit_clip.weights.checkpoints import check_base, check_lightnings_entries, checked
 from lit_clip.weights.fingerprint import weights_sha256
 from lit_clip.weights.open_clip_runs import architecture_by_shapes
-from lit_clip.weights.sources import LoRACheckpoint, Weights, check_same, open_weights
+from lit_clip.weights.sources import Weights, check_same, open_weights
 
 DEFAULT_ARCHITECTURE = "ViT-B-32"
 
@@ -46,8 +46,8 @@ def create_model(
         name: the architecture; ``pretrained`` must agree with it. None: that of ``pretrained``, or ViT-B-32 without
             it. A name leaves the preprocessing to the weights.
         pretrained: anything :func:`load_model` opens, or an open_clip tag for that name.
-        image_size: overrides the architecture's, see :func:`load_model`.
-        context_length: overrides the architecture's, see :func:`load_model`.
+        image_size: overrides the architecture's, as ``context_length`` does, see :func:`load_model`.
+        context_length: most tokens of a text.
     """
     if pretrained is not None:
         return _load(whole_name(name, pretrained), name, image_size, context_length)
@@ -88,7 +88,7 @@ def _load(
     expected = None if architecture is None else resolve_architecture(architecture)
     weights = open_weights(source, named=expected is not None)
     if weights.lora is not None:
-        weights = _merged(weights, weights.lora, above)
+        weights = _merged(weights, *weights.lora, above)
 
     state, tokenizer = _without_decoder(weights.state, weights.name), weights.tokenizer
     # Where both are given they agree; the weights' also locates their tokenizer.
@@ -122,9 +122,9 @@ def whole_name(architecture: str | CLIPConfig | None, pretrained: Source) -> Sou
     return pretrained
 
 
-def _merged(weights: Weights, lora: LoRACheckpoint, above: tuple[Path, ...]) -> Weights:
+def _merged(weights: Weights, path: Path, checkpoint: dict[str, Any], above: tuple[Path, ...]) -> Weights:
     """Merge a LoRA into the weights that its checkpoint names."""
-    hparams, path = lora.checkpoint["hyper_parameters"], lora.path
+    hparams = checkpoint["hyper_parameters"]
     base = hparams.get("pretrained")
     require(bool(base) and hparams.get("lora") is not None, f"{path}: its settings have no LoRA, or no base of it")
     require(path.resolve() not in above, f"{path}: its LoRA belongs to a model that is made of it")
@@ -134,13 +134,13 @@ def _merged(weights: Weights, lora: LoRACheckpoint, above: tuple[Path, ...]) -> 
         architecture = resolve_architecture(hparams["architecture"])
         sizes = hparams.get("image_size"), hparams.get("context_length")
         model = _load(found, architecture, *sizes, (*above, path.resolve()))
-        for name in frozen_names(model, given(Freeze, hparams.get("freeze"), "freeze") or Freeze()):
+        for name in frozen_names(model, coerced(Freeze, hparams.get("freeze"), "freeze") or Freeze()):
             model.get_parameter(name).requires_grad_(False)  # a frozen block has no additions
         sha256 = weights_sha256(model)
-        add_lora(model, filled(LoRA, hparams["lora"], "lora"))
+        add_lora(model, from_plain(LoRA, hparams["lora"], "lora"))
     except InputError as error:
         raise InputError(f"{path}: cannot open the weights that its LoRA belongs to: {error}") from error
-    check_base(lora.checkpoint, sha256, path)
+    check_base(checkpoint, sha256, path)
     state = {**model.state_dict(), **weights.state}
     check_weights(model, state, path)
     model.load_state_dict(state)
@@ -158,13 +158,8 @@ def _with_preprocessing_of(weights: CLIPConfig, named: CLIPConfig) -> CLIPConfig
 
 _TEXT_PARTS = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")
 _DECODER = "text_decoder."  # CoCa's
-_NO_WEIGHTS = (
-    "attn_mask",
-    "input_resolution",
-    "context_length",
-    "vocab_size",
-    "text.transformer.embeddings.position_ids",
-)
+_NO_WEIGHTS = {"attn_mask", "input_resolution", "context_length", "vocab_size"}
+_NO_WEIGHTS |= {"text.transformer.embeddings.position_ids"}
 
 
 def _openai_names(state: dict[str, Tensor], config: CLIPConfig) -> dict[str, Tensor]:
@@ -236,24 +231,18 @@ def check_weights(model: CLIP, state: Mapping[str, Any], name: Source) -> None:
 def check_finite_weights(state: Mapping[str, Tensor], name: Source) -> None:
     """Raise :class:`InputError` naming the first weight that holds NaN or infinity; reads all, 0.1 s a GB."""
     for key, value in state.items():
-        if not value.is_floating_point() or not value.numel():
-            continue
-        ends = torch.stack(torch.aminmax(value.detach()))  # NaN is both; takes no copy of the weight
-        if not ends.isfinite().all():
+        if value.is_floating_point() and value.numel():
+            ends = torch.stack(torch.aminmax(value.detach()))  # NaN is both; takes no copy of the weight
             problem = "holds NaN or infinity; its training diverged, or the file is damaged: use another"
-            raise InputError(f"{name}: {key} {problem}")
+            require(bool(ends.isfinite().all()), f"{name}: {key} {problem}")
 
 
 def check_before_loading(source: Any) -> None:
-    """Check a training checkpoint before a model is created by its settings.
-
-    Args:
-        source: whatever ``torch.load`` or ``fsspec`` opens: a path, an address, or an open file, which is rewound.
-    """
+    """Check a training checkpoint, a path, an address or an open file, before a model is created by its settings."""
     if isinstance(source, str | os.PathLike) and "://" not in str(source):
         checkpoint, name = read_mapped(Path(source)), str(source)
     else:
-        is_open = hasattr(source, "read")
+        is_open = hasattr(source, "read")  # and is rewound
         name = str(getattr(source, "name", "checkpoint") if is_open else source)
         opened: Any = nullcontext(source) if is_open else _opened(name)
         with naming(name), reading(name, "checkpoint"), opened as file:
@@ -272,17 +261,10 @@ def _opened(address: str) -> Iterator[Any]:
 def check_fits(checkpoint: dict[str, Any], name: Source) -> None:
     """Raise :class:`InputError` unless Lightning can read a checkpoint, and its weights are of its architecture.
 
-    This takes no memory for a model.
-
-    A LoRA's checkpoint names its base, which is compared when it is opened; an encoder of one's own is code.
+    A LoRA's base is compared when it is opened, and an encoder of your own is code.
     """
     checked_tensors(checkpoint["state_dict"], name)
     check_lightnings_entries(checkpoint, name)
     config = CLIPConfig.from_dict(checkpoint["hyper_parameters"]["architecture"])
     if not custom_encoders(config) and "base" not in checkpoint:
         check_weights(_empty(resolve_architecture(config)), checkpoint["state_dict"], name)
-
-
-def check_architecture(checkpoint: dict[str, Any], config: CLIPConfig, name: Source) -> None:
-    """Raise :class:`InputError` unless a lit-clip checkpoint is of this architecture."""
-    check_same(resolve_architecture(checkpoint["hyper_parameters"]["architecture"]), config, name)

@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from torch import Tensor
 
@@ -26,7 +26,15 @@ from lit_clip.models.registry import resolve_architecture
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.reading import reading
 from lit_clip.tools.untrusted import check_names_nothing, shortened
-from lit_clip.tools.weight_files import Source, as_float32, checked_tensors, is_path, read_file
+from lit_clip.tools.weight_files import (
+    Source,
+    as_float32,
+    checked_tensors,
+    is_path,
+    read_file,
+    read_tensors,
+    tensors_of,
+)
 from lit_clip.weights import hub
 from lit_clip.weights.checkpoints import EMA_WEIGHTS, checked, checkpoint_tokenizer
 from lit_clip.weights.hugging_face import read_hugging_face_folder
@@ -36,30 +44,19 @@ from lit_clip.weights.open_clip_runs import run_architecture
 HF_MODEL_CONFIG = "hf_model_config"  # beside model_cfg in our exports, where open_clip does not look
 
 
-class LoRACheckpoint(NamedTuple):
-    """A checkpoint that holds only a LoRA's additions and names the weights they belong to."""
-
-    path: Path
-    checkpoint: dict[str, Any]
-
-
 @dataclass
 class Weights:
-    """Weights by name, with what their source says about them.
+    """Weights under our (OpenAI's, open_clip's) names, with what their source says about them.
 
-    Attributes:
-        name: the source, for messages.
-        state: tensors under our (OpenAI's, open_clip's) names.
-        config: the architecture; None if the source does not name it.
-        tokenizer: if the source holds one.
-        lora: set if ``state`` holds only a LoRA's additions.
+    ``config`` is None if the source does not name its architecture. ``lora`` is a checkpoint's path and contents if
+    ``state`` holds only the additions of a LoRA.
     """
 
     name: str
     state: dict[str, Tensor]
     config: CLIPConfig | None = None
     tokenizer: TextTokenizer | None = None
-    lora: LoRACheckpoint | None = None
+    lora: tuple[Path, dict[str, Any]] | None = None
 
 
 def check_same(theirs: CLIPConfig, ours: CLIPConfig, name: Source, hint: str = "") -> None:
@@ -74,12 +71,7 @@ def check_same(theirs: CLIPConfig, ours: CLIPConfig, name: Source, hint: str = "
 
 
 def open_weights(source: Source, named: bool = False) -> Weights:
-    """Find and read whatever :func:`lit_clip.load_model` accepts.
-
-    Args:
-        source: as there.
-        named: whether the architecture is known, which a file need not name then.
-    """
+    """Find and read any source of :func:`lit_clip.load_model`; a file need not name an architecture that is known."""
     path, name = Path(source).expanduser(), os.fspath(source)
     require(bool(name), "no model: its name is empty")  # as a path it would be the working folder
     if path.is_dir():
@@ -100,7 +92,7 @@ def open_weights(source: Source, named: bool = False) -> Weights:
         return dataclasses.replace(_open_folder(hub.download(name.removeprefix("hf-hub:"))), name=name)
     if ":" in name:
         downloaded, config = hub.download_tag(name)
-        return Weights(name, _tensors(read_file(downloaded), name), config)
+        return Weights(name, tensors_of(read_file(downloaded), name), config)
     raise InputError(
         f"{name}: no such file or folder, and neither org/name on the hub nor model:tag of open_clip's registry "
         "(lit-clip models --pretrained lists those)"
@@ -131,12 +123,9 @@ def _open_clip_config(folder: Path) -> CLIPConfig:
     own = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json"))
     named = config.text.tokenizer
     whole = own and getattr(config.text, "model", True) is not None
-    if named is not None and not whole:
-        require(
-            not is_path(named.source),
-            f"{file}: its text encoder or tokenizer is {shortened(named.source)}, a file or folder outside; name one "
-            "on the hub there",
-        )
+    if named is not None and not whole and is_path(named.source):
+        problem = f"its text encoder or tokenizer is {shortened(named.source)}, a file or folder outside"
+        raise InputError(f"{file}: {problem}; name one on the hub there")
     # Before a tokenizer's folder takes the place of the text encoder's name: only the name has its configuration.
     config = with_external_settings(config)
     text = config.text
@@ -155,7 +144,7 @@ def _open_clip_folder(folder: Path) -> Weights:
             f"{folder}: no weights beside open_clip_config.json; expected one of {', '.join(hub.OPEN_CLIP_WEIGHTS)}"
         )
     config = _open_clip_config(folder)
-    return Weights(str(file), _tensors(read_file(file), file), config)
+    return Weights(str(file), read_tensors(file), config)
 
 
 def _open_file(path: Path, named: bool) -> Weights:
@@ -163,8 +152,8 @@ def _open_file(path: Path, named: bool) -> Weights:
     if "hyper_parameters" in values:
         return _open_checkpoint(checked(values, path), path)
     if (path.parent / "open_clip_config.json").is_file() and path.name in hub.OPEN_CLIP_WEIGHTS:
-        return Weights(str(path), _tensors(values, path), _open_clip_config(path.parent))
-    state = _tensors(values, path)
+        return Weights(str(path), tensors_of(values, path), _open_clip_config(path.parent))
+    state = tensors_of(values, path)
     # OpenAI's archives, and state dicts of models loaded by OpenAI's code, hold their sizes beside the weights.
     if "input_resolution" in state and "visual.conv1.weight" in state:
         return Weights(str(path), state, openai_architecture(state, path))
@@ -181,12 +170,8 @@ def _open_checkpoint(checkpoint: dict[str, Any], path: Path) -> Weights:
         as_float32(dict(checked_tensors(checkpoint["state_dict"], path))),
         config,
         checkpoint_tokenizer(checkpoint, config),
-        LoRACheckpoint(path, checkpoint) if "base" in checkpoint else None,
+        (path, checkpoint) if "base" in checkpoint else None,
     )
-
-
-def _tensors(values: dict[str, Any], name: Source) -> dict[str, Tensor]:
-    return as_float32(checked_tensors(values.get("state_dict", values), name))
 
 
 def openai_architecture(state: Mapping[str, Tensor], name: Source) -> CLIPConfig:
@@ -197,7 +182,9 @@ def openai_architecture(state: Mapping[str, Tensor], name: Source) -> CLIPConfig
 
     with reading(name, "file of one of OpenAI's models"):  # shapes of another model, or of none
         width = state["ln_final.weight"].shape[0]
-        positions, patches = (state[key] for key in ("positional_embedding", _positions(state)))
+        transformer = "visual.positional_embedding"
+        pooled = transformer if transformer in state else "visual.attnpool.positional_embedding"
+        positions, patches = (state[key] for key in ("positional_embedding", pooled))
         side = math.isqrt(len(patches) - 1)
         if "visual.proj" in state:
             image_width, patch = state["visual.conv1.weight"].shape[0], state["visual.conv1.weight"].shape[-1]
@@ -206,16 +193,6 @@ def openai_architecture(state: Mapping[str, Tensor], name: Source) -> CLIPConfig
         else:
             a, b, c, d = (blocks(f"visual.layer{stage}.") for stage in (1, 2, 3, 4))
             image = ResNetConfig((a, b, c, d), state["visual.conv3.weight"].shape[0], side * 32)
-        text = TextTransformerConfig(
-            len(positions),
-            state["token_embedding.weight"].shape[0],
-            width,
-            blocks("transformer.resblocks."),
-            width // 64,
-        )
+        vocab_size, layers = state["token_embedding.weight"].shape[0], blocks("transformer.resblocks.")
+        text = TextTransformerConfig(len(positions), vocab_size, width, layers, width // 64)
         return CLIPConfig(state["text_projection"].shape[1], image, text, "quick_gelu")
-
-
-def _positions(state: Mapping[str, Tensor]) -> str:
-    transformer = "visual.positional_embedding"
-    return transformer if transformer in state else "visual.attnpool.positional_embedding"

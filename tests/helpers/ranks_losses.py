@@ -122,7 +122,7 @@ def distillation_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
         (x.text, x.image, theirs[1], theirs[0]),
     ):
         for i in range(len(ours)):
-            probabilities = (teacher.scale * targets @ target[i]).softmax(dim=0)
+            probabilities = (teacher.model.logit_scale.exp() * targets @ target[i]).softmax(dim=0)
             logits = x.scale * candidates @ ours[i]
             total = total - (probabilities * (logits - logits.exp().sum().log())).sum()
     return total / (2 * len(x.image))

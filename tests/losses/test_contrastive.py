@@ -11,7 +11,7 @@ from lit_clip.batch import CaptionBatch
 from lit_clip.distributed import RankCounts
 from lit_clip.losses import Pairs, Sigmoid
 from lit_clip.losses.contrastive import contrastive_loss, sigmoid_loss, unit
-from lit_clip.losses.distillation import distillation_loss, two_way_logits
+from lit_clip.losses.distillation import ModelFeatures, distillation_loss
 from lit_clip.losses.loss import evaluate_loss
 
 
@@ -220,9 +220,8 @@ def test_distillation_loss_and_gradients_equal_open_clips() -> None:
     (image, text), theirs = random_units(7, dim=5, seed=1), random_units(7, dim=9, seed=2)
     image, text = image.requires_grad_(), text.requires_grad_()
     scale, their_scale = (torch.tensor(x, dtype=torch.float64) for x in (14.0, 50.0))
-    ours = distillation_loss(
-        two_way_logits(image, text, image, text, scale), two_way_logits(*theirs, *theirs, their_scale)
-    )
+    student, teacher = ModelFeatures(image, text, scale), ModelFeatures(*theirs, their_scale)
+    ours = distillation_loss(student.logits(slice(None), image, text), teacher.logits(slice(None), *theirs))
     _, expected = open_clip.loss.DistillClipLoss()(image, text, scale, *theirs, their_scale)
     torch.testing.assert_close(ours, expected, rtol=1e-12, atol=0)
     for our, their in zip(*(torch.autograd.grad(x, (image, text)) for x in (ours, expected)), strict=True):

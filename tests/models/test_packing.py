@@ -132,13 +132,11 @@ def test_texts_in_rows_may_start_from_stored_activations(monkeypatch: pytest.Mon
     stored[torch.arange(CONTEXT) >= torch.tensor(lengths)[:, None]] = 7.0
     in_rows(monkeypatch)
     entering = PartialForward(stored, 0, model.transformer.resblocks[0])
-    torch.testing.assert_close(
-        model.encode_text(tokens, lengths=lengths, entering=entering), expected, rtol=1e-12, atol=1e-12
-    )
+    torch.testing.assert_close(model.read_text(tokens, lengths, entering), expected, rtol=1e-12, atol=1e-12)
     with torch.no_grad():
         behind = model.transformer.resblocks[0](stored.flatten(0, 1), Layout(((len(lengths), CONTEXT),), True))
     entering = PartialForward(behind.view_as(stored), 1, model.transformer.resblocks[1])
-    found = model.encode_text(tokens, lengths=lengths, entering=entering)
+    found = model.read_text(tokens, lengths, entering)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from callbacks import NonFiniteSteps
 from callbacks.random_states import RandomStates
 from lit_clip.errors import InputError
-from lit_clip.tools.untrusted import fits
+from lit_clip.tools.untrusted import matches_type
 from lit_clip.training.lightning.checkpoint_io import load_the_same_checkpoint
 
 NUMPYS = ("MT19937", torch.zeros(624, dtype=torch.int64), 10**6, 0, 0.0)
@@ -68,7 +68,7 @@ def resume(checkpoint: dict[str, Any], folder: Path) -> Trainer:
 def test_an_untouched_checkpoint_resumes_with_torchs_schedule_and_replaces_its_own_files(
     saved: dict[str, Any], tmp_path: Path
 ) -> None:
-    assert fits(saved["lr_schedulers"], list[dict[str, object]])  # it holds flags
+    assert matches_type(saved["lr_schedulers"], list[dict[str, object]])  # it holds flags
     assert resume(saved, tmp_path).global_step == 3
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step=3.ckpt"]
 

@@ -1,0 +1,71 @@
+"""Create the encoders and the tokenizer that an architecture names: the paper's, other libraries', your own."""
+
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from lit_clip.errors import require
+from lit_clip.models.config import (
+    CLIPConfig,
+    HuggingFaceTextConfig,
+    Preprocessing,
+    ResNetConfig,
+    TextTransformerConfig,
+    VisionTransformerConfig,
+)
+from lit_clip.models.custom import CustomImageEncoder, CustomTextEncoder
+from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
+from lit_clip.models.external import HuggingFaceTextEncoder, TimmImageEncoder
+from lit_clip.models.hf_tokenizer import from_source
+from lit_clip.models.resnet import ModifiedResNet
+from lit_clip.models.tokenizer import EOT_ID, CLIPTokenizer, TextTokenizer
+from lit_clip.models.transformer import TextTransformer, VisionTransformer
+
+
+def image_encoder(config: CLIPConfig) -> VisionTransformer | ModifiedResNet | TimmImageEncoder | CustomImageEncoder:
+    """Create the image encoder that an architecture names."""
+    if isinstance(config.image, VisionTransformerConfig):
+        return VisionTransformer(config.image, config.embed_dim, config.activation)
+    if isinstance(config.image, ResNetConfig):
+        return ModifiedResNet(config.image, config.embed_dim)
+    if isinstance(config.image, CustomImageConfig):
+        with torch.device("cpu"):  # not on the meta device: its code may read values
+            return CustomImageEncoder(config.image, config.embed_dim)
+    return TimmImageEncoder(config.image, config.embed_dim)
+
+
+def check_patches(visual: Any, preprocessing: Preprocessing) -> None:
+    """Raise :class:`InputError` if images become patches (NaFlex) that an image encoder cannot read."""
+    if preprocessing.max_patches is None:
+        return
+    where = f"architecture: preprocessing.max_patches {preprocessing.max_patches}"
+    reads = getattr(visual, "reads_patches", False)
+    require(reads, f"{where}: {type(visual).__name__} reads images of one size; use a naflexvit model of timm")
+    patch, theirs = preprocessing.patch_size, tuple(visual.trunk.embeds.patch_size)
+    require(theirs == (patch, patch), f"{where}: patch_size {patch} is not the model's {theirs[0]}")
+
+
+def text_encoder(config: CLIPConfig) -> nn.Module:
+    """Create the text encoder that an architecture names, where it is a module of its own."""
+    if isinstance(config.text, HuggingFaceTextConfig):
+        return HuggingFaceTextEncoder(config.text, config.embed_dim)
+    if isinstance(config.text, CustomTextConfig):
+        with torch.device("cpu"):
+            return CustomTextEncoder(config.text, config.embed_dim)
+    return TextTransformer(config.text, config.embed_dim, config.activation)
+
+
+def create_tokenizer(text: TextTransformerConfig | HuggingFaceTextConfig) -> TextTokenizer:
+    """Create the tokenizer of a text encoder, CLIP's or that of a source."""
+    padding_read, vocab_size = 0, sys.maxsize
+    if isinstance(text, TextTransformerConfig):
+        padding_read, vocab_size = text.padding_read, text.vocab_size
+    elif text.model and text.model.get("vocab_size"):
+        vocab_size = text.model["vocab_size"]
+    if text.tokenizer is not None:
+        return from_source(text.tokenizer, text.context_length, padding_read > 0, vocab_size)
+    least = f"must be at least {EOT_ID + 1} for CLIP's tokenizer"
+    require(vocab_size > EOT_ID, f"architecture.text: vocab_size {vocab_size} {least}")
+    return CLIPTokenizer(text.context_length, padding_read=padding_read)
