@@ -55,6 +55,9 @@ class Videos(ImageFiles):
         files = [file for file, _ in listed if file is not None]
         super().__init__(root, files, [listed[row][1] for row in self.rows], class_names, annotations)
 
+    def check(self) -> None:
+        """Do nothing, as only reading the frames shows whether a file is a video."""
+
     def image(self, index: int) -> Image.Image:
         """Return the middle frame."""
         return read_frames(self.files[index], "centre", self._span(index))[0]

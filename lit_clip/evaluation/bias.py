@@ -91,6 +91,8 @@ def _checked(groups: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
                 f"bias: {attribute} of image {row} is {groups[attribute][row]!r}; FairFace has {', '.join(values)}",
             )
         found[attribute] = [spelled[word] for word in words]
+    sizes = {attribute: len(values) for attribute, values in found.items()}
+    require(len(set(sizes.values())) == 1, f"bias: groups of different numbers of images: {sizes}")
     return found
 
 

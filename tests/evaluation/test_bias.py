@@ -103,6 +103,7 @@ def test_the_report_is_json_and_includes_the_prompts() -> None:
     ("probe", "scores", "changed", "parts"),
     [
         ("race", torch.zeros(6, 7), {"gender": ["Male"] * 5 + ["x"]}, ["gender", "image 5", "'x'", "Female"]),
+        ("race", torch.zeros(6, 7), {"age": ["0-2"] * 5}, ["different numbers", "5"]),
     ],
 )
 def test_groups_that_fairface_does_not_have_are_an_error(

@@ -161,3 +161,7 @@ def test_rareact_rows_are_spans_with_verb_noun_and_code(tmp_path: Path) -> None:
     write_table(tmp_path / "rareact.csv", "id,video_id,start,end,class_id,verb,noun,annotation", rows)
     assert "cut pizza" in message_of(lambda: RareAct(str(tmp_path)))
     assert "rareact.csv" in message_of(lambda: RareAct(str(tmp_path / "rareact")), MissingData)
+
+
+def test_videos_are_not_judged_as_image_files_before_training(ucf101: Path) -> None:
+    UCF101(str(ucf101), "test").check()
