@@ -142,7 +142,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
     def _batches(self, start: Position = Position()) -> GlobalBatchSampler:  # noqa: B008  # immutable
         assert self.train_source is not None, "call setup('fit') first"
         source, batch_size = self.train_source, self.train_batch_size
-        pairs = source.epoch_size
+        pairs = len(source)
         if self.global_batch_size is not None and pairs < self.global_batch_size:
             world = self._rank_and_world()[1]
             raise InputError(
@@ -164,7 +164,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
             rows = source.order(epoch, self.seed)[:1000].astype(np.int64)
             self._order_checksum = (epoch, zlib.crc32(rows.tobytes()))
         return {
-            "training pairs": source.epoch_size,
+            "training pairs": len(source),
             "pairs per step (all ranks)": self.train_batch_size * self._rank_and_world()[1],
             "data.seed": self.seed,
             "checksum of the order": self._order_checksum[1],
@@ -216,7 +216,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         """Pairs per training step on each rank."""
         world = self._rank_and_world()[1]
         if self.global_batch_size is None:
-            return self.batch_size or default_batch_size(getattr(self.train_source, "epoch_size", 0), world)
+            return self.batch_size or default_batch_size(len(self.train_source or ()), world)
         per_rank, remainder = divmod(self.global_batch_size, world)
         if remainder:
             nearest = [str(pairs) for pairs in (per_rank * world, (per_rank + 1) * world) if pairs]

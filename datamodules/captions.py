@@ -86,7 +86,6 @@ class Captions(CaptionDataModule):
         train_split: of data that come in splits; None: ``train``.
         val_split: of data that come in splits; None: ``val``.
         shards: how tar shards are read.
-        epoch_size: pairs in an epoch of a mixture; None: as many as its parts have together.
         on_error: ``error`` or ``skip``, see :class:`datamodules.caption_datamodule.CaptionDataModule`.
         max_skipped: largest share of skipped samples.
         long_captions: ``truncate``, ``sentences`` or ``error``.
@@ -117,7 +116,6 @@ class Captions(CaptionDataModule):
         train_split: str | None = None,
         val_split: str | None = None,
         shards: ShardOptions | None = None,
-        epoch_size: int | None = None,
         on_error: OnError = "error",
         max_skipped: float = 0.05,
         long_captions: LongCaptions = "truncate",
@@ -130,7 +128,7 @@ class Captions(CaptionDataModule):
         super().__init__(batch_size, num_workers, seed, augmentation, global_batch_size, *policies)
         if train is None and val is None:
             raise InputError("data: set train, val or both to a table, a folder or tar shards")
-        self.train, self.val, self.epoch_size, self.negative_column = train, val, epoch_size, negative_column
+        self.train, self.val, self.negative_column = train, val, negative_column
         self.scores = scores
         self._versions: dict[str, str] = {}  # of addresses in the data, to be the same on all ranks and after a resume
         self._splits = {"train": train_split, "validation": val_split}
@@ -203,7 +201,7 @@ class Captions(CaptionDataModule):
             raise InputError("data: each part of a mixture needs data and weight; there is a bare path among them")
         require(scores is None, "data.scores: each part of a mixture has its own; write it beside the part's weight")
         sources = [opened(part.data, part.scores) for part in parts]
-        return Mixture(sources, [part.weight for part in parts], self.epoch_size)
+        return Mixture(sources, [part.weight for part in parts])
 
     def _open(self, data: Data, split: str) -> PairSource:
         source = self._source(data, split)

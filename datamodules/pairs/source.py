@@ -164,13 +164,8 @@ class PairSource(ABC):
             return hash64(self.load(index, None).image.tobytes())
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
-        """Return the rows of an epoch in their order, a pure function: int ``[epoch_size]``."""
+        """Return the rows of an epoch in their order, a pure function: int ``[len(self)]``."""
         return permutation(len(self), epoch, seed)
-
-    @property
-    def epoch_size(self) -> int:
-        """Rows in an epoch; not all rows where a source draws with replacement."""
-        return len(self)
 
     def prepare(self) -> None:  # noqa: B027  # most need nothing
         """Write the files that random access needs, unless they exist; called by one process per machine."""
@@ -262,11 +257,7 @@ class Rows(PairSource):
         position[self.rows] = np.arange(len(self.rows), dtype=self.rows.dtype)
         ours = position[self.source.order(epoch, seed)]
         ours = ours[ours >= 0]
-        require(
-            len(ours) == len(self),
-            "no part of the data can be taken where shards.resampled draws with replacement; leave it out, or give the "
-            "parts as data.train and data.val",
-        )
+        require(len(ours) == len(self), "a mixture repeats rows; filter or divide its parts, not the mixture")
         return ours
 
     def prepare(self) -> None:

@@ -28,7 +28,7 @@ from datamodules.shards.files import (
     open_index,
 )
 from datamodules.shards.index import BLOCK, OF_SHARD, WANTED, Summary
-from datamodules.shards.order import resampled_order, shard_order
+from datamodules.shards.order import shard_order
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.console import progress
@@ -47,8 +47,6 @@ class ShardOptions:
 
     Attributes:
         shuffle_shards: the shards are shuffled, then the samples within windows of at most this many shards.
-        resampled: draw shards and samples with replacement, instead of each sample once per epoch.
-        epoch_size: samples in an epoch if ``resampled``; None: as many as there are.
         cache_folder: for shards fetched from stores; None: ``~/.cache/lit-clip/shards``.
         cache_gb: size limit of that folder; the least recently used shards are deleted first. 0: keep none, and read
             each sample from the store by itself.
@@ -56,8 +54,6 @@ class ShardOptions:
     """
 
     shuffle_shards: int = 10
-    resampled: bool = False
-    epoch_size: int | None = None
     cache_folder: str | None = None
     cache_gb: float = 50.0
     index_workers: int = 8
@@ -66,9 +62,6 @@ class ShardOptions:
         require(self.shuffle_shards >= 1, f"shards.shuffle_shards: {self.shuffle_shards} must be at least 1")
         require(self.cache_gb >= 0, f"shards.cache_gb: {self.cache_gb} must be at least 0")
         require(self.index_workers >= 0, f"shards.index_workers: {self.index_workers} must be at least 0")
-        if self.epoch_size is not None:
-            require(self.resampled, "shards.epoch_size: only for shards.resampled; leave it out, or set that to true")
-            require(self.epoch_size >= 1, f"shards.epoch_size: {self.epoch_size} must be at least 1")
 
 
 class _Indexing(Dataset[Summary]):
@@ -227,20 +220,8 @@ class TarPairs(PairSource):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    @property
-    def epoch_size(self) -> int:
-        return self.options.epoch_size or len(self)
-
     def order(self, epoch: int, seed: int) -> np.ndarray:
-        """Return :func:`shard_order` or :func:`resampled_order`."""
-        if self.options.resampled:
-            return resampled_order(self.sizes, self.options.shuffle_shards, self.epoch_size, epoch, seed)
         return shard_order(self.sizes, self.options.shuffle_shards, epoch, seed)
-
-    def divide(self, share: float, seed: int) -> tuple[PairSource, PairSource]:
-        message = "shards.resampled: drawing with replacement holds nothing out; set data.val"
-        require(not self.options.resampled, message)
-        return super().divide(share, seed)
 
     @property
     def left_out(self) -> SkippedRows:

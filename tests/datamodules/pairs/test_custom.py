@@ -157,7 +157,7 @@ def test_a_mixture_has_its_share_of_own_rows(as_object: bool, tmp_path: Path) ->
     own, table = Shapes(10) if as_object else own, str(tmp_path / "t.csv")
     parts: Any = [{"data": table, "weight": 1}, {"data": own, "weight": 3}]
     parts = [Weighted(**part) for part in parts] if as_object else parts
-    data = Captions(parts, Shapes(), batch_size=4, num_workers=0, epoch_size=20)
+    data = Captions(parts, Shapes(), batch_size=4, num_workers=0)
     data.preprocessing = Preprocessing(16)
     data.setup("fit")
     keys = [key for batch in data.train_dataloader() for key in batch.keys]

@@ -10,13 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 import datamodules
 from datamodules.open_source import open_source
-from datamodules.pairs.mixture import Concatenated
-from datamodules.shards.order import resampled_order
 from datamodules.shards.pairs import ShardOptions, TarPairs
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import Preprocessing
@@ -259,21 +256,6 @@ def test_ranks_and_workers_together_have_each_pair_once(
     assert len(lengths) == 1
 
 
-def test_resampled_rows_are_drawn_evenly_and_fill_the_epoch_size(shards: Path) -> None:
-    counts = np.bincount(resampled_order([10, 30, 60], 2, 200_000, epoch=0, seed=0), minlength=100)
-    assert counts.sum() == 200_000
-    assert counts.min() > 1700
-    assert counts.max() < 2300
-    source = TarPairs(str(shards), ShardOptions(resampled=True, epoch_size=13))
-    assert source.epoch_size == len(source.order(0, 0)) == 13
-    assert not np.array_equal(source.order(0, 0), source.order(1, 0))
-    assert np.array_equal(source.order(1, 0), source.order(1, 0))
-    with pytest.raises(InputError, match="drawing with replacement holds nothing out"):
-        source.divide(0.1, 0)
-    with pytest.raises(InputError, match="shards.resampled draws with replacement; leave it out"):
-        Concatenated([source, source], distinct_keys=False).divide(0.1, 0)[0].order(0, 0)
-
-
 # Options
 
 
@@ -282,8 +264,6 @@ def test_resampled_rows_are_drawn_evenly_and_fill_the_epoch_size(shards: Path) -
     [
         ({"shuffle_shards": 0}, "shuffle_shards: 0"),
         ({"cache_gb": -1.0}, "cache_gb: -1.0"),
-        ({"epoch_size": 5}, "epoch_size: only for shards.resampled"),
-        ({"resampled": True, "epoch_size": 0}, "epoch_size: 0"),
     ],
 )
 def test_invalid_shard_options_are_refused(options: dict[str, float], message: str) -> None:
