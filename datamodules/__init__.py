@@ -1,19 +1,24 @@
 """Data modules, sources of (image, caption) pairs, and sets of labelled images."""
 
 from datamodules.caption_datamodule import CaptionDataModule
-from datamodules.captions import Captions, Weighted
+from datamodules.captions import Captions, Splits, Weighted
 from datamodules.evaluation.image_folder import ImageFolderClasses
 from datamodules.evaluation.parquet_classes import ParquetClasses
 from datamodules.loading.augmentation import Augmentation, RandomSquareCrop
+from datamodules.loading.bad_samples import BadSamples
 from datamodules.no_captions import NoCaptions
 from datamodules.openmoji import OpenMoji, OpenMojiClasses
 from datamodules.pairs.custom import CustomPairs
+from datamodules.pairs.source import Classes, Columns
 from datamodules.shards.pairs import ShardOptions
 
 __all__ = [
     "Augmentation",
+    "BadSamples",
     "CaptionDataModule",
     "Captions",
+    "Classes",
+    "Columns",
     "CustomPairs",
     "ImageFolderClasses",
     "NoCaptions",
@@ -22,5 +27,6 @@ __all__ = [
     "ParquetClasses",
     "RandomSquareCrop",
     "ShardOptions",
+    "Splits",
     "Weighted",
 ]

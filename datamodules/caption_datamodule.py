@@ -2,6 +2,7 @@
 
 import zlib
 from abc import ABC, abstractmethod
+from dataclasses import astuple
 from typing import Any, get_args
 
 import numpy as np
@@ -10,7 +11,7 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.loading.augmentation import Augmentation, TrainingTransform, Transform, check_transforms
-from datamodules.loading.bad_samples import SkippingDataset
+from datamodules.loading.bad_samples import BadSamples, SkippingDataset
 from datamodules.loading.copy_stream import on_copy_stream
 from datamodules.loading.sampling import (
     EvaluationBatchSampler,
@@ -35,7 +36,6 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
-from lit_clip.tools.images import OnError
 from lit_clip.tools.untrusted import check_entries, shortened
 from lit_clip.tools.workers import SharedMemoryCollate, shield_worker
 from lit_clip.training.lightning.loops import divides_samples
@@ -65,9 +65,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
             :class:`datamodules.loading.augmentation.TrainingTransform`.
         global_batch_size: pairs per training step on all ranks together; ``batch_size`` is then used for validation
             only. None: ``batch_size`` on each rank.
-        on_error: for samples that cannot be used: ``error`` ends the run and names the sample; ``skip`` drops it from
-            its batch, counts it and lists it in the run's ``skipped.jsonl``. No other sample takes its place.
-        max_skipped: with ``skip``, end the run once a larger share than this of at least 100 samples was skipped.
+        bad_samples: whether they end the run or are skipped.
         long_captions: for captions with more tokens than the model reads: ``truncate`` them; ``sentences`` to read
             whole sentences of them that fit, others in each epoch (validation: the first ones); or ``error`` to end the
             run at the first.
@@ -88,8 +86,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         seed: int = 0,
         augmentation: Augmentation | list[Transform] | None = None,
         global_batch_size: int | None = None,
-        on_error: OnError = "error",
-        max_skipped: float = 0.05,
+        bad_samples: BadSamples | None = None,
         long_captions: LongCaptions = "truncate",
         patch_budgets: list[int] | None = None,
     ) -> None:
@@ -99,13 +96,11 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         require(seed >= 0, f"seed: {seed} must be at least 0")
         if global_batch_size is not None:
             require(global_batch_size >= 1, f"global_batch_size: {global_batch_size} must be at least 1")
-        require(on_error in get_args(OnError), f"on_error: {on_error!r} must be 'error' or 'skip'")
-        require(0 <= max_skipped <= 1, f"max_skipped: {max_skipped} must be between 0 and 1")
         policies = get_args(LongCaptions)
         require(long_captions in policies, f"long_captions: {long_captions!r} must be one of {', '.join(policies)}")
         self.lists_captions = self.lists_captions and long_captions != "sentences"
         self.patch_budgets = checked_budgets(patch_budgets)
-        self.on_error, self.max_skipped = on_error, max_skipped
+        self.on_error, self.max_skipped = astuple(bad_samples or BadSamples())
         self.long_captions: LongCaptions = long_captions
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.global_batch_size = global_batch_size

@@ -10,16 +10,16 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.caption_datamodule import CaptionDataModule
 from datamodules.loading.augmentation import Augmentation, Transform
+from datamodules.loading.bad_samples import BadSamples
 from datamodules.open_source import open_source
 from datamodules.pairs.caption_lengths import LongCaptions
 from datamodules.pairs.kept import FilteredPairs, kept_pairs
 from datamodules.pairs.mixture import Mixture
-from datamodules.pairs.source import NO_CAPTION, PairSource
+from datamodules.pairs.source import NO_CAPTION, Classes, Columns, PairSource
 from datamodules.shards.pairs import ShardOptions
 from lit_clip.batch import JUDGED_AFTER
 from lit_clip.distributed import gather_objects
 from lit_clip.errors import InputError, require
-from lit_clip.tools.images import OnError
 from lit_clip.tools.untrusted import check_entries
 
 VALIDATION_SHARE = 0.1
@@ -38,6 +38,19 @@ class Weighted:
     data: str | list[str] | PairSource
     weight: float = 1.0
     scores: str | None = None
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Splits of data that come in splits.
+
+    Attributes:
+        train: that ``train`` is taken from; None: ``train``.
+        val: that ``val`` is taken from; None: ``val``.
+    """
+
+    train: str | None = None
+    val: str | None = None
 
 
 # Mappings, not ``Weighted`` and ``PairSource``: for those the command line reads a path as a configuration file.
@@ -70,30 +83,18 @@ class Captions(CaptionDataModule):
         train: a path; several paths, read one after the other; the parts of a mixture; or a source, such as a
             :class:`datamodules.CustomPairs`. Only needed by ``fit``.
         val: as ``train``; None: a tenth of the images of ``train``, chosen by ``seed``.
-        root: folder that relative image paths start from; None: the folder of the table.
-        image_column: of a table; None: detected automatically.
-        caption_column: of a table; None: detected automatically.
+        columns: of a table, and the folder that its paths start from.
         batch_size: pairs per step on each rank; None: 64 to 256 on all ranks, by the number of training pairs.
         num_workers: data worker processes on each rank.
         seed: of the order, the augmentation and the choice of validation images.
         augmentation: of the training images; or a list of transforms.
         global_batch_size: pairs per training step on all ranks together; ``batch_size`` is then used for validation
             only. None: ``batch_size`` on each rank.
-        group_column: names the group of duplicates (such as a product), see ``duplicates`` of the losses.
-        negative_column: of a table; holds hard negative captions, a text or a list of texts in a row, of which one is
-            drawn; blank for none. Training with :class:`lit_clip.losses.Contrastive` makes them wrong texts for
-            every image; validation does not read them.
-        train_split: of data that come in splits; None: ``train``.
-        val_split: of data that come in splits; None: ``val``.
+        splits: of data that come in splits.
         shards: how tar shards are read.
-        on_error: ``error`` or ``skip``, see :class:`datamodules.caption_datamodule.CaptionDataModule`.
-        max_skipped: largest share of skipped samples.
+        bad_samples: whether they end the run or are skipped.
         long_captions: ``truncate``, ``sentences`` or ``error``.
-        templates: reads ``train`` as a folder with a subfolder of images for each class, and ``val`` if it is a folder;
-            the captions are these prompt templates with the class's name for ``{}``: ``imagenet``, ``paper:NAME``,
-            ``clip_benchmark:NAME``, a YAML file, a template or a list. A class is a group of duplicates, see
-            ``group_column``.
-        class_names: of a folder of classes, as for an evaluation; None: the subfolders' names.
+        classes: reads ``train``, and ``val`` if it is a folder, as a folder of classes.
         patch_budgets: of a NaFlex model, see :class:`datamodules.caption_datamodule.CaptionDataModule`.
         scores: of ``train``, a table of ``lit-clip score``; only the pairs that it keeps are used. Each part of a
             mixture has its own.
@@ -103,46 +104,29 @@ class Captions(CaptionDataModule):
         self,
         train: Data | None = None,
         val: Data | None = None,
-        root: str | None = None,
-        image_column: str | None = None,
-        caption_column: str | None = None,
+        columns: Columns | None = None,
         batch_size: int | None = None,
         num_workers: int = 2,
         seed: int = 0,
         augmentation: Augmentation | list[Transform] | None = None,
         global_batch_size: int | None = None,
-        group_column: str | None = None,
-        negative_column: str | None = None,
-        train_split: str | None = None,
-        val_split: str | None = None,
+        splits: Splits | None = None,
         shards: ShardOptions | None = None,
-        on_error: OnError = "error",
-        max_skipped: float = 0.05,
+        bad_samples: BadSamples | None = None,
         long_captions: LongCaptions = "truncate",
-        templates: str | list[str] | None = None,
-        class_names: str | list[str] | None = None,
+        classes: Classes | None = None,
         patch_budgets: list[int] | None = None,
         scores: str | None = None,
     ) -> None:
-        policies = (on_error, max_skipped, long_captions, patch_budgets)
+        policies = (bad_samples, long_captions, patch_budgets)
         super().__init__(batch_size, num_workers, seed, augmentation, global_batch_size, *policies)
         if train is None and val is None:
             raise InputError("data: set train, val or both to a table, a folder or tar shards")
-        self.train, self.val, self.negative_column = train, val, negative_column
-        self.scores = scores
+        self.train, self.val, self.scores = train, val, scores
         self._versions: dict[str, str] = {}  # of addresses in the data, to be the same on all ranks and after a resume
-        self._splits = {"train": train_split, "validation": val_split}
-        self._classes = {"templates": templates, "class_names": class_names}
-        self._options: dict[str, Any] = {
-            "root": root,
-            "image_column": image_column,
-            "caption_column": caption_column,
-            "group_column": group_column,
-            "negative_column": negative_column,
-            "shards": shards,
-            "on_error": on_error,
-            "option_prefix": "--data.",
-        }
+        self._splits, self._classes, columns = splits or Splits(), classes or Classes(), columns or Columns()
+        self.negative_column = columns.negative
+        self._options = {"columns": columns, "shards": shards, "on_error": self.on_error, "option_prefix": "--data."}
 
     def prepare_data(self) -> None:
         needs_train = not self.trainer or self.trainer.state.fn == TrainerFn.FITTING or self.val is None
@@ -178,14 +162,12 @@ class Captions(CaptionDataModule):
     def _source(self, data: Data, split: str) -> PairSource:
         def opened(path: str | Sequence[str] | Mapping[str, Any] | PairSource, scores: str | None = None) -> PairSource:
             paths = [path] if isinstance(path, str) else [] if isinstance(path, Mapping | PairSource) else path
-            classes = (
-                self._classes if split == "train" or all(Path(each).expanduser().is_dir() for each in paths) else {}
-            )
+            of_classes = split == "train" or all(Path(each).expanduser().is_dir() for each in paths)
             source = open_source(
                 path,
-                split=self._splits[split],
+                split=self._splits.train if split == "train" else self._splits.val,
                 default_split=split,
-                **classes,
+                classes=self._classes if of_classes else Classes(),
                 **self._options,
                 versions=self._versions,
             )
@@ -216,7 +198,7 @@ class Captions(CaptionDataModule):
             if self.on_error == "skip" and found >= JUDGED_AFTER and bad > self.max_skipped * found:
                 raise InputError(
                     f"{name}: {source.left_out} cannot be used, {len(source)} pairs can; fix or remove them, "
-                    f"or raise data.max_skipped (now {self.max_skipped:g})"
+                    f"or raise data.bad_samples.max_skipped (now {self.max_skipped:g})"
                 )
         if self.on_error == "error":
             source.check()

@@ -83,13 +83,9 @@ def _made(description: Mapping[str, Any] | str) -> PairSource:
 def stamp_of_data(
     data: Sequence[str], options: Mapping[str, Any], source: PairSource, without: Sequence[Path] = ()
 ) -> str:
-    """Return a cache key of data; like ``make``, it looks at the times and sizes of files.
+    """Return a cache key of data and the options they were opened with, from the times and sizes of files.
 
-    Args:
-        data: paths.
-        options: that they were opened with.
-        source: what was opened.
-        without: files that do not count, such as the caller's own output.
+    Files of ``without`` do not count, such as the caller's own output.
     """
     outputs = [os.path.abspath(path) for path in without]
     stamps = []
@@ -126,9 +122,8 @@ def _is_shards(name: str) -> bool:
 def _open_shards(names: list[str], options: SourceOptions) -> PairSource:
     options.refuse_split(names[0])
     options.refuse_classes(names[0])
-    for option in ("image_column", "negative_column"):
-        require(getattr(options, option) is None, f"{names[0]}: shards have no columns; leave {option} out")
-    return TarPairs(names, options.shards, options.caption_column, options.group_column, options.on_error)
+    options.refuse_columns(names[0], ("image", "negative"), "shards have no such column")
+    return TarPairs(names, options.shards, options.columns, options.on_error)
 
 
 def _open_path(name: str, options: SourceOptions) -> PairSource:

@@ -13,7 +13,7 @@ from datamodules.inspection.page import write_inspection
 from datamodules.inspection.scan import ScanFindings, inspect_source
 from datamodules.inspection.summary import SummarySection, find_duplicates, summarize
 from datamodules.open_source import open_source
-from datamodules.pairs.source import SkippedRows
+from datamodules.pairs.source import Columns, SkippedRows
 from lit_clip.errors import InputError, require
 from lit_clip.models.registry import list_models, resolve_architecture
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
@@ -30,9 +30,7 @@ def inspect(
     output: str = "inspect.html",
     model: str | None = None,
     context_length: int | None = None,
-    root: str | None = None,
-    image_column: str | None = None,
-    caption_column: str | None = None,
+    columns: Columns = Columns(),  # noqa: B008  # immutable
     split: str | None = None,
     num_workers: int = 4,
 ) -> None:
@@ -46,9 +44,7 @@ def inspect(
         model: a checkpoint, or a name that lit_clip.create_model or lit_clip.load_model accepts; its tokenizer
             measures the captions. By default CLIP's.
         context_length: tokens that a model reads of a caption; by default the model's, or 77.
-        root: folder that relative image paths start from.
-        image_column: of a table; detected automatically by default.
-        caption_column: of a table; detected automatically by default.
+        columns: of a table.
         split: of data that come in splits.
         num_workers: number of data workers.
     """
@@ -57,8 +53,7 @@ def inspect(
     require(page.suffix == ".html", f"--output {output}: must be a .html file")
     require(page.absolute().parent.is_dir(), f"--output {output}: there is no such folder")
     tokenizer = _tokenizer(model, context_length)
-    options = {"root": root, "image_column": image_column, "caption_column": caption_column, "split": split}
-    source = open_source(data, **options, option_prefix="--", on_error="skip")
+    source = open_source(data, columns=columns, split=split, option_prefix="--", on_error="skip")
     source.prepare()
     require(len(source) > 0, f"{', '.join(data)}: has no pairs")
     problem_list = page.with_suffix(".problems.jsonl")

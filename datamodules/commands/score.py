@@ -9,7 +9,7 @@ from datamodules.open_source import open_source, stamp_of_data
 from datamodules.pairs.encoder_rows import SourcePairs
 from datamodules.pairs.pair_filters import PairFilters
 from datamodules.pairs.score_files import ROWS, VERSIONS, Filtered, ScoreFile, check_output, write_scores
-from datamodules.pairs.source import PairSource
+from datamodules.pairs.source import Classes, Columns, PairSource
 from lit_clip import load_model
 from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.pair_scores import ScoreParts, check_all_scored, score_pairs
@@ -33,12 +33,9 @@ def score(
     min_caption_chars: int | None = None,
     min_image_dim: int | None = None,
     max_aspect_ratio: float | None = None,
-    root: str | None = None,
-    image_column: str | None = None,
-    caption_column: str | None = None,
+    columns: Columns = Columns(),  # noqa: B008  # immutable
     split: str | None = None,
-    templates: str | None = None,
-    class_names: str | None = None,
+    classes: Classes = Classes(),  # noqa: B008  # immutable
     batch_size: int = 64,
     num_workers: int = 4,
     devices: int = 1,
@@ -62,12 +59,9 @@ def score(
         min_caption_chars: keep captions of at least so many characters.
         min_image_dim: keep images whose shorter side has at least so many pixels.
         max_aspect_ratio: keep images whose longer side is at most so many times the shorter.
-        root: of a table, folder that relative image paths start from.
-        image_column: of a table; detected automatically by default.
-        caption_column: of a table; detected automatically by default.
+        columns: of a table.
         split: of data that come in splits; train by default.
-        templates: for the captions of a folder of classes; see data.templates of training.
-        class_names: of a folder of classes; see data.class_names of training.
+        classes: of a folder of classes.
         batch_size: images, and then captions, that each process encodes at once.
         num_workers: processes that decode images, for each process.
         devices: number of processes, one per device.
@@ -85,14 +79,7 @@ def score(
         return
     require(model is not None, "--model: not given; it is needed to score pairs")
     check_precision(precision, accelerator)
-    options = {
-        "root": root,
-        "image_column": image_column,
-        "caption_column": caption_column,
-        "split": split,
-        "templates": templates,
-        "class_names": class_names,
-    }
+    options = {"columns": columns, "split": split, "classes": classes}
     source = _opened(data, options, on_error)
     settings = EncodingSettings(batch_size, num_workers, devices, accelerator, precision, on_error)
     counts = _score(source, stamp_of_data(data, options, source, [path]), str(model), path, settings, filters, data)

@@ -105,11 +105,7 @@ class _Chunks(Dataset[ScannedChunk]):
 
 
 def _image(stored: EncodedPair) -> tuple[int, ...]:
-    """Return the ``IMAGE`` of a pair.
-
-    Raises:
-        BadSample: the image cannot be decoded.
-    """
+    """Return the ``IMAGE`` of a pair."""
     with decoding_at_least(lambda width, height: (min(width, DECODED), min(height, DECODED))):
         look = look_of(open_image(io.BytesIO(stored.image), stored.where))
     with Image.open(io.BytesIO(stored.image)) as image:  # reopened for its header: decoding changes size and mode
@@ -165,14 +161,7 @@ class ScanFindings:
 
 
 def inspect_source(source: PairSource, tokenizer: TextTokenizer, problems: TextIO, num_workers: int) -> ScanFindings:
-    """Read every pair once.
-
-    Args:
-        source: the pairs.
-        tokenizer: measures the captions.
-        problems: receives a line of JSON for each pair that cannot be used.
-        num_workers: number of data workers.
-    """
+    """Read every pair once; write a line of JSON to ``problems`` for each pair that cannot be used."""
     found = ScanFindings(np.zeros(len(source), dtype=IMAGE), np.zeros(0, np.uint64), np.zeros(1, np.int64))
     chunks: Any = _Chunks(source, tokenizer)
     captions, done = [], 0

@@ -14,13 +14,7 @@ from lit_clip.tools.console import size_in_bytes
 
 
 class SummaryLine(NamedTuple):
-    """A line of the summary.
-
-    Attributes:
-        name: what was measured.
-        value: the result, as text.
-        wrong: whether it points to a problem in the data.
-    """
+    """A line of the summary; ``wrong`` marks a problem in the data."""
 
     name: str
     value: str
@@ -71,14 +65,7 @@ def summarize(
     duplicates: DuplicateGroups,
     context_length: int,
 ) -> list[SummarySection]:
-    """Summarise pairs, images and captions.
-
-    Args:
-        findings: of the scan.
-        left_out: rows that were dropped when the source was opened.
-        duplicates: see :func:`find_duplicates`.
-        context_length: tokens that the model reads of a caption.
-    """
+    """Summarise pairs, images and captions; ``left_out`` are the rows that were dropped at opening."""
     sections = [SummarySection("pairs", _pair_lines(findings, left_out, duplicates))]
     if len(findings.usable):
         sections.append(SummarySection("images", _image_lines(findings, duplicates)))

@@ -71,8 +71,7 @@ class RandomSquareCrop:
     Args:
         scale: smallest and largest area of the crop, as a share of the largest square that fits.
         exact: see :class:`Augmentation`; the result is then a PIL image, otherwise uint8 ``[3, H, W]``.
-        size: of the result in pixels: side, or height and width (for a rectangle of that shape). None: the model's.
-        interpolation: ``bicubic`` or ``bilinear``; None: the model's.
+        size: side, or height and width of the result in pixels; None: the model's, as of ``interpolation``.
     """
 
     def __init__(
@@ -199,7 +198,6 @@ class TrainingTransform:
     Args:
         augmentation: its transforms, or a list of them. A transform with a method ``for_model(preprocessing)``, which
             returns a transform, is replaced by what it returns.
-        preprocessing: of the model.
         budgets: of patches, other than the model's own, that images may be prepared at (NaFlex).
 
     Attributes:

@@ -13,8 +13,6 @@ class TrainingSample(NamedTuple):
     """Index of a training dataset; epoch and draw are part of it because they seed caption and augmentation.
 
     Attributes:
-        epoch: from 0.
-        row: of the source.
         draw: how often the epoch has drawn this row before; above 0 only where an epoch repeats rows.
         budget: most patches of the image, the same for the whole batch; 0: the model's.
     """
@@ -26,7 +24,7 @@ class TrainingSample(NamedTuple):
 
 
 def sample_seed(seed: int, sample: TrainingSample) -> int:
-    """Return the seed of everything random in a sample; the same on any worker or rank."""
+    """Return the seed of everything random in a sample."""
     entropy = (seed, *sample[:3]) if sample.draw else (seed, sample.epoch, sample.row)
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1
 
@@ -63,10 +61,6 @@ def default_batch_size(pairs: int, world: int) -> int:
     """Return the pairs per step on each rank where none are set: 64, 128 or 256 on all ranks, or all that there are.
 
     With 500 photographs 64 pairs a step were best, with 3,068 64 to 256, with 5,000 icons 256 (docs/recipes.md).
-
-    Args:
-        pairs: in an epoch.
-        world: number of ranks.
     """
     whole = 64 if pairs < 1_000 else 128 if pairs < 2_000 else 256
     return max(1, min(whole, pairs) // world)
@@ -79,13 +73,8 @@ class GlobalBatchSampler(Sampler[list[TrainingSample]]):
     sample of it. The incomplete global batch at the end is dropped; the next epoch drops other samples.
 
     Args:
-        size: number of samples.
         batch_size: samples per step on each rank.
-        rank: of this process.
-        world: number of processes.
-        seed: of the permutations.
         order: epoch -> all rows in that epoch's order, int ``[size]``; None: :func:`permutation`.
-        start: position to resume from.
         budgets: of patches, from which each batch draws one, the same on every rank (NaFlex); empty: the model's.
 
     Attributes:
@@ -174,12 +163,6 @@ class EvaluationBatchSampler(Sampler[list[int]]):
     Strategies that shard the weights need every rank in every batch, so a rank that would have fewer batches makes them
     smaller; a rank with too few samples for that has fewer. A rank without samples still reports length 1: Lightning
     would skip its epoch, and the other ranks would wait for ever.
-
-    Args:
-        size: number of samples.
-        batch_size: largest batch.
-        rank: of this process.
-        world: number of processes.
     """
 
     def __init__(self, size: int, batch_size: int, rank: int, world: int) -> None:

@@ -23,7 +23,6 @@ class CaptionStatistics(NamedTuple):
     """Lengths of captions in a tokenizer's tokens.
 
     Attributes:
-        captions: number measured.
         truncated: share of them that is truncated, from 0 to 1.
         tokens_lost: mean number of tokens that the truncated ones lose; 0 if there are none.
         longest: tokens of the longest, start and end included.
@@ -40,13 +39,7 @@ class CaptionStatistics(NamedTuple):
 
 
 def caption_statistics(source: PairSource, tokenizer: TextTokenizer, sample: int | None = SAMPLED) -> CaptionStatistics:
-    """Measure a source's captions; unreadable ones are skipped.
-
-    Args:
-        source: of the captions; its images are not read where it can read captions alone.
-        tokenizer: the model's.
-        sample: number of evenly spread rows to measure, about; None: all.
-    """
+    """Measure the captions of about ``sample`` evenly spread rows (None: of all); unreadable ones are skipped."""
     step = 1 if sample is None else max(1, -(-len(source) // sample))
     counts, endless, context = [], 0, tokenizer.context_length
     times: Counter[int] = Counter()
@@ -68,11 +61,7 @@ def caption_statistics(source: PairSource, tokenizer: TextTokenizer, sample: int
 def report_captions(source: PairSource, tokenizer: TextTokenizer, policy: LongCaptions, loss: object = None) -> None:
     """Print on the first rank what becomes of captions that exceed the context, and whether many are equal.
 
-    Args:
-        source: of the captions.
-        tokenizer: the model's.
-        policy: for long captions.
-        loss: the run's; one without an option ``duplicates``, or with it set, knows what to do with equal captions.
+    A loss without an option ``duplicates``, or with it set, knows what to do with equal captions.
     """
     if rank_and_world()[0]:
         return

@@ -126,8 +126,8 @@ def _pairs(path: Path, rows: Iterator[RawRow], options: SourceOptions, problems:
     if not table.num_rows:
         why = f" ({left_out})" if left_out.counts else ""
         raise InputError(f"{path}: no image with a caption{why}; add captions")
-    root = options.image_root(_find_root(path, table["image"][0].as_py()) if options.root is None else path.parent)
-    return TablePairs(table, path, root, problems.label, left_out=left_out)
+    place = path.parent if options.columns.root is not None else _find_root(path, table["image"][0].as_py())
+    return TablePairs(table, path, options.image_root(place), problems.label, left_out=left_out)
 
 
 def _find_root(path: Path, image: str) -> Path:
@@ -139,4 +139,6 @@ def _find_root(path: Path, image: str) -> Path:
     for place in places:
         if os.path.isfile(place / image):  # unlike the method, false for a name that is too long
             return place
-    raise InputError(f"{path}: {image} is not in {', '.join(map(str, places))}; set root to the folder of its images")
+    raise InputError(
+        f"{path}: {image} is not in {', '.join(map(str, places))}; set columns.root to the folder of its images"
+    )

@@ -24,7 +24,7 @@ CAPTION_COLUMNS = ("caption", "captions", "text", "title", "description", "sente
 MOST_NAMES, LONGEST_NAME = 30, 60  # of columns in a message
 
 
-class Columns(NamedTuple):
+class ColumnNames(NamedTuple):
     """Names of the columns that are read."""
 
     image: str
@@ -62,7 +62,7 @@ def find_column(path: object, found: list[str], wanted: str | None, usual: tuple
     for name in usual:
         if name in lowered:
             return lowered[name]
-    is_image = option.endswith("image_column")
+    is_image = usual is IMAGE_COLUMNS
     likely = shlex.quote(found[0 if is_image else -1][:LONGEST_NAME]) if found else "NAME"
     hint = f"for example, set {option} {likely}" if option.startswith("--") else f"set {option}"
     if is_image and "url" in lowered:
@@ -70,19 +70,18 @@ def find_column(path: object, found: list[str], wanted: str | None, usual: tuple
     raise InputError(f"{path}: none of its columns ({_listed(found)}) is called {' or '.join(usual[:3])}; {hint}")
 
 
-def find_columns(path: object, found: list[str], options: SourceOptions) -> Columns:
+def find_columns(path: object, found: list[str], options: SourceOptions) -> ColumnNames:
     """Choose the columns of images, captions, groups and hard negatives among the columns ``found``."""
-    prefix = options.option_prefix
-    image = find_column(path, found, options.image_column, IMAGE_COLUMNS, f"{prefix}image_column")
-    numbered = [] if options.caption_column is not None else _numbered_captions(found)
-    wanted = numbered[0] if numbered else options.caption_column
-    caption = find_column(path, found, wanted, CAPTION_COLUMNS, f"{prefix}caption_column")
+    wanted, option = options.columns, f"{options.option_prefix}columns."
+    image = find_column(path, found, wanted.image, IMAGE_COLUMNS, f"{option}image")
+    numbered = [] if wanted.caption is not None else _numbered_captions(found)
+    caption = find_column(path, found, [*numbered, wanted.caption][0], CAPTION_COLUMNS, f"{option}caption")
     if image == caption:
         raise InputError(f"{path}: column {image!r} cannot be both the image and the caption")
-    for option in ("group_column", "negative_column"):
-        if getattr(options, option) is not None:
-            find_column(path, found, getattr(options, option), (), f"{prefix}{option}")
-    columns = Columns(image, caption, options.group_column, options.negative_column, tuple(numbered[1:]))
+    for name, column in (("group", wanted.group), ("negative", wanted.negative)):
+        if column is not None:
+            find_column(path, found, column, (), f"{option}{name}")
+    columns = ColumnNames(image, caption, wanted.group, wanted.negative, tuple(numbered[1:]))
     refuse_equal(path, found, columns.names())
     return columns
 
@@ -108,17 +107,19 @@ def _numbered_captions(found: list[str]) -> list[str]:
     return [name for stem, _, name in sorted(matches) if stem == matches[0][0]]
 
 
-def check_types(path: object, schema: pa.Schema, columns: Columns) -> None:
+def check_types(path: object, schema: pa.Schema, columns: ColumnNames) -> None:
     """Raise :class:`InputError` unless images are paths or encoded images, and captions texts or lists of texts."""
     image = schema.field(columns.image).type
     if not (_is_text(image) or is_encoded(image)):
-        raise InputError(f"{path}: column {columns.image!r} holds {image}, neither paths nor images; set image_column")
-    texts = [*(("caption_column", name) for name in columns.captions), ("negative_column", columns.negative)]
+        raise InputError(f"{path}: column {columns.image!r} holds {image}, neither paths nor images; set columns.image")
+    texts = [*(("caption", name) for name in columns.captions), ("negative", columns.negative)]
     for option, name in texts:
         kind = None if name is None else schema.field(name).type
-        lists = kind is not None and _is_list(kind) and not (option == "caption_column" and columns.more_captions)
+        lists = kind is not None and _is_list(kind) and not (option == "caption" and columns.more_captions)
         if kind is not None and not _is_text(kind.value_type if lists else kind):
-            raise InputError(f"{path}: column {name!r} holds {kind}, neither texts nor lists of texts; set {option}")
+            raise InputError(
+                f"{path}: column {name!r} holds {kind}, neither texts nor lists of texts; set columns.{option}"
+            )
 
 
 def _is_list(kind: pa.DataType) -> bool:

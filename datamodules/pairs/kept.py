@@ -18,13 +18,7 @@ CHECKED = 100  # pairs that are compared with the source before it is used
 
 
 def kept_pairs(source: PairSource, path: str | Path, option: str = "") -> "FilteredPairs":
-    """Return the pairs of a source that a file of scores keeps.
-
-    Args:
-        source: that was scored.
-        path: what ``lit-clip score`` wrote.
-        option: that gave it, for messages.
-    """
+    """Return the pairs of a source that a file of ``lit-clip score`` keeps; ``option`` gave it, for messages."""
     with naming(option):
         file = ScoreFile(Path(path).expanduser())
         other = "it is of other data, or they have changed since; score them again"
@@ -55,7 +49,6 @@ class FilteredPairs(Rows):
     Each pair is compared with the one that was scored when it is loaded, so that none is used with another's score.
 
     Args:
-        source: that they belong to.
         rows: of each pair, int ``[K]``, ascending.
         pairs: :func:`lit_clip.embedding.pair_scores.pair_hash` of each, int64 ``[K]``.
         name: of the file of scores, for messages.

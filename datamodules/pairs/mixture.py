@@ -24,7 +24,6 @@ class Concatenated(PairSource):
     """Several sources, one after the other.
 
     Args:
-        sources: in their order.
         distinct_keys: equal keys in two sources are different images, so keys are prefixed with the source's number.
         distinct_groups: the same for groups.
     """

@@ -34,10 +34,9 @@ class PairFilters:
         keep: the share of all pairs that have a score, best first; rounded down to whole pairs. Of pairs with the same
             score the earlier ones are kept.
         threshold: least score.
-        min_caption_words: least number of words, which white space separates.
-        min_caption_chars: least number of characters.
-        min_image_dim: least number of pixels of the shorter side.
-        max_aspect_ratio: largest ratio of the longer to the shorter side.
+        min_caption_words: separated by white space.
+        min_image_dim: pixels of the shorter side.
+        max_aspect_ratio: of the longer to the shorter side.
     """
 
     keep: float | None = None

@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.loading.cache import cache_file, made_once
 from datamodules.loading.store import StoreFolder
-from datamodules.pairs.column_names import Columns, check_types, find_columns, is_encoded
+from datamodules.pairs.column_names import ColumnNames, check_types, find_columns, is_encoded
 from datamodules.pairs.columns import map_table, map_valid_table
 from datamodules.pairs.source import PairSource, SourceOptions, find_split
 from datamodules.pairs.stored import ColumnarPairs, RowRange, blank_rows
@@ -124,7 +124,7 @@ class ParquetPairs(ColumnarPairs):
     """
 
     def __init__(
-        self, path: Path, root: Path | StoreFolder, parts: Sequence[RowRange], columns: Columns, sizes: np.ndarray
+        self, path: Path, root: Path | StoreFolder, parts: Sequence[RowRange], columns: ColumnNames, sizes: np.ndarray
     ) -> None:
         self.sizes = sizes
         first = _open_file(parts[0].file) if parts else None

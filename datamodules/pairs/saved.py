@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from datamodules.pairs.column_names import Columns, check_types, find_columns, is_encoded
+from datamodules.pairs.column_names import ColumnNames, check_types, find_columns, is_encoded
 from datamodules.pairs.source import PairSource, SourceOptions, find_split
 from datamodules.pairs.stored import ColumnarPairs, RowRange, blank_rows
 from lit_clip.errors import InputError, require
@@ -113,7 +113,7 @@ def _bytes_for_texts(kind: pa.DataType) -> pa.DataType:
 class ArrowDatasetPairs(ColumnarPairs):
     """Pairs in the mapped files of a saved data set."""
 
-    columns: Columns
+    columns: ColumnNames
 
     def table(self, number: int) -> pa.Table:
         return self.opened(number, lambda: _map_stream(self.part(number).file))

@@ -4,6 +4,7 @@ import random
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ from lit_clip.tools.images import OnError
 
 NO_CAPTION = "no caption"  # the reason, the same for samples that turn out bad when loaded
 LISTED = 1000  # left-out rows that are listed one by one
+COLUMNS = ("image", "caption", "group", "negative")  # of :class:`Columns`
 DELIMITED = (".csv", ".tsv", ".txt")
 JSON_LINES = (".jsonl", ".ndjson")
 
@@ -275,50 +277,72 @@ class Rows(PairSource):
         return self.source.versions
 
 
-class SourceOptions(NamedTuple):
-    """Options for opening a source; None: detected automatically.
+@dataclass(frozen=True)
+class Columns:
+    """Columns of a table, or fields of the ``.json`` files in tar shards.
 
     Attributes:
-        root: folder that relative image paths start from, on disk or in a store.
-        image_column: of a table.
-        caption_column: of a table; its values are texts or lists of texts.
-        group_column: of a table; names the group of duplicates.
-        negative_column: of a table; its values are hard negative captions, texts or lists of texts.
+        image: paths or encoded images; detected automatically by default.
+        caption: texts or lists of texts; detected automatically by default.
+        group: names the group of duplicates, such as a product.
+        negative: hard negative captions, texts or lists of texts, of which training draws one; blank for none.
+        root: folder or address in a store that relative paths of images start from; by default that of the table.
+    """
+
+    image: str | None = None
+    caption: str | None = None
+    group: str | None = None
+    negative: str | None = None
+    root: str | None = None
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Captions of a folder with a subfolder of images for each class; a class is a group of duplicates.
+
+    Attributes:
+        templates: prompt templates with {} for the class name: imagenet, paper:NAME, clip_benchmark:NAME, a YAML file,
+            a template or a list.
+        names: of the classes, as for an evaluation; the subfolders' names by default.
+    """
+
+    templates: str | list[str] | None = None
+    names: str | list[str] | None = None
+
+
+class SourceOptions(NamedTuple):
+    """Options for opening a source.
+
+    Attributes:
+        columns: of a table.
+        classes: of a folder of classes.
         split: of sources that come in splits.
         default_split: taken where a source has splits and ``split`` is None.
         on_error: ``error`` ends the run at a row that cannot be read, ``skip`` leaves it out.
         shards: how tar shards are read, a :class:`datamodules.shards.pairs.ShardOptions`.
-        templates: of the captions of a folder of classes.
-        class_names: of a folder of classes.
         versions: address without secrets -> version, for addresses that are to be opened as they were
             (:attr:`PairSource.versions`).
         option_prefix: of these names on the command line, for messages.
     """
 
-    root: str | None = None
-    image_column: str | None = None
-    caption_column: str | None = None
-    group_column: str | None = None
-    negative_column: str | None = None
+    columns: Columns = Columns()
+    classes: Classes = Classes()
     split: str | None = None
     default_split: str | None = None
     on_error: OnError = "error"
     shards: Any = None
-    templates: str | list[str] | None = None
-    class_names: str | list[str] | None = None
     versions: Mapping[str, str] = MappingProxyType({})
     option_prefix: str = ""
 
     @property
     def of_classes(self) -> bool:
         """Whether the source is a folder of classes."""
-        return self.templates is not None or self.class_names is not None
+        return self.classes != Classes()
 
     def image_root(self, default: Path) -> Path | StoreFolder:
         """Return the folder that relative image paths start from."""
-        if self.root is None:
-            return default
-        return StoreFolder(self.root) if is_remote(self.root) else Path(self.root).expanduser()
+        root = self.columns.root
+        return default if root is None else StoreFolder(root) if is_remote(root) else Path(root).expanduser()
 
     def refuse_split(self, path: object) -> None:
         """Raise :class:`InputError` if a split is set, for a source without splits."""
@@ -326,15 +350,15 @@ class SourceOptions(NamedTuple):
 
     def refuse_classes(self, path: object) -> None:
         """Raise :class:`InputError` if templates or class names are set, for a source without classes."""
-        option = "templates" if self.templates is not None else "class_names"
+        option = "classes.templates" if self.classes.templates is not None else "classes.names"
         message = f"{self.option_prefix}{option}: {path} is not a folder of classes; leave {option} out"
         require(not self.of_classes, message)
 
-    def refuse_columns(self, path: object) -> None:
+    def refuse_columns(self, path: object, names: Sequence[str] = COLUMNS, kind: str = "is not a table") -> None:
         """Raise :class:`InputError` if a column is set, for a source without columns."""
-        for name in ("image_column", "caption_column", "group_column", "negative_column"):
-            column = getattr(self, name)
-            require(column is None, f"{path}: is not a table, but {name} is {column!r}; leave it out")
+        for name in names:
+            column = getattr(self.columns, name)
+            require(column is None, f"{path}: {kind}, but columns.{name} is {column!r}; leave it out")
 
 
 SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation"}

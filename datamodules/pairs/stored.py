@@ -10,7 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from datamodules.loading.store import StoreFolder
-from datamodules.pairs.column_names import Columns, blank_mask
+from datamodules.pairs.column_names import ColumnNames, blank_mask
 from datamodules.pairs.columns import Cells, ColumnPairs, group_name
 from datamodules.pairs.source import LISTED, NO_CAPTION
 from lit_clip.errors import BadSample, InputError
@@ -44,7 +44,7 @@ class ColumnarPairs(ColumnPairs):
     """
 
     def __init__(
-        self, path: Path, root: Path | StoreFolder, parts: Sequence[RowRange], columns: Columns, blank: np.ndarray
+        self, path: Path, root: Path | StoreFolder, parts: Sequence[RowRange], columns: ColumnNames, blank: np.ndarray
     ) -> None:
         super().__init__(path, root)
         self.files = list(dict.fromkeys(part.file for part in parts))

@@ -15,9 +15,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.loading.bad_samples import is_blank, is_unicode
 from datamodules.loading.cache import cache_file, made_once
-from datamodules.pairs.column_names import Columns, find_columns
+from datamodules.pairs.column_names import ColumnNames, find_columns
 from datamodules.pairs.columns import TablePairs, group_name, map_valid_table
-from datamodules.pairs.source import JSON_LINES, NO_CAPTION, PairSource, SkippedRows, SourceOptions
+from datamodules.pairs.source import COLUMNS, JSON_LINES, NO_CAPTION, PairSource, SkippedRows, SourceOptions
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.reading import check_is_file
 
@@ -55,7 +55,7 @@ class RawRow(NamedTuple):
 
 
 Record = tuple[int, Mapping[str, Any]]
-FindColumns = Callable[[list[str]], Columns]  # the names of a table's columns -> those that are read
+FindColumns = Callable[[list[str]], ColumnNames]  # the names of a table's columns -> those that are read
 
 
 class Problems:
@@ -317,8 +317,7 @@ def open_records(path: Path, values: list[Any], options: SourceOptions) -> PairS
 def _open(path: Path, options: SourceOptions, schema: pa.Schema, read: Read) -> PairSource:
     problems, mapped = Problems(path, options.on_error == "skip"), None
     if path.stat().st_size > IN_MEMORY:
-        names = (options.image_column, options.caption_column, options.group_column, options.negative_column)
-        settings = (LAYOUT, *names, options.on_error)
+        settings = (LAYOUT, *(getattr(options.columns, name) for name in COLUMNS), options.on_error)
         mapped = cache_file("tables", path, settings, ".arrow")
 
         def load(file: Path) -> tuple[pa.Table, SkippedRows]:

@@ -100,7 +100,6 @@ class ShardFolder:
     Any number of processes may use it at once.
 
     Args:
-        folder: created when needed.
         limit: bytes of shards to keep; the least recently used make room for new ones.
     """
 

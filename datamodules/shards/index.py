@@ -64,12 +64,9 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def tar_members(file: BinaryIO, size: int) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    """Yield the complete regular files of a tar.
+    """Yield the complete regular files of a tar, before :class:`DamagedError` if it is truncated or damaged.
 
     tarfile itself stops silently at a truncated or broken header.
-
-    Raises:
-        DamagedError: the tar is truncated or damaged; what came before it was yielded.
     """
     end = 0
     with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -139,12 +136,7 @@ class _Scan:
 
 
 def scan_shard(file: BinaryIO, size: int) -> ShardIndex:
-    """Read the headers of a tar, and those texts that are short enough to be blank captions.
-
-    Args:
-        file: seekable, at its start.
-        size: of the file in bytes.
-    """
+    """Read the headers of a seekable tar of ``size`` bytes, and the texts short enough to be blank captions."""
     scan = _Scan()
     try:
         for member, tar in tar_members(file, size):
@@ -188,7 +180,6 @@ class Summary:
 
     Attributes:
         path: of the index.
-        stamp: of the shard.
         samples: number of usable samples.
         problems: reason -> number of samples left out for it, and the first one's key.
         extensions: extension -> number of files.
@@ -229,9 +220,6 @@ class MappedIndex:
 
     Its content is checked against its hash, and its structure as well: an index may come with the shard from elsewhere.
     Both take milliseconds for a shard of usual size.
-
-    Args:
-        summary: its head.
     """
 
     def __init__(self, summary: Summary) -> None:

@@ -9,13 +9,7 @@ def shard_order(sizes: Sequence[int], shuffle_shards: int, epoch: int, seed: int
     """Return each row once, with the rows of a shard near each other.
 
     The shards are shuffled and cut into windows of at most ``shuffle_shards``, as equal as possible; the rows of a
-    window are shuffled together.
-
-    Args:
-        sizes: rows of each shard; rows are numbered in this order.
-        shuffle_shards: shards in a window.
-        epoch: each has its own order.
-        seed: of all epochs.
+    window are shuffled together. ``sizes`` are the rows of each shard, numbered in this order.
 
     Returns:
         int32 where it fits, else int64, ``[sum(sizes)]``.

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from datamodules.loading.bad_samples import check_caption, is_blank
 from datamodules.loading.cache import default_cache_dir
 from datamodules.loading.store import MAX_IMAGE_BYTES, Stamp, is_remote, stamp_of
-from datamodules.pairs.source import LISTED, NO_CAPTION, EncodedPair, Pair, PairSource, PairText, SkippedRows
+from datamodules.pairs.source import LISTED, NO_CAPTION, Columns, EncodedPair, Pair, PairSource, PairText, SkippedRows
 from datamodules.shards.files import (
     OpenShard,
     OpenShards,
@@ -98,15 +98,12 @@ class TarPairs(PairSource):
     beside it as ``x.tar.index.arrow``, or in the cache folder where that is not writable; a changed shard is indexed
     again. Opening shards that have an index reads nothing else.
 
-    RankCounts in a store are fetched whole when their first sample is read, and kept in the
-    cache folder up to a limit. A store that does not answer is tried three times and then ends the run: its samples are
-    not bad samples.
+    Shards in a store are fetched whole when their first sample is read, and kept in the cache folder up to a limit. A
+    store that does not answer is tried three times and then ends the run: its samples are not bad samples.
 
     Args:
         urls: see :func:`datamodules.shards.files.expand_urls`.
-        options: how shards are read.
-        caption_column: field of the ``.json`` that holds the caption (or a list of them).
-        group_column: field of the ``.json`` that names the group.
+        columns: fields of the ``.json`` that hold the caption (or a list of them) and name the group.
         on_error: for a missing, truncated or unreadable shard, and a sample without image or caption: ``error`` raises,
             ``skip`` leaves it out. Blank captions are left out either way, as from tables. ``left_out`` counts all.
     """
@@ -115,12 +112,11 @@ class TarPairs(PairSource):
         self,
         urls: str | Sequence[str],
         options: ShardOptions | None = None,
-        caption_column: str | None = None,
-        group_column: str | None = None,
+        columns: Columns = Columns(),  # noqa: B008  # immutable
         on_error: OnError = "error",
     ) -> None:
         self.options = options or ShardOptions()
-        self.caption_column, self.group_column, self.on_error = caption_column, group_column, on_error
+        self.caption_column, self.group_column, self.on_error = columns.caption, columns.group, on_error
         self._missing: list[str] = []
         folder = Path(self.options.cache_folder or default_cache_dir() / "shards").expanduser()
         self._folder = ShardFolder(folder, int(self.options.cache_gb * GIGABYTE))

@@ -45,7 +45,6 @@ class Written(NamedTuple):
     """Counts of a shard, or of several.
 
     Attributes:
-        pairs: in the shard.
         skipped: pairs that could not be read.
         resized: images that were resized; 0 for a shard that was complete before.
         bytes_before: of those images as they were.
@@ -144,10 +143,7 @@ class ShardWriter(Dataset[Written]):
     def _write(self, path: Path, number: int, sizes: list[tuple[int, int]]) -> list[tuple[str, str]]:
         """Write a tar and force it to disk; return (where, reason) of each skipped sample.
 
-        Args:
-            path: of the tar.
-            number: of the shard.
-            sizes: is given the bytes of each resized image, before and after.
+        ``sizes`` is given the bytes of each resized image, before and after.
         """
         skipped = []
         with path.open("wb") as file:
@@ -174,11 +170,7 @@ class ShardWriter(Dataset[Written]):
 
 
 def _image_file(pair: EncodedPair, resize: int | None) -> tuple[str, bytes, dict[str, int]]:
-    """Return extension and content of a pair's image, and what img2dataset notes of the size if it was resized.
-
-    Raises:
-        BadSample: the image cannot be decoded, or its format is not one for shards.
-    """
+    """Return extension and content of a pair's image, and what img2dataset notes of the size if it was resized."""
     with decoding_at_least(lambda width, height: (width, height) if reduced(width, height, resize) else (1, 1)):
         image = open_image(io.BytesIO(pair.image), pair.where)
     if image.format not in EXTENSIONS:

@@ -13,6 +13,7 @@ from PIL import Image
 
 from datamodules import Captions, Weighted
 from datamodules.loading.augmentation import Augmentation
+from datamodules.pairs.source import Columns
 from lit_clip.cli.lightning import CLI, run
 from lit_clip.errors import InputError
 from lit_clip.models.config import Preprocessing
@@ -211,7 +212,7 @@ def test_groups_come_from_their_column_and_blank_cells_are_no_group(tmp_path: Pa
     rows = [{"image": "a.png", "caption": "a", "product": 7}, {"image": "a.png", "caption": "b", "product": None}]
     rows += [{"image": "a.png", "caption": "c", "product": " NaN "}, {"image": "a.png", "caption": "d"}]
     table.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    data = Captions(val=str(table), group_column="product", batch_size=4, num_workers=0)
+    data = Captions(val=str(table), columns=Columns(group="product"), batch_size=4, num_workers=0)
     data.setup("validate")
     (batch,) = data.val_dataloader()
     assert batch.groups == ["7", "", "", ""]
@@ -219,9 +220,9 @@ def test_groups_come_from_their_column_and_blank_cells_are_no_group(tmp_path: Pa
     data.setup("validate")
     assert next(iter(data.val_dataloader())).groups == ()
     with pytest.raises(
-        InputError, match=r"no column 'brand'; its columns are image, caption, product; set --data.group_column"
+        InputError, match=r"no column 'brand'; its columns are image, caption, product; set --data.columns.group"
     ):
-        Captions(val=str(table), group_column="brand").setup("validate")
+        Captions(val=str(table), columns=Columns(group="brand")).setup("validate")
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])

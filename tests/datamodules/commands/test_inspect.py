@@ -282,10 +282,10 @@ def test_the_command_exits_with_2_if_no_pair_can_be_used(
 
 def test_an_unknown_column_is_asked_for_by_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.csv").write_text("Dateiname;Beschreibung\na.png;ein Hund\n")
-    with pytest.raises(InputError, match=r"\(Dateiname, Beschreibung\) .*; for example, set --image_column Dateiname"):
+    with pytest.raises(InputError, match=r"\(Dateiname, Beschreibung\) .*; for example, set --columns.image Dateiname"):
         run_inspect(tmp_path, capsys, str(tmp_path / "t.csv"))
-    with pytest.raises(InputError, match="for example, set --caption_column Beschreibung"):
-        run_inspect(tmp_path, capsys, str(tmp_path / "t.csv"), "--image_column", "Dateiname")
+    with pytest.raises(InputError, match="for example, set --columns.caption Beschreibung"):
+        run_inspect(tmp_path, capsys, str(tmp_path / "t.csv"), "--columns.image", "Dateiname")
 
 
 @pytest.mark.parametrize(

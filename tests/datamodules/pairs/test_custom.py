@@ -18,6 +18,7 @@ import callbacks
 from datamodules import Captions, CustomPairs, Weighted
 from datamodules.commands.inspect import inspect
 from datamodules.commands.shard import shard
+from datamodules.loading.bad_samples import BadSamples
 from datamodules.open_source import open_source
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import CLIPConfig, Preprocessing
@@ -141,7 +142,13 @@ def test_without_validation_data_no_image_is_in_both_parts() -> None:
 
 
 def test_skipped_rows_are_listed_by_the_sources_name() -> None:
-    data = Captions(Stored([noise()] * 3 + ["nowhere.png"]), batch_size=4, num_workers=0, on_error="skip", val=Shapes())
+    data = Captions(
+        Stored([noise()] * 3 + ["nowhere.png"]),
+        batch_size=4,
+        num_workers=0,
+        bad_samples=BadSamples("skip"),
+        val=Shapes(),
+    )
     data.preprocessing = Preprocessing(16)
     data.setup("fit")
     (batch,) = data.train_dataloader()

@@ -14,6 +14,7 @@ import pytest
 
 import datamodules
 from datamodules.open_source import open_source
+from datamodules.pairs.source import Classes, Columns
 from datamodules.shards.pairs import ShardOptions, TarPairs
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import Preprocessing
@@ -87,7 +88,7 @@ def test_equal_keys_in_two_shards_are_distinct(tmp_path: Path) -> None:
 def captions_of(tmp_path: Path, files: Files, **options: str) -> TarPairs:
     path = tmp_path / f"{len(list(tmp_path.iterdir()))}.tar"
     write_tar(path, [("000", {"png": image(), **files})])
-    return TarPairs(str(path), **options)  # pyright: ignore[reportArgumentType]  # options are columns
+    return TarPairs(str(path), columns=Columns(**options))
 
 
 def test_caption_is_the_text_or_else_from_the_json(tmp_path: Path) -> None:
@@ -97,11 +98,11 @@ def test_caption_is_the_text_or_else_from_the_json(tmp_path: Path) -> None:
     both = {"txt": b"of the text\n", "json": about}
     assert captions_of(tmp_path, both).captions(0) == ["of the text"]
     assert captions_of(tmp_path, {"json": about}).captions(0) == ["of the json"]
-    assert captions_of(tmp_path, both, caption_column="long").captions(0) == ["a longer one"]
-    assert captions_of(tmp_path, both, caption_column="few").captions(0) == ["one", "two"]
-    assert captions_of(tmp_path, both, group_column="id").read(0).group == "7"
+    assert captions_of(tmp_path, both, caption="long").captions(0) == ["a longer one"]
+    assert captions_of(tmp_path, both, caption="few").captions(0) == ["one", "two"]
+    assert captions_of(tmp_path, both, group="id").read(0).group == "7"
     with pytest.raises(InputError, match=r"sample 000: no field 'lang'; its \.json has caption, long, few, id"):
-        captions_of(tmp_path, both, caption_column="lang")
+        captions_of(tmp_path, both, caption="lang")
 
 
 def test_one_of_several_captions_is_drawn_by_the_samples_generator(tmp_path: Path) -> None:
@@ -279,5 +280,7 @@ def test_open_source_recognises_shards_by_name(shards: Path) -> None:
         assert len(source) == 60
     one, *_ = every = sorted(map(str, shards.glob("*.tar")))
     for path in (one, every):
-        with pytest.raises(InputError, match="templates: .*tar is not a folder of classes; leave templates out"):
-            open_source(path, templates=["a {}"])
+        with pytest.raises(
+            InputError, match="classes.templates: .*tar is not a folder of classes; leave classes.templates out"
+        ):
+            open_source(path, classes=Classes(["a {}"]))
