@@ -87,7 +87,7 @@ def _image_names(source: PairSource) -> list[str] | None:
     """Return each row's image path as written; None: the images are not files of their own."""
     if not isinstance(source, ColumnPairs):
         return None
-    paths = source.image_paths()
+    paths = source.image_names()
     if paths is None:
         return None
     with reading(source.path, "table of image paths"):

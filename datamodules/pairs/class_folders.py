@@ -57,7 +57,7 @@ class ClassPairs(ColumnPairs):
     def __len__(self) -> int:
         return len(self._names)
 
-    def image_paths(self) -> pa.ChunkedArray | None:
+    def image_names(self) -> pa.ChunkedArray | None:
         return self._names
 
     def cells(self, index: int) -> Cells:

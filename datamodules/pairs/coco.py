@@ -11,7 +11,7 @@ import pyarrow as pa
 from datamodules.pairs.columns import TablePairs
 from datamodules.pairs.source import PairSource, SourceOptions, find_split
 from datamodules.pairs.text_table import (
-    SCHEMA_OF_LISTS,
+    SCHEMA,
     Problems,
     RawRow,
     open_records,
@@ -121,8 +121,8 @@ def _karpathy(path: Path, images: list[dict[str, Any]], options: SourceOptions) 
 
 
 def _pairs(path: Path, rows: Iterator[RawRow], options: SourceOptions, problems: Problems) -> TablePairs:
-    batches = record_batches(usable_rows(rows, problems), SCHEMA_OF_LISTS)
-    table, left_out = pa.Table.from_batches(batches, SCHEMA_OF_LISTS), problems.left_out
+    table = pa.Table.from_batches(record_batches(usable_rows(rows, problems)), SCHEMA)
+    left_out = problems.left_out
     if not table.num_rows:
         why = f" ({left_out})" if left_out.counts else ""
         raise InputError(f"{path}: no image with a caption{why}; add captions")

@@ -3,17 +3,14 @@
 import re
 import shlex
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 
 from datamodules.loading.bad_samples import BLANK_PATTERN
-from datamodules.pairs.source import SourceOptions
+from datamodules.pairs.source import SourceOptions, compute
 from lit_clip.errors import InputError, require
-
-compute: Any = pyarrow.compute  # its functions are defined at run time
 
 IMAGE_COLUMNS = (
     *("image", "image_path", "filepath", "file_path", "path", "filename", "file_name", "file", "img"),
@@ -45,15 +42,7 @@ class ColumnNames(NamedTuple):
 
 
 def find_column(path: object, found: list[str], wanted: str | None, usual: tuple[str, ...], option: str) -> str:
-    """Choose one of a table's columns.
-
-    Args:
-        path: of the table, for messages.
-        found: names of its columns.
-        wanted: name set by the user; None: the first of ``usual`` that is found, ignoring case.
-        usual: names to look for.
-        option: by which the user sets ``wanted``, for messages.
-    """
+    """Choose one of a table's columns: ``wanted``, which the user sets by ``option``, or the first of ``usual``."""
     if wanted is not None:
         if wanted in found:
             return wanted
@@ -143,11 +132,6 @@ def is_encoded(kind: pa.DataType) -> bool:
     return _is_bytes(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
 
 
-_MAY_BE_BLANK = np.zeros(256, dtype=bool)  # by first byte: of an invisible character, or of a blank word
-_MAY_BE_BLANK[[*range(0x21), 0x7F, 0xC2, 0xCD, 0xD8, *range(0xDB, 0xDD), *range(0xE0, 0xE4), 0xEF, 0xF0, 0xF3]] = True
-_MAY_BE_BLANK[[*b"nN<#"]] = True
-
-
 def blank_mask(captions: pa.Array) -> np.ndarray:
     """Return :func:`is_blank` of each text, or for lists whether all their texts are blank: bool ``[N]``."""
     if pa.types.is_dictionary(captions.type):
@@ -156,24 +140,7 @@ def blank_mask(captions: pa.Array) -> np.ndarray:
         usable = np.zeros(len(captions), dtype=bool)
         usable[compute.list_parent_indices(captions).to_numpy()[~blank_mask(captions.flatten())]] = True
         return ~usable
-    blank = captions.is_null().to_numpy(zero_copy_only=False)
-    candidates = np.flatnonzero(~blank & _may_be_blank(captions))
-    if len(candidates):
-        texts = captions.take(pa.array(candidates))
-        if _is_bytes(texts.type):
-            texts = texts.view(pa.large_string() if pa.types.is_large_binary(texts.type) else pa.string())
-        matched = compute.match_substring_regex(texts, BLANK_PATTERN, ignore_case=True)
-        blank[candidates] = matched.to_numpy(zero_copy_only=False)
-    return blank
-
-
-def _may_be_blank(texts: pa.Array) -> np.ndarray:
-    """Preselect by length and first byte, so that the regular expression runs on few texts: bool ``[N]``."""
-    wide = pa.types.is_large_string(texts.type) or pa.types.is_large_binary(texts.type)
-    _, offsets, data = texts.buffers()
-    if data is None or offsets is None or not data.size:
-        return np.ones(len(texts), dtype=bool)
-    bounds = np.frombuffer(offsets, dtype=np.int64 if wide else np.int32)[texts.offset : texts.offset + len(texts) + 1]
-    content = np.frombuffer(data, dtype=np.uint8)
-    first = content[np.minimum(bounds[:-1], len(content) - 1)]
-    return _MAY_BE_BLANK[first] | (bounds[1:] == bounds[:-1])
+    if _is_bytes(captions.type):
+        captions = captions.view(pa.large_string() if pa.types.is_large_binary(captions.type) else pa.string())
+    blank = compute.match_substring_regex(captions, BLANK_PATTERN, ignore_case=True)
+    return blank.fill_null(True).to_numpy(zero_copy_only=False)

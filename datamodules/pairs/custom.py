@@ -66,7 +66,7 @@ class CustomPairs(PairSource):
         return Pair(image, caption, self.key(index), self.group(index), negative)
 
     def read(self, index: int) -> EncodedPair:
-        """Return a pair as stored; a PIL image is stored as PNG."""
+        """Return a pair as stored; a PIL image as PNG."""
         where = self.where(index)
         try:
             texts, image = self._texts(index, where), self.image(index)

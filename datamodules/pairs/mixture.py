@@ -96,7 +96,7 @@ class Concatenated(PairSource):
         for number, source in enumerate(self.sources):
             prefix, names = f"{number}:" if self.distinct_keys else ":", source.image_names()
             rows = (f"{number}#{row}" for row in range(len(source)))
-            every += rows if names is None else (prefix + name for name in names)
+            every += rows if names is None else (f"{prefix}{str(name).strip()}" for name in names)
         return every
 
     def prepare(self) -> None:

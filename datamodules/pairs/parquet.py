@@ -116,10 +116,7 @@ class ParquetPairs(ColumnarPairs):
     row groups together as fit ``IMAGE_MEMORY``.
 
     Args:
-        path: of the files together, for messages.
-        root: folder that relative image paths start from.
         parts: the row groups of all files, in order.
-        columns: that are read.
         sizes: uncompressed bytes of the columns in each row group, int64 ``[P]``.
     """
 
@@ -194,7 +191,7 @@ class ParquetPairs(ColumnarPairs):
             for number in range(len(self._stops)):
                 self._copy(number, valid=True)
 
-    def image_paths(self) -> pa.ChunkedArray | None:
+    def image_names(self) -> pa.ChunkedArray | None:
         if self.encoded:
             return None
         tables = []

@@ -118,7 +118,7 @@ class ArrowDatasetPairs(ColumnarPairs):
     def table(self, number: int) -> pa.Table:
         return self.opened(number, lambda: _map_stream(self.part(number).file))
 
-    def image_paths(self) -> pa.ChunkedArray | None:
+    def image_names(self) -> pa.ChunkedArray | None:
         first = self.table(0)
         if is_encoded(first.schema.field(self.columns.image).type):
             return None

@@ -10,6 +10,8 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute
 from PIL import Image
 
 from datamodules.loading.sampling import permutation
@@ -17,6 +19,8 @@ from datamodules.loading.store import StoreFolder, is_remote
 from lit_clip.errors import BadSample, InputError, listed, require
 from lit_clip.tools.hashing import hash64
 from lit_clip.tools.images import OnError
+
+compute: Any = pyarrow.compute  # its functions are defined at run time
 
 NO_CAPTION = "no caption"  # the reason, the same for samples that turn out bad when loaded
 LISTED = 1000  # left-out rows that are listed one by one
@@ -29,8 +33,6 @@ class Pair(NamedTuple):
     """An image and one of its captions.
 
     Attributes:
-        image: the image.
-        caption: one of its captions.
         key: identifies the image.
         group: of duplicates; empty for none.
         negative: a caption that does not fit the image although it is similar; empty for none.
@@ -53,14 +55,9 @@ class PairText(NamedTuple):
 
 
 class EncodedPair(NamedTuple):
-    """A pair as stored, not decoded.
+    """A pair as stored: the image file's content, and all captions, none of them blank.
 
-    Attributes:
-        image: content of the image file.
-        captions: all of the image, none of them blank.
-        key: identifies the image.
-        group: of duplicates; empty for none.
-        where: name of the pair in messages, such as ``captions.csv row 7``.
+    ``where`` is its name in messages, such as ``captions.csv row 7``.
     """
 
     image: bytes
@@ -71,25 +68,18 @@ class EncodedPair(NamedTuple):
 
 
 class SkippedRows:
-    """Rows that were left out when a source was opened: counts by reason, and the first of them.
-
-    Attributes:
-        counts: reason -> number of rows.
-        listed: (where, reason) of at most ``LISTED`` rows.
-    """
+    """Rows that were left out when a source was opened: counts by reason, and (where, reason) of the first of them."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.listed: list[tuple[str, str]] = []
 
     def add(self, where: str, reason: str) -> None:
-        """Count a row."""
         self.counts[reason] += 1
         if len(self.listed) < LISTED:
             self.listed.append((where, reason))
 
     def update(self, other: "SkippedRows") -> None:
-        """Add those of another source."""
         self.counts.update(other.counts)
         self.listed = [*self.listed, *other.listed][:LISTED]
 
@@ -103,7 +93,7 @@ class SkippedRows:
 
 
 class PairSource(ABC):
-    """Pairs with random access.
+    """Pairs with random access; a row that cannot be read raises :class:`BadSample` whatever is asked of it.
 
     Opening one reads no image. Data workers are sent a copy, so it holds no Python object per row.
     """
@@ -114,50 +104,26 @@ class PairSource(ABC):
 
     @abstractmethod
     def load(self, index: int, rng: random.Random | None) -> Pair:
-        """Load a pair; of several captions ``rng`` draws one, and None takes the first and no negative.
-
-        Raises:
-            BadSample: the image or the caption cannot be read.
-        """
+        """Load a pair; of several captions ``rng`` draws one, and None takes the first and no negative."""
 
     def read(self, index: int) -> EncodedPair:
-        """Return a pair as stored.
-
-        Raises:
-            BadSample: the image file is missing, or the caption cannot be read.
-        """
+        """Return a pair as stored."""
         raise InputError(f"{type(self).__name__}: its images are not files; use a table, a folder or shards")
 
     def captions(self, index: int) -> list[str]:
-        """Return all captions of a pair, without reading the image where the source can.
-
-        Raises:
-            BadSample: the caption cannot be read.
-        """
+        """Return all captions of a pair, without reading the image where the source can."""
         return [self.load(index, None).caption]
 
     def key(self, index: int) -> str:
-        """Return the key of a pair, without reading the image where the source can.
-
-        Raises:
-            BadSample: the row cannot be read.
-        """
+        """Return the key of a pair, without reading the image where the source can."""
         return self.read(index).key
 
     def text(self, index: int, rng: random.Random | None) -> PairText:
-        """Return what :meth:`load` returns besides the image, without reading the image where the source can.
-
-        Raises:
-            BadSample: the caption cannot be read.
-        """
+        """Return what :meth:`load` returns besides the image, without reading the image where the source can."""
         return PairText(*self.load(index, rng)[1:])
 
     def image_identity(self, index: int) -> object:
-        """Return what identifies an image's content, hashable, with the same ``repr`` in every run.
-
-        Raises:
-            BadSample: the image cannot be read.
-        """
+        """Return what identifies an image's content, hashable, with the same ``repr`` in every run."""
         try:
             return hash64(self.read(index).image)
         except BadSample:
@@ -173,11 +139,7 @@ class PairSource(ABC):
         """Write the files that random access needs, unless they exist; called by one process per machine."""
 
     def check(self) -> None:  # noqa: B027  # nothing to check where images are in the source
-        """Read the headers of some evenly spread images, to fail before training starts.
-
-        Raises:
-            BadSample: a file is missing or not an image.
-        """
+        """Read the headers of some evenly spread images, to fail before training starts."""
 
     @property
     def left_out(self) -> SkippedRows:
@@ -192,42 +154,28 @@ class PairSource(ABC):
         """
         return {}
 
-    def image_names(self) -> list[str] | None:
+    def image_names(self) -> pa.ChunkedArray | Sequence[str] | None:
         """Names of all images, in order, the same for rows with the same image; None: every row has another image."""
         return None
 
     def divide(self, share: float, seed: int) -> "tuple[PairSource, PairSource]":
         """Divide the pairs in two; the second has about ``share`` of the images, and no image is in both."""
         names = self.image_names()
-        return divide_rows(self, share, seed) if names is None else divide_named(self, names, share, seed)
-
-
-def divide_rows(source: PairSource, share: float, seed: int) -> tuple[PairSource, PairSource]:
-    """Divide a source that has a different image in every row; see :meth:`PairSource.divide`."""
-    size = len(source)
-    require(size > 1, "data: one image cannot be divided into training and validation; set data.val")
-    chosen = np.zeros(size, dtype=bool)
-    chosen[random.Random(seed).sample(range(size), max(1, int(share * size)))] = True
-    return Rows(source, np.flatnonzero(~chosen)), Rows(source, np.flatnonzero(chosen))
-
-
-def divide_named(source: PairSource, names: Sequence[str], share: float, seed: int) -> tuple[PairSource, PairSource]:
-    """Divide a source whose rows with the same name have the same image; see :meth:`PairSource.divide`."""
-    images = sorted(set(names))
-    if len(images) < 2:
-        raise InputError(f"{type(source).__name__}: one image cannot be divided; set data.val")
-    chosen = set(random.Random(seed).sample(images, max(1, int(share * len(images)))))
-    held_out = np.array([name in chosen for name in names])
-    return Rows(source, np.flatnonzero(~held_out)), Rows(source, np.flatnonzero(held_out))
+        if names is not None and not isinstance(names, pa.ChunkedArray):
+            names = pa.chunked_array([pa.array(names, pa.string())])
+        images = np.arange(len(self)) if names is None else compute.unique(names)
+        require(len(images) > 1, "data: one image cannot be divided into training and validation; set data.val")
+        chosen = random.Random(seed).sample(range(len(images)), max(1, int(share * len(images))))
+        if names is None:
+            held_out = np.isin(images, chosen)
+        else:
+            images = images.take(compute.sort_indices(images))
+            held_out = compute.is_in(names, value_set=images.take(pa.array(chosen))).to_numpy().astype(bool)
+        return Rows(self, np.flatnonzero(~held_out)), Rows(self, np.flatnonzero(held_out))
 
 
 class Rows(PairSource):
-    """Some rows of a source.
-
-    Args:
-        source: that they belong to.
-        rows: int ``[N]``, ascending.
-    """
+    """Some rows of a source, ascending, int ``[N]``."""
 
     def __init__(self, source: PairSource, rows: np.ndarray) -> None:
         self.source = source

@@ -17,14 +17,7 @@ from lit_clip.errors import BadSample, InputError
 
 
 class RowRange(NamedTuple):
-    """Rows that are read together.
-
-    Attributes:
-        file: that holds them.
-        group: their row group, 0 in files that have none.
-        first: number of the first row in the file, from 0.
-        rows: how many.
-    """
+    """Rows of a file that are read together: their row group (0 where there is none), first row and number."""
 
     file: Path
     group: int
@@ -38,8 +31,6 @@ class ColumnarPairs(ColumnPairs):
     Args:
         path: of the files together, for messages.
         root: folder that relative image paths start from.
-        parts: of all files, in order.
-        columns: that are read.
         blank: numbers of the rows without a caption over all files, ascending, int64 ``[K]``; see :func:`blank_rows`.
     """
 
@@ -70,7 +61,6 @@ class ColumnarPairs(ColumnPairs):
         return self._size
 
     def part(self, number: int) -> RowRange:
-        """Return a part by its number."""
         file, group, first = self._parts[number].tolist()
         rows = self._stops[number] - (self._stops[number - 1] if number else 0)
         return RowRange(self.files[file], group, first, int(rows))
