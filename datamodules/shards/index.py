@@ -35,19 +35,26 @@ OF_SHARD = "in a shard that "  # starts the reasons that concern the rest of a s
 
 @dataclass
 class ShardIndex:
-    """Contents of a shard according to its headers.
+    """Contents of a shard according to its headers."""
 
-    Attributes:
-        keys: of the samples that have an image and a caption, in the tar's order.
-        spans: int64 ``[N, 4, 2]``, offset and size of each of ``FIELDS``; an absent field has offset -1.
-        problems: why samples are left out: reason -> keys; the empty key stands for the lost rest of the shard.
-        extensions: extension -> number of files.
+    keys: list[str]  # of the samples that have an image and a caption, in the tar's order
+    spans: np.ndarray  # int64 [N, 4, 2], offset and size of each of FIELDS; an absent field has offset -1
+    problems: dict[str, list[str]] = field(default_factory=dict)  # reason -> keys; empty: of the lost rest of the shard
+    extensions: dict[str, int] = field(default_factory=dict)  # extension -> number of files
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The head of an index: all that opening a set of shards needs.
+
+    ``path`` is that of the index, ``stamp`` that of the shard.
     """
 
-    keys: list[str]
-    spans: np.ndarray
-    problems: dict[str, list[str]] = field(default_factory=dict)
-    extensions: dict[str, int] = field(default_factory=dict)
+    path: str
+    stamp: Stamp
+    samples: int
+    problems: dict[str, tuple[int, str]]  # reason -> number of samples left out for it, and the first one's key
+    extensions: dict[str, int]  # extension -> number of files
 
 
 class DamagedError(Exception):
@@ -153,8 +160,8 @@ def scan_shard(file: BinaryIO, size: int) -> ShardIndex:
     return scan.finish()
 
 
-def write_index(index: ShardIndex, stamp: Stamp, path: Path) -> None:
-    """Write an index file."""
+def write_index(index: ShardIndex, stamp: Stamp, path: Path) -> Summary:
+    """Write an index file and return its head."""
     flat = index.spans.reshape(len(index.keys), 2 * len(FIELDS))
     columns = {"key": pa.array(index.keys, pa.large_string())}
     columns |= {name: pa.array(np.ascontiguousarray(flat[:, i])) for i, name in enumerate(SPANS)}
@@ -172,28 +179,12 @@ def write_index(index: ShardIndex, stamp: Stamp, path: Path) -> None:
     table = table.replace_schema_metadata(metadata)
     with replacing(path) as draft, pa.OSFile(str(draft), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The head of an index: all that opening a set of shards needs.
-
-    Attributes:
-        path: of the index.
-        samples: number of usable samples.
-        problems: reason -> number of samples left out for it, and the first one's key.
-        extensions: extension -> number of files.
-    """
-
-    path: str
-    stamp: Stamp
-    samples: int
-    problems: dict[str, tuple[int, str]]
-    extensions: dict[str, int]
+    summary = read_summary(path)
+    assert summary is not None, f"{path}: written and not readable"
+    return summary
 
 
 def _digest(table: pa.Table) -> str:
-    """Hash the rows of an index."""
     keys = [chunk.buffers() for chunk in table["key"].chunks if len(chunk)]
     offsets = [np.frombuffer(buffers[1], np.int64)[: len(table) + 1] for buffers in keys]
     texts = [memoryview(buffers[2])[: stops[-1]].tobytes() for buffers, stops in zip(keys, offsets, strict=True)]

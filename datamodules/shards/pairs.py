@@ -28,7 +28,6 @@ from datamodules.shards.files import (
     open_index,
 )
 from datamodules.shards.index import BLOCK, OF_SHARD, WANTED, Summary
-from datamodules.shards.order import shard_order
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.console import progress
@@ -38,7 +37,6 @@ from lit_clip.tools.workers import loader
 T = TypeVar("T")
 
 GIGABYTE = 10**9
-GAP = 64 * 1024  # unwanted bytes in a sample that are read along, rather than reading its files separately
 
 
 @dataclass
@@ -48,8 +46,7 @@ class ShardOptions:
     Attributes:
         shuffle_shards: the shards are shuffled, then the samples within windows of at most this many shards.
         cache_folder: for shards fetched from stores; None: ``~/.cache/lit-clip/shards``.
-        cache_gb: size limit of that folder; the least recently used shards are deleted first. 0: keep none, and read
-            each sample from the store by itself.
+        cache_gb: size limit of that folder; the least recently used shards are deleted first.
         index_workers: processes that index shards.
     """
 
@@ -60,7 +57,7 @@ class ShardOptions:
 
     def __post_init__(self) -> None:
         require(self.shuffle_shards >= 1, f"shards.shuffle_shards: {self.shuffle_shards} must be at least 1")
-        require(self.cache_gb >= 0, f"shards.cache_gb: {self.cache_gb} must be at least 0")
+        require(self.cache_gb > 0, f"shards.cache_gb: {self.cache_gb} must be above 0")
         require(self.index_workers >= 0, f"shards.index_workers: {self.index_workers} must be at least 0")
 
 
@@ -88,6 +85,27 @@ def _distinct_names(urls: Sequence[str]) -> list[str]:
         start = len(common or folders.pop())
         return [name[start:].lstrip("/") for name in names]
     return names
+
+
+def shard_order(sizes: Sequence[int], shuffle_shards: int, epoch: int, seed: int) -> np.ndarray:
+    """Return each row once, with the rows of a shard near each other.
+
+    The shards are shuffled and cut into windows of at most ``shuffle_shards``, as equal as possible; the rows of a
+    window are shuffled together. ``sizes`` are the rows of each shard, numbered in this order.
+
+    Returns:
+        int32 where it fits, else int64, ``[sum(sizes)]``.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    starts = [0, *np.cumsum(sizes, dtype=np.int64).tolist()]
+    order = np.empty(starts[-1], np.int32 if starts[-1] < 2**31 else np.int64)
+    done = 0
+    for window in np.array_split(rng.permutation(len(sizes)), -(-len(sizes) // shuffle_shards)):
+        rows = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in window.tolist()])
+        rng.shuffle(rows)
+        order[done : done + len(rows)] = rows
+        done += len(rows)
+    return order
 
 
 class TarPairs(PairSource):
@@ -141,8 +159,7 @@ class TarPairs(PairSource):
                 if self.on_error == "error":
                     raise InputError(f"{url}: no such shard; fix the name or set on_error to skip") from error
                 self._missing.append(url)
-        if not stamps:
-            raise InputError(f"{urls[0]}: no such shard, nor any of the {len(urls)} that are named")
+        require(bool(stamps), f"{urls[0]}: no such shard, nor any of the {len(urls)} that are named")
         return stamps
 
     def _summaries(self, stamps: dict[str, Stamp]) -> list[Summary]:
@@ -193,12 +210,12 @@ class TarPairs(PairSource):
             )
         sizes = [summary.stamp.size for url, summary in zip(self.urls, summaries, strict=True) if is_remote(url)]
         at_once = 2 * self.options.shuffle_shards * max(sizes, default=0)  # one window and the next
-        if self._folder.limit and min(at_once, sum(sizes)) > self._folder.limit:
+        if min(at_once, sum(sizes)) > self._folder.limit:
             needed = -(-10 * min(at_once, sum(sizes)) // GIGABYTE) / 10
             raise InputError(
                 f"shards.cache_gb: {self.options.cache_gb} is too little for {2 * self.options.shuffle_shards} shards "
-                f"at once, each would be fetched again and again; set it to {needed} or more, lower "
-                "shards.shuffle_shards, or set cache_gb to 0 to read each sample from the store by itself"
+                f"at once, each would be fetched again and again; set it to {needed} or more, or lower "
+                "shards.shuffle_shards"
             )
 
     def _check_columns(self) -> None:
@@ -235,7 +252,6 @@ class TarPairs(PairSource):
         return left_out
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """Return the number of a sample's shard, and its row in it."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return shard, index - (int(self._ends[shard - 1]) if shard else 0)
 
@@ -295,7 +311,9 @@ class TarPairs(PairSource):
             found = _text(contents["text"], where)
         else:
             found = _fields(contents, where).get("caption")
-        captions = [caption for caption in found if _is_caption(caption)] if isinstance(found, list) else [found]
+        captions = [found]
+        if isinstance(found, list):  # entries of other kinds are ignored
+            captions = [caption for caption in found if isinstance(caption, str) and not is_blank(caption)]
         return [check_caption(caption, where) for caption in captions or [None]]
 
 
@@ -303,29 +321,15 @@ def _drawn(captions: list[str], rng: random.Random | None) -> str:
     return captions[0] if rng is None or len(captions) == 1 else rng.choice(captions)
 
 
-def _is_caption(value: object) -> bool:
-    """Whether an entry of a list of captions is one; other entries are ignored."""
-    return isinstance(value, str) and not is_blank(value)
-
-
 def _contents(shard: OpenShard, spans: dict[str, tuple[int, int]], where: str) -> dict[str, bytes]:
-    """Read files of a sample by field; in one go where they lie close together."""
-    if not spans:
-        return {}
-    for _, size in spans.values():
-        if size > MAX_IMAGE_BYTES:
-            raise BadSample(where, "file too large", f"a file of more than {MAX_IMAGE_BYTES >> 20} MB; make it smaller")
-    first = min(offset for offset, _ in spans.values()) - BLOCK
-    last = max(offset + size for offset, size in spans.values())
-    together = last - first <= sum(size + BLOCK for _, size in spans.values()) + GAP
-    data = shard.read(first, last - first) if together else b""
+    """Read files of a sample by field."""
     contents = {}
     for name, (offset, size) in spans.items():
-        start = offset - BLOCK
-        part = data[start - first : start - first + BLOCK + size] if together else shard.read(start, BLOCK + size)
+        if size > MAX_IMAGE_BYTES:
+            raise BadSample(where, "file too large", f"a file of more than {MAX_IMAGE_BYTES >> 20} MB; make it smaller")
+        part = os.pread(shard.file.fileno(), BLOCK + size, offset - BLOCK)
         if not _is_member(part, size):
-            changed = "the shard changed since the run began; start again"
-            raise BadSample(where, "shard changed", changed)
+            raise BadSample(where, "shard changed", "the shard changed since the run began; start again")
         contents[name] = part[BLOCK:]
     return contents
 
