@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from datamodules.open_source import open_source, stamp_of_data
 from datamodules.pairs.encoder_rows import SourcePairs
@@ -30,9 +30,7 @@ def score(
     keep: float | None = None,
     threshold: float | None = None,
     min_caption_words: int | None = None,
-    min_caption_chars: int | None = None,
     min_image_dim: int | None = None,
-    max_aspect_ratio: float | None = None,
     columns: Columns = Columns(),  # noqa: B008  # immutable
     split: str | None = None,
     classes: Classes = Classes(),  # noqa: B008  # immutable
@@ -56,9 +54,7 @@ def score(
         keep: keep this share of the pairs, those with the highest scores.
         threshold: instead of keep, the least score.
         min_caption_words: keep captions of at least so many words.
-        min_caption_chars: keep captions of at least so many characters.
         min_image_dim: keep images whose shorter side has at least so many pixels.
-        max_aspect_ratio: keep images whose longer side is at most so many times the shorter.
         columns: of a table.
         split: of data that come in splits; train by default.
         classes: of a folder of classes.
@@ -72,31 +68,23 @@ def score(
     path = Path(output)
     check_output(path)
     require(bool(data), "no data: name a table, a folder or shards before the options")
-    filters = PairFilters(keep, threshold, min_caption_words, min_caption_chars, min_image_dim, max_aspect_ratio)
+    filters = PairFilters(keep, threshold, min_caption_words, min_image_dim)
     if len(data) == 1 and ScoreFile.is_one(Path(data[0])):
         require(model is None, f"--model: {data[0]} has scores already; leave it out, or give the data themselves")
-        _report(path, _filter_again(ScoreFile(Path(data[0])), path, filters), filters)
+        file = ScoreFile(Path(data[0]))
+        _report(path, write_scores(path, file.pairs(), file.scores(), filters, file.metadata))
         return
     require(model is not None, "--model: not given; it is needed to score pairs")
     check_precision(precision, accelerator)
     options = {"columns": columns, "split": split, "classes": classes}
-    source = _opened(data, options, on_error)
-    settings = EncodingSettings(batch_size, num_workers, devices, accelerator, precision, on_error)
-    counts = _score(source, stamp_of_data(data, options, source, [path]), str(model), path, settings, filters, data)
-    if counts is not None:
-        _report(path, counts, filters)
-
-
-def _opened(data: list[str], options: dict[str, Any], on_error: OnError) -> PairSource:
     source = open_source(data, **options, default_split="train", option_prefix="--", on_error=on_error)
     source.prepare()
     if source.left_out.counts:
         stderr().print(f"{source.left_out} left out")
-    return source
-
-
-def _filter_again(file: ScoreFile, path: Path, filters: PairFilters) -> Filtered:
-    return write_scores(path, file.pairs(), file.scores(), filters, file.metadata)
+    settings = EncodingSettings(batch_size, num_workers, devices, accelerator, precision, on_error)
+    counts = _score(source, stamp_of_data(data, options, source, [path]), str(model), path, settings, filters, data)
+    if counts is not None:
+        _report(path, counts)
 
 
 def _score(
@@ -124,7 +112,7 @@ def _score(
     return counts
 
 
-def _report(path: Path, counts: Filtered, filters: PairFilters) -> None:
+def _report(path: Path, counts: Filtered) -> None:
     out = stderr()
     for name, count in counts.removed.items():
         if count:
