@@ -1,7 +1,7 @@
 """Data modules, sources of (image, caption) pairs, and sets of labelled images."""
 
 from datamodules.caption_datamodule import CaptionDataModule
-from datamodules.captions import Captions, Splits, Weighted
+from datamodules.captions import Captions, Splits
 from datamodules.evaluation.image_folder import ImageFolderClasses
 from datamodules.evaluation.parquet_classes import ParquetClasses
 from datamodules.loading.augmentation import Augmentation, RandomSquareCrop
@@ -28,5 +28,4 @@ __all__ = [
     "RandomSquareCrop",
     "ShardOptions",
     "Splits",
-    "Weighted",
 ]

@@ -1,6 +1,6 @@
 """Data module for pairs in any format."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,21 +25,6 @@ from lit_clip.tools.untrusted import check_entries
 VALIDATION_SHARE = 0.1
 
 
-@dataclass
-class Weighted:
-    """Part of a mixture.
-
-    Attributes:
-        data: a path or several, which together are one source; or a source.
-        weight: share of an epoch, relative to the other parts.
-        scores: see :class:`Captions`.
-    """
-
-    data: str | list[str] | PairSource
-    weight: float = 1.0
-    scores: str | None = None
-
-
 @dataclass(frozen=True)
 class Splits:
     """Splits of data that come in splits.
@@ -53,25 +38,24 @@ class Splits:
     val: str | None = None
 
 
-# Mappings, not ``Weighted`` and ``PairSource``: for those the command line reads a path as a configuration file.
+# A mapping, not ``PairSource``: for that the command line reads a path as a configuration file.
 if TYPE_CHECKING:
     Data = str | list[str] | list[dict[str, Any]] | dict[str, Any] | PairSource
 else:
     Data = str | list[str] | list[dict[str, Any]] | dict[str, Any]
 
 
-def _weighted(part: Weighted | Mapping[str, Any]) -> Weighted:
-    if isinstance(part, Weighted):
-        return part
+def _part(part: Mapping[str, Any]) -> tuple[Any, float, str | None]:
+    """Return data, weight and table of scores of a part of a mixture."""
     data, weight, scores = part.get("data"), part.get("weight", 1.0), part.get("scores")
     is_source = isinstance(data, str | list | Mapping | PairSource)
     others = isinstance(weight, int | float) and isinstance(scores, str | None)
-    if not part.keys() <= {"data", "weight", "scores"} or not is_source or not others:
-        raise InputError(
-            "data: each part of a mixture needs data (a path) and weight (a number), and may have scores (a path), not "
-            f"{dict(part)}"
-        )
-    return Weighted(open_source(data) if isinstance(data, Mapping) else data, weight, scores)
+    require(
+        part.keys() <= {"data", "weight", "scores"} and is_source and others,
+        "data: each part of a mixture needs data (a path) and weight (a number), and may have scores (a path), not "
+        f"{dict(part)}",
+    )
+    return data, weight, scores
 
 
 class Captions(CaptionDataModule):
@@ -84,18 +68,22 @@ class Captions(CaptionDataModule):
             :class:`datamodules.CustomPairs`. Only needed by ``fit``.
         val: as ``train``; None: a tenth of the images of ``train``, chosen by ``seed``.
         columns: of a table, and the folder that its paths start from.
-        batch_size: pairs per step on each rank; None: 64 to 256 on all ranks, by the number of training pairs.
+        batch_size: pairs per step on each rank; the loss sees those of all ranks. None: 64 on all ranks together for
+            fewer than 1,000 training pairs, 128 for fewer than 2,000, otherwise 256; validation encodes 64 at once.
         num_workers: data worker processes on each rank.
         seed: of the order, the augmentation and the choice of validation images.
-        augmentation: of the training images; or a list of transforms.
+        augmentation: of the training images; or a list of transforms, see
+            :class:`datamodules.loading.augmentation.TrainingTransform`.
         global_batch_size: pairs per training step on all ranks together; ``batch_size`` is then used for validation
             only. None: ``batch_size`` on each rank.
         splits: of data that come in splits.
         shards: how tar shards are read.
         bad_samples: whether they end the run or are skipped.
-        long_captions: ``truncate``, ``sentences`` or ``error``.
+        long_captions: for captions with more tokens than the model reads: ``truncate`` them, or read ``sentences`` of
+            them that fit, others in each epoch (validation: the first ones).
         classes: reads ``train``, and ``val`` if it is a folder, as a folder of classes.
-        patch_budgets: of a NaFlex model, see :class:`datamodules.caption_datamodule.CaptionDataModule`.
+        patch_budgets: for a NaFlex model: each training batch draws one of these numbers of patches (SigLIP 2 had
+            ``[128, 256, 576, 784, 1024]``), the same on all ranks. None: the model's, which is also validation's.
         scores: of ``train``, a table of ``lit-clip score``; only the pairs that it keeps are used. Each part of a
             mixture has its own.
     """
@@ -120,8 +108,8 @@ class Captions(CaptionDataModule):
     ) -> None:
         policies = (bad_samples, long_captions, patch_budgets)
         super().__init__(batch_size, num_workers, seed, augmentation, global_batch_size, *policies)
-        if train is None and val is None:
-            raise InputError("data: set train, val or both to a table, a folder or tar shards")
+        given = train is not None or val is not None
+        require(given, "data: set train, val or both to a table, a folder or tar shards")
         self.train, self.val, self.scores = train, val, scores
         self._versions: dict[str, str] = {}  # of addresses in the data, to be the same on all ranks and after a resume
         self._splits, self._classes, columns = splits or Splits(), classes or Classes(), columns or Columns()
@@ -160,7 +148,7 @@ class Captions(CaptionDataModule):
         return {name: version for source in sources for name, version in source.versions.items()}
 
     def _source(self, data: Data, split: str) -> PairSource:
-        def opened(path: str | Sequence[str] | Mapping[str, Any] | PairSource, scores: str | None = None) -> PairSource:
+        def opened(path: Any, scores: str | None = None) -> PairSource:
             paths = [path] if isinstance(path, str) else [] if isinstance(path, Mapping | PairSource) else path
             of_classes = split == "train" or all(Path(each).expanduser().is_dir() for each in paths)
             source = open_source(
@@ -176,14 +164,13 @@ class Captions(CaptionDataModule):
         scores = self.scores if split == "train" else None
         if isinstance(data, str | Mapping | PairSource):
             return opened(data, scores)
-        parts = [_weighted(part) for part in data if isinstance(part, Weighted | Mapping)]
+        parts = [_part(part) for part in data if isinstance(part, Mapping)]
         if not parts:
             return opened([str(path) for path in data], scores)
-        if len(parts) < len(data):
-            raise InputError("data: each part of a mixture needs data and weight; there is a bare path among them")
+        bare = len(parts) < len(data)
+        require(not bare, "data: each part of a mixture needs data and weight; there is a bare path among them")
         require(scores is None, "data.scores: each part of a mixture has its own; write it beside the part's weight")
-        sources = [opened(part.data, part.scores) for part in parts]
-        return Mixture(sources, [part.weight for part in parts])
+        return Mixture([opened(part, kept) for part, _, kept in parts], [weight for _, weight, _ in parts])
 
     def _open(self, data: Data, split: str) -> PairSource:
         source = self._source(data, split)
@@ -205,8 +192,7 @@ class Captions(CaptionDataModule):
         return source
 
     def sources(self, fit: bool) -> tuple[PairSource | None, PairSource]:
-        if self.train is None and fit:
-            raise InputError("data.train: not set; fit needs data to train on")
+        require(self.train is not None or not fit, "data.train: not set; fit needs data to train on")
         if self.val is not None:
             train = self._open(self.train, "train") if fit and self.train is not None else None
             return train, self._open(self.val, "validation")

@@ -50,14 +50,10 @@ def read_table() -> list[Emoji]:
                 row["hexcode"],
                 row["annotation"],
                 tuple(row["tags"].split(", ")),
-                *map(_words, (row["group"], row["subgroup"])),
+                *(row[slug].replace("-", " ") for slug in ("group", "subgroup")),
             )
             for row in csv.DictReader(file, delimiter="\t")
         ]
-
-
-def _words(slug: str) -> str:
-    return slug.replace("-", " ")
 
 
 def held_out(emoji: Sequence[Emoji]) -> list[bool]:
@@ -178,7 +174,7 @@ class OpenMoji(CaptionDataModule):
             every tenth name either way.
         cache_dir: folder to draw into; None: ``~/.cache/lit-clip``.
 
-    The other arguments are those of :class:`datamodules.caption_datamodule.CaptionDataModule`.
+    The other arguments are those of :class:`datamodules.Captions`.
     """
 
     lists_captions = False  # a name goes with any of its tags

@@ -29,19 +29,12 @@ class SummarySection(NamedTuple):
 
 
 class DuplicateGroups(NamedTuple):
-    """Duplicates among images and captions.
+    """Duplicates among images and captions."""
 
-    Attributes:
-        files: rows of images with different keys and equal files.
-        looks: rows of images with different files that look the same.
-        captions: positions, among all captions, of equal captions.
-        pairs: number of pairs beyond the first with the same file and caption.
-    """
-
-    files: Groups
-    looks: Groups
-    captions: Groups
-    pairs: int
+    files: Groups  # rows of images with different keys and equal files
+    looks: Groups  # rows of images with different files that look the same
+    captions: Groups  # positions, among all captions, of equal captions
+    pairs: int  # beyond the first with the same file and caption
 
 
 def find_duplicates(findings: ScanFindings) -> DuplicateGroups:

@@ -10,17 +10,12 @@ from lit_clip.errors import InputError, require
 
 
 class TrainingSample(NamedTuple):
-    """Index of a training dataset; epoch and draw are part of it because they seed caption and augmentation.
-
-    Attributes:
-        draw: how often the epoch has drawn this row before; above 0 only where an epoch repeats rows.
-        budget: most patches of the image, the same for the whole batch; 0: the model's.
-    """
+    """Index of a training dataset; epoch and draw are part of it because they seed caption and augmentation."""
 
     epoch: int
     row: int
-    draw: int = 0
-    budget: int = 0
+    draw: int = 0  # how often the epoch has drawn this row before; above 0 only where an epoch repeats rows
+    budget: int = 0  # most patches of the image, the same for the whole batch; 0: the model's
 
 
 def sample_seed(seed: int, sample: TrainingSample) -> int:
@@ -76,9 +71,6 @@ class GlobalBatchSampler(Sampler[list[TrainingSample]]):
         batch_size: samples per step on each rank.
         order: epoch -> all rows in that epoch's order, int ``[size]``; None: :func:`permutation`.
         budgets: of patches, from which each batch draws one, the same on every rank (NaFlex); empty: the model's.
-
-    Attributes:
-        reshuffle: whether each epoch has its own permutation.
     """
 
     def __init__(
@@ -103,7 +95,7 @@ class GlobalBatchSampler(Sampler[list[TrainingSample]]):
         self.order = order or (lambda epoch: permutation(size, epoch, seed))
         # Data workers fetch the first batches before Lightning calls set_epoch.
         self.epoch, self.start = start.epoch, start
-        self.reshuffle = True
+        self.reshuffle = True  # each epoch has its own permutation
         self.sampler = self  # Lightning calls set_epoch on a loader's batch_sampler.sampler, not on its batch_sampler
 
     def set_epoch(self, epoch: int) -> None:
@@ -144,21 +136,8 @@ def checked_budgets(patch_budgets: list[int] | None) -> list[int]:
     return list(patch_budgets)
 
 
-class StridedSampler(Sampler[int]):
-    """Every ``world``-th sample from ``rank`` on: over all ranks each sample exactly once, without padding."""
-
-    def __init__(self, size: int, rank: int, world: int) -> None:
-        self.indices = range(rank, size, world)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
-
-
 class EvaluationBatchSampler(Sampler[list[int]]):
-    """The samples of :class:`StridedSampler` in batches, the same number on every rank where possible.
+    """Every ``world``-th sample in batches, each sample once over all ranks; equally many batches where possible.
 
     Strategies that shard the weights need every rank in every batch, so a rank that would have fewer batches makes them
     smaller; a rank with too few samples for that has fewer. A rank without samples still reports length 1: Lightning

@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from datamodules.loading.bad_samples import BLANK_PATTERN
 from datamodules.pairs.source import SourceOptions, compute
-from lit_clip.errors import InputError, require
+from lit_clip.errors import InputError, listed, require
 
 IMAGE_COLUMNS = (
     *("image", "image_path", "filepath", "file_path", "path", "filename", "file_name", "file", "img"),
@@ -18,7 +18,7 @@ IMAGE_COLUMNS = (
 )
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "description", "sentence", "sentences")
 
-MOST_NAMES, LONGEST_NAME = 30, 60  # of columns in a message
+LONGEST_NAME = 60  # of a column in a message
 
 
 class ColumnNames(NamedTuple):
@@ -43,10 +43,11 @@ class ColumnNames(NamedTuple):
 
 def find_column(path: object, found: list[str], wanted: str | None, usual: tuple[str, ...], option: str) -> str:
     """Choose one of a table's columns: ``wanted``, which the user sets by ``option``, or the first of ``usual``."""
+    columns = listed([name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..." for name in found], 30)
     if wanted is not None:
         if wanted in found:
             return wanted
-        raise InputError(f"{path}: no column {wanted!r}; its columns are {_listed(found)}; set {option}")
+        raise InputError(f"{path}: no column {wanted!r}; its columns are {columns}; set {option}")
     lowered = {column.lower(): column for column in reversed(found)}
     for name in usual:
         if name in lowered:
@@ -56,7 +57,7 @@ def find_column(path: object, found: list[str], wanted: str | None, usual: tuple
     hint = f"for example, set {option} {likely}" if option.startswith("--") else f"set {option}"
     if is_image and "url" in lowered:
         hint = "download the images first, for example with img2dataset"
-    raise InputError(f"{path}: none of its columns ({_listed(found)}) is called {' or '.join(usual[:3])}; {hint}")
+    raise InputError(f"{path}: none of its columns ({columns}) is called {' or '.join(usual[:3])}; {hint}")
 
 
 def find_columns(path: object, found: list[str], options: SourceOptions) -> ColumnNames:
@@ -65,8 +66,7 @@ def find_columns(path: object, found: list[str], options: SourceOptions) -> Colu
     image = find_column(path, found, wanted.image, IMAGE_COLUMNS, f"{option}image")
     numbered = [] if wanted.caption is not None else _numbered_captions(found)
     caption = find_column(path, found, [*numbered, wanted.caption][0], CAPTION_COLUMNS, f"{option}caption")
-    if image == caption:
-        raise InputError(f"{path}: column {image!r} cannot be both the image and the caption")
+    require(image != caption, f"{path}: column {image!r} cannot be both the image and the caption")
     for name, column in (("group", wanted.group), ("negative", wanted.negative)):
         if column is not None:
             find_column(path, found, column, (), f"{option}{name}")
@@ -81,12 +81,6 @@ def refuse_equal(path: object, found: Sequence[str], wanted: Sequence[str]) -> N
         require(found.count(name) < 2, f"{path}: two columns are called {name!r}; rename one")
 
 
-def _listed(names: Sequence[str]) -> str:
-    """List the names of columns, of which there may be any number of any length."""
-    shown = ", ".join(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..." for name in names[:MOST_NAMES])
-    return shown + (f", ... ({len(names):,} in all)" if len(names) > MOST_NAMES else "")
-
-
 def _numbered_captions(found: list[str]) -> list[str]:
     """Return the columns ``caption_0``, ``caption_1``, ... in the order of their numbers, unless one is plain."""
     if any(column.lower() in CAPTION_COLUMNS for column in found):
@@ -99,8 +93,8 @@ def _numbered_captions(found: list[str]) -> list[str]:
 def check_types(path: object, schema: pa.Schema, columns: ColumnNames) -> None:
     """Raise :class:`InputError` unless images are paths or encoded images, and captions texts or lists of texts."""
     image = schema.field(columns.image).type
-    if not (_is_text(image) or is_encoded(image)):
-        raise InputError(f"{path}: column {columns.image!r} holds {image}, neither paths nor images; set columns.image")
+    readable = _is_text(image) or is_encoded(image)
+    require(readable, f"{path}: column {columns.image!r} holds {image}, neither paths nor images; set columns.image")
     texts = [*(("caption", name) for name in columns.captions), ("negative", columns.negative)]
     for option, name in texts:
         kind = None if name is None else schema.field(name).type
@@ -117,10 +111,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def _is_text(kind: pa.DataType) -> bool:
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return any(
-        is_kind(value)
-        for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    )
+    return pa.types.is_string(value) or pa.types.is_large_string(value) or _is_bytes(value)
 
 
 def _is_bytes(kind: pa.DataType) -> bool:

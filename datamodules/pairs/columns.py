@@ -28,34 +28,23 @@ def group_name(value: Any) -> str:
 
 
 class Cells(NamedTuple):
-    """Cells of a row.
+    """Cells of a row, whose name in messages is ``where``."""
 
-    Attributes:
-        image: a path, bytes, or Hugging Face's struct of both.
-        where: name of the row in messages.
-        key: of an image that is not a file of its own.
-    """
-
-    image: Any
+    image: Any  # a path, bytes, or Hugging Face's struct of both
     caption: Any
     group: str
     where: str
-    key: str
+    key: str  # of an image that is not a file of its own
     negative: Any = None
 
 
 class ColumnPairs(PairSource):
     """Pairs in columns of captions and of image paths or encoded images.
 
-    Args:
-        path: of the source, for messages.
-        root: folder that relative image paths start from, on disk or in a store.
-
-    Attributes:
-        inside: whether the paths of images must stay inside that folder.
+    ``path`` is that of the source, for messages; relative paths of images start from ``root``.
     """
 
-    inside = False
+    inside = False  # whether the paths of images must stay inside the root
 
     def __init__(self, path: Path, root: Path | StoreFolder) -> None:
         self.path, self.root = path, root
@@ -126,7 +115,6 @@ class ColumnPairs(PairSource):
         return self._image(self.cells(index))[1]
 
     def _opened(self, image: Path | str | io.BytesIO, where: str) -> Path | io.BytesIO:
-        """Read an image that is in a store."""
         return io.BytesIO(cast(StoreFolder, self.root).read(image, where)) if isinstance(image, str) else image
 
     def _image(self, cells: Cells) -> tuple[Path | str | io.BytesIO, str]:
@@ -161,7 +149,6 @@ def file_identity(path: Path | str, where: str) -> tuple[str, int, str]:
 
 
 def _captions(cells: Cells) -> list[str]:
-    """Return the captions of a row that are not blank."""
     captions = _texts(cells.caption, cells.where)
     if not captions:
         raise BadSample(cells.where, NO_CAPTION, "no caption; write one or remove it")
@@ -175,7 +162,6 @@ def _texts(cell: Any, where: str) -> list[str]:
 
 
 def _decoded(value: Any, where: str) -> Any:
-    """Decode bytes; any other value is returned unchanged."""
     if not isinstance(value, bytes):
         return value
     try:
@@ -189,11 +175,9 @@ class TablePairs(ColumnPairs):
     """Pairs in an Arrow table with columns ``image``, ``caption``, ``number`` and perhaps ``group`` and ``negative``.
 
     Args:
-        table: one usable pair per row.
         path: of the file that the table was made from, for messages.
         label: what ``number`` counts in that file.
         mapped: the Arrow file that ``table`` maps, if any.
-        left_out: rows of the file that are not in the table.
     """
 
     def __init__(

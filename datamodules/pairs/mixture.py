@@ -23,9 +23,7 @@ def proportional_counts(weights: Sequence[float], total: int) -> list[int]:
 class Concatenated(PairSource):
     """Several sources, one after the other.
 
-    Args:
-        distinct_keys: equal keys in two sources are different images, so keys are prefixed with the source's number.
-        distinct_groups: the same for groups.
+    Keys are prefixed with the source's number where equal keys in two sources are different images; so are groups.
     """
 
     def __init__(self, sources: Sequence[PairSource], distinct_keys: bool, distinct_groups: bool = False) -> None:
@@ -52,12 +50,10 @@ class Concatenated(PairSource):
         return self.sources[number].order(epoch, seed).astype(np.int64)
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """Return a source's number and the row in it."""
         number = bisect_right(self.stops, index)
         return number, index - (self.stops[number - 1] if number else 0)
 
     def _distinct(self, number: int, key: str, group: str) -> dict[str, str]:
-        """Key and group of a pair, prefixed with its source's number where needed."""
         return {
             "key": f"{number}:{key}" if self.distinct_keys else key,
             "group": f"{number}:{group}" if self.distinct_groups and group else group,
@@ -125,10 +121,7 @@ class Mixture(Concatenated):
     An epoch has as many pairs as the sources have together. Each source is read in its own order and continues in the
     next epoch where it stopped: none of its pairs repeats before all of them were used, and then it starts over in
     another order. The order of an epoch is a pure function of epoch and seed, as for any source.
-
-    Args:
-        sources: keys and groups are prefixed with the source's number (``0:cat.jpg``).
-        weights: one per source; they need not sum to 1.
+    Keys and groups are prefixed with the source's number (``0:cat.jpg``). The weights need not sum to 1.
     """
 
     def __init__(self, sources: Sequence[PairSource], weights: Sequence[float]) -> None:

@@ -30,19 +30,13 @@ JSON_LINES = (".jsonl", ".ndjson")
 
 
 class Pair(NamedTuple):
-    """An image and one of its captions.
-
-    Attributes:
-        key: identifies the image.
-        group: of duplicates; empty for none.
-        negative: a caption that does not fit the image although it is similar; empty for none.
-    """
+    """An image and one of its captions."""
 
     image: Image.Image
     caption: str
-    key: str
-    group: str = ""
-    negative: str = ""
+    key: str  # identifies the image
+    group: str = ""  # of duplicates
+    negative: str = ""  # a caption that does not fit the image although it is similar
 
 
 class PairText(NamedTuple):
@@ -55,16 +49,13 @@ class PairText(NamedTuple):
 
 
 class EncodedPair(NamedTuple):
-    """A pair as stored: the image file's content, and all captions, none of them blank.
-
-    ``where`` is its name in messages, such as ``captions.csv row 7``.
-    """
+    """A pair as stored: the image file's content, and all captions, none of them blank."""
 
     image: bytes
     captions: list[str]
     key: str
     group: str
-    where: str
+    where: str  # its name in messages, such as "captions.csv row 7"
 
 
 class SkippedRows:
@@ -148,10 +139,7 @@ class PairSource(ABC):
 
     @property
     def versions(self) -> dict[str, str]:
-        """The version of each address that was opened and may change; opened again with it, it has the same rows.
-
-        Addresses are without secrets.
-        """
+        """The version of each address (without secrets) that was opened; opened again with it, it has the same rows."""
         return {}
 
     def image_names(self) -> pa.ChunkedArray | Sequence[str] | None:
@@ -163,14 +151,15 @@ class PairSource(ABC):
         names = self.image_names()
         if names is not None and not isinstance(names, pa.ChunkedArray):
             names = pa.chunked_array([pa.array(names, pa.string())])
-        images = np.arange(len(self)) if names is None else compute.unique(names)
-        require(len(images) > 1, "data: one image cannot be divided into training and validation; set data.val")
-        chosen = random.Random(seed).sample(range(len(images)), max(1, int(share * len(images))))
-        if names is None:
-            held_out = np.isin(images, chosen)
-        else:
-            images = images.take(compute.sort_indices(images))
-            held_out = compute.is_in(names, value_set=images.take(pa.array(chosen))).to_numpy().astype(bool)
+        images = None if names is None else compute.unique(names)
+        count, where = len(self if images is None else images), getattr(self, "path", type(self).__name__)
+        require(count > 1, f"{where}: one image cannot be divided; set data.val")
+        chosen = random.Random(seed).sample(range(count), max(1, int(share * count)))
+        held_out = np.zeros(count, dtype=bool)
+        held_out[chosen] = True
+        if images is not None:
+            images = images.take(compute.sort_indices(images)).filter(pa.array(held_out))
+            held_out = compute.is_in(names, value_set=images).to_numpy().astype(bool)
         return Rows(self, np.flatnonzero(~held_out)), Rows(self, np.flatnonzero(held_out))
 
 
@@ -259,33 +248,16 @@ class Classes:
 
 
 class SourceOptions(NamedTuple):
-    """Options for opening a source.
-
-    Attributes:
-        columns: of a table.
-        classes: of a folder of classes.
-        split: of sources that come in splits.
-        default_split: taken where a source has splits and ``split`` is None.
-        on_error: ``error`` ends the run at a row that cannot be read, ``skip`` leaves it out.
-        shards: how tar shards are read, a :class:`datamodules.shards.pairs.ShardOptions`.
-        versions: address without secrets -> version, for addresses that are to be opened as they were
-            (:attr:`PairSource.versions`).
-        option_prefix: of these names on the command line, for messages.
-    """
+    """Options for opening a source."""
 
     columns: Columns = Columns()
     classes: Classes = Classes()
     split: str | None = None
-    default_split: str | None = None
-    on_error: OnError = "error"
-    shards: Any = None
-    versions: Mapping[str, str] = MappingProxyType({})
-    option_prefix: str = ""
-
-    @property
-    def of_classes(self) -> bool:
-        """Whether the source is a folder of classes."""
-        return self.classes != Classes()
+    default_split: str | None = None  # taken where a source has splits and split is None
+    on_error: OnError = "error"  # at a row that cannot be read; skip leaves it out
+    shards: Any = None  # datamodules.shards.pairs.ShardOptions
+    versions: Mapping[str, str] = MappingProxyType({})  # as PairSource.versions, to open addresses as they were
+    option_prefix: str = ""  # of these names on the command line, for messages
 
     def image_root(self, default: Path) -> Path | StoreFolder:
         """Return the folder that relative image paths start from."""
@@ -300,7 +272,7 @@ class SourceOptions(NamedTuple):
         """Raise :class:`InputError` if templates or class names are set, for a source without classes."""
         option = "classes.templates" if self.classes.templates is not None else "classes.names"
         message = f"{self.option_prefix}{option}: {path} is not a folder of classes; leave {option} out"
-        require(not self.of_classes, message)
+        require(self.classes == Classes(), message)
 
     def refuse_columns(self, path: object, names: Sequence[str] = COLUMNS, kind: str = "is not a table") -> None:
         """Raise :class:`InputError` if a column is set, for a source without columns."""

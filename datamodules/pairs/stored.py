@@ -13,7 +13,7 @@ from datamodules.loading.store import StoreFolder
 from datamodules.pairs.column_names import ColumnNames, blank_mask
 from datamodules.pairs.columns import Cells, ColumnPairs, group_name
 from datamodules.pairs.source import LISTED, NO_CAPTION
-from lit_clip.errors import BadSample, InputError
+from lit_clip.errors import BadSample, require
 
 
 class RowRange(NamedTuple):
@@ -28,10 +28,7 @@ class RowRange(NamedTuple):
 class ColumnarPairs(ColumnPairs):
     """Pairs in the columns of several files, without the rows that have no caption.
 
-    Args:
-        path: of the files together, for messages.
-        root: folder that relative image paths start from.
-        blank: numbers of the rows without a caption over all files, ascending, int64 ``[K]``; see :func:`blank_rows`.
+    ``blank`` are the numbers of those rows over all files, ascending, int64 ``[K]``; see :func:`blank_rows`.
     """
 
     def __init__(
@@ -45,8 +42,7 @@ class ColumnarPairs(ColumnPairs):
         self.columns = columns
         self._kept_before = blank - np.arange(len(blank))  # usable rows before each unusable one
         self._size = int(self._stops[-1] if len(parts) else 0) - len(blank)
-        if self._size < 1:
-            raise InputError(f"{path}: no row with an image and a caption ({len(blank)} without a caption)")
+        require(self._size > 0, f"{path}: no row with an image and a caption ({len(blank)} without a caption)")
         self._open: dict[Any, Any] = {}
         self._process = os.getpid()
         for row in blank[:LISTED].tolist():
@@ -82,7 +78,6 @@ class ColumnarPairs(ColumnPairs):
         return self._kept_before + np.arange(len(self._kept_before))
 
     def _without_blank(self, rows: pa.ChunkedArray) -> pa.ChunkedArray:
-        """Drop the rows without a caption from a column of all rows."""
         usable = np.ones(len(rows), dtype=bool)
         usable[self._blank] = False
         return rows.filter(pa.array(usable)) if len(self) < len(rows) else rows
@@ -123,11 +118,7 @@ def blank_rows(batches: Any, captions: Sequence[str]) -> np.ndarray:
     """Return the numbers of the rows that are blank in all caption columns, ascending, int64 ``[K]``."""
     found, first = [], 0
     for batch in batches:
-        blank = np.logical_and.reduce([blank_mask(_column(batch, caption)) for caption in captions])
+        blank = np.logical_and.reduce([blank_mask(batch.column(caption)) for caption in captions])
         found.append(np.flatnonzero(blank) + first)
         first += batch.num_rows
     return np.concatenate(found).astype(np.int64) if found else np.zeros(0, dtype=np.int64)
-
-
-def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
-    return batch.column(batch.schema.get_field_index(name))

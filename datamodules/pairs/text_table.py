@@ -203,11 +203,8 @@ def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
     """Yield the rows that have an image and a caption; the others are errors, or left out and counted."""
     for row in rows:
         if not isinstance(row.image, str) or not row.image.strip():
-            problems.add(
-                row.number,
-                "missing image",
-                f"no image in column {problems.image_column!r}; add a path or remove the row",
-            )
+            detail = f"no image in column {problems.image_column!r}; add a path or remove the row"
+            problems.add(row.number, "missing image", detail)
             continue
         captions, negatives = _not_blank(row.caption), _not_blank(row.negative)
         is_name = row.group is None or isinstance(row.group, str | int | float)
@@ -223,7 +220,7 @@ def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
         elif not is_unicode("".join([row.image, *captions, *negatives, group_name(row.group)])):
             problems.add(row.number, "not UTF-8", "not UTF-8 text; save it as UTF-8")
         else:
-            yield RawRow(row.number, row.image.strip(), captions, group_name(row.group), negatives)
+            yield RawRow(row.number, row.image.strip(), captions, group_name(row.group), negatives or None)
 
 
 def shown(value: Any) -> str:
@@ -237,23 +234,28 @@ def _not_blank(cell: Any) -> list[Any]:
 
 def record_batches(rows: Iterable[RawRow]) -> Iterator[pa.RecordBatch]:
     """Collect rows into record batches of a bounded number of rows and characters."""
-    cells: dict[str, list[Any]] = {name: [] for name in RawRow._fields}  # no object per row: slow to collect
-    add_number, add_image, add_caption, add_group, add_negative = (column.append for column in cells.values())
+    images, captions, stops, groups, negatives, numbers = columns = [[] for _ in range(6)]
     characters = 0
-    for number, image, captions, group, negatives in rows:
-        add_number(number)
-        add_image(image)
-        add_caption(captions)
-        add_group(group)
-        add_negative(negatives or None)
-        characters += sum(map(len, captions)) + sum(map(len, negatives or ()))
-        if len(cells["number"]) == BATCH_ROWS or characters > BATCH_CHARACTERS:
-            yield pa.record_batch(cells, SCHEMA)
+    for number, image, texts, group, wrong in rows:
+        images.append(image)
+        captions.extend(texts)  # no object per row: slow to collect
+        stops.append(len(captions))
+        groups.append(group)
+        negatives.append(wrong)
+        numbers.append(number)
+        characters += sum(map(len, texts)) + sum(map(len, wrong or ()))
+        if len(numbers) == BATCH_ROWS or characters > BATCH_CHARACTERS:
+            yield _batch(*columns)
             characters = 0
-            for column in cells.values():
+            for column in columns:
                 column.clear()
-    if cells["number"]:
-        yield pa.record_batch(cells, SCHEMA)
+    if numbers:
+        yield _batch(*columns)
+
+
+def _batch(images: list[Any], captions: list[Any], stops: list[Any], *others: list[Any]) -> pa.RecordBatch:
+    lists = pa.ListArray.from_arrays(pa.array([0, *stops], pa.int32()), pa.array(captions, pa.string()))
+    return pa.record_batch(dict(zip(SCHEMA.names, (images, lists, *others), strict=True)), SCHEMA)
 
 
 def raw_rows(path: Path, find: FindColumns, problems: Problems | None = None) -> Iterator[RawRow]:
@@ -271,10 +273,8 @@ def raw_rows(path: Path, find: FindColumns, problems: Problems | None = None) ->
 def open_table(path: Path, options: SourceOptions) -> PairSource:
     """Open a text table; rows without a caption are left out and counted.
 
-    Args:
-        path: ``.jsonl``, ``.ndjson`` or ``.json`` with an object per line; any other suffix is a delimited file with a
-            header, whose delimiter is detected automatically. UTF-8, or UTF-16 with a byte order mark.
-        options: set by the user.
+    It is UTF-8, or UTF-16 or UTF-32 with a byte order mark: ``.jsonl``, ``.ndjson`` or ``.json`` with an object per
+    line, or else a delimited file with a header, whose delimiter is detected automatically.
     """
     check_is_file(path)
     require(path.is_file(), f"{path}: no such file")

@@ -138,7 +138,7 @@ def test_many_columns_are_read_and_not_all_listed(folder: Path) -> None:
     path.write_text(",".join(["image", "caption", *names]) + "\na.png,a cat" + ",1" * len(names) + "\n")
     assert opened(path).captions(0) == ["a cat"]
     path.write_text(",".join(names) + "\n")
-    with pytest.raises(InputError, match=r"column 29, \.\.\. \(100,000 in all\)") as error:
+    with pytest.raises(InputError, match=r"column 29 and 99,970 more") as error:
         open_source(path)
     assert len(str(error.value)) < 1000
 

@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import callbacks
-from datamodules import Captions, CustomPairs, Weighted
+from datamodules import Captions, CustomPairs
 from datamodules.commands.inspect import inspect
 from datamodules.commands.shard import shard
 from datamodules.loading.bad_samples import BadSamples
@@ -163,7 +163,6 @@ def test_a_mixture_has_its_share_of_own_rows(as_object: bool, tmp_path: Path) ->
     own: Any = {"class_path": f"{__name__}.Shapes", "init_args": {"rows": 10}}
     own, table = Shapes(10) if as_object else own, str(tmp_path / "t.csv")
     parts: Any = [{"data": table, "weight": 1}, {"data": own, "weight": 3}]
-    parts = [Weighted(**part) for part in parts] if as_object else parts
     data = Captions(parts, Shapes(), batch_size=4, num_workers=0)
     data.preprocessing = Preprocessing(16)
     data.setup("fit")
