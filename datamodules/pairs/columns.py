@@ -76,6 +76,9 @@ class ColumnPairs(PairSource):
     def left_out(self) -> SkippedRows:
         return self._left_out
 
+    def image_names(self) -> pa.ChunkedArray | None:
+        return None
+
     def load(self, index: int, rng: random.Random | None) -> Pair:
         cells = self.cells(index)
         text = self._text(cells, rng)

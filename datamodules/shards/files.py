@@ -7,8 +7,9 @@ import re
 from collections import OrderedDict
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 from datamodules.loading.store import Stamp, fetch, is_remote, retry
 from datamodules.shards.index import (
@@ -192,7 +193,8 @@ def open_index(url: str, summary: Summary, folder: ShardFolder) -> MappedIndex:
         return MappedIndex(made)
 
 
-class OpenShard(NamedTuple):
+@dataclass(frozen=True)
+class OpenShard:
     """One shard open for reading, with its index."""
 
     index: MappedIndex
