@@ -43,8 +43,7 @@ def score(
 ) -> None:
     """Score how well each caption fits its image, and choose the pairs to train on.
 
-    The score is the cosine similarity of the model's features. The table has a row for each image and caption, with
-    the score, whether the pair is kept, and the filters that remove it. fit and shard read the kept pairs with it. The
+    The score is the cosine similarity of the model's features. fit and shard read the kept pairs with the table. The
     same command resumes an interrupted run.
 
     Args:
@@ -65,8 +64,7 @@ def score(
         precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
         on_error: error ends the run at a pair that cannot be read; skip lists it in the table.
     """
-    path = Path(output)
-    check_output(path)
+    check_output(path := Path(output))
     require(bool(data), "no data: name a table, a folder or shards before the options")
     filters = PairFilters(keep, threshold, min_caption_words, min_image_dim)
     if len(data) == 1 and ScoreFile.is_one(Path(data[0])):
@@ -83,8 +81,7 @@ def score(
         stderr().print(f"{source.left_out} left out")
     settings = EncodingSettings(batch_size, num_workers, devices, accelerator, precision, on_error)
     counts = _score(source, stamp_of_data(data, options, source, [path]), str(model), path, settings, filters, data)
-    if counts is not None:
-        _report(path, counts)
+    _report(path, counts)
 
 
 def _score(
@@ -112,7 +109,9 @@ def _score(
     return counts
 
 
-def _report(path: Path, counts: Filtered) -> None:
+def _report(path: Path, counts: Filtered | None) -> None:
+    if counts is None:  # another rank than the first
+        return
     out = stderr()
     for name, count in counts.removed.items():
         if count:
