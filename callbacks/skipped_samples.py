@@ -192,7 +192,7 @@ class SkippedSamples(Callback):
         limit = float(getattr(_data(trainer), "max_skipped", 1.0))
         if tally.too_many(limit, at_end):
             raise InputError(
-                f"{tally}{self._listed_in()}; fix or remove them, or raise data.max_skipped (now {limit:g})"
+                f"{tally}{self._listed_in()}; fix or remove them, or raise data.bad_samples.max_skipped (now {limit:g})"
             )
 
 

@@ -1,18 +1,23 @@
 """Data modules, sources of (image, caption) pairs, and sets of labelled images."""
 
 from datamodules.caption_datamodule import CaptionDataModule
-from datamodules.captions import Captions, Weighted
+from datamodules.captions import Captions, Splits
 from datamodules.evaluation.own_classes import ImageFolderClasses, ParquetClasses
 from datamodules.loading.augmentation import Augmentation, RandomSquareCrop
+from datamodules.loading.bad_samples import BadSamples
 from datamodules.no_captions import NoCaptions
 from datamodules.openmoji import OpenMoji, OpenMojiClasses
 from datamodules.pairs.custom import CustomPairs
+from datamodules.pairs.source import Classes, Columns
 from datamodules.shards.pairs import ShardOptions
 
 __all__ = [
     "Augmentation",
+    "BadSamples",
     "CaptionDataModule",
     "Captions",
+    "Classes",
+    "Columns",
     "CustomPairs",
     "ImageFolderClasses",
     "NoCaptions",
@@ -21,5 +26,5 @@ __all__ = [
     "ParquetClasses",
     "RandomSquareCrop",
     "ShardOptions",
-    "Weighted",
+    "Splits",
 ]

@@ -2,6 +2,8 @@
 
 import zlib
 from abc import ABC, abstractmethod
+from dataclasses import astuple
+from functools import partial
 from typing import Any, get_args
 
 import numpy as np
@@ -10,13 +12,12 @@ from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
 from datamodules.loading.augmentation import Augmentation, TrainingTransform, Transform, check_transforms
-from datamodules.loading.bad_samples import SkippingDataset
+from datamodules.loading.bad_samples import BadSamples, SkippingDataset
 from datamodules.loading.copy_stream import on_copy_stream
 from datamodules.loading.sampling import (
     EvaluationBatchSampler,
     GlobalBatchSampler,
     Position,
-    StridedSampler,
     checked_budgets,
     default_batch_size,
 )
@@ -31,11 +32,10 @@ from datamodules.pairs.stored_features import (
     WithStoredFeatures,
 )
 from lit_clip.distributed import rank_and_world
-from lit_clip.errors import InputError, require
+from lit_clip.errors import require
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
-from lit_clip.tools.images import OnError
 from lit_clip.tools.untrusted import check_entries, shortened
 from lit_clip.tools.workers import SharedMemoryCollate, shield_worker
 from lit_clip.training.lightning.loops import divides_samples
@@ -56,24 +56,7 @@ class ResumableLoader(DataLoader[Any]):
 class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
     """Load the pairs of a training and a validation source in batches.
 
-    Args:
-        batch_size: pairs per step on each rank; the loss sees those of all ranks. None: 64 on all ranks together for
-            fewer than 1,000 training pairs, 128 for fewer than 2,000, otherwise 256; validation encodes 64 at once.
-        num_workers: data worker processes on each rank.
-        seed: of the order and the augmentation.
-        augmentation: of the training images; or a list of transforms, see
-            :class:`datamodules.loading.augmentation.TrainingTransform`.
-        global_batch_size: pairs per training step on all ranks together; ``batch_size`` is then used for validation
-            only. None: ``batch_size`` on each rank.
-        on_error: for samples that cannot be used: ``error`` ends the run and names the sample; ``skip`` drops it from
-            its batch, counts it and lists it in the run's ``skipped.jsonl``. No other sample takes its place.
-        max_skipped: with ``skip``, end the run once a larger share than this of at least 100 samples was skipped.
-        long_captions: for captions with more tokens than the model reads: ``truncate`` them; ``sentences`` to read
-            whole sentences of them that fit, others in each epoch (validation: the first ones); or ``error`` to end the
-            run at the first.
-        patch_budgets: for a NaFlex model: each training batch draws one of these numbers of patches (SigLIP 2 had
-            ``[128, 256, 576, 784, 1024]``), the same on all ranks. None: the model's ``max_patches``, which is also
-            that of validation.
+    The arguments are those of :class:`datamodules.Captions` of the same names.
 
     Attributes:
         preprocessing: of images for the model; ``setup`` takes it from the trainer's module. Set it for use without a
@@ -88,8 +71,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         seed: int = 0,
         augmentation: Augmentation | list[Transform] | None = None,
         global_batch_size: int | None = None,
-        on_error: OnError = "error",
-        max_skipped: float = 0.05,
+        bad_samples: BadSamples | None = None,
         long_captions: LongCaptions = "truncate",
         patch_budgets: list[int] | None = None,
     ) -> None:
@@ -99,13 +81,11 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         require(seed >= 0, f"seed: {seed} must be at least 0")
         if global_batch_size is not None:
             require(global_batch_size >= 1, f"global_batch_size: {global_batch_size} must be at least 1")
-        require(on_error in get_args(OnError), f"on_error: {on_error!r} must be 'error' or 'skip'")
-        require(0 <= max_skipped <= 1, f"max_skipped: {max_skipped} must be between 0 and 1")
         policies = get_args(LongCaptions)
         require(long_captions in policies, f"long_captions: {long_captions!r} must be one of {', '.join(policies)}")
         self.lists_captions = self.lists_captions and long_captions != "sentences"
         self.patch_budgets = checked_budgets(patch_budgets)
-        self.on_error, self.max_skipped = on_error, max_skipped
+        self.on_error, self.max_skipped = astuple(bad_samples or BadSamples())
         self.long_captions: LongCaptions = long_captions
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.global_batch_size = global_batch_size
@@ -126,11 +106,11 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
 
     def setup(self, stage: str) -> None:
         trainer: Any = self.trainer
-        if trainer and divides_samples(trainer):
-            raise InputError(
-                "trainer.use_distributed_sampler: the data module itself divides the samples among processes; "
-                "pass Trainer(use_distributed_sampler=False)"
-            )
+        require(
+            not (trainer and divides_samples(trainer)),
+            "trainer.use_distributed_sampler: the data module itself divides the samples among processes; pass "
+            "Trainer(use_distributed_sampler=False)",
+        )
         module = getattr(trainer, "lightning_module", None)
         self.preprocessing = getattr(module, "preprocessing", self.preprocessing)
         self.tokenize = getattr(module, "tokenize", self.tokenize)
@@ -141,20 +121,14 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
 
     def _batches(self, start: Position = Position()) -> GlobalBatchSampler:  # noqa: B008  # immutable
         assert self.train_source is not None, "call setup('fit') first"
-        source, batch_size = self.train_source, self.train_batch_size
-        pairs = source.epoch_size
-        if self.global_batch_size is not None and pairs < self.global_batch_size:
-            world = self._rank_and_world()[1]
-            raise InputError(
-                f"global_batch_size: {self.global_batch_size} pairs per step are more than the {pairs} training pairs; "
-                f"set it to at most {max(1, pairs // world) * world}, and adjust the learning rate"
-            )
-
-        def order(epoch: int) -> np.ndarray:
-            return source.order(epoch, self.seed)
-
-        ranks = self._rank_and_world()
-        return GlobalBatchSampler(pairs, batch_size, *ranks, self.seed, order, start, self.patch_budgets)
+        batch_size, pairs, (rank, world) = self.train_batch_size, len(self.train_source), self._rank_and_world()
+        require(
+            self.global_batch_size is None or pairs >= self.global_batch_size,
+            f"global_batch_size: {self.global_batch_size} pairs per step are more than the {pairs} training pairs; "
+            f"set it to at most {max(1, pairs // world) * world}, and adjust the learning rate",
+        )
+        order = partial(self.train_source.order, seed=self.seed)
+        return GlobalBatchSampler(pairs, batch_size, rank, world, self.seed, order, start, self.patch_budgets)
 
     def _settings(self, epoch: int) -> dict[str, Any]:
         """Return all that determines the batches of an epoch; None for what is not set."""
@@ -164,7 +138,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
             rows = source.order(epoch, self.seed)[:1000].astype(np.int64)
             self._order_checksum = (epoch, zlib.crc32(rows.tobytes()))
         return {
-            "training pairs": source.epoch_size,
+            "training pairs": len(source),
             "pairs per step (all ranks)": self.train_batch_size * self._rank_and_world()[1],
             "data.seed": self.seed,
             "checksum of the order": self._order_checksum[1],
@@ -193,18 +167,17 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         return Position(self._start_position.epoch + done // per_epoch, done % per_epoch)
 
     def _start(self) -> Position:
-        """Return the position to resume from."""
         start = Position(self._resumed["epoch"], self._resumed["batch"])
         saved, now = self._resumed["settings"], self._settings(start.epoch)
         there = {name: saved.get(name) for name in now}
         changed = [
             f"{name} {shortened(there[name])} there and {now[name]} here" for name in now if there[name] != now[name]
         ]
-        if start.batch and changed:
-            raise InputError(
-                f"checkpoint: saved after {start.batch} batches of an epoch that cannot be continued: "
-                f"{', '.join(changed)}; make them agree, or resume from a checkpoint of an epoch's end"
-            )
+        require(
+            not (start.batch and changed),
+            f"checkpoint: saved after {start.batch} batches of an epoch that cannot be continued: "
+            f"{', '.join(changed)}; make them agree, or resume from a checkpoint of an epoch's end",
+        )
         return start
 
     def _rank_and_world(self) -> tuple[int, int]:
@@ -216,14 +189,14 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         """Pairs per training step on each rank."""
         world = self._rank_and_world()[1]
         if self.global_batch_size is None:
-            return self.batch_size or default_batch_size(getattr(self.train_source, "epoch_size", 0), world)
+            return self.batch_size or default_batch_size(len(self.train_source or ()), world)
         per_rank, remainder = divmod(self.global_batch_size, world)
-        if remainder:
-            nearest = [str(pairs) for pairs in (per_rank * world, (per_rank + 1) * world) if pairs]
-            raise InputError(
-                f"global_batch_size: {self.global_batch_size} pairs cannot be divided evenly among {world} processes; "
-                f"set it to {' or '.join(nearest)}"
-            )
+        nearest = [str(pairs) for pairs in (per_rank * world, (per_rank + 1) * world) if pairs]
+        require(
+            not remainder,
+            f"global_batch_size: {self.global_batch_size} pairs cannot be divided evenly among {world} processes; "
+            f"set it to {' or '.join(nearest)}",
+        )
         return per_rank
 
     @property
@@ -236,21 +209,17 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         """Training batches in an epoch, the same on every rank."""
         return len(self._batches())
 
-    def _collate(self, stored: bool) -> Collate:
-        images, texts = (self.stored_images, self.stored_texts) if stored else (None, None)
-        refuse_long = self.long_captions == "error"
-        return Collate(self.tokenize, self.preprocessing.shape, refuse_long, images, texts)
-
     def _fitting(self, source: PairSource) -> PairSource:
         # By now the model has the tokenizer of the checkpoint that it was restored from, which may be another one.
         self.tokenize = getattr(getattr(self.trainer, "lightning_module", None), "tokenize", self.tokenize)
         return FittingCaptions(source, self.tokenize) if self.long_captions == "sentences" else source
 
     def _loader(self, dataset: Dataset[Any], stored: bool = True, **sampling: Any) -> DataLoader[Any]:
+        images, texts = (self.stored_images, self.stored_texts) if stored else (None, None)
         return ResumableLoader(
             SkippingDataset(dataset) if self.on_error == "skip" else dataset,
             num_workers=self.num_workers,
-            collate_fn=SharedMemoryCollate(self._collate(stored)),
+            collate_fn=SharedMemoryCollate(Collate(self.tokenize, self.preprocessing.shape, images, texts)),
             worker_init_fn=shield_worker,
             pin_memory=torch.cuda.is_available(),
             persistent_workers=self.num_workers > 0,
@@ -264,10 +233,9 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
 
     def train_dataloader(self) -> DataLoader[Any]:
         trainer: Any = self.trainer
-        if getattr(trainer, "reload_dataloaders_every_n_epochs", 0):
-            raise InputError(
-                "trainer.reload_dataloaders_every_n_epochs: leave it out; every epoch has its own order without it"
-            )
+        option = "reload_dataloaders_every_n_epochs"
+        own = f"trainer.{option}: leave it out; every epoch has its own order without it"
+        require(not getattr(trainer, option, 0), own)
         overfit = bool(getattr(trainer, "overfit_batches", 0))
         start = self._start() if self._resumed else Position()
         batches = self._batches(Position(batch=start.batch) if overfit else start)
@@ -306,6 +274,6 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         assert self.val_source is not None, "call setup first"
         source = self._fitting(self.val_source)
         # Lightning recreates a loader for prediction, which only works with a sampler.
-        sampler = StridedSampler(len(source), *self._rank_and_world())
-        pairs = self.validation_pairs(source)
-        return self._loader(pairs, stored=False, sampler=sampler, batch_size=self.evaluation_batch_size)
+        rank, world = self._rank_and_world()
+        sampling = {"sampler": range(rank, len(source), world), "batch_size": self.evaluation_batch_size}
+        return self._loader(self.validation_pairs(source), stored=False, **sampling)

@@ -1,6 +1,6 @@
 """Data module for pairs in any format."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,55 +10,52 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.caption_datamodule import CaptionDataModule
 from datamodules.loading.augmentation import Augmentation, Transform
+from datamodules.loading.bad_samples import BadSamples
 from datamodules.open_source import open_source
 from datamodules.pairs.caption_lengths import LongCaptions
 from datamodules.pairs.kept import FilteredPairs, kept_pairs
 from datamodules.pairs.mixture import Mixture
-from datamodules.pairs.source import NO_CAPTION, PairSource
+from datamodules.pairs.source import NO_CAPTION, Classes, Columns, PairSource
 from datamodules.shards.pairs import ShardOptions
 from lit_clip.batch import JUDGED_AFTER
 from lit_clip.distributed import gather_objects
 from lit_clip.errors import InputError, require
-from lit_clip.tools.images import OnError
 from lit_clip.tools.untrusted import check_entries
 
 VALIDATION_SHARE = 0.1
 
 
-@dataclass
-class Weighted:
-    """Part of a mixture.
+@dataclass(frozen=True)
+class Splits:
+    """Splits of data that come in splits.
 
     Attributes:
-        data: a path or several, which together are one source; or a source.
-        weight: share of an epoch, relative to the other parts.
-        scores: see :class:`Captions`.
+        train: that ``train`` is taken from; None: ``train``.
+        val: that ``val`` is taken from; None: ``val``.
     """
 
-    data: str | list[str] | PairSource
-    weight: float = 1.0
-    scores: str | None = None
+    train: str | None = None
+    val: str | None = None
 
 
-# Mappings, not ``Weighted`` and ``PairSource``: for those the command line reads a path as a configuration file.
+# A mapping, not ``PairSource``: for that the command line reads a path as a configuration file.
 if TYPE_CHECKING:
     Data = str | list[str] | list[dict[str, Any]] | dict[str, Any] | PairSource
 else:
     Data = str | list[str] | list[dict[str, Any]] | dict[str, Any]
 
 
-def _weighted(part: Weighted | Mapping[str, Any]) -> Weighted:
-    if isinstance(part, Weighted):
-        return part
+def _part(part: Mapping[str, Any]) -> tuple[Any, float, str | None]:
+    """Return data, weight and table of scores of a part of a mixture."""
     data, weight, scores = part.get("data"), part.get("weight", 1.0), part.get("scores")
     is_source = isinstance(data, str | list | Mapping | PairSource)
     others = isinstance(weight, int | float) and isinstance(scores, str | None)
-    if not part.keys() <= {"data", "weight", "scores"} or not is_source or not others:
-        raise InputError(
-            "data: each part of a mixture needs data (a path) and weight (a number), and may have scores (a path), not "
-            f"{dict(part)}"
-        )
-    return Weighted(open_source(data) if isinstance(data, Mapping) else data, weight, scores)
+    require(
+        part.keys() <= {"data", "weight", "scores"} and is_source and others,
+        "data: each part of a mixture needs data (a path) and weight (a number), and may have scores (a path), not "
+        f"{dict(part)}",
+    )
+    return data, weight, scores
 
 
 class Captions(CaptionDataModule):
@@ -70,32 +67,23 @@ class Captions(CaptionDataModule):
         train: a path; several paths, read one after the other; the parts of a mixture; or a source, such as a
             :class:`datamodules.CustomPairs`. Only needed by ``fit``.
         val: as ``train``; None: a tenth of the images of ``train``, chosen by ``seed``.
-        root: folder that relative image paths start from; None: the folder of the table.
-        image_column: of a table; None: detected automatically.
-        caption_column: of a table; None: detected automatically.
-        batch_size: pairs per step on each rank; None: 64 to 256 on all ranks, by the number of training pairs.
+        columns: of a table, and the folder that its paths start from.
+        batch_size: pairs per step on each rank; the loss sees those of all ranks. None: 64 on all ranks together for
+            fewer than 1,000 training pairs, 128 for fewer than 2,000, otherwise 256; validation encodes 64 at once.
         num_workers: data worker processes on each rank.
         seed: of the order, the augmentation and the choice of validation images.
-        augmentation: of the training images; or a list of transforms.
+        augmentation: of the training images; or a list of transforms, see
+            :class:`datamodules.loading.augmentation.TrainingTransform`.
         global_batch_size: pairs per training step on all ranks together; ``batch_size`` is then used for validation
             only. None: ``batch_size`` on each rank.
-        group_column: names the group of duplicates (such as a product), see ``duplicates`` of the losses.
-        negative_column: of a table; holds hard negative captions, a text or a list of texts in a row, of which one is
-            drawn; blank for none. Training with :class:`lit_clip.losses.Contrastive` makes them wrong texts for
-            every image; validation does not read them.
-        train_split: of data that come in splits; None: ``train``.
-        val_split: of data that come in splits; None: ``val``.
+        splits: of data that come in splits.
         shards: how tar shards are read.
-        epoch_size: pairs in an epoch of a mixture; None: as many as its parts have together.
-        on_error: ``error`` or ``skip``, see :class:`datamodules.caption_datamodule.CaptionDataModule`.
-        max_skipped: largest share of skipped samples.
-        long_captions: ``truncate``, ``sentences`` or ``error``.
-        templates: reads ``train`` as a folder with a subfolder of images for each class, and ``val`` if it is a folder;
-            the captions are these prompt templates with the class's name for ``{}``: ``imagenet``, ``paper:NAME``,
-            ``clip_benchmark:NAME``, a YAML file, a template or a list. A class is a group of duplicates, see
-            ``group_column``.
-        class_names: of a folder of classes, as for an evaluation; None: the subfolders' names.
-        patch_budgets: of a NaFlex model, see :class:`datamodules.caption_datamodule.CaptionDataModule`.
+        bad_samples: whether they end the run or are skipped.
+        long_captions: for captions with more tokens than the model reads: ``truncate`` them, or read ``sentences`` of
+            them that fit, others in each epoch (validation: the first ones).
+        classes: reads ``train``, and ``val`` if it is a folder, as a folder of classes.
+        patch_budgets: for a NaFlex model: each training batch draws one of these numbers of patches (SigLIP 2 had
+            ``[128, 256, 576, 784, 1024]``), the same on all ranks. None: the model's, which is also validation's.
         scores: of ``train``, a table of ``lit-clip score``; only the pairs that it keeps are used. Each part of a
             mixture has its own.
     """
@@ -104,47 +92,29 @@ class Captions(CaptionDataModule):
         self,
         train: Data | None = None,
         val: Data | None = None,
-        root: str | None = None,
-        image_column: str | None = None,
-        caption_column: str | None = None,
+        columns: Columns | None = None,
         batch_size: int | None = None,
         num_workers: int = 2,
         seed: int = 0,
         augmentation: Augmentation | list[Transform] | None = None,
         global_batch_size: int | None = None,
-        group_column: str | None = None,
-        negative_column: str | None = None,
-        train_split: str | None = None,
-        val_split: str | None = None,
+        splits: Splits | None = None,
         shards: ShardOptions | None = None,
-        epoch_size: int | None = None,
-        on_error: OnError = "error",
-        max_skipped: float = 0.05,
+        bad_samples: BadSamples | None = None,
         long_captions: LongCaptions = "truncate",
-        templates: str | list[str] | None = None,
-        class_names: str | list[str] | None = None,
+        classes: Classes | None = None,
         patch_budgets: list[int] | None = None,
         scores: str | None = None,
     ) -> None:
-        policies = (on_error, max_skipped, long_captions, patch_budgets)
+        policies = (bad_samples, long_captions, patch_budgets)
         super().__init__(batch_size, num_workers, seed, augmentation, global_batch_size, *policies)
-        if train is None and val is None:
-            raise InputError("data: set train, val or both to a table, a folder or tar shards")
-        self.train, self.val, self.epoch_size, self.negative_column = train, val, epoch_size, negative_column
-        self.scores = scores
+        given = train is not None or val is not None
+        require(given, "data: set train, val or both to a table, a folder or tar shards")
+        self.train, self.val, self.scores = train, val, scores
         self._versions: dict[str, str] = {}  # of addresses in the data, to be the same on all ranks and after a resume
-        self._splits = {"train": train_split, "validation": val_split}
-        self._classes = {"templates": templates, "class_names": class_names}
-        self._options: dict[str, Any] = {
-            "root": root,
-            "image_column": image_column,
-            "caption_column": caption_column,
-            "group_column": group_column,
-            "negative_column": negative_column,
-            "shards": shards,
-            "on_error": on_error,
-            "option_prefix": "--data.",
-        }
+        self._splits, self._classes, columns = splits or Splits(), classes or Classes(), columns or Columns()
+        self.negative_column = columns.negative
+        self._options = {"columns": columns, "shards": shards, "on_error": self.on_error, "option_prefix": "--data."}
 
     def prepare_data(self) -> None:
         needs_train = not self.trainer or self.trainer.state.fn == TrainerFn.FITTING or self.val is None
@@ -178,16 +148,14 @@ class Captions(CaptionDataModule):
         return {name: version for source in sources for name, version in source.versions.items()}
 
     def _source(self, data: Data, split: str) -> PairSource:
-        def opened(path: str | Sequence[str] | Mapping[str, Any] | PairSource, scores: str | None = None) -> PairSource:
+        def opened(path: Any, scores: str | None = None) -> PairSource:
             paths = [path] if isinstance(path, str) else [] if isinstance(path, Mapping | PairSource) else path
-            classes = (
-                self._classes if split == "train" or all(Path(each).expanduser().is_dir() for each in paths) else {}
-            )
+            of_classes = split == "train" or all(Path(each).expanduser().is_dir() for each in paths)
             source = open_source(
                 path,
-                split=self._splits[split],
+                split=self._splits.train if split == "train" else self._splits.val,
                 default_split=split,
-                **classes,
+                classes=self._classes if of_classes else Classes(),
                 **self._options,
                 versions=self._versions,
             )
@@ -196,14 +164,13 @@ class Captions(CaptionDataModule):
         scores = self.scores if split == "train" else None
         if isinstance(data, str | Mapping | PairSource):
             return opened(data, scores)
-        parts = [_weighted(part) for part in data if isinstance(part, Weighted | Mapping)]
+        parts = [_part(part) for part in data if isinstance(part, Mapping)]
         if not parts:
             return opened([str(path) for path in data], scores)
-        if len(parts) < len(data):
-            raise InputError("data: each part of a mixture needs data and weight; there is a bare path among them")
+        bare = len(parts) < len(data)
+        require(not bare, "data: each part of a mixture needs data and weight; there is a bare path among them")
         require(scores is None, "data.scores: each part of a mixture has its own; write it beside the part's weight")
-        sources = [opened(part.data, part.scores) for part in parts]
-        return Mixture(sources, [part.weight for part in parts], self.epoch_size)
+        return Mixture([opened(part, kept) for part, _, kept in parts], [weight for _, weight, _ in parts])
 
     def _open(self, data: Data, split: str) -> PairSource:
         source = self._source(data, split)
@@ -218,15 +185,14 @@ class Captions(CaptionDataModule):
             if self.on_error == "skip" and found >= JUDGED_AFTER and bad > self.max_skipped * found:
                 raise InputError(
                     f"{name}: {source.left_out} cannot be used, {len(source)} pairs can; fix or remove them, "
-                    f"or raise data.max_skipped (now {self.max_skipped:g})"
+                    f"or raise data.bad_samples.max_skipped (now {self.max_skipped:g})"
                 )
         if self.on_error == "error":
             source.check()
         return source
 
     def sources(self, fit: bool) -> tuple[PairSource | None, PairSource]:
-        if self.train is None and fit:
-            raise InputError("data.train: not set; fit needs data to train on")
+        require(self.train is not None or not fit, "data.train: not set; fit needs data to train on")
         if self.val is not None:
             train = self._open(self.train, "train") if fit and self.train is not None else None
             return train, self._open(self.val, "validation")

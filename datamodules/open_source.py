@@ -18,7 +18,7 @@ from datamodules.pairs.folder import FolderPairs
 from datamodules.pairs.hub import open_hub_data, parse_hub_name
 from datamodules.pairs.mixture import Concatenated
 from datamodules.pairs.remote_table import open_remote_table, url_suffix
-from datamodules.pairs.source import DELIMITED, JSON_LINES, PairSource, SourceOptions
+from datamodules.pairs.source import DELIMITED, JSON_LINES, Classes, PairSource, SourceOptions
 from datamodules.shards.pairs import TarPairs
 from lit_clip.errors import InputError, require
 from lit_clip.tools.hashing import stamp_of_files
@@ -45,10 +45,8 @@ SUPPORTED = (
 def open_source(path: str | Path | Sequence[str | Path] | Mapping[str, Any] | PairSource, **options: Any) -> PairSource:
     """Return the pairs in one path or several; the format is detected from names and contents.
 
-    Args:
-        path: a file, a folder, a name with a brace range for tar shards, or a list of those. Or a source: as an object,
-            as ``class_path`` and ``init_args``, or those in braces as one text.
-        options: fields of :class:`SourceOptions`.
+    A path is a file, a folder or a name with a brace range for tar shards. A source is an object, or ``class_path`` and
+    ``init_args``, also in braces as one text. The options are the fields of :class:`SourceOptions`.
     """
     if isinstance(path, PairSource):
         return path
@@ -67,7 +65,6 @@ def open_source(path: str | Path | Sequence[str | Path] | Mapping[str, Any] | Pa
 
 
 def _made(description: Mapping[str, Any] | str) -> PairSource:
-    """Make a source from ``class_path`` and ``init_args``."""
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=PairSource)
     try:
@@ -83,28 +80,20 @@ def _made(description: Mapping[str, Any] | str) -> PairSource:
 def stamp_of_data(
     data: Sequence[str], options: Mapping[str, Any], source: PairSource, without: Sequence[Path] = ()
 ) -> str:
-    """Return a cache key of data; like ``make``, it looks at the times and sizes of files.
+    """Return a cache key of data and the options they were opened with, from the times and sizes of files.
 
-    Args:
-        data: paths.
-        options: that they were opened with.
-        source: what was opened.
-        without: files that do not count, such as the caller's own output.
+    Files of ``without`` do not count, such as the caller's own output.
     """
     outputs = [os.path.abspath(path) for path in without]
     stamps = []
     for name in data:
         path = Path(name).expanduser()
         if path.is_dir():
-            below = (file for file in path.rglob("*") if file.is_file() and not _hidden(file.relative_to(path)))
-            stamps.append(stamp_of_files(file for file in below if os.path.abspath(file) not in outputs))
+            files = [file for file in path.rglob("*") if file.is_file() and os.path.abspath(file) not in outputs]
+            stamps.append(stamp_of_files(file for file in files if "/." not in f"/{file.relative_to(path)}"))
         else:
             stamps.append(stamp_of_files([path]) if path.is_file() else "")
     return repr((list(data), sorted(options.items(), key=lambda item: item[0]), len(source), source.versions, stamps))
-
-
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
 
 
 def holds_pairs(name: str) -> bool:
@@ -126,9 +115,8 @@ def _is_shards(name: str) -> bool:
 def _open_shards(names: list[str], options: SourceOptions) -> PairSource:
     options.refuse_split(names[0])
     options.refuse_classes(names[0])
-    for option in ("image_column", "negative_column"):
-        require(getattr(options, option) is None, f"{names[0]}: shards have no columns; leave {option} out")
-    return TarPairs(names, options.shards, options.caption_column, options.group_column, options.on_error)
+    options.refuse_columns(names[0], ("image", "negative"), "shards have no such column")
+    return TarPairs(names, options.shards, options.columns, options.on_error)
 
 
 def _open_path(name: str, options: SourceOptions) -> PairSource:
@@ -139,7 +127,10 @@ def _open_path(name: str, options: SourceOptions) -> PairSource:
     if _is_shards(name):
         return _open_shards([name], options)
     if is_remote(name):
-        return _open_remote(name, options)
+        suffix = url_suffix(name)
+        readable = f"only tables ({', '.join(REMOTE)}) and tar shards are read from a URL"
+        require(suffix in REMOTE, f"{name}: {readable}; download it")
+        return open_remote_table(name, options, FILES[suffix])
     path = Path(name).expanduser()
     if os.path.isdir(path):  # unlike the method, false for a name that is too long
         return _open_folder(path, options)
@@ -150,8 +141,7 @@ def _open_path(name: str, options: SourceOptions) -> PairSource:
     if parts is not None:
         return open_hub_data(name, parts, options)
     require(exists, f"{name[:1000]}: no such file or folder{_instead(path)}")
-    if suffix not in FILES:
-        raise InputError(f"{name}: unknown format {suffix or '(no suffix)'}; data may be {SUPPORTED}")
+    require(suffix in FILES, f"{name}: unknown format {suffix or '(no suffix)'}; data may be {SUPPORTED}")
     return FILES[suffix](path, options)
 
 
@@ -165,15 +155,8 @@ def _instead(missing: Path) -> str:
     return f"; did you mean {missing.with_name(near[0])}?" if near else ""
 
 
-def _open_remote(url: str, options: SourceOptions) -> PairSource:
-    suffix = url_suffix(url)
-    if suffix not in REMOTE:
-        raise InputError(f"{url}: only tables ({', '.join(REMOTE)}) and tar shards are read from a URL; download it")
-    return open_remote_table(url, options, FILES[suffix])
-
-
 def _open_folder(folder: Path, options: SourceOptions) -> PairSource:
-    if options.of_classes:
+    if options.classes != Classes():
         return open_class_folders(folder, options)
     open_it = _format_of(folder)
     if open_it is not None:

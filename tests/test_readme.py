@@ -40,7 +40,7 @@ FAST = ("--trainer.accelerator", "cpu", "--data.num_workers", "0")
 FEW = ("--data.batch_size", "8")  # for configs whose batch has more pairs than the table
 CONFIG = ("--config", "configs/finetune_table.yaml")
 NOT_RUN = ("torchrun ", "srun ", "configs/pretrain_", "--data_root /data")  # clusters, and data that is not here
-NOT_RUN += ("jxie/flickr8k", "s3://", "--data.templates", "laion2b", "--push ", "lit-clip demo ", "siglip2-naflex")
+NOT_RUN += ("jxie/flickr8k", "s3://", "--data.classes.", "laion2b", "--push ", "lit-clip demo ", "siglip2-naflex")
 PRINTING = r"^```python\n(.*?)^```\n(\n```text\n(.*?)^```)?"  # a block, and what it prints
 EXAMPLE = "# examples/"  # the first line of a block that shows a part of a file
 # Blocks; and open_clip's flags, which tests/cli/test_other_names.py compares with its parser.

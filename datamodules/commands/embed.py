@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, get_args
 from datamodules.open_source import holds_pairs, open_source, stamp_of_data
 from datamodules.pairs.columns import ColumnPairs
 from datamodules.pairs.encoder_rows import SourcePairs
-from datamodules.pairs.source import PairSource
+from datamodules.pairs.source import Classes, Columns, PairSource
 from lit_clip import load_model
 from lit_clip.embedding.encode import (
     EncodingSettings,
@@ -71,11 +71,9 @@ def embed(
     output: str,
     texts: str | None = None,
     captions: bool = False,
-    root: str | None = None,
-    image_column: str | None = None,
-    caption_column: str | None = None,
+    columns: Columns = Columns(),  # noqa: B008  # immutable
     split: str | None = None,
-    templates: str | None = None,
+    classes: Classes = Classes(),  # noqa: B008  # immutable
     batch_size: int = 64,
     num_workers: int = 4,
     devices: int = 1,
@@ -95,11 +93,9 @@ def embed(
         output: features.parquet (columns key and feature) or features.npy (keys in features.keys.json).
         texts: instead of data, a file with one text per line; a text is its own key.
         captions: encode the captions of the data instead of the images.
-        root: of a table, folder that relative image paths start from.
-        image_column: of a table; detected automatically by default.
-        caption_column: of a table; detected automatically by default.
+        columns: of a table.
         split: of data that come in splits; train by default.
-        templates: for the captions of a folder of classes; see data.templates of training.
+        classes: of a folder of classes.
         batch_size: images or texts that each process encodes at once.
         num_workers: processes that decode images, for each process.
         devices: number of processes, one per device.
@@ -111,8 +107,7 @@ def embed(
     check_output(path)
     require(bool(data) != bool(texts), "give either images or --texts; instead of images also a table or other data")
     check_precision(precision, accelerator)
-    options = {"root": root, "image_column": image_column, "caption_column": caption_column, "split": split}
-    options |= {"templates": templates}
+    options = {"columns": columns, "split": split, "classes": classes}
     items = _items_of_texts(Path(texts)) if texts else _items_of(data, captions, options, on_error)
     check_keys(path, items.keys)
     clip = load_model(model)
@@ -157,8 +152,8 @@ def _items_of_texts(path: Path) -> _Items:
 def _items_of(data: list[str], captions: bool, options: dict[str, Any], on_error: OnError) -> _Items:
     """List image files, or open a source of pairs and list its images or captions."""
     pairs = [name for name in data if holds_pairs(name)]
-    set_options = [name for name, value in options.items() if value is not None]
-    if not pairs and not captions and not set_options:
+    unset = options == {"columns": Columns(), "split": None, "classes": Classes()}
+    if not pairs and not captions and unset:
         files = find_images(data, on_error)
         return _Items([file.identity for file in files], FileRows(files), root=Path())
     if 0 < len(pairs) < len(data):

@@ -13,7 +13,7 @@ from datamodules.inspection.page import write_inspection
 from datamodules.inspection.scan import ScanFindings, inspect_source
 from datamodules.inspection.summary import SummarySection, find_duplicates, summarize
 from datamodules.open_source import open_source
-from datamodules.pairs.source import SkippedRows
+from datamodules.pairs.source import Columns, SkippedRows
 from lit_clip.errors import InputError, require
 from lit_clip.models.registry import list_models, resolve_architecture
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
@@ -30,11 +30,7 @@ def inspect(
     output: str = "inspect.html",
     model: str | None = None,
     context_length: int | None = None,
-    world_size: int = 1,
-    batch_size: int | None = None,
-    root: str | None = None,
-    image_column: str | None = None,
-    caption_column: str | None = None,
+    columns: Columns = Columns(),  # noqa: B008  # immutable
     split: str | None = None,
     num_workers: int = 4,
 ) -> None:
@@ -48,23 +44,16 @@ def inspect(
         model: a checkpoint, or a name that lit_clip.create_model or lit_clip.load_model accepts; its tokenizer
             measures the captions. By default CLIP's.
         context_length: tokens that a model reads of a caption; by default the model's, or 77.
-        world_size: number of training processes.
-        batch_size: pairs per step and process; by default what fit takes for so many pairs.
-        root: folder that relative image paths start from.
-        image_column: of a table; detected automatically by default.
-        caption_column: of a table; detected automatically by default.
+        columns: of a table.
         split: of data that come in splits.
         num_workers: number of data workers.
     """
     require(bool(data), "no data: name a table, a folder or shards before the options")
-    require(world_size >= 1, f"--world_size {world_size} must be at least 1")
-    require(batch_size is None or batch_size >= 1, f"--batch_size {batch_size} must be at least 1")
     page = Path(output)
     require(page.suffix == ".html", f"--output {output}: must be a .html file")
     require(page.absolute().parent.is_dir(), f"--output {output}: there is no such folder")
     tokenizer = _tokenizer(model, context_length)
-    options = {"root": root, "image_column": image_column, "caption_column": caption_column, "split": split}
-    source = open_source(data, **options, option_prefix="--", on_error="skip")
+    source = open_source(data, columns=columns, split=split, option_prefix="--", on_error="skip")
     source.prepare()
     require(len(source) > 0, f"{', '.join(data)}: has no pairs")
     problem_list = page.with_suffix(".problems.jsonl")
@@ -74,7 +63,7 @@ def inspect(
         findings = inspect_source(source, tokenizer, problems, num_workers)
         _save_problems(problems, problem_list)
     duplicates = find_duplicates(findings)
-    sections = summarize(findings, source.left_out, duplicates, tokenizer.context_length, world_size, batch_size)
+    sections = summarize(findings, source.left_out, duplicates, tokenizer.context_length)
     replaced = " (replaces the one before)" if page.exists() else ""
     write_inspection(page, ", ".join(data), source, findings, duplicates, sections, tokenizer.context_length)
     _print(", ".join(data), sections, findings, source.left_out)

@@ -14,7 +14,7 @@ from datamodules.overlap.findings import By, SetFindings, findings_of
 from datamodules.overlap.page import percent, points, write_overlap
 from datamodules.overlap.search import NearestFound, Queries, joined, search
 from datamodules.overlap.sets import answers_of, check_prompts, open_sets, read_results, read_thresholds, recognised
-from datamodules.pairs.source import PairSource
+from datamodules.pairs.source import Columns, PairSource
 from lit_clip import load_model
 from lit_clip.embedding.precision import Precision, check_precision
 from lit_clip.errors import require
@@ -45,9 +45,7 @@ def overlap(
     by: By = "either",
     results: str | None = None,
     templates: list[str] = ["a photo of a {}."],  # noqa: B006 # as above
-    root: str | None = None,
-    image_column: str | None = None,
-    caption_column: str | None = None,
+    columns: Columns = Columns(),  # noqa: B008  # immutable
     split: str | None = None,
     batch_size: int = 64,
     num_workers: int = 4,
@@ -74,9 +72,7 @@ def overlap(
             useless for drawings that all look alike) or either.
         results: JSON with true or false by image, by set, for a model whose accuracy is reported instead.
         templates: prompt templates with {} for the class name, for folders; sets of a suite have their own.
-        root: folder that relative image paths of the training set start from.
-        image_column: of a table; detected automatically by default.
-        caption_column: of a table; detected automatically by default.
+        columns: of a table of training pairs.
         split: of training data that come in splits.
         batch_size: images encoded at once.
         num_workers: number of data workers.
@@ -92,15 +88,15 @@ def overlap(
     if answers is None:
         check_prompts(opened)
     require(bool(train), "--train: name a table, a folder or shards")
-    columns = {"root": root, "image_column": image_column, "caption_column": caption_column, "split": split}
-    source = open_source(train, **columns, option_prefix="--", on_error="skip")
+    options = {"columns": columns, "split": split}
+    source = open_source(train, **options, option_prefix="--", on_error="skip")
     source.prepare()
     clip = load_model(model).to(best_device())
     described = {"name": model, "fingerprint": fingerprint(clip).model, "precision": precision}
     cache = _Cache(path, f"{described['fingerprint']} {precision}")
     how = (batch_size, num_workers, precision)
     queries = {name: cache.queries(clip, name, each.images, *how) for name, each in opened.items()}
-    stamp = stamp_of_data(train, columns, source, (path.with_suffix(".html"), path.with_suffix(".json")))
+    stamp = stamp_of_data(train, options, source, (path.with_suffix(".html"), path.with_suffix(".json")))
     found = search(clip, joined(list(queries.values())), source, cache.search(stamp), *how)
     findings, start = {}, 0
     for name, each in opened.items():

@@ -3,13 +3,13 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
 from datamodules.open_source import open_source, stamp_of_data
 from datamodules.pairs.encoder_rows import SourcePairs
 from datamodules.pairs.pair_filters import PairFilters
 from datamodules.pairs.score_files import ROWS, VERSIONS, Filtered, ScoreFile, check_output, write_scores
-from datamodules.pairs.source import PairSource
+from datamodules.pairs.source import Classes, Columns, PairSource
 from lit_clip import load_model
 from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.pair_scores import ScoreParts, check_all_scored, score_pairs
@@ -30,15 +30,10 @@ def score(
     keep: float | None = None,
     threshold: float | None = None,
     min_caption_words: int | None = None,
-    min_caption_chars: int | None = None,
     min_image_dim: int | None = None,
-    max_aspect_ratio: float | None = None,
-    root: str | None = None,
-    image_column: str | None = None,
-    caption_column: str | None = None,
+    columns: Columns = Columns(),  # noqa: B008  # immutable
     split: str | None = None,
-    templates: str | None = None,
-    class_names: str | None = None,
+    classes: Classes = Classes(),  # noqa: B008  # immutable
     batch_size: int = 64,
     num_workers: int = 4,
     devices: int = 1,
@@ -48,8 +43,7 @@ def score(
 ) -> None:
     """Score how well each caption fits its image, and choose the pairs to train on.
 
-    The score is the cosine similarity of the model's features. The table has a row for each image and caption, with
-    the score, whether the pair is kept, and the filters that remove it. fit and shard read the kept pairs with it. The
+    The score is the cosine similarity of the model's features. fit and shard read the kept pairs with the table. The
     same command resumes an interrupted run.
 
     Args:
@@ -59,15 +53,10 @@ def score(
         keep: keep this share of the pairs, those with the highest scores.
         threshold: instead of keep, the least score.
         min_caption_words: keep captions of at least so many words.
-        min_caption_chars: keep captions of at least so many characters.
         min_image_dim: keep images whose shorter side has at least so many pixels.
-        max_aspect_ratio: keep images whose longer side is at most so many times the shorter.
-        root: of a table, folder that relative image paths start from.
-        image_column: of a table; detected automatically by default.
-        caption_column: of a table; detected automatically by default.
+        columns: of a table.
         split: of data that come in splits; train by default.
-        templates: for the captions of a folder of classes; see data.templates of training.
-        class_names: of a folder of classes; see data.class_names of training.
+        classes: of a folder of classes.
         batch_size: images, and then captions, that each process encodes at once.
         num_workers: processes that decode images, for each process.
         devices: number of processes, one per device.
@@ -75,41 +64,24 @@ def score(
         precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
         on_error: error ends the run at a pair that cannot be read; skip lists it in the table.
     """
-    path = Path(output)
-    check_output(path)
+    check_output(path := Path(output))
     require(bool(data), "no data: name a table, a folder or shards before the options")
-    filters = PairFilters(keep, threshold, min_caption_words, min_caption_chars, min_image_dim, max_aspect_ratio)
+    filters = PairFilters(keep, threshold, min_caption_words, min_image_dim)
     if len(data) == 1 and ScoreFile.is_one(Path(data[0])):
         require(model is None, f"--model: {data[0]} has scores already; leave it out, or give the data themselves")
-        _report(path, _filter_again(ScoreFile(Path(data[0])), path, filters), filters)
+        file = ScoreFile(Path(data[0]))
+        _report(path, write_scores(path, file.pairs(), file.scores(), filters, file.metadata))
         return
     require(model is not None, "--model: not given; it is needed to score pairs")
     check_precision(precision, accelerator)
-    options = {
-        "root": root,
-        "image_column": image_column,
-        "caption_column": caption_column,
-        "split": split,
-        "templates": templates,
-        "class_names": class_names,
-    }
-    source = _opened(data, options, on_error)
-    settings = EncodingSettings(batch_size, num_workers, devices, accelerator, precision, on_error)
-    counts = _score(source, stamp_of_data(data, options, source, [path]), str(model), path, settings, filters, data)
-    if counts is not None:
-        _report(path, counts, filters)
-
-
-def _opened(data: list[str], options: dict[str, Any], on_error: OnError) -> PairSource:
+    options = {"columns": columns, "split": split, "classes": classes}
     source = open_source(data, **options, default_split="train", option_prefix="--", on_error=on_error)
     source.prepare()
     if source.left_out.counts:
         stderr().print(f"{source.left_out} left out")
-    return source
-
-
-def _filter_again(file: ScoreFile, path: Path, filters: PairFilters) -> Filtered:
-    return write_scores(path, file.pairs(), file.scores(), filters, file.metadata)
+    settings = EncodingSettings(batch_size, num_workers, devices, accelerator, precision, on_error)
+    counts = _score(source, stamp_of_data(data, options, source, [path]), str(model), path, settings, filters, data)
+    _report(path, counts)
 
 
 def _score(
@@ -137,7 +109,9 @@ def _score(
     return counts
 
 
-def _report(path: Path, counts: Filtered, filters: PairFilters) -> None:
+def _report(path: Path, counts: Filtered | None) -> None:
+    if counts is None:  # another rank than the first
+        return
     out = stderr()
     for name, count in counts.removed.items():
         if count:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from datamodules.open_source import open_source
 from datamodules.pairs.kept import kept_pairs
-from datamodules.pairs.source import PairSource
+from datamodules.pairs.source import COLUMNS, Columns, PairSource
 from datamodules.shards.writing import MANIFEST, ShardWriter, Written, keep_manifest, manifest_of, write_shards
 from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import make_folder
@@ -19,10 +19,7 @@ def shard(
     shard_size: int = 10_000,
     resize: int | None = None,
     workers: int = 8,
-    root: str | None = None,
-    image_column: str | None = None,
-    caption_column: str | None = None,
-    group_column: str | None = None,
+    columns: Columns = Columns(),  # noqa: B008  # immutable
     split: str | None = None,
     scores: str | None = None,
     on_error: OnError = "error",
@@ -38,10 +35,7 @@ def shard(
         shard_size: pairs in a shard.
         resize: short side in pixels; larger images are resized to it, as JPEGs of quality 95.
         workers: processes.
-        root: folder that relative image paths start from.
-        image_column: of a table; detected automatically if not given.
-        caption_column: of a table; detected automatically if not given.
-        group_column: of a table; written to the shards' .json as group.
+        columns: of a table; a group is written to the shards' .json as group.
         split: of data that come in splits.
         scores: a table of lit-clip score; only the pairs that it keeps are written.
         on_error: for pairs that cannot be read; skip lists them beside their shard in a .skipped.jsonl.
@@ -50,18 +44,12 @@ def shard(
 
     require(shard_size >= 1, f"--shard_size {shard_size} must be at least 1")
     require(resize is None or resize >= 1, f"--resize {resize} must be at least 1")
-    options = {
-        "root": root,
-        "image_column": image_column,
-        "caption_column": caption_column,
-        "group_column": group_column,
-        "split": split,
-    }
     folder = Path(output)
     require(not folder.exists() or folder.is_dir(), f"{folder}: is a file; give a folder")
-    source = open_source(data, **options, option_prefix="--", on_error=on_error)
+    source = open_source(data, columns=columns, split=split, option_prefix="--", on_error=on_error)
     source.prepare()
     require(len(source) > 0, f"{data}: has no pairs")
+    options = {f"{name}_column": getattr(columns, name) for name in COLUMNS} | {"root": columns.root, "split": split}
     if scores is not None:
         source = kept_pairs(source, scores, "--scores")
         options["scores"] = source.digest

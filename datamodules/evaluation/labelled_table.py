@@ -12,7 +12,7 @@ from datamodules.evaluation.annotation_files import number, read_table, whole_nu
 from datamodules.evaluation.image_files import ImageFiles, UnlabelledFiles
 from datamodules.evaluation.own_classes import ClassNames
 from datamodules.loading.bad_samples import BLANK, is_unicode
-from datamodules.pairs.column_names import IMAGE_COLUMNS, Columns, find_column, is_encoded, refuse_equal
+from datamodules.pairs.column_names import IMAGE_COLUMNS, ColumnNames, find_column, is_encoded, refuse_equal
 from datamodules.pairs.text_table import RawRow, raw_rows, shown
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import Located, MissingData, numbered
@@ -36,9 +36,9 @@ def read_labels(path: Path, image_column: str | None = None, label_column: str |
     if not path.is_file():
         raise MissingData(f"{path}: no such table")
 
-    def find(found: list[str]) -> Columns:
+    def find(found: list[str]) -> ColumnNames:
         image = find_column(path, found, image_column, IMAGE_COLUMNS, "image_column")
-        return Columns(image, find_column(path, found, label_column, LABEL_COLUMNS, "label_column"))
+        return ColumnNames(image, find_column(path, found, label_column, LABEL_COLUMNS, "label_column"))
 
     source = _parquet_rows(path, find) if path.suffix.lower() == ".parquet" else raw_rows(path, find)
     rows = [_validated(path, row) for row in source]

@@ -13,7 +13,7 @@ from datamodules.evaluation.annotation_files import AGAIN, find, read_json, read
 from datamodules.evaluation.image_files import CaptionedFiles
 from datamodules.open_source import open_source
 from datamodules.pairs.columns import ColumnPairs
-from datamodules.pairs.source import PairSource
+from datamodules.pairs.source import Columns, PairSource
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import CaptionedImages, MissingData
 from lit_clip.tools.hashing import hash64, stamp_of_files
@@ -41,8 +41,8 @@ class CaptionedPairs(CaptionedImages):
     ) -> None:
         if "://" not in path and not any(mark in path for mark in "{*") and not Path(path).exists():
             raise MissingData(f"{path}: no such file or folder")
-        options = {"root": root, "image_column": image_column, "caption_column": caption_column, "split": split}
-        self.source: PairSource = open_source(path, default_split="test", **options)
+        columns = Columns(image_column, caption_column, root=root)
+        self.source: PairSource = open_source(path, default_split="test", columns=columns, split=split)
         self.source.prepare()
         self._path = Path(path)
         self.annotation_paths = [self._path] if self._path.is_file() else []
@@ -78,7 +78,7 @@ def _image_names(source: PairSource) -> list[str] | None:
     """Return each row's image path as written; None: the images are not files of their own."""
     if not isinstance(source, ColumnPairs):
         return None
-    paths = source.image_paths()
+    paths = source.image_names()
     if paths is None:
         return None
     with reading(source.path, "table of image paths"):
@@ -174,7 +174,7 @@ def _first_name(path: Path) -> str:
 
 
 def _read_karpathy(path: Path, split: str, folder: Path) -> dict[str, list[str]]:
-    source = open_source(path, root=str(folder), split=split)
+    source = open_source(path, columns=Columns(root=str(folder)), split=split)
     names = _image_names(source) or []
     return {name: source.captions(row) for row, name in enumerate(names)}
 

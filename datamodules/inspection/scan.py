@@ -61,19 +61,12 @@ def caption_hash(caption: str) -> int:
 
 @dataclass
 class ScannedChunk:
-    """Findings on consecutive pairs.
+    """Findings on consecutive pairs."""
 
-    Attributes:
-        images: ``IMAGE`` ``[N]``; all zeros for a pair that cannot be used.
-        captions: :func:`caption_hash` of each caption of the usable pairs, in order, uint64 ``[M]``.
-        tokens: length of each caption before truncation, int64 ``[M]``.
-        problems: position, reason and full message for each pair that cannot be used.
-    """
-
-    images: np.ndarray
-    captions: np.ndarray
-    tokens: np.ndarray
-    problems: list[tuple[str, str, str]]
+    images: np.ndarray  # IMAGE [N]; all zeros for a pair that cannot be used
+    captions: np.ndarray  # caption_hash of each caption of the usable pairs, in order, uint64 [M]
+    tokens: np.ndarray  # length of each caption before truncation, int64 [M]
+    problems: list[tuple[str, str, str]]  # position, reason and full message for each pair that cannot be used
 
 
 class _Chunks(Dataset[ScannedChunk]):
@@ -105,11 +98,7 @@ class _Chunks(Dataset[ScannedChunk]):
 
 
 def _image(stored: EncodedPair) -> tuple[int, ...]:
-    """Return the ``IMAGE`` of a pair.
-
-    Raises:
-        BadSample: the image cannot be decoded.
-    """
+    """Return the ``IMAGE`` of a pair."""
     with decoding_at_least(lambda width, height: (min(width, DECODED), min(height, DECODED))):
         look = look_of(open_image(io.BytesIO(stored.image), stored.where))
     with Image.open(io.BytesIO(stored.image)) as image:  # reopened for its header: decoding changes size and mode
@@ -131,21 +120,13 @@ def _is_rotated(image: Image.Image) -> bool:
 
 @dataclass
 class ScanFindings:
-    """Findings on all pairs.
-
-    Attributes:
-        images: ``IMAGE`` ``[N]``, in the order of the pairs.
-        captions: hashes of the usable pairs' captions, see :class:`ScannedChunk`, uint64 ``[M]``.
-        token_counts: number of captions by length in tokens, int64 ``[longest + 1]``.
-        reasons: number of pairs that cannot be used, by reason.
-        problems: position, reason and full message of the first ``LISTED`` of them.
-    """
+    """Findings on all pairs, see :class:`ScannedChunk`."""
 
     images: np.ndarray
     captions: np.ndarray
-    token_counts: np.ndarray
+    token_counts: np.ndarray  # number of captions by length in tokens, int64 [longest + 1]
     reasons: Counter[str] = field(default_factory=Counter)
-    problems: list[tuple[str, str, str]] = field(default_factory=list)
+    problems: list[tuple[str, str, str]] = field(default_factory=list)  # the first LISTED of them
 
     @property
     def usable(self) -> np.ndarray:
@@ -165,14 +146,7 @@ class ScanFindings:
 
 
 def inspect_source(source: PairSource, tokenizer: TextTokenizer, problems: TextIO, num_workers: int) -> ScanFindings:
-    """Read every pair once.
-
-    Args:
-        source: the pairs.
-        tokenizer: measures the captions.
-        problems: receives a line of JSON for each pair that cannot be used.
-        num_workers: number of data workers.
-    """
+    """Read every pair once; write a line of JSON to ``problems`` for each pair that cannot be used."""
     found = ScanFindings(np.zeros(len(source), dtype=IMAGE), np.zeros(0, np.uint64), np.zeros(1, np.int64))
     chunks: Any = _Chunks(source, tokenizer)
     captions, done = [], 0
@@ -180,7 +154,9 @@ def inspect_source(source: PairSource, tokenizer: TextTokenizer, problems: TextI
         for part in loader(chunks, num_workers):
             found.images[done : done + len(part.images)] = part.images
             captions.append(part.captions)
-            found.token_counts = _add_histograms(found.token_counts, np.bincount(part.tokens))
+            counts = np.bincount(part.tokens, minlength=len(found.token_counts))
+            counts[: len(found.token_counts)] += found.token_counts
+            found.token_counts = counts
             for where, reason, line in part.problems:
                 problems.write(json.dumps({"where": where, "reason": reason, "error": line}) + "\n")
                 found.reasons[reason] += 1
@@ -189,9 +165,3 @@ def inspect_source(source: PairSource, tokenizer: TextTokenizer, problems: TextI
             advance(len(part.images))
     found.captions = np.concatenate([found.captions, *captions])
     return found
-
-
-def _add_histograms(left: np.ndarray, right: np.ndarray) -> np.ndarray:
-    longer, shorter = (left, right) if len(left) >= len(right) else (right.astype(left.dtype), left)
-    longer[: len(shorter)] += shorter
-    return longer

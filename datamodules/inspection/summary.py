@@ -8,21 +8,13 @@ import numpy as np
 from PIL import Image
 
 from datamodules.inspection.scan import ANIMATED, PLAIN, ROTATED, ScanFindings, formats
-from datamodules.loading.sampling import EvaluationBatchSampler, GlobalBatchSampler, default_batch_size
 from datamodules.near_duplicates import Groups, equal_groups, look_alikes
 from datamodules.pairs.source import SkippedRows
-from lit_clip.errors import InputError
 from lit_clip.tools.console import size_in_bytes
 
 
 class SummaryLine(NamedTuple):
-    """A line of the summary.
-
-    Attributes:
-        name: what was measured.
-        value: the result, as text.
-        wrong: whether it points to a problem in the data.
-    """
+    """A line of the summary; ``wrong`` marks a problem in the data."""
 
     name: str
     value: str
@@ -37,19 +29,12 @@ class SummarySection(NamedTuple):
 
 
 class DuplicateGroups(NamedTuple):
-    """Duplicates among images and captions.
+    """Duplicates among images and captions."""
 
-    Attributes:
-        files: rows of images with different keys and equal files.
-        looks: rows of images with different files that look the same.
-        captions: positions, among all captions, of equal captions.
-        pairs: number of pairs beyond the first with the same file and caption.
-    """
-
-    files: Groups
-    looks: Groups
-    captions: Groups
-    pairs: int
+    files: Groups  # rows of images with different keys and equal files
+    looks: Groups  # rows of images with different files that look the same
+    captions: Groups  # positions, among all captions, of equal captions
+    pairs: int  # beyond the first with the same file and caption
 
 
 def find_duplicates(findings: ScanFindings) -> DuplicateGroups:
@@ -72,29 +57,12 @@ def summarize(
     left_out: SkippedRows,
     duplicates: DuplicateGroups,
     context_length: int,
-    world_size: int,
-    batch_size: int | None,
 ) -> list[SummarySection]:
-    """Summarise pairs, images, captions and batches.
-
-    Args:
-        findings: of the scan.
-        left_out: rows that were dropped when the source was opened.
-        duplicates: see :func:`find_duplicates`.
-        context_length: tokens that the model reads of a caption.
-        world_size: number of training processes.
-        batch_size: pairs per step and process; None: as in training without that option.
-    """
-    pairs = len(findings.images)
-    batch_size = batch_size or default_batch_size(pairs, world_size)
+    """Summarise pairs, images and captions; ``left_out`` are the rows that were dropped at opening."""
     sections = [SummarySection("pairs", _pair_lines(findings, left_out, duplicates))]
     if len(findings.usable):
         sections.append(SummarySection("images", _image_lines(findings, duplicates)))
         sections.append(SummarySection("captions", _caption_lines(findings, duplicates, context_length)))
-    processes = "one process" if world_size == 1 else f"each of {world_size} processes"
-    title = f"batches of {batch_size} of all pairs on {processes}"
-    unusable = pairs - len(findings.usable)
-    sections.append(SummarySection(title, _batch_lines(pairs, unusable, world_size, batch_size)))
     return sections
 
 
@@ -184,26 +152,6 @@ def _caption_lines(findings: ScanFindings, duplicates: DuplicateGroups, context_
         as_right = "--model.loss Contrastive --model.loss.duplicates positives"
         lines.append(SummaryLine("to count them as right in training", as_right))
     return lines
-
-
-def _batch_lines(pairs: int, unusable: int, world_size: int, batch_size: int) -> list[SummaryLine]:
-    """Count batches of all pairs: one that is skipped in training leaves its place in the batch empty."""
-    lines = [SummaryLine("pairs, including unusable ones", f"{pairs:,}")] if unusable else []
-    steps, none = 0, ""
-    try:
-        steps = len(GlobalBatchSampler(pairs, batch_size, 0, world_size, 0))
-    except InputError:
-        fits = pairs // world_size
-        less = f"--batch_size {fits} or less, or fewer processes" if fits else "fewer processes"
-        none = f": a step takes {batch_size * world_size:,} pairs, so nothing would be trained; try {less}"
-    left = pairs - steps * batch_size * world_size
-    validation = len(EvaluationBatchSampler(pairs, batch_size, 0, world_size))
-    return [
-        *lines,
-        SummaryLine("training steps per epoch", f"{steps:,}{none}", steps == 0),
-        SummaryLine("pairs left out of each epoch (different ones each time)", share(left, pairs)),
-        SummaryLine("validation batches", f"{validation:,}"),
-    ]
 
 
 def _counts(values: np.ndarray) -> dict[int, int]:

@@ -70,16 +70,13 @@ class RandomSquareCrop:
 
     Args:
         scale: smallest and largest area of the crop, as a share of the largest square that fits.
-        decode_margin: see :class:`Augmentation`.
         exact: see :class:`Augmentation`; the result is then a PIL image, otherwise uint8 ``[3, H, W]``.
-        size: of the result in pixels: side, or height and width (for a rectangle of that shape). None: the model's.
-        interpolation: ``bicubic`` or ``bilinear``; None: the model's.
+        size: side, or height and width of the result in pixels; None: the model's, as of ``interpolation``.
     """
 
     def __init__(
         self,
         scale: tuple[float, float] = (0.9, 1.0),
-        decode_margin: float = 1.0,
         exact: bool = False,
         size: Size | None = None,
         interpolation: Interpolation | None = None,
@@ -87,8 +84,7 @@ class RandomSquareCrop:
         low, high = scale
         ascending = 0 < low <= high <= 1
         require(ascending, f"RandomSquareCrop: scale {[low, high]} must be ascending, above 0 and at most 1")
-        require(decode_margin >= 1, f"RandomSquareCrop: decode_margin {decode_margin} must be at least 1")
-        self.scale, self.decode_margin, self.exact = (low, high), decode_margin, exact
+        self.scale, self.exact = (low, high), exact
         self.size, self.interpolation = None if size is None else height_width(size), interpolation
         self._patches: Preprocessing | None = None  # of a NaFlex model, whose sizes are the images' own
 
@@ -140,9 +136,9 @@ class RandomSquareCrop:
         return F.interpolate(pixels[None], (height, width), mode=str(self.interpolation), antialias=True)[0]
 
     def least_size(self, width: int, height: int) -> tuple[int, int]:
-        """Return the width and height at which the smallest crop has ``decode_margin`` times the result's side."""
+        """Return the width and height at which the smallest crop is as wide as the result."""
         rows, columns = self._size(width, height)
-        share = self.decode_margin / (min(width / columns, height / rows) * self.scale[0] ** 0.5)
+        share = 1 / (min(width / columns, height / rows) * self.scale[0] ** 0.5)
         return (width, height) if share >= 1 else (math.ceil(width * share), math.ceil(height * share))
 
     def _size(self, width: int, height: int) -> tuple[int, int]:
@@ -163,15 +159,13 @@ class Augmentation:
             none; open_clip's default is 0.9 to 1 of the whole image, squashed to a square).
         color_jitter: largest relative change of brightness, contrast and saturation; 0 for none.
         grayscale: probability of converting an image to grey.
-        decode_margin: JPEGs are decoded at a half, a quarter or an eighth of their width if the smallest crop is then
-            at least this many times as wide as the result. 1 is fastest; at 2 hardly a pixel differs.
         exact: decode JPEGs at full size and resize with Pillow, as other packages do; two to four times slower.
+            Otherwise they are decoded at a half, a quarter or an eighth of their width where the crop allows it.
     """
 
     crop_scale: tuple[float, float] = (0.9, 1.0)
     color_jitter: float = 0.0
     grayscale: float = 0.0
-    decode_margin: float = 1.0
     exact: bool = False
 
     def __post_init__(self) -> None:
@@ -181,12 +175,11 @@ class Augmentation:
             f"augmentation.crop_scale: {[low, high]} must be ascending, above 0 and at most 1",
         )
         require(self.color_jitter >= 0, f"augmentation.color_jitter: {self.color_jitter} must be at least 0")
-        require(self.decode_margin >= 1, f"augmentation.decode_margin: {self.decode_margin} must be at least 1")
         require(0 <= self.grayscale <= 1, f"augmentation.grayscale: {self.grayscale} must be between 0 and 1")
 
     def transforms(self) -> list[Transform]:
         """Return the transforms in their order."""
-        steps: list[Transform] = [RandomSquareCrop(self.crop_scale, self.decode_margin, self.exact)]
+        steps: list[Transform] = [RandomSquareCrop(self.crop_scale, self.exact)]
         if self.color_jitter:
             steps.append(v2.ColorJitter(self.color_jitter, self.color_jitter, self.color_jitter))
         if self.grayscale:
@@ -205,7 +198,6 @@ class TrainingTransform:
     Args:
         augmentation: its transforms, or a list of them. A transform with a method ``for_model(preprocessing)``, which
             returns a transform, is replaced by what it returns.
-        preprocessing: of the model.
         budgets: of patches, other than the model's own, that images may be prepared at (NaFlex).
 
     Attributes:

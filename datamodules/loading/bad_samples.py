@@ -1,12 +1,14 @@
 """Skip samples that cannot be used, and check captions; lit_clip/tools/images.py refuses unreadable images."""
 
 import re
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar, get_args
 
 import regex
 from torch.utils.data import Dataset
 
-from lit_clip.errors import BadSample
+from lit_clip.errors import BadSample, require
+from lit_clip.tools.images import OnError
 
 BLANK = frozenset(  # what pandas and spreadsheets write for "no caption", and the errors of Excel and Google Sheets
     {
@@ -51,6 +53,24 @@ def as_unicode(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+@dataclass(frozen=True)
+class BadSamples:
+    """What becomes of samples that cannot be used.
+
+    Attributes:
+        on_error: ``error`` ends the run and names the sample; ``skip`` drops it from its batch, counts it and lists it
+            in the run's ``skipped.jsonl``. No other sample takes its place.
+        max_skipped: with ``skip``, end the run once a larger share than this of at least 100 samples was skipped.
+    """
+
+    on_error: OnError = "error"
+    max_skipped: float = 0.05
+
+    def __post_init__(self) -> None:
+        require(self.on_error in get_args(OnError), f"on_error: {self.on_error!r} must be 'error' or 'skip'")
+        require(0 <= self.max_skipped <= 1, f"max_skipped: {self.max_skipped} must be between 0 and 1")
+
+
 class Skipped(NamedTuple):
     """Placeholder that a dataset returns for a sample that cannot be used."""
 
@@ -81,11 +101,7 @@ def split_skipped(items: list[Item | Skipped]) -> tuple[list[Item], list[tuple[s
 
 
 def check_caption(caption: object, where: str) -> str:
-    """Return the caption unchanged.
-
-    Raises:
-        BadSample: it is missing, blank (:func:`is_blank`), or not text.
-    """
+    """Return the caption; raise :class:`BadSample` if it is missing, blank (:func:`is_blank`), or not text."""
     if is_blank(caption):
         raise BadSample(where, "no caption", "no caption; write one or remove it")
     if not isinstance(caption, str):

@@ -19,14 +19,7 @@ def on_copy_stream(move: Callable[[], CaptionBatch], device: torch.device) -> Ca
 
     Lightning fetches a batch just before its step, and the host queues steps ahead of the device. On the stream of the
     steps the copy would start after the step before it; on its own it starts at once, so no batch has to be fetched
-    earlier and the order of the data is the same.
-
-    Args:
-        move: moves the batch without waiting for the device; its tensors are pinned.
-        device: where to.
-
-    Returns:
-        the batch, which the device's current stream reads once it is complete.
+    earlier and the order of the data is the same. ``move`` does not wait for the device: its tensors are pinned.
     """
     if device.type != "cuda":
         return move()

@@ -10,23 +10,16 @@ from lit_clip.errors import InputError, require
 
 
 class TrainingSample(NamedTuple):
-    """Index of a training dataset; epoch and draw are part of it because they seed caption and augmentation.
-
-    Attributes:
-        epoch: from 0.
-        row: of the source.
-        draw: how often the epoch has drawn this row before; above 0 only where an epoch repeats rows.
-        budget: most patches of the image, the same for the whole batch; 0: the model's.
-    """
+    """Index of a training dataset; epoch and draw are part of it because they seed caption and augmentation."""
 
     epoch: int
     row: int
-    draw: int = 0
-    budget: int = 0
+    draw: int = 0  # how often the epoch has drawn this row before; above 0 only where an epoch repeats rows
+    budget: int = 0  # most patches of the image, the same for the whole batch; 0: the model's
 
 
 def sample_seed(seed: int, sample: TrainingSample) -> int:
-    """Return the seed of everything random in a sample; the same on any worker or rank."""
+    """Return the seed of everything random in a sample."""
     entropy = (seed, *sample[:3]) if sample.draw else (seed, sample.epoch, sample.row)
     return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]) >> 1
 
@@ -64,10 +57,6 @@ def default_batch_size(pairs: int, world: int) -> int:
 
     With 500 photographs 64 pairs a step were best, with 3,068 64 to 256, with 5,000 icons 256
     (docs/evidence/recipes.md).
-
-    Args:
-        pairs: in an epoch.
-        world: number of ranks.
     """
     whole = 64 if pairs < 1_000 else 128 if pairs < 2_000 else 256
     return max(1, min(whole, pairs) // world)
@@ -80,17 +69,9 @@ class GlobalBatchSampler(Sampler[list[TrainingSample]]):
     sample of it. The incomplete global batch at the end is dropped; the next epoch drops other samples.
 
     Args:
-        size: number of samples.
         batch_size: samples per step on each rank.
-        rank: of this process.
-        world: number of processes.
-        seed: of the permutations.
         order: epoch -> all rows in that epoch's order, int ``[size]``; None: :func:`permutation`.
-        start: position to resume from.
         budgets: of patches, from which each batch draws one, the same on every rank (NaFlex); empty: the model's.
-
-    Attributes:
-        reshuffle: whether each epoch has its own permutation.
     """
 
     def __init__(
@@ -115,7 +96,7 @@ class GlobalBatchSampler(Sampler[list[TrainingSample]]):
         self.order = order or (lambda epoch: permutation(size, epoch, seed))
         # Data workers fetch the first batches before Lightning calls set_epoch.
         self.epoch, self.start = start.epoch, start
-        self.reshuffle = True
+        self.reshuffle = True  # each epoch has its own permutation
         self.sampler = self  # Lightning calls set_epoch on a loader's batch_sampler.sampler, not on its batch_sampler
 
     def set_epoch(self, epoch: int) -> None:
@@ -156,31 +137,12 @@ def checked_budgets(patch_budgets: list[int] | None) -> list[int]:
     return list(patch_budgets)
 
 
-class StridedSampler(Sampler[int]):
-    """Every ``world``-th sample from ``rank`` on: over all ranks each sample exactly once, without padding."""
-
-    def __init__(self, size: int, rank: int, world: int) -> None:
-        self.indices = range(rank, size, world)
-
-    def __len__(self) -> int:
-        return len(self.indices)
-
-    def __iter__(self) -> Iterator[int]:
-        return iter(self.indices)
-
-
 class EvaluationBatchSampler(Sampler[list[int]]):
-    """The samples of :class:`StridedSampler` in batches, the same number on every rank where possible.
+    """Every ``world``-th sample in batches, each sample once over all ranks; equally many batches where possible.
 
     Strategies that shard the weights need every rank in every batch, so a rank that would have fewer batches makes them
     smaller; a rank with too few samples for that has fewer. A rank without samples still reports length 1: Lightning
     would skip its epoch, and the other ranks would wait for ever.
-
-    Args:
-        size: number of samples.
-        batch_size: largest batch.
-        rank: of this process.
-        world: number of processes.
     """
 
     def __init__(self, size: int, batch_size: int, rank: int, world: int) -> None:

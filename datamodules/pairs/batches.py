@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 from datamodules.loading.augmentation import TrainingTransform, seeded
 from datamodules.loading.bad_samples import Skipped, split_skipped
 from datamodules.loading.sampling import TrainingSample, sample_seed
-from datamodules.pairs.caption_lengths import refuse_long
 from datamodules.pairs.source import PairSource
 from datamodules.pairs.stored_features import StoredImages, StoredPair, StoredTexts
 from lit_clip.batch import CaptionBatch
@@ -74,11 +73,10 @@ class Collate:
         self,
         tokenize: TextTokenizer,
         shape: tuple[int, ...],
-        refuse_long: bool = False,
         images: StoredImages | None = None,
         texts: StoredTexts | None = None,
     ) -> None:
-        self.tokenize, self.refuse_long, self.texts = tokenize, refuse_long, texts
+        self.tokenize, self.texts = tokenize, texts
         self.nothing = torch.zeros(0, *shape, dtype=torch.uint8)
         if images:
             self.nothing = torch.zeros(0, *images.stored.shape, dtype=images.stored.dtype)
@@ -93,20 +91,17 @@ class Collate:
         images = torch.stack([item.image for item in items])
         keys = [item.key for item in items]
         groups = [item.group for item in items] if any(item.group for item in items) else ()
-        tokens, lengths = self._tokenized(captions, keys)
+        tokens, lengths = self._tokenized(captions)
         stored = self.texts and self.texts.of(tokens, lengths)
         batch = CaptionBatch(images, tokens, keys, captions, groups, skipped, lengths, stored_texts=stored)
         negatives = [item.negative for item in items]
         if not any(negatives):
             return batch
-        found = [(text, key) for text, key in zip(negatives, keys, strict=True) if text]
-        negative_tokens, lengths = self._tokenized([text for text, _ in found], [key for _, key in found])
+        negative_tokens, lengths = self._tokenized([text for text in negatives if text])
         return batch._replace(negatives=negatives, negative_tokens=negative_tokens, negative_lengths=lengths)
 
-    def _tokenized(self, texts: list[str], keys: list[str]) -> tuple[Tensor, list[int]]:
+    def _tokenized(self, texts: list[str]) -> tuple[Tensor, list[int]]:
         """Return int64 ``[N, L]`` for the longest of the texts, and the number of tokens of each."""
-        if self.refuse_long:
-            refuse_long(texts, keys, self.tokenize)
         tokens = self.tokenize(texts)  # [N, context length]
         lengths = self.tokenize.lengths(tokens).tolist()
         return tokens[:, : max(lengths)], lengths

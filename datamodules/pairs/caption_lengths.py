@@ -1,56 +1,37 @@
 """Caption lengths in tokens against the model's context length."""
 
 from collections import Counter
-from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
-import numpy as np
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.pairs.sentences import sentences
-from datamodules.pairs.source import PairSource, Rows
+from datamodules.pairs.source import PairSource
 from lit_clip.distributed import rank_and_world
-from lit_clip.errors import BadSample, InputError
+from lit_clip.errors import BadSample
 from lit_clip.models.tokenizer import TextTokenizer
 
-LongCaptions = Literal["truncate", "sentences", "error"]
+LongCaptions = Literal["truncate", "sentences"]
 MOST_OF_A_ROW = 100  # captions that are measured
 FEW_REPEATED = 0.1
 SAMPLED = 2000  # captions take about 50 microseconds each
 
 
 class CaptionStatistics(NamedTuple):
-    """Lengths of captions in a tokenizer's tokens.
-
-    Attributes:
-        captions: number measured.
-        truncated: share of them that is truncated, from 0 to 1.
-        tokens_lost: mean number of tokens that the truncated ones lose; 0 if there are none.
-        longest: tokens of the longest, start and end included.
-        endless: share of the captions that are truncated although they are cut into sentences: no sentence fits.
-        repeated: share of the captions that occur more than once.
-    """
+    """Lengths of captions in a tokenizer's tokens; shares are between 0 and 1."""
 
     captions: int
-    truncated: float
-    tokens_lost: float
-    longest: int
-    endless: float
-    repeated: float
+    truncated: float  # share
+    tokens_lost: float  # by the truncated ones, on average
+    endless: float  # share of captions that are truncated although they are cut into sentences: no sentence fits
+    repeated: float  # share of captions that occur more than once
 
 
-def caption_statistics(source: PairSource, tokenizer: TextTokenizer, sample: int | None = SAMPLED) -> CaptionStatistics:
-    """Measure a source's captions; unreadable ones are skipped.
-
-    Args:
-        source: of the captions; its images are not read where it can read captions alone.
-        tokenizer: the model's.
-        sample: number of evenly spread rows to measure, about; None: all.
-    """
-    step = 1 if sample is None else max(1, -(-len(source) // sample))
+def caption_statistics(source: PairSource, tokenizer: TextTokenizer) -> CaptionStatistics:
+    """Measure the captions of the first ``SAMPLED`` rows, spread ones would fetch every shard; skip unreadable ones."""
     counts, endless, context = [], 0, tokenizer.context_length
     times: Counter[int] = Counter()
-    for index in range(0, len(source), step):
+    for index in range(min(len(source), SAMPLED)):
         try:
             captions = source.captions(index)
         except BadSample:
@@ -62,22 +43,17 @@ def caption_statistics(source: PairSource, tokenizer: TextTokenizer, sample: int
     lost = [count - context for count in counts if count > context]
     number, mean = max(1, len(counts)), sum(lost) / max(1, len(lost))
     repeated = sum(count for count in times.values() if count > 1) / number
-    return CaptionStatistics(len(counts), len(lost) / number, mean, max(counts, default=0), endless / number, repeated)
+    return CaptionStatistics(len(counts), len(lost) / number, mean, endless / number, repeated)
 
 
 def report_captions(source: PairSource, tokenizer: TextTokenizer, policy: LongCaptions, loss: object = None) -> None:
     """Print on the first rank what becomes of captions that exceed the context, and whether many are equal.
 
-    Args:
-        source: of the captions.
-        tokenizer: the model's.
-        policy: for long captions.
-        loss: the run's; one without an option ``duplicates``, or with it set, knows what to do with equal captions.
+    A loss without an option ``duplicates``, or with it set, knows what to do with equal captions.
     """
     if rank_and_world()[0]:
         return
-    first = np.arange(min(len(source), SAMPLED))  # not spread: that would fetch every shard of a store
-    found, context = caption_statistics(Rows(source, first), tokenizer), tokenizer.context_length
+    found, context = caption_statistics(source, tokenizer), tokenizer.context_length
     if found.repeated > FEW_REPEATED and (loss is None or getattr(loss, "duplicates", "") == "negatives"):
         kind = "Contrastive" if loss is None else type(loss).__name__
         rank_zero_info(
@@ -94,14 +70,3 @@ def report_captions(source: PairSource, tokenizer: TextTokenizer, policy: LongCa
             else f"{what} are truncated to {context} tokens and lose {found.tokens_lost:.1f} on average "
             "(to read more: model.context_length, or data.long_captions: sentences)"
         )
-
-
-def refuse_long(captions: Sequence[str], keys: Sequence[str], tokenizer: TextTokenizer) -> None:
-    """Raise :class:`InputError` for the first caption that the tokenizer would truncate, naming its image."""
-    for caption, key in zip(captions, keys, strict=True):
-        count = tokenizer.count(caption)
-        if count > tokenizer.context_length:
-            raise InputError(
-                f"{key}: its caption has {count} tokens, the model reads {tokenizer.context_length}; shorten it, "
-                f"or set long_captions to sentences or truncate: {caption[:60]!r}"
-            )

@@ -23,19 +23,13 @@ def open_class_folders(folder: Path, options: SourceOptions) -> "ClassPairs":
     with reading(folder, "folder"):
         classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     require(bool(classes), f"{folder}: no subfolders; put each class's images into a subfolder of its own")
-    class_names: Any = options.class_names  # lists are invariant
-    prompts = prompts_of(class_names, options.templates, [name.replace("_", " ") for name in classes])
+    class_names: Any = options.classes.names  # lists are invariant
+    prompts = prompts_of(class_names, options.classes.templates, [name.replace("_", " ") for name in classes])
     return ClassPairs(folder, classes, prompts)
 
 
 class ClassPairs(ColumnPairs):
-    """Images in one subfolder for each class; the captions are the prompts of the class, which is the pair's group.
-
-    Args:
-        folder: the parent of the subfolders.
-        classes: names of the subfolders.
-        prompts: of these classes, in their order.
-    """
+    """Images in one subfolder for each class; the captions are the prompts of the class, which is the pair's group."""
 
     def __init__(self, folder: Path, classes: list[str], prompts: Prompts) -> None:
         super().__init__(folder, folder)
@@ -63,7 +57,7 @@ class ClassPairs(ColumnPairs):
     def __len__(self) -> int:
         return len(self._names)
 
-    def image_paths(self) -> pa.ChunkedArray | None:
+    def image_names(self) -> pa.ChunkedArray | None:
         return self._names
 
     def cells(self, index: int) -> Cells:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from datamodules.pairs.columns import TablePairs
 from datamodules.pairs.source import PairSource, SourceOptions, find_split
 from datamodules.pairs.text_table import (
-    SCHEMA_OF_LISTS,
+    SCHEMA,
     Problems,
     RawRow,
     open_records,
@@ -29,7 +29,8 @@ def open_json(path: Path, options: SourceOptions) -> PairSource:
     check_is_file(path)
     if _is_lines(path):
         return open_table(path, options)
-    values = _load(path)
+    with reading(path, "JSON file", hint="fix it, or save it as UTF-8"):
+        values = json.loads(path.read_text(encoding="utf-8-sig"))
     if isinstance(values, list):
         return open_records(path, values, options)
     images = values.get("images") if isinstance(values, dict) else None
@@ -52,11 +53,6 @@ def open_json(path: Path, options: SourceOptions) -> PairSource:
     )
 
 
-def _load(path: Path) -> Any:
-    with reading(path, "JSON file", hint="fix it, or save it as UTF-8"):
-        return json.loads(path.read_text(encoding="utf-8-sig"))
-
-
 def _is_lines(path: Path) -> bool:
     """Whether the first line is a complete object, and not COCO's."""
     with reading(path, "JSON file"), path.open(encoding="utf-8-sig", errors="replace") as file:
@@ -73,19 +69,17 @@ def _coco(path: Path, images: list[dict[str, Any]], annotations: list[Any], prob
     captions: dict[int, list[Any]] = {}
     number_of: dict[int, int] = {}
     for number, image in enumerate(images):
-        if not isinstance(image.get("file_name"), str) or not _is_id(image.get("id")):
-            raise InputError(f"{path}: image {number} needs a file_name and an integer id")
+        usable = isinstance(image.get("file_name"), str) and _is_id(image.get("id"))
+        require(usable, f"{path}: image {number} needs a file_name and an integer id")
         other = number_of.setdefault(image["id"], number)
         same = f"images {other} and {number} have the same id {image['id']}, so their captions cannot be told apart"
         require(other == number, f"{path}: {same}; give each its own")
     for number, annotation in enumerate(annotations):
         if not isinstance(annotation, dict) or "image_id" not in annotation:
             raise InputError(f"{path}: annotation {number} has no image_id; fix the file")
-        if "caption" not in annotation:
-            raise InputError(f"{path}: annotation {number} has no caption; give captions_*.json, not instances_*.json")
-        if not _is_id(annotation["image_id"]):
-            found = shown(annotation["image_id"])
-            raise InputError(f"{path}: annotation {number} has the image_id {found}, which is not an integer")
+        where, found = f"{path}: annotation {number}", shown(annotation["image_id"])
+        require("caption" in annotation, f"{where} has no caption; give captions_*.json, not instances_*.json")
+        require(_is_id(annotation["image_id"]), f"{where} has the image_id {found}, which is not an integer")
         if annotation["image_id"] in number_of:
             captions.setdefault(annotation["image_id"], []).append(annotation["caption"])
         else:
@@ -121,13 +115,13 @@ def _karpathy(path: Path, images: list[dict[str, Any]], options: SourceOptions) 
 
 
 def _pairs(path: Path, rows: Iterator[RawRow], options: SourceOptions, problems: Problems) -> TablePairs:
-    batches = record_batches(usable_rows(rows, problems), SCHEMA_OF_LISTS)
-    table, left_out = pa.Table.from_batches(batches, SCHEMA_OF_LISTS), problems.left_out
+    table = pa.Table.from_batches(record_batches(usable_rows(rows, problems)), SCHEMA)
+    left_out = problems.left_out
     if not table.num_rows:
         why = f" ({left_out})" if left_out.counts else ""
         raise InputError(f"{path}: no image with a caption{why}; add captions")
-    root = options.image_root(_find_root(path, table["image"][0].as_py()) if options.root is None else path.parent)
-    return TablePairs(table, path, root, problems.label, left_out=left_out)
+    place = path.parent if options.columns.root is not None else _find_root(path, table["image"][0].as_py())
+    return TablePairs(table, path, options.image_root(place), problems.label, left_out=left_out)
 
 
 def _find_root(path: Path, image: str) -> Path:
@@ -139,4 +133,6 @@ def _find_root(path: Path, image: str) -> Path:
     for place in places:
         if os.path.isfile(place / image):  # unlike the method, false for a name that is too long
             return place
-    raise InputError(f"{path}: {image} is not in {', '.join(map(str, places))}; set root to the folder of its images")
+    raise InputError(
+        f"{path}: {image} is not in {', '.join(map(str, places))}; set columns.root to the folder of its images"
+    )

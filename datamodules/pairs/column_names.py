@@ -3,17 +3,14 @@
 import re
 import shlex
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 
 from datamodules.loading.bad_samples import BLANK_PATTERN
-from datamodules.pairs.source import SourceOptions
-from lit_clip.errors import InputError, require
-
-compute: Any = pyarrow.compute  # its functions are defined at run time
+from datamodules.pairs.source import SourceOptions, compute
+from lit_clip.errors import InputError, listed, require
 
 IMAGE_COLUMNS = (
     *("image", "image_path", "filepath", "file_path", "path", "filename", "file_name", "file", "img"),
@@ -21,10 +18,10 @@ IMAGE_COLUMNS = (
 )
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "description", "sentence", "sentences")
 
-MOST_NAMES, LONGEST_NAME = 30, 60  # of columns in a message
+LONGEST_NAME = 60  # of a column in a message
 
 
-class Columns(NamedTuple):
+class ColumnNames(NamedTuple):
     """Names of the columns that are read."""
 
     image: str
@@ -45,44 +42,35 @@ class Columns(NamedTuple):
 
 
 def find_column(path: object, found: list[str], wanted: str | None, usual: tuple[str, ...], option: str) -> str:
-    """Choose one of a table's columns.
-
-    Args:
-        path: of the table, for messages.
-        found: names of its columns.
-        wanted: name set by the user; None: the first of ``usual`` that is found, ignoring case.
-        usual: names to look for.
-        option: by which the user sets ``wanted``, for messages.
-    """
+    """Choose one of a table's columns: ``wanted``, which the user sets by ``option``, or the first of ``usual``."""
+    columns = listed([name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..." for name in found], 30)
     if wanted is not None:
         if wanted in found:
             return wanted
-        raise InputError(f"{path}: no column {wanted!r}; its columns are {_listed(found)}; set {option}")
+        raise InputError(f"{path}: no column {wanted!r}; its columns are {columns}; set {option}")
     lowered = {column.lower(): column for column in reversed(found)}
     for name in usual:
         if name in lowered:
             return lowered[name]
-    is_image = option.endswith("image_column")
+    is_image = usual is IMAGE_COLUMNS
     likely = shlex.quote(found[0 if is_image else -1][:LONGEST_NAME]) if found else "NAME"
     hint = f"for example, set {option} {likely}" if option.startswith("--") else f"set {option}"
     if is_image and "url" in lowered:
         hint = "download the images first, for example with img2dataset"
-    raise InputError(f"{path}: none of its columns ({_listed(found)}) is called {' or '.join(usual[:3])}; {hint}")
+    raise InputError(f"{path}: none of its columns ({columns}) is called {' or '.join(usual[:3])}; {hint}")
 
 
-def find_columns(path: object, found: list[str], options: SourceOptions) -> Columns:
+def find_columns(path: object, found: list[str], options: SourceOptions) -> ColumnNames:
     """Choose the columns of images, captions, groups and hard negatives among the columns ``found``."""
-    prefix = options.option_prefix
-    image = find_column(path, found, options.image_column, IMAGE_COLUMNS, f"{prefix}image_column")
-    numbered = [] if options.caption_column is not None else _numbered_captions(found)
-    wanted = numbered[0] if numbered else options.caption_column
-    caption = find_column(path, found, wanted, CAPTION_COLUMNS, f"{prefix}caption_column")
-    if image == caption:
-        raise InputError(f"{path}: column {image!r} cannot be both the image and the caption")
-    for option in ("group_column", "negative_column"):
-        if getattr(options, option) is not None:
-            find_column(path, found, getattr(options, option), (), f"{prefix}{option}")
-    columns = Columns(image, caption, options.group_column, options.negative_column, tuple(numbered[1:]))
+    wanted, option = options.columns, f"{options.option_prefix}columns."
+    image = find_column(path, found, wanted.image, IMAGE_COLUMNS, f"{option}image")
+    numbered = [] if wanted.caption is not None else _numbered_captions(found)
+    caption = find_column(path, found, [*numbered, wanted.caption][0], CAPTION_COLUMNS, f"{option}caption")
+    require(image != caption, f"{path}: column {image!r} cannot be both the image and the caption")
+    for name, column in (("group", wanted.group), ("negative", wanted.negative)):
+        if column is not None:
+            find_column(path, found, column, (), f"{option}{name}")
+    columns = ColumnNames(image, caption, wanted.group, wanted.negative, tuple(numbered[1:]))
     refuse_equal(path, found, columns.names())
     return columns
 
@@ -91,12 +79,6 @@ def refuse_equal(path: object, found: Sequence[str], wanted: Sequence[str]) -> N
     """Raise :class:`InputError` if a wanted column's name is that of two."""
     for name in wanted:
         require(found.count(name) < 2, f"{path}: two columns are called {name!r}; rename one")
-
-
-def _listed(names: Sequence[str]) -> str:
-    """List the names of columns, of which there may be any number of any length."""
-    shown = ", ".join(name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..." for name in names[:MOST_NAMES])
-    return shown + (f", ... ({len(names):,} in all)" if len(names) > MOST_NAMES else "")
 
 
 def _numbered_captions(found: list[str]) -> list[str]:
@@ -108,17 +90,19 @@ def _numbered_captions(found: list[str]) -> list[str]:
     return [name for stem, _, name in sorted(matches) if stem == matches[0][0]]
 
 
-def check_types(path: object, schema: pa.Schema, columns: Columns) -> None:
+def check_types(path: object, schema: pa.Schema, columns: ColumnNames) -> None:
     """Raise :class:`InputError` unless images are paths or encoded images, and captions texts or lists of texts."""
     image = schema.field(columns.image).type
-    if not (_is_text(image) or is_encoded(image)):
-        raise InputError(f"{path}: column {columns.image!r} holds {image}, neither paths nor images; set image_column")
-    texts = [*(("caption_column", name) for name in columns.captions), ("negative_column", columns.negative)]
+    readable = _is_text(image) or is_encoded(image)
+    require(readable, f"{path}: column {columns.image!r} holds {image}, neither paths nor images; set columns.image")
+    texts = [*(("caption", name) for name in columns.captions), ("negative", columns.negative)]
     for option, name in texts:
         kind = None if name is None else schema.field(name).type
-        lists = kind is not None and _is_list(kind) and not (option == "caption_column" and columns.more_captions)
+        lists = kind is not None and _is_list(kind) and not (option == "caption" and columns.more_captions)
         if kind is not None and not _is_text(kind.value_type if lists else kind):
-            raise InputError(f"{path}: column {name!r} holds {kind}, neither texts nor lists of texts; set {option}")
+            raise InputError(
+                f"{path}: column {name!r} holds {kind}, neither texts nor lists of texts; set columns.{option}"
+            )
 
 
 def _is_list(kind: pa.DataType) -> bool:
@@ -127,10 +111,7 @@ def _is_list(kind: pa.DataType) -> bool:
 
 def _is_text(kind: pa.DataType) -> bool:
     value = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return any(
-        is_kind(value)
-        for is_kind in (pa.types.is_string, pa.types.is_large_string, pa.types.is_binary, pa.types.is_large_binary)
-    )
+    return pa.types.is_string(value) or pa.types.is_large_string(value) or _is_bytes(value)
 
 
 def _is_bytes(kind: pa.DataType) -> bool:
@@ -142,11 +123,6 @@ def is_encoded(kind: pa.DataType) -> bool:
     return _is_bytes(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
 
 
-_MAY_BE_BLANK = np.zeros(256, dtype=bool)  # by first byte: of an invisible character, or of a blank word
-_MAY_BE_BLANK[[*range(0x21), 0x7F, 0xC2, 0xCD, 0xD8, *range(0xDB, 0xDD), *range(0xE0, 0xE4), 0xEF, 0xF0, 0xF3]] = True
-_MAY_BE_BLANK[[*b"nN<#"]] = True
-
-
 def blank_mask(captions: pa.Array) -> np.ndarray:
     """Return :func:`is_blank` of each text, or for lists whether all their texts are blank: bool ``[N]``."""
     if pa.types.is_dictionary(captions.type):
@@ -155,24 +131,7 @@ def blank_mask(captions: pa.Array) -> np.ndarray:
         usable = np.zeros(len(captions), dtype=bool)
         usable[compute.list_parent_indices(captions).to_numpy()[~blank_mask(captions.flatten())]] = True
         return ~usable
-    blank = captions.is_null().to_numpy(zero_copy_only=False)
-    candidates = np.flatnonzero(~blank & _may_be_blank(captions))
-    if len(candidates):
-        texts = captions.take(pa.array(candidates))
-        if _is_bytes(texts.type):
-            texts = texts.view(pa.large_string() if pa.types.is_large_binary(texts.type) else pa.string())
-        matched = compute.match_substring_regex(texts, BLANK_PATTERN, ignore_case=True)
-        blank[candidates] = matched.to_numpy(zero_copy_only=False)
-    return blank
-
-
-def _may_be_blank(texts: pa.Array) -> np.ndarray:
-    """Preselect by length and first byte, so that the regular expression runs on few texts: bool ``[N]``."""
-    wide = pa.types.is_large_string(texts.type) or pa.types.is_large_binary(texts.type)
-    _, offsets, data = texts.buffers()
-    if data is None or offsets is None or not data.size:
-        return np.ones(len(texts), dtype=bool)
-    bounds = np.frombuffer(offsets, dtype=np.int64 if wide else np.int32)[texts.offset : texts.offset + len(texts) + 1]
-    content = np.frombuffer(data, dtype=np.uint8)
-    first = content[np.minimum(bounds[:-1], len(content) - 1)]
-    return _MAY_BE_BLANK[first] | (bounds[1:] == bounds[:-1])
+    if _is_bytes(captions.type):
+        captions = captions.view(pa.large_string() if pa.types.is_large_binary(captions.type) else pa.string())
+    blank = compute.match_substring_regex(captions, BLANK_PATTERN, ignore_case=True)
+    return blank.fill_null(True).to_numpy(zero_copy_only=False)

@@ -6,21 +6,17 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute
 
 from datamodules.loading.bad_samples import BLANK, check_caption, is_blank
 from datamodules.loading.store import StoreFolder, stamp_of
-from datamodules.pairs.source import NO_CAPTION, EncodedPair, Pair, PairSource, PairText, Rows, SkippedRows, divide_rows
-from lit_clip.errors import BadSample, InputError
+from datamodules.pairs.source import NO_CAPTION, EncodedPair, Pair, PairSource, PairText, SkippedRows
+from lit_clip.errors import BadSample
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.hashing import hash64
 from lit_clip.tools.images import CHECKED, check_images, open_image
 from lit_clip.tools.remote_names import is_relative
 from lit_clip.tools.untrusted import shortened
-
-compute: Any = pyarrow.compute  # its functions are defined at run time
 
 CHECKED_IN_STORE = 8  # images that are read before training
 
@@ -32,37 +28,23 @@ def group_name(value: Any) -> str:
 
 
 class Cells(NamedTuple):
-    """Cells of a row.
+    """Cells of a row, whose name in messages is ``where``."""
 
-    Attributes:
-        image: a path, bytes, or Hugging Face's struct of both.
-        caption: a text or a list of texts.
-        group: see :func:`group_name`.
-        where: name of the row in messages.
-        key: of an image that is not a file of its own.
-        negative: a text or a list of texts, or None: hard negatives.
-    """
-
-    image: Any
+    image: Any  # a path, bytes, or Hugging Face's struct of both
     caption: Any
     group: str
     where: str
-    key: str
+    key: str  # of an image that is not a file of its own
     negative: Any = None
 
 
 class ColumnPairs(PairSource):
     """Pairs in columns of captions and of image paths or encoded images.
 
-    Args:
-        path: of the source, for messages.
-        root: folder that relative image paths start from, on disk or in a store.
-
-    Attributes:
-        inside: whether the paths of images must stay inside that folder.
+    ``path`` is that of the source, for messages; relative paths of images start from ``root``.
     """
 
-    inside = False
+    inside = False  # whether the paths of images must stay inside the root
 
     def __init__(self, path: Path, root: Path | StoreFolder) -> None:
         self.path, self.root = path, root
@@ -88,18 +70,13 @@ class ColumnPairs(PairSource):
 
     @abstractmethod
     def cells(self, index: int) -> Cells:
-        """Return the cells of a usable row.
-
-        Raises:
-            BadSample: they cannot be read.
-        """
+        """Return the cells of a usable row."""
 
     @property
     def left_out(self) -> SkippedRows:
         return self._left_out
 
-    def image_paths(self) -> pa.ChunkedArray | None:
-        """Paths of all images as written, in order; None: the images are in the table."""
+    def image_names(self) -> pa.ChunkedArray | None:
         return None
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
@@ -141,7 +118,6 @@ class ColumnPairs(PairSource):
         return self._image(self.cells(index))[1]
 
     def _opened(self, image: Path | str | io.BytesIO, where: str) -> Path | io.BytesIO:
-        """Read an image that is in a store."""
         return io.BytesIO(cast(StoreFolder, self.root).read(image, where)) if isinstance(image, str) else image
 
     def _image(self, cells: Cells) -> tuple[Path | str | io.BytesIO, str]:
@@ -164,30 +140,9 @@ class ColumnPairs(PairSource):
         files = [(self._image(cells)[0], cells.where) for cells in sample if not isinstance(cells.image, bytes | dict)]
         check_images([(self._opened(source, where), where) for source, where in files])
 
-    def image_names(self) -> list[str] | None:
-        paths = self.image_paths()
-        return None if paths is None else [str(path).strip() for path in paths.to_pylist()]
-
-    def divide(self, share: float, seed: int) -> tuple[PairSource, PairSource]:
-        paths = self.image_paths()
-        if paths is None:
-            return divide_rows(self, share, seed)
-        images = compute.unique(paths)
-        if len(images) < 2:
-            raise InputError(f"{self.path}: one image cannot be divided; set data.val")
-        images = images.take(compute.sort_indices(images))
-        chosen = random.Random(seed).sample(range(len(images)), max(1, int(share * len(images))))
-        is_held_out = compute.is_in(paths, value_set=images.take(pa.array(chosen)))
-        held_out = is_held_out.to_numpy(zero_copy_only=False).astype(bool)
-        return Rows(self, np.flatnonzero(~held_out)), Rows(self, np.flatnonzero(held_out))
-
 
 def file_identity(path: Path | str, where: str) -> tuple[str, int, str]:
-    """Return a file's absolute path or address in a store, its size, and its time of modification or the store's tag.
-
-    Raises:
-        BadSample: there is no such file.
-    """
+    """Return a file's path or address in a store, its size, and its time of modification or the store's tag."""
     name = str(path.absolute()) if isinstance(path, Path) else path
     try:
         stamp = stamp_of(name)
@@ -197,7 +152,6 @@ def file_identity(path: Path | str, where: str) -> tuple[str, int, str]:
 
 
 def _captions(cells: Cells) -> list[str]:
-    """Return the captions of a row that are not blank."""
     captions = _texts(cells.caption, cells.where)
     if not captions:
         raise BadSample(cells.where, NO_CAPTION, "no caption; write one or remove it")
@@ -211,7 +165,6 @@ def _texts(cell: Any, where: str) -> list[str]:
 
 
 def _decoded(value: Any, where: str) -> Any:
-    """Decode bytes; any other value is returned unchanged."""
     if not isinstance(value, bytes):
         return value
     try:
@@ -225,12 +178,9 @@ class TablePairs(ColumnPairs):
     """Pairs in an Arrow table with columns ``image``, ``caption``, ``number`` and perhaps ``group`` and ``negative``.
 
     Args:
-        table: one usable pair per row.
         path: of the file that the table was made from, for messages.
-        root: folder that relative image paths start from.
         label: what ``number`` counts in that file.
         mapped: the Arrow file that ``table`` maps, if any.
-        left_out: rows of the file that are not in the table.
     """
 
     def __init__(
@@ -259,7 +209,7 @@ class TablePairs(ColumnPairs):
     def __len__(self) -> int:
         return self._table.num_rows
 
-    def image_paths(self) -> pa.ChunkedArray | None:
+    def image_names(self) -> pa.ChunkedArray | None:
         return self._table["image"]
 
     def cells(self, index: int) -> Cells:

@@ -66,17 +66,15 @@ class CustomPairs(PairSource):
         return Pair(image, caption, self.key(index), self.group(index), negative)
 
     def read(self, index: int) -> EncodedPair:
-        """Return a pair as stored; a PIL image is stored as PNG."""
+        """Return a pair as stored; a PIL image as PNG."""
         where = self.where(index)
         try:
-            texts, image = self._texts(index, where), self.image(index)
-            if isinstance(image, str | Path):
-                content = Path(image).read_bytes()
-            elif isinstance(image, bytes):
-                content = image
-            else:
+            texts, content = self._texts(index, where), self.image(index)
+            if isinstance(content, str | Path):
+                content = Path(content).read_bytes()
+            elif not isinstance(content, bytes):
                 file = io.BytesIO()
-                self._image(image, where).save(file, "PNG")
+                self._image(content, where).save(file, "PNG")
                 content = file.getvalue()
         except OSError as error:
             raise self._broken(error, where) from error
@@ -96,10 +94,8 @@ class CustomPairs(PairSource):
         return [check_caption(caption, where) for caption in captions or [None]]
 
     def _image(self, image: Image.Image | str | Path | bytes, where: str) -> Image.Image:
-        if isinstance(image, str | Path):
-            return open_image(Path(image), where)
-        if isinstance(image, bytes):
-            return open_image(io.BytesIO(image), where)
+        if isinstance(image, str | Path | bytes):
+            return open_image(io.BytesIO(image) if isinstance(image, bytes) else Path(image), where)
         kind = type(image).__name__
         require(isinstance(image, Image.Image), f"{where}: image() returned a {kind}, not a PIL image, path or bytes")
         image.load()  # Pillow opens files lazily

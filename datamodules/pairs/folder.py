@@ -63,10 +63,6 @@ class FolderPairs(ColumnPairs):
     """Images at any depth of a folder, each with a ``.txt`` of the same name beside it that holds a caption per line.
 
     Opening a folder only reads file names; a text is read with its image.
-
-    Args:
-        folder: to search.
-        option_prefix: see :class:`SourceOptions`.
     """
 
     def __init__(self, folder: Path, option_prefix: str = "") -> None:
@@ -89,7 +85,7 @@ class FolderPairs(ColumnPairs):
             tables = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in TABLES)
             hint = f"give the table itself ({', '.join(tables[:3])})" if tables else "a.jpg needs its caption in a.txt"
             if without and not tables and any(entry.is_dir() for entry in folder.iterdir()):
-                hint += f", or set {option_prefix}templates (such as imagenet) if each subfolder is a class"
+                hint += f", or set {option_prefix}classes.templates (such as imagenet) if each subfolder is a class"
             raise InputError(f"{folder}: {problem}; {hint}")
         if without:
             rank_zero_info(f"{folder}: left out {without} images without a .txt beside them")
@@ -98,7 +94,7 @@ class FolderPairs(ColumnPairs):
     def __len__(self) -> int:
         return len(self._names)
 
-    def image_paths(self) -> pa.ChunkedArray | None:
+    def image_names(self) -> pa.ChunkedArray | None:
         return self._names
 
     def cells(self, index: int) -> Cells:
@@ -116,11 +112,7 @@ class FolderPairs(ColumnPairs):
 
 
 def _text_of(file: Path) -> bytes:
-    """Return the content of a text file.
-
-    Raises:
-        OSError: it cannot be read, is no regular file, which one would wait for, or too large to be captions.
-    """
+    """Return the content of a text file; an ``OSError`` if it is no regular file, or too large to be captions."""
     if not file.is_file() and file.exists():
         raise OSError("it is not a file")
     with file.open("rb") as stream:

@@ -41,7 +41,7 @@ class Listing(NamedTuple):
 
     @classmethod
     def checked(cls, commit: object, files: Iterable[object]) -> "Listing":
-        """Return a listing, which the hub or a file of a cache gives."""
+        """Check a listing from the hub or a file of a cache."""
         return cls(checked_commit(commit), sorted(map(checked_relative, files)))
 
 
@@ -54,13 +54,7 @@ def parse_hub_name(name: str) -> HubName | None:
 
 
 def open_hub_data(name: str, parts: HubName, options: SourceOptions) -> PairSource:
-    """Download and open one split of a data set.
-
-    Args:
-        name: as the user typed it.
-        parts: of the name.
-        options: set by the user; ``versions`` may have the commit for this name.
-    """
+    """Download and open one split of a data set; ``options.versions`` may have the commit for this name."""
     with naming(name):
         commit, files = _list_files(name, parts, options.versions.get(name))
     files = _files_of_split(name, parts, files, options)

@@ -18,13 +18,7 @@ CHECKED = 100  # pairs that are compared with the source before it is used
 
 
 def kept_pairs(source: PairSource, path: str | Path, option: str = "") -> "FilteredPairs":
-    """Return the pairs of a source that a file of scores keeps.
-
-    Args:
-        source: that was scored.
-        path: what ``lit-clip score`` wrote.
-        option: that gave it, for messages.
-    """
+    """Return the pairs of a source that a file of ``lit-clip score`` keeps; ``option`` gave it, for messages."""
     with naming(option):
         file = ScoreFile(Path(path).expanduser())
         other = "it is of other data, or they have changed since; score them again"
@@ -54,11 +48,7 @@ class FilteredPairs(Rows):
 
     Each pair is compared with the one that was scored when it is loaded, so that none is used with another's score.
 
-    Args:
-        source: that they belong to.
-        rows: of each pair, int ``[K]``, ascending.
-        pairs: :func:`lit_clip.embedding.pair_scores.pair_hash` of each, int64 ``[K]``.
-        name: of the file of scores, for messages.
+    ``rows`` ascend, int ``[K]``; ``pairs`` are the :func:`lit_clip.embedding.pair_scores.pair_hash` of each.
     """
 
     def __init__(self, source: PairSource, rows: np.ndarray, pairs: np.ndarray, name: str) -> None:
@@ -72,27 +62,22 @@ class FilteredPairs(Rows):
         """A hash that changes with the pairs."""
         return hex_digest([self.rows.tobytes(), self.pairs.tobytes()])
 
-    def _hashes(self, index: int) -> np.ndarray:
-        if self._starts is None:
-            return self.pairs[index : index + 1]
-        return self.pairs[self._starts[index] : self._starts[index + 1]]
-
     def _is_kept(self, index: int, key: str, caption: str) -> bool:
-        return bool((self._hashes(index) == pair_hash(key, caption)).any())
+        first, stop = (index, index + 1) if self._starts is None else self._starts[index : index + 2]
+        return bool((self.pairs[first:stop] == pair_hash(key, caption)).any())
 
     def _kept(self, index: int, key: str, captions: list[str]) -> list[str]:
-        """Select the captions that are kept."""
         kept = [caption for caption in captions if self._is_kept(index, key, caption)]
-        if not kept:
-            raise InputError(
-                f"{self.name}: row {self.rows[index]} of the data was scored with other captions than {key} has now; "
-                "score them again"
-            )
+        other = f"row {self.rows[index]} of the data was scored with other captions than {key} has now"
+        require(bool(kept), f"{self.name}: {other}; score them again")
         return kept
 
-    def _drawn(self, index: int, key: str, rng: random.Random | None) -> str:
+    def _drawn(self, index: int, key: str, caption: str, rng: random.Random | None) -> dict[str, str]:
+        """Draw again where the source drew a caption that is not kept: all kept ones stay equally likely."""
+        if self._is_kept(index, key, caption):
+            return {}
         captions = self.captions(index)
-        return captions[0] if rng is None or len(captions) == 1 else rng.choice(captions)
+        return {"caption": captions[0] if rng is None or len(captions) == 1 else rng.choice(captions)}
 
     def check_captions(self, index: int) -> None:
         """Raise :class:`InputError` if a row's kept captions were changed."""
@@ -103,16 +88,11 @@ class FilteredPairs(Rows):
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
         pair = super().load(index, rng)
-        # Of a row with few kept captions, the source draws one that is not: all kept ones stay equally likely.
-        if self._is_kept(index, pair.key, pair.caption):
-            return pair
-        return pair._replace(caption=self._drawn(index, pair.key, rng))
+        return pair._replace(**self._drawn(index, pair.key, pair.caption, rng))
 
     def text(self, index: int, rng: random.Random | None) -> PairText:
         text = super().text(index, rng)
-        if self._is_kept(index, text.key, text.caption):
-            return text
-        return text._replace(caption=self._drawn(index, text.key, rng))
+        return text._replace(**self._drawn(index, text.key, text.caption, rng))
 
     def read(self, index: int) -> EncodedPair:
         pair = super().read(index)

@@ -23,27 +23,16 @@ def proportional_counts(weights: Sequence[float], total: int) -> list[int]:
 class Concatenated(PairSource):
     """Several sources, one after the other.
 
-    Args:
-        sources: in their order.
-        distinct_keys: equal keys in two sources are different images, so keys are prefixed with the source's number.
-        distinct_groups: the same for groups.
+    Keys are prefixed with the source's number where equal keys in two sources are different images; so are groups.
     """
 
     def __init__(self, sources: Sequence[PairSource], distinct_keys: bool, distinct_groups: bool = False) -> None:
         self.sources, self.distinct_keys, self.distinct_groups = list(sources), distinct_keys, distinct_groups
-        self.stops = list(accumulate(len(source) for source in self.sources))
+        self.rows_per_epoch = [len(source) for source in self.sources]  # that an epoch takes from each source
+        self.stops = list(accumulate(self.rows_per_epoch))
 
     def __len__(self) -> int:
         return self.stops[-1]
-
-    @property
-    def epoch_size(self) -> int:
-        return sum(source.epoch_size for source in self.sources)
-
-    @property
-    def rows_per_epoch(self) -> list[int]:
-        """Number of rows that an epoch takes from each source."""
-        return [source.epoch_size for source in self.sources]
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
         """Interleave the sources at random; each keeps its own order, which may keep neighbouring rows together."""
@@ -61,12 +50,10 @@ class Concatenated(PairSource):
         return self.sources[number].order(epoch, seed).astype(np.int64)
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """Return a source's number and the row in it."""
         number = bisect_right(self.stops, index)
         return number, index - (self.stops[number - 1] if number else 0)
 
     def _distinct(self, number: int, key: str, group: str) -> dict[str, str]:
-        """Key and group of a pair, prefixed with its source's number where needed."""
         return {
             "key": f"{number}:{key}" if self.distinct_keys else key,
             "group": f"{number}:{group}" if self.distinct_groups and group else group,
@@ -105,7 +92,7 @@ class Concatenated(PairSource):
         for number, source in enumerate(self.sources):
             prefix, names = f"{number}:" if self.distinct_keys else ":", source.image_names()
             rows = (f"{number}#{row}" for row in range(len(source)))
-            every += rows if names is None else (prefix + name for name in names)
+            every += rows if names is None else (f"{prefix}{str(name).strip()}" for name in names)
         return every
 
     def prepare(self) -> None:
@@ -131,48 +118,33 @@ class Concatenated(PairSource):
 class Mixture(Concatenated):
     """Several sources, shuffled together; weights decide how many pairs of each an epoch holds.
 
-    Each source is read in its own order and continues in the next epoch where it stopped: none of its pairs repeats
-    before all of them were used, and then it starts over in another order. The order of an epoch is a pure function of
-    epoch and seed, as for any source.
-
-    Args:
-        sources: keys and groups are prefixed with the source's number (``0:cat.jpg``).
-        weights: one per source; they need not sum to 1.
-        epoch_size: pairs in an epoch; None: as many as the sources have together.
+    An epoch has as many pairs as the sources have together. Each source is read in its own order and continues in the
+    next epoch where it stopped: none of its pairs repeats before all of them were used, and then it starts over in
+    another order. The order of an epoch is a pure function of epoch and seed, as for any source.
+    Keys and groups are prefixed with the source's number (``0:cat.jpg``). The weights need not sum to 1.
     """
 
-    def __init__(self, sources: Sequence[PairSource], weights: Sequence[float], epoch_size: int | None = None) -> None:
+    def __init__(self, sources: Sequence[PairSource], weights: Sequence[float]) -> None:
         require(len(sources) >= 1, "mixture: no sources")
         require(len(sources) == len(weights), f"mixture: {len(weights)} weights for {len(sources)} sources")
         for number, weight in enumerate(weights):
             usable = 0 < weight < float("inf")
             require(usable, f"mixture: weight {weight} of source {number} must be above 0 and finite; or leave it out")
         super().__init__(sources, distinct_keys=True, distinct_groups=True)
-        self.weights, self._epoch_size = list(weights), epoch_size
-        if epoch_size is not None:
-            require(epoch_size >= 1, f"mixture: epoch_size {epoch_size} must be at least 1")
-        self._rows_per_epoch = proportional_counts(self.weights, self.epoch_size)
-        if 0 in self._rows_per_epoch:
-            number = self._rows_per_epoch.index(0)
+        self.weights, self.rows_per_epoch = list(weights), proportional_counts(weights, len(self))
+        if 0 in self.rows_per_epoch:
+            number = self.rows_per_epoch.index(0)
             raise InputError(
-                f"mixture: an epoch of {self.epoch_size} pairs would have none of source {number}, whose weight is "
-                f"{weights[number]}; raise its weight or epoch_size"
+                f"mixture: an epoch of {len(self)} pairs would have none of source {number}, whose weight is "
+                f"{weights[number]}; raise its weight"
             )
-
-    @property
-    def epoch_size(self) -> int:
-        return self._epoch_size or len(self)
-
-    @property
-    def rows_per_epoch(self) -> list[int]:
-        return self._rows_per_epoch
 
     def _rows(self, number: int, epoch: int, seed: int) -> np.ndarray:
         """The epoch's slice of the endless sequence of passes over one source."""
         source, count = self.sources[number], self.rows_per_epoch[number]
         slices, position, end = [], epoch * count, (epoch + 1) * count
         while position < end:
-            pass_number, done = divmod(position, source.epoch_size)
+            pass_number, done = divmod(position, len(source))
             rows = source.order(pass_number, seed)[done : done + end - position]
             slices.append(rows.astype(np.int64))
             position += len(rows)
@@ -181,4 +153,4 @@ class Mixture(Concatenated):
     def divide(self, share: float, seed: int) -> tuple[PairSource, PairSource]:
         """Divide each source: a mixture for training, and every held-out pair once for validation."""
         train, held_out = zip(*(source.divide(share, seed) for source in self.sources), strict=True)
-        return Mixture(train, self.weights, self._epoch_size), Concatenated(held_out, distinct_keys=True)
+        return Mixture(train, self.weights), Concatenated(held_out, distinct_keys=True)

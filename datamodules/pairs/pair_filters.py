@@ -34,27 +34,21 @@ class PairFilters:
         keep: the share of all pairs that have a score, best first; rounded down to whole pairs. Of pairs with the same
             score the earlier ones are kept.
         threshold: least score.
-        min_caption_words: least number of words, which white space separates.
-        min_caption_chars: least number of characters.
-        min_image_dim: least number of pixels of the shorter side.
-        max_aspect_ratio: largest ratio of the longer to the shorter side.
+        min_caption_words: separated by white space.
+        min_image_dim: pixels of the shorter side.
     """
 
     keep: float | None = None
     threshold: float | None = None
     min_caption_words: int | None = None
-    min_caption_chars: int | None = None
     min_image_dim: int | None = None
-    max_aspect_ratio: float | None = None
 
     def __post_init__(self) -> None:
         require(self.keep is None or 0 < self.keep <= 1, f"--keep {self.keep}: must be above 0 and at most 1")
         require(self.keep is None or self.threshold is None, "--threshold: give it or --keep, not both")
-        for name in ("min_caption_words", "min_caption_chars", "min_image_dim"):
+        for name in ("min_caption_words", "min_image_dim"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name} {value}: must be at least 1")
-        ratio = self.max_aspect_ratio
-        require(ratio is None or ratio >= 1, f"--max_aspect_ratio {ratio}: must be at least 1")
 
     def cut(self, scores: np.ndarray) -> Cut | None:
         """Return the cut of ``keep`` for the scores of all pairs that have one, float32 ``[N]``."""
@@ -65,15 +59,8 @@ class PairFilters:
         return cut_of(scores, count)
 
     def removed(self, pairs: pa.Table, cut: Cut | None) -> dict[str, np.ndarray]:
-        """Return by filter which pairs it removes, bool ``[N]``.
-
-        Args:
-            pairs: with the columns of :data:`lit_clip.embedding.pair_scores.SCORES`, all of them with a score.
-            cut: of ``keep``, for these pairs.
-        """
-        scores, captions = pairs["score"].to_numpy(), pairs["caption"].to_pylist()
-        width, height = (pairs[name].to_numpy().astype(np.float64) for name in ("width", "height"))
-        shorter, longer = np.minimum(width, height), np.maximum(width, height)
+        """Return by filter which pairs, all with a score and with the columns ``SCORES``, it removes, bool ``[N]``."""
+        scores = pairs["score"].to_numpy()
         found: dict[str, np.ndarray] = {}
         if cut is not None:
             tie = scores == np.float32(cut.score)
@@ -81,15 +68,9 @@ class PairFilters:
         if self.threshold is not None:
             found["clip_score"] = scores.astype(np.float64) < self.threshold
         if self.min_caption_words is not None:
-            found["caption_num_words"] = _below([len(caption.split()) for caption in captions], self.min_caption_words)
-        if self.min_caption_chars is not None:
-            found["caption_num_chars"] = _below([len(caption) for caption in captions], self.min_caption_chars)
+            words = [len(caption.split()) for caption in pairs["caption"].to_pylist()]
+            found["caption_num_words"] = np.array(words, dtype=np.int64) < self.min_caption_words
         if self.min_image_dim is not None:
-            found["min_image_dim"] = shorter < self.min_image_dim
-        if self.max_aspect_ratio is not None:
-            found["aspect_ratio"] = longer / shorter > self.max_aspect_ratio
+            width, height = (pairs[name].to_numpy() for name in ("width", "height"))
+            found["min_image_dim"] = np.minimum(width, height) < self.min_image_dim
         return found
-
-
-def _below(values: list[int], least: int) -> np.ndarray:
-    return np.array(values, dtype=np.int64) < least

@@ -13,11 +13,11 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.loading.cache import cache_file, made_once
 from datamodules.loading.store import StoreFolder
-from datamodules.pairs.column_names import Columns, check_types, find_columns, is_encoded
+from datamodules.pairs.column_names import ColumnNames, check_types, find_columns, is_encoded
 from datamodules.pairs.columns import map_table, map_valid_table
 from datamodules.pairs.source import PairSource, SourceOptions, find_split
 from datamodules.pairs.stored import ColumnarPairs, RowRange, blank_rows
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 from lit_clip.tools.reading import reading
 
 BATCH_ROWS = 16_384
@@ -64,10 +64,12 @@ def open_parquet(paths: Sequence[Path], options: SourceOptions) -> PairSource:
         if columns is None:
             columns = find_columns(path, schema.names, options)
         missing = [name for name in columns.names() if name not in schema.names]
-        if missing:
-            raise InputError(f"{path}: no column {missing[0]!r}, which {paths[0].name} has")
+        require(not missing, f"{path}: no column {', '.join(missing)!r}, which {paths[0].name} has")
         check_types(path, schema, columns)
-        parts += list(_parts(path, file.metadata))
+        first = 0
+        for group in range(file.num_row_groups):
+            parts.append(RowRange(path, group, first, file.metadata.row_group(group).num_rows))
+            first += parts[-1].rows
         with reading(path, "parquet file"):  # which names its columns a second time
             chunks = [_chunks(file, group, columns.names()) for group in range(file.num_row_groups)]
         sizes += [sum(chunk.total_uncompressed_size for chunk in group.values()) for group in chunks]
@@ -81,14 +83,6 @@ def _open_file(path: Path) -> pq.ParquetFile:
         file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)  # read pages on demand
         assert file.schema_arrow is not None  # parsed when it is first wanted
         return file
-
-
-def _parts(path: Path, metadata: pq.FileMetaData) -> Iterator[RowRange]:
-    first = 0
-    for group in range(metadata.num_row_groups):
-        rows = metadata.row_group(group).num_rows
-        yield RowRange(path, group, first, rows)
-        first += rows
 
 
 def _chunks(file: pq.ParquetFile, group: int, names: Sequence[str]) -> dict[str, pq.ColumnChunkMetaData]:
@@ -115,16 +109,11 @@ class ParquetPairs(ColumnarPairs):
     the cache folder. Images are not copied: an epoch takes row groups in random order, and shuffles the rows of as many
     row groups together as fit ``IMAGE_MEMORY``.
 
-    Args:
-        path: of the files together, for messages.
-        root: folder that relative image paths start from.
-        parts: the row groups of all files, in order.
-        columns: that are read.
-        sizes: uncompressed bytes of the columns in each row group, int64 ``[P]``.
+    ``parts`` are the row groups of all files, ``sizes`` their uncompressed bytes in the columns, int64 ``[P]``.
     """
 
     def __init__(
-        self, path: Path, root: Path | StoreFolder, parts: Sequence[RowRange], columns: Columns, sizes: np.ndarray
+        self, path: Path, root: Path | StoreFolder, parts: Sequence[RowRange], columns: ColumnNames, sizes: np.ndarray
     ) -> None:
         self.sizes = sizes
         first = _open_file(parts[0].file) if parts else None
@@ -194,7 +183,7 @@ class ParquetPairs(ColumnarPairs):
             for number in range(len(self._stops)):
                 self._copy(number, valid=True)
 
-    def image_paths(self) -> pa.ChunkedArray | None:
+    def image_names(self) -> pa.ChunkedArray | None:
         if self.encoded:
             return None
         tables = []

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from datamodules.loading.cache import default_cache_dir
@@ -22,12 +23,7 @@ def url_suffix(url: str) -> str:
 
 
 def fetch_table(url: str, version: str | None) -> tuple[Path, str]:
-    """Download a table into the cache folder, unless this version is there; return the file and its version.
-
-    Args:
-        url: of the table.
-        version: that is wanted; None: the present one.
-    """
+    """Download a table into the cache folder, unless this version (None: the present one) is there; return both."""
     name = url.partition("?")[0].rpartition("/")[2]
     folder = default_cache_dir() / "remote-tables"
     require(version is None or VERSION.fullmatch(version) is not None, f"{url}: {shortened(version)} is no version")
@@ -50,17 +46,12 @@ def fetch_table(url: str, version: str | None) -> tuple[Path, str]:
 def open_remote_table(
     url: str, options: SourceOptions, open_file: Callable[[Path, SourceOptions], PairSource]
 ) -> PairSource:
-    """Open a table in a store; relative image paths start from its folder in the store.
-
-    Args:
-        url: of the table.
-        options: set by the user.
-        open_file: opens the downloaded file.
-    """
+    """Open a table in a store; relative image paths start from its folder in the store."""
     path, version = fetch_table(url, options.versions.get(without_secrets(url)))
     folder = url.partition("?")[0].rpartition("/")[0]
     try:
-        source = open_file(path, options._replace(root=options.root or folder))
+        columns = replace(options.columns, root=options.columns.root or folder)
+        source = open_file(path, options._replace(columns=columns))
     except InputError as error:
         raise InputError(str(error).replace(str(path), url)) from error
     assert isinstance(source, ColumnPairs)

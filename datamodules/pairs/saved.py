@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from datamodules.pairs.column_names import Columns, check_types, find_columns, is_encoded
+from datamodules.pairs.column_names import ColumnNames, check_types, find_columns, is_encoded
 from datamodules.pairs.source import PairSource, SourceOptions, find_split
 from datamodules.pairs.stored import ColumnarPairs, RowRange, blank_rows
 from lit_clip.errors import InputError, require
@@ -35,8 +35,7 @@ def open_saved(folder: Path, options: SourceOptions) -> PairSource:
 def _json(file: Path) -> dict[str, Any]:
     with reading(file, "JSON file", hint=SAVE_AGAIN):
         values = json.loads(file.read_text(encoding="utf-8"))
-    if not isinstance(values, dict):
-        raise InputError(f"{file}: not a JSON object; {SAVE_AGAIN}")
+    require(isinstance(values, dict), f"{file}: not a JSON object; {SAVE_AGAIN}")
     return values
 
 
@@ -52,18 +51,16 @@ def _names(file: Path, key: str, values: object) -> list[str]:
 def _open(folder: Path, options: SourceOptions) -> PairSource:
     about = folder / "state.json"
     state = _json(about)
-    if state.get("_indices_data_files"):
-        raise InputError(f"{folder}: it has an indices mapping; call flatten_indices() and save it again")
+    mapped = state.get("_indices_data_files")
+    require(not mapped, f"{folder}: it has an indices mapping; call flatten_indices() and save it again")
     entries = state.get("_data_files") or []
     named = [isinstance(entry, dict) and entry.get("filename") for entry in entries] if type(entries) is list else None
     files = [folder / name for name in _names(about, "_data_files", named)]
-    if not files:
-        raise InputError(f"{folder}: state.json lists no data files; the data set is empty")
+    require(bool(files), f"{folder}: state.json lists no data files; the data set is empty")
     tables = [_map_stream(file) for file in files]
     schema = tables[0].schema
     for file, table in zip(files, tables, strict=True):
-        if not table.schema.equals(schema):
-            raise InputError(f"{file}: has other columns than {files[0].name}; {SAVE_AGAIN}")
+        require(table.schema.equals(schema), f"{file}: has other columns than {files[0].name}; {SAVE_AGAIN}")
     require(len(set(schema.names)) == len(schema.names), f"{folder}: two columns have the same name; {SAVE_AGAIN}")
     columns = find_columns(folder, schema.names, options)
     check_types(folder, schema, columns)
@@ -113,12 +110,12 @@ def _bytes_for_texts(kind: pa.DataType) -> pa.DataType:
 class ArrowDatasetPairs(ColumnarPairs):
     """Pairs in the mapped files of a saved data set."""
 
-    columns: Columns
+    columns: ColumnNames
 
     def table(self, number: int) -> pa.Table:
         return self.opened(number, lambda: _map_stream(self.part(number).file))
 
-    def image_paths(self) -> pa.ChunkedArray | None:
+    def image_names(self) -> pa.ChunkedArray | None:
         first = self.table(0)
         if is_encoded(first.schema.field(self.columns.image).type):
             return None

@@ -10,8 +10,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datamodules.pairs.columns import compute
 from datamodules.pairs.pair_filters import Cut, PairFilters
+from datamodules.pairs.source import compute
 from lit_clip.embedding.pair_scores import SCORES
 from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import replacing

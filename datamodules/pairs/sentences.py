@@ -28,11 +28,7 @@ _GOES_ON = r"(?! [^\p{L}\n\r]{0,20}+ \p{Ll})"  # as in "approx. 3 m" and "left .
 
 
 def _ends(small_letters: bool) -> regex.Pattern[str]:
-    """Return the pattern of the ends of sentences, in time linear in the text.
-
-    Args:
-        small_letters: of a text without capitals, where a small letter does not tell that a sentence goes on.
-    """
+    """Return the pattern of the ends of sentences, linear in time; in a text of small letters these tell nothing."""
     goes_on = "" if small_letters else _GOES_ON
     return regex.compile(
         rf"""
@@ -70,12 +66,8 @@ def sentences(text: str) -> list[str]:
 def fitting(text: str, tokenize: TextTokenizer, rng: random.Random | None) -> str:
     """Return sentences of a text, in their order, that fit the context together; a text that fits comes back whole.
 
-    If not one sentence fits, one is returned as it is, which the tokenizer then truncates.
-
-    Args:
-        text: the caption.
-        tokenize: counts the tokens.
-        rng: draws the sentences, as many as fit; None takes the first ones that fit, up to the next that does not.
+    If not one sentence fits, one is returned as it is, which the tokenizer then truncates. ``rng`` draws as many
+    sentences as fit; None takes the first ones that fit, up to the next that does not.
     """
     context, counted = tokenize.context_length, tokenize.count
     if counted(text) <= context:
@@ -105,10 +97,6 @@ class FittingCaptions(PairSource):
     """The pairs of a source as training and validation read them, with captions that fit: see :func:`fitting`.
 
     All that is random comes from the generator that a row is loaded with, after the source has drawn from it.
-
-    Args:
-        source: of the pairs.
-        tokenize: the model's tokenizer.
     """
 
     def __init__(self, source: PairSource, tokenize: TextTokenizer) -> None:

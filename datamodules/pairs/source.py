@@ -4,11 +4,14 @@ import random
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute
 from PIL import Image
 
 from datamodules.loading.sampling import permutation
@@ -17,28 +20,23 @@ from lit_clip.errors import BadSample, InputError, listed, require
 from lit_clip.tools.hashing import hash64
 from lit_clip.tools.images import OnError
 
+compute: Any = pyarrow.compute  # its functions are defined at run time
+
 NO_CAPTION = "no caption"  # the reason, the same for samples that turn out bad when loaded
 LISTED = 1000  # left-out rows that are listed one by one
+COLUMNS = ("image", "caption", "group", "negative")  # of :class:`Columns`
 DELIMITED = (".csv", ".tsv", ".txt")
 JSON_LINES = (".jsonl", ".ndjson")
 
 
 class Pair(NamedTuple):
-    """An image and one of its captions.
-
-    Attributes:
-        image: the image.
-        caption: one of its captions.
-        key: identifies the image.
-        group: of duplicates; empty for none.
-        negative: a caption that does not fit the image although it is similar; empty for none.
-    """
+    """An image and one of its captions."""
 
     image: Image.Image
     caption: str
-    key: str
-    group: str = ""
-    negative: str = ""
+    key: str  # identifies the image
+    group: str = ""  # of duplicates
+    negative: str = ""  # a caption that does not fit the image although it is similar
 
 
 class PairText(NamedTuple):
@@ -51,43 +49,28 @@ class PairText(NamedTuple):
 
 
 class EncodedPair(NamedTuple):
-    """A pair as stored, not decoded.
-
-    Attributes:
-        image: content of the image file.
-        captions: all of the image, none of them blank.
-        key: identifies the image.
-        group: of duplicates; empty for none.
-        where: name of the pair in messages, such as ``captions.csv row 7``.
-    """
+    """A pair as stored: the image file's content, and all captions, none of them blank."""
 
     image: bytes
     captions: list[str]
     key: str
     group: str
-    where: str
+    where: str  # its name in messages, such as "captions.csv row 7"
 
 
 class SkippedRows:
-    """Rows that were left out when a source was opened: counts by reason, and the first of them.
-
-    Attributes:
-        counts: reason -> number of rows.
-        listed: (where, reason) of at most ``LISTED`` rows.
-    """
+    """Rows that were left out when a source was opened: counts by reason, and (where, reason) of the first of them."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self.listed: list[tuple[str, str]] = []
 
     def add(self, where: str, reason: str) -> None:
-        """Count a row."""
         self.counts[reason] += 1
         if len(self.listed) < LISTED:
             self.listed.append((where, reason))
 
     def update(self, other: "SkippedRows") -> None:
-        """Add those of another source."""
         self.counts.update(other.counts)
         self.listed = [*self.listed, *other.listed][:LISTED]
 
@@ -101,7 +84,7 @@ class SkippedRows:
 
 
 class PairSource(ABC):
-    """Pairs with random access.
+    """Pairs with random access; a row that cannot be read raises :class:`BadSample` whatever is asked of it.
 
     Opening one reads no image. Data workers are sent a copy, so it holds no Python object per row.
     """
@@ -112,50 +95,26 @@ class PairSource(ABC):
 
     @abstractmethod
     def load(self, index: int, rng: random.Random | None) -> Pair:
-        """Load a pair; of several captions ``rng`` draws one, and None takes the first and no negative.
-
-        Raises:
-            BadSample: the image or the caption cannot be read.
-        """
+        """Load a pair; of several captions ``rng`` draws one, and None takes the first and no negative."""
 
     def read(self, index: int) -> EncodedPair:
-        """Return a pair as stored.
-
-        Raises:
-            BadSample: the image file is missing, or the caption cannot be read.
-        """
+        """Return a pair as stored."""
         raise InputError(f"{type(self).__name__}: its images are not files; use a table, a folder or shards")
 
     def captions(self, index: int) -> list[str]:
-        """Return all captions of a pair, without reading the image where the source can.
-
-        Raises:
-            BadSample: the caption cannot be read.
-        """
+        """Return all captions of a pair, without reading the image where the source can."""
         return [self.load(index, None).caption]
 
     def key(self, index: int) -> str:
-        """Return the key of a pair, without reading the image where the source can.
-
-        Raises:
-            BadSample: the row cannot be read.
-        """
+        """Return the key of a pair, without reading the image where the source can."""
         return self.read(index).key
 
     def text(self, index: int, rng: random.Random | None) -> PairText:
-        """Return what :meth:`load` returns besides the image, without reading the image where the source can.
-
-        Raises:
-            BadSample: the caption cannot be read.
-        """
+        """Return what :meth:`load` returns besides the image, without reading the image where the source can."""
         return PairText(*self.load(index, rng)[1:])
 
     def image_identity(self, index: int) -> object:
-        """Return what identifies an image's content, hashable, with the same ``repr`` in every run.
-
-        Raises:
-            BadSample: the image cannot be read.
-        """
+        """Return what identifies an image's content, hashable, with the same ``repr`` in every run."""
         try:
             return hash64(self.read(index).image)
         except BadSample:
@@ -164,23 +123,14 @@ class PairSource(ABC):
             return hash64(self.load(index, None).image.tobytes())
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
-        """Return the rows of an epoch in their order, a pure function: int ``[epoch_size]``."""
+        """Return the rows of an epoch in their order, a pure function: int ``[len(self)]``."""
         return permutation(len(self), epoch, seed)
-
-    @property
-    def epoch_size(self) -> int:
-        """Rows in an epoch; not all rows where a source draws with replacement."""
-        return len(self)
 
     def prepare(self) -> None:  # noqa: B027  # most need nothing
         """Write the files that random access needs, unless they exist; called by one process per machine."""
 
     def check(self) -> None:  # noqa: B027  # nothing to check where images are in the source
-        """Read the headers of some evenly spread images, to fail before training starts.
-
-        Raises:
-            BadSample: a file is missing or not an image.
-        """
+        """Read the headers of some evenly spread images, to fail before training starts."""
 
     @property
     def left_out(self) -> SkippedRows:
@@ -189,48 +139,32 @@ class PairSource(ABC):
 
     @property
     def versions(self) -> dict[str, str]:
-        """The version of each address that was opened and may change; opened again with it, it has the same rows.
-
-        Addresses are without secrets.
-        """
+        """The version of each address (without secrets) that was opened; opened again with it, it has the same rows."""
         return {}
 
-    def image_names(self) -> list[str] | None:
+    def image_names(self) -> pa.ChunkedArray | Sequence[str] | None:
         """Names of all images, in order, the same for rows with the same image; None: every row has another image."""
         return None
 
     def divide(self, share: float, seed: int) -> "tuple[PairSource, PairSource]":
         """Divide the pairs in two; the second has about ``share`` of the images, and no image is in both."""
         names = self.image_names()
-        return divide_rows(self, share, seed) if names is None else divide_named(self, names, share, seed)
-
-
-def divide_rows(source: PairSource, share: float, seed: int) -> tuple[PairSource, PairSource]:
-    """Divide a source that has a different image in every row; see :meth:`PairSource.divide`."""
-    size = len(source)
-    require(size > 1, "data: one image cannot be divided into training and validation; set data.val")
-    chosen = np.zeros(size, dtype=bool)
-    chosen[random.Random(seed).sample(range(size), max(1, int(share * size)))] = True
-    return Rows(source, np.flatnonzero(~chosen)), Rows(source, np.flatnonzero(chosen))
-
-
-def divide_named(source: PairSource, names: Sequence[str], share: float, seed: int) -> tuple[PairSource, PairSource]:
-    """Divide a source whose rows with the same name have the same image; see :meth:`PairSource.divide`."""
-    images = sorted(set(names))
-    if len(images) < 2:
-        raise InputError(f"{type(source).__name__}: one image cannot be divided; set data.val")
-    chosen = set(random.Random(seed).sample(images, max(1, int(share * len(images)))))
-    held_out = np.array([name in chosen for name in names])
-    return Rows(source, np.flatnonzero(~held_out)), Rows(source, np.flatnonzero(held_out))
+        if names is not None and not isinstance(names, pa.ChunkedArray):
+            names = pa.chunked_array([pa.array(names, pa.string())])
+        images = None if names is None else compute.unique(names)
+        count, where = len(self if images is None else images), getattr(self, "path", type(self).__name__)
+        require(count > 1, f"{where}: one image cannot be divided; set data.val")
+        chosen = random.Random(seed).sample(range(count), max(1, int(share * count)))
+        held_out = np.zeros(count, dtype=bool)
+        held_out[chosen] = True
+        if images is not None:
+            images = images.take(compute.sort_indices(images)).filter(pa.array(held_out))
+            held_out = compute.is_in(names, value_set=images).to_numpy().astype(bool)
+        return Rows(self, np.flatnonzero(~held_out)), Rows(self, np.flatnonzero(held_out))
 
 
 class Rows(PairSource):
-    """Some rows of a source.
-
-    Args:
-        source: that they belong to.
-        rows: int ``[N]``, ascending.
-    """
+    """Some rows of a source, ascending, int ``[N]``."""
 
     def __init__(self, source: PairSource, rows: np.ndarray) -> None:
         self.source = source
@@ -262,11 +196,7 @@ class Rows(PairSource):
         position[self.rows] = np.arange(len(self.rows), dtype=self.rows.dtype)
         ours = position[self.source.order(epoch, seed)]
         ours = ours[ours >= 0]
-        require(
-            len(ours) == len(self),
-            "no part of the data can be taken where shards.resampled draws with replacement; leave it out, or give the "
-            "parts as data.train and data.val",
-        )
+        require(len(ours) == len(self), "a mixture repeats rows; filter or divide its parts, not the mixture")
         return ours
 
     def prepare(self) -> None:
@@ -284,50 +214,55 @@ class Rows(PairSource):
         return self.source.versions
 
 
-class SourceOptions(NamedTuple):
-    """Options for opening a source; None: detected automatically.
+@dataclass(frozen=True)
+class Columns:
+    """Columns of a table, or fields of the ``.json`` files in tar shards.
 
     Attributes:
-        root: folder that relative image paths start from, on disk or in a store.
-        image_column: of a table.
-        caption_column: of a table; its values are texts or lists of texts.
-        group_column: of a table; names the group of duplicates.
-        negative_column: of a table; its values are hard negative captions, texts or lists of texts.
-        split: of sources that come in splits.
-        default_split: taken where a source has splits and ``split`` is None.
-        on_error: ``error`` ends the run at a row that cannot be read, ``skip`` leaves it out.
-        shards: how tar shards are read, a :class:`datamodules.shards.pairs.ShardOptions`.
-        templates: of the captions of a folder of classes.
-        class_names: of a folder of classes.
-        versions: address without secrets -> version, for addresses that are to be opened as they were
-            (:attr:`PairSource.versions`).
-        option_prefix: of these names on the command line, for messages.
+        image: paths or encoded images; detected automatically by default.
+        caption: texts or lists of texts; detected automatically by default.
+        group: names the group of duplicates, such as a product.
+        negative: hard negative captions, texts or lists of texts, of which training draws one; blank for none.
+        root: folder or address in a store that relative paths of images start from; by default that of the table.
     """
 
+    image: str | None = None
+    caption: str | None = None
+    group: str | None = None
+    negative: str | None = None
     root: str | None = None
-    image_column: str | None = None
-    caption_column: str | None = None
-    group_column: str | None = None
-    negative_column: str | None = None
-    split: str | None = None
-    default_split: str | None = None
-    on_error: OnError = "error"
-    shards: Any = None
-    templates: str | list[str] | None = None
-    class_names: str | list[str] | None = None
-    versions: Mapping[str, str] = MappingProxyType({})
-    option_prefix: str = ""
 
-    @property
-    def of_classes(self) -> bool:
-        """Whether the source is a folder of classes."""
-        return self.templates is not None or self.class_names is not None
+
+@dataclass(frozen=True)
+class Classes:
+    """Captions of a folder with a subfolder of images for each class; a class is a group of duplicates.
+
+    Attributes:
+        templates: prompt templates with {} for the class name: imagenet, paper:NAME, clip_benchmark:NAME, a YAML file,
+            a template or a list.
+        names: of the classes, as for an evaluation; the subfolders' names by default.
+    """
+
+    templates: str | list[str] | None = None
+    names: str | list[str] | None = None
+
+
+class SourceOptions(NamedTuple):
+    """Options for opening a source."""
+
+    columns: Columns = Columns()
+    classes: Classes = Classes()
+    split: str | None = None
+    default_split: str | None = None  # taken where a source has splits and split is None
+    on_error: OnError = "error"  # at a row that cannot be read; skip leaves it out
+    shards: Any = None  # datamodules.shards.pairs.ShardOptions
+    versions: Mapping[str, str] = MappingProxyType({})  # as PairSource.versions, to open addresses as they were
+    option_prefix: str = ""  # of these names on the command line, for messages
 
     def image_root(self, default: Path) -> Path | StoreFolder:
         """Return the folder that relative image paths start from."""
-        if self.root is None:
-            return default
-        return StoreFolder(self.root) if is_remote(self.root) else Path(self.root).expanduser()
+        root = self.columns.root
+        return default if root is None else StoreFolder(root) if is_remote(root) else Path(root).expanduser()
 
     def refuse_split(self, path: object) -> None:
         """Raise :class:`InputError` if a split is set, for a source without splits."""
@@ -335,15 +270,15 @@ class SourceOptions(NamedTuple):
 
     def refuse_classes(self, path: object) -> None:
         """Raise :class:`InputError` if templates or class names are set, for a source without classes."""
-        option = "templates" if self.templates is not None else "class_names"
+        option = "classes.templates" if self.classes.templates is not None else "classes.names"
         message = f"{self.option_prefix}{option}: {path} is not a folder of classes; leave {option} out"
-        require(not self.of_classes, message)
+        require(self.classes == Classes(), message)
 
-    def refuse_columns(self, path: object) -> None:
+    def refuse_columns(self, path: object, names: Sequence[str] = COLUMNS, kind: str = "is not a table") -> None:
         """Raise :class:`InputError` if a column is set, for a source without columns."""
-        for name in ("image_column", "caption_column", "group_column", "negative_column"):
-            column = getattr(self, name)
-            require(column is None, f"{path}: is not a table, but {name} is {column!r}; leave it out")
+        for name in names:
+            column = getattr(self.columns, name)
+            require(column is None, f"{path}: {kind}, but columns.{name} is {column!r}; leave it out")
 
 
 SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation"}

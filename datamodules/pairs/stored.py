@@ -10,21 +10,14 @@ import numpy as np
 import pyarrow as pa
 
 from datamodules.loading.store import StoreFolder
-from datamodules.pairs.column_names import Columns, blank_mask
+from datamodules.pairs.column_names import ColumnNames, blank_mask
 from datamodules.pairs.columns import Cells, ColumnPairs, group_name
 from datamodules.pairs.source import LISTED, NO_CAPTION
-from lit_clip.errors import BadSample, InputError
+from lit_clip.errors import BadSample, require
 
 
 class RowRange(NamedTuple):
-    """Rows that are read together.
-
-    Attributes:
-        file: that holds them.
-        group: their row group, 0 in files that have none.
-        first: number of the first row in the file, from 0.
-        rows: how many.
-    """
+    """Rows of a file that are read together: their row group (0 where there is none), first row and number."""
 
     file: Path
     group: int
@@ -35,16 +28,11 @@ class RowRange(NamedTuple):
 class ColumnarPairs(ColumnPairs):
     """Pairs in the columns of several files, without the rows that have no caption.
 
-    Args:
-        path: of the files together, for messages.
-        root: folder that relative image paths start from.
-        parts: of all files, in order.
-        columns: that are read.
-        blank: numbers of the rows without a caption over all files, ascending, int64 ``[K]``; see :func:`blank_rows`.
+    ``blank`` are the numbers of those rows over all files, ascending, int64 ``[K]``; see :func:`blank_rows`.
     """
 
     def __init__(
-        self, path: Path, root: Path | StoreFolder, parts: Sequence[RowRange], columns: Columns, blank: np.ndarray
+        self, path: Path, root: Path | StoreFolder, parts: Sequence[RowRange], columns: ColumnNames, blank: np.ndarray
     ) -> None:
         super().__init__(path, root)
         self.files = list(dict.fromkeys(part.file for part in parts))
@@ -54,8 +42,7 @@ class ColumnarPairs(ColumnPairs):
         self.columns = columns
         self._kept_before = blank - np.arange(len(blank))  # usable rows before each unusable one
         self._size = int(self._stops[-1] if len(parts) else 0) - len(blank)
-        if self._size < 1:
-            raise InputError(f"{path}: no row with an image and a caption ({len(blank)} without a caption)")
+        require(self._size > 0, f"{path}: no row with an image and a caption ({len(blank)} without a caption)")
         self._open: dict[Any, Any] = {}
         self._process = os.getpid()
         for row in blank[:LISTED].tolist():
@@ -70,7 +57,6 @@ class ColumnarPairs(ColumnPairs):
         return self._size
 
     def part(self, number: int) -> RowRange:
-        """Return a part by its number."""
         file, group, first = self._parts[number].tolist()
         rows = self._stops[number] - (self._stops[number - 1] if number else 0)
         return RowRange(self.files[file], group, first, int(rows))
@@ -92,7 +78,6 @@ class ColumnarPairs(ColumnPairs):
         return self._kept_before + np.arange(len(self._kept_before))
 
     def _without_blank(self, rows: pa.ChunkedArray) -> pa.ChunkedArray:
-        """Drop the rows without a caption from a column of all rows."""
         usable = np.ones(len(rows), dtype=bool)
         usable[self._blank] = False
         return rows.filter(pa.array(usable)) if len(self) < len(rows) else rows
@@ -133,11 +118,7 @@ def blank_rows(batches: Any, captions: Sequence[str]) -> np.ndarray:
     """Return the numbers of the rows that are blank in all caption columns, ascending, int64 ``[K]``."""
     found, first = [], 0
     for batch in batches:
-        blank = np.logical_and.reduce([blank_mask(_column(batch, caption)) for caption in captions])
+        blank = np.logical_and.reduce([blank_mask(batch.column(caption)) for caption in captions])
         found.append(np.flatnonzero(blank) + first)
         first += batch.num_rows
     return np.concatenate(found).astype(np.int64) if found else np.zeros(0, dtype=np.int64)
-
-
-def _column(batch: pa.RecordBatch, name: str) -> pa.Array:
-    return batch.column(batch.schema.get_field_index(name))

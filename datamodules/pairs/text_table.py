@@ -15,9 +15,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.loading.bad_samples import is_blank, is_unicode
 from datamodules.loading.cache import cache_file, made_once
-from datamodules.pairs.column_names import Columns, find_columns
+from datamodules.pairs.column_names import ColumnNames, find_columns
 from datamodules.pairs.columns import TablePairs, group_name, map_valid_table
-from datamodules.pairs.source import JSON_LINES, NO_CAPTION, PairSource, SkippedRows, SourceOptions
+from datamodules.pairs.source import COLUMNS, JSON_LINES, NO_CAPTION, PairSource, SkippedRows, SourceOptions
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.reading import check_is_file
 
@@ -31,17 +31,16 @@ MARKS = {  # encodings by byte order mark; UTF-32's begins like UTF-16's
     codecs.BOM_UTF16_BE: "utf-16",
 }
 BATCH_ROWS, BATCH_CHARACTERS = 16_384, 8 << 20
-LAYOUT = 3  # of that Arrow file; a new number makes old ones be written again
+LAYOUT = 4  # of that Arrow file; a new number makes old ones be written again
 SCHEMA = pa.schema(
     {
         "image": pa.string(),
-        "caption": pa.string(),
+        "caption": pa.list_(pa.string()),
         "group": pa.string(),
         "negative": pa.list_(pa.string()),
         "number": pa.int64(),
     }
 )
-SCHEMA_OF_LISTS = SCHEMA.set(1, pa.field("caption", pa.list_(pa.string())))
 
 
 class RawRow(NamedTuple):
@@ -55,7 +54,7 @@ class RawRow(NamedTuple):
 
 
 Record = tuple[int, Mapping[str, Any]]
-FindColumns = Callable[[list[str]], Columns]  # the names of a table's columns -> those that are read
+FindColumns = Callable[[list[str]], ColumnNames]  # the names of a table's columns -> those that are read
 
 
 class Problems:
@@ -103,17 +102,6 @@ def _delimiter(path: Path, file: TextIO) -> tuple[str, int]:
     before += separator is not None
     tabs = path.suffix.lower() == ".tsv" and "\t" in header
     return separator[1] if separator else "\t" if tabs else max(",;\t|", key=header.count), before
-
-
-def _has_several_captions(path: Path, find: FindColumns) -> bool:
-    """Whether the header of a delimited file names several columns of captions."""
-    try:
-        with _open_text(path, skip=True) as file:
-            delimiter, _ = _delimiter(path, file)
-            names = next(csv.reader([file.readline()], delimiter=delimiter), [])
-        return len(find([name.strip() for name in names]).captions) > 1
-    except (InputError, csv.Error, UnicodeError):  # reading the rows raises it again
-        return False
 
 
 def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterator[RawRow]:
@@ -215,11 +203,8 @@ def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
     """Yield the rows that have an image and a caption; the others are errors, or left out and counted."""
     for row in rows:
         if not isinstance(row.image, str) or not row.image.strip():
-            problems.add(
-                row.number,
-                "missing image",
-                f"no image in column {problems.image_column!r}; add a path or remove the row",
-            )
+            detail = f"no image in column {problems.image_column!r}; add a path or remove the row"
+            problems.add(row.number, "missing image", detail)
             continue
         captions, negatives = _not_blank(row.caption), _not_blank(row.negative)
         is_name = row.group is None or isinstance(row.group, str | int | float)
@@ -235,7 +220,7 @@ def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
         elif not is_unicode("".join([row.image, *captions, *negatives, group_name(row.group)])):
             problems.add(row.number, "not UTF-8", "not UTF-8 text; save it as UTF-8")
         else:
-            yield RawRow(row.number, row.image.strip(), captions, group_name(row.group), negatives)
+            yield RawRow(row.number, row.image.strip(), captions, group_name(row.group), negatives or None)
 
 
 def shown(value: Any) -> str:
@@ -247,39 +232,35 @@ def _not_blank(cell: Any) -> list[Any]:
     return [text for text in (cell if isinstance(cell, list) else (cell,)) if not is_blank(text)]
 
 
-def record_batches(rows: Iterable[RawRow], schema: pa.Schema) -> Iterator[pa.RecordBatch]:
+def record_batches(rows: Iterable[RawRow]) -> Iterator[pa.RecordBatch]:
     """Collect rows into record batches of a bounded number of rows and characters."""
-    lists = schema is SCHEMA_OF_LISTS
-    cells: dict[str, list[Any]] = {name: [] for name in RawRow._fields}  # no object per row: slow to collect
-    add_number, add_image, add_caption, add_group, add_negative = (column.append for column in cells.values())
+    images, captions, stops, groups, negatives, numbers = columns = [[] for _ in range(6)]
     characters = 0
-    for number, image, captions, group, negatives in rows:
-        add_number(number)
-        add_image(image)
-        add_caption(captions if lists else captions[0])
-        add_group(group)
-        add_negative(negatives or None)
-        characters += sum(map(len, captions)) + sum(map(len, negatives or ()))
-        if len(cells["number"]) == BATCH_ROWS or characters > BATCH_CHARACTERS:
-            yield pa.record_batch([pa.array(cells[field.name], field.type) for field in schema], schema=schema)
+    for number, image, texts, group, wrong in rows:
+        images.append(image)
+        captions.extend(texts)  # no object per row: slow to collect
+        stops.append(len(captions))
+        groups.append(group)
+        negatives.append(wrong)
+        numbers.append(number)
+        characters += sum(map(len, texts)) + sum(map(len, wrong or ()))
+        if len(numbers) == BATCH_ROWS or characters > BATCH_CHARACTERS:
+            yield _batch(*columns)
             characters = 0
-            for column in cells.values():
+            for column in columns:
                 column.clear()
-    if cells["number"]:
-        yield pa.record_batch([pa.array(cells[field.name], field.type) for field in schema], schema=schema)
+    if numbers:
+        yield _batch(*columns)
 
 
-Read = Callable[[Problems], Iterator[RawRow]]
+def _batch(images: list[Any], captions: list[Any], stops: list[Any], *others: list[Any]) -> pa.RecordBatch:
+    lists = pa.ListArray.from_arrays(pa.array([0, *stops], pa.int32()), pa.array(captions, pa.string()))
+    return pa.record_batch(dict(zip(SCHEMA.names, (images, lists, *others), strict=True)), SCHEMA)
 
 
-def raw_rows(path: Path, find: FindColumns) -> Iterator[RawRow]:
-    """Yield the rows of a text table as written, with unchecked cells; ``caption`` may be any column.
-
-    Args:
-        path: see :func:`open_table`.
-        find: chooses the columns.
-    """
-    problems = Problems(path, skip=False)
+def raw_rows(path: Path, find: FindColumns, problems: Problems | None = None) -> Iterator[RawRow]:
+    """Yield the rows of a text table as written, with unchecked cells; ``caption`` may be any column."""
+    problems = problems or Problems(path, skip=False)
     try:
         if path.suffix.lower() in (*JSON_LINES, ".json"):
             yield from _record_rows(_json_lines(path, problems), find, problems)
@@ -292,68 +273,53 @@ def raw_rows(path: Path, find: FindColumns) -> Iterator[RawRow]:
 def open_table(path: Path, options: SourceOptions) -> PairSource:
     """Open a text table; rows without a caption are left out and counted.
 
-    Args:
-        path: ``.jsonl``, ``.ndjson`` or ``.json`` with an object per line; any other suffix is a delimited file with a
-            header, whose delimiter is detected automatically. UTF-8, or UTF-16 with a byte order mark.
-        options: set by the user.
+    It is UTF-8, or UTF-16 or UTF-32 with a byte order mark: ``.jsonl``, ``.ndjson`` or ``.json`` with an object per
+    line, or else a delimited file with a header, whose delimiter is detected automatically.
     """
     check_is_file(path)
     require(path.is_file(), f"{path}: no such file")
     options.refuse_split(path)
     find = partial(find_columns, path, options=options)
-    if path.suffix.lower() in (*JSON_LINES, ".json"):
-        return _open(path, options, SCHEMA_OF_LISTS, lambda p: _record_rows(_json_lines(path, p), find, p))
-    schema = SCHEMA_OF_LISTS if _has_several_captions(path, find) else SCHEMA
-    return _open(path, options, schema, lambda problems: _delimited_rows(path, find, problems))
+    return _open(path, options, lambda problems: raw_rows(path, find, problems))
 
 
 def open_records(path: Path, values: list[Any], options: SourceOptions) -> PairSource:
     """Open the array of objects that a JSON file consists of."""
     options.refuse_split(path)
     records, find = enumerate(values, start=1), partial(find_columns, path, options=options)
-    return _open(path, options, SCHEMA_OF_LISTS, lambda problems: _record_rows(records, find, problems))
+    return _open(path, options, lambda problems: _record_rows(records, find, problems))
 
 
-def _open(path: Path, options: SourceOptions, schema: pa.Schema, read: Read) -> PairSource:
+def _open(path: Path, options: SourceOptions, read: Callable[[Problems], Iterator[RawRow]]) -> PairSource:
     problems, mapped = Problems(path, options.on_error == "skip"), None
+    batches = record_batches(usable_rows(read(problems), problems))
     if path.stat().st_size > IN_MEMORY:
-        names = (options.image_column, options.caption_column, options.group_column, options.negative_column)
-        settings = (LAYOUT, *names, options.on_error)
+        settings = (LAYOUT, *(getattr(options.columns, name) for name in COLUMNS), options.on_error)
         mapped = cache_file("tables", path, settings, ".arrow")
 
         def load(file: Path) -> tuple[pa.Table, SkippedRows]:
-            return map_valid_table(file, schema), _read_left_out(file)
+            return map_valid_table(file, SCHEMA), _read_left_out(file)
 
         def make(file: Path) -> None:
             rank_zero_info(f"{path}: converting it once to {mapped}")
-            _write(file, path, schema, read, problems)
+            _write(file, batches, problems)
 
         table, left_out = made_once(mapped, load, make)
     else:
-        table, left_out = (
-            pa.Table.from_batches(_read_batches(path, schema, read, problems), schema),
-            problems.left_out,
-        )
+        table, left_out = pa.Table.from_batches(batches, SCHEMA), problems.left_out
     if not table.num_rows:
         require(left_out.counts.total() > 0, f"{path}: no rows; the file is empty or has only a header")
         raise InputError(f"{path}: no row with an image and a caption ({left_out})")
     return TablePairs(table, path, options.image_root(path.parent), mapped=mapped, left_out=left_out)
 
 
-def _read_batches(path: Path, schema: pa.Schema, read: Read, problems: Problems) -> Iterator[pa.RecordBatch]:
-    try:
-        yield from record_batches(usable_rows(read(problems), problems), schema)
-    except UnicodeError:
-        raise _undecodable(path) from None
-
-
-def _write(file: Path, path: Path, schema: pa.Schema, read: Read, problems: Problems) -> None:
+def _write(file: Path, batches: Iterator[pa.RecordBatch], problems: Problems) -> None:
     """Write the rows, then an empty batch whose metadata lists the rows that were left out."""
-    with pa.ipc.new_file(str(file), schema) as writer:
-        for batch in _read_batches(path, schema, read, problems):
+    with pa.ipc.new_file(str(file), SCHEMA) as writer:
+        for batch in batches:
             writer.write_batch(batch)
         left_out = json.dumps([problems.left_out.counts, problems.left_out.listed])
-        writer.write_batch(pa.RecordBatch.from_pylist([], schema), custom_metadata={"left_out": left_out})
+        writer.write_batch(pa.RecordBatch.from_pylist([], SCHEMA), custom_metadata={"left_out": left_out})
 
 
 def _read_left_out(mapped: Path) -> SkippedRows:

@@ -1,4 +1,4 @@
-"""Locations of tar shards: local files, and those of a store, fetched whole into a folder or read piece by piece."""
+"""Locations of tar shards: local files, and those of a store, fetched whole into a folder."""
 
 import glob
 import itertools
@@ -6,28 +6,27 @@ import os
 import re
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 from datamodules.loading.store import Stamp, fetch, is_remote, retry
 from datamodules.shards.index import (
     INDEX_SUFFIX,
     MappedIndex,
-    ShardIndex,
     Summary,
     read_summary,
     scan_shard,
     write_index,
 )
-from lit_clip.errors import AnswerTooLargeError, InputError, require
-from lit_clip.tools.atomic import replacing
+from lit_clip.errors import InputError, require
+from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.stores import store_of
 
 OPEN_AT_ONCE = 32  # shards in each process
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
-NO_PARTS = "the server cannot send parts of a file; set cache_gb above 0"
 
 
 def expand_urls(urls: str | Sequence[str]) -> list[str]:
@@ -101,7 +100,6 @@ class ShardFolder:
     Any number of processes may use it at once.
 
     Args:
-        folder: created when needed.
         limit: bytes of shards to keep; the least recently used make room for new ones.
     """
 
@@ -174,54 +172,14 @@ def _fetch_index(url: str, stamp: Stamp, cached: Path) -> Summary | None:
 
 def make_index(url: str, stamp: Stamp, folder: ShardFolder) -> Summary:
     """Read a shard's headers and write its index beside it, or into the folder if that fails."""
-    with folder.open(url, stamp) if folder.limit or not is_remote(url) else _stream(url) as file:
+    with folder.open(url, stamp) as file:
         index = scan_shard(file, stamp.size)
-    cached = Path(f"{folder.place(url, stamp)}{INDEX_SUFFIX}")
     if not is_remote(url):
-        try:
-            return _write_and_read(index, stamp, Path(f"{url}{INDEX_SUFFIX}"))
-        except InputError:  # a read-only folder
-            pass
-    return _write_and_read(index, stamp, cached)
-
-
-class _StoreFile:
-    """A file in a store, read in parts; a part that cannot be fetched is asked for again."""
-
-    def __init__(self, url: str) -> None:
-        store, path = store_of(url)
-        self.url, self.file = url, retry(url, store.open, path, "rb")
-        require(getattr(self.file, "size", 0) is not None, f"{url}: {NO_PARTS}")  # None: it can only be read through
-
-    def read(self, size: int = -1) -> bytes:
-        start = self.file.tell()
-
-        def attempt() -> bytes:
-            self.file.seek(start)
-            return self.file.read(size)
-
-        return retry(self.url, attempt)
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self.file.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self.file.tell()
-
-
-def _stream(url: str) -> AbstractContextManager[BinaryIO]:
-    return nullcontext(cast(BinaryIO, _StoreFile(url)))
-
-
-def _write_and_read(index: ShardIndex, stamp: Stamp, path: Path) -> Summary:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"{path}: cannot be written ({error.strerror})") from error
-    write_index(index, stamp, path)
-    summary = read_summary(path)
-    assert summary is not None, f"{path}: written and not readable"
-    return summary
+        with suppress(InputError):  # a read-only folder
+            return write_index(index, stamp, Path(f"{url}{INDEX_SUFFIX}"))
+    cached = Path(f"{folder.place(url, stamp)}{INDEX_SUFFIX}")
+    make_folder(cached.parent)
+    return write_index(index, stamp, cached)
 
 
 def open_index(url: str, summary: Summary, folder: ShardFolder) -> MappedIndex:
@@ -235,28 +193,12 @@ def open_index(url: str, summary: Summary, folder: ShardFolder) -> MappedIndex:
         return MappedIndex(made)
 
 
+@dataclass(frozen=True)
 class OpenShard:
     """One shard open for reading, with its index."""
 
-    def __init__(self, url: str, summary: Summary, folder: ShardFolder) -> None:
-        self.url, self.index = url, open_index(url, summary, folder)
-        as_file = folder.limit > 0 or not is_remote(url)
-        self._file = folder.open(url, summary.stamp) if as_file else None
-
-    def read(self, offset: int, size: int) -> bytes:
-        """Return ``size`` bytes from ``offset`` on, or fewer at the end of the shard."""
-        if self._file is not None:
-            return os.pread(self._file.fileno(), size, offset)
-        store, path = store_of(self.url)
-        try:
-            return retry(self.url, store.cat_file, path, start=offset, end=offset + size)
-        except AnswerTooLargeError as error:
-            raise InputError(f"{self.url}: {NO_PARTS}") from error
-
-    def close(self) -> None:
-        """Close the file."""
-        if self._file is not None:
-            self._file.close()
+    index: MappedIndex
+    file: BinaryIO
 
 
 class OpenShards:
@@ -269,12 +211,14 @@ class OpenShards:
     def __getitem__(self, number: int) -> OpenShard:
         shard = self._open.get(number)
         if shard is None:
+            url, summary = self.urls[number], self.summaries[number]
             if len(self._open) >= OPEN_AT_ONCE:
-                self._open.popitem(last=False)[1].close()
+                self._open.popitem(last=False)[1].file.close()
             try:
-                shard = OpenShard(self.urls[number], self.summaries[number], self.folder)
+                index = open_index(url, summary, self.folder)
+                shard = OpenShard(index, self.folder.open(url, summary.stamp))
             except FileNotFoundError as error:
-                raise InputError(f"{self.urls[number]}: was removed since the run began; start again") from error
+                raise InputError(f"{url}: was removed since the run began; start again") from error
             self._open[number] = shard
         self._open.move_to_end(number)
         return shard

@@ -35,19 +35,26 @@ OF_SHARD = "in a shard that "  # starts the reasons that concern the rest of a s
 
 @dataclass
 class ShardIndex:
-    """Contents of a shard according to its headers.
+    """Contents of a shard according to its headers."""
 
-    Attributes:
-        keys: of the samples that have an image and a caption, in the tar's order.
-        spans: int64 ``[N, 4, 2]``, offset and size of each of ``FIELDS``; an absent field has offset -1.
-        problems: why samples are left out: reason -> keys; the empty key stands for the lost rest of the shard.
-        extensions: extension -> number of files.
+    keys: list[str]  # of the samples that have an image and a caption, in the tar's order
+    spans: np.ndarray  # int64 [N, 4, 2], offset and size of each of FIELDS; an absent field has offset -1
+    problems: dict[str, list[str]] = field(default_factory=dict)  # reason -> keys; empty: of the lost rest of the shard
+    extensions: dict[str, int] = field(default_factory=dict)  # extension -> number of files
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The head of an index: all that opening a set of shards needs.
+
+    ``path`` is that of the index, ``stamp`` that of the shard.
     """
 
-    keys: list[str]
-    spans: np.ndarray
-    problems: dict[str, list[str]] = field(default_factory=dict)
-    extensions: dict[str, int] = field(default_factory=dict)
+    path: str
+    stamp: Stamp
+    samples: int
+    problems: dict[str, tuple[int, str]]  # reason -> number of samples left out for it, and the first one's key
+    extensions: dict[str, int]  # extension -> number of files
 
 
 class DamagedError(Exception):
@@ -64,12 +71,9 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def tar_members(file: BinaryIO, size: int) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    """Yield the complete regular files of a tar.
+    """Yield the complete regular files of a tar, before :class:`DamagedError` if it is truncated or damaged.
 
     tarfile itself stops silently at a truncated or broken header.
-
-    Raises:
-        DamagedError: the tar is truncated or damaged; what came before it was yielded.
     """
     end = 0
     with tarfile.open(fileobj=file, mode="r:") as tar:
@@ -139,12 +143,7 @@ class _Scan:
 
 
 def scan_shard(file: BinaryIO, size: int) -> ShardIndex:
-    """Read the headers of a tar, and those texts that are short enough to be blank captions.
-
-    Args:
-        file: seekable, at its start.
-        size: of the file in bytes.
-    """
+    """Read the headers of a seekable tar of ``size`` bytes, and the texts short enough to be blank captions."""
     scan = _Scan()
     try:
         for member, tar in tar_members(file, size):
@@ -161,8 +160,8 @@ def scan_shard(file: BinaryIO, size: int) -> ShardIndex:
     return scan.finish()
 
 
-def write_index(index: ShardIndex, stamp: Stamp, path: Path) -> None:
-    """Write an index file."""
+def write_index(index: ShardIndex, stamp: Stamp, path: Path) -> Summary:
+    """Write an index file and return its head."""
     flat = index.spans.reshape(len(index.keys), 2 * len(FIELDS))
     columns = {"key": pa.array(index.keys, pa.large_string())}
     columns |= {name: pa.array(np.ascontiguousarray(flat[:, i])) for i, name in enumerate(SPANS)}
@@ -180,29 +179,12 @@ def write_index(index: ShardIndex, stamp: Stamp, path: Path) -> None:
     table = table.replace_schema_metadata(metadata)
     with replacing(path) as draft, pa.OSFile(str(draft), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
         writer.write_table(table)
-
-
-@dataclass(frozen=True)
-class Summary:
-    """The head of an index: all that opening a set of shards needs.
-
-    Attributes:
-        path: of the index.
-        stamp: of the shard.
-        samples: number of usable samples.
-        problems: reason -> number of samples left out for it, and the first one's key.
-        extensions: extension -> number of files.
-    """
-
-    path: str
-    stamp: Stamp
-    samples: int
-    problems: dict[str, tuple[int, str]]
-    extensions: dict[str, int]
+    summary = read_summary(path)
+    assert summary is not None, f"{path}: written and not readable"
+    return summary
 
 
 def _digest(table: pa.Table) -> str:
-    """Hash the rows of an index."""
     keys = [chunk.buffers() for chunk in table["key"].chunks if len(chunk)]
     offsets = [np.frombuffer(buffers[1], np.int64)[: len(table) + 1] for buffers in keys]
     texts = [memoryview(buffers[2])[: stops[-1]].tobytes() for buffers, stops in zip(keys, offsets, strict=True)]
@@ -229,9 +211,6 @@ class MappedIndex:
 
     Its content is checked against its hash, and its structure as well: an index may come with the shard from elsewhere.
     Both take milliseconds for a shard of usual size.
-
-    Args:
-        summary: its head.
     """
 
     def __init__(self, summary: Summary) -> None:

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from datamodules.loading.bad_samples import check_caption, is_blank
 from datamodules.loading.cache import default_cache_dir
 from datamodules.loading.store import MAX_IMAGE_BYTES, Stamp, is_remote, stamp_of
-from datamodules.pairs.source import LISTED, NO_CAPTION, EncodedPair, Pair, PairSource, PairText, SkippedRows
+from datamodules.pairs.source import LISTED, NO_CAPTION, Columns, EncodedPair, Pair, PairSource, PairText, SkippedRows
 from datamodules.shards.files import (
     OpenShard,
     OpenShards,
@@ -28,7 +28,6 @@ from datamodules.shards.files import (
     open_index,
 )
 from datamodules.shards.index import BLOCK, OF_SHARD, WANTED, Summary
-from datamodules.shards.order import resampled_order, shard_order
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.console import progress
@@ -38,7 +37,6 @@ from lit_clip.tools.workers import loader
 T = TypeVar("T")
 
 GIGABYTE = 10**9
-GAP = 64 * 1024  # unwanted bytes in a sample that are read along, rather than reading its files separately
 
 
 @dataclass
@@ -47,28 +45,20 @@ class ShardOptions:
 
     Attributes:
         shuffle_shards: the shards are shuffled, then the samples within windows of at most this many shards.
-        resampled: draw shards and samples with replacement, instead of each sample once per epoch.
-        epoch_size: samples in an epoch if ``resampled``; None: as many as there are.
         cache_folder: for shards fetched from stores; None: ``~/.cache/lit-clip/shards``.
-        cache_gb: size limit of that folder; the least recently used shards are deleted first. 0: keep none, and read
-            each sample from the store by itself.
+        cache_gb: size limit of that folder; the least recently used shards are deleted first.
         index_workers: processes that index shards.
     """
 
     shuffle_shards: int = 10
-    resampled: bool = False
-    epoch_size: int | None = None
     cache_folder: str | None = None
     cache_gb: float = 50.0
     index_workers: int = 8
 
     def __post_init__(self) -> None:
         require(self.shuffle_shards >= 1, f"shards.shuffle_shards: {self.shuffle_shards} must be at least 1")
-        require(self.cache_gb >= 0, f"shards.cache_gb: {self.cache_gb} must be at least 0")
+        require(self.cache_gb > 0, f"shards.cache_gb: {self.cache_gb} must be above 0")
         require(self.index_workers >= 0, f"shards.index_workers: {self.index_workers} must be at least 0")
-        if self.epoch_size is not None:
-            require(self.resampled, "shards.epoch_size: only for shards.resampled; leave it out, or set that to true")
-            require(self.epoch_size >= 1, f"shards.epoch_size: {self.epoch_size} must be at least 1")
 
 
 class _Indexing(Dataset[Summary]):
@@ -97,6 +87,27 @@ def _distinct_names(urls: Sequence[str]) -> list[str]:
     return names
 
 
+def shard_order(sizes: Sequence[int], shuffle_shards: int, epoch: int, seed: int) -> np.ndarray:
+    """Return each row once, with the rows of a shard near each other.
+
+    The shards are shuffled and cut into windows of at most ``shuffle_shards``, as equal as possible; the rows of a
+    window are shuffled together. ``sizes`` are the rows of each shard, numbered in this order.
+
+    Returns:
+        int32 where it fits, else int64, ``[sum(sizes)]``.
+    """
+    rng = np.random.default_rng((seed, epoch))
+    starts = [0, *np.cumsum(sizes, dtype=np.int64).tolist()]
+    order = np.empty(starts[-1], np.int32 if starts[-1] < 2**31 else np.int64)
+    done = 0
+    for window in np.array_split(rng.permutation(len(sizes)), -(-len(sizes) // shuffle_shards)):
+        rows = np.concatenate([np.arange(starts[shard], starts[shard + 1]) for shard in window.tolist()])
+        rng.shuffle(rows)
+        order[done : done + len(rows)] = rows
+        done += len(rows)
+    return order
+
+
 class TarPairs(PairSource):
     """Pairs in tar shards, with random access to each.
 
@@ -105,15 +116,12 @@ class TarPairs(PairSource):
     beside it as ``x.tar.index.arrow``, or in the cache folder where that is not writable; a changed shard is indexed
     again. Opening shards that have an index reads nothing else.
 
-    RankCounts in a store are fetched whole when their first sample is read, and kept in the
-    cache folder up to a limit. A store that does not answer is tried three times and then ends the run: its samples are
-    not bad samples.
+    Shards in a store are fetched whole when their first sample is read, and kept in the cache folder up to a limit. A
+    store that does not answer is tried three times and then ends the run: its samples are not bad samples.
 
     Args:
         urls: see :func:`datamodules.shards.files.expand_urls`.
-        options: how shards are read.
-        caption_column: field of the ``.json`` that holds the caption (or a list of them).
-        group_column: field of the ``.json`` that names the group.
+        columns: fields of the ``.json`` that hold the caption (or a list of them) and name the group.
         on_error: for a missing, truncated or unreadable shard, and a sample without image or caption: ``error`` raises,
             ``skip`` leaves it out. Blank captions are left out either way, as from tables. ``left_out`` counts all.
     """
@@ -122,12 +130,11 @@ class TarPairs(PairSource):
         self,
         urls: str | Sequence[str],
         options: ShardOptions | None = None,
-        caption_column: str | None = None,
-        group_column: str | None = None,
+        columns: Columns = Columns(),  # noqa: B008  # immutable
         on_error: OnError = "error",
     ) -> None:
         self.options = options or ShardOptions()
-        self.caption_column, self.group_column, self.on_error = caption_column, group_column, on_error
+        self.caption_column, self.group_column, self.on_error = columns.caption, columns.group, on_error
         self._missing: list[str] = []
         folder = Path(self.options.cache_folder or default_cache_dir() / "shards").expanduser()
         self._folder = ShardFolder(folder, int(self.options.cache_gb * GIGABYTE))
@@ -152,8 +159,7 @@ class TarPairs(PairSource):
                 if self.on_error == "error":
                     raise InputError(f"{url}: no such shard; fix the name or set on_error to skip") from error
                 self._missing.append(url)
-        if not stamps:
-            raise InputError(f"{urls[0]}: no such shard, nor any of the {len(urls)} that are named")
+        require(bool(stamps), f"{urls[0]}: no such shard, nor any of the {len(urls)} that are named")
         return stamps
 
     def _summaries(self, stamps: dict[str, Stamp]) -> list[Summary]:
@@ -204,12 +210,12 @@ class TarPairs(PairSource):
             )
         sizes = [summary.stamp.size for url, summary in zip(self.urls, summaries, strict=True) if is_remote(url)]
         at_once = 2 * self.options.shuffle_shards * max(sizes, default=0)  # one window and the next
-        if self._folder.limit and min(at_once, sum(sizes)) > self._folder.limit:
+        if min(at_once, sum(sizes)) > self._folder.limit:
             needed = -(-10 * min(at_once, sum(sizes)) // GIGABYTE) / 10
             raise InputError(
                 f"shards.cache_gb: {self.options.cache_gb} is too little for {2 * self.options.shuffle_shards} shards "
-                f"at once, each would be fetched again and again; set it to {needed} or more, lower "
-                "shards.shuffle_shards, or set cache_gb to 0 to read each sample from the store by itself"
+                f"at once, each would be fetched again and again; set it to {needed} or more, or lower "
+                "shards.shuffle_shards"
             )
 
     def _check_columns(self) -> None:
@@ -227,20 +233,8 @@ class TarPairs(PairSource):
     def __len__(self) -> int:
         return int(self._ends[-1])
 
-    @property
-    def epoch_size(self) -> int:
-        return self.options.epoch_size or len(self)
-
     def order(self, epoch: int, seed: int) -> np.ndarray:
-        """Return :func:`shard_order` or :func:`resampled_order`."""
-        if self.options.resampled:
-            return resampled_order(self.sizes, self.options.shuffle_shards, self.epoch_size, epoch, seed)
         return shard_order(self.sizes, self.options.shuffle_shards, epoch, seed)
-
-    def divide(self, share: float, seed: int) -> tuple[PairSource, PairSource]:
-        message = "shards.resampled: drawing with replacement holds nothing out; set data.val"
-        require(not self.options.resampled, message)
-        return super().divide(share, seed)
 
     @property
     def left_out(self) -> SkippedRows:
@@ -258,7 +252,6 @@ class TarPairs(PairSource):
         return left_out
 
     def _locate(self, index: int) -> tuple[int, int]:
-        """Return the number of a sample's shard, and its row in it."""
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return shard, index - (int(self._ends[shard - 1]) if shard else 0)
 
@@ -318,7 +311,9 @@ class TarPairs(PairSource):
             found = _text(contents["text"], where)
         else:
             found = _fields(contents, where).get("caption")
-        captions = [caption for caption in found if _is_caption(caption)] if isinstance(found, list) else [found]
+        captions = [found]
+        if isinstance(found, list):  # entries of other kinds are ignored
+            captions = [caption for caption in found if isinstance(caption, str) and not is_blank(caption)]
         return [check_caption(caption, where) for caption in captions or [None]]
 
 
@@ -326,29 +321,15 @@ def _drawn(captions: list[str], rng: random.Random | None) -> str:
     return captions[0] if rng is None or len(captions) == 1 else rng.choice(captions)
 
 
-def _is_caption(value: object) -> bool:
-    """Whether an entry of a list of captions is one; other entries are ignored."""
-    return isinstance(value, str) and not is_blank(value)
-
-
 def _contents(shard: OpenShard, spans: dict[str, tuple[int, int]], where: str) -> dict[str, bytes]:
-    """Read files of a sample by field; in one go where they lie close together."""
-    if not spans:
-        return {}
-    for _, size in spans.values():
-        if size > MAX_IMAGE_BYTES:
-            raise BadSample(where, "file too large", f"a file of more than {MAX_IMAGE_BYTES >> 20} MB; make it smaller")
-    first = min(offset for offset, _ in spans.values()) - BLOCK
-    last = max(offset + size for offset, size in spans.values())
-    together = last - first <= sum(size + BLOCK for _, size in spans.values()) + GAP
-    data = shard.read(first, last - first) if together else b""
+    """Read files of a sample by field."""
     contents = {}
     for name, (offset, size) in spans.items():
-        start = offset - BLOCK
-        part = data[start - first : start - first + BLOCK + size] if together else shard.read(start, BLOCK + size)
+        if size > MAX_IMAGE_BYTES:
+            raise BadSample(where, "file too large", f"a file of more than {MAX_IMAGE_BYTES >> 20} MB; make it smaller")
+        part = os.pread(shard.file.fileno(), BLOCK + size, offset - BLOCK)
         if not _is_member(part, size):
-            changed = "the shard changed since the run began; start again"
-            raise BadSample(where, "shard changed", changed)
+            raise BadSample(where, "shard changed", "the shard changed since the run began; start again")
         contents[name] = part[BLOCK:]
     return contents
 

@@ -42,20 +42,12 @@ LONGEST_JPEG = 65_500  # pixels of a side that libjpeg writes
 
 
 class Written(NamedTuple):
-    """Counts of a shard, or of several.
-
-    Attributes:
-        pairs: in the shard.
-        skipped: pairs that could not be read.
-        resized: images that were resized; 0 for a shard that was complete before.
-        bytes_before: of those images as they were.
-        bytes_after: of those images as they were written.
-    """
+    """Counts of a shard, or of several."""
 
     pairs: int
     skipped: int
-    resized: int = 0
-    bytes_before: int = 0
+    resized: int = 0  # images; none of a shard that was complete before
+    bytes_before: int = 0  # of those images
     bytes_after: int = 0
 
 
@@ -113,9 +105,9 @@ class ShardWriter(Dataset[Written]):
             try:
                 skipped = self._write(part, number, sizes)
                 lines = "".join(json.dumps({"where": where, "reason": reason}) + "\n" for where, reason in skipped)
-                list_of_skipped.write_text(lines, encoding="utf-8") if lines else list_of_skipped.unlink(
-                    missing_ok=True
-                )
+                list_of_skipped.unlink(missing_ok=True)
+                if lines:
+                    list_of_skipped.write_text(lines, encoding="utf-8")
                 os.replace(part, path)  # last: a shard that has its name is complete
             except OSError as error:  # of writing: what cannot be read is a BadSample
                 part.unlink(missing_ok=True)
@@ -124,9 +116,7 @@ class ShardWriter(Dataset[Written]):
         summary = read_summary(index)
         if summary is None or summary.stamp != stamp:
             with path.open("rb") as file:
-                write_index(scan_shard(file, stamp.size), stamp, index)
-            summary = read_summary(index)
-        assert summary is not None
+                summary = write_index(scan_shard(file, stamp.size), stamp, index)
         skipped_lines = list_of_skipped.read_text(encoding="utf-8").splitlines() if list_of_skipped.exists() else []
         before, after = (sum(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
         return Written(summary.samples, len(skipped_lines), len(sizes), before, after)
@@ -144,10 +134,7 @@ class ShardWriter(Dataset[Written]):
     def _write(self, path: Path, number: int, sizes: list[tuple[int, int]]) -> list[tuple[str, str]]:
         """Write a tar and force it to disk; return (where, reason) of each skipped sample.
 
-        Args:
-            path: of the tar.
-            number: of the shard.
-            sizes: is given the bytes of each resized image, before and after.
+        ``sizes`` is given the bytes of each resized image, before and after.
         """
         skipped = []
         with path.open("wb") as file:
@@ -174,11 +161,7 @@ class ShardWriter(Dataset[Written]):
 
 
 def _image_file(pair: EncodedPair, resize: int | None) -> tuple[str, bytes, dict[str, int]]:
-    """Return extension and content of a pair's image, and what img2dataset notes of the size if it was resized.
-
-    Raises:
-        BadSample: the image cannot be decoded, or its format is not one for shards.
-    """
+    """Return extension and content of a pair's image, and what img2dataset notes of the size if it was resized."""
     with decoding_at_least(lambda width, height: (width, height) if reduced(width, height, resize) else (1, 1)):
         image = open_image(io.BytesIO(pair.image), pair.where)
     if image.format not in EXTENSIONS:
@@ -209,7 +192,6 @@ def reduced(width: int, height: int, short: int | None) -> tuple[int, int] | Non
 
 
 def _texts(key: str, pair: EncodedPair, about_image: dict[str, int]) -> list[tuple[str, bytes]]:
-    """Return the names and contents of a sample's other files."""
     about: dict[str, str | int] = {"key": key, "caption": pair.captions[0], "source": pair.key, **about_image}
     if pair.group:
         about["group"] = pair.group

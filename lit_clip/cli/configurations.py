@@ -22,7 +22,7 @@ Configuration = dict[str, list[str]]
 # Settings that a run may be resumed with; of the optimiser only the class has to stay.
 MAY_DIFFER = {"model.lr_scheduler", "model.decay", "model.micro_batch_size"} | {
     f"data.{name}"
-    for name in ("batch_size", "global_batch_size", "num_workers", "on_error", "max_skipped", "val", "test", "predict")
+    for name in ("batch_size", "global_batch_size", "num_workers", "bad_samples", "val", "test", "predict")
 }
 UNSET = ""
 OWN = ("data", "model.loss")  # what a resumed run may have changed; the rest stays, however it is written

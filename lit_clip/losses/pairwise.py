@@ -31,7 +31,7 @@ def _value(result: ShardedLoss, pairs: Pairs) -> LossValue:
 class Contrastive(Loss):
     """Symmetric softmax loss (InfoNCE; paper, figure 3), :func:`lit_clip.losses.contrastive.contrastive_loss`.
 
-    Hard negative captions (``data.negative_column``) are further wrong texts for every image of the batch (NegCLIP,
+    Hard negative captions (``data.columns.negative``) are further wrong texts for every image of the batch (NegCLIP,
     Yuksekgonul et al. 2023). Logs ``train/in_batch_accuracy``, the share of images that are closest to their own text
     among all pairs' texts, and its chance.
 

@@ -155,7 +155,7 @@ def check_skipped_samples(trainer: Any) -> None:
     if getattr(getattr(trainer, "datamodule", None), "on_error", "error") == "skip":
         require(
             any(getattr(callback, "counts_skipped_samples", False) for callback in trainer.callbacks),
-            "data.on_error: skip needs the callback that counts and limits skipped samples; pass "
+            "data.bad_samples.on_error: skip needs the callback that counts and limits skipped samples; pass "
             "Trainer(callbacks=callbacks.defaults())",
         )
 
@@ -195,7 +195,7 @@ def _check_negatives(module: Any, data: Any) -> None:
     column = getattr(data, "negative_column", None)
     require(
         column is None or module.loss.uses_negatives,
-        f"data.negative_column: {column!r} would have no effect, because {type(module.loss).__name__} does not use "
+        f"data.columns.negative: {column!r} would have no effect, because {type(module.loss).__name__} does not use "
         "hard negatives; leave it out, or use lit_clip.losses.Contrastive",
     )
 

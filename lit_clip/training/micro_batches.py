@@ -20,8 +20,8 @@ from lit_clip.models.frozen_prefix import image_features_from, text_features_fro
 from lit_clip.training.activation_checkpointing import FrozenStatistics, checkpoint
 
 HARD_NEGATIVES = (
-    "FrozenFeatures: hard negatives are not among the captions that are encoded once; leave out data.negative_column "
-    "or the callback"
+    "FrozenFeatures: hard negatives are not among the captions that are encoded once; leave out "
+    "data.columns.negative or the callback"
 )
 
 

@@ -161,7 +161,7 @@ class RunHooks(LightningModule):
         require(
             even in (None, pairs),
             f"training_step: got {pairs} pairs of a batch of {even}; a hook that changes their number needs "
-            "data.on_error: skip",
+            "data.bad_samples.on_error: skip",
         )
         rank, world = distributed.rank_and_world()
         if even is None or world == 1:

@@ -21,6 +21,7 @@ from callbacks import (
     SkippedSamples,
     Throughput,
 )
+from datamodules.loading.bad_samples import BadSamples
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
@@ -67,7 +68,8 @@ def test_fit_adds_the_default_callbacks(
 ) -> None:
     table = str(caption_table)
     options = ["--model.architecture", TINY_YAML, "--data.batch_size", "16", "--data.num_workers", "0"]
-    options += ["--data.on_error", "skip", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
+    options += ["--data.bad_samples.on_error", "skip", "--trainer.enable_progress_bar", "false"]
+    options += ["--trainer.accelerator", "cpu"]
     data = ["--data", "datamodules.Captions", "--data.train", table, "--data.val", table]
     result = cli("fit", *data, *options, "--trainer.max_steps", "1", "--trainer.limit_val_batches", "0")
     assert result.returncode == 0, result.stderr
@@ -84,8 +86,8 @@ def test_skipping_samples_without_counting_them_is_refused(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     module = LitCLIP(tiny_config)
-    data = data_for(module, caption_table, on_error="skip")
-    message = r"data\.on_error: skip needs the callback that counts and limits skipped samples; pass Trainer\(callbacks"
+    data = data_for(module, caption_table, bad_samples=BadSamples("skip"))
+    message = r"data\.bad_samples\.on_error: skip needs the callback that counts and limits .*; pass Trainer\(callbacks"
     with pytest.raises(InputError, match=message):
         trainer(tmp_path, max_steps=1, callbacks=[NonFiniteSteps()]).fit(module, data)
     with pytest.raises(InputError, match=message):

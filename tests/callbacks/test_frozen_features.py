@@ -28,7 +28,9 @@ from callbacks import (
 )
 from datamodules import OpenMoji
 from datamodules.loading.augmentation import Augmentation
+from datamodules.loading.bad_samples import BadSamples
 from datamodules.pairs.columns import ColumnPairs
+from datamodules.pairs.source import Columns
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Sum
 from lit_clip.module import LitCLIP
@@ -329,7 +331,7 @@ def test_a_version_is_an_augmented_image_that_training_would_use(run: Run, tmp_p
 
 def test_an_unreadable_image_is_skipped_as_in_the_plain_run(copied: Run) -> None:
     Path(copied.folder, "03.png").write_bytes(b"no image")
-    check_equal(copied._replace(data={"on_error": "skip", "max_skipped": 1.0}))
+    check_equal(copied._replace(data={"bad_samples": BadSamples("skip", 1.0)}))
     with pytest.raises(InputError, match=r"captions.jsonl row 4.*03.png"):
         stored(copied)
 
@@ -359,7 +361,7 @@ def test_a_later_validation_decodes_images_again(run: Run, monkeypatch: pytest.M
         ({"augmentations": 2}, None, "2 versions would be the same"),
         ({"freeze": "nothing"}, None, "no encoder has frozen layers"),
         ({"freeze": "text", "data": {"long_captions": "sentences"}}, None, "set data.long_captions to truncate"),
-        ({"data": {"negative_column": "image"}}, None, "hard negatives"),
+        ({"data": {"columns": Columns(negative="image")}}, None, "hard negatives"),
         ({"freeze": "unlock_last 1"}, Compile, "callbacks.Compile"),
         ({"freeze": "unlock_last 1"}, PatchDropout, "random in training"),
         ({"towers": "t5", "freeze": "unlock_last 1"}, None, "the frozen layers of the text encoder"),
@@ -386,7 +388,7 @@ def test_hard_negatives_are_drawn_as_in_the_plain_run_where_only_images_are_stor
     wrong = table.with_name("negatives.jsonl")
     lines = [json.dumps({**row, "wrong": [f"{text} rain" for text in row["caption"]]}) for row in rows]
     wrong.write_text("\n".join(lines), encoding="utf-8")
-    check_equal(run._replace(table=str(wrong), freeze="image", data={"negative_column": "wrong"}))
+    check_equal(run._replace(table=str(wrong), freeze="image", data={"columns": Columns(negative="wrong")}))
 
 
 def fit_drawings(run: Run, drawings_cache: Path, *callbacks: Callback) -> list[float]:

@@ -581,7 +581,8 @@ def test_a_sharded_run_saves_a_complete_checkpoint(
     header, *rows = caption_table.read_text(encoding="utf-8").splitlines()
     folder = str(caption_table.parent)
     val.write_text("\n".join([header, *(rows * 10)]), encoding="utf-8")
-    sharded = ("--trainer.strategy", "{class_path: lit_clip.training.lightning.fsdp.FSDP}", "--data.root", folder)
+    sharded = ("--trainer.strategy", "{class_path: lit_clip.training.lightning.fsdp.FSDP}")
+    sharded += ("--data.columns.root", folder)
     run = start(caption_table, *LONG_VALIDATION, *sharded, val=val)
     if during == "training":
         run.wait_for_step(1)

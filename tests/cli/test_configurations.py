@@ -104,7 +104,7 @@ class Dumper:
 
 
 def settings(train: Any, loss: Any = None, architecture: Any = "RN-tiny-64", **more: Any) -> dict[str, Any]:
-    data = {"class_path": "datamodules.Captions", "init_args": {"train": train, "image_column": "p.csv", **more}}
+    data = {"class_path": "datamodules.Captions", "init_args": {"train": train, "columns": {"image": "p.csv"}, **more}}
     return {"model": {"loss": loss, "architecture": architecture}, "data": data}
 
 

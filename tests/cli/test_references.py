@@ -187,7 +187,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
 
 
 def test_a_password_typed_in_an_address_is_not_saved(cli: Cli, tmp_path: Path, address: str) -> None:
-    limits = ("--data.on_error", "skip", "--data.max_skipped", "0.5", "--trainer.max_steps", "5")
+    limits = ("--data.bad_samples", "{on_error: skip, max_skipped: 0.5}", "--trainer.max_steps", "5")
     model = ("--model.architecture", TINY_YAML, "--trainer.accelerator", "cpu", "--data.num_workers", "0")
     done = cli("fit", "--data.train", address, "--data.val", address, *limits, *model, "--data.batch_size", "4")
     assert done.returncode == 0, done.stderr

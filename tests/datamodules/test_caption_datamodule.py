@@ -16,6 +16,7 @@ from datamodules import Augmentation, Captions
 from datamodules.loading.augmentation import TrainingTransform
 from datamodules.loading.sampling import TrainingSample
 from datamodules.pairs.batches import TrainingPairs
+from datamodules.pairs.source import Columns
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
@@ -91,7 +92,7 @@ def test_batch_has_uint8_images_keys_and_tokens_without_needless_padding(table: 
 def test_truncated_captions_end_with_the_end_of_text_token(table: Path, tmp_path: Path) -> None:
     long = tmp_path / "long.csv"
     long.write_text("image,caption\n00.png," + "a cat " * 60 + "\n01.png,a cat\n", encoding="utf-8")
-    module = Captions(val=str(long), root=str(table.parent), num_workers=0)
+    module = Captions(val=str(long), columns=Columns(root=str(table.parent)), num_workers=0)
     module.preprocessing = SHORT
     module.setup("validate")
     (batch,) = module.val_dataloader()

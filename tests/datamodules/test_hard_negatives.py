@@ -15,6 +15,7 @@ from torch import Tensor
 
 from datamodules import Captions
 from datamodules.open_source import open_source
+from datamodules.pairs.source import Columns
 from lit_clip import LitCLIP, distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
@@ -44,7 +45,7 @@ def table(folder: Path, suffix: str) -> Path:
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl", ".parquet"])
 def test_one_of_a_rows_negatives_is_drawn_and_validation_reads_none(suffix: str, tmp_path: Path) -> None:
-    source = open_source(table(tmp_path, suffix), negative_column="wrong")
+    source = open_source(table(tmp_path, suffix), columns=Columns(negative="wrong"))
     drawn = [{source.load(row, random.Random(seed)).negative for seed in range(20)} for row in range(4)]
     both = {"not c"} if suffix == ".csv" else {"not c", "no c at all"}
     assert drawn == [{"not a"}, {""}, both, {""}]
@@ -53,7 +54,7 @@ def test_one_of_a_rows_negatives_is_drawn_and_validation_reads_none(suffix: str,
 
 def test_a_batch_has_the_tokens_of_the_negatives_that_there_are(tmp_path: Path) -> None:
     path, tokenize = table(tmp_path, ".csv"), CLIPTokenizer(16)
-    data = Captions(str(path), str(path), negative_column="wrong", batch_size=4, num_workers=0)
+    data = Captions(str(path), str(path), columns=Columns(negative="wrong"), batch_size=4, num_workers=0)
     data.preprocessing, data.tokenize = Preprocessing(image_size=8), tokenize
     data.setup("fit")
     (batch,) = data.train_dataloader()
@@ -74,10 +75,10 @@ def test_a_batch_has_the_tokens_of_the_negatives_that_there_are(tmp_path: Path) 
 def test_a_source_without_columns_refuses_a_column_of_negatives(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "0.png")
     (tmp_path / "0.txt").write_text("a")
-    with pytest.raises(InputError, match="is not a table, but negative_column is 'wrong'; leave it out"):
-        open_source(tmp_path, negative_column="wrong")
-    with pytest.raises(InputError, match="shards have no columns; leave negative_column out"):
-        open_source(tmp_path / "a.tar", negative_column="wrong")
+    with pytest.raises(InputError, match="is not a table, but columns.negative is 'wrong'; leave it out"):
+        open_source(tmp_path, columns=Columns(negative="wrong"))
+    with pytest.raises(InputError, match="shards have no such column, but columns.negative is 'wrong'; leave it out"):
+        open_source(tmp_path / "a.tar", columns=Columns(negative="wrong"))
 
 
 @pytest.mark.parametrize("world", [1, 2])

@@ -18,7 +18,7 @@ from PIL import Image
 
 from datamodules.open_source import open_source
 from datamodules.pairs import parquet, text_table
-from datamodules.pairs.source import PairSource
+from datamodules.pairs.source import Columns, PairSource
 from lit_clip.errors import BadSample, InputError
 
 CORPUS = Path(__file__).parents[1] / "corpus" / "tables"
@@ -112,10 +112,10 @@ def test_table_without_a_usable_row_says_why_with_on_error_skip(folder: Path, na
 def test_group_that_is_no_text_is_refused_and_only_loses_its_row_with_skip(folder: Path) -> None:
     path = Path(copied("group_surrogate.jsonl", folder))
     with pytest.raises(InputError, match="row 1: not UTF-8 text"):
-        open_source(path, group_column="group")
+        open_source(path, columns=Columns(group="group"))
     with path.open("a") as file:
         file.write('{"image":"a.png","caption":"a cat","group":[1]}\n{"image":"a.png","caption":"a cat","group":7}\n')
-    source = open_source(path, group_column="group", on_error="skip")
+    source = open_source(path, columns=Columns(group="group"), on_error="skip")
     assert source.left_out.counts == {"not UTF-8": 1, "group is not text": 1}
     assert len(source) == 1
 
@@ -138,7 +138,7 @@ def test_many_columns_are_read_and_not_all_listed(folder: Path) -> None:
     path.write_text(",".join(["image", "caption", *names]) + "\na.png,a cat" + ",1" * len(names) + "\n")
     assert opened(path).captions(0) == ["a cat"]
     path.write_text(",".join(names) + "\n")
-    with pytest.raises(InputError, match=r"column 29, \.\.\. \(100,000 in all\)") as error:
+    with pytest.raises(InputError, match=r"column 29 and 99,970 more") as error:
         open_source(path)
     assert len(str(error.value)) < 1000
 

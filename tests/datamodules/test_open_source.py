@@ -16,7 +16,7 @@ from PIL import Image
 from datamodules import CaptionDataModule
 from datamodules.open_source import open_source
 from datamodules.pairs.mixture import Concatenated
-from datamodules.pairs.source import PairSource, Rows
+from datamodules.pairs.source import Columns, PairSource, Rows
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.models.config import Preprocessing
@@ -95,8 +95,8 @@ def test_options_that_do_not_apply_to_a_source_are_refused(folder: Path) -> None
         with pytest.raises(InputError, match="no splits"):
             open_source(folder / name, split="train")
         assert len(open_source(folder / name, default_split="train")) == PAIRS
-    with pytest.raises(InputError, match="is not a table, but caption_column is 'text'"):
-        open_source(folder, caption_column="text")
+    with pytest.raises(InputError, match="is not a table, but columns.caption is 'text'"):
+        open_source(folder, columns=Columns(caption="text"))
 
 
 def test_folder_with_a_metadata_file_is_that_table(tmp_path: Path) -> None:

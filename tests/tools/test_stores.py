@@ -107,10 +107,9 @@ def test_a_table_without_an_end_is_downloaded_as_far_as_its_size(
     assert [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size] == []
 
 
-@pytest.mark.parametrize("cache_gb", [1.0, 0.0])
-def test_a_shard_without_an_end_is_read_as_far_as_its_size(server: tuple[str, type[Handler]], cache_gb: float) -> None:
+def test_a_shard_without_an_end_is_read_as_far_as_its_size(server: tuple[str, type[Handler]]) -> None:
     """Its index, too, which is looked for first."""
-    options = ShardOptions(index_workers=0, cache_gb=cache_gb)
+    options = ShardOptions(index_workers=0)
     with pytest.raises(InputError, match="x.tar"):
         open_source(f"{server[0]}/x.tar", shards=options)
     assert server[1].sent < 250

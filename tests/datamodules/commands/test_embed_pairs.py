@@ -91,7 +91,8 @@ def test_each_distinct_caption_of_an_image_has_a_row(folder: Path, tiny_checkpoi
         expected = model.encode_text(model.tokenize(caption), normalize=True)[0]
         assert np.abs(feature - expected.numpy()).max() < 1e-5
     embed(
-        "classes", "--captions", "--templates", "a photo of a {}.", "--model", str(tiny_checkpoint), "--output", output
+        *("classes", "--captions", "--classes.templates", "a photo of a {}."),
+        *("--model", str(tiny_checkpoint), "--output", output),
     )
     assert read_features(Path(output)).captions == [f"a photo of a class {name}." for name in "abc"]
 
@@ -118,10 +119,10 @@ def test_bad_images_of_a_table_are_an_error_or_are_listed(folder: Path, tiny_che
         (["images/t.csv", "images"], "images: holds images, and images/t.csv pairs; embed them into separate files"),
         (["absent.csv"], "absent.csv: no such file"),
         (
-            ["images/t.csv", "--caption_column", "text"],
+            ["images/t.csv", "--columns.caption", "text"],
             "no column 'text'; its columns are image, caption",
         ),
-        (["classes", "--captions"], r"set --templates \(such as imagenet\) if each subfolder is a class"),
+        (["classes", "--captions"], r"set --classes.templates \(such as imagenet\) if each subfolder is a class"),
     ],
 )
 def test_mistakes_are_one_line(folder: Path, tiny_checkpoint: Path, words: list[str], message: str) -> None:

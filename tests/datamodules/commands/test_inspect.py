@@ -4,7 +4,6 @@ import csv
 import hashlib
 import io
 import json
-import math
 import re
 import subprocess
 import sys
@@ -106,9 +105,7 @@ def run_inspect(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -
 def report(messy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Report:
     """Report on the messy table, read by two data workers."""
     monkeypatch.setenv("COLUMNS", "200")
-    return run_inspect(
-        tmp_path, capsys, str(messy / "pairs.csv"), "--num_workers", "2", "--world_size", "3", "--batch_size", "4"
-    )
+    return run_inspect(tmp_path, capsys, str(messy / "pairs.csv"), "--num_workers", "2")
 
 
 def number(report: Report, name: str) -> int:
@@ -167,28 +164,6 @@ def test_caption_figures_match_another_tokenizer(report: Report, messy: Path) ->
     assert "duplicates positives" in report.figures["to count them as right in training"]
 
 
-def test_batch_figures_match_plain_counting(report: Report, messy: Path) -> None:
-    pairs = len(usable_rows(messy)) + len(BROKEN)  # broken ones count: they leave their places in the batches empty
-    assert number(report, "pairs, including unusable ones") == pairs
-    assert number(report, "training steps per epoch") == pairs // 12
-    assert number(report, "pairs left out of each epoch (different ones each time)") == pairs % 12
-    assert number(report, "validation batches") == math.ceil(math.ceil(pairs / 3) / 4)
-
-
-def test_a_batch_larger_than_the_data_is_reported_with_what_to_change(
-    messy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", "200")
-    pairs = len(usable_rows(messy)) + len(BROKEN)
-    for world_size, words in ((8, f"try --batch_size {pairs // 8} or less, or fewer processes"), (64, "try fewer")):
-        options = ("--num_workers", "0", "--world_size", str(world_size), "--batch_size", "256")
-        report = run_inspect(tmp_path, capsys, str(messy / "pairs.csv"), *options)
-        steps = report.figures["training steps per epoch"]
-        assert steps.startswith(f"0: a step takes {256 * world_size:,} pairs")
-        assert words in steps
-        assert number(report, "pairs left out of each epoch (different ones each time)") == pairs
-
-
 class Page(HTMLParser):
     """A page as a browser parses it."""
 
@@ -241,8 +216,7 @@ def test_the_histogram_counts_every_caption_once_and_marks_truncated_ones(report
 def test_the_number_of_workers_does_not_change_the_findings(
     report: Report, messy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = (str(messy / "pairs.csv"), "--num_workers", "0", "--world_size", "3", "--batch_size", "4")
-    same = run_inspect(tmp_path, capsys, *words)
+    same = run_inspect(tmp_path, capsys, str(messy / "pairs.csv"), "--num_workers", "0")
     assert (same.figures, same.problems, same.page) == (report.figures, report.problems, report.page)
 
 
@@ -308,18 +282,16 @@ def test_the_command_exits_with_2_if_no_pair_can_be_used(
 
 def test_an_unknown_column_is_asked_for_by_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "t.csv").write_text("Dateiname;Beschreibung\na.png;ein Hund\n")
-    with pytest.raises(InputError, match=r"\(Dateiname, Beschreibung\) .*; for example, set --image_column Dateiname"):
+    with pytest.raises(InputError, match=r"\(Dateiname, Beschreibung\) .*; for example, set --columns.image Dateiname"):
         run_inspect(tmp_path, capsys, str(tmp_path / "t.csv"))
-    with pytest.raises(InputError, match="for example, set --caption_column Beschreibung"):
-        run_inspect(tmp_path, capsys, str(tmp_path / "t.csv"), "--image_column", "Dateiname")
+    with pytest.raises(InputError, match="for example, set --columns.caption Beschreibung"):
+        run_inspect(tmp_path, capsys, str(tmp_path / "t.csv"), "--columns.image", "Dateiname")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"data": []}, "no data"),
-        ({"world_size": 0}, "world_size"),
-        ({"batch_size": 0}, "batch_size"),
         ({"context_length": 1}, "context_length"),
         ({"output": "nowhere/inspect.html"}, "no such folder"),
         ({"output": "pairs.csv"}, "must be a .html file"),

@@ -23,6 +23,7 @@ from torchvision.transforms import InterpolationMode, v2
 from datamodules.commands.shard import shard
 from datamodules.loading.augmentation import RandomSquareCrop
 from datamodules.open_source import open_source
+from datamodules.pairs.source import Columns
 from datamodules.shards.index import INDEX_SUFFIX
 from datamodules.shards.pairs import TarPairs
 from datamodules.shards.writing import reduced
@@ -133,8 +134,8 @@ def test_several_captions_and_groups_are_kept(tmp_path: Path, caption_table: Pat
     ]
     table = tmp_path / "table.jsonl"
     table.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    shard(str(table), str(tmp_path / "out"), workers=0, group_column="product")
-    source = TarPairs(str(tmp_path / "out"), group_column="group")
+    shard(str(table), str(tmp_path / "out"), workers=0, columns=Columns(group="product"))
+    source = TarPairs(str(tmp_path / "out"), columns=Columns(group="group"))
     assert [source.captions(index) for index in range(3)] == [
         ["a tiger", "a big cat"],
         ["a pizza\nin two lines"],

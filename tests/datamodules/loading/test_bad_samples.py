@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from callbacks.skipped_samples import Tally
 from datamodules import Augmentation, Captions
 from datamodules.loading.augmentation import RandomSquareCrop, TrainingTransform
-from datamodules.loading.bad_samples import check_caption
+from datamodules.loading.bad_samples import BadSamples, check_caption
 from lit_clip.batch import JUDGED_AFTER, CaptionBatch
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import Preprocessing
@@ -137,16 +137,18 @@ def photo_like(width: int = 1280, height: int = 960) -> Image.Image:
     return image(3, width // 8, height // 8).resize((width, height), Image.Resampling.BICUBIC)
 
 
-@pytest.mark.parametrize(("margin", "mean"), [(1.0, 2.0), (2.0, 0.6)])
-def test_jpeg_decoded_at_a_fraction_gives_nearly_the_same_crop(margin: float, mean: float) -> None:
+@pytest.mark.parametrize(("smallest", "size", "mean"), [(0.9, (320, 240), 2.0), (0.225, (640, 480), 0.6)])
+def test_jpeg_decoded_at_a_fraction_gives_nearly_the_same_crop(
+    smallest: float, size: tuple[int, int], mean: float
+) -> None:
     data = encoded(photo_like(), "JPEG", quality=90)
-    crop = RandomSquareCrop((0.9, 1.0), margin, exact=True, size=224, interpolation="bicubic")
+    crop = RandomSquareCrop((smallest, 1.0), exact=True, size=224, interpolation="bicubic")
     whole = open_image(io.BytesIO(data), "")
     with decoding_at_least(crop.least_size):
         part = open_image(io.BytesIO(data), "")
-    assert part.size == {1.0: (320, 240), 2.0: (640, 480)}[margin]
-    for _ in range(5):
-        params = crop.make_params([])
+    assert part.size == size
+    for side in np.linspace(0.95, 1, 5):
+        params = {**crop.make_params([]), "side": side}
         plain, fast = (np.asarray(crop.transform(image, params), dtype=float) for image in (whole, part))
         assert np.abs(plain - fast).mean() < mean
         shifted = np.abs(plain[:, :-1] - fast[:, 1:]).mean()
@@ -194,7 +196,7 @@ def batches_of(table: Path, workers: int = 0, **options: Any) -> tuple[list[Capt
 @pytest.mark.parametrize("workers", [0, 1])
 def test_skipped_samples_shrink_their_batch_and_are_listed(table: tuple[Path, dict[str, str]], workers: int) -> None:
     path, bad = table
-    for batches in batches_of(path, workers, on_error="skip"):
+    for batches in batches_of(path, workers, bad_samples=BadSamples("skip")):
         assert {where: reason for batch in batches for where, reason in batch.skipped} == bad
         keys = [key for batch in batches for key in batch.keys]
         assert sorted(keys) == sorted(f"{i}.png" for i in set(range(ROWS)) - {3, 50, 51, 120, 77})
@@ -205,7 +207,7 @@ def test_skipped_samples_shrink_their_batch_and_are_listed(table: tuple[Path, di
 
 def test_batch_of_only_bad_samples_is_empty(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("image,caption\n" + "".join(f"{i}.png,a\n" for i in range(8)))
-    for (batch,) in batches_of(tmp_path / "a.csv", on_error="skip"):
+    for (batch,) in batches_of(tmp_path / "a.csv", bad_samples=BadSamples("skip")):
         assert (tuple(batch.images.shape), batch.images.dtype) == ((0, 3, 32, 32), torch.uint8)
         assert (len(batch.tokens), batch.keys, len(batch.skipped)) == (0, [], 8)
 
@@ -226,7 +228,7 @@ def test_bad_image_is_an_error_by_default(table: tuple[Path, dict[str, str]]) ->
 )
 def test_invalid_policy_is_refused(options: dict[str, Any], words: str) -> None:
     with pytest.raises(InputError, match=words):
-        Captions("a.csv", **options)
+        BadSamples(**options)
 
 
 def test_stretched_batch_repeats_its_last_pair() -> None:
@@ -297,7 +299,7 @@ def test_two_processes_sum_their_skipped_samples_and_list_each_once(
     table: tuple[Path, dict[str, str]], cli: Cli, tmp_path: Path
 ) -> None:
     path, bad = table
-    result = cli(*fit(path, 2, "--data.on_error", "skip"), timeout=180)
+    result = cli(*fit(path, 2, "--data.bad_samples.on_error", "skip"), timeout=180)
     assert result.returncode == 0, result.stderr
     assert "5 of 160 samples (3.1%) could not be used" in result.stderr
     (listed,) = tmp_path.rglob("skipped.jsonl")
@@ -331,10 +333,12 @@ def test_too_many_skipped_samples_end_the_run_on_all_processes(
     table: tuple[Path, dict[str, str]], cli: Cli, tmp_path: Path
 ) -> None:
     path, _ = table
-    options = ("--data.on_error", "skip", "--data.max_skipped", "0.02")
+    options = ("--data.bad_samples.on_error", "skip", "--data.bad_samples.max_skipped", "0.02")
     result = cli(*fit(path, 2, *options), timeout=120)
     assert result.returncode == 2, result.stderr
-    assert re.search(r"error: \d of 1\d\d samples \(\d.\d%\) could not be used: .* raise data.max", result.stderr)
+    assert re.search(
+        r"error: \d of 1\d\d samples \(\d.\d%\) could not be used: .* raise data.bad_samples.max", result.stderr
+    )
     assert list(tmp_path.rglob("skipped.jsonl"))
 
 

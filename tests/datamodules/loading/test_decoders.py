@@ -92,7 +92,7 @@ def test_torch_resizing_equals_pillows_up_to_rounding(
     temple: Image.Image, size: tuple[int, int], interpolation: Any
 ) -> None:
     image = temple.resize(size, Image.Resampling.BICUBIC)
-    plain, fast = (RandomSquareCrop((0.5, 1.0), 1.0, exact, 224, interpolation) for exact in (True, False))
+    plain, fast = (RandomSquareCrop((0.5, 1.0), exact, 224, interpolation) for exact in (True, False))
     for _ in range(3):
         params = plain.make_params([])
         expected = np.asarray(plain.transform(image, params), dtype=float)

@@ -9,7 +9,6 @@ from datamodules.loading.sampling import (
     EvaluationBatchSampler,
     GlobalBatchSampler,
     Position,
-    StridedSampler,
     TrainingSample,
     default_batch_size,
     draw_numbers,
@@ -125,16 +124,6 @@ def test_fewer_samples_than_processes_does_not_suggest_batch_size_zero() -> None
 
 
 @pytest.mark.parametrize("world", WORLDS)
-@pytest.mark.parametrize("size", [1, 21])
-def test_strided_ranks_together_have_each_sample_once(size: int, world: int) -> None:
-    samplers = [StridedSampler(size, rank, world) for rank in range(world)]
-    parts = [list(sampler) for sampler in samplers]
-    assert sorted(index for part in parts for index in part) == list(range(size))
-    assert [len(sampler) for sampler in samplers] == [len(part) for part in parts]
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1  # the ranks have equal work
-
-
-@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("batch_size", [1, 2, 7, 100])
 @pytest.mark.parametrize("size", [0, 1, 3, 15, 21, 64])
 def test_evaluation_has_each_sample_once_and_equal_batch_counts_where_possible(
@@ -143,11 +132,11 @@ def test_evaluation_has_each_sample_once_and_equal_batch_counts_where_possible(
     samplers = [EvaluationBatchSampler(size, batch_size, rank, world) for rank in range(world)]
     batches = [list(sampler) for sampler in samplers]
     for rank, (sampler, own) in enumerate(zip(samplers, batches, strict=True)):
-        assert [row for batch in own for row in batch] == list(StridedSampler(size, rank, world))
+        assert [row for batch in own for row in batch] == list(range(rank, size, world))
         assert all(0 < len(batch) <= batch_size for batch in own)
         assert len(sampler) == max(len(own), min(size, 1))  # Lightning would skip a rank with length 0
     if size >= world and batch_size > 1:
-        assert {len(own) for own in batches} == {-(-len(StridedSampler(size, 0, world)) // batch_size)}
+        assert {len(own) for own in batches} == {-(-len(range(0, size, world)) // batch_size)}
 
 
 @pytest.mark.parametrize(("size", "rows"), [(0, 1), (1, 1), (10, 3), (500, 40), (500, 100_000)])

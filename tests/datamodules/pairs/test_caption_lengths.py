@@ -10,9 +10,8 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.open_source import open_source
-from datamodules.pairs.caption_lengths import caption_statistics, refuse_long, report_captions
+from datamodules.pairs.caption_lengths import caption_statistics, report_captions
 from lit_clip import LitCLIP
-from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Loss, Sigmoid, WholeBatch
 from lit_clip.models.tokenizer import CLIPTokenizer
 from tests.helpers.small_sets import data_for, make_module, make_trainer, write_table
@@ -44,16 +43,8 @@ def test_share_of_truncated_captions_and_tokens_lost(table: Path) -> None:
     assert found.captions == 5
     assert found.truncated == 2 / 5  # of 3, 5, 8, 11 and 22 tokens
     assert found.tokens_lost == (3 + 14) / 2
-    assert found.longest == 22
     none = caption_statistics(open_source(table), CLIPTokenizer())
-    assert (none.truncated, none.tokens_lost, none.longest) == (0, 0, 22)
-
-
-def test_sample_is_spread_evenly(table: Path) -> None:
-    assert caption_statistics(open_source(table), CLIPTokenizer(8), sample=2).captions == 2  # rows 0 and 2
-    assert caption_statistics(open_source(table), CLIPTokenizer(8), sample=2).longest == 11
-    assert caption_statistics(open_source(table), CLIPTokenizer(8), sample=None).captions == 5
-    assert caption_statistics(open_source(table), CLIPTokenizer(8), sample=3).captions == 2
+    assert (none.truncated, none.tokens_lost) == (0, 0)
 
 
 def test_captions_that_repeat_are_reported_with_what_to_do(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -91,11 +82,3 @@ def test_unusable_captions_are_skipped(tmp_path: Path) -> None:
         Image.new("RGB", (4, 4)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_bytes(text)
     assert caption_statistics(open_source(tmp_path), CLIPTokenizer()).captions == 1
-
-
-def test_caption_that_would_be_truncated_is_an_error_that_names_its_image() -> None:
-    refuse_long(["cat " * 6, "cat"], ["a.png", "b.png"], CLIPTokenizer(8))
-    with pytest.raises(InputError) as error:
-        refuse_long(["cat", "cat " * 7], ["a.png", "b.png"], CLIPTokenizer(8))
-    assert str(error.value).startswith("b.png: its caption has 9 tokens, the model reads 8; ")
-    assert "long_captions" in str(error.value)

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from datamodules.open_source import open_source
-from datamodules.pairs.source import PairSource
+from datamodules.pairs.source import Columns, PairSource
 from lit_clip.errors import InputError
 
 COCO = {
@@ -67,10 +67,10 @@ def test_coco_images_are_found_where_its_archives_put_them(tmp_path: Path, image
 
 def test_missing_coco_images_are_an_error_that_lists_the_folders_searched(tmp_path: Path) -> None:
     (tmp_path / "captions_val2017.json").write_text(json.dumps(COCO))
-    with pytest.raises(InputError, match=r"000000397133.jpg is not in .*val2017.*; set root"):
+    with pytest.raises(InputError, match=r"000000397133.jpg is not in .*val2017.*; set columns.root"):
         open_source(tmp_path / "captions_val2017.json")
     paint(tmp_path / "elsewhere", *(image["file_name"] for image in COCO["images"]))
-    assert len(open_source(tmp_path / "captions_val2017.json", root=str(tmp_path / "elsewhere"))) == 2
+    assert len(open_source(tmp_path / "captions_val2017.json", columns=Columns(root=str(tmp_path / "elsewhere")))) == 2
 
 
 def test_karpathy_splits_are_one_source_each_and_train_includes_restval(tmp_path: Path) -> None:
@@ -137,6 +137,6 @@ def test_unknown_json_file_is_an_error_that_names_it(tmp_path: Path, case: str) 
 def test_non_text_caption_only_loses_its_image_with_on_error_skip(tmp_path: Path) -> None:
     annotations = [*COCO["annotations"], {"image_id": 5, "caption": 7}]
     (tmp_path / "t.json").write_text(json.dumps(broken(annotations=annotations)))
-    source = open_source(tmp_path / "t.json", on_error="skip", root=".")
+    source = open_source(tmp_path / "t.json", on_error="skip", columns=Columns(root="."))
     assert len(source) == 2
     assert source.left_out.counts == {"caption is not text": 1}

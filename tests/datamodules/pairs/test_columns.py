@@ -14,6 +14,7 @@ from PIL import Image
 from datamodules.loading.bad_samples import BLANK, is_blank
 from datamodules.open_source import open_source
 from datamodules.pairs.column_names import blank_mask
+from datamodules.pairs.source import Columns
 
 SPACES = [chr(code) for code in range(sys.maxunicode + 1) if chr(code).isspace()]
 WORDS = [
@@ -97,9 +98,9 @@ def test_numbered_columns_are_the_captions_of_one_image(tmp_path: Path, name: st
         (tmp_path / "saved/state.json").write_text('{"_data_files": [{"filename": "data.arrow"}]}')
         with pa.ipc.new_stream(str(tmp_path / "saved/data.arrow"), table.schema) as writer:
             writer.write_table(table)
-    source = open_source(tmp_path / name, root=str(tmp_path))
+    source = open_source(tmp_path / name, columns=Columns(root=str(tmp_path)))
     assert [source.captions(row) for row in range(len(source))] == [["zero", "one", "ten"], ["only"]]
     assert source.left_out.counts == {"no caption": 1}
     assert [source.key(row) for row in range(2)] == ["a.png", "b.png"]
-    alone = open_source(tmp_path / name, root=str(tmp_path), caption_column="Caption_1")
+    alone = open_source(tmp_path / name, columns=Columns(root=str(tmp_path), caption="Caption_1"))
     assert [alone.captions(row) for row in range(len(alone))] == [["one"], ["only"]]

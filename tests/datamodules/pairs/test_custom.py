@@ -15,9 +15,10 @@ from PIL import Image
 from torchvision.transforms import v2
 
 import callbacks
-from datamodules import Captions, CustomPairs, Weighted
+from datamodules import Captions, CustomPairs
 from datamodules.commands.inspect import inspect
 from datamodules.commands.shard import shard
+from datamodules.loading.bad_samples import BadSamples
 from datamodules.open_source import open_source
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import CLIPConfig, Preprocessing
@@ -141,7 +142,13 @@ def test_without_validation_data_no_image_is_in_both_parts() -> None:
 
 
 def test_skipped_rows_are_listed_by_the_sources_name() -> None:
-    data = Captions(Stored([noise()] * 3 + ["nowhere.png"]), batch_size=4, num_workers=0, on_error="skip", val=Shapes())
+    data = Captions(
+        Stored([noise()] * 3 + ["nowhere.png"]),
+        batch_size=4,
+        num_workers=0,
+        bad_samples=BadSamples("skip"),
+        val=Shapes(),
+    )
     data.preprocessing = Preprocessing(16)
     data.setup("fit")
     (batch,) = data.train_dataloader()
@@ -156,8 +163,7 @@ def test_a_mixture_has_its_share_of_own_rows(as_object: bool, tmp_path: Path) ->
     own: Any = {"class_path": f"{__name__}.Shapes", "init_args": {"rows": 10}}
     own, table = Shapes(10) if as_object else own, str(tmp_path / "t.csv")
     parts: Any = [{"data": table, "weight": 1}, {"data": own, "weight": 3}]
-    parts = [Weighted(**part) for part in parts] if as_object else parts
-    data = Captions(parts, Shapes(), batch_size=4, num_workers=0, epoch_size=20)
+    data = Captions(parts, Shapes(), batch_size=4, num_workers=0)
     data.preprocessing = Preprocessing(16)
     data.setup("fit")
     keys = [key for batch in data.train_dataloader() for key in batch.keys]

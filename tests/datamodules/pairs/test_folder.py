@@ -13,6 +13,7 @@ from PIL import Image
 from datamodules import ImageFolderClasses
 from datamodules.open_source import open_source
 from datamodules.pairs import folder as folders
+from datamodules.pairs.source import Classes
 from lit_clip.errors import BadSample, InputError
 
 
@@ -162,7 +163,7 @@ def test_folder_that_cannot_be_listed_is_an_error_that_says_so(tmp_path: Path, m
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    for options in ({}, {"templates": ["a {}"]}):
+    for options in ({}, {"classes": Classes(["a {}"])}):
         with pytest.raises(InputError, match=r"locked: not a readable folder \(Permission denied\)"):
             open_source(tmp_path, **options)
     with pytest.raises(InputError, match=r"locked: not a readable folder \(Permission denied\)"):
@@ -172,7 +173,7 @@ def test_folder_that_cannot_be_listed_is_an_error_that_says_so(tmp_path: Path, m
 def test_class_whose_name_is_not_unicode_is_an_error_that_names_it(tmp_path: Path) -> None:
     paint(tmp_path, "a/a.png")
     os.rename(tmp_path / "a", os.path.join(os.fsencode(tmp_path), b"caf\xe9"))
-    for read in (lambda: open_source(tmp_path, templates=["a {}"]), lambda: ImageFolderClasses(str(tmp_path))):
+    for read in (lambda: open_source(tmp_path, classes=Classes(["a {}"])), lambda: ImageFolderClasses(str(tmp_path))):
         with pytest.raises(InputError, match=r"caf\\(xe9|udce9).* rename") as error:
             read()
         assert str(error.value).isascii()

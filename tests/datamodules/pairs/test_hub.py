@@ -21,6 +21,7 @@ from PIL import Image
 from datamodules import Captions
 from datamodules.open_source import open_source
 from datamodules.pairs.hub import parse_hub_name
+from datamodules.pairs.source import Columns
 from lit_clip import LitCLIP
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import BadSample, InputError
@@ -179,7 +180,7 @@ def test_images_are_inside_of_the_data_set(hub: Hub, root: str | None, column: s
     pq.write_table(pa.table({"image": images, "caption": ["text"] * len(names)}), file)
     hub.repositories["a/b"] = Repository()
     hub.repositories["a/b"].push({"train.parquet": file.getvalue()})
-    source = open_source("a/b", root=root)
+    source = open_source("a/b", columns=Columns(root=root))
     for row in range(2):
         if root is not None:
             assert source.read(row).image == png(1)

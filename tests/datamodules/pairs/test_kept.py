@@ -18,10 +18,11 @@ from datamodules.commands.shard import shard
 from datamodules.open_source import open_source
 from datamodules.openmoji import EmojiPairs, read_table
 from datamodules.pairs.kept import FilteredPairs, kept_pairs
+from datamodules.pairs.mixture import Mixture
 from datamodules.pairs.pair_filters import PairFilters
 from datamodules.pairs.score_files import write_scores
 from datamodules.pairs.source import PairSource
-from datamodules.shards.pairs import ShardOptions, TarPairs
+from datamodules.shards.pairs import TarPairs
 from lit_clip.embedding.pair_scores import SCORES, pair_hash
 from lit_clip.errors import InputError
 from tests.helpers.small_sets import make_module, make_trainer
@@ -217,16 +218,16 @@ def test_a_change_beyond_the_first_pairs_is_refused_when_its_pair_is_loaded(
             use(23)
 
 
-def test_something_else_and_drawing_with_replacement_are_refused(folder: Path) -> None:
+def test_something_else_and_a_whole_mixture_are_refused(folder: Path) -> None:
     for name, content in (("scores.parquet", "junk"), ("captions.csv", None)):
         if content:
             Path(name).write_text(content)
         with pytest.raises(InputError, match=f"data.scores: {name}: not a readable file of scores"):
             kept_pairs(open_source("several.jsonl"), name, "data.scores")
     shard("captions.csv", "shards", workers=0)
-    source = TarPairs("shards", ShardOptions(resampled=True))
+    source = Mixture([TarPairs("shards"), open_source("captions.csv")], [1, 3])
     write(source, "scores.parquet", 0.5)
-    with pytest.raises(InputError, match="shards.resampled draws with replacement; leave it out"):
+    with pytest.raises(InputError, match="a mixture repeats rows; filter or divide its parts, not the mixture"):
         kept_pairs(source, "scores.parquet").order(0, 0)
 
 

@@ -29,12 +29,12 @@ class Numbers(PairSource):
 
 
 def test_each_source_has_its_weighted_share_of_an_epoch() -> None:
-    mixture = Mixture([Numbers(1000), Numbers(10), Numbers(300)], [5, 3, 2], epoch_size=200)
-    source_of = np.repeat([0, 1, 2], [1000, 10, 300])
+    mixture = Mixture([Numbers(1000), Numbers(10), Numbers(190)], [5, 3, 2])
+    source_of = np.repeat([0, 1, 2], [1000, 10, 190])
     for epoch in range(4):
         order = mixture.order(epoch, seed=3)
-        assert len(order) == mixture.epoch_size == 200
-        assert np.bincount(source_of[order]).tolist() == [100, 60, 40]
+        assert len(order) == len(mixture) == 1200
+        assert np.bincount(source_of[order]).tolist() == [600, 360, 240]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_proportional_counts_are_the_nearest_whole_numbers(weights: list[float],
 
 
 def test_no_pair_repeats_before_its_source_is_used_up_across_epochs() -> None:
-    mixture = Mixture([Numbers(7), Numbers(50)], [3, 2], epoch_size=20)  # 12 and 8 per epoch
+    mixture = Mixture([Numbers(7), Numbers(50)], [3, 2])  # 34 and 23 per epoch
     stream = np.concatenate([mixture.order(epoch, seed=0) for epoch in range(25)])
     for start, size in ((0, 7), (7, 50)):
         own = stream[(stream >= start) & (stream < start + size)] - start
@@ -59,7 +59,7 @@ def test_no_pair_repeats_before_its_source_is_used_up_across_epochs() -> None:
 
 def test_order_is_a_pure_function_of_epoch_and_seed_and_mixes_the_sources() -> None:
     mixture = Mixture([Numbers(400), Numbers(400)], [1, 1])
-    assert mixture.epoch_size == len(mixture) == 800
+    assert len(mixture) == 800
     orders = {(epoch, seed): mixture.order(epoch, seed) for epoch in (3, 0) for seed in (0, 1)}
     assert len({tuple(order) for order in orders.values()}) == 4
     assert np.array_equal(Mixture([Numbers(400), Numbers(400)], [1, 1]).order(3, 1), orders[3, 1])
@@ -80,33 +80,32 @@ def test_keys_and_groups_are_distinct_between_sources() -> None:
 
 
 def test_nested_mixtures_keep_their_shares() -> None:
-    inner = Mixture([Numbers(30), Numbers(30)], [2, 1], epoch_size=30)
-    outer = Mixture([inner, Numbers(40)], [3, 1], epoch_size=40)
+    inner = Mixture([Numbers(30), Numbers(30)], [2, 1])
+    outer = Mixture([inner, Numbers(40)], [3, 2])
     source_of = np.repeat([0, 1, 2], [30, 30, 40])
-    assert np.bincount(source_of[outer.order(5, seed=0)]).tolist() == [20, 10, 10]
+    assert np.bincount(source_of[outer.order(5, seed=0)]).tolist() == [40, 20, 40]
     assert outer.load(45, None).key == "0:1:15"
 
 
 def test_division_keeps_the_shares_and_validates_each_pair_once() -> None:
-    train, held_out = Mixture([Numbers(100), Numbers(20)], [1, 1], epoch_size=60).divide(0.1, seed=0)
+    train, held_out = Mixture([Numbers(100), Numbers(20)], [1, 1]).divide(0.1, seed=0)
     assert isinstance(train, Mixture)
-    assert Counter(train.load(int(row), None).key[0] for row in train.order(0, 0)) == {"0": 30, "1": 30}
+    assert Counter(train.load(int(row), None).key[0] for row in train.order(0, 0)) == {"0": 54, "1": 54}
     held_out_keys = {held_out.load(index, None).key for index in range(len(held_out))}
     assert len(held_out_keys) == len(held_out) == 12
     assert not held_out_keys & {train.load(index, None).key for index in range(len(train))}
 
 
 @pytest.mark.parametrize(
-    ("weights", "epoch_size", "message"),
+    ("weights", "message"),
     [
-        ([1], None, "1 weights for 2 sources"),
-        ([1, 0], None, "weight 0 of source 1 must be above 0"),
-        ([1, float("nan")], None, "weight nan of source 1"),
-        ([1, float("inf")], None, "weight inf of source 1"),
-        ([1000, 1], 10, "an epoch of 10 pairs would have none of source 1"),
-        ([1, 1], 0, "epoch_size 0 must be at least 1"),
+        ([1], "1 weights for 2 sources"),
+        ([1, 0], "weight 0 of source 1 must be above 0"),
+        ([1, float("nan")], "weight nan of source 1"),
+        ([1, float("inf")], "weight inf of source 1"),
+        ([1000, 1], "an epoch of 6 pairs would have none of source 1"),
     ],
 )
-def test_invalid_weights_are_refused(weights: list[float], epoch_size: int | None, message: str) -> None:
+def test_invalid_weights_are_refused(weights: list[float], message: str) -> None:
     with pytest.raises(InputError, match=message):
-        Mixture([Numbers(3), Numbers(3)], weights, epoch_size)
+        Mixture([Numbers(3), Numbers(3)], weights)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from datamodules.open_source import open_source
 from datamodules.pairs import parquet
+from datamodules.pairs.source import Columns
 from lit_clip.errors import BadSample, InputError
 
 CAPTIONS = ["zero", None, "two", " ", "four", "NaN", "six", "seven", "eight", ""]
@@ -57,7 +58,7 @@ def test_rows_with_a_caption_are_read_in_any_order(
 ) -> None:
     if copied:
         monkeypatch.setattr(parquet, "IN_MEMORY", 0)
-    source = open_source(paths(tmp_path), group_column="product")
+    source = open_source(paths(tmp_path), columns=Columns(group="product"))
     source.prepare()
     assert len(list(cache.glob("*"))) == (4 if copied else 0)  # a file per row group
     assert len(source) == len(USABLE)
@@ -199,7 +200,7 @@ BROKEN: dict[str, tuple[dict[str, Any], str]] = {
     "no caption at all": ({"image": ["a.png"] * 2, "caption": ["", None]}, "no row with an image and a caption"),
     "no rows": ({"image": pa.array([], pa.string()), "caption": pa.array([], pa.string())}, "no row"),
     "URLs": ({"URL": ["http://x/a.jpg"], "TEXT": ["a"]}, "img2dataset"),
-    "unusual names": ({"photo": ["a.png"], "words": ["a"]}, r"\(photo, words\).*image_column"),
+    "unusual names": ({"photo": ["a.png"], "words": ["a"]}, r"\(photo, words\).*columns.image"),
 }
 
 

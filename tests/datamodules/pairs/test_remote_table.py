@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader
 
 from datamodules import Captions
 from datamodules.loading import store
+from datamodules.loading.bad_samples import BadSamples
 from datamodules.loading.store import StoreFolder
 from datamodules.open_source import open_source
 from datamodules.pairs.batches import ValidationPairs
-from datamodules.pairs.source import PairSource
+from datamodules.pairs.source import Columns, PairSource
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
@@ -115,7 +116,7 @@ def test_rows_that_are_left_out_are_named_by_the_address(
 
 def test_a_local_table_may_have_its_images_in_a_store(folder: Path, server: tuple[str, list[str]], memory: str) -> None:
     for address in (server[0], memory):
-        assert_same(open_source(folder / "t.csv", root=f"{address}/"), open_source(folder / "t.csv"))
+        assert_same(open_source(folder / "t.csv", columns=Columns(root=f"{address}/")), open_source(folder / "t.csv"))
 
 
 def test_data_workers_read_the_images(folder: Path, server: tuple[str, list[str]]) -> None:
@@ -213,7 +214,7 @@ def test_bad_images_are_bad_samples_and_a_dead_store_is_not(
 
 def test_bad_images_can_be_skipped(folder: Path, server: tuple[str, list[str]]) -> None:
     (folder / ROWS[0][0]).unlink()
-    data = Captions(val=f"{server[0]}/t.csv", on_error="skip", batch_size=6, num_workers=0, max_skipped=1)
+    data = Captions(val=f"{server[0]}/t.csv", bad_samples=BadSamples("skip", 1), batch_size=6, num_workers=0)
     data.setup("validate")
     (batch,) = data.val_dataloader()
     assert len(batch.keys) == 5

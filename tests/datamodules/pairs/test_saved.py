@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from datamodules.open_source import open_source
+from datamodules.pairs.source import Columns
 from lit_clip.errors import InputError
 
 IMAGE = pa.struct({"bytes": pa.binary(), "path": pa.string()})
@@ -49,7 +50,7 @@ def columns() -> dict[str, Any]:
 
 
 def test_saved_data_set_is_read_without_the_datasets_library(tmp_path: Path) -> None:
-    source = pickle.loads(pickle.dumps(open_source(save(tmp_path / "set", columns()), group_column="source")))
+    source = pickle.loads(pickle.dumps(open_source(save(tmp_path / "set", columns()), columns=Columns(group="source"))))
     assert len(source) == len(USABLE)
     assert source.left_out.counts == {"no caption": 3}
     for index, row in enumerate(USABLE):
@@ -65,7 +66,7 @@ def test_saved_data_set_is_read_without_the_datasets_library(tmp_path: Path) -> 
 def test_relative_paths_start_at_the_folder_or_at_root(tmp_path: Path) -> None:
     save(tmp_path / "set", {"image_path": ["a.png", "b.png", "a.png"], "text": ["a", "", "c"]})
     Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
-    source = open_source(tmp_path / "set", root=str(tmp_path))
+    source = open_source(tmp_path / "set", columns=Columns(root=str(tmp_path)))
     source.check()
     assert [source.load(i, None)[1:3] for i in range(2)] == [("a", "a.png"), ("c", "a.png")]
     with pytest.raises(InputError, match=r"data-00000-of-00002.arrow row 0: no such image file"):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from datamodules import Captions
 from datamodules.pairs import text_table
-from datamodules.pairs.source import SourceOptions
+from datamodules.pairs.source import Columns, SourceOptions
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import Preprocessing
@@ -142,37 +142,37 @@ def test_columns_are_found_by_usual_names_in_any_case_or_by_option(folder: Path,
     if header.startswith("Caption"):
         rows = ["a cat,a.png", "a dog,b.png"]
     (folder / "t.csv").write_text("\n".join([header, *rows]))
-    named = {"image_column": "x", "caption_column": "y"} if header == "x,y" else {}
+    named = {"columns": Columns("x", "y")} if header == "x,y" else {}
     assert captions(folder / "t.csv", **named) == ["a cat", "a dog"]
 
 
 def test_named_column_takes_precedence_over_a_usual_name(folder: Path) -> None:
     lines = ["image,caption,thumb,alt", "b.png,a dog,a.png,a cat"]
     (folder / "t.csv").write_text("\n".join(lines))
-    (batch,) = validation(folder / "t.csv", image_column="thumb", caption_column="alt")
+    (batch,) = validation(folder / "t.csv", columns=Columns("thumb", "alt"))
     assert batch.keys == ["a.png"]
     assert decode(batch.tokens[0].tolist()) == "a cat"
 
 
 @pytest.mark.parametrize("suffix", ["csv", "jsonl"])
-@pytest.mark.parametrize("option", ["image_column", "caption_column"])
+@pytest.mark.parametrize("option", ["image", "caption"])
 def test_unknown_column_is_an_error_that_lists_the_columns_found(folder: Path, suffix: str, option: str) -> None:
     table = folder / f"t.{suffix}"
     columns = ["image", "caption", "Licence"]
     text = ",".join(columns) + "\na.png,a cat,MIT" if suffix == "csv" else json.dumps(dict.fromkeys(columns, "a"))
     table.write_text(text)
-    message = message_of(lambda: validation(table, **{option: "kaption"}))
+    message = message_of(lambda: validation(table, columns=Columns(**{option: "kaption"})))
     assert "t." + suffix in message
     assert "'kaption'" in message
     assert "image, caption, Licence" in message
-    assert option in message
+    assert f"set --data.columns.{option}" in message
 
 
 @pytest.mark.parametrize(
     ("header", "option"),
     [
-        ("photo,caption", "for example, set --data.image_column photo"),
-        ("image,my words", "for example, set --data.caption_column 'my words'"),
+        ("photo,caption", "for example, set --data.columns.image photo"),
+        ("image,my words", "for example, set --data.columns.caption 'my words'"),
     ],
 )
 def test_unusual_column_names_are_listed_with_the_option_to_set(folder: Path, header: str, option: str) -> None:
@@ -191,7 +191,7 @@ def test_relative_paths_start_at_the_folder_of_the_table_or_at_root(
     (tmp_path / "beside/t.csv").write_text("image,caption\na.png,a cat")
     monkeypatch.chdir(tmp_path / "elsewhere")  # the working directory does not matter
     (beside,) = validation(tmp_path / "beside/t.csv")
-    (elsewhere,) = validation(tmp_path / "beside/t.csv", root=str(tmp_path / "elsewhere"))
+    (elsewhere,) = validation(tmp_path / "beside/t.csv", columns=Columns(root=str(tmp_path / "elsewhere")))
     assert beside.images[0, :, 0, 0].tolist() == [9, 255, 0]
     assert elsewhere.images[0, :, 0, 0].tolist() == [29, 235, 1]
     assert beside.keys == elsewhere.keys == ["a.png"]
@@ -200,7 +200,7 @@ def test_relative_paths_start_at_the_folder_of_the_table_or_at_root(
 def test_absolute_paths_ignore_root(tmp_path: Path) -> None:
     paint(tmp_path / "images", "a.png")
     (tmp_path / "t.csv").write_text(f"image,caption\n{tmp_path / 'images/a.png'},a cat")
-    (batch,) = validation(tmp_path / "t.csv", root="nowhere")
+    (batch,) = validation(tmp_path / "t.csv", columns=Columns(root="nowhere"))
     assert batch.images[0, :, 0, 0].tolist() == [9, 255, 0]
 
 
@@ -377,7 +377,8 @@ def test_large_table_is_converted_once_and_then_mapped(
     mapped = open_table(folder / name)
     (file,) = (folder / "cache/lit-clip/tables").iterdir()
     with monkeypatch.context() as patch:
-        patch.setattr(text_table, "_read_batches", None)  # nothing is read again
+        patch.setattr(text_table, "_delimited_rows", None)
+        patch.setattr(text_table, "_json_lines", None)  # nothing is read again
         again = open_table(folder / name)
     sent = pickle.loads(pickle.dumps(again))
     assert len(pickle.dumps(again)) < 2000

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from datamodules.shards.order import shard_order
+from datamodules.shards.pairs import shard_order
 
 
 @pytest.mark.parametrize("window", [1, 2, 3, 10])

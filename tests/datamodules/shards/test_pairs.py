@@ -10,13 +10,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 
 import datamodules
 from datamodules.open_source import open_source
-from datamodules.pairs.mixture import Concatenated
-from datamodules.shards.order import resampled_order
+from datamodules.pairs.source import Classes, Columns
 from datamodules.shards.pairs import ShardOptions, TarPairs
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import Preprocessing
@@ -90,7 +88,7 @@ def test_equal_keys_in_two_shards_are_distinct(tmp_path: Path) -> None:
 def captions_of(tmp_path: Path, files: Files, **options: str) -> TarPairs:
     path = tmp_path / f"{len(list(tmp_path.iterdir()))}.tar"
     write_tar(path, [("000", {"png": image(), **files})])
-    return TarPairs(str(path), **options)  # pyright: ignore[reportArgumentType]  # options are columns
+    return TarPairs(str(path), columns=Columns(**options))
 
 
 def test_caption_is_the_text_or_else_from_the_json(tmp_path: Path) -> None:
@@ -100,11 +98,11 @@ def test_caption_is_the_text_or_else_from_the_json(tmp_path: Path) -> None:
     both = {"txt": b"of the text\n", "json": about}
     assert captions_of(tmp_path, both).captions(0) == ["of the text"]
     assert captions_of(tmp_path, {"json": about}).captions(0) == ["of the json"]
-    assert captions_of(tmp_path, both, caption_column="long").captions(0) == ["a longer one"]
-    assert captions_of(tmp_path, both, caption_column="few").captions(0) == ["one", "two"]
-    assert captions_of(tmp_path, both, group_column="id").read(0).group == "7"
+    assert captions_of(tmp_path, both, caption="long").captions(0) == ["a longer one"]
+    assert captions_of(tmp_path, both, caption="few").captions(0) == ["one", "two"]
+    assert captions_of(tmp_path, both, group="id").read(0).group == "7"
     with pytest.raises(InputError, match=r"sample 000: no field 'lang'; its \.json has caption, long, few, id"):
-        captions_of(tmp_path, both, caption_column="lang")
+        captions_of(tmp_path, both, caption="lang")
 
 
 def test_one_of_several_captions_is_drawn_by_the_samples_generator(tmp_path: Path) -> None:
@@ -259,21 +257,6 @@ def test_ranks_and_workers_together_have_each_pair_once(
     assert len(lengths) == 1
 
 
-def test_resampled_rows_are_drawn_evenly_and_fill_the_epoch_size(shards: Path) -> None:
-    counts = np.bincount(resampled_order([10, 30, 60], 2, 200_000, epoch=0, seed=0), minlength=100)
-    assert counts.sum() == 200_000
-    assert counts.min() > 1700
-    assert counts.max() < 2300
-    source = TarPairs(str(shards), ShardOptions(resampled=True, epoch_size=13))
-    assert source.epoch_size == len(source.order(0, 0)) == 13
-    assert not np.array_equal(source.order(0, 0), source.order(1, 0))
-    assert np.array_equal(source.order(1, 0), source.order(1, 0))
-    with pytest.raises(InputError, match="drawing with replacement holds nothing out"):
-        source.divide(0.1, 0)
-    with pytest.raises(InputError, match="shards.resampled draws with replacement; leave it out"):
-        Concatenated([source, source], distinct_keys=False).divide(0.1, 0)[0].order(0, 0)
-
-
 # Options
 
 
@@ -282,8 +265,6 @@ def test_resampled_rows_are_drawn_evenly_and_fill_the_epoch_size(shards: Path) -
     [
         ({"shuffle_shards": 0}, "shuffle_shards: 0"),
         ({"cache_gb": -1.0}, "cache_gb: -1.0"),
-        ({"epoch_size": 5}, "epoch_size: only for shards.resampled"),
-        ({"resampled": True, "epoch_size": 0}, "epoch_size: 0"),
     ],
 )
 def test_invalid_shard_options_are_refused(options: dict[str, float], message: str) -> None:
@@ -299,5 +280,7 @@ def test_open_source_recognises_shards_by_name(shards: Path) -> None:
         assert len(source) == 60
     one, *_ = every = sorted(map(str, shards.glob("*.tar")))
     for path in (one, every):
-        with pytest.raises(InputError, match="templates: .*tar is not a folder of classes; leave templates out"):
-            open_source(path, templates=["a {}"])
+        with pytest.raises(
+            InputError, match="classes.templates: .*tar is not a folder of classes; leave classes.templates out"
+        ):
+            open_source(path, classes=Classes(["a {}"]))

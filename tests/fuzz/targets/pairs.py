@@ -15,7 +15,7 @@ from datamodules.loading.bad_samples import Skipped, SkippingDataset
 from datamodules.loading.sampling import TrainingSample
 from datamodules.open_source import open_source
 from datamodules.pairs.batches import TrainingPairs, ValidationPairs
-from datamodules.pairs.source import Pair, PairSource
+from datamodules.pairs.source import Classes, Pair, PairSource
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
 from lit_clip.tools.images import open_image
@@ -241,8 +241,8 @@ def read_classes(folder: Path, given: Input) -> Iterator[str]:
         (folder / "photos" / name).mkdir(parents=True)
         (folder / "photos" / name / "0.png").write_bytes(table_images()[f"{number}.png"])
     (folder / given.name).write_bytes(given.data)
-    option = "templates" if given.name.startswith("templates") else "class_names"
-    yield from read_pairs(open_source(folder / "photos", **{option: str(folder / given.name)}))
+    option = "templates" if given.name.startswith("templates") else "names"
+    yield from read_pairs(open_source(folder / "photos", classes=Classes(**{option: str(folder / given.name)})))
 
 
 @cache

@@ -289,7 +289,7 @@ def ask_store(folder: Path, given: Input, options: dict[str, Any] | None = None)
     """Have a web store answer."""
     store = connected(_store(_read_tree(given.data)), options)
     url, skip = f"http://host/{given.name}", on_error(given)
-    shards = ShardOptions(cache_folder=str(folder / "shards"), index_workers=0, cache_gb=float(given.name != "y.tar"))
+    shards = ShardOptions(cache_folder=str(folder / "shards"), index_workers=0)
     try:
         with (
             patch("time.sleep"),
