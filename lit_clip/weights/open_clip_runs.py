@@ -23,9 +23,8 @@ LONGEST = 65_536  # bytes of a params.txt that are read; open_clip's have 2,000
 def run_architecture(path: Path, named: bool) -> tuple[CLIPConfig, str] | None:
     """Return the architecture that the run of a checkpoint was started with, and where it is from.
 
-    Args:
-        path: the checkpoint, ``NAME/checkpoints/epoch_1.pt`` or a copy beside ``params.txt``.
-        named: whether the architecture is known; a model that open_clip does not list is no error then.
+    The checkpoint is ``NAME/checkpoints/epoch_1.pt`` or a copy beside ``params.txt``. A model that open_clip does not
+    list is no error if the architecture is ``named`` otherwise.
     """
     for folder in (path.parent, path.parent.parent):
         params = _params(folder / "params.txt")
@@ -86,10 +85,7 @@ def architecture_by_shapes(
 ) -> CLIPConfig | None:
     """Return the only one of open_clip's models whose weights have these names and shapes; None if there is none.
 
-    Args:
-        state: the weights, under open_clip's names of any version.
-        fits: whether all weights are those of an architecture.
-        name: the source, for messages.
+    ``fits`` returns whether all weights are those of an architecture; ``name`` is their source, for messages.
     """
     found = {
         model: config
