@@ -43,11 +43,7 @@ class CustomEncoderConfig:
 
 @dataclass
 class CustomImageConfig(CustomEncoderConfig):
-    """An image encoder of your own.
-
-    Attributes:
-        image_size: that of the encoder, read from it when the model is created.
-    """
+    """An image encoder of your own; its size is read from it when the model is created."""
 
     image_size: Size | None = None
 
@@ -58,11 +54,7 @@ class CustomImageConfig(CustomEncoderConfig):
 
 @dataclass
 class CustomTextConfig(CustomEncoderConfig):
-    """A text encoder of your own.
-
-    Attributes:
-        context_length: that of the encoder, read from it when the model is created; 0 until then.
-    """
+    """A text encoder of your own; its context length is read from it when the model is created, 0 until then."""
 
     context_length: int = 0
 

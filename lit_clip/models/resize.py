@@ -77,17 +77,13 @@ def resize_weights(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -
 
 
 def stretched(position_LW: Tensor, length: int) -> Tensor:
-    """Lengthen a text encoder's position embedding as Long-CLIP does, so that order and distance keep their meaning.
+    """Lengthen a text encoder's position embedding ``[L, W]`` as Long-CLIP does: order and distance keep their meaning.
 
     The first ``KEPT_POSITIONS``, which short captions have trained well, stay bit-identical. The others are stretched
     by the ratio that fits, (length - kept) / (L - kept), which from 77 to 248 is 4: new position i lies at the old
     position kept + (i - kept) / ratio, interpolated linearly, and on the line through the last two beyond the last
     (Zhang et al. 2024, "Long-CLIP", knowledge-preserved stretching; its code has the ratio 4 alone). Of a table too
     short to keep so many, all but two positions are kept.
-
-    Args:
-        position_LW: ``[L, W]``, L at least 2.
-        length: number of positions wanted, more than L.
     """
     kept = min(KEPT_POSITIONS, len(position_LW) - 2)
     ratio = (length - kept) / (len(position_LW) - kept)

@@ -56,14 +56,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Attention pooling: the mean of all positions attends to itself and all positions.
-
-    Args:
-        positions: height times width of the features.
-        channels: of the features.
-        heads: attention heads.
-        embed_dim: channels of the result; the pool includes the projection into the embedding.
-    """
+    """Attention pooling: the mean of all positions attends to itself and all; includes the projection."""
 
     def __init__(self, positions: int, channels: int, heads: int, embed_dim: int) -> None:
         super().__init__()

@@ -21,14 +21,9 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "mode
 
 
 def timm_hub_model(name: str) -> dict[str, Any]:
-    """Read what a hub name stands for.
+    """Read what a hub name stands for: ``hf-hub:org/name``, perhaps with ``@revision``.
 
-    Args:
-        name: ``hf-hub:org/name``, perhaps with ``@revision``.
-
-    Returns:
-        ``architecture``, timm's name of the model; ``model_args``, arguments of it; and ``data``, how its images are
-        preprocessed.
+    Return ``architecture``, timm's name of the model, ``model_args``, its arguments, and ``data``, its preprocessing.
     """
     file = _download(name, "config.json")
     with naming(name), reading(file, "configuration of a timm model"):
