@@ -14,10 +14,7 @@ from lit_clip.embedding.reading import encoded_batches, image_features
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.accuracy import accuracies, classification_counts
 from lit_clip.evaluation.set_encoding import SetRows
-from lit_clip.evaluation.zero_shot import (
-    ZeroShotSet,
-    zero_shot_classifier,
-)
+from lit_clip.evaluation.zero_shot import ZeroShotSet, zero_shot_classifier
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import differences
 from lit_clip.tools.console import Console
@@ -36,10 +33,7 @@ Results = dict[str, dict[float, float]]  # set -> alpha -> top-1
 class InterpolatedModels:
     """The models ``(1 - alpha) * before + alpha * after``, one at a time.
 
-    Args:
-        before: the model before fine-tuning.
-        after: the fine-tuned model, of the same architecture and with the same preprocessing.
-        names: of the two, for error messages.
+    Both have the same architecture and preprocessing; ``names`` are theirs, for error messages.
     """
 
     def __init__(self, before: CLIP, after: CLIP, names: tuple[str, str] = ("before", "after")) -> None:
@@ -52,17 +46,13 @@ class InterpolatedModels:
     def at(self, alpha: float, only: str = "") -> CLIP:
         """Return the model at ``alpha``: 0 is ``before``, 1 is ``after``, exactly.
 
-        Args:
-            alpha: between 0 and 1.
-            only: prefix of the weights to set; others are left as they are.
+        Only weights whose names begin with ``only`` are set.
         """
         before, after = self._ends
         for name, value in self.model.state_dict().items():
             if name.startswith(only):
                 mixed = value.is_floating_point() and alpha not in (0, 1)
-                nearest = (
-                    after[name] if alpha >= 0.5 else before[name]
-                )  # integers, such as batch counters, are not mixed
+                nearest = (after if alpha >= 0.5 else before)[name]  # integers, such as batch counters, are not mixed
                 value.copy_(torch.lerp(before[name], after[name], alpha) if mixed else nearest)
         return self.model
 
@@ -196,15 +186,13 @@ def best_alpha(results: Results, target: str) -> float:
 
 
 def _print(results: Results, target: str, chosen: float, by_rule: bool) -> None:
-    table = Table(title="Zero-shot top-1, %")
-    held_out = [name for name in results if name != target]
-    order = [target, *held_out]
+    table, held_out = Table(title="Zero-shot top-1, %"), [name for name in results if name != target]
     for column in ("alpha", f"{target} (target)", *(f"{name} (held out)" for name in held_out), "mean"):
         table.add_column(column, justify="right")
     for alpha in results[target]:
-        values = [results[name][alpha] for name in order] + [_score(results, target, alpha)]
-        style = "bold" if alpha == chosen else None
-        table.add_row(f"{alpha:g}", *(f"{100 * value:.2f}" for value in values), style=style)
+        values = [*(results[name][alpha] for name in (target, *held_out)), _score(results, target, alpha)]
+        cells = (f"{100 * value:.2f}" for value in values)
+        table.add_row(f"{alpha:g}", *cells, style="bold" if alpha == chosen else None)
     console = Console()
     console.print(table)
     why = "the highest mean of target and held-out sets" if by_rule else "as given"

@@ -21,9 +21,7 @@ FIRST, EVERY = 5.0, 30.0  # seconds until the first line of progress, and betwee
 class Console(rich.console.Console):
     """rich's console, for text from files: no markup, no names of emoji, and all text :func:`printable`.
 
-    Args:
-        file_width: least width where the output is no terminal: it need not be narrow.
-        options: of rich's.
+    Where the output is no terminal it is at least ``file_width`` wide. Options are rich's.
     """
 
     def __init__(self, *, file_width: int = 0, **options: Any) -> None:
@@ -94,14 +92,8 @@ def size_in_bytes(number: float) -> str:
 class ProgressLog:
     """Progress where no bar can be drawn, such as in a job's log: whole lines on standard error.
 
-    The first line is due after ``FIRST`` seconds, and then one every ``EVERY``.
-
-    Args:
-        title: what is being done.
-        now: returns the time in seconds.
-
-    Attributes:
-        started: whether there was a line yet.
+    The first line is due after ``FIRST`` seconds, and then one every ``EVERY``; ``started`` says whether there was one
+    yet.
     """
 
     def __init__(self, title: str, now: Callable[[], float] = time.monotonic) -> None:
@@ -131,14 +123,8 @@ def progress(
 ) -> Iterator[Callable[[float], None]]:
     """Show progress on standard error: a bar on a terminal, otherwise lines (:class:`ProgressLog`).
 
-    Args:
-        description: what is being done.
-        total: number of units, or the most that there can be.
-        enabled: false on ranks other than the first.
-        now: returns the time in seconds, for lines.
-
-    Yields:
-        A function to call with the number of units done since the last call.
+    Yields a function to call with the number of units done since the last call, of ``total`` at most. ``enabled`` is
+    false on ranks other than the first.
     """
     if not enabled:
         yield lambda units: None

@@ -27,12 +27,9 @@ def has_bfloat16() -> bool:
 
 
 def computes_in_bfloat16(accelerator: object) -> bool | None:
-    """Return whether the device has bfloat16 instructions; None if unknown.
+    """Return whether the device of ``trainer.accelerator`` has bfloat16 instructions; None if unknown.
 
     Without them bfloat16 is emulated, and slower than float32.
-
-    Args:
-        accelerator: ``trainer.accelerator``.
     """
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)

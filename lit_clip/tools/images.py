@@ -36,10 +36,7 @@ def decoding_at_least(size: LeastSize | None) -> Iterator[None]:
     """Within this context, decode JPEGs at the smallest fraction of their width and height that is enough.
 
     A JPEG decoder can leave out the finer half, three quarters or seven eighths of the frequencies, at a fraction of
-    the time. Other formats are decoded whole.
-
-    Args:
-        size: the width and height that a decoded image must still have; None: decode whole.
+    the time. Other formats are decoded whole, and so is everything if ``size`` is None.
     """
     token = _least_size.set(size)
     try:
@@ -94,13 +91,9 @@ def _reason(error: Exception) -> tuple[str, str]:
 def open_image(source: Path | BinaryIO, where: str | None = None) -> Image.Image:
     """Decode an image; of an animation the first frame. A camera's rotation flag is ignored.
 
-    Args:
-        source: a file, or its content.
-        where: how the user knows it, such as ``captions.csv row 7``; None: by its path.
-
-    Raises:
-        BadSample: there is no such file, or it is not an image, broken, too large, too elongated, or in a format that
-            another program would have to draw.
+    ``where`` is how the user knows it, such as ``captions.csv row 7``; None: by its path. :class:`BadSample`: there is
+    no such file, or it is not an image, broken, too large, too elongated, or in a format that another program would
+    draw.
     """
     with _opened(source, where) as image:
         least_size = _least_size.get()
@@ -113,11 +106,7 @@ def open_image(source: Path | BinaryIO, where: str | None = None) -> Image.Image
 
 
 def image_size(source: Path | BinaryIO, where: str) -> tuple[int, int]:
-    """Return an image's width and height from its header, without decoding it.
-
-    Raises:
-        BadSample: as :func:`open_image`, unless only decoding shows it.
-    """
+    """Return an image's width and height from its header, without decoding it; see :func:`open_image`."""
     with _opened(source, where) as image:
         return image.size
 
@@ -143,13 +132,6 @@ def full_size(image: Image.Image) -> tuple[int, int, int]:
 
 
 def check_images(images: Sequence[tuple[Path | BinaryIO, str]]) -> None:
-    """Check the headers of up to ``CHECKED`` files, evenly spread, without decoding any.
-
-    Args:
-        images: each file or its content, and how the user knows it.
-
-    Raises:
-        BadSample: a file is missing or is refused by :func:`open_image` without decoding it.
-    """
+    """Check the headers of up to ``CHECKED`` files, evenly spread, each with how the user knows it; decode none."""
     for source, where in images[:: max(1, len(images) // CHECKED)]:
         image_size(source, where)
