@@ -170,11 +170,9 @@ class CustomTextEncoder(nn.Module):
             features = self(tokens)
             _check_features(features, embed_dim, f"{where}: forward", "text")
             alone = self(self.tokenizer.trim(tokens[:1]))
-        if not torch.allclose(alone, features[:1], rtol=1e-3, atol=1e-4 * float(features.abs().max())):
-            raise InputError(
-                f"{where}: padding changes the features; mask it with lengths, or leave lengths out of forward to read "
-                "texts of full length only"
-            )
+        same = torch.allclose(alone, features[:1], rtol=1e-3, atol=1e-4 * float(features.abs().max()))
+        advice = "mask it with lengths, or leave lengths out of forward to read texts of full length only"
+        require(same, f"{where}: padding changes the features; {advice}")
 
     def forward(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """int64 ``[B, L]`` -> ``[B, D]``; padding never changes the features."""
@@ -258,9 +256,7 @@ def _tokenizer(encoder: nn.Module, context_length: int, where: str) -> TextToken
         require(same, f"{where}: its tokenizer has the context_length {theirs}, the encoder {context_length}")
         return own
     require(callable(own), f"{where}: its tokenizer is a {type(own).__name__}, which cannot be called with texts")
-    if isinstance(getattr(own, "__self__", None), nn.Module) or isinstance(own, nn.Module):
-        raise InputError(
-            f"{where}: its tokenizer is a method of the encoder, whose weights every data worker would copy; use a "
-            "function or an object of a class"
-        )
+    light = not isinstance(getattr(own, "__self__", None), nn.Module) and not isinstance(own, nn.Module)
+    problem = "is a method of the encoder, whose weights every data worker would copy"
+    require(light, f"{where}: its tokenizer {problem}; use a function or an object of a class")
     return CallableTokenizer(own, context_length)

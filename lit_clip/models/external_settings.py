@@ -84,10 +84,9 @@ def timm_preprocessing(config: TimmConfig) -> Preprocessing:
     data = resolve_data_config({}, pretrained_cfg=cfg if isinstance(cfg, dict) else cfg.to_dict())
     size = config.image_size or cast(tuple[int, int], tuple(data["input_size"][1:]))
     interpolation, mode = data["interpolation"], data["crop_mode"]
-    if interpolation not in ("bicubic", "bilinear") or mode not in ("center", "squash"):
-        raise InputError(
-            f"architecture.image: timm's {config.timm} needs {interpolation} {mode} preprocessing, which lit-clip lacks"
-        )
+    known = interpolation in ("bicubic", "bilinear") and mode in ("center", "squash")
+    problem = f"needs {interpolation} {mode} preprocessing, which lit-clip lacks"
+    require(known, f"architecture.image: timm's {config.timm} {problem}")
     patch = naflex_patch_size(config)
     return Preprocessing(
         image_size=size,

@@ -58,6 +58,9 @@ class _CheckedDict:
     def take(self, key: str, default: Any = None) -> Any:
         return self.values.pop(key, default)
 
+    def taken(self, *keys: str) -> dict[str, Any]:
+        return {key: self.values.pop(key) for key in keys if key in self.values}
+
     def check(self, known: bool, key: str, value: Any) -> None:
         require(known, f"{self.name}: {key} {shortened(value)} is not supported by lit-clip")
 
@@ -218,8 +221,7 @@ def _text(values: _CheckedDict) -> TextConfig:
             "cls_pooler": "pooler",
         }
         kind, pooling = values.take("hf_proj_type", "mlp"), values.take("hf_pooler_type", "mean_pooler")
-        for key in ("vocab_size", "width", "heads", "layers"):
-            values.take(key)
+        values.taken("vocab_size", "width", "heads", "layers")
         values.check(kind in ("linear", "mlp") and pooling in pooler, "hf_pooler_type", pooling)
         result: TextConfig = HuggingFaceTextConfig(hf, False, context, pooler[pooling], kind)
         named = _tokenizer(values)
@@ -232,18 +234,13 @@ def _text(values: _CheckedDict) -> TextConfig:
         values.check(pad_id == 0 or pool != "class", "pad_id", pad_id)
         result = TextTransformerConfig(
             context,
-            values.take("vocab_size", 49408),
-            values.take("width", 512),
-            values.take("layers", 12),
-            values.take("heads", 8),
-            values.take("mlp_ratio", 4.0),
-            causal,
-            values.take("proj_type", "linear") != "none",
-            values.take("proj_bias", False),
-            (values.take("norm_kwargs") or {}).get("eps", 1e-5),
-            _tokenizer(values),
-            pool,
-            values.take("eos_id", 2),
+            causal=causal,
+            projection=values.take("proj_type", "linear") != "none",
+            projection_bias=values.take("proj_bias", False),
+            layer_norm_eps=(values.take("norm_kwargs") or {}).get("eps", 1e-5),
+            tokenizer=_tokenizer(values),
+            pool=pool,
+            **values.taken("vocab_size", "width", "layers", "heads", "mlp_ratio", "eos_id"),
         )
     values.done()
     return result

@@ -53,12 +53,9 @@ def stderr() -> Console:
 
 def write_results(text: str) -> None:
     """Write a command's results to standard output: unchanged, but :func:`printable` on a terminal."""
-    if sys.stdout.isatty():
-        sys.stdout.write(printable(text))
-        return
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be Unicode
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
 
 
 def can_draw(stream: TextIO) -> bool:
@@ -149,13 +146,8 @@ def progress(
 
 @contextmanager
 def _bar(description: str, total: int) -> Iterator[Callable[[float], None]]:
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    title, times = TextColumn("{task.description}", markup=False), (TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (title, BarColumn(), MofNCompleteColumn(), *times)
     with Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()) as bar:
         task = bar.add_task(description, total=total)
         yield lambda units: bar.advance(task, units)

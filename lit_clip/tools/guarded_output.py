@@ -6,7 +6,7 @@ import sys
 import traceback
 import warnings
 from types import TracebackType
-from typing import TextIO
+from typing import Any
 
 from lit_clip.errors import printable
 from lit_clip.secrets import remember_environment
@@ -38,15 +38,9 @@ class _Record(logging.LogRecord):
         return printable(super().getMessage())
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
-    (file or sys.stderr).write(printable(warnings.formatwarning(message, category, filename, lineno, line)))
+def _show_warning(*given: Any) -> None:
+    *warning, file, line = (*given, None, None)[:6]  # message, category, filename, lineno
+    (file or sys.stderr).write(printable(warnings.formatwarning(*warning, line)))
 
 
 def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

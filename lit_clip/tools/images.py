@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -27,7 +28,6 @@ LeastSize = Callable[[int, int], tuple[int, int]]  # an image's width and height
 FULL_SIZE = "size in the file"  # key in ``info`` of an image decoded at a fraction
 FRACTIONS = (1, 2, 4, 8)  # divisors of width and height that JPEG decoders support and Pillow passes on
 
-_warnings_silenced = False
 _least_size: ContextVar[LeastSize | None] = ContextVar("_least_size", default=None)
 
 
@@ -45,12 +45,10 @@ def decoding_at_least(size: LeastSize | None) -> Iterator[None]:
         _least_size.reset(token)
 
 
+@cache
 def _silence_warnings() -> None:
     """Ignore Pillow's warnings about files that it reads all the same; every odd file has its own text."""
-    global _warnings_silenced
-    if not _warnings_silenced:
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        _warnings_silenced = True
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @contextmanager
@@ -77,15 +75,12 @@ def _opened(source: Path | BinaryIO, where: str | None) -> Iterator[Image.Image]
         raise
     # For a broken file Pillow's decoders raise anything: OSError, SyntaxError, struct.error, ...
     except Exception as error:
-        kind, words = _reason(error)
+        kind, words = "broken image", reason(error)
+        if isinstance(error, UnidentifiedImageError):
+            kind = words = "not an image"
+        elif isinstance(error, Image.DecompressionBombError):
+            kind = "image too large"
         raise BadSample(where, kind, f"cannot read {name} ({words}){FIX_HINT}") from error
-
-
-def _reason(error: Exception) -> tuple[str, str]:
-    """Return the kind of an error, by which skipped samples are counted, and its text."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image", "not an image"
-    return "image too large" if isinstance(error, Image.DecompressionBombError) else "broken image", reason(error)
 
 
 def open_image(source: Path | BinaryIO, where: str | None = None) -> Image.Image:

@@ -26,13 +26,7 @@ from lit_clip.models.patches import Patches, unpacked
 from lit_clip.models.preprocess import resize_size
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.weights.hugging_face import hugging_face_kind, library_name, to_hugging_face
-from lit_clip.weights.hugging_face_processor import (
-    PROCESSOR_OF,
-    image_processor,
-    read_json,
-    save_byte_pairs,
-    save_tokenizer,
-)
+from lit_clip.weights.hugging_face_processor import image_processor, read_json, save_byte_pairs, save_tokenizer
 from lit_clip.weights.open_clip import open_clip_model
 from lit_clip.weights.sources import HF_MODEL_CONFIG
 
@@ -190,7 +184,7 @@ def write_hugging_face(model: CLIP, folder: Path) -> None:
     try:
         kind = hugging_face_kind(model.config)
         values, state = to_hugging_face(model)
-        processor = image_processor(model.preprocessing, PROCESSOR_OF[kind])
+        processor = image_processor(model.preprocessing, f"{library_name(kind)}ImageProcessor")
     except InputError as error:
         naflex = model.preprocessing.max_patches is not None
         instead = "no format holds it, since the others have no NaFlex patches" if naflex else "use open_clip or onnx"

@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from lit_clip.errors import InputError, require
+from lit_clip.errors import require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import (
     Activation,
@@ -103,12 +103,10 @@ def from_hugging_face(
         The architecture, and the weights under our names with their types unchanged.
     """
     kind = config.get("model_type")
-    if kind == "clip":
-        ours = _clip_config(config, preprocessor)
-    elif kind in ("siglip", "siglip2"):
-        ours = _siglip_config(kind, config, preprocessor, tokenizer)
-    else:
-        raise InputError(f"config.json: model_type is {kind!r}; must be 'clip', 'siglip' or 'siglip2'")
+    known = kind in ("clip", "siglip", "siglip2")
+    require(known, f"config.json: model_type is {kind!r}; must be 'clip', 'siglip' or 'siglip2'")
+    is_clip = kind == "clip"
+    ours = _clip_config(config, preprocessor) if is_clip else _siglip_config(kind, config, preprocessor, tokenizer)
     return ours, renamed(state, _pairs(ours), inwards=True)
 
 
@@ -158,8 +156,7 @@ def _pairs(config: CLIPConfig) -> Any:
 
 
 def _activation(name: str, theirs: str) -> Activation:
-    if theirs not in ACTIVATIONS:
-        raise InputError(f"{name} is {theirs}; must be one of {', '.join(ACTIVATIONS)}")
+    require(theirs in ACTIVATIONS, f"{name} is {theirs}; must be one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[theirs]
 
 
@@ -184,10 +181,8 @@ def _clip_config(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | No
         agree(f"{name}.layer_norm_eps", tower.layer_norm_eps, CLIP_EPS)
     agree("vision_config.num_channels", image.num_channels, 3)
     activation = _activation("vision_config.hidden_act", image.hidden_act)
-    require(
-        _activation("text_config.hidden_act", text.hidden_act) == activation,
-        f"hidden_act must be the same for images and texts, not {image.hidden_act} and {text.hidden_act}",
-    )
+    same = _activation("text_config.hidden_act", text.hidden_act) == activation
+    require(same, f"hidden_act must be the same for images and texts, not {image.hidden_act} and {text.hidden_act}")
     if text.eos_token_id != ARGMAX:  # CLIPModel pools at this id, ours at the highest
         agree("text_config.eos_token_id", text.eos_token_id, text.vocab_size - 1)
     size = square("vision_config.image_size", image.image_size)

@@ -33,11 +33,10 @@ def run_architecture(path: Path, named: bool) -> tuple[CLIPConfig, str] | None:
             if name in open_clip_names():
                 with reading(file, "params.txt of open_clip"):
                     return _architecture(name, params, str(file)), f"{name} by {file.name}"
-            require(
-                named,
-                f"{path}: its {file.name} names {shortened(name)}, which open_clip does not list; put a listed name in "
-                "front, as NAME:PATH, or copy the weights into a folder with the model's open_clip_config.json",
-            )
+            put = "put a listed name in front, as NAME:PATH"
+            copy = "copy the weights into a folder with the model's open_clip_config.json"
+            listed = f"its {file.name} names {shortened(name)}, which open_clip does not list"
+            require(named, f"{path}: {listed}; {put}, or {copy}")
     return None
 
 
@@ -93,18 +92,14 @@ def architecture_by_shapes(
         if isinstance(config.text, HuggingFaceTextConfig) or fits(config)  # whose sizes are on the hub
     }
     configs = list(found.values())
-    if any(config != configs[0] for config in configs):
-        raise InputError(
-            f"{name}: has no params.txt of its run beside it, and its weights fit {', '.join(found)}; put the name of "
-            f"its model in front, as in {next(iter(found))}:{name}"
-        )
     if not configs:
         return None
-    warnings.warn(
-        f"{name}: has no params.txt of its run beside it; read as {next(iter(found))}, the only model with "
-        "its shapes in open_clip, with that model's activation and preprocessing",
-        stacklevel=2,
-    )
+    alone, first = f"{name}: has no params.txt of its run beside it", next(iter(found))
+    advice = f"put the name of its model in front, as in {first}:{name}"
+    same = all(config == configs[0] for config in configs)
+    require(same, f"{alone}, and its weights fit {', '.join(found)}; {advice}")
+    only = "the only model with its shapes in open_clip, with that model's activation and preprocessing"
+    warnings.warn(f"{alone}; read as {first}, {only}", stacklevel=2)
     return with_external_settings(configs[0])
 
 
