@@ -31,10 +31,7 @@ Results = dict[str, dict[float, float]]  # set -> alpha -> top-1
 
 
 class InterpolatedModels:
-    """The models ``(1 - alpha) * before + alpha * after``, one at a time.
-
-    Both have the same architecture and preprocessing; ``names`` are theirs, for error messages.
-    """
+    """The models ``(1 - alpha) * before + alpha * after`` of one architecture, one at a time; names are for errors."""
 
     def __init__(self, before: CLIP, after: CLIP, names: tuple[str, str] = ("before", "after")) -> None:
         wrong = differences(after.config, before.config)
@@ -44,10 +41,7 @@ class InterpolatedModels:
 
     @torch.no_grad()
     def at(self, alpha: float, only: str = "") -> CLIP:
-        """Return the model at ``alpha``: 0 is ``before``, 1 is ``after``, exactly.
-
-        Only weights whose names begin with ``only`` are set.
-        """
+        """Return the model at ``alpha``, exactly at 0 and 1, setting weights whose names begin with ``only`` alone."""
         before, after = self._ends
         for name, value in self.model.state_dict().items():
             if name.startswith(only):
@@ -151,16 +145,14 @@ def evaluate_line(
         """Encode uint8 ``[B, 3, H, W]`` at each alpha -> ``[B, A, D]``, of unit length."""
         return torch.stack([image_features(line.at(a, only="visual."), precision)(images) for a in alphas], dim=1)
 
-    def classifier(alpha: float, class_names: list[str], templates: list[str]) -> Tensor:
-        """Build the classifier of one alpha, ``[D, C]``."""
-        with autocast(model.device, precision):  # one for each alpha: it may keep its casts of the weights
-            return zero_shot_classifier(line.at(alpha), class_names, templates)
-
     results: Results = {}
     for name, zero_shot_set in sets.items():
         images, templates = zero_shot_set.images, zero_shot_set.templates
         assert not isinstance(templates, str)  # __post_init__ has replaced it
-        classifiers = {a: classifier(a, images.class_names, templates) for a in alphas}
+        classifiers: dict[float, Tensor] = {}  # [D, C]
+        for a in alphas:
+            with autocast(model.device, precision):  # one for each alpha: it may keep its casts of the weights
+                classifiers[a] = zero_shot_classifier(line.at(a), images.class_names, templates)
         counts = {a: torch.zeros(3, len(images.class_names), dtype=torch.float64) for a in alphas}
         labels = torch.tensor(images.labels())
         batches = encoded_batches(model, SetRows(images), batch_size, num_workers, encode=encode, title=name)

@@ -59,10 +59,7 @@ def custom_encoders(config: CLIPConfig) -> list[tuple[Literal["image", "text"], 
 
 
 def find_class(class_path: str) -> type[nn.Module] | None:
-    """Return a class of a module that is imported already, or of the script that runs; None if it is not there.
-
-    Imports nothing.
-    """
+    """Return a class of an imported module, or of the script that runs, importing nothing; None if it is not there."""
     module, _, name = class_path.rpartition(".")
     if module not in sys.modules and module == script_name():
         module = "__main__"
@@ -150,9 +147,8 @@ class CustomImageEncoder(nn.Module):
 class CustomTextEncoder(nn.Module):
     """A text encoder of your own (``encoder``), checked with one small batch when it is created.
 
-    Attributes:
-        tokenizer: the encoder's, or CLIP's.
-        reads_lengths: whether the encoder is told the texts' lengths, and reads batches without common padding.
+    Its ``tokenizer`` is the encoder's, or CLIP's. With ``reads_lengths`` it is told the texts' lengths, and reads
+    batches without common padding.
     """
 
     def __init__(self, config: CustomTextConfig, embed_dim: int) -> None:
@@ -214,9 +210,7 @@ def _check_features(features: Any, embed_dim: int, where: str, kind: str) -> Non
 class CallableTokenizer(TextTokenizer):
     """A tokenizer of your own: any callable that turns a list of texts into int64 ``[N, context_length]``.
 
-    Args:
-        function: the callable; picklable, as data workers receive it. If it has ``pad_id`` or ``decode`` they are used.
-        context_length: tokens per text.
+    It is picklable, as data workers receive it; if it has ``pad_id`` or ``decode`` they are used.
     """
 
     def __init__(self, function: Callable[[list[str]], Tensor], context_length: int) -> None:

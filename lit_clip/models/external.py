@@ -4,7 +4,6 @@ Either library is imported when one of its encoders is created: both take second
 Shapes: B batch, L tokens, W width, D embedding dimension.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -52,18 +51,17 @@ class TimmImageEncoder(nn.Module):
         self.reads_patches = naflex.is_naflex(self.trunk)
         if self.reads_patches:
             naflex.prepare(self.trunk)
-        parts: OrderedDict[str, nn.Module] = OrderedDict()
+        self.head = nn.Sequential()
         trunk: Any = self.trunk
         features = int(trunk.head_hidden_size or trunk.num_features)
         if config.projection == "linear":
-            parts["proj"] = projection(features, embed_dim, "linear", config.projection_bias, config.timm)
+            self.head.proj = projection(features, embed_dim, "linear", config.projection_bias, config.timm)
         elif config.projection == "mlp":
             from timm.layers import Mlp  # pyright: ignore[reportPrivateImportUsage]  # timm's documented home
 
-            parts["mlp"] = Mlp(features, 2 * embed_dim, embed_dim, bias=(True, config.projection_bias))
+            self.head.mlp = Mlp(features, 2 * embed_dim, embed_dim, bias=(True, config.projection_bias))
         elif config.projection == "none":
             projection(features, embed_dim, "none", False, config.timm)  # checks that the widths agree
-        self.head = nn.Sequential(parts)
 
     def features(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` (or patch sequences) float, normalised -> ``[B, W]``, before the projection."""
@@ -215,11 +213,7 @@ def _positions(model: Any) -> int | None:
 
 
 class HuggingFaceTextEncoder(nn.Module):
-    """A text encoder of transformers (``transformer``), pooling without padding, and a projection (``proj``).
-
-    Attributes:
-        in_groups: whether to encode texts of similar length together.
-    """
+    """A text encoder of transformers (``transformer``), pooling without padding, and a projection (``proj``)."""
 
     def __init__(self, config: HuggingFaceTextConfig, embed_dim: int) -> None:
         super().__init__()
@@ -229,7 +223,7 @@ class HuggingFaceTextEncoder(nn.Module):
         if type(pad_id) is not int or type(width) is not int:
             raise InputError(f"{where} has no padding token, or no width")
         self.pooling, self.pad_id = config.pooling, pad_id
-        self.in_groups = True  # FSDP sets it to False: all ranks must call the blocks equally often
+        self.in_groups = True  # texts of similar length; not with FSDP: all ranks must call the blocks equally often
         self.context_length = config.context_length
         longest, length = _positions(model), config.context_length
         if longest is not None and length > longest:

@@ -1,7 +1,4 @@
-"""Count a training step's FLOPs, and measure how many a device can do.
-
-A multiply-add counts as two FLOPs.
-"""
+"""Count a training step's FLOPs, two for a multiply-add, and measure how many a device can do."""
 
 import copy
 import time
@@ -26,12 +23,7 @@ CALLS = 10  # that are timed together on a CUDA device
 
 
 class PairFlops(NamedTuple):
-    """FLOPs of the forward and backward pass of both towers.
-
-    Attributes:
-        image: per image.
-        text: coefficients of 1, n and n^2 (attention) for a text of n tokens.
-    """
+    """FLOPs of the forward and backward pass: of an image; coefficients of 1, n, n^2 for a text of n tokens."""
 
     image: float
     text: tuple[float, float, float]
@@ -43,23 +35,18 @@ class PairFlops(NamedTuple):
 
 
 def training_flops(model: Any) -> PairFlops | None:
-    """Count the FLOPs of a :class:`lit_clip.CLIP` in training.
+    """Count the FLOPs of a :class:`lit_clip.CLIP` in training; None if that is impossible for an encoder.
 
     Runs on torch's meta device, where nothing is computed. An encoder of another library that reads the values of its
-    inputs is run on one real sample instead.
+    inputs is run on one real sample instead. Must be called before a strategy shards the weights.
 
     Matrix products, convolutions and attention count, each once: recomputation to save memory does not. As in published
     tables, all tokens count in the last blocks too. Frozen parameters have no gradients, and a tower without trainable
     parameters has no backward pass. Patches dropped by ``patch_dropout`` do not count.
-
-    Must be called before a strategy shards the weights.
-
-    Returns:
-        None if an encoder can be counted neither way.
     """
     try:
         with torch.enable_grad():
-            image = tower_flops(model.visual, torch.zeros(1, *model.preprocessing.shape))
+            image = tower_flops(model.visual, torch.zeros(1, *model.preprocessing.shape))[1]
             text = _text_flops(model.text_encoder, model.context_length)
     except Exception:  # encoders of other libraries raise anything
         return None
@@ -75,13 +62,13 @@ def _text_flops(encoder: nn.Module, context_length: int) -> tuple[float, float, 
     def tokens(length: int) -> Tensor:
         return torch.full((1, length), 5)  # an id that no tokenizer uses for padding
 
-    forward, whole = _counts(encoder, tokens(context_length))
+    forward, whole = tower_flops(encoder, tokens(context_length))
     lengths = (context_length // 4, context_length // 2, context_length)
     if not 0 < lengths[0] < lengths[1] < lengths[2]:
         return float(whole), 0.0, 0.0
     try:
         with torch.no_grad():
-            counts = [*(tower_flops(encoder, tokens(length)) for length in lengths[:2]), forward]
+            counts = [*(tower_flops(encoder, tokens(length))[0] for length in lengths[:2]), forward]
     except Exception:  # encoders of other libraries raise anything
         return float(whole), 0.0, 0.0
     powers = np.vander(np.array(lengths, dtype=np.float64), 3, increasing=True)
@@ -89,16 +76,11 @@ def _text_flops(encoder: nn.Module, context_length: int) -> tuple[float, float, 
     return constant, linear, quadratic
 
 
-def tower_flops(tower: nn.Module, inputs: Tensor) -> int:
-    """Count the forward pass, and the backward pass if gradients are enabled; see :func:`training_flops`.
+def tower_flops(tower: nn.Module, inputs: Tensor) -> tuple[int, int]:
+    """Count the forward pass, and both passes if gradients are enabled; see :func:`training_flops`.
 
     An encoder of another library that cannot run on such inputs raises anything.
     """
-    return _counts(tower, inputs)[1]
-
-
-def _counts(tower: nn.Module, inputs: Tensor) -> tuple[int, int]:
-    """Count the forward pass, and both passes; see :func:`tower_flops`."""
     try:
         return _count_on(tower, inputs, torch.device("meta"))
     except Exception:  # it reads the values of its inputs, which the meta device does not have
@@ -133,10 +115,7 @@ def _replica(tower: nn.Module, device: torch.device) -> nn.Module:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float | None = None) -> float:
-    """Measure the FLOP/s of the fastest of several (at least two) products of square matrices.
-
-    Measuring takes about ``seconds``, by default ``PEAK_SECONDS``.
-    """
+    """Measure the FLOP/s of the fastest of several products of square matrices, for about ``PEAK_SECONDS``."""
 
     def random(size: int) -> Tensor:
         generator = torch.Generator(device).manual_seed(0)  # its own, to leave the run's random state untouched
@@ -228,7 +207,7 @@ def measure(config: CLIPConfig) -> ModelSize:
     images, texts = torch.zeros(1, *model.preprocessing.shape), torch.zeros(1, model.context_length, dtype=torch.long)
     with torch.no_grad():
         with suppress(Exception):  # encoders of other libraries raise anything
-            size.image_flops = tower_flops(model.visual, images)
+            size.image_flops = tower_flops(model.visual, images)[0]
         with suppress(Exception):
-            size.text_flops = tower_flops(model.text_encoder, texts)
+            size.text_flops = tower_flops(model.text_encoder, texts)[0]
     return size

@@ -139,10 +139,7 @@ def options_of(parser: Any) -> list[str]:
 
 @contextmanager
 def hinting(words: Sequence[str], options: Callable[[], Iterable[str]], see: str) -> Iterator[None]:
-    """Add a suggestion, as a note, to a parser's error about an unknown option.
-
-    ``see`` names a list of the options, for one that resembles none.
-    """
+    """Add a suggestion, as a note, to a parser's error about an unknown option; ``see`` names a list of them."""
     try:
         yield
     except ArgumentError as error:

@@ -91,16 +91,10 @@ def from_hugging_face(
     preprocessor: Mapping[str, Any] | None = None,
     tokenizer: str = "",
 ) -> tuple[CLIPConfig, dict[str, Tensor]]:
-    """Convert ``config.json`` and the weights of a ``CLIPModel``, a ``SiglipModel`` or a ``Siglip2Model``.
+    """Convert ``config.json`` and weights of a ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model``, whose types stay.
 
-    Args:
-        config: its ``config.json``.
-        state: its weights.
-        preprocessor: its ``preprocessor_config.json``; None: the default of its processor class.
-        tokenizer: location of SigLIP's tokenizer: a folder or a name on the hub.
-
-    Returns:
-        The architecture, and the weights under our names with their types unchanged.
+    Without its ``preprocessor_config.json`` it is the default of its processor class. SigLIP's tokenizer is at
+    ``tokenizer``, a folder or a name on the hub.
     """
     kind = config.get("model_type")
     known = kind in ("clip", "siglip", "siglip2")

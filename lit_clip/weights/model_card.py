@@ -92,17 +92,10 @@ def model_card(
     repository: str | None = None,
     dtype: OnnxDType = "float32",
 ) -> str:
-    """Return the card as Markdown, with the front matter that model hubs read.
+    """Return the card of an export as Markdown, with the front matter that model hubs read.
 
-    Args:
-        model: what was exported.
-        format: a key of :data:`lit_clip.weights.export.FORMATS`.
-        name: of the folder.
-        source: of the export.
-        parity: as measured.
-        license: of the weights; None: unknown.
-        repository: ``org/name`` on the hub, from which the card's code then opens the model.
-        dtype: of the weights in onnx files.
+    ``format`` is a key of :data:`lit_clip.weights.export.FORMATS`; the ``name`` is the folder's; no ``license`` is an
+    unknown one. The card's code opens the model from the ``repository`` ``org/name`` on the hub, if given.
     """
     front = {"library_name": LIBRARY[format], "pipeline_tag": "zero-shot-image-classification", "tags": ["clip"]}
     if license:
