@@ -46,7 +46,7 @@ def training_flops(model: Any) -> PairFlops | None:
     """
     try:
         with torch.enable_grad():
-            image = tower_flops(model.visual, torch.zeros(1, *model.preprocessing.shape))[1]
+            image = tower_flops(model.visual, torch.zeros(1, *model.preprocessing.shape))
             text = _text_flops(model.text_encoder, model.context_length)
     except Exception:  # encoders of other libraries raise anything
         return None
@@ -62,13 +62,13 @@ def _text_flops(encoder: nn.Module, context_length: int) -> tuple[float, float, 
     def tokens(length: int) -> Tensor:
         return torch.full((1, length), 5)  # an id that no tokenizer uses for padding
 
-    forward, whole = tower_flops(encoder, tokens(context_length))
+    forward, whole = _counts(encoder, tokens(context_length))
     lengths = (context_length // 4, context_length // 2, context_length)
     if not 0 < lengths[0] < lengths[1] < lengths[2]:
         return float(whole), 0.0, 0.0
     try:
         with torch.no_grad():
-            counts = [*(tower_flops(encoder, tokens(length))[0] for length in lengths[:2]), forward]
+            counts = [*(tower_flops(encoder, tokens(length)) for length in lengths[:2]), forward]
     except Exception:  # encoders of other libraries raise anything
         return float(whole), 0.0, 0.0
     powers = np.vander(np.array(lengths, dtype=np.float64), 3, increasing=True)
@@ -76,11 +76,16 @@ def _text_flops(encoder: nn.Module, context_length: int) -> tuple[float, float, 
     return constant, linear, quadratic
 
 
-def tower_flops(tower: nn.Module, inputs: Tensor) -> tuple[int, int]:
-    """Count the forward pass, and both passes if gradients are enabled; see :func:`training_flops`.
+def tower_flops(tower: nn.Module, inputs: Tensor) -> int:
+    """Count the forward pass, and the backward pass if gradients are enabled; see :func:`training_flops`.
 
     An encoder of another library that cannot run on such inputs raises anything.
     """
+    return _counts(tower, inputs)[1]
+
+
+def _counts(tower: nn.Module, inputs: Tensor) -> tuple[int, int]:
+    """Count the forward pass, and both passes."""
     try:
         return _count_on(tower, inputs, torch.device("meta"))
     except Exception:  # it reads the values of its inputs, which the meta device does not have
@@ -207,7 +212,7 @@ def measure(config: CLIPConfig) -> ModelSize:
     images, texts = torch.zeros(1, *model.preprocessing.shape), torch.zeros(1, model.context_length, dtype=torch.long)
     with torch.no_grad():
         with suppress(Exception):  # encoders of other libraries raise anything
-            size.image_flops = tower_flops(model.visual, images)[0]
+            size.image_flops = tower_flops(model.visual, images)
         with suppress(Exception):
-            size.text_flops = tower_flops(model.text_encoder, texts)[0]
+            size.text_flops = tower_flops(model.text_encoder, texts)
     return size
