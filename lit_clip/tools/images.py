@@ -86,9 +86,8 @@ def _opened(source: Path | BinaryIO, where: str | None) -> Iterator[Image.Image]
 def open_image(source: Path | BinaryIO, where: str | None = None) -> Image.Image:
     """Decode an image; of an animation the first frame. A camera's rotation flag is ignored.
 
-    ``where`` is how the user knows it, such as ``captions.csv row 7``; None: by its path. :class:`BadSample`: there is
-    no such file, or it is not an image, broken, too large, too elongated, or in a format that another program would
-    draw.
+    ``where`` is how the user knows it, such as ``captions.csv row 7``; None: by its path. Raise :class:`BadSample` if
+    there is no such file, or it is not an image, broken, too large, too elongated, or of another program's format.
     """
     with _opened(source, where) as image:
         least_size = _least_size.get()

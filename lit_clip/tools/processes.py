@@ -84,6 +84,7 @@ def _end_after(parent: int, seconds: float = 0.0, message: str = "") -> None:
     while os.getppid() == parent:
         time.sleep(1)
     time.sleep(seconds)
-    sys.stderr.write(message)
-    sys.stderr.flush()
+    if message:
+        sys.stderr.write(message)
+        sys.stderr.flush()
     os._exit(1)
