@@ -39,8 +39,8 @@ class _Record(logging.LogRecord):
 
 
 def _show_warning(*given: Any) -> None:
-    *warning, file, line = (*given, None, None)[:6]  # message, category, filename, lineno
-    (file or sys.stderr).write(printable(warnings.formatwarning(*warning, line)))
+    message, category, filename, lineno, file, line = (*given, None, None)[:6]
+    (file or sys.stderr).write(printable(warnings.formatwarning(message, category, filename, lineno, line)))
 
 
 def _show_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -96,7 +96,7 @@ def from_hugging_face(
     Without its ``preprocessor_config.json`` it is the default of its processor class. SigLIP's tokenizer is at
     ``tokenizer``, a folder or a name on the hub.
     """
-    kind = config.get("model_type")
+    kind: Any = config.get("model_type")
     known = kind in ("clip", "siglip", "siglip2")
     require(known, f"config.json: model_type is {kind!r}; must be 'clip', 'siglip' or 'siglip2'")
     is_clip = kind == "clip"
