@@ -39,7 +39,8 @@ class _Record(logging.LogRecord):
 
 
 def _show_warning(*given: Any) -> None:
-    message, category, filename, lineno, file, line = (*given, None, None)[:6]
+    parts: Any = (*given, None, None)
+    message, category, filename, lineno, file, line = parts[:6]
     (file or sys.stderr).write(printable(warnings.formatwarning(message, category, filename, lineno, line)))
 
 
