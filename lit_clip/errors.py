@@ -77,9 +77,8 @@ def no_such_file(path: str | os.PathLike[str]) -> InputError:
     near = get_close_matches(path.stem, others, n=1)
     hint = f"; did you mean {path.with_stem(near[0])}?" if near else ""
     if path.parts[:1] == ("configs",) and not Path("configs").is_dir():
-        hint = (
-            "; configs is a folder of lit-clip's repository: type the command in a clone of it, or give the whole path"
-        )
+        advice = "type the command in a clone of it, or give the whole path"
+        hint = f"; configs is a folder of lit-clip's repository: {advice}"
     return InputError(f"{path}: there is no such file{hint}")
 
 
@@ -88,12 +87,10 @@ class AnswerTooLargeError(InputError):
 
 
 class BadSample(InputError):  # noqa: N818  # named for the sample
-    """A sample that cannot be used.
+    """A sample that cannot be used: in which file and row, or shard and key, and why.
 
-    Args:
-        where: file and row, or shard and key.
-        reason: what is wrong, in a few words that other samples share; skipped samples are counted by it.
-        detail: what exactly is wrong, and what to do.
+    The reason is a few words that other samples share, as skipped samples are counted by it; the detail says what
+    exactly is wrong, and what to do.
     """
 
     def __init__(self, where: str, reason: str = "", detail: str = "") -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 from urllib.parse import quote
 
@@ -39,13 +40,9 @@ _known: dict[str, tuple[re.Pattern[str], str]] = {}  # a secret -> its forms, an
 
 
 def remember(value: str | None, instead: str = HIDDEN) -> None:
-    """Hide a value in all messages of this process from now on.
+    """Hide a value in all messages of this process from now on; ``instead``, such as ``${oc.env:KEY}``, stands for it.
 
     Short values, numbers and names of existing files are no secrets.
-
-    Args:
-        value: the secret.
-        instead: what stands for it, such as ``${oc.env:PASSWORD}``.
     """
     if value is None or len(value) < SHORTEST or value in _known or _is_number(value) or _exists(value):
         return
@@ -132,7 +129,7 @@ def is_hidden(text: str) -> bool:
     return HIDDEN in text and re.search(r"://[^\s/]*\*\*\*@|=\*\*\*(?:[&#]|$)", text) is not None
 
 
-def plain_without_secrets(value: Any, opens: bool = False) -> Any:
+def plain_without_secrets(value: Any, opens: bool = False, name: str = "", within: bool = False) -> Any:
     """Return settings for a checkpoint or a logger: ``***`` in place of secrets, at any depth.
 
     Settings that a checkpoint is opened or resumed by are never changed within a word. Of them only passwords in
@@ -141,16 +138,15 @@ def plain_without_secrets(value: Any, opens: bool = False) -> Any:
     Args:
         value: the settings.
         opens: whether all of them are compared when training resumes.
+        name: of a setting within others.
+        within: whether it is an argument of a class.
     """
-    return _without(value, "", opens, within=False)
-
-
-def _without(value: Any, name: str, opens: bool, within: bool) -> Any:
     if isinstance(value, Mapping):
         within = within or name == "init_args"
-        return {key: _without(item, str(key), opens or key in _OPENS, within) for key, item in value.items()}
+        compared = {key: opens or key in _OPENS for key in value}
+        return {key: plain_without_secrets(each, compared[key], str(key), within) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        kept = [_without(item, name, opens, within) for item in value]
+        kept = [plain_without_secrets(each, opens, name, within) for each in value]
         return type(value)(kept) if type(value) in (list, tuple) else value
     if not isinstance(value, str):
         return value
@@ -163,15 +159,12 @@ def _without(value: Any, name: str, opens: bool, within: bool) -> Any:
 
 
 def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return len(text) < _WHOLE_WORD
+    with suppress(ValueError):
+        return float(text) is not None and len(text) < _WHOLE_WORD
+    return False
 
 
 def _exists(text: str) -> bool:
-    try:
+    with suppress(ValueError):  # a zero byte
         return os.path.exists(text)
-    except ValueError:  # a zero byte
-        return False
+    return False

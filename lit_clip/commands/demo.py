@@ -4,9 +4,9 @@ import importlib.util
 import os
 import signal
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
-from functools import lru_cache, wraps
+from functools import lru_cache, partial, wraps
 from html import escape
 from importlib import import_module
 from pathlib import Path
@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from lit_clip import load_model
 from lit_clip.commands.classify import class_probabilities
@@ -94,24 +93,18 @@ def demo(
 
 
 class Trial:
-    """Functions of the page: a model, and the images to search.
-
-    Args:
-        model: the encoders.
-        searched: images to search; None: there are none.
-    """
+    """Functions of the page: a model, and the images to search, if any."""
 
     def __init__(self, model: CLIP, searched: Searched | None = None) -> None:
         self.model, self.searched = model, searched
-        self._classifier = lru_cache(maxsize=8)(self._new_classifier)  # the next image mostly has the same classes
+        self._classifier = lru_cache(maxsize=8)(
+            partial(zero_shot_classifier, model)
+        )  # the next image mostly has the same classes
 
     def classify(self, image: str | None, names: str, templates: str) -> dict[str, float]:
         """Return the probability of each class, as ``lit-clip classify`` does.
 
-        Args:
-            image: a file that was uploaded.
-            names: of classes, separated by commas or lines.
-            templates: prompt templates, one a line; or ``imagenet``, the paper's 80.
+        Names are separated by commas or lines; templates are one a line, or ``imagenet``, the paper's 80.
         """
         require(image is not None, "no image: drop one, or click to choose a file")
         classes = list(dict.fromkeys(_words(names.replace(",", "\n"))))
@@ -129,23 +122,17 @@ class Trial:
             probabilities = class_probabilities(self.model, features, self._classifier(tuple(classes), tuple(prompts)))
         return dict(zip(classes, probabilities[0].tolist(), strict=True))
 
-    def _new_classifier(self, names: Sequence[str], templates: Sequence[str]) -> Tensor:
-        return zero_shot_classifier(self.model, names, templates)
-
     def search(self, text: str, count: int) -> list[tuple[Image.Image, str]]:
         """Return the images of the folder that best match a text, small, with their names and cosines."""
         assert self.searched is not None
         require(bool(text.strip()), "nothing to search for: type a sentence")
         require(len(text) <= LONGEST_PROMPT, f"sentence: {len(text):,} characters; at most {LONGEST_PROMPT:,}")
         query = encode_queries(self.model, [text], [])
-        scores, rows = (
-            part[0].tolist() for part in nearest(self.searched.features, query, min(max(1, count), MOST_IMAGES))
-        )
+        scores, rows = nearest(self.searched.features, query, min(max(1, count), MOST_IMAGES))
         found = []
-        for row, score in zip(rows, scores, strict=True):
+        for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True):
             path = self.searched.files[row]
-            image = small_image(path, SHOWN) if path else None
-            if image:  # it may have been removed since the folder was encoded
+            if path and (image := small_image(path, SHOWN)):  # it may have been removed since the folder was encoded
                 found.append((image, f"{score:.3f} {self.searched.names[row]}"))
         return found
 
@@ -158,14 +145,9 @@ def _words(text: str) -> list[str]:
 def web_app(trial: Trial, name: str, uploads: Path, host: str = "127.0.0.1") -> Limits:
     """Return the page and its API, ``/classify`` and ``/search``, as an ASGI application.
 
-    No file is served but those that the page's users upload, and the small images found.
-
-    Args:
-        trial: what it does.
-        name: of the model, for the title.
-        uploads: folder for both, as ``GRADIO_TEMP_DIR``.
-        host: as listened on; other names are refused, so that no page of the internet can have its own name point
-            here and read the answers.
+    No file is served but those that the page's users upload, and the small images found; both are in ``uploads``, which
+    is ``GRADIO_TEMP_DIR``. Other names than ``host`` are refused, so that no page of the internet can have its own name
+    point here and read the answers.
     """
     # Not import statements: the type checker runs without the extra too.
     gr, fastapi = import_module("gradio"), import_module("fastapi")

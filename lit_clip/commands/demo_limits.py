@@ -48,12 +48,7 @@ Application = Callable[[Message, Receive, Send], Awaitable[None]]
 
 
 class Refused(Exception):  # noqa: N818
-    """A request that is not answered.
-
-    Args:
-        status: of HTTP.
-        problem: what is wrong with it.
-    """
+    """A request that is not answered, with a status of HTTP and what is wrong with it."""
 
     def __init__(self, status: int, problem: str) -> None:
         super().__init__(problem)
@@ -61,14 +56,10 @@ class Refused(Exception):  # noqa: N818
 
 
 class Limits:
-    """An ASGI application that checks requests and passes those of the page on to another.
+    """An ASGI application that checks requests and passes those of the page on to another, gradio's.
 
-    Args:
-        app: gradio's application.
-        uploads: folder in which gradio, too, stores files.
-        host: address listened on.
-        numbered: number of inputs of each function of the page, by its number.
-        named: the same, by the name of its route.
+    Both store files in ``uploads``. ``numbered`` and ``named`` give the number of inputs of each function of the page,
+    by its number and by the name of its route.
     """
 
     def __init__(
@@ -174,12 +165,7 @@ class Limits:
         return isinstance(path, str) and bool(self._stored.fullmatch(path)) and Path(path).is_file()
 
     def _call(self, body: bytes, function: str | None) -> bytes:
-        """Return the body of a call made anew from its inputs, each of them checked.
-
-        Args:
-            body: JSON.
-            function: its name; None: it stands in the body, and so does the session.
-        """
+        """Return the body of a call made anew from JSON, with each input checked, for a function or that it names."""
         try:
             typed = json.loads(body)
             called: dict[str, Any] = {"data": self._inputs(typed["data"])}
@@ -214,21 +200,19 @@ def is_accepted(header: str, host: str) -> bool:
     found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([\w.-]+))(?::\d{1,5})?", header, re.ASCII)
     if found is None:
         return False
-    name, own = _normal(found[1] or found[2]), socket.gethostname()
+    (name, is_address), own = _normal(found[1] or found[2]), socket.gethostname()
     if host not in EVERYWHERE:
-        return name in ("localhost", "127.0.0.1", "::1", _normal(host))
-    return _is_address(name) or name in ("localhost", _normal(own), _normal(f"{own}.local"))
+        return name in ("localhost", "127.0.0.1", "::1", _normal(host)[0])
+    return is_address or name in ("localhost", _normal(own)[0], _normal(f"{own}.local")[0])
 
 
-def _normal(name: str) -> str:
+def _normal(name: str) -> tuple[str, bool]:
+    """Return a name in its usual spelling, and whether it is an address."""
     name = name.partition("%")[0]
-    return str(ipaddress.ip_address(name)) if _is_address(name) else name.lower().rstrip(".")
-
-
-def _is_address(name: str) -> bool:
-    with suppress(ValueError):
-        return bool(ipaddress.ip_address(name))
-    return False
+    try:
+        return str(ipaddress.ip_address(name)), True
+    except ValueError:
+        return name.lower().rstrip("."), False
 
 
 def _check_names(headers: Sequence[tuple[bytes, bytes]], host: str) -> None:

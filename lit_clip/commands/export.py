@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from rich.filesize import decimal
@@ -73,20 +73,23 @@ def export(
             advance(1)
     console.print(_table(folder, format, parity, dtype))
     console.print(f"written and checked: {folder}")
-    encoder = getattr(original.config.text, "hugging_face", "")
-    if format == "open_clip" and encoder and is_path(encoder):
-        console.print(
-            f"open_clip opens it only where {encoder} is, with the text encoder's settings; lit-clip needs the folder "
-            "alone"
-        )
-    if format == "open_clip" and original.preprocessing.crop_pct != 1:
-        console.print(
-            f"open_clip leaves out crop_pct, which is {original.preprocessing.crop_pct} here, until its transform is "
-            "changed as README.md shows; lit-clip reads it"
-        )
+    if format == "open_clip":
+        for note in _left_out(original):
+            console.print(note)
     if repository:
         stderr().print(repository.plan(folder))
         console.print(f"uploaded: {upload(folder, repository)}")
+
+
+def _left_out(model: CLIP) -> Iterator[str]:
+    """Yield what open_clip does not take from the folder of a model."""
+    encoder, crop_pct = getattr(model.config.text, "hugging_face", ""), model.preprocessing.crop_pct
+    if encoder and is_path(encoder):
+        opens = f"open_clip opens it only where {encoder} is, with the text encoder's settings"
+        yield f"{opens}; lit-clip needs the folder alone"
+    if crop_pct != 1:
+        changed = "until its transform is changed as README.md shows; lit-clip reads it"
+        yield f"open_clip leaves out crop_pct, which is {crop_pct} here, {changed}"
 
 
 def write_checked(
@@ -110,20 +113,12 @@ def write_checked(
     advance(1)
     parity, tolerance = parity_of(original, sample, reading), tolerance_of(format, dtype)
     for name, difference in (("image", parity.image), ("text", parity.text)):
-        if not difference <= tolerance:
-            raise InputError(
-                f"{format}: {name} features differ by {difference:.1e} from the original's, more than "
-                f"{tolerance:.0e}; nothing was written"
-            )
-    require(
-        parity.tokens is not False,
-        f"{format}: its tokenizer gives other token ids than the model's; nothing was written",
-    )
-    if parity.pixels is not None and not parity.pixels <= 1.001:
-        raise InputError(
-            f"{format}: its preprocessing differs from the model's by {parity.pixels:.1f} of 255 levels; "
-            f"nothing was written{instead}"
-        )
+        problem = f"{name} features differ by {difference:.1e} from the original's, more than {tolerance:.0e}"
+        require(difference <= tolerance, f"{format}: {problem}; nothing was written")
+    same, levels = parity.tokens is not False, 0.0 if parity.pixels is None else parity.pixels
+    require(same, f"{format}: its tokenizer gives other token ids than the model's; nothing was written")
+    problem = f"its preprocessing differs from the model's by {levels:.1f} of 255 levels; nothing was written{instead}"
+    require(levels <= 1.001, f"{format}: {problem}")
     return parity
 
 
@@ -151,10 +146,9 @@ def source_of(model: str) -> ExportedSource:
 
 
 def _table(folder: Path, format: str, parity: Parity, dtype: OnnxDType) -> Table:
-    table = Table(title=f"{format} in {dtype}: largest difference from the original")
-    table.add_column("")
-    table.add_column("difference", justify="right")
-    table.add_column("tolerance", justify="right")
+    table = Table("", title=f"{format} in {dtype}: largest difference from the original")
+    for column in ("difference", "tolerance"):
+        table.add_column(column, justify="right")
     tolerance = tolerance_of(format, dtype)
     table.add_row("image features (unit length)", f"{parity.image:.1e}", f"{tolerance:.0e}")
     table.add_row("text features (unit length)", f"{parity.text:.1e}", f"{tolerance:.0e}")
@@ -162,6 +156,5 @@ def _table(folder: Path, format: str, parity: Parity, dtype: OnnxDType) -> Table
         table.add_row("preprocessed pixels (of 255)", f"{parity.pixels:.2f}", "1")
     if parity.tokens is not None:
         table.add_row("token ids", "none", "none")
-    sizes = [f"{path.name} {decimal(path.stat().st_size)}" for path in sorted(folder.iterdir())]
-    table.caption = ", ".join(sizes)
+    table.caption = ", ".join(f"{path.name} {decimal(path.stat().st_size)}" for path in sorted(folder.iterdir()))
     return table

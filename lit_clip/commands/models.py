@@ -23,7 +23,12 @@ def models(patterns: list[str], *, pretrained: bool = False) -> None:
         pretrained: list open_clip's registry of published weights instead, in the form that lit_clip.load_model takes;
             it refuses those of model kinds that lit-clip lacks.
     """
-    names = _registry() if pretrained else list_models()
+    if pretrained:
+        import open_clip  # takes seconds
+
+        names = [f"{model}:{tag}" for model, tag in open_clip.list_pretrained()]
+    else:
+        names = list_models()
     names = [name for name in names if not patterns or any(matches(name, pattern) for pattern in patterns)]
     require(bool(names), f"no {'weights' if pretrained else 'model'} named {' or '.join(patterns)}")
     console = Console(file_width=120)
@@ -41,12 +46,6 @@ def models(patterns: list[str], *, pretrained: bool = False) -> None:
             table.add_row(name, *measure(resolve_architecture(name)).cells())
             advance(1)
     console.print(table)
-
-
-def _registry() -> list[str]:
-    import open_clip
-
-    return [f"{model}:{tag}" for model, tag in open_clip.list_pretrained()]
 
 
 def matches(name: str, pattern: str) -> bool:

@@ -14,10 +14,7 @@ from lit_clip.embedding.reading import encoded_batches, image_features
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.accuracy import accuracies, classification_counts
 from lit_clip.evaluation.set_encoding import SetRows
-from lit_clip.evaluation.zero_shot import (
-    ZeroShotSet,
-    zero_shot_classifier,
-)
+from lit_clip.evaluation.zero_shot import ZeroShotSet, zero_shot_classifier
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import differences
 from lit_clip.tools.console import Console
@@ -34,13 +31,7 @@ Results = dict[str, dict[float, float]]  # set -> alpha -> top-1
 
 
 class InterpolatedModels:
-    """The models ``(1 - alpha) * before + alpha * after``, one at a time.
-
-    Args:
-        before: the model before fine-tuning.
-        after: the fine-tuned model, of the same architecture and with the same preprocessing.
-        names: of the two, for error messages.
-    """
+    """The models ``(1 - alpha) * before + alpha * after`` of one architecture, one at a time; names are for errors."""
 
     def __init__(self, before: CLIP, after: CLIP, names: tuple[str, str] = ("before", "after")) -> None:
         wrong = differences(after.config, before.config)
@@ -50,19 +41,12 @@ class InterpolatedModels:
 
     @torch.no_grad()
     def at(self, alpha: float, only: str = "") -> CLIP:
-        """Return the model at ``alpha``: 0 is ``before``, 1 is ``after``, exactly.
-
-        Args:
-            alpha: between 0 and 1.
-            only: prefix of the weights to set; others are left as they are.
-        """
+        """Return the model at ``alpha``, exactly at 0 and 1, setting weights whose names begin with ``only`` alone."""
         before, after = self._ends
         for name, value in self.model.state_dict().items():
             if name.startswith(only):
                 mixed = value.is_floating_point() and alpha not in (0, 1)
-                nearest = (
-                    after[name] if alpha >= 0.5 else before[name]
-                )  # integers, such as batch counters, are not mixed
+                nearest = (after if alpha >= 0.5 else before)[name]  # integers, such as batch counters, are not mixed
                 value.copy_(torch.lerp(before[name], after[name], alpha) if mixed else nearest)
         return self.model
 
@@ -163,16 +147,14 @@ def evaluate_line(
         """Encode uint8 ``[B, 3, H, W]`` at each alpha -> ``[B, A, D]``, of unit length."""
         return torch.stack([image_features(line.at(a, only="visual."), precision)(images) for a in alphas], dim=1)
 
-    def classifier(alpha: float, class_names: list[str], templates: list[str]) -> Tensor:
-        """Build the classifier of one alpha, ``[D, C]``."""
-        with autocast(model.device, precision):  # one for each alpha: it may keep its casts of the weights
-            return zero_shot_classifier(line.at(alpha), class_names, templates)
-
     results: Results = {}
     for name, zero_shot_set in sets.items():
         images, templates = zero_shot_set.images, zero_shot_set.templates
         assert not isinstance(templates, str)  # __post_init__ has replaced it
-        classifiers = {a: classifier(a, images.class_names, templates) for a in alphas}
+        classifiers: dict[float, Tensor] = {}  # [D, C]
+        for a in alphas:
+            with autocast(model.device, precision):  # one for each alpha: it may keep its casts of the weights
+                classifiers[a] = zero_shot_classifier(line.at(a), images.class_names, templates)
         counts = {a: torch.zeros(3, len(images.class_names), dtype=torch.float64) for a in alphas}
         labels = torch.tensor(images.labels())
         batches = encoded_batches(model, SetRows(images), batch_size, num_workers, encode=encode, title=name)
@@ -198,15 +180,13 @@ def best_alpha(results: Results, target: str) -> float:
 
 
 def _print(results: Results, target: str, chosen: float, by_rule: bool) -> None:
-    table = Table(title="Zero-shot top-1, %")
-    held_out = [name for name in results if name != target]
-    order = [target, *held_out]
+    table, held_out = Table(title="Zero-shot top-1, %"), [name for name in results if name != target]
     for column in ("alpha", f"{target} (target)", *(f"{name} (held out)" for name in held_out), "mean"):
         table.add_column(column, justify="right")
     for alpha in results[target]:
-        values = [results[name][alpha] for name in order] + [_score(results, target, alpha)]
-        style = "bold" if alpha == chosen else None
-        table.add_row(f"{alpha:g}", *(f"{100 * value:.2f}" for value in values), style=style)
+        values = [*(results[name][alpha] for name in (target, *held_out)), _score(results, target, alpha)]
+        cells = (f"{100 * value:.2f}" for value in values)
+        table.add_row(f"{alpha:g}", *cells, style="bold" if alpha == chosen else None)
     console = Console()
     console.print(table)
     why = "the highest mean of target and held-out sets" if by_rule else "as given"

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
-from lit_clip.errors import InputError, require
+from lit_clip.errors import require
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
 from lit_clip.models.external_config import HuggingFaceTextConfig, HuggingFaceTokenizerConfig, TimmConfig
 from lit_clip.models.preprocessing_config import Preprocessing
@@ -19,10 +19,8 @@ Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
 
 def _check_heads(config: "VisionTransformerConfig | TextTransformerConfig", where: str) -> None:
-    if config.width % config.heads:
-        raise InputError(
-            f"{where}: width {config.width} is not a multiple of heads {config.heads}; the paper uses width / 64 heads"
-        )
+    problem = f"width {config.width} is not a multiple of heads {config.heads}; the paper uses width / 64 heads"
+    require(config.width % config.heads == 0, f"{where}: {problem}")
 
 
 @dataclass
@@ -59,11 +57,9 @@ class VisionTransformerConfig:
         check_fields(self, where, RANGES)
         self.image_size = normalised(self.image_size)
         _check_heads(self, where)
-        if any(side % self.patch_size for side in height_width(self.image_size)):
-            raise InputError(
-                f"{where}: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}; "
-                "the rest of the image would be lost"
-            )
+        whole = not any(side % self.patch_size for side in height_width(self.image_size))
+        problem = f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+        require(whole, f"{where}: {problem}; the rest of the image would be lost")
 
 
 @dataclass
@@ -86,8 +82,8 @@ class ResNetConfig:
         a, b, c, d = self.layers
         self.layers, self.image_size = (a, b, c, d), normalised(self.image_size)
         require(self.width % 2 == 0, f"{where}: width {self.width} must be even: heads are width / 2")
-        if any(side < 32 or side % 32 for side in height_width(self.image_size)):
-            raise InputError(f"{where}: image_size {self.image_size} is not a multiple of 32, the ResNet's stride")
+        whole = not any(side < 32 or side % 32 for side in height_width(self.image_size))
+        require(whole, f"{where}: image_size {self.image_size} is not a multiple of 32, the ResNet's stride")
 
 
 @dataclass
@@ -132,11 +128,8 @@ class TextTransformerConfig:
             self.pool = "argmax" if self.causal is True else "last"
         check_fields(self, where, RANGES)
         _check_heads(self, where)
-        if self.pool == "class":
-            require(
-                self.causal and self.tokenizer is None,
-                f"{where}: pool class needs a causal encoder and CLIP's own tokenizer, whose padding is known",
-            )
+        known = self.pool != "class" or (self.causal and self.tokenizer is None)
+        require(known, f"{where}: pool class needs a causal encoder and CLIP's own tokenizer, whose padding is known")
 
     @property
     def padding_read(self) -> int:
@@ -152,22 +145,16 @@ TextConfig = CustomTextConfig | TextTransformerConfig | HuggingFaceTextConfig
 
 
 def _image(values: Any) -> ImageConfig:
+    kinds = {"class_path": CustomImageConfig, "timm": TimmConfig, "patch_size": VisionTransformerConfig}
     keys = values if isinstance(values, Mapping) else {}
-    if "class_path" in keys:
-        kind: type[ImageConfig] = CustomImageConfig
-    elif "timm" in keys:
-        kind = TimmConfig
-    else:
-        kind = VisionTransformerConfig if "patch_size" in keys else ResNetConfig
-    return from_plain(kind, values, "architecture.image")
+    return from_plain(next((kinds[key] for key in kinds if key in keys), ResNetConfig), values, "architecture.image")
 
 
 def _text(values: Any) -> TextConfig:
     where, keys = "architecture.text", values if isinstance(values, Mapping) else {}
-    if "class_path" in keys:
-        return from_plain(CustomTextConfig, values, where)
-    if "hugging_face" in keys:
-        return from_plain(HuggingFaceTextConfig, values, where)
+    for key, kind in (("class_path", CustomTextConfig), ("hugging_face", HuggingFaceTextConfig)):
+        if key in keys:
+            return from_plain(kind, values, where)
     tokenizer = coerced(HuggingFaceTokenizerConfig, keys.get("tokenizer"), f"{where}.tokenizer")
     return from_plain(TextTransformerConfig, {**keys, "tokenizer": tokenizer} if keys else values, where)
 
@@ -198,17 +185,11 @@ class CLIPConfig:
         self.image, self.text = self.image or VisionTransformerConfig(), self.text or TextTransformerConfig()
         check_fields(self, "architecture", RANGES)
         if isinstance(self.text, TextTransformerConfig) and not self.text.projection:
-            width = self.text.width
-            require(
-                width == self.embed_dim,
-                f"architecture.text: width {width} is not embed_dim {self.embed_dim}; set projection to true",
-            )
+            problem = f"width {self.text.width} is not embed_dim {self.embed_dim}; set projection to true"
+            require(self.text.width == self.embed_dim, f"architecture.text: {problem}")
         if isinstance(self.image, VisionTransformerConfig) and self.image.pool == "attention":
-            heads = self.image.pool_heads
-            require(
-                self.embed_dim % heads == 0,
-                f"architecture.image: embed_dim {self.embed_dim} is not a multiple of pool_heads {heads}",
-            )
+            heads, problem = self.image.pool_heads, f"embed_dim {self.embed_dim} is not a multiple of pool_heads"
+            require(self.embed_dim % heads == 0, f"architecture.image: {problem} {heads}")
         size = self.image.image_size
         if self.preprocessing is None and size is not None and not isinstance(self.image, TimmConfig):
             self.preprocessing = Preprocessing(size)

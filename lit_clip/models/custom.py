@@ -39,7 +39,7 @@ from lit_clip.models.config import CLIPConfig
 from lit_clip.models.custom_config import CustomEncoderConfig, CustomImageConfig, CustomTextConfig, how_to_import
 from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.models.size import Size, height_width, normalised
-from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
+from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer, checked_texts, unpadded_lengths
 from lit_clip.models.transformer import check_images, is_traced
 from lit_clip.tools.parts import script_name
 
@@ -59,10 +59,7 @@ def custom_encoders(config: CLIPConfig) -> list[tuple[Literal["image", "text"], 
 
 
 def find_class(class_path: str) -> type[nn.Module] | None:
-    """Return a class of a module that is imported already, or of the script that runs; None if it is not there.
-
-    Imports nothing.
-    """
+    """Return a class of an imported module, or of the script that runs, importing nothing; None if it is not there."""
     module, _, name = class_path.rpartition(".")
     if module not in sys.modules and module == script_name():
         module = "__main__"
@@ -74,17 +71,15 @@ def create_encoder(config: CustomImageConfig | CustomTextConfig, embed_dim: int)
     """Create an encoder in float32 on the CPU, whatever the default device is."""
     kind = "image" if isinstance(config, CustomImageConfig) else "text"
     path = str(config.class_path)
-    found = find_class(path)
-    if found is None and path.rpartition(".")[0] in {*sys.modules, script_name()}:
-        raise InputError(f"architecture.{kind}: {path.rpartition('.')[0]} has no class {path.rpartition('.')[2]}")
+    found, (module, _, name), where = find_class(path), path.rpartition("."), f"architecture.{kind}: {path}"
+    if found is None and module in {*sys.modules, script_name()}:
+        raise InputError(f"architecture.{kind}: {module} has no class {name}")
     if found is None:
-        raise InputError(f"architecture.{kind}: {path} is not imported; {how_to_import(path)}")
-    if not (isinstance(found, type) and issubclass(found, nn.Module)) or found.forward is nn.Module.forward:
-        problem = (
-            "has no forward" if isinstance(found, type) and issubclass(found, nn.Module) else "is no torch.nn.Module"
-        )
-        raise InputError(f"architecture.{kind}: {path} {problem}; {CONTRACT[kind]}")
-    _check_arguments(found, config.init_args, f"architecture.{kind}: {path}", kind)
+        raise InputError(f"{where} is not imported; {how_to_import(path)}")
+    is_module = isinstance(found, type) and issubclass(found, nn.Module)
+    require(is_module, f"{where} is no torch.nn.Module; {CONTRACT[kind]}")
+    require(found.forward is not nn.Module.forward, f"{where} has no forward; {CONTRACT[kind]}")
+    _check_arguments(found, config.init_args, where, kind)
     with torch.device("cpu"):
         return found(embed_dim=embed_dim, **config.init_args)
 
@@ -95,26 +90,16 @@ def _check_arguments(found: type, init_args: dict[str, Any], where: str, kind: s
     require("embed_dim" not in init_args, f"{where}: embed_dim is architecture.embed_dim; leave it out of init_args")
     known = [name for name, p in parameters.items() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     any_name = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    others = ", ".join(each for each in known if each != "embed_dim") or "none"
     for name in () if any_name else init_args:
-        if name not in known:
-            others = ", ".join(each for each in known if each != "embed_dim") or "none"
-            raise InputError(f"{where} has no argument {name!r}; init_args can be: {others}")
+        require(name in known, f"{where} has no argument {name!r}; init_args can be: {others}")
     needed = [name for name in known if parameters[name].default is inspect.Parameter.empty and name != "embed_dim"]
     for name in needed:
         require(name in init_args, f"{where} needs the argument {name!r}; set it in init_args")
 
 
-def encoder_image_size(config: CustomImageConfig, embed_dim: int) -> Size:
+def image_size_of(encoder: nn.Module, config: CustomImageConfig) -> Size:
     """Return an encoder's ``image_size``."""
-    return _image_size(create_encoder(config, embed_dim), config)
-
-
-def encoder_context_length(config: CustomTextConfig, embed_dim: int) -> int:
-    """Return an encoder's ``context_length``."""
-    return _context_length(create_encoder(config, embed_dim), config)
-
-
-def _image_size(encoder: nn.Module, config: CustomImageConfig) -> Size:
     size: Any = getattr(encoder, "image_size", None)
     sides = list(size) if isinstance(size, list | tuple) else [size, size]
     if len(sides) != 2 or not all(type(side) is int and side >= 1 for side in sides):
@@ -122,12 +107,12 @@ def _image_size(encoder: nn.Module, config: CustomImageConfig) -> Size:
     return normalised((sides[0], sides[1]))
 
 
-def _context_length(encoder: nn.Module, config: CustomTextConfig) -> int:
+def context_length_of(encoder: nn.Module, config: CustomTextConfig) -> int:
+    """Return an encoder's ``context_length``."""
     length: Any = getattr(encoder, "context_length", None)
     if type(length) is not int or length < 3:  # start, a word, end
-        raise InputError(
-            f"architecture.text: {config.class_path} has the context_length {length!r}, at least 3; {CONTRACT['text']}"
-        )
+        where = f"architecture.text: {config.class_path}"
+        raise InputError(f"{where} has the context_length {length!r}, at least 3; {CONTRACT['text']}")
     return length
 
 
@@ -139,11 +124,11 @@ class CustomImageEncoder(nn.Module):
         assert config.image_size is not None  # with_external_settings has filled it in
         self.encoder = create_encoder(config, embed_dim)
         self.image_size = config.image_size
-        where, now = f"architecture.image: {config.class_path}", _image_size(self.encoder, config)
+        where, now = f"architecture.image: {config.class_path}", image_size_of(self.encoder, config)
         require(now == config.image_size, f"{where} has the image_size {now} now, and {config.image_size} there")
         with evaluation_mode(self), torch.no_grad():
             features = self(torch.zeros(2, 3, *height_width(self.image_size)))
-        _check_features(features, 2, embed_dim, f"{where}; {CONTRACT['image']}")
+        _check_features(features, embed_dim, f"{where}: forward", "image")
 
     def features(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` float, normalised -> ``[B, D]``; a projection, if any, is the encoder's secret."""
@@ -162,43 +147,37 @@ class CustomImageEncoder(nn.Module):
 class CustomTextEncoder(nn.Module):
     """A text encoder of your own (``encoder``), checked with one small batch when it is created.
 
-    Attributes:
-        tokenizer: the encoder's, or CLIP's.
-        reads_lengths: whether the encoder is told the texts' lengths, and reads batches without common padding.
+    Its ``tokenizer`` is the encoder's, or CLIP's. With ``reads_lengths`` it is told the texts' lengths, and reads
+    batches without common padding.
     """
 
     def __init__(self, config: CustomTextConfig, embed_dim: int) -> None:
         super().__init__()
         self.encoder = create_encoder(config, embed_dim)
         self.context_length = config.context_length
-        where, now = f"architecture.text: {config.class_path}", _context_length(self.encoder, config)
-        require(
-            now == self.context_length, f"{where} has the context_length {now} now, and {self.context_length} there"
-        )
+        where, now = f"architecture.text: {config.class_path}", context_length_of(self.encoder, config)
+        there = self.context_length
+        require(now == there, f"{where} has the context_length {now} now, and {there} there")
         self.tokenizer = _tokenizer(self.encoder, self.context_length, where)
         self.reads_lengths = "lengths" in inspect.signature(self.encoder.forward).parameters
-        tokens = self.tokenizer(TEXTS)
-        _check_tokens(tokens, self.context_length, where)
+        tokens, wanted = self.tokenizer(TEXTS), f"it must be int64 [N, context_length], here {there}"
+        _check_output(tokens, (2, there), torch.long, f"{where}: its tokenizer returns", "2 texts", wanted)
         with evaluation_mode(self), torch.no_grad():
             features = self(tokens)
-            _check_features(features, 2, embed_dim, f"{where}; {CONTRACT['text']}")
+            _check_features(features, embed_dim, f"{where}: forward", "text")
             alone = self(self.tokenizer.trim(tokens[:1]))
-        if not torch.allclose(alone, features[:1], rtol=1e-3, atol=1e-4 * float(features.abs().max())):
-            raise InputError(
-                f"{where}: padding changes the features; mask it with lengths, or leave lengths out of forward to read "
-                "texts of full length only"
-            )
+        same = torch.allclose(alone, features[:1], rtol=1e-3, atol=1e-4 * float(features.abs().max()))
+        advice = "mask it with lengths, or leave lengths out of forward to read texts of full length only"
+        require(same, f"{where}: padding changes the features; {advice}")
 
     def forward(self, tokens: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
         """int64 ``[B, L]`` -> ``[B, D]``; padding never changes the features."""
         if not self.reads_lengths:
-            return self.encoder(self._padded(tokens, self.context_length))
+            missing = self.context_length - tokens.shape[1]
+            return self.encoder(F.pad(tokens, (0, missing), value=self.tokenizer.pad_id))
         require(not is_traced(), "the text encoder reads its texts' lengths, which a traced graph cannot")
         lengths = list(lengths) if lengths else self.tokenizer.lengths(tokens).tolist()
         return self.encoder(tokens, lengths=lengths)
-
-    def _padded(self, tokens: Tensor, length: int) -> Tensor:
-        return F.pad(tokens, (0, length - tokens.shape[1]), value=self.tokenizer.pad_id)
 
 
 def custom_blocks(encoder: CustomImageEncoder | CustomTextEncoder) -> list[nn.Module]:
@@ -206,20 +185,23 @@ def custom_blocks(encoder: CustomImageEncoder | CustomTextEncoder) -> list[nn.Mo
     blocks: Any = getattr(encoder.encoder, "blocks", None)
     blocks = list(blocks) if isinstance(blocks, nn.ModuleList | nn.Sequential | list | tuple) else []
     inside = {id(module) for module in encoder.encoder.modules()}
-    if not all(id(block) in inside for block in blocks):
-        raise InputError(f"architecture: `blocks` of {type(encoder.encoder).__name__} holds more than modules of it")
+    whole = all(id(block) in inside for block in blocks)
+    require(whole, f"architecture: `blocks` of {type(encoder.encoder).__name__} holds more than modules of it")
     return blocks
 
 
-def _check_features(features: Any, count: int, embed_dim: int, contract: str) -> None:
-    where, _, contract = contract.partition("; ")
-    if not isinstance(features, Tensor):
-        raise InputError(f"{where}: forward returns a {type(features).__name__}; {contract}")
-    if features.shape != (count, embed_dim) or features.dtype != torch.float32:
-        raise InputError(
-            f"{where}: forward returns {str(features.dtype).removeprefix('torch.')} {list(features.shape)} for a batch "
-            f"of {count} and embed_dim {embed_dim}; {contract}"
-        )
+def _check_output(values: Any, shape: tuple[int, int], dtype: torch.dtype, returns: str, given: str, want: str) -> None:
+    """Raise :class:`InputError` unless an encoder or a tokenizer has returned a tensor of this shape and type."""
+    if not isinstance(values, Tensor):
+        raise InputError(f"{returns} a {type(values).__name__}; {want}")
+    if values.shape != shape or values.dtype != dtype:
+        found = f"{str(values.dtype).removeprefix('torch.')} {list(values.shape)}"
+        raise InputError(f"{returns} {found} for {given}; {want}")
+
+
+def _check_features(features: Any, embed_dim: int, where: str, kind: str) -> None:
+    given = f"a batch of 2 and embed_dim {embed_dim}"
+    _check_output(features, (2, embed_dim), torch.float32, f"{where} returns", given, CONTRACT[kind])
 
 
 # Tokenizers
@@ -228,9 +210,7 @@ def _check_features(features: Any, count: int, embed_dim: int, contract: str) ->
 class CallableTokenizer(TextTokenizer):
     """A tokenizer of your own: any callable that turns a list of texts into int64 ``[N, context_length]``.
 
-    Args:
-        function: the callable; picklable, as data workers receive it. If it has ``pad_id`` or ``decode`` they are used.
-        context_length: tokens per text.
+    It is picklable, as data workers receive it; if it has ``pad_id`` or ``decode`` they are used.
     """
 
     def __init__(self, function: Callable[[list[str]], Tensor], context_length: int) -> None:
@@ -238,10 +218,7 @@ class CallableTokenizer(TextTokenizer):
         self.pad_id = int(getattr(function, "pad_id", 0))
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        texts = [texts] if isinstance(texts, str) else list(texts)
-        for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise InputError(f"text {i} is a {type(text).__name__}, not a string: {text!r}")
+        texts = checked_texts(texts)
         return self.function(texts) if texts else torch.zeros(0, self.context_length, dtype=torch.long)
 
     def count(self, text: str) -> int:
@@ -249,15 +226,13 @@ class CallableTokenizer(TextTokenizer):
         return int(self.lengths(self([text]))[0])
 
     def lengths(self, tokens: Tensor) -> Tensor:
-        positions = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-        return ((tokens != self.pad_id) * positions).amax(dim=1).clamp(min=1)
+        return unpadded_lengths(tokens, self.pad_id).clamp(min=1)
 
     def with_context(self, context_length: int) -> TextTokenizer:
         if context_length == self.context_length:
             return self
-        raise InputError(
-            f"context_length: this tokenizer's is {self.context_length}; set it in the encoder's init_args"
-        )
+        own = self.context_length
+        raise InputError(f"context_length: this tokenizer's is {own}; set it in the encoder's init_args")
 
     def decode(self, tokens: Sequence[int]) -> str:
         ids = [token for token in tokens if token != self.pad_id]
@@ -270,25 +245,12 @@ def _tokenizer(encoder: nn.Module, context_length: int, where: str) -> TextToken
     if own is None:
         return CLIPTokenizer(context_length)
     if isinstance(own, TextTokenizer):
-        require(
-            own.context_length == context_length,
-            f"{where}: its tokenizer has the context_length {own.context_length}, the encoder {context_length}",
-        )
+        theirs = own.context_length
+        same = theirs == context_length
+        require(same, f"{where}: its tokenizer has the context_length {theirs}, the encoder {context_length}")
         return own
     require(callable(own), f"{where}: its tokenizer is a {type(own).__name__}, which cannot be called with texts")
-    if isinstance(getattr(own, "__self__", None), nn.Module) or isinstance(own, nn.Module):
-        raise InputError(
-            f"{where}: its tokenizer is a method of the encoder, whose weights every data worker would copy; use a "
-            "function or an object of a class"
-        )
+    light = not isinstance(getattr(own, "__self__", None), nn.Module) and not isinstance(own, nn.Module)
+    problem = "is a method of the encoder, whose weights every data worker would copy"
+    require(light, f"{where}: its tokenizer {problem}; use a function or an object of a class")
     return CallableTokenizer(own, context_length)
-
-
-def _check_tokens(tokens: Any, context_length: int, where: str) -> None:
-    if not isinstance(tokens, Tensor):
-        raise InputError(f"{where}: its tokenizer returns a {type(tokens).__name__}, not int64 [N, {context_length}]")
-    if tokens.shape != (len(TEXTS), context_length) or tokens.dtype != torch.long:
-        raise InputError(
-            f"{where}: its tokenizer returns {str(tokens.dtype).removeprefix('torch.')} {list(tokens.shape)} for "
-            f"{len(TEXTS)} texts; it must be int64 [N, context_length], here {context_length}"
-        )

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from lit_clip.errors import InputError
+from lit_clip.errors import require
 from lit_clip.models.size import Size, normalised
 from lit_clip.tools.parts import is_plain, qualified_name
 from lit_clip.tools.untrusted import check_fields
@@ -24,30 +24,20 @@ class CustomEncoderConfig:
 
     def __post_init__(self) -> None:
         path = self.class_path
-        if isinstance(path, type):
-            path = qualified_name(path)
-        self.class_path = path
+        self.class_path = path = qualified_name(path) if isinstance(path, type) else path
+        can = "a checkpoint can only hold numbers, strings, lists and mappings"
         for name, value in self.init_args.items() if isinstance(self.init_args, Mapping) else ():
-            if not is_plain(value):
-                raise InputError(
-                    f"architecture: init_args.{name} of {path} is a {type(value).__name__}; a checkpoint can only hold "
-                    "numbers, strings, lists and mappings"
-                )
+            where = f"architecture: init_args.{name} of {path}"
+            require(is_plain(value), f"{where} is a {type(value).__name__}; {can}")
         check_fields(self, "architecture", {"context_length": (0, 65536), "image_size": (1, 16384)})
         parts = path.split(".")
-        if len(parts) < 2 or not all(part.isidentifier() for part in parts):
-            raise InputError(
-                f"architecture: class_path {path!r} must be a module and a class of it: my_encoder.MyEncoder"
-            )
+        named = len(parts) >= 2 and all(part.isidentifier() for part in parts)
+        require(named, f"architecture: class_path {path!r} must be a module and a class of it: my_encoder.MyEncoder")
 
 
 @dataclass
 class CustomImageConfig(CustomEncoderConfig):
-    """An image encoder of your own.
-
-    Attributes:
-        image_size: that of the encoder, read from it when the model is created.
-    """
+    """An image encoder of your own; its size is read from it when the model is created."""
 
     image_size: Size | None = None
 
@@ -58,11 +48,7 @@ class CustomImageConfig(CustomEncoderConfig):
 
 @dataclass
 class CustomTextConfig(CustomEncoderConfig):
-    """A text encoder of your own.
-
-    Attributes:
-        context_length: that of the encoder, read from it when the model is created; 0 until then.
-    """
+    """A text encoder of your own; its context length is read from it when the model is created, 0 until then."""
 
     context_length: int = 0
 

@@ -4,24 +4,24 @@ Either library is imported when one of its encoders is created: both take second
 Shapes: B batch, L tokens, W width, D embedding dimension.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 from lit_clip.models.config import HuggingFaceTextConfig, TimmConfig, height_width
-from lit_clip.models.external_settings import check_text_only, one_line, timm_name, timm_pretrained_cfg
+from lit_clip.models.external_settings import check_text_only, timm_name, timm_pretrained_cfg
 from lit_clip.models.packing import length_groups
 from lit_clip.models.partial_forward import PartialForward, starting_at
 from lit_clip.models.timm_hub import timm_hub_weights
+from lit_clip.models.tokenizer import unpadded_lengths
 from lit_clip.models.transformer import check_images, is_traced
 from lit_clip.tools.hardware import to_device
-from lit_clip.tools.hub_client import guard_hub
+from lit_clip.tools.hub_client import first_line, guard_hub
 from lit_clip.tools.reading import reason
 from lit_clip.tools.weight_files import read_tensors
 
@@ -42,27 +42,31 @@ class TimmImageEncoder(nn.Module):
     """A timm model without its classifier (``trunk``) and a projection (``head``), named as in open_clip."""
 
     def __init__(self, config: TimmConfig, embed_dim: int) -> None:
+        from lit_clip.models import naflex  # imports timm
+
         super().__init__()
         assert config.image_size is not None  # with_external_settings has filled it in
         self.image_size = config.image_size
         self.trunk = _trunk(config, classes=embed_dim if config.projection == "classifier" else 0)
-        self.reads_patches = _reads_patches(self.trunk)
-        parts: OrderedDict[str, nn.Module] = OrderedDict()
-        features = int(cast(Any, self.trunk).head_hidden_size or cast(Any, self.trunk).num_features)
+        self.reads_patches = naflex.is_naflex(self.trunk)
+        if self.reads_patches:
+            naflex.prepare(self.trunk)
+        self.head = nn.Sequential()
+        trunk: Any = self.trunk
+        features = int(trunk.head_hidden_size or trunk.num_features)
         if config.projection == "linear":
-            parts["proj"] = projection(features, embed_dim, "linear", config.projection_bias, config.timm)
+            self.head.proj = projection(features, embed_dim, "linear", config.projection_bias, config.timm)
         elif config.projection == "mlp":
             from timm.layers import Mlp  # pyright: ignore[reportPrivateImportUsage]  # timm's documented home
 
-            parts["mlp"] = Mlp(features, 2 * embed_dim, embed_dim, bias=(True, config.projection_bias))
+            self.head.mlp = Mlp(features, 2 * embed_dim, embed_dim, bias=(True, config.projection_bias))
         elif config.projection == "none":
             projection(features, embed_dim, "none", False, config.timm)  # checks that the widths agree
-        self.head = nn.Sequential(parts)
 
     def features(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` (or patch sequences) float, normalised -> ``[B, W]``, before the projection."""
         if self.reads_patches and images.ndim == 3:
-            from lit_clip.models import naflex  # imports timm, which has created the trunk
+            from lit_clip.models import naflex
 
             return naflex.features(self.trunk, images)
         check_images(images, self.image_size)
@@ -75,16 +79,6 @@ class TimmImageEncoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` float, normalised -> ``[B, D]``."""
         return self.project(self.features(images))
-
-
-def _reads_patches(trunk: nn.Module) -> bool:
-    """Prepare a trunk for patch sequences (NaFlex), if it is one that reads them."""
-    from lit_clip.models import naflex
-
-    if not naflex.is_naflex(trunk):
-        return False
-    naflex.prepare(trunk)
-    return True
 
 
 def _trunk(config: TimmConfig, classes: int) -> nn.Module:
@@ -112,8 +106,8 @@ def _trunk(config: TimmConfig, classes: int) -> nn.Module:
             _try_size(trunk, size)
     except Exception as error:  # hundreds of models raise anything: TypeError, AssertionError, OSError, ...
         settings = ", ".join(f"{key} {value}" for key, value in {"image_size": config.image_size, **options}.items())
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"architecture.image: timm cannot create {config.timm} with {settings}: {reason}") from error
+        words = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"architecture.image: timm cannot create {config.timm} with {settings}: {words}") from error
     if config.pretrained is True and config.model is not None:
         load_timm_file(trunk, config.timm, str(timm_hub_weights(config.timm)))
     if isinstance(config.pretrained, str):
@@ -137,7 +131,7 @@ def load_timm_file(trunk: nn.Module, name: str, path: str) -> None:
     tensor's shape and the last part of its name agree. The file's classifier is ignored; a trunk that has a
     classifier keeps its own.
     """
-    theirs, state = read_tensors(Path(path)), trunk.state_dict()
+    theirs, state, refusal = read_tensors(Path(path)), trunk.state_dict(), f"{path}: not weights of timm's {name}"
     classifiers = cast(Any, trunk).pretrained_cfg.get("classifier") or ()
     classifiers = tuple(f"{part}." for part in ((classifiers,) if isinstance(classifiers, str) else classifiers))
     ours = {key: value for key, value in state.items() if not key.startswith(classifiers)}
@@ -145,17 +139,13 @@ def load_timm_file(trunk: nn.Module, name: str, path: str) -> None:
         theirs = {key: value for key, value in theirs.items() if not key.startswith(classifiers)}
         parts = {key.partition(".")[0] for key in ours}
         more = [key for key in theirs if key not in ours and key.partition(".")[0] in parts]
-        if more:
-            raise InputError(f"{path}: not weights of timm's {name}: {more[0]} is absent here")
+        require(not more, f"{refusal}: {''.join(more[:1])} is absent here")
         theirs = resized_trunk(theirs, trunk, "")
     else:
-        theirs = _by_order(theirs, ours, f"{path}: not weights of timm's {name}")
+        theirs = _by_order(theirs, ours, refusal)
     for key, value in ours.items():
-        if theirs[key].shape != value.shape:
-            raise InputError(
-                f"{path}: not weights of timm's {name}: {key} is {tuple(theirs[key].shape)} there and "
-                f"{tuple(value.shape)} here"
-            )
+        there, here = tuple(theirs[key].shape), tuple(value.shape)
+        require(there == here, f"{refusal}: {key} is {there} there and {here} here")
     trunk.load_state_dict({**state, **{key: theirs[key] for key in ours}})
 
 
@@ -202,18 +192,12 @@ def _pretrained(auto: Any, config: HuggingFaceTextConfig, hf_config: Any) -> Any
     where = f"architecture.text: {config.hugging_face}"
     guard_hub()
     try:  # in float32, whatever they are stored in
-        model, loaded = auto.from_pretrained(
-            config.hugging_face,
-            config=hf_config,
-            dtype=torch.float32,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        options = {"config": hf_config, "dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
+        model, loaded = auto.from_pretrained(config.hugging_face, **options)
     except Exception as error:  # damaged or foreign files raise anything
-        raise InputError(f"{where}: no weights of that model there ({one_line(error)})") from error
+        raise InputError(f"{where}: no weights of that model there ({first_line(error)})") from error
     absent = sorted(key for key in loaded["missing_keys"] if config.pooling == "pooler" or "pooler" not in key)
-    if absent:
-        raise InputError(f"{where}: its weights lack {absent[0]}, which would be random")
+    require(not absent, f"{where}: its weights lack {''.join(absent[:1])}, which would be random")
     return model
 
 
@@ -229,31 +213,26 @@ def _positions(model: Any) -> int | None:
 
 
 class HuggingFaceTextEncoder(nn.Module):
-    """A text encoder of transformers (``transformer``), pooling without padding, and a projection (``proj``).
-
-    Attributes:
-        in_groups: whether to encode texts of similar length together.
-    """
+    """A text encoder of transformers (``transformer``), pooling without padding, and a projection (``proj``)."""
 
     def __init__(self, config: HuggingFaceTextConfig, embed_dim: int) -> None:
         super().__init__()
-        model: Any = _encoder(config)
-        self.transformer = model
+        self.transformer = model = cast(Any, _encoder(config))
+        where = f"architecture.text: {config.hugging_face}"
         pad_id, width = getattr(model.config, "pad_token_id", None), getattr(model.config, "hidden_size", None)
         if type(pad_id) is not int or type(width) is not int:
-            raise InputError(f"architecture.text: {config.hugging_face} has no padding token, or no width")
+            raise InputError(f"{where} has no padding token, or no width")
         self.pooling, self.pad_id = config.pooling, pad_id
-        self.in_groups = True  # FSDP sets it to False: all ranks must call the blocks equally often
+        self.in_groups = True  # texts of similar length; not with FSDP: all ranks must call the blocks equally often
         self.context_length = config.context_length
-        longest = _positions(model)
-        if longest is not None and config.context_length > longest:
+        longest, length = _positions(model), config.context_length
+        if longest is not None and length > longest:
             raise InputError(
-                f"architecture.text: context_length {config.context_length} exceeds the {longest} positions of "
-                f"{config.hugging_face}"
+                f"architecture.text: context_length {length} exceeds the {longest} positions of {config.hugging_face}"
             )
-        if config.pooling == "pooler" and getattr(model, "pooler", None) is None:
-            raise InputError(f"architecture.text: {config.hugging_face} has no pooler; choose another pooling")
-        if config.pooling != "pooler" and getattr(model, "pooler", None) is not None:
+        pooled = getattr(model, "pooler", None) is not None
+        require(config.pooling != "pooler" or pooled, f"{where} has no pooler; choose another pooling")
+        if config.pooling != "pooler" and pooled:
             model.pooler = None  # it would get no gradient
         self.proj = projection(width, embed_dim, config.projection, False, config.hugging_face)
 
@@ -267,12 +246,10 @@ class HuggingFaceTextEncoder(nn.Module):
         """
         if entering:
             tokens = tokens[:, : entering.x.shape[1]]
-        if is_traced() or not len(tokens):
+        unknown = not lengths and tokens.device.type != "cpu"
+        if is_traced() or not len(tokens) or not self.in_groups or unknown:
             return self._encode(tokens, entering)
-        if not self.in_groups or not (lengths or tokens.device.type == "cpu"):
-            return self._encode(tokens, entering)
-        columns = torch.arange(1, tokens.shape[1] + 1)
-        lengths = lengths or ((tokens != self.pad_id) * columns).amax(dim=1).clamp(min=1).tolist()
+        lengths = lengths or unpadded_lengths(tokens, self.pad_id).clamp(min=1).tolist()
         groups = length_groups(lengths)
         if len(groups) == 1:
             return self._encode(tokens[:, : max(lengths)], entering)
@@ -286,7 +263,8 @@ class HuggingFaceTextEncoder(nn.Module):
     def _encode(self, tokens: Tensor, entering: PartialForward | None = None) -> Tensor:
         mask = (tokens != self.pad_id).long()  # [B, L]
         mask[:, 0] = 1  # some tokenizers turn an empty text into padding only
-        with self._starting_at(entering, tokens.shape[1]):
+        L = tokens.shape[1]
+        with starting_at(entering.module, entering.x[:, :L], entering.skipped) if entering else nullcontext():
             out = self.transformer(input_ids=tokens, attention_mask=mask)
         if self.pooling == "pooler":
             return self.proj(out.pooler_output)
@@ -294,14 +272,9 @@ class HuggingFaceTextEncoder(nn.Module):
         if self.pooling == "mean":
             weights = mask[:, :, None].to(x.dtype)
             return self.proj((x * weights).sum(dim=1) / weights.sum(dim=1))
-        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        positions = torch.arange(L, device=tokens.device)
         index = (positions * mask).argmax(dim=1) if self.pooling == "last" else torch.zeros_like(mask[:, 0])
         return self.proj(x[torch.arange(x.shape[0], device=x.device), index])
-
-    def _starting_at(self, entering: PartialForward | None, length: int) -> AbstractContextManager[None]:
-        if entering is None:
-            return nullcontext()
-        return starting_at(entering.module, entering.x[:, :length], entering.skipped)
 
 
 def resized_trunk(state: Mapping[str, Tensor], trunk: nn.Module, prefix: str) -> dict[str, Tensor]:

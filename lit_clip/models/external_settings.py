@@ -14,8 +14,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, Preprocessing, TimmConfig, height_width
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
 from lit_clip.models.timm_hub import timm_hub_model
-from lit_clip.tools.hub_client import guard_hub
-from lit_clip.tools.reading import LONGEST_REASON
+from lit_clip.tools.hub_client import first_line, guard_hub
 
 _WITH_KERNELS = ("mra", "rwkv", "yoso")  # models of transformers
 
@@ -38,13 +37,14 @@ def with_external_settings(config: CLIPConfig) -> CLIPConfig:
     if isinstance(text, HuggingFaceTextConfig) and text.model is None:
         text = replace(text, model=hugging_face_config(text.hugging_face))
     if isinstance(image, CustomImageConfig) and image.image_size is None:
-        from lit_clip.models.custom import encoder_image_size  # needs torch
+        from lit_clip.models import custom  # needs torch
 
-        image = replace(image, image_size=encoder_image_size(image, config.embed_dim))
+        image = replace(image, image_size=custom.image_size_of(custom.create_encoder(image, config.embed_dim), image))
     if isinstance(text, CustomTextConfig) and not text.context_length:
-        from lit_clip.models.custom import encoder_context_length
+        from lit_clip.models import custom
 
-        text = replace(text, context_length=encoder_context_length(text, config.embed_dim))
+        length = custom.context_length_of(custom.create_encoder(text, config.embed_dim), text)
+        text = replace(text, context_length=length)
     if image is config.image and text is config.text:
         return config
     return replace(config, image=image, text=text, preprocessing=preprocessing)
@@ -84,10 +84,9 @@ def timm_preprocessing(config: TimmConfig) -> Preprocessing:
     data = resolve_data_config({}, pretrained_cfg=cfg if isinstance(cfg, dict) else cfg.to_dict())
     size = config.image_size or cast(tuple[int, int], tuple(data["input_size"][1:]))
     interpolation, mode = data["interpolation"], data["crop_mode"]
-    if interpolation not in ("bicubic", "bilinear") or mode not in ("center", "squash"):
-        raise InputError(
-            f"architecture.image: timm's {config.timm} needs {interpolation} {mode} preprocessing, which lit-clip lacks"
-        )
+    known = interpolation in ("bicubic", "bilinear") and mode in ("center", "squash")
+    problem = f"needs {interpolation} {mode} preprocessing, which lit-clip lacks"
+    require(known, f"architecture.image: timm's {config.timm} {problem}")
     patch = naflex_patch_size(config)
     return Preprocessing(
         image_size=size,
@@ -131,12 +130,11 @@ def hugging_face_config(source: str) -> dict[str, Any]:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # damaged or foreign files raise anything
-        raise InputError(f"architecture.text: no Hugging Face model at {source!r} ({one_line(error)})") from error
+        raise InputError(f"architecture.text: no Hugging Face model at {source!r} ({first_line(error)})") from error
     check_text_only(config, source)
-    if getattr(config, "pad_token_id", None) is None:
-        raise InputError(
-            f"architecture.text: {source} has no padding token to mark the ends of texts; choose another encoder"
-        )
+    padded = getattr(config, "pad_token_id", None) is not None
+    where = f"architecture.text: {source}"
+    require(padded, f"{where} has no padding token to mark the ends of texts; choose another encoder")
     return json.loads(config.to_json_string(use_diff=False))
 
 
@@ -146,23 +144,13 @@ def check_text_only(config: Any, source: str) -> None:
     Some models have another encoder, which transformers may download; timm's among them open the file or repository
     that their configuration names, and three start a compiler or load compiled code from the hub.
     """
-    for entry in config.to_dict():
-        require(
-            not any(part in entry for part in ("vision", "audio", "backbone")),
-            f"architecture.text: {source} has an image encoder too; open the whole model with load_model",
-        )
+    other = any(part in entry for entry in config.to_dict() for part in ("vision", "audio", "backbone"))
+    where = f"architecture.text: {source}"
+    require(not other, f"{where} has an image encoder too; open the whole model with load_model")
     from transformers import MODEL_MAPPING
 
     kinds = MODEL_MAPPING.get(type(config), None)
     kind: Any = kinds[0] if isinstance(kinds, tuple) else kinds
     reads, name = getattr(kind, "input_modalities", "text"), config.model_type
-    require(
-        reads in ("text", ["text"], ("text",)) and name not in _WITH_KERNELS,
-        f"architecture.text: {source} is of the type {name}, which is no text encoder that lit-clip can use",
-    )
-
-
-def one_line(error: Exception) -> str:
-    """Return the first line of an error of transformers, which may be a page long, and quote the file."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:LONGEST_REASON] if lines else type(error).__name__
+    known = reads in ("text", ["text"], ("text",)) and name not in _WITH_KERNELS
+    require(known, f"{where} is of the type {name}, which is no text encoder that lit-clip can use")

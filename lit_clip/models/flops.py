@@ -1,11 +1,9 @@
-"""Count a training step's FLOPs, and measure how many a device can do.
-
-A multiply-add counts as two FLOPs.
-"""
+"""Count a training step's FLOPs, two for a multiply-add, and measure how many a device can do."""
 
 import copy
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -25,12 +23,7 @@ CALLS = 10  # that are timed together on a CUDA device
 
 
 class PairFlops(NamedTuple):
-    """FLOPs of the forward and backward pass of both towers.
-
-    Attributes:
-        image: per image.
-        text: coefficients of 1, n and n^2 (attention) for a text of n tokens.
-    """
+    """FLOPs of the forward and backward pass: of an image; coefficients of 1, n, n^2 for a text of n tokens."""
 
     image: float
     text: tuple[float, float, float]
@@ -42,19 +35,14 @@ class PairFlops(NamedTuple):
 
 
 def training_flops(model: Any) -> PairFlops | None:
-    """Count the FLOPs of a :class:`lit_clip.CLIP` in training.
+    """Count the FLOPs of a :class:`lit_clip.CLIP` in training; None if that is impossible for an encoder.
 
     Runs on torch's meta device, where nothing is computed. An encoder of another library that reads the values of its
-    inputs is run on one real sample instead.
+    inputs is run on one real sample instead. Must be called before a strategy shards the weights.
 
     Matrix products, convolutions and attention count, each once: recomputation to save memory does not. As in published
     tables, all tokens count in the last blocks too. Frozen parameters have no gradients, and a tower without trainable
     parameters has no backward pass. Patches dropped by ``patch_dropout`` do not count.
-
-    Must be called before a strategy shards the weights.
-
-    Returns:
-        None if an encoder can be counted neither way.
     """
     try:
         with torch.enable_grad():
@@ -91,14 +79,13 @@ def _text_flops(encoder: nn.Module, context_length: int) -> tuple[float, float, 
 def tower_flops(tower: nn.Module, inputs: Tensor) -> int:
     """Count the forward pass, and the backward pass if gradients are enabled; see :func:`training_flops`.
 
-    Raises:
-        Exception: any, from an encoder of another library that cannot run on such inputs.
+    An encoder of another library that cannot run on such inputs raises anything.
     """
     return _counts(tower, inputs)[1]
 
 
 def _counts(tower: nn.Module, inputs: Tensor) -> tuple[int, int]:
-    """Count the forward pass, and both passes; see :func:`tower_flops`."""
+    """Count the forward pass, and both passes."""
     try:
         return _count_on(tower, inputs, torch.device("meta"))
     except Exception:  # it reads the values of its inputs, which the meta device does not have
@@ -133,13 +120,7 @@ def _replica(tower: nn.Module, device: torch.device) -> nn.Module:
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float | None = None) -> float:
-    """Measure the FLOP/s of the fastest of several (at least two) products of square matrices.
-
-    Args:
-        device: that computes them.
-        dtype: of the matrices.
-        seconds: how long to measure, about; None: ``PEAK_SECONDS``.
-    """
+    """Measure the FLOP/s of the fastest of several products of square matrices, for about ``PEAK_SECONDS``."""
 
     def random(size: int) -> Tensor:
         generator = torch.Generator(device).manual_seed(0)  # its own, to leave the run's random state untouched
@@ -158,13 +139,7 @@ def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float | None 
 
 
 def seconds_per_call(work: Callable[[], object], device: torch.device, calls: int | None = None) -> float:
-    """Time calls with one wait for the device at their end.
-
-    Args:
-        work: is called.
-        device: whose work it is.
-        calls: number of calls; None: one, or ``CALLS`` on a CUDA device, which idles while the host waits.
-    """
+    """Time calls (by default one, or ``CALLS`` on a CUDA device, which idles while the host waits), with one wait."""
     calls = calls or (CALLS if device.type == "cuda" else 1)
     start = mark(device)
     for _ in range(calls):
@@ -193,17 +168,9 @@ def seconds_between(start: Any, end: Any) -> float:
 
 @dataclass
 class ModelSize:
-    """Sizes of a model; None if unknown without its files.
+    """Parameters, sizes in pixels, tokens and channels, and FLOPs per image and text; None if unknown without files.
 
-    Attributes:
-        image_parameters: of the image encoder.
-        text_parameters: of the text encoder.
-        parameters: of the whole model, including logit scale and bias.
-        image_size: height and width in pixels.
-        context_length: in tokens.
-        embed_dim: channels of the shared space.
-        image_flops: of one image.
-        text_flops: of one text of full length.
+    The parameters of the whole model include logit scale and bias.
     """
 
     image_parameters: int | None = None
@@ -218,11 +185,11 @@ class ModelSize:
     def cells(self) -> list[str]:
         """Format the values for a table: millions of parameters, GFLOPs."""
         counts = (self.image_parameters, self.text_parameters, self.parameters)
-        flops = (self.image_flops, self.text_flops)
+        sizes = (self.image_size, self.context_length, self.embed_dim)
         return [
             *("?" if count is None else f"{count / 1e6:.2f}" for count in counts),
-            *("?" if value is None else str(value) for value in (self.image_size, self.context_length, self.embed_dim)),
-            *("?" if count is None else f"{count / 1e9:.2f}" for count in flops),
+            *("?" if size is None else str(size) for size in sizes),
+            *("?" if count is None else f"{count / 1e9:.2f}" for count in (self.image_flops, self.text_flops)),
         ]
 
 
@@ -231,31 +198,21 @@ def measure(config: CLIPConfig) -> ModelSize:
     size = ModelSize(embed_dim=config.embed_dim)
     try:
         with torch.device("meta"):
-            model = CLIP(config).eval().requires_grad_(False)  # with gradients the counter would track them
+            model = CLIP(config)
     except Exception:  # encoders of other libraries may need real tensors or absent files; shown as "?"
         return size
-    size.parameters = _count(model.parameters())
-    size.image_parameters = _count(model.visual.parameters())
-    scales = _count(parameter for name, parameter in model.named_parameters() if name in ("logit_scale", "logit_bias"))
+    counts = {name: parameter.numel() for name, parameter in model.named_parameters()}
+    size.parameters = sum(counts.values())
+    size.image_parameters = sum(count for name, count in counts.items() if name.startswith("visual."))
+    scales = counts["logit_scale"] + counts.get("logit_bias", 0)
     size.text_parameters = size.parameters - size.image_parameters - scales
     size.context_length = model.context_length
     height, width = height_width(model.preprocessing.image_size)
     size.image_size = str(height) if height == width else f"{height} x {width}"
-    with torch.device("meta"):
-        size.image_flops = _flops(model.encode_image, torch.zeros(1, *model.preprocessing.shape))
-        size.text_flops = _flops(model.encode_text, torch.zeros(1, model.context_length, dtype=torch.long))
+    images, texts = torch.zeros(1, *model.preprocessing.shape), torch.zeros(1, model.context_length, dtype=torch.long)
+    with torch.no_grad():
+        with suppress(Exception):  # encoders of other libraries raise anything
+            size.image_flops = tower_flops(model.visual, images)
+        with suppress(Exception):
+            size.text_flops = tower_flops(model.text_encoder, texts)
     return size
-
-
-def _count(parameters: Iterable[Tensor]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
-
-
-def _flops(encode: Callable[[Tensor], Tensor], inputs: Tensor) -> int | None:
-    """Count matrix products, convolutions and attention."""
-    try:
-        with FlopCounterMode(display=False) as counter:
-            encode(inputs)
-    except Exception:  # encoders of other libraries raise anything
-        return None
-    return counter.get_total_flops()

@@ -8,9 +8,9 @@ import torch
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 from lit_clip.models.config import HuggingFaceTokenizerConfig
-from lit_clip.models.tokenizer import TextTokenizer, repaired
+from lit_clip.models.tokenizer import TextTokenizer, checked_texts, repaired, unpadded_lengths
 from lit_clip.tools.hub_client import guard_hub
 from lit_clip.tools.reading import reason
 
@@ -42,28 +42,19 @@ class HuggingFaceTokenizer(TextTokenizer):
     """
 
     def __init__(
-        self,
-        definition: str,
-        pad_id: int,
-        clean: str,
-        context_length: int,
-        whole: bool,
-        stripped_id: int | None = None,
+        self, definition: str, pad_id: int, clean: str, context_length: int, whole: bool, stripped_id: int | None = None
     ) -> None:
         self.definition, self.pad_id, self.clean, self.whole = definition, pad_id, clean, whole
-        self.stripped_id = stripped_id
-        self.context_length = context_length
+        self.stripped_id, self.context_length = stripped_id, context_length
         self._tokenizer = Tokenizer.from_str(definition)
         self._tokenizer.enable_truncation(context_length)
         self._tokenizer.no_padding()
         self._uncut: Tokenizer | None = None
 
     def __call__(self, texts: str | Sequence[str]) -> Tensor:
-        texts = [texts] if isinstance(texts, str) else list(texts)
+        texts = checked_texts(texts)
         result = torch.full((len(texts), self.context_length), self.pad_id, dtype=torch.long)
         for i, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise InputError(f"text {i} is a {type(text).__name__}, not a string: {text!r}")
             # One call per text: a batched call starts a thread pool, which does not survive the fork of data workers.
             ids = self._tokenizer.encode(clean(text, self.clean)).ids
             result[i, : len(ids)] = torch.tensor(ids, dtype=torch.long)
@@ -77,13 +68,12 @@ class HuggingFaceTokenizer(TextTokenizer):
         return len(self._uncut.encode(clean(text, self.clean)).ids)
 
     def lengths(self, tokens: Tensor) -> Tensor:
-        positions = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-        used = (tokens != self.pad_id) * positions
-        return torch.full_like(used[:, 0], tokens.shape[1]) if self.whole else used.amax(dim=1).clamp(min=1)
+        used = unpadded_lengths(tokens, self.pad_id).clamp(min=1)
+        return torch.full_like(used, tokens.shape[1]) if self.whole else used
 
     def with_context(self, context_length: int) -> "HuggingFaceTokenizer":
-        settings = (self.definition, self.pad_id, self.clean, context_length, self.whole, self.stripped_id)
-        return HuggingFaceTokenizer(*settings)
+        own = (self.definition, self.pad_id, self.clean, context_length, self.whole, self.stripped_id)
+        return HuggingFaceTokenizer(*own)
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True).strip()
@@ -97,14 +87,7 @@ class HuggingFaceTokenizer(TextTokenizer):
 def from_source(
     config: HuggingFaceTokenizerConfig, context_length: int, whole: bool, vocab_size: int
 ) -> HuggingFaceTokenizer:
-    """Load the tokenizer of a hub name or a local folder.
-
-    Args:
-        config: its location and cleaning.
-        context_length: ids per text.
-        whole: whether the encoder attends to padding.
-        vocab_size: number of ids in the encoder's embedding.
-    """
+    """Load the tokenizer of a hub name or a local folder, for an encoder with ``vocab_size`` embeddings."""
     from transformers import AutoTokenizer  # takes seconds
 
     guard_hub()
@@ -115,17 +98,14 @@ def from_source(
         raise InputError(f"architecture.text: no tokenizer at {config.source!r} ({reason(error)})") from error
     backend = _backend(loaded)
     if backend is None:
-        raise InputError(
-            f"{where} has no tokenizer.json; save one with save_pretrained of its Fast class in transformers"
-        )
-    if loaded.pad_token_id is None:
-        raise InputError(f"{where} has no padding token")
+        advice = "save one with save_pretrained of its Fast class in transformers"
+        raise InputError(f"{where} has no tokenizer.json; {advice}")
+    require(loaded.pad_token_id is not None, f"{where} has no padding token")
     if backend.get_vocab().keys() <= set(loaded.all_special_tokens):  # transformers makes one without a word
         raise InputError(f"{where} has no vocabulary; its tokenizer.json, vocab.txt or spiece.model is missing")
     check_ids(backend, loaded.pad_token_id, vocab_size, where)
     stripped_id = loaded.sep_token_id if config.strip_sep_token else None
-    if config.strip_sep_token and stripped_id is None:
-        raise InputError(f"{where} has no separator to strip")
+    require(not config.strip_sep_token or stripped_id is not None, f"{where} has no separator to strip")
     settings = (backend.to_str(), loaded.pad_token_id, config.clean, context_length, whole, stripped_id)
     return HuggingFaceTokenizer(*settings)
 
@@ -139,10 +119,8 @@ def check_ids(tokenizer: Tokenizer, pad_id: int, vocab_size: int, where: str) ->
     # Published models lack embeddings for some tokens that no text produces: <extra_id_0>, [unused0].
     words = [id for token, id in tokenizer.get_vocab().items() if not (token[:1] in "<[" and token[-1:] in ">]")]
     largest = max(pad_id, *words, 0)
-    if largest >= vocab_size:
-        raise InputError(
-            f"{where} has ids up to {largest}, but the encoder has {vocab_size}; it belongs to another model"
-        )
+    problem = f"has ids up to {largest}, but the encoder has {vocab_size}; it belongs to another model"
+    require(largest < vocab_size, f"{where} {problem}")
 
 
 def _backend(loaded: Any) -> Tokenizer | None:

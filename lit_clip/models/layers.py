@@ -19,12 +19,7 @@ _BARE_HEADS = {"proj", "text_projection"}  # head parameters that lie on the tow
 
 
 class LayerGroup(NamedTuple):
-    """One layer of a tower.
-
-    Attributes:
-        name: ``embeddings``, ``blocks.0``, ``blocks.1``, ... or ``head``.
-        parameters: by name within the model.
-    """
+    """One layer of a tower: ``embeddings``, ``blocks.0``, ``blocks.1``, ... or ``head``; names are the model's."""
 
     name: str
     parameters: dict[str, nn.Parameter]
@@ -53,14 +48,7 @@ def layer_groups(model: Any, tower: Tower) -> list[LayerGroup]:
     A block is a residual block, also in the four stages of a ResNet. timm's towers are split by timm's own
     ``group_matcher``, which counts the norm after the last block to that block. A Hugging Face encoder's blocks are its
     largest list of modules, those of an encoder by class path its ``blocks``. The head is everything after the blocks:
-    norms, pooling, projection.
-
-    Args:
-        model: a :class:`lit_clip.CLIP`.
-        tower: ``image`` or ``text``.
-
-    Returns:
-        Groups that together hold each parameter of the tower once; none is empty.
+    norms, pooling, projection. Each parameter of the tower is in one group; no group is empty.
     """
     parameters = tower_parameters(model, tower)
     timms = tower == "image" and isinstance(model.visual, TimmImageEncoder)
@@ -94,11 +82,9 @@ def _block_prefixes(model: Any, tower: Tower) -> list[str]:
     if isinstance(encoder, CustomImageEncoder | CustomTextEncoder):
         blocks = custom_blocks(encoder)
         kind = type(encoder.encoder).__name__
-        require(
-            bool(blocks),
-            f"architecture.{tower}: {kind} has no `blocks`, a list of modules in order, so its layers are unknown to "
-            "model.freeze's unlock_last, model.layer_decay and model.lora",
-        )
+        needed = "model.freeze's unlock_last, model.layer_decay and model.lora"
+        problem = f"has no `blocks`, a list of modules in order, so its layers are unknown to {needed}"
+        require(bool(blocks), f"architecture.{tower}: {kind} {problem}")
         names = {id(module): name for name, module in model.named_modules()}
         return [f"{names[id(block)]}." for block in blocks]
     if isinstance(encoder, ModifiedResNet):

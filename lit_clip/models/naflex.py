@@ -57,10 +57,7 @@ def prepare(trunk: nn.Module) -> None:
 
 
 def features(trunk: Any, images: Tensor) -> Tensor:
-    """Encode ``[B, 1 + N, 3PP]`` float, normalised, with a trunk that :func:`is_naflex` -> ``[B, W]``.
-
-    Padding never changes the features.
-    """
+    """``[B, 1 + N, 3PP]`` float, normalised -> ``[B, W]``, by a trunk that :func:`is_naflex`; padding is ignored."""
     row = trunk.embeds.proj.in_features
     if images.shape[2] != row:
         raise InputError(f"images are {list(images.shape)}, the model reads [B, 1 + N, {row}]; use model.preprocess")

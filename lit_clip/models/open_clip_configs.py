@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 from lit_clip.models.config import (
     Activation,
     CLIPConfig,
@@ -30,6 +30,7 @@ from lit_clip.models.timm_hub import timm_hub_model
 from lit_clip.tools.reading import reason
 from lit_clip.tools.untrusted import shortened
 
+HALF = (0.5, 0.5, 0.5)
 # Entries to ignore: None for any value (it concerns training only), otherwise open_clip's defaults.
 _NEUTRAL = {
     "custom_text": (True, False),
@@ -57,14 +58,16 @@ class _CheckedDict:
     def take(self, key: str, default: Any = None) -> Any:
         return self.values.pop(key, default)
 
-    def refuse(self, key: str, value: Any) -> InputError:
-        return InputError(f"{self.name}: {key} {shortened(value)} is not supported by lit-clip")
+    def taken(self, *keys: str) -> dict[str, Any]:
+        return {key: self.values.pop(key) for key in keys if key in self.values}
+
+    def check(self, known: bool, key: str, value: Any) -> None:
+        require(known, f"{self.name}: {key} {shortened(value)} is not supported by lit-clip")
 
     def done(self) -> None:
         for key, value in self.values.items():
             allowed = _NEUTRAL.get(key, ())
-            if allowed is not None and value not in allowed:
-                raise self.refuse(key, value)
+            self.check(allowed is None or value in allowed, key, value)
 
 
 def configs_folder() -> Path | None:
@@ -81,11 +84,6 @@ def open_clip_names() -> tuple[str, ...]:
     return tuple(sorted(path.stem for path in folder.glob("*.json"))) if folder else ()
 
 
-def named(name: str) -> CLIPConfig:
-    """Return the architecture of a name in :func:`open_clip_names`."""
-    return from_open_clip(model_config(name), None, name)
-
-
 def model_config(name: str) -> dict[str, Any]:
     """Return open_clip's ``model_cfg`` of a name in :func:`open_clip_names`."""
     folder = configs_folder()
@@ -94,12 +92,9 @@ def model_config(name: str) -> dict[str, Any]:
 
 
 def from_open_clip(model: Mapping[str, Any], preprocess: Mapping[str, Any] | None, name: str) -> CLIPConfig:
-    """Translate the two parts of an ``open_clip_config.json``.
+    """Translate ``model_cfg`` and ``preprocess_cfg`` of an ``open_clip_config.json``; messages name their source.
 
-    Args:
-        model: ``model_cfg``.
-        preprocess: ``preprocess_cfg``; None: open_clip's default for that kind of model.
-        name: the source, for messages.
+    Without the latter it is open_clip's default for that kind of model.
     """
     top = _CheckedDict(model, name)
     activation: Activation = "quick_gelu" if top.take("quick_gelu", False) else "gelu"
@@ -108,10 +103,8 @@ def from_open_clip(model: Mapping[str, Any], preprocess: Mapping[str, Any] | Non
     tanh = [(tower.take("act_kwargs") or {}).get("approximate") == "tanh" for tower in (vision, text)]
     transformer = not (vision.values.get("timm_model_name") or isinstance(vision.values.get("layers"), list))
     tanh = [*tanh[:transformer], *tanh[1 : 2 - bool(text.values.get("hf_model_name"))]]  # of those that read it
-    if tanh and all(tanh):
-        activation = "gelu_tanh"
-    elif any(tanh):
-        raise vision.refuse("act_kwargs", "of one encoder only")
+    vision.check(len(set(tanh)) < 2, "act_kwargs", "of one encoder only")
+    activation = "gelu_tanh" if any(tanh) else activation
     top.done()
     try:
         return CLIPConfig(
@@ -132,19 +125,14 @@ def _preprocessing(values: Mapping[str, Any] | None, vision: Mapping[str, Any], 
     size = vision.get("image_size", 224)
     if (name := vision.get("timm_model_name")) and is_naflex(timms := _timm(name)):
         return _naflex(values or {}, vision, size, timms)
-    if values is None:
-        return (
-            Preprocessing(size, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), resize_mode="squash")
-            if siglip
-            else Preprocessing(size)
-        )
     default = Preprocessing(size)
+    if values is None:
+        return replace(default, mean=HALF, std=HALF, resize_mode="squash") if siglip else default
     mode = values.get("resize_mode") or "shortest"
     interpolation = values.get("interpolation") or "bicubic"
-    if mode not in ("shortest", "squash") or interpolation not in ("bicubic", "bilinear"):
-        raise InputError(
-            f"preprocess_cfg: resize_mode {mode!r} with interpolation {interpolation!r} is not supported by lit-clip"
-        )
+    known = mode in ("shortest", "squash") and interpolation in ("bicubic", "bilinear")
+    problem = f"resize_mode {mode!r} with interpolation {interpolation!r} is not supported by lit-clip"
+    require(known, f"preprocess_cfg: {problem}")
     return Preprocessing(
         values.get("size") or size,
         values.get("mean") or default.mean,
@@ -167,10 +155,9 @@ def _naflex(values: Mapping[str, Any], vision: Mapping[str, Any], size: Size, ti
     if patch is None:
         raise InputError(f"timm's {timms.timm} reads no patches, which lit-clip needs of that class")
     fits = math.prod(side // patch for side in height_width(size))
-    half = (0.5, 0.5, 0.5)
     return Preprocessing(
-        mean=values.get("mean") or half,
-        std=values.get("std") or half,
+        mean=values.get("mean") or HALF,
+        std=values.get("std") or HALF,
         interpolation="bilinear",
         max_patches=vision.get("image_seq_len") or fits,
         patch_size=patch,
@@ -182,10 +169,8 @@ def _image(values: _CheckedDict) -> ImageConfig:
     timm_name = values.take("timm_model_name")
     if timm_name:
         pool, kind = values.take("timm_pool", "avg"), values.take("timm_proj", "linear")
-        if pool in ("abs_attn", "rot_attn"):
-            raise values.refuse("timm_pool", pool)
-        if kind not in ("linear", "mlp", "none", None, ""):
-            raise values.refuse("timm_proj", kind)
+        values.check(pool not in ("abs_attn", "rot_attn"), "timm_pool", pool)
+        values.check(kind in ("linear", "mlp", "none", None, ""), "timm_proj", kind)
         timms = _timm(timm_name)
         budget = values.take("image_seq_len") if is_naflex(timms) else None
         size = tuple(image_size) if isinstance(image_size, list) else image_size
@@ -210,12 +195,9 @@ def _vision_transformer(values: _CheckedDict, image_size: Any) -> VisionTransfor
     attention, pool = values.take("attentional_pool", False), values.take("pool_type", "tok")
     norm_last = values.take("final_ln_after_pool", False)
     queries, heads = values.take("attn_pooler_queries", 256), values.take("attn_pooler_heads", 8)
-    if attention not in (True, False):
-        raise values.refuse("attentional_pool", attention)
-    if pool not in ("tok", "avg") or (attention and pool == "avg"):
-        raise values.refuse("pool_type", pool)
-    if pool == "avg" and not norm_last:
-        raise values.refuse("final_ln_after_pool", norm_last)
+    values.check(attention in (True, False), "attentional_pool", attention)
+    values.check(pool == "tok" or (pool == "avg" and not attention), "pool_type", pool)
+    values.check(pool == "tok" or norm_last, "final_ln_after_pool", norm_last)
     return VisionTransformerConfig(
         image_size,
         values.take("patch_size", 16),
@@ -239,37 +221,26 @@ def _text(values: _CheckedDict) -> TextConfig:
             "cls_pooler": "pooler",
         }
         kind, pooling = values.take("hf_proj_type", "mlp"), values.take("hf_pooler_type", "mean_pooler")
-        for key in ("vocab_size", "width", "heads", "layers"):
-            values.take(key)
-        if kind not in ("linear", "mlp") or pooling not in pooler:
-            raise values.refuse("hf_pooler_type", pooling)
+        values.taken("vocab_size", "width", "heads", "layers")
+        values.check(kind in ("linear", "mlp") and pooling in pooler, "hf_pooler_type", pooling)
         result: TextConfig = HuggingFaceTextConfig(hf, False, context, pooler[pooling], kind)
         named = _tokenizer(values)
-        if named is not None and replace(named, source=hf) != result.tokenizer:
-            raise values.refuse("tokenizer_kwargs", f"of {hf}")
+        usual = named is None or replace(named, source=hf) == result.tokenizer
+        values.check(usual, "tokenizer_kwargs", f"of {hf}")
     else:
         causal, pool = not values.take("no_causal_mask", False), values.take("pool_type", "argmax")
-        if pool not in ("argmax", "eos", "last"):
-            raise values.refuse("pool_type", pool)
-        if values.take("embed_cls", False):
-            pool = "class"
-        pad_id = values.take("pad_id", 0)
-        if pad_id != 0 and pool == "class":
-            raise values.refuse("pad_id", pad_id)
+        values.check(pool in ("argmax", "eos", "last"), "pool_type", pool)
+        pool, pad_id = "class" if values.take("embed_cls", False) else pool, values.take("pad_id", 0)
+        values.check(pad_id == 0 or pool != "class", "pad_id", pad_id)
         result = TextTransformerConfig(
             context,
-            values.take("vocab_size", 49408),
-            values.take("width", 512),
-            values.take("layers", 12),
-            values.take("heads", 8),
-            values.take("mlp_ratio", 4.0),
-            causal,
-            values.take("proj_type", "linear") != "none",
-            values.take("proj_bias", False),
-            (values.take("norm_kwargs") or {}).get("eps", 1e-5),
-            _tokenizer(values),
-            pool,
-            values.take("eos_id", 2),
+            causal=causal,
+            projection=values.take("proj_type", "linear") != "none",
+            projection_bias=values.take("proj_bias", False),
+            layer_norm_eps=(values.take("norm_kwargs") or {}).get("eps", 1e-5),
+            tokenizer=_tokenizer(values),
+            pool=pool,
+            **values.taken("vocab_size", "width", "layers", "heads", "mlp_ratio", "eos_id"),
         )
     values.done()
     return result
@@ -279,6 +250,6 @@ def _tokenizer(values: _CheckedDict) -> HuggingFaceTokenizerConfig | None:
     source, given = values.take("hf_tokenizer_name"), values.take("tokenizer_kwargs") or {}
     known = {"clean": "whitespace", "strip_sep_token": False} if source else {"clean": "lower"}
     for name, value in given.items():
-        if name not in known or (not source and value != known[name]):
-            raise values.refuse(f"tokenizer_kwargs.{name}", value)
+        usual = name in known and (bool(source) or value == known[name])
+        values.check(usual, f"tokenizer_kwargs.{name}", value)
     return HuggingFaceTokenizerConfig(source, **{**known, **given}) if source else None

@@ -72,12 +72,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None
     Calls torch's kernel except on a CPU, whose fused kernel has a slow backward pass: up to four times slower in
     bfloat16, and in float32 for sequences that fit in one of its blocks (docs/evidence/performance.md).
 
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        causal: whether a query reads only the keys up to its own.
-        mask: bool, broadcast to ``[n, H, m, l]``, the keys that each query reads; causal itself if ``causal``.
+    The mask, bool, broadcast to ``[n, H, m, l]``, has the keys that each query reads; it is causal itself if
+    ``causal``.
     """
     if q.device.type == "cpu" and not causal and k.shape[2] <= LONGEST_PLAIN.get(q.dtype, 0) and _differentiated(q, k):
         return torch.matmul((torch.matmul(q * q.shape[3] ** -0.5, k.transpose(2, 3))).softmax(dim=3).to(v.dtype), v)
@@ -143,15 +139,10 @@ def pack(lengths: Sequence[int], device: torch.device, row_length: int | None = 
 
 
 def _fill_rows(runs: Sequence[tuple[int, int]], row_length: int) -> tuple[list[int], int]:
-    """Put texts into few rows, each into the fullest that has room, longest first.
+    """Put texts, counts and lengths in ``runs``, into few rows, each into the fullest that has room, longest first.
 
-    Args:
-        runs: counts and lengths, shortest first.
-        row_length: tokens of a row.
-
-    Returns:
-        The index of each text's first token, in the order of ``runs``, and the number of rows. It is rounded up by a
-        sixteenth at most, so that batches have few shapes: kernels are planned for each.
+    Return the index of each text's first token, in the order of ``runs`` (shortest first), and the number of rows. It
+    is rounded up by a sixteenth at most, so that batches have few shapes: kernels are planned for each.
     """
     free: list[list[int]] = [[] for _ in range(row_length)]  # by number of free tokens: the index of the first
     firsts: list[int] = []
@@ -178,16 +169,10 @@ def _moved(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def length_groups(lengths: Sequence[int], most: int = 4, least_rows: int = 16, worth: float = 0.1) -> list[Tensor]:
-    """Group texts of similar length, for an encoder that needs padded texts.
+    """Group texts of similar length, for an encoder that needs padded texts; return int64 row indices per group.
 
-    Args:
-        lengths: of B texts.
-        most: maximum number of groups.
-        least_rows: minimum rows per group: smaller groups cost more than the padding they save.
-        worth: fraction of all padded tokens that grouping must save; otherwise there is one group.
-
-    Returns:
-        int64 row indices per group; each row is in one group.
+    There are at most ``most`` groups, each of at least ``least_rows``: smaller ones cost more than the padding they
+    save. If grouping saves less than the fraction ``worth`` of all padded tokens, there is one.
     """
     sizes, order = torch.tensor(lengths).sort(stable=True)
     groups = list(order.tensor_split(max(1, min(most, len(lengths) // least_rows))))

@@ -57,10 +57,7 @@ class Preprocessing:
         (r, g, b), (r_std, g_std, b_std) = self.mean, self.std
         self.mean, self.std = (r, g, b), (r_std, g_std, b_std)  # JSON gives lists
         self.image_size = normalised(self.image_size)
-        require(
-            0 < self.crop_pct <= 1,
-            f"architecture: preprocessing.crop_pct {self.crop_pct} must be above 0 and at most 1",
-        )
+        require(0 < self.crop_pct <= 1, f"{where}.crop_pct {self.crop_pct} must be above 0 and at most 1")
 
     @property
     def shape(self) -> tuple[int, ...]:

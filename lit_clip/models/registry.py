@@ -11,7 +11,7 @@ from typing import Any
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.external_settings import with_external_settings
-from lit_clip.models.open_clip_configs import named, open_clip_names
+from lit_clip.models.open_clip_configs import from_open_clip, model_config, open_clip_names
 
 
 def _text(width: int) -> TextTransformerConfig:
@@ -34,14 +34,10 @@ _PAPER = {
 # Our own, for small images on a CPU: 8.2 and 17.7 million parameters, most of them in the token embedding.
 _TINY = {
     "RN-tiny-64": CLIPConfig(
-        embed_dim=256,
-        image=ResNetConfig((1, 1, 1, 1), width=16, image_size=64),
-        text=TextTransformerConfig(context_length=32, width=128, layers=2, heads=2),
+        256, ResNetConfig((1, 1, 1, 1), 16, 64), TextTransformerConfig(32, width=128, layers=2, heads=2)
     ),
     "ViT-tiny-16-64": CLIPConfig(
-        embed_dim=256,
-        image=VisionTransformerConfig(image_size=64, patch_size=16, width=256, layers=4, heads=4),
-        text=TextTransformerConfig(context_length=32, width=256, layers=2, heads=4),
+        256, VisionTransformerConfig(64, 16, 256, 4, 4), TextTransformerConfig(32, width=256, layers=2, heads=4)
     ),
 }
 
@@ -63,8 +59,7 @@ def _own() -> dict[str, dict[str, Any]]:
 def list_models() -> list[str]:
     """List names for :func:`lit_clip.create_model` and ``--model.architecture``.
 
-    These are the paper's models, with GELU and with QuickGELU, two tiny ones, and the SigLIP family. Other open_clip
-    names work too if lit-clip supports that kind of model.
+    Names of open_clip that are not listed work too if lit-clip supports that kind of model.
     """
     return [*_own(), *(name for name in open_clip_names() if "SigLIP" in name)]
 
@@ -80,7 +75,7 @@ def resolve_architecture(architecture: "str | CLIPConfig | Mapping[str, Any]") -
     if architecture in _own():
         return CLIPConfig.from_dict(_own()[architecture])
     if architecture in open_clip_names():
-        return with_external_settings(named(architecture))
+        return with_external_settings(from_open_clip(model_config(architecture), None, architecture))
     near = get_close_matches(architecture, [*_own(), *open_clip_names()], n=1)
     hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(list_models())}"
     raise InputError(f"no model is called {architecture!r}; {hint}")

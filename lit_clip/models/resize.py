@@ -6,11 +6,10 @@ import math
 import torch
 from torch import Tensor
 
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 from lit_clip.models.config import (
     CLIPConfig,
     Preprocessing,
-    ResNetConfig,
     Size,
     TextTransformerConfig,
     TimmConfig,
@@ -35,11 +34,9 @@ def resized(config: CLIPConfig, image_size: Size | None, context_length: int | N
         image = dataclasses.replace(image, image_size=image_size)
         preprocessing = dataclasses.replace(preprocessing, image_size=image_size)
     if context_length is not None and context_length != text.context_length:
-        if isinstance(text, TextTransformerConfig) and text.padding_read:
-            raise InputError(
-                f"context_length: must be the weights' {text.context_length}, not {context_length}; this text encoder "
-                "attends to padding too, so another length would change the features"
-            )
+        fixed = isinstance(text, TextTransformerConfig) and text.padding_read > 0
+        why = "this text encoder attends to padding too, so another length would change the features"
+        require(not fixed, f"context_length: must be the weights' {text.context_length}, not {context_length}; {why}")
         _not_custom(text, "context_length")
         text = dataclasses.replace(text, context_length=context_length)
     return dataclasses.replace(config, image=image, text=text, preprocessing=preprocessing)
@@ -49,8 +46,7 @@ def _budget(preprocessing: Preprocessing, image_size: Size) -> int:
     """Return the number of NaFlex's patches in an image of this size."""
     assert preprocessing.patch_size is not None
     patches = math.prod(side // preprocessing.patch_size for side in height_width(image_size))
-    if not patches:
-        raise InputError(f"image_size: {image_size} holds no patch of {preprocessing.patch_size} pixels")
+    require(patches > 0, f"image_size: {image_size} holds no patch of {preprocessing.patch_size} pixels")
     return patches
 
 
@@ -77,17 +73,13 @@ def resize_weights(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -
 
 
 def stretched(position_LW: Tensor, length: int) -> Tensor:
-    """Lengthen a text encoder's position embedding as Long-CLIP does, so that order and distance keep their meaning.
+    """Lengthen a text encoder's position embedding ``[L, W]`` as Long-CLIP does: order and distance keep their meaning.
 
     The first ``KEPT_POSITIONS``, which short captions have trained well, stay bit-identical. The others are stretched
     by the ratio that fits, (length - kept) / (L - kept), which from 77 to 248 is 4: new position i lies at the old
     position kept + (i - kept) / ratio, interpolated linearly, and on the line through the last two beyond the last
     (Zhang et al. 2024, "Long-CLIP", knowledge-preserved stretching; its code has the ratio 4 alone). Of a table too
     short to keep so many, all but two positions are kept.
-
-    Args:
-        position_LW: ``[L, W]``, L at least 2.
-        length: number of positions wanted, more than L.
     """
     kept = min(KEPT_POSITIONS, len(position_LW) - 2)
     ratio = (length - kept) / (len(position_LW) - kept)
@@ -101,12 +93,9 @@ def _image(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -> dict[s
     if isinstance(new.image, TimmConfig):
         trunk = TimmImageEncoder(dataclasses.replace(new.image, pretrained=False), new.embed_dim).trunk
         return resized_trunk(state, trunk, "visual.trunk.")
-    key = "visual.positional_embedding"
-    if isinstance(new.image, ResNetConfig):
-        key, stride = "visual.attnpool.positional_embedding", 32
-    else:
-        assert isinstance(new.image, VisionTransformerConfig)
-        stride = new.image.patch_size
+    key, stride = "visual.attnpool.positional_embedding", 32
+    if isinstance(new.image, VisionTransformerConfig):
+        key, stride = "visual.positional_embedding", new.image.patch_size
     from timm.layers import resample_abs_pos_embed  # pyright: ignore[reportPrivateImportUsage]  # its documented home
 
     assert old.image.image_size is not None

@@ -38,15 +38,9 @@ class Bottleneck(nn.Module):
         nn.init.zeros_(self.bn3.weight)  # as in OpenAI's code: a block starts as its shortcut
         self.downsample = None
         if stride > 1 or channels != out:
-            self.downsample = nn.Sequential(
-                OrderedDict(
-                    [
-                        ("-1", nn.AvgPool2d(stride)),  # OpenAI's numbering, which counts the convolution as 0
-                        ("0", nn.Conv2d(channels, out, 1, bias=False)),
-                        ("1", nn.BatchNorm2d(out)),
-                    ]
-                )
-            )
+            conv, norm = nn.Conv2d(channels, out, 1, bias=False), nn.BatchNorm2d(out)
+            # OpenAI's numbering counts the convolution as 0.
+            self.downsample = nn.Sequential(OrderedDict([("-1", nn.AvgPool2d(stride)), ("0", conv), ("1", norm)]))
 
     def forward(self, x: Tensor) -> Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
@@ -56,14 +50,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Attention pooling: the mean of all positions attends to itself and all positions.
-
-    Args:
-        positions: height times width of the features.
-        channels: of the features.
-        heads: attention heads.
-        embed_dim: channels of the result; the pool includes the projection into the embedding.
-    """
+    """Attention pooling: the mean of all positions attends to itself and all; includes the projection."""
 
     def __init__(self, positions: int, channels: int, heads: int, embed_dim: int) -> None:
         super().__init__()

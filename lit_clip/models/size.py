@@ -17,9 +17,8 @@ def normalised(size: Size) -> Size:
 
 # Least and most of the numbers in an architecture. The largest are far above any model's; beyond them a file's model
 # would fill the memory before its weights could be compared with the file's own.
-_SIZES = {"image_size": (1, 16384), "width": (1, 65536), "layers": (1, 1000), "heads": (1, 65536)}
 RANGES: dict[str, tuple[float, float]] = {
-    **_SIZES,
+    **{"image_size": (1, 16384), "width": (1, 65536), "layers": (1, 1000), "heads": (1, 65536)},
     "pool_queries": (1, 65536),
     "pool_heads": (1, 65536),
     "eos_id": (0, 2**24),

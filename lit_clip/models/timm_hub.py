@@ -21,14 +21,9 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "mode
 
 
 def timm_hub_model(name: str) -> dict[str, Any]:
-    """Read what a hub name stands for.
+    """Read what a hub name stands for: ``hf-hub:org/name``, perhaps with ``@revision``.
 
-    Args:
-        name: ``hf-hub:org/name``, perhaps with ``@revision``.
-
-    Returns:
-        ``architecture``, timm's name of the model; ``model_args``, arguments of it; and ``data``, how its images are
-        preprocessed.
+    Return ``architecture``, timm's name of the model, ``model_args``, its arguments, and ``data``, its preprocessing.
     """
     file = _download(name, "config.json")
     with naming(name), reading(file, "configuration of a timm model"):
@@ -62,10 +57,9 @@ def timm_hub_weights(name: str) -> Path:
             absent = error
             unreached = error if isinstance(error.__cause__, LocalEntryNotFoundError) else unreached
     if unreached is not None:
-        raise InputError(
-            f"architecture.image: none of {files} of {name} is in the hub's cache, and the hub cannot be reached; "
-            "download them once with the network, and without HF_HUB_OFFLINE"
-        ) from unreached
+        problem = f"none of {files} of {name} is in the hub's cache, and the hub cannot be reached"
+        advice = "download them once with the network, and without HF_HUB_OFFLINE"
+        raise InputError(f"architecture.image: {problem}; {advice}") from unreached
     raise InputError(f"architecture.image: {name} has none of {files}") from absent
 
 
@@ -79,6 +73,5 @@ def _download(name: str, file: str) -> Path:
             checked_relative(revision)  # a checkpoint may give the name
         return Path(hf_hub_download(repository, file, revision=revision or None))
     except Exception as error:  # no such repository or file, no network, a name that is none
-        raise InputError(
-            f"architecture.image: no {file} of {name} on the hub or in its cache ({reason(error)})"
-        ) from error
+        where = f"architecture.image: no {file} of {name}"
+        raise InputError(f"{where} on the hub or in its cache ({reason(error)})") from error

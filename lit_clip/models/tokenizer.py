@@ -24,9 +24,7 @@ from lit_clip.errors import InputError, require
 
 START_OF_TEXT, END_OF_TEXT = "<|startoftext|>", "<|endoftext|>"
 SOT_ID, EOT_ID = 49406, 49407
-PIECE = (
-    2048  # characters of a text that are cleaned at once: for "&amp;amp;amp;..." ftfy's time grows with their square
-)
+PIECE = 2048  # characters cleaned at once: for "&amp;amp;amp;..." ftfy's time grows with their square
 MOST_READ = 65_536  # characters of a text that are read
 CACHED_WORDS, LONGEST_CACHED = 32_768, 16  # words and their characters: 7 MB a process for English, at most 50
 MERGES = 49152 - 256 - 2  # of the file's 262,145 lines (OpenAI's code)
@@ -115,39 +113,40 @@ _cached_word = lru_cache(CACHED_WORDS)(_encode_word)
 def decode(tokens: Sequence[int]) -> str:
     """Return the text of ids up to the first end-of-text token."""
     ids = list(tokens)
-    return (
-        byte_pair_tokenizer()
-        .decode(ids[: ids.index(EOT_ID)] if EOT_ID in ids else ids, skip_special_tokens=True)
-        .strip()
-    )
+    ids = ids[: ids.index(EOT_ID)] if EOT_ID in ids else ids
+    return byte_pair_tokenizer().decode(ids, skip_special_tokens=True).strip()
 
 
 def tokenize(texts: str | Sequence[str], context_length: int = 77, truncate: bool = True) -> Tensor:
-    """Turn texts into ids: start of text, the words, end of text, zeros.
+    """Turn texts into ids, int64 ``[N, context_length]``: start of text, the words, end of text, zeros.
 
-    Args:
-        texts: one text or several.
-        context_length: maximum ids of a text, including start and end.
-        truncate: true: truncate a longer text, its last id is then the end of text; false: refuse it.
-
-    Returns:
-        int64 ``[N, context_length]``.
+    A longer text is truncated, its last id is then the end of text; or refused, if not ``truncate``.
     """
-    require(
-        context_length >= 2, f"context_length: {context_length} must be at least 2, for the start and the end of a text"
-    )
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    problem = f"{context_length} must be at least 2, for the start and the end of a text"
+    require(context_length >= 2, f"context_length: {problem}")
+    texts = checked_texts(texts)
     result = np.zeros((len(texts), context_length), dtype=np.int64)  # filled three times as fast as a tensor
     for i, text in enumerate(texts):
-        if not isinstance(text, str):
-            raise InputError(f"text {i} is a {type(text).__name__}, not a string: {text!r}")
         ids = [SOT_ID, *encode(text), EOT_ID]
         if len(ids) > context_length:
-            if not truncate:
-                raise InputError(f"text {i} has {len(ids)} tokens, {context_length} fit: {text[:60]!r}...")
+            require(truncate, f"text {i} has {len(ids)} tokens, {context_length} fit: {text[:60]!r}...")
             ids = [*ids[: context_length - 1], EOT_ID]
         result[i, : len(ids)] = ids
     return torch.from_numpy(result)
+
+
+def checked_texts(texts: str | Sequence[str]) -> list[str]:
+    """Return one text or several as a list of strings."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    for i, text in enumerate(texts):
+        require(isinstance(text, str), f"text {i} is a {type(text).__name__}, not a string: {text!r}")
+    return texts
+
+
+def unpadded_lengths(tokens: Tensor, pad_id: int) -> Tensor:
+    """int64 ``[N, L]`` -> ``[N]``: columns up to the last token that is no padding."""
+    columns = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+    return ((tokens != pad_id) * columns).amax(dim=1)
 
 
 class TextTokenizer(ABC):
@@ -185,8 +184,7 @@ class TextTokenizer(ABC):
 class CLIPTokenizer(TextTokenizer):
     """:func:`tokenize` for one context length.
 
-    Attributes:
-        padding_read: padding tokens behind a text that its encoder reads, at most; they may not be trimmed.
+    At most ``padding_read`` padding tokens behind a text are read by its encoder; they may not be trimmed.
     """
 
     context_length: int = 77
@@ -202,8 +200,7 @@ class CLIPTokenizer(TextTokenizer):
     def lengths(self, tokens: Tensor) -> Tensor:
         ends = tokens.argmax(dim=-1) + 1  # the (first) end of text has the highest id
         if self.padding_read:  # then all is read up to the padding, also behind an end of text within the caption
-            columns = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-            ends = ((tokens != self.pad_id) * columns).amax(dim=-1)
+            ends = unpadded_lengths(tokens, self.pad_id)
         return (ends + self.padding_read).clamp(max=tokens.shape[1])
 
     def with_context(self, context_length: int) -> "CLIPTokenizer":

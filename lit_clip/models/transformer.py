@@ -66,14 +66,12 @@ class ResidualAttentionBlock(nn.Module):
     Maps tokens ``[T, W]`` to ``[T, W]``, or only those at ``read_B`` to ``[B, W]`` if nothing reads the others.
     """
 
-    def __init__(
-        self, width: int, heads: int, activation: Activation, mlp_ratio: float = 4.0, layer_norm_eps: float = 1e-5
-    ) -> None:
+    def __init__(self, width: int, heads: int, activation: Activation, mlp_ratio: float, eps: float) -> None:
         super().__init__()
         self.attn = Attention(width, heads, batch_first=True)
-        self.ln_1 = nn.LayerNorm(width, eps=layer_norm_eps)
+        self.ln_1 = nn.LayerNorm(width, eps=eps)
         self.mlp = MLP(width, activation, mlp_ratio)
-        self.ln_2 = nn.LayerNorm(width, eps=layer_norm_eps)
+        self.ln_2 = nn.LayerNorm(width, eps=eps)
 
     def forward(self, x: Tensor, layout: Layout, read_B: Tensor | None = None) -> Tensor:
         attended = self.attn(self.ln_1(x), layout, read_B)  # [T or B, W]
@@ -85,17 +83,11 @@ class Transformer(nn.Module):
     """A stack of blocks."""
 
     def __init__(
-        self,
-        width: int,
-        layers: int,
-        heads: int,
-        activation: Activation,
-        mlp_ratio: float = 4.0,
-        layer_norm_eps: float = 1e-5,
+        self, width: int, layers: int, heads: int, activation: Activation, mlp_ratio: float = 4.0, eps: float = 1e-5
     ) -> None:
         super().__init__()
         self.resblocks = nn.ModuleList(
-            ResidualAttentionBlock(width, heads, activation, mlp_ratio, layer_norm_eps) for _ in range(layers)
+            ResidualAttentionBlock(width, heads, activation, mlp_ratio, eps) for _ in range(layers)
         )
 
     @property
@@ -131,9 +123,8 @@ def check_images(images: Tensor, image_size: Size) -> None:
     """Raise :class:`InputError` unless a batch is ``[B, 3, H, W]`` of the model's image size."""
     height, width = height_width(image_size)
     if images.shape[1:] != (3, height, width):
-        raise InputError(
-            f"images are {list(images.shape)}, the model reads [B, 3, {height}, {width}]; use model.preprocess"
-        )
+        reads = f"the model reads [B, 3, {height}, {width}]; use model.preprocess"
+        raise InputError(f"images are {list(images.shape)}, {reads}")
 
 
 class AttentionalPooler(nn.Module):
@@ -242,12 +233,6 @@ class TextTransformer(nn.Module):
 
     OpenAI's CLIP has these parts beside its image encoder, not in a module of their own. :class:`lit_clip.CLIP` then
     is a text transformer itself, and calls :meth:`add_text` and :meth:`read_text`.
-
-    Attributes:
-        causal: whether a token attends only to itself and those before it.
-        text_pool: the token that is read, see :class:`TextTransformerConfig`.
-        eos_id: id of the end of text, if that is read.
-        padding_read: padding tokens behind a text that its features depend on, at most.
     """
 
     def __init__(self, config: TextTransformerConfig, embed_dim: int, activation: Activation) -> None:
@@ -265,8 +250,7 @@ class TextTransformer(nn.Module):
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length + has_class, width))
         if has_class:
             self.cls_emb = nn.Parameter(0.01 * torch.randn(width))
-        self.ln_final = nn.LayerNorm(width, eps=eps)
-        self.text_projection = None
+        self.ln_final, self.text_projection = nn.LayerNorm(width, eps=eps), None
         if config.projection_bias:
             self.text_projection = nn.Linear(width, embed_dim)
             nn.init.zeros_(self.text_projection.bias)
@@ -278,7 +262,7 @@ class TextTransformer(nn.Module):
         nn.init.normal_(self.positional_embedding, std=0.01)
         self.transformer.init_like_gpt()
 
-    def read_text(
+    def forward(
         self, tokens: Tensor, lengths: Sequence[int] | None = None, entering: PartialForward | None = None
     ) -> Tensor:
         """int64 ``[B, L]`` -> ``[B, D]``; ``L`` is the context length if all padding is read, else at most that.
@@ -307,14 +291,18 @@ class TextTransformer(nn.Module):
             x = x if packing.places is None else x.index_select(0, packing.places)
         else:
             B, L = tokens.shape
-            x = self._padded(tokens, entering)  # [B * L, W]
+            if entering:
+                x = F.pad(entering.x, (0, 0, 0, L - entering.x.shape[1])).flatten(0, 1)  # [B * L, W]
+            else:
+                x = self._embed(tokens, self.positional_embedding[:L])
             read_B = torch.arange(0, B * L, L, device=x.device) + self._ends(tokens)
             layout = Layout(((B, L),), self.causal)
-            if self.causal:  # the kernel has no causal mask for single queries
-                x = self.transformer(x, layout, None, first).index_select(0, read_B)  # [B, W]
-            else:
-                x = self.transformer(x, layout, read_B, first)  # [B, W]
+            # The kernel has no causal mask for single queries.
+            x = self.transformer(x, layout, None if self.causal else read_B, first)
+            x = x.index_select(0, read_B) if self.causal else x  # [B, W]
         return self.project_text(x)
+
+    read_text = forward
 
     def _ends(self, tokens: Tensor) -> Tensor:
         """Return the column of the token that is read: int64 ``[B, L]`` -> ``[B]``."""
@@ -357,13 +345,6 @@ class TextTransformer(nn.Module):
             return x
         return project(x) if isinstance(project, nn.Linear) else x @ project  # [B, D]
 
-    def _padded(self, tokens: Tensor, entering: PartialForward | None) -> Tensor:
-        """Ids ``[B, L]`` -> ``[B * L, W]``, the input of the first block that is computed."""
-        L = tokens.shape[1]
-        if entering is None:
-            return self._embed(tokens, self.positional_embedding[:L])
-        return F.pad(entering.x, (0, 0, 0, L - entering.x.shape[1])).flatten(0, 1)
-
     def _may_pack(self, tokens: Tensor, lengths: Sequence[int] | None) -> bool:
         """Whether the lengths are known, and the computation may depend on them."""
         return not is_traced() and len(tokens) > 0 and (bool(lengths) or tokens.device.type == "cpu")
@@ -380,12 +361,6 @@ class TextTransformer(nn.Module):
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
         """Ids ``[...]`` and their position embeddings ``[..., W]`` -> ``[T, W]``."""
         return (self.token_embedding(tokens) + positions).flatten(0, -2)
-
-    def forward(
-        self, tokens: Tensor, lengths: Sequence[int] | None = None, entering: PartialForward | None = None
-    ) -> Tensor:
-        """See :meth:`read_text`."""
-        return self.read_text(tokens, lengths, entering)
 
 
 def is_traced() -> bool:

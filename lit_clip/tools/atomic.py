@@ -17,12 +17,8 @@ OS_ERROR = "(os error "  # of safetensors and tokenizers, which raise no OSError
 def replacing(path: Path, hint: str = "") -> Iterator[Path]:
     """Yield a temporary name beside ``path``, to write a file or folder to; on success it becomes ``path``.
 
-    On failure, and where nothing was written, whatever is at the temporary name is removed. A folder can only replace
-    an empty one.
-
-    Args:
-        path: the name in the end.
-        hint: what to do about it, for the end of the error message.
+    On failure, and where nothing was written, what is at the temporary name is removed. A folder can only replace an
+    empty one. ``hint`` says what to do, at the end of the error message.
     """
     whole = path.absolute()
     draft = draft_of(whole)
@@ -73,12 +69,7 @@ def remove_drafts(path: Path) -> None:
 
 
 def make_folder(path: Path, option: str = "") -> None:
-    """Make a folder and those above it, as far as they are not there.
-
-    Args:
-        path: the folder.
-        option: name of the option that gave the path, which the error opens with.
-    """
+    """Make a folder and those above it, as far as they are not there; the error opens with ``option``."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:

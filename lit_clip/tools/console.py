@@ -21,9 +21,7 @@ FIRST, EVERY = 5.0, 30.0  # seconds until the first line of progress, and betwee
 class Console(rich.console.Console):
     """rich's console, for text from files: no markup, no names of emoji, and all text :func:`printable`.
 
-    Args:
-        file_width: least width where the output is no terminal: it need not be narrow.
-        options: of rich's.
+    Where the output is no terminal it is at least ``file_width`` wide. Options are rich's.
     """
 
     def __init__(self, *, file_width: int = 0, **options: Any) -> None:
@@ -55,12 +53,9 @@ def stderr() -> Console:
 
 def write_results(text: str) -> None:
     """Write a command's results to standard output: unchanged, but :func:`printable` on a terminal."""
-    if sys.stdout.isatty():
-        sys.stdout.write(printable(text))
-        return
-    if isinstance(sys.stdout, io.TextIOWrapper):
+    if isinstance(sys.stdout, io.TextIOWrapper) and not sys.stdout.isatty():
         sys.stdout.reconfigure(errors="surrogateescape")  # names of files need not be Unicode
-    sys.stdout.write(text)
+    sys.stdout.write(printable(text) if sys.stdout.isatty() else text)
 
 
 def can_draw(stream: TextIO) -> bool:
@@ -94,14 +89,8 @@ def size_in_bytes(number: float) -> str:
 class ProgressLog:
     """Progress where no bar can be drawn, such as in a job's log: whole lines on standard error.
 
-    The first line is due after ``FIRST`` seconds, and then one every ``EVERY``.
-
-    Args:
-        title: what is being done.
-        now: returns the time in seconds.
-
-    Attributes:
-        started: whether there was a line yet.
+    The first line is due after ``FIRST`` seconds, and then one every ``EVERY``; ``started`` says whether there was one
+    yet.
     """
 
     def __init__(self, title: str, now: Callable[[], float] = time.monotonic) -> None:
@@ -131,14 +120,8 @@ def progress(
 ) -> Iterator[Callable[[float], None]]:
     """Show progress on standard error: a bar on a terminal, otherwise lines (:class:`ProgressLog`).
 
-    Args:
-        description: what is being done.
-        total: number of units, or the most that there can be.
-        enabled: false on ranks other than the first.
-        now: returns the time in seconds, for lines.
-
-    Yields:
-        A function to call with the number of units done since the last call.
+    Yields a function to call with the number of units done since the last call, of ``total`` at most. ``enabled`` is
+    false on ranks other than the first.
     """
     if not enabled:
         yield lambda units: None
@@ -163,13 +146,8 @@ def progress(
 
 @contextmanager
 def _bar(description: str, total: int) -> Iterator[Callable[[float], None]]:
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
+    title, times = TextColumn("{task.description}", markup=False), (TimeElapsedColumn(), TimeRemainingColumn())
+    columns = (title, BarColumn(), MofNCompleteColumn(), *times)
     with Progress(*columns, console=Console(stderr=True), redirect_stdout=sys.stdout.isatty()) as bar:
         task = bar.add_task(description, total=total)
         yield lambda units: bar.advance(task, units)

@@ -6,7 +6,7 @@ import sys
 import traceback
 import warnings
 from types import TracebackType
-from typing import TextIO
+from typing import Any
 
 from lit_clip.errors import printable
 from lit_clip.secrets import remember_environment
@@ -38,14 +38,9 @@ class _Record(logging.LogRecord):
         return printable(super().getMessage())
 
 
-def _show_warning(
-    message: Warning | str,
-    category: type[Warning],
-    filename: str,
-    lineno: int,
-    file: TextIO | None = None,
-    line: str | None = None,
-) -> None:
+def _show_warning(*given: Any) -> None:
+    parts: Any = (*given, None, None)
+    message, category, filename, lineno, file, line = parts[:6]
     (file or sys.stderr).write(printable(warnings.formatwarning(message, category, filename, lineno, line)))
 
 

@@ -27,13 +27,7 @@ def has_bfloat16() -> bool:
 
 
 def computes_in_bfloat16(accelerator: object) -> bool | None:
-    """Return whether the device has bfloat16 instructions; None if unknown.
-
-    Without them bfloat16 is emulated, and slower than float32.
-
-    Args:
-        accelerator: ``trainer.accelerator``.
-    """
+    """Return whether ``trainer.accelerator``'s device has instructions for bfloat16, else slow; None if unknown."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if accelerator != "cpu" and (accelerator != "auto" or torch.backends.mps.is_available()):

@@ -15,7 +15,7 @@ def hash64(content: str | bytes) -> bytes:
 
 
 def stable_hash(text: str) -> int:
-    """:func:`hash64` as a signed integer."""
+    """Return :func:`hash64` as a signed integer."""
     return int.from_bytes(hash64(text), "big", signed=True)
 
 

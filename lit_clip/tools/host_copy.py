@@ -12,11 +12,7 @@ def runs_ahead(device: torch.device) -> bool:
 
 
 class HostCopy:
-    """The values of a tensor, on their way to the host.
-
-    Args:
-        tensor: of any shape; may be changed as soon as this returns.
-    """
+    """The values of a tensor, on their way to the host; the tensor may be changed at once."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._values = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)

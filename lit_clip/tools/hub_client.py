@@ -19,10 +19,7 @@ MOST = 256 << 20  # bytes of an answer that is held: a listing, or a part of a f
 
 
 def guard_hub() -> None:
-    """Have the client of huggingface_hub check its answers; call this before any use of that library.
-
-    A client that the user has set stays below the checks.
-    """
+    """Have huggingface_hub's client, also one that the user has set, check its answers; call this before any use."""
     from huggingface_hub import set_client_factory  # takes seconds
     from huggingface_hub.utils import _http
 

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO, Literal
 
@@ -27,7 +28,6 @@ LeastSize = Callable[[int, int], tuple[int, int]]  # an image's width and height
 FULL_SIZE = "size in the file"  # key in ``info`` of an image decoded at a fraction
 FRACTIONS = (1, 2, 4, 8)  # divisors of width and height that JPEG decoders support and Pillow passes on
 
-_warnings_silenced = False
 _least_size: ContextVar[LeastSize | None] = ContextVar("_least_size", default=None)
 
 
@@ -36,10 +36,7 @@ def decoding_at_least(size: LeastSize | None) -> Iterator[None]:
     """Within this context, decode JPEGs at the smallest fraction of their width and height that is enough.
 
     A JPEG decoder can leave out the finer half, three quarters or seven eighths of the frequencies, at a fraction of
-    the time. Other formats are decoded whole.
-
-    Args:
-        size: the width and height that a decoded image must still have; None: decode whole.
+    the time. Other formats are decoded whole, and so is everything if ``size`` is None.
     """
     token = _least_size.set(size)
     try:
@@ -48,12 +45,10 @@ def decoding_at_least(size: LeastSize | None) -> Iterator[None]:
         _least_size.reset(token)
 
 
+@cache
 def _silence_warnings() -> None:
     """Ignore Pillow's warnings about files that it reads all the same; every odd file has its own text."""
-    global _warnings_silenced
-    if not _warnings_silenced:
-        warnings.filterwarnings("ignore", module=r"PIL\.")
-        _warnings_silenced = True
+    warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @contextmanager
@@ -80,27 +75,19 @@ def _opened(source: Path | BinaryIO, where: str | None) -> Iterator[Image.Image]
         raise
     # For a broken file Pillow's decoders raise anything: OSError, SyntaxError, struct.error, ...
     except Exception as error:
-        kind, words = _reason(error)
+        kind, words = "broken image", reason(error)
+        if isinstance(error, UnidentifiedImageError):
+            kind = words = "not an image"
+        elif isinstance(error, Image.DecompressionBombError):
+            kind = "image too large"
         raise BadSample(where, kind, f"cannot read {name} ({words}){FIX_HINT}") from error
-
-
-def _reason(error: Exception) -> tuple[str, str]:
-    """Return the kind of an error, by which skipped samples are counted, and its text."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not an image", "not an image"
-    return "image too large" if isinstance(error, Image.DecompressionBombError) else "broken image", reason(error)
 
 
 def open_image(source: Path | BinaryIO, where: str | None = None) -> Image.Image:
     """Decode an image; of an animation the first frame. A camera's rotation flag is ignored.
 
-    Args:
-        source: a file, or its content.
-        where: how the user knows it, such as ``captions.csv row 7``; None: by its path.
-
-    Raises:
-        BadSample: there is no such file, or it is not an image, broken, too large, too elongated, or in a format that
-            another program would have to draw.
+    ``where`` is how the user knows it, such as ``captions.csv row 7``; None: by its path. Raise :class:`BadSample` if
+    there is no such file, or it is not an image, broken, too large, too elongated, or of another program's format.
     """
     with _opened(source, where) as image:
         least_size = _least_size.get()
@@ -113,11 +100,7 @@ def open_image(source: Path | BinaryIO, where: str | None = None) -> Image.Image
 
 
 def image_size(source: Path | BinaryIO, where: str) -> tuple[int, int]:
-    """Return an image's width and height from its header, without decoding it.
-
-    Raises:
-        BadSample: as :func:`open_image`, unless only decoding shows it.
-    """
+    """Return an image's width and height from its header, without decoding it; see :func:`open_image`."""
     with _opened(source, where) as image:
         return image.size
 
@@ -143,13 +126,6 @@ def full_size(image: Image.Image) -> tuple[int, int, int]:
 
 
 def check_images(images: Sequence[tuple[Path | BinaryIO, str]]) -> None:
-    """Check the headers of up to ``CHECKED`` files, evenly spread, without decoding any.
-
-    Args:
-        images: each file or its content, and how the user knows it.
-
-    Raises:
-        BadSample: a file is missing or is refused by :func:`open_image` without decoding it.
-    """
+    """Check the headers of up to ``CHECKED`` files, evenly spread, each with how the user knows it; decode none."""
     for source, where in images[:: max(1, len(images) // CHECKED)]:
         image_size(source, where)

@@ -64,27 +64,23 @@ CALLABLE = re.compile(
 )
 
 
-def _of_callable(lines: Sequence[str]) -> list[str]:
+def _of_callable(lines: Sequence[str]) -> Sequence[str]:
     """Shorten the message about an option whose value is a class to be called later, such as an optimiser's."""
     found = CALLABLE.fullmatch("\n".join(lines))
     if found is None:
-        return list(lines)
+        return lines
     option, problem, class_path = found.groups()
-    inner = re.match(r'Parser key "([\w.]+)":\s*(.*)', problem, re.DOTALL)
-    if inner:
+    if inner := re.match(r'Parser key "([\w.]+)":\s*(.*)', problem, re.DOTALL):
         return [f'Parser key "{option}.{inner[1]}":', *inner[2].splitlines()]
-    start = [f'Parser key "{option}":']
-    if class_path and problem.startswith("Option "):
-        return [*start, f"Problem with given class_path '{class_path}':", f"  {problem}"]
-    return [*start, problem]
+    of_class = class_path and problem.startswith("Option ")
+    given = [f"Problem with given class_path '{class_path}':", f"  {problem}"] if of_class else [problem]
+    return [f'Parser key "{option}":', *given]
 
 
 def _in_union(lines: Sequence[str]) -> list[str]:
     """Shorten the problem of a class among those that create a function, and name the class."""
-    found = IN_UNION.match(lines[0])
-    assert found is not None
     inner = takewhile(lambda line: _indent(line) > _indent(lines[0]), lines[1:])
-    text, _, value = "\n".join([found[1], *inner]).rpartition(". Got value: ")
+    text, _, value = "\n".join([IN_UNION.sub(r"\1", lines[0]), *inner]).rpartition(". Got value: ")
     class_path = re.match(r"(?:Namespace\(class_path=')?([\w.]+)", value)
     return [f"Problem with given class_path '{class_path[1] if class_path else value}':", *shorter(text.splitlines())]
 
@@ -143,26 +139,18 @@ def options_of(parser: Any) -> list[str]:
 
 @contextmanager
 def hinting(words: Sequence[str], options: Callable[[], Iterable[str]], see: str) -> Iterator[None]:
-    """Add a suggestion, as a note, to a parser's error about an unknown option.
-
-    Args:
-        words: the command line as typed.
-        options: returns the known options.
-        see: names a list of them, for an option that resembles none.
-    """
+    """Add a suggestion, as a note, to a parser's error about an unknown option; ``see`` names a list of them."""
     try:
         yield
     except ArgumentError as error:
-        hint = _hint("\n".join(shorter(str(error).splitlines())), words, options, see)
-        if hint:
+        if hint := _hint("\n".join(shorter(str(error).splitlines())), words, options, see):
             error.add_note(hint)
         raise
 
 
 def _hint(error: str, words: Sequence[str], options: Callable[[], Iterable[str]], see: str) -> str:
     """Return the suggestion; empty for other errors."""
-    of_class = re.search(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", error)
-    if of_class:
+    if of_class := re.search(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", error):
         class_path, name = of_class.groups()
         typed = (word.partition("=")[0] for word in words if word.startswith("--"))
         option = next((word for word in typed if word.endswith(f".{name}")), name)  # by default in a file
@@ -171,33 +159,30 @@ def _hint(error: str, words: Sequence[str], options: Callable[[], Iterable[str]]
     if error.startswith("unrecognized arguments"):
         wrong = next((word for word in error.split() if word.startswith("--")), "")
         return _did_you_mean(wrong.partition("=")[0], options()) or f"see {see}"
-    in_file = re.search(r"[Oo]ption '([\w.]+)'", error)
-    known = [option.removeprefix("--") for option in options()] if in_file else []
-    return (_did_you_mean(in_file[1], known) or f"see {see}") if in_file else ""
-
-
-def _did_you_mean(option: str, options: Iterable[str]) -> str:
-    """Suggest an option with the same or a similar last part; of similar ones first a sibling.
-
-    A common prefix is no similarity.
-    """
-    prefix, _, name = option.rpartition(".")
-    known = list(options)
-    same = next((each for each in known if each.rpartition(".")[2].lstrip("-") == name.lstrip("-")), None)
-    if same:
-        return f"did you mean {same}?"
-    for candidates in ([each for each in known if each.rpartition(".")[0] == prefix], known):
-        by_name = {each.rpartition(".")[2].lstrip("-"): each for each in reversed(candidates)}
-        near = get_close_matches(name.lstrip("-"), by_name, n=1)
-        if near:
-            return f"did you mean {by_name[near[0]]}?"
+    if in_file := re.search(r"[Oo]ption '([\w.]+)'", error):
+        return _did_you_mean(in_file[1], [option.removeprefix("--") for option in options()]) or f"see {see}"
     return ""
 
 
-LOST_PEER = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in gloo's messages
+def _did_you_mean(option: str, options: Iterable[str]) -> str:
+    """Suggest an option with the same or a similar last part (a common prefix is no similarity), first a sibling."""
+
+    def last(name: str) -> str:
+        return name.rpartition(".")[2].lstrip("-")
+
+    known = list(options)
+    siblings = [each for each in known if each.rpartition(".")[0] == option.rpartition(".")[0]]
+    near = [each for each in known if last(each) == last(option)][:1]
+    for candidates in (siblings, known):
+        by_name = {last(each): each for each in reversed(candidates)}
+        near += [by_name[name] for name in get_close_matches(last(option), by_name, n=1)]
+    return f"did you mean {near[0]}?" if near else ""
+
 
 LOST_WORKER = re.compile(r"DataLoader worker \(pid.*\) (?:is killed by signal: ([\w ]+)|exited unexpectedly)")
-
+SECONDS_FOR_CORE = 10  # to wait for a worker that has closed its connection and is not yet gone
+# The system's error, and torch's where a descriptor that a data worker sends does not arrive.
+MANY_FILES = re.compile(rf"{os.strerror(errno.EMFILE)}|received \d+ items of ancdata")
 # Other libraries' errors whose messages are for the user; a module that is not imported cannot have raised one.
 FOREIGN = {
     "jsonargparse": "ArgumentError",
@@ -206,18 +191,15 @@ FOREIGN = {
     "wandb.errors": "Error",
     "mlflow.exceptions": "MlflowException",
 }
-
-# EarlyStopping's error after the first validation; ModelCheckpoint's is a MisconfigurationException.
-UNKNOWN_METRIC = re.compile(r"Early stopping conditioned on metric `(.*?)` which is not available\..*following: (.*)")
-
-SECONDS_FOR_CORE = 10  # to wait for a worker that has closed its connection and is not yet gone
-
-# The system's error, and torch's where a descriptor that a data worker sends does not arrive.
-MANY_FILES = re.compile(rf"{os.strerror(errno.EMFILE)}|received \d+ items of ancdata")
-
-# In the messages of gloo and of the rendezvous.
-SILENT_PEER = re.compile("Timed out (?:waiting|after) ")
-
+# RuntimeErrors of EarlyStopping, of the rendezvous and of gloo, and what they mean.
+MEANINGS = {
+    r"^Early stopping conditioned on metric `(.*?)` which is not available\..*following: (.*)": "trainer.callbacks: "
+    r"EarlyStopping.monitor: no metric is called \1; there are \2",
+    "Timed out (?:waiting|after) ": "another process did not answer within the process group's time limit (timeout of "
+    "--trainer.strategy, by default 30 minutes); it may be stopped, or wait for a disk or store",
+    "Connection closed by peer|Connection reset by peer|Broken pipe": "another process has ended; its error, if it "
+    "printed one, is above",
+}
 # What to do about those of their errors that do not say it.
 HINTS = {
     r"restored a checkpoint with current_epoch=": "raise --trainer.max_epochs, or give --model.pretrained FILE "
@@ -229,6 +211,13 @@ HINTS = {
     r"Expected a dot import path": "name a class by its path, such as torch.optim.AdamW, or a file that holds settings",
     r"lr_scheduler: .*arguments are required: total_steps": "give total_steps the default None; the run passes its own",
 }
+# How a data worker was lost, by the start of the signal's name.
+LOST = {
+    "Killed": "was killed, probably because memory ran out; set num_workers or batch_size lower, or give the machine "
+    "or container more memory",
+    "Bus error": "ended with a bus error: shared memory (/dev/shm) is full, or a file that it was reading was cut off; "
+    "raise --shm-size of the container or set num_workers to 0",
+}
 
 
 def one_line(error: BaseException) -> str:
@@ -236,39 +225,32 @@ def one_line(error: BaseException) -> str:
     lines = [line for line in str(error).splitlines() if line.strip() and not line.lstrip(" -").startswith(NO_FILE)]
     if lines and lines[0].startswith("Caught "):  # by a data worker, which appends the traceback to the message
         return lines[-1].partition(": ")[2]
-    unset = re.search(r"Environment variable '(\w+)' not found", str(error))
-    if unset:
+    if unset := re.search(r"Environment variable '(\w+)' not found", str(error)):
         command = f"{unset[1]}=... lit-clip {' '.join(sys.argv[1:2])} ..."
         return f"the config needs the environment variable {unset[1]}; type {command}"
     text = re.sub(r'Parser key "([^"]+)":', r"\1:", " ".join(line.strip() for line in shorter(lines)))
     hints = [hint for words, hint in HINTS.items() if re.search(words, text)]
-    hints += filter(None, [_similar_class(text), _similar_file(text)])
+    hints += [f"did you mean {near}?" for near in _similar_names(text)]
     return "; ".join([text, *getattr(error, "__notes__", ()), *hints])
 
 
-def _similar_class(text: str) -> str:
-    """Suggest a class for a misspelt one; empty for other messages, or if none is near.
+def _similar_names(text: str) -> list[str]:
+    """Suggest a class for a misspelt one, or a file of the working folder for a module that is not found.
 
-    It is one of the same module, or a loss: ours, or a class in a file of the working folder, which is not imported.
+    A class is one of the same module, or a loss: ours, or one of a file in the working folder, which is not imported.
     """
+    if missing := re.search(r"No module named '(\w+)'", text):
+        return get_close_matches(missing[1], [file.stem for file in Path().glob("*.py")], n=1)
     found = re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text)
     of_loss = re.search(r"model\.loss: wants Loss or null, not (\w+)", text)
     module, name = found.groups() if found else ("lit_clip.losses", of_loss[1]) if of_loss else ("", "")
-    names = [each for each in vars(sys.modules[module]) if each[0] != "_"] if module in sys.modules else []
-    known = {each: f"{module}.{each}" for each in names}
+    names = vars(sys.modules[module]) if module in sys.modules else ()
+    known = {each: f"{module}.{each}" for each in names if each[0] != "_"}
     for file in sorted(Path().glob("*.py")) if of_loss else ():
         with suppress(OSError):
             classes = re.findall(r"^class (\w+)", file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
             known |= {each: f"{file.stem}.{each}" for each in classes}
-    near = get_close_matches(name, known, n=1)
-    return f"did you mean {known[near[0]]}?" if near else ""
-
-
-def _similar_file(text: str) -> str:
-    """Suggest a file of the working folder for a module that is not found; empty for other messages."""
-    missing = re.search(r"No module named '(\w+)'", text)
-    near = get_close_matches(missing[1], [file.stem for file in Path().glob("*.py")], n=1) if missing else []
-    return f"did you mean {near[0]}?" if near else ""
+    return [known[near] for near in get_close_matches(name, known, n=1)]
 
 
 def user_error(error: BaseException) -> BaseException | None:
@@ -276,60 +258,43 @@ def user_error(error: BaseException) -> BaseException | None:
 
     jsonargparse wraps an error that a constructor raises; ours is then among the causes.
     """
-    chain = [error]
+    chain, text = [error], str(error)
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
     if any(MANY_FILES.search(str(each)) for each in chain):
         return few_files()
-    ours = next((each for each in chain if isinstance(each, InputError)), None)
-    if ours:
+    if ours := next((each for each in chain if isinstance(each, InputError)), None):
         return ours
-    of_encoder = re.search(r"Not of type \w+: (architecture: .*)", str(error))
-    if of_encoder:
-        return InputError(of_encoder[1])
+    own = re.findall(r"Not of type \w+: (architecture: .*)", text)
     # Of an error that a constructor raises jsonargparse keeps only the text if the class is in a union.
-    if isinstance(error, ValueError) and str(error).startswith(UNION):
-        found = (re.match(r"\s*- (.*)", line) for line in str(error).splitlines())
-        ours = next((line[1] for line in found if line and not line[1].startswith(NO_REASON)), None)
-        if ours:
-            return InputError(ours)
-    unknown = UNKNOWN_METRIC.match(str(error))
-    if unknown:
-        return InputError(
-            f"trainer.callbacks: EarlyStopping.monitor: no metric is called {unknown[1]}; there are "
-            + unknown[2].replace("`", "")
-        )
-    of_machine = _of_machine(error)
-    if of_machine:
-        return of_machine
+    if isinstance(error, ValueError) and text.startswith(UNION):
+        own += [line for line in re.findall(r"^ *- (.*)", text, re.MULTILINE) if not line.startswith(NO_REASON)]
+    if known := InputError(own[0]) if own else _of_machine(error):
+        return known
     foreign = tuple(getattr(sys.modules[module], name) for module, name in FOREIGN.items() if module in sys.modules)
     return error if isinstance(error, foreign) else None
 
 
 def _of_machine(error: BaseException) -> InputError | None:
     """Return the error for a disk, a process or a data worker that failed; None if it was something else."""
-    words = str(error)
     if isinstance(error, OSError) and error.filename:
         return InputError(f"{error.filename}: {error.strerror}")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return InputError(f"{error.strerror}: a disk or shared memory (/dev/shm) is full; make room there")
+    signal = None
     if isinstance(error, OSError | EOFError):  # a worker that dies while it sends a batch closes its connection
         signal = _signal_of_worker(error)
-        return _lost_worker(signal) if signal else None
-    if not isinstance(error, RuntimeError):
+    elif isinstance(error, RuntimeError):
+        for words, meaning in MEANINGS.items():
+            if found := re.search(words, str(error)):
+                return InputError(found.expand(meaning).replace("`", ""))
+        if lost := LOST_WORKER.search(str(error)):
+            named = LOST_WORKER.search(str(error.__cause__)) or lost  # torch's first error may name the signal
+            signal = named[1] or _signal_of_worker(error) or "Killed"
+    if signal is None:
         return None
-    if SILENT_PEER.search(words):
-        return InputError(
-            "another process did not answer within the process group's time limit (timeout of --trainer.strategy, by "
-            "default 30 minutes); it may be stopped, or wait for a disk or store"
-        )
-    if any(each in words for each in LOST_PEER):
-        return InputError("another process has ended; its error, if it printed one, is above")
-    lost = LOST_WORKER.search(words)
-    if lost is None:
-        return None
-    named = LOST_WORKER.search(str(error.__cause__)) or lost  # torch's first error may name the signal
-    return _lost_worker(named[1] or _signal_of_worker(error) or "Killed")
+    crashed = f"crashed ({signal}); set num_workers to 0 to see at which image or file"
+    return InputError(f"a data worker {next((LOST[name] for name in LOST if signal.startswith(name)), crashed)}")
 
 
 def _signal_of_worker(error: BaseException) -> str | None:
@@ -338,32 +303,17 @@ def _signal_of_worker(error: BaseException) -> str | None:
     torch's own message names it only where the signal arrives before the worker's connection closes, so not where the
     system writes a core file in between. It is waited for up to twice ``SECONDS_FOR_CORE``.
     """
-    for frame, _ in walk_tb(error.__traceback__):
-        if frame.f_code.co_name == "_try_get_data":
-            workers = getattr(frame.f_locals.get("self"), "_workers", ())
-            try:
-                ended = wait([each.sentinel for each in workers], timeout=SECONDS_FOR_CORE)
-                for each in workers:
-                    if each.sentinel in ended:
-                        each.join(SECONDS_FOR_CORE)  # its files are closed before its exit code can be read
-            except RuntimeError as late:  # torch's, from its handler of SIGCHLD
-                named = LOST_WORKER.search(str(late))
-                return named and named[1]
-            by_signal = (-code for each in workers if (code := each.exitcode) and code < 0)
-            return next((strsignal(code) for code in by_signal if code != SIGTERM), None)  # SIGTERM is the loader's
-    return None
-
-
-def _lost_worker(signal: str) -> InputError:
-    """Return the error for a data worker, by the name of the signal that ended it."""
-    if signal == "Killed":
-        return InputError(
-            "a data worker was killed, probably because memory ran out; set num_workers or batch_size lower, or give "
-            "the machine or container more memory"
-        )
-    if signal.startswith("Bus error"):
-        return InputError(
-            "a data worker ended with a bus error: shared memory (/dev/shm) is full, or a file that it was reading was "
-            "cut off; raise --shm-size of the container or set num_workers to 0"
-        )
-    return InputError(f"a data worker crashed ({signal}); set num_workers to 0 to see at which image or file")
+    frames = (frame for frame, _ in walk_tb(error.__traceback__) if frame.f_code.co_name == "_try_get_data")
+    if (frame := next(frames, None)) is None:
+        return None
+    workers = getattr(frame.f_locals.get("self"), "_workers", ())
+    try:
+        ended = wait([each.sentinel for each in workers], timeout=SECONDS_FOR_CORE)
+        for each in workers:
+            if each.sentinel in ended:
+                each.join(SECONDS_FOR_CORE)  # its files are closed before its exit code can be read
+    except RuntimeError as late:  # torch's, from its handler of SIGCHLD
+        named = LOST_WORKER.search(str(late))
+        return named and named[1]
+    by_signal = (-code for each in workers if (code := each.exitcode) and code < 0)
+    return next((strsignal(code) for code in by_signal if code != SIGTERM), None)  # SIGTERM is the loader's

@@ -50,7 +50,8 @@ def watch_launcher() -> None:
     if "LOCAL_RANK" not in os.environ or launcher is None:
         os.environ[LAUNCHER] = str(os.getpid())
     elif is_launched() or _has_ended(int(launcher)):
-        threading.Thread(target=_wait_for_launcher, args=(int(launcher),), daemon=True).start()
+        message = "lit-clip: error: the first process of this machine has ended, so this one ends too\n"
+        threading.Thread(target=_end_after, args=(int(launcher), GRACE, message), daemon=True).start()
 
 
 def let_launcher_end(seconds: float) -> None:
@@ -66,20 +67,9 @@ def let_launcher_end(seconds: float) -> None:
 def _has_ended(process: int) -> bool:
     try:
         os.kill(process, 0)
-    except ProcessLookupError:
-        return True
-    except PermissionError:  # another user's
-        pass
+    except OSError as error:
+        return isinstance(error, ProcessLookupError)  # others: it is another user's
     return False
-
-
-def _wait_for_launcher(launcher: int) -> None:
-    while os.getppid() == launcher:
-        time.sleep(1)
-    time.sleep(GRACE)
-    sys.stderr.write("lit-clip: error: the first process of this machine has ended, so this one ends too\n")
-    sys.stderr.flush()
-    os._exit(1)
 
 
 def end_with_parent() -> None:
@@ -87,10 +77,14 @@ def end_with_parent() -> None:
 
     torch's own watchdog notices, too, but such a worker can end only if its queued data fit into a pipe (64 KiB).
     """
-    threading.Thread(target=_wait_for_parent, args=(os.getppid(),), daemon=True).start()
+    threading.Thread(target=_end_after, args=(os.getppid(),), daemon=True).start()
 
 
-def _wait_for_parent(parent: int) -> None:
+def _end_after(parent: int, seconds: float = 0.0, message: str = "") -> None:
     while os.getppid() == parent:
         time.sleep(1)
+    time.sleep(seconds)
+    if message:
+        sys.stderr.write(message)
+        sys.stderr.flush()
     os._exit(1)

@@ -15,17 +15,12 @@ LONGEST_REASON = 200  # characters; parsers quote the file in their messages
 def reading(
     path: str | os.PathLike[str], kind: str, option: str = "", hint: str = ""
 ) -> AbstractContextManager[None, None]:
-    """Turn whatever a parser raises for somebody's file into one line that names the file.
+    """Turn anything that a parser raises for somebody's file into one line that names the file.
 
     Parsers raise anything for a damaged or hostile file: ``struct.error``, ``RecursionError``, ``KeyError``,
     ``MemoryError``. Put the parser alone inside, and no code of ours: its bugs would look like a damaged file. An
-    :class:`InputError` passes unchanged.
-
-    Args:
-        path: the file or folder; an address of a store is not looked at.
-        kind: the expected content, such as ``parquet table``.
-        option: name of the option that gave the path, which the error opens with.
-        hint: what to do about it, appended to the error.
+    :class:`InputError` passes unchanged. The path may be an address of a store; the line opens with ``option``, names
+    the expected ``kind`` of content, and ends with ``hint``, what to do.
     """
     return _reading(path, kind, option, f"; {hint}" if hint else "")  # pyright: ignore[reportReturnType]  # it raises what it catches
 

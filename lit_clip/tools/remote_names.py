@@ -14,10 +14,9 @@ LONGEST_PART = 200  # bytes of a file's name, which other names are made from
 
 def checked_commit(value: object) -> str:
     """Return the hash of a commit."""
-    if isinstance(value, str) and COMMIT.fullmatch(value):
-        return value
-    require(False, f"the hub's commit {shortened(value)} is not a hash of 40 digits")
-    raise AssertionError("unreachable")
+    known = isinstance(value, str) and COMMIT.fullmatch(value) is not None
+    require(known, f"the hub's commit {shortened(value)} is not a hash of 40 digits")
+    return str(value)
 
 
 def checked_relative(value: object) -> str:

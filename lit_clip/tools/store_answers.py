@@ -45,11 +45,7 @@ class BoundedAnswer(aiohttp.ClientResponse):
 
 
 def client_options(silence: float) -> dict[str, Any]:
-    """Return options of the session of fsspec's web store.
-
-    Args:
-        silence: seconds after which a server that sends nothing counts as one that does not answer.
-    """
+    """Return options of fsspec's web store; a server that sends nothing for ``silence`` seconds does not answer."""
     # aiohttp's own limit is on the whole transfer, and a shard may take longer than that
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=silence, sock_read=silence)
     headers = {"Accept-Encoding": "identity"}

@@ -34,11 +34,7 @@ def store_of(url: str) -> tuple[Any, str]:
 
 
 class AtMost(Callback):
-    """Ends a download that has more bytes than the file.
-
-    Args:
-        size: of the file.
-    """
+    """Ends a download that has more bytes than the file, whose size is given."""
 
     def __init__(self, size: int) -> None:
         super().__init__()

@@ -16,51 +16,35 @@ HARMLESS = 200  # characters; a shorter document is neither deep nor large
 
 
 def read_text(path: str | Path, option: str = "") -> str:
-    """Return the content of a UTF-8 text file; see :func:`read_yaml` for the arguments and errors."""
+    """Return the content of a UTF-8 text file; the error opens with ``option``, which gave the path."""
     return _read(path, option, "UTF-8 text", str)
 
 
 def read_yaml(path: str | Path, option: str = "") -> Any:
-    """Return the content of a YAML file; a key that occurs twice in a mapping is an error.
-
-    Args:
-        path: UTF-8 encoded file.
-        option: name of the option that gave the path, which the error opens with.
-    """
+    """Return the content of a YAML file; a key that occurs twice in a mapping is an error."""
     return _read(path, option, "YAML", parse_yaml)
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the content of a YAML document of bounded size; a key that occurs twice in a mapping is an error.
-
-    Raises:
-        yaml.YAMLError: it cannot be parsed, is nested too deeply, or is too large with its aliases written in full.
-    """
+    """Return the content of a YAML document; :class:`yaml.YAMLError` if it is too deep or large, or has a key twice."""
     return yaml.load(text, _UniqueKeyLoader)  # noqa: S506 # a SafeLoader
 
 
 def check_yaml(text: str) -> None:
-    """Refuse YAML that :func:`parse_yaml` would, for parsers of other packages.
-
-    Raises:
-        yaml.YAMLError: too large or deep, or not YAML.
-    """
+    """Refuse YAML that :func:`parse_yaml` would, for parsers of other packages, with :class:`yaml.YAMLError`."""
     if len(text) > HARMLESS:
         yaml.compose(text, _BoundedLoader)
 
 
 def no_formula(cell: Any) -> Any:
-    """Return a cell for a CSV file: a text that a spreadsheet would compute has an apostrophe in front.
-
-    As OWASP's page on CSV injection advises.
-    """
+    """Return a cell for a CSV file: an apostrophe stands before what a spreadsheet would compute, as OWASP advises."""
     return (
         f"'{cell}" if isinstance(cell, str) and cell.startswith(tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")) else cell
     )
 
 
 def read_json(path: str | Path, option: str = "") -> Any:
-    """Return the content of a JSON file; see :func:`read_yaml` for the arguments and errors."""
+    """Return the content of a JSON file."""
     return _read(path, option, "JSON", json.loads)
 
 

@@ -55,9 +55,6 @@ class SharedMemoryCollate:
     torch moves tensors to shared memory in a thread of the worker. Where that is full (a container has 64 MB of it) the
     thread prints an error, the batch is lost, and the main process waits for it for ever. Here they are moved before,
     and what does not fit goes through a pipe, which is slower.
-
-    Args:
-        collate: makes the batch.
     """
 
     def __init__(self, collate: Callable[[Any], Any]) -> None:

@@ -25,19 +25,12 @@ from lit_clip.models.custom import CustomTextEncoder
 from lit_clip.models.patches import Patches, unpacked
 from lit_clip.models.preprocess import resize_size
 from lit_clip.models.tokenizer import CLIPTokenizer
-from lit_clip.weights.hugging_face import hugging_face_kind, to_hugging_face
-from lit_clip.weights.hugging_face_processor import (
-    PROCESSOR_OF,
-    image_processor,
-    read_json,
-    save_byte_pairs,
-    save_tokenizer,
-)
+from lit_clip.weights.hugging_face import hugging_face_kind, library_name, to_hugging_face
+from lit_clip.weights.hugging_face_processor import image_processor, read_json, save_byte_pairs, save_tokenizer
 from lit_clip.weights.open_clip import open_clip_model
 from lit_clip.weights.sources import HF_MODEL_CONFIG
 
 FormatName = Literal["open_clip", "hugging_face", "onnx"]
-Kind = Literal["image", "text"]
 TEXTS = [  # with nothing that tokenizers clean differently
     "a photo of a dog",
     "two cats",
@@ -48,12 +41,10 @@ PROTOBUF_LIMIT = 1.9e9  # bytes: ONNX files above 2 GiB need a second file for t
 
 
 class ExportSample(NamedTuple):
-    """The inputs that the model and its export both encode.
+    """The inputs that the model and its export both encode: four images of random pixels and four texts.
 
     Attributes:
-        images: four, of random pixels.
         pixels: float ``[4, 3, H, W]`` or patch sequences, the images after the model's own preprocessing.
-        texts: four.
         tokens: int64 ``[4, L]``, the texts after the model's own tokenizer.
     """
 
@@ -73,14 +64,7 @@ class ExportSample(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """The other tool's outputs for an :class:`ExportSample`; None if the format has no such part.
-
-    Attributes:
-        image: unit features ``[4, D]`` of the pixels.
-        text: unit features ``[4, D]`` of the tokens.
-        pixels: the preprocessed images, as ``ExportSample.pixels``.
-        tokens: the tokenized texts, as ``ExportSample.tokens``.
-    """
+    """The other tool's unit features ``[4, D]`` of an :class:`ExportSample`, and its own pixels and tokens, if any."""
 
     image: Tensor
     text: Tensor
@@ -89,13 +73,13 @@ class Reading(NamedTuple):
 
 
 class Parity(NamedTuple):
-    """The largest differences between a model and its export.
+    """The largest differences between a model and its export; None for what the format has no part of.
 
     Attributes:
         image: between unit image features.
         text: between unit text features.
-        pixels: in levels of 255, before normalisation; None: not part of the format.
-        tokens: whether the ids are equal; None: not part of the format.
+        pixels: in levels of 255, before normalisation.
+        tokens: whether the ids are equal.
     """
 
     image: float
@@ -180,9 +164,8 @@ def read_open_clip(folder: Path, sample: ExportSample) -> Reading:
     model, steps = cast(Any, model).eval(), cast(Any, preprocess).transforms
     cfg = read_json(folder / "open_clip_config.json")["preprocess_cfg"]
     if "crop_pct" in cfg:
-        steps[0].size = resize_size(
-            Preprocessing(cfg["size"], resize_mode=cfg["resize_mode"], crop_pct=cfg["crop_pct"])
-        )
+        cropped = Preprocessing(cfg["size"], resize_mode=cfg["resize_mode"], crop_pct=cfg["crop_pct"])
+        steps[0].size = resize_size(cropped)
         steps.insert(1, CenterCrop(cfg["size"]))
     tokenizer = open_clip.get_tokenizer(name)
     return Reading(
@@ -201,7 +184,7 @@ def write_hugging_face(model: CLIP, folder: Path) -> None:
     try:
         kind = hugging_face_kind(model.config)
         values, state = to_hugging_face(model)
-        processor = image_processor(model.preprocessing, PROCESSOR_OF[kind])
+        processor = image_processor(model.preprocessing, f"{library_name(kind)}ImageProcessor")
     except InputError as error:
         naflex = model.preprocessing.max_patches is not None
         instead = "no format holds it, since the others have no NaFlex patches" if naflex else "use open_clip or onnx"
@@ -219,9 +202,8 @@ def read_hugging_face(folder: Path, sample: ExportSample) -> Reading:
     """Run transformers as a user would: model and processor from the folder, without the network."""
     import transformers
 
-    kind = json.loads((folder / "config.json").read_text(encoding="utf-8"))["model_type"]
-    name = {"clip": "CLIP"}.get(kind, kind.capitalize())
-    model_class, processor_class = (getattr(transformers, f"{name}{part}") for part in ("Model", "Processor"))
+    kind = read_json(folder / "config.json")["model_type"]
+    model_class, processor_class = (getattr(transformers, library_name(kind) + part) for part in ("Model", "Processor"))
     transformers.utils.logging.disable_progress_bar()
     try:
         model = model_class.from_pretrained(folder, local_files_only=True).eval()
@@ -229,13 +211,12 @@ def read_hugging_face(folder: Path, sample: ExportSample) -> Reading:
         processor: Any = processor_class.from_pretrained(folder, local_files_only=True, backend="pil")
     finally:
         transformers.utils.logging.enable_progress_bar()
-    patches = unpacked(sample.pixels) if kind == "siglip2" else None
-    images = {"pixel_values": sample.pixels} if patches is None else siglip2_inputs(patches)
+    images = siglip2_inputs(unpacked(sample.pixels)) if kind == "siglip2" else {"pixel_values": sample.pixels}
     out = model(input_ids=sample.tokens, **images)
-    ours = json.loads((folder / "preprocessor_config.json").read_text(encoding="utf-8"))
+    ours = read_json(folder / "preprocessor_config.json")
     inputs = processor(
         # Its own defaults win over the file's.
-        **({} if patches is None else {name: ours[name] for name in ("patch_size", "max_num_patches")}),
+        **{name: ours[name] for name in ("patch_size", "max_num_patches") if kind == "siglip2"},
         text=sample.texts,
         images=sample.images,
         return_tensors="pt",
@@ -246,7 +227,7 @@ def read_hugging_face(folder: Path, sample: ExportSample) -> Reading:
     # CLIP pads with 0 here and with the end of text there; the encoder sees neither.
     tokens = inputs["input_ids"] * inputs["attention_mask"] if kind == "clip" else inputs["input_ids"]
     pixels = inputs["pixel_values"]
-    if patches is not None:  # without their padding, which is 0 after normalisation
+    if kind == "siglip2":  # without their padding, which is 0 after normalisation
         valid = inputs["pixel_attention_mask"].bool()[:, :, None]
         same = torch.equal(inputs["spatial_shapes"], images["spatial_shapes"])
         pixels = torch.where(valid, pixels, sample.pixels[:, 1:]) if same else torch.full_like(pixels, torch.inf)
@@ -266,7 +247,7 @@ def siglip2_inputs(patches: Patches) -> dict[str, Tensor]:
 class _TracedEncoder(nn.Module):
     """One encoder as a module, for tracing."""
 
-    def __init__(self, model: CLIP, kind: Kind) -> None:
+    def __init__(self, model: CLIP, kind: str) -> None:
         super().__init__()
         self.model, self.kind = model, kind
 
@@ -287,18 +268,13 @@ def write_onnx(model: CLIP, folder: Path) -> None:
     if isinstance(model.text_encoder, CustomTextEncoder):
         where = f"onnx: the text encoder {type(model.text_encoder.encoder).__name__}"
         require(not model.text_encoder.reads_lengths, f"{where} reads its texts' lengths, which no graph can")
-        require(
-            isinstance(model.tokenizer, CLIPTokenizer), f"{where} has a tokenizer of its own, which onnx cannot hold"
-        )
+        known = isinstance(model.tokenizer, CLIPTokenizer)
+        require(known, f"{where} has a tokenizer of its own, which onnx cannot hold")
     sample = ExportSample.of(model)
     parameters = {id(p): p.nbytes for p in model.visual.parameters()}
     size = {"image": sum(parameters.values())}
     size["text"] = sum(p.nbytes for p in model.parameters() if id(p) not in parameters)
-    encoders: tuple[tuple[Kind, str, Tensor], ...] = (
-        ("image", "pixels", sample.pixels),
-        ("text", "tokens", sample.tokens),
-    )
-    for kind, name, example in encoders:
+    for kind, name, example in (("image", "pixels", sample.pixels), ("text", "tokens", sample.tokens)):
         torch.onnx.export(
             _TracedEncoder(model, kind).eval(),
             (example[:2],),

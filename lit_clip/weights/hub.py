@@ -5,10 +5,10 @@ Both libraries take seconds to import, so they are imported on use.
 
 import dataclasses
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from lit_clip.errors import InputError
-from lit_clip.models.config import CLIPConfig
+from lit_clip.models.config import Activation, CLIPConfig
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.tools.hub_client import first_line, guard_hub
 from lit_clip.tools.remote_names import checked_commit
@@ -38,9 +38,8 @@ def download(name: str) -> Path:
                 continue
             return folder
     except Exception as error:  # no network, no such name, or whatever a malformed answer leads to
-        raise InputError(
-            f"{name}: no such file or folder, and not available from the hub ({first_line(error)})"
-        ) from error
+        words = first_line(error)
+        raise InputError(f"{name}: no such file or folder, and not available from the hub ({words})") from error
     raise InputError(f"{name}: has none of {', '.join(OPEN_CLIP_WEIGHTS)} on the hub")
 
 
@@ -69,28 +68,16 @@ def tagged(config: CLIPConfig, cfg: dict[str, Any]) -> CLIPConfig:
     """Return the architecture with the activation and preprocessing of a registry entry."""
     assert config.preprocessing is not None
     preprocessing = dataclasses.replace(config.preprocessing)
-    for ours, theirs in (
-        ("mean", "mean"),
-        ("std", "std"),
-        ("interpolation", "interpolation"),
-        ("resize_mode", "resize_mode"),
-    ):
-        if cfg.get(theirs) is not None:
-            setattr(preprocessing, ours, tuple(cfg[theirs]) if ours in ("mean", "std") else cfg[theirs])
-    activation: Literal["quick_gelu", "gelu", "gelu_tanh"] = config.activation
-    if cfg.get("quick_gelu"):
-        activation = "quick_gelu"
-    elif activation == "quick_gelu":
-        activation = "gelu"
+    for key in ("mean", "std", "interpolation", "resize_mode"):
+        if cfg.get(key) is not None:
+            setattr(preprocessing, key, tuple(cfg[key]) if key in ("mean", "std") else cfg[key])
+    plain: Activation = "gelu" if config.activation == "quick_gelu" else config.activation
+    activation: Activation = "quick_gelu" if cfg.get("quick_gelu") else plain
     return dataclasses.replace(config, activation=activation, preprocessing=preprocessing)
 
 
 # In open_clip's order of preference.
 OPEN_CLIP_WEIGHTS = (
-    "open_clip_model.safetensors",
-    "open_clip_pytorch_model.safetensors",
-    "open_clip_pytorch_model.bin",
-    "open_clip_pytorch_model.pth",
-    "model.safetensors",
-    "pytorch_model.bin",
+    *("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors"),
+    *("open_clip_pytorch_model.bin", "open_clip_pytorch_model.pth", "model.safetensors", "pytorch_model.bin"),
 )

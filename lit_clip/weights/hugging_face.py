@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor
 
-from lit_clip.errors import InputError, require
+from lit_clip.errors import require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import (
     Activation,
@@ -54,8 +54,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 def read_hugging_face_folder(folder: str | os.PathLike[str]) -> tuple[CLIPConfig, dict[str, Tensor]]:
     """Read a folder written by ``save_pretrained`` of a model and its processor, see :func:`from_hugging_face`."""
     folder = Path(folder)
-    config = read_json(folder / "config.json")
-    preprocessor = None
+    config, preprocessor = read_json(folder / "config.json"), None
     if (folder / "preprocessor_config.json").is_file():
         preprocessor = read_json(folder / "preprocessor_config.json")
     elif (folder / "processor_config.json").is_file():  # transformers 5 writes a single file
@@ -92,32 +91,23 @@ def from_hugging_face(
     preprocessor: Mapping[str, Any] | None = None,
     tokenizer: str = "",
 ) -> tuple[CLIPConfig, dict[str, Tensor]]:
-    """Convert a ``CLIPModel``, a ``SiglipModel`` or a ``Siglip2Model``.
+    """Convert ``config.json`` and weights of a ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model``, whose types stay.
 
-    Args:
-        config: its ``config.json``.
-        state: its weights.
-        preprocessor: its ``preprocessor_config.json``; None: the default of its processor class.
-        tokenizer: location of SigLIP's tokenizer: a folder or a name on the hub.
-
-    Returns:
-        The architecture, and the weights under our names with their types unchanged.
+    Without its ``preprocessor_config.json`` it is the default of its processor class. SigLIP's tokenizer is at
+    ``tokenizer``, a folder or a name on the hub.
     """
-    kind = config.get("model_type")
-    if kind == "clip":
-        ours = _clip_config(config, preprocessor)
-    elif kind in ("siglip", "siglip2"):
-        ours = _siglip_config(kind, config, preprocessor, tokenizer)
-    else:
-        raise InputError(f"config.json: model_type is {kind!r}; must be 'clip', 'siglip' or 'siglip2'")
+    kind: Any = config.get("model_type")
+    known = kind in ("clip", "siglip", "siglip2")
+    require(known, f"config.json: model_type is {kind!r}; must be 'clip', 'siglip' or 'siglip2'")
+    is_clip = kind == "clip"
+    ours = _clip_config(config, preprocessor) if is_clip else _siglip_config(kind, config, preprocessor, tokenizer)
     return ours, renamed(state, _pairs(ours), inwards=True)
 
 
 def to_hugging_face(model: CLIP) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Convert to a ``CLIPModel``, a ``SiglipModel`` or a ``Siglip2Model``: its ``config.json`` and its weights."""
     kind = hugging_face_kind(model.config)
-    values = _clip_values(model.config) if kind == "clip" else _siglip_values(model.config, kind)
-    return values, renamed(model.state_dict(), _pairs(model.config), inwards=False)
+    return _values(model.config, kind), renamed(model.state_dict(), _pairs(model.config), inwards=False)
 
 
 def hugging_face_kind(config: CLIPConfig) -> Literal["clip", "siglip", "siglip2"]:
@@ -134,10 +124,8 @@ def hugging_face_kind(config: CLIPConfig) -> Literal["clip", "siglip", "siglip2"
         require(text.pool == "last", f"a SiglipModel reads a text's last token, this model pools by {text.pool}")
         require(image.pool in (None, "map"), f"a SiglipModel pools by attention, this model by {image.pool}")
         require(image.projection == "none", "a SiglipModel has no image projection, this model has one")
-        require(
-            config.logit_bias and text.projection_bias,
-            "a SiglipModel has logit and text projection biases, this model lacks one",
-        )
+        biases = config.logit_bias and text.projection_bias
+        require(biases, "a SiglipModel has logit and text projection biases, this model lacks one")
         return "siglip2" if patches else "siglip"
     require(isinstance(image, VisionTransformerConfig) and isinstance(text, TextTransformerConfig), own)
     text, image = cast(TextTransformerConfig, text), cast(VisionTransformerConfig, image)
@@ -145,9 +133,8 @@ def hugging_face_kind(config: CLIPConfig) -> Literal["clip", "siglip", "siglip2"
     require(image.pool == "class", f"a CLIPModel reads an image's class token, this model pools by {image.pool}")
     require(image.ln_pre, "a CLIPModel has a LayerNorm before its image blocks, this model has none")
     require(text.pool == "argmax", f"a CLIPModel reads a text's highest id, this model pools by {text.pool}")
-    require(
-        text.tokenizer is None and not text.projection_bias, "a CLIPModel has CLIP's own tokenizer and no text bias"
-    )
+    plain = text.tokenizer is None and not text.projection_bias
+    require(plain, "a CLIPModel has CLIP's own tokenizer and no text bias")
     require(text.projection, "a CLIPModel has a text projection, this model has none")
     require(not config.logit_bias, "a CLIPModel has no logit bias, this model has one")
     agree("layer_norm_eps", CLIP_EPS, text.layer_norm_eps)
@@ -163,13 +150,8 @@ def _pairs(config: CLIPConfig) -> Any:
 
 
 def _activation(name: str, theirs: str) -> Activation:
-    if theirs not in ACTIVATIONS:
-        raise InputError(f"{name} is {theirs}; must be one of {', '.join(ACTIVATIONS)}")
+    require(theirs in ACTIVATIONS, f"{name} is {theirs}; must be one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[theirs]
-
-
-def _their_activation(ours: Activation) -> str:
-    return {value: key for key, value in ACTIVATIONS.items()}[ours]
 
 
 def _ratio(inner: int, width: int) -> float:
@@ -193,10 +175,8 @@ def _clip_config(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | No
         agree(f"{name}.layer_norm_eps", tower.layer_norm_eps, CLIP_EPS)
     agree("vision_config.num_channels", image.num_channels, 3)
     activation = _activation("vision_config.hidden_act", image.hidden_act)
-    require(
-        _activation("text_config.hidden_act", text.hidden_act) == activation,
-        f"hidden_act must be the same for images and texts, not {image.hidden_act} and {text.hidden_act}",
-    )
+    same = _activation("text_config.hidden_act", text.hidden_act) == activation
+    require(same, f"hidden_act must be the same for images and texts, not {image.hidden_act} and {text.hidden_act}")
     if text.eos_token_id != ARGMAX:  # CLIPModel pools at this id, ours at the highest
         agree("text_config.eos_token_id", text.eos_token_id, text.vocab_size - 1)
     size = square("vision_config.image_size", image.image_size)
@@ -309,6 +289,54 @@ def timm_siglip(name: str, **options: Any) -> dict[str, Any]:
     }
 
 
+def library_name(kind: str) -> str:
+    """Return the beginning of the names of their classes, by ``model_type``."""
+    return {"clip": "CLIP"}.get(kind, kind.capitalize())
+
+
+def _values(config: CLIPConfig, kind: Literal["clip", "siglip", "siglip2"]) -> dict[str, Any]:
+    """Return their ``config.json``."""
+    text, activation, eps = cast(TextTransformerConfig, config.text), config.activation, CLIP_EPS
+    if kind == "clip":
+        image, projection = cast(VisionTransformerConfig, config.image), {"projection_dim": config.embed_dim}
+        image_encoder = _encoder(image.width, image.layers, image.heads, image.mlp_ratio, activation, eps)
+        grid, patch, text_projection = None, image.patch_size, projection
+        tokens = {
+            "bos_token_id": min(SOT_ID, text.vocab_size - 1),
+            "eos_token_id": text.vocab_size - 1 if text.vocab_size <= EOT_ID + 1 else ARGMAX,
+            "pad_token_id": min(EOT_ID, text.vocab_size - 1),
+        }
+    else:
+        image, projection, eps = cast(TimmConfig, config.image), {}, text.layer_norm_eps
+        timms = timm_siglip(image.timm, **image.options)
+        sizes = (timms["embed_dim"], timms["depth"], timms["num_heads"], timms["mlp_ratio"])
+        image_encoder = {"vision_use_head": True, **_encoder(*sizes, timms["act_layer"], SIGLIP_EPS)}
+        grid, patch, text_projection = timms["grid"], timms["patch_size"], {"projection_size": config.embed_dim}
+        tokens = {"bos_token_id": None, "eos_token_id": None}  # never read
+    return {
+        "model_type": kind,
+        "architectures": [f"{library_name(kind)}Model"],
+        "dtype": "float32",
+        **projection,
+        "vision_config": {
+            "model_type": f"{kind}_vision_model",
+            **({"num_patches": grid**2} if grid else {"image_size": square("image.image_size", image.image_size)}),
+            "patch_size": patch,
+            "num_channels": 3,
+            **projection,
+            **image_encoder,
+        },
+        "text_config": {
+            "model_type": f"{kind}_text_model",
+            "vocab_size": text.vocab_size,
+            "max_position_embeddings": text.context_length,
+            **text_projection,
+            **tokens,
+            **_encoder(text.width, text.layers, text.heads, text.mlp_ratio, activation, eps),
+        },
+    }
+
+
 def _encoder(
     width: int, layers: int, heads: int, mlp_ratio: float, activation: Activation, eps: float
 ) -> dict[str, Any]:
@@ -317,66 +345,7 @@ def _encoder(
         "intermediate_size": int(width * mlp_ratio),
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "hidden_act": _their_activation(activation),
+        "hidden_act": {ours: theirs for theirs, ours in ACTIVATIONS.items()}[activation],
         "layer_norm_eps": eps,
         "attention_dropout": 0.0,
-    }
-
-
-def _clip_values(config: CLIPConfig) -> dict[str, Any]:
-    image, text = cast(VisionTransformerConfig, config.image), cast(TextTransformerConfig, config.text)
-    end = text.vocab_size - 1 if text.vocab_size <= EOT_ID + 1 else ARGMAX
-    return {
-        "model_type": "clip",
-        "architectures": ["CLIPModel"],
-        "dtype": "float32",
-        "projection_dim": config.embed_dim,
-        "vision_config": {
-            "model_type": "clip_vision_model",
-            "image_size": square("image.image_size", image.image_size),
-            "patch_size": image.patch_size,
-            "num_channels": 3,
-            "projection_dim": config.embed_dim,
-            **_encoder(image.width, image.layers, image.heads, image.mlp_ratio, config.activation, CLIP_EPS),
-        },
-        "text_config": {
-            "model_type": "clip_text_model",
-            "vocab_size": text.vocab_size,
-            "max_position_embeddings": text.context_length,
-            "projection_dim": config.embed_dim,
-            "bos_token_id": min(SOT_ID, text.vocab_size - 1),
-            "eos_token_id": end,
-            "pad_token_id": min(EOT_ID, text.vocab_size - 1),
-            **_encoder(text.width, text.layers, text.heads, text.mlp_ratio, config.activation, CLIP_EPS),
-        },
-    }
-
-
-def _siglip_values(config: CLIPConfig, kind: Literal["siglip", "siglip2"]) -> dict[str, Any]:
-    image, text = cast(TimmConfig, config.image), cast(TextTransformerConfig, config.text)
-    timms = timm_siglip(image.timm, **image.options)
-    sizes = (timms["embed_dim"], timms["depth"], timms["num_heads"], timms["mlp_ratio"])
-    grid = timms["grid"]
-    sized = {"num_patches": grid**2} if grid else {"image_size": square("image.image_size", image.image_size)}
-    return {
-        "model_type": kind,
-        "architectures": [f"{kind.capitalize()}Model"],
-        "dtype": "float32",
-        "vision_config": {
-            "model_type": f"{kind}_vision_model",
-            **sized,
-            "patch_size": timms["patch_size"],
-            "num_channels": 3,
-            "vision_use_head": True,
-            **_encoder(*sizes, timms["act_layer"], SIGLIP_EPS),
-        },
-        "text_config": {
-            "model_type": f"{kind}_text_model",
-            "vocab_size": text.vocab_size,
-            "max_position_embeddings": text.context_length,
-            "projection_size": config.embed_dim,
-            "bos_token_id": None,  # never read
-            "eos_token_id": None,
-            **_encoder(text.width, text.layers, text.heads, text.mlp_ratio, config.activation, text.layer_norm_eps),
-        },
     }

@@ -24,11 +24,7 @@ _PROCESSOR: dict[str, Any] = {
     "rescale_factor": 1 / 255,
     "resample": 3,
 }
-PROCESSOR_OF = {  # by model_type
-    "clip": "CLIPImageProcessor",
-    "siglip": "SiglipImageProcessor",
-    "siglip2": "Siglip2ImageProcessor",
-}
+_HALVES = {"image_mean": (0.5, 0.5, 0.5), "image_std": (0.5, 0.5, 0.5)}
 PROCESSORS: dict[str, dict[str, Any]] = {
     "CLIPImageProcessor": {
         **_PROCESSOR,
@@ -42,17 +38,9 @@ PROCESSORS: dict[str, dict[str, Any]] = {
         **_PROCESSOR,
         "do_center_crop": False,
         "size": {"height": 224, "width": 224},
-        "image_mean": (0.5, 0.5, 0.5),
-        "image_std": (0.5, 0.5, 0.5),
+        **_HALVES,
     },
-    "Siglip2ImageProcessor": {
-        **_PROCESSOR,
-        "resample": 2,
-        "patch_size": 16,
-        "max_num_patches": 256,
-        "image_mean": (0.5, 0.5, 0.5),
-        "image_std": (0.5, 0.5, 0.5),
-    },
+    "Siglip2ImageProcessor": {**_PROCESSOR, "resample": 2, "patch_size": 16, "max_num_patches": 256, **_HALVES},
 }
 
 
@@ -101,13 +89,13 @@ def _settings(values: Mapping[str, Any], kind: str) -> tuple[dict[str, Any], Pre
     for step in ("do_resize", "do_rescale"):
         agree(f"preprocessor {step}", settings[step], True)
     agree("preprocessor rescale_factor", round(1 / settings["rescale_factor"], 3), 255)
-    if settings["resample"] not in FILTERS:
-        raise InputError(f"preprocessor resample is {settings['resample']}; must be 2 (bilinear) or 3 (bicubic)")
+    resample = settings["resample"]
+    require(resample in FILTERS, f"preprocessor resample is {resample}; must be 2 (bilinear) or 3 (bicubic)")
     normalised = settings["do_normalize"]
     return settings, Preprocessing(
         mean=tuple(settings["image_mean"]) if normalised else (0.0, 0.0, 0.0),
         std=tuple(settings["image_std"]) if normalised else (1.0, 1.0, 1.0),
-        interpolation=FILTERS[settings["resample"]],
+        interpolation=FILTERS[resample],
     )
 
 

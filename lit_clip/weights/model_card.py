@@ -15,7 +15,7 @@ from lit_clip.secrets import without_secrets
 from lit_clip.tools.weight_files import is_path
 from lit_clip.version import __version__
 from lit_clip.weights.export import Parity
-from lit_clip.weights.hugging_face import hugging_face_kind
+from lit_clip.weights.hugging_face import hugging_face_kind, library_name
 from lit_clip.weights.onnx_sizes import OnnxDType, tolerance_of
 
 LIBRARY = {"open_clip": "open_clip", "hugging_face": "transformers", "onnx": "onnx"}
@@ -76,12 +76,7 @@ image = image.crop((left, top, left + width, top + height))"""
 
 
 class ExportedSource(NamedTuple):
-    """The source of an export.
-
-    Attributes:
-        name: of the file, folder or model.
-        sha256: of the file; None for a model from the hub or a registry.
-    """
+    """The name of an export's source, and the SHA-256 of its file; None for a model from the hub or a registry."""
 
     name: str
     sha256: str | None
@@ -97,17 +92,10 @@ def model_card(
     repository: str | None = None,
     dtype: OnnxDType = "float32",
 ) -> str:
-    """Return the card as Markdown, with the front matter that model hubs read.
+    """Return the card of an export as Markdown, with the front matter that model hubs read.
 
-    Args:
-        model: what was exported.
-        format: a key of :data:`lit_clip.weights.export.FORMATS`.
-        name: of the folder.
-        source: of the export.
-        parity: as measured.
-        license: of the weights; None: unknown.
-        repository: ``org/name`` on the hub, from which the card's code then opens the model.
-        dtype: of the weights in onnx files.
+    ``format`` is a key of :data:`lit_clip.weights.export.FORMATS`; the ``name`` is the folder's; no ``license`` is an
+    unknown one. The card's code opens the model from the ``repository`` ``org/name`` on the hub, if given.
     """
     front = {"library_name": LIBRARY[format], "pipeline_tag": "zero-shot-image-classification", "tags": ["clip"]}
     if license:
@@ -135,14 +123,15 @@ def model_card(
     for part in (config["text"], config["text"].get("tokenizer") or {}):
         for key in {"hugging_face", "source"} & part.keys():
             part[key] = Path(part[key]).name if is_path(part[key]) else part[key]  # a folder of this machine
-    name = one_printable_line(name)
+    details = yaml.safe_dump(config, sort_keys=False)
+    fence, name = _more_ticks(details, 3), one_printable_line(name)  # no line in the details ends their block
     title = repository.rpartition("/")[2] if repository else name
     usage, notes = _usage(model, format, name, repository), _notes(model, format)
     parts = [
         f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n# {title}\n",
         f"A CLIP model for {LIBRARY[format]}.\n\n| | |\n|---|---|\n{rows}\n",
         f"## Usage\n\n{usage}\n{notes}",
-        f"## Architecture, preprocessing, tokenizer\n\n{_fenced(yaml.safe_dump(config, sort_keys=False))}\n",
+        f"## Architecture, preprocessing, tokenizer\n\n{fence}yaml\n{details}{fence}\n",
     ]
     return without_secrets("\n".join(parts))
 
@@ -152,12 +141,6 @@ def _code(text: str) -> str:
     text = one_printable_line(text).replace("|", "\\|")
     ticks = _more_ticks(text, 1)
     return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
-
-
-def _fenced(text: str) -> str:
-    """Return YAML as a block of code that no line in it ends."""
-    ticks = _more_ticks(text, 3)
-    return f"{ticks}yaml\n{text}{ticks}"
 
 
 def _more_ticks(text: str, least: int) -> str:
@@ -191,7 +174,7 @@ def _snippet(model: CLIP, format: str, name: str) -> str:
         ours, more = model.preprocessing, ""
         if ours.max_patches is not None:  # the processor's own defaults win over the file's
             more = f', "patch_size": {ours.patch_size}, "max_num_patches": {ours.max_patches}'
-        return HUGGING_FACE.format(name=name, kind={"clip": "CLIP"}.get(kind, kind.capitalize()), more=more)
+        return HUGGING_FACE.format(name=name, kind=library_name(kind), more=more)
     wanted = model.preprocessing
     whole = wanted.resize_mode == "squash" and wanted.crop_pct == 1
     resize = (SQUASH if whole else CROP).format(filter=wanted.interpolation.upper())
@@ -201,30 +184,27 @@ def _snippet(model: CLIP, format: str, name: str) -> str:
 def _notes(model: CLIP, format: str) -> str:
     if format == "open_clip":
         text = model.config.text
-        if not isinstance(text, HuggingFaceTextConfig):
-            return ""
-        return (
-            f"- open_clip reads the text encoder's configuration from `{text.hugging_face}`, which must be reachable.\n"
-        )
+        note = "- open_clip reads the text encoder's configuration from `{}`, which must be reachable.\n"
+        return note.format(text.hugging_face) if isinstance(text, HuggingFaceTextConfig) else ""
     if model.config.text.tokenizer is None:
-        cleaning = (
+        notes = [
             "Unlike CLIP's own code, `tokenizer.json` neither fixes broken Unicode and ligatures nor undoes HTML "
             "escapes: clean such texts first (`lit_clip.models.tokenizer.clean`), or they get other ids."
-        )
-    else:
-        cleaning = (
-            "`tokenizer.json` does not clean texts; the model was trained on texts cleaned by `tokenizer.clean` below."
-        )
-    notes = [cleaning]
-    if format == "hugging_face":
-        notes += [
-            'Without `backend="pil"`, pixels differ by up to two of 255 levels from those the model was trained on.',
         ]
-    if format == "hugging_face" and model.preprocessing.max_patches is None:
-        notes += [
-            "The centre crop of `transformers` is one pixel further left or up than PyTorch's if the long side is "
-            "3, 7, 11, ... pixels longer than the short one after resizing.",
+    else:
+        notes = [
+            "`tokenizer.json` does not clean texts; the model was trained on texts cleaned by `tokenizer.clean` below."
         ]
     if format == "onnx":
         notes.append("`model.json` describes how to prepare images and texts, and how to use the features.")
+    else:
+        backend = (
+            'Without `backend="pil"`, pixels differ by up to two of 255 levels from those the model was trained on.'
+        )
+        notes.append(backend)
+        if model.preprocessing.max_patches is None:
+            notes.append(
+                "The centre crop of `transformers` is one pixel further left or up than PyTorch's if the long side is "
+                "3, 7, 11, ... pixels longer than the short one after resizing."
+            )
     return "\n".join(f"- {note}" for note in notes) + "\n"

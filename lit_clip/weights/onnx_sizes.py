@@ -1,6 +1,5 @@
 """Smaller ONNX files: weights in float16, or in int8 where they multiply matrices or are looked up."""
 
-import importlib.util
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,10 +20,8 @@ _FLOAT32_PART = "'model.visual.attn_pool'"
 
 def check_onnx_dtype(dtype: OnnxDType, format: str) -> None:
     """Raise :class:`InputError` if a format cannot hold weights of that type."""
-    require(
-        dtype == "float32" or format == "onnx",
-        f"--dtype {dtype}: {format} holds float32 weights, which its library casts on opening; only onnx has others",
-    )
+    problem = f"{format} holds float32 weights, which its library casts on opening; only onnx has others"
+    require(dtype == "float32" or format == "onnx", f"--dtype {dtype}: {problem}")
 
 
 def tolerance_of(format: str, dtype: OnnxDType) -> float:
@@ -48,10 +45,10 @@ def shrink_onnx(path: Path, dtype: OnnxDType) -> None:
 @contextmanager
 def _own_modules_of_onnxruntime() -> Iterator[None]:
     """Let onnxruntime's tools import their files as top-level modules, as they do, and leave the path as it was."""
-    before, spec = sys.path.copy(), importlib.util.find_spec("onnxruntime")
-    assert spec is not None, "the export has used it"
-    assert spec.submodule_search_locations
-    sys.path.append(str(Path(spec.submodule_search_locations[0]) / "transformers"))
+    import onnxruntime
+
+    before = sys.path.copy()
+    sys.path.append(str(Path(onnxruntime.__file__).parent / "transformers"))
     try:
         yield
     finally:

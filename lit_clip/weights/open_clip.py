@@ -89,10 +89,7 @@ def _open_clip_text(config: CLIPConfig) -> dict[str, Any]:
     if isinstance(text, HuggingFaceTextConfig):
         poolers = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler", "pooler": "cls_pooler"}
         require(text.pooling in poolers, f"open_clip has no pooling {text.pooling!r} for text; use onnx")
-        require(
-            text.projection != "none",
-            "open_clip needs a projection after a Hugging Face encoder; use onnx",
-        )
+        require(text.projection != "none", "open_clip needs a projection after a Hugging Face encoder; use onnx")
         return {
             **values,
             "hf_model_name": text.hugging_face,

@@ -23,9 +23,8 @@ LONGEST = 65_536  # bytes of a params.txt that are read; open_clip's have 2,000
 def run_architecture(path: Path, named: bool) -> tuple[CLIPConfig, str] | None:
     """Return the architecture that the run of a checkpoint was started with, and where it is from.
 
-    Args:
-        path: the checkpoint, ``NAME/checkpoints/epoch_1.pt`` or a copy beside ``params.txt``.
-        named: whether the architecture is known; a model that open_clip does not list is no error then.
+    The checkpoint is ``NAME/checkpoints/epoch_1.pt`` or a copy beside ``params.txt``. A model that open_clip does not
+    list is no error if the architecture is ``named`` otherwise.
     """
     for folder in (path.parent, path.parent.parent):
         params = _params(folder / "params.txt")
@@ -34,11 +33,10 @@ def run_architecture(path: Path, named: bool) -> tuple[CLIPConfig, str] | None:
             if name in open_clip_names():
                 with reading(file, "params.txt of open_clip"):
                     return _architecture(name, params, str(file)), f"{name} by {file.name}"
-            require(
-                named,
-                f"{path}: its {file.name} names {shortened(name)}, which open_clip does not list; put a listed name in "
-                "front, as NAME:PATH, or copy the weights into a folder with the model's open_clip_config.json",
-            )
+            put = "put a listed name in front, as NAME:PATH"
+            copy = "copy the weights into a folder with the model's open_clip_config.json"
+            listed = f"its {file.name} names {shortened(name)}, which open_clip does not list"
+            require(named, f"{path}: {listed}; {put}, or {copy}")
     return None
 
 
@@ -86,10 +84,7 @@ def architecture_by_shapes(
 ) -> CLIPConfig | None:
     """Return the only one of open_clip's models whose weights have these names and shapes; None if there is none.
 
-    Args:
-        state: the weights, under open_clip's names of any version.
-        fits: whether all weights are those of an architecture.
-        name: the source, for messages.
+    ``fits`` returns whether all weights are those of an architecture; ``name`` is their source, for messages.
     """
     found = {
         model: config
@@ -97,18 +92,14 @@ def architecture_by_shapes(
         if isinstance(config.text, HuggingFaceTextConfig) or fits(config)  # whose sizes are on the hub
     }
     configs = list(found.values())
-    if any(config != configs[0] for config in configs):
-        raise InputError(
-            f"{name}: has no params.txt of its run beside it, and its weights fit {', '.join(found)}; put the name of "
-            f"its model in front, as in {next(iter(found))}:{name}"
-        )
     if not configs:
         return None
-    warnings.warn(
-        f"{name}: has no params.txt of its run beside it; read as {next(iter(found))}, the only model with "
-        "its shapes in open_clip, with that model's activation and preprocessing",
-        stacklevel=2,
-    )
+    alone, first = f"{name}: has no params.txt of its run beside it", next(iter(found))
+    advice = f"put the name of its model in front, as in {first}:{name}"
+    same = all(config == configs[0] for config in configs)
+    require(same, f"{alone}, and its weights fit {', '.join(found)}; {advice}")
+    only = "the only model with its shapes in open_clip, with that model's activation and preprocessing"
+    warnings.warn(f"{alone}; read as {first}, {only}", stacklevel=2)
     return with_external_settings(configs[0])
 
 

@@ -15,13 +15,11 @@ LOGIN = "run hf auth login"
 
 
 class Repository(NamedTuple):
-    """A repository of models on the hub, as it was when it was looked up.
+    """A repository ``org/name`` of models on the hub, as it was when it was looked up.
 
     Attributes:
-        name: ``org/name``.
         private: whether it is, or for a new one shall be, seen by its owners only.
         commit: the newest; None if the repository does not exist.
-        files: in it.
     """
 
     name: str
@@ -33,12 +31,9 @@ class Repository(NamedTuple):
         """Raise :class:`InputError` if the hub refuses the model card, or other files than these would stay there."""
         from huggingface_hub import ModelCard
 
-        others = sorted(self.files - {*names, HUBS_OWN})
-        require(
-            not others,
-            f"--push {self.name}: holds other files than this format's ({listed(others)}); name another repository; "
-            "nothing was written, uploaded or deleted",
-        )
+        others = listed(sorted(self.files - {*names, HUBS_OWN}))
+        problem = f"holds other files than this format's ({others}); name another repository; nothing was written, "
+        require(not others, f"--push {self.name}: {problem}uploaded or deleted")
         try:
             ModelCard(card).validate()
         except Exception as error:  # of the hub, or of the library that speaks HTTP
@@ -47,22 +42,16 @@ class Repository(NamedTuple):
     def plan(self, folder: Path) -> str:
         """Return a line that says what will be uploaded, and how large it is."""
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
-        kind = "private" if self.private else "public"
-        new = "new, " if self.commit is None else ""
+        kind = ("new, " if self.commit is None else "") + ("private" if self.private else "public")
         files = ", ".join(f"{name} {decimal(size)}" for name, size in sizes.items())
         total = decimal(sum(sizes.values()))
         replaced = len(self.files & sizes.keys())
         note = f"; {replaced} of them in place of older ones, which stay in its history" if replaced else ""
-        return f"uploading {total} to {self.name} ({new}{kind}): {files}{note}"
+        return f"uploading {total} to {self.name} ({kind}): {files}{note}"
 
 
 def find_repository(name: str, private: bool) -> Repository:
-    """Look up where to push, before anything is computed.
-
-    Args:
-        name: ``org/name``; need not exist.
-        private: that a new repository be private.
-    """
+    """Look up ``org/name``, which need not exist, before anything is computed."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
@@ -77,11 +66,8 @@ def find_repository(name: str, private: bool) -> Repository:
         return Repository(name, private, None, frozenset())
     except Exception as error:  # of the hub, or of the library that speaks HTTP
         raise _refusal(name, error, "cannot be looked up", "nothing was written") from error
-    require(
-        bool(info.private) or not private,
-        f"--push {name}: is public, and --private is for new repositories; change it in its settings on the hub, or "
-        "name another",
-    )
+    advice = "change it in its settings on the hub, or name another"
+    require(info.private or not private, f"--push {name}: is public, and --private is for new repositories; {advice}")
     return Repository(name, bool(info.private), info.sha, frozenset(file.rfilename for file in info.siblings or ()))
 
 
@@ -89,10 +75,7 @@ def upload(folder: Path, repository: Repository) -> str:
     """Upload a folder, to a new repository if there is none, and return its address.
 
     It is one commit: the repository gets all files or none. Files of the same name are replaced in its newest version;
-    none is deleted.
-
-    Raises:
-        KeyboardInterrupt: with a message that says how to go on.
+    none is deleted. Ctrl-C is raised again with a message that says how to go on.
     """
     from huggingface_hub import CommitOperationAdd, HfApi
 
@@ -104,9 +87,8 @@ def upload(folder: Path, repository: Repository) -> str:
     try:
         if repository.commit is None:
             api.create_repo(name, private=repository.private or None)  # None: the organization's default
-        done = api.create_commit(
-            name, added, commit_message="Upload by lit-clip export", parent_commit=repository.commit
-        )
+        what = {"commit_message": "Upload by lit-clip export", "parent_commit": repository.commit}
+        done = api.create_commit(name, added, **what)
     except Exception as error:  # of the hub, or of the library that speaks HTTP
         raise _refusal(name, error, "the upload failed", again) from error
     except KeyboardInterrupt:

@@ -16,7 +16,7 @@ from open_clip.pretrained import get_pretrained_cfg
 
 from lit_clip.errors import InputError
 from lit_clip.models.config import HuggingFaceTextConfig
-from lit_clip.models.open_clip_configs import named, open_clip_names
+from lit_clip.models.open_clip_configs import from_open_clip, model_config, open_clip_names
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.weights.hub import tagged
 from lit_clip.weights.load import load_model
@@ -44,7 +44,8 @@ Hugging Face hub or its cache beside the weights: a tokenizer, or a text encoder
 def verdict(name: str, tags: list[str]) -> tuple[str, str]:
     """Return whether a model's weights open, or why not, and what else they need from the hub."""
     try:
-        config = named(name) if name in open_clip_names() else resolve_architecture(name)
+        listed = name in open_clip_names()
+        config = from_open_clip(model_config(name), None, name) if listed else resolve_architecture(name)
         if not isinstance(config.text, HuggingFaceTextConfig):
             config = resolve_architecture(name)
             for tag in tags:
