@@ -3,7 +3,7 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from datamodules.open_source import holds_pairs, open_source, stamp_of_data
 from datamodules.pairs.columns import ColumnPairs
@@ -19,7 +19,6 @@ from lit_clip.embedding.encode import (
     text_task,
 )
 from lit_clip.embedding.feature_files import (
-    FeatureParts,
     FeatureTable,
     Identity,
     check_keys,
@@ -28,6 +27,7 @@ from lit_clip.embedding.feature_files import (
     write_features,
 )
 from lit_clip.embedding.image_files import FileRows, find_images
+from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.precision import Precision, check_precision
 from lit_clip.embedding.reading import ImageRows
 from lit_clip.errors import BadSample, InputError, require
@@ -123,15 +123,12 @@ def embed(
         task = text_task(clip, items.texts, items.identities)
     else:
         task = image_task(clip, items.images, items.identities)
-    models: dict[Precision, str] = {
-        each: f"{name} {each} {items.content} {items.stamp}".rstrip() for each in get_args(Precision)
-    }
-    parts = FeatureParts.resumed(path, models, precision)
+    parts = Parts.resumed(path, f"{name} {items.content} {items.stamp}", precision)
     unreadable = encode(clip, task, parts, settings)
     if unreadable is None:
         return
-    table = collect(task.identities, parts.read(), clip.config.embed_dim)
-    check_complete(task.identities, table, unreadable)
+    table = collect(task.identities, parts.read(FeatureTable.of), clip.config.embed_dim)
+    check_complete(len(table.identities), len(task.identities), unreadable)
     metadata = {"model": model, "model_sha256": name, "precision": precision, "lit_clip": __version__}
     _write(path, items, table, metadata)
     report_skipped(items.keys, unreadable, path.with_name(f"{path.name}.skipped.txt"))

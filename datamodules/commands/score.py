@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from datamodules.open_source import open_source, stamp_of_data
 from datamodules.pairs.encoder_rows import SourcePairs
@@ -11,12 +11,12 @@ from datamodules.pairs.pair_filters import PairFilters
 from datamodules.pairs.score_files import ROWS, VERSIONS, Filtered, ScoreFile, check_output, write_scores
 from datamodules.pairs.source import PairSource
 from lit_clip import load_model
-from lit_clip.embedding.encode import EncodingSettings
-from lit_clip.embedding.pair_scores import ScoreParts, check_all_scored, score_pairs
+from lit_clip.embedding.encode import EncodingSettings, check_complete
+from lit_clip.embedding.pair_scores import in_order, score_pairs, scored_rows, scores_of
+from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.precision import Precision, check_precision
 from lit_clip.errors import require
 from lit_clip.tools.console import stderr
-from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.images import OnError
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
@@ -124,15 +124,14 @@ def _score(
     """Score the pairs of a source and write the table; None on other ranks than the first."""
     clip = load_model(model)
     name = fingerprint(clip).model
-    models: dict[Precision, str] = {each: hex_digest([name, each, stamp]) for each in get_args(Precision)}
-    parts = ScoreParts.resumed(path, models, settings.precision)
+    parts = Parts.resumed(path, f"{name} {stamp}", settings.precision)
     unreadable = score_pairs(clip, SourcePairs(source), parts, settings)
     if unreadable is None:
         return None
-    check_all_scored(parts, len(source), unreadable)
+    check_complete(int(scored_rows(parts, len(source)).sum()), len(source), unreadable, "rows")
     metadata = {"model": model, "model_sha256": name, "precision": settings.precision, "lit_clip": __version__}
     metadata |= {"data": json.dumps(list(data)), ROWS: str(len(source)), VERSIONS: json.dumps(source.versions)}
-    counts = write_scores(path, parts.in_order(len(source), unreadable), parts.scores(), filters, metadata)
+    counts = write_scores(path, in_order(parts, len(source), unreadable), scores_of(parts), filters, metadata)
     parts.remove()
     return counts
 

@@ -4,13 +4,12 @@ Shapes: Q images of the evaluation sets (an item may have several: the frames of
 """
 
 import io
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,16 +18,15 @@ from torch import Tensor
 
 from datamodules.near_duplicates import Look, LookIndex, Looks, look_of
 from datamodules.pairs.source import LISTED, PairSource
+from lit_clip.embedding.parts import Arrays, json_array, json_value, load_arrays, save_arrays
 from lit_clip.embedding.precision import Precision
 from lit_clip.embedding.reading import EncoderBatch, check_finite, encoded_batches, image_features, in_batches
-from lit_clip.errors import InputError, require
+from lit_clip.errors import require
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import NearestImages, nearer, nowhere
 from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.atomic import replacing
 from lit_clip.tools.images import open_image
-from lit_clip.tools.reading import reading
 
 SECONDS_BETWEEN_SAVES = 60  # of work that a killed run can lose
 
@@ -81,18 +79,18 @@ class Queries:
 
     def save(self, path: Path) -> None:
         """Write an ``.npz`` file, whole or not at all."""
-        columns = {"bits": self.looks.bits, "colours": self.looks.colours, "plain": self.looks.plain}
-        _save(path, {"bad": self.bad}, features=self.features.numpy(), items=self.items, **columns)
+        arrays = {"features": self.features.numpy(), "items": self.items, "bad": json_array(self.bad)}
+        save_arrays(path, "", {**arrays, **vars(self.looks)})
 
     @classmethod
     def load(cls, path: Path) -> "Queries | None":
-        """Read what :meth:`save` wrote; None if it is missing or unreadable."""
-        found = _load(path, "bad", "features", "items", "bits", "colours", "plain")
-        if found is None:
-            return None
-        values, arrays = found
-        looks = Looks(arrays["bits"], arrays["colours"], arrays["plain"])
-        return cls(torch.from_numpy(arrays["features"]), looks, arrays["items"], values["bad"])
+        """Read what :meth:`save` wrote; None if it is missing or damaged."""
+
+        def make(found: Arrays) -> Queries:
+            looks = Looks(found["bits"], found["colours"], found["plain"])
+            return cls(torch.from_numpy(found["features"]), looks, found["items"], json_value(found["bad"]))
+
+        return load_arrays(path, "", make)
 
     @classmethod
     def compute(
@@ -179,22 +177,20 @@ class NearestFound:
 
     def save(self, path: Path) -> None:
         """Write an ``.npz`` file, whole or not at all."""
-        values = {"names": self.names, "look_names": self.look_names, "bad": self.bad}
-        values |= {"done": self.done, "reasons": dict(self.reasons)}
-        arrays = {"similarity": self.nearest.similarity.cpu().numpy(), "row": self.nearest.row.cpu().numpy()}
-        _save(path, values, look_rows=self.look_rows, **arrays)
+        values = {name: getattr(self, name) for name in ("names", "look_names", "done", "reasons", "bad")}
+        nearest = {name: column.cpu().numpy() for name, column in self.nearest._asdict().items()}
+        save_arrays(path, "", {**nearest, "look_rows": self.look_rows, "values": json_array(values)})
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "NearestFound | None":
-        """Read what :meth:`save` wrote; None if it is missing or unreadable."""
-        found = _load(path, "names", "look_names", "bad", "done", "reasons", "similarity", "row", "look_rows")
-        if found is None:
-            return None
-        values, arrays = found
-        nearest = NearestImages(*(torch.from_numpy(arrays[name]).to(device) for name in NearestImages._fields))
-        reasons = Counter(values["reasons"])
-        look = (arrays["look_rows"], values["look_names"])
-        return cls(nearest, values["names"], *look, values["done"], reasons, values["bad"])
+        """Read what :meth:`save` wrote; None if it is missing or damaged."""
+
+        def make(found: Arrays) -> NearestFound:
+            values = json_value(found["values"])
+            nearest = NearestImages(*(torch.from_numpy(found[name]).to(device) for name in NearestImages._fields))
+            return cls(nearest, look_rows=found["look_rows"], **values | {"reasons": Counter(values["reasons"])})
+
+        return load_arrays(path, "", make)
 
 
 def search(
@@ -241,20 +237,3 @@ def search(
     first = found.bad[0] if found.bad else ""
     require(bool((found.nearest.row >= 0).any()), f"none of {len(source)} training images can be read; {first}")
     return found
-
-
-def _save(path: Path, values: dict[str, Any], **arrays: Any) -> None:
-    text = np.frombuffer(json.dumps(values).encode(), dtype=np.uint8)  # an array of str would be padded
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, values=text, **arrays)
-
-
-def _load(path: Path, *wanted: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """Read what :func:`_save` wrote; None if it is missing, unreadable or incomplete."""
-    try:
-        with reading(path, "cache"), np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-            values = json.loads(arrays.pop("values").tobytes())
-            return (values, arrays) if values.keys() | arrays.keys() == set(wanted) else None
-    except InputError:
-        return None
