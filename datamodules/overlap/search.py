@@ -56,11 +56,6 @@ def _note(name: str, image: Image.Image) -> NamedLook:
     return NamedLook(look_of(image), name)
 
 
-def _rows_of_images(batch: EncoderBatch) -> list[int]:
-    """Return the row of each image of a batch."""
-    return [row for row, count in zip(batch.rows, batch.counts, strict=True) for _ in range(count)]
-
-
 @dataclass
 class Queries:
     """The readable images of an evaluation set.
@@ -97,9 +92,9 @@ class Queries:
         cls,
         model: CLIP,
         images: ImageSet,
+        title: str,
         batch_size: int,
         num_workers: int,
-        title: str,
         precision: Precision = "32-true",
     ) -> "Queries":
         """Read and encode a set."""
@@ -111,7 +106,7 @@ class Queries:
         ):
             features.append(encoded.cpu())
             looks += [note.look for note in batch.notes]
-            items += _rows_of_images(batch)
+            items += [row for row, count in zip(batch.rows, batch.counts, strict=True) for _ in range(count)]
             bad += [row.message for row in batch.unreadable]
         require(bool(items), f"{title}: none of {len(images)} images can be read; {bad[0] if bad else 'it is empty'}")
         joined = torch.cat(features)
@@ -202,17 +197,7 @@ def search(
     num_workers: int,
     precision: Precision = "32-true",
 ) -> NearestFound:
-    """Find each query's nearest training image in one pass, or resume an interrupted search.
-
-    Args:
-        model: on the device where it is to compute.
-        queries: the images of the evaluation sets.
-        source: the training set.
-        path: where the state of the search is kept.
-        batch_size: images encoded at once.
-        num_workers: processes that decode.
-        precision: of the encoder.
-    """
+    """Find each query's nearest training image in one pass, or resume the search that ``path`` keeps."""
     found = NearestFound.load(path, model.device) or NearestFound.nothing(len(queries.items), model.device)
     if found.done >= len(source):
         return found
