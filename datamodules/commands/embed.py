@@ -40,23 +40,14 @@ from lit_clip.weights.fingerprint import fingerprint
 
 
 class _Items(NamedTuple):
-    """Items to encode, sorted by key.
+    """Items to encode, sorted by key."""
 
-    Attributes:
-        identities: distinct; they start with the key, and change with the item.
-        images: to read; None for texts.
-        texts: to encode; empty for images.
-        content: what the features are of: image, text or caption.
-        root: folder that the keys are paths from; None if they are not paths.
-        stamp: changes with the data as far as the identities do not.
-    """
-
-    identities: Sequence[Identity]
-    images: ImageRows | None = None
-    texts: Sequence[str] = ()
-    content: str = "image"
-    root: Path | None = None
-    stamp: str = ""
+    identities: Sequence[Identity]  # distinct; they start with the key, and change with the item
+    images: ImageRows | None = None  # None for texts
+    texts: Sequence[str] = ()  # empty for images
+    content: str = "image"  # or text, or caption
+    root: Path | None = None  # folder that the keys are paths from; None if they are not paths
+    stamp: str = ""  # changes with the data as far as the identities do not
 
     @property
     def keys(self) -> list[str]:
@@ -115,34 +106,34 @@ def embed(
     options |= {"templates": templates}
     items = _items_of_texts(Path(texts)) if texts else _items_of(data, captions, options, on_error)
     check_keys(path, items.keys)
+    workers = 0 if items.images is None else num_workers  # tokenizing is not worth a process
+    _embed(items, model, path, EncodingSettings(batch_size, workers, devices, accelerator, precision, on_error))
+
+
+def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings) -> None:
+    """Encode items and write their features; ranks but the first only encode."""
     clip = load_model(model)
     name = fingerprint(clip).model
-    workers = 0 if items.images is None else num_workers  # tokenizing is not worth a process
-    settings = EncodingSettings(batch_size, workers, devices, accelerator, precision, on_error)
     if items.images is None:
         task = text_task(clip, items.texts, items.identities)
     else:
         task = image_task(clip, items.images, items.identities)
-    parts = Parts.resumed(path, f"{name} {items.content} {items.stamp}", precision)
+    parts = Parts.resumed(path, f"{name} {items.content} {items.stamp}", settings.precision)
     unreadable = encode(clip, task, parts, settings)
     if unreadable is None:
         return
-    table = collect(task.identities, parts.read(FeatureTable.of), clip.config.embed_dim)
-    check_complete(len(table.identities), len(task.identities), unreadable)
-    metadata = {"model": model, "model_sha256": name, "precision": precision, "lit_clip": __version__}
-    _write(path, items, table, metadata)
-    report_skipped(items.keys, unreadable, path.with_name(f"{path.name}.skipped.txt"))
-    parts.remove()
-    stderr().print(f"{path}: {len(table.identities)} rows of {table.features.shape[1]} numbers")
-    if items.content == "image":
-        stderr().print(f"search them: {shlex.join(['lit-clip', 'search', output, 'TEXT', '--model', model])}")
-
-
-def _write(path: Path, items: _Items, table: FeatureTable, metadata: dict[str, str]) -> None:
+    table = collect(items.identities, parts.read(FeatureTable.of), clip.config.embed_dim)
+    check_complete(len(table.identities), len(items.identities), unreadable)
+    metadata = {"model": model, "model_sha256": name, "precision": settings.precision, "lit_clip": __version__}
     metadata |= {"content": items.content} | ({"root": str(items.root)} if items.root is not None else {})
     texts_of = dict(zip(items.identities, items.texts, strict=True)) if items.content == "caption" else {}
     captions = [texts_of[identity] for identity in table.identities] if texts_of else None
     write_features(path, [key for key, _, _ in table.identities], table.features, metadata, captions)
+    report_skipped(items.keys, unreadable, path.with_name(f"{path.name}.skipped.txt"))
+    parts.remove()
+    stderr().print(f"{path}: {len(table.identities)} rows of {table.features.shape[1]} numbers")
+    if items.content == "image":
+        stderr().print(f"search them: {shlex.join(['lit-clip', 'search', str(path), 'TEXT', '--model', model])}")
 
 
 def _items_of_texts(path: Path) -> _Items:

@@ -59,42 +59,25 @@ class UnreadableError(InputError):
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """How features are computed; only ``batch_size`` and ``precision`` affect the result, by rounding.
+    """How features are computed; only ``batch_size`` and ``precision`` affect the result, by rounding."""
 
-    Attributes:
-        batch_size: images or texts that each process encodes at once.
-        num_workers: processes that read images, for each process.
-        devices: number of processes, one a device.
-        accelerator: cpu, gpu, mps, ...
-        precision: of the encoders; see :func:`lit_clip.embedding.precision.check_precision`.
-        on_error: whether an image that cannot be read is an error or is skipped.
-    """
-
-    batch_size: int = 64
-    num_workers: int = 4
-    devices: int = 1
-    accelerator: str = "auto"
+    batch_size: int = 64  # images or texts that each process encodes at once
+    num_workers: int = 4  # processes that read images, for each process
+    devices: int = 1  # number of processes, one a device
+    accelerator: str = "auto"  # Lightning's name
     precision: Precision = "32-true"
-    on_error: OnError = "error"
+    on_error: OnError = "error"  # at an image that cannot be read
 
 
 @dataclass(frozen=True)
 class EncodingTask:
-    """Items to encode.
+    """Items to encode."""
 
-    Attributes:
-        identities: what finished features are found by.
-        read: makes the dataset of some batches; it stops reading once the file given exists.
-        encode: inputs on the device -> features.
-        several: whether an item may have many images; then it is a batch of its own.
-        must_be_finite: whether NaN or infinite features end the run; evaluations report them.
-    """
-
-    identities: Sequence[Identity]
-    read: Callable[[Batches, Path], Dataset[EncoderBatch]]
-    encode: Encode
-    several: bool = False
-    must_be_finite: bool = True
+    identities: Sequence[Identity]  # what finished features are found by
+    read: Callable[[Batches, Path], Dataset[EncoderBatch]]  # it stops reading once the file given exists
+    encode: Encode  # inputs on the device -> features
+    several: bool = False  # whether an item may have many images; then it is a batch of its own
+    must_be_finite: bool = True  # whether NaN or infinite features end the run; evaluations report them
 
     def step(self, batch: EncoderBatch, device: torch.device, batch_size: int) -> Tensor:
         """Return the features of a batch of N rows, ``[N, ...]``."""
@@ -135,16 +118,7 @@ def encode(
     known: Container[Identity] = (),
     title: str = "encoding",
 ) -> list[UnreadableRow] | None:
-    """Encode into ``parts`` all items that are neither there nor known; see :func:`compute`.
-
-    Args:
-        model: the encoders.
-        task: the items.
-        parts: where finished features are and go.
-        settings: how to compute.
-        known: identities of items that need no part.
-        title: of the progress bar.
-    """
+    """Encode into ``parts`` all items that are neither there nor ``known``; see :func:`compute`."""
     identities = task.identities
     finished = {identity for table in parts.read(FeatureTable.of) for identity in table.identities}
     batches = remaining(
@@ -232,11 +206,7 @@ def make_trainer(callbacks: list[Callback], settings: EncodingSettings) -> Train
 
 
 class Encoder(LightningModule):
-    """The module that ``Trainer.predict`` runs; see :func:`compute` for its arguments.
-
-    Attributes:
-        stop: a file that ends the run early, see :attr:`lit_clip.embedding.parts.Parts.stop`.
-    """
+    """The module that ``Trainer.predict`` runs; see :func:`compute`, and :class:`Parts` for ``stop``."""
 
     def __init__(
         self, model: CLIP, task: EncodingTask, batches: Batches, stop: Path, settings: EncodingSettings
@@ -259,15 +229,11 @@ class Encoder(LightningModule):
 
 
 class PartWriter(Callback):
-    """Writes finished batches every few seconds, at the end and when the run is interrupted.
-
-    Attributes:
-        unreadable: this rank's rows that could not be read.
-    """
+    """Writes finished batches every few seconds, at the end and when the run is interrupted."""
 
     def __init__(self, task: EncodingTask, parts: Parts, on_error: OnError, title: str) -> None:
         self.task, self.parts, self.on_error, self.title = task, parts, on_error, title
-        self.unreadable: list[UnreadableRow] = []
+        self.unreadable: list[UnreadableRow] = []  # this rank's
         self._finished: Finished = []
         self._written = time.monotonic()
         self._bar = ExitStack()

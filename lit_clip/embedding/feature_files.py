@@ -22,15 +22,10 @@ Identity = tuple[str, int, int]  # key, and a file's size and modification time
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """Features of items, by the identities that these had when they were encoded.
+    """Features of items, by the identities that these had when they were encoded."""
 
-    Attributes:
-        identities: of N items.
-        features: float32 ``[N, D]``, of unit length.
-    """
-
-    identities: list[Identity]
-    features: np.ndarray
+    identities: list[Identity]  # of N items
+    features: np.ndarray  # float32 [N, D], of unit length
 
     def arrays(self) -> Arrays:
         """Return the content of a file."""
@@ -104,19 +99,12 @@ def write_features(
 
 
 class StoredFeatures(NamedTuple):
-    """Content of a file that :func:`write_features` wrote.
+    """Content of a file that :func:`write_features` wrote."""
 
-    Attributes:
-        keys: of N rows.
-        features: float32 ``[N, D]``, of unit length.
-        captions: that the features are of; empty if they are of images or of the keys.
-        metadata: such as the model and its SHA-256.
-    """
-
-    keys: list[str]
-    features: np.ndarray
-    captions: list[str]
-    metadata: dict[str, str]
+    keys: list[str]  # of N rows
+    features: np.ndarray  # float32 [N, D], of unit length
+    captions: list[str]  # that the features are of; empty if they are of images or of the keys
+    metadata: dict[str, str]  # such as the model and its SHA-256
 
 
 def read_features(path: Path) -> StoredFeatures:

@@ -15,19 +15,12 @@ from lit_clip.tools.images import SUFFIXES, OnError, open_image, or_skip
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image on disk.
+    """An image on disk."""
 
-    Attributes:
-        key: its name in results, unique and stable.
-        path: the file.
-        size: of the file, bytes.
-        modified: when the file was last written, nanoseconds.
-    """
-
-    key: str
+    key: str  # its name in results, unique and stable
     path: Path
-    size: int = 0
-    modified: int = 0
+    size: int = 0  # of the file, bytes
+    modified: int = 0  # when the file was last written, nanoseconds
 
     @property
     def identity(self) -> Identity:
@@ -60,11 +53,7 @@ def _file(key: str, path: Path) -> ImageFile:
 def images_in(folder: Path, on_error: OnError = "error") -> list[ImageFile]:
     """List the images in a folder and below, without hidden ones, sorted by their path in the folder, which is the key.
 
-    Links are followed, except to a folder that the link is in.
-
-    Args:
-        folder: to search.
-        on_error: for a folder that cannot be read; ``skip`` counts it on the terminal.
+    Links are followed, except to a folder that the link is in. ``skip`` leaves out folders that cannot be read.
     """
     require(folder.is_dir(), f"{folder}: no such folder")
     found, unreadable = [], []

@@ -60,12 +60,7 @@ def _holds_other_arrays(path: Path) -> bool:
 
 
 def nearest(features: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Find the rows of the highest inner products, exactly.
-
-    Args:
-        features: float32 ``[N, D]``.
-        queries: float32 ``[Q, D]``.
-        k: number of rows.
+    """Find the rows of ``[N, D]`` with the highest inner products with queries ``[Q, D]``, exactly.
 
     Returns:
         Products float32 and rows int64, each ``[Q, min(k, N)]``, the highest first.

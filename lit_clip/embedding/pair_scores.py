@@ -70,17 +70,11 @@ class _Note(NamedTuple):
 
 
 class _Texts(NamedTuple):
-    """The distinct captions of a batch.
+    """The distinct captions of a batch."""
 
-    Attributes:
-        tokens: int64 ``[T, L]``.
-        of_pair: number of each pair's caption, int64 ``[P]``.
-        of_image: number of captions of each image, int64 ``[N]``.
-    """
-
-    tokens: Tensor
-    of_pair: Tensor
-    of_image: Tensor
+    tokens: Tensor  # int64 [T, L]
+    of_pair: Tensor  # number of each pair's caption, int64 [P]
+    of_image: Tensor  # number of captions of each image, int64 [N]
 
 
 class PairBatches(ImageBatches):
@@ -186,13 +180,7 @@ def scores_of(parts: Parts) -> np.ndarray:
 
 
 def in_order(parts: Parts, rows: int, unreadable: Sequence[UnreadableRow]) -> Iterator[pa.Table]:
-    """Yield all pairs by row and caption; holds only the parts that overlap.
-
-    Args:
-        parts: where the scores are.
-        rows: N.
-        unreadable: the rows that are in no part.
-    """
+    """Yield all pairs of N rows by row and caption, and the unreadable rows; holds only parts that overlap."""
     waiting, seen = _unreadable_table(unreadable), np.zeros(rows, dtype=bool)
     for table in _tables(parts):
         ready = int(np.searchsorted(waiting["row"].to_numpy(), table["row"][0].as_py()))  # parts ascend by first row

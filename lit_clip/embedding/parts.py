@@ -62,7 +62,7 @@ class Parts:
 
     Args:
         output: the file or folder that they will become.
-        settings: all that the parts depend on besides their items; parts of other settings are passed over.
+        settings: all that they depend on besides their items; parts of other settings are passed over.
         alone: whether only one run at a time may write the output.
     """
 
@@ -74,10 +74,7 @@ class Parts:
     def resumed(cls, output: Path, settings: str, precision: Precision) -> "Parts":
         """Return the parts of an output of one run at a time; parts of an earlier run in another precision are refused.
 
-        Args:
-            output: the file that they will become.
-            settings: all that they depend on but the precision.
-            precision: of this run.
+        ``settings`` are those but the precision.
         """
         parts = cls(output, f"{settings} {precision}", alone=True)
         begun = parts._begun()

@@ -32,19 +32,12 @@ ARRAYS = ("before", "after")
 
 
 class SetFeatures(NamedTuple):
-    """Features of a set, read from disk as they are needed.
+    """Features of a set, read from disk as they are needed."""
 
-    Attributes:
-        before: float32 ``[N, W]``, before the projection.
-        after: float32 ``[N, D]``, unit length; for rows of several images, the mean of their unit features.
-        rows: the images that could be read, ascending.
-        skipped: key and message of the others.
-    """
-
-    before: np.ndarray
-    after: np.ndarray
-    rows: list[int]
-    skipped: list[tuple[str, str]]
+    before: np.ndarray  # float32 [N, W], before the projection
+    after: np.ndarray  # float32 [N, D], unit length; for rows of several images, the mean of their unit features
+    rows: list[int]  # the images that could be read, ascending
+    skipped: list[tuple[str, str]]  # key and message of the others
 
 
 def _new_array(path: Path, shape: tuple[int, int]) -> np.ndarray:

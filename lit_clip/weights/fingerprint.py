@@ -17,17 +17,11 @@ from lit_clip.models.config import described
 
 
 class Fingerprint(NamedTuple):
-    """SHA-256 digests of a model, in hexadecimal.
+    """SHA-256 digests of a model, in hexadecimal."""
 
-    Attributes:
-        model: of weights, sizes and preprocessing; models with the same one give the same features.
-        weights: of the weights only.
-        text: of everything text features depend on.
-    """
-
-    model: str
-    weights: str
-    text: str
+    model: str  # of weights, sizes and preprocessing; models with the same one give the same features
+    weights: str  # of the weights only
+    text: str  # of everything text features depend on
 
 
 def fingerprint(model: CLIP) -> Fingerprint:
