@@ -9,7 +9,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -45,32 +44,18 @@ class SourceRows:
         return stored.where, [open_image(io.BytesIO(stored.image), stored.where)]
 
 
-class NamedLook(NamedTuple):
-    """Look of an image, and the user's name for its row."""
-
-    look: Look
-    name: str
-
-
-def _note(name: str, image: Image.Image) -> NamedLook:
-    return NamedLook(look_of(image), name)
+def _note(name: str, image: Image.Image) -> tuple[Look, str]:
+    return look_of(image), name
 
 
 @dataclass
 class Queries:
-    """The readable images of an evaluation set.
+    """The readable images of an evaluation set."""
 
-    Attributes:
-        features: float32 ``[Q, D]``, of unit length.
-        looks: of each image.
-        items: int64 ``[Q]``, the item that each image belongs to, ascending.
-        bad: the line of each item that could not be read.
-    """
-
-    features: Tensor
+    features: Tensor  # float32 [Q, D], of unit length
     looks: Looks
-    items: np.ndarray
-    bad: list[str]
+    items: np.ndarray  # int64 [Q], the item that each image belongs to, ascending
+    bad: list[str]  # the line of each item that could not be read
 
     def save(self, path: Path) -> None:
         """Write an ``.npz`` file, whole or not at all."""
@@ -105,7 +90,7 @@ class Queries:
             model, SetRows(images), batch_size, num_workers, encode=encode, batches=batches, note=_note, title=title
         ):
             features.append(encoded.cpu())
-            looks += [note.look for note in batch.notes]
+            looks += [look for look, _ in batch.notes]
             items += [row for row, count in zip(batch.rows, batch.counts, strict=True) for _ in range(count)]
             bad += [row.message for row in batch.unreadable]
         require(bool(items), f"{title}: none of {len(images)} images can be read; {bad[0] if bad else 'it is empty'}")
@@ -117,43 +102,28 @@ class Queries:
 def joined(queries: Sequence[Queries]) -> Queries:
     """Join several sets, so that the training set is read once for all of them."""
     looks = [each.looks for each in queries]
-    columns = (np.concatenate([getattr(look, name) for look in looks]) for name in ("bits", "colours", "plain"))
+    columns = (np.concatenate(each) for each in zip(*(vars(look).values() for look in looks), strict=True))
     items = np.concatenate([each.items for each in queries])
     return Queries(torch.cat([each.features for each in queries]), Looks(*columns), items, [])
 
 
 @dataclass
 class NearestFound:
-    """The nearest training image of each query, as far as the training set has been read.
+    """The nearest training image of each query, as far as the training set has been read."""
 
-    Attributes:
-        nearest: by features, on the model's device.
-        names: the user's names for those.
-        look_rows: the first training image with the same look, int64 ``[Q]``; -1: none.
-        look_names: the user's names for those.
-        done: number of training rows that have been read.
-        reasons: how many of them could not be read, by reason.
-        bad: messages about the first ``LISTED`` of these.
-    """
-
-    nearest: NearestImages
-    names: list[str]
-    look_rows: np.ndarray
-    look_names: list[str]
-    done: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    bad: list[str] = field(default_factory=list)
-
-    @classmethod
-    def nothing(cls, size: int, device: torch.device) -> "NearestFound":
-        """Return the state for ``size`` queries before any training image is read."""
-        return cls(nowhere(size, device), [""] * size, np.full(size, -1), [""] * size)
+    nearest: NearestImages  # by features, on the model's device
+    names: list[str]  # the user's names for the nearest images
+    look_rows: np.ndarray  # the first training image with the same look, int64 [Q]; -1: none
+    look_names: list[str]  # the user's names for these images
+    done: int = 0  # training rows that have been read
+    reasons: Counter[str] = field(default_factory=Counter)  # of those that could not be read
+    bad: list[str] = field(default_factory=list)  # messages about the first LISTED of these
 
     def add(self, queries: Tensor, index: LookIndex, batch: EncoderBatch, features: Tensor) -> None:
         """Compare a batch of training images with the queries."""
         if batch.rows:
             after = nearer(self.nearest, queries, features, torch.tensor(batch.rows, device=features.device))
-            names = {row: note.name for row, note in zip(batch.rows, batch.notes, strict=True)}
+            names = {row: name for row, (_, name) in zip(batch.rows, batch.notes, strict=True)}
             for query in (after.row != self.nearest.row).nonzero()[:, 0].tolist():
                 self.names[query] = names[int(after.row[query])]
             self.nearest = after  # after the names: an interrupted search reads this batch again
@@ -165,10 +135,10 @@ class NearestFound:
         self.done += len(batch.rows) + len(batch.unreadable)
 
     def _add_looks(self, index: LookIndex, batch: EncoderBatch) -> None:
-        queries, images = index.like(Looks.of([note.look for note in batch.notes]))
+        queries, images = index.like(Looks.of([look for look, _ in batch.notes]))
         for query, image in sorted(zip(queries.tolist(), images.tolist(), strict=True)):
             if self.look_rows[query] < 0:
-                self.look_names[query], self.look_rows[query] = batch.notes[image].name, batch.rows[image]
+                self.look_names[query], self.look_rows[query] = batch.notes[image][1], batch.rows[image]
 
     def save(self, path: Path) -> None:
         """Write an ``.npz`` file, whole or not at all."""
@@ -198,10 +168,12 @@ def search(
     precision: Precision = "32-true",
 ) -> NearestFound:
     """Find each query's nearest training image in one pass, or resume the search that ``path`` keeps."""
-    found = NearestFound.load(path, model.device) or NearestFound.nothing(len(queries.items), model.device)
+    size, device = len(queries.items), model.device
+    found = NearestFound.load(path, device)
+    found = found or NearestFound(nowhere(size, device), [""] * size, np.full(size, -1), [""] * size)
     if found.done >= len(source):
         return found
-    features, index = queries.features.to(model.device), LookIndex(queries.looks)
+    features, index = queries.features.to(device), LookIndex(queries.looks)
     batches = in_batches(range(found.done, len(source)), batch_size)
     encode, rows = image_features(model, precision), SourceRows(source)
     saved = time.monotonic()
@@ -210,7 +182,7 @@ def search(
             model, rows, batch_size, num_workers, encode=encode, batches=batches, note=_note, title="training images"
         ):
             if batch.rows:  # the largest similarity of a batch with NaN is NaN, which would hide its other images
-                check_finite(encoded, batch.notes[0].name)
+                check_finite(encoded, batch.notes[0][1])
             found.add(features, index, batch, encoded)
             if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                 found.save(path)

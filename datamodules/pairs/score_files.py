@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,17 +29,11 @@ SCHEMA = (
 
 @dataclass
 class Filtered:
-    """Counts of a file of scores.
-
-    Attributes:
-        pairs: in it.
-        kept: of them.
-        removed: by filter; a pair that several filters remove counts for each.
-    """
+    """Counts of a file of scores."""
 
     pairs: int = 0
     kept: int = 0
-    removed: Counter[str] = field(default_factory=Counter)
+    removed: Counter[str] = field(default_factory=Counter)  # by filter; a pair counts for each that removes it
 
 
 def check_output(path: Path) -> None:
@@ -50,10 +45,10 @@ def check_output(path: Path) -> None:
 def write_scores(
     path: Path, tables: Iterable[pa.Table], scores: np.ndarray, filters: PairFilters, metadata: Mapping[str, str]
 ) -> Filtered:
-    """Filter pairs and write them all.
+    """Filter pairs and write them all to a ``.parquet`` file.
 
     Args:
-        path: a ``.parquet`` file.
+        path: of the file.
         tables: the pairs in their order, with the columns ``SCORES``.
         scores: of all pairs that have one, in any order, float32 ``[P]``.
         filters: decide which are kept.
@@ -105,14 +100,7 @@ def _filtered(table: pa.Table, filters: PairFilters, cut: Cut | None, counts: Fi
 
 
 class ScoreFile:
-    """A file that :func:`write_scores` wrote.
-
-    Args:
-        path: the file.
-
-    Attributes:
-        metadata: such as the model and the source.
-    """
+    """A file that :func:`write_scores` wrote; its metadata have the model and the source."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -127,13 +115,9 @@ class ScoreFile:
     @staticmethod
     def is_one(path: Path) -> bool:
         """Whether a path is a file of scores."""
-        if path.suffix != ".parquet":
-            return False
-        try:
-            ScoreFile(path)
-        except InputError:
-            return False
-        return True
+        with suppress(InputError):
+            return path.suffix == ".parquet" and bool(ScoreFile(path))
+        return False
 
     def _batches(self, names: list[str]) -> Iterator[pa.Table]:
         with reading(self.path, "file of scores", hint=WRITE_AGAIN):
