@@ -26,7 +26,7 @@ from lit_clip.embedding.feature_files import (
     collect,
     write_features,
 )
-from lit_clip.embedding.image_files import FileRows, find_images
+from lit_clip.embedding.image_files import FileRows, find_images, image_file
 from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.precision import Precision, check_precision
 from lit_clip.embedding.reading import ImageRows
@@ -163,7 +163,7 @@ def _items_of(data: list[str], captions: bool, options: dict[str, Any], on_error
         return _Items(identities, None, [texts[each] for each in identities], "caption", stamp=stamp)
     rows = _rows_of_images(source, on_error)
     root = source.root if isinstance(source, ColumnPairs) and isinstance(source.root, Path) else None
-    identities = [_identity(key, root) for key in sorted(rows)]
+    identities = [(key, 0, 0) if root is None else image_file(key, root / key).identity for key in sorted(rows)]
     return _Items(identities, SourcePairs(source, [rows[key] for key in sorted(rows)]), root=root, stamp=stamp)
 
 
@@ -199,13 +199,3 @@ def _captions_of(source: PairSource, on_error: OnError) -> dict[Identity, str]:
                 known[caption] = None
     require(bool(texts), "no caption could be read")
     return texts
-
-
-def _identity(key: str, root: Path | None) -> Identity:
-    if root is None:
-        return key, 0, 0
-    try:
-        status = (root / key).stat()
-    except (OSError, ValueError):  # in the table itself; or reading it will report it
-        return key, 0, 0
-    return key, status.st_size, status.st_mtime_ns

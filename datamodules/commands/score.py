@@ -6,9 +6,10 @@ from pathlib import Path
 from datamodules.open_source import open_source, stamp_of_data
 from datamodules.pairs.encoder_rows import SourcePairs
 from datamodules.pairs.pair_filters import PairFilters
-from datamodules.pairs.score_files import ROWS, VERSIONS, Filtered, ScoreFile, check_output, write_scores
+from datamodules.pairs.score_files import ROWS, VERSIONS, Filtered, ScoreFile, write_scores
 from lit_clip import load_model
 from lit_clip.embedding.encode import EncodingSettings, check_complete
+from lit_clip.embedding.feature_files import check_output
 from lit_clip.embedding.pair_scores import in_order, score_pairs, scored_rows, scores_of
 from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.precision import Precision, check_precision
@@ -92,7 +93,7 @@ def _scored_or_filtered(
     filters: PairFilters,
 ) -> Filtered | None:
     """Write the table; None on other ranks than the first."""
-    check_output(path)
+    check_output(path, [".parquet"])
     require(bool(data), "no data: name a table, a folder or shards before the options")
     if len(data) == 1 and ScoreFile.is_one(Path(data[0])):
         require(model is None, f"--model: {data[0]} has scores already; leave it out, or give the data themselves")

@@ -32,9 +32,6 @@ def writing_cached(path: Path) -> Iterator[Path]:
     with replacing(path, "; set XDG_CACHE_HOME to a folder with room") as draft:
         draft.parent.mkdir(parents=True, exist_ok=True)
         yield draft
-        if draft.is_file():  # else a crash of the machine could leave the name without the content
-            with draft.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def made_once(path: Path, load: Callable[[Path], Content], make: Callable[[Path], None]) -> Content:

@@ -36,12 +36,6 @@ class Filtered:
     removed: Counter[str] = field(default_factory=Counter)  # by filter; a pair counts for each that removes it
 
 
-def check_output(path: Path) -> None:
-    """Raise :class:`InputError` unless a file of scores can be written there."""
-    require(path.suffix == ".parquet", f"--output {path}: must be a .parquet file")
-    require(path.absolute().parent.is_dir(), f"--output {path}: there is no folder {path.parent}")
-
-
 def write_scores(
     path: Path, tables: Iterable[pa.Table], scores: np.ndarray, filters: PairFilters, metadata: Mapping[str, str]
 ) -> Filtered:

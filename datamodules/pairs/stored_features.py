@@ -5,6 +5,7 @@
 
 import random
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,14 +32,11 @@ TOKENIZED_AT_ONCE = 4096
 class DistinctImageRows:
     """The row of each sample's image in a file: rows of a source with the same image share one.
 
-    Attributes:
-        versions: augmented versions of each training image.
-        count: number of rows.
-        identity: digest that changes with any image, its place, or the settings that a version depends on.
+    ``identity`` changes with any image, its place, or the ``settings`` that a version depends on.
     """
 
     def __init__(self, train: PairSource, val: PairSource, versions: int, settings: Sequence[object]) -> None:
-        self.versions = versions
+        self.versions = versions  # augmented, of each training image
         self._train, self._first_train, train_images = _distinct_images(train)
         self._val, self._first_val, val_images = _distinct_images(val)
         self._trained = len(self._first_train) * versions
@@ -77,14 +75,7 @@ def _distinct_images(source: PairSource) -> tuple[np.ndarray, np.ndarray, list[o
     return image_of, np.array(first, dtype=np.int64), list(numbers)
 
 
-class OneImage(NamedTuple):
-    """An image to encode, and its row; None if it cannot be read."""
-
-    row: int
-    image: Tensor | None
-
-
-class ImagesOnce(Dataset[OneImage]):
+class ImagesOnce(Dataset[ImageBatch]):
     """Every image of a file, from the dataset of training or of validation samples.
 
     Unless ``skip`` is set, an image that cannot be read is an error.
@@ -96,23 +87,24 @@ class ImagesOnce(Dataset[OneImage]):
     def __len__(self) -> int:
         return self.rows.count
 
-    def __getitem__(self, row: int) -> OneImage:
+    def __getitem__(self, row: int) -> ImageBatch:
         origin = self.rows.origin(row)
         dataset = self.training if isinstance(origin, TrainingSample) else self.validation
         try:
-            return OneImage(row, dataset[origin].image)
+            return ImageBatch(np.array([row]), dataset[origin].image[None], [])
         except BadSample:
             if not self.skip:
                 raise
-            return OneImage(row, None)
+            return ImageBatch(np.zeros(0, np.int64), torch.zeros(0), [row])
 
 
-def collate_images(items: list[OneImage]) -> ImageBatch:
-    """Join images to a batch."""
-    found = [(item.row, item.image) for item in items if item.image is not None]
-    unusable = [item.row for item in items if item.image is None]
-    images = torch.stack([image for _, image in found]) if found else torch.zeros(0)
-    return ImageBatch(np.array([row for row, _ in found], dtype=np.int64), images, unusable)
+def collate_images(items: list[ImageBatch]) -> ImageBatch:
+    """Join batches to one."""
+    rows = np.concatenate([item.rows for item in items])
+    images = [item.images for item in items if len(item.rows)]
+    return ImageBatch(
+        rows, torch.cat(images) if images else torch.zeros(0), [row for item in items for row in item.unusable]
+    )
 
 
 class PairSample(NamedTuple):
@@ -158,25 +150,6 @@ class StoredPairs(Dataset[PairSample]):
             self.source.load(index, rng)  # says what is wrong with it
             raise BadSample(text.key, "not stored", f"its image was not readable before; delete {stored.folder}")
         return PairSample(activations, *text)
-
-
-def distinct_texts(sources: Sequence[PairSource], tokenize: TextTokenizer) -> Texts:
-    """Tokenize every caption of the sources; captions with the same tokens count once."""
-    captions: dict[str, None] = {}
-    for source in sources:
-        for row in range(len(source)):
-            try:
-                captions.update(dict.fromkeys(source.captions(row)))
-            except BadSample:  # loading it will raise or skip it
-                continue
-    every, parts = list(captions), []
-    for first in range(0, len(every), TOKENIZED_AT_ONCE):
-        parts.append(tokenize(every[first : first + TOKENIZED_AT_ONCE]))
-    tokens = torch.cat(parts)
-    lengths = tokenize.lengths(tokens).numpy()
-    hashes, kept = np.unique(token_hashes(tokens, lengths), return_index=True)
-    longest = int(lengths.max())
-    return Texts(tokens[torch.from_numpy(kept), :longest], lengths[kept], hashes)
 
 
 def token_hashes(tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -278,8 +251,18 @@ class WithStoredFeatures:
         )
 
     def distinct_texts(self) -> Texts:
-        """Tokenize every caption of ``fit``; reads no image where the source can do without."""
-        return distinct_texts(self._fit_sources, self.tokenize)
+        """Tokenize every caption of ``fit``, equal tokens once; reads no image where that is possible."""
+        captions: dict[str, None] = {}
+        for source in self._fit_sources:
+            for row in range(len(source)):
+                with suppress(BadSample):  # loading it will raise or skip it
+                    captions.update(dict.fromkeys(source.captions(row)))
+        every = list(captions)
+        starts = range(0, len(every), TOKENIZED_AT_ONCE)
+        tokens = torch.cat([self.tokenize(every[start : start + TOKENIZED_AT_ONCE]) for start in starts])
+        lengths = self.tokenize.lengths(tokens).numpy()
+        hashes, kept = np.unique(token_hashes(tokens, lengths), return_index=True)
+        return Texts(tokens[torch.from_numpy(kept), : int(lengths.max())], lengths[kept], hashes)
 
     def use_stored(
         self, images: tuple[DistinctImageRows, StoredRows] | None, texts: tuple[np.ndarray, StoredRows, int] | None

@@ -52,9 +52,9 @@ def collect(identities: Sequence[Identity], tables: Iterable[FeatureTable], embe
     return FeatureTable(present, rows)
 
 
-def check_output(path: Path) -> None:
-    """Raise :class:`InputError` unless features can be written there."""
-    require(path.suffix in (".parquet", ".npy"), f"--output {path}: must be a .parquet or .npy file")
+def check_output(path: Path, suffixes: Sequence[str] = (".parquet", ".npy")) -> None:
+    """Raise :class:`InputError` unless a file of one of these kinds can be written there."""
+    require(path.suffix in suffixes, f"--output {path}: must be a {' or '.join(suffixes)} file")
     require(path.absolute().parent.is_dir(), f"--output {path}: there is no folder {path.parent}")
 
 

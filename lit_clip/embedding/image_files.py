@@ -42,10 +42,11 @@ class FileRows:
         return str(path), [open_image(path)]
 
 
-def _file(key: str, path: Path) -> ImageFile:
+def image_file(key: str, path: Path) -> ImageFile:
+    """Return a file as it is now."""
     try:
         status = path.stat()
-    except OSError:  # a dangling link; reading it will report that
+    except (OSError, ValueError):  # a dangling link or no path; reading it will report that
         return ImageFile(key, path)
     return ImageFile(key, path, status.st_size, status.st_mtime_ns)
 
@@ -72,7 +73,7 @@ def images_in(folder: Path, on_error: OnError = "error") -> list[ImageFile]:
             if os.path.isdir(entry.path):
                 waiting.append((Path(entry.path), above | {here}))
             elif Path(entry.name).suffix.lower() in SUFFIXES:
-                found.append(_file(Path(entry.path).relative_to(folder).as_posix(), Path(entry.path)))
+                found.append(image_file(Path(entry.path).relative_to(folder).as_posix(), Path(entry.path)))
     if unreadable:
         require(on_error == "skip", or_skip(unreadable[0], "--on_error skip to leave the folder out"))
         stderr().print(f"folders left out because they cannot be read: {len(unreadable)}; the first: {unreadable[0]}")
@@ -87,11 +88,11 @@ def find_images(paths: Sequence[str], on_error: OnError = "error") -> list[Image
     for path in map(Path, paths):
         if path.is_dir():
             inside = images_in(path, on_error)
-            files = [_file((path / file.key).as_posix(), path / file.key) for file in inside]
+            files = [image_file((path / file.key).as_posix(), path / file.key) for file in inside]
         else:
             require(path.exists(), f"{path}: no such file or folder")
             require(path.is_file(), f"{path}: neither a file nor a folder")  # opening a pipe would wait for a writer
-            files = [_file(path.as_posix(), path)]
+            files = [image_file(path.as_posix(), path)]
         for file in files:
             found.setdefault(os.path.abspath(file.key), file)
     return sorted(found.values(), key=lambda file: file.key)

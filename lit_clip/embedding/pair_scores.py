@@ -55,11 +55,9 @@ def pair_hash(key: str, caption: str) -> int:
 
 
 class PairRows(ImageRows, Protocol):
-    """Images with their captions, by row number."""
+    """Images with their distinct captions, at least one, by row number."""
 
-    def captions(self, row: int) -> list[str]:
-        """Return the distinct captions of a row, at least one."""
-        ...
+    def captions(self, row: int) -> list[str]: ...
 
 
 class _Note(NamedTuple):
@@ -181,7 +179,8 @@ def scores_of(parts: Parts) -> np.ndarray:
 
 def in_order(parts: Parts, rows: int, unreadable: Sequence[UnreadableRow]) -> Iterator[pa.Table]:
     """Yield all pairs of N rows by row and caption, and the unreadable rows; holds only parts that overlap."""
-    waiting, seen = _unreadable_table(unreadable), np.zeros(rows, dtype=bool)
+    lines = [{"row": bad.row, "reason": bad.message.removesuffix(FIX_HINT)} for bad in unreadable]
+    waiting, seen = pa.Table.from_pylist(lines, SCORES), np.zeros(rows, dtype=bool)
     for table in _tables(parts):
         ready = int(np.searchsorted(waiting["row"].to_numpy(), table["row"][0].as_py()))  # parts ascend by first row
         yield waiting[:ready]
@@ -191,8 +190,3 @@ def in_order(parts: Parts, rows: int, unreadable: Sequence[UnreadableRow]) -> It
         waiting = pa.concat_tables([waiting[ready:], table])
         waiting = waiting.take(pa.array(np.argsort(waiting["row"].to_numpy(), kind="stable")))  # captions keep order
     yield waiting
-
-
-def _unreadable_table(unreadable: Sequence[UnreadableRow]) -> pa.Table:
-    lines = [{"row": bad.row, "reason": bad.message.removesuffix(FIX_HINT)} for bad in unreadable]
-    return pa.Table.from_pylist(lines, SCORES)

@@ -129,7 +129,8 @@ class Parts:
 
     def end(self) -> None:
         """End an unfinished run: keep the parts, but no empty folder."""
-        self._release()
+        if self.alone:
+            release_folders()
         self.stop.unlink(missing_ok=True)
         with suppress(OSError):  # not empty
             self.folder.rmdir()
@@ -137,8 +138,5 @@ class Parts:
     def remove(self) -> None:
         """Remove the parts when the output is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        self._release()
-
-    def _release(self) -> None:
         if self.alone:
             release_folders()

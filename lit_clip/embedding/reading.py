@@ -27,15 +27,11 @@ Note = Callable[[str, Image.Image], Any]  # the user's name for an image's row, 
 
 
 class ImageRows(Protocol):
-    """Images by row number; an object that data workers can be sent."""
+    """Images by row number, each row with the user's name for it; an object that data workers can be sent."""
 
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        ...
+    def __len__(self) -> int: ...
 
-    def read(self, row: int) -> tuple[str, list[Image.Image]]:
-        """Return the user's name for a row, and its images."""
-        ...
+    def read(self, row: int) -> tuple[str, list[Image.Image]]: ...
 
 
 class UnreadableRow(NamedTuple):

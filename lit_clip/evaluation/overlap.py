@@ -52,26 +52,20 @@ def nearer(found: NearestImages, query_ND: Tensor, reference_BD: Tensor, row_B: 
 class Overlap:
     """Figures of a set divided into overlap and clean images. Fractions are None if there are no images.
 
-    Attributes:
-        images: number of images of the set, and of those in the overlap and the clean ones.
-        contamination: ``overlap / images``.
-        difference: ``accuracy_all - accuracy_clean``, which equals ``contamination`` times
-            ``accuracy_overlap - accuracy_clean``.
-        p_value: one-sided binomial test: probability of at least as many right answers on the overlap if the model
-            were right there as often as on the clean images.
-        interval: confidence interval of ``accuracy_overlap``, see :func:`clopper_pearson`.
+    ``p_value`` is of a one-sided binomial test: the probability of at least as many right answers on the overlap if the
+    model were right there as often as on the clean images.
     """
 
     images: int
     overlap: int
     clean: int
-    contamination: float | None
+    contamination: float | None  # overlap / images
     accuracy_all: float | None = None
     accuracy_overlap: float | None = None
     accuracy_clean: float | None = None
-    difference: float | None = None
+    difference: float | None = None  # accuracy_all - accuracy_clean = contamination (accuracy_overlap - accuracy_clean)
     p_value: float | None = None
-    interval: tuple[float, float] | None = None
+    interval: tuple[float, float] | None = None  # of accuracy_overlap, see clopper_pearson
 
 
 def overlap_of(seen_N: Tensor, correct_N: Tensor | None = None) -> Overlap:

@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
 
 from lit_clip import distributed
-from lit_clip.embedding.encode import EncodingSettings, UnreadableError, encode, start_processes
+from lit_clip.embedding.encode import EncodingSettings, UnreadableError, encode
 from lit_clip.embedding.feature_files import FeatureTable
 from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.reading import UnreadableRow
@@ -57,10 +56,6 @@ class FeatureStore:
         self.fingerprint = fingerprint(model)
         self._paths: WeakKeyDictionary[ImageSet, Path] = WeakKeyDictionary()
         self._whole: set[Path] = set()  # whose checksums this process has compared
-
-    def start(self) -> torch.device:
-        """Start the other processes, or join them; return this one's device."""
-        return start_processes(self.settings)
 
     def path(self, images: ImageSet) -> Path:
         """Return the folder of a set's features; it changes with the model, the images and the precision."""

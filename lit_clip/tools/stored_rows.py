@@ -34,11 +34,7 @@ class StoredRows:
     Every few seconds, the digests of the rows written since are stored after their values are on the disk. A process
     may be killed at any time, and a machine may lose its power. Processes that write different rows need no lock.
     :meth:`remove_damaged` finds rows whose values have changed since. Copies sent to data workers map the files again.
-
-    Attributes:
-        rows: N.
-        shape: of a row.
-        dtype: of the values.
+    ``shape`` is a row's.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -59,10 +55,9 @@ class StoredRows:
 
     @classmethod
     def create(cls, folder: Path, rows: int, shape: Sequence[int], dtype: torch.dtype) -> "StoredRows":
-        """Create the files unless they exist; absent rows take no space on most file systems.
+        """Create the files unless they exist; files that are damaged, or of other rows, are created again.
 
-        Damaged files, and files of other rows, are created again. Values are not checked, see
-        :meth:`remove_damaged`.
+        Absent rows take no space on most file systems. Values are not checked, see :meth:`remove_damaged`.
         """
         wanted = rows, tuple(shape), dtype
         if folder.exists() and not cls._holds(folder, wanted):
