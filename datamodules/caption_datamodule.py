@@ -25,10 +25,7 @@ from datamodules.pairs.caption_lengths import LongCaptions, report_captions
 from datamodules.pairs.kept import digest_of_kept
 from datamodules.pairs.sentences import FittingCaptions
 from datamodules.pairs.source import PairSource
-from datamodules.pairs.stored_features import (
-    StoredPairs,
-    WithStoredFeatures,
-)
+from datamodules.pairs.stored_features import StoredPairs, WithStoredFeatures
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import InputError, require
 from lit_clip.models.config import Preprocessing

@@ -102,10 +102,7 @@ class Groups(NamedTuple):
 def equal_groups(values: np.ndarray) -> Groups:
     """Group equal values."""
     order = np.argsort(values, kind="stable")
-    new = np.ones(len(values), dtype=bool)
-    new[1:] = values[order][1:] != values[order][:-1]
-    starts = np.flatnonzero(new)
-    lengths = np.diff(starts, append=len(values))
+    _, starts, lengths = np.unique(values[order], return_index=True, return_counts=True)
     several = np.flatnonzero(lengths > 1)
     largest = several[np.argsort(-lengths[several], kind="stable")][:SHOWN]
     groups = [order[starts[group] : starts[group] + lengths[group]] for group in largest]
@@ -113,12 +110,7 @@ def equal_groups(values: np.ndarray) -> Groups:
 
 
 def look_alikes(bits: np.ndarray, colours: np.ndarray) -> Groups:
-    """Group images that look the same; a group is connected by near pairs, so its ends may differ more.
-
-    Args:
-        bits: uint64 ``[N]``, see :class:`Look`.
-        colours: uint32 ``[N]``.
-    """
+    """Group images that look the same, by columns of :class:`Looks`; a group's ends may differ more than near pairs."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 

@@ -10,22 +10,8 @@ from datamodules.pairs.columns import ColumnPairs
 from datamodules.pairs.encoder_rows import SourcePairs
 from datamodules.pairs.source import PairSource
 from lit_clip import load_model
-from lit_clip.embedding.encode import (
-    EncodingSettings,
-    check_complete,
-    encode,
-    image_task,
-    report_skipped,
-    text_task,
-)
-from lit_clip.embedding.feature_files import (
-    FeatureTable,
-    Identity,
-    check_keys,
-    check_output,
-    collect,
-    write_features,
-)
+from lit_clip.embedding.encode import EncodingSettings, check_complete, encode, image_task, report_skipped, text_task
+from lit_clip.embedding.feature_files import FeatureTable, Identity, check_keys, check_output, collect, write_features
 from lit_clip.embedding.image_files import FileRows, find_images, image_file
 from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.precision import Precision, check_precision
@@ -48,11 +34,6 @@ class _Items(NamedTuple):
     content: str = "image"  # or text, or caption
     root: Path | None = None  # folder that the keys are paths from; None if they are not paths
     stamp: str = ""  # changes with the data as far as the identities do not
-
-    @property
-    def keys(self) -> list[str]:
-        """The key of each item."""
-        return [key for key, _, _ in self.identities]
 
 
 def embed(
@@ -105,7 +86,7 @@ def embed(
     options = {"root": root, "image_column": image_column, "caption_column": caption_column, "split": split}
     options |= {"templates": templates}
     items = _items_of_texts(Path(texts)) if texts else _items_of(data, captions, options, on_error)
-    check_keys(path, items.keys)
+    check_keys(path, [key for key, _, _ in items.identities])
     workers = 0 if items.images is None else num_workers  # tokenizing is not worth a process
     _embed(items, model, path, EncodingSettings(batch_size, workers, devices, accelerator, precision, on_error))
 
@@ -129,7 +110,7 @@ def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings) ->
     texts_of = dict(zip(items.identities, items.texts, strict=True)) if items.content == "caption" else {}
     captions = [texts_of[identity] for identity in table.identities] if texts_of else None
     write_features(path, [key for key, _, _ in table.identities], table.features, metadata, captions)
-    report_skipped(items.keys, unreadable, path.with_name(f"{path.name}.skipped.txt"))
+    report_skipped([key for key, _, _ in items.identities], unreadable, path.with_name(f"{path.name}.skipped.txt"))
     parts.remove()
     stderr().print(f"{path}: {len(table.identities)} rows of {table.features.shape[1]} numbers")
     if items.content == "image":

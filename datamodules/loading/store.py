@@ -1,6 +1,5 @@
 """Read files from stores (s3://, gs://, https://, hf://, ...) with retries, and no more of them than they have."""
 
-import math
 import os
 import posixpath
 import time
@@ -78,9 +77,7 @@ def _reason(error: BaseException) -> str:
 
 def _wanted_wait(error: BaseException) -> float:
     """Return the seconds that a server asks to be left alone, up to ``LONGEST_WAIT``; 0 if it does not."""
-    asked = (getattr(error, "headers", None) or {}).get("Retry-After")
-    if asked is None:
-        return 0.0
+    asked = (getattr(error, "headers", None) or {}).get("Retry-After", "0")
     try:
         seconds = float(asked)
     except ValueError:
@@ -88,7 +85,7 @@ def _wanted_wait(error: BaseException) -> float:
             seconds = parsedate_to_datetime(asked).timestamp() - time.time()
         except (ValueError, OverflowError):
             return 0.0
-    return min(LONGEST_WAIT, max(0.0, seconds)) if not math.isnan(seconds) else 0.0
+    return min(LONGEST_WAIT, max(0.0, seconds))  # 0 for NaN
 
 
 def stamp_of(url: str) -> Stamp:

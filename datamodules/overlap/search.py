@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.near_duplicates import Look, LookIndex, Looks, look_of
+from datamodules.pairs.encoder_rows import SourcePairs
 from datamodules.pairs.source import LISTED, PairSource
 from lit_clip.embedding.parts import Arrays, json_array, json_value, load_arrays, save_arrays
 from lit_clip.embedding.precision import Precision
@@ -30,14 +31,8 @@ from lit_clip.tools.images import open_image
 SECONDS_BETWEEN_SAVES = 60  # of work that a killed run can lose
 
 
-class SourceRows:
-    """The images of a source of pairs as :class:`lit_clip.embedding.reading.ImageRows`."""
-
-    def __init__(self, source: PairSource) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
+class SourceRows(SourcePairs):
+    """The images of a source of pairs, which need no captions."""
 
     def read(self, row: int) -> tuple[str, list[Image.Image]]:
         stored = self.source.read(row)

@@ -41,12 +41,8 @@ def write_scores(
 ) -> Filtered:
     """Filter pairs and write them all to a ``.parquet`` file.
 
-    Args:
-        path: of the file.
-        tables: the pairs in their order, with the columns ``SCORES``.
-        scores: of all pairs that have one, in any order, float32 ``[P]``.
-        filters: decide which are kept.
-        metadata: of the file.
+    ``tables`` hold the pairs in their order, with the columns ``SCORES``, and ``scores`` those of all pairs that have
+    one, in any order, float32 ``[P]``.
     """
     cut, counts = filters.cut(scores), Filtered()
     about = {**metadata, "filters": json.dumps({name: value for name, value in asdict(filters).items() if value})}

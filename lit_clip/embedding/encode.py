@@ -142,14 +142,10 @@ def remaining(rows: int, batch_size: int, done: Callable[[int], bool]) -> Batche
 def compute(
     model: CLIP, task: EncodingTask, batches: Batches, parts: Parts, settings: EncodingSettings, title: str
 ) -> list[UnreadableRow] | None:
-    """Encode batches into ``parts``.
+    """Encode batches into ``parts``; an interruption leaves the finished ones there.
 
     Returns:
         On rank 0 the rows that could not be read; None on other ranks, which have nothing left to do.
-
-    Raises:
-        UnreadableError: a row cannot be read and ``on_error`` is ``error``.
-        KeyboardInterrupt: after the finished parts have been written.
     """
     if not batches:
         return []

@@ -28,17 +28,11 @@ class ImageFile:
         return self.key, self.size, self.modified
 
 
-class FileRows:
+class FileRows(list[ImageFile]):
     """Image files as :class:`lit_clip.embedding.reading.ImageRows`."""
 
-    def __init__(self, files: Sequence[ImageFile]) -> None:
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
     def read(self, row: int) -> tuple[str, list[Image.Image]]:
-        path = self.files[row].path
+        path = self[row].path
         return str(path), [open_image(path)]
 
 

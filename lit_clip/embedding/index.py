@@ -60,11 +60,7 @@ def _holds_other_arrays(path: Path) -> bool:
 
 
 def nearest(features: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Find the rows of ``[N, D]`` with the highest inner products with queries ``[Q, D]``, exactly.
-
-    Returns:
-        Products float32 and rows int64, each ``[Q, min(k, N)]``, the highest first.
-    """
+    """Return the highest products of rows ``[N, D]`` with queries ``[Q, D]``, and their rows: ``[Q, min(k, N)]``."""
     scores = torch.empty(len(queries), 0)
     rows = torch.empty(len(queries), 0, dtype=torch.long)
     for start in range(0, len(features), CHUNK):

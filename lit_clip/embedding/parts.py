@@ -60,10 +60,8 @@ def json_value(array: np.ndarray) -> Any:
 class Parts:
     """Finished parts of an unfinished output, in a hidden folder beside it; the next run resumes with them.
 
-    Args:
-        output: the file or folder that they will become.
-        settings: all that they depend on besides their items; parts of other settings are passed over.
-        alone: whether only one run at a time may write the output.
+    Parts of other ``settings``, which are all that they depend on besides their items, are passed over. An output
+    that is written ``alone`` is refused to a second run.
     """
 
     def __init__(self, output: Path, settings: str, alone: bool = False) -> None:

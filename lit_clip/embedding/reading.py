@@ -176,15 +176,8 @@ def encoded_batches(
 ) -> Generator[tuple[EncoderBatch, Tensor], None, None]:
     """Read and encode images; yield each batch and its images' features ``[F, ...]`` on the model's device.
 
-    Args:
-        model: on the device where it is to compute.
-        data: the images.
-        batch_size: most images encoded at once.
-        num_workers: processes that read.
-        encode: uint8 ``[F, 3, H, W]`` -> features; by default :func:`image_features`.
-        batches: the rows of each batch; by default all rows, ``batch_size`` to a batch.
-        note: see :class:`ImageBatches`.
-        title: of the progress bar; None: no bar.
+    By default ``encode`` is :func:`image_features`, batches are all rows, at most ``batch_size`` at once, and no
+    progress bar is shown; ``note``: see :class:`ImageBatches`.
     """
     batches = in_batches(range(len(data)), batch_size) if batches is None else batches
     dataset = ImageBatches(data, batches, model.preprocessing, note)

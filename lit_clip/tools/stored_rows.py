@@ -103,11 +103,7 @@ class StoredRows:
         return np.select([self._state == 0, self._state == UNUSABLE_MARK], [ABSENT, UNUSABLE], DONE).astype(np.uint8)
 
     def remove_damaged(self, rows: np.ndarray) -> Iterator[tuple[int, int]]:
-        """Compare the rows that are done with their digests, and make those that differ absent.
-
-        Yields:
-            The number of rows compared since the last pair, and how many of them were damaged.
-        """
+        """Make rows that differ from their digests absent; yield how many more were compared, and were damaged."""
         done = rows[self.state()[rows] == DONE]
         parts = [done[start : start + CHECKED_AT_ONCE] for start in range(0, len(done), CHECKED_AT_ONCE)]
         with reading(self.folder, "folder of stored rows", hint="delete the folder"), ThreadPoolExecutor() as pool:
