@@ -56,10 +56,7 @@ class Looks:
 
 
 class LookIndex:
-    """Finds the look-alikes of a set of images among others, comparing only looks that agree in one of the bands.
-
-    Plain images resemble everything, so they are never found.
-    """
+    """Finds a set's look-alikes among others, by looks that agree in a band; plain ones resemble all, and are left."""
 
     def __init__(self, looks: Looks) -> None:
         self.looks = looks

@@ -89,8 +89,8 @@ def overlap(
     clip = load_model(model).to(best_device())
     described = {"name": model, "fingerprint": fingerprint(clip).model, "precision": precision}
     stamp = stamp_of_data(train, columns, source, (path.with_suffix(".html"), path.with_suffix(".json")))
-    cache, how = path.with_name(f".{path.stem}.found"), (batch_size, num_workers, precision)
-    queries, found = _searched(clip, opened, source, cache, [described["fingerprint"], precision, stamp], how)
+    cache, settings = path.with_name(f".{path.stem}.found"), [described["fingerprint"], precision, stamp]
+    queries, found = _searched(clip, opened, source, cache, settings, (batch_size, num_workers, precision))
     findings, start = {}, 0
     for name, each in opened.items():
         ours, stop = queries[name], start + len(queries[name].items)

@@ -96,8 +96,7 @@ class ScoreFile:
         self.path = path
         with reading(path, "file of scores", hint=WRITE_AGAIN):
             schema = pq.read_schema(path)
-        require(schema.equals(SCHEMA), f"{path}: is no file of scores; {WRITE_AGAIN}")
-        with reading(path, "file of scores", hint=WRITE_AGAIN):
+            require(schema.equals(SCHEMA), f"{path}: is no file of scores; {WRITE_AGAIN}")
             self.metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
             self.rows = int(self.metadata[ROWS])
             self.versions: dict[str, str] = dict(json.loads(self.metadata[VERSIONS]))

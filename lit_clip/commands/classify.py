@@ -102,13 +102,8 @@ def classify(
         raise KeyboardInterrupt(f"{len(classes_of)} of {len(files)} are in {kept or 'the output'}") from None
     check_complete(len(classes_of), len(files), unreadable)
     _write(classes_of, output, path)
-    _report([file.key for file in files], unreadable, path)
-
-
-def _report(keys: Sequence[str], unreadable: Sequence[UnreadableRow], path: Path | None) -> None:
-    """List the images that could not be read in a file beside the results, or on the terminal."""
     if path:
-        report_skipped(keys, unreadable, path.with_name(f"{path.name}.skipped.txt"))
+        report_skipped([file.key for file in files], unreadable, path.with_name(f"{path.name}.skipped.txt"))
     for bad in () if path else unreadable:
         stderr().print(f"skipped: {bad.message}")
 

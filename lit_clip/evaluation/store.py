@@ -54,6 +54,7 @@ class FeatureStore:
     def __init__(self, model: CLIP, folder: Path, settings: EncodingSettings) -> None:
         self.model, self.folder, self.settings = model, folder, settings
         self.fingerprint = fingerprint(model)
+        self._settings = f"{self.fingerprint.model} {settings.precision}"
         self._paths: WeakKeyDictionary[ImageSet, Path] = WeakKeyDictionary()
         self._whole: set[Path] = set()  # whose checksums this process has compared
 
@@ -87,14 +88,13 @@ class FeatureStore:
         if distributed.maximum(int(error is not None)):  # a barrier, too: the arrays are there afterwards
             raise error or InputError(f"{title}: see the error of another process")
 
-    def _parts(self, path: Path) -> Parts:
-        return Parts(path, f"{self.fingerprint.model} {self.settings.precision}")
-
     def _encode(self, images: ImageSet, path: Path, title: str) -> list[UnreadableRow] | None:
         """Make the parts that are not there yet; see :func:`lit_clip.embedding.encode.encode`."""
         try:
             make_folder(path.parent)
-            return encode(self.model, set_task(self.model, images), self._parts(path), self.settings, title=title)
+            return encode(
+                self.model, set_task(self.model, images), Parts(path, self._settings), self.settings, title=title
+            )
         except UnreadableError:  # all ranks have ended
             raise
         except (InputError, OSError) as error:
@@ -130,7 +130,7 @@ class FeatureStore:
 
     def _join(self, path: Path, images: ImageSet, unreadable: Sequence[UnreadableRow]) -> None:
         """Join the finished parts to arrays."""
-        size, parts = len(images), self._parts(path)
+        size, parts = len(images), Parts(path, self._settings)
         skipped = [(bad.row, images.key(bad.row), bad.message) for bad in unreadable]
         require(len(skipped) < size, f"none of {size} images could be read; {skipped[0][2] if skipped else ''}")
         try:
