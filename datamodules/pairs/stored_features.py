@@ -30,10 +30,7 @@ TOKENIZED_AT_ONCE = 4096
 
 
 class DistinctImageRows:
-    """The row of each sample's image in a file: rows of a source with the same image share one.
-
-    ``identity`` changes with any image, its place, or the ``settings`` that a version depends on.
-    """
+    """The row of each sample's image in a file; equal images share one. The identity depends on images and settings."""
 
     def __init__(self, train: PairSource, val: PairSource, versions: int, settings: Sequence[object]) -> None:
         self.versions = versions  # augmented, of each training image

@@ -92,9 +92,8 @@ class FeatureStore:
         """Make the parts that are not there yet; see :func:`lit_clip.embedding.encode.encode`."""
         try:
             make_folder(path.parent)
-            return encode(
-                self.model, set_task(self.model, images), Parts(path, self._settings), self.settings, title=title
-            )
+            parts = Parts(path, self._settings)
+            return encode(self.model, set_task(self.model, images), parts, self.settings, title=title)
         except UnreadableError:  # all ranks have ended
             raise
         except (InputError, OSError) as error:
