@@ -26,11 +26,7 @@ from datamodules.pairs.caption_lengths import LongCaptions, report_captions
 from datamodules.pairs.kept import digest_of_kept
 from datamodules.pairs.sentences import FittingCaptions
 from datamodules.pairs.source import PairSource
-from datamodules.pairs.stored_features import (
-    StoredTraining,
-    StoredValidation,
-    WithStoredFeatures,
-)
+from datamodules.pairs.stored_features import StoredPairs, WithStoredFeatures
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import require
 from lit_clip.models.config import Preprocessing
@@ -247,7 +243,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         source = self._fitting(source)
         if self.stored_images:
             require(not self.patch_budgets, "data.patch_budgets: FrozenFeatures encodes each image once; leave one out")
-            return self._loader(StoredTraining(source, self.stored_images, self.seed), batch_sampler=batches)
+            return self._loader(StoredPairs(source, self.stored_images, self.seed), batch_sampler=batches)
         return self._loader(self.training_pairs(source), batch_sampler=batches)
 
     def training_pairs(self, source: PairSource) -> TrainingPairs:
@@ -264,7 +260,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         source = self._fitting(self.val_source)
         batches = EvaluationBatchSampler(len(source), self.evaluation_batch_size, *self._rank_and_world())
         if self.stored_images:
-            return self._loader(StoredValidation(source, self.stored_images), batch_sampler=batches)
+            return self._loader(StoredPairs(source, self.stored_images, self.seed), batch_sampler=batches)
         return self._loader(self.validation_pairs(source), batch_sampler=batches)
 
     def test_dataloader(self) -> DataLoader[Any]:

@@ -22,17 +22,11 @@ NEIGHBOURS = 64  # hashes that each is compared with in a band's order; bounds t
 
 
 class Look(NamedTuple):
-    """An image's look in 12 bytes.
+    """An image's look in 12 bytes."""
 
-    Attributes:
-        bits: the difference hash, unsigned 64 bits.
-        colour: mean colour as ``0xRRGGBB``; the hash itself only knows brightness.
-        plain: whether the image is one even area, so that its hash means nothing.
-    """
-
-    bits: int
-    colour: int
-    plain: bool
+    bits: int  # the difference hash, unsigned 64 bits
+    colour: int  # mean colour as 0xRRGGBB; the hash itself only knows brightness
+    plain: bool  # whether the image is one even area, so that its hash means nothing
 
 
 def look_of(image: Image.Image) -> Look:
@@ -62,11 +56,7 @@ class Looks:
 
 
 class LookIndex:
-    """Finds the look-alikes of a set of images among others, comparing only looks that agree in one of the bands.
-
-    Args:
-        looks: of the set; plain ones resemble everything, so they are never found.
-    """
+    """Finds a set's look-alikes among others, by looks that agree in a band; plain ones resemble all, and are left."""
 
     def __init__(self, looks: Looks) -> None:
         self.looks = looks
@@ -99,26 +89,17 @@ class LookIndex:
 
 
 class Groups(NamedTuple):
-    """Positions that belong together.
+    """Positions that belong together."""
 
-    Attributes:
-        number: of groups of two or more.
-        surplus: members beyond the first of each group.
-        largest: positions of the largest groups, ascending, int64 ``[n]`` each; at most ``SHOWN`` groups.
-    """
-
-    number: int
-    surplus: int
-    largest: list[np.ndarray]
+    number: int  # of groups of two or more
+    surplus: int  # members beyond the first of each group
+    largest: list[np.ndarray]  # positions of the largest groups, ascending, int64 [n] each; at most SHOWN groups
 
 
 def equal_groups(values: np.ndarray) -> Groups:
     """Group equal values."""
     order = np.argsort(values, kind="stable")
-    new = np.ones(len(values), dtype=bool)
-    new[1:] = values[order][1:] != values[order][:-1]
-    starts = np.flatnonzero(new)
-    lengths = np.diff(starts, append=len(values))
+    _, starts, lengths = np.unique(values[order], return_index=True, return_counts=True)
     several = np.flatnonzero(lengths > 1)
     largest = several[np.argsort(-lengths[several], kind="stable")][:SHOWN]
     groups = [order[starts[group] : starts[group] + lengths[group]] for group in largest]
@@ -126,12 +107,10 @@ def equal_groups(values: np.ndarray) -> Groups:
 
 
 def look_alikes(bits: np.ndarray, colours: np.ndarray) -> Groups:
-    """Group images that look the same; a group is connected by near pairs, so its ends may differ more.
+    """Group images that look the same, by columns of :class:`Looks`; a group's ends may differ more than near pairs."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
 
-    Args:
-        bits: uint64 ``[N]``, see :class:`Look`.
-        colours: uint32 ``[N]``.
-    """
     order = np.lexsort((colours, bits))
     bits, colours = bits[order], colours[order]
     new = np.ones(len(bits), dtype=bool)
@@ -140,7 +119,9 @@ def look_alikes(bits: np.ndarray, colours: np.ndarray) -> Groups:
     look[order] = np.cumsum(new) - 1
     bits, colours = bits[new], colours[new]
     pairs = [pair for first, width in BANDS for pair in _near_pairs(bits, colours, first, width)]
-    return equal_groups(_components(len(bits), pairs)[look])
+    left, right = np.concatenate([np.zeros((0, 2), dtype=np.int64), *pairs]).T
+    graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(len(bits), len(bits)))
+    return equal_groups(connected_components(graph, directed=False)[1][look])
 
 
 def _band(bits: np.ndarray, first: int, width: int) -> np.ndarray:
@@ -173,17 +154,3 @@ def _near(bits: np.ndarray, colours: np.ndarray, other_bits: np.ndarray, other_c
         level, other = ((side >> shift & 0xFF).astype(np.int16) for side in (colours, other_colours))
         near &= np.abs(level - other) <= NEAR_COLOUR
     return near
-
-
-def _components(size: int, pairs: list[np.ndarray]) -> np.ndarray:
-    """Lowest number that each is connected with through any chain of pairs, int64 ``[size]``."""
-    lowest = np.arange(size)
-    left, right = np.concatenate([np.zeros((0, 2), dtype=np.int64), *pairs]).T
-    while True:
-        before = lowest.copy()
-        ends = lowest[left], lowest[right]
-        for end in ends:
-            np.minimum.at(lowest, end, np.minimum(*ends))
-        lowest = lowest[lowest]
-        if np.array_equal(before, lowest):
-            return lowest

@@ -3,31 +3,17 @@
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 from datamodules.open_source import holds_pairs, open_source, stamp_of_data
 from datamodules.pairs.columns import ColumnPairs
 from datamodules.pairs.encoder_rows import SourcePairs
 from datamodules.pairs.source import Classes, Columns, PairSource
 from lit_clip import load_model
-from lit_clip.embedding.encode import (
-    EncodingSettings,
-    check_complete,
-    encode,
-    image_task,
-    report_skipped,
-    text_task,
-)
-from lit_clip.embedding.feature_files import (
-    FeatureParts,
-    FeatureTable,
-    Identity,
-    check_keys,
-    check_output,
-    collect,
-    write_features,
-)
-from lit_clip.embedding.image_files import FileRows, find_images
+from lit_clip.embedding.encode import EncodingSettings, check_complete, encode, image_task, report_skipped, text_task
+from lit_clip.embedding.feature_files import FeatureTable, Identity, check_keys, check_output, collect, write_features
+from lit_clip.embedding.image_files import FileRows, find_images, image_file
+from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.precision import Precision, check_precision
 from lit_clip.embedding.reading import ImageRows
 from lit_clip.errors import BadSample, InputError, require
@@ -40,28 +26,14 @@ from lit_clip.weights.fingerprint import fingerprint
 
 
 class _Items(NamedTuple):
-    """Items to encode, sorted by key.
+    """Items to encode, sorted by key."""
 
-    Attributes:
-        identities: distinct; they start with the key, and change with the item.
-        images: to read; None for texts.
-        texts: to encode; empty for images.
-        content: what the features are of: image, text or caption.
-        root: folder that the keys are paths from; None if they are not paths.
-        stamp: changes with the data as far as the identities do not.
-    """
-
-    identities: Sequence[Identity]
-    images: ImageRows | None = None
-    texts: Sequence[str] = ()
-    content: str = "image"
-    root: Path | None = None
-    stamp: str = ""
-
-    @property
-    def keys(self) -> list[str]:
-        """The key of each item."""
-        return [key for key, _, _ in self.identities]
+    identities: Sequence[Identity]  # distinct; they start with the key, and change with the item
+    images: ImageRows | None = None  # None for texts
+    texts: Sequence[str] = ()  # empty for images
+    content: str = "image"  # or text, or caption
+    root: Path | None = None  # folder that the keys are paths from; None if they are not paths
+    stamp: str = ""  # changes with the data as far as the identities do not
 
 
 def embed(
@@ -109,38 +81,35 @@ def embed(
     check_precision(precision, accelerator)
     options = {"columns": columns, "split": split, "classes": classes}
     items = _items_of_texts(Path(texts)) if texts else _items_of(data, captions, options, on_error)
-    check_keys(path, items.keys)
+    check_keys(path, [key for key, _, _ in items.identities])
+    workers = 0 if items.images is None else num_workers  # tokenizing is not worth a process
+    _embed(items, model, path, EncodingSettings(batch_size, workers, devices, accelerator, precision, on_error))
+
+
+def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings) -> None:
+    """Encode items and write their features; ranks but the first only encode."""
     clip = load_model(model)
     name = fingerprint(clip).model
-    workers = 0 if items.images is None else num_workers  # tokenizing is not worth a process
-    settings = EncodingSettings(batch_size, workers, devices, accelerator, precision, on_error)
     if items.images is None:
         task = text_task(clip, items.texts, items.identities)
     else:
         task = image_task(clip, items.images, items.identities)
-    models: dict[Precision, str] = {
-        each: f"{name} {each} {items.content} {items.stamp}".rstrip() for each in get_args(Precision)
-    }
-    parts = FeatureParts.resumed(path, models, precision)
+    parts = Parts.resumed(path, f"{name} {items.content} {items.stamp}", settings.precision)
     unreadable = encode(clip, task, parts, settings)
     if unreadable is None:
         return
-    table = collect(task.identities, parts.read(), clip.config.embed_dim)
-    check_complete(task.identities, table, unreadable)
-    metadata = {"model": model, "model_sha256": name, "precision": precision, "lit_clip": __version__}
-    _write(path, items, table, metadata)
-    report_skipped(items.keys, unreadable, path.with_name(f"{path.name}.skipped.txt"))
-    parts.remove()
-    stderr().print(f"{path}: {len(table.identities)} rows of {table.features.shape[1]} numbers")
-    if items.content == "image":
-        stderr().print(f"search them: {shlex.join(['lit-clip', 'search', output, 'TEXT', '--model', model])}")
-
-
-def _write(path: Path, items: _Items, table: FeatureTable, metadata: dict[str, str]) -> None:
+    table = collect(items.identities, parts.read(FeatureTable.of), clip.config.embed_dim)
+    check_complete(len(table.identities), len(items.identities), unreadable)
+    metadata = {"model": model, "model_sha256": name, "precision": settings.precision, "lit_clip": __version__}
     metadata |= {"content": items.content} | ({"root": str(items.root)} if items.root is not None else {})
     texts_of = dict(zip(items.identities, items.texts, strict=True)) if items.content == "caption" else {}
     captions = [texts_of[identity] for identity in table.identities] if texts_of else None
     write_features(path, [key for key, _, _ in table.identities], table.features, metadata, captions)
+    report_skipped([key for key, _, _ in items.identities], unreadable, path.with_name(f"{path.name}.skipped.txt"))
+    parts.remove()
+    stderr().print(f"{path}: {len(table.identities)} rows of {table.features.shape[1]} numbers")
+    if items.content == "image":
+        stderr().print(f"search them: {shlex.join(['lit-clip', 'search', str(path), 'TEXT', '--model', model])}")
 
 
 def _items_of_texts(path: Path) -> _Items:
@@ -170,7 +139,7 @@ def _items_of(data: list[str], captions: bool, options: dict[str, Any], on_error
         return _Items(identities, None, [texts[each] for each in identities], "caption", stamp=stamp)
     rows = _rows_of_images(source, on_error)
     root = source.root if isinstance(source, ColumnPairs) and isinstance(source.root, Path) else None
-    identities = [_identity(key, root) for key in sorted(rows)]
+    identities = [(key, 0, 0) if root is None else image_file(key, root / key).identity for key in sorted(rows)]
     return _Items(identities, SourcePairs(source, [rows[key] for key in sorted(rows)]), root=root, stamp=stamp)
 
 
@@ -206,13 +175,3 @@ def _captions_of(source: PairSource, on_error: OnError) -> dict[Identity, str]:
                 known[caption] = None
     require(bool(texts), "no caption could be read")
     return texts
-
-
-def _identity(key: str, root: Path | None) -> Identity:
-    if root is None:
-        return key, 0, 0
-    try:
-        status = (root / key).stat()
-    except (OSError, ValueError):  # in the table itself; or reading it will report it
-        return key, 0, 0
-    return key, status.st_size, status.st_mtime_ns

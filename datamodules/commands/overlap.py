@@ -13,12 +13,11 @@ from datamodules.open_source import open_source, stamp_of_data
 from datamodules.overlap.findings import By, SetFindings, findings_of
 from datamodules.overlap.page import percent, points, write_overlap
 from datamodules.overlap.search import NearestFound, Queries, joined, search
-from datamodules.overlap.sets import answers_of, check_prompts, open_sets, read_results, read_thresholds, recognised
+from datamodules.overlap.sets import EvaluationSet, check_prompts, open_sets, read_thresholds, recognised
 from datamodules.pairs.source import Columns, PairSource
 from lit_clip import load_model
 from lit_clip.embedding.precision import Precision, check_precision
 from lit_clip.errors import require
-from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import CONFIDENCE, bonferroni
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder, replacing
@@ -43,7 +42,6 @@ def overlap(
     data_root: str = ".",
     threshold: list[str] = ["0.95"],  # noqa: B006 # jsonargparse shows it in the help; nothing writes to it
     by: By = "either",
-    results: str | None = None,
     templates: list[str] = ["a photo of a {}."],  # noqa: B006 # as above
     columns: Columns = Columns(),  # noqa: B008  # immutable
     split: str | None = None,
@@ -59,18 +57,13 @@ def overlap(
     Args:
         evaluation: folders with a subfolder for each class; or none, and --suite.
         train: a table, a folder of images with captions beside them, tar shards or anything else that training takes.
-        model: a checkpoint, or a name that lit_clip.load_model accepts; its features are compared, and its accuracy is
-            reported.
-        output: an HTML page; a JSON file beside it has the figures and the names of all pairs. With a .json name, only
-            that file is written.
+        model: a checkpoint, or a name that lit_clip.load_model accepts; it compares images, and its accuracy is told.
+        output: an HTML page, beside which a JSON file has all figures and pairs; or only that .json file.
         suite: YAML files of evaluation sets.
         sets: names of sets of the suite; by default all that are on disk.
         data_root: folder of the suite's sets.
-        threshold: least cosine similarity of images that count as the same; a number for all sets, NAME=NUMBER for one,
-            or a YAML file with a number by name.
-        by: evidence that images are the same, the embedding, the look (a hash that survives scaling and compression;
-            useless for drawings that all look alike) or either.
-        results: JSON with true or false by image, by set, for a model whose accuracy is reported instead.
+        threshold: least cosine similarity of images that count as the same; a number for all sets, NAME=NUMBER for one.
+        by: evidence that images are the same: embedding, look (a hash that survives scaling and compression) or either.
         templates: prompt templates with {} for the class name, for folders; sets of a suite have their own.
         columns: of a table of training pairs.
         split: of training data that come in splits.
@@ -84,32 +77,48 @@ def overlap(
     check_precision(precision)
     opened = open_sets(evaluation, suite or [], sets, Path(data_root), templates)
     thresholds = read_thresholds(threshold, list(opened))
-    answers = read_results(Path(results), list(opened)) if results else None
-    if answers is None:
-        check_prompts(opened)
+    check_prompts(opened)
     require(bool(train), "--train: name a table, a folder or shards")
     options = {"columns": columns, "split": split}
     source = open_source(train, **options, option_prefix="--", on_error="skip")
     source.prepare()
     clip = load_model(model).to(best_device())
     described = {"name": model, "fingerprint": fingerprint(clip).model, "precision": precision}
-    cache = _Cache(path, f"{described['fingerprint']} {precision}")
-    how = (batch_size, num_workers, precision)
-    queries = {name: cache.queries(clip, name, each.images, *how) for name, each in opened.items()}
     stamp = stamp_of_data(train, options, source, (path.with_suffix(".html"), path.with_suffix(".json")))
-    found = search(clip, joined(list(queries.values())), source, cache.search(stamp), *how)
+    cache, settings = path.with_name(f".{path.stem}.found"), [described["fingerprint"], precision, stamp]
+    queries, found = _searched(clip, opened, source, cache, settings, (batch_size, num_workers, precision))
     findings, start = {}, 0
     for name, each in opened.items():
-        ours = queries[name]
-        part = _part(found, start, start + len(ours.items))
-        start += len(ours.items)
-        if answers:
-            correct = answers_of(each.images, ours.items, answers[name], name)
-        else:
-            correct = recognised(clip, each, ours, precision)
-        findings[name] = findings_of(each.images, ours, part, thresholds[name], by, correct)
-    report = _report(findings, found, len(source), described, train, by)
-    _write(path, report, findings, source)
+        ours, stop = queries[name], start + len(queries[name].items)
+        correct = recognised(clip, each, ours, precision)
+        findings[name] = findings_of(each.images, ours, _part(found, start, stop), thresholds[name], by, correct)
+        start = stop
+    _write(path, _report(findings, found, len(source), described, train, by), findings, source)
+
+
+def _searched(
+    clip: CLIP,
+    opened: Mapping[str, EvaluationSet],
+    source: PairSource,
+    folder: Path,
+    settings: list[str],
+    how: tuple[int, int, Precision],
+) -> tuple[dict[str, Queries], NearestFound]:
+    """Load from a folder, or compute, each set's features and looks, and the nearest training images of all."""
+    make_folder(folder)
+    sets = {}
+    for name, each in opened.items():
+        kind = type(each.images).__qualname__
+        settings.append(hex_digest([*settings[:2], kind, each.images.stamp(), len(each.images)]))
+        path = folder / f"set-{settings[-1]}.npz"
+        found = Queries.load(path)
+        if found is None or found.bad:  # the unreadable images may have been fixed
+            found = Queries.compute(clip, each.images, name, *how)
+            found.save(path)
+        sets[name] = found
+    sizes = [len(each.items) for each in sets.values()]
+    path = folder / f"search-{hex_digest([settings, sizes])}.npz"
+    return sets, search(clip, joined(list(sets.values())), source, path, *how)
 
 
 def _write(path: Path, report: Mapping[str, Any], findings: Mapping[str, SetFindings], source: PairSource) -> None:
@@ -119,35 +128,6 @@ def _write(path: Path, report: Mapping[str, Any], findings: Mapping[str, SetFind
         write_overlap(path, report, findings, source)
     _print(report)
     stderr().print(f"pairs to look at: {path}" if path.suffix == ".html" else f"{path}")
-
-
-class _Cache:
-    """A hidden folder beside the output with features and search results."""
-
-    def __init__(self, output: Path, model: str) -> None:
-        self.folder, self.model = output.with_name(f".{output.stem}.found"), model
-        self._sets: list[tuple[object, ...]] = []
-        make_folder(self.folder)
-
-    def _path(self, kind: str, *keys: object) -> Path:
-        return self.folder / f"{kind}-{hex_digest([self.model, *keys])}.npz"
-
-    def queries(
-        self, model: CLIP, name: str, images: ImageSet, batch_size: int, num_workers: int, precision: Precision
-    ) -> Queries:
-        """Load or compute a set's features and looks."""
-        keys = (type(images).__qualname__, images.stamp(), len(images))
-        path = self._path("set", *keys)
-        found = Queries.load(path)
-        if found is None or found.bad:  # the unreadable images may have been fixed
-            found = Queries.compute(model, images, batch_size, num_workers, name, precision)
-            found.save(path)
-        self._sets.append((*keys, len(found.items)))
-        return found
-
-    def search(self, training_stamp: str) -> Path:
-        """Return the path of the search results for all sets so far."""
-        return self._path("search", training_stamp, self._sets)
 
 
 def _part(found: NearestFound, start: int, stop: int) -> NearestFound:

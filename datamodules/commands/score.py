@@ -1,22 +1,22 @@
 """``lit-clip score``: the similarity of each pair of the training data, and which pairs are kept."""
 
 import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
+from typing import Any
 
 from datamodules.open_source import open_source, stamp_of_data
 from datamodules.pairs.encoder_rows import SourcePairs
 from datamodules.pairs.pair_filters import PairFilters
-from datamodules.pairs.score_files import ROWS, VERSIONS, Filtered, ScoreFile, check_output, write_scores
-from datamodules.pairs.source import Classes, Columns, PairSource
+from datamodules.pairs.score_files import ROWS, VERSIONS, Filtered, ScoreFile, write_scores
+from datamodules.pairs.source import Classes, Columns
 from lit_clip import load_model
-from lit_clip.embedding.encode import EncodingSettings
-from lit_clip.embedding.pair_scores import ScoreParts, check_all_scored, score_pairs
+from lit_clip.embedding.encode import EncodingSettings, check_complete
+from lit_clip.embedding.feature_files import check_output
+from lit_clip.embedding.pair_scores import in_order, score_pairs, scored_rows, scores_of
+from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.precision import Precision, check_precision
-from lit_clip.errors import require
+from lit_clip.errors import InputError, require
 from lit_clip.tools.console import stderr
-from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.images import OnError
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
@@ -43,8 +43,8 @@ def score(
 ) -> None:
     """Score how well each caption fits its image, and choose the pairs to train on.
 
-    The score is the cosine similarity of the model's features. fit and shard read the kept pairs with the table. The
-    same command resumes an interrupted run.
+    The score is the cosine similarity of the features. The table has for each pair the score, whether it is kept, and
+    the filters that remove it; fit and shard read the kept pairs. The same command resumes an interrupted run.
 
     Args:
         data: whatever training takes; or a table that this command wrote, to filter it anew without a model.
@@ -64,56 +64,49 @@ def score(
         precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
         on_error: error ends the run at a pair that cannot be read; skip lists it in the table.
     """
-    check_output(path := Path(output))
-    require(bool(data), "no data: name a table, a folder or shards before the options")
     filters = PairFilters(keep, threshold, min_caption_words, min_image_dim)
-    if len(data) == 1 and ScoreFile.is_one(Path(data[0])):
-        require(model is None, f"--model: {data[0]} has scores already; leave it out, or give the data themselves")
-        file = ScoreFile(Path(data[0]))
-        _report(path, write_scores(path, file.pairs(), file.scores(), filters, file.metadata))
-        return
-    require(model is not None, "--model: not given; it is needed to score pairs")
-    check_precision(precision, accelerator)
     options = {"columns": columns, "split": split, "classes": classes}
-    source = open_source(data, **options, default_split="train", option_prefix="--", on_error=on_error)
-    source.prepare()
-    if source.left_out.counts:
-        stderr().print(f"{source.left_out} left out")
     settings = EncodingSettings(batch_size, num_workers, devices, accelerator, precision, on_error)
-    counts = _score(source, stamp_of_data(data, options, source, [path]), str(model), path, settings, filters, data)
-    _report(path, counts)
+    counts = _scored_or_filtered(data, model, options, Path(output), settings, filters)
+    for name, count in counts.removed.items() if counts else ():
+        if count:
+            stderr().print(f"{name}: {count:,} removed")
+    if counts:
+        stderr().print(f"{output}: {counts.pairs:,} pairs, {counts.kept:,} kept")
 
 
-def _score(
-    source: PairSource,
-    stamp: str,
-    model: str,
+def _scored_or_filtered(
+    data: list[str],
+    model: str | None,
+    options: dict[str, Any],
     path: Path,
     settings: EncodingSettings,
     filters: PairFilters,
-    data: Sequence[str],
 ) -> Filtered | None:
-    """Score the pairs of a source and write the table; None on other ranks than the first."""
+    """Write the table; None on other ranks than the first."""
+    check_output(path, [".parquet"])
+    require(bool(data), "no data: name a table, a folder or shards before the options")
+    if len(data) == 1 and ScoreFile.is_one(Path(data[0])):
+        require(model is None, f"--model: {data[0]} has scores already; leave it out, or give the data themselves")
+        file = ScoreFile(Path(data[0]))
+        return write_scores(path, file.pairs(), file.scores(), filters, file.metadata)
+    if model is None:
+        raise InputError("--model: not given; it is needed to score pairs")
+    check_precision(settings.precision, settings.accelerator)
+    source = open_source(data, **options, default_split="train", option_prefix="--", on_error=settings.on_error)
+    source.prepare()
+    if source.left_out.counts:
+        stderr().print(f"{source.left_out} left out")
+    stamp = stamp_of_data(data, options, source, [path])
     clip = load_model(model)
     name = fingerprint(clip).model
-    models: dict[Precision, str] = {each: hex_digest([name, each, stamp]) for each in get_args(Precision)}
-    parts = ScoreParts.resumed(path, models, settings.precision)
+    parts = Parts.resumed(path, f"{name} {stamp}", settings.precision)
     unreadable = score_pairs(clip, SourcePairs(source), parts, settings)
     if unreadable is None:
         return None
-    check_all_scored(parts, len(source), unreadable)
+    check_complete(int(scored_rows(parts, len(source)).sum()), len(source), unreadable, "rows")
     metadata = {"model": model, "model_sha256": name, "precision": settings.precision, "lit_clip": __version__}
     metadata |= {"data": json.dumps(list(data)), ROWS: str(len(source)), VERSIONS: json.dumps(source.versions)}
-    counts = write_scores(path, parts.in_order(len(source), unreadable), parts.scores(), filters, metadata)
+    counts = write_scores(path, in_order(parts, len(source), unreadable), scores_of(parts), filters, metadata)
     parts.remove()
     return counts
-
-
-def _report(path: Path, counts: Filtered | None) -> None:
-    if counts is None:  # another rank than the first
-        return
-    out = stderr()
-    for name, count in counts.removed.items():
-        if count:
-            out.print(f"{name}: {count:,} removed")
-    out.print(f"{path}: {counts.pairs:,} pairs, {counts.kept:,} kept")

@@ -20,14 +20,7 @@ def default_cache_dir() -> Path:
 
 
 def cache_file(kind: str, source: Path, settings: Iterable[object], suffix: str) -> Path:
-    """Return the cached path of something made from a file; the name changes with the file and the settings.
-
-    Args:
-        kind: the folder in the cache.
-        source: the file.
-        settings: everything else that the content depends on.
-        suffix: of the name.
-    """
+    """Return the cached path, in the folder ``kind``, of something made from a file with settings."""
     stat = source.stat()
     key = hex_digest([str(source.resolve()), stat.st_size, stat.st_mtime_ns, *settings])
     return default_cache_dir() / kind / f"{source.stem[:40]}-{key[:20]}{suffix}"
@@ -39,19 +32,10 @@ def writing_cached(path: Path) -> Iterator[Path]:
     with replacing(path, "; set XDG_CACHE_HOME to a folder with room") as draft:
         draft.parent.mkdir(parents=True, exist_ok=True)
         yield draft
-        if draft.is_file():  # else a crash of the machine could leave the name without the content
-            with draft.open("rb") as file:
-                os.fsync(file.fileno())
 
 
 def made_once(path: Path, load: Callable[[Path], Content], make: Callable[[Path], None]) -> Content:
-    """Load a file of the cache; if there is none, or it is damaged, make it first.
-
-    Args:
-        path: of the file, from :func:`cache_file`.
-        load: reads and validates it; any exception means that it is damaged.
-        make: writes it to the path that it is given.
-    """
+    """Load a file of the cache; if there is none, or ``load`` raises anything for a damaged one, make it first."""
     if path.is_file():
         try:
             return load(path)

@@ -1,6 +1,5 @@
 """Read files from stores (s3://, gs://, https://, hf://, ...) with retries, and no more of them than they have."""
 
-import math
 import os
 import posixpath
 import time
@@ -37,13 +36,9 @@ def is_remote(url: str) -> bool:
 
 
 def retry(url: str, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """Call a store again after a failure: a run of days sees some, and they are not the sample's fault.
+    """Call a store up to ``ATTEMPTS`` times, with growing waits or the waits that it asks for.
 
-    Only a store that says so has no such file. A server that is overloaded, refuses access or cannot be reached is
-    tried ``ATTEMPTS`` times, with growing waits or those that it asks for.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
+    Only a store that says so has no such file, and raises :class:`FileNotFoundError` here.
     """
     for attempt in range(ATTEMPTS):
         try:
@@ -82,9 +77,7 @@ def _reason(error: BaseException) -> str:
 
 def _wanted_wait(error: BaseException) -> float:
     """Return the seconds that a server asks to be left alone, up to ``LONGEST_WAIT``; 0 if it does not."""
-    asked = (getattr(error, "headers", None) or {}).get("Retry-After")
-    if asked is None:
-        return 0.0
+    asked = (getattr(error, "headers", None) or {}).get("Retry-After", "0")
     try:
         seconds = float(asked)
     except ValueError:
@@ -92,21 +85,17 @@ def _wanted_wait(error: BaseException) -> float:
             seconds = parsedate_to_datetime(asked).timestamp() - time.time()
         except (ValueError, OverflowError):
             return 0.0
-    return min(LONGEST_WAIT, max(0.0, seconds)) if not math.isnan(seconds) else 0.0
+    return min(LONGEST_WAIT, max(0.0, seconds))  # 0 for NaN
 
 
 def stamp_of(url: str) -> Stamp:
-    """Return what changes when the file does.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-    """
+    """Return what changes when the file does; :class:`FileNotFoundError` if there is none."""
     if not is_remote(url):
         try:
             status = os.stat(url)
-        except FileNotFoundError:
-            raise
         except OSError as error:  # such as a link to itself
+            if isinstance(error, FileNotFoundError):
+                raise
             raise InputError(f"{url}: cannot be read ({error.strerror})") from error
         require(os.path.isfile(url), f"{url}: not a file")
         return Stamp(status.st_size, str(status.st_mtime_ns))
@@ -120,11 +109,7 @@ def stamp_of(url: str) -> Stamp:
 def fetch(url: str, stamp: Stamp, path: Path, before: Callable[[], None] = lambda: None) -> None:
     """Download a file whole, unless it exists; one process downloads it, however many ask.
 
-    Args:
-        url: of the file.
-        stamp: its present version.
-        path: where it goes; it appears there whole or not at all.
-        before: called before a download, to make room for it.
+    ``before`` is called before a download, to make room for it.
     """
     from filelock import FileLock
 
@@ -148,11 +133,7 @@ def fetch(url: str, stamp: Stamp, path: Path, before: Callable[[], None] = lambd
 
 
 class StoreFolder:
-    """A folder in a store, from which a table's relative image paths start.
-
-    Args:
-        url: of the folder.
-    """
+    """A folder in a store, from which a table's relative image paths start."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/") if not url.endswith("://") else url
@@ -165,9 +146,6 @@ class StoreFolder:
 
         A table is data: it may name files of its own store, and neither a store of its choice nor, after two colons,
         one of fsspec's ways to unpack or fetch a file.
-
-        Raises:
-            BadSample: ``name`` is a URL of another store.
         """
         if "::" in name:
             raise BadSample(where, "image in another store", f"{name} chains stores; copy the image to {self.url}")
@@ -185,11 +163,7 @@ class StoreFolder:
         return f"{parts.scheme}://{parts.netloc}/{path}"
 
     def read(self, url: str, where: str) -> bytes:
-        """Return the content of an image file.
-
-        Raises:
-            BadSample: there is no such file, or it is larger than ``MAX_IMAGE_BYTES``.
-        """
+        """Return the content of an image file of at most ``MAX_IMAGE_BYTES``."""
         store, path = store_of(url)
         try:
             data = retry(url, _read_start, store, path)

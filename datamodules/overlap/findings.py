@@ -19,46 +19,27 @@ TRIED = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.85, 0.8)  # other thre
 
 
 class OverlapPair(NamedTuple):
-    """An image of the evaluation set and one of the training set.
+    """An image of the evaluation set and one of the training set."""
 
-    Attributes:
-        item: index in the evaluation set.
-        frame: index among the item's images.
-        row: of the training set; -1: none.
-        name: of the training image, as the user knows it.
-        similarity: of the features; None if the pair was found by its look.
-    """
-
-    item: int
-    frame: int
-    row: int
-    name: str
-    similarity: float | None
+    item: int  # index in the evaluation set
+    frame: int  # index among the item's images
+    row: int  # of the training set; -1: none
+    name: str  # of the training image, as the user knows it
+    similarity: float | None  # of the features; None if the pair was found by its look
 
 
 @dataclass
 class SetFindings:
-    """Findings for one evaluation set.
-
-    Attributes:
-        images: the set.
-        threshold: least similarity of images that count as the same.
-        overlap: the figures.
-        nearest: nearest training image of each item, by features.
-        alike: first training image that looks the same as each item, or None.
-        seen: whether each item belongs to the overlap, bool ``[N]``.
-        tried: figures at other thresholds, the highest first.
-        bad: message for each item that could not be read.
-    """
+    """Findings for one evaluation set."""
 
     images: ImageSet
-    threshold: float
+    threshold: float  # least similarity of images that count as the same
     overlap: Overlap
-    nearest: list[OverlapPair]
-    alike: list[OverlapPair | None]
-    seen: np.ndarray
-    tried: list[tuple[float, Overlap]]
-    bad: list[str]
+    nearest: list[OverlapPair]  # nearest training image of each item, by features
+    alike: list[OverlapPair | None]  # first training image that looks the same as each item, or None
+    seen: np.ndarray  # whether each item belongs to the overlap, bool [N]
+    tried: list[tuple[float, Overlap]]  # figures at other thresholds, the highest first
+    bad: list[str]  # message for each item that could not be read
 
     def pairs(self) -> list[dict[str, Any]]:
         """Return the overlap as JSON values: names in both sets, and the evidence that the images are the same."""
@@ -75,15 +56,9 @@ class SetFindings:
 def findings_of(
     images: ImageSet, queries: Queries, found: NearestFound, threshold: float, by: By, correct_N: Tensor | None
 ) -> SetFindings:
-    """Decide which items of a set belong to the overlap.
+    """Decide which items of a set belong to the overlap, from search results on the CPU for its images.
 
-    Args:
-        images: the set.
-        queries: features and looks of the images that could be read.
-        found: search results for those images, on the CPU.
-        threshold: see :class:`SetFindings`.
-        by: evidence that counts.
-        correct_N: whether the model recognises each item, bool ``[N]``; None: unknown.
+    ``by`` is the evidence that counts; ``correct_N``: whether the model recognises each item, None if unknown.
     """
     items, starts = np.unique(queries.items, return_index=True)
     spans = list(zip(items.tolist(), starts.tolist(), [*starts[1:].tolist(), len(queries.items)], strict=True))

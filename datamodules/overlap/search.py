@@ -4,13 +4,11 @@ Shapes: Q images of the evaluation sets (an item may have several: the frames of
 """
 
 import io
-import json
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,90 +16,65 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.near_duplicates import Look, LookIndex, Looks, look_of
+from datamodules.pairs.encoder_rows import SourcePairs
 from datamodules.pairs.source import LISTED, PairSource
+from lit_clip.embedding.parts import Arrays, json_array, json_value, load_arrays, save_arrays
 from lit_clip.embedding.precision import Precision
 from lit_clip.embedding.reading import EncoderBatch, check_finite, encoded_batches, image_features, in_batches
-from lit_clip.errors import InputError, require
+from lit_clip.errors import require
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import NearestImages, nearer, nowhere
 from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.atomic import replacing
 from lit_clip.tools.images import open_image
-from lit_clip.tools.reading import reading
 
 SECONDS_BETWEEN_SAVES = 60  # of work that a killed run can lose
 
 
-class SourceRows:
-    """The images of a source of pairs as :class:`lit_clip.embedding.reading.ImageRows`."""
-
-    def __init__(self, source: PairSource) -> None:
-        self.source = source
-
-    def __len__(self) -> int:
-        return len(self.source)
+class SourceRows(SourcePairs):
+    """The images of a source of pairs, which need no captions."""
 
     def read(self, row: int) -> tuple[str, list[Image.Image]]:
         stored = self.source.read(row)
         return stored.where, [open_image(io.BytesIO(stored.image), stored.where)]
 
 
-class NamedLook(NamedTuple):
-    """Look of an image, and the user's name for its row."""
-
-    look: Look
-    name: str
-
-
-def _note(name: str, image: Image.Image) -> NamedLook:
-    return NamedLook(look_of(image), name)
-
-
-def _rows_of_images(batch: EncoderBatch) -> list[int]:
-    """Return the row of each image of a batch."""
-    return [row for row, count in zip(batch.rows, batch.counts, strict=True) for _ in range(count)]
+def _note(name: str, image: Image.Image) -> tuple[Look, str]:
+    return look_of(image), name
 
 
 @dataclass
 class Queries:
-    """The readable images of an evaluation set.
+    """The readable images of an evaluation set."""
 
-    Attributes:
-        features: float32 ``[Q, D]``, of unit length.
-        looks: of each image.
-        items: int64 ``[Q]``, the item that each image belongs to, ascending.
-        bad: the line of each item that could not be read.
-    """
-
-    features: Tensor
+    features: Tensor  # float32 [Q, D], of unit length
     looks: Looks
-    items: np.ndarray
-    bad: list[str]
+    items: np.ndarray  # int64 [Q], the item that each image belongs to, ascending
+    bad: list[str]  # the line of each item that could not be read
 
     def save(self, path: Path) -> None:
         """Write an ``.npz`` file, whole or not at all."""
-        columns = {"bits": self.looks.bits, "colours": self.looks.colours, "plain": self.looks.plain}
-        _save(path, {"bad": self.bad}, features=self.features.numpy(), items=self.items, **columns)
+        arrays = {"features": self.features.numpy(), "items": self.items, "bad": json_array(self.bad)}
+        save_arrays(path, "", {**arrays, **vars(self.looks)})
 
     @classmethod
     def load(cls, path: Path) -> "Queries | None":
-        """Read what :meth:`save` wrote; None if it is missing or unreadable."""
-        found = _load(path, "bad", "features", "items", "bits", "colours", "plain")
-        if found is None:
-            return None
-        values, arrays = found
-        looks = Looks(arrays["bits"], arrays["colours"], arrays["plain"])
-        return cls(torch.from_numpy(arrays["features"]), looks, arrays["items"], values["bad"])
+        """Read what :meth:`save` wrote; None if it is missing or damaged."""
+
+        def make(found: Arrays) -> Queries:
+            looks = Looks(found["bits"], found["colours"], found["plain"])
+            return cls(torch.from_numpy(found["features"]), looks, found["items"], json_value(found["bad"]))
+
+        return load_arrays(path, "", make)
 
     @classmethod
     def compute(
         cls,
         model: CLIP,
         images: ImageSet,
+        title: str,
         batch_size: int,
         num_workers: int,
-        title: str,
         precision: Precision = "32-true",
     ) -> "Queries":
         """Read and encode a set."""
@@ -112,8 +85,8 @@ class Queries:
             model, SetRows(images), batch_size, num_workers, encode=encode, batches=batches, note=_note, title=title
         ):
             features.append(encoded.cpu())
-            looks += [note.look for note in batch.notes]
-            items += _rows_of_images(batch)
+            looks += [look for look, _ in batch.notes]
+            items += [row for row, count in zip(batch.rows, batch.counts, strict=True) for _ in range(count)]
             bad += [row.message for row in batch.unreadable]
         require(bool(items), f"{title}: none of {len(images)} images can be read; {bad[0] if bad else 'it is empty'}")
         joined = torch.cat(features)
@@ -124,43 +97,28 @@ class Queries:
 def joined(queries: Sequence[Queries]) -> Queries:
     """Join several sets, so that the training set is read once for all of them."""
     looks = [each.looks for each in queries]
-    columns = (np.concatenate([getattr(look, name) for look in looks]) for name in ("bits", "colours", "plain"))
+    columns = (np.concatenate(each) for each in zip(*(vars(look).values() for look in looks), strict=True))
     items = np.concatenate([each.items for each in queries])
     return Queries(torch.cat([each.features for each in queries]), Looks(*columns), items, [])
 
 
 @dataclass
 class NearestFound:
-    """The nearest training image of each query, as far as the training set has been read.
+    """The nearest training image of each query, as far as the training set has been read."""
 
-    Attributes:
-        nearest: by features, on the model's device.
-        names: the user's names for those.
-        look_rows: the first training image with the same look, int64 ``[Q]``; -1: none.
-        look_names: the user's names for those.
-        done: number of training rows that have been read.
-        reasons: how many of them could not be read, by reason.
-        bad: messages about the first ``LISTED`` of these.
-    """
-
-    nearest: NearestImages
-    names: list[str]
-    look_rows: np.ndarray
-    look_names: list[str]
-    done: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-    bad: list[str] = field(default_factory=list)
-
-    @classmethod
-    def nothing(cls, size: int, device: torch.device) -> "NearestFound":
-        """Return the state for ``size`` queries before any training image is read."""
-        return cls(nowhere(size, device), [""] * size, np.full(size, -1), [""] * size)
+    nearest: NearestImages  # by features, on the model's device
+    names: list[str]  # the user's names for the nearest images
+    look_rows: np.ndarray  # the first training image with the same look, int64 [Q]; -1: none
+    look_names: list[str]  # the user's names for these images
+    done: int = 0  # training rows that have been read
+    reasons: Counter[str] = field(default_factory=Counter)  # of those that could not be read
+    bad: list[str] = field(default_factory=list)  # messages about the first LISTED of these
 
     def add(self, queries: Tensor, index: LookIndex, batch: EncoderBatch, features: Tensor) -> None:
         """Compare a batch of training images with the queries."""
         if batch.rows:
             after = nearer(self.nearest, queries, features, torch.tensor(batch.rows, device=features.device))
-            names = {row: note.name for row, note in zip(batch.rows, batch.notes, strict=True)}
+            names = {row: name for row, (_, name) in zip(batch.rows, batch.notes, strict=True)}
             for query in (after.row != self.nearest.row).nonzero()[:, 0].tolist():
                 self.names[query] = names[int(after.row[query])]
             self.nearest = after  # after the names: an interrupted search reads this batch again
@@ -172,29 +130,27 @@ class NearestFound:
         self.done += len(batch.rows) + len(batch.unreadable)
 
     def _add_looks(self, index: LookIndex, batch: EncoderBatch) -> None:
-        queries, images = index.like(Looks.of([note.look for note in batch.notes]))
+        queries, images = index.like(Looks.of([look for look, _ in batch.notes]))
         for query, image in sorted(zip(queries.tolist(), images.tolist(), strict=True)):
             if self.look_rows[query] < 0:
-                self.look_names[query], self.look_rows[query] = batch.notes[image].name, batch.rows[image]
+                self.look_names[query], self.look_rows[query] = batch.notes[image][1], batch.rows[image]
 
     def save(self, path: Path) -> None:
         """Write an ``.npz`` file, whole or not at all."""
-        values = {"names": self.names, "look_names": self.look_names, "bad": self.bad}
-        values |= {"done": self.done, "reasons": dict(self.reasons)}
-        arrays = {"similarity": self.nearest.similarity.cpu().numpy(), "row": self.nearest.row.cpu().numpy()}
-        _save(path, values, look_rows=self.look_rows, **arrays)
+        values = {name: getattr(self, name) for name in ("names", "look_names", "done", "reasons", "bad")}
+        nearest = {name: column.cpu().numpy() for name, column in self.nearest._asdict().items()}
+        save_arrays(path, "", {**nearest, "look_rows": self.look_rows, "values": json_array(values)})
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "NearestFound | None":
-        """Read what :meth:`save` wrote; None if it is missing or unreadable."""
-        found = _load(path, "names", "look_names", "bad", "done", "reasons", "similarity", "row", "look_rows")
-        if found is None:
-            return None
-        values, arrays = found
-        nearest = NearestImages(*(torch.from_numpy(arrays[name]).to(device) for name in NearestImages._fields))
-        reasons = Counter(values["reasons"])
-        look = (arrays["look_rows"], values["look_names"])
-        return cls(nearest, values["names"], *look, values["done"], reasons, values["bad"])
+        """Read what :meth:`save` wrote; None if it is missing or damaged."""
+
+        def make(found: Arrays) -> NearestFound:
+            values = json_value(found["values"])
+            nearest = NearestImages(*(torch.from_numpy(found[name]).to(device) for name in NearestImages._fields))
+            return cls(nearest, look_rows=found["look_rows"], **values | {"reasons": Counter(values["reasons"])})
+
+        return load_arrays(path, "", make)
 
 
 def search(
@@ -206,21 +162,13 @@ def search(
     num_workers: int,
     precision: Precision = "32-true",
 ) -> NearestFound:
-    """Find each query's nearest training image in one pass, or resume an interrupted search.
-
-    Args:
-        model: on the device where it is to compute.
-        queries: the images of the evaluation sets.
-        source: the training set.
-        path: where the state of the search is kept.
-        batch_size: images encoded at once.
-        num_workers: processes that decode.
-        precision: of the encoder.
-    """
-    found = NearestFound.load(path, model.device) or NearestFound.nothing(len(queries.items), model.device)
+    """Find each query's nearest training image in one pass, or resume the search that ``path`` keeps."""
+    size, device = len(queries.items), model.device
+    found = NearestFound.load(path, device)
+    found = found or NearestFound(nowhere(size, device), [""] * size, np.full(size, -1), [""] * size)
     if found.done >= len(source):
         return found
-    features, index = queries.features.to(model.device), LookIndex(queries.looks)
+    features, index = queries.features.to(device), LookIndex(queries.looks)
     batches = in_batches(range(found.done, len(source)), batch_size)
     encode, rows = image_features(model, precision), SourceRows(source)
     saved = time.monotonic()
@@ -229,7 +177,7 @@ def search(
             model, rows, batch_size, num_workers, encode=encode, batches=batches, note=_note, title="training images"
         ):
             if batch.rows:  # the largest similarity of a batch with NaN is NaN, which would hide its other images
-                check_finite(encoded, batch.notes[0].name)
+                check_finite(encoded, batch.notes[0][1])
             found.add(features, index, batch, encoded)
             if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                 found.save(path)
@@ -241,20 +189,3 @@ def search(
     first = found.bad[0] if found.bad else ""
     require(bool((found.nearest.row >= 0).any()), f"none of {len(source)} training images can be read; {first}")
     return found
-
-
-def _save(path: Path, values: dict[str, Any], **arrays: Any) -> None:
-    text = np.frombuffer(json.dumps(values).encode(), dtype=np.uint8)  # an array of str would be padded
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, values=text, **arrays)
-
-
-def _load(path: Path, *wanted: str) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    """Read what :func:`_save` wrote; None if it is missing, unreadable or incomplete."""
-    try:
-        with reading(path, "cache"), np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-            values = json.loads(arrays.pop("values").tobytes())
-            return (values, arrays) if values.keys() | arrays.keys() == set(wanted) else None
-    except InputError:
-        return None

@@ -2,9 +2,8 @@
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,17 +19,10 @@ from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import stderr
 from lit_clip.tools.reading import naming
-from lit_clip.tools.text_files import read_json, read_yaml
 
 
-@dataclass
-class EvaluationSet:
-    """A set to search the training data for.
-
-    Attributes:
-        images: its images.
-        entry: the suite's entry, which names the classes.
-    """
+class EvaluationSet(NamedTuple):
+    """A set to search the training data for, and the suite's entry, which names the classes."""
 
     images: ImageSet
     entry: SuiteEntry
@@ -84,55 +76,17 @@ def _prompts(each: EvaluationSet) -> Prompts | None:
 
 def read_thresholds(words: Sequence[str], names: Sequence[str]) -> dict[str, float]:
     """Read the threshold of each set, see :func:`datamodules.commands.overlap.overlap`."""
-    given_thresholds: dict[str, Any] = {}
-    for word in words:
-        name, equals, value = word.rpartition("=")
-        if not equals and word.endswith((".yaml", ".yml")):
-            given_thresholds |= _read_mapping(Path(word), "numbers by the names of sets")
-        elif name:
-            require(name in names, f"--threshold {word}: no set named {name}; there are {', '.join(names)}")
-            given_thresholds[name] = value
-        else:
-            given_thresholds[""] = value
-    found = {name: given_thresholds.get(name, given_thresholds.get("", 0.95)) for name in names}
-    return {name: _threshold(name, value) for name, value in found.items()}
-
-
-def _threshold(name: str, value: Any) -> float:
-    try:
-        number = float(value)
-    except (TypeError, ValueError) as error:
-        raise InputError(f"--threshold {value}: must be a number (of {name})") from error
-    require(-1 <= number <= 1, f"--threshold {value}: must be between -1 and 1, as cosine similarities are (of {name})")
-    return number
-
-
-def _read_mapping(path: Path, expected: str) -> dict[str, Any]:
-    values = read_yaml(path, "--threshold")
-    if not isinstance(values, dict):
-        raise InputError(f"{path}: must hold {expected}")
-    return values
-
-
-def read_results(path: Path, names: Sequence[str]) -> dict[str, dict[str, bool]]:
-    """Read whether a model is right about each image, by set and image key."""
-    values = read_json(path, "--results")
-    expected = 'must hold {"set": {"image": true, ...}, ...}'
-    require(isinstance(values, dict), f"--results {path}: {expected}")
-    for name in names:
-        answers = values.get(name)
-        require(isinstance(answers, dict), f"--results {path}: nothing about {name}; the file {expected}")
-        wrong = next((key for key, value in answers.items() if not isinstance(value, bool)), None)
-        require(wrong is None, f"--results {path}: {name}: {wrong} must be true or false")
-    return values
-
-
-def answers_of(images: ImageSet, items_Q: np.ndarray, answers: Mapping[str, bool], name: str) -> Tensor:
-    """Return from a file's answers whether a model is right about each item: bool ``[N]``."""
-    keys = [images.key(int(item)) for item in np.unique(items_Q)]
-    missing = next((key for key in keys if key not in answers), None)
-    require(missing is None, f"--results: {name}: nothing about {missing}")
-    return torch.tensor([answers[key] for key in keys])
+    found = dict.fromkeys(names, 0.95)
+    for word in sorted(words, key=lambda word: "=" in word):  # that for all sets first
+        name, _, value = word.rpartition("=")
+        require(not name or name in names, f"--threshold {word}: no set named {name}; there are {', '.join(names)}")
+        try:
+            number = float(value)
+        except ValueError as error:
+            raise InputError(f"--threshold {value}: must be a number") from error
+        require(-1 <= number <= 1, f"--threshold {value}: must be between -1 and 1, as cosine similarities are")
+        found |= {name: number} if name else dict.fromkeys(names, number)
+    return found
 
 
 def recognised(model: CLIP, each: EvaluationSet, queries: Queries, precision: Precision = "32-true") -> Tensor | None:

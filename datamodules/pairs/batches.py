@@ -2,7 +2,6 @@
 
 import random
 from collections.abc import Callable
-from typing import NamedTuple
 
 import torch
 from PIL import Image
@@ -13,30 +12,14 @@ from datamodules.loading.augmentation import TrainingTransform, seeded
 from datamodules.loading.bad_samples import Skipped, split_skipped
 from datamodules.loading.sampling import TrainingSample, sample_seed
 from datamodules.pairs.source import PairSource
-from datamodules.pairs.stored_features import StoredImages, StoredPair, StoredTexts
+from datamodules.pairs.stored_features import PairSample, StoredImages, StoredTexts
 from lit_clip.batch import CaptionBatch
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.images import decoding_at_least
 
 
-class DecodedPair(NamedTuple):
-    """A pair whose image is uint8, of the model's shape."""
-
-    image: Tensor
-    caption: str
-    key: str
-    group: str
-    negative: str
-
-
-class TrainingPairs(Dataset[DecodedPair]):
-    """Augmented pairs. All randomness comes from (seed, epoch, row, draw), so it is the same on any worker or rank.
-
-    Args:
-        source: of the pairs.
-        transform: of the images.
-        seed: of the run.
-    """
+class TrainingPairs(Dataset[PairSample]):
+    """Augmented pairs. All randomness comes from (seed, epoch, row, draw), so it is the same on any worker or rank."""
 
     def __init__(self, source: PairSource, transform: TrainingTransform, seed: int) -> None:
         self.source, self.transform, self.seed = source, transform, seed
@@ -44,15 +27,15 @@ class TrainingPairs(Dataset[DecodedPair]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, sample: TrainingSample) -> DecodedPair:
+    def __getitem__(self, sample: TrainingSample) -> PairSample:
         seed, transform = sample_seed(self.seed, sample), self.transform.at(sample.budget)
         with seeded(seed):
             with decoding_at_least(transform.decode_size):
                 image, *texts = self.source.load(sample.row, random.Random(seed))
-            return DecodedPair(transform(image), *texts)
+            return PairSample(transform(image), *texts)
 
 
-class ValidationPairs(Dataset[DecodedPair]):
+class ValidationPairs(Dataset[PairSample]):
     """Pairs with the evaluation transform and the first caption."""
 
     def __init__(self, source: PairSource, transform: Callable[[Image.Image], Tensor]) -> None:
@@ -61,9 +44,9 @@ class ValidationPairs(Dataset[DecodedPair]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> DecodedPair:
+    def __getitem__(self, index: int) -> PairSample:
         image, *texts = self.source.load(index, None)
-        return DecodedPair(self.transform(image), *texts)
+        return PairSample(self.transform(image), *texts)
 
 
 class Collate:
@@ -81,7 +64,7 @@ class Collate:
         if images:
             self.nothing = torch.zeros(0, *images.stored.shape, dtype=images.stored.dtype)
 
-    def __call__(self, samples: list[DecodedPair | StoredPair | Skipped]) -> CaptionBatch:
+    def __call__(self, samples: list[PairSample | Skipped]) -> CaptionBatch:
         items, skipped = split_skipped(samples)
         if not items:
             stored = self.texts and self.texts.nothing

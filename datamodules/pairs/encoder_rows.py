@@ -8,12 +8,7 @@ from datamodules.pairs.source import PairSource
 
 
 class SourcePairs:
-    """Rows of a source as :class:`lit_clip.embedding.pair_scores.PairRows`.
-
-    Args:
-        source: of the pairs.
-        rows: of ``source``; None: all.
-    """
+    """Rows of a source, by default all, as :class:`lit_clip.embedding.pair_scores.PairRows`."""
 
     def __init__(self, source: PairSource, rows: Sequence[int] | None = None) -> None:
         self.source, self.rows = source, range(len(source)) if rows is None else rows

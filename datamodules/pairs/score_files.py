@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,36 +29,20 @@ SCHEMA = (
 
 @dataclass
 class Filtered:
-    """Counts of a file of scores.
-
-    Attributes:
-        pairs: in it.
-        kept: of them.
-        removed: by filter; a pair that several filters remove counts for each.
-    """
+    """Counts of a file of scores."""
 
     pairs: int = 0
     kept: int = 0
-    removed: Counter[str] = field(default_factory=Counter)
-
-
-def check_output(path: Path) -> None:
-    """Raise :class:`InputError` unless a file of scores can be written there."""
-    require(path.suffix == ".parquet", f"--output {path}: must be a .parquet file")
-    require(path.absolute().parent.is_dir(), f"--output {path}: there is no folder {path.parent}")
+    removed: Counter[str] = field(default_factory=Counter)  # by filter; a pair counts for each that removes it
 
 
 def write_scores(
     path: Path, tables: Iterable[pa.Table], scores: np.ndarray, filters: PairFilters, metadata: Mapping[str, str]
 ) -> Filtered:
-    """Filter pairs and write them all.
+    """Filter pairs and write them all to a ``.parquet`` file.
 
-    Args:
-        path: a ``.parquet`` file.
-        tables: the pairs in their order, with the columns ``SCORES``.
-        scores: of all pairs that have one, in any order, float32 ``[P]``.
-        filters: decide which are kept.
-        metadata: of the file.
+    ``tables`` hold the pairs in their order, with the columns ``SCORES``, and ``scores`` those of all pairs that have
+    one, in any order, float32 ``[P]``.
     """
     cut, counts = filters.cut(scores), Filtered()
     about = {**metadata, "filters": json.dumps({name: value for name, value in asdict(filters).items() if value})}
@@ -105,21 +90,13 @@ def _filtered(table: pa.Table, filters: PairFilters, cut: Cut | None, counts: Fi
 
 
 class ScoreFile:
-    """A file that :func:`write_scores` wrote.
-
-    Args:
-        path: the file.
-
-    Attributes:
-        metadata: such as the model and the source.
-    """
+    """A file that :func:`write_scores` wrote; its metadata have the model and the source."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
         with reading(path, "file of scores", hint=WRITE_AGAIN):
             schema = pq.read_schema(path)
-        require(schema.equals(SCHEMA), f"{path}: is no file of scores; {WRITE_AGAIN}")
-        with reading(path, "file of scores", hint=WRITE_AGAIN):
+            require(schema.equals(SCHEMA), f"{path}: is no file of scores; {WRITE_AGAIN}")
             self.metadata = {key.decode(): value.decode() for key, value in (schema.metadata or {}).items()}
             self.rows = int(self.metadata[ROWS])
             self.versions: dict[str, str] = dict(json.loads(self.metadata[VERSIONS]))
@@ -127,13 +104,9 @@ class ScoreFile:
     @staticmethod
     def is_one(path: Path) -> bool:
         """Whether a path is a file of scores."""
-        if path.suffix != ".parquet":
-            return False
-        try:
-            ScoreFile(path)
-        except InputError:
-            return False
-        return True
+        with suppress(InputError):
+            return path.suffix == ".parquet" and bool(ScoreFile(path))
+        return False
 
     def _batches(self, names: list[str]) -> Iterator[pa.Table]:
         with reading(self.path, "file of scores", hint=WRITE_AGAIN):

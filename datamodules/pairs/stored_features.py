@@ -4,8 +4,8 @@
 """
 
 import random
-from abc import abstractmethod
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 from datamodules.loading.augmentation import Augmentation, described_augmentation
 from datamodules.loading.cache import default_cache_dir
 from datamodules.loading.sampling import TrainingSample, sample_seed
-from datamodules.pairs.source import PairSource, PairText
+from datamodules.pairs.source import PairSource
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.hashing import hash64, hex_digest
@@ -30,22 +30,10 @@ TOKENIZED_AT_ONCE = 4096
 
 
 class DistinctImageRows:
-    """The row of each sample's image in a file: rows of a source with the same image share one.
-
-    Args:
-        train: the training source.
-        val: the validation source.
-        versions: augmented versions of each training image.
-        settings: all that a version of an image depends on besides the image.
-
-    Attributes:
-        versions: of each training image.
-        count: number of rows.
-        identity: digest that changes with any image, its place, or the settings.
-    """
+    """The row of each sample's image in a file; equal images share one. The identity depends on images and settings."""
 
     def __init__(self, train: PairSource, val: PairSource, versions: int, settings: Sequence[object]) -> None:
-        self.versions = versions
+        self.versions = versions  # augmented, of each training image
         self._train, self._first_train, train_images = _distinct_images(train)
         self._val, self._first_val, val_images = _distinct_images(val)
         self._trained = len(self._first_train) * versions
@@ -84,21 +72,10 @@ def _distinct_images(source: PairSource) -> tuple[np.ndarray, np.ndarray, list[o
     return image_of, np.array(first, dtype=np.int64), list(numbers)
 
 
-class OneImage(NamedTuple):
-    """An image to encode, and its row; None if it cannot be read."""
+class ImagesOnce(Dataset[ImageBatch]):
+    """Every image of a file, from the dataset of training or of validation samples.
 
-    row: int
-    image: Tensor | None
-
-
-class ImagesOnce(Dataset[OneImage]):
-    """Every image of a file, loaded as training or validation loads it.
-
-    Args:
-        rows: of the file.
-        training: dataset by training sample.
-        validation: dataset by row.
-        skip: whether an image that cannot be read is None instead of an error.
+    Unless ``skip`` is set, an image that cannot be read is an error.
     """
 
     def __init__(self, rows: DistinctImageRows, training: Dataset[Any], validation: Dataset[Any], skip: bool) -> None:
@@ -107,27 +84,28 @@ class ImagesOnce(Dataset[OneImage]):
     def __len__(self) -> int:
         return self.rows.count
 
-    def __getitem__(self, row: int) -> OneImage:
+    def __getitem__(self, row: int) -> ImageBatch:
         origin = self.rows.origin(row)
         dataset = self.training if isinstance(origin, TrainingSample) else self.validation
         try:
-            return OneImage(row, dataset[origin].image)
+            return ImageBatch(np.array([row]), dataset[origin].image[None], [])
         except BadSample:
             if not self.skip:
                 raise
-            return OneImage(row, None)
+            return ImageBatch(np.zeros(0, np.int64), torch.zeros(0), [row])
 
 
-def collate_images(items: list[OneImage]) -> ImageBatch:
-    """Join images to a batch."""
-    images = [item.image for item in items if item.image is not None]
-    rows = np.array([item.row for item in items if item.image is not None], dtype=np.int64)
-    unusable = [item.row for item in items if item.image is None]
-    return ImageBatch(rows, torch.stack(images) if images else torch.zeros(0), unusable)
+def collate_images(items: list[ImageBatch]) -> ImageBatch:
+    """Join batches to one."""
+    rows = np.concatenate([item.rows for item in items])
+    images = [item.images for item in items if len(item.rows)]
+    return ImageBatch(
+        rows, torch.cat(images) if images else torch.zeros(0), [row for item in items for row in item.unusable]
+    )
 
 
-class StoredPair(NamedTuple):
-    """A pair with the stored activations of its image."""
+class PairSample(NamedTuple):
+    """A pair whose image is uint8, of the model's shape, or the stored activations of one."""
 
     image: Tensor
     caption: str
@@ -142,26 +120,11 @@ class StoredImages(NamedTuple):
     rows: DistinctImageRows
     stored: StoredRows
 
-    def pair(self, source: PairSource, index: int, row: int, rng: random.Random | None, text: PairText) -> StoredPair:
-        """Return a sample.
 
-        Raises:
-            BadSample: its image could not be read when the images were encoded.
-        """
-        activations = self.stored.read(row)
-        if activations is None:
-            source.load(index, rng)  # says what is wrong with it
-            raise BadSample(text.key, "not stored", f"its image was not readable before; delete {self.stored.folder}")
-        return StoredPair(activations, *text)
+class StoredPairs(Dataset[PairSample]):
+    """Samples with stored activations; the captions are those that are drawn with the images.
 
-
-class StoredTraining(Dataset[StoredPair]):
-    """Training samples without their images; the captions are those that are drawn with the images.
-
-    Args:
-        source: of the pairs.
-        images: their activations.
-        seed: of the run.
+    A training sample draws from the run's ``seed``; a validation sample is a row.
     """
 
     def __init__(self, source: PairSource, images: StoredImages, seed: int) -> None:
@@ -170,46 +133,20 @@ class StoredTraining(Dataset[StoredPair]):
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, sample: TrainingSample) -> StoredPair:
-        rng = random.Random(sample_seed(self.seed, sample))
-        text = self.source.text(sample.row, rng)
-        versions = self.images.rows.versions
-        version = rng.randrange(versions) if versions > 1 else 0
-        row = self.images.rows.training(sample.row, version)
-        return self.images.pair(self.source, sample.row, row, rng, text)
-
-
-class StoredValidation(Dataset[StoredPair]):
-    """Validation samples without their images."""
-
-    def __init__(self, source: PairSource, images: StoredImages) -> None:
-        self.source, self.images = source, images
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, row: int) -> StoredPair:
-        text = self.source.text(row, None)
-        return self.images.pair(self.source, row, self.images.rows.validation(row), None, text)
-
-
-def distinct_texts(sources: Sequence[PairSource], tokenize: TextTokenizer) -> Texts:
-    """Tokenize every caption of the sources; captions with the same tokens count once."""
-    captions: dict[str, None] = {}
-    for source in sources:
-        for row in range(len(source)):
-            try:
-                captions.update(dict.fromkeys(source.captions(row)))
-            except BadSample:  # loading it will raise or skip it
-                continue
-    every, parts = list(captions), []
-    for first in range(0, len(every), TOKENIZED_AT_ONCE):
-        parts.append(tokenize(every[first : first + TOKENIZED_AT_ONCE]))
-    tokens = torch.cat(parts)
-    lengths = tokenize.lengths(tokens).numpy()
-    hashes, kept = np.unique(token_hashes(tokens, lengths), return_index=True)
-    longest = int(lengths.max())
-    return Texts(tokens[torch.from_numpy(kept), :longest], lengths[kept], hashes)
+    def __getitem__(self, sample: TrainingSample | int) -> PairSample:
+        rows, stored = self.images
+        if isinstance(sample, TrainingSample):
+            index, rng = sample.row, random.Random(sample_seed(self.seed, sample))
+            text = self.source.text(index, rng)
+            row = rows.training(index, rng.randrange(rows.versions) if rows.versions > 1 else 0)
+        else:
+            index, rng = sample, None
+            text, row = self.source.text(index, rng), rows.validation(index)
+        activations = stored.read(row)
+        if activations is None:
+            self.source.load(index, rng)  # says what is wrong with it
+            raise BadSample(text.key, "not stored", f"its image was not readable before; delete {stored.folder}")
+        return PairSample(activations, *text)
 
 
 def token_hashes(tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -220,17 +157,11 @@ def token_hashes(tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> np.ndar
 
 
 class StoredTexts(NamedTuple):
-    """A file of activations of captions.
+    """A file of activations of captions."""
 
-    Attributes:
-        hashes: of the tokens of each row, int64 ascending.
-        stored: the activations.
-        longest: tokens of the longest caption; a row has more entries if there are a class token and padding too.
-    """
-
-    hashes: np.ndarray
+    hashes: np.ndarray  # of the tokens of each row, int64 ascending
     stored: StoredRows
-    longest: int
+    longest: int  # tokens of the longest caption; a row may also have entries for a class token and padding
 
     @property
     def nothing(self) -> Tensor:
@@ -256,12 +187,7 @@ class WithStoredFeatures:
     """The part of a data module that puts stored activations in place of images and captions.
 
     :class:`callbacks.FrozenFeatures` asks for every image and caption of ``fit``, encodes what is not stored yet, and
-    calls :meth:`use_stored`.
-
-    Attributes:
-        stored_images: the activations that batches hold in place of images.
-        stored_texts: the activations of captions that batches hold.
-        lists_captions: whether the sources list every caption that they draw; otherwise no text can be stored.
+    calls :meth:`use_stored`. Sources with ``lists_captions`` list every caption that they draw; only those are stored.
     """
 
     lists_captions = True
@@ -275,18 +201,9 @@ class WithStoredFeatures:
     num_workers: int
     on_error: OnError
 
-    @property
-    @abstractmethod
-    def evaluation_batch_size(self) -> int:
-        """Return the number of images or captions that are encoded at once."""
-
-    @abstractmethod
-    def training_pairs(self, source: PairSource) -> Dataset[Any]:
-        """Return the training samples with decoded images."""
-
-    @abstractmethod
-    def validation_pairs(self, source: PairSource) -> Dataset[Any]:
-        """Return the validation samples with decoded images."""
+    evaluation_batch_size: Any  # images or captions that are encoded at once
+    training_pairs: Any  # source -> samples with decoded images
+    validation_pairs: Any
 
     @property
     def cache_folder(self) -> Path:
@@ -300,11 +217,7 @@ class WithStoredFeatures:
         return self.train_source, self.val_source
 
     def image_rows(self, augmentations: int) -> DistinctImageRows:
-        """Give each distinct image of ``fit`` a row; reads no image.
-
-        Args:
-            augmentations: versions of each training image; 0: the image without augmentation.
-        """
+        """Give each distinct image of ``fit`` a row, for so many versions or 0 for none; reads no image."""
         fixed = not isinstance(self.augmentation, Augmentation) and not self.augmentation
         require(
             fixed or augmentations > 0,
@@ -335,17 +248,22 @@ class WithStoredFeatures:
         )
 
     def distinct_texts(self) -> Texts:
-        """Tokenize every caption of ``fit``; reads no image where the source can do without."""
-        return distinct_texts(self._fit_sources, self.tokenize)
+        """Tokenize every caption of ``fit``, equal tokens once; reads no image where that is possible."""
+        captions: dict[str, None] = {}
+        for source in self._fit_sources:
+            for row in range(len(source)):
+                with suppress(BadSample):  # loading it will raise or skip it
+                    captions.update(dict.fromkeys(source.captions(row)))
+        every = list(captions)
+        starts = range(0, len(every), TOKENIZED_AT_ONCE)
+        tokens = torch.cat([self.tokenize(every[start : start + TOKENIZED_AT_ONCE]) for start in starts])
+        lengths = self.tokenize.lengths(tokens).numpy()
+        hashes, kept = np.unique(token_hashes(tokens, lengths), return_index=True)
+        return Texts(tokens[torch.from_numpy(kept), : int(lengths.max())], lengths[kept], hashes)
 
     def use_stored(
         self, images: tuple[DistinctImageRows, StoredRows] | None, texts: tuple[np.ndarray, StoredRows, int] | None
     ) -> None:
-        """Make training and validation batches with stored activations of the images, the texts, or both.
-
-        Args:
-            images: their rows, and the activations; None: decode images.
-            texts: see :class:`StoredTexts`; None: only tokens.
-        """
+        """Make batches with stored activations: fields of :class:`StoredImages`, :class:`StoredTexts`, or both."""
         self.stored_images = images and StoredImages(*images)
         self.stored_texts = texts and StoredTexts(*texts)

@@ -14,7 +14,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lit_clip import load_model
-from lit_clip.embedding.encode import report_skipped
+from lit_clip.embedding.encode import check_complete, report_skipped
 from lit_clip.embedding.image_files import FileRows, find_images
 from lit_clip.embedding.precision import Precision, autocast, check_precision
 from lit_clip.embedding.reading import UnreadableRow, check_finite, encoded_batches, image_features
@@ -61,8 +61,7 @@ def classify(
         classes: names; or a text file with one name per line.
         templates: prompt templates with {} for the name; or a text file with one per line; or imagenet, the paper's 80.
         top_k: number of classes shown for each image.
-        output: format of the results. CSV has one row per class shown, and an apostrophe before names that
-            a spreadsheet would compute, such as =1; JSON has one object per image.
+        output: format of the results. CSV has an apostrophe before names that a spreadsheet would compute, such as =1.
         output_file: write the results to this file instead of standard output.
         batch_size: images encoded at once.
         num_workers: processes that decode images.
@@ -70,7 +69,8 @@ def classify(
         on_error: error ends the run at an image that cannot be read; skip reports it.
     """
     names = read_classes(classes)
-    prompts = _read_templates(templates)
+    prompts = imagenet_templates() if templates == ["imagenet"] else _lines(templates, "templates")
+    check_templates(prompts)
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
     path = Path(output_file) if output_file else None
     require(path is None or path.absolute().parent.is_dir(), f"--output_file {path}: there is no such folder")
@@ -79,14 +79,15 @@ def classify(
     clip = load_model(model).to(best_device())
     if len(names) == 1 and clip.logit_bias is None:
         raise InputError(f"--classes {names[0]}: a single class gets 100 % of every image; name what else it may be")
-    with autocast(clip.device, precision):
-        classifier = _classifier(clip, names, prompts)
+    with autocast(clip.device, precision), progress("class prompts", len(names) * len(prompts)) as advance:
+        classifier = zero_shot_classifier(clip, names, prompts, progress=from_totals(advance))
     check_finite(classifier, "--classes")
+    encode = image_features(clip, precision)
+    encoded = encoded_batches(clip, FileRows(files), batch_size, num_workers, encode=encode, title="images")
     classes_of: dict[str, list[RankedClass]] = {}  # by key
     unreadable: list[UnreadableRow] = []
-    encode, rows = image_features(clip, precision), FileRows(files)
     try:
-        with closing(encoded_batches(clip, rows, batch_size, num_workers, encode=encode, title="images")) as batches:
+        with closing(encoded) as batches:
             for batch, features in batches:
                 for bad in batch.unreadable:
                     require(on_error == "skip", or_skip(bad.message, "--on_error skip"))
@@ -99,25 +100,12 @@ def classify(
         kept = path.with_name(f"{path.name}.partial") if path else None
         _write(classes_of, output, kept)
         raise KeyboardInterrupt(f"{len(classes_of)} of {len(files)} are in {kept or 'the output'}") from None
-    first = unreadable[0].message if unreadable else ""
-    require(bool(classes_of), f"none of {len(files)} images could be read; the first: {first}")
+    check_complete(len(classes_of), len(files), unreadable)
     _write(classes_of, output, path)
     if path:
         report_skipped([file.key for file in files], unreadable, path.with_name(f"{path.name}.skipped.txt"))
     for bad in () if path else unreadable:
         stderr().print(f"skipped: {bad.message}")
-
-
-def _classifier(model: CLIP, names: Sequence[str], prompts: Sequence[str]) -> Tensor:
-    """:func:`lit_clip.zero_shot_classifier` with a progress bar."""
-    with progress("class prompts", len(names) * len(prompts)) as advance:
-        return zero_shot_classifier(model, names, prompts, progress=from_totals(advance))
-
-
-def _read_templates(words: Sequence[str]) -> list[str]:
-    templates = imagenet_templates() if list(words) == ["imagenet"] else _lines(words, "templates")
-    check_templates(templates)
-    return templates
 
 
 def _lines(words: Sequence[str], option: str) -> list[str]:
@@ -162,15 +150,16 @@ def class_probabilities(model: CLIP, features: Tensor, classifier: Tensor) -> Te
 
 
 def _write(classes_of: dict[str, list[RankedClass]], output: Output, path: Path | None) -> None:
-    if output == "table" and path is None:
-        Console().print(_table(classes_of))
-        return
-    text = {"table": _as_text, "csv": _as_csv, "json": _as_json}[output](classes_of)
-    if path is None:
-        write_results(text)
-        return
-    with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape", newline="")
+    text = io.StringIO()
+    if output == "table":
+        (Console() if path is None else Console(file=text, width=200)).print(_table(classes_of))
+    else:
+        text.write((_as_csv if output == "csv" else _as_json)(classes_of))
+    if path is not None:
+        with replacing(path) as temporary:
+            temporary.write_text(text.getvalue(), encoding="utf-8", errors="surrogateescape", newline="")
+    elif output != "table":
+        write_results(text.getvalue())
 
 
 def _table(classes_of: dict[str, list[RankedClass]]) -> Table:
@@ -181,13 +170,6 @@ def _table(classes_of: dict[str, list[RankedClass]]) -> Table:
             image = Text(key if i == 0 else "", overflow="fold")
             table.add_row(image, Text(prediction.name), f"{100 * prediction.probability:.1f} %")
     return table
-
-
-def _as_text(classes_of: dict[str, list[RankedClass]]) -> str:
-    console = Console(file=io.StringIO(), width=200)
-    console.print(_table(classes_of))
-    assert isinstance(console.file, io.StringIO)
-    return console.file.getvalue()
 
 
 def _as_csv(classes_of: dict[str, list[RankedClass]]) -> str:

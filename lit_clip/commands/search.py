@@ -29,26 +29,15 @@ TEMPLATE = Path(__file__).parent / "templates" / "search.html"
 FEATURE_FILES = (".parquet", ".npy")
 THUMBNAIL = 256  # pixels of the longer side
 
-
-class Hit(NamedTuple):
-    """A row that was found, and its cosine similarity to the query."""
-
-    row: int
-    score: float
+Hits = list[tuple[int, float]]  # rows found, with their cosine similarity to the query
 
 
 class Searched(NamedTuple):
-    """Images or rows of a feature file to search.
+    """Images or rows of a feature file to search."""
 
-    Attributes:
-        names: of N rows, to be shown.
-        features: float32 ``[N, D]``, of unit length.
-        files: each row's image, if it is a file.
-    """
-
-    names: Sequence[str]
-    features: np.ndarray
-    files: Sequence[Path | None]
+    names: Sequence[str]  # of N rows, to be shown
+    features: np.ndarray  # float32 [N, D], of unit length
+    files: Sequence[Path | None]  # each row's image, if it is a file
 
 
 def search(
@@ -86,13 +75,7 @@ def search(
         on_error: error ends the run at an image that cannot be read; skip lists it in a file beside the index.
     """
     require(bool(queries or image), "nothing to search for; type a text after the folder, or give --image")
-    for query in queries:
-        require(bool(query.strip()), "a text to search for is empty; type one after the folder, or give --image")
-        named = bool(Path(query).suffix) and os.path.isfile(query)
-        require(not named, f"{query}: is a file, and would be searched for as a text; put it after --image")
-    for each in image or []:  # before the model, which may have to be downloaded
-        require(not os.path.isdir(each), f"--image {each}: is a folder; name an image")
-        require(os.path.exists(each), f"--image {each}: no such image file")
+    _check_queries(queries, image or [])  # before the model, which may have to be downloaded
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
     require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
     page = Path(sheet)
@@ -108,35 +91,32 @@ def search(
     files = [] if stored else images_in(path, on_error)
     clip = load_model(model)
     vectors = encode_queries(clip, queries, image or [])  # before the folder: an unreadable query ends the command
-    if stored:
-        searched = _stored(path, clip)
-    else:
-        settings = EncodingSettings(batch_size, num_workers, precision=precision, on_error=on_error)
-        searched = search_in(clip, path, files, index, settings)
+    settings = EncodingSettings(batch_size, num_workers, precision=precision, on_error=on_error)
+    searched = _stored(path, clip) if stored else search_in(clip, path, files, index, settings)
     titles = [*queries, *(f"like {path}" for path in image or [])]
-    found = [
-        list(map(Hit, rows, scores))
-        for scores, rows in zip(*(part.tolist() for part in nearest(searched.features, vectors, top_k)), strict=True)
-    ]
-    for title, hits in zip(titles, found, strict=True):
-        _print_hits(title, searched, hits)
+    found = zip(*(part.tolist() for part in nearest(searched.features, vectors, top_k)), strict=True)
+    hits = {title: list(zip(rows, scores, strict=True)) for title, (scores, rows) in zip(titles, found, strict=True)}
+    for title in titles:
+        _print_hits(title, searched, hits[title])
     replaced = " (replaces the one before)" if page.exists() else ""
-    write_sheet(page, searched, dict(zip(titles, found, strict=True)))
+    write_sheet(page, searched, hits)
     stderr().print(f"page with images: {page}{replaced}")
+
+
+def _check_queries(queries: Sequence[str], images: Sequence[str]) -> None:
+    for query in queries:
+        require(bool(query.strip()), "a text to search for is empty; type one after the folder, or give --image")
+        named = bool(Path(query).suffix) and os.path.isfile(query)
+        require(not named, f"{query}: is a file, and would be searched for as a text; put it after --image")
+    for each in images:
+        require(not os.path.isdir(each), f"--image {each}: is a folder; name an image")
+        require(os.path.exists(each), f"--image {each}: no such image file")
 
 
 def search_in(
     model: CLIP, folder: Path, files: Sequence[ImageFile], index: str | None, settings: EncodingSettings
 ) -> Searched:
-    """Return a folder's images to search; those that the index lacks are encoded.
-
-    Args:
-        model: the encoders.
-        folder: with the images.
-        files: the images in it.
-        index: the index, a .npz file; None: in the folder.
-        settings: how to encode.
-    """
+    """Return a folder's images to search; those that the index, by default in the folder, lacks are encoded."""
     table = update_index(model, files, Path(index) if index else folder / INDEX, settings)
     keys = [key for key, _, _ in table.identities]
     return Searched(keys, table.features, [folder / key for key in keys])
@@ -176,32 +156,28 @@ def encode_queries(model: CLIP, texts: Sequence[str], images: Sequence[str]) -> 
     return joined.numpy()
 
 
-def _print_hits(title: str, searched: Searched, hits: Sequence[Hit]) -> None:
+def _print_hits(title: str, searched: Searched, hits: Hits) -> None:
     table = Table(title=Text(title))
     table.add_column("", justify="right")
     table.add_column("score", justify="right")
     table.add_column("image", overflow="fold")
-    for rank, hit in enumerate(hits, start=1):
-        table.add_row(str(rank), f"{hit.score:.4f}", Text(searched.names[hit.row]))
+    for rank, (row, score) in enumerate(hits, start=1):
+        table.add_row(str(rank), f"{score:.4f}", Text(searched.names[row]))
     Console().print(table)
 
 
-def write_sheet(path: Path, searched: Searched, found: dict[str, list[Hit]]) -> None:
+def write_sheet(path: Path, searched: Searched, found: dict[str, Hits]) -> None:
     """Write an HTML page with the thumbnails of the images found for each query."""
     shown: dict[str, list[tuple[str, str]]] = {query: [] for query in found}
     with progress("contact sheet", sum(map(len, found.values()))) as advance:
         for query, hits in found.items():
-            for rank, hit in enumerate(hits, start=1):
-                caption = f"{rank}. {searched.names[hit.row]} ({hit.score:.4f})"
-                shown[query].append((_thumbnail(searched.files[hit.row]), caption))
+            for rank, (row, score) in enumerate(hits, start=1):
+                file = searched.files[row]
+                image = None if file is None else small_image(file, THUMBNAIL)
+                caption = f"{rank}. {searched.names[row]} ({score:.4f})"
+                shown[query].append(("" if image is None else thumbnail(image, THUMBNAIL), caption))
                 advance(1)
     write_page(path, TEMPLATE, title=" | ".join(found), found=shown)
-
-
-def _thumbnail(path: Path | None) -> str:
-    """A thumbnail as a data URI; empty if the image is no file or cannot be read any more."""
-    image = small_image(path, THUMBNAIL) if path is not None else None
-    return "" if image is None else thumbnail(image, THUMBNAIL)
 
 
 def small_image(path: Path, size: int) -> Image.Image | None:

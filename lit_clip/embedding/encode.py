@@ -7,9 +7,10 @@ ranks, and so are the bytes of the result.
 import signal
 import time
 from collections.abc import Callable, Container, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lit_clip import distributed
-from lit_clip.embedding.feature_files import FeatureParts, FeatureTable, Identity
+from lit_clip.embedding.feature_files import FeatureTable, Identity
+from lit_clip.embedding.parts import Arrays, Parts
 from lit_clip.embedding.precision import Precision
 from lit_clip.embedding.reading import (
     Batches,
@@ -48,47 +50,46 @@ from lit_clip.training.lightning.signals import replace_signals
 SECONDS_BETWEEN_PARTS = 10  # of work that a killed run can lose
 
 
+Finished = list[tuple[EncoderBatch, np.ndarray]]  # batches without their inputs, and what was computed of each
+
+
 class UnreadableError(InputError):
     """An image cannot be read and may not be skipped; raised by the first rank after all ranks have ended."""
 
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """How features are computed; only ``batch_size`` and ``precision`` affect the result, by rounding.
+    """How features are computed; only ``batch_size`` and ``precision`` affect the result, by rounding."""
 
-    Attributes:
-        batch_size: images or texts that each process encodes at once.
-        num_workers: processes that read images, for each process.
-        devices: number of processes, one a device.
-        accelerator: cpu, gpu, mps, ...
-        precision: of the encoders; see :func:`lit_clip.embedding.precision.check_precision`.
-        on_error: whether an image that cannot be read is an error or is skipped.
-    """
-
-    batch_size: int = 64
-    num_workers: int = 4
-    devices: int = 1
-    accelerator: str = "auto"
+    batch_size: int = 64  # images or texts that each process encodes at once
+    num_workers: int = 4  # processes that read images, for each process
+    devices: int = 1  # number of processes, one a device
+    accelerator: str = "auto"  # Lightning's name
     precision: Precision = "32-true"
-    on_error: OnError = "error"
+    on_error: OnError = "error"  # at an image that cannot be read
 
 
-class EncodingTask(NamedTuple):
-    """Items to encode.
+@dataclass(frozen=True)
+class EncodingTask:
+    """Items to encode."""
 
-    Attributes:
-        identities: what finished features are found by.
-        read: makes the dataset of some batches; it stops reading once the file given exists.
-        encode: inputs on the device -> features.
-        several: whether an item may have many images; then it is a batch of its own.
-        must_be_finite: whether NaN or infinite features end the run; evaluations report them.
-    """
+    identities: Sequence[Identity]  # what finished features are found by
+    read: Callable[[Batches, Path], Dataset[EncoderBatch]]  # it stops reading once the file given exists
+    encode: Encode  # inputs on the device -> features
+    several: bool = False  # whether an item may have many images; then it is a batch of its own
+    must_be_finite: bool = True  # whether NaN or infinite features end the run; evaluations report them
 
-    identities: Sequence[Identity]
-    read: Callable[[Batches, Path], Dataset[EncoderBatch]]
-    encode: Encode
-    several: bool = False
-    must_be_finite: bool = True
+    def step(self, batch: EncoderBatch, device: torch.device, batch_size: int) -> Tensor:
+        """Return the features of a batch of N rows, ``[N, ...]``."""
+        features = row_means(encode_batch(batch, self.encode, device, batch_size), batch.counts)
+        if batch.rows and self.must_be_finite:
+            check_finite(features, self.identities[batch.rows[0]][0])
+        return features
+
+    def part(self, finished: Finished) -> Arrays:
+        """Return the arrays in which finished batches are kept."""
+        identities = [self.identities[row] for batch, _ in finished for row in batch.rows]
+        return FeatureTable(identities, np.concatenate([features for _, features in finished])).arrays()
 
 
 def image_task(model: CLIP, images: ImageRows, identities: Sequence[Identity]) -> EncodingTask:
@@ -112,55 +113,56 @@ def text_task(model: CLIP, texts: Sequence[str], identities: Sequence[Identity])
 def encode(
     model: CLIP,
     task: EncodingTask,
-    parts: FeatureParts,
+    parts: Parts,
     settings: EncodingSettings,
     known: Container[Identity] = (),
     title: str = "encoding",
 ) -> list[UnreadableRow] | None:
-    """Encode into ``parts`` all items that are neither there nor known.
+    """Encode into ``parts`` all items that are neither there nor ``known``; see :func:`compute`."""
+    identities = task.identities
+    finished = {identity for table in parts.read(FeatureTable.of) for identity in table.identities}
+    batches = remaining(
+        len(identities),
+        1 if task.several else settings.batch_size,
+        lambda row: identities[row] in finished or identities[row] in known,
+    )
+    return compute(model, task, batches, parts, settings, title)
 
-    Args:
-        model: the encoders.
-        task: the items.
-        parts: where finished features are and go.
-        settings: how to compute.
-        known: identities of items that need no part.
-        title: of the progress bar.
+
+def remaining(rows: int, batch_size: int, done: Callable[[int], bool]) -> Batches:
+    """Cut all rows into batches, the same however many are done, and leave those out."""
+    batches: list[Sequence[int]] = []
+    for batch in in_batches(range(rows), batch_size):
+        missing = [row for row in batch if not done(row)]
+        if missing:  # a range takes less memory than a list
+            batches.append(batch if len(missing) == len(batch) else missing)
+    return batches
+
+
+def compute(
+    model: CLIP, task: EncodingTask, batches: Batches, parts: Parts, settings: EncodingSettings, title: str
+) -> list[UnreadableRow] | None:
+    """Encode batches into ``parts``; an interruption leaves the finished ones there.
 
     Returns:
-        On rank 0 the items that could not be read; None on other ranks, which have nothing left to do.
-
-    Raises:
-        UnreadableError: an image cannot be read and ``on_error`` is ``error``.
-        KeyboardInterrupt: after the finished features have been written.
+        On rank 0 the rows that could not be read; None on other ranks, which have nothing left to do.
     """
-    identities, finished = task.identities, parts.finished()
-    batches = [
-        [row for row in batch if identities[row] not in finished and identities[row] not in known]
-        for batch in in_batches(range(len(identities)), 1 if task.several else settings.batch_size)
-    ]
-    batches = [batch for batch in batches if batch]
     if not batches:
         return []
-    writer = PartWriter(identities, parts, settings.on_error, title)
-    return predict(Encoder(model, task, batches, parts.stop, settings), writer)
-
-
-def predict(encoder: "Encoder", writer: "PartWriter") -> list[UnreadableRow] | None:
-    """Encode all batches and write them as parts; see :func:`encode`."""
-    trainer = make_trainer([writer], encoder.settings)
+    writer = PartWriter(task, parts, settings.on_error, title)
+    trainer = make_trainer([writer], settings)
     try:
-        trainer.predict(encoder, return_predictions=False)
+        trainer.predict(Encoder(model, task, batches, parts.stop, settings), return_predictions=False)
     except SystemExit:  # Lightning exits on Ctrl-C
         if not trainer.interrupted or trainer.global_rank:
             raise
         signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning has disabled it
-        raise KeyboardInterrupt("finished features are kept; run the same command again to resume") from None
+        raise KeyboardInterrupt("what is finished is kept; run the same command again to resume") from None
     unreadable = sorted(distributed.gather_objects(writer.unreadable))  # every rank has written its last part
     if trainer.global_rank:
         return None
-    if unreadable and encoder.settings.on_error == "error":
-        writer.parts.end()
+    if unreadable and settings.on_error == "error":
+        parts.end()
         raise UnreadableError(or_skip(unreadable[0].message, "--on_error skip"))
     return unreadable
 
@@ -200,15 +202,7 @@ def make_trainer(callbacks: list[Callback], settings: EncodingSettings) -> Train
 
 
 class Encoder(LightningModule):
-    """The module that ``Trainer.predict`` runs.
-
-    Args:
-        model: the encoders.
-        task: the items.
-        batches: the rows of each batch, for all ranks together.
-        stop: a file that ends the run early, see :attr:`lit_clip.embedding.feature_files.FeatureParts.stop`.
-        settings: how to compute.
-    """
+    """The module that ``Trainer.predict`` runs; see :func:`compute`, and :class:`Parts` for ``stop``."""
 
     def __init__(
         self, model: CLIP, task: EncodingTask, batches: Batches, stop: Path, settings: EncodingSettings
@@ -227,23 +221,18 @@ class Encoder(LightningModule):
         return loader(batches, self.settings.num_workers, pin_memory=self.device.type == "cuda")
 
     def predict_step(self, batch: EncoderBatch, batch_idx: int) -> Tensor:
-        features = encode_batch(batch, self.task.encode, self.device, self.settings.batch_size)
-        return row_means(features, batch.counts)
+        return self.task.step(batch, self.device, self.settings.batch_size)
 
 
 class PartWriter(Callback):
-    """Writes finished features every few seconds, at the end and when the run is interrupted.
+    """Writes finished batches every few seconds, at the end and when the run is interrupted."""
 
-    Attributes:
-        unreadable: this rank's items that could not be read.
-    """
-
-    def __init__(self, identities: Sequence[Identity], parts: FeatureParts, on_error: OnError, title: str) -> None:
-        self.identities, self.parts, self.on_error, self.title = identities, parts, on_error, title
-        self.unreadable: list[UnreadableRow] = []
-        self._rows: list[int] = []
-        self._features: list[np.ndarray] = []
+    def __init__(self, task: EncodingTask, parts: Parts, on_error: OnError, title: str) -> None:
+        self.task, self.parts, self.on_error, self.title = task, parts, on_error, title
+        self.unreadable: list[UnreadableRow] = []  # this rank's
+        self._finished: Finished = []
         self._written = time.monotonic()
+        self._bar = ExitStack()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if trainer.is_global_zero:
@@ -255,8 +244,8 @@ class PartWriter(Callback):
         self._written = time.monotonic()
         total = sum(len(batch) for batch in pl_module.my_batches)
         share = f" (process 1 of {trainer.world_size})" if trainer.world_size > 1 else ""
-        self._bar = progress(f"{self.title}{share}", total, enabled=trainer.is_global_zero)
-        self._advance = self._bar.__enter__()
+        bar = progress(f"{self.title}{share}", total, enabled=trainer.is_global_zero)
+        self._advance = self._bar.enter_context(bar)
 
     def on_predict_batch_end(
         self,
@@ -268,8 +257,7 @@ class PartWriter(Callback):
         dataloader_idx: int = 0,
     ) -> None:
         if batch.rows:  # the width of an empty batch's features is unknown
-            assert isinstance(pl_module, Encoder)
-            self._collect(pl_module.task, batch, outputs)
+            self._finished.append((batch._replace(inputs=None, texts=None), outputs.cpu().numpy()))
         self.unreadable += batch.unreadable
         if batch.unreadable and self.on_error == "error":
             self.parts.stop.touch()
@@ -278,38 +266,28 @@ class PartWriter(Callback):
             self._write()
 
     def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._bar.__exit__(None, None, None)
+        self._bar.close()
         self._write()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        if hasattr(self, "_bar"):
-            self._bar.__exit__(None, None, None)
-        self._write()
-
-    def _collect(self, task: EncodingTask, batch: EncoderBatch, outputs: Tensor) -> None:
-        """Keep a batch's features until the next part is written."""
-        if task.must_be_finite:
-            check_finite(outputs, self.identities[batch.rows[0]][0])
-        self._rows += batch.rows
-        self._features.append(outputs.cpu().numpy())
+        self.on_predict_end(trainer, pl_module)
 
     def _write(self) -> None:
-        if self._rows:
-            identities = [self.identities[row] for row in self._rows]
-            self.parts.add(FeatureTable(identities, np.concatenate(self._features)))
-        self._rows, self._features, self._written = [], [], time.monotonic()
+        if self._finished:
+            self.parts.add(self.task.part(self._finished), self._finished[0][0].rows[0])
+        self._finished, self._written = [], time.monotonic()
 
 
-def check_complete(identities: Sequence[Identity], table: FeatureTable, unreadable: Sequence[UnreadableRow]) -> None:
-    """Raise :class:`InputError` unless every item has a feature or is known to be unreadable, and one has a feature."""
-    missing = len(identities) - len(table.identities) - len(unreadable)
+def check_complete(done: int, total: int, unreadable: Sequence[UnreadableRow], items: str = "images") -> None:
+    """Raise :class:`InputError` unless every item is done or known to be unreadable, and one is done."""
+    lost = total - done - len(unreadable)
     require(
-        missing == 0,
-        f"{missing} of {len(identities)} features are gone: another run with the same output has ended meanwhile; "
+        lost == 0,
+        f"the results of {lost} of {total} {items} are gone: another run with the same output has ended meanwhile; "
         "run this one again",
     )
-    if not table.identities:
-        raise InputError(f"none of {len(identities)} images could be read; the first: {unreadable[0].message}")
+    if not done:
+        raise InputError(f"none of {total} {items} could be read; the first: {unreadable[0].message}")
 
 
 def report_skipped(keys: Sequence[str], unreadable: Sequence[UnreadableRow], path: Path) -> None:

@@ -1,22 +1,17 @@
-"""Features on disk: the finished parts of a run, and its output; neither is ever half-written."""
+"""Features on disk, never half-written: of an index or a finished part, and the output of ``lit-clip embed``."""
 
 import json
-import shutil
-import uuid
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 
-from lit_clip.embedding.precision import Precision
+from lit_clip.embedding.parts import Arrays, json_array, json_value
 from lit_clip.errors import InputError, require
-from lit_clip.tools.atomic import not_written, replacing
-from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.atomic import replacing
 from lit_clip.tools.reading import reading
-from lit_clip.training.lightning.folder_locks import claim, release_folders
 
 CHECKED_AT_ONCE = 65_536  # rows of a file of features
 LENGTH_TOLERANCE = 0.01  # of unit features; bfloat16 rounds to 0.004
@@ -27,155 +22,29 @@ Identity = tuple[str, int, int]  # key, and a file's size and modification time
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """Features of items, by the identities that these had when they were encoded.
+    """Features of items, by the identities that these had when they were encoded."""
 
-    Attributes:
-        identities: of N items.
-        features: float32 ``[N, D]``, of unit length.
-    """
+    identities: list[Identity]  # of N items
+    features: np.ndarray  # float32 [N, D], of unit length
 
-    identities: list[Identity]
-    features: np.ndarray
-
-    def save(self, path: Path, model: str) -> None:
-        """Write an ``.npz`` file.
-
-        Args:
-            path: the file.
-            model: the model's :func:`lit_clip.weights.fingerprint.fingerprint`, and whatever else features depend on.
-        """
+    def arrays(self) -> Arrays:
+        """Return the content of a file."""
         keys, sizes, modified = zip(*self.identities, strict=True) if self.identities else ((), (), ())
-        columns = {
-            "keys": np.frombuffer(json.dumps(keys).encode(), dtype=np.uint8),  # an array of str would be padded
-            "sizes": np.array(sizes, dtype=np.int64),
-            "modified": np.array(modified, dtype=np.int64),
-            "features": self.features,
-            "model": np.array(model),
-        }
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **columns, digest=np.array(_digest(columns)))
+        numbers = {"sizes": np.array(sizes, dtype=np.int64), "modified": np.array(modified, dtype=np.int64)}
+        return {"keys": json_array(keys), **numbers, "features": self.features}
 
     @classmethod
-    def load(cls, path: Path, model: str) -> "FeatureTable | None":
-        """Read a table; None if it is missing, damaged or of another model, and so has to be made again."""
-        try:
-            with reading(path, "table of features"), np.load(path, allow_pickle=False) as file:
-                columns = {name: file[name] for name in file.files}
-                if columns.pop("digest") != _digest(columns) or str(columns["model"]) != model:
-                    return None
-                keys = json.loads(columns["keys"].tobytes())
-                identities = list(zip(keys, columns["sizes"].tolist(), columns["modified"].tolist(), strict=True))
-                return cls(identities, columns["features"])
-        except InputError:
-            return None
+    def of(cls, arrays: Arrays) -> "FeatureTable":
+        """Return the table of :meth:`arrays`."""
+        numbers = arrays["sizes"].tolist(), arrays["modified"].tolist()
+        return cls(list(zip(json_value(arrays["keys"]), *numbers, strict=True)), arrays["features"])
 
 
-def _digest(columns: Mapping[str, np.ndarray]) -> str:
-    """Hash a table's arrays with their names, types and shapes."""
-    parts = ((name, str(array.dtype), array.shape, array.tobytes()) for name, array in sorted(columns.items()))
-    return hex_digest(part for each in parts for part in each)
-
-
-class FeatureParts:
-    """Finished features of an unfinished output, in a hidden folder beside it; the next run resumes with them.
-
-    Args:
-        output: the file that they will become.
-        model: see :meth:`FeatureTable.save`.
-    """
-
-    def __init__(self, output: Path, model: str) -> None:
-        self.folder = output.with_name(f".{output.name.lstrip('.')}.parts")
-        self.model = model
-        self.output_of_one = ""  # the output, if no other run may write it at the same time
-
-    @classmethod
-    def resumed(cls, output: Path, models: Mapping[Precision, str], precision: Precision) -> Self:
-        """Return the parts of an output of one run at a time, those of an earlier run too, but of no other precision.
-
-        Args:
-            output: the file that they will become.
-            models: by precision.
-            precision: of this run.
-        """
-        parts = cls(output, models[precision])
-        parts.output_of_one = str(output)
-        begun = parts.models()
-        for other, model in models.items():
-            require(
-                other == precision or model not in begun,
-                f"--precision {precision}: the unfinished {output} was begun in {other}; give that, or remove "
-                f"{parts.folder}",
-            )
-        return parts
-
-    @property
-    def stop(self) -> Path:
-        """File whose existence tells every rank that one of them met an image that ends the run."""
-        return self.folder / "stop"
-
-    def start(self) -> None:
-        """Make the folder and remove an earlier run's :attr:`stop`; for one rank to call."""
-        if self.output_of_one and (holder := claim(self.folder / "run")):
-            raise InputError(
-                f"{self.output_of_one}: another run writes it ({holder}); wait for its end, or give another --output"
-            )
-        try:
-            self.folder.mkdir(exist_ok=True)
-            self.stop.unlink(missing_ok=True)
-        except OSError as error:
-            raise not_written(self.folder, error) from error
-
-    def add(self, table: FeatureTable) -> None:
-        """Write a part."""
-        self.folder.mkdir(exist_ok=True)  # another run with the same output may have removed it
-        table.save(self.folder / f"{uuid.uuid4().hex}.npz", self.model)
-
-    def models(self) -> set[str]:
-        """Return the ``model`` of each part, this run's or not."""
-        found: set[str] = set()
-        for path in self.folder.glob("*.npz"):
-            with suppress(InputError), reading(path, "table of features"), np.load(path, allow_pickle=False) as file:
-                found.add(str(file["model"]))
-        return found
-
-    def tables(self) -> Iterator[FeatureTable]:
-        """Yield the parts, one at a time."""
-        for path in sorted(self.folder.glob("*.npz")):
-            table = FeatureTable.load(path, self.model)
-            if table is not None:
-                yield table
-
-    def read(self) -> dict[Identity, np.ndarray]:
-        """Return the feature ``[D]`` of each finished item by its identity."""
-        finished: dict[Identity, np.ndarray] = {}
-        for table in self.tables():
-            finished.update(zip(table.identities, table.features, strict=True))
-        return finished
-
-    def finished(self) -> set[Identity]:
-        """Return the identities that need not be encoded again."""
-        return {identity for table in self.tables() for identity in table.identities}
-
-    def end(self) -> None:
-        """End an unfinished run: keep the parts, but no empty folder."""
-        self._release()
-        self.stop.unlink(missing_ok=True)
-        with suppress(OSError):  # not empty
-            self.folder.rmdir()
-
-    def remove(self) -> None:
-        """Remove the parts when the output is complete."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-        self._release()
-
-    def _release(self) -> None:
-        if self.output_of_one:
-            release_folders()
-
-
-def collect(identities: Sequence[Identity], features: Mapping[Identity, np.ndarray], embed_dim: int) -> FeatureTable:
+def collect(identities: Sequence[Identity], tables: Iterable[FeatureTable], embed_dim: int) -> FeatureTable:
     """Return the table of those items that have a feature, in their order."""
+    features: dict[Identity, np.ndarray] = {}
+    for table in tables:
+        features.update(zip(table.identities, table.features, strict=True))
     present = [identity for identity in identities if identity in features]
     rows = np.empty((len(present), embed_dim), dtype=np.float32)
     for row, identity in enumerate(present):
@@ -183,12 +52,10 @@ def collect(identities: Sequence[Identity], features: Mapping[Identity, np.ndarr
     return FeatureTable(present, rows)
 
 
-def check_output(path: Path) -> None:
-    """Raise :class:`InputError` unless features can be written there."""
-    if path.suffix not in (".parquet", ".npy"):
-        raise InputError(f"--output {path}: must be a .parquet or .npy file")
-    if not path.absolute().parent.is_dir():
-        raise InputError(f"--output {path}: there is no folder {path.parent}")
+def check_output(path: Path, suffixes: Sequence[str] = (".parquet", ".npy")) -> None:
+    """Raise :class:`InputError` unless a file of one of these kinds can be written there."""
+    require(path.suffix in suffixes, f"--output {path}: must be a {' or '.join(suffixes)} file")
+    require(path.absolute().parent.is_dir(), f"--output {path}: there is no folder {path.parent}")
 
 
 def check_keys(path: Path, keys: Iterable[str]) -> None:
@@ -232,19 +99,12 @@ def write_features(
 
 
 class StoredFeatures(NamedTuple):
-    """Content of a file that :func:`write_features` wrote.
+    """Content of a file that :func:`write_features` wrote."""
 
-    Attributes:
-        keys: of N rows.
-        features: float32 ``[N, D]``, of unit length.
-        captions: that the features are of; empty if they are of images or of the keys.
-        metadata: such as the model and its SHA-256.
-    """
-
-    keys: list[str]
-    features: np.ndarray
-    captions: list[str]
-    metadata: dict[str, str]
+    keys: list[str]  # of N rows
+    features: np.ndarray  # float32 [N, D], of unit length
+    captions: list[str]  # that the features are of; empty if they are of images or of the keys
+    metadata: dict[str, str]  # such as the model and its SHA-256
 
 
 def read_features(path: Path) -> StoredFeatures:

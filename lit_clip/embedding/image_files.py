@@ -15,19 +15,12 @@ from lit_clip.tools.images import SUFFIXES, OnError, open_image, or_skip
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image on disk.
+    """An image on disk."""
 
-    Attributes:
-        key: its name in results, unique and stable.
-        path: the file.
-        size: of the file, bytes.
-        modified: when the file was last written, nanoseconds.
-    """
-
-    key: str
+    key: str  # its name in results, unique and stable
     path: Path
-    size: int = 0
-    modified: int = 0
+    size: int = 0  # of the file, bytes
+    modified: int = 0  # when the file was last written, nanoseconds
 
     @property
     def identity(self) -> Identity:
@@ -35,24 +28,19 @@ class ImageFile:
         return self.key, self.size, self.modified
 
 
-class FileRows:
+class FileRows(list[ImageFile]):
     """Image files as :class:`lit_clip.embedding.reading.ImageRows`."""
 
-    def __init__(self, files: Sequence[ImageFile]) -> None:
-        self.files = files
-
-    def __len__(self) -> int:
-        return len(self.files)
-
     def read(self, row: int) -> tuple[str, list[Image.Image]]:
-        path = self.files[row].path
+        path = self[row].path
         return str(path), [open_image(path)]
 
 
-def _file(key: str, path: Path) -> ImageFile:
+def image_file(key: str, path: Path) -> ImageFile:
+    """Return a file as it is now."""
     try:
         status = path.stat()
-    except OSError:  # a dangling link; reading it will report that
+    except (OSError, ValueError):  # a dangling link or no path; reading it will report that
         return ImageFile(key, path)
     return ImageFile(key, path, status.st_size, status.st_mtime_ns)
 
@@ -60,11 +48,7 @@ def _file(key: str, path: Path) -> ImageFile:
 def images_in(folder: Path, on_error: OnError = "error") -> list[ImageFile]:
     """List the images in a folder and below, without hidden ones, sorted by their path in the folder, which is the key.
 
-    Links are followed, except to a folder that the link is in.
-
-    Args:
-        folder: to search.
-        on_error: for a folder that cannot be read; ``skip`` counts it on the terminal.
+    Links are followed, except to a folder that the link is in. ``skip`` leaves out folders that cannot be read.
     """
     require(folder.is_dir(), f"{folder}: no such folder")
     found, unreadable = [], []
@@ -83,7 +67,7 @@ def images_in(folder: Path, on_error: OnError = "error") -> list[ImageFile]:
             if os.path.isdir(entry.path):
                 waiting.append((Path(entry.path), above | {here}))
             elif Path(entry.name).suffix.lower() in SUFFIXES:
-                found.append(_file(Path(entry.path).relative_to(folder).as_posix(), Path(entry.path)))
+                found.append(image_file(Path(entry.path).relative_to(folder).as_posix(), Path(entry.path)))
     if unreadable:
         require(on_error == "skip", or_skip(unreadable[0], "--on_error skip to leave the folder out"))
         stderr().print(f"folders left out because they cannot be read: {len(unreadable)}; the first: {unreadable[0]}")
@@ -98,11 +82,11 @@ def find_images(paths: Sequence[str], on_error: OnError = "error") -> list[Image
     for path in map(Path, paths):
         if path.is_dir():
             inside = images_in(path, on_error)
-            files = [_file((path / file.key).as_posix(), path / file.key) for file in inside]
+            files = [image_file((path / file.key).as_posix(), path / file.key) for file in inside]
         else:
             require(path.exists(), f"{path}: no such file or folder")
             require(path.is_file(), f"{path}: neither a file nor a folder")  # opening a pipe would wait for a writer
-            files = [_file(path.as_posix(), path)]
+            files = [image_file(path.as_posix(), path)]
         for file in files:
             found.setdefault(os.path.abspath(file.key), file)
     return sorted(found.values(), key=lambda file: file.key)

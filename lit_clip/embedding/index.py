@@ -8,8 +8,9 @@ import numpy as np
 import torch
 
 from lit_clip.embedding.encode import EncodingSettings, check_complete, encode, image_task, report_skipped
-from lit_clip.embedding.feature_files import FeatureParts, FeatureTable, collect
+from lit_clip.embedding.feature_files import FeatureTable, collect
 from lit_clip.embedding.image_files import FileRows, ImageFile
+from lit_clip.embedding.parts import DIGEST, Parts, load_arrays, save_arrays
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import stderr
@@ -24,11 +25,11 @@ def update_index(model: CLIP, files: Sequence[ImageFile], path: Path, settings: 
     """Return the features of all images; encode those that the index lacks, and bring it up to date."""
     require(path.absolute().parent.is_dir(), f"--index {path}: there is no such folder")
     name = f"{fingerprint(model).model} {settings.precision}"
-    old = FeatureTable.load(path, name)
+    old = load_arrays(path, name, FeatureTable.of)
     if old is None and path.exists():
         require(not _holds_other_arrays(path), f"--index {path}: holds other arrays than an index; name another file")
         stderr().print(f"{path} is damaged, or of another model or precision: everything is encoded again")
-    known = dict(zip(old.identities, old.features, strict=True)) if old else {}
+    known = set(old.identities) if old else set()
     keys = {key for key, _, _ in known}
     missing = [file for file in files if file.identity not in known]
     changed = sum(file.key in keys for file in missing)
@@ -38,12 +39,12 @@ def update_index(model: CLIP, files: Sequence[ImageFile], path: Path, settings: 
     note = f"index: {len(files) - len(missing)} images unchanged, {len(missing) - changed} new"
     stderr().print(f"{note}, {changed} changed, {gone} gone")
     task = image_task(model, FileRows(files), [file.identity for file in files])
-    parts = FeatureParts(path, name)
+    parts = Parts(path, name)
     unreadable = encode(model, task, parts, settings, known)
     assert unreadable is not None  # one process
-    table = collect(task.identities, {**known, **parts.read()}, model.config.embed_dim)
-    check_complete(task.identities, table, unreadable)
-    table.save(path, name)
+    table = collect(task.identities, [*([old] if old else []), *parts.read(FeatureTable.of)], model.config.embed_dim)
+    check_complete(len(table.identities), len(files), unreadable)
+    save_arrays(path, name, table.arrays())
     report_skipped([file.key for file in files], unreadable, path.with_name(f"{path.name}.skipped.txt"))
     parts.remove()
     return table
@@ -53,22 +54,13 @@ def _holds_other_arrays(path: Path) -> bool:
     """Whether a whole ``.npz`` file is no index, but somebody's arrays, which must not be lost."""
     try:
         with reading(path, "index"), zipfile.ZipFile(path) as file:
-            return "digest.npy" not in file.namelist()
+            return f"{DIGEST}.npy" not in file.namelist()
     except InputError:  # a damaged index is made again
         return False
 
 
 def nearest(features: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """Find the rows of the highest inner products, exactly.
-
-    Args:
-        features: float32 ``[N, D]``.
-        queries: float32 ``[Q, D]``.
-        k: number of rows.
-
-    Returns:
-        Products float32 and rows int64, each ``[Q, min(k, N)]``, the highest first.
-    """
+    """Return the highest products of rows ``[N, D]`` with queries ``[Q, D]``, and their rows: ``[Q, min(k, N)]``."""
     scores = torch.empty(len(queries), 0)
     rows = torch.empty(len(queries), 0, dtype=torch.long)
     for start in range(0, len(features), CHUNK):

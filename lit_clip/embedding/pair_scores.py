@@ -4,9 +4,9 @@ A row is an image with its captions, a pair is an image with one of them. Batche
 :mod:`lit_clip.embedding.encode`. A process holds a few bytes for each row.
 """
 
-import uuid
+import io
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -17,8 +17,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lit_clip.embedding.encode import Encoder, EncodingSettings, EncodingTask, PartWriter, predict
-from lit_clip.embedding.feature_files import FeatureParts
+from lit_clip.embedding.encode import EncodingSettings, EncodingTask, Finished, compute, remaining
+from lit_clip.embedding.parts import Arrays, Parts
 from lit_clip.embedding.reading import (
     Batches,
     EncoderBatch,
@@ -28,15 +28,11 @@ from lit_clip.embedding.reading import (
     check_finite,
     encode_batch,
     image_features,
-    in_batches,
 )
-from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.tokenizer import TextTokenizer
-from lit_clip.tools.atomic import replacing
 from lit_clip.tools.hashing import stable_hash
-from lit_clip.tools.images import FIX_HINT, OnError, full_size
-from lit_clip.tools.reading import reading
+from lit_clip.tools.images import FIX_HINT, full_size
 
 NOT_FINITE = "score is not finite"
 SCORES = pa.schema(
@@ -59,11 +55,9 @@ def pair_hash(key: str, caption: str) -> int:
 
 
 class PairRows(ImageRows, Protocol):
-    """Images with their captions, by row number."""
+    """Images with their distinct captions, at least one, by row number."""
 
-    def captions(self, row: int) -> list[str]:
-        """Return the distinct captions of a row, at least one."""
-        ...
+    def captions(self, row: int) -> list[str]: ...
 
 
 class _Note(NamedTuple):
@@ -74,17 +68,11 @@ class _Note(NamedTuple):
 
 
 class _Texts(NamedTuple):
-    """The distinct captions of a batch.
+    """The distinct captions of a batch."""
 
-    Attributes:
-        tokens: int64 ``[T, L]``.
-        of_pair: number of each pair's caption, int64 ``[P]``.
-        of_image: number of captions of each image, int64 ``[N]``.
-    """
-
-    tokens: Tensor
-    of_pair: Tensor
-    of_image: Tensor
+    tokens: Tensor  # int64 [T, L]
+    of_pair: Tensor  # number of each pair's caption, int64 [P]
+    of_image: Tensor  # number of captions of each image, int64 [N]
 
 
 class PairBatches(ImageBatches):
@@ -114,177 +102,91 @@ def _texts_of(notes: Sequence[_Note], tokenizer: TextTokenizer) -> _Texts:
     return _Texts(tokenizer.trim(tokenizer(list(number))), torch.tensor(of_pair), torch.tensor(counts))
 
 
-class PairEncoder(Encoder):
-    """:class:`Encoder` that returns the cosine similarity of each pair, float32 ``[P]``."""
+@dataclass(frozen=True, kw_only=True)
+class PairTask(EncodingTask):
+    """Pairs to score; a part is a table with the columns ``SCORES``, as the bytes of a parquet file."""
 
-    def predict_step(self, batch: EncoderBatch, batch_idx: int) -> Tensor:
-        images = encode_batch(batch, self.task.encode, self.device, self.settings.batch_size)  # [N, D]
+    model: CLIP
+
+    def step(self, batch: EncoderBatch, device: torch.device, batch_size: int) -> Tensor:
+        """Return the cosine similarity of each pair, float32 ``[P]``."""
+        images = encode_batch(batch, self.encode, device, batch_size)  # [N, D]
         if batch.texts is None:
             return images
-        parts = batch.texts.tokens.to(self.device).split(self.settings.batch_size)
+        parts = batch.texts.tokens.to(device).split(batch_size)
         texts = torch.cat([self.model.encode_text(tokens, normalize=True).float() for tokens in parts])  # [T, D]
-        images = images.repeat_interleave(batch.texts.of_image.to(self.device), dim=0)  # [P, D]
-        return (images * texts[batch.texts.of_pair.to(self.device)]).sum(dim=1)
+        images = images.repeat_interleave(batch.texts.of_image.to(device), dim=0)  # [P, D]
+        scores = (images * texts[batch.texts.of_pair.to(device)]).sum(dim=1)
+        if self.must_be_finite:
+            check_finite(scores, batch.notes[0].key)
+        return scores
+
+    def part(self, finished: Finished) -> Arrays:
+        notes = [(row, note) for batch, _ in finished for row, note in zip(batch.rows, batch.notes, strict=True)]
+        pairs = [(row, note, caption) for row, note in notes for caption in note.captions]
+        scores = np.concatenate([each for _, each in finished])
+        finite = np.isfinite(scores)
+        columns = {
+            "row": [row for row, _, _ in pairs],
+            "pair": [pair_hash(note.key, caption) for _, note, caption in pairs],
+            "key": [note.key for _, note, _ in pairs],
+            "caption": [caption for _, _, caption in pairs],
+            "score": pa.array(scores, mask=~finite),
+            "width": [note.width for _, note, _ in pairs],
+            "height": [note.height for _, note, _ in pairs],
+            "reason": [None if good else NOT_FINITE for good in finite.tolist()],
+        }
+        file = io.BytesIO()
+        pq.write_table(pa.table(columns, SCORES), file)
+        return {"table": np.frombuffer(file.getvalue(), dtype=np.uint8)}
 
 
-class ScoreParts(FeatureParts):
-    """Finished scores of an unfinished output, as parquet files with the columns ``SCORES``."""
+def score_pairs(model: CLIP, pairs: PairRows, parts: Parts, settings: EncodingSettings) -> list[UnreadableRow] | None:
+    """Write into ``parts`` the scores of all rows that are not there; see :func:`lit_clip.embedding.encode.compute`."""
+    done = scored_rows(parts, len(pairs))
+    batches = remaining(len(pairs), settings.batch_size, done.__getitem__)
 
-    def save(self, table: pa.Table) -> None:
-        """Write a part."""
-        self.folder.mkdir(exist_ok=True)  # another run with the same output may have removed it
-        with replacing(self.folder / f"{uuid.uuid4().hex}.parquet") as draft:
-            pq.write_table(table.replace_schema_metadata({"model": self.model}), draft, write_page_checksum=True)
+    def read(batches: Batches, stop: Path) -> PairBatches:
+        return PairBatches(pairs, batches, model, stop)
 
-    def models(self) -> set[str]:
-        found: set[str] = set()
-        for path in self.folder.glob("*.parquet"):
-            with suppress(InputError), reading(path, "table of scores"):
-                found.add((pq.read_schema(path).metadata or {})[b"model"].decode())
-        return found
-
-    def _paths(self) -> Iterator[Path]:
-        """Yield the parts of this model."""
-        for path in sorted(self.folder.glob("*.parquet")):
-            with reading(path, "table of scores", hint="remove it"):
-                ours = (pq.read_schema(path).metadata or {}).get(b"model") == self.model.encode()
-            if ours:
-                yield path
-
-    def _columns(self, path: Path, *names: str) -> pa.Table:
-        with reading(path, "table of scores", hint="remove it"):
-            file = pq.ParquetFile(path, page_checksum_verification=True)
-            return file.read(columns=list(names or SCORES.names)).cast(_schema_of(names))
-
-    def remove_damaged(self) -> None:
-        """Remove parts that cannot be read, so that their rows are encoded again."""
-        for path in self.folder.glob("*.parquet"):
-            try:
-                self._columns(path)
-            except InputError:
-                path.unlink(missing_ok=True)
-
-    def finished_rows(self, rows: int) -> np.ndarray:
-        """Return which of N rows need not be encoded again, bool ``[N]``."""
-        done = np.zeros(rows, dtype=bool)
-        for path in self._paths():
-            done[self._columns(path, "row")["row"].to_numpy()] = True
-        return done
-
-    def scores(self) -> np.ndarray:
-        """Return the scores of all pairs that have one, in no particular order, float32 ``[P]``."""
-        found = [self._columns(path, "score")["score"].drop_null().to_numpy() for path in self._paths()]
-        return np.concatenate([np.zeros(0, dtype=np.float32), *found])
-
-    def in_order(self, rows: int, unreadable: Sequence[UnreadableRow]) -> Iterator[pa.Table]:
-        """Yield all pairs by row and caption; holds only the parts that overlap.
-
-        Args:
-            rows: N.
-            unreadable: the rows that are in no part.
-        """
-        spans = sorted((int(self._columns(path, "row")["row"][0].as_py()), path) for path in self._paths())
-        stops = [first for first, _ in spans[1:]] + [rows]
-        waiting, seen = _unreadable_table(unreadable), np.zeros(rows, dtype=bool)
-        for (_, path), stop in zip(spans, stops, strict=False):
-            table = self._columns(path)
-            numbers = table["row"].to_numpy()
-            table = table.filter(pa.array(~seen[numbers]))  # two runs at once may both have scored a row
-            seen[numbers] = True
-            waiting = _by_row(pa.concat_tables([waiting, table]))
-            ready = int(np.searchsorted(waiting["row"].to_numpy(), stop))
-            yield waiting[:ready]
-            waiting = waiting[ready:]
+    task = PairTask((), read, image_features(model), must_be_finite=settings.on_error == "error", model=model)
+    return compute(model, task, batches, parts, settings, "scoring")
 
 
-def _schema_of(names: Sequence[str]) -> pa.Schema:
-    return pa.schema([SCORES.field(name) for name in names or SCORES.names])
+def _tables(parts: Parts, *names: str) -> Iterator[pa.Table]:
+    """Yield some columns of each part."""
+    schema = pa.schema([SCORES.field(name) for name in names or SCORES.names])
+
+    def read(arrays: Arrays) -> pa.Table:
+        return pq.read_table(pa.BufferReader(arrays["table"]), columns=schema.names).cast(schema)
+
+    return parts.read(read)
 
 
-def _by_row(table: pa.Table) -> pa.Table:
-    """Sort by row; the captions of a row stay in their order."""
-    return table.take(pa.array(np.argsort(table["row"].to_numpy(), kind="stable")))
+def scored_rows(parts: Parts, rows: int) -> np.ndarray:
+    """Return which of N rows need not be encoded again, bool ``[N]``."""
+    done = np.zeros(rows, dtype=bool)
+    for table in _tables(parts, "row"):
+        done[table["row"].to_numpy()] = True
+    return done
 
 
-def _unreadable_table(unreadable: Sequence[UnreadableRow]) -> pa.Table:
+def scores_of(parts: Parts) -> np.ndarray:
+    """Return the scores of all pairs that have one, in no particular order, float32 ``[P]``."""
+    found = [table["score"].drop_null().to_numpy() for table in _tables(parts, "score")]
+    return np.concatenate([np.zeros(0, dtype=np.float32), *found])
+
+
+def in_order(parts: Parts, rows: int, unreadable: Sequence[UnreadableRow]) -> Iterator[pa.Table]:
+    """Yield all pairs of N rows by row and caption, and the unreadable rows; holds only parts that overlap."""
     lines = [{"row": bad.row, "reason": bad.message.removesuffix(FIX_HINT)} for bad in unreadable]
-    return pa.Table.from_pylist(lines, SCORES)
-
-
-class ScoreWriter(PartWriter):
-    """:class:`PartWriter` for the scores of :class:`PairEncoder`."""
-
-    def __init__(self, parts: ScoreParts, on_error: OnError) -> None:
-        super().__init__((), parts, on_error, "scoring")
-        self.score_parts = parts
-        self._tables: list[pa.Table] = []
-
-    def _collect(self, task: EncodingTask, batch: EncoderBatch, outputs: Tensor) -> None:
-        if self.on_error == "error":
-            check_finite(outputs, batch.notes[0].key)
-        self._tables.append(_score_table(batch, outputs.cpu().numpy()))
-
-    def _write(self) -> None:
-        if self._tables:
-            self.score_parts.save(pa.concat_tables(self._tables))
-        self._tables = []
-        super()._write()
-
-
-def _score_table(batch: EncoderBatch, scores: np.ndarray) -> pa.Table:
-    """Return the pairs of a batch with their scores ``[P]``."""
-    pairs = [
-        (row, note, caption) for row, note in zip(batch.rows, batch.notes, strict=True) for caption in note.captions
-    ]
-    finite = np.isfinite(scores).tolist()
-    columns = {
-        "row": [row for row, _, _ in pairs],
-        "pair": [pair_hash(note.key, caption) for _, note, caption in pairs],
-        "key": [note.key for _, note, _ in pairs],
-        "caption": [caption for _, _, caption in pairs],
-        "score": [score if good else None for score, good in zip(scores.tolist(), finite, strict=True)],
-        "width": [note.width for _, note, _ in pairs],
-        "height": [note.height for _, note, _ in pairs],
-        "reason": [None if good else NOT_FINITE for good in finite],
-    }
-    return pa.table(columns, SCORES)
-
-
-def score_pairs(
-    model: CLIP, pairs: PairRows, parts: ScoreParts, settings: EncodingSettings
-) -> list[UnreadableRow] | None:
-    """Write into ``parts`` the scores of all rows that are not there.
-
-    Returns:
-        On rank 0 the rows that could not be read; None on other ranks, which have nothing left to do.
-
-    Raises:
-        UnreadableError: a row cannot be read and ``on_error`` is ``error``.
-        KeyboardInterrupt: after the finished scores have been written.
-    """
-    parts.remove_damaged()
-    done = parts.finished_rows(len(pairs))
-    batches: list[Sequence[int]] = []
-    for batch in in_batches(range(len(pairs)), settings.batch_size):
-        missing = [row for row in batch if not done[row]]
-        if missing:  # a range takes less memory than a list
-            batches.append(batch if len(missing) == len(batch) else missing)
-    if not batches:
-        return []
-    task = EncodingTask(
-        (), lambda batches, stop: PairBatches(pairs, batches, model, stop), image_features(model), must_be_finite=False
-    )
-    return predict(PairEncoder(model, task, batches, parts.stop, settings), ScoreWriter(parts, settings.on_error))
-
-
-def check_all_scored(parts: ScoreParts, rows: int, unreadable: Sequence[UnreadableRow]) -> None:
-    """Raise :class:`InputError` unless every row is scored or known to be unreadable, and one is scored."""
-    scored = int(parts.finished_rows(rows).sum())
-    missing = rows - scored - len(unreadable)
-    require(
-        missing == 0,
-        f"the scores of {missing} of {rows} rows are gone: another run with the same output has ended meanwhile; "
-        "run this one again",
-    )
-    if not scored:
-        raise InputError(f"none of {rows} pairs could be read; the first: {unreadable[0].message}")
+    waiting, seen = pa.Table.from_pylist(lines, SCORES), np.zeros(rows, dtype=bool)
+    for table in _tables(parts):
+        ready = int(np.searchsorted(waiting["row"].to_numpy(), table["row"][0].as_py()))  # parts ascend by first row
+        yield waiting[:ready]
+        numbers = table["row"].to_numpy()
+        table = table.filter(pa.array(~seen[numbers]))  # two runs at once may both have scored a row
+        seen[numbers] = True
+        waiting = pa.concat_tables([waiting[ready:], table])
+        waiting = waiting.take(pa.array(np.argsort(waiting["row"].to_numpy(), kind="stable")))  # captions keep order
+    yield waiting

@@ -27,49 +27,30 @@ Note = Callable[[str, Image.Image], Any]  # the user's name for an image's row, 
 
 
 class ImageRows(Protocol):
-    """Images by row number; an object that data workers can be sent."""
+    """Images by row number, each row with the user's name for it; an object that data workers can be sent."""
 
-    def __len__(self) -> int:
-        """Return the number of rows."""
-        ...
+    def __len__(self) -> int: ...
 
-    def read(self, row: int) -> tuple[str, list[Image.Image]]:
-        """Return the user's name for a row, and its images."""
-        ...
+    def read(self, row: int) -> tuple[str, list[Image.Image]]: ...
 
 
 class UnreadableRow(NamedTuple):
-    """A row that could not be read.
-
-    Attributes:
-        row: its number.
-        reason: in a few words that other rows share.
-        message: the line for the user.
-    """
+    """A row that could not be read."""
 
     row: int
-    reason: str
-    message: str
+    reason: str  # in a few words that other rows share
+    message: str  # the line for the user
 
 
 class EncoderBatch(NamedTuple):
-    """Inputs of an encoder.
+    """Inputs of an encoder."""
 
-    Attributes:
-        inputs: ``[F, ...]``; None if no row could be read.
-        rows: the rows that could be read, in order.
-        counts: the number of images of each of them.
-        notes: on each image, see :class:`ImageBatches`.
-        unreadable: the other rows.
-        texts: of the images; see :class:`lit_clip.embedding.pair_scores.PairBatches`.
-    """
-
-    inputs: Tensor | None
-    rows: list[int]
-    counts: list[int]
-    notes: list[Any]
-    unreadable: list[UnreadableRow]
-    texts: Any = None
+    inputs: Tensor | None  # [F, ...]; None if no row could be read
+    rows: list[int]  # that could be read, in order
+    counts: list[int]  # images of each of them
+    notes: list[Any]  # on each image, see ImageBatches
+    unreadable: list[UnreadableRow]  # the other rows
+    texts: Any = None  # see lit_clip.embedding.pair_scores.PairBatches
 
 
 def in_batches(rows: Sequence[int], batch_size: int) -> list[Sequence[int]]:
@@ -89,14 +70,8 @@ def unreadable_image(error: Exception, where: str) -> InputError:
 class ImageBatches(Dataset[EncoderBatch]):
     """Batches of images, decoded and cropped: one item is one batch of uint8 ``[F, 3, H, W]``.
 
-    A row that cannot be read is reported, never replaced.
-
-    Args:
-        data: the images.
-        batches: the rows of each batch.
-        preprocessing: the model's.
-        note: what to note about each image.
-        stop: once this file exists, nothing more is read.
+    A row that cannot be read is reported, never replaced. ``note`` is called for each image; once the file ``stop``
+    exists, nothing more is read.
     """
 
     def __init__(
@@ -175,12 +150,7 @@ def encode_batch(batch: EncoderBatch, encode: Encode, device: torch.device, batc
 
 
 def check_finite(features: Tensor, name: str) -> None:
-    """Raise :class:`InputError` if features hold NaN or infinity: damaged weights, or overflow in half precision.
-
-    Args:
-        features: of any shape.
-        name: what they are of.
-    """
+    """Raise :class:`InputError` if features of ``name`` hold NaN or infinity: damaged weights, or overflow in half."""
     if not features.isfinite().all():
         raise InputError(f"{name}: features that are not finite; check the model's weights, or compute in float32")
 
@@ -204,20 +174,10 @@ def encoded_batches(
     note: Note | None = None,
     title: str | None = None,
 ) -> Generator[tuple[EncoderBatch, Tensor], None, None]:
-    """Read and encode images, batch by batch.
+    """Read and encode images; yield each batch and its images' features ``[F, ...]`` on the model's device.
 
-    Args:
-        model: on the device where it is to compute.
-        data: the images.
-        batch_size: most images encoded at once.
-        num_workers: processes that read.
-        encode: uint8 ``[F, 3, H, W]`` -> features; by default :func:`image_features`.
-        batches: the rows of each batch; by default all rows, ``batch_size`` to a batch.
-        note: see :class:`ImageBatches`.
-        title: of the progress bar; None: no bar.
-
-    Yields:
-        Each batch, and the features of its images ``[F, ...]`` on the device; without images an empty tensor.
+    By default ``encode`` is :func:`image_features`, batches are all rows, at most ``batch_size`` at once, and no
+    progress bar is shown; ``note``: see :class:`ImageBatches`.
     """
     batches = in_batches(range(len(data)), batch_size) if batches is None else batches
     dataset = ImageBatches(data, batches, model.preprocessing, note)

@@ -20,15 +20,10 @@ QUERIES, REFERENCES = 4096, 4096  # a tile of similarities, 64 MiB in float32
 
 
 class NearestImages(NamedTuple):
-    """Nearest training image of each image of the evaluation set.
+    """Nearest training image of each image of the evaluation set."""
 
-    Attributes:
-        similarity: cosine, float32 ``[N]``; -infinity if there is none.
-        row: row of the training image, int64 ``[N]``, the first of a tie; -1 if there is none.
-    """
-
-    similarity: Tensor
-    row: Tensor
+    similarity: Tensor  # cosine, float32 [N]; -infinity if there is none
+    row: Tensor  # of the training image, int64 [N], the first of a tie; -1 if there is none
 
 
 def nowhere(size: int, device: torch.device | str = "cpu") -> NearestImages:
@@ -40,11 +35,7 @@ def nowhere(size: int, device: torch.device | str = "cpu") -> NearestImages:
 def nearer(found: NearestImages, query_ND: Tensor, reference_BD: Tensor, row_B: Tensor) -> NearestImages:
     """Update the nearest images with a batch of training images; exact, in ``O(N D + B D)`` memory and a tile.
 
-    Args:
-        found: nearest images before the batch.
-        query_ND: unit features of the evaluation set.
-        reference_BD: unit features of the training images.
-        row_B: rows of the training images, int64, above those of earlier batches.
+    Features are of unit length; the training images' rows are above the rows of earlier batches.
     """
     similarity, row = found.similarity.clone(), found.row.clone()
     for start in range(0, len(query_ND), QUERIES):
@@ -61,40 +52,24 @@ def nearer(found: NearestImages, query_ND: Tensor, reference_BD: Tensor, row_B: 
 class Overlap:
     """Figures of a set divided into overlap and clean images. Fractions are None if there are no images.
 
-    Attributes:
-        images: number of images of the set.
-        overlap: number of images in the overlap.
-        clean: number of the other images.
-        contamination: ``overlap / images``.
-        accuracy_all: accuracy on the whole set.
-        accuracy_overlap: accuracy on the overlap.
-        accuracy_clean: accuracy on the clean images.
-        difference: ``accuracy_all - accuracy_clean``, which equals ``contamination`` times
-            ``accuracy_overlap - accuracy_clean``.
-        p_value: one-sided binomial test: probability of at least as many right answers on the overlap if the model
-            were right there as often as on the clean images.
-        interval: confidence interval of ``accuracy_overlap``, see :func:`clopper_pearson`.
+    ``p_value`` is of a one-sided binomial test: the probability of at least as many right answers on the overlap if the
+    model were right there as often as on the clean images.
     """
 
     images: int
     overlap: int
     clean: int
-    contamination: float | None
+    contamination: float | None  # overlap / images
     accuracy_all: float | None = None
     accuracy_overlap: float | None = None
     accuracy_clean: float | None = None
-    difference: float | None = None
+    difference: float | None = None  # accuracy_all - accuracy_clean = contamination (accuracy_overlap - accuracy_clean)
     p_value: float | None = None
-    interval: tuple[float, float] | None = None
+    interval: tuple[float, float] | None = None  # of accuracy_overlap, see clopper_pearson
 
 
 def overlap_of(seen_N: Tensor, correct_N: Tensor | None = None) -> Overlap:
-    """Compute the figures of a division.
-
-    Args:
-        seen_N: bool ``[N]``, whether an image is in the overlap.
-        correct_N: bool ``[N]``, whether the model classifies it correctly; None: no accuracies.
-    """
+    """Compute the figures from whether each image is in the overlap, and is recognised (None: no accuracies)."""
     images, overlap = len(seen_N), int(seen_N.sum())
     sizes = (images, overlap, images - overlap)
     contamination = _share(overlap, images)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lit_clip import distributed
+from lit_clip.embedding.encode import start_processes
 from lit_clip.embedding.precision import autocast
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MissingData, SomeOfImageNet, check_classes
@@ -50,7 +51,7 @@ class EvaluationRun:
 
     def evaluate(self, entries: Mapping[str, SuiteEntry], download: bool = False) -> None:
         """Evaluate all sets, in order, after downloading those that are missing if ``download``."""
-        self.device = self.store.start()
+        self.device = start_processes(self.store.settings)
         if download:
             failed = distributed.on_first_rank(lambda: download_missing(entries, self.root, self.tasks))
             self.not_downloaded = failed or {}

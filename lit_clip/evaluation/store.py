@@ -5,24 +5,23 @@ Shapes: N images that could be read, W features before the projection, D after i
 
 import json
 import os
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import numpy as np
-import torch
 
 from lit_clip import distributed
-from lit_clip.embedding.encode import EncodingSettings, UnreadableError, encode, start_processes
-from lit_clip.embedding.feature_files import FeatureParts
+from lit_clip.embedding.encode import EncodingSettings, UnreadableError, encode
+from lit_clip.embedding.feature_files import FeatureTable
+from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.reading import UnreadableRow
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, PartOf
 from lit_clip.evaluation.set_encoding import set_task
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.atomic import make_folder, not_written, remove_drafts, replacing_folder
+from lit_clip.tools.atomic import make_folder, not_written, remove, remove_drafts, replacing_folder
 from lit_clip.tools.hashing import hex_digest, sha256_of_file
 from lit_clip.tools.reading import check_is_file, reading
 from lit_clip.tools.text_files import read_json
@@ -32,19 +31,12 @@ ARRAYS = ("before", "after")
 
 
 class SetFeatures(NamedTuple):
-    """Features of a set, read from disk as they are needed.
+    """Features of a set, read from disk as they are needed."""
 
-    Attributes:
-        before: float32 ``[N, W]``, before the projection.
-        after: float32 ``[N, D]``, unit length; for rows of several images, the mean of their unit features.
-        rows: the images that could be read, ascending.
-        skipped: key and message of the others.
-    """
-
-    before: np.ndarray
-    after: np.ndarray
-    rows: list[int]
-    skipped: list[tuple[str, str]]
+    before: np.ndarray  # float32 [N, W], before the projection
+    after: np.ndarray  # float32 [N, D], unit length; for rows of several images, the mean of their unit features
+    rows: list[int]  # the images that could be read, ascending
+    skipped: list[tuple[str, str]]  # key and message of the others
 
 
 def _new_array(path: Path, shape: tuple[int, int]) -> np.ndarray:
@@ -57,23 +49,14 @@ def _new_array(path: Path, shape: tuple[int, int]) -> np.ndarray:
 
 
 class FeatureStore:
-    """A model's features of image sets, in a folder.
-
-    Args:
-        model: the encoders; its weights must not change.
-        folder: is made if it is not there.
-        settings: how to compute.
-    """
+    """Features of image sets, in a folder, of a model whose weights do not change."""
 
     def __init__(self, model: CLIP, folder: Path, settings: EncodingSettings) -> None:
         self.model, self.folder, self.settings = model, folder, settings
         self.fingerprint = fingerprint(model)
+        self._settings = f"{self.fingerprint.model} {settings.precision}"
         self._paths: WeakKeyDictionary[ImageSet, Path] = WeakKeyDictionary()
         self._whole: set[Path] = set()  # whose checksums this process has compared
-
-    def start(self) -> torch.device:
-        """Start the other processes, or join them; return this one's device."""
-        return start_processes(self.settings)
 
     def path(self, images: ImageSet) -> Path:
         """Return the folder of a set's features; it changes with the model, the images and the precision."""
@@ -105,19 +88,13 @@ class FeatureStore:
         if distributed.maximum(int(error is not None)):  # a barrier, too: the arrays are there afterwards
             raise error or InputError(f"{title}: see the error of another process")
 
-    def _parts(self, path: Path) -> FeatureParts:
-        return FeatureParts(path, f"{self.fingerprint.model} {self.settings.precision}")
-
     def _encode(self, images: ImageSet, path: Path, title: str) -> list[UnreadableRow] | None:
-        """Make the parts that are not there yet; see :func:`lit_clip.embedding.encode.encode`.
-
-        Raises:
-            RuntimeError: from a rank-local error, while the other ranks are in the middle of encoding.
-        """
+        """Make the parts that are not there yet; see :func:`lit_clip.embedding.encode.encode`."""
         try:
             make_folder(path.parent)
-            return encode(self.model, set_task(self.model, images), self._parts(path), self.settings, title=title)
-        except UnreadableError:
+            parts = Parts(path, self._settings)
+            return encode(self.model, set_task(self.model, images), parts, self.settings, title=title)
+        except UnreadableError:  # all ranks have ended
             raise
         except (InputError, OSError) as error:
             ours = error if isinstance(error, InputError) else not_written(path.parent, error)
@@ -145,15 +122,14 @@ class FeatureStore:
         except InputError:
             return None
         rows = [row for row in range(size) if row not in skipped]
-        fits = all(
+        whole = after.shape[1:] == (self.model.config.embed_dim,) and all(
             array.ndim == 2 and array.dtype == np.float32 and len(array) == len(rows) for array in (before, after)
         )
-        whole = fits and after.shape[1] == self.model.config.embed_dim
         return SetFeatures(before, after, rows, list(skipped.values())) if whole else None
 
     def _join(self, path: Path, images: ImageSet, unreadable: Sequence[UnreadableRow]) -> None:
         """Join the finished parts to arrays."""
-        size, parts = len(images), self._parts(path)
+        size, parts = len(images), Parts(path, self._settings)
         skipped = [(bad.row, images.key(bad.row), bad.message) for bad in unreadable]
         require(len(skipped) < size, f"none of {size} images could be read; {skipped[0][2] if skipped else ''}")
         try:
@@ -162,35 +138,29 @@ class FeatureStore:
                 content = {name: sha256_of_file(draft / f"{name}.npy") for name in ARRAYS}
                 (draft / "content.json").write_text(json.dumps({**content, "skipped": skipped}), encoding="utf-8")
                 if not self._finished(path, size):  # another run may have been quicker
-                    shutil.rmtree(path, ignore_errors=True)
-                    path.unlink(missing_ok=True)
+                    remove(path)
         except InputError:
             if not self._finished(path, size):
                 raise
         remove_drafts(path)
         parts.remove()
 
-    def _write_arrays(self, folder: Path, parts: FeatureParts, rows: Sequence[int]) -> None:
+    def _write_arrays(self, folder: Path, parts: Parts, rows: Sequence[int]) -> None:
         place = {row: number for number, row in enumerate(rows)}
-        arrays: dict[str, np.ndarray] = {}
+        arrays: list[Any] = []
         filled = np.zeros(len(rows), dtype=bool)
-        for table in parts.tables():
-            for name, values in zip(ARRAYS, self._divided(table.features), strict=True):
-                if name not in arrays:
-                    shape = (len(rows), values.shape[1])
-                    arrays[name] = _new_array(folder / f"{name}.npy", shape)
-                numbers = [place[int(key)] for key, _, _ in table.identities]
-                arrays[name][numbers] = values
-                filled[numbers] = True
+        for table in parts.read(FeatureTable.of):
+            columns = np.split(table.features, [-self.model.config.embed_dim], axis=1)
+            numbers = [place[int(key)] for key, _, _ in table.identities]
+            filled[numbers] = True
+            for name, values in zip(ARRAYS[len(arrays) :], columns, strict=False):
+                arrays.append(_new_array(folder / f"{name}.npy", (len(rows), values.shape[1])))
+            for array, values in zip(arrays, columns, strict=True):
+                array[numbers] = values
         message = "features are gone; another run with the same cache has ended meanwhile"
         require(bool(filled.all()), f"{self.folder}: {message}")
-        for array in arrays.values():
-            array.flush()  # pyright: ignore[reportAttributeAccessIssue]  # a memmap, which open_memmap does not say
-
-    def _divided(self, features: np.ndarray) -> Iterator[np.ndarray]:
-        embed_dim = self.model.config.embed_dim
-        yield features[:, :-embed_dim]
-        yield features[:, -embed_dim:]
+        for array in arrays:
+            array.flush()
 
     def read(self, images: ImageSet) -> SetFeatures:
         """Return the features that :meth:`compute` has stored."""

@@ -23,11 +23,8 @@ ABSENT, DONE, UNUSABLE = 0, 1, 2
 UNUSABLE_MARK = np.uint64(0x756E757361626C65)  # in place of a digest; damage does not make it by chance
 CHECKED_AT_ONCE = 64  # rows
 SECONDS_BETWEEN_MARKS = 10.0  # of work that a killed process can lose
-KINDS: dict[str, tuple[torch.dtype, Any]] = {  # by name: torch's type, and numpy's of the same size
-    "float64": (torch.float64, np.float64),
-    "float32": (torch.float32, np.float32),
-    "float16": (torch.float16, np.float16),
-    "bfloat16": (torch.bfloat16, np.uint16),  # numpy has none
+DTYPES = {
+    str(each).removeprefix("torch."): each for each in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 }
 
 
@@ -37,14 +34,7 @@ class StoredRows:
     Every few seconds, the digests of the rows written since are stored after their values are on the disk. A process
     may be killed at any time, and a machine may lose its power. Processes that write different rows need no lock.
     :meth:`remove_damaged` finds rows whose values have changed since. Copies sent to data workers map the files again.
-
-    Args:
-        folder: that :meth:`create` has made.
-
-    Attributes:
-        rows: N.
-        shape: of a row.
-        dtype: of the values.
+    ``shape`` is a row's.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,9 +42,9 @@ class StoredRows:
         with reading(folder, "folder of stored rows", hint="delete the folder"):
             layout = json.loads((folder / "layout.json").read_text(encoding="utf-8"))
             self.rows, self.shape = int(layout["rows"]), tuple(int(size) for size in layout["shape"])
-            self.dtype, self._kind = KINDS[layout["dtype"]]
-            values = self.rows * math.prod(self.shape) * self.dtype.itemsize
-            for file, size in (("values", values), ("state", 8 * self.rows)):
+            self.dtype = DTYPES[layout["dtype"]]
+            self._row_bytes = math.prod(self.shape) * self.dtype.itemsize
+            for file, size in (("values", self.rows * self._row_bytes), ("state", 8 * self.rows)):
                 if not (folder / file).is_file() or (folder / file).stat().st_size != size:
                     raise ValueError(f"{file} has not {size} bytes")
         self._values: Any = None
@@ -65,10 +55,9 @@ class StoredRows:
 
     @classmethod
     def create(cls, folder: Path, rows: int, shape: Sequence[int], dtype: torch.dtype) -> "StoredRows":
-        """Create the files unless they exist; absent rows take no space on most file systems.
+        """Create the files unless they exist; files that are damaged, or of other rows, are created again.
 
-        Damaged files, and files of other rows, are created again. Values are not checked, see
-        :meth:`remove_damaged`.
+        Absent rows take no space on most file systems. Values are not checked, see :meth:`remove_damaged`.
         """
         wanted = rows, tuple(shape), dtype
         if folder.exists() and not cls._holds(folder, wanted):
@@ -76,14 +65,13 @@ class StoredRows:
                 if not cls._holds(folder, wanted):
                     remove(folder)
         if not folder.exists():
-            name = str(dtype).removeprefix("torch.")
             make_folder(folder.parent)
+            layout = {"rows": rows, "shape": list(shape), "dtype": str(dtype).removeprefix("torch.")}
             try:
                 with replacing_folder(folder) as draft:
                     with (draft / "values").open("wb") as stream:
                         stream.truncate(rows * math.prod(shape) * dtype.itemsize)
                     (draft / "state").write_bytes(bytes(8 * rows))  # with space for all of it, see _open
-                    layout = {"rows": rows, "shape": list(shape), "dtype": name}
                     (draft / "layout.json").write_text(json.dumps(layout), encoding="utf-8")
             except InputError:
                 if not folder.exists():  # otherwise another process was faster
@@ -105,13 +93,9 @@ class StoredRows:
     def _open(self) -> None:
         """Map the files. Values are written to the file: on a full disk, writing to its map would end the process."""
         if self._values is None:
-            self._values = np.memmap(self.folder / "values", self._kind, "r", shape=(self.rows, *self.shape))
+            self._values = np.memmap(self.folder / "values", np.uint8, "r", shape=(self.rows, self._row_bytes))
             self._file = (self.folder / "values").open("r+b")
             self._state = np.memmap(self.folder / "state", np.uint64, "r+", shape=(self.rows,))
-
-    @property
-    def _row_bytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
 
     def state(self) -> np.ndarray:
         """Return the state of each row, ``ABSENT``, ``DONE`` or ``UNUSABLE``: uint8 ``[N]``."""
@@ -119,14 +103,7 @@ class StoredRows:
         return np.select([self._state == 0, self._state == UNUSABLE_MARK], [ABSENT, UNUSABLE], DONE).astype(np.uint8)
 
     def remove_damaged(self, rows: np.ndarray) -> Iterator[tuple[int, int]]:
-        """Compare rows with their digests, and make those that differ absent; reads all their values.
-
-        Args:
-            rows: int64 ``[n]``; those that are not done are passed over.
-
-        Yields:
-            The number of rows compared since the last pair, and how many of them were damaged.
-        """
+        """Make rows that differ from their digests absent; yield how many more were compared, and were damaged."""
         done = rows[self.state()[rows] == DONE]
         parts = [done[start : start + CHECKED_AT_ONCE] for start in range(0, len(done), CHECKED_AT_ONCE)]
         with reading(self.folder, "folder of stored rows", hint="delete the folder"), ThreadPoolExecutor() as pool:
@@ -147,13 +124,11 @@ class StoredRows:
         self._open()
         if values.dtype != self.dtype:
             raise InputError(f"{self.folder}: holds {self.dtype}, not {values.dtype}; delete the folder")
-        data = values.detach().cpu()
-        data = data.view(torch.uint16) if self.dtype == torch.bfloat16 else data
-        fits = data.shape[2:] == self.shape[1:] and data.shape[1:2] <= self.shape[:1]
+        fits = values.shape[2:] == self.shape[1:] and values.shape[1:2] <= self.shape[:1]
         assert fits, "only the first entries of a row may be given"
         try:
-            for row, value in zip(rows.tolist(), data.numpy(), strict=True):
-                content = value.tobytes()
+            for row, value in zip(rows.tolist(), values.detach().cpu().contiguous(), strict=True):
+                content = value.view(torch.uint8).numpy().tobytes()
                 self._file.seek(row * self._row_bytes)
                 self._file.write(content)
                 self._pending[row] = _digest(row, content)
@@ -191,9 +166,10 @@ class StoredRows:
         marks = self._state[rows]
         if not np.all((marks != 0) & (marks != UNUSABLE_MARK)):
             return None
-        data = self._values[rows] if length is None else self._values[rows, :length]
-        tensor = torch.from_numpy(np.array(data))
-        return tensor.view(torch.bfloat16) if self.dtype == torch.bfloat16 else tensor
+        length = self.shape[0] if length is None else length
+        shape = (*np.shape(rows), length, *self.shape[1:])
+        data = np.array(self._values[rows, : length * self._row_bytes // self.shape[0]])
+        return torch.from_numpy(data).view(self.dtype).reshape(shape)
 
 
 def _digest(row: int, content: bytes) -> np.uint64:

@@ -17,22 +17,16 @@ from lit_clip.models.config import described
 
 
 class Fingerprint(NamedTuple):
-    """SHA-256 digests of a model, in hexadecimal.
+    """SHA-256 digests of a model, in hexadecimal."""
 
-    Attributes:
-        model: of weights, sizes and preprocessing; models with the same one give the same features.
-        weights: of the weights only.
-        text: of everything text features depend on.
-    """
-
-    model: str
-    weights: str
-    text: str
+    model: str  # of weights, sizes and preprocessing; models with the same one give the same features
+    weights: str  # of the weights only
+    text: str  # of everything text features depend on
 
 
 def fingerprint(model: CLIP) -> Fingerprint:
     """Compute all digests of a model; each weight is hashed once."""
-    tensors = _tensor_digests(model)
+    tensors = _digests(model.state_dict())
     weights = _combined(tensors)
     settings = sorted(described(model.config).items())
     return Fingerprint(_combined((weights, settings)), weights, _text_digest(model, tensors))
@@ -40,17 +34,17 @@ def fingerprint(model: CLIP) -> Fingerprint:
 
 def weights_sha256(model: CLIP) -> str:
     """Return the SHA-256 of the names, types and values of all weights."""
-    return _combined(_tensor_digests(model))
+    return tensors_sha256(model.state_dict())
 
 
 def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
     """Return the SHA-256 of the names, types and values of tensors."""
-    return _combined([(name, _tensor_sha256(value)) for name, value in sorted(tensors.items())])
+    return _combined(_digests(tensors))
 
 
 def text_sha256(model: CLIP) -> str:
     """Return the SHA-256 of everything text features depend on except the texts: weights, sizes, activation."""
-    return _text_digest(model, _tensor_digests(model, text_only=True))
+    return _text_digest(model, _digests({name: value for name, value in model.state_dict().items() if _is_text(name)}))
 
 
 def _text_digest(model: CLIP, tensors: list[tuple[str, str]]) -> str:
@@ -63,10 +57,9 @@ def _is_text(name: str) -> bool:
     return not name.startswith(("visual.", "logit_"))
 
 
-def _tensor_digests(model: CLIP, text_only: bool = False) -> list[tuple[str, str]]:
-    """Return each weight's name with its digest, in the order of the names."""
-    state = sorted(model.state_dict().items())
-    return [(name, _tensor_sha256(value)) for name, value in state if _is_text(name) or not text_only]
+def _digests(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
+    """Return each tensor's name with its SHA-256, in the order of the names."""
+    return [(name, _tensor_sha256(value)) for name, value in sorted(tensors.items())]
 
 
 def _tensor_sha256(value: Tensor) -> str:

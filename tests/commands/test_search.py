@@ -21,6 +21,7 @@ from lit_clip.embedding.index import INDEX
 from lit_clip.embedding.reading import EncoderBatch
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
+from lit_clip.tools import html
 from lit_clip.weights.fingerprint import fingerprint
 
 Search = Callable[..., tuple[list[tuple[str, float]], list[str]]]
@@ -246,7 +247,9 @@ def test_the_page_shows_every_hit_and_loads_nothing_from_outside(
 
 def test_a_transparent_image_is_shown_on_white(tmp_path: Path) -> None:
     Image.new("RGBA", (20, 10), (0, 0, 0, 0)).save(tmp_path / "clear.png")
-    data = lit_clip.commands.search._thumbnail(tmp_path / "clear.png").removeprefix("data:image/jpeg;base64,")
+    image = lit_clip.commands.search.small_image(tmp_path / "clear.png", 256)
+    assert image is not None
+    data = html.thumbnail(image).removeprefix("data:image/jpeg;base64,")
     thumbnail = Image.open(io.BytesIO(base64.b64decode(data)))
     assert thumbnail.size == (20, 10)
     assert np.asarray(thumbnail).min() > 250

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lit_clip.embedding.feature_files import FeatureTable, read_features, write_features
+from lit_clip.embedding.parts import load_arrays, save_arrays
 from lit_clip.errors import InputError
 
 N, D = 9, 4
@@ -74,22 +75,22 @@ def pipe(path: Path) -> None:
 )
 def test_table_that_was_changed_in_any_way_is_made_again(tmp_path: Path, damage: Callable[[Path], object]) -> None:
     path = tmp_path / "index.npz"
-    FeatureTable(IDENTITIES, features()).save(path, "model")
-    whole = FeatureTable.load(path, "model")
+    save_arrays(path, "model", FeatureTable(IDENTITIES, features()).arrays())
+    whole = load_arrays(path, "model", FeatureTable.of)
     assert whole is not None
     assert np.array_equal(whole.features, features())
     assert whole.identities == IDENTITIES
-    assert FeatureTable.load(path, "other model") is None
+    assert load_arrays(path, "other model", FeatureTable.of) is None
     damage(path)
-    assert FeatureTable.load(path, "model") is None
+    assert load_arrays(path, "model", FeatureTable.of) is None
 
 
 def test_randomly_damaged_table_is_the_same_or_made_again(tmp_path: Path) -> None:
     path, again = tmp_path / "index.npz", 0
     for seed in range(60):
-        FeatureTable(IDENTITIES, features()).save(path, "model")
+        save_arrays(path, "model", FeatureTable(IDENTITIES, features()).arrays())
         scattered(seed)(path)
-        table = FeatureTable.load(path, "model")
+        table = load_arrays(path, "model", FeatureTable.of)
         again += table is None
         assert table is None or (np.array_equal(table.features, features()) and table.identities == IDENTITIES)
     assert again > 30

@@ -111,8 +111,8 @@ def test_files_that_run_out_later_are_the_same_line() -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from lit_clip.embedding.feature_files import FeatureParts
-parts = FeatureParts.resumed(Path(sys.argv[1]), {"32-true": "m"}, "32-true")
+from lit_clip.embedding.parts import Parts
+parts = Parts.resumed(Path(sys.argv[1]), "m", "32-true")
 parts.start()
 print("held", flush=True)
 time.sleep(120)

@@ -3,7 +3,6 @@
 import csv
 import json
 import os
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -20,7 +19,8 @@ from datamodules.pairs.custom import CustomPairs
 from datamodules.pairs.kept import kept_pairs
 from lit_clip import LitCLIP, load_model
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding.pair_scores import PairEncoder, pair_hash
+from lit_clip.embedding.encode import Encoder
+from lit_clip.embedding.pair_scores import pair_hash
 from lit_clip.embedding.reading import EncoderBatch
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
@@ -134,15 +134,15 @@ def test_several_tables_and_a_source_of_ones_own_are_scored_like_any_other(folde
 
 
 @pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows that are encoded from here on."""
-    step, rows = PairEncoder.predict_step, []
+    step, rows = Encoder.predict_step, []
 
-    def predict_step(self: PairEncoder, batch: EncoderBatch, batch_idx: int) -> torch.Tensor:
+    def predict_step(self: Encoder, batch: EncoderBatch, batch_idx: int) -> torch.Tensor:
         rows.extend(batch.rows)
         return step(self, batch, batch_idx)
 
-    monkeypatch.setattr(PairEncoder, "predict_step", predict_step)
+    monkeypatch.setattr(Encoder, "predict_step", predict_step)
     return rows
 
 
@@ -150,16 +150,16 @@ KILLED = """
 import os, signal, sys
 from lit_clip.cli.main import main
 from lit_clip.embedding import encode
-from lit_clip.embedding.pair_scores import PairEncoder
+from lit_clip.embedding.encode import Encoder
 
-step, encode.SECONDS_BETWEEN_PARTS = PairEncoder.predict_step, 0
+step, encode.SECONDS_BETWEEN_PARTS = Encoder.predict_step, 0
 
 def predict_step(self, batch, batch_idx):
     if batch_idx == 2:
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, batch, batch_idx)
 
-PairEncoder.predict_step = predict_step
+Encoder.predict_step = predict_step
 main()
 """
 
@@ -185,7 +185,7 @@ def test_a_damaged_part_is_scored_again(folder: Path, tiny_checkpoint: Path, enc
     options = ["captions.csv", "--model", tiny_checkpoint, "--batch_size", "2"]
     with pytest.raises(InputError, match="none of 7 pairs is kept"):  # after all were scored
         score(*options, "--output", "scores.parquet", "--threshold", 2)
-    (part,) = (folder / ".scores.parquet.parts").glob("*.parquet")
+    (part,) = (folder / ".scores.parquet.parts").glob("*.npz")
     content = bytearray(part.read_bytes())
     content[len(content) // 4] ^= 0xFF
     encoded.clear()

@@ -20,6 +20,7 @@ from datamodules.pairs.pair_filters import PairFilters
 from datamodules.pairs.score_files import ROWS, VERSIONS, ScoreFile, write_scores
 from lit_clip.embedding.feature_files import FeatureTable, read_features, write_features
 from lit_clip.embedding.pair_scores import SCORES, pair_hash
+from lit_clip.embedding.parts import load_arrays, save_arrays
 from lit_clip.tools.reading import naming
 from lit_clip.tools.stored_rows import StoredRows
 from tests.fuzz.inputs import CANARY, Edit, Input, Inputs, damaged, edited, edited_json, edits
@@ -95,7 +96,9 @@ def whole_feature_index() -> bytes:
     """Return an index of a folder's images."""
     with TemporaryDirectory() as folder:
         path = Path(folder, "index.npz")
-        FeatureTable([(f"{row}.png", 100 + row, WHEN + row) for row in range(6)], _features()).save(path, MODEL)
+        save_arrays(
+            path, MODEL, FeatureTable([(f"{row}.png", 100 + row, WHEN + row) for row in range(6)], _features()).arrays()
+        )
         return path.read_bytes()
 
 
@@ -135,7 +138,7 @@ def read_feature_index(folder: Path, given: Input) -> Iterator[str]:
     """Read an index of features: a usable table, or none, so that it is made again."""
     path = folder / given.name
     path.write_bytes(given.data)
-    table = FeatureTable.load(path, MODEL)
+    table = load_arrays(path, MODEL, FeatureTable.of)
     if table is None:
         yield "skipped"
         return

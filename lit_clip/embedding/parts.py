@@ -1,0 +1,140 @@
+"""The one way to keep work that is not finished: arrays in files that are whole, of these settings, or made again."""
+
+import json
+import shutil
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import numpy as np
+
+from lit_clip.embedding.precision import Precision
+from lit_clip.errors import InputError, require
+from lit_clip.tools.atomic import not_written, replacing
+from lit_clip.tools.console import stderr
+from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.reading import reading
+from lit_clip.training.lightning.folder_locks import claim, release_folders
+
+T = TypeVar("T")
+Arrays = Mapping[str, np.ndarray]
+DIGEST, SETTINGS = "digest", "model"  # names of two arrays of each file
+
+
+def save_arrays(path: Path, settings: str, arrays: Arrays) -> None:
+    """Write an ``.npz`` file, with a digest of its arrays and all settings that they depend on."""
+    arrays = {**arrays, SETTINGS: np.array(settings)}
+    with replacing(path) as draft, draft.open("wb") as file:
+        np.savez(file, **{**arrays, DIGEST: np.array(_digest(arrays))})  # pyright: ignore[reportArgumentType]
+
+
+def load_arrays(path: Path, settings: str, make: Callable[[dict[str, np.ndarray]], T]) -> T | None:
+    """Return what is made of a file's arrays; None if it is missing, damaged or of other settings."""
+    try:
+        with reading(path, "file of arrays"), np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+            whole = str(arrays.pop(DIGEST)) == _digest(arrays) and str(arrays[SETTINGS]) == settings
+            return make(arrays) if whole else None
+    except InputError:
+        return None
+
+
+def _digest(arrays: Arrays) -> str:
+    """Hash arrays with their names, types and shapes."""
+    parts = ((name, str(array.dtype), array.shape, array.tobytes()) for name, array in sorted(arrays.items()))
+    return hex_digest(part for each in parts for part in each)
+
+
+def json_array(value: Any) -> np.ndarray:
+    """Return a JSON value as an array of bytes; an array of ``str`` would be padded."""
+    return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
+
+
+def json_value(array: np.ndarray) -> Any:
+    """Return the value of :func:`json_array`."""
+    return json.loads(array.tobytes())
+
+
+class Parts:
+    """Finished parts of an unfinished output, in a hidden folder beside it; the next run resumes with them.
+
+    Parts of other ``settings``, which are all that they depend on besides their items, are passed over. An output
+    that is written ``alone`` is refused to a second run.
+    """
+
+    def __init__(self, output: Path, settings: str, alone: bool = False) -> None:
+        self.output, self.settings, self.alone = output, settings, alone
+        self.folder = output.with_name(f".{output.name.lstrip('.')}.parts")
+
+    @classmethod
+    def resumed(cls, output: Path, settings: str, precision: Precision) -> "Parts":
+        """Return the parts of an output of one run at a time; parts of an earlier run in another precision are refused.
+
+        ``settings`` are those but the precision.
+        """
+        parts = cls(output, f"{settings} {precision}", alone=True)
+        begun = parts._begun()
+        for other in get_args(Precision):
+            require(
+                other == precision or f"{settings} {other}" not in begun,
+                f"--precision {precision}: the unfinished {output} was begun in {other}; give that, or remove "
+                f"{parts.folder}",
+            )
+        if begun - {parts.settings}:
+            stderr().print(f"{output}: parts of another model, other data or another version are made again")
+        return parts
+
+    def _begun(self) -> set[str]:
+        """Return the settings of each part; empty for a file that cannot be read."""
+        found: set[str] = set()
+        for path in self.folder.glob("*.*"):
+            settings = ""
+            with suppress(InputError), reading(path, "part"), np.load(path, allow_pickle=False) as file:
+                settings = str(file[SETTINGS])
+            found.add(settings)
+        return found
+
+    @property
+    def stop(self) -> Path:
+        """File whose existence tells every rank that one of them met an image that ends the run."""
+        return self.folder / "stop"
+
+    def start(self) -> None:
+        """Make the folder and remove an earlier run's :attr:`stop`; for one rank to call."""
+        if self.alone and (holder := claim(self.folder / "run")):
+            raise InputError(
+                f"{self.output}: another run writes it ({holder}); wait for its end, or give another --output"
+            )
+        try:
+            self.folder.mkdir(exist_ok=True)
+            self.stop.unlink(missing_ok=True)
+        except OSError as error:
+            raise not_written(self.folder, error) from error
+
+    def add(self, arrays: Arrays, first: int) -> None:
+        """Write a part, of which ``first`` is the first row."""
+        self.folder.mkdir(exist_ok=True)  # another run with the same output may have removed it
+        save_arrays(self.folder / f"{first:012}-{uuid.uuid4().hex}.npz", self.settings, arrays)
+
+    def read(self, make: Callable[[dict[str, np.ndarray]], T]) -> Iterator[T]:
+        """Yield what is made of each whole part, one at a time, by their first row."""
+        for path in sorted(self.folder.glob("*.npz")):
+            part = load_arrays(path, self.settings, make)
+            if part is not None:
+                yield part
+
+    def end(self) -> None:
+        """End an unfinished run: keep the parts, but no empty folder."""
+        if self.alone:
+            release_folders()
+        self.stop.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty
+            self.folder.rmdir()
+
+    def remove(self) -> None:
+        """Remove the parts when the output is complete."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.alone:
+            release_folders()
