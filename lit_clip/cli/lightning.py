@@ -135,7 +135,7 @@ class CLI(PlainCLI):
             with hinting(
                 words,
                 lambda: [
-                    *options_of(known),
+                    *(each for each in options_of(known) if each != "--trainer.min_epochs"),  # --epochs is the other
                     *data_options(words, subcommand),
                     *part_options(LitCLIP, words, subcommand),
                 ],

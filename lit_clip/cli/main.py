@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from lit_clip.cli import other_names, subcommands
+from lit_clip.cli import subcommands
 from lit_clip.cli.imports import (
     OPTION,
     command_words,
@@ -35,6 +35,8 @@ CONFIGURED = {
     "test": "The same metrics on the test data.",
     "predict": "Features of the data's images and captions, for Python callers.",
 }
+# Other tools' names of commands, which are spelt too differently to be suggested.
+ELSEWHERE = {"train": "fit", "finetune": "fit", "fine-tune": "fit", "zero-shot": "evaluate", "benchmark": "evaluate"}
 BEFORE_COMMAND = ("-h", "--help", "-c", "--config", "--print_config")  # options that a command may follow
 EXAMPLES = (
     "lit-clip fit --data.train captions.csv",
@@ -95,7 +97,7 @@ def _check_command(words: Sequence[str]) -> None:
     if not words:
         raise InputError(f"no command given; use one of {', '.join(known)}")
     if words[0] not in known and not words[0].startswith("-"):
-        instead = other_names.command_for(words[0])
+        instead = ELSEWHERE.get(words[0].replace("_", "-"))
         near = [instead] if instead else get_close_matches(words[0], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
         raise InputError(f"unknown command {words[0]!r}; {hint}")
@@ -122,7 +124,6 @@ def _run(words: list[str]) -> int:
     elif words[0] in subcommands.COMMANDS:
         subcommands.run_command(words)
     else:
-        other_names.check_options(words[1:])
         from lit_clip.cli.lightning import run_until_signal
 
         return run_until_signal()
