@@ -4,7 +4,7 @@ from rich.table import Table
 
 from lit_clip.tools.console import Console
 from lit_clip.tools.parts import shown
-from lit_clip.training.contradictions import contradictions
+from lit_clip.training.checks import contradictions
 from lit_clip.training.plan import RunPlan
 
 FEW_PAIRS = 3_500  # docs/recipes.md: pretrained encoders were measured with up to 3,068 pairs,
