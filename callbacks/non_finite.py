@@ -24,7 +24,7 @@ from lit_clip.tools.untrusted import check_entries
 from lit_clip.training.lightning.loops import validation_due
 from lit_clip.training.lightning.run_folder import run_folder
 from lit_clip.training.lightning.signals import signal_of
-from lit_clip.training.optim import obeys_found_inf, skip_step
+from lit_clip.training.optimizers import obeys_found_inf, skip_step
 
 FILE = "non_finite.jsonl"
 MOST_IN_A_ROW = 100  # weights that are not finite themselves never recover

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import RichProgressBar, Timer, TQDMProgressBar
 from callbacks.training_clock import TimedCallback
 from lit_clip.batch import CaptionBatch
 from lit_clip.tools.console import ProgressLog, can_draw, duration, per_second
-from lit_clip.training.optim import total_steps
+from lit_clip.training.schedules import total_steps
 
 LIGHTNINGS = (TQDMProgressBar, RichProgressBar)
 

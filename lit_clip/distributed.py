@@ -177,17 +177,7 @@ def logsumexp_over_ranks(everyones: Tensor, shards: RankCounts) -> Tensor:
 
 def gather_uneven(local: Tensor) -> Tensor:
     """Gather ``[B, ...]``, with a B of any size (even 0) on each rank, in rank order; no gradient."""
-    _, world = rank_and_world()
-    if world == 1:
-        return local
-    sizes = [torch.zeros(1, dtype=torch.long, device=local.device) for _ in range(world)]
-    dist.all_gather(sizes, torch.tensor([len(local)], device=local.device))
-    lengths = [int(size) for size in sizes]
-    padded = local.new_zeros(max(lengths), *local.shape[1:])
-    padded[: len(local)] = local
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+    return gather_rows(local, *shards_of(len(local)))
 
 
 def gather_objects(local: list[Any]) -> list[Any]:
@@ -237,12 +227,6 @@ def highest_over_ranks(local: Tensor) -> Tensor:
     return highest
 
 
-def share(size: int) -> slice:
-    """Return this rank's slice of ``size`` rows; the slices of all ranks cover each row once."""
-    rank, world = rank_and_world()
-    return slice(size * rank // world, size * (rank + 1) // world)
-
-
 def same_buffers(module: torch.nn.Module) -> None:
     """Broadcast the first rank's buffers, such as BatchNorm's statistics."""
     if rank_and_world()[1] > 1:
@@ -259,10 +243,15 @@ def maximum(local: int) -> int:
     return int(largest)
 
 
-LEAVE_WITHIN = 20.0  # seconds
+def barrier() -> None:
+    """Wait for the other ranks, but not for the device."""
+    maximum(0)
 
 
-def leave(code: int = 0) -> None:
+EXIT_WITHIN = 20.0  # seconds
+
+
+def exit_process(code: int = 0) -> None:
     """End a process that belongs to a process group, whose work is done; do nothing without a process group.
 
     The interpreter's own exit may abort: gloo's threads may still hold tensors, DDP keeps these threads alive, and one
@@ -272,7 +261,7 @@ def leave(code: int = 0) -> None:
         code: the process's exit code.
     """
     if dist.is_available() and dist.is_initialized():
-        at_last = threading.Timer(LEAVE_WITHIN, os._exit, (code,))  # in case another rank or a thread keeps it waiting
+        at_last = threading.Timer(EXIT_WITHIN, os._exit, (code,))  # in case another rank or a thread keeps it waiting
         at_last.daemon = True
         at_last.start()
         if code == 0:  # after an error the other ranks may be anywhere

@@ -12,7 +12,7 @@ from lit_clip.tools.messages import imported_class, parameters
 from lit_clip.tools.parts import describe_instance, qualified_name
 from lit_clip.tools.text_files import parse_yaml, read_yaml
 from lit_clip.tools.untrusted import hints_of, matches_plain_type, shortened
-from lit_clip.training.optimization import PARTS
+from lit_clip.training.optimizers import PARTS
 
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 

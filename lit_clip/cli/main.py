@@ -156,6 +156,6 @@ def main() -> None:
     if "torch" in sys.modules:
         from lit_clip import distributed
 
-        distributed.leave(code)
+        distributed.exit_process(code)
     if code:
         sys.exit(code)

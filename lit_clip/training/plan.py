@@ -14,7 +14,15 @@ from lit_clip.models.flops import tower_flops
 from lit_clip.models.layers import TOWERS, tower_blocks, tower_parameters
 from lit_clip.tools.parts import Description
 from lit_clip.training.activation_checkpointing import is_checkpointed
-from lit_clip.training.optim import batches_per_epoch, moments, total_steps
+from lit_clip.training.optimizers import state_per_weight
+from lit_clip.training.schedules import batches_per_epoch, total_steps
+
+# The methods by which a batch may get hard negatives.
+MAKE_BATCHES = (
+    *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer", "training_step"),
+    *("sources", "training_pairs", "train_dataloader"),
+)
+OURS = {"lightning", "lit_clip", "datamodules"}
 
 
 class Work(NamedTuple):
@@ -192,7 +200,7 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         optimizer=parts["optimizer"],
         lr_scheduler=parts["lr_scheduler"],
         loss=parts["loss"],
-        moments=moments(module.optimization.optimizer),
+        moments=state_per_weight(module.optimization.optimizer),
         pretrained=module.starts_trained,
         lora=bool(hparams.lora),
         accumulated=trainer.accumulate_grad_batches,
@@ -223,3 +231,32 @@ def _forward_flops(tower: nn.Module, inputs: Tensor) -> int | None:
         return tower_flops(tower, inputs)
     except Exception:  # whatever external encoders raise
         return None
+
+
+def even_batches(trainer: "Trainer", negatives: bool) -> int | None:
+    """Return the number of pairs in each rank's every training batch, if the data module guarantees it; else None.
+
+    It does if bad samples end the run (``on_error: error``) and its sampler divides global batches among the ranks.
+
+    Args:
+        trainer: the run's.
+        negatives: whether hard negatives matter; then files must be known to have none, as their number may differ,
+            and nobody's hook may add them.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    if getattr(data, "on_error", None) != "error":
+        return None
+    if negatives and not (getattr(data, "negative_column", "unknown") is None and isinstance(data.train, str)):
+        return None
+    if negatives and _makes_batches(trainer.lightning_module, data):
+        return None
+    sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
+    world = getattr(sampler, "world", None)
+    return getattr(sampler, "batch_size", None) if world == trainer.world_size else None
+
+
+def _makes_batches(*owners: Any) -> bool:
+    """Return whether a method of a module or data module by which a batch may get hard negatives is not one of ours."""
+    methods = [getattr(owner, name, None) for owner in owners for name in MAKE_BATCHES]
+    packages = {str(getattr(method, "__module__", "")).partition(".")[0] for method in methods if method is not None}
+    return not packages <= OURS

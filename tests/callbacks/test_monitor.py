@@ -23,7 +23,7 @@ from lit_clip.losses import Contrastive, Sigmoid
 from lit_clip.losses.contrastive import sigmoid_loss
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
-from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from tests.test_module import data_for, trainer
 

@@ -23,8 +23,7 @@ from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError, require
 from lit_clip.models.layers import TOWERS, tower_blocks
-from lit_clip.training.optim import is_elementwise
-from lit_clip.training.optimization import Optimization
+from lit_clip.training.optimizers import Optimization, is_elementwise
 
 
 class FSDP(FSDPStrategy):
