@@ -13,14 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from lit_clip.cli import subcommands
-from lit_clip.cli.imports import (
-    OPTION,
-    command_words,
-    find_stubs_without_a_program,
-    find_working_folder,
-    import_modules,
-)
+from lit_clip.cli import imports, subcommands
 from lit_clip.cli.lazy_torchmetrics import defer_torchmetrics
 from lit_clip.errors import InputError, printable
 from lit_clip.tools.guarded_output import guard_messages, open_closed_streams
@@ -74,7 +67,6 @@ def help_text() -> str:
 
 
 def _described(commands: Mapping[str, str]) -> Iterator[str]:
-    """Yield the lines of a list of commands with their descriptions."""
     for name, line in commands.items():
         yield textwrap.fill(f"  {name:10} {line}", HELP_WIDTH, subsequent_indent=" " * 13, break_on_hyphens=False)
 
@@ -110,13 +102,12 @@ def _check_command(words: Sequence[str]) -> None:
 
 
 def _run(words: list[str]) -> int:
-    """Run a command and return the exit code."""
-    find_working_folder()
-    modules, words = command_words(words)
+    imports.find_working_folder()
+    modules, words = imports.command_words(words)
     _check_command(words)
-    import_modules(modules, OPTION)
+    imports.import_modules(modules, imports.OPTION)
     if words[0] not in ("-h", "--help"):
-        find_stubs_without_a_program()
+        imports.find_stubs_without_a_program()
     if not {"-h", "--help"}.intersection(words) and words[0] not in WITHOUT_WORKERS:
         check_open_files()
     if words[0] in ("-h", "--help"):
