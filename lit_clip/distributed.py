@@ -24,12 +24,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 class RankCounts(NamedTuple):
-    """Number of pairs of a global batch that each rank holds, and this process's rank.
-
-    Attributes:
-        rank: this process's.
-        counts: pairs of each rank, in rank order in the global batch.
-    """
+    """Number of pairs of a global batch that each rank holds, in rank order, and this process's rank."""
 
     rank: int
     counts: tuple[int, ...]
@@ -61,11 +56,7 @@ class RankCounts(NamedTuple):
 
 
 def on_first_rank(work: Callable[[], T]) -> T | None:
-    """Run ``work`` on rank 0 while the other ranks wait, which may take days; any other collective gives up sooner.
-
-    Raises:
-        RuntimeError: on the other ranks, if it failed.
-    """
+    """Run ``work`` on rank 0 while the others wait, for days if need be; they raise RuntimeError if it fails."""
     rank, world = rank_and_world()
     if world == 1:
         return work()
@@ -117,8 +108,10 @@ def _newest(name: str, before: str) -> Any:
     return getattr(dist, name, None) or getattr(dist, before)
 
 
-def _all_rows(local: Tensor, shards: RankCounts) -> Tensor:
-    """Gather ``[B, ...]`` to ``[N, ...]`` in rank order."""
+def gather_rows(local: Tensor, shards: RankCounts) -> Tensor:
+    """Gather ``[B, ...]`` to ``[N, ...]`` in rank order; no gradient. A single rank's are returned as they are."""
+    if shards.world == 1:
+        return local
     most, even = max(shards.counts), len(set(shards.counts)) == 1
     padded = local.contiguous() if even else F.pad(local, [0, 0] * (local.ndim - 1) + [0, most - len(local)])
     gathered = padded.new_empty(shards.world * most, *local.shape[1:])
@@ -134,7 +127,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, shards: RankCounts) -> Tensor:
         ctx.shards = shards
-        return _all_rows(local, shards)
+        return gather_rows(local, shards)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -144,11 +137,6 @@ class _Gather(torch.autograd.Function):
 def gather(local: Tensor, shards: RankCounts) -> Tensor:
     """Gather ``[B, ...]`` to ``[N, ...]`` in rank order, differentiably."""
     return local if shards.world == 1 else _Gather.apply(local, shards)  # pyright: ignore[reportReturnType]  # untyped apply
-
-
-def gather_rows(local: Tensor, shards: RankCounts) -> Tensor:
-    """Gather ``[B, ...]`` to ``[N, ...]`` in rank order; no gradient. A single rank's are returned as they are."""
-    return local if shards.world == 1 else _all_rows(local, shards)
 
 
 def sum_rows(everyones: Tensor, shards: RankCounts) -> Tensor:
@@ -201,12 +189,7 @@ def sum_over_ranks(local: Tensor, device: torch.device) -> Tensor:
 
 
 def gather_large(local: Tensor, counts: Sequence[int]) -> Tensor:
-    """Gather ``[B, ...]`` in rank order without a second copy on the way; no gradient.
-
-    Args:
-        local: this rank's rows, on a device that the backend supports.
-        counts: number of rows of each rank.
-    """
+    """Gather ``[B, ...]`` in rank order without a second copy on the way; no gradient."""
     if len(counts) == 1:
         return local
     gathered = local.new_empty(sum(counts), *local.shape[1:])
@@ -256,9 +239,6 @@ def exit_process(code: int = 0) -> None:
 
     The interpreter's own exit may abort: gloo's threads may still hold tensors, DDP keeps these threads alive, and one
     that releases a tensor while the interpreter exits aborts the process with exit code 134 (pytorch/pytorch#179291).
-
-    Args:
-        code: the process's exit code.
     """
     if dist.is_available() and dist.is_initialized():
         at_last = threading.Timer(EXIT_WITHIN, os._exit, (code,))  # in case another rank or a thread keeps it waiting

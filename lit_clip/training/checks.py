@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric.plugins import CheckpointIO, XLACheckpointIO
+from lightning.fabric.plugins import XLACheckpointIO
 from lightning.pytorch import callbacks, plugins, strategies
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
@@ -16,6 +16,7 @@ from torch import nn
 
 from lit_clip.errors import InputError, require
 from lit_clip.losses.pairwise import Sigmoid
+from lit_clip.training.lightning.checkpoint_io import wrapped
 from lit_clip.training.plan import RunPlan
 
 HALF = (torch.float16, torch.bfloat16)
@@ -97,26 +98,16 @@ REFUSED = (
 
 def check_parts(trainer: Any) -> None:
     """Check a trainer's callbacks, strategy and plugins, before any of them is set up."""
-    for option, part in _parts(trainer):
+    strategy = trainer.strategy
+    parts = [("trainer.callbacks", each) for each in trainer.callbacks]
+    parts += [("trainer.strategy", strategy), ("trainer.plugins", strategy.precision_plugin)]
+    for option, part in [*parts, *(("trainer.plugins", io) for io in wrapped(strategy.checkpoint_io))]:
         for refusal in REFUSED:
             found = type(part) is refusal.kind if refusal.exactly else isinstance(part, refusal.kind)
             if found and refusal.when(trainer):
                 if getattr(part, "_early_exit", False):  # Lightning's Tuner added it, and leaves it when fit raises
                     trainer.callbacks.remove(part)
                 raise InputError(f"{option}: {type(part).__name__} {refusal.why}; {refusal.instead}")
-
-
-def _parts(trainer: Any) -> Iterator[tuple[str, Any]]:
-    """Yield each part of a trainer with the option that sets it."""
-    for callback in trainer.callbacks:
-        yield "trainer.callbacks", callback
-    strategy = trainer.strategy
-    yield "trainer.strategy", strategy
-    yield "trainer.plugins", strategy.precision_plugin
-    io: CheckpointIO | None = strategy.checkpoint_io
-    while io is not None:  # one may wrap another
-        yield "trainer.plugins", io
-        io = getattr(io, "checkpoint_io", None)
 
 
 def check_counts(trainer: Any) -> None:

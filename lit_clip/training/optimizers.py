@@ -26,15 +26,7 @@ PARTS = ("optimizer", "lr_scheduler", "decay")  # the arguments of LitCLIP that 
 
 
 class PaperAdamW(torch.optim.AdamW):
-    """AdamW; the defaults are the paper's for a ViT (table 18).
-
-    Args:
-        params: parameter groups.
-        lr: learning rate at the end of the warm-up (table 20: 5e-4 for ViT-B at 32,768 pairs a step).
-        betas: decay rates of the two moments.
-        eps: added to the denominator.
-        weight_decay: applied to weights, not to gains and biases.
-    """
+    """AdamW; the defaults are the paper's for a ViT (table 18; table 20: 5e-4 for ViT-B at 32,768 pairs a step)."""
 
     def __init__(
         self,
@@ -121,17 +113,7 @@ def obeys_found_inf(optimizer: Optimizer, device: torch.device) -> bool:
 
 
 class Optimization:
-    """The optimiser, the schedule and the rule of weight decay of a run.
-
-    Args:
-        optimizer: creates the optimiser of parameter groups.
-        lr_scheduler: creates the schedule of the optimiser.
-        decay: which parameters have weight decay.
-        layer_decay: the learning rate of each layer relative to the next one; None: the same rate for all.
-
-    Attributes:
-        descriptions: class and arguments of each, as plain values.
-    """
+    """The optimiser, the schedule and the rule of weight decay of a run; ``descriptions`` are their plain values."""
 
     def __init__(
         self,
@@ -190,12 +172,6 @@ class Optimization:
 
         A resumed run keeps its moments and its position; what an optimiser or a schedule has changed in the parameter
         groups stays unless it is set differently now.
-
-        Args:
-            checkpoint: changed in place.
-            groups: this run's.
-            steps: optimiser steps of this run.
-            name: of the checkpoint, for messages.
         """
         here, there = self.descriptions, checkpoint["parts"]
         former = there["optimizer"]["init_args"]
@@ -228,8 +204,7 @@ class Optimization:
     ) -> None:
         """Replace a saved schedule by this run's at the same step, as if the whole run had had it.
 
-        Torch's schedules change a rate when they are stepped, most of them from the rate before; the first resumed step
-        would have the old schedule's rate, and many schedules would go on from it.
+        Most of torch's schedules change a rate from the rate before, and would go on from the old schedule's.
         """
         position = schedule["last_epoch"] if "_step_count" in schedule else checkpoint["global_step"]
         optimizer = self.optimizer([{**group, "params": [nn.Parameter(torch.zeros(8, 8))]} for group in groups])
@@ -298,5 +273,4 @@ def _need(values: Mapping[str, Any], types: Mapping[str, Any], where: str) -> No
 
 
 def _shape(group: Mapping[str, Any]) -> tuple[str, int]:
-    """Return a parameter group's layer and its number of parameters."""
     return group["name"].partition(",")[0], len(group["params"])

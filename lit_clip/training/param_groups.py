@@ -62,13 +62,10 @@ def parameter_groups(
     """Return an optimiser's parameter groups, at most two for each layer; frozen parameters are in none.
 
     Args:
-        module: whose parameters these are; without the prefix of LitCLIP's ``model`` in their names.
+        module: whose parameters these are.
         layers: name, factor on the learning rate, parameters.
         defaults: the optimiser's own settings: learning rate at factor 1, and weight decay if it has any.
-        decays: the rule of weight decay.
-
-    Returns:
-        Groups with ``name``, ``lr`` and ``weight_decay``; none is empty.
+        decays: the rule of weight decay, which is given names without the prefix of LitCLIP's ``model``.
     """
     names = {id(parameter): name.removeprefix("model.") for name, parameter in module.named_parameters()}
     groups = []

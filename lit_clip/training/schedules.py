@@ -63,12 +63,7 @@ class _Warmup(LambdaLR):
 
 
 class WarmupConstant(_Warmup):
-    """Linear warm-up, then the full learning rate.
-
-    Args:
-        optimizer: whose learning rates are changed.
-        warmup_steps: optimiser steps of warm-up.
-    """
+    """Linear warm-up over ``warmup_steps`` optimiser steps, then the full learning rate."""
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int = 2000) -> None:
         super().__init__(optimizer, warmup_steps)
