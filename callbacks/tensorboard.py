@@ -32,7 +32,7 @@ class SimilarityMatrix(Callback):
         self.pairs = pairs
 
     def on_validation_batch_end(
-        self, trainer: Trainer, pl_module: Any, outputs: Any, batch: CaptionBatch, batch_idx: int, *_: Any
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: CaptionBatch, batch_idx: int, *_: Any, **__: Any
     ) -> None:
         if batch_idx or trainer.sanity_checking or not trainer.is_global_zero or not len(batch.images):
             return

@@ -23,7 +23,7 @@ from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import require
 from lit_clip.models.layers import TOWERS, tower_blocks
-from lit_clip.training.optimizers import is_elementwise
+from lit_clip.training.optimizers import Optimization, is_elementwise
 
 
 class FSDP(FSDPStrategy):
@@ -79,7 +79,13 @@ class FSDP(FSDPStrategy):
         """Wrap the blocks, and leave out what stays whole."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._check(trainer)
-            _check_module(self.lightning_module)
+            module: Any = self.lightning_module
+            require(  # by name: peft need not be installed
+                not any(type(layer).__name__ == "ParamWrapper" for layer in module.modules()),
+                "trainer.strategy: FSDP cannot shard a LoRA of in_proj_weight, which is added to the weight itself; "
+                "set model.lora.targets to other layers, such as c_fc and c_proj, or use ddp",
+            )
+            _check_optimizer(module.optimization)
             self._prepare(self.lightning_module)
         super().setup(trainer)
 
@@ -212,17 +218,11 @@ def _count(loader: Any, most: float) -> int:
     return int(min(most, math.inf if batches is None else len(batches))) if math.isfinite(most) else 0
 
 
-def _check_module(module: Any) -> None:
-    # By name: peft need not be installed.
+def _check_optimizer(optimization: Optimization) -> None:
     require(
-        not any(type(layer).__name__ == "ParamWrapper" for layer in module.modules()),
-        "trainer.strategy: FSDP cannot shard a LoRA of in_proj_weight, which is added to the weight itself; set "
-        "model.lora.targets to other layers, such as c_fc and c_proj, or use ddp",
-    )
-    require(
-        is_elementwise(module.optimization.optimizer),
+        is_elementwise(optimization.optimizer),
         "trainer.strategy: FSDP gives an optimiser flat parts of weights, and "
-        f"{module.optimization.descriptions['optimizer']['class_path']} needs whole matrices; use ddp",
+        f"{optimization.descriptions['optimizer']['class_path']} needs whole matrices; use ddp",
     )
 
 
