@@ -161,7 +161,7 @@ def on_a_rank(kind: str, pairs: int) -> None:
     dist.barrier()
     result = {"sent": sent, "held": held("VmHWM") - base, "parameters": parameters}
     print(json.dumps(result), flush=True)
-    distributed.leave()
+    distributed.exit_process()
 
 
 def ranks(kinds: list[str], worlds: list[int], pairs: int) -> Table:

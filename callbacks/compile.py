@@ -39,10 +39,6 @@ def compile_blocks(model: Any, backend: str = "inductor") -> None:
     """Compile each block of a :class:`lit_clip.CLIP`'s encoders, unless it is compiled already.
 
     Blocks rather than whole encoders: equal blocks share their graphs, and the code between them may look at the batch.
-
-    Args:
-        model: the encoders.
-        backend: of ``torch.compile``.
     """
     # All blocks are one function to torch: of each encoder, with and without gradients, for fixed and for any shapes
     # they are graphs of it, and beyond the limit torch falls back to eager mode.

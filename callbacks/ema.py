@@ -20,9 +20,6 @@ class EMA(WeightAveraging):
     average, which ``weights`` states, and ``current_model_state`` holds the weights of the last step, from which a
     resumed run continues. When training ends the module has the average.
 
-    Lightning's own callback would evaluate the average before its first update, and callbacks after it in the list
-    would evaluate the current weights instead.
-
     Args:
         decay: at least 0 and below 1.
         start_step: optimiser steps before the first update, which copies the weights.
@@ -91,8 +88,7 @@ class EMA(WeightAveraging):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._swap(pl_module)  # a swap, not a copy: a checkpoint saved after this still holds both
 
-    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._swap(pl_module)  # of a finished run that was resumed; Lightning calls no on_train_end then
+    on_fit_end = on_train_end  # of a finished run that was resumed; Lightning calls no on_train_end then
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(trainer, pl_module, checkpoint)

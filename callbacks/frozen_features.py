@@ -78,7 +78,7 @@ class FrozenFeatures(Callback):
             stored = open_rows(encoding, prefixes["text"], folder, len(found.hashes), identity, longest)
             store_texts(encoding, prefixes["text"], stored, found, my_share(stored))
             texts = found.hashes, stored, longest
-        distributed.maximum(0)  # wait for the other ranks
+        distributed.barrier()
         for kept in (images, texts):
             require(kept is None or not np.any(kept[1].state() == ABSENT), f"{folder}: all machines must share it")
         data.use_stored(images, texts)

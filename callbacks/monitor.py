@@ -21,30 +21,29 @@ from lit_clip.module import LitCLIP
 from lit_clip.tools.untrusted import check_entries
 
 SCALARS = ("logit_scale", "logit_bias")
+STUCK = 0.99  # of the baseline: a loss above it has learned nothing
 
 
 def gradient_norms(model: CLIP, sharded: bool = False) -> dict[str, Tensor]:
-    """Return the L2 norm of each encoder's gradient; ``logit_scale`` and ``logit_bias`` belong to neither.
+    """Return the L2 norm of each trainable encoder's gradient; ``logit_scale`` and ``logit_bias`` belong to neither.
 
-    Args:
-        model: the encoders; frozen ones are left out of the result.
-        sharded: whether each rank holds a shard of each gradient (FSDP); then all ranks must call this.
+    A collective if ``sharded``: each rank holds a shard of each gradient (FSDP).
     """
     encoders: dict[str, list[nn.Parameter]] = {"image": [], "text": []}
     for name, parameter in model.named_parameters():
         name = name.replace("_fsdp_wrapped_module.", "")
         if parameter.requires_grad and name not in SCALARS:
             encoders["image" if name.startswith("visual.") else "text"].append(parameter)
-    norms = {encoder: _norm(parameters) for encoder, parameters in encoders.items() if parameters}
+    norms = {
+        encoder: nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        for encoder, parameters in encoders.items()
+        if parameters
+    }
     if sharded and norms:
         device = next(model.parameters()).device
         squares = distributed.sum_over_ranks(torch.stack([norm.to(device) for norm in norms.values()]) ** 2, device)
         norms = dict(zip(norms, squares.sqrt(), strict=True))
     return norms
-
-
-def _norm(parameters: list[nn.Parameter]) -> Tensor:
-    return nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
 
 
 class TrainingMonitor(TimedCallback):
@@ -57,23 +56,17 @@ class TrainingMonitor(TimedCallback):
       :class:`callbacks.training_clock.TimedCallback`)
     - ``train/samples_seen``
 
-    It warns once if, after warm-up, the mean of the ``train/loss`` logged over ``stuck_steps`` optimiser steps is still
-    at its baseline (:meth:`lit_clip.losses.Loss.chance_loss`) or above; a loss without a baseline is not watched.
+    It warns once if, after warm-up, the mean of the ``train/loss`` logged over ``stuck_steps`` optimiser steps is not
+    more than 1 % below its baseline (:meth:`lit_clip.losses.Loss.chance_loss`); a loss without one is not watched.
 
     Args:
         stuck_steps: number of optimiser steps, after warm-up, over which the loss is averaged.
-        stuck_tolerance: the loss counts as stuck unless it is below the baseline by more than this fraction.
     """
 
-    def __init__(self, stuck_steps: int = 500, stuck_tolerance: float = 0.01) -> None:
+    def __init__(self, stuck_steps: int = 500) -> None:
         require(stuck_steps >= 1, f"TrainingMonitor.stuck_steps: {stuck_steps} must be at least 1")
-        require(
-            0 <= stuck_tolerance < 1,
-            f"TrainingMonitor.stuck_tolerance: {stuck_tolerance} must be at least 0 and below 1",
-        )
-        self.stuck_steps, self.stuck_tolerance = stuck_steps, stuck_tolerance
-        self._samples = 0
-        self._samples_seen = 0
+        self.stuck_steps = stuck_steps
+        self._samples = self._samples_seen = 0
         self._losses: deque[tuple[int, float, float]] = deque()  # step, loss, baseline
         self._warned = False
 
@@ -91,10 +84,11 @@ class TrainingMonitor(TimedCallback):
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if (trainer.global_step + 1) % log_interval(trainer) == 0:
-            sharding = _sharding(trainer)
-            if sharding in (ShardingStrategy.NO_SHARD, ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP):
+            strategy, whole = trainer.strategy, ShardingStrategy.NO_SHARD
+            sharding = strategy.sharding_strategy if isinstance(strategy, FSDPStrategy) else whole
+            if sharding in (whole, ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP):
                 model = cast(LitCLIP, pl_module).model
-                for encoder, norm in gradient_norms(model, sharding != ShardingStrategy.NO_SHARD).items():
+                for encoder, norm in gradient_norms(model, sharding != whole).items():
                     pl_module.log(f"train/{encoder}_gradient_norm", norm)
             pl_module.log("train/learning_rate", max(group["lr"] for group in optimizer.param_groups))
 
@@ -128,21 +122,13 @@ class TrainingMonitor(TimedCallback):
             return
         mean_loss, mean_baseline = (sum(entry[i] for entry in self._losses) / len(self._losses) for i in (1, 2))
         self._losses.clear()
-        if mean_loss >= (1 - self.stuck_tolerance) * mean_baseline:
+        if mean_loss >= STUCK * mean_baseline:
             self._warned = True
-            rank_zero_warn(_advice(mean_loss, mean_baseline, self.stuck_steps))
-
-
-def _advice(loss: float, baseline: float, steps: int) -> str:
-    return (
-        f"the model is not learning: train/loss was {loss:.3f} on average over the last {steps} steps; its baseline is "
-        f"{baseline:.3f}. Check that captions belong to their images (one column of the table may have been sorted "
-        "without the other, or all captions may be the same), that the learning rate (train/learning_rate) is not far "
-        "too high or too low, that the right encoders are trainable, and that the gradients "
-        "(train/image_gradient_norm, train/text_gradient_norm) are not near 0"
-    )
-
-
-def _sharding(trainer: Trainer) -> ShardingStrategy:
-    strategy = trainer.strategy
-    return strategy.sharding_strategy if isinstance(strategy, FSDPStrategy) else ShardingStrategy.NO_SHARD
+            rank_zero_warn(
+                f"the model is not learning: train/loss was {mean_loss:.3f} on average over the last "
+                f"{self.stuck_steps} steps; its baseline is {mean_baseline:.3f}. Check that captions belong to their "
+                "images (one column of the table may have been sorted without the other, or all captions may be the "
+                "same), that the learning rate (train/learning_rate) is not far too high or too low, that the right "
+                "encoders are trainable, and that the gradients (train/image_gradient_norm, train/text_gradient_norm) "
+                "are not near 0"
+            )

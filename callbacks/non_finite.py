@@ -24,7 +24,7 @@ from lit_clip.tools.untrusted import check_entries
 from lit_clip.training.lightning.loops import validation_due
 from lit_clip.training.lightning.run_folder import run_folder
 from lit_clip.training.lightning.signals import signal_of
-from lit_clip.training.optim import obeys_found_inf, skip_step
+from lit_clip.training.optimizers import obeys_found_inf, skip_step
 
 FILE = "non_finite.jsonl"
 MOST_IN_A_ROW = 100  # weights that are not finite themselves never recover
@@ -34,57 +34,37 @@ REASONS = ("loss", "features", "gradient")
 
 
 class Finding(NamedTuple):
-    """One rank's line in the file about a step that is not finite.
+    """One rank's line in the file about a step that is not finite."""
 
-    Attributes:
-        step: number of optimiser steps before it, the x axis of the curves.
-        rank: the rank whose pairs these are.
-        reason: one of ``REASONS``.
-        loss: this rank's, as text, because JSON has no nan.
-        keys: of the pairs whose features are not finite; of all pairs of the step if no rank has such a pair.
-        non_finite_features: whether ``keys`` are those of pairs whose features are not finite.
-    """
-
-    step: int
+    step: int  # number of optimiser steps before it, the x axis of the curves
     rank: int
-    reason: str
-    loss: str
-    keys: list[str]
-    non_finite_features: bool
+    reason: str  # one of REASONS
+    loss: str  # this rank's, as text, because JSON has no nan
+    keys: list[str]  # of the pairs whose features are not finite; of all of the step if no rank has such a pair
+    non_finite_features: bool  # whether keys are those of such pairs
 
 
 class _Checked(NamedTuple):
-    """A step whose result has not been read yet.
-
-    Attributes:
-        step: its pairs and features.
-        number: of optimiser steps before it.
-        counts: how many ranks found each of ``REASONS``.
-        trainer: the run's.
-    """
+    """A step whose result has not been read yet."""
 
     step: TrainingStep
-    number: int
-    counts: HostCopy
+    number: int  # of optimiser steps before it
+    counts: HostCopy  # how many ranks found each of REASONS
     trainer: Trainer
 
 
 class NonFiniteSteps(Callback):
     """Detect steps whose loss, features or gradients are not finite on any rank, and undo them on all ranks.
 
-    Ranks sum a few numbers once a step, between the backward pass and the optimiser, together with the step's metrics;
-    every rank does so in every step, so none waits for another. An undone step has no gradients: AdamW leaves weights,
-    moments and its step count as they are. BatchNorm's statistics are restored. The step still counts in
-    ``global_step`` and for the learning rate's schedule. Each such step is listed with the keys of its pairs in
-    ``non_finite.jsonl`` in the run's folder.
+    Ranks sum a few numbers once a step, between the backward pass and the optimiser, together with the step's metrics.
+    An undone step changes neither weights, moments nor BatchNorm's statistics; it still counts in ``global_step`` and
+    for the learning rate's schedule. It is listed with the keys of its pairs in ``non_finite.jsonl`` in the run's
+    folder. Under ``16-mixed`` the gradient scaler skips steps whose gradients alone are not finite, uncounted here.
 
     On a GPU, reading the result would wait for the device. Torch's fused Adam and AdamW are told on the device to leave
     everything as it is, and the result is read just before the next optimiser step, or before anything is saved or
     validated: an error and a line in the file come one step later, and the weights are the same. Steps that are logged
     are read at once, and so are all steps of other optimisers and under ``16-mixed``.
-
-    Under ``16-mixed`` the gradient scaler finds its scale through gradients that are not finite although the loss is;
-    it skips such steps itself, and they are not counted here.
 
     Args:
         policy: ``stop``: raise the same error on all ranks. ``skip``: continue with the next step, but stop after
@@ -187,30 +167,28 @@ class NonFiniteSteps(Callback):
         trainer, number = checked.trainer, checked.number
         findings = _findings(checked.step, reason, number)
         folder = run_folder(trainer)  # every rank must ask
-        path = folder / FILE if folder else None
+        path = folder and folder / FILE
         if path and trainer.is_global_zero:
             _append(path, findings)
         what = _sentence(findings, path)
-        stopped = f"training stopped at step {number}: {what}"
         if self.policy == "stop":
-            raise InputError(
-                f"{stopped}; fix or remove those pairs, lower the learning rate or clip gradients "
-                "(trainer.gradient_clip_val); callbacks.NonFiniteSteps with policy: skip trains without such steps"
-                f"{_unsaved(trainer)}"
+            advice = (
+                "fix or remove those pairs, lower the learning rate or clip gradients (trainer.gradient_clip_val); "
+                "callbacks.NonFiniteSteps with policy: skip trains without such steps"
             )
-        if self._in_a_row >= MOST_IN_A_ROW:
-            raise InputError(
-                f"{stopped}; so were {self._in_a_row} steps in a row: resume from a checkpoint before them, with a "
-                f"lower learning rate or clipped gradients (trainer.gradient_clip_val){_unsaved(trainer)}"
+        elif self._in_a_row >= MOST_IN_A_ROW:
+            advice = (
+                f"so were {self._in_a_row} steps in a row: resume from a checkpoint before them, with a lower learning "
+                "rate or clipped gradients (trainer.gradient_clip_val)"
             )
-        if self.steps & (self.steps - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
-            rank_zero_warn(f"step {number} is skipped: {what}; {self.steps} such steps so far")
-
-
-def _unsaved(trainer: Trainer) -> str:
-    """Return the end of an error's message if a signal has come with it: it would otherwise have saved a checkpoint."""
-    number = signal_of(trainer)
-    return f"; {signal.Signals(number).name} saved nothing, so resume from an earlier checkpoint" if number else ""
+        else:
+            if self.steps & (self.steps - 1) == 0:  # the 1st, 2nd, 4th, 8th, ...
+                rank_zero_warn(f"step {number} is skipped: {what}; {self.steps} such steps so far")
+            return
+        ended_by = signal_of(trainer)  # it would otherwise have saved a checkpoint
+        name = signal.Signals(ended_by).name if ended_by else ""
+        unsaved = f"; {name} saved nothing, so resume from an earlier checkpoint" if name else ""
+        raise InputError(f"training stopped at step {number}: {what}; {advice}{unsaved}")
 
 
 def bad_rows(step: TrainingStep) -> Tensor:
@@ -245,7 +223,6 @@ def _append(path: Path, findings: list[Finding]) -> None:
 
 
 def _sentence(findings: list[Finding], path: Path | None) -> str:
-    """Return what was not finite, with the first keys."""
     losses, reason = [finding.loss for finding in findings], findings[0].reason
     loss = next((loss for loss in losses if not math.isfinite(float(loss))), losses[0])
     what = f"the loss is {loss}" if reason == "loss" else f"a {reason.removesuffix('s')} is not finite"

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import RichProgressBar, Timer, TQDMProgressBar
 from callbacks.training_clock import TimedCallback
 from lit_clip.batch import CaptionBatch
 from lit_clip.tools.console import ProgressLog, can_draw, duration, per_second
-from lit_clip.training.optim import total_steps
+from lit_clip.training.schedules import total_steps
 
 LIGHTNINGS = (TQDMProgressBar, RichProgressBar)
 
@@ -67,14 +67,13 @@ class ProgressLines(TimedCallback):
             self._log.write(_step(trainer), _losses(trainer), rate, f"{duration(self._log.seconds)} {since}")
 
     def _lap(self) -> tuple[int, float]:
-        """Return the samples and the training time since the last call."""
         samples, seconds = self._samples, self.clock.lap().seconds
         self._samples, self._all_samples = 0, self._all_samples + samples
         self._all_seconds += seconds
         return samples, seconds
 
-    def _seconds_left(self, trainer: Trainer) -> float | None:
-        bounds = [timer.time_remaining() for timer in _timers(trainer)]
+    def _seconds_left(self, trainer: Any) -> float | None:
+        bounds = [each.time_remaining() for each in trainer.callbacks if isinstance(each, Timer)]
         steps, (first_step, since) = _steps(trainer), self._first or (0, 0.0)
         if steps is not None and trainer.global_step > first_step:
             per_step = (self.now() - since) / (trainer.global_step - first_step)
@@ -99,13 +98,7 @@ class ProgressLines(TimedCallback):
         self._of = sum(batches)
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: CaptionBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: CaptionBatch, *_: Any, **__: Any
     ) -> None:
         self._batches, self._images = self._batches + 1, self._images + len(batch.images) * trainer.world_size
         log = self._evaluation
@@ -116,10 +109,6 @@ class ProgressLines(TimedCallback):
             log.write(f"batch {self._batches:,}{of}", per_second(self._images, log.seconds, "samples"), remaining)
 
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
-
-
-def _timers(trainer: Any) -> list[Timer]:
-    return [callback for callback in trainer.callbacks if isinstance(callback, Timer)]
 
 
 def _steps(trainer: Trainer) -> int | None:

@@ -3,9 +3,8 @@
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -21,20 +20,8 @@ FILE = "skipped.jsonl"
 MOST_REASONS = 20  # logged separately
 
 
-class _Report(NamedTuple):
-    """A rank's counts since its last report."""
-
-    drawn: int
-    skipped: list[tuple[str, str]]  # where, reason
-
-
 class Tally:
-    """Number of samples drawn, and of those skipped for each reason, over all ranks.
-
-    Attributes:
-        drawn: samples, including skipped ones.
-        counts: skipped samples by reason.
-    """
+    """Number of samples drawn, skipped ones included, and of those skipped for each reason, over all ranks."""
 
     def __init__(self) -> None:
         self.drawn = 0
@@ -48,38 +35,33 @@ class Tally:
 
     def join(self) -> list[tuple[str, str]]:
         """Sum the counts of all ranks and return (where, reason) of every newly skipped sample; a collective."""
-        reports: list[_Report] = distributed.gather_objects([_Report(self._drawn, self._skipped)])
+        reports = distributed.gather_objects([(self._drawn, self._skipped)])
         self._drawn, self._skipped = 0, []
-        self.drawn += sum(report.drawn for report in reports)
-        skipped = [sample for report in reports for sample in report.skipped]
+        self.drawn += sum(drawn for drawn, _ in reports)
+        skipped = [sample for _, samples in reports for sample in samples]
         self.counts.update(reason for _, reason in skipped)
         return skipped
 
-    @property
-    def skipped(self) -> int:
-        """Number of skipped samples."""
-        return self.counts.total()
-
     def too_many(self, limit: float, at_end: bool) -> bool:
         """Return whether more than a share ``limit`` of the samples was skipped, or, at the end, all of them."""
-        if at_end and self.skipped == self.drawn:
+        skipped = self.counts.total()
+        if at_end and skipped == self.drawn:
             return self.drawn > 0
-        return self.drawn >= JUDGED_AFTER and self.skipped > limit * self.drawn
+        return self.drawn >= JUDGED_AFTER and skipped > limit * self.drawn
 
     def metrics(self, name: str) -> dict[str, float]:
         """Return the number of skipped samples, in total and by reason."""
-        reasons = self.counts.most_common(MOST_REASONS)
-        return {name: float(self.skipped)} | {f"{name}_{slug(reason)}": float(count) for reason, count in reasons}
+        by_reason = {re.sub(r"\W+", "_", reason.lower()).strip("_"): count for reason, count in self._most()}
+        return {name: float(self.counts.total())} | {f"{name}_{key}": float(count) for key, count in by_reason.items()}
+
+    def _most(self) -> list[tuple[str, int]]:
+        return self.counts.most_common(MOST_REASONS)
 
     def __str__(self) -> str:
-        share = f"{self.skipped:,} of {self.drawn:,} samples ({self.skipped / max(1, self.drawn):.1%})"
-        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self.counts.most_common(MOST_REASONS))
-        return f"{share} could not be used: {reasons}"
-
-
-def slug(reason: str) -> str:
-    """Return a reason in the form of a metric's name."""
-    return re.sub(r"\W+", "_", reason.lower()).strip("_")
+        skipped = self.counts.total()
+        reasons = ", ".join(f"{count:,} {reason}" for reason, count in self._most())
+        of = f"{skipped:,} of {self.drawn:,} samples ({skipped / max(1, self.drawn):.1%})"
+        return f"{of} could not be used: {reasons}"
 
 
 class SkippedSamples(Callback):
@@ -95,13 +77,15 @@ class SkippedSamples(Callback):
 
     def __init__(self) -> None:
         self.training, self.evaluation = Tally(), Tally()
-        self._file: _File | None = None
+        self._path: Path | None = None  # of the list; None before the first sample, and without a folder
+        self._listed: set[bytes] | None = None  # samples in the list, of the run that is resumed too
+        self._warned = False
 
     def _active(self, trainer: Any) -> bool:
         return getattr(trainer.datamodule, "on_error", "error") == "skip"
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        source = getattr(_data(trainer), "train_source", None)
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        source = getattr(trainer.datamodule, "train_source", None)
         if self._active(trainer) and source is not None:  # skipped when the source was opened, the same on each rank
             self._list(trainer, source.left_out.listed, "opening")
 
@@ -114,14 +98,14 @@ class SkippedSamples(Callback):
         step = trainer.global_step
         logged = trainer.log_every_n_steps and step % trainer.log_every_n_steps == 0
         if logged or step & (step - 1) == 0:  # 1, 2, 4, 8, ...: data that are all bad are reported soon
-            self._join_training(trainer)
+            self._join(trainer, self.training, "train")
             self._judge(trainer, self.training, at_end=False)
         if logged:
             pl_module.log_dict(self.training.metrics("data/skipped"))
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._active(trainer):
-            self._join_training(trainer)
+            self._join(trainer, self.training, "train")
             self._judge(trainer, self.training, at_end=True)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -134,34 +118,25 @@ class SkippedSamples(Callback):
             self.evaluation.add(batch)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_evaluation(trainer, pl_module, "val")
-
-    def on_test_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.evaluation = Tally()
-
-    def on_test_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: CaptionBatch, *_: Any, **__: Any
-    ) -> None:
-        self.on_validation_batch_end(trainer, pl_module, outputs, batch)
-
-    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._end_evaluation(trainer, pl_module, "test")
-
-    def _end_evaluation(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if not self._active(trainer):
             return
-        self._list(trainer, self.evaluation.join(), stage)
+        stage = "test" if trainer.testing else "val"
+        self._join(trainer, self.evaluation, stage)
         self._judge(trainer, self.evaluation, at_end=True)
         if not trainer.sanity_checking:
             pl_module.log_dict(self.evaluation.metrics(f"data/{stage}_skipped"))
 
+    on_test_epoch_start = on_validation_epoch_start
+    on_test_batch_end = on_validation_batch_end
+    on_test_epoch_end = on_validation_epoch_end
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._active(trainer) and self.training.skipped:
+        if self._active(trainer) and self.training.counts:
             rank_zero_info(f"training: {self.training}{self._listed_in()}")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self._active(trainer):
-            self._join_training(trainer)
+            self._join(trainer, self.training, "train")
             checkpoint["skipped_samples"] = {"drawn": self.training.drawn, "counts": dict(self.training.counts)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -169,73 +144,49 @@ class SkippedSamples(Callback):
             check_entries(saved, {"drawn": int, "counts": dict[str, int]}, "skipped_samples")
             self.training.drawn, self.training.counts = saved["drawn"], Counter(saved["counts"])
 
-    def _join_training(self, trainer: Trainer) -> None:
-        self._list(trainer, self.training.join(), "train")
+    def _join(self, trainer: Trainer, tally: Tally, stage: str) -> None:
+        self._list(trainer, tally.join(), stage)
 
     def _list(self, trainer: Trainer, skipped: list[tuple[str, str]], stage: str) -> None:
-        """Append new samples to the file, on the first rank; all ranks have the same list."""
+        """Append samples that are not in the file yet, on the first rank; all ranks have the same list."""
         if not skipped:
             return
-        if self._file is None:
+        if not self._warned:
             where, reason = skipped[0]
             folder = run_folder(trainer)  # every rank must ask
-            self._file = _File(folder / FILE if folder else None)
-            listed = self._listed_in()
-            rank_zero_warn(f"{where}: skipped ({reason}); further ones are counted in data/skipped{listed}")
-        if trainer.is_global_zero:
-            self._file.append(skipped, stage)
+            self._path, self._warned = folder and folder / FILE, True
+            rank_zero_warn(f"{where}: skipped ({reason}); further ones are counted in data/skipped{self._listed_in()}")
+        if trainer.is_global_zero and self._path:
+            try:
+                self._append(self._path, skipped, stage)
+            except OSError as error:  # raising on this rank only would leave the others waiting
+                rank_zero_warn(f"{self._path}: {error.strerror}; skipped samples are counted but not listed")
+                self._path = None
+
+    def _append(self, path: Path, skipped: list[tuple[str, str]], stage: str) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a+", encoding="utf-8") as file:
+            if self._listed is None:
+                file.seek(0)
+                self._listed = {hash64(place) for place in map(_place, file) if place is not None}
+            for where, reason in skipped:
+                if (key := hash64(where)) not in self._listed:
+                    self._listed.add(key)
+                    file.write(json.dumps({"where": where, "reason": reason, "stage": stage}) + "\n")
 
     def _listed_in(self) -> str:
-        return f", listed in {self._file.path}" if self._file and self._file.path else ""
+        return f", listed in {self._path}" if self._path else ""
 
-    def _judge(self, trainer: Trainer, tally: Tally, at_end: bool) -> None:
-        limit = float(getattr(_data(trainer), "max_skipped", 1.0))
+    def _judge(self, trainer: Any, tally: Tally, at_end: bool) -> None:
+        limit = float(getattr(trainer.datamodule, "max_skipped", 1.0))
         if tally.too_many(limit, at_end):
             raise InputError(
                 f"{tally}{self._listed_in()}; fix or remove them, or raise data.bad_samples.max_skipped (now {limit:g})"
             )
 
 
-class _File:
-    """The list of skipped samples, each of them once, also when a run is resumed.
-
-    Args:
-        path: None for no file.
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self._known: set[bytes] | None = None
-
-    def append(self, skipped: Iterable[tuple[str, str]], stage: str) -> None:
-        """Append the samples that are not in the file yet."""
-        if self.path is None:
-            return
-        try:
-            if self._known is None:
-                self._known = self._read(self.path)
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                for where, reason in skipped:
-                    if (key := hash64(where)) not in self._known:
-                        self._known.add(key)
-                        file.write(json.dumps({"where": where, "reason": reason, "stage": stage}) + "\n")
-        except OSError as error:  # raising on this rank only would leave the others waiting
-            rank_zero_warn(f"{self.path}: {error.strerror}; skipped samples are counted but not listed")
-            self.path = None
-
-    @staticmethod
-    def _read(path: Path) -> set[bytes]:
-        known: set[bytes] = set()
-        if path.exists():
-            with path.open(encoding="utf-8") as file:
-                for line in file:
-                    try:
-                        known.add(hash64(json.loads(line)["where"]))
-                    except (ValueError, KeyError, TypeError):  # the run was killed while it wrote this line
-                        continue
-        return known
-
-
-def _data(trainer: Any) -> Any:
-    return trainer.datamodule
+def _place(line: str) -> str | None:
+    try:
+        return json.loads(line)["where"]
+    except (ValueError, KeyError, TypeError):  # the run was killed while it wrote this line
+        return None

@@ -20,10 +20,6 @@ THUMBNAIL = 64  # pixels, of images in their own aspect ratio
 FRAME = torch.tensor([0.08, 0.37, 0.58])[:, None, None]  # blue, [3, 1, 1]
 
 
-def _writers(trainer: Trainer) -> list[Any]:
-    return [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-
-
 class SimilarityMatrix(Callback):
     """Log the cosine similarities of some validation images and captions after every validation.
 
@@ -36,13 +32,7 @@ class SimilarityMatrix(Callback):
         self.pairs = pairs
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: CaptionBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Any, pl_module: Any, outputs: Any, batch: CaptionBatch, batch_idx: int, *_: Any, **__: Any
     ) -> None:
         if batch_idx or trainer.sanity_checking or not trainer.is_global_zero or not len(batch.images):
             return
@@ -77,13 +67,7 @@ class EmbeddingProjector(Callback):
         self._seen = []
 
     def on_validation_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Any,
-        batch: CaptionBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: CaptionBatch, *_: Any, **__: Any
     ) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero:
             return
@@ -103,8 +87,10 @@ class EmbeddingProjector(Callback):
         ][: self.pairs]
         self._seen = []
         metadata = [[caption, kind] for kind in ("image", "caption") for caption in captions]
-        for writer in _writers(trainer):
-            writer.add_embedding(
+        for logger in trainer.loggers:
+            if not isinstance(logger, TensorBoardLogger):
+                continue
+            logger.experiment.add_embedding(
                 torch.cat([image, text]),
                 metadata=metadata,
                 metadata_header=["caption", "kind"],

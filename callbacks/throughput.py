@@ -28,39 +28,22 @@ DTYPES = {  # of matrix products, by Lightning's name of the precision
 
 
 class Count(NamedTuple):
-    """Work of one rank since the last logged step.
+    """Work of one rank since the last logged step."""
 
-    Attributes:
-        samples: number of samples drawn, skipped ones included.
-        pairs: number of encoded pairs.
-        tokens: number of tokens of their texts, without padding.
-        squares: sum of the texts' squared lengths.
-        seconds: training time.
-        waited: the part of ``seconds`` spent waiting for data.
-        memory: peak so far, in bytes.
-    """
-
-    samples: int
-    pairs: int
-    tokens: int
-    squares: int
-    seconds: float
-    waited: float
-    memory: int
+    samples: int  # drawn, skipped ones included
+    pairs: int  # encoded
+    tokens: int  # of their texts, without padding
+    squares: int  # sum of the texts' squared lengths
+    seconds: float  # of training
+    waited: float  # the part of them spent waiting for data
+    memory: int  # peak so far, in bytes
 
 
 def throughput(
     counts: list[Count], context_length: int, flops: PairFlops | None, peak: float | None
 ) -> dict[str, float]:
-    """Return the metrics of :class:`Throughput`.
-
-    Args:
-        counts: one per rank; ranks train in parallel, so the first one's time is that of all.
-        context_length: number of tokens of a padded text.
-        flops: the model's arithmetic; without it there is no MFU.
-        peak: FLOP/s of one device; without it there is no MFU.
-    """
-    seconds = counts[0].seconds
+    """Return the metrics of :class:`Throughput`; there is no MFU without ``flops`` and a device's ``peak`` FLOP/s."""
+    seconds = counts[0].seconds  # ranks train in parallel
     samples, pairs, tokens, squares = (sum(column) for column in list(zip(*counts, strict=True))[:4])
     metrics = {
         "train/samples_per_second": samples / seconds,
@@ -77,23 +60,21 @@ def throughput(
 class Throughput(TimedCallback):
     """Log the throughput of all ranks since the last logged step, every ``log_every_n_steps``.
 
-    Rates and shares are relative to training time: validations, checkpoints and other evaluations are left out (see
+    Rates and shares are relative to training time, without validations, checkpoints and other evaluations (see
     :class:`callbacks.training_clock.TimedCallback`). Time is the host's; the device is not synchronised.
 
     - ``train/data_wait_share``: share of the time, 0 to 1, in which the loop waited for a batch, on the rank that
       waited longest. A device may still be busy with the step before.
     - ``train/tokens_per_second``: tokens of the texts, start and end included; ``train/padded_tokens_per_second``:
       what an encoder that pads to the context length would have read instead.
-    - ``train/mfu``: model FLOP utilisation, 0 to 1: the arithmetic that the model requires over what the devices could
-      have done in that time. It counts matrix products, convolutions and attention of the forward and backward pass of
-      both encoders, for the encoded images and the tokens of the texts. It does not count padding or what is computed
-      again because of micro-batches and activation checkpointing (so it is MFU, not HFU), nor the loss, the optimiser
-      and a teacher. Causal attention counts in full. A frozen encoder counts only its forward pass; no layer counts a
-      gradient that is not needed. The peak of a GPU is that of Lightning's table for the run's precision (dense; TF32
-      for float32 if ``torch.set_float32_matmul_precision`` allows it). The peak of a CPU, or of a GPU that is not in
-      the table, is the fastest matrix product found in half a second at the start on the first rank's device, while
-      the other ranks wait; an MFU above 1 means that the device was busy then. Not logged if either is unknown, and
-      not with :class:`callbacks.FrozenFeatures`, which leaves layers out.
+    - ``train/mfu``: model FLOP utilisation, 0 to 1: matrix products, convolutions and attention (causal attention in
+      full) of both encoders' passes for the encoded images and tokens, over what the devices could have done. Not
+      counted are padding, what micro-batches and activation checkpointing compute again, gradients that are not
+      needed, the loss, the optimiser and a teacher. The peak of a GPU is that of Lightning's table for the run's
+      precision (dense; TF32 for float32 if ``torch.set_float32_matmul_precision`` allows it); of other devices it is
+      the fastest matrix product found in half a second at the start on the first rank, while the others wait, so
+      above 1 means that the device was busy then. Not logged if either is unknown, and not with
+      :class:`callbacks.FrozenFeatures`, which leaves layers out.
     - ``train/peak_memory_gib``: the largest peak of any rank in this process so far: of CUDA's allocator, never reset;
       on other devices of the process, without its data workers.
     - ``train/samples_per_second``: unless a :class:`callbacks.TrainingMonitor` logs it.
@@ -152,7 +133,6 @@ class Throughput(TimedCallback):
             self._uncounted = sums if self._uncounted is None else self._uncounted + sums
 
     def _count(self, trainer: Trainer) -> Count:
-        """Return this rank's work since the last call."""
         tokens, squares = (0, 0) if self._uncounted is None else self._uncounted.tolist()
         tokens, squares = tokens + self._tokens, squares + self._squares
         memory = peak_memory(trainer.strategy.root_device)

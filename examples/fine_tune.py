@@ -15,7 +15,7 @@ import callbacks
 from datamodules import Captions
 from lit_clip import LitCLIP
 from lit_clip.models.finetuning import Freeze, UnlockLast
-from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 
 if __name__ == "__main__":

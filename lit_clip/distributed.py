@@ -24,12 +24,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 class RankCounts(NamedTuple):
-    """Number of pairs of a global batch that each rank holds, and this process's rank.
-
-    Attributes:
-        rank: this process's.
-        counts: pairs of each rank, in rank order in the global batch.
-    """
+    """Number of pairs of a global batch that each rank holds, in rank order, and this process's rank."""
 
     rank: int
     counts: tuple[int, ...]
@@ -61,11 +56,7 @@ class RankCounts(NamedTuple):
 
 
 def on_first_rank(work: Callable[[], T]) -> T | None:
-    """Run ``work`` on rank 0 while the other ranks wait, which may take days; any other collective gives up sooner.
-
-    Raises:
-        RuntimeError: on the other ranks, if it failed.
-    """
+    """Run ``work`` on rank 0 while the others wait, for days if need be; they raise RuntimeError if it fails."""
     rank, world = rank_and_world()
     if world == 1:
         return work()
@@ -117,8 +108,10 @@ def _newest(name: str, before: str) -> Any:
     return getattr(dist, name, None) or getattr(dist, before)
 
 
-def _all_rows(local: Tensor, shards: RankCounts) -> Tensor:
-    """Gather ``[B, ...]`` to ``[N, ...]`` in rank order."""
+def gather_rows(local: Tensor, shards: RankCounts) -> Tensor:
+    """Gather ``[B, ...]`` to ``[N, ...]`` in rank order; no gradient. A single rank's are returned as they are."""
+    if shards.world == 1:
+        return local
     most, even = max(shards.counts), len(set(shards.counts)) == 1
     padded = local.contiguous() if even else F.pad(local, [0, 0] * (local.ndim - 1) + [0, most - len(local)])
     gathered = padded.new_empty(shards.world * most, *local.shape[1:])
@@ -134,7 +127,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, local: Tensor, shards: RankCounts) -> Tensor:
         ctx.shards = shards
-        return _all_rows(local, shards)
+        return gather_rows(local, shards)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -144,11 +137,6 @@ class _Gather(torch.autograd.Function):
 def gather(local: Tensor, shards: RankCounts) -> Tensor:
     """Gather ``[B, ...]`` to ``[N, ...]`` in rank order, differentiably."""
     return local if shards.world == 1 else _Gather.apply(local, shards)  # pyright: ignore[reportReturnType]  # untyped apply
-
-
-def gather_rows(local: Tensor, shards: RankCounts) -> Tensor:
-    """Gather ``[B, ...]`` to ``[N, ...]`` in rank order; no gradient. A single rank's are returned as they are."""
-    return local if shards.world == 1 else _all_rows(local, shards)
 
 
 def sum_rows(everyones: Tensor, shards: RankCounts) -> Tensor:
@@ -177,17 +165,7 @@ def logsumexp_over_ranks(everyones: Tensor, shards: RankCounts) -> Tensor:
 
 def gather_uneven(local: Tensor) -> Tensor:
     """Gather ``[B, ...]``, with a B of any size (even 0) on each rank, in rank order; no gradient."""
-    _, world = rank_and_world()
-    if world == 1:
-        return local
-    sizes = [torch.zeros(1, dtype=torch.long, device=local.device) for _ in range(world)]
-    dist.all_gather(sizes, torch.tensor([len(local)], device=local.device))
-    lengths = [int(size) for size in sizes]
-    padded = local.new_zeros(max(lengths), *local.shape[1:])
-    padded[: len(local)] = local
-    parts = [torch.empty_like(padded) for _ in range(world)]
-    dist.all_gather(parts, padded)
-    return torch.cat([part[:length] for part, length in zip(parts, lengths, strict=True)])
+    return gather_rows(local, *shards_of(len(local)))
 
 
 def gather_objects(local: list[Any]) -> list[Any]:
@@ -211,12 +189,7 @@ def sum_over_ranks(local: Tensor, device: torch.device) -> Tensor:
 
 
 def gather_large(local: Tensor, counts: Sequence[int]) -> Tensor:
-    """Gather ``[B, ...]`` in rank order without a second copy on the way; no gradient.
-
-    Args:
-        local: this rank's rows, on a device that the backend supports.
-        counts: number of rows of each rank.
-    """
+    """Gather ``[B, ...]`` in rank order without a second copy on the way; no gradient."""
     if len(counts) == 1:
         return local
     gathered = local.new_empty(sum(counts), *local.shape[1:])
@@ -237,12 +210,6 @@ def highest_over_ranks(local: Tensor) -> Tensor:
     return highest
 
 
-def share(size: int) -> slice:
-    """Return this rank's slice of ``size`` rows; the slices of all ranks cover each row once."""
-    rank, world = rank_and_world()
-    return slice(size * rank // world, size * (rank + 1) // world)
-
-
 def same_buffers(module: torch.nn.Module) -> None:
     """Broadcast the first rank's buffers, such as BatchNorm's statistics."""
     if rank_and_world()[1] > 1:
@@ -259,20 +226,22 @@ def maximum(local: int) -> int:
     return int(largest)
 
 
-LEAVE_WITHIN = 20.0  # seconds
+def barrier() -> None:
+    """Wait for the other ranks, but not for the device."""
+    maximum(0)
 
 
-def leave(code: int = 0) -> None:
+EXIT_WITHIN = 20.0  # seconds
+
+
+def exit_process(code: int = 0) -> None:
     """End a process that belongs to a process group, whose work is done; do nothing without a process group.
 
     The interpreter's own exit may abort: gloo's threads may still hold tensors, DDP keeps these threads alive, and one
     that releases a tensor while the interpreter exits aborts the process with exit code 134 (pytorch/pytorch#179291).
-
-    Args:
-        code: the process's exit code.
     """
     if dist.is_available() and dist.is_initialized():
-        at_last = threading.Timer(LEAVE_WITHIN, os._exit, (code,))  # in case another rank or a thread keeps it waiting
+        at_last = threading.Timer(EXIT_WITHIN, os._exit, (code,))  # in case another rank or a thread keeps it waiting
         at_last.daemon = True
         at_last.start()
         if code == 0:  # after an error the other ranks may be anywhere

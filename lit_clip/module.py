@@ -16,8 +16,8 @@ from lit_clip.models.lora import LoRA
 from lit_clip.retrieval.retrieval_set import RetrievalSet, token_hashes
 from lit_clip.tools.untrusted import coerced
 from lit_clip.training.micro_batches import encode_pairs, encode_step, placeholder
-from lit_clip.training.optim import EXCEPT_GAINS_AND_BIASES, Decays, OptimizerFactory, PaperAdamW
-from lit_clip.training.optimization import Optimization
+from lit_clip.training.optimizers import Optimization, OptimizerFactory, PaperAdamW
+from lit_clip.training.param_groups import EXCEPT_GAINS_AND_BIASES, Decays
 from lit_clip.training.run_hooks import RunHooks
 from lit_clip.training.schedules import ScheduleFactory, WarmupCosine
 from lit_clip.weights.checkpoints import check_settings, saved_settings

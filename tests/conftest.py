@@ -27,7 +27,7 @@ from lit_clip import secrets
 from lit_clip.cli.main import CONFIGURED
 from lit_clip.models import flops
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
-from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from tests.helpers import forks
 from tests.helpers.fork_ranks import command_of_ranks

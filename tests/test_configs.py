@@ -74,7 +74,7 @@ def test_pretraining_configs_have_the_papers_hyperparameters(name: str, monkeypa
     assert model.architecture == f"{architecture}-quickgelu"
     optimizer, schedule = model.optimizer, model.lr_scheduler
     assert (optimizer.class_path, schedule.class_path) == (
-        "lit_clip.training.optim.PaperAdamW",
+        "lit_clip.training.optimizers.PaperAdamW",
         "lit_clip.training.schedules.WarmupCosine",
     )
     optimizer, schedule = optimizer.init_args, schedule.init_args

@@ -21,7 +21,7 @@ from lit_clip.losses.contrastive import contrastive_loss
 from lit_clip.models.config import CLIPConfig
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.module import LitCLIP
-from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine, warmup_cosine
 from lit_clip.weights.load import load_model
 

@@ -3,16 +3,20 @@
 import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
+import yaml
+
+from lit_clip.cli.imports import import_modules
 from lit_clip.cli.packaged_defaults import DEFAULTS
 from lit_clip.errors import InputError, require
 from lit_clip.tools.messages import imported_class, parameters
 from lit_clip.tools.parts import describe_instance, qualified_name
 from lit_clip.tools.text_files import parse_yaml, read_yaml
 from lit_clip.tools.untrusted import hints_of, matches_plain_type, shortened
-from lit_clip.training.optimization import PARTS
+from lit_clip.training.optimizers import PARTS
 
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
@@ -29,11 +33,8 @@ def options(words: Sequence[str], *names: str) -> list[str]:
 
 def checkpoint_path(words: Sequence[str], subcommand: str | None) -> str | None:
     """Return ``ckpt_path`` as typed, or from the last YAML file that has one."""
-    paths = options(words, "--ckpt_path")
-    for section in sections(words, subcommand) if not paths else ():
-        if section.get("ckpt_path") is not None:
-            paths.append(str(section["ckpt_path"]))
-            break
+    in_files = (section.get("ckpt_path") for section in sections(words, subcommand))
+    paths = options(words, "--ckpt_path") or [str(path) for path in in_files if path is not None][:1]
     return paths[-1] if paths and paths[-1] != "null" else None
 
 
@@ -54,13 +55,34 @@ def sections(words: Sequence[str], subcommand: str | None) -> Iterator[dict[str,
 
 def data_options(words: Sequence[str], subcommand: str | None) -> list[str]:
     """Return the options of the named data module; the parser only knows ``--data``."""
-    named = options(words, "--data")
-    for section in sections(words, subcommand) if not named else ():
-        data = section.get("data")
-        if isinstance(data, dict) and isinstance(data.get("class_path"), str):
-            named.append(data["class_path"])
-            break
-    return [f"--data.{name}" for name in parameters(named[-1])] if named else []
+    in_files = (_value(section, ("data", "class_path")) for section in sections(words, subcommand))
+    named = [*options(words, "--data")[-1:], *(each for each in in_files if isinstance(each, str))]
+    return [f"--data.{name}" for name in parameters(named[0])] if named else []
+
+
+def import_encoders(words: Sequence[str], subcommand: str | None) -> None:
+    """Import the modules of encoders that are named by class path."""
+    found = [
+        (tower, class_path)
+        for architecture in _architectures(words, subcommand)
+        for tower in ("image", "text")
+        if isinstance(class_path := _value(architecture, (tower, "class_path")), str)
+    ]
+    for tower, class_path in dict.fromkeys(found):
+        module = class_path.rpartition(".")[0]
+        if module:  # without one, the architecture's own check says what is wrong
+            import_modules([module], f"architecture.{tower}: {class_path}")
+
+
+def _architectures(words: Sequence[str], subcommand: str | None) -> Iterator[Any]:
+    """Yield the architectures in YAML files and on the command line, or the part of one that an option sets."""
+    for section in sections(words, subcommand):
+        yield _value(section, ("model", "architecture"))
+    for option in ("--model.architecture", "--model.init_args.architecture"):
+        for tower in ("", "image", "text"):
+            for text in options(words, f"{option}.{tower}".rstrip(".")):
+                with suppress(yaml.YAMLError):  # the parser says so
+                    yield {tower: parse_yaml(text)} if tower else parse_yaml(text)
 
 
 def part_options(model: type, words: Sequence[str], subcommand: str | None) -> list[str]:
@@ -85,23 +107,17 @@ def check_encoder_options(words: Sequence[str], subcommand: str | None) -> None:
             encoder: Any = section
             for key in word[2:].split(".")[:3]:
                 encoder = encoder.get(key) if isinstance(encoder, dict) else None
-            others = isinstance(encoder, dict) and ({"timm", "hugging_face", "class_path"} & encoder.keys())
-            if others or (isinstance(encoder, dict) and isinstance(encoder.get("layers"), list)):  # a ResNet's stages
-                option = word.partition("=")[0]
-                raise InputError(
-                    f"{option}: single settings of this encoder cannot be set on the command line; set them in the "
-                    "YAML file"
-                )
+            encoder = encoder if isinstance(encoder, dict) else {}
+            others = {"timm", "hugging_face", "class_path"} & encoder.keys()
+            require(
+                not others and not isinstance(encoder.get("layers"), list),  # a ResNet's stages
+                f"{word.partition('=')[0]}: single settings of this encoder cannot be set on the command line; set "
+                "them in the YAML file",
+            )
 
 
 def named_class(words: Sequence[str], subcommand: str | None, *keys: str) -> str | None:
-    """Return the class named for ``--model``, or for one of its parts; a typed one, or that of the last YAML file.
-
-    Args:
-        words: the command line.
-        subcommand: such as ``fit``.
-        keys: such as ``model``, ``optimizer``.
-    """
+    """Return the class named for ``--model``, or for one of its parts; a typed one, or that of the last YAML file."""
     typed = [parse_yaml(value) for value in options(words, f"--{'.'.join(keys)}")]
     in_files = (_value(section, keys) for section in sections(words, subcommand))
     for value in (*reversed(typed), *in_files):
@@ -135,13 +151,6 @@ def model_defaults(
     """Return the defaults of the model's arguments: packaged ones, a checkpoint's, and each part's class.
 
     A part whose class is named keeps nothing of another class's settings.
-
-    Args:
-        model: the class whose arguments these are; a subclass that is named may have more.
-        words: the command line.
-        subcommand: such as ``fit``.
-        packaged: settings of :data:`lit_clip.cli.packaged_defaults.DEFAULTS`; parts are of the default classes.
-        saved: a checkpoint's plain settings, among which are no parts.
     """
     named = named_class(words, subcommand, "model")
     hints = hints_of(model) | (hints_of(imported) if named and (imported := imported_class(named)) else {})
@@ -165,11 +174,11 @@ def model_defaults(
 def _other_settings(words: Sequence[str], subcommand: str | None, part: str, named: str) -> bool:
     """Return whether a file sets, without a class, what the class that is named elsewhere does not have."""
     known = parameters(named)
-    for section in sections(words, subcommand):
-        value = _value(section, ("model", part))
-        if isinstance(value, Mapping) and "class_path" not in value and value.get("init_args", value).keys() - known:
-            return True
-    return False
+    values = (_value(section, ("model", part)) for section in sections(words, subcommand))
+    return any(
+        isinstance(value, Mapping) and "class_path" not in value and value.get("init_args", value).keys() - known
+        for value in values
+    )
 
 
 def _same_class(named: str, saved: str) -> bool:

@@ -23,14 +23,9 @@ PREFIX = "--trainer.callbacks"
 
 
 class Typed(NamedTuple):
-    """An option of a callback as typed.
+    """An option of a callback as typed."""
 
-    Attributes:
-        option: such as ``--trainer.callbacks.EMA.decay``.
-        value: what follows it.
-    """
-
-    option: str
+    option: str  # such as --trainer.callbacks.EMA.decay
     value: str
 
 
@@ -81,17 +76,12 @@ def as_typed(values: Any, saved: Any) -> Any:
 def callbacks_option(callbacks: Any, options: Sequence[Typed], defaults: Callable[[], Sequence[Any]]) -> str:
     """Return the option that gives a configuration's callbacks the options that were taken.
 
-    Args:
-        callbacks: ``trainer.callbacks`` as plain values.
-        options: from :func:`take_options`.
-        defaults: returns the callbacks that every run has; one is added if an option names it.
+    Of the ``defaults``, the callbacks that every run has, one is added if an option names it.
     """
     listed = callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
     listed = [deepcopy(dict(each)) if isinstance(each, Mapping) else {"class_path": str(each)} for each in listed]
-    present, others = (
-        {_name(each) for each in listed},
-        [{"class_path": qualified_name(type(one))} for one in defaults()],
-    )
+    present = {_name(each) for each in listed}
+    others = [{"class_path": qualified_name(type(one))} for one in defaults()]
     every = [*listed, *(each for each in others if _name(each) not in present)]
     names = _numbered([_name(each) for each in every])
     for option, value in options:
@@ -141,7 +131,6 @@ def _find(option: str, names: list[str], every: list[dict[str, Any]], own: int) 
 
 
 def _numbered(names: list[str]) -> list[str]:
-    """Return names of which each is there once: those of several callbacks of one class get a number, from 1."""
     total = Counter(names)
     return [f"{name}.{names[: i + 1].count(name)}" if total[name] > 1 else name for i, name in enumerate(names)]
 

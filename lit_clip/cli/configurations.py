@@ -29,12 +29,7 @@ OWN = ("data", "model.loss")  # what a resumed run may have changed; the rest st
 
 
 def configuration(parser: Any, config: Any) -> Configuration:
-    """Return what two runs with the same configuration share: model, loss, class of the optimiser and data.
-
-    Args:
-        parser: of the command; it dumps ``config`` as it is saved, so that references stay what they are.
-        config: the command's settings.
-    """
+    """Return what two runs with the same configuration share: model, loss, class of the optimiser and data."""
     return _configuration(yaml.safe_load(parser.dump(config, skip_none=False)))
 
 
@@ -144,12 +139,7 @@ def joined(own: Configuration, before: Any) -> Configuration:
 
 
 def differences(ours: Configuration, saved: Any) -> list[str]:
-    """Return the names of the settings in which a checkpoint's configuration differs.
-
-    Args:
-        ours: of this command, or a part of it.
-        saved: what the checkpoint holds: anything, or None in one that no command has written.
-    """
+    """Return the names of the settings in which a checkpoint's configuration differs."""
     if ours and not isinstance(saved, Mapping):
         return ["not of this command"]
     return [name for name in ours if name in saved and not {*ours[name]} & {*_known(saved, name)}]

@@ -23,11 +23,8 @@ FIRST_METRICS = ("val/loss", "val/image_to_text_recall@1", "val/text_to_image_re
 def log_settings(loggers: Sequence[Logger], settings: Mapping[str, Any], metrics: Iterable[str] | None = None) -> None:
     """Write a run's settings into the event files of its TensorBoard loggers.
 
-    Args:
-        loggers: of the run.
-        settings: as they are saved.
-        metrics: at the end of the run, names of the curves whose last values are compared; None at its beginning.
-            Without the list, as of runs that were killed, the page offers all curves.
+    At the end of the run ``metrics`` names the curves whose last values are compared. Without that list, as of runs
+    that were killed, the page offers all curves.
     """
     # Imports TensorFlow where that is installed.
     from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData  # pyright: ignore[reportAttributeAccessIssue]  # generated
@@ -35,7 +32,8 @@ def log_settings(loggers: Sequence[Logger], settings: Mapping[str, Any], metrics
 
     flat = flat_settings(settings)
     compared = [name for name in metrics or () if name.startswith(("val/", "zero_shot/", "linear_probe/"))]
-    ordered = dict.fromkeys([*(name for name in FIRST_METRICS if name in compared), *sorted(compared, key=_rank)], 0.0)
+    compared.sort(key=lambda name: (not name.endswith("/top1"), name))  # accuracies first
+    ordered = dict.fromkeys([*(name for name in FIRST_METRICS if name in compared), *compared], 0.0)
     lists, beginning, end = hparams(flat, ordered)
     plugin = lists.value[0].metadata.plugin_data
     data = HParamsPluginData.FromString(plugin.content)
@@ -49,11 +47,6 @@ def log_settings(loggers: Sequence[Logger], settings: Mapping[str, Any], metrics
             for summary in (beginning,) if metrics is None else (lists, end):
                 writer.add_summary(summary, 0)
             writer.flush()
-
-
-def _rank(metric: str) -> tuple[bool, str]:
-    """Return a key by which metrics are sorted: accuracies first."""
-    return not metric.endswith("/top1"), metric
 
 
 def flat_settings(settings: Mapping[str, Any]) -> dict[str, bool | float | str]:

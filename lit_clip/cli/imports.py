@@ -5,17 +5,14 @@ A module that only a checkpoint names is never imported.
 
 import importlib
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from lit_clip.errors import InputError
 from lit_clip.models.custom_config import how_to_import
-from lit_clip.tools.text_files import parse_yaml
 
 OPTION = "--import"
 
@@ -56,12 +53,7 @@ def command_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def import_modules(modules: Iterable[str], why: str) -> None:
-    """Import modules; what their own code raises is passed on.
-
-    Args:
-        modules: their names.
-        why: the option or key that names them, for messages.
-    """
+    """Import modules; what their own code raises is passed on."""
     for module in modules:
         parts = module.split(".")
         if not all(part.isidentifier() for part in parts):
@@ -79,19 +71,6 @@ def import_modules(modules: Iterable[str], why: str) -> None:
             ) from error
 
 
-def import_encoders(words: Sequence[str], sections: Iterable[Mapping[str, Any]]) -> None:
-    """Import the modules of encoders that are named by class path.
-
-    Args:
-        words: the command line.
-        sections: a subcommand's settings in YAML files.
-    """
-    for tower, class_path in dict.fromkeys([*_in_files(sections), *_typed(words)]):
-        module = class_path.rpartition(".")[0]
-        if module:  # without one, the architecture's own check says what is wrong
-            import_modules([module], f"architecture.{tower}: {class_path}")
-
-
 def check_not_imported_by(architecture: Any, path: str) -> None:
     """Refuse a checkpoint's architecture that names a module, in any place: the parser would import it."""
     from lit_clip.tools.untrusted import class_paths_within  # imports torch
@@ -99,34 +78,3 @@ def check_not_imported_by(architecture: Any, path: str) -> None:
     for name in class_paths_within(architecture):
         if name.rpartition(".")[0] not in sys.modules:
             raise InputError(f"{path}: its architecture names {name}, which is not imported; {how_to_import(name)}")
-
-
-def _in_files(sections: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    for section in sections:
-        model = _mapping(section.get("model"))
-        for settings in (model, _mapping(model.get("init_args"))):
-            yield from _class_paths(settings.get("architecture"))
-
-
-def _typed(words: Sequence[str]) -> Iterator[tuple[str, str]]:
-    for i, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        keys = [key for key in name.removeprefix("--").split(".") if key != "init_args"]
-        if keys[:2] != ["model", "architecture"] or len(keys) > 3:
-            continue
-        try:
-            settings = parse_yaml(value if equals else " ".join(words[i + 1 : i + 2]))
-        except yaml.YAMLError:  # the parser says so
-            continue
-        yield from _class_paths({keys[2]: settings} if len(keys) == 3 else settings)
-
-
-def _class_paths(architecture: Any) -> Iterator[tuple[str, str]]:
-    for tower in ("image", "text"):
-        class_path = _mapping(_mapping(architecture).get(tower)).get("class_path")
-        if isinstance(class_path, str):
-            yield tower, class_path
-
-
-def _mapping(value: Any) -> Mapping[str, Any]:
-    return value if isinstance(value, Mapping) else {}

@@ -17,32 +17,14 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
+from lit_clip.cli import argv, references
 from lit_clip.cli.argument_types import register_types
-from lit_clip.cli.argv import (
-    check_class,
-    check_encoder_options,
-    checkpoint_path,
-    data_options,
-    model_defaults,
-    named_class,
-    options,
-    part_options,
-    sections,
-)
 from lit_clip.cli.callback_options import Typed, as_typed, callbacks_option, take_options
 from lit_clip.cli.configurations import configuration, differences, evaluated, saved_configuration
-from lit_clip.cli.imports import check_not_imported_by, command_words, import_encoders
+from lit_clip.cli.imports import check_not_imported_by, command_words
 from lit_clip.cli.loggers import check_loggers, log_no_secrets, logger_errors
 from lit_clip.cli.packaged_defaults import use_packaged_defaults
 from lit_clip.cli.plain_help import PlainHelp, print_section_help, short_help
-from lit_clip.cli.references import (
-    MODE,
-    check_settings_are_whole,
-    dumping,
-    dumping_values,
-    forget_references,
-    use_references,
-)
 from lit_clip.cli.run_folders import run_folders
 from lit_clip.cli.save_config import SaveConfig
 from lit_clip.errors import InputError, require
@@ -84,7 +66,7 @@ class Parser(LightningArgumentParser):
         return short_help(self, self.command) if self.command else super().format_help(*args, **options)
 
     def dump(self, *args: Any, **options: Any) -> str:
-        with dumping(self):
+        with references.dumping(self):
             return super().dump(*args, **options)
 
 
@@ -111,33 +93,33 @@ class CLI(PlainCLI):
         if isinstance(args, list):  # a configuration is printed with all options
             args = [word for word in words if not of_callbacks or not word.startswith("--print_config")]
         subcommand = next((word for word in words if word in self.parsers), None)
-        import_encoders(words, sections(words, subcommand))
-        check_encoder_options(words, subcommand)
-        path, saved, packaged = checkpoint_path(words, subcommand), {}, {}
+        argv.import_encoders(words, subcommand)
+        argv.check_encoder_options(words, subcommand)
+        path, saved, packaged = argv.checkpoint_path(words, subcommand), {}, {}
         require(path not in ("", "best"), f"--ckpt_path {path}: give a checkpoint's path, or last for the newest")
         if subcommand and path and path not in NEWEST:
             saved = _settings_of(path)
         known = self.parsers.get(subcommand or "", parser)
-        self.uses_packaged_defaults = subcommand is not None and not options(words, "--config", "-c")
+        self.uses_packaged_defaults = subcommand is not None and not argv.options(words, "--config", "-c")
         if self.uses_packaged_defaults:
             packaged = use_packaged_defaults(known, words)
-        defaults = model_defaults(LitCLIP, words, subcommand, packaged, saved)
+        defaults = argv.model_defaults(LitCLIP, words, subcommand, packaged, saved)
         if self.subclass_mode_model:
-            named = named_class(words, subcommand, "model")
+            named = argv.named_class(words, subcommand, "model")
             known.set_defaults({"model": {"class_path": named, "init_args": defaults}})
         else:
             known.set_defaults({f"model.{name}": value for name, value in defaults.items()})
         print_section_help(known, words)
         if subcommand in ("validate", "test"):
             known.set_defaults(verbose=False)  # our table shows it, with the baselines
-        forget_references()
+        references.forget_references()
         try:
             with hinting(
                 words,
                 lambda: [
-                    *options_of(known),
-                    *data_options(words, subcommand),
-                    *part_options(LitCLIP, words, subcommand),
+                    *(each for each in options_of(known) if each != "--trainer.min_epochs"),  # --epochs is the other
+                    *argv.data_options(words, subcommand),
+                    *argv.part_options(LitCLIP, words, subcommand),
                 ],
                 f"lit-clip {subcommand or 'fit'} --help",
             ):
@@ -157,11 +139,11 @@ class CLI(PlainCLI):
         self, parser: LightningArgumentParser, words: list[str], subcommand: str, of_callbacks: Sequence[Typed]
     ) -> None:
         """Parse again with the named options of callbacks, or the newest checkpoint; leave out what that replaces."""
-        known, path = self.parsers[subcommand], checkpoint_path(words, subcommand)
-        check_settings_are_whole(self.config[subcommand].as_dict())
+        known, path = self.parsers[subcommand], argv.checkpoint_path(words, subcommand)
+        references.check_settings_are_whole(self.config[subcommand].as_dict())
         if of_callbacks:
             saved = _callbacks(known, self.config[subcommand])
-            with dumping_values():
+            with references.dumping():
                 callbacks = as_typed(_callbacks(known, self.config[subcommand]), saved)
             self.parse_arguments(parser, [*words, callbacks_option(callbacks, of_callbacks, _default_callbacks())])
             return
@@ -216,7 +198,7 @@ class CLI(PlainCLI):
 
     def dumping(self) -> AbstractContextManager[None]:
         """Keep the settings that modules get as hyper-parameters, and may use: no references."""
-        return dumping_values()
+        return references.dumping()
 
     def instantiate_classes(self) -> None:
         with logger_errors():
@@ -281,16 +263,12 @@ class CLI(PlainCLI):
         return f"step {step} is saved; resume with: {resume_command(found, found.parent.parent)}"
 
     def before_validate(self) -> None:
-        self._warn_of_random_weights()
-
-    def before_test(self) -> None:
-        self._warn_of_random_weights()
-
-    def _warn_of_random_weights(self) -> None:
         if not self.model.starts_trained and not self.setting("ckpt_path"):
             rank_zero_warn(
                 f"{self.subcommand}: evaluates random weights; set trained ones with --ckpt_path or --model.pretrained"
             )
+
+    before_test = before_validate
 
     def before_fit(self) -> None:
         """Print the plan only, or validate before the first step; a resumed run has those metrics in its checkpoint."""
@@ -321,8 +299,7 @@ class CLI(PlainCLI):
             # Without metrics before training, which belong to another run and maybe to other data.
             print_summary(self.trainer.callback_metrics, self.model.baselines)
 
-    def after_test(self) -> None:
-        self.after_validate()
+    after_test = after_validate
 
 
 def _model_of(settings: Any) -> Any:
@@ -359,12 +336,12 @@ def run(args: ArgsType = None, execute: bool = True) -> CLI:
     """Parse and run a command; errors that the user can fix are raised."""
     # Without this, absolute keys such as ${model.optimizer.lr} are looked up above the subcommand.
     register_types()
-    use_references()
+    references.use_references()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
     words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
-    model = named_class(words, next(iter(words), None), "model")
+    model = argv.named_class(words, next(iter(words), None), "model")
     if model is not None:
-        check_class(model, LitCLIP, "model")
+        argv.check_class(model, LitCLIP, "model")
     return CLI(
         LitCLIP,
         LightningDataModule,
@@ -376,7 +353,7 @@ def run(args: ArgsType = None, execute: bool = True) -> CLI:
         # Data modules divide the samples among ranks themselves, each exactly once. The plan replaces the summary.
         trainer_defaults={"use_distributed_sampler": False, "enable_model_summary": False},
         parser_kwargs={
-            "parser_mode": MODE,
+            "parser_mode": references.MODE,
             "exit_on_error": False,
             "allow_abbrev": False,
         },

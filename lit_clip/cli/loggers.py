@@ -23,11 +23,7 @@ LOGGER_TYPE = "lightning.pytorch.loggers.logger.Logger"
 
 
 def check_loggers(loggers: Any) -> None:
-    """Check that the packages of the loggers are installed.
-
-    Args:
-        loggers: ``trainer.logger`` of a configuration.
-    """
+    """Check that the packages of the loggers are installed."""
     for logger in loggers if isinstance(loggers, list) else [loggers]:
         class_path = str(logger.get("class_path")) if hasattr(logger, "get") else ""
         module = MODULES.get(class_path.rpartition(".")[2])
@@ -49,6 +45,7 @@ def check_answers(address: str) -> None:
     for trial in reversed(range(TRIALS)):
         try:
             urlopen(server, timeout=PATIENCE).close()  # noqa: S310  # of http or https
+            return
         except (HTTPError, HTTPException, ValueError):  # an answer, or what MLflow's own client has to judge
             return
         except OSError as error:
@@ -61,8 +58,6 @@ def check_answers(address: str) -> None:
                     "tracking_uri"
                 ) from error
             time.sleep(1)
-        else:
-            return
 
 
 @contextmanager

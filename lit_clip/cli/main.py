@@ -13,14 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from lit_clip.cli import other_names, subcommands
-from lit_clip.cli.imports import (
-    OPTION,
-    command_words,
-    find_stubs_without_a_program,
-    find_working_folder,
-    import_modules,
-)
+from lit_clip.cli import imports, subcommands
 from lit_clip.cli.lazy_torchmetrics import defer_torchmetrics
 from lit_clip.errors import InputError, printable
 from lit_clip.tools.guarded_output import guard_messages, open_closed_streams
@@ -35,6 +28,8 @@ CONFIGURED = {
     "test": "The same metrics on the test data.",
     "predict": "Features of the data's images and captions, for Python callers.",
 }
+# Other tools' names of commands, which are spelt too differently to be suggested.
+ELSEWHERE = {"train": "fit", "finetune": "fit", "fine-tune": "fit", "zero-shot": "evaluate", "benchmark": "evaluate"}
 BEFORE_COMMAND = ("-h", "--help", "-c", "--config", "--print_config")  # options that a command may follow
 EXAMPLES = (
     "lit-clip fit --data.train captions.csv",
@@ -72,7 +67,6 @@ def help_text() -> str:
 
 
 def _described(commands: Mapping[str, str]) -> Iterator[str]:
-    """Yield the lines of a list of commands with their descriptions."""
     for name, line in commands.items():
         yield textwrap.fill(f"  {name:10} {line}", HELP_WIDTH, subsequent_indent=" " * 13, break_on_hyphens=False)
 
@@ -95,7 +89,7 @@ def _check_command(words: Sequence[str]) -> None:
     if not words:
         raise InputError(f"no command given; use one of {', '.join(known)}")
     if words[0] not in known and not words[0].startswith("-"):
-        instead = other_names.command_for(words[0])
+        instead = ELSEWHERE.get(words[0].replace("_", "-"))
         near = [instead] if instead else get_close_matches(words[0], known, n=1)
         hint = f"did you mean {near[0]}?" if near else f"use one of {', '.join(known)}"
         raise InputError(f"unknown command {words[0]!r}; {hint}")
@@ -108,13 +102,12 @@ def _check_command(words: Sequence[str]) -> None:
 
 
 def _run(words: list[str]) -> int:
-    """Run a command and return the exit code."""
-    find_working_folder()
-    modules, words = command_words(words)
+    imports.find_working_folder()
+    modules, words = imports.command_words(words)
     _check_command(words)
-    import_modules(modules, OPTION)
+    imports.import_modules(modules, imports.OPTION)
     if words[0] not in ("-h", "--help"):
-        find_stubs_without_a_program()
+        imports.find_stubs_without_a_program()
     if not {"-h", "--help"}.intersection(words) and words[0] not in WITHOUT_WORKERS:
         check_open_files()
     if words[0] in ("-h", "--help"):
@@ -122,7 +115,6 @@ def _run(words: list[str]) -> int:
     elif words[0] in subcommands.COMMANDS:
         subcommands.run_command(words)
     else:
-        other_names.check_options(words[1:])
         from lit_clip.cli.lightning import run_until_signal
 
         return run_until_signal()
@@ -155,6 +147,6 @@ def main() -> None:
     if "torch" in sys.modules:
         from lit_clip import distributed
 
-        distributed.leave(code)
+        distributed.exit_process(code)
     if code:
         sys.exit(code)

@@ -14,10 +14,6 @@ def use_packaged_defaults(parser: Any, words: Sequence[str]) -> dict[str, Any]:
     """Make the settings of :data:`DEFAULTS` a parser's defaults, except the model's, which are returned.
 
     With ``--model.pretrained`` there are none of the model: they are for training from scratch.
-
-    Args:
-        parser: of one of LightningCLI's commands.
-        words: the command line as typed.
     """
     settings = read_yaml(DEFAULTS)
     if any(word.partition("=")[0] == "--model.pretrained" for word in words):

@@ -5,7 +5,7 @@ import shutil
 import sys
 import textwrap
 from argparse import SUPPRESS, Action
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from copy import copy
 from types import SimpleNamespace
 from typing import Any
@@ -31,12 +31,7 @@ class PlainHelp(DefaultHelpFormatter):
 
 
 def short_help(parser: Any, command: str) -> str:
-    """Return a line for each option of a command, with the first sentence of its help.
-
-    Args:
-        parser: of the command.
-        command: such as ``lit-clip fit``.
-    """
+    """Return a line for each option of a command, with the first sentence of its help."""
     width = shutil.get_terminal_size().columns
     lines = [f"usage: {command} [--config FILE] [options]", ""]
     for group in parser._action_groups:
@@ -68,15 +63,12 @@ def _line(action: Action, width: int) -> str:
 
 
 def print_section_help(parser: Any, words: Sequence[str]) -> None:
-    """Print the complete help of the options below the first ``--OPTION.help`` that is no option itself, and exit.
-
-    Args:
-        parser: of a command.
-        words: the command line.
-    """
+    """Print the complete help of the options below the first ``--OPTION.help`` that is no option itself, and exit."""
     known = {name for action in parser._actions for name in action.option_strings}
     for asked in (word.removesuffix(SECTION) for word in words if word.endswith(SECTION) and word not in known):
-        actions = [action for action in parser._actions if _below(action.option_strings, asked)]
+        actions = [
+            each for each in parser._actions if any(f"{name}.".startswith(f"{asked}.") for name in each.option_strings)
+        ]
         if actions:
             section = copy(parser)
             section.command, section.usage, section.description = None, SUPPRESS, None
@@ -85,7 +77,3 @@ def print_section_help(parser: Any, words: Sequence[str]) -> None:
             ]
             sys.stdout.write(section.format_help())
             sys.exit(0)
-
-
-def _below(names: Iterable[str], asked: str) -> bool:
-    return any(name == asked or name.startswith(f"{asked}.") for name in names)

@@ -22,16 +22,8 @@ from omegaconf.base import Container
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
+from lit_clip import secrets
 from lit_clip.errors import InputError, require
-from lit_clip.secrets import (
-    is_hidden,
-    is_secret,
-    is_secret_in_address,
-    reference,
-    remember,
-    without_passwords,
-    without_secrets,
-)
 from lit_clip.tools.text_files import check_yaml
 
 MOST_RESOLVED = 5_000  # values that references may stand for, with those that these stand for
@@ -72,9 +64,9 @@ def check_settings_are_whole(settings: Any, place: tuple[Any, ...] = ()) -> None
     if isinstance(settings, str):
         option = ".".join(str(key) for key in place if key != "init_args")
         require(
-            not is_hidden(settings),
+            not secrets.is_hidden(settings),
             f"{option}: *** stands for a secret that was not saved; type --{option} with it, or with "
-            f"{reference('NAME')} in its place",
+            f"{secrets.reference('NAME')} in its place",
         )
     for key, value in _items(settings):
         check_settings_are_whole(value, (*place, key))
@@ -88,19 +80,9 @@ def with_environment(text: Any) -> Any:
 
 
 @contextmanager
-def dumping(parser: Any) -> Iterator[None]:
-    """Within this context a parser writes a configuration; the outermost one writes references, and no passwords."""
+def dumping(parser: Any = None) -> Iterator[None]:
+    """Within this context a parser writes references, and no passwords; without ``parser`` values as they are."""
     token = _writing.set((*_writing.get(), getattr(parser, "subcommand", None)))
-    try:
-        yield
-    finally:
-        _writing.reset(token)
-
-
-@contextmanager
-def dumping_values() -> Iterator[None]:
-    """Within this context a parser writes a configuration's values as they are."""
-    token = _writing.set((*_writing.get(), None))
     try:
         yield
     finally:
@@ -117,12 +99,12 @@ def _dump(data: Any) -> str:
 def _with_references(value: Any, place: tuple[Any, ...]) -> Any:
     text, was_null = _noted.get(place, ("", False))
     if text and (value is not None or was_null):
-        return without_passwords(text)
+        return secrets.without_passwords(text)
     if isinstance(value, Mapping):
         return {key: _with_references(item, (*place, key)) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_with_references(item, (*place, number)) for number, item in enumerate(value)]
-    return without_secrets(value) if isinstance(value, str) else value
+    return secrets.without_secrets(value) if isinstance(value, str) else value
 
 
 def _load(text: str) -> Any:
@@ -141,16 +123,16 @@ def _read_environment(*arguments: Any) -> Any:
 def _remember_secrets(reads: list[tuple[str, str]], setting: str, text: Any) -> None:
     """Hide values of variables in messages that are secrets by themselves, by their setting or in its address."""
     for name, value in reads:
-        in_address = isinstance(text, str) and bool(value) and is_secret_in_address(value, text)
-        if in_address or is_secret(name, value) or is_secret(setting, ""):
-            remember(value, reference(name))
+        in_address = isinstance(text, str) and bool(value) and secrets.is_secret_in_address(value, text)
+        if in_address or secrets.is_secret(name, value) or secrets.is_secret(setting, ""):
+            secrets.remember(value, secrets.reference(name))
 
 
 def _resolve(parser: Any, settings: Any) -> Any:
     """Return settings without references, and note those that the environment has a part in; see `omegaconf_apply`."""
     if "${" not in str(settings):
         return settings
-    with parser_context(path_dump_preserve_relative=True), dumping_values():
+    with parser_context(path_dump_preserve_relative=True), dumping():
         text = parser.dump(settings, skip_validation=True, skip_unset=False, skip_link_targets=False)
     return parser._apply_actions(_Resolution().run(text))
 

@@ -19,9 +19,6 @@ def run_folders(config: Any) -> list[Path]:
     """Return the folders, and single checkpoint files, to search for a configuration's checkpoints.
 
     ``ModelCheckpoint`` keeps them in its ``dirpath``, or else in the folder of the first logger's run.
-
-    Args:
-        config: of one of LightningCLI's commands.
     """
     trainer = config["trainer"]
     root = Path(trainer["default_root_dir"] or ".")
@@ -62,7 +59,6 @@ def _mlflow_runs(named: Mapping[str, Any], root: Path) -> list[Path]:
 
 
 def _first_logger(trainer: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
-    """Return the name of the first logger's class and its arguments."""
     logger = _listed(trainer["logger"])[0]
     if not isinstance(logger, Mapping):
         return ON_DISK[0], {}

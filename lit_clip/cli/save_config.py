@@ -67,11 +67,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 def save_text(path: Path, text: str) -> Path:
-    """Write a text file under the first of ``name``, ``name-v1``, ... that is free or has this text.
-
-    Returns:
-        the file, which is the newest of them.
-    """
+    """Write a text file under the first of ``name``, ``name-v1``, ... that is free or has this text; return it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     candidate, version = path, 0
     while candidate.exists() and candidate.read_text(encoding="utf-8") != text:

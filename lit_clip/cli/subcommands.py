@@ -83,6 +83,5 @@ def run_command(words: Sequence[str]) -> None:
 
 
 def _underscores(word: str) -> str:
-    """Replace dashes in an option's name by underscores."""
     option, equals, value = word.partition("=")
     return option.replace("-", "_").replace("__", "--", 1) + equals + value if option.startswith("--") else word

@@ -137,7 +137,7 @@ class StoredRows:
             raise not_written(self.folder, error) from error
         self._mark_in_time()
 
-    def refuse(self, rows: Sequence[int]) -> None:
+    def mark_unusable(self, rows: Sequence[int]) -> None:
         """Mark rows that cannot be computed."""
         self._open()
         self._pending.update(dict.fromkeys(rows, UNUSABLE_MARK))

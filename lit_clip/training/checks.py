@@ -1,11 +1,11 @@
-"""Refuse, before the first step, settings that would not train what they say."""
+"""Settings that would not train what they say: refused before the first step, or named below the plan."""
 
 import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from lightning.fabric.plugins import CheckpointIO, XLACheckpointIO
+from lightning.fabric.plugins import XLACheckpointIO
 from lightning.pytorch import callbacks, plugins, strategies
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
@@ -16,44 +16,42 @@ from torch import nn
 
 from lit_clip.errors import InputError, require
 from lit_clip.losses.pairwise import Sigmoid
+from lit_clip.training.lightning.checkpoint_io import wrapped
+from lit_clip.training.plan import RunPlan
 
 HALF = (torch.float16, torch.bfloat16)
 FAR_BELOW = -7.0  # logit_bias plus log batch; published SigLIPs have -2.5 to -6.4 at their own 32,768 pairs
+PAPER_BATCH = 32_768  # table 18
+PAPER_RATES = (3.6e-4, 5e-4)  # tables 19 and 20, from scratch; 5e-4 at 2,048 pairs too (the run on YFCC)
+PAPER_FINE_TUNING_RATE = 2e-5  # table 20: ViT-L/14 for one more epoch at 336 pixels
+FAR = 10
+FEW_FOR_BATCH_NORM = 16
 
 
 class Refusal(NamedTuple):
-    """A part of Lightning that would not do here what its name says.
-
-    Attributes:
-        kind: its class.
-        why: what would happen.
-        instead: what to do.
-        exactly: whether subclasses are accepted, which may mend it.
-        when: of the trainer; the others are accepted.
-    """
+    """A part of Lightning that would not do here what its name says."""
 
     kind: type
-    why: str
-    instead: str
-    exactly: bool = False
-    when: Callable[[Any], bool] = lambda trainer: True
+    why: str  # it is refused
+    instead: str  # what to do
+    exactly: bool = False  # subclasses are accepted, which may mend it
+    when: Callable[[Any], bool] = lambda trainer: True  # of the trainer; the others are accepted
 
 
-_AVERAGE = (
-    "would validate an average before its first update, and callbacks behind it would evaluate other weights",
-    "use callbacks.EMA",
-)
-_UNTESTED = "has not been tried with this package"
+_AVERAGE = "would validate an average before its first update, and callbacks behind it would evaluate other weights"
+_SCALAR, _UNTESTED = "cannot shard the temperature, a scalar", "has not been tried with this package"
+_LAYERS = "would replace the linear layers"
 _OTHER_STRATEGY = "use ddp, or lit_clip.training.lightning.fsdp.FSDP"
+_MIXED, _EMA = "set trainer.precision to bf16-mixed", "use callbacks.EMA"
 
 # docs/evidence/combinations.md lists them beside what works.
 REFUSED = (
-    Refusal(callbacks.WeightAveraging, *_AVERAGE, exactly=True),
-    Refusal(callbacks.EMAWeightAveraging, *_AVERAGE),
+    Refusal(callbacks.WeightAveraging, _AVERAGE, _EMA, exactly=True),
+    Refusal(callbacks.EMAWeightAveraging, _AVERAGE, _EMA),
     Refusal(
         callbacks.StochasticWeightAveraging,
         "would replace the schedule, and a resumed run would end with other weights",
-        "use callbacks.EMA",
+        _EMA,
     ),
     Refusal(
         callbacks.LearningRateFinder,
@@ -86,42 +84,30 @@ REFUSED = (
         "remove it (a signal saves anyway), and set ModelCheckpoint.every_n_train_steps",
         when=lambda trainer: trainer.world_size > 1,
     ),
-    Refusal(strategies.FSDPStrategy, "cannot shard the temperature, a scalar", _OTHER_STRATEGY, exactly=True),
-    Refusal(strategies.ModelParallelStrategy, "cannot shard the temperature, a scalar", _OTHER_STRATEGY),
+    Refusal(strategies.FSDPStrategy, _SCALAR, _OTHER_STRATEGY, exactly=True),
+    Refusal(strategies.ModelParallelStrategy, _SCALAR, _OTHER_STRATEGY),
     Refusal(strategies.DeepSpeedStrategy, _UNTESTED, _OTHER_STRATEGY),
     Refusal(XLAStrategy, _UNTESTED, "use ddp on GPUs"),
     Refusal(SingleDeviceXLAStrategy, _UNTESTED, "use a GPU"),
-    Refusal(plugins.BitsandbytesPrecision, "would replace the linear layers", "set trainer.precision to bf16-mixed"),
-    Refusal(
-        plugins.TransformerEnginePrecision, "would replace the linear layers", "set trainer.precision to bf16-mixed"
-    ),
-    Refusal(plugins.XLAPrecision, _UNTESTED, "set trainer.precision to bf16-mixed"),
+    Refusal(plugins.BitsandbytesPrecision, _LAYERS, _MIXED),
+    Refusal(plugins.TransformerEnginePrecision, _LAYERS, _MIXED),
+    Refusal(plugins.XLAPrecision, _UNTESTED, _MIXED),
     Refusal(XLACheckpointIO, _UNTESTED, "use lit_clip.training.lightning.checkpoint_io.WholeCheckpointIO"),
 )
 
 
 def check_parts(trainer: Any) -> None:
     """Check a trainer's callbacks, strategy and plugins, before any of them is set up."""
-    for option, part in _parts(trainer):
+    strategy = trainer.strategy
+    parts = [("trainer.callbacks", each) for each in trainer.callbacks]
+    parts += [("trainer.strategy", strategy), ("trainer.plugins", strategy.precision_plugin)]
+    for option, part in [*parts, *(("trainer.plugins", io) for io in wrapped(strategy.checkpoint_io))]:
         for refusal in REFUSED:
             found = type(part) is refusal.kind if refusal.exactly else isinstance(part, refusal.kind)
             if found and refusal.when(trainer):
                 if getattr(part, "_early_exit", False):  # Lightning's Tuner added it, and leaves it when fit raises
                     trainer.callbacks.remove(part)
                 raise InputError(f"{option}: {type(part).__name__} {refusal.why}; {refusal.instead}")
-
-
-def _parts(trainer: Any) -> Iterator[tuple[str, Any]]:
-    """Yield each part of a trainer with the option that sets it."""
-    for callback in trainer.callbacks:
-        yield "trainer.callbacks", callback
-    strategy = trainer.strategy
-    yield "trainer.strategy", strategy
-    yield "trainer.plugins", strategy.precision_plugin
-    io: CheckpointIO | None = strategy.checkpoint_io
-    while io is not None:  # one may wrap another
-        yield "trainer.plugins", io
-        io = getattr(io, "checkpoint_io", None)
 
 
 def check_counts(trainer: Any) -> None:
@@ -138,11 +124,28 @@ def check_counts(trainer: Any) -> None:
 def check_run(module: Any) -> None:
     """Check a module's trainer and weights before the first step."""
     trainer: Any = module.trainer  # its callbacks and data module are set by connectors
+    data = getattr(trainer, "datamodule", None)
     _check_master_weights(module, str(trainer.precision))
-    _check_accumulation(trainer)
-    _check_moves(module, getattr(trainer, "datamodule", None))
-    _check_negatives(module, getattr(trainer, "datamodule", None))
-    _check_bias(module, trainer)
+    planned = [each for each in trainer.callbacks if isinstance(each, GradientAccumulationScheduler)]
+    batches = max([trainer.accumulate_grad_batches, *(n for each in planned for n in each.scheduling.values())])
+    require(
+        batches == 1,
+        f"trainer.accumulate_grad_batches: {batches} adds no negatives, the point of a larger batch; "
+        f"set data.batch_size to {batches} times its value and model.micro_batch_size to the old data.batch_size",
+    )
+    name = "transfer_batch_to_device"
+    require(
+        not (data and is_overridden(name, module) and is_overridden(name, data)),
+        f"{type(module).__name__}.{name}: Lightning would not call it, because {type(data).__name__} has its own; use "
+        "on_before_batch_transfer or on_after_batch_transfer",
+    )
+    column = getattr(data, "negative_column", None)
+    require(
+        column is None or module.loss.uses_negatives,
+        f"data.columns.negative: {column!r} would have no effect, because {type(module.loss).__name__} does not use "
+        "hard negatives; leave it out, or use lit_clip.losses.Contrastive",
+    )
+    _check_bias(module, getattr(data, "train_batch_size", None), trainer.world_size)
     if not any(getattr(callback, "stops_at_non_finite", False) for callback in trainer.callbacks):
         rank_zero_warn(
             "nothing stops this run when its loss is not finite, and a resumed run draws other random numbers; pass "
@@ -171,42 +174,12 @@ def _check_master_weights(module: nn.Module, precision: str) -> None:
             )
 
 
-def _check_accumulation(trainer: Any) -> None:
-    planned = [each for each in trainer.callbacks if isinstance(each, GradientAccumulationScheduler)]
-    batches = max([trainer.accumulate_grad_batches, *(n for each in planned for n in each.scheduling.values())])
-    require(
-        batches == 1,
-        f"trainer.accumulate_grad_batches: {batches} adds no negatives, the point of a larger batch; "
-        f"set data.batch_size to {batches} times its value and model.micro_batch_size to the old data.batch_size",
-    )
-
-
-def _check_moves(module: Any, data: Any) -> None:
-    """Check that the module has no hook that Lightning replaces by the data module's, with a mere warning."""
-    name = "transfer_batch_to_device"
-    require(
-        not (data and is_overridden(name, module) and is_overridden(name, data)),
-        f"{type(module).__name__}.{name}: Lightning would not call it, because {type(data).__name__} has its own; use "
-        "on_before_batch_transfer or on_after_batch_transfer",
-    )
-
-
-def _check_negatives(module: Any, data: Any) -> None:
-    column = getattr(data, "negative_column", None)
-    require(
-        column is None or module.loss.uses_negatives,
-        f"data.columns.negative: {column!r} would have no effect, because {type(module.loss).__name__} does not use "
-        "hard negatives; leave it out, or use lit_clip.losses.Contrastive",
-    )
-
-
-def _check_bias(module: Any, trainer: Any) -> None:
+def _check_bias(module: Any, batch: int | None, world: int) -> None:
     """Warn of a sigmoid loss whose bias fits only far larger batches, see :class:`lit_clip.losses.Sigmoid`."""
-    batch = getattr(getattr(trainer, "datamodule", None), "train_batch_size", None)
     told = not isinstance(module.loss, Sigmoid) or module.loss.pretraining_batch is not None
     if told or not module.starts_trained or not batch:
         return
-    bias, pairs = float(module.model.logit_bias), batch * trainer.world_size
+    bias, pairs = float(module.model.logit_bias), batch * world
     if bias + math.log(pairs) < FAR_BELOW:
         rank_zero_warn(
             f"model.loss: logit_bias {bias:.1f} was learned with far larger batches than this one of {pairs:,} pairs: "
@@ -222,3 +195,58 @@ def check_lora_gradients(model: nn.Module) -> None:
             raise InputError(
                 f"model.lora: {name} has no effect, because its layer is never called; see model.lora.targets"
             )
+
+
+def contradictions(plan: RunPlan) -> Iterator[str]:
+    """Yield the contradictions in a plan, each a sentence that says what to change."""
+    steps, batch = plan.steps, plan.batch
+    if plan.accumulated != 1:
+        yield (
+            f"trainer.accumulate_grad_batches {plan.accumulated}: adds no negatives and is refused; "
+            "raise the batch size and set model.micro_batch_size"
+        )
+    if steps is not None and plan.warmup is not None and plan.warmup >= steps:
+        yield (
+            f"the run has {steps} {'step' if steps == 1 else 'steps'} and warm-up takes {plan.warmup}: lower "
+            "--model.lr_scheduler.warmup_steps (in Python lr_scheduler=partial(WarmupCosine, warmup_steps=...))"
+        )
+    ends = (plan.max_epochs or 0) * (plan.steps_per_epoch or 0)
+    if ends and plan.max_steps not in (None, ends):
+        by_steps = plan.max_steps is not None and plan.max_steps < ends
+        first, unreached = ("max_steps", "max_epochs") if by_steps else ("max_epochs", "max_steps")
+        yield (
+            f"trainer.max_steps {plan.max_steps} and max_epochs {plan.max_epochs} ({ends} steps) disagree: "
+            f"{first} ends the run; leave {unreached} out"
+        )
+    if plan.micro_batch and batch and plan.micro_batch > batch:
+        yield (
+            f"model.micro_batch_size {plan.micro_batch} exceeds the {batch} pairs per step of each rank: it has no "
+            "effect"
+        )
+    if plan.batch_norm and batch and batch // plan.parts < FEW_FOR_BATCH_NORM:
+        yield (
+            f"BatchNorm computes its statistics over {batch // plan.parts} pairs: set batch_size and "
+            f"model.micro_batch_size to at least {FEW_FOR_BATCH_NORM}"
+        )
+    yield from _far_rate(plan)
+    if plan.precision in ("16-true", "bf16-true"):
+        yield f"trainer.precision {plan.precision}: 16-bit weights lose small updates; use bf16-mixed"
+
+
+def _far_rate(plan: RunPlan) -> Iterator[str]:
+    """Warn of a learning rate of Adam or AdamW that is more than ten times away from the paper's.
+
+    From scratch it used 3.6e-4 to 5e-4 at 32,768 pairs (tables 19, 20) and 5e-4 at 2,048 too, so the batch hardly
+    matters; from pretrained weights 2e-5. Smaller rates are only suspicious with a batch as large as that.
+    """
+    rate, large = plan.learning_rate, (plan.global_batch or 0) >= 2048
+    if plan.lora or rate == 0 or "Adam" not in plan.optimizer["class_path"]:
+        return
+    low, high = (PAPER_FINE_TUNING_RATE,) * 2 if plan.pretrained else PAPER_RATES
+    if rate > FAR * high or (large and not plan.pretrained and rate < low / FAR):
+        start = "from pretrained weights" if plan.pretrained else "from scratch"
+        used = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        yield (
+            f"model.optimizer.lr {rate:g} is more than {FAR} times away from the paper's {start}, {used} at "
+            f"{PAPER_BATCH:,} pairs per step"
+        )

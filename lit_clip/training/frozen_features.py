@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_clip.distributed import maximum, rank_and_world
+from lit_clip.distributed import barrier, rank_and_world
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import described
 from lit_clip.models.finetuning import frozen_modules
@@ -91,9 +91,9 @@ def my_share(stored: StoredRows) -> np.ndarray:
             damaged += found
     if damaged:
         stderr().print(f"{stored.folder}: {damaged} of {len(mine)} stored rows are damaged and encoded again")
-    maximum(0)  # all ranks have compared
+    barrier()  # all ranks have compared
     absent = np.flatnonzero(stored.state() == ABSENT)
-    maximum(0)  # no rank may write before all know
+    barrier()  # no rank may write before all know
     return absent[rank::world]
 
 
@@ -105,7 +105,7 @@ def store_images(
         for batch in batches:
             if len(batch.rows):
                 stored.write(batch.rows, encoding.activations(prefix, batch.images))
-            stored.refuse(batch.unusable)
+            stored.mark_unusable(batch.unusable)
             advance(len(batch.rows) + len(batch.unusable))
 
 

@@ -14,84 +14,56 @@ from lit_clip.models.flops import tower_flops
 from lit_clip.models.layers import TOWERS, tower_blocks, tower_parameters
 from lit_clip.tools.parts import Description
 from lit_clip.training.activation_checkpointing import is_checkpointed
-from lit_clip.training.optim import batches_per_epoch, moments, total_steps
+from lit_clip.training.optimizers import state_per_weight
+from lit_clip.training.schedules import batches_per_epoch, total_steps
+
+# The methods by which a batch may get hard negatives.
+MAKE_BATCHES = (
+    *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer", "training_step"),
+    *("sources", "training_pairs", "train_dataloader"),
+)
+OURS = {"lightning", "lit_clip", "datamodules"}
 
 
 class Work(NamedTuple):
-    """Cost of one encoder.
+    """Cost of one encoder."""
 
-    Attributes:
-        forward: FLOPs of one sample; None if they cannot be counted.
-        trainable: whether any of its parameters is.
-    """
-
-    forward: int | None
-    trainable: bool
+    forward: int | None  # FLOPs of one sample; None if they cannot be counted
+    trainable: bool  # any of its parameters
 
 
 @dataclass
 class RunPlan:
-    """A run in numbers; None for what is unknown before it starts.
+    """A run in numbers; None for what is unknown before it starts."""
 
-    Attributes:
-        trainable: number of trainable parameters.
-        frozen: number of frozen parameters.
-        image: cost of the image encoder.
-        text: cost of the text encoder, for a text of full length.
-        embed_dim: channels of the features.
-        batch_norm: whether an encoder updates BatchNorm statistics.
-        devices: ranks on each node.
-        nodes: number of machines.
-        batch: pairs per step on each rank.
-        micro_batch: pairs encoded at once, as set.
-        checkpointed: share of the blocks that compute their activations again.
-        steps_per_epoch: of training.
-        steps: of the whole run.
-        pairs: number of training pairs.
-        warmup: steps of warm-up; None for a schedule without that setting.
-        learning_rate: the highest.
-        optimizer: class and settings.
-        lr_scheduler: class and settings.
-        loss: class and settings.
-        moments: numbers that the optimiser keeps for each weight; None if unknown.
-        pretrained: whether training starts from pretrained weights.
-        lora: whether a LoRA is trained, whose learning rates differ from the paper's.
-        accumulated: batches whose gradients are accumulated.
-        max_steps: as set.
-        max_epochs: as set.
-        precision: Lightning's.
-        trial: whether this is a ``fast_dev_run``, whose settings need not agree.
-        device: type of the device.
-    """
-
-    trainable: int
+    trainable: int  # number of parameters
     frozen: int
     image: Work
-    text: Work
+    text: Work  # for a text of full length
     embed_dim: int
-    batch_norm: bool
-    devices: int
+    batch_norm: bool  # whether an encoder updates its statistics
+    devices: int  # ranks on each node
     nodes: int
-    batch: int | None
-    micro_batch: int | None
-    checkpointed: float
+    batch: int | None  # pairs per step on each rank
+    micro_batch: int | None  # pairs encoded at once, as set
+    checkpointed: float  # share of the blocks that compute their activations again
     steps_per_epoch: int | None
-    steps: int | None
-    pairs: int | None
-    warmup: int | None
-    learning_rate: float
+    steps: int | None  # of the whole run
+    pairs: int | None  # for training
+    warmup: int | None  # steps; None for a schedule without that setting
+    learning_rate: float  # the highest
     optimizer: Description
     lr_scheduler: Description
     loss: Description
-    moments: int | None
-    pretrained: bool
-    lora: bool
-    accumulated: int
-    max_steps: int | None
+    moments: int | None  # numbers that the optimiser keeps for each weight
+    pretrained: bool  # whether training starts from pretrained weights
+    lora: bool  # whose learning rates differ from the paper's
+    accumulated: int  # batches whose gradients are accumulated
+    max_steps: int | None  # as set
     max_epochs: int | None
-    precision: str
-    trial: bool = False
-    device: str = "cpu"
+    precision: str  # Lightning's
+    trial: bool = False  # a fast_dev_run, whose settings need not agree
+    device: str = "cpu"  # its type
 
     @property
     def world(self) -> int:
@@ -148,12 +120,7 @@ def loss_bytes(batch: int, world: int, embed_dim: int, device: str = "cpu") -> t
     In tiles: the images' scaled features and gradient and the texts' gradient (B rows each); with several ranks the
     gathered texts, kept from the forward to the backward pass, and their gradient (N rows each); four numbers for each
     row and column; three tiles. Dense: two B x N matrices of logits and their gradients, as in open_clip's local loss.
-
-    Args:
-        batch: B, pairs of one rank.
-        world: number of ranks; N = B * world.
-        embed_dim: channels of the features.
-        device: type of the device, which decides the tile.
+    B is ``batch``, the pairs of one rank, and N those of all; the device's type decides the tile.
     """
     total = batch * world
     gathered = 0 if world == 1 else 2 * total
@@ -171,6 +138,7 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
     per_epoch = batches_per_epoch(trainer)
     hparams, parts, model = module.hparams, module.parts, module.model
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    blocks = [block for tower in TOWERS for block in tower_blocks(model, tower)]
     norms = (layer for layer in model.modules() if isinstance(layer, _BatchNorm))
     return RunPlan(
         trainable=sum(size for size, trainable in sizes if trainable),
@@ -182,7 +150,7 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         nodes=trainer.num_nodes,
         batch=getattr(data, "train_batch_size", None),
         micro_batch=hparams.micro_batch_size,
-        checkpointed=_checkpointed_share(model),
+        checkpointed=sum(map(is_checkpointed, blocks)) / len(blocks),
         steps_per_epoch=per_epoch,
         trial=bool(getattr(trainer, "fast_dev_run", False)),
         steps=None if per_epoch is None else total_steps(trainer),
@@ -192,7 +160,7 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         optimizer=parts["optimizer"],
         lr_scheduler=parts["lr_scheduler"],
         loss=parts["loss"],
-        moments=moments(module.optimization.optimizer),
+        moments=state_per_weight(module.optimization.optimizer),
         pretrained=module.starts_trained,
         lora=bool(hparams.lora),
         accumulated=trainer.accumulate_grad_batches,
@@ -201,11 +169,6 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         precision=str(trainer.precision),
         device=trainer.strategy.root_device.type,
     )
-
-
-def _checkpointed_share(model: Any) -> float:
-    blocks = [block for tower in TOWERS for block in tower_blocks(model, tower)]
-    return sum(is_checkpointed(block) for block in blocks) / len(blocks)
 
 
 def tower_work(model: Any) -> tuple[Work, Work]:
@@ -223,3 +186,28 @@ def _forward_flops(tower: nn.Module, inputs: Tensor) -> int | None:
         return tower_flops(tower, inputs)
     except Exception:  # whatever external encoders raise
         return None
+
+
+def even_batches(trainer: "Trainer", negatives: bool) -> int | None:
+    """Return the number of pairs in each rank's every training batch, if the data module guarantees it; else None.
+
+    It does if bad samples end the run (``on_error: error``) and its sampler divides global batches among the ranks.
+    If hard negatives matter, files must be known to have none, as their number may differ, and no hook may add them.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    if getattr(data, "on_error", None) != "error":
+        return None
+    if negatives and not (getattr(data, "negative_column", "unknown") is None and isinstance(data.train, str)):
+        return None
+    if negatives and _makes_batches(trainer.lightning_module, data):
+        return None
+    sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
+    world = getattr(sampler, "world", None)
+    return getattr(sampler, "batch_size", None) if world == trainer.world_size else None
+
+
+def _makes_batches(*owners: Any) -> bool:
+    """Return whether a method of a module or data module by which a batch may get hard negatives is not one of ours."""
+    methods = [getattr(owner, name, None) for owner in owners for name in MAKE_BATCHES]
+    packages = {str(getattr(method, "__module__", "")).partition(".")[0] for method in methods if method is not None}
+    return not packages <= OURS

@@ -4,7 +4,7 @@ from rich.table import Table
 
 from lit_clip.tools.console import Console
 from lit_clip.tools.parts import shown
-from lit_clip.training.contradictions import contradictions
+from lit_clip.training.checks import contradictions
 from lit_clip.training.plan import RunPlan
 
 FEW_PAIRS = 3_500  # docs/evidence/recipes.md: pretrained encoders were measured with up to 3,068 pairs,
@@ -37,9 +37,8 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
     rows.append((kept, _bytes(plan.state_bytes) + " on each rank without sharding" * several))
     if plan.loss_bytes is not None:
         tiled, dense = plan.loss_bytes
-        instead = (
-            f" (with a similarity matrix: {_bytes(dense)})" if dense > tiled else ""
-        )  # it is smaller for a small batch
+        # For a small batch the matrix is smaller.
+        instead = f" (with a similarity matrix: {_bytes(dense)})" if dense > tiled else ""
         rows.append(("memory of the loss", _bytes(tiled) + " on each rank" * several + instead))
         rows.append(("pairs per step", _pairs_a_step(plan)))
     if plan.steps is not None:
@@ -81,16 +80,14 @@ def _small_data(pairs: int) -> str:
 
 
 def _short(number: float) -> str:
-    for unit in ("", "k", "M", "G"):
-        if number < 1000:
-            return f"{number:.3g} {unit}".strip()
-        number /= 1000
-    return f"{number:.3g} T"
+    return _scaled(number, 1000, ["", "k", "M", "G", "T"])
 
 
 def _bytes(number: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if number < 1024:
-            return f"{number:.3g} {unit}"
-        number /= 1024
-    return f"{number:.3g} GiB"
+    return _scaled(number, 1024, ["bytes", "KiB", "MiB", "GiB"])
+
+
+def _scaled(number: float, base: int, units: list[str]) -> str:
+    while number >= base and len(units) > 1:
+        number, units = number / base, units[1:]
+    return f"{number:.3g} {units[0]}".strip()

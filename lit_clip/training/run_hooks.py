@@ -30,11 +30,15 @@ from lit_clip.training.lightning.folder_locks import claim_folders, note_unnumbe
 from lit_clip.training.lightning.fsdp import compute_missing_batches
 from lit_clip.training.lightning.resume_checks import check_same_parts
 from lit_clip.training.lightning.signals import add_flags, note_flags
-from lit_clip.training.lightning.strategies import keep_gradients_in_buckets, validate_without_synchronising
-from lit_clip.training.lightning.sync_batch_norm import synchronise_batch_norm
+from lit_clip.training.lightning.strategies import (
+    keep_gradients_in_buckets,
+    synchronise_batch_norm,
+    validate_without_synchronising,
+)
 from lit_clip.training.micro_batches import StepCounts, hard_negatives
-from lit_clip.training.optim import even_batches, skip_step, total_steps
-from lit_clip.training.optimization import Optimization
+from lit_clip.training.optimizers import Optimization, skip_step
+from lit_clip.training.plan import even_batches
+from lit_clip.training.schedules import total_steps
 from lit_clip.weights.checkpoints import checked
 from lit_clip.weights.fingerprint import weights_sha256
 from lit_clip.weights.load import check_before_loading

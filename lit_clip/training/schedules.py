@@ -8,13 +8,16 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, ReduceLROnPlateau
 
 from lit_clip.errors import InputError, require
 from lit_clip.tools.parts import unwrapped
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
 
 POSITION = ("last_epoch", "_step_count")  # torch's names; an "epoch" is an optimiser step here
 ScheduleFactory = Callable[[Optimizer], LRScheduler]
@@ -60,12 +63,7 @@ class _Warmup(LambdaLR):
 
 
 class WarmupConstant(_Warmup):
-    """Linear warm-up, then the full learning rate.
-
-    Args:
-        optimizer: whose learning rates are changed.
-        warmup_steps: optimiser steps of warm-up.
-    """
+    """Linear warm-up over ``warmup_steps`` optimiser steps, then the full learning rate."""
 
     def __init__(self, optimizer: Optimizer, warmup_steps: int = 2000) -> None:
         super().__init__(optimizer, warmup_steps)
@@ -153,3 +151,29 @@ def advance(schedule: Any, steps: int) -> None:
             warnings.simplefilter("ignore")  # torch's: the optimiser has made no step
             for _ in range(steps):
                 schedule.step()
+
+
+def batches_per_epoch(trainer: "Trainer") -> int | None:
+    """Return each rank's training batches per epoch, within the trainer's limit; None if unknown."""
+    steps: int | None = getattr(getattr(trainer, "datamodule", None), "steps_per_epoch", None)
+    limit = trainer.limit_train_batches
+    if steps is None:
+        return None
+    return int(steps * limit) if isinstance(limit, float) else min(steps, limit)
+
+
+def total_steps(trainer: "Trainer") -> int:
+    """Return the optimiser steps of the whole run.
+
+    Counted from the data module's ``steps_per_epoch`` where it has one: Lightning's ``estimated_stepping_batches`` sets
+    up the data loaders early, and a loader that was resumed would lose its position.
+    """
+    batches = batches_per_epoch(trainer)
+    if batches is None:
+        return int(trainer.estimated_stepping_batches)
+    per_epoch = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+    epochs = trainer.max_epochs
+    bounds = [trainer.max_steps] if trainer.max_steps >= 0 else []
+    if epochs is not None and epochs >= 0:
+        bounds.append(epochs * per_epoch)
+    return max(1, min(bounds, default=per_epoch * 1000))

@@ -13,21 +13,24 @@ from lit_clip.tools.console import Console
 from lit_clip.training.lightning.run_folder import newest_config, shown
 
 
-def metrics_table(
-    metrics: Mapping[str, Tensor], baselines: Mapping[str, float], before: Mapping[str, float] | None = None
-) -> Table:
-    """Return a table of validation metrics, with the baseline of those that have one.
-
-    Args:
-        metrics: the logged metrics.
-        baselines: baselines by metric.
-        before: metrics before training; adds two columns, the value before and the change.
-    """
-    table = Table(title="Results")
-    table.add_column("metric")
-    for column in ("value", "baseline", *(("before", "change") if before else ())):
+def _table(title: str, first: str, *numbers: str) -> Table:
+    table = Table(first, title=title)
+    for column in numbers:
         table.add_column(column, justify="right")
-    names = sorted((name for name in metrics if not name.startswith(("train/", "lr-"))), key=_natural)
+    return table
+
+
+def print_summary(
+    metrics: Mapping[str, Tensor], baselines: Mapping[str, float], before: Mapping[str, float] | None = None
+) -> None:
+    """Print a table of the logged validation metrics, with their baselines, unless it would be empty.
+
+    Metrics of ``before``, from before training, add two columns: the value before and the change.
+    """
+    table = _table("Results", "metric", "value", "baseline", *(("before", "change") if before else ()))
+    # recall@5 before recall@10
+    natural = {name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)] for name in metrics}
+    names = sorted((name for name in metrics if not name.startswith(("train/", "lr-"))), key=natural.__getitem__)
     for name in names:
         value, scale, form, unit = float(metrics[name]), 1, ".4f", ""
         if name in baselines and not name.endswith("/loss"):  # a share
@@ -39,34 +42,13 @@ def metrics_table(
         table.add_row(*row)
     if any("/merged_" in name for name in names):
         table.caption = "merged: captions repeat, and equal ones count as one"
-    return table
-
-
-def _natural(name: str) -> list[str | int]:
-    """Return a sort key that puts recall@5 before recall@10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)]
-
-
-def print_summary(
-    metrics: Mapping[str, Tensor], baselines: Mapping[str, float], before: Mapping[str, float] | None = None
-) -> None:
-    """Print :func:`metrics_table` unless it is empty."""
-    table = metrics_table(metrics, baselines, before)
-    if table.row_count:
+    if names:
         Console().print(table)
 
 
 def print_parameter_groups(groups: Sequence[Mapping[str, Any]], frozen: int) -> None:
-    """Print the optimiser's parameter groups.
-
-    Args:
-        groups: the optimiser's.
-        frozen: number of frozen parameters.
-    """
-    table = Table(title="Parameter groups")
-    table.add_column("group")
-    for column in ("parameters", "learning rate", "weight decay"):
-        table.add_column(column, justify="right")
+    """Print the optimiser's parameter groups."""
+    table = _table("Parameter groups", "group", "parameters", "learning rate", "weight decay")
     for group in groups:
         parameters = sum(parameter.numel() for parameter in group["params"])
         rate = group.get("initial_lr", group["lr"])
@@ -79,14 +61,7 @@ def print_parameter_groups(groups: Sequence[Mapping[str, Any]], frozen: int) -> 
 def print_next_steps(
     checkpoint: Path, folder: Path | None, curves: Sequence[str], best: Mapping[str, Path] | None = None
 ) -> None:
-    """Print where a run's results are and how to look at them again.
-
-    Args:
-        checkpoint: the last one.
-        folder: the run's folder.
-        curves: commands, files and addresses that show the curves, one for each logger.
-        best: the best checkpoint by each watched metric.
-    """
+    """Print where a run's results are and how to look at them again."""
     console = Console(soft_wrap=True)
     console.print(f"checkpoint: {shown(checkpoint)}")
     for metric, file in (best or {}).items():
@@ -95,22 +70,18 @@ def print_next_steps(
     if folder:
         console.print(f"logs and images: {shown(folder)}")
     if config:
-        words = ["lit-clip", "validate", "--config", str(shown(config)), "--ckpt_path", str(shown(checkpoint))]
-        console.print(f"validate again: {shlex.join(words)}")
+        console.print(f"validate again: {_command('validate', config, checkpoint)}")
     for line in curves:
         console.print(f"curves: {line}")
 
 
 def resume_command(checkpoint: Path, folder: Path | None) -> str:
-    """Return the command that resumes a run from a checkpoint; without a configuration, how to resume it.
+    """Return the command that resumes a run from a checkpoint; without a configuration, how to resume it."""
+    if config := newest_config(folder):
+        return _command("fit", config, checkpoint)
+    option = shlex.join(["--ckpt_path", str(shown(checkpoint))])
+    return f"the same command and {option} (in Python trainer.fit(..., ckpt_path=...))"
 
-    Args:
-        checkpoint: the file to resume from.
-        folder: the run's folder, which may hold its configuration.
-    """
-    config = newest_config(folder)
-    if config is None:
-        option = shlex.join(["--ckpt_path", str(shown(checkpoint))])
-        return f"the same command and {option} (in Python trainer.fit(..., ckpt_path=...))"
-    words = ["lit-clip", "fit", "--config", str(shown(config)), "--ckpt_path", str(shown(checkpoint))]
-    return shlex.join(words)
+
+def _command(name: str, config: Path, checkpoint: Path) -> str:
+    return shlex.join(["lit-clip", name, "--config", str(shown(config)), "--ckpt_path", str(shown(checkpoint))])

@@ -30,7 +30,7 @@ from lit_clip.module import LitCLIP
 from lit_clip.tools import host_copy
 from lit_clip.training.lightning.checkpoint_io import WholeCheckpointIO
 from lit_clip.training.lightning.signals import Signals
-from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from tests.conftest import ROOT, TINY_YAML, lit_clip_command
 from tests.helpers import forks

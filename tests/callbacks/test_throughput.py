@@ -68,18 +68,18 @@ def logged(folder: Path, name: str) -> list[float]:
 def test_the_clock_leaves_out_pauses_and_measures_waiting() -> None:
     times: Iterator[float] = iter([10, 12, 15, 16, 19, 20, 26, 27, 30, 31, 31, 33, 34, 34])
     clock = TrainingClock(lambda: float(next(times)))  # starts at 10, waiting
-    clock.stop_waiting()  # 12: 2 s
+    clock.wait(False)  # 12: 2 s
     clock.pause("validation")  # 15
     clock.pause("checkpoint")  # already paused, so the time is not read
     clock.resume("validation")  # 16: not yet
-    clock.start_waiting()
-    clock.stop_waiting()  # no time passed
+    clock.wait(True)
+    clock.wait(False)  # no time passed
     clock.resume("checkpoint")  # 19
-    clock.start_waiting()  # 20
-    clock.start_waiting()  # has no effect
-    clock.stop_waiting()  # 26: 6 s
+    clock.wait(True)  # 20
+    clock.wait(True)  # has no effect
+    clock.wait(False)  # 26: 6 s
     assert clock.lap() == (5 + 8, 2 + 6)  # 27, and from 30 on
-    clock.start_waiting()  # 31
+    clock.wait(True)  # 31
     assert clock.lap() == (1, 0)  # 31, and from 33 on
     assert clock.lap() == (1, 1)  # 34: waiting continues over a lap
 

@@ -17,7 +17,7 @@ from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.module import LitCLIP
 from lit_clip.training.lightning.checkpoint_io import WholeCheckpointIO
-from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 
 CONFIG = CLIPConfig(

@@ -19,7 +19,7 @@ from lit_clip.batch import CaptionBatch
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.module import LitCLIP
 from lit_clip.training.lightning.fsdp import FSDP
-from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from tests.cuda.devices import CUDA, DEVICES
 from tests.helpers.ranks import CONFIG, PAIRS, make_batch

@@ -28,7 +28,7 @@ from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.module import LitCLIP
 from lit_clip.tools import stored_rows
 from lit_clip.tools.stored_rows import StoredRows
-from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from tests.helpers.towers import shaken
 
@@ -163,7 +163,7 @@ def main() -> None:
         found.append({"losses": recorder.losses, "validations": recorder.validations, "decoded": recorder.decoded})
     if distributed.rank_and_world()[0] == 0:
         Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
-    distributed.leave()
+    distributed.exit_process()
 
 
 if __name__ == "__main__":

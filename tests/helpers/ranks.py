@@ -257,7 +257,7 @@ def serve(functions: dict[str, Any]) -> None:
     )
     functions[sys.argv[1]](*sys.argv[2:])
     dist.barrier()
-    distributed.leave()
+    distributed.exit_process()
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from callbacks import LinearProbe, Retrieval, ZeroShot
 from lit_clip import distributed
 from lit_clip.evaluation.prompts import Prompts, text_classifier
 from lit_clip.evaluation.zero_shot import ensemble
-from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.optimizers import PaperAdamW
 from tests.helpers.ranks import serve
 from tests.helpers.small_sets import data_for, make_module, make_trainer, numbers
 

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
-from lit_clip.distributed import _all_rows
+from lit_clip.distributed import gather_rows
 from lit_clip.losses import Contrastive, Loss, LossValue, Matryoshka, Pairs, Sigmoid, Sum, WholeBatch, tiled
 from lit_clip.losses.contrastive import unit
 from lit_clip.losses.loss import evaluate_loss
@@ -288,7 +288,7 @@ def of_features(setup: Setup, case: Case, counts: tuple[int, ...]) -> float:
     value = evaluate_loss(loss, Pairs(*leaves[:2], scale, bias, shards, batch, parts, 0, negatives)).loss
     value.backward()
     grads = [torch.zeros_like(x) if x.grad is None else x.grad / shards.world for x in leaves]
-    ours = [mean_over_ranks(value), *(_all_rows(x, each) for x, each in zip(grads, layouts, strict=True))]
+    ours = [mean_over_ranks(value), *(gather_rows(x, each) for x, each in zip(grads, layouts, strict=True))]
     ours += [mean_over_ranks(x.grad) for x in (scale, bias, *loss.parameters())]
     if dist.get_rank():
         return 0.0

@@ -1,4 +1,4 @@
-"""One rank of the trainings in ``tests/training/test_optimization.py``."""
+"""One rank of the trainings in ``tests/training/test_optimizers.py``."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from timm import optim
 
 from callbacks import defaults
 from lit_clip import distributed
-from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupConstant, WarmupCosine, WarmupStableDecay
 from tests.helpers.small_sets import data_for, make_module, make_trainer
 
@@ -74,4 +74,4 @@ def compare(folder: str, table: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     globals()[sys.argv[1]](*sys.argv[2:])
-    distributed.leave()
+    distributed.exit_process()

@@ -15,7 +15,7 @@ from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.lora import LoRA
 from lit_clip.training.lightning.fsdp import FSDP
-from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 
 IMAGE = VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1)
@@ -82,4 +82,4 @@ def shard(
 if __name__ == "__main__":
     torch.set_num_threads(1)
     globals()[sys.argv[1]](*sys.argv[2:])
-    distributed.leave()
+    distributed.exit_process()

@@ -16,7 +16,7 @@ from lit_clip.batch import CaptionBatch
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.module import LitCLIP
 from lit_clip.training.lightning.fsdp import FSDP
-from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from tests.helpers.ranks import CONFIG, PAIRS, make_batch
 
@@ -91,4 +91,4 @@ def train_all(jobs: str) -> None:
 if __name__ == "__main__":
     torch.set_num_threads(1)
     globals()[sys.argv[1]](*sys.argv[2:])
-    distributed.leave()
+    distributed.exit_process()

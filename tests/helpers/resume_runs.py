@@ -19,7 +19,7 @@ from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, TimmConfig
 from lit_clip.module import LitCLIP
 from lit_clip.training.lightning.checkpoint_io import WholeCheckpointIO, newest_checkpoint
-from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 
 

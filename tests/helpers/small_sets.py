@@ -16,7 +16,7 @@ from lit_clip import LitCLIP, distributed
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import LabelledImages, MultiLabel
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
-from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 
 NAMES = ["red", "green", "blue", "cyan", "pink", "grey", "white"]

@@ -22,7 +22,7 @@ from lit_clip.losses import Contrastive, Loss, LossValue, Matryoshka, Sigmoid, S
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
-from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from tests.helpers.ranks import make_batch, make_module
 from tests.test_module import data_for, trainer

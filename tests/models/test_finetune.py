@@ -27,7 +27,7 @@ from lit_clip.models.config import (
 from lit_clip.models.finetuning import Freeze, LayerDecay, UnlockLast, frozen_modules, frozen_names
 from lit_clip.models.layers import layer_groups, tower_parameters
 from lit_clip.module import LitCLIP
-from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine, warmup_cosine
 from tests.conftest import TINY_YAML
 from tests.helpers.ranks import CONFIG, PAIRS, finetuned_module, make_batch

@@ -31,7 +31,7 @@ from lit_clip.models.patches import as_image, grid_size, unpacked
 from lit_clip.models.preprocess import pixels
 from lit_clip.models.resize import resize_weights, resized
 from lit_clip.module import LitCLIP
-from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.plan import tower_work
 
 SIZES = ((50, 70), (120, 30), (64, 64), (9, 300))  # heights and widths; 63, 64, 64 and 34 of 64 patches

@@ -17,7 +17,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig
 from lit_clip.models.resnet import ModifiedResNet
 from lit_clip.module import LitCLIP
-from lit_clip.training.optim import PaperAdamW
+from lit_clip.training.optimizers import PaperAdamW
 from tests.test_module import data_for, trainer
 
 CONFIG = CLIPConfig(

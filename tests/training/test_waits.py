@@ -28,7 +28,7 @@ def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(console, name, 0.0)  # a line of progress after each step
 
 
-OF_LOSS = {"_all_rows", "logsumexp_over_ranks", "sum_rows"}  # functions of lit_clip.distributed
+OF_LOSS = {"gather_rows", "logsumexp_over_ranks", "sum_rows"}  # functions of lit_clip.distributed
 LOGGED = range(4, 16, 5)  # steps, with log_every_n_steps of 5
 
 

@@ -12,9 +12,8 @@ its tests fails when Lightning no longer does what makes the patch necessary.
 - ``resume_checks``: Lightning restores states unchecked, and deletes files that they name.
 - ``folder_locks``: two runs that start at once get the same version of a logger.
 - ``run_folder``: ``trainer.log_dir`` is not the run's folder for all loggers.
-- ``sync_batch_norm``: torch's converter, which Lightning uses, drops the activation in timm's BatchNorm.
 - ``strategies``: DDP by name has a second copy of all gradients, and synchronises buffers in each rank's first batch of
-  a validation.
+  a validation; torch's converter, which Lightning uses, drops the activation in timm's BatchNorm.
 - ``fsdp``: Lightning's strategy refuses CPUs, cannot hold a scalar, and restores before the module sees a checkpoint.
 - ``loops``: when a validation is due, how to run one between two steps, and a logger's own state have no public names.
 - ``command_line``: LightningCLI lets a checkpoint's settings override typed ones, builds every command's parser, and

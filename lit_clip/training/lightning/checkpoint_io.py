@@ -5,7 +5,7 @@ import shutil
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
@@ -29,11 +29,7 @@ CLOCKS_DIFFER = 60.0  # seconds that the clocks of machines that share a disk ma
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Write a checkpoint beside its final path and rename it when it is on the disk.
-
-    Lightning's own builds the file in memory, writes it to the system's temporary folder, which may be another disk,
-    and is silent when it may not write.
-    """
+    """Write a checkpoint beside its final path and rename it when it is on the disk; Lightning's own may be silent."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint."""
@@ -63,11 +59,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def write_whole_files(plugins: list[Any]) -> None:
-    """Have a trainer's plugins write checkpoints by :class:`WholeCheckpointIO`, unless they have one of another kind.
-
-    Args:
-        plugins: changed in place.
-    """
+    """Have a trainer's plugins write by :class:`WholeCheckpointIO`, unless they have one of another kind."""
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins.append(WholeCheckpointIO())
     for plugin in plugins:
@@ -76,17 +68,16 @@ def write_whole_files(plugins: list[Any]) -> None:
 
 
 def remove_after_writing(plugin: Any) -> None:
-    """Have ``AsyncCheckpointIO`` remove a checkpoint only when those saved before are on the disk.
+    """Have ``AsyncCheckpointIO`` remove a checkpoint only when those saved before are on the disk."""
+    for each in wrapped(plugin):
+        if isinstance(each, AsyncCheckpointIO):
+            each.remove_checkpoint = partial(_remove_in_turn, each)
 
-    ``ModelCheckpoint`` removes the previous one as soon as saving returns, which is before anything is written: a run
-    that is killed then, or whose disk is full, would have none.
 
-    Args:
-        plugin: a trainer's ``CheckpointIO``; others, and those they wrap, are left as they are.
-    """
+def wrapped(plugin: Any) -> Iterator[Any]:
+    """Yield a ``CheckpointIO`` and those that it wraps."""
     while plugin is not None:
-        if isinstance(plugin, AsyncCheckpointIO):
-            plugin.remove_checkpoint = partial(_remove_in_turn, plugin)
+        yield plugin
         plugin = getattr(plugin, "checkpoint_io", None)
 
 
@@ -126,12 +117,8 @@ def newest_checkpoint(
 ) -> Path | None:
     """Return the complete checkpoint with the most optimiser steps in the folder that was written to last.
 
-    Incomplete files, other files, and checkpoints that hold weights only are ignored.
-
-    Args:
-        places: folders, searched at any depth, and files.
-        differing: of a file and what it holds; returns the names of the settings in which its run had another
-            configuration. Such files are passed over, and named if another one is found.
+    Folders are searched at any depth; checkpoints that hold weights only are ignored. ``differing`` returns in which
+    settings a file's run had another configuration: such files are passed over, and named if another one is found.
     """
     files = {file.resolve() for place in places for file in ([place] if place.is_file() else place.rglob("*.ckpt"))}
     found = {file: checkpoint for file in files if (checkpoint := _resumable(file)) is not None}
@@ -194,9 +181,8 @@ def _resumable(path: Path) -> dict[str, Any] | None:
 def load_the_same_checkpoint(trainer: Trainer) -> None:
     """Make the ranks compare their checkpoints before they load them; called on every rank in ``setup``.
 
-    Each rank looks for the newest checkpoint on its own disk; one that finds another, or none, would train on alone
-    while the others wait for it. Lightning has no hook that ranks without a checkpoint reach, too. A file that is no
-    checkpoint, or whose states cannot be restored, is an :class:`InputError`, whatever is raised.
+    Each rank looks on its own disk; one that finds another checkpoint, or none, would train on alone while the others
+    wait for it. Lightning has no hook that ranks without a checkpoint reach, too.
     """
     connector: Any = trainer._checkpoint_connector
 
@@ -215,7 +201,6 @@ def load_the_same_checkpoint(trainer: Trainer) -> None:
 
 
 def _check_the_same(path: Any) -> None:
-    """Check that the checkpoints of all ranks have the same contents; a collective."""
     first, *others = distributed.gather_objects([(str(path or "none"), _fingerprint(path))])
     for rank, other in enumerate(others, start=1):
         if other[1] != first[1]:
@@ -249,15 +234,8 @@ def save_whole(trainer: Trainer, path: Path) -> None:
     """
     part = trainer.strategy.broadcast(draft_of(path))
     trainer.save_checkpoint(part)
-    _finish_writing(trainer)
+    for plugin in wrapped(trainer.strategy.checkpoint_io):
+        plugin.teardown()  # waits for AsyncCheckpointIO's thread, which starts again when it is next needed
     if trainer.is_global_zero:
         put_in_place(part, path)
     trainer.strategy.barrier("save_whole")
-
-
-def _finish_writing(trainer: Trainer) -> None:
-    """Wait for plugins that write in another thread, however they wrap each other; raises what writing raised."""
-    plugin: Any = trainer.strategy.checkpoint_io
-    while plugin is not None:
-        plugin.teardown()  # AsyncCheckpointIO starts its thread again when it is next needed
-        plugin = getattr(plugin, "checkpoint_io", None)

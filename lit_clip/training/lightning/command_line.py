@@ -9,12 +9,7 @@ from lit_clip.errors import InputError
 
 
 class PlainCLI(LightningCLI):
-    """Fill the parser of one command, leave a checkpoint's settings to the caller, and pass interrupts on.
-
-    Args:
-        arguments: those of :class:`LightningCLI`.
-        command: fill the parser of this command only, which saves the time of the others. None: fill all.
-    """
+    """Fill the parser of one ``command`` alone, leave a checkpoint's settings to the caller, and pass interrupts on."""
 
     def __init__(self, *arguments: Any, command: str | None = None, **others: Any) -> None:
         self._command = command if command in self.subcommands() else None

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -21,10 +21,9 @@ from torch.optim import Optimizer
 
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
-from lit_clip.errors import InputError, require
+from lit_clip.errors import require
 from lit_clip.models.layers import TOWERS, tower_blocks
-from lit_clip.training.optim import is_elementwise
-from lit_clip.training.optimization import Optimization
+from lit_clip.training.optimizers import Optimization, is_elementwise
 
 
 class FSDP(FSDPStrategy):
@@ -35,8 +34,6 @@ class FSDP(FSDPStrategy):
     on every rank. Weights are sharded under ``fit``, including its validations; ``validate``, ``test`` and ``predict``
     use full weights. With ``model.micro_batch_size`` weights and gradients are whole within a step, and sharded between
     steps, except for frozen weights, which stay whole. Runs on CPU too.
-
-    ``ModelParallelStrategy`` (FSDP2) supports no scalar parameters, and OpenAI's layout has one.
 
     Args:
         sharding_strategy: ``FULL_SHARD``, ``SHARD_GRAD_OP`` (weights stay whole between forward and backward pass), or
@@ -82,8 +79,13 @@ class FSDP(FSDPStrategy):
         """Wrap the blocks, and leave out what stays whole."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._check(trainer)
-            _check_lora(self.lightning_module)
-            _check_optimizer(cast(Any, self.lightning_module).optimization)
+            module: Any = self.lightning_module
+            require(  # by name: peft need not be installed
+                not any(type(layer).__name__ == "ParamWrapper" for layer in module.modules()),
+                "trainer.strategy: FSDP cannot shard a LoRA of in_proj_weight, which is added to the weight itself; "
+                "set model.lora.targets to other layers, such as c_fc and c_proj, or use ddp",
+            )
+            _check_optimizer(module.optimization)
             self._prepare(self.lightning_module)
         super().setup(trainer)
 
@@ -94,7 +96,9 @@ class FSDP(FSDPStrategy):
         if hasattr(module.model.text_encoder, "in_groups"):
             module.model.text_encoder.in_groups = False
         for tensor in [*module.parameters(), *module.buffers()]:  # FSDP does this itself, but not on CPU
-            tensor.data.copy_(self._of_rank_0(tensor.data))
+            of_rank_0 = tensor.data.to(self.root_device)
+            dist.broadcast(of_rank_0, 0)
+            tensor.data.copy_(of_rank_0)
         in_blocks = {id(each) for block in module.modules() if id(block) in blocks for each in block.parameters()}
         # A frozen weight that shares a shard with a trained one would be differentiated, and all that its encoder
         # computes from it: frozen blocks are sharded by themselves, and what is frozen outside of them stays whole.
@@ -108,11 +112,6 @@ class FSDP(FSDPStrategy):
             "ignored_states": self._whole_parameters,
         }
 
-    def _of_rank_0(self, tensor: Tensor) -> Tensor:
-        tensor = tensor.to(self.root_device)
-        dist.broadcast(tensor, 0)
-        return tensor
-
     def _setup_model(self, model: nn.Module) -> nn.Module:
         if self._sharded is not None and self._sharded.module is model:
             return self._sharded
@@ -125,11 +124,11 @@ class FSDP(FSDPStrategy):
 
     def _check(self, trainer: Any) -> None:
         for callback in trainer.callbacks:
-            if isinstance(callback, WeightAveraging) or getattr(callback, "needs_whole_weights", False):
-                raise InputError(
-                    f"trainer.strategy: FSDP has no whole weights, which {type(callback).__name__} needs; remove it "
-                    "and validate the checkpoint afterwards, or use ddp"
-                )
+            require(
+                not (isinstance(callback, WeightAveraging) or getattr(callback, "needs_whole_weights", False)),
+                f"trainer.strategy: FSDP has no whole weights, which {type(callback).__name__} needs; remove it and "
+                "validate the checkpoint afterwards, or use ddp",
+            )
 
     @property
     def precision_plugin(self) -> FSDPPrecision:
@@ -219,25 +218,15 @@ def _count(loader: Any, most: float) -> int:
     return int(min(most, math.inf if batches is None else len(batches))) if math.isfinite(most) else 0
 
 
-def _check_lora(module: Any) -> None:
-    # By name: peft need not be installed.
-    if any(type(layer).__name__ == "ParamWrapper" for layer in module.modules()):
-        raise InputError(
-            "trainer.strategy: FSDP cannot shard a LoRA of in_proj_weight, which is added to the weight itself; set "
-            "model.lora.targets to other layers, such as c_fc and c_proj, or use ddp"
-        )
-
-
 def _check_optimizer(optimization: Optimization) -> None:
-    if not is_elementwise(optimization.optimizer):
-        raise InputError(
-            f"trainer.strategy: FSDP gives an optimiser flat parts of weights, and "
-            f"{optimization.descriptions['optimizer']['class_path']} needs whole matrices; use ddp"
-        )
+    require(
+        is_elementwise(optimization.optimizer),
+        "trainer.strategy: FSDP gives an optimiser flat parts of weights, and "
+        f"{optimization.descriptions['optimizer']['class_path']} needs whole matrices; use ddp",
+    )
 
 
 def _names(state: Mapping[str, Any]) -> list[Any]:
-    """Return the parameters' names in an optimiser's state, in the order of the groups."""
     return [name for group in state["param_groups"] for name in group["params"]]
 
 

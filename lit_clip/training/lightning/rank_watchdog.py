@@ -18,11 +18,7 @@ CODE = 2  # the exit code of a first rank that notices by itself
 
 
 class _Launcher(subprocess_script._SubprocessScriptLauncher):
-    """Lightning's, but for its thread that watches the started ranks.
-
-    That one kills the first rank up to 5 s after another has ended with an error, with exit code 137 and a line for
-    developers, and so also one that is about to report the same or to save.
-    """
+    """Lightning's with another thread that watches the started ranks; its own gives the first rank no time to save."""
 
     def launch(self, function: Any, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)

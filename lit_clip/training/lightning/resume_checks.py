@@ -1,9 +1,4 @@
-"""Restore the state of a trainer from a checkpoint, beside the model: checked before Lightning uses it.
-
-The states of loops, callbacks, optimisers and schedules are somebody's data, see :mod:`lit_clip.tools.untrusted`.
-Lightning and torch take them as they are: a count that is a text fails in the middle of a run, and a path that
-``ModelCheckpoint`` remembers is deleted, with all that is below it, when the next checkpoint takes its place.
-"""
+"""Check the states of loops, callbacks, optimisers and schedules in a checkpoint before Lightning uses them."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -30,13 +25,7 @@ PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
 
 
 def check_same_parts(ours: Mapping[str, Description], saved: Mapping[str, Description], name: str) -> None:
-    """Refuse to resume with another optimiser or loss than the checkpoint's; tell of another schedule or settings.
-
-    Args:
-        ours: this run's optimiser, schedule, rule of weight decay and loss, by name.
-        saved: the checkpoint's.
-        name: of the checkpoint, for messages.
-    """
+    """Refuse to resume with another optimiser or loss than the checkpoint's; tell of another schedule or settings."""
     config = newest_config(Path(name).parent.parent)
     how = f"--config {shown(config)}" if config else "the configuration, or in Python the arguments, of its run"
     changes = []
@@ -54,13 +43,7 @@ def check_same_parts(ours: Mapping[str, Description], saved: Mapping[str, Descri
 
 
 def check_restorable(checkpoint: Any, trainer: Trainer, name: str) -> None:
-    """Check what a trainer will restore, before it begins to.
-
-    Args:
-        checkpoint: as Lightning has loaded it.
-        trainer: set up, and not begun.
-        name: of the checkpoint, for messages.
-    """
+    """Check what a trainer will restore, before it begins to."""
     require(isinstance(checkpoint, Mapping), f"{name}: not a checkpoint (a {type(checkpoint).__name__})")
     check_lightnings_entries(checkpoint, name)
     loops = checkpoint.get("loops") or {}
@@ -75,17 +58,12 @@ def check_restorable(checkpoint: Any, trainer: Trainer, name: str) -> None:
 
 
 def _check_paths(state: Mapping[str, Any], folders: Mapping[str, str], where: str) -> None:
-    """Check the files that :class:`ModelCheckpoint` would delete in time: its own in its folder, and no others.
-
-    Args:
-        state: a callback's.
-        folders: that this run writes checkpoints to, with the end of their names.
-        where: the state's place, for messages.
-    """
+    """Check the files that :class:`ModelCheckpoint` would delete in time: its own in its folder, and no others."""
     check_entries(state, dict.fromkeys(PATHS, str) | {"best_k_models": dict[str, object], "dirpath": str | None}, where)
     # Lightning takes the others from a state without a folder, or with that of this run.
     foreign = state.get("dirpath") is not None and state["dirpath"] not in folders
-    for path in (state.get("best_model_path"), *(() if foreign else _others(state))):
+    others = (*(state.get(name) for name in PATHS[1:]), *state.get("best_k_models", {}))
+    for path in (state.get("best_model_path"), *(() if foreign else others)):
         if not path:
             continue
         pure = PurePath(path)
@@ -95,16 +73,8 @@ def _check_paths(state: Mapping[str, Any], folders: Mapping[str, str], where: st
         require(safe, f"{where}: {shortened(path)} is no checkpoint in the folder of this run, which may delete it")
 
 
-def _others(state: Mapping[str, Any]) -> list[str]:
-    return [state.get("kth_best_model_path", ""), state.get("last_model_path", ""), *state.get("best_k_models", {})]
-
-
 def restore_in_one_line(connector: Any) -> None:
-    """Make what Lightning and callbacks raise for a checkpoint's states an :class:`InputError` that names the file.
-
-    Args:
-        connector: Lightning's, which restores the states; changed in place.
-    """
+    """Make what Lightning and callbacks raise for a checkpoint's states an :class:`InputError` that names the file."""
     for part in ("restore_datamodule", "restore_callbacks", "restore_training_state"):
         setattr(connector, part, partial(_restore, connector, part))
 

@@ -17,8 +17,7 @@ def run_folder(trainer: Trainer) -> Path | None:
     """Return the folder of this run's files on every rank; None without a logger. A collective.
 
     It is the first logger's own folder of the run if it has one (TensorBoard, CSV), or else the folder in which
-    ``ModelCheckpoint`` makes ``checkpoints``: the logger's ``save_dir/name/version``. ``trainer.log_dir`` would be
-    ``save_dir``, which all runs of W&B and MLflow share.
+    ``ModelCheckpoint`` makes ``checkpoints``: the logger's ``save_dir/name/version``.
     """
     folder = None
     if trainer.loggers and trainer.is_global_zero:
@@ -40,12 +39,7 @@ def newest_config(folder: Path | None) -> Path | None:
 
 
 def curves(loggers: Sequence[Logger], resumed_from: str | Path | None = None) -> list[str]:
-    """Return commands, files and addresses that show a run's curves, on the first rank; none for unknown loggers.
-
-    Args:
-        loggers: of the run.
-        resumed_from: its checkpoint; TensorBoard then shows the run's beginning too, if that is in a folder beside it.
-    """
+    """Return commands, files and addresses that show a run's curves, on the first rank; none for unknown loggers."""
     return [place for logger in loggers if (place := _curves(logger, resumed_from))]
 
 
@@ -53,7 +47,7 @@ def _curves(logger: Any, resumed_from: str | Path | None) -> str | None:
     if isinstance(logger, TensorBoardLogger):
         own, runs = Path(logger.log_dir).resolve(), Path(logger.root_dir).resolve()
         before = Path(resumed_from).resolve().parents if resumed_from else ()
-        folder = runs if runs in before and own not in before else own
+        folder = runs if runs in before and own not in before else own  # with the beginning of a resumed run
         return shlex.join(["tensorboard", "--logdir", str(shown(folder))])
     if isinstance(logger, CSVLogger):
         return str(shown(Path(logger.log_dir, "metrics.csv")))

@@ -17,11 +17,7 @@ from lit_clip.tools.host_copy import HostCopy
 
 
 class Signals(_SignalConnector):
-    """Record signals and do nothing else in the handler.
-
-    Lightning's own handlers broadcast and save inside the handler, at a point that other ranks have not reached, and
-    ranks hang. Outside ``fit`` there is nothing to save, and a signal ends the process as it does any other program.
-    """
+    """Record signals and do nothing else in the handler; outside ``fit`` a signal ends the process as usual."""
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
@@ -44,11 +40,7 @@ class Signals(_SignalConnector):
         self._unread.append(HostCopy(counts))
 
     def read(self, device: torch.device) -> bool:
-        """Take the ranks' decision of this step, or where reading it would wait for the device of the step before.
-
-        Returns:
-            Whether the step had one; otherwise the ranks must exchange their signals in another way.
-        """
+        """Take the ranks' decision of this step, or of the one before if reading would wait; False if it had none."""
         if not self._unread:
             return False
         latest = len(self._unread) > 1 or not host_copy.runs_ahead(device)

@@ -1,12 +1,15 @@
-"""Settings of DDP that its constructor has, and Lightning's strategies by name do not."""
+"""Settings of strategies that Lightning's have not: DDP's buckets and buffers, and BatchNorm over all ranks."""
 
 from typing import Any
 
-from lightning.pytorch.strategies import DDPStrategy, Strategy
+from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
+from lightning.pytorch.strategies import DDPStrategy, ParallelStrategy, Strategy
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from lit_clip import distributed
+from lit_clip.errors import require
 
 
 def keep_gradients_in_buckets(strategy: Strategy) -> None:
@@ -24,3 +27,37 @@ def validate_without_synchronising(strategy: Strategy, model: nn.Module) -> None
     if isinstance(wrapped, DistributedDataParallel):
         distributed.same_buffers(model)
         wrapped.require_forward_param_sync = False
+
+
+class SyncBatchNorm(LayerSync):
+    """Replace BatchNorm by timm's, which is synchronised and keeps activations; put the same layers back afterwards."""
+
+    def __init__(self) -> None:
+        self._replaced: dict[str, _BatchNorm] = {}
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        from timm.layers.norm_act import convert_sync_batchnorm  # takes time, and few runs need it
+
+        self._replaced = {name: layer for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
+        return convert_sync_batchnorm(model)
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        for name, layer in self._replaced.items():
+            synchronised = model.get_submodule(name)
+            for kind in ("_parameters", "_buffers"):  # which moved to a device, and were trained
+                setattr(layer, kind, getattr(synchronised, kind))
+            layer.train(synchronised.training)
+            model.set_submodule(name, layer)
+        self._replaced = {}
+        return model
+
+
+def synchronise_batch_norm(strategy: Strategy) -> None:
+    """Use :class:`SyncBatchNorm` in place of Lightning's."""
+    if isinstance(strategy, ParallelStrategy) and type(strategy._layer_sync) is TorchSyncBatchNorm:
+        device = strategy.root_device.type
+        require(
+            device not in ("cpu", "mps"),
+            f"trainer.sync_batchnorm: torch has no synchronised BatchNorm for {device}; leave it out",
+        )
+        strategy._layer_sync = SyncBatchNorm()

@@ -214,7 +214,7 @@ def whole_stored_rows() -> dict[str, bytes]:
     with TemporaryDirectory() as name:
         stored = StoredRows.create(Path(name, "rows"), 8, (8,), torch.float32)
         stored.write(np.arange(6), torch.from_numpy(_features()))
-        stored.refuse([7])
+        stored.mark_unusable([7])
         stored.close()
         return {path.name: path.read_bytes() for path in sorted(stored.folder.iterdir())}
 

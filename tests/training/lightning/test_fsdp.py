@@ -13,8 +13,8 @@ from callbacks import EMA, ZeroShot
 from lit_clip import load_model
 from lit_clip.errors import InputError
 from lit_clip.training.lightning.fsdp import FSDP, _check_optimizer
-from lit_clip.training.optim import EXCEPT_GAINS_AND_BIASES, PaperAdamW, is_elementwise
-from lit_clip.training.optimization import Optimization
+from lit_clip.training.optimizers import Optimization, PaperAdamW, is_elementwise
+from lit_clip.training.param_groups import EXCEPT_GAINS_AND_BIASES
 from lit_clip.training.schedules import WarmupCosine
 from tests.conftest import ROOT, run_lightning_ranks
 from tests.helpers.small_sets import write_table

@@ -27,8 +27,8 @@ from torch.optim.lr_scheduler import (
 
 from lit_clip.errors import InputError
 from lit_clip.module import LitCLIP
-from lit_clip.training.optim import EXCEPT_GAINS_AND_BIASES, ExceptGainsAndBiases, PaperAdamW, decay_groups, moments
-from lit_clip.training.optimization import Optimization
+from lit_clip.training.optimizers import Optimization, PaperAdamW, state_per_weight
+from lit_clip.training.param_groups import EXCEPT_GAINS_AND_BIASES, ExceptGainsAndBiases, decay_groups
 from lit_clip.training.schedules import WarmupConstant, WarmupCosine, WarmupStableDecay, create_schedule
 from tests.conftest import ROOT, run_lightning_ranks
 from tests.helpers.ranks_optimizers import CASES, OPTIMIZERS, STEPS
@@ -362,7 +362,7 @@ def test_a_checkpoint_imports_no_class_but_ours_torchs_and_timms(table: Path, tm
     fit(tmp_path, table, optimizer=partial(own, lr=RATE))
     assert torch.load(path, weights_only=True)["parts"]["optimizer"]["class_path"] == "my_optimizers.Own"
     module = LitCLIP.load_from_checkpoint(path)  # for use: nothing is imported, and no part is built from the file
-    assert module.parts["optimizer"]["class_path"] == "lit_clip.training.optim.PaperAdamW"
+    assert module.parts["optimizer"]["class_path"] == "lit_clip.training.optimizers.PaperAdamW"
     with pytest.raises(InputError, match=r"trained with model.optimizer my_optimizers.Own, and this run has lit_clip"):
         make_trainer(tmp_path, [], max_steps=3).fit(module, data_for(module, table), ckpt_path=path)
 
@@ -372,7 +372,7 @@ def test_a_checkpoint_imports_no_class_but_ours_torchs_and_timms(table: Path, tm
     [(PaperAdamW, 2), (torch.optim.SGD, 0), (OPTIMIZERS["SGD"], 1), (optim.Lion, 1), (torch.optim.LBFGS, None)],
 )
 def test_moments_are_counted_by_a_step(optimizer: Any, number: int | None) -> None:
-    assert moments(optimizer) == number
+    assert state_per_weight(optimizer) == number
 
 
 class WithPositionBias(nn.Module):

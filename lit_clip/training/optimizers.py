@@ -1,46 +1,119 @@
-"""A run's optimiser, schedule and rule of weight decay, whichever they are: created, described, and resumed."""
+"""Optimisers: the paper's, and a run's with its schedule and rule of weight decay: created, described, resumed."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.finetuning import LayerDecay
 from lit_clip.tools.parts import Description, describe, describe_instance
 from lit_clip.tools.untrusted import check_entries, is_like, shortened
-from lit_clip.training.optim import (
-    Decays,
-    OptimizerFactory,
-    lay_out_like_parameters,
-    parameter_groups,
-    total_steps,
-    trial,
-)
-from lit_clip.training.schedules import ScheduleFactory, advance, create_schedule, needs_total_steps
+from lit_clip.training.param_groups import Decays, parameter_groups
+from lit_clip.training.schedules import ScheduleFactory, advance, create_schedule, needs_total_steps, total_steps
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
+OptimizerFactory = Callable[[Iterable], Optimizer]
+"""Creates an optimiser of parameter groups."""
 Groups = Sequence[Mapping[str, Any]]
 PARTS = ("optimizer", "lr_scheduler", "decay")  # the arguments of LitCLIP that are kept here
 
 
-class Optimization:
-    """The optimiser, the schedule and the rule of weight decay of a run.
+class PaperAdamW(torch.optim.AdamW):
+    """AdamW; the defaults are the paper's for a ViT (table 18; table 20: 5e-4 for ViT-B at 32,768 pairs a step)."""
 
-    Args:
-        optimizer: creates the optimiser of parameter groups.
-        lr_scheduler: creates the schedule of the optimiser.
-        decay: which parameters have weight decay.
-        layer_decay: the learning rate of each layer relative to the next one; None: the same rate for all.
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 5e-4,
+        betas: tuple[float, float] = (0.9, 0.98),
+        eps: float = 1e-6,
+        weight_decay: float = 0.2,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=(betas[0], betas[1]), eps=eps, weight_decay=weight_decay)
 
-    Attributes:
-        descriptions: class and arguments of each, as plain values.
+
+def probe_optimizer(optimizer: OptimizerFactory, option: str = "model.optimizer") -> Optimizer:
+    """Create an optimiser of one 8 x 8 matrix, to see its class and settings before there is a run."""
+    try:
+        made = optimizer([nn.Parameter(torch.zeros(8, 8))])
+    except (TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{option}: {' '.join(str(error).split())}") from error
+    require(isinstance(made, Optimizer), f"{option}: creates a {type(made).__name__}, not a torch optimiser")
+    require(made.defaults.get("lr") is not None, f"{option}: {type(made).__name__} has no learning rate; set its lr")
+    return made
+
+
+def state_per_weight(optimizer: OptimizerFactory) -> int | None:
+    """Return how many numbers an optimiser keeps for each number of a weight matrix; None if that is not known."""
+    made = probe_optimizer(optimizer)
+    (parameter,) = made.param_groups[0]["params"]
+    parameter.grad = torch.ones_like(parameter)
+    try:
+        made.step()
+    except Exception:  # some need a closure, or whatever else
+        return None
+    sizes = (value.numel() for value in made.state[parameter].values() if isinstance(value, torch.Tensor))
+    return sum(size for size in sizes if size > 1) // parameter.numel()
+
+
+def is_elementwise(optimizer: OptimizerFactory) -> bool:
+    """Return whether an optimiser treats each number of a weight by itself, so that it can be given a flat shard.
+
+    Found by two steps on a matrix, and on the flat halves of its copy. Muon and LAMB need whole matrices.
     """
+    generator = torch.Generator().manual_seed(0)
+    matrix, *gradients = torch.randn(3, 8, 8, generator=generator)
+    whole = [nn.Parameter(matrix.clone())]
+    shards = [nn.Parameter(half.clone()) for half in matrix.flatten().chunk(2)]
+    try:
+        for parameters in (whole, shards):
+            made = optimizer([{"params": parameters}])
+            for gradient in gradients:
+                for parameter, part in zip(parameters, gradient.flatten().chunk(len(parameters)), strict=True):
+                    parameter.grad = part.reshape(parameter.shape).clone()
+                made.step()
+    except Exception:  # torch's Muon refuses anything but matrices
+        return False
+    return torch.allclose(whole[0].flatten(), torch.cat([*shards]), rtol=1e-5, atol=1e-7)
+
+
+def skip_step(module: nn.Module) -> None:
+    """Remove all gradients, so that the optimiser step changes neither weights nor moments nor its step count."""
+    for parameter in module.parameters():
+        parameter.grad = None
+
+
+def lay_out_like_parameters(optimizer: Optimizer) -> None:
+    """Give an optimiser's loaded state the strides of its parameters; fused kernels do not look at them.
+
+    A checkpoint may come from a device on which the weights had another memory format.
+    """
+    for parameter, state in optimizer.state.items():
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape and value.stride() != parameter.stride():
+                state[name] = torch.empty_like(parameter, dtype=value.dtype, device=value.device).copy_(value)
+
+
+def obeys_found_inf(optimizer: Optimizer, device: torch.device) -> bool:
+    """Return whether an optimiser's step changes nothing if its ``found_inf``, a scalar on the device, is 1.
+
+    Torch's gradient scaler uses this with fused kernels. Fused SGD is left out: it would begin with a momentum that
+    nobody has set; and so are weights that FSDP keeps on the host, whose kernel would not wait for the scalar.
+    """
+    torchs = type(optimizer).step.__module__.startswith("torch.optim.") and isinstance(optimizer, torch.optim.Adam)
+    groups = optimizer.param_groups
+    return torchs and all(group["fused"] and p.device.type == device.type for group in groups for p in group["params"])
+
+
+class Optimization:
+    """The optimiser, the schedule and the rule of weight decay of a run; ``descriptions`` are their plain values."""
 
     def __init__(
         self,
@@ -53,7 +126,7 @@ class Optimization:
         self.optimizer, self._lr_scheduler, self._decay = optimizer, lr_scheduler, decay
         self.layer_decay = layer_decay
         self.descriptions = {
-            "optimizer": describe(optimizer, trial(optimizer)),
+            "optimizer": describe(optimizer, probe_optimizer(optimizer)),
             "lr_scheduler": _describe_schedule(lr_scheduler, optimizer),
             "decay": describe_instance(decay),
         }
@@ -61,13 +134,13 @@ class Optimization:
     @property
     def lr(self) -> float:
         """The learning rate at factor 1."""
-        return float(trial(self.optimizer).defaults["lr"])
+        return float(probe_optimizer(self.optimizer).defaults["lr"])
 
     def groups(
         self, module: nn.Module, layers: Iterable[tuple[str, float, Sequence[nn.Parameter]]]
     ) -> list[dict[str, Any]]:
-        """Return a module's parameter groups, see :func:`lit_clip.training.optim.parameter_groups`."""
-        return parameter_groups(module, layers, trial(self.optimizer).defaults, self._decay)
+        """Return a module's parameter groups, see :func:`lit_clip.training.param_groups.parameter_groups`."""
+        return parameter_groups(module, layers, probe_optimizer(self.optimizer).defaults, self._decay)
 
     def configure(self, groups: Groups, trainer: "Trainer") -> dict[str, Any]:
         """Return the optimiser and its schedule in Lightning's form.
@@ -76,7 +149,7 @@ class Optimization:
         not the optimiser: Lightning takes an optimiser that is created fused for one that unscales gradients by itself,
         and refuses to clip them.
         """
-        made = trial(self.optimizer)
+        made = probe_optimizer(self.optimizer)
         fusable = isinstance(made, torch.optim.Adam | torch.optim.SGD)  # AdamW is an Adam
         fused = fusable and made.defaults.get("fused") is None and made.defaults.get("foreach") is None
         try:
@@ -99,19 +172,13 @@ class Optimization:
 
         A resumed run keeps its moments and its position; what an optimiser or a schedule has changed in the parameter
         groups stays unless it is set differently now.
-
-        Args:
-            checkpoint: changed in place.
-            groups: this run's.
-            steps: optimiser steps of this run.
-            name: of the checkpoint, for messages.
         """
         here, there = self.descriptions, checkpoint["parts"]
         former = there["optimizer"]["init_args"]
         changed = {k: value for k, value in here["optimizer"]["init_args"].items() if former.get(k) != value}
         layer_decay = self.layer_decay and asdict(self.layer_decay)
         rates = "lr" in changed or checkpoint["hyper_parameters"].get("layer_decay") != layer_decay
-        defaults = trial(self.optimizer).defaults
+        defaults = probe_optimizer(self.optimizer).defaults
         for optimizer in checkpoint.get("optimizer_states", []):
             _check_state(optimizer, defaults, f"{name}: optimizer_states")
             _resume_groups(optimizer["param_groups"], groups, changed, rates, name)
@@ -137,8 +204,7 @@ class Optimization:
     ) -> None:
         """Replace a saved schedule by this run's at the same step, as if the whole run had had it.
 
-        Torch's schedules change a rate when they are stepped, most of them from the rate before; the first resumed step
-        would have the old schedule's rate, and many schedules would go on from it.
+        Most of torch's schedules change a rate from the rate before, and would go on from the old schedule's.
         """
         position = schedule["last_epoch"] if "_step_count" in schedule else checkpoint["global_step"]
         optimizer = self.optimizer([{**group, "params": [nn.Parameter(torch.zeros(8, 8))]} for group in groups])
@@ -157,7 +223,7 @@ def _describe_schedule(schedule: ScheduleFactory, optimizer: Callable[..., Any])
     """Return the class and the settings of the schedule that a factory creates; not the run's number of steps."""
     option = "model.lr_scheduler"
     try:
-        made = create_schedule(schedule, trial(optimizer), 1000)
+        made = create_schedule(schedule, probe_optimizer(optimizer), 1000)
     except InputError:
         raise
     except (TypeError, ValueError, AttributeError, KeyError) as error:
@@ -207,5 +273,4 @@ def _need(values: Mapping[str, Any], types: Mapping[str, Any], where: str) -> No
 
 
 def _shape(group: Mapping[str, Any]) -> tuple[str, int]:
-    """Return a parameter group's layer and its number of parameters."""
     return group["name"].partition(",")[0], len(group["params"])

@@ -12,7 +12,7 @@ from lit_clip import LitCLIP
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, TimmConfig
 from lit_clip.models.finetuning import Freeze, UnlockLast
-from lit_clip.training.lightning.sync_batch_norm import SyncBatchNorm, synchronise_batch_norm
+from lit_clip.training.lightning.strategies import SyncBatchNorm, synchronise_batch_norm
 
 IMAGES: dict[str, Any] = {
     "openai": ResNetConfig(image_size=32, layers=(1, 1, 1, 1), width=8),
