@@ -8,7 +8,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-MOST_FILES = 10
+MOST_FILES, MOST_LINES = 10, 2_000
 # Underscored names of Lightning's objects; its loggers', loops' and connectors' too.
 PRIVATE = re.compile(
     r"(?:trainer|strategy|loop|connector|logger|plugin|_trainer|epoch_loop|val_loop)\._[a-z]\w*|"
@@ -45,6 +45,7 @@ def test_each_file_of_a_way_is_imported_by_one_before_it(heading: str) -> None:
         assert any(file in imported(each) for each in known), file
         known.add(file)
     assert len(known) <= MOST_FILES
+    assert sum(len(file.read_text(encoding="utf-8").splitlines()) for file in known) <= MOST_LINES
 
 
 def test_the_module_is_small() -> None:

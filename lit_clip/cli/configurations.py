@@ -3,18 +3,20 @@
 import inspect
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch.utilities import rank_zero_info
 
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Sigmoid
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.text_files import read_yaml
+from lit_clip.training.lightning.checkpoint_io import newest_checkpoint, passed_over
 from lit_clip.training.lightning.run_folder import CONFIG
 
 Configuration = dict[str, list[str]]
@@ -136,6 +138,33 @@ def joined(own: Configuration, before: Any) -> Configuration:
         return own
     kept = {name: _known(before, name) for name in own if not name.startswith(OWN)}
     return {name: [*dict.fromkeys([*kept.get(name, ()), *digests])] for name, digests in own.items()}
+
+
+def newest_of_configuration(ours: Configuration, folders: Sequence[Path], option: str, may_begin: bool) -> Path | None:
+    """Return the newest checkpoint of a configuration; None if there is none and ``auto`` may begin anew."""
+    unknown: set[Path] = set()
+    others: dict[Path, list[str]] = {}
+
+    def differing(file: Path, checkpoint: Mapping[str, Any]) -> list[str]:
+        saved = saved_configuration(file, checkpoint)
+        if saved is None:
+            unknown.add(file)
+        elif names := differences(ours, saved):
+            others[file] = names
+        return others.get(file, [])
+
+    found = newest_checkpoint(folders, differing)
+    problem = f"--ckpt_path {option}: no complete checkpoint below {', '.join(map(str, folders))}"
+    if found in unknown and ours:
+        rank_zero_info(f"{found}: its configuration is not recorded; it is resumed with this command's")
+    elif found is None and others:
+        raise InputError(
+            f"{problem} has this configuration; {passed_over(others)}. Give a checkpoint's path to --ckpt_path, or set "
+            "another save_dir or name of trainer.logger to begin anew"
+        )
+    elif found is None and not (option == "auto" and may_begin):
+        raise InputError(problem + "; --ckpt_path auto starts from the beginning in that case" * may_begin)
+    return found
 
 
 def differences(ours: Configuration, saved: Any) -> list[str]:

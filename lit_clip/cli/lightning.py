@@ -2,7 +2,7 @@
 
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
@@ -20,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_clip.cli import argv, references
 from lit_clip.cli.argument_types import register_types
 from lit_clip.cli.callback_options import Typed, as_typed, callbacks_option, take_options
-from lit_clip.cli.configurations import configuration, differences, evaluated, saved_configuration
+from lit_clip.cli.configurations import Configuration, configuration, evaluated, newest_of_configuration
 from lit_clip.cli.imports import check_not_imported_by, command_words
 from lit_clip.cli.loggers import check_loggers, log_no_secrets, logger_errors
 from lit_clip.cli.packaged_defaults import use_packaged_defaults
@@ -34,14 +34,12 @@ from lit_clip.tools.messages import hinting, options_of
 from lit_clip.tools.untrusted import shortened
 from lit_clip.tools.weight_files import read_mapped
 from lit_clip.training.checkpoint_contents import adopt_tokenizer
-from lit_clip.training.checks import check_counts
 from lit_clip.training.kept_memory import keep_freed_memory
-from lit_clip.training.lightning.checkpoint_io import checkpoint_step, newest_checkpoint, passed_over, write_whole_files
+from lit_clip.training.lightning.checkpoint_io import checkpoint_step, newest_checkpoint, write_whole_files
 from lit_clip.training.lightning.command_line import PlainCLI
 from lit_clip.training.lightning.folder_locks import name_folders
 from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
-from lit_clip.training.plan import measure_run
-from lit_clip.training.plan_table import print_plan
+from lit_clip.training.plan_table import print_plan_of
 from lit_clip.training.summary import print_summary, resume_command
 from lit_clip.weights.checkpoints import checked
 from lit_clip.weights.load import check_fits
@@ -148,45 +146,23 @@ class CLI(PlainCLI):
             self.parse_arguments(parser, [*words, callbacks_option(callbacks, of_callbacks, _default_callbacks())])
             return
         if path in NEWEST:
-            found = self._newest(known, words, subcommand, path)
+            ours = self._configuration(known, words, subcommand)
+            folders = run_folders(self.config[subcommand].as_dict())
+            found = newest_of_configuration(ours, folders, path, may_begin=subcommand == "fit")
             self.parse_arguments(parser, [*words, "--ckpt_path", str(found) if found else "null"])
             return
         model = _model_of(self.config[subcommand])
         if path and not model.get("lora"):
             model["pretrained"] = None  # the checkpoint replaces every weight
 
-    def _newest(self, parser: LightningArgumentParser, words: Sequence[str], subcommand: str, path: str) -> Path | None:
-        """Return the newest checkpoint of this configuration; None if there is none at all and the run may begin."""
-        settings = self.config[subcommand]
-        folders, ours = run_folders(settings.as_dict()), configuration(parser, settings)
+    def _configuration(self, parser: LightningArgumentParser, words: Sequence[str], subcommand: str) -> Configuration:
+        """Return what a checkpoint's run must have in common with this one."""
+        ours = configuration(parser, self.config[subcommand])
         if subcommand != "fit":
             ours = {} if self.uses_packaged_defaults else evaluated(ours)
         if self.uses_packaged_defaults and not any(word.startswith("--model.architecture") for word in words):
             ours.pop("model.architecture", None)  # the checkpoint's comes before the packaged one
-        unknown: set[Path] = set()
-        others: dict[Path, list[str]] = {}
-
-        def differing(file: Path, checkpoint: Mapping[str, Any]) -> list[str]:
-            saved = saved_configuration(file, checkpoint)
-            if saved is None:
-                unknown.add(file)
-            elif names := differences(ours, saved):
-                others[file] = names
-            return others.get(file, [])
-
-        found = newest_checkpoint(folders, differing)
-        problem = f"--ckpt_path {path}: no complete checkpoint below {', '.join(map(str, folders))}"
-        if found in unknown and ours:
-            rank_zero_info(f"{found}: its configuration is not recorded; it is resumed with this command's")
-        elif found is None and others:
-            raise InputError(
-                f"{problem} has this configuration; {passed_over(others)}. Give a checkpoint's path to "
-                "--ckpt_path, or set another save_dir or name of trainer.logger to begin anew"
-            )
-        elif found is None and not (path == "auto" and subcommand == "fit"):
-            hint = "; --ckpt_path auto starts from the beginning in that case" if subcommand == "fit" else ""
-            raise InputError(f"{problem}{hint}")
-        return found
+        return ours
 
     def before_instantiate_classes(self) -> None:
         if self.uses_packaged_defaults:
@@ -273,26 +249,11 @@ class CLI(PlainCLI):
     def before_fit(self) -> None:
         """Print the plan only, or validate before the first step; a resumed run has those metrics in its checkpoint."""
         if self.setting("print_plan"):
-            self._print_plan()
+            print_plan_of(self.trainer, self.model, self.datamodule)
             sys.exit(0)
         if self.setting("validate_first") and not self.setting("ckpt_path"):
             self.trainer.validate(self.model, self.datamodule, verbose=False)
             self.model.before = {name: float(value) for name, value in self.trainer.callback_metrics.items()}
-
-    def _print_plan(self) -> None:
-        """Print the plan as the start of a run does, without starting other processes."""
-        trainer: Any = self.trainer
-        check_counts(trainer)
-        data = self.datamodule
-        trainer.datamodule, data.trainer = data, trainer  # as fit does
-        trainer.strategy.connect(self.model)
-        data.prepare_data()
-        data.setup("fit")
-        for callback in trainer.callbacks:
-            if getattr(callback, "changes_model", False):
-                callback.setup(trainer, self.model, "fit")
-        if trainer.is_global_zero:
-            print_plan(measure_run(self.model, trainer))
 
     def after_validate(self) -> None:
         if self.trainer.is_global_zero:
@@ -352,11 +313,7 @@ def run(args: ArgsType = None, execute: bool = True) -> CLI:
         seed_everything_default=0,
         # Data modules divide the samples among ranks themselves, each exactly once. The plan replaces the summary.
         trainer_defaults={"use_distributed_sampler": False, "enable_model_summary": False},
-        parser_kwargs={
-            "parser_mode": references.MODE,
-            "exit_on_error": False,
-            "allow_abbrev": False,
-        },
+        parser_kwargs={"parser_mode": references.MODE, "exit_on_error": False, "allow_abbrev": False},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
         parser_class=Parser,

@@ -1,15 +1,31 @@
 """The plan of a run as a table, with what contradicts itself in it."""
 
+from typing import Any
+
 from rich.table import Table
 
 from lit_clip.tools.console import Console
 from lit_clip.tools.parts import shown
-from lit_clip.training.checks import contradictions
-from lit_clip.training.plan import RunPlan
+from lit_clip.training.checks import check_counts, contradictions
+from lit_clip.training.plan import RunPlan, measure_run
 
 FEW_PAIRS = 3_500  # docs/evidence/recipes.md: pretrained encoders were measured with up to 3,068 pairs,
 SMALL_DATA = 60_000  # training from scratch with up to 50,000;
 BATCH_MATTERS = 2_000  # with 5,000 and 50,000 256 pairs a step were best, with 500 the batch hardly mattered
+
+
+def print_plan_of(trainer: Any, module: Any, data: Any) -> None:
+    """Print the plan as the start of a run does, without training and without starting other processes."""
+    check_counts(trainer)
+    trainer.datamodule, data.trainer = data, trainer  # as fit does
+    trainer.strategy.connect(module)
+    data.prepare_data()
+    data.setup("fit")
+    for callback in trainer.callbacks:
+        if getattr(callback, "changes_model", False):
+            callback.setup(trainer, module, "fit")
+    if trainer.is_global_zero:
+        print_plan(measure_run(module, trainer))
 
 
 def print_plan(plan: RunPlan) -> None:
