@@ -54,7 +54,7 @@ def defaults(*callbacks: Callback) -> list[Callback]:
     ``callbacks.defaults(EMA(0.999))``. A given callback replaces the default one of its class.
 
     - :class:`Preemption`, first, so that no other callback evaluates what a signal interrupted
-    - the given callbacks, those that change the model first, so that others measure it as it is trained
+    - the given callbacks, first the ones that change the model, so that others measure it as it is trained
     - :class:`PrintPlan`, :class:`ProgressLines` and :class:`PrintResults`
     - :class:`SkippedSamples`
     - :class:`NonFiniteSteps`

@@ -70,7 +70,7 @@ class Throughput(TimedCallback):
     - ``train/mfu``: model FLOP utilisation, 0 to 1: matrix products, convolutions and attention (causal attention in
       full) of both encoders' passes for the encoded images and tokens, over what the devices could have done. Not
       counted are padding, what micro-batches and activation checkpointing compute again, gradients that are not
-      needed, the loss, the optimiser and a teacher. The peak of a GPU is that of Lightning's table for the run's
+      needed, the loss, the optimiser and a teacher. The peak of a GPU is from Lightning's table, for the run's
       precision (dense; TF32 for float32 if ``torch.set_float32_matmul_precision`` allows it); of other devices it is
       the fastest matrix product found in half a second at the start on the first rank, while the others wait, so
       above 1 means that the device was busy then. Not logged if either is unknown, and not with

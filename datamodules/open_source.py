@@ -1,4 +1,4 @@
-"""Recognise and open a source of pairs, whatever its format."""
+"""Recognise and open a source of pairs of any format."""
 
 import os
 import re

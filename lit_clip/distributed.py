@@ -85,7 +85,7 @@ def host_group() -> Any:
     if dist.get_backend() == "gloo":
         return dist.group.WORLD
     if _host_group is None:
-        # A new group has torch's 30 minutes, whatever the strategy's timeout is.
+        # A new group has torch's 30 minutes, with any timeout of the strategy.
         default: Any = dist.group.WORLD
         timeout = default._get_backend(default._device_types[0]).options._timeout
         _host_group = dist.new_group(backend="gloo", timeout=timeout)

@@ -53,7 +53,7 @@ class LitCLIP(RunHooks):
     ``LitCLIP.load_from_checkpoint(path)`` and open_clip read it unchanged.
 
     Args:
-        architecture: a name from :func:`lit_clip.list_models`, or a configuration; None: that of ``pretrained``, or
+        architecture: a name from :func:`lit_clip.list_models`, or a configuration; None: the one of ``pretrained``, or
             ViT-B-32 without it.
         pretrained: weights to start from: anything :func:`lit_clip.load_model` opens, of this architecture.
         image_size: if other than the architecture's; the position embedding of ``pretrained`` is interpolated.
@@ -73,7 +73,7 @@ class LitCLIP(RunHooks):
             only the additions and the name of their base weights (``pretrained``).
         micro_batch_size: most pairs of this rank that are encoded at once, while the loss sees all pairs of all ranks
             (GradCache, Gao et al. 2021). Activations of all but the last are computed again in the backward pass, so
-            activation memory is that of one micro-batch; loss and gradients are those of the whole batch. Only
+            activations take the memory of one micro-batch; loss and gradients are the whole batch's. Only
             BatchNorm sees the micro-batches.
 
     Attributes:

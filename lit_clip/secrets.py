@@ -35,7 +35,7 @@ _SECRET_NAME = re.compile(
 _OPENS = {"architecture", "pretrained", "freeze", "lora", "class_path"}  # settings that open a checkpoint
 SHORTEST = 5  # characters; shorter values, such as "gpu" or "true", are words of every message
 _WHOLE_WORD = 8  # characters below which a value within a longer word is another word
-_WINDOW, _EDGE = 20_000, 5_000  # characters of a long text's ends that are read, and those that may hold half a secret
+_WINDOW, _EDGE = 20_000, 5_000  # characters of a long text's ends that are read, and of their edges
 _known: dict[str, tuple[re.Pattern[str], str]] = {}  # a secret -> its forms, and what stands for it
 
 

@@ -76,7 +76,7 @@ def inspect(
 
 
 def _save_problems(problems: TextIO, path: Path) -> None:
-    """Write the list of problems; without problems, remove that of an earlier run."""
+    """Write the list of problems; without problems, remove an earlier run's."""
     if not problems.tell():
         path.unlink(missing_ok=True)
         return

@@ -47,7 +47,7 @@ def score(
     the filters that remove it; fit and shard read the kept pairs. The same command resumes an interrupted run.
 
     Args:
-        data: whatever training takes; or a table that this command wrote, to filter it anew without a model.
+        data: anything that training takes; or a table that this command wrote, to filter it anew without a model.
         output: scores.parquet.
         model: a checkpoint, or a name that lit_clip.load_model understands.
         keep: keep this share of the pairs, those with the highest scores.

@@ -63,7 +63,7 @@ class RandomSquareCrop:
     torchvision's RandomResizedCrop takes ``scale`` as a share of the whole image. No square covers nine tenths of a
     photograph, so it would always fall back on the centre crop.
 
-    For a NaFlex model the crop has the shape of its grid of patches, which is about that of the image.
+    For a NaFlex model the crop has the shape of its grid of patches, which is about the image's.
 
     The crop has whole pixels of the image decoded at the smallest sufficient fraction of its size; an image decoded at
     full size is cropped at the same place.

@@ -16,7 +16,7 @@ from lit_clip.tools.stores import AtMost, store_of
 T = TypeVar("T")
 
 ATTEMPTS = 3  # to reach a store that does not answer
-LONGEST_WAIT = 60.0  # seconds between attempts, whatever the server asks for
+LONGEST_WAIT = 60.0  # seconds between attempts, even if the server asks for more
 ABSENT = (404, 410)  # HTTP statuses that say that there is no such file; others say nothing about it
 VERSIONS = ("ETag", "etag", "blob_id", "LastModified", "Last-Modified", "last_modified", "mtime", "updated", "created")
 MAX_IMAGE_BYTES = 256 << 20  # of an image file: more than Pillow's limit of pixels needs in any usual format
@@ -57,7 +57,7 @@ def retry(url: str, function: Callable[..., T], *arguments: Any, **options: Any)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and what it was raised from: fsspec reports whatever a web server answers as a missing file."""
+    """Yield an error and what it was raised from: fsspec reports any web server's refusal as a missing file."""
     while error is not None:
         yield error
         error = error.__cause__

@@ -111,7 +111,7 @@ class NearestFound:
     look_rows: np.ndarray  # the first training image with the same look, int64 [Q]; -1: none
     look_names: list[str]  # the user's names for these images
     done: int = 0  # training rows that have been read
-    reasons: Counter[str] = field(default_factory=Counter)  # of those that could not be read
+    reasons: Counter[str] = field(default_factory=Counter)  # of unreadable ones
     bad: list[str] = field(default_factory=list)  # messages about the first LISTED of these
 
     def add(self, queries: Tensor, index: LookIndex, batch: EncoderBatch, features: Tensor) -> None:

@@ -76,7 +76,7 @@ def find_columns(path: object, found: list[str], options: SourceOptions) -> Colu
 
 
 def refuse_equal(path: object, found: Sequence[str], wanted: Sequence[str]) -> None:
-    """Raise :class:`InputError` if a wanted column's name is that of two."""
+    """Raise :class:`InputError` if two columns have a wanted one's name."""
     for name in wanted:
         require(found.count(name) < 2, f"{path}: two columns are called {name!r}; rename one")
 

@@ -41,7 +41,7 @@ class Cells(NamedTuple):
 class ColumnPairs(PairSource):
     """Pairs in columns of captions and of image paths or encoded images.
 
-    ``path`` is that of the source, for messages; relative paths of images start from ``root``.
+    ``path`` names the source in messages; relative paths of images start from ``root``.
     """
 
     inside = False  # whether the paths of images must stay inside the root
@@ -225,7 +225,7 @@ def map_table(path: Path) -> pa.Table:
 
 
 def map_valid_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """:func:`map_table` of a file that may be damaged: reads all of it and raises whatever Arrow raises."""
+    """:func:`map_table` of a file that may be damaged: reads all of it and raises Arrow's errors."""
     table = map_table(path)
     if table.schema != schema:
         raise pa.ArrowInvalid(f"it has the columns {table.schema}")

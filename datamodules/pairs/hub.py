@@ -80,7 +80,7 @@ def _list_files(name: str, parts: HubName, commit: str | None) -> Listing:
 
 
 def _list_revision(name: str, repository: str, revision: str) -> Listing | None:
-    """Return the files at a revision; without a network, those that it had when it was last listed."""
+    """Return the files at a revision; without a network, the files when it was last listed."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 

@@ -106,7 +106,7 @@ class FilteredPairs(Rows):
         self.load(0, None)
 
     def divide(self, share: float, seed: int) -> tuple[PairSource, PairSource]:
-        """Divide the source, so that an image is on the same side whatever is kept."""
+        """Divide the source, so that an image is on the same side with any pairs kept."""
         train, held_out = (self._within(part) for part in self.source.divide(share, seed))
         return train, held_out
 

@@ -14,7 +14,7 @@ from lit_clip.errors import require
 
 
 class Cut(NamedTuple):
-    """The best pairs: those above a score, and the first few of those that have exactly this score."""
+    """The best pairs: all above a score, and the first few with exactly this score."""
 
     score: float
     ties: int

@@ -57,7 +57,7 @@ def write_scores(
 
 
 def _in_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Yield the same rows in tables of ``GROUP`` rows, whatever the parts: equal pairs make equal files."""
+    """Yield the same rows in tables of ``GROUP`` rows, from parts of any size: equal pairs make equal files."""
     waiting = SCORES.empty_table()
     for table in tables:
         waiting = pa.concat_tables([waiting, table])
@@ -68,7 +68,7 @@ def _in_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _filtered(table: pa.Table, filters: PairFilters, cut: Cut | None, counts: Filtered) -> tuple[pa.Table, Cut | None]:
-    """Return pairs with ``SCHEMA``, and the cut for those that follow; adds to the counts."""
+    """Return pairs with ``SCHEMA``, and the cut for the next ones; adds to the counts."""
     has_score = table["score"].is_valid().to_numpy()
     scored = table.filter(pa.array(has_score))
     removed = filters.removed(scored, cut)

@@ -84,7 +84,7 @@ class SkippedRows:
 
 
 class PairSource(ABC):
-    """Pairs with random access; a row that cannot be read raises :class:`BadSample` whatever is asked of it.
+    """Pairs with random access; a row that cannot be read raises :class:`BadSample` for all its parts.
 
     Opening one reads no image. Data workers are sent a copy, so it holds no Python object per row.
     """
@@ -223,7 +223,7 @@ class Columns:
         caption: texts or lists of texts; detected automatically by default.
         group: names the group of duplicates, such as a product.
         negative: hard negative captions, texts or lists of texts, of which training draws one; blank for none.
-        root: folder or address in a store that relative paths of images start from; by default that of the table.
+        root: folder or address in a store that relative paths of images start from; by default the table's.
     """
 
     image: str | None = None

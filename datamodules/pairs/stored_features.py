@@ -122,7 +122,7 @@ class StoredImages(NamedTuple):
 
 
 class StoredPairs(Dataset[PairSample]):
-    """Samples with stored activations; the captions are those that are drawn with the images.
+    """Samples with stored activations; the captions are drawn as with the images.
 
     A training sample draws from the run's ``seed``; a validation sample is a row.
     """

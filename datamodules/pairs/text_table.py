@@ -54,7 +54,7 @@ class RawRow(NamedTuple):
 
 
 Record = tuple[int, Mapping[str, Any]]
-FindColumns = Callable[[list[str]], ColumnNames]  # the names of a table's columns -> those that are read
+FindColumns = Callable[[list[str]], ColumnNames]  # the names of a table's columns -> the ones to read
 
 
 class Problems:

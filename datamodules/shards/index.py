@@ -47,7 +47,7 @@ class ShardIndex:
 class Summary:
     """The head of an index: all that opening a set of shards needs.
 
-    ``path`` is that of the index, ``stamp`` that of the shard.
+    ``path`` belongs to the index, ``stamp`` to the shard.
     """
 
     path: str

@@ -264,7 +264,7 @@ class TarPairs(PairSource):
         return f"{self._names[number]}/{key}", where, _contents(shard, self._needed(spans, wanted), where)
 
     def _needed(self, spans: dict[str, tuple[int, int]], wanted: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """Select the ``wanted`` files, and those that the caption and the group are taken from."""
+        """Select the ``wanted`` files, and the ones with the caption and the group."""
         fields = set(wanted)
         if self.caption_column is None:
             fields.add(next(name for name in ("captions", "text", "json") if name in spans))

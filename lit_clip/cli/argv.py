@@ -117,7 +117,7 @@ def check_encoder_options(words: Sequence[str], subcommand: str | None) -> None:
 
 
 def named_class(words: Sequence[str], subcommand: str | None, *keys: str) -> str | None:
-    """Return the class named for ``--model``, or for one of its parts; a typed one, or that of the last YAML file."""
+    """Return the class named for ``--model``, or for one of its parts; a typed one, or the last YAML file's."""
     typed = [parse_yaml(value) for value in options(words, f"--{'.'.join(keys)}")]
     in_files = (_value(section, keys) for section in sections(words, subcommand))
     for value in (*reversed(typed), *in_files):

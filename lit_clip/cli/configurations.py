@@ -36,7 +36,7 @@ def configuration(parser: Any, config: Any) -> Configuration:
 
 
 def saved_configuration(file: Path, checkpoint: Mapping[str, Any]) -> Any:
-    """Return the configuration that a checkpoint holds, or else that of the files in its run's folder; None without."""
+    """Return the configuration in a checkpoint, or else in the files of its run's folder; None without."""
     if checkpoint.get("configuration") is not None:
         return checkpoint["configuration"]
     found: Configuration = {}
@@ -75,7 +75,7 @@ def _usual(section: str, value: Any) -> Any:
 
 
 def _whole_paths(value: Any) -> Any:
-    """Return texts as paths below the working folder; those that are no paths differ from each other as before."""
+    """Return texts as paths below the working folder; other texts differ from each other as before."""
     if isinstance(value, Mapping):
         return {name: each if name == "class_path" else _whole_paths(each) for name, each in value.items()}
     if isinstance(value, list):

@@ -50,7 +50,7 @@ NEWEST = ("last", "auto", "hpc")
 
 
 class Parser(LightningArgumentParser):
-    """Lightning's, whose help, also that of single classes (``--data.help``), is plain text; a command's is short.
+    """Lightning's, whose help, also of single classes (``--data.help``), is plain text; a command's is short.
 
     It saves references, such as ``${oc.env:NAME}``, and not their values.
     """
@@ -212,7 +212,7 @@ class CLI(PlainCLI):
         log_no_secrets(trainer.loggers)
         watch_started_ranks(trainer)
         keep_freed_memory(trainer)
-        if self.subcommand and self.subcommand != "fit":  # the newest version_N is that of the newest run
+        if self.subcommand and self.subcommand != "fit":  # the newest version_N is the newest run's
             name_folders(trainer, self.subcommand)
         return trainer
 
@@ -323,7 +323,7 @@ def run(args: ArgsType = None, execute: bool = True) -> CLI:
 
 
 def run_until_signal() -> int:
-    """Run the command line and return the exit code; that of a signal comes from :class:`callbacks.Preemption`."""
+    """Run the command line and return the exit code, after a signal the one of :class:`callbacks.Preemption`."""
     try:
         run()
     except SIGTERMException as stop:

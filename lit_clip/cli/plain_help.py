@@ -51,7 +51,7 @@ def _section(name: str) -> str:
 
 
 def _names(action: Action) -> list[str]:
-    """Return an option's names; none for those that only show help."""
+    """Return an option's names; none for an option that only shows help."""
     return [name for name in action.option_strings if not name.endswith((SECTION, "+"))]
 
 

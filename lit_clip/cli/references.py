@@ -26,7 +26,7 @@ from lit_clip import secrets
 from lit_clip.errors import InputError, require
 from lit_clip.tools.text_files import check_yaml
 
-MOST_RESOLVED = 5_000  # values that references may stand for, with those that these stand for
+MOST_RESOLVED = 5_000  # values that references may stand for, directly and through others
 LONGEST = 20_000  # characters of a text with references
 MODE = "omegaconf+"  # of the parser
 _noted: dict[tuple[Any, ...], tuple[str, bool]] = {}  # a setting's place -> its text, and whether its value was null
@@ -129,7 +129,7 @@ def _remember_secrets(reads: list[tuple[str, str]], setting: str, text: Any) -> 
 
 
 def _resolve(parser: Any, settings: Any) -> Any:
-    """Return settings without references, and note those that the environment has a part in; see `omegaconf_apply`."""
+    """Return settings without references, and note those with a part from the environment; see `omegaconf_apply`."""
     if "${" not in str(settings):
         return settings
     with parser_context(path_dump_preserve_relative=True), dumping():

@@ -35,7 +35,7 @@ SHOWN = 512  # pixels of the longer side of an image found; nothing larger leave
 MOST_PROMPTS, LONGEST_PROMPT = 10_000, 1_000  # that a click encodes, and in characters
 QUEUE, WAITING = {"concurrency_id": "model", "concurrency_limit": 4}, 64  # a slow request leaves room for others
 MOST_CONNECTIONS = 256
-# The browser loads nothing from elsewhere, whatever a version of gradio or a text on the page would have it load.
+# The browser loads nothing from elsewhere, even if a version of gradio or a text on the page asks for it.
 OWN_CONTENT = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
     "img-src 'self' data: blob:; font-src 'self' data:; worker-src 'self' blob:; frame-ancestors 'none'"

@@ -40,7 +40,7 @@ def export(
     uploaded after that.
 
     Args:
-        model: a checkpoint, a folder or a name: whatever lit_clip.load_model opens.
+        model: a checkpoint, a folder or a name: anything that lit_clip.load_model opens.
         format: open_clip and hugging_face: float32 weights with their configuration; onnx: one file per encoder.
         output: a folder that does not exist yet, or is empty.
         license: of the weights, for the model card; by default unknown.

@@ -57,7 +57,7 @@ def search(
     """Find the images of a folder that best match a query.
 
     The first search encodes the folder and keeps the features in an index; later searches encode only images that are
-    new or have changed, and forget those that are gone. A file that lit-clip embed wrote is searched as it is, without
+    new or have changed, and forget images that are gone. A file that lit-clip embed wrote is searched as it is, without
     encoding an image; name it in place of the folder.
 
     Args:
@@ -66,7 +66,7 @@ def search(
         model: a checkpoint, or a name that lit_clip.load_model understands.
         image: images, each a search for similar ones.
         top_k: number of images found for each query.
-        sheet: an HTML page with thumbnails of the images found, in one file; that of an earlier search is replaced.
+        sheet: an HTML page with thumbnails of the images found, in one file, which replaces an earlier search's.
         index: the index, a .npz file; by default .lit-clip-index.npz in the folder.
         batch_size: images encoded at once.
         num_workers: processes that decode images.
@@ -116,7 +116,7 @@ def _check_queries(queries: Sequence[str], images: Sequence[str]) -> None:
 def search_in(
     model: CLIP, folder: Path, files: Sequence[ImageFile], index: str | None, settings: EncodingSettings
 ) -> Searched:
-    """Return a folder's images to search; those that the index, by default in the folder, lacks are encoded."""
+    """Return a folder's images to search; images that the index, by default in the folder, lacks are encoded."""
     table = update_index(model, files, Path(index) if index else folder / INDEX, settings)
     keys = [key for key, _, _ in table.identities]
     return Searched(keys, table.features, [folder / key for key in keys])

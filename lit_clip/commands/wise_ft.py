@@ -70,7 +70,7 @@ def wise_ft(
     which are held out. Among equals it is the one nearest to the checkpoint before. Every image is read once.
 
     Args:
-        before: the model before fine-tuning: whatever lit_clip.load_model opens.
+        before: the model before fine-tuning: anything that lit_clip.load_model opens.
         after: the fine-tuned checkpoint.
         sets: a YAML file of sets by name, in the format of the callback ZeroShot; or that mapping.
         output: the checkpoint to write the chosen model to.

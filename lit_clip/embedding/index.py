@@ -22,7 +22,7 @@ CHUNK = 65_536  # rows scored at once
 
 
 def update_index(model: CLIP, files: Sequence[ImageFile], path: Path, settings: EncodingSettings) -> FeatureTable:
-    """Return the features of all images; encode those that the index lacks, and bring it up to date."""
+    """Return the features of all images; encode the ones that the index lacks, and bring it up to date."""
     require(path.absolute().parent.is_dir(), f"--index {path}: there is no such folder")
     name = f"{fingerprint(model).model} {settings.precision}"
     old = load_arrays(path, name, FeatureTable.of)

@@ -59,7 +59,7 @@ def bias_texts() -> dict[str, dict[str, str]]:
 def bias_report(scores: Mapping[str, Tensor], groups: Mapping[str, Sequence[str]]) -> dict[str, Any]:
     """Return the task's entry in ``results.json``.
 
-    ``accuracy`` is that of classifying each attribute (tables 3 to 5), ``denigration`` how often people are classified
+    ``accuracy`` is of classifying each attribute (tables 3 to 5), ``denigration`` how often people are classified
     as non-human or crime-related, without and with the class ``child`` (tables 6 and 7); both by group.
 
     Args:

@@ -60,7 +60,7 @@ class UnitScores(NamedTuple):
 
 
 def intervals(units: Mapping[str, UnitScores]) -> dict[str, Interval]:
-    """Return the interval of each metric but those that have no width, which would look certain."""
+    """Return the interval of each metric; intervals without width, which would look certain, are left out."""
     found = {metric: scores.interval() for metric, scores in units.items()}
     return {metric: ends for metric, ends in found.items() if ends[0] < ends[1]}
 

@@ -107,6 +107,6 @@ def clopper_pearson(successes: int, trials: int) -> tuple[float, float]:
 
 
 def bonferroni(p_values: Sequence[float | None]) -> list[float | None]:
-    """Correct p-values for the number of tests: those that are not None."""
+    """Correct the p-values that are not None for their number."""
     tests = sum(value is not None for value in p_values)
     return [None if value is None else min(1.0, tests * value) for value in p_values]

@@ -50,7 +50,7 @@ class EvaluationRun:
     not_downloaded: dict[str, str] = field(default_factory=dict, init=False)  # why, by set; known on the first rank
 
     def evaluate(self, entries: Mapping[str, SuiteEntry], download: bool = False) -> None:
-        """Evaluate all sets, in order, after downloading those that are missing if ``download``."""
+        """Evaluate all sets, in order, after downloading the missing ones if ``download``."""
         self.device = start_processes(self.store.settings)
         if download:
             failed = distributed.on_first_rank(lambda: download_missing(entries, self.root, self.tasks))

@@ -133,7 +133,7 @@ def _curve(score: Tensor, right: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
     order = score.argsort(descending=True, stable=True)
     score, weight = score[order], weight[..., order].double()
     last = torch.ones_like(right)
-    last[:-1] = score[1:] != score[:-1]  # equal scores are found together, whatever their order
+    last[:-1] = score[1:] != score[:-1]  # equal scores are found together, in any order
     return (weight * right[order]).cumsum(-1)[..., last], weight.cumsum(-1)[..., last]
 
 

@@ -162,7 +162,7 @@ def _instantiate(spec: Mapping[str, Any]) -> ImageSet:
     parser.add_argument("--data", type=ImageSet, required=True)
     try:
         return parser.instantiate_classes(parser.parse_object({"data": dict(spec)}))["data"]
-    except Exception as error:  # jsonargparse wraps whatever a constructor raises
+    except Exception as error:  # jsonargparse wraps any error of a constructor
         ours = user_error(error)
         if ours is None:
             raise

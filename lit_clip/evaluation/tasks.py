@@ -280,7 +280,7 @@ def _few_shot(opened: OpenSet, options: TaskOptions) -> dict[str, Any]:
         of_folds.append(probes.evaluate(_split(opened, fold, "test", options), opened.entry.metric, fold.classes))
         used |= probes.l2
         left_out |= probes.left_out
-    shots = [n for n in sorted(of_folds[0]) if n not in left_out]  # those that every fold has
+    shots = [n for n in sorted(of_folds[0]) if n not in left_out]  # in every fold
     if not shots:
         raise InputError(f"few_shot: {left_out[min(left_out)]} in a fold; leave few_shot out of this set's tasks")
     curve = [(n, [value for values in of_folds for value in values[n]]) for n in shots]

@@ -62,7 +62,7 @@ class Matryoshka(Loss):
     """Another loss on the first channels of the features too, for features that can be cut off (Kusupati et al. 2022).
 
     The features are cut off and normalised again for each number of channels, and the losses are summed. Logs each of
-    them, such as ``train/loss_64``; what the inner loss logs is that of the largest number.
+    them, such as ``train/loss_64``; what the inner loss logs belongs to the largest number.
 
     Args:
         loss: the inner loss.

@@ -22,7 +22,7 @@ def _multipliers(length: int, device: torch.device) -> Tensor:
 
 
 def token_hash(tokens: Tensor, pad_id: int) -> Tensor:
-    """Hash int64 ``[B, L]`` to int64 ``[B]``; equal texts have equal hashes whatever their padding.
+    """Hash int64 ``[B, L]`` to int64 ``[B]``; equal texts have equal hashes with any padding.
 
     The hash is the sum of each token times an odd random number for its position, modulo 2^64: two different texts
     collide with a probability below 1e-13.

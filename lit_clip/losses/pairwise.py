@@ -89,7 +89,7 @@ class Sigmoid(Loss):
         duplicates: as for :class:`Contrastive`.
         pretraining_batch: pairs per step with which the model's ``logit_bias`` was learned, 32,768 for the published
             SigLIPs. The bias contains the logarithm of the share of right pairs, one in N texts; so in a batch of N
-            pairs log(pretraining_batch / N) is added to it, and the model's own bias stays that of pretraining. None:
+            pairs log(pretraining_batch / N) is added to it, and the model's own bias stays as in pretraining. None:
             nothing is added.
     """
 

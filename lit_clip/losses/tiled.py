@@ -192,7 +192,7 @@ def _add_hard_gradients(
     row_lse_B: Tensor,
     image_grad_BD: Tensor,
 ) -> Tensor:
-    """Add to the images' gradient in place, and return that of the hard negatives ``[M, D]``, both up to the scale."""
+    """Add to the images' gradient in place, and return the hard negatives' ``[M, D]``, both up to the scale."""
     wrong_grad_MD = torch.zeros_like(wrong_MD)
     for rows, columns in _rectangles(layout, len(wrong_MD)):
         G_bm = (scaled_BD[rows] @ wrong_MD[columns].T).sub_(row_lse_B[rows, None]).exp_()

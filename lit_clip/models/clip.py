@@ -101,7 +101,7 @@ class CLIP(TextTransformer):
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 ``[B, 3, H, W]`` -> float, the input of :meth:`encode_image`.
 
-        In the weights' precision, or under autocast in that of the first product if the encoder is one of ours.
+        In the weights' precision, or under autocast in the first product's if the encoder is one of ours.
         """
         # Weights that FSDP has gathered are not parameters of their modules.
         dtype = next((parameter.dtype for parameter in self.visual.parameters()), self.logit_scale.dtype)

@@ -68,7 +68,7 @@ def find_class(class_path: str) -> type[nn.Module] | None:
 
 
 def create_encoder(config: CustomImageConfig | CustomTextConfig, embed_dim: int) -> nn.Module:
-    """Create an encoder in float32 on the CPU, whatever the default device is."""
+    """Create an encoder in float32 on the CPU, on any default device."""
     kind = "image" if isinstance(config, CustomImageConfig) else "text"
     path = str(config.class_path)
     found, (module, _, name), where = find_class(path), path.rpartition("."), f"architecture.{kind}: {path}"

@@ -58,7 +58,7 @@ def text_encoder(config: CLIPConfig) -> nn.Module:
 
 
 def create_tokenizer(text: TextTransformerConfig | HuggingFaceTextConfig) -> TextTokenizer:
-    """Create the tokenizer of a text encoder, CLIP's or that of a source."""
+    """Create the tokenizer of a text encoder: CLIP's, or its source's."""
     padding_read, vocab_size = 0, sys.maxsize
     if isinstance(text, TextTransformerConfig):
         padding_read, vocab_size = text.padding_read, text.vocab_size

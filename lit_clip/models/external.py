@@ -180,7 +180,7 @@ def _encoder(config: HuggingFaceTextConfig) -> nn.Module:
 
 @contextmanager
 def _creating(where: str) -> Iterator[None]:
-    """Turn whatever another library raises for settings, which may be a file's, into one line."""
+    """Turn another library's error about settings, which may be a file's, into one line."""
     try:
         yield
     except Exception as error:  # TypeError, KeyError, validation errors of their own, ...
@@ -191,7 +191,7 @@ def _pretrained(auto: Any, config: HuggingFaceTextConfig, hf_config: Any) -> Any
     """Load a model with all its weights from the source; none may be left random."""
     where = f"architecture.text: {config.hugging_face}"
     guard_hub()
-    try:  # in float32, whatever they are stored in
+    try:  # in float32, however they are stored
         options = {"config": hf_config, "dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
         model, loaded = auto.from_pretrained(config.hugging_face, **options)
     except Exception as error:  # damaged or foreign files raise anything

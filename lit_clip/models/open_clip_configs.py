@@ -102,7 +102,7 @@ def from_open_clip(model: Mapping[str, Any], preprocess: Mapping[str, Any] | Non
     vision, text = _CheckedDict(top.take("vision_cfg", {}), name), _CheckedDict(top.take("text_cfg", {}), name)
     tanh = [(tower.take("act_kwargs") or {}).get("approximate") == "tanh" for tower in (vision, text)]
     transformer = not (vision.values.get("timm_model_name") or isinstance(vision.values.get("layers"), list))
-    tanh = [*tanh[:transformer], *tanh[1 : 2 - bool(text.values.get("hf_model_name"))]]  # of those that read it
+    tanh = [*tanh[:transformer], *tanh[1 : 2 - bool(text.values.get("hf_model_name"))]]  # of the settings that read it
     vision.check(len(set(tanh)) < 2, "act_kwargs", "of one encoder only")
     activation = "gelu_tanh" if any(tanh) else activation
     top.done()
@@ -176,7 +176,7 @@ def _image(values: _CheckedDict) -> ImageConfig:
         size = tuple(image_size) if isinstance(image_size, list) else image_size
         result: ImageConfig = replace(
             timms,
-            image_size=None if budget else size,  # that of as many patches
+            image_size=None if budget else size,  # of as many patches
             pool=pool or None,
             projection=kind or "classifier",
             projection_bias=values.take("timm_proj_bias", False),

@@ -59,7 +59,7 @@ def write_results(text: str) -> None:
 
 
 def can_draw(stream: TextIO) -> bool:
-    """Whether a stream is a terminal that can redraw a progress bar, whatever ``FORCE_COLOR`` says."""
+    """Whether a stream is a terminal that can redraw a progress bar, in spite of ``FORCE_COLOR``."""
     return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 

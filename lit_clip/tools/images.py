@@ -53,7 +53,7 @@ def _silence_warnings() -> None:
 
 @contextmanager
 def _opened(source: Path | BinaryIO, where: str | None) -> Iterator[Image.Image]:
-    """Open an image without decoding it; raise :class:`BadSample` for whatever goes wrong inside."""
+    """Open an image without decoding it; raise :class:`BadSample` for any error inside."""
     _silence_warnings()
     where = str(source) if where is None else where
     named_by_path = where == str(source)

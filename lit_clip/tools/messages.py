@@ -21,7 +21,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from lit_clip.errors import InputError
 from lit_clip.tools.processes import few_files
 
-NO_FILE = "Expected a path but "  # every class path could be that of a file with settings
+NO_FILE = "Expected a path but "  # every class path could name a file with settings
 UNION = "Does not validate against any of the Union subtypes"
 TYPES = {"int", "float", "str", "bool", "list", "dict", "null"}  # no values
 IN_UNION = re.compile(r"\s*- Type .* expects a function or a callable class: (.*)")
@@ -78,7 +78,7 @@ def _of_callable(lines: Sequence[str]) -> Sequence[str]:
 
 
 def _in_union(lines: Sequence[str]) -> list[str]:
-    """Shorten the problem of a class among those that create a function, and name the class."""
+    """Shorten the problem of a class that creates a function, and name the class."""
     inner = takewhile(lambda line: _indent(line) > _indent(lines[0]), lines[1:])
     text, _, value = "\n".join([IN_UNION.sub(r"\1", lines[0]), *inner]).rpartition(". Got value: ")
     class_path = re.match(r"(?:Namespace\(class_path=')?([\w.]+)", value)
@@ -132,7 +132,7 @@ def parameters(class_path: str) -> list[str]:
 
 
 def options_of(parser: Any) -> list[str]:
-    """Return a parser's options, without those that depend on the class that another option names."""
+    """Return a parser's options, without options of the class that another option names."""
     names = (name for action in parser._actions for name in action.option_strings)
     return [name for name in names if name.startswith("--") and not name.endswith(".help")]
 

@@ -108,7 +108,7 @@ def plain(value: Any) -> Any:
 
 
 def shown(description: Description) -> str:
-    """Return a part's class and settings, without those that are off; parts within it by their class."""
+    """Return a part's class and settings, without settings that are off; parts within it by their class."""
     settings = [
         f"{name} {_shown_value(value)}"
         for name, value in description["init_args"].items()

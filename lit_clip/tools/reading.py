@@ -1,4 +1,4 @@
-"""The one way to read somebody's file: whatever a parser raises becomes one line that names the file."""
+"""The one way to read somebody's file: any error of a parser becomes one line that names the file."""
 
 import os
 import stat

@@ -21,7 +21,7 @@ Source = str | os.PathLike[str]
 """The name of weights: a file, a folder, a name on the hub or in open_clip's registry."""
 
 SMALL = 2**24  # bytes; no view or archive of this size is worth a refusal
-DEEPEST = 100  # mappings and lists within each other; those that hold themselves have no end
+DEEPEST = 100  # mappings and lists within each other; one that holds itself has no end
 
 _KINDS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Bool")
 _DTYPES: dict[str, torch.dtype] = {f"{kind}Storage": getattr(torch, kind.lower()) for kind in _KINDS}

@@ -133,7 +133,7 @@ def unpack_checkpoint(checkpoint: dict[str, Any], module: Any, name: Source, tra
 
 
 def adopt_tokenizer(model: CLIP, checkpoint: Source) -> None:
-    """Give a model a checkpoint's tokenizer, before data modules ask for that of the architecture's source.
+    """Give a model a checkpoint's tokenizer, before data modules ask for the one of the architecture's source.
 
     The source may be gone, or hold another tokenizer by now; and a checkpoint's source is not opened.
     """

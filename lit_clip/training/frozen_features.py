@@ -82,7 +82,7 @@ def open_rows(
 
 
 def my_share(stored: StoredRows) -> np.ndarray:
-    """Return this rank's share of the rows to encode, int64 ``[n]``: those that are absent or damaged; a collective."""
+    """Return this rank's share of the rows to encode, int64 ``[n]``: absent and damaged rows; a collective."""
     rank, world = rank_and_world()
     mine, damaged = np.arange(stored.rows)[rank::world], 0
     with progress("checking stored features", len(mine), rank == 0) as advance:

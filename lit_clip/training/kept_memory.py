@@ -1,4 +1,4 @@
-"""Keep the memory that a process on a CPU frees, as torch does with that of a GPU."""
+"""Keep the memory that a process on a CPU frees, as torch does with a GPU's."""
 
 import ctypes
 import sys
@@ -10,7 +10,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def keep_freed_memory(trainer: Trainer) -> None:
-    """Let this process, and those that it forks, keep what it frees, if the trainer computes on the CPU.
+    """Let this process, and its forks, keep the memory that it frees, if the trainer computes on the CPU.
 
     glibc returns the memory of large tensors, so that the next ones are new pages, which the system clears and maps one
     by one. Without glibc this does nothing.

@@ -57,7 +57,7 @@ def state_per_weight(optimizer: OptimizerFactory) -> int | None:
     parameter.grad = torch.ones_like(parameter)
     try:
         made.step()
-    except Exception:  # some need a closure, or whatever else
+    except Exception:  # some need a closure
         return None
     sizes = (value.numel() for value in made.state[parameter].values() if isinstance(value, torch.Tensor))
     return sum(size for size in sizes if size > 1) // parameter.numel()
@@ -191,7 +191,7 @@ class Optimization:
                 schedule["base_lrs"] = [group["lr"] for group in groups]
 
     def _check_schedule(self, saved: Mapping[str, Any], groups: Groups, steps: int, where: str) -> None:
-        """Check a saved schedule's values against a new one's, which torch would overwrite with whatever they are."""
+        """Check a saved schedule's values against a new one's, which torch would overwrite unchecked."""
         optimizer = self.optimizer([{**group, "params": [nn.Parameter(torch.zeros(8, 8))]} for group in groups])
         fresh = create_schedule(self._lr_scheduler, optimizer, steps).state_dict()
         for key, value in fresh.items():
@@ -246,7 +246,7 @@ def _resume_groups(
             group["initial_lr"] = ours["lr"]
         group |= {key: value for key, value in changed.items() if key in group and key != "lr"}
         group["name"] = ours["name"]
-        if "weight_decay" in ours:  # that of a group need not be that of the settings
+        if "weight_decay" in ours:  # a group's need not be the one of the settings
             group["weight_decay"] = ours["weight_decay"]
 
 

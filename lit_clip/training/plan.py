@@ -184,7 +184,7 @@ def tower_work(model: Any) -> tuple[Work, Work]:
 def _forward_flops(tower: nn.Module, inputs: Tensor) -> int | None:
     try:
         return tower_flops(tower, inputs)
-    except Exception:  # whatever external encoders raise
+    except Exception:  # any error of an external encoder
         return None
 
 

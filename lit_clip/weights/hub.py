@@ -37,7 +37,7 @@ def download(name: str) -> Path:
             except EntryNotFoundError:  # includes LocalEntryNotFoundError: not in the cache
                 continue
             return folder
-    except Exception as error:  # no network, no such name, or whatever a malformed answer leads to
+    except Exception as error:  # no network, no such name, or a malformed answer
         words = first_line(error)
         raise InputError(f"{name}: no such file or folder, and not available from the hub ({words})") from error
     raise InputError(f"{name}: has none of {', '.join(OPEN_CLIP_WEIGHTS)} on the hub")

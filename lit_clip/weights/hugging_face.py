@@ -76,7 +76,7 @@ def read_hugging_face_folder(folder: str | os.PathLike[str]) -> tuple[CLIPConfig
 
 
 def _shards(index: Path) -> list[str]:
-    """Return the files of an index; they are beside it, whatever their names say."""
+    """Return the files of an index; they are beside it, even if their names say otherwise."""
     names = read_json(index).get("weight_map")
     files = set(names.values()) if isinstance(names, dict) and matches_type(names, dict[str, str]) else set()
     require(bool(files), f"{index}: has no weight_map of files by weight")

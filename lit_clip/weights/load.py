@@ -43,7 +43,7 @@ def create_model(
     """Create a model by name (:func:`list_models`) or configuration, with random or pretrained weights.
 
     Args:
-        name: the architecture; ``pretrained`` must agree with it. None: that of ``pretrained``, or ViT-B-32 without
+        name: the architecture; ``pretrained`` must agree with it. None: the one of ``pretrained``, or ViT-B-32 without
             it. A name leaves the preprocessing to the weights.
         pretrained: anything :func:`load_model` opens, or an open_clip tag for that name.
         image_size: overrides the architecture's, as ``context_length`` does, see :func:`load_model`.

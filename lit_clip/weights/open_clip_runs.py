@@ -41,7 +41,7 @@ def run_architecture(path: Path, named: bool) -> tuple[CLIPConfig, str] | None:
 
 
 def _params(file: Path) -> dict[str, str]:
-    """Return the lines ``name: value`` of a run's settings without those that are not set; empty if there are none."""
+    """Return the lines ``name: value`` of a run's settings without unset ones; empty if there are none."""
     if not file.is_file():
         return {}
     with reading(file, "params.txt"), file.open("rb") as opened:

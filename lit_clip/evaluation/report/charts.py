@@ -112,7 +112,7 @@ def _marks(
 
 
 def differences(results: Mapping[str, Any]) -> "Figure | None":
-    """Zero-shot accuracy minus that of a linear probe on the same features, as in the paper's figure 5."""
+    """Zero-shot accuracy minus a linear probe's on the same features, as in the paper's figure 5."""
     both = [row for row in rows(results) if {"zero_shot", "linear_probe"} <= row.values.keys()]
     if not both:
         return None

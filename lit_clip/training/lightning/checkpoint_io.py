@@ -75,7 +75,7 @@ def remove_after_writing(plugin: Any) -> None:
 
 
 def wrapped(plugin: Any) -> Iterator[Any]:
-    """Yield a ``CheckpointIO`` and those that it wraps."""
+    """Yield a ``CheckpointIO`` and all that are wrapped in it."""
     while plugin is not None:
         yield plugin
         plugin = getattr(plugin, "checkpoint_io", None)
@@ -174,7 +174,7 @@ def _resumable(path: Path) -> dict[str, Any] | None:
         )  # memory-mapped: no tensor is read
         int(checkpoint["global_step"])
         return checkpoint if "optimizer_states" in checkpoint else None
-    except Exception:  # whatever a damaged or foreign file raises: it cannot be resumed from
+    except Exception:  # any error of a damaged or foreign file, which cannot be resumed from
         return None
 
 
@@ -223,7 +223,7 @@ def _fingerprint(path: Any) -> tuple[str, str]:
         return f"step {checkpoint_step(Path(path))}", hex_digest([sorted(members)])
     except FileNotFoundError:
         return "no such file", ""
-    except Exception:  # a sharded checkpoint's folder, or whatever a damaged file raises, which loading it says
+    except Exception:  # a sharded checkpoint's folder, or a damaged file, of which loading it tells
         return "not one whole file", ""
 
 

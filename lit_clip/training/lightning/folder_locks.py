@@ -32,7 +32,7 @@ def note_unnumbered(trainer: Trainer) -> None:
 
 
 def name_folders(trainer: Trainer, kind: str) -> None:
-    """Have loggers that number their folder by themselves call it ``kind_N``, as it will not be that of a run.
+    """Have loggers that number their folder by themselves call it ``kind_N``, as it will not be a run's.
 
     Args:
         trainer: of the loggers.

@@ -60,7 +60,7 @@ def check_restorable(checkpoint: Any, trainer: Trainer, name: str) -> None:
 def _check_paths(state: Mapping[str, Any], folders: Mapping[str, str], where: str) -> None:
     """Check the files that :class:`ModelCheckpoint` would delete in time: its own in its folder, and no others."""
     check_entries(state, dict.fromkeys(PATHS, str) | {"best_k_models": dict[str, object], "dirpath": str | None}, where)
-    # Lightning takes the others from a state without a folder, or with that of this run.
+    # Lightning takes the others from a state without a folder, or with this run's.
     foreign = state.get("dirpath") is not None and state["dirpath"] not in folders
     others = (*(state.get(name) for name in PATHS[1:]), *state.get("best_k_models", {}))
     for path in (state.get("best_model_path"), *(() if foreign else others)):
@@ -88,7 +88,7 @@ def _restore(connector: Any, part: str) -> None:
 
 @contextmanager
 def restoring(name: str) -> Iterator[None]:
-    """Turn whatever is raised for a checkpoint's states into one line that names it."""
+    """Turn any error about a checkpoint's states into one line that names it."""
     try:
         yield
     except MisconfigurationException:  # of this run's settings

@@ -1,4 +1,4 @@
-"""The folder of a run's own files, whatever its logger, and where its curves are."""
+"""The folder of a run's own files, with any logger, and where its curves are."""
 
 import shlex
 from collections.abc import Sequence
