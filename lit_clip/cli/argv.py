@@ -12,7 +12,7 @@ import yaml
 from lit_clip.cli.imports import import_modules
 from lit_clip.cli.packaged_defaults import DEFAULTS
 from lit_clip.errors import InputError, require
-from lit_clip.tools.messages import imported_class, parameters
+from lit_clip.tools.messages import imported_class, nested_parameters, parameters
 from lit_clip.tools.parts import describe_instance, qualified_name
 from lit_clip.tools.text_files import parse_yaml, read_yaml
 from lit_clip.tools.untrusted import hints_of, matches_plain_type, shortened
@@ -57,7 +57,7 @@ def data_options(words: Sequence[str], subcommand: str | None) -> list[str]:
     """Return the options of the named data module; the parser only knows ``--data``."""
     in_files = (_value(section, ("data", "class_path")) for section in sections(words, subcommand))
     named = [*options(words, "--data")[-1:], *(each for each in in_files if isinstance(each, str))]
-    return [f"--data.{name}" for name in parameters(named[0])] if named else []
+    return [f"--data.{name}" for name in nested_parameters(named[0])] if named else []
 
 
 def import_encoders(words: Sequence[str], subcommand: str | None) -> None:

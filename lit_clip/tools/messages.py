@@ -131,6 +131,16 @@ def parameters(class_path: str) -> list[str]:
     return [] if found is None else [name for name in inspect.signature(found).parameters if name != "self"]
 
 
+def nested_parameters(class_path: str) -> list[str]:
+    """Return a class's arguments, and for one with settings of its own (``columns``) also these (``columns.root``)."""
+    hints: dict[str, Any] = {}
+    with suppress(Exception):  # a name that only type checkers import
+        hints = get_type_hints(getattr(imported_class(class_path), "__init__", None))
+    kinds = [(name, kind) for name, hint in hints.items() for kind in (hint, *get_args(hint))]
+    nested = [(name, dataclasses.fields(kind)) for name, kind in kinds if dataclasses.is_dataclass(kind)]
+    return [*parameters(class_path), *(f"{name}.{field.name}" for name, fields in nested for field in fields)]
+
+
 def options_of(parser: Any) -> list[str]:
     """Return a parser's options, without options of the class that another option names."""
     names = (name for action in parser._actions for name in action.option_strings)
@@ -154,7 +164,7 @@ def _hint(error: str, words: Sequence[str], options: Callable[[], Iterable[str]]
         class_path, name = of_class.groups()
         typed = (word.partition("=")[0] for word in words if word.startswith("--"))
         option = next((word for word in typed if word.endswith(f".{name}")), name)  # by default in a file
-        known = [option.removesuffix(name) + parameter for parameter in parameters(class_path)]
+        known = [option.removesuffix(name) + parameter for parameter in nested_parameters(class_path)]
         return _did_you_mean(option, known) or f"there are {', '.join(parameters(class_path))}"
     if error.startswith("unrecognized arguments"):
         wrong = next((word for word in error.split() if word.startswith("--")), "")
