@@ -1,6 +1,6 @@
 """Batches: named tuples of tensors and keys."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +26,7 @@ class CaptionBatch(NamedTuple):
         negative_tokens: int64 ``[M, L]``, those of the M negatives that are not empty, in order.
         negative_lengths: number of tokens of each of them.
         stored_texts: stored activations ``[B, ...]`` of the text encoder's frozen layers; optional.
+        extra: tensors ``[B, ...]`` by name, for a loss of one's own; no other part reads them.
     """
 
     images: Tensor
@@ -39,6 +40,7 @@ class CaptionBatch(NamedTuple):
     negative_tokens: Tensor | None = None
     negative_lengths: Sequence[int] = ()
     stored_texts: Tensor | None = None
+    extra: Mapping[str, Tensor] = {}
 
     def to(self, device: torch.device | str) -> "CaptionBatch":
         """Move the tensors to a device; a CUDA device's queued work is not waited for if they are pinned.
@@ -53,7 +55,8 @@ class CaptionBatch(NamedTuple):
         return self._of_tensors(Tensor.pin_memory)
 
     def _of_tensors(self, function: Callable[[Tensor], Tensor]) -> "CaptionBatch":
-        return self._make(function(value) if isinstance(value, Tensor) else value for value in self)
+        moved = self._make(function(value) if isinstance(value, Tensor) else value for value in self)
+        return moved._replace(extra={name: function(value) for name, value in self.extra.items()})
 
     def split(self, parts: int) -> "list[CaptionBatch]":
         """Split into at most ``parts`` batches of nearly equal size, none of them empty, in order."""
@@ -64,10 +67,12 @@ class CaptionBatch(NamedTuple):
 
     def _rows(self, rows: slice) -> "CaptionBatch":
         hard = slice(*(sum(map(bool, self.negatives[:row])) for row in rows.indices(len(self.images))[:2]))
+        extra = {name: value[rows] for name, value in self.extra.items()}
         values: dict[str, Any] = {**self._asdict(), "skipped": ()}
+        values.pop("extra")
         for name, value in values.items():
             values[name] = value if value is None else value[hard if name.startswith("negative_") else rows]
-        return CaptionBatch(**values)
+        return CaptionBatch(**values, extra=extra)
 
     def stretched(self, pairs: int) -> "CaptionBatch":
         """Repeat the last pair, without its negative, until there are at least ``pairs``."""
@@ -82,4 +87,7 @@ class CaptionBatch(NamedTuple):
 
         names = "images", "tokens", "keys", "captions", "groups", "lengths", "stored_texts"
         negatives = [*self.negatives, *[""] * more] if self.negatives else ()
-        return self._replace(**{name: repeated(getattr(self, name)) for name in names}, negatives=negatives)
+        extra = {name: repeated(value) for name, value in self.extra.items()}
+        return self._replace(
+            **{name: repeated(getattr(self, name)) for name in names}, negatives=negatives, extra=extra
+        )

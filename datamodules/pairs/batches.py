@@ -31,8 +31,8 @@ class TrainingPairs(Dataset[PairSample]):
         seed, transform = sample_seed(self.seed, sample), self.transform.at(sample.budget)
         with seeded(seed):
             with decoding_at_least(transform.decode_size):
-                image, *texts = self.source.load(sample.row, random.Random(seed))
-            return PairSample(transform(image), *texts)
+                pair = self.source.load(sample.row, random.Random(seed))
+            return PairSample(transform(pair.image), *pair[1:])
 
 
 class ValidationPairs(Dataset[PairSample]):
@@ -45,8 +45,8 @@ class ValidationPairs(Dataset[PairSample]):
         return len(self.source)
 
     def __getitem__(self, index: int) -> PairSample:
-        image, *texts = self.source.load(index, None)
-        return PairSample(self.transform(image), *texts)
+        pair = self.source.load(index, None)
+        return PairSample(self.transform(pair.image), *pair[1:])
 
 
 class Collate:
@@ -76,7 +76,8 @@ class Collate:
         groups = [item.group for item in items] if any(item.group for item in items) else ()
         tokens, lengths = self._tokenized(captions)
         stored = self.texts and self.texts.of(tokens, lengths)
-        batch = CaptionBatch(images, tokens, keys, captions, groups, skipped, lengths, stored_texts=stored)
+        extra = {name: torch.stack([torch.as_tensor(item.extra[name]) for item in items]) for name in items[0].extra}
+        batch = CaptionBatch(images, tokens, keys, captions, groups, skipped, lengths, stored_texts=stored, extra=extra)
         negatives = [item.negative for item in items]
         if not any(negatives):
             return batch

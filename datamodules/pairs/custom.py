@@ -3,7 +3,9 @@
 import io
 import random
 from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -49,6 +51,10 @@ class CustomPairs(PairSource):
         """Return captions that do not fit the image although they are similar; training draws one each time."""
         return []
 
+    def extra(self, index: int) -> Mapping[str, Any]:
+        """Return what a loss of your own needs to know of a row, by name: numbers, or tensors of one shape."""
+        return {}
+
     def where(self, index: int) -> str:
         """Return the name of a row in messages."""
         return f"{type(self).__name__} row {index}"
@@ -63,7 +69,7 @@ class CustomPairs(PairSource):
         caption = texts[0] if rng is None else rng.choice(texts)
         negatives = self.negatives(index) if rng else []
         negative = rng.choice(negatives) if rng and negatives else ""
-        return Pair(image, caption, self.key(index), self.group(index), negative)
+        return Pair(image, caption, self.key(index), self.group(index), negative, self.extra(index))
 
     def read(self, index: int) -> EncodedPair:
         """Return a pair as stored; a PIL image as PNG."""

@@ -28,20 +28,14 @@ def cut_of(scores: np.ndarray, count: int) -> Cut:
 
 @dataclass(frozen=True)
 class PairFilters:
-    """Filters; a pair is kept if it passes all that are set.
+    """Filters; a pair is kept if it passes all that are set."""
 
-    Attributes:
-        keep: the share of all pairs that have a score, best first; rounded down to whole pairs. Of pairs with the same
-            score the earlier ones are kept.
-        threshold: least score.
-        min_caption_words: separated by white space.
-        min_image_dim: pixels of the shorter side.
-    """
-
+    # the share of all pairs that have a score, best first; rounded down to whole pairs. Of pairs with the same score
+    # the earlier ones are kept
     keep: float | None = None
-    threshold: float | None = None
-    min_caption_words: int | None = None
-    min_image_dim: int | None = None
+    threshold: float | None = None  # least score
+    min_caption_words: int | None = None  # separated by white space
+    min_image_dim: int | None = None  # pixels of the shorter side
 
     def __post_init__(self) -> None:
         require(self.keep is None or 0 < self.keep <= 1, f"--keep {self.keep}: must be above 0 and at most 1")

@@ -37,6 +37,7 @@ class Pair(NamedTuple):
     key: str  # identifies the image
     group: str = ""  # of duplicates
     negative: str = ""  # a caption that does not fit the image although it is similar
+    extra: Mapping[str, Any] = {}  # numbers, or tensors of one shape, for a loss of one's own
 
 
 class PairText(NamedTuple):
@@ -46,6 +47,7 @@ class PairText(NamedTuple):
     key: str
     group: str = ""
     negative: str = ""
+    extra: Mapping[str, Any] = {}
 
 
 class EncodedPair(NamedTuple):

@@ -4,7 +4,7 @@
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -112,6 +112,7 @@ class PairSample(NamedTuple):
     key: str
     group: str
     negative: str
+    extra: Mapping[str, Any]
 
 
 class StoredImages(NamedTuple):

@@ -84,24 +84,19 @@ def over_seeds(values: Sequence[float | None]) -> OverSeeds | None:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """A metric of this run minus the other run's on the same images; fractions.
-
-    Attributes:
-        images: number of images, or of queries.
-        difference: None if the runs cannot be paired.
-        interval: 99.5 % bootstrap interval of the difference, over images (within classes for a mean per class);
-            None if it has no width, which would look certain: within classes, all scores differ by the same.
-        p_value: exact two-sided test that the images which only one run gets right are as often one's as the other's
-            (McNemar 1947); None if images are not simply right or wrong, or the set has several folds.
-    """
+    """A metric of this run minus the other run's on the same images; fractions."""
 
     run: str
     set: str
     task: str
     metric: str
-    images: int = 0
-    difference: float | None = None
+    images: int = 0  # number of images, or of queries
+    difference: float | None = None  # None if the runs cannot be paired
+    # 99.5 % bootstrap interval of the difference, over images (within classes for a mean per class); None if it has no
+    # width, which would look certain: within classes, all scores differ by the same
     interval: Interval | None = None
+    # exact two-sided test that the images which only one run gets right are as often one's as the other's (McNemar
+    # 1947); None if images are not simply right or wrong, or the set has several folds
     p_value: float | None = None
     reason: str = ""  # why they cannot be paired
 

@@ -22,28 +22,17 @@ from lit_clip.tools.parts import Description, describe_instance, qualified_name
 
 @dataclass(frozen=True)
 class Pairs:
-    """This rank's pairs of a training step.
+    """This rank's pairs of a training step."""
 
-    Attributes:
-        image: unit features ``[B, D]`` of the images, float32 or wider.
-        text: unit features ``[B, D]`` of their captions.
-        scale: inverse temperature, ``exp(logit_scale)``, a scalar.
-        bias: ``logit_bias``, a scalar; None if the model has none.
-        shards: number of pairs of each rank.
-        batch: the pairs.
-        parts: the same pairs as micro-batches; a rank with few pairs repeats its last one at the end.
-        pad_id: the token that ``batch.tokens`` are padded with.
-        negatives: hard negative captions; None if no rank has one, or the loss does not use them.
-    """
-
-    image: Tensor
-    text: Tensor
-    scale: Tensor
-    bias: Tensor | None
-    shards: RankCounts
-    batch: CaptionBatch
-    parts: list[CaptionBatch]
-    pad_id: int
+    image: Tensor  # unit features ``[B, D]`` of the images, float32 or wider
+    text: Tensor  # unit features ``[B, D]`` of their captions
+    scale: Tensor  # inverse temperature, ``exp(logit_scale)``, a scalar
+    bias: Tensor | None  # ``logit_bias``, a scalar; None if the model has none
+    shards: RankCounts  # number of pairs of each rank
+    batch: CaptionBatch  # the pairs
+    parts: list[CaptionBatch]  # the same pairs as micro-batches; a rank with few pairs repeats its last one at the end
+    pad_id: int  # the token that ``batch.tokens`` are padded with
+    # hard negative captions; None if no rank has one, or the loss does not use them
     negatives: HardNegatives | None = None
 
     def ids(self) -> Tensor:
@@ -102,17 +91,19 @@ class WholeBatch:
         """Groups, empty strings for none."""
         return distributed.gather_objects(list(self._pairs.batch.groups or [""] * len(self._pairs.image)))
 
+    def extra(self, name: str) -> Tensor:
+        """Return rows ``[N, ...]`` of a tensor of :attr:`lit_clip.CaptionBatch.extra`."""
+        rows = distributed.gather_objects(list(self._pairs.batch.extra.get(name, torch.zeros(0)).cpu()))
+        require(len(rows) == len(self.image), f"model.loss: the data have no {name}; see CustomPairs.extra")
+        return torch.stack(rows).to(self.image.device)
+
 
 class LossValue(NamedTuple):
-    """A loss, and what it wants logged.
+    """A loss, and what it wants logged."""
 
-    Attributes:
-        loss: a scalar whose mean over ranks is the loss of the whole batch.
-        metrics: logged as ``train/<name>``: scalar tensors, of which the mean over ranks is logged, or numbers that are
-            the same on all ranks.
-    """
-
-    loss: Tensor
+    loss: Tensor  # a scalar whose mean over ranks is the loss of the whole batch
+    # logged as ``train/<name>``: scalar tensors, of which the mean over ranks is logged, or numbers that are the same
+    # on all ranks
     metrics: Mapping[str, Tensor | float] = {}
 
 

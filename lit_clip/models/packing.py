@@ -17,17 +17,12 @@ LONGEST_PLAIN = {torch.float32: 64, torch.bfloat16: 256 if has_bfloat16() else 0
 
 
 class Layout(NamedTuple):
-    """Sequences concatenated in ``[T, W]``, and how they attend.
+    """Sequences concatenated in ``[T, W]``, and how they attend."""
 
-    Attributes:
-        runs: count and length of each run of neighbouring sequences of equal length.
-        causal: whether a token attends only to itself and those before it.
-        mask: bool ``[R, 1, C, C]``, the keys that each query reads, where several texts share a sequence: ``runs`` is
-            then one run of R rows of C tokens.
-    """
-
-    runs: tuple[tuple[int, int], ...]
-    causal: bool
+    runs: tuple[tuple[int, int], ...]  # count and length of each run of neighbouring sequences of equal length
+    causal: bool  # whether a token attends only to itself and those before it
+    # bool ``[R, 1, C, C]``, the keys that each query reads, where several texts share a sequence: ``runs`` is then one
+    # run of R rows of C tokens
     mask: Tensor | None = None
 
     def attend(self, qkv_TX: Tensor, heads: int) -> Tensor:
@@ -90,21 +85,15 @@ def _differentiated(*tensors: Tensor) -> bool:
 
 
 class Packing(NamedTuple):
-    """The texts of a batch without padding: sorted by length, shortest first, or several to a row.
+    """The texts of a batch without padding: sorted by length, shortest first, or several to a row."""
 
-    Attributes:
-        layout: of the packed tokens.
-        rows: int64 ``[T]``, the row of each token in the batch; what no text fills repeats the batch's first token.
-        columns: int64 ``[T]``, the column of each token in the batch.
-        ends: int64 ``[B]``, the index in T of each text's last token.
-        places: int64 ``[B]``, each text's index in ``ends``: ``ends[places]`` restores the batch's order. None: it is
-            the batch's order.
-    """
-
-    layout: Layout
+    layout: Layout  # of the packed tokens
+    # int64 ``[T]``, the row of each token in the batch; what no text fills repeats the batch's first token
     rows: Tensor
-    columns: Tensor
-    ends: Tensor
+    columns: Tensor  # int64 ``[T]``, the column of each token in the batch
+    ends: Tensor  # int64 ``[B]``, the index in T of each text's last token
+    # int64 ``[B]``, each text's index in ``ends``: ``ends[places]`` restores the batch's order. None: it is the batch's
+    # order
     places: Tensor | None = None
 
 

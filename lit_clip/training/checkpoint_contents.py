@@ -128,7 +128,7 @@ def unpack_checkpoint(checkpoint: dict[str, Any], module: Any, name: Source, tra
     loss = _loss_state(checkpoint, module.loss, name, resumed=trainer is not None)
     checkpoint["state_dict"] = {PREFIX + key: value for key, value in state.items()} | loss
     model._tokenizer = checkpoint_tokenizer(checkpoint, model.config) or model._tokenizer
-    if checkpoint.get("weights") == EMA_WEIGHTS:
+    if checkpoint.get("weights") == EMA_WEIGHTS and trainer is None:
         rank_zero_info(f"{name}: these weights are the exponential moving average, not those of the last step")
 
 

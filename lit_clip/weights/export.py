@@ -41,17 +41,12 @@ PROTOBUF_LIMIT = 1.9e9  # bytes: ONNX files above 2 GiB need a second file for t
 
 
 class ExportSample(NamedTuple):
-    """The inputs that the model and its export both encode: four images of random pixels and four texts.
-
-    Attributes:
-        pixels: float ``[4, 3, H, W]`` or patch sequences, the images after the model's own preprocessing.
-        tokens: int64 ``[4, L]``, the texts after the model's own tokenizer.
-    """
+    """The inputs that the model and its export both encode: four images of random pixels and four texts."""
 
     images: list[Image.Image]
-    pixels: Tensor
+    pixels: Tensor  # float ``[4, 3, H, W]`` or patch sequences, the images after the model's own preprocessing
     texts: list[str]
-    tokens: Tensor
+    tokens: Tensor  # int64 ``[4, L]``, the texts after the model's own tokenizer
 
     @classmethod
     def of(cls, model: CLIP) -> Self:
@@ -73,19 +68,12 @@ class Reading(NamedTuple):
 
 
 class Parity(NamedTuple):
-    """The largest differences between a model and its export; None for what the format has no part of.
+    """The largest differences between a model and its export; None for what the format has no part of."""
 
-    Attributes:
-        image: between unit image features.
-        text: between unit text features.
-        pixels: in levels of 255, before normalisation.
-        tokens: whether the ids are equal.
-    """
-
-    image: float
-    text: float
-    pixels: float | None
-    tokens: bool | None
+    image: float  # between unit image features
+    text: float  # between unit text features
+    pixels: float | None  # in levels of 255, before normalisation
+    tokens: bool | None  # whether the ids are equal
 
 
 @torch.no_grad()

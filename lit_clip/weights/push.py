@@ -15,16 +15,11 @@ LOGIN = "run hf auth login"
 
 
 class Repository(NamedTuple):
-    """A repository ``org/name`` of models on the hub, as it was when it was looked up.
-
-    Attributes:
-        private: whether it is, or for a new one shall be, seen by its owners only.
-        commit: the newest; None if the repository does not exist.
-    """
+    """A repository ``org/name`` of models on the hub, as it was when it was looked up."""
 
     name: str
-    private: bool
-    commit: str | None
+    private: bool  # whether it is, or for a new one shall be, seen by its owners only
+    commit: str | None  # the newest; None if the repository does not exist
     files: frozenset[str]
 
     def check(self, names: Collection[str], card: str) -> None:

@@ -67,7 +67,8 @@ def make_batch(rows: slice) -> CaptionBatch:
     captions = [f"image {chr(ord('a') + i)}" for i in range(PAIRS)]
     keys = ["0", "1", "2", "3", "4", "0", "6", "7"]  # the same image twice
     groups = ["", "shoe", "", "", "", "", "", "shoe"]
-    return CaptionBatch(images[rows], tokens[rows], keys[rows], captions[rows], groups[rows])
+    extra = {"importance": torch.arange(1.0, PAIRS + 1)[rows]}
+    return CaptionBatch(images[rows], tokens[rows], keys[rows], captions[rows], groups[rows], extra=extra)
 
 
 class _Step(torch.nn.Module):

@@ -49,7 +49,7 @@ class WeightedMargin(Loss):
         wrong[:, : len(own)] = ~pairs.same
         long = torch.tensor([1.0 + ("b" in caption) for caption in pairs.captions])
         cost = F.softplus(pairs.scale * (scores - own + self.margin)) * wrong
-        return LossValue((cost.sum(dim=1) * long).mean(), {"wrong": float(wrong.sum())})
+        return LossValue((cost.sum(dim=1) * long * pairs.extra("importance")).mean(), {"wrong": float(wrong.sum())})
 
 
 class Inputs(NamedTuple):
@@ -136,7 +136,7 @@ def margin_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
         wrong = [x.text[j] for j in range(len(x.text)) if not x.same[i, j]]
         for text in [*wrong, *(() if x.negative is None else x.negative)]:
             margin = x.scale * ((x.image[i] * loss.weight) @ text - own + loss.margin)
-            total = total + factor * (1 + margin.exp()).log()
+            total = total + factor * (i + 1) * (1 + margin.exp()).log()  # importance
     return total / len(x.image)
 
 

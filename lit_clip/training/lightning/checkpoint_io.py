@@ -1,6 +1,8 @@
 """Checkpoint files that are complete or absent, and how to find the newest one."""
 
+import io
 import os
+import pickle
 import shutil
 import sys
 import time
@@ -17,6 +19,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from torch.serialization import get_unsafe_globals_in_checkpoint
 
 from lit_clip import distributed
 from lit_clip.errors import InputError
@@ -44,6 +47,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
                 torch.save(checkpoint, file)
                 file.flush()
                 os.fsync(file.fileno())
+            _check_plain(checkpoint, part, whole)
             put_in_place(part, whole)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
             first = _first(error, handled)
@@ -99,6 +103,24 @@ def _first(error: BaseException, handled: BaseException | None) -> BaseException
     while (before := error.__cause__ or error.__context__) and before is not handled:
         error = before
     return error
+
+
+def _check_plain(checkpoint: Mapping[str, Any], part: Path, whole: Path) -> None:
+    """Refuse a checkpoint that holds other objects than tensors and plain values, which no command would open."""
+    if not zipfile.is_zipfile(part) or not (found := get_unsafe_globals_in_checkpoint(part)):
+        return
+    entries = [*checkpoint.get("callbacks", {}).items(), *checkpoint.items()]
+    name = next((name for name, value in entries if _unsafe(value)), "")
+    raise InputError(
+        f"{whole}: the state of {name} holds {found[0]}; have its state_dict return tensors and plain values, such as "
+        "array.tolist(); the previous checkpoint is kept"
+    )
+
+
+def _unsafe(value: Any) -> list[str]:
+    torch.save(value, file := io.BytesIO())
+    file.seek(0)
+    return get_unsafe_globals_in_checkpoint(file)
 
 
 def put_in_place(part: Path, whole: Path) -> None:
@@ -169,11 +191,12 @@ def _resumable(path: Path) -> dict[str, Any] | None:
     try:
         if not zipfile.is_zipfile(path):
             return None
-        checkpoint = torch.load(
-            path, map_location="cpu", mmap=True, weights_only=True
-        )  # memory-mapped: no tensor is read
+        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # no tensor is read
         int(checkpoint["global_step"])
         return checkpoint if "optimizer_states" in checkpoint else None
+    except pickle.UnpicklingError:
+        rank_zero_warn(f"{path}: passed over, as it holds more than tensors and plain values")
+        return None
     except Exception:  # any error of a damaged or foreign file, which cannot be resumed from
         return None
 

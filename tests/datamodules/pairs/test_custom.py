@@ -21,9 +21,11 @@ from datamodules.commands.shard import shard
 from datamodules.loading.bad_samples import BadSamples
 from datamodules.open_source import open_source
 from lit_clip.errors import BadSample, InputError
+from lit_clip.losses import Loss, WholeBatch
 from lit_clip.models.config import CLIPConfig, Preprocessing
 from lit_clip.module import LitCLIP
 from lit_clip.training.lightning.checkpoint_io import WholeCheckpointIO
+from tests.helpers.small_sets import make_trainer
 
 
 class Shapes(CustomPairs):
@@ -248,3 +250,60 @@ def test_commands_take_a_class_path_in_braces(
     assert [shards.captions(row)[0] for row in range(9)] == [f"shape {row}" for row in range(9)]
     with pytest.raises(InputError, match=r"Shapes.*'lines' is not accepted"):
         open_source(f"{{class_path: {__name__}.Shapes, init_args: {{lines: 9}}}}")
+
+
+class Weighted(CustomPairs):
+    """Twelve pairs, the third of which cannot be read, and the fifth and sixth of which share an image."""
+
+    def __len__(self) -> int:
+        return 12
+
+    def image(self, index: int) -> Image.Image:
+        if index == 2:
+            raise OSError("gone")
+        return Image.new("RGB", (32, 32), (20 * index, 0, 0))
+
+    def captions(self, index: int) -> list[str]:
+        return [f"number {index}"]
+
+    def key(self, index: int) -> str:
+        return "4" if index == 5 else str(index)
+
+    def extra(self, index: int) -> dict[str, Any]:
+        return {"weight": index / 8, "place": torch.tensor([index, -index])}
+
+
+class Recording(Loss):
+    """Records what each pair comes with."""
+
+    uses_negatives = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, float, list[int]]] = []
+
+    def whole_batch(self, pairs: WholeBatch) -> torch.Tensor:
+        weight, place = pairs.extra("weight"), pairs.extra("place")
+        self.seen += zip(pairs.captions, weight.tolist(), place.tolist(), strict=True)
+        return (weight * (1 - (pairs.image * pairs.text).sum(dim=1))).mean()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loss_gets_what_a_source_gives_for_each_row(workers: int, tmp_path: Path) -> None:
+    bad = BadSamples("skip", 0.5)
+    data = Captions(Weighted(), Weighted(), batch_size=5, num_workers=workers, bad_samples=bad)
+    loss = Recording()
+    module = LitCLIP("ViT-tiny-16-64", loss=loss, micro_batch_size=2)
+    trainer = make_trainer(tmp_path, callbacks.defaults(), max_epochs=3, enable_checkpointing=False)
+    trainer.fit(module, data)
+    assert len({caption for caption, *_ in loss.seen}) == 11
+    for caption, weight, place in loss.seen:
+        index = int(caption.split()[1])
+        assert (weight, place) == (index / 8, [index, -index])
+
+
+def test_a_loss_whose_source_gives_nothing_for_its_rows_is_one_line(tmp_path: Path) -> None:
+    data = Captions(Shapes(), Shapes(), batch_size=4, num_workers=0)
+    module = LitCLIP("ViT-tiny-16-64", loss=Recording())
+    with pytest.raises(InputError, match=r"model\.loss: the data have no weight; see CustomPairs\.extra"):
+        make_trainer(tmp_path, [], max_steps=1, enable_checkpointing=False).fit(module, data)

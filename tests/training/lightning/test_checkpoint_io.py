@@ -11,6 +11,7 @@ from pathlib import Path
 from subprocess import CompletedProcess
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -36,6 +37,32 @@ def test_a_saved_checkpoint_loads_and_is_the_only_file(tmp_path: Path) -> None:
     checkpoint = checkpoint_io.load_checkpoint(tmp_path / "new folder" / "last.ckpt", weights_only=True)
     assert checkpoint["global_step"] == 2
     assert torch.equal(checkpoint["state_dict"]["weight"], CHECKPOINT["state_dict"]["weight"])
+
+
+@pytest.mark.parametrize(
+    ("entries", "name"),
+    [
+        ({"callbacks": {"Fine": {"seen": [1]}, "Counts": {"seen": np.zeros(3)}}}, "Counts"),
+        ({"path": Path("a")}, "path"),
+    ],
+)
+def test_a_state_that_no_command_would_open_is_named_and_the_previous_file_is_kept(
+    entries: dict[str, Any], name: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "last.ckpt"
+    WholeCheckpointIO().save_checkpoint(CHECKPOINT, path)
+    with pytest.raises(InputError, match=f"the state of {name} holds .*; have its state_dict return tensors and plain"):
+        WholeCheckpointIO().save_checkpoint({**CHECKPOINT, "global_step": 8, **entries}, path)
+    assert torch.load(path, weights_only=True)["global_step"] == 7
+    assert os.listdir(tmp_path) == ["last.ckpt"]
+
+
+def test_a_checkpoint_that_cannot_be_opened_is_named_where_the_newest_is_looked_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save({**CHECKPOINT, "callbacks": {"Counts": {"seen": np.zeros(3)}}}, tmp_path / "last.ckpt")
+    with pytest.warns(UserWarning, match=r"last\.ckpt: passed over, as it holds more than tensors and plain values"):
+        assert newest_checkpoint([tmp_path]) is None
 
 
 def _save_with_a_limit(path: str, bytes_allowed: int) -> None:
