@@ -1,7 +1,6 @@
 """Published figures of the paper and its peers, to compare with.
 
-They are in ``published.yaml``, with their tables and a note of the figures that could not be verified. So are
-figures that others measured with published weights.
+They are in ``published.yaml`` with their tables, as are others' measurements, and a note of what was not verified.
 """
 
 import math

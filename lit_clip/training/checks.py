@@ -98,16 +98,20 @@ REFUSED = (
 
 def check_parts(trainer: Any) -> None:
     """Check a trainer's callbacks, strategy and plugins, before any of them is set up."""
-    strategy = trainer.strategy
-    parts = [("trainer.callbacks", each) for each in trainer.callbacks]
-    parts += [("trainer.strategy", strategy), ("trainer.plugins", strategy.precision_plugin)]
-    for option, part in [*parts, *(("trainer.plugins", io) for io in wrapped(strategy.checkpoint_io))]:
+    for option, part in _parts(trainer):
         for refusal in REFUSED:
             found = type(part) is refusal.kind if refusal.exactly else isinstance(part, refusal.kind)
             if found and refusal.when(trainer):
                 if getattr(part, "_early_exit", False):  # Lightning's Tuner added it, and leaves it when fit raises
                     trainer.callbacks.remove(part)
                 raise InputError(f"{option}: {type(part).__name__} {refusal.why}; {refusal.instead}")
+
+
+def _parts(trainer: Any) -> Iterator[tuple[str, Any]]:
+    yield from (("trainer.callbacks", each) for each in trainer.callbacks)
+    yield "trainer.strategy", trainer.strategy
+    yield "trainer.plugins", trainer.strategy.precision_plugin
+    yield from (("trainer.plugins", io) for io in wrapped(trainer.strategy.checkpoint_io))
 
 
 def check_counts(trainer: Any) -> None:

@@ -21,9 +21,8 @@ def print_plan_of(trainer: Any, module: Any, data: Any) -> None:
     trainer.strategy.connect(module)
     data.prepare_data()
     data.setup("fit")
-    for callback in trainer.callbacks:
-        if getattr(callback, "changes_model", False):
-            callback.setup(trainer, module, "fit")
+    for callback in (each for each in trainer.callbacks if getattr(each, "changes_model", False)):
+        callback.setup(trainer, module, "fit")
     if trainer.is_global_zero:
         print_plan(measure_run(module, trainer))
 

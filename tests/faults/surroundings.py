@@ -91,7 +91,7 @@ RESUMED = (
         "the run had another optimiser",
         "`fit --ckpt_path`",
         "one line that names both, exit code 2",
-        "tests/training/test_optimization.py::test_another_optimiser_cannot_resume",
+        "tests/training/test_optimizers.py::test_another_optimiser_cannot_resume",
     ),
 )
 
