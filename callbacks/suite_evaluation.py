@@ -42,8 +42,8 @@ class SuiteEvaluation(PeriodicEvaluation):
         suite: one or several suite files of ``lit-clip evaluate``; sets without the callback's tasks are left out.
         data_root: folder that the suite's paths are relative to. Sets that are not there are skipped with a warning.
         only: names of the suite's sets to evaluate; None: all.
-        every_n_epochs: see :class:`callbacks.periodic.PeriodicEvaluation`.
-        every_n_steps: see :class:`callbacks.periodic.PeriodicEvaluation`.
+        every_n_epochs: evaluate at every n-th validation of ``fit``.
+        every_n_steps: evaluate every n optimiser steps instead, between two steps.
         batch_size: images encoded at once on each rank.
         num_workers: data workers of each rank; None: a share of the cores, and none for a small set.
         on_error: for an image that cannot be read, stop with an error or skip it with a warning.
