@@ -47,7 +47,7 @@ class PeriodicEvaluation(Callback):
 
     @abstractmethod
     def evaluate(self, trainer: Trainer, module: LitCLIP) -> Evaluation:
-        """Compute the metrics; called on all ranks, with the module in evaluation mode and without gradients."""
+        """Compute the metrics: on all ranks, in evaluation mode, without gradients, under the trainer's autocast."""
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Reset the state of an earlier run; a checkpoint's state is loaded after this."""

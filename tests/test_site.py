@@ -95,3 +95,15 @@ def test_the_site_builds_without_a_warning_and_asks_no_other_host(tmp_path: Path
             assert not re.search(r'(?:src|href)="?(?:https?:)?//', tag), f"{path}: {tag}"
     assert "LitCLIP" in html[tmp_path / "reference/lit_clip.html"]
     assert "--model.micro_batch_size" in html[tmp_path / "reference/fit.html"]
+
+
+def test_comments_beside_the_fields_of_a_class_are_its_attributes(monkeypatch: pytest.MonkeyPatch) -> None:
+    griffe = pytest.importorskip("griffe", reason="of the dev extra: make install")
+    monkeypatch.syspath_prepend(str(ROOT / "docs/hooks"))
+    import docstrings  # pyright: ignore[reportMissingImports]
+
+    extensions = griffe.load_extensions(docstrings.Roles)
+    module = griffe.load("lit_clip.losses.loss", search_paths=[str(ROOT)], extensions=extensions)
+    lines = module["Pairs"].docstring.value.splitlines()
+    assert "    text: unit features ``[B, D]`` of their captions." in lines  # behind the field
+    assert any(line.startswith("    negatives: hard negative captions; None if") for line in lines)  # above it

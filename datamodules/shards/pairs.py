@@ -47,7 +47,7 @@ class ShardOptions:
         shuffle_shards: the shards are shuffled, then the samples within windows of at most this many shards.
         cache_folder: for shards fetched from stores; None: ``~/.cache/lit-clip/shards``.
         cache_gb: size limit of that folder; the least recently used shards are deleted first.
-        index_workers: processes that index shards.
+        index_workers: processes that index shards; 0: this one, for a store that only this process sees.
     """
 
     shuffle_shards: int = 10
