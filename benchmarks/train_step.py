@@ -93,8 +93,8 @@ def our_step(model: CLIP, rate: float, bf16: bool, device: str) -> Callable[[Pai
         with autocast(device, bf16):
             image = model.encode_image(pairs.images, normalize=True)
             text = model.encode_text(pairs.trimmed, normalize=True, lengths=pairs.lengths)
-            shards = RankCounts(0, (len(image),))
-            loss = sharded_contrastive_loss(image, text, model.logit_scale.exp(), PairLayout(shards)).loss
+            ranks = RankCounts(0, (len(image),))
+            loss = sharded_contrastive_loss(image, text, model.logit_scale.exp(), PairLayout(ranks)).loss
         loss.backward()
         finite = largest_gradient(model.parameters()).isfinite()  # lit-clip checks this too
         optimizer.step()

@@ -108,52 +108,52 @@ def _newest(name: str, before: str) -> Any:
     return getattr(dist, name, None) or getattr(dist, before)
 
 
-def gather_rows(local: Tensor, shards: RankCounts) -> Tensor:
+def gather_rows(local: Tensor, ranks: RankCounts) -> Tensor:
     """Gather ``[B, ...]`` to ``[N, ...]`` in rank order; no gradient. A single rank's are returned as they are."""
-    if shards.world == 1:
+    if ranks.world == 1:
         return local
-    most, even = max(shards.counts), len(set(shards.counts)) == 1
+    most, even = max(ranks.counts), len(set(ranks.counts)) == 1
     padded = local.contiguous() if even else F.pad(local, [0, 0] * (local.ndim - 1) + [0, most - len(local)])
-    gathered = padded.new_empty(shards.world * most, *local.shape[1:])
+    gathered = padded.new_empty(ranks.world * most, *local.shape[1:])
     _newest("all_gather_single", "all_gather_into_tensor")(gathered, padded)
     if even:
         return gathered
-    return torch.cat([part[:count] for part, count in zip(gathered.split(most), shards.counts, strict=True)])
+    return torch.cat([part[:count] for part, count in zip(gathered.split(most), ranks.counts, strict=True)])
 
 
 class _Gather(torch.autograd.Function):
     """Concatenate over ranks; the gradient of a row is the sum of its gradients on all ranks."""
 
     @staticmethod
-    def forward(ctx: Any, local: Tensor, shards: RankCounts) -> Tensor:
-        ctx.shards = shards
-        return gather_rows(local, shards)
+    def forward(ctx: Any, local: Tensor, ranks: RankCounts) -> Tensor:
+        ctx.ranks = ranks
+        return gather_rows(local, ranks)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return sum_rows(grads[0].contiguous(), ctx.shards), None
+        return sum_rows(grads[0].contiguous(), ctx.ranks), None
 
 
-def gather(local: Tensor, shards: RankCounts) -> Tensor:
+def gather(local: Tensor, ranks: RankCounts) -> Tensor:
     """Gather ``[B, ...]`` to ``[N, ...]`` in rank order, differentiably."""
-    return local if shards.world == 1 else _Gather.apply(local, shards)  # pyright: ignore[reportReturnType]  # untyped apply
+    return local if ranks.world == 1 else _Gather.apply(local, ranks)  # pyright: ignore[reportReturnType]  # untyped apply
 
 
-def sum_rows(everyones: Tensor, shards: RankCounts) -> Tensor:
+def sum_rows(everyones: Tensor, ranks: RankCounts) -> Tensor:
     """Sum ``[N, ...]`` over ranks and return this rank's rows ``[B, ...]``; may change its input; no gradient."""
-    if shards.world == 1:
+    if ranks.world == 1:
         return everyones
-    if len(set(shards.counts)) > 1:  # reduce-scatter needs equal parts, and padding them a second copy
+    if len(set(ranks.counts)) > 1:  # reduce-scatter needs equal parts, and padding them a second copy
         dist.all_reduce(everyones)
-        return everyones[shards.mine].clone()
-    mine = everyones.new_empty(shards.counts[shards.rank], *everyones.shape[1:])
+        return everyones[ranks.mine].clone()
+    mine = everyones.new_empty(ranks.counts[ranks.rank], *everyones.shape[1:])
     _newest("reduce_scatter_single", "reduce_scatter_tensor")(mine, everyones)
     return mine
 
 
-def logsumexp_over_ranks(everyones: Tensor, shards: RankCounts) -> Tensor:
+def logsumexp_over_ranks(everyones: Tensor, ranks: RankCounts) -> Tensor:
     """Return the element-wise log-sum-exp of ``[N]`` over ranks, in place; -inf stands for no term; no gradient."""
-    if shards.world == 1:
+    if ranks.world == 1:
         return everyones
     highest = everyones.clone()
     dist.all_reduce(highest, dist.ReduceOp.MAX)

@@ -151,14 +151,14 @@ def loss_tiles(setting: Setting) -> Iterator[Row]:
     def loss(layout: PairLayout) -> Tensor:
         return sharded_contrastive_loss(features[0], features[1], scale, layout).loss
 
-    shards = RankCounts(0, (pairs,))
-    yield attempt(setting, "default", lambda: timed(setting, lambda: loss(PairLayout(shards))))
+    ranks = RankCounts(0, (pairs,))
+    yield attempt(setting, "default", lambda: timed(setting, lambda: loss(PairLayout(ranks))))
     for tile in TILES:
         name = f"{tile[0]} x {tile[1]}"
         yield attempt(
-            setting, name, lambda tile=tile: timed(setting, lambda: loss(PairLayout(shards, tile=tile))), needs=2
+            setting, name, lambda tile=tile: timed(setting, lambda: loss(PairLayout(ranks, tile=tile))), needs=2
         )
-    yield attempt(setting, "default, TF32", lambda: with_tf32(setting, lambda: loss(PairLayout(shards))), cuda=True)
+    yield attempt(setting, "default, TF32", lambda: with_tf32(setting, lambda: loss(PairLayout(ranks))), cuda=True)
 
 
 def with_tf32(setting: Setting, work: Callable[[], Tensor]) -> Row:

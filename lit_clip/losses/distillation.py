@@ -39,22 +39,22 @@ class ModelFeatures(NamedTuple):
             return self.scale * torch.cat([image_bD @ all_text_ND.T, text_bD @ all_image_ND.T])
 
 
-def blockwise_distillation(student: ModelFeatures, teacher: ModelFeatures, shards: RankCounts) -> Tensor:
+def blockwise_distillation(student: ModelFeatures, teacher: ModelFeatures, ranks: RankCounts) -> Tensor:
     """:func:`distillation_loss` over all ranks' pairs, computed for a block of rows at a time.
 
     The logits of a block are computed again in the backward pass. The mean over ranks is the loss of all pairs, and so
     is its gradient. The teacher's features have no gradients.
     """
     pairs = len(student.image)
-    candidates = [gather(features, shards) for features in (student.image, student.text, teacher.image, teacher.text)]
+    candidates = [gather(features, ranks) for features in (student.image, student.text, teacher.image, teacher.text)]
 
     def block_sum(rows: slice, *features_ND: Tensor) -> Tensor:
         student_QN, teacher_QN = student.logits(rows, *features_ND[:2]), teacher.logits(rows, *features_ND[2:])
         return distillation_loss(student_QN, teacher_QN) * (len(student_QN) / 2)
 
     total = student.logits(slice(0), *candidates[:2]).sum()  # 0, so that a rank without pairs takes part in backward
-    height = max(1, LOGITS // (2 * shards.total))
+    height = max(1, LOGITS // (2 * ranks.total))
     for start in range(0, pairs, height):
         rows = slice(start, min(start + height, pairs))
         total = total + checkpoint(block_sum, rows, *candidates, use_reentrant=False, preserve_rng_state=False)
-    return total / max(1, pairs) * shards.weight
+    return total / max(1, pairs) * ranks.weight

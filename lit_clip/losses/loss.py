@@ -28,7 +28,7 @@ class Pairs:
     text: Tensor  # unit features ``[B, D]`` of their captions
     scale: Tensor  # inverse temperature, ``exp(logit_scale)``, a scalar
     bias: Tensor | None  # ``logit_bias``, a scalar; None if the model has none
-    shards: RankCounts  # number of pairs of each rank
+    ranks: RankCounts  # number of pairs of each rank
     batch: CaptionBatch  # the pairs
     parts: list[CaptionBatch]  # the same pairs as micro-batches; a rank with few pairs repeats its last one at the end
     pad_id: int  # the token that ``batch.tokens`` are padded with
@@ -57,23 +57,23 @@ class WholeBatch:
     @cached_property
     def image(self) -> Tensor:
         """Unit features ``[N, D]`` of the images, float32 or wider."""
-        return distributed.gather(self._pairs.image, self._pairs.shards)
+        return distributed.gather(self._pairs.image, self._pairs.ranks)
 
     @cached_property
     def text(self) -> Tensor:
         """Unit features ``[N, D]`` of the captions, in the images' order."""
-        return distributed.gather(self._pairs.text, self._pairs.shards)
+        return distributed.gather(self._pairs.text, self._pairs.ranks)
 
     @cached_property
     def negative(self) -> Tensor | None:
         """Unit features ``[M, D]`` of hard negative captions; None if there are none."""
         negatives = self._pairs.negatives
-        return None if negatives is None else distributed.gather(negatives.features, negatives.shards)
+        return None if negatives is None else distributed.gather(negatives.features, negatives.ranks)
 
     @cached_property
     def same(self) -> Tensor:
         """Bool ``[N, N]``: which pairs have the same caption, image or group; a pair is a duplicate of itself."""
-        ids = distributed.gather(self._pairs.ids(), self._pairs.shards)
+        ids = distributed.gather(self._pairs.ids(), self._pairs.ranks)
         return (ids[:, None] == ids[None]).any(dim=-1)
 
     @cached_property

@@ -19,13 +19,13 @@ def _check_duplicates(duplicates: str) -> None:
 
 
 def _layout(pairs: Pairs, duplicates: Duplicates) -> PairLayout:
-    return PairLayout(pairs.shards, None if duplicates == "negatives" else pairs.ids(), duplicates)
+    return PairLayout(pairs.ranks, None if duplicates == "negatives" else pairs.ids(), duplicates)
 
 
 def _value(result: ShardedLoss, pairs: Pairs) -> LossValue:
-    shards = pairs.shards
-    accuracy = result.hits * shards.world / shards.total
-    return LossValue(result.loss, {"in_batch_accuracy": accuracy, "in_batch_chance": 1 / shards.total})
+    ranks = pairs.ranks
+    accuracy = result.hits * ranks.world / ranks.total
+    return LossValue(result.loss, {"in_batch_accuracy": accuracy, "in_batch_chance": 1 / ranks.total})
 
 
 class Contrastive(Loss):
@@ -72,7 +72,7 @@ def _own_above_mean(pairs: Pairs) -> Tensor:
 
     Cross-entropy is linear in its target, so a smoothed one adds this times the smoothing, without any more logits.
     """
-    world, total, rank = pairs.shards.world, pairs.shards.total, pairs.shards.rank
+    world, total, rank = pairs.ranks.world, pairs.ranks.total, pairs.ranks.rank
     with torch.autocast(pairs.image.device.type, enabled=False):
         own = (pairs.image * pairs.text).sum() * world / total
         sums = torch.cat([pairs.image.sum(dim=0), pairs.text.sum(dim=0)])[None]  # [1, 2D]
@@ -112,7 +112,7 @@ class Sigmoid(Loss):
         bias = pairs.bias
         assert bias is not None, "checked by prepare"
         if self.pretraining_batch is not None:
-            bias = bias + math.log(self.pretraining_batch / max(1, pairs.shards.total))
+            bias = bias + math.log(self.pretraining_batch / max(1, pairs.ranks.total))
         layout = _layout(pairs, self.duplicates)
         return _value(sharded_sigmoid_loss(pairs.image, pairs.text, pairs.scale, bias, layout), pairs)
 

@@ -34,7 +34,7 @@ def default_tile(device: torch.device) -> tuple[int, int]:
 class PairLayout:
     """How the pairs are spread over ranks, and which of them are duplicates; there is no value for "unknown"."""
 
-    shards: RankCounts  # number of pairs of each rank
+    ranks: RankCounts  # number of pairs of each rank
     ids: Tensor | None = None  # int64 [B, K]; pairs that agree in any column are duplicates; unused for negatives
     duplicates: Duplicates = "negatives"  # see contrastive_loss
     tile: tuple[int, int] | None = None  # rows and columns that exist at once; None: default_tile
@@ -54,7 +54,7 @@ class HardNegatives(NamedTuple):
     """Texts that are wrong for every image: this rank's unit features ``[M, D]``, and their number on each rank."""
 
     features: Tensor
-    shards: RankCounts
+    ranks: RankCounts
 
 
 def sharded_contrastive_loss(
@@ -66,7 +66,7 @@ def sharded_contrastive_loss(
     other ranks' losses that depend on its features. Without hard negatives on any rank there are no ``negatives``.
     """
     image, text, layout = at_least_float32(image_BD), at_least_float32(text_BD), _with_tile(layout, image_BD)
-    hard = () if negatives is None else (at_least_float32(negatives.features), negatives.shards)
+    hard = () if negatives is None else (at_least_float32(negatives.features), negatives.ranks)
     return ShardedLoss(*_Softmax.apply(image, text, scale.to(image.dtype), layout, *hard))  # pyright: ignore[reportGeneralTypeIssues]  # untyped apply
 
 
@@ -104,7 +104,7 @@ class _Tile(NamedTuple):
 def _rectangles(layout: PairLayout, total: int) -> Iterator[tuple[slice, slice]]:
     """Yield rows and columns of the tiles of this rank's images and ``total`` texts."""
     assert layout.tile is not None, "set by _with_tile"
-    (height, width), pairs = layout.tile, layout.shards.counts[layout.shards.rank]
+    (height, width), pairs = layout.tile, layout.ranks.counts[layout.ranks.rank]
     for row in range(0, pairs, height):
         for column in range(0, total, width):
             yield slice(row, min(row + height, pairs)), slice(column, min(column + width, total))
@@ -112,8 +112,8 @@ def _rectangles(layout: PairLayout, total: int) -> Iterator[tuple[slice, slice]]
 
 def _tiles(layout: PairLayout) -> Iterator[_Tile]:
     """Yield the tiles of this rank's images and all ranks' texts."""
-    for rows, columns in _rectangles(layout, layout.shards.total):
-        yield _Tile(rows, columns, layout.shards.mine.start + rows.start - columns.start)
+    for rows, columns in _rectangles(layout, layout.ranks.total):
+        yield _Tile(rows, columns, layout.ranks.mine.start + rows.start - columns.start)
 
 
 class _Texts(NamedTuple):
@@ -125,22 +125,22 @@ class _Texts(NamedTuple):
 
     @classmethod
     def gathered(cls, layout: PairLayout, text_BD: Tensor, with_shares: bool) -> "_Texts":
-        text_ND = gather_rows(text_BD, layout.shards)
+        text_ND = gather_rows(text_BD, layout.ranks)
         if layout.duplicates == "negatives":
             return cls(text_ND)
         assert layout.ids is not None, "duplicates are found by their ids"
-        ids_NK = gather_rows(layout.ids, layout.shards)
+        ids_NK = gather_rows(layout.ids, layout.ranks)
         if layout.duplicates == "ignored" or not with_shares:
             return cls(text_ND, ids_NK)
         counts_B = torch.zeros(len(text_BD), dtype=torch.long, device=text_BD.device)  # a text is its own duplicate
         for tile in _tiles(layout):
             counts_B[tile.rows] += tile.same(layout, ids_NK).sum(dim=1)
-        return cls(text_ND, ids_NK, gather_rows(1 / counts_B.to(text_BD.dtype), layout.shards))
+        return cls(text_ND, ids_NK, gather_rows(1 / counts_B.to(text_BD.dtype), layout.ranks))
 
     def share(self, layout: PairLayout, tile: _Tile) -> Tensor:
         """Return ``[b, n]``: twice the target of each pair of the tile if it is a duplicate."""
         assert self.shares is not None, "gathered for positives"
-        return self.shares[tile.columns] + self.shares[layout.shards.mine][tile.rows, None]
+        return self.shares[tile.columns] + self.shares[layout.ranks.mine][tile.rows, None]
 
 
 def _own(tile_bn: Tensor, offset: int) -> Tensor:
@@ -219,11 +219,11 @@ class _Softmax(torch.autograd.Function):
     def forward(
         ctx: Any, image_BD: Tensor, text_BD: Tensor, scale: Tensor, layout: PairLayout, *hard: Any
     ) -> tuple[Tensor, Tensor]:
-        scaled_BD, mine = scale * image_BD, layout.shards.mine
+        scaled_BD, mine = scale * image_BD, layout.ranks.mine
         own_B = (scaled_BD * text_BD).sum(dim=1)
         texts = _Texts.gathered(layout, text_BD, with_shares=True)
         row_lse_B, highest_B = (torch.full_like(own_B, -torch.inf) for _ in range(2))
-        column_lse_N, linear = own_B.new_full((layout.shards.total,), -torch.inf), own_B.new_zeros(())
+        column_lse_N, linear = own_B.new_full((layout.ranks.total,), -torch.inf), own_B.new_zeros(())
         for tile in _tiles(layout):
             logits_bn = scaled_BD[tile.rows] @ texts.features[tile.columns].T
             logits_bn, wrong_bn, same_bn = _Others.of(layout, tile, logits_bn, texts)
@@ -233,7 +233,7 @@ class _Softmax(torch.autograd.Function):
             row_lse_B[tile.rows] = torch.logaddexp(row_lse_B[tile.rows], logits_bn.logsumexp(dim=1))
             column_lse_N[tile.columns] = torch.logaddexp(column_lse_N[tile.columns], logits_bn.logsumexp(dim=0))
         column_lse_N[mine] = torch.logaddexp(column_lse_N[mine], own_B)
-        column_lse_N = logsumexp_over_ranks(column_lse_N, layout.shards)
+        column_lse_N = logsumexp_over_ranks(column_lse_N, layout.ranks)
         wrong_MD = gather_rows(*hard) if hard else None
         if wrong_MD is not None:
             _add_hard_logits(layout, wrong_MD, scaled_BD, row_lse_B)
@@ -241,7 +241,7 @@ class _Softmax(torch.autograd.Function):
         linear = linear + (own_B if texts.shares is None else own_B * texts.shares[mine]).sum()
         ctx.layout, ctx.negative_shards = layout, hard[1] if hard else None
         ctx.save_for_backward(image_BD, scale, row_lse_B, column_lse_N, wrong_MD, *texts)
-        loss = ((row_lse_B + column_lse_N[mine]).sum() / 2 - linear) * layout.shards.world / layout.shards.total
+        loss = ((row_lse_B + column_lse_N[mine]).sum() / 2 - linear) * layout.ranks.world / layout.ranks.total
         hits = (own_B > highest_B).sum().to(own_B.dtype)
         ctx.mark_non_differentiable(hits)
         return loss, hits
@@ -268,11 +268,11 @@ class _Softmax(torch.autograd.Function):
                     G_bn.masked_fill_(tile.same(layout, texts.ids), 0)
                 own.copy_(kept)
             _add_gradients(tile, G_bn, image_BD, texts.features, image_grad_BD, text_grad_ND)
-        features = [image_grad_BD, sum_rows(text_grad_ND, layout.shards)]
+        features = [image_grad_BD, sum_rows(text_grad_ND, layout.ranks)]
         if wrong_MD is not None:
             wrong_grad_MD = _add_hard_gradients(layout, wrong_MD, image_BD, scaled_BD, row_lse_B, image_grad_BD)
             features.append(sum_rows(wrong_grad_MD, ctx.negative_shards))
-        factor = grads[0] * layout.shards.world / layout.shards.total / 2
+        factor = grads[0] * layout.ranks.world / layout.ranks.total / 2
         scale_grad = (image_grad_BD * image_BD).sum() * factor
         image_grad, text_grad, *negative_grad = [gradient.mul_(factor * scale) for gradient in features]
         return image_grad, text_grad, scale_grad, None, *negative_grad, *[None] * len(negative_grad)
@@ -299,7 +299,7 @@ class _Sigmoid(torch.autograd.Function):
             cost_B[tile.rows] += F.softplus(logits_bn).sum(dim=1)
         ctx.layout = layout
         ctx.save_for_backward(image_BD, scale, bias, *texts)
-        loss = (cost_B + F.softplus(-own_B)).sum() * layout.shards.world / layout.shards.total
+        loss = (cost_B + F.softplus(-own_B)).sum() * layout.ranks.world / layout.ranks.total
         hits = (own_B > highest_B).sum().to(own_B.dtype)
         ctx.mark_non_differentiable(hits)
         return loss, hits
@@ -324,7 +324,7 @@ class _Sigmoid(torch.autograd.Function):
             own.copy_(kept)
             bias_grad_B[tile.rows] += G_bn.sum(dim=1)
             _add_gradients(tile, G_bn, image_BD, texts.features, image_grad_BD, text_grad_ND)
-        text_grad_BD = sum_rows(text_grad_ND, layout.shards)
-        factor = grads[0] * layout.shards.world / layout.shards.total
+        text_grad_BD = sum_rows(text_grad_ND, layout.ranks)
+        factor = grads[0] * layout.ranks.world / layout.ranks.total
         scale_grad, bias_grad = (image_grad_BD * image_BD).sum() * factor, bias_grad_B.sum() * factor
         return image_grad_BD.mul_(factor * scale), text_grad_BD.mul_(factor * scale), scale_grad, bias_grad, None

@@ -69,7 +69,7 @@ class Distillation(Loss):
         image, text = (torch.cat(rows)[: len(pairs.image)] for rows in zip(*features, strict=True))
         student = ModelFeatures(pairs.image, pairs.text, pairs.scale)
         return blockwise_distillation(
-            student, ModelFeatures(image, text, self.loaded.model.logit_scale.exp()), pairs.shards
+            student, ModelFeatures(image, text, self.loaded.model.logit_scale.exp()), pairs.ranks
         )
 
     def chance_loss(self, pairs: int) -> float:

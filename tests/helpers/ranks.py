@@ -145,11 +145,11 @@ def gradients(output: str) -> None:
     Compared with one process that has the whole batch.
     """
     rank, world = distributed.rank_and_world()
-    shards, errors = distributed.RankCounts(rank, COUNTS[world]), {}
+    ranks, errors = distributed.RankCounts(rank, COUNTS[world]), {}
     for case in CASES:
         tiled.TILE = case.tile
         step = DistributedDataParallel(_Step(case.module()))
-        step(make_batch(shards.mine)).backward()
+        step(make_batch(ranks.mine)).backward()
         for name, expected in dense_gradients(case).items() if rank == 0 else ():
             ours = step.module.module.model.get_parameter(name).grad
             if expected is None:
@@ -193,11 +193,11 @@ def summed_rows() -> None:
     """Check that the gradient of gathered rows is the sum of all ranks' gradients, for even and uneven ranks."""
     rank, world = distributed.rank_and_world()
     for counts in ((2,) * world, tuple(range(1, world + 1))):
-        shards = distributed.RankCounts(rank, counts)
+        ranks = distributed.RankCounts(rank, counts)
         rows = torch.full((counts[rank], 3), float(rank), dtype=torch.float64, requires_grad=True)
-        weight = torch.arange(3.0 * shards.total, dtype=torch.float64).reshape(-1, 3)
-        (distributed.gather(rows, shards) * weight * (rank + 1)).sum().backward()
-        assert torch.equal(rows.grad, world * (world + 1) / 2 * weight[shards.mine])
+        weight = torch.arange(3.0 * ranks.total, dtype=torch.float64).reshape(-1, 3)
+        (distributed.gather(rows, ranks) * weight * (rank + 1)).sum().backward()
+        assert torch.equal(rows.grad, world * (world + 1) / 2 * weight[ranks.mine])
 
 
 def finetuned_module(options: str) -> LitCLIP:

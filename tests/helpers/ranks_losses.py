@@ -275,19 +275,19 @@ def rows_of(counts: tuple[int, ...]) -> distributed.RankCounts:
 
 def of_features(setup: Setup, case: Case, counts: tuple[int, ...]) -> float:
     """Return the largest error of the value and the gradients, given features."""
-    shards, hard = distributed.RankCounts(dist.get_rank(), counts), rows_of(counts)
+    ranks, hard = distributed.RankCounts(dist.get_rank(), counts), rows_of(counts)
     generator = torch.Generator().manual_seed(5)
     whole = [unit(torch.randn(n, 16, generator=generator).double()) for n in (PAIRS, PAIRS, len(WITH_NEGATIVE))]
     numbers = [torch.tensor(x, dtype=torch.float64) for x in (9.0, -2.0)]
-    layouts = (shards, shards, hard)
+    layouts = (ranks, ranks, hard)
     leaves = [x[each.mine].clone().requires_grad_() for x, each in zip(whole, layouts, strict=True)]
     scale, bias = (x.clone().requires_grad_() for x in numbers)
-    batch, loss = rank_batch(shards.mine, case.negatives), setup.loss(case)
+    batch, loss = rank_batch(ranks.mine, case.negatives), setup.loss(case)
     parts = batch.split(2) if len(batch.images) else whole_batch().split(8)[:1]  # in place of a placeholder
     negatives = HardNegatives(leaves[2], hard) if case.negatives else None
-    value = evaluate_loss(loss, Pairs(*leaves[:2], scale, bias, shards, batch, parts, 0, negatives)).loss
+    value = evaluate_loss(loss, Pairs(*leaves[:2], scale, bias, ranks, batch, parts, 0, negatives)).loss
     value.backward()
-    grads = [torch.zeros_like(x) if x.grad is None else x.grad / shards.world for x in leaves]
+    grads = [torch.zeros_like(x) if x.grad is None else x.grad / ranks.world for x in leaves]
     ours = [mean_over_ranks(value), *(gather_rows(x, each) for x, each in zip(grads, layouts, strict=True))]
     ours += [mean_over_ranks(x.grad) for x in (scale, bias, *loss.parameters())]
     if dist.get_rank():
@@ -303,10 +303,10 @@ def of_features(setup: Setup, case: Case, counts: tuple[int, ...]) -> float:
 
 def of_step(setup: Setup, case: Case, counts: tuple[int, ...]) -> float:
     """Return the largest error of the value and of every parameter's gradient after a DDP step with micro-batches."""
-    shards = distributed.RankCounts(dist.get_rank(), counts)
+    ranks = distributed.RankCounts(dist.get_rank(), counts)
     ours = setup.module_of(case)
     step = DistributedDataParallel(_Step(ours))  # a name: it sums nothing once it is gone
-    value = step(rank_batch(shards.mine, case.negatives))
+    value = step(rank_batch(ranks.mine, case.negatives))
     value.backward()
     mean = mean_over_ranks(value)
     if dist.get_rank():
@@ -356,13 +356,13 @@ def collectives(output: str) -> None:
     """Write the collectives of a loss and its backward pass as JSON, by its name and the pairs of each rank."""
     found: dict[str, list[str]] = {}
     for counts in ((4, 4), (5, 3)):
-        shards, hard = distributed.RankCounts(dist.get_rank(), counts), rows_of(counts)
-        number = shards.counts[shards.rank]
+        ranks, hard = distributed.RankCounts(dist.get_rank(), counts), rows_of(counts)
+        number = ranks.counts[ranks.rank]
         image, text = (unit(torch.randn(number, 16)).requires_grad_() for _ in range(2))
         scale, bias = torch.tensor(9.0), torch.tensor(-2.0)
         negatives = HardNegatives(unit(torch.randn(hard.counts[hard.rank], 16)).requires_grad_(), hard)
         for each in POLICIES:
-            layout = PairLayout(shards, torch.arange(number)[:, None], each)  # pyright: ignore[reportArgumentType]
+            layout = PairLayout(ranks, torch.arange(number)[:, None], each)  # pyright: ignore[reportArgumentType]
             for hard_ones in (None, negatives):
                 with Collectives() as seen:
                     sharded_contrastive_loss(image, text, scale, layout, hard_ones).loss.backward()
