@@ -187,6 +187,7 @@ class SkippedSamples(Callback):
 
 def _place(line: str) -> str | None:
     try:
-        return json.loads(line)["where"]
+        where = json.loads(line)["where"]
+        return where if isinstance(where, str) else None
     except (ValueError, KeyError, TypeError):  # the run was killed while it wrote this line
         return None

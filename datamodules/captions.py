@@ -20,7 +20,7 @@ from datamodules.shards.pairs import ShardOptions
 from lit_clip.batch import JUDGED_AFTER
 from lit_clip.distributed import gather_objects
 from lit_clip.errors import InputError, require
-from lit_clip.tools.untrusted import check_entries
+from lit_clip.tools.untrusted import check_entries, shortened
 
 VALIDATION_SHARE = 0.1
 
@@ -106,6 +106,9 @@ class Captions(CaptionDataModule):
         patch_budgets: list[int] | None = None,
         scores: str | None = None,
     ) -> None:
+        for value, kind in ((columns, Columns), (splits, Splits), (classes, Classes), (bad_samples, BadSamples)):
+            wrong = f"data: {shortened(value)} must be {kind.__module__}.{kind.__name__}(...)"
+            require(value is None or isinstance(value, kind), wrong)
         policies = (bad_samples, long_captions, patch_budgets)
         super().__init__(batch_size, num_workers, seed, augmentation, global_batch_size, *policies)
         given = train is not None or val is not None

@@ -44,6 +44,7 @@ def shard(
 
     require(shard_size >= 1, f"--shard_size {shard_size} must be at least 1")
     require(resize is None or resize >= 1, f"--resize {resize} must be at least 1")
+    require(columns.negative is None, "--columns.negative: shards hold no hard negatives; train on the table itself")
     folder = Path(output)
     require(not folder.exists() or folder.is_dir(), f"{folder}: is a file; give a folder")
     source = open_source(data, columns=columns, split=split, option_prefix="--", on_error=on_error)

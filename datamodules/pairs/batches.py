@@ -1,7 +1,7 @@
 """Samples of a source of pairs, and the batches that they are joined into."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from PIL import Image
@@ -14,6 +14,7 @@ from datamodules.loading.sampling import TrainingSample, sample_seed
 from datamodules.pairs.source import PairSource
 from datamodules.pairs.stored_features import PairSample, StoredImages, StoredTexts
 from lit_clip.batch import CaptionBatch
+from lit_clip.errors import require
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.images import decoding_at_least
 
@@ -76,7 +77,7 @@ class Collate:
         groups = [item.group for item in items] if any(item.group for item in items) else ()
         tokens, lengths = self._tokenized(captions)
         stored = self.texts and self.texts.of(tokens, lengths)
-        extra = {name: torch.stack([torch.as_tensor(item.extra[name]) for item in items]) for name in items[0].extra}
+        extra = _joined([item.extra for item in items], keys)
         batch = CaptionBatch(images, tokens, keys, captions, groups, skipped, lengths, stored_texts=stored, extra=extra)
         negatives = [item.negative for item in items]
         if not any(negatives):
@@ -89,3 +90,15 @@ class Collate:
         tokens = self.tokenize(texts)  # [N, context length]
         lengths = self.tokenize.lengths(tokens).tolist()
         return tokens[:, : max(lengths)], lengths
+
+
+def _joined(extras: list[Mapping[str, Tensor]], keys: list[str]) -> dict[str, Tensor]:
+    """Stack what samples have besides image and texts; all need the same names and shapes."""
+    kinds = [{name: (value.shape, value.dtype) for name, value in extra.items()} for extra in extras]
+    for kind, key in zip(kinds, keys, strict=True):
+        require(kind == kinds[0], f"{key}: extra has {_told(kind)}, and that of {keys[0]} {_told(kinds[0])}")
+    return {name: torch.stack([extra[name] for extra in extras]) for name in extras[0]}
+
+
+def _told(kind: Mapping[str, tuple[torch.Size, torch.dtype]]) -> str:
+    return ", ".join(f"{name} {list(shape)} {dtype}" for name, (shape, dtype) in kind.items()) or "nothing"

@@ -4,14 +4,17 @@ import io
 import random
 from abc import abstractmethod
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from PIL import Image
+from torch import Tensor
 
 from datamodules.loading.bad_samples import check_caption
 from datamodules.pairs.source import EncodedPair, Pair, PairSource
-from lit_clip.errors import BadSample, require
+from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.images import FIX_HINT, open_image
 
 
@@ -52,7 +55,7 @@ class CustomPairs(PairSource):
         return []
 
     def extra(self, index: int) -> Mapping[str, Any]:
-        """Return what a loss of your own needs to know of a row, by name: numbers, or tensors of one shape."""
+        """Return what a loss of your own needs to know of a row: numbers (float32) or tensors of one shape, by name."""
         return {}
 
     def where(self, index: int) -> str:
@@ -64,12 +67,13 @@ class CustomPairs(PairSource):
         try:
             texts = self._texts(index, where)
             image = self._image(self.image(index), where)
+            extra = self._extra(index, where)
         except OSError as error:
             raise self._broken(error, where) from error
         caption = texts[0] if rng is None else rng.choice(texts)
         negatives = self.negatives(index) if rng else []
         negative = rng.choice(negatives) if rng and negatives else ""
-        return Pair(image, caption, self.key(index), self.group(index), negative, self.extra(index))
+        return Pair(image, caption, self.key(index), self.group(index), negative, extra)
 
     def read(self, index: int) -> EncodedPair:
         """Return a pair as stored; a PIL image as PNG."""
@@ -98,6 +102,15 @@ class CustomPairs(PairSource):
         captions = self.captions(index)
         require(isinstance(captions, list), f"{where}: captions() returned a {type(captions).__name__}, not a list")
         return [check_caption(caption, where) for caption in captions or [None]]
+
+    def _extra(self, index: int, where: str) -> dict[str, Tensor]:
+        extra = self.extra(index)
+        require(isinstance(extra, Mapping), f"{where}: extra() returned a {type(extra).__name__}, not a mapping")
+        try:
+            number = partial(torch.as_tensor, dtype=torch.float32)
+            return {name: each if isinstance(each, Tensor) else number(each) for name, each in extra.items()}
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{where}: extra() must have numbers or tensors ({error})") from error
 
     def _image(self, image: Image.Image | str | Path | bytes, where: str) -> Image.Image:
         if isinstance(image, str | Path | bytes):

@@ -152,7 +152,7 @@ class PairSource(ABC):
         """Divide the pairs in two; the second has about ``share`` of the images, and no image is in both."""
         names = self.image_names()
         if names is not None and not isinstance(names, pa.ChunkedArray):
-            names = pa.chunked_array([pa.array(names, pa.string())])
+            names = pa.chunked_array([pa.array([str(each).encode("utf-8", "surrogateescape") for each in names])])
         images = None if names is None else compute.unique(names)
         count, where = len(self if images is None else images), getattr(self, "path", type(self).__name__)
         require(count > 1, f"{where}: one image cannot be divided; set data.val")

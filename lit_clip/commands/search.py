@@ -95,11 +95,11 @@ def search(
     searched = _stored(path, clip) if stored else search_in(clip, path, files, index, settings)
     titles = [*queries, *(f"like {path}" for path in image or [])]
     found = zip(*(part.tolist() for part in nearest(searched.features, vectors, top_k)), strict=True)
-    hits = {title: list(zip(rows, scores, strict=True)) for title, (scores, rows) in zip(titles, found, strict=True)}
-    for title in titles:
-        _print_hits(title, searched, hits[title])
+    hits = [list(zip(rows, scores, strict=True)) for scores, rows in found]
+    for title, each in zip(titles, hits, strict=True):
+        _print_hits(title, searched, each)
     replaced = " (replaces the one before)" if page.exists() else ""
-    write_sheet(page, searched, hits)
+    write_sheet(page, searched, dict(zip(titles, hits, strict=True)))
     stderr().print(f"page with images: {page}{replaced}")
 
 

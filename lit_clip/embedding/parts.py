@@ -89,7 +89,7 @@ class Parts:
     def _begun(self) -> set[str]:
         """Return the settings of each part; empty for a file that cannot be read."""
         found: set[str] = set()
-        for path in self.folder.glob("*.*"):
+        for path in self.folder.glob("[!.]*.*"):
             settings = ""
             with suppress(InputError), reading(path, "part"), np.load(path, allow_pickle=False) as file:
                 settings = str(file[SETTINGS])

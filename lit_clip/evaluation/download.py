@@ -1,24 +1,20 @@
 """Download the sets of a suite that torchvision or the Hugging Face hub has.
 
-huggingface_hub transfers the files, so that an interrupted transfer resumes; they are compared with their sizes and
-checksums. Torchvision unpacks its own archives. All this happens in a hidden folder beside the set's, whose content is
-moved there when it is complete: at once if the set's folder is new, else file by file. Processes that would download
-into the same folder wait for each other.
+Interrupted transfers resume; files are compared with their sizes and checksums. Torchvision unpacks its own archives.
+All this happens in a hidden folder beside the set's, whose content is moved there when it is complete: at once if the
+set's folder is new, else file by file. Processes that would download into the same folder wait for each other.
 """
 
 import errno
 import importlib
-import io
 import os
 import shutil
 import tarfile
-import urllib.request
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from hashlib import file_digest, sha1
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from filelock import FileLock, Timeout
 
@@ -32,17 +28,8 @@ from lit_clip.tools.hashing import hash64
 from lit_clip.tools.hub_client import first_line, guard_hub
 from lit_clip.tools.reading import naming
 from lit_clip.tools.remote_names import checked_commit, checked_path
+from lit_clip.tools.transfers import RemoteFile, part_of, size_on_server, transfer
 from lit_clip.tools.untrusted import shortened
-
-
-class RemoteFile(NamedTuple):
-    """A file to download: its checksum is SHA-256, or git's SHA-1; torchvision compares its own files with theirs."""
-
-    url: str
-    name: str  # in the set's folder
-    size: int | None
-    checksum: str = ""
-    headers: Mapping[str, str] = {"User-Agent": "lit-clip"}  # those of a login go to no other host
 
 
 @dataclass
@@ -81,7 +68,7 @@ class _Plan:
     def size(self) -> int:
         """Return how many bytes of files of the hub are still to be transferred."""
         files = [file for file in self.files if file.size is not None]
-        kept = [path for file in files for path in (self.kept(file), _part(self.kept(file)))]
+        kept = [path for file in files for path in (self.kept(file), part_of(self.kept(file)))]
         have = sum(path.stat().st_size for path in kept if path.exists())
         return max(0, sum(file.size or 0 for file in files) - have)
 
@@ -171,15 +158,6 @@ def _torchvision_set(source: Mapping[str, Any], root: Path, **options: Any) -> A
     return found(str(root), **{key: value for key, value in source.items() if key != "torchvision"}, **options)
 
 
-def size_on_server(url: str) -> int | None:
-    """Ask for the size of a file; None: the server does not say."""
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=60) as response:
-            return int(response.headers["Content-Length"]) or None
-    except (OSError, TypeError, ValueError):
-        return None
-
-
 @contextmanager
 def _replaced(owner: Any, **values: Any) -> Iterator[None]:
     """Replace attributes of a module or class."""
@@ -266,54 +244,17 @@ def _alone(plan: _Plan) -> Iterator[None]:
         lock.release()
 
 
-def _part(path: Path) -> Path:
-    return path.with_name(f"{path.name}.part")
-
-
-class _AtMost(io.BufferedWriter):
-    """A file that takes no more bytes than were announced."""
-
-    size: int | None = None
-
-    def write(self, data: Any) -> int:
-        fits = self.size is None or self.tell() + len(data) <= self.size
-        require(fits, f"the server sends more than {self.size:,} bytes")
-        return super().write(data)
-
-
 def _fetch(plan: _Plan, file: RemoteFile, path: Path) -> None:
     """Download a file to the stage, unless it is kept there, and put it at ``path``."""
     kept = plan.kept(file)
     if not kept.exists() or file.size not in (None, kept.stat().st_size):
-        _transfer(file, kept)
+        kept.unlink(missing_ok=True)
+        transfer(file, kept)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         os.link(kept, path)
     except OSError:  # a file system without hard links
         shutil.copyfile(kept, path)
-
-
-def _transfer(file: RemoteFile, path: Path) -> None:
-    """Download a file, or the rest of it if an earlier transfer was interrupted."""
-    from huggingface_hub.file_download import http_get
-
-    guard_hub()
-    part = _part(path)
-    try:
-        with _AtMost(io.FileIO(part, "ab" if file.size else "wb")) as out:
-            out.size = file.size
-            http_get(file.url, out, resume_size=out.tell(), headers={**file.headers}, expected_size=file.size)
-        if file.checksum:
-            git = sha1(f"blob {part.stat().st_size}\0".encode(), usedforsecurity=False)
-            with part.open("rb") as whole:
-                digest = file_digest(whole, "sha256" if len(file.checksum) == 64 else lambda: git).hexdigest()
-            require(digest == file.checksum, f"its checksum is {digest} instead of {file.checksum}")
-    except Exception as error:  # of the connection, the disk or the HTTP library
-        if isinstance(error, InputError) or (type(error) is OSError and error.errno is None):  # of another size
-            part.unlink(missing_ok=True)
-        hint = "run the same command again to resume"
-        raise InputError(f"{file.url}: cannot be downloaded ({first_line(error)}); {hint}") from error
-    part.replace(path)
 
 
 def _unpack(plan: _Plan, source: Mapping[str, Any]) -> None:

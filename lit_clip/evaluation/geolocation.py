@@ -42,8 +42,8 @@ def nearest_km(query: Tensor, reference: Tensor, query_coordinates: Tensor, refe
             f"within_km: {name}: row {int(wrong[0]) if len(wrong) else 0}: latitude must be between -90 and 90, "
             "longitude between -360 and 360",
         )
-    predicted = reference_coordinates[nearest_rows(query, reference).to(reference_coordinates.device)]
-    return distances_km(predicted.cpu(), query_coordinates.cpu())
+    rows = nearest_rows(query, reference).cpu()  # -1 for features that are NaN, which are right nowhere
+    return distances_km(reference_coordinates.cpu()[rows], query_coordinates.cpu()).masked_fill(rows < 0, torch.inf)
 
 
 def within_km(distance: Tensor) -> dict[str, float]:

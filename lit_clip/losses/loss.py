@@ -93,9 +93,11 @@ class WholeBatch:
 
     def extra(self, name: str) -> Tensor:
         """Return rows ``[N, ...]`` of a tensor of :attr:`lit_clip.CaptionBatch.extra`."""
-        rows = distributed.gather_objects(list(self._pairs.batch.extra.get(name, torch.zeros(0)).cpu()))
-        require(len(rows) == len(self.image), f"model.loss: the data have no {name}; see CustomPairs.extra")
-        return torch.stack(rows).to(self.image.device)
+        own = self._pairs.batch.extra.get(name)
+        found = distributed.gather_objects([] if own is None else [own.cpu().clone()])  # one object from each rank
+        same = sum(map(len, found)) == len(self.image)
+        require(same and bool(found), f"model.loss: the data have no {name}; see CustomPairs.extra")
+        return torch.cat(found).to(self.image.device)
 
 
 class LossValue(NamedTuple):

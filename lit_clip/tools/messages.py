@@ -183,9 +183,13 @@ def _did_you_mean(option: str, options: Iterable[str]) -> str:
     known = list(options)
     siblings = [each for each in known if each.rpartition(".")[0] == option.rpartition(".")[0]]
     near = [each for each in known if last(each) == last(option)][:1]
+    nested = (each.split(".")[-2:] for each in known if "." in each)  # image_column was meant as columns.image
+    near += [f".{above}.{name}" for above, name in nested if f"{name}_{above}" == f"{last(option)}s"][:1]
+    near = [each for part in near for each in known if each.endswith(part)]
     for candidates in (siblings, known):
         by_name = {last(each): each for each in reversed(candidates)}
-        near += [by_name[name] for name in get_close_matches(last(option), by_name, n=1)]
+        alike = 0.6 if "." in option else 0.75  # another tool's option may mean something else
+        near += [by_name[name] for name in get_close_matches(last(option), by_name, n=1, cutoff=alike)]
     return f"did you mean {near[0]}?" if near else ""
 
 

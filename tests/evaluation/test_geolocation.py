@@ -45,3 +45,11 @@ def test_a_tie_between_neighbours_goes_to_the_first_rows(monkeypatch: pytest.Mon
 def test_coordinates_that_are_not_on_earth_are_an_error() -> None:
     with pytest.raises(InputError, match="references: row 1: latitude must be between -90 and 90"):
         nearest_km(torch.eye(2), torch.eye(2), torch.zeros(2, 2), torch.tensor([[0.0, 0.0], [float("nan"), 0.0]]))
+
+
+def test_features_that_are_nan_are_right_nowhere() -> None:
+    features, places = torch.eye(3), torch.tensor([[0.0, 0.0], [10.0, 10.0], [20.0, 20.0]])
+    query = features.clone()
+    query[2] = torch.nan
+    assert nearest_km(query, features, places, places).tolist() == [0.0, 0.0, math.inf]
+    assert within_km(nearest_km(query, features, places, places))["within_2500km"] == 2 / 3

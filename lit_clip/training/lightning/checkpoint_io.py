@@ -113,7 +113,7 @@ def _check_plain(checkpoint: Mapping[str, Any], part: Path, whole: Path) -> None
     name = next((name for name, value in entries if _unsafe(value)), "")
     raise InputError(
         f"{whole}: the state of {name} holds {found[0]}; have its state_dict return tensors and plain values, such as "
-        "array.tolist(); the previous checkpoint is kept"
+        "array.tolist()" + "; the previous checkpoint is kept" * whole.exists()
     )
 
 

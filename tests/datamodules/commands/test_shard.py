@@ -327,3 +327,9 @@ def test_damaged_image_is_not_resized_but_refused(tmp_path: Path) -> None:
     shard(table, str(tmp_path / "out"), resize=96, workers=0, on_error="skip")
     assert json.loads((tmp_path / "out/00000.skipped.jsonl").read_text())["where"].endswith("images.csv row 3")
     assert len(TarPairs(str(tmp_path / "out"))) == 14
+
+
+def test_hard_negatives_are_not_lost_in_silence(tmp_path: Path, caption_table: Path) -> None:
+    with pytest.raises(InputError, match=r"--columns\.negative: shards hold no hard negatives"):
+        shard(str(caption_table), str(tmp_path / "out"), columns=Columns(negative="caption"))
+    assert not (tmp_path / "out").exists()

@@ -1,6 +1,7 @@
 """A source of one's own keeps every promise: exact resume, ranks, bad samples, validation images, mixtures."""
 
 import io
+import pickle
 import random
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,7 @@ from datamodules.commands.inspect import inspect
 from datamodules.commands.shard import shard
 from datamodules.loading.bad_samples import BadSamples
 from datamodules.open_source import open_source
+from lit_clip.distributed import RankCounts
 from lit_clip.errors import BadSample, InputError
 from lit_clip.losses import Loss, WholeBatch
 from lit_clip.models.config import CLIPConfig, Preprocessing
@@ -307,3 +309,67 @@ def test_a_loss_whose_source_gives_nothing_for_its_rows_is_one_line(tmp_path: Pa
     module = LitCLIP("ViT-tiny-16-64", loss=Recording())
     with pytest.raises(InputError, match=r"model\.loss: the data have no weight; see CustomPairs\.extra"):
         make_trainer(tmp_path, [], max_steps=1, enable_checkpointing=False).fit(module, data)
+
+
+class Uneven(Weighted):
+    """Its rows give other things."""
+
+    def __init__(self, extras: list[Any]) -> None:
+        self.extras = extras
+
+    def __len__(self) -> int:
+        return len(self.extras)
+
+    def image(self, index: int) -> Image.Image:
+        return Image.new("RGB", (32, 32), (20 * index, 0, 0))
+
+    def extra(self, index: int) -> Any:
+        return self.extras[index]
+
+
+@pytest.mark.parametrize(
+    ("extras", "parts"),
+    [
+        ([{"w": 1.0}, {}], ["w [] torch.float32", "nothing"]),
+        ([{"w": torch.zeros(2)}, {"w": torch.zeros(3)}], ["w [2]", "w [3]"]),
+        ([{"w": "a"}] * 2, ["Uneven row", "extra() must have numbers or tensors"]),
+        ([None] * 2, ["Uneven row", "extra() returned a NoneType, not a mapping"]),
+    ],
+)
+def test_rows_that_give_other_things_are_one_line(extras: list[Any], parts: list[str], tmp_path: Path) -> None:
+    data = Captions(Uneven(extras), Shapes(), batch_size=2, num_workers=0)
+    with pytest.raises(InputError) as error:
+        make_trainer(tmp_path, [], max_steps=1, enable_checkpointing=False).fit(LitCLIP("ViT-tiny-16-64"), data)
+    assert all(part in str(error.value) for part in parts), error.value
+    assert "\n" not in str(error.value)
+
+
+def test_numbers_may_be_whole_in_some_rows(tmp_path: Path) -> None:
+    data = Captions(Uneven([{"w": 1}, {"w": 0.5}, {"w": True}, {"w": np.float64(2)}]), Shapes(), batch_size=4)
+    data.num_workers = 0
+    make_trainer(tmp_path, [], max_steps=1, enable_checkpointing=False).fit(LitCLIP("ViT-tiny-16-64"), data)
+
+
+@pytest.mark.parametrize("key", [lambda index: index, lambda index: Path(f"{index}"), lambda index: f"\udcff{index}"])
+def test_validation_images_are_chosen_among_keys_of_any_kind(key: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = Shapes()
+    monkeypatch.setattr(source, "key", key)
+    monkeypatch.setattr(source, "image_names", lambda: [key(index) for index in range(len(source))])
+    train, val = source.divide(0.25, 0)
+    assert (len(train), len(val)) == (15, 5)
+
+
+def test_what_is_sent_between_ranks_is_no_larger_than_what_a_source_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+
+    def gathered(values: list[Any]) -> list[Any]:
+        sent.append(len(pickle.dumps(values)))
+        return values
+
+    monkeypatch.setattr("lit_clip.distributed.gather_objects", gathered)
+    batch = SimpleNamespace(extra={"w": torch.zeros(2048, 8)[:1024]})  # rows of a larger tensor
+    whole = WholeBatch(
+        SimpleNamespace(batch=batch, image=torch.zeros(1024, 4), scale=1, bias=None, ranks=RankCounts(0, (1024,)))
+    )  # type: ignore[arg-type]
+    assert whole.extra("w").shape == (1024, 8)
+    assert sent[0] < 1024 * 8 * 4 + 2000
