@@ -56,7 +56,8 @@ class CaptionBatch(NamedTuple):
 
     def _of_tensors(self, function: Callable[[Tensor], Tensor]) -> "CaptionBatch":
         moved = self._make(function(value) if isinstance(value, Tensor) else value for value in self)
-        return moved._replace(extra={name: function(value) for name, value in self.extra.items()})
+        extra = {name: function(value) for name, value in self.extra.items()}
+        return moved._replace(extra=extra) if extra else moved
 
     def split(self, parts: int) -> "list[CaptionBatch]":
         """Split into at most ``parts`` batches of nearly equal size, none of them empty, in order."""

@@ -55,3 +55,10 @@ def test_a_data_loader_pins_the_tensors_and_nothing_else() -> None:
         pinned = pin_memory(whole)
     assert moves.seen == [("pin_memory", {})] * 3
     assert all(after is before for before, after in zip(whole, pinned, strict=True))
+
+
+def test_what_a_source_adds_goes_where_the_images_go() -> None:
+    whole = batch()._replace(negative_tokens=None, extra={"weight": torch.tensor([3.0, 5.0])})
+    assert whole.to("meta").extra["weight"].device.type == "meta"
+    parts = whole.stretched(4).split(2)
+    assert [part.extra["weight"].tolist() for part in parts] == [[3.0, 5.0], [5.0, 5.0]]
