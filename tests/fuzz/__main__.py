@@ -50,6 +50,9 @@ def main() -> int:
     else:
         driver.fuzz(options.minutes, options.target or NAMES, options.seed)
     sys.stdout.write(f"{report(driver.summary, options.out)}\n")
+    asked = [] if options.replay else options.target or NAMES
+    if left := [name for name in asked if f"\n{name} " not in driver.summary.table()]:
+        sys.stdout.write(f"No time was left for {', '.join(left)}; set more --minutes.\n")
     return int(bool(driver.summary.found))
 
 

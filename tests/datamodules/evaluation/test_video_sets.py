@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from datamodules.evaluation import UCF101, Kinetics700, RareAct
+from datamodules.evaluation.image_files import ImageFiles
+from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MissingData
 from tests.conftest import ROOT
 from tests.helpers.coloured_sets import message_of
@@ -164,4 +166,9 @@ def test_rareact_rows_are_spans_with_verb_noun_and_code(tmp_path: Path) -> None:
 
 
 def test_videos_are_not_judged_as_image_files_before_training(ucf101: Path) -> None:
-    UCF101(str(ucf101), "test").check()
+    videos = UCF101(str(ucf101), "test")
+    images = ImageFiles(videos.root, videos.files, videos.labels(), videos.class_names)
+    with pytest.raises(InputError, match="not an image"):
+        images.check()  # what the videos inherit
+    videos.check()
+    assert len(videos.images(0)) > 0

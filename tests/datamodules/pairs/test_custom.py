@@ -345,9 +345,12 @@ def test_rows_that_give_other_things_are_one_line(extras: list[Any], parts: list
 
 
 def test_numbers_may_be_whole_in_some_rows(tmp_path: Path) -> None:
-    data = Captions(Uneven([{"w": 1}, {"w": 0.5}, {"w": True}, {"w": np.float64(2)}]), Shapes(), batch_size=4)
-    data.num_workers = 0
+    source = Uneven([{"w": 1}, {"w": 0.5}, {"w": True}, {"w": np.float64(2)}])
+    data = Captions(source, Shapes(), batch_size=4, num_workers=0)
     make_trainer(tmp_path, [], max_steps=1, enable_checkpointing=False).fit(LitCLIP("ViT-tiny-16-64"), data)
+    (batch,) = data.train_dataloader()
+    assert batch.extra["w"].dtype == torch.float32
+    assert sorted(batch.extra["w"].tolist()) == [0.5, 1.0, 1.0, 2.0]
 
 
 @pytest.mark.parametrize("key", [lambda index: index, lambda index: Path(f"{index}"), lambda index: f"\udcff{index}"])
