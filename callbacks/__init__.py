@@ -20,7 +20,7 @@ from callbacks.skipped_samples import SkippedSamples
 from callbacks.tensorboard import EmbeddingProjector, SimilarityMatrix
 from callbacks.throughput import Throughput
 from callbacks.zero_shot import ZeroShot, ZeroShotSet
-from lit_clip.tools.silenced import silence
+from lit_clip.tools.guarded_output import silence
 
 __all__ = [
     "EMA",
@@ -61,7 +61,7 @@ def defaults(*callbacks: Callback) -> list[Callback]:
     - :class:`RandomStates`, last, after all that draws random numbers before the first step
 
     Messages of Lightning that nobody can act on are silenced from here on, as the command line does
-    (:mod:`lit_clip.tools.silenced`): it advertises while a trainer is made.
+    (:mod:`lit_clip.tools.guarded_output`): it advertises while a trainer is made.
     """
     silence()
 

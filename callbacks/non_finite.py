@@ -18,12 +18,11 @@ from callbacks.training_clock import log_interval
 from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.module import TrainingStep
-from lit_clip.tools import host_copy
-from lit_clip.tools.host_copy import HostCopy
+from lit_clip.tools import hardware
 from lit_clip.tools.untrusted import check_entries
-from lit_clip.training.lightning.loops import validation_due
 from lit_clip.training.lightning.run_folder import run_folder
 from lit_clip.training.lightning.signals import signal_of
+from lit_clip.training.lightning.strategies import validation_due
 from lit_clip.training.optimizers import obeys_found_inf, skip_step
 
 FILE = "non_finite.jsonl"
@@ -49,7 +48,7 @@ class _Checked(NamedTuple):
 
     step: TrainingStep
     number: int  # of optimiser steps before it
-    counts: HostCopy  # how many ranks found each of REASONS
+    counts: hardware.HostCopy  # how many ranks found each of REASONS
     trainer: Trainer
 
 
@@ -121,9 +120,9 @@ class NonFiniteSteps(Callback):
         gradients = torch.zeros_like(step.loss) if scaled else largest_gradient(module.parameters()).to(step.loss)
         bad = torch.stack([~step.loss.isfinite(), bad_rows(step).any(), ~gradients.isfinite()]).float()
         counts = module.sum_over_ranks(bad)
-        self._unread = _Checked(step, trainer.global_step, HostCopy(counts), trainer)
+        self._unread = _Checked(step, trainer.global_step, hardware.HostCopy(counts), trainer)
         if (
-            host_copy.runs_ahead(module.device)
+            hardware.runs_ahead(module.device)
             and not scaled
             and not at_once
             and obeys_found_inf(optimizer, module.device)

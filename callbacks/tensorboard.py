@@ -1,18 +1,21 @@
 """Figures and embeddings for TensorBoard."""
 
+from collections.abc import Sequence
 from typing import Any, cast
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_warn
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize, to_pil_image
 
-from callbacks.figures import similarity_matrix
 from callbacks.log_image import log_image
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import require
+from lit_clip.evaluation.report.prediction_grid import INK, MARGIN, PAPER, fit
 from lit_clip.models.patches import as_image
 from lit_clip.module import Features
 
@@ -111,3 +114,31 @@ def _thumbnails(photos: Tensor) -> Tensor | None:
     framed = FRAME.expand_as(photos).clone()
     framed[..., edge:-edge, edge:-edge] = photos[..., edge:-edge, edge:-edge]
     return torch.cat([photos, framed])
+
+
+def similarity_matrix(images: Sequence[Image.Image], captions: Sequence[str], scores: np.ndarray) -> Image.Image:
+    """Return a table with images above, captions at the left, and each similarity as a shade and a number.
+
+    Scores are cosines ``[N captions, N images]``; NaN has no shade.
+    """
+    font = ImageFont.load_default(12)
+    cell, left, top, N = 56, 230, 64, len(captions)
+    sheet = Image.new("RGB", (left + cell * N + MARGIN, top + cell * N + MARGIN), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    finite = scores[np.isfinite(scores)]
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
+    shades = np.nan_to_num((scores - low) / (high - low or 1.0)).clip(0, 1)
+    for i, image in enumerate(images):
+        sheet.paste(image.resize((cell - 4, cell - 4), Image.Resampling.BICUBIC), (left + i * cell + 2, top - cell + 2))
+    for row, text in enumerate(captions):
+        y = top + row * cell
+        draw.text((left - MARGIN, y + cell / 2), fit(text, font, left - 2 * MARGIN), INK, font, anchor="rm")
+        for column in range(N):
+            x = left + column * cell
+            shade = float(shades[row, column])
+            color = tuple(round(255 + shade * (ink - 255)) for ink in (21, 94, 149))
+            frame = INK if row == column else PAPER
+            draw.rectangle((x + 1, y + 1, x + cell - 2, y + cell - 2), color, frame, 2 if row == column else 1)
+            text_color = PAPER if shade > 0.5 else INK
+            draw.text((x + cell / 2, y + cell / 2), f"{scores[row, column]:.2f}", text_color, font, anchor="mm")
+    return sheet

@@ -34,7 +34,7 @@ from lit_clip.models.preprocess import pixels
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
 from lit_clip.tools.untrusted import check_entries, shortened
 from lit_clip.tools.workers import SharedMemoryCollate, shield_worker
-from lit_clip.training.lightning.loops import divides_samples
+from lit_clip.training.lightning.strategies import divides_samples
 
 EVALUATION_BATCH_SIZE = 64
 

@@ -1,12 +1,14 @@
 """Data module for pairs in any format."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from torch.utils.data import DataLoader, IterableDataset
 
 from datamodules.caption_datamodule import CaptionDataModule
 from datamodules.loading.augmentation import Augmentation, Transform
@@ -205,3 +207,16 @@ class Captions(CaptionDataModule):
             f"data.val: not set; {len(val):,} of {len(train) + len(val):,} pairs, a tenth of the images, validate"
         )
         return train if fit else None, val
+
+
+class _Empty(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return iter(())
+
+
+class NoCaptions(LightningDataModule):
+    """No pairs: ``lit-clip validate`` then only runs callbacks, such as ZeroShot, Retrieval and LinearProbe."""
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        # Iterable: without a known length Lightning runs an empty epoch with all its hooks instead of skipping it.
+        return DataLoader(_Empty())

@@ -13,8 +13,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from datamodules.loading.store import is_remote
 from datamodules.pairs import coco, parquet, saved, text_table
-from datamodules.pairs.class_folders import open_class_folders
-from datamodules.pairs.folder import FolderPairs
+from datamodules.pairs.folder import FolderPairs, open_class_folders
 from datamodules.pairs.hub import open_hub_data, parse_hub_name
 from datamodules.pairs.mixture import Concatenated
 from datamodules.pairs.remote_table import open_remote_table, url_suffix

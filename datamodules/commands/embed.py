@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datamodules.open_source import holds_pairs, open_source, stamp_of_data
+from datamodules.pairs.batches import SourcePairs
 from datamodules.pairs.columns import ColumnPairs
-from datamodules.pairs.encoder_rows import SourcePairs
 from datamodules.pairs.source import Classes, Columns, PairSource
 from lit_clip import load_model
 from lit_clip.embedding.encode import EncodingSettings, check_complete, encode, image_task, report_skipped, text_task

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from datamodules.open_source import open_source, stamp_of_data
-from datamodules.pairs.encoder_rows import SourcePairs
+from datamodules.pairs.batches import SourcePairs
 from datamodules.pairs.pair_filters import PairFilters
 from datamodules.pairs.score_files import ROWS, VERSIONS, Filtered, ScoreFile, write_scores
 from datamodules.pairs.source import Classes, Columns

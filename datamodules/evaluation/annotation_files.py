@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lit_clip.errors import InputError, listed
+from lit_clip.errors import InputError, listed, require
 from lit_clip.evaluation.data import MissingData
 from lit_clip.tools.reading import reading
 
@@ -121,8 +121,7 @@ def read_table(path: Path, columns: Mapping[str, Sequence[str]], delimiter: str 
         if len(cells) <= max(places.values()):
             raise InputError(f"{path} line {line}: {len(cells)} cells for {len(header)} columns; fix the row")
         rows.append({column: cells[place].strip() for column, place in places.items()})
-    if not rows:
-        raise InputError(f"{path}: no rows")
+    require(bool(rows), f"{path}: no rows")
     return rows
 
 
@@ -133,8 +132,7 @@ def number(row: Mapping[str, str], column: str, where: str) -> float:
         value = math.nan if "_" in text else float(text)  # Python's own literals may have underscores
     except ValueError:
         value = math.nan
-    if not math.isfinite(value):
-        raise InputError(f"{where}: {column} is {text!r}, not a number; fix the row")
+    require(math.isfinite(value), f"{where}: {column} is {text!r}, not a number; fix the row")
     return value
 
 
@@ -193,8 +191,7 @@ def own_dataset(file: Any, path: Path, name: str) -> Any:
         own = all(link is None or isinstance(link, h5py.HardLink) for link in links)
         dataset: Any = file[name] if own else None
         own = isinstance(dataset, h5py.Dataset) and not dataset.is_virtual and not dataset.external
-    if not own:
-        raise InputError(f"{path}: {name} is no data set of its own; {AGAIN}")
+    require(bool(own), f"{path}: {name} is no data set of its own; {AGAIN}")
     return dataset
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 
 from PIL import Image
 
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import CaptionedImages, ImageSet, LabelledImages, MissingData
 from lit_clip.tools.hashing import hash64, hex_digest, stamp_of_files
 from lit_clip.tools.images import SUFFIXES, check_images, open_image
@@ -57,8 +57,7 @@ class ImageFiles(KnownLabels):
         class_names: list[str],
         annotations: Sequence[Path] = (),
     ) -> None:
-        if not files:
-            raise InputError(f"{root}: no images of this split; get the set again")
+        require(bool(files), f"{root}: no images of this split; get the set again")
         self.root, self.class_names, self.annotation_paths = root, class_names, annotations
         self.files = [file if isinstance(file, Path) else root / file for file in files]
         self._labels = list(labels)
@@ -168,8 +167,7 @@ def _entries(folder: Path, description: str, wanted: Callable[[os.DirEntry[str]]
     refuse_no_folder(folder)
     with reading(folder, "folder"):
         names = sorted(entry.name for entry in os.scandir(folder) if entry.name[0] != "." and wanted(entry))
-    if not names:
-        raise InputError(f"{folder}: no {description} in it; get the set again")
+    require(bool(names), f"{folder}: no {description} in it; get the set again")
     return names
 
 

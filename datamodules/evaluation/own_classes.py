@@ -113,8 +113,7 @@ class ParquetClasses(KnownLabels):
         for file, names in zip(self.paths, stored, strict=True):
             if names != stored[0]:
                 raise InputError(f"{file}: its class names are not those of {self.paths[0].name}; {SEPARATE}")
-        if not self._labels:
-            raise InputError(f"{path}: no rows")
+        require(bool(self._labels), f"{path}: no rows")
         if stored[0] is not None and max(self._labels) >= len(stored[0]):
             raise InputError(f"{path}: label {max(self._labels)}, but {len(stored[0])} class names in its metadata")
         self.class_names = resolve_names(class_names, stored[0] or numbered(self._labels, path), path)

@@ -85,10 +85,7 @@ def read_frames(path: Path, frames: Frames, span: tuple[float, float] = WHOLE) -
     Args:
         path: the file.
         frames: ``centre``: the middle frame, of an even number the later of the two; ``all``: every frame.
-        span: seconds from the first frame; the end is excluded.
-
-    Raises:
-        BadSample: the file is missing, broken or not a video, or the span contains no frame.
+        span: seconds from the first frame; the end is excluded; :class:`BadSample` if it contains no frame.
     """
     timestamps = times_of_frames(path)
     if timestamps is None:

@@ -131,8 +131,7 @@ class _Tars(TarImages):
                 self.keys.append(f"{path.stem}/{key}")
                 self.spans.append(sample.image)
                 self.targets.append(sample.target)
-        if not self.keys:
-            raise InputError(f"{self.root / split}: no samples in its {count} tar files")
+        require(bool(self.keys), f"{self.root / split}: no samples in its {count} tar files")
 
     def _lines(self, name: str) -> list[str]:
         """Return the lines of a file of the set, without trailing empty ones; [] if it does not exist."""
@@ -247,8 +246,7 @@ class WebDatasetCaptions(_Tars, CaptionedImages):
     def __init__(self, root: str, split: str = "test") -> None:
         super().__init__(root, split)
         for index in range(len(self)):
-            if not self.captions(index):
-                raise InputError(f"{self.where(index)}: its .txt is empty; fix the set")
+            require(bool(self.captions(index)), f"{self.where(index)}: its .txt is empty; fix the set")
 
     def captions(self, index: int) -> list[str]:
         # CLIP_benchmark counts an empty line as a caption, although no image can be found by it.

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.near_duplicates import Look, LookIndex, Looks, look_of
-from datamodules.pairs.encoder_rows import SourcePairs
+from datamodules.pairs.batches import SourcePairs
 from datamodules.pairs.source import LISTED, PairSource
 from lit_clip.embedding.parts import Arrays, json_array, json_value, load_arrays, save_arrays
 from lit_clip.embedding.precision import Precision

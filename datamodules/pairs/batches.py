@@ -1,7 +1,7 @@
-"""Samples of a source of pairs, and the batches that they are joined into."""
+"""Pairs of a source as training samples, as batches, and as rows that encoders read."""
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from PIL import Image
@@ -102,3 +102,20 @@ def _joined(extras: list[Mapping[str, Tensor]], keys: list[str]) -> dict[str, Te
 
 def _told(kind: Mapping[str, tuple[torch.Size, torch.dtype]]) -> str:
     return ", ".join(f"{name} {list(shape)} {dtype}" for name, (shape, dtype) in kind.items()) or "nothing"
+
+
+class SourcePairs:
+    """Rows of a source, by default all, as :class:`lit_clip.embedding.pair_scores.PairRows`."""
+
+    def __init__(self, source: PairSource, rows: Sequence[int] | None = None) -> None:
+        self.source, self.rows = source, range(len(source)) if rows is None else rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, row: int) -> tuple[str, list[Image.Image]]:
+        pair = self.source.load(self.rows[row], None)
+        return pair.key, [pair.image]
+
+    def captions(self, row: int) -> list[str]:
+        return list(dict.fromkeys(self.source.captions(self.rows[row])))

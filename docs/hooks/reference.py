@@ -16,8 +16,8 @@ from jsonargparse import ArgumentParser
 
 import datamodules
 from lit_clip.cli import main, subcommands
+from lit_clip.cli.argv import use_packaged_defaults
 from lit_clip.cli.lightning import run
-from lit_clip.cli.packaged_defaults import use_packaged_defaults
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {

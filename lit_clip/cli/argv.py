@@ -5,14 +5,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lit_clip.cli.imports import import_modules
-from lit_clip.cli.packaged_defaults import DEFAULTS
 from lit_clip.errors import InputError, require
-from lit_clip.tools.messages import imported_class, nested_parameters, parameters
+from lit_clip.tools.messages import imported_class, nested_parameters, options_of, parameters
 from lit_clip.tools.parts import describe_instance, qualified_name
 from lit_clip.tools.text_files import parse_yaml, read_yaml
 from lit_clip.tools.untrusted import hints_of, matches_plain_type, shortened
@@ -185,3 +185,30 @@ def _same_class(named: str, saved: str) -> bool:
     """Return whether two import paths may be of one class: packages offer it under a shorter path."""
     same_package = "." not in named or saved.startswith(named.partition(".")[0])
     return named.rpartition(".")[2] == saved.rpartition(".")[2] and same_package
+
+
+DEFAULTS = Path(__file__).with_name("fit.yaml")
+
+
+def use_packaged_defaults(parser: Any, words: Sequence[str]) -> dict[str, Any]:
+    """Make the settings of :data:`DEFAULTS` a parser's defaults, except the model's, which are returned.
+
+    With ``--model.pretrained`` there are none of the model: they are for training from scratch.
+    """
+    settings = read_yaml(DEFAULTS)
+    if any(word.partition("=")[0] == "--model.pretrained" for word in words):
+        settings["model"] = {}
+    model: dict[str, Any] = settings.pop("model")
+    known = [option.removeprefix("--") for option in options_of(parser)]
+    parser.set_defaults(dict(_options(settings, known)))
+    return model
+
+
+def _options(values: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the options that a mapping sets; a mapping is split up if the parser has options for its entries."""
+    for key, value in values.items():
+        name = prefix + key
+        if isinstance(value, dict) and any(option.startswith(f"{name}.") for option in known):
+            yield from _options(value, known, f"{name}.")
+        else:
+            yield name, value

@@ -6,15 +6,13 @@ from typing import Any
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from lit_clip.secrets import without_secrets
-from lit_clip.training.lightning.loops import leave_out_hp_metric
+from lit_clip.training.lightning.strategies import leave_out_hp_metric
 
 # Settings of the trainer that change what is learned.
 OF_TRAINER = (
     *("max_epochs", "max_steps", "limit_train_batches", "overfit_batches", "precision", "devices", "num_nodes"),
     *("gradient_clip_val", "sync_batchnorm", "callbacks"),
 )
-
-
 # The page shows five settings and five metrics at first.
 FIRST = ("model.optimizer.lr", "data.batch_size", "trainer.max_epochs", "model.architecture", "data.train")
 FIRST_METRICS = ("val/loss", "val/image_to_text_recall@1", "val/text_to_image_recall@1")

@@ -19,13 +19,12 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_clip.cli import argv, references
 from lit_clip.cli.argument_types import register_types
+from lit_clip.cli.argv import use_packaged_defaults
 from lit_clip.cli.callback_options import Typed, as_typed, callbacks_option, take_options
-from lit_clip.cli.configurations import Configuration, configuration, evaluated, newest_of_configuration
+from lit_clip.cli.configurations import Configuration, configuration, evaluated, newest_of_configuration, run_folders
 from lit_clip.cli.imports import check_not_imported_by, command_words
 from lit_clip.cli.loggers import check_loggers, log_no_secrets, logger_errors
-from lit_clip.cli.packaged_defaults import use_packaged_defaults
 from lit_clip.cli.plain_help import PlainHelp, print_section_help, short_help
-from lit_clip.cli.run_folders import run_folders
 from lit_clip.cli.save_config import SaveConfig
 from lit_clip.errors import InputError, require
 from lit_clip.module import LitCLIP

@@ -16,10 +16,9 @@ from pathlib import Path
 from lit_clip.cli import imports, subcommands
 from lit_clip.cli.lazy_torchmetrics import defer_torchmetrics
 from lit_clip.errors import InputError, printable
-from lit_clip.tools.guarded_output import guard_messages, open_closed_streams
+from lit_clip.tools.guarded_output import guard_messages, open_closed_streams, silence
 from lit_clip.tools.messages import one_line, user_error
 from lit_clip.tools.processes import check_open_files, let_launcher_end, watch_launcher
-from lit_clip.tools.silenced import silence
 
 # LightningCLI's commands, imported when one of them is run.
 CONFIGURED = {

@@ -16,8 +16,8 @@ import docstring_parser
 from jsonargparse import ArgumentParser
 
 from lit_clip.cli.plain_help import PlainHelp
+from lit_clip.tools.guarded_output import log_level
 from lit_clip.tools.messages import hinting, options_of
-from lit_clip.tools.silenced import log_level
 
 # "module:function", imported when the command is run, so that `lit-clip --help` stays fast. Other packages' commands
 # are only named, like class paths in a YAML file.

@@ -12,8 +12,8 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing_folder
 from lit_clip.tools.console import Console, progress, stderr
+from lit_clip.tools.guarded_output import log_level
 from lit_clip.tools.hashing import sha256_of_file
-from lit_clip.tools.silenced import log_level
 from lit_clip.tools.weight_files import is_path
 from lit_clip.weights.export import FORMATS, ExportSample, FormatName, Parity, check_onnx_packages, parity_of
 from lit_clip.weights.load import load_model

@@ -44,7 +44,6 @@ class Ranks(NamedTuple):
     A tie counts against the model; only copies of a caption, which no model can tell apart, rank in the order of their
     rows, as in CLIP_benchmark's recall@1. If all right candidates score NaN, or there is none, it is the number of
     candidates.
-
     """
 
     image: Tensor  # [I], rank of each image's best caption

@@ -2,8 +2,10 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def best_device() -> torch.device:
@@ -45,3 +47,25 @@ def peak_of_process() -> int:
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def runs_ahead(device: torch.device) -> bool:
+    """Whether the host queues work for the device and goes on, so that reading a value means waiting."""
+    return device.type == "cuda"  # MPS does too, but has no pinned memory to copy to
+
+
+class HostCopy:
+    """The values of a tensor, on their way to the host; the tensor may be changed at once."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        self._values = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
+        self._values.copy_(tensor, non_blocking=True)
+        self._arrived: Any = torch.cuda.Event() if tensor.is_cuda else None
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> list[Any]:
+        """Return the values as nested lists; wait for what was queued before the copy, and for nothing queued later."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        return self._values.tolist()

@@ -300,16 +300,14 @@ def onnx_facts(model: CLIP) -> dict[str, Any]:
     }
 
 
-_OPEN = (
-    "import sys, onnxruntime as o; [o.InferenceSession(f, providers=['CPUExecutionProvider']) for f in sys.argv[1:]]"
-)
+OPEN = "import sys, onnxruntime as o; [o.InferenceSession(f, providers=['CPUExecutionProvider']) for f in sys.argv[1:]]"
 
 
 def read_onnx(folder: Path, sample: ExportSample) -> Reading:
     """Run onnxruntime on the CPU, in batches of 1 and 3."""
     import onnxruntime
 
-    command = [sys.executable, "-P", "-c", _OPEN, *map(str, sorted(folder.glob("*.onnx")))]
+    command = [sys.executable, "-P", "-c", OPEN, *map(str, sorted(folder.glob("*.onnx")))]
     status = subprocess.run(command, capture_output=True, check=False).returncode
     require(status in (0, 1), f"onnx: onnxruntime crashes on opening this model (exit status {status})")  # 1: it raised
 

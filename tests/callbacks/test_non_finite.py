@@ -29,7 +29,7 @@ from lit_clip.losses.contrastive import contrastive_loss
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig
 from lit_clip.module import LitCLIP
-from lit_clip.tools import host_copy
+from lit_clip.tools import hardware
 from lit_clip.training.optimizers import PaperAdamW, obeys_found_inf
 from lit_clip.training.param_groups import decay_groups
 from lit_clip.training.schedules import WarmupCosine, warmup_cosine
@@ -237,7 +237,7 @@ def changed(before: dict[str, Tensor], after: dict[str, Tensor]) -> set[str]:
 @pytest.fixture(params=[False, True], ids=["read at once", "read later"])
 def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     """Train as on a CPU, and as on a GPU, where the result of a step is read one step later."""
-    monkeypatch.setattr(host_copy, "runs_ahead", lambda device: request.param)
+    monkeypatch.setattr(hardware, "runs_ahead", lambda device: request.param)
     return request.param
 
 

@@ -27,7 +27,7 @@ from callbacks.preemption import Preemption
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
-from lit_clip.tools import host_copy
+from lit_clip.tools import hardware
 from lit_clip.training.lightning.checkpoint_io import WholeCheckpointIO
 from lit_clip.training.lightning.signals import Signals
 from lit_clip.training.optimizers import PaperAdamW
@@ -130,7 +130,7 @@ def test_a_signal_during_a_step_saves_a_complete_checkpoint_after_that_step(
 def test_where_reading_would_wait_ranks_act_one_step_later(
     later: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_copy, "runs_ahead", lambda device: later)
+    monkeypatch.setattr(hardware, "runs_ahead", lambda device: later)
     signals, device = Signals(trainer(tmp_path)), torch.device("cpu")
     assert not signals.read(device)  # no collective: the ranks have to ask each other
     none = torch.cat(signals.flags(torch.zeros(0)))

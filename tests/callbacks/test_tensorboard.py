@@ -15,8 +15,7 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from callbacks import EmbeddingProjector, SimilarityMatrix, TrainingMonitor, ZeroShot, ZeroShotSet
-from callbacks.figures import similarity_matrix
-from callbacks.tensorboard import _thumbnails
+from callbacks.tensorboard import _thumbnails, similarity_matrix
 from datamodules import Captions, NoCaptions, OpenMojiClasses
 from lit_clip import LitCLIP, zero_shot_classifier
 from lit_clip.errors import InputError

@@ -11,9 +11,9 @@ import pytest
 import torch
 import yaml
 
+from lit_clip.cli.argv import DEFAULTS
 from lit_clip.cli.lightning import CLI, run
 from lit_clip.cli.main import EXAMPLES
-from lit_clip.cli.packaged_defaults import DEFAULTS
 from lit_clip.cli.subcommands import COMMANDS
 from tests.conftest import ROOT, TINY_YAML
 from tests.test_readme import parser_of

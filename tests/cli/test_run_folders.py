@@ -8,7 +8,7 @@ import pytest
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from lit_clip.cli.run_folders import run_folders
+from lit_clip.cli.configurations import run_folders
 from lit_clip.errors import InputError
 
 LOGGERS = "lightning.pytorch.loggers"

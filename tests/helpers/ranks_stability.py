@@ -11,7 +11,7 @@ from callbacks.monitor import gradient_norms
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.models.clip import CLIP
-from lit_clip.tools import host_copy
+from lit_clip.tools import hardware
 from tests.helpers.ranks import serve
 
 
@@ -71,7 +71,7 @@ class RunsAhead(Callback):
     """Train as on a device for which the host does not wait."""
 
     def __init__(self) -> None:
-        host_copy.runs_ahead = lambda device: True
+        hardware.runs_ahead = lambda device: True
 
 
 def give_gradients(model: nn.Module, part: int = 0, parts: int = 1) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 import callbacks
 from lit_clip import distributed
-from lit_clip.tools import host_copy
+from lit_clip.tools import hardware
 from tests.helpers.ranks import serve
 from tests.helpers.small_sets import data_for, make_module, make_trainer
 
@@ -60,7 +60,7 @@ def count(output: str, table: str) -> None:
     """Train 8 steps as on GPUs, of which the 5th is logged, and write each step's collectives."""
     rank, world = distributed.rank_and_world()
     os.environ["LOCAL_RANK"] = str(rank)  # keeps Lightning from starting processes
-    host_copy.runs_ahead = lambda device: True
+    hardware.runs_ahead = lambda device: True
     counter = Collectives()
     used = callbacks.defaults(callbacks.TrainingMonitor(), callbacks.Throughput(), counter)
     options = {"max_epochs": 1, "log_every_n_steps": 5, "limit_val_batches": 0, "enable_checkpointing": False}

@@ -9,7 +9,7 @@ device's if they
 
 they say that their device is ``cpu:0``, so code that follows another tensor's device is followed too. A step waits
 where it reads a value of such a tensor on the host, where it copies a tensor from the host to the device or back
-without ``non_blocking``, and where it reads a copy (:class:`lit_clip.tools.host_copy.HostCopy`) in the step in which
+without ``non_blocking``, and where it reads a copy (:class:`lit_clip.tools.hardware.HostCopy`) in the step in which
 it was made.
 """
 

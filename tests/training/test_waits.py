@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger
 import callbacks
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
-from lit_clip.tools import console, host_copy
+from lit_clip.tools import console, hardware
 from tests.callbacks.test_non_finite import WITH_BATCH_NORM
 from tests.helpers.small_sets import write_table
 from tests.helpers.waits import counted
@@ -23,7 +23,7 @@ from tests.test_module import data_for, trainer
 @pytest.fixture
 def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train as on a device for which the host does not wait."""
-    monkeypatch.setattr(host_copy, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(hardware, "runs_ahead", lambda device: True)
     for name in ("FIRST", "EVERY"):
         monkeypatch.setattr(console, name, 0.0)  # a line of progress after each step
 
@@ -60,7 +60,7 @@ def test_a_step_that_is_not_logged_never_waits(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(host_copy, "runs_ahead", lambda device: True)
+    monkeypatch.setattr(hardware, "runs_ahead", lambda device: True)
     found = fit(tmp_path, caption_table, tiny_config if config == "tiny" else WITH_BATCH_NORM, **options)
     between = {step: found.get(step, Counter()) for step in range(2, 15) if step not in LOGGED}
     assert between == dict.fromkeys(between, Counter())

@@ -8,7 +8,7 @@ from typing import Any
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger, Logger, MLFlowLogger, TensorBoardLogger, WandbLogger
 
-from lit_clip.training.lightning.loops import mlflow_address
+from lit_clip.training.lightning.strategies import mlflow_address
 
 CONFIG = "fit_config"
 

@@ -12,8 +12,8 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
 from lit_clip.errors import printable
-from lit_clip.tools import host_copy
-from lit_clip.tools.host_copy import HostCopy
+from lit_clip.tools import hardware
+from lit_clip.tools.hardware import HostCopy
 
 
 class Signals(_SignalConnector):
@@ -43,7 +43,7 @@ class Signals(_SignalConnector):
         """Take the ranks' decision of this step, or of the one before if reading would wait; False if it had none."""
         if not self._unread:
             return False
-        latest = len(self._unread) > 1 or not host_copy.runs_ahead(device)
+        latest = len(self._unread) > 1 or not hardware.runs_ahead(device)
         counts = self._unread.pop(0).read() if latest else []
         got = [number for number, count in zip(self._numbers, counts, strict=False) if count]
         self.agreed = max(got, default=0)
