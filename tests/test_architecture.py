@@ -2,13 +2,20 @@
 
 import ast
 import re
+import sys
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import pytest
+from torch import Tensor
+
+from lit_clip import LitCLIP
+from tests.helpers.small_sets import data_for, make_module, make_trainer, write_table
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
-MOST_FILES, MOST_LINES = 10, 2_000
+MOST_FILES, MOST_LINES, MOST_STOPS = 10, 2_000, 20
 # Underscored names of Lightning's objects; its loggers', loops' and connectors' too.
 PRIVATE = re.compile(
     r"(?:trainer|strategy|loop|connector|logger|plugin|_trainer|epoch_loop|val_loop)\._[a-z]\w*|"
@@ -64,3 +71,42 @@ def test_one_room_touches_lightnings_private_parts() -> None:
         for match in PRIVATE.finditer(file.read_text(encoding="utf-8"))
     }
     assert found == set()
+
+
+def test_a_checkpoint_makes_few_stops_on_its_way_into_the_same_run(tmp_path: Path) -> None:
+    """Count the functions of ours that get a checkpoint, or a value in it, while its run resumes."""
+    table, saved = write_table(tmp_path), tmp_path / "saved.ckpt"
+    module = make_module()
+    trainer = make_trainer(tmp_path, [], max_steps=1)
+    trainer.fit(module, data_for(module, table))
+    trainer.save_checkpoint(saved)
+    values: dict[int, Any] = {}
+    stops, way_in = set(), []
+
+    def note(value: Any) -> None:
+        values[id(value)] = value
+        for each in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+            if isinstance(each, dict | list | Tensor):
+                note(each)
+
+    def follow(frame: FrameType, event: str, _: Any) -> None:
+        code, arguments = frame.f_code, frame.f_locals
+        if code.co_name == "on_load_checkpoint" and isinstance(arguments.get("self"), LitCLIP):
+            if event == "call":
+                note(arguments["checkpoint"])
+            way_in[:] = ["under way"] if event == "call" else []
+        if event != "call" or not way_in or not code.co_filename.startswith(str(ROOT / "lit_clip")):
+            return
+        names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+        if not code.co_name.startswith("<") and any(id(arguments.get(name)) in values for name in names):
+            stops.add((code.co_filename, code.co_name))
+
+    module = make_module()
+    trainer = make_trainer(tmp_path, [], max_steps=2)
+    sys.setprofile(follow)
+    try:
+        trainer.fit(module, data_for(module, table), ckpt_path=saved)
+    finally:
+        sys.setprofile(None)
+    assert trainer.global_step == 2
+    assert 10 <= len(stops) <= MOST_STOPS

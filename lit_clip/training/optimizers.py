@@ -197,7 +197,8 @@ class Optimization:
         for key, value in fresh.items():
             theirs = saved.get(key, value)
             possible = is_like(theirs, value) and (key not in ("base_lrs", "_last_lr") or len(theirs) == len(value))
-            require(possible, f"{where}: {key} {shortened(theirs)} is not possible")
+            if not possible:
+                raise InputError(f"{where}: {key} {shortened(theirs)} is not possible")
 
     def _start_schedule(
         self, schedule: dict[str, Any], checkpoint: Mapping[str, Any], groups: Groups, steps: int
@@ -238,7 +239,8 @@ def _describe_schedule(schedule: ScheduleFactory, optimizer: Callable[..., Any])
 def _resume_groups(
     saved: list[dict[str, Any]], groups: Groups, changed: Mapping[str, Any], rates: bool, name: str
 ) -> None:
-    if [_shape(group) for group in saved] != [_shape(group) for group in groups]:
+    there, here = ([(each["name"].partition(",")[0], len(each["params"])) for each in all_] for all_ in (saved, groups))
+    if there != here:
         raise InputError(f"{name}: resume with the model.freeze, layer_decay, lora and decay of the run that wrote it")
     for group, ours in zip(saved, groups, strict=True):
         if rates:  # otherwise they are the schedule's: torch's OneCycleLR has an initial_lr of its own
@@ -252,9 +254,9 @@ def _resume_groups(
 
 def _check_state(saved: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
     """Check a saved optimiser's settings against a new one's; flags, which no run changes, are the new one's."""
-    _need(saved, {"state": dict[object, object], "param_groups": list[dict[str, object]]}, where)
+    check_entries(saved, {"state": dict[object, object], "param_groups": list[dict[str, object]]}, where, complete=True)
     for group in saved["param_groups"]:
-        _need(group, {"name": str, "params": list[object], "lr": object}, where)
+        check_entries(group, {"name": str, "params": list[object], "lr": object}, where, complete=True)
         for key in defaults.keys() & group.keys():
             value, sample = group[key], defaults[key]
             if isinstance(sample, bool):
@@ -264,13 +266,3 @@ def _check_state(saved: Mapping[str, Any], defaults: Mapping[str, Any], where: s
             else:
                 possible = is_like(value, sample) and (not isinstance(sample, tuple) or len(value) == len(sample))
                 require(possible, f"{where}: {key} {shortened(value)} is not possible")
-
-
-def _need(values: Mapping[str, Any], types: Mapping[str, Any], where: str) -> None:
-    check_entries(values, types, where)
-    for name in types:
-        require(name in values, f"{where}: lacks {name}")
-
-
-def _shape(group: Mapping[str, Any]) -> tuple[str, int]:
-    return group["name"].partition(",")[0], len(group["params"])

@@ -21,7 +21,7 @@ from lit_clip.models.finetuning import Freeze, batch_norms, frozen_modules, froz
 from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.secrets import plain_without_secrets
-from lit_clip.tools import host_copy
+from lit_clip.tools import hardware
 from lit_clip.tools.parts import Description
 from lit_clip.training.checkpoint_contents import close_epoch, pack_checkpoint, reopen_epoch, unpack_checkpoint
 from lit_clip.training.checks import check_counts, check_lora_gradients, check_parts, check_run, check_skipped_samples
@@ -230,7 +230,7 @@ class RunHooks(LightningModule):
         trainer: Any = self.trainer
         logged = (self.global_step + 1) % (trainer.log_every_n_steps or sys.maxsize) == 0
         loss = trainer.callback_metrics.get("train/loss")
-        if loss is not None and (logged or not host_copy.runs_ahead(self.device)):
+        if loss is not None and (logged or not hardware.runs_ahead(self.device)):
             # With prog_bar=True Lightning would read it in every step, twice.
             trainer.progress_bar_metrics["train/loss"] = float(loss)
 
@@ -260,7 +260,7 @@ class RunHooks(LightningModule):
         name = str((self._trainer and self._trainer.ckpt_path) or "the checkpoint")
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
         if self._trainer:  # load_from_checkpoint has checked it, and put its caller's arguments into it
-            checked(checkpoint, name)
+            checked(checkpoint, name, self.model.config)
         if fitting:
             self.trainer.precision_plugin.convert_module(self)  # Lightning's turn comes after 64-bit weights are loaded
             if "parts" in checkpoint:

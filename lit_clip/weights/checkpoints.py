@@ -20,7 +20,7 @@ from lit_clip.models.finetuning import Freeze, LayerDecay
 from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer, check_ids
 from lit_clip.models.lora import LoRA
 from lit_clip.models.tokenizer import TextTokenizer
-from lit_clip.tools.parts import plain
+from lit_clip.tools.parts import is_plain, plain
 from lit_clip.tools.reading import naming, reason
 from lit_clip.tools.untrusted import (
     LARGEST,
@@ -34,8 +34,6 @@ from lit_clip.tools.untrusted import (
 from lit_clip.tools.weight_files import Source, check_tensors_within
 
 EMA_WEIGHTS = "exponential moving average"  # a checkpoint's ``weights`` if its state_dict is an average
-
-
 # The module's plain settings, with their types and ranges; see lit_clip.tools.untrusted for the rule.
 _TYPES: dict[str, Any] = {
     "pretrained": str | None,
@@ -75,8 +73,11 @@ class SavedTokenizer:
         check_fields(self, "tokenizer", {"pad_id": ids, "stripped_id": ids})
 
 
-def checked(checkpoint: dict[str, Any], path: Source) -> dict[str, Any]:
-    """Return the checkpoint if it has weights and an architecture, and its settings obey the rule for files."""
+def checked(checkpoint: dict[str, Any], path: Source, ours: CLIPConfig | None = None) -> dict[str, Any]:
+    """Return the checkpoint if it has weights and an architecture, and its settings obey the rule for files.
+
+    Of a checkpoint of a model like ``ours``, which uses its own settings, those of the file are not read.
+    """
     hparams, state = checkpoint.get("hyper_parameters"), checkpoint.get("state_dict")
     require(
         isinstance(hparams, Mapping) and isinstance(hparams.get("architecture"), Mapping) and isinstance(state, dict),
@@ -85,7 +86,8 @@ def checked(checkpoint: dict[str, Any], path: Source) -> dict[str, Any]:
     )
     with naming(path):
         try:
-            config = _checked_settings(cast(Any, hparams))
+            same = ours is not None and is_of(checkpoint, ours)
+            config = cast(CLIPConfig, ours) if same else _checked_settings(cast(Any, hparams))
             _check_ours(checkpoint, config)
         except RecursionError as error:
             raise InputError("not a lit-clip checkpoint (its settings are nested too deeply)") from error
@@ -93,6 +95,12 @@ def checked(checkpoint: dict[str, Any], path: Source) -> dict[str, Any]:
         if find_class(class_path) is None:
             raise InputError(f"{path}: its {tower} encoder is {class_path}; {how_to_import(class_path)}")
     return checkpoint
+
+
+def is_of(checkpoint: Mapping[str, Any], ours: CLIPConfig) -> bool:
+    """Return whether a checkpoint is of a model of exactly this architecture; what is no plain value is of none."""
+    architecture = checkpoint["hyper_parameters"]["architecture"]
+    return is_plain(architecture) and architecture == ours.to_dict()
 
 
 def _checked_settings(hparams: Mapping[str, Any]) -> CLIPConfig:

@@ -29,7 +29,7 @@ def check_same_parts(ours: Mapping[str, Description], saved: Mapping[str, Descri
     config = newest_config(Path(name).parent.parent)
     how = f"--config {shown(config)}" if config else "the configuration, or in Python the arguments, of its run"
     changes = []
-    for part, description in ours.items():
+    for part, description in ((name, each) for name, each in ours.items() if each != saved[name]):
         there, here = (" of ".join(class_paths(each)) for each in (saved[part], description))
         require(
             there == here or part not in ("optimizer", "loss"),
