@@ -2,7 +2,7 @@
 
 import sys
 from argparse import ArgumentError
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
 from pathlib import Path
@@ -25,9 +25,11 @@ from lit_clip.cli.configurations import Configuration, configuration, evaluated,
 from lit_clip.cli.imports import check_not_imported_by, command_words
 from lit_clip.cli.loggers import check_loggers, log_no_secrets, logger_errors
 from lit_clip.cli.plain_help import PlainHelp, print_section_help, short_help
+from lit_clip.cli.recipes import chosen_options, given_settings
 from lit_clip.cli.save_config import SaveConfig
 from lit_clip.errors import InputError, require
 from lit_clip.module import LitCLIP
+from lit_clip.recipes import Recipe
 from lit_clip.tools.hardware import computes_in_bfloat16
 from lit_clip.tools.messages import hinting, options_of
 from lit_clip.tools.untrusted import shortened
@@ -70,6 +72,8 @@ class Parser(LightningArgumentParser):
 class CLI(PlainCLI):
     """``lit-clip fit | validate | test | predict``."""
 
+    given: Mapping[str, Any] = {}  # settings as the user has typed and written them
+
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
             "--validate_first",
@@ -81,6 +85,9 @@ class CLI(PlainCLI):
             "--print_plan",
             action="store_true",
             help="fit only: print the plan of the run and contradictions in its settings, and do not train.",
+        )
+        parser.add_subclass_arguments(
+            Recipe, "recipe", default=None, required=False, help="fit only: chooses settings that are not given."
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -143,6 +150,11 @@ class CLI(PlainCLI):
             with references.dumping():
                 callbacks = as_typed(_callbacks(known, self.config[subcommand]), saved)
             self.parse_arguments(parser, [*words, callbacks_option(callbacks, of_callbacks, _default_callbacks())])
+            return
+        recipe, self.given = self.config[subcommand].get("recipe"), self.given or given_settings(words, subcommand)
+        if recipe and subcommand == "fit":
+            chosen = chosen_options(known, self.config[subcommand], self.given)
+            self.parse_arguments(parser, [*words, *chosen, "--recipe=null"])
             return
         if path in NEWEST:
             ours = self._configuration(known, words, subcommand)

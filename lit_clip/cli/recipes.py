@@ -1,0 +1,123 @@
+"""Options that a recipe chooses, as if they had been typed."""
+
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from filelock import FileLock
+from jsonargparse import Namespace
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
+from rich.table import Table
+
+from lit_clip.cli import argv
+from lit_clip.recipes import Choice, Recipe, Run
+from lit_clip.tools.atomic import replacing
+from lit_clip.tools.console import Console
+from lit_clip.tools.guarded_output import log_level
+from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.parts import plain, shown
+from lit_clip.tools.reading import reading
+from lit_clip.tools.text_files import parse_yaml
+
+STARTED = time.monotonic()
+RANK_ZERO = "lightning.pytorch.utilities.rank_zero"
+
+
+def given_settings(words: Sequence[str], subcommand: str) -> dict[str, Any]:
+    """Return the settings on the command line and in YAML files, by the names that are typed.
+
+    Arguments of classes have no ``init_args`` in them; those of callbacks are ``trainer.callbacks.EMA.decay``.
+    """
+    given: dict[str, Any] = {}
+    for section in reversed(list(argv.sections(words, subcommand))):
+        given |= dict(_flat(section))
+    for number, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name.startswith("--"):
+            text = value if equals else (words[number + 1] if number + 1 < len(words) else "")
+            try:
+                given |= dict(_flat(parse_yaml(text), name[2:].replace(".init_args", "")))
+            except yaml.YAMLError:
+                given[name[2:]] = text
+    return given
+
+
+def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    if isinstance(value, list) and name == "trainer.callbacks":
+        for each in value:
+            path = each.get("class_path", "") if isinstance(each, Mapping) else str(each)
+            inner = (each.get("init_args") or {}) if isinstance(each, Mapping) else {}
+            yield from _flat(inner, f"{name}.{str(path).rpartition('.')[2]}")
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            if key == "init_args":
+                yield from _flat(inner, name)
+            elif key != "class_path":
+                yield from _flat(inner, f"{name}.{key}" if name else str(key))
+            else:
+                yield f"{name}.class_path", inner
+    elif name:
+        yield name, value
+
+
+def chosen_options(parser: Any, config: Any, given: Mapping[str, Any]) -> list[str]:
+    """Return the options that the configuration's recipe chooses, and show them in a table.
+
+    What a recipe has measured is kept in a file, so that other processes, and the same command later, choose the same.
+    """
+    recipe: Recipe = parser.instantiate_classes(Namespace(recipe=config.recipe)).recipe
+    seed = config.seed_everything if type(config.seed_everything) is int else 0
+    run = Run(given, lambda: _data(parser, config), lambda: _module(parser, config), _seconds, seed)
+    with log_level(logging.WARNING, RANK_ZERO):  # the run says it again
+        if not hasattr(run.data, "sources"):
+            rank_zero_info(f"recipe: {recipe!r} chooses nothing for {type(run.data).__name__}, which opens no pairs")
+            return []
+        choices = _kept(recipe, run) if recipe.measures else recipe.choices(run)
+    if rank_zero_only.rank == 0 and choices:
+        _show(repr(recipe), choices)
+    return [f"--{each.option}={json.dumps(each.value)}" for each in choices]
+
+
+def _kept(recipe: Recipe, run: Run) -> list[Choice]:
+    """Return choices from the file of an earlier process with the same settings and pairs, or make them."""
+    folder = Path(run.data.cache_folder) / "recipes"
+    folder.mkdir(parents=True, exist_ok=True)
+    key = [repr(recipe), run.facts.digest, json.dumps(dict(run.given), sort_keys=True, default=str), str(run.seed)]
+    file = folder / f"{hex_digest(key)[:20]}.json"
+    with FileLock(file.with_suffix(".lock")):
+        if file.exists():
+            with reading(file, "choices of a recipe", hint="delete it"):
+                kept = [Choice(**each) for each in json.loads(file.read_text(encoding="utf-8"))]
+            rank_zero_info(f"recipe: the choices are those of an earlier run; delete {file} to measure again")
+            return kept
+        choices = recipe.choices(run)
+        with replacing(file) as draft:
+            draft.write_text(json.dumps([plain(each._asdict()) for each in choices]), encoding="utf-8")
+    return choices
+
+
+def _data(parser: Any, config: Any) -> Any:
+    data = parser.instantiate_classes(Namespace(data=config.data)).data
+    if hasattr(data, "sources"):
+        data.train_source, data.val_source = data.sources(True)
+    return data
+
+
+def _module(parser: Any, config: Any) -> Any:
+    return parser.instantiate_classes(Namespace(model=config.model)).model
+
+
+def _seconds() -> float:
+    return time.monotonic() - STARTED
+
+
+def _show(recipe: str, choices: Sequence[Choice]) -> None:
+    table = Table("setting", "chosen", "because", title=f"Recipe: {recipe}")
+    for each in choices:
+        described = isinstance(each.value, dict) and "class_path" in each.value
+        table.add_row(each.option, shown(each.value) if described else str(each.value), each.why)
+    Console().print(table)

@@ -1,0 +1,114 @@
+"""What a recipe is: it chooses settings of ``fit`` that nobody has named, from the data and the model."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import Any, NamedTuple
+
+from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.parts import qualified_name
+
+MOST_ROWS = 100_000  # that are looked at; of larger data the rest is taken to be alike
+
+
+class Choice(NamedTuple):
+    """A setting that a recipe chooses."""
+
+    option: str  # as typed, without dashes: ``model.optimizer.lr``, ``trainer.callbacks.EMA.decay``
+    value: Any  # plain
+    why: str = ""  # a few words for the table
+    unless: Sequence[str] = ()  # other options that say the same: if one of them is given, this is not chosen
+
+
+class Facts(NamedTuple):
+    """Numbers of the training data."""
+
+    pairs: int
+    images: int  # distinct
+    captions: int  # distinct
+    validation: int = 0  # pairs to validate
+    digest: str = ""  # of the pairs
+
+    @property
+    def captions_per_image(self) -> float:
+        """Mean number of pairs of an image."""
+        return self.pairs / max(1, self.images)
+
+
+class Run:
+    """A run before it begins: what a recipe may look at. Data and model are made when they are first asked for.
+
+    Args:
+        given: settings on the command line and in YAML files, by the names that are typed.
+        make_data: creates the data module, with its sources opened.
+        make_module: creates the :class:`lit_clip.LitCLIP`.
+        seconds: seconds since the command began.
+        seed: of the run.
+    """
+
+    def __init__(
+        self,
+        given: Mapping[str, Any],
+        make_data: Callable[[], Any],
+        make_module: Callable[[], Any],
+        seconds: Callable[[], float] = lambda: 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.given, self.seconds, self.seed = given, seconds, seed
+        self._make_data, self._make_module = make_data, make_module
+
+    @cached_property
+    def data(self) -> Any:
+        """The data module."""
+        return self._make_data()
+
+    @cached_property
+    def module(self) -> Any:
+        """The module, on the CPU."""
+        return self._make_module()
+
+    @cached_property
+    def facts(self) -> Facts:
+        """Numbers of the training data, of which no image is read."""
+        train, val = self.data.train_source, self.data.val_source
+        rows = min(len(train), MOST_ROWS)
+        images, captions = set(), set()
+        for row in range(rows):
+            try:
+                images.add(train.image_identity(row))
+                captions.update(train.captions(row))
+            except ValueError:  # a bad sample, which the run skips or refuses
+                continue
+        share = len(train) / max(1, rows)
+        found = round(len(images) * share), round(len(captions) * share)
+        return Facts(len(train), *found, len(val), hex_digest([len(train), *sorted(map(str, images | captions))]))
+
+    def is_given(self, *options: str) -> bool:
+        """Return whether the user has set one of these options, a part of it, or what it is a part of."""
+        return any(
+            f"{option}.".startswith(f"{name}.") or f"{name}.".startswith(f"{option}.")
+            for option in options
+            for name in self.given
+        )
+
+
+class Recipe(ABC):
+    """Chooses settings that neither the command line nor a YAML file names. Subclass it for a recipe of your own.
+
+    The settings are parsed as if they had been typed, shown in a table with reasons before the plan, and saved in the
+    run's ``fit_config.yaml``, which names no recipe: a run is resumed with the settings that it began with.
+    """
+
+    measures = False  # whether choices depend on time or on training; they are then kept for the same command
+
+    @abstractmethod
+    def choose(self, run: Run) -> list[Choice]:
+        """Return the choices, a pure function of the run. Those of settings that are given are left out."""
+
+    def choices(self, run: Run) -> list[Choice]:
+        """Return the choices of settings that are not given."""
+        return [each for each in self.choose(run) if not run.is_given(each.option, *each.unless)]
+
+    def __repr__(self) -> str:
+        settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if not name.startswith("_"))
+        return f"{qualified_name(type(self)).rpartition('.')[2]}({settings})"
