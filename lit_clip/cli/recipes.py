@@ -47,8 +47,8 @@ def given_settings(words: Sequence[str], subcommand: str) -> dict[str, Any]:
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    if isinstance(value, list) and name == "trainer.callbacks":
-        for each in value:
+    if name == "trainer.callbacks" and value is not None:
+        for each in value if isinstance(value, list) else [value]:
             path = each.get("class_path", "") if isinstance(each, Mapping) else str(each)
             inner = (each.get("init_args") or {}) if isinstance(each, Mapping) else {}
             yield from _flat(inner, f"{name}.{str(path).rpartition('.')[2]}")
@@ -73,17 +73,21 @@ def chosen_options(parser: Any, config: Any, given: Mapping[str, Any]) -> list[s
     seed = config.seed_everything if type(config.seed_everything) is int else 0
     run = Run(given, lambda: _data(parser, config), lambda: _module(parser, config), _seconds, seed)
     with log_level(logging.WARNING, RANK_ZERO):  # the run says it again
-        if not hasattr(run.data, "sources"):
-            rank_zero_info(f"recipe: {recipe!r} chooses nothing for {type(run.data).__name__}, which opens no pairs")
-            return []
-        choices = _kept(recipe, run) if recipe.measures else recipe.choices(run)
-    if rank_zero_only.rank == 0 and choices:
+        pairs = hasattr(run.data, "sources")
+        choices, kept = (
+            _kept(recipe, run) if pairs and recipe.measures else (recipe.choices(run) if pairs else [], None)
+        )
+    if not pairs:
+        rank_zero_info(f"recipe: {recipe!r} chooses nothing for {type(run.data).__name__}, which opens no pairs")
+    if kept is not None:
+        rank_zero_info(f"recipe: measured by an earlier run; delete {kept} to measure again")
+    if getattr(rank_zero_only, "rank", 0) == 0 and choices:
         _show(repr(recipe), choices)
     return [f"--{each.option}={json.dumps(each.value)}" for each in choices]
 
 
-def _kept(recipe: Recipe, run: Run) -> list[Choice]:
-    """Return choices from the file of an earlier process with the same settings and pairs, or make them."""
+def _kept(recipe: Recipe, run: Run) -> tuple[list[Choice], Path | None]:
+    """Return choices, and the file that has them from an earlier process with the same settings and pairs, if any."""
     folder = Path(run.data.cache_folder) / "recipes"
     folder.mkdir(parents=True, exist_ok=True)
     key = [repr(recipe), run.facts.digest, json.dumps(dict(run.given), sort_keys=True, default=str), str(run.seed)]
@@ -91,13 +95,11 @@ def _kept(recipe: Recipe, run: Run) -> list[Choice]:
     with FileLock(file.with_suffix(".lock")):
         if file.exists():
             with reading(file, "choices of a recipe", hint="delete it"):
-                kept = [Choice(**each) for each in json.loads(file.read_text(encoding="utf-8"))]
-            rank_zero_info(f"recipe: the choices are those of an earlier run; delete {file} to measure again")
-            return kept
+                return [Choice(**each) for each in json.loads(file.read_text(encoding="utf-8"))], file
         choices = recipe.choices(run)
         with replacing(file) as draft:
             draft.write_text(json.dumps([plain(each._asdict()) for each in choices]), encoding="utf-8")
-    return choices
+    return choices, None
 
 
 def _data(parser: Any, config: Any) -> Any:

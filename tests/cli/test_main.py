@@ -273,7 +273,7 @@ def test_fit_without_data_says_which_options_to_give(tmp_path: Path, in_process:
 def test_a_misspelt_config_file_suggests_the_right_name(tmp_path: Path, in_process: Cli) -> None:
     (tmp_path / "small.yaml").touch()
     assert_user_error(in_process("fit", "--config", "smal.yaml"), "no such file; did you mean small.yaml?")
-    result = in_process("fit", "--config", "configs/towers.yaml")
+    result = in_process("fit", "--config", "configs/pretrained_encoders.yaml")
     assert_user_error(result, "configs is a folder of lit-clip's repository: type the command in a clone of it")
 
 

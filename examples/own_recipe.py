@@ -1,0 +1,20 @@
+"""A recipe of one's own: settings of ``fit`` that follow from the number of pairs; see docs/extending.md."""
+
+from lit_clip.recipes import Choice, Recipe, Run
+
+
+class SeenPairs(Recipe):
+    """See so many pairs in all, however many there are."""
+
+    def __init__(self, pairs_seen: int = 20_000) -> None:
+        self.pairs_seen = pairs_seen
+
+    def choose(self, run: Run) -> list[Choice]:
+        facts = run.facts  # pairs, images, captions, validation; run.data and run.module are there too
+        epochs = max(1, self.pairs_seen // facts.pairs)
+        batch = min(256, max(2, facts.pairs // 4))
+        return [
+            Choice("data.global_batch_size", batch, f"{facts.pairs:,} pairs", unless=("data.batch_size",)),
+            Choice("trainer.max_epochs", epochs, f"{self.pairs_seen:,} pairs seen"),
+            Choice("trainer.callbacks.NonFiniteSteps.policy", "skip", "a long run"),
+        ]
