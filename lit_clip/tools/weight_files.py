@@ -120,12 +120,18 @@ def read_mapped(path: Path) -> dict[str, Any]:
     return dict(values)
 
 
+def _newest() -> str:
+    """Return a hint at the newest checkpoint of the runs below the working folder."""
+    found = sorted((file.stat().st_mtime, file) for file in Path().glob("runs/*/*/checkpoints/*.ckpt"))
+    return f"; the newest here is {found[-1][1]}" if found else ""
+
+
 @contextmanager
 def opening(path: Path) -> Iterator[None]:
     """Turn any error of somebody's weight file into one line that names it."""
     with reading(path, "weight file", hint="it may be incomplete"):
         require(not path.is_dir(), f"{path}: is a folder; name a file in it")
-        require(path.is_file(), f"{path}: no such checkpoint file")
+        require(path.is_file(), f"{path}: no such checkpoint file{_newest()}")
         try:
             if zipfile.is_zipfile(path):
                 _check_unpacked_size(path)

@@ -88,8 +88,8 @@ def _small_data(pairs: int) -> str:
     few = " are few: pretrained encoders name new images far better (docs/encoders.md)" if pairs <= FEW_PAIRS else ""
     batch = "with 256 pairs a step " if pairs >= BATCH_MATTERS else ""
     rule = (
-        f"RN-tiny-64 learned more of icons and photographs than ViT-tiny-16-64, best {batch}at a rate of 1e-3, and "
-        "more the longer: 65 epochs of 5,000 pairs and 12 of 50,000 were not too many"
+        f"RN-tiny-64 {batch}at a rate of 1e-3 learned most, and more in 65 epochs of 5,000 pairs or 12 of 50,000 than "
+        "in fewer"
     )
     return f"{pairs:,}{few}; from scratch {rule} (docs/evidence/recipes.md)"
 

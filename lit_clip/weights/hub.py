@@ -61,7 +61,8 @@ def download_tag(name: str) -> tuple[Path, CLIPConfig]:
     try:
         return Path(download_pretrained(cfg)), config
     except Exception as error:
-        raise InputError(f"{name}: cannot be downloaded ({first_line(error)})") from error
+        hint = f"without a network, get the file elsewhere and give {model}:FILE"
+        raise InputError(f"{name}: cannot be downloaded ({first_line(error)}); {hint}") from error
 
 
 def tagged(config: CLIPConfig, cfg: dict[str, Any]) -> CLIPConfig:

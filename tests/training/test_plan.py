@@ -94,7 +94,7 @@ def test_a_run_from_scratch_on_few_pairs_is_told_what_learns_more() -> None:
     assert few.startswith("500 are few: pretrained encoders name new images far better")
     assert more.startswith("50,000; from scratch RN-tiny-64")
     assert "256 pairs a step" in more
-    assert "12 of 50,000 were not too many" in more
+    assert "12 of 50,000 than in fewer" in more
     assert "256 pairs a step" not in few  # fit takes 64 for them
 
 
