@@ -7,6 +7,6 @@
   ``other_classes`` (probes tested on another set).
 - Sets: ``data`` (their interface), ``targets``, ``suite`` (their YAML), ``download``, ``open_set`` and ``files_read``,
   ``set_encoding`` and ``store`` (features).
-- Results: ``run`` (a suite), ``tasks``, ``classification`` (two of them), ``predictions``, ``results``, ``comparison`` (of runs), ``overview``,
-  ``published`` (figures to compare with), ``report``.
+- Results: ``run`` (a suite), ``tasks``, ``classification`` (two of them), ``predictions``, ``results``, ``comparison``
+  (of runs), ``overview``, ``published`` (figures to compare with), ``report``.
 """
