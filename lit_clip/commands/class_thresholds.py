@@ -73,7 +73,7 @@ def read_examples(path: str, names: Sequence[str], on_error: OnError) -> Example
     if Path(path).suffix.lower() in TABLES:
         return _table(Path(path), names)
     files = images_in(Path(path), on_error)
-    labels = folder_truth(files, names)
+    labels = folder_truth(files, names, [Path()])
     require(any(label >= 0 for label in labels), f"--examples {path}: no folder there is named like a class")
     return Examples(FileRows(files), labels)
 

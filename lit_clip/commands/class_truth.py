@@ -42,19 +42,23 @@ def _plain(name: str) -> str:
     return " ".join(name.replace("_", " ").replace("-", " ").casefold().split())
 
 
-def folder_truth(files: Sequence[ImageFile], names: Sequence[str]) -> list[int]:
-    """Return the class of each image: the innermost folder of its key that has a class's name; -1 without one.
+def folder_truth(files: Sequence[ImageFile], names: Sequence[str], folders: Sequence[PurePath] = ()) -> list[int]:
+    """Return the class of each image: the innermost folder that has a class's name; -1 without one.
 
-    Letters may be small or capital, and underscores and hyphens stand for spaces.
+    Counted are the folders below the one of ``folders`` that the image is in, and that one itself; of an image in none
+    of them its own folder. Letters may be small or capital, and underscores and hyphens stand for spaces.
     """
     places = {_plain(name): place for place, name in reversed(list(enumerate(names)))}
     places |= {name: place for place, name in enumerate(names)}
+    above = sorted(folders, key=lambda folder: -len(folder.parts))
 
-    def place(folder: str) -> int:
-        return places.get(folder, places.get(_plain(folder), -1))
+    def place(path: PurePath) -> int:
+        root = next((folder for folder in above if path.is_relative_to(folder)), path.parent)
+        inside = (root.name, *path.relative_to(root).parts[:-1])
+        known = (places.get(name, places.get(_plain(name), -1)) for name in reversed(inside))
+        return next((each for each in known if each >= 0), -1)
 
-    known = ([place(folder) for folder in reversed(PurePath(file.key).parts[:-1])] for file in files)
-    return [next((each for each in found if each >= 0), -1) for found in known]
+    return [place(PurePath(file.key)) for file in files]
 
 
 @dataclass

@@ -96,7 +96,7 @@ def classify(
         encoding: how images are read and encoded.
     """
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
-    path = _place(output_file, "--output_file")
+    target = _place(output_file, "--output_file")
     _place(known.sheet, "--sheet", ".html")
     check_precision(encoding.precision)
     given, typed = metrics_typed(known.metrics or []), read_classes(classes) if classes else None
@@ -105,13 +105,14 @@ def classify(
     files = FileRows(find_images(images, encoding.on_error))
     names = typed or folder_names(images, files)
     examples = read_examples(known.examples, names, encoding.on_error) if known.examples else None
-    judge = Judge(files, names, folder_truth(files, names), given)
+    folders = [path for path in map(Path, images) if path.is_dir()]
+    judge = Judge(files, names, folder_truth(files, names, folders), given)
     classifier = Classifier.of(load_model(model).to(best_device()), names, prompts, encoding)
     thresholds = Thresholds()
     if examples:
         thresholds = fit(examples, classifier.scored(examples.files, "examples"), names, known.none_error)
     answers = Answers(files, names, thresholds, top_k, judge)
-    answers.collect(classifier, output, path)
+    answers.collect(classifier, output, target)
     judge.finish(Path(known.sheet))
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
+from jsonargparse import Namespace
 from torch import Tensor
 from yaml import YAMLError
 
@@ -80,7 +81,10 @@ EXAMPLE = "auroc=torchmetrics.classification.MulticlassAUROC"
 def checked(metrics: Any, where: str) -> dict[str, Any]:
     """Return metrics, after a check of their names and of how they are written; they are built for a set."""
     require(isinstance(metrics, Mapping), f"{where}: must be a mapping of names to class paths, such as {EXAMPLE}")
+    found: dict[str, Any] = {}
     for name, value in metrics.items():
+        if isinstance(value, Namespace):  # the command line's, which has read it as a class with all its arguments
+            value = value.as_dict()  # noqa: PLW2901
         check_name(name, where)
         require(name not in OWN, f"{where}: {name} is a metric of lit-clip's own; choose another name")
         spec = value if isinstance(value, Mapping) else {"class_path": value}
@@ -89,7 +93,8 @@ def checked(metrics: Any, where: str) -> dict[str, Any]:
             written or callable(value),
             f"{where}: {name}: {value!r} is no metric; name its class, such as {EXAMPLE.partition('=')[2]}",
         )
-    return dict(metrics)
+        found[name] = value
+    return found
 
 
 def build(metrics: Metrics, classes: int, uncounted: bool = False) -> dict[str, "Metric"]:

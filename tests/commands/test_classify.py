@@ -106,9 +106,13 @@ def test_class_folders_give_accuracy_confusions_metrics_and_a_page(
 
 def test_typed_classes_are_found_in_the_names_of_folders() -> None:
     names = ["ice cream", "T-shirt", "food"]
-    paths = ["a/ice_cream/1.png", "a/Ice-Cream/2020/1.png", "a/t shirt/1.png", "food/ice cream/1.png", "a/b/food.png"]
+    paths = ["a/ice_cream/1.png", "a/Ice-Cream/2020/1.png", "a/t shirt/1.png", "a/food/ice cream/1.png", "a/b/food.png"]
+    paths += ["food/b/1.png", "food/b/c/1.png", "b/food/2.png"]
     files = [ImageFile(path, Path(path)) for path in paths]
-    assert folder_truth(files, names) == [0, 0, 1, 0, -1]  # the innermost folder counts
+    # The innermost folder counts, and none above the folders that were typed.
+    assert folder_truth(files, names, [Path("a"), Path("food/b")]) == [0, 0, 1, 0, -1, -1, -1, 2]
+    assert folder_truth(files, names, [Path("food")])[5:] == [2, 2, 2]
+    assert folder_truth(files, names, [Path()])[5:] == [2, 2, 2]
 
 
 def test_images_of_no_class_are_not_counted_and_flat_folders_are_not_judged(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import yaml
 from sklearn.metrics import average_precision_score, confusion_matrix, f1_score, roc_auc_score
 from torchmetrics.classification import (
     BinaryAUROC,
@@ -29,6 +30,7 @@ from lit_clip.evaluation.class_metrics import (
     metrics_typed,
     write_array,
 )
+from tests.conftest import ROOT, run_lightning_ranks
 from tests.helpers.small_sets import Shades, cosines, entry, make_module, make_trainer, write_suite, write_table
 
 TORCHMETRICS = "torchmetrics.classification."
@@ -207,3 +209,43 @@ def test_metrics_of_a_callback_are_checked_before_training_starts(folder: Path) 
     )
     with pytest.raises(InputError, match="many: metrics: auroc: "):  # the set's images have several classes
         make_trainer(folder, [wrong]).validate(make_module(), NoCaptions(), verbose=False)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_metrics_of_a_configuration_are_those_of_its_saved_form(world: int, folder: Path) -> None:
+    """``validate`` with ``fit_config.yaml`` and the checkpoint finds what ``fit`` logged at its last step."""
+    (folder / "my_own.py").write_text(
+        "from torchmetrics import MeanMetric\n\n\nclass Confidence(MeanMetric):\n"
+        "    def update(self, preds, target):\n        super().update(preds.amax(dim=1))\n"
+    )
+    metrics = {
+        "auroc": {"class_path": TORCHMETRICS + "MulticlassAUROC", "init_args": {"average": "macro"}},
+        "confidence": "my_own.Confidence",
+        "matrix": TORCHMETRICS + "MulticlassConfusionMatrix",
+    }
+    options = {"suite": "suite.yaml", "only": ["shades"], "metrics": metrics}
+    callback = {"class_path": "callbacks.ZeroShot", "init_args": options}
+    (folder / "metrics.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    words = ["--data.train", "captions.csv", "--data.val", "captions.csv", "--data.batch_size", "2"]
+    words += ["--data.num_workers", "0", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "1"]
+    words += ["--trainer.devices", str(world), "--trainer.strategy", "ddp" if world > 1 else "auto"]
+    configs = ["--config", str(ROOT / "configs/finetune_table.yaml"), "--config", "metrics.yaml"]
+    log = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "runs", "--trainer.logger.name", "own"]
+    run_lightning_ranks(world, folder, "lit-clip", "fit", *configs, *words, *log)
+    run = folder / "runs/own/version_0"
+    fitted = logged(run / "metrics.csv")
+    assert {"zero_shot/shades/auroc", "zero_shot/shades/confidence"} <= fitted.keys()
+    assert len((run / "zero_shot_shades_matrix.csv").read_text().splitlines()) == 8
+    checkpoint = str(run / "checkpoints/last.ckpt")
+    run_lightning_ranks(
+        world, folder, "lit-clip", "validate", "--config", str(run / "fit_config.yaml"), "--ckpt_path", checkpoint
+    )
+    again = logged(next(folder.glob("runs/own/validate_*/metrics.csv")))
+    for name in ("auroc", "confidence", "top1"):
+        assert again[f"zero_shot/shades/{name}"] == pytest.approx(fitted[f"zero_shot/shades/{name}"], abs=1e-6)
+
+
+def logged(path: Path) -> dict[str, float]:
+    """Return the last value of each metric in a CSV logger's file."""
+    rows = csv.DictReader(path.read_text().splitlines())
+    return {name: float(value) for row in rows for name, value in row.items() if value}
