@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,9 +17,11 @@ from callbacks.periodic import PeriodicEvaluation, from_first_rank
 from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.caption_choice import evaluate_choices
+from lit_clip.evaluation.class_metrics import checked
+from lit_clip.evaluation.classification import TaskOptions, all_targets, check_set_metrics
 from lit_clip.evaluation.data import MissingData, check_classes
 from lit_clip.evaluation.logistic import LogisticProblem
-from lit_clip.evaluation.open_set import Fold, OpenSet, encode_texts
+from lit_clip.evaluation.open_set import Fold, OpenSet, encode_texts, scale_and_bias
 from lit_clip.evaluation.other_classes import trained_classes
 from lit_clip.evaluation.probe import Split, held_out
 from lit_clip.evaluation.prompts import Prompts, text_classifier
@@ -26,11 +29,12 @@ from lit_clip.evaluation.scores import evaluate_scores
 from lit_clip.evaluation.set_encoding import SetEncoder
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task, read_suite
-from lit_clip.evaluation.tasks import TaskOptions, all_targets, task_metrics, used_splits
+from lit_clip.evaluation.tasks import task_metrics, used_splits
 from lit_clip.models.clip import CLIP
 from lit_clip.module import LitCLIP
 from lit_clip.retrieval.retrieval_set import Evaluation
 from lit_clip.tools.images import OnError, or_skip
+from lit_clip.training.lightning.run_folder import run_folder
 
 
 class SuiteEvaluation(PeriodicEvaluation):
@@ -47,6 +51,9 @@ class SuiteEvaluation(PeriodicEvaluation):
         batch_size: images encoded at once on each rank.
         num_workers: data workers of each rank; None: a share of the cores, and none for a small set.
         on_error: for an image that cannot be read, stop with an error or skip it with a warning.
+        metrics: further metrics by name, each a class path of torchmetrics or of your own, ``class_path`` and
+            ``init_args``, or in Python a metric; see :mod:`lit_clip.evaluation.class_metrics`. Results that are no
+            numbers are files in the run's folder.
     """
 
     tasks: tuple[Task, ...]
@@ -62,9 +69,17 @@ class SuiteEvaluation(PeriodicEvaluation):
         batch_size: int = 256,
         num_workers: int | None = None,
         on_error: OnError = "error",
+        metrics: dict[str, Any] | None = None,
     ) -> None:
         super().__init__(every_n_epochs, every_n_steps)
-        self.data_root, self.options = data_root, TaskOptions(show_progress=False)
+        where = f"{type(self).__name__}.metrics"
+        classes = {"zero_shot", "linear_probe"}.intersection(self.tasks)
+        require(
+            not metrics or bool(classes), f"{where}: are of class probabilities; give them to ZeroShot or LinearProbe"
+        )
+        options = TaskOptions(show_progress=False, metrics=checked(metrics or {}, where))
+        self.data_root, self.options = data_root, options
+        self._folder: Path | None = None
         self.entries = self._chosen_entries(suite, only)
         self._encoder = SetEncoder(batch_size, num_workers, on_error, type(self).__name__)
         self._opened: list[OpenSet] | None = None
@@ -140,6 +155,7 @@ class SuiteEvaluation(PeriodicEvaluation):
             for fold in opened.folds if task in ("zero_shot", "linear_probe") else ():
                 targets = all_targets(opened, fold, "test")
                 evaluate_scores(metric, torch.zeros(()).expand(len(targets), targets.classes), targets)
+                check_set_metrics(targets, self.options.metrics)
                 if task == "linear_probe":
                     self._check_learnable(opened, fold)
 
@@ -160,11 +176,13 @@ class SuiteEvaluation(PeriodicEvaluation):
 
     def evaluate(self, trainer: Trainer, module: LitCLIP) -> Evaluation:
         result, options = Evaluation(), replace(self.options, device=module.device)
+        self._folder = run_folder(trainer)  # every rank must ask
         for opened in self._opened or ():
             current = self._encoded(module.model, opened)
             with named(opened.name), torch.autocast(module.device.type, enabled=False):
                 for task in opened.tasks:
-                    of_set = from_first_rank(partial(task_metrics, task, current, options))
+                    stem = self._folder and self._folder / f"{task}_{opened.name}"
+                    of_set = from_first_rank(partial(task_metrics, task, current, options, stem))
                     prefix = f"{task}/{opened.name}"
                     result.metrics |= {f"{prefix}/{name}": value for name, value in of_set.metrics.items()}
                     result.baselines |= {f"{prefix}/{name}": value for name, value in of_set.baselines.items()}
@@ -186,8 +204,7 @@ class SuiteEvaluation(PeriodicEvaluation):
                     rows, values = self._encoder.encode(model, images, partial(self.features, model), title)
                     features[stamp] = SetFeatures(values.numpy(), values.numpy(), rows, [])
                 fold.features[split] = features[stamp]
-        scale = float(model.logit_scale.detach().exp())
-        current = replace(opened, folds=folds, scale=scale, probes={})
+        current = replace(opened, folds=folds, probes={}, **scale_and_bias(model))
         with named(opened.name):
             encode_texts(current, lambda: folds[0].features["test"].rows, partial(self.classifier, model))
         return current

@@ -1,6 +1,5 @@
 """Zero-shot classification during training."""
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,19 +12,18 @@ from callbacks.log_image import log_image
 from callbacks.suite_evaluation import SuiteEvaluation
 from lit_clip import distributed
 from lit_clip.errors import require
+from lit_clip.evaluation.classification import nearest_classes
 from lit_clip.evaluation.data import LabelledImages
 from lit_clip.evaluation.open_set import Fold, OpenSet
 from lit_clip.evaluation.prompts import Prompts
 from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
 from lit_clip.evaluation.suite import SuiteEntry, check_name
-from lit_clip.evaluation.tasks import nearest_classes
 from lit_clip.evaluation.zero_shot import ZeroShotSet
 from lit_clip.models.clip import CLIP
 from lit_clip.models.patches import as_image
 from lit_clip.models.preprocess import pixels
 from lit_clip.module import LitCLIP
 from lit_clip.retrieval.retrieval_set import Evaluation
-from lit_clip.training.lightning.run_folder import run_folder
 from lit_clip.weights.fingerprint import text_sha256
 
 __all__ = ["ZeroShot", "ZeroShotSet"]
@@ -72,7 +70,6 @@ class ZeroShot(SuiteEvaluation):
         self.entries = own | self.entries
         self._classifiers: dict[str, Tensor] = {}
         self._text_weights = ""  # hash of the text tower that made the classifiers
-        self._folder: Path | None = None
 
     def _open(self, name: str, entry: SuiteEntry) -> list[Fold]:
         if name in self.sets:
@@ -85,7 +82,6 @@ class ZeroShot(SuiteEvaluation):
         return self._classifiers[prompts.sha256]
 
     def evaluate(self, trainer: Trainer, module: LitCLIP) -> Evaluation:
-        self._folder = run_folder(trainer)  # every rank must ask
         text_weights = text_sha256(module.model)
         if distributed.maximum(int(text_weights != self._text_weights)):
             self._classifiers, self._text_weights = {}, text_weights

@@ -108,6 +108,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
         for image in sorted((here / "photos").iterdir())[:3]:
             (here / classes / image.stem).mkdir(parents=True)
             shutil.copy(image, here / classes / image.stem / "1.png")
+    (here / "examples.csv").write_text("image,classes\n")
+    for number, image in enumerate(sorted((here / "photos").iterdir())[:40]):
+        name = ("tiger", "pizza", "bicycle")[number % 3]
+        (here / "examples" / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, here / "examples" / name / f"{number}.png")
+        with (here / "examples.csv").open("a") as table:
+            table.write(f"examples/{name}/{number}.png,{name};pizza\n")
     features = pa.table({"key": ["pizza.png"], "feature": [[0.6, 0.8]]})  # as `embed` writes them
     pq.write_table(features, here / "features.parquet")
     (sets,) = (block for block in blocks("yaml") if block.startswith("target:"))

@@ -1,16 +1,18 @@
 """Commands other than LightningCLI's: each is a function, and its signature is its command line.
 
 Parameters without a default are positional; all others, and those after ``*``, are options, required if they have no
-default. The docstring is the help. A ``list`` takes any number of words, a ``bool`` is a flag.
+default. The docstring is the help. A ``list`` takes any number of words, a ``bool`` is a flag. A dataclass groups
+options: each field is one, and its docstring is their help.
 """
 
+import dataclasses
 import importlib
 import inspect
 import io
 import logging
 import sys
 from collections.abc import Callable, Sequence
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import docstring_parser
 from jsonargparse import ArgumentParser
@@ -43,7 +45,11 @@ def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     By itself jsonargparse would want lists as ``[a, b]`` and flags as ``--flag true``.
     """
     documentation = docstring_parser.parse(function.__doc__ or "")
-    helps = {parameter.arg_name: parameter.description for parameter in documentation.params}
+    groups = _groups(function)
+    sources: list[Any] = [function, *groups.values()]
+    helps = {
+        each.arg_name: each.description for source in sources for each in docstring_parser.parse(source.__doc__).params
+    }
     parser = ArgumentParser(
         prog=f"lit-clip {name}",
         description=documentation.short_description,
@@ -51,11 +57,15 @@ def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
         allow_abbrev=False,
         formatter_class=PlainHelp,
     )
-    hints = get_type_hints(function)
+    hints = {key: hint for source in sources for key, hint in get_type_hints(source).items()}
     lists = {key: kind for key, hint in hints.items() for kind in (str, int) if hint in (list[kind], list[kind] | None)}
     flags = {key for key, hint in hints.items() if hint is bool}
-    parser.add_function_arguments(function, as_positional=True, as_group=False, skip={*lists, *flags})
-    for key, parameter in inspect.signature(function).parameters.items():
+    skip: set[str | int] = {*lists, *flags, *groups}
+    parser.add_function_arguments(function, as_positional=True, as_group=False, skip=skip)
+    for kind in groups.values():
+        parser.add_class_arguments(kind, as_group=False, skip=skip)
+    parameters = [each for source in sources for each in inspect.signature(source).parameters.items()]
+    for key, parameter in parameters:
         required = parameter.default is parameter.empty
         if key in flags:
             assert parameter.default is False, f"{key}: a flag can only switch something on"
@@ -66,6 +76,20 @@ def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
             default = {"required": True} if required else {"default": parameter.default}
             parser.add_argument(f"--{key}", type=lists[key], nargs="+", help=helps.get(key), **default)
     return parser
+
+
+def _groups(function: Callable[..., None]) -> dict[str, Any]:
+    """Return the dataclasses that group options of a function, by its parameters' names."""
+    return {name: hint for name, hint in get_type_hints(function).items() if dataclasses.is_dataclass(hint)}
+
+
+def _grouped(function: Callable[..., None], values: dict[str, Any]) -> dict[str, Any]:
+    """Return the arguments of a function from the values of its options."""
+    groups = _groups(function).items()
+    made = {
+        name: kind(**{each.name: values.pop(each.name) for each in dataclasses.fields(kind)}) for name, kind in groups
+    }
+    return {**values, **made}
 
 
 def run_command(words: Sequence[str]) -> None:
@@ -79,7 +103,7 @@ def run_command(words: Sequence[str]) -> None:
     with hinting(options, lambda: options_of(parser), f"{parser.prog} --help"):
         parsed = parser.parse_args(options)
     with log_level(logging.WARNING, "lightning.pytorch", "lightning.fabric"):  # which tell of devices and ranks
-        command(**vars(parser.instantiate_classes(parsed)))
+        command(**_grouped(command, vars(parser.instantiate_classes(parsed))))
 
 
 def _underscores(word: str) -> str:

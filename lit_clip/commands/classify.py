@@ -1,55 +1,84 @@
 """``lit-clip classify``: zero-shot classification of image files."""
 
-import csv
-import io
-import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, NamedTuple
 
-from rich.table import Table
 from torch import Tensor
 
 from lit_clip import load_model
+from lit_clip.commands.class_output import Output, RankedClass, write_classes
+from lit_clip.commands.class_thresholds import Scored, Thresholds, fit, read_examples
+from lit_clip.commands.class_truth import Judge, folder_names, folder_truth
 from lit_clip.embedding.encode import check_complete, report_skipped
 from lit_clip.embedding.image_files import FileRows, find_images
 from lit_clip.embedding.precision import Precision, autocast, check_precision
 from lit_clip.embedding.reading import UnreadableRow, check_finite, encoded_batches, image_features
 from lit_clip.errors import InputError, require
+from lit_clip.evaluation.class_metrics import metrics_typed
 from lit_clip.evaluation.zero_shot import check_templates, imagenet_templates, zero_shot_classifier
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.atomic import replacing
-from lit_clip.tools.console import Console, Text, from_totals, progress, stderr, write_results
+from lit_clip.tools.console import from_totals, progress, stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.images import OnError, or_skip
-from lit_clip.tools.text_files import no_formula, read_text
-
-Output = Literal["table", "csv", "json"]
+from lit_clip.tools.text_files import read_text
 
 
-class RankedClass(NamedTuple):
-    """A class and its probability."""
+@dataclass(frozen=True)
+class Encoding:
+    """How images are read and encoded.
 
-    name: str
-    probability: float
+    Args:
+        batch_size: images encoded at once.
+        num_workers: processes that decode images.
+        precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
+        on_error: error ends the run at an image that cannot be read; skip reports it.
+    """
+
+    batch_size: int = 64
+    num_workers: int = 4
+    precision: Precision = "32-true"
+    on_error: OnError = "error"
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is done with images whose classes are known.
+
+    Args:
+        metrics: for images in class folders, further metrics as NAME=CLASS_PATH, of torchmetrics or of your own, such
+            as auroc=torchmetrics.classification.MulticlassAUROC.
+        sheet: for images in class folders, an HTML page with accuracy, confusions and the wrong images, which replaces
+            an earlier one.
+        examples: images with known classes, by which thresholds are fitted. A folder of class folders gives the one
+            for "none of these"; a table (.csv, .tsv) with the columns image and classes, several with ; between them,
+            gives one for each class, and an image has all classes above theirs.
+        none_error: share of new images of the classes that may be called none of these.
+    """
+
+    metrics: list[str] | None = None
+    sheet: str = "classify.html"
+    examples: str | None = None
+    none_error: float = 0.05
+
+
+ENCODING, KNOWN = Encoding(), Known()
 
 
 def classify(
     images: list[str],
     *,
     model: str,
-    classes: list[str],
+    classes: list[str] | None = None,
     templates: list[str] = ["a photo of a {}."],  # noqa: B006 # jsonargparse shows it in the help; nothing writes to it
     top_k: int = 5,
     output: Output = "table",
     output_file: str | None = None,
-    batch_size: int = 64,
-    num_workers: int = 4,
-    precision: Precision = "32-true",
-    on_error: OnError = "error",
+    known: Known = KNOWN,
+    encoding: Encoding = ENCODING,
 ) -> None:
     """Classify images zero-shot, from class names.
 
@@ -58,54 +87,114 @@ def classify(
     Args:
         images: files, and folders with everything below.
         model: a checkpoint, or a name that lit_clip.load_model understands.
-        classes: names; or a text file with one name per line.
+        classes: names; or a text file with one name per line; the names of the folder's subfolders if not given.
         templates: prompt templates with {} for the name; or a text file with one per line; or imagenet, the paper's 80.
         top_k: number of classes shown for each image.
         output: format of the results. CSV has an apostrophe before names that a spreadsheet would compute, such as =1.
         output_file: write the results to this file instead of standard output.
-        batch_size: images encoded at once.
-        num_workers: processes that decode images.
-        precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
-        on_error: error ends the run at an image that cannot be read; skip reports it.
+        known: what is done with images whose classes are known.
+        encoding: how images are read and encoded.
     """
-    names = read_classes(classes)
+    require(top_k >= 1, f"--top_k {top_k} must be at least 1")
+    target = _place(output_file, "--output_file")
+    _place(known.sheet, "--sheet", ".html")
+    check_precision(encoding.precision)
+    given, typed = metrics_typed(known.metrics or []), read_classes(classes) if classes else None
     prompts = imagenet_templates() if templates == ["imagenet"] else _lines(templates, "templates")
     check_templates(prompts)
-    require(top_k >= 1, f"--top_k {top_k} must be at least 1")
-    path = Path(output_file) if output_file else None
-    require(path is None or path.absolute().parent.is_dir(), f"--output_file {path}: there is no such folder")
-    check_precision(precision)
-    files = find_images(images, on_error)
-    clip = load_model(model).to(best_device())
-    if len(names) == 1 and clip.logit_bias is None:
-        raise InputError(f"--classes {names[0]}: a single class gets 100 % of every image; name what else it may be")
-    with autocast(clip.device, precision), progress("class prompts", len(names) * len(prompts)) as advance:
-        classifier = zero_shot_classifier(clip, names, prompts, progress=from_totals(advance))
-    check_finite(classifier, "--classes")
-    encode = image_features(clip, precision)
-    encoded = encoded_batches(clip, FileRows(files), batch_size, num_workers, encode=encode, title="images")
-    classes_of: dict[str, list[RankedClass]] = {}  # by key
-    unreadable: list[UnreadableRow] = []
-    try:
-        with closing(encoded) as batches:
+    files = FileRows(find_images(images, encoding.on_error))
+    names = typed or folder_names(images, files)
+    examples = read_examples(known.examples, names, encoding.on_error) if known.examples else None
+    folders = [path for path in map(Path, images) if path.is_dir()]
+    judge = Judge(files, names, folder_truth(files, names, folders), given)
+    classifier = Classifier.of(load_model(model).to(best_device()), names, prompts, encoding)
+    thresholds = Thresholds()
+    if examples:
+        thresholds = fit(examples, classifier.scored(examples.files, "examples"), names, known.none_error)
+    answers = Answers(files, names, thresholds, top_k, judge)
+    answers.collect(classifier, output, target)
+    judge.finish(Path(known.sheet))
+
+
+def _place(name: str | None, option: str, suffix: str = "") -> Path | None:
+    path = Path(name) if name else None
+    require(path is None or path.suffix == suffix or not suffix, f"{option} {path}: must be a {suffix} file")
+    require(path is None or path.absolute().parent.is_dir(), f"{option} {path}: there is no such folder")
+    return path
+
+
+@dataclass
+class Classifier:
+    """Encodes images and compares them with classes; remembers the images that cannot be read."""
+
+    model: CLIP
+    weights: Tensor  # [D, C]
+    encoding: Encoding
+    unreadable: list[UnreadableRow] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: CLIP, names: Sequence[str], prompts: Sequence[str], encoding: Encoding) -> "Classifier":
+        """Encode the prompts of the classes."""
+        if len(names) == 1 and model.logit_bias is None:
+            raise InputError(
+                f"--classes {names[0]}: a single class gets 100 % of every image; name what else it may be"
+            )
+        with (
+            autocast(model.device, encoding.precision),
+            progress("class prompts", len(names) * len(prompts)) as advance,
+        ):
+            weights = zero_shot_classifier(model, names, prompts, progress=from_totals(advance))
+        check_finite(weights, "--classes")
+        return cls(model, weights, encoding)
+
+    def scored(self, files: FileRows, title: str) -> Generator[Scored, None, None]:
+        """Yield the scores of one batch of files after the other, without those that are skipped."""
+        self.unreadable, settings = [], self.encoding
+        encode = image_features(self.model, settings.precision)
+        batch_size, workers = settings.batch_size, settings.num_workers
+        with closing(encoded_batches(self.model, files, batch_size, workers, encode=encode, title=title)) as batches:
             for batch, features in batches:
                 for bad in batch.unreadable:
-                    require(on_error == "skip", or_skip(bad.message, "--on_error skip"))
-                unreadable += batch.unreadable
+                    require(settings.on_error == "skip", or_skip(bad.message, "--on_error skip"))
+                self.unreadable += batch.unreadable
                 if batch.rows:
                     check_finite(features, files[batch.rows[0]].key)
-                    ranked = _ranked(class_probabilities(clip, features, classifier), names, top_k)
-                    classes_of |= zip((files[row].key for row in batch.rows), ranked, strict=True)
-    except KeyboardInterrupt:
-        kept = path.with_name(f"{path.name}.partial") if path else None
-        _write(classes_of, output, kept)
-        raise KeyboardInterrupt(f"{len(classes_of)} of {len(files)} are in {kept or 'the output'}") from None
-    check_complete(len(classes_of), len(files), unreadable)
-    _write(classes_of, output, path)
-    if path:
-        report_skipped([file.key for file in files], unreadable, path.with_name(f"{path.name}.skipped.txt"))
-    for bad in () if path else unreadable:
-        stderr().print(f"skipped: {bad.message}")
+                    probability = class_probabilities(self.model, features, self.weights)
+                    yield Scored(batch.rows, probability.cpu(), (features @ self.weights).cpu())
+
+
+@dataclass
+class Answers:
+    """The classes of each image, by its key; judged where the truth is known."""
+
+    files: FileRows
+    names: Sequence[str]
+    thresholds: Thresholds
+    top_k: int
+    judge: Judge
+    classes: dict[str, list[RankedClass]] = field(default_factory=dict)
+
+    def collect(self, classifier: Classifier, output: Output, path: Path | None) -> None:
+        """Classify all images and write the answers; what is done when Ctrl-C ends the run, too."""
+        try:
+            with closing(classifier.scored(self.files, "images")) as batches:
+                for scored in batches:
+                    keys = (self.files[row].key for row in scored.rows)
+                    ranked = self.thresholds.ranked(scored, self.names, self.top_k)
+                    self.classes |= zip(keys, ranked, strict=True)
+                    self.judge.add(scored.rows, scored.probability, self.thresholds.none_of(scored))
+        except KeyboardInterrupt:
+            kept = path.with_name(f"{path.name}.partial") if path else None
+            write_classes(self.classes, output, kept)
+            done = f"{len(self.classes)} of {len(self.files)} are in {kept or 'the output'}"
+            raise KeyboardInterrupt(done) from None
+        check_complete(len(self.classes), len(self.files), classifier.unreadable)
+        write_classes(self.classes, output, path)
+        if path:
+            keys = [file.key for file in self.files]
+            report_skipped(keys, classifier.unreadable, path.with_name(f"{path.name}.skipped.txt"))
+        for bad in () if path else classifier.unreadable:
+            stderr().print(f"skipped: {bad.message}")
 
 
 def _lines(words: Sequence[str], option: str) -> list[str]:
@@ -133,13 +222,6 @@ def read_classes(words: Sequence[str]) -> list[str]:
     return names
 
 
-def _ranked(probabilities: Tensor, names: Sequence[str], top_k: int) -> Iterator[list[RankedClass]]:
-    """Yield for each row of ``[B, C]`` the most probable classes, best first."""
-    best = probabilities.topk(min(top_k, len(names)), dim=1)
-    for values, indices in zip(best.values.tolist(), best.indices.tolist(), strict=True):
-        yield [RankedClass(str(names[i]), value) for value, i in zip(values, indices, strict=True)]
-
-
 def class_probabilities(model: CLIP, features: Tensor, classifier: Tensor) -> Tensor:
     """Return the probabilities ``[B, C]`` from unit features ``[B, D]`` and a classifier ``[D, C]``.
 
@@ -147,51 +229,3 @@ def class_probabilities(model: CLIP, features: Tensor, classifier: Tensor) -> Te
     """
     logits = model.logit_scale.exp() * (features @ classifier)
     return logits.softmax(dim=1) if model.logit_bias is None else (logits + model.logit_bias).sigmoid()
-
-
-def _write(classes_of: dict[str, list[RankedClass]], output: Output, path: Path | None) -> None:
-    text = io.StringIO()
-    if output == "table":
-        (Console() if path is None else Console(file=text, width=200)).print(_table(classes_of))
-    else:
-        text.write((_as_csv if output == "csv" else _as_json)(classes_of))
-    if path is not None:
-        with replacing(path) as temporary:
-            temporary.write_text(text.getvalue(), encoding="utf-8", errors="surrogateescape", newline="")
-    elif output != "table":
-        write_results(text.getvalue())
-
-
-def _table(classes_of: dict[str, list[RankedClass]]) -> Table:
-    table = Table("image", "class")
-    table.add_column("probability", justify="right")
-    for key, best in classes_of.items():
-        for i, prediction in enumerate(best):
-            image = Text(key if i == 0 else "", overflow="fold")
-            table.add_row(image, Text(prediction.name), f"{100 * prediction.probability:.1f} %")
-    return table
-
-
-def _as_csv(classes_of: dict[str, list[RankedClass]]) -> str:
-    text = io.StringIO()
-    names = (*classes_of, *(name for best in classes_of.values() for name, _ in best))
-    bare = any("\r" in name for name in names)  # which the writer quotes only where it ends lines
-    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if bare else csv.QUOTE_MINIMAL)
-    writer.writerow(["image", "rank", "class", "probability"])
-    for key, best in classes_of.items():
-        writer.writerows(
-            [no_formula(key), rank, no_formula(name), f"{value:.6f}"]
-            for rank, (name, value) in enumerate(best, start=1)
-        )
-    return text.getvalue()
-
-
-def _as_json(classes_of: dict[str, list[RankedClass]]) -> str:
-    rows = [
-        {"image": key, "classes": [{"class": name, "probability": round(value, 6)} for name, value in best]}
-        for key, best in classes_of.items()
-    ]
-    text = json.dumps(rows, indent=1, ensure_ascii=False)
-    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        text = json.dumps(rows, indent=1)  # a file name that is not Unicode has to be escaped in JSON
-    return text + "\n"

@@ -1,7 +1,7 @@
 """``lit-clip evaluate``: evaluate a model on a suite of sets, as the paper does."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, get_args
 
@@ -11,6 +11,8 @@ from lit_clip import distributed, load_model
 from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.precision import Precision, check_precision
 from lit_clip.errors import InputError, require
+from lit_clip.evaluation.class_metrics import metrics_typed
+from lit_clip.evaluation.classification import TaskOptions
 from lit_clip.evaluation.comparison import OtherRun, other_runs, paired_differences, seed_groups
 from lit_clip.evaluation.few_shot import SHOTS
 from lit_clip.evaluation.report.page import write_report
@@ -21,11 +23,66 @@ from lit_clip.evaluation.results import Results, provenance
 from lit_clip.evaluation.run import EvaluationRun
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import TASKS, SuiteEntry, Task, read_suite
-from lit_clip.evaluation.tasks import TaskOptions
 from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import OnError
 from lit_clip.tools.workers import workers_for_images
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images and texts are encoded.
+
+    Args:
+        batch_size: images encoded at once by one process.
+        num_workers: processes per device that decode images; the device's share of the cores but one, up to 8, if not
+            given. Does not change the results.
+        devices: number of processes, one per device; does not change the results.
+        accelerator: cpu, gpu, mps, ...
+        precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
+        on_error: for an image that cannot be read, skip it and list it in the report, or fail its set with an error.
+    """
+
+    batch_size: int = 64
+    num_workers: int | None = None
+    devices: int = 1
+    accelerator: str = "auto"
+    precision: Precision = "32-true"
+    on_error: OnError = "error"
+
+    def settings(self) -> EncodingSettings:
+        """Return the settings, with the default number of workers."""
+        workers = self.num_workers
+        if workers is None:
+            processes = self.devices if self.devices > 0 else torch.accelerator.device_count()  # -1: all
+            workers = workers_for_images(max(1, processes))
+        rest = (self.devices, self.accelerator, self.precision, self.on_error)
+        return EncodingSettings(self.batch_size, workers, *rest)
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples of the few-shot results.
+
+    Args:
+        shots: numbers of examples per class of the few-shot results; 1, 2, 4, 8 and 16 if not given.
+        draws: number of draws of the examples of each few-shot result.
+        seed: random seed of the draws and of held-out images.
+    """
+
+    shots: list[int] | None = None
+    draws: int = 3
+    seed: int = 0
+
+    def options(self, metrics: list[str] | None) -> TaskOptions:
+        """Return the options of the tasks."""
+        shots = self.shots or SHOTS
+        require(self.draws >= 1, f"--draws {self.draws} must be at least 1")
+        require(min(shots) >= 1, f"--shots {min(shots)} must be at least 1")
+        return TaskOptions(tuple(shots), self.draws, self.seed, metrics=metrics_typed(metrics or []))
+
+
+ENCODING, EXAMPLES = Encoding(), Examples()
 
 
 def evaluate(
@@ -36,17 +93,11 @@ def evaluate(
     data_root: str = ".",
     sets: list[str] | None = None,
     tasks: list[str] | None = None,
+    metrics: list[str] | None = None,
     compare: list[str] | None = None,
     cache: str | None = None,
-    batch_size: int = 64,
-    num_workers: int | None = None,
-    devices: int = 1,
-    accelerator: str = "auto",
-    precision: Precision = "32-true",
-    on_error: OnError = "error",
-    shots: list[int] | None = None,
-    draws: int = 3,
-    seed: int = 0,
+    encoding: Encoding = ENCODING,
+    examples: Examples = EXAMPLES,
     download: bool = False,
 ) -> None:
     """Evaluate a model on a suite of sets: zero-shot, linear probe, few-shot, retrieval, caption choice.
@@ -63,48 +114,35 @@ def evaluate(
         sets: names of the sets to evaluate; all if not given.
         tasks: tasks to run, of zero_shot, linear_probe, few_shot, retrieval, geolocation, bias, caption_choice;
             all if not given.
+        metrics: further metrics of zero-shot and linear probe as NAME=CLASS_PATH, of torchmetrics or of your own, such
+            as auroc=torchmetrics.classification.MulticlassAUROC.
         compare: results.json of other runs, or their folders, to compare with; NAME=PATH names a run, and runs with
             one name are seeds of one recipe (this: of the evaluated model's).
         cache: folder for image and text features; cache in the output folder if not given.
-        batch_size: images encoded at once by one process.
-        num_workers: processes per device that decode images; the device's share of the cores but one, up to 8, if not
-            given. Does not change the results.
-        devices: number of processes, one per device; does not change the results.
-        accelerator: cpu, gpu, mps, ...
-        precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
-        on_error: for an image that cannot be read, skip it and list it in the report, or fail its set with an error.
-        shots: numbers of examples per class of the few-shot results; 1, 2, 4, 8 and 16 if not given.
-        draws: number of draws of the examples of each few-shot result.
-        seed: random seed of the draws and of held-out images.
+        encoding: how images and texts are encoded.
+        examples: of the few-shot results.
         download: first download the missing sets that torchvision or the Hugging Face hub has.
     """
-    check_precision(precision, accelerator)
+    check_precision(encoding.precision, encoding.accelerator)
     wanted = _tasks(tasks)
-    entries = _chosen(read_suite(suite), sets, wanted)
-    require(draws >= 1, f"--draws {draws} must be at least 1")
-    require(min(shots or SHOTS) >= 1, f"--shots {min(shots or SHOTS)} must be at least 1")
+    entries, options = _chosen(read_suite(suite), sets, wanted), examples.options(metrics)
     others = other_runs(compare or [], Path(output))
     clip, out = load_model(model), Path(output)
     make_folder(out, "--output")
-    workers = _default_workers(devices) if num_workers is None else num_workers
-    settings = EncodingSettings(batch_size, workers, devices, accelerator, precision, on_error)
-    store = FeatureStore(clip, Path(cache) if cache else out / "cache", settings)
-    options = TaskOptions(tuple(shots or SHOTS), draws, seed)
+    store = FeatureStore(clip, Path(cache) if cache else out / "cache", encoding.settings())
     run = EvaluationRun(clip, store, Path(data_root), Results(out), options, wanted)
-    head = provenance(model, clip, store.fingerprint, precision, suite)
+    head = provenance(model, clip, store.fingerprint, encoding.precision, suite)
     run.evaluate(entries, download)
-    if distributed.rank_and_world()[0]:
-        return
-    _write_reports(run.results, head, others)
-    missing = [name for name in entries if run.results.sets[name]["status"] == "missing" and entries[name].download]
-    if missing and not download:
+    if not distributed.rank_and_world()[0]:
+        _write_reports(run.results, head, others)
+        _print_downloads(run.results.sets, {} if download else entries)
+        _raise_failures(run.results.sets, data_root)
+
+
+def _print_downloads(found: Mapping[str, Mapping[str, Any]], entries: Mapping[str, SuiteEntry]) -> None:
+    missing = [name for name, entry in entries.items() if found[name]["status"] == "missing" and entry.download]
+    if missing:
         stderr().print(f"{len(missing)} of the missing sets can be downloaded with --download")
-    _raise_failures(run.results.sets, data_root)
-
-
-def _default_workers(devices: int) -> int:
-    processes = devices if devices > 0 else torch.accelerator.device_count()  # -1: all
-    return workers_for_images(max(1, processes))
 
 
 def _write_reports(results: Results, head: dict[str, Any], others: Mapping[str, OtherRun]) -> None:

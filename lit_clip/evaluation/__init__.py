@@ -1,11 +1,12 @@
 """The paper's evaluation.
 
 - Metrics, pure functions: ``accuracy``, ``scores``, ``retrieval_metrics``, ``caption_choice``, ``geolocation``,
-  ``overlap``, ``bias``, ``robustness``; ``retrieval`` (over the ranks), ``intervals``, ``datacomp`` (means over sets).
+  ``overlap``, ``bias``, ``robustness``, ``confusions``, ``thresholds``; ``retrieval`` (over the ranks), ``intervals``,
+  ``datacomp`` (means over sets); ``class_metrics``: torchmetrics by class path.
 - Classifiers: ``prompts`` and ``zero_shot`` from texts, ``probe``, ``few_shot`` and ``logistic`` from labels,
   ``other_classes`` (probes tested on another set).
 - Sets: ``data`` (their interface), ``targets``, ``suite`` (their YAML), ``download``, ``open_set`` and ``files_read``,
   ``set_encoding`` and ``store`` (features).
-- Results: ``run`` (a suite), ``tasks``, ``predictions``, ``results``, ``comparison`` (of runs), ``overview``,
-  ``published`` (figures to compare with), ``report``.
+- Results: ``run`` (a suite), ``tasks``, ``classification`` (two of them), ``predictions``, ``results``, ``comparison``
+  (of runs), ``overview``, ``published`` (figures to compare with), ``report``.
 """

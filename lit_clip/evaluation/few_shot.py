@@ -43,11 +43,13 @@ def train_few_shot(
     draws: int = 3,
     seed: int = 0,
     advance: Advance | None = None,
+    names: Sequence[str] = (),
 ) -> FewShotProbes:
     """Train on k random examples per class of ``train``, ``draws`` times, for each k of ``shots`` that classes have.
 
     The n-th draw of k examples is part of the n-th draw of more. Validation images only choose the penalty, by
-    ``metric``; without ``val`` they are a fifth of each class of ``train``, which is then not drawn from.
+    ``metric``; without ``val`` they are a fifth of each class of ``train``, which is then not drawn from. ``names`` are
+    of the classes, for messages.
     """
     require(
         train.targets.relevance is None, "few_shot: images have several classes, so shots per class are not defined"
@@ -60,7 +62,9 @@ def train_few_shot(
     result = FewShotProbes({}, {}, {})
     for k in sorted(set(shots)):
         if k > counts[fewest]:
-            result.left_out[k] = f"class {fewest} has {int(counts[fewest])} examples to draw from"
+            held = "" if val else ", as a fifth is held out to choose the penalty"
+            named = repr(names[fewest]) if names else fewest
+            result.left_out[k] = f"class {named} has {int(counts[fewest])} examples to draw from{held}"
             continue
         drawn = [
             pool.take((places_in_classes(pool.targets.labels, seed + draw)[0] < k).nonzero()[:, 0])

@@ -16,6 +16,7 @@ from lit_clip.evaluation.prompts import Prompts, prompts_of_set, templates_of
 from lit_clip.evaluation.results import cache_key
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task
+from lit_clip.models.clip import CLIP
 from lit_clip.retrieval.metrics import PairIndices
 
 
@@ -46,12 +47,19 @@ class OpenSet:
     folds: list[Fold]
     tasks: list[Task] = field(default_factory=list)  # those to run, which the splits on disk allow
     scale: float = 100.0  # the model's inverse temperature
+    logit_bias: float | None = None  # a SigLIP's, whose classes have probabilities of their own
     probes: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # of this run; several sets may be tested on one
     prompts: Prompts | None = None
     classifier: Tensor | None = None  # zero-shot, [D, C]
     captions: DistinctCaptions | None = None
     choices: EncodedChoices | None = None
     bias: dict[str, Tensor] = field(default_factory=dict)  # classifiers by bias probe
+
+
+def scale_and_bias(model: CLIP) -> dict[str, Any]:
+    """Return the settings of an :class:`OpenSet` that make a model's cosines logits."""
+    bias = None if model.logit_bias is None else float(model.logit_bias.detach())
+    return {"scale": float(model.logit_scale.detach().exp()), "logit_bias": bias}
 
 
 def encode_texts(opened: OpenSet, rows: Callable[[], Sequence[int]], encode: Callable[[Prompts], Tensor]) -> None:

@@ -5,7 +5,7 @@ Shapes: N images, C classes, E distinct image-caption pairs.
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ from lit_clip.tools.images import open_image
 from lit_clip.tools.reading import reading
 
 Columns = dict[str, Any]  # values of a file by column, all of the same length
+PART = 2**22  # probabilities computed at once
+WHOLE = 2**23  # probabilities; a file with at most so many has those of all classes (32 MiB), others of the top ones
+TOP = 10  # classes
 
 
 def unit_scores(metric: Metric, scores: Tensor, targets: Targets) -> dict[str, UnitScores]:
@@ -76,6 +79,39 @@ def class_columns(
     return columns
 
 
+def in_parts(probabilities: Callable[[slice], Tensor], images: int, classes: int) -> Iterator[Tensor]:
+    """Yield the probabilities ``[B, C]`` of all images, some at a time."""
+    rows = max(1, PART // max(1, classes))
+    return (probabilities(slice(start, start + rows)) for start in range(0, images, rows))
+
+
+def probability_columns(
+    columns: Columns, probabilities: Callable[[slice], Tensor], targets: Targets, images: int
+) -> Columns:
+    """Return the columns of probabilities beside :func:`class_columns`, float32; none for anchor frames.
+
+    ``probability`` is the predicted class's, ``truth_probability`` the true one's, each NaN without such a class. With
+    ``images`` of all folds, their number times C decides between ``probabilities`` of all classes, ``[N, C]``, and
+    ``top_classes`` with ``top_probabilities`` ``[N, 10]``, the highest first.
+    """
+    if len(columns["key"]) != len(targets):
+        return {}
+    whole, parts, start = images * targets.classes <= WHOLE, list[Columns](), 0
+    for part in in_parts(probabilities, len(targets), targets.classes):
+        rows = slice(start, start := start + len(part))
+        found: Columns = {"probabilities": part.numpy()}
+        for name, classes in (("probability", columns["prediction"]), ("truth_probability", columns["truth"])):
+            place = torch.from_numpy(classes[rows].astype(np.int64))
+            own = part.gather(1, place.clamp(min=0)[:, None])[:, 0]
+            found[name] = own.masked_fill(place < 0, torch.nan).numpy()
+        if not whole:
+            top = part.topk(min(TOP, targets.classes), dim=1)
+            del found["probabilities"]
+            found |= {"top_classes": top.indices.int().numpy(), "top_probabilities": top.values.numpy()}
+        parts.append(found)
+    return joined(parts)
+
+
 def retrieval_columns(keys: Sequence[str], pairs: PairIndices, image_ranks: Tensor, pair_ranks: Tensor) -> Columns:
     """Return the columns of a retrieval: one row a query, with the ``rank`` of its best right candidate, 0 is best.
 
@@ -123,11 +159,17 @@ def write_predictions(folder: Path, name: str, task: str, columns: Columns) -> s
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    def column(values: Any) -> Any:
+        if getattr(values, "ndim", 1) == 1:
+            return values
+        return pa.FixedSizeListArray.from_arrays(pa.array(values.reshape(-1)), values.shape[1])
+
     keys = [str(key).encode("utf-8", "backslashreplace").decode() for key in columns["key"]]
     path = folder / predictions_name(name, task)
     make_folder(path.parent)
     with replacing(path) as draft:
-        pq.write_table(pa.table({**columns, "key": keys}), draft, compression="zstd")
+        table = pa.table({**{each: column(values) for each, values in columns.items()}, "key": keys})
+        pq.write_table(table, draft, compression="zstd")
     return predictions_name(name, task)
 
 
@@ -143,14 +185,16 @@ def predictions_entry(folder: Path, name: str, task: str, columns: Columns, judg
 
 
 def read_predictions(folder: Path, name: str, task: str) -> dict[str, np.ndarray]:
-    """Read the columns of a file of predictions."""
+    """Read the columns of a file of predictions that have one value in a row."""
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
     path = _inside(folder, predictions_name(name, task))
     if path is None or not path.is_file():
         raise InputError(f"no {predictions_name(name, task)} in {folder}")
     with reading(path, "file of predictions"):
-        table = pq.read_table(path)
+        single = [each.name for each in pq.read_schema(path) if not pa.types.is_nested(each.type)]
+        table = pq.read_table(path, columns=single)
         return {column: table[column].to_numpy(zero_copy_only=False) for column in table.column_names}
 
 

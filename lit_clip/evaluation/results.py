@@ -19,7 +19,17 @@ from lit_clip.tools.untrusted import check_entries, shortened
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import Fingerprint
 
-PACKAGES = ("torch", "torchvision", "lightning", "pillow", "timm", "transformers", "open-clip-torch", "clip-benchmark")
+PACKAGES = (
+    "torch",
+    "torchmetrics",
+    "torchvision",
+    "lightning",
+    "pillow",
+    "timm",
+    "transformers",
+    "open-clip-torch",
+    "clip-benchmark",
+)
 
 
 def cache_key(*values: Any) -> str:
@@ -83,7 +93,7 @@ class Results:
     def cached(self, name: str, task: Task, key: str) -> dict[str, Any] | None:
         """Return the result of an earlier run with the same :func:`cache_key`.
 
-        None if there is none, or if its file of predictions is gone or is another run's.
+        None if there is none, or if one of its files is gone, or its file of predictions is another run's.
         """
         saved = self._saved(name).get(task)
         if not isinstance(saved, dict) or saved.get("key") != key:
@@ -91,6 +101,8 @@ class Results:
         try:
             _check_task(saved.get("result"), "result")
         except InputError:  # damaged
+            return None
+        if not all((self.folder / file).is_file() for file in saved["result"].get("files", [])):
             return None
         kept = saved["result"].get("predictions")
         if kept is None:
@@ -156,6 +168,11 @@ _TASK = {
     "search": list[tuple[float, object]],
     "shots": list[tuple[int, list[object]]],
     "confusions": list[tuple[object, object, object]],
+    "confusion_matrix": list[list[int]],
+    "thresholds": dict[str, object],
+    "given": list[str],
+    "notes": list[str],
+    "files": list[str],
     "errors": list[dict[str, object]],
     "captions": int,
     "references": int,
@@ -176,5 +193,7 @@ def _check(results: Mapping[str, Any]) -> None:
 
 def _check_task(result: Any, where: str) -> None:
     check_entries(result, _TASK, where)
+    lines = {"classes": list[tuple[str, float, int, float, float, float]]}
+    check_entries(result.get("thresholds", {}), lines, f"{where}.thresholds")
     for error in result.get("errors", []):
         check_entries(error, {"nearest": list[tuple[object, object]]}, f"{where}.errors")

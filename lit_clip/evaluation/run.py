@@ -14,16 +14,18 @@ from lit_clip import distributed
 from lit_clip.embedding.encode import start_processes
 from lit_clip.embedding.precision import autocast
 from lit_clip.errors import InputError
+from lit_clip.evaluation.class_metrics import describe
+from lit_clip.evaluation.classification import TaskOptions, class_names, top1_among
 from lit_clip.evaluation.data import MissingData, SomeOfImageNet, check_classes
 from lit_clip.evaluation.download import download_missing
 from lit_clip.evaluation.files_read import files_read
-from lit_clip.evaluation.open_set import Fold, OpenSet, encode_texts
+from lit_clip.evaluation.open_set import Fold, OpenSet, encode_texts, scale_and_bias
 from lit_clip.evaluation.other_classes import single_classes, trained_classes
 from lit_clip.evaluation.prompts import Prompts, text_classifier
 from lit_clip.evaluation.results import Results, cache_key, code_digest
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import SuiteEntry, Task
-from lit_clip.evaluation.tasks import TaskOptions, needed_splits, run_task, target_digests, top1_among, used_splits
+from lit_clip.evaluation.tasks import needed_splits, run_task, target_digests, used_splits
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import from_totals, progress, stderr
@@ -80,7 +82,7 @@ class EvaluationRun:
 
     def _open(self, name: str, entry: SuiteEntry) -> OpenSet:
         """Open a set and compute its features; called on all ranks in the same order."""
-        opened = OpenSet(name, entry, [], scale=float(self.model.logit_scale.detach().exp()), probes=self.probes)
+        opened = OpenSet(name, entry, [], probes=self.probes, **scale_and_bias(self.model))
         opened.tasks = self._open_folds(opened)
         for number, fold in enumerate(opened.folds):
             for split, images in fold.images.items():
@@ -88,9 +90,10 @@ class EvaluationRun:
                 self.store.compute(images, title)
         test = opened.folds[0].images["test"]
         encode_texts(opened, lambda: self.store.read(test).rows, partial(self._encode, name))
+        self.results.update(name, class_names=class_names(opened))
         if prompts := opened.prompts:
             counts = {"classes": len(prompts.names), "texts": sum(map(len, prompts.texts))}
-            self.results.update(name, class_names=prompts.names, prompts={**counts, "sha256": prompts.sha256})
+            self.results.update(name, prompts={**counts, "sha256": prompts.sha256})
         if distributed.rank_and_world()[0] == 0:
             self._read_features(opened)
         return opened
@@ -177,6 +180,9 @@ class EvaluationRun:
                 self._record_failure(opened.name, error)
                 continue  # another task may be possible
             self.results.add(opened.name, task, key, result)
+            for note in result.get("notes", []):
+                self.results.add_reason(opened.name, note)
+                stderr().print(f"{opened.name}: {note}")
             if "value" in result:
                 value = f"{100 * result['value']:.1f} %"
                 stderr().print(f"{opened.name}: {task} {opened.entry.metric} {value}")
@@ -212,9 +218,10 @@ class EvaluationRun:
             options = (self.options.shots, self.options.draws, self.options.seed)
             more = (options, [fold.classes for fold in opened.folds])
         elif task == "zero_shot" and opened.prompts:
-            more = (opened.prompts.names, opened.prompts.sha256)
+            more = (opened.prompts.names, opened.prompts.sha256, opened.logit_bias)
         elif task == "caption_choice" and opened.choices:
             more = (opened.choices.digest,)
         elif opened.captions:
             more = (opened.captions.digest,)
-        return cache_key(code_digest(), task, used, more, entry.metric, entry.data, entry.splits, entry.folds)
+        given = describe(self.options.metrics) if task in ("zero_shot", "linear_probe") else []
+        return cache_key(code_digest(), task, used, more, given, entry.metric, entry.data, entry.splits, entry.folds)

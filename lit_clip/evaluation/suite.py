@@ -10,7 +10,8 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, MissingData
-from lit_clip.tools.messages import one_line, user_error
+from lit_clip.tools.messages import one_line
+from lit_clip.tools.parts import instantiate
 from lit_clip.tools.text_files import read_yaml
 from lit_clip.tools.untrusted import shortened
 
@@ -129,7 +130,7 @@ class SuiteEntry:
                 if not os.path.exists(options[key]):  # Path.exists raises for a name that is too long
                     hint = "" if self.is_of_another_set(split) else self.how_to_get
                     raise MissingData(f"{options[key]}: not there; {hint or 'see the suite file'}")
-        return _instantiate({**spec, "init_args": options})
+        return instantiate(ImageSet, {**spec, "init_args": options})
 
 
 def _command(source: Mapping[str, Any]) -> str:
@@ -155,20 +156,6 @@ def _checked_class(value: Mapping[str, Any], where: str) -> dict[str, Any]:
     options = value.get("init_args") or {}
     require(isinstance(options, dict), f"{where}: init_args must be a mapping of arguments, not {options!r}")
     return {**value, "init_args": options}
-
-
-def _instantiate(spec: Mapping[str, Any]) -> ImageSet:
-    parser = ArgumentParser(exit_on_error=False)
-    parser.add_argument("--data", type=ImageSet, required=True)
-    try:
-        return parser.instantiate_classes(parser.parse_object({"data": dict(spec)}))["data"]
-    except Exception as error:  # jsonargparse wraps any error of a constructor
-        ours = user_error(error)
-        if ours is None:
-            raise
-        if isinstance(ours, InputError):
-            raise ours from error
-        raise InputError(f"{spec['class_path']}: {one_line(ours)}") from error
 
 
 def read_suite(paths: str | Path | Sequence[str | Path]) -> dict[str, SuiteEntry]:

@@ -9,8 +9,14 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
+from jsonargparse import ArgumentParser
+
+from lit_clip.errors import InputError
+from lit_clip.tools.messages import one_line, user_error
+
+Part = TypeVar("Part")
 Description = dict[str, Any]
 """``class_path`` and ``init_args`` of a part, as plain values."""
 
@@ -37,6 +43,21 @@ def unwrapped(factory: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str
     # jsonargparse wraps a class in two helpers of its own, the class being a positional argument of the first.
     target = next((each for each in (factory.func, *factory.args) if inspect.isclass(each)), factory.func)
     return target, dict(factory.keywords)
+
+
+def instantiate(kind: type[Part], spec: Mapping[str, Any]) -> Part:
+    """Build the object that ``class_path`` and ``init_args`` name, which must be of a kind."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--part", type=kind, required=True)
+    try:
+        return parser.instantiate_classes(parser.parse_object({"part": dict(spec)}))["part"]
+    except Exception as error:  # jsonargparse wraps any error of a constructor
+        ours = user_error(error)
+        if ours is None:
+            raise
+        if isinstance(ours, InputError):
+            raise ours from error
+        raise InputError(f"{spec['class_path']}: {one_line(ours)}") from error
 
 
 def describe(factory: Callable[..., Any], made: Any) -> Description:

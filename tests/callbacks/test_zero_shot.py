@@ -15,7 +15,7 @@ from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 
 from callbacks import EMA, ZeroShot, suite_evaluation
 from datamodules import NoCaptions
-from lit_clip import LitCLIP, zero_shot_classifier
+from lit_clip import LitCLIP
 from lit_clip.errors import InputError
 from lit_clip.evaluation import set_encoding
 from lit_clip.evaluation.scores import evaluate_scores
@@ -24,10 +24,10 @@ from lit_clip.models.finetuning import Freeze
 from lit_clip.tools import workers
 from tests.helpers.ranks_callbacks import evaluate
 from tests.helpers.small_sets import (
-    NAMES,
     ManyShades,
     Shades,
     captions_entry,
+    cosines,
     data_for,
     entry,
     make_module,
@@ -54,24 +54,15 @@ def zero_shot(folder: Path, **options: Any) -> ZeroShot:
     )
 
 
-def scores(module: LitCLIP, images: Shades) -> torch.Tensor:
-    """Cosine similarities ``[N, C]``, all images at once."""
-    model = module.model.eval()
-    with torch.no_grad():
-        photos = torch.stack([model.preprocess(images.images(row)[0]) for row in range(len(images))])
-        classifier = zero_shot_classifier(model, NAMES, ["a {} patch.", "{}"])
-        return model.encode_image(photos, normalize=True) @ classifier
-
-
 def test_each_set_of_a_suite_is_evaluated_by_its_own_metric(folder: Path) -> None:
     module = make_module()
     trainer = make_trainer(folder, [zero_shot(folder, only=None, batch_size=7)])
     trainer.validate(module, NoCaptions(), verbose=False)
     found = numbers(trainer, "zero_shot/")
     images, many = Shades(""), ManyShades("", size=33)
-    logits, labels = scores(module, images).numpy(), np.array(images.labels())
-    likely = (module.model.logit_scale.exp() * scores(module, many)).double().softmax(dim=1)  # of the classes
-    assert not np.array_equal(likely.argsort(dim=0).numpy(), scores(module, many).argsort(dim=0).numpy())
+    logits, labels = cosines(module, images).numpy(), np.array(images.labels())
+    likely = (module.model.logit_scale.exp() * cosines(module, many)).double().softmax(dim=1)  # of the classes
+    assert not np.array_equal(likely.argsort(dim=0).numpy(), cosines(module, many).argsort(dim=0).numpy())
     assert found == pytest.approx(
         {
             TOP1: top_k_accuracy_score(labels, logits, k=1),
@@ -216,7 +207,7 @@ def test_folds_are_averaged_and_the_same_images_encoded_once(folder: Path, monke
     assert sum(encoded) == 2 * 40
     monkeypatch.undo()
     expected = [
-        (scores(module, images).argmax(dim=1) == torch.tensor(images.labels())).float().mean()
+        (cosines(module, images).argmax(dim=1) == torch.tensor(images.labels())).float().mean()
         for images in (Shades("", shift=shift) for shift in (0, 1, 0))
     ]
     assert len({float(value) for value in expected}) == 2
@@ -262,7 +253,7 @@ def test_an_unreadable_image_stops_the_run_or_is_skipped(folder: Path) -> None:
     trainer = make_trainer(folder, [ZeroShot(on_error="skip", **options)])
     with pytest.warns(UserWarning, match=r"shades: 1 of 40 images are skipped; the first: 5.png: not an image"):
         trainer.validate(module, NoCaptions(), verbose=False)
-    right = scores(module, Shades("")).argmax(dim=1) == torch.tensor(Shades("").labels())
+    right = cosines(module, Shades("")).argmax(dim=1) == torch.tensor(Shades("").labels())
     rows = [row for row in range(40) if row != 5]
     assert numbers(trainer, TOP1)[TOP1] == pytest.approx(float(right[rows].float().mean()), abs=1e-6)
 

@@ -24,7 +24,7 @@ from lit_clip import load_model, zero_shot_classifier
 from lit_clip.cli.subcommands import run_command
 from lit_clip.embedding.encode import Encoder
 from lit_clip.errors import InputError
-from lit_clip.evaluation import tasks
+from lit_clip.evaluation import classification
 from lit_clip.evaluation.data import LabelledImages
 from lit_clip.evaluation.predictions import read_predictions
 from tests.conftest import ROOT, lit_clip_command
@@ -137,8 +137,8 @@ def test_a_probe_of_one_set_is_tested_on_others_and_trained_once(root: Path, mon
     whole = {"data": {"class_path": FOLDER}, "splits": {"train": {"root": "train"}, "test": {"root": "test"}}}
     write_suite(root, whole=whole, **sets)
     fits: Counter[str] = Counter()
-    plain = tasks.train_probe
-    monkeypatch.setattr(tasks, "train_probe", lambda *a, **k: fits.update(probe=1) or plain(*a, **k))
+    plain = classification.train_probe
+    monkeypatch.setattr(classification, "train_probe", lambda *a, **k: fits.update(probe=1) or plain(*a, **k))
     results = evaluate("--draws", "1", "--shots", "3", "5")["sets"]
     assert fits["probe"] == 1  # whole, few and two are trained on the same images
     l2 = results["whole"]["tasks"]["linear_probe"]["l2"]

@@ -1,6 +1,7 @@
 """User mistakes in the suites and options of ``lit-clip evaluate``, and damaged files."""
 
 import errno
+import html
 import json
 import os
 import shutil
@@ -147,7 +148,13 @@ def test_few_shot_results_are_of_numbers_of_shots_that_every_fold_has(root: Path
     for path in Path("data/parts/trainb").glob("*/*.png"):
         if int(path.stem) >= 4:
             path.unlink()
-    found = evaluate("--tasks", "few_shot", "--draws", "1")["sets"]["parts"]["tasks"]["few_shot"]
+    results = evaluate("--tasks", "few_shot", "--draws", "1")["sets"]["parts"]
+    found, why = (
+        results["tasks"]["few_shot"],
+        "has 3 examples to draw from, as a fifth is held out to choose the penalty",
+    )
+    assert results["reason"] == f"few_shot: no result of 4, 8, 16 shots: class 'ant' {why}"
+    assert results["reason"] in html.unescape(Path("out/report.html").read_text())
     assert [(shots, len(values)) for shots, values in found["shots"]] == [(1, 2), (2, 2)]
     assert found["left_out"].keys() == {"4", "8", "16"}
     assert found["l2"].keys() == {"1", "2"}

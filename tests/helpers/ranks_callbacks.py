@@ -6,8 +6,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from lightning.pytorch.loggers import CSVLogger
+from torchmetrics import Metric
+from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
 
 from callbacks import LinearProbe, Retrieval, ZeroShot
+from datamodules import NoCaptions
 from lit_clip import distributed
 from lit_clip.evaluation.prompts import Prompts, text_classifier
 from lit_clip.evaluation.zero_shot import ensemble
@@ -51,6 +55,46 @@ def classify(folder: Path) -> None:
     shared = text_classifier(model, prompts, cache)
     setattr(model, "encode_text", None)  # noqa: B010 # encoding again would fail
     assert torch.equal(text_classifier(model, prompts, cache), shared)
+
+
+class Unreduced(Metric):
+    """Sum of the highest probabilities, in a plain attribute, which torchmetrics could not sum over ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0.0
+
+    def update(self, preds: torch.Tensor, target: torch.Tensor) -> None:
+        assert preds.shape == (len(target), 7)
+        self.total += float(preds.double().amax(dim=1).sum())
+
+    def compute(self) -> float:
+        return self.total
+
+
+def metrics(output: str, folder: str, suite: str) -> None:
+    """Write the metrics of torchmetrics that ``validate`` logs on rank 0; check that all ranks agree."""
+    rank, _ = distributed.rank_and_world()
+    os.environ["LOCAL_RANK"] = str(rank)
+    auroc = "torchmetrics.classification.MulticlassAUROC"
+    given = {
+        "auroc": {"class_path": auroc, "init_args": {"average": "macro"}},
+        "ece": partial(MulticlassCalibrationError, n_bins=15),
+        "matrix": MulticlassConfusionMatrix,
+        "own": Unreduced(),
+    }
+    options = {"data_root": folder, "only": ["shades"], "batch_size": 7}
+    callbacks = [
+        ZeroShot(suite=suite, examples=0, metrics=given, **options),
+        LinearProbe(suite, l2=1.0, metrics={"auroc": auroc}, **options),
+    ]
+    trainer = make_trainer(Path(folder), callbacks, logger=CSVLogger(folder, "csv", ""))
+    trainer.validate(make_module(), NoCaptions(), verbose=False)
+    found = numbers(trainer, "zero_shot/") | numbers(trainer, "linear_probe/")
+    for other in distributed.gather_objects([found]):
+        assert other == found
+    if rank == 0:
+        Path(output).write_text(json.dumps(found), encoding="utf-8")
 
 
 def run(output: str, folder: str, suite: str) -> None:

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules import Captions
-from lit_clip import LitCLIP, distributed
+from lit_clip import LitCLIP, distributed, zero_shot_classifier
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import LabelledImages, MultiLabel
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
@@ -140,6 +140,15 @@ def data_for(module: LitCLIP, table: Path, batch_size: int = 4) -> Captions:
     data = Captions(str(table), str(table), batch_size=batch_size, num_workers=0)
     data.preprocessing, data.tokenize = module.preprocessing, module.tokenize  # for use without a trainer
     return data
+
+
+def cosines(module: LitCLIP, images: Shades) -> Tensor:
+    """Cosine similarities ``[N, C]`` of a set in a suite's :func:`entry`, all images at once."""
+    model = module.model.eval()
+    with torch.no_grad():
+        photos = torch.stack([model.preprocess(images.images(row)[0]) for row in range(len(images))])
+        classifier = zero_shot_classifier(model, NAMES, ["a {} patch.", "{}"])
+        return model.encode_image(photos, normalize=True) @ classifier
 
 
 def numbers(trainer: Trainer, prefix: str) -> dict[str, float]:

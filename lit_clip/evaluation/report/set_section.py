@@ -29,6 +29,7 @@ TASKS = {
     "caption_choice": "caption choice",
 }
 CONFUSIONS = 20
+F1 = ("f1_fixed", "f1_fitted", "f1_held_out")  # of thresholds
 Task = Mapping[str, Any]  # of results.json
 
 
@@ -40,7 +41,7 @@ def set_section(
     The paper's figures are its ``model``'s, measured ones those of published ``weights``; None: OpenAI's of the model.
     """
     tasks = tasks_of(entry)
-    zero_shot = tasks.get("zero_shot", {})
+    errors = tasks.get("zero_shot", {}).get("errors") or []
     return {
         "name": name,
         "entry": entry,
@@ -49,8 +50,9 @@ def set_section(
         "facts": list(_facts(entry, tasks)),
         "few_shot": list(_few_shot(tasks.get("few_shot", {}))),
         "search": [(f"{l2:.3g}", percent(number(s))) for l2, s in tasks.get("linear_probe", {}).get("search") or []],
-        "confusions": (zero_shot.get("confusions") or [])[:CONFUSIONS],
-        "errors": [_wrong_image(error, folder) for error in zero_shot.get("errors") or []],
+        "confusions": list(_confusions(entry, tasks)),
+        "thresholds": list(_thresholds(tasks)),
+        "errors": [_wrong_image(error, folder) for error in errors],
         "bias": [(path.replace("_", " "), _bias_value(value)) for path, value in leaves(tasks.get("bias"), " / ")],
         "skipped": {split: images for split, images in skipped_of(entry).items() if images},
     }
@@ -64,7 +66,10 @@ def _metrics(
     lines = [["metric", "%", "99.5 % interval", "paper", "measured", "others in the paper"]]
     for task, result in tasks.items():
         others = peers(paper, task)
+        given = result.get("given") or []
         for metric, value in (result.get("metrics") or {}).items():
+            if metric in given:  # not every metric is a share
+                continue
             lines.append(
                 [
                     f"{TASKS.get(task, task)}, {metric_words(metric)}",
@@ -106,8 +111,34 @@ def _facts(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> Iterator[tupl
         for key, words in (("captions", "captions"), ("references", "reference images")):
             if key in task:
                 yield words, f"{task[key]:,}"
+        for metric in task.get("given") or []:
+            value = number((task.get("metrics") or {}).get(metric))
+            yield f"{TASKS.get(name, name)}, {metric}", "" if value is None else f"{value:.4g}"
         if name == "linear_probe":
             yield "regularisation (l2)", f"{number(task.get('l2')) or 0:g}"
+
+
+def _confusions(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> Iterator[dict[str, Any]]:
+    """Confused pairs of each task and, of few classes, the names and rows of the matrix."""
+    names = [str(name) for name in entry.get("class_names") or []]
+    for task, title in COLUMNS.items():
+        found = tasks.get(task, {})
+        pairs, matrix = (found.get("confusions") or [])[:CONFUSIONS], found.get("confusion_matrix") or []
+        if all(len(row) == len(names) == len(matrix) for row in matrix) and (pairs or matrix):
+            yield {"task": title, "pairs": pairs, "names": names if matrix else [], "matrix": matrix}
+
+
+def _thresholds(tasks: Mapping[str, Task]) -> Iterator[dict[str, Any]]:
+    """Means and lines of the thresholds of each task on a set whose images have several classes."""
+    for task, title in COLUMNS.items():
+        found = tasks.get(task, {}).get("thresholds") or {}
+        means = [number(found.get(name)) for name in F1]
+        lines = [
+            [str(name), str(examples), f"{number(threshold) or 0:.3g}", *map(percent, map(number, f1))]
+            for name, threshold, examples, *f1 in found.get("classes") or []
+        ]
+        if lines:
+            yield {"task": title, "fixed": found.get("fixed"), "means": [*map(percent, means)], "classes": lines}
 
 
 def _few_shot(task: Task) -> Iterator[list[str]]:

@@ -1,0 +1,77 @@
+"""The classes of images as a table, CSV or JSON."""
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from rich.table import Table
+
+from lit_clip.tools.atomic import replacing
+from lit_clip.tools.console import Console, Text, write_results
+from lit_clip.tools.text_files import no_formula
+
+Output = Literal["table", "csv", "json"]
+NONE = "none of these"
+
+
+class RankedClass(NamedTuple):
+    """A class and its probability; :data:`NONE` has no probability."""
+
+    name: str
+    probability: float | None
+
+
+def percent(value: float | None) -> str:
+    """Return ``91.3 %``; an empty text for None."""
+    return "" if value is None else f"{100 * value:.1f} %"
+
+
+def write_classes(classes_of: dict[str, list[RankedClass]], output: Output, path: Path | None) -> None:
+    """Write the classes of each image to a file, or to standard output."""
+    text = io.StringIO()
+    if output == "table":
+        (Console() if path is None else Console(file=text, width=200)).print(_table(classes_of))
+    else:
+        text.write((_as_csv if output == "csv" else _as_json)(classes_of))
+    if path is not None:
+        with replacing(path) as temporary:
+            temporary.write_text(text.getvalue(), encoding="utf-8", errors="surrogateescape", newline="")
+    elif output != "table":
+        write_results(text.getvalue())
+
+
+def _table(classes_of: dict[str, list[RankedClass]]) -> Table:
+    table = Table("image", "class")
+    table.add_column("probability", justify="right")
+    for key, best in classes_of.items():
+        for i, prediction in enumerate(best):
+            image = Text(key if i == 0 else "", overflow="fold")
+            table.add_row(image, Text(prediction.name), percent(prediction.probability))
+    return table
+
+
+def _as_csv(classes_of: dict[str, list[RankedClass]]) -> str:
+    text = io.StringIO()
+    names = (*classes_of, *(name for best in classes_of.values() for name, _ in best))
+    bare = any("\r" in name for name in names)  # which the writer quotes only where it ends lines
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if bare else csv.QUOTE_MINIMAL)
+    writer.writerow(["image", "rank", "class", "probability"])
+    for key, best in classes_of.items():
+        writer.writerows(
+            [no_formula(key), rank, no_formula(name), "" if value is None else f"{value:.6f}"]
+            for rank, (name, value) in enumerate(best, start=1)
+        )
+    return text.getvalue()
+
+
+def _as_json(classes_of: dict[str, list[RankedClass]]) -> str:
+    rows = [
+        {"image": key, "classes": [{"class": name, "probability": value and round(value, 6)} for name, value in best]}
+        for key, best in classes_of.items()
+    ]
+    text = json.dumps(rows, indent=1, ensure_ascii=False)
+    if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+        text = json.dumps(rows, indent=1)  # a file name that is not Unicode has to be escaped in JSON
+    return text + "\n"

@@ -1,0 +1,336 @@
+"""Zero-shot and linear probe on a set: scores, probabilities, metrics, and what the report shows of them.
+
+Shapes: N images, B some of them, C classes, D embedding dimension.
+"""
+
+import math
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from lit_clip.errors import InputError, require
+from lit_clip.evaluation.accuracy import predictions
+from lit_clip.evaluation.class_metrics import Computed, check_metrics, evaluate_metrics, write_array
+from lit_clip.evaluation.confusions import confusion_entries, write_confusions
+from lit_clip.evaluation.data import ImageSet, LabelledImages
+from lit_clip.evaluation.few_shot import SHOTS, train_few_shot
+from lit_clip.evaluation.intervals import Interval, intervals, mean_interval
+from lit_clip.evaluation.open_set import Fold, OpenSet
+from lit_clip.evaluation.other_classes import among
+from lit_clip.evaluation.predictions import (
+    Columns,
+    class_columns,
+    in_parts,
+    joined,
+    predictions_entry,
+    predictions_name,
+    probability_columns,
+    unit_scores,
+)
+from lit_clip.evaluation.probe import MOST_PENALTIES, Probe, Split, train_probe
+from lit_clip.evaluation.robustness import subset_top1
+from lit_clip.evaluation.scores import baseline, baselines, comparable, evaluate_scores, interval, mean_over_folds
+from lit_clip.evaluation.store import SetFeatures
+from lit_clip.evaluation.suite import Task
+from lit_clip.evaluation.targets import Targets
+from lit_clip.evaluation.thresholds import thresholds_entry
+from lit_clip.retrieval.retrieval_set import Evaluation
+from lit_clip.tools.atomic import make_folder, replacing
+from lit_clip.tools.console import progress
+from lit_clip.tools.hardware import best_device
+
+ERRORS = 24  # images reported, the most confidently wrong ones
+THUMBNAIL = 160  # pixels
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """Options of the tasks."""
+
+    shots: tuple[int, ...] = SHOTS  # numbers of examples per class
+    draws: int = 3  # of the examples
+    seed: int = 0  # of the draws and of held-out images
+    l2: float | None = None  # penalty of the linear probe; None: search for it
+    device: torch.device | None = None  # that probes are trained on; None: the best one
+    show_progress: bool = True  # while probes are trained
+    metrics: Mapping[str, Any] = field(default_factory=dict)  # of torchmetrics, see class_metrics
+
+
+class ClassScores(NamedTuple):
+    """Scores of a fold's test images: ``ranking`` ``[N, C]`` is what metrics compare, probabilities are of ``logits``.
+
+    Classes share a probability of 1, or with ``separate`` each has its own.
+    """
+
+    ranking: Tensor
+    logits: Tensor
+    separate: bool = False
+    bias: float = 0.0  # a SigLIP's
+
+    def probabilities(self, rows: slice) -> Tensor:
+        """Return probabilities of some images, float32 ``[B, C]``, on the CPU."""
+        logits = self.logits[rows].cpu().double() + self.bias
+        return (logits.sigmoid() if self.separate else logits.softmax(dim=1)).float()
+
+
+def class_scores(task: Task, opened: OpenSet, fold: Fold, options: TaskOptions) -> ClassScores:
+    """Return the scores by which zero-shot or a linear probe ranks the classes of a fold's test images."""
+    if task == "zero_shot":
+        logits = logits_of(opened, fold, opened.classifier)
+        return ClassScores(
+            comparable(opened.entry.metric, logits), logits, opened.logit_bias is not None, opened.logit_bias or 0.0
+        )
+    fit = trained(task, opened, fold, options).fit
+    scores = among(fit.scores(split_of(opened, fold, "test", options).features), fold.classes)
+    return ClassScores(scores, scores, targets_of(opened, fold, "test").relevance is not None)
+
+
+def embeddings(features: SetFeatures) -> Tensor:
+    """Return the unit features ``[N, D]``."""
+    return torch.from_numpy(np.array(features.after))
+
+
+def all_targets(opened: OpenSet, fold: Fold, split: str) -> Targets:
+    """Return the truth about all images of a split, with features or without."""
+    return Targets.of(fold.images[split], None, _class_count(opened, fold, split))
+
+
+def targets_of(opened: OpenSet, fold: Fold, split: str) -> Targets:
+    """Return the truth about the images of a split that have features."""
+    return all_targets(opened, fold, split).take(fold.features[split].rows)
+
+
+def _class_count(opened: OpenSet, fold: Fold, split: str) -> int | None:
+    """Return the number of class names in use, which may differ from a set's own; None: the set's own."""
+    of_another_set = fold.classes is not None and split != "test"
+    return len(opened.prompts.names) if opened.prompts and not of_another_set else None
+
+
+def class_names(opened: OpenSet) -> list[str]:
+    """Return the names of the classes, in label order."""
+    test = opened.folds[0].images["test"]
+    return opened.prompts.names if opened.prompts else test.class_names if isinstance(test, LabelledImages) else []
+
+
+def logits_of(opened: OpenSet, fold: Fold, classifier: Tensor | None) -> Tensor:
+    """Return the logits ``[N, C]`` of the test split."""
+    assert classifier is not None
+    return opened.scale * (embeddings(fold.features["test"]) @ classifier.cpu().float())
+
+
+def keys_of(fold: Fold) -> list[str]:
+    """Return the keys of the test images, in the order of their features."""
+    return [fold.images["test"].key(row) for row in fold.features["test"].rows]
+
+
+def _metric_target(targets: Targets) -> Tensor:
+    """Return what a metric of torchmetrics compares with: labels ``[N]`` or relevance ``[N, C]``."""
+    one_class = bool((targets.labels >= 0).all())
+    require(one_class or targets.relevance is not None, "metrics: the set's images have no classes to compare with")
+    return targets.labels if targets.relevance is None else targets.relevance
+
+
+def check_set_metrics(targets: Targets, metrics: Mapping[str, Any]) -> None:
+    """Raise :class:`InputError`, before anything is encoded, for metrics that a set does not allow."""
+    if metrics:
+        check_metrics(metrics, _metric_target(targets), targets.classes)
+
+
+def _set_metrics(metrics: Mapping[str, Any], scores: ClassScores, targets: Targets) -> Computed:
+    if not metrics:
+        return Computed()
+    parts = in_parts(scores.probabilities, len(targets), targets.classes)
+    return evaluate_metrics(metrics, parts, _metric_target(targets), targets.classes)
+
+
+def classification_metrics(task: Task, opened: OpenSet, options: TaskOptions, stem: Path | None) -> Evaluation:
+    """Return metrics and baselines, averaged over folds; results that are no numbers are written to ``stem_NAME``."""
+    metric, of_folds = opened.entry.metric, list[dict[str, float]]()
+    for number, fold in enumerate(opened.folds):
+        scores, targets = class_scores(task, opened, fold, options), targets_of(opened, fold, "test")
+        given = _set_metrics(options.metrics, scores, targets)
+        of_folds.append({**evaluate_scores(metric, scores.ranking, targets), **given.numbers})
+        if stem:
+            _write_arrays(stem, given, opened, number)
+    return Evaluation(mean_over_folds(of_folds), baselines(metric, targets_of(opened, opened.folds[0], "test")))
+
+
+def _write_arrays(stem: Path, given: Computed, opened: OpenSet, number: int) -> list[Path]:
+    """Write the results of a fold that are no numbers."""
+    suffix, names = f"_fold_{number}" if len(opened.folds) > 1 else "", class_names(opened)
+    if given.arrays:
+        make_folder(stem.parent)
+    paths = {name: stem.with_name(f"{stem.name}_{name}{suffix}") for name in given.arrays}
+    return [write_array(path, given.arrays[name], names) for name, path in paths.items()]
+
+
+@dataclass
+class _FoldResults:
+    """Results of one fold after the other."""
+
+    metrics: list[dict[str, float]] = field(default_factory=list)
+    given: list[dict[str, float]] = field(default_factory=list)  # of torchmetrics
+    intervals: list[dict[str, Interval]] = field(default_factory=list)
+    rows: list[Columns] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+
+
+def _allowed(options: TaskOptions, opened: OpenSet, targets: Targets) -> tuple[dict[str, Any], list[str]]:
+    """Return the metrics that a set allows, and why it does not allow the others."""
+    allowed, notes = dict(options.metrics), list[str]()
+    for name, value in options.metrics.items():
+        try:
+            check_set_metrics(targets, {name: value})
+        except InputError as error:
+            notes.append(f"{error}; left out")
+            del allowed[name]
+    return allowed, notes
+
+
+def _evaluate_folds(
+    task: Task, opened: OpenSet, options: TaskOptions, metrics: Mapping[str, Any], stem: Path
+) -> _FoldResults:
+    found, metric = _FoldResults(), opened.entry.metric
+    images = sum(len(fold.features["test"].rows) for fold in opened.folds)
+    for number, fold in enumerate(opened.folds):
+        scores, targets = class_scores(task, opened, fold, options), targets_of(opened, fold, "test")
+        units = unit_scores(metric, scores.ranking, targets)
+        given = _set_metrics(metrics, scores, targets)
+        found.metrics.append(evaluate_scores(metric, scores.ranking, targets))
+        found.given.append(given.numbers)
+        found.intervals.append(intervals(units))
+        columns = class_columns(metric, keys_of(fold), scores.ranking, targets, units, number)
+        found.rows.append(columns | probability_columns(columns, scores.probabilities, targets, images))
+        found.files += _write_arrays(stem, given, opened, number)
+    return found
+
+
+def classification(task: Task, opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
+    """Return the result of a task, averaged over folds, and save the predictions below ``folder``."""
+    start, metric, first = time.monotonic(), opened.entry.metric, opened.folds[0]
+    targets, (stem, names) = targets_of(opened, first, "test"), (_stem(folder, opened, task), class_names(opened))
+    metrics, notes = _allowed(options, opened, targets)
+    found = _evaluate_folds(task, opened, options, metrics, stem)
+    mean, columns = mean_over_folds(found.metrics), joined(found.rows)
+    given = {name: value for name, value in mean_over_folds(found.given).items() if math.isfinite(value)}
+    known = [name for name in found.intervals[0] if all(name in fold for fold in found.intervals)]
+    judged = zip(*(columns[name].tolist() for name in ("fold", "key", "truth")), strict=True)
+    result = {
+        "value": mean[metric],
+        "metrics": mean | given,
+        "intervals": {name: mean_interval([fold[name] for fold in found.intervals]) for name in known},
+        "baseline": baseline(metric, targets),
+        "images": len(targets.labels),
+        **predictions_entry(folder, opened.name, task, columns, judged),
+    }
+    if bool((columns["truth"] >= 0).all()):
+        path = stem.with_name(f"{stem.name}_confusions.csv")
+        write_confusions(path, columns["truth"], columns["prediction"], names)
+        found.files.append(path)
+        result |= confusion_entries(columns["truth"], columns["prediction"], names)
+        if task == "zero_shot":
+            scores = class_scores(task, opened, first, options)
+            result["errors"] = _errors(opened, scores, targets, folder)
+    elif targets.relevance is not None:
+        result |= _thresholds(class_scores(task, opened, first, options), targets, names)
+    if task == "linear_probe":
+        probe: Probe = trained(task, opened, opened.folds[-1], options)
+        seconds = round(time.monotonic() - start, 1)
+        result |= {"l2": probe.l2, "search": sorted(probe.search.items()), "seconds": seconds}
+    if options.metrics:
+        result |= {"given": list(given), "notes": notes}
+    return result | {"files": [path.relative_to(folder).as_posix() for path in found.files]}
+
+
+def _stem(folder: Path, opened: OpenSet, task: Task) -> Path:
+    return (folder / predictions_name(opened.name, task)).with_suffix("")
+
+
+def _thresholds(scores: ClassScores, targets: Targets, names: Sequence[str]) -> dict[str, Any]:
+    """Return the thresholds of images with several classes; nothing if there is no example or a score is no number."""
+    probability_NC, relevance_NC = scores.probabilities(slice(None)), targets.relevance
+    assert relevance_NC is not None
+    known = bool(probability_NC.isfinite().all()) and bool((relevance_NC == 1).any())
+    return {"thresholds": thresholds_entry(probability_NC, relevance_NC, names)} if known else {}
+
+
+def top1_among(opened: OpenSet, classes: Sequence[int]) -> tuple[float, Interval]:
+    """Return the zero-shot accuracy among some of the classes, see :func:`subset_top1`, and its interval."""
+    fold = opened.folds[0]
+    labels = targets_of(opened, fold, "test").labels
+    value, images = subset_top1(logits_of(opened, fold, opened.classifier), labels, classes)
+    return value, interval(value, images)
+
+
+def _errors(opened: OpenSet, scores: ClassScores, targets: Targets, folder: Path) -> list[dict[str, Any]]:
+    """Return the most confidently misclassified images."""
+    names, test, features = class_names(opened), opened.folds[0].images["test"], opened.folds[0].features["test"]
+    prediction = predictions(scores.logits).cpu()
+    wrong = ((prediction != targets.labels) & (prediction >= 0)).nonzero()[:, 0]
+    probability = torch.cat([each.amax(dim=1) for each in in_parts(scores.probabilities, len(prediction), len(names))])
+    errors = []
+    for number in wrong[probability[wrong].argsort(descending=True, stable=True)][:ERRORS].tolist():
+        row = features.rows[number]
+        errors.append(
+            {
+                "key": test.key(row),
+                "truth": names[int(targets.labels[number])],
+                "prediction": names[int(prediction[number])],
+                "probability": float(probability[number]),
+                "image": _thumbnail(test, row, folder, opened.name),
+                "nearest": nearest_classes(names, scores.probabilities(slice(number, number + 1))[0]),
+            }
+        )
+    return errors
+
+
+def nearest_classes(names: list[str], score_C: Tensor) -> list[tuple[str, float]]:
+    """Return up to five classes of the highest scores."""
+    best = score_C.topk(min(5, len(names)))
+    return [(names[i], score) for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+
+
+def _thumbnail(images: ImageSet, row: int, folder: Path, name: str) -> str:
+    """Save a small copy of an image and return its path relative to ``folder``."""
+    path = Path("images") / name / f"{row}.jpg"
+    several = images.images(row)
+    image: Image.Image = several[len(several) // 2].convert("RGB")
+    image.thumbnail((THUMBNAIL, THUMBNAIL))
+    make_folder((folder / path).parent)
+    with replacing(folder / path) as draft:
+        image.save(draft, "JPEG", quality=85)
+    return path.as_posix()
+
+
+def split_of(opened: OpenSet, fold: Fold, split: str, options: TaskOptions) -> Split:
+    """Return a split as probes are trained and tested on it."""
+    features = torch.from_numpy(np.array(fold.features[split].before)).to(options.device or best_device())
+    return Split(features, targets_of(opened, fold, split))
+
+
+def trained(task: Task, opened: OpenSet, fold: Fold, options: TaskOptions) -> Any:
+    """Return a fold's linear probe or few-shot probes, trained once for all sets that are tested on them."""
+    by = opened.entry.metric if fold.classes is None else "top1"  # another set's metric may not be defined
+    key = (task, by, fold.trained_on)
+    if key not in opened.probes:
+        train = split_of(opened, fold, "train", options)
+        val = split_of(opened, fold, "val", options) if "val" in fold.features else None
+        name, fits = "linear probe", MOST_PENALTIES + 1
+        if task == "few_shot":
+            name, fits = "few-shot probes", len(options.shots) * options.draws * MOST_PENALTIES
+        with progress(f"{opened.name} {name}", fits, options.show_progress) as advance:
+            if task == "few_shot":
+                drawn = (options.shots, options.draws, options.seed)
+                images = fold.images["train"]
+                names = images.class_names if isinstance(images, LabelledImages) else ()
+                opened.probes[key] = train_few_shot(train, val, by, *drawn, advance, names)
+            else:
+                opened.probes[key] = train_probe(train, val, by, options.seed, advance, options.l2)
+    return opened.probes[key]

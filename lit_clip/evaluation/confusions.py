@@ -1,0 +1,65 @@
+"""Which classes a classifier takes for which others: the whole matrix, and its most frequent pairs.
+
+Shapes: N images, C classes. A prediction of -1, of an image whose scores are not numbers, is in no column.
+"""
+
+import csv
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lit_clip.tools.atomic import replacing
+from lit_clip.tools.text_files import no_formula
+
+PAIRS = 20  # confused pairs of classes that are reported
+TABLE = 20  # classes; the matrix of more is no table on a page
+MATRIX = 1000  # classes; the file of more has a line for each pair of classes that has images
+
+
+def confusion_counts(truth_N: np.ndarray, prediction_N: np.ndarray, classes: int) -> Iterator[tuple[int, int, int]]:
+    """Yield true class, predicted class and number of images of each pair that has some, the most frequent first.
+
+    Equally frequent pairs are in the order of the classes. torchmetrics' matrix needs ``[C, C]``, this one O(N).
+    """
+    known = prediction_N >= 0
+    codes, counts = np.unique(truth_N[known].astype(np.int64) * classes + prediction_N[known], return_counts=True)
+    for place in (-counts).argsort(kind="stable").tolist():
+        code = int(codes[place])
+        yield code // classes, code % classes, int(counts[place])
+
+
+def confusion_matrix(truth_N: np.ndarray, prediction_N: np.ndarray, classes: int) -> np.ndarray:
+    """Return the number of images by true class (rows) and predicted class (columns), int64 ``[C, C]``."""
+    matrix = np.zeros((classes, classes), dtype=np.int64)
+    for truth, prediction, count in confusion_counts(truth_N, prediction_N, classes):
+        matrix[truth, prediction] = count
+    return matrix
+
+
+def confusion_entries(truth_N: np.ndarray, prediction_N: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
+    """Return what a page shows: the most confused pairs, and of few classes the matrix."""
+    pairs = [each for each in confusion_counts(truth_N, prediction_N, len(names)) if each[0] != each[1]][:PAIRS]
+    found: dict[str, Any] = {"confusions": [(names[truth], names[other], count) for truth, other, count in pairs]}
+    if len(names) <= TABLE:
+        found["confusion_matrix"] = confusion_matrix(truth_N, prediction_N, len(names)).tolist()
+    return found
+
+
+def write_confusions(path: Path, truth_N: np.ndarray, prediction_N: np.ndarray, names: Sequence[str]) -> None:
+    """Write the whole matrix as CSV: a row for each true class, a column for each predicted one.
+
+    Of more than :data:`MATRIX` classes it is a line for each pair that has images: truth, prediction, images.
+    """
+    titles = [no_formula(name) for name in names]
+    with replacing(path) as draft, draft.open("w", newline="", encoding="utf-8", errors="replace") as file:
+        writer = csv.writer(file)
+        if len(names) > MATRIX:
+            writer.writerow(["truth", "prediction", "images"])
+            for truth, prediction, count in confusion_counts(truth_N, prediction_N, len(names)):
+                writer.writerow([titles[truth], titles[prediction], count])
+            return
+        writer.writerow(["truth", *titles])
+        matrix = confusion_matrix(truth_N, prediction_N, len(names))
+        writer.writerows([title, *row] for title, row in zip(titles, matrix.tolist(), strict=True))

@@ -1,0 +1,220 @@
+"""``lit-clip classify`` on class folders says how good it is; thresholds are fitted on examples."""
+
+import csv
+import html
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest
+from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_matrix, roc_auc_score
+
+from lit_clip import zero_shot_classifier
+from lit_clip.cli.subcommands import run_command
+from lit_clip.commands.class_truth import folder_truth
+from lit_clip.embedding.image_files import ImageFile
+from lit_clip.errors import InputError
+from lit_clip.evaluation.thresholds import fit_thresholds, none_threshold
+from lit_clip.tools.images import open_image
+from tests.helpers.small_sets import NAMES, Shades, make_module
+
+AUROC = "torchmetrics.classification.MulticlassAUROC"
+OPTIONS = ["--model", "last.ckpt", "--templates", "a {} patch.", "--num_workers", "0", "--batch_size", "7"]
+
+
+def write_folders(root: Path, split: str, size: int = 40, others: int = 0) -> list[tuple[str, int]]:
+    """Write :class:`Shades` into folders by class, and some into a folder of no class; return paths and labels."""
+    images, found = Shades("", split, size + others), []
+    for row, label in enumerate(images.labels()):
+        name = NAMES[label] if row < size else "elsewhere"
+        folder = root / name
+        folder.mkdir(parents=True, exist_ok=True)
+        images[row][0].save(folder / f"{row:03}.png")
+        found.append((f"{root.name}/{name}/{row:03}.png", label if row < size else -1))
+    return sorted(found)
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    model = make_module().model.eval()
+    monkeypatch.setattr("lit_clip.commands.classify.load_model", lambda name: model)
+    return tmp_path
+
+
+def scored(found: list[tuple[str, int]], names: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return cosines and probabilities ``[N, C]`` of image files, all at once."""
+    model = make_module().model.eval()
+    with torch.no_grad():
+        photos = torch.stack([model.preprocess(open_image(Path(path))) for path, _ in found])
+        cosine = model.encode_image(photos, normalize=True) @ zero_shot_classifier(model, names, ["a {} patch."])
+        return cosine, (model.logit_scale.exp() * cosine).softmax(dim=1)
+
+
+def classify(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[list[dict[str, object]], str]:
+    run_command(["classify", *words, *OPTIONS, "--output", "json"])
+    output = capsys.readouterr()
+    return json.loads(output.out), output.err
+
+
+def test_class_folders_give_accuracy_confusions_metrics_and_a_page(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = write_folders(root / "photos", "test")
+    names = sorted(NAMES)  # those of the subfolders
+    truth = np.array([names.index(NAMES[label]) for _, label in found])
+    each = f"each={{class_path: {AUROC}, init_args: {{average: none}}}}"
+    answers, told = classify(capsys, "photos", "--metrics", f"auroc={AUROC}", each)
+    _, likely = scored(found, names)
+    predicted = likely.argmax(dim=1).numpy()
+    assert [answer["image"] for answer in answers] == [path for path, _ in found]
+    assert [answer["classes"][0]["class"] for answer in answers] == [names[place] for place in predicted]  # pyright: ignore
+    right = int((predicted == truth).sum())
+    interval = binomtest(right, 40).proportion_ci(0.995)
+    assert (
+        f"accuracy: {100 * accuracy_score(truth, predicted):.1f} % of 40 images (99.5 % interval "
+        f"{100 * interval.low:.1f} % to {100 * interval.high:.1f} %), mean per class "
+        f"{100 * balanced_accuracy_score(truth, predicted):.1f} %"
+    ) in told
+    auroc = roc_auc_score(
+        truth, likely.double().numpy() / likely.double().sum(1, keepdim=True).numpy(), multi_class="ovr"
+    )
+    assert float(re.search(r"^auroc: (\S+)", told, re.MULTILINE)[1]) == pytest.approx(auroc, abs=1e-4)  # pyright: ignore
+    assert [row[0] for row in csv.reader((root / "classify_each.csv").open())] == names
+    matrix = confusion_matrix(truth, predicted)
+    rows = list(csv.reader((root / "classify_confusions.csv").open()))
+    assert rows[0] == ["truth", *names]
+    assert np.array_equal(np.array([row[1:] for row in rows[1:]], dtype=int), matrix)
+    page = (root / "classify.html").read_text(encoding="utf-8")
+    assert page.count("<figure>") == page.count("data:image/jpeg") == 40 - right
+    for (path, _), place, label, values in zip(found, predicted, truth, likely, strict=True):
+        assert (f"<small>{path}</small>" in page) == (place != label)
+        if place != label:
+            figure = next(part for part in page.split("<figure>") if path in part)
+            shown = re.findall(r"\((\S+ %)\)", html.unescape(figure))
+            assert shown == [f"{100 * values[label]:.1f} %", f"{100 * values[place]:.1f} %"]
+    first = next(part for part in page.split("<figure>")[1:])
+    wrong = [
+        float(values.max()) for values, place, label in zip(likely, predicted, truth, strict=True) if place != label
+    ]
+    assert f"({100 * max(wrong):.1f} %)" in first  # the most confidently wrong image
+
+
+def test_typed_classes_are_found_in_the_names_of_folders() -> None:
+    names = ["ice cream", "T-shirt", "food"]
+    paths = ["a/ice_cream/1.png", "a/Ice-Cream/2020/1.png", "a/t shirt/1.png", "a/food/ice cream/1.png", "a/b/food.png"]
+    paths += ["food/b/1.png", "food/b/c/1.png", "b/food/2.png"]
+    files = [ImageFile(path, Path(path)) for path in paths]
+    # The innermost folder counts, and none above the folders that were typed.
+    assert folder_truth(files, names, [Path("a"), Path("food/b")]) == [0, 0, 1, 0, -1, -1, -1, 2]
+    assert folder_truth(files, names, [Path("food")])[5:] == [2, 2, 2]
+    assert folder_truth(files, names, [Path()])[5:] == [2, 2, 2]
+
+
+def test_images_of_no_class_are_not_counted_and_flat_folders_are_not_judged(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_folders(root / "photos", "test", 20, others=5)
+    _, told = classify(capsys, "photos", "--classes", *NAMES)
+    assert "of 20 images" in told
+    assert "not counted: 5 images, in no folder that is named like a class" in told
+    (root / "classify.html").unlink()
+    _, told = classify(capsys, "photos/elsewhere", "--classes", *NAMES)
+    assert "accuracy" not in told
+    assert not (root / "classify.html").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (
+            ["photos/elsewhere"],
+            "--classes: not given, and photos/elsewhere is no folder with a subfolder of images for",
+        ),
+        (["photos/elsewhere", "--classes", *NAMES, "--metrics", "a=x.Y"], "--metrics: no image is in a folder"),
+        (["photos", "--metrics", "torchmetrics.Accuracy"], "must be NAME=CLASS_PATH"),
+        (["photos", "--metrics", "a=torchmetrics.classification.MulticlassAUROCK"], "metrics: a: .*did you mean"),
+        (["photos", "--sheet", "x.htm"], "--sheet x.htm: must be a .html file"),
+        (["photos", "--sheet", "no/x.html"], "--sheet no/x.html: there is no such folder"),
+        (["photos", "--examples", "none"], "none: no such folder"),
+        (["photos", "--classes", "a", "b", "--examples", "photos"], "no folder there is named like a class"),
+        (
+            ["photos", "--examples", "photos", "--none_error", "0.001"],
+            "--none_error: an error of 0.001 needs 999 examples",
+        ),
+        (
+            ["photos", "--examples", "photos", "--none_error", "1"],
+            "--none_error: error: 1.0 must be above 0 and below 1",
+        ),
+        (["photos", "--examples", "a.csv"], "a.csv: has no column classes; there are image, label"),
+        (["photos", "--examples", "b.csv"], "b.csv: line 3: violet is not among --classes"),
+        (["photos", "--examples", "c.csv"], "c.csv: the table is empty"),
+    ],
+)
+def test_mistakes_are_one_line(words: list[str], message: str, root: Path) -> None:
+    write_folders(root / "photos", "test", 20, others=2)
+    (root / "a.csv").write_text("image,label\nx.png,red\n")
+    (root / "b.csv").write_text("image,classes\nphotos/red/000.png,red; blue\nphotos/red/000.png,violet\n")
+    (root / "c.csv").write_text("image,classes\n")
+    with pytest.raises(InputError, match=message) as error:
+        run_command(["classify", *words, *OPTIONS])
+    assert "\n" not in str(error.value)
+
+
+def test_none_of_these_is_said_at_the_stated_error(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    examples = write_folders(root / "examples", "train", 60, others=30)
+    photos = write_folders(root / "photos", "test", 40, others=20)
+    answers, told = classify(capsys, "photos", "--classes", *NAMES, "--examples", "examples", "--none_error", "0.1")
+    cosine, _ = scored(examples, NAMES)
+    known = torch.tensor([label >= 0 for _, label in examples])
+    threshold = none_threshold(cosine.amax(dim=1)[known], 0.1)
+    assert f"a similarity below {threshold:.4f} to every class; fitted on 60 examples" in told
+    rejected = float((cosine.amax(dim=1)[~known] < threshold).double().mean())
+    assert f"of 30 examples of no class {100 * rejected:.1f} % are called so" in told
+    of_photos, likely = scored(photos, NAMES)
+    none = (of_photos.amax(dim=1) < threshold).tolist()
+    assert any(none)
+    assert not all(none)
+    for answer, is_none, place in zip(answers, none, likely.argmax(dim=1).tolist(), strict=True):
+        classes = answer["classes"]
+        assert (classes[0] == {"class": "none of these", "probability": None}) == is_none  # pyright: ignore
+        assert classes[int(is_none)]["class"] == NAMES[place]  # pyright: ignore
+    truth = [label for _, label in photos]
+    right = [
+        not is_none and place == label
+        for is_none, place, label in zip(none, likely.argmax(1).tolist(), truth, strict=True)
+    ]
+    accuracy = np.mean([each for each, label in zip(right, truth, strict=True) if label >= 0])
+    assert f"accuracy: {100 * accuracy:.1f} % of 40 images" in told
+    run_command(["classify", "photos", "--classes", *NAMES, *OPTIONS, "--examples", "examples", "--output", "csv"])
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    assert {row["probability"] for row in rows if row["class"] == "none of these"} == {""}
+
+
+def test_several_classes_an_image_are_those_above_their_thresholds(
+    root: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    examples = write_folders(root / "examples", "train", 60)
+    photos = write_folders(root / "photos", "test", 20)
+    lines = ["image\tclasses"]
+    relevance = torch.zeros(60, 7, dtype=torch.int8)
+    for number, (path, label) in enumerate(examples):
+        shown = {label} | ({6} if label == 5 else set())  # grey images are also white
+        relevance[number, list(shown)] = 1
+        lines.append(f"{path}\t{'; '.join(NAMES[place].upper() for place in sorted(shown))}")
+    (root / "examples.tsv").write_text("\n".join(lines))
+    answers, told = classify(capsys, "photos", "--classes", *NAMES, "--examples", "examples.tsv")
+    found = fit_thresholds(scored(examples, NAMES)[1], relevance)
+    _, likely = scored(photos, NAMES)
+    for answer, values in zip(answers, likely, strict=True):
+        above = {NAMES[c] for c in range(7) if values[c] >= found[c].threshold - 1e-6}
+        assert {each["class"] for each in answer["classes"]} == (above or {"none of these"})  # pyright: ignore
+    held_out = np.mean([each.f1_held_out for each in found])
+    fixed = np.mean([each.f1_fixed for each in found])
+    assert (
+        f"mean F1 {100 * held_out:.1f} % on held-out examples (5 folds), {100 * fixed:.1f} % with 0.5 for all" in told
+    )
