@@ -13,7 +13,7 @@ from datamodules.inspection.page import write_inspection
 from datamodules.inspection.scan import ScanFindings, inspect_source
 from datamodules.inspection.summary import SummarySection, find_duplicates, findings_section, summarize
 from datamodules.open_source import open_source
-from datamodules.pairs.findings import command_for_the_rest, write_findings
+from datamodules.pairs.findings import DataOptions, write_findings
 from datamodules.pairs.source import Columns, PairSource, SkippedRows
 from lit_clip.errors import InputError, require
 from lit_clip.models.registry import list_models, resolve_architecture
@@ -66,10 +66,9 @@ def inspect(
         duplicates, kept_before = find_duplicates(findings), table.exists()
         copies = find_copies(findings, source, num_workers)
         lines = scan_lines(source, findings, problems, copies, leaks, tokenizer)
-        counts = write_findings(table, lines, source)
+        counts, command = write_findings(table, lines, source, DataOptions(data, columns, split))
     sections = summarize(findings, source.left_out, duplicates, tokenizer.context_length)
     sections += findings_section(counts)
-    command = command_for_the_rest(table, data, columns, split, source) if counts else ""
     replaced = " (replaces the one before)" if page.exists() else ""
     write_inspection(page, name, source, findings, duplicates, sections, tokenizer.context_length, table.name, command)
     _print(name, sections, findings, source.left_out)

@@ -73,7 +73,7 @@ def _of_pairs(
         line, other = Finding.of_pair(row, key, caption, len(distinct)), int(copies.row[number])
         if other >= 0:
             same_image, same_caption = bool(copies.same_image[number]), bool(copies.same_caption[number])
-            _add_copy(line, *found.images[[row, other]], same_image, same_caption)
+            _add_copy(line, found.images[row], found.images[other], same_image, same_caption)
             line.copy_of, line.copy_of_row = source.key(other), other if same_image else None
         if found.flags[number] & SAYS_NOTHING:
             line.add("caption says nothing", DROP)

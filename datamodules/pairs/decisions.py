@@ -254,10 +254,10 @@ class _Lines(NamedTuple):
                     problem = "a number that a program has rounded" if rounded else "no whole number or hash"
                     self.refuse(place, f"{name} is {shown(value)}, {problem}; {MAKE_AGAIN}")
                 filled[place], numbers[place] = number is not None, number or 0
-        outside = np.flatnonzero(filled & ((numbers < 0) | (numbers >= size))) if size is not None else ()
-        if len(outside):
-            problem = f"{name} is {numbers[outside[0]]}, and the data have rows 0 to {(size or 0) - 1}"
-            self.refuse(int(outside[0]), f"{problem}; {MAKE_AGAIN}")
+        if size is not None:
+            outside = filled & ((numbers < 0) | (numbers >= size))
+            value = numbers[outside.argmax()] if len(outside) else 0
+            self._check(outside, f"{name} is {value}, and the data have rows 0 to {size - 1}; {MAKE_AGAIN}")
         return numbers, filled
 
 

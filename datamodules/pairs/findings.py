@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import chain
 from pathlib import Path
+from typing import NamedTuple
 
 from datamodules.pairs.decisions import DROP, FINDINGS, KEEP, WHOLE_ROW, label_of, pair_text
 from datamodules.pairs.source import COLUMNS, NO_CAPTION, Columns, PairSource
@@ -53,14 +54,27 @@ class Finding:
         self.decision = DROP if DROP in (decision, self.decision) else KEEP
 
 
-def write_findings(path: Path, lines: Iterable[Finding], source: PairSource) -> Counts:
-    """Write a ``.csv`` file and return its lines' counts; without lines, remove an earlier file."""
+class DataOptions(NamedTuple):
+    """What told a command its data, to tell ``fit`` the same."""
+
+    data: Sequence[str]
+    columns: Columns
+    split: str | None
+
+
+def write_findings(
+    path: Path, lines: Iterable[Finding], source: PairSource, options: DataOptions
+) -> tuple[Counts, str]:
+    """Write a ``.csv`` file; return counts of its lines, and the command that trains on what it keeps.
+
+    Without lines, remove an earlier file; the command is empty.
+    """
     counts: Counts = Counter()
     lines = iter(lines)
     first = next(lines, None)
     if first is None:
         path.unlink(missing_ok=True)
-        return counts
+        return counts, ""
     label = label_of(source, FINDINGS)
     with (
         replacing(path) as draft,  # the byte order mark tells spreadsheets that it is UTF-8
@@ -71,13 +85,10 @@ def write_findings(path: Path, lines: Iterable[Finding], source: PairSource) -> 
         for line in chain([first], lines):
             writer.writerow(map(no_formula, (*asdict(line).values(), label)))
             counts.update((finding, line.decision) for finding in line.finding.split("; "))
-    return counts
+    return counts, _command(path, source, *options)
 
 
-def command_for_the_rest(
-    path: Path, data: Sequence[str], columns: Columns, split: str | None, source: PairSource
-) -> str:
-    """Return the command line that trains on what a table keeps."""
+def _command(path: Path, source: PairSource, data: Sequence[str], columns: Columns, split: str | None) -> str:
     train = data[0] if len(data) == 1 else f"[{','.join(data)}]"
     words = ["lit-clip", "fit", "--data.train", train, "--data.keep", str(path)]
     for name in (*COLUMNS, "root"):
