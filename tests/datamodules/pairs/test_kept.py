@@ -26,7 +26,7 @@ from datamodules.pairs.source import PairSource
 from datamodules.shards.pairs import TarPairs
 from lit_clip.embedding.pair_scores import SCORES, pair_hash
 from lit_clip.errors import InputError
-from tests.helpers.small_sets import make_module, make_trainer
+from tests.helpers.small_sets import make_module, make_trainer, trained_on
 
 ROWS = 24
 
@@ -65,15 +65,6 @@ def write(source: PairSource, path: str, keep: float, seed: int = 0) -> set[tupl
     return {found[number][1:] for number in best}
 
 
-def epoch(data: Captions, rank: int = 0, world: int = 1, epoch: int = 0) -> list[tuple[str, str]]:
-    """Key and caption of every pair that a rank trains on in an epoch."""
-    data._rank_and_world = lambda: (rank, world)  # pyright: ignore[reportAttributeAccessIssue]
-    data.setup("fit")
-    loader = data.train_dataloader()
-    loader.batch_sampler.set_epoch(epoch)
-    return [pair for batch in loader for pair in zip(batch.keys, batch.captions, strict=True)]
-
-
 def test_every_rank_of_fit_reads_its_share_of_exactly_the_kept_pairs(folder: Path) -> None:
     kept = write(open_source("captions.csv"), "scores.parquet", 0.5)
     assert len(kept) == ROWS // 2
@@ -81,7 +72,7 @@ def test_every_rank_of_fit_reads_its_share_of_exactly_the_kept_pairs(folder: Pat
         ranks = []
         for rank in range(world):
             data = Captions("captions.csv", "captions.csv", batch_size=1, num_workers=0, keep="scores.parquet")
-            ranks += epoch(data, rank, world)
+            ranks += trained_on(data, rank, world)
         assert Counter(ranks) == Counter(kept)
         assert len(data.val_source or []) == ROWS  # what is given as val is not filtered
 
@@ -109,7 +100,7 @@ def test_kept_pairs_of_tar_shards_are_those_of_the_table(folder: Path) -> None:
     captions = {caption for _, caption in write(open_source("several.jsonl"), "table.parquet", 0.4)}
     assert captions == {caption for _, caption in write(TarPairs("shards"), "shards.parquet", 0.4)}
     data = Captions("shards", "captions.csv", batch_size=1, num_workers=2, keep="shards.parquet")
-    read = [epoch(data, epoch=number) for number in range(2)]
+    read = [trained_on(data, epoch=number) for number in range(2)]
     assert {caption for pairs in read for _, caption in pairs} <= captions
     assert Counter(key for key, _ in read[0]) == Counter(key for key, _ in read[1])
     assert [key for key, _ in read[0]] != [key for key, _ in read[1]]
@@ -135,7 +126,7 @@ def test_each_part_of_a_mixture_has_its_own_scores(folder: Path) -> None:
         {"data": "captions.csv", "weight": 1},
     ]
     data = Captions(parts, "captions.csv", batch_size=1, num_workers=0)
-    read = {pair for number in range(4) for pair in epoch(data, epoch=number)}
+    read = {pair for number in range(4) for pair in trained_on(data, epoch=number)}
     assert {pair for pair in read if pair[0][:2] == "0:"} == {(f"0:{key}", caption) for key, caption in one}
     assert {pair for pair in read if pair[0][:2] == "1:"} <= {(f"1:{key}", caption) for key, caption in two}
     assert len({pair for pair in read if pair[0][:2] == "2:"}) == ROWS
