@@ -139,7 +139,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
             "data.seed": self.seed,
             "checksum of the order": self._order_checksum[1],
             "data.patch_budgets": self.patch_budgets or None,
-            "digest of the pairs that data.scores keeps": digest_of_kept(source) or None,
+            "digest of the pairs that data.keep keeps": digest_of_kept(source) or None,
         }
 
     def state_dict(self) -> dict[str, Any]:

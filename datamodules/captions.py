@@ -48,16 +48,16 @@ else:
 
 
 def _part(part: Mapping[str, Any]) -> tuple[Any, float, str | None]:
-    """Return data, weight and table of scores of a part of a mixture."""
-    data, weight, scores = part.get("data"), part.get("weight", 1.0), part.get("scores")
+    """Return data, weight and table of decisions of a part of a mixture."""
+    data, weight, keep = part.get("data"), part.get("weight", 1.0), part.get("keep")
     is_source = isinstance(data, str | list | Mapping | PairSource)
-    others = isinstance(weight, int | float) and isinstance(scores, str | None)
+    others = isinstance(weight, int | float) and isinstance(keep, str | None)
     require(
-        part.keys() <= {"data", "weight", "scores"} and is_source and others,
-        "data: each part of a mixture needs data (a path) and weight (a number), and may have scores (a path), not "
+        part.keys() <= {"data", "weight", "keep"} and is_source and others,
+        "data: each part of a mixture needs data (a path) and weight (a number), and may have keep (a path), not "
         f"{dict(part)}",
     )
-    return data, weight, scores
+    return data, weight, keep
 
 
 class Captions(CaptionDataModule):
@@ -86,8 +86,8 @@ class Captions(CaptionDataModule):
         classes: reads ``train``, and ``val`` if it is a folder, as a folder of classes.
         patch_budgets: for a NaFlex model: each training batch draws one of these numbers of patches (SigLIP 2 had
             ``[128, 256, 576, 784, 1024]``), the same on all ranks. None: the model's, which is also validation's.
-        scores: of ``train``, a table of ``lit-clip score``; only the pairs that it keeps are used. Each part of a
-            mixture has its own.
+        keep: a table of ``lit-clip inspect``, ``overlap`` or ``score`` on ``train``; only the pairs that it keeps are
+            used. Each part of a mixture has its own.
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class Captions(CaptionDataModule):
         long_captions: LongCaptions = "truncate",
         classes: Classes | None = None,
         patch_budgets: list[int] | None = None,
-        scores: str | None = None,
+        keep: str | None = None,
     ) -> None:
         for value, kind in ((columns, Columns), (splits, Splits), (classes, Classes), (bad_samples, BadSamples)):
             wrong = f"data: {shortened(value)} must be {kind.__module__}.{kind.__name__}(...)"
@@ -115,7 +115,7 @@ class Captions(CaptionDataModule):
         super().__init__(batch_size, num_workers, seed, augmentation, global_batch_size, *policies)
         given = train is not None or val is not None
         require(given, "data: set train, val or both to a table, a folder or tar shards")
-        self.train, self.val, self.scores = train, val, scores
+        self.train, self.val, self.keep = train, val, keep
         self._versions: dict[str, str] = {}  # of addresses in the data, to be the same on all ranks and after a resume
         self._splits, self._classes, columns = splits or Splits(), classes or Classes(), columns or Columns()
         self.negative_column = columns.negative
@@ -153,7 +153,7 @@ class Captions(CaptionDataModule):
         return {name: version for source in sources for name, version in source.versions.items()}
 
     def _source(self, data: Data, split: str) -> PairSource:
-        def opened(path: Any, scores: str | None = None) -> PairSource:
+        def opened(path: Any, keep: str | None = None) -> PairSource:
             paths = [path] if isinstance(path, str) else [] if isinstance(path, Mapping | PairSource) else path
             of_classes = split == "train" or all(Path(each).expanduser().is_dir() for each in paths)
             source = open_source(
@@ -164,23 +164,23 @@ class Captions(CaptionDataModule):
                 **self._options,
                 versions=self._versions,
             )
-            return source if scores is None else kept_pairs(source, scores, "data.scores")
+            return source if keep is None else kept_pairs(source, keep, "data.keep")
 
-        scores = self.scores if split == "train" else None
+        keep = self.keep if split == "train" else None
         if isinstance(data, str | Mapping | PairSource):
-            return opened(data, scores)
+            return opened(data, keep)
         parts = [_part(part) for part in data if isinstance(part, Mapping)]
         if not parts:
-            return opened([str(path) for path in data], scores)
+            return opened([str(path) for path in data], keep)
         bare = len(parts) < len(data)
         require(not bare, "data: each part of a mixture needs data and weight; there is a bare path among them")
-        require(scores is None, "data.scores: each part of a mixture has its own; write it beside the part's weight")
-        return Mixture([opened(part, kept) for part, _, kept in parts], [weight for _, weight, _ in parts])
+        require(keep is None, "data.keep: each part of a mixture has its own; write it beside the part's weight")
+        return Mixture([opened(part, table) for part, _, table in parts], [weight for _, weight, _ in parts])
 
     def _open(self, data: Data, split: str) -> PairSource:
         source = self._source(data, split)
         if isinstance(source, FilteredPairs):
-            rank_zero_info(f"{source.name}: keeps {len(source.pairs)} pairs")
+            rank_zero_info(str(source))
         if source.left_out.counts:
             name = data if isinstance(data, str) else split
             first = f"; the first: {source.left_out.listed[0][0]}" if source.left_out.listed else ""

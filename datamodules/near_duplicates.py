@@ -107,7 +107,15 @@ def equal_groups(values: np.ndarray) -> Groups:
 
 
 def look_alikes(bits: np.ndarray, colours: np.ndarray) -> Groups:
-    """Group images that look the same, by columns of :class:`Looks`; a group's ends may differ more than near pairs."""
+    """Group images that look the same, see :func:`look_labels`."""
+    return equal_groups(look_labels(bits, colours))
+
+
+def look_labels(bits: np.ndarray, colours: np.ndarray) -> np.ndarray:
+    """Number images from 0 so that those that look the same have the same number, int ``[N]``.
+
+    Looks are columns of :class:`Looks`. The ends of a chain of look-alikes may differ more than near pairs.
+    """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -121,7 +129,7 @@ def look_alikes(bits: np.ndarray, colours: np.ndarray) -> Groups:
     pairs = [pair for first, width in BANDS for pair in _near_pairs(bits, colours, first, width)]
     left, right = np.concatenate([np.zeros((0, 2), dtype=np.int64), *pairs]).T
     graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(len(bits), len(bits)))
-    return equal_groups(connected_components(graph, directed=False)[1][look])
+    return connected_components(graph, directed=False)[1][look]
 
 
 def _band(bits: np.ndarray, first: int, width: int) -> np.ndarray:

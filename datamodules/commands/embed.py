@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from datamodules.open_source import holds_pairs, open_source, stamp_of_data
 from datamodules.pairs.batches import SourcePairs
 from datamodules.pairs.columns import ColumnPairs
+from datamodules.pairs.kept import kept_pairs
 from datamodules.pairs.source import Classes, Columns, PairSource
 from lit_clip import load_model
 from lit_clip.embedding.encode import EncodingSettings, check_complete, encode, image_task, report_skipped, text_task
@@ -46,6 +47,7 @@ def embed(
     columns: Columns = Columns(),  # noqa: B008  # immutable
     split: str | None = None,
     classes: Classes = Classes(),  # noqa: B008  # immutable
+    keep: str | None = None,
     batch_size: int = 64,
     num_workers: int = 4,
     devices: int = 1,
@@ -68,6 +70,7 @@ def embed(
         columns: of a table.
         split: of data that come in splits; train by default.
         classes: of a folder of classes.
+        keep: a table of lit-clip inspect, overlap or score; only the pairs that it keeps are encoded.
         batch_size: images or texts that each process encodes at once.
         num_workers: processes that decode images, for each process.
         devices: number of processes, one per device.
@@ -80,7 +83,7 @@ def embed(
     require(bool(data) != bool(texts), "give either images or --texts; instead of images also a table or other data")
     check_precision(precision, accelerator)
     options = {"columns": columns, "split": split, "classes": classes}
-    items = _items_of_texts(Path(texts)) if texts else _items_of(data, captions, options, on_error)
+    items = _items_of_texts(Path(texts)) if texts else _items_of(data, captions, options, keep, on_error)
     check_keys(path, [key for key, _, _ in items.identities])
     workers = 0 if items.images is None else num_workers  # tokenizing is not worth a process
     _embed(items, model, path, EncodingSettings(batch_size, workers, devices, accelerator, precision, on_error))
@@ -118,11 +121,11 @@ def _items_of_texts(path: Path) -> _Items:
     return _Items([(text, 0, 0) for text in texts], texts=texts, content="text")
 
 
-def _items_of(data: list[str], captions: bool, options: dict[str, Any], on_error: OnError) -> _Items:
+def _items_of(data: list[str], captions: bool, options: dict[str, Any], keep: str | None, on_error: OnError) -> _Items:
     """List image files, or open a source of pairs and list its images or captions."""
     pairs = [name for name in data if holds_pairs(name)]
     unset = options == {"columns": Columns(), "split": None, "classes": Classes()}
-    if not pairs and not captions and unset:
+    if not pairs and not captions and unset and keep is None:
         files = find_images(data, on_error)
         return _Items([file.identity for file in files], FileRows(files), root=Path())
     if 0 < len(pairs) < len(data):
@@ -132,13 +135,16 @@ def _items_of(data: list[str], captions: bool, options: dict[str, Any], on_error
     source.prepare()
     if source.left_out.counts:
         stderr().print(f"{source.left_out} left out")
+    root = source.root if isinstance(source, ColumnPairs) and isinstance(source.root, Path) else None
     stamp = stamp_of_data(data, options, source)
+    if keep is not None:
+        source = kept_pairs(source, keep, "--keep")
+        stamp = f"{stamp} {source.digest}"
     if captions:
         texts = _captions_of(source, on_error)
         identities = sorted(texts)
         return _Items(identities, None, [texts[each] for each in identities], "caption", stamp=stamp)
     rows = _rows_of_images(source, on_error)
-    root = source.root if isinstance(source, ColumnPairs) and isinstance(source.root, Path) else None
     identities = [(key, 0, 0) if root is None else image_file(key, root / key).identity for key in sorted(rows)]
     return _Items(identities, SourcePairs(source, [rows[key] for key in sorted(rows)]), root=root, stamp=stamp)
 

@@ -1,33 +1,34 @@
-"""``lit-clip inspect``: report what training data contain, and what is wrong with them."""
+"""``lit-clip inspect``: report what training data contain, and propose which pairs to leave out."""
 
-import json
-import shutil
+import os
 import tempfile
 from pathlib import Path
-from typing import TextIO
 
 import torch
 from rich.table import Table
 
+from datamodules.inspection.copies import ValidationCopies, find_copies, find_validation_copies
+from datamodules.inspection.findings import scan_lines
 from datamodules.inspection.page import write_inspection
 from datamodules.inspection.scan import ScanFindings, inspect_source
-from datamodules.inspection.summary import SummarySection, find_duplicates, summarize
+from datamodules.inspection.summary import SummarySection, find_duplicates, findings_section, summarize
 from datamodules.open_source import open_source
-from datamodules.pairs.source import Columns, SkippedRows
+from datamodules.pairs.findings import DataOptions, write_findings
+from datamodules.pairs.source import Columns, PairSource, SkippedRows
 from lit_clip.errors import InputError, require
 from lit_clip.models.registry import list_models, resolve_architecture
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
-from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import Console, Text, stderr
 
 PAPERS_CONTEXT = 77
-SHOWN = 5  # problems that the terminal shows; the page and the list beside it have more
+SHOWN = 5  # problems that the terminal shows; the page and the table beside it have more
 
 
 def inspect(
     data: list[str],
     *,
     output: str = "inspect.html",
+    val: list[str] | None = None,
     model: str | None = None,
     context_length: int | None = None,
     columns: Columns = Columns(),  # noqa: B008  # immutable
@@ -36,11 +37,14 @@ def inspect(
 ) -> None:
     """Read data once and report sizes, formats, bad rows, duplicates and long captions.
 
-    Every image is decoded. All rows that cannot be used are listed in a .problems.jsonl beside the page.
+    Every image is decoded. A table beside the page, .findings.csv, has a line for each pair that is broken, a copy or a
+    near copy of another, or has a caption that says nothing or is too long, with a decision: keep or drop. Edit the
+    decisions, then train on the rest with: lit-clip fit --data.train DATA --data.keep inspect.findings.csv
 
     Args:
         data: a table, a folder of images with captions beside them, tar shards or anything else that training takes.
         output: an HTML page with figures, sample images and problems, in one file.
+        val: the validation data; copies of their images are proposed to be dropped from the data.
         model: a checkpoint, or a name that lit_clip.create_model or lit_clip.load_model accepts; its tokenizer
             measures the captions. By default CLIP's.
         context_length: tokens that a model reads of a caption; by default the model's, or 77.
@@ -53,36 +57,42 @@ def inspect(
     require(page.suffix == ".html", f"--output {output}: must be a .html file")
     require(page.absolute().parent.is_dir(), f"--output {output}: there is no such folder")
     tokenizer = _tokenizer(model, context_length)
-    source = open_source(data, columns=columns, split=split, option_prefix="--", on_error="skip")
-    source.prepare()
-    require(len(source) > 0, f"{', '.join(data)}: has no pairs")
-    problem_list = page.with_suffix(".problems.jsonl")
+    source = _opened(data, columns, split)
+    validation = _opened(val, columns, None, "validation") if val else None
+    name, table = ", ".join(data), page.with_suffix(".findings.csv")
     with tempfile.TemporaryFile("w+", encoding="utf-8") as problems:
-        for where, reason in source.left_out.listed:
-            problems.write(json.dumps({"where": where, "reason": reason}) + "\n")
         findings = inspect_source(source, tokenizer, problems, num_workers)
-        _save_problems(problems, problem_list)
-    duplicates = find_duplicates(findings)
+        leaks = None if validation is None else (validation, _leaks(findings, validation, tokenizer, num_workers))
+        duplicates, kept_before = find_duplicates(findings), table.exists()
+        copies = find_copies(findings, source, num_workers)
+        lines = scan_lines(source, findings, problems, copies, leaks, tokenizer)
+        counts, command = write_findings(table, lines, source, DataOptions(data, columns, split))
     sections = summarize(findings, source.left_out, duplicates, tokenizer.context_length)
+    sections += findings_section(counts)
     replaced = " (replaces the one before)" if page.exists() else ""
-    write_inspection(page, ", ".join(data), source, findings, duplicates, sections, tokenizer.context_length)
-    _print(", ".join(data), sections, findings, source.left_out)
+    write_inspection(page, name, source, findings, duplicates, sections, tokenizer.context_length, table.name, command)
+    _print(name, sections, findings, source.left_out)
     stderr().print(f"page with images: {page}{replaced}")
-    if problem_list.exists():
-        stderr().print(f"all pairs that cannot be used: {problem_list}")
     if not len(findings.usable):
         first = findings.problems[0][2]
-        raise InputError(f"{', '.join(data)}: none of {len(findings.images):,} pairs can be used; the first: {first}")
+        raise InputError(f"{name}: none of {len(findings.images):,} pairs can be used; the first: {first}")
+    if counts:
+        stderr().print(f"all findings, and a decision on each: {table}{' (replaces the one before)' * kept_before}")
+        stderr().print(f"train on the rest: {command}", soft_wrap=True)
 
 
-def _save_problems(problems: TextIO, path: Path) -> None:
-    """Write the list of problems; without problems, remove an earlier run's."""
-    if not problems.tell():
-        path.unlink(missing_ok=True)
-        return
-    problems.seek(0)
-    with replacing(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        shutil.copyfileobj(problems, file)
+def _opened(data: list[str], columns: Columns, split: str | None, default_split: str | None = None) -> PairSource:
+    options = {"split": split, "default_split": default_split, "option_prefix": "--", "on_error": "skip"}
+    source = open_source(data, columns=columns, **options)
+    source.prepare()
+    require(len(source) > 0, f"{', '.join(data)}: has no pairs")
+    return source
+
+
+def _leaks(found: ScanFindings, validation: PairSource, tokenizer: TextTokenizer, num_workers: int) -> ValidationCopies:
+    """Read the validation data and compare their images; what is wrong with them is not reported."""
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        return find_validation_copies(found, inspect_source(validation, tokenizer, nowhere, num_workers))
 
 
 def _tokenizer(model: str | None, context_length: int | None) -> TextTokenizer:

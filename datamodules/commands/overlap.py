@@ -10,10 +10,11 @@ from typing import Any
 from rich.table import Table
 
 from datamodules.open_source import open_source, stamp_of_data
-from datamodules.overlap.findings import By, SetFindings, findings_of
+from datamodules.overlap.findings import By, SetFindings, findings_of, leaked_rows
 from datamodules.overlap.page import percent, points, write_overlap
-from datamodules.overlap.search import NearestFound, Queries, joined, search
+from datamodules.overlap.search import LEAST_KEPT, NearestFound, Queries, joined, search
 from datamodules.overlap.sets import EvaluationSet, check_prompts, open_sets, read_thresholds, recognised
+from datamodules.pairs.findings import DataOptions, write_findings
 from datamodules.pairs.source import Columns, PairSource
 from lit_clip import load_model
 from lit_clip.embedding.precision import Precision, check_precision
@@ -29,6 +30,7 @@ from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
 
 LISTED_BAD = 20
+OUTPUTS = (".findings.csv", ".html", ".json")
 
 
 def overlap(
@@ -52,13 +54,15 @@ def overlap(
     """Find evaluation images in a training set, and measure how much they help a model (section 5 of the paper).
 
     The page shows pairs around each set's threshold: look at them, choose another threshold and run the command again.
+    A table beside it proposes to drop the training images that are in a set; edit it, and train on the rest with
+    lit-clip fit --data.train DATA --data.keep overlap.findings.csv.
     A hidden folder beside the output caches features and search results; an interrupted run resumes from it.
 
     Args:
         evaluation: folders with a subfolder for each class; or none, and --suite.
         train: a table, a folder of images with captions beside them, tar shards or anything else that training takes.
         model: a checkpoint, or a name that lit_clip.load_model accepts; it compares images, and its accuracy is told.
-        output: an HTML page, beside which a JSON file has all figures and pairs; or only that .json file.
+        output: an HTML page, beside which a JSON file has all figures and pairs; or only the .json file.
         suite: YAML files of evaluation sets.
         sets: names of sets of the suite; by default all that are on disk.
         data_root: folder of the suite's sets.
@@ -71,29 +75,37 @@ def overlap(
         num_workers: number of data workers.
         precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
     """
-    path = Path(output)
-    require(path.suffix in (".html", ".json"), f"--output {output}: must be a .html or a .json file")
-    require(path.absolute().parent.is_dir(), f"--output {output}: there is no such folder")
+    path = _output(output)
     check_precision(precision)
     opened = open_sets(evaluation, suite or [], sets, Path(data_root), templates)
     thresholds = read_thresholds(threshold, list(opened))
     check_prompts(opened)
-    require(bool(train), "--train: name a table, a folder or shards")
     options = {"columns": columns, "split": split}
-    source = open_source(train, **options, option_prefix="--", on_error="skip")
-    source.prepare()
+    source = _opened(train, options)
     clip = load_model(model).to(best_device())
     described = {"name": model, "fingerprint": fingerprint(clip).model, "precision": precision}
-    stamp = stamp_of_data(train, options, source, (path.with_suffix(".html"), path.with_suffix(".json")))
+    stamp = stamp_of_data(train, options, source, [path.with_suffix(suffix) for suffix in OUTPUTS])
     cache, settings = path.with_name(f".{path.stem}.found"), [described["fingerprint"], precision, stamp]
-    queries, found = _searched(clip, opened, source, cache, settings, (batch_size, num_workers, precision))
-    findings, start = {}, 0
-    for name, each in opened.items():
-        ours, stop = queries[name], start + len(queries[name].items)
-        correct = recognised(clip, each, ours, precision)
-        findings[name] = findings_of(each.images, ours, _part(found, start, stop), thresholds[name], by, correct)
-        start = stop
-    _write(path, _report(findings, found, len(source), described, train, by), findings, source)
+    least = min(LEAST_KEPT, *thresholds.values())
+    queries, found = _searched(clip, opened, source, cache, settings, (batch_size, num_workers, precision, least))
+    findings = _judged(clip, opened, queries, found, thresholds, by, precision)
+    leaks = leaked_rows(found, list(queries.values()), findings, by, source)
+    _, command = write_findings(path.with_suffix(OUTPUTS[0]), leaks, source, DataOptions(train, columns, split))
+    _write(path, _report(findings, found, len(source), described, train, by), findings, source, command)
+
+
+def _opened(train: list[str], options: Mapping[str, Any]) -> PairSource:
+    require(bool(train), "--train: name a table, a folder or shards")
+    source = open_source(train, **options, option_prefix="--", on_error="skip")
+    source.prepare()
+    return source
+
+
+def _output(output: str) -> Path:
+    path = Path(output)
+    require(path.suffix in (".html", ".json"), f"--output {output}: must be a .html or a .json file")
+    require(path.absolute().parent.is_dir(), f"--output {output}: there is no such folder")
+    return path
 
 
 def _searched(
@@ -102,7 +114,7 @@ def _searched(
     source: PairSource,
     folder: Path,
     settings: list[str],
-    how: tuple[int, int, Precision],
+    how: tuple[int, int, Precision, float],
 ) -> tuple[dict[str, Queries], NearestFound]:
     """Load from a folder, or compute, each set's features and looks, and the nearest training images of all."""
     make_folder(folder)
@@ -113,21 +125,44 @@ def _searched(
         path = folder / f"set-{settings[-1]}.npz"
         found = Queries.load(path)
         if found is None or found.bad:  # the unreadable images may have been fixed
-            found = Queries.compute(clip, each.images, name, *how)
+            found = Queries.compute(clip, each.images, name, *how[:3])
             found.save(path)
         sets[name] = found
     sizes = [len(each.items) for each in sets.values()]
-    path = folder / f"search-{hex_digest([settings, sizes])}.npz"
+    path = folder / f"search-{hex_digest([settings, sizes, how[3]])}.npz"
     return sets, search(clip, joined(list(sets.values())), source, path, *how)
 
 
-def _write(path: Path, report: Mapping[str, Any], findings: Mapping[str, SetFindings], source: PairSource) -> None:
+def _judged(
+    clip: CLIP,
+    opened: Mapping[str, EvaluationSet],
+    queries: Mapping[str, Queries],
+    found: NearestFound,
+    thresholds: Mapping[str, float],
+    by: By,
+    precision: Precision,
+) -> dict[str, SetFindings]:
+    findings, start = {}, 0
+    for name, each in opened.items():
+        ours, stop = queries[name], start + len(queries[name].items)
+        correct = recognised(clip, each, ours, precision)
+        findings[name] = findings_of(each.images, ours, _part(found, start, stop), thresholds[name], by, correct)
+        start = stop
+    return findings
+
+
+def _write(
+    path: Path, report: Mapping[str, Any], findings: Mapping[str, SetFindings], source: PairSource, command: str
+) -> None:
+    """Write the page and the figures, and print them; ``command`` trains on the rest, empty if nothing leaks."""
     with replacing(path.with_suffix(".json")) as draft:
         draft.write_text(json.dumps(report, indent=1), encoding="utf-8")
     if path.suffix == ".html":
-        write_overlap(path, report, findings, source)
+        write_overlap(path, report, findings, source, command)
     _print(report)
     stderr().print(f"pairs to look at: {path}" if path.suffix == ".html" else f"{path}")
+    if command:
+        stderr().print(f"train on the rest: {command}")
 
 
 def _part(found: NearestFound, start: int, stop: int) -> NearestFound:

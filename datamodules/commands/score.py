@@ -6,8 +6,9 @@ from typing import Any
 
 from datamodules.open_source import open_source, stamp_of_data
 from datamodules.pairs.batches import SourcePairs
+from datamodules.pairs.decisions import ALL_PAIRS, label_of
 from datamodules.pairs.pair_filters import PairFilters
-from datamodules.pairs.score_files import ROWS, VERSIONS, Filtered, ScoreFile, write_scores
+from datamodules.pairs.score_files import Filtered, ScoreFile, write_scores
 from datamodules.pairs.source import Classes, Columns
 from lit_clip import load_model
 from lit_clip.embedding.encode import EncodingSettings, check_complete
@@ -27,7 +28,7 @@ def score(
     *,
     output: str,
     model: str | None = None,
-    keep: float | None = None,
+    fraction: float | None = None,
     threshold: float | None = None,
     min_caption_words: int | None = None,
     min_image_dim: int | None = None,
@@ -43,15 +44,16 @@ def score(
 ) -> None:
     """Score how well each caption fits its image, and choose the pairs to train on.
 
-    The score is the cosine similarity of the features. The table has for each pair the score, whether it is kept, and
-    the filters that remove it; fit and shard read the kept pairs. The same command resumes an interrupted run.
+    The score is the cosine similarity of the features. The table has for each pair the score, the decision
+    to keep or to drop it, and the filters that drop it; fit --data.keep and shard --keep read the others. The same
+    command resumes an interrupted run.
 
     Args:
         data: anything that training takes; or a table that this command wrote, to filter it anew without a model.
         output: scores.parquet.
         model: a checkpoint, or a name that lit_clip.load_model understands.
-        keep: keep this share of the pairs, those with the highest scores.
-        threshold: instead of keep, the least score.
+        fraction: keep this fraction of the pairs, those with the highest scores.
+        threshold: instead of fraction, the least score.
         min_caption_words: keep captions of at least so many words.
         min_image_dim: keep images whose shorter side has at least so many pixels.
         columns: of a table.
@@ -64,7 +66,7 @@ def score(
         precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
         on_error: error ends the run at a pair that cannot be read; skip lists it in the table.
     """
-    filters = PairFilters(keep, threshold, min_caption_words, min_image_dim)
+    filters = PairFilters(fraction, threshold, min_caption_words, min_image_dim)
     options = {"columns": columns, "split": split, "classes": classes}
     settings = EncodingSettings(batch_size, num_workers, devices, accelerator, precision, on_error)
     counts = _scored_or_filtered(data, model, options, Path(output), settings, filters)
@@ -89,7 +91,7 @@ def _scored_or_filtered(
     if len(data) == 1 and ScoreFile.is_one(Path(data[0])):
         require(model is None, f"--model: {data[0]} has scores already; leave it out, or give the data themselves")
         file = ScoreFile(Path(data[0]))
-        return write_scores(path, file.pairs(), file.scores(), filters, file.metadata)
+        return write_scores(path, file.pairs(), file.scores(), filters, file.metadata, file.label)
     if model is None:
         raise InputError("--model: not given; it is needed to score pairs")
     check_precision(settings.precision, settings.accelerator)
@@ -106,7 +108,8 @@ def _scored_or_filtered(
         return None
     check_complete(int(scored_rows(parts, len(source)).sum()), len(source), unreadable, "rows")
     metadata = {"model": model, "model_sha256": name, "precision": settings.precision, "lit_clip": __version__}
-    metadata |= {"data": json.dumps(list(data)), ROWS: str(len(source)), VERSIONS: json.dumps(source.versions)}
-    counts = write_scores(path, in_order(parts, len(source), unreadable), scores_of(parts), filters, metadata)
+    metadata |= {"data": json.dumps(list(data))}
+    pairs, scores = in_order(parts, len(source), unreadable), scores_of(parts)
+    counts = write_scores(path, pairs, scores, filters, metadata, label_of(source, ALL_PAIRS))
     parts.remove()
     return counts

@@ -21,7 +21,7 @@ def shard(
     workers: int = 8,
     columns: Columns = Columns(),  # noqa: B008  # immutable
     split: str | None = None,
-    scores: str | None = None,
+    keep: str | None = None,
     on_error: OnError = "error",
 ) -> None:
     """Write pairs as tar shards in img2dataset's layout, with an index of each.
@@ -37,7 +37,7 @@ def shard(
         workers: processes.
         columns: of a table; a group is written to the shards' .json as group.
         split: of data that come in splits.
-        scores: a table of lit-clip score; only the pairs that it keeps are written.
+        keep: a table of lit-clip inspect, overlap or score; only the pairs that it keeps are written.
         on_error: for pairs that cannot be read; skip lists them beside their shard in a .skipped.jsonl.
     """
     from filelock import FileLock, Timeout
@@ -51,9 +51,9 @@ def shard(
     source.prepare()
     require(len(source) > 0, f"{data}: has no pairs")
     options = {f"{name}_column": getattr(columns, name) for name in COLUMNS} | {"root": columns.root, "split": split}
-    if scores is not None:
-        source = kept_pairs(source, scores, "--scores")
-        options["scores"] = source.digest
+    if keep is not None:
+        source = kept_pairs(source, keep, "--keep")
+        options["keep"] = source.digest
     make_folder(folder, "--output")
     try:
         with FileLock(folder / ".lock", timeout=0):

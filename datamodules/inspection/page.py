@@ -29,8 +29,14 @@ def write_inspection(
     duplicates: DuplicateGroups,
     sections: Sequence[SummarySection],
     context_length: int,
+    table: str,
+    command: str,
 ) -> None:
-    """Write the page of a scan; ``context_length`` is the number of tokens that the model reads of a caption."""
+    """Write the page of a scan.
+
+    ``context_length`` is the number of tokens that the model reads of a caption, ``table`` the name of the table of
+    findings beside the page, ``command`` the one that trains on the rest; empty without findings.
+    """
     usable = findings.usable
     samples = usable[np.unique(np.linspace(0, len(usable) - 1, SAMPLES).astype(int))] if len(usable) else []
     wrong = [(where, line) for where, _, line in findings.problems] + source.left_out.listed
@@ -40,6 +46,8 @@ def write_inspection(
             TEMPLATE,
             title=title,
             sections=sections,
+            table_name=table,
+            command=command,
             histograms=list(_histograms(findings, context_length)),
             samples=_shown(source, samples),
             groups=[

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
+from datamodules.inspection.generic_captions import says_nothing
 from datamodules.near_duplicates import look_of
 from datamodules.pairs.source import LISTED, EncodedPair, PairSource
 from lit_clip.errors import BadSample
@@ -26,6 +27,7 @@ DECODED = 72  # least pixels a side of a decoded image: eight for each of the ha
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 
 READABLE, PLAIN, ROTATED, ANIMATED = 1, 2, 4, 8  # bits of ``state``
+SAYS_NOTHING, TOO_LONG = 1, 2  # bits of a caption's ``flags``
 IMAGE = np.dtype(
     [
         ("key", "u8"),  # hash of the image's key
@@ -66,6 +68,7 @@ class ScannedChunk:
     images: np.ndarray  # IMAGE [N]; all zeros for a pair that cannot be used
     captions: np.ndarray  # caption_hash of each caption of the usable pairs, in order, uint64 [M]
     tokens: np.ndarray  # length of each caption before truncation, int64 [M]
+    flags: np.ndarray  # of each caption, uint8 [M]
     problems: list[tuple[str, str, str]]  # position, reason and full message for each pair that cannot be used
 
 
@@ -94,7 +97,9 @@ class _Chunks(Dataset[ScannedChunk]):
                     problems.append((error.where, error.reason, str(error)))
         hashes = np.array([caption_hash(caption) for caption in captions], dtype=np.uint64)
         tokens = np.array([self.tokenizer.count(caption) for caption in captions], dtype=np.int64)
-        return ScannedChunk(images, hashes, tokens, problems)
+        flags = SAYS_NOTHING * np.array([says_nothing(caption) for caption in captions], dtype=np.uint8)
+        flags |= TOO_LONG * (tokens > self.tokenizer.context_length).astype(np.uint8)
+        return ScannedChunk(images, hashes, tokens, flags, problems)
 
 
 def _image(stored: EncodedPair) -> tuple[int, ...]:
@@ -124,6 +129,7 @@ class ScanFindings:
 
     images: np.ndarray
     captions: np.ndarray
+    flags: np.ndarray
     token_counts: np.ndarray  # number of captions by length in tokens, int64 [longest + 1]
     reasons: Counter[str] = field(default_factory=Counter)
     problems: list[tuple[str, str, str]] = field(default_factory=list)  # the first LISTED of them
@@ -147,13 +153,15 @@ class ScanFindings:
 
 def inspect_source(source: PairSource, tokenizer: TextTokenizer, problems: TextIO, num_workers: int) -> ScanFindings:
     """Read every pair once; write a line of JSON to ``problems`` for each pair that cannot be used."""
-    found = ScanFindings(np.zeros(len(source), dtype=IMAGE), np.zeros(0, np.uint64), np.zeros(1, np.int64))
+    none = np.zeros(0, np.uint64), np.zeros(0, np.uint8)
+    found = ScanFindings(np.zeros(len(source), dtype=IMAGE), *none, np.zeros(1, np.int64))
     chunks: Any = _Chunks(source, tokenizer)
-    captions, done = [], 0
+    captions, flags, done = [], [], 0
     with progress("inspecting", len(source)) as advance:
         for part in loader(chunks, num_workers):
             found.images[done : done + len(part.images)] = part.images
             captions.append(part.captions)
+            flags.append(part.flags)
             counts = np.bincount(part.tokens, minlength=len(found.token_counts))
             counts[: len(found.token_counts)] += found.token_counts
             found.token_counts = counts
@@ -163,5 +171,5 @@ def inspect_source(source: PairSource, tokenizer: TextTokenizer, problems: TextI
             found.problems.extend(part.problems[: LISTED - len(found.problems)])
             done += len(part.images)
             advance(len(part.images))
-    found.captions = np.concatenate([found.captions, *captions])
+    found.captions, found.flags = np.concatenate([none[0], *captions]), np.concatenate([none[1], *flags])
     return found

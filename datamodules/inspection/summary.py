@@ -9,6 +9,7 @@ from PIL import Image
 
 from datamodules.inspection.scan import ANIMATED, PLAIN, ROTATED, ScanFindings, formats
 from datamodules.near_duplicates import Groups, equal_groups, look_alikes
+from datamodules.pairs.decisions import DROP
 from datamodules.pairs.source import SkippedRows
 from lit_clip.tools.console import size_in_bytes
 
@@ -64,6 +65,15 @@ def summarize(
         sections.append(SummarySection("images", _image_lines(findings, duplicates)))
         sections.append(SummarySection("captions", _caption_lines(findings, duplicates, context_length)))
     return sections
+
+
+def findings_section(counts: Mapping[tuple[str, str], int]) -> list[SummarySection]:
+    """Return the section on the table of findings, none if it has no lines."""
+    lines = [
+        SummaryLine(f"{finding}: {decision}", f"{count:,}", decision == DROP)
+        for (finding, decision), count in sorted(counts.items(), key=lambda item: (item[0][1], -item[1], item[0]))
+    ]
+    return [SummarySection("findings, with the decisions that the table proposes", lines)] if lines else []
 
 
 def share(part: int, whole: int) -> str:

@@ -3,6 +3,7 @@
 Shapes: N items of the set that could be read; an item has several images if it is a video.
 """
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -10,7 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.overlap.search import NearestFound, Queries
+from datamodules.overlap.search import LEAK, NearestFound, Queries
+from datamodules.pairs.decisions import DROP
+from datamodules.pairs.findings import Finding
+from datamodules.pairs.source import PairSource
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import Overlap, overlap_of
 
@@ -51,6 +55,38 @@ class SetFindings:
             names = {"image": self.images.key(pair.item), "train": pair.name}
             found.append({**names, "similarity": near.similarity, "same_look": alike is not None})
         return found
+
+
+def leaked_rows(
+    found: NearestFound, queries: Sequence[Queries], findings: Mapping[str, SetFindings], by: By, source: PairSource
+) -> Iterator[Finding]:
+    """Yield a line for each training image that is one of a set's, by any query of it and not only as the nearest.
+
+    ``queries`` and ``findings`` are those of the sets, in the order that the search was made in.
+    """
+    leaks = np.concatenate([np.zeros(0, LEAK), *found.leaks])
+    leaks = leaks[np.lexsort((leaks["query"], leaks["set"], leaks["row"]))]
+    starts = [0, *np.cumsum([len(each.items) for each in queries]).tolist()]
+    line = None
+    for row, number, query, similarity in leaks.tolist():
+        name, judged = list(findings.items())[number]
+        by_look = similarity != similarity
+        if by == ("embedding" if by_look else "look") or similarity < judged.threshold:
+            continue
+        if line is None or line.row != row:
+            if line is not None:
+                yield line
+            line = Finding.of_row(row, source.key(row))
+        item = judged.images.key(int(queries[number].items[query - starts[number]]))
+        finding = f"image of the evaluation set {name}"
+        line.add(
+            finding if finding not in line.finding.split("; ") else "",
+            DROP,
+            "same look" if by_look else f"similarity {similarity:.3f}",
+        )
+        line.copy_of = line.copy_of or f"{name}: {item}"
+    if line is not None:
+        yield line
 
 
 def findings_of(

@@ -18,8 +18,13 @@ SHOWN = 12  # pairs of a kind
 BARS = 50
 
 
-def write_overlap(path: Path, report: Mapping[str, Any], sets: Mapping[str, SetFindings], source: PairSource) -> None:
-    """Write the page of a JSON ``report`` with findings by set; ``source`` has the training images that are shown."""
+def write_overlap(
+    path: Path, report: Mapping[str, Any], sets: Mapping[str, SetFindings], source: PairSource, command: str
+) -> None:
+    """Write the page of a JSON ``report`` with findings by set; ``source`` has the training images that are shown.
+
+    ``command`` trains on the images that are in no set; empty if none is in one.
+    """
     with warnings.catch_warnings(action="ignore"):  # from Pillow, as when the images were read
         galleries = {name: _galleries(findings, source) for name, findings in sets.items()}
     write_page(
@@ -27,6 +32,7 @@ def write_overlap(path: Path, report: Mapping[str, Any], sets: Mapping[str, SetF
         TEMPLATE,
         title=f"data overlap with {', '.join(report['train']['data'])}",
         report=report,
+        command=command,
         overview=[_overview(name, sets[name], figures) for name, figures in report["sets"].items()],
         thresholds={
             name: [[f"{limit:g}", *_figures(overlap)] for limit, overlap in findings.tried]

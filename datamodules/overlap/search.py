@@ -6,8 +6,8 @@ Shapes: Q images of the evaluation sets (an item may have several: the frames of
 import io
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +23,14 @@ from lit_clip.embedding.precision import Precision
 from lit_clip.embedding.reading import EncoderBatch, check_finite, encoded_batches, image_features, in_batches
 from lit_clip.errors import require
 from lit_clip.evaluation.data import ImageSet
-from lit_clip.evaluation.overlap import NearestImages, nearer, nowhere
+from lit_clip.evaluation.overlap import NearestImages, nearer, nearest_of_set, nowhere
 from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.images import open_image
 
 SECONDS_BETWEEN_SAVES = 60  # of work that a killed run can lose
+LEAST_KEPT = 0.9  # similarity from which all training images are remembered, not only the nearest
+LEAK = np.dtype([("row", "i8"), ("set", "i4"), ("query", "i4"), ("similarity", "f4")])  # NaN: the same look
 
 
 class SourceRows(SourcePairs):
@@ -51,6 +53,13 @@ class Queries:
     looks: Looks
     items: np.ndarray  # int64 [Q], the item that each image belongs to, ascending
     bad: list[str]  # the line of each item that could not be read
+    sizes: tuple[int, ...] = ()  # images of each set, if these are several sets' images
+
+    @property
+    def parts(self) -> Iterator[slice]:
+        """The images of each set."""
+        ends = np.cumsum(self.sizes or (len(self.items),)).tolist()
+        return map(slice, [0, *ends], ends)
 
     def save(self, path: Path) -> None:
         """Write an ``.npz`` file, whole or not at all."""
@@ -99,7 +108,8 @@ def joined(queries: Sequence[Queries]) -> Queries:
     looks = [each.looks for each in queries]
     columns = (np.concatenate(each) for each in zip(*(vars(look).values() for look in looks), strict=True))
     items = np.concatenate([each.items for each in queries])
-    return Queries(torch.cat([each.features for each in queries]), Looks(*columns), items, [])
+    sizes = tuple(len(each.items) for each in queries)
+    return Queries(torch.cat([each.features for each in queries]), Looks(*columns), items, [], sizes)
 
 
 @dataclass
@@ -113,33 +123,46 @@ class NearestFound:
     done: int = 0  # training rows that have been read
     reasons: Counter[str] = field(default_factory=Counter)  # of unreadable ones
     bad: list[str] = field(default_factory=list)  # messages about the first LISTED of these
+    leaks: list[np.ndarray] = field(default_factory=list)  # LEAK; an image that is in a set twice is there twice
 
-    def add(self, queries: Tensor, index: LookIndex, batch: EncoderBatch, features: Tensor) -> None:
-        """Compare a batch of training images with the queries."""
+    def add(self, queries: Queries, index: LookIndex, batch: EncoderBatch, features: Tensor, least: float) -> None:
+        """Compare a batch of training images with the queries; those of at least a similarity are leaks."""
         if batch.rows:
-            after = nearer(self.nearest, queries, features, torch.tensor(batch.rows, device=features.device))
+            unit = queries.features
+            after = nearer(self.nearest, unit, features, torch.tensor(batch.rows, device=features.device))
             names = {row: name for row, (_, name) in zip(batch.rows, batch.notes, strict=True)}
             for query in (after.row != self.nearest.row).nonzero()[:, 0].tolist():
                 self.names[query] = names[int(after.row[query])]
             self.nearest = after  # after the names: an interrupted search reads this batch again
-            self._add_looks(index, batch)
+            for number, part in enumerate(queries.parts):
+                near = nearest_of_set(unit[part], features)
+                seen = (near.similarity >= least).nonzero()[:, 0].tolist()
+                columns = ((batch.rows[at], number, part.start + int(near.row[at]), near.similarity[at]) for at in seen)
+                self.leaks.append(np.array(list(columns), LEAK))
+            self._add_looks(index, batch, queries)
         for bad in batch.unreadable:
             self.reasons[bad.reason] += 1
             if len(self.bad) < LISTED:
                 self.bad.append(bad.message)
         self.done += len(batch.rows) + len(batch.unreadable)
 
-    def _add_looks(self, index: LookIndex, batch: EncoderBatch) -> None:
+    def _add_looks(self, index: LookIndex, batch: EncoderBatch, all_queries: Queries) -> None:
         queries, images = index.like(Looks.of([look for look, _ in batch.notes]))
+        of_set = np.repeat(np.arange(len(all_queries.sizes or (1,))), all_queries.sizes or (len(all_queries.items),))
+        looks: dict[tuple[int, int], int] = {}  # the first query by image and set
         for query, image in sorted(zip(queries.tolist(), images.tolist(), strict=True)):
+            looks.setdefault((batch.rows[image], int(of_set[query])), query)
             if self.look_rows[query] < 0:
                 self.look_names[query], self.look_rows[query] = batch.notes[image][1], batch.rows[image]
+        self.leaks.append(np.array([(*found, query, np.nan) for found, query in looks.items()], LEAK))
 
     def save(self, path: Path) -> None:
         """Write an ``.npz`` file, whole or not at all."""
         values = {name: getattr(self, name) for name in ("names", "look_names", "done", "reasons", "bad")}
         nearest = {name: column.cpu().numpy() for name, column in self.nearest._asdict().items()}
-        save_arrays(path, "", {**nearest, "look_rows": self.look_rows, "values": json_array(values)})
+        leaks = np.concatenate([np.zeros(0, LEAK), *self.leaks])
+        columns = {f"leak_{name}": np.ascontiguousarray(leaks[name]) for name in LEAK.names or ()}
+        save_arrays(path, "", {**nearest, **columns, "look_rows": self.look_rows, "values": json_array(values)})
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "NearestFound | None":
@@ -148,7 +171,11 @@ class NearestFound:
         def make(found: Arrays) -> NearestFound:
             values = json_value(found["values"])
             nearest = NearestImages(*(torch.from_numpy(found[name]).to(device) for name in NearestImages._fields))
-            return cls(nearest, look_rows=found["look_rows"], **values | {"reasons": Counter(values["reasons"])})
+            leaks = np.zeros(len(found["leak_row"]), LEAK)
+            for name in LEAK.names or ():
+                leaks[name] = found[f"leak_{name}"]
+            counted = values | {"reasons": Counter(values["reasons"]), "leaks": [leaks]}
+            return cls(nearest, look_rows=found["look_rows"], **counted)
 
         return load_arrays(path, "", make)
 
@@ -161,14 +188,18 @@ def search(
     batch_size: int,
     num_workers: int,
     precision: Precision = "32-true",
+    least: float = LEAST_KEPT,
 ) -> NearestFound:
-    """Find each query's nearest training image in one pass, or resume the search that ``path`` keeps."""
+    """Find each query's nearest training image in one pass, or resume the search that ``path`` keeps.
+
+    All training images that look like a query, or have at least the similarity ``least`` to one, are the leaks.
+    """
     size, device = len(queries.items), model.device
     found = NearestFound.load(path, device)
     found = found or NearestFound(nowhere(size, device), [""] * size, np.full(size, -1), [""] * size)
     if found.done >= len(source):
         return found
-    features, index = queries.features.to(device), LookIndex(queries.looks)
+    queries, index = replace(queries, features=queries.features.to(device)), LookIndex(queries.looks)
     batches = in_batches(range(found.done, len(source)), batch_size)
     encode, rows = image_features(model, precision), SourceRows(source)
     saved = time.monotonic()
@@ -178,7 +209,7 @@ def search(
         ):
             if batch.rows:  # the largest similarity of a batch with NaN is NaN, which would hide its other images
                 check_finite(encoded, batch.notes[0][1])
-            found.add(features, index, batch, encoded)
+            found.add(queries, index, batch, encoded, least)
             if time.monotonic() - saved > SECONDS_BETWEEN_SAVES:
                 found.save(path)
                 saved = time.monotonic()

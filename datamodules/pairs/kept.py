@@ -1,4 +1,4 @@
-"""The pairs of a source that a file of scores keeps."""
+"""The pairs of a source that a table of decisions keeps."""
 
 import random
 from functools import cached_property
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from datamodules.pairs.decisions import ALL_PAIRS, FINDINGS, MAKE_AGAIN, Decisions, label_of, read_decisions
 from datamodules.pairs.mixture import Concatenated
-from datamodules.pairs.score_files import ScoreFile
 from datamodules.pairs.source import EncodedPair, Pair, PairSource, PairText, Rows
 from lit_clip.embedding.pair_scores import pair_hash
 from lit_clip.errors import BadSample, InputError, require
@@ -18,25 +18,20 @@ CHECKED = 100  # pairs that are compared with the source before it is used
 
 
 def kept_pairs(source: PairSource, path: str | Path, option: str = "") -> "FilteredPairs":
-    """Return the pairs of a source that a file of ``lit-clip score`` keeps; ``option`` gave it, for messages."""
+    """Return the pairs of a source that a table of decisions keeps; ``option`` gave it, for messages."""
     with naming(option):
-        file = ScoreFile(Path(path).expanduser())
-        other = "it is of other data, or they have changed since; score them again"
-        require(
-            file.rows == len(source),
-            f"{path}: has scores of {file.rows:,} rows, and the data have {len(source):,}; {other}",
-        )
-        for name, version in source.versions.items():
-            known = file.versions.get(name, version)
-            require(known == version, f"{path}: is of version {known} of {name}, not {version}; {other}")
-        kept = FilteredPairs(source, *file.kept(), str(path))
-        for index in range(min(CHECKED, len(kept))):  # the first, not spread: that would fetch every shard of a store
-            kept.check_captions(index)
+        decisions = read_decisions(Path(path).expanduser())
+        kind = ALL_PAIRS if decisions.keeps_listed else FINDINGS
+        theirs, ours = (label.removeprefix(f"{kind} ") for label in (decisions.label, label_of(source, kind)))
+        other = "it is of other data, or they have changed since"
+        require(theirs == ours, f"{path}: is of {theirs}, and the data have {ours}; {other}; {MAKE_AGAIN}")
+        kept = FilteredPairs(source, decisions.kept_rows, decisions, str(path))
+        kept.check_first()
         return kept
 
 
 def digest_of_kept(source: PairSource) -> str:
-    """Return a hash that changes with the pairs that scores keep of a source or its parts; empty without scores."""
+    """Return a hash that changes with the pairs that tables keep of a source or its parts; empty without a table."""
     if isinstance(source, FilteredPairs):
         return source.digest
     parts = [digest_of_kept(part) for part in source.sources] if isinstance(source, Concatenated) else []
@@ -46,63 +41,91 @@ def digest_of_kept(source: PairSource) -> str:
 class FilteredPairs(Rows):
     """Some pairs of a source: rows with some of their captions.
 
-    Each pair is compared with the one that was scored when it is loaded, so that none is used with another's score.
-
-    ``rows`` ascend, int ``[K]``; ``pairs`` are the :func:`lit_clip.embedding.pair_scores.pair_hash` of each.
+    The pairs of rows that decisions list are compared with the source when they are loaded, so that none is used by
+    another's decision. Rows with the same image have the key of the first of them, and are not divided.
     """
 
-    def __init__(self, source: PairSource, rows: np.ndarray, pairs: np.ndarray, name: str) -> None:
-        first = np.flatnonzero(np.diff(rows, prepend=-1))  # place of each row's first pair
-        super().__init__(source, rows[first])
-        self.pairs, self.name = pairs, name
-        self._starts = None if len(first) == len(rows) else np.append(first, len(rows))  # None: a caption for each row
+    def __init__(self, source: PairSource, rows: np.ndarray, decisions: Decisions, name: str) -> None:
+        super().__init__(source, rows)
+        self.decisions, self.name = decisions, name
+
+    def __str__(self) -> str:
+        pairs, rows = f"{len(self.decisions.rows):,} pairs", f"{len(self):,} of {len(self.source):,} rows"
+        return f"{self.name}: keeps {pairs if self.decisions.keeps_listed else rows}"
 
     @cached_property
     def digest(self) -> str:
         """A hash that changes with the pairs."""
-        return hex_digest([self.rows.tobytes(), self.pairs.tobytes()])
-
-    def _is_kept(self, index: int, key: str, caption: str) -> bool:
-        first, stop = (index, index + 1) if self._starts is None else self._starts[index : index + 2]
-        return bool((self.pairs[first:stop] == pair_hash(key, caption)).any())
+        found = self.decisions
+        arrays = (self.rows, found.rows, found.pairs, *found.copies)
+        return hex_digest([found.keeps_listed, *(array.tobytes() for array in arrays)])
 
     def _kept(self, index: int, key: str, captions: list[str]) -> list[str]:
-        kept = [caption for caption in captions if self._is_kept(index, key, caption)]
-        other = f"row {self.rows[index]} of the data was scored with other captions than {key} has now"
-        require(bool(kept), f"{self.name}: {other}; score them again")
+        row, keeps = int(self.rows[index]), self.decisions.keeps_listed
+        listed = set(self.decisions.of_row(row).tolist())
+        if not (listed or keeps):
+            return captions
+        hashes = [pair_hash(key, caption) for caption in captions]
+        kept = [caption for caption, pair in zip(captions, hashes, strict=True) if (pair in listed) == keeps]
+        same = bool(kept) and (keeps or listed <= set(hashes))
+        require(same, f"{self.name}: decided on row {row} with other captions than {key} has now; {MAKE_AGAIN}")
         return kept
 
-    def _drawn(self, index: int, key: str, caption: str, rng: random.Random | None) -> dict[str, str]:
+    def _changes(self, index: int, key: str, caption: str, rng: random.Random | None) -> dict[str, str]:
         """Draw again where the source drew a caption that is not kept: all kept ones stay equally likely."""
-        if self._is_kept(index, key, caption):
-            return {}
-        captions = self.captions(index)
-        return {"caption": captions[0] if rng is None or len(captions) == 1 else rng.choice(captions)}
+        listed = self.decisions.of_row(int(self.rows[index]))
+        if pair_hash(key, caption) not in listed if self.decisions.keeps_listed else len(listed):
+            captions = self.captions(index)
+            if caption not in captions:
+                caption = captions[0] if rng is None or len(captions) == 1 else rng.choice(captions)
+        return {"caption": caption, "key": self._shared(index, key)}
 
-    def check_captions(self, index: int) -> None:
-        """Raise :class:`InputError` if a row's kept captions were changed."""
+    def _shared(self, index: int, key: str) -> str:
+        """Return the key of the first row with the same image."""
+        row = int(self.rows[index])
+        first = int(self.decisions.copies.first_of(self.rows[index : index + 1])[0])
+        return key if first == row else self.source.key(first)
+
+    def check_first(self) -> None:
+        """Compare the first pairs with the source; not spread ones, for which every shard of a store would be fetched.
+
+        Raise :class:`InputError` if they were changed.
+        """
         try:
-            self.captions(index)
-        except BadSample as error:  # it could be read when it was scored
+            if self.decisions.keeps_listed:
+                for index in range(min(CHECKED, len(self))):
+                    self.captions(index)
+            for line in self.decisions.lines[:CHECKED]:
+                self._check_line(int(line["row"]), int(line["pair"]), whole=not line["captions"])
+        except BadSample as error:  # it could be read when it was decided on
             raise InputError(f"{self.name}: is of other data: {error}") from error
+
+    def _check_line(self, row: int, pair: int, whole: bool) -> None:
+        key = self.source.key(row)
+        captions = [""] if whole else self.source.captions(row)
+        same = any(pair_hash(key, caption) == pair for caption in captions)
+        require(same, f"{self.name}: decided on row {row} with another key or caption than {key} has now; {MAKE_AGAIN}")
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
         pair = super().load(index, rng)
-        return pair._replace(**self._drawn(index, pair.key, pair.caption, rng))
+        return pair._replace(**self._changes(index, pair.key, pair.caption, rng))
 
     def text(self, index: int, rng: random.Random | None) -> PairText:
         text = super().text(index, rng)
-        return text._replace(**self._drawn(index, text.key, text.caption, rng))
+        return text._replace(**self._changes(index, text.key, text.caption, rng))
 
     def read(self, index: int) -> EncodedPair:
         pair = super().read(index)
-        return pair._replace(captions=self._kept(index, pair.key, pair.captions))
+        return pair._replace(captions=self._kept(index, pair.key, pair.captions), key=self._shared(index, pair.key))
+
+    def key(self, index: int) -> str:
+        return self._shared(index, super().key(index))
 
     def captions(self, index: int) -> list[str]:
-        return self._kept(index, self.key(index), super().captions(index))
+        return self._kept(index, super().key(index), super().captions(index))
 
     def check(self) -> None:
-        """Load the first pair: scoring has read them all, but perhaps from another root."""
+        """Load the first pair: the command that wrote the table has read them all, but perhaps from another root."""
         self.load(0, None)
 
     def divide(self, share: float, seed: int) -> tuple[PairSource, PairSource]:
@@ -114,10 +137,9 @@ class FilteredPairs(Rows):
         usable = isinstance(part, Rows) and part.source is self.source
         require(usable, f"{self.name}: {type(self.source).__name__} cannot be divided; set data.val")
         assert isinstance(part, Rows)
-        of_pair = self.rows if self._starts is None else np.repeat(self.rows, np.diff(self._starts))
-        chosen = np.isin(of_pair, part.rows)
+        chosen = np.isin(self.decisions.copies.first_of(self.rows), part.rows)
         require(
             bool(chosen.any()),
             f"{self.name}: keeps no pair for training, or none for validation; keep more, or set data.val",
         )
-        return FilteredPairs(self.source, of_pair[chosen], self.pairs[chosen], self.name)
+        return FilteredPairs(self.source, self.rows[chosen], self.decisions, self.name)

@@ -32,24 +32,27 @@ class PairFilters:
 
     # the share of all pairs that have a score, best first; rounded down to whole pairs. Of pairs with the same score
     # the earlier ones are kept
-    keep: float | None = None
+    fraction: float | None = None
     threshold: float | None = None  # least score
     min_caption_words: int | None = None  # separated by white space
     min_image_dim: int | None = None  # pixels of the shorter side
 
     def __post_init__(self) -> None:
-        require(self.keep is None or 0 < self.keep <= 1, f"--keep {self.keep}: must be above 0 and at most 1")
-        require(self.keep is None or self.threshold is None, "--threshold: give it or --keep, not both")
+        require(
+            self.fraction is None or 0 < self.fraction <= 1,
+            f"--fraction {self.fraction}: must be above 0 and at most 1",
+        )
+        require(self.fraction is None or self.threshold is None, "--threshold: give it or --fraction, not both")
         for name in ("min_caption_words", "min_image_dim"):
             value = getattr(self, name)
             require(value is None or value >= 1, f"--{name} {value}: must be at least 1")
 
     def cut(self, scores: np.ndarray) -> Cut | None:
-        """Return the cut of ``keep`` for the scores of all pairs that have one, float32 ``[N]``."""
-        if self.keep is None:
+        """Return the cut of ``fraction`` for the scores of all pairs that have one, float32 ``[N]``."""
+        if self.fraction is None:
             return None
-        count = int(self.keep * len(scores) + 1e-6)  # 0.29 * 100 is a little less than 29
-        require(count >= 1, f"--keep {self.keep}: keeps none of {len(scores)} pairs; raise it")
+        count = int(self.fraction * len(scores) + 1e-6)  # 0.29 * 100 is a little less than 29
+        require(count >= 1, f"--fraction {self.fraction}: keeps none of {len(scores)} pairs; raise it")
         return cut_of(scores, count)
 
     def removed(self, pairs: pa.Table, cut: Cut | None) -> dict[str, np.ndarray]:

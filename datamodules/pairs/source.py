@@ -170,7 +170,7 @@ class Rows(PairSource):
 
     def __init__(self, source: PairSource, rows: np.ndarray) -> None:
         self.source = source
-        self.rows = rows.astype(np.int32 if len(source) < 2**31 else np.int64)
+        self.rows = rows.astype(np.int32 if len(source) < 2**31 else np.int64, copy=False)
 
     def __len__(self) -> int:
         return len(self.rows)

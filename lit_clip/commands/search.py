@@ -74,15 +74,11 @@ def search(
             Queries are always in float32.
         on_error: error ends the run at an image that cannot be read; skip lists it in a file beside the index.
     """
-    require(bool(queries or image), "nothing to search for; type a text after the folder, or give --image")
     _check_queries(queries, image or [])  # before the model, which may have to be downloaded
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
     require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
-    page = Path(sheet)
-    require(page.suffix == ".html", f"--sheet {sheet}: must be a .html file")
-    require(page.absolute().parent.is_dir(), f"--sheet {sheet}: there is no such folder")
     check_precision(precision)
-    path = Path(images)
+    page, path = _page(sheet), Path(images)
     stored = path.suffix in FEATURE_FILES and not path.is_dir()
     require(not (stored and index), f"--index {index}: {images} holds features already; leave it out")
     require(
@@ -103,7 +99,15 @@ def search(
     stderr().print(f"page with images: {page}{replaced}")
 
 
+def _page(sheet: str) -> Path:
+    page = Path(sheet)
+    require(page.suffix == ".html", f"--sheet {sheet}: must be a .html file")
+    require(page.absolute().parent.is_dir(), f"--sheet {sheet}: there is no such folder")
+    return page
+
+
 def _check_queries(queries: Sequence[str], images: Sequence[str]) -> None:
+    require(bool(queries or images), "nothing to search for; type a text after the folder, or give --image")
     for query in queries:
         require(bool(query.strip()), "a text to search for is empty; type one after the folder, or give --image")
         named = bool(Path(query).suffix) and os.path.isfile(query)

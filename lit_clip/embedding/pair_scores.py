@@ -38,13 +38,13 @@ NOT_FINITE = "score is not finite"
 SCORES = pa.schema(
     {
         "row": pa.int64(),
-        "pair": pa.int64(),  # pair_hash; like all but row and reason null for a row that cannot be read
+        "pair": pa.int64(),  # pair_hash; like all but row and finding null for a row that cannot be read
         "key": pa.string(),
         "caption": pa.string(),
-        "score": pa.float32(),  # null where there is a reason
+        "score": pa.float32(),  # null where there is a finding
         "width": pa.int32(),
         "height": pa.int32(),
-        "reason": pa.string(),
+        "finding": pa.string(),
     }
 )
 
@@ -134,7 +134,7 @@ class PairTask(EncodingTask):
             "score": pa.array(scores, mask=~finite),
             "width": [note.width for _, note, _ in pairs],
             "height": [note.height for _, note, _ in pairs],
-            "reason": [None if good else NOT_FINITE for good in finite.tolist()],
+            "finding": [None if good else NOT_FINITE for good in finite.tolist()],
         }
         file = io.BytesIO()
         pq.write_table(pa.table(columns, SCORES), file)
@@ -179,7 +179,7 @@ def scores_of(parts: Parts) -> np.ndarray:
 
 def in_order(parts: Parts, rows: int, unreadable: Sequence[UnreadableRow]) -> Iterator[pa.Table]:
     """Yield all pairs of N rows by row and caption, and the unreadable rows; holds only parts that overlap."""
-    lines = [{"row": bad.row, "reason": bad.message.removesuffix(FIX_HINT)} for bad in unreadable]
+    lines = [{"row": bad.row, "finding": bad.message.removesuffix(FIX_HINT)} for bad in unreadable]
     waiting, seen = pa.Table.from_pylist(lines, SCORES), np.zeros(rows, dtype=bool)
     for table in _tables(parts):
         ready = int(np.searchsorted(waiting["row"].to_numpy(), table["row"][0].as_py()))  # parts ascend by first row

@@ -48,6 +48,18 @@ def nearer(found: NearestImages, query_ND: Tensor, reference_BD: Tensor, row_B: 
     return NearestImages(similarity, row)
 
 
+@torch.no_grad()
+def nearest_of_set(query_ND: Tensor, reference_BD: Tensor) -> NearestImages:
+    """Return the nearest image of an evaluation set to each of a batch of training images, as in :func:`nearer`."""
+    found = nowhere(len(reference_BD), reference_BD.device)
+    for start in range(0, len(query_ND), QUERIES):
+        best = (query_ND[start : start + QUERIES] @ reference_BD.T).max(dim=0)
+        better = best.values > found.similarity
+        similarity = torch.where(better, best.values, found.similarity)
+        found = NearestImages(similarity, torch.where(better, best.indices + start, found.row))
+    return found
+
+
 @dataclass(frozen=True)
 class Overlap:
     """Figures of a set divided into overlap and clean images. Fractions are None if there are no images.

@@ -151,6 +151,15 @@ def cosines(module: LitCLIP, images: Shades) -> Tensor:
         return model.encode_image(photos, normalize=True) @ classifier
 
 
+def trained_on(data: Captions, rank: int = 0, world: int = 1, epoch: int = 0) -> list[tuple[str, str]]:
+    """Return key and caption of every pair that a rank trains on in an epoch."""
+    data._rank_and_world = lambda: (rank, world)  # pyright: ignore[reportAttributeAccessIssue]
+    data.setup("fit")
+    loader: Any = data.train_dataloader()
+    loader.batch_sampler.set_epoch(epoch)
+    return [pair for batch in loader for pair in zip(batch.keys, batch.captions, strict=True)]
+
+
 def numbers(trainer: Trainer, prefix: str) -> dict[str, float]:
     """Return the logged metrics whose names start with ``prefix``."""
     return {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith(prefix)}

@@ -3,7 +3,6 @@
 import csv
 import hashlib
 import io
-import json
 import re
 import subprocess
 import sys
@@ -39,7 +38,7 @@ class Report(NamedTuple):
     figures: dict[str, str]
     notes: str
     page: str
-    problems: list[dict[str, str]]
+    table: list[dict[str, str]]
 
 
 def figures_of(table: str) -> dict[str, str]:
@@ -96,9 +95,15 @@ def usable_rows(folder: Path) -> list[tuple[str, str]]:
 def run_inspect(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> Report:
     run_command(["inspect", *words, "--output", str(folder / "report.html")])
     output = capsys.readouterr()
-    listed = folder / "report.problems.jsonl"
-    problems = [json.loads(line) for line in listed.read_text().splitlines()] if listed.exists() else []
-    return Report(figures_of(output.out), output.err, (folder / "report.html").read_text(encoding="utf-8"), problems)
+    return Report(
+        figures_of(output.out), output.err, (folder / "report.html").read_text(encoding="utf-8"), lines(folder)
+    )
+
+
+def lines(folder: Path) -> list[dict[str, str]]:
+    """Return the table of findings."""
+    table = folder / "report.findings.csv"
+    return list(csv.DictReader(io.StringIO(table.read_text(encoding="utf-8-sig")))) if table.exists() else []
 
 
 @pytest.fixture
@@ -121,10 +126,15 @@ def test_every_row_is_counted_and_every_problem_is_named(report: Report, messy: 
         assert number(report, f"unusable: {reason}") == count
     with (messy / "pairs.csv").open(encoding="utf-8") as file:
         images = {f"row {line}": row["image"] for line, row in enumerate(csv.DictReader(file), start=2)}
-    named = {images[problem["where"].split("pairs.csv ")[1]]: problem["reason"] for problem in report.problems}
-    assert named == {**BROKEN, "1.jpg": "no caption", "2.jpg": "no caption"}
-    assert all(problem["where"] in report.notes for problem in report.problems if problem["reason"] in BROKEN.values())
-    assert "report.problems.jsonl" in report.notes
+    unusable = {**BROKEN, "1.jpg": "no caption", "2.jpg": "no caption"}
+    bad = [line for line in report.table if line["finding"] in unusable.values()]
+    named = {images[re.findall(r"pairs.csv (row \d+)", line["detail"])[0]]: line["finding"] for line in bad}
+    assert named == unusable
+    assert len(bad) == len(unusable)
+    assert {line["decision"] for line in bad} == {"drop"}
+    broken = [line["detail"].split(": ")[0] for line in bad if line["finding"] in BROKEN.values()]
+    assert all(f"{where}: " in report.notes for where in broken)
+    assert "report.findings.csv" in report.notes
 
 
 def test_image_figures_match_plain_counting(report: Report, messy: Path) -> None:
@@ -201,7 +211,10 @@ def test_the_page_holds_its_images_and_shows_all_findings(report: Report, messy:
     assert "Caption <b>copy.jpg</b>" in text  # as text, not as markup
     for name in ("copy.jpg", "small.png"):
         assert sum(part == name for part in page.text) >= 1
-    assert all(f"pairs.csv {problem['where'].split('pairs.csv ')[1]}" in text for problem in report.problems)
+    shown = [line for line in report.table if line["finding"] in (*BROKEN.values(), "no caption")]
+    assert all(re.findall(r"pairs.csv row \d+", line["detail"])[0] in text for line in shown)
+    assert [attributes["href"] for tag, attributes in page.tags if tag == "a"] == ["report.findings.csv"]
+    assert report.notes.splitlines()[-1].removeprefix("train on the rest: ") in text
 
 
 def test_the_histogram_counts_every_caption_once_and_marks_truncated_ones(report: Report, messy: Path) -> None:
@@ -217,7 +230,7 @@ def test_the_number_of_workers_does_not_change_the_findings(
     report: Report, messy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     same = run_inspect(tmp_path, capsys, str(messy / "pairs.csv"), "--num_workers", "0")
-    assert (same.figures, same.problems, same.page) == (report.figures, report.problems, report.page)
+    assert (same.figures, same.table, same.page) == (report.figures, report.table, report.page)
 
 
 def test_a_folder_and_shards_of_the_same_pairs_have_the_same_figures(
@@ -239,7 +252,9 @@ def test_a_folder_and_shards_of_the_same_pairs_have_the_same_figures(
     assert of_folder == of_shards
     images = len(dict(usable_rows(messy)))
     assert of_folder["images"] == f"{images}, with {images + 1} captions"
-    assert not (tmp_path / "report.problems.jsonl").exists()
+    (tmp_path / "one.csv").write_text(f"image,caption\n{messy / '1.jpg'},one\n")
+    assert run_inspect(tmp_path, capsys, str(tmp_path / "one.csv"), "--num_workers", "0").table == []
+    assert not (tmp_path / "report.findings.csv").exists()
 
 
 def test_captions_are_measured_with_the_models_tokenizer_and_context_length(

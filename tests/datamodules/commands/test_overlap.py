@@ -22,11 +22,13 @@ from PIL import Image
 from scipy.stats import beta, binom
 
 import lit_clip.evaluation.overlap as maths
+from datamodules.commands.overlap import _part as part_of
 from datamodules.near_duplicates import LookIndex, Looks, look_of
 from datamodules.open_source import open_source
-from datamodules.overlap.findings import findings_of
+from datamodules.overlap.findings import findings_of, leaked_rows
 from datamodules.overlap.search import NearestFound, Queries, SourceRows, joined, search
 from datamodules.overlap.sets import EvaluationSet, open_sets, read_thresholds
+from datamodules.pairs.kept import kept_pairs
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
 from lit_clip.embedding.reading import in_batches
@@ -296,6 +298,41 @@ def test_an_interrupted_search_resumes_and_finds_the_same(
         assert (found.names, found.look_names, found.done) == (whole.names, whole.look_names, 8)
 
 
+def test_all_training_images_that_are_in_a_set_are_leaks_not_only_the_nearest(
+    tiny_config: CLIPConfig, tmp_path: Path
+) -> None:
+    """Against a plain loop over all pairs of two sets and a training set with several copies of each image."""
+    model, photos = CLIP(tiny_config).eval(), photographs()
+    frames = {"one": photos[:6], "two": [photos[number] for number in (3, 1, 6, 6, 3, 1)]}
+    queries = {name: Queries.compute(model, Videos(each), name, 64, 0) for name, each in frames.items()}
+    images = [photos[1], photos[7], as_jpeg(photos[1], 90), smaller(photos[0]), photos[6], photos[1]]
+    source = open_source(write_table(tmp_path / "train", images))
+    encoded = Queries.compute(model, Videos(images), "train", 64, 0).features
+    for least in (0.97, 0.9999):
+        found = search(model, joined(list(queries.values())), source, tmp_path / f"{least}.npz", 4, 0, least=least)
+        again = search(model, joined(list(queries.values())), source, tmp_path / f"{least}.npz", 4, 0, least=least)
+        for by in ("embedding", "look", "either"):
+            wanted: dict[int, list[str]] = {}
+            for row, image in enumerate(images):
+                index = LookIndex(Looks.of([look_of(image)]))
+                for name, each in frames.items():
+                    near = float((queries[name].features @ encoded[row]).max()) >= least
+                    alike = any(len(index.like(Looks.of([look_of(frame)]))[0]) for frame in each)
+                    if (near and by != "look") or (alike and by != "embedding"):
+                        wanted.setdefault(row, []).append(f"image of the evaluation set {name}")
+            assert {0, 5} <= set(wanted)
+            for result in (found, again):
+                judged = {
+                    name: findings_of(
+                        Videos(frames[name]), queries[name], part_of(result, start, start + 6), least, by, None
+                    )
+                    for name, start in (("one", 0), ("two", 6))
+                }
+                lines = list(leaked_rows(result, list(queries.values()), judged, by, source))
+                assert {line.row: line.finding for line in lines} == {row: "; ".join(wanted[row]) for row in wanted}
+                assert [line.row for line in lines] == sorted(wanted)
+
+
 def test_a_damaged_cache_file_is_not_used(tmp_path: Path) -> None:
     (tmp_path / "found.npz").write_bytes(b"PK\x03\x04 half")
     assert NearestFound.load(tmp_path / "found.npz", torch.device("cpu")) is None
@@ -416,6 +453,8 @@ def test_the_command_finds_the_copies_and_reports_their_effect_on_accuracy(
     assert "1 training image could not be read: broken image" in output.err
     assert "12 (40.0 %)" in output.out
     check_page(tmp_path / "overlap.html", report)
+    assert "--data.keep" in output.err.splitlines()[-1]
+    check_leaks(tmp_path / "overlap.findings.csv", drawn)
 
     def no_forward(*_: object, **__: object) -> None:
         raise AssertionError("an image was encoded again")
@@ -430,6 +469,7 @@ def test_the_command_finds_the_copies_and_reports_their_effect_on_accuracy(
     assert looks == {pair["image"] for pair in found["pairs"] if pair["similarity"] < limit and pair["same_look"]}
     by_features = run_overlap(drawn, tmp_path / "overlap.html", *words, "--by", "embedding")["sets"]["emoji"]
     assert by_features["overlap"] == 6
+    assert len((tmp_path / "overlap.findings.csv").read_text().splitlines()) == 1 + 6
     tried = {row["threshold"]: row["overlap"] for row in by_features["thresholds"]}
     assert (tried[0.9], tried[limit]) == (12, 6)
 
@@ -459,6 +499,18 @@ def test_bfloat16_finds_the_same_copies_and_shares_no_features_with_float32(
     assert set(half) == set(drawn.copied)
     assert half == pytest.approx(exact, abs=1e-2)
     assert half != exact
+
+
+def check_leaks(table: Path, drawn: Drawn) -> None:
+    """Check that the table drops the copies from training, and nothing else."""
+    with table.open(encoding="utf-8-sig") as file:
+        leaks = list(csv.DictReader(file))
+    assert [f"{drawn.table} row {int(line['row']) + 2}" for line in leaks] == sorted(drawn.copied.values())
+    assert {line["finding"] for line in leaks} == {"image of the evaluation set emoji"}
+    assert {line["copy_of"] for line in leaks} == {f"emoji: {key}" for key in drawn.copied}
+    kept = kept_pairs(open_source(drawn.table), table)
+    names = [f"{number}.png" for number in range(20)]
+    assert [kept.key(index) for index in range(len(kept))] == [*names, "broken.jpg", "gone.png"]
 
 
 def check_page(path: Path, report: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ from datamodules.commands.shard import shard
 from datamodules.open_source import open_source
 from datamodules.pairs.custom import CustomPairs
 from datamodules.pairs.kept import kept_pairs
+from datamodules.pairs.score_files import ScoreFile
 from lit_clip import LitCLIP, load_model
 from lit_clip.cli.subcommands import run_command
 from lit_clip.embedding.encode import Encoder
@@ -89,18 +90,19 @@ def test_scores_equal_a_plain_loop_in_float64(folder: Path, tiny_checkpoint: Pat
     assert np.abs(found["score"] - one_by_one(tiny_checkpoint, found["key"], found["caption"])).max() < 1e-6
     sizes = [Image.open(key).size for key in found["key"]]
     assert list(zip(found["width"], found["height"], strict=True)) == sizes
-    assert all(found["kept"])
-    assert set(found["reason"]) == {None}
+    assert set(found["decision"]) == {"keep"}
+    assert set(found["finding"]) == {None}
     assert not list(folder.glob(".*"))
 
 
 def test_metadata_name_the_model_and_the_data(folder: Path, tiny_checkpoint: Path) -> None:
-    score("captions.csv", "--model", tiny_checkpoint, "--output", "scores.parquet", "--keep", 0.5)
+    score("captions.csv", "--model", tiny_checkpoint, "--output", "scores.parquet", "--fraction", 0.5)
     about = {key.decode(): value.decode() for key, value in (pq.read_schema("scores.parquet").metadata or {}).items()}
     assert about["model_sha256"] == fingerprint(load_model(tiny_checkpoint)).model
-    assert (about["model"], about["precision"], about["rows"]) == (str(tiny_checkpoint), "32-true", "7")
+    assert (about["model"], about["precision"]) == (str(tiny_checkpoint), "32-true")
+    assert set(read()["data"]) == {"every pair of 7 rows"}
     assert json.loads(about["data"]) == ["captions.csv"]
-    assert json.loads(about["filters"]) == {"keep": 0.5}
+    assert json.loads(about["filters"]) == {"fraction": 0.5}
 
 
 def test_shards_have_the_scores_of_the_table_that_they_were_written_from(folder: Path, tiny_checkpoint: Path) -> None:
@@ -167,7 +169,7 @@ main()
 def test_a_killed_run_resumes_with_the_remaining_rows_and_writes_the_same_table(
     folder: Path, tiny_checkpoint: Path, encoded: list[int]
 ) -> None:
-    options = ["several.jsonl", "--model", str(tiny_checkpoint), "--batch_size", "2", "--keep", "0.5"]
+    options = ["several.jsonl", "--model", str(tiny_checkpoint), "--batch_size", "2", "--fraction", "0.5"]
     score(*options, "--output", "whole.parquet")
     encoded.clear()
     (folder / "killed.py").write_text(KILLED)
@@ -197,7 +199,7 @@ def test_a_damaged_part_is_scored_again(folder: Path, tiny_checkpoint: Path, enc
 
 @pytest.mark.slow
 def test_two_ranks_write_the_bytes_of_one(folder: Path, tiny_checkpoint: Path) -> None:
-    options = ["several.jsonl", "--model", str(tiny_checkpoint), "--batch_size", "2", "--keep", "0.4"]
+    options = ["several.jsonl", "--model", str(tiny_checkpoint), "--batch_size", "2", "--fraction", "0.4"]
     score(*options, "--output", "one.parquet")
     options += ["--output", "two.parquet", "--devices", "2", "--accelerator", "cpu", "--num_workers", "1"]
     result = lit_clip_command(
@@ -212,14 +214,14 @@ def test_filters_are_counted_and_named_in_the_table(
     folder: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     options = ["several.jsonl", "--model", tiny_checkpoint, "--output", "scores.parquet"]
-    score(*options, "--keep", 0.5, "--min_caption_words", 2)
+    score(*options, "--fraction", 0.5, "--min_caption_words", 2)
     found = read()
     order = np.argsort(-np.array(found["score"], dtype=np.float32), kind="stable")
     best = {int(number) for number in order[: len(PAIRS) // 2]}
     one_word = {number for number, (_, caption) in enumerate(PAIRS) if len(caption.split()) < 2}
-    for number, (kept, reason) in enumerate(zip(found["kept"], found["reason"], strict=True)):
+    for number, (decision, finding) in enumerate(zip(found["decision"], found["finding"], strict=True)):
         wrong = ["clip_score"] * (number not in best) + ["caption_num_words"] * (number in one_word)
-        assert (kept, reason) == (not wrong, ", ".join(wrong) or None)
+        assert (decision, finding) == ("drop" if wrong else "keep", ", ".join(wrong) or None)
     assert capsys.readouterr().err.splitlines()[-3:] == [
         f"clip_score: {len(PAIRS) - len(best)} removed",
         f"caption_num_words: {len(one_word)} removed",
@@ -229,7 +231,7 @@ def test_filters_are_counted_and_named_in_the_table(
 
 def test_a_table_of_scores_is_filtered_anew_without_a_model(folder: Path, tiny_checkpoint: Path) -> None:
     options = ["several.jsonl", "--model", tiny_checkpoint]
-    score(*options, "--output", "scores.parquet", "--keep", 0.5, "--min_image_dim", 30)
+    score(*options, "--output", "scores.parquet", "--fraction", 0.5, "--min_image_dim", 30)
     score(*options, "--output", "wanted.parquet", "--threshold", 0.01)
     score("scores.parquet", "--output", "scores.parquet", "--threshold", 0.01)
     assert Path("scores.parquet").read_bytes() == Path("wanted.parquet").read_bytes()
@@ -243,16 +245,16 @@ def test_a_bad_image_is_an_error_or_is_listed_with_its_reason(folder: Path, tiny
     options = ["several.jsonl", "--model", tiny_checkpoint, "--output", "scores.parquet", "--batch_size", 3]
     with pytest.raises(InputError, match=r"several.jsonl row 3: cannot read image .*, or set --on_error skip"):
         score(*options)
-    score(*options, "--on_error", "skip", "--keep", 0.5)
+    score(*options, "--on_error", "skip", "--fraction", 0.5)
     found = read()
     assert found["row"] == [row for row, _ in PAIRS]
     bad = [number for number, row in enumerate(found["row"]) if row in (2, 6)]
     for number in bad:
-        assert (found["kept"][number], found["score"][number], found["caption"][number]) == (False, None, None)
-    assert "several.jsonl row 3: cannot read" in found["reason"][bad[0]]
-    assert "several.jsonl row 7: no such image file" in found["reason"][bad[1]]
-    assert sum(found["kept"]) == (len(PAIRS) - 2) // 2  # the share of those that have a score
-    score("scores.parquet", "--output", "again.parquet", "--keep", 0.5)
+        assert (found["decision"][number], found["score"][number], found["caption"][number]) == ("drop", None, None)
+    assert "several.jsonl row 3: cannot read" in found["finding"][bad[0]]
+    assert "several.jsonl row 7: no such image file" in found["finding"][bad[1]]
+    assert found["decision"].count("keep") == (len(PAIRS) - 2) // 2  # the share of those that have a score
+    score("scores.parquet", "--output", "again.parquet", "--fraction", 0.5)
     assert read("again.parquet") == found
 
 
@@ -270,14 +272,14 @@ def test_a_score_that_is_not_finite_is_an_error_or_is_listed(folder: Path, tiny_
         score(*options)
     score(*options, "--on_error", "skip")
     found = read()
-    assert [found[name][2] for name in ("caption", "score", "kept", "reason")] == [
-        *("x", None, False, "score is not finite")
+    assert [found[name][2] for name in ("caption", "score", "decision", "finding")] == [
+        *("x", None, "drop", "score is not finite")
     ]
-    assert sum(found["kept"]) == 6
+    assert found["decision"].count("keep") == 6
 
 
 @pytest.mark.parametrize("number", [np.nan, np.inf])
-@pytest.mark.parametrize("words", [["--keep", "0.5"], ["--threshold", "-1"], []])
+@pytest.mark.parametrize("words", [["--fraction", "0.5"], ["--threshold", "-1"], []])
 def test_a_table_with_a_score_that_is_no_number_is_refused(
     folder: Path, tiny_checkpoint: Path, words: list[str], number: float
 ) -> None:
@@ -300,7 +302,8 @@ def test_metadata_that_are_no_text_are_one_line(folder: Path, tiny_checkpoint: P
     table = pq.read_table("scores.parquet")
     pq.write_table(table.replace_schema_metadata({**table.schema.metadata, b"model": b"\xff"}), "scores.parquet")
     with pytest.raises(InputError, match=r"^scores.parquet: not a readable file of scores \(not UTF-8 text"):
-        kept_pairs(open_source("several.jsonl"), "scores.parquet")
+        ScoreFile(Path("scores.parquet"))
+    assert kept_pairs(open_source("several.jsonl"), "scores.parquet")  # who the model was does not decide
 
 
 @pytest.mark.parametrize(
@@ -308,9 +311,12 @@ def test_metadata_that_are_no_text_are_one_line(folder: Path, tiny_checkpoint: P
     [
         (["--output", "scores.csv"], "--output scores.csv: must be a .parquet file"),
         (["--output", "no/scores.parquet"], "--output no/scores.parquet: there is no folder no"),
-        (["--output", "s.parquet", "--keep", "1.5"], "--keep 1.5: must be above 0 and at most 1"),
-        (["--output", "s.parquet", "--keep", "0.5", "--threshold", "0.1"], "--threshold: give it or --keep, not both"),
-        (["--output", "s.parquet", "--keep", "0.1"], "--keep 0.1: keeps none of 7 pairs; raise it"),
+        (["--output", "s.parquet", "--fraction", "1.5"], "--fraction 1.5: must be above 0 and at most 1"),
+        (
+            ["--output", "s.parquet", "--fraction", "0.5", "--threshold", "0.1"],
+            "--threshold: give it or --fraction, not both",
+        ),
+        (["--output", "s.parquet", "--fraction", "0.1"], "--fraction 0.1: keeps none of 7 pairs; raise it"),
         (["--output", "s.parquet", "--threshold", "2"], r"none of 7 pairs is kept \(removed by clip_score 7\)"),
         (["--output", "s.parquet", "--min_image_dim", "0"], "--min_image_dim 0: must be at least 1"),
     ],

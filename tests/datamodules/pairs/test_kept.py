@@ -1,4 +1,4 @@
-"""The pairs that a table of scores keeps are read, by any number of ranks, and no others."""
+"""The pairs that a table of decisions keeps are read, by any number of ranks, and no others."""
 
 import csv
 import json
@@ -17,7 +17,8 @@ from datamodules.captions import Captions
 from datamodules.commands.shard import shard
 from datamodules.open_source import open_source
 from datamodules.openmoji import EmojiPairs, read_table
-from datamodules.pairs.kept import FilteredPairs, kept_pairs
+from datamodules.pairs.decisions import ALL_PAIRS, label_of
+from datamodules.pairs.kept import kept_pairs
 from datamodules.pairs.mixture import Mixture
 from datamodules.pairs.pair_filters import PairFilters
 from datamodules.pairs.score_files import write_scores
@@ -25,7 +26,7 @@ from datamodules.pairs.source import PairSource
 from datamodules.shards.pairs import TarPairs
 from lit_clip.embedding.pair_scores import SCORES, pair_hash
 from lit_clip.errors import InputError
-from tests.helpers.small_sets import make_module, make_trainer
+from tests.helpers.small_sets import make_module, make_trainer, trained_on
 
 ROWS = 24
 
@@ -56,21 +57,12 @@ def write(source: PairSource, path: str, keep: float, seed: int = 0) -> set[tupl
         "score": scores,
         "width": np.full(len(found), 8, dtype=np.int32),
         "height": np.full(len(found), 8, dtype=np.int32),
-        "reason": pa.nulls(len(found), pa.string()),
+        "finding": pa.nulls(len(found), pa.string()),
     }
-    about = {"rows": str(len(source)), "versions": json.dumps(source.versions), "model_sha256": "0"}
-    write_scores(Path(path), [pa.table(columns, SCORES)], scores, PairFilters(keep=keep), about)
+    filters, label = PairFilters(fraction=keep), label_of(source, ALL_PAIRS)
+    write_scores(Path(path), [pa.table(columns, SCORES)], scores, filters, {"model_sha256": "0"}, label)
     best = np.flatnonzero(scores >= len(found) - int(keep * len(found) + 1e-6))
     return {found[number][1:] for number in best}
-
-
-def epoch(data: Captions, rank: int = 0, world: int = 1, epoch: int = 0) -> list[tuple[str, str]]:
-    """Key and caption of every pair that a rank trains on in an epoch."""
-    data._rank_and_world = lambda: (rank, world)  # pyright: ignore[reportAttributeAccessIssue]
-    data.setup("fit")
-    loader = data.train_dataloader()
-    loader.batch_sampler.set_epoch(epoch)
-    return [pair for batch in loader for pair in zip(batch.keys, batch.captions, strict=True)]
 
 
 def test_every_rank_of_fit_reads_its_share_of_exactly_the_kept_pairs(folder: Path) -> None:
@@ -79,8 +71,8 @@ def test_every_rank_of_fit_reads_its_share_of_exactly_the_kept_pairs(folder: Pat
     for world in (1, 2, 3):
         ranks = []
         for rank in range(world):
-            data = Captions("captions.csv", "captions.csv", batch_size=1, num_workers=0, scores="scores.parquet")
-            ranks += epoch(data, rank, world)
+            data = Captions("captions.csv", "captions.csv", batch_size=1, num_workers=0, keep="scores.parquet")
+            ranks += trained_on(data, rank, world)
         assert Counter(ranks) == Counter(kept)
         assert len(data.val_source or []) == ROWS  # what is given as val is not filtered
 
@@ -107,8 +99,8 @@ def test_kept_pairs_of_tar_shards_are_those_of_the_table(folder: Path) -> None:
     shard("several.jsonl", "shards", shard_size=7, workers=0)
     captions = {caption for _, caption in write(open_source("several.jsonl"), "table.parquet", 0.4)}
     assert captions == {caption for _, caption in write(TarPairs("shards"), "shards.parquet", 0.4)}
-    data = Captions("shards", "captions.csv", batch_size=1, num_workers=2, scores="shards.parquet")
-    read = [epoch(data, epoch=number) for number in range(2)]
+    data = Captions("shards", "captions.csv", batch_size=1, num_workers=2, keep="shards.parquet")
+    read = [trained_on(data, epoch=number) for number in range(2)]
     assert {caption for pairs in read for _, caption in pairs} <= captions
     assert Counter(key for key, _ in read[0]) == Counter(key for key, _ in read[1])
     assert [key for key, _ in read[0]] != [key for key, _ in read[1]]
@@ -116,36 +108,36 @@ def test_kept_pairs_of_tar_shards_are_those_of_the_table(folder: Path) -> None:
 
 def test_shard_writes_exactly_the_kept_pairs(folder: Path) -> None:
     kept = write(open_source("several.jsonl"), "scores.parquet", 0.3)
-    shard("several.jsonl", "shards", shard_size=5, workers=0, scores="scores.parquet")
+    shard("several.jsonl", "shards", shard_size=5, workers=0, keep="scores.parquet")
     written = TarPairs("shards")
     pairs = [(written.read(row).image, caption) for row in range(len(written)) for caption in written.captions(row)]
     assert Counter(pairs) == Counter(((folder / key).read_bytes(), caption) for key, caption in kept)
     write(open_source("several.jsonl"), "scores.parquet", 0.3, seed=1)
     with pytest.raises(InputError, match="shards: begun with other data"):
-        shard("several.jsonl", "shards", shard_size=5, workers=0, scores="scores.parquet")
+        shard("several.jsonl", "shards", shard_size=5, workers=0, keep="scores.parquet")
 
 
 def test_each_part_of_a_mixture_has_its_own_scores(folder: Path) -> None:
     one = write(open_source("captions.csv"), "one.parquet", 0.5)
     two = write(open_source("several.jsonl"), "two.parquet", 0.25)
     parts = [
-        {"data": "captions.csv", "weight": 1, "scores": "one.parquet"},
-        {"data": "several.jsonl", "weight": 1, "scores": "two.parquet"},
+        {"data": "captions.csv", "weight": 1, "keep": "one.parquet"},
+        {"data": "several.jsonl", "weight": 1, "keep": "two.parquet"},
         {"data": "captions.csv", "weight": 1},
     ]
     data = Captions(parts, "captions.csv", batch_size=1, num_workers=0)
-    read = {pair for number in range(4) for pair in epoch(data, epoch=number)}
+    read = {pair for number in range(4) for pair in trained_on(data, epoch=number)}
     assert {pair for pair in read if pair[0][:2] == "0:"} == {(f"0:{key}", caption) for key, caption in one}
     assert {pair for pair in read if pair[0][:2] == "1:"} <= {(f"1:{key}", caption) for key, caption in two}
     assert len({pair for pair in read if pair[0][:2] == "2:"}) == ROWS
-    with pytest.raises(InputError, match="data.scores: each part of a mixture has its own"):
-        Captions(parts, "captions.csv", scores="one.parquet").setup("fit")
+    with pytest.raises(InputError, match="data.keep: each part of a mixture has its own"):
+        Captions(parts, "captions.csv", keep="one.parquet").setup("fit")
 
 
 def test_without_val_the_held_out_images_are_those_of_the_whole_data(folder: Path) -> None:
     kept = write(open_source("captions.csv"), "scores.parquet", 0.9)
     whole = Captions("captions.csv", num_workers=0, seed=2)
-    part = Captions("captions.csv", num_workers=0, seed=2, scores="scores.parquet")
+    part = Captions("captions.csv", num_workers=0, seed=2, keep="scores.parquet")
     sources = []
     for data in (whole, part):
         data.setup("fit")
@@ -161,7 +153,7 @@ def test_several_tables_with_scores_are_divided_by_image(folder: Path) -> None:
         lines = [f"{number}.png,{word} {number} {again}" for number in range(ROWS) for again in range(2)]
         Path(name).write_text("\n".join(["image,caption", *lines]))
     write(open_source(["more.csv", "most.csv"]), "scores.parquet", 0.8)
-    data = Captions(["more.csv", "most.csv"], num_workers=0, scores="scores.parquet")
+    data = Captions(["more.csv", "most.csv"], num_workers=0, keep="scores.parquet")
     data.setup("fit")
     assert data.train_source
     assert data.val_source
@@ -176,32 +168,32 @@ def test_another_table_of_scores_is_refused_inside_an_epoch(folder: Path) -> Non
         assert len(kept_pairs(source, name)) == ROWS
     mixed = [{"data": "several.jsonl", "weight": 1}, {"data": "captions.csv", "weight": 1}]
 
-    def run(steps: int, resume: str | None = None, mixture: bool = False, **scores: str) -> None:
-        data = [{**mixed[0], **scores}, mixed[1]] if mixture else "several.jsonl"
-        options = {} if mixture else scores
+    def run(steps: int, resume: str | None = None, mixture: bool = False, **keep: str) -> None:
+        data = [{**mixed[0], **keep}, mixed[1]] if mixture else "several.jsonl"
+        options = {} if mixture else keep
         pairs = Captions(data, "captions.csv", batch_size=4, num_workers=0, **options)  # pyright: ignore[reportArgumentType]
         trainer = make_trainer(folder, [], max_steps=steps, limit_val_batches=0, enable_checkpointing=False)
         trainer.fit(make_module(), pairs, ckpt_path=resume, weights_only=True)
         trainer.save_checkpoint("saved.ckpt")
 
     for mixture in (False, True):
-        run(1, mixture=mixture, scores="one.parquet")
+        run(1, mixture=mixture, keep="one.parquet")
         shutil.copy("one.parquet", "same.parquet")
-        run(2, "saved.ckpt", mixture, scores="same.parquet")
-        with pytest.raises(InputError, match="digest of the pairs that data.scores keeps '.*' there and .* here"):
-            run(3, "saved.ckpt", mixture, scores="two.parquet")
+        run(2, "saved.ckpt", mixture, keep="same.parquet")
+        with pytest.raises(InputError, match="digest of the pairs that data.keep keeps '.*' there and .* here"):
+            run(3, "saved.ckpt", mixture, keep="two.parquet")
     run(1)
-    assert "scores" not in str(torch.load("saved.ckpt", weights_only=True)["Captions"])
+    assert "data.keep" not in str(torch.load("saved.ckpt", weights_only=True)["Captions"])
 
 
 def test_a_file_of_other_or_changed_data_is_refused(folder: Path) -> None:
     write(open_source("captions.csv"), "scores.parquet", 0.5)
     table = Path("captions.csv").read_text()
     Path("captions.csv").write_text(table + "0.png,one more\n")
-    with pytest.raises(InputError, match=r"scores.parquet: has scores of 24 rows, and the data have 25; it is"):
+    with pytest.raises(InputError, match=r"scores.parquet: is of 24 rows, and the data have 25 rows; it is"):
         kept_pairs(open_source("captions.csv"), "scores.parquet")
     Path("captions.csv").write_text(table.replace("number", "figure"))
-    with pytest.raises(InputError, match=r"scores.parquet: row \d+ of the data was scored with other captions than"):
+    with pytest.raises(InputError, match=r"scores.parquet: decided on row \d+ with other captions than"):
         kept_pairs(open_source("captions.csv"), "scores.parquet")
 
 
@@ -214,16 +206,20 @@ def test_a_change_beyond_the_first_pairs_is_refused_when_its_pair_is_loaded(
     pairs = kept_pairs(open_source("captions.csv"), "scores.parquet")
     for use in (lambda row: pairs.load(row, None), pairs.read, pairs.captions, lambda row: pairs.text(row, None)):
         use(22)
-        with pytest.raises(InputError, match=r"row 23 of the data was scored with other captions than 23.png has now"):
+        with pytest.raises(InputError, match=r"decided on row 23 with other captions than 23.png has now"):
             use(23)
 
 
 def test_something_else_and_a_whole_mixture_are_refused(folder: Path) -> None:
-    for name, content in (("scores.parquet", "junk"), ("captions.csv", None)):
-        if content:
-            Path(name).write_text(content)
-        with pytest.raises(InputError, match=f"data.scores: {name}: not a readable file of scores"):
-            kept_pairs(open_source("several.jsonl"), name, "data.scores")
+    Path("scores.parquet").write_text("junk")
+    for name, message in (
+        ("scores.parquet", "not a readable table of decisions"),
+        ("captions.csv", "not one column 'row'; its columns are image, caption"),
+        ("gone.csv", "there is no such file"),
+        ("0.png", "must be a .parquet, .csv or .tsv or .txt file"),
+    ):
+        with pytest.raises(InputError, match=f"^data.keep: {name}: {message}"):
+            kept_pairs(open_source("several.jsonl"), name, "data.keep")
     shard("captions.csv", "shards", workers=0)
     source = Mixture([TarPairs("shards"), open_source("captions.csv")], [1, 3])
     write(source, "scores.parquet", 0.5)
@@ -240,8 +236,9 @@ def test_a_source_that_only_loads_pairs_is_filtered_too(folder: Path) -> None:
 
 
 def test_kept_pairs_take_a_few_bytes_each(folder: Path) -> None:
-    rows, pairs = np.arange(1000, dtype=np.int64), np.arange(1000, dtype=np.int64)
     source = open_source("captions.csv")
-    kept = FilteredPairs(source, rows, pairs, "")
-    arrays = [value for value in vars(kept).values() if isinstance(value, np.ndarray)]
-    assert sum(array.nbytes for array in arrays) == 12 * 1000
+    write(source, "scores.parquet", 1.0)
+    kept = kept_pairs(source, "scores.parquet")
+    values = [*vars(kept).values(), *vars(kept.decisions).values(), *kept.decisions.copies]
+    arrays = {id(value): value for value in values if isinstance(value, np.ndarray)}
+    assert sum(array.nbytes for array in arrays.values()) == 12 * ROWS

@@ -5,8 +5,9 @@ import pyarrow as pa
 import pytest
 
 from datamodules.pairs import score_files
+from datamodules.pairs.decisions import read_decisions
 from datamodules.pairs.pair_filters import PairFilters
-from datamodules.pairs.score_files import ScoreFile, write_scores
+from datamodules.pairs.score_files import write_scores
 from lit_clip.embedding.pair_scores import SCORES
 
 WORDS = ["a", "dog", "in  the", "Ä", "park\n", "photograph", ""]
@@ -23,15 +24,15 @@ def pairs(count: int, scores: np.ndarray | None = None) -> pa.Table:
         "score": rng.normal(0.2, 0.1, count).astype(np.float32) if scores is None else scores,
         "width": rng.integers(150, 700, count).astype(np.int32),
         "height": rng.integers(150, 700, count).astype(np.int32),
-        "reason": pa.nulls(count, pa.string()),
+        "finding": pa.nulls(count, pa.string()),
     }
     return pa.table(columns, SCORES)
 
 
 def kept(tmp_path, table: pa.Table, filters: PairFilters) -> list[int]:
     path = tmp_path / "scores.parquet"
-    write_scores(path, [table], table["score"].to_numpy(), filters, {"rows": str(len(table)), "versions": "{}"})
-    return ScoreFile(path).kept()[0].tolist()
+    write_scores(path, [table], table["score"].to_numpy(), filters, {}, f"every pair of {len(table)} rows")
+    return read_decisions(path).rows.tolist()
 
 
 def test_words_and_image_size_are_judged_as_by_datacomps_basic_filter(tmp_path) -> None:
@@ -58,23 +59,23 @@ def test_the_threshold_of_laions_filter_is_inclusive(tmp_path) -> None:
 
 
 @pytest.mark.parametrize("group", [1, 7, 65_536])
-@pytest.mark.parametrize("keep", [0.01, 0.29, 0.3, 0.5, 1.0])
-def test_keep_takes_the_best_and_of_equal_scores_the_first(
-    tmp_path, monkeypatch: pytest.MonkeyPatch, keep: float, group: int
+@pytest.mark.parametrize("fraction", [0.01, 0.29, 0.3, 0.5, 1.0])
+def test_fraction_takes_the_best_and_of_equal_scores_the_first(
+    tmp_path, monkeypatch: pytest.MonkeyPatch, fraction: float, group: int
 ) -> None:
     monkeypatch.setattr(score_files, "GROUP", group)
     scores = np.random.default_rng(1).integers(0, 6, 100).astype(np.float32) / 10  # many are equal
-    wanted = sorted(sorted(range(100), key=lambda number: (-scores[number], number))[: round(keep * 100)])
-    assert kept(tmp_path, pairs(100, scores), PairFilters(keep=keep)) == wanted
+    wanted = sorted(sorted(range(100), key=lambda number: (-scores[number], number))[: round(fraction * 100)])
+    assert kept(tmp_path, pairs(100, scores), PairFilters(fraction=fraction)) == wanted
 
 
-def test_keep_agrees_with_datacomps_threshold_where_no_scores_are_equal(tmp_path) -> None:
+def test_fraction_agrees_with_datacomps_threshold_where_no_scores_are_equal(tmp_path) -> None:
     """get_threshold: n = int(len(df) * fraction); -np.sort(-df[key].values)[n], which itself is kept too."""
     table = pairs(1000)
     scores = table["score"].to_numpy()
     n = int(len(scores) * 0.3)
     threshold = -np.sort(-scores)[n]
     theirs = np.flatnonzero(scores >= threshold).tolist()
-    ours = kept(tmp_path, table, PairFilters(keep=0.3))
+    ours = kept(tmp_path, table, PairFilters(fraction=0.3))
     assert len(ours) == n
     assert set(theirs) - set(ours) == {int(np.flatnonzero(scores == threshold)[0])}

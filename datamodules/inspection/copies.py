@@ -1,0 +1,176 @@
+"""Copies among the pairs of a scan: of images and captions, of images alone, and of validation images.
+
+Images are the same if their files are equal. They are near copies if they look the same by their hash
+(:mod:`datamodules.near_duplicates`) and no cell of 8 x 8 differs much in colour, which photographs of two white shirts
+on one ground do. Of several copies the largest stands for all, of equally large ones the first.
+
+Shapes: N rows, M captions, F different files.
+"""
+
+import io
+import warnings
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from torch.utils.data import Dataset
+
+from datamodules.inspection.scan import CHUNK, DECODED, PLAIN, ScanFindings
+from datamodules.near_duplicates import NEIGHBOURS, LookIndex, Looks, look_labels
+from datamodules.pairs.source import PairSource
+from lit_clip.errors import BadSample
+from lit_clip.tools.console import progress
+from lit_clip.tools.images import decoding_at_least, open_image
+from lit_clip.tools.workers import loader
+
+CELLS = 8  # a side of the images that are compared
+LEVELS = 32  # of 255 that a cell may differ: JPEGs at quality 20 and half the size differ by 17, other shirts by 50
+COMPARED = 65_536  # rows that are compared with validation images at once
+
+
+class PairCopies(NamedTuple):
+    """For each caption, the row whose image is the same as, or looks like, its own."""
+
+    row: np.ndarray  # int64 [M]; -1: none
+    same_image: np.ndarray  # or a near copy; otherwise it only looks like it, bool [M]
+    same_caption: np.ndarray  # and the row has the same caption, bool [M]
+
+
+class ValidationCopies(NamedTuple):
+    """For each row, the validation image that its image is, or looks like."""
+
+    row: np.ndarray  # of the validation data, int64 [N]; -1: none
+    same_file: np.ndarray  # bool [N]
+
+
+def find_copies(found: ScanFindings, source: PairSource, num_workers: int) -> PairCopies:
+    """Compare all pairs of a scan; images that look the same are read again."""
+    images, usable, rows = found.images, found.usable, found.caption_rows
+    looks = _look_labels(found)  # [N]
+    labels = _image_labels(found, looks, source, num_workers)  # [N]
+    same, like = (_best(found, each)[each[rows]] for each in (labels, looks)) if len(usable) else (rows, rows)
+    order = np.lexsort((_smallness(found)[rows], found.captions, labels[rows]))
+    new = np.ones(len(order), dtype=bool)
+    new[1:] = (np.diff(labels[rows[order]]) != 0) | (np.diff(found.captions[order].view(np.int64)) != 0)
+    of_pair = np.empty_like(rows)
+    of_pair[order] = rows[order[np.flatnonzero(new)[np.cumsum(new) - 1]]]
+    same_caption = of_pair != rows
+    same_image = same_caption | (images["key"][same] != images["key"][rows])
+    alike = labels[like] != labels[rows]
+    of = np.where(same_caption, of_pair, np.where(same_image, same, np.where(alike, like, -1)))
+    return PairCopies(of, same_image, same_caption)
+
+
+def _smallness(found: ScanFindings) -> np.ndarray:
+    return -(found.images["width"].astype(np.int64) * found.images["height"])
+
+
+def _best(found: ScanFindings, labels: np.ndarray) -> np.ndarray:
+    """Return the row that stands for the rows of each label, ``[labels]``."""
+    usable = found.usable
+    order = usable[np.lexsort((_smallness(found)[usable], labels[usable]))]
+    return order[np.unique(labels[order], return_index=True)[1]]
+
+
+def _look_labels(found: ScanFindings) -> np.ndarray:
+    """Number the images from 0 so that those that look the same share one, int64 ``[N]``; unusable ones have 0."""
+    images, usable = found.images, found.usable
+    labels = np.zeros(len(images), dtype=np.int64)
+    _, first, numbers = np.unique(images["file"][usable], return_index=True, return_inverse=True)
+    files = images[usable[first]]
+    shaped = files["state"] & PLAIN == 0
+    of_file = np.arange(len(files))
+    of_file[shaped] = len(files) + look_labels(files["bits"][shaped], files["colour"][shaped])
+    labels[usable] = np.unique(of_file, return_inverse=True)[1][numbers]
+    return labels
+
+
+def _image_labels(found: ScanFindings, looks: np.ndarray, source: PairSource, num_workers: int) -> np.ndarray:
+    """Number the images from 0 as :func:`_look_labels` does, but apart where their pixels show different images."""
+    images, usable, labels = found.images, found.usable, np.zeros(len(found.images), dtype=np.int64)
+    _, first, numbers = np.unique(images["file"][usable], return_index=True, return_inverse=True)
+    files = usable[first]  # the first row of each file, [F]
+    of_file = files.copy()  # row that stands for each file
+    several = np.bincount(looks[files])[looks[files]] > 1
+    places = np.flatnonzero(several)
+    places = places[np.lexsort((files[places], _smallness(found)[files[places]], looks[files[places]]))]
+    small = _small_images(source, files[places], num_workers)
+    start = 0
+    for stop in [*(np.flatnonzero(np.diff(looks[files[places]])) + 1).tolist(), len(places)]:
+        members = _first_alike(small[start:stop])
+        of_file[places[start:stop]] = files[places[start + members]]
+        start = stop
+    labels[usable] = np.unique(of_file, return_inverse=True)[1][numbers]
+    return labels
+
+
+def _first_alike(small: np.ndarray) -> np.ndarray:
+    """Return for each image the place of the first that it is a copy of, itself if none, int64 ``[n]``."""
+    found, firsts = np.arange(len(small)), []
+    for place, image in enumerate(small):
+        others = firsts[-NEIGHBOURS:]  # bounds the work if many look alike and are not
+        differing = np.abs(small[others] - image).max(axis=1) if others and image[0] >= 0 else np.zeros(0)
+        if len(differing) and differing.min() <= LEVELS:
+            found[place] = others[int(differing.argmin())]
+        elif image[0] >= 0:
+            firsts.append(place)
+    return found
+
+
+class _SmallImages(Dataset[np.ndarray]):
+    """Rows' images at ``CELLS`` x ``CELLS``, int16 ``[CHUNK, CELLS * CELLS * 3]``; -1 for one that cannot be read."""
+
+    def __init__(self, source: PairSource, rows: np.ndarray) -> None:
+        self.source, self.rows = source, rows
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // CHUNK)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        return np.stack([self._small(int(row)) for row in self.rows[number * CHUNK : (number + 1) * CHUNK]])
+
+    def _small(self, row: int) -> np.ndarray:
+        try:
+            stored = self.source.read(row)
+            with (
+                warnings.catch_warnings(action="ignore"),
+                decoding_at_least(lambda width, height: (min(width, DECODED), min(height, DECODED))),
+            ):
+                image = open_image(io.BytesIO(stored.image), stored.where).convert("RGB")
+        except BadSample:  # readable a moment ago
+            return np.full(CELLS * CELLS * 3, -1, dtype=np.int16)
+        return np.asarray(image.resize((CELLS, CELLS), Image.Resampling.BOX), dtype=np.int16).reshape(-1)
+
+
+def _small_images(source: PairSource, rows: np.ndarray, num_workers: int) -> np.ndarray:
+    chunks: Any = _SmallImages(source, rows)
+    parts = [np.zeros((0, CELLS * CELLS * 3), dtype=np.int16)]
+    with progress("comparing copies", len(rows), enabled=len(rows) > 0) as advance:
+        for part in loader(chunks, num_workers if len(rows) > CHUNK else 0):
+            parts.append(part)
+            advance(len(part))
+    return np.concatenate(parts)
+
+
+def find_validation_copies(found: ScanFindings, validation: ScanFindings) -> ValidationCopies:
+    """Compare the images of a scan with those of the validation data."""
+    rows, same_file = np.full(len(found.images), -1), np.zeros(len(found.images), dtype=bool)
+    others = validation.usable
+    if not len(others):
+        return ValidationCopies(rows, same_file)
+    index = LookIndex(_looks(validation.images[others]))
+    for start in range(0, len(rows), COMPARED):
+        here = start + np.flatnonzero(found.images["state"][start : start + COMPARED])
+        theirs, ours = index.like(_looks(found.images[here]))
+        first = np.lexsort((theirs, ours))
+        ours, place = np.unique(ours[first], return_index=True)
+        rows[here[ours]] = others[theirs[first][place]]
+    files, first = np.unique(validation.images["file"][others], return_index=True)
+    place = np.searchsorted(files, found.images["file"]).clip(max=len(files) - 1)
+    same_file = (found.images["state"] > 0) & (files[place] == found.images["file"])
+    rows[same_file] = others[first[place[same_file]]]
+    return ValidationCopies(rows, same_file)
+
+
+def _looks(images: np.ndarray) -> Looks:
+    return Looks(images["bits"], images["colour"], images["state"] & PLAIN > 0)

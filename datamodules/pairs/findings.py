@@ -1,0 +1,98 @@
+"""Tables of findings on a source, for people to read and edit: what is wrong with pairs, and decisions."""
+
+import csv
+import shlex
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+from datamodules.pairs.decisions import DROP, FINDINGS, KEEP, WHOLE_ROW, label_of, pair_text
+from datamodules.pairs.source import COLUMNS, NO_CAPTION, Columns, PairSource
+from lit_clip.embedding.pair_scores import pair_hash
+from lit_clip.tools.atomic import replacing
+from lit_clip.tools.text_files import no_formula
+
+CHARACTERS = 200  # of a caption
+Counts = Counter[tuple[str, str]]  # lines by finding and decision
+
+
+@dataclass
+class Finding:
+    """A line: findings on a pair, or on a whole row, with the columns of :mod:`datamodules.pairs.decisions`."""
+
+    decision: str = KEEP
+    finding: str = ""
+    detail: str = ""
+    key: str = ""
+    caption: str = ""
+    copy_of: str = ""  # the key of the same image
+    copy_of_row: int | None = None
+    captions: str = WHOLE_ROW
+    row: int | None = None
+    pair: str = ""
+
+    @classmethod
+    def of_row(cls, row: int, key: str | None) -> "Finding":
+        """Return a line on a whole row, whose key may be unreadable."""
+        return cls(key=key or "", row=row, pair="" if key is None else pair_text(pair_hash(key, "")))
+
+    @classmethod
+    def of_pair(cls, row: int, key: str, caption: str, captions: int) -> "Finding":
+        """Return a line on one of a row's distinct captions."""
+        text = " ".join(caption.split())
+        text = text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]}..."
+        pair = pair_text(pair_hash(key, caption))
+        return cls(key=key, caption=text, captions=f"1 of {captions}", row=row, pair=pair)
+
+    def add(self, finding: str, decision: str, detail: str = "") -> None:
+        """Add a finding with the decision it proposes; the line drops what one of its findings drops."""
+        self.finding = "; ".join(filter(None, (self.finding, finding)))
+        self.detail = "; ".join(filter(None, (self.detail, detail)))
+        self.decision = DROP if DROP in (decision, self.decision) else KEEP
+
+
+class DataOptions(NamedTuple):
+    """What told a command its data, to tell ``fit`` the same."""
+
+    data: Sequence[str]
+    columns: Columns
+    split: str | None
+
+
+def write_findings(
+    path: Path, lines: Iterable[Finding], source: PairSource, options: DataOptions
+) -> tuple[Counts, str]:
+    """Write a ``.csv`` file; return counts of its lines, and the command that trains on what it keeps.
+
+    Without lines, remove an earlier file; the command is empty.
+    """
+    counts: Counts = Counter()
+    lines = iter(lines)
+    first = next(lines, None)
+    if first is None:
+        path.unlink(missing_ok=True)
+        return counts, ""
+    label = label_of(source, FINDINGS)
+    with (
+        replacing(path) as draft,  # the byte order mark tells spreadsheets that it is UTF-8
+        draft.open("w", newline="", encoding="utf-8-sig", errors="replace") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow([*(field.name for field in fields(Finding)), "data"])
+        for line in chain([first], lines):
+            writer.writerow(map(no_formula, (*asdict(line).values(), label)))
+            counts.update((finding, line.decision) for finding in line.finding.split("; "))
+    return counts, _command(path, source, *options)
+
+
+def _command(path: Path, source: PairSource, data: Sequence[str], columns: Columns, split: str | None) -> str:
+    train = data[0] if len(data) == 1 else f"[{','.join(data)}]"
+    words = ["lit-clip", "fit", "--data.train", train, "--data.keep", str(path)]
+    for name in (*COLUMNS, "root"):
+        words += [f"--data.columns.{name}", getattr(columns, name)] if getattr(columns, name) is not None else []
+    words += ["--data.splits.train", split] if split is not None else []
+    unusable = source.left_out.counts.keys() - {NO_CAPTION}
+    return shlex.join([*words, *(("--data.bad_samples.on_error", "skip") if unusable else ())])
