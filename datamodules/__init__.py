@@ -8,13 +8,14 @@ from datamodules.loading.bad_samples import BadSamples
 from datamodules.no_captions import NoCaptions
 from datamodules.openmoji import OpenMoji, OpenMojiClasses
 from datamodules.pairs.custom import CustomPairs
-from datamodules.pairs.source import Classes, Columns
+from datamodules.pairs.source import CaptionOptions, Classes, Columns
 from datamodules.shards.pairs import ShardOptions
 
 __all__ = [
     "Augmentation",
     "BadSamples",
     "CaptionDataModule",
+    "CaptionOptions",
     "Captions",
     "Classes",
     "Columns",

@@ -244,10 +244,9 @@ def _short_run(plan: RunPlan) -> Iterator[str]:
         yield f"the run has {_count(steps)} and warm-up takes {warmup}: {lower}"
     else:
         longer = "max_steps" if plan.max_steps == steps else "max_epochs"
-        yield (
-            f"the run has only {_count(steps - warmup)} after its {warmup} of warm-up: raise --trainer.{longer}, or "
-            f"{lower}"
-        )
+        instead = f", or {lower}" if warmup > steps / 10 else ""
+        left = _count(steps - warmup)
+        yield f"the run has only {left} after its {warmup} of warm-up: raise --trainer.{longer}{instead}"
 
 
 def _count(steps: int) -> str:

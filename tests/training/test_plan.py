@@ -109,7 +109,7 @@ def test_other_runs_are_not(change: dict[str, Any]) -> None:
     ("change", "parts"),
     [
         ({"warmup": 390_624}, ["390624 steps", "warm-up takes 390624", "model.lr_scheduler.warmup_steps"]),
-        ({"steps": 299, "warmup": 200}, ["only 99 steps after its 200 of warm-up", "raise --trainer.max_epochs"]),
+        ({"steps": 299, "warmup": 200}, ["99 steps after its 200 of", "max_epochs, or lower --model.lr_s"]),
         (
             {"steps": 51, "warmup": 50, "max_steps": 51, "max_epochs": None},
             ["only 1 step after", "--trainer.max_steps"],
