@@ -92,16 +92,20 @@ class ExpectedTime(Callback):
         self._printed: tuple[float, bool] | None = None  # seconds, and whether they were the most
         self._began = self._last = self.now()
         self._since: tuple[int, float] | None = None  # step and time after the first steps
+        self._start = 0.0  # seconds of the first steps
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if not self._measures:
+        done = trainer.global_step - self._first_step
+        if not self._measures or not done:
             return
-        done, before, self._last = trainer.global_step - self._first_step, self._last, self.now()
-        if done == FIRST and self._since is None:
+        before, self._last = self._last, self.now()
+        if done >= FIRST and self._since is None:
             _synchronise(trainer)
-            self._since, self._validated, self._last = (trainer.global_step, self.now()), 0.0, self.now()
+            self._last = self.now()
+            self._since, self._start = (trainer.global_step, self._last), self._last - self._began - self._validated
+            self._validated = 0.0
         steps, seconds = self._measured(trainer)
         if steps >= ENOUGH[0] and seconds >= ENOUGH[1]:
             self._measures = False
@@ -125,7 +129,7 @@ class ExpectedTime(Callback):
         self._per_validation = seconds
         if trainer.state.fn == TrainerFn.FITTING and trainer.is_global_zero:
             self._validated += seconds
-            if not known and self._printed is not None:
+            if not known and not self._measures and self._printed is not None:
                 self._report(trainer, pl_module)
 
     def _report(self, trainer: Trainer, module: LightningModule) -> None:
@@ -146,13 +150,11 @@ class ExpectedTime(Callback):
     def _estimate(self, trainer: Any) -> Estimate:
         elapsed = self.now() - self._began
         steps, seconds = self._measured(trainer)
-        done, start = trainer.global_step - self._first_step, 0.0
         if steps:
-            assert self._since is not None
             per_step = seconds / steps
-            start = max(0.0, self._since[1] - self._began - FIRST * per_step)
+            start = max(0.0, self._start - FIRST * per_step)
         else:
-            per_step = (elapsed - self._validated) / done
+            per_step, start = (elapsed - self._validated) / (trainer.global_step - self._first_step), 0.0
         left = None if (of_run := known_steps(trainer)) is None else max(0, of_run - self._first_step)
         timers = [each.time_remaining() for each in trainer.callbacks if isinstance(each, Timer)]
         limit = min((elapsed + max(0.0, each) for each in timers if each is not None), default=None)

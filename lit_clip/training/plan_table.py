@@ -88,9 +88,10 @@ def _left_out(plan: RunPlan) -> str:
 
 
 def _several_captions(plan: RunPlan) -> str:
+    times = f"{plan.rows_per_image:.2g}"
     return (
-        f"{plan.rows_per_image:.2g} of each image on average, which an epoch repeats as often; with "
-        "--data.captions.per_image one it has one of them, the next epoch another"
+        f"{times} of each image on average, so an epoch passes it {times} times; --data.captions.per_image one passes "
+        "it once, in each epoch with another caption"
     )
 
 

@@ -129,6 +129,12 @@ def test_validations_count_once_their_time_is_known(fit: Fit) -> None:
     first, second = fit([2.0], 6.0, **options)
     assert first == "expected time: 1.3 minutes (40 steps of 2 s) and 5 validations"
     assert second == "expected time: 1.8 minutes (40 steps of 2 s, 5 validations of 6 s)"
+    options["val_check_interval"] = 2  # also after the first steps, which are not measured
+    (first,) = fit([2.0], 60.0, **options)
+    assert first == "expected time: 21 minutes (40 steps of 2 s, 20 validations of 1 minute)"
+    (first,) = fit([20.0], 600.0, **{**options, "val_check_interval": 1})[1:]
+    assert first == "expected time: 6.9 hours (40 steps of 20 s, 40 validations of 10 minutes)"
+    options["val_check_interval"] = 8
     (first,) = fit([2.0], 1.0, **options)  # 5 seconds of 80 change little
     (first,) = fit([2.0], 6.0, **{**options, "limit_val_batches": 0})
     assert first == "expected time: 1.3 minutes (40 steps of 2 s)"
