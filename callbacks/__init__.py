@@ -5,6 +5,7 @@ from lightning.pytorch import Callback
 from callbacks.activation_checkpointing import ActivationCheckpointing
 from callbacks.compile import Compile
 from callbacks.ema import EMA
+from callbacks.expected_time import ExpectedTime
 from callbacks.frozen_features import FrozenFeatures
 from callbacks.linear_probe import LinearProbe
 from callbacks.monitor import TrainingMonitor
@@ -27,6 +28,7 @@ __all__ = [
     "ActivationCheckpointing",
     "Compile",
     "EmbeddingProjector",
+    "ExpectedTime",
     "FrozenFeatures",
     "LinearProbe",
     "NonFiniteSteps",
@@ -55,7 +57,7 @@ def defaults(*callbacks: Callback) -> list[Callback]:
 
     - :class:`Preemption`, first, so that no other callback evaluates what a signal interrupted
     - the given callbacks, first the ones that change the model, so that others measure it as it is trained
-    - :class:`PrintPlan`, :class:`ProgressLines` and :class:`PrintResults`
+    - :class:`PrintPlan`, :class:`ExpectedTime`, :class:`ProgressLines` and :class:`PrintResults`
     - :class:`SkippedSamples`
     - :class:`NonFiniteSteps`
     - :class:`RandomStates`, last, after all that draws random numbers before the first step
@@ -69,5 +71,5 @@ def defaults(*callbacks: Callback) -> list[Callback]:
         return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in callbacks)]
 
     callbacks = tuple(sorted(callbacks, key=lambda callback: not getattr(callback, "changes_model", False)))  # stable
-    others = missing(PrintPlan, ProgressLines, PrintResults, SkippedSamples, NonFiniteSteps, RandomStates)
+    others = missing(PrintPlan, ExpectedTime, ProgressLines, PrintResults, SkippedSamples, NonFiniteSteps, RandomStates)
     return [*missing(Preemption), *callbacks, *others]

@@ -94,10 +94,10 @@ def _nothing_stored(model: CLIP, data: Any) -> str:
     """Say why neither encoder can be stored, and what to change."""
     if find_frozen_prefix(model, "text") is None:
         return "no encoder has frozen layers to store; set model.freeze"
-    if data.long_captions == "sentences":
+    if data.captions.long == "sentences":
         return (
-            "only the text encoder is frozen, and data.long_captions: sentences draws other texts in each epoch, "
-            "which cannot be stored; set data.long_captions to truncate"
+            "only the text encoder is frozen, and data.captions.long: sentences draws other texts in each epoch, "
+            "which cannot be stored; set data.captions.long to truncate"
         )
     return "only the text encoder is frozen, and the data draw captions that they do not list; freeze images too"
 

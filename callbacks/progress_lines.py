@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import RichProgressBar, Timer, TQDMProgressBar
 from callbacks.training_clock import TimedCallback
 from lit_clip.batch import CaptionBatch
 from lit_clip.tools.console import ProgressLog, can_draw, duration, per_second
-from lit_clip.training.schedules import total_steps
+from lit_clip.training.schedules import known_steps
 
 LIGHTNINGS = (TQDMProgressBar, RichProgressBar)
 
@@ -54,7 +54,7 @@ class ProgressLines(TimedCallback):
             self.clock.lap()
         else:
             self._samples += (len(batch.images) + len(batch.skipped)) * trainer.world_size  # the same on every rank
-        if self._log.due and trainer.global_step != _steps(trainer):  # the last line is below
+        if self._log.due and trainer.global_step != known_steps(trainer):  # the last line is below
             left = self._seconds_left(trainer)
             rate = per_second(*self._lap(), "samples")
             self._log.write(_step(trainer), _losses(trainer), rate, "" if left is None else f"{duration(left)} left")
@@ -74,7 +74,7 @@ class ProgressLines(TimedCallback):
 
     def _seconds_left(self, trainer: Any) -> float | None:
         bounds = [each.time_remaining() for each in trainer.callbacks if isinstance(each, Timer)]
-        steps, (first_step, since) = _steps(trainer), self._first or (0, 0.0)
+        steps, (first_step, since) = known_steps(trainer), self._first or (0, 0.0)
         if steps is not None and trainer.global_step > first_step:
             per_step = (self.now() - since) / (trainer.global_step - first_step)
             bounds.append(per_step * max(0, steps - trainer.global_step))
@@ -111,14 +111,8 @@ class ProgressLines(TimedCallback):
     on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
 
-def _steps(trainer: Trainer) -> int | None:
-    """Return the steps of the whole run; None if only time limits it."""
-    epochs = trainer.max_epochs
-    return total_steps(trainer) if trainer.max_steps >= 0 or (epochs is not None and epochs >= 0) else None
-
-
 def _step(trainer: Trainer) -> str:
-    steps = _steps(trainer)
+    steps = known_steps(trainer)
     return f"step {trainer.global_step:,}" + ("" if steps is None else f" of {steps:,}")
 
 

@@ -7,13 +7,14 @@ from datamodules.loading.augmentation import Augmentation, RandomSquareCrop
 from datamodules.loading.bad_samples import BadSamples
 from datamodules.openmoji import OpenMoji, OpenMojiClasses
 from datamodules.pairs.custom import CustomPairs
-from datamodules.pairs.source import Classes, Columns
+from datamodules.pairs.source import CaptionOptions, Classes, Columns
 from datamodules.shards.pairs import ShardOptions
 
 __all__ = [
     "Augmentation",
     "BadSamples",
     "CaptionDataModule",
+    "CaptionOptions",
     "Captions",
     "Classes",
     "Columns",

@@ -4,7 +4,7 @@ import zlib
 from abc import ABC, abstractmethod
 from dataclasses import astuple
 from functools import partial
-from typing import Any, get_args
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,10 +22,11 @@ from datamodules.loading.sampling import (
     default_batch_size,
 )
 from datamodules.pairs.batches import Collate, TrainingPairs, ValidationPairs
-from datamodules.pairs.caption_lengths import LongCaptions, report_captions
+from datamodules.pairs.caption_lengths import report_captions
 from datamodules.pairs.kept import digest_of_kept
+from datamodules.pairs.one_caption import one_caption_each, rows_of_each_image
 from datamodules.pairs.sentences import FittingCaptions
-from datamodules.pairs.source import PairSource
+from datamodules.pairs.source import CaptionOptions, PairSource
 from datamodules.pairs.stored_features import StoredPairs, WithStoredFeatures
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import require
@@ -68,7 +69,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         augmentation: Augmentation | list[Transform] | None = None,
         global_batch_size: int | None = None,
         bad_samples: BadSamples | None = None,
-        long_captions: LongCaptions = "truncate",
+        captions: CaptionOptions | None = None,
         patch_budgets: list[int] | None = None,
     ) -> None:
         super().__init__()
@@ -77,12 +78,10 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         require(seed >= 0, f"seed: {seed} must be at least 0")
         if global_batch_size is not None:
             require(global_batch_size >= 1, f"global_batch_size: {global_batch_size} must be at least 1")
-        policies = get_args(LongCaptions)
-        require(long_captions in policies, f"long_captions: {long_captions!r} must be one of {', '.join(policies)}")
-        self.lists_captions = self.lists_captions and long_captions != "sentences"
+        self.captions = captions or CaptionOptions()
+        self.lists_captions = self.lists_captions and self.captions.long != "sentences"
         self.patch_budgets = checked_budgets(patch_budgets)
         self.on_error, self.max_skipped = astuple(bad_samples or BadSamples())
-        self.long_captions: LongCaptions = long_captions
         self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
         self.global_batch_size = global_batch_size
         self.augmentation = Augmentation() if augmentation is None else augmentation
@@ -100,6 +99,18 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
     def sources(self, fit: bool) -> tuple[PairSource | None, PairSource]:
         """Open the training source (only needed if ``fit``) and the validation source."""
 
+    def opened_sources(self, fit: bool) -> tuple[PairSource | None, PairSource]:
+        """Open the sources, and choose one row of each image for training if ``captions`` say so."""
+        train, val = self.sources(fit)
+        if train is not None and self.captions.per_image == "one":
+            train = one_caption_each(train)
+        return train, val
+
+    @property
+    def rows_per_image(self) -> float | None:
+        """Mean number of training pairs with the same image in an epoch; None if unknown."""
+        return None if self.train_source is None else rows_of_each_image(self.train_source)
+
     def setup(self, stage: str) -> None:
         trainer: Any = self.trainer
         require(
@@ -111,19 +122,20 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         self.preprocessing = getattr(module, "preprocessing", self.preprocessing)
         self.tokenize = getattr(module, "tokenize", self.tokenize)
         if self.val_source is None or (stage == "fit" and self.train_source is None):
-            self.train_source, self.val_source = self.sources(stage == "fit")
+            self.train_source, self.val_source = self.opened_sources(stage == "fit")
         if stage == "fit" and self.train_source is not None:
-            report_captions(self.train_source, self.tokenize, self.long_captions, getattr(module, "loss", None))
+            report_captions(self.train_source, self.tokenize, self.captions.long, getattr(module, "loss", None))
 
     def _batches(self, start: Position = Position()) -> GlobalBatchSampler:  # noqa: B008  # immutable
         assert self.train_source is not None, "call setup('fit') first"
-        batch_size, pairs, (rank, world) = self.train_batch_size, len(self.train_source), self._rank_and_world()
+        source, (rank, world) = self.train_source, self._rank_and_world()
+        batch_size, pairs = self.train_batch_size, source.pairs_per_epoch
         require(
             self.global_batch_size is None or pairs >= self.global_batch_size,
             f"global_batch_size: {self.global_batch_size} pairs per step are more than the {pairs} training pairs; "
             f"set it to at most {max(1, pairs // world) * world}, and adjust the learning rate",
         )
-        order = partial(self.train_source.order, seed=self.seed)
+        order = partial(source.order, seed=self.seed)
         return GlobalBatchSampler(pairs, batch_size, rank, world, self.seed, order, start, self.patch_budgets)
 
     def _settings(self, epoch: int) -> dict[str, Any]:
@@ -134,11 +146,12 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
             rows = source.order(epoch, self.seed)[:1000].astype(np.int64)
             self._order_checksum = (epoch, zlib.crc32(rows.tobytes()))
         return {
-            "training pairs": len(source),
+            "training pairs": source.pairs_per_epoch,
             "pairs per step (all ranks)": self.train_batch_size * self._rank_and_world()[1],
             "data.seed": self.seed,
             "checksum of the order": self._order_checksum[1],
             "data.patch_budgets": self.patch_budgets or None,
+            "data.captions.per_image": self.captions.per_image if self.captions.per_image != "all" else None,
             "digest of the pairs that data.keep keeps": digest_of_kept(source) or None,
         }
 
@@ -185,7 +198,8 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         """Pairs per training step on each rank."""
         world = self._rank_and_world()[1]
         if self.global_batch_size is None:
-            return self.batch_size or default_batch_size(len(self.train_source or ()), world)
+            pairs = 0 if self.train_source is None else self.train_source.pairs_per_epoch
+            return self.batch_size or default_batch_size(pairs, world)
         per_rank, remainder = divmod(self.global_batch_size, world)
         nearest = [str(pairs) for pairs in (per_rank * world, (per_rank + 1) * world) if pairs]
         require(
@@ -208,7 +222,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
     def _fitting(self, source: PairSource) -> PairSource:
         # By now the model has the tokenizer of the checkpoint that it was restored from, which may be another one.
         self.tokenize = getattr(getattr(self.trainer, "lightning_module", None), "tokenize", self.tokenize)
-        return FittingCaptions(source, self.tokenize) if self.long_captions == "sentences" else source
+        return FittingCaptions(source, self.tokenize) if self.captions.long == "sentences" else source
 
     def _loader(self, dataset: Dataset[Any], stored: bool = True, **sampling: Any) -> DataLoader[Any]:
         images, texts = (self.stored_images, self.stored_texts) if stored else (None, None)

@@ -14,10 +14,9 @@ from datamodules.caption_datamodule import CaptionDataModule
 from datamodules.loading.augmentation import Augmentation, Transform
 from datamodules.loading.bad_samples import BadSamples
 from datamodules.open_source import open_source
-from datamodules.pairs.caption_lengths import LongCaptions
 from datamodules.pairs.kept import FilteredPairs, kept_pairs
 from datamodules.pairs.mixture import Mixture
-from datamodules.pairs.source import NO_CAPTION, Classes, Columns, PairSource
+from datamodules.pairs.source import NO_CAPTION, CaptionOptions, Classes, Columns, PairSource
 from datamodules.shards.pairs import ShardOptions
 from lit_clip.batch import JUDGED_AFTER
 from lit_clip.distributed import gather_objects
@@ -81,8 +80,7 @@ class Captions(CaptionDataModule):
         splits: of data that come in splits.
         shards: how tar shards are read.
         bad_samples: whether they end the run or are skipped.
-        long_captions: for captions with more tokens than the model reads: ``truncate`` them, or read ``sentences`` of
-            them that fit, others in each epoch (validation: the first ones).
+        captions: what becomes of long ones, and how many of an image an epoch reads.
         classes: reads ``train``, and ``val`` if it is a folder, as a folder of classes.
         patch_budgets: for a NaFlex model: each training batch draws one of these numbers of patches (SigLIP 2 had
             ``[128, 256, 576, 784, 1024]``), the same on all ranks. None: the model's, which is also validation's.
@@ -103,15 +101,16 @@ class Captions(CaptionDataModule):
         splits: Splits | None = None,
         shards: ShardOptions | None = None,
         bad_samples: BadSamples | None = None,
-        long_captions: LongCaptions = "truncate",
+        captions: CaptionOptions | None = None,
         classes: Classes | None = None,
         patch_budgets: list[int] | None = None,
         keep: str | None = None,
     ) -> None:
-        for value, kind in ((columns, Columns), (splits, Splits), (classes, Classes), (bad_samples, BadSamples)):
+        nested = ((columns, Columns), (splits, Splits), (classes, Classes), (bad_samples, BadSamples))
+        for value, kind in (*nested, (captions, CaptionOptions)):
             wrong = f"data: {shortened(value)} must be {kind.__module__}.{kind.__name__}(...)"
             require(value is None or isinstance(value, kind), wrong)
-        policies = (bad_samples, long_captions, patch_budgets)
+        policies = (bad_samples, captions, patch_budgets)
         super().__init__(batch_size, num_workers, seed, augmentation, global_batch_size, *policies)
         given = train is not None or val is not None
         require(given, "data: set train, val or both to a table, a folder or tar shards")
@@ -146,7 +145,7 @@ class Captions(CaptionDataModule):
         fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if fitting and any(saved.get(name, version) != version for name, version in opened.items()):
             self._versions = {**opened, **saved}
-            self.train_source, self.val_source = self.sources(fit=True)
+            self.train_source, self.val_source = self.opened_sources(fit=True)
 
     def _opened_versions(self) -> dict[str, str]:
         sources = [source for source in (self.train_source, self.val_source) if source is not None]

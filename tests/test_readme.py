@@ -98,7 +98,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
     here = tmp_path_factory.mktemp("reader")
     shutil.copytree(ROOT / "configs", here / "configs")
     rows = table.read_text(encoding="utf-8").splitlines()
-    (here / "captions.csv").write_text("\n".join(row.replace("../", f"{table.parent.parent}/") for row in rows))
+    rows = [row.replace("../", f"{table.parent.parent}/") for row in rows]
+    (here / "captions.csv").write_text("\n".join(rows))
+    (here / "several_captions.csv").write_text("\n".join([*rows, *rows[1:]]))
     write_own_parts(here)
     for name in ("last.ckpt", "vit.ckpt"):
         shutil.copy(checkpoint, here / name)

@@ -1,17 +1,16 @@
 """Caption lengths in tokens against the model's context length."""
 
 from collections import Counter
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_info
 
 from datamodules.pairs.sentences import sentences
-from datamodules.pairs.source import PairSource
+from datamodules.pairs.source import LongCaptions, PairSource
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import BadSample
 from lit_clip.models.tokenizer import TextTokenizer
 
-LongCaptions = Literal["truncate", "sentences"]
 MOST_OF_A_ROW = 100  # captions that are measured
 FEW_REPEATED = 0.1
 SAMPLED = 2000  # captions take about 50 microseconds each
@@ -68,5 +67,5 @@ def report_captions(source: PairSource, tokenizer: TextTokenizer, policy: LongCa
             "not one sentence fits (model.context_length)"
             if policy == "sentences"
             else f"{what} are truncated to {context} tokens and lose {found.tokens_lost:.1f} on average "
-            "(to read more: model.context_length, or data.long_captions: sentences)"
+            "(to read more: model.context_length, or data.captions.long: sentences)"
         )

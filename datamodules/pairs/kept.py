@@ -34,6 +34,8 @@ def digest_of_kept(source: PairSource) -> str:
     """Return a hash that changes with the pairs that tables keep of a source or its parts; empty without a table."""
     if isinstance(source, FilteredPairs):
         return source.digest
+    if isinstance(source, Rows):
+        return digest_of_kept(source.source)
     parts = [digest_of_kept(part) for part in source.sources] if isinstance(source, Concatenated) else []
     return hex_digest(parts) if any(parts) else ""
 

@@ -28,11 +28,15 @@ class Concatenated(PairSource):
 
     def __init__(self, sources: Sequence[PairSource], distinct_keys: bool, distinct_groups: bool = False) -> None:
         self.sources, self.distinct_keys, self.distinct_groups = list(sources), distinct_keys, distinct_groups
-        self.rows_per_epoch = [len(source) for source in self.sources]  # that an epoch takes from each source
-        self.stops = list(accumulate(self.rows_per_epoch))
+        self.rows_per_epoch = [source.pairs_per_epoch for source in self.sources]  # that an epoch takes from each
+        self.stops = list(accumulate(len(source) for source in self.sources))
 
     def __len__(self) -> int:
         return self.stops[-1]
+
+    @property
+    def pairs_per_epoch(self) -> int:
+        return sum(self.rows_per_epoch)
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
         """Interleave the sources at random; each keeps its own order, which may keep neighbouring rows together."""
@@ -118,8 +122,8 @@ class Concatenated(PairSource):
 class Mixture(Concatenated):
     """Several sources, shuffled together; weights decide how many pairs of each an epoch holds.
 
-    An epoch has as many pairs as the sources have together. Each source is read in its own order and continues in the
-    next epoch where it stopped: none of its pairs repeats before all of them were used, and then it starts over in
+    An epoch has as many pairs as epochs of the sources together. Each source is read in its own order and continues in
+    the next epoch where it stopped: none of its pairs repeats before all of them were used, and then it starts over in
     another order. The order of an epoch is a pure function of epoch and seed, as for any source.
     Keys and groups are prefixed with the source's number (``0:cat.jpg``). The weights need not sum to 1.
     """
@@ -131,11 +135,11 @@ class Mixture(Concatenated):
             usable = 0 < weight < float("inf")
             require(usable, f"mixture: weight {weight} of source {number} must be above 0 and finite; or leave it out")
         super().__init__(sources, distinct_keys=True, distinct_groups=True)
-        self.weights, self.rows_per_epoch = list(weights), proportional_counts(weights, len(self))
+        self.weights, self.rows_per_epoch = list(weights), proportional_counts(weights, self.pairs_per_epoch)
         if 0 in self.rows_per_epoch:
-            number = self.rows_per_epoch.index(0)
+            number, pairs = self.rows_per_epoch.index(0), sum(self.rows_per_epoch)
             raise InputError(
-                f"mixture: an epoch of {len(self)} pairs would have none of source {number}, whose weight is "
+                f"mixture: an epoch of {pairs} pairs would have none of source {number}, whose weight is "
                 f"{weights[number]}; raise its weight"
             )
 
@@ -144,7 +148,7 @@ class Mixture(Concatenated):
         source, count = self.sources[number], self.rows_per_epoch[number]
         slices, position, end = [], epoch * count, (epoch + 1) * count
         while position < end:
-            pass_number, done = divmod(position, len(source))
+            pass_number, done = divmod(position, source.pairs_per_epoch)
             rows = source.order(pass_number, seed)[done : done + end - position]
             slices.append(rows.astype(np.int64))
             position += len(rows)

@@ -102,8 +102,8 @@ class FittingCaptions(PairSource):
     def __init__(self, source: PairSource, tokenize: TextTokenizer) -> None:
         require(
             not isinstance(tokenize, CallableTokenizer),
-            "long_captions: sentences needs a tokenizer that counts the tokens of a whole text, and the model's is a "
-            "callable that returns truncated ones; make it a TextTokenizer, or set truncate",
+            "data.captions.long: sentences needs a tokenizer that counts the tokens of a whole text, and the model's "
+            "is a callable that returns truncated ones; make it a TextTokenizer, or set truncate",
         )
         self.source, self.tokenize = source, tokenize
 

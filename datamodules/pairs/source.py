@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -27,6 +27,7 @@ LISTED = 1000  # left-out rows that are listed one by one
 COLUMNS = ("image", "caption", "group", "negative")  # of :class:`Columns`
 DELIMITED = (".csv", ".tsv", ".txt")
 JSON_LINES = (".jsonl", ".ndjson")
+LongCaptions = Literal["truncate", "sentences"]
 
 
 class Pair(NamedTuple):
@@ -124,8 +125,13 @@ class PairSource(ABC):
         except InputError:  # no image files
             return hash64(self.load(index, None).image.tobytes())
 
+    @property
+    def pairs_per_epoch(self) -> int:
+        """Number of pairs in an epoch."""
+        return len(self)
+
     def order(self, epoch: int, seed: int) -> np.ndarray:
-        """Return the rows of an epoch in their order, a pure function: int ``[len(self)]``."""
+        """Return the rows of an epoch in their order, a pure function: int ``[pairs_per_epoch]``."""
         return permutation(len(self), epoch, seed)
 
     def prepare(self) -> None:  # noqa: B027  # most need nothing
@@ -150,9 +156,7 @@ class PairSource(ABC):
 
     def divide(self, share: float, seed: int) -> "tuple[PairSource, PairSource]":
         """Divide the pairs in two; the second has about ``share`` of the images, and no image is in both."""
-        names = self.image_names()
-        if names is not None and not isinstance(names, pa.ChunkedArray):
-            names = pa.chunked_array([pa.array([str(each).encode("utf-8", "surrogateescape") for each in names])])
+        names = arrow_image_names(self)
         images = None if names is None else compute.unique(names)
         count, where = len(self if images is None else images), getattr(self, "path", type(self).__name__)
         require(count > 1, f"{where}: one image cannot be divided; set data.val")
@@ -163,6 +167,14 @@ class PairSource(ABC):
             images = images.take(compute.sort_indices(images)).filter(pa.array(held_out))
             held_out = compute.is_in(names, value_set=images).to_numpy().astype(bool)
         return Rows(self, np.flatnonzero(~held_out)), Rows(self, np.flatnonzero(held_out))
+
+
+def arrow_image_names(source: PairSource) -> pa.ChunkedArray | None:
+    """Return the names of all images as Arrow's; None: every row has another image."""
+    names = source.image_names()
+    if names is None or isinstance(names, pa.ChunkedArray):
+        return names
+    return pa.chunked_array([pa.array([str(each).encode("utf-8", "surrogateescape") for each in names], pa.binary())])
 
 
 class Rows(PairSource):
@@ -192,6 +204,10 @@ class Rows(PairSource):
 
     def image_identity(self, index: int) -> object:
         return self.source.image_identity(int(self.rows[index]))
+
+    def image_names(self) -> pa.ChunkedArray | None:
+        names = arrow_image_names(self.source)
+        return None if names is None else names.take(pa.array(self.rows))
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
         position = np.full(len(self.source), -1, dtype=self.rows.dtype)  # row of ``source`` -> row of this
@@ -233,6 +249,27 @@ class Columns:
     group: str | None = None
     negative: str | None = None
     root: str | None = None
+
+
+@dataclass(frozen=True)
+class CaptionOptions:
+    """Which captions are read, and how much of them.
+
+    Attributes:
+        long: what becomes of captions with more tokens than the model reads: ``truncate`` them, or read ``sentences``
+            of them that fit, others in each epoch (validation: the first ones).
+        per_image: of an image with several rows, each epoch trains on ``all`` of them, or on ``one``, others in the
+            next epochs, so that each is used once before any is used again. Validation has all.
+    """
+
+    long: LongCaptions = "truncate"
+    per_image: Literal["all", "one"] = "all"
+
+    def __post_init__(self) -> None:
+        policies = get_args(LongCaptions)
+        require(self.long in policies, f"data.captions.long: {self.long!r} must be one of {', '.join(policies)}")
+        known = self.per_image in ("all", "one")
+        require(known, f"data.captions.per_image: {self.per_image!r} must be 'all' or 'one'")
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Notes and progress, on standard error, and results."""
 
 import io
+import math
 import os
 import sys
 import time
@@ -67,6 +68,15 @@ def duration(seconds: float) -> str:
     """Return a time as hours, minutes and seconds, such as ``0:02:09``."""
     minutes, second = divmod(round(seconds), 60)
     return f"{minutes // 60}:{minutes % 60:02}:{second:02}"
+
+
+def in_words(seconds: float) -> str:
+    """Return a time to two digits in its largest unit, such as ``3.6 s``, ``12 minutes`` or ``1.5 days``."""
+    for unit, size, limit in (("s", 1, 60), ("minutes", 60, 3600), ("hours", 3600, 86400), ("days", 86400, math.inf)):
+        if seconds < limit or limit == math.inf:
+            number = f"{seconds / size:.2g}" if seconds < 10 * size else f"{seconds / size:,.0f}"
+            return f"{number} {unit.rstrip('s') or unit if number == '1' else unit}"
+    raise AssertionError
 
 
 def per_second(count: float, seconds: float, unit: str = "") -> str:

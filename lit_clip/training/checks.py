@@ -26,6 +26,7 @@ PAPER_RATES = (3.6e-4, 5e-4)  # tables 19 and 20, from scratch; 5e-4 at 2,048 pa
 PAPER_FINE_TUNING_RATE = 2e-5  # table 20: ViT-L/14 for one more epoch at 336 pixels
 FAR = 10
 FEW_FOR_BATCH_NORM = 16
+FEW_STEPS = 100  # after a warm-up
 
 
 class Refusal(NamedTuple):
@@ -203,17 +204,13 @@ def check_lora_gradients(model: nn.Module) -> None:
 
 def contradictions(plan: RunPlan) -> Iterator[str]:
     """Yield the contradictions in a plan, each a sentence that says what to change."""
-    steps, batch = plan.steps, plan.batch
+    batch = plan.batch
     if plan.accumulated != 1:
         yield (
             f"trainer.accumulate_grad_batches {plan.accumulated}: adds no negatives and is refused; "
             "raise the batch size and set model.micro_batch_size"
         )
-    if steps is not None and plan.warmup is not None and plan.warmup >= steps:
-        yield (
-            f"the run has {steps} {'step' if steps == 1 else 'steps'} and warm-up takes {plan.warmup}: lower "
-            "--model.lr_scheduler.warmup_steps (in Python lr_scheduler=partial(WarmupCosine, warmup_steps=...))"
-        )
+    yield from _short_run(plan)
     ends = (plan.max_epochs or 0) * (plan.steps_per_epoch or 0)
     if ends and plan.max_steps not in (None, ends):
         by_steps = plan.max_steps is not None and plan.max_steps < ends
@@ -235,6 +232,25 @@ def contradictions(plan: RunPlan) -> Iterator[str]:
     yield from _far_rate(plan)
     if plan.precision in ("16-true", "bf16-true"):
         yield f"trainer.precision {plan.precision}: 16-bit weights lose small updates; use bf16-mixed"
+
+
+def _short_run(plan: RunPlan) -> Iterator[str]:
+    """Warn of a run that ends within its warm-up, or soon after it."""
+    steps, warmup = plan.steps, plan.warmup
+    if not steps or not warmup or steps - warmup >= FEW_STEPS:
+        return
+    lower = "lower --model.lr_scheduler.warmup_steps (in Python lr_scheduler=partial(WarmupCosine, warmup_steps=...))"
+    if warmup >= steps:
+        yield f"the run has {_count(steps)} and warm-up takes {warmup}: {lower}"
+    else:
+        longer = "max_steps" if plan.max_steps == steps else "max_epochs"
+        instead = f", or {lower}" if warmup > steps / 10 else ""
+        left = _count(steps - warmup)
+        yield f"the run has only {left} after its {warmup} of warm-up: raise --trainer.{longer}{instead}"
+
+
+def _count(steps: int) -> str:
+    return f"{steps} {'step' if steps == 1 else 'steps'}"
 
 
 def _far_rate(plan: RunPlan) -> Iterator[str]:

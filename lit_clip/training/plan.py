@@ -64,6 +64,7 @@ class RunPlan:
     precision: str  # Lightning's
     trial: bool = False  # a fast_dev_run, whose settings need not agree
     device: str = "cpu"  # its type
+    rows_per_image: float | None = None  # training pairs of one image in an epoch, on average
 
     @property
     def world(self) -> int:
@@ -135,7 +136,7 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
     To be called before the strategy wraps the module: the sizes of shards say nothing.
     """
     data: Any = getattr(trainer, "datamodule", None)
-    per_epoch = batches_per_epoch(trainer)
+    per_epoch, source = batches_per_epoch(trainer), getattr(data, "train_source", None)
     hparams, parts, model = module.hparams, module.parts, module.model
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     blocks = [block for tower in TOWERS for block in tower_blocks(model, tower)]
@@ -154,7 +155,7 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         steps_per_epoch=per_epoch,
         trial=bool(getattr(trainer, "fast_dev_run", False)),
         steps=None if per_epoch is None else total_steps(trainer),
-        pairs=len(source) if (source := getattr(data, "train_source", None)) is not None else None,
+        pairs=None if source is None else getattr(source, "pairs_per_epoch", len(source)),
         warmup=parts["lr_scheduler"]["init_args"].get("warmup_steps"),
         learning_rate=module.optimization.lr,
         optimizer=parts["optimizer"],
@@ -168,6 +169,7 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         max_epochs=trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else None,
         precision=str(trainer.precision),
         device=trainer.strategy.root_device.type,
+        rows_per_image=getattr(data, "rows_per_image", None),
     )
 
 

@@ -9,6 +9,7 @@ from lit_clip.tools.parts import shown
 from lit_clip.training.checks import check_counts, contradictions
 from lit_clip.training.plan import RunPlan, measure_run
 
+SEVERAL = 2  # rows of an image, on average
 FEW_PAIRS = 3_500  # docs/evidence/recipes.md: pretrained encoders were measured with up to 3,068 pairs,
 SMALL_DATA = 60_000  # training from scratch with up to 50,000;
 BATCH_MATTERS = 2_000  # with 5,000 and 50,000 256 pairs a step were best, with 500 the batch hardly mattered
@@ -63,6 +64,8 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
         rows.append(("warm-up", f"{plan.warmup:,} steps, {of_run}"))
     if plan.steps is not None and plan.global_batch is not None:
         rows.append(("pairs seen", f"{plan.steps * plan.global_batch:,}" + _left_out(plan)))
+    if (plan.rows_per_image or 0) >= SEVERAL:
+        rows.append(("captions", _several_captions(plan)))
     if plan.pairs is not None and plan.pairs <= SMALL_DATA and not (plan.pretrained or plan.frozen):
         rows.append(("training pairs", _small_data(plan.pairs)))
     rows.append(("loss", shown(plan.loss)))
@@ -82,6 +85,14 @@ def _left_out(plan: RunPlan) -> str:
     if plan.pairs is None or not plan.global_batch or plan.steps_per_epoch != plan.pairs // plan.global_batch:
         return ""
     return f"; {plan.pairs % plan.global_batch:,} of {plan.pairs:,} are left out of an epoch"
+
+
+def _several_captions(plan: RunPlan) -> str:
+    times = f"{plan.rows_per_image:.2g}"
+    return (
+        f"{times} of each image on average, so an epoch passes it {times} times; --data.captions.per_image one passes "
+        "it once, in each epoch with another caption"
+    )
 
 
 def _small_data(pairs: int) -> str:

@@ -128,6 +128,11 @@ def _known(total_steps: int | None) -> int:
             "model.lr_scheduler: total_steps is not set, and a function without that argument hides it from the run; "
             "pass the class or functools.partial of it, with the other settings alone"
         )
+    require(
+        total_steps >= 0,
+        "trainer.max_steps: not set, and the data do not tell their length, which the schedule needs; set it, or "
+        "another model.lr_scheduler",
+    )
     return total_steps
 
 
@@ -163,7 +168,7 @@ def batches_per_epoch(trainer: "Trainer") -> int | None:
 
 
 def total_steps(trainer: "Trainer") -> int:
-    """Return the optimiser steps of the whole run.
+    """Return the optimiser steps of the whole run; -1 if the data do not tell their length.
 
     Counted from the data module's ``steps_per_epoch`` where it has one: Lightning's ``estimated_stepping_batches`` sets
     up the data loaders early, and a loader that was resumed would lose its position.
@@ -177,3 +182,10 @@ def total_steps(trainer: "Trainer") -> int:
     if epochs is not None and epochs >= 0:
         bounds.append(epochs * per_epoch)
     return max(1, min(bounds, default=per_epoch * 1000))
+
+
+def known_steps(trainer: "Trainer") -> int | None:
+    """Return :func:`total_steps`; None if the data do not tell their length, or if time alone limits the run."""
+    limited = trainer.max_steps >= 0 or (trainer.max_epochs is not None and trainer.max_epochs >= 0)
+    steps = total_steps(trainer) if limited else -1
+    return steps if steps >= 0 else None

@@ -11,6 +11,7 @@ from lightning.pytorch import Callback
 import callbacks
 from callbacks import (
     EMA,
+    ExpectedTime,
     NonFiniteSteps,
     PatchDropout,
     Preemption,
@@ -28,10 +29,12 @@ from lit_clip.module import LitCLIP
 from tests.conftest import TINY_YAML
 from tests.test_module import data_for, trainer
 
+MIDDLE = (PrintPlan, ExpectedTime, ProgressLines, PrintResults, SkippedSamples, NonFiniteSteps)
 
-def test_defaults_are_seven_callbacks_from_preemption_to_random_states() -> None:
+
+def test_defaults_are_eight_callbacks_from_preemption_to_random_states() -> None:
     kinds = [type(callback) for callback in callbacks.defaults()]
-    assert kinds == [Preemption, PrintPlan, ProgressLines, PrintResults, SkippedSamples, NonFiniteSteps, RandomStates]
+    assert kinds == [Preemption, *MIDDLE, RandomStates]
 
 
 def test_a_callback_without_a_default_goes_after_preemption() -> None:
@@ -40,7 +43,7 @@ def test_a_callback_without_a_default_goes_after_preemption() -> None:
     assert type(first) is Preemption
     assert given is ema
     kinds = [type(callback) for callback in others]
-    assert kinds == [PrintPlan, ProgressLines, PrintResults, SkippedSamples, NonFiniteSteps, RandomStates]
+    assert kinds == [*MIDDLE, RandomStates]
 
 
 class QuietPlan(PrintPlan):
@@ -53,8 +56,7 @@ def test_a_given_callback_replaces_the_default_of_its_class(given: Callback) -> 
     result = callbacks.defaults(ema, given)
     assert [type(result[0]), type(result[-1])] == [Preemption, RandomStates]
     assert result[1:3] == [ema, given]
-    middle = (PrintPlan, ProgressLines, PrintResults, SkippedSamples, NonFiniteSteps)
-    remaining = [kind for kind in middle if not isinstance(given, kind)]
+    remaining = [kind for kind in MIDDLE if not isinstance(given, kind)]
     assert [type(callback) for callback in result[3:-1]] == remaining
 
 

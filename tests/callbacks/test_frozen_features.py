@@ -30,7 +30,7 @@ from datamodules import OpenMoji
 from datamodules.loading.augmentation import Augmentation
 from datamodules.loading.bad_samples import BadSamples
 from datamodules.pairs.columns import ColumnPairs
-from datamodules.pairs.source import Columns
+from datamodules.pairs.source import CaptionOptions, Columns
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Sum
 from lit_clip.module import LitCLIP
@@ -360,7 +360,11 @@ def test_a_later_validation_decodes_images_again(run: Run, monkeypatch: pytest.M
         ({"data": {"augmentation": None}}, None, "data.augmentation to []"),
         ({"augmentations": 2}, None, "2 versions would be the same"),
         ({"freeze": "nothing"}, None, "no encoder has frozen layers"),
-        ({"freeze": "text", "data": {"long_captions": "sentences"}}, None, "set data.long_captions to truncate"),
+        (
+            {"freeze": "text", "data": {"captions": CaptionOptions("sentences")}},
+            None,
+            "set data.captions.long to truncate",
+        ),
         ({"data": {"columns": Columns(negative="image")}}, None, "hard negatives"),
         ({"freeze": "unlock_last 1"}, Compile, "callbacks.Compile"),
         ({"freeze": "unlock_last 1"}, PatchDropout, "random in training"),

@@ -50,7 +50,7 @@ def test_two_runs_can_be_compared_by_settings_and_final_metrics(
     assert {*settings[:4]} == {*FIRST} - {
         "model.architecture"
     }  # which is a mapping here; the page shows the first five
-    assert {"model.optimizer", "data", "data.long_captions", "trainer.callbacks"} <= {*settings}
+    assert {"model.optimizer", "data", "data.num_workers", "trainer.callbacks"} <= {*settings}
     assert metrics[:3] == ["val/loss", "val/image_to_text_recall@1", "val/text_to_image_recall@1"]
     assert [row.hparams["model.optimizer.lr"].number_value for row in rows] == [1e-3, 2e-3]
     for number, row in enumerate(rows):

@@ -109,6 +109,11 @@ def test_other_runs_are_not(change: dict[str, Any]) -> None:
     ("change", "parts"),
     [
         ({"warmup": 390_624}, ["390624 steps", "warm-up takes 390624", "model.lr_scheduler.warmup_steps"]),
+        ({"steps": 299, "warmup": 200}, ["99 steps after its 200 of", "max_epochs, or lower --model.lr_s"]),
+        (
+            {"steps": 51, "warmup": 50, "max_steps": 51, "max_epochs": None},
+            ["only 1 step after", "--trainer.max_steps"],
+        ),
         ({"accumulated": 4}, ["accumulate_grad_batches 4", "micro_batch_size"]),
         ({"max_steps": 100}, ["max_steps 100", "max_epochs 32 (390624 steps)", "max_steps ends", "max_epochs out"]),
         ({"max_steps": 10**6}, ["max_epochs ends the run", "leave max_steps out"]),
@@ -134,6 +139,9 @@ def test_a_contradiction_says_what_to_change(change: dict[str, Any], parts: list
         {"lora": True, "pretrained": True, "learning_rate": 1e-2},
         {"batch_norm": True, "micro_batch": 64},
         {"max_steps": 390_624},
+        {"steps": 300, "warmup": 200},
+        {"steps": 50, "warmup": 0},  # no warm-up that ends too late
+        {"steps": 50, "warmup": None},
         {"steps_per_epoch": None, "steps": None, "max_steps": 5, "warmup": 10**9},  # length unknown before the run
     ],
 )

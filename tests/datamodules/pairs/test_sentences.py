@@ -13,7 +13,7 @@ from PIL import Image
 from datamodules import Captions
 from datamodules.pairs.caption_lengths import caption_statistics, report_captions
 from datamodules.pairs.sentences import FittingCaptions, fitting, sentences
-from datamodules.pairs.source import Rows
+from datamodules.pairs.source import CaptionOptions, Rows
 from lit_clip.errors import InputError
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.custom import CallableTokenizer
@@ -108,7 +108,9 @@ def table(tmp_path: Path) -> Path:
 
 
 def opened(table: Path, **options: Any) -> Captions:
-    data = Captions(str(table), str(table), batch_size=4, long_captions="sentences", **{"num_workers": 0, **options})
+    data = Captions(
+        str(table), str(table), batch_size=4, captions=CaptionOptions("sentences"), **{"num_workers": 0, **options}
+    )
     data.preprocessing, data.tokenize = Preprocessing(image_size=8), CLIPTokenizer(14)
     data.setup("fit")
     return data
@@ -165,7 +167,7 @@ def test_captions_that_no_sentence_of_fits_are_counted(table: Path, monkeypatch:
 def test_a_tokenizer_that_cannot_count_and_an_unknown_policy_are_refused(table: Path) -> None:
     source = opened(table).val_source
     assert source is not None
-    with pytest.raises(InputError, match=r"^long_captions: sentences needs a tokenizer that counts"):
+    with pytest.raises(InputError, match=r"^data\.captions\.long: sentences needs a tokenizer that counts"):
         FittingCaptions(Rows(source, torch.arange(2).numpy()), CallableTokenizer(CLIPTokenizer(14), 14))
-    with pytest.raises(InputError, match="^long_captions: 'words' must be one of truncate, sentences"):
-        Captions(str(table), long_captions="words")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match=r"^data\.captions\.long: 'words' must be one of truncate, sentences"):
+        CaptionOptions("words")  # pyright: ignore[reportArgumentType]
