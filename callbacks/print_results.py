@@ -1,29 +1,74 @@
 """What a run reached and where its files are, printed when training ends."""
 
+import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 
+from lit_clip.tools.untrusted import check_entries
 from lit_clip.training.lightning.run_folder import curves, run_folder
 from lit_clip.training.summary import print_next_steps, print_summary
+
+LOSS, RECALL = "val/loss", "val/mean_recall"
+
+
+class Validation(NamedTuple):
+    """Loss and mean recall after a number of epochs, the first of which is 1."""
+
+    epoch: int
+    loss: float
+    recall: float
 
 
 class PrintResults(Callback):
     """Print a run's last metrics, beside baselines and first values, and its files; warn of steps that none holds."""
 
+    def __init__(self) -> None:
+        self._validations: list[Validation] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        found = trainer.callback_metrics
+        training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and trainer.global_step > 0
+        loss, recall = (float(found.get(name, math.nan)) for name in (LOSS, RECALL))
+        if training and math.isfinite(loss) and math.isfinite(recall):
+            self._validations.append(Validation(trainer.current_epoch + 1, loss, recall))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": [list(each) for each in self._validations]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_entries(state_dict, {"validations": list[tuple[int, float, float]]}, type(self).__name__)
+        self._validations = [Validation(*each) for each in state_dict.get("validations", [])]
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
         if trainer.is_global_zero:
-            print_summary(trainer.callback_metrics, module.baselines, module.before)
+            pairs = len(getattr(getattr(trainer, "datamodule", None), "val_source", None) or ())
+            print_summary(trainer.callback_metrics, module.baselines, module.before, pairs)
         saver = trainer.checkpoint_callback
         last = getattr(saver, "last_model_path", "") or getattr(saver, "best_model_path", "")
         folder = run_folder(trainer)  # every rank must ask
         _warn_of_unsaved_steps(trainer)
         if last and trainer.is_global_zero:
-            print_next_steps(Path(last), folder, curves(trainer.loggers, trainer.ckpt_path), _best(trainer))
+            note = misleading_loss(self._validations)
+            print_next_steps(Path(last), folder, curves(trainer.loggers, trainer.ckpt_path), _best(trainer), note)
+
+
+def misleading_loss(validations: Sequence[Validation]) -> str:
+    """Say so where the loss was lowest after the first epoch, while recall rose for longer; otherwise nothing."""
+    if len(validations) < 2:
+        return ""
+    first, *later = validations
+    best = max(later, key=lambda each: each.recall)
+    if best.recall <= first.recall or min(each.loss for each in later) <= first.loss:
+        return ""
+    rose = f"{LOSS} rose from epoch {first.epoch} on, while {RECALL} rose until epoch {best.epoch}"
+    return f"{rose}: the best model is by recall"
 
 
 def _best(trainer: Trainer) -> dict[str, Path]:

@@ -12,6 +12,8 @@ from torch import Tensor
 from lit_clip.tools.console import Console
 from lit_clip.training.lightning.run_folder import newest_config, shown
 
+FEW = 100  # validation pairs, below which one of them is more than a point of recall
+
 
 def _table(title: str, first: str, *numbers: str) -> Table:
     table = Table(first, title=title)
@@ -21,11 +23,15 @@ def _table(title: str, first: str, *numbers: str) -> Table:
 
 
 def print_summary(
-    metrics: Mapping[str, Tensor], baselines: Mapping[str, float], before: Mapping[str, float] | None = None
+    metrics: Mapping[str, Tensor],
+    baselines: Mapping[str, float],
+    before: Mapping[str, float] | None = None,
+    pairs: int = 0,
 ) -> None:
     """Print a table of the logged validation metrics, with their baselines, unless it would be empty.
 
-    Metrics of ``before``, from before training, add two columns: the value before and the change.
+    Metrics of ``before``, from before training, add two columns: the value before and the change. Of fewer than
+    :data:`FEW` validation pairs it says how much one of them counts.
     """
     table = _table("Results", "metric", "value", "baseline", *(("before", "change") if before else ()))
     # recall@5 before recall@10
@@ -40,8 +46,10 @@ def print_summary(
         if before and name in before:
             row += [f"{scale * before[name]:{form}}{unit}", f"{scale * (value - before[name]):+{form}}"]
         table.add_row(*row)
-    if any("/merged_" in name for name in names):
-        table.caption = "merged: captions repeat, and equal ones count as one"
+    notes = ["merged: captions repeat, and equal ones count as one"] if any("/merged_" in n for n in names) else []
+    if 0 < pairs < FEW and any(name.startswith("val/") for name in names):
+        notes.append(f"val: {pairs} pairs, of which one is {100 / pairs:.1f} points of recall")
+    table.caption = "\n".join(notes) or None
     if names:
         Console().print(table)
 
@@ -59,13 +67,15 @@ def print_parameter_groups(groups: Sequence[Mapping[str, Any]], frozen: int) -> 
 
 
 def print_next_steps(
-    checkpoint: Path, folder: Path | None, curves: Sequence[str], best: Mapping[str, Path] | None = None
+    checkpoint: Path,
+    folder: Path | None,
+    curves: Sequence[str],
+    best: Mapping[str, Path] | None = None,
+    note: str = "",
 ) -> None:
-    """Print where a run's results are and how to look at them again."""
+    """Print where a run's results are and how to look at them again; in the last lines, which model is the best."""
     console = Console(soft_wrap=True)
     console.print(f"checkpoint: {shown(checkpoint)}")
-    for metric, file in (best or {}).items():
-        console.print(f"best {metric}: {shown(file)}")
     config = newest_config(folder)
     if folder:
         console.print(f"logs and images: {shown(folder)}")
@@ -73,6 +83,10 @@ def print_next_steps(
         console.print(f"validate again: {_command('validate', config, checkpoint)}")
     for line in curves:
         console.print(f"curves: {line}")
+    if note:
+        console.print(note)
+    for metric, file in (best or {}).items():
+        console.print(f"best {metric}: {shown(file)}")
 
 
 def resume_command(checkpoint: Path, folder: Path | None) -> str:

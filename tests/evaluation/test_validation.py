@@ -27,6 +27,7 @@ from tests.helpers.ranks_evaluation import (
 
 Ranks = Callable[..., None]
 SIZES = (1, 21, 1000)
+SIDES = (("image", "text"), ("text", "image"))
 
 
 def brute_force(image: Tensor, text: Tensor, keys: list[str], tokens: Tensor, scale: float) -> dict[str, float]:
@@ -63,6 +64,9 @@ def brute_force(image: Tensor, text: Tensor, keys: list[str], tokens: Tensor, sc
         of_queries.sort()
         metrics |= {f"{name}_recall@{k}": sum(rank < k for rank in of_queries) / len(of_queries) for k in (1, 5, 10)}
         metrics[f"{name}_median_rank"] = of_queries[(len(of_queries) - 1) // 2] + 1
+    merged = "merged_" * (len(texts) < len(keys))
+    six = [metrics[f"{merged}{side}_to_{other}_recall@{k}"] for side, other in SIDES for k in (1, 5, 10)]
+    metrics["mean_recall"] = sum(six) / 6
     return metrics
 
 
@@ -116,11 +120,11 @@ def test_any_number_of_ranks_logs_the_metrics_of_one_process(
     results = json.loads(output.read_text())
     for case, result, expected in zip(CASES, results["cases"], evaluate_cases(), strict=True):
         copies = case[0] > 1
-        assert len(result) == 9 + 7 + copies * (8 + 6), "merged captions have recalls, median ranks and baselines too"
+        assert len(result) == 10 + 8 + copies * (8 + 6), "merged captions have recalls, median ranks and baselines too"
         assert result == pytest.approx(expected, rel=1e-6, abs=1e-6), case
     for size, result in zip(SIZES, results["tables"], strict=True):
         assert result.keys() == one_process[size].keys()
-        assert len(result) == 9 + 3 + 3 + 2 + (size > 1) * 8
+        assert len(result) == 10 + 3 + 3 + 2 + (size > 1) * 8
         assert result == pytest.approx(one_process[size], rel=1e-6, abs=1e-6), size
 
 

@@ -1,0 +1,116 @@
+"""The last lines of a run: the best model, by which metric, and what a small validation set can say."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import pytest
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from torch import Tensor
+
+import callbacks
+from callbacks.print_results import PrintResults, Validation, misleading_loss
+from datamodules import Captions
+from lit_clip import LitCLIP
+from lit_clip.models.config import CLIPConfig
+from tests.conftest import ROOT
+
+LOSSES, RECALLS = (1.0, 1.5, 2.0, 2.5), (0.2, 0.5, 0.7, 0.6)
+
+
+class Misled(LitCLIP):
+    """Logs these losses and recalls, one for each validation of an epoch."""
+
+    def on_validation_epoch_end(self) -> None:
+        epoch = min(self.current_epoch, 3)
+        self.log("val/loss", LOSSES[epoch])
+        self.log("val/mean_recall", RECALLS[epoch])
+
+
+def trained(config: CLIPConfig, table: Path, folder: Path, epochs: int, resumed: Path | None = None) -> Trainer:
+    best = ModelCheckpoint(folder, "best", monitor="val/mean_recall", mode="max", enable_version_counter=False)
+    last = ModelCheckpoint(folder, "last", enable_version_counter=False)
+    trainer = Trainer(
+        callbacks=callbacks.defaults(last, best),
+        logger=CSVLogger(folder),
+        max_epochs=epochs,
+        accelerator="cpu",
+        enable_progress_bar=False,
+    )
+    data = Captions(str(table), val=str(table), num_workers=0, batch_size=32)
+    trainer.fit(Misled(config), data, ckpt_path=resumed, weights_only=True)
+    return trainer
+
+
+def test_the_last_line_names_the_best_model_by_recall_where_the_loss_misleads(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also of a run that was resumed, whose first epochs were another process's."""
+    trained(tiny_config, caption_table, tmp_path, 2)
+    *_, note, _ = capfd.readouterr().out.splitlines()
+    assert "recall rose until epoch 2" in note
+    trained(tiny_config, caption_table, tmp_path, 4, tmp_path / "last.ckpt")
+    *_, note, best = capfd.readouterr().out.splitlines()
+    assert note == (
+        "val/loss rose from epoch 1 on, while val/mean_recall rose until epoch 3: the best model is by recall"
+    )
+    assert best == f"best val/mean_recall (0.7): {tmp_path / 'best.ckpt'}"
+    assert torch.load(tmp_path / "best.ckpt", weights_only=True)["epoch"] == 2
+
+
+@pytest.mark.parametrize(
+    ("losses", "recalls"),
+    [
+        ((1.0,), (0.2,)),
+        ((1.0, 0.9, 2.0), (0.2, 0.5, 0.7)),  # the loss fell at first
+        ((1.0, 1.5, 2.0), (0.7, 0.5, 0.6)),  # so did recall: both name the first
+        ((1.0, 1.5, 2.0), (0.7, 0.7, 0.7)),
+        ((1.0, 1.0, 1.0), (0.2, 0.5, 0.7)),  # the loss says nothing
+    ],
+)
+def test_a_loss_that_does_not_mislead_is_not_mentioned(losses: tuple[float, ...], recalls: tuple[float, ...]) -> None:
+    seen = [Validation(number + 1, *both) for number, both in enumerate(zip(losses, recalls, strict=True))]
+    assert misleading_loss(seen) == ""
+
+
+def test_validations_before_the_first_step_and_of_nothing_do_not_count() -> None:
+    found: dict[str, Tensor] = {}
+    state = SimpleNamespace(fn="fit")
+    trainer: Any = SimpleNamespace(
+        callback_metrics=found, state=state, sanity_checking=False, global_step=0, current_epoch=0
+    )
+    results = PrintResults()
+
+    def validated(**changes: Any) -> int:
+        vars(trainer).update(changes)
+        results.on_validation_end(trainer, cast(Any, None))
+        return len(results.state_dict()["validations"])
+
+    assert validated(global_step=3) == 0
+    found |= {"val/loss": torch.tensor(float("nan")), "val/mean_recall": torch.tensor(0.5)}
+    assert validated() == 0
+    found["val/loss"] = torch.tensor(1.0)
+    assert validated(global_step=0) == 0
+    assert validated(global_step=3, sanity_checking=True) == 0
+    assert validated(sanity_checking=False) == 1
+    state.fn = "validate"
+    assert validated() == 1
+
+
+def test_a_small_validation_set_says_what_one_pair_counts(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trained(tiny_config, caption_table, tmp_path, 1)
+    pairs = len(caption_table.read_text(encoding="utf-8").splitlines()) - 1
+    printed = " ".join(capfd.readouterr().out.split())  # the table's width decides its lines
+    assert f"val: {pairs} pairs, of which one is {100 / pairs:.1f} points of recall" in printed
+
+
+@pytest.mark.parametrize("config", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.stem)
+def test_every_config_chooses_its_best_model_by_recall(config: Path) -> None:
+    text = config.read_text(encoding="utf-8")
+    assert text.count("filename: best") == text.count("monitor: val/mean_recall, mode: max")
+    assert "monitor: val/loss" not in text
