@@ -95,7 +95,10 @@ def test_the_siglip_that_is_fine_tuned_exists_and_its_bias_is_corrected() -> Non
     assert architecture.text.context_length == 64
 
 
-@pytest.mark.parametrize("name", ["finetune_clip", "finetune_siglip2", "finetune_table", "quickstart", "pretrained_encoders"])
+FOR_ANY_MACHINE = ("finetune_clip", "finetune_siglip2", "finetune_table", "quickstart", "pretrained_encoders")
+
+
+@pytest.mark.parametrize("name", FOR_ANY_MACHINE)
 def test_configs_for_any_machine_do_not_set_the_precision(name: str) -> None:
     """Processors without bfloat16 instructions emulate it, ten times slower than float32."""
     assert "precision" not in yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text(encoding="utf-8"))["trainer"]
