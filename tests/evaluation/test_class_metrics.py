@@ -225,7 +225,8 @@ def test_metrics_of_a_configuration_are_those_of_its_saved_form(world: int, fold
     }
     options = {"suite": "suite.yaml", "only": ["shades"], "metrics": metrics}
     callback = {"class_path": "callbacks.ZeroShot", "init_args": options}
-    (folder / "metrics.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    saver = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}}
+    (folder / "metrics.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback, saver]}}))
     words = ["--data.train", "captions.csv", "--data.val", "captions.csv", "--data.batch_size", "2"]
     words += ["--data.num_workers", "0", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "1"]
     words += ["--trainer.devices", str(world), "--trainer.strategy", "ddp" if world > 1 else "auto"]
