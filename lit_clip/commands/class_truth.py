@@ -35,7 +35,9 @@ def folder_names(paths: Sequence[str], files: Sequence[ImageFile]) -> list[str]:
             f"--classes: not given, and {' '.join(paths[:2])} is no folder with a subfolder of images for each class; "
             "name the classes"
         )
-    return list(dict.fromkeys(parts[0].replace("_", " ") for parts in inside))
+    names = list(dict.fromkeys(parts[0].replace("_", " ") for parts in inside))
+    require(len(names) > 1, f"--classes: not given, and {root} has one subfolder, {names[0]}; name the classes' folder")
+    return names
 
 
 def _plain(name: str) -> str:

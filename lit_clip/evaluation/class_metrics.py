@@ -115,7 +115,7 @@ def _built(name: str, value: Any, sizes: Mapping[str, int]) -> "Metric":
         return fresh
     if callable(value):
         target, given = unwrapped(value)
-        with _errors(name, TypeError):
+        with _errors(name):
             metric: Any = value(**_missing(target, given, sizes))
         require(isinstance(metric, Metric), f"metrics: {name}: makes no torchmetrics.Metric")
         return metric
@@ -124,10 +124,8 @@ def _built(name: str, value: Any, sizes: Mapping[str, int]) -> "Metric":
     require(isinstance(given, Mapping), f"metrics: {name}: init_args must be a mapping of arguments, not {given!r}")
     target = imported_class(spec["class_path"])
     more = _missing(target, given, sizes) if callable(target) else {}
-    try:
+    with _errors(name):
         return instantiate(cast(Any, Metric), {**spec, "init_args": {**given, **more}})
-    except InputError as error:
-        raise InputError(f"metrics: {name}: {error}") from error
 
 
 def _missing(target: Callable[..., Any], given: Mapping[str, Any], sizes: Mapping[str, int]) -> dict[str, int]:
@@ -150,11 +148,11 @@ def _never() -> bool:
 
 
 @contextmanager
-def _errors(name: str, *more: type[Exception]) -> Iterator[None]:
-    """Name the metric in errors by which torchmetrics refuses arguments and inputs."""
+def _errors(name: str) -> Iterator[None]:
+    """Name the metric in errors by which torchmetrics refuses arguments and inputs, or jsonargparse a class."""
     try:
         yield
-    except (ValueError, RuntimeError, *more) as error:
+    except (ValueError, RuntimeError, TypeError) as error:
         raise InputError(f"metrics: {name}: {' '.join(str(error).split())}") from error
 
 

@@ -135,6 +135,7 @@ def test_images_of_no_class_are_not_counted_and_flat_folders_are_not_judged(
             ["photos/elsewhere"],
             "--classes: not given, and photos/elsewhere is no folder with a subfolder of images for",
         ),
+        (["above"], "--classes: not given, and above has one subfolder, photos; name the classes' folder"),
         (["photos/elsewhere", "--classes", *NAMES, "--metrics", "a=x.Y"], "--metrics: no image is in a folder"),
         (["photos", "--metrics", "torchmetrics.Accuracy"], "must be NAME=CLASS_PATH"),
         (["photos", "--metrics", "a=torchmetrics.classification.MulticlassAUROCK"], "metrics: a: .*did you mean"),
@@ -157,6 +158,7 @@ def test_images_of_no_class_are_not_counted_and_flat_folders_are_not_judged(
 )
 def test_mistakes_are_one_line(words: list[str], message: str, root: Path) -> None:
     write_folders(root / "photos", "test", 20, others=2)
+    write_folders(root / "above/photos", "test", 3)
     (root / "a.csv").write_text("image,label\nx.png,red\n")
     (root / "b.csv").write_text("image,classes\nphotos/red/000.png,red; blue\nphotos/red/000.png,violet\n")
     (root / "c.csv").write_text("image,classes\n")

@@ -158,6 +158,9 @@ def test_metrics_that_are_badly_typed_are_one_line(words: list[str], message: st
         ({"class_path": TORCHMETRICS + "MulticlassAUROC", "init_args": [1]}, "init_args must be a mapping"),
         ({"class_path": TORCHMETRICS + "MulticlassAUROC", "init_args": {"num_classes": 3}}, "metrics: mine: .*3"),
         (MulticlassAUROC(num_classes=3), "metrics: mine: .*"),
+        ({"class_path": TORCHMETRICS + "MulticlassAUROC", "init_args": {"num_classes": 1}}, "larger than 1, but got 1"),
+        ("torchmetrics.classification.MulticlassFBetaScore", "metrics: mine: .*beta"),
+        ("torchmetrics.image.TotalVariation", "metrics: mine: .*arguments"),
         (partial(MulticlassAUROC, averag="none"), "averag"),
         (dict, "makes no torchmetrics.Metric"),
         (TORCHMETRICS + "MultilabelF1Score", "metrics: mine: .*"),
@@ -225,7 +228,8 @@ def test_metrics_of_a_configuration_are_those_of_its_saved_form(world: int, fold
     }
     options = {"suite": "suite.yaml", "only": ["shades"], "metrics": metrics}
     callback = {"class_path": "callbacks.ZeroShot", "init_args": options}
-    (folder / "metrics.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback]}}))
+    saver = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"save_last": True}}
+    (folder / "metrics.yaml").write_text(yaml.safe_dump({"trainer": {"callbacks": [callback, saver]}}))
     words = ["--data.train", "captions.csv", "--data.val", "captions.csv", "--data.batch_size", "2"]
     words += ["--data.num_workers", "0", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "1"]
     words += ["--trainer.devices", str(world), "--trainer.strategy", "ddp" if world > 1 else "auto"]
