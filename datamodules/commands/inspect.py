@@ -70,15 +70,16 @@ def inspect(
     sections = summarize(findings, source.left_out, duplicates, tokenizer.context_length)
     sections += findings_section(counts)
     replaced = " (replaces the one before)" if page.exists() else ""
-    write_inspection(page, name, source, findings, duplicates, sections, tokenizer.context_length, table.name, command)
+    beside = (table.name, command) if counts else None
+    write_inspection(page, name, source, findings, duplicates, sections, tokenizer.context_length, beside)
     _print(name, sections, findings, source.left_out)
     stderr().print(f"page with images: {page}{replaced}")
     if not len(findings.usable):
         first = findings.problems[0][2]
         raise InputError(f"{name}: none of {len(findings.images):,} pairs can be used; the first: {first}")
-    if counts:
-        stderr().print(f"all findings, and a decision on each: {table}{' (replaces the one before)' * kept_before}")
-        stderr().print(f"train on the rest: {command}", soft_wrap=True)
+    what = "all findings, and a decision on each" if counts else "nothing was found to decide on"
+    stderr().print(f"{what}: {table}{' (replaces the one before)' * kept_before}")
+    stderr().print(f"train on the rest: {command}")
 
 
 def _opened(data: list[str], columns: Columns, split: str | None, default_split: str | None = None) -> PairSource:

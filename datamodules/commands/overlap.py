@@ -14,7 +14,7 @@ from datamodules.overlap.findings import By, SetFindings, findings_of, leaked_ro
 from datamodules.overlap.page import percent, points, write_overlap
 from datamodules.overlap.search import LEAST_KEPT, NearestFound, Queries, joined, search
 from datamodules.overlap.sets import EvaluationSet, check_prompts, open_sets, read_thresholds, recognised
-from datamodules.pairs.findings import DataOptions, write_findings
+from datamodules.pairs.findings import Counts, DataOptions, write_findings
 from datamodules.pairs.source import Columns, PairSource
 from lit_clip import load_model
 from lit_clip.embedding.precision import Precision, check_precision
@@ -90,8 +90,8 @@ def overlap(
     queries, found = _searched(clip, opened, source, cache, settings, (batch_size, num_workers, precision, least))
     findings = _judged(clip, opened, queries, found, thresholds, by, precision)
     leaks = leaked_rows(found, list(queries.values()), findings, by, source)
-    _, command = write_findings(path.with_suffix(OUTPUTS[0]), leaks, source, DataOptions(train, columns, split))
-    _write(path, _report(findings, found, len(source), described, train, by), findings, source, command)
+    written = write_findings(path.with_suffix(OUTPUTS[0]), leaks, source, DataOptions(train, columns, split))
+    _write(path, _report(findings, found, len(source), described, train, by), findings, source, *written)
 
 
 def _opened(train: list[str], options: Mapping[str, Any]) -> PairSource:
@@ -152,9 +152,15 @@ def _judged(
 
 
 def _write(
-    path: Path, report: Mapping[str, Any], findings: Mapping[str, SetFindings], source: PairSource, command: str
+    path: Path,
+    report: Mapping[str, Any],
+    findings: Mapping[str, SetFindings],
+    source: PairSource,
+    leaks: Counts,
+    command: str,
 ) -> None:
-    """Write the page and the figures, and print them; ``command`` trains on the rest, empty if nothing leaks."""
+    """Write the page and the figures, and print them; ``command`` trains on what is in no set."""
+    command = command if leaks else ""
     with replacing(path.with_suffix(".json")) as draft:
         draft.write_text(json.dumps(report, indent=1), encoding="utf-8")
     if path.suffix == ".html":

@@ -29,13 +29,12 @@ def write_inspection(
     duplicates: DuplicateGroups,
     sections: Sequence[SummarySection],
     context_length: int,
-    table: str,
-    command: str,
+    table: tuple[str, str] | None,
 ) -> None:
     """Write the page of a scan.
 
-    ``context_length`` is the number of tokens that the model reads of a caption, ``table`` the name of the table of
-    findings beside the page, ``command`` the one that trains on the rest; empty without findings.
+    ``context_length`` is the number of tokens that the model reads of a caption, ``table`` the name of the table
+    of findings beside the page and the command that trains on the rest; None without findings.
     """
     usable = findings.usable
     samples = usable[np.unique(np.linspace(0, len(usable) - 1, SAMPLES).astype(int))] if len(usable) else []
@@ -46,8 +45,7 @@ def write_inspection(
             TEMPLATE,
             title=title,
             sections=sections,
-            table_name=table,
-            command=command,
+            findings=table,
             histograms=list(_histograms(findings, context_length)),
             samples=_shown(source, samples),
             groups=[

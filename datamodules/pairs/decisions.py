@@ -109,9 +109,11 @@ class Decisions:
 
 
 def read_decisions(path: Path) -> Decisions:
-    """Read a table of decisions: parquet, delimited text or JSON lines."""
+    """Read a table: parquet, delimited text or JSON lines. Without any lines of findings its label is empty."""
     label, parts = "", []
     for lines in _parquet_lines(path) if path.suffix.lower() == ".parquet" else _text_lines(path):
+        if not len(lines.numbers):
+            return _of_findings("", np.zeros(0, LINE))
         label = label or lines.label(0)
         found = lines.read(label)
         if label.startswith(ALL_PAIRS):  # few bytes a line, as there may be as many as pairs
@@ -294,9 +296,10 @@ def _text_lines(path: Path) -> Iterator[_Lines]:
         return ColumnNames(names[0], names[1], more_captions=tuple(names[2:]))
 
     with reading(path, "table of decisions"):
-        found = raw_rows(path, find)
-        while rows := list(islice(found, GROUP)):
-            cells = zip(*([row.image, *row.caption] for row in rows), strict=True)
+        found, first = raw_rows(path, find), True
+        while (rows := list(islice(found, GROUP))) or (first and "captions" in names):
+            first = False
+            cells = zip(*([row.image, *row.caption] for row in rows), strict=True) if rows else [[]] * len(names)
             texts = [
                 pa.array([None if cell is None else str(cell) for cell in column], pa.string()) for column in cells
             ]

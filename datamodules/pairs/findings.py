@@ -5,7 +5,6 @@ import shlex
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
-from itertools import chain
 from pathlib import Path
 from typing import NamedTuple
 
@@ -65,16 +64,8 @@ class DataOptions(NamedTuple):
 def write_findings(
     path: Path, lines: Iterable[Finding], source: PairSource, options: DataOptions
 ) -> tuple[Counts, str]:
-    """Write a ``.csv`` file; return counts of its lines, and the command that trains on what it keeps.
-
-    Without lines, remove an earlier file; the command is empty.
-    """
+    """Write a ``.csv`` file; return counts of its lines, and the command that trains on what it keeps."""
     counts: Counts = Counter()
-    lines = iter(lines)
-    first = next(lines, None)
-    if first is None:
-        path.unlink(missing_ok=True)
-        return counts, ""
     label = label_of(source, FINDINGS)
     with (
         replacing(path) as draft,  # the byte order mark tells spreadsheets that it is UTF-8
@@ -82,7 +73,7 @@ def write_findings(
     ):
         writer = csv.writer(file)
         writer.writerow([*(field.name for field in fields(Finding)), "data"])
-        for line in chain([first], lines):
+        for line in lines:
             writer.writerow(map(no_formula, (*asdict(line).values(), label)))
             counts.update((finding, line.decision) for finding in line.finding.split("; "))
     return counts, _command(path, source, *options)

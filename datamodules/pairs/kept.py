@@ -1,6 +1,7 @@
 """The pairs of a source that a table of decisions keeps."""
 
 import random
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -22,6 +23,7 @@ def kept_pairs(source: PairSource, path: str | Path, option: str = "") -> "Filte
     with naming(option):
         decisions = read_decisions(Path(path).expanduser())
         kind = ALL_PAIRS if decisions.keeps_listed else FINDINGS
+        decisions = decisions if decisions.label else replace(decisions, label=label_of(source, kind))
         theirs, ours = (label.removeprefix(f"{kind} ") for label in (decisions.label, label_of(source, kind)))
         other = "it is of other data, or they have changed since"
         require(theirs == ours, f"{path}: is of {theirs}, and the data have {ours}; {other}; {MAKE_AGAIN}")

@@ -150,9 +150,12 @@ def test_tables_without_lines_columns_or_text_are_one_line(source: PairSource) -
     Path("t.csv").write_text(text.replace("decision,finding", "decision,decision"))
     with pytest.raises(InputError, match="^t.csv: not one column 'decision'"):
         kept_pairs(source, "t.csv")
-    Path("t.csv").write_text(text.splitlines()[0])
-    with pytest.raises(InputError, match="^t.csv: has no lines"):
-        kept_pairs(source, "t.csv")
+    for name, content in (("none.jsonl", ""), ("none.csv", "row,pair,decision,data")):
+        Path(name).write_text(content)
+        with pytest.raises(InputError, match=f"^{name}: has no lines"):
+            kept_pairs(source, name)
+    Path("t.csv").write_text(text.splitlines()[0])  # nothing was found
+    assert rows(source) == list(range(ROWS))
     save([lines[0] | {"finding": "größer"}], encoding="cp1252")
     with pytest.raises(InputError, match="^t.csv row 2: not UTF-8 text .* save it as UTF-8"):
         kept_pairs(source, "t.csv")

@@ -1,5 +1,6 @@
-"""Features and indexes of them, files of scores, and stored rows."""
+"""Features and indexes of them, tables of decisions, and stored rows."""
 
+import csv
 import io
 import json
 import random
@@ -12,12 +13,18 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 import pyarrow.parquet as pq
 import torch
 from hypothesis import strategies as st
 
+from datamodules.pairs.custom import CustomPairs
+from datamodules.pairs.decisions import ALL_PAIRS
+from datamodules.pairs.findings import DataOptions, Finding, write_findings
+from datamodules.pairs.kept import kept_pairs
 from datamodules.pairs.pair_filters import PairFilters
-from datamodules.pairs.score_files import ROWS, VERSIONS, ScoreFile, write_scores
+from datamodules.pairs.score_files import ScoreFile, write_scores
+from datamodules.pairs.source import Columns
 from lit_clip.embedding.feature_files import FeatureTable, read_features, write_features
 from lit_clip.embedding.pair_scores import SCORES, pair_hash
 from lit_clip.embedding.parts import load_arrays, save_arrays
@@ -27,6 +34,7 @@ from tests.fuzz.inputs import CANARY, Edit, Input, Inputs, damaged, edited, edit
 from tests.fuzz.target import Target
 from tests.fuzz.targets.pairs import odd_tables, to_parquet
 
+pc: Any = pyarrow.compute  # its functions are defined at run time
 MODEL = "a model's fingerprint"
 WHEN = 1_700_000_000 * 10**9  # modification time of an image
 
@@ -160,11 +168,74 @@ def whole_scores() -> dict[str, bytes]:
     pairs = [(row, pair_hash(f"{row}.png", text), f"{row}.png", text) for row, text in enumerate(texts)]
     pairs = [(*pair, 0.1 * (1 + pair[0]), 8, 8, None) for pair in pairs]
     table = pa.table([list(column) for column in zip(*pairs, strict=True)], SCORES)
-    about = {"model": "m", ROWS: "6", VERSIONS: json.dumps({"f": "1"})}
+    label = f"{ALL_PAIRS} 6 rows"
     with TemporaryDirectory() as name:
         path = Path(name, "s.parquet")
-        write_scores(path, [table], table["score"].to_numpy(), PairFilters(threshold=0.25), about)
+        write_scores(path, [table], table["score"].to_numpy(), PairFilters(threshold=0.25), {"model": "m"}, label)
         return {path.name: path.read_bytes()}
+
+
+class SixPairs(CustomPairs):
+    """The source that the tables decide on; its images are not read."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def key(self, index: int) -> str:
+        return f"{index}.png"
+
+    def image(self, index: int) -> bytes:
+        raise AssertionError(index)
+
+    def captions(self, index: int) -> list[str]:
+        return [f"number {index}"]
+
+
+@cache
+def whole_findings() -> dict[str, bytes]:
+    """Return a table of findings as `lit-clip inspect` writes it: rows 1 and 3 are dropped."""
+    lines = [Finding.of_row(1, "1.png"), *(Finding.of_pair(row, f"{row}.png", f"number {row}", 1) for row in (3, 4))]
+    for line, decision in zip(lines, ("drop", "drop", "keep"), strict=True):
+        line.add("copy", decision)
+    with TemporaryDirectory() as name:
+        path = Path(name, "f.csv")
+        write_findings(path, lines, SixPairs(), DataOptions(["d.csv"], Columns(), None))
+        return {path.name: path.read_bytes()}
+
+
+WORDS = ("drop", "KEEP", "maybe", "all", "1 of 1", "1 of 0", "1 of 999999999", "p0000000000000000", "p", "nan")
+NUMBERS = ("-1", "5", "6", "1e3", "1.0", "1.5", "0x10", "\uff11", "9" * 4000)
+LABELS = ("findings in 6 rows", "every pair of 6 rows", "findings in 999999999999999 rows")
+CELLS = (*WORDS, *NUMBERS, *LABELS, "", " ", "=1+1", "\x00", "\x1b[31m", "\u202e", '"', "\n")
+
+
+def _odd_findings(changes: list[tuple[int, int, str]], copies: int, delimiter: str) -> Input:
+    """Return the table with some cells changed, and some of its lines more than once."""
+    lines = list(csv.reader(io.StringIO(whole_findings()["f.csv"].decode("utf-8-sig"))))
+    for line, column, cell in changes:
+        lines[line % len(lines)][column % len(lines[0])] = cell
+    file = io.StringIO()
+    csv.writer(file, delimiter=delimiter).writerows([*lines, *lines[1 : 1 + copies]])
+    return Input("f.csv", file.getvalue().encode(errors="replace"))
+
+
+def _odd_parquet(changes: list[tuple[int, int, str]], kind: str) -> Input:
+    """Return such a table as parquet, whose numbers have some type."""
+    lines = list(csv.reader(io.StringIO(_odd_findings(changes, 0, ",").data.decode())))
+    columns: dict[str, Any] = {name: [line[place] for line in lines[1:]] for place, name in enumerate(lines[0])}
+    for name in {"row", "copy_of_row"} & columns.keys() if kind != "text" else ():
+        with suppress(ValueError, pa.ArrowException):
+            numbers = [float(cell) if cell else None for cell in columns[name]]
+            columns[name] = pa.array(numbers, pa.float64()).cast(kind)
+    return Input("f.parquet", to_parquet(pa.table(columns)))
+
+
+def finding_inputs() -> Inputs:
+    cells = st.one_of(st.sampled_from(CELLS), st.text(max_size=6))
+    changes = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 10), cells), max_size=3)
+    odd = st.builds(_odd_findings, changes, st.integers(0, 3), st.sampled_from((",", ";", "\t")))
+    typed = st.builds(_odd_parquet, changes, st.sampled_from(("text", "int64", "double", "int8", "uint64")))
+    return st.one_of(damaged(whole_findings), odd, typed)
 
 
 def _odd_scores(name: str, row: int, value: Any, metadata: list[tuple[bytes, bytes]]) -> Input:
@@ -179,32 +250,40 @@ def _odd_scores(name: str, row: int, value: Any, metadata: list[tuple[bytes, byt
 
 
 def score_inputs() -> Inputs:
-    names = st.sampled_from(("score", "score", "score", "row", "pair", "kept", "width", "caption"))
-    numbers = st.sampled_from((float("nan"), float("inf"), float("-inf"), None, 0.0, 1e38, -1, 7, 2**62, True, "x"))
-    keys = st.sampled_from((b"model", b"rows", b"versions", b"\xff"))
+    names = st.sampled_from(("score", "score", "score", "row", "pair", "decision", "data", "width", "caption"))
+    numbers = st.sampled_from(
+        (float("nan"), float("inf"), float("-inf"), None, 0.0, 1e38, -1, 7, 2**62, True, "x", "keep")
+    )
+    keys = st.sampled_from((b"model", b"filters", b"\xff"))
     texts = st.sampled_from((b"\xff", b"", b"-1", b"1e9", b"[]", b'{"f": 1}', b"\x1b[31m", b"9" * 5000))
     metadata = st.lists(st.tuples(keys, texts), max_size=1)
-    return st.one_of(damaged(whole_scores), st.builds(_odd_scores, names, st.integers(0, 5), numbers, metadata))
+    odd = st.builds(_odd_scores, names, st.integers(0, 5), numbers, metadata)
+    return st.one_of(damaged(whole_scores), odd, finding_inputs())
 
 
 def read_score_file(folder: Path, given: Input) -> Iterator[str]:
-    """Filter a file of scores anew, by share and by score, and read which pairs it keeps: no score but a number."""
+    """Read which pairs a table keeps; filter a file of scores anew, by share and by score: no score but a number."""
     path = folder / given.name
     path.write_bytes(given.data)
+    kept = kept_pairs(SixPairs(), path)
+    assert 0 < len(kept) <= 6
+    assert [kept.captions(index) for index in range(len(kept))] == [[f"number {row}"] for row in kept.rows]
+    assert np.array_equal(kept.rows, np.unique(kept.rows)), kept.rows
+    if not given.name.startswith("s."):
+        yield "used"
+        return
     file = ScoreFile(path)
     scores = file.scores()
     assert np.isfinite(scores).all(), f"scores {scores}"
-    for number, filters in enumerate((PairFilters(keep=0.5), PairFilters(threshold=0.25), PairFilters())):
+    for number, filters in enumerate((PairFilters(fraction=0.5), PairFilters(threshold=0.25), PairFilters())):
         again = folder / f"again{number}.parquet"
         with naming(path):
-            write_scores(again, file.pairs(), scores, filters, file.metadata)
+            write_scores(again, file.pairs(), scores, filters, file.metadata, file.label)
         table = pq.read_table(again)
-        kept = table.filter(table["kept"])["score"].to_numpy()
+        kept = table.filter(pc.equal(table["decision"], "keep"))["score"].to_numpy()
         assert np.isfinite(kept).all(), f"{filters} keeps {kept}"
         if filters.threshold is not None:
             assert (kept >= filters.threshold - 1e-6).all(), f"{filters} keeps {kept}"
-    rows, _ = file.kept()
-    assert np.array_equal(rows, np.sort(rows)), rows
     yield "used"
 
 
