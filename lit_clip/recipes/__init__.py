@@ -1,5 +1,6 @@
 """Recipes: what chooses settings of ``fit`` from the data, see :class:`Recipe`."""
 
 from lit_clip.recipes.recipe import Choice, Facts, Recipe, Run
+from lit_clip.recipes.sizes import FineTuning, FromScratch
 
-__all__ = ["Choice", "Facts", "Recipe", "Run"]
+__all__ = ["Choice", "Facts", "FineTuning", "FromScratch", "Recipe", "Run"]
