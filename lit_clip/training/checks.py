@@ -257,10 +257,11 @@ def _far_rate(plan: RunPlan) -> Iterator[str]:
     """Warn of a learning rate of Adam or AdamW that is more than ten times away from the paper's.
 
     From scratch it used 3.6e-4 to 5e-4 at 32,768 pairs (tables 19, 20) and 5e-4 at 2,048 too, so the batch hardly
-    matters; from pretrained weights 2e-5. Smaller rates are only suspicious with a batch as large as that.
+    matters; from pretrained weights 2e-5, for all of them: the last layers alone learn at 3e-4
+    (docs/evidence/recipe_sizes.md). Smaller rates are only suspicious with a batch as large as that.
     """
     rate, large = plan.learning_rate, (plan.global_batch or 0) >= 2048
-    if plan.lora or rate == 0 or "Adam" not in plan.optimizer["class_path"]:
+    if plan.lora or (plan.pretrained and plan.frozen) or rate == 0 or "Adam" not in plan.optimizer["class_path"]:
         return
     low, high = (PAPER_FINE_TUNING_RATE,) * 2 if plan.pretrained else PAPER_RATES
     if rate > FAR * high or (large and not plan.pretrained and rate < low / FAR):

@@ -15,6 +15,7 @@ from lit_clip.cli.argv import DEFAULTS
 from lit_clip.cli.lightning import CLI, run
 from lit_clip.cli.main import EXAMPLES
 from lit_clip.cli.subcommands import COMMANDS
+from lit_clip.recipes.sizes import FROM_SCRATCH, sizes
 from tests.conftest import ROOT, TINY_YAML
 from tests.test_readme import parser_of
 
@@ -43,17 +44,16 @@ def test_the_config_of_a_table_is_the_packaged_one() -> None:
     assert (ROOT / "configs/finetune_table.yaml").samefile(DEFAULTS)
 
 
-def test_fit_needs_a_table_only(parsed: Callable[..., Any]) -> None:
-    without, given = parsed("fit", "--data.train", "x.csv"), parsed("fit", "--config", str(DEFAULTS))
-    assert without["data"]["init_args"].pop("train") == "x.csv"
+def test_fit_needs_a_table_only(parsed: Callable[..., Any], caption_table: Path) -> None:
+    train = ("--data.train", str(caption_table))
+    without, given = parsed("fit", *train), parsed("fit", "--config", str(DEFAULTS), *train)
     assert without["trainer"] == given["trainer"]
     assert without["model"] == given["model"]
-    assert given["data"]["init_args"].pop("train") is None
     assert without["data"] == given["data"]
 
 
-def test_typed_options_come_before_the_packaged_defaults(parsed: Callable[..., Any]) -> None:
-    options = ("--trainer.max_epochs", "3", "--model.optimizer.lr", "0.5", "--data.train", "x.csv")
+def test_typed_options_come_before_the_packaged_defaults(parsed: Callable[..., Any], caption_table: Path) -> None:
+    options = ("--trainer.max_epochs", "3", "--model.optimizer.lr", "0.5", "--data.train", str(caption_table))
     more = ("--trainer.callbacks+=callbacks.PatchDropout", "--trainer.callbacks.share", "0.25")
     config = parsed("fit", *options, *more)
     assert (config["trainer"]["max_epochs"], config["model"]["optimizer"]["init_args"]["lr"]) == (3, 0.5)
@@ -71,13 +71,17 @@ def test_a_config_replaces_the_packaged_defaults_wholly(parsed: Callable[..., An
 def test_another_data_module_keeps_the_other_defaults(parsed: Callable[..., Any]) -> None:
     config = parsed("fit", "--data", "datamodules.OpenMoji")
     assert config["data"]["class_path"] == "datamodules.OpenMoji"
-    assert config["trainer"]["max_epochs"] == settings()["trainer"]["max_epochs"]
+    assert config["trainer"]["log_every_n_steps"] == settings()["trainer"]["log_every_n_steps"]
+    assert config["trainer"]["max_epochs"] == sizes(1_750, FROM_SCRATCH).epochs
 
 
-def test_pretrained_weights_are_not_trained_with_the_settings_from_scratch(parsed: Callable[..., Any]) -> None:
-    model = parsed("fit", "--data.train", "x.csv", "--model.pretrained", "ViT-B-32:openai")["model"]
+def test_pretrained_weights_are_not_trained_with_the_settings_from_scratch(
+    parsed: Callable[..., Any], caption_table: Path, tiny_checkpoint: Path
+) -> None:
+    train = ("fit", "--data.train", str(caption_table))
+    model, scratch = parsed(*train, "--model.pretrained", str(tiny_checkpoint))["model"], parsed(*train)["model"]
     assert model["architecture"] is None
-    assert model["optimizer"]["init_args"]["lr"] < settings()["model"]["optimizer"]["lr"]
+    assert model["optimizer"]["init_args"]["lr"] < scratch["optimizer"]["init_args"]["lr"]
 
 
 def test_a_run_without_a_config_is_validated_and_resumed_without_one(
@@ -89,7 +93,10 @@ def test_a_run_without_a_config_is_validated_and_resumed_without_one(
     fitted = cli("fit", *data, "--model.architecture", TINY_YAML, "--trainer.max_epochs", "1")
     assert fitted.returncode == 0, fitted.stderr
     assert fitted.stderr.count("fit: no --config; the packaged defaults (lit-clip fit --print_config shows them)") == 1
-    assert fitted.stdout.splitlines()[-1] == "curves: tensorboard --logdir runs/table/version_0"
+    *_, curves, best = fitted.stdout.splitlines()
+    assert curves == "curves: tensorboard --logdir runs/table/version_0"
+    assert best.startswith("best val/mean_recall (")
+    assert best.endswith("): runs/table/version_0/checkpoints/best.ckpt")
     last = tmp_path / "runs/table/version_0/checkpoints/last.ckpt"
     validated = cli("validate", "--ckpt_path", str(last), "--data.val", str(caption_table), *quick)
     assert validated.returncode == 0, validated.stderr
@@ -111,11 +118,14 @@ def test_print_config_and_print_plan_need_no_config(caption_table: Path, cli: Cl
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
-def test_the_examples_of_the_help_parse(example: str, parsed: Callable[..., Any], tiny_checkpoint: Path) -> None:
+def test_the_examples_of_the_help_parse(
+    example: str, parsed: Callable[..., Any], tiny_checkpoint: Path, caption_table: Path
+) -> None:
+    files = {"last.ckpt": str(tiny_checkpoint), "captions.csv": str(caption_table)}
     program, command, *options = shlex.split(example)
     assert program == "lit-clip"
     assert len(EXAMPLES) == 5
     if command in COMMANDS:
         assert parser_of(command).parse_args(options).model == "last.ckpt"
     else:
-        assert parsed(command, *(str(tiny_checkpoint) if word == "last.ckpt" else word for word in options))
+        assert parsed(command, *(files.get(word, word) for word in options))

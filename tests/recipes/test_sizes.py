@@ -1,0 +1,132 @@
+"""The recipes that follow the number of pairs: what they choose at each size, and what a run by them learns."""
+
+import json
+from collections.abc import Mapping
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from torch import nn
+
+from lit_clip.recipes import Facts, FineTuning, FromScratch, Recipe, Run
+from lit_clip.recipes.sizes import FINE_TUNING, FROM_SCRATCH, sizes
+
+PAIRS = (1, 50, 115, 500, 3_000, 30_000, 3_000_000)
+RECIPES = (FineTuning(), FromScratch())
+
+
+def a_run(
+    facts: Facts, given: Mapping[str, Any] | None = None, norm: bool = False, logit_bias: float | None = None
+) -> Run:
+    """Return a run of a model with or without BatchNorm and bias."""
+    model: Any = nn.Sequential(nn.BatchNorm2d(3) if norm else nn.LayerNorm(3))
+    module = SimpleNamespace(model=model)
+    model.logit_bias = logit_bias
+    run = Run(given or {}, lambda: None, lambda: module)
+    run.facts = facts
+    return run
+
+
+def chosen(recipe: Recipe, pairs: int, given: Mapping[str, Any] | None = None, **model: Any) -> dict[str, Any]:
+    """Return the choices for pairs that all have other images and captions, by the last part of their names."""
+    run = a_run(Facts(pairs, pairs, pairs), given, **model)
+    return {each.option.rpartition(".")[2]: each.value for each in recipe.choices(run)}
+
+
+@pytest.mark.parametrize(
+    ("pairs", "batch", "epochs", "rate"),
+    [
+        (1, 1, 150, 3e-4),
+        (50, 32, 150, 3e-4),
+        (115, 32, 50, 3e-4),
+        (500, 64, 22, 3e-4),
+        (3_000, 128, 10, 3e-4),
+        (30_000, 256, 5, 1e-4),
+        (3_000_000, 256, 1, 1e-5),
+    ],
+)
+def test_fine_tuning_follows_the_number_of_pairs(pairs: int, batch: int, epochs: int, rate: float) -> None:
+    found = chosen(FineTuning(), pairs)
+    assert (found["global_batch_size"], found["max_epochs"], found["lr"]) == (batch, epochs, rate)
+
+
+@pytest.mark.parametrize("rows", [FINE_TUNING, FROM_SCRATCH])
+def test_every_size_gets_a_run_that_can_learn(rows: Any) -> None:
+    for pairs in (*PAIRS, *range(1, 3_000), 9_999, 10_000, 99_999, 100_000, 10**9):
+        found = sizes(pairs, rows)
+        per_epoch = pairs // found.batch  # as the sampler: an incomplete batch is left out
+        assert 1 <= found.batch <= pairs
+        assert found.steps == found.epochs * per_epoch, pairs
+        assert found.steps - found.warmup >= 100, f"{pairs} pairs: the plan warns below it"
+        assert found.epochs % found.every == 0, f"{pairs} pairs: the last epoch is not validated"
+        assert found.epochs // found.every < 20
+        assert 1e-6 < found.rate <= 1e-3
+
+
+@pytest.mark.parametrize("rows", [FINE_TUNING, FROM_SCRATCH])
+def test_more_pairs_never_mean_a_smaller_batch_a_higher_rate_or_fewer_steps_by_half(rows: Any) -> None:
+    found = [sizes(pairs, rows) for pairs in PAIRS]
+    for fewer, more in zip(found, found[1:], strict=False):
+        assert fewer.batch <= more.batch
+        assert fewer.epochs >= more.epochs
+        assert fewer.rate >= more.rate
+        assert 2 * more.steps > fewer.steps
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_what_is_given_is_not_chosen_and_the_others_follow_it(recipe: Recipe) -> None:
+    found = chosen(recipe, 500, {"data.batch_size": 100, "trainer.max_epochs": 40, "model.optimizer.weight_decay": 0})
+    assert found.keys() == {"lr", "warmup_steps"}
+    assert found["warmup_steps"] == 20  # a tenth of 40 epochs of five steps
+    assert chosen(recipe, 500, {"trainer.max_steps": 60}).keys() == {"global_batch_size", "lr", "warmup_steps"}
+    assert chosen(recipe, 500, {"trainer.max_steps": 60})["warmup_steps"] == 6
+    unlimited = chosen(recipe, 500, {"trainer.max_steps": -1, "trainer.max_epochs": -1})
+    assert "max_epochs" not in unlimited
+
+
+@pytest.mark.parametrize(
+    ("given", "left_out"),
+    [
+        ({"model.optimizer": "timm.optim.Lion"}, "lr"),
+        ({"model.optimizer.class_path": "timm.optim.Lion"}, "lr"),
+        ({"model.lr_scheduler": "torch.optim.lr_scheduler.StepLR"}, "warmup_steps"),
+        ({"model.lr_scheduler.class_path": "torch.optim.lr_scheduler.StepLR"}, "warmup_steps"),
+    ],
+)
+def test_settings_of_another_optimiser_or_schedule_are_not_chosen(given: dict[str, str], left_out: str) -> None:
+    everything = chosen(FineTuning(), 115)
+    assert everything.keys() - chosen(FineTuning(), 115, given).keys() == {left_out}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_repeated_captions_or_images_are_positives_unless_a_loss_is_given(recipe: Recipe) -> None:
+    def losses(facts: Facts, given: Mapping[str, Any] | None = None, **model: Any) -> list[Any]:
+        return [each.value for each in recipe.choices(a_run(facts, given, **model)) if each.option == "model.loss"]
+
+    positives = {"class_path": "lit_clip.losses.Contrastive", "init_args": {"duplicates": "positives"}}
+    assert losses(Facts(115, 115, 10)) == [positives]
+    assert losses(Facts(500, 100, 500)) == [positives]
+    assert losses(Facts(115, 115, 115)) == []
+    assert losses(Facts(115, 115, 10), {"model.loss": "lit_clip.losses.Sigmoid"}) == []
+
+
+def test_a_siglip_keeps_its_loss_and_batch_norm_its_statistics() -> None:
+    siglip = FineTuning().choices(a_run(Facts(115, 115, 10), logit_bias=-10.0))
+    assert "model.loss" not in {each.option for each in siglip}
+    assert chosen(FineTuning(), 115, norm=True)["batch_norm"] is True
+    assert "batch_norm" not in chosen(FineTuning(), 115)
+    assert "batch_norm" not in chosen(FineTuning(), 115, {"model.freeze.batch_norm": False}, norm=True)
+    assert "batch_norm" not in chosen(FromScratch(), 115, norm=True)
+
+
+def test_from_scratch_fine_tunes_where_pretrained_weights_are_given() -> None:
+    given = {"model.pretrained": "last.ckpt"}
+    assert chosen(FromScratch(), 3_000, given) == chosen(FineTuning(), 3_000, given)
+    assert chosen(FromScratch(), 3_000) != chosen(FineTuning(), 3_000)
+    assert chosen(FromScratch(), 3_000, {"model.pretrained": None}) == chosen(FromScratch(), 3_000)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_choices_can_be_typed(recipe: Recipe) -> None:
+    for each in recipe.choose(a_run(Facts(115, 115, 10), norm=True)):
+        assert json.loads(json.dumps(each.value)) == each.value
