@@ -9,12 +9,12 @@ from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torchvision.transforms.v2.functional import resize, to_pil_image
 
-from callbacks.figures import similarity_matrix
-from callbacks.log_image import log_image
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import require
 from lit_clip.models.patches import as_image
 from lit_clip.module import Features
+from .figures import similarity_matrix
+from .log_image import log_image
 
 THUMBNAIL = 64  # pixels, of images in their own aspect ratio
 FRAME = torch.tensor([0.08, 0.37, 0.58])[:, None, None]  # blue, [3, 1, 1]

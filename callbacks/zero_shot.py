@@ -9,8 +9,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from callbacks.log_image import log_image
-from callbacks.suite_evaluation import SuiteEvaluation
 from lit_clip import distributed
 from lit_clip.errors import require
 from lit_clip.evaluation.data import LabelledImages
@@ -27,6 +25,8 @@ from lit_clip.module import LitCLIP
 from lit_clip.retrieval.retrieval_set import Evaluation
 from lit_clip.training.lightning.run_folder import run_folder
 from lit_clip.weights.fingerprint import text_sha256
+from .log_image import log_image
+from .suite_evaluation import SuiteEvaluation
 
 __all__ = ["ZeroShot", "ZeroShotSet"]
 

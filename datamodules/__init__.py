@@ -1,15 +1,15 @@
 """Data modules, sources of (image, caption) pairs, and sets of labelled images."""
 
-from datamodules.caption_datamodule import CaptionDataModule
-from datamodules.captions import Captions, Splits
-from datamodules.evaluation.own_classes import ImageFolderClasses, ParquetClasses
-from datamodules.loading.augmentation import Augmentation, RandomSquareCrop
-from datamodules.loading.bad_samples import BadSamples
-from datamodules.no_captions import NoCaptions
-from datamodules.openmoji import OpenMoji, OpenMojiClasses
-from datamodules.pairs.custom import CustomPairs
-from datamodules.pairs.source import Classes, Columns
-from datamodules.shards.pairs import ShardOptions
+from .caption_datamodule import CaptionDataModule
+from .captions import Captions, Splits
+from .evaluation.own_classes import ImageFolderClasses, ParquetClasses
+from .loading.augmentation import Augmentation, RandomSquareCrop
+from .loading.bad_samples import BadSamples
+from .no_captions import NoCaptions
+from .openmoji import OpenMoji, OpenMojiClasses
+from .pairs.custom import CustomPairs
+from .pairs.source import Classes, Columns
+from .shards.pairs import ShardOptions
 
 __all__ = [
     "Augmentation",

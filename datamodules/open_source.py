@@ -11,20 +11,20 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from datamodules.loading.store import is_remote
-from datamodules.pairs import coco, parquet, saved, text_table
-from datamodules.pairs.class_folders import open_class_folders
-from datamodules.pairs.folder import FolderPairs
-from datamodules.pairs.hub import open_hub_data, parse_hub_name
-from datamodules.pairs.mixture import Concatenated
-from datamodules.pairs.remote_table import open_remote_table, url_suffix
-from datamodules.pairs.source import DELIMITED, JSON_LINES, Classes, PairSource, SourceOptions
-from datamodules.shards.pairs import TarPairs
 from lit_clip.errors import InputError, require
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import SUFFIXES as IMAGES
 from lit_clip.tools.messages import one_line
 from lit_clip.tools.reading import check_is_file, reading
+from .loading.store import is_remote
+from .pairs import coco, parquet, saved, text_table
+from .pairs.class_folders import open_class_folders
+from .pairs.folder import FolderPairs
+from .pairs.hub import open_hub_data, parse_hub_name
+from .pairs.mixture import Concatenated
+from .pairs.remote_table import open_remote_table, url_suffix
+from .pairs.source import DELIMITED, JSON_LINES, Classes, PairSource, SourceOptions
+from .shards.pairs import TarPairs
 
 Opener = Callable[[Path, SourceOptions], PairSource]
 

@@ -1,4 +1,7 @@
-"""Import rules: ``lit_clip`` imports neither of the other two packages, and these do not import each other."""
+"""Import rules: ``lit_clip`` imports neither of the other two packages, and these do not import each other.
+
+They import their own modules relatively, because their names are longer in the wheel: ``lit_clip.callbacks``.
+"""
 
 import ast
 import subprocess
@@ -12,30 +15,26 @@ import datamodules
 import lit_clip
 from tests.conftest import ROOT
 
-FORBIDDEN = {
-    "lit_clip": {"callbacks", "datamodules"},
-    "callbacks": {"datamodules"},
-    "datamodules": {"callbacks"},
-}
+PACKAGES = ("lit_clip", "callbacks", "datamodules")
 
 
 def imported(file: Path) -> set[str]:
-    """Return the top-level names of all imports in a file, also inside functions."""
+    """Return the top-level names of all absolute imports in a file, also inside functions."""
     names: set[str] = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             names |= {alias.name.split(".")[0] for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
+        elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.add(node.module.split(".")[0])
     return names
 
 
-@pytest.mark.parametrize("package", FORBIDDEN)
+@pytest.mark.parametrize("package", PACKAGES)
 def test_packages_import_only_downwards(package: str) -> None:
     files = list((ROOT / package).rglob("*.py"))
     assert files
     for file in files:
-        assert not imported(file) & FORBIDDEN[package], file
+        assert not imported(file) & {"callbacks", "datamodules"}, file
 
 
 def test_the_three_packages_come_from_this_checkout() -> None:

@@ -9,16 +9,16 @@ from typing import TextIO
 import torch
 from rich.table import Table
 
-from datamodules.inspection.page import write_inspection
-from datamodules.inspection.scan import ScanFindings, inspect_source
-from datamodules.inspection.summary import SummarySection, find_duplicates, summarize
-from datamodules.open_source import open_source
-from datamodules.pairs.source import Columns, SkippedRows
 from lit_clip.errors import InputError, require
 from lit_clip.models.registry import list_models, resolve_architecture
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import Console, Text, stderr
+from ..inspection.page import write_inspection
+from ..inspection.scan import ScanFindings, inspect_source
+from ..inspection.summary import SummarySection, find_duplicates, summarize
+from ..open_source import open_source
+from ..pairs.source import Columns, SkippedRows
 
 PAPERS_CONTEXT = 77
 SHOWN = 5  # problems that the terminal shows; the page and the list beside it have more

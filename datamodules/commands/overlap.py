@@ -9,12 +9,6 @@ from typing import Any
 
 from rich.table import Table
 
-from datamodules.open_source import open_source, stamp_of_data
-from datamodules.overlap.findings import By, SetFindings, findings_of
-from datamodules.overlap.page import percent, points, write_overlap
-from datamodules.overlap.search import NearestFound, Queries, joined, search
-from datamodules.overlap.sets import EvaluationSet, check_prompts, open_sets, read_thresholds, recognised
-from datamodules.pairs.source import Columns, PairSource
 from lit_clip import load_model
 from lit_clip.embedding.precision import Precision, check_precision
 from lit_clip.errors import require
@@ -27,6 +21,12 @@ from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.html import plural
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
+from ..open_source import open_source, stamp_of_data
+from ..overlap.findings import By, SetFindings, findings_of
+from ..overlap.page import percent, points, write_overlap
+from ..overlap.search import NearestFound, Queries, joined, search
+from ..overlap.sets import EvaluationSet, check_prompts, open_sets, read_thresholds, recognised
+from ..pairs.source import Columns, PairSource
 
 LISTED_BAD = 20
 

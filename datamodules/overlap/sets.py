@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.evaluation.own_classes import ImageFolderClasses
-from datamodules.overlap.search import Queries
 from lit_clip.embedding.precision import Precision, autocast
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, LabelledImages, MissingData, MultiLabel
@@ -19,6 +17,8 @@ from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import stderr
 from lit_clip.tools.reading import naming
+from ..evaluation.own_classes import ImageFolderClasses
+from .search import Queries
 
 
 class EvaluationSet(NamedTuple):

@@ -6,14 +6,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from datamodules.loading.bad_samples import as_unicode, is_unicode
-from datamodules.pairs.columns import Cells, ColumnPairs
-from datamodules.pairs.folder import walk_images
-from datamodules.pairs.source import SourceOptions
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.prompts import Prompts, prompts_of
 from lit_clip.tools.images import SUFFIXES
 from lit_clip.tools.reading import reading
+from ..loading.bad_samples import as_unicode, is_unicode
+from .columns import Cells, ColumnPairs
+from .folder import walk_images
+from .source import SourceOptions
 
 
 def open_class_folders(folder: Path, options: SourceOptions) -> "ClassPairs":

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from PIL import Image
 
-from datamodules.pairs.source import PairSource
+from .source import PairSource
 
 
 class SourcePairs:

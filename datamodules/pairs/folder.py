@@ -7,12 +7,12 @@ from pathlib import Path
 import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.loading.bad_samples import as_unicode, is_unicode
-from datamodules.pairs.columns import Cells, ColumnPairs
-from datamodules.pairs.source import DELIMITED, JSON_LINES, NO_CAPTION
 from lit_clip.errors import BadSample, InputError
 from lit_clip.tools.images import SUFFIXES
 from lit_clip.tools.reading import reading
+from ..loading.bad_samples import as_unicode, is_unicode
+from .columns import Cells, ColumnPairs
+from .source import DELIMITED, JSON_LINES, NO_CAPTION
 
 BATCH_ROWS = 16_384
 LARGEST_TEXT = 1 << 20  # bytes

@@ -11,12 +11,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datamodules.pairs.pair_filters import Cut, PairFilters
-from datamodules.pairs.source import compute
 from lit_clip.embedding.pair_scores import SCORES
 from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.reading import reading
+from .pair_filters import Cut, PairFilters
+from .source import compute
 
 GROUP = 65_536  # pairs that are read and written at once
 WRITE_AGAIN = "write it with lit-clip score"
