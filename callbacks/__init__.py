@@ -1,5 +1,10 @@
 """Callbacks: everything that happens around a training step."""
 
+if __name__ == "callbacks":  # the folder of a clone
+    from lit_clip.tools.clone import share_modules
+
+    share_modules(__name__)
+
 from lightning.pytorch import Callback
 
 from lit_clip.tools.silenced import silence

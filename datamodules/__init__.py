@@ -1,5 +1,10 @@
 """Data modules, sources of (image, caption) pairs, and sets of labelled images."""
 
+if __name__ == "datamodules":  # the folder of a clone
+    from lit_clip.tools.clone import share_modules
+
+    share_modules(__name__)
+
 from .caption_datamodule import CaptionDataModule
 from .captions import Captions, Splits
 from .evaluation.own_classes import ImageFolderClasses, ParquetClasses

@@ -12,6 +12,7 @@ from typing import Any
 from jsonargparse import ArgumentError, ArgumentParser
 
 from lit_clip.errors import InputError, require
+from lit_clip.tools.class_paths import short_names
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import SUFFIXES as IMAGES
 from lit_clip.tools.messages import one_line
@@ -64,6 +65,7 @@ def open_source(path: str | Path | Sequence[str | Path] | Mapping[str, Any] | Pa
     return Concatenated(sources, distinct_keys=len(roots) > 1)
 
 
+@short_names()
 def _made(description: Mapping[str, Any] | str) -> PairSource:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=PairSource)

@@ -40,7 +40,7 @@ def open_sets(
     for folder in folders:
         name = os.path.basename(os.path.realpath(folder))  # Path.resolve fails for a link to itself
         require(name not in opened, f"{folder}: another set is named {name}; rename the folder")
-        entry = SuiteEntry({"class_path": "datamodules.ImageFolderClasses"}, templates=templates)
+        entry = SuiteEntry({"class_path": "lit_clip.datamodules.ImageFolderClasses"}, templates=templates)
         opened[name] = EvaluationSet(ImageFolderClasses(folder), entry)
     entries = read_suite(suites) if suites else {}
     for name in names or []:

@@ -10,6 +10,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, MissingData
+from lit_clip.tools.class_paths import short_names
 from lit_clip.tools.messages import one_line, user_error
 from lit_clip.tools.text_files import read_yaml
 from lit_clip.tools.untrusted import shortened
@@ -157,6 +158,7 @@ def _checked_class(value: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {**value, "init_args": options}
 
 
+@short_names()
 def _instantiate(spec: Mapping[str, Any]) -> ImageSet:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=ImageSet, required=True)
