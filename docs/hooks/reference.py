@@ -24,8 +24,8 @@ PACKAGES = {
     "lit_clip": "What `import lit_clip` offers.",
     "lit_clip.losses": "The losses, and the contract of one of your own ([guide](../losses.md)).",
     "callbacks": "What happens around a training step. `callbacks.NAME` in YAML, imported from `lit_clip.callbacks`.",
-    "datamodules": "Data modules, sources of pairs and sets of labelled images. `datamodules.NAME` in YAML, imported from "
-    "`lit_clip.datamodules`.",
+    "datamodules": "Data modules, sources of pairs and sets of labelled images. `datamodules.NAME` in YAML, imported "
+    "from `lit_clip.datamodules`.",
 }
 
 FIT = """`validate`, `test` and `predict` have the same, but for what says "fit only". `--ckpt_path` names a checkpoint
