@@ -64,9 +64,7 @@ print(len(ours))
 """
 
 
-@pytest.mark.parametrize(
-    "first", [["datamodules.pairs.text_table", "callbacks"], ["lit_clip.callbacks.ema"], ["lit_clip"]]
-)
+@pytest.mark.parametrize("first", [["datamodules.pairs.text_table", "callbacks"], ["lit_clip.callbacks.ema"]])
 def test_a_module_of_a_clone_exists_once_under_its_short_and_its_full_name(first: list[str]) -> None:
     command = [sys.executable, "-c", ONE_MODULE, *first]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)

@@ -1,6 +1,5 @@
 """Class paths in settings: ``callbacks.EMA`` is short for ``lit_clip.callbacks.EMA``, ``datamodules`` likewise."""
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -8,39 +7,65 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import _actions, _typehints
+from jsonargparse._typehints import resolve_class_path_by_name
 from jsonargparse._util import import_object
 
-from lit_clip.errors import InputError
+from lit_clip.errors import require
 
 SHORT = ("callbacks", "datamodules")
 
 
-def find_object(path: str, check_path: bool = True) -> Any:
-    """Import the class or function that a class path names.
+def full_name(path: str) -> str:
+    """Return the import path that a class path stands for.
 
     ``callbacks.X`` and ``datamodules.X`` are lit-clip's X; without one, X of a module of that name that the user has.
     """
     package = path.partition(".")[0]
-    if package in SHORT:
-        try:
-            return import_object(f"lit_clip.{path}", check_path)
-        except (AttributeError, ModuleNotFoundError):
-            found, ours = find_spec(package), sys.modules[f"lit_clip.{package}"].__file__
-            if found and found.origin == ours and Path(f"{package}.py").exists():
-                raise InputError(f"{path}: {ours}, of a clone, hides {package}.py; rename that file") from None
-            if not found or found.origin == ours:
-                raise
-    return import_object(path, check_path)
+    if package not in SHORT:
+        return path
+    try:
+        import_object(f"lit_clip.{path}")
+    except (AttributeError, ModuleNotFoundError):
+        if (found := find_spec(package)) is None:
+            raise
+    else:
+        return f"lit_clip.{path}"
+    try:
+        import_object(path)
+    except (AttributeError, ModuleNotFoundError):
+        own = Path(f"{package}.py").absolute()
+        require(
+            not own.exists() or str(own) == found.origin, f"{path}: {found.origin} hides {own.name}; rename that file"
+        )
+        raise
+    return path
+
+
+def find_object(path: str, check_path: bool = True) -> Any:
+    """Import the class or function that a class path names."""
+    return import_object(full_name(path), check_path)
+
+
+def _resolve(kind: Any, name: str) -> str:
+    return full_name(resolve_class_path_by_name(kind, name))
+
+
+# Functions of jsonargparse, in the modules that look them up.
+_REPLACED = (
+    (_actions, "import_object", find_object),
+    (_typehints, "import_object", find_object),
+    (_typehints, "resolve_class_path_by_name", _resolve),
+)
 
 
 @contextmanager
 def short_names() -> Iterator[None]:
-    """Within this context a parser imports by :func:`find_object`; the user's own parsers keep Python's rules."""
-    before = vars(_typehints)["import_object"]
+    """Within this context parsers know the short names, and keep the full ones; the user's own have Python's rules."""
+    before = [(module, name, getattr(module, name)) for module, name, _ in _REPLACED]
     try:
-        for module in (_actions, _typehints):  # which import it by name
-            setattr(module, "import_object", find_object)  # noqa: B010
+        for module, name, function in _REPLACED:
+            setattr(module, name, function)
         yield
     finally:
-        for module in (_actions, _typehints):
-            setattr(module, "import_object", before)  # noqa: B010
+        for module, name, function in before:
+            setattr(module, name, function)

@@ -76,8 +76,9 @@ def test_parsers_of_the_users_keep_pythons_rules() -> None:
     with short_names():
         with short_names():
             pass
-        ours = parser.instantiate(parser.parse_args(["--callback", "callbacks.ProgressLines"])).callback
-    assert type(ours) is callbacks.ProgressLines
+        parsed = parser.parse_args(["--callback", "callbacks.ProgressLines"])
+    assert parsed.callback.class_path == "lit_clip.callbacks.ProgressLines"  # which other processes know too
+    assert type(parser.instantiate(parsed).callback) is callbacks.ProgressLines
     theirs = parser.parse_args(["--callback", "callbacks.EMA"])
     assert type(parser.instantiate(theirs).callback) is Mine
 
@@ -107,5 +108,5 @@ def test_a_users_callbacks_file_breaks_no_command(
     assert "mine is called" in result.stdout
     last = cli(*words, "--trainer.callbacks+=callbacks.Mine", environment={"PYTHONPATH": str(ROOT)}, new=True)
     assert last.returncode == 2
-    hidden = f"callbacks.Mine: {ROOT}/callbacks/__init__.py, of a clone, hides callbacks.py; rename that file"
+    hidden = f"callbacks.Mine: {ROOT}/callbacks/__init__.py hides callbacks.py; rename that file"
     assert hidden in last.stderr.splitlines()[-1]
