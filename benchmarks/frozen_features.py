@@ -2,8 +2,8 @@
 
     python benchmarks/frozen_features.py [--pairs 3] [--images 256] [--batch 64] [--unlock 4]
 
-The encoders are as large as those of ``configs/pretrained_encoders.yaml``, with random weights: EfficientNet-Lite0, of which the
-last ``--unlock`` blocks and the head are trained, and a text encoder of MiniLM's size, whose projection is trained.
+The encoders are as large as those of ``configs/pretrained_encoders.yaml``, with random weights: EfficientNet-Lite0, of
+which the last ``--unlock`` blocks and the head are trained, and a text encoder of MiniLM's size, whose projection is trained.
 
 The images are JPEGs of 640 x 480 from the photographs of scikit-image and scikit-learn. An epoch is timed from its
 start to its last step, with one data worker, without validation; the stored features are there already. The time to
@@ -103,7 +103,7 @@ def main() -> None:
         size = sum(file.stat().st_size for file in folder.glob("features/*/values"))
     found = compared(
         f"frozen_features/unlock_last_{options.unlock}",
-        f"epoch of encoders as large as those of pretrained_encoders.yaml, {options.images} pairs, batch {options.batch}",
+        f"epoch of encoders as large as those of that config, {options.images} pairs, batch {options.batch}",
         times,
         peer="without FrozenFeatures",
         figures={"seconds_to_encode": first.before, "bytes_per_pair": size / options.images},

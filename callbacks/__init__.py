@@ -1,27 +1,32 @@
 """Callbacks: everything that happens around a training step."""
 
+if __name__ == "callbacks":  # the folder of a clone
+    from lit_clip.tools.clone import share_modules
+
+    share_modules(__name__)
+
 from lightning.pytorch import Callback
 
-from callbacks.activation_checkpointing import ActivationCheckpointing
-from callbacks.compile import Compile
-from callbacks.ema import EMA
-from callbacks.expected_time import ExpectedTime
-from callbacks.frozen_features import FrozenFeatures
-from callbacks.linear_probe import LinearProbe
-from callbacks.monitor import TrainingMonitor
-from callbacks.non_finite import NonFiniteSteps
-from callbacks.patch_dropout import PatchDropout
-from callbacks.preemption import Preemption
-from callbacks.print_plan import PrintPlan
-from callbacks.print_results import PrintResults
-from callbacks.progress_lines import ProgressLines
-from callbacks.random_states import RandomStates
-from callbacks.retrieval import Retrieval
-from callbacks.skipped_samples import SkippedSamples
-from callbacks.tensorboard import EmbeddingProjector, SimilarityMatrix
-from callbacks.throughput import Throughput
-from callbacks.zero_shot import ZeroShot, ZeroShotSet
 from lit_clip.tools.guarded_output import silence
+from .activation_checkpointing import ActivationCheckpointing
+from .compile import Compile
+from .ema import EMA
+from .expected_time import ExpectedTime
+from .frozen_features import FrozenFeatures
+from .linear_probe import LinearProbe
+from .monitor import TrainingMonitor
+from .non_finite import NonFiniteSteps
+from .patch_dropout import PatchDropout
+from .preemption import Preemption
+from .print_plan import PrintPlan
+from .print_results import PrintResults
+from .progress_lines import ProgressLines
+from .random_states import RandomStates
+from .retrieval import Retrieval
+from .skipped_samples import SkippedSamples
+from .tensorboard import EmbeddingProjector, SimilarityMatrix
+from .throughput import Throughput
+from .zero_shot import ZeroShot, ZeroShotSet
 
 __all__ = [
     "EMA",

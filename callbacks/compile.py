@@ -6,9 +6,9 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from callbacks.activation_checkpointing import ActivationCheckpointing
 from lit_clip.errors import require
 from lit_clip.models.layers import TOWERS, tower_blocks
+from .activation_checkpointing import ActivationCheckpointing
 
 MOST_GRAPHS = 64
 

@@ -7,7 +7,6 @@ import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
-from callbacks.compile import Compile
 from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
@@ -20,6 +19,7 @@ from lit_clip.tools.stored_rows import ABSENT
 from lit_clip.training.frozen_features import Encoding, my_share, open_rows, store_images, store_texts
 from lit_clip.training.micro_batches import HARD_NEGATIVES
 from lit_clip.training.teacher import Distillation
+from .compile import Compile
 
 
 class FrozenFeatures(Callback):

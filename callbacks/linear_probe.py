@@ -5,9 +5,9 @@ from typing import Any
 
 from torch import Tensor
 
-from callbacks.suite_evaluation import SuiteEvaluation
 from lit_clip.errors import require
 from lit_clip.models.clip import CLIP
+from .suite_evaluation import SuiteEvaluation
 
 
 class LinearProbe(SuiteEvaluation):

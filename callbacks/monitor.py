@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import ShardingStrategy
 from torch.optim import Optimizer
 
-from callbacks.training_clock import TimedCallback, log_interval
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import require
 from lit_clip.models.clip import CLIP
 from lit_clip.module import LitCLIP
 from lit_clip.tools.untrusted import check_entries
+from .training_clock import TimedCallback, log_interval
 
 SCALARS = ("logit_scale", "logit_bias")
 STUCK = 0.99  # of the baseline: a loss above it has learned nothing

@@ -8,10 +8,10 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import RichProgressBar, Timer, TQDMProgressBar
 
-from callbacks.training_clock import TimedCallback
 from lit_clip.batch import CaptionBatch
 from lit_clip.tools.console import ProgressLog, can_draw, duration, per_second
 from lit_clip.training.schedules import known_steps
+from .training_clock import TimedCallback
 
 LIGHTNINGS = (TQDMProgressBar, RichProgressBar)
 

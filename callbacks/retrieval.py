@@ -1,6 +1,6 @@
 """Retrieval and caption choice during training, on sets of a suite."""
 
-from callbacks.suite_evaluation import SuiteEvaluation
+from .suite_evaluation import SuiteEvaluation
 
 
 class Retrieval(SuiteEvaluation):

@@ -13,7 +13,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from callbacks.periodic import PeriodicEvaluation, from_first_rank
 from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.caption_choice import evaluate_choices
@@ -35,6 +34,7 @@ from lit_clip.module import LitCLIP
 from lit_clip.retrieval.retrieval_set import Evaluation
 from lit_clip.tools.images import OnError, or_skip
 from lit_clip.training.lightning.run_folder import run_folder
+from .periodic import PeriodicEvaluation, from_first_rank
 
 
 class SuiteEvaluation(PeriodicEvaluation):

@@ -8,14 +8,14 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
-from callbacks.monitor import TrainingMonitor
-from callbacks.training_clock import TimedCallback, log_interval
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.models.clip import CLIP
 from lit_clip.models.flops import PairFlops, matmul_peak, training_flops
 from lit_clip.module import LitCLIP
 from lit_clip.tools import hardware
+from .monitor import TrainingMonitor
+from .training_clock import TimedCallback, log_interval
 
 DTYPES = {  # of matrix products, by Lightning's name of the precision
     "64-true": torch.float64,

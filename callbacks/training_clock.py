@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler
 
-from callbacks.periodic import PeriodicEvaluation
+from .periodic import PeriodicEvaluation
 
 # Names of Lightning's profiler actions: fetching a batch, and writing a checkpoint.
 FETCH, SAVE = "[_TrainingEpochLoop].train_dataloader_next", "save_checkpoint"

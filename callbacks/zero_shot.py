@@ -8,8 +8,6 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2.functional import to_pil_image
 
-from callbacks.log_image import log_image
-from callbacks.suite_evaluation import SuiteEvaluation
 from lit_clip import distributed
 from lit_clip.errors import require
 from lit_clip.evaluation.classification import nearest_classes
@@ -25,6 +23,8 @@ from lit_clip.models.preprocess import pixels
 from lit_clip.module import LitCLIP
 from lit_clip.retrieval.retrieval_set import Evaluation
 from lit_clip.weights.fingerprint import text_sha256
+from .log_image import log_image
+from .suite_evaluation import SuiteEvaluation
 
 __all__ = ["ZeroShot", "ZeroShotSet"]
 

@@ -1,14 +1,19 @@
 """Data modules, sources of (image, caption) pairs, and sets of labelled images."""
 
-from datamodules.caption_datamodule import CaptionDataModule
-from datamodules.captions import Captions, NoCaptions, Splits
-from datamodules.evaluation.own_classes import ImageFolderClasses, ParquetClasses
-from datamodules.loading.augmentation import Augmentation, RandomSquareCrop
-from datamodules.loading.bad_samples import BadSamples
-from datamodules.openmoji import OpenMoji, OpenMojiClasses
-from datamodules.pairs.custom import CustomPairs
-from datamodules.pairs.source import CaptionOptions, Classes, Columns
-from datamodules.shards.pairs import ShardOptions
+if __name__ == "datamodules":  # the folder of a clone
+    from lit_clip.tools.clone import share_modules
+
+    share_modules(__name__)
+
+from .caption_datamodule import CaptionDataModule
+from .captions import Captions, NoCaptions, Splits
+from .evaluation.own_classes import ImageFolderClasses, ParquetClasses
+from .loading.augmentation import Augmentation, RandomSquareCrop
+from .loading.bad_samples import BadSamples
+from .openmoji import OpenMoji, OpenMojiClasses
+from .pairs.custom import CustomPairs
+from .pairs.source import CaptionOptions, Classes, Columns
+from .shards.pairs import ShardOptions
 
 __all__ = [
     "Augmentation",

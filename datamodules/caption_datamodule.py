@@ -11,23 +11,6 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.loading.augmentation import Augmentation, TrainingTransform, Transform, check_transforms
-from datamodules.loading.bad_samples import BadSamples, SkippingDataset
-from datamodules.loading.copy_stream import on_copy_stream
-from datamodules.loading.sampling import (
-    EvaluationBatchSampler,
-    GlobalBatchSampler,
-    Position,
-    checked_budgets,
-    default_batch_size,
-)
-from datamodules.pairs.batches import Collate, TrainingPairs, ValidationPairs
-from datamodules.pairs.caption_lengths import report_captions
-from datamodules.pairs.kept import digest_of_kept
-from datamodules.pairs.one_caption import one_caption_each, rows_of_each_image
-from datamodules.pairs.sentences import FittingCaptions
-from datamodules.pairs.source import CaptionOptions, PairSource
-from datamodules.pairs.stored_features import StoredPairs, WithStoredFeatures
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import require
 from lit_clip.models.config import Preprocessing
@@ -36,6 +19,23 @@ from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
 from lit_clip.tools.untrusted import check_entries, shortened
 from lit_clip.tools.workers import SharedMemoryCollate, shield_worker
 from lit_clip.training.lightning.strategies import divides_samples
+from .loading.augmentation import Augmentation, TrainingTransform, Transform, check_transforms
+from .loading.bad_samples import BadSamples, SkippingDataset
+from .loading.copy_stream import on_copy_stream
+from .loading.sampling import (
+    EvaluationBatchSampler,
+    GlobalBatchSampler,
+    Position,
+    checked_budgets,
+    default_batch_size,
+)
+from .pairs.batches import Collate, TrainingPairs, ValidationPairs
+from .pairs.caption_lengths import report_captions
+from .pairs.kept import digest_of_kept
+from .pairs.one_caption import one_caption_each, rows_of_each_image
+from .pairs.sentences import FittingCaptions
+from .pairs.source import CaptionOptions, PairSource
+from .pairs.stored_features import StoredPairs, WithStoredFeatures
 
 EVALUATION_BATCH_SIZE = 64
 

@@ -10,18 +10,18 @@ from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader, IterableDataset
 
-from datamodules.caption_datamodule import CaptionDataModule
-from datamodules.loading.augmentation import Augmentation, Transform
-from datamodules.loading.bad_samples import BadSamples
-from datamodules.open_source import open_source
-from datamodules.pairs.kept import FilteredPairs, kept_pairs
-from datamodules.pairs.mixture import Mixture
-from datamodules.pairs.source import NO_CAPTION, CaptionOptions, Classes, Columns, PairSource
-from datamodules.shards.pairs import ShardOptions
 from lit_clip.batch import JUDGED_AFTER
 from lit_clip.distributed import gather_objects
 from lit_clip.errors import InputError, require
 from lit_clip.tools.untrusted import check_entries, shortened
+from .caption_datamodule import CaptionDataModule
+from .loading.augmentation import Augmentation, Transform
+from .loading.bad_samples import BadSamples
+from .open_source import open_source
+from .pairs.kept import FilteredPairs, kept_pairs
+from .pairs.mixture import Mixture
+from .pairs.source import NO_CAPTION, CaptionOptions, Classes, Columns, PairSource
+from .shards.pairs import ShardOptions
 
 VALIDATION_SHARE = 0.1
 

@@ -11,19 +11,20 @@ from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from datamodules.loading.store import is_remote
-from datamodules.pairs import coco, parquet, saved, text_table
-from datamodules.pairs.folder import FolderPairs, open_class_folders
-from datamodules.pairs.hub import open_hub_data, parse_hub_name
-from datamodules.pairs.mixture import Concatenated
-from datamodules.pairs.remote_table import open_remote_table, url_suffix
-from datamodules.pairs.source import DELIMITED, JSON_LINES, Classes, PairSource, SourceOptions
-from datamodules.shards.pairs import TarPairs
 from lit_clip.errors import InputError, require
+from lit_clip.tools.class_paths import short_names
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import SUFFIXES as IMAGES
 from lit_clip.tools.messages import one_line
 from lit_clip.tools.reading import check_is_file, reading
+from .loading.store import is_remote
+from .pairs import coco, parquet, saved, text_table
+from .pairs.folder import FolderPairs, open_class_folders
+from .pairs.hub import open_hub_data, parse_hub_name
+from .pairs.mixture import Concatenated
+from .pairs.remote_table import open_remote_table, url_suffix
+from .pairs.source import DELIMITED, JSON_LINES, Classes, PairSource, SourceOptions
+from .shards.pairs import TarPairs
 
 Opener = Callable[[Path, SourceOptions], PairSource]
 
@@ -63,6 +64,7 @@ def open_source(path: str | Path | Sequence[str | Path] | Mapping[str, Any] | Pa
     return Concatenated(sources, distinct_keys=len(roots) > 1)
 
 
+@short_names()
 def _made(description: Mapping[str, Any] | str) -> PairSource:
     parser = ArgumentParser(exit_on_error=False)
     parser.add_argument("--data", type=PairSource)

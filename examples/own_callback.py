@@ -11,10 +11,9 @@ import sys
 from lightning.pytorch import Callback, Trainer
 from torchvision.transforms.v2.functional import to_pil_image
 
-import callbacks
-from callbacks.log_image import log_image
-from datamodules import Captions
-from lit_clip import LitCLIP
+from lit_clip import LitCLIP, callbacks
+from lit_clip.callbacks.log_image import log_image
+from lit_clip.datamodules import Captions
 
 
 class WorstPair(Callback):

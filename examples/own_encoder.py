@@ -11,9 +11,8 @@ import sys
 from lightning.pytorch import Trainer
 from torch import nn
 
-import callbacks
-from datamodules import Captions
-from lit_clip import CLIPConfig, LitCLIP
+from lit_clip import CLIPConfig, LitCLIP, callbacks
+from lit_clip.datamodules import Captions
 from lit_clip.models.config import TextTransformerConfig
 from lit_clip.models.custom_config import CustomImageConfig
 

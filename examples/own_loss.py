@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from lightning.pytorch import Trainer
 from torch import nn
 
-import callbacks
-from datamodules import Captions
-from lit_clip import LitCLIP
+from lit_clip import LitCLIP, callbacks
+from lit_clip.datamodules import Captions
 from lit_clip.losses import Loss, LossValue
 
 

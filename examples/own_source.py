@@ -12,9 +12,8 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
-import callbacks
-from datamodules import Captions, CustomPairs
-from lit_clip import LitCLIP
+from lit_clip import LitCLIP, callbacks
+from lit_clip.datamodules import Captions, CustomPairs
 
 
 class Prompted(CustomPairs):

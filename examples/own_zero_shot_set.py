@@ -12,9 +12,8 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 from PIL import Image
 
-import callbacks
-from datamodules import Captions
-from lit_clip import LitCLIP
+from lit_clip import LitCLIP, callbacks
+from lit_clip.datamodules import Captions
 from lit_clip.evaluation.data import LabelledImages
 
 

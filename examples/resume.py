@@ -14,9 +14,8 @@ from pathlib import Path
 from lightning.pytorch import Trainer, seed_everything
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-import callbacks
-from datamodules import Captions
-from lit_clip import LitCLIP
+from lit_clip import LitCLIP, callbacks
+from lit_clip.datamodules import Captions
 from lit_clip.training.schedules import WarmupConstant
 
 if __name__ == "__main__":

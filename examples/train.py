@@ -11,10 +11,9 @@ from functools import partial
 
 from lightning.pytorch import Trainer
 
-import callbacks
 import lit_clip
-from datamodules import Captions
-from lit_clip import LitCLIP
+from lit_clip import LitCLIP, callbacks
+from lit_clip.datamodules import Captions
 from lit_clip.training.schedules import WarmupCosine
 
 if __name__ == "__main__":

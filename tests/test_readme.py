@@ -30,6 +30,7 @@ from lit_clip.module import LitCLIP
 from lit_clip.tools.messages import options_of, parameters
 from tests.conftest import ROOT, lit_clip_command
 from tests.helpers import forks
+from tests.helpers.wheels import build_wheel, plain_environment, runner
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDES = dict.fromkeys(re.findall(r"\((docs/[\w/]+\.md)", README)) | dict.fromkeys(
@@ -220,6 +221,25 @@ def test_python_blocks_run_and_print_what_they_say(
             exec(compile(block, name, "exec"), names)
             printed = capsys.readouterr().out
             assert not shown or printed == shown
+
+
+@pytest.mark.slow
+def test_python_blocks_and_examples_run_beside_the_wheel(folder: Path, tmp_path: Path) -> None:
+    """In an environment that has packages of the short names, and a folder that has files of them."""
+    here = tmp_path / "reader"
+    shutil.copytree(folder, here)
+    for package in ("callbacks", "datamodules"):
+        (here / f"{package}.py").write_text("raise SystemExit('a file that nobody named was imported')")
+    run = runner(plain_environment(tmp_path / "env", build_wheel(tmp_path)), here, tmp_path / "cache")
+    examples = [example.stem for example in (ROOT / "examples").glob("*.py")]
+    assert "lit_clip.datamodules" in run("python", "-c", f"import sys, {', '.join(examples)}; print(*sys.modules)")
+    for name in TEXTS:
+        found = re.findall(PRINTING, TEXTS[name], re.MULTILINE | re.DOTALL)
+        ours = [(block, shown) for block, _, shown in found if not block.startswith(EXAMPLE)]
+        if name != "docs/clip_benchmark.md":  # which needs more than a plain install
+            (here / "page.py").write_text("\n".join(block for block, _ in ours), encoding="utf-8")
+            printed = run("python", "page.py")
+            assert all(shown in printed for _, shown in ours), name
 
 
 def parse(words: list[str]) -> Any:

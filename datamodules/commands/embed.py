@@ -5,11 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datamodules.open_source import holds_pairs, open_source, stamp_of_data
-from datamodules.pairs.batches import SourcePairs
-from datamodules.pairs.columns import ColumnPairs
-from datamodules.pairs.kept import kept_pairs
-from datamodules.pairs.source import Classes, Columns, PairSource
 from lit_clip import load_model
 from lit_clip.embedding.encode import EncodingSettings, check_complete, encode, image_task, report_skipped, text_task
 from lit_clip.embedding.feature_files import FeatureTable, Identity, check_keys, check_output, collect, write_features
@@ -24,6 +19,11 @@ from lit_clip.tools.images import OnError
 from lit_clip.tools.text_files import read_text
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
+from ..open_source import holds_pairs, open_source, stamp_of_data
+from ..pairs.batches import SourcePairs
+from ..pairs.columns import ColumnPairs
+from ..pairs.kept import kept_pairs
+from ..pairs.source import Classes, Columns, PairSource
 
 
 class _Items(NamedTuple):

@@ -7,18 +7,18 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from datamodules.inspection.copies import ValidationCopies, find_copies, find_validation_copies
-from datamodules.inspection.findings import scan_lines
-from datamodules.inspection.page import write_inspection
-from datamodules.inspection.scan import ScanFindings, inspect_source
-from datamodules.inspection.summary import SummarySection, find_duplicates, findings_section, summarize
-from datamodules.open_source import open_source
-from datamodules.pairs.findings import DataOptions, write_findings
-from datamodules.pairs.source import Columns, PairSource, SkippedRows
 from lit_clip.errors import InputError, require
 from lit_clip.models.registry import list_models, resolve_architecture
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
 from lit_clip.tools.console import Console, Text, stderr
+from ..inspection.copies import ValidationCopies, find_copies, find_validation_copies
+from ..inspection.findings import scan_lines
+from ..inspection.page import write_inspection
+from ..inspection.scan import ScanFindings, inspect_source
+from ..inspection.summary import SummarySection, find_duplicates, findings_section, summarize
+from ..open_source import open_source
+from ..pairs.findings import DataOptions, write_findings
+from ..pairs.source import Columns, PairSource, SkippedRows
 
 PAPERS_CONTEXT = 77
 SHOWN = 5  # problems that the terminal shows; the page and the table beside it have more

@@ -9,13 +9,6 @@ from typing import Any
 
 from rich.table import Table
 
-from datamodules.open_source import open_source, stamp_of_data
-from datamodules.overlap.findings import By, SetFindings, findings_of, leaked_rows
-from datamodules.overlap.page import percent, points, write_overlap
-from datamodules.overlap.search import LEAST_KEPT, NearestFound, Queries, joined, search
-from datamodules.overlap.sets import EvaluationSet, check_prompts, open_sets, read_thresholds, recognised
-from datamodules.pairs.findings import Counts, DataOptions, write_findings
-from datamodules.pairs.source import Columns, PairSource
 from lit_clip import load_model
 from lit_clip.embedding.precision import Precision, check_precision
 from lit_clip.errors import require
@@ -28,6 +21,13 @@ from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.html import plural
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
+from ..open_source import open_source, stamp_of_data
+from ..overlap.findings import By, SetFindings, findings_of, leaked_rows
+from ..overlap.page import percent, points, write_overlap
+from ..overlap.search import LEAST_KEPT, NearestFound, Queries, joined, search
+from ..overlap.sets import EvaluationSet, check_prompts, open_sets, read_thresholds, recognised
+from ..pairs.findings import Counts, DataOptions, write_findings
+from ..pairs.source import Columns, PairSource
 
 LISTED_BAD = 20
 OUTPUTS = (".findings.csv", ".html", ".json")

@@ -4,12 +4,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from datamodules.open_source import open_source, stamp_of_data
-from datamodules.pairs.batches import SourcePairs
-from datamodules.pairs.decisions import ALL_PAIRS, label_of
-from datamodules.pairs.pair_filters import PairFilters
-from datamodules.pairs.score_files import Filtered, ScoreFile, write_scores
-from datamodules.pairs.source import Classes, Columns
 from lit_clip import load_model
 from lit_clip.embedding.encode import EncodingSettings, check_complete
 from lit_clip.embedding.feature_files import check_output
@@ -21,6 +15,12 @@ from lit_clip.tools.console import stderr
 from lit_clip.tools.images import OnError
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
+from ..open_source import open_source, stamp_of_data
+from ..pairs.batches import SourcePairs
+from ..pairs.decisions import ALL_PAIRS, label_of
+from ..pairs.pair_filters import PairFilters
+from ..pairs.score_files import Filtered, ScoreFile, write_scores
+from ..pairs.source import Classes, Columns
 
 
 def score(

@@ -2,14 +2,14 @@
 
 from pathlib import Path
 
-from datamodules.open_source import open_source
-from datamodules.pairs.kept import kept_pairs
-from datamodules.pairs.source import COLUMNS, Columns, PairSource
-from datamodules.shards.writing import MANIFEST, ShardWriter, Written, keep_manifest, manifest_of, write_shards
 from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import OnError
+from ..open_source import open_source
+from ..pairs.kept import kept_pairs
+from ..pairs.source import COLUMNS, Columns, PairSource
+from ..shards.writing import MANIFEST, ShardWriter, Written, keep_manifest, manifest_of, write_shards
 
 
 def shard(

@@ -5,13 +5,13 @@ the files are not there. ``root`` is the folder of the set, or the folder that c
 of most sets and ``annotation_files`` the readers of their lists; the other files hold sets.
 """
 
-from datamodules.evaluation.caption_choices import MMVPVLM, AROOrder, AROVisualGenome, SugarCrepe, WinoGAViL, Winoground
-from datamodules.evaluation.faces import FER2013, CelebAIdentities, FairFace, FERPlus
-from datamodules.evaluation.frame_robustness import ImageNetVidRobust, YTBBRobust
-from datamodules.evaluation.imagenet import ImageNet, ImageNetFolders, ImageNetV2, ObjectNet
-from datamodules.evaluation.labelled_table import LabelledTable, LocatedImages
-from datamodules.evaluation.languages import XTD10, BabelImageNet, Crossmodal3600, TranslatedImageNet
-from datamodules.evaluation.non_torchvision_sets import (
+from .caption_choices import MMVPVLM, AROOrder, AROVisualGenome, SugarCrepe, WinoGAViL, Winoground
+from .faces import FER2013, CelebAIdentities, FairFace, FERPlus
+from .frame_robustness import ImageNetVidRobust, YTBBRobust
+from .imagenet import ImageNet, ImageNetFolders, ImageNetV2, ObjectNet
+from .labelled_table import LabelledTable, LocatedImages
+from .languages import XTD10, BabelImageNet, Crossmodal3600, TranslatedImageNet
+from .non_torchvision_sets import (
     IIIT5K,
     RESISC45,
     SUN,
@@ -21,9 +21,9 @@ from datamodules.evaluation.non_torchvision_sets import (
     HatefulMemes,
     SVHNNumbers,
 )
-from datamodules.evaluation.retrieval_sets import COCO, CaptionedPairs, Flickr30k
-from datamodules.evaluation.torchvision_arrays import CIFAR10, CIFAR100, MNIST, STL10, PCam
-from datamodules.evaluation.torchvision_sets import (
+from .retrieval_sets import COCO, CaptionedPairs, Flickr30k
+from .torchvision_arrays import CIFAR10, CIFAR100, MNIST, STL10, PCam
+from .torchvision_sets import (
     DTD,
     GTSRB,
     KITTI,
@@ -40,8 +40,8 @@ from datamodules.evaluation.torchvision_sets import (
     RenderedSST2,
     StanfordCars,
 )
-from datamodules.evaluation.video_sets import UCF101, Kinetics700, RareAct
-from datamodules.evaluation.webdataset import WebDataset, WebDatasetCaptions, WebDatasetGroups, WebDatasetMultiLabel
+from .video_sets import UCF101, Kinetics700, RareAct
+from .webdataset import WebDataset, WebDatasetCaptions, WebDatasetGroups, WebDatasetMultiLabel
 
 __all__ = ["AROOrder", "AROVisualGenome", "MMVPVLM", "SugarCrepe", "WinoGAViL", "Winoground"]
 __all__ += ["CelebAIdentities", "FER2013", "FERPlus", "FairFace"]

@@ -11,7 +11,12 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from datamodules.evaluation.annotation_files import (
+from lit_clip.errors import InputError, require
+from lit_clip.evaluation.data import CaptionChoices, Choice
+from lit_clip.tools.hashing import hash64, stamp_of_files
+from lit_clip.tools.images import open_image
+from lit_clip.tools.reading import reading
+from .annotation_files import (
     AGAIN,
     find,
     read_json,
@@ -22,12 +27,7 @@ from datamodules.evaluation.annotation_files import (
     text_of,
     whole_number,
 )
-from datamodules.evaluation.image_files import UnlabelledFiles, refuse_no_folder
-from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import CaptionChoices, Choice
-from lit_clip.tools.hashing import hash64, stamp_of_files
-from lit_clip.tools.images import open_image
-from lit_clip.tools.reading import reading
+from .image_files import UnlabelledFiles, refuse_no_folder
 
 Subset = Literal["add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj"]
 FEWEST = 25  # questions about a pair of attributes that counts in ARO's mean

@@ -11,12 +11,12 @@ from typing import BinaryIO, Literal, get_args
 import numpy as np
 from PIL import Image
 
-from datamodules.evaluation.annotation_files import AGAIN, find, read_lines, read_table, read_words, whole_number
-from datamodules.evaluation.image_files import ImageFiles, TrainValTest, in_class_folders, subfolders
-from datamodules.evaluation.torchvision_arrays import ImageArrays
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import Grouped, LabelledImages
 from lit_clip.tools.reading import check_is_file, reading
+from .annotation_files import AGAIN, find, read_lines, read_table, read_words, whole_number
+from .image_files import ImageFiles, TrainValTest, in_class_folders, subfolders
+from .torchvision_arrays import ImageArrays
 
 EMOTIONS = ("angry", "disgusted", "fearful", "happy", "sad", "surprised", "neutral")
 FER_PLUS = (*EMOTIONS, "contemptuous")

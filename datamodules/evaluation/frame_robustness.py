@@ -11,11 +11,11 @@ from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.evaluation.annotation_files import AGAIN, find, read_json, read_table, whole_number
-from datamodules.evaluation.image_files import ImageFiles
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import Neighbours, SomeOfImageNet
 from lit_clip.tools.reading import reading
+from .annotation_files import AGAIN, find, read_json, read_table, whole_number
+from .image_files import ImageFiles
 
 MAX_DISTANCE = 10  # frames between an anchor and its neighbours
 ANCHORS_TABLE = "ytbb_robustness_test_anchors_full.csv"

@@ -10,7 +10,12 @@ from typing import Literal
 
 from PIL import Image, ImageOps
 
-from datamodules.evaluation.annotation_files import (
+from lit_clip.errors import InputError, require
+from lit_clip.evaluation.data import LabelledImages, MissingData, SomeOfImageNet
+from lit_clip.evaluation.zero_shot import imagenet_class_names
+from lit_clip.tools.hashing import stamp_of_files
+from lit_clip.tools.reading import reading
+from .annotation_files import (
     AGAIN,
     find,
     read_json,
@@ -20,7 +25,7 @@ from datamodules.evaluation.annotation_files import (
     refuse_missing,
     whole_number,
 )
-from datamodules.evaluation.image_files import (
+from .image_files import (
     ImageFiles,
     KnownLabels,
     images_in,
@@ -28,12 +33,7 @@ from datamodules.evaluation.image_files import (
     labels_of,
     subfolders,
 )
-from datamodules.evaluation.webdataset import ImageSpan, TarImages, scan_tar
-from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import LabelledImages, MissingData, SomeOfImageNet
-from lit_clip.evaluation.zero_shot import imagenet_class_names
-from lit_clip.tools.hashing import stamp_of_files
-from lit_clip.tools.reading import reading
+from .webdataset import ImageSpan, TarImages, scan_tar
 
 ImageNetSplit = Literal["train", "val"]
 DEVKIT = "ILSVRC2012_devkit_t12"

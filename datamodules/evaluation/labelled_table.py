@@ -8,16 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from datamodules.evaluation.annotation_files import number, read_table, whole_number
-from datamodules.evaluation.image_files import ImageFiles, UnlabelledFiles
-from datamodules.evaluation.own_classes import ClassNames
-from datamodules.loading.bad_samples import BLANK, is_unicode
-from datamodules.pairs.column_names import IMAGE_COLUMNS, ColumnNames, find_column, is_encoded, refuse_equal
-from datamodules.pairs.text_table import RawRow, raw_rows, shown
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import Located, MissingData, numbered
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.tools.reading import check_is_file, reading
+from ..loading.bad_samples import BLANK, is_unicode
+from ..pairs.column_names import IMAGE_COLUMNS, ColumnNames, find_column, is_encoded, refuse_equal
+from ..pairs.text_table import RawRow, raw_rows, shown
+from .annotation_files import number, read_table, whole_number
+from .image_files import ImageFiles, UnlabelledFiles
+from .own_classes import ClassNames
 
 LABEL_COLUMNS = ("label", "labels", "class", "target", "class_id", "class_name", "category")
 

@@ -7,13 +7,13 @@ from typing import Any
 
 from PIL import Image
 
-from datamodules.evaluation.annotation_files import AGAIN, find, read_json, read_json_lines, read_text, text_of
-from datamodules.evaluation.image_files import CaptionedFiles, KnownLabels
-from datamodules.evaluation.imagenet import ImageNet, ImageNetSplit
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import LabelledImages, PartOf
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
+from .annotation_files import AGAIN, find, read_json, read_json_lines, read_text, text_of
+from .image_files import CaptionedFiles, KnownLabels
+from .imagenet import ImageNet, ImageNetSplit
 
 
 def XTD10(root: str, language: str) -> CaptionedFiles:

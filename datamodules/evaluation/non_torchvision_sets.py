@@ -6,7 +6,12 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from datamodules.evaluation.annotation_files import (
+from lit_clip.errors import InputError, require
+from lit_clip.evaluation.data import Lexicons
+from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.reading import reading
+from ..loading.bad_samples import is_unicode
+from .annotation_files import (
     AGAIN,
     find,
     import_optional,
@@ -16,7 +21,7 @@ from datamodules.evaluation.annotation_files import (
     read_text,
     read_words,
 )
-from datamodules.evaluation.image_files import (
+from .image_files import (
     ImageFiles,
     KnownLabels,
     TrainTest,
@@ -25,12 +30,7 @@ from datamodules.evaluation.image_files import (
     labels_of,
     subfolders,
 )
-from datamodules.evaluation.labelled_table import read_labels, resolve_labels
-from datamodules.loading.bad_samples import is_unicode
-from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import Lexicons
-from lit_clip.tools.hashing import hex_digest
-from lit_clip.tools.reading import reading
+from .labelled_table import read_labels, resolve_labels
 
 DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TRAINING_DIGITS = 1000

@@ -12,17 +12,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
 
-from datamodules.evaluation.image_files import ImageFiles, KnownLabels
-from datamodules.loading.bad_samples import is_unicode
-from datamodules.pairs.column_names import refuse_equal
-from datamodules.pairs.folder import walk_images
-from datamodules.pairs.stored import RowRange
 from lit_clip.errors import InputError, listed, require
 from lit_clip.evaluation.data import MissingData, numbered
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import SUFFIXES, open_image
 from lit_clip.tools.reading import check_is_file, reading
+from ..loading.bad_samples import is_unicode
+from ..pairs.column_names import refuse_equal
+from ..pairs.folder import walk_images
+from ..pairs.stored import RowRange
+from .image_files import ImageFiles, KnownLabels
 
 ClassNames = list[str] | Literal["imagenet"]
 NAMED = "train|training|val|valid|validation|dev|test|testing"

@@ -9,15 +9,15 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from datamodules.evaluation.annotation_files import AGAIN, find, read_json, read_lines, read_table, read_text
-from datamodules.evaluation.image_files import CaptionedFiles
-from datamodules.open_source import open_source
-from datamodules.pairs.columns import ColumnPairs
-from datamodules.pairs.source import Columns, PairSource
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import CaptionedImages, MissingData
 from lit_clip.tools.hashing import hash64, stamp_of_files
 from lit_clip.tools.reading import reading
+from ..open_source import open_source
+from ..pairs.columns import ColumnPairs
+from ..pairs.source import Columns, PairSource
+from .annotation_files import AGAIN, find, read_json, read_lines, read_table, read_text
+from .image_files import CaptionedFiles
 
 HUB_TABLE = "flickr_annotations_30k.csv"
 LINE = re.compile(r"(?P<name>[^,|#\t]+\.jpe?g)(?:,|\|\s*\d+\s*\|?|#\d+\t)(?P<caption>.*\S)", re.IGNORECASE)

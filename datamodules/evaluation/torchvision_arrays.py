@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from datamodules.evaluation.annotation_files import (
+from lit_clip.errors import BadSample, InputError, require
+from lit_clip.tools.hashing import hex_digest, stamp_of_files
+from lit_clip.tools.reading import reading
+from .annotation_files import (
     AGAIN,
     ArrayUnpickler,
     import_optional,
@@ -22,10 +25,7 @@ from datamodules.evaluation.annotation_files import (
     refuse_missing,
     whole_number,
 )
-from datamodules.evaluation.image_files import KnownLabels, TrainTest, TrainValTest
-from lit_clip.errors import BadSample, InputError, require
-from lit_clip.tools.hashing import hex_digest, stamp_of_files
-from lit_clip.tools.reading import reading
+from .image_files import KnownLabels, TrainTest, TrainValTest
 
 STL10_CLASSES = ["airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck"]
 MOST_IMAGES = 1_000_000  # of PatchCamelyon, which has 262,144 to train on

@@ -14,7 +14,11 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor
 
-from datamodules.evaluation.annotation_files import (
+from lit_clip.errors import InputError
+from lit_clip.evaluation.data import MultiLabel
+from lit_clip.tools.reading import reading
+from ..loading.bad_samples import is_unicode
+from .annotation_files import (
     AGAIN,
     find,
     find_folder,
@@ -27,7 +31,7 @@ from datamodules.evaluation.annotation_files import (
     read_words,
     whole_number,
 )
-from datamodules.evaluation.image_files import (
+from .image_files import (
     ImageFiles,
     ListedImages,
     TrainTest,
@@ -38,10 +42,6 @@ from datamodules.evaluation.image_files import (
     labels_of,
     subfolders,
 )
-from datamodules.loading.bad_samples import is_unicode
-from lit_clip.errors import InputError
-from lit_clip.evaluation.data import MultiLabel
-from lit_clip.tools.reading import reading
 
 EUROSAT = [
     *("Forest", "PermanentCrop", "Residential", "River", "Pasture"),

@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 from PIL import Image
 
-from datamodules.evaluation.annotation_files import import_optional
 from lit_clip.errors import BadSample
 from lit_clip.tools.reading import reason
+from .annotation_files import import_optional
 
 Frames = Literal["centre", "all"]
 VIDEO_SUFFIXES = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})

@@ -13,12 +13,12 @@ from typing import Any
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
-from datamodules.evaluation.annotation_files import find, number, read_lines, read_table, read_words
-from datamodules.evaluation.image_files import ImageFiles, TrainTest, labels_of
-from datamodules.evaluation.video_frames import VIDEO_SUFFIXES, WHOLE, Frames, read_frames
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import MissingData, VerbsAndNouns
 from lit_clip.tools.hashing import hash64
+from .annotation_files import find, number, read_lines, read_table, read_words
+from .image_files import ImageFiles, TrainTest, labels_of
+from .video_frames import VIDEO_SUFFIXES, WHOLE, Frames, read_frames
 
 
 class Videos(ImageFiles):

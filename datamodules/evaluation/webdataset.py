@@ -17,14 +17,14 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datamodules.evaluation.annotation_files import AGAIN, read_text, refuse_missing, whole_number
-from datamodules.evaluation.image_files import KnownLabels
-from datamodules.shards.index import split_name, tar_members
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.evaluation.data import CaptionedImages, Grouped, ImageSet, MultiLabel, numbered
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import SUFFIXES, open_image
 from lit_clip.tools.reading import reading
+from ..shards.index import split_name, tar_members
+from .annotation_files import AGAIN, read_text, refuse_missing, whole_number
+from .image_files import KnownLabels
 
 LARGEST_TARGET = 1 << 20  # bytes
 

@@ -15,13 +15,13 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from datamodules.inspection.scan import CHUNK, DECODED, PLAIN, ScanFindings
-from datamodules.near_duplicates import NEIGHBOURS, LookIndex, Looks, look_labels
-from datamodules.pairs.source import PairSource
 from lit_clip.errors import BadSample
 from lit_clip.tools.console import progress
 from lit_clip.tools.images import decoding_at_least, open_image
 from lit_clip.tools.workers import loader
+from ..near_duplicates import NEIGHBOURS, LookIndex, Looks, look_labels
+from ..pairs.source import PairSource
+from .scan import CHUNK, DECODED, PLAIN, ScanFindings
 
 CELLS = 8  # a side of the images that are compared
 LEVELS = 32  # of 255 that a cell may differ: JPEGs at quality 20 and half the size differ by 17, other shirts by 50

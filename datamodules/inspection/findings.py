@@ -7,13 +7,13 @@ from typing import TextIO
 
 import numpy as np
 
-from datamodules.inspection.copies import PairCopies, ValidationCopies
-from datamodules.inspection.scan import SAYS_NOTHING, TOO_LONG, ScanFindings
-from datamodules.pairs.decisions import DROP, KEEP
-from datamodules.pairs.findings import Finding
-from datamodules.pairs.source import PairSource
 from lit_clip.errors import BadSample
 from lit_clip.models.tokenizer import TextTokenizer
+from ..pairs.decisions import DROP, KEEP
+from ..pairs.findings import Finding
+from ..pairs.source import PairSource
+from .copies import PairCopies, ValidationCopies
+from .scan import SAYS_NOTHING, TOO_LONG, ScanFindings
 
 
 def scan_lines(

@@ -7,12 +7,12 @@ from typing import Any
 
 import numpy as np
 
-from datamodules.inspection.scan import ScanFindings, caption_hash
-from datamodules.inspection.summary import DuplicateGroups, SummarySection
-from datamodules.near_duplicates import Groups
-from datamodules.pairs.source import PairSource
 from lit_clip.errors import BadSample
 from lit_clip.tools.html import stored_thumbnail, write_page
+from ..near_duplicates import Groups
+from ..pairs.source import PairSource
+from .scan import ScanFindings, caption_hash
+from .summary import DuplicateGroups, SummarySection
 
 TEMPLATE = Path(__file__).parent / "templates" / "inspect.html"
 SAMPLES = 24

@@ -12,15 +12,15 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from datamodules.inspection.generic_captions import says_nothing
-from datamodules.near_duplicates import look_of
-from datamodules.pairs.source import LISTED, EncodedPair, PairSource
 from lit_clip.errors import BadSample
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.console import progress
 from lit_clip.tools.hashing import hash64
 from lit_clip.tools.images import decoding_at_least, open_image
 from lit_clip.tools.workers import loader
+from ..near_duplicates import look_of
+from ..pairs.source import LISTED, EncodedPair, PairSource
+from .generic_captions import says_nothing
 
 CHUNK = 32  # pairs that a data worker reads at once
 DECODED = 72  # least pixels a side of a decoded image: eight for each of the hash's 9 columns

@@ -7,11 +7,11 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from datamodules.inspection.scan import ANIMATED, PLAIN, ROTATED, ScanFindings, formats
-from datamodules.near_duplicates import Groups, equal_groups, look_alikes
-from datamodules.pairs.decisions import DROP
-from datamodules.pairs.source import SkippedRows
 from lit_clip.tools.console import size_in_bytes
+from ..near_duplicates import Groups, equal_groups, look_alikes
+from ..pairs.decisions import DROP
+from ..pairs.source import SkippedRows
+from .scan import ANIMATED, PLAIN, ROTATED, ScanFindings, formats
 
 
 class SummaryLine(NamedTuple):

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.overlap.search import LEAK, NearestFound, Queries
-from datamodules.pairs.decisions import DROP
-from datamodules.pairs.findings import Finding
-from datamodules.pairs.source import PairSource
 from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import Overlap, overlap_of
+from ..pairs.decisions import DROP
+from ..pairs.findings import Finding
+from ..pairs.source import PairSource
+from .search import LEAK, NearestFound, Queries
 
 By = Literal["either", "embedding", "look"]
 TRIED = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.85, 0.8)  # other thresholds in the report

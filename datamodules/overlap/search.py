@@ -15,9 +15,6 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datamodules.near_duplicates import Look, LookIndex, Looks, look_of
-from datamodules.pairs.batches import SourcePairs
-from datamodules.pairs.source import LISTED, PairSource
 from lit_clip.embedding.parts import Arrays, json_array, json_value, load_arrays, save_arrays
 from lit_clip.embedding.precision import Precision
 from lit_clip.embedding.reading import EncoderBatch, check_finite, encoded_batches, image_features, in_batches
@@ -27,6 +24,9 @@ from lit_clip.evaluation.overlap import NearestImages, nearer, nearest_of_set, n
 from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.images import open_image
+from ..near_duplicates import Look, LookIndex, Looks, look_of
+from ..pairs.batches import SourcePairs
+from ..pairs.source import LISTED, PairSource
 
 SECONDS_BETWEEN_SAVES = 60  # of work that a killed run can lose
 LEAST_KEPT = 0.9  # similarity from which all training images are remembered, not only the nearest

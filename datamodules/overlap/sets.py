@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datamodules.evaluation.own_classes import ImageFolderClasses
-from datamodules.overlap.search import Queries
 from lit_clip.embedding.precision import Precision, autocast
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, LabelledImages, MissingData, MultiLabel
@@ -19,6 +17,8 @@ from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import stderr
 from lit_clip.tools.reading import naming
+from ..evaluation.own_classes import ImageFolderClasses
+from .search import Queries
 
 
 class EvaluationSet(NamedTuple):
@@ -40,7 +40,7 @@ def open_sets(
     for folder in folders:
         name = os.path.basename(os.path.realpath(folder))  # Path.resolve fails for a link to itself
         require(name not in opened, f"{folder}: another set is named {name}; rename the folder")
-        entry = SuiteEntry({"class_path": "datamodules.ImageFolderClasses"}, templates=templates)
+        entry = SuiteEntry({"class_path": "lit_clip.datamodules.ImageFolderClasses"}, templates=templates)
         opened[name] = EvaluationSet(ImageFolderClasses(folder), entry)
     entries = read_suite(suites) if suites else {}
     for name in names or []:

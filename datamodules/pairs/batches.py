@@ -8,15 +8,15 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from datamodules.loading.augmentation import TrainingTransform, seeded
-from datamodules.loading.bad_samples import Skipped, split_skipped
-from datamodules.loading.sampling import TrainingSample, sample_seed
-from datamodules.pairs.source import PairSource
-from datamodules.pairs.stored_features import PairSample, StoredImages, StoredTexts
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import require
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.images import decoding_at_least
+from ..loading.augmentation import TrainingTransform, seeded
+from ..loading.bad_samples import Skipped, split_skipped
+from ..loading.sampling import TrainingSample, sample_seed
+from .source import PairSource
+from .stored_features import PairSample, StoredImages, StoredTexts
 
 
 class TrainingPairs(Dataset[PairSample]):

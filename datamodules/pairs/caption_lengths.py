@@ -5,11 +5,11 @@ from typing import NamedTuple
 
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.pairs.sentences import sentences
-from datamodules.pairs.source import LongCaptions, PairSource
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import BadSample
 from lit_clip.models.tokenizer import TextTokenizer
+from .sentences import sentences
+from .source import LongCaptions, PairSource
 
 MOST_OF_A_ROW = 100  # captions that are measured
 FEW_REPEATED = 0.1

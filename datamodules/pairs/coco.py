@@ -8,9 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from datamodules.pairs.columns import TablePairs
-from datamodules.pairs.source import PairSource, SourceOptions, find_split
-from datamodules.pairs.text_table import (
+from lit_clip.errors import InputError, require
+from lit_clip.tools.reading import check_is_file, reading
+from .columns import TablePairs
+from .source import PairSource, SourceOptions, find_split
+from .text_table import (
     SCHEMA,
     Problems,
     RawRow,
@@ -20,8 +22,6 @@ from datamodules.pairs.text_table import (
     shown,
     usable_rows,
 )
-from lit_clip.errors import InputError, require
-from lit_clip.tools.reading import check_is_file, reading
 
 
 def open_json(path: Path, options: SourceOptions) -> PairSource:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from datamodules.loading.bad_samples import BLANK_PATTERN
-from datamodules.pairs.source import SourceOptions, compute
 from lit_clip.errors import InputError, listed, require
+from ..loading.bad_samples import BLANK_PATTERN
+from .source import SourceOptions, compute
 
 IMAGE_COLUMNS = (
     *("image", "image_path", "filepath", "file_path", "path", "filename", "file_name", "file", "img"),

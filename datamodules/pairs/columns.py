@@ -8,15 +8,15 @@ from typing import Any, NamedTuple, Self, cast
 
 import pyarrow as pa
 
-from datamodules.loading.bad_samples import BLANK, check_caption, is_blank
-from datamodules.loading.store import StoreFolder, stamp_of
-from datamodules.pairs.source import NO_CAPTION, EncodedPair, Pair, PairSource, PairText, SkippedRows
 from lit_clip.errors import BadSample
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.hashing import hash64
 from lit_clip.tools.images import CHECKED, check_images, open_image
 from lit_clip.tools.remote_names import is_relative
 from lit_clip.tools.untrusted import shortened
+from ..loading.bad_samples import BLANK, check_caption, is_blank
+from ..loading.store import StoreFolder, stamp_of
+from .source import NO_CAPTION, EncodedPair, Pair, PairSource, PairText, SkippedRows
 
 CHECKED_IN_STORE = 8  # images that are read before training
 

@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from datamodules.loading.bad_samples import check_caption
-from datamodules.pairs.source import EncodedPair, Pair, PairSource
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.images import FIX_HINT, open_image
+from ..loading.bad_samples import check_caption
+from .source import EncodedPair, Pair, PairSource
 
 
 class CustomPairs(PairSource):

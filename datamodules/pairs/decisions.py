@@ -23,12 +23,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datamodules.pairs.column_names import ColumnNames
-from datamodules.pairs.source import DELIMITED, JSON_LINES, PairSource, compute
-from datamodules.pairs.text_table import raw_rows, shown
 from lit_clip.errors import InputError, listed, require
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
+from .column_names import ColumnNames
+from .source import DELIMITED, JSON_LINES, PairSource, compute
+from .text_table import raw_rows, shown
 
 KEEP, DROP = "keep", "drop"
 FINDINGS, ALL_PAIRS = "findings in", "every pair of"  # a pair that is not listed is kept; is dropped

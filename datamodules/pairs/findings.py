@@ -8,11 +8,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
-from datamodules.pairs.decisions import DROP, FINDINGS, KEEP, WHOLE_ROW, label_of, pair_text
-from datamodules.pairs.source import COLUMNS, NO_CAPTION, Columns, PairSource
 from lit_clip.embedding.pair_scores import pair_hash
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.text_files import no_formula
+from .decisions import DROP, FINDINGS, KEEP, WHOLE_ROW, label_of, pair_text
+from .source import COLUMNS, NO_CAPTION, Columns, PairSource
 
 CHARACTERS = 200  # of a caption
 Counts = Counter[tuple[str, str]]  # lines by finding and decision

@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.loading.bad_samples import as_unicode, is_unicode
-from datamodules.pairs.columns import Cells, ColumnPairs
-from datamodules.pairs.source import DELIMITED, JSON_LINES, NO_CAPTION, SourceOptions
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.evaluation.prompts import Prompts, prompts_of
 from lit_clip.tools.images import SUFFIXES
 from lit_clip.tools.reading import reading
+from ..loading.bad_samples import as_unicode, is_unicode
+from .columns import Cells, ColumnPairs
+from .source import DELIMITED, JSON_LINES, NO_CAPTION, SourceOptions
 
 BATCH_ROWS = 16_384
 LARGEST_TEXT = 1 << 20  # bytes

@@ -10,14 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
-from datamodules.loading.cache import default_cache_dir, writing_cached
-from datamodules.pairs.columns import ColumnPairs
-from datamodules.pairs.parquet import open_parquet
-from datamodules.pairs.source import PairSource, SourceOptions, find_split
 from lit_clip.errors import InputError, listed, require
 from lit_clip.tools.hub_client import first_line, guard_hub
 from lit_clip.tools.reading import naming
 from lit_clip.tools.remote_names import COMMIT, checked_commit, checked_relative
+from ..loading.cache import default_cache_dir, writing_cached
+from .columns import ColumnPairs
+from .parquet import open_parquet
+from .source import PairSource, SourceOptions, find_split
 
 CONVERTED = "refs/convert/parquet"  # where the hub puts its conversion of other formats
 DOWNLOADS = 4  # files at once

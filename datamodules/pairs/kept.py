@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from datamodules.pairs.decisions import ALL_PAIRS, FINDINGS, MAKE_AGAIN, Decisions, label_of, read_decisions
-from datamodules.pairs.mixture import Concatenated
-from datamodules.pairs.source import EncodedPair, Pair, PairSource, PairText, Rows
 from lit_clip.embedding.pair_scores import pair_hash
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import naming
+from .decisions import ALL_PAIRS, FINDINGS, MAKE_AGAIN, Decisions, label_of, read_decisions
+from .mixture import Concatenated
+from .source import EncodedPair, Pair, PairSource, PairText, Rows
 
 CHECKED = 100  # pairs that are compared with the source before it is used
 

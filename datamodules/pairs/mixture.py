@@ -7,8 +7,8 @@ from itertools import accumulate
 
 import numpy as np
 
-from datamodules.pairs.source import EncodedPair, Pair, PairSource, PairText, SkippedRows
 from lit_clip.errors import InputError, require
+from .source import EncodedPair, Pair, PairSource, PairText, SkippedRows
 
 
 def proportional_counts(weights: Sequence[float], total: int) -> list[int]:

@@ -5,9 +5,9 @@ from typing import Any
 import numpy as np
 import pyarrow.compute
 
-from datamodules.pairs.mixture import Mixture
-from datamodules.pairs.source import PairSource, Rows, arrow_image_names
 from lit_clip.errors import require
+from .mixture import Mixture
+from .source import PairSource, Rows, arrow_image_names
 
 compute: Any = pyarrow.compute  # its functions are defined at run time
 

@@ -11,14 +11,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.loading.cache import cache_file, made_once
-from datamodules.loading.store import StoreFolder
-from datamodules.pairs.column_names import ColumnNames, check_types, find_columns, is_encoded
-from datamodules.pairs.columns import map_table, map_valid_table
-from datamodules.pairs.source import PairSource, SourceOptions, find_split
-from datamodules.pairs.stored import ColumnarPairs, RowRange, blank_rows
 from lit_clip.errors import InputError, require
 from lit_clip.tools.reading import reading
+from ..loading.cache import cache_file, made_once
+from ..loading.store import StoreFolder
+from .column_names import ColumnNames, check_types, find_columns, is_encoded
+from .columns import map_table, map_valid_table
+from .source import PairSource, SourceOptions, find_split
+from .stored import ColumnarPairs, RowRange, blank_rows
 
 BATCH_ROWS = 16_384
 IN_MEMORY = 64 << 20  # bytes of decoded texts that each process may hold; more are copied once and mapped

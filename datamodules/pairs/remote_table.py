@@ -5,14 +5,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from datamodules.loading.cache import default_cache_dir
-from datamodules.loading.store import fetch, stamp_of
-from datamodules.pairs.columns import ColumnPairs
-from datamodules.pairs.source import PairSource, SourceOptions
 from lit_clip.errors import InputError, require
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.untrusted import shortened
+from ..loading.cache import default_cache_dir
+from ..loading.store import fetch, stamp_of
+from .columns import ColumnPairs
+from .source import PairSource, SourceOptions
 
 VERSION = re.compile(r"[0-9a-f]{24}")
 

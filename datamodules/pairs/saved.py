@@ -7,11 +7,11 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from datamodules.pairs.column_names import ColumnNames, check_types, find_columns, is_encoded
-from datamodules.pairs.source import PairSource, SourceOptions, find_split
-from datamodules.pairs.stored import ColumnarPairs, RowRange, blank_rows
 from lit_clip.errors import InputError, require
 from lit_clip.tools.reading import reading
+from .column_names import ColumnNames, check_types, find_columns, is_encoded
+from .source import PairSource, SourceOptions, find_split
+from .stored import ColumnarPairs, RowRange, blank_rows
 
 SAVE_AGAIN = "save the data set again"
 LONGEST_NAME = 255

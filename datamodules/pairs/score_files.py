@@ -11,13 +11,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from datamodules.pairs.decisions import DROP, GROUP, KEEP, check_scores
-from datamodules.pairs.pair_filters import Cut, PairFilters
-from datamodules.pairs.source import compute
 from lit_clip.embedding.pair_scores import SCORES
 from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.reading import reading
+from .decisions import DROP, GROUP, KEEP, check_scores
+from .pair_filters import Cut, PairFilters
+from .source import compute
 
 WRITE_AGAIN = "write it with lit-clip score"
 UNREADABLE = "cannot be used"

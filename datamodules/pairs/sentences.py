@@ -11,10 +11,10 @@ from collections.abc import Sequence
 
 import regex
 
-from datamodules.pairs.source import Pair, PairSource, PairText
 from lit_clip.errors import require
 from lit_clip.models.custom import CallableTokenizer
 from lit_clip.models.tokenizer import TextTokenizer
+from .source import Pair, PairSource, PairText
 
 # Words that end in a full stop before a capital letter or a number.
 _ABBREVIATIONS = (

@@ -14,11 +14,11 @@ import pyarrow as pa
 import pyarrow.compute
 from PIL import Image
 
-from datamodules.loading.sampling import permutation
-from datamodules.loading.store import StoreFolder, is_remote
 from lit_clip.errors import BadSample, InputError, listed, require
 from lit_clip.tools.hashing import hash64
 from lit_clip.tools.images import OnError
+from ..loading.sampling import permutation
+from ..loading.store import StoreFolder, is_remote
 
 compute: Any = pyarrow.compute  # its functions are defined at run time
 

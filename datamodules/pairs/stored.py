@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from datamodules.loading.store import StoreFolder
-from datamodules.pairs.column_names import ColumnNames, blank_mask
-from datamodules.pairs.columns import Cells, ColumnPairs, group_name
-from datamodules.pairs.source import LISTED, NO_CAPTION
 from lit_clip.errors import BadSample, require
+from ..loading.store import StoreFolder
+from .column_names import ColumnNames, blank_mask
+from .columns import Cells, ColumnPairs, group_name
+from .source import LISTED, NO_CAPTION
 
 
 class RowRange(NamedTuple):

@@ -14,10 +14,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from datamodules.loading.augmentation import Augmentation, described_augmentation
-from datamodules.loading.cache import default_cache_dir
-from datamodules.loading.sampling import TrainingSample, sample_seed
-from datamodules.pairs.source import PairSource
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.hashing import hash64, hex_digest
@@ -25,6 +21,10 @@ from lit_clip.tools.images import OnError
 from lit_clip.tools.stored_rows import StoredRows
 from lit_clip.tools.workers import SharedMemoryCollate, shield_worker
 from lit_clip.training.frozen_features import ImageBatch, Texts
+from ..loading.augmentation import Augmentation, described_augmentation
+from ..loading.cache import default_cache_dir
+from ..loading.sampling import TrainingSample, sample_seed
+from .source import PairSource
 
 TOKENIZED_AT_ONCE = 4096
 

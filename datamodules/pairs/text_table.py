@@ -13,13 +13,13 @@ from typing import Any, NamedTuple, TextIO
 import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_info
 
-from datamodules.loading.bad_samples import is_blank, is_unicode
-from datamodules.loading.cache import cache_file, made_once
-from datamodules.pairs.column_names import ColumnNames, find_columns
-from datamodules.pairs.columns import TablePairs, group_name, map_valid_table
-from datamodules.pairs.source import COLUMNS, JSON_LINES, NO_CAPTION, PairSource, SkippedRows, SourceOptions
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.reading import check_is_file
+from ..loading.bad_samples import is_blank, is_unicode
+from ..loading.cache import cache_file, made_once
+from .column_names import ColumnNames, find_columns
+from .columns import TablePairs, group_name, map_valid_table
+from .source import COLUMNS, JSON_LINES, NO_CAPTION, PairSource, SkippedRows, SourceOptions
 
 IN_MEMORY = 64 << 20  # bytes; a larger file is converted once to an Arrow file, which is memory-mapped
 LONGEST_FIELD = 16 << 20  # characters; a double quote that is not closed makes one field of the rest of the file

@@ -11,8 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from datamodules.loading.store import Stamp, fetch, is_remote, retry
-from datamodules.shards.index import (
+from lit_clip.errors import InputError, require
+from lit_clip.tools.atomic import make_folder, replacing
+from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.stores import store_of
+from ..loading.store import Stamp, fetch, is_remote, retry
+from .index import (
     INDEX_SUFFIX,
     MappedIndex,
     Summary,
@@ -20,10 +24,6 @@ from datamodules.shards.index import (
     scan_shard,
     write_index,
 )
-from lit_clip.errors import InputError, require
-from lit_clip.tools.atomic import make_folder, replacing
-from lit_clip.tools.hashing import hex_digest
-from lit_clip.tools.stores import store_of
 
 OPEN_AT_ONCE = 32  # shards in each process
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")

@@ -12,14 +12,14 @@ from typing import BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from datamodules.loading.bad_samples import LONGEST_BLANK, as_unicode, is_blank
-from datamodules.loading.store import Stamp
-from datamodules.pairs.source import NO_CAPTION
 from lit_clip.errors import InputError
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.images import SUFFIXES
 from lit_clip.tools.reading import reading
+from ..loading.bad_samples import LONGEST_BLANK, as_unicode, is_blank
+from ..loading.store import Stamp
+from ..pairs.source import NO_CAPTION
 
 INDEX_SUFFIX = ".index.arrow"
 FORMAT = "2"  # of the index; one of another format is written again

@@ -14,11 +14,16 @@ from typing import Any, TypeVar
 import numpy as np
 from torch.utils.data import Dataset
 
-from datamodules.loading.bad_samples import check_caption, is_blank
-from datamodules.loading.cache import default_cache_dir
-from datamodules.loading.store import MAX_IMAGE_BYTES, Stamp, is_remote, stamp_of
-from datamodules.pairs.source import LISTED, NO_CAPTION, Columns, EncodedPair, Pair, PairSource, PairText, SkippedRows
-from datamodules.shards.files import (
+from lit_clip.distributed import rank_and_world
+from lit_clip.errors import BadSample, InputError, require
+from lit_clip.tools.console import progress
+from lit_clip.tools.images import OnError, open_image
+from lit_clip.tools.workers import loader
+from ..loading.bad_samples import check_caption, is_blank
+from ..loading.cache import default_cache_dir
+from ..loading.store import MAX_IMAGE_BYTES, Stamp, is_remote, stamp_of
+from ..pairs.source import LISTED, NO_CAPTION, Columns, EncodedPair, Pair, PairSource, PairText, SkippedRows
+from .files import (
     OpenShard,
     OpenShards,
     ShardFolder,
@@ -27,12 +32,7 @@ from datamodules.shards.files import (
     make_index,
     open_index,
 )
-from datamodules.shards.index import BLOCK, OF_SHARD, WANTED, Summary
-from lit_clip.distributed import rank_and_world
-from lit_clip.errors import BadSample, InputError, require
-from lit_clip.tools.console import progress
-from lit_clip.tools.images import OnError, open_image
-from lit_clip.tools.workers import loader
+from .index import BLOCK, OF_SHARD, WANTED, Summary
 
 T = TypeVar("T")
 

@@ -13,9 +13,6 @@ from typing import Any, NamedTuple
 from PIL import Image
 from torch.utils.data import Dataset
 
-from datamodules.loading.store import stamp_of
-from datamodules.pairs.source import EncodedPair, PairSource
-from datamodules.shards.index import INDEX_SUFFIX, read_summary, scan_shard, write_index
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.preprocess import to_rgb
 from lit_clip.tools.atomic import not_written, replacing
@@ -24,6 +21,9 @@ from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.images import OnError, decoding_at_least, full_size, open_image
 from lit_clip.tools.reading import reading
 from lit_clip.tools.workers import loader
+from ..loading.store import stamp_of
+from ..pairs.source import EncodedPair, PairSource
+from .index import INDEX_SUFFIX, read_summary, scan_shard, write_index
 
 MANIFEST = "shards.json"
 OURS = re.compile(rf"{re.escape(MANIFEST)}|\d{{5,}}\.(tar({re.escape(INDEX_SUFFIX)})?|skipped\.jsonl)")

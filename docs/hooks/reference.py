@@ -23,8 +23,9 @@ ROOT = Path(__file__).parents[2]
 PACKAGES = {
     "lit_clip": "What `import lit_clip` offers.",
     "lit_clip.losses": "The losses, and the contract of one of your own ([guide](../losses.md)).",
-    "callbacks": "What happens around a training step. Each is named in YAML as `callbacks.NAME`.",
-    "datamodules": "Data modules, sources of pairs and sets of labelled images, named in YAML as `datamodules.NAME`.",
+    "callbacks": "What happens around a training step. `callbacks.NAME` in YAML, imported from `lit_clip.callbacks`.",
+    "datamodules": "Data modules, sources of pairs and sets of labelled images. `datamodules.NAME` in YAML, imported "
+    "from `lit_clip.datamodules`.",
 }
 
 FIT = """`validate`, `test` and `predict` have the same, but for what says "fit only". `--ckpt_path` names a checkpoint

@@ -4,7 +4,6 @@ import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import yaml
 
 from lit_clip.cli.imports import import_modules
 from lit_clip.errors import InputError, require
+from lit_clip.tools.class_paths import find_object
 from lit_clip.tools.messages import imported_class, nested_parameters, options_of, parameters
 from lit_clip.tools.parts import describe_instance, qualified_name
 from lit_clip.tools.text_files import parse_yaml, read_yaml
@@ -129,9 +129,8 @@ def named_class(words: Sequence[str], subcommand: str | None, *keys: str) -> str
 
 def check_class(named: str, base: type, option: str) -> None:
     """Check that a class can be imported and is of a kind."""
-    module, _, name = named.rpartition(".")
     try:
-        found = getattr(import_module(module), name)
+        found = find_object(named)
     except (ImportError, AttributeError) as error:
         raise InputError(f"{option}: {error}") from error
     if not (inspect.isclass(found) and issubclass(found, base)):

@@ -30,6 +30,7 @@ from lit_clip.cli.save_config import SaveConfig
 from lit_clip.errors import InputError, require
 from lit_clip.module import LitCLIP
 from lit_clip.recipes import Recipe
+from lit_clip.tools.class_paths import short_names
 from lit_clip.tools.hardware import computes_in_bfloat16
 from lit_clip.tools.messages import hinting, options_of
 from lit_clip.tools.untrusted import shortened
@@ -45,7 +46,7 @@ from lit_clip.training.summary import print_summary, resume_command
 from lit_clip.weights.checkpoints import checked
 from lit_clip.weights.load import check_fits
 
-DEFAULT_CALLBACKS = "callbacks"  # the package whose defaults() every run gets; lit_clip must not import it
+DEFAULT_CALLBACKS = "lit_clip.callbacks"  # whose defaults() every run gets; no other module imports the package
 # The newest checkpoint of this configuration's runs or of its requeued SLURM job; auto starts over if there is none.
 NEWEST = ("last", "auto", "hpc")
 
@@ -297,13 +298,10 @@ def _callbacks(parser: LightningArgumentParser, settings: Any) -> Any:
 
 
 def _default_callbacks() -> Callable[..., list[Any]]:
-    package = import_module(DEFAULT_CALLBACKS)
-    if not hasattr(package, "defaults"):
-        place = getattr(package, "__file__", None) or list(package.__path__)[0]
-        raise InputError(f"{place}: hides lit-clip's package of that name; rename it")
-    return package.defaults
+    return import_module(DEFAULT_CALLBACKS).defaults
 
 
+@short_names()
 def run(args: ArgsType = None, execute: bool = True) -> CLI:
     """Parse and run a command; errors that the user can fix are raised."""
     # Without this, absolute keys such as ${model.optimizer.lr} are looked up above the subcommand.

@@ -73,11 +73,11 @@ def _described(commands: Mapping[str, str]) -> Iterator[str]:
 def _first_line(function: str) -> str:
     """Return the first line of a function's docstring without importing its module."""
     module, _, name = function.partition(":")
-    package, *parts = module.split(".")
-    spec = importlib.util.find_spec(package)
+    *package, file = module.split(".")
+    spec = importlib.util.find_spec(".".join(package[:2]))  # imports nothing of the package's
     assert spec is not None
     assert spec.origin is not None
-    source = Path(spec.origin).parent.joinpath(*parts).with_suffix(".py").read_text(encoding="utf-8")
+    source = Path(spec.origin).parent.joinpath(*package[2:], f"{file}.py").read_text(encoding="utf-8")
     found = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name)
     return (ast.get_docstring(next(found)) or "").partition("\n")[0]
 

@@ -18,6 +18,7 @@ import docstring_parser
 from jsonargparse import ArgumentParser
 
 from lit_clip.cli.plain_help import PlainHelp
+from lit_clip.tools.class_paths import short_names
 from lit_clip.tools.guarded_output import log_level
 from lit_clip.tools.messages import hinting, options_of
 
@@ -26,15 +27,15 @@ from lit_clip.tools.messages import hinting, options_of
 COMMANDS: dict[str, str] = {
     "classify": "lit_clip.commands.classify:classify",
     "demo": "lit_clip.commands.demo:demo",
-    "embed": "datamodules.commands.embed:embed",
+    "embed": "lit_clip.datamodules.commands.embed:embed",
     "evaluate": "lit_clip.commands.evaluate:evaluate",
     "export": "lit_clip.commands.export:export",
-    "inspect": "datamodules.commands.inspect:inspect",
+    "inspect": "lit_clip.datamodules.commands.inspect:inspect",
     "models": "lit_clip.commands.models:models",
-    "overlap": "datamodules.commands.overlap:overlap",
-    "score": "datamodules.commands.score:score",
+    "overlap": "lit_clip.datamodules.commands.overlap:overlap",
+    "score": "lit_clip.datamodules.commands.score:score",
     "search": "lit_clip.commands.search:search",
-    "shard": "datamodules.commands.shard:shard",
+    "shard": "lit_clip.datamodules.commands.shard:shard",
     "wise-ft": "lit_clip.commands.wise_ft:wise_ft",
 }
 
@@ -92,6 +93,7 @@ def _grouped(function: Callable[..., None], values: dict[str, Any]) -> dict[str,
     return {**values, **made}
 
 
+@short_names()
 def run_command(words: Sequence[str]) -> None:
     """Run ``COMMANDS[words[0]]`` with the other words."""
     name, *options = map(_underscores, words)

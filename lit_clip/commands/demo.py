@@ -76,7 +76,7 @@ def demo(
         on_error: error ends the command at an image of the folder that cannot be read; skip lists it in a file
             beside the index.
     """
-    require(importlib.util.find_spec("gradio") is not None, "demo needs gradio: pip install -e '.[demo]'")
+    require(importlib.util.find_spec("gradio") is not None, "demo needs gradio: pip install 'lit-clip[demo]'")
     require(images is not None or index is None, f"--index {index}: belongs to --images; name the folder")
     require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
     folder = Path(images) if images is not None else None

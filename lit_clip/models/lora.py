@@ -65,7 +65,7 @@ def add_lora(model: CLIP, lora: LoRA) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise InputError("model.lora needs peft: pip install -e '.[lora]'") from error
+        raise InputError("model.lora needs peft: pip install 'lit-clip[lora]'") from error
     names = target_names(model, lora.targets)
     for name in names:
         if name.endswith(FUSED):  # peft re-registers it last; move it here too, as EMA pairs parameters by order

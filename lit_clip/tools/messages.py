@@ -2,7 +2,6 @@
 
 import dataclasses
 import errno
-import importlib
 import inspect
 import os
 import re
@@ -19,6 +18,7 @@ from traceback import walk_tb
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lit_clip.errors import InputError
+from lit_clip.tools.class_paths import SHORT, find_object
 from lit_clip.tools.processes import few_files
 
 NO_FILE = "Expected a path but "  # every class path could name a file with settings
@@ -118,10 +118,9 @@ def _kind(class_path: str) -> str:
 
 def imported_class(class_path: str) -> Any:
     """Import a class; None if there is no such class."""
-    module, _, name = class_path.rpartition(".")
     try:
-        return getattr(importlib.import_module(module), name, None)
-    except (ImportError, ValueError):
+        return find_object(class_path)
+    except (ImportError, AttributeError, ValueError):
         return None
 
 
@@ -260,8 +259,10 @@ def _similar_names(text: str) -> list[str]:
     found = re.search(r"module '([\w.]+)' has no attribute '(\w+)'", text)
     of_loss = re.search(r"model\.loss: wants Loss or null, not (\w+)", text)
     module, name = found.groups() if found else ("lit_clip.losses", of_loss[1]) if of_loss else ("", "")
-    names = vars(sys.modules[module]) if module in sys.modules else ()
-    known = {each: f"{module}.{each}" for each in names if each[0] != "_"}
+    short = module.removeprefix("lit_clip.")
+    module = short if short in SHORT else module
+    homes = [sys.modules[home] for home in (module, f"lit_clip.{module}") if home in sys.modules]
+    known = {each: f"{module}.{each}" for home in homes for each in vars(home) if each[0] != "_"}
     for file in sorted(Path().glob("*.py")) if of_loss else ():
         with suppress(OSError):
             classes = re.findall(r"^class (\w+)", file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from jsonargparse import ArgumentParser
 
 from lit_clip.errors import InputError
+from lit_clip.tools.class_paths import short_names
 from lit_clip.tools.messages import one_line, user_error
 
 Part = TypeVar("Part")
@@ -45,6 +46,7 @@ def unwrapped(factory: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str
     return target, dict(factory.keywords)
 
 
+@short_names()
 def instantiate(kind: type[Part], spec: Mapping[str, Any]) -> Part:
     """Build the object that ``class_path`` and ``init_args`` name, which must be of a kind."""
     parser = ArgumentParser(exit_on_error=False)

@@ -22,7 +22,7 @@ MAKE_BATCHES = (
     *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer", "training_step"),
     *("sources", "training_pairs", "train_dataloader"),
 )
-OURS = {"lightning", "lit_clip", "datamodules"}
+OURS = {"lightning", "lit_clip"}
 
 
 class Work(NamedTuple):

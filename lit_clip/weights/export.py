@@ -246,7 +246,7 @@ class _TracedEncoder(nn.Module):
 def check_onnx_packages() -> None:
     """Raise :class:`InputError` unless the packages of the extra ``export`` are installed."""
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
-    require(not missing, f"onnx needs {', '.join(missing)}: pip install -e '.[export]'")
+    require(not missing, f"onnx needs {', '.join(missing)}: pip install 'lit-clip[export]'")
 
 
 def write_onnx(model: CLIP, folder: Path) -> None:

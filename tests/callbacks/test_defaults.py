@@ -107,13 +107,3 @@ def test_callbacks_that_change_the_model_go_before_those_that_measure_it() -> No
     throughput, dropout = Throughput(), PatchDropout()
     given = [each for each in callbacks.defaults(throughput, dropout) if each in (throughput, dropout)]
     assert given == [dropout, throughput]
-
-
-def test_a_package_that_hides_ours_is_named(
-    cli: Callable[..., subprocess.CompletedProcess[str]], caption_table: Path, tmp_path: Path
-) -> None:
-    (tmp_path / "callbacks.py").write_text("")
-    words = ["fit", "--data", "datamodules.Captions", "--data.train", str(caption_table), "--trainer.max_steps", "1"]
-    result = cli(*words, "--model.architecture", TINY_YAML, environment={"PYTHONPATH": str(tmp_path)}, new=True)
-    assert result.returncode == 2, result.stderr
-    assert "callbacks.py: hides lit-clip's package of that name; rename it" in result.stderr

@@ -66,7 +66,7 @@ def test_wandb_gets_metrics_and_images_and_each_run_has_its_own_folder(fit: Fit,
     assert f"curves: wandb sync {run.relative_to(tmp_path)}" in first.stdout.splitlines()  # W&B's own lines follow
     (suggestion,) = re.findall(r"--config (\S+) --ckpt_path", first.stdout)
     before = (tmp_path / suggestion).read_text()
-    assert yaml.safe_load(before)["data"]["class_path"] == "datamodules.Captions"
+    assert yaml.safe_load(before)["data"]["class_path"] == "lit_clip.datamodules.Captions"
     fit(*logger, "--trainer.max_epochs", "2", "--ckpt_path", "last", **fresh)
     (second,) = set((tmp_path / "runs/mine").iterdir()) - {folder}
     assert saved_steps([folder, second]) == [4, 8]

@@ -70,7 +70,7 @@ def test_a_config_replaces_the_packaged_defaults_wholly(parsed: Callable[..., An
 
 def test_another_data_module_keeps_the_other_defaults(parsed: Callable[..., Any]) -> None:
     config = parsed("fit", "--data", "datamodules.OpenMoji")
-    assert config["data"]["class_path"] == "datamodules.OpenMoji"
+    assert config["data"]["class_path"] == "lit_clip.datamodules.OpenMoji"
     assert config["trainer"]["log_every_n_steps"] == settings()["trainer"]["log_every_n_steps"]
     assert config["trainer"]["max_epochs"] == sizes(1_750, FROM_SCRATCH).epochs
 
@@ -111,7 +111,7 @@ def test_a_run_without_a_config_is_validated_and_resumed_without_one(
 
 def test_print_config_and_print_plan_need_no_config(caption_table: Path, cli: Cli) -> None:
     shown = cli("fit", "--data.train", str(caption_table), "--print_config")
-    assert yaml.safe_load(shown.stdout)["data"]["class_path"] == settings()["data"]["class_path"]
+    assert yaml.safe_load(shown.stdout)["data"]["class_path"] == f"lit_clip.{settings()['data']['class_path']}"
     plan = cli("fit", "--data.train", str(caption_table), "--data.batch_size", "16", "--print_plan")
     assert "pairs per step" in plan.stdout, plan.stderr
     assert plan.returncode == 0

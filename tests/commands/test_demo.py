@@ -25,7 +25,7 @@ Drawings = tuple[Path, Path, list[str]]
 
 def test_without_gradio_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"^demo needs gradio: pip install -e '.\[demo\]'$"):
+    with pytest.raises(InputError, match=r"^demo needs gradio: pip install 'lit-clip\[demo\]'$"):
         demo(model="last.ckpt")
 
 

@@ -297,7 +297,7 @@ def test_unusable_settings_are_named(base: Path, tiny_config: CLIPConfig, monkey
     with pytest.raises(InputError, match="the blocks that are not frozen have no linear layers"):
         LitCLIP(tiny_config, base, lora=LoRA(), freeze=Freeze("all", "all"))
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(InputError, match=r"needs peft: pip install -e '.\[lora\]'"):
+    with pytest.raises(InputError, match=r"needs peft: pip install 'lit-clip\[lora\]'"):
         LitCLIP(tiny_config, base, lora=LoRA())
 
 

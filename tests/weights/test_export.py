@@ -359,7 +359,7 @@ def test_missing_packages_of_the_export_extra_are_named(
     monkeypatch.setattr(
         export_formats.importlib.util, "find_spec", lambda name: None if name == "onnxscript" else find(name)
     )
-    with pytest.raises(InputError, match=r"onnx needs onnxscript: pip install -e '.\[export\]'"):
+    with pytest.raises(InputError, match=r"onnx needs onnxscript: pip install 'lit-clip\[export\]'"):
         export(str(tmp_path / "last.ckpt"), format="onnx", output=str(tmp_path / "out"))
 
 

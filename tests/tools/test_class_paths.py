@@ -1,0 +1,112 @@
+"""Class paths in settings: the short names of lit-clip's packages, and modules of the user's with these names."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import CompletedProcess
+from types import ModuleType
+
+import pytest
+import yaml
+from jsonargparse import ArgumentParser
+from lightning.pytorch import Callback
+
+from lit_clip import callbacks, datamodules
+from lit_clip.evaluation.suite import read_suite
+from lit_clip.tools.class_paths import find_object, short_names
+from lit_clip.tools.messages import one_line
+from tests.conftest import ROOT, TINY_YAML
+
+OWN = """
+from lightning.pytorch import Callback
+
+class EMA(Callback):
+    pass
+
+class Mine(Callback):
+    def on_fit_start(self, trainer, pl_module):
+        print("mine is called")
+"""
+
+
+class Mine(Callback):
+    """Of the user's module."""
+
+
+@pytest.fixture
+def own(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """A module ``callbacks`` of the user's, with one class of its own and one whose name is also lit-clip's."""
+    module = ModuleType("callbacks")
+    vars(module).update(Mine=Mine, EMA=Mine)
+    module.__spec__ = type(sys.__spec__)("callbacks", None, origin="/home/user/callbacks.py")
+    monkeypatch.setitem(sys.modules, "callbacks", module)
+    return module
+
+
+@pytest.mark.parametrize("path", ["callbacks.EMA", "lit_clip.callbacks.EMA", "callbacks.ema.EMA"])
+@pytest.mark.usefixtures("own")
+def test_the_class_of_lit_clip_comes_first(path: str) -> None:
+    assert find_object(path) is callbacks.EMA
+
+
+@pytest.mark.usefixtures("own")
+def test_a_class_that_lit_clip_lacks_is_the_users() -> None:
+    assert find_object("callbacks.Mine") is Mine
+    with pytest.raises(AttributeError, match="module 'callbacks' has no attribute 'Min'") as caught:
+        find_object("callbacks.Min")
+    assert one_line(caught.value).endswith("did you mean callbacks.Mine?")
+    with pytest.raises(AttributeError) as caught:
+        find_object("callbacks.ZeroSho")
+    assert one_line(caught.value).endswith("did you mean callbacks.ZeroShot?")
+
+
+def test_without_a_module_of_the_users_an_unknown_name_is_missing_in_lit_clips(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "callbacks", callbacks)  # as in a clone
+    with pytest.raises(AttributeError, match=r"module 'lit_clip\.callbacks' has no attribute 'ZeroSho'") as caught:
+        find_object("callbacks.ZeroSho")
+    assert one_line(caught.value).endswith("did you mean callbacks.ZeroShot?")
+    with pytest.raises(ModuleNotFoundError, match="other"):
+        find_object("other.EMA")
+
+
+@pytest.mark.usefixtures("own")
+def test_parsers_of_the_users_keep_pythons_rules() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callback", type=Callback)
+    with short_names():
+        with short_names():
+            pass
+        parsed = parser.parse_args(["--callback", "callbacks.ProgressLines"])
+    assert parsed.callback.class_path == "lit_clip.callbacks.ProgressLines"  # which other processes know too
+    assert type(parser.instantiate(parsed).callback) is callbacks.ProgressLines
+    theirs = parser.parse_args(["--callback", "callbacks.EMA"])
+    assert type(parser.instantiate(theirs).callback) is Mine
+
+
+def test_short_names_hold_in_a_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datamodules", ModuleType("datamodules"))  # a stranger's
+    (tmp_path / "classes/one").mkdir(parents=True)
+    (tmp_path / "classes/one/1.png").write_bytes((ROOT / "docs/images/nearest_names-light.png").read_bytes())
+    entry = {"data": {"class_path": "datamodules.ImageFolderClasses", "init_args": {"root": "classes"}}}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"sets": {"mine": entry}}), encoding="utf-8")
+    opened = read_suite(tmp_path / "suite.yaml")["mine"].open("test", 0, tmp_path)
+    assert type(opened) is datamodules.ImageFolderClasses
+
+
+def test_a_users_callbacks_file_breaks_no_command(
+    cli: Callable[..., CompletedProcess[str]], caption_table: Path, tmp_path: Path
+) -> None:
+    """In a clone that is found before the working folder, what lit-clip lacks is hidden, and an error says so."""
+    (tmp_path / "callbacks.py").write_text(OWN, encoding="utf-8")
+    words = ["fit", "--data", "datamodules.Captions", "--data.train", str(caption_table), "--trainer.max_steps", "1"]
+    words += ["--data.batch_size", "8", "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
+    words += ["--model.architecture", TINY_YAML, "--trainer.limit_val_batches", "0"]
+    words += ["--trainer.callbacks+=callbacks.EMA", "--trainer.callbacks.decay", "0.5"]  # of lit-clip's
+    first = {"PYTHONPATH": f"{tmp_path}:{ROOT}"}  # as `python -m lit_clip` has it
+    result = cli(*words, "--trainer.callbacks+=callbacks.Mine", environment=first, new=True)
+    assert result.returncode == 0, result.stderr
+    assert "mine is called" in result.stdout
+    last = cli(*words, "--trainer.callbacks+=callbacks.Mine", environment={"PYTHONPATH": str(ROOT)}, new=True)
+    assert last.returncode == 2
+    hidden = f"callbacks.Mine: {ROOT}/callbacks/__init__.py hides callbacks.py; rename that file"
+    assert hidden in last.stderr.splitlines()[-1]
