@@ -3,7 +3,8 @@
     python benchmarks/frozen_features.py [--pairs 3] [--images 256] [--batch 64] [--unlock 4]
 
 The encoders are as large as those of ``configs/pretrained_encoders.yaml``, with random weights: EfficientNet-Lite0, of
-which the last ``--unlock`` blocks and the head are trained, and a text encoder of MiniLM's size, whose projection is trained.
+which the last ``--unlock`` blocks and the head are trained, and a text encoder of MiniLM's size, of which
+the projection is.
 
 The images are JPEGs of 640 x 480 from the photographs of scikit-image and scikit-learn. An epoch is timed from its
 start to its last step, with one data worker, without validation; the stored features are there already. The time to
