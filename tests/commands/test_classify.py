@@ -16,7 +16,8 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_m
 from lit_clip import zero_shot_classifier
 from lit_clip.cli.subcommands import run_command
 from lit_clip.commands.class_truth import folder_truth
-from lit_clip.embedding.image_files import ImageFile
+from lit_clip.commands.classify import Classifier, Encoding
+from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.errors import InputError
 from lit_clip.evaluation.thresholds import fit_thresholds, none_threshold
 from lit_clip.tools.images import open_image
@@ -113,6 +114,13 @@ def test_typed_classes_are_found_in_the_names_of_folders() -> None:
     assert folder_truth(files, names, [Path("a"), Path("food/b")]) == [0, 0, 1, 0, -1, -1, -1, 2]
     assert folder_truth(files, names, [Path("food")])[5:] == [2, 2, 2]
     assert folder_truth(files, names, [Path()])[5:] == [2, 2, 2]
+
+
+def test_scores_hold_no_graph_of_the_model(root: Path) -> None:
+    write_folders(root / "photos", "test", 8)
+    model, files = make_module().model.eval(), FileRows(images_in(root / "photos"))
+    classifier = Classifier.of(model, NAMES, ["{}"], Encoding(num_workers=0))
+    assert not any(each.requires_grad for scored in classifier.scored(files, "") for each in scored[1:])
 
 
 def test_images_of_no_class_are_not_counted_and_flat_folders_are_not_judged(
