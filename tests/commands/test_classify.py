@@ -162,6 +162,10 @@ def test_images_of_no_class_are_not_counted_and_flat_folders_are_not_judged(
         (["photos", "--examples", "a.csv"], "a.csv: has no column classes; there are image, label"),
         (["photos", "--examples", "b.csv"], "b.csv: line 3: violet is not among --classes"),
         (["photos", "--examples", "c.csv"], "c.csv: the table is empty"),
+        (["photos", "--examples", "d.csv"], "d.csv: not a readable table .field larger than field limit"),
+        (["photos", "--examples", "e.csv"], "e.csv: line 2: names no image"),
+        (["photos", "--examples", "f.csv", "--on_error", "skip"], "--examples: none of the images could be read"),
+        (["photos", "--examples", "f.csv"], "f.png: no such image file"),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], message: str, root: Path) -> None:
@@ -170,6 +174,9 @@ def test_mistakes_are_one_line(words: list[str], message: str, root: Path) -> No
     (root / "a.csv").write_text("image,label\nx.png,red\n")
     (root / "b.csv").write_text("image,classes\nphotos/red/000.png,red; blue\nphotos/red/000.png,violet\n")
     (root / "c.csv").write_text("image,classes\n")
+    (root / "d.csv").write_text(f"image,classes\n{'x' * 200_000},red\n")
+    (root / "e.csv").write_text("image,classes\n,red\n")
+    (root / "f.csv").write_text("image,classes\nf.png,red\n")
     with pytest.raises(InputError, match=message) as error:
         run_command(["classify", *words, *OPTIONS])
     assert "\n" not in str(error.value)
