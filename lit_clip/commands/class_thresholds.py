@@ -18,6 +18,7 @@ from lit_clip.evaluation.intervals import UnitScores
 from lit_clip.evaluation.thresholds import FIXED, FOLDS, fit_thresholds, macro, none_threshold
 from lit_clip.tools.console import Text, stderr
 from lit_clip.tools.images import OnError
+from lit_clip.tools.reading import reading
 from lit_clip.tools.text_files import read_text
 
 TABLES = {".csv": ",", ".tsv": "\t"}
@@ -79,13 +80,15 @@ def read_examples(path: str, names: Sequence[str], on_error: OnError) -> Example
 
 
 def _table(path: Path, names: Sequence[str]) -> Examples:
-    reader = csv.DictReader(io.StringIO(read_text(path, "--examples")), delimiter=TABLES[path.suffix.lower()])
-    found = reader.fieldnames or []
+    text = io.StringIO(read_text(path, "--examples"))
+    with reading(path, "table", "--examples"):
+        reader = csv.DictReader(text, delimiter=TABLES[path.suffix.lower()])
+        found, rows = reader.fieldnames or [], list(reader)
     lacking = [column for column in ("image", "classes") if column not in found]
     require(not lacking, f"--examples {path}: has no column {' and '.join(lacking)}; there are {listed(found)}")
     places = {name.casefold(): place for place, name in enumerate(names)}
     files, relevant = FileRows(), list[list[int]]()
-    for number, row in enumerate(reader, start=2):
+    for number, row in enumerate(rows, start=2):
         words = [word.strip() for word in (row["classes"] or "").split(SEPARATOR) if word.strip()]
         unknown = [word for word in words if word.casefold() not in places]
         require(not unknown, f"--examples {path}: line {number}: {listed(unknown)} is not among --classes")
@@ -110,6 +113,7 @@ def fit(examples: Examples, scored: Iterable[Scored], names: Sequence[str], erro
     for batch in scored:
         rows += batch.rows
         parts.append(batch.probability.cpu())
+    require(bool(rows), "--examples: none of the images could be read")
     return _fit_classes(torch.cat(parts), examples.relevance[rows], names)
 
 

@@ -145,11 +145,11 @@ class Judge:
             f"{percent(high)}), mean per class {percent(mean.mean())}"
         ]
         if (prediction < 0).any():
-            lines.append(f"called none of the classes: {percent(float((prediction < 0).mean()))} of them")
+            lines.append(f"called {NONE}: {percent(float((prediction < 0).mean()))} of them")
         if self.elsewhere:
             lines.append(f"not counted: {len(self.elsewhere):,} images, in no folder that is named like a class")
         if any(self.elsewhere):
-            lines.append(f"called none of the classes: {percent(float(np.mean(self.elsewhere)))} of these")
+            lines.append(f"called {NONE}: {percent(float(np.mean(self.elsewhere)))} of those not counted")
         return [*lines, *(f"{name}: {value:.4g}" for name, value in computed.numbers.items())]
 
     def _shown(self, number: int) -> dict[str, Any]:

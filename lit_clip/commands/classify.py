@@ -160,7 +160,7 @@ class Classifier:
                 if batch.rows:
                     check_finite(features, files[batch.rows[0]].key)
                     probability = class_probabilities(self.model, features, self.weights)
-                    yield Scored(batch.rows, probability.cpu(), (features @ self.weights).cpu())
+                    yield Scored(batch.rows, probability.detach().cpu(), (features @ self.weights).cpu())
 
 
 @dataclass

@@ -8,6 +8,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -152,14 +153,21 @@ def _set_metrics(metrics: Mapping[str, Any], scores: ClassScores, targets: Targe
 
 def classification_metrics(task: Task, opened: OpenSet, options: TaskOptions, stem: Path | None) -> Evaluation:
     """Return metrics and baselines, averaged over folds; results that are no numbers are written to ``stem_NAME``."""
-    metric, of_folds = opened.entry.metric, list[dict[str, float]]()
+    metric, of_folds, of_given = opened.entry.metric, list[dict[str, float]](), list[dict[str, float]]()
     for number, fold in enumerate(opened.folds):
         scores, targets = class_scores(task, opened, fold, options), targets_of(opened, fold, "test")
         given = _set_metrics(options.metrics, scores, targets)
-        of_folds.append({**evaluate_scores(metric, scores.ranking, targets), **given.numbers})
+        of_folds.append(evaluate_scores(metric, scores.ranking, targets))
+        of_given.append(given.numbers)
         if stem:
             _write_arrays(stem, given, opened, number)
-    return Evaluation(mean_over_folds(of_folds), baselines(metric, targets_of(opened, opened.folds[0], "test")))
+    metrics = mean_over_folds(of_folds) | _mean_of_all(of_given)
+    return Evaluation(metrics, baselines(metric, targets_of(opened, opened.folds[0], "test")))
+
+
+def _mean_of_all(folds: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Return the mean over folds of the numbers that every fold has."""
+    return {name: fmean(fold[name] for fold in folds) for name in folds[0] if all(name in fold for fold in folds)}
 
 
 def _write_arrays(stem: Path, given: Computed, opened: OpenSet, number: int) -> list[Path]:
@@ -219,7 +227,7 @@ def classification(task: Task, opened: OpenSet, options: TaskOptions, folder: Pa
     metrics, notes = _allowed(options, opened, targets)
     found = _evaluate_folds(task, opened, options, metrics, stem)
     mean, columns = mean_over_folds(found.metrics), joined(found.rows)
-    given = {name: value for name, value in mean_over_folds(found.given).items() if math.isfinite(value)}
+    given = {name: value for name, value in _mean_of_all(found.given).items() if math.isfinite(value)}
     known = [name for name in found.intervals[0] if all(name in fold for fold in found.intervals)]
     judged = zip(*(columns[name].tolist() for name in ("fold", "key", "truth")), strict=True)
     result = {

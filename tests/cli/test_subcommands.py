@@ -9,6 +9,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from jsonargparse import ArgumentError
 from PIL import Image
 
 import lit_clip.commands.classify
@@ -69,6 +71,48 @@ def test_a_functions_signature_defines_its_command_line() -> None:
     }
     parsed = parse("one", "--model", "m", "--flag", "--several", "a", "b", "--number", "4")
     assert (parsed["words"], parsed["flag"], parsed["several"], parsed["number"]) == ([], True, ["a", "b"], 4)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Options that belong together.
+
+    Args:
+        size: of something.
+        words: several.
+        quick: whether to hurry.
+    """
+
+    size: int = 3
+    words: list[str] | None = None
+    quick: bool = False
+
+
+def grouped(name: str, *, group: Group, number: int = 1) -> None:
+    """Do nothing.
+
+    Args:
+        name: of something.
+        group: options.
+        number: of something.
+    """
+    received.append((name, group, number))
+
+
+received: list[object] = []
+
+
+def test_the_fields_of_a_dataclass_are_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(COMMANDS, "grouped", f"{__name__}:grouped")
+    monkeypatch.setattr(sys.modules[__name__], "received", [])
+    run_command(["grouped", "a", "--size", "5", "--words", "b", "c", "--quick"])
+    run_command(["grouped", "a", "--number", "2"])
+    assert received == [("a", Group(5, ["b", "c"], True), 1), ("a", Group(), 2)]
+    helps = {action.dest: action.help for action in command_parser("grouped", grouped)._actions}
+    assert [helps[name] for name in ("size", "words", "quick")][1:] == ["several.", "whether to hurry."]
+    assert str(helps["size"]).startswith("of something.")
+    with pytest.raises(ArgumentError, match="group"):
+        run_command(["grouped", "a", "--group", "b"])
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -16,7 +16,8 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_m
 from lit_clip import zero_shot_classifier
 from lit_clip.cli.subcommands import run_command
 from lit_clip.commands.class_truth import folder_truth
-from lit_clip.embedding.image_files import ImageFile
+from lit_clip.commands.classify import Classifier, Encoding
+from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.errors import InputError
 from lit_clip.evaluation.thresholds import fit_thresholds, none_threshold
 from lit_clip.tools.images import open_image
@@ -115,6 +116,13 @@ def test_typed_classes_are_found_in_the_names_of_folders() -> None:
     assert folder_truth(files, names, [Path()])[5:] == [2, 2, 2]
 
 
+def test_scores_hold_no_graph_of_the_model(root: Path) -> None:
+    write_folders(root / "photos", "test", 8)
+    model, files = make_module().model.eval(), FileRows(images_in(root / "photos"))
+    classifier = Classifier.of(model, NAMES, ["{}"], Encoding(num_workers=0))
+    assert not any(each.requires_grad for scored in classifier.scored(files, "") for each in scored[1:])
+
+
 def test_images_of_no_class_are_not_counted_and_flat_folders_are_not_judged(
     root: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -154,6 +162,10 @@ def test_images_of_no_class_are_not_counted_and_flat_folders_are_not_judged(
         (["photos", "--examples", "a.csv"], "a.csv: has no column classes; there are image, label"),
         (["photos", "--examples", "b.csv"], "b.csv: line 3: violet is not among --classes"),
         (["photos", "--examples", "c.csv"], "c.csv: the table is empty"),
+        (["photos", "--examples", "d.csv"], "d.csv: not a readable table .field larger than field limit"),
+        (["photos", "--examples", "e.csv"], "e.csv: line 2: names no image"),
+        (["photos", "--examples", "f.csv", "--on_error", "skip"], "--examples: none of the images could be read"),
+        (["photos", "--examples", "f.csv"], "f.png: no such image file"),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], message: str, root: Path) -> None:
@@ -162,6 +174,9 @@ def test_mistakes_are_one_line(words: list[str], message: str, root: Path) -> No
     (root / "a.csv").write_text("image,label\nx.png,red\n")
     (root / "b.csv").write_text("image,classes\nphotos/red/000.png,red; blue\nphotos/red/000.png,violet\n")
     (root / "c.csv").write_text("image,classes\n")
+    (root / "d.csv").write_text(f"image,classes\n{'x' * 200_000},red\n")
+    (root / "e.csv").write_text("image,classes\n,red\n")
+    (root / "f.csv").write_text("image,classes\nf.png,red\n")
     with pytest.raises(InputError, match=message) as error:
         run_command(["classify", *words, *OPTIONS])
     assert "\n" not in str(error.value)

@@ -172,14 +172,16 @@ def test_a_probe_of_another_set_is_tested_again_when_class_names_change(root: Pa
 
 
 def test_two_processes_give_the_same_results(root: Path) -> None:
-    one = evaluate("--draws", "1")["sets"]
+    options = ("--draws", "1", "--metrics", "auroc=torchmetrics.classification.MulticlassAUROC")
+    one = evaluate(*options)["sets"]
     shutil.rmtree("out")
-    result = lit_clip_command(root, *words("--draws", "1", "--devices", "2"))
+    result = lit_clip_command(root, *words(*options, "--devices", "2"))
     assert result.returncode == 0, result.stderr
     two = json.loads(Path("out/results.json").read_text(encoding="utf-8"))["sets"]
     for found in (one, two):
         found["noise"]["tasks"]["linear_probe"].pop("seconds")
     assert one == two
+    assert all("auroc" in one["noise"]["tasks"][task]["metrics"] for task in ("zero_shot", "linear_probe"))
 
 
 def counted_images(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
