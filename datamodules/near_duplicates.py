@@ -111,10 +111,11 @@ def look_alikes(bits: np.ndarray, colours: np.ndarray) -> Groups:
     return equal_groups(look_labels(bits, colours))
 
 
-def look_labels(bits: np.ndarray, colours: np.ndarray) -> np.ndarray:
+def look_labels(bits: np.ndarray, colours: np.ndarray, most: int = NEAR_BITS) -> np.ndarray:
     """Number images from 0 so that those that look the same have the same number, int ``[N]``.
 
-    Looks are columns of :class:`Looks`. The ends of a chain of look-alikes may differ more than near pairs.
+    Looks are columns of :class:`Looks`, and may differ in ``most`` bits; of pairs that differ in more than 2, those
+    that agree in a band are found. The ends of a chain of look-alikes may differ more than near pairs.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -126,7 +127,7 @@ def look_labels(bits: np.ndarray, colours: np.ndarray) -> np.ndarray:
     look = np.empty(len(bits), dtype=np.int64)  # number of each image's look among the distinct ones
     look[order] = np.cumsum(new) - 1
     bits, colours = bits[new], colours[new]
-    pairs = [pair for first, width in BANDS for pair in _near_pairs(bits, colours, first, width)]
+    pairs = [pair for first, width in BANDS for pair in _near_pairs(bits, colours, first, width, most)]
     left, right = np.concatenate([np.zeros((0, 2), dtype=np.int64), *pairs]).T
     graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(len(bits), len(bits)))
     return connected_components(graph, directed=False)[1][look]
@@ -136,7 +137,7 @@ def _band(bits: np.ndarray, first: int, width: int) -> np.ndarray:
     return (bits >> np.uint64(first)) & np.uint64((1 << width) - 1)
 
 
-def _near_pairs(bits: np.ndarray, colours: np.ndarray, first: int, width: int) -> Iterator[np.ndarray]:
+def _near_pairs(bits: np.ndarray, colours: np.ndarray, first: int, width: int, most: int) -> Iterator[np.ndarray]:
     """Yield near pairs that agree in a band, int64 ``[P, 2]`` each time."""
     band = _band(bits, first, width)
     order = np.lexsort((colours, bits, band))
@@ -148,14 +149,16 @@ def _near_pairs(bits: np.ndarray, colours: np.ndarray, first: int, width: int) -
         if not len(here):
             return
         left, right = order[here], order[here + step]
-        near = _near(bits[left], colours[left], bits[right], colours[right])
+        near = _near(bits[left], colours[left], bits[right], colours[right], most)
         yield np.stack([left[near], right[near]], axis=1)
 
 
-def _near(bits: np.ndarray, colours: np.ndarray, other_bits: np.ndarray, other_colours: np.ndarray) -> np.ndarray:
+def _near(
+    bits: np.ndarray, colours: np.ndarray, other_bits: np.ndarray, other_colours: np.ndarray, most: int = NEAR_BITS
+) -> np.ndarray:
     """Whether pairs of looks differ in few bits and little in colour, bool ``[P]``."""
     differing = bits ^ other_bits
-    for _ in range(NEAR_BITS):
+    for _ in range(most):
         differing = differing & (differing - np.uint64(1))  # clears the lowest set bit; zero stays zero
     near = differing == 0
     for shift in (0, 8, 16):

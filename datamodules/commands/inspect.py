@@ -37,13 +37,14 @@ def inspect(
 ) -> None:
     """Read data once and report sizes, formats, bad rows, duplicates and long captions.
 
-    Every image is decoded. A table beside the page, .findings.csv, has a line for each pair that is broken, a copy or a
-    near copy of another, or has a caption that says nothing or is too long, with a decision: keep or drop. Edit the
-    decisions, then train on the rest with: lit-clip fit --data.train DATA --data.keep inspect.findings.csv
+    Every image is decoded.
 
     Args:
         data: a table, a folder of images with captions beside them, tar shards or anything else that training takes.
-        output: an HTML page with figures, sample images and problems, in one file.
+        output: an HTML page with figures, sample images and problems, in one file. Beside it .findings.csv has a line
+            for each pair that is broken, a copy or a near copy, or has a caption that says nothing or is too long, with
+            a decision: keep or drop. Edit it, and train on the rest:
+            lit-clip fit --data.train DATA --data.keep inspect.findings.csv
         val: the validation data; copies of their images are proposed to be dropped from the data.
         model: a checkpoint, or a name that lit_clip.create_model or lit_clip.load_model accepts; its tokenizer
             measures the captions. By default CLIP's.

@@ -54,15 +54,14 @@ def overlap(
     """Find evaluation images in a training set, and measure how much they help a model (section 5 of the paper).
 
     The page shows pairs around each set's threshold: look at them, choose another threshold and run the command again.
-    A table beside it proposes to drop the training images that are in a set; edit it, and train on the rest with
-    lit-clip fit --data.train DATA --data.keep overlap.findings.csv.
     A hidden folder beside the output caches features and search results; an interrupted run resumes from it.
 
     Args:
         evaluation: folders with a subfolder for each class; or none, and --suite.
         train: a table, a folder of images with captions beside them, tar shards or anything else that training takes.
         model: a checkpoint, or a name that lit_clip.load_model accepts; it compares images, and its accuracy is told.
-        output: an HTML page, beside which a JSON file has all figures and pairs; or only the .json file.
+        output: an HTML page, beside which a JSON file has all figures and pairs; or only the .json file. Beside them
+            .findings.csv lists all training images that are in a set, for fit --data.keep and shard --keep.
         suite: YAML files of evaluation sets.
         sets: names of sets of the suite; by default all that are on disk.
         data_root: folder of the suite's sets.

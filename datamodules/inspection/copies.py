@@ -1,8 +1,8 @@
 """Copies among the pairs of a scan: of images and captions, of images alone, and of validation images.
 
-Images are the same if their files are equal. They are near copies if they look the same by their hash
-(:mod:`datamodules.near_duplicates`) and no cell of 8 x 8 differs much in colour, which photographs of two white shirts
-on one ground do. Of several copies the largest stands for all, of equally large ones the first.
+Images are the same if their files are equal. They are near copies if their hashes (:mod:`datamodules.near_duplicates`)
+differ in few bits and no cell of 8 x 8 differs much in colour, as it does in photographs of two shirts on one ground.
+Of several copies the largest stands for all, of equally large ones the first.
 
 Shapes: N rows, M captions, F different files.
 """
@@ -19,12 +19,14 @@ from lit_clip.errors import BadSample
 from lit_clip.tools.console import progress
 from lit_clip.tools.images import decoding_at_least, open_image
 from lit_clip.tools.workers import loader
-from ..near_duplicates import NEIGHBOURS, LookIndex, Looks, look_labels
+from ..near_duplicates import LookIndex, Looks, look_labels
 from ..pairs.source import PairSource
 from .scan import CHUNK, DECODED, PLAIN, ScanFindings
 
 CELLS = 8  # a side of the images that are compared
-LEVELS = 32  # of 255 that a cell may differ: JPEGs at quality 20 and half the size differ by 17, other shirts by 50
+CANDIDATE_BITS = 4  # by which two hashes may differ
+LEVELS = 20  # of 255 that a cell may differ: JPEGs at quality 20 and half the size differ by 17, other shirts by 27
+MOST = 4096  # images that each is compared with; bounds the work if many look alike and are not copies
 COMPARED = 65_536  # rows that are compared with validation images at once
 
 
@@ -80,7 +82,7 @@ def _look_labels(found: ScanFindings) -> np.ndarray:
     files = images[usable[first]]
     shaped = files["state"] & PLAIN == 0
     of_file = np.arange(len(files))
-    of_file[shaped] = len(files) + look_labels(files["bits"][shaped], files["colour"][shaped])
+    of_file[shaped] = len(files) + look_labels(files["bits"][shaped], files["colour"][shaped], CANDIDATE_BITS)
     labels[usable] = np.unique(of_file, return_inverse=True)[1][numbers]
     return labels
 
@@ -108,7 +110,7 @@ def _first_alike(small: np.ndarray) -> np.ndarray:
     """Return for each image the place of the first that it is a copy of, itself if none, int64 ``[n]``."""
     found, firsts = np.arange(len(small)), []
     for place, image in enumerate(small):
-        others = firsts[-NEIGHBOURS:]  # bounds the work if many look alike and are not
+        others = firsts[-MOST:]
         differing = np.abs(small[others] - image).max(axis=1) if others and image[0] >= 0 else np.zeros(0)
         if len(differing) and differing.min() <= LEVELS:
             found[place] = others[int(differing.argmin())]

@@ -9,6 +9,7 @@ import numpy as np
 
 from lit_clip.errors import BadSample
 from lit_clip.models.tokenizer import TextTokenizer
+from ..near_duplicates import NEAR_BITS
 from ..pairs.decisions import DROP, KEEP
 from ..pairs.findings import Finding
 from ..pairs.source import PairSource
@@ -74,7 +75,7 @@ def _of_pairs(
         if other >= 0:
             same_image, same_caption = bool(copies.same_image[number]), bool(copies.same_caption[number])
             _add_copy(line, found.images[row], found.images[other], same_image, same_caption)
-            line.copy_of, line.copy_of_row = source.key(other), other if same_image else None
+            line.copy_of, line.copy_of_row = source.key(other) if line.finding else "", other if same_image else None
         if found.flags[number] & SAYS_NOTHING:
             line.add("caption says nothing", DROP)
         if found.flags[number] & TOO_LONG:
@@ -91,5 +92,7 @@ def _add_copy(line: Finding, ours: np.void, theirs: np.void, same_image: bool, s
         sizes = [f"{each['width']} x {each['height']}" for each in (ours, theirs)]
         differing = int(ours["bits"] ^ theirs["bits"]).bit_count()
         detail = f"{differing} of 64 bits of the hash differ; {sizes[0]} pixels, the other {sizes[1]}"
+        if not same_image and differing > NEAR_BITS:
+            return
     finding = f"{'near ' if detail else ''}copy{'' if same_caption else ' with another caption'}"
     line.add(finding if same_image else "looks like another image", DROP if same_caption else KEEP, detail)

@@ -16,6 +16,7 @@ from .mixture import Concatenated
 from .source import EncodedPair, Pair, PairSource, PairText, Rows
 
 CHECKED = 100  # pairs that are compared with the source before it is used
+SPREAD = 10_000  # rows that these lie within at most: of shards in a store, one or two are fetched
 
 
 def kept_pairs(source: PairSource, path: str | Path, option: str = "") -> "FilteredPairs":
@@ -91,15 +92,15 @@ class FilteredPairs(Rows):
         return key if first == row else self.source.key(first)
 
     def check_first(self) -> None:
-        """Compare the first pairs with the source; not spread ones, for which every shard of a store would be fetched.
-
-        Raise :class:`InputError` if they were changed.
-        """
+        """Compare the first pairs with the source, of findings the last too; :class:`InputError` if they changed."""
         try:
             if self.decisions.keeps_listed:
                 for index in range(min(CHECKED, len(self))):
                     self.captions(index)
-            for line in self.decisions.lines[:CHECKED]:
+            lines, rows = self.decisions.lines, self.decisions.lines["row"]
+            first = lines[rows < rows[:1] + SPREAD][:CHECKED]
+            last = lines[rows > rows[-1:] - SPREAD][-CHECKED:]
+            for line in np.unique(np.concatenate([first, last])):
                 self._check_line(int(line["row"]), int(line["pair"]), whole=not line["captions"])
         except BadSample as error:  # it could be read when it was decided on
             raise InputError(f"{self.name}: is of other data: {error}") from error
