@@ -85,11 +85,15 @@ class ExpectedTime(Callback):
 
     now: Callable[[], float] = staticmethod(time.perf_counter)
     _per_validation: float | None = None  # kept from a validation before fit
+    # A resumed run may validate before it trains.
+    _measures = False
+    _validated = 0.0  # seconds
+    _printed: tuple[float, bool] | None = None  # seconds, and whether they were the most
 
     def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
         self._measures = trainer.is_global_zero and not trainer.fast_dev_run
         self._first_step, self._validated, self._warned = trainer.global_step, 0.0, False
-        self._printed: tuple[float, bool] | None = None  # seconds, and whether they were the most
+        self._printed = None
         self._began = self._last = self.now()
         self._since: tuple[int, float] | None = None  # step and time after the first steps
         self._start = 0.0  # seconds of the first steps

@@ -145,6 +145,14 @@ def test_a_resumed_run_counts_the_steps_that_are_left(fit: Fit, tmp_path: Path) 
     assert fit([2.0], path=tmp_path / "end.ckpt") == ["expected time: 4.7 minutes (140 steps of 2 s)"]
 
 
+def test_a_validation_that_is_due_when_a_run_is_resumed_is_not_counted(fit: Fit, tmp_path: Path) -> None:
+    options = {"limit_val_batches": 1, "val_check_interval": 4, "max_steps": 40}
+    fit([2.0], 6.0, **options)  # saved after step 20, before its validation
+    assert fit([2.0], 6.0, tmp_path / "end.ckpt", **options) == [
+        "expected time: 1.2 minutes (20 steps of 2 s, 5 validations of 6 s)"
+    ]
+
+
 def test_more_than_a_day_is_one_more_line_that_says_what_to_do(fit: Fit) -> None:
     assert fit([539.0])[-1] == "expected time: 24 hours (160 steps of 9 minutes)"  # 23:57
     *_, expected, warning = fit([1000.0])

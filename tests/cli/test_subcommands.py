@@ -452,4 +452,4 @@ def test_help_of_fit_has_one_line_for_each_option_and_the_complete_text_is_one_w
     one = help_of(monkeypatch, capsys, "--trainer.precision.help")
     assert "'transformer-engine-float16'" in one
     assert "accelerator" not in one
-    assert "--data.captions.long" in help_of(monkeypatch, capsys, "--data.help", "datamodules.Captions")
+    assert "--data.captions CAPTIONS" in help_of(monkeypatch, capsys, "--data.help", "datamodules.Captions")
