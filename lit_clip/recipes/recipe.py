@@ -84,9 +84,12 @@ class Run:
         return Facts(len(train), *found, len(val), hex_digest([len(train), *sorted(map(str, images | captions))]))
 
     def is_given(self, *options: str) -> bool:
-        """Return whether the user has set one of these options, a part of it, or what it is a part of."""
+        """Return whether the user has set one of these options, a part of it, or what it is a part of.
+
+        ``--model my_clip.Cautious`` and ``--data my_data.Prompts`` name a class, and set none of its options.
+        """
         return any(
-            f"{option}.".startswith(f"{name}.") or f"{name}.".startswith(f"{option}.")
+            ("." in name and f"{option}.".startswith(f"{name}.")) or f"{name}.".startswith(f"{option}.")
             for option in options
             for name in self.given
         )

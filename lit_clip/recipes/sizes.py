@@ -4,6 +4,7 @@ Each is a table whose rows docs/evidence/recipes.md measured, up to 3,000 pairs 
 the rows behind them come from the paper's rates, and say so.
 """
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -109,10 +110,14 @@ def _choices(run: Run, rows: Sequence[Row]) -> list[Choice]:
     """Return the choices that follow from the number of pairs, and from batch, epochs and steps that are given."""
     pairs = run.facts.pairs
     batch = _number(run, "data.global_batch_size") or _number(run, "data.batch_size")
+    takes_batch = "global_batch_size" in inspect.signature(type(run.data)).parameters
+    if batch is None and not takes_batch:  # a data module of one's own
+        batch = run.data.train_batch_size
     found = sizes(pairs, rows, batch, _number(run, "trainer.max_epochs"), _number(run, "trainer.max_steps"))
     schedule, optimizer = ("model.lr_scheduler.class_path",), ("model.optimizer.class_path",)
+    of_data = Choice("data.global_batch_size", found.batch, f"of {pairs:,} pairs", ("data.batch_size",))
     return [
-        Choice("data.global_batch_size", found.batch, f"of {pairs:,} pairs", ("data.batch_size",)),
+        *([of_data] if takes_batch else []),
         Choice("trainer.max_epochs", found.epochs, f"{found.steps:,} steps", EPOCHS[1:]),
         Choice(
             "trainer.check_val_every_n_epoch",

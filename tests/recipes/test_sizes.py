@@ -15,14 +15,32 @@ PAIRS = (1, 50, 115, 500, 3_000, 30_000, 3_000_000)
 RECIPES = (FineTuning(), FromScratch())
 
 
+class Data:
+    """Takes the number of pairs per step, as ours do."""
+
+    def __init__(self, global_batch_size: int | None = None) -> None:
+        self.train_batch_size = global_batch_size
+
+
+class OwnData:
+    """Takes another option."""
+
+    def __init__(self, batch_size: int = 64) -> None:
+        self.train_batch_size = batch_size
+
+
 def a_run(
-    facts: Facts, given: Mapping[str, Any] | None = None, norm: bool = False, logit_bias: float | None = None
+    facts: Facts,
+    given: Mapping[str, Any] | None = None,
+    norm: bool = False,
+    logit_bias: float | None = None,
+    data: Any = None,
 ) -> Run:
     """Return a run of a model with or without BatchNorm and bias."""
     model: Any = nn.Sequential(nn.BatchNorm2d(3) if norm else nn.LayerNorm(3))
     module = SimpleNamespace(model=model)
     model.logit_bias = logit_bias
-    run = Run(given or {}, lambda: None, lambda: module)
+    run = Run(given or {}, lambda: data or Data(), lambda: module)
     run.facts = facts
     return run
 
@@ -124,6 +142,14 @@ def test_from_scratch_fine_tunes_where_pretrained_weights_are_given() -> None:
     assert chosen(FromScratch(), 3_000, given) == chosen(FineTuning(), 3_000, given)
     assert chosen(FromScratch(), 3_000) != chosen(FineTuning(), 3_000)
     assert chosen(FromScratch(), 3_000, {"model.pretrained": None}) == chosen(FromScratch(), 3_000)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_data_of_ones_own_keep_their_batch_and_the_others_follow_it(recipe: Recipe) -> None:
+    found = chosen(recipe, 640, {"data": "my_data.Prompts", "model": "my_clip.Cautious"}, data=OwnData(320))
+    assert "global_batch_size" not in found
+    assert found["max_epochs"] >= 75  # of two steps
+    assert {"lr", "warmup_steps"} <= found.keys(), "a class that is named sets none of its options"
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
