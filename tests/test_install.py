@@ -152,8 +152,8 @@ def check_that_runs_go_on_in_a_clone_and_back(here: Path, wheel: Callable[..., s
         config = (here / f"runs/{folder}/version_0/fit_config.yaml").read_text(encoding="utf-8")
         return re.findall(r"class_path: .*", config), saved["parts"], saved["configuration"]
 
-    fit = ("fit", "--config", str(ROOT / "lit_clip/cli/fit.yaml"), "--data.train", "captions.csv", *options, "--data.num_workers", "1")
-    ema = ("--trainer.callbacks+=callbacks.EMA", "--trainer.callbacks.decay", "0.5")
+    fit = ("fit", "--config", str(ROOT / "lit_clip/cli/fit.yaml"), "--data.train", "captions.csv", *options)
+    ema = ("--data.num_workers", "1", "--trainer.callbacks+=callbacks.EMA", "--trainer.callbacks.decay", "0.5")
     name = "--trainer.logger.init_args.name"
     wheel(*fit, *ema, name, "of_wheel")
     clone(*fit, *ema, name, "of_clone")
