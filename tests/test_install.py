@@ -153,7 +153,7 @@ def check_that_runs_go_on_in_a_clone_and_back(here: Path, wheel: Callable[..., s
         return re.findall(r"class_path: .*", config), saved["parts"], saved["configuration"]
 
     fit = ("fit", "--config", str(ROOT / "lit_clip/cli/fit.yaml"), "--data.train", "captions.csv", *options)
-    ema = ("--trainer.callbacks+=callbacks.EMA", "--trainer.callbacks.decay", "0.5")
+    ema = ("--data.num_workers", "1", "--trainer.callbacks+=callbacks.EMA", "--trainer.callbacks.decay", "0.5")
     name = "--trainer.logger.init_args.name"
     wheel(*fit, *ema, name, "of_wheel")
     clone(*fit, *ema, name, "of_clone")
@@ -183,7 +183,7 @@ def test_the_commands_of_a_plain_install_train_evaluate_and_use_a_model(wheel: P
     lit_clip = partial(run, "lit-clip")
     assert str(tmp_path) in run("python", "-c", "import lit_clip.callbacks; print(lit_clip.callbacks.__file__)")
     assert "Commands that take --config" in lit_clip("--help")
-    small = ("--data.num_workers", "1", "--data.batch_size", "8", "--trainer.accelerator", "cpu")
+    small = ("--data.num_workers", "0", "--data.batch_size", "8", "--trainer.accelerator", "cpu")
     tiny = ("--model.architecture", TINY_YAML, "--trainer.max_epochs", "1")
     lit_clip("fit", "--data.train", "captions.csv", *small, *tiny)
     (model,) = here.glob("runs/table/version_0/checkpoints/last.ckpt")

@@ -53,7 +53,7 @@ def test_an_option_reaches_the_callback_that_it_names_and_leaves_the_others() ->
     first, second, third, fourth = result(LISTED, *words)
     assert first["init_args"] == {"decay": 0.9, "start_step": 3}
     assert [second["init_args"]["filename"], fourth["init_args"]["filename"]] == ["last", "newest"]
-    assert third == {"class_path": "lit_clip.callbacks.PatchDropout"}
+    assert third == {"class_path": "callbacks.PatchDropout"}
     assert result(LISTED[0], f"{PREFIX}.decay", "0.5")[0]["init_args"] == {"decay": 0.5}  # the only one
     (added,) = result(None, f"{PREFIX}.NonFiniteSteps.policy.after", "3")
     assert added["init_args"] == {"policy": {"after": 3}}
