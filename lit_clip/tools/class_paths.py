@@ -20,8 +20,8 @@ def full_name(path: str) -> str:
 
     ``callbacks.X`` and ``datamodules.X`` are lit-clip's X; without one, X of a module of that name that the user has.
     """
-    package = path.partition(".")[0]
-    if package not in SHORT:
+    package, dot, _ = path.partition(".")
+    if package not in SHORT or not dot:
         return path
     try:
         import_object(f"lit_clip.{path}")

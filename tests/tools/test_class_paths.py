@@ -13,7 +13,7 @@ from lightning.pytorch import Callback
 
 from lit_clip import callbacks, datamodules
 from lit_clip.evaluation.suite import read_suite
-from lit_clip.tools.class_paths import find_object, short_names
+from lit_clip.tools.class_paths import find_object, full_name, short_names
 from lit_clip.tools.messages import one_line
 from tests.conftest import ROOT, TINY_YAML
 
@@ -58,6 +58,11 @@ def test_a_class_that_lit_clip_lacks_is_the_users() -> None:
     with pytest.raises(AttributeError) as caught:
         find_object("callbacks.ZeroSho")
     assert one_line(caught.value).endswith("did you mean callbacks.ZeroShot?")
+
+
+@pytest.mark.parametrize("path", ["callbacks", "torch.nn.Linear", "my_callbacks.EMA", "lit_clip.callbacks.EMA"])
+def test_other_names_stay_as_they_are(path: str) -> None:
+    assert full_name(path) == path
 
 
 def test_without_a_module_of_the_users_an_unknown_name_is_missing_in_lit_clips(monkeypatch: pytest.MonkeyPatch) -> None:
