@@ -2,11 +2,13 @@
 
 import json
 import logging
+import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from filelock import FileLock
 from jsonargparse import Namespace
@@ -71,13 +73,11 @@ def chosen_options(parser: Any, config: Any, given: Mapping[str, Any]) -> list[s
     """
     recipe: Recipe = parser.instantiate_classes(Namespace(recipe=config.recipe)).recipe
     seed = config.seed_everything if type(config.seed_everything) is int else 0
-    run = Run(given, lambda: _data(parser, config), lambda: _module(parser, config), _seconds, seed)
+    run = Run(given, lambda: _data(parser, config), lambda: _module(parser, config), _seconds, seed, _world(config))
     with log_level(logging.WARNING, RANK_ZERO):  # the run says it again
         pairs = hasattr(run.data, "sources")
-        choices, kept = (
-            _kept(recipe, run) if pairs and recipe.measures else (recipe.choices(run) if pairs else [], None)
-        )
-    if not pairs:
+        choices, kept = _kept(recipe, run) if pairs and recipe.measures else (recipe.choices(run), None)
+    if not pairs and not choices:
         rank_zero_info(f"recipe: {recipe!r} chooses nothing for {type(run.data).__name__}, which opens no pairs")
     if kept is not None:
         rank_zero_info(f"recipe: measured by an earlier run; delete {kept} to measure again")
@@ -90,7 +90,13 @@ def _kept(recipe: Recipe, run: Run) -> tuple[list[Choice], Path | None]:
     """Return choices, and the file that has them from an earlier process with the same settings and pairs, if any."""
     folder = Path(run.data.cache_folder) / "recipes"
     folder.mkdir(parents=True, exist_ok=True)
-    key = [repr(recipe), run.facts.digest, json.dumps(dict(run.given), sort_keys=True, default=str), str(run.seed)]
+    key = [
+        repr(recipe),
+        run.facts.digest,
+        json.dumps(dict(run.given), sort_keys=True, default=str),
+        run.seed,
+        run.world,
+    ]
     file = folder / f"{hex_digest(key)[:20]}.json"
     with FileLock(file.with_suffix(".lock")):
         if file.exists():
@@ -111,6 +117,20 @@ def _data(parser: Any, config: Any) -> Any:
 
 def _module(parser: Any, config: Any) -> Any:
     return parser.instantiate_classes(Namespace(model=config.model)).model
+
+
+def _world(config: Any) -> int:
+    """Return the number of ranks that the trainer will have, as far as its settings say it."""
+    if "WORLD_SIZE" in os.environ:  # torchrun's
+        return max(1, int(os.environ["WORLD_SIZE"]))
+    trainer = config.trainer
+    devices = trainer.devices
+    if isinstance(devices, str) and devices.lstrip("-").isdigit():
+        devices = int(devices)
+    if devices in ("auto", -1):
+        devices = torch.accelerator.device_count() if trainer.accelerator != "cpu" else 1
+    counted = len(devices) if isinstance(devices, list) else devices
+    return max(1, counted if isinstance(counted, int) else 1) * max(1, trainer.num_nodes)
 
 
 def _seconds() -> float:

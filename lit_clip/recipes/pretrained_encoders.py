@@ -77,7 +77,7 @@ class PretrainedEncoders(Recipe):
         whole = f"{self.minutes:g} minutes in all"
         encoded, trained = f"encoded in {_told(plan.encoding)}", f"trained in {_told(plan.training)}"
         return [
-            Choice("data.global_batch_size", best.batch, tried, ("data.batch_size",)),
+            Choice("data.global_batch_size", run.divisible(best.batch), tried, ("data.batch_size",)),
             Choice("model.optimizer.lr", best.rate, tried),
             Choice("model.lr_scheduler.warmup_steps", max(1, steps // 10), f"a tenth of {steps:,} steps"),
             Choice("model.freeze", asdict(plan.freeze), "last blocks for which there is time"),

@@ -44,6 +44,7 @@ class Run:
         make_module: creates the :class:`lit_clip.LitCLIP`.
         seconds: seconds since the command began.
         seed: of the run.
+        world: number of ranks.
     """
 
     def __init__(
@@ -53,8 +54,9 @@ class Run:
         make_module: Callable[[], Any],
         seconds: Callable[[], float] = lambda: 0.0,
         seed: int = 0,
+        world: int = 1,
     ) -> None:
-        self.given, self.seconds, self.seed = given, seconds, seed
+        self.given, self.seconds, self.seed, self.world = given, seconds, seed, world
         self._make_data, self._make_module = make_data, make_module
 
     @cached_property
@@ -83,6 +85,10 @@ class Run:
         found = round(len(images) * share), round(len(captions) * share)
         return Facts(len(train), *found, len(val), hex_digest([len(train), *sorted(map(str, images | captions))]))
 
+    def divisible(self, batch: int) -> int:
+        """Return a number of pairs per step of all ranks that they can divide: at most ``batch``, but one each."""
+        return max(self.world, batch // self.world * self.world)
+
     def is_given(self, *options: str) -> bool:
         """Return whether the user has set one of these options, a part of it, or what it is a part of.
 
@@ -108,9 +114,14 @@ class Recipe(ABC):
     def choose(self, run: Run) -> list[Choice]:
         """Return the choices, a pure function of the run. Those of settings that are given are left out."""
 
+    def choose_without_pairs(self, run: Run) -> list[Choice]:
+        """Return the choices for a data module that opens no pairs, so that their number is not known."""
+        return []
+
     def choices(self, run: Run) -> list[Choice]:
         """Return the choices of settings that are not given."""
-        return [each for each in self.choose(run) if not run.is_given(each.option, *each.unless)]
+        chosen = self.choose(run) if hasattr(run.data, "sources") else self.choose_without_pairs(run)
+        return [each for each in chosen if not run.is_given(each.option, *each.unless)]
 
     def __repr__(self) -> str:
         settings = ", ".join(f"{name}={value!r}" for name, value in vars(self).items() if not name.startswith("_"))

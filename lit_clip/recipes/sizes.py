@@ -100,6 +100,15 @@ class FineTuning(Recipe):
 class FromScratch(Recipe):
     """Train a model from scratch on any number of pairs; one that starts from pretrained weights as FineTuning does."""
 
+    def choose_without_pairs(self, run: Run) -> list[Choice]:
+        rate = 1e-4 if run.given.get("model.pretrained") is not None else 1e-3
+        why = "the number of pairs is not known"
+        return [
+            Choice("trainer.max_epochs", 25, why, ("trainer.max_steps", "trainer.max_time")),
+            Choice("model.lr_scheduler.warmup_steps", 50, why, ("model.lr_scheduler.class_path",)),
+            Choice("model.optimizer.lr", rate, why, ("model.optimizer.class_path",)),
+        ]
+
     def choose(self, run: Run) -> list[Choice]:
         if run.given.get("model.pretrained") is not None:
             return FineTuning().choose(run)
@@ -113,6 +122,7 @@ def _choices(run: Run, rows: Sequence[Row]) -> list[Choice]:
     takes_batch = "global_batch_size" in inspect.signature(type(run.data)).parameters
     if batch is None and not takes_batch:  # a data module of one's own
         batch = run.data.train_batch_size
+    batch = batch or run.divisible(sizes(pairs, rows).batch)
     found = sizes(pairs, rows, batch, _number(run, "trainer.max_epochs"), _number(run, "trainer.max_steps"))
     schedule, optimizer = ("model.lr_scheduler.class_path",), ("model.optimizer.class_path",)
     of_data = Choice("data.global_batch_size", found.batch, f"of {pairs:,} pairs", ("data.batch_size",))

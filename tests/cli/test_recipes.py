@@ -9,9 +9,11 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonargparse import Namespace
 
 from lit_clip.cli.main import main
-from lit_clip.cli.recipes import given_settings
+from lit_clip.cli.recipes import _world, given_settings
+from lit_clip.recipes import Run
 from tests.conftest import TINY_YAML
 
 RECIPE = """
@@ -161,6 +163,43 @@ def test_other_data_than_pairs_are_left_alone(fit: Fit, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(json.dumps(config), encoding="utf-8")
     printed = fit("--trainer.max_epochs", "0", code=2)  # this data module has no loader either
     assert "recipe: Own(rate=0.25) chooses nothing for Data, which opens no pairs" in printed
+
+
+def test_data_that_open_no_pairs_get_an_end_from_scratch_too(fit: Fit, tmp_path: Path) -> None:
+    (tmp_path / "own_data.py").write_text(
+        "from lightning.pytorch import LightningDataModule\nclass Data(LightningDataModule): ...\n", encoding="utf-8"
+    )
+    config = yaml.safe_load(CONFIG) | {
+        "data": {"class_path": "own_data.Data"},
+        "recipe": "lit_clip.recipes.FromScratch",
+    }
+    (tmp_path / "run.yaml").write_text(json.dumps(config), encoding="utf-8")
+    printed = fit("--trainer.max_steps", "7", code=2)
+    assert "the number of pairs is not known" in " ".join(printed.split())
+    assert "max_epochs" not in printed
+    assert "max_epochs" in fit(code=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "environment", "ranks"),
+    [
+        ({"devices": 3}, {}, 3),
+        ({"devices": "2", "num_nodes": 2}, {}, 4),
+        ({"devices": [0, 1]}, {}, 2),
+        ({"devices": "auto", "accelerator": "cpu"}, {}, 1),
+        ({"devices": -1, "accelerator": "cpu"}, {}, 1),
+        ({"devices": 1}, {"WORLD_SIZE": "4"}, 4),
+    ],
+)
+def test_batches_are_chosen_for_the_ranks_that_the_trainer_will_have(
+    settings: dict[str, Any], environment: dict[str, str], ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    trainer = Namespace(**{"devices": "auto", "num_nodes": 1, "accelerator": "auto", **settings})
+    assert _world(Namespace(trainer=trainer)) == ranks
+    run = Run({}, lambda: None, lambda: None, world=ranks)
+    assert [run.divisible(batch) for batch in (1, 32)] == [ranks, 32 // ranks * ranks]
 
 
 def test_given_settings_have_the_names_that_are_typed(tmp_path: Path) -> None:
