@@ -169,7 +169,8 @@ def test_data_that_open_no_pairs_get_an_end_from_scratch_too(fit: Fit, tmp_path:
     (tmp_path / "own_data.py").write_text(
         "from lightning.pytorch import LightningDataModule\nclass Data(LightningDataModule): ...\n", encoding="utf-8"
     )
-    config = yaml.safe_load(CONFIG) | {
+    config = yaml.safe_load(CONFIG)
+    config |= {"data": {"class_path": "own_data.Data"}, "recipe": "lit_clip.recipes.FromScratch"}
         "data": {"class_path": "own_data.Data"},
         "recipe": "lit_clip.recipes.FromScratch",
     }
