@@ -171,9 +171,6 @@ def test_data_that_open_no_pairs_get_an_end_from_scratch_too(fit: Fit, tmp_path:
     )
     config = yaml.safe_load(CONFIG)
     config |= {"data": {"class_path": "own_data.Data"}, "recipe": "lit_clip.recipes.FromScratch"}
-        "data": {"class_path": "own_data.Data"},
-        "recipe": "lit_clip.recipes.FromScratch",
-    }
     (tmp_path / "run.yaml").write_text(json.dumps(config), encoding="utf-8")
     printed = fit("--trainer.max_steps", "7", code=2)
     assert "the number of pairs is not known" in " ".join(printed.split())
