@@ -16,14 +16,18 @@ RECIPES = (FineTuning(), FromScratch())
 
 
 class Data:
-    """Takes the number of pairs per step, as ours do."""
+    """Opens pairs, and takes their number per step, as ours do."""
+
+    sources = None
 
     def __init__(self, global_batch_size: int | None = None) -> None:
         self.train_batch_size = global_batch_size
 
 
 class OwnData:
-    """Takes another option."""
+    """Opens pairs, and takes another option."""
+
+    sources = None
 
     def __init__(self, batch_size: int = 64) -> None:
         self.train_batch_size = batch_size
