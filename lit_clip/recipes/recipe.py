@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.parts import qualified_name
 
-MOST_ROWS = 100_000  # that are looked at; of larger data the rest is taken to be alike
+MOST_ROWS, FEW_ROWS = 20_000, 1_000  # that are looked at: where images have names, and where they have to be read
 
 
 class Choice(NamedTuple):
@@ -71,13 +71,14 @@ class Run:
 
     @cached_property
     def facts(self) -> Facts:
-        """Numbers of the training data, of which no image is read."""
+        """Numbers of the training data; of large data the first rows are read, and the others taken to be alike."""
         train, val = self.data.train_source, self.data.val_source
-        rows = min(len(train), MOST_ROWS)
+        names = train.image_names()
+        rows = min(len(train), MOST_ROWS if names is not None else FEW_ROWS)
         images, captions = set(), set()
         for row in range(rows):
             try:
-                images.add(train.image_identity(row))
+                images.add(train.image_identity(row) if names is None else str(names[row]))
                 captions.update(train.captions(row))
             except ValueError:  # a bad sample, which the run skips or refuses
                 continue
