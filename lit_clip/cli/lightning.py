@@ -5,6 +5,7 @@ from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib import import_module
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,9 @@ class Parser(LightningArgumentParser):
         super().__init__(*args, **{"formatter_class": PlainHelp, **options})
 
     def format_help(self, *args: Any, **options: Any) -> str:
-        return short_help(self, self.command) if self.command else super().format_help(*args, **options)
+        if not self.command:
+            return super().format_help(*args, **options)
+        return short_help(self, self.command, ("--help", "all") in pairwise(sys.argv))
 
     def dump(self, *args: Any, **options: Any) -> str:
         with references.dumping(self):

@@ -15,6 +15,39 @@ from jsonargparse import DefaultHelpFormatter
 MARKED = re.compile(r"(?::\w+:`~?|``)([^`]+)``?")
 SECTION = ".help"  # what follows an option whose complete help is asked for
 NAMES = 34  # columns
+# What most people set, in so few words that 80 columns hold them.
+COMMON = {
+    "start": {
+        "--config": "YAML file of settings; typed options win",
+        "--recipe": "chooses settings by your data; null: none",
+        "--print_plan": "show what the run would do, and stop",
+        "--ckpt_path": "checkpoint to resume; last: the newest one",
+    },
+    "data": {
+        "--data.train": "table, folder, tar shards or hub data set",
+        "--data.val": "pairs to validate; else a tenth of train",
+        "--data.batch_size": "pairs per step on each device",
+        "--data.keep": "table of inspect or score to leave pairs out",
+        "--data.num_workers": "processes that read images",
+    },
+    "model": {
+        "--model.architecture": "name (lit-clip models lists them) or sizes",
+        "--model.pretrained": "weights to start from: file or name",
+        "--model.freeze": "what is not trained, such as {image: all}",
+        "--model.lora": "train an adapter alone, such as {r: 8}",
+        "--model.loss": "class of the loss, or your own: file.Class",
+        "--model.optimizer.lr": "learning rate",
+        "--model.lr_scheduler.warmup_steps": "steps of warm-up",
+        "--model.micro_batch_size": "pairs encoded at once, if memory is short",
+    },
+    "trainer": {
+        "--trainer.max_epochs": "passes over the training pairs",
+        "--trainer.max_time": "end after DD:HH:MM:SS",
+        "--trainer.devices": "number of GPUs, or of processes on a CPU",
+        "--trainer.strategy": "ddp, fsdp, ...",
+        "--trainer.precision": "bf16-mixed, 32-true, ...",
+    },
+}
 
 
 class PlainHelp(DefaultHelpFormatter):
@@ -30,19 +63,19 @@ class PlainHelp(DefaultHelpFormatter):
         super().add_text(text and MARKED.sub(r"\1", text))
 
 
-def short_help(parser: Any, command: str) -> str:
-    """Return a line for each option of a command, with the first sentence of its help."""
+def short_help(parser: Any, command: str, every: bool = False) -> str:
+    """Return a line for each option that most people set, or for every one, with the first sentence of its help."""
     width = shutil.get_terminal_size().columns
     lines = [f"usage: {command} [--config FILE] [options]", ""]
-    for group in parser._action_groups:
+    for section, options in COMMON.items() if not every else ():
+        lines += [f"{section}:", *(_told(name, text, width) for name, text in options.items()), ""]
+    for group in parser._action_groups if every else ():
         shown = [action for action in group._group_actions if _names(action) and action.help is not SUPPRESS]
         if shown:
             lines += [f"{_section(_names(shown[0])[-1])}:", *(_line(action, width) for action in shown), ""]
-    lines += ["The complete text for a section, an option or a class:"]
-    lines += [
-        f"  {command} {words}" for words in ("--trainer.help", "--ckpt_path.help", "--data.help datamodules.Captions")
-    ]
-    return "\n".join(lines) + "\n"
+    lines += ["All options, and the complete text for a section, an option or a class:"]
+    words = ("--help all", "--trainer.help", "--ckpt_path.help", "--data.help datamodules.Captions")
+    return "\n".join([*lines, *(f"  {command} {each}" for each in words)]) + "\n"
 
 
 def _section(name: str) -> str:
@@ -58,7 +91,11 @@ def _names(action: Action) -> list[str]:
 def _line(action: Action, width: int) -> str:
     text = MARKED.sub(r"\1", " ".join((action.help or "").split()))
     first = re.split(r"(?<=\w[.;]) | Could also | \(Default| Default: ", text)[0].rstrip(".;:").replace("%%", "%")
-    names = f"  {', '.join(_names(action))}".ljust(NAMES)
+    return _told(", ".join(_names(action)), first, width)
+
+
+def _told(option: str, first: str, width: int) -> str:
+    names = f"  {option}".ljust(NAMES)
     return f"{names}  {textwrap.shorten(first, max(20, width - len(names) - 2), placeholder=' ...')}".rstrip()
 
 

@@ -25,7 +25,7 @@ import lit_clip.models.flops
 from lit_clip import list_models, load_model
 from lit_clip.cli import lightning
 from lit_clip.cli.main import main
-from lit_clip.cli.plain_help import short_help
+from lit_clip.cli.plain_help import COMMON, short_help
 from lit_clip.cli.subcommands import COMMANDS, command_parser, run_command
 from lit_clip.commands.classify import class_probabilities, classify, read_classes
 from lit_clip.errors import InputError
@@ -429,12 +429,38 @@ def help_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     return capsys.readouterr().out
 
 
-def test_help_of_fit_has_one_line_for_each_option_and_the_complete_text_is_one_word_away(
+def test_help_of_fit_fits_on_a_screen_and_says_what_most_people_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = help_of(monkeypatch, capsys, "--help").splitlines()
+    assert len(lines) <= 40
+    assert max(map(len, lines)) <= 80
+    assert "..." not in "".join(line for line in lines if "trainer" not in line)  # no text is cut off
+
+
+def test_the_common_options_of_fit_exist(caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"--config": "run.yaml", "--recipe": "null", "--print_plan": "", "--ckpt_path": "null"}
+    values |= {"--data.train": str(caption_table), "--data.val": str(caption_table), "--data.keep": "null"}
+    values |= {"--model.freeze": "{image: all}", "--model.lora": "null"}
+    values |= {"--model.architecture": "RN-tiny-64", "--model.loss": "lit_clip.losses.Contrastive"}
+    values |= {"--trainer.max_time": "00:01:00:00", "--trainer.strategy": "auto", "--trainer.precision": "32-true"}
+    values |= {"--model.optimizer.lr": "1e-3"}
+    (tmp_path / "run.yaml").write_text("data: {class_path: datamodules.Captions}\n", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    options = [name for section in COMMON.values() for name in section if name != "--model.pretrained"]
+    words = [f"{name}={values.get(name, 1)}" if name != "--print_plan" else name for name in options]
+    monkeypatch.setattr(sys, "argv", ["lit-clip", "fit", *words, "--trainer.accelerator", "cpu"])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+
+
+def test_help_all_of_fit_has_one_line_for_each_option_and_the_complete_text_is_one_word_away(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     parsers: list[Any] = []
     monkeypatch.setattr(lightning, "short_help", lambda *given: parsers.append(given[0]) or short_help(*given))
-    text = help_of(monkeypatch, capsys, "--help")
+    text = help_of(monkeypatch, capsys, "--help", "all")
     lines = text.splitlines()
     assert len(lines) <= 85  # 620 with everything
     assert max(map(len, lines)) <= 80
