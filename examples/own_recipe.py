@@ -1,5 +1,13 @@
-"""A recipe of one's own: settings of ``fit`` that follow from the number of pairs; see docs/extending.md."""
+"""A recipe of one's own: settings of ``fit`` that follow from the number of pairs; what it chooses for a table.
 
+python own_recipe.py captions.csv
+
+On the command line: lit-clip fit --data.train captions.csv --recipe own_recipe.SeenPairs --recipe.pairs_seen 2000
+"""
+
+import sys
+
+from lit_clip.datamodules import Captions
 from lit_clip.recipes import Choice, Recipe, Run
 
 
@@ -18,3 +26,10 @@ class SeenPairs(Recipe):
             Choice("trainer.max_epochs", epochs, f"{self.pairs_seen:,} pairs seen"),
             Choice("trainer.callbacks.NonFiniteSteps.policy", "skip", "a long run"),
         ]
+
+
+if __name__ == "__main__":
+    data = Captions(sys.argv[1])
+    data.train_source, data.val_source = data.sources(fit=True)
+    for choice in SeenPairs().choices(Run({}, lambda: data, lambda: None)):
+        print(choice.option, choice.value, choice.why)

@@ -94,6 +94,13 @@ def test_own_loss_on_the_command_line(run: Run, tmp_path: Path) -> None:
     assert scale == pytest.approx(torch.tensor(3.0).exp().item())
 
 
+def test_own_recipe_prints_what_it_chooses(run: Run) -> None:
+    chosen = dict(line.split(maxsplit=2)[:2] for line in run("own_recipe.py", "captions.csv").splitlines())
+    pairs = int(run("own_recipe.py", "captions.csv").partition(" pairs")[0].rsplit(maxsplit=1)[-1])
+    assert int(chosen["data.global_batch_size"]) == min(256, max(2, pairs // 4))
+    assert int(chosen["trainer.max_epochs"]) == 20_000 // pairs
+
+
 def test_own_encoder_is_in_a_checkpoint_that_commands_open(run: Run, tmp_path: Path, caption_table: Path) -> None:
     run("own_encoder.py", "captions.csv")
     (tmp_path / "photos").mkdir()

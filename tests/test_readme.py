@@ -314,6 +314,7 @@ def known_options() -> set[str]:
     fit: Any = run(args=[*CONFIG], execute=False)
     names = {"--ckpt_path", "--import", *options_of(fit.parser), *part_options(LitCLIP, [], "fit")}
     names |= {f"--data.{name}" for name in parameters("datamodules.Captions")}
+    names |= {f"--recipe.{name}" for name in parameters("lit_clip.recipes.PretrainedEncoders")}
     return names.union(*(options_of(parser_of(command)) for command in subcommands.COMMANDS))
 
 

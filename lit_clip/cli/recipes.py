@@ -83,7 +83,8 @@ def chosen_options(parser: Any, config: Any, given: Mapping[str, Any]) -> list[s
         rank_zero_info(f"recipe: measured by an earlier run; delete {kept} to measure again")
     if getattr(rank_zero_only, "rank", 0) == 0 and choices:
         _show(repr(recipe), choices)
-    return [f"--{each.option}={json.dumps(each.value)}" for each in choices]
+    values = [each.value if isinstance(each.value, str) else json.dumps(each.value) for each in choices]
+    return [f"--{each.option}={value}" for each, value in zip(choices, values, strict=True)]
 
 
 def _kept(recipe: Recipe, run: Run) -> tuple[list[Choice], Path | None]:

@@ -80,8 +80,8 @@ def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
 
 
 def _groups(function: Callable[..., None]) -> dict[str, Any]:
-    """Return the dataclasses that group options of a function, by its parameters' names."""
-    return {name: hint for name, hint in get_type_hints(function).items() if dataclasses.is_dataclass(hint)}
+    """Return the ``flat`` dataclasses, whose options are typed without their name, by a function's parameters."""
+    return {name: hint for name, hint in get_type_hints(function).items() if getattr(hint, "flat", False)}
 
 
 def _grouped(function: Callable[..., None], values: dict[str, Any]) -> dict[str, Any]:

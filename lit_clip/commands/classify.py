@@ -6,6 +6,7 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -38,6 +39,7 @@ class Encoding:
         on_error: error ends the run at an image that cannot be read; skip reports it.
     """
 
+    flat: ClassVar[bool] = True  # its options are typed without its name
     batch_size: int = 64
     num_workers: int = 4
     precision: Precision = "32-true"
@@ -59,6 +61,7 @@ class Known:
         none_error: share of new images of the classes that may be called none of these.
     """
 
+    flat: ClassVar[bool] = True  # its options are typed without its name
     metrics: list[str] | None = None
     sheet: str = "classify.html"
     examples: str | None = None

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, ClassVar, get_args
 
 import torch
 
@@ -43,6 +43,7 @@ class Encoding:
         on_error: for an image that cannot be read, skip it and list it in the report, or fail its set with an error.
     """
 
+    flat: ClassVar[bool] = True  # its options are typed without its name
     batch_size: int = 64
     num_workers: int | None = None
     devices: int = 1
@@ -70,6 +71,7 @@ class Examples:
         seed: random seed of the draws and of held-out images.
     """
 
+    flat: ClassVar[bool] = True  # its options are typed without its name
     shots: list[int] | None = None
     draws: int = 3
     seed: int = 0

@@ -89,7 +89,7 @@ def test_validate_prints_the_metrics_of_fit_and_reads_the_architecture_from_the_
     command = words("validate", caption_table, architecture=False)
     validated = cli(*command, "--ckpt_path", str(checkpoint_of(folder)))
     assert validated.returncode == 0, validated.stderr
-    assert len(results(fitted.stdout)) == 9  # loss, and three recalls and a median rank in two directions
+    assert len(results(fitted.stdout)) == 10  # loss, mean recall, and three recalls and a median rank in two directions
     assert results(validated.stdout) == results(fitted.stdout)
 
 

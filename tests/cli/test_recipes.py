@@ -34,6 +34,7 @@ class Own(Recipe):
             Choice("data.global_batch_size", min(run.facts.pairs, 6), "few", ("data.batch_size",)),
             Choice("trainer.callbacks.EMA.decay", 0.75, "short"),
             Choice("trainer.max_epochs", 1),
+            Choice("trainer.max_time", "00:01:00:00"),
         ]
 
 class Measuring(Own):
@@ -112,6 +113,7 @@ def test_what_a_recipe_chooses_is_shown_used_and_saved(fit: Fit, tmp_path: Path)
     (ema,) = saved["trainer"]["callbacks"]
     assert ema["init_args"]["decay"] == 0.75
     assert (saved["trainer"]["max_epochs"], saved["seed_everything"]) == (1, 3)
+    assert saved["trainer"]["max_time"] == "00:01:00:00"  # a text, without quotes
 
 
 def test_what_is_typed_or_written_is_kept(fit: Fit, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -83,6 +83,7 @@ class Group:
         quick: whether to hurry.
     """
 
+    flat: ClassVar[bool] = True
     size: int = 3
     words: list[str] | None = None
     quick: bool = False

@@ -174,7 +174,7 @@ def test_mistakes_are_one_line(words: list[str], message: str, root: Path) -> No
     (root / "a.csv").write_text("image,label\nx.png,red\n")
     (root / "b.csv").write_text("image,classes\nphotos/red/000.png,red; blue\nphotos/red/000.png,violet\n")
     (root / "c.csv").write_text("image,classes\n")
-    (root / "d.csv").write_text(f"image,classes\n{'x' * 200_000},red\n")
+    (root / "d.csv").write_text(f"image,classes\n{'x' * 20_000_000},red\n")
     (root / "e.csv").write_text("image,classes\n,red\n")
     (root / "f.csv").write_text("image,classes\nf.png,red\n")
     with pytest.raises(InputError, match=message) as error:

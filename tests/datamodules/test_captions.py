@@ -246,5 +246,5 @@ def test_pair_that_a_mixture_repeats_in_an_epoch_has_another_crop_and_caption_ea
 
 @pytest.mark.parametrize("name", ["columns", "splits", "classes", "bad_samples"])
 def test_settings_that_are_no_object_of_their_class_are_one_line(name: str) -> None:
-    with pytest.raises(InputError, match=r"data: .*'root'.* must be datamodules\.[\w.]+\(\.\.\.\)"):
+    with pytest.raises(InputError, match=r"data: .*'root'.* must be lit_clip\.datamodules\.[\w.]+\(\.\.\.\)"):
         Captions("t.csv", **{name: {"root": "."}})

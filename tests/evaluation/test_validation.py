@@ -231,5 +231,5 @@ def test_memory_is_bounded_by_the_features_and_a_tile(tmp_path: Path) -> None:
     (done,) = forks.run([forks.Program(forks.script, ["memory.py"], tmp_path, {**os.environ})], 100)
     assert done.returncode == 0, done.stderr
     metrics, megabytes = done.stdout.split()
-    assert int(metrics) == 9
+    assert int(metrics) == 10
     assert float(megabytes) < 150

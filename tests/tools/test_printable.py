@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from rich.table import Table
 
-from lit_clip.commands.classify import RankedClass, _as_csv, _as_json
+from lit_clip.commands.class_output import RankedClass, _as_csv, _as_json
 from lit_clip.errors import UNPRINTABLE, InputError, printable
 from lit_clip.tools.console import Console, Text
 

@@ -130,7 +130,7 @@ def test_an_attention_pool_in_float16_opens(tmp_path: Path, tiny_config: CLIPCon
 def test_a_crash_of_onnxruntime_is_an_error(
     tmp_path: Path, tiny_config: CLIPConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export_formats, "_OPEN", "import os; os.abort()")
+    monkeypatch.setattr(export_formats, "OPEN", "import os; os.abort()")
     with pytest.raises(InputError, match=r"onnxruntime crashes on opening this model \(exit status -6\)"):
         export_formats.read_onnx(tmp_path, export_formats.ExportSample.of(CLIP(tiny_config)))
 

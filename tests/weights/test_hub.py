@@ -244,7 +244,8 @@ def test_a_failed_download_is_reported_in_one_line(error: OSError, shown: str, m
 
     monkeypatch.setattr("open_clip.pretrained.download_pretrained", fail)
     message = refusal("ViT-B-32:openai")
-    assert message == f"ViT-B-32:openai: cannot be downloaded ({shown})"
+    hint = "without a network, get the file elsewhere and give ViT-B-32:FILE"
+    assert message == f"ViT-B-32:openai: cannot be downloaded ({shown}); {hint}"
 
 
 @pytest.mark.usefixtures("cache")

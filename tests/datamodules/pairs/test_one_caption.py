@@ -211,13 +211,13 @@ def test_parts_of_a_mixture_have_their_weights_and_one_caption_of_an_image_in_a_
 
 def test_only_kept_pairs_are_chosen_from(table: Path, tmp_path: Path) -> None:
     kept = write(open_source(str(table)), str(tmp_path / "scores.parquet"), 0.6)
-    data = opened(table, val=str(table), scores=str(tmp_path / "scores.parquet"), batch_size=1)
+    data = opened(table, val=str(table), keep=str(tmp_path / "scores.parquet"), batch_size=1)
     images = {key for key, _ in kept}
     assert data.steps_per_epoch == len(images)
     epochs = [{pair for batch in epoch_of(data, epoch) for pair in batch} for epoch in range(EPOCHS)]
     assert set().union(*epochs) == kept
     assert all({key for key, _ in drawn} == images for drawn in epochs)
-    plain = opened(table, val=str(table), scores=str(tmp_path / "scores.parquet"), captions=None)
+    plain = opened(table, val=str(table), keep=str(tmp_path / "scores.parquet"), captions=None)
     assert data.train_source is not None
     assert plain.train_source is not None
     assert digest_of_kept(data.train_source) == digest_of_kept(plain.train_source) != ""
