@@ -321,6 +321,14 @@ def module() -> Any:
     return module
 
 
+def test_openvino_gives_the_features_to_the_precision_of_bfloat16(module: Any, exported: Callable[[str], Path]) -> None:
+    pytest.importorskip("openvino")
+    models = [module.Model(exported("CLIP") / "onnx", openvino=openvino) for openvino in (False, True)]
+    first, second = (np.concatenate([model.image(PHOTO), model.texts(tuple(TEXTS))]) for model in models)
+    assert np.abs(first - second).max() < 2e-2
+    assert np.linalg.norm(second, axis=1) == pytest.approx(1)
+
+
 @pytest.mark.parametrize("resize_mode", ["shortest", "squash"])
 @pytest.mark.parametrize("crop_pct", [1.0, 0.875, 0.9])
 @pytest.mark.parametrize("size", [32, (32, 48)])
@@ -360,5 +368,5 @@ def test_the_container_has_what_the_service_imports_and_no_more() -> None:
             if isinstance(node, ast.Import | ast.ImportFrom):
                 modules = [node.module] if isinstance(node, ast.ImportFrom) else [each.name for each in node.names]
                 imported |= {str(each).partition(".")[0] for each in modules}
-    assert imported - sys.stdlib_module_names - {"exported_model"} == names
+    assert imported - sys.stdlib_module_names - {"exported_model", "openvino"} == names  # an option
     assert re.findall(r"^USER (.*)$", container, re.MULTILINE) == ["10001:10001"]

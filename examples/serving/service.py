@@ -151,12 +151,13 @@ def main():
     parser.add_argument("folder", type=Path, help="written by lit-clip export --format onnx")
     parser.add_argument("--host", default="127.0.0.1", help="0.0.0.0: everybody in the network, without a password")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--threads", type=int, default=0, help="of onnxruntime; 0: one for each core of the machine")
+    parser.add_argument("--threads", type=int, default=0, help="0: one for each core of the machine")
+    parser.add_argument("--openvino", action="store_true", help="in place of onnxruntime; pip install openvino")
     options = parser.parse_args()
     for number in (signal.SIGTERM, signal.SIGINT):  # the first process of a container has no handlers
         signal.signal(number, lambda *_: sys.exit())
     try:
-        Handler.model = Model(options.folder, options.threads)
+        Handler.model = Model(options.folder, options.threads, options.openvino)
         server = Server((options.host, options.port), Handler)
     except Exception as error:
         sys.exit(f"cannot serve {options.folder} at {options.host}:{options.port}: {error}")
