@@ -5,6 +5,7 @@ The tools take seconds to import, or are optional, so functions import them.
 
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -244,7 +245,11 @@ class _TracedEncoder(nn.Module):
 
 
 def check_onnx_packages() -> None:
-    """Raise :class:`InputError` unless the packages of the extra ``export`` are installed."""
+    """Raise :class:`InputError` unless the packages of the extra ``export`` are installed.
+
+    Also keeps onnxruntime, which has to be imported later, from sending names and hashes of models to its makers.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # on by default since 1.29
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
     require(not missing, f"onnx needs {', '.join(missing)}: pip install 'lit-clip[export]'")
 

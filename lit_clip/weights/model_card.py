@@ -197,6 +197,7 @@ def _notes(model: CLIP, format: str) -> str:
         ]
     if format == "onnx":
         notes.append("`model.json` describes how to prepare images and texts, and how to use the features.")
+        notes.append("onnxruntime from 1.29 on reports models to its makers unless `ORT_DISABLE_TELEMETRY=1` is set.")
     else:
         backend = (
             'Without `backend="pil"`, pixels differ by up to two of 255 levels from those the model was trained on.'
