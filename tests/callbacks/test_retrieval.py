@@ -39,9 +39,7 @@ def test_metrics_and_baselines_equal_the_validation_of_the_same_pairs(folder: Pa
     trainer = make_trainer(folder, [callback])
     with pytest.warns(UserWarning, match="Retrieval: gone is skipped"):
         trainer.validate(module, data_for(module, folder / "captions.csv"), verbose=False)
-    expected = {
-        name[4:]: value for name, value in numbers(trainer, "val/").items() if "_to_" in name
-    }
+    expected = {name[4:]: value for name, value in numbers(trainer, "val/").items() if "_to_" in name}
     assert "merged_text_to_image_recall@5" in expected
     assert len({*expected.values()}) > 4
     found = numbers(trainer, "retrieval/")
