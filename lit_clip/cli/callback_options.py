@@ -62,6 +62,11 @@ def _check_not_set(option: str, inner: str, callback: str, taken: Sequence[Typed
         )
 
 
+def callbacks_of(parser: Any, settings: Any) -> Any:
+    """Return the callbacks of parsed settings as plain values."""
+    return yaml.safe_load(parser.dump(settings, skip_none=False))["trainer"]["callbacks"]
+
+
 def as_typed(values: Any, saved: Any) -> Any:
     """Return settings with the references of their saved form, and with the secrets that this hides."""
     if isinstance(values, Mapping):

@@ -9,7 +9,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jsonargparse import set_parsing_settings
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichModelSummary, RichProgressBar
@@ -21,7 +20,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_clip.cli import argv, references
 from lit_clip.cli.argument_types import register_types
 from lit_clip.cli.argv import use_packaged_defaults
-from lit_clip.cli.callback_options import Typed, as_typed, callbacks_option, take_options
+from lit_clip.cli.callback_options import Typed, as_typed, callbacks_of, callbacks_option, take_options
 from lit_clip.cli.configurations import Configuration, configuration, evaluated, newest_of_configuration, run_folders
 from lit_clip.cli.imports import check_not_imported_by, command_words
 from lit_clip.cli.loggers import check_loggers, log_no_secrets, logger_errors
@@ -150,15 +149,14 @@ class CLI(PlainCLI):
         known, path = self.parsers[subcommand], argv.checkpoint_path(words, subcommand)
         references.check_settings_are_whole(self.config[subcommand].as_dict())
         if of_callbacks:
-            saved = _callbacks(known, self.config[subcommand])
+            saved = callbacks_of(known, self.config[subcommand])
             with references.dumping():
-                callbacks = as_typed(_callbacks(known, self.config[subcommand]), saved)
+                callbacks = as_typed(callbacks_of(known, self.config[subcommand]), saved)
             self.parse_arguments(parser, [*words, callbacks_option(callbacks, of_callbacks, _default_callbacks())])
             return
         recipe, self.given = self.config[subcommand].get("recipe"), self.given or given_settings(words, subcommand)
         if recipe and subcommand == "fit":
-            chosen = chosen_options(known, self.config[subcommand], self.given)
-            self.parse_arguments(parser, [*words, *chosen, "--recipe=null"])
+            self.parse_arguments(parser, [*words, *chosen_options(known, self.config[subcommand], self.given)])
             return
         if path in NEWEST:
             ours = self._configuration(known, words, subcommand)
@@ -294,10 +292,6 @@ def _settings_of(path: str) -> dict[str, Any]:
     check_not_imported_by(hparams["architecture"], path)
     check_fits(checkpoint, path)
     return hparams
-
-
-def _callbacks(parser: LightningArgumentParser, settings: Any) -> Any:
-    return yaml.safe_load(parser.dump(settings, skip_none=False))["trainer"]["callbacks"]
 
 
 def _default_callbacks() -> Callable[..., list[Any]]:

@@ -67,7 +67,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def chosen_options(parser: Any, config: Any, given: Mapping[str, Any]) -> list[str]:
-    """Return the options that the configuration's recipe chooses, and show them in a table.
+    """Return the options that the configuration's recipe chooses, without the recipe, and show them in a table.
 
     What a recipe has measured is kept in a file, so that other processes, and the same command later, choose the same.
     """
@@ -84,7 +84,7 @@ def chosen_options(parser: Any, config: Any, given: Mapping[str, Any]) -> list[s
     if getattr(rank_zero_only, "rank", 0) == 0 and choices:
         _show(repr(recipe), choices)
     values = [each.value if isinstance(each.value, str) else json.dumps(each.value) for each in choices]
-    return [f"--{each.option}={value}" for each, value in zip(choices, values, strict=True)]
+    return [*(f"--{each.option}={value}" for each, value in zip(choices, values, strict=True)), "--recipe=null"]
 
 
 def _kept(recipe: Recipe, run: Run) -> tuple[list[Choice], Path | None]:
