@@ -21,6 +21,7 @@ RATES = (3e-4, 1e-3, 3e-3)
 BATCHES = (16, 32, 64, 256, 1024)
 PAIRS_SEEN, FEWEST_EPOCHS, MOST_EPOCHS = 60_000, 3, 40
 MOST_VERSIONS = 8  # augmented, of each image
+FEWEST_STEPS = 120  # of a run, if a batch that was tried allows it
 SHARE, SEARCH = 0.85, 0.15  # of the time: to plan with, and to search in at most
 START, EPOCH = 15.0, 2.0  # seconds of a run before its first step, and of an epoch's validation and checkpoints
 
@@ -70,7 +71,9 @@ class PretrainedEncoders(Recipe):
         speeds = [(freeze, measure(module, data, precision, freeze, augmented)) for freeze in _levels(run)]
         left = SHARE * seconds - run.seconds() - START
         plan = plan_for(facts, speeds, left, augmented)
-        best = max(trials, key=lambda trial: trial.recall, default=Trial(_batches(facts)[-1], RATES[1], 0.0, 0.0))
+        long = [trial for trial in trials if plan.epochs * (facts.pairs // trial.batch) >= FEWEST_STEPS]
+        default = Trial(_batches(facts)[-1], RATES[1], 0.0, 0.0)
+        best = max(long or trials, key=lambda trial: trial.recall, default=default)
         steps = plan.epochs * max(1, facts.pairs // best.batch)
         tried = f"best of {len(trials)} tried on the heads" if trials else "not searched"
         limit = max(60, int(left + (1 - SHARE) * seconds - plan.encoding))
@@ -132,7 +135,12 @@ def plan_for(facts: Facts, speeds: Levels, seconds: float, augmented: bool = Tru
     least = max(1, wanted // 3)
     level = next((each for each in speeds if planned(each, 1, least).fits), speeds[-1])
     most = MOST_VERSIONS if augmented else 1
-    sizes = [(1, 1), (1, least), (2, least), *((versions, wanted) for versions in range(min(2, most), most + 1))]
+    sizes = [
+        (1, 1),
+        (1, least),
+        *((2, epochs) for epochs in range(least, wanted)),
+        *((n, wanted) for n in range(2, MOST_VERSIONS + 1)),
+    ]
     plans = [planned(level, min(versions, most), epochs) for versions, epochs in sizes]
     if not plans[0].fits:
         needed = (plans[0].encoding + plans[0].training) / 60 / SHARE + 1

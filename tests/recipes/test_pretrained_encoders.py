@@ -11,7 +11,7 @@ from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, TimmConfig
 from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.module import LitCLIP
 from lit_clip.recipes import Facts, PretrainedEncoders, Run
-from lit_clip.recipes.head_search import Sample, Speed, _head_features, _recall, measure, sample_of, try_heads
+from lit_clip.recipes.head_search import Sample, Speed, Trial, _head_features, _recall, measure, sample_of, try_heads
 from lit_clip.recipes.pretrained_encoders import LEVELS, plan_for
 from tests.helpers.coloured_sets import paint
 from tests.helpers.towers import WORDS, save_family
@@ -156,3 +156,19 @@ def test_the_choices_are_settings_of_fit(module_and_data: tuple[LitCLIP, Caption
     assert chosen["model.freeze"].value["image"] == {"unlock_last": 4}
     assert chosen["trainer.max_epochs"].value == 40
     assert chosen["trainer.max_time"].value.startswith("00:00:1")
+
+
+def test_a_batch_that_leaves_few_steps_is_not_chosen(
+    module_and_data: tuple[LitCLIP, Captions], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, data = module_and_data
+    trials = [Trial(30, 1e-3, 0.9, 1.0), Trial(16, 1e-2, 0.5, 1.0)]  # 40 epochs of 60 pairs: 80 and 120 steps
+    monkeypatch.setattr(PretrainedEncoders, "_search", lambda *_: trials)
+    chosen = {each.option: each.value for each in PretrainedEncoders(20).choose(Run({}, lambda: data, lambda: module))}
+    assert (chosen["data.global_batch_size"], chosen["model.optimizer.lr"]) == (16, 1e-2)
+
+
+def test_time_that_is_left_is_used_for_epochs() -> None:
+    epochs = [plan_for(Facts(3_000, 3_000, 3_000, 300), SPEEDS, seconds).epochs for seconds in range(120, 420, 20)]
+    assert epochs == sorted(epochs)
+    assert len({*epochs}) > 8
