@@ -1,6 +1,8 @@
 """Try batches and rates on the heads of two encoders, whose features of some of the user's pairs are computed once."""
 
+import math
 import os
+import statistics
 import time
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -54,7 +56,18 @@ class Trial(NamedTuple):
     batch: int
     rate: float
     recall: float  # at 1, mean of both directions, of the images that judge
+    judges: int  # images
     seconds: float
+
+
+def gentlest(trials: Sequence[Trial]) -> Trial:
+    """Return, of the trials within a standard error of the best, the one with the largest batch, then smallest rate.
+
+    What is behind the heads was pretrained, and forgets with a high rate.
+    """
+    best = max(trials, key=lambda trial: trial.recall)
+    error = math.sqrt(best.recall * (1 - best.recall) / max(1, best.judges))
+    return max((t for t in trials if t.recall >= best.recall - error), key=lambda trial: (trial.batch, -trial.rate))
 
 
 def freeze_only(model: CLIP, freeze: Freeze) -> None:
@@ -168,7 +181,7 @@ def try_heads(
             for name, parameter in own.items():
                 parameter.copy_(initial[name])
         _train(model, list(own.values()), train, batch, rate, steps, seed)
-        trials.append(Trial(batch, rate, _recall(model, held_out), time.monotonic() - begun))
+        trials.append(Trial(batch, rate, _recall(model, held_out), len(held_out.image), time.monotonic() - begun))
     with torch.no_grad():
         for name, parameter in own.items():
             parameter.copy_(initial[name])
@@ -243,12 +256,17 @@ def require_prefix(model: CLIP) -> FrozenPrefix:
 
 
 def _timed(call: Any) -> tuple[Any, float]:
-    """Return what a call returns and its seconds, the second time: the first is slower."""
-    call()
+    """Return what a call returns and its seconds: the median of three, after a first one, which is slower."""
+    result, times = call(), []
+    for _ in range(3):
+        _wait_for_the_device()
+        started = time.monotonic()
+        result = call()
+        _wait_for_the_device()
+        times.append(time.monotonic() - started)
+    return result, statistics.median(times)
+
+
+def _wait_for_the_device() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
-    started = time.monotonic()
-    result = call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return result, time.monotonic() - started

@@ -10,7 +10,7 @@ from rich.table import Table
 from lit_clip.embedding.precision import Precision
 from lit_clip.errors import InputError, require
 from lit_clip.models.finetuning import Freeze, UnlockLast
-from lit_clip.recipes.head_search import Speed, Trial, measure, sample_of, try_heads
+from lit_clip.recipes.head_search import Speed, Trial, gentlest, measure, sample_of, try_heads
 from lit_clip.recipes.recipe import Choice, Facts, Recipe, Run
 from lit_clip.tools.console import Console, duration
 from lit_clip.tools.hardware import best_device, computes_in_bfloat16
@@ -44,9 +44,10 @@ POSITIVES = {"class_path": "lit_clip.losses.Contrastive", "init_args": {"duplica
 class PretrainedEncoders(Recipe):
     """Train the heads of two pretrained encoders, and their last blocks if there is time, on stored features.
 
-    Batch and learning rate are those with which the heads alone, trained on a part of the images for seconds, find
-    most of the other images and captions. Number of trainable blocks, augmented versions of each image and epochs are
-    the largest that the measured speed allows. Not for encoders without frozen layers.
+    The heads alone are trained on a part of the images for seconds with several batches and learning rates. Of those
+    whose recall on the other images is within a standard error of the best, the largest batch and then the smallest
+    rate are chosen. Number of trainable blocks, augmented versions of each image and epochs are the largest that the
+    measured speed allows. Not for encoders without frozen layers.
 
     Args:
         minutes: of the whole command, on this machine; training ends when they are over.
@@ -72,10 +73,9 @@ class PretrainedEncoders(Recipe):
         left = SHARE * seconds - run.seconds() - START
         plan = plan_for(facts, speeds, left, augmented)
         long = [trial for trial in trials if plan.epochs * (facts.pairs // trial.batch) >= FEWEST_STEPS]
-        default = Trial(_batches(facts)[-1], RATES[1], 0.0, 0.0)
-        best = max(long or trials, key=lambda trial: trial.recall, default=default)
+        best = gentlest(long or trials or [Trial(_batches(facts)[-1], RATES[1], 0.0, 0, 0.0)])
         steps = plan.epochs * max(1, facts.pairs // best.batch)
-        tried = f"best of {len(trials)} tried on the heads" if trials else "not searched"
+        tried = f"gentlest of the best of {len(trials)} tried" if trials else "not searched"
         limit = max(60, int(left + (1 - SHARE) * seconds - plan.encoding))
         whole = f"{self.minutes:g} minutes in all"
         encoded, trained = f"encoded in {_told(plan.encoding)}", f"trained in {_told(plan.training)}"

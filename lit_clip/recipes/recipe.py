@@ -84,7 +84,9 @@ class Run:
                 continue
         share = len(train) / max(1, rows)
         found = round(len(images) * share), round(len(captions) * share)
-        return Facts(len(train), *found, len(val), hex_digest([len(train), *sorted(map(str, images | captions))]))
+        once = getattr(getattr(self.data, "captions", None), "per_image", "all") == "one"
+        pairs = found[0] if once else len(train)  # of an epoch
+        return Facts(pairs, *found, len(val), hex_digest([len(train), *sorted(map(str, images | captions))]))
 
     def divisible(self, batch: int) -> int:
         """Return a number of pairs per step of all ranks that they can divide: at most ``batch``, but one each."""

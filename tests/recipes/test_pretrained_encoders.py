@@ -11,7 +11,17 @@ from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, TimmConfig
 from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.module import LitCLIP
 from lit_clip.recipes import Facts, PretrainedEncoders, Run
-from lit_clip.recipes.head_search import Sample, Speed, Trial, _head_features, _recall, measure, sample_of, try_heads
+from lit_clip.recipes.head_search import (
+    Sample,
+    Speed,
+    Trial,
+    _head_features,
+    _recall,
+    gentlest,
+    measure,
+    sample_of,
+    try_heads,
+)
 from lit_clip.recipes.pretrained_encoders import LEVELS, plan_for
 from tests.helpers.coloured_sets import paint
 from tests.helpers.towers import WORDS, save_family
@@ -162,10 +172,16 @@ def test_a_batch_that_leaves_few_steps_is_not_chosen(
     module_and_data: tuple[LitCLIP, Captions], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     module, data = module_and_data
-    trials = [Trial(30, 1e-3, 0.9, 1.0), Trial(16, 1e-2, 0.5, 1.0)]  # 40 epochs of 60 pairs: 80 and 120 steps
+    trials = [Trial(30, 1e-3, 0.9, 20, 1.0), Trial(16, 1e-2, 0.5, 20, 1.0)]  # 40 epochs of 60 pairs: 80 and 120 steps
     monkeypatch.setattr(PretrainedEncoders, "_search", lambda *_: trials)
     chosen = {each.option: each.value for each in PretrainedEncoders(20).choose(Run({}, lambda: data, lambda: module))}
     assert (chosen["data.global_batch_size"], chosen["model.optimizer.lr"]) == (16, 1e-2)
+
+
+def test_settings_that_chance_does_not_tell_apart_give_the_largest_batch_and_smallest_rate() -> None:
+    trials = [Trial(64, 3e-3, 0.918, 400, 1.0), Trial(256, 3e-4, 0.913, 400, 1.0), Trial(256, 1e-3, 0.914, 400, 1.0)]
+    assert gentlest(trials) == trials[1]
+    assert gentlest([*trials, Trial(32, 1e-3, 0.95, 400, 1.0)]).batch == 32
 
 
 def test_time_that_is_left_is_used_for_epochs() -> None:

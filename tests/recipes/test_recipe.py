@@ -1,5 +1,6 @@
 """What a recipe may look at, and which of its choices count."""
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,9 @@ def test_facts_count_distinct_images_and_captions(tmp_path: Path) -> None:
     facts = Run({}, lambda: data, lambda: module).facts
     assert (facts.pairs, facts.images, facts.captions, facts.validation) == (8, 6, 7, 8)
     assert facts.captions_per_image == 8 / 6
+    data.captions = dataclasses.replace(data.captions, per_image="one")
+    facts = Run({}, lambda: data, lambda: module).facts
+    assert (facts.pairs, facts.images, facts.captions_per_image) == (6, 6, 1)
 
 
 def test_the_digest_of_the_facts_is_that_of_the_pairs(tmp_path: Path) -> None:
