@@ -64,7 +64,7 @@ def inspect(
     with tempfile.TemporaryFile("w+", encoding="utf-8") as problems:
         findings = inspect_source(source, tokenizer, problems, num_workers)
         leaks = None if validation is None else (validation, _leaks(findings, validation, tokenizer, num_workers))
-        duplicates, kept_before = find_duplicates(findings), table.exists()
+        duplicates = find_duplicates(findings)
         copies = find_copies(findings, source, num_workers)
         lines = scan_lines(source, findings, problems, copies, leaks, tokenizer)
         counts, command = write_findings(table, lines, source, DataOptions(data, columns, split))
@@ -79,7 +79,7 @@ def inspect(
         first = findings.problems[0][2]
         raise InputError(f"{name}: none of {len(findings.images):,} pairs can be used; the first: {first}")
     what = "all findings, and a decision on each" if counts else "nothing was found to decide on"
-    stderr().print(f"{what}: {table}{' (replaces the one before)' * kept_before}")
+    stderr().print(f"{what}: {table}")
     stderr().print(f"train on the rest: {command}")
 
 

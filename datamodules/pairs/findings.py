@@ -1,7 +1,10 @@
 """Tables of findings on a source, for people to read and edit: what is wrong with pairs, and decisions."""
 
 import csv
+import filecmp
+import itertools
 import shlex
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -10,6 +13,7 @@ from typing import NamedTuple
 
 from lit_clip.embedding.pair_scores import pair_hash
 from lit_clip.tools.atomic import replacing
+from lit_clip.tools.console import stderr
 from lit_clip.tools.text_files import no_formula
 from .decisions import DROP, FINDINGS, KEEP, WHOLE_ROW, label_of, pair_text
 from .source import COLUMNS, NO_CAPTION, Columns, PairSource
@@ -64,7 +68,10 @@ class DataOptions(NamedTuple):
 def write_findings(
     path: Path, lines: Iterable[Finding], source: PairSource, options: DataOptions
 ) -> tuple[Counts, str]:
-    """Write a ``.csv`` file; return counts of its lines, and the command that trains on what it keeps."""
+    """Write a ``.csv`` file; return counts of its lines, and the command that trains on what it keeps.
+
+    An earlier file that differs, maybe because decisions were edited, is kept under another name.
+    """
     counts: Counts = Counter()
     label = label_of(source, FINDINGS)
     with (
@@ -76,7 +83,17 @@ def write_findings(
         for line in lines:
             writer.writerow(map(no_formula, (*asdict(line).values(), label)))
             counts.update((finding, line.decision) for finding in line.finding.split("; "))
+        file.flush()
+        _keep_earlier(path, draft)
     return counts, _command(path, source, *options)
+
+
+def _keep_earlier(path: Path, draft: Path) -> None:
+    if path.exists() and not filecmp.cmp(path, draft, shallow=False):
+        names = (path.with_suffix(f".{number}{path.suffix}") for number in itertools.count(1))
+        kept = next(name for name in names if not name.exists())
+        shutil.copy2(path, kept)
+        stderr().print(f"{path}: the table that was there differs; it is now {kept}")
 
 
 def _command(path: Path, source: PairSource, data: Sequence[str], columns: Columns, split: str | None) -> str:

@@ -305,3 +305,23 @@ def test_a_table_of_other_data_is_refused(folder: Path) -> None:
         Path("planted.jsonl").write_text("\n".join(changed))
         with pytest.raises(InputError, match=r"decided on row \d+ with another key or caption than .* has now; write"):
             kept_pairs(open_source("planted.jsonl"), "inspect.findings.csv")
+
+
+def test_a_table_with_edited_decisions_is_kept_when_the_data_are_inspected_again(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "few.jsonl").write_text((folder / "planted.jsonl").read_text().splitlines()[6] + "\n")
+    command = ["few.jsonl", "--num_workers", "0"]
+    run_command(["inspect", *command])
+    table = folder / "inspect.findings.csv"
+    proposed = table.read_bytes()
+    run_command(["inspect", *command])
+    assert len(list(folder.glob("*.csv"))) == 1  # nothing was edited
+    edited = []
+    for decision in (b"keep,mine", b"keep,mine again"):
+        edited.append(proposed + decision)
+        table.write_bytes(edited[-1])
+        run_command(["inspect", *command])
+        assert table.read_bytes() == proposed
+    assert [(folder / f"inspect.findings.{n}.csv").read_bytes() for n in (1, 2)] == edited
+    assert "differs; it is now inspect.findings.2.csv" in capsys.readouterr().err
