@@ -17,6 +17,7 @@ from lit_clip.losses.contrastive import unit
 from lit_clip.models import preprocess as pp
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig
 from lit_clip.models.custom_config import CustomTextConfig
+from lit_clip.models.dense import encode_places
 from lit_clip.models.encoders import check_patches, create_tokenizer, image_encoder, text_encoder
 from lit_clip.models.encoding import Item, as_features, encode_items
 from lit_clip.models.external_settings import with_external_settings
@@ -114,6 +115,15 @@ class CLIP(TextTransformer):
         """Float, normalised ``[B, 3, H, W]`` -> ``[B, D]``, of unit length if ``normalize``."""
         features = self.visual(images)
         return unit(features) if normalize else features
+
+    def encode_patches(self, images: Tensor, normalize: bool = False) -> Tensor:
+        """Float, normalised ``[B, 3, H, W]`` of any size -> features of each place ``[B, D, h, w]``.
+
+        They are in the space of :meth:`encode_text`, of unit length over D if ``normalize``; see
+        :func:`lit_clip.models.dense.encode_places`.
+        """
+        features = encode_places(self.visual, images)
+        return unit(features.movedim(1, -1)).movedim(-1, 1) if normalize else features
 
     def image_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Float, normalised ``[B, 3, H, W]`` -> features before the projection and after it, ``[B, D]``.

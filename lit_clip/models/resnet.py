@@ -118,6 +118,10 @@ class ModifiedResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` float, normalised -> ``[B, D]``."""
         check_images(images, self.image_size)
+        return self.attnpool(self.feature_map(images))
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` of any size -> ``[B, C, H/32, W/32]``, before the pooling."""
         x = images
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             # Faster, and kept by all layers; not in float32, where a CPU's gradients would lose two digits.
@@ -125,5 +129,4 @@ class ModifiedResNet(nn.Module):
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.relu(norm(conv(x)))
         x = self.avgpool(x)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # [B, C, H/32, W/32]
-        return self.attnpool(x)
+        return self.layer4(self.layer3(self.layer2(self.layer1(x))))
