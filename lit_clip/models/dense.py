@@ -31,16 +31,18 @@ def encode_places(visual: nn.Module, images: Tensor) -> Tensor:
     if isinstance(visual, ModifiedResNet):
         return _resnet(visual, images)
     if isinstance(visual, TimmImageEncoder):
-        return _timm(visual, images)
+        from lit_clip.models.dense_timm import timm_places  # imports timm
+
+        return timm_places(visual, images)
     return _custom(cast(CustomImageEncoder, visual), images)
 
 
 def _grid(images: Tensor, stride: int) -> tuple[int, int]:
     """Return the numbers of rows and columns of places."""
-    height, width = images.shape[-2:]
-    if images.ndim != 4 or height % stride or width % stride or not height or not width:
+    sides = images.shape[2:]
+    if images.ndim != 4 or any(side % stride or not side for side in sides):
         raise InputError(f"images are {list(images.shape)}; places need [B, 3, H, W] with multiples of {stride}")
-    return height // stride, width // stride
+    return sides[0] // stride, sides[1] // stride
 
 
 def _vision_transformer(vit: VisionTransformer, images: Tensor) -> Tensor:
@@ -48,14 +50,16 @@ def _vision_transformer(vit: VisionTransformer, images: Tensor) -> Tensor:
     x_BLW = vit.embed_grid(images, grid)
     L, W = x_BLW.shape[1:]
     layout = Layout(((B, L),), causal=False)
-    *blocks, last = cast("list[ResidualAttentionBlock]", list(vit.transformer.resblocks))
+    *blocks, last = list(vit.transformer.resblocks)
+    if not isinstance(last, ResidualAttentionBlock):  # FSDP gathers a block's weights only for its whole forward pass
+        raise InputError("encode_patches: the last block's weights are sharded; train with trainer.strategy ddp")
     x = x_BLW.reshape(B * L, W)
     for block in blocks:
         x = block(x, layout)
     x = _value_path(last, x) if vit.pool == "class" else last(x, layout)
     if vit.attn_pool is not None:
         x = _pooler_values(vit.attn_pool, x)
-    features = vit.project(vit.ln_post(x)).view(B, L, -1)[:, 1:]  # [B, hw, D]
+    features = vit.project(vit.ln_post(x)).unflatten(0, (B, L))[:, 1:]  # [B, hw, D]
     return features.transpose(1, 2).unflatten(2, grid)
 
 
@@ -82,20 +86,14 @@ def _resnet(resnet: ModifiedResNet, images: Tensor) -> Tensor:
     return pool.c_proj(pool.v_proj(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
 
 
-def _timm(encoder: TimmImageEncoder, images: Tensor) -> Tensor:
-    trunk: Any = encoder.trunk
-    x = trunk.forward_features(images)
-    pool = getattr(trunk, "global_pool", None)
-    if x.ndim != 4 or "avg" not in str(pool) or "max" in str(pool):
-        raise InputError(f"{type(trunk).__name__}: places are known for networks that pool by average")
-    B, C, h, w = x.shape
-    places = x.permute(0, 2, 3, 1).reshape(B * h * w, C, 1, 1)
-    return encoder.project(trunk.forward_head(places)).view(B, h, w, -1).permute(0, 3, 1, 2)
-
-
 def _custom(encoder: CustomImageEncoder, images: Tensor) -> Tensor:
     own: Any = encoder.encoder
+    name, wanted = type(own).__name__, f"float [B, {encoder.embed_dim}, h, w]"
     if not callable(getattr(own, "patches", None)):
-        wanted = "patches(images [B, 3, H, W]) -> [B, D, h, w]"
-        raise InputError(f"{type(own).__name__} has no method {wanted}; add one for features of places")
-    return own.patches(images)
+        raise InputError(f"encode_patches: {name} has no method patches(images [B, 3, H, W]) -> {wanted}; add one")
+    features = own.patches(images)
+    shape = (len(images), encoder.embed_dim)
+    if not isinstance(features, Tensor) or features.ndim != 4 or features.shape[:2] != shape:
+        found = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise InputError(f"encode_patches: patches of {name} returns {found}; it must be {wanted}")
+    return features

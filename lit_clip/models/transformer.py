@@ -191,19 +191,21 @@ class VisionTransformer(nn.Module):
     def _embed(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` -> ``[B, L, W]``, the first block's input."""
         check_images(images, self.image_size)
-        return self.embed_grid(images, self.grid)
+        x = self._tokens(images, self.grid)
+        return self.ln_pre(self._drop_patches(x) if self.training and self.patch_dropout else x)
 
     def embed_grid(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
-        """Images of ``grid`` patches -> ``[B, L, W]``, the first block's input; positions are interpolated."""
+        """Images of ``grid`` patches, none dropped -> ``[B, L, W]``, the first block's input."""
+        return self.ln_pre(self._tokens(images, grid))
+
+    def _tokens(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Images of ``grid`` patches -> ``[B, L, W]``; positions are interpolated."""
         positions = self.positional_embedding
         if grid != self.grid:
             positions = resample_positions(positions, self.grid, grid)
         x = self._patches(images, grid) @ self.conv1.weight.flatten(1).T  # [B, L-1, W]
         class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # [B, 1, W]
-        x = torch.cat([class_token, x], dim=1) + positions.to(x.dtype)  # [B, L, W]
-        if self.training and self.patch_dropout:
-            x = self._drop_patches(x)
-        return self.ln_pre(x)
+        return torch.cat([class_token, x], dim=1) + positions.to(x.dtype)  # [B, L, W]
 
     def features_from(self, x_BLW: Tensor, first: int = 0) -> Tensor:
         """Compute :meth:`features` from the input of a block: ``[B, L, W]`` -> ``[B, W]``."""
