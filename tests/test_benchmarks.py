@@ -10,14 +10,19 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
 from open_clip import SimpleTokenizer
+from PIL import Image
+from torch import Tensor
 
 from lit_clip.cli import lightning
+from lit_clip.evaluation.data import LabelledImages
+from lit_clip.models.config import Preprocessing
 from tests.conftest import ROOT
 from tests.helpers import forks
 
@@ -389,3 +394,56 @@ def test_the_last_batch_of_a_table_is_for_validation(tmp_path: Path, monkeypatch
     assert [row.split("\t")[1] for row in val] == ["title", "three", "four"]
     with pytest.raises(SystemExit, match="4 pairs are fewer than two batches of 3"):
         epoch["split_table"](tmp_path / "icons.csv", 3)
+
+
+class Colours(LabelledImages):
+    """Images of one colour each."""
+
+    class_names: ClassVar = [f"{i}" for i in range(12)]
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, index: int) -> tuple[Image.Image, int]:
+        return Image.new("RGB", (40, 40), tuple(self.colour(index))), index
+
+    @staticmethod
+    def colour(index: int) -> list[int]:
+        return [255 * (index % 2), 255 * (index // 2 % 2), 20 * index]
+
+    def labels(self) -> list[int]:
+        return list(range(12))
+
+
+class MeanColours:
+    """A model whose features of a place are its mean colour beside white's, and of a text its class's."""
+
+    preprocessing = Preprocessing(32, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0))
+
+    def encode_patches(self, images: Tensor, normalize: bool) -> Tensor:
+        colours = F.avg_pool2d(images, 8)
+        return F.normalize(torch.cat([colours, 1 - colours], dim=1), dim=1)
+
+    def encode_image(self, images: Tensor, normalize: bool) -> Tensor:
+        return self.encode_patches(images, normalize).mean((2, 3))
+
+    def tokenize(self, texts: list[str]) -> Tensor:
+        return torch.tensor([Colours.colour(int(text)) for text in texts])
+
+    def encode_text(self, tokens: Tensor, normalize: bool) -> Tensor:
+        colours = tokens / 255
+        return F.normalize(torch.cat([colours, 1 - colours], dim=1), dim=1)
+
+
+@pytest.mark.parametrize("grid", [(1, 2), (2, 2), (2, 1)])
+def test_places_are_counted_in_the_part_of_the_grid_that_they_lie_in(
+    grid: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    script = functions("places.py", monkeypatch)
+    places = script["Places"](MeanColours(), Colours(), "{}")
+    queries = script["draw_queries"](places.labels, grid[0] * grid[1], 30, 0)
+    for peaks in (places.composed(queries, grid, 32), places.separate(queries)):
+        assert peaks.right(queries) == 1
+        assert peaks.false_alarms() == 0
+        wrong = [query._replace(asked=1 - query.asked % 2) for query in queries]
+        assert peaks.right(wrong) == 0

@@ -4,7 +4,6 @@ The state dict has OpenAI's key names. Shapes: B batch, L tokens, W width, D emb
 """
 
 import math
-import os
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -17,14 +16,15 @@ from lit_clip.losses.contrastive import unit
 from lit_clip.models import preprocess as pp
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig
 from lit_clip.models.custom_config import CustomTextConfig
-from lit_clip.models.encoders import check_patches, create_tokenizer, image_encoder, text_encoder
+from lit_clip.models.dense import encode_places
+from lit_clip.models.encoders import check_patches, create_tokenizer, image_encoder, input_dtype, text_encoder
 from lit_clip.models.encoding import Item, as_features, encode_items
 from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.frozen_prefix import FrozenPrefix
+from lit_clip.models.intermediates import forward_intermediates
 from lit_clip.models.layers import Tower
-from lit_clip.models.resnet import ModifiedResNet
 from lit_clip.models.tokenizer import TextTokenizer
-from lit_clip.models.transformer import TextTransformer, VisionTransformer
+from lit_clip.models.transformer import TextTransformer
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # paper, section 2.5
 MAX_LOGIT_SCALE = math.log(100)  # paper, section 2.5: "clipped to prevent scaling the logits by more than 100"
@@ -99,15 +99,8 @@ class CLIP(TextTransformer):
         return self.tokenizer(texts)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """uint8 ``[B, 3, H, W]`` -> float, the input of :meth:`encode_image`.
-
-        In the weights' precision, or under autocast in the first product's if the encoder is one of ours.
-        """
-        # Weights that FSDP has gathered are not parameters of their modules.
-        dtype = next((parameter.dtype for parameter in self.visual.parameters()), self.logit_scale.dtype)
-        device, ours = images.device.type, isinstance(self.visual, VisionTransformer | ModifiedResNet)
-        if ours and dtype == torch.float32 and device != "meta" and torch.is_autocast_enabled(device):
-            dtype = torch.get_autocast_dtype(device)
+        """uint8 ``[B, 3, H, W]`` -> float, the input of :meth:`encode_image`, in the precision that it needs."""
+        dtype = input_dtype(self.visual, images.device, self.logit_scale.dtype)
         return pp.normalize(images, self.preprocessing, dtype)
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:
@@ -115,18 +108,29 @@ class CLIP(TextTransformer):
         features = self.visual(images)
         return unit(features) if normalize else features
 
+    def encode_patches(self, images: Tensor, normalize: bool = False) -> Tensor:
+        """Float, normalised ``[B, 3, H, W]`` of any size -> features of each place ``[B, D, h, w]``.
+
+        They are in the space of :meth:`encode_text`, of unit length over D if ``normalize``; see
+        :func:`lit_clip.models.dense.encode_places`.
+        """
+        features = encode_places(self.visual, images)
+        return unit(features.movedim(1, -1)).movedim(-1, 1) if normalize else features
+
+    def forward_intermediates(
+        self, image: Tensor | None = None, text: Tensor | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """Features, and outputs of image blocks: :func:`lit_clip.models.intermediates.forward_intermediates`."""
+        return forward_intermediates(self, image, text, **options)
+
     def image_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Float, normalised ``[B, 3, H, W]`` -> features before the projection and after it, ``[B, D]``.
 
         The paper's linear probes (appendix A.3) use those before the projection, ``[B, W]`` for a ViT. A ResNet
         projects inside its attention pooling and an encoder by class path wherever it likes, so both are the same.
         """
-        tower = self.visual
-        if isinstance(tower, ModifiedResNet):
-            features = tower(images)
-            return features, features
-        features = tower.features(images)
-        return features, tower.project(features)
+        features = self.visual.features(images)
+        return features, self.visual.project(features)
 
     def encode_text(
         self,
@@ -164,9 +168,7 @@ class CLIP(TextTransformer):
         Returns:
             float32 ``[N, D]``; of a single item ``[D]``.
         """
-        if isinstance(items, str | os.PathLike | Image.Image):
-            return encode_items(self, [items], batch_size)[0]
-        return encode_items(self, list(items), batch_size)
+        return encode_items(self, items, batch_size)
 
     def similarity(self, a: Any, b: Any, batch_size: int = 64) -> Tensor:
         """Return the cosine similarity of each of ``a`` with each of ``b``, float32 ``[len(a), len(b)]``.

@@ -4,7 +4,9 @@ An **image encoder** is a ``torch.nn.Module`` with
 
 - ``__init__(self, embed_dim, ...)``: further arguments come from ``init_args``,
 - ``image_size``: an attribute, the side in pixels or ``(height, width)``,
-- ``forward(self, images)``: float ``[B, 3, H, W]``, normalised -> ``[B, embed_dim]``.
+- ``forward(self, images)``: float ``[B, 3, H, W]``, normalised -> ``[B, embed_dim]``,
+- ``patches(self, images)`` (optional): float ``[B, 3, H, W]`` of any size, normalised -> ``[B, embed_dim, h, w]``,
+  features of each place, for :meth:`lit_clip.CLIP.encode_patches`.
 
 A **text encoder** is a ``torch.nn.Module`` with
 
@@ -122,7 +124,7 @@ class CustomImageEncoder(nn.Module):
     def __init__(self, config: CustomImageConfig, embed_dim: int) -> None:
         super().__init__()
         assert config.image_size is not None  # with_external_settings has filled it in
-        self.encoder = create_encoder(config, embed_dim)
+        self.encoder, self.embed_dim = create_encoder(config, embed_dim), embed_dim
         self.image_size = config.image_size
         where, now = f"architecture.image: {config.class_path}", image_size_of(self.encoder, config)
         require(now == config.image_size, f"{where} has the image_size {now} now, and {config.image_size} there")

@@ -20,8 +20,10 @@ Item = str | os.PathLike[str] | Image.Image
 """A text, an image file or an image."""
 
 
-def encode_items(model: Any, items: Sequence[Item], batch_size: int) -> Tensor:
-    """See :meth:`lit_clip.CLIP.encode`; items -> float32 ``[N, D]`` on the CPU."""
+def encode_items(model: Any, items: Item | Sequence[Item], batch_size: int) -> Tensor:
+    """See :meth:`lit_clip.CLIP.encode`; items -> float32 ``[N, D]`` on the CPU, of a single one ``[D]``."""
+    if isinstance(items, str | os.PathLike | Image.Image):
+        return encode_items(model, [items], batch_size)[0]
     require(batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
     found: list[Any] = [_image_or_text(i, item) for i, item in enumerate(items)]
     result = torch.zeros(len(found), model.config.embed_dim)

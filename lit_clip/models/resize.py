@@ -18,6 +18,7 @@ from lit_clip.models.config import (
 )
 from lit_clip.models.custom_config import CustomEncoderConfig
 from lit_clip.models.external import TimmImageEncoder, resized_trunk
+from lit_clip.models.transformer import resample_positions
 
 KEPT_POSITIONS = 20  # of a text: Long-CLIP's count of the positions that CLIP's short captions have trained well
 
@@ -96,10 +97,9 @@ def _image(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -> dict[s
     key, stride = "visual.attnpool.positional_embedding", 32
     if isinstance(new.image, VisionTransformerConfig):
         key, stride = "visual.positional_embedding", new.image.patch_size
-    from timm.layers import resample_abs_pos_embed  # pyright: ignore[reportPrivateImportUsage]  # its documented home
-
     assert old.image.image_size is not None
     assert new.image.image_size is not None
-    grids = [[side // stride for side in height_width(size)] for size in (old.image.image_size, new.image.image_size)]
-    state[key] = resample_abs_pos_embed(state[key][None], grids[1], grids[0], num_prefix_tokens=1)[0]
+    (height, width), (new_height, new_width) = height_width(old.image.image_size), height_width(new.image.image_size)
+    grids = (height // stride, width // stride), (new_height // stride, new_width // stride)
+    state[key] = resample_positions(state[key], *grids)
     return state

@@ -118,12 +118,26 @@ class ModifiedResNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` float, normalised -> ``[B, D]``."""
         check_images(images, self.image_size)
+        return self.attnpool(self.feature_map(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` float, normalised -> ``[B, D]``: the pooling projects, so nothing lies before it."""
+        return self(images)
+
+    def project(self, features: Tensor) -> Tensor:
+        """``[B, D]`` -> ``[B, D]``, unchanged."""
+        return features
+
+    def feature_map(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` of any size -> ``[B, C, H/32, W/32]``, before the pooling."""
+        return self.layer4(self.layer3(self.layer2(self.layer1(self.stem(images)))))
+
+    def stem(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` of any size -> ``[B, C, H/4, W/4]``, before the stages."""
         x = images
         if x.device.type != "meta" and torch.is_autocast_enabled(x.device.type):
             # Faster, and kept by all layers; not in float32, where a CPU's gradients would lose two digits.
             x = x.contiguous(memory_format=torch.channels_last)
         for conv, norm in ((self.conv1, self.bn1), (self.conv2, self.bn2), (self.conv3, self.bn3)):
             x = F.relu(norm(conv(x)))
-        x = self.avgpool(x)
-        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))  # [B, C, H/32, W/32]
-        return self.attnpool(x)
+        return self.avgpool(x)

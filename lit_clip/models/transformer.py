@@ -127,6 +127,13 @@ def check_images(images: Tensor, image_size: Size) -> None:
         raise InputError(f"images are {list(images.shape)}, {reads}")
 
 
+def resample_positions(position_LW: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
+    """Interpolate an image's position embedding, the class token's first (bicubic, antialiased, as in open_clip)."""
+    from timm.layers import resample_abs_pos_embed  # pyright: ignore[reportPrivateImportUsage]  # its documented home
+
+    return resample_abs_pos_embed(position_LW[None], list(new), list(old), num_prefix_tokens=1)[0]
+
+
 class AttentionalPooler(nn.Module):
     """Attention of learned queries over an image's tokens (CoCa): ``[B, L, W]`` -> ``[B, D]``.
 
@@ -184,12 +191,21 @@ class VisionTransformer(nn.Module):
     def _embed(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` -> ``[B, L, W]``, the first block's input."""
         check_images(images, self.image_size)
-        x = self._patches(images) @ self.conv1.weight.flatten(1).T  # [B, L-1, W]
+        x = self._tokens(images, self.grid)
+        return self.ln_pre(self._drop_patches(x) if self.training and self.patch_dropout else x)
+
+    def embed_grid(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Images of ``grid`` patches, none dropped -> ``[B, L, W]``, the first block's input."""
+        return self.ln_pre(self._tokens(images, grid))
+
+    def _tokens(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
+        """Images of ``grid`` patches -> ``[B, L, W]``; positions are interpolated."""
+        positions = self.positional_embedding
+        if grid != self.grid:
+            positions = resample_positions(positions, self.grid, grid)
+        x = self._patches(images, grid) @ self.conv1.weight.flatten(1).T  # [B, L-1, W]
         class_token = self.class_embedding.to(x.dtype).expand(x.shape[0], 1, -1)  # [B, 1, W]
-        x = torch.cat([class_token, x], dim=1) + self.positional_embedding.to(x.dtype)  # [B, L, W]
-        if self.training and self.patch_dropout:
-            x = self._drop_patches(x)
-        return self.ln_pre(x)
+        return torch.cat([class_token, x], dim=1) + positions.to(x.dtype)  # [B, L, W]
 
     def features_from(self, x_BLW: Tensor, first: int = 0) -> Tensor:
         """Compute :meth:`features` from the input of a block: ``[B, L, W]`` -> ``[B, W]``."""
@@ -205,9 +221,9 @@ class VisionTransformer(nn.Module):
         """Compute :meth:`features` from what enters the first module behind the blocks."""
         return self.ln_post(x if self.attn_pool is None else self.attn_pool(x))
 
-    def _patches(self, images: Tensor) -> Tensor:
+    def _patches(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
         """``[B, 3, H, W]`` -> ``[B, L-1, 3PP]``: one matrix product is faster than a convolution with stride P."""
-        (rows, columns), P = self.grid, self.conv1.kernel_size[0]
+        (rows, columns), P = grid, self.conv1.kernel_size[0]
         B = images.shape[0]  # not len(): an exported graph would hard-code it
         x = images.reshape(B, 3, rows, P, columns, P).permute(0, 2, 4, 1, 3, 5)
         return x.reshape(B, rows * columns, 3 * P * P)

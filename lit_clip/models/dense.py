@@ -1,0 +1,99 @@
+"""Features of each place of an image, in the joint embedding space.
+
+Shapes: B batch, C channels, L tokens, W width, D embedding dimension, h x w places.
+"""
+
+from typing import Any, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lit_clip.errors import InputError
+from lit_clip.models.custom import CustomImageEncoder
+from lit_clip.models.external import TimmImageEncoder
+from lit_clip.models.packing import Layout
+from lit_clip.models.resnet import AttentionPool, ModifiedResNet
+from lit_clip.models.transformer import AttentionalPooler, ResidualAttentionBlock, VisionTransformer
+
+
+def encode_places(visual: nn.Module, images: Tensor) -> Tensor:
+    """Encode each place of images: float ``[B, 3, H, W]``, normalised, of any size -> ``[B, D, h, w]``.
+
+    Sides need not be the encoder's image size; those of a ViT are multiples of its patch size, and its position
+    embedding is interpolated. Pooling by attention is replaced by its value path (MaskCLIP, Zhou et al. 2022), pooling
+    by average left out. Then the projection to the joint space follows, at each place.
+
+    Raises:
+        InputError: the encoder has no such features, or the images are too small or not divisible.
+    """
+    if isinstance(visual, VisionTransformer):
+        return _vision_transformer(visual, images)
+    if isinstance(visual, ModifiedResNet):
+        return _resnet(visual, images)
+    if isinstance(visual, TimmImageEncoder):
+        from lit_clip.models.dense_timm import timm_places  # imports timm
+
+        return timm_places(visual, images)
+    return _custom(cast(CustomImageEncoder, visual), images)
+
+
+def _grid(images: Tensor, stride: int) -> tuple[int, int]:
+    """Return the numbers of rows and columns of places."""
+    sides = images.shape[2:]
+    if images.ndim != 4 or any(side % stride or not side for side in sides):
+        raise InputError(f"images are {list(images.shape)}; places need [B, 3, H, W] with multiples of {stride}")
+    return sides[0] // stride, sides[1] // stride
+
+
+def _vision_transformer(vit: VisionTransformer, images: Tensor) -> Tensor:
+    B, grid = images.shape[0], _grid(images, vit.conv1.kernel_size[0])
+    x_BLW = vit.embed_grid(images, grid)
+    L, W = x_BLW.shape[1:]
+    layout = Layout(((B, L),), causal=False)
+    *blocks, last = list(vit.transformer.resblocks)
+    if not isinstance(last, ResidualAttentionBlock):  # FSDP gathers a block's weights only for its whole forward pass
+        raise InputError("encode_patches: the last block's weights are sharded; train with trainer.strategy ddp")
+    x = x_BLW.reshape(B * L, W)
+    for block in blocks:
+        x = block(x, layout)
+    x = _value_path(last, x) if vit.pool == "class" else last(x, layout)
+    if vit.attn_pool is not None:
+        x = _pooler_values(vit.attn_pool, x)
+    features = vit.project(vit.ln_post(x)).unflatten(0, (B, L))[:, 1:]  # [B, hw, D]
+    return features.transpose(1, 2).unflatten(2, grid)
+
+
+def _value_path(block: ResidualAttentionBlock, x_TW: Tensor) -> Tensor:
+    """Return the values of a block's attention, each projected alone: ``[T, W]`` -> ``[T, W]``."""
+    W = x_TW.shape[1]
+    weight, bias = cast(Tensor, block.attn.in_proj_weight), block.attn.in_proj_bias
+    return block.attn.out_proj(F.linear(block.ln_1(x_TW), weight[2 * W :], bias[2 * W :]))
+
+
+def _pooler_values(pooler: AttentionalPooler, x_TW: Tensor) -> Tensor:
+    """Return the values of a pooling by learned queries: ``[T, W]`` -> ``[T, D]``."""
+    D, attention = pooler.attn.embed_dim, pooler.attn
+    weight = cast(
+        Tensor, attention.v_proj_weight if attention.in_proj_weight is None else attention.in_proj_weight[2 * D :]
+    )
+    return attention.out_proj(F.linear(pooler.ln_k(x_TW), weight, attention.in_proj_bias[2 * D :]))
+
+
+def _resnet(resnet: ModifiedResNet, images: Tensor) -> Tensor:
+    _grid(images, 32)
+    pool: AttentionPool = resnet.attnpool
+    x = resnet.feature_map(images)  # [B, C, h, w]
+    return pool.c_proj(pool.v_proj(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+
+
+def _custom(encoder: CustomImageEncoder, images: Tensor) -> Tensor:
+    own: Any = encoder.encoder
+    name, wanted = type(own).__name__, f"float [B, {encoder.embed_dim}, h, w]"
+    if not callable(getattr(own, "patches", None)):
+        raise InputError(f"encode_patches: {name} has no method patches(images [B, 3, H, W]) -> {wanted}; add one")
+    features = own.patches(images)
+    shape = (len(images), encoder.embed_dim)
+    if not isinstance(features, Tensor) or features.ndim != 4 or features.shape[:2] != shape:
+        found = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
+        raise InputError(f"encode_patches: patches of {name} returns {found}; it must be {wanted}")
+    return features

@@ -1,0 +1,348 @@
+"""Features of places equal published procedures, written out in float64, and the pooled features where they must."""
+
+import copy
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from callbacks.compile import compile_blocks
+from lit_clip import LitCLIP, load_model
+from lit_clip.errors import InputError
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import (
+    CLIPConfig,
+    ResNetConfig,
+    Size,
+    TextTransformerConfig,
+    TimmConfig,
+    VisionTransformerConfig,
+    height_width,
+)
+from lit_clip.models.custom_config import CustomImageConfig
+from tests.helpers.own_encoders import Image
+from tests.helpers.towers import D, photos, saved, shaken
+
+TEXT = TextTransformerConfig(8, 49408, 64, 1, 1)
+VIT = VisionTransformerConfig(32, 8, 64, 3, 2)
+RESNET = ResNetConfig((1, 1, 1, 1), 8, 64)
+
+
+def model_of(image: Any) -> CLIP:
+    torch.manual_seed(0)
+    return shaken(CLIP(CLIPConfig(D, image, TEXT))).eval()
+
+
+def timm_model(name: str, size: Size = 64, **settings: Any) -> CLIP:
+    return model_of(TimmConfig(name, image_size=size, **settings))
+
+
+def layer_norm(x: Tensor, norm: Any) -> Tensor:
+    return (x - x.mean()) / (x.var(correction=0) + norm.eps).sqrt() * norm.weight + norm.bias
+
+
+@pytest.mark.parametrize("size", [(32, 32), (24, 40)])
+def test_a_vit_has_the_last_blocks_values_at_each_place(size: tuple[int, int]) -> None:
+    """MaskCLIP (Zhou et al. 2022) for one place after the other."""
+    model = model_of(VIT).double()
+    vit: Any = model.visual
+    images = photos(size).double()
+    found = model.encode_patches(images)
+    rows, columns = size[0] // 8, size[1] // 8
+    positions = vit.positional_embedding
+    if (rows, columns) != vit.grid:
+        grid = positions[1:].T.reshape(1, 64, 4, 4).float()
+        grid = F.interpolate(grid, (rows, columns), mode="bicubic", antialias=True).double()
+        positions = torch.cat([positions[:1], grid[0].flatten(1).T])
+    assert found.shape == (2, D, rows, columns)
+    last = vit.transformer.resblocks[-1]
+    value, bias = last.attn.in_proj_weight[128:], last.attn.in_proj_bias[128:]
+    for image, places in zip(images, found, strict=True):
+        patches = F.conv2d(image[None], vit.conv1.weight, stride=8)[0].flatten(1).T
+        x = vit.ln_pre(torch.cat([vit.class_embedding[None], patches]) + positions)
+        for block in vit.transformer.resblocks[:-1]:
+            y = block.ln_1(x)
+            x = x + nn.MultiheadAttention.forward(block.attn, y, y, y)[0]
+            x = x + block.mlp(block.ln_2(x))
+        for i, token in enumerate(x[1:]):
+            attended = (
+                last.attn.out_proj.weight @ (value @ layer_norm(token, last.ln_1) + bias) + last.attn.out_proj.bias
+            )
+            expected = layer_norm(attended, vit.ln_post) @ vit.proj
+            torch.testing.assert_close(places[:, i // columns, i % columns], expected, atol=1e-6, rtol=0)
+
+
+def test_a_resnet_has_its_poolings_values_at_each_place() -> None:
+    model = model_of(RESNET).double()
+    resnet: Any = model.visual
+    maps: list[Tensor] = []
+    resnet.layer4.register_forward_hook(lambda _, __, output: maps.append(output))
+    images = photos((96, 64)).double()
+    found = model.encode_patches(images)
+    pool, (features,) = resnet.attnpool, maps
+    assert found.shape == (2, D, 3, 2)
+    for b, i, j in ((0, 0, 0), (0, 2, 1), (1, 1, 0)):
+        value = pool.v_proj.weight @ features[b, :, i, j] + pool.v_proj.bias
+        expected = pool.c_proj.weight @ value + pool.c_proj.bias
+        torch.testing.assert_close(found[b, :, i, j], expected, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("test_resnet", {"pool": "avg"}),
+        ("test_efficientnet", {"projection": "classifier"}),
+        ("test_vit", {"pool": "avg"}),
+        ("test_vit", {"pool": "avg", "options": {"depth": 2, "reg_tokens": 2}}),
+        ("swin_tiny_patch4_window7_224", {"options": {"depths": (1, 1), "num_heads": (2, 4), "embed_dim": 16}}),
+    ],
+)
+def test_the_mean_of_the_places_is_the_images_feature_where_pooling_is_an_average(
+    name: str, settings: dict[str, Any]
+) -> None:
+    model = timm_model(name, **settings)
+    images = photos(64)
+    expected = model.encode_image(images)
+    torch.testing.assert_close(model.encode_patches(images).mean((2, 3)), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_a_transformer_that_averages_has_its_norm_and_projection_at_each_place() -> None:
+    model = model_of(dataclasses.replace(VIT, pool="mean"))
+    alone = model_of(dataclasses.replace(VIT, pool="mean", image_size=8))
+    state = model.visual.state_dict()
+    alone.visual.load_state_dict({**state, "positional_embedding": state["positional_embedding"][:2]})
+    patch = photos(8)
+    expected = alone.encode_image(patch)
+    torch.testing.assert_close(alone.encode_patches(patch)[:, :, 0, 0], expected, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["test_convnext", "test_mambaout", "mobilenetv3_small_050"])
+def test_what_follows_a_networks_average_is_applied_at_each_place(name: str) -> None:
+    model = timm_model(name)
+    images = photos(32)
+    alone = model.encode_patches(images)  # of one place, which is its own average
+    tower: Any = model.visual
+    torch.testing.assert_close(alone[:, :, 0, 0], tower.project(tower.trunk(images)), atol=1e-5, rtol=1e-5)
+    images = photos((64, 96))
+    x = tower.trunk.forward_features(images)
+    cell = x[:, 1:2, 2:3] if x.shape[1:3] == (2, 3) else x[:, :, 1:2, 2:3]
+    found = model.encode_patches(images)
+    assert found.shape == (2, D, 2, 3)
+    expected = tower.project(tower.trunk.forward_head(cell))
+    torch.testing.assert_close(found[:, :, 1, 2], expected, atol=1e-5, rtol=1e-5)
+
+
+def test_timms_class_token_is_replaced_by_the_last_blocks_values() -> None:
+    """The same as for our ViT, with what timm's attention may have more: two norms and a layer scale."""
+    options = {"depth": 2, "qk_norm": True, "scale_attn_norm": True, "init_values": 0.5, "reg_tokens": 1}
+    model = timm_model("test_vit", options=options).double()
+    tower: Any = model.visual
+    trunk, images = tower.trunk, photos(64).double()
+    entering: list[Tensor] = []
+    trunk.blocks[-1].register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+    tower(images)
+    found, last = model.encode_patches(images), trunk.blocks[-1]
+    assert found.shape == (2, D, 4, 4)
+    W = trunk.embed_dim
+    for b, i in ((0, 0), (0, 15), (1, 6)):
+        token = layer_norm(entering[0][b, 2 + i], last.norm1)
+        values = last.attn.qkv.weight[2 * W :] @ token + last.attn.qkv.bias[2 * W :]
+        attended = last.attn.proj.weight @ layer_norm(values, last.attn.norm) + last.attn.proj.bias
+        expected = tower.head.proj.weight @ layer_norm(last.ls1.gamma * attended, trunk.norm)
+        torch.testing.assert_close(found[b, :, i // 4, i % 4], expected, atol=1e-10, rtol=0)
+
+
+EVA = {"depth": 2, "embed_dim": 48, "num_heads": 2, "init_values": 0.5}
+
+
+def test_evas_class_token_is_replaced_by_an_attention_that_sees_each_place_alone() -> None:
+    model = timm_model("eva02_tiny_patch14_224", 56, pool="token", options=EVA)
+    tower: Any = model.visual
+    entering: list[Tensor] = []
+    tower.trunk.blocks[-1].register_forward_pre_hook(lambda _, args: entering.append(args[0]))
+    images, last, trunk = photos(56), tower.trunk.blocks[-1], tower.trunk
+    tower(images)
+    x, alone = entering[0], torch.eye(17, dtype=torch.bool)
+    x = trunk.fc_norm(trunk.norm(last.gamma_1 * last.attn(last.norm1(x), attn_mask=alone)))
+    expected = tower.head(trunk.head(x))[:, 1:].transpose(1, 2).unflatten(2, (4, 4))
+    torch.testing.assert_close(model.encode_patches(images), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_pooling_pools_each_place_alone() -> None:
+    model = timm_model("test_vit3", options={"depth": 2})
+    tower: Any = model.visual
+    images, found = photos(64), model.encode_patches(photos(64))
+    x = tower.trunk.forward_features(images)  # one register, 16 patches
+    for i in range(16):
+        only = torch.arange(17)[None] == 1 + i
+        expected = tower.head(tower.trunk.head(tower.trunk.fc_norm(tower.trunk.attn_pool(x, attn_mask=only))))
+        torch.testing.assert_close(found[:, :, i // 4, i % 4], expected, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "image",
+    [
+        VIT,
+        dataclasses.replace(VIT, pool="mean"),
+        dataclasses.replace(VIT, pool="attention", pool_queries=3, pool_heads=2),
+        TimmConfig("test_vit", image_size=64, options={"depth": 2}),
+        TimmConfig("test_vit3", image_size=64, options={"depth": 2}),
+        TimmConfig("eva02_tiny_patch14_224", image_size=56, options=EVA),
+        TimmConfig("eva02_tiny_patch14_224", image_size=56, options={**EVA, "rope_type": "mixed"}, pool="token"),
+        TimmConfig("test_convnext", image_size=64),
+    ],
+)
+def test_images_of_another_size_have_the_features_of_a_model_loaded_for_it(image: Any, tmp_path: Path) -> None:
+    path, model = saved(LitCLIP(CLIPConfig(D, image, TEXT)), tmp_path)
+    own = height_width(image.image_size)
+    before, state = model.encode_image(photos(own)), copy.deepcopy(model.state_dict())
+    size = (own[0], 2 * own[1])
+    found = model.encode_patches(photos(size))
+    there = load_model(path, image_size=size)
+    torch.testing.assert_close(found, there.encode_patches(photos(size)), atol=2e-5, rtol=1e-4)
+    assert found.shape[3] == 2 * found.shape[2]
+    assert torch.equal(model.encode_image(photos(own)), before)  # nothing of the model has changed
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+
+
+EACH = {
+    "vit": VIT,
+    "resnet": RESNET,
+    "efficientnet": TimmConfig("test_efficientnet", image_size=64),
+    "token": TimmConfig("test_vit", image_size=64, options={"depth": 2}),
+    "map": TimmConfig("test_vit3", image_size=64, options={"depth": 2}),
+}
+
+
+@pytest.mark.parametrize("kind", EACH)
+def test_precisions_lengths_and_empty_batches(kind: str) -> None:
+    model = model_of(EACH[kind])
+    images = photos(EACH[kind].image_size)
+    expected = model.encode_patches(images)
+    assert model.encode_patches(images[:0]).shape == (0, *expected.shape[1:])
+    unit = model.encode_patches(images, normalize=True)
+    torch.testing.assert_close(unit.norm(dim=1), torch.ones_like(unit[:, 0]))
+    torch.testing.assert_close(unit * expected.norm(dim=1, keepdim=True), expected, atol=1e-5, rtol=1e-4)
+    with torch.autocast("cpu", torch.bfloat16):
+        half = model.encode_patches(images)
+    assert half.dtype == torch.bfloat16
+    assert F.cosine_similarity(half.float(), expected, dim=1).min() > 0.99
+    model.double()
+    exact = model.encode_patches(images.double())
+    assert exact.dtype == torch.float64
+    torch.testing.assert_close(exact.float(), expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", EACH)
+def test_the_gradient_is_the_slope(kind: str) -> None:
+    model = model_of(EACH[kind]).double()
+    images = photos(EACH[kind].image_size).double()
+    generator = torch.Generator().manual_seed(0)
+    used = [p for p in model.visual.parameters() if p.ndim > 1]
+    directions = [1e-6 * torch.randn(p.shape, generator=generator, dtype=torch.double) for p in used]
+
+    def loss() -> Tensor:
+        return model.encode_patches(images, normalize=True)[:, 0].sum()
+
+    found = torch.autograd.grad(loss(), used, allow_unused=True)
+    slope = sum((g * d).sum() for g, d in zip(found, directions, strict=True) if g is not None)
+    with torch.no_grad():
+        values = []
+        for sign in (1, -2):
+            for p, d in zip(used, directions, strict=True):
+                p += sign * d
+            values.append(loss())
+    torch.testing.assert_close(torch.as_tensor(slope), (values[0] - values[1]) / 2, rtol=1e-4, atol=1e-10)
+
+
+def test_compiled_blocks_have_the_same_features() -> None:
+    model = model_of(VIT)
+    expected = model.encode_patches(photos(32))
+    compile_blocks(model, "eager")
+    torch.testing.assert_close(model.encode_patches(photos(32)), expected, atol=1e-6, rtol=1e-5)
+
+
+def test_training_drops_no_patch() -> None:
+    model = model_of(VIT).train()
+    expected = model.encode_patches(photos(32))
+    vit: Any = model.visual
+    vit.patch_dropout = 0.5
+    assert torch.equal(model.encode_patches(photos(32)), expected)
+    dropping = timm_model("test_vit", options={"depth": 2, "patch_drop_rate": 0.5}).train()
+    assert dropping.encode_patches(photos(64)).shape == (2, D, 4, 4)
+
+
+class OwnPatches(Image):
+    """An encoder of one's own that averages its patches."""
+
+    def __init__(self, embed_dim: int, wrong: bool = False) -> None:
+        super().__init__(embed_dim)
+        self.wrong = wrong
+
+    def patches(self, images: Tensor) -> Tensor:
+        x = self.trunk(images).permute(0, 2, 3, 1)
+        return self.head(x) if self.wrong else self.head(x).permute(0, 3, 1, 2)
+
+
+def test_an_encoder_of_ones_own_gives_its_patches() -> None:
+    here = f"{__name__}.OwnPatches"
+    model = model_of(CustomImageConfig(here))
+    own: Any = model.visual
+    images = photos((32, 48))
+    assert torch.equal(model.encode_patches(images), own.encoder.patches(images))
+    assert model.encode_patches(images).shape == (2, D, 4, 6)
+    wrong = model_of(CustomImageConfig(here, {"wrong": True}))
+    message = rf"patches of OwnPatches returns \[2, 4, 6, {D}\]; it must be float \[B, {D}, h, w\]"
+    with pytest.raises(InputError, match=message):
+        wrong.encode_patches(images)
+    with pytest.raises(InputError, match=r"Image has no method patches\(images \[B, 3, H, W\]\) -> .*; add one$"):
+        model_of(CustomImageConfig(Image)).encode_patches(images)
+
+
+@pytest.mark.parametrize(
+    ("image", "size", "message"),
+    [
+        (VIT, (32, 36), r"images are \[2, 3, 32, 36\]; places need \[B, 3, H, W\] with multiples of 8"),
+        (RESNET, (48, 64), "with multiples of 32"),
+        (TimmConfig("test_vit", image_size=64, options={"depth": 2}), (64, 72), "with multiples of 16"),
+        (TimmConfig("test_vit", image_size=64, options={"depth": 1}), 64, "whose last block is its only one"),
+        (
+            TimmConfig("vit_small_patch16_18x2_224", image_size=64, options={"depth": 2, "embed_dim": 48}),
+            64,
+            "whose last block is a ParallelThingsBlock has no features of places",
+        ),
+        (TimmConfig("test_resnet", image_size=64, pool="catavgmax"), 64, "ResNet with pooling 'catavgmax' has no"),
+        (TimmConfig("deit_tiny_distilled_patch16_224"), 224, "VisionTransformerDistilled with pooling 'token' has no"),
+        (TimmConfig("test_vit_relpos", image_size=64), 64, "VisionTransformerRelPos without a feature map has no"),
+        (
+            TimmConfig("swin_tiny_patch4_window7_224", image_size=64, options={"depths": (1, 1), "num_heads": (2, 4)}),
+            96,
+            "SwinTransformer reads 64 x 64 pixels only; load the model with another image_size",
+        ),
+        (
+            TimmConfig(
+                "naflexvit_base_patch16_gap", image_size=64, options={"depth": 1, "embed_dim": 64, "num_heads": 2}
+            ),
+            64,
+            "NaFlexVit with pooling",
+        ),
+    ],
+)
+def test_what_has_no_features_of_places_is_refused_in_one_line(image: Any, size: Size, message: str) -> None:
+    model = model_of(image)
+    with pytest.raises(InputError, match=message) as refusal:
+        model.encode_patches(photos(size))
+    assert "\n" not in str(refusal.value)
+
+
+def test_sharded_blocks_are_refused() -> None:
+    """FSDP wraps each block, and gathers its weights only for a call of the wrapper."""
+    model = model_of(VIT)
+    vit: Any = model.visual
+    vit.transformer.resblocks[-1] = nn.Sequential(vit.transformer.resblocks[-1])
+    with pytest.raises(InputError, match="the last block's weights are sharded; train with trainer.strategy ddp"):
+        model.encode_patches(photos(32))
