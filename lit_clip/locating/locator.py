@@ -1,5 +1,6 @@
 """Find texts in images, and say which are not there."""
 
+import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,7 +56,12 @@ class Locator:
         self.model, self.texts, self.false_alarms, self.scale = model, list(texts), false_alarms, scale
         names = paper_class_names("CIFAR100") if background is None else ()
         others = [f"a {name}" for name in names] or list(background or ())
-        background_level(torch.zeros(len(others)), false_alarms)  # refuses what cannot be decided
+        require(0 < false_alarms < 1, f"false_alarms: {false_alarms} must be above 0 and below 1")
+        least = math.ceil(1 / false_alarms - 1e-9) - 1
+        enough = (
+            f"{len(others)} texts, and false alarms of {false_alarms:g} need at least {least}; add some, or allow more"
+        )
+        require(len(others) >= least, f"background: {enough}")
         self._features = _text_features(model, [*self.texts, *others])
 
     def __call__(self, image: Image.Image | str | os.PathLike[str]) -> Located:
