@@ -135,10 +135,11 @@ class Trial:
         wanted, others = list(dict.fromkeys(_words(texts))), _words(background)
         require(bool(wanted), "nothing to find: type a text a line")
         require(len(wanted) <= MOST_TEXTS, f"texts: {len(wanted)}; at most {MOST_TEXTS}")
+        require(len(others) <= MOST_PROMPTS, f"background: {len(others):,} texts; at most {MOST_PROMPTS:,}")
         longest = max(map(len, [*wanted, *others]))
         require(longest <= LONGEST_PROMPT, f"a text of {longest:,} characters; at most {LONGEST_PROMPT:,}")
         opened = open_image(Path(str(image)), "the image")
-        located = self._locator(tuple(wanted), tuple(others[:MOST_PROMPTS]) or None)(opened)
+        located = self._locator(tuple(wanted), tuple(others) or None)(opened)
         scale, shown = Scale.around(located.level, max(region.cosine for region in located.regions)), []
         for text, cosines, region in zip(wanted, located.maps, located.regions, strict=True):
             found = f"{region.cosine:.3f}, {region.margin:+.3f}" if region.seen else f"not seen ({region.cosine:.3f})"
@@ -198,12 +199,15 @@ def web_app(trial: Trial, name: str, uploads: Path, host: str = "127.0.0.1") -> 
     return Limits(app, uploads, host, numbered, named)
 
 
+def _image_input(gr: Any) -> Any:
+    options = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"], "buttons": []}
+    return gr.Image(label="Image", height=320, **options)
+
+
 def _classify_tab(gr: Any, trial: Trial) -> None:
     with gr.Row():
         with gr.Column():
-            image = gr.Image(
-                type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image", height=320, buttons=[]
-            )
+            image = _image_input(gr)
             names = gr.Textbox(
                 label="Class names", placeholder="tiger, pizza, bicycle", info="with commas between them", max_lines=6
             )
@@ -225,9 +229,7 @@ def _classify_tab(gr: Any, trial: Trial) -> None:
 def _where_tab(gr: Any, trial: Trial) -> None:
     with gr.Row():
         with gr.Column(scale=2):
-            image = gr.Image(
-                type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image", height=320, buttons=[]
-            )
+            image = _image_input(gr)
             texts = gr.Textbox(
                 label="Texts", placeholder="a red kite\na dog", info="one a line; they compete", lines=3, max_lines=6
             )

@@ -19,7 +19,7 @@ from lit_clip.embedding.index import INDEX, nearest, update_index
 from lit_clip.embedding.precision import Precision, check_precision
 from lit_clip.embedding.reading import check_finite, encoded_batches
 from lit_clip.errors import BadSample, InputError, require
-from lit_clip.locating.overlay import MOST, Scale, overlay
+from lit_clip.locating.overlay import Scale, overlay
 from lit_clip.models.clip import CLIP
 from lit_clip.models.heat_maps import place_cosines
 from lit_clip.tools.console import Console, Text, progress, stderr
@@ -202,7 +202,10 @@ def why_found(model: CLIP, query: Tensor, files: Sequence[Path | None]) -> dict[
             continue
         except InputError:
             return {}
-        places[file] = upright(image, MOST), torch.from_numpy(np.array(_turned(Image.fromarray(found.numpy()), image)))
+        places[file] = (
+            upright(image, THUMBNAIL),
+            torch.from_numpy(np.array(_turned(Image.fromarray(found.numpy()), image))),
+        )
     cosines = [float(each) for _, each in places.values() for each in (each.min(), each.max())]
     scale = Scale(min(cosines, default=0), max(cosines, default=0) + 1e-6)
     drawn = {file: overlay(image, each, scale, float(each.max())) for file, (image, each) in places.items()}

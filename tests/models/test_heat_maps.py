@@ -1,6 +1,5 @@
 """``model.locate``: cosines of texts at the pixels of whole images, of any size and mode."""
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ from PIL import Image
 from lit_clip import CLIP, create_model
 from lit_clip.errors import InputError
 from lit_clip.models.heat_maps import place_cosines
-from tests.helpers.colours import BLUE, GREEN, PATCH, RED, beside, colour_model
+from tests.helpers.colours import GREEN, PATCH, RED, beside, colour_model
 
 TEXTS = torch.eye(4)[:2]  # red and green
 
