@@ -31,6 +31,7 @@ COMMANDS: dict[str, str] = {
     "evaluate": "lit_clip.commands.evaluate:evaluate",
     "export": "lit_clip.commands.export:export",
     "inspect": "lit_clip.datamodules.commands.inspect:inspect",
+    "locate": "lit_clip.commands.locate:locate",
     "models": "lit_clip.commands.models:models",
     "overlap": "lit_clip.datamodules.commands.overlap:overlap",
     "score": "lit_clip.datamodules.commands.score:score",

@@ -4,7 +4,7 @@ import csv
 import io
 import json
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from rich.table import Table
 
@@ -71,7 +71,12 @@ def _as_json(classes_of: dict[str, list[RankedClass]]) -> str:
         {"image": key, "classes": [{"class": name, "probability": value and round(value, 6)} for name, value in best]}
         for key, best in classes_of.items()
     ]
-    text = json.dumps(rows, indent=1, ensure_ascii=False)
+    return json_text(rows)
+
+
+def json_text(value: Any) -> str:
+    """Return JSON with letters of all languages as they are."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
-        text = json.dumps(rows, indent=1)  # a file name that is not Unicode has to be escaped in JSON
+        text = json.dumps(value, indent=1)  # a file name that is not Unicode has to be escaped in JSON
     return text + "\n"

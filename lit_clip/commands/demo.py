@@ -25,6 +25,8 @@ from lit_clip.embedding.image_files import images_in
 from lit_clip.embedding.index import nearest
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, imagenet_templates, zero_shot_classifier
+from lit_clip.locating.locator import Locator
+from lit_clip.locating.overlay import Scale, overlay
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hardware import best_device
@@ -33,6 +35,7 @@ from lit_clip.tools.images import OnError, open_image
 
 SHOWN = 512  # pixels of the longer side of an image found; nothing larger leaves this machine
 MOST_PROMPTS, LONGEST_PROMPT = 10_000, 1_000  # that a click encodes, and in characters
+MOST_TEXTS = 20  # that a click finds in an image
 QUEUE, WAITING = {"concurrency_id": "model", "concurrency_limit": 4}, 64  # a slow request leaves room for others
 MOST_CONNECTIONS = 256
 # The browser loads nothing from elsewhere, even if a version of gradio or a text on the page asks for it.
@@ -61,7 +64,7 @@ def demo(
     index: str | None = None,
     on_error: OnError = "error",
 ) -> None:
-    """Try a model in a browser: classify an image by class names, search a folder by text.
+    """Try a model in a browser: classify an image, see where it shows texts, search a folder.
 
     The page is for this machine only, unless --host says otherwise, and nothing is sent or fetched elsewhere. Ctrl-C
     ends it.
@@ -100,6 +103,7 @@ class Trial:
         self._classifier = lru_cache(maxsize=8)(
             partial(zero_shot_classifier, model)
         )  # the next image mostly has the same classes
+        self._locator = lru_cache(maxsize=8)(partial(Locator, model))
 
     def classify(self, image: str | None, names: str, templates: str) -> dict[str, float]:
         """Return the probability of each class, as ``lit-clip classify`` does.
@@ -122,6 +126,27 @@ class Trial:
             probabilities = class_probabilities(self.model, features, self._classifier(tuple(classes), tuple(prompts)))
         return dict(zip(classes, probabilities[0].tolist(), strict=True))
 
+    def locate(self, image: str | None, texts: str, background: str) -> list[tuple[Image.Image, str]]:
+        """Return a heat map over an image for each text, with its cosine, as ``lit-clip locate`` does.
+
+        Texts are one a line, and so are those of the background; none of them: the command's own.
+        """
+        require(image is not None, "no image: drop one, or click to choose a file")
+        wanted, others = list(dict.fromkeys(_words(texts))), _words(background)
+        require(bool(wanted), "nothing to find: type a text a line")
+        require(len(wanted) <= MOST_TEXTS, f"texts: {len(wanted)}; at most {MOST_TEXTS}")
+        require(len(others) <= MOST_PROMPTS, f"background: {len(others):,} texts; at most {MOST_PROMPTS:,}")
+        longest = max(map(len, [*wanted, *others]))
+        require(longest <= LONGEST_PROMPT, f"a text of {longest:,} characters; at most {LONGEST_PROMPT:,}")
+        opened = open_image(Path(str(image)), "the image")
+        located = self._locator(tuple(wanted), tuple(others) or None)(opened)
+        scale, shown = Scale.around(located.level, max(region.cosine for region in located.regions)), []
+        for text, cosines, region in zip(wanted, located.maps, located.regions, strict=True):
+            found = f"{region.cosine:.3f}, {region.margin:+.3f}" if region.seen else f"not seen ({region.cosine:.3f})"
+            drawn = overlay(opened, cosines, scale, region.cosine, region.box(opened.size))
+            shown.append((drawn, f"{text}: {found}"))
+        return shown
+
     def search(self, text: str, count: int) -> list[tuple[Image.Image, str]]:
         """Return the images of the folder that best match a text, small, with their names and cosines."""
         assert self.searched is not None
@@ -143,7 +168,7 @@ def _words(text: str) -> list[str]:
 
 
 def web_app(trial: Trial, name: str, uploads: Path, host: str = "127.0.0.1") -> Limits:
-    """Return the page and its API, ``/classify`` and ``/search``, as an ASGI application.
+    """Return the page and its API, ``/classify``, ``/locate`` and ``/search``, as an ASGI application.
 
     No file is served but those that the page's users upload, and the small images found; both are in ``uploads``, which
     is ``GRADIO_TEMP_DIR``. Other names than ``host`` are refused, so that no page of the internet can have its own name
@@ -161,6 +186,8 @@ def web_app(trial: Trial, name: str, uploads: Path, host: str = "127.0.0.1") -> 
                 _search_tab(gr, trial)
         with gr.Tab("Classify"):
             _classify_tab(gr, trial)
+        with gr.Tab("Where"):
+            _where_tab(gr, trial)
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     options = {"ssr_mode": False, "mcp_server": False, "enable_monitoring": False, "pwa": False, "show_error": False}
     options |= {"footer_links": [], "max_file_size": MOST_BYTES}  # which the browser checks
@@ -172,12 +199,15 @@ def web_app(trial: Trial, name: str, uploads: Path, host: str = "127.0.0.1") -> 
     return Limits(app, uploads, host, numbered, named)
 
 
+def _image_input(gr: Any) -> Any:
+    options = {"type": "filepath", "image_mode": None, "sources": ["upload", "clipboard"], "buttons": []}
+    return gr.Image(label="Image", height=320, **options)
+
+
 def _classify_tab(gr: Any, trial: Trial) -> None:
     with gr.Row():
         with gr.Column():
-            image = gr.Image(
-                type="filepath", image_mode=None, sources=["upload", "clipboard"], label="Image", height=320, buttons=[]
-            )
+            image = _image_input(gr)
             names = gr.Textbox(
                 label="Class names", placeholder="tiger, pizza, bicycle", info="with commas between them", max_lines=6
             )
@@ -194,6 +224,24 @@ def _classify_tab(gr: Any, trial: Trial) -> None:
     gr.on([button.click, names.submit], classify, api_name="classify", **options)
     # Dropping the next image is enough; the first comes before the names.
     image.upload(lambda *typed: classify(*typed) if typed[1].strip() else None, api_name=False, **options)
+
+
+def _where_tab(gr: Any, trial: Trial) -> None:
+    with gr.Row():
+        with gr.Column(scale=2):
+            image = _image_input(gr)
+            texts = gr.Textbox(
+                label="Texts", placeholder="a red kite\na dog", info="one a line; they compete", lines=3, max_lines=6
+            )
+            with gr.Accordion("Background", open=False):
+                info = "texts of other things, one a line, 19 or more; by default 100 names"
+                others = gr.Textbox(lines=3, show_label=False, info=info)
+            button = gr.Button("Find", variant="primary")
+        with gr.Column(scale=3):
+            found = gr.Gallery(show_label=False, columns=2, object_fit="contain", format="jpeg", buttons=[])
+            gr.HTML("The line on the bar is the level that texts of other things reach; a box is where a text is seen.")
+    options = {"inputs": [image, texts, others], "outputs": found, **QUEUE}
+    gr.on([button.click], _shown(gr, trial.locate), api_name="locate", **options)
 
 
 def _search_tab(gr: Any, trial: Trial) -> None:

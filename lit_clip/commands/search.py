@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from rich.table import Table
 from torch import Tensor
 
@@ -18,8 +18,10 @@ from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.embedding.index import INDEX, nearest, update_index
 from lit_clip.embedding.precision import Precision, check_precision
 from lit_clip.embedding.reading import check_finite, encoded_batches
-from lit_clip.errors import InputError, require
+from lit_clip.errors import BadSample, InputError, require
+from lit_clip.locating.overlay import Scale, overlay
 from lit_clip.models.clip import CLIP
+from lit_clip.models.heat_maps import place_cosines
 from lit_clip.tools.console import Console, Text, progress, stderr
 from lit_clip.tools.html import thumbnail, write_page
 from lit_clip.tools.images import OnError, open_image
@@ -28,6 +30,7 @@ from lit_clip.weights.fingerprint import fingerprint
 TEMPLATE = Path(__file__).parent / "templates" / "search.html"
 FEATURE_FILES = (".parquet", ".npy")
 THUMBNAIL = 256  # pixels of the longer side
+EXPLAINED = 10  # images of each query of which the page shows where they fit it: each is encoded once more
 
 Hits = list[tuple[int, float]]  # rows found, with their cosine similarity to the query
 
@@ -95,7 +98,7 @@ def search(
     for title, each in zip(titles, hits, strict=True):
         _print_hits(title, searched, each)
     replaced = " (replaces the one before)" if page.exists() else ""
-    write_sheet(page, searched, dict(zip(titles, hits, strict=True)))
+    write_sheet(page, searched, dict(zip(titles, hits, strict=True)), clip, vectors)
     stderr().print(f"page with images: {page}{replaced}")
 
 
@@ -170,26 +173,62 @@ def _print_hits(title: str, searched: Searched, hits: Hits) -> None:
     Console().print(table)
 
 
-def write_sheet(path: Path, searched: Searched, found: dict[str, Hits]) -> None:
-    """Write an HTML page with the thumbnails of the images found for each query."""
-    shown: dict[str, list[tuple[str, str]]] = {query: [] for query in found}
+def write_sheet(path: Path, searched: Searched, found: dict[str, Hits], model: CLIP, vectors: np.ndarray) -> None:
+    """Write an HTML page with the thumbnails of the images found for each query, and where the best fit it."""
+    shown: dict[str, list[tuple[str, str, str]]] = {query: [] for query in found}
     with progress("contact sheet", sum(map(len, found.values()))) as advance:
-        for query, hits in found.items():
-            for rank, (row, score) in enumerate(hits, start=1):
-                file = searched.files[row]
+        for (query, hits), vector in zip(found.items(), torch.from_numpy(vectors), strict=True):
+            files = [searched.files[row] for row, _ in hits]
+            why = why_found(model, vector, files[:EXPLAINED])
+            for rank, ((row, score), file) in enumerate(zip(hits, files, strict=True), start=1):
                 image = None if file is None else small_image(file, THUMBNAIL)
                 caption = f"{rank}. {searched.names[row]} ({score:.4f})"
-                shown[query].append(("" if image is None else thumbnail(image, THUMBNAIL), caption))
+                shown[query].append(("" if image is None else thumbnail(image, THUMBNAIL), caption, why.get(file, "")))
                 advance(1)
     write_page(path, TEMPLATE, title=" | ".join(found), found=shown)
+
+
+def why_found(model: CLIP, query: Tensor, files: Sequence[Path | None]) -> dict[Path | None, str]:
+    """Return heat maps of a query's unit features ``[D]`` over images, on one scale, as data URIs.
+
+    Images that cannot be read any more are left out, and all are if the image encoder has no features of places.
+    """
+    places: dict[Path, tuple[Image.Image, Tensor]] = {}
+    for file in filter(None, dict.fromkeys(files)):
+        try:
+            image = open_image(file)
+            found = place_cosines(model, image, query[None], scale=1)[0]
+        except BadSample:
+            continue
+        except InputError:
+            return {}
+        places[file] = (
+            upright(image, THUMBNAIL),
+            torch.from_numpy(np.array(_turned(Image.fromarray(found.numpy()), image))),
+        )
+    cosines = [float(each) for _, each in places.values() for each in (each.min(), each.max())]
+    scale = Scale(min(cosines, default=0), max(cosines, default=0) + 1e-6)
+    drawn = {file: overlay(image, each, scale, float(each.max())) for file, (image, each) in places.items()}
+    return {file: thumbnail(image, THUMBNAIL) for file, image in drawn.items()}
+
+
+def _turned(map_: Image.Image, image: Image.Image) -> Image.Image:
+    """Turn a map of an image as a camera's rotation flag says."""
+    map_.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
+    return ImageOps.exif_transpose(map_)
 
 
 def small_image(path: Path, size: int) -> Image.Image | None:
     """Return an image of at most ``size`` pixels a side, upright and on white; None if it cannot be read any more."""
     try:
-        image = ImageOps.exif_transpose(open_image(path))
+        return upright(open_image(path), size)
     except ValueError:  # a key need not be a path
         return None
+
+
+def upright(image: Image.Image, size: int) -> Image.Image:
+    """Return an image of at most ``size`` pixels a side, upright and on white."""
+    image = ImageOps.exif_transpose(image)
     image.thumbnail((size, size))
     if image.has_transparency_data:
         image = image.convert("RGBA")

@@ -199,6 +199,11 @@ def _paper_entry(spec: str, option: str) -> dict[str, Any]:
     return _paper()[name]
 
 
+def paper_class_names(name: str) -> list[str]:
+    """Return the class names of one of the paper's sets that has a list of its own, such as CIFAR100."""
+    return list(_paper()[name]["classes"])
+
+
 @lru_cache(maxsize=2)
 def _package(option: str) -> dict[str, list[str]]:
     """Read a file of ``clip-benchmark`` without importing the package, which takes seconds and needs more packages."""

@@ -21,6 +21,7 @@ from lit_clip.models.encoders import check_patches, create_tokenizer, image_enco
 from lit_clip.models.encoding import Item, as_features, encode_items
 from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.frozen_prefix import FrozenPrefix
+from lit_clip.models.heat_maps import heat_maps
 from lit_clip.models.intermediates import forward_intermediates
 from lit_clip.models.layers import Tower
 from lit_clip.models.tokenizer import TextTokenizer
@@ -122,6 +123,10 @@ class CLIP(TextTransformer):
     ) -> dict[str, Any]:
         """Features, and outputs of image blocks: :func:`lit_clip.models.intermediates.forward_intermediates`."""
         return forward_intermediates(self, image, text, **options)
+
+    def locate(self, image: Item, texts: str | Sequence[str] | Tensor, scale: float = 1) -> Tensor:
+        """Return the cosine of each text with each pixel of a whole image, float32 ``[N, H, W]``; see ``heat_maps``."""
+        return heat_maps(self, image, texts, scale)
 
     def image_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Float, normalised ``[B, 3, H, W]`` -> features before the projection and after it, ``[B, D]``.

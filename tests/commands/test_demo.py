@@ -75,6 +75,49 @@ def test_probabilities_are_those_of_classify(
     assert trial.classify(image, "pizza, tiger", " imagenet\n") == eighty
 
 
+def test_texts_are_found_in_an_image_as_by_locate(
+    trial: Trial,
+    drawings: Drawings,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    checkpoint, folder, _ = drawings
+    monkeypatch.chdir(tmp_path)
+    for name in ("pizza", "tiger"):
+        shutil.copy(folder / f"{name}.png", tmp_path)
+    run_command(["locate", "pizza.png", "pizza", "tiger", "--model", str(checkpoint), "--output", "found"])
+    rows = json.loads((tmp_path / "found/locations.json").read_text())
+    shown = trial.locate(str(folder / "pizza.png"), "pizza\n\n tiger \npizza", " \n")
+    for (image, caption), row in zip(shown, rows, strict=True):
+        number = f"{row['cosine']:.3f}"
+        seen = f"{number}, {row['margin']:+.3f}" if row["seen"] else f"not seen ({number})"
+        assert caption == f"{row['text']}: {seen}"
+        with Image.open(tmp_path / "found" / row["overlay"]) as written:
+            assert list(image.getdata()) == list(written.getdata())
+    few = "\n".join(f"a {number}" for number in range(19))
+    assert trial.locate("tiger.png", "tiger", few)[0][1] != trial.locate("tiger.png", "tiger", "")[0][1]
+
+
+@pytest.mark.parametrize(
+    ("image", "texts", "background", "message"),
+    [
+        (None, "a", "", "no image: drop one"),
+        ("pizza.png", " \n", "", "nothing to find: type a text a line"),
+        ("pizza.png", "\n".join(map(str, range(21))), "", "texts: 21; at most 20"),
+        ("pizza.png", "a", "b" * (LONGEST_PROMPT + 1), "a text of 1,001 characters; at most 1,000"),
+        ("pizza.png", "a", "b\nc", "background: 2 texts, and false alarms of 0.05 need at least 19"),
+        ("pizza.png", "a", "\n".join(map(str, range(10_001))), "background: 10,001 texts; at most 10,000"),
+    ],
+)
+def test_mistakes_about_where_are_said_on_the_page(
+    image: str | None, texts: str, background: str, message: str, trial: Trial, drawings: Drawings
+) -> None:
+    with pytest.raises(InputError) as caught:
+        trial.locate(image and str(drawings[1] / image), texts, background)
+    assert message in str(caught.value)
+
+
 def test_a_name_finds_its_drawing_and_images_found_are_small(trial: Trial, tmp_path: Path) -> None:
     found = trial.search("tiger", 3)
     assert len(found) == 3
@@ -128,7 +171,7 @@ def test_mistakes_on_the_page_are_said_there(
 # The command, in a process of its own -----------------------------------------------------------------------------
 
 
-def test_the_api_searches_and_classifies(served: tuple[int, Path], trial: Trial) -> None:
+def test_the_api_searches_classifies_and_locates(served: tuple[int, Path], trial: Trial) -> None:
     from gradio_client import Client, handle_file
 
     port, folder = served
@@ -142,6 +185,9 @@ def test_the_api_searches_and_classifies(served: tuple[int, Path], trial: Trial)
     assert any(folder.parent.glob("lit-clip-demo-*/*/pizza.png"))  # until the demo ends
     expected = trial.classify(str(folder / "pizza.png"), "pizza, tiger", "{}")
     assert {each["label"]: each["confidence"] for each in label["confidences"]} == pytest.approx(expected, abs=1e-5)
+    found = client.predict(handle_file(folder / "pizza.png"), "pizza\ntiger", "", api_name="/locate")
+    shown = trial.locate(str(folder / "pizza.png"), "pizza\ntiger", "")
+    assert [each["caption"] for each in found] == [caption for _, caption in shown]
     with pytest.raises(Exception, match="type at least 2"):
         client.predict(handle_file(folder / "pizza.png"), "pizza", "{}", api_name="/classify")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 import lit_clip.commands.search
 from lit_clip import LitCLIP, load_model
@@ -23,6 +23,7 @@ from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.tools import html
 from lit_clip.weights.fingerprint import fingerprint
+from tests.helpers.colours import BLACK, RED, beside, colour_model
 
 Search = Callable[..., tuple[list[tuple[str, float]], list[str]]]
 
@@ -230,7 +231,11 @@ def test_the_page_shows_every_hit_and_loads_nothing_from_outside(
     page = Page(folder / "page.html")
     assert {tag for tag, _ in page.tags}.isdisjoint({"script", "link", "iframe", "i"})
     assert query in page.text
-    images = [attributes for tag, attributes in page.tags if tag == "img"]
+    pictures = [attributes for tag, attributes in page.tags if tag == "img"]
+    images, why = pictures[::2], pictures[1::2]
+    assert [attributes["alt"] for attributes in why] == [
+        f"where it fits: {each}" for each in (query, "kite") for _ in range(5)
+    ]
     assert [attributes["alt"] for attributes in images] == [
         f"{rank}. {key} ({score:.4f})" for rank, (key, score) in zip([1, 2, 3, 4, 5] * 2, found, strict=True)
     ]
@@ -243,6 +248,35 @@ def test_the_page_shows_every_hit_and_loads_nothing_from_outside(
     addresses = [value for _, attributes in page.tags for key, value in attributes.items() if key in ("src", "href")]
     assert all((address or "").startswith("data:") for address in addresses)
     assert "url(" not in (folder / "page.html").read_text(encoding="utf-8")
+
+
+def test_the_page_shows_where_the_image_fits_the_query(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of a photograph that a camera's flag turns by a quarter; and of ten images of a query at most."""
+    (tmp_path / "photos").mkdir()
+    image, black = beside(RED, BLACK, size=(128, 64)), beside(BLACK)
+    image.getexif()[ExifTags.Base.Orientation] = 6
+    image.save(tmp_path / "photos/turned.png", exif=image.getexif())
+    for number in range(14):
+        black.save(tmp_path / f"photos/{number}.png")
+    monkeypatch.chdir(tmp_path)
+    model = colour_model()
+    monkeypatch.setattr("lit_clip.commands.search.load_model", lambda name: model)
+    words = ["search", "photos", "red", "--model", "colours", "--num_workers", "0", "--top_k", "12"]
+    run_command(words)
+    page = Page(tmp_path / "search.html")
+    why = [attributes["src"] or "" for _, attributes in page.tags if (attributes.get("alt") or "").startswith("where")]
+    assert len(why) == 10
+    first = Image.open(io.BytesIO(base64.b64decode(why[0].partition(",")[2])))
+    colours = np.asarray(first.convert("RGB")).astype(int)
+    height = colours.shape[0] - 38 * first.width // 256  # without the colour bar
+    upper, lower = (
+        float(np.ptp(part, axis=2).mean())
+        for part in (colours[5 : height // 2 - 30], colours[height // 2 + 30 : height - 5])
+    )
+    assert upper > 3 * lower  # left in the file, above on the page
+    monkeypatch.setattr(type(model.visual.encoder), "patches", None)
+    run_command(words)
+    assert "why was this found" not in (tmp_path / "search.html").read_text(encoding="utf-8")
 
 
 def test_a_transparent_image_is_shown_on_white(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ def requests() -> dict[str, Any]:
     head = {"host": "127.0.0.1:7860", "content-type": "application/json"}
     get, post = ({"method": method, "headers": head, "query": {}, "path": "/"} for method in ("GET", "POST"))
     call = {**post, "path": "/gradio_api/call/classify", "body": {"data": [FILE, "a, b", "a {}"]}}
+    where = {**call, "path": "/gradio_api/call/locate", "body": {"data": [FILE, "a cat\na dog", ""]}}
     search = {**post, "path": "/gradio_api/call/search", "body": {"data": ["a cat", 2]}}
     body = {**call["body"], "fn_index": 1, "trigger_id": 3, "session_hash": "a", "event_data": None}
     join = {**post, "path": "/gradio_api/queue/join", "body": body}
@@ -45,7 +46,7 @@ def requests() -> dict[str, Any]:
     sent = '--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\nP1 1 1 1\r\n--x--\r\n'
     file = [{**get, "path": f"/gradio_api/file={path}"} for path in (STORED, *FILES)]
     return {
-        "calls": [call, search],
+        "calls": [call, search, where],
         "page": [get, {**get, "path": "/config"}, {**get, "path": "/gradio_api/info"}, *file],
         "queue": [join, {**get, "path": "/gradio_api/queue/data", "query": {"session_hash": "a"}}],
         "upload": [{**post, "headers": form, "path": "/gradio_api/upload", "body": sent}],

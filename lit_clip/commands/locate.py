@@ -1,0 +1,194 @@
+"""``lit-clip locate``: where images show texts."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from rich.table import Table
+
+from lit_clip import load_model
+from lit_clip.commands.class_output import json_text
+from lit_clip.embedding.encode import check_complete, report_skipped
+from lit_clip.embedding.image_files import ImageFile, find_images
+from lit_clip.embedding.reading import UnreadableRow
+from lit_clip.errors import BadSample, require
+from lit_clip.locating.locator import FALSE_ALARMS, Locator
+from lit_clip.locating.overlay import Scale, overlay
+from lit_clip.locating.regions import Region, resized_mask
+from lit_clip.tools.atomic import make_folder, replacing
+from lit_clip.tools.console import Console, Text, progress, stderr
+from lit_clip.tools.hardware import best_device
+from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.html import thumbnail, write_page
+from lit_clip.tools.images import OnError, open_image, or_skip
+from lit_clip.tools.text_files import read_text
+
+TEMPLATE = Path(__file__).parent / "templates" / "locate.html"
+JSON, PAGE, SKIPPED = "locations.json", "locate.html", "skipped.txt"
+SHOWN, THUMBNAIL = 100, 320  # images on the page, and pixels of an overlay's longer side there
+
+
+def locate(
+    images: str,
+    texts: list[str],
+    *,
+    model: str,
+    output: str = "locations",
+    background: str | None = None,
+    false_alarms: float = FALSE_ALARMS,
+    scale: float = 1,
+    on_error: OnError = "error",
+) -> None:
+    """Show where images show texts, and say which texts they do not show.
+
+    Each place of an image belongs to the text that fits it best, if that fits better than texts of other things do
+    anywhere in the image. A text's region has a box and a mask in pixels of the image.
+
+    Args:
+        images: a file, or a folder with everything below.
+        texts: what to find, each in quotes, after the file or folder; two names of one thing would compete.
+        model: a checkpoint, or a name that lit_clip.load_model understands.
+        output: a folder for locations.json, for each image and text a heat map over the image and a mask, and
+            locate.html, a page of the first 100 images. An earlier run's files are replaced.
+        background: a text file with one text of another thing per line, of the form of yours; by default the names of
+            the 100 classes of CIFAR-100.
+        false_alarms: share of images in which a text of a thing that is not there may be seen, if the background is of
+            its kind.
+        scale: of the images; 2 finds smaller things, and takes four times as long.
+        on_error: error ends the run at an image that cannot be read; skip lists it in a file.
+    """
+    _check_texts(texts)
+    others = _lines(background) if background else None
+    files, folder = find_images([images], on_error), Path(output)
+    require(not folder.exists() or folder.is_dir(), f"--output {folder}: is a file; name a folder")
+    locator = Locator(load_model(model).to(best_device()), texts, others, false_alarms, scale)
+    make_folder(folder, "--output")
+    answers = Answers(locator, files, folder, on_error)
+    answers.collect()
+    Console().print(answers.table())
+    stderr().print(f"overlays, masks, {JSON} and {PAGE}: {folder}")
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    require(bool(texts), "nothing to find; type a text after the file or folder, in quotes")
+    for text in texts:
+        require(bool(text.strip()), "a text to find is empty; type one after the file or folder, in quotes")
+        named = bool(Path(text).suffix) and os.path.isfile(text)
+        require(not named, f"{text}: is a file, and would be found as a text; several images go in a folder")
+    for text, count in Counter(texts).items():
+        require(count == 1, f"{text!r}: typed more than once; a place belongs to one text, type each once")
+
+
+def _lines(name: str) -> list[str]:
+    lines = [" ".join(line.split()) for line in read_text(Path(name), "--background").splitlines() if line.strip()]
+    require(bool(lines), f"--background {name}: the file is empty; write one text per line")
+    return lines
+
+
+@dataclass
+class Answers:
+    """What was found in each image, on disk as soon as it is known."""
+
+    locator: Locator
+    files: Sequence[ImageFile]
+    folder: Path
+    on_error: OnError
+    rows: list[dict[str, Any]] = field(default_factory=list)  # of locations.json
+    shown: list[dict[str, Any]] = field(default_factory=list)  # of the page
+    unreadable: list[UnreadableRow] = field(default_factory=list)
+
+    def collect(self) -> None:
+        """Find the texts in all images; what is done when Ctrl-C ends the run is kept beside the name of the whole."""
+        try:
+            with progress("images", len(self.files)) as advance:
+                for row, file in enumerate(self.files):
+                    self._add(row, file)
+                    advance(1)
+        except KeyboardInterrupt:
+            kept = self._write(f"{JSON}.partial")
+            raise KeyboardInterrupt(f"what is done is in {kept}") from None
+        done = len(self.files) - len(self.unreadable)
+        check_complete(done, len(self.files), self.unreadable)
+        self._write(JSON)
+        title = " | ".join(self.locator.texts)
+        write_page(self.folder / PAGE, TEMPLATE, title=title, images=self.shown, done=done)
+        report_skipped([file.key for file in self.files], self.unreadable, self.folder / SKIPPED)
+
+    def _add(self, row: int, file: ImageFile) -> None:
+        try:
+            image = open_image(file.path)
+        except BadSample as error:
+            require(self.on_error == "skip", or_skip(str(error), "--on_error skip"))
+            self.unreadable.append(UnreadableRow(row, error.reason, str(error)))
+            return
+        located = self.locator(image)
+        scale = Scale.around(located.level, max(region.cosine for region in located.regions))
+        drawn = [
+            overlay(image, cosines, scale, region.cosine, region.box(image.size))
+            for cosines, region in zip(located.maps, located.regions, strict=True)
+        ]
+        rows = [
+            self._row(file.key, image, text, region)
+            for text, region in zip(self.locator.texts, located.regions, strict=True)
+        ]
+        for each, picture, region in zip(rows, drawn, located.regions, strict=True):
+            _save(picture, self.folder / each["overlay"])
+            if region.seen:
+                _save(Image.fromarray(resized_mask(region.mask, image.size)), self.folder / each["mask"])
+        self.rows += rows
+        if len(self.shown) < SHOWN:
+            pictures = [thumbnail(picture, THUMBNAIL) for picture in drawn]
+            level = f"{located.level:.3f}"
+            self.shown.append({"key": file.key, "level": level, "texts": list(zip(rows, pictures, strict=True))})
+
+    def _row(self, key: str, image: Image.Image, text: str, region: Region) -> dict[str, Any]:
+        stem = file_stem(key, text)
+        height, width = region.mask.shape
+        peak = [
+            int((at + 0.5) * side / cells)
+            for at, side, cells in zip(region.peak, image.size, (width, height), strict=True)
+        ]
+        return {
+            "image": key,
+            "text": text,
+            "seen": region.seen,
+            "cosine": round(region.cosine, 6),
+            "margin": round(region.margin, 6),
+            "peak": peak,
+            "box": region.box(image.size),
+            "size": list(image.size),
+            "overlay": f"{stem}.png",
+            "mask": f"{stem}.mask.png" if region.seen else None,
+        }
+
+    def _write(self, name: str) -> Path:
+        with replacing(self.folder / name) as draft:
+            draft.write_text(json_text(self.rows), encoding="utf-8")
+        return self.folder / name
+
+    def table(self) -> Table:
+        """Return what was found, for the terminal."""
+        table = Table("image", "text", "box")
+        for name in ("cosine", "margin"):
+            table.add_column(name, justify="right")
+        for row in self.rows:
+            box = ", ".join(map(str, row["box"])) if row["seen"] else "not seen"
+            numbers = f"{row['cosine']:.3f}", f"{row['margin']:+.3f}"
+            table.add_row(Text(row["image"], overflow="fold"), Text(row["text"]), box, *numbers)
+        return table
+
+
+def file_stem(key: str, text: str) -> str:
+    """Return a file's name for an image and a text: readable, of safe characters, and of no other pair."""
+    words = re.sub(r"[^a-z0-9]+", "-", f"{Path(key).stem} {text}".lower()).strip("-")
+    return f"{words[:60].rstrip('-')}-{hex_digest([key, text])[:12]}".lstrip("-")
+
+
+def _save(image: Image.Image, path: Path) -> None:
+    with replacing(path) as draft:
+        image.save(draft, "PNG")

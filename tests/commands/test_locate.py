@@ -1,0 +1,180 @@
+"""``lit-clip locate``: what it writes equals an independent computation, and it writes nothing elsewhere."""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lit_clip import create_model
+from lit_clip.cli.subcommands import run_command
+from lit_clip.commands.locate import file_stem
+from lit_clip.errors import InputError
+from tests.helpers.colours import BLACK, BLUE, GREEN, RED, beside, colour_model
+
+WORDS = ["--model", "colours", "--background", "others.txt"]
+IMAGES = {
+    "photos/a.png": (beside(RED, BLACK, size=(64, 64)), "r"),
+    "photos/deep/b c.png": (beside(GREEN, BLACK, RED, size=(120, 64)), "gr"),
+    "photos/deep/d.png": (beside(BLUE, size=(50, 9)), ""),
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    for name, (image, _) in IMAGES.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / name)
+    (tmp_path / "others.txt").write_text("".join(f"{letter} other\n" for letter in "acdefhijklmnopqstuvwxyz"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    model = colour_model()
+    monkeypatch.setattr("lit_clip.commands.locate.load_model", lambda name: model)
+    return tmp_path
+
+
+def run(*words: str) -> list[dict[str, Any]]:
+    run_command(["locate", *words, *WORDS])
+    output = words[words.index("--output") + 1] if "--output" in words else "locations"
+    return json.loads(Path(output, "locations.json").read_text(encoding="utf-8"))
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_locations_equal_those_of_the_maps_of_each_image(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = files(folder)
+    rows = run("photos", "red", "green", "--output", "found/here")
+    assert [(row["image"], row["text"]) for row in rows] == [
+        (name, text) for name in IMAGES for text in ("red", "green")
+    ]
+    model = colour_model()
+    others = (folder / "others.txt").read_text().split("\n")[:-1]
+    for row in rows:
+        image, shown = IMAGES[row["image"]]
+        maps = model.locate(image, ["red", "green", *others])
+        number = ["red", "green"].index(row["text"])
+        level = float(maps[2:].amax())  # of 23 texts, the highest is the level of 5 %
+        assert row["seen"] == (row["text"][0] in shown)
+        assert row["size"] == list(image.size)
+        assert row["cosine"] == pytest.approx(float(maps[number].max()), abs=1e-4)
+        assert row["margin"] == pytest.approx(row["cosine"] - level, abs=2e-3)
+        own = (maps[number] > level) & (maps[number] >= maps[1 - number])
+        if row["seen"]:
+            ys, xs = np.nonzero(own.numpy())
+            box = (xs.min(), ys.min(), xs.max() + 1, ys.max() + 1)
+            assert np.abs(np.subtract(row["box"], box)).max() <= 3
+            left, top, right, bottom = row["box"]
+            assert left <= row["peak"][0] < right
+            assert top <= row["peak"][1] < bottom
+            mask = np.asarray(Image.open(folder / "found/here" / row["mask"]))
+            assert mask.shape == image.size[::-1]
+            assert (mask != own.numpy()).mean() < 0.02
+        else:
+            assert (row["box"], row["mask"]) == (None, None)
+    assert files(folder) - before == {"found/here/locations.json", "found/here/locate.html"} | {
+        f"found/here/{row[name]}" for row in rows for name in ("overlay", "mask") if row[name]
+    }
+    printed = capsys.readouterr().out
+    assert printed.count("not seen") == 3
+    page = (folder / "found/here/locate.html").read_text(encoding="utf-8")
+    assert page.count("data:image/jpeg") == 6
+    assert page.count("not seen") == 3
+    assert not re.search(r"(?:src|href)=\"(?!data:)", page)
+
+
+def test_a_second_run_replaces_the_files_of_the_first(folder: Path) -> None:
+    first = run("photos", "red")
+    written = files(folder / "locations")
+    assert run("photos", "red") == first
+    assert files(folder / "locations") == written
+    assert len(written) == 2 + len(first) + sum(row["seen"] for row in first)
+
+
+def test_names_of_files_are_safe_and_distinct() -> None:
+    keys = [
+        "a/b.png",
+        "a_b.png",
+        "a b.png",
+        "../../etc/passwd",
+        "-rf.png",
+        "犬.jpg",
+        "x" * 300,
+        "\udcff.png",
+        "A/B.png",
+    ]
+    texts = ["a dog", "a-dog", "../up", "犬", "a dog?", ".", "CON"]
+    stems = {file_stem(key, text) for key in keys for text in texts}
+    assert len({stem.lower() for stem in stems}) == len(keys) * len(texts)
+    assert all(re.fullmatch(r"[a-z0-9][a-z0-9-]{0,90}", stem) for stem in stems)
+    assert file_stem("photos/Red Kite.jpg", "a kite").startswith("red-kite-a-kite-")
+
+
+def test_a_bad_image_is_an_error_or_is_skipped_and_listed(folder: Path) -> None:
+    (folder / "photos/bad.png").write_text("junk")
+    with pytest.raises(InputError, match=r"photos/bad.png: cannot read this image .*--on_error skip"):
+        run("photos", "red")
+    assert not (folder / "locations/locations.json").exists()
+    assert len(run("photos", "red", "--on_error", "skip")) == 3
+    assert (folder / "locations/skipped.txt").read_text().startswith("photos/bad.png\t")
+
+
+def test_an_encoder_without_places_is_refused_in_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = colour_model()
+    monkeypatch.setattr(type(model.visual.encoder), "patches", None)
+    monkeypatch.setattr("lit_clip.commands.locate.load_model", lambda name: model)
+    with pytest.raises(InputError, match=r"^ColourImage has no method patches"):
+        run("photos", "red")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["photos"], "nothing to find; type a text after the file or folder"),
+        (["photos", " "], "a text to find is empty"),
+        (["photos", "red", "red"], "'red': typed more than once"),
+        (["photos", "photos/a.png"], "photos/a.png: is a file, and would be found as a text"),
+        (["absent", "red"], "absent: no such file or folder"),
+        (["photos", "red", "--output", "others.txt"], "--output others.txt: is a file; name a folder"),
+        (["photos", "red", "--false_alarms", "0.01"], "background: 23 texts, .* need at least 99"),
+        (["photos", "red", "--scale", "7"], "scale: 7.0 must be between 1 and 4"),
+    ],
+)
+def test_mistakes_are_one_line(folder: Path, words: list[str], message: str) -> None:
+    before = files(folder)
+    with pytest.raises(InputError, match=message):
+        run(*words)
+    assert files(folder) == before
+
+
+def test_ctrl_c_keeps_what_is_done(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from lit_clip.locating import Locator
+
+    once, calls = Locator.__call__, []
+
+    def interrupted(self: Locator, image: Image.Image) -> Any:
+        calls.append(image)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return once(self, image)
+
+    monkeypatch.setattr(Locator, "__call__", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="what is done is in locations/locations.json.partial"):
+        run("photos", "red")
+    assert [row["image"] for row in json.loads((folder / "locations/locations.json.partial").read_text())] == [
+        "photos/a.png"
+    ]
+
+
+def test_published_architectures_locate_from_the_command(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = create_model("ViT-tiny-16-64").eval()
+    monkeypatch.setattr("lit_clip.commands.locate.load_model", lambda name: model)
+    rows = run("photos/a.png", "a dog", "a kite")
+    assert [row["text"] for row in rows] == ["a dog", "a kite"]
+    assert all(-1 <= row["cosine"] <= 1 for row in rows)
