@@ -20,7 +20,7 @@ from lit_clip.evaluation.class_metrics import checked
 from lit_clip.evaluation.classification import TaskOptions, all_targets, check_set_metrics
 from lit_clip.evaluation.data import MissingData, check_classes
 from lit_clip.evaluation.logistic import LogisticProblem
-from lit_clip.evaluation.open_set import Fold, OpenSet, encode_texts, scale_and_bias
+from lit_clip.evaluation.open_set import Fold, OpenSet, scale_and_bias
 from lit_clip.evaluation.other_classes import trained_classes
 from lit_clip.evaluation.probe import Split, held_out
 from lit_clip.evaluation.prompts import Prompts, text_classifier
@@ -28,7 +28,7 @@ from lit_clip.evaluation.scores import evaluate_scores
 from lit_clip.evaluation.set_encoding import SetEncoder
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task, read_suite
-from lit_clip.evaluation.tasks import task_metrics, used_splits
+from lit_clip.evaluation.tasks import encode_texts, task_metrics, used_splits
 from lit_clip.models.clip import CLIP
 from lit_clip.module import LitCLIP
 from lit_clip.retrieval.retrieval_set import Evaluation

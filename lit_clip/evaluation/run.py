@@ -14,18 +14,17 @@ from lit_clip import distributed
 from lit_clip.embedding.encode import start_processes
 from lit_clip.embedding.precision import autocast
 from lit_clip.errors import InputError
-from lit_clip.evaluation.class_metrics import describe
 from lit_clip.evaluation.classification import TaskOptions, class_names, top1_among
 from lit_clip.evaluation.data import MissingData, SomeOfImageNet, check_classes
 from lit_clip.evaluation.download import download_missing
 from lit_clip.evaluation.files_read import files_read
-from lit_clip.evaluation.open_set import Fold, OpenSet, encode_texts, scale_and_bias
+from lit_clip.evaluation.open_set import Fold, OpenSet, scale_and_bias
 from lit_clip.evaluation.other_classes import single_classes, trained_classes
 from lit_clip.evaluation.prompts import Prompts, text_classifier
 from lit_clip.evaluation.results import Results, cache_key, code_digest
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import SuiteEntry, Task
-from lit_clip.evaluation.tasks import needed_splits, run_task, target_digests, used_splits
+from lit_clip.evaluation.tasks import PARTS, encode_texts, target_digests, used_splits
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import from_totals, progress, stderr
@@ -103,7 +102,7 @@ class EvaluationRun:
         entry = opened.entry
         assert entry.tasks is not None
         tasks: list[Task] = [task for task in entry.tasks if task in self.tasks]
-        wanted = {split for task in tasks for split in needed_splits(task) if split != "test"}
+        wanted = {split for task in tasks for split in PARTS[task].needed if split != "test"}
         if "train" in wanted and "val" in entry.splits:
             wanted.add("val")
         for number in range(len(entry.folds)):
@@ -122,7 +121,7 @@ class EvaluationRun:
                 self._record_failure(opened.name, error)
             for fold in opened.folds:
                 fold.images = {"test": fold.images["test"]}
-            tasks = [task for task in tasks if needed_splits(task) == ("test",)]
+            tasks = [task for task in tasks if PARTS[task].needed == ("test",)]
         return tasks
 
     def _encode(self, name: str, prompts: Prompts) -> Tensor:
@@ -175,7 +174,7 @@ class EvaluationRun:
             try:
                 result = self.results.cached(opened.name, task, key)
                 if result is None:
-                    result = run_task(task, opened, self.options, self.results.folder)
+                    result = PARTS[task].run(opened, self.options, self.results.folder)
             except InputError as error:
                 self._record_failure(opened.name, error)
                 continue  # another task may be possible
@@ -213,15 +212,5 @@ class EvaluationRun:
             for split in fold.images
             if split in used_splits(task)
         ]
-        entry, more = opened.entry, ()
-        if task in ("linear_probe", "few_shot"):
-            options = (self.options.shots, self.options.draws, self.options.seed)
-            more = (options, [fold.classes for fold in opened.folds])
-        elif task == "zero_shot" and opened.prompts:
-            more = (opened.prompts.names, opened.prompts.sha256, opened.logit_bias)
-        elif task == "caption_choice" and opened.choices:
-            more = (opened.choices.digest,)
-        elif opened.captions:
-            more = (opened.captions.digest,)
-        given = describe(self.options.metrics) if task in ("zero_shot", "linear_probe") else []
-        return cache_key(code_digest(), task, used, more, given, entry.metric, entry.data, entry.splits, entry.folds)
+        entry, more = opened.entry, PARTS[task].depends_on(opened, self.options)
+        return cache_key(code_digest(), task, used, more, entry.metric, entry.data, entry.splits, entry.folds)
