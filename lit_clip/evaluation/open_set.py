@@ -4,14 +4,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lit_clip.errors import InputError
 from lit_clip.evaluation.bias import bias_texts
 from lit_clip.evaluation.caption_choice import EncodedChoices, encode_choices
-from lit_clip.evaluation.data import CaptionChoices, CaptionedImages, ImageSet, LabelledImages
+from lit_clip.evaluation.data import CaptionChoices, CaptionedImages, ImageSet, LabelledImages, Localised, Masked
 from lit_clip.evaluation.other_classes import Classes
+from lit_clip.evaluation.places import PlaceRecords, PlaceTexts
 from lit_clip.evaluation.prompts import Prompts, prompts_of_set, templates_of
 from lit_clip.evaluation.results import cache_key
 from lit_clip.evaluation.store import SetFeatures
@@ -57,12 +59,22 @@ class OpenSet:
     captions: DistinctCaptions | None = None
     choices: EncodedChoices | None = None
     bias: dict[str, Tensor] = field(default_factory=dict)  # classifiers by bias probe
+    places: PlaceTexts | None = None
+    records: dict[Task, PlaceRecords] = field(default_factory=dict)  # of tasks that compare places
 
 
 def scale_and_bias(model: CLIP) -> dict[str, Any]:
     """Return the settings of an :class:`OpenSet` that make a model's cosines logits."""
     bias = None if model.logit_bias is None else float(model.logit_bias.detach())
     return {"scale": float(model.logit_scale.detach().exp()), "logit_bias": bias}
+
+
+def without_features(opened: OpenSet) -> SetFeatures | None:
+    """Return the rows of a set whose tasks all compare places, and so need no features of whole images."""
+    if opened.records.keys() != set(opened.tasks):
+        return None
+    _, rows, skipped = next(iter(opened.records.values()))
+    return SetFeatures(np.empty((len(rows), 0), np.float32), np.empty((len(rows), 0), np.float32), rows, skipped)
 
 
 def class_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
@@ -96,6 +108,17 @@ def choice_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
     if not isinstance(test, CaptionChoices):
         raise InputError(f"{type(test).__name__} has no questions, which caption_choice needs")
     opened.choices = encode_choices(test, rows(), opened.entry.templates, encode)
+
+
+def place_texts(kind: type[Localised], opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
+    """Encode each name of a set's classes for itself; the set must be of a kind."""
+    test = opened.folds[0].images["test"]
+    if not isinstance(test, kind):
+        needed = "masks" if kind is Masked else "boxes or masks"
+        raise InputError(f"{type(test).__name__} has no {needed}, which {', '.join(opened.tasks)} needs")
+    opened.prompts = opened.prompts or prompts_of_set(opened.entry, test)
+    by_name, classes = opened.prompts.by_name()
+    opened.places = PlaceTexts(encode(by_name), torch.tensor(classes))
 
 
 def _distinct_captions(

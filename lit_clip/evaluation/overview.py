@@ -38,6 +38,8 @@ METRICS = {
     "worst_group_top1": "top-1 of the worst group",
     "worst_group_top5": "top-5 of the worst group",
     "jaccard": "Jaccard index",
+    "miou": "mean IoU",
+    "accuracy": "peaks in the right place",
 }
 
 

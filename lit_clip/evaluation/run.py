@@ -13,13 +13,15 @@ from torch import Tensor
 from lit_clip import distributed
 from lit_clip.embedding.encode import start_processes
 from lit_clip.embedding.precision import autocast
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 from lit_clip.evaluation.classification import TaskOptions, class_names, top1_among
 from lit_clip.evaluation.data import MissingData, SomeOfImageNet, check_classes
 from lit_clip.evaluation.download import download_missing
 from lit_clip.evaluation.files_read import files_read
-from lit_clip.evaluation.open_set import Fold, OpenSet, scale_and_bias
+from lit_clip.evaluation.open_set import Fold, OpenSet, scale_and_bias, without_features
 from lit_clip.evaluation.other_classes import single_classes, trained_classes
+from lit_clip.evaluation.place_store import PlaceStore
+from lit_clip.evaluation.places import Recorder, place_task
 from lit_clip.evaluation.prompts import Prompts, text_classifier
 from lit_clip.evaluation.results import Results, cache_key, code_digest
 from lit_clip.evaluation.store import FeatureStore
@@ -83,12 +85,15 @@ class EvaluationRun:
         """Open a set and compute its features; called on all ranks in the same order."""
         opened = OpenSet(name, entry, [], probes=self.probes, **scale_and_bias(self.model))
         opened.tasks = self._open_folds(opened)
-        for number, fold in enumerate(opened.folds):
+        recorded: dict[Task, Recorder] = {task: recorder for task in opened.tasks if (recorder := PARTS[task].recorder)}
+        for number, fold in enumerate(opened.folds) if len(recorded) < len(opened.tasks) else ():
             for split, images in fold.images.items():
                 title = f"{name} {split}" + (f" {number + 1}/{len(opened.folds)}" if len(opened.folds) > 1 else "")
                 self.store.compute(images, title)
         test = opened.folds[0].images["test"]
         encode_texts(opened, lambda: self.store.read(test).rows, partial(self._encode, name))
+        for task, recorder in recorded.items():
+            self._record(opened, task, recorder)
         self.results.update(name, class_names=class_names(opened))
         if prompts := opened.prompts:
             counts = {"classes": len(prompts.names), "texts": sum(map(len, prompts.texts))}
@@ -140,12 +145,24 @@ class EvaluationRun:
         self.model.cpu()
         return classifier.cpu()
 
+    def _record(self, opened: OpenSet, name: Task, recorder: Recorder) -> None:
+        """Record the places of the test images; called on all ranks."""
+        (fold, *others), texts = opened.folds, opened.places
+        require(not others, f"folds: {name} has no mean over folds; make a set of each")
+        assert texts is not None
+        assert opened.prompts is not None
+        task = place_task(self.model, fold.images["test"], texts, recorder)
+        digest, title = f"{opened.prompts.sha256} {opened.prompts.alternatives}", f"{opened.name} {name}"
+        records = PlaceStore(self.store).compute(fold.images["test"], name, task, digest, title)
+        if records is not None:
+            opened.records[name] = records
+
     def _read_features(self, opened: OpenSet) -> None:
         """Read the features and count the images, on the first rank."""
         splits: dict[str, Any] = {}
         for fold in opened.folds:
             for split, images in fold.images.items():
-                fold.features[split] = self.store.read(images)
+                fold.features[split] = without_features(opened) or self.store.read(images)
                 features = fold.features[split]
                 counts = {"images": len(features.rows), "skipped": features.skipped, "absent": images.absent}
                 splits.setdefault(split, counts)

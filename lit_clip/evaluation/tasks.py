@@ -19,6 +19,7 @@ from lit_clip.evaluation.class_metrics import describe
 from lit_clip.evaluation.classification import (
     TaskOptions,
     all_targets,
+    class_names,
     classification,
     classification_metrics,
     embeddings,
@@ -28,7 +29,7 @@ from lit_clip.evaluation.classification import (
     targets_of,
     trained,
 )
-from lit_clip.evaluation.data import CaptionedImages, Grouped
+from lit_clip.evaluation.data import CaptionedImages, Grouped, Localised, Masked
 from lit_clip.evaluation.few_shot import FewShotProbes
 from lit_clip.evaluation.geolocation import nearest_km, within_km
 from lit_clip.evaluation.open_set import (
@@ -39,10 +40,19 @@ from lit_clip.evaluation.open_set import (
     caption_texts,
     choice_texts,
     class_texts,
+    place_texts,
 )
 from lit_clip.evaluation.overview import judging
-from lit_clip.evaluation.predictions import predictions_entry, recall_intervals, retrieval_columns
+from lit_clip.evaluation.places import Recorder
+from lit_clip.evaluation.pointing import pointing, pointing_metrics, queries, regions_of
+from lit_clip.evaluation.predictions import (
+    predictions_entry,
+    predictions_name,
+    recall_intervals,
+    retrieval_columns,
+)
 from lit_clip.evaluation.scores import interval
+from lit_clip.evaluation.segmentation import mask_of, pixel_pairs, segmentation, segmentation_metrics
 from lit_clip.evaluation.suite import Task
 from lit_clip.retrieval.metrics import pair_scores, retrieval_ranks
 from lit_clip.retrieval.retrieval_set import DIRECTIONS, Evaluation, evaluate_pairs, retrieval_metrics
@@ -58,6 +68,7 @@ class TaskParts:
         texts: encodes the texts that the images are compared with, into the set.
         depends_on: what the result depends on besides the features and the truth; part of its cache key.
         metrics: returns the result of a task that has no files, for evaluations during training.
+        recorder: of a task that compares places of the test images, and not the features of whole images.
         needed: splits that it cannot do without.
         used: splits that its result depends on; None: the needed ones.
     """
@@ -66,6 +77,7 @@ class TaskParts:
     texts: Callable[[OpenSet, Rows, EncodeTexts], None] | None = None
     depends_on: Callable[[OpenSet, TaskOptions], Sequence[object]] = lambda opened, options: ()
     metrics: Callable[[OpenSet], dict[str, Any]] | None = None
+    recorder: Recorder | None = None
     needed: tuple[str, ...] = ("test",)
     used: tuple[str, ...] | None = None
 
@@ -186,6 +198,22 @@ def _of_classes(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
     return (*texts, describe(options.metrics))
 
 
+def _segmentation(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
+    stem = predictions_name(opened.name, "segmentation").removesuffix(".parquet")
+    return segmentation(opened.records["segmentation"], class_names(opened), folder, stem)
+
+
+def _pointing(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
+    return pointing(opened.records["pointing"], keys_of(opened.folds[0]), opened.name, folder)
+
+
+def _of_places(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
+    test = opened.folds[0].images["test"]
+    assert isinstance(test, Localised)
+    assert opened.prompts is not None
+    return opened.prompts.names, opened.prompts.texts, opened.prompts.alternatives, test.truth_stamp(), test.short_side
+
+
 def _of_examples(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
     return options.shots, options.draws, options.seed, [fold.classes for fold in opened.folds]
 
@@ -212,5 +240,19 @@ PARTS: dict[Task, TaskParts] = {
     "bias": TaskParts(_bias, bias_probe_texts),
     "caption_choice": TaskParts(
         lambda opened, options, folder: _caption_choice(opened), choice_texts, _of_choices, _caption_choice
+    ),
+    "segmentation": TaskParts(
+        _segmentation,
+        partial(place_texts, Masked),
+        _of_places,
+        lambda opened: segmentation_metrics(opened.records["segmentation"], class_names(opened)),
+        Recorder(mask_of, pixel_pairs),
+    ),
+    "pointing": TaskParts(
+        _pointing,
+        partial(place_texts, Localised),
+        _of_places,
+        lambda opened: pointing_metrics(opened.records["pointing"]),
+        Recorder(regions_of, queries),
     ),
 }
