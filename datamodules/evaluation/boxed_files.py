@@ -16,7 +16,7 @@ Boxes = list[tuple[int, Box]]
 
 
 class BoxedFiles(UnlabelledFiles, Boxed):
-    """Images and their boxes; ``tolerance`` and ``short_side`` as in :class:`lit_clip.evaluation.data.Boxed`."""
+    """Images and their boxes; ``short_side`` is in pixels; None: twice the model's image size."""
 
     def __init__(
         self,
@@ -30,10 +30,13 @@ class BoxedFiles(UnlabelledFiles, Boxed):
     ) -> None:
         super().__init__(root, names, list(annotations))
         refuse_no_folder(self.file(0).parent)
-        self.class_names, self._boxes, self.tolerance, self.short_side = class_names, boxes, tolerance, short_side
+        self.class_names, self._boxes, self.tolerance, self._short_side = class_names, boxes, tolerance, short_side
 
     def boxes(self, index: int) -> Boxes:
         return list(self._boxes[index])
+
+    def short_side(self, image_size: int) -> int:
+        return self._short_side or super().short_side(image_size)
 
     def truth_stamp(self) -> str:
         return hex_digest([self._boxes, self.tolerance])

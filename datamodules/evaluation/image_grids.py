@@ -15,7 +15,9 @@ from lit_clip.tools.parts import instantiate
 
 
 class ImageGrids(ImageSet, Masked, Boxed):
-    """Images of different classes in a grid, each cropped to a square; each image is in one grid at most.
+    """Images of different classes in a grid, each cropped to a square, and encoded at the model's image size.
+
+    An image is in one grid at most.
 
     Args:
         images: ``class_path`` and ``init_args`` of labelled images.
@@ -24,7 +26,6 @@ class ImageGrids(ImageSet, Masked, Boxed):
         columns: of a grid.
         side: of an image in pixels.
         seed: of the order in which images are drawn.
-        short_side: pixels that a grid's short side is resized to; None: twice the model's image size.
     """
 
     def __init__(
@@ -35,12 +36,11 @@ class ImageGrids(ImageSet, Masked, Boxed):
         columns: int = 2,
         side: int = 224,
         seed: int = 0,
-        short_side: int | None = None,
     ) -> None:
         require(min(rows, columns, side) >= 1, f"rows {rows}, columns {columns} and side {side} must be at least 1")
         arguments = {**images.get("init_args", {}), **({"root": root} if root else {})}
         self.source = instantiate(LabelledImages, {"class_path": images.get("class_path"), "init_args": arguments})
-        self.columns, self.side, self.seed, self.short_side = columns, side, seed, short_side
+        self.rows, self.columns, self.side = rows, columns, side
         self.class_names, self.annotation_paths = self.source.class_names, self.source.annotation_paths
         self._labels = self.source.labels()
         self.grids = _grids(self._labels, rows * columns, seed)
@@ -68,6 +68,9 @@ class ImageGrids(ImageSet, Masked, Boxed):
     def mask(self, index: int) -> np.ndarray:
         labels = np.array([label for label, _ in self.boxes(index)], dtype=np.int16).reshape(-1, self.columns)
         return labels.repeat(self.side, axis=0).repeat(self.side, axis=1)
+
+    def short_side(self, image_size: int) -> int:
+        return min(self.rows, self.columns) * image_size
 
     def image_paths(self) -> Sequence[Path]:
         return self.source.image_paths()

@@ -64,7 +64,7 @@ class MaskedFiles(UnlabelledFiles, Masked):
             raise InputError(f"classes: {classes!r} must be a list of names or one of {', '.join(_known_classes())}")
         self.synonyms = [*([background] if background else []), *([name] for name in names)]
         self.class_names = [*(["background"] if background else []), *names]
-        self.short_side, self._ignored = short_side, [255] if ignored is None else ignored
+        self._short_side, self._ignored = short_side, [255] if ignored is None else ignored
         self._values = values or list(range(first, first + len(self.synonyms)))
         message = (
             f"values: {len(self._values)} for {len(self.synonyms)} classes; give one of each, between 0 and {HIGHEST}"
@@ -95,6 +95,9 @@ class MaskedFiles(UnlabelledFiles, Masked):
             value = int(stored[labels_HW == UNKNOWN][0])
             raise InputError(f"{path}: the value {value} is no class's; correct first or values, or add it to ignored")
         return labels_HW
+
+    def short_side(self, image_size: int) -> int:
+        return self._short_side or super().short_side(image_size)
 
     def truth_stamp(self) -> str:
         stamp = stamp_of_files(path for path in self._files if os.path.isfile(path))

@@ -176,7 +176,10 @@ class Localised(ABC):
 
     class_names: list[str]  # in label order
     synonyms: list[list[str]] | None = None  # names of each class, which is where one of them is nearest; None: one
-    short_side: int | None = None  # pixels that images are resized to; None: twice the model's image size
+
+    def short_side(self, image_size: int) -> int:
+        """Return the pixels that an image's short side is resized to, for a model of an image size."""
+        return 2 * image_size
 
     @abstractmethod
     def truth_stamp(self) -> str:

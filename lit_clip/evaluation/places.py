@@ -31,7 +31,6 @@ from lit_clip.models.preprocess import to_rgb
 from lit_clip.models.size import height_width
 
 WINDOWS = 16  # encoded at once
-TIMES = 2  # the model's image size is the default short side: 448 pixels for 224
 
 Size = tuple[int, int]  # width and height in pixels
 
@@ -76,9 +75,9 @@ class Window(NamedTuple):
 
 
 @torch.no_grad()
-def window_of(model: CLIP, short_side: int | None) -> Window:
-    """Return the window of a short side in pixels; None: twice the model's image size."""
-    side = short_side or TIMES * min(height_width(model.preprocessing.image_size))
+def window_of(model: CLIP, images: Localised) -> Window:
+    """Return the window of a set's images."""
+    side = images.short_side(min(height_width(model.preprocessing.image_size)))
     pixels = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=model.device)
     rows, columns = model.encode_patches(model.normalize(pixels)).shape[-2:]
     even = rows == columns and side % rows == 0
@@ -177,7 +176,7 @@ def records_arrays(of_images: Sequence[tuple[int, np.ndarray]]) -> dict[str, np.
 def place_task(model: CLIP, images: ImageSet, texts: PlaceTexts, recorder: Recorder) -> PlaceTask:
     """Create the task of recording a set, which must be :class:`lit_clip.evaluation.data.Localised`."""
     assert isinstance(images, Localised)
-    window = window_of(model, images.short_side)
+    window = window_of(model, images)
 
     def read(batches: Batches, stop: Path | None) -> ImageBatches:
         return _WholeImages(images, batches, model.preprocessing, window, recorder.truth, stop)

@@ -20,6 +20,7 @@ from lit_clip.evaluation.download import download_missing
 from lit_clip.evaluation.files_read import files_read
 from lit_clip.evaluation.open_set import Fold, OpenSet, scale_and_bias, without_features
 from lit_clip.evaluation.other_classes import single_classes, trained_classes
+from lit_clip.evaluation.overview import judging
 from lit_clip.evaluation.place_store import PlaceStore
 from lit_clip.evaluation.places import Recorder, place_task
 from lit_clip.evaluation.prompts import Prompts, text_classifier
@@ -201,7 +202,8 @@ class EvaluationRun:
                 stderr().print(f"{opened.name}: {note}")
             if "value" in result:
                 value = f"{100 * result['value']:.1f} %"
-                stderr().print(f"{opened.name}: {task} {opened.entry.metric} {value}")
+                metric = judging(opened.entry.metric, result.get("metrics") or {opened.entry.metric: 0})
+                stderr().print(f"{opened.name}: {task} {metric} {value}")
 
         if opened.entry.paper == IMAGENET or isinstance(opened.folds[0].images["test"], SomeOfImageNet):
             self.imagenet.append(opened)

@@ -211,7 +211,7 @@ def _of_places(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
     test = opened.folds[0].images["test"]
     assert isinstance(test, Localised)
     assert opened.prompts is not None
-    return opened.prompts.names, opened.prompts.texts, opened.prompts.alternatives, test.truth_stamp(), test.short_side
+    return opened.prompts.names, opened.prompts.texts, opened.prompts.alternatives, test.truth_stamp()
 
 
 def _of_examples(opened: OpenSet, options: TaskOptions) -> Sequence[object]:

@@ -27,6 +27,33 @@ from tests.helpers.small_sets import make_module
 CLASSES = 5
 
 
+class OneMask(ImageSet, Masked):
+    class_names = ["a", "b"]
+
+    def __init__(self, mask: list[list[int]]) -> None:
+        self._mask = np.array(mask)
+
+    def __len__(self) -> int:
+        return 1
+
+    def images(self, index: int) -> Any:
+        return []
+
+    def stamp(self) -> str:
+        return ""
+
+    def mask(self, index: int) -> np.ndarray:
+        return self._mask
+
+    def truth_stamp(self) -> str:
+        return ""
+
+
+class Odd(OneMask):
+    def short_side(self, image_size: int) -> int:
+        return 50
+
+
 def random_set(images: int = 9) -> tuple[PlaceRecords, list[np.ndarray], list[np.ndarray]]:
     """Return records, masks and predicted classes of images whose classes have one or two names; class 4 is absent."""
     generator, random = torch.Generator().manual_seed(0), np.random.default_rng(0)
@@ -109,7 +136,7 @@ def test_windows_equal_mmsegmentations(height: int, width: int) -> None:
     model = make_module().model.eval()
     pixels = torch.randint(256, (1, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     texts = F.normalize(torch.randn(16, 3, generator=torch.Generator().manual_seed(1)), dim=0)
-    window = window_of(model, None)
+    window = window_of(model, OneMask([[0]]))
     assert window == (64, 4)  # twice the model's 32 pixels, in patches of 16
     total, count = torch.zeros(3, height, width), torch.zeros(height, width)
     for row in range(max(height - 64 + 31, 0) // 32 + 1):
@@ -140,29 +167,7 @@ def test_images_keep_their_aspect_ratio_in_whole_places() -> None:
 
 def test_a_short_side_that_is_no_whole_number_of_places_is_refused() -> None:
     with pytest.raises(InputError, match="multiples of 16"):
-        window_of(make_module().model, 50)
-
-
-class OneMask(ImageSet, Masked):
-    class_names = ["a", "b"]
-
-    def __init__(self, mask: list[list[int]]) -> None:
-        self._mask = np.array(mask)
-
-    def __len__(self) -> int:
-        return 1
-
-    def images(self, index: int) -> Any:
-        return []
-
-    def stamp(self) -> str:
-        return ""
-
-    def mask(self, index: int) -> np.ndarray:
-        return self._mask
-
-    def truth_stamp(self) -> str:
-        return ""
+        window_of(make_module().model, Odd([[0]]))
 
 
 def test_masks_of_another_size_or_with_unknown_labels_are_refused() -> None:
