@@ -8,7 +8,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,9 @@ def prompts_of(class_names: ClassNames, templates: str | list[str] | None, own_n
 def prompts_of_set(entry: SuiteEntry, images: LabelledImages | Localised) -> Prompts:
     """Build the prompts of a set as its suite has them; templates, and several names a class, may come with it."""
     templates = entry.templates or getattr(images, "templates", None)
-    return prompts_of(entry.class_names or getattr(images, "synonyms", None), templates, images.class_names)
+    synonyms = None if entry.class_names else getattr(images, "synonyms", None)
+    prompts = prompts_of(entry.class_names or synonyms, templates, images.class_names)
+    return replace(prompts, names=list(images.class_names)) if synonyms else prompts
 
 
 def templates_of(templates: str | Sequence[str], where: str = "templates") -> list[str]:
