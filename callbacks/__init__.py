@@ -27,6 +27,7 @@ from .skipped_samples import SkippedSamples
 from .tensorboard import EmbeddingProjector, SimilarityMatrix
 from .throughput import Throughput
 from .zero_shot import ZeroShot, ZeroShotSet
+from .zero_shot_segmentation import ZeroShotSegmentation
 
 __all__ = [
     "EMA",
@@ -49,6 +50,7 @@ __all__ = [
     "Throughput",
     "TrainingMonitor",
     "ZeroShot",
+    "ZeroShotSegmentation",
     "ZeroShotSet",
     "defaults",
 ]

@@ -20,15 +20,16 @@ from lit_clip.evaluation.class_metrics import checked
 from lit_clip.evaluation.classification import TaskOptions, all_targets, check_set_metrics
 from lit_clip.evaluation.data import MissingData, check_classes
 from lit_clip.evaluation.logistic import LogisticProblem
-from lit_clip.evaluation.open_set import Fold, OpenSet, encode_texts, scale_and_bias
+from lit_clip.evaluation.open_set import Fold, OpenSet, scale_and_bias
 from lit_clip.evaluation.other_classes import trained_classes
+from lit_clip.evaluation.places import PlaceRecords, Recorder, place_task, records_arrays
 from lit_clip.evaluation.probe import Split, held_out
 from lit_clip.evaluation.prompts import Prompts, text_classifier
 from lit_clip.evaluation.scores import evaluate_scores
 from lit_clip.evaluation.set_encoding import SetEncoder
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task, read_suite
-from lit_clip.evaluation.tasks import task_metrics, used_splits
+from lit_clip.evaluation.tasks import PARTS, encode_texts, task_metrics, used_splits
 from lit_clip.models.clip import CLIP
 from lit_clip.module import LitCLIP
 from lit_clip.retrieval.retrieval_set import Evaluation
@@ -196,7 +197,8 @@ class SuiteEvaluation(PeriodicEvaluation):
         """Return the set with the features of its images and texts; splits with the same images are encoded once."""
         several, features = len(opened.folds) > 1, dict[str, SetFeatures]()
         folds = [replace(fold, features={}) for fold in opened.folds]
-        for number, fold in enumerate(folds, 1):
+        recorded: dict[Task, Recorder] = {task: recorder for task in opened.tasks if (recorder := PARTS[task].recorder)}
+        for number, fold in enumerate(folds, 1) if len(recorded) < len(opened.tasks) else ():
             for split, images in fold.images.items():
                 stamp = f"{len(images)} {images.stamp()}" if several else split
                 if stamp not in features:
@@ -204,10 +206,20 @@ class SuiteEvaluation(PeriodicEvaluation):
                     rows, values = self._encoder.encode(model, images, partial(self.features, model), title)
                     features[stamp] = SetFeatures(values.numpy(), values.numpy(), rows, [])
                 fold.features[split] = features[stamp]
-        current = replace(opened, folds=folds, probes={}, **scale_and_bias(model))
+        current = replace(opened, folds=folds, probes={}, records={}, **scale_and_bias(model))
         with named(opened.name):
             encode_texts(current, lambda: folds[0].features["test"].rows, partial(self.classifier, model))
+            for task, recorder in recorded.items():
+                current.records[task] = self._recorded(model, current, recorder)
         return current
+
+    def _recorded(self, model: CLIP, opened: OpenSet, recorder: Recorder) -> PlaceRecords:
+        """Return what a task records of the test images."""
+        assert opened.places is not None
+        images = opened.folds[0].images["test"]
+        task = place_task(model, images, opened.places, recorder)
+        found = records_arrays(self._encoder.steps(model, images, task, opened.name))
+        return PlaceRecords(found["values"], found["rows"].tolist(), [])
 
 
 @contextmanager

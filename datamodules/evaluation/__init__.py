@@ -5,12 +5,15 @@ the files are not there. ``root`` is the folder of the set, or the folder that c
 of most sets and ``annotation_files`` the readers of their lists; the other files hold sets.
 """
 
+from .boxed_files import COCOInstances, VOCBoxes
 from .caption_choices import MMVPVLM, AROOrder, AROVisualGenome, SugarCrepe, WinoGAViL, Winoground
 from .faces import FER2013, CelebAIdentities, FairFace, FERPlus
 from .frame_robustness import ImageNetVidRobust, YTBBRobust
+from .image_grids import ImageGrids
 from .imagenet import ImageNet, ImageNetFolders, ImageNetV2, ObjectNet
 from .labelled_table import LabelledTable, LocatedImages
 from .languages import XTD10, BabelImageNet, Crossmodal3600, TranslatedImageNet
+from .masked_files import MaskedFiles
 from .non_torchvision_sets import (
     IIIT5K,
     RESISC45,
@@ -54,5 +57,6 @@ __all__ += ["COCO", "CaptionedPairs", "Flickr30k"]
 __all__ += ["CIFAR10", "CIFAR100", "MNIST", "PCam", "STL10"]
 __all__ += ["CLEVRCounts", "Caltech101", "Country211", "DTD", "EuroSAT", "FGVCAircraft", "Flowers102"]
 __all__ += ["Food101", "GTSRB", "KITTI", "OxfordPets", "RenderedSST2", "SUN397", "StanfordCars", "VOC2007"]
+__all__ += ["COCOInstances", "ImageGrids", "MaskedFiles", "VOCBoxes"]
 __all__ += ["Kinetics700", "RareAct", "UCF101"]
 __all__ += ["WebDataset", "WebDatasetCaptions", "WebDatasetGroups", "WebDatasetMultiLabel"]

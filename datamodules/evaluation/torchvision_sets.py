@@ -277,18 +277,23 @@ class VOC2007(ListedImages, MultiLabel):
 def _relevance_of_classes(path: Path) -> list[int]:
     """Return 1 or 0 for each class, or -1 if all its objects are marked difficult, like VOC's classification lists."""
     relevance = [0] * len(VOC_CLASSES)
-    text = read_text(path)
-    if "<!" in text:  # entities may stand for gigabytes
-        raise InputError(f"{path}: not an annotation of VOC2007, which has no declarations or comments; get it again")
-    with reading(path, "annotation of VOC2007", hint=AGAIN):
-        objects = ElementTree.fromstring(text).findall("object")
-    if not objects:
-        raise InputError(f"{path}: no objects, although every annotation of VOC2007 has some; get it again")
-    for element in objects:
+    for element in voc_objects(path):
         (label,) = labels_of([str(element.findtext("name", "")).strip()], VOC_CLASSES, path)
         difficult = element.findtext("difficult", "0").strip() == "1"
         relevance[label] = 1 if relevance[label] == 1 or not difficult else -1
     return relevance
+
+
+def voc_objects(path: Path) -> list[ElementTree.Element]:
+    """Return the objects of an annotation of Pascal VOC."""
+    text = read_text(path)
+    if "<!" in text:  # entities may stand for gigabytes
+        raise InputError(f"{path}: not an annotation of VOC, which has no declarations or comments; get it again")
+    with reading(path, "annotation of VOC", hint=AGAIN):
+        objects = ElementTree.fromstring(text).findall("object")
+    if not objects:
+        raise InputError(f"{path}: no objects, although every annotation of VOC has some; get it again")
+    return objects
 
 
 def KITTI(root: str, split: TrainValTest = "test") -> ImageFiles:

@@ -14,7 +14,7 @@ from lit_clip.commands.search import small_image
 from lit_clip.embedding.image_files import ImageFile
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.class_metrics import Computed, build, check_metrics, compute, update, write_array
-from lit_clip.evaluation.confusions import confusion_entries, write_confusions
+from lit_clip.evaluation.confusions import confusion_counts, confusion_entries, write_confusions
 from lit_clip.evaluation.intervals import UnitScores
 from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.html import thumbnail, write_page
@@ -106,7 +106,8 @@ class Judge:
             return
         truth, prediction = np.array([self.truth[row] for row in self.rows]), np.array(self.prediction)
         computed, stem = compute(self._metrics), page.with_suffix("")
-        write_confusions(stem.with_name(f"{stem.name}_confusions.csv"), truth, prediction, self.names)
+        counts = confusion_counts(truth, prediction, len(self.names))
+        write_confusions(stem.with_name(f"{stem.name}_confusions.csv"), counts, self.names)
         for name, value in computed.arrays.items():
             write_array(stem.with_name(f"{stem.name}_{name}"), value, self.names)
         lines = self._lines(truth, prediction, computed)

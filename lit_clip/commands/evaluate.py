@@ -102,7 +102,7 @@ def evaluate(
     examples: Examples = EXAMPLES,
     download: bool = False,
 ) -> None:
-    """Evaluate a model on a suite of sets: zero-shot, linear probe, few-shot, retrieval, caption choice.
+    """Evaluate a model on a suite of sets: zero-shot, linear probe, few-shot, retrieval, segmentation, ...
 
     Sets that are not below the data root are listed with how to get them; the others are evaluated. Features and
     results are cached: the same command resumes after an interruption.
@@ -114,8 +114,8 @@ def evaluate(
             curves.
         data_root: folder that the sets' paths are relative to.
         sets: names of the sets to evaluate; all if not given.
-        tasks: tasks to run, of zero_shot, linear_probe, few_shot, retrieval, geolocation, bias, caption_choice;
-            all if not given.
+        tasks: tasks to run, of zero_shot, linear_probe, few_shot, retrieval, geolocation, bias, caption_choice,
+            segmentation, pointing; all if not given.
         metrics: further metrics of zero-shot and linear probe as NAME=CLASS_PATH, of torchmetrics or of your own, such
             as auroc=torchmetrics.classification.MulticlassAUROC.
         compare: results.json of other runs, or their folders, to compare with; NAME=PATH names a run, and runs with

@@ -74,7 +74,7 @@ class EncodingTask:
     """Items to encode."""
 
     identities: Sequence[Identity]  # what finished features are found by
-    read: Callable[[Batches, Path], Dataset[EncoderBatch]]  # it stops reading once the file given exists
+    read: Callable[[Batches, Path | None], Dataset[EncoderBatch]]  # it stops reading once the file given exists
     encode: Encode  # inputs on the device -> features
     several: bool = False  # whether an item may have many images; then it is a batch of its own
     must_be_finite: bool = True  # whether NaN or infinite features end the run; evaluations report them
@@ -95,7 +95,7 @@ class EncodingTask:
 def image_task(model: CLIP, images: ImageRows, identities: Sequence[Identity]) -> EncodingTask:
     """Unit features of images, which have distinct identities."""
 
-    def read(batches: Batches, stop: Path) -> ImageBatches:
+    def read(batches: Batches, stop: Path | None) -> ImageBatches:
         return ImageBatches(images, batches, model.preprocessing, stop=stop)
 
     return EncodingTask(identities, read, image_features(model))

@@ -78,7 +78,7 @@ class _Texts(NamedTuple):
 class PairBatches(ImageBatches):
     """Batches of images as in :class:`ImageBatches`, with their captions as ``texts``."""
 
-    def __init__(self, pairs: PairRows, batches: Batches, model: CLIP, stop: Path) -> None:
+    def __init__(self, pairs: PairRows, batches: Batches, model: CLIP, stop: Path | None) -> None:
         super().__init__(pairs, batches, model.preprocessing, _name_and_size, stop)
         self.pairs, self.tokenizer = pairs, model.tokenizer
 
@@ -146,7 +146,7 @@ def score_pairs(model: CLIP, pairs: PairRows, parts: Parts, settings: EncodingSe
     done = scored_rows(parts, len(pairs))
     batches = remaining(len(pairs), settings.batch_size, done.__getitem__)
 
-    def read(batches: Batches, stop: Path) -> PairBatches:
+    def read(batches: Batches, stop: Path | None) -> PairBatches:
         return PairBatches(pairs, batches, model, stop)
 
     task = PairTask((), read, image_features(model), must_be_finite=settings.on_error == "error", model=model)

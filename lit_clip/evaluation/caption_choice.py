@@ -43,7 +43,7 @@ def readable_choices(choices: Sequence[Choice], rows: Sequence[int]) -> list[Cho
 def encode_choices(
     images: CaptionChoices, rows: Sequence[int], templates: str | list[str] | None, encode: Callable[[Prompts], Tensor]
 ) -> EncodedChoices:
-    """Encode each distinct caption of a set's questions once; ``encode`` as of ``encode_texts``."""
+    """Encode each distinct caption of a set's questions once; ``encode`` returns the classifier of prompts."""
     choices, template = readable_choices(images.choices(), rows), templates_of(templates or "{}")[0]
     captions = list(dict.fromkeys(caption for choice in choices for caption in choice.captions))
     features = encode(Prompts(captions, [[template.replace("{}", caption)] for caption in captions])).T

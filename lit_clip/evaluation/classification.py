@@ -19,7 +19,7 @@ from torch import Tensor
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.accuracy import predictions
 from lit_clip.evaluation.class_metrics import Computed, check_metrics, evaluate_metrics, write_array
-from lit_clip.evaluation.confusions import confusion_entries, write_confusions
+from lit_clip.evaluation.confusions import confusion_counts, confusion_entries, write_confusions
 from lit_clip.evaluation.data import ImageSet, LabelledImages
 from lit_clip.evaluation.few_shot import SHOTS, train_few_shot
 from lit_clip.evaluation.intervals import Interval, intervals, mean_interval
@@ -240,7 +240,8 @@ def classification(task: Task, opened: OpenSet, options: TaskOptions, folder: Pa
     }
     if bool((columns["truth"] >= 0).all()):
         path = stem.with_name(f"{stem.name}_confusions.csv")
-        write_confusions(path, columns["truth"], columns["prediction"], names)
+        counts = confusion_counts(columns["truth"], columns["prediction"], len(names))
+        write_confusions(path, counts, names)
         found.files.append(path)
         result |= confusion_entries(columns["truth"], columns["prediction"], names)
         if task == "zero_shot":

@@ -4,7 +4,7 @@ Shapes: N images, C classes. A prediction of -1, of an image whose scores are no
 """
 
 import csv
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,12 @@ def confusion_counts(truth_N: np.ndarray, prediction_N: np.ndarray, classes: int
 
 def confusion_matrix(truth_N: np.ndarray, prediction_N: np.ndarray, classes: int) -> np.ndarray:
     """Return the number of images by true class (rows) and predicted class (columns), int64 ``[C, C]``."""
+    return _matrix(confusion_counts(truth_N, prediction_N, classes), classes)
+
+
+def _matrix(counts: Iterable[tuple[int, int, int]], classes: int) -> np.ndarray:
     matrix = np.zeros((classes, classes), dtype=np.int64)
-    for truth, prediction, count in confusion_counts(truth_N, prediction_N, classes):
+    for truth, prediction, count in counts:
         matrix[truth, prediction] = count
     return matrix
 
@@ -47,8 +51,10 @@ def confusion_entries(truth_N: np.ndarray, prediction_N: np.ndarray, names: Sequ
     return found
 
 
-def write_confusions(path: Path, truth_N: np.ndarray, prediction_N: np.ndarray, names: Sequence[str]) -> None:
-    """Write the whole matrix as CSV: a row for each true class, a column for each predicted one.
+def write_confusions(
+    path: Path, counts: Iterable[tuple[int, int, int]], names: Sequence[str], unit: str = "images"
+) -> None:
+    """Write the whole matrix of :func:`confusion_counts` as CSV, a row for each true class.
 
     Of more than :data:`MATRIX` classes it is a line for each pair that has images: truth, prediction, images.
     """
@@ -56,10 +62,10 @@ def write_confusions(path: Path, truth_N: np.ndarray, prediction_N: np.ndarray, 
     with replacing(path) as draft, draft.open("w", newline="", encoding="utf-8", errors="replace") as file:
         writer = csv.writer(file)
         if len(names) > MATRIX:
-            writer.writerow(["truth", "prediction", "images"])
-            for truth, prediction, count in confusion_counts(truth_N, prediction_N, len(names)):
+            writer.writerow(["truth", "prediction", unit])
+            for truth, prediction, count in counts:
                 writer.writerow([titles[truth], titles[prediction], count])
             return
         writer.writerow(["truth", *titles])
-        matrix = confusion_matrix(truth_N, prediction_N, len(names))
+        matrix = _matrix(counts, len(names))
         writer.writerows([title, *row] for title, row in zip(titles, matrix.tolist(), strict=True))

@@ -9,11 +9,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from lit_clip.errors import InputError, require
+
+Box = tuple[float, float, float, float]  # left, top, right and bottom edge, in pixels
 
 
 class MissingData(InputError):  # noqa: N818 # an InputError, like everything that a user can fix
@@ -166,6 +169,39 @@ class Lexicons(ABC):
     @abstractmethod
     def candidates(self) -> list[list[int]]:
         """Return each image's candidate classes, its own among them."""
+
+
+class Localised(ABC):
+    """Images that say where each class is: :class:`Masked` or :class:`Boxed`."""
+
+    class_names: list[str]  # in label order
+    synonyms: list[list[str]] | None = None  # names of each class, which is where one of them is nearest; None: one
+
+    def short_side(self, image_size: int) -> int:
+        """Return the pixels that an image's short side is resized to, for a model of an image size."""
+        return 2 * image_size
+
+    @abstractmethod
+    def truth_stamp(self) -> str:
+        """Return what changes with the masks or boxes."""
+
+
+class Masked(Localised):
+    """Images with a class at each pixel (ADE20K)."""
+
+    @abstractmethod
+    def mask(self, index: int) -> np.ndarray:
+        """Return the label of each pixel of an image, an integer array ``[H, W]``; -1 where it does not count."""
+
+
+class Boxed(Localised):
+    """Images with boxes around what they show (Pascal VOC)."""
+
+    tolerance: int = 0  # pixels that a point may be outside of a box, or a mask
+
+    @abstractmethod
+    def boxes(self, index: int) -> list[tuple[int, Box]]:
+        """Return the boxes of an image, each with its label."""
 
 
 class Located(ABC):

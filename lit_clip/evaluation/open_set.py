@@ -4,20 +4,25 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lit_clip.errors import InputError
 from lit_clip.evaluation.bias import bias_texts
 from lit_clip.evaluation.caption_choice import EncodedChoices, encode_choices
-from lit_clip.evaluation.data import CaptionChoices, CaptionedImages, ImageSet, LabelledImages
+from lit_clip.evaluation.data import CaptionChoices, CaptionedImages, ImageSet, LabelledImages, Localised, Masked
 from lit_clip.evaluation.other_classes import Classes
+from lit_clip.evaluation.places import PlaceRecords, PlaceTexts
 from lit_clip.evaluation.prompts import Prompts, prompts_of_set, templates_of
 from lit_clip.evaluation.results import cache_key
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.models.clip import CLIP
 from lit_clip.retrieval.metrics import PairIndices
+
+Rows = Callable[[], Sequence[int]]  # -> the test images that have features
+EncodeTexts = Callable[[Prompts], Tensor]  # -> their classifier [D, C]; all ranks call it in the same order
 
 
 @dataclass
@@ -54,6 +59,8 @@ class OpenSet:
     captions: DistinctCaptions | None = None
     choices: EncodedChoices | None = None
     bias: dict[str, Tensor] = field(default_factory=dict)  # classifiers by bias probe
+    places: PlaceTexts | None = None
+    records: dict[Task, PlaceRecords] = field(default_factory=dict)  # of tasks that compare places
 
 
 def scale_and_bias(model: CLIP) -> dict[str, Any]:
@@ -62,33 +69,59 @@ def scale_and_bias(model: CLIP) -> dict[str, Any]:
     return {"scale": float(model.logit_scale.detach().exp()), "logit_bias": bias}
 
 
-def encode_texts(opened: OpenSet, rows: Callable[[], Sequence[int]], encode: Callable[[Prompts], Tensor]) -> None:
-    """Encode each distinct text that a set's tasks compare its images with.
+def without_features(opened: OpenSet) -> SetFeatures | None:
+    """Return the rows of a set whose tasks all compare places, and so need no features of whole images."""
+    if opened.records.keys() != set(opened.tasks):
+        return None
+    _, rows, skipped = next(iter(opened.records.values()))
+    return SetFeatures(np.empty((len(rows), 0), np.float32), np.empty((len(rows), 0), np.float32), rows, skipped)
 
-    ``rows`` returns the test images that have features, ``encode`` the classifier ``[D, C]`` of prompts; all ranks call
-    it in the same order.
-    """
-    test, templates = opened.folds[0].images["test"], opened.entry.templates
-    if "zero_shot" in opened.tasks:
-        if not isinstance(test, LabelledImages):
-            raise InputError(f"{type(test).__name__} has no classes, which zero-shot needs")
-        opened.prompts = opened.prompts or prompts_of_set(opened.entry, test)
-        opened.classifier = encode(opened.prompts)
-    for probe, texts in bias_texts().items() if "bias" in opened.tasks else ():
+
+def class_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
+    """Encode the prompts of a set's classes, see :attr:`lit_clip.evaluation.tasks.TaskParts.texts`."""
+    test = opened.folds[0].images["test"]
+    if not isinstance(test, LabelledImages):
+        raise InputError(f"{type(test).__name__} has no classes, which zero-shot needs")
+    opened.prompts = opened.prompts or prompts_of_set(opened.entry, test)
+    opened.classifier = encode(opened.prompts)
+
+
+def bias_probe_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
+    """Encode the classes of the bias probes."""
+    for probe, texts in bias_texts().items():
         opened.bias[probe] = encode(Prompts(list(texts), [[text] for text in texts.values()]))
-    if "retrieval" in opened.tasks:
-        if not isinstance(test, CaptionedImages):
-            raise InputError(f"{type(test).__name__} has no captions, which retrieval needs")
-        prompts, pairs = _caption_texts(test, rows(), templates)
-        digest = cache_key(prompts.sha256, [column.tolist() for column in pairs])
-        opened.captions = DistinctCaptions(encode(prompts).T.contiguous(), pairs, digest)
-    if "caption_choice" in opened.tasks:
-        if not isinstance(test, CaptionChoices):
-            raise InputError(f"{type(test).__name__} has no questions, which caption_choice needs")
-        opened.choices = encode_choices(test, rows(), templates, encode)
 
 
-def _caption_texts(
+def caption_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
+    """Encode each distinct caption of a retrieval set once."""
+    test = opened.folds[0].images["test"]
+    if not isinstance(test, CaptionedImages):
+        raise InputError(f"{type(test).__name__} has no captions, which retrieval needs")
+    prompts, pairs = _distinct_captions(test, rows(), opened.entry.templates)
+    digest = cache_key(prompts.sha256, [column.tolist() for column in pairs])
+    opened.captions = DistinctCaptions(encode(prompts).T.contiguous(), pairs, digest)
+
+
+def choice_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
+    """Encode each distinct caption of a set's questions once."""
+    test = opened.folds[0].images["test"]
+    if not isinstance(test, CaptionChoices):
+        raise InputError(f"{type(test).__name__} has no questions, which caption_choice needs")
+    opened.choices = encode_choices(test, rows(), opened.entry.templates, encode)
+
+
+def place_texts(kind: type[Localised], opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
+    """Encode each name of a set's classes for itself; the set must be of a kind."""
+    test = opened.folds[0].images["test"]
+    if not isinstance(test, kind):
+        needed = "masks" if kind is Masked else "boxes or masks"
+        raise InputError(f"{type(test).__name__} has no {needed}, which {', '.join(opened.tasks)} needs")
+    opened.prompts = opened.prompts or prompts_of_set(opened.entry, test)
+    by_name, classes = opened.prompts.by_name()
+    opened.places = PlaceTexts(encode(by_name), torch.tensor(classes))
+
+
+def _distinct_captions(
     images: CaptionedImages, rows: Sequence[int], templates: str | Sequence[str] | None
 ) -> tuple[Prompts, PairIndices]:
     """Return the distinct captions of a set as prompts, and which image (by its place in ``rows``) each belongs to.

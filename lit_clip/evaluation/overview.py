@@ -38,6 +38,8 @@ METRICS = {
     "worst_group_top1": "top-1 of the worst group",
     "worst_group_top5": "top-5 of the worst group",
     "jaccard": "Jaccard index",
+    "miou": "mean IoU",
+    "accuracy": "peaks in the right place",
 }
 
 
@@ -144,18 +146,24 @@ def _rows_of(name: str, entry: Mapping[str, Any], models: tuple[str, str]) -> It
 
 def _reported(entry: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
     """Yield tasks and metrics that get a row: the set's own metric, recall in both directions, the distance used."""
-    own = entry.get("metric")
+    own = str(entry.get("metric") or "")
     if tasks.keys() & {*COLUMNS, "few_shot"}:
-        yield "", str(own or "top1")
+        yield "", own or "top1"
     for metric in tasks.get("retrieval", {}).get("metrics") or {}:
         if metric.endswith("recall@1") and not metric.startswith("merged_"):
             yield "retrieval", metric
-    if "caption_choice" in tasks:
-        yield "caption_choice", str(own or "text_score")
+    for task, result in tasks.items():
+        if task not in (*COLUMNS, "few_shot", "retrieval", "geolocation") and result.get("metrics"):
+            yield task, judging(own, result["metrics"])
     if "geolocation" in tasks:
         task = tasks["geolocation"]
         metrics = task.get("metrics") or {}
         yield "geolocation", next((k for k, v in metrics.items() if v == task.get("value")), next(iter(metrics), ""))
+
+
+def judging(metric: str, metrics: Mapping[str, Any]) -> str:
+    """Return the metric that a task is judged by: the set's own, or the task's first if that judges another task."""
+    return metric if metric in metrics else next(iter(metrics))
 
 
 def _row(
@@ -169,7 +177,8 @@ def _row(
     columns: dict[Column, str] = {"linear_probe" if other == "geolocation" else "zero_shot": other}
     if not other:
         columns = {column: column for column in COLUMNS}
-    row = Row(metric=metric, baseline=baseline_of(tasks), shots={} if other else shots_of(entry), **common)
+    baseline = baseline_of({other: tasks[other]} if other else tasks)
+    row = Row(metric=metric, baseline=baseline, shots={} if other else shots_of(entry), **common)
     for column, task in columns.items():
         result = tasks.get(task, {})
         value = number((result.get("metrics") or {}).get(metric) if other else result.get("value"))

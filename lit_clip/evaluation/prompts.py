@@ -8,7 +8,7 @@ import hashlib
 import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from lit_clip import distributed
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import LabelledImages
+from lit_clip.evaluation.data import LabelledImages, Localised
 from lit_clip.evaluation.suite import ClassNames, SuiteEntry, as_text
 from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, ensemble, imagenet_class_names, imagenet_templates
 from lit_clip.models.clip import CLIP
@@ -38,15 +38,31 @@ METHOD = "ensemble 1"  # part of the cache key: increase the number when the ari
 
 @dataclass(frozen=True)
 class Prompts:
-    """Display name, and one or more prompts, of each of C classes, in label order."""
+    """Display name, and one or more prompts, of each of C classes, in label order.
+
+    ``alternatives`` are the numbers of names of the classes, which have equally many prompts each, one after the other;
+    empty: one name each.
+    """
 
     names: list[str]
     texts: list[list[str]]
+    alternatives: tuple[int, ...] = ()
 
     @property
     def sha256(self) -> str:
         """Hash of the texts, the same in every process."""
         return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
+
+    def by_name(self) -> "tuple[Prompts, list[int]]":
+        """Return the prompts of all names of the classes, each for itself, and the class of each name."""
+        names, texts, classes = list[str](), list[list[str]](), list[int]()
+        for label, (name, own) in enumerate(zip(self.names, self.texts, strict=True)):
+            count = self.alternatives[label] if self.alternatives else 1
+            share = len(own) // count
+            texts += [own[place * share : (place + 1) * share] for place in range(count)]
+            names += [name] * count
+            classes += [label] * count
+        return Prompts(names, texts), classes
 
 
 @dataclass
@@ -84,13 +100,15 @@ def prompts_of(class_names: ClassNames, templates: str | list[str] | None, own_n
         return Prompts(classes.display, classes.names)
     chosen = (classes.templates or list(DEFAULT_TEMPLATES)) if templates is None else templates_of(templates)
     texts = [[template.replace("{}", name) for name in names for template in chosen] for names in classes.names]
-    return Prompts(classes.display, texts)
+    return Prompts(classes.display, texts, tuple(map(len, classes.names)))
 
 
-def prompts_of_set(entry: SuiteEntry, images: LabelledImages) -> Prompts:
-    """Build the prompts of a set as its suite has them; templates may come with the images."""
+def prompts_of_set(entry: SuiteEntry, images: LabelledImages | Localised) -> Prompts:
+    """Build the prompts of a set as its suite has them; templates, and several names a class, may come with it."""
     templates = entry.templates or getattr(images, "templates", None)
-    return prompts_of(entry.class_names, templates, images.class_names)
+    synonyms = None if entry.class_names else getattr(images, "synonyms", None)
+    prompts = prompts_of(entry.class_names or synonyms, templates, images.class_names)
+    return replace(prompts, names=list(images.class_names)) if synonyms else prompts
 
 
 def templates_of(templates: str | Sequence[str], where: str = "templates") -> list[str]:

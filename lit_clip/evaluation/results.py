@@ -174,6 +174,8 @@ _TASK = {
     "notes": list[str],
     "files": list[str],
     "errors": list[dict[str, object]],
+    "iou": list[tuple[str, object, object, int]],
+    "queries": int,
     "captions": int,
     "references": int,
 }

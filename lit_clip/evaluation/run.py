@@ -13,19 +13,21 @@ from torch import Tensor
 from lit_clip import distributed
 from lit_clip.embedding.encode import start_processes
 from lit_clip.embedding.precision import autocast
-from lit_clip.errors import InputError
-from lit_clip.evaluation.class_metrics import describe
+from lit_clip.errors import InputError, require
 from lit_clip.evaluation.classification import TaskOptions, class_names, top1_among
 from lit_clip.evaluation.data import MissingData, SomeOfImageNet, check_classes
 from lit_clip.evaluation.download import download_missing
 from lit_clip.evaluation.files_read import files_read
-from lit_clip.evaluation.open_set import Fold, OpenSet, encode_texts, scale_and_bias
+from lit_clip.evaluation.open_set import Fold, OpenSet, scale_and_bias, without_features
 from lit_clip.evaluation.other_classes import single_classes, trained_classes
+from lit_clip.evaluation.overview import judging
+from lit_clip.evaluation.place_store import PlaceStore
+from lit_clip.evaluation.places import Recorder, place_task
 from lit_clip.evaluation.prompts import Prompts, text_classifier
 from lit_clip.evaluation.results import Results, cache_key, code_digest
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import SuiteEntry, Task
-from lit_clip.evaluation.tasks import needed_splits, run_task, target_digests, used_splits
+from lit_clip.evaluation.tasks import PARTS, encode_texts, target_digests, used_splits
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import from_totals, progress, stderr
@@ -84,12 +86,15 @@ class EvaluationRun:
         """Open a set and compute its features; called on all ranks in the same order."""
         opened = OpenSet(name, entry, [], probes=self.probes, **scale_and_bias(self.model))
         opened.tasks = self._open_folds(opened)
-        for number, fold in enumerate(opened.folds):
+        recorded: dict[Task, Recorder] = {task: recorder for task in opened.tasks if (recorder := PARTS[task].recorder)}
+        for number, fold in enumerate(opened.folds) if len(recorded) < len(opened.tasks) else ():
             for split, images in fold.images.items():
                 title = f"{name} {split}" + (f" {number + 1}/{len(opened.folds)}" if len(opened.folds) > 1 else "")
                 self.store.compute(images, title)
         test = opened.folds[0].images["test"]
         encode_texts(opened, lambda: self.store.read(test).rows, partial(self._encode, name))
+        for task, recorder in recorded.items():
+            self._record(opened, task, recorder)
         self.results.update(name, class_names=class_names(opened))
         if prompts := opened.prompts:
             counts = {"classes": len(prompts.names), "texts": sum(map(len, prompts.texts))}
@@ -103,7 +108,7 @@ class EvaluationRun:
         entry = opened.entry
         assert entry.tasks is not None
         tasks: list[Task] = [task for task in entry.tasks if task in self.tasks]
-        wanted = {split for task in tasks for split in needed_splits(task) if split != "test"}
+        wanted = {split for task in tasks for split in PARTS[task].needed if split != "test"}
         if "train" in wanted and "val" in entry.splits:
             wanted.add("val")
         for number in range(len(entry.folds)):
@@ -122,7 +127,7 @@ class EvaluationRun:
                 self._record_failure(opened.name, error)
             for fold in opened.folds:
                 fold.images = {"test": fold.images["test"]}
-            tasks = [task for task in tasks if needed_splits(task) == ("test",)]
+            tasks = [task for task in tasks if PARTS[task].needed == ("test",)]
         return tasks
 
     def _encode(self, name: str, prompts: Prompts) -> Tensor:
@@ -141,12 +146,24 @@ class EvaluationRun:
         self.model.cpu()
         return classifier.cpu()
 
+    def _record(self, opened: OpenSet, name: Task, recorder: Recorder) -> None:
+        """Record the places of the test images; called on all ranks."""
+        (fold, *others), texts = opened.folds, opened.places
+        require(not others, f"folds: {name} has no mean over folds; make a set of each")
+        assert texts is not None
+        assert opened.prompts is not None
+        task = place_task(self.model, fold.images["test"], texts, recorder)
+        digest, title = f"{opened.prompts.sha256} {opened.prompts.alternatives}", f"{opened.name} {name}"
+        records = PlaceStore(self.store).compute(fold.images["test"], name, task, digest, title)
+        if records is not None:
+            opened.records[name] = records
+
     def _read_features(self, opened: OpenSet) -> None:
         """Read the features and count the images, on the first rank."""
         splits: dict[str, Any] = {}
         for fold in opened.folds:
             for split, images in fold.images.items():
-                fold.features[split] = self.store.read(images)
+                fold.features[split] = without_features(opened) or self.store.read(images)
                 features = fold.features[split]
                 counts = {"images": len(features.rows), "skipped": features.skipped, "absent": images.absent}
                 splits.setdefault(split, counts)
@@ -175,7 +192,7 @@ class EvaluationRun:
             try:
                 result = self.results.cached(opened.name, task, key)
                 if result is None:
-                    result = run_task(task, opened, self.options, self.results.folder)
+                    result = PARTS[task].run(opened, self.options, self.results.folder)
             except InputError as error:
                 self._record_failure(opened.name, error)
                 continue  # another task may be possible
@@ -185,7 +202,8 @@ class EvaluationRun:
                 stderr().print(f"{opened.name}: {note}")
             if "value" in result:
                 value = f"{100 * result['value']:.1f} %"
-                stderr().print(f"{opened.name}: {task} {opened.entry.metric} {value}")
+                metric = judging(opened.entry.metric, result.get("metrics") or {opened.entry.metric: 0})
+                stderr().print(f"{opened.name}: {task} {metric} {value}")
 
         if opened.entry.paper == IMAGENET or isinstance(opened.folds[0].images["test"], SomeOfImageNet):
             self.imagenet.append(opened)
@@ -213,15 +231,5 @@ class EvaluationRun:
             for split in fold.images
             if split in used_splits(task)
         ]
-        entry, more = opened.entry, ()
-        if task in ("linear_probe", "few_shot"):
-            options = (self.options.shots, self.options.draws, self.options.seed)
-            more = (options, [fold.classes for fold in opened.folds])
-        elif task == "zero_shot" and opened.prompts:
-            more = (opened.prompts.names, opened.prompts.sha256, opened.logit_bias)
-        elif task == "caption_choice" and opened.choices:
-            more = (opened.choices.digest,)
-        elif opened.captions:
-            more = (opened.captions.digest,)
-        given = describe(self.options.metrics) if task in ("zero_shot", "linear_probe") else []
-        return cache_key(code_digest(), task, used, more, given, entry.metric, entry.data, entry.splits, entry.folds)
+        entry, more = opened.entry, PARTS[task].depends_on(opened, self.options)
+        return cache_key(code_digest(), task, used, more, entry.metric, entry.data, entry.splits, entry.folds)

@@ -4,9 +4,11 @@ Shapes: N images that could be read, W features before the projection, D after i
 """
 
 import sys
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
@@ -30,7 +32,7 @@ from lit_clip.evaluation.data import ImageSet
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import can_draw
 from lit_clip.tools.images import OnError, or_skip
-from lit_clip.tools.workers import workers_for_images
+from lit_clip.tools.workers import loader, workers_for_images
 
 BATCHES_PER_WORKER = 4  # fewer are read before a worker has started
 
@@ -57,7 +59,7 @@ class SetRows:
 def set_task(model: CLIP, images: ImageSet) -> EncodingTask:
     """Create the task of encoding a set: features before and after the projection (unit length), ``[N, W + D]``."""
 
-    def read(batches: Batches, stop: Path) -> ImageBatches:
+    def read(batches: Batches, stop: Path | None) -> ImageBatches:
         return ImageBatches(SetRows(images), batches, model.preprocessing, stop=stop)
 
     def encode(pixels: Tensor) -> Tensor:
@@ -116,6 +118,19 @@ class SetEncoder:
                 features.append(row_means(encoded, batch.counts))
         self._check(distributed.gather_objects(unreadable), len(images), name)
         return _gathered(rows, features, model.device)
+
+    def steps(self, model: CLIP, images: ImageSet, task: EncodingTask, name: str) -> list[tuple[int, np.ndarray]]:
+        """Return each row that could be read with a task's output of it; all ranks call this."""
+        rank, world = distributed.rank_and_world()
+        batches = in_batches(range(len(images)), 1)[rank::world]
+        unreadable: list[UnreadableRow] = []
+        found: list[tuple[int, np.ndarray]] = []
+        data, workers = task.read(batches, None), self._workers(len(batches))
+        for batch in loader(data, workers, pin_memory=model.device.type == "cuda"):
+            unreadable += batch.unreadable
+            found += [(row, task.step(batch, model.device, 1).cpu().numpy()) for row in batch.rows]
+        self._check(distributed.gather_objects(unreadable), len(images), name)
+        return sorted(distributed.gather_objects(found), key=itemgetter(0))
 
     def _workers(self, batches: int) -> int:
         if self.num_workers is not None:

@@ -5,7 +5,8 @@ Shapes: N images that could be read, W features before the projection, D after i
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
@@ -54,7 +55,7 @@ class FeatureStore:
     def __init__(self, model: CLIP, folder: Path, settings: EncodingSettings) -> None:
         self.model, self.folder, self.settings = model, folder, settings
         self.fingerprint = fingerprint(model)
-        self._settings = f"{self.fingerprint.model} {settings.precision}"
+        self.settings_text = f"{self.fingerprint.model} {settings.precision}"
         self._paths: WeakKeyDictionary[ImageSet, Path] = WeakKeyDictionary()
         self._whole: set[Path] = set()  # whose checksums this process has compared
 
@@ -78,26 +79,40 @@ class FeatureStore:
         path = self.path(images)
         if not distributed.maximum(int(not self._finished(path, len(images)))):
             return
+        task = set_task(self.model, images)
+
+        def encode_set(parts: Parts) -> list[UnreadableRow] | None:
+            return encode(self.model, task, parts, self.settings, title=title)
+
+        self.share(Parts(path, self.settings_text), encode_set, partial(self._join, path, images), title)
+
+    def share(
+        self,
+        parts: Parts,
+        work: Callable[[Parts], list[UnreadableRow] | None],
+        join: Callable[[Sequence[UnreadableRow]], None],
+        title: str,
+    ) -> None:
+        """Make parts on all ranks and join them on the first; an error of one ends the work on all."""
         error = None
         try:
-            unreadable = self._encode(images, path, title)
+            unreadable = self._encode(parts, work)
             if unreadable is not None and distributed.rank_and_world()[0] == 0:
-                self._join(path, images, unreadable)
+                join(unreadable)
         except InputError as raised:
             error = raised
         if distributed.maximum(int(error is not None)):  # a barrier, too: the arrays are there afterwards
             raise error or InputError(f"{title}: see the error of another process")
 
-    def _encode(self, images: ImageSet, path: Path, title: str) -> list[UnreadableRow] | None:
+    def _encode(self, parts: Parts, work: Callable[[Parts], list[UnreadableRow] | None]) -> list[UnreadableRow] | None:
         """Make the parts that are not there yet; see :func:`lit_clip.embedding.encode.encode`."""
         try:
-            make_folder(path.parent)
-            parts = Parts(path, self._settings)
-            return encode(self.model, set_task(self.model, images), parts, self.settings, title=title)
+            make_folder(parts.output.parent)
+            return work(parts)
         except UnreadableError:  # all ranks have ended
             raise
         except (InputError, OSError) as error:
-            ours = error if isinstance(error, InputError) else not_written(path.parent, error)
+            ours = error if isinstance(error, InputError) else not_written(parts.output.parent, error)
             if distributed.rank_and_world()[1] > 1:  # the next set would make the ranks wait for each other
                 raise RuntimeError("a process has to leave the others") from ours
             raise ours from error
@@ -129,7 +144,7 @@ class FeatureStore:
 
     def _join(self, path: Path, images: ImageSet, unreadable: Sequence[UnreadableRow]) -> None:
         """Join the finished parts to arrays."""
-        size, parts = len(images), Parts(path, self._settings)
+        size, parts = len(images), Parts(path, self.settings_text)
         skipped = [(bad.row, images.key(bad.row), bad.message) for bad in unreadable]
         require(len(skipped) < size, f"none of {size} images could be read; {skipped[0][2] if skipped else ''}")
         try:

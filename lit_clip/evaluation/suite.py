@@ -15,16 +15,28 @@ from lit_clip.tools.parts import instantiate
 from lit_clip.tools.text_files import read_yaml
 from lit_clip.tools.untrusted import shortened
 
-Task = Literal["zero_shot", "linear_probe", "few_shot", "retrieval", "geolocation", "bias", "caption_choice"]
+Task = Literal[
+    "zero_shot",
+    "linear_probe",
+    "few_shot",
+    "retrieval",
+    "geolocation",
+    "bias",
+    "caption_choice",
+    "segmentation",
+    "pointing",
+]
 TASKS: tuple[Task, ...] = get_args(Task)
 ClassMetric = Literal["top1", "mean_per_class", "mean_top1_top5", "macro_f1", "worst_group_top1", "worst_group_top5"]
 AnnotatedMetric = Literal["map11", "roc_auc", "pm", "lexicon", "mwap"]
 ChoiceMetric = Literal["text_score", "macro_text_score", "image_score", "group_score", "jaccard"]
-Metric = Literal[ClassMetric, AnnotatedMetric, ChoiceMetric, "within_km", "recall@1"]
+Metric = Literal[ClassMetric, AnnotatedMetric, ChoiceMetric, "within_km", "recall@1", "miou", "accuracy"]
 CHOICE_METRICS: tuple[Metric, ...] = get_args(ChoiceMetric)
 TASK_OF_METRIC: dict[Metric, Task] = {
     "recall@1": "retrieval",
     "within_km": "geolocation",
+    "miou": "segmentation",
+    "accuracy": "pointing",
     **dict.fromkeys(CHOICE_METRICS, "caption_choice"),
 }
 LOCATION_ARGUMENTS = ("root", "path")  # relative to the data root

@@ -3,6 +3,9 @@
 Shapes: N images, C classes, T captions, D embedding dimension.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -12,9 +15,11 @@ import numpy as np
 from lit_clip.errors import InputError
 from lit_clip.evaluation.bias import bias_report
 from lit_clip.evaluation.caption_choice import evaluate_choices
+from lit_clip.evaluation.class_metrics import describe
 from lit_clip.evaluation.classification import (
     TaskOptions,
     all_targets,
+    class_names,
     classification,
     classification_metrics,
     embeddings,
@@ -24,42 +29,68 @@ from lit_clip.evaluation.classification import (
     targets_of,
     trained,
 )
-from lit_clip.evaluation.data import CaptionedImages, Grouped
+from lit_clip.evaluation.data import CaptionedImages, Grouped, Localised, Masked
 from lit_clip.evaluation.few_shot import FewShotProbes
 from lit_clip.evaluation.geolocation import nearest_km, within_km
-from lit_clip.evaluation.open_set import OpenSet
-from lit_clip.evaluation.predictions import predictions_entry, recall_intervals, retrieval_columns
+from lit_clip.evaluation.open_set import (
+    EncodeTexts,
+    OpenSet,
+    Rows,
+    bias_probe_texts,
+    caption_texts,
+    choice_texts,
+    class_texts,
+    place_texts,
+)
+from lit_clip.evaluation.overview import judging
+from lit_clip.evaluation.places import Recorder
+from lit_clip.evaluation.pointing import pointing, pointing_metrics, queries, regions_of
+from lit_clip.evaluation.predictions import (
+    predictions_entry,
+    predictions_name,
+    recall_intervals,
+    retrieval_columns,
+)
 from lit_clip.evaluation.scores import interval
+from lit_clip.evaluation.segmentation import mask_of, pixel_pairs, segmentation, segmentation_metrics
 from lit_clip.evaluation.suite import Task
 from lit_clip.retrieval.metrics import pair_scores, retrieval_ranks
 from lit_clip.retrieval.retrieval_set import DIRECTIONS, Evaluation, evaluate_pairs, retrieval_metrics
 
 
-def needed_splits(task: Task) -> tuple[str, ...]:
-    """Return the splits that a task requires."""
-    return ("train", "test") if task in ("linear_probe", "few_shot", "geolocation") else ("test",)
+@dataclass(frozen=True)
+class TaskParts:
+    """A task, and what a suite, the command and the callbacks must know of it.
 
-
-def run_task(task: Task, opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
-    """Run a task and return its result.
-
-    Predictions, and images that the report shows, are saved below ``folder``.
+    Attributes:
+        run: returns the result, the task's entry in ``results.json``. Predictions, and images that the report shows,
+            are saved below the folder.
+        texts: encodes the texts that the images are compared with, into the set.
+        depends_on: what the result depends on besides the features and the truth; part of its cache key.
+        metrics: returns the result of a task that has no files, for evaluations during training.
+        recorder: of a task that compares places of the test images, and not the features of whole images.
+        needed: splits that it cannot do without.
+        used: splits that its result depends on; None: the needed ones.
     """
-    if task in ("zero_shot", "linear_probe"):
-        return classification(task, opened, options, folder)
-    if task == "few_shot":
-        return _few_shot(opened, options)
-    if task == "retrieval":
-        return _retrieval(opened, folder)
-    if task == "geolocation":
-        return _geolocation(opened, folder)
-    if task == "caption_choice":
-        return _caption_choice(opened)
-    return _bias(opened)
+
+    run: Callable[[OpenSet, TaskOptions, Path], dict[str, Any]]
+    texts: Callable[[OpenSet, Rows, EncodeTexts], None] | None = None
+    depends_on: Callable[[OpenSet, TaskOptions], Sequence[object]] = lambda opened, options: ()
+    metrics: Callable[[OpenSet], dict[str, Any]] | None = None
+    recorder: Recorder | None = None
+    needed: tuple[str, ...] = ("test",)
+    used: tuple[str, ...] | None = None
+
+
+def encode_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
+    """Encode each distinct text that a set's tasks compare its images with."""
+    for task in opened.tasks:
+        if texts := PARTS[task].texts:
+            texts(opened, rows, encode)
 
 
 def task_metrics(task: Task, opened: OpenSet, options: TaskOptions, stem: Path | None = None) -> Evaluation:
-    """Return the metrics and baselines of a task that has no files: zero-shot, linear probe, retrieval or choices.
+    """Return the metrics and baselines of a task that can run without files.
 
     Results of torchmetrics that are no numbers are written to files that begin with ``stem``, if there is one.
     """
@@ -67,15 +98,15 @@ def task_metrics(task: Task, opened: OpenSet, options: TaskOptions, stem: Path |
     if task == "retrieval":
         assert opened.captions is not None
         return evaluate_pairs(embeddings(features), opened.captions.features, opened.captions.pairs)
-    if task == "caption_choice":
-        result = _caption_choice(opened)
-        return Evaluation(result["metrics"], {metric: result["baseline"]})
+    if of_task := PARTS[task].metrics:
+        result = of_task(opened)
+        return Evaluation(result["metrics"], {judging(metric, result["metrics"]): result["baseline"]})
     return classification_metrics(task, opened, options, stem)
 
 
 def used_splits(task: Task) -> tuple[str, ...]:
     """Return the splits that a task's result depends on."""
-    return ("train", "val", "test") if task in ("linear_probe", "few_shot") else needed_splits(task)
+    return PARTS[task].used or PARTS[task].needed
 
 
 def target_digests(opened: OpenSet) -> dict[tuple[int, str], str]:
@@ -87,7 +118,7 @@ def target_digests(opened: OpenSet) -> dict[tuple[int, str], str]:
     }
 
 
-def _few_shot(opened: OpenSet, options: TaskOptions) -> dict[str, Any]:
+def _few_shot(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
     of_folds: list[dict[int, list[float]]] = []
     used: dict[int, float] = {}
     left_out: dict[int, str] = {}
@@ -111,7 +142,7 @@ def _few_shot(opened: OpenSet, options: TaskOptions) -> dict[str, Any]:
     }
 
 
-def _retrieval(opened: OpenSet, folder: Path) -> dict[str, Any]:
+def _retrieval(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
     assert opened.captions is not None
     fold, (text_TD, pairs, _) = opened.folds[0], opened.captions
     image_ID, test, keys = embeddings(fold.features["test"]), fold.images["test"], keys_of(fold)
@@ -128,7 +159,7 @@ def _retrieval(opened: OpenSet, folder: Path) -> dict[str, Any]:
     }
 
 
-def _geolocation(opened: OpenSet, folder: Path) -> dict[str, Any]:
+def _geolocation(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
     fold = opened.folds[0]
     query, reference = (embeddings(fold.features[split]) for split in ("test", "train"))
     query_places, reference_places = (targets_of(opened, fold, split).coordinates for split in ("test", "train"))
@@ -152,10 +183,76 @@ def _caption_choice(opened: OpenSet) -> dict[str, Any]:
     return evaluate_choices(opened.entry.metric, np.array(opened.folds[0].features["test"].after), opened.choices)
 
 
-def _bias(opened: OpenSet) -> dict[str, Any]:
+def _bias(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
     fold = opened.folds[0]
     test = fold.images["test"]
     if not isinstance(test, Grouped):
         raise InputError(f"{opened.name}: {type(test).__name__} has no groups, which the bias probes need")
     groups = {name: [values[row] for row in fold.features["test"].rows] for name, values in test.groups().items()}
     return bias_report({name: logits_of(opened, fold, classifier) for name, classifier in opened.bias.items()}, groups)
+
+
+def _of_classes(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
+    prompts = opened.prompts
+    texts = (prompts.names, prompts.sha256, opened.logit_bias) if prompts else ()
+    return (*texts, describe(options.metrics))
+
+
+def _segmentation(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
+    stem = predictions_name(opened.name, "segmentation").removesuffix(".parquet")
+    return segmentation(opened.records["segmentation"], class_names(opened), folder, stem)
+
+
+def _pointing(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
+    return pointing(opened.records["pointing"], keys_of(opened.folds[0]), opened.name, folder)
+
+
+def _of_places(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
+    test = opened.folds[0].images["test"]
+    assert isinstance(test, Localised)
+    assert opened.prompts is not None
+    return opened.prompts.names, opened.prompts.texts, opened.prompts.alternatives, test.truth_stamp()
+
+
+def _of_examples(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
+    return options.shots, options.draws, options.seed, [fold.classes for fold in opened.folds]
+
+
+def _of_probe(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
+    return (*_of_examples(opened, options), describe(options.metrics))
+
+
+def _of_captions(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
+    return (opened.captions.digest,) if opened.captions else ()
+
+
+def _of_choices(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
+    return (opened.choices.digest,) if opened.choices else ()
+
+
+TRAINED = {"needed": ("train", "test"), "used": ("train", "val", "test")}
+PARTS: dict[Task, TaskParts] = {
+    "zero_shot": TaskParts(partial(classification, "zero_shot"), class_texts, _of_classes),
+    "linear_probe": TaskParts(partial(classification, "linear_probe"), None, _of_probe, **TRAINED),
+    "few_shot": TaskParts(_few_shot, None, _of_examples, **TRAINED),
+    "retrieval": TaskParts(_retrieval, caption_texts, _of_captions),
+    "geolocation": TaskParts(_geolocation, needed=("train", "test")),
+    "bias": TaskParts(_bias, bias_probe_texts),
+    "caption_choice": TaskParts(
+        lambda opened, options, folder: _caption_choice(opened), choice_texts, _of_choices, _caption_choice
+    ),
+    "segmentation": TaskParts(
+        _segmentation,
+        partial(place_texts, Masked),
+        _of_places,
+        lambda opened: segmentation_metrics(opened.records["segmentation"], class_names(opened)),
+        Recorder(mask_of, pixel_pairs),
+    ),
+    "pointing": TaskParts(
+        _pointing,
+        partial(place_texts, Localised),
+        _of_places,
+        lambda opened: pointing_metrics(opened.records["pointing"]),
+        Recorder(regions_of, queries),
+    ),
+}

@@ -29,13 +29,14 @@ def test_the_matrix_its_pairs_and_its_file_equal_scikit_learns(
     off_diagonal = np.sort((expected - np.diag(np.diag(expected))).ravel())[::-1]
     assert np.array_equal(wrong, off_diagonal[: len(wrong)])
 
-    confusions.write_confusions(tmp_path / "matrix.csv", truth, prediction, names)
+    counts = list(confusions.confusion_counts(truth, prediction, len(names)))
+    confusions.write_confusions(tmp_path / "matrix.csv", counts, names)
     rows = list(csv.reader((tmp_path / "matrix.csv").open()))
     assert rows[0] == ["truth", *names]
     assert np.array_equal(np.array([row[1:] for row in rows[1:]], dtype=int), expected)
 
     monkeypatch.setattr(confusions, "MATRIX", 0)
-    confusions.write_confusions(tmp_path / "pairs.csv", truth, prediction, names)
+    confusions.write_confusions(tmp_path / "pairs.csv", counts, names)
     found = np.zeros_like(expected)
     for line in csv.DictReader((tmp_path / "pairs.csv").open()):
         found[names.index(line["truth"]), names.index(line["prediction"])] = int(line["images"])

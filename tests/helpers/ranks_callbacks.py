@@ -10,7 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
 
-from callbacks import LinearProbe, Retrieval, ZeroShot
+from callbacks import LinearProbe, Retrieval, ZeroShot, ZeroShotSegmentation
 from datamodules import NoCaptions
 from lit_clip import distributed
 from lit_clip.evaluation.prompts import Prompts, text_classifier
@@ -103,6 +103,19 @@ def run(output: str, folder: str, suite: str) -> None:
     results = evaluate(Path(folder), suite)
     if distributed.rank_and_world()[0] == 0:
         Path(output).write_text(json.dumps(results), encoding="utf-8")
+
+
+def places(output: str, folder: str, suite: str) -> None:
+    """Write the metrics of :class:`ZeroShotSegmentation` under ``validate`` on rank 0; check that all ranks agree."""
+    rank, _ = distributed.rank_and_world()
+    os.environ["LOCAL_RANK"] = str(rank)
+    trainer = make_trainer(Path(folder), [ZeroShotSegmentation(suite, folder)])
+    trainer.validate(make_module(), NoCaptions(), verbose=False)
+    found = numbers(trainer, "segmentation/") | numbers(trainer, "pointing/")
+    for other in distributed.gather_objects([found]):
+        assert other == found
+    if rank == 0:
+        Path(output).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

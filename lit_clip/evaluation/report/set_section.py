@@ -52,6 +52,7 @@ def set_section(
         "search": [(f"{l2:.3g}", percent(number(s))) for l2, s in tasks.get("linear_probe", {}).get("search") or []],
         "confusions": list(_confusions(entry, tasks)),
         "thresholds": list(_thresholds(tasks)),
+        "iou": [[name, *map(percent, map(number, shares)), f"{pixels:,}"] for name, *shares, pixels in _by_iou(tasks)],
         "errors": [_wrong_image(error, folder) for error in errors],
         "bias": [(path.replace("_", " "), _bias_value(value)) for path, value in leaves(tasks.get("bias"), " / ")],
         "skipped": {split: images for split, images in skipped_of(entry).items() if images},
@@ -108,7 +109,7 @@ def _facts(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> Iterator[tupl
     if baseline is not None:
         yield "baseline", f"{percent(baseline)} %"
     for name, task in tasks.items():
-        for key, words in (("captions", "captions"), ("references", "reference images")):
+        for key, words in (("captions", "captions"), ("references", "reference images"), ("queries", "queries")):
             if key in task:
                 yield words, f"{task[key]:,}"
         for metric in task.get("given") or []:
@@ -139,6 +140,11 @@ def _thresholds(tasks: Mapping[str, Task]) -> Iterator[dict[str, Any]]:
         ]
         if lines:
             yield {"task": title, "fixed": found.get("fixed"), "means": [*map(percent, means)], "classes": lines}
+
+
+def _by_iou(tasks: Mapping[str, Task]) -> list[Any]:
+    """Return the classes of a segmentation, those with the highest IoU first."""
+    return sorted(tasks.get("segmentation", {}).get("iou") or [], key=lambda line: -(number(line[1]) or 0))
 
 
 def _few_shot(task: Task) -> Iterator[list[str]]:

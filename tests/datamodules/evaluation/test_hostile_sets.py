@@ -192,7 +192,7 @@ HOSTILE: dict[str, tuple[Callable[[str], Any], dict[str, Any], str]] = {
         },
         "withlabels.mat: not a readable list of cars",
     ),
-    "VOC of entities": (sets.VOC2007, _voc(LAUGHS), "1.xml: not an annotation of VOC2007, which has no declarations"),
+    "VOC of entities": (sets.VOC2007, _voc(LAUGHS), "1.xml: not an annotation of VOC, which has no declarations"),
     "VOC nested": (sets.VOC2007, _voc("<a>" * 100_000), "1.xml: not a readable annotation"),
     "VOC in a pipe": (sets.VOC2007, _voc(os.mkfifo), "1.xml: neither a file nor a folder"),
     "CLEVR nested": (sets.CLEVRCounts, {SCENES: "[" * 100_000}, "scenes.json: not a readable JSON file .nested too"),

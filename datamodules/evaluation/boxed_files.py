@@ -1,0 +1,98 @@
+"""Images with boxes around what they show: Pascal VOC and COCO."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from lit_clip.errors import InputError
+from lit_clip.evaluation.data import Box, Boxed
+from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.reading import reading
+from .annotation_files import AGAIN, find, read_json, read_lines
+from .image_files import UnlabelledFiles, labels_of, refuse_no_folder
+from .torchvision_sets import VOC_CLASSES, voc_objects
+
+VOC_NAMES = {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv monitor"}
+Boxes = list[tuple[int, Box]]
+
+
+class BoxedFiles(UnlabelledFiles, Boxed):
+    """Images and their boxes; ``short_side`` is in pixels; None: twice the model's image size."""
+
+    def __init__(
+        self,
+        root: Path,
+        names: list[str],
+        boxes: list[Boxes],
+        class_names: list[str],
+        annotations: Sequence[Path],
+        tolerance: int,
+        short_side: int | None,
+    ) -> None:
+        super().__init__(root, names, list(annotations))
+        refuse_no_folder(self.file(0).parent)
+        self.class_names, self._boxes, self.tolerance, self._short_side = class_names, boxes, tolerance, short_side
+
+    def boxes(self, index: int) -> Boxes:
+        return list(self._boxes[index])
+
+    def short_side(self, image_size: int) -> int:
+        return self._short_side or super().short_side(image_size)
+
+    def truth_stamp(self) -> str:
+        return hex_digest([self._boxes, self.tolerance])
+
+
+def VOCBoxes(
+    root: str, year: str = "2007", split: str = "test", tolerance: int = 15, short_side: int | None = None
+) -> BoxedFiles:
+    """Pascal VOC's detection annotations, also those marked difficult; ``VOCdevkit/VOC2007`` or of another year."""
+    folder = Path(root) / "VOCdevkit" / f"VOC{year}"
+    listed = folder / "ImageSets" / "Main" / f"{split}.txt"
+    images = read_lines(listed)
+    annotations = [folder / "Annotations" / f"{image}.xml" for image in images]
+    boxes = list(map(_voc_boxes, annotations))
+    names = [VOC_NAMES.get(name, name) for name in VOC_CLASSES]
+    files = [f"JPEGImages/{image}.jpg" for image in images]
+    return BoxedFiles(folder, files, boxes, names, [listed, *annotations], tolerance, short_side)
+
+
+def _voc_boxes(path: Path) -> Boxes:
+    found: Boxes = []
+    for element in voc_objects(path):
+        (label,) = labels_of([str(element.findtext("name", "")).strip()], VOC_CLASSES, path)
+        with reading(path, "annotation of Pascal VOC with boxes", hint=AGAIN):
+            left, top, right, bottom = (
+                float(element.findtext(f"bndbox/{key}", "")) for key in ("xmin", "ymin", "xmax", "ymax")
+            )
+        found.append((label, (left - 1, top - 1, right, bottom)))  # counted from 1, the last pixel within
+    return found
+
+
+def COCOInstances(root: str, split: str = "val2017", tolerance: int = 15, short_side: int | None = None) -> BoxedFiles:
+    """COCO's boxes, ``instances_SPLIT.json`` in ``root`` or ``root/annotations``, and the images in ``root/SPLIT``.
+
+    Images without a box are left out. Labels are the 80 categories by ascending id.
+    """
+    name = f"instances_{split}.json"
+    path = find(Path(root), [f"annotations/{name}", name], "list of instances")
+    content = read_json(path)
+    with reading(path, "list of instances", hint=AGAIN):
+        categories = sorted((int(each["id"]), str(each["name"])) for each in content["categories"])
+        files = {int(each["id"]): str(each["file_name"]) for each in content["images"]}
+        boxes = [
+            (int(each["image_id"]), int(each["category_id"]), tuple(float(side) for side in each["bbox"]))
+            for each in content["annotations"]
+        ]
+    label_of, of_image = {number: label for label, (number, _) in enumerate(categories)}, dict[int, Boxes]()
+    for image, category, sides in boxes:
+        if image not in files or category not in label_of or len(sides) != 4:
+            raise InputError(f"{path}: a box is of no image or category in it, or has no four sides; {AGAIN}")
+        left, top, width, height = sides
+        of_image.setdefault(image, []).append((label_of[category], (left, top, left + width, top + height)))
+    if not of_image:
+        raise InputError(f"{path}: no boxes in it; {AGAIN}")
+    shown = sorted(of_image)
+    names, places = [files[image] for image in shown], [of_image[image] for image in shown]
+    return BoxedFiles(
+        Path(root) / split, names, places, [name for _, name in categories], [path], tolerance, short_side
+    )

@@ -1,0 +1,110 @@
+"""Images and masks, in files of their own: Pascal VOC, Pascal Context, ADE20K, COCO-Stuff, Cityscapes, and others."""
+
+import os
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+
+from lit_clip.errors import InputError, require
+from lit_clip.evaluation.data import Masked
+from lit_clip.tools.hashing import hex_digest, stamp_of_files
+from lit_clip.tools.images import open_image
+from lit_clip.tools.text_files import read_yaml
+from .annotation_files import read_lines
+from .image_files import UnlabelledFiles, refuse_no_folder
+
+CLASSES = Path(__file__).with_name("segmentation_classes.yaml")
+HIGHEST = 2**16  # values of a mask, exclusive
+UNKNOWN = -2
+
+
+@lru_cache(maxsize=1)
+def _known_classes() -> dict[str, list[str]]:
+    return read_yaml(CLASSES)
+
+
+class MaskedFiles(UnlabelledFiles, Masked):
+    """Images of one folder and their masks, of one channel, in another, under the same names but for the suffixes.
+
+    Args:
+        root: the folder of the set.
+        images: folder of the images below it.
+        masks: folder of the masks below it; both may have subfolders.
+        classes: a list of ``segmentation_classes.yaml`` (``voc``, ``context``, ``ade20k``, ``coco_stuff``,
+            ``cityscapes``), or the class names in label order.
+        background: names of a class that stands before them; None: there is none. A pixel is background where one of
+            its names has the highest cosine.
+        first: value of the first class in the masks, which the others follow.
+        values: or each class's value.
+        ignored: values of pixels that do not count. Any other value is an error.
+        image_suffix: end of an image's name.
+        mask_suffix: end of a mask's name.
+        listed: file below ``root`` with the names to use, without suffixes; None: those of all masks.
+        short_side: pixels that an image's short side is resized to; None: twice the model's image size.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        images: str,
+        masks: str,
+        classes: str | list[str],
+        background: list[str] | None = None,
+        first: int = 0,
+        values: list[int] | None = None,
+        ignored: list[int] | None = None,
+        image_suffix: str = ".jpg",
+        mask_suffix: str = ".png",
+        listed: str | None = None,
+        short_side: int | None = None,
+    ) -> None:
+        names = _known_classes().get(classes) if isinstance(classes, str) else classes
+        if not names:
+            raise InputError(f"classes: {classes!r} must be a list of names or one of {', '.join(_known_classes())}")
+        self.synonyms = [*([background] if background else []), *([name] for name in names)]
+        self.class_names = [*(["background"] if background else []), *names]
+        self._short_side, self._ignored = short_side, [255] if ignored is None else ignored
+        self._values = values or list(range(first, first + len(self.synonyms)))
+        message = (
+            f"values: {len(self._values)} for {len(self.synonyms)} classes; give one of each, between 0 and {HIGHEST}"
+        )
+        require(len(self._values) == len(self.synonyms), message)
+        require(all(0 <= value < HIGHEST for value in [*self._values, *self._ignored]), message)
+        top, self._masks = Path(root), Path(root) / masks
+        refuse_no_folder(top / images)
+        refuse_no_folder(self._masks)
+        stems = read_lines(top / listed) if listed else _stems(self._masks, mask_suffix)
+        require(bool(stems), f"{self._masks}: no masks that end in {mask_suffix}; get the set again")
+        self._files = [self._masks / f"{stem}{mask_suffix}" for stem in stems]
+        lists = [top / listed] if listed else []
+        super().__init__(top / images, [f"{stem}{image_suffix}" for stem in stems], [*lists, *self._files])
+
+    def mask(self, index: int) -> np.ndarray:
+        path = self._files[index]
+        stored = np.asarray(open_image(path))
+        require(stored.ndim == 2 and stored.dtype != bool, f"{path}: a mask must have one channel of whole numbers")
+        require(
+            int(stored.min()) >= 0 and int(stored.max()) < HIGHEST, f"{path}: values must be from 0 to {HIGHEST - 1}"
+        )
+        label_of = np.full(HIGHEST, UNKNOWN, dtype=np.int16)
+        label_of[self._ignored] = -1
+        label_of[self._values] = np.arange(len(self._values))
+        labels_HW = label_of[stored]
+        if (labels_HW == UNKNOWN).any():
+            value = int(stored[labels_HW == UNKNOWN][0])
+            raise InputError(f"{path}: the value {value} is no class's; correct first or values, or add it to ignored")
+        return labels_HW
+
+    def short_side(self, image_size: int) -> int:
+        return self._short_side or super().short_side(image_size)
+
+    def truth_stamp(self) -> str:
+        stamp = stamp_of_files(path for path in self._files if os.path.isfile(path))
+        return hex_digest([stamp, self._values, self._ignored])
+
+
+def _stems(folder: Path, suffix: str) -> list[str]:
+    """List the paths below a folder of the files that end in ``suffix``, without it, sorted."""
+    paths = (Path(top, name).relative_to(folder) for top, _, names in os.walk(folder) for name in names)
+    return sorted(path.as_posix().removesuffix(suffix) for path in paths if path.name.endswith(suffix))

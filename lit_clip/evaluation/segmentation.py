@@ -1,0 +1,157 @@
+"""Zero-shot semantic segmentation: a pixel belongs to the class of the nearest name (MaskCLIP, Zhou et al. 2022).
+
+Cosines are interpolated to the mask's size before names are compared, as in mmsegmentation. A class with several names,
+such as the background, has the highest of their cosines.
+
+Shapes: N images, M names, C classes, h x w places, H x W pixels.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lit_clip.errors import require
+from lit_clip.evaluation.confusions import write_confusions
+from lit_clip.evaluation.data import ImageSet, Masked
+from lit_clip.evaluation.intervals import DRAWS, Interval
+from lit_clip.evaluation.overlap import CONFIDENCE
+from lit_clip.evaluation.places import PlaceRecords, Size
+from lit_clip.tools.atomic import make_folder
+
+AT_ONCE = 2**24  # interpolated cosines, 64 MiB
+DRAWS_AT_ONCE = 250
+
+
+def mask_of(images: Masked, row: int, size: Size) -> Tensor:
+    """Return the mask of an image, which must have its size: int16 ``[H, W]``, -1 where it does not count."""
+    mask_HW = images.mask(row)
+    assert isinstance(images, ImageSet)
+    (height, width), (wide, high) = mask_HW.shape, size
+    require(
+        (width, height) == size,
+        f"{images.key(row)}: the mask is {width} x {height} pixels and the image {wide} x {high}; get the set again",
+    )
+    highest = int(mask_HW.max(initial=-1))
+    classes = len(images.class_names)
+    require(highest < classes, f"{images.key(row)}: the mask has label {highest}, but there are {classes} classes")
+    return torch.from_numpy(mask_HW.astype(np.int16))
+
+
+def nearest_names(cosines_Mhw: Tensor, height: int, width: int) -> Tensor:
+    """Return the name of each pixel, int64 ``[H, W]``: the first of a tie, -1 where no cosine is a number."""
+    best = cosines_Mhw.new_full((height, width), -torch.inf)
+    name = torch.full((height, width), -1, device=best.device)
+    at_once = max(1, AT_ONCE // best.numel())
+    for start in range(0, len(cosines_Mhw), at_once):
+        some = cosines_Mhw[None, start : start + at_once]
+        value, place = F.interpolate(some, (height, width), mode="bilinear")[0].max(dim=0)
+        name = torch.where(value > best, place + start, name)
+        best = best.maximum(value)
+    return name
+
+
+def pixel_pairs(cosines_Mhw: Tensor, mask_HW: Tensor, classes_M: Tensor) -> Tensor:
+    """Return pairs of true and predicted class with their numbers of pixels, int64 ``[K, 2]``.
+
+    A pair is ``truth * (C + 1) + prediction``; the prediction C is none. Pixels with the label -1 do not count.
+    """
+    count = int(classes_M.max()) + 1
+    of_name = torch.cat([classes_M, torch.tensor([count])]).to(cosines_Mhw.device)  # the last for the name -1
+    prediction_HW = of_name[nearest_names(cosines_Mhw, *mask_HW.shape)]
+    truth_HW = mask_HW.to(cosines_Mhw.device, torch.int64)
+    counted = truth_HW >= 0
+    pixels = (truth_HW * (count + 1) + prediction_HW)[counted].bincount(minlength=count * (count + 1))
+    pairs = pixels.nonzero()[:, 0]
+    return torch.stack([pairs, pixels[pairs]], dim=1)
+
+
+class ClassPixels(NamedTuple):
+    """Numbers of pixels of each class, int64 ``[..., C]``: rightly predicted, true, predicted."""
+
+    right: np.ndarray
+    truth: np.ndarray
+    predicted: np.ndarray
+
+    def iou(self) -> np.ndarray:
+        """Return intersection over union; NaN of a class that is neither in the masks nor predicted."""
+        union = self.truth + self.predicted - self.right
+        return np.divide(self.right, union, out=np.full(union.shape, np.nan), where=union > 0)
+
+    def miou(self) -> np.ndarray:
+        """Return the mean over the classes that have one, as in mmsegmentation and torchmetrics."""
+        return np.nanmean(self.iou(), axis=-1)
+
+    def accuracy(self) -> np.ndarray:
+        """Return the fraction of pixels that are right."""
+        return self.right.sum(axis=-1) / self.truth.sum(axis=-1)
+
+
+def confusion(records: PlaceRecords, classes: int) -> np.ndarray:
+    """Return the pixels by true class (rows) and predicted class (columns, the last none), int64 ``[C, C + 1]``."""
+    pixels = np.zeros(classes * (classes + 1), dtype=np.int64)
+    np.add.at(pixels, records.values[:, 1], records.values[:, 2])
+    return pixels.reshape(classes, classes + 1)
+
+
+def pixels_by_image(records: PlaceRecords, classes: int) -> ClassPixels:
+    """Return the numbers of each image, ``[N, C]``."""
+    place = np.searchsorted(records.rows, records.values[:, 0])
+    (truth, prediction), pixels = np.divmod(records.values[:, 1], classes + 1), records.values[:, 2]
+    found = ClassPixels(*(np.zeros((len(records.rows), classes), dtype=np.int64) for _ in range(3)))
+    right, known = truth == prediction, prediction < classes
+    np.add.at(found.right, (place[right], truth[right]), pixels[right])
+    np.add.at(found.truth, (place, truth), pixels)
+    np.add.at(found.predicted, (place[known], prediction[known]), pixels[known])
+    return found
+
+
+def bootstrap(pixels: ClassPixels) -> dict[str, Interval]:
+    """Return intervals from images drawn with replacement, one less than there are: see ``UnitScores.bootstrap``."""
+    stacked = np.concatenate(pixels, axis=1)[pixels.truth.any(axis=1)].astype(np.float64)  # [N, 3C]
+    random, images, classes = np.random.default_rng(0), len(stacked), pixels.truth.shape[1]
+    draws: dict[str, list[np.ndarray]] = {"miou": [], "pixel_accuracy": []}
+    for _ in range(0, DRAWS if images > 1 else 0, DRAWS_AT_ONCE):
+        times = random.multinomial(images - 1, np.full(images, 1 / images), size=DRAWS_AT_ONCE)
+        drawn = ClassPixels(*(times @ stacked).reshape(DRAWS_AT_ONCE, 3, classes).swapaxes(0, 1))
+        draws["miou"].append(drawn.miou())
+        draws["pixel_accuracy"].append(drawn.accuracy())
+    tails = [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]
+    ends = {name: np.quantile(np.concatenate(values), tails) for name, values in draws.items() if values}
+    return {name: (float(low), float(high)) for name, (low, high) in ends.items() if low < high}
+
+
+def segmentation_metrics(records: PlaceRecords, names: Sequence[str]) -> dict[str, Any]:
+    """Return the task's entry in ``results.json`` without files; ``iou`` has each class's IoU, recall and pixels."""
+    matrix = confusion(records, len(names))
+    require(int(matrix.sum()) > 0, "segmentation: no pixel has a label")
+    total = ClassPixels(matrix.diagonal(), matrix.sum(axis=1), matrix[:, :-1].sum(axis=0))
+    iou_C, (right, truth, _) = total.iou(), total
+    return {
+        "value": float(total.miou()),
+        "metrics": {"miou": float(total.miou()), "pixel_accuracy": float(total.accuracy())},
+        "baseline": float(truth.max() / truth.sum() / (truth > 0).sum()),  # one class everywhere
+        "images": len(records.rows),
+        "iou": [
+            (name, None if np.isnan(iou) else float(iou), float(hits / of) if of else None, int(of))
+            for name, iou, hits, of in zip(names, iou_C, right, truth, strict=True)
+        ],
+    }
+
+
+def segmentation(records: PlaceRecords, names: Sequence[str], folder: Path, stem: str) -> dict[str, Any]:
+    """Return the task's entry in ``results.json``; the matrix of pixels is written to ``stem_confusions.csv``."""
+    path = folder / f"{stem}_confusions.csv"
+    make_folder(path.parent)
+    matrix = confusion(records, len(names))[:, :-1]
+    pairs = ((truth, prediction, int(matrix[truth, prediction])) for truth, prediction in np.argwhere(matrix).tolist())
+    write_confusions(path, pairs, names, "pixels")
+    return {
+        **segmentation_metrics(records, names),
+        "intervals": bootstrap(pixels_by_image(records, len(names))),
+        "files": [path.relative_to(folder).as_posix()],
+    }
