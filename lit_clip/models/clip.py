@@ -118,9 +118,7 @@ class CLIP(TextTransformer):
         features = encode_places(self.visual, images)
         return unit(features.movedim(1, -1)).movedim(-1, 1) if normalize else features
 
-    def forward_intermediates(
-        self, image: Tensor | None = None, text: Tensor | None = None, **options: Any
-    ) -> dict[str, Any]:
+    def forward_intermediates(self, image: Tensor | None = None, text: Tensor | None = None, **options: Any) -> Any:
         """Features, and outputs of image blocks: :func:`lit_clip.models.intermediates.forward_intermediates`."""
         return forward_intermediates(self, image, text, **options)
 
