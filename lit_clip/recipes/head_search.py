@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from lit_clip.embedding.precision import Precision, autocast
 from lit_clip.errors import BadSample, require
@@ -79,7 +80,7 @@ def freeze_only(model: CLIP, freeze: Freeze) -> None:
 
 
 def _encoded_texts(encoding: Encoding, model: CLIP, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return activations and tokens, those of one length together, so that nothing is padded."""
+    """Return activations, of tokens padded with zeros, and tokens; those of one length are encoded together."""
     tokens = model.tokenizer(list(captions))
     lengths = model.tokenizer.lengths(tokens)
     rows: list[Tensor] = [torch.zeros(0)] * len(tokens)
@@ -88,7 +89,7 @@ def _encoded_texts(encoding: Encoding, model: CLIP, captions: Sequence[str]) -> 
             found = encoding.activations(model.frozen_prefixes["text"], tokens[some, :length], [length] * len(some))
             for row, value in zip(some.tolist(), found.float(), strict=True):
                 rows[row] = value
-    return torch.stack(rows), tokens.to(rows[0].device)
+    return pad_sequence(rows, batch_first=True), tokens.to(rows[0].device)
 
 
 def sample_of(module: Any, data: Any, precision: Precision, most_seconds: float, seed: int) -> Sample | None:

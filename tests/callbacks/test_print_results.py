@@ -61,6 +61,20 @@ def test_the_last_line_names_the_best_model_by_recall_where_the_loss_misleads(
     assert torch.load(tmp_path / "best.ckpt", weights_only=True)["epoch"] == 2
 
 
+def test_the_best_model_of_the_run_before_stays_the_best_until_there_is_a_better_one(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Also where each run has a folder of its own, as every ``fit`` of the command line has."""
+    trained(tiny_config, caption_table, tmp_path / "0", 1)
+    trained(tiny_config, caption_table, tmp_path / "1", 3, tmp_path / "0/last.ckpt")
+    assert f"best val/mean_recall (0.7): {tmp_path / '1/best.ckpt'}" in capfd.readouterr().out
+    trained(tiny_config, caption_table, tmp_path / "2", 4, tmp_path / "1/last.ckpt")  # worse
+    trained(tiny_config, caption_table, tmp_path / "3", 4, tmp_path / "2/last.ckpt")  # nothing is left to train
+    for line in capfd.readouterr().out.splitlines():
+        assert not line.startswith("best") or line == f"best val/mean_recall (0.7): {tmp_path / '1/best.ckpt'}"
+    assert [(tmp_path / name / "best.ckpt").exists() for name in "0123"] == [True, True, False, False]
+
+
 @pytest.mark.parametrize(
     ("losses", "recalls"),
     [

@@ -85,7 +85,8 @@ def module_and_data(tmp_path_factory: pytest.TempPathFactory) -> tuple[LitCLIP, 
     table, rows = folder / "captions.csv", ["image,caption"]
     for number in range(60):
         paint(folder / f"{number}.png", number)
-        rows.append(f"{number}.png,{WORDS[number % 20]} {WORDS[number // 20]} {WORDS[number % 7]}")
+        longer = " ".join(WORDS[: number % 5])
+        rows.append(f"{number}.png,{WORDS[number % 20]} {WORDS[number // 20]} {WORDS[number % 7]} {longer}")
     table.write_text("\n".join(rows), encoding="utf-8")
     data = Captions(str(table), str(table), num_workers=0)
     data.preprocessing, data.tokenize = module.preprocessing, module.tokenize

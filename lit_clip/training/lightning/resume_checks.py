@@ -1,11 +1,12 @@
 """Check the states of loops, callbacks, optimisers and schedules in a checkpoint before Lightning uses them."""
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
+import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -50,15 +51,18 @@ def check_restorable(checkpoint: Any, trainer: Trainer, name: str) -> None:
     for kind in ("fit", "validate", "test", "predict"):
         fresh = getattr(trainer, f"{kind}_loop").state_dict()
         check_progress(loops.get(f"{kind}_loop", {}), fresh, f"{name}: loops.{kind}_loop")
-    mine = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-    folders = {str(each.dirpath): each.FILE_EXTENSION for each in mine}
+    mine = {each.state_key: each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)}
     for key, state in (checkpoint.get("callbacks") or {}).items():
-        if isinstance(state, Mapping):  # otherwise its callback refuses it
-            _check_paths(state, folders, f"{name}: callbacks.{key}")
+        if isinstance(state, dict):  # otherwise its callback refuses it
+            _settle_paths(state, mine, key, f"{name}: callbacks.{key}")
 
 
-def _check_paths(state: Mapping[str, Any], folders: Mapping[str, str], where: str) -> None:
-    """Check the files that :class:`ModelCheckpoint` would delete in time: its own in its folder, and no others."""
+def _settle_paths(state: dict[str, Any], savers: Mapping[str, ModelCheckpoint], key: str, where: str) -> None:
+    """Check the files that :class:`ModelCheckpoint` would delete in time: its own in its folder, and no others.
+
+    The best model of another folder stays the best until there is a better one: a resumed run is one run.
+    """
+    folders = {str(each.dirpath): each.FILE_EXTENSION for each in savers.values()}
     check_entries(state, dict.fromkeys(PATHS, str) | {"best_k_models": dict[str, object], "dirpath": str | None}, where)
     # Lightning takes the others from a state without a folder, or with this run's.
     foreign = state.get("dirpath") is not None and state["dirpath"] not in folders
@@ -71,6 +75,20 @@ def _check_paths(state: Mapping[str, Any], folders: Mapping[str, str], where: st
         # Of local files in other folders Lightning deletes none, but it does not look for `..`.
         safe = ".." not in pure.parts and (ours or (foreign and "://" not in path and "::" not in path))
         require(safe, f"{where}: {shortened(path)} is no checkpoint in the folder of this run, which may delete it")
+    best, saver = state.get("best_model_path"), savers.get(key)
+    score = _score(Path(best), key) if best and saver is not None and saver.monitor else None
+    if saver is not None and foreign and score is not None:
+        top = {"best_k_models": {best: score}, "kth_best_model_path": best, "kth_value": score}
+        state |= {"dirpath": saver.dirpath, "last_model_path": "", "best_model_score": score, **top}
+
+
+def _score(path: Path, key: str) -> Tensor | None:
+    """Return the score of a best model by its file: another saver's checkpoint may have been written before it."""
+    with suppress(Exception):  # it is gone, or no checkpoint
+        whole = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # no weight is read
+        score = whole["callbacks"][key]["best_model_score"]
+        return score.clone() if isinstance(score, Tensor) and score.numel() == 1 and bool(score.isfinite()) else None
+    return None
 
 
 def restore_in_one_line(connector: Any) -> None:
