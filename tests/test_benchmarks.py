@@ -10,7 +10,7 @@ import sys
 import time
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -399,7 +399,8 @@ def test_the_last_batch_of_a_table_is_for_validation(tmp_path: Path, monkeypatch
 class Colours(LabelledImages):
     """Images of one colour each."""
 
-    class_names: ClassVar = [f"{i}" for i in range(12)]
+    def __init__(self) -> None:
+        self.class_names = [f"{i}" for i in range(12)]
 
     def __len__(self) -> int:
         return 12

@@ -51,8 +51,6 @@ def _vision_transformer(vit: VisionTransformer, images: Tensor) -> Tensor:
     L, W = x_BLW.shape[1:]
     layout = Layout(((B, L),), causal=False)
     *blocks, last = list(vit.transformer.resblocks)
-    if not isinstance(last, ResidualAttentionBlock):  # FSDP gathers a block's weights only for its whole forward pass
-        raise InputError("encode_patches: the last block's weights are sharded; train with trainer.strategy ddp")
     x = x_BLW.reshape(B * L, W)
     for block in blocks:
         x = block(x, layout)
@@ -63,8 +61,10 @@ def _vision_transformer(vit: VisionTransformer, images: Tensor) -> Tensor:
     return features.transpose(1, 2).unflatten(2, grid)
 
 
-def _value_path(block: ResidualAttentionBlock, x_TW: Tensor) -> Tensor:
+def _value_path(block: nn.Module, x_TW: Tensor) -> Tensor:
     """Return the values of a block's attention, each projected alone: ``[T, W]`` -> ``[T, W]``."""
+    if not isinstance(block, ResidualAttentionBlock):  # FSDP gathers a block's weights only for its whole forward pass
+        raise InputError("encode_patches: the last block's weights are sharded; train with trainer.strategy ddp")
     W = x_TW.shape[1]
     weight, bias = cast(Tensor, block.attn.in_proj_weight), block.attn.in_proj_bias
     return block.attn.out_proj(F.linear(block.ln_1(x_TW), weight[2 * W :], bias[2 * W :]))

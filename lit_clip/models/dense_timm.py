@@ -29,8 +29,12 @@ def timm_places(encoder: TimmImageEncoder, images: Tensor) -> Tensor:
     """
     trunk: Any = encoder.trunk
     pooling, tokens = _pooling(trunk), type(trunk) in (VisionTransformer, Eva)
-    if encoder.reads_patches or pooling not in (*AVERAGES, *(("token", "map") if tokens else ())):
+    if encoder.reads_patches:
+        raise _refusal(trunk, "of patch sequences")
+    if pooling not in (*AVERAGES, *(("token", "map") if tokens else ())):
         raise _refusal(trunk, f"with pooling {pooling!r}")
+    if images.ndim != 4:
+        raise InputError(f"images are {list(images.shape)}; places need [B, 3, H, W]")
     if not len(images):  # timm's transformers cannot reshape an empty batch
         return timm_places(encoder, images.new_zeros(1, *images.shape[1:]))[:0]
     if tokens:

@@ -183,6 +183,19 @@ def test_attention_pooling_pools_each_place_alone() -> None:
         torch.testing.assert_close(found[:, :, i // 4, i % 4], expected, atol=1e-5, rtol=1e-5)
 
 
+def test_cocas_pooling_reads_each_place_alone() -> None:
+    model = model_of(dataclasses.replace(VIT, pool="attention", pool_queries=3, pool_heads=2))
+    vit: Any = model.visual
+    pooled: list[Tensor] = []
+    vit.attn_pool.register_forward_pre_hook(lambda _, args: pooled.append(args[0]))
+    images, found = photos(32), model.encode_patches(photos(32))
+    model.encode_image(images)
+    tokens = pooled[0]
+    for i in range(16):
+        expected = vit.project(vit.ln_post(vit.attn_pool(tokens[:, 1 + i : 2 + i])))
+        torch.testing.assert_close(found[:, :, i // 4, i % 4], expected, atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize(
     "image",
     [
@@ -328,7 +341,7 @@ def test_an_encoder_of_ones_own_gives_its_patches() -> None:
                 "naflexvit_base_patch16_gap", image_size=64, options={"depth": 1, "embed_dim": 64, "num_heads": 2}
             ),
             64,
-            "NaFlexVit with pooling",
+            "NaFlexVit of patch sequences has no features of places",
         ),
     ],
 )
