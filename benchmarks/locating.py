@@ -14,6 +14,7 @@ import random
 import statistics
 import time
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -65,7 +66,7 @@ def composed(folder: Path, size: int, side: tuple[int, int]) -> list[tuple[Image
             whole = Image.new("RGB", (2 * side[1], side[0]))
             for place, file in enumerate(parts):
                 with Image.open(file.path) as image:
-                    whole.paste(ImageOps.fit(image.convert("RGB"), side[::-1]), (place * side[1], 0))
+                    whole.paste(ImageOps.fit(image.convert("RGB"), (side[1], side[0])), (place * side[1], 0))
             found.append((whole, shown, names))
     return found
 
@@ -114,8 +115,11 @@ def cost(model: CLIP, image: Image.Image) -> None:
     """Time a map of three texts beside `encode_image` of one square image and of as many as have the pixels."""
     texts, pixels = model.encode(["a dress", "a hat", "a dog"]), model.preprocess(image)[None].repeat(2, 1, 1, 1)
     locator, times = Locator(model, ["a dress", "a hat", "a dog"]), defaultdict(list)
-    todo = {"encode_image": lambda: model.encode_image(pixels), "locate": lambda: model.locate(image, texts)}
-    todo["Locator"] = lambda: locator(image)
+    todo: dict[str, Callable[[], object]] = {
+        "encode_image": lambda: model.encode_image(pixels),
+        "locate": lambda: model.locate(image, texts),
+        "Locator": lambda: locator(image),
+    }
     with torch.inference_mode():
         for _ in range(21):
             for name, call in todo.items():
