@@ -2,11 +2,11 @@
 
     python benchmarks/locating.py --model best.ckpt --images validation/classes [--size 150] [--forms "a {}"]
 
-Two photographs of different classes lie beside each other, each cropped to a square. Asked are both names, all other
-classes' names (near) and 40 of ImageNet's (far); the background has 100 other names, of CIFAR-100. Printed are the
-share of shown texts that are seen, of these the share whose peak is in their half and the mean IoU of box and half, and
-the share of absent texts that are seen.
-Times are medians of pairs that alternate.
+Two images of different classes lie beside each other, each cropped to a square: of the folder, or without it of 40
+drawings that the quickstart trains on. Asked are both names with all other classes' names (near), and names of ImageNet
+alone (far); the background has 100 other names, of CIFAR-100. Printed are the share of shown texts that are seen, of
+these the share whose peak is in their half and the mean IoU of box and half, and the shares of absent texts that are
+seen. Times are medians of pairs that alternate.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import torch
 from PIL import Image, ImageOps
 
 import lit_clip
+from datamodules import OpenMojiClasses
 from lit_clip import CLIP
 from lit_clip.embedding.image_files import images_in
 from lit_clip.evaluation.prompts import paper_class_names
@@ -28,14 +29,14 @@ from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.locating import Locator, Region
 from lit_clip.models.size import height_width
 
-FAR = 40
+FAR, DRAWINGS = 40, 40
 FORMS = ["{}", "a {}", "a photo of a {}"]
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     arguments.add_argument("--model", required=True)
-    arguments.add_argument("--images", type=Path, required=True, help="a folder of class folders")
+    arguments.add_argument("--images", type=Path, help="a folder of class folders")
     arguments.add_argument("--size", type=int, default=150, help="composed images")
     arguments.add_argument("--forms", nargs="+", default=FORMS, help="of the texts; {} stands for the name")
     arguments.add_argument("--backgrounds", nargs="+", default=FORMS, help="their form")
@@ -55,17 +56,25 @@ def main() -> None:
     cost(model, pairs[0][0])
 
 
-def composed(folder: Path, size: int, side: tuple[int, int]) -> list[tuple[Image.Image, list[str], list[str]]]:
+def named_files(folder: Path | None) -> list[tuple[Path, str]]:
+    """Return image files, each with its class's name."""
+    if folder is not None:
+        return [(file.path, file.path.parent.name) for file in images_in(folder)]
+    drawings = OpenMojiClasses("trained")
+    return random.Random(2).sample([(path, drawings.class_names[label]) for path, label in drawings.files], DRAWINGS)
+
+
+def composed(folder: Path | None, size: int, side: tuple[int, int]) -> list[tuple[Image.Image, list[str], list[str]]]:
     """Return images of two parts, the classes' names of both, and all names."""
-    files, draw, found = images_in(folder), random.Random(0), []
-    names = sorted({file.path.parent.name for file in files})
+    files, draw, found = named_files(folder), random.Random(0), []
+    names = sorted({name for _, name in files})
     while len(found) < size:
         parts = draw.sample(files, 2)
-        shown = [file.path.parent.name for file in parts]
+        shown = [name for _, name in parts]
         if shown[0] != shown[1]:
             whole = Image.new("RGB", (2 * side[1], side[0]))
-            for place, file in enumerate(parts):
-                with Image.open(file.path) as image:
+            for place, (path, _) in enumerate(parts):
+                with Image.open(path) as image:
                     whole.paste(ImageOps.fit(image.convert("RGB"), (side[1], side[0])), (place * side[1], 0))
             found.append((whole, shown, names))
     return found
