@@ -22,6 +22,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import lit_clip
+from lit_clip.locating import Locator
 from tests.conftest import ROOT, lit_clip_command
 from tests.helpers import forks
 
@@ -217,3 +218,19 @@ def test_serve_answers_with_probabilities_and_refuses_what_is_too_large(
     finally:
         server.kill()
         server.wait()
+
+
+def test_locate_crops_what_the_image_shows_and_names_what_it_does_not(
+    run: Run, tmp_path: Path, drawings: tuple[Path, Path, list[str]]
+) -> None:
+    checkpoint, folder, _ = drawings
+    shutil.copy(folder / "pizza.png", tmp_path)
+    printed = run("locate.py", str(checkpoint), "pizza.png", "pizza", "an aeroplane above a lake").splitlines()
+    located = Locator(lit_clip.load_model(checkpoint), ["pizza", "an aeroplane above a lake"])(folder / "pizza.png")
+    for number, (line, region) in enumerate(zip(printed, located.regions, strict=True)):
+        crop, box = tmp_path / f"pizza_{number}.png", region.box((72, 72))
+        assert (crop.name in line, "not seen" in line) == (region.seen, not region.seen)
+        if box is not None:
+            with Image.open(crop) as image:
+                assert image.size == (box[2] - box[0], box[3] - box[1])
+    assert any(region.seen for region in located.regions)

@@ -46,12 +46,14 @@ OWN_CONTENT = (
 QUIET = {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_RUN_HISTORY": "False", "GRADIO_SHARE": "False"}
 CSS = """
 .gradio-container {max-width: 1100px !important; width: 100% !important; margin: 0 auto !important}
-#found .grid-wrap {max-height: none; overflow: visible}
+#found .grid-wrap, #where .grid-wrap {max-height: none; overflow: visible}
 #found .grid-container {grid-template-columns: repeat(auto-fill, minmax(min(160px, 38vw), 1fr)) !important}
-#found .gallery-item {aspect-ratio: auto}
-#found .thumbnail-item {height: auto; aspect-ratio: auto; overflow: visible}
+#found .gallery-item, #where .gallery-item {aspect-ratio: auto}
+#found .thumbnail-item, #where .thumbnail-item {height: auto; aspect-ratio: auto; overflow: visible}
 #found .thumbnail-item img {aspect-ratio: 1; height: auto}
-#found .caption-label {position: static; display: block; max-width: 100%; border: 0; white-space: nowrap}
+#where .thumbnail-item img {height: auto}
+#found .caption-label, #where .caption-label
+  {position: static; display: block; max-width: 100%; border: 0; white-space: nowrap}
 """
 
 
@@ -238,10 +240,10 @@ def _where_tab(gr: Any, trial: Trial) -> None:
                 others = gr.Textbox(lines=3, show_label=False, info=info)
             button = gr.Button("Find", variant="primary")
         with gr.Column(scale=3):
-            found = gr.Gallery(show_label=False, columns=2, object_fit="contain", format="jpeg", buttons=[])
+            options = {"columns": 2, "object_fit": "contain", "format": "jpeg", "buttons": []}
+            found = gr.Gallery(show_label=False, elem_id="where", **options)
             gr.HTML("The line on the bar is the level that texts of other things reach; a box is where a text is seen.")
-    options = {"inputs": [image, texts, others], "outputs": found, **QUEUE}
-    gr.on([button.click], _shown(gr, trial.locate), api_name="locate", **options)
+    button.click(_shown(gr, trial.locate), [image, texts, others], found, api_name="locate", **QUEUE)
 
 
 def _search_tab(gr: Any, trial: Trial) -> None:

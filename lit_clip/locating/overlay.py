@@ -40,7 +40,7 @@ class Scale(NamedTuple):
 
 def overlay(image: Image.Image, cosines: Tensor, scale: Scale, peak: float, box: Box | None = None) -> Image.Image:
     """Draw cosines ``[h, w]`` over an image, with a colour bar below that marks ``peak``; ``box``: in its pixels."""
-    size = _shown_size(image.size)
+    size = shown_size(image.size)
     grey = image.convert("RGB").resize(size).convert("L")
     under = 0.7 * np.asarray(grey, dtype=np.float32)[:, :, None] + 0.3 * 255  # light: colours stand out on it
     heat, cover = _coloured(scale.place(map_of(cosines[None], size[::-1])[0].numpy()))
@@ -57,7 +57,7 @@ def overlay(image: Image.Image, cosines: Tensor, scale: Scale, peak: float, box:
     return _with_bar(drawn, scale, peak)
 
 
-def _shown_size(size: tuple[int, int]) -> tuple[int, int]:
+def shown_size(size: tuple[int, int]) -> tuple[int, int]:
     """Return a width and height within limits, of the same aspect ratio."""
     ratio = min(max(1, LEAST / max(size)), MOST / max(size))
     return max(1, round(size[0] * ratio)), max(1, round(size[1] * ratio))

@@ -13,8 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms import InterpolationMode
-from torchvision.transforms.v2 import functional as TF
+from torchvision.transforms import InterpolationMode, v2
 
 from lit_clip.errors import require
 from lit_clip.models.encoding import as_features
@@ -69,8 +68,8 @@ def _resized(image: Image.Image, preprocessing: Any, stride: int, scale: float) 
     longest = MOST_ELONGATED * min(covered)
     sides = (scale * min(longest, now * ratio) for now in (image.height, image.width))
     size = [stride * max(1, round(side / stride)) for side in sides]
-    # RGB conversion comes last, as in preprocessing.
-    return TF.pil_to_tensor(to_rgb(TF.resize(image, size, InterpolationMode(preprocessing.interpolation))))
+    steps = [v2.Resize(size, InterpolationMode(preprocessing.interpolation)), v2.Lambda(to_rgb), v2.PILToTensor()]
+    return v2.Compose(steps)(image)  # RGB conversion comes last, as in preprocessing
 
 
 def _tiled(model: Any, pixels: Tensor, features: Tensor, stride: int) -> Tensor:
