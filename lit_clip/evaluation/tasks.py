@@ -94,13 +94,15 @@ def task_metrics(task: Task, opened: OpenSet, options: TaskOptions, stem: Path |
 
     Results of torchmetrics that are no numbers are written to files that begin with ``stem``, if there is one.
     """
-    metric, features = opened.entry.metric, opened.folds[0].features["test"]
     if task == "retrieval":
         assert opened.captions is not None
-        return evaluate_pairs(embeddings(features), opened.captions.features, opened.captions.pairs)
+        return evaluate_pairs(
+            embeddings(opened.folds[0].features["test"]), opened.captions.features, opened.captions.pairs
+        )
     if of_task := PARTS[task].metrics:
         result = of_task(opened)
-        return Evaluation(result["metrics"], {judging(metric, result["metrics"]): result["baseline"]})
+        metric = judging(opened.entry.metric, result["metrics"])
+        return Evaluation(result["metrics"], {metric: result["baseline"]})
     return classification_metrics(task, opened, options, stem)
 
 
