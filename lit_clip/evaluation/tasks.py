@@ -206,7 +206,8 @@ def _segmentation(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[s
 
 
 def _pointing(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
-    return pointing(opened.records["pointing"], keys_of(opened.folds[0]), opened.name, folder)
+    records = opened.records["pointing"]
+    return pointing(records, list(map(opened.folds[0].images["test"].key, records.rows)), opened.name, folder)
 
 
 def _of_places(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
