@@ -102,7 +102,7 @@ def evaluate(
     examples: Examples = EXAMPLES,
     download: bool = False,
 ) -> None:
-    """Evaluate a model on a suite of sets: zero-shot, linear probe, few-shot, retrieval, segmentation, ...
+    """Evaluate a model on a suite of sets: zero-shot, linear probe, few-shot, retrieval, caption choice, segmentation.
 
     Sets that are not below the data root are listed with how to get them; the others are evaluated. Features and
     results are cached: the same command resumes after an interruption.

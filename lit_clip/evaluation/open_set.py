@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 from lit_clip.evaluation.bias import bias_texts
 from lit_clip.evaluation.caption_choice import EncodedChoices, encode_choices
 from lit_clip.evaluation.data import CaptionChoices, CaptionedImages, ImageSet, LabelledImages, Localised, Masked
@@ -116,6 +116,7 @@ def place_texts(kind: type[Localised], opened: OpenSet, rows: Rows, encode: Enco
     if not isinstance(test, kind):
         needed = "masks" if kind is Masked else "boxes or masks"
         raise InputError(f"{type(test).__name__} has no {needed}, which {', '.join(opened.tasks)} needs")
+    require(len(opened.folds) == 1, "folds: masks and boxes have no mean over folds; make a set of each")
     opened.prompts = opened.prompts or prompts_of_set(opened.entry, test)
     by_name, classes = opened.prompts.by_name()
     opened.places = PlaceTexts(encode(by_name), torch.tensor(classes))

@@ -39,7 +39,7 @@ METRICS = {
     "worst_group_top5": "top-5 of the worst group",
     "jaccard": "Jaccard index",
     "miou": "mean IoU",
-    "accuracy": "peaks in the right place",
+    "accuracy": "pointing accuracy",
 }
 
 
@@ -163,7 +163,7 @@ def _reported(entry: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) 
 
 def judging(metric: str, metrics: Mapping[str, Any]) -> str:
     """Return the metric that a task is judged by: the set's own, or the task's first if that judges another task."""
-    return metric if metric in metrics else next(iter(metrics))
+    return metric if metric in metrics else next(iter(metrics), metric)
 
 
 def _row(

@@ -100,7 +100,8 @@ def prompts_of(class_names: ClassNames, templates: str | list[str] | None, own_n
         return Prompts(classes.display, classes.names)
     chosen = (classes.templates or list(DEFAULT_TEMPLATES)) if templates is None else templates_of(templates)
     texts = [[template.replace("{}", name) for name in names for template in chosen] for names in classes.names]
-    return Prompts(classes.display, texts, tuple(map(len, classes.names)))
+    counts = tuple(map(len, classes.names))
+    return Prompts(classes.display, texts, counts if max(counts) > 1 else ())
 
 
 def prompts_of_set(entry: SuiteEntry, images: LabelledImages | Localised) -> Prompts:

@@ -13,7 +13,7 @@ from torch import Tensor
 from lit_clip import distributed
 from lit_clip.embedding.encode import start_processes
 from lit_clip.embedding.precision import autocast
-from lit_clip.errors import InputError, require
+from lit_clip.errors import InputError
 from lit_clip.evaluation.classification import TaskOptions, class_names, top1_among
 from lit_clip.evaluation.data import MissingData, SomeOfImageNet, check_classes
 from lit_clip.evaluation.download import download_missing
@@ -148,13 +148,12 @@ class EvaluationRun:
 
     def _record(self, opened: OpenSet, name: Task, recorder: Recorder) -> None:
         """Record the places of the test images; called on all ranks."""
-        (fold, *others), texts = opened.folds, opened.places
-        require(not others, f"folds: {name} has no mean over folds; make a set of each")
+        images, texts = opened.folds[0].images["test"], opened.places
         assert texts is not None
         assert opened.prompts is not None
-        task = place_task(self.model, fold.images["test"], texts, recorder)
+        task = place_task(self.model, images, texts, recorder)
         digest, title = f"{opened.prompts.sha256} {opened.prompts.alternatives}", f"{opened.name} {name}"
-        records = PlaceStore(self.store).compute(fold.images["test"], name, task, digest, title)
+        records = PlaceStore(self.store).compute(images, name, task, digest, title)
         if records is not None:
             opened.records[name] = records
 
@@ -202,7 +201,7 @@ class EvaluationRun:
                 stderr().print(f"{opened.name}: {note}")
             if "value" in result:
                 value = f"{100 * result['value']:.1f} %"
-                metric = judging(opened.entry.metric, result.get("metrics") or {opened.entry.metric: 0})
+                metric = judging(opened.entry.metric, result.get("metrics", {}))
                 stderr().print(f"{opened.name}: {task} {metric} {value}")
 
         if opened.entry.paper == IMAGENET or isinstance(opened.folds[0].images["test"], SomeOfImageNet):

@@ -94,13 +94,15 @@ def task_metrics(task: Task, opened: OpenSet, options: TaskOptions, stem: Path |
 
     Results of torchmetrics that are no numbers are written to files that begin with ``stem``, if there is one.
     """
-    metric, features = opened.entry.metric, opened.folds[0].features["test"]
     if task == "retrieval":
         assert opened.captions is not None
-        return evaluate_pairs(embeddings(features), opened.captions.features, opened.captions.pairs)
+        return evaluate_pairs(
+            embeddings(opened.folds[0].features["test"]), opened.captions.features, opened.captions.pairs
+        )
     if of_task := PARTS[task].metrics:
         result = of_task(opened)
-        return Evaluation(result["metrics"], {judging(metric, result["metrics"]): result["baseline"]})
+        metric = judging(opened.entry.metric, result["metrics"])
+        return Evaluation(result["metrics"], {metric: result["baseline"]})
     return classification_metrics(task, opened, options, stem)
 
 
@@ -204,7 +206,8 @@ def _segmentation(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[s
 
 
 def _pointing(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
-    return pointing(opened.records["pointing"], keys_of(opened.folds[0]), opened.name, folder)
+    records = opened.records["pointing"]
+    return pointing(records, list(map(opened.folds[0].images["test"].key, records.rows)), opened.name, folder)
 
 
 def _of_places(opened: OpenSet, options: TaskOptions) -> Sequence[object]:

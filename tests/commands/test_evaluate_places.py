@@ -121,7 +121,7 @@ def test_grids_are_compared_with_another_run_query_by_query(places: Path) -> Non
     (compared,) = results["comparisons"]
     assert (compared["task"], compared["metric"], compared["images"]) == ("pointing", "accuracy", 30)
     assert (compared["difference"], compared["p_value"]) == (0, 1)
-    assert "pointing, peaks in the right place" in Path("out/report.html").read_text(encoding="utf-8")
+    assert "pointing, pointing accuracy" in Path("out/report.html").read_text(encoding="utf-8")
 
 
 def test_two_processes_give_the_same_places(places: Path) -> None:
