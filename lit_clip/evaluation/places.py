@@ -97,7 +97,7 @@ def window_starts(length: int, window: int) -> list[int]:
 
 
 @torch.no_grad()
-def place_cosines(model: CLIP, pixels: Tensor, features_DM: Tensor, window: Window) -> Tensor:
+def window_cosines(model: CLIP, pixels: Tensor, features_DM: Tensor, window: Window) -> Tensor:
     """Return the cosines of a resized image's places, uint8 ``[1, 3, H, W]``, with texts: float32 ``[M, h, w]``."""
     n, (h, w) = window.places, (side // window.step for side in pixels.shape[-2:])
     corners = [(top, left) for top in window_starts(h, n) for left in window_starts(w, n)]
@@ -184,7 +184,7 @@ def place_task(model: CLIP, images: ImageSet, texts: PlaceTexts, recorder: Recor
     return PlaceTask(
         [(str(row), 0, 0) for row in range(len(images))],
         read,
-        lambda pixels: place_cosines(model, pixels, texts.features, window),
+        lambda pixels: window_cosines(model, pixels, texts.features, window),
         several=True,
         must_be_finite=False,
         record=lambda cosines, truth: recorder.record(cosines, truth, texts.classes),

@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from lit_clip.errors import InputError
 from lit_clip.evaluation import segmentation
 from lit_clip.evaluation.data import ImageSet, Masked
-from lit_clip.evaluation.places import PlaceRecords, Window, place_cosines, whole_size, window_of, window_starts
+from lit_clip.evaluation.places import PlaceRecords, Window, window_cosines, whole_size, window_of, window_starts
 from lit_clip.evaluation.segmentation import (
     bootstrap,
     confusion,
@@ -148,7 +148,7 @@ def test_windows_equal_mmsegmentations(height: int, width: int) -> None:
             logits = torch.einsum("dhw,dm->mhw", features, texts).repeat_interleave(16, 1).repeat_interleave(16, 2)
             total[:, top : top + 64, left : left + 64] += logits
             count[top : top + 64, left : left + 64] += 1
-    found = place_cosines(model, pixels, texts, window).repeat_interleave(16, 1).repeat_interleave(16, 2)
+    found = window_cosines(model, pixels, texts, window).repeat_interleave(16, 1).repeat_interleave(16, 2)
     assert torch.allclose(found, total / count, atol=1e-6)
 
 
