@@ -12,7 +12,7 @@ from torchmetrics.classification import MulticlassJaccardIndex
 from lit_clip.errors import InputError
 from lit_clip.evaluation import segmentation
 from lit_clip.evaluation.data import ImageSet, Masked
-from lit_clip.evaluation.places import PlaceRecords, Window, window_cosines, whole_size, window_of, window_starts
+from lit_clip.evaluation.places import PlaceRecords, Window, whole_size, window_cosines, window_of, window_starts
 from lit_clip.evaluation.segmentation import (
     bootstrap,
     confusion,
