@@ -65,6 +65,11 @@ class ZeroShot(SuiteEvaluation):
         own: dict[str, SuiteEntry] = {}
         for name, each in self.sets.items():
             check_name(name, "ZeroShot.sets")
+            require(
+                isinstance(each, ZeroShotSet),
+                f"ZeroShot.sets: {name!r} is a {type(each).__name__}; give a lit_clip.callbacks.ZeroShotSet(images, "
+                "templates), or name the set in a suite file",
+            )
             require(name not in self.entries, f"ZeroShot.sets: {name!r} is in the suite too; rename one")
             own[name] = SuiteEntry({"class_path": type(each.images).__name__}, templates=list(each.templates))
         self.entries = own | self.entries

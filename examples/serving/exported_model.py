@@ -4,7 +4,7 @@ import io
 import json
 import os
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from html import unescape
 from pathlib import Path
@@ -55,7 +55,7 @@ class Model:
         texts, self.tokenizer = self.facts["tokenizer"], Tokenizer.from_file(str(folder / "tokenizer.json"))
         self.tokenizer.enable_truncation(texts["context_length"])
         self.tokenizer.enable_padding(length=texts["context_length"], pad_id=texts["padding_id"])
-        self.texts = lru_cache(maxsize=64)(self._texts)  # the next image mostly has the same classes
+        self._cached_texts = lru_cache(maxsize=64)(self._encode_texts)  # the next image mostly has the same classes
 
     def image(self, data: bytes) -> np.ndarray:
         """Return the unit features ``[1, D]`` of an image file."""
@@ -71,8 +71,11 @@ class Model:
             raise ValueError(f"the body is no image ({reason}); needs {', '.join(FORMATS)} with {most}") from error
         return unit(self.image_encoder(pixels))
 
-    def _texts(self, texts: tuple[str, ...]) -> np.ndarray:
+    def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Return the unit features ``[N, D]`` of texts."""
+        return self._cached_texts(tuple(texts))
+
+    def _encode_texts(self, texts: tuple[str, ...]) -> np.ndarray:
         facts = self.facts["tokenizer"]
         tokens = np.array([self.tokenizer.encode(cleaned(text, facts["cleaning"])).ids for text in texts])
         tokens[tokens == facts["id_replaced_by_0"]] = 0

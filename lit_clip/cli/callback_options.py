@@ -15,7 +15,7 @@ import yaml
 
 from lit_clip.errors import InputError, require
 from lit_clip.secrets import HIDDEN
-from lit_clip.tools.messages import parameters
+from lit_clip.tools.messages import imported_class, parameters
 from lit_clip.tools.parts import qualified_name
 from lit_clip.tools.text_files import parse_yaml
 
@@ -124,6 +124,11 @@ def _find(option: str, names: list[str], every: list[dict[str, Any]], own: int) 
         near = get_close_matches(typed.rpartition(".")[0], names, n=1) if typed[:1].isupper() else having[:3]
         right = " or ".join(f"{PREFIX}.{name}.{last}" for name in near or having[:3])
         hint = f"; did you mean {right}?" if right else ""
+        if not hint:
+            name = typed.partition(".")[0]
+            hint = f"; add it before, {PREFIX}+=" + (
+                f"callbacks.{name}" if imported_class(f"lit_clip.callbacks.{name}") else "CLASS"
+            )
         raise InputError(f"{option}: names none of the callbacks, which are {', '.join(names)}{hint}")
     keys, known = typed.removeprefix(f"{names[number]}.").split("."), parameters(every[number]["class_path"])
     near = get_close_matches(keys[0], known, n=1)

@@ -7,14 +7,20 @@ import textwrap
 from argparse import SUPPRESS, Action
 from collections.abc import Sequence
 from copy import copy
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
 from jsonargparse import DefaultHelpFormatter
+from lightning.pytorch import Callback
+
+from lit_clip.tools.messages import imported_class
 
 MARKED = re.compile(r"(?::\w+:`~?|``)([^`]+)``?")
 SECTION = ".help"  # what follows an option whose complete help is asked for
 NAMES = 34  # columns
+UNNAMED = {"model.loss": "lit_clip.losses.Contrastive"}  # the class where none is named
+GIVEN = ("params", "optimizer")  # arguments that the run passes
 # What most people set, in so few words that 80 columns hold them.
 COMMON = {
     "start": {
@@ -73,9 +79,42 @@ def short_help(parser: Any, command: str, every: bool = False) -> str:
         shown = [action for action in group._group_actions if _names(action) and action.help is not SUPPRESS]
         if shown:
             lines += [f"{_section(_names(shown[0])[-1])}:", *(_line(action, width) for action in shown), ""]
-    lines += ["All options, and the complete text for a section, an option or a class:"]
+    lines += [*_class_sections(parser, width), *_callbacks(width)] if every else []
+    lines += ["All options, and the complete text of a section, option, class or callback:"]
     words = ("--help all", "--trainer.help", "--ckpt_path.help", "--data.help datamodules.Captions")
+    words += ("--trainer.callbacks.help callbacks.EMA",)
     return "\n".join([*lines, *(f"  {command} {each}" for each in words)]) + "\n"
+
+
+def _class_sections(parser: Any, width: int) -> list[str]:
+    """Return the options of the classes that the data and the parts of the model have, unless others are named."""
+    lines = []
+    for option in ("data", "model.loss", "model.optimizer", "model.lr_scheduler"):
+        named = next(action.default for action in parser._actions if action.dest == option)
+        named = named.get("class_path") if hasattr(named, "get") else named
+        found = imported_class(named or UNNAMED.get(option, ""))
+        if found is None:
+            continue
+        own = type(parser)()
+        own.add_class_arguments(found, option)
+        given = {option, *(f"{option}.{name}" for name in GIVEN)}
+        shown = [action for action in own._actions if _names(action)[1:2] != ["--help"] and action.dest not in given]
+        typed = "" if named else f", once --{option} {found.__name__} is typed"
+        lines += [
+            f"{option} ({found.__name__}){typed}:",
+            *(_line(action, width) for action in shown if _names(action)),
+            "",
+        ]
+    return lines
+
+
+def _callbacks(width: int) -> list[str]:
+    """Return the callbacks of the package, one of which ``--trainer.callbacks+=`` adds to the others."""
+    package = import_module("lit_clip.callbacks")
+    found = {name: getattr(package, name) for name in package.__all__}
+    kinds = {name: kind for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, Callback)}
+    told = (_told(f"callbacks.{name}", _first(kind.__doc__ or ""), width) for name, kind in kinds.items())
+    return ["callbacks, each added by its name, such as --trainer.callbacks+=callbacks.EMA:", *told, ""]
 
 
 def _section(name: str) -> str:
@@ -89,9 +128,13 @@ def _names(action: Action) -> list[str]:
 
 
 def _line(action: Action, width: int) -> str:
-    text = MARKED.sub(r"\1", " ".join((action.help or "").split()))
-    first = re.split(r"(?<=\w[.;]) | Could also | \(Default| Default: ", text)[0].rstrip(".;:").replace("%%", "%")
-    return _told(", ".join(_names(action)), first, width)
+    return _told(", ".join(_names(action)), _first(action.help or ""), width)
+
+
+def _first(text: str) -> str:
+    """Return the first sentence of a help text, without the default, which may be that of a base class."""
+    text = MARKED.sub(r"\1", " ".join(text.split()))
+    return re.split(r"(?<=\w[.;]) | Could also | \([Dd]efault| Default: ", text)[0].rstrip(".;:").replace("%%", "%")
 
 
 def _told(option: str, first: str, width: int) -> str:

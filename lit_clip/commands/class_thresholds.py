@@ -2,7 +2,7 @@
 
 import csv
 import io
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,6 +48,11 @@ class Thresholds(NamedTuple):
 
     none: float | None = None
     classes: Tensor | None = None  # [C]
+    summary: Sequence[str | Table] = ()  # what they cost on the examples
+
+    def print_summary(self) -> None:
+        for each in self.summary:
+            stderr().print(each, highlight=False, soft_wrap=isinstance(each, str))
 
     def none_of(self, scored: Scored) -> list[bool]:
         """Return which images of a batch show none of the classes."""
@@ -105,7 +110,7 @@ def _table(path: Path, names: Sequence[str]) -> Examples:
 
 
 def fit(examples: Examples, scored: Iterable[Scored], names: Sequence[str], error: float) -> Thresholds:
-    """Fit thresholds on examples, print what they cost, and return them."""
+    """Fit thresholds on examples, with a summary of what they cost."""
     if examples.relevance is None:
         return _fit_none(examples, scored, error)
     rows: list[int] = []
@@ -127,25 +132,24 @@ def _fit_none(examples: Examples, scored: Iterable[Scored], error: float) -> Thr
         threshold = none_threshold(torch.tensor(known, dtype=torch.float64), error)
     except InputError as problem:
         raise InputError(f"--none_error: {problem}") from problem
-    print_line = _printer()
-    print_line(
+    summary: list[str | Table] = [
         f"none of these: a similarity below {threshold:.4f} to every class; fitted on {len(known):,} examples, so that "
         f"on average at most {percent(error)} of new images of the classes are called so"
-    )
+    ]
     if others:
         rejected = UnitScores((torch.tensor(others, dtype=torch.float64) < threshold).double().numpy())
         low, high = rejected.interval()
-        print_line(
+        summary.append(
             f"of {len(others):,} examples of no class {percent(rejected.mean())} are called so (99.5 % interval "
             f"{percent(low)} to {percent(high)})"
         )
-    return Thresholds(none=threshold)
+    return Thresholds(none=threshold, summary=summary)
 
 
 def _fit_classes(probability_NC: Tensor, relevance_NC: Tensor, names: Sequence[str]) -> Thresholds:
     found = fit_thresholds(probability_NC, relevance_NC)
-    means, print_line = macro(found), _printer()
-    print_line(
+    means = macro(found)
+    line = (
         f"thresholds of {len(names)} classes, fitted on {len(relevance_NC):,} examples: mean F1 "
         f"{percent(means['f1_held_out'])} on held-out examples ({FOLDS} folds), {percent(means['f1_fixed'])} with "
         f"{FIXED} for all; {percent(means['f1_fitted'])} on the examples themselves"
@@ -156,12 +160,6 @@ def _fit_classes(probability_NC: Tensor, relevance_NC: Tensor, names: Sequence[s
     for name, each in list(zip(names, found, strict=True))[:SHOWN]:
         numbers = (str(each.examples), f"{each.threshold:.3g}", percent(each.f1_fixed), percent(each.f1_held_out))
         table.add_row(Text(name), *numbers)
-    stderr().print(table)
     never = [name for name, each in zip(names, found, strict=True) if not each.examples]
-    if never:
-        print_line(f"without an example, and so never given: {listed(never)}")
-    return Thresholds(classes=torch.tensor([each.threshold for each in found]))
-
-
-def _printer() -> Callable[[str], None]:
-    return lambda line: stderr().print(line, highlight=False, soft_wrap=True)
+    lacking = [f"without an example, and so never given: {listed(never)}"] if never else []
+    return Thresholds(classes=torch.tensor([each.threshold for each in found]), summary=[line, table, *lacking])

@@ -80,9 +80,14 @@ class Judge:
     elsewhere: list[bool] = field(default_factory=list)  # of images of no class: whether they were called so
 
     def __post_init__(self) -> None:
-        require(any(place >= 0 for place in self.truth) or not self.given, NO_TRUTH)
+        require(self.known or not self.given, NO_TRUTH)
         check_metrics(self.given, torch.zeros(1, dtype=torch.int64), len(self.names))
         self._metrics = build(self.given, len(self.names))
+
+    @property
+    def known(self) -> bool:
+        """Whether the class of any image is known."""
+        return any(place >= 0 for place in self.truth)
 
     def add(self, rows: Sequence[int], probability_BC: Tensor, none_B: Sequence[bool]) -> None:
         """Judge a batch: places of the files, the classes' probabilities, which images show none of the classes."""

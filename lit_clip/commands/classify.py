@@ -5,6 +5,7 @@ from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar
 
@@ -69,6 +70,7 @@ class Known:
 
 
 ENCODING, KNOWN = Encoding(), Known()
+FEW = 20  # images in class folders that are shown unless --output is typed: the summary is what is read
 
 
 def classify(
@@ -78,7 +80,7 @@ def classify(
     classes: list[str] | None = None,
     templates: list[str] = ["a photo of a {}."],  # noqa: B006 # jsonargparse shows it in the help; nothing writes to it
     top_k: int = 5,
-    output: Output = "table",
+    output: Output | None = None,
     output_file: str | None = None,
     known: Known = KNOWN,
     encoding: Encoding = ENCODING,
@@ -93,7 +95,8 @@ def classify(
         classes: names; or a text file with one name per line; the names of the folder's subfolders if not given.
         templates: prompt templates with {} for the name; or a text file with one per line; or imagenet, the paper's 80.
         top_k: number of classes shown for each image.
-        output: format of the results. CSV has an apostrophe before names that a spreadsheet would compute, such as =1.
+        output: format of the results; by default a table, of the first 20 images if images lie in class folders. CSV
+            has an apostrophe before names that a spreadsheet would compute, such as =1.
         output_file: write the results to this file instead of standard output.
         known: what is done with images whose classes are known.
         encoding: how images are read and encoded.
@@ -115,7 +118,9 @@ def classify(
     if examples:
         thresholds = fit(examples, classifier.scored(examples.files, "examples"), names, known.none_error)
     answers = Answers(files, names, thresholds, top_k, judge)
-    answers.collect(classifier, output, target)
+    few = FEW if output is None and target is None and judge.known else None
+    answers.collect(classifier, output or "table", target, few)
+    thresholds.print_summary()
     judge.finish(Path(known.sheet))
 
 
@@ -177,8 +182,8 @@ class Answers:
     judge: Judge
     classes: dict[str, list[RankedClass]] = field(default_factory=dict)
 
-    def collect(self, classifier: Classifier, output: Output, path: Path | None) -> None:
-        """Classify all images and write the answers; what is done when Ctrl-C ends the run, too."""
+    def collect(self, classifier: Classifier, output: Output, path: Path | None, few: int | None) -> None:
+        """Classify all images and write the answers, or those of the first ``few``; after Ctrl-C what is done, too."""
         try:
             with closing(classifier.scored(self.files, "images")) as batches:
                 for scored in batches:
@@ -192,7 +197,11 @@ class Answers:
             done = f"{len(self.classes)} of {len(self.files)} are in {kept or 'the output'}"
             raise KeyboardInterrupt(done) from None
         check_complete(len(self.classes), len(self.files), classifier.unreadable)
-        write_classes(self.classes, output, path)
+        write_classes(dict(islice(self.classes.items(), few)), output, path)
+        if few is not None and len(self.classes) > few:
+            stderr().print(
+                f"the first {few} of {len(self.classes):,} images; --output table shows all", highlight=False
+            )
         if path:
             keys = [file.key for file in self.files]
             report_skipped(keys, classifier.unreadable, path.with_name(f"{path.name}.skipped.txt"))

@@ -12,6 +12,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from sysconfig import get_path
+from traceback import extract_tb
 from typing import TYPE_CHECKING, Any, cast, get_args
 
 import torch
@@ -31,6 +33,8 @@ from lit_clip.tools.text_files import no_formula, parse_yaml
 if TYPE_CHECKING:
     from torchmetrics import Metric
 
+# Where code lies that is not the user's.
+LIBRARIES = ("<", str(Path(__file__).parents[1]), *(get_path(name) for name in ("stdlib", "purelib", "platlib")))
 OWN = (*get_args(OwnMetric), "top5", "pm0", "pm10", "mwsap")
 
 Metrics = Mapping[str, Any]
@@ -153,7 +157,13 @@ def _errors(name: str) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError, TypeError) as error:
-        raise InputError(f"metrics: {name}: {' '.join(str(error).split())}") from error
+        raise InputError(f"metrics: {name}: {' '.join(str(error).split())}{_place(error)}") from error
+
+
+def _place(error: BaseException) -> str:
+    """Return in which line of the user's own file an error was raised; empty for a library's."""
+    own = [frame for frame in extract_tb(error.__traceback__) if not frame.filename.startswith(LIBRARIES)]
+    return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
 
 
 def update(built: Mapping[str, "Metric"], probability_BC: Tensor, target: Tensor) -> None:

@@ -196,6 +196,16 @@ def _row(
     return row
 
 
+def given_metrics(entry: Mapping[str, Any]) -> dict[str, dict[Column, float]]:
+    """Return the numbers of ``--metrics``, which are no fractions of images, by name and task."""
+    found: dict[str, dict[Column, float]] = {}
+    for column in COLUMNS:
+        for name, value in (tasks_of(entry).get(column, {}).get("metrics") or {}).items():
+            if name not in METRICS and "/" not in name and number(value) is not None:
+                found.setdefault(name, {})[column] = value
+    return found
+
+
 def baseline_of(tasks: Mapping[str, Mapping[str, Any]]) -> float | None:
     """Return the baseline of the first task that has one."""
     known = (number(task.get("baseline")) for task in tasks.values())

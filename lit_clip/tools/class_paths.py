@@ -1,18 +1,21 @@
 """Class paths in settings: ``callbacks.EMA`` is short for ``lit_clip.callbacks.EMA``, ``datamodules`` likewise."""
 
+import importlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from traceback import extract_tb
 from typing import Any
 
-from jsonargparse import _actions, _typehints
+from jsonargparse import _actions, _typehints, _util
 from jsonargparse._typehints import resolve_class_path_by_name
 from jsonargparse._util import import_object
 
 from lit_clip.errors import require
 
 SHORT = ("callbacks", "datamodules")
+MACHINERY = (__file__, _util.__file__, importlib.__file__)  # of an import, whose frames are no module's own code
 
 
 def full_name(path: str) -> str:
@@ -31,11 +34,12 @@ def full_name(path: str) -> str:
     else:
         return f"lit_clip.{path}"
     try:
-        import_object(path)
+        _imported(path)
     except (AttributeError, ModuleNotFoundError):
         own = Path(f"{package}.py").absolute()
         require(
-            not own.exists() or str(own) == found.origin, f"{path}: {found.origin} hides {own.name}; rename that file"
+            not own.exists() or str(own) == found.origin,
+            f"{path}: {found.origin} hides {own.name} of the working folder; rename the latter, such as my_{own.name}",
         )
         raise
     return path
@@ -43,7 +47,20 @@ def full_name(path: str) -> str:
 
 def find_object(path: str, check_path: bool = True) -> Any:
     """Import the class or function that a class path names."""
-    return import_object(full_name(path), check_path)
+    return _imported(full_name(path), check_path)
+
+
+def _imported(path: str, check_path: bool = True) -> Any:
+    """Import an object; what its module's own code raises is an ``ImportError``, the one that parsers pass on."""
+    try:
+        return import_object(path, check_path)
+    except Exception as error:
+        ran = [frame for frame in extract_tb(error.__traceback__) if frame.filename not in MACHINERY]
+        ran = [frame for frame in ran if not frame.filename.startswith("<frozen ") and frame.name != "__getattr__"]
+        if not ran and not isinstance(error, SyntaxError):
+            raise  # the path is wrong
+        where = f"{ran[0].filename}, line {ran[0].lineno}, raises " if ran else ""  # a syntax error says it itself
+        raise ImportError(f"{where}{type(error).__name__}: {error}") from error
 
 
 def _resolve(kind: Any, name: str) -> str:

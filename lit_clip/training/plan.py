@@ -65,6 +65,7 @@ class RunPlan:
     trial: bool = False  # a fast_dev_run, whose settings need not agree
     device: str = "cpu"  # its type
     rows_per_image: float | None = None  # training pairs of one image in an epoch, on average
+    pretrained_encoders: bool = False  # whether both start from weights of their own
 
     @property
     def world(self) -> int:
@@ -163,6 +164,9 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         loss=parts["loss"],
         moments=state_per_weight(module.optimization.optimizer),
         pretrained=module.starts_trained,
+        pretrained_encoders=all(
+            getattr(tower, "pretrained", False) for tower in (model.config.image, model.config.text)
+        ),
         lora=bool(hparams.lora),
         accumulated=trainer.accumulate_grad_batches,
         max_steps=trainer.max_steps if trainer.max_steps >= 0 else None,

@@ -66,7 +66,11 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
         rows.append(("pairs seen", f"{plan.steps * plan.global_batch:,}" + _left_out(plan)))
     if (plan.rows_per_image or 0) >= SEVERAL:
         rows.append(("captions", _several_captions(plan)))
-    if plan.pairs is not None and plan.pairs <= SMALL_DATA and not (plan.pretrained or plan.frozen):
+    if (
+        plan.pairs is not None
+        and plan.pairs <= SMALL_DATA
+        and not (plan.pretrained or plan.pretrained_encoders or plan.frozen)
+    ):
         rows.append(("training pairs", _small_data(plan.pairs)))
     rows.append(("loss", shown(plan.loss)))
     rows.append(("optimiser", shown(plan.optimizer)))

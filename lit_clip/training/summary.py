@@ -12,11 +12,13 @@ from torch import Tensor
 from lit_clip.tools.console import Console
 from lit_clip.training.lightning.run_folder import newest_config, shown
 
+RECALL = "val/mean_recall"
 FEW = 100  # validation pairs, below which one of them is more than a point of recall
 
 
 def _table(title: str, first: str, *numbers: str) -> Table:
-    table = Table(first, title=title)
+    table = Table(title=title)
+    table.add_column(first, overflow="fold")  # names that differ at their end stay whole on a narrow terminal
     for column in numbers:
         table.add_column(column, justify="right")
     return table
@@ -46,7 +48,10 @@ def print_summary(
         if before and name in before:
             row += [f"{scale * before[name]:{form}}{unit}", f"{scale * (value - before[name]):+{form}}"]
         table.add_row(*row)
-    notes = ["merged: captions repeat, and equal ones count as one"] if any("/merged_" in n for n in names) else []
+    notes = []
+    if any("/merged_" in name for name in names):
+        notes.append("merged: captions repeat, and equal ones count as one")
+        notes += ["val/mean_recall is the one number to compare: the mean of merged recalls"] * (RECALL in names)
     if 0 < pairs < FEW and any(name.startswith("val/") for name in names):
         notes.append(f"val: {pairs} pairs, of which one is {100 / pairs:.1f} points of recall")
     table.caption = "\n".join(notes) or None

@@ -193,7 +193,8 @@ def _notes(model: CLIP, format: str) -> str:
         ]
     else:
         notes = [
-            "`tokenizer.json` does not clean texts; the model was trained on texts cleaned by `tokenizer.clean` below."
+            f"`tokenizer.json` does not clean texts: clean them first as in training, with "
+            f'`lit_clip.models.hf_tokenizer.clean(text, "{model.config.text.tokenizer.clean}")`, or they get other ids.'
         ]
     if format == "onnx":
         notes.append("`model.json` describes how to prepare images and texts, and how to use the features.")

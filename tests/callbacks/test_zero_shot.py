@@ -282,6 +282,7 @@ def test_two_ranks_log_the_metrics_of_one(folder: Path, ranks: Callable[..., Non
         ({"batch_size": 0}, "ZeroShot.batch_size: 0 must be at least 1"),
         ({"num_workers": -1}, "ZeroShot.num_workers: -1 must be at least 0"),
         ({"examples": -1}, "ZeroShot.examples: -1 must be at least 0"),
+        ({"sets": {"mine": {"images": []}}}, "ZeroShot.sets: 'mine' is a dict; give a lit_clip.callbacks.ZeroShotSet"),
     ],
 )
 def test_invalid_options_are_an_error(folder: Path, options: dict[str, Any], message: str) -> None:

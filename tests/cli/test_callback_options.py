@@ -80,7 +80,8 @@ def test_options_that_follow_a_typed_callback_stay_the_parsers() -> None:
         (LISTED, "filename", rf"did you mean {PREFIX}.ModelCheckpoint.1.filename or {PREFIX}.ModelCheckpoint.2.file"),
         (LISTED, "ModelCheckpoint.filename", r"did you mean --trainer.callbacks.ModelCheckpoint.\d.filename\?$"),
         (LISTED, "EMA.decy", r"EMA has no such option; there are decay, start_step; did you mean decay\?$"),
-        (None, "share", "names none of the callbacks, which are NonFiniteSteps$"),
+        (None, "share", "names none of the callbacks, which are NonFiniteSteps; add it before, .*=CLASS$"),
+        (LISTED, "Throughput.x", r"; add it before, --trainer.callbacks\+=callbacks.Throughput$"),
     ],
 )
 def test_an_option_that_names_no_callback_or_several_is_one_line_with_candidates(

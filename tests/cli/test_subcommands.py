@@ -463,7 +463,9 @@ def test_help_all_of_fit_has_one_line_for_each_option_and_the_complete_text_is_o
     monkeypatch.setattr(lightning, "short_help", lambda *given: parsers.append(given[0]) or short_help(*given))
     text = help_of(monkeypatch, capsys, "--help", "all")
     lines = text.splitlines()
-    assert len(lines) <= 85  # 620 with everything
+    assert len(lines) <= 150  # 620 with everything
+    assert all(option in text for section in COMMON.values() for option in section)
+    assert all(f"  callbacks.{name} " in text for name in ("EMA", "ZeroShot", "Preemption"))
     assert max(map(len, lines)) <= 80
     complete = {part: help_of(monkeypatch, capsys, f"--{part}.help") for part in ("trainer", "model", "ckpt_path")}
     for action in parsers[0]._actions:
@@ -479,4 +481,6 @@ def test_help_all_of_fit_has_one_line_for_each_option_and_the_complete_text_is_o
     one = help_of(monkeypatch, capsys, "--trainer.precision.help")
     assert "'transformer-engine-float16'" in one
     assert "accelerator" not in one
+    assert "callbacks.EMA" in lines[-1]
+    assert ".decay" in help_of(monkeypatch, capsys, *lines[-1].split()[2:])
     assert "--data.captions CAPTIONS" in help_of(monkeypatch, capsys, "--data.help", "datamodules.Captions")

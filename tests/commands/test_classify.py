@@ -5,6 +5,7 @@ import html
 import io
 import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from lit_clip.commands.classify import Classifier, Encoding
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.errors import InputError
 from lit_clip.evaluation.thresholds import fit_thresholds, none_threshold
+from lit_clip.tools.console import Console
 from lit_clip.tools.images import open_image
 from tests.helpers.small_sets import NAMES, Shades, make_module
 
@@ -210,6 +212,22 @@ def test_none_of_these_is_said_at_the_stated_error(root: Path, capsys: pytest.Ca
     run_command(["classify", "photos", "--classes", *NAMES, *OPTIONS, "--examples", "examples", "--output", "csv"])
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert {row["probability"] for row in rows if row["class"] == "none of these"} == {""}
+
+
+def test_a_few_rows_of_class_folders_stand_above_all_summaries(
+    root: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folders(root / "examples", "train", 60)
+    found = write_folders(root / "photos", "test", 40)
+    monkeypatch.setattr("lit_clip.commands.class_output.Console", lambda: Console(file=sys.stderr, width=100))
+    words = ["classify", "photos", "--classes", *NAMES, "--examples", "examples", *OPTIONS]
+    for more, shown in ([], 20), (["--output", "table"], 40):
+        run_command([*words, *more])
+        told = capfd.readouterr().err
+        places = [told.index(f" {path} ") for path, _ in found[:shown]]
+        assert sum(path in told.partition("accuracy: ")[0] for path, _ in found) == shown
+        assert max(places) < told.index("none of these: a similarity below") < told.index("accuracy: ")
+        assert ("the first 20 of 40 images; --output table shows all" in told) == (shown == 20)
 
 
 def test_several_classes_an_image_are_those_above_their_thresholds(

@@ -1,6 +1,7 @@
 """Metrics by class path equal torchmetrics and scikit-learn, get their number of classes, and refuse in one line."""
 
 import csv
+import inspect
 import json
 from collections.abc import Callable
 from functools import partial
@@ -12,6 +13,7 @@ import pytest
 import torch
 import yaml
 from sklearn.metrics import average_precision_score, confusion_matrix, f1_score, roc_auc_score
+from torchmetrics import MeanMetric
 from torchmetrics.classification import (
     BinaryAUROC,
     MulticlassAUROC,
@@ -170,6 +172,16 @@ def test_a_metric_that_a_set_does_not_allow_is_one_line(metric: Any, message: st
     with pytest.raises(InputError, match=message) as error:
         check_metrics(checked({"mine": metric}, "metrics"), example()[1], 7)
     assert "\n" not in str(error.value)
+
+
+def test_a_bug_in_a_metric_of_ones_own_is_told_with_its_file_and_line() -> None:
+    class Mine(MeanMetric):
+        def update(self, preds: torch.Tensor, target: torch.Tensor) -> None:
+            super().update((1, 2)[preds, target])  # pyright: ignore
+
+    line = inspect.getsourcelines(Mine)[1] + 2
+    with pytest.raises(InputError, match=rf"^metrics: mine: tuple indices must be .* \({__file__}, line {line}\)$"):
+        check_metrics({"mine": Mine}, example()[1], 7)
 
 
 # In callbacks

@@ -442,6 +442,21 @@ def test_the_terminals_table_has_percentages_the_papers_figures_and_failures(ful
     assert any("ViT-B/32 (the same name)" in line and "?" in line for line in lines)
 
 
+def test_the_terminals_table_has_the_numbers_of_further_metrics_as_they_are() -> None:
+    results = results_of({"cifar10": a_set("CIFAR10", 0.85), "pets": a_set("Oxford Pets", 0.5)})
+    before = rows(results)
+    cifar = results["sets"]["cifar10"]["tasks"]
+    cifar["zero_shot"]["metrics"] |= {"ece": 0.0312, "top1/easy": 0.9, "own": float("nan")}
+    cifar["linear_probe"] = {**probe(0.9), "metrics": {"top1": 0.9, "ece": 1.5}}
+    lines = printed(results).splitlines()
+    ece = next(place for place, line in enumerate(lines) if " ece " in line)
+    assert lines[ece].split() == ["cifar10", "ece", "0.0312", "1.5"]
+    assert lines[ece - 1].split()[:2] == ["cifar10", "top-1"]
+    assert sum(" own " in line or "easy" in line for line in lines) == 0
+    assert "--metrics as they are" in " ".join(lines)
+    assert [row.metric for row in rows(results)] == [row.metric for row in before]  # the report's
+
+
 @pytest.mark.parametrize(
     ("width", "values"),
     [

@@ -1,6 +1,8 @@
 """Class paths in settings: the short names of lit-clip's packages, and modules of the user's with these names."""
 
+import re
 import sys
+from argparse import ArgumentError
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -88,6 +90,29 @@ def test_parsers_of_the_users_keep_pythons_rules() -> None:
     assert type(parser.instantiate(theirs).callback) is Mine
 
 
+@pytest.mark.parametrize("module", ["callbacks", "broken_callbacks"])
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        ("def half(n):\n    return 1 / n\nhalf(0)", "{}, line 3, raises ZeroDivisionError: division by zero"),
+        ("import no_such_module", "{}, line 1, raises ModuleNotFoundError: No module named 'no_such_module'"),
+        ("import os\nclass Mine:\n  pass pass", r"SyntaxError: invalid syntax \({.name}, line 3\)"),
+    ],
+)
+def test_an_error_in_the_users_module_is_told_with_its_file_and_line(
+    module: str, code: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / f"{module}.py"
+    file.write_text(code, encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--callbacks", type=list[Callback] | Callback | None)
+    with short_names(), pytest.raises(ArgumentError) as caught:
+        parser.parse_args([f"--callbacks+={module}.Mine"])
+    assert re.search(message.format(file), one_line(caught.value))
+
+
 def test_short_names_hold_in_a_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datamodules", ModuleType("datamodules"))  # a stranger's
     (tmp_path / "classes/one").mkdir(parents=True)
@@ -113,5 +138,5 @@ def test_a_users_callbacks_file_breaks_no_command(
     assert "mine is called" in result.stdout
     last = cli(*words, "--trainer.callbacks+=callbacks.Mine", environment={"PYTHONPATH": str(ROOT)}, new=True)
     assert last.returncode == 2
-    hidden = f"callbacks.Mine: {ROOT}/callbacks/__init__.py hides callbacks.py; rename that file"
+    hidden = f"callbacks.Mine: {ROOT}/callbacks/__init__.py hides callbacks.py of the working folder; rename the latter"
     assert hidden in last.stderr.splitlines()[-1]

@@ -96,6 +96,7 @@ def test_a_run_from_scratch_on_few_pairs_is_told_what_learns_more() -> None:
     assert "256 pairs a step" in more
     assert "12 of 50,000 than in fewer" in more
     assert "256 pairs a step" not in few  # fit takes 64 for them
+    assert "training pairs" not in dict(plan_rows(replace(GOOD, pairs=500, pretrained_encoders=True)))
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,20 @@ def test_metrics_are_in_their_natural_order_and_shares_in_percent(capsys: pytest
     assert "train/loss" not in printed
 
 
+def test_names_stay_whole_on_a_narrow_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    names = ["val/mean_recall", *(f"val/merged_image_to_text_recall@{k}" for k in (1, 5, 10))]
+    metrics = {name: torch.tensor(0.5) for name in names}
+    print_summary(metrics, dict.fromkeys(names, 0.25), dict.fromkeys(names, 0.25))
+    printed = capsys.readouterr().out
+    cells = [line.split("│")[1].strip() for line in printed.splitlines() if "│" in line]
+    assert "".join(cells) == "".join(names)
+    assert max(map(len, printed.splitlines())) <= 80
+    assert "val/mean_recall is the one number to compare" in " ".join(printed.split())
+
+
 def test_a_run_from_python_ends_with_its_results_and_without_advertisements(
     caption_table: Path, tiny_config: CLIPConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -132,4 +132,5 @@ def test_the_card_and_the_facts_name_no_folder_of_this_machine(
     digest = hashlib.sha256((tmp_path / "private/last.ckpt").read_bytes()).hexdigest()
     assert f"`ViT-B-32:last.ckpt`, SHA-256 `{digest}`" in card
     assert "source: bert" in card
+    assert '`lit_clip.models.hf_tokenizer.clean(text, "whitespace")`' in card
     assert str(tmp_path) not in json.dumps(onnx_facts(ours))

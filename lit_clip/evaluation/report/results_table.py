@@ -6,7 +6,7 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from lit_clip.evaluation.overview import COLUMNS, STATUSES, Row, group_means, metric_words, rows
+from lit_clip.evaluation.overview import COLUMNS, STATUSES, Row, given_metrics, group_means, metric_words, rows, sets_of
 from lit_clip.evaluation.published import PAPER, measured_weights, nearest, papers_name
 from lit_clip.evaluation.report.result_columns import ResultColumn, result_columns
 from lit_clip.tools.console import Console, Text
@@ -45,6 +45,7 @@ def results_table(results: Mapping[str, Any], width: int = WIDE) -> Table:
     Columns that do not fit the terminal's ``width`` are left out, the least needed first.
     """
     found = [row for row in rows(results) if row.status == "done"]
+    entries = dict(sets_of(results))
     columns = _fitting([column for column in result_columns(found, {}) if any(column.cells)], width)
     caption = Text(_caption(results, columns), justify="left")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, caption=caption)
@@ -56,6 +57,11 @@ def results_table(results: Mapping[str, Any], width: int = WIDE) -> Table:
     for place, row in enumerate(found):
         cells = [column.cells[place] for column in columns]
         table.add_row(*map(Text, [row.name, metric_words(row.metric), *cells]))
+        if found[place + 1 : place + 2] and found[place + 1].name == row.name:
+            continue  # a set's rows are followed by those of its --metrics
+        for metric, values in given_metrics(entries[row.name]).items():
+            texts = {COLUMNS[column]: f"{value:.4g}" for column, value in values.items()}
+            table.add_row(*map(Text, [row.name, metric, *(texts.get(column.title, "") for column in columns)]))
     for group in mean_groups(columns):
         table.add_section()
         table.add_row("mean", Text(f"of {group}"), *(column.means.get(group, "") for column in columns))
@@ -95,6 +101,8 @@ def incomplete_means(found: Sequence[Row]) -> list[str]:
 def _caption(results: Mapping[str, Any], columns: Sequence[ResultColumn]) -> str:
     model, titles = results.get("model") or {}, {column.title for column in columns}
     near, notes = nearest(model), ["in %"]
+    if any(given_metrics(entry) for _, entry in sets_of(results)):
+        notes = ["in %, --metrics as they are"]
     if "paper" in titles:
         notes.append(f"paper: {PAPER}, {papers_name(near.name)} ({near.rule})")
     if any(cell.endswith("?") for column in columns if column.title == "paper" for cell in column.cells):

@@ -165,7 +165,7 @@ def newest_checkpoint(
 def passed_over(others: Mapping[Path, Sequence[str]]) -> str:
     """Return which is the newest of other configurations' checkpoints, and in which settings it differs."""
     newest = max(others, key=os.path.getmtime)
-    more = f", as {len(others) - 1} more are" if len(others) > 1 else ""
+    more = f" (and {len(others) - 1} others)" if len(others) > 2 else " (and another)" if len(others) == 2 else ""
     return f"{newest}: passed over{more}; its run had another configuration ({', '.join(others[newest])})"
 
 
