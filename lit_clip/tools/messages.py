@@ -161,6 +161,8 @@ def _hint(error: str, words: Sequence[str], options: Callable[[], Iterable[str]]
     """Return the suggestion; empty for other errors."""
     if of_class := re.search(r"class_path '([\w.]+)':\s+Option '([\w.]+)' is not accepted", error):
         class_path, name = of_class.groups()
+        if class_path == "lit_clip.losses.Loss":  # of no loss in particular
+            return "name the loss before it, such as --model.loss Contrastive"
         typed = (word.partition("=")[0] for word in words if word.startswith("--"))
         option = next((word for word in typed if word.endswith(f".{name}")), name)  # by default in a file
         known = [option.removesuffix(name) + parameter for parameter in nested_parameters(class_path)]

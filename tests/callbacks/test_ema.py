@@ -19,6 +19,7 @@ from callbacks import EMA
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig
 from lit_clip.module import LitCLIP
+from lit_clip.tools.guarded_output import silence
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from tests.test_module import data_for, trainer
@@ -210,15 +211,21 @@ def test_a_finished_run_that_is_resumed_has_the_average_in_its_module(
 
 
 def test_a_run_resumed_without_the_average_goes_on_from_the_weights_of_the_last_step(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    tiny_config: CLIPConfig,
+    caption_table: Path,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    recwarn: pytest.WarningsRecorder,
 ) -> None:
     _, plain, _ = fit(tiny_config, caption_table, tmp_path, enable_checkpointing=False)
     keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)
     fit(tiny_config, caption_table, tmp_path, EMA(DECAY), keep)
     middle = tmp_path / f"step={len(plain.steps) // 2}.ckpt"
     assert torch.load(middle, weights_only=True)["weights"] == "exponential moving average"
-    options: dict[str, Any] = {"ckpt_path": middle, "enable_checkpointing": False}
-    _, resumed, fitting = fit(tiny_config, caption_table, tmp_path, **options)
+    silence()
+    keep = ModelCheckpoint(tmp_path / "more", "{step}", save_top_k=-1)
+    _, resumed, fitting = fit(tiny_config, caption_table, tmp_path, keep, ckpt_path=middle)
+    assert not [each for each in recwarn if "add the following callbacks" in str(each.message)]  # Lightning's advice
     assert len(resumed.steps) == len(plain.steps) // 2
     for ours, theirs in zip(resumed.steps, plain.steps[len(resumed.steps) :], strict=True):
         assert torch.equal(ours, theirs)

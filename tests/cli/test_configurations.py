@@ -60,7 +60,7 @@ def test_last_and_auto_take_only_checkpoints_of_the_same_configuration(
         assert refused.returncode == 2
         assert f"passed over (and 2 others); its run had another configuration ({names})" in refused.stderr
         assert "--ckpt_path last: no complete checkpoint below checkpoints, runs/mine" in refused.stderr
-        assert refused.stderr.rstrip().endswith(f"weights with --model.pretrained {checkpoint(2)}")
+        assert refused.stderr.rstrip().endswith(f"weights with --model.pretrained {tmp_path / checkpoint(2)}")
     evaluated = cli("validate", "--ckpt_path", "last", *WORDS[:2], *data[2:], *WORDS[-1:])
     assert evaluated.returncode == 0, evaluated.stderr  # without a config any model is evaluated
 
