@@ -12,7 +12,6 @@ from types import SimpleNamespace
 from typing import Any
 
 from jsonargparse import DefaultHelpFormatter
-from lightning.pytorch import Callback
 
 from lit_clip.tools.messages import imported_class
 
@@ -112,6 +111,8 @@ def _callbacks(width: int) -> list[str]:
     """Return the callbacks of the package, one of which ``--trainer.callbacks+=`` adds to the others."""
     package = import_module("lit_clip.callbacks")
     found = {name: getattr(package, name) for name in package.__all__}
+    from lightning.pytorch import Callback  # takes seconds, and --help of all else needs none of it
+
     kinds = {name: kind for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, Callback)}
     told = (_told(f"callbacks.{name}", _first(kind.__doc__ or ""), width) for name, kind in kinds.items())
     return ["callbacks, each added by its name, such as --trainer.callbacks+=callbacks.EMA:", *told, ""]

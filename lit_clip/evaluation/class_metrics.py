@@ -22,6 +22,7 @@ from torch import Tensor
 from yaml import YAMLError
 
 from lit_clip.errors import InputError, require
+from lit_clip.evaluation.suite import PLACE_METRICS
 from lit_clip.evaluation.suite import Metric as OwnMetric
 from lit_clip.evaluation.suite import check_name
 from lit_clip.tools.atomic import replacing
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 # Where code lies that is not the user's.
 LIBRARIES = ("<", str(Path(__file__).parents[1]), *(get_path(name) for name in ("stdlib", "purelib", "platlib")))
-OWN = (*get_args(OwnMetric), "top5", "pm0", "pm10", "mwsap")
+OWN = (*(name for name in get_args(OwnMetric) if name not in PLACE_METRICS), "top5", "pm0", "pm10", "mwsap")
 
 Metrics = Mapping[str, Any]
 """By name: a class path, ``class_path`` and ``init_args``, a metric, or a class or ``partial`` that makes one."""

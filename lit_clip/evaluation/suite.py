@@ -30,7 +30,9 @@ TASKS: tuple[Task, ...] = get_args(Task)
 ClassMetric = Literal["top1", "mean_per_class", "mean_top1_top5", "macro_f1", "worst_group_top1", "worst_group_top5"]
 AnnotatedMetric = Literal["map11", "roc_auc", "pm", "lexicon", "mwap"]
 ChoiceMetric = Literal["text_score", "macro_text_score", "image_score", "group_score", "jaccard"]
-Metric = Literal[ClassMetric, AnnotatedMetric, ChoiceMetric, "within_km", "recall@1", "miou", "accuracy"]
+PlaceMetric = Literal["miou", "accuracy"]
+Metric = Literal[ClassMetric, AnnotatedMetric, ChoiceMetric, PlaceMetric, "within_km", "recall@1"]
+PLACE_METRICS: tuple[Metric, ...] = get_args(PlaceMetric)
 CHOICE_METRICS: tuple[Metric, ...] = get_args(ChoiceMetric)
 TASK_OF_METRIC: dict[Metric, Task] = {
     "recall@1": "retrieval",

@@ -128,7 +128,7 @@ def test_an_encoder_without_places_is_refused_in_one_line(folder: Path, monkeypa
     model = colour_model()
     monkeypatch.setattr(type(model.visual.encoder), "patches", None)
     monkeypatch.setattr("lit_clip.commands.locate.load_model", lambda name: model)
-    with pytest.raises(InputError, match=r"^ColourImage has no method patches"):
+    with pytest.raises(InputError, match=r"^encode_patches: ColourImage has no method patches"):
         run("photos", "red")
 
 

@@ -158,7 +158,7 @@ def test_a_search_of_features_ranks_as_a_plain_product_does(
             assert dict(here) == pytest.approx(dict(zip(names, scores.tolist(), strict=True)), abs=1e-4)
             assert [score for _, score in here] == sorted((score for _, score in here), reverse=True)
         images = re.findall(r'<img src="data:image/jpeg;base64,', Path("search.html").read_text(encoding="utf-8"))
-        assert len(images) == (0 if stored.captions else len(QUERIES) * shown)
+        assert len(images) == (0 if stored.captions else 2 * len(QUERIES) * shown)  # each with its heat map
 
 
 def test_features_of_another_model_and_other_files_are_refused(
