@@ -23,14 +23,15 @@ from tests.combinations.runs import CONFIG
 COMPILE_BLOCKS = compile_file.compile_blocks
 
 
+SETS = {"ZeroShot": "shades", "LinearProbe": "shades", "Retrieval": "pairs", "ZeroShotSegmentation": "grids"}
+
+
 def own(kind: str, folder: Path) -> Callback:
     """Create one of our callbacks with small settings."""
-    if kind in ("ZeroShot", "LinearProbe", "Retrieval"):
+    if kind in SETS:
         folder.mkdir(parents=True, exist_ok=True)
         suite = Path(os.environ["COMBINATION_PAIRS"]).parent
-        settings = {"data_root": str(suite), "only": ["pairs" if kind == "Retrieval" else "shades"]} | (
-            {"num_workers": 0}
-        )
+        settings = {"data_root": str(suite), "only": [SETS[kind]], "num_workers": 0}
         return getattr(ours, kind)(suite=str(suite / "suite.yaml"), **settings)
     if kind == "Compile":  # real graphs take minutes; tests/callbacks/test_compile.py has them
         compile_file.compile_blocks = partial(COMPILE_BLOCKS, backend="eager")
@@ -82,7 +83,7 @@ works(OURS, f"callbacks: {', '.join(OBSERVERS)}", SAME, RESUMED, **settings_for(
 for name in OWN:
     settings = settings_for(name)
     sharded = {**settings, "trainer": lambda folder, made=settings["trainer"]: {**made(folder), "strategy": FSDP()}}
-    if name in ("EMA", "FrozenFeatures", "LinearProbe", "Retrieval", "ZeroShot"):
+    if name in ("EMA", "FrozenFeatures", *SETS):
         line = "cannot encode with sharded weights" if name == "FrozenFeatures" else "FSDP has no whole weights"
         refused(OURS, f"callbacks.{name}, FSDP", line, (2,), **sharded)
     else:

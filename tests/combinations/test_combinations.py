@@ -54,7 +54,10 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     def make(folder: Path) -> None:
         write_table(folder, 16)
-        write_suite(folder, shades=entry(), pairs=captions_entry())
+        shades = {"class_path": "tests.helpers.small_sets.Shades"}
+        grids = {"class_path": "datamodules.evaluation.ImageGrids", "init_args": {"root": "shades", "images": shades}}
+        grids["init_args"] |= {"side": 24}
+        write_suite(folder, shades=entry(), pairs=captions_entry(), grids={"data": grids, "metric": "accuracy"})
         start(PLAIN, "plain", folder, folder)
 
     return made_once(tmp_path_factory, "combinations", make)
