@@ -22,9 +22,8 @@ from torch import Tensor
 from yaml import YAMLError
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.suite import PLACE_METRICS
+from lit_clip.evaluation.suite import PLACE_METRICS, check_name
 from lit_clip.evaluation.suite import Metric as OwnMetric
-from lit_clip.evaluation.suite import check_name
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.tools.messages import imported_class
