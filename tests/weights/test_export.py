@@ -84,9 +84,13 @@ def test_onnxruntime_gives_our_features_at_any_batch_size(tmp_path: Path, tiny_c
                 torch.testing.assert_close(actual, encode(values[:batch]), rtol=1e-4, atol=1e-4)
 
 
+# Without VNNI instructions ONNX Runtime's sums of two int8 products saturate at 16 bits.
+INT8 = 5e-2 if torch.cpu._is_vnni_supported() else 1e-1
+
+
 @pytest.mark.usefixtures("_traced_once")
 @pytest.mark.parametrize(
-    ("dtype", "kind", "share", "tolerance"), [("float16", "vit", 0.55, 5e-3), ("int8", "resnet", 0.3, 5e-2)]
+    ("dtype", "kind", "share", "tolerance"), [("float16", "vit", 0.55, 5e-3), ("int8", "resnet", 0.3, INT8)]
 )
 def test_smaller_onnx_files_give_our_features_within_their_tolerance(
     tmp_path: Path,

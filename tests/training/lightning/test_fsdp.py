@@ -61,7 +61,8 @@ def assert_same_training(ours: Path, theirs: Path, tolerance: float) -> None:
     """Compare two checkpoints' weights, optimiser moments and parameter groups."""
     a, b = loaded(ours), loaded(theirs)
     assert a["global_step"] == b["global_step"]
-    torch.testing.assert_close(a["state_dict"], b["state_dict"], rtol=0, atol=tolerance)
+    # To the last bit of a weight: on some processors it differs, as the norm of shards is summed in another order.
+    torch.testing.assert_close(a["state_dict"], b["state_dict"], rtol=torch.finfo().eps, atol=tolerance)
     a, b = (checkpoint["optimizer_states"][0] for checkpoint in (a, b))
     keys = ("name", "params", "weight_decay", "lr", "initial_lr", "betas")
     for group, other in zip(a["param_groups"], b["param_groups"], strict=True):
