@@ -6,6 +6,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
@@ -18,6 +19,16 @@ from lit_clip.evaluation.zero_shot import ensemble
 from lit_clip.training.optimizers import PaperAdamW
 from tests.helpers.ranks import serve
 from tests.helpers.small_sets import data_for, make_module, make_trainer, numbers
+
+
+def write_agreed(trainer: Trainer, output: str, *prefixes: str) -> None:
+    """Validate, check that all ranks have the same metrics, and write them on rank 0."""
+    trainer.validate(make_module(), NoCaptions(), verbose=False)
+    found = {name: value for prefix in prefixes for name, value in numbers(trainer, prefix).items()}
+    for other in distributed.gather_objects([found]):
+        assert other == found
+    if trainer.global_rank == 0:
+        Path(output).write_text(json.dumps(found), encoding="utf-8")
 
 
 def evaluate(folder: Path, suite: str) -> dict[str, dict[str, float]]:
@@ -89,12 +100,7 @@ def metrics(output: str, folder: str, suite: str) -> None:
         LinearProbe(suite, l2=1.0, metrics={"auroc": auroc}, **options),
     ]
     trainer = make_trainer(Path(folder), callbacks, logger=CSVLogger(folder, "csv", ""))
-    trainer.validate(make_module(), NoCaptions(), verbose=False)
-    found = numbers(trainer, "zero_shot/") | numbers(trainer, "linear_probe/")
-    for other in distributed.gather_objects([found]):
-        assert other == found
-    if rank == 0:
-        Path(output).write_text(json.dumps(found), encoding="utf-8")
+    write_agreed(trainer, output, "zero_shot/", "linear_probe/")
 
 
 def run(output: str, folder: str, suite: str) -> None:
@@ -110,12 +116,7 @@ def places(output: str, folder: str, suite: str) -> None:
     rank, _ = distributed.rank_and_world()
     os.environ["LOCAL_RANK"] = str(rank)
     trainer = make_trainer(Path(folder), [ZeroShotSegmentation(suite, folder)])
-    trainer.validate(make_module(), NoCaptions(), verbose=False)
-    found = numbers(trainer, "segmentation/") | numbers(trainer, "pointing/")
-    for other in distributed.gather_objects([found]):
-        assert other == found
-    if rank == 0:
-        Path(output).write_text(json.dumps(found), encoding="utf-8")
+    write_agreed(trainer, output, "segmentation/", "pointing/")
 
 
 if __name__ == "__main__":

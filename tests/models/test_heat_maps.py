@@ -11,6 +11,7 @@ from PIL import Image
 
 from lit_clip import CLIP, create_model
 from lit_clip.errors import InputError
+from lit_clip.models.config import CLIPConfig, TextTransformerConfig, TimmConfig
 from lit_clip.models.heat_maps import place_cosines
 from tests.helpers.colours import GREEN, PATCH, RED, beside, colour_model
 
@@ -110,3 +111,11 @@ def test_what_cannot_be_located_is_one_line(model: CLIP, tmp_path: Path) -> None
         model.locate(tmp_path / "absent.png", TEXTS)
     with pytest.raises(InputError, match=r"features are \[2, 3\], this model's are \[N, 4\]"):
         model.locate(noise(9, 9), torch.ones(2, 3))
+
+
+def test_a_model_that_reads_patch_sequences_is_refused_in_one_line() -> None:
+    tower = {"depth": 1, "embed_dim": 64, "num_heads": 2}
+    image = TimmConfig("naflexvit_base_patch16_gap", image_size=64, projection="none", options=tower)
+    model = CLIP(CLIPConfig(64, image, TextTransformerConfig(8, 49408, 64, 1, 1)))
+    with pytest.raises(InputError, match=r"^locate: a NaFlex model reads patches; use one that reads images$"):
+        model.locate(noise(64, 64), torch.eye(64)[:2])
