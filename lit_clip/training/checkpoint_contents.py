@@ -85,21 +85,22 @@ def reopen_epoch(checkpoint: dict[str, Any]) -> None:
             counts[count] -= 1
 
 
-def close_epoch(checkpoint: dict[str, Any]) -> None:
+def close_epoch(checkpoint: dict[str, Any]) -> tuple[int, int]:
     """Begin with a new epoch after one that is complete, in place; the counterpart of :func:`reopen_epoch`.
 
     With ``max_steps`` Lightning would resume within the complete epoch, find no batch left in it, and count it twice:
-    the run would leave out the data of an epoch.
+    the run would leave out the data of an epoch. Return the number of complete epochs, and of steps in them.
     """
     batches, epochs = _epoch_counts(checkpoint)
-    if not batches or not batches["is_last_batch"]:
-        return
-    if epochs["current"]["processed"] < epochs["current"]["started"]:  # callbacks may still have to see its end
-        return
-    batches["is_last_batch"] = False
-    batches["current"] = dict.fromkeys(batches["current"], 0)
-    for counts in epochs.values():
-        counts["completed"] = counts["processed"]
+    if not batches:
+        return 0, 0
+    current = epochs["current"]
+    if batches["is_last_batch"] and current["processed"] == current["started"]:  # else callbacks have to see its end
+        batches["is_last_batch"] = False
+        batches["current"] = dict.fromkeys(batches["current"], 0)
+        for counts in epochs.values():
+            counts["completed"] = counts["processed"]
+    return current["completed"], checkpoint["global_step"] - batches["current"]["processed"]
 
 
 def _epoch_counts(checkpoint: Mapping[str, Any]) -> tuple[Any, Any]:

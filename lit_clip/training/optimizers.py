@@ -125,6 +125,7 @@ class Optimization:
         require(callable(decay), f"model.decay: {decay!r} is no function")
         self.optimizer, self._lr_scheduler, self._decay = optimizer, lr_scheduler, decay
         self.layer_decay = layer_decay
+        self._resumed_steps: int | None = None  # of the whole run, from the checkpoint it resumes from
         self.descriptions = {
             "optimizer": describe(optimizer, probe_optimizer(optimizer)),
             "lr_scheduler": _describe_schedule(lr_scheduler, optimizer),
@@ -160,7 +161,8 @@ class Optimization:
             raise InputError(f"model.optimizer: {' '.join(str(error).split())}{hint}") from error
         if fusable:
             optimizer.register_load_state_dict_post_hook(lay_out_like_parameters)
-        schedule = create_schedule(self._lr_scheduler, optimizer, total_steps(trainer))
+        steps, self._resumed_steps = self._resumed_steps or total_steps(trainer), None
+        schedule = create_schedule(self._lr_scheduler, optimizer, steps)
         how: dict[str, Any] = {"interval": "step"}
         if isinstance(schedule, ReduceLROnPlateau):
             monitor = getattr(schedule, "monitor", "val/loss")
@@ -173,6 +175,7 @@ class Optimization:
         A resumed run keeps its moments and its position; what an optimiser or a schedule has changed in the parameter
         groups stays unless it is set differently now.
         """
+        self._resumed_steps = steps
         here, there = self.descriptions, checkpoint["parts"]
         former = there["optimizer"]["init_args"]
         changed = {k: value for k, value in here["optimizer"]["init_args"].items() if former.get(k) != value}

@@ -273,5 +273,5 @@ class RunHooks(LightningModule):
             resumable = "optimizer_states" in checkpoint and "parts" in checkpoint
             weights_only = f"{name}: holds weights only, so training cannot resume"
             require(resumable, f"{weights_only}; start from it with model.pretrained")
-            close_epoch(checkpoint)
-            self.optimization.resume(checkpoint, self._parameter_groups(), total_steps(self.trainer), name)
+            steps = total_steps(self.trainer, *close_epoch(checkpoint))
+            self.optimization.resume(checkpoint, self._parameter_groups(), steps, name)

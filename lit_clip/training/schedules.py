@@ -167,9 +167,10 @@ def batches_per_epoch(trainer: "Trainer") -> int | None:
     return int(steps * limit) if isinstance(limit, float) else min(steps, limit)
 
 
-def total_steps(trainer: "Trainer") -> int:
+def total_steps(trainer: "Trainer", epochs_before: int = 0, steps_before: int = 0) -> int:
     """Return the optimiser steps of the whole run; -1 if the data do not tell their length.
 
+    Epochs before the one in which a run resumes count with the steps that they took, perhaps of another batch size.
     Counted from the data module's ``steps_per_epoch`` where it has one: Lightning's ``estimated_stepping_batches`` sets
     up the data loaders early, and a loader that was resumed would lose its position.
     """
@@ -180,7 +181,7 @@ def total_steps(trainer: "Trainer") -> int:
     epochs = trainer.max_epochs
     bounds = [trainer.max_steps] if trainer.max_steps >= 0 else []
     if epochs is not None and epochs >= 0:
-        bounds.append(epochs * per_epoch)
+        bounds.append(steps_before + max(0, epochs - epochs_before) * per_epoch)
     return max(1, min(bounds, default=per_epoch * 1000))
 
 
