@@ -1,6 +1,6 @@
 """CLIP's training step (Radford et al. 2021, figure 3): encode, loss, log; validation; and what LitCLIP is made of."""
 
-import os
+from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
 
 from torch import Tensor
@@ -83,7 +83,7 @@ class LitCLIP(RunHooks):
     def __init__(
         self,
         architecture: str | CLIPConfig | None = None,
-        pretrained: str | os.PathLike[str] | None = None,
+        pretrained: str | Path | None = None,
         image_size: Size | None = None,
         context_length: int | None = None,
         loss: Loss | None = None,

@@ -102,10 +102,11 @@ def test_a_class_that_is_named_later_replaces_the_settings_of_the_default_one(ca
 def test_print_config_shows_the_exchanged_parts_and_is_a_config(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
     parts = ["--model.optimizer", "timm.optim.Lion", "--model.optimizer.lr", "1e-4"]
     parts += ["--model.lr_scheduler", "lit_clip.training.schedules.WarmupStableDecay"]
-    parts += ["--model.lr_scheduler.cooldown_steps", "2"]
+    parts += ["--model.lr_scheduler.cooldown_steps", "2", "--model.pretrained", "null"]
     printed = cli(*words("fit", caption_table), *parts, "--print_config")
     assert printed.returncode == 0, printed.stderr
     model = yaml.safe_load(printed.stdout)["model"]
+    assert model["pretrained"] is None  # and no file named "None"
     assert model["optimizer"]["class_path"] == "timm.optim.Lion"
     assert model["optimizer"]["init_args"]["lr"] == 1e-4
     assert model["optimizer"]["init_args"]["weight_decay"] == 0.0  # Lion's default, not AdamW's 0.2
