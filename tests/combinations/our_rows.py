@@ -125,7 +125,7 @@ OPTIONS: dict[str, tuple[list[Check], dict[str, Settings]]] = {
     "model.lora": ([TRAINED, RESUMED], {"model": pretrained}),
     "model.lora, targets: [c_fc, c_proj, out_proj]": ([TRAINED, RESUMED], {"model": beside_attention}),
     "model.freeze": ([TRAINED, RESUMED], {"model": option(**FROZEN)}),
-    "model.layer_decay: 0.5": ([TRAINED, RESUMED], {"model": option(layer_decay=0.5)}),
+    "model.rates: {layer_decay: 0.5}": ([TRAINED, RESUMED], {"model": option(rates={"layer_decay": 0.5})}),
 }
 for name, (shown, values) in OPTIONS.items():
     works(OURS, name, *shown, **values)

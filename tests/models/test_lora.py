@@ -156,7 +156,13 @@ def test_a_checkpoint_holds_only_the_additions_and_opens_as_a_plain_model(
         assert len(checkpoint[states]) == 2 * 2 * len(MEMBERS) + 1
         assert all(".lora_" in name or name.endswith("logit_scale") for name in checkpoint[states])
     assert ("current_model_state" in checkpoint) == ema
-    assert checkpoint["hyper_parameters"]["lora"] == {"r": 2, "alpha": 16.0, "targets": None}
+    assert checkpoint["hyper_parameters"]["lora"] == {
+        "r": 2,
+        "alpha": 16.0,
+        "targets": None,
+        "tower": None,
+        "head": False,
+    }
     assert checkpoint["base"] == {"pretrained": str(base), "sha256": module.base_sha256}
     assert (tmp_path / "adapter.ckpt").stat().st_size < base.stat().st_size / 20
 
