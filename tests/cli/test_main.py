@@ -212,6 +212,7 @@ def assert_user_error(result: Completed, *parts: str) -> None:
         (["--model.weight_decay", "1"], ["did you mean --model.optimizer.weight_decay?"]),
         (["--data.batchsize", "16"], ["datamodules.Captions", "did you mean --data.batch_size?"]),
         (["--data.augmentation.crop_scal", "1"], ["did you mean --data.augmentation.crop_scale?"]),
+        (["--model.rates", "{vision: 0.1}"], ["'vision' is not accepted; there are image, text, head, temperature"]),
         (["--model.lora", "{rank: 4}"], ["'rank' is not accepted; there are r, alpha, targets, tower, head"]),
         (["--model.loss.duplicates", "ignored"], ["'duplicates'", "name the loss before it, such as --model.loss Con"]),
         (["--data.image_column", "a"], ["did you mean --data.columns.image?"]),
