@@ -120,7 +120,7 @@ def beside_attention(folder: Path) -> dict[str, Any]:
 
 def by_part(folder: Path) -> dict[str, Any]:
     """A LoRA in one encoder, the other one whole, with rates of their own."""
-    rates = {"image": 0.5, "head": {"lr": 2.0, "weight_decay": 0.0}, "temperature": 0.1}
+    rates = {"image": 0.5, "head": {"lr": 2.0, "weight_decay": 0.0}, "temperature": 0.1, "layer_decay": 0.5}
     lora = LoRA(r=2, targets=["c_fc", "c_proj", "out_proj"], tower="text", head=True)
     return {**pretrained(folder), "lora": lora, "rates": rates}
 
@@ -132,8 +132,7 @@ OPTIONS: dict[str, tuple[list[Check], dict[str, Settings]]] = {
     "model.lora": ([TRAINED, RESUMED], {"model": pretrained}),
     "model.lora, targets: [c_fc, c_proj, out_proj]": ([TRAINED, RESUMED], {"model": beside_attention}),
     "model.freeze": ([TRAINED, RESUMED], {"model": option(**FROZEN)}),
-    "model.rates by part, model.lora of one encoder": ([TRAINED, RESUMED], {"model": by_part}),
-    "model.rates: {layer_decay: 0.5}": ([TRAINED, RESUMED], {"model": option(rates={"layer_decay": 0.5})}),
+    "model.rates, model.lora of one encoder": ([TRAINED, RESUMED], {"model": by_part}),
 }
 for name, (shown, values) in OPTIONS.items():
     works(OURS, name, *shown, **values)
