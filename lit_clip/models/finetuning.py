@@ -79,9 +79,12 @@ def frozen_names(model: Any, freeze: Freeze) -> set[str]:
 
 def _frozen_heads(model: Any, freeze: Freeze) -> set[str]:
     """Return the names of the parameters of frozen heads behind layers that are trained."""
-    towers = [tower for tower in TOWERS if freeze.head and getattr(freeze, tower) != "all"]
-    groups = [group for tower in towers for group in layer_groups(model, tower)]
-    return {name for group in groups if group.name == HEAD for name in group.parameters}
+    frozen: set[str] = set()
+    for tower in TOWERS:
+        if freeze.head and getattr(freeze, tower) != "all":
+            groups = layer_groups(model, tower)
+            frozen |= {name for group in groups if group.name == HEAD for name in group.parameters}
+    return frozen
 
 
 def frozen_modules(model: nn.Module, freeze: Freeze | None = None) -> dict[str, nn.Module]:
