@@ -16,11 +16,11 @@ from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import require
 from lit_clip.models.clip import CLIP
+from lit_clip.models.layers import SCALARS
 from lit_clip.module import LitCLIP
 from lit_clip.tools.untrusted import check_entries
 from .training_clock import TimedCallback, log_interval
 
-SCALARS = ("logit_scale", "logit_bias")
 STUCK = 0.99  # of the baseline: a loss above it has learned nothing
 
 
@@ -49,7 +49,7 @@ def gradient_norms(model: CLIP, sharded: bool = False) -> dict[str, Tensor]:
 class TrainingMonitor(TimedCallback):
     """Log learning rate, gradient norms and throughput every ``log_every_n_steps``; warn if the model does not learn.
 
-    - ``train/learning_rate``: of the head, where layers have different rates
+    - ``train/learning_rate``: the highest, where parts or layers have different rates
     - ``train/image_gradient_norm``, ``train/text_gradient_norm``: before clipping, and without the scale of
       ``16-mixed``; not logged under FSDP's hybrid sharding
     - ``train/samples_per_second``: over all ranks, relative to training time (see

@@ -1,11 +1,14 @@
 """The plan of a run, printed before the first step."""
 
+from typing import cast
+
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary
 
+from lit_clip.module import LitCLIP
 from lit_clip.training.plan import measure_run
-from lit_clip.training.plan_table import print_plan
-from lit_clip.training.summary import print_parameter_groups
+from lit_clip.training.plan_table import fine_tunes, print_plan
+from lit_clip.training.summary import print_trained
 
 
 class PrintPlan(ModelSummary):
@@ -23,7 +26,5 @@ class PrintPlan(ModelSummary):
             print_plan(measure_run(pl_module, trainer))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        hparams = pl_module.hparams
-        if trainer.is_global_zero and any(hparams.get(name) for name in ("freeze", "layer_decay", "lora")):
-            frozen = sum(p.numel() for p in pl_module.parameters() if not p.requires_grad)
-            print_parameter_groups(trainer.optimizers[0].param_groups, frozen)
+        if trainer.is_global_zero and fine_tunes(pl_module.hparams):
+            print_trained(trainer.optimizers[0].param_groups, cast(LitCLIP, pl_module).model)

@@ -11,8 +11,9 @@ from lit_clip.losses.contrastive import at_least_float32
 from lit_clip.losses.loss import Loss, evaluate_loss
 from lit_clip.losses.pairwise import default_loss
 from lit_clip.models.config import CLIPConfig, Size
-from lit_clip.models.finetuning import Freeze, LayerDecay
+from lit_clip.models.finetuning import Freeze
 from lit_clip.models.lora import LoRA
+from lit_clip.models.rates import Rates
 from lit_clip.retrieval.retrieval_set import RetrievalSet, token_hashes
 from lit_clip.tools.untrusted import coerced
 from lit_clip.training.micro_batches import encode_pairs, encode_step, placeholder
@@ -66,11 +67,11 @@ class LitCLIP(RunHooks):
         lr_scheduler: creates the learning rate's schedule of the optimiser; it is stepped after each optimiser step,
             and one with an argument ``total_steps`` gets the number of steps of the run.
         decay: which parameters have weight decay, by name.
-        freeze: encoders, or all but their last blocks, that are not trained: not in the optimiser, always in evaluation
-            mode; and whether BatchNorm keeps its statistics.
-        layer_decay: the learning rate of each layer relative to the next one: one value, or one for each encoder.
-        lora: train low-rank additions to the blocks that are not frozen, and nothing else. A checkpoint then holds
-            only the additions and the name of their base weights (``pretrained``).
+        freeze: encoders, or all but their last blocks, heads and temperature, that are not in the optimiser and always
+            in evaluation mode; and whether BatchNorm keeps its statistics.
+        rates: learning rate and weight decay of encoders, heads, temperature and layers, as factors of the optimiser's.
+        lora: train low-rank additions to the blocks that are not frozen in place of their encoders, both or one. A
+            checkpoint then holds only what is trained and the name of the base weights (``pretrained``).
         micro_batch_size: most pairs of this rank that are encoded at once, while the loss sees all pairs of all ranks
             (GradCache, Gao et al. 2021). Activations of all but the last are computed again in the backward pass, so
             activations take the memory of one micro-batch; loss and gradients are the whole batch's. Only
@@ -91,7 +92,7 @@ class LitCLIP(RunHooks):
         lr_scheduler: ScheduleFactory = WarmupCosine,
         decay: Decays = EXCEPT_GAINS_AND_BIASES,
         freeze: Freeze | None = None,
-        layer_decay: LayerDecay | float | None = None,
+        rates: Rates | None = None,
         lora: LoRA | None = None,
         micro_batch_size: int | None = None,
     ) -> None:
@@ -102,13 +103,12 @@ class LitCLIP(RunHooks):
             loss is None or isinstance(loss, Loss),
             f"model.loss: {loss!r} is no loss; pass an object of a subclass of lit_clip.losses.Loss, as Contrastive()",
         )
-        decays = LayerDecay(layer_decay, layer_decay) if isinstance(layer_decay, int | float) else layer_decay
         settings: dict[str, Any] = {
             "freeze": coerced(Freeze, freeze, "model.freeze"),
-            "layer_decay": coerced(LayerDecay, decays, "model.layer_decay"),
+            "rates": coerced(Rates, rates, "model.rates"),
             "lora": coerced(LoRA, lora, "model.lora"),
         }
-        self.optimization = Optimization(optimizer, lr_scheduler, decay, settings["layer_decay"])
+        self.optimization = Optimization(optimizer, lr_scheduler, decay, settings["rates"])
         self.model = create_model(architecture, pretrained, image_size, context_length)
         self.loss = default_loss(self.model) if loss is None else loss
         self.starts_trained = pretrained is not None

@@ -23,7 +23,7 @@ from lit_clip.training.lightning.run_folder import CONFIG
 Configuration = dict[str, list[str]]
 """Digests of settings, by name; a resumed run has those of the run that it goes on from, too."""
 # Settings that a run may be resumed with; of the optimiser only the class has to stay.
-MAY_DIFFER = {"model.lr_scheduler", "model.decay", "model.micro_batch_size"} | {
+MAY_DIFFER = {"model.lr_scheduler", "model.decay", "model.rates", "model.micro_batch_size"} | {
     f"data.{name}"
     for name in ("batch_size", "global_batch_size", "num_workers", "bad_samples", "val", "test", "predict")
 }

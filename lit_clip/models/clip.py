@@ -187,5 +187,5 @@ class CLIP(TextTransformer):
 
         The sigmoid loss has no such bound: published SigLIP models have scales above 100.
         """
-        if self.logit_bias is None:
+        if self.logit_bias is None and self.logit_scale.requires_grad:  # a frozen one stays
             self.logit_scale.clamp_(0, MAX_LOGIT_SCALE)

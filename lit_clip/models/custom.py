@@ -18,8 +18,8 @@ A **text encoder** is a ``torch.nn.Module`` with
 - ``tokenizer`` (optional): a :class:`lit_clip.models.tokenizer.TextTokenizer`, or any callable that turns a list of
   texts into int64 ``[N, context_length]``, padded with its ``pad_id`` (0 if it has none). By default CLIP's.
 
-Optional for both: ``blocks``, a list of modules in order, for ``freeze: {unlock_last: n}``, ``layer_decay``, LoRA,
-activation checkpointing and FSDP's units.
+Optional for both: ``blocks``, a list of modules in order, for ``freeze: {unlock_last: n}``, LoRA, rates of head and
+layers, activation checkpointing and FSDP's units.
 
 A class is only ever looked up among the modules that are imported already, so that a checkpoint, which names it, cannot
 make us import anything.

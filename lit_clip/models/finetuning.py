@@ -1,7 +1,7 @@
-"""Freezing and layer-wise learning rates for fine-tuning."""
+"""Freezing for fine-tuning: what is trained, and what stays in evaluation mode."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -9,8 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_clip.errors import require
-from lit_clip.models.custom import CustomImageEncoder, CustomTextEncoder
-from lit_clip.models.layers import HEAD, TOWERS, layer_groups, tower_encoder, tower_parameters
+from lit_clip.models.layers import HEAD, SCALARS, TOWERS, layer_groups, tower_parameters
 from lit_clip.tools.untrusted import check_fields, from_plain
 
 
@@ -37,12 +36,16 @@ class Freeze:
     Attributes:
         image: None for nothing, ``all``, or ``{unlock_last: n}``.
         text: None for nothing, ``all``, or ``{unlock_last: n}``.
+        head: whether the heads of both encoders, which are all behind their blocks, are frozen.
+        temperature: whether ``logit_scale`` and ``logit_bias`` are frozen.
         batch_norm: whether BatchNorm keeps its running statistics, and uses them, in trained layers too. Those of new
             images make a pretrained model forget at any learning rate (docs/finetuning.md).
     """
 
     image: Literal["all"] | UnlockLast | None = None
     text: Literal["all"] | UnlockLast | None = None
+    head: bool = False
+    temperature: bool = False
     batch_norm: bool = False
 
     def __post_init__(self) -> None:
@@ -50,31 +53,16 @@ class Freeze:
             value = getattr(self, tower)
             if isinstance(value, Mapping):  # from a checkpoint
                 setattr(self, tower, from_plain(UnlockLast, value, f"model.freeze.{tower}"))
+            only_head = self.head and getattr(self, tower) == UnlockLast(0)
+            require(not only_head, f"model.freeze.{tower}: unlock_last 0 with head: true trains nothing; set it to all")
         check_fields(self, "model.freeze", {})
-
-
-@dataclass
-class LayerDecay:
-    """Each layer's learning rate as a fraction of the next layer's; the head has the full rate.
-
-    Attributes:
-        image: for the image tower, above 0 and at most 1.
-        text: for the text tower, above 0 and at most 1.
-    """
-
-    image: float = 1.0
-    text: float = 1.0
-
-    def __post_init__(self) -> None:
-        check_fields(self, "model.layer_decay", {})
-        for tower in TOWERS:
-            value = getattr(self, tower)
-            require(0 < value <= 1, f"model.layer_decay: {tower} {value} must be above 0 and at most 1")
 
 
 def frozen_names(model: Any, freeze: Freeze) -> set[str]:
     """Return the names of the parameters to freeze."""
-    frozen: set[str] = set()
+    frozen = _frozen_heads(model, freeze)
+    if freeze.temperature:
+        frozen |= {name for name, _ in model.named_parameters() if name in SCALARS}
     for tower in TOWERS:
         setting: str | UnlockLast | None = getattr(freeze, tower)
         if isinstance(setting, str):
@@ -89,12 +77,23 @@ def frozen_names(model: Any, freeze: Freeze) -> set[str]:
     return frozen
 
 
-def frozen_modules(model: nn.Module) -> dict[str, nn.Module]:
+def _frozen_heads(model: Any, freeze: Freeze) -> set[str]:
+    """Return the names of the parameters of frozen heads behind layers that are trained."""
+    frozen: set[str] = set()
+    for tower in TOWERS:
+        if freeze.head and getattr(freeze, tower) != "all":
+            groups = layer_groups(model, tower)
+            frozen |= {name for group in groups if group.name == HEAD for name in group.parameters}
+    return frozen
+
+
+def frozen_modules(model: nn.Module, freeze: Freeze | None = None) -> dict[str, nn.Module]:
     """Return the modules that must stay in evaluation mode, by name.
 
     These are the modules whose parameters are all frozen, and modules without parameters (dropout) that come before the
-    last of them in its tower: they belong to frozen layers.
+    last of them in its tower, apart from a frozen head: they belong to frozen layers.
     """
+    heads = _frozen_heads(model, freeze or Freeze())
     modules = dict(model.named_modules())
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -105,7 +104,7 @@ def frozen_modules(model: nn.Module) -> dict[str, nn.Module]:
     result = [name for name in modules if name and within(name, frozen) and not within(name, trained)]
     for visual in (True, False):
         tower = [name for name in modules if f"{name}.".startswith("visual.") == visual]
-        last = max((tower.index(name) for name in result if name in tower), default=-1)
+        last = max((tower.index(name) for name in result if name in tower and not within(name, heads)), default=-1)
         result += [name for name in tower[: last + 1] if next(modules[name].parameters(), None) is None]
     return {name: modules[name] for name in result}
 
@@ -117,22 +116,10 @@ def batch_norms(model: nn.Module) -> list[str]:
     return found
 
 
-def learning_rate_factors(model: Any, decay: LayerDecay | None) -> list[tuple[str, float, list[nn.Parameter]]]:
-    """Return layers with the factor on their learning rate, largest first; each parameter of the model is in one."""
-    everything: dict[str, nn.Parameter] = dict(model.named_parameters())
-    if decay is None:
-        return [("all", 1.0, list(everything.values()))]
-    layers: list[tuple[str, float, list[nn.Parameter]]] = []
-    for tower in TOWERS:
-        if getattr(decay, tower) == 1 and isinstance(
-            tower_encoder(model, tower), CustomImageEncoder | CustomTextEncoder
-        ):
-            members = tower_parameters(model, tower)  # its layers may be unknown, and need not be known
-            layers.append((tower, 1.0, [everything.pop(name) for name in members]))
-            continue
-        groups = layer_groups(model, tower)
-        for depth, group in enumerate(reversed(groups)):
-            factor = getattr(decay, tower) ** (depth if groups[-1].name == HEAD else depth + 1)
-            layers.append((f"{tower}.{group.name}", factor, [everything.pop(name) for name in group.parameters]))
-    layers.append(("logits", 1.0, list(everything.values())))
-    return sorted(layers, key=lambda layer: -layer[1])
+def changing_weights(model: nn.Module, frozen: Collection[str]) -> set[str]:
+    """Return the names of the weights that training changes: trainable parameters, and statistics of trained modules.
+
+    ``frozen`` are the names of the modules that stay in evaluation mode.
+    """
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return trained | {name for name, _ in model.named_buffers() if name.rpartition(".")[0] not in frozen}

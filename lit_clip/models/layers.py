@@ -15,6 +15,7 @@ from lit_clip.models.resnet import ModifiedResNet
 Tower = Literal["image", "text"]
 TOWERS: tuple[Tower, Tower] = ("image", "text")
 EMBEDDINGS, HEAD = "embeddings", "head"
+SCALARS = ("logit_scale", "logit_bias")  # temperature and bias, which belong to no encoder
 _BARE_HEADS = {"proj", "text_projection"}  # head parameters that lie on the tower itself, before any block
 
 
@@ -33,7 +34,7 @@ def tower_parameters(model: nn.Module, tower: Tower) -> dict[str, nn.Parameter]:
     return {
         name: parameter
         for name, parameter in model.named_parameters()
-        if name.startswith("visual.") == (tower == "image") and name not in ("logit_scale", "logit_bias")
+        if name.startswith("visual.") == (tower == "image") and name not in SCALARS
     }
 
 
@@ -82,7 +83,7 @@ def _block_prefixes(model: Any, tower: Tower) -> list[str]:
     if isinstance(encoder, CustomImageEncoder | CustomTextEncoder):
         blocks = custom_blocks(encoder)
         kind = type(encoder.encoder).__name__
-        needed = "model.freeze's unlock_last, model.layer_decay and model.lora"
+        needed = "model.freeze's unlock_last and head, model.rates' head and layer_decay, and model.lora"
         problem = f"has no `blocks`, a list of modules in order, so its layers are unknown to {needed}"
         require(bool(blocks), f"architecture.{tower}: {kind} {problem}")
         names = {id(module): name for name, module in model.named_modules()}

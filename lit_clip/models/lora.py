@@ -1,15 +1,16 @@
-"""LoRA (Hu et al. 2021) with ``peft``: only low-rank additions to the blocks' weights are trainable.
+"""LoRA (Hu et al. 2021) with ``peft``: low-rank additions to the blocks' weights are trained in place of an encoder.
 
-A checkpoint holds only the additions and names the weights that they belong to.
+A checkpoint holds the additions and what is trained beside them, and names the weights that they belong to.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import nn
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
-from lit_clip.models.layers import TOWERS, layer_groups, tower_parameters
+from lit_clip.models.layers import HEAD, TOWERS, Tower, layer_groups, tower_parameters
 from lit_clip.tools.untrusted import check_fields
 
 FUSED = "in_proj_weight"  # queries, keys and values of torch's attention in one weight
@@ -22,22 +23,32 @@ class LoRA:
     Attributes:
         r: the rank.
         alpha: the strength.
+        tower: the encoder that gets additions, ``image`` or ``text``; the other one is trained as without a LoRA. None:
+            both.
+        head: whether the heads behind the additions are trained too.
         targets: ends of names of linear layers (``c_fc``, ``query``) or ``in_proj_weight``; None: all of them in the
-            blocks of both towers: attention in and out, and MLP.
+            blocks: attention in and out, and MLP.
     """
 
     r: int = 8
     alpha: float = 16.0
     targets: list[str] | None = None
+    tower: Tower | None = None
+    head: bool = False
 
     def __post_init__(self) -> None:
         check_fields(self, "model.lora", {"r": (1, 65536), "alpha": (-1e9, 1e9)})
 
+    @property
+    def towers(self) -> Sequence[Tower]:
+        """The encoders that get additions."""
+        return TOWERS if self.tower is None else (self.tower,)
 
-def target_names(model: CLIP, targets: list[str] | None = None) -> list[str]:
+
+def target_names(model: CLIP, targets: list[str] | None = None, towers: Sequence[Tower] = TOWERS) -> list[str]:
     """Return the names of linear layers and fused attention weights in the blocks that are not frozen."""
     found = []
-    for tower in TOWERS:
+    for tower in towers:
         if not any(parameter.requires_grad for parameter in tower_parameters(model, tower).values()):
             continue  # nothing is added to it, so its layers need not be known
         for group in layer_groups(model, tower):
@@ -57,7 +68,7 @@ def target_names(model: CLIP, targets: list[str] | None = None) -> list[str]:
 
 
 def add_lora(model: CLIP, lora: LoRA) -> None:
-    """Insert the additions into a model; only they and the temperature stay trainable. They start as zero.
+    """Insert the additions, which start as zero, and freeze their encoders but for them, and their heads if wanted.
 
     peft's wrapper for torch's attention replaces its forward, which ours overrides. The fused weight is therefore a
     target parameter: peft adds to it for the duration of any forward.
@@ -66,7 +77,8 @@ def add_lora(model: CLIP, lora: LoRA) -> None:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
         raise InputError("model.lora needs peft: pip install 'lit-clip[lora]'") from error
-    names = target_names(model, lora.targets)
+    names = target_names(model, lora.targets, lora.towers)
+    beside = _trained_beside(model, lora)  # peft freezes what it is not told to adapt
     for name in names:
         if name.endswith(FUSED):  # peft re-registers it last; move it here too, as EMA pairs parameters by order
             owned = model.get_submodule(name.rpartition(".")[0])._parameters
@@ -81,12 +93,25 @@ def add_lora(model: CLIP, lora: LoRA) -> None:
         )
         inject_adapter_in_model(config, getattr(model, root))
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_added(name))
+        parameter.requires_grad_(is_added(name) or name in beside)
+
+
+def _trained_beside(model: CLIP, lora: LoRA) -> set[str]:
+    """Return the names of the parameters that are trained beside the additions."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    heads: set[str] = set()
+    for tower in lora.towers:
+        members = trained & tower_parameters(model, tower).keys()
+        for group in layer_groups(model, tower) if lora.head and members else ():
+            heads |= members & group.parameters.keys() if group.name == HEAD else set()
+        trained -= members
+    require(bool(heads) or not lora.head, "model.lora: head is true, and model.freeze freezes the head")
+    return trained | heads
 
 
 def is_added(name: str) -> bool:
-    """Whether a weight belongs to a LoRA: an addition, or the temperature or bias trained with it."""
-    return ".lora_" in name or name.rpartition(".")[2] in ("logit_scale", "logit_bias")
+    """Whether a weight is an addition of a LoRA."""
+    return ".lora_" in name
 
 
 def merge_lora(model: CLIP) -> None:

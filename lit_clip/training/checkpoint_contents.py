@@ -2,7 +2,7 @@
 
 Beside Lightning's own keys (epoch, global_step, optimizer_states, lr_schedulers, loops, callbacks, hyper_parameters):
 
-- ``state_dict``: weights under OpenAI's key names, which open_clip can read; of a LoRA only the additions
+- ``state_dict``: weights under OpenAI's key names, which open_clip can read; of a LoRA only the trained ones
 - ``parts``: class and settings of the optimiser, the schedule, the rule of weight decay and the loss, to compare
 - ``loss``: parameters of a loss that has some
 - ``base``: name and fingerprint of the weights that a LoRA belongs to
@@ -18,7 +18,7 @@ Beside Lightning's own keys (epoch, global_step, optimizer_states, lr_schedulers
 A data module's state is its sampler's position.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,6 @@ from lightning.pytorch.utilities import rank_zero_info
 from lit_clip.errors import require
 from lit_clip.losses.loss import Loss
 from lit_clip.models.clip import CLIP
-from lit_clip.models.lora import is_added
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.secrets import plain_without_secrets
 from lit_clip.tools.weight_files import Source, read_mapped
@@ -42,10 +41,12 @@ STATES = {"state_dict", "current_model_state"}
 SETTINGS = {"hyper_parameters", "datamodule_hyper_parameters"}
 
 
-def pack_checkpoint(checkpoint: dict[str, Any], model: CLIP, base: Mapping[str, str] | None) -> None:
+def pack_checkpoint(
+    checkpoint: dict[str, Any], model: CLIP, base: Mapping[str, str] | None, changing: Collection[str]
+) -> None:
     """Turn what Lightning saves into what we write, in place: OpenAI's key names, the tokenizer, no secrets.
 
-    With the ``base`` that a LoRA belongs to, ``pretrained`` and ``sha256``, only the LoRA's weights stay.
+    With the ``base`` that a LoRA belongs to, ``pretrained`` and ``sha256``, only the ``changing`` weights stay.
     """
     _move_own_keys(checkpoint, checkpoint["state_dict"])
     checkpoint |= saved_tokenizer(model)
@@ -57,7 +58,8 @@ def pack_checkpoint(checkpoint: dict[str, Any], model: CLIP, base: Mapping[str, 
             checkpoint[states] = {
                 key: value
                 for key, value in checkpoint[states].items()
-                if is_added(key) or (states == "current_model_state" and key.startswith(LOSS_PREFIX))
+                if key.removeprefix(PREFIX) in changing
+                or (states == "current_model_state" and key.startswith(LOSS_PREFIX))
             }
 
 

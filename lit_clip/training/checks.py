@@ -16,6 +16,7 @@ from torch import nn
 
 from lit_clip.errors import InputError, require
 from lit_clip.losses.pairwise import Sigmoid
+from lit_clip.models.lora import is_added
 from lit_clip.training.lightning.checkpoint_io import wrapped
 from lit_clip.training.plan import RunPlan
 
@@ -67,7 +68,7 @@ REFUSED = (
     Refusal(
         callbacks.BaseFinetuning,
         "would add parameters that the schedule does not know and no resumed run has",
-        "set model.freeze, or model.layer_decay; for several stages start each from the last with model.pretrained",
+        "set model.freeze, or model.rates; for several stages start each from the last with model.pretrained",
     ),
     Refusal(
         callbacks.ModelPruning,
@@ -196,7 +197,7 @@ def _check_bias(module: Any, batch: int | None, world: int) -> None:
 def check_lora_gradients(model: nn.Module) -> None:
     """Check after a backward pass that every LoRA addition got a gradient."""
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad and parameter.grad is None and parameter.numel():  # a shard may be empty
+        if is_added(name) and parameter.grad is None and parameter.numel():  # a shard may be empty
             raise InputError(
                 f"model.lora: {name} has no effect, because its layer is never called; see model.lora.targets"
             )
@@ -261,7 +262,7 @@ def _far_rate(plan: RunPlan) -> Iterator[str]:
     (docs/evidence/recipe_sizes.md). Smaller rates are only suspicious with a batch as large as that.
     """
     rate, large = plan.learning_rate, (plan.global_batch or 0) >= 2048
-    if plan.lora or (plan.pretrained and plan.frozen) or rate == 0 or "Adam" not in plan.optimizer["class_path"]:
+    if plan.own_rates or (plan.pretrained and plan.frozen) or rate == 0 or "Adam" not in plan.optimizer["class_path"]:
         return
     low, high = (PAPER_FINE_TUNING_RATE,) * 2 if plan.pretrained else PAPER_RATES
     if rate > FAR * high or (large and not plan.pretrained and rate < low / FAR):

@@ -1,5 +1,6 @@
 """Optimisers: the paper's, and a run's with its schedule and rule of weight decay: created, described, resumed."""
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -10,8 +11,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from lit_clip.errors import InputError, require
-from lit_clip.models.finetuning import LayerDecay
-from lit_clip.tools.parts import Description, describe, describe_instance
+from lit_clip.models.rates import Layer, Rates, rated_layers
+from lit_clip.tools.parts import Description, describe, describe_instance, plain
 from lit_clip.tools.untrusted import check_entries, is_like, shortened
 from lit_clip.training.param_groups import Decays, parameter_groups
 from lit_clip.training.schedules import ScheduleFactory, advance, create_schedule, needs_total_steps, total_steps
@@ -120,11 +121,11 @@ class Optimization:
         optimizer: OptimizerFactory,
         lr_scheduler: ScheduleFactory,
         decay: Decays,
-        layer_decay: LayerDecay | None = None,
+        rates: Rates | None = None,
     ) -> None:
         require(callable(decay), f"model.decay: {decay!r} is no function")
         self.optimizer, self._lr_scheduler, self._decay = optimizer, lr_scheduler, decay
-        self.layer_decay = layer_decay
+        self.rates = rates
         self._resumed_steps: int | None = None  # of the whole run, from the checkpoint it resumes from
         self.descriptions = {
             "optimizer": describe(optimizer, probe_optimizer(optimizer)),
@@ -137,10 +138,10 @@ class Optimization:
         """The learning rate at factor 1."""
         return float(probe_optimizer(self.optimizer).defaults["lr"])
 
-    def groups(
-        self, module: nn.Module, layers: Iterable[tuple[str, float, Sequence[nn.Parameter]]]
-    ) -> list[dict[str, Any]]:
-        """Return a module's parameter groups, see :func:`lit_clip.training.param_groups.parameter_groups`."""
+    def groups(self, module: Any) -> list[dict[str, Any]]:
+        """Return the parameter groups of a module with a ``model`` and a ``loss``, which is rated as the head."""
+        own = Layer("loss", "head", (self.rates or Rates()).of("head"), list(module.loss.parameters()))
+        layers = [*rated_layers(module.model, self.rates), own]
         return parameter_groups(module, layers, probe_optimizer(self.optimizer).defaults, self._decay)
 
     def configure(self, groups: Groups, trainer: "Trainer") -> dict[str, Any]:
@@ -163,6 +164,7 @@ class Optimization:
             optimizer.register_load_state_dict_post_hook(lay_out_like_parameters)
         steps, self._resumed_steps = self._resumed_steps or total_steps(trainer), None
         schedule = create_schedule(self._lr_scheduler, optimizer, steps)
+        _check_rates(groups, optimizer.param_groups, type(schedule).__name__)
         how: dict[str, Any] = {"interval": "step"}
         if isinstance(schedule, ReduceLROnPlateau):
             monitor = getattr(schedule, "monitor", "val/loss")
@@ -179,8 +181,8 @@ class Optimization:
         here, there = self.descriptions, checkpoint["parts"]
         former = there["optimizer"]["init_args"]
         changed = {k: value for k, value in here["optimizer"]["init_args"].items() if former.get(k) != value}
-        layer_decay = self.layer_decay and asdict(self.layer_decay)
-        rates = "lr" in changed or checkpoint["hyper_parameters"].get("layer_decay") != layer_decay
+        factors = self.rates and plain(asdict(self.rates))
+        rates = "lr" in changed or checkpoint["hyper_parameters"].get("rates") != factors
         defaults = probe_optimizer(self.optimizer).defaults
         for optimizer in checkpoint.get("optimizer_states", []):
             _check_state(optimizer, defaults, f"{name}: optimizer_states")
@@ -239,12 +241,23 @@ def _describe_schedule(schedule: ScheduleFactory, optimizer: Callable[..., Any])
     return description
 
 
+def _check_rates(groups: Groups, scheduled: Groups, schedule: str) -> None:
+    """Raise :class:`InputError` if a schedule has replaced the groups' rates by one for all, as ``OneCycleLR`` does."""
+    both = zip(groups, scheduled, strict=True)
+    factors = [there.get("initial_lr", there["lr"]) / here["lr"] for here, there in both if here["lr"]]
+    kept = not factors or math.isclose(min(factors), max(factors), rel_tol=1e-6)
+    one = f"model.lr_scheduler: {schedule} has one rate for all parts"
+    require(kept, f"{one}; leave out model.rates, or use another schedule")
+
+
 def _resume_groups(
     saved: list[dict[str, Any]], groups: Groups, changed: Mapping[str, Any], rates: bool, name: str
 ) -> None:
     there, here = ([(each["name"].partition(",")[0], len(each["params"])) for each in all_] for all_ in (saved, groups))
     if there != here:
-        raise InputError(f"{name}: resume with the model.freeze, layer_decay, lora and decay of the run that wrote it")
+        raise InputError(
+            f"{name}: resume with the model.freeze, parts of model.rates, lora and decay of the run that wrote it"
+        )
     for group, ours in zip(saved, groups, strict=True):
         if rates:  # otherwise they are the schedule's: torch's OneCycleLR has an initial_lr of its own
             group["lr"] *= ours["lr"] / (group["initial_lr"] or 1.0)

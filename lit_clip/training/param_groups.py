@@ -6,6 +6,7 @@ from typing import Any
 from torch import nn
 
 from lit_clip.errors import require
+from lit_clip.models.rates import Layer
 from lit_clip.tools.untrusted import shortened
 
 Decays = Callable[[str, nn.Parameter], bool]
@@ -55,7 +56,7 @@ def _decay_groups(
 
 def parameter_groups(
     module: nn.Module,
-    layers: Iterable[tuple[str, float, Sequence[nn.Parameter]]],
+    layers: Iterable[Layer],
     defaults: Mapping[str, Any],
     decays: Decays,
 ) -> list[dict[str, Any]]:
@@ -63,16 +64,20 @@ def parameter_groups(
 
     Args:
         module: whose parameters these are.
-        layers: name, factor on the learning rate, parameters.
+        layers: the parameters, with factors of learning rate and weight decay.
         defaults: the optimiser's own settings: learning rate at factor 1, and weight decay if it has any.
         decays: the rule of weight decay, which is given names without the prefix of LitCLIP's ``model``.
     """
     names = {id(parameter): name.removeprefix("model.") for name, parameter in module.named_parameters()}
-    groups = []
-    for layer, factor, parameters in layers:
-        named = [(names[id(parameter)], parameter) for parameter in parameters if parameter.requires_grad]
-        both = _decay_groups(named, defaults.get("weight_decay"), decays)
+    groups, whole = [], defaults.get("weight_decay")
+    for layer in layers:
+        named = [(names[id(parameter)], parameter) for parameter in layer.parameters if parameter.requires_grad]
+        factor = layer.rate.weight_decay
+        none = f"model.rates.{layer.part}: weight_decay {factor:g} of none; set model.optimizer.weight_decay"
+        require(bool(whole) or factor in (0, 1), none)
+        both = _decay_groups(named, whole and whole * factor, decays)
         for kind, group in zip(("", ", no decay"), both, strict=True):
             if group["params"]:
-                groups.append({"name": layer + kind, "lr": defaults["lr"] * factor, **group})
+                groups.append({"name": layer.name + kind, "lr": defaults["lr"] * layer.rate.lr, **group})
+    require(bool(groups), "model.freeze: freezes everything, so nothing is trained; leave a part out")
     return groups

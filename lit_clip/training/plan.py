@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lit_clip.losses.tiled import default_tile
 from lit_clip.models.flops import tower_flops
 from lit_clip.models.layers import TOWERS, tower_blocks, tower_parameters
+from lit_clip.models.rates import Rates
 from lit_clip.tools.parts import Description
 from lit_clip.training.activation_checkpointing import is_checkpointed
 from lit_clip.training.optimizers import state_per_weight
@@ -57,7 +58,7 @@ class RunPlan:
     loss: Description
     moments: int | None  # numbers that the optimiser keeps for each weight
     pretrained: bool  # whether training starts from pretrained weights
-    lora: bool  # whose learning rates differ from the paper's
+    own_rates: bool  # of a LoRA or of parts: others than the paper's
     accumulated: int  # batches whose gradients are accumulated
     max_steps: int | None  # as set
     max_epochs: int | None
@@ -167,7 +168,8 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         pretrained_encoders=all(
             getattr(tower, "pretrained", False) for tower in (model.config.image, model.config.text)
         ),
-        lora=bool(hparams.lora),
+        own_rates=bool(hparams.lora)
+        or any((module.optimization.rates or Rates()).of(tower).lr != 1 for tower in TOWERS),
         accumulated=trainer.accumulate_grad_batches,
         max_steps=trainer.max_steps if trainer.max_steps >= 0 else None,
         max_epochs=trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else None,

@@ -1,5 +1,6 @@
 """The plan of a run as a table, with what contradicts itself in it."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -8,6 +9,7 @@ from lit_clip.tools.console import Console
 from lit_clip.tools.parts import shown
 from lit_clip.training.checks import check_counts, contradictions
 from lit_clip.training.plan import RunPlan, measure_run
+from lit_clip.training.summary import print_trained
 
 SEVERAL = 2  # rows of an image, on average
 FEW_PAIRS = 3_500  # docs/evidence/recipes.md: pretrained encoders were measured with up to 3,068 pairs,
@@ -26,6 +28,13 @@ def print_plan_of(trainer: Any, module: Any, data: Any) -> None:
         callback.setup(trainer, module, "fit")
     if trainer.is_global_zero:
         print_plan(measure_run(module, trainer))
+        if fine_tunes(module.hparams):
+            print_trained(module.optimization.groups(module), module.model)
+
+
+def fine_tunes(settings: Mapping[str, Any]) -> bool:
+    """Return whether a run's parts are trained in different ways."""
+    return any(settings.get(name) for name in ("freeze", "rates", "lora"))
 
 
 def print_plan(plan: RunPlan) -> None:

@@ -17,7 +17,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.losses.loss import Loss
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import Preprocessing
-from lit_clip.models.finetuning import Freeze, batch_norms, frozen_modules, frozen_names, learning_rate_factors
+from lit_clip.models.finetuning import Freeze, batch_norms, changing_weights, frozen_modules, frozen_names
 from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.secrets import plain_without_secrets
@@ -70,6 +70,7 @@ class RunHooks(LightningModule):
         self._step_metrics: dict[str, Tensor] | None = None  # of this rank's step, until they are averaged
         self._groups: list[dict[str, Any]] | None = None
         self._frozen_modules: list[str] = []
+        self._changing: set[str] = set()  # names of the model's weights
 
     @classmethod
     def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
@@ -109,7 +110,8 @@ class RunHooks(LightningModule):
             self.base_sha256 = weights_sha256(self.model)
             add_lora(self.model, lora)
         norms = batch_norms(self.model) if freeze.batch_norm else []
-        self._frozen_modules = [*frozen_modules(self.model), *norms]  # names: a strategy may replace the modules
+        self._frozen_modules = [*frozen_modules(self.model, freeze), *norms]  # names: a strategy replaces modules
+        self._changing = changing_weights(self.model, self._frozen_modules)
         self.train()
 
     def train(self, mode: bool = True) -> Self:
@@ -245,14 +247,12 @@ class RunHooks(LightningModule):
 
     def _parameter_groups(self) -> list[dict[str, Any]]:
         """Return the groups as they were when ``fit`` began: FSDP's shards are flat, so weights look like biases."""
-        if self._groups is not None:
-            return [{**group, "params": list(group["params"])} for group in self._groups]
-        layers = learning_rate_factors(self.model, self.optimization.layer_decay)
-        return self.optimization.groups(self, [*layers, ("loss", 1.0, list(self.loss.parameters()))])
+        groups = self.optimization.groups(self) if self._groups is None else self._groups
+        return [{**group, "params": list(group["params"])} for group in groups]
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         base = {"pretrained": self.hparams["pretrained"], "sha256": self.base_sha256} if self.base_sha256 else None
-        pack_checkpoint(checkpoint, self.model, base)
+        pack_checkpoint(checkpoint, self.model, base, self._changing)
         reopen_epoch(checkpoint)
         checkpoint |= {"parts": plain_without_secrets(self.parts, opens=True), "before": dict(self.before)}
 

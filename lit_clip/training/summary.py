@@ -2,13 +2,16 @@
 
 import re
 import shlex
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
+from lit_clip.models.layers import SCALARS
+from lit_clip.models.lora import is_added
 from lit_clip.tools.console import Console
 from lit_clip.training.lightning.run_folder import newest_config, shown
 
@@ -59,15 +62,23 @@ def print_summary(
         Console().print(table)
 
 
-def print_parameter_groups(groups: Sequence[Mapping[str, Any]], frozen: int) -> None:
-    """Print the optimiser's parameter groups."""
-    table = _table("Parameter groups", "group", "parameters", "learning rate", "weight decay")
+def print_trained(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> None:
+    """Print the optimiser's parameter groups, and what of the model is frozen."""
+    named = [(name.replace("_fsdp_wrapped_module.", ""), p) for name, p in model.named_parameters()]
+    added = {id(parameter) for name, parameter in named if is_added(name)}
+    table = _table("Trained", "part", "kind", "parameters", "learning rate", "weight decay")
     for group in groups:
+        kinds = {"LoRA" if id(parameter) in added else "full" for parameter in group["params"]}
         parameters = sum(parameter.numel() for parameter in group["params"])
         rate = group.get("initial_lr", group["lr"])
         decay = f"{group['weight_decay']:g}" if "weight_decay" in group else "-"  # torch.optim.Rprop has none
-        table.add_row(group["name"], f"{parameters:,}", f"{rate:.2e}", decay)
-    table.add_row("frozen", f"{frozen:,}", "", "")
+        table.add_row(group["name"], " and ".join(sorted(kinds)), f"{parameters:,}", f"{rate:.2e}", decay)
+    frozen: Counter[str] = Counter()
+    for name, parameter in named:
+        part = "temperature" if name in SCALARS else "image" if name.startswith("visual.") else "text"
+        frozen[part] += 0 if parameter.requires_grad else parameter.numel()
+    for part, parameters in (+frozen).items():
+        table.add_row(part, "frozen", f"{parameters:,}", "", "")
     Console().print(table)
 
 

@@ -16,9 +16,10 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import RANGES, CLIPConfig, Size, TextTransformerConfig, TimmConfig
 from lit_clip.models.custom import custom_encoders, find_class
 from lit_clip.models.custom_config import how_to_import
-from lit_clip.models.finetuning import Freeze, LayerDecay
+from lit_clip.models.finetuning import Freeze
 from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer, check_ids
 from lit_clip.models.lora import LoRA
+from lit_clip.models.rates import Rates
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.parts import is_plain, plain
 from lit_clip.tools.reading import naming, reason
@@ -44,7 +45,7 @@ _TYPES: dict[str, Any] = {
 # Class and settings of a part: data, compared when a run is resumed, see lit_clip.tools.parts.Description.
 _PART: dict[str, Any] = {"class_path": str, "init_args": dict[str, Any]}
 _PARTS = ("optimizer", "lr_scheduler", "decay", "loss")
-_DATACLASSES: dict[str, type] = {"freeze": Freeze, "layer_decay": LayerDecay, "lora": LoRA}
+_DATACLASSES: dict[str, type] = {"freeze": Freeze, "rates": Rates, "lora": LoRA}
 # Entries beside the settings and weights: ours, and Lightning's. A missing one is noticed by who needs it.
 _OURS: dict[str, Any] = {"weights": str, **dict.fromkeys(("before", "loss", "parts"), dict[str, object])}
 _LIGHTNINGS: dict[str, Any] = {
@@ -114,8 +115,7 @@ def _checked_settings(hparams: Mapping[str, Any]) -> CLIPConfig:
         require(name not in hparams, f"hyper_parameters: may not have {name}, a part; a checkpoint holds data alone")
     check_settings(hparams, "hyper_parameters.")
     for name, kind in _DATACLASSES.items():
-        value = hparams.get(name)
-        coerced(kind, LayerDecay(value, value) if kind is LayerDecay and isinstance(value, float) else value, name)
+        coerced(kind, hparams.get(name), name)
     return config
 
 

@@ -124,7 +124,7 @@ def test_two_ranks_share_the_files_and_have_the_losses_of_one(
     ("model", "callbacks"),
     [
         ({"micro_batch_size": 3}, ()),
-        ({"layer_decay": 0.7}, (partial(EMA, 0.5),)),
+        ({"rates": {"head": 2.0, "layer_decay": 0.7}}, (partial(EMA, 0.5),)),
         ({"loss": Contrastive("positives")}, (ActivationCheckpointing,)),
     ],
     ids=["micro-batches", "EMA and layer decay", "positives and activation checkpointing"],

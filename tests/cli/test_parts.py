@@ -84,7 +84,9 @@ def test_own_parts_of_the_working_folder_train_and_resume(caption_table: Path, t
     assert_user_error(unnamed, "was trained with model.optimizer my_parts.Own", f"resume with --config {config}")
     resume = ["--ckpt_path", str(path), "--model.optimizer", "my_parts.Own"]
     unnamed = cli(*words("fit", caption_table, architecture=False), *resume)
-    assert_user_error(unnamed, "resume with the model.freeze, layer_decay, lora and decay of the run that wrote it")
+    assert_user_error(
+        unnamed, "resume with the model.freeze, parts of model.rates, lora and decay of the run that wrote it"
+    )
     assert cli("fit", "--config", config, "--ckpt_path", str(path), "--trainer.max_steps", "6").returncode == 0
 
 

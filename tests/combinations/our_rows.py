@@ -118,6 +118,13 @@ def beside_attention(folder: Path) -> dict[str, Any]:
     return {**pretrained(folder), "lora": LoRA(r=2, targets=["c_fc", "c_proj", "out_proj"])}
 
 
+def by_part(folder: Path) -> dict[str, Any]:
+    """A LoRA in one encoder, the other one whole, with rates of their own."""
+    rates = {"image": 0.5, "head": {"lr": 2.0, "weight_decay": 0.0}, "temperature": 0.1, "layer_decay": 0.5}
+    lora = LoRA(r=2, targets=["c_fc", "c_proj", "out_proj"], tower="text", head=True)
+    return {**pretrained(folder), "lora": lora, "rates": rates}
+
+
 SHARDED = {"trainer": strategy(FSDP)}
 OPTIONS: dict[str, tuple[list[Check], dict[str, Settings]]] = {
     "model.micro_batch_size: 1": ([near(1e-5), RESUMED], {"model": option(micro_batch_size=1)}),
@@ -125,7 +132,7 @@ OPTIONS: dict[str, tuple[list[Check], dict[str, Settings]]] = {
     "model.lora": ([TRAINED, RESUMED], {"model": pretrained}),
     "model.lora, targets: [c_fc, c_proj, out_proj]": ([TRAINED, RESUMED], {"model": beside_attention}),
     "model.freeze": ([TRAINED, RESUMED], {"model": option(**FROZEN)}),
-    "model.layer_decay: 0.5": ([TRAINED, RESUMED], {"model": option(layer_decay=0.5)}),
+    "model.rates, model.lora of one encoder": ([TRAINED, RESUMED], {"model": by_part}),
 }
 for name, (shown, values) in OPTIONS.items():
     works(OURS, name, *shown, **values)

@@ -37,7 +37,9 @@ SAVED_AT, STEPS = 3, 8  # four steps an epoch
 def fit(folder: Path, table: str, optimizer: str, schedule: str, ckpt_path: Path | None) -> Any:
     """Train for two epochs of 16 pairs, the gradients clipped; return the trainer."""
     parts = {"optimizer": OPTIMIZERS[optimizer], "lr_scheduler": SCHEDULES[schedule]}
-    module = make_module(text_width=16, layer_decay=0.8, micro_batch_size=2, **parts)
+    module = make_module(
+        text_width=16, rates={"head": 0.5, "temperature": 0.5, "layer_decay": 0.8}, micro_batch_size=2, **parts
+    )
     world = int(os.environ["WORLD_SIZE"])
     saving = ModelCheckpoint(folder, f"{{step}}_{ckpt_path is None}", every_n_train_steps=SAVED_AT, save_top_k=-1)
     trainer = make_trainer(

@@ -14,10 +14,11 @@ from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
-from lit_clip.models.finetuning import Freeze, LayerDecay, UnlockLast, learning_rate_factors
+from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.models.flops import training_flops
 from lit_clip.models.layers import layer_groups, tower_blocks
 from lit_clip.models.lora import LoRA
+from lit_clip.models.rates import LayerDecay, Rates, rated_layers
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.training.activation_checkpointing import checkpoint_encoders
 from lit_clip.weights.fingerprint import fingerprint
@@ -158,7 +159,7 @@ def test_freezing_and_layer_decay_use_the_blocks() -> None:
     groups = {group.name: set(group.parameters) for group in layer_groups(model, "image")}
     assert list(groups) == ["embeddings", "blocks.0", "blocks.1", "head"]
     assert groups["embeddings"] == {"visual.encoder.trunk.weight", "visual.encoder.trunk.bias"}
-    rates = {name: rate for name, rate, _ in learning_rate_factors(model, LayerDecay(image=0.5))}
+    rates = {layer.name: layer.rate.lr for layer in rated_layers(model, Rates(layer_decay=LayerDecay(image=0.5)))}
     assert {name: rates[f"image.{name}"] for name in groups} == dict(zip(groups, (0.125, 0.25, 0.5, 1), strict=True))
 
 
@@ -167,10 +168,10 @@ def test_without_blocks_an_encoder_can_be_frozen_whole_and_is_one_block() -> Non
     model = CLIP(config)
     assert tower_blocks(model, "text") == [model.text.encoder]
     assert not any(p.requires_grad for p in LitCLIP(config, freeze=Freeze(text="all")).model.text.parameters())
-    assert len(learning_rate_factors(model, LayerDecay(image=0.5))) == 6  # text is one layer
+    assert len(rated_layers(model, Rates(layer_decay=LayerDecay(image=0.5)))) == 6  # text is one layer
     for wrong in (
         lambda: LitCLIP(config, freeze=Freeze(text=UnlockLast(1))),
-        lambda: learning_rate_factors(model, LayerDecay(text=0.5)),
+        lambda: rated_layers(model, Rates(layer_decay=LayerDecay(text=0.5))),
     ):
         with pytest.raises(InputError, match=r"architecture\.text: Text has no `blocks`"):
             wrong()

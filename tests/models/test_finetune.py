@@ -24,8 +24,9 @@ from lit_clip.models.config import (
     TimmConfig,
     VisionTransformerConfig,
 )
-from lit_clip.models.finetuning import Freeze, LayerDecay, UnlockLast, frozen_modules, frozen_names
+from lit_clip.models.finetuning import Freeze, UnlockLast, frozen_modules, frozen_names
 from lit_clip.models.layers import layer_groups, tower_parameters
+from lit_clip.models.rates import LayerDecay, Rates
 from lit_clip.module import LitCLIP
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine, warmup_cosine
@@ -257,7 +258,9 @@ def rates(module: LitCLIP) -> dict[str, float]:
 
 
 def test_layer_decay_lowers_the_learning_rate_of_each_earlier_layer() -> None:
-    module = LitCLIP(CONFIG, layer_decay=LayerDecay(image=0.5, text=0.1), optimizer=partial(PaperAdamW, lr=1.0))
+    module = LitCLIP(
+        CONFIG, rates=Rates(layer_decay=LayerDecay(image=0.5, text=0.1)), optimizer=partial(PaperAdamW, lr=1.0)
+    )
     found = rates(module)
     assert found.keys() == dict(module.model.named_parameters()).keys()
     expected = {
@@ -274,20 +277,20 @@ def test_layer_decay_lowers_the_learning_rate_of_each_earlier_layer() -> None:
 
 def test_without_layer_decay_all_learning_rates_are_equal() -> None:
     assert set(rates(LitCLIP(CONFIG, optimizer=partial(PaperAdamW, lr=0.25))).values()) == {0.25}
-    halves = rates(LitCLIP(CONFIG, layer_decay=0.5, optimizer=partial(PaperAdamW, lr=1.0)))
+    halves = rates(LitCLIP(CONFIG, rates={"layer_decay": 0.5}, optimizer=partial(PaperAdamW, lr=1.0)))
     assert halves["visual.conv1.weight"] == 0.25
     assert halves["token_embedding.weight"] == 0.125
 
 
 def test_frozen_parameters_are_in_no_group_with_layer_decay() -> None:
-    module = LitCLIP(CONFIG, layer_decay=0.5, freeze=Freeze(image=UnlockLast(0), text=UnlockLast(1)))
+    module = LitCLIP(CONFIG, rates={"layer_decay": 0.5}, freeze=Freeze(image=UnlockLast(0), text=UnlockLast(1)))
     assert rates(module).keys() == {name for name, p in module.model.named_parameters() if p.requires_grad}
 
 
 @pytest.mark.parametrize("decay", [0.0, 1.5, float("nan")])
 def test_a_layer_decay_outside_0_to_1_is_refused(decay: float) -> None:
-    with pytest.raises(InputError, match="layer_decay: image"):
-        LitCLIP(CONFIG, layer_decay=decay)
+    with pytest.raises(InputError, match=r"model\.rates.*layer_decay"):
+        LitCLIP(CONFIG, rates={"layer_decay": decay})
 
 
 def test_a_resumed_run_applies_its_own_learning_rate_to_every_layer(
@@ -301,7 +304,7 @@ def test_a_resumed_run_applies_its_own_learning_rate_to_every_layer(
             lr_scheduler=partial(WarmupCosine, warmup_steps=1),
         )
 
-    options: dict[str, Any] = {"layer_decay": 0.5, "freeze": Freeze(image=UnlockLast(0))}
+    options: dict[str, Any] = {"rates": {"layer_decay": 0.5}, "freeze": Freeze(image=UnlockLast(0))}
     first, path = module(0.01, **options), tmp_path / "epoch.ckpt"
     fitting = trainer(tmp_path, max_epochs=2, limit_val_batches=0, callbacks=[SaveAt(4, path)])
     fitting.fit(first, data_for(first, caption_table))
@@ -318,16 +321,22 @@ def test_a_resumed_run_applies_its_own_learning_rate_to_every_layer(
     for name, depth in (("image.head", 0), ("text.head", 0), ("text.blocks.0", 1), ("text.embeddings", 2)):
         assert seen[name] == pytest.approx([rate * 0.5**depth for rate in schedule]), name
     assert "image.blocks.0" not in seen
-    other = module(0.01, layer_decay=0.5)
-    with pytest.raises(InputError, match="resume with the model.freeze, layer_decay, lora and decay"):
+    other = module(0.01, rates={"layer_decay": 0.5})
+    with pytest.raises(InputError, match="resume with the model.freeze, parts of model.rates, lora and decay"):
         trainer(tmp_path, max_epochs=2).fit(other, data_for(other, caption_table), ckpt_path=path)
 
 
 def test_fine_tuning_options_are_saved_as_plain_values(tmp_path: Path, caption_table: Path) -> None:
-    module = LitCLIP(CONFIG, freeze=Freeze(image="all", text=UnlockLast(1)), layer_decay=0.5)
+    module = LitCLIP(CONFIG, freeze=Freeze(image="all", text=UnlockLast(1)), rates={"layer_decay": 0.5})
     hparams: Any = module.hparams
-    assert hparams.freeze == {"image": "all", "text": {"unlock_last": 1}, "batch_norm": False}
-    assert hparams.layer_decay == {"image": 0.5, "text": 0.5}
+    assert hparams.freeze == {
+        "image": "all",
+        "text": {"unlock_last": 1},
+        "head": False,
+        "temperature": False,
+        "batch_norm": False,
+    }
+    assert hparams.rates == {"image": 1.0, "text": 1.0, "head": None, "temperature": 1.0, "layer_decay": 0.5}
     again = LitCLIP(**hparams)
     assert rates(again).keys() == rates(module).keys()
 
@@ -348,9 +357,10 @@ def metrics(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_freeze_and_layer_decay_in_yaml_are_printed_unchanged(cli: Cli, caption_table: Path, tmp_path: Path) -> None:
-    freeze = {"image": "all", "text": {"unlock_last": 1}, "batch_norm": False}
-    finetune = {"freeze": freeze, "layer_decay": {"image": 1.0, "text": 0.5}}
+def test_freeze_and_rates_in_yaml_are_printed_unchanged(cli: Cli, caption_table: Path, tmp_path: Path) -> None:
+    freeze = {"image": "all", "text": {"unlock_last": 1}, "head": False, "temperature": True, "batch_norm": False}
+    rates = {"image": 1.0, "text": {"lr": 0.1, "weight_decay": 2.0}, "head": 10.0, "temperature": 1.0}
+    finetune = {"freeze": freeze, "rates": rates | {"layer_decay": {"image": 1.0, "text": 0.5}}}
     (tmp_path / "finetune.yaml").write_text(yaml.safe_dump({"model": finetune}))
     result = cli(*command(caption_table, "--config", "finetune.yaml", "--print_config"))
     assert result.returncode == 0, result.stderr
@@ -362,7 +372,7 @@ def test_freeze_and_layer_decay_in_yaml_are_printed_unchanged(cli: Cli, caption_
 def test_validate_first_logs_at_step_0_and_the_change_is_reported_also_after_a_resume(
     devices: int, cli: Cli, caption_table: Path, tmp_path: Path
 ) -> None:
-    options = ["--validate_first", "true", "--model.freeze", "{image: all}", "--model.layer_decay", "0.5"]
+    options = ["--validate_first", "true", "--model.freeze", "{image: all}", "--model.rates.layer_decay", "0.5"]
     ddp = [] if devices == 1 else ["--trainer.devices", "2", "--trainer.strategy", "ddp", "--data.batch_size", "8"]
     result = cli(*command(caption_table, *options, *ddp, "--trainer.max_epochs", "1"))
     assert result.returncode == 0, result.stderr
@@ -370,7 +380,7 @@ def test_validate_first_logs_at_step_0_and_the_change_is_reported_also_after_a_r
     assert [row["step"] for row in rows] == ["0", "3"]
     losses = [float(row["val/loss"]) for row in rows]
     assert "before" in result.stdout
-    assert "Parameter groups" in result.stdout
+    assert "Trained" in result.stdout
     assert f"{losses[1] - losses[0]:+.4f}" in result.stdout
     assert losses[0] != losses[1]
     if devices == 2:

@@ -156,7 +156,13 @@ def test_a_checkpoint_holds_only_the_additions_and_opens_as_a_plain_model(
         assert len(checkpoint[states]) == 2 * 2 * len(MEMBERS) + 1
         assert all(".lora_" in name or name.endswith("logit_scale") for name in checkpoint[states])
     assert ("current_model_state" in checkpoint) == ema
-    assert checkpoint["hyper_parameters"]["lora"] == {"r": 2, "alpha": 16.0, "targets": None}
+    assert checkpoint["hyper_parameters"]["lora"] == {
+        "r": 2,
+        "alpha": 16.0,
+        "targets": None,
+        "tower": None,
+        "head": False,
+    }
     assert checkpoint["base"] == {"pretrained": str(base), "sha256": module.base_sha256}
     assert (tmp_path / "adapter.ckpt").stat().st_size < base.stat().st_size / 20
 
@@ -202,9 +208,14 @@ def test_a_resumed_adapter_ends_with_the_weights_of_an_uninterrupted_run(
         assert torch.equal(resumed.state_dict()[name], value), name
 
 
-def test_two_ranks_give_the_gradients_of_one_process(ranks: Callable[..., None], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("lora", "trained"), [({}, 3 * 2 * len(MEMBERS) + 1), ({"tower": "image", "head": True}, 2 * len(MEMBERS) + 33)]
+)
+def test_two_ranks_give_the_gradients_of_one_process(
+    lora: dict[str, Any], trained: int, ranks: Callable[..., None], tmp_path: Path
+) -> None:
     save(CLIP(CONFIG), tmp_path / "base.ckpt", {})
-    options = json.dumps({"lora": {"r": 2}, "pretrained": str(tmp_path / "base.ckpt")})
+    options = json.dumps({"lora": {"r": 2, **lora}, "pretrained": str(tmp_path / "base.ckpt")})
     module = finetuned_module(options)
     module.training_step(make_batch(slice(0, PAIRS)), 0).backward()
     ranks("finetune_gradients", 2, str(tmp_path / "gradients.pt"), options)
@@ -216,7 +227,7 @@ def test_two_ranks_give_the_gradients_of_one_process(ranks: Callable[..., None],
         else:
             trainable += 1
             torch.testing.assert_close(distributed[name], parameter.grad, rtol=1e-6, atol=1e-12, msg=name)
-    assert trainable == 3 * 2 * len(MEMBERS) + 1
+    assert trainable == trained
 
 
 def test_an_adapter_refuses_another_base(base: Path, tiny_config: CLIPConfig, tmp_path: Path) -> None:

@@ -22,13 +22,14 @@ from lit_clip.losses.pairwise import Sigmoid
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig, TimmConfig, VisionTransformerConfig
 from lit_clip.models.external_settings import with_external_settings
-from lit_clip.models.finetuning import Freeze, LayerDecay, learning_rate_factors
+from lit_clip.models.finetuning import Freeze
 from lit_clip.models.flops import measure, training_flops
 from lit_clip.models.frozen_prefix import use_frozen_prefix
 from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.models.open_clip_configs import from_open_clip
 from lit_clip.models.patches import as_image, grid_size, unpacked
 from lit_clip.models.preprocess import pixels
+from lit_clip.models.rates import Rates, rated_layers
 from lit_clip.models.resize import resize_weights, resized
 from lit_clip.module import LitCLIP
 from lit_clip.training.optimizers import PaperAdamW
@@ -180,11 +181,11 @@ def test_flops_are_those_of_the_budget(model: CLIP) -> None:
 
 
 def test_freezing_layer_decay_and_lora_know_the_layers() -> None:
-    module = LitCLIP(config(), freeze={"image": {"unlock_last": 1}}, layer_decay=0.5)
+    module = LitCLIP(config(), freeze={"image": {"unlock_last": 1}}, rates={"layer_decay": 0.5})
     frozen = {name for name, p in module.model.visual.named_parameters() if not p.requires_grad}
     assert {name.split(".")[1] for name in frozen} == {"embeds", "blocks"}
     assert not any("blocks.1" in name for name in frozen)
-    factors = {name: factor for name, factor, _ in learning_rate_factors(module.model, LayerDecay(0.5, 0.5))}
+    factors = {layer.name: layer.rate.lr for layer in rated_layers(module.model, Rates(layer_decay=0.5))}
     assert (factors["image.head"], factors["image.blocks.1"], factors["image.embeddings"]) == (1, 0.5, 0.125)
     model = make()
     add_lora(model, LoRA(targets=["qkv"]))

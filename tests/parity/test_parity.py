@@ -13,10 +13,11 @@ import torch
 
 from lit_clip.errors import InputError
 from lit_clip.models.config import described
-from lit_clip.models.finetuning import Freeze, LayerDecay, UnlockLast, frozen_names, learning_rate_factors
+from lit_clip.models.finetuning import Freeze, UnlockLast, frozen_names
 from lit_clip.models.frozen_prefix import frozen_activations, image_features_from, text_features_from, use_frozen_prefix
 from lit_clip.models.layers import TOWERS, layer_groups
 from lit_clip.models.lora import LoRA, add_lora, merge_lora
+from lit_clip.models.rates import Rates, rated_layers
 from lit_clip.module import LitCLIP
 from lit_clip.weights.export import (
     ExportSample,
@@ -135,7 +136,7 @@ def test_layers_freeze_decay_and_get_additions(made: Any, family: str) -> None:
         assert groups[0] == "embeddings"
         assert groups[-1] == "head"
     assert [group.name for group in layer_groups(model, "text")] == ["embeddings", "blocks.0", "blocks.1", "head"]
-    rates = {name: factor for name, factor, _ in learning_rate_factors(model, LayerDecay(0.5, 0.5))}
+    rates = {layer.name: layer.rate.lr for layer in rated_layers(model, Rates(layer_decay=0.5))}
     assert (rates["text.head"], rates["text.blocks.1"], rates["text.embeddings"]) == (1, 0.5, 0.125)
     frozen = frozen_names(model, Freeze(UnlockLast(1), UnlockLast(0)))
     prefix = "" if model.config.papers_layout else "text."

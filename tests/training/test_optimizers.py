@@ -244,7 +244,7 @@ def test_the_first_resumed_step_has_the_changed_schedules_rate(there: Any, here:
         optimizer.step()
         made.step(*[0.5] * isinstance(made, ReduceLROnPlateau))
     checkpoint = {
-        "hyper_parameters": {"layer_decay": None},
+        "hyper_parameters": {"rates": None},
         "parts": old.descriptions,
         "global_step": SAVED_AT,
         "optimizer_states": [optimizer.state_dict()],

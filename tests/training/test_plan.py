@@ -52,7 +52,7 @@ GOOD = RunPlan(
     },
     moments=2,
     pretrained=False,
-    lora=False,
+    own_rates=False,
     accumulated=1,
     max_steps=None,
     max_epochs=32,
@@ -137,7 +137,7 @@ def test_a_contradiction_says_what_to_change(change: dict[str, Any], parts: list
     [
         {"batch": 1, "devices": 1, "nodes": 1, "learning_rate": 1e-5},  # plausible for a small batch
         {"pretrained": True, "learning_rate": 1e-4, "batch": 1},
-        {"lora": True, "pretrained": True, "learning_rate": 1e-2},
+        {"own_rates": True, "pretrained": True, "learning_rate": 1e-2},
         {"frozen": 9, "pretrained": True, "learning_rate": 5e-4},
         {"batch_norm": True, "micro_batch": 64},
         {"max_steps": 390_624},

@@ -15,7 +15,7 @@ import callbacks
 from datamodules import Captions
 from lit_clip import LitCLIP
 from lit_clip.models.config import CLIPConfig
-from lit_clip.training.summary import print_next_steps, print_parameter_groups, print_summary, resume_command
+from lit_clip.training.summary import print_next_steps, print_summary, print_trained, resume_command
 from tests.conftest import TINY_YAML
 
 
@@ -88,5 +88,6 @@ def test_steps_that_no_checkpoint_holds_are_named(
 
 def test_groups_of_an_optimiser_without_weight_decay_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     parameters = [torch.nn.Parameter(torch.zeros(3))]
-    print_parameter_groups(torch.optim.Rprop([{"params": parameters, "name": "heads"}], lr=0.1).param_groups, 0)
-    assert re.search(r"heads +│ +3 │ +1.00e-01 │ +- │", capsys.readouterr().out)
+    groups = torch.optim.Rprop([{"params": parameters, "name": "heads"}], lr=0.1).param_groups
+    print_trained(groups, torch.nn.Identity())
+    assert re.search(r"heads +│ +full +│ +3 │ +1.00e-01 │ +- │", capsys.readouterr().out)

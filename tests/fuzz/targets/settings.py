@@ -58,7 +58,7 @@ def fit_trees() -> dict[str, Any]:
         "loss": {"class_path": "lit_clip.losses.Softmax", "init_args": {}},
         "freeze": {"image": "none"},
         "lora": None,
-        "layer_decay": None,
+        "rates": None,
         "micro_batches": 1,
     }
     del model["loss"], model["freeze"], model["lora"], model["micro_batches"]

@@ -141,7 +141,7 @@ def checkpoint_trees() -> dict[str, Any]:
             "context_length": None,
             "lora": None,
             "freeze": {"image": None, "text": {"unlock_last": 1}},
-            "layer_decay": None,
+            "rates": None,
             "distill": None,
         }
         trees[name] = {**common, "hyper_parameters": hparams, "state_dict": _state_of(model)}
