@@ -27,8 +27,11 @@ from lit_clip.weights.load import load_model
 
 
 def trainer(folder: Path, **options: Any) -> Trainer:
+    """Return a quiet trainer on the CPU, which saves no checkpoints but those of the callbacks given."""
+    saves = any(isinstance(each, ModelCheckpoint) for each in options.get("callbacks") or [])
     settings: dict[str, Any] = {
         "accelerator": "cpu",
+        "enable_checkpointing": saves,
         "logger": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,

@@ -31,9 +31,9 @@ UNSET = ""
 OWN = ("data", "model.loss")  # what a resumed run may have changed; the rest stays, however it is written
 
 
-def configuration(parser: Any, config: Any) -> Configuration:
-    """Return what two runs with the same configuration share: model, loss, class of the optimiser and data."""
-    return _configuration(yaml.safe_load(parser.dump(config, skip_none=False)))
+def configuration(settings: str) -> Configuration:
+    """Return what two runs with the same settings (YAML) share: model, loss, class of the optimiser and data."""
+    return _configuration(yaml.safe_load(settings))
 
 
 def saved_configuration(file: Path, checkpoint: Mapping[str, Any]) -> Any:

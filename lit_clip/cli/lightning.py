@@ -170,7 +170,7 @@ class CLI(PlainCLI):
 
     def _configuration(self, parser: LightningArgumentParser, words: Sequence[str], subcommand: str) -> Configuration:
         """Return what a checkpoint's run must have in common with this one."""
-        ours = configuration(parser, self.config[subcommand])
+        ours = configuration(parser.dump(self.config[subcommand], skip_none=False))
         if subcommand != "fit":
             ours = {} if self.uses_packaged_defaults else evaluated(ours)
         if self.uses_packaged_defaults and not any(word.startswith("--model.architecture") for word in words):

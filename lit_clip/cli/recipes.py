@@ -71,7 +71,7 @@ def chosen_options(parser: Any, config: Any, given: Mapping[str, Any]) -> list[s
 
     What a recipe has measured is kept in a file, so that other processes, and the same command later, choose the same.
     """
-    recipe: Recipe = parser.instantiate_classes(Namespace(recipe=config.recipe)).recipe
+    recipe: Recipe = _made(parser, config, "recipe")
     seed = config.seed_everything if type(config.seed_everything) is int else 0
     run = Run(given, lambda: _data(parser, config), lambda: _module(parser, config), _seconds, seed, _world(config))
     with log_level(logging.WARNING, RANK_ZERO):  # the run says it again
@@ -109,8 +109,13 @@ def _kept(recipe: Recipe, run: Run) -> tuple[list[Choice], Path | None]:
     return choices, None
 
 
+def _made(parser: Any, config: Any, name: str) -> Any:
+    """Create one part; with groups the parser would create a model of LitCLIP's defaults, a ViT-B-32, beside it."""
+    return parser.instantiate_classes(Namespace({name: config[name]}), instantiate_groups=False)[name]
+
+
 def _data(parser: Any, config: Any) -> Any:
-    data = parser.instantiate_classes(Namespace(data=config.data)).data
+    data = _made(parser, config, "data")
     if hasattr(data, "sources"):
         data.train_source, data.val_source = data.sources(True)
     return data

@@ -35,7 +35,7 @@ class SaveConfig(SaveConfigCallback):
             return
         folder = run_folder(trainer)
         if folder and trainer.is_global_zero:
-            save_text(folder / self.config_filename, self.parser.dump(self.config, skip_none=False))
+            save_text(folder / self.config_filename, self._text)
         self.already_saved = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -46,7 +46,7 @@ class SaveConfig(SaveConfigCallback):
 
     def _log_settings(self, trainer: Trainer, metrics: Iterable[str] | None = None) -> None:
         if trainer.is_global_zero and trainer.loggers:
-            log_settings(trainer.loggers, yaml.safe_load(self.parser.dump(self.config, skip_none=False)), metrics)
+            log_settings(trainer.loggers, yaml.safe_load(self._text), metrics)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self.before = checkpoint.get("configuration")
@@ -62,8 +62,12 @@ class SaveConfig(SaveConfigCallback):
         checkpoint["configuration"] = joined(self._configuration, self.before)
 
     @cached_property
+    def _text(self) -> str:
+        return self.parser.dump(self.config, skip_none=False)
+
+    @cached_property
     def _configuration(self) -> Configuration:
-        return configuration(self.parser, self.config)
+        return configuration(self._text)
 
 
 def save_text(path: Path, text: str) -> Path:

@@ -97,13 +97,6 @@ def test_what_a_checkpoint_holds_in_place_of_a_configuration_is_never_the_same()
     assert joined(ours, {"model": ["z"], "data.train": ["y"]}) == {"model": ["z", "a"], "data.train": ["b"]}
 
 
-class Dumper:
-    """Stands for a parser: settings are saved as they are."""
-
-    def dump(self, settings: Any, skip_none: bool) -> str:
-        return yaml.safe_dump(settings)
-
-
 def settings(train: Any, loss: Any = None, architecture: Any = "RN-tiny-64", **more: Any) -> dict[str, Any]:
     data = {"class_path": "datamodules.Captions", "init_args": {"train": train, "columns": {"image": "p.csv"}, **more}}
     return {"model": {"loss": loss, "architecture": architecture}, "data": data}
@@ -114,7 +107,7 @@ def named_loss(name: str = "Contrastive", **arguments: Any) -> dict[str, Any]:
 
 
 def differing(ours: dict[str, Any], saved: dict[str, Any]) -> list[str]:
-    return differences(configuration(Dumper(), ours), configuration(Dumper(), saved))
+    return differences(configuration(yaml.safe_dump(ours)), configuration(yaml.safe_dump(saved)))
 
 
 def test_other_spellings_of_the_same_data_and_of_the_default_loss_are_no_difference() -> None:
@@ -134,7 +127,7 @@ def test_other_spellings_of_the_same_data_and_of_the_default_loss_are_no_differe
 
 
 def test_a_checkpoint_without_a_record_has_the_configuration_of_its_runs_folder(tmp_path: Path) -> None:
-    file, ours = tmp_path / "checkpoints/last.ckpt", configuration(Dumper(), settings("p.csv"))
+    file, ours = tmp_path / "checkpoints/last.ckpt", configuration(yaml.safe_dump(settings("p.csv")))
     assert saved_configuration(file, {}) is None
     (tmp_path / "fit_config.yaml").write_text("a: &a [*a]", encoding="utf-8")
     assert saved_configuration(file, {}) is None

@@ -1,6 +1,5 @@
 """Data of one's own, in files of the working folder: transforms, a source, a data module, an evaluation set."""
 
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,9 +10,7 @@ import yaml
 
 from lit_clip.cli.lightning import run
 from lit_clip.cli.main import main
-from tests.conftest import ROOT, TINY_YAML
-
-Completed = subprocess.CompletedProcess[str]
+from tests.conftest import TINY_YAML, lit_clip_command
 
 FILES = {
     "own_transforms.py": """
@@ -153,17 +150,7 @@ def failing(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Calla
 
 
 def test_parts_of_the_working_folder_are_trained_with_and_evaluated(folder: Path) -> None:
-    command = [sys.executable, "-m", "lit_clip", "fit", "--config", "config.yaml"]
-    environment = {
-        "PYTHONPATH": str(ROOT),
-        "PATH": "/usr/bin:/bin",
-        "OMP_NUM_THREADS": "1",
-        "COLUMNS": "200",
-        "HOME": str(folder),
-    }
-    done = subprocess.run(
-        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
-    )
+    done = lit_clip_command(folder, "fit", "--config", "config.yaml")
     assert done.returncode == 0, done.stderr
     assert "zero_shot/squares/top1" in done.stdout
     saved = yaml.safe_load(next(folder.glob("runs/*/*/fit_config.yaml")).read_text())

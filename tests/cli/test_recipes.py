@@ -11,6 +11,7 @@ import pytest
 import yaml
 from jsonargparse import Namespace
 
+from lit_clip import module
 from lit_clip.cli.main import main
 from lit_clip.cli.recipes import _world, given_settings
 from lit_clip.recipes import Run
@@ -150,6 +151,14 @@ def test_what_was_measured_is_chosen_again_without_asking(fit: Fit, tmp_path: Pa
     printed = fit(*measuring, code=2)
     assert str(kept) in printed
     assert "delete it" in printed
+
+
+def test_only_the_model_of_the_run_is_created(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading the recipe and the data creates no model of LitCLIP's defaults beside it."""
+    created, create = [], module.create_model
+    monkeypatch.setattr(module, "create_model", lambda name, *more: created.append(name) or create(name, *more))
+    fit("--print_plan")
+    assert len(created) == 1
 
 
 def test_a_recipe_may_look_at_the_model(fit: Fit) -> None:

@@ -60,9 +60,9 @@ def why_no_disk() -> str:
 
 
 @contextmanager
-def mounted(folder: Path) -> Iterator[Disk]:
+def mounted(folder: Path, size: str = SIZE) -> Iterator[Disk]:
     """Mount a disk in a mount namespace, which no other process sees and which ends with the context."""
-    script = f'mount -t tmpfs -o size={SIZE} tmpfs "$1" && echo mounted && exec sleep {HELD}'
+    script = f'mount -t tmpfs -o size={size} tmpfs "$1" && echo mounted && exec sleep {HELD}'
     holder = subprocess.Popen(
         ["unshare", "-m", "sh", "-c", script, "sh", str(folder)], stdout=subprocess.PIPE, text=True
     )
@@ -76,8 +76,9 @@ def mounted(folder: Path) -> Iterator[Disk]:
 
 
 def enter(holder: int) -> None:
-    """Enter the holder's mount namespace; to be called before this process has a second thread."""
-    libc = ctypes.CDLL(None, use_errno=True)
+    """Enter the holder's mount namespace and this folder in it; to be called before there is a second thread."""
+    libc, here = ctypes.CDLL(None, use_errno=True), Path.cwd()
     with open(f"/proc/{holder}/ns/mnt") as namespace:
         if libc.setns(namespace.fileno(), NEW_NAMESPACE):
             raise OSError(ctypes.get_errno(), "setns")
+    os.chdir(here)  # the kernel has gone to the root

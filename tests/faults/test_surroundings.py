@@ -1,10 +1,12 @@
 """Commands whose surroundings are at fault work, or end in one line; the table is in docs/evidence/faults.md."""
 
 import errno
+import json
 import os
 import resource
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -13,9 +15,10 @@ from PIL import Image
 from lit_clip.cli.subcommands import run_command
 from lit_clip.errors import InputError
 from lit_clip.tools.messages import user_error
-from tests.conftest import ROOT
+from tests.conftest import ROOT, lit_clip_command
 from tests.faults import surroundings
-from tests.faults.disks import why_no_disk
+from tests.faults.disks import mounted, why_no_disk
+from tests.helpers import forks
 
 LIT_CLIP = str(Path(sys.executable).parent / "lit-clip")
 EMBED = ["embed", "images", "--model", "tiny.ckpt", "--output", "f.npy", "--num_workers", "0", "--accelerator", "cpu"]
@@ -24,11 +27,30 @@ FIT = [
     *["--data.num_workers", "0", "--model.pretrained", "tiny.ckpt", "--trainer.max_steps", "1"],
     *["--trainer.accelerator", "cpu", "--trainer.precision", "32-true"],
 ]
+# One process without the stream runs several commands, each in a fork, because its imports take seconds.
+FROM_THE_START = """
+import json, os, sys
+import tests.helpers.preloaded
+from lit_clip.cli.main import main
+sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # transformers has opened the null device
+for number, words in enumerate(json.loads(sys.argv[1])):
+    if os.fork() == 0:
+        sys.argv = ["lit-clip", *words]
+        if sys.stdout is not None:
+            file = os.open(f"out_{number}", os.O_WRONLY | os.O_CREAT)
+            os.dup2(file, 1)
+            os.close(file)
+        sys.exit(main())
+    with open(f"code_{number}", "w") as file:
+        file.write(str(os.waitstatus_to_exitcode(os.wait()[1])))
+"""
 EXPORT_UNTIL_IT_FITS = """
 import os, subprocess, sys
 from lit_clip.cli.subcommands import run_command
 from lit_clip.tools.messages import user_error
-disk, model, format, step = sys.argv[1:]
+from tests.faults.disks import enter
+holder, disk, model, format, step = sys.argv[1:]
+enter(int(holder))
 size = 4
 while True:
     subprocess.run(["mount", "-o", f"remount,size={size}k", disk], check=True)
@@ -57,24 +79,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Pat
     return tmp_path
 
 
-def run(words: list[str], redirection: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run the command in a shell of its own, as a fork has streams already."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", **variables}
-    command = ["sh", "-c", f'exec "$@" {redirection}', "sh", LIT_CLIP, *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
-
-
-@pytest.mark.parametrize("words", [FIT, EMBED], ids=["fit", "embed"])
 @pytest.mark.parametrize("closed", ["2>&-", ">&-"])
-def test_a_command_works_without_a_stream(words: list[str], closed: str, folder: Path) -> None:
-    done = run(words, closed)
-    assert done.returncode == 0, done
-    assert Path("f.npy").exists() or list(folder.rglob("last.ckpt"))
-    if words is EMBED and closed == "2>&-":
-        done = run([*EMBED, "--batch_size", "0"], closed)
-        assert (done.returncode, done.stdout) == (
-            *(2, "lit-clip: error: --batch_size 0 must be at least 1 and less than 2**31\n"),
-        )
+def test_a_command_works_without_a_stream(closed: str, folder: Path) -> None:
+    commands = [FIT, EMBED, [*EMBED, "--batch_size", "0"]]
+    shell = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", FROM_THE_START, json.dumps(commands)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    subprocess.run(shell, env=environment, capture_output=True, timeout=240, check=True)
+    assert [Path(f"code_{number}").read_text() for number in range(3)] == ["0", "0", "2"]
+    assert Path("f.npy").exists()
+    assert list(folder.rglob("last.ckpt"))
+    if closed == "2>&-":
+        line = "lit-clip: error: --batch_size 0 must be at least 1 and less than 2**31\n"
+        assert Path("out_2").read_text() == line
 
 
 @pytest.mark.parametrize("words", [["--help"], ["embed", "--help"], ["export", "nowhere.ckpt"]], ids=" ".join)
@@ -114,7 +130,7 @@ from pathlib import Path
 from lit_clip.embedding.parts import Parts
 parts = Parts.resumed(Path(sys.argv[1]), "m", "32-true")
 parts.start()
-print("held", flush=True)
+Path("held").touch()
 time.sleep(120)
 """
 
@@ -122,19 +138,17 @@ time.sleep(120)
 @pytest.mark.parametrize("output", ["f.npy", "s.parquet"])
 def test_an_output_that_another_run_writes_is_refused_at_once(output: str, folder: Path) -> None:
     words = EMBED if output == "f.npy" else ["score", "pairs.csv", *EMBED[2:4], "--output", output, *EMBED[6:]]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    other = subprocess.Popen([sys.executable, "-c", HOLD, output], env=environment, stdout=subprocess.PIPE, text=True)
-    try:
-        assert other.stdout is not None
-        assert other.stdout.readline() == "held\n"
+    (folder / "hold.py").write_text(HOLD, encoding="utf-8")
+    program = forks.Program(forks.script, [str(folder / "hold.py"), output], folder, {**os.environ})
+    with forks.running(program, folder / "out", folder / "err") as other:
+        while not Path("held").exists():
+            assert other.is_alive(), Path("err").read_text(encoding="utf-8")
+            time.sleep(0.02)
         kept = Path(f".{output}.parts", "part.npz")
         kept.write_bytes(b"")
         with pytest.raises(InputError, match=rf"^{output}: another run writes it \(process {other.pid} on .*\); wait"):
             run_command(words)
         assert kept.exists()
-    finally:
-        other.kill()
-        other.communicate()
     run_command(words)
     assert Path(output).exists()
     assert not [path.name for path in folder.glob(".*")]
@@ -168,16 +182,16 @@ def test_a_full_disk_ends_an_export_in_one_line_and_leaves_nothing(
 ) -> None:
     (folder / "disk").mkdir()
     step = str(tiny_checkpoint.stat().st_size // 1024 // 8 + 400)
-    mount = 'mount -t tmpfs -o size=1m tmpfs "$1" && exec "$2" -c "$3" "$1" "$4" "$5" "$6"'
-    words = ["disk", sys.executable, EXPORT_UNTIL_IT_FITS, "tiny.ckpt", format, step]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
-    command = ["unshare", "-m", "sh", "-c", mount, "sh", *words]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    (folder / "export.py").write_text(EXPORT_UNTIL_IT_FITS, encoding="utf-8")
+    with mounted(folder / "disk") as disk:
+        words = [str(folder / "export.py"), str(disk.holder), str(disk.folder), "tiny.ckpt", format, step]
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
+        (done,) = forks.run([forks.Program(forks.script, words, folder, environment)], timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_slurm_tasks_that_lightning_refuses_are_one_line(folder: Path) -> None:
-    done = run(EMBED, SLURM_NTASKS="2")
+    done = lit_clip_command(folder, *EMBED, environment={"SLURM_NTASKS": "2"})
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("lit-clip: error: devices or accelerator: You set `--ntasks=2` in your SLURM bash script")

@@ -2,8 +2,6 @@
 
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +11,8 @@ import torch
 
 from lit_clip.errors import InputError
 from lit_clip.tools.stored_rows import ABSENT, StoredRows
-from tests.conftest import ROOT
-from tests.faults.disks import why_no_disk
+from tests.faults.disks import mounted, why_no_disk
+from tests.helpers import forks
 
 VALUES = torch.arange(1.0, 41.0).reshape(10, 4)
 
@@ -119,7 +117,9 @@ import sys, numpy as np, torch
 from pathlib import Path
 from lit_clip.errors import InputError
 from lit_clip.tools.stored_rows import StoredRows
-stored = StoredRows.create(Path(sys.argv[1]), 1000, (1000,), torch.float32)
+from tests.faults.disks import enter
+enter(int(sys.argv[1]))
+stored = StoredRows.create(Path(sys.argv[2]), 1000, (1000,), torch.float32)
 try:
     for row in range(1000):
         stored.write(np.array([row]), torch.ones(1, 1000))
@@ -130,11 +130,13 @@ except InputError as error:
 
 @pytest.mark.skipif(bool(why_no_disk()), reason=why_no_disk())
 def test_a_full_disk_is_an_error_and_no_bus_error(tmp_path: Path) -> None:
-    mount = 'mount -t tmpfs -o size=1m tmpfs "$1" && exec "$2" -c "$3" "$1/rows"'
-    command = ["unshare", "-m", "sh", "-c", mount, "sh", str(tmp_path), sys.executable, PROGRAM]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=False)
-    assert (done.returncode, done.stdout) == (0, f"{tmp_path}/rows: cannot be written (No space left on device)\n")
+    (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
+    (tmp_path / "disk").mkdir()
+    with mounted(tmp_path / "disk", "1m") as disk:
+        words = [str(tmp_path / "program.py"), str(disk.holder), str(tmp_path / "disk/rows")]
+        (done,) = forks.run([forks.Program(forks.script, words, tmp_path, {**os.environ})], timeout=60)
+    line = f"{tmp_path}/disk/rows: cannot be written (No space left on device)\n"
+    assert (done.returncode, done.stdout) == (0, line), done.stderr
 
 
 def test_the_first_entries_of_rows_are_written_and_read(tmp_path: Path) -> None:

@@ -2,10 +2,7 @@
 
 import os
 import re
-import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,11 +12,15 @@ from torch.utils.data import Dataset
 
 from lit_clip.tools.messages import user_error
 from lit_clip.tools.workers import loader
+from tests.faults.disks import mounted, why_no_disk
+from tests.helpers import forks
 
 PROGRAM = """
 import sys, torch
 from torch.utils.data import Dataset
 from lit_clip.tools.workers import loader
+from tests.faults.disks import enter
+enter(int(sys.argv[1]))
 class Batches(Dataset):
     def __len__(self): return 12
     def __getitem__(self, number):
@@ -35,23 +36,14 @@ print("batches:", number + 1)
 """
 
 
-def without_shared_memory(*words: str) -> list[str]:
-    mount = 'mount -t tmpfs -o size=64k tmpfs /dev/shm && exec "$@"'
-    return ["unshare", "-m", "sh", "-c", mount, "sh", *words]
-
-
-def can_mount() -> bool:
-    return (
-        bool(shutil.which("unshare"))
-        and not subprocess.run(without_shared_memory("true"), capture_output=True).returncode
-    )
-
-
-@pytest.mark.skipif(not can_mount(), reason="needs the right to mount a small /dev/shm")
-def test_batches_larger_than_shared_memory_arrive_whole_and_a_warning_says_how_to_make_them_faster() -> None:
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = without_shared_memory(sys.executable, "-c", PROGRAM)
-    ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+@pytest.mark.skipif(bool(why_no_disk()), reason=why_no_disk())
+def test_batches_larger_than_shared_memory_arrive_whole_and_a_warning_says_how_to_make_them_faster(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM, encoding="utf-8")
+    with mounted(Path("/dev/shm"), "64k") as shared_memory:
+        words = [str(tmp_path / "program.py"), str(shared_memory.holder)]
+        (ran,) = forks.run([forks.Program(forks.script, words, tmp_path, {**os.environ})], timeout=120)
     assert ran.stdout == "batches: 12\n", ran.stderr
     assert "raise --shm-size" in ran.stderr
 

@@ -1,10 +1,12 @@
 """Commands on a CPU keep the memory that they free."""
 
+import os
 import platform
-import subprocess
-import sys
+from pathlib import Path
 
 import pytest
+
+from tests.helpers import forks
 
 CODE = """
 import resource
@@ -35,9 +37,11 @@ EMBED = "make_trainer([], EncodingSettings(accelerator='cpu'))"
     [(FIT, True), (EMBED, True), (f"kept_memory.CPUAccelerator = int; {EMBED}", False)],
     ids=["fit", "embed", "embed not on a CPU"],
 )
-def test_commands_keep_freed_memory_on_a_cpu(start: str, is_kept: bool) -> None:
-    code = CODE.format(start=start)
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+def test_commands_keep_freed_memory_on_a_cpu(start: str, is_kept: bool, tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(CODE.format(start=start), encoding="utf-8")
+    program = forks.Program(forks.script, [str(tmp_path / "program.py")], tmp_path, {**os.environ})
+    (done,) = forks.run([program], timeout=120)
+    assert done.returncode == 0, done.stderr
     at_first, then = map(int, done.stdout.splitlines()[-1].split())
     assert at_first > 300  # with pages of 2 MiB; 163,840 of 4 KiB
     assert (then < at_first / 20) == is_kept
