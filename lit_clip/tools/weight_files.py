@@ -21,6 +21,7 @@ Source = str | os.PathLike[str]
 """The name of weights: a file, a folder, a name on the hub or in open_clip's registry."""
 
 SMALL = 2**24  # bytes; no view or archive of this size is worth a refusal
+FEW_BYTES = 2**27  # of weights, which may be in memory twice for a moment
 DEEPEST = 100  # mappings and lists within each other; one that holds itself has no end
 
 _KINDS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Bool")
@@ -157,24 +158,26 @@ def _torch_load(path: Path) -> Any:
     values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     if isinstance(values, dict) and isinstance(values.get("state_dict"), dict):
         checked_tensors(values["state_dict"], path)
-        if sum(tensor.nbytes for tensor in values["state_dict"].values()) < 0.7 * path.stat().st_size:
+        size = sum(tensor.nbytes for tensor in values["state_dict"].values())
+        if size < 0.7 * path.stat().st_size:
             copied: dict[str, Tensor] = {}
-            for keys in _parts(list(values["state_dict"])):
-                mapped = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-                copied |= {key: mapped[key].clone() for key in keys}
+            for keys in _parts(list(values["state_dict"]), size):
+                whole = len(keys) == len(values["state_dict"])  # it is mapped already; reading it again takes as long
+                mapped = values if whole else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+                copied |= {key: mapped["state_dict"][key].clone() for key in keys}
             return {**values, "state_dict": copied}
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def _parts(names: list[str]) -> Iterator[list[str]]:
-    """Yield the names of a file's tensors in eight parts.
+def _parts(names: list[str], size: int) -> Iterator[list[str]]:
+    """Yield the names of a file's tensors in eight parts, or in one if they have few bytes.
 
     A mapped tensor would change or crash when the file is overwritten, so each is copied. The file is mapped anew for
     each part, so that mapped pages do not add up to a second copy of the weights; not for each tensor, as safetensors'
     list of tensors is read every time.
     """
-    size = 1 + len(names) // 8
-    yield from (names[start : start + size] for start in range(0, len(names), size))
+    each = 1 + len(names) // (8 if size > FEW_BYTES else 1)
+    yield from (names[start : start + each] for start in range(0, len(names), each))
 
 
 def _read_safetensors(path: Path) -> dict[str, Any]:
@@ -184,7 +187,7 @@ def _read_safetensors(path: Path) -> dict[str, Any]:
     with safe_open(path, "pt") as file:
         names = list(file.keys())
     result: dict[str, Any] = {}
-    for part in _parts(names):
+    for part in _parts(names, path.stat().st_size):
         with safe_open(path, "pt") as file:
             result |= {name: file.get_tensor(name).clone() for name in part}
     return result

@@ -18,6 +18,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.models.tokenizer import tokenize
+from lit_clip.tools.weight_files import FEW_BYTES
 from lit_clip.weights.hub import OPEN_CLIP_WEIGHTS
 from tests.conftest import openai_code
 
@@ -242,10 +243,19 @@ def test_views_and_parameters_become_tensors_of_their_own(tmp_path: Path) -> Non
         )  # else saving one tensor saves the block
 
 
-@pytest.mark.parametrize("name", ["m.pt", "m.safetensors", "last.ckpt", "optimizer.ckpt", "archive.pt"])
+@pytest.mark.parametrize(
+    ("name", "few_bytes"),
+    [
+        *[(name, FEW_BYTES) for name in ("m.pt", "m.safetensors", "last.ckpt", "optimizer.ckpt", "archive.pt")],
+        *[("m.safetensors", 0), ("optimizer.ckpt", 0)],  # read in parts, as large ones are
+    ],
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_the_file_may_be_overwritten_or_deleted_after_loading(tmp_path: Path, name: str, tiny_checkpoint: Path) -> None:
+def test_the_file_may_be_overwritten_or_deleted_after_loading(
+    tmp_path: Path, name: str, few_bytes: int, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Overwriting a memory-mapped file would change the weights, or end the process with a bus error."""
+    monkeypatch.setattr("lit_clip.tools.weight_files.FEW_BYTES", few_bytes)
     path, state = tmp_path / name, random_model().state_dict()
     if name == "last.ckpt":
         path.write_bytes(tiny_checkpoint.read_bytes())
@@ -266,6 +276,19 @@ def test_the_file_may_be_overwritten_or_deleted_after_loading(tmp_path: Path, na
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     loaded = {key: value.detach().add_(1) for key, value in model.named_parameters()}  # the weights can be modified
     assert all(torch.equal(value, before[key] + 1) for key, value in loaded.items())
+
+
+def test_a_small_checkpoint_of_a_run_is_read_once(
+    tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Most of the time of many commands would go to reading the list of its tensors, the optimiser's too, again."""
+    checkpoint = torch.load(tiny_checkpoint, weights_only=True)
+    torch.save({**checkpoint, "optimizer_states": [torch.zeros(10_000_000)]}, tmp_path / "last.ckpt")
+    read, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *given, **options: read.append(given) or load(*given, **options))
+    model = load_model(tmp_path / "last.ckpt")
+    assert len(read) == 1
+    assert torch.equal(model.visual.proj, checkpoint["state_dict"]["visual.proj"])
 
 
 # Mismatches -----------------------------------------------------------------------------------------------------------

@@ -129,4 +129,5 @@ def _check_moments(trainer: Trainer) -> None:
                     f"optimizer_states: {key} of shape {shape and list(shape)} there and {list(parameter.shape)} here",
                 )
                 number = isinstance(value, int | float) or (isinstance(value, Tensor) and value.numel() == 1)
-                require(key != "step" or number, f"optimizer_states: step {shortened(value)} is no number")
+                if key == "step" and not number:  # no text of each tensor in vain
+                    raise InputError(f"optimizer_states: step {shortened(value)} is no number")
