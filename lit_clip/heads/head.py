@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from lit_clip.embedding.reading import check_finite
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
 from lit_clip.models.evaluation_mode import evaluation_mode
@@ -87,6 +87,12 @@ class Head(nn.Module):
                 f"{where}: fitted on the features of another model (SHA-256 {self.facts.model[:12]}, this one's is "
                 f"{found[:12]}); give that model, or fit a head of this one with --examples"
             )
+        image = torch.zeros(1, *model.preprocessing.shape, device=model.device)
+        with torch.no_grad(), evaluation_mode(model):
+            own = [features.shape[1] for features in model.image_features(image)]
+        widths = [self.weight.shape[1], self.text.shape[0]]
+        found, wanted = (f"{before} and {after}" for before, after in (widths, own))
+        require(widths == own, f"{where}: is for features of width {found}, the model's have {wanted}")
 
     def on(self, model: CLIP) -> "HeadedModel":
         """Return a model with this head; see :meth:`lit_clip.CLIP.with_head`."""
