@@ -18,7 +18,7 @@ from lit_clip.evaluation.probe import places_in_classes
 
 FOLDS = 5
 PENALTIES = (100.0, 10.0, 1.0, 0.1, 0.01, 0.001)  # times the features' spread; measured accuracy is flat between them
-PENALTY = 0.1  # of examples that no class has two of
+PENALTY = 0.03  # of examples that no class has two of
 MOST_FITS = FOLDS * len(PENALTIES) + 1
 TOLERANCE = 1e-4  # of the objective, while penalties are compared
 BISECTIONS = 40

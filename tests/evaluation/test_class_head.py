@@ -12,8 +12,10 @@ from torch import Tensor
 
 from lit_clip.errors import InputError
 from lit_clip.evaluation.class_head import PENALTY, fit_head
+from lit_clip.evaluation.few_shot import train_few_shot
 from lit_clip.evaluation.logistic import LogisticProblem
-from lit_clip.evaluation.probe import places_in_classes
+from lit_clip.evaluation.probe import Split, places_in_classes
+from lit_clip.evaluation.targets import Targets
 
 
 def examples(count: int, width: int, classes: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,3 +151,18 @@ def test_examples_of_one_class_alone_are_an_error() -> None:
     features, zero_shot, labels = examples(4, 6, 4)
     with pytest.raises(InputError, match="two classes need examples"):
         fit_head(features, zero_shot, torch.zeros_like(labels))
+
+
+def test_few_shot_heads_see_the_draws_of_the_probes_and_nothing_else() -> None:
+    features, zero_shot, labels = examples(120, 6, 3)
+    everything = Split(features, Targets(labels, 3), zero_shot)
+    train, test = everything.take(torch.arange(60)), everything.take(torch.arange(60, 120))
+    found = train_few_shot(train, test, "top1", shots=(1, 4), draws=2)
+    for shots, values in found.evaluate_heads(test, "top1").items():
+        for draw, value in enumerate(values):
+            rows = places_in_classes(labels[:60], draw)[0] < shots
+            head = fit_head(features[:60][rows], zero_shot[:60][rows], labels[:60][rows])
+            right = head.logits(features[60:], zero_shot[60:]).argmax(dim=1) == labels[60:]
+            assert value == pytest.approx(float(right.double().mean()))
+    without = train_few_shot(Split(features, everything.targets), test, "top1", shots=(1,), draws=1)
+    assert without.evaluate_heads(test, "top1") == {}
