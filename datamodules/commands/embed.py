@@ -101,7 +101,7 @@ def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings) ->
     unreadable = encode(clip, task, parts, settings)
     if unreadable is None:
         return
-    table = collect(items.identities, parts.read(FeatureTable.of), clip.config.embed_dim)
+    table = collect(items.identities, parts.read(FeatureTable.of))
     check_complete(len(table.identities), len(items.identities), unreadable)
     metadata = {"model": model, "model_sha256": name, "precision": settings.precision, "lit_clip": __version__}
     metadata |= {"content": items.content} | ({"root": str(items.root)} if items.root is not None else {})

@@ -3,10 +3,12 @@
 import csv
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from rich.table import Table
+from torch import Tensor
 
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import Console, Text, write_results
@@ -21,6 +23,23 @@ class RankedClass(NamedTuple):
 
     name: str
     probability: float | None
+
+
+def ranked(
+    probability_BC: Tensor, none_B: Sequence[bool], names: Sequence[str], top_k: int, above_C: Tensor | None = None
+) -> list[list[RankedClass]]:
+    """Return the classes of each image of a batch, the most probable first, after :data:`NONE` where it is.
+
+    They are the first ``top_k``, or all those whose probability reaches ``above_C``.
+    """
+    best = probability_BC.topk(len(names) if above_C is not None else min(top_k, len(names)), dim=1)
+    found: list[list[RankedClass]] = []
+    for values, places, none in zip(best.values.tolist(), best.indices.tolist(), none_B, strict=True):
+        pairs = zip(values, places, strict=True)
+        shown = [(value, place) for value, place in pairs if above_C is None or value >= above_C[place]]
+        classes = [RankedClass(str(names[place]), value) for value, place in shown]
+        found.append([RankedClass(NONE, None)] * none + classes)
+    return found
 
 
 def percent(value: float | None) -> str:

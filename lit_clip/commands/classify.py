@@ -1,4 +1,4 @@
-"""``lit-clip classify``: zero-shot classification of image files."""
+"""``lit-clip classify``: classify image files, zero-shot or with a head from examples."""
 
 import os
 from collections import Counter
@@ -7,21 +7,30 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
+import torch
 from torch import Tensor
 
 from lit_clip import load_model
-from lit_clip.commands.class_output import Output, RankedClass, write_classes
-from lit_clip.commands.class_thresholds import Scored, Thresholds, fit, read_examples
+from lit_clip.commands.class_examples import read_examples
+from lit_clip.commands.class_heads import Learned, Learning, learn, write_label_next
+from lit_clip.commands.class_output import Output, RankedClass, ranked, write_classes
 from lit_clip.commands.class_truth import Judge, folder_names, folder_truth
-from lit_clip.embedding.encode import check_complete, report_skipped
+from lit_clip.embedding.encode import EncodingSettings, check_complete, report_skipped
 from lit_clip.embedding.image_files import FileRows, find_images
 from lit_clip.embedding.precision import Precision, autocast, check_precision
-from lit_clip.embedding.reading import UnreadableRow, check_finite, encoded_batches, image_features
+from lit_clip.embedding.reading import (
+    UnreadableRow,
+    check_finite,
+    encoded_batches,
+    features_of_both_kinds,
+    image_features,
+)
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.class_metrics import metrics_typed
 from lit_clip.evaluation.zero_shot import check_templates, imagenet_templates, zero_shot_classifier
+from lit_clip.heads import Head, load_head, save_head
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import from_totals, progress, stderr
 from lit_clip.tools.hardware import best_device
@@ -46,6 +55,19 @@ class Encoding:
     precision: Precision = "32-true"
     on_error: OnError = "error"
 
+    def settings(self) -> EncodingSettings:
+        """Return them as those of stored features."""
+        return EncodingSettings(self.batch_size, self.num_workers, precision=self.precision, on_error=self.on_error)
+
+
+class Scored(NamedTuple):
+    """Places of B files, the classes' probabilities ``[B, C]``, which show none, and unit features ``[B, D]``."""
+
+    rows: list[int]
+    probability: Tensor
+    none: Tensor
+    after: Tensor
+
 
 @dataclass(frozen=True)
 class Known:
@@ -56,20 +78,14 @@ class Known:
             as auroc=torchmetrics.classification.MulticlassAUROC.
         sheet: for images in class folders, an HTML page with accuracy, confusions and the wrong images, which replaces
             an earlier one.
-        examples: images with known classes, by which thresholds are fitted. A folder of class folders gives the one
-            for "none of these"; a table (.csv, .tsv) with the columns image and classes, several with ; between them,
-            gives one for each class, and an image has all classes above theirs.
-        none_error: share of new images of the classes that may be called none of these.
     """
 
     flat: ClassVar[bool] = True  # its options are typed without its name
     metrics: list[str] | None = None
     sheet: str = "classify.html"
-    examples: str | None = None
-    none_error: float = 0.05
 
 
-ENCODING, KNOWN = Encoding(), Known()
+ENCODING, KNOWN, LEARNING = Encoding(), Known(), Learning()
 FEW = 20  # images in class folders that are shown unless --output is typed: the summary is what is read
 
 
@@ -83,45 +99,70 @@ def classify(
     output: Output | None = None,
     output_file: str | None = None,
     known: Known = KNOWN,
+    learning: Learning = LEARNING,
     encoding: Encoding = ENCODING,
 ) -> None:
-    """Classify images zero-shot, from class names.
+    """Classify images zero-shot, from class names, or with a head from examples.
 
-    The probabilities of an image's classes add up to 1, except with a SigLIP, which judges each class by itself.
+    The probabilities of an image's classes add up to 1, except with a SigLIP, which judges each class by itself, and
+    where examples have several classes.
 
     Args:
         images: files, and folders with everything below.
         model: a checkpoint, or a name that lit_clip.load_model understands.
-        classes: names; or a text file with one name per line; the names of the folder's subfolders if not given.
+        classes: names; or a text file with one name per line; if not given, those of the head or of the examples, or
+            the names of the folder's subfolders.
         templates: prompt templates with {} for the name; or a text file with one per line; or imagenet, the paper's 80.
         top_k: number of classes shown for each image.
         output: format of the results; by default a table, of the first 20 images if images lie in class folders. CSV
             has an apostrophe before names that a spreadsheet would compute, such as =1.
         output_file: write the results to this file instead of standard output.
         known: what is done with images whose classes are known.
+        learning: a head that is fitted on examples, or was.
         encoding: how images are read and encoded.
     """
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
     target = _place(output_file, "--output_file")
     _place(known.sheet, "--sheet", ".html")
     check_precision(encoding.precision)
+    learning.check(classes)
     given, typed = metrics_typed(known.metrics or []), read_classes(classes) if classes else None
     prompts = imagenet_templates() if templates == ["imagenet"] else _lines(templates, "templates")
     check_templates(prompts)
     files = FileRows(find_images(images, encoding.on_error))
-    names = typed or folder_names(images, files)
-    examples = read_examples(known.examples, names, encoding.on_error) if known.examples else None
+    head = load_head(learning.head) if learning.head else None
+    examples = read_examples(learning.examples, typed, encoding.on_error) if learning.examples else None
+    names = head.facts.names if head else examples.names if examples else typed or folder_names(images, files)
     folders = [path for path in map(Path, images) if path.is_dir()]
     judge = Judge(files, names, folder_truth(files, names, folders), given)
-    classifier = Classifier.of(load_model(model).to(best_device()), names, prompts, encoding)
-    thresholds = Thresholds()
-    if examples:
-        thresholds = fit(examples, classifier.scored(examples.files, "examples"), names, known.none_error)
-    answers = Answers(files, names, thresholds, top_k, judge)
+    clip, learned = load_model(model), None
+    if head:
+        head.check(clip, f"--head {learning.head}")
+        classifier = Classifier(clip.to(best_device()), None, encoding, head)
+    else:
+        classifier = Classifier.of(clip.to(best_device()), names, prompts, encoding)
+    if examples and classifier.weights is not None:
+        learned = learn(clip, examples, prompts, classifier.weights, learning.none_error, encoding.settings())
+        classifier = Classifier(clip.to(best_device()), None, encoding, learned.head)
+        if learning.save_head:
+            save_head(learned.head, learning.save_head)
+    answers = Answers(files, names, classifier.head, top_k, judge, keep=learning.label_next is not None)
     few = FEW if output is None and target is None and judge.known else None
     answers.collect(classifier, output or "table", target, few)
-    thresholds.print_summary()
+    if learned:
+        _report(learned, learning, answers)
     judge.finish(Path(known.sheet))
+
+
+def _report(learned: Learned, learning: Learning, answers: "Answers") -> None:
+    """Say what a head costs on its examples, where it is, and which images to label next."""
+    learned.print_summary()
+    if learning.save_head:
+        stderr().print(f"head: {learning.save_head}")
+    if learning.label_next is not None:
+        files = [answers.files[row] for row in answers.rows]
+        probability, after = (torch.cat(parts) for parts in zip(*answers.kept, strict=True))
+        write_label_next(learning.label_next, files, probability, after, learned)
 
 
 def _place(name: str | None, option: str, suffix: str = "") -> Path | None:
@@ -136,8 +177,9 @@ class Classifier:
     """Encodes images and compares them with classes; remembers the images that cannot be read."""
 
     model: CLIP
-    weights: Tensor  # [D, C]
+    weights: Tensor | None  # [D, C]
     encoding: Encoding
+    head: Head | None = None  # in place of the weights
     unreadable: list[UnreadableRow] = field(default_factory=list)
 
     @classmethod
@@ -158,7 +200,7 @@ class Classifier:
     def scored(self, files: FileRows, title: str) -> Generator[Scored, None, None]:
         """Yield the scores of one batch of files after the other, without those that are skipped."""
         self.unreadable, settings = [], self.encoding
-        encode = image_features(self.model, settings.precision)
+        encode = (features_of_both_kinds if self.head else image_features)(self.model, settings.precision)
         batch_size, workers = settings.batch_size, settings.num_workers
         with closing(encoded_batches(self.model, files, batch_size, workers, encode=encode, title=title)) as batches:
             for batch, features in batches:
@@ -167,8 +209,17 @@ class Classifier:
                 self.unreadable += batch.unreadable
                 if batch.rows:
                     check_finite(features, files[batch.rows[0]].key)
-                    probability = class_probabilities(self.model, features, self.weights)
-                    yield Scored(batch.rows, probability.detach().cpu(), (features @ self.weights).cpu())
+                    yield Scored(batch.rows, *(each.detach().cpu() for each in self._scores(features)))
+
+    def _scores(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return probabilities ``[B, C]``, which images show none of the classes, and unit features ``[B, D]``."""
+        if self.head is None:
+            assert self.weights is not None
+            none = torch.zeros(len(features), dtype=torch.bool)
+            return class_probabilities(self.model, features, self.weights), none, features
+        head, (before, after) = self.head.to(features.device), _kinds(self.model, features)
+        logits = head(before, after)
+        return head.probabilities(logits), head.none_of(logits), after
 
 
 @dataclass
@@ -177,20 +228,26 @@ class Answers:
 
     files: FileRows
     names: Sequence[str]
-    thresholds: Thresholds
+    head: Head | None
     top_k: int
     judge: Judge
+    keep: bool  # whether probabilities and features are kept
     classes: dict[str, list[RankedClass]] = field(default_factory=dict)
+    rows: list[int] = field(default_factory=list)  # of the images that are classified
+    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def collect(self, classifier: Classifier, output: Output, path: Path | None, few: int | None) -> None:
         """Classify all images and write the answers, or those of the first ``few``; after Ctrl-C what is done, too."""
+        above = self.head.thresholds.cpu() if self.head and self.head.facts.several else None
         try:
             with closing(classifier.scored(self.files, "images")) as batches:
                 for scored in batches:
-                    keys = (self.files[row].key for row in scored.rows)
-                    ranked = self.thresholds.ranked(scored, self.names, self.top_k)
-                    self.classes |= zip(keys, ranked, strict=True)
-                    self.judge.add(scored.rows, scored.probability, self.thresholds.none_of(scored))
+                    keys, none = (self.files[row].key for row in scored.rows), scored.none.tolist()
+                    found = ranked(scored.probability, none, self.names, self.top_k, above)
+                    self.classes |= zip(keys, found, strict=True)
+                    self.judge.add(scored.rows, scored.probability, none)
+                    self.rows += scored.rows
+                    self.kept += [(scored.probability, scored.after)] * self.keep
         except KeyboardInterrupt:
             kept = path.with_name(f"{path.name}.partial") if path else None
             write_classes(self.classes, output, kept)
@@ -207,6 +264,11 @@ class Answers:
             report_skipped(keys, classifier.unreadable, path.with_name(f"{path.name}.skipped.txt"))
         for bad in () if path else classifier.unreadable:
             stderr().print(f"skipped: {bad.message}")
+
+
+def _kinds(model: CLIP, features: Tensor) -> tuple[Tensor, Tensor]:
+    """Return features before the projection and after it, from :func:`features_of_both_kinds`."""
+    return features[:, : -model.config.embed_dim], features[:, -model.config.embed_dim :]
 
 
 def _lines(words: Sequence[str], option: str) -> list[str]:

@@ -25,6 +25,7 @@ from lit_clip.embedding.image_files import images_in
 from lit_clip.embedding.index import nearest
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, imagenet_templates, zero_shot_classifier
+from lit_clip.heads import HeadedModel, load_head
 from lit_clip.locating.locator import Locator
 from lit_clip.locating.overlay import Scale, overlay
 from lit_clip.models.clip import CLIP
@@ -65,6 +66,7 @@ def demo(
     port: int = 7860,
     index: str | None = None,
     on_error: OnError = "error",
+    head: str | None = None,
 ) -> None:
     """Try a model in a browser: classify an image, see where it shows texts, search a folder.
 
@@ -80,28 +82,31 @@ def demo(
         index: the index of the folder, a .npz file; by default .lit-clip-index.npz in the folder.
         on_error: error ends the command at an image of the folder that cannot be read; skip lists it in a file
             beside the index.
+        head: a file of lit-clip classify --save_head, of this model, whose classes have a tab of their own.
     """
     require(importlib.util.find_spec("gradio") is not None, "demo needs gradio: pip install 'lit-clip[demo]'")
     require(images is not None or index is None, f"--index {index}: belongs to --images; name the folder")
     require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
     folder = Path(images) if images is not None else None
     files = images_in(folder, on_error) if folder else []
+    classes = load_head(head) if head else None
     with _listening(host, port) as listening, TemporaryDirectory(prefix="lit-clip-demo-") as uploads:
         clip = load_model(model)
         searched = search_in(clip, folder, files, index, EncodingSettings(on_error=on_error)) if folder else None
         stored = Path(uploads).resolve()
         os.environ.update(QUIET, GRADIO_TEMP_DIR=str(stored))  # gradio reads them when it is imported and used
-        app = web_app(Trial(clip.to(best_device()), searched), model, stored, host)
+        clip = clip.to(best_device())
+        app = web_app(Trial(clip, searched, classes.on(clip) if classes else None), model, stored, host)
         shown = f"[{host}]" if ":" in host else host
         stderr().print(f"demo: http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends it)")
         _serve(app, listening)
 
 
 class Trial:
-    """Functions of the page: a model, and the images to search, if any."""
+    """Functions of the page: a model, the images to search, if any, and the model with a head."""
 
-    def __init__(self, model: CLIP, searched: Searched | None = None) -> None:
-        self.model, self.searched = model, searched
+    def __init__(self, model: CLIP, searched: Searched | None = None, headed: HeadedModel | None = None) -> None:
+        self.model, self.searched, self.headed = model, searched, headed
         self._classifier = lru_cache(maxsize=8)(
             partial(zero_shot_classifier, model)
         )  # the next image mostly has the same classes
@@ -127,6 +132,13 @@ class Trial:
         with torch.inference_mode():
             probabilities = class_probabilities(self.model, features, self._classifier(tuple(classes), tuple(prompts)))
         return dict(zip(classes, probabilities[0].tolist(), strict=True))
+
+    def own_classes(self, image: str | None) -> dict[str, float]:
+        """Return the probability of each class of the head, as ``lit-clip classify --head`` does."""
+        assert self.headed is not None
+        require(image is not None, "no image: drop one, or click to choose a file")
+        probabilities = self.headed.classify([open_image(Path(str(image)), "the image")])
+        return dict(zip(self.headed.head.facts.names, probabilities[0].tolist(), strict=True))
 
     def locate(self, image: str | None, texts: str, background: str) -> list[tuple[Image.Image, str]]:
         """Return a heat map over an image for each text, with its cosine, as ``lit-clip locate`` does.
@@ -186,6 +198,9 @@ def web_app(trial: Trial, name: str, uploads: Path, host: str = "127.0.0.1") -> 
         if folder:
             with gr.Tab("Search"):
                 _search_tab(gr, trial)
+        if trial.headed:
+            with gr.Tab("Own classes"):
+                _own_classes_tab(gr, trial)
         with gr.Tab("Classify"):
             _classify_tab(gr, trial)
         with gr.Tab("Where"):
@@ -226,6 +241,13 @@ def _classify_tab(gr: Any, trial: Trial) -> None:
     gr.on([button.click, names.submit], classify, api_name="classify", **options)
     # Dropping the next image is enough; the first comes before the names.
     image.upload(lambda *typed: classify(*typed) if typed[1].strip() else None, api_name=False, **options)
+
+
+def _own_classes_tab(gr: Any, trial: Trial) -> None:
+    with gr.Row():
+        image = _image_input(gr)
+        label = gr.Label(num_top_classes=10, label="Probability")
+    image.upload(_shown(gr, trial.own_classes), [image], label, api_name="own_classes", **QUEUE)
 
 
 def _where_tab(gr: Any, trial: Trial) -> None:

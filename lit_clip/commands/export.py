@@ -9,13 +9,22 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from lit_clip.errors import InputError, require
+from lit_clip.heads import Head, load_head
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing_folder
 from lit_clip.tools.console import Console, progress, stderr
 from lit_clip.tools.guarded_output import log_level
 from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.tools.weight_files import is_path
-from lit_clip.weights.export import FORMATS, ExportSample, FormatName, Parity, check_onnx_packages, parity_of
+from lit_clip.weights.export import (
+    FORMATS,
+    ExportSample,
+    FormatName,
+    Parity,
+    check_onnx_packages,
+    parity_of,
+    write_onnx,
+)
 from lit_clip.weights.load import load_model
 from lit_clip.weights.model_card import ExportedSource, model_card
 from lit_clip.weights.onnx_sizes import OnnxDType, check_onnx_dtype, shrink_onnx, tolerance_of
@@ -33,6 +42,7 @@ def export(
     push: str | None = None,
     private: bool = False,
     dtype: OnnxDType = "float32",
+    head: str | None = None,
 ) -> None:
     """Write a model in another tool's format, and check that it computes the same there.
 
@@ -47,9 +57,12 @@ def export(
         push: a repository on the Hugging Face hub, org/name, to upload the folder to; made if it does not exist.
         private: a repository that push makes is private.
         dtype: of the weights in onnx files; float16 halves and int8 quarters transformers, and features change by that.
+        head: a file of classify --save_head, of this model: the image encoder in onnx also gives its probabilities.
     """
     folder = Path(output)
     check_onnx_dtype(dtype, format)
+    require(head is None or format == "onnx", f"--head {head}: only onnx files hold a head; give --format onnx")
+    classes = load_head(head) if head is not None else None
     if format == "onnx":
         check_onnx_packages()
     check_free(folder)
@@ -59,13 +72,15 @@ def export(
     with progress(f"export to {format}", 4) as advance:
         original = load_model(model)
         source = source_of(model)
+        if classes:
+            classes.check(original, f"--head {head}")
         advance(1)
         with (
             replacing_folder(folder) as draft,
             log_level(logging.ERROR, *TALKATIVE),
             warnings.catch_warnings(action="ignore"),
         ):
-            parity = write_checked(original, format, draft, advance, dtype)
+            parity = write_checked(original, format, draft, advance, dtype, classes)
             card = model_card(original, format, folder.name, source, parity, license, push, dtype)
             (draft / "README.md").write_text(card, encoding="utf-8")
             if repository:
@@ -93,11 +108,19 @@ def _left_out(model: CLIP) -> Iterator[str]:
 
 
 def write_checked(
-    original: CLIP, format: FormatName, draft: Path, advance: Callable[[int], object], dtype: OnnxDType = "float32"
+    original: CLIP,
+    format: FormatName,
+    draft: Path,
+    advance: Callable[[int], object],
+    dtype: OnnxDType = "float32",
+    head: Head | None = None,
 ) -> Parity:
     """Write the model into a folder, open it with the other tool and compare."""
     target = FORMATS[format]
-    target.write(original, draft)
+    if head is None:
+        target.write(original, draft)
+    else:
+        write_onnx(original, draft, head)
     for file in sorted(draft.glob("*.onnx")):
         shrink_onnx(file, dtype)
     advance(1)
@@ -111,10 +134,13 @@ def write_checked(
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{format} cannot open this model ({type(error).__name__}: {reason}){instead}") from error
     advance(1)
-    parity, tolerance = parity_of(original, sample, reading), tolerance_of(format, dtype)
+    parity, tolerance = parity_of(original, sample, reading, head), tolerance_of(format, dtype)
     for name, difference in (("image", parity.image), ("text", parity.text)):
         problem = f"{name} features differ by {difference:.1e} from the original's, more than {tolerance:.0e}"
         require(difference <= tolerance, f"{format}: {problem}; nothing was written")
+    problem = f"the head's probabilities differ by {parity.head or 0:.1e}, more than {tolerance:.0e}"
+    smaller = dtype != "float32"  # its probabilities follow the features, as far as those go
+    require(smaller or (parity.head or 0) <= tolerance, f"{format}: {problem}; nothing was written")
     same, levels = parity.tokens is not False, 0.0 if parity.pixels is None else parity.pixels
     require(same, f"{format}: its tokenizer gives other token ids than the model's; nothing was written")
     problem = f"its preprocessing differs from the model's by {levels:.1f} of 255 levels; nothing was written{instead}"
@@ -152,6 +178,8 @@ def _table(folder: Path, format: str, parity: Parity, dtype: OnnxDType) -> Table
     tolerance = tolerance_of(format, dtype)
     table.add_row("image features (unit length)", f"{parity.image:.1e}", f"{tolerance:.0e}")
     table.add_row("text features (unit length)", f"{parity.text:.1e}", f"{tolerance:.0e}")
+    if parity.head is not None:
+        table.add_row("probabilities of the head", f"{parity.head:.1e}", f"{tolerance:.0e}")
     if parity.pixels is not None:
         table.add_row("preprocessed pixels (of 255)", f"{parity.pixels:.2f}", "1")
     if parity.tokens is not None:

@@ -92,13 +92,15 @@ class EncodingTask:
         return FeatureTable(identities, np.concatenate([features for _, features in finished])).arrays()
 
 
-def image_task(model: CLIP, images: ImageRows, identities: Sequence[Identity]) -> EncodingTask:
-    """Unit features of images, which have distinct identities."""
+def image_task(
+    model: CLIP, images: ImageRows, identities: Sequence[Identity], features: Callable[[CLIP], Encode] = image_features
+) -> EncodingTask:
+    """Unit features of images, which have distinct identities, or others."""
 
     def read(batches: Batches, stop: Path | None) -> ImageBatches:
         return ImageBatches(images, batches, model.preprocessing, stop=stop)
 
-    return EncodingTask(identities, read, image_features(model))
+    return EncodingTask(identities, read, features(model))
 
 
 def text_task(model: CLIP, texts: Sequence[str], identities: Sequence[Identity]) -> EncodingTask:

@@ -40,13 +40,13 @@ class FeatureTable:
         return cls(list(zip(json_value(arrays["keys"]), *numbers, strict=True)), arrays["features"])
 
 
-def collect(identities: Sequence[Identity], tables: Iterable[FeatureTable], embed_dim: int) -> FeatureTable:
+def collect(identities: Sequence[Identity], tables: Iterable[FeatureTable]) -> FeatureTable:
     """Return the table of those items that have a feature, in their order."""
     features: dict[Identity, np.ndarray] = {}
     for table in tables:
         features.update(zip(table.identities, table.features, strict=True))
     present = [identity for identity in identities if identity in features]
-    rows = np.empty((len(present), embed_dim), dtype=np.float32)
+    rows = np.empty((len(present), len(features[present[0]]) if present else 0), dtype=np.float32)
     for row, identity in enumerate(present):
         rows[row] = features[identity]
     return FeatureTable(present, rows)

@@ -11,6 +11,7 @@ from lit_clip.embedding.encode import EncodingSettings, check_complete, encode, 
 from lit_clip.embedding.feature_files import FeatureTable, collect
 from lit_clip.embedding.image_files import FileRows, ImageFile
 from lit_clip.embedding.parts import DIGEST, Parts, load_arrays, save_arrays
+from lit_clip.embedding.reading import features_of_both_kinds, image_features
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import stderr
@@ -21,10 +22,15 @@ INDEX = ".lit-clip-index.npz"
 CHUNK = 65_536  # rows scored at once
 
 
-def update_index(model: CLIP, files: Sequence[ImageFile], path: Path, settings: EncodingSettings) -> FeatureTable:
-    """Return the features of all images; encode the ones that the index lacks, and bring it up to date."""
+def update_index(
+    model: CLIP, files: Sequence[ImageFile], path: Path, settings: EncodingSettings, both_kinds: bool = False
+) -> FeatureTable:
+    """Return the features of all images; encode the ones that the index lacks, and bring it up to date.
+
+    With ``both_kinds`` they are those of :func:`lit_clip.embedding.reading.features_of_both_kinds`.
+    """
     require(path.absolute().parent.is_dir(), f"--index {path}: there is no such folder")
-    name = f"{fingerprint(model).model} {settings.precision}"
+    name = f"{fingerprint(model).model} {settings.precision}{' both kinds' * both_kinds}"
     old = load_arrays(path, name, FeatureTable.of)
     if old is None and path.exists():
         require(not _holds_other_arrays(path), f"--index {path}: holds other arrays than an index; name another file")
@@ -38,11 +44,12 @@ def update_index(model: CLIP, files: Sequence[ImageFile], path: Path, settings: 
         return old
     note = f"index: {len(files) - len(missing)} images unchanged, {len(missing) - changed} new"
     stderr().print(f"{note}, {changed} changed, {gone} gone")
-    task = image_task(model, FileRows(files), [file.identity for file in files])
+    kind = features_of_both_kinds if both_kinds else image_features
+    task = image_task(model, FileRows(files), [file.identity for file in files], kind)
     parts = Parts(path, name)
     unreadable = encode(model, task, parts, settings, known)
     assert unreadable is not None  # one process
-    table = collect(task.identities, [*([old] if old else []), *parts.read(FeatureTable.of)], model.config.embed_dim)
+    table = collect(task.identities, [*([old] if old else []), *parts.read(FeatureTable.of)])
     check_complete(len(table.identities), len(files), unreadable)
     save_arrays(path, name, table.arrays())
     report_skipped([file.key for file in files], unreadable, path.with_name(f"{path.name}.skipped.txt"))

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.functional import normalize
 from torch.utils.data import Dataset
 
 from lit_clip.embedding.precision import Precision, autocast
@@ -138,6 +139,17 @@ def image_features(model: CLIP, precision: Precision = "32-true") -> Encode:
     def encode(images: Tensor) -> Tensor:
         with autocast(model.device, precision):
             return model.encode_image(model.normalize(images), normalize=True).float()
+
+    return encode
+
+
+def features_of_both_kinds(model: CLIP, precision: Precision = "32-true") -> Encode:
+    """Return the function from uint8 ``[F, 3, H, W]`` to features before the projection and unit features, in a row."""
+
+    def encode(images: Tensor) -> Tensor:
+        with autocast(model.device, precision):
+            before, after = model.image_features(model.normalize(images))
+        return torch.cat([before.float(), normalize(after.float(), dim=1)], dim=1)
 
     return encode
 

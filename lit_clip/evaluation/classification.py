@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.accuracy import predictions
+from lit_clip.evaluation.class_head import MOST_FITS
 from lit_clip.evaluation.class_metrics import Computed, check_metrics, evaluate_metrics, write_array
 from lit_clip.evaluation.confusions import confusion_counts, confusion_entries, write_confusions
 from lit_clip.evaluation.data import ImageSet, LabelledImages
@@ -120,10 +121,10 @@ def class_names(opened: OpenSet) -> list[str]:
     return opened.prompts.names if opened.prompts else test.class_names if isinstance(test, LabelledImages) else []
 
 
-def logits_of(opened: OpenSet, fold: Fold, classifier: Tensor | None) -> Tensor:
-    """Return the logits ``[N, C]`` of the test split."""
+def logits_of(opened: OpenSet, fold: Fold, classifier: Tensor | None, split: str = "test") -> Tensor:
+    """Return the logits ``[N, C]`` of a split."""
     assert classifier is not None
-    return opened.scale * (embeddings(fold.features["test"]) @ classifier.cpu().float())
+    return opened.scale * (embeddings(fold.features[split]) @ classifier.cpu().float())
 
 
 def keys_of(fold: Fold) -> list[str]:
@@ -319,9 +320,11 @@ def _thumbnail(images: ImageSet, row: int, folder: Path, name: str) -> str:
 
 
 def split_of(opened: OpenSet, fold: Fold, split: str, options: TaskOptions) -> Split:
-    """Return a split as probes are trained and tested on it."""
+    """Return a split as probes and heads are trained and tested on it."""
     features = torch.from_numpy(np.array(fold.features[split].before)).to(options.device or best_device())
-    return Split(features, targets_of(opened, fold, split))
+    of_classes = opened.classifier is not None and fold.classes is None
+    zero_shot = logits_of(opened, fold, opened.classifier, split) if of_classes else None
+    return Split(features, targets_of(opened, fold, split), zero_shot)
 
 
 def trained(task: Task, opened: OpenSet, fold: Fold, options: TaskOptions) -> Any:
@@ -333,7 +336,8 @@ def trained(task: Task, opened: OpenSet, fold: Fold, options: TaskOptions) -> An
         val = split_of(opened, fold, "val", options) if "val" in fold.features else None
         name, fits = "linear probe", MOST_PENALTIES + 1
         if task == "few_shot":
-            name, fits = "few-shot probes", len(options.shots) * options.draws * MOST_PENALTIES
+            each = MOST_PENALTIES + (MOST_FITS if train.zero_shot is not None else 0)
+            name, fits = "few-shot probes", len(options.shots) * options.draws * each
         with progress(f"{opened.name} {name}", fits, options.show_progress) as advance:
             if task == "few_shot":
                 drawn = (options.shots, options.draws, options.seed)

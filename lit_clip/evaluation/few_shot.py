@@ -1,14 +1,15 @@
-"""The linear probe with a few examples per class (section 3.1.5).
+"""The linear probe with a few examples per class (section 3.1.5), and beside it a class head on the same examples.
 
 The paper does not say how often it draws examples. Its author says that the penalty is chosen on the validation images
 of the probe on all data (openai/CLIP#128). Here each number of shots has one penalty: the one with the best mean over
-the draws on those images, which are in no draw.
+the draws on those images, which are in no draw. A head chooses its own penalty within its examples.
 """
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
 from lit_clip.errors import InputError, require
+from lit_clip.evaluation.class_head import HeadFit, fit_head
 from lit_clip.evaluation.logistic import Advance, Fit, LogisticProblem
 from lit_clip.evaluation.other_classes import Classes, among
 from lit_clip.evaluation.probe import Split, best_l2, held_out, places_in_classes, searched
@@ -19,11 +20,15 @@ SHOTS = (1, 2, 4, 8, 16)
 
 
 class FewShotProbes(NamedTuple):
-    """By number of shots: the classifier of each draw, the penalty, or why a class does not have that many examples."""
+    """By number of shots: the classifier of each draw, the penalty, or why a class does not have that many examples.
+
+    There are heads if the examples have zero-shot logits.
+    """
 
     fits: dict[int, list[Fit]]
     l2: dict[int, float]
     left_out: dict[int, str]
+    heads: dict[int, list[HeadFit]]
 
     def evaluate(self, test: Split, metric: Metric, classes: Classes | None = None) -> dict[int, list[float]]:
         """Return, by shots, the metric of each draw on a test split; ``classes`` as in :func:`among`."""
@@ -32,6 +37,19 @@ class FewShotProbes(NamedTuple):
                 evaluate_scores(metric, among(fit.scores(test.features), classes), test.targets)[metric] for fit in fits
             ]
             for k, fits in self.fits.items()
+        }
+
+    def evaluate_heads(self, test: Split, metric: Metric) -> dict[int, list[float]]:
+        """Return the same of the heads; empty without any."""
+        return {
+            k: [
+                evaluate_scores(metric, head.logits(test.features, test.zero_shot.to(test.features)), test.targets)[
+                    metric
+                ]
+                for head in heads
+                if test.zero_shot is not None
+            ]
+            for k, heads in self.heads.items()
         }
 
 
@@ -59,7 +77,7 @@ def train_few_shot(
     pool, validation = held_out(train, seed) if val is None else (train, val)
     counts = pool.targets.labels.bincount(minlength=train.targets.classes)
     fewest = int(counts.argmin())
-    result = FewShotProbes({}, {}, {})
+    result = FewShotProbes({}, {}, {}, {})
     for k in sorted(set(shots)):
         if k > counts[fewest]:
             held = "" if val else ", as a fifth is held out to choose the penalty"
@@ -73,6 +91,12 @@ def train_few_shot(
         problems = [LogisticProblem(each.features, each.labels, each.targets.classes, advance) for each in drawn]
         search, result.fits[k] = searched(problems, validation, metric)
         result.l2[k] = best_l2(search)
+        if train.zero_shot is not None:
+            result.heads[k] = [
+                fit_head(each.features, each.zero_shot, each.labels, advance=advance)
+                for each in drawn
+                if each.zero_shot is not None
+            ]
     if not result.fits:
         raise InputError(f"few_shot: {result.left_out[min(shots)]}; leave few_shot out of this set's tasks")
     return result

@@ -11,6 +11,10 @@ Why it is fast:
   variance would be far too long, so every direction counts as if it had ``FLOOR`` of the mean variance more.
 - Logits, losses and gradients are computed in chunks of rows that fit the cache; there is no ``[N, C]``.
 - With fewer examples than features the problem is solved in the space that the examples span, where the optimum lies.
+
+With an offset, logits that are given for each example, the classifier corrects these. So that nothing of the correction
+is left at the strongest penalty, its bias is penalised too: like the weight of one more feature that is as long as the
+centred features (root mean square).
 """
 
 from collections.abc import Callable
@@ -51,6 +55,8 @@ class Fit:
 class LogisticProblem:
     """Find the classifiers that minimise sum of losses + l2 / 2 |weight|^2, for several ``l2``; no penalty on the bias.
 
+    With an offset the penalty is l2 / 2 (|weight|^2 + |bias|^2 / ``spread``), with the bias at the features' mean.
+
     They equal scikit-learn's ``LogisticRegression(C=1 / l2)``: with three or more classes the loss is the
     cross-entropy, with two a single logit's, half of whose weight goes to each class with opposite signs.
 
@@ -59,9 +65,20 @@ class LogisticProblem:
         labels: int64 ``[N]``; or relevance, int8 ``[N, C]`` (1, 0, or -1 for not counted), for binary classifiers.
         classes: C; a class without examples is not fitted.
         advance: called with 0 after each iteration and with 1 after each fit, to show progress.
+        offset: logits ``[N, C]`` that the classifier's are added to; classes that are not fitted add 0.
+
+    Attributes:
+        spread: mean squared length of the centred features.
     """
 
-    def __init__(self, features: Tensor, labels: Tensor, classes: int, advance: Advance | None = None) -> None:
+    def __init__(
+        self,
+        features: Tensor,
+        labels: Tensor,
+        classes: int,
+        advance: Advance | None = None,
+        offset: Tensor | None = None,
+    ) -> None:
         _check(features, labels, classes)
         self.classes = classes
         self.advance: Advance = advance or (lambda fits: None)
@@ -77,6 +94,8 @@ class LogisticProblem:
         self.binary = not self.multi_label and len(self.fitted) == 2
         self._renumber()
         self.mean, self.vectors, self.values = spectrum(features)
+        self.spread = float(self.values.sum()) / len(features)
+        self.offset = None if offset is None else self._fitted_offset(offset.to(features))
         self.projected = len(self.vectors) > len(features)
         self.features = (features - self.mean) @ self.vectors if self.projected else features
 
@@ -97,6 +116,15 @@ class LogisticProblem:
             number = self.labels.new_zeros(self.classes)
             number[self.fitted] = torch.arange(len(self.fitted), device=number.device)
             self.labels = number[self.labels]
+
+    def _fitted_offset(self, offset: Tensor) -> Tensor:
+        """Return the offset of the logits that are fitted ``[N, K]``; classes that are not have no constant bias."""
+        shape = (len(self.labels), self.classes)
+        require(offset.shape == shape, f"offset: must have the shape {shape}, not {tuple(offset.shape)}")
+        require(self.spread > 0, "features: all the same")
+        self.constant = torch.zeros_like(self.constant)
+        offset = offset[:, self.fitted]
+        return offset[:, 1:] - offset[:, :1] if self.binary else offset
 
     def fit(
         self, l2: float, start: Fit | None = None, max_iterations: int = MAX_ITERATIONS, tolerance: float = TOLERANCE
@@ -138,8 +166,13 @@ class LogisticProblem:
         weight_gradient, bias_gradient = torch.zeros_like(weight), torch.zeros_like(bias)
         transposed = weight.T.contiguous()
         loss = bias.new_zeros((), dtype=_wide(bias))
-        for chunk, labels in zip(self.features.split(rows), self.labels.split(rows), strict=True):
-            losses, residual = chunk_losses(torch.addmm(bias, chunk, transposed), labels)
+        for start in range(0, N, rows):
+            part = slice(start, start + rows)
+            chunk = self.features[part]
+            logits = torch.addmm(bias, chunk, transposed)
+            if self.offset is not None:
+                logits += self.offset[part]
+            losses, residual = chunk_losses(logits, self.labels[part])
             loss += losses.sum(dtype=loss.dtype)
             weight_gradient.addmm_(residual.T, chunk)
             bias_gradient += residual.sum(dim=0)
@@ -226,9 +259,12 @@ class _Search:
         values = problem.values + FLOOR * problem.values.mean()
         curvature = (variance * problem.counted / examples)[:, None] * values
         self.scale = (curvature + l2).rsqrt()  # [K, R]
-        self.bias_scale = (variance * problem.counted).rsqrt()  # [K]
+        self.bias_l2 = 0.0 if problem.offset is None else l2 / problem.spread
+        self.bias_scale = (variance * problem.counted + self.bias_l2).rsqrt()  # [K]
         share = problem.share
         self.first_bias = share.logit() if problem.multi_label or problem.binary else share.log()
+        if problem.offset is not None:
+            self.first_bias = torch.zeros_like(share)
 
     def zero(self) -> Tensor:
         """Return the point with zero weights and the bias that is optimal for them."""
@@ -247,9 +283,10 @@ class _Search:
         """Return the objective in float64 and its gradient."""
         weight, bias = self.classifier(point)
         loss, weight_gradient, bias_gradient = self.problem.loss_and_gradient(weight, bias)
-        objective = loss + self.l2 / 2 * weight.to(loss.dtype).square().sum()
+        penalty = self.l2 * weight.to(loss.dtype).square().sum() + self.bias_l2 * bias.to(loss.dtype).square().sum()
         weight_gradient = (weight_gradient + self.l2 * weight) * self.scale
-        return objective, torch.cat([weight_gradient, (bias_gradient * self.bias_scale)[:, None]], dim=1)
+        bias_gradient = (bias_gradient + self.bias_l2 * bias) * self.bias_scale
+        return loss + penalty / 2, torch.cat([weight_gradient, bias_gradient[:, None]], dim=1)
 
 
 def _minimise(

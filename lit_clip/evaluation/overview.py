@@ -260,14 +260,15 @@ def _datacomp_means(table: Sequence[Row]) -> Iterator[GroupMean]:
         yield GroupMean(f"DataComp, {group}", mean.sets, mean.missing, mean.value, None)
 
 
-def shots_of(entry: Mapping[str, Any]) -> dict[int, float]:
-    """Return the mean over draws by number of shots."""
-    return {shots: sum(draws) / len(draws) for shots, draws in draws_of(tasks_of(entry).get("few_shot", {})).items()}
+def shots_of(entry: Mapping[str, Any], of: str = "shots") -> dict[int, float]:
+    """Return the mean over draws by number of shots, of probes or of heads (``head``)."""
+    draws = draws_of(tasks_of(entry).get("few_shot", {}), of)
+    return {shots: sum(values) / len(values) for shots, values in draws.items()}
 
 
-def draws_of(few_shot: Mapping[str, Any]) -> dict[int, list[float]]:
+def draws_of(few_shot: Mapping[str, Any], of: str = "shots") -> dict[int, list[float]]:
     """Return the values of all draws by number of shots, as far as there are any."""
     draws = {}
-    for shots, values in few_shot.get("shots") or []:
+    for shots, values in few_shot.get(of) or []:
         draws[int(shots)] = [value for value in map(number, values) if value is not None]
     return {shots: values for shots, values in draws.items() if values}

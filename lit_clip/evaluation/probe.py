@@ -27,10 +27,11 @@ HELD_OUT = 5  # without a validation split one image in 5 of each class is held 
 
 @dataclass
 class Split:
-    """Features ``[N, W]`` of images, float32, and the truth about them."""
+    """Features ``[N, W]`` of images, float32, the truth about them, and their zero-shot logits ``[N, C]`` if needed."""
 
     features: Tensor
     targets: Targets
+    zero_shot: Tensor | None = None
 
     def __post_init__(self) -> None:
         rows, known = len(self.features), len(self.targets)
@@ -38,7 +39,8 @@ class Split:
 
     def take(self, rows: Tensor) -> "Split":
         """Return some of the rows."""
-        return Split(self.features[rows.to(self.features.device)], self.targets.take(rows))
+        zero_shot = None if self.zero_shot is None else self.zero_shot[rows.to(self.zero_shot.device)]
+        return Split(self.features[rows.to(self.features.device)], self.targets.take(rows), zero_shot)
 
     @property
     def labels(self) -> Tensor:

@@ -166,7 +166,7 @@ _TASK = {
     "intervals": dict[str, object],
     **dict.fromkeys(("predictions", "predictions_sha256", "judged"), str),
     "search": list[tuple[float, object]],
-    "shots": list[tuple[int, list[object]]],
+    **dict.fromkeys(("shots", "head"), list[tuple[int, list[object]]]),
     "confusions": list[tuple[object, object, object]],
     "confusion_matrix": list[list[int]],
     "thresholds": dict[str, object],

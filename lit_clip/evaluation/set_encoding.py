@@ -13,7 +13,6 @@ import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
-from torch.nn.functional import normalize
 
 from lit_clip import distributed
 from lit_clip.embedding.encode import EncodingTask
@@ -23,6 +22,7 @@ from lit_clip.embedding.reading import (
     ImageBatches,
     UnreadableRow,
     encoded_batches,
+    features_of_both_kinds,
     in_batches,
     row_means,
     unreadable_image,
@@ -62,11 +62,8 @@ def set_task(model: CLIP, images: ImageSet) -> EncodingTask:
     def read(batches: Batches, stop: Path | None) -> ImageBatches:
         return ImageBatches(SetRows(images), batches, model.preprocessing, stop=stop)
 
-    def encode(pixels: Tensor) -> Tensor:
-        before, after = model.image_features(model.normalize(pixels))
-        return torch.cat([before.float(), normalize(after.float(), dim=1)], dim=1)
-
-    return EncodingTask([(str(row), 0, 0) for row in range(len(images))], read, encode, images.several, False)
+    rows = [(str(row), 0, 0) for row in range(len(images))]
+    return EncodingTask(rows, read, features_of_both_kinds(model), images.several, False)
 
 
 class Encoded(NamedTuple):

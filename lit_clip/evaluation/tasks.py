@@ -122,22 +122,27 @@ def target_digests(opened: OpenSet) -> dict[tuple[int, str], str]:
 
 def _few_shot(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
     of_folds: list[dict[int, list[float]]] = []
+    of_heads: list[dict[int, list[float]]] = []
     used: dict[int, float] = {}
     left_out: dict[int, str] = {}
     for fold in opened.folds:
         probes: FewShotProbes = trained("few_shot", opened, fold, options)
-        of_folds.append(probes.evaluate(split_of(opened, fold, "test", options), opened.entry.metric, fold.classes))
+        test = split_of(opened, fold, "test", options)
+        of_folds.append(probes.evaluate(test, opened.entry.metric, fold.classes))
+        of_heads.append(probes.evaluate_heads(test, opened.entry.metric))
         used |= probes.l2
         left_out |= probes.left_out
     shots = [n for n in sorted(of_folds[0]) if n not in left_out]  # in every fold
     if not shots:
         raise InputError(f"few_shot: {left_out[min(left_out)]} in a fold; leave few_shot out of this set's tasks")
     curve = [(n, [value for values in of_folds for value in values[n]]) for n in shots]
+    heads = [(n, [value for values in of_heads for value in values[n]]) for n in shots if all(of_heads)]
     numbers = ", ".join(map(str, sorted(left_out)))
     notes = [f"few_shot: no result of {numbers} shots: {left_out[min(left_out)]}"] if left_out else []
     return {
         "value": fmean(curve[-1][1]),
         "shots": curve,
+        "head": heads,
         "l2": {n: used[n] for n in shots},
         "left_out": dict(sorted(left_out.items())),
         "notes": notes,
@@ -221,6 +226,10 @@ def _of_examples(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
     return options.shots, options.draws, options.seed, [fold.classes for fold in opened.folds]
 
 
+def _of_shots(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
+    return (*_of_examples(opened, options), *(_of_classes(opened, options) if opened.prompts else ()))
+
+
 def _of_probe(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
     return (*_of_examples(opened, options), describe(options.metrics))
 
@@ -237,7 +246,7 @@ TRAINED = {"needed": ("train", "test"), "used": ("train", "val", "test")}
 PARTS: dict[Task, TaskParts] = {
     "zero_shot": TaskParts(partial(classification, "zero_shot"), class_texts, _of_classes),
     "linear_probe": TaskParts(partial(classification, "linear_probe"), None, _of_probe, **TRAINED),
-    "few_shot": TaskParts(_few_shot, None, _of_examples, **TRAINED),
+    "few_shot": TaskParts(_few_shot, class_texts, _of_shots, **TRAINED),
     "retrieval": TaskParts(_retrieval, caption_texts, _of_captions),
     "geolocation": TaskParts(_geolocation, needed=("train", "test")),
     "bias": TaskParts(_bias, bias_probe_texts),

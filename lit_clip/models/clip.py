@@ -126,6 +126,10 @@ class CLIP(TextTransformer):
         """Return the cosine of each text with each pixel of a whole image, float32 ``[N, H, W]``; see ``heat_maps``."""
         return heat_maps(self, image, texts, scale)
 
+    def with_head(self, head: Any) -> nn.Module:
+        """Return the model with a head of its own: images -> class probabilities; see :class:`lit_clip.heads.Head`."""
+        return head.on(self)
+
     def image_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Float, normalised ``[B, 3, H, W]`` -> features before the projection and after it, ``[B, D]``.
 
@@ -136,10 +140,7 @@ class CLIP(TextTransformer):
         return features, self.visual.project(features)
 
     def encode_text(
-        self,
-        tokens: Tensor,
-        normalize: bool = False,
-        lengths: Sequence[int] | Tensor | None = None,
+        self, tokens: Tensor, normalize: bool = False, lengths: Sequence[int] | Tensor | None = None
     ) -> Tensor:
         """int64 ``[B, L]``, ``L`` at most the context length -> ``[B, D]``, of unit length if ``normalize``.
 
@@ -150,8 +151,7 @@ class CLIP(TextTransformer):
         longest = tokens.shape[1]
         if longest > self.context_length:
             raise InputError(f"texts have {longest} tokens, the model reads {self.context_length}; use model.tokenize")
-        if isinstance(lengths, Tensor):
-            lengths = lengths.tolist()
+        lengths = lengths.tolist() if isinstance(lengths, Tensor) else lengths
         if self.config.papers_layout:
             if self.config.text.tokenizer is not None:
                 lengths = None  # the encoder stops at the highest id, which another tokenizer may use before the end

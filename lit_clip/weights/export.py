@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Self, cast
 
@@ -38,6 +39,7 @@ TEXTS = [  # with nothing that tokenizers clean differently
     "a red bicycle in front of an old brick house by the sea",
     "snow on a mountain in the evening",
 ]
+OUTPUTS = ["features", "probabilities", "none"]  # of an image encoder in ONNX; the last two with a head
 PROTOBUF_LIMIT = 1.9e9  # bytes: ONNX files above 2 GiB need a second file for the weights
 
 
@@ -60,12 +62,13 @@ class ExportSample(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """The other tool's unit features ``[4, D]`` of an :class:`ExportSample`, and its own pixels and tokens, if any."""
+    """The other tool's unit features ``[4, D]`` of an :class:`ExportSample`, and what else it computes, if it does."""
 
     image: Tensor
     text: Tensor
     pixels: Tensor | None = None
     tokens: Tensor | None = None
+    probabilities: Tensor | None = None  # of a head
 
 
 class Parity(NamedTuple):
@@ -75,10 +78,11 @@ class Parity(NamedTuple):
     text: float  # between unit text features
     pixels: float | None  # in levels of 255, before normalisation
     tokens: bool | None  # whether the ids are equal
+    head: float | None = None  # between probabilities
 
 
 @torch.no_grad()
-def parity_of(model: CLIP, sample: ExportSample, reading: Reading) -> Parity:
+def parity_of(model: CLIP, sample: ExportSample, reading: Reading, head: Any = None) -> Parity:
     """Compare the other tool's outputs with the model's."""
     image = model.encode_image(sample.pixels, normalize=True)
     text = model.encode_text(sample.tokens, normalize=True)
@@ -92,7 +96,13 @@ def parity_of(model: CLIP, sample: ExportSample, reading: Reading) -> Parity:
         float((reading.text - text).abs().max()),
         pixels,
         None if reading.tokens is None else torch.equal(reading.tokens, sample.tokens),
+        None if head is None else _head_difference(model, sample, reading, head),
     )
+
+
+def _head_difference(model: CLIP, sample: ExportSample, reading: Reading, head: Any) -> float:
+    assert reading.probabilities is not None
+    return float((reading.probabilities - outputs_with_head(model, sample.pixels, head)[1]).abs().max())
 
 
 def _save_weights(state: dict[str, Tensor], path: Path) -> None:
@@ -234,14 +244,23 @@ def siglip2_inputs(patches: Patches) -> dict[str, Tensor]:
 
 
 class _TracedEncoder(nn.Module):
-    """One encoder as a module, for tracing."""
+    """One encoder as a module, for tracing; the image encoder with a head if there is one."""
 
-    def __init__(self, model: CLIP, kind: str) -> None:
+    def __init__(self, model: CLIP, kind: str, head: Any = None) -> None:
         super().__init__()
-        self.model, self.kind = model, kind
+        self.model, self.kind, self.head = model, kind, head
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.model.encode_image(x) if self.kind == "image" else self.model.encode_text(x)
+    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
+        if self.kind == "text":
+            return self.model.encode_text(x)
+        return self.model.encode_image(x) if self.head is None else outputs_with_head(self.model, x, self.head)
+
+
+def outputs_with_head(model: CLIP, pixels: Tensor, head: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """Return features ``[B, D]``, probabilities ``[B, C]`` of a head, and which images show none, bool ``[B]``."""
+    before, after = model.image_features(pixels)
+    logits = head(before, unit(after))
+    return after, head.probabilities(logits), head.none_of(logits)
 
 
 def check_onnx_packages() -> None:
@@ -254,8 +273,11 @@ def check_onnx_packages() -> None:
     require(not missing, f"onnx needs {', '.join(missing)}: pip install 'lit-clip[export]'")
 
 
-def write_onnx(model: CLIP, folder: Path) -> None:
-    """Write ``image_encoder.onnx`` and ``text_encoder.onnx``, for any batch size, ``model.json`` and the tokenizer."""
+def write_onnx(model: CLIP, folder: Path, head: Any = None) -> None:
+    """Write ``image_encoder.onnx`` and ``text_encoder.onnx``, for any batch size, ``model.json`` and the tokenizer.
+
+    With a :class:`lit_clip.heads.Head` the image encoder has its outputs too.
+    """
     if model.preprocessing.max_patches is not None:
         raise InputError(f"onnx: whoever runs the graph would have to cut NaFlex's patches; {_naflex_format(model)}")
     if isinstance(model.text_encoder, CustomTextEncoder):
@@ -269,24 +291,25 @@ def write_onnx(model: CLIP, folder: Path) -> None:
     size["text"] = sum(p.nbytes for p in model.parameters() if id(p) not in parameters)
     for kind, name, example in (("image", "pixels", sample.pixels), ("text", "tokens", sample.tokens)):
         torch.onnx.export(
-            _TracedEncoder(model, kind).eval(),
+            _TracedEncoder(model, kind, head).eval(),
             (example[:2],),
             folder / f"{kind}_encoder.onnx",
             input_names=[name],
-            output_names=["features"],
+            output_names=OUTPUTS[: 3 if head is not None and kind == "image" else 1],
             dynamo=True,
             dynamic_shapes=({0: torch.export.Dim("batch")},),
             external_data=size[kind] > PROTOBUF_LIMIT,
             verbose=False,
         )
-    _save_json(onnx_facts(model), folder / "model.json")
+    _save_json(onnx_facts(model, head), folder / "model.json")
     save_tokenizer(model, folder)
 
 
-def onnx_facts(model: CLIP) -> dict[str, Any]:
+def onnx_facts(model: CLIP, head: Any = None) -> dict[str, Any]:
     """Return what a user of the ONNX files must know that is not in them."""
     tokenizer = model.config.text.tokenizer
-    return {
+    of_head = {} if head is None else {"head": {"outputs": OUTPUTS[1:], **asdict(head.facts)}}
+    return of_head | {
         "image_encoder": {"input": "pixels", "type": "float32", "shape": ["batch", *model.preprocessing.shape]},
         "text_encoder": {"input": "tokens", "type": "int64", "shape": ["batch", model.context_length]},
         "output": {"name": "features", "type": "float32", "shape": ["batch", model.config.embed_dim]},
@@ -316,12 +339,14 @@ def read_onnx(folder: Path, sample: ExportSample) -> Reading:
     status = subprocess.run(command, capture_output=True, check=False).returncode
     require(status in (0, 1), f"onnx: onnxruntime crashes on opening this model (exit status {status})")  # 1: it raised
 
-    def run(kind: str, name: str, values: Tensor) -> Tensor:
+    def run(kind: str, name: str, values: Tensor) -> list[Tensor]:
         session = onnxruntime.InferenceSession(folder / f"{kind}_encoder.onnx", providers=["CPUExecutionProvider"])
-        parts = [session.run(None, {name: part.numpy()})[0] for part in (values[:1], values[1:])]
-        return unit(torch.cat([torch.from_numpy(np.asarray(part)) for part in parts]))
+        parts = [session.run(None, {name: part.numpy()}) for part in (values[:1], values[1:])]
+        return [torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True)]
 
-    return Reading(run("image", "pixels", sample.pixels), run("text", "tokens", sample.tokens))
+    image, *of_head = run("image", "pixels", sample.pixels)
+    (text,) = run("text", "tokens", sample.tokens)
+    return Reading(unit(image), unit(text), probabilities=of_head[0] if of_head else None)
 
 
 class Format(NamedTuple):

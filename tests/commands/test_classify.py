@@ -20,12 +20,14 @@ from lit_clip.commands.class_truth import folder_truth
 from lit_clip.commands.classify import Classifier, Encoding
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.errors import InputError
-from lit_clip.evaluation.thresholds import fit_thresholds, none_threshold
+from lit_clip.heads import load_head
+from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import Console
 from lit_clip.tools.images import open_image
 from tests.helpers.small_sets import NAMES, Shades, make_module
 
 AUROC = "torchmetrics.classification.MulticlassAUROC"
+SAVED = ["--save_head", "head.safetensors"]
 OPTIONS = ["--model", "last.ckpt", "--templates", "a {} patch.", "--num_workers", "0", "--batch_size", "7"]
 
 
@@ -153,21 +155,25 @@ def test_images_of_no_class_are_not_counted_and_flat_folders_are_not_judged(
         (["photos", "--sheet", "no/x.html"], "--sheet no/x.html: there is no such folder"),
         (["photos", "--examples", "none"], "none: no such folder"),
         (["photos", "--classes", "a", "b", "--examples", "photos"], "no folder there is named like a class"),
-        (
-            ["photos", "--examples", "photos", "--none_error", "0.001"],
-            "--none_error: an error of 0.001 needs 999 examples",
-        ),
-        (
-            ["photos", "--examples", "photos", "--none_error", "1"],
-            "--none_error: error: 1.0 must be above 0 and below 1",
-        ),
+        (["photos", "--examples", "photos", "--none_error", "1"], "--none_error 1.0: must be above 0 and below 1"),
+        (["photos", "--examples", "photos", "--head", "h.safetensors"], "--head: was fitted already; leave out"),
+        (["photos", "--classes", "a", "b", "--head", "h.safetensors"], "--classes: a head has its own"),
+        (["photos", "--head", "h.safetensors"], "h.safetensors: no such head file"),
+        (["photos", "--save_head", "h.safetensors"], "--save_head: needs --examples"),
+        (["photos", "--label_next", "3"], "--label_next: needs --examples"),
+        (["photos", "--examples", "photos", "--label_next", "0"], "--label_next 0: must be at least 1"),
+        (["photos", "--examples", "photos", "--save_head", "h.pt"], "--save_head h.pt: must be a .safetensors file"),
+        (["photos", "--examples", "g.csv"], "g.csv: line 3: photos/red/000.png is there twice"),
         (["photos", "--examples", "a.csv"], "a.csv: has no column classes; there are image, label"),
-        (["photos", "--examples", "b.csv"], "b.csv: line 3: violet is not among --classes"),
+        (["photos", "--classes", *NAMES, "--examples", "b.csv"], "b.csv: line 3: violet is not among --classes"),
         (["photos", "--examples", "c.csv"], "c.csv: the table is empty"),
         (["photos", "--examples", "d.csv"], "d.csv: not a readable table .field larger than field limit"),
         (["photos", "--examples", "e.csv"], "e.csv: line 2: names no image"),
-        (["photos", "--examples", "f.csv", "--on_error", "skip"], "--examples: none of the images could be read"),
-        (["photos", "--examples", "f.csv"], "f.png: no such image file"),
+        (
+            ["photos", "--classes", *NAMES, "--examples", "f.csv", "--on_error", "skip"],
+            "none of 1 images could be read",
+        ),
+        (["photos", "--classes", *NAMES, "--examples", "f.csv"], "f.png: no such image file"),
     ],
 )
 def test_mistakes_are_one_line(words: list[str], message: str, root: Path) -> None:
@@ -179,45 +185,82 @@ def test_mistakes_are_one_line(words: list[str], message: str, root: Path) -> No
     (root / "d.csv").write_text(f"image,classes\n{'x' * 20_000_000},red\n")
     (root / "e.csv").write_text("image,classes\n,red\n")
     (root / "f.csv").write_text("image,classes\nf.png,red\n")
+    (root / "g.csv").write_text("image,classes\nphotos/red/000.png,red\nphotos/red/000.png,blue\n")
     with pytest.raises(InputError, match=message) as error:
         run_command(["classify", *words, *OPTIONS])
     assert "\n" not in str(error.value)
 
 
-def test_none_of_these_is_said_at_the_stated_error(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    examples = write_folders(root / "examples", "train", 60, others=30)
+def test_examples_give_a_head_and_its_file_classifies_alike(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    examples = write_folders(root / "examples", "train", 42, others=20)
     photos = write_folders(root / "photos", "test", 40, others=20)
-    answers, told = classify(capsys, "photos", "--classes", *NAMES, "--examples", "examples", "--none_error", "0.1")
-    cosine, _ = scored(examples, NAMES)
-    known = torch.tensor([label >= 0 for _, label in examples])
-    threshold = none_threshold(cosine.amax(dim=1)[known], 0.1)
-    assert f"a similarity below {threshold:.4f} to every class; fitted on 60 examples" in told
-    rejected = float((cosine.amax(dim=1)[~known] < threshold).double().mean())
-    assert f"of 30 examples of no class {100 * rejected:.1f} % are called so" in told
-    of_photos, likely = scored(photos, NAMES)
-    none = (of_photos.amax(dim=1) < threshold).tolist()
-    assert any(none)
-    assert not all(none)
-    for answer, is_none, place in zip(answers, none, likely.argmax(dim=1).tolist(), strict=True):
+    words = ["photos", "--classes", *NAMES, "--examples", "examples", "--none_error", "0.1"]
+    answers, told = classify(capsys, *words, "--save_head", "head.safetensors")
+    head, model = load_head("head.safetensors"), make_module().model.eval()
+    with torch.no_grad():
+        likely = model.with_head(head).classify([path for path, _ in photos])
+        of_photos, of_examples = (
+            head(*features_of([path for path, _ in found], model)).amax(dim=1) for found in (photos, examples)
+        )
+    assert head.facts.none is not None
+    none = of_photos < head.facts.none
+    assert 0 < none.sum() < len(none)
+    for answer, is_none, row in zip(answers, none.tolist(), likely, strict=True):
         classes = answer["classes"]
         assert (classes[0] == {"class": "none of these", "probability": None}) == is_none  # pyright: ignore
-        assert classes[int(is_none)]["class"] == NAMES[place]  # pyright: ignore
-    truth = [label for _, label in photos]
-    right = [
-        not is_none and place == label
-        for is_none, place, label in zip(none, likely.argmax(1).tolist(), truth, strict=True)
-    ]
-    accuracy = np.mean([each for each, label in zip(right, truth, strict=True) if label >= 0])
+        best = classes[int(is_none)]  # pyright: ignore
+        assert best["class"] == NAMES[int(row.argmax())]
+        assert best["probability"] == pytest.approx(float(row.max()), abs=1e-5)
+    known = torch.tensor([label >= 0 for _, label in examples])
+    assert "head of 7 classes, fitted on 42 examples: " in told
+    rejected = float((of_examples[~known] < head.facts.none).double().mean())
+    assert f"of 20 examples of no class {100 * rejected:.1f} % are called so" in told
+    truth = torch.tensor([label for _, label in photos])
+    right = (likely.argmax(dim=1) == truth) & ~none
+    accuracy = float(right[truth >= 0].double().mean())
     assert f"accuracy: {100 * accuracy:.1f} % of 40 images" in told
-    run_command(["classify", "photos", "--classes", *NAMES, *OPTIONS, "--examples", "examples", "--output", "csv"])
-    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
-    assert {row["probability"] for row in rows if row["class"] == "none of these"} == {""}
+    assert accuracy > (scored(photos, NAMES)[1].argmax(dim=1) == truth)[truth >= 0].double().mean()
+    again, told = classify(capsys, "photos", "--head", "head.safetensors")
+    assert again == answers
+    assert "fitted on" not in told
+    _, told = classify(capsys, *words)  # the features of the examples are kept
+    assert "index" not in told
+
+
+def features_of(paths: list[str], model: CLIP) -> tuple[torch.Tensor, torch.Tensor]:
+    pixels = torch.stack([model.preprocess(open_image(Path(path))) for path in paths])
+    before, after = model.image_features(pixels)
+    return before, torch.nn.functional.normalize(after, dim=1)
+
+
+def test_a_head_of_another_model_is_refused_in_one_line(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folders(root / "examples", "train", 14)
+    run_command(["classify", "examples", "--examples", "examples", "--save_head", "head.safetensors", *OPTIONS])
+    other = make_module(text_width=32).model.eval()
+    monkeypatch.setattr("lit_clip.commands.classify.load_model", lambda name: other)
+    with pytest.raises(InputError, match="--head head.safetensors: fitted on the features of another model") as error:
+        run_command(["classify", "examples", "--head", "head.safetensors", *OPTIONS])
+    assert "\n" not in str(error.value)
+
+
+def test_what_is_labelled_next_becomes_examples(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_folders(root / "examples", "train", 14)
+    write_folders(root / "photos", "test", 30)
+    classify(capsys, "photos", "--examples", "examples", "--label_next", "12")
+    rows = list(csv.DictReader(io.StringIO((root / "label_next.csv").read_text())))
+    assert len({row["image"] for row in rows}) == 12
+    assert all((root / row["image"]).is_file() for row in rows)
+    assert {row["classes"] for row in rows} <= set(NAMES)
+    assert (root / "label_next.html").read_text().count("data:image/jpeg") == 12
+    names = list(dict.fromkeys(row["classes"] for row in rows))
+    answers, _ = classify(capsys, "photos", "--examples", "label_next.csv")
+    assert {each["class"] for each in answers[0]["classes"]} <= {*names, "none of these"}  # pyright: ignore
 
 
 def test_a_few_rows_of_class_folders_stand_above_all_summaries(
     root: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write_folders(root / "examples", "train", 60)
+    write_folders(root / "examples", "train", 28)
     found = write_folders(root / "photos", "test", 40)
     monkeypatch.setattr("lit_clip.commands.class_output.Console", lambda: Console(file=sys.stderr, width=100))
     words = ["classify", "photos", "--classes", *NAMES, "--examples", "examples", *OPTIONS]
@@ -226,7 +269,7 @@ def test_a_few_rows_of_class_folders_stand_above_all_summaries(
         told = capfd.readouterr().err
         places = [told.index(f" {path} ") for path, _ in found[:shown]]
         assert sum(path in told.partition("accuracy: ")[0] for path, _ in found) == shown
-        assert max(places) < told.index("none of these: a similarity below") < told.index("accuracy: ")
+        assert max(places) < told.index("none of these: a logit below") < told.index("accuracy: ")
         assert ("the first 20 of 40 images; --output table shows all" in told) == (shown == 20)
 
 
@@ -236,20 +279,18 @@ def test_several_classes_an_image_are_those_above_their_thresholds(
     examples = write_folders(root / "examples", "train", 60)
     photos = write_folders(root / "photos", "test", 20)
     lines = ["image\tclasses"]
-    relevance = torch.zeros(60, 7, dtype=torch.int8)
-    for number, (path, label) in enumerate(examples):
+    for path, label in examples:
         shown = {label} | ({6} if label == 5 else set())  # grey images are also white
-        relevance[number, list(shown)] = 1
         lines.append(f"{path}\t{'; '.join(NAMES[place].upper() for place in sorted(shown))}")
     (root / "examples.tsv").write_text("\n".join(lines))
     answers, told = classify(capsys, "photos", "--classes", *NAMES, "--examples", "examples.tsv")
-    found = fit_thresholds(scored(examples, NAMES)[1], relevance)
-    _, likely = scored(photos, NAMES)
+    run_command(["classify", "photos", "--classes", *NAMES, *OPTIONS, "--examples", "examples.tsv", *SAVED])
+    head, model = load_head("head.safetensors"), make_module().model.eval()
+    assert head.facts.several
+    likely = model.with_head(head).classify([path for path, _ in photos])
     for answer, values in zip(answers, likely, strict=True):
-        above = {NAMES[c] for c in range(7) if values[c] >= found[c].threshold - 1e-6}
+        above = {NAMES[c] for c in range(7) if values[c] >= head.thresholds[c]}
         assert {each["class"] for each in answer["classes"]} == (above or {"none of these"})  # pyright: ignore
-    held_out = np.mean([each.f1_held_out for each in found])
-    fixed = np.mean([each.f1_fixed for each in found])
-    assert (
-        f"mean F1 {100 * held_out:.1f} % on held-out examples (5 folds), {100 * fixed:.1f} % with 0.5 for all" in told
-    )
+    truth = torch.tensor([label for _, label in photos])
+    assert (likely >= head.thresholds)[torch.arange(20), truth].double().mean() > 0.6
+    assert "% on held-out examples (5 folds), " in told

@@ -18,6 +18,7 @@ from lit_clip.commands.search import Searched
 from lit_clip.embedding.index import INDEX
 from lit_clip.errors import InputError
 from lit_clip.evaluation.zero_shot import imagenet_templates
+from lit_clip.heads import head_from_images
 from tests.helpers.demo import get
 
 Drawings = tuple[Path, Path, list[str]]
@@ -35,6 +36,7 @@ def test_without_gradio_one_line_says_what_to_install(monkeypatch: pytest.Monkey
         ({"index": "a.npz"}, "--index a.npz: belongs to --images"),
         ({"images": "photos", "index": "a"}, "--index a: must be a .npz file"),
         ({"images": "nowhere"}, "nowhere: no such folder"),
+        ({"head": "a.safetensors"}, "a.safetensors: no such head file"),
         ({"port": 70_000}, "--port 70000: must be from 0 to 65535"),
         ({"port": "taken"}, "cannot listen there (Address already in use); set another"),
     ],
@@ -73,6 +75,14 @@ def test_probabilities_are_those_of_classify(
     assert found == pytest.approx({each["class"]: each["probability"] for each in expected["classes"]}, abs=2e-6)
     eighty = trial.classify(image, "pizza, tiger", "\n".join(imagenet_templates()))
     assert trial.classify(image, "pizza, tiger", " imagenet\n") == eighty
+
+
+def test_a_heads_classes_have_the_probabilities_of_the_model_with_it(trial: Trial, drawings: Drawings) -> None:
+    files = [str(path) for path in sorted(drawings[1].iterdir())[:6]]
+    head = head_from_images(trial.model, files, [0, 1, 2] * 2, ["one", "two", "three"])
+    found = Trial(trial.model, headed=head.on(trial.model)).own_classes(files[0])
+    expected = trial.model.with_head(head).classify(files[:1])[0].tolist()
+    assert found == pytest.approx(dict(zip(["one", "two", "three"], expected, strict=True)), abs=1e-6)
 
 
 def test_texts_are_found_in_an_image_as_by_locate(

@@ -115,6 +115,7 @@ def test_results_equal_plain_loops_and_missing_sets_are_listed(root: Path) -> No
     assert probe["value"] == pytest.approx(oracle.score(test[0].double().numpy(), test[1]), abs=1 / 30 + 1e-9)
     assert [shots for shots, _ in found["tasks"]["few_shot"]["shots"]] == [1, 2, 4, 8]  # 12 training images per class
     assert all(len(values) == 2 for _, values in found["tasks"]["few_shot"]["shots"])
+    assert [shots for shots, _ in found["tasks"]["few_shot"]["head"]] == [1, 2, 4, 8]
 
     assert gone["status"] == "missing"
     assert gone["how_to_get"] == "ask its authors"

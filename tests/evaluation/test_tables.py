@@ -23,7 +23,8 @@ def csv_lines(folder: Path) -> list[dict[str, str]]:
 
 
 def test_the_csv_has_one_value_a_line_with_its_interval(tmp_path: Path) -> None:
-    ours = results_of({"cifar10": a_set("CIFAR10", zero_shot=zero_shot(0.85), few_shot=shots(0.5, 0.6))})
+    few_shot = {**shots(0.5, 0.6), "head": [[1, [0.7, 0.8]]]}
+    ours = results_of({"cifar10": a_set("CIFAR10", zero_shot=zero_shot(0.85), few_shot=few_shot)})
     write_tables(ours, tmp_path, {"runs/b": other(0.7)})
     found = {(line["run"], line["task"], line["shots"], line["metric"]): line for line in csv_lines(tmp_path)}
     assert list(found) == [
@@ -31,6 +32,7 @@ def test_the_csv_has_one_value_a_line_with_its_interval(tmp_path: Path) -> None:
         ("this run", "zero_shot", "", "top5"),
         ("this run", "few_shot", "1", "top1"),
         ("this run", "few_shot", "2", "top1"),
+        ("this run", "few_shot_head", "1", "top1"),
         ("runs/b", "zero_shot", "", "top1"),
         ("runs/b", "zero_shot", "", "top5"),
     ]
@@ -41,6 +43,7 @@ def test_the_csv_has_one_value_a_line_with_its_interval(tmp_path: Path) -> None:
     top5 = found["this run", "zero_shot", "", "top5"]
     assert (top5["low"], top5["baseline"]) == ("", "")  # the baseline is the set's own metric's
     assert float(found["this run", "few_shot", "2", "top1"]["value"]) == pytest.approx(0.6)
+    assert float(found["this run", "few_shot_head", "1", "top1"]["value"]) == pytest.approx(0.75)
     assert found["runs/b", "zero_shot", "", "top1"]["model"] == "RN50:openai"
 
 

@@ -148,10 +148,14 @@ def _by_iou(tasks: Mapping[str, Task]) -> list[Any]:
 
 
 def _few_shot(task: Task) -> Iterator[list[str]]:
-    """Number of examples, mean and range of the accuracy, number of draws."""
+    """Number of examples, mean and range of the probes' and the heads' accuracy, number of draws."""
+    heads = draws_of(task, "head")
     for shots, draws in draws_of(task).items():
-        mean, spread = percent(sum(draws) / len(draws)), f"{percent(min(draws))} to {percent(max(draws))}"
-        yield [str(shots), mean, spread, str(len(draws))]
+        cells = [str(shots)]
+        for values in (draws, heads.get(shots, [])):
+            spread = f"{percent(min(values))} to {percent(max(values))}" if values else ""
+            cells += [percent(sum(values) / len(values)) if values else "", spread]
+        yield [*cells, str(len(draws))]
 
 
 def _wrong_image(error: Mapping[str, Any], folder: Path) -> dict[str, Any]:

@@ -81,8 +81,9 @@ def lines(run: str, results: Results) -> Iterator[Line]:
                 own = number(result.get("baseline")) if metric == entry.get("metric") else None
                 if known is not None:
                     yield Line(run, model, name, task, None, metric, known, low, high, own, result.get("images"))
-        for shots, mean in shots_of(entry).items():
-            yield Line(run, model, name, "few_shot", shots, str(entry.get("metric") or "top1"), mean)
+        for task, of in (("few_shot", "shots"), ("few_shot_head", "head")):
+            for shots, mean in shots_of(entry, of).items():
+                yield Line(run, model, name, task, shots, str(entry.get("metric") or "top1"), mean)
     found = rows(results)
     for column in COLUMNS:
         for mean in group_means(found, column):

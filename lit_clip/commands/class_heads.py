@@ -1,0 +1,212 @@
+"""Heads of ``lit-clip classify``: fitted on examples, or read from a file; and which images to label next."""
+
+import csv
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from rich.table import Table
+from torch import Tensor
+
+from lit_clip.commands.class_examples import ExampleFiles
+from lit_clip.commands.class_output import NONE, percent
+from lit_clip.commands.search import small_image
+from lit_clip.embedding.encode import EncodingSettings
+from lit_clip.embedding.image_files import ImageFile
+from lit_clip.embedding.index import update_index
+from lit_clip.errors import listed, require
+from lit_clip.evaluation.class_head import FOLDS, MOST_FITS
+from lit_clip.evaluation.intervals import UnitScores
+from lit_clip.evaluation.thresholds import FIXED, ClassThreshold, macro
+from lit_clip.heads.curve import accuracy_by_examples
+from lit_clip.heads.examples import Examples, FittedHead, fit_on
+from lit_clip.heads.head import Head
+from lit_clip.heads.labelling import label_next
+from lit_clip.models.clip import CLIP
+from lit_clip.tools.atomic import replacing
+from lit_clip.tools.console import Text, progress, stderr
+from lit_clip.tools.html import thumbnail, write_page
+from lit_clip.tools.text_files import no_formula
+
+INDEX = ".lit-clip-examples.npz"
+TEMPLATE = Path(__file__).parent / "templates" / "label_next.html"
+SHOWN = 40  # classes whose thresholds are printed
+Summary = list[str | Table]
+
+
+@dataclass(frozen=True)
+class Learning:
+    """A head that is fitted on examples, or was.
+
+    Args:
+        examples: images with known classes, on which a head is fitted: a folder of class folders, whose images in no
+            class's folder show none of the classes; or a table (.csv, .tsv) with the columns image and classes, several
+            with ; between them. Features are kept in .lit-clip-examples.npz beside them.
+        none_error: share of new images of the classes that may be called none of these.
+        save_head: write the head to this .safetensors file.
+        head: a file of save_head, of the same model; its classes are used.
+        label_next: of the images, list this many that are best labelled next, in label_next.csv, which may become a
+            table of examples, and label_next.html.
+    """
+
+    flat: ClassVar[bool] = True  # its options are typed without its name
+    examples: str | None = None
+    none_error: float = 0.05
+    save_head: str | None = None
+    head: str | None = None
+    label_next: int | None = None
+
+    def check(self, classes: Sequence[str] | None) -> None:
+        """Raise :class:`InputError` for options that do not belong together, before the model is loaded."""
+        require(0 < self.none_error < 1, f"--none_error {self.none_error}: must be above 0 and below 1")
+        require(not (self.head and self.examples), "--head: was fitted already; leave out --examples, or fit anew")
+        require(not (self.head and classes), "--classes: a head has its own; leave them out")
+        for option in ("save_head", "label_next"):
+            given = getattr(self, option) is not None
+            require(self.examples is not None or not given, f"--{option}: needs --examples")
+        require(self.label_next is None or self.label_next >= 1, f"--label_next {self.label_next}: must be at least 1")
+        path = Path(self.save_head or "head.safetensors")
+        require(path.suffix == ".safetensors", f"--save_head {path}: must be a .safetensors file")
+        require(path.absolute().parent.is_dir(), f"--save_head {path}: there is no such folder")
+
+
+class Learned(NamedTuple):
+    """A head, the unit features ``[N, D]`` of its examples, and what it costs on them."""
+
+    head: Head
+    labelled: Tensor
+    summary: Summary
+
+    def print_summary(self) -> None:
+        for each in self.summary:
+            stderr().print(each, highlight=False, soft_wrap=isinstance(each, str))
+
+
+def learn(
+    model: CLIP,
+    examples: ExampleFiles,
+    templates: Sequence[str],
+    text: Tensor,
+    none_error: float,
+    settings: EncodingSettings,
+) -> Learned:
+    """Fit a head on examples; ``text`` are the unit features ``[D, C]`` of the names."""
+    found = _features(model, examples, settings)
+    shown = found if found.labels.ndim == 2 else found.take((found.labels >= 0).nonzero()[:, 0])
+    with progress("head", MOST_FITS) as advance:
+        fitted = fit_on(model, examples.names, templates, text, shown, none_error, advance)
+    if fitted.thresholds:
+        summary = _of_several(fitted.thresholds, examples.names, len(shown.labels))
+    else:
+        zero_shot = float(model.logit_scale.detach().exp()) * (shown.after @ text.cpu())
+        others = found.take((found.labels < 0).nonzero()[:, 0])
+        summary = [
+            *_of_one(fitted, zero_shot, shown.labels, examples.names),
+            *_of_none(fitted, others),
+            *_curve(fitted, shown, zero_shot),
+        ]
+    return Learned(fitted.head, shown.after, summary)
+
+
+def _features(model: CLIP, examples: ExampleFiles, settings: EncodingSettings) -> Examples:
+    """Return the features of the examples that can be read, encoded unless they are in the index beside them."""
+    with TemporaryDirectory() as instead:
+        place = examples.place if os.access(examples.place, os.W_OK) else Path(instead)
+        table = update_index(model, examples.files, place / INDEX, settings, both_kinds=True)
+    rows = {file.identity: row for row, file in enumerate(examples.files)}
+    labels = examples.labels[[rows[identity] for identity in table.identities]]
+    require(labels.ndim == 2 or bool((labels >= 0).any()), "--examples: none of the classes' images could be read")
+    return Examples.of(torch.from_numpy(np.array(table.features)), model.config.embed_dim, labels)
+
+
+def _of_one(fitted: FittedHead, zero_shot: Tensor, labels: Tensor, names: Sequence[str]) -> Summary:
+    """Say what a head of one class an image costs on held-out examples, and what zero-shot does there."""
+    counts = labels.bincount(minlength=len(names))
+    by_name = [name for name, count in zip(names, counts.tolist(), strict=True) if not count]
+    seen = fitted.fit.held_out.isfinite().all(dim=1)
+    line = f"head of {len(names)} classes, fitted on {len(labels):,} examples"
+    if bool(seen.any()):
+        right = [
+            UnitScores((logits[seen].argmax(dim=1) == labels[seen]).double().numpy()).mean()
+            for logits in (fitted.fit.held_out, zero_shot)
+        ]
+        line += f": {percent(right[0])} right on held-out ones ({FOLDS} folds), zero-shot {percent(right[1])}"
+    return [line, *([f"without an example, and so known by name alone: {listed(by_name)}"] if by_name else [])]
+
+
+def _of_none(fitted: FittedHead, others: Examples) -> Summary:
+    facts = fitted.head.facts
+    if facts.none is None:
+        return [f"{NONE}: not said; {fitted.none_left_out}"]
+    summary: Summary = [
+        f"{NONE}: a logit below {facts.none:.3f} of every class; fitted on held-out examples, so that on average "
+        f"at most {percent(facts.none_error)} of new images of the classes are called so"
+    ]
+    if len(others.labels):
+        rejected = UnitScores(fitted.head.none_of(fitted.head(others.before, others.after)).double().numpy())
+        low, high = rejected.interval()
+        summary.append(
+            f"of {len(others.labels):,} examples of no class {percent(rejected.mean())} are called so (99.5 % interval "
+            f"{percent(low)} to {percent(high)})"
+        )
+    return summary
+
+
+def _curve(fitted: FittedHead, examples: Examples, zero_shot: Tensor) -> Summary:
+    points = accuracy_by_examples(examples.before, zero_shot, examples.labels, fitted.fit)
+    if not points:
+        return []
+    table = Table("examples a class", title="accuracy on held-out examples")
+    for title in ("right", "99.5 % interval"):
+        table.add_column(title, justify="right")
+    for shots, accuracy, (low, high) in points:
+        table.add_row(str(shots), percent(accuracy), f"{percent(low)} to {percent(high)}")
+    return [table]
+
+
+def _of_several(found: Sequence[ClassThreshold], names: Sequence[str], examples: int) -> Summary:
+    means = macro(found)
+    line = (
+        f"head and thresholds of {len(names)} classes, fitted on {examples:,} examples: mean F1 "
+        f"{percent(means['f1_held_out'])} on held-out examples ({FOLDS} folds), {percent(means['f1_fixed'])} with "
+        f"{FIXED} for all"
+    )
+    table = Table("class")
+    for title in ("examples", "threshold", f"F1 of {FIXED}", "F1 held out"):
+        table.add_column(title, justify="right")
+    for name, each in list(zip(names, found, strict=True))[:SHOWN]:
+        numbers = (str(each.examples), f"{each.threshold:.3g}", percent(each.f1_fixed), percent(each.f1_held_out))
+        table.add_row(Text(name), *numbers)
+    by_name = [name for name, each in zip(names, found, strict=True) if not each.examples]
+    return [line, table, *([f"without an example, and so known by name alone: {listed(by_name)}"] if by_name else [])]
+
+
+def write_label_next(
+    count: int, files: Sequence[ImageFile], probability: Tensor, after: Tensor, learned: Learned
+) -> None:
+    """Write which images are best labelled next: a table of examples with the head's guess, and a page."""
+    facts, head = learned.head.facts, learned.head
+    chosen = label_next(probability, after, learned.labelled, count, facts.several)
+    lines: list[tuple[ImageFile, str, float]] = []
+    for row in chosen:
+        best = int(probability[row].argmax())
+        given = [best]
+        if facts.several:
+            given = (probability[row] >= head.thresholds.cpu()).nonzero()[:, 0].tolist()
+        lines.append((files[row], "; ".join(facts.names[place] for place in given), float(probability[row, best])))
+    page, table = Path("label_next.html"), Path("label_next.csv")
+    with replacing(table) as draft, draft.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(["image", "classes", "probability"])
+        writer.writerows([no_formula(each.key), no_formula(guess), f"{value:.6f}"] for each, guess, value in lines)
+    shown: list[tuple[str, str, str, str]] = []
+    for each, guess, value in lines:
+        image = small_image(each.path, 256)
+        shown.append(("" if image is None else thumbnail(image, 256), each.key, guess, percent(value)))
+    write_page(page, TEMPLATE, title="Label next", shown=shown)
+    stderr().print(f"label next: {table}, with the head's guesses to correct; page with images: {page}")

@@ -1,0 +1,11 @@
+"""Class heads from few examples: a small file that makes a model a classifier of one's own classes.
+
+``head`` (what is applied), ``head_file``, ``examples`` (fit one), ``labelling`` (which images to label next), ``curve``
+(accuracy by number of examples). How a head is fitted is in :mod:`lit_clip.evaluation.class_head`.
+"""
+
+from lit_clip.heads.examples import Examples, head_from_images
+from lit_clip.heads.head import Head, HeadedModel
+from lit_clip.heads.head_file import load_head, save_head
+
+__all__ = ["Examples", "Head", "HeadedModel", "head_from_images", "load_head", "save_head"]

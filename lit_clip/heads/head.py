@@ -1,0 +1,126 @@
+"""A class head, and a model with one: images in, probabilities out.
+
+Shapes: B images, W features before the projection, D after it, C classes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from lit_clip.embedding.reading import check_finite
+from lit_clip.errors import InputError, require
+from lit_clip.losses.contrastive import unit
+from lit_clip.models.clip import CLIP
+from lit_clip.models.evaluation_mode import evaluation_mode
+from lit_clip.tools.images import open_image
+from lit_clip.weights.fingerprint import fingerprint
+
+
+@dataclass(frozen=True)
+class HeadFacts:
+    """What a head is of.
+
+    Attributes:
+        model: fingerprint of the model whose features it is fitted on.
+        names: of the C classes.
+        templates: prompt templates, with {} for the name.
+        several: whether an image may have several classes, each with a probability of its own.
+        none: score below which an image shows none of the classes; None if there were too few examples for one.
+        none_error: share of new images of the classes that may be called none of these.
+        examples: number of examples.
+    """
+
+    model: str
+    names: list[str]
+    templates: list[str]
+    several: bool
+    none: float | None
+    none_error: float
+    examples: int
+
+
+class Head(nn.Module):
+    """Calibrated logits of classes: linear in the unit features, by the names, and in those before the projection.
+
+    Args:
+        facts: see there.
+        text: of the names, times its scale, ``[D, C]``.
+        weight: of the correction, ``[C, W]``.
+        bias: ``[C]``.
+        thresholds: probability from which an image has a class, ``[C]``; not used if it has one.
+    """
+
+    text: Tensor
+    weight: Tensor
+    bias: Tensor
+    thresholds: Tensor
+
+    def __init__(self, facts: HeadFacts, text: Tensor, weight: Tensor, bias: Tensor, thresholds: Tensor) -> None:
+        super().__init__()
+        self.facts = facts
+        for name, value in (("text", text), ("weight", weight), ("bias", bias), ("thresholds", thresholds)):
+            self.register_buffer(name, value.detach().float().cpu().contiguous())
+
+    def forward(self, before: Tensor, after: Tensor) -> Tensor:
+        """Features before the projection ``[B, W]`` and unit features ``[B, D]`` -> logits ``[B, C]``."""
+        return after @ self.text + before @ self.weight.T + self.bias
+
+    def probabilities(self, logits: Tensor) -> Tensor:
+        """Return probabilities ``[B, C]``, which add up to 1 unless an image may have several classes."""
+        return logits.sigmoid() if self.facts.several else logits.softmax(dim=1)
+
+    def none_of(self, logits: Tensor) -> Tensor:
+        """Return which images show none of the classes, bool ``[B]``."""
+        if self.facts.several:
+            return (logits.sigmoid() < self.thresholds.to(logits)).all(dim=1)
+        return logits.amax(dim=1) < (-torch.inf if self.facts.none is None else self.facts.none)
+
+    def check(self, model: CLIP, where: str = "head") -> None:
+        """Raise :class:`InputError` for another model than the one that the head is fitted on."""
+        found = fingerprint(model).model
+        if found != self.facts.model:
+            raise InputError(
+                f"{where}: fitted on the features of another model (SHA-256 {self.facts.model[:12]}, this one's is "
+                f"{found[:12]}); give that model, or fit a head of this one with --examples"
+            )
+        image = torch.zeros(1, *model.preprocessing.shape, device=model.device)
+        with torch.no_grad(), evaluation_mode(model):
+            own = [features.shape[1] for features in model.image_features(image)]
+        widths = [self.weight.shape[1], self.text.shape[0]]
+        found, wanted = (f"{before} and {after}" for before, after in (widths, own))
+        require(widths == own, f"{where}: is for features of width {found}, the model's have {wanted}")
+
+    def on(self, model: CLIP) -> "HeadedModel":
+        """Return a model with this head; see :meth:`lit_clip.CLIP.with_head`."""
+        self.check(model)
+        return HeadedModel(model, self)
+
+
+class HeadedModel(nn.Module):
+    """A model with a head. The head is moved to the model's device."""
+
+    def __init__(self, model: CLIP, head: Head) -> None:
+        super().__init__()
+        self.model, self.head = model, head.to(model.device)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Float, normalised ``[B, 3, H, W]`` -> probabilities ``[B, C]``."""
+        before, after = self.model.image_features(images)
+        return self.head.probabilities(self.head(before.float(), unit(after.float())))
+
+    @torch.no_grad()
+    def classify(self, images: Sequence[str | Path | Image.Image], batch_size: int = 64) -> Tensor:
+        """Return the probabilities of images and image files, float32 ``[N, C]`` on the CPU."""
+        found = [image if isinstance(image, Image.Image) else open_image(Path(image)) for image in images]
+        rows = []
+        with evaluation_mode(self.model):
+            for start in range(0, len(found), batch_size):
+                pixels = torch.stack([self.model.preprocess(image) for image in found[start : start + batch_size]])
+                rows.append(self(pixels.to(self.model.device)).cpu())
+        probabilities = torch.cat(rows) if rows else torch.zeros(0, len(self.head.facts.names))
+        check_finite(probabilities, "classify")
+        return probabilities

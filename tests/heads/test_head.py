@@ -1,0 +1,137 @@
+"""A head's file, a model with a head, and its export: the same probabilities everywhere, and nothing is trusted."""
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch.nn.functional import normalize
+
+from lit_clip import CLIP, zero_shot_classifier
+from lit_clip.commands.export import export
+from lit_clip.errors import InputError
+from lit_clip.evaluation.class_head import fit_head
+from lit_clip.heads import Head, head_from_images, load_head, save_head
+from tests.helpers.small_sets import NAMES, Shades, make_module
+
+
+@pytest.fixture(scope="module")
+def model() -> CLIP:
+    return make_module().model.eval()
+
+
+@pytest.fixture(scope="module")
+def head(model: CLIP) -> Head:
+    shades = Shades("", "train", 42)
+    images = [shades[row][0] for row in range(42)]
+    return head_from_images(model, images, shades.labels(), [*NAMES, "violet"], none_error=0.1)
+
+
+@torch.no_grad()
+def test_probabilities_are_those_of_the_fit(model: CLIP, head: Head) -> None:
+    shades = Shades("", "train", 42)
+    pixels = torch.stack([model.preprocess(shades[row][0]) for row in range(42)])
+    before, after = model.image_features(pixels)
+    after = normalize(after, dim=1)
+    zero_shot = model.logit_scale.exp() * after @ zero_shot_classifier(model, [*NAMES, "violet"], ["a photo of a {}."])
+    fit = fit_head(before, zero_shot, torch.tensor(shades.labels()))
+    expected = (fit.sharpness * fit.logits(before, zero_shot)).softmax(dim=1)
+    found = model.with_head(head)(pixels)
+    torch.testing.assert_close(found, expected, rtol=0, atol=2e-3)  # the fit of features encoded one by one
+    assert (found.argmax(dim=1) == torch.tensor(shades.labels())).double().mean() > 0.8
+    assert head.facts.none is not None
+    assert torch.equal(head.none_of(head(before, after)), head(before, after).amax(dim=1) < head.facts.none)
+
+
+def test_a_file_gives_the_same_head(model: CLIP, head: Head, tmp_path: Path) -> None:
+    save_head(head, tmp_path / "head.safetensors")
+    again = load_head(tmp_path / "head.safetensors")
+    assert again.facts == head.facts
+    image = Shades("", "test", 3)[1][0]
+    image.save(tmp_path / "photo.png")
+    found = model.with_head(again).classify([image, tmp_path / "photo.png", str(tmp_path / "photo.png")], batch_size=2)
+    torch.testing.assert_close(found, model.with_head(head).classify([image] * 3), rtol=1e-4, atol=1e-6)
+
+
+def test_another_model_is_refused(head: Head) -> None:
+    other = make_module().model
+    with torch.no_grad():
+        other.visual.proj[0, 0] += 1e-3
+    with pytest.raises(InputError, match="head: fitted on the features of another model"):
+        other.with_head(head)
+
+
+def broken(change: Callable[[dict[str, Any], dict[str, Any]], Any]) -> Callable[[Head, Path], None]:
+    def write(head: Head, path: Path) -> None:
+        facts = asdict(head.facts)
+        tensors: dict[str, Any] = dict(head.state_dict())
+        change(facts, tensors)
+        save_file(tensors, path, metadata={"format": "lit-clip head 1", "head": json.dumps(facts)})
+
+    return write
+
+
+BROKEN: dict[str, tuple[Callable[[Head, Path], object], str]] = {
+    "no file of tensors": (lambda head, path: path.write_bytes(b"x" * 99), "not a readable head"),
+    "weights of something": (lambda head, path: save_file({"a": torch.ones(1)}, path), "not a head of this version"),
+    "no JSON": (
+        lambda head, path: save_file({"a": torch.ones(1)}, path, metadata={"format": "lit-clip head 1", "head": "{"}),
+        "not a readable head",
+    ),
+    "no facts": (broken(lambda facts, tensors: facts.clear()), "head: lacks model"),
+    "an unknown fact": (broken(lambda facts, tensors: facts.update(code="os.system")), "has no setting 'code'"),
+    "names are numbers": (broken(lambda facts, tensors: facts.update(names=[1, 2])), "names .* must be a list of"),
+    "a name twice": (broken(lambda facts, tensors: facts.update(names=["a"] * 8)), "one is empty or there twice"),
+    "other names": (broken(lambda facts, tensors: facts.update(names=["a", "b"])), "is not float32 for 2 classes"),
+    "a template without a place": (broken(lambda facts, tensors: facts.update(templates=["x"])), "no {} for the class"),
+    "an infinite threshold": (broken(lambda facts, tensors: facts.update(none=float("inf"))), "none inf must be"),
+    "an error above 1": (broken(lambda facts, tensors: facts.update(none_error=2.0)), "must be at most 1"),
+    "a tensor less": (broken(lambda facts, tensors: tensors.pop("bias")), "tensors: there must be text, weight"),
+    "not finite": (broken(lambda facts, tensors: tensors.update(bias=torch.full((8,), torch.nan))), "bias: not finite"),
+    "half precision": (broken(lambda facts, tensors: tensors.update(bias=torch.ones(8).half())), "not float32"),
+}
+
+
+@pytest.mark.parametrize("kind", BROKEN)
+def test_every_field_of_a_file_is_checked(kind: str, head: Head, tmp_path: Path) -> None:
+    write, message = BROKEN[kind]
+    write(head, tmp_path / "head.safetensors")
+    with pytest.raises(InputError, match=message) as error:
+        load_head(tmp_path / "head.safetensors")
+    assert "\n" not in str(error.value)
+    assert "head.safetensors" in str(error.value)
+
+
+def test_the_width_of_another_model_is_refused_even_with_its_fingerprint(model: CLIP, head: Head) -> None:
+    narrow = Head(head.facts, head.text, head.weight[:, :-1], head.bias, head.thresholds)
+    with pytest.raises(InputError, match="head: is for features of width 63 and 16, the model's have 64 and 16"):
+        model.with_head(narrow)
+
+
+def test_onnx_holds_the_head(model: CLIP, head: Head, tmp_path: Path) -> None:
+    save_head(head, tmp_path / "head.safetensors")
+    torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("lit_clip.commands.export.load_model", lambda name: model)
+        words = {"output": str(tmp_path / "out"), "head": str(tmp_path / "head.safetensors")}
+        with pytest.raises(InputError, match="--head .*: only onnx files hold a head; give --format onnx"):
+            export(str(tmp_path / "last.ckpt"), format="open_clip", **words)
+        export(str(tmp_path / "last.ckpt"), format="onnx", **words)
+    session = onnxruntime.InferenceSession(tmp_path / "out/image_encoder.onnx")
+    shades = Shades("", "test", 9)
+    pixels = torch.stack([model.preprocess(shades[row][0]) for row in range(9)])
+    features, probabilities, none = session.run(None, {"pixels": pixels.numpy()})
+    with torch.no_grad():
+        expected = model.with_head(head)(pixels)
+        before, after = model.image_features(pixels)
+        logits = head(before, normalize(after, dim=1))
+    assert np.abs(probabilities - expected.numpy()).max() < 1e-5
+    assert np.abs(features - after.numpy()).max() < 1e-4
+    assert none.tolist() == head.none_of(logits).tolist()
+    assert json.loads((tmp_path / "out/model.json").read_text())["head"]["names"] == [*NAMES, "violet"]
