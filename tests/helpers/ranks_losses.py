@@ -24,6 +24,7 @@ from lit_clip.losses.loss import evaluate_loss
 from lit_clip.losses.tiled import HardNegatives, PairLayout, sharded_contrastive_loss, sharded_sigmoid_loss
 from lit_clip.module import LitCLIP
 from lit_clip.training.micro_batches import encode_pairs
+from lit_clip.training.place_contrastive import PlaceContrastive
 from lit_clip.training.teacher import Distillation, Teacher
 from tests.helpers.ranks import CONFIG, DUPLICATES, PAIRS, _Step, make_batch, make_module, serve
 
@@ -128,6 +129,27 @@ def distillation_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
     return total / (2 * len(x.image))
 
 
+def place_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
+    """Return cross-entropies of soft maxima over places, one place and text at a time."""
+    (kept,) = (part.model for part in loss.modules() if isinstance(part, PlaceContrastive))
+    assert kept is not None
+    (model,) = kept
+    images = whole_batch().images
+    maps = torch.cat([model.encode_patches(model.normalize(image[None])) for image in images]).flatten(2)
+    pairs = range(len(images))
+    logits: list[list[Tensor]] = []
+    for i in pairs:
+        places = [place / place.norm() for place in maps[i, : x.text.shape[1]].T]
+        sums = [torch.stack([(20 * (place @ text)).exp() for place in places]).mean() for text in x.text]
+        logits.append([x.scale * each.log() / 20 for each in sums])
+    total = torch.zeros((), dtype=torch.float64)
+    for i in pairs:
+        others = [j for j in pairs if j == i or not x.same[i, j]]
+        for terms in ([logits[i][j] for j in others], [logits[j][i] for j in others]):
+            total = total + torch.stack([term.exp() for term in terms]).sum().log() - logits[i][i]
+    return total / (2 * len(images))
+
+
 def margin_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
     assert isinstance(loss, WeightedMargin)
     total = torch.zeros((), dtype=torch.float64)
@@ -177,6 +199,10 @@ CASES: dict[str, Case] = {
     "Sum with Distillation": Case(
         lambda teacher: Sum([Contrastive(), Distillation(teacher)], [1.0, 2.0]),
         sum_loop([1, 2], [contrastive_loop("negatives"), distillation_loop]),
+    ),
+    "Matryoshka of Sum with PlaceContrastive": Case(
+        lambda _: Matryoshka(Sum([Contrastive(), PlaceContrastive()], [1.0, 0.5]), [5, 16]),
+        matryoshka_loop(sum_loop([1, 0.5], [contrastive_loop("negatives"), place_loop]), [5, 16], [1, 1]),
     ),
     "Matryoshka of Contrastive, hard negatives": Case(
         lambda _: Matryoshka(Contrastive("positives"), [3, 16], [0.5, 2.0]),
@@ -249,6 +275,7 @@ class Setup(NamedTuple):
         module = copy.deepcopy(self.module)
         module.model.normalize = self.module.model.normalize
         module.loss = self.loss(case)
+        module.loss.prepare(module.model)
         return module
 
 
