@@ -18,7 +18,8 @@ from lit_clip.evaluation.probe import places_in_classes
 
 FOLDS = 5
 PENALTIES = (100.0, 10.0, 1.0, 0.1, 0.01, 0.001)  # times the features' spread; measured accuracy is flat between them
-PENALTY = 0.03  # of examples that no class has two of
+PENALTY, PENALTY_ALONE = 0.03, 1.0  # where no class has two examples: with names, and where these say nothing
+SURE = 2.0  # nats by which names must fit the examples better than none; chance alone does in 2 % of cases
 MOST_FITS = FOLDS * len(PENALTIES) + 1
 TOLERANCE = 1e-4  # of the objective, while penalties are compared
 BISECTIONS = 40
@@ -65,7 +66,7 @@ def fit_head(
     scale, shift = _zero_shot_scale(zero_shot, labels, judged)
     offset = scale * zero_shot + shift
     fold = _folds(labels, seed)
-    penalty, held_out = PENALTY, torch.full_like(offset, torch.nan)
+    penalty, held_out = PENALTY if scale else PENALTY_ALONE, torch.full_like(offset, torch.nan)
     if bool((fold >= 0).any()):
         penalty, held_out = _cross_validated(features, offset, labels, fold, judged, advance)
     problem = LogisticProblem(features, labels, classes, advance, offset)
@@ -133,10 +134,13 @@ def _among(logits: Tensor, labels: Tensor, judged: Tensor) -> tuple[Tensor, Tens
 def _zero_shot_scale(zero_shot: Tensor, labels: Tensor, judged: Tensor) -> tuple[float, float]:
     """Return the factor and the constant that make zero-shot logits fit the examples best.
 
-    One class an image: the constant is 0, and the factor at most 1, the model's own temperature.
+    One class an image: the constant is 0, and the factor at most 1, the model's own temperature. It is 0 if the names
+    hardly fit better than none, unless a class has nothing but its name.
     """
     if labels.ndim == 1:
-        return _best_scale(zero_shot, labels, judged, most=1.0), 0.0
+        scale = _best_scale(zero_shot, labels, judged, most=1.0)
+        gain = log_loss(0 * zero_shot, labels, judged) - log_loss(scale * zero_shot, labels, judged)
+        return (scale if gain >= SURE or not bool(judged.all()) else 0.0), 0.0
     logits, relevance = _among(zero_shot, labels, judged)
     fit = LogisticProblem(logits.reshape(-1, 1), relevance.reshape(-1, 1), 1).fit(TOLERANCE)
     return max(float(fit.weight), 0.0), float(fit.bias)

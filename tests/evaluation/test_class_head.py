@@ -11,7 +11,7 @@ from sklearn.linear_model import LogisticRegression
 from torch import Tensor
 
 from lit_clip.errors import InputError
-from lit_clip.evaluation.class_head import PENALTY, fit_head
+from lit_clip.evaluation.class_head import PENALTY, PENALTY_ALONE, fit_head
 from lit_clip.evaluation.few_shot import train_few_shot
 from lit_clip.evaluation.logistic import LogisticProblem
 from lit_clip.evaluation.probe import Split, places_in_classes
@@ -130,6 +130,10 @@ def test_names_that_mean_nothing_are_left_out_and_good_ones_stay_in_charge() -> 
     features, _, labels = examples(40, 6, 4)
     wrong = 5 * torch.eye(4)[(labels + 1) % 4]
     assert fit_head(features, wrong, labels).scale == 0
+    few = torch.arange(8)  # two of each class: better than chance is not enough
+    chance = 0.3 * torch.eye(4)[labels]
+    assert fit_head(features[few], chance[few], labels[few]).scale == 0
+    assert fit_head(features[few], chance[few, :][:, [0, 1, 2, 3, 0]], labels[few]).scale > 0  # a class has only a name
     noise = torch.randn(40, 6, generator=torch.Generator().manual_seed(3))
     right = 9 * torch.eye(4)[labels] + torch.randn(40, 4, generator=torch.Generator().manual_seed(4))
     head = fit_head(noise, right, labels)
@@ -138,9 +142,10 @@ def test_names_that_mean_nothing_are_left_out_and_good_ones_stay_in_charge() -> 
 
 def test_one_example_a_class_has_the_stated_penalty_and_no_held_out_logits() -> None:
     features, zero_shot, labels = examples(4, 6, 4)
-    head = fit_head(features, zero_shot, labels)
+    head = fit_head(features, 9 * torch.eye(4), labels)
     assert (head.penalty, head.sharpness) == (PENALTY, 1)
     assert head.held_out.isnan().all()
+    assert fit_head(features, 0 * zero_shot, labels).penalty == PENALTY_ALONE
     unequal = torch.cat([labels, labels[:1]])  # one class has two examples
     rows = [*range(4), 0]
     head = fit_head(features[rows], zero_shot[rows], unequal)
