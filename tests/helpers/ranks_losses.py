@@ -22,8 +22,11 @@ from lit_clip.losses import Contrastive, Loss, LossValue, Matryoshka, Pairs, Sig
 from lit_clip.losses.contrastive import unit
 from lit_clip.losses.loss import evaluate_loss
 from lit_clip.losses.tiled import HardNegatives, PairLayout, sharded_contrastive_loss, sharded_sigmoid_loss
+from lit_clip.models.clip import CLIP
 from lit_clip.module import LitCLIP
+from lit_clip.training import preservation
 from lit_clip.training.micro_batches import encode_pairs
+from lit_clip.training.preservation import KeptPairs, Preservation
 from lit_clip.training.teacher import Distillation, Teacher
 from tests.helpers.ranks import CONFIG, DUPLICATES, PAIRS, _Step, make_batch, make_module, serve
 
@@ -128,6 +131,47 @@ def distillation_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
     return total / (2 * len(x.image))
 
 
+def kept_pairs(kept: str, model: CLIP) -> KeptPairs:
+    """Return pairs without a table to read; four of the texts are equal."""
+    batch = make_batch(slice(0, PAIRS))
+    return KeptPairs(model, 255 - batch.images, batch.tokens[[0, 1, 2, 3, 0, 0, 0, 7]])
+
+
+preservation._load = kept_pairs
+
+
+def of_another_model(loss: Loss) -> Loss:
+    """Give a loss base features that are not the model's own, which have no gradient."""
+    for term in loss.modules():
+        if isinstance(term, Preservation):
+            generator = torch.Generator().manual_seed(7)
+            for name in ("image", "text"):
+                setattr(term, name, unit(torch.randn(PAIRS, 16, generator=generator).double()))
+            term.scale.fill_(20.0)
+    return loss
+
+
+def preservation_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
+    """Return the loss of the first step's kept pairs, one pair at a time, at the channels of the features."""
+    (term,) = (part for part in loss.modules() if isinstance(part, Preservation))
+    assert term.loaded is not None
+    (model, images, tokens), D = term.loaded, x.text.shape[1]
+    rows = torch.randperm(PAIRS, generator=torch.Generator().manual_seed(0))[: term.pairs].tolist()
+    ours = [model.encode_image(model.normalize(images[row][None]))[0] for row in rows]
+    ours += [model.encode_text(tokens[row][None])[0] for row in rows]
+    theirs = [term.image[row] for row in rows] + [term.text[row] for row in rows]
+    n, (ours, theirs) = len(rows), ([y[:D] / y[:D].norm() for y in each] for each in (ours, theirs))
+    if term.kind == "features":
+        return torch.stack([((a / a.norm() - b) ** 2).sum() for a, b in zip(ours, theirs, strict=True)]).sum() / n
+    total = torch.zeros((), dtype=torch.float64)
+    for query in range(2 * n):
+        others = range(n, 2 * n) if query < n else range(n)
+        before = torch.stack([20 * (theirs[query] @ theirs[other]) for other in others]).softmax(dim=0)
+        now = torch.stack([x.scale * (ours[query] @ ours[other]) for other in others])
+        total = total - (before * now.log_softmax(dim=0)).sum()
+    return total / (2 * n)
+
+
 def margin_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
     assert isinstance(loss, WeightedMargin)
     total = torch.zeros((), dtype=torch.float64)
@@ -177,6 +221,18 @@ CASES: dict[str, Case] = {
     "Sum with Distillation": Case(
         lambda teacher: Sum([Contrastive(), Distillation(teacher)], [1.0, 2.0]),
         sum_loop([1, 2], [contrastive_loop("negatives"), distillation_loop]),
+    ),
+    "Sum with Preservation of features": Case(
+        lambda _: Sum([Contrastive(), Preservation("kept", 5)], [1.0, 3.0]),
+        sum_loop([1, 3], [contrastive_loop("negatives"), preservation_loop]),
+    ),
+    "Preservation of similarities of fewer pairs than ranks": Case(
+        lambda _: Sum([Contrastive(), Preservation("kept", 2, "similarities")]),
+        sum_loop([1, 1], [contrastive_loop("negatives"), preservation_loop]),
+    ),
+    "Matryoshka of Sum with Preservation": Case(
+        lambda _: Matryoshka(Sum([Contrastive(), Preservation("kept", 50, "similarities")]), [8]),
+        matryoshka_loop(sum_loop([1, 1], [contrastive_loop("negatives"), preservation_loop]), [8], [1]),
     ),
     "Matryoshka of Contrastive, hard negatives": Case(
         lambda _: Matryoshka(Contrastive("positives"), [3, 16], [0.5, 2.0]),
@@ -243,12 +299,14 @@ class Setup(NamedTuple):
             if isinstance(module, Distillation):
                 module.loaded = self.teacher
         loss.prepare(self.module.model)
-        return loss
+        return of_another_model(loss)
 
     def module_of(self, case: Case) -> LitCLIP:
         module = copy.deepcopy(self.module)
         module.model.normalize = self.module.model.normalize
         module.loss = self.loss(case)
+        module.loss.prepare(module.model)
+        of_another_model(module.loss)
         return module
 
 
