@@ -3,7 +3,9 @@
 Shapes: K kept pairs, B of them in a step on this rank, D embedding dimension.
 """
 
-from typing import Literal, NamedTuple, get_args
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,8 +13,7 @@ from torch import Tensor
 from lit_clip.batch import CaptionBatch
 from lit_clip.distributed import RankCounts
 from lit_clip.errors import InputError, require
-from lit_clip.losses.contrastive import at_least_float32, unit
-from lit_clip.losses.distillation import ModelFeatures, blockwise_distillation
+from lit_clip.losses.distillation import feature_distance
 from lit_clip.losses.loss import Loss, Pairs
 from lit_clip.models import preprocess as pp
 from lit_clip.models.clip import CLIP
@@ -21,7 +22,6 @@ from lit_clip.tools.class_paths import find_object
 from lit_clip.training.activation_checkpointing import checkpoint
 from lit_clip.training.micro_batches import encode_pairs
 
-Kind = Literal["features", "similarities"]
 BATCH = 64  # kept pairs that are encoded at once before training
 
 
@@ -38,45 +38,40 @@ class KeptPairs(NamedTuple):
     def batch(self, rows: Tensor, device: torch.device) -> CaptionBatch:
         tokenizer, tokens = self.model.tokenizer, self.tokens[rows]
         lengths = tokenizer.lengths(tokens).tolist()
-        batch = CaptionBatch(self.images[rows], tokenizer.trim(tokens), [], lengths=lengths)
+        batch = CaptionBatch(self.images[rows], tokenizer.trim(tokens), [], lengths=lengths, extra={"row": rows})
         return (batch.pin_memory() if device.type == "cuda" else batch).to(device)
 
 
 class Preservation(Loss):
-    """Keep features of some images and captions as they were before training.
+    """Squared distance of unit features of kept images and captions to those of the model before training.
 
-    In each step some rows of a table are encoded, without augmentation and in evaluation mode, and compared with the
-    model before. That one encodes the table once, when training starts; its features are in checkpoints, so a resumed
-    run has the same. Use it beside another loss, with :class:`lit_clip.losses.Sum`.
+    Each step encodes some rows of a table, without augmentation and in evaluation mode. The model before encodes the
+    table once, when training starts; its features are in checkpoints, so a resumed run compares with the same ones.
+    Use it beside another loss, with :class:`lit_clip.losses.Sum`.
 
     Args:
-        kept: images and captions unlike the training data: anything that ``data.train`` may be. They stay in memory.
+        kept: images and captions unlike those to be learned: a path that ``data.train`` may be. They stay in memory.
         pairs: how many of them all ranks together encode in a step.
-        kind: ``features``: squared distance of unit features; ``similarities``: cross-entropy of the probabilities
-            among the step's kept images and captions.
     """
 
     image: Tensor  # unit features ``[K, D]`` of the model before
     text: Tensor
-    scale: Tensor  # its inverse temperature
 
-    def __init__(self, kept: str, pairs: int = 32, kind: Kind = "features") -> None:
+    def __init__(self, kept: str, pairs: int = 32) -> None:
         super().__init__()
-        require(kind in get_args(Kind), f"model.loss: Preservation.kind {kind!r} must be 'features' or 'similarities'")
         require(pairs >= 1, f"model.loss: Preservation.pairs {pairs} must be at least 1")
-        self.kept, self.pairs, self.kind = kept, pairs, kind
+        self.kept, self.pairs = kept, pairs
         self.steps = 0  # with another one each step draws other rows
         self.loaded: KeptPairs | None = None
 
     def prepare(self, model: CLIP) -> None:
-        self.loaded = kept = _load(self.kept, model)
+        self.loaded, self.steps = (kept := _load(self.kept, model)), 0
         features = []
         with torch.no_grad():
             for rows in torch.arange(len(kept.images)).split(BATCH):
                 features.append(_encode(model, kept.batch(rows, model.device)))
-            image, text = (torch.cat(parts) for parts in zip(*features, strict=True))
-            for name, value in {"image": image, "text": text, "scale": model.logit_scale.exp()}.items():
-                self.register_buffer(name, value.clone())
+        for name, parts in zip(("image", "text"), zip(*features, strict=True), strict=True):
+            self.register_buffer(name, torch.cat(parts))
 
     def forward(self, pairs: Pairs) -> Tensor:
         assert self.loaded is not None, "call prepare first"
@@ -87,31 +82,24 @@ class Preservation(Loss):
         ranks = RankCounts(rank, tuple(len(drawn[each::world]) for each in range(world)))
         rows = drawn[rank::world]
         rows = torch.cat([rows, drawn[:1].expand(max(ranks.counts) - len(rows))])  # equally many, as in encode_step
-        image, text = self._encoded(rows, len(pairs.parts), pairs.image.device)
-        D, own = pairs.image.shape[1], slice(ranks.counts[rank])  # Matryoshka's have fewer channels
-        rows = rows.to(image.device)
-        cut = [unit(each[own, :D]) for each in (image, text, self.image[rows], self.text[rows])]
-        if self.kind == "similarities":
-            student, before = ModelFeatures(*cut[:2], pairs.scale), ModelFeatures(*cut[2:], self.scale)
-            return blockwise_distillation(student, before, ranks)
-        with torch.autocast(image.device.type, enabled=False):
-            image, text, image_before, text_before = map(at_least_float32, cut)
-            distances = (image - image_before).square().sum() + (text - text_before).square().sum()
-            return distances / max(1, ranks.counts[rank]) * ranks.weight
+        image, text, rows = (x[: ranks.counts[rank]] for x in self._encoded(rows, len(pairs.parts), pairs.image.device))
+        dim = pairs.image.shape[1]  # Matryoshka's have fewer channels
+        return feature_distance((image[:, :dim], text[:, :dim]), (self.image[rows], self.text[rows]), ranks)
 
-    def _encoded(self, rows: Tensor, parts: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return unit features ``[B, D]`` of rows in as many micro-batches as the step has."""
+    def chance_loss(self, pairs: int) -> float:
+        """Return 0: the term does not compare pairs."""
+        return 0.0
+
+    def _encoded(self, rows: Tensor, parts: int, device: torch.device) -> Iterator[Tensor]:
+        """Return unit features ``[B, D]`` of images and texts, in the step's number of micro-batches; and rows."""
         assert self.loaded is not None
-        features = []
+        found = []
         for part in rows.chunk(parts):
             torch.clear_autocast_cache()  # as for micro-batches
             batch = self.loaded.batch(part, device)
-            if parts == 1:
-                features.append(_encode(self.loaded.model, batch))
-            else:
-                features.append(checkpoint(_encode, self.loaded.model, batch, inside=self.loaded.model))
-        image, text = zip(*features, strict=True)
-        return torch.cat(image), torch.cat(text)
+            encode = _encode if parts == 1 else partial(checkpoint, _encode, inside=self.loaded.model)
+            found.append((*encode(self.loaded.model, batch), batch.extra["row"]))
+        return map(torch.cat, zip(*found, strict=True))
 
     def get_extra_state(self) -> Tensor:
         return torch.tensor(self.steps)

@@ -147,7 +147,6 @@ def of_another_model(loss: Loss) -> Loss:
             generator = torch.Generator().manual_seed(7)
             for name in ("image", "text"):
                 setattr(term, name, unit(torch.randn(PAIRS, 16, generator=generator).double()))
-            term.scale.fill_(20.0)
     return loss
 
 
@@ -160,16 +159,8 @@ def preservation_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
     ours = [model.encode_image(model.normalize(images[row][None]))[0] for row in rows]
     ours += [model.encode_text(tokens[row][None])[0] for row in rows]
     theirs = [term.image[row] for row in rows] + [term.text[row] for row in rows]
-    n, (ours, theirs) = len(rows), ([y[:D] / y[:D].norm() for y in each] for each in (ours, theirs))
-    if term.kind == "features":
-        return torch.stack([((a / a.norm() - b) ** 2).sum() for a, b in zip(ours, theirs, strict=True)]).sum() / n
-    total = torch.zeros((), dtype=torch.float64)
-    for query in range(2 * n):
-        others = range(n, 2 * n) if query < n else range(n)
-        before = torch.stack([20 * (theirs[query] @ theirs[other]) for other in others]).softmax(dim=0)
-        now = torch.stack([x.scale * (ours[query] @ ours[other]) for other in others])
-        total = total - (before * now.log_softmax(dim=0)).sum()
-    return total / (2 * n)
+    ours, theirs = ([each[:D] / each[:D].norm() for each in features] for features in (ours, theirs))
+    return torch.stack([((a - b) ** 2).sum() for a, b in zip(ours, theirs, strict=True)]).sum() / len(rows)
 
 
 def margin_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
@@ -222,16 +213,16 @@ CASES: dict[str, Case] = {
         lambda teacher: Sum([Contrastive(), Distillation(teacher)], [1.0, 2.0]),
         sum_loop([1, 2], [contrastive_loop("negatives"), distillation_loop]),
     ),
-    "Sum with Preservation of features": Case(
+    "Sum with Preservation": Case(
         lambda _: Sum([Contrastive(), Preservation("kept", 5)], [1.0, 3.0]),
         sum_loop([1, 3], [contrastive_loop("negatives"), preservation_loop]),
     ),
-    "Preservation of similarities of fewer pairs than ranks": Case(
-        lambda _: Sum([Contrastive(), Preservation("kept", 2, "similarities")]),
+    "Preservation of fewer pairs than ranks": Case(
+        lambda _: Sum([Contrastive(), Preservation("kept", 2)]),
         sum_loop([1, 1], [contrastive_loop("negatives"), preservation_loop]),
     ),
     "Matryoshka of Sum with Preservation": Case(
-        lambda _: Matryoshka(Sum([Contrastive(), Preservation("kept", 50, "similarities")]), [8]),
+        lambda _: Matryoshka(Sum([Contrastive(), Preservation("kept", 50)]), [8]),
         matryoshka_loop(sum_loop([1, 1], [contrastive_loop("negatives"), preservation_loop]), [8], [1]),
     ),
     "Matryoshka of Contrastive, hard negatives": Case(
