@@ -101,6 +101,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
     rows = table.read_text(encoding="utf-8").splitlines()
     rows = [row.replace("../", f"{table.parent.parent}/") for row in rows]
     (here / "captions.csv").write_text("\n".join(rows))
+    (here / "general.csv").write_text("\n".join(rows))
     (here / "several_captions.csv").write_text("\n".join([*rows, *rows[1:]]))
     write_own_parts(here)
     for name in ("last.ckpt", "vit.ckpt"):

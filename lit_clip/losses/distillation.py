@@ -1,4 +1,4 @@
-"""Distillation: cross-entropy between a teacher's and a student's probabilities over a batch."""
+"""Distillation from a teacher: cross-entropy between probabilities over a batch, or distances of features."""
 
 from typing import NamedTuple
 
@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from lit_clip.distributed import RankCounts, gather
-from lit_clip.losses.contrastive import at_least_float32
+from lit_clip.losses.contrastive import at_least_float32, unit
 
 LOGITS = 2**22  # most logits of one model that exist at once
 
@@ -58,3 +58,14 @@ def blockwise_distillation(student: ModelFeatures, teacher: ModelFeatures, ranks
         rows = slice(start, min(start + height, pairs))
         total = total + checkpoint(block_sum, rows, *candidates, use_reentrant=False, preserve_rng_state=False)
     return total / max(1, pairs) * ranks.weight
+
+
+def feature_distance(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], ranks: RankCounts) -> Tensor:
+    """Squared distance between unit features ``[B, D]`` of a student and a teacher, images' plus texts', a scalar.
+
+    The mean over ranks is the mean of all pairs. A student may have only the teacher's first channels.
+    """
+    dim = student[0].shape[1]
+    with torch.autocast(student[0].device.type, enabled=False):
+        distances = [(unit(a) - unit(b[:, :dim])).square().sum() for a, b in zip(student, teacher, strict=True)]
+    return (distances[0] + distances[1]) / max(1, len(student[0])) * ranks.weight

@@ -1,7 +1,7 @@
 """Distillation from a teacher: any model that can be loaded."""
 
 import math
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -9,7 +9,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import require
-from lit_clip.losses.distillation import ModelFeatures, blockwise_distillation
+from lit_clip.losses.distillation import ModelFeatures, blockwise_distillation, feature_distance
 from lit_clip.losses.loss import Loss, Pairs
 from lit_clip.models.config import height_width
 from lit_clip.weights.load import load_model
@@ -44,34 +44,45 @@ class Teacher:
         return model.encode_image(model.normalize(images), normalize=True), model.encode_text(tokens, normalize=True)
 
 
+Kind = Literal["probabilities", "features"]
+
+
 class Distillation(Loss):
-    """Cross-entropy between a teacher's and the model's probabilities over the batch's images and captions.
+    """Distance to a teacher, which the model learns from or, if that is the model before training, stays close to.
 
     Use it beside another loss, with :class:`lit_clip.losses.Sum`. The teacher keeps its own preprocessing and
     tokenizer; it is loaded when training starts, and in no checkpoint.
 
     Args:
         teacher: anything :func:`lit_clip.load_model` opens.
+        of: ``probabilities``: cross-entropy between the teacher's and the model's over the batch's images and captions;
+            ``features``: squared distance of unit features, which must have the same number of channels.
     """
 
-    def __init__(self, teacher: str) -> None:
+    def __init__(self, teacher: str, of: Kind = "probabilities") -> None:
         super().__init__()
-        self.teacher = str(teacher)
+        require(of in get_args(Kind), f"model.loss: Distillation.of {of!r} must be 'probabilities' or 'features'")
+        self.teacher, self.of = str(teacher), of
         self.loaded: Teacher | None = None
 
     def prepare(self, model: Any) -> None:
         if self.loaded is None:
             self.loaded = Teacher(self.teacher)
+        ours, theirs = model.config.embed_dim, self.loaded.model.config.embed_dim
+        differ = f"model.loss: Distillation.of features: {self.teacher} has {theirs} channels and the model {ours}"
+        require(self.of != "features" or ours == theirs, f"{differ}; leave it at probabilities")
 
     def forward(self, pairs: Pairs) -> Tensor:
         assert self.loaded is not None, "call prepare first"
         features = [self.loaded.features(part) for part in pairs.parts]
         image, text = (torch.cat(rows)[: len(pairs.image)] for rows in zip(*features, strict=True))
+        if self.of == "features":
+            return feature_distance((pairs.image, pairs.text), (image, text), pairs.ranks)
         student = ModelFeatures(pairs.image, pairs.text, pairs.scale)
         return blockwise_distillation(
             student, ModelFeatures(image, text, self.loaded.model.logit_scale.exp()), pairs.ranks
         )
 
     def chance_loss(self, pairs: int) -> float:
-        """Return log N, the cross-entropy if all candidates seem equal."""
-        return math.log(pairs)
+        """Return log N, the cross-entropy if all candidates seem equal; distances of features say nothing of pairs."""
+        return math.log(pairs) if self.of == "probabilities" else 0.0

@@ -36,6 +36,7 @@ from lit_clip.losses import Contrastive, Loss, Sum
 from lit_clip.module import LitCLIP
 from lit_clip.tools.stored_rows import ABSENT, DONE, StoredRows
 from lit_clip.training.place_contrastive import PlaceContrastive
+from lit_clip.training.preservation import Preservation
 from lit_clip.training.teacher import Distillation
 from tests.conftest import ROOT, run_lightning_ranks
 from tests.helpers.forks import CONTEXT
@@ -136,6 +137,11 @@ def test_losses_stay_equal_with(model: dict[str, Any], callbacks: tuple[Callable
 
 def test_losses_stay_equal_with_micro_batches_of_other_libraries_towers(run: Run, folders: dict[str, Path]) -> None:
     check_equal(run._replace(towers=str(folders["bert"]), freeze="unlock_last 1", model={"micro_batch_size": 5}))
+
+
+def test_losses_stay_equal_with_kept_images_that_are_encoded_in_each_step(run: Run, table: Path) -> None:
+    loss = Sum([Contrastive(), Preservation(str(table), 4)])
+    check_equal(run._replace(freeze="unlock_last 1", model={"loss": loss}))
 
 
 def test_losses_stay_equal_without_a_batch_size(run: Run) -> None:

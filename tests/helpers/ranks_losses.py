@@ -22,9 +22,12 @@ from lit_clip.losses import Contrastive, Loss, LossValue, Matryoshka, Pairs, Sig
 from lit_clip.losses.contrastive import unit
 from lit_clip.losses.loss import evaluate_loss
 from lit_clip.losses.tiled import HardNegatives, PairLayout, sharded_contrastive_loss, sharded_sigmoid_loss
+from lit_clip.models.clip import CLIP
 from lit_clip.module import LitCLIP
+from lit_clip.training import preservation
 from lit_clip.training.micro_batches import encode_pairs
 from lit_clip.training.place_contrastive import PlaceContrastive
+from lit_clip.training.preservation import KeptPairs, Preservation
 from lit_clip.training.teacher import Distillation, Teacher
 from tests.helpers.ranks import CONFIG, DUPLICATES, PAIRS, _Step, make_batch, make_module, serve
 
@@ -150,6 +153,38 @@ def place_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
     return total / (2 * len(images))
 
 
+def kept_pairs(kept: str, model: CLIP) -> KeptPairs:
+    """Return pairs without a table to read; four of the texts are equal."""
+    batch = make_batch(slice(0, PAIRS))
+    return KeptPairs(model, 255 - batch.images, batch.tokens[[0, 1, 2, 3, 0, 0, 0, 7]])
+
+
+preservation._load = kept_pairs
+
+
+def of_another_model(loss: Loss) -> Loss:
+    """Give a loss base features that are not the model's own, which have no gradient."""
+    for term in loss.modules():
+        if isinstance(term, Preservation):
+            generator = torch.Generator().manual_seed(7)
+            for name in ("image", "text"):
+                setattr(term, name, unit(torch.randn(PAIRS, 16, generator=generator).double()))
+    return loss
+
+
+def preservation_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
+    """Return the loss of the first step's kept pairs, one pair at a time, at the channels of the features."""
+    (term,) = (part for part in loss.modules() if isinstance(part, Preservation))
+    assert term.loaded is not None
+    (model, images, tokens), D = term.loaded, x.text.shape[1]
+    rows = torch.randperm(PAIRS, generator=torch.Generator().manual_seed(0))[: term.pairs].tolist()
+    ours = [model.encode_image(model.normalize(images[row][None]))[0] for row in rows]
+    ours += [model.encode_text(tokens[row][None])[0] for row in rows]
+    theirs = [term.image[row] for row in rows] + [term.text[row] for row in rows]
+    ours, theirs = ([each[:D] / each[:D].norm() for each in features] for features in (ours, theirs))
+    return torch.stack([((a - b) ** 2).sum() for a, b in zip(ours, theirs, strict=True)]).sum() / len(rows)
+
+
 def margin_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
     assert isinstance(loss, WeightedMargin)
     total = torch.zeros((), dtype=torch.float64)
@@ -203,6 +238,18 @@ CASES: dict[str, Case] = {
     "Matryoshka of Sum with PlaceContrastive": Case(
         lambda _: Matryoshka(Sum([Contrastive(), PlaceContrastive()], [1.0, 0.5]), [5, 16]),
         matryoshka_loop(sum_loop([1, 0.5], [contrastive_loop("negatives"), place_loop]), [5, 16], [1, 1]),
+    ),
+    "Sum with Preservation": Case(
+        lambda _: Sum([Contrastive(), Preservation("kept", 5)], [1.0, 3.0]),
+        sum_loop([1, 3], [contrastive_loop("negatives"), preservation_loop]),
+    ),
+    "Preservation of fewer pairs than ranks": Case(
+        lambda _: Sum([Contrastive(), Preservation("kept", 2)]),
+        sum_loop([1, 1], [contrastive_loop("negatives"), preservation_loop]),
+    ),
+    "Matryoshka of Sum with Preservation": Case(
+        lambda _: Matryoshka(Sum([Contrastive(), Preservation("kept", 50)]), [8]),
+        matryoshka_loop(sum_loop([1, 1], [contrastive_loop("negatives"), preservation_loop]), [8], [1]),
     ),
     "Matryoshka of Contrastive, hard negatives": Case(
         lambda _: Matryoshka(Contrastive("positives"), [3, 16], [0.5, 2.0]),
@@ -269,13 +316,14 @@ class Setup(NamedTuple):
             if isinstance(module, Distillation):
                 module.loaded = self.teacher
         loss.prepare(self.module.model)
-        return loss
+        return of_another_model(loss)
 
     def module_of(self, case: Case) -> LitCLIP:
         module = copy.deepcopy(self.module)
         module.model.normalize = self.module.model.normalize
         module.loss = self.loss(case)
         module.loss.prepare(module.model)
+        of_another_model(module.loss)
         return module
 
 

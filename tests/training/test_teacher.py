@@ -21,7 +21,7 @@ from lit_clip.distributed import RankCounts
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Sum
 from lit_clip.losses.contrastive import unit
-from lit_clip.losses.distillation import ModelFeatures, blockwise_distillation, distillation_loss
+from lit_clip.losses.distillation import ModelFeatures, blockwise_distillation, distillation_loss, feature_distance
 from lit_clip.models import preprocess as pp
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig, VisionTransformerConfig
@@ -99,6 +99,49 @@ def test_blockwise_loss_and_gradients_equal_those_of_all_logits_at_once(
         torch.testing.assert_close(our, expected, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("counts", [(7,), (3, 0, 4)])
+def test_the_distance_of_features_equals_a_loop_over_all_pairs_of_any_ranks(counts: tuple[int, ...]) -> None:
+    """Of features of any length; a teacher with more channels is cut, as Matryoshka's students are."""
+    generator = torch.Generator().manual_seed(3)
+    whole = [torch.randn(7, dim, generator=generator, dtype=torch.float64).requires_grad_() for dim in (5, 5, 8, 8)]
+    ours = torch.zeros((), dtype=torch.float64)
+    for rank in range(len(counts)):
+        image, text, *teacher = (each[RankCounts(rank, counts).mine] for each in whole)
+        ours = ours + feature_distance((image, text), tuple(teacher), RankCounts(rank, counts)) / len(counts)
+    theirs = torch.zeros((), dtype=torch.float64)
+    for row in range(7):
+        for student, target in zip(whole[:2], whole[2:], strict=True):
+            a, b = student[row], target[row, :5]
+            theirs = theirs + (2 - 2 * (a @ b) / (a.norm() * b.norm())) / 7  # of unit vectors
+    for our, expected in zip(torch.autograd.grad(ours, whole), torch.autograd.grad(theirs, whole), strict=True):
+        torch.testing.assert_close(our, expected, rtol=1e-12, atol=1e-15)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=0)
+
+
+def test_the_model_before_as_teacher_keeps_the_features(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    before = CLIP(tiny_config).eval()
+    save(before, tmp_path / "before.ckpt", {})
+    batch = make_batch(slice(0, PAIRS))
+    batch = batch._replace(tokens=before.tokenize(batch.captions))
+    module = LitCLIP(pretrained=tmp_path / "before.ckpt", loss=Distillation(str(tmp_path / "before.ckpt"), "features"))
+    module.setup("fit")
+    assert module.loss.chance_loss(8) == 0
+    module.log = lambda *_, **__: None
+    assert float(module.training_step(batch, 0)) < 1e-10
+    with torch.no_grad():
+        for parameter in module.model.parameters():
+            parameter.add_(0.02 * torch.randn_like(parameter))
+    optimizer, losses = torch.optim.Adam(module.parameters(), lr=1e-3), []
+    for _ in range(10):
+        optimizer.zero_grad()
+        loss = module.training_step(batch, 0)
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss))
+    assert losses[-1] < losses[0] / 2
+
+
 def test_at_most_one_block_of_logits_exists_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lit_clip.losses.distillation, "LOGITS", 1000)
     generator = torch.Generator().manual_seed(3)
@@ -140,7 +183,7 @@ def test_the_teacher_is_in_no_checkpoint_optimizer_copy_or_parameter_list(
     assert checkpoint["state_dict"].keys() == plain.model.state_dict().keys()
     distillation = {
         "class_path": "lit_clip.training.teacher.Distillation",
-        "init_args": {"teacher": str(teacher[1])},
+        "init_args": {"teacher": str(teacher[1]), "of": "probabilities"},
     }
     assert checkpoint["parts"]["loss"]["init_args"]["terms"][1] == distillation
     loaded = teacher_of(module)
@@ -160,6 +203,10 @@ def test_a_missing_teacher_missing_captions_and_a_negative_weight_are_refused(te
         module.training_step(CaptionBatch(*make_batch(slice(0, 4))[:3]), 0)
     with pytest.raises(InputError, match=r"Sum.weights \[1, -1\] must be at least 0"):
         Sum([Contrastive(), Distillation("teacher.ckpt")], [1, -1])
+    with pytest.raises(InputError, match="Distillation.of 'logits' must be 'probabilities' or 'features'"):
+        Distillation("teacher.ckpt", "logits")  # pyright: ignore[reportArgumentType]
+    with pytest.raises(InputError, match=r"of features: \S+ has 24 channels and the model \d+; leave it at"):
+        LitCLIP("ViT-tiny-16-64", loss=Distillation(str(teacher[1]), "features")).setup("fit")
 
 
 def test_a_student_learns_its_teachers_probabilities(teacher: tuple[CLIP, Path]) -> None:
