@@ -83,7 +83,7 @@ def _best(trainer: Trainer) -> dict[str, Path]:
 def _warn_of_unsaved_steps(trainer: Trainer) -> None:
     """Warn of last steps that no checkpoint holds: Lightning saves after a validation, and none may be due then."""
     savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-    if not savers or any(each.monitor or not each.save_top_k for each in savers):  # the best are wanted, or none
+    if all(each.monitor or not each.save_top_k for each in savers):  # the best are wanted, or none
         return
     saved, done = max(each._last_global_step_saved for each in savers), trainer.global_step
     if saved < done and (saved or not trainer.ckpt_path):  # otherwise the steps before are in that checkpoint

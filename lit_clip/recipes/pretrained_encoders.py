@@ -1,5 +1,6 @@
 """Train two pretrained encoders on pairs of one's own within some minutes."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import NamedTuple
@@ -72,6 +73,8 @@ class PretrainedEncoders(Recipe):
         speeds = [(freeze, measure(module, data, precision, freeze, augmented)) for freeze in _levels(run)]
         left = SHARE * seconds - run.seconds() - START
         plan = plan_for(facts, speeds, left, augmented)
+        if not plan.fits:
+            raise InputError(too_short(self.minutes, run.seconds() + START, plan, facts))
         long = [trial for trial in trials if plan.epochs * (facts.pairs // trial.batch) >= FEWEST_STEPS]
         best = gentlest(long or trials or [Trial(_batches(facts)[-1], RATES[1], 0.0, 0, 0.0)])
         steps = plan.epochs * max(1, facts.pairs // best.batch)
@@ -120,7 +123,8 @@ def _batches(facts: Facts) -> list[int]:
 def plan_for(facts: Facts, speeds: Levels, seconds: float, augmented: bool = True) -> Plan:
     """Return the most trainable blocks, then epochs and augmented versions, that fit into a time.
 
-    Of ``speeds``, with the most trainable blocks first, the first is taken of which a third of the epochs fits.
+    Of ``speeds``, with the most trainable blocks first, the first is taken of which a third of the epochs fits. If
+    nothing fits it is the smallest.
     """
     wanted = min(MOST_EPOCHS, max(FEWEST_EPOCHS, round(PAIRS_SEEN / facts.pairs)))
     validated = facts.validation * facts.images / facts.pairs
@@ -142,13 +146,18 @@ def plan_for(facts: Facts, speeds: Levels, seconds: float, augmented: bool = Tru
         *((n, wanted) for n in range(2, MOST_VERSIONS + 1)),
     ]
     plans = [planned(level, min(versions, most), epochs) for versions, epochs in sizes]
-    if not plans[0].fits:
-        needed = (plans[0].encoding + plans[0].training) / 60 / SHARE + 1
-        raise InputError(
-            f"recipe.minutes: {facts.images:,} images and {facts.captions:,} captions take about {needed:.0f} minutes "
-            "on this machine; give at least these"
-        )
-    return [plan for plan in plans if plan.fits][-1]
+    return next((plan for plan in reversed(plans) if plan.fits), plans[0])
+
+
+def too_short(minutes: float, used: float, plan: Plan, facts: Facts) -> str:
+    """Return what a time lacks of which so many seconds are used; the plan is the smallest there is."""
+    needed = math.ceil((used + plan.encoding + plan.training) / 60 / (SHARE - SEARCH))
+    return (
+        f"recipe.minutes: {used / 60:.1f} of {minutes:g} are used by the start and the search, and {facts.images:,} "
+        f"images and {facts.captions:,} captions take {_told(plan.encoding + plan.training)} more on this machine; "
+        f"give {needed}, or train the heads alone by --recipe null --model.freeze '{{image: {{unlock_last: 0}}, "
+        "text: {unlock_last: 0}}'"
+    )
 
 
 def _told(seconds: float) -> str:

@@ -87,22 +87,28 @@ def reopen_epoch(checkpoint: dict[str, Any]) -> None:
             counts[count] -= 1
 
 
-def close_epoch(checkpoint: dict[str, Any]) -> tuple[int, int]:
+def close_epoch(checkpoint: dict[str, Any], batches_per_epoch: int | None) -> tuple[int, int]:
     """Begin with a new epoch after one that is complete, in place; the counterpart of :func:`reopen_epoch`.
 
     With ``max_steps`` Lightning would resume within the complete epoch, find no batch left in it, and count it twice:
     the run would leave out the data of an epoch. Return the number of complete epochs, and of steps in them.
+
+    A checkpoint that is saved when an epoch validates resumes at the epoch's end, for callbacks that have to see it.
+    Lightning takes more batches if there are more of them now (``batches_per_epoch``): another batch size.
     """
     batches, epochs = _epoch_counts(checkpoint)
     if not batches:
         return 0, 0
-    current = epochs["current"]
-    if batches["is_last_batch"] and current["processed"] == current["started"]:  # else callbacks have to see its end
-        batches["is_last_batch"] = False
-        batches["current"] = dict.fromkeys(batches["current"], 0)
-        for counts in epochs.values():
-            counts["completed"] = counts["processed"]
-    return current["completed"], checkpoint["global_step"] - batches["current"]["processed"]
+    done, current, counts = checkpoint["global_step"], epochs["current"], batches["current"]
+    if not batches["is_last_batch"]:
+        return current["completed"], done - counts["processed"]
+    if current["processed"] == current["started"]:
+        batches |= {"is_last_batch": False, "current": dict.fromkeys(counts, 0)}
+        for each in epochs.values():
+            each["completed"] = each["processed"]
+        return current["completed"], done
+    batches["current"] = {name: max(count, batches_per_epoch or 0) for name, count in counts.items()}
+    return current["completed"] + 1, done
 
 
 def _epoch_counts(checkpoint: Mapping[str, Any]) -> tuple[Any, Any]:

@@ -38,7 +38,7 @@ from lit_clip.training.lightning.strategies import (
 from lit_clip.training.micro_batches import StepCounts, hard_negatives
 from lit_clip.training.optimizers import Optimization, skip_step
 from lit_clip.training.plan import even_batches
-from lit_clip.training.schedules import total_steps
+from lit_clip.training.schedules import batches_per_epoch, total_steps
 from lit_clip.weights.checkpoints import checked
 from lit_clip.weights.fingerprint import weights_sha256
 from lit_clip.weights.load import check_before_loading
@@ -273,5 +273,5 @@ class RunHooks(LightningModule):
             resumable = "optimizer_states" in checkpoint and "parts" in checkpoint
             weights_only = f"{name}: holds weights only, so training cannot resume"
             require(resumable, f"{weights_only}; start from it with model.pretrained")
-            steps = total_steps(self.trainer, *close_epoch(checkpoint))
+            steps = total_steps(self.trainer, *close_epoch(checkpoint, batches_per_epoch(self.trainer)))
             self.optimization.resume(checkpoint, self._parameter_groups(), steps, name)

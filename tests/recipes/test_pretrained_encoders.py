@@ -22,7 +22,7 @@ from lit_clip.recipes.head_search import (
     sample_of,
     try_heads,
 )
-from lit_clip.recipes.pretrained_encoders import LEVELS, plan_for
+from lit_clip.recipes.pretrained_encoders import LEVELS, plan_for, too_short
 from tests.helpers.coloured_sets import paint
 from tests.helpers.towers import WORDS, save_family
 
@@ -66,12 +66,14 @@ def test_an_image_has_no_more_versions_than_it_is_seen() -> None:
 
 
 def test_a_time_that_is_too_short_is_refused_with_one_that_is_long_enough() -> None:
-    with pytest.raises(
-        InputError, match=r"recipe.minutes: 6,000 images and 28,000 captions take about (\d+) minutes"
-    ) as found:
-        plan_for(PHOTOGRAPHS, SPEEDS, 30)
-    enough = int(str(found.value).partition("about ")[2].partition(" ")[0])
-    assert plan_for(PHOTOGRAPHS, SPEEDS, 0.85 * 60 * enough).epochs >= 1
+    plan = plan_for(PHOTOGRAPHS, SPEEDS, 30)
+    assert not plan.fits
+    used = 40.0
+    message = too_short(1, used, plan, PHOTOGRAPHS)
+    assert message.startswith("recipe.minutes: 0.7 of 1 are used by the start and the search, and 6,000 images and 28,000")
+    enough = int(message.partition("give ")[2].partition(",")[0])
+    assert plan_for(PHOTOGRAPHS, SPEEDS, 0.85 * 60 * enough - used).fits
+    assert enough <= 2 + (used + plan.encoding + plan.training) / 60 / 0.7
     with pytest.raises(InputError, match="recipe.minutes: 0 must be above 0"):
         PretrainedEncoders(0)
 

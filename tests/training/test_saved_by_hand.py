@@ -1,6 +1,7 @@
 """A checkpoint of a run that max_steps ends resumes at its next batch, whoever saved it."""
 
 import math
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -63,15 +64,17 @@ def test_a_run_resumed_with_another_batch_ends_when_its_rate_does(
         def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
             self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
 
-    def fit(batch_size: int, resumed: Path | None = None, **limits: int) -> tuple[Trainer, list[float]]:
+    def fit(
+        batch_size: int, resumed: Path | None = None, savers: Sequence[Callback] = (), **limits: int
+    ) -> tuple[Trainer, list[float]]:
         rates = Rates()
         trainer = Trainer(
             accelerator="cpu",
             logger=False,
             enable_progress_bar=False,
-            enable_checkpointing=False,
+            enable_checkpointing=bool(savers),
             enable_model_summary=False,
-            callbacks=[*callbacks.defaults(), rates],
+            callbacks=[*callbacks.defaults(), rates, *savers],
             **limits,
         )
         module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
@@ -79,9 +82,10 @@ def test_a_run_resumed_with_another_batch_ends_when_its_rate_does(
         return trainer, rates.seen
 
     file = tmp_path / "saved.ckpt"
-    fit(12, max_epochs=1)[0].save_checkpoint(file)
+    fit(12, None, [ModelCheckpoint(tmp_path, "validated")], max_epochs=1)[0].save_checkpoint(file)
     steps = 4 + 2 * 9  # 58 pairs in batches of 12 and of 6
     expected = [5e-4 * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(4, steps)]
     assert fit(6, file, max_epochs=3)[1] == pytest.approx(expected)
+    assert fit(6, tmp_path / "validated.ckpt", max_epochs=3)[1] == pytest.approx(expected)
     fit(6, file, max_epochs=3, max_steps=7)[0].save_checkpoint(file)  # stopped again, within an epoch of smaller batches
     assert fit(6, file, max_epochs=3)[1] == pytest.approx(expected[3:])

@@ -75,12 +75,15 @@ def test_a_run_from_python_ends_with_its_results_and_without_advertisements(
     assert "Tip" not in messages
 
 
-@pytest.mark.parametrize(("every", "warned"), [("1", False), ("2", True)])
+@pytest.mark.parametrize(("every", "best", "warned"), [("1", False, False), ("2", False, True), ("2", True, True)])
 def test_steps_that_no_checkpoint_holds_are_named(
-    every: str, warned: bool, cli: Callable[..., Any], caption_table: Path
+    every: str, best: bool, warned: bool, cli: Callable[..., Any], caption_table: Path
 ) -> None:
     data = ["--data", "datamodules.Captions", "--data.train", str(caption_table), "--data.val", str(caption_table)]
     data += ["--data.num_workers", "0", "--model.architecture", TINY_YAML, "--trainer.accelerator", "cpu"]
+    saver = "lightning.pytorch.callbacks.ModelCheckpoint"
+    if best:  # beside the last one
+        data += [f"--trainer.callbacks+={saver}", f"--trainer.callbacks+={saver}", "--trainer.callbacks.monitor", "val/loss"]
     result = cli("fit", *data, "--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", every)
     assert result.returncode == 0, result.stderr
     assert ("ModelCheckpoint: no checkpoint holds the last 1 of 1 steps" in result.stderr) == warned
