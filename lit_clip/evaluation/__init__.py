@@ -3,8 +3,8 @@
 - Metrics, pure functions: ``accuracy``, ``scores``, ``retrieval_metrics``, ``caption_choice``, ``geolocation``,
   ``overlap``, ``bias``, ``robustness``, ``confusions``, ``thresholds``; ``retrieval`` (over the ranks), ``intervals``,
   ``datacomp`` (means over sets); ``class_metrics``: torchmetrics by class path; ``segmentation``, ``pointing``.
-- Classifiers: ``prompts`` and ``zero_shot`` from texts, ``probe``, ``few_shot`` and ``logistic`` from labels,
-  ``other_classes`` (probes tested on another set).
+- Classifiers: ``prompts`` and ``zero_shot`` from texts, ``probe``, ``few_shot``, ``class_head`` and ``logistic`` from
+  labels, ``other_classes`` (probes tested on another set).
 - Sets: ``data`` (their interface), ``targets``, ``suite`` (their YAML), ``download``, ``open_set`` and ``files_read``,
   ``set_encoding`` and ``store`` (features), ``places`` and ``place_store`` (what tasks record of places).
 - Results: ``run`` (a suite), ``tasks``, ``classification`` (two of them), ``predictions``, ``results``, ``comparison``
