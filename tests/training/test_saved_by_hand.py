@@ -87,5 +87,5 @@ def test_a_run_resumed_with_another_batch_ends_when_its_rate_does(
     expected = [5e-4 * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(4, steps)]
     assert fit(6, file, max_epochs=3)[1] == pytest.approx(expected)
     assert fit(6, tmp_path / "validated.ckpt", max_epochs=3)[1] == pytest.approx(expected)
-    fit(6, file, max_epochs=3, max_steps=7)[0].save_checkpoint(file)  # stopped again, within an epoch of smaller batches
+    fit(6, file, max_epochs=3, max_steps=7)[0].save_checkpoint(file)  # within an epoch of smaller batches
     assert fit(6, file, max_epochs=3)[1] == pytest.approx(expected[3:])

@@ -83,7 +83,7 @@ def test_steps_that_no_checkpoint_holds_are_named(
     data += ["--data.num_workers", "0", "--model.architecture", TINY_YAML, "--trainer.accelerator", "cpu"]
     saver = "lightning.pytorch.callbacks.ModelCheckpoint"
     if best:  # beside the last one
-        data += [f"--trainer.callbacks+={saver}", f"--trainer.callbacks+={saver}", "--trainer.callbacks.monitor", "val/loss"]
+        data += [f"--trainer.callbacks+={saver}"] * 2 + ["--trainer.callbacks.monitor", "val/loss"]
     result = cli("fit", *data, "--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", every)
     assert result.returncode == 0, result.stderr
     assert ("ModelCheckpoint: no checkpoint holds the last 1 of 1 steps" in result.stderr) == warned
