@@ -1,7 +1,7 @@
 """Fine-tune a small CLIP on photographs of clothes, and measure what it keeps of groceries, with terms that preserve.
 
     export IMAGE_WEIGHTS=... TEXT_ENCODER=... (docs/encoders.md)
-    python benchmarks/preservation.py --known train val --target train val [--seeds 0 1 2] [--out runs/preservation]
+    python benchmarks/siglip/preservation.py --known train val --target train val [--seeds 0 1 2] [--out runs/kept]
 
 The four folders have a labels.csv with a column ``image`` of paths, and one of class names (``fine`` or ``label``). The
 CLIP is two towers of residual MLPs (those of benchmarks/siglip) behind the features of EfficientNet-Lite0 at 128 pixels
@@ -16,20 +16,17 @@ import math
 import os
 import random
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from pairs import SIDE, encoders
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torchvision.transforms import v2
-
-sys.path.insert(0, str(Path(__file__).parent / "siglip"))
-from pairs import SIDE, encoders
 from towers import Towers
 
 from lit_clip.distributed import RankCounts
@@ -153,7 +150,10 @@ def train(model: Towers, data: Part, recipe: Recipe, kept: Part, steps: int, see
     """Train towers by a recipe, in place."""
     generator, before, average = torch.Generator().manual_seed(seed), copy.deepcopy(model), copy.deepcopy(model)
     trained = [p for name, p in model.named_parameters() if name != "logit_bias" and not name.startswith(recipe.frozen)]
-    groups = [{"params": [p for p in trained if p.ndim > 1]}, {"params": [p for p in trained if p.ndim < 2]}]
+    groups: list[dict[str, Any]] = [
+        {"params": [p for p in trained if p.ndim > 1]},
+        {"params": [p for p in trained if p.ndim < 2]},
+    ]
     groups[1]["weight_decay"] = 0.0
     optimizer = torch.optim.AdamW(groups, recipe.lr, betas=(0.9, 0.98), eps=1e-6, weight_decay=0.1)
     order, kept_order = batches(len(data.images), 64, generator), batches(len(kept.images), 32, generator)
