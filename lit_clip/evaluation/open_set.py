@@ -86,6 +86,12 @@ def class_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
     opened.classifier = encode(opened.prompts)
 
 
+def head_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
+    """Encode the prompts of a set's classes, with which few-shot heads begin, if it has classes."""
+    if isinstance(opened.folds[0].images["test"], LabelledImages):
+        class_texts(opened, rows, encode)
+
+
 def bias_probe_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
     """Encode the classes of the bias probes."""
     for probe, texts in bias_texts().items():

@@ -40,6 +40,7 @@ from lit_clip.evaluation.open_set import (
     caption_texts,
     choice_texts,
     class_texts,
+    head_texts,
     place_texts,
 )
 from lit_clip.evaluation.overview import judging
@@ -246,7 +247,7 @@ TRAINED = {"needed": ("train", "test"), "used": ("train", "val", "test")}
 PARTS: dict[Task, TaskParts] = {
     "zero_shot": TaskParts(partial(classification, "zero_shot"), class_texts, _of_classes),
     "linear_probe": TaskParts(partial(classification, "linear_probe"), None, _of_probe, **TRAINED),
-    "few_shot": TaskParts(_few_shot, class_texts, _of_shots, **TRAINED),
+    "few_shot": TaskParts(_few_shot, head_texts, _of_shots, **TRAINED),
     "retrieval": TaskParts(_retrieval, caption_texts, _of_captions),
     "geolocation": TaskParts(_geolocation, needed=("train", "test")),
     "bias": TaskParts(_bias, bias_probe_texts),

@@ -159,9 +159,6 @@ def kept_pairs(kept: str, model: CLIP) -> KeptPairs:
     return KeptPairs(model, 255 - batch.images, batch.tokens[[0, 1, 2, 3, 0, 0, 0, 7]])
 
 
-preservation._load = kept_pairs
-
-
 def of_another_model(loss: Loss) -> Loss:
     """Give a loss base features that are not the model's own, which have no gradient."""
     for term in loss.modules():
@@ -302,6 +299,7 @@ class Setup(NamedTuple):
 
     @classmethod
     def of(cls, teacher: str) -> "Setup":
+        preservation._load = kept_pairs  # in this process of a rank
         found = Teacher(teacher)
         found.model.double()
         module = make_module(architecture=CONFIG_WITH_BIAS, micro_batch_size=2)
