@@ -57,7 +57,6 @@ def _table(path: Path, names: Sequence[str] | None) -> ExampleFiles:
     require(not lacking, f"--examples {path}: has no column {' and '.join(lacking)}; there are {listed(found)}")
     split = [[word.strip() for word in (row["classes"] or "").split(SEPARATOR) if word.strip()] for row in rows]
     names = list(names or {word.casefold(): word for words in reversed(split) for word in reversed(words)}.values())
-    names = names if names else []
     places = {name.casefold(): place for place, name in enumerate(names)}
     files, relevant = dict[str, Path](), list[list[int]]()
     for number, (row, words) in enumerate(zip(rows, split, strict=True), start=2):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lit_clip.commands.class_examples import ExampleFiles
 from lit_clip.commands.class_output import NONE, percent
-from lit_clip.commands.search import small_image
+from lit_clip.commands.search import TEMPLATE, THUMBNAIL, small_image
 from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.image_files import ImageFile
 from lit_clip.embedding.index import update_index
@@ -34,7 +34,6 @@ from lit_clip.tools.html import thumbnail, write_page
 from lit_clip.tools.text_files import no_formula
 
 INDEX = ".lit-clip-examples.npz"
-TEMPLATE = Path(__file__).parent / "templates" / "label_next.html"
 SHOWN = 40  # classes whose thresholds are printed
 Summary = list[str | Table]
 
@@ -204,9 +203,10 @@ def write_label_next(
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["image", "classes", "probability"])
         writer.writerows([no_formula(each.key), no_formula(guess), f"{value:.6f}"] for each, guess, value in lines)
-    shown: list[tuple[str, str, str, str]] = []
-    for each, guess, value in lines:
-        image = small_image(each.path, 256)
-        shown.append(("" if image is None else thumbnail(image, 256), each.key, guess, percent(value)))
-    write_page(page, TEMPLATE, title="Label next", shown=shown)
+    shown: list[tuple[str, str, str]] = []
+    for rank, (each, guess, value) in enumerate(lines, start=1):
+        image = small_image(each.path, THUMBNAIL)
+        source = "" if image is None else thumbnail(image, THUMBNAIL)
+        shown.append((source, f"{rank}. {each.key}: {guess or 'none'}, {percent(value)}", ""))
+    write_page(page, TEMPLATE, title="Label next", found={"Label next": shown})
     stderr().print(f"label next: {table}, with the head's guesses to correct; page with images: {page}")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lit_clip import load_model
-from lit_clip.commands.class_examples import read_examples
+from lit_clip.commands.class_examples import ExampleFiles, read_examples
 from lit_clip.commands.class_heads import Learned, Learning, learn, write_label_next
 from lit_clip.commands.class_output import Output, RankedClass, ranked, write_classes
 from lit_clip.commands.class_truth import Judge, folder_names, folder_truth
@@ -135,23 +135,36 @@ def classify(
     names = head.facts.names if head else examples.names if examples else typed or folder_names(images, files)
     folders = [path for path in map(Path, images) if path.is_dir()]
     judge = Judge(files, names, folder_truth(files, names, folders), given)
-    clip, learned = load_model(model), None
-    if head:
-        head.check(clip, f"--head {learning.head}")
-        classifier = Classifier(clip.to(best_device()), None, encoding, head)
-    else:
-        classifier = Classifier.of(clip.to(best_device()), names, prompts, encoding)
-    if examples and classifier.weights is not None:
-        learned = learn(clip, examples, prompts, classifier.weights, learning.none_error, encoding.settings())
-        classifier = Classifier(clip.to(best_device()), None, encoding, learned.head)
-        if learning.save_head:
-            save_head(learned.head, learning.save_head)
+    clip = load_model(model).to(best_device())
+    classifier, learned = _classifier(clip, head, examples, names, prompts, learning, encoding)
     answers = Answers(files, names, classifier.head, top_k, judge, keep=learning.label_next is not None)
     few = FEW if output is None and target is None and judge.known else None
     answers.collect(classifier, output or "table", target, few)
     if learned:
         _report(learned, learning, answers)
     judge.finish(Path(known.sheet))
+
+
+def _classifier(
+    model: CLIP,
+    head: Head | None,
+    examples: ExampleFiles | None,
+    names: Sequence[str],
+    prompts: Sequence[str],
+    learning: Learning,
+    encoding: Encoding,
+) -> tuple["Classifier", Learned | None]:
+    """Return what classifies: a head, one that is fitted on examples and saved, or the names alone."""
+    if head:
+        head.check(model, f"--head {learning.head}")
+        return Classifier(model, None, encoding, head), None
+    by_name = Classifier.of(model, names, prompts, encoding)
+    if examples is None or by_name.weights is None:
+        return by_name, None
+    learned = learn(model, examples, prompts, by_name.weights, learning.none_error, encoding.settings())
+    if learning.save_head:
+        save_head(learned.head, learning.save_head)
+    return Classifier(model, None, encoding, learned.head), learned
 
 
 def _report(learned: Learned, learning: Learning, answers: "Answers") -> None:

@@ -88,9 +88,8 @@ def export(
             advance(1)
     console.print(_table(folder, format, parity, dtype))
     console.print(f"written and checked: {folder}")
-    if format == "open_clip":
-        for note in _left_out(original):
-            console.print(note)
+    for note in _left_out(original) if format == "open_clip" else ():
+        console.print(note)
     if repository:
         stderr().print(repository.plan(folder))
         console.print(f"uploaded: {upload(folder, repository)}")
