@@ -14,7 +14,7 @@ from lit_clip.embedding.image_files import FileRows, image_file, images_in
 from lit_clip.errors import listed, require
 from lit_clip.tools.images import OnError
 from lit_clip.tools.reading import reading
-from lit_clip.tools.text_files import read_text
+from lit_clip.tools.text_files import from_cell, read_text
 
 TABLES = {".csv": ",", ".tsv": "\t"}
 SEPARATOR = ";"  # of an image's classes in a table
@@ -52,10 +52,11 @@ def _table(path: Path, names: Sequence[str] | None) -> ExampleFiles:
     text = io.StringIO(read_text(path, "--examples"))
     with reading(path, "table", "--examples"):
         reader = csv.DictReader(text, delimiter=TABLES[path.suffix.lower()])
-        found, rows = reader.fieldnames or [], list(reader)
+        found = reader.fieldnames or []
+        rows = [{name: from_cell(row[name] or "") for name in ("image", "classes") if name in row} for row in reader]
     lacking = [column for column in ("image", "classes") if column not in found]
     require(not lacking, f"--examples {path}: has no column {' and '.join(lacking)}; there are {listed(found)}")
-    split = [[word.strip() for word in (row["classes"] or "").split(SEPARATOR) if word.strip()] for row in rows]
+    split = [[word.strip() for word in row["classes"].split(SEPARATOR) if word.strip()] for row in rows]
     names = list(names or {word.casefold(): word for words in reversed(split) for word in reversed(words)}.values())
     places = {name.casefold(): place for place, name in enumerate(names)}
     files, relevant = dict[str, Path](), list[list[int]]()

@@ -1,7 +1,7 @@
 """``lit-clip evaluate``: evaluate a model on a suite of sets, as the paper does."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
@@ -12,7 +12,7 @@ from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.precision import Precision, check_precision
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.class_metrics import metrics_typed
-from lit_clip.evaluation.classification import TaskOptions
+from lit_clip.evaluation.classification import ClassHead, TaskOptions
 from lit_clip.evaluation.comparison import OtherRun, other_runs, paired_differences, seed_groups
 from lit_clip.evaluation.few_shot import SHOTS
 from lit_clip.evaluation.report.page import write_report
@@ -23,8 +23,11 @@ from lit_clip.evaluation.results import Results, provenance
 from lit_clip.evaluation.run import EvaluationRun
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import TASKS, SuiteEntry, Task, read_suite
+from lit_clip.heads import load_head
+from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.console import stderr
+from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.tools.images import OnError
 from lit_clip.tools.workers import workers_for_images
 
@@ -100,6 +103,7 @@ def evaluate(
     cache: str | None = None,
     encoding: Encoding = ENCODING,
     examples: Examples = EXAMPLES,
+    head: str | None = None,
     download: bool = False,
 ) -> None:
     """Evaluate a model on a suite of sets: zero-shot, linear probe, few-shot, retrieval, caption choice, segmentation.
@@ -114,8 +118,8 @@ def evaluate(
             curves.
         data_root: folder that the sets' paths are relative to.
         sets: names of the sets to evaluate; all if not given.
-        tasks: tasks to run, of zero_shot, linear_probe, few_shot, retrieval, geolocation, bias, caption_choice,
-            segmentation, pointing; all if not given.
+        tasks: tasks to run, of zero_shot, linear_probe, few_shot, head, retrieval, geolocation, bias, caption_choice,
+            segmentation, pointing; all if not given, head with --head.
         metrics: further metrics of zero-shot and linear probe as NAME=CLASS_PATH, of torchmetrics or of your own, such
             as auroc=torchmetrics.classification.MulticlassAUROC.
         compare: results.json of other runs, or their folders, to compare with; NAME=PATH names a run, and runs with
@@ -123,20 +127,24 @@ def evaluate(
         cache: folder for image and text features; cache in the output folder if not given.
         encoding: how images and texts are encoded.
         examples: of the few-shot results.
+        head: also evaluate this head, a file of classify --save_head, on the sets of its classes.
         download: first download the missing sets that torchvision or the Hugging Face hub has.
     """
     check_precision(encoding.precision, encoding.accelerator)
-    wanted = _tasks(tasks)
-    entries, options = _chosen(read_suite(suite), sets, wanted), examples.options(metrics)
+    wanted, options = _tasks(tasks, head), examples.options(metrics)
+    entries = _chosen(_with_head(read_suite(suite)) if head else read_suite(suite), sets, wanted)
     others = other_runs(compare or [], Path(output))
     clip, out = load_model(model), Path(output)
+    options = replace(options, head=_head(head, clip) if head else None)
     make_folder(out, "--output")
     store = FeatureStore(clip, Path(cache) if cache else out / "cache", encoding.settings())
     run = EvaluationRun(clip, store, Path(data_root), Results(out), options, wanted)
-    head = provenance(model, clip, store.fingerprint, encoding.precision, suite)
+    source = provenance(model, clip, store.fingerprint, encoding.precision, suite)
+    if head:
+        source |= {"head": {"path": head, "sha256": options.head.sha256 if options.head else ""}}
     run.evaluate(entries, download)
     if not distributed.rank_and_world()[0]:
-        _write_reports(run.results, head, others)
+        _write_reports(run.results, source, others)
         _print_downloads(run.results.sets, {} if download else entries)
         _raise_failures(run.results.sets, data_root)
 
@@ -147,11 +155,27 @@ def _print_downloads(found: Mapping[str, Mapping[str, Any]], entries: Mapping[st
         stderr().print(f"{len(missing)} of the missing sets can be downloaded with --download")
 
 
-def _write_reports(results: Results, head: dict[str, Any], others: Mapping[str, OtherRun]) -> None:
+def _head(path: str, clip: CLIP) -> ClassHead:
+    found = load_head(path)
+    found.check(clip, path)
+    return ClassHead(found.facts.names, found, found.facts.several, sha256_of_file(Path(path)))
+
+
+def _with_head(entries: Mapping[str, SuiteEntry]) -> dict[str, SuiteEntry]:
+    """Return the sets, with a head's task for those of classes."""
+    return {
+        name: replace(entry, tasks=[*tasks, "head"])
+        if "zero_shot" in (tasks := entry.tasks or []) and "head" not in tasks
+        else entry
+        for name, entry in entries.items()
+    }
+
+
+def _write_reports(results: Results, source: dict[str, Any], others: Mapping[str, OtherRun]) -> None:
     folder, groups = results.folder, seed_groups(others)
-    differences = paired_differences({**head, "sets": results.sets}, folder, others)
+    differences = paired_differences({**source, "sets": results.sets}, folder, others)
     compared = {"comparisons": [asdict(each) for each in differences]} if others else {}
-    written, runs = results.write({**head, **compared}), {name: run.results for name, run in others.items()}
+    written, runs = results.write({**source, **compared}), {name: run.results for name, run in others.items()}
     write_report(written, folder, runs, groups, differences)
     write_tables(written, folder, runs, groups)
     write_tensorboard(written, runs, folder)
@@ -171,10 +195,11 @@ def _chosen(
     return chosen
 
 
-def _tasks(names: Sequence[str] | None) -> tuple[Task, ...]:
+def _tasks(names: Sequence[str] | None, head: str | None) -> tuple[Task, ...]:
     unknown = [name for name in names or [] if name not in get_args(Task)]
     require(not unknown, f"--tasks: there is no {', '.join(unknown)}; there are {', '.join(TASKS)}")
-    return tuple(task for task in TASKS if not names or task in names)
+    require(bool(head) or "head" not in (names or ()), "--tasks head: needs --head, a file of classify --save_head")
+    return tuple(task for task in TASKS if (not names or task in names) and (head or task != "head"))
 
 
 def _raise_failures(sets: Mapping[str, Mapping[str, Any]], data_root: str) -> None:

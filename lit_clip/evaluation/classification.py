@@ -5,7 +5,7 @@ Shapes: N images, B some of them, C classes, D embedding dimension.
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lit_clip.errors import InputError, require
+from lit_clip.errors import InputError, listed, require
 from lit_clip.evaluation.accuracy import predictions
 from lit_clip.evaluation.class_head import MOST_FITS
 from lit_clip.evaluation.class_metrics import Computed, check_metrics, evaluate_metrics, write_array
@@ -52,6 +52,18 @@ ERRORS = 24  # images reported, the most confidently wrong ones
 THUMBNAIL = 160  # pixels
 
 
+class ClassHead(NamedTuple):
+    """A classifier of named classes, such as a :class:`lit_clip.heads.Head`, and a hash of it.
+
+    ``logits`` takes features before the projection ``[B, W]`` and unit features ``[B, D]``, and returns ``[B, C]``.
+    """
+
+    names: list[str]
+    logits: Callable[[Tensor, Tensor], Tensor]
+    several: bool
+    sha256: str
+
+
 @dataclass(frozen=True)
 class TaskOptions:
     """Options of the tasks."""
@@ -63,6 +75,7 @@ class TaskOptions:
     device: torch.device | None = None  # that probes are trained on; None: the best one
     show_progress: bool = True  # while probes are trained
     metrics: Mapping[str, Any] = field(default_factory=dict)  # of torchmetrics, see class_metrics
+    head: ClassHead | None = None  # that the task head evaluates
 
 
 class ClassScores(NamedTuple):
@@ -83,15 +96,37 @@ class ClassScores(NamedTuple):
 
 
 def class_scores(task: Task, opened: OpenSet, fold: Fold, options: TaskOptions) -> ClassScores:
-    """Return the scores by which zero-shot or a linear probe ranks the classes of a fold's test images."""
+    """Return the scores by which zero-shot, a head or a probe ranks the classes of a fold's test images."""
     if task == "zero_shot":
         logits = logits_of(opened, fold, opened.classifier)
         return ClassScores(
             comparable(opened.entry.metric, logits), logits, opened.logit_bias is not None, opened.logit_bias or 0.0
         )
+    if task == "head":
+        assert options.head is not None
+        logits = _head_logits(options.head, fold.features["test"], class_names(opened))
+        return ClassScores(logits, logits, options.head.several)
     fit = trained(task, opened, fold, options).fit
     scores = among(fit.scores(split_of(opened, fold, "test", options).features), fold.classes)
     return ClassScores(scores, scores, targets_of(opened, fold, "test").relevance is not None)
+
+
+def _head_logits(head: ClassHead, features: SetFeatures, names: Sequence[str]) -> Tensor:
+    """Return a head's logits ``[N, C]`` in the order of a set's classes."""
+    own = {_plain(name): place for place, name in enumerate(head.names)}
+    lacking = [name for name in names if _plain(name) not in own]
+    more = sorted(own.keys() - set(map(_plain, names)))
+    if lacking or more:
+        differ = (
+            f"has no class {listed(lacking)}" if lacking else f"has the class {listed(more)}, which the set has not"
+        )
+        raise InputError(f"--head: {differ}; set class_names in the suite, or name the head's sets with --sets")
+    logits = head.logits(torch.from_numpy(np.array(features.before)), embeddings(features))
+    return logits[:, [own[_plain(name)] for name in names]]
+
+
+def _plain(name: str) -> str:
+    return name.casefold().replace("_", " ")
 
 
 def embeddings(features: SetFeatures) -> Tensor:

@@ -79,11 +79,16 @@ def without_features(opened: OpenSet) -> SetFeatures | None:
 
 def class_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
     """Encode the prompts of a set's classes, see :attr:`lit_clip.evaluation.tasks.TaskParts.texts`."""
+    opened.classifier = encode(class_prompts(opened))
+
+
+def class_prompts(opened: OpenSet) -> Prompts:
+    """Return the prompts of a set's classes, which are then the set's."""
     test = opened.folds[0].images["test"]
     if not isinstance(test, LabelledImages):
         raise InputError(f"{type(test).__name__} has no classes, which zero-shot needs")
     opened.prompts = opened.prompts or prompts_of_set(opened.entry, test)
-    opened.classifier = encode(opened.prompts)
+    return opened.prompts
 
 
 def head_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:

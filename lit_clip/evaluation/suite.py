@@ -19,6 +19,7 @@ Task = Literal[
     "zero_shot",
     "linear_probe",
     "few_shot",
+    "head",
     "retrieval",
     "geolocation",
     "bias",

@@ -39,6 +39,7 @@ from lit_clip.evaluation.open_set import (
     bias_probe_texts,
     caption_texts,
     choice_texts,
+    class_prompts,
     class_texts,
     head_texts,
     place_texts,
@@ -235,6 +236,10 @@ def _of_probe(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
     return (*_of_examples(opened, options), describe(options.metrics))
 
 
+def _of_head(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
+    return (options.head.sha256 if options.head else "", *_of_classes(opened, options))
+
+
 def _of_captions(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
     return (opened.captions.digest,) if opened.captions else ()
 
@@ -248,6 +253,7 @@ PARTS: dict[Task, TaskParts] = {
     "zero_shot": TaskParts(partial(classification, "zero_shot"), class_texts, _of_classes),
     "linear_probe": TaskParts(partial(classification, "linear_probe"), None, _of_probe, **TRAINED),
     "few_shot": TaskParts(_few_shot, head_texts, _of_shots, **TRAINED),
+    "head": TaskParts(partial(classification, "head"), lambda opened, rows, encode: class_prompts(opened), _of_head),
     "retrieval": TaskParts(_retrieval, caption_texts, _of_captions),
     "geolocation": TaskParts(_geolocation, needed=("train", "test")),
     "bias": TaskParts(_bias, bias_probe_texts),

@@ -43,6 +43,11 @@ def no_formula(cell: Any) -> Any:
     )
 
 
+def from_cell(cell: str) -> str:
+    """Return what :func:`no_formula` made a cell of."""
+    return cell[1:] if cell[:1] == "'" and no_formula(cell[1:]) == cell else cell
+
+
 def read_json(path: str | Path, option: str = "") -> Any:
     """Return the content of a JSON file."""
     return _read(path, option, "JSON", json.loads)

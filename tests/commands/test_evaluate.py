@@ -27,6 +27,7 @@ from lit_clip.errors import InputError
 from lit_clip.evaluation import classification
 from lit_clip.evaluation.data import LabelledImages
 from lit_clip.evaluation.predictions import read_predictions
+from lit_clip.heads import head_from_images, load_head, save_head
 from tests.conftest import ROOT, lit_clip_command
 from tests.evaluation.test_clip_benchmark import CLASSES, TEMPLATES, write_shards
 from tests.helpers import forks
@@ -125,6 +126,31 @@ def test_results_equal_plain_loops_and_missing_sets_are_listed(root: Path) -> No
     page = (root / "out/report.html").read_text(encoding="utf-8")
     assert "ask its authors" in page
     assert list((root / "out").rglob("events.out.tfevents*"))
+
+
+def test_a_head_is_evaluated_on_the_sets_of_its_classes(root: Path) -> None:
+    """Its accuracy equals that of ``model.with_head``, whatever the order and the case of the classes' names."""
+    model = load_model("last.ckpt")
+    shuffled = [name.upper() for name in [*CLASSES[3:], *CLASSES[:3]]]
+    files = [path for name in CLASSES for path in sorted(Path("data/train", name).glob("*.png"))]
+    labels = [shuffled.index(path.parent.name.upper()) for path in files]
+    save_head(head_from_images(model, files, labels, shuffled), "head.safetensors")
+    results = evaluate("--head", "head.safetensors", "--sets", "noise", "--tasks", "zero_shot", "head")
+    tested = [path for name in CLASSES for path in sorted(Path("data/test", name).glob("*.png"))]
+    guess = model.with_head(load_head("head.safetensors")).classify(tested).argmax(dim=1)
+    right = [shuffled[place] == path.parent.name.upper() for place, path in zip(guess.tolist(), tested, strict=True)]
+    found = results["sets"]["noise"]["tasks"]
+    assert found["head"]["value"] == pytest.approx(sum(right) / len(right), abs=1e-9)
+    assert found["head"]["value"] > found["zero_shot"]["value"]
+    assert results["head"]["path"] == "head.safetensors"
+    assert "head, top-1" in (root / "out/report.html").read_text(encoding="utf-8")
+    assert list(read_predictions(root / "out", "noise", "head")["truth"]) == features("test")[1]
+
+    save_head(head_from_images(model, files, labels, [*shuffled[:-1], "zebra"]), "head.safetensors")
+    with pytest.raises(InputError, match=f"noise: --head: has no class '?{CLASSES[2]}"):
+        evaluate("--head", "head.safetensors", "--sets", "noise", "--tasks", "head")
+    with pytest.raises(InputError, match="--tasks head: needs --head, a file of classify --save_head"):
+        evaluate("--tasks", "head")
 
 
 def test_a_probe_of_one_set_is_tested_on_others_and_trained_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,6 +24,7 @@ from lit_clip.tools.html import plural, thumbnail
 
 TASKS = {
     **COLUMNS,
+    "head": "head",
     "geolocation": "location of the nearest neighbour",
     "bias": "bias probe",
     "caption_choice": "caption choice",
@@ -122,7 +123,7 @@ def _facts(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> Iterator[tupl
 def _confusions(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> Iterator[dict[str, Any]]:
     """Confused pairs of each task and, of few classes, the names and rows of the matrix."""
     names = [str(name) for name in entry.get("class_names") or []]
-    for task, title in COLUMNS.items():
+    for task, title in TASKS.items():
         found = tasks.get(task, {})
         pairs, matrix = (found.get("confusions") or [])[:CONFUSIONS], found.get("confusion_matrix") or []
         if all(len(row) == len(names) == len(matrix) for row in matrix) and (pairs or matrix):
@@ -131,7 +132,7 @@ def _confusions(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> Iterator
 
 def _thresholds(tasks: Mapping[str, Task]) -> Iterator[dict[str, Any]]:
     """Means and lines of the thresholds of each task on a set whose images have several classes."""
-    for task, title in COLUMNS.items():
+    for task, title in TASKS.items():
         found = tasks.get(task, {}).get("thresholds") or {}
         means = [number(found.get(name)) for name in F1]
         lines = [
