@@ -77,6 +77,11 @@ def without_features(opened: OpenSet) -> SetFeatures | None:
     return SetFeatures(np.empty((len(rows), 0), np.float32), np.empty((len(rows), 0), np.float32), rows, skipped)
 
 
+def class_names_only(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
+    """Name a set's classes, and encode nothing."""
+    class_prompts(opened)
+
+
 def class_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
     """Encode the prompts of a set's classes, see :attr:`lit_clip.evaluation.tasks.TaskParts.texts`."""
     opened.classifier = encode(class_prompts(opened))
