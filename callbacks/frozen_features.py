@@ -11,15 +11,23 @@ from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.evaluation_mode import evaluation_mode
-from lit_clip.models.frozen_prefix import find_frozen_prefix, use_frozen_prefix
+from lit_clip.models.frozen_prefix import FrozenPrefix, find_frozen_prefix, use_frozen_prefix
 from lit_clip.models.layers import TOWERS
 from lit_clip.module import LitCLIP
 from lit_clip.tools.hashing import hex_digest
-from lit_clip.tools.stored_rows import ABSENT
-from lit_clip.training.frozen_features import Encoding, my_share, open_rows, store_images, store_texts
+from lit_clip.tools.stored_rows import ABSENT, StoredRows
+from lit_clip.training.frozen_features import (
+    Encoding,
+    StoredTeacher,
+    Texts,
+    my_share,
+    open_rows,
+    store_images,
+    store_texts,
+)
 from lit_clip.training.micro_batches import HARD_NEGATIVES
 from lit_clip.training.place_contrastive import PlaceContrastive
-from lit_clip.training.teacher import Distillation
+from lit_clip.training.teacher import Distillation, Teacher
 from .compile import Compile
 
 
@@ -28,7 +36,8 @@ class FrozenFeatures(Callback):
 
     Steps and validations then read the activations from memory-mapped files, decode no image, and compute only the
     layers behind: losses equal those of the plain run to rounding. A tower of which nothing is frozen trains as usual,
-    and so does the text encoder where captions are made up at random, as OpenMoji's are.
+    and so does the text encoder where captions are made up at random, as OpenMoji's are. The teachers of
+    :class:`lit_clip.training.teacher.Distillation` encode each training image and caption once, too.
     An interrupted run goes on encoding where it was, and a later run encodes only the rows whose files were damaged,
     unless the frozen weights, the preprocessing, the precision, the images or the captions have changed.
 
@@ -44,6 +53,7 @@ class FrozenFeatures(Callback):
     def __init__(self, folder: str | None = None, augmentations: int = 0) -> None:
         require(augmentations >= 0, f"FrozenFeatures.augmentations: {augmentations} must be at least 0")
         self.folder, self.augmentations = folder, augmentations
+        self._in_use = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
@@ -55,40 +65,70 @@ class FrozenFeatures(Callback):
         module, data = cast(LitCLIP, pl_module), cast(Any, trainer).datamodule
         for tower in TOWERS if data.lists_captions else TOWERS[:1]:
             use_frozen_prefix(module.model, tower)
-        if not module.model.frozen_prefixes:
+        teachers = {each.teacher: each.loaded for each in module.loss.modules() if isinstance(each, Distillation)}
+        if not module.model.frozen_prefixes and not teachers:
             raise InputError(f"FrozenFeatures: {_nothing_stored(module.model, data)}, or remove the callback")
         _refuse_loss(module, data)
         with evaluation_mode(module):
-            self._store(trainer, module, data)
+            self._store(trainer, module, teachers)
 
-    def _store(self, trainer: Trainer, module: LitCLIP, data: Any) -> None:
+    def _store(self, trainer: Trainer, module: LitCLIP, teachers: dict[str, Any]) -> None:
         """Encode what is absent, and give the files to the data module."""
-        context, prefixes = trainer.precision_plugin.forward_context, module.model.frozen_prefixes
+        data, prefixes = cast(Any, trainer).datamodule, module.model.frozen_prefixes
+        context = trainer.precision_plugin.forward_context
         encoding = Encoding(module.model, context, str(trainer.precision), data.evaluation_batch_size)
         folder = Path(self.folder) if self.folder else data.cache_folder / "frozen_features"
         images = texts = None
-        if "image" in prefixes:
-            rows = data.image_rows(self.augmentations)
-            stored = open_rows(encoding, prefixes["image"], folder, rows.count, rows.identity)
-            wanted = my_share(stored)
-            store_images(encoding, prefixes["image"], stored, data.images_once(rows, wanted), len(wanted))
-            images = rows, stored
+        if "image" in prefixes or teachers:
+            rows, stored = data.image_rows(self.augmentations), None
+            if "image" in prefixes:
+                stored = open_rows(encoding, prefixes["image"], folder, rows.count, rows.identity)
+                wanted = my_share(stored)
+                store_images(encoding, prefixes["image"], stored, data.images_once(rows, wanted), len(wanted))
+            images = rows, stored, [_store_teacher(*each, encoding, folder, data, rows) for each in teachers.items()]
         if "text" in prefixes:
-            found = data.distinct_texts()
-            identity, longest = hex_digest([found.hashes.tobytes()]), found.tokens.shape[1]
-            stored = open_rows(encoding, prefixes["text"], folder, len(found.hashes), identity, longest)
-            store_texts(encoding, prefixes["text"], stored, found, my_share(stored))
-            texts = found.hashes, stored, longest
+            texts = _store_texts(encoding, prefixes["text"], folder, data.distinct_texts())
         distributed.barrier()
-        for kept in (images, texts):
-            require(kept is None or not np.any(kept[1].state() == ABSENT), f"{folder}: all machines must share it")
+        every = [images and images[1], texts and texts[1]]
+        for teacher in images[2] if images else ():
+            every += [teacher.images, teacher.texts and teacher.texts[1]]
+        for kept in every:
+            require(kept is None or not np.any(kept.state() == ABSENT), f"{folder}: all machines must share it")
         data.use_stored(images, texts)
+        self._in_use = True
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        module, data = cast(LitCLIP, pl_module), cast(Any, trainer).datamodule
-        if module.model.frozen_prefixes:
-            module.model.frozen_prefixes = {}
-            data.use_stored(None, None)
+        cast(LitCLIP, pl_module).model.frozen_prefixes = {}
+        if self._in_use:
+            cast(Any, trainer).datamodule.use_stored(None, None)
+            self._in_use = False
+
+
+def _store_texts(encoding: Encoding, prefix: FrozenPrefix, folder: Path, texts: Texts) -> tuple[Any, StoredRows, int]:
+    """Encode the captions that are absent; return their hashes, the file, and the longest caption's length."""
+    identity, longest = hex_digest([texts.hashes.tobytes()]), texts.tokens.shape[1]
+    stored = open_rows(encoding, prefix, folder, len(texts.hashes), identity, longest)
+    store_texts(encoding, prefix, stored, texts, my_share(stored))
+    return texts.hashes, stored, longest
+
+
+def _store_teacher(name: str, teacher: Teacher, student: Encoding, folder: Path, data: Any, rows: Any) -> StoredTeacher:
+    """Encode the training images and captions that are absent in a teacher's files."""
+    encoding = student._replace(model=teacher.model.to(student.model.device))
+    identity = hex_digest([rows.trained_identity, data.preprocessing])  # images are the student's
+    images = open_rows(encoding, FrozenPrefix("image"), folder, rows.trained, identity)
+    wanted = my_share(images)
+    batches = (
+        batch._replace(images=teacher.resized(batch.images.to(encoding.model.device))) if len(batch.rows) else batch
+        for batch in data.images_once(rows, wanted)
+    )
+    store_images(encoding, FrozenPrefix("image"), images, batches, len(wanted))
+    texts = None
+    if data.lists_captions:
+        found = data.distinct_texts(teacher.model.tokenizer)
+        texts = _store_texts(encoding, FrozenPrefix("text"), folder, found)[:2]
+        teacher.model.cpu()  # no longer needed
+    return StoredTeacher(name, images, texts)
 
 
 def _nothing_stored(model: CLIP, data: Any) -> str:
@@ -116,7 +156,7 @@ def _refuse(trainer: Trainer, module: LightningModule) -> None:
 def _refuse_loss(module: LitCLIP, data: Any) -> None:
     """Raise :class:`InputError` for a loss that needs what is not encoded."""
     for part in module.loss.modules():
-        needs_images = isinstance(part, Distillation | PlaceContrastive)
+        needs_images = isinstance(part, PlaceContrastive) and "image" in module.model.frozen_prefixes
         require(not needs_images, f"FrozenFeatures: {type(part).__name__} needs images; remove one of them")
     negatives = module.loss.uses_negatives and getattr(data, "negative_column", None)
     require(not negatives or "text" not in module.model.frozen_prefixes, HARD_NEGATIVES)

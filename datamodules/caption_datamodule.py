@@ -257,7 +257,8 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         source = self._fitting(source)
         if self.stored_images:
             require(not self.patch_budgets, "data.patch_budgets: FrozenFeatures encodes each image once; leave one out")
-            return self._loader(StoredPairs(source, self.stored_images, self.seed), batch_sampler=batches)
+            pairs = StoredPairs(source, self.stored_images, self.seed, self.training_pairs(source))
+            return self._loader(pairs, batch_sampler=batches)
         return self._loader(self.training_pairs(source), batch_sampler=batches)
 
     def training_pairs(self, source: PairSource) -> TrainingPairs:
@@ -273,7 +274,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         assert self.val_source is not None, "call setup first"
         source = self._fitting(self.val_source)
         batches = EvaluationBatchSampler(len(source), self.evaluation_batch_size, *self._rank_and_world())
-        if self.stored_images:
+        if self.stored_images and self.stored_images.stored:
             return self._loader(StoredPairs(source, self.stored_images, self.seed), batch_sampler=batches)
         return self._loader(self.validation_pairs(source), batch_sampler=batches)
 

@@ -62,7 +62,7 @@ class Collate:
     ) -> None:
         self.tokenize, self.texts = tokenize, texts
         self.nothing = torch.zeros(0, *shape, dtype=torch.uint8)
-        if images:
+        if images and images.stored:
             self.nothing = torch.zeros(0, *images.stored.shape, dtype=images.stored.dtype)
 
     def __call__(self, samples: list[PairSample | Skipped]) -> CaptionBatch:

@@ -1,4 +1,4 @@
-"""Samples whose images or captions were encoded once by frozen layers: the activations take their place.
+"""Samples whose images or captions were encoded once: activations in their place, and a teacher's features beside them.
 
 :class:`callbacks.FrozenFeatures` fills the files; here is which row of a file belongs to which sample.
 """
@@ -20,7 +20,8 @@ from lit_clip.tools.hashing import hash64, hex_digest
 from lit_clip.tools.images import OnError
 from lit_clip.tools.stored_rows import StoredRows
 from lit_clip.tools.workers import SharedMemoryCollate, shield_worker
-from lit_clip.training.frozen_features import ImageBatch, Texts
+from lit_clip.training.frozen_features import ImageBatch, StoredTeacher, Texts
+from lit_clip.training.teacher import stored_name
 from ..loading.augmentation import Augmentation, described_augmentation
 from ..loading.cache import default_cache_dir
 from ..loading.sampling import TrainingSample, sample_seed
@@ -36,8 +37,9 @@ class DistinctImageRows:
         self.versions = versions  # augmented, of each training image
         self._train, self._first_train, train_images = _distinct_images(train)
         self._val, self._first_val, val_images = _distinct_images(val)
-        self._trained = len(self._first_train) * versions
-        self.count = self._trained + len(self._first_val)
+        self.trained = len(self._first_train) * versions  # these rows come first
+        self.count = self.trained + len(self._first_val)
+        self.trained_identity = hex_digest([*settings, versions, *train_images])
         self.identity = hex_digest([*settings, versions, len(train_images), *train_images, *val_images])
 
     def training(self, row: int, version: int) -> int:
@@ -46,12 +48,12 @@ class DistinctImageRows:
 
     def validation(self, row: int) -> int:
         """Return the row of a validation sample's image."""
-        return self._trained + int(self._val[row])
+        return self.trained + int(self._val[row])
 
     def origin(self, row: int) -> TrainingSample | int:
         """Return the training sample, whose epoch is the version, or the validation row that an image is loaded as."""
-        if row >= self._trained:
-            return int(self._first_val[row - self._trained])
+        if row >= self.trained:
+            return int(self._first_val[row - self.trained])
         image, version = divmod(row, self.versions)
         return TrainingSample(version, int(self._first_train[image]))
 
@@ -116,26 +118,33 @@ class PairSample(NamedTuple):
 
 
 class StoredImages(NamedTuple):
-    """A file of activations of images, and which row belongs to which sample."""
+    """Files of what images were encoded to, and which row belongs to which sample.
+
+    ``stored`` are activations; None: none of the image encoder is frozen, and images are decoded.
+    """
 
     rows: DistinctImageRows
-    stored: StoredRows
+    stored: StoredRows | None
+    teachers: Sequence[StoredTeacher] = ()
 
 
 class StoredPairs(Dataset[PairSample]):
-    """Samples with stored activations; the captions are drawn as with the images.
+    """Samples with stored activations, or with the images that a teacher has seen; and the teachers' features.
 
-    A training sample draws from the run's ``seed``; a validation sample is a row.
+    The captions are drawn as in a plain run. A training sample draws from the run's ``seed``; a validation sample is a
+    row, and has no teacher's features. ``decoded`` are the training samples with images.
     """
 
-    def __init__(self, source: PairSource, images: StoredImages, seed: int) -> None:
-        self.source, self.images, self.seed = source, images, seed
+    def __init__(
+        self, source: PairSource, images: StoredImages, seed: int, decoded: Dataset[PairSample] | None = None
+    ) -> None:
+        self.source, self.images, self.seed, self.decoded = source, images, seed, decoded
 
     def __len__(self) -> int:
         return len(self.source)
 
     def __getitem__(self, sample: TrainingSample | int) -> PairSample:
-        rows, stored = self.images
+        rows, stored, teachers = self.images
         if isinstance(sample, TrainingSample):
             index, rng = sample.row, random.Random(sample_seed(self.seed, sample))
             text = self.source.text(index, rng)
@@ -143,11 +152,47 @@ class StoredPairs(Dataset[PairSample]):
         else:
             index, rng = sample, None
             text, row = self.source.text(index, rng), rows.validation(index)
-        activations = stored.read(row)
-        if activations is None:
-            self.source.load(index, rng)  # says what is wrong with it
-            raise BadSample(text.key, "not stored", f"its image was not readable before; delete {stored.folder}")
-        return PairSample(activations, *text)
+        if stored is not None:
+            image = self._read(stored, row, index)
+        else:
+            assert self.decoded is not None
+            image = self.decoded[rows.origin(row)].image
+        extra = dict(text.extra)
+        for teacher in teachers if rng else ():
+            extra[stored_name(teacher.name, "image")] = self._read(teacher.images, row, index)
+            if teacher.texts:
+                extra[stored_name(teacher.name, "text")] = _text_features(*teacher.texts, text.caption)
+        return PairSample(image, *text._replace(extra=extra))
+
+    def _read(self, stored: StoredRows, row: int, index: int) -> Tensor:
+        found = stored.read(row)
+        if found is None:
+            pair = self.source.load(index, None)  # says what is wrong with it
+            raise BadSample(pair.key, "not stored", f"its image was not readable before; delete {stored.folder}")
+        return found
+
+
+def text_hashes(texts: Sequence[str]) -> np.ndarray:
+    """Hash each text, int64 ``[N]``."""
+    return np.frombuffer(b"".join(map(hash64, texts)), dtype=np.int64)
+
+
+def _rows_of(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """Return the rows of wanted hashes among ascending ones."""
+    rows = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
+    if not np.array_equal(hashes[rows], wanted):
+        raise InputError(
+            "FrozenFeatures: a caption is not among those that the data list, so it was not encoded; train all of "
+            "the text encoder, or remove the callback"
+        )
+    return rows
+
+
+def _text_features(hashes: np.ndarray, stored: StoredRows, text: str) -> Tensor:
+    (row,) = _rows_of(hashes, text_hashes([text])).tolist()
+    found = stored.read(row)
+    assert found is not None, "checked before training"
+    return found
 
 
 def token_hashes(tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> np.ndarray:
@@ -155,6 +200,13 @@ def token_hashes(tokens: Tensor, lengths: Sequence[int] | np.ndarray) -> np.ndar
     rows = tokens.numpy()
     found = [hash64(rows[row, :length].tobytes()) for row, length in enumerate(lengths)]
     return np.frombuffer(b"".join(found), dtype=np.int64)
+
+
+def tokenized(tokenize: TextTokenizer, texts: Sequence[str]) -> tuple[Tensor, np.ndarray]:
+    """Return padded tokens, int64 ``[N, context length]``, and the texts' lengths."""
+    starts = range(0, len(texts), TOKENIZED_AT_ONCE)
+    tokens = torch.cat([tokenize(texts[start : start + TOKENIZED_AT_ONCE]) for start in starts])
+    return tokens, tokenize.lengths(tokens).numpy()
 
 
 class StoredTexts(NamedTuple):
@@ -172,15 +224,9 @@ class StoredTexts(NamedTuple):
 
     def of(self, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
         """Return the activations of a batch of captions, ``[B, ...]``."""
-        wanted = token_hashes(tokens, lengths)
-        rows = np.minimum(np.searchsorted(self.hashes, wanted), len(self.hashes) - 1)
-        shape = self.stored.shape
+        rows, shape = _rows_of(self.hashes, token_hashes(tokens, lengths)), self.stored.shape
         found = self.stored.read(rows, max(lengths) + shape[0] - self.longest if len(shape) == 2 else None)
-        if found is None or not np.array_equal(self.hashes[rows], wanted):
-            raise InputError(
-                "FrozenFeatures: a caption is not among those that the data list, so it was not encoded; train all of "
-                "the text encoder, or remove the callback"
-            )
+        assert found is not None, "checked before training"
         return found
 
 
@@ -248,23 +294,27 @@ class WithStoredFeatures:
             generator=torch.Generator(),
         )
 
-    def distinct_texts(self) -> Texts:
-        """Tokenize every caption of ``fit``, equal tokens once; reads no image where that is possible."""
+    def distinct_texts(self, teachers: TextTokenizer | None = None) -> Texts:
+        """Tokenize every caption of ``fit``, equal tokens once; reads no image where that is possible.
+
+        With a teacher's tokenizer, every training caption, equal texts once.
+        """
+        sources = self._fit_sources[:1] if teachers else self._fit_sources
         captions: dict[str, None] = {}
-        for source in self._fit_sources:
+        for source in sources:
             for row in range(len(source)):
                 with suppress(BadSample):  # loading it will raise or skip it
                     captions.update(dict.fromkeys(source.captions(row)))
-        every = list(captions)
-        starts = range(0, len(every), TOKENIZED_AT_ONCE)
-        tokens = torch.cat([self.tokenize(every[start : start + TOKENIZED_AT_ONCE]) for start in starts])
-        lengths = self.tokenize.lengths(tokens).numpy()
-        hashes, kept = np.unique(token_hashes(tokens, lengths), return_index=True)
+        tokens, lengths = tokenized(teachers or self.tokenize, list(captions))
+        hashes = text_hashes(list(captions)) if teachers else token_hashes(tokens, lengths)
+        hashes, kept = np.unique(hashes, return_index=True)
         return Texts(tokens[torch.from_numpy(kept), : int(lengths.max())], lengths[kept], hashes)
 
     def use_stored(
-        self, images: tuple[DistinctImageRows, StoredRows] | None, texts: tuple[np.ndarray, StoredRows, int] | None
+        self,
+        images: tuple[DistinctImageRows, StoredRows | None, Sequence[StoredTeacher]] | None,
+        texts: tuple[np.ndarray, StoredRows, int] | None,
     ) -> None:
-        """Make batches with stored activations: fields of :class:`StoredImages`, :class:`StoredTexts`, or both."""
+        """Make batches with what is stored: fields of :class:`StoredImages`, :class:`StoredTexts`, or both."""
         self.stored_images = images and StoredImages(*images)
         self.stored_texts = texts and StoredTexts(*texts)

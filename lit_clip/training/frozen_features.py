@@ -1,4 +1,4 @@
-"""Encode every image and caption once through the frozen layers, and keep the result in files.
+"""Encode every image and caption once through frozen layers, or a teacher, and keep the result in files.
 
 A file belongs to one fingerprint: of the frozen weights, the preprocessing, the place where the frozen layers end, the
 precision, and the images or captions themselves. Another fingerprint is another folder.
@@ -42,7 +42,10 @@ class Encoding(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Distinct captions: padded tokens, int64 ``[N, L]``, their lengths, and ascending hashes of the tokens ``[N]``."""
+    """Distinct captions: padded tokens, int64 ``[N, L]``, their lengths, and ascending hashes ``[N]``.
+
+    The hashes are those of the tokens, or for a teacher of the texts.
+    """
 
     tokens: Tensor
     lengths: np.ndarray
@@ -55,6 +58,17 @@ class ImageBatch(NamedTuple):
     rows: np.ndarray
     images: Tensor
     unusable: list[int]
+
+
+class StoredTeacher(NamedTuple):
+    """Files of a teacher's features of the training images, and of the captions with the hashes of their texts.
+
+    ``texts`` is None for captions that are made up at random.
+    """
+
+    name: str
+    images: StoredRows
+    texts: tuple[np.ndarray, StoredRows] | None
 
 
 def frozen_sha256(model: CLIP, prefix: FrozenPrefix, precision: str) -> str:

@@ -4,14 +4,17 @@ import math
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import require
+from lit_clip.losses.contrastive import unit
 from lit_clip.losses.distillation import ModelFeatures, blockwise_distillation, feature_distance
 from lit_clip.losses.loss import Loss, Pairs
 from lit_clip.models.config import height_width
+from lit_clip.models.layers import TOWERS, Tower
 from lit_clip.weights.load import load_model
 
 
@@ -28,20 +31,31 @@ class Teacher:
         return self
 
     @torch.no_grad()
-    def features(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
-        """Return unit features ``[B, D]`` of images and captions; images are resized to the teacher's size."""
+    def features(self, batch: CaptionBatch, tower: Tower) -> Tensor:
+        """Return unit features ``[B, D]`` of images or captions."""
+        model = self.model.to(batch.images.device)
+        if tower == "image":
+            return model.encode_image(model.normalize(self.resized(batch.images)), normalize=True)
         captioned = len(batch.captions) == len(batch.images)
         require(captioned, "model.loss: the teacher needs captions, and the data module's batches have none")
-        model = self.model.to(batch.images.device)
-        images, size_HW = batch.images, list(height_width(model.preprocessing.image_size))
-        ours = model.preprocessing.patch_size
+        tokens = model.tokenizer.trim(model.tokenize(batch.captions)).to(batch.images.device)
+        return model.encode_text(tokens, normalize=True)
+
+    def resized(self, images: Tensor) -> Tensor:
+        """Return uint8 images of the teacher's size."""
+        preprocessing = self.model.preprocessing
+        size_HW, ours = list(height_width(preprocessing.image_size)), preprocessing.patch_size
         if images.ndim == 3 or ours is not None:
             same = images.ndim == 3 and ours is not None and images.shape[2] == 3 * ours**2
             require(same, "model.loss: a teacher and its student must both read NaFlex's patches, or neither")
         elif list(images.shape[-2:]) != size_HW:
             images = TF.resize(images, size_HW, TF.InterpolationMode.BICUBIC, antialias=True)
-        tokens = model.tokenizer.trim(model.tokenize(batch.captions)).to(images.device)
-        return model.encode_image(model.normalize(images), normalize=True), model.encode_text(tokens, normalize=True)
+        return images
+
+
+def stored_name(teacher: str, tower: Tower) -> str:
+    """Return the name in ``CaptionBatch.extra`` of a teacher's stored features."""
+    return f"{tower} features of {teacher}"
 
 
 Kind = Literal["probabilities", "features"]
@@ -50,13 +64,15 @@ Kind = Literal["probabilities", "features"]
 class Distillation(Loss):
     """Distance to a teacher, which the model learns from or, if that is the model before training, stays close to.
 
-    Use it beside another loss, with :class:`lit_clip.losses.Sum`. The teacher keeps its own preprocessing and
-    tokenizer; it is loaded when training starts, and in no checkpoint.
+    Use it beside another loss, with :class:`lit_clip.losses.Sum`; a sum may have several. The teacher keeps its own
+    preprocessing and tokenizer; it is loaded when training starts, and in no checkpoint. It encodes the batch of each
+    step, or with :class:`callbacks.FrozenFeatures` each image and caption once.
 
     Args:
         teacher: anything :func:`lit_clip.load_model` opens.
         of: ``probabilities``: cross-entropy between the teacher's and the model's over the batch's images and captions;
-            ``features``: squared distance of unit features, which must have the same number of channels.
+            ``features``: squared distance of unit features. If the teacher has another number of channels, a linear
+            map of the model's features is learned for each encoder (CLIP-KD, Yang et al. 2024).
     """
 
     def __init__(self, teacher: str, of: Kind = "probabilities") -> None:
@@ -64,24 +80,41 @@ class Distillation(Loss):
         require(of in get_args(Kind), f"model.loss: Distillation.of {of!r} must be 'probabilities' or 'features'")
         self.teacher, self.of = str(teacher), of
         self.loaded: Teacher | None = None
+        self.maps: Any = nn.ModuleDict()
 
     def prepare(self, model: Any) -> None:
         if self.loaded is None:
             self.loaded = Teacher(self.teacher)
         ours, theirs = model.config.embed_dim, self.loaded.model.config.embed_dim
-        differ = f"model.loss: Distillation.of features: {self.teacher} has {theirs} channels and the model {ours}"
-        require(self.of != "features" or ours == theirs, f"{differ}; leave it at probabilities")
+        if self.of == "features" and ours != theirs and not self.maps:
+            self.maps.update({tower: nn.Linear(ours, theirs) for tower in TOWERS})
 
     def forward(self, pairs: Pairs) -> Tensor:
         assert self.loaded is not None, "call prepare first"
-        features = [self.loaded.features(part) for part in pairs.parts]
-        image, text = (torch.cat(rows)[: len(pairs.image)] for rows in zip(*features, strict=True))
+        image, text = (self._teachers(pairs, tower) for tower in TOWERS)
         if self.of == "features":
-            return feature_distance((pairs.image, pairs.text), (image, text), pairs.ranks)
+            ours = self._mapped("image", pairs.image), self._mapped("text", pairs.text)
+            return feature_distance(ours, (image, text), pairs.ranks)
         student = ModelFeatures(pairs.image, pairs.text, pairs.scale)
         return blockwise_distillation(
             student, ModelFeatures(image, text, self.loaded.model.logit_scale.exp()), pairs.ranks
         )
+
+    def _teachers(self, pairs: Pairs, tower: Tower) -> Tensor:
+        """Return the teacher's unit features ``[B, D]``: stored ones where the batch has them."""
+        assert self.loaded is not None
+        features = pairs.batch.extra.get(stored_name(self.teacher, tower))
+        if not len(pairs.image):
+            features = pairs.image.new_zeros(0, self.loaded.model.config.embed_dim)
+        elif features is None:
+            features = torch.cat([self.loaded.features(part, tower) for part in pairs.parts])[: len(pairs.image)]
+        return unit(features).to(pairs.image.dtype)
+
+    def _mapped(self, tower: Tower, features: Tensor) -> Tensor:
+        """Return the model's features with the teacher's number of channels; Matryoshka's may be the first ones."""
+        if not self.maps:
+            return features
+        return F.linear(features, self.maps[tower].weight[:, : features.shape[1]], self.maps[tower].bias)
 
     def chance_loss(self, pairs: int) -> float:
         """Return log N, the cross-entropy if all candidates seem equal; distances of features say nothing of pairs."""

@@ -18,11 +18,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.distributed import gather_rows
-from lit_clip.losses import Contrastive, Loss, LossValue, Matryoshka, Pairs, Sigmoid, Sum, WholeBatch, tiled
+from lit_clip.losses import Alignment, Contrastive, Loss, LossValue, Matryoshka, Pairs, Sigmoid, Sum, WholeBatch, tiled
 from lit_clip.losses.contrastive import unit
 from lit_clip.losses.loss import evaluate_loss
 from lit_clip.losses.tiled import HardNegatives, PairLayout, sharded_contrastive_loss, sharded_sigmoid_loss
 from lit_clip.models.clip import CLIP
+from lit_clip.models.layers import TOWERS
 from lit_clip.module import LitCLIP
 from lit_clip.training import preservation
 from lit_clip.training.micro_batches import encode_pairs
@@ -119,7 +120,7 @@ def sigmoid_loop(duplicates: str, pretraining_batch: int | None = None) -> Loop:
 
 def distillation_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
     """Return the cross-entropy with the teacher's probabilities, one query at a time."""
-    theirs = teacher.features(whole_batch())
+    theirs = [teacher.features(whole_batch(), tower) for tower in TOWERS]
     total = torch.zeros((), dtype=torch.float64)
     for ours, candidates, target, targets in (
         (x.image, x.text, theirs[0], theirs[1]),
@@ -130,6 +131,23 @@ def distillation_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
             logits = x.scale * candidates @ ours[i]
             total = total - (probabilities * (logits - logits.exp().sum().log())).sum()
     return total / (2 * len(x.image))
+
+
+def feature_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
+    """Return the squared distance of the mapped features to a teacher's with more channels, one pair at a time."""
+    (term,) = (part for part in loss.modules() if isinstance(part, Distillation))
+    total = torch.zeros((), dtype=torch.float64)
+    for tower, ours in (("image", x.image), ("text", x.text)):
+        weight, bias = term.maps[tower].weight, term.maps[tower].bias
+        for row, target in zip(ours, teacher.features(whole_batch(), tower), strict=True):
+            mapped = weight[:, : len(row)] @ row + bias
+            total = total + ((mapped / mapped.norm() - target) ** 2).sum()
+    return total / len(x.image)
+
+
+def alignment_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
+    """Return the mean squared distance of pairs."""
+    return torch.stack([((a - b) ** 2).sum() for a, b in zip(x.image, x.text, strict=True)]).mean()
 
 
 def place_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
@@ -260,6 +278,11 @@ CASES: dict[str, Case] = {
         lambda teacher: Matryoshka(Sum([Distillation(teacher), Sigmoid()]), [8]),
         matryoshka_loop(sum_loop([1, 1], [distillation_loop, sigmoid_loop("negatives")]), [8], [1]),
     ),
+    "Matryoshka of Distillation of features": Case(
+        lambda teacher: Matryoshka(Distillation(teacher, "features"), [8, 16]),
+        matryoshka_loop(feature_loop, [8, 16], [1, 1]),
+    ),
+    "Alignment": Case(lambda _: Alignment(), alignment_loop),
     "a user's": Case(lambda _: WeightedMargin(), margin_loop),
     "a user's, hard negatives": Case(lambda _: WeightedMargin(0.2), margin_loop, True),
 }
@@ -313,8 +336,10 @@ class Setup(NamedTuple):
         for module in loss.modules():
             if isinstance(module, Distillation):
                 module.loaded = self.teacher
-        loss.prepare(self.module.model)
-        return of_another_model(loss)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)  # the same parameters in each process
+            loss.prepare(self.module.model)
+        return of_another_model(loss).double()
 
     def module_of(self, case: Case) -> LitCLIP:
         module = copy.deepcopy(self.module)
