@@ -13,6 +13,7 @@ from .loading.bad_samples import BadSamples
 from .openmoji import OpenMoji, OpenMojiClasses
 from .pairs.custom import CustomPairs
 from .pairs.source import CaptionOptions, Classes, Columns
+from .parallel_sentences import ParallelSentences
 from .shards.pairs import ShardOptions
 
 __all__ = [
@@ -28,6 +29,7 @@ __all__ = [
     "NoCaptions",
     "OpenMoji",
     "OpenMojiClasses",
+    "ParallelSentences",
     "ParquetClasses",
     "RandomSquareCrop",
     "ShardOptions",

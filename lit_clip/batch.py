@@ -14,7 +14,7 @@ class CaptionBatch(NamedTuple):
 
     Attributes:
         images: uint8 ``[B, 3, H, W]``, not normalised: the model does that on its device; or floating point
-            ``[B, ...]``, stored activations of the image encoder's frozen layers.
+            ``[B, ...]``, stored activations of the image encoder's frozen layers, or features in the images' place.
         tokens: int64 ``[B, L]``, ``L`` at most the context length, padded after the end-of-text token.
         keys: identify the images (rows with one key share one image), stable between runs.
         captions: the texts of ``tokens``, for a teacher with another tokenizer; optional.

@@ -177,8 +177,11 @@ def frozen_activations(model: Any, prefix: FrozenPrefix, inputs: Tensor, lengths
 
 
 def image_features_from(model: Any, stored: Tensor) -> Tensor:
-    """Compute the image encoder behind its frozen layers: :func:`frozen_activations` -> ``[B, D]``."""
-    prefix, visual = model.frozen_prefixes["image"], model.visual
+    """Compute the image encoder behind its frozen layers: :func:`frozen_activations` -> ``[B, D]``.
+
+    If no prefix is in use, they are features in the place of an image's.
+    """
+    prefix, visual = model.frozen_prefixes.get("image", FrozenPrefix("image")), model.visual
     if prefix.boundary is None:
         return stored
     if isinstance(visual, VisionTransformer):

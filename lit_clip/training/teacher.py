@@ -88,6 +88,9 @@ class Distillation(Loss):
         ours, theirs = model.config.embed_dim, self.loaded.model.config.embed_dim
         if self.of == "features" and ours != theirs and not self.maps:
             self.maps.update({tower: nn.Linear(ours, theirs) for tower in TOWERS})
+            for each in self.maps.values():  # lengths are kept; random ones would depend on the number of ranks
+                nn.init.eye_(each.weight)
+                nn.init.zeros_(each.bias)
 
     def forward(self, pairs: Pairs) -> Tensor:
         assert self.loaded is not None, "call prepare first"

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from callbacks import FrozenFeatures, defaults
 from datamodules import Captions
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
+from lit_clip.losses import Contrastive, Sum
 from lit_clip.models.config import (
     CLIPConfig,
     HuggingFaceTextConfig,
@@ -30,6 +32,7 @@ from lit_clip.tools import stored_rows
 from lit_clip.tools.stored_rows import StoredRows
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
+from lit_clip.training.teacher import Distillation
 from tests.helpers.towers import shaken
 
 OURS = TextTransformerConfig(context_length=16, width=16, layers=2, heads=1)
@@ -67,6 +70,7 @@ class Run(NamedTuple):
         data: further options of ``Captions``.
         trainer: further options of the trainer.
         augmentations: fixed versions of each image.
+        teachers: checkpoints and what is distilled of them, beside the contrastive loss.
         stop_at: the step at which the run stops itself after a checkpoint.
         resume: whether to resume from that checkpoint.
     """
@@ -81,6 +85,7 @@ class Run(NamedTuple):
     data: dict[str, Any] = {}
     trainer: dict[str, Any] = {}
     augmentations: int = 0
+    teachers: Sequence[tuple[str, Any]] = ()
     stop_at: int | None = None
     resume: bool = False
 
@@ -116,7 +121,8 @@ def fit(run: Run, *callbacks: Callback) -> tuple[Recorder, LitCLIP]:
     seed_everything(1, verbose=False)
     # With a smaller eps, AdamW would amplify rounding errors of gradients that are nearly zero.
     rate = {"optimizer": partial(PaperAdamW, lr=3e-3, eps=1e-4), "lr_scheduler": partial(WarmupCosine, warmup_steps=1)}
-    module = LitCLIP(config_of(run.towers), freeze=FREEZES[run.freeze], **rate, **run.model)
+    loss = Sum([Contrastive(), *(Distillation(*each) for each in run.teachers)]) if run.teachers else None
+    module = LitCLIP(config_of(run.towers), freeze=FREEZES[run.freeze], **{"loss": loss, **rate, **run.model})
     shaken(module.model)
     data = Captions(
         run.table,

@@ -31,6 +31,7 @@ from lit_clip.training.place_contrastive import PlaceContrastive
 from lit_clip.training.preservation import KeptPairs, Preservation
 from lit_clip.training.teacher import Distillation, Teacher
 from tests.helpers.ranks import CONFIG, DUPLICATES, PAIRS, _Step, make_batch, make_module, serve
+from tests.helpers.towers import shaken
 
 CONFIG_WITH_BIAS = dataclasses.replace(CONFIG, logit_bias=True)
 COUNTS = {1: [(8,)], 2: [(5, 3), (8, 0)], 3: [(5, 0, 3), (3, 4, 1)]}  # pairs of each rank
@@ -336,9 +337,10 @@ class Setup(NamedTuple):
         for module in loss.modules():
             if isinstance(module, Distillation):
                 module.loaded = self.teacher
-        with torch.random.fork_rng():
-            torch.manual_seed(0)  # the same parameters in each process
-            loss.prepare(self.module.model)
+        loss.prepare(self.module.model)
+        for each in loss.modules():
+            if isinstance(each, Distillation):
+                shaken(each.maps)
         return of_another_model(loss).double()
 
     def module_of(self, case: Case) -> LitCLIP:
