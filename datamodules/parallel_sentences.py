@@ -2,6 +2,7 @@
 
 import random
 from contextlib import nullcontext
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_clip import distributed
 from lit_clip.errors import InputError, require
+from lit_clip.models.clip import CLIP
 from lit_clip.models.frozen_prefix import FrozenPrefix
 from lit_clip.models.layers import tower_parameters
 from lit_clip.tools.hashing import hash64
@@ -76,8 +78,8 @@ class ParallelSentences(CaptionDataModule):
         val: as ``train``; None: a tenth of the sentences of ``train``, chosen by ``seed``.
         source: column of the sentences that the teacher reads.
         target: column of their translations, texts or lists of texts.
-        teacher: anything :func:`lit_clip.load_model` opens whose features the image encoder's belong to; None:
-            ``model.pretrained``.
+        teacher: anything :func:`lit_clip.load_model` opens whose features the image encoder's belong to; None: the
+            model that is trained, with the weights of ``model.pretrained``.
         keep_source: half of the training samples are sentences of ``source`` with their own features, so that the text
             encoder keeps that language.
 
@@ -137,18 +139,21 @@ class ParallelSentences(CaptionDataModule):
         require(module is not None, "ParallelSentences: needs a trainer")
         trained = any(each.requires_grad for each in tower_parameters(module.model, "image").values())
         require(not trained, f"{NO_IMAGES} for the image encoder to learn; set model.freeze.image to all")
-        teacher = self.teacher or module.hparams.get("pretrained")
-        require(teacher is not None, "data.teacher: not set; it is the model that reads the sentences of data.source")
-        self.stored_images = self._encoded(str(teacher), module.model.config.embed_dim)
+        if self.teacher is None:
+            known = module.starts_trained
+            require(known, "data.teacher: who reads the sentences of data.source? set it, or model.pretrained")
+            teacher = deepcopy(module.model).eval()  # a resumed run's weights are not restored yet
+        else:
+            teacher = load_model(self.teacher)
+        ours, theirs = module.model.config.embed_dim, teacher.config.embed_dim
+        require(ours == theirs, f"data.teacher: {self.teacher} has {theirs} channels and the model {ours}")
+        self.stored_images = self._encoded(teacher.requires_grad_(False))
 
-    def _encoded(self, teacher: str, channels: int) -> StoredImages:
+    def _encoded(self, model: CLIP) -> StoredImages:
         """Encode the sentences that are not stored yet, on all ranks."""
         val = self.val_source
         assert val is not None
         train = self.train_source or Rows(val, np.zeros(0, np.int64))
-        model = load_model(teacher).requires_grad_(False)
-        theirs = model.config.embed_dim
-        require(theirs == channels, f"data.teacher: {teacher} has {theirs} channels and the model {channels}")
         rows = DistinctImageRows(train, val, 1, ())
         firsts = [rows.origin(row) for row in range(rows.count)]
         sentences = [val.key(first) if isinstance(first, int) else train.key(first.row) for first in firsts]

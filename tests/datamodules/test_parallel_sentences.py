@@ -1,0 +1,148 @@
+"""A text encoder learns a toy language from sentences and translations alone; the image encoder serves it as it is."""
+
+import csv
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+
+from callbacks import FrozenFeatures
+from datamodules import ParallelSentences
+from lit_clip import load_model
+from lit_clip.commands.wise_ft import save
+from lit_clip.errors import InputError
+from lit_clip.losses import Alignment
+from lit_clip.models.clip import CLIP
+from lit_clip.models.finetuning import Freeze
+from lit_clip.module import LitCLIP
+from lit_clip.tools.stored_rows import StoredRows
+from lit_clip.training.optimizers import PaperAdamW
+from lit_clip.training.schedules import WarmupCosine
+from tests.helpers.frozen_runs import config_of
+from tests.test_module import trainer
+
+LETTERS = str.maketrans("abcdefghijklmnopqrstuvwxyz", "ebcdifghojklmnupqrstavwxyz"[::-1])
+
+
+def translated(text: str) -> str:
+    """Return a text of a toy language: other letters."""
+    return text.lower().translate(LETTERS)
+
+
+@pytest.fixture
+def sentences(tmp_path: Path, overfitted: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> tuple[Path, list[str]]:
+    """A table of 64 names of drawings and their translations, one without, and the names."""
+    with overfitted[1].open(encoding="utf-8") as file:
+        names = [row["caption"] for row in csv.DictReader(file)]
+    path = tmp_path / "sentences.csv"
+    with path.open("w", encoding="utf-8", newline="") as file:
+        rows = [*zip(names, map(translated, names), strict=True), ("not translated", "")]
+        csv.writer(file).writerows([("source", "target"), *rows])
+    monkeypatch.setattr(ParallelSentences, "cache_folder", tmp_path / "cache")
+    return path, names
+
+
+def fit(module: LitCLIP, data: ParallelSentences, folder: Path, *callbacks: Callback, **options: Any) -> Any:
+    options = {"max_epochs": 45, "limit_val_batches": 0, "num_sanity_val_steps": 0, **options}
+    fitting = trainer(folder, callbacks=list(callbacks), **options)
+    fitting.fit(module, data)
+    return fitting
+
+
+def learner(pretrained: Path, **options: Any) -> LitCLIP:
+    rate = {"optimizer": partial(PaperAdamW, lr=2e-3), "lr_scheduler": partial(WarmupCosine, warmup_steps=10)}
+    settings: dict[str, Any] = {"loss": Alignment(), "freeze": Freeze("all", temperature=True), **rate, **options}
+    return LitCLIP(None, pretrained, **settings)
+
+
+def named_right(model: CLIP, images: torch.Tensor, names: list[str]) -> float:
+    return float((model.encode(names) @ images.T).argmax(dim=0).eq(torch.arange(len(names))).float().mean())
+
+
+def test_images_are_found_in_the_new_language_and_in_the_old_one(
+    sentences: tuple[Path, list[str]], overfitted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    path, names = sentences
+    with overfitted[1].open(encoding="utf-8") as file:
+        images = [overfitted[1].parent / row["image"] for row in csv.DictReader(file)]
+    before = load_model(overfitted[0])
+    features, others = before.encode(images), [translated(name) for name in names]
+    module = learner(overfitted[0])
+    data = ParallelSentences(str(path), str(path), batch_size=64, num_workers=0)
+    metrics = fit(module, data, tmp_path, limit_val_batches=1.0, check_val_every_n_epoch=45).callback_metrics
+    assert named_right(before, features, others) < 0.1
+    assert named_right(module.model.eval(), features, others) > 0.8 * named_right(before, features, names)
+    assert named_right(module.model, features, names) > 0.8 * named_right(before, features, names)
+    assert metrics["val/text_to_image_recall@1"] > 0.8
+    for name, value in before.visual.state_dict().items():
+        assert torch.equal(module.model.visual.state_dict()[name], value)
+
+
+class Losses(Callback):
+    """Keep batches and losses, and compute each loss one pair at a time."""
+
+    def __init__(self, teacher: CLIP) -> None:
+        self.teacher, self.found, self.expected, self.kept = teacher, [], [], []
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        ours = pl_module.model.encode(list(batch.captions)).double()
+        theirs = self.teacher.encode(batch.keys).double()
+        total = sum(float(((a - b) ** 2).sum()) for a, b in zip(ours, theirs, strict=True))
+        self.expected.append(total / len(batch.keys))
+        self.kept += [caption == key for caption, key in zip(batch.captions, batch.keys, strict=True)]
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.found.append(float(pl_module.last_step.loss))
+
+
+def test_the_loss_is_the_distance_to_the_teachers_features_and_half_of_the_samples_are_the_source(
+    sentences: tuple[Path, list[str]], overfitted: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    losses = Losses(load_model(overfitted[0]))
+    data = ParallelSentences(str(sentences[0]), batch_size=19, num_workers=0)
+    fit(learner(overfitted[0], micro_batch_size=8), data, tmp_path, losses, max_epochs=4)
+    assert losses.found == pytest.approx(losses.expected, rel=1e-4)
+    assert 0.35 < sum(losses.kept) / len(losses.kept) < 0.65
+    monkeypatch.setattr(StoredRows, "write", None)  # a second run encodes nothing
+    none = Losses(losses.teacher)
+    data = ParallelSentences(str(sentences[0]), teacher=str(overfitted[0]), keep_source=False, num_workers=0)
+    fit(learner(overfitted[0]), data, tmp_path, none, max_epochs=1)
+    assert not any(none.kept)
+
+
+def test_validation_has_the_first_translation_of_sentences_that_are_not_trained_on(tmp_path: Path) -> None:
+    rows = [{"en": f"text {i % 20}", "xx": [f"first {i}", f"second {i}"]} for i in range(40)]
+    (tmp_path / "sentences.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = ParallelSentences(str(tmp_path / "sentences.jsonl"), source="en", target="xx")
+    train, val = data.sources(fit=True)
+    assert train is not None
+    trained, validated = ({source.key(row) for row in range(len(source))} for source in (train, val))
+    assert (len(trained), len(validated), trained & validated) == (18, 2, set())
+    assert [val.text(row, None).caption for row in range(len(val))] == [val.captions(row)[0] for row in range(len(val))]
+    assert all(val.captions(row)[0].startswith("first ") for row in range(len(val)))
+
+
+def refused(change: dict[str, Any], path: Path, weights: Path, folder: Path, *callbacks: Callback, **model: Any) -> str:
+    with pytest.raises(InputError) as error:
+        fit(learner(weights, **model), ParallelSentences(str(path), **change), folder, *callbacks)
+    return str(error.value)
+
+
+def test_what_would_teach_nothing_is_refused(
+    sentences: tuple[Path, list[str]], overfitted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    path, weights = sentences[0], overfitted[0]
+    save(CLIP(config_of("vit")), tmp_path / "other.ckpt", {})
+    other = {"teacher": str(tmp_path / "other.ckpt")}
+    assert "set model.freeze.image to all" in refused({}, path, weights, tmp_path, freeze=None)
+    assert "other.ckpt has 16 channels and the model " in refused(other, path, weights, tmp_path)
+    assert "its columns are source, target; set --data.source" in refused({"source": "en"}, path, weights, tmp_path)
+    callback = FrozenFeatures(str(tmp_path / "cache"))
+    assert "without callbacks.FrozenFeatures; remove it" in refused({}, path, weights, tmp_path, callback)
+    module = LitCLIP(config_of("vit"), freeze=Freeze("all"))
+    with pytest.raises(InputError, match=r"data.teacher: who reads the sentences of data.source\? set it, or"):
+        fit(module, ParallelSentences(str(path)), tmp_path)
