@@ -1,7 +1,8 @@
 """Losses: their contract, plain definitions, tiled and distributed forms, combinations, duplicates, distillation."""
 
+from lit_clip.losses.alignment import Alignment
 from lit_clip.losses.combined import Matryoshka, Sum
 from lit_clip.losses.loss import Loss, LossValue, Pairs, WholeBatch
-from lit_clip.losses.pairwise import Alignment, Contrastive, Sigmoid
+from lit_clip.losses.pairwise import Contrastive, Sigmoid
 
 __all__ = ["Alignment", "Contrastive", "Loss", "LossValue", "Matryoshka", "Pairs", "Sigmoid", "Sum", "WholeBatch"]

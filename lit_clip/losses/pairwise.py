@@ -1,4 +1,4 @@
-"""The losses of the paper and of SigLIP, and the distance of pairs."""
+"""The losses of the paper and of SigLIP."""
 
 import math
 from typing import Any, get_args
@@ -119,19 +119,6 @@ class Sigmoid(Loss):
     def chance_loss(self, pairs: int) -> float:
         """Return ``log N + (N - 1) log(N / (N - 1))``: the best prediction for each of an image's N captions is 1/N."""
         return math.log(pairs) + ((pairs - 1) * math.log(pairs / (pairs - 1)) if pairs > 1 else 0.0)
-
-
-class Alignment(Loss):
-    """Squared distance between the unit features of a pair (Wang & Isola 2020); other pairs play no part.
-
-    It suits features of which one side is given, as with :class:`datamodules.ParallelSentences`; if both are learned,
-    all become equal.
-    """
-
-    def forward(self, pairs: Pairs) -> Tensor:
-        with torch.autocast(pairs.image.device.type, enabled=False):
-            distance = (pairs.image - pairs.text).square().sum()
-        return distance / max(1, len(pairs.image)) * pairs.ranks.weight
 
 
 def default_loss(model: Any) -> Loss:
