@@ -72,7 +72,7 @@ class FrozenFeatures(Callback):
         with evaluation_mode(module):
             self._store(trainer, module, teachers)
 
-    def _store(self, trainer: Trainer, module: LitCLIP, teachers: dict[str, Any]) -> None:
+    def _store(self, trainer: Trainer, module: LitCLIP, teachers: dict[str | None, Any]) -> None:
         """Encode what is absent, and give the files to the data module."""
         data, prefixes = cast(Any, trainer).datamodule, module.model.frozen_prefixes
         context = trainer.precision_plugin.forward_context
@@ -112,7 +112,9 @@ def _store_texts(encoding: Encoding, prefix: FrozenPrefix, folder: Path, texts: 
     return texts.hashes, stored, longest
 
 
-def _store_teacher(name: str, teacher: Teacher, student: Encoding, folder: Path, data: Any, rows: Any) -> StoredTeacher:
+def _store_teacher(
+    name: str | None, teacher: Teacher, student: Encoding, folder: Path, data: Any, rows: Any
+) -> StoredTeacher:
     """Encode the training images and captions that are absent in a teacher's files."""
     encoding = student._replace(model=teacher.model.to(student.model.device))
     identity = hex_digest([rows.trained_identity, data.preprocessing])  # images are the student's

@@ -66,7 +66,7 @@ class StoredTeacher(NamedTuple):
     ``texts`` is None for captions that are made up at random.
     """
 
-    name: str
+    name: str | None
     images: StoredRows
     texts: tuple[np.ndarray, StoredRows] | None
 

@@ -1,5 +1,6 @@
 """Distillation from a teacher: any model that can be loaded."""
 
+import copy
 import math
 from typing import Any, Literal, get_args
 
@@ -13,8 +14,11 @@ from lit_clip.errors import require
 from lit_clip.losses.contrastive import unit
 from lit_clip.losses.distillation import ModelFeatures, blockwise_distillation, feature_distance
 from lit_clip.losses.loss import Loss, Pairs
+from lit_clip.models.clip import CLIP
 from lit_clip.models.config import height_width
 from lit_clip.models.layers import TOWERS, Tower
+from lit_clip.models.lora import is_added
+from lit_clip.weights.fingerprint import tensors_sha256
 from lit_clip.weights.load import load_model
 
 
@@ -24,8 +28,8 @@ class Teacher:
     Not a module, so that it is never part of a student's parameters, checkpoints or copies.
     """
 
-    def __init__(self, name: str) -> None:
-        self.model = load_model(name).requires_grad_(False)
+    def __init__(self, model: CLIP) -> None:
+        self.model = model.eval().requires_grad_(False)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Teacher":
         return self
@@ -53,7 +57,7 @@ class Teacher:
         return images
 
 
-def stored_name(teacher: str, tower: Tower) -> str:
+def stored_name(teacher: str | None, tower: Tower) -> str:
     """Return the name in ``CaptionBatch.extra`` of a teacher's stored features."""
     return f"{tower} features of {teacher}"
 
@@ -69,22 +73,30 @@ class Distillation(Loss):
     step, or with :class:`callbacks.FrozenFeatures` each image and caption once.
 
     Args:
-        teacher: anything :func:`lit_clip.load_model` opens.
+        teacher: anything :func:`lit_clip.load_model` opens; None: the model before training. A checkpoint has its
+            SHA-256, so a run is only resumed with the same one.
         of: ``probabilities``: cross-entropy between the teacher's and the model's over the batch's images and captions;
             ``features``: squared distance of unit features. If the teacher has another number of channels, a linear
             map of the model's features is learned for each encoder (CLIP-KD, Yang et al. 2024).
     """
 
-    def __init__(self, teacher: str, of: Kind = "probabilities") -> None:
+    def __init__(self, teacher: str | None = None, of: Kind = "probabilities") -> None:
         super().__init__()
         require(of in get_args(Kind), f"model.loss: Distillation.of {of!r} must be 'probabilities' or 'features'")
-        self.teacher, self.of = str(teacher), of
+        self.teacher, self.of = None if teacher is None else str(teacher), of
         self.loaded: Teacher | None = None
+        self._before = torch.zeros(0, dtype=torch.uint8)  # SHA-256 of the model before
         self.maps: Any = nn.ModuleDict()
 
     def prepare(self, model: Any) -> None:
-        if self.loaded is None:
-            self.loaded = Teacher(self.teacher)
+        if self.loaded is None and self.teacher is None:
+            self.loaded = Teacher(copy.deepcopy(model))
+            given = {
+                name: value for name, value in model.state_dict().items() if not is_added(name)
+            }  # LoRA's is random
+            self._before = torch.tensor(list(bytes.fromhex(tensors_sha256(given))), dtype=torch.uint8)
+        elif self.loaded is None:
+            self.loaded = Teacher(load_model(str(self.teacher)))
         ours, theirs = model.config.embed_dim, self.loaded.model.config.embed_dim
         if self.of == "features" and ours != theirs and not self.maps:
             self.maps.update({tower: nn.Linear(ours, theirs) for tower in TOWERS})
@@ -122,3 +134,14 @@ class Distillation(Loss):
     def chance_loss(self, pairs: int) -> float:
         """Return log N, the cross-entropy if all candidates seem equal; distances of features say nothing of pairs."""
         return math.log(pairs) if self.of == "probabilities" else 0.0
+
+    def get_extra_state(self) -> Tensor:
+        return self._before
+
+    def set_extra_state(self, state: Tensor) -> None:
+        same = self.loaded is None or torch.equal(state.cpu(), self._before)
+        require(
+            same,
+            "model.loss: Distillation keeps close to the model before training, which is another one than the "
+            "checkpoint's run began with; set model.pretrained as it was then",
+        )

@@ -50,14 +50,16 @@ def test_the_last_line_names_the_best_model_by_recall_where_the_loss_misleads(
 ) -> None:
     """Also of a run that was resumed, whose first epochs were another process's."""
     trained(tiny_config, caption_table, tmp_path, 2)
-    *_, note, _ = capfd.readouterr().out.splitlines()
+    *_, note, _, _ = capfd.readouterr().out.splitlines()
     assert "recall rose until epoch 2" in note
     trained(tiny_config, caption_table, tmp_path, 4, tmp_path / "last.ckpt")
-    *_, note, best = capfd.readouterr().out.splitlines()
+    *_, note, best, preferred = capfd.readouterr().out.splitlines()
     assert note == (
         "val/loss rose from epoch 1 on, while val/mean_recall rose until epoch 3: the best model is by recall"
     )
     assert best == f"best val/mean_recall (0.7): {tmp_path / 'best.ckpt'}"
+    told = "64 pairs to validate are too few to tell the best model; take"
+    assert preferred == f"{told} {tmp_path / 'last.ckpt'}"
     assert torch.load(tmp_path / "best.ckpt", weights_only=True)["epoch"] == 2
 
 

@@ -13,6 +13,7 @@ from callbacks import FrozenFeatures
 from datamodules import OpenMoji
 from datamodules.loading.augmentation import Augmentation
 from datamodules.loading.bad_samples import BadSamples
+from lit_clip import load_model
 from lit_clip.commands.wise_ft import save
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Sum
@@ -115,10 +116,10 @@ def test_a_teacher_has_seen_the_version_of_an_image_that_is_trained_on(run: Run)
         seen = set()
         for batch in steps.batches:
             theirs = unit(batch.extra[stored_name(own, "image")])
-            images = Teacher(own).features(batch, "image") if freeze == "nothing" else unit(batch.images)
+            images = Teacher(load_model(own)).features(batch, "image") if freeze == "nothing" else unit(batch.images)
             torch.testing.assert_close(theirs, images, rtol=0, atol=1e-5)
             texts = unit(batch.extra[stored_name(own, "text")])
-            torch.testing.assert_close(texts, Teacher(own).features(batch, "text"), rtol=0, atol=1e-5)
+            torch.testing.assert_close(texts, Teacher(load_model(own)).features(batch, "text"), rtol=0, atol=1e-5)
             seen |= {(key, *map(float, row[:4])) for key, row in zip(batch.keys, theirs, strict=True)}
         versions = [sum(key == each for key, *_ in seen) for each in {key for key, *_ in seen}]
         assert 1 < max(versions) <= 3

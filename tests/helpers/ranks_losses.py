@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lit_clip import distributed
+from lit_clip import distributed, load_model
 from lit_clip.batch import CaptionBatch
 from lit_clip.distributed import gather_rows
 from lit_clip.losses import Alignment, Contrastive, Loss, LossValue, Matryoshka, Pairs, Sigmoid, Sum, WholeBatch, tiled
@@ -324,7 +324,7 @@ class Setup(NamedTuple):
     @classmethod
     def of(cls, teacher: str) -> "Setup":
         preservation._load = kept_pairs  # in this process of a rank
-        found = Teacher(teacher)
+        found = Teacher(load_model(teacher))
         found.model.double()
         module = make_module(architecture=CONFIG_WITH_BIAS, micro_batch_size=2)
         assert module.model.logit_bias is not None

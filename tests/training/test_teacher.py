@@ -15,6 +15,7 @@ from torchvision.transforms.v2 import functional as TF
 
 import lit_clip.losses.distillation
 from callbacks import EMA
+from lit_clip import load_model
 from lit_clip.batch import CaptionBatch
 from lit_clip.commands.wise_ft import save
 from lit_clip.distributed import RankCounts
@@ -25,6 +26,7 @@ from lit_clip.losses.distillation import ModelFeatures, blockwise_distillation, 
 from lit_clip.models import preprocess as pp
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.models.finetuning import Freeze
 from lit_clip.models.layers import TOWERS
 from lit_clip.module import LitCLIP
 from lit_clip.training.schedules import WarmupCosine
@@ -141,6 +143,32 @@ def test_the_model_before_as_teacher_keeps_the_features(tiny_config: CLIPConfig,
         optimizer.step()
         losses.append(float(loss))
     assert losses[-1] < losses[0] / 2
+
+
+def test_without_a_name_the_teacher_is_the_model_before_also_on_resume(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    """As with its file's name, and a run that begins with another model does not go on."""
+    for name in ("before", "other"):
+        save(CLIP(tiny_config), tmp_path / f"{name}.ckpt", {})
+
+    def run(teacher: str | None, start: str = "before", resumed: Path | None = None) -> LitCLIP:
+        loss = Sum([Contrastive(), Distillation(teacher, "features")], [1, 3])
+        module = LitCLIP(pretrained=tmp_path / f"{start}.ckpt", loss=loss, freeze=Freeze(text="all"))
+        fitting = trainer(tmp_path, max_steps=4 if resumed else 2)
+        fitting.fit(module, data_for(module, caption_table), ckpt_path=resumed, weights_only=True)
+        fitting.save_checkpoint(tmp_path / f"{'resumed' if resumed else 'last'}.ckpt")
+        return module
+
+    named, unnamed = run(str(tmp_path / "before.ckpt")), run(None)
+    for name, value in named.model.state_dict().items():
+        assert torch.equal(value, unnamed.model.state_dict()[name]), name
+    last = tmp_path / "last.ckpt"
+    teacher = teacher_of(run(None, resumed=last)).model
+    before = load_model(tmp_path / "before.ckpt").state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in teacher.state_dict().items())
+    with pytest.raises(InputError, match="the model before training, which is another one than the checkpoint's run"):
+        run(None, "other", last)
 
 
 def test_at_most_one_block_of_logits_exists_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
