@@ -1,11 +1,12 @@
 """An index of a folder's images that is kept up to date, and exact search in it."""
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from lit_clip.embedding.encode import EncodingSettings, check_complete, encode, image_task, report_skipped
 from lit_clip.embedding.feature_files import FeatureTable, collect
@@ -68,13 +69,20 @@ def _holds_other_arrays(path: Path) -> bool:
 
 def nearest(features: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the highest products of rows ``[N, D]`` with queries ``[Q, D]``, and their rows: ``[Q, min(k, N)]``."""
-    scores = torch.empty(len(queries), 0)
-    rows = torch.empty(len(queries), 0, dtype=torch.long)
-    for start in range(0, len(features), CHUNK):
-        chunk = np.require(features[start : start + CHUNK], requirements="W")  # torch warns of read-only arrays
-        block = torch.from_numpy(queries) @ torch.from_numpy(chunk).T  # [Q, chunk]
-        scores = torch.cat([scores, block], dim=1)
-        here = torch.arange(start, start + block.shape[1]).expand(len(queries), -1)
-        scores, best = scores.topk(min(k, scores.shape[1]), dim=1)
-        rows = torch.cat([rows, here], dim=1).gather(1, best)
+    starts = range(0, len(features), CHUNK)
+    chunks = (np.require(features[start : start + CHUNK], requirements="W") for start in starts)  # else torch warns
+    scores, rows = nearest_in(map(torch.from_numpy, chunks), torch.from_numpy(queries), k)
     return scores.numpy(), rows.numpy()
+
+
+def nearest_in(chunks: Iterable[Tensor], queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return what :func:`nearest` does; ``chunks`` are the rows, of at most ``CHUNK`` each, on the queries' device."""
+    scores, start = queries.new_empty(len(queries), 0), 0
+    rows = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
+    for chunk in chunks:
+        block = queries @ chunk.T  # [Q, chunk]
+        scores = torch.cat([scores, block], dim=1)
+        here = torch.arange(start, start + len(chunk), device=queries.device).expand(len(queries), -1)
+        scores, best = scores.topk(min(k, scores.shape[1]), dim=1)
+        rows, start = torch.cat([rows, here], dim=1).gather(1, best), start + len(chunk)
+    return scores, rows

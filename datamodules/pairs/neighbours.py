@@ -1,0 +1,75 @@
+"""The nearest neighbours of training pairs by features: exact, in blocks that are the same on any number of ranks."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from lit_clip.distributed import gather_objects, rank_and_world
+from lit_clip.embedding.feature_files import read_features
+from lit_clip.embedding.index import CHUNK, nearest_in
+from lit_clip.embedding.pair_scores import pair_hash
+from lit_clip.errors import require
+from lit_clip.tools.hardware import best_device
+from .duplicates import PairNames
+
+NEAREST = 32  # neighbours of each item; batches use those that the epoch has not used yet
+QUERIES = 256  # items that are compared with all others at once
+
+
+class Neighbours(NamedTuple):
+    """The nearest items of each item, and the rows of each item; an item is an image, or a caption of one.
+
+    Item i has the rows ``rows[starts[i] : starts[i + 1]]``, int32; ``starts`` is int64 ``[I + 1]``.
+    """
+
+    items: np.ndarray  # of each row, int32 [N]; -1: without features
+    nearest: np.ndarray  # items, the nearest first, int32 [I, K]
+    starts: np.ndarray
+    rows: np.ndarray
+
+    @classmethod
+    def of(cls, items: np.ndarray, nearest: np.ndarray) -> "Neighbours":
+        """Make them of the first two."""
+        counts = np.bincount(items[items >= 0], minlength=len(nearest))
+        rows = np.argsort(items, kind="stable")[np.count_nonzero(items < 0) :].astype(np.int32)
+        return cls(items, nearest, np.concatenate([[0], np.cumsum(counts)]), rows)
+
+    def near(self, row: int) -> Iterator[int]:
+        """Yield the rows of the nearest items."""
+        item = int(self.items[row])
+        for other in self.nearest[item].tolist() if item >= 0 else ():
+            yield from self.rows[self.starts[other] : self.starts[other + 1]].tolist()
+
+
+def nearest_items(features: np.ndarray) -> np.ndarray:
+    """Return the nearest others of unit features ``[I, D]`` by their cosine, int32 ``[I, K]``; a collective."""
+    rank, world = rank_and_world()
+    every, found = torch.from_numpy(features).to(best_device()), []
+    for start in range(0, len(features), QUERIES)[rank::world]:
+        _, rows = nearest_in(every.split(CHUNK), every[start : start + QUERIES], NEAREST + 1)
+        own = rows == torch.arange(start, start + len(rows), device=rows.device)[:, None]
+        others = rows.gather(1, own.int().argsort(dim=1, stable=True)[:, :-1])  # itself, or else the last, is left out
+        found.append((start, others.cpu().numpy().astype(np.int32)))
+    return np.concatenate([rows for _, rows in sorted(gather_objects(found), key=lambda part: part[0])])
+
+
+def stored_neighbours(path: str, names: PairNames) -> Neighbours:
+    """Return the neighbours of a source's rows by a file of ``lit-clip embed``; a collective."""
+    stored = read_features(Path(path).expanduser())
+    captions = stored.captions or [""] * len(stored.keys)
+    hashes = np.array([pair_hash(*pair) for pair in zip(stored.keys, captions, strict=True)], dtype=np.int64)
+    wanted, order = names.pairs if stored.captions else names.images, np.argsort(hashes)
+    place = order[np.searchsorted(hashes, wanted, sorter=order).clip(max=len(hashes) - 1)]
+    found = hashes[place] == wanted
+    require(
+        bool(found.any()),
+        f"data.batches.features: {path} has features of none of the {len(wanted):,} training pairs; write it with "
+        "lit-clip embed on the same data",
+    )
+    used, numbers = np.unique(place[found], return_inverse=True)  # validation images are nobody's neighbours
+    items = np.full(len(wanted), -1, dtype=np.int32)
+    items[found] = numbers
+    return Neighbours.of(items, nearest_items(stored.features[used]))
