@@ -139,7 +139,7 @@ class _Walk:
     def _add_neighbours(self, batch: list[int]) -> None:
         """Add the nearest rows that fit, one for each row of the batch in turn, until it is full."""
         assert self.near
-        queues = [self.near.near(row) for row in batch]
+        queues = [iter(rows) for rows in self.near.near(np.array(batch, dtype=np.int64), self.draws)]
         while queues and len(batch) < self.size:
             rest = []
             for queue in queues:

@@ -1,6 +1,5 @@
 """The nearest neighbours of training pairs by features: exact, in blocks that are the same on any number of ranks."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,11 +36,18 @@ class Neighbours(NamedTuple):
         rows = np.argsort(items, kind="stable")[np.count_nonzero(items < 0) :].astype(np.int32)
         return cls(items, nearest, np.concatenate([[0], np.cumsum(counts)]), rows)
 
-    def near(self, row: int) -> Iterator[int]:
-        """Yield the rows of the nearest items."""
-        item = int(self.items[row])
-        for other in self.nearest[item].tolist() if item >= 0 else ():
-            yield from self.rows[self.starts[other] : self.starts[other + 1]].tolist()
+    def near(self, rows: np.ndarray, draws: np.ndarray) -> list[list[int]]:
+        """Return for each of ``rows`` those of its nearest items that have ``draws``, int ``[N]``."""
+        items = self.items[rows]
+        others = self.nearest[items]  # [n, K]; of the last item where there is none
+        first, counts = self.starts[others], self.starts[others + 1] - self.starts[others]
+        counts[items < 0] = 0
+        before = np.cumsum(counts).reshape(counts.shape) - counts
+        found = self.rows[np.repeat(first - before, counts.reshape(-1)) + np.arange(counts.sum())]
+        usable = draws[found] > 0
+        of_row = np.repeat(np.arange(len(rows)), counts.sum(axis=1))[usable]
+        parts = np.split(found[usable], np.searchsorted(of_row, np.arange(1, len(rows))))
+        return [part.tolist() for part in parts]
 
 
 def nearest_items(features: np.ndarray) -> np.ndarray:

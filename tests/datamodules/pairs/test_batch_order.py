@@ -249,8 +249,10 @@ def test_features_of_captions_and_of_some_images_give_neighbours_to_their_rows(t
     assert near.items.tolist() == [row // 3 if row % 3 == 0 else -1 for row in range(60)]
     cosines = unit(20) @ unit(20).T
     np.fill_diagonal(cosines, -2)
-    assert list(near.near(9)) == (3 * np.argsort(-cosines[3])[:19]).tolist()
-    assert list(near.near(10)) == []
+    nearest, every = (3 * np.argsort(-cosines[3])[:19]).tolist(), np.ones(60, dtype=bool)
+    assert near.near(np.array([9, 10, 9]), every) == [nearest, [], nearest]
+    every[nearest[0]] = False
+    assert near.near(np.array([9]), every) == [nearest[1:]]
 
 
 def test_rows_that_a_mixture_repeats_are_not_in_one_batch_twice(table: Path) -> None:
@@ -283,7 +285,7 @@ def test_a_run_resumed_within_an_epoch_continues_bit_for_bit(table: Path, tmp_pa
     batches = BatchOptions(hard=0.5, features=embedded(table))
     run = Run(str(tmp_path / "whole"), str(table), epochs=2, data={"batches": batches, "batch_size": 8})
     whole, module = fit(run)
-    stopped = run._replace(folder=str(tmp_path), stop_at=len(whole.samples) // 2)
+    stopped = run._replace(folder=str(tmp_path), stop_at=10)  # of 14, after 3 of the second epoch
     first, _ = fit(stopped)
     second, resumed = fit(stopped._replace(stop_at=None, resume=True))
     assert first.samples + second.samples == whole.samples
