@@ -31,11 +31,11 @@ from .loading.sampling import (
     default_batch_size,
 )
 from .pairs.batch_order import BatchOptions, BatchOrder
-from .pairs.batches import Collate, TrainingPairs, ValidationPairs
+from .pairs.batches import Collate, SourcePairs, TrainingPairs, ValidationPairs
 from .pairs.caption_lengths import report_captions
 from .pairs.duplicates import name_pairs
 from .pairs.kept import digest_of_kept
-from .pairs.neighbours import stored_neighbours
+from .pairs.neighbours import distinct_images, neighbours_of_images, stored_neighbours
 from .pairs.one_caption import one_caption_each, rows_of_each_image
 from .pairs.sentences import FittingCaptions
 from .pairs.source import CaptionOptions, PairSource
@@ -118,6 +118,21 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         return train, val
 
     @property
+    def position(self) -> Position:
+        """Position in the data that training starts from."""
+        return Position(self._resumed["epoch"], self._resumed["batch"]) if self._resumed else Position()
+
+    def neighbour_images(self) -> SourcePairs:
+        """Return each image of the training source once, to find the neighbours of pairs by."""
+        assert self.batch_order is not None, "needs batches.hard"
+        return SourcePairs(self.batch_order.source, distinct_images(self._names).tolist())
+
+    def use_neighbours(self, images: np.ndarray, nearest: np.ndarray) -> None:
+        """Fill the hard places of the next epochs: numbers of :meth:`neighbour_images`, and places in ``images``."""
+        assert self.batch_order is not None, "needs batches.hard"
+        self.batch_order.use(neighbours_of_images(self._names, images, nearest))
+
+    @property
     def rows_per_image(self) -> float | None:
         """Mean number of training pairs with the same image in an epoch; None if unknown."""
         return None if self.train_source is None else rows_of_each_image(self.train_source)
@@ -191,7 +206,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         return Position(self._start_position.epoch + done // per_epoch, done % per_epoch)
 
     def _start(self) -> Position:
-        start = Position(self._resumed["epoch"], self._resumed["batch"])
+        start = self.position
         saved, now = self._resumed["settings"], self._settings(start.epoch)
         there = {name: saved.get(name) for name in now}
         changed = [

@@ -1,21 +1,17 @@
-"""The nearest neighbours of training pairs by features: exact, in blocks that are the same on any number of ranks."""
+"""The nearest neighbours of training pairs by features of their images or captions."""
 
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import torch
 
-from lit_clip.distributed import gather_objects, rank_and_world
 from lit_clip.embedding.feature_files import read_features
-from lit_clip.embedding.index import CHUNK, nearest_in
+from lit_clip.embedding.index import nearest_others
 from lit_clip.embedding.pair_scores import pair_hash
 from lit_clip.errors import require
-from lit_clip.tools.hardware import best_device
 from .duplicates import PairNames
 
 NEAREST = 32  # neighbours of each item; batches use those that the epoch has not used yet
-QUERIES = 256  # items that are compared with all others at once
 
 
 class Neighbours(NamedTuple):
@@ -50,18 +46,6 @@ class Neighbours(NamedTuple):
         return [part.tolist() for part in parts]
 
 
-def nearest_items(features: np.ndarray) -> np.ndarray:
-    """Return the nearest others of unit features ``[I, D]`` by their cosine, int32 ``[I, K]``; a collective."""
-    rank, world = rank_and_world()
-    every, found = torch.from_numpy(features).to(best_device()), []
-    for start in range(0, len(features), QUERIES)[rank::world]:
-        _, rows = nearest_in(every.split(CHUNK), every[start : start + QUERIES], NEAREST + 1)
-        own = rows == torch.arange(start, start + len(rows), device=rows.device)[:, None]
-        others = rows.gather(1, own.int().argsort(dim=1, stable=True)[:, :-1])  # itself, or else the last, is left out
-        found.append((start, others.cpu().numpy().astype(np.int32)))
-    return np.concatenate([rows for _, rows in sorted(gather_objects(found), key=lambda part: part[0])])
-
-
 def stored_neighbours(path: str, names: PairNames) -> Neighbours:
     """Return the neighbours of a source's rows by a file of ``lit-clip embed``; a collective."""
     stored = read_features(Path(path).expanduser())
@@ -78,4 +62,17 @@ def stored_neighbours(path: str, names: PairNames) -> Neighbours:
     used, numbers = np.unique(place[found], return_inverse=True)  # validation images are nobody's neighbours
     items = np.full(len(wanted), -1, dtype=np.int32)
     items[found] = numbers
-    return Neighbours.of(items, nearest_items(stored.features[used]))
+    return Neighbours.of(items, nearest_others(stored.features[used], NEAREST))
+
+
+def distinct_images(names: PairNames) -> np.ndarray:
+    """Return the first row of each image of a source, int64 ``[I]``."""
+    return np.unique(names.images, return_index=True)[1]
+
+
+def neighbours_of_images(names: PairNames, images: np.ndarray, nearest: np.ndarray) -> Neighbours:
+    """Return the neighbours of rows by those, ``[n, K]``, of some images: numbers in :func:`distinct_images`."""
+    numbers = np.unique(names.images, return_inverse=True)[1]
+    places = np.full(len(distinct_images(names)), -1, dtype=np.int32)
+    places[images] = np.arange(len(images))
+    return Neighbours.of(places[numbers], nearest)

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lit_clip.distributed import gather_objects, rank_and_world
 from lit_clip.embedding.encode import EncodingSettings, check_complete, encode, image_task, report_skipped
 from lit_clip.embedding.feature_files import FeatureTable, collect
 from lit_clip.embedding.image_files import FileRows, ImageFile
@@ -16,11 +17,13 @@ from lit_clip.embedding.reading import features_of_both_kinds, image_features
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import stderr
+from lit_clip.tools.hardware import best_device
 from lit_clip.tools.reading import reading
 from lit_clip.weights.fingerprint import fingerprint
 
 INDEX = ".lit-clip-index.npz"
 CHUNK = 65_536  # rows scored at once
+QUERIES = 256  # rows of which all others are found at once
 
 
 def update_index(
@@ -86,3 +89,18 @@ def nearest_in(chunks: Iterable[Tensor], queries: Tensor, k: int) -> tuple[Tenso
         scores, best = scores.topk(min(k, scores.shape[1]), dim=1)
         rows, start = torch.cat([rows, here], dim=1).gather(1, best), start + len(chunk)
     return scores, rows
+
+
+def nearest_others(features: np.ndarray, k: int) -> np.ndarray:
+    """Return for each row the other rows with the highest products, int32 ``[N, min(k, N - 1)]``; a collective.
+
+    The blocks are the same on any number of ranks, and so is the result.
+    """
+    rank, world = rank_and_world()
+    every, found = torch.from_numpy(features).to(best_device()), []
+    for start in range(0, len(features), QUERIES)[rank::world]:
+        _, rows = nearest_in(every.split(CHUNK), every[start : start + QUERIES], k + 1)
+        own = rows == torch.arange(start, start + len(rows), device=rows.device)[:, None]
+        others = rows.gather(1, own.int().argsort(dim=1, stable=True)[:, :-1])  # itself, or else the last, is left out
+        found.append((start, others.cpu().numpy().astype(np.int32)))
+    return np.concatenate([rows for _, rows in sorted(gather_objects(found), key=lambda part: part[0])])

@@ -16,7 +16,7 @@ from datamodules.open_source import open_source
 from datamodules.pairs.batch_order import BatchOrder
 from datamodules.pairs.decisions import FINDINGS, label_of, pair_text
 from datamodules.pairs.duplicates import name_pairs
-from datamodules.pairs.neighbours import NEAREST, Neighbours, nearest_items, stored_neighbours
+from datamodules.pairs.neighbours import Neighbours, stored_neighbours
 from lit_clip.embedding.feature_files import write_features
 from lit_clip.embedding.pair_scores import pair_hash
 from lit_clip.errors import InputError
@@ -207,13 +207,6 @@ def test_any_ranks_and_workers_share_the_batches_of_one_process(
         assert shared == [sorted(batch) for batch in epoch_of(alone, epoch)]
         assert all(len(set(column)) == 6 for batch in shared for column in zip(*batch, strict=True))
     assert data.steps_per_epoch == len(shared)
-
-
-def test_neighbours_are_those_of_a_plain_loop_in_float64() -> None:
-    features = unit(600)
-    cosines = features.astype(np.float64) @ features.T.astype(np.float64)
-    np.fill_diagonal(cosines, -2)
-    assert np.array_equal(nearest_items(features), np.argsort(-cosines, axis=1)[:, :NEAREST])
 
 
 @pytest.mark.parametrize(("hard", "most"), [(0.5, 0.5), (0.25, 0.25)])
