@@ -13,6 +13,7 @@ from .compile import Compile
 from .ema import EMA
 from .expected_time import ExpectedTime
 from .frozen_features import FrozenFeatures
+from .hard_batches import HardBatches
 from .linear_probe import LinearProbe
 from .monitor import TrainingMonitor
 from .non_finite import NonFiniteSteps
@@ -36,6 +37,7 @@ __all__ = [
     "EmbeddingProjector",
     "ExpectedTime",
     "FrozenFeatures",
+    "HardBatches",
     "LinearProbe",
     "NonFiniteSteps",
     "PatchDropout",

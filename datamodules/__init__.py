@@ -11,6 +11,7 @@ from .evaluation.own_classes import ImageFolderClasses, ParquetClasses
 from .loading.augmentation import Augmentation, RandomSquareCrop
 from .loading.bad_samples import BadSamples
 from .openmoji import OpenMoji, OpenMojiClasses
+from .pairs.batch_order import BatchOptions
 from .pairs.custom import CustomPairs
 from .pairs.source import CaptionOptions, Classes, Columns
 from .parallel_sentences import ParallelSentences
@@ -19,6 +20,7 @@ from .shards.pairs import ShardOptions
 __all__ = [
     "Augmentation",
     "BadSamples",
+    "BatchOptions",
     "CaptionDataModule",
     "CaptionOptions",
     "Captions",

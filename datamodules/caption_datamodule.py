@@ -2,6 +2,7 @@
 
 import zlib
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import astuple
 from functools import partial
 from typing import Any
@@ -29,9 +30,12 @@ from .loading.sampling import (
     checked_budgets,
     default_batch_size,
 )
-from .pairs.batches import Collate, TrainingPairs, ValidationPairs
+from .pairs.batch_order import BatchOptions, BatchOrder
+from .pairs.batches import Collate, SourcePairs, TrainingPairs, ValidationPairs
 from .pairs.caption_lengths import report_captions
+from .pairs.duplicates import name_pairs
 from .pairs.kept import digest_of_kept
+from .pairs.neighbours import distinct_images, neighbours_of_images, stored_neighbours
 from .pairs.one_caption import one_caption_each, rows_of_each_image
 from .pairs.sentences import FittingCaptions
 from .pairs.source import CaptionOptions, PairSource
@@ -71,6 +75,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         bad_samples: BadSamples | None = None,
         captions: CaptionOptions | None = None,
         patch_budgets: list[int] | None = None,
+        batches: BatchOptions | None = None,
     ) -> None:
         super().__init__()
         require(batch_size is None or batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
@@ -78,7 +83,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         require(seed >= 0, f"seed: {seed} must be at least 0")
         if global_batch_size is not None:
             require(global_batch_size >= 1, f"global_batch_size: {global_batch_size} must be at least 1")
-        self.captions = captions or CaptionOptions()
+        self.captions, self.batches = captions or CaptionOptions(), batches or BatchOptions()
         self.lists_captions = self.lists_captions and self.captions.long != "sentences"
         self.patch_budgets = checked_budgets(patch_budgets)
         self.on_error, self.max_skipped = astuple(bad_samples or BadSamples())
@@ -94,6 +99,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         self._order_checksum = (-1, 0)  # epoch, checksum
         self.train_source: PairSource | None = None
         self.val_source: PairSource | None = None
+        self.batch_order: BatchOrder | None = None  # None: the source's own order
 
     @abstractmethod
     def sources(self, fit: bool) -> tuple[PairSource | None, PairSource]:
@@ -104,7 +110,27 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         train, val = self.sources(fit)
         if train is not None and self.captions.per_image == "one":
             train = one_caption_each(train)
+        if train is not None and self.batches.reorder:
+            self._names = name_pairs(train, self.num_workers)
+            features = self.batches.features
+            near = stored_neighbours(features, self._names) if features else None
+            self.batch_order = BatchOrder(train, self.batches, self.seed, self._names.shared, near)
         return train, val
+
+    @property
+    def position(self) -> Position:
+        """Position in the data that training starts from."""
+        return Position(self._resumed["epoch"], self._resumed["batch"]) if self._resumed else Position()
+
+    def neighbour_images(self) -> SourcePairs:
+        """Return each image of the training source once, to find the neighbours of pairs by."""
+        assert self.batch_order is not None, "needs batches.hard"
+        return SourcePairs(self.batch_order.source, distinct_images(self._names).tolist())
+
+    def use_neighbours(self, images: np.ndarray, nearest: np.ndarray) -> None:
+        """Fill the hard places of the next epochs: numbers of :meth:`neighbour_images`, and places in ``images``."""
+        assert self.batch_order is not None, "needs batches.hard"
+        self.batch_order.use(neighbours_of_images(self._names, images, nearest))
 
     @property
     def rows_per_image(self) -> float | None:
@@ -135,7 +161,10 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
             f"global_batch_size: {self.global_batch_size} pairs per step are more than the {pairs} training pairs; "
             f"set it to at most {max(1, pairs // world) * world}, and adjust the learning rate",
         )
-        order = partial(source.order, seed=self.seed)
+        order: Callable[[int], np.ndarray] = partial(source.order, seed=self.seed)
+        if self.batch_order is not None and pairs >= batch_size * world:
+            order = partial(self.batch_order.order, size=batch_size * world)
+            pairs = self.batch_order.batches(batch_size * world) * batch_size * world
         return GlobalBatchSampler(pairs, batch_size, rank, world, self.seed, order, start, self.patch_budgets)
 
     def _settings(self, epoch: int) -> dict[str, Any]:
@@ -153,6 +182,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
             "data.patch_budgets": self.patch_budgets or None,
             "data.captions.per_image": self.captions.per_image if self.captions.per_image != "all" else None,
             "digest of the pairs that data.keep keeps": digest_of_kept(source) or None,
+            "digest of data.batches": self.batch_order.digest if self.batch_order is not None else None,
         }
 
     def state_dict(self) -> dict[str, Any]:
@@ -176,7 +206,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         return Position(self._start_position.epoch + done // per_epoch, done % per_epoch)
 
     def _start(self) -> Position:
-        start = Position(self._resumed["epoch"], self._resumed["batch"])
+        start = self.position
         saved, now = self._resumed["settings"], self._settings(start.epoch)
         there = {name: saved.get(name) for name in now}
         changed = [

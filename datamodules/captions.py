@@ -18,6 +18,7 @@ from .caption_datamodule import CaptionDataModule
 from .loading.augmentation import Augmentation, Transform
 from .loading.bad_samples import BadSamples
 from .open_source import open_source
+from .pairs.batch_order import BatchOptions
 from .pairs.kept import FilteredPairs, kept_pairs
 from .pairs.mixture import Mixture
 from .pairs.source import NO_CAPTION, CaptionOptions, Classes, Columns, PairSource
@@ -86,6 +87,7 @@ class Captions(CaptionDataModule):
             ``[128, 256, 576, 784, 1024]``), the same on all ranks. None: the model's, which is also validation's.
         keep: a table of ``lit-clip inspect``, ``overlap`` or ``score`` on ``train``; only the pairs that it keeps are
             used. Each part of a mixture has its own.
+        batches: whether duplicates may share a batch, and which share of it are neighbours.
     """
 
     def __init__(
@@ -105,12 +107,13 @@ class Captions(CaptionDataModule):
         classes: Classes | None = None,
         patch_budgets: list[int] | None = None,
         keep: str | None = None,
+        batches: BatchOptions | None = None,
     ) -> None:
         nested = ((columns, Columns), (splits, Splits), (classes, Classes), (bad_samples, BadSamples))
-        for value, kind in (*nested, (captions, CaptionOptions)):
+        for value, kind in (*nested, (captions, CaptionOptions), (batches, BatchOptions)):
             wrong = f"data: {shortened(value)} must be {kind.__module__}.{kind.__name__}(...)"
             require(value is None or isinstance(value, kind), wrong)
-        policies = (bad_samples, captions, patch_budgets)
+        policies = (bad_samples, captions, patch_budgets, batches)
         super().__init__(batch_size, num_workers, seed, augmentation, global_batch_size, *policies)
         given = train is not None or val is not None
         require(given, "data: set train, val or both to a table, a folder or tar shards")

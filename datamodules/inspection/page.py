@@ -10,8 +10,9 @@ import numpy as np
 from lit_clip.errors import BadSample
 from lit_clip.tools.html import stored_thumbnail, write_page
 from ..near_duplicates import Groups
+from ..pairs.duplicates import caption_hash
 from ..pairs.source import PairSource
-from .scan import ScanFindings, caption_hash
+from .scan import ScanFindings
 from .summary import DuplicateGroups, SummarySection
 
 TEMPLATE = Path(__file__).parent / "templates" / "inspect.html"

@@ -15,10 +15,10 @@ from torch.utils.data import Dataset
 from lit_clip.errors import BadSample
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.console import progress
-from lit_clip.tools.hashing import hash64
 from lit_clip.tools.images import decoding_at_least, open_image
 from lit_clip.tools.workers import loader
 from ..near_duplicates import look_of
+from ..pairs.duplicates import caption_hash, number_of
 from ..pairs.source import LISTED, EncodedPair, PairSource
 from .generic_captions import says_nothing
 
@@ -50,15 +50,6 @@ def formats() -> list[str]:
     """Return the formats that Pillow reads, sorted."""
     Image.init()
     return sorted(Image.OPEN)
-
-
-def _hash(content: str | bytes) -> int:
-    return int.from_bytes(hash64(content), "little")
-
-
-def caption_hash(caption: str) -> int:
-    """Hash a caption so that letter case and white space make no difference."""
-    return _hash(" ".join(caption.lower().split()))
 
 
 @dataclass
@@ -113,7 +104,7 @@ def _image(stored: EncodedPair) -> tuple[int, ...]:
         kind = formats().index(str(image.format))
         sizes = (*image.size, len(stored.image), len(stored.captions))
         state |= TRANSPARENT * _shows_through(image)  # which shrinks it
-    key, file = _hash(stored.key), _hash(stored.image)
+    key, file = number_of(stored.key), number_of(stored.image)
     return (key, file, look.bits, look.colour, *sizes, kind, mode, state)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.images import FIX_HINT, open_image
 from ..loading.bad_samples import check_caption
-from .source import EncodedPair, Pair, PairSource
+from .source import EncodedPair, Pair, PairSource, PairText
 
 
 class CustomPairs(PairSource):
@@ -63,17 +63,22 @@ class CustomPairs(PairSource):
         return f"{type(self).__name__} row {index}"
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
+        where, text = self.where(index), self.text(index, rng)
+        try:
+            return Pair(self._image(self.image(index), where), *text)
+        except OSError as error:
+            raise self._broken(error, where) from error
+
+    def text(self, index: int, rng: random.Random | None) -> PairText:
         where = self.where(index)
         try:
-            texts = self._texts(index, where)
-            image = self._image(self.image(index), where)
-            extra = self._extra(index, where)
+            texts, extra = self._texts(index, where), self._extra(index, where)
         except OSError as error:
             raise self._broken(error, where) from error
         caption = texts[0] if rng is None else rng.choice(texts)
         negatives = self.negatives(index) if rng else []
         negative = rng.choice(negatives) if rng and negatives else ""
-        return Pair(image, caption, self.key(index), self.group(index), negative, extra)
+        return PairText(caption, self.key(index), self.group(index), negative, extra)
 
     def read(self, index: int) -> EncodedPair:
         """Return a pair as stored; a PIL image as PNG."""

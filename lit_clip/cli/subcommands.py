@@ -32,6 +32,7 @@ COMMANDS: dict[str, str] = {
     "export": "lit_clip.commands.export:export",
     "inspect": "lit_clip.datamodules.commands.inspect:inspect",
     "locate": "lit_clip.commands.locate:locate",
+    "mine": "lit_clip.datamodules.commands.mine:mine",
     "models": "lit_clip.commands.models:models",
     "overlap": "lit_clip.datamodules.commands.overlap:overlap",
     "score": "lit_clip.datamodules.commands.score:score",

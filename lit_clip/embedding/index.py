@@ -1,12 +1,14 @@
 """An index of a folder's images that is kept up to date, and exact search in it."""
 
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
+from lit_clip.distributed import gather_objects, rank_and_world
 from lit_clip.embedding.encode import EncodingSettings, check_complete, encode, image_task, report_skipped
 from lit_clip.embedding.feature_files import FeatureTable, collect
 from lit_clip.embedding.image_files import FileRows, ImageFile
@@ -15,11 +17,13 @@ from lit_clip.embedding.reading import features_of_both_kinds, image_features
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import stderr
+from lit_clip.tools.hardware import best_device
 from lit_clip.tools.reading import reading
 from lit_clip.weights.fingerprint import fingerprint
 
 INDEX = ".lit-clip-index.npz"
 CHUNK = 65_536  # rows scored at once
+QUERIES = 256  # rows of which all others are found at once
 
 
 def update_index(
@@ -68,13 +72,35 @@ def _holds_other_arrays(path: Path) -> bool:
 
 def nearest(features: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the highest products of rows ``[N, D]`` with queries ``[Q, D]``, and their rows: ``[Q, min(k, N)]``."""
-    scores = torch.empty(len(queries), 0)
-    rows = torch.empty(len(queries), 0, dtype=torch.long)
-    for start in range(0, len(features), CHUNK):
-        chunk = np.require(features[start : start + CHUNK], requirements="W")  # torch warns of read-only arrays
-        block = torch.from_numpy(queries) @ torch.from_numpy(chunk).T  # [Q, chunk]
-        scores = torch.cat([scores, block], dim=1)
-        here = torch.arange(start, start + block.shape[1]).expand(len(queries), -1)
-        scores, best = scores.topk(min(k, scores.shape[1]), dim=1)
-        rows = torch.cat([rows, here], dim=1).gather(1, best)
+    starts = range(0, len(features), CHUNK)
+    chunks = (np.require(features[start : start + CHUNK], requirements="W") for start in starts)  # else torch warns
+    scores, rows = nearest_in(map(torch.from_numpy, chunks), torch.from_numpy(queries), k)
     return scores.numpy(), rows.numpy()
+
+
+def nearest_in(chunks: Iterable[Tensor], queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Return what :func:`nearest` does; ``chunks`` are the rows, of at most ``CHUNK`` each, on the queries' device."""
+    scores, start = queries.new_empty(len(queries), 0), 0
+    rows = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
+    for chunk in chunks:
+        block = queries @ chunk.T  # [Q, chunk]
+        scores = torch.cat([scores, block], dim=1)
+        here = torch.arange(start, start + len(chunk), device=queries.device).expand(len(queries), -1)
+        scores, best = scores.topk(min(k, scores.shape[1]), dim=1)
+        rows, start = torch.cat([rows, here], dim=1).gather(1, best), start + len(chunk)
+    return scores, rows
+
+
+def nearest_others(features: np.ndarray, k: int) -> np.ndarray:
+    """Return for each row the other rows with the highest products, int32 ``[N, min(k, N - 1)]``; a collective.
+
+    The blocks are the same on any number of ranks, and so is the result.
+    """
+    rank, world = rank_and_world()
+    every, found = torch.from_numpy(features).to(best_device()), []
+    for start in range(0, len(features), QUERIES)[rank::world]:
+        _, rows = nearest_in(every.split(CHUNK), every[start : start + QUERIES], k + 1)
+        own = rows == torch.arange(start, start + len(rows), device=rows.device)[:, None]
+        others = rows.gather(1, own.int().argsort(dim=1, stable=True)[:, :-1])  # itself, or else the last, is left out
+        found.append((start, others.cpu().numpy().astype(np.int32)))
+    return np.concatenate([rows for _, rows in sorted(gather_objects(found), key=lambda part: part[0])])

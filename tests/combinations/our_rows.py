@@ -11,6 +11,7 @@ from torch import Tensor
 
 import callbacks as ours
 from callbacks import compile as compile_file
+from datamodules import BatchOptions
 from lit_clip.losses import Loss
 from lit_clip.losses.loss import WholeBatch
 from lit_clip.models.finetuning import Freeze, UnlockLast
@@ -43,9 +44,10 @@ def own(kind: str, folder: Path) -> Callback:
 
 
 FROZEN = {"freeze": Freeze(UnlockLast(1), UnlockLast(1))}
-CHANGING = ("EMA", "PatchDropout", "FrozenFeatures")
-NOT_FROZEN = {"Compile": "not together", "PatchDropout": "are random in training"}  # beside FrozenFeatures
-MODEL = ("ActivationCheckpointing", "Compile", *CHANGING)
+MODEL = ("ActivationCheckpointing", "Compile", "EMA", "PatchDropout", "FrozenFeatures")
+CHANGING = (*MODEL[2:], "HardBatches")
+# Beside FrozenFeatures.
+NOT_FROZEN = {"Compile": "not together", "PatchDropout": "are random in training", "HardBatches": "not together"}
 OWN = [
     name for name in ours.__all__ if isinstance(getattr(ours, name), type) and issubclass(getattr(ours, name), Callback)
 ]
@@ -54,10 +56,11 @@ OWN = [
 def settings_for(*kinds: str) -> dict[str, Settings]:
     """Settings that these callbacks of ours need."""
     frozen = "FrozenFeatures" in kinds
+    hard: dict[str, Any] = {"batches": BatchOptions(hard=0.5)} if "HardBatches" in kinds else {}
     return {
         "trainer": lambda folder: {"callbacks": [own(kind, folder) for kind in kinds], **csv_logger(folder)},
         "model": option(**FROZEN) if frozen else nothing,
-        "data": option(augmentation=[]) if frozen else nothing,
+        "data": option(**hard, **({"augmentation": []} if frozen else {})),
     }
 
 
@@ -77,14 +80,15 @@ for name in MODEL:
             ranks = [1, 2] if other in MODEL else [1]
             works(OURS, both, TRAINED, RESUMED, ranks=ranks, **settings_for(name, other))
 
-OBSERVERS = [name for name in OWN if name not in MODEL]
+OBSERVERS = [name for name in OWN if name not in (*MODEL, "HardBatches")]
 works(OURS, f"callbacks: {', '.join(OBSERVERS)}", SAME, RESUMED, **settings_for(*OBSERVERS))
 
 for name in OWN:
     settings = settings_for(name)
     sharded = {**settings, "trainer": lambda folder, made=settings["trainer"]: {**made(folder), "strategy": FSDP()}}
-    if name in ("EMA", "FrozenFeatures", *SETS):
-        line = "cannot encode with sharded weights" if name == "FrozenFeatures" else "FSDP has no whole weights"
+    if name in ("EMA", "FrozenFeatures", "HardBatches", *SETS):
+        encodes = name in ("FrozenFeatures", "HardBatches")
+        line = "cannot encode with sharded weights" if encodes else "FSDP has no whole weights"
         refused(OURS, f"callbacks.{name}, FSDP", line, (2,), **sharded)
     else:
         checks = [TRAINED] if name in CHANGING else [near(1e-5)]

@@ -1,0 +1,99 @@
+"""Hard batches by the model itself: it encodes the training images, and batches are filled with neighbours."""
+
+from typing import Any, cast
+
+import numpy as np
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+
+from lit_clip.distributed import gather_objects, rank_and_world
+from lit_clip.embedding.index import nearest_others
+from lit_clip.embedding.reading import ImageBatches, encode_batch, in_batches
+from lit_clip.errors import require
+from lit_clip.models.evaluation_mode import evaluation_mode
+from lit_clip.module import LitCLIP
+from lit_clip.tools.console import progress
+from lit_clip.tools.workers import loader
+
+NEAREST = 32  # neighbours of an image
+
+
+class HardBatches(Callback):
+    """Encode the training images with the current model every few epochs; ``data.batches.hard`` then uses neighbours.
+
+    An epoch's order is fixed when it begins, so neighbours change between epochs only. Checkpoints hold them, 128 bytes
+    for each image, so that a resumed run continues with the same batches. For frozen image encoders give
+    ``data.batches.features`` instead, which need to be computed only once.
+
+    Args:
+        every_n_epochs: how often the images are encoded anew; the first time before the first step.
+    """
+
+    def __init__(self, every_n_epochs: int = 1) -> None:
+        require(every_n_epochs >= 1, f"HardBatches.every_n_epochs: {every_n_epochs} must be at least 1")
+        self.every_n_epochs = every_n_epochs
+        self._epoch = -1  # that the neighbours were found before
+        self._images, self._nearest = np.zeros(0, np.int32), np.zeros((0, 0), np.int32)
+
+    def state_dict(self) -> dict[str, Any]:
+        arrays = {"images": self._images, "nearest": self._nearest}
+        return {"epoch": self._epoch, **{name: torch.from_numpy(array) for name, array in arrays.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._epoch = int(state_dict["epoch"])
+        self._images, self._nearest = (state_dict[name].cpu().numpy() for name in ("images", "nearest"))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        data = cast(Any, trainer).datamodule
+        batches = getattr(data, "batches", None)
+        wanted = batches is not None and batches.hard > 0 and batches.features is None
+        require(
+            wanted, "HardBatches: set data.batches.hard to a share such as 0.5, and leave data.batches.features out"
+        )
+        sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
+        require(not sharded, "HardBatches: cannot encode with sharded weights; set trainer.strategy to ddp")
+        stored = any(type(each).__name__ == "FrozenFeatures" for each in cast(Any, trainer).callbacks)
+        require(not stored, "HardBatches: not together with FrozenFeatures; set data.batches.features instead")
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        data = cast(Any, trainer).datamodule
+        epoch = data.position.epoch
+        if self._epoch != epoch - epoch % self.every_n_epochs:
+            self._find(trainer, cast(LitCLIP, pl_module), epoch)
+        data.use_neighbours(self._images, self._nearest)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        epoch = trainer.current_epoch + 1
+        steps_done = 0 <= trainer.max_steps <= trainer.global_step
+        ends = trainer.should_stop or steps_done or epoch == trainer.max_epochs
+        if epoch % self.every_n_epochs == 0 and not ends:
+            self._find(trainer, cast(LitCLIP, pl_module), epoch)
+            cast(Any, trainer).datamodule.use_neighbours(self._images, self._nearest)
+
+    def _find(self, trainer: Trainer, module: LitCLIP, epoch: int) -> None:
+        """Encode the images, dealt to the ranks in batches that are the same on any number of them."""
+        data, (rank, world) = cast(Any, trainer).datamodule, rank_and_world()
+        images, found = data.neighbour_images(), []
+        batches = in_batches(range(len(images)), data.evaluation_batch_size)[rank::world]
+
+        def encode(pixels: torch.Tensor) -> torch.Tensor:
+            return module.model.encode_image(module.model.normalize(pixels), normalize=True).float()
+
+        with (
+            torch.no_grad(),
+            evaluation_mode(module),
+            trainer.precision_plugin.forward_context(),
+            progress("encoding images for hard batches", sum(map(len, batches)), rank == 0) as advance,
+        ):
+            for batch in loader(ImageBatches(images, batches, module.preprocessing), data.num_workers):
+                features = encode_batch(batch, encode, module.device, data.evaluation_batch_size)
+                found += zip(batch.rows, features.cpu().numpy(), strict=True)
+                advance(len(batch.rows) + len(batch.unreadable))
+        every = sorted(gather_objects(found), key=lambda each: each[0])
+        require(len(every) > 1, "HardBatches: fewer than two training images can be read")
+        self._images = np.array([image for image, _ in every], dtype=np.int32)
+        self._nearest = nearest_others(np.stack([feature for _, feature in every]), NEAREST)
+        self._epoch = epoch - epoch % self.every_n_epochs

@@ -1,0 +1,191 @@
+"""``lit-clip mine``: hard negative captions of training images, in a table."""
+
+import json
+import shlex
+from collections import Counter, defaultdict
+from pathlib import Path
+from typing import NamedTuple
+
+from lit_clip import load_model
+from lit_clip.embedding.encode import EncodingSettings, check_complete, encode, image_task, text_task
+from lit_clip.embedding.feature_files import FeatureTable, Identity, check_output, collect
+from lit_clip.embedding.parts import Parts
+from lit_clip.embedding.precision import Precision, check_precision
+from lit_clip.errors import BadSample, require
+from lit_clip.secrets import without_secrets
+from lit_clip.tools.atomic import replacing
+from lit_clip.tools.console import stderr
+from lit_clip.tools.images import OnError
+from lit_clip.weights.fingerprint import fingerprint
+from ..loading.store import StoreFolder
+from ..open_source import open_source, stamp_of_data
+from ..pairs.batches import SourcePairs
+from ..pairs.columns import ColumnPairs
+from ..pairs.duplicates import caption_hash
+from ..pairs.kept import kept_pairs
+from ..pairs.mining import MiningWindow, hard_negatives
+from ..pairs.source import Columns, PairSource
+
+
+class _Row(NamedTuple):
+    """A row of the data that can be read."""
+
+    key: str
+    captions: list[str]
+    group: str
+
+
+def mine(
+    data: list[str],
+    *,
+    model: str,
+    output: str,
+    num_negatives: int = 3,
+    skip: int = 0,
+    among: int = 100,
+    margin: float | None = None,
+    most_similar: float | None = None,
+    columns: Columns = Columns(),  # noqa: B008  # immutable
+    split: str | None = None,
+    keep: str | None = None,
+    batch_size: int = 64,
+    num_workers: int = 4,
+    devices: int = 1,
+    accelerator: str = "auto",
+    precision: Precision = "32-true",
+    on_error: OnError = "error",
+) -> None:
+    """Find captions that a model takes for an image's although they belong to others: hard negatives to train on.
+
+    The table has the rows of the data with the column negative, a list of captions, the hardest first. Captions of the
+    image, of its group, and those that differ from them only in letter case and white space are none. The same command
+    resumes an interrupted run.
+
+    Args:
+        data: a table, a folder of images with captions beside them, or anything else whose images are files.
+        model: a checkpoint, or a name that lit_clip.load_model understands.
+        output: negatives.jsonl.
+        num_negatives: of an image, at most; training draws one of them in each epoch.
+        skip: leave out this many of the most similar captions, which may fit the image.
+        among: look at this many of the most similar captions.
+        margin: leave out captions that are not less similar than the image's own by that much; of several own ones the
+            least similar counts. 0 is a good start.
+        most_similar: leave out captions with a higher cosine similarity.
+        columns: of a table.
+        split: of data that come in splits; train by default.
+        keep: a table of lit-clip inspect, overlap or score; only the pairs that it keeps are read and written.
+        batch_size: images, and then captions, that each process encodes at once.
+        num_workers: processes that decode images, for each process.
+        devices: number of processes, one per device.
+        accelerator: cpu, gpu, mps, ...
+        precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
+        on_error: error ends the run at a pair that cannot be read; skip leaves it out.
+    """
+    window, path = MiningWindow(num_negatives, skip, among, margin, most_similar), Path(output)
+    check_output(path, [".jsonl"])
+    require(bool(data), "no data: name a table or a folder before the options")
+    check_precision(precision, accelerator)
+    options = {"columns": columns, "split": split}
+    source = open_source(data, **options, default_split="train", option_prefix="--", on_error=on_error)
+    source.prepare()
+    root, stamp = _root(source, data), stamp_of_data(data, options, source, [path])
+    if keep is not None:
+        source = kept_pairs(source, keep, "--keep")
+        stamp = f"{stamp} {source.digest}"
+    rows = _rows(source, on_error)
+    settings = EncodingSettings(batch_size, num_workers, devices, accelerator, precision, on_error)
+    found = _mined(source, rows, model, path, stamp, settings, window)
+    if found is not None:
+        _write(path, rows, found)
+        _tell(path, rows, found, root)
+
+
+def _root(source: PairSource, data: list[str]) -> str:
+    """Return the folder or address that the names of the images start from."""
+    files = isinstance(source, ColumnPairs) and isinstance(source.cells(0).image, str)
+    require(files, f"{', '.join(data)}: its images are not files, which a table could name; unpack them first")
+    assert isinstance(source, ColumnPairs)
+    return without_secrets(source.root.url if isinstance(source.root, StoreFolder) else str(source.root))
+
+
+def _rows(source: PairSource, on_error: OnError) -> dict[int, _Row]:
+    rows = {}
+    for row in range(len(source)):
+        try:
+            rows[row] = _Row(source.key(row), source.captions(row), source.text(row, None).group)
+        except BadSample as error:
+            if on_error == "error":
+                raise
+            stderr().print(f"skipped: {error}")
+    require(bool(rows), "none of the pairs can be read")
+    return rows
+
+
+def _mined(
+    source: PairSource,
+    rows: dict[int, _Row],
+    model: str,
+    path: Path,
+    stamp: str,
+    settings: EncodingSettings,
+    window: MiningWindow,
+) -> dict[str, list[str]] | None:
+    """Return the hard negatives of each image that can be read, by its key; None on other ranks than the first."""
+    clip = load_model(model)
+    texts = {caption_hash(caption): caption for row in rows.values() for caption in row.captions}
+    first: dict[str, int] = {}  # row of each image
+    for number, row in rows.items():
+        first.setdefault(row.key, number)
+    images: list[Identity] = [(key, 0, 0) for key in first]
+    captions: list[Identity] = [(text, 0, 1) for text in texts.values()]  # no image has that time
+    parts = Parts.resumed(path, f"{fingerprint(clip).model} {stamp}", settings.precision)
+    task = image_task(clip, SourcePairs(source, list(first.values())), images)
+    unreadable = encode(clip, task, parts, settings, title="encoding images")
+    encoded = encode(clip, text_task(clip, list(texts.values()), captions), parts, settings, title="encoding captions")
+    if unreadable is None or encoded is None:
+        return None
+    image_table, text_table = (collect(each, parts.read(FeatureTable.of)) for each in (images, captions))
+    check_complete(len(image_table.identities), len(images), unreadable)
+    check_complete(len(text_table.identities), len(captions), [], "captions")
+    keys = [key for key, _, _ in image_table.identities]
+    own, other = _true_captions(rows, {hashed: number for number, hashed in enumerate(texts)})
+    mined = hard_negatives(
+        image_table.features, text_table.features, [own[key] for key in keys], [other[key] for key in keys], window
+    )
+    every = list(texts.values())
+    found = {key: [every[number] for number, _ in each] for key, each in zip(keys, mined, strict=True)}
+    parts.remove()
+    return found
+
+
+def _true_captions(rows: dict[int, _Row], numbers: dict[int, int]) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
+    """Return the numbers of each image's captions, and of those of its groups, by its key."""
+    own, of_group, groups = defaultdict(set), defaultdict(set), defaultdict(set)
+    for row in rows.values():
+        captions = {numbers[caption_hash(caption)] for caption in row.captions}
+        own[row.key] |= captions
+        if row.group:
+            of_group[row.group] |= captions
+            groups[row.key].add(row.group)
+    return own, {key: set().union(*(of_group[group] for group in groups[key])) for key in own}
+
+
+def _write(path: Path, rows: dict[int, _Row], found: dict[str, list[str]]) -> None:
+    grouped = any(row.group for row in rows.values())
+    with replacing(path) as draft, draft.open("w", encoding="utf-8") as file:
+        for row in rows.values():
+            if row.key in found:
+                group = {"group": row.group} if grouped else {}
+                line = {"image": row.key, "caption": row.captions, **group, "negative": found[row.key]}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _tell(path: Path, rows: dict[int, _Row], found: dict[str, list[str]], root: str) -> None:
+    counts = Counter(len(found[key]) for key in found)
+    none = f"; {counts[0]:,} have none" if counts[0] else ""
+    total = sum(number * count for number, count in counts.items())
+    stderr().print(f"{path}: {total:,} hard negatives of {len(found):,} images{none}")
+    words = ["lit-clip", "fit", "--data.train", str(path), "--data.columns.negative", "negative"]
+    words += ["--data.columns.group", "group"] * any(row.group for row in rows.values())
+    words += ["--data.columns.root", root] * (root != str(path.parent))
+    stderr().print(f"train on them: {shlex.join(words)}")

@@ -1,0 +1,224 @@
+"""Orders of an epoch that decide which pairs share a batch: no duplicates, and neighbours of each other.
+
+A batch is the global one of a step. An order is a pure function of epoch, seed, batch size and data, so that batches
+are the same on any number of ranks and after a resume, as those of the source's own order are.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal
+
+import numpy as np
+from lightning.pytorch.utilities import rank_zero_info
+
+from lit_clip.errors import require
+from lit_clip.tools.hashing import hex_digest
+from ..loading.sampling import draw_numbers
+from .duplicates import Shared
+from .neighbours import Neighbours
+from .source import PairSource
+
+
+@dataclass(frozen=True)
+class BatchOptions:
+    """Which pairs share a batch (of all ranks together).
+
+    Attributes:
+        duplicates: ``allowed``, or ``avoided``: no two pairs of a batch have a caption, an image or a group in common.
+            Copies that the table of ``keep`` names are the same image.
+        hard: share of each batch that is chosen as nearest neighbours of the rest, so that negatives are hard; below 1.
+            Duplicates are then avoided, too.
+        features: a file of ``lit-clip embed`` with features of the training images, or of their captions, in which
+            neighbours are found; None: those that :class:`callbacks.HardBatches` computes.
+    """
+
+    duplicates: Literal["allowed", "avoided"] = "allowed"
+    hard: float = 0.0
+    features: str | None = None
+
+    def __post_init__(self) -> None:
+        known = self.duplicates in ("allowed", "avoided")
+        require(known, f"data.batches.duplicates: {self.duplicates!r} must be 'allowed' or 'avoided'")
+        require(0 <= self.hard < 1, f"data.batches.hard: {self.hard} must be a share from 0 to below 1")
+        unused = "data.batches.features: nothing reads them without data.batches.hard; set it to a share, such as 0.5"
+        require(self.features is None or self.hard > 0, unused)
+
+    @property
+    def reorder(self) -> bool:
+        """Whether batches are others than those of the source's order."""
+        return self.duplicates == "avoided" or self.hard > 0
+
+
+class _Walk:
+    """One pass over the rows of an epoch that fills batch after batch.
+
+    A row goes into the first batch that has no duplicate of it. What conflicts with a batch waits for the next one;
+    rows of which more wait than there are batches to come are dropped. ``hard`` places of a batch are filled with
+    neighbours of the others.
+    """
+
+    def __init__(self, order: np.ndarray, size: int, shared: Shared, near: Neighbours | None, hard: int) -> None:
+        self.order, self.size, self.shared, self.near = order, size, shared, near
+        self.hard = hard if near else 0
+        rows = len(shared.starts) - 1
+        self.draws = np.bincount(order, minlength=rows).astype(np.int32)  # of each row, that are still to come
+        self.repeats = draw_numbers(order) is not None  # a row is its own duplicate
+        self.constrained = (np.diff(shared.starts) > 0) | (self.draws > 1)
+        self.place, self.to_come = 0, len(order) // size
+        self.waiting: list[int] = []
+        self.waiting_names: Counter[int] = Counter()
+        self.neighbours = 0  # places that they have filled
+        self.present: set[int] = set()  # names in the batch that is being filled
+
+    def batches(self) -> Iterator[list[int]]:
+        """Yield full batches."""
+        while self.to_come:
+            self.present = set()
+            batch = self._from_waiting(self.size - self.hard)
+            self._from_order(batch, self.size - self.hard)
+            if self.near:
+                self._add_neighbours(batch)
+                batch += self._from_waiting(self.size - len(batch))
+                self._from_order(batch, self.size)
+            if len(batch) < self.size:
+                return
+            yield batch
+            self.to_come -= 1
+
+    def _names(self, row: int) -> list[int]:
+        names = self.shared.of(row)
+        return [*names, -1 - row] if self.repeats else names
+
+    def _taken(self, row: int) -> bool:
+        """Take a draw of a row that is no duplicate of one in the batch."""
+        names = self._names(row)
+        if not self.draws[row] or not self.present.isdisjoint(names):
+            return False
+        self.draws[row] -= 1
+        self.present.update(names)
+        return True
+
+    def _wait(self, row: int) -> None:
+        names = self._names(row)
+        if self.draws[row] and all(self.waiting_names[name] < self.to_come for name in names):
+            self.waiting.append(row)
+            self.waiting_names.update(names)
+
+    def _from_waiting(self, most: int) -> list[int]:
+        """Take the first waiting rows that fit."""
+        taken, queue = [], self.waiting
+        self.waiting = []
+        for number, row in enumerate(queue):
+            if len(taken) == most:
+                self.waiting += queue[number:]
+                break
+            if self._taken(row):
+                taken.append(row)
+            elif self.draws[row]:
+                self.waiting.append(row)
+                continue
+            self.waiting_names.subtract(self._names(row))
+        return taken
+
+    def _from_order(self, batch: list[int], size: int) -> None:
+        """Add the next rows of the order that fit until a batch has ``size``."""
+        while len(batch) < size and self.place < len(self.order):
+            rows = self.order[self.place : self.place + size - len(batch)]
+            self.place += len(rows)
+            free = self.draws[rows] > 0
+            for place in np.flatnonzero(free & self.constrained[rows]).tolist():
+                row = int(rows[place])
+                free[place] = self._taken(row)
+                if not free[place]:
+                    self._wait(row)
+            self.draws[rows[free & ~self.constrained[rows]]] = 0
+            batch += rows[free].tolist()
+
+    def _add_neighbours(self, batch: list[int]) -> None:
+        """Add the nearest rows that fit, one for each row of the batch in turn, until it is full."""
+        assert self.near
+        queues = [iter(rows) for rows in self.near.near(np.array(batch, dtype=np.int64), self.draws)]
+        while queues and len(batch) < self.size:
+            rest = []
+            for queue in queues:
+                row = next((row for row in queue if self._taken(row)), None)
+                if row is not None:
+                    batch.append(row)
+                    rest.append(queue)
+                    self.neighbours += 1
+                    if len(batch) == self.size:
+                        return
+            queues = rest
+
+
+class BatchOrder:
+    """The orders of a source's epochs; all have as many batches as the first can fill without duplicates.
+
+    Rows that fit into no batch are left out of the epoch. An epoch that fills fewer batches repeats its first ones, as
+    other draws of their rows.
+    """
+
+    def __init__(
+        self, source: PairSource, options: BatchOptions, seed: int, shared: Shared, near: Neighbours | None = None
+    ) -> None:
+        self.source, self.options, self.seed, self.shared, self.near = source, options, seed, shared, near
+        self._batches: dict[int, int] = {}  # in an epoch, by their size
+        self._latest = (-1, 0, np.zeros(0, np.int64))  # epoch, batch size and order
+
+    def use(self, near: Neighbours) -> None:
+        """Fill the hard places of the next orders with other neighbours."""
+        self.near, self._latest = near, (-1, 0, np.zeros(0, np.int64))
+        self.__dict__.pop("digest", None)
+
+    @cached_property
+    def digest(self) -> str:
+        """A hash that changes with all that the orders depend on besides the source's."""
+        near = self.near[:2] if self.near else ()
+        return hex_digest(
+            [self.options.hard, *(np.ascontiguousarray(each).tobytes() for each in (*self.shared, *near))]
+        )
+
+    def batches(self, size: int) -> int:
+        """Return the number of batches of ``size`` pairs in each epoch."""
+        if size not in self._batches:
+            order = self.source.order(0, self.seed)
+            rows, _ = _walked(order, size, self.shared)
+            self._batches[size] = len(rows) // size
+            require(
+                len(rows) > 0 or len(order) < size,  # which the sampler refuses
+                f"data.batches: no {size} of {len(order):,} pairs are without duplicates of each other; set "
+                "data.batch_size or data.global_batch_size to less",
+            )
+            several = int(np.count_nonzero(np.diff(self.shared.starts)))
+            left_out = len(order) // size * size - len(rows)
+            note = f"; {left_out:,} pairs of an epoch fit into no batch" if left_out else ""
+            rank_zero_info(f"data.batches: {several:,} of {len(self.source):,} pairs have duplicates{note}")
+        return self._batches[size]
+
+    def order(self, epoch: int, size: int) -> np.ndarray:
+        """Return the rows of an epoch, int ``[batches * size]``."""
+        if self._latest[:2] != (epoch, size):
+            hard = round(self.options.hard * size)
+            require(
+                not hard or self.near is not None,
+                "data.batches.hard: nothing says which pairs are near; set data.batches.features, or add HardBatches",
+            )
+            rows, neighbours = _walked(self.source.order(epoch, self.seed), size, self.shared, self.near, hard)
+            require(len(rows) > 0, f"data.batches: epoch {epoch} fills no batch of {size} pairs; make batches smaller")
+            if hard:
+                rank_zero_info(
+                    f"data.batches: {neighbours / len(rows):.0%} of epoch {epoch} are neighbours of the rest"
+                )
+            self._latest = epoch, size, np.resize(rows, self.batches(size) * size)
+        return self._latest[2]
+
+
+def _walked(
+    order: np.ndarray, size: int, shared: Shared, near: Neighbours | None = None, hard: int = 0
+) -> tuple[np.ndarray, int]:
+    """Return the rows of an epoch's batches, and how many of them were chosen as neighbours."""
+    walk = _Walk(order, size, shared, near if hard else None, hard)
+    found = [np.array(batch, dtype=order.dtype) for batch in walk.batches()]
+    return np.concatenate(found) if found else order[:0], walk.neighbours

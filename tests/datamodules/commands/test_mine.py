@@ -1,0 +1,163 @@
+"""``lit-clip mine`` writes the hard negatives of a plain loop, which training reads, on one and two ranks."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datamodules import Captions, Columns
+from datamodules.commands.shard import shard
+from datamodules.open_source import open_source
+from lit_clip import load_model
+from lit_clip.cli.subcommands import run_command
+from lit_clip.embedding.encode import Encoder
+from lit_clip.errors import InputError
+from tests.conftest import lit_clip_command
+from tests.helpers import forks
+from tests.helpers.fork_ranks import command_of_ranks
+
+ROWS = [
+    ("0.png", ["a red kite", "a kite over the beach"], ""),
+    ("1.png", ["two dogs"], "dogs"),
+    ("2.png", ["Two  dogs", "animals"], ""),
+    ("3.png", ["breakfast"], ""),
+    ("0.png", ["a holiday"], ""),  # the first image again
+    ("4.png", ["a sleeping dog"], "dogs"),
+    ("5.png", ["x"], ""),
+]
+TRUE = {  # captions that are no negatives of an image, in small letters
+    "0.png": {"a red kite", "a kite over the beach", "a holiday"},
+    "1.png": {"two dogs", "a sleeping dog"},
+    "2.png": {"two dogs", "animals"},
+    "3.png": {"breakfast"},
+    "4.png": {"two dogs", "a sleeping dog"},
+    "5.png": {"x"},
+}
+EVERY = ["a red kite", "a kite over the beach", "two dogs", "animals", "breakfast", "a holiday", "a sleeping dog", "x"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A temporary working directory with ``pairs.jsonl`` and its images."""
+    noise = np.random.default_rng(0)
+    for number in range(6):
+        Image.fromarray(noise.integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(tmp_path / f"{number}.png")
+    lines = [json.dumps({"image": image, "caption": captions, "group": group}) for image, captions, group in ROWS]
+    (tmp_path / "pairs.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def mine(*words: object) -> None:
+    run_command(["mine", *map(str, words), "--num_workers", "0", "--accelerator", "cpu"])
+
+
+def read(path: str = "negatives.jsonl") -> list[dict[str, Any]]:
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
+
+
+@torch.no_grad()
+def one_by_one(checkpoint: Path) -> dict[str, list[str]]:
+    """All negatives of each image, the most similar first, by cosines in float64, a pair at a time."""
+    model, found = load_model(checkpoint).double(), {}
+    for image, true in TRUE.items():
+        one = model.encode_image(model.preprocess(Image.open(image))[None].double(), normalize=True)[0]
+        texts = {text: model.encode_text(model.tokenize(text), normalize=True)[0] for text in EVERY if text not in true}
+        found[image] = sorted(texts, key=lambda text: -float(one @ texts[text]))
+    return found
+
+
+def test_negatives_are_those_of_a_plain_loop_and_rows_are_those_of_the_data(
+    folder: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["pairs.jsonl", "--model", tiny_checkpoint, "--columns.group", "group", "--batch_size", 3]
+    mine(*options, "--output", "negatives.jsonl", "--num_negatives", 4, "--among", 8, "--skip", 1)
+    expected = one_by_one(tiny_checkpoint)
+    found = read()
+    assert [(row["image"], row["caption"], row.get("group", "")) for row in found] == ROWS
+    for row in found:
+        assert [text.lower().replace("  ", " ") for text in row["negative"]] == expected[row["image"]][1:5]
+    assert not list(folder.glob(".*"))
+    assert "negatives.jsonl: 24 hard negatives of 6 images" in capsys.readouterr().err
+
+
+def test_training_draws_them_and_the_command_says_how(
+    folder: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "there").mkdir()
+    options = ["pairs.jsonl", "--model", tiny_checkpoint, "--columns.group", "group"]
+    mine(*options, "--output", "there/negatives.jsonl", "--num_negatives", 2)
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "--data.columns.negative negative --data.columns.group group --data.columns.root" in told
+    columns = Columns(negative="negative", group="group", root=told.split()[-1])
+    table = "there/negatives.jsonl"
+    data = Captions(table, table, columns, batch_size=7, num_workers=0)
+    data.setup("fit")
+    (batch,) = data.train_dataloader()
+    negatives = {row["image"]: row["negative"] for row in read(table)}
+    assert all(text in negatives[key] for key, text in zip(batch.keys, batch.negatives, strict=True))
+
+
+def test_a_margin_may_leave_an_image_without_any_and_says_so(
+    folder: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mine("pairs.jsonl", "--model", tiny_checkpoint, "--output", "negatives.jsonl", "--margin", 1.9)
+    assert all(row["negative"] == [] for row in read())
+    assert "0 hard negatives of 6 images; 6 have none" in capsys.readouterr().err
+    assert len(open_source("negatives.jsonl", columns=Columns(negative="negative"))) == len(ROWS)
+
+
+def test_an_interrupted_run_resumes_with_what_is_not_encoded(
+    folder: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["pairs.jsonl", "--model", tiny_checkpoint, "--batch_size", 2]
+    mine(*options, "--output", "whole.jsonl")
+    step, steps = Encoder.predict_step, []
+
+    def failing(self: Encoder, batch: Any, batch_idx: int) -> torch.Tensor:
+        steps.append(len(batch.rows))
+        if len(steps) == 5:  # images are three batches
+            raise OSError("full")
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Encoder, "predict_step", failing)
+    with pytest.raises(OSError, match="full"):
+        mine(*options, "--output", "negatives.jsonl")
+    mine(*options, "--output", "negatives.jsonl")
+    assert len(steps) == 5 + 3  # of captions the second and all after it
+    assert Path("negatives.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
+
+
+def test_unreadable_images_are_errors_or_left_out(folder: Path, tiny_checkpoint: Path) -> None:
+    (folder / "3.png").write_text("junk")
+    options = ["pairs.jsonl", "--model", tiny_checkpoint, "--output", "negatives.jsonl"]
+    with pytest.raises(InputError, match=r"pairs.jsonl row 4: cannot read image .*--on_error skip"):
+        mine(*options)
+    mine(*options, "--on_error", "skip")
+    assert [row["image"] for row in read()] == [image for image, _, _ in ROWS if image != "3.png"]
+
+
+def test_images_without_a_file_are_refused(folder: Path, tiny_checkpoint: Path) -> None:
+    shard("pairs.jsonl", "shards", shard_size=4, workers=0)
+    with pytest.raises(InputError, match="^shards: its images are not files, which a table could name"):
+        mine("shards", "--model", tiny_checkpoint, "--output", "negatives.jsonl")
+    with pytest.raises(InputError, match=r"^--output negatives.csv: must be a .jsonl file"):
+        mine("pairs.jsonl", "--model", tiny_checkpoint, "--output", "negatives.csv")
+
+
+@pytest.mark.slow
+def test_two_ranks_write_the_bytes_of_one(folder: Path, tiny_checkpoint: Path) -> None:
+    options = ["pairs.jsonl", "--model", str(tiny_checkpoint), "--batch_size", "2", "--num_negatives", "2"]
+    mine(*options, "--output", "one.jsonl")
+    options += ["--output", "two.jsonl", "--devices", "2", "--accelerator", "cpu", "--num_workers", "1"]
+    result = lit_clip_command(
+        folder, "mine", *options, function=partial(command_of_ranks, 2, forks.command_with_progress)
+    )
+    assert result.returncode == 0, result.stderr
+    assert "process 1 of 2" in result.stderr
+    assert Path("two.jsonl").read_bytes() == Path("one.jsonl").read_bytes()
