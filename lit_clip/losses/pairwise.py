@@ -13,12 +13,14 @@ from lit_clip.losses.loss import Loss, LossValue, Pairs
 from lit_clip.losses.tiled import PairLayout, ShardedLoss, sharded_contrastive_loss, sharded_sigmoid_loss
 
 
-def _check_duplicates(duplicates: str) -> None:
+def check_duplicates(duplicates: str) -> None:
+    """Raise :class:`InputError` unless this is a way to count duplicates."""
     known = get_args(Duplicates)
     require(duplicates in known, f"model.loss: duplicates {duplicates!r} must be one of {', '.join(known)}")
 
 
-def _layout(pairs: Pairs, duplicates: Duplicates) -> PairLayout:
+def pair_layout(pairs: Pairs, duplicates: Duplicates) -> PairLayout:
+    """Return how the pairs are spread over ranks, with what finds duplicates where they count."""
     return PairLayout(pairs.ranks, None if duplicates == "negatives" else pairs.ids(), duplicates)
 
 
@@ -46,7 +48,7 @@ class Contrastive(Loss):
 
     def __init__(self, duplicates: Duplicates = "negatives", label_smoothing: float = 0.0) -> None:
         super().__init__()
-        _check_duplicates(duplicates)
+        check_duplicates(duplicates)
         require(0 <= label_smoothing < 1, f"label_smoothing: {label_smoothing} must be at least 0 and below 1")
         require(
             not label_smoothing or duplicates == "negatives",
@@ -56,7 +58,7 @@ class Contrastive(Loss):
         self.label_smoothing = label_smoothing
 
     def forward(self, pairs: Pairs) -> LossValue:
-        layout = _layout(pairs, self.duplicates)
+        layout = pair_layout(pairs, self.duplicates)
         result = sharded_contrastive_loss(pairs.image, pairs.text, pairs.scale, layout, pairs.negatives)
         if self.label_smoothing:
             result = result._replace(loss=result.loss + self.label_smoothing * _own_above_mean(pairs))
@@ -95,7 +97,7 @@ class Sigmoid(Loss):
 
     def __init__(self, duplicates: Duplicates = "negatives", pretraining_batch: int | None = None) -> None:
         super().__init__()
-        _check_duplicates(duplicates)
+        check_duplicates(duplicates)
         known = pretraining_batch is None or pretraining_batch >= 1
         require(known, f"model.loss: Sigmoid.pretraining_batch {pretraining_batch} must be at least 1")
         self.duplicates: Duplicates = duplicates
@@ -113,7 +115,7 @@ class Sigmoid(Loss):
         assert bias is not None, "checked by prepare"
         if self.pretraining_batch is not None:
             bias = bias + math.log(self.pretraining_batch / max(1, pairs.ranks.total))
-        layout = _layout(pairs, self.duplicates)
+        layout = pair_layout(pairs, self.duplicates)
         return _value(sharded_sigmoid_loss(pairs.image, pairs.text, pairs.scale, bias, layout), pairs)
 
     def chance_loss(self, pairs: int) -> float:
