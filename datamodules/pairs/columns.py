@@ -166,9 +166,10 @@ class ColumnPairs(PairSource):
 
     def check(self) -> None:
         checked = CHECKED_IN_STORE if isinstance(self.root, StoreFolder) else CHECKED
-        sample = (self.cells(index) for index in range(0, len(self), max(1, len(self) // checked)))
-        images = [(value, cells) for cells in sample for value in dict.fromkeys((cells.image, cells.other_image))]
-        files = [(self._located(*each)[0], each[1].where) for each in images if isinstance(each[0], str)]
+        sample = [self.cells(index) for index in range(0, len(self), max(1, len(self) // checked))]
+        images = [(cells.image, cells) for cells in sample]
+        images += [(cells.other_image, cells) for cells in sample if cells.other_image is not None]
+        files = [(self._located(*each)[0], each[1].where) for each in images if not isinstance(each[0], bytes | dict)]
         check_images([(self._opened(source, where), where) for source, where in files])
 
 

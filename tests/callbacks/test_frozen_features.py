@@ -35,6 +35,7 @@ from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Loss, Sum
 from lit_clip.module import LitCLIP
 from lit_clip.tools.stored_rows import ABSENT, DONE, StoredRows
+from lit_clip.training.other_images import OtherImageContrastive
 from lit_clip.training.place_contrastive import PlaceContrastive
 from lit_clip.training.preservation import Preservation
 from lit_clip.training.teacher import Distillation
@@ -387,7 +388,7 @@ def test_what_cannot_be_stored_exactly_is_refused(
         stored(run._replace(**change), *([callback()] if callback else []))
 
 
-@pytest.mark.parametrize("term", [Distillation, PlaceContrastive])
+@pytest.mark.parametrize("term", [Distillation, OtherImageContrastive, PlaceContrastive])
 def test_a_loss_of_images_is_refused_before_anything_is_encoded(
     term: Callable[..., Loss], run: Run, tiny_checkpoint: Path
 ) -> None:
