@@ -1,7 +1,7 @@
 """The losses of the paper and of SigLIP."""
 
 import math
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,18 +9,12 @@ from torch import Tensor
 from lit_clip.distributed import RankCounts, gather
 from lit_clip.errors import require
 from lit_clip.losses.contrastive import Duplicates
+from lit_clip.losses.duplicates import check_duplicates
 from lit_clip.losses.loss import Loss, LossValue, Pairs
 from lit_clip.losses.tiled import PairLayout, ShardedLoss, sharded_contrastive_loss, sharded_sigmoid_loss
 
 
-def check_duplicates(duplicates: str) -> None:
-    """Raise :class:`InputError` unless this is a way to count duplicates."""
-    known = get_args(Duplicates)
-    require(duplicates in known, f"model.loss: duplicates {duplicates!r} must be one of {', '.join(known)}")
-
-
-def pair_layout(pairs: Pairs, duplicates: Duplicates) -> PairLayout:
-    """Return how the pairs are spread over ranks, with what finds duplicates where they count."""
+def _layout(pairs: Pairs, duplicates: Duplicates) -> PairLayout:
     return PairLayout(pairs.ranks, None if duplicates == "negatives" else pairs.ids(), duplicates)
 
 
@@ -58,7 +52,7 @@ class Contrastive(Loss):
         self.label_smoothing = label_smoothing
 
     def forward(self, pairs: Pairs) -> LossValue:
-        layout = pair_layout(pairs, self.duplicates)
+        layout = _layout(pairs, self.duplicates)
         result = sharded_contrastive_loss(pairs.image, pairs.text, pairs.scale, layout, pairs.negatives)
         if self.label_smoothing:
             result = result._replace(loss=result.loss + self.label_smoothing * _own_above_mean(pairs))
@@ -115,7 +109,7 @@ class Sigmoid(Loss):
         assert bias is not None, "checked by prepare"
         if self.pretraining_batch is not None:
             bias = bias + math.log(self.pretraining_batch / max(1, pairs.ranks.total))
-        layout = pair_layout(pairs, self.duplicates)
+        layout = _layout(pairs, self.duplicates)
         return _value(sharded_sigmoid_loss(pairs.image, pairs.text, pairs.scale, bias, layout), pairs)
 
     def chance_loss(self, pairs: int) -> float:

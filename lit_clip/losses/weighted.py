@@ -13,8 +13,8 @@ from lit_clip.distributed import gather, gather_rows
 from lit_clip.errors import require
 from lit_clip.losses.contrastive import Duplicates, at_least_float32
 from lit_clip.losses.distillation import LOGITS
+from lit_clip.losses.duplicates import check_duplicates
 from lit_clip.losses.loss import Loss, Pairs
-from lit_clip.losses.pairwise import check_duplicates, pair_layout
 from lit_clip.losses.tiled import PairLayout
 
 
@@ -40,7 +40,8 @@ class WeightedContrastive(Loss):
         weight_B = pairs.batch.extra.get("weight", pairs.image.new_zeros(0))
         complete = weight_B.shape == (len(pairs.image),)
         require(complete, "model.loss: WeightedContrastive: the data have no weights; set data.columns.weight")
-        layout = pair_layout(pairs, self.duplicates)
+        ids_B3 = None if self.duplicates == "negatives" else pairs.ids()
+        layout = PairLayout(pairs.ranks, ids_B3, self.duplicates)
         with torch.autocast(pairs.image.device.type, enabled=False):
             return weighted_contrastive_loss(pairs.image, pairs.text, weight_B, pairs.scale, layout)
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -108,18 +107,6 @@ def _encode_parts(model: CLIP, parts: list[CaptionBatch], negatives: bool) -> tu
         texts.append(text[: len(part.tokens)])
         hard.append(text[len(part.tokens) :])
     return torch.cat(images), torch.cat(texts), torch.cat(hard) if negatives else None
-
-
-def encode_again(model: CLIP, encode: Callable[[CLIP, Tensor], Tensor], images: Sequence[Tensor]) -> Tensor:
-    """Encode micro-batches of images for a loss; BatchNorm's statistics stay, which have counted the step's images."""
-    norms = [layer for layer in model.visual.modules() if isinstance(layer, _BatchNorm)]
-    run = partial(checkpoint if len(images) > 1 else _run, inside=model.visual)
-    found = []
-    for part in images:
-        torch.clear_autocast_cache()  # see _encode_parts
-        with FrozenStatistics(norms):
-            found.append(run(encode, model, part))
-    return torch.cat(found)
 
 
 def _run(encode: Callable[..., Tensor], *args: Any, inside: nn.Module) -> Tensor:

@@ -7,10 +7,9 @@ from torch import Tensor
 from lit_clip.errors import require
 from lit_clip.losses.contrastive import unit
 from lit_clip.losses.loss import Loss, Pairs
-from lit_clip.losses.pairwise import pair_layout
-from lit_clip.losses.tiled import sharded_contrastive_loss
+from lit_clip.losses.tiled import PairLayout, sharded_contrastive_loss
 from lit_clip.models.clip import CLIP
-from lit_clip.training.micro_batches import encode_again
+from lit_clip.training.encode_again import encode_again
 
 NAME = "other_image"  # of the uint8 images in CaptionBatch.extra
 
@@ -46,7 +45,7 @@ class OtherImageContrastive(Loss):
         require(there, "model.loss: OtherImageContrastive: the data have no other images; set data.columns.other_image")
         images = [part.extra.get(NAME, part.images) for part in pairs.parts]  # a placeholder has none
         other_BD = unit(encode_again(self.model[0], _encode, images)[:B, :D])
-        layout = pair_layout(pairs, "ignored")
+        layout = PairLayout(pairs.ranks, pairs.ids(), "ignored")
         loss = sharded_contrastive_loss(pairs.image, other_BD, pairs.scale, layout).loss
         if self.texts:
             loss = loss + sharded_contrastive_loss(other_BD, pairs.text, pairs.scale, layout).loss

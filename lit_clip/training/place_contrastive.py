@@ -11,7 +11,7 @@ from lit_clip.losses.places import place_similarities, similarity_loss
 from lit_clip.models.clip import CLIP
 from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.models.size import height_width
-from lit_clip.training.micro_batches import encode_again
+from lit_clip.training.encode_again import encode_again
 
 
 class PlaceContrastive(Loss):
