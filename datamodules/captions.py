@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lit_clip.batch import JUDGED_AFTER
@@ -140,7 +141,9 @@ class Captions(CaptionDataModule):
 
     def _refuse_unread(self, loss: Any) -> None:
         """Raise :class:`InputError` for a column that no part of the loss reads."""
-        read = [name for part in loss.modules() for name in getattr(part, "reads", ())] if loss is not None else READERS
+        if not isinstance(loss, nn.Module):  # of a module of one's own
+            return
+        read = [name for part in loss.modules() for name in getattr(part, "reads", ())]
         for name, ours in READERS.items():
             unread = f"data.columns.{name}: {type(loss).__name__} does not read it; leave it out, or use {ours}"
             require(getattr(self._options["columns"], name) is None or name in read, unread)
