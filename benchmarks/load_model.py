@@ -51,9 +51,10 @@ def openers() -> dict[tuple[str, str], Callable[[str], nn.Module]]:
     }
     theirs: dict[tuple[str, str], Callable[[str], Any]] = {
         ("open_clip", "file"): lambda source: open_clip.create_model(NAME, pretrained=source),
-        ("open_clip", "archive"): lambda source: open_clip.load_openai_model(source, device="cpu"),
         ("open_clip", "random"): open_clip.create_model,
     }
+    if of_archives := getattr(open_clip, "load_openai_model", None):  # not in open_clip 4
+        theirs["open_clip", "archive"] = lambda source: of_archives(source, device="cpu")
     return ours | theirs
 
 

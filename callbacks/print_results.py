@@ -8,13 +8,13 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.trainer.states import TrainerFn
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_clip.tools.untrusted import check_entries
 from lit_clip.training.lightning.run_folder import curves, run_folder
-from lit_clip.training.summary import print_next_steps, print_summary
+from lit_clip.training.summary import print_next_steps, print_preferred, print_summary
 
 LOSS, RECALL = "val/loss", "val/mean_recall"
+FEW = 100  # pairs to validate, of which the best model is chance: with 11 it was 7 points below the last
 
 
 class Validation(NamedTuple):
@@ -26,10 +26,17 @@ class Validation(NamedTuple):
 
 
 class PrintResults(Callback):
-    """Print a run's last metrics, beside baselines and first values, and its files; warn of steps that none holds."""
+    """Print a run's last metrics, beside baselines and first values, and its files, after saving its last steps.
+
+    A ``ModelCheckpoint`` without ``monitor`` saves after a validation, and at the end of a run none may be due.
+    """
 
     def __init__(self) -> None:
         self._validations: list[Validation] = []
+        self._first_step = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._first_step = trainer.global_step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         found = trainer.callback_metrics
@@ -45,18 +52,26 @@ class PrintResults(Callback):
         check_entries(state_dict, {"validations": list[tuple[int, float, float]]}, type(self).__name__)
         self._validations = [Validation(*each) for each in state_dict.get("validations", [])]
 
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        for saver in trainer.checkpoint_callbacks if trainer.global_step > self._first_step else ():
+            if not isinstance(saver, ModelCheckpoint) or saver.monitor or not saver.save_top_k:
+                continue  # the best are wanted, or none
+            if not saver._should_skip_saving_checkpoint(trainer):
+                saver._save_topk_checkpoint(trainer, saver._monitor_candidates(trainer))
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
+        pairs = len(getattr(getattr(trainer, "datamodule", None), "val_source", None) or ())
         if trainer.is_global_zero:
-            pairs = len(getattr(getattr(trainer, "datamodule", None), "val_source", None) or ())
             print_summary(trainer.callback_metrics, module.baselines, module.before, pairs)
         saver = trainer.checkpoint_callback
         last = getattr(saver, "last_model_path", "") or getattr(saver, "best_model_path", "")
         folder = run_folder(trainer)  # every rank must ask
-        _warn_of_unsaved_steps(trainer)
         if last and trainer.is_global_zero:
-            note = misleading_loss(self._validations)
-            print_next_steps(Path(last), folder, curves(trainer.loggers, trainer.ckpt_path), _best(trainer), note)
+            best, note = _best(trainer), misleading_loss(self._validations)
+            print_next_steps(Path(last), folder, curves(trainer.loggers, trainer.ckpt_path), best, note)
+            if best and 0 < pairs < FEW:
+                print_preferred(Path(last), pairs)
 
 
 def misleading_loss(validations: Sequence[Validation]) -> str:
@@ -78,16 +93,3 @@ def _best(trainer: Trainer) -> dict[str, Path]:
     # After a resume a best checkpoint of the run before has no score.
     scores = ["" if each.best_model_score is None else f" ({float(each.best_model_score):.4g})" for each in found]
     return {f"{each.monitor}{score}": Path(each.best_model_path) for each, score in zip(found, scores, strict=True)}
-
-
-def _warn_of_unsaved_steps(trainer: Trainer) -> None:
-    """Warn of last steps that no checkpoint holds: Lightning saves after a validation, and none may be due then."""
-    savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-    if all(each.monitor or not each.save_top_k for each in savers):  # the best are wanted, or none
-        return
-    saved, done = max(each._last_global_step_saved for each in savers), trainer.global_step
-    if saved < done and (saved or not trainer.ckpt_path):  # otherwise the steps before are in that checkpoint
-        rank_zero_warn(
-            f"ModelCheckpoint: no checkpoint holds the last {done - saved} of {done} steps; set "
-            "its every_n_train_steps, or validate at the end of the run"
-        )

@@ -26,7 +26,7 @@ CHUNK = 32  # pairs that a data worker reads at once
 DECODED = 72  # least pixels a side of a decoded image: eight for each of the hash's 9 columns
 ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 
-READABLE, PLAIN, ROTATED, ANIMATED = 1, 2, 4, 8  # bits of ``state``
+READABLE, PLAIN, ROTATED, ANIMATED, TRANSPARENT = 1, 2, 4, 8, 16  # bits of ``state``
 SAYS_NOTHING, TOO_LONG = 1, 2  # bits of a caption's ``flags``
 IMAGE = np.dtype(
     [
@@ -112,8 +112,17 @@ def _image(stored: EncodedPair) -> tuple[int, ...]:
         mode = Image.MODES.index(image.mode) if image.mode in Image.MODES else len(Image.MODES)
         kind = formats().index(str(image.format))
         sizes = (*image.size, len(stored.image), len(stored.captions))
+        state |= TRANSPARENT * _shows_through(image)  # which shrinks it
     key, file = _hash(stored.key), _hash(stored.image)
     return (key, file, look.bits, look.colour, *sizes, kind, mode, state)
+
+
+def _shows_through(image: Image.Image) -> bool:
+    """Whether a pixel of an open image is less than half opaque."""
+    if not image.has_transparency_data:
+        return False
+    image.thumbnail((DECODED, DECODED))
+    return bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 128)
 
 
 def _is_rotated(image: Image.Image) -> bool:

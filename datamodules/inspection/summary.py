@@ -11,7 +11,7 @@ from lit_clip.tools.console import size_in_bytes
 from ..near_duplicates import Groups, equal_groups, look_alikes
 from ..pairs.decisions import DROP
 from ..pairs.source import SkippedRows
-from .scan import ANIMATED, PLAIN, ROTATED, ScanFindings, formats
+from .scan import ANIMATED, PLAIN, ROTATED, TRANSPARENT, ScanFindings, formats
 
 
 class SummaryLine(NamedTuple):
@@ -114,6 +114,7 @@ def _image_lines(findings: ScanFindings, duplicates: DuplicateGroups) -> list[Su
     states = (
         ("with an EXIF rotation (models see them unrotated)", ROTATED),
         ("animated (models see the first frame)", ANIMATED),
+        ("transparent (models see what lies underneath, often black; draw them on white)", TRANSPARENT),
         ("a single colour", PLAIN),
     )
     for name, bit in states:

@@ -18,7 +18,7 @@ from lit_clip.evaluation.probe import places_in_classes
 
 FOLDS = 5
 PENALTIES = (100.0, 10.0, 1.0, 0.1, 0.01, 0.001)  # times the features' spread; measured accuracy is flat between them
-PENALTY, PENALTY_ALONE = 0.03, 1.0  # where no class has two examples: with names, and where these say nothing
+PENALTY, PENALTY_ALONE = 0.03, 0.3  # where no class has two examples: with names, and where these say nothing
 SURE = 2.0  # nats by which names must fit the examples better than none; chance alone does in 2 % of cases
 MOST_FITS = FOLDS * len(PENALTIES) + 1
 TOLERANCE = 1e-4  # of the objective, while penalties are compared

@@ -73,7 +73,7 @@ class PretrainedEncoders(Recipe):
         speeds = [(freeze, measure(module, data, precision, freeze, augmented)) for freeze in _levels(run)]
         left = SHARE * seconds - run.seconds() - START
         plan = plan_for(facts, speeds, left, augmented)
-        if not plan.fits:
+        if plan.encoding + plan.training > left + (1 - SHARE) * seconds:
             raise InputError(too_short(self.minutes, run.seconds() + START, plan, facts))
         long = [trial for trial in trials if plan.epochs * (facts.pairs // trial.batch) >= FEWEST_STEPS]
         best = gentlest(long or trials or [Trial(_batches(facts)[-1], RATES[1], 0.0, 0, 0.0)])
@@ -151,12 +151,12 @@ def plan_for(facts: Facts, speeds: Levels, seconds: float, augmented: bool = Tru
 
 def too_short(minutes: float, used: float, plan: Plan, facts: Facts) -> str:
     """Return what a time lacks of which so many seconds are used; the plan is the smallest there is."""
-    needed = math.ceil((used + plan.encoding + plan.training) / 60 / (SHARE - SEARCH))
+    whole = used + plan.encoding + plan.training
+    needed = math.ceil((whole / 60 - SEARCH * minutes) / (1 - SEARCH))  # with more time the search takes more
     return (
         f"recipe.minutes: {used / 60:.1f} of {minutes:g} are used by the start and the search, and {facts.images:,} "
         f"images and {facts.captions:,} captions take {_told(plan.encoding + plan.training)} more on this machine; "
-        f"give {needed}, or train the heads alone by --recipe null --model.freeze '{{image: {{unlock_last: 0}}, "
-        "text: {unlock_last: 0}}'"
+        f"give {max(needed, math.floor(minutes) + 1)}, or fewer pairs"
     )
 
 

@@ -105,6 +105,12 @@ def print_next_steps(
         console.print(f"best {metric}: {shown(file)}")
 
 
+def print_preferred(checkpoint: Path, pairs: int) -> None:
+    """Print that the last checkpoint is to be preferred where few pairs have chosen the best."""
+    told = f"{pairs} pairs to validate are too few to tell the best model; take {shown(checkpoint)}"
+    Console(soft_wrap=True).print(told)
+
+
 def resume_command(checkpoint: Path, folder: Path | None) -> str:
     """Return the command that resumes a run from a checkpoint; without a configuration, how to resume it."""
     if config := newest_config(folder):

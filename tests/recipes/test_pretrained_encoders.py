@@ -72,8 +72,15 @@ def test_a_time_that_is_too_short_is_refused_with_one_that_is_long_enough() -> N
     message = too_short(1, used, plan, PHOTOGRAPHS)
     assert message.startswith("recipe.minutes: 0.7 of 1 are used by the start and the search, and 6,000 images")
     enough = int(message.partition("give ")[2].partition(",")[0])
-    assert plan_for(PHOTOGRAPHS, SPEEDS, 0.85 * 60 * enough - used).fits
-    assert enough <= 2 + (used + plan.encoding + plan.training) / 60 / 0.7
+
+    def is_accepted(minutes: int) -> bool:
+        """Its search takes 15 % of a minute more for each minute more."""
+        left = 60 * minutes - used - 0.15 * 60 * (minutes - 1)
+        smallest = plan_for(PHOTOGRAPHS, SPEEDS, 0.85 * left)
+        return smallest.encoding + smallest.training <= left
+
+    assert is_accepted(enough)
+    assert not is_accepted(enough - 1)
     with pytest.raises(InputError, match="recipe.minutes: 0 must be above 0"):
         PretrainedEncoders(0)
 

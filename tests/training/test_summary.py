@@ -75,9 +75,9 @@ def test_a_run_from_python_ends_with_its_results_and_without_advertisements(
     assert "Tip" not in messages
 
 
-@pytest.mark.parametrize(("every", "best", "warned"), [("1", False, False), ("2", False, True), ("2", True, True)])
-def test_steps_that_no_checkpoint_holds_are_named(
-    every: str, best: bool, warned: bool, cli: Callable[..., Any], caption_table: Path
+@pytest.mark.parametrize(("every", "best"), [("1", True), ("2", False), ("2", True)])
+def test_the_last_steps_are_saved_whether_or_not_a_validation_is_due(
+    every: str, best: bool, cli: Callable[..., Any], caption_table: Path, tmp_path: Path
 ) -> None:
     data = ["--data", "datamodules.Captions", "--data.train", str(caption_table), "--data.val", str(caption_table)]
     data += ["--data.num_workers", "0", "--model.architecture", TINY_YAML, "--trainer.accelerator", "cpu"]
@@ -86,7 +86,15 @@ def test_steps_that_no_checkpoint_holds_are_named(
         data += [f"--trainer.callbacks+={saver}"] * 2 + ["--trainer.callbacks.monitor", "val/loss"]
     result = cli("fit", *data, "--trainer.max_epochs", "1", "--trainer.check_val_every_n_epoch", every)
     assert result.returncode == 0, result.stderr
-    assert ("ModelCheckpoint: no checkpoint holds the last 1 of 1 steps" in result.stderr) == warned
+    last, *others = tmp_path.rglob("*.ckpt")
+    assert len(others) == (best and every == "1")
+    assert {torch.load(file, weights_only=True)["global_step"] for file in (last, *others)} == {1}
+    assert ("too few to tell the best model; take" in result.stdout) == (best and every == "1")
+    again = [*data, "--trainer.check_val_every_n_epoch", "5", "--ckpt_path", str(last), "--trainer.max_epochs", "3"]
+    result = cli("fit", *again)
+    assert result.returncode == 0, result.stderr
+    (resumed,) = [file for file in tmp_path.rglob("*.ckpt") if torch.load(file, weights_only=True)["global_step"] == 3]
+    assert str(resumed.name) in result.stdout
 
 
 def test_groups_of_an_optimiser_without_weight_decay_are_printed(capsys: pytest.CaptureFixture[str]) -> None:

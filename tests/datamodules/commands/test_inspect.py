@@ -155,6 +155,9 @@ def test_image_figures_match_plain_counting(report: Report, messy: Path) -> None
     assert number(report, "with an EXIF rotation (models see them unrotated)") == 1
     assert number(report, "animated (models see the first frame)") == 1
     assert number(report, "a single colour") == 2
+    clear = [image for image in opened if "A" in image.getbands() and image.getchannel("A").getextrema()[0] < 128]
+    name = "transparent (models see what lies underneath, often black; draw them on white)"
+    assert number(report, name) == len(clear) > 0
     digests = {hashlib.md5((messy / name).read_bytes()).hexdigest() for name in names}
     assert number(report, "same file as another image") == len(names) - len(digests) == 1
     assert report.figures["other file that looks the same (64-bit difference hash)"].endswith("in 1 group")
