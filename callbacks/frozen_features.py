@@ -26,6 +26,7 @@ from lit_clip.training.frozen_features import (
     store_texts,
 )
 from lit_clip.training.micro_batches import HARD_NEGATIVES
+from lit_clip.training.other_images import OtherImageContrastive
 from lit_clip.training.place_contrastive import PlaceContrastive
 from lit_clip.training.teacher import Distillation, Teacher
 from .compile import Compile
@@ -158,7 +159,8 @@ def _refuse(trainer: Trainer, module: LightningModule) -> None:
 def _refuse_loss(module: LitCLIP, data: Any) -> None:
     """Raise :class:`InputError` for a loss that needs what is not encoded."""
     for part in module.loss.modules():
-        needs_images = isinstance(part, PlaceContrastive) and "image" in module.model.frozen_prefixes
+        needs_images = isinstance(part, OtherImageContrastive | PlaceContrastive)
+        needs_images = needs_images and "image" in module.model.frozen_prefixes
         require(not needs_images, f"FrozenFeatures: {type(part).__name__} needs images; remove one of them")
     negatives = module.loss.uses_negatives and getattr(data, "negative_column", None)
     require(not negatives or "text" not in module.model.frozen_prefixes, HARD_NEGATIVES)

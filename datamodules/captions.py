@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from lightning.pytorch import LightningDataModule
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from lit_clip.batch import JUDGED_AFTER
@@ -25,6 +26,10 @@ from .pairs.source import NO_CAPTION, CaptionOptions, Classes, Columns, PairSour
 from .shards.pairs import ShardOptions
 
 VALIDATION_SHARE = 0.1
+READERS = {  # of columns that are for one loss
+    "weight": "lit_clip.losses.WeightedContrastive",
+    "other_image": "lit_clip.training.other_images.OtherImageContrastive",
+}
 
 
 @dataclass(frozen=True)
@@ -134,6 +139,17 @@ class Captions(CaptionDataModule):
     def setup(self, stage: str) -> None:
         self._versions = gather_objects([self._versions])[0]  # an address may have changed since the first rank read it
         super().setup(stage)
+        if stage == "fit":
+            self._refuse_unread(getattr(getattr(self.trainer, "lightning_module", None), "loss", None))
+
+    def _refuse_unread(self, loss: Any) -> None:
+        """Raise :class:`InputError` for a column that no part of the loss reads."""
+        if not isinstance(loss, nn.Module):  # of a module of one's own
+            return
+        read = [name for part in loss.modules() for name in getattr(part, "reads", ())]
+        for name, ours in READERS.items():
+            unread = f"data.columns.{name}: {type(loss).__name__} does not read it; leave it out, or use {ours}"
+            require(getattr(self._options["columns"], name) is None or name in read, unread)
 
     def state_dict(self) -> dict[str, Any]:
         versions = self._opened_versions()

@@ -105,6 +105,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
     names = [row.rpartition(",")[2].strip('"') for row in rows[1:]]
     (here / "sentences.csv").write_text("\n".join(["source,target", *(f"{name},{name[::-1]}" for name in names)]))
     (here / "several_captions.csv").write_text("\n".join([*rows, *rows[1:]]))
+    products = [f"{row},{number % 5},{rows[number - 1].split(',')[0]}" for number, row in enumerate(rows[2:], 2)]
+    (here / "products.csv").write_text("\n".join([f"{rows[0]},score,back", *products]))
     write_own_parts(here)
     for name in ("last.ckpt", "vit.ckpt"):
         shutil.copy(checkpoint, here / name)

@@ -44,7 +44,9 @@ def shard(
 
     require(shard_size >= 1, f"--shard_size {shard_size} must be at least 1")
     require(resize is None or resize >= 1, f"--resize {resize} must be at least 1")
-    require(columns.negative is None, "--columns.negative: shards hold no hard negatives; train on the table itself")
+    for name in ("negative", "weight", "other_image"):
+        unused = getattr(columns, name) is None
+        require(unused, f"--columns.{name}: shards hold captions and groups alone; train on the table itself")
     folder = Path(output)
     require(not folder.exists() or folder.is_dir(), f"{folder}: is a file; give a folder")
     source = open_source(data, columns=columns, split=split, option_prefix="--", on_error=on_error)

@@ -33,7 +33,9 @@ class TrainingPairs(Dataset[PairSample]):
         with seeded(seed):
             with decoding_at_least(transform.decode_size):
                 pair = self.source.load(sample.row, random.Random(seed))
-            return PairSample(transform(pair.image), *pair[1:])
+            augmented = PairSample(transform(pair.image), *pair[1:])
+            images = {name: transform(each) for name, each in pair.extra.items() if isinstance(each, Image.Image)}
+            return augmented._replace(extra={**pair.extra, **images}) if images else augmented
 
 
 class ValidationPairs(Dataset[PairSample]):

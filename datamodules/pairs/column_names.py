@@ -28,6 +28,8 @@ class ColumnNames(NamedTuple):
     caption: str
     group: str | None = None
     negative: str | None = None
+    weight: str | None = None
+    other_image: str | None = None
     more_captions: tuple[str, ...] = ()  # further columns of captions of the same image
 
     @property
@@ -37,7 +39,7 @@ class ColumnNames(NamedTuple):
 
     def names(self) -> list[str]:
         """Return the columns, each once."""
-        names = (self.image, *self.captions, self.group, self.negative)
+        names = (self.image, *self.captions, self.group, self.negative, self.weight, self.other_image)
         return list(dict.fromkeys(name for name in names if name is not None))
 
 
@@ -61,16 +63,17 @@ def find_column(path: object, found: list[str], wanted: str | None, usual: tuple
 
 
 def find_columns(path: object, found: list[str], options: SourceOptions) -> ColumnNames:
-    """Choose the columns of images, captions, groups and hard negatives among the columns ``found``."""
+    """Choose the columns to read among the columns ``found``."""
     wanted, option = options.columns, f"{options.option_prefix}columns."
     image = find_column(path, found, wanted.image, IMAGE_COLUMNS, f"{option}image")
     numbered = [] if wanted.caption is not None else _numbered_captions(found)
     caption = find_column(path, found, [*numbered, wanted.caption][0], CAPTION_COLUMNS, f"{option}caption")
     require(image != caption, f"{path}: column {image!r} cannot be both the image and the caption")
-    for name, column in (("group", wanted.group), ("negative", wanted.negative)):
+    optional = {name: getattr(wanted, name) for name in ("group", "negative", "weight", "other_image")}
+    for name, column in optional.items():
         if column is not None:
             find_column(path, found, column, (), f"{option}{name}")
-    columns = ColumnNames(image, caption, wanted.group, wanted.negative, tuple(numbered[1:]))
+    columns = ColumnNames(image, caption, **optional, more_captions=tuple(numbered[1:]))
     refuse_equal(path, found, columns.names())
     return columns
 
@@ -92,9 +95,10 @@ def _numbered_captions(found: list[str]) -> list[str]:
 
 def check_types(path: object, schema: pa.Schema, columns: ColumnNames) -> None:
     """Raise :class:`InputError` unless images are paths or encoded images, and captions texts or lists of texts."""
-    image = schema.field(columns.image).type
-    readable = _is_text(image) or is_encoded(image)
-    require(readable, f"{path}: column {columns.image!r} holds {image}, neither paths nor images; set columns.image")
+    for option, name in (("image", columns.image), ("other_image", columns.other_image)):
+        kind = None if name is None else schema.field(name).type
+        readable = kind is None or _is_text(kind) or is_encoded(kind)
+        require(readable, f"{path}: column {name!r} holds {kind}, neither paths nor images; set columns.{option}")
     texts = [*(("caption", name) for name in columns.captions), ("negative", columns.negative)]
     for option, name in texts:
         kind = None if name is None else schema.field(name).type

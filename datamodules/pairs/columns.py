@@ -6,7 +6,10 @@ from abc import abstractmethod
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
+import numpy as np
 import pyarrow as pa
+import torch
+from PIL import Image
 
 from lit_clip.errors import BadSample
 from lit_clip.secrets import without_secrets
@@ -19,12 +22,27 @@ from ..loading.store import StoreFolder, stamp_of
 from .source import NO_CAPTION, EncodedPair, Pair, PairSource, PairText, SkippedRows
 
 CHECKED_IN_STORE = 8  # images that are read before training
+LARGEST_WEIGHT = float(np.finfo(np.float32).max)
 
 
 def group_name(value: Any) -> str:
     """Return the group that a cell names, empty for none; numbers are names too."""
     name = "" if value is None else str(value).strip()
     return "" if name.lower() in BLANK else name
+
+
+def checked_weight(cell: Any, column: str | None, where: str) -> float:
+    """Return the weight that a cell holds."""
+    try:
+        weight = float(cell)
+    except (TypeError, ValueError, OverflowError):
+        weight = -1.0
+    if not 0 <= weight <= LARGEST_WEIGHT:
+        detail = (
+            f"column {column!r} holds {shortened(cell)}, but a weight is a number of at least 0; fix or remove the row"
+        )
+        raise BadSample(where, "weight is not a number", detail)
+    return weight
 
 
 class Cells(NamedTuple):
@@ -36,6 +54,8 @@ class Cells(NamedTuple):
     where: str
     key: str  # of an image that is not a file of its own
     negative: Any = None
+    weight: float | None = None
+    other_image: Any = None  # as ``image``; None if there is no such column
 
 
 class ColumnPairs(PairSource):
@@ -81,8 +101,15 @@ class ColumnPairs(PairSource):
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
         cells = self.cells(index)
-        text = self._text(cells, rng)
-        return Pair(open_image(self._opened(self._image(cells)[0], cells.where), cells.where), *text)
+        pair = Pair(self._open_image(cells.image, cells), *self._text(cells, rng))
+        if rng is None or cells.other_image is None:
+            return pair
+        same = cells.other_image == cells.image
+        other = pair.image if same else self._open_image(cells.other_image, cells)
+        return pair._replace(extra={**pair.extra, "other_image": other})
+
+    def _open_image(self, value: Any, cells: Cells) -> Image.Image:
+        return open_image(self._opened(self._located(value, cells)[0], cells.where), cells.where)
 
     def text(self, index: int, rng: random.Random | None) -> PairText:
         return self._text(self.cells(index), rng)
@@ -92,7 +119,8 @@ class ColumnPairs(PairSource):
         caption = captions[0] if rng is None or len(captions) == 1 else rng.choice(captions)
         negatives = [] if rng is None else _texts(cells.negative, cells.where)
         negative = rng.choice(negatives) if rng and len(negatives) > 1 else "".join(negatives)
-        return PairText(caption, self._image(cells)[1], cells.group, negative)
+        extra = {} if cells.weight is None else {"weight": torch.tensor(cells.weight)}
+        return PairText(caption, self._image(cells)[1], cells.group, negative, extra)
 
     def image_identity(self, index: int) -> object:
         cells = self.cells(index)
@@ -122,7 +150,9 @@ class ColumnPairs(PairSource):
 
     def _image(self, cells: Cells) -> tuple[Path | str | io.BytesIO, str]:
         """Return a row's image, which is a file, an address in a store, or the content; and its key."""
-        value = cells.image
+        return self._located(cells.image, cells)
+
+    def _located(self, value: Any, cells: Cells) -> tuple[Path | str | io.BytesIO, str]:
         if isinstance(value, dict):
             value = value["bytes"] if value["bytes"] is not None else value.get("path")
         if isinstance(value, bytes):
@@ -136,8 +166,10 @@ class ColumnPairs(PairSource):
 
     def check(self) -> None:
         checked = CHECKED_IN_STORE if isinstance(self.root, StoreFolder) else CHECKED
-        sample = (self.cells(index) for index in range(0, len(self), max(1, len(self) // checked)))
-        files = [(self._image(cells)[0], cells.where) for cells in sample if not isinstance(cells.image, bytes | dict)]
+        sample = [self.cells(index) for index in range(0, len(self), max(1, len(self) // checked))]
+        images = [(cells.image, cells) for cells in sample]
+        images += [(cells.other_image, cells) for cells in sample if cells.other_image is not None]
+        files = [(self._located(*each)[0], each[1].where) for each in images if not isinstance(each[0], bytes | dict)]
         check_images([(self._opened(source, where), where) for source, where in files])
 
 
@@ -175,7 +207,7 @@ def _decoded(value: Any, where: str) -> Any:
 
 
 class TablePairs(ColumnPairs):
-    """Pairs in an Arrow table with columns ``image``, ``caption``, ``number`` and perhaps ``group`` and ``negative``.
+    """Pairs in an Arrow table with the columns of ``text_table.SCHEMA``; it may lack the optional ones.
 
     Args:
         path: of the file that the table was made from, for messages.
@@ -215,7 +247,8 @@ class TablePairs(ColumnPairs):
     def cells(self, index: int) -> Cells:
         row = {name: self._table[name][index].as_py() for name in self._table.column_names}
         where = f"{self.shown(self.path)} {self.label} {row['number']}"
-        return Cells(row["image"], row["caption"], row.get("group") or "", where, "", row.get("negative"))
+        more = (row.get(name) for name in ("negative", "weight", "other_image"))
+        return Cells(row["image"], row["caption"], row.get("group") or "", where, "", *more)
 
 
 def map_table(path: Path) -> pa.Table:

@@ -24,7 +24,7 @@ compute: Any = pyarrow.compute  # its functions are defined at run time
 
 NO_CAPTION = "no caption"  # the reason, the same for samples that turn out bad when loaded
 LISTED = 1000  # left-out rows that are listed one by one
-COLUMNS = ("image", "caption", "group", "negative")  # of :class:`Columns`
+COLUMNS = ("image", "caption", "group", "negative", "weight", "other_image")  # of :class:`Columns`
 DELIMITED = (".csv", ".tsv", ".txt")
 JSON_LINES = (".jsonl", ".ndjson")
 LongCaptions = Literal["truncate", "sentences"]
@@ -38,7 +38,7 @@ class Pair(NamedTuple):
     key: str  # identifies the image
     group: str = ""  # of duplicates
     negative: str = ""  # a caption that does not fit the image although it is similar
-    extra: Mapping[str, Any] = {}  # numbers, or tensors of one shape, for a loss of one's own
+    extra: Mapping[str, Any] = {}  # tensors of one shape, for losses; an image is augmented as the pair's
 
 
 class PairText(NamedTuple):
@@ -241,6 +241,10 @@ class Columns:
         caption: texts or lists of texts; detected automatically by default.
         group: names the group of duplicates, such as a product.
         negative: hard negative captions, texts or lists of texts, of which training draws one; blank for none.
+        weight: how much a pair counts in :class:`lit_clip.losses.WeightedContrastive`, a number of at least 0.
+        other_image: another image of the same thing, as ``image``, for
+            :class:`lit_clip.training.other_images.OtherImageContrastive`. Where it is blank, or the same, training
+            augments the image a second time.
         root: folder or address in a store that relative paths of images start from; by default the table's.
     """
 
@@ -248,6 +252,8 @@ class Columns:
     caption: str | None = None
     group: str | None = None
     negative: str | None = None
+    weight: str | None = None
+    other_image: str | None = None
     root: str | None = None
 
 

@@ -10,9 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from lit_clip.errors import BadSample, require
+from ..loading.bad_samples import is_blank
 from ..loading.store import StoreFolder
 from .column_names import ColumnNames, blank_mask
-from .columns import Cells, ColumnPairs, group_name
+from .columns import Cells, ColumnPairs, checked_weight, group_name
 from .source import LISTED, NO_CAPTION
 
 
@@ -99,13 +100,18 @@ class ColumnarPairs(ColumnPairs):
             table = self.table(number)
             image, *captions = (table[name][within].as_py() for name in (self.columns.image, *self.columns.captions))
             group = "" if self.columns.group is None else group_name(table[self.columns.group][within].as_py())
-            negative = None if self.columns.negative is None else table[self.columns.negative][within].as_py()
+            names = (self.columns.negative, self.columns.weight, self.columns.other_image)
+            more = [None if name is None else table[name][within].as_py() for name in names]
         except UnicodeDecodeError as error:
             raise BadSample(where, "not UTF-8", f"not UTF-8 text ({error.reason}); write the file again") from error
         except (pa.ArrowException, OSError) as error:  # damaged pages go unnoticed when the file is opened
             cause = str(error).splitlines()[0]
             raise BadSample(where, "damaged table", f"cannot read this part ({cause}); write the file again") from error
-        return Cells(image, captions[0] if len(captions) == 1 else captions, group, where, self._place(where), negative)
+        negative, weight, other = more
+        weight = None if self.columns.weight is None else checked_weight(weight, self.columns.weight, where)
+        other = image if self.columns.other_image and is_blank(other) else other
+        caption = captions[0] if len(captions) == 1 else captions
+        return Cells(image, caption, group, where, self._place(where), negative, weight, other)
 
     @staticmethod
     def _place(where: str) -> str:

@@ -18,7 +18,7 @@ from lit_clip.tools.reading import check_is_file
 from ..loading.bad_samples import is_blank, is_unicode
 from ..loading.cache import cache_file, made_once
 from .column_names import ColumnNames, find_columns
-from .columns import TablePairs, group_name, map_valid_table
+from .columns import TablePairs, checked_weight, group_name, map_valid_table
 from .source import COLUMNS, JSON_LINES, NO_CAPTION, PairSource, SkippedRows, SourceOptions
 
 IN_MEMORY = 64 << 20  # bytes; a larger file is converted once to an Arrow file, which is memory-mapped
@@ -31,13 +31,15 @@ MARKS = {  # encodings by byte order mark; UTF-32's begins like UTF-16's
     codecs.BOM_UTF16_BE: "utf-16",
 }
 BATCH_ROWS, BATCH_CHARACTERS = 16_384, 8 << 20
-LAYOUT = 4  # of that Arrow file; a new number makes old ones be written again
+LAYOUT = 5  # of that Arrow file; a new number makes old ones be written again
 SCHEMA = pa.schema(
     {
         "image": pa.string(),
         "caption": pa.list_(pa.string()),
         "group": pa.string(),
         "negative": pa.list_(pa.string()),
+        "weight": pa.float32(),
+        "other_image": pa.string(),
         "number": pa.int64(),
     }
 )
@@ -51,8 +53,11 @@ class RawRow(NamedTuple):
     caption: Any
     group: Any = None
     negative: Any = None
+    weight: Any = None
+    other_image: Any = None
 
 
+OPTIONAL = RawRow._fields[3:]  # names of the cells that a table need not have
 Record = tuple[int, Mapping[str, Any]]
 FindColumns = Callable[[list[str]], ColumnNames]  # the names of a table's columns -> the ones to read
 
@@ -62,7 +67,7 @@ class Problems:
 
     def __init__(self, path: Path, skip: bool, label: str = "row") -> None:
         self.path, self.skip, self.label, self.left_out = path, skip, label, SkippedRows()
-        self.image_column = "image"  # until the header is read
+        self.columns = ColumnNames("image", "caption")  # until the header is read
 
     def add(self, number: int, reason: str, detail: str) -> None:
         """Raise or count a problem of a row."""
@@ -115,9 +120,10 @@ def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterat
                 return
             number += 1
             columns = find(names)
-            problems.image_column = columns.image
+            problems.columns = columns
             image, captions = names.index(columns.image), [names.index(name) for name in columns.captions]
-            optional = [None if name is None else names.index(name) for name in (columns.group, columns.negative)]
+            wanted = (getattr(columns, name) for name in OPTIONAL)
+            optional = [None if name is None else names.index(name) for name in wanted]
             for values in reader:
                 number += 1
                 if not values:
@@ -158,8 +164,8 @@ def _record_rows(records: Iterable[Record], find: FindColumns, problems: Problem
             continue
         if columns is None:
             columns = find(list(values))
-            problems.image_column = columns.image
-        more = (None if name is None else values.get(name) for name in (columns.group, columns.negative))
+            problems.columns = columns
+        more = (values.get(getattr(columns, name)) for name in OPTIONAL)
         captions = [values.get(name) for name in columns.captions]
         yield RawRow(number, values.get(columns.image), captions if len(captions) > 1 else captions[0], *more)
 
@@ -203,10 +209,11 @@ def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
     """Yield the rows that have an image and a caption; the others are errors, or left out and counted."""
     for row in rows:
         if not isinstance(row.image, str) or not row.image.strip():
-            detail = f"no image in column {problems.image_column!r}; add a path or remove the row"
+            detail = f"no image in column {problems.columns.image!r}; add a path or remove the row"
             problems.add(row.number, "missing image", detail)
             continue
         captions, negatives = _not_blank(row.caption), _not_blank(row.negative)
+        other = "" if is_blank(row.other_image) else row.other_image
         is_name = row.group is None or isinstance(row.group, str | int | float)
         if not captions:
             problems.left_out.add(f"{problems.path} {problems.label} {row.number}", NO_CAPTION)
@@ -217,10 +224,26 @@ def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
             problems.add(row.number, "hard negative is not text", detail)
         elif not is_name:
             problems.add(row.number, "group is not text", f"the group is not text: {shown(row.group)}")
-        elif not is_unicode("".join([row.image, *captions, *negatives, group_name(row.group)])):
+        elif not isinstance(other, str):
+            problems.add(row.number, "other image is not text", f"the other image is not a path: {shown(other)}")
+        elif not is_unicode("".join([row.image, *captions, *negatives, group_name(row.group), other])):
             problems.add(row.number, "not UTF-8", "not UTF-8 text; save it as UTF-8")
         else:
-            yield RawRow(row.number, row.image.strip(), captions, group_name(row.group), negatives or None)
+            image, group = row.image.strip(), group_name(row.group)
+            other = None if problems.columns.other_image is None else other.strip() or image
+            yield from _weighted(
+                RawRow(row.number, image, captions, group, negatives or None, row.weight, other), problems
+            )
+
+
+def _weighted(row: RawRow, problems: Problems) -> Iterator[RawRow]:
+    """Yield a row with its weight as a number, unless that is bad."""
+    column = problems.columns.weight
+    try:
+        where = f"{problems.path} {problems.label} {row.number}"
+        yield row._replace(weight=None if column is None else checked_weight(row.weight, column, where))
+    except BadSample as error:
+        problems.add(row.number, error.reason, error.detail)
 
 
 def shown(value: Any) -> str:
@@ -234,22 +257,21 @@ def _not_blank(cell: Any) -> list[Any]:
 
 def record_batches(rows: Iterable[RawRow]) -> Iterator[pa.RecordBatch]:
     """Collect rows into record batches of a bounded number of rows and characters."""
-    images, captions, stops, groups, negatives, numbers = columns = [[] for _ in range(6)]
+    images, captions, stops, *others = columns = [[] for _ in range(len(SCHEMA) + 1)]
     characters = 0
-    for number, image, texts, group, wrong in rows:
+    for number, image, texts, *more in rows:
         images.append(image)
         captions.extend(texts)  # no object per row: slow to collect
         stops.append(len(captions))
-        groups.append(group)
-        negatives.append(wrong)
-        numbers.append(number)
-        characters += sum(map(len, texts)) + sum(map(len, wrong or ()))
-        if len(numbers) == BATCH_ROWS or characters > BATCH_CHARACTERS:
+        for column, value in zip(others, (*more, number), strict=True):
+            column.append(value)
+        characters += sum(map(len, texts)) + sum(map(len, more[1] or ()))
+        if len(images) == BATCH_ROWS or characters > BATCH_CHARACTERS:
             yield _batch(*columns)
             characters = 0
             for column in columns:
                 column.clear()
-    if numbers:
+    if images:
         yield _batch(*columns)
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from lit_clip.distributed import rank_and_world
@@ -22,6 +23,7 @@ from lit_clip.tools.workers import loader
 from ..loading.bad_samples import check_caption, is_blank
 from ..loading.cache import default_cache_dir
 from ..loading.store import MAX_IMAGE_BYTES, Stamp, is_remote, stamp_of
+from ..pairs.columns import checked_weight
 from ..pairs.source import LISTED, NO_CAPTION, Columns, EncodedPair, Pair, PairSource, PairText, SkippedRows
 from .files import (
     OpenShard,
@@ -121,7 +123,7 @@ class TarPairs(PairSource):
 
     Args:
         urls: see :func:`datamodules.shards.files.expand_urls`.
-        columns: fields of the ``.json`` that hold the caption (or a list of them) and name the group.
+        columns: fields of the ``.json`` that hold the caption (or a list of them) and the weight, and name the group.
         on_error: for a missing, truncated or unreadable shard, and a sample without image or caption: ``error`` raises,
             ``skip`` leaves it out. Blank captions are left out either way, as from tables. ``left_out`` counts all.
     """
@@ -134,7 +136,8 @@ class TarPairs(PairSource):
         on_error: OnError = "error",
     ) -> None:
         self.options = options or ShardOptions()
-        self.caption_column, self.group_column, self.on_error = columns.caption, columns.group, on_error
+        self.caption_column, self.group_column, self.weight_column = columns.caption, columns.group, columns.weight
+        self.on_error: OnError = on_error
         self._missing: list[str] = []
         folder = Path(self.options.cache_folder or default_cache_dir() / "shards").expanduser()
         self._folder = ShardFolder(folder, int(self.options.cache_gb * GIGABYTE))
@@ -220,7 +223,8 @@ class TarPairs(PairSource):
 
     def _check_columns(self) -> None:
         """Raise if the first sample lacks a named field."""
-        columns = [column for column in (self.caption_column, self.group_column) if column is not None]
+        named = (self.caption_column, self.group_column, self.weight_column)
+        columns = [column for column in named if column is not None]
         if not columns:
             return
         _, where, contents = self._sample(0, ["json"])
@@ -264,11 +268,11 @@ class TarPairs(PairSource):
         return f"{self._names[number]}/{key}", where, _contents(shard, self._needed(spans, wanted), where)
 
     def _needed(self, spans: dict[str, tuple[int, int]], wanted: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """Select the ``wanted`` files, and the ones with the caption and the group."""
+        """Select the ``wanted`` files, and the ones with the caption, the group and the weight."""
         fields = set(wanted)
         if self.caption_column is None:
             fields.add(next(name for name in ("captions", "text", "json") if name in spans))
-        if self.caption_column is not None or self.group_column is not None:
+        if (self.caption_column, self.group_column, self.weight_column) != (None, None, None):
             fields.add("json")
         return {name: span for name, span in spans.items() if name in fields}
 
@@ -282,12 +286,19 @@ class TarPairs(PairSource):
         return "" if group is None else str(group).strip()
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
-        pair = self.read(index)
-        return Pair(open_image(io.BytesIO(pair.image), pair.where), _drawn(pair.captions, rng), pair.key, pair.group)
+        key, where, contents = self._sample(index, ["image"])
+        image = open_image(io.BytesIO(contents["image"]), where)
+        return Pair(image, *self._text(key, where, contents, rng))
 
     def text(self, index: int, rng: random.Random | None) -> PairText:
-        key, where, contents = self._sample(index, [])
-        return PairText(_drawn(self._captions(contents, where), rng), key, self._group(contents, where))
+        return self._text(*self._sample(index, []), rng)
+
+    def _text(self, key: str, where: str, contents: dict[str, bytes], rng: random.Random | None) -> PairText:
+        caption, column = _drawn(self._captions(contents, where), rng), self.weight_column
+        extra = {}
+        if column is not None:
+            extra = {"weight": torch.tensor(checked_weight(_fields(contents, where).get(column), column, where))}
+        return PairText(caption, key, self._group(contents, where), extra=extra)
 
     def image_identity(self, index: int) -> object:
         number, row = self._locate(index)

@@ -15,7 +15,7 @@ from lit_clip import load_model
 from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.feature_files import WRITE_AGAIN, read_features
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
-from lit_clip.embedding.index import INDEX, nearest, update_index
+from lit_clip.embedding.index import INDEX, combined_query, nearest, update_index
 from lit_clip.embedding.precision import Precision, check_precision
 from lit_clip.embedding.reading import check_finite, encoded_batches
 from lit_clip.errors import BadSample, InputError, require
@@ -49,6 +49,7 @@ def search(
     *,
     model: str,
     image: list[str] | None = None,
+    text_weight: float | None = None,
     top_k: int = 10,
     sheet: str = "search.html",
     index: str | None = None,
@@ -68,6 +69,8 @@ def search(
         queries: texts, each a search of its own.
         model: a checkpoint, or a name that lit_clip.load_model understands.
         image: images, each a search for similar ones.
+        text_weight: make one search of all texts and images: the weight of the texts, above 0 and below 1; the images
+            have the rest.
         top_k: number of images found for each query.
         sheet: an HTML page with thumbnails of the images found, in one file, which replaces an earlier search's.
         index: the index, a .npz file; by default .lit-clip-index.npz in the folder.
@@ -77,7 +80,7 @@ def search(
             Queries are always in float32.
         on_error: error ends the run at an image that cannot be read; skip lists it in a file beside the index.
     """
-    _check_queries(queries, image or [])  # before the model, which may have to be downloaded
+    _check_queries(queries, image or [], text_weight)  # before the model, which may have to be downloaded
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
     require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
     check_precision(precision)
@@ -89,10 +92,10 @@ def search(
     )
     files = [] if stored else images_in(path, on_error)
     clip = load_model(model)
-    vectors = encode_queries(clip, queries, image or [])  # before the folder: an unreadable query ends the command
+    # before the folder: an unreadable query ends the command
+    titles, vectors = _titled_queries(clip, queries, image or [], text_weight)
     settings = EncodingSettings(batch_size, num_workers, precision=precision, on_error=on_error)
     searched = _stored(path, clip) if stored else search_in(clip, path, files, index, settings)
-    titles = [*queries, *(f"like {path}" for path in image or [])]
     found = zip(*(part.tolist() for part in nearest(searched.features, vectors, top_k)), strict=True)
     hits = [list(zip(rows, scores, strict=True)) for scores, rows in found]
     for title, each in zip(titles, hits, strict=True):
@@ -109,8 +112,23 @@ def _page(sheet: str) -> Path:
     return page
 
 
-def _check_queries(queries: Sequence[str], images: Sequence[str]) -> None:
+def _titled_queries(
+    model: CLIP, texts: Sequence[str], images: Sequence[str], text_weight: float | None
+) -> tuple[list[str], np.ndarray]:
+    """Return the titles and unit features ``[Q, D]`` of the queries."""
+    titles, vectors = [*texts, *(f"like {path}" for path in images)], encode_queries(model, texts, images)
+    if text_weight is None:
+        return titles, vectors
+    query = combined_query(vectors[: len(texts)], vectors[len(texts) :], text_weight)
+    return [f"{', '.join(titles)} (texts {text_weight:g})"], query
+
+
+def _check_queries(queries: Sequence[str], images: Sequence[str], text_weight: float | None) -> None:
     require(bool(queries or images), "nothing to search for; type a text after the folder, or give --image")
+    if text_weight is not None:
+        require(0 < text_weight < 1, f"--text_weight {text_weight}: must be above 0 and below 1")
+        both = f"--text_weight {text_weight}: needs a text and an image; type a text after the folder, and give --image"
+        require(bool(queries and images), both)
     for query in queries:
         require(bool(query.strip()), "a text to search for is empty; type one after the folder, or give --image")
         named = bool(Path(query).suffix) and os.path.isfile(query)

@@ -70,6 +70,20 @@ def _holds_other_arrays(path: Path) -> bool:
         return False
 
 
+def combined_query(texts: np.ndarray, images: np.ndarray, text_weight: float) -> np.ndarray:
+    """Return one query of texts and images together: float32 ``[1, D]``, of unit length.
+
+    It ranks by ``text_weight`` times the mean cosine with the texts, plus the rest times that with the images.
+
+    Args:
+        texts: unit features ``[T, D]``.
+        images: unit features ``[I, D]``.
+        text_weight: between 0 and 1.
+    """
+    query = text_weight * texts.mean(axis=0) + (1 - text_weight) * images.mean(axis=0)
+    return (query / np.linalg.norm(query))[None].astype(np.float32)
+
+
 def nearest(features: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the highest products of rows ``[N, D]`` with queries ``[Q, D]``, and their rows: ``[Q, min(k, N)]``."""
     starts = range(0, len(features), CHUNK)

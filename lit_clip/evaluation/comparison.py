@@ -131,8 +131,8 @@ def _compared(entry: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[t
                 yield from ((task, f"{direction}_recall@1") for direction in ("image_to_text", "text_to_image"))
             elif task == "geolocation":
                 yield task, f"within_{NEAR_KM}km"
-            elif task == "pointing":
-                yield task, "accuracy"
+            elif task in ("pointing", "image_retrieval"):
+                yield task, "accuracy" if task == "pointing" else "map@10"
 
 
 class _Scores(NamedTuple):

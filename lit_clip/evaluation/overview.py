@@ -40,6 +40,8 @@ METRICS = {
     "jaccard": "Jaccard index",
     "miou": "mean IoU",
     "accuracy": "pointing accuracy",
+    "map@10": "mAP@10",
+    "knn_top1": "top-1 of 20 neighbours",
 }
 
 

@@ -21,6 +21,7 @@ Task = Literal[
     "few_shot",
     "head",
     "retrieval",
+    "image_retrieval",
     "geolocation",
     "bias",
     "caption_choice",

@@ -32,6 +32,7 @@ from lit_clip.evaluation.classification import (
 from lit_clip.evaluation.data import CaptionedImages, Grouped, Localised, Masked
 from lit_clip.evaluation.few_shot import FewShotProbes
 from lit_clip.evaluation.geolocation import nearest_km, within_km
+from lit_clip.evaluation.image_retrieval import ImageRetrieval, image_retrieval
 from lit_clip.evaluation.open_set import (
     EncodeTexts,
     OpenSet,
@@ -168,6 +169,22 @@ def _retrieval(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str,
     }
 
 
+def _images_found(opened: OpenSet) -> ImageRetrieval:
+    fold = opened.folds[0]
+    return image_retrieval(embeddings(fold.features["test"]), targets_of(opened, fold, "test").labels)
+
+
+def _image_retrieval(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
+    found, keys = _images_found(opened), keys_of(opened.folds[0])
+    columns = {
+        "key": [keys[row] for row in found.rows.tolist()],
+        "score": next(iter(found.units.values())).values.astype(np.float32),
+        "nearest": [str(keys[row]) for row in found.nearest.tolist()],
+    }
+    judged = zip(keys, targets_of(opened, opened.folds[0], "test").labels.tolist(), strict=True)
+    return found.entry() | predictions_entry(folder, opened.name, "image_retrieval", columns, judged)
+
+
 def _geolocation(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
     fold = opened.folds[0]
     query, reference = (embeddings(fold.features[split]) for split in ("test", "train"))
@@ -255,6 +272,7 @@ PARTS: dict[Task, TaskParts] = {
     "few_shot": TaskParts(_few_shot, head_texts, _of_shots, **TRAINED),
     "head": TaskParts(partial(classification, "head"), class_names_only, _of_head),
     "retrieval": TaskParts(_retrieval, caption_texts, _of_captions),
+    "image_retrieval": TaskParts(_image_retrieval, metrics=lambda opened: _images_found(opened).entry()),
     "geolocation": TaskParts(_geolocation, needed=("train", "test")),
     "bias": TaskParts(_bias, bias_probe_texts),
     "caption_choice": TaskParts(

@@ -4,5 +4,17 @@ from lit_clip.losses.alignment import Alignment
 from lit_clip.losses.combined import Matryoshka, Sum
 from lit_clip.losses.loss import Loss, LossValue, Pairs, WholeBatch
 from lit_clip.losses.pairwise import Contrastive, Sigmoid
+from lit_clip.losses.weighted import WeightedContrastive
 
-__all__ = ["Alignment", "Contrastive", "Loss", "LossValue", "Matryoshka", "Pairs", "Sigmoid", "Sum", "WholeBatch"]
+__all__ = [
+    "Alignment",
+    "Contrastive",
+    "Loss",
+    "LossValue",
+    "Matryoshka",
+    "Pairs",
+    "Sigmoid",
+    "Sum",
+    "WeightedContrastive",
+    "WholeBatch",
+]

@@ -2,15 +2,23 @@
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from lit_clip.errors import require
+from lit_clip.losses.contrastive import Duplicates
 from lit_clip.tools.hardware import to_device
 from lit_clip.tools.hashing import stable_hash
 
 ROUNDED = 128  # lengths: one list serves the batches of a run, whose longest texts differ
+
+
+def check_duplicates(duplicates: str) -> None:
+    """Raise :class:`InputError` unless this is a way in which duplicates count."""
+    known = get_args(Duplicates)
+    require(duplicates in known, f"model.loss: duplicates {duplicates!r} must be one of {', '.join(known)}")
 
 
 @lru_cache(maxsize=16)

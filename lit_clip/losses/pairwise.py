@@ -1,7 +1,7 @@
 """The losses of the paper and of SigLIP."""
 
 import math
-from typing import Any, get_args
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,13 +9,9 @@ from torch import Tensor
 from lit_clip.distributed import RankCounts, gather
 from lit_clip.errors import require
 from lit_clip.losses.contrastive import Duplicates
+from lit_clip.losses.duplicates import check_duplicates
 from lit_clip.losses.loss import Loss, LossValue, Pairs
 from lit_clip.losses.tiled import PairLayout, ShardedLoss, sharded_contrastive_loss, sharded_sigmoid_loss
-
-
-def _check_duplicates(duplicates: str) -> None:
-    known = get_args(Duplicates)
-    require(duplicates in known, f"model.loss: duplicates {duplicates!r} must be one of {', '.join(known)}")
 
 
 def _layout(pairs: Pairs, duplicates: Duplicates) -> PairLayout:
@@ -46,7 +42,7 @@ class Contrastive(Loss):
 
     def __init__(self, duplicates: Duplicates = "negatives", label_smoothing: float = 0.0) -> None:
         super().__init__()
-        _check_duplicates(duplicates)
+        check_duplicates(duplicates)
         require(0 <= label_smoothing < 1, f"label_smoothing: {label_smoothing} must be at least 0 and below 1")
         require(
             not label_smoothing or duplicates == "negatives",
@@ -95,7 +91,7 @@ class Sigmoid(Loss):
 
     def __init__(self, duplicates: Duplicates = "negatives", pretraining_batch: int | None = None) -> None:
         super().__init__()
-        _check_duplicates(duplicates)
+        check_duplicates(duplicates)
         known = pretraining_batch is None or pretraining_batch >= 1
         require(known, f"model.loss: Sigmoid.pretraining_batch {pretraining_batch} must be at least 1")
         self.duplicates: Duplicates = duplicates

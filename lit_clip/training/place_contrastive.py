@@ -1,10 +1,7 @@
 """A contrastive loss over the places of images, for features that say where something is."""
 
-from functools import partial
-
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_clip.distributed import gather
 from lit_clip.errors import InputError, require
@@ -14,7 +11,7 @@ from lit_clip.losses.places import place_similarities, similarity_loss
 from lit_clip.models.clip import CLIP
 from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.models.size import height_width
-from lit_clip.training.activation_checkpointing import FrozenStatistics, checkpoint
+from lit_clip.training.encode_again import encode_again
 
 
 class PlaceContrastive(Loss):
@@ -45,19 +42,13 @@ class PlaceContrastive(Loss):
     def forward(self, pairs: Pairs) -> Tensor:
         assert self.model is not None, "call prepare first"
         (model,) = self.model
-        norms = [layer for layer in model.visual.modules() if isinstance(layer, _BatchNorm)]
-        encode = _places if len(pairs.parts) == 1 else partial(checkpoint, _places, inside=model.visual)
-        places = []
-        for part in pairs.parts:
-            torch.clear_autocast_cache()  # as for micro-batches
-            with FrozenStatistics(norms):  # which have counted these images
-                places.append(encode(model, part.images))
+        places = encode_again(model, _places, [part.images for part in pairs.parts])
         ids_B3 = pairs.ids()
         all_text_ND, all_ids_N3 = gather(pairs.text, pairs.ranks), gather(ids_B3, pairs.ranks)
         same_BN = (ids_B3[:, None] == all_ids_N3).any(dim=-1)
         B, D = pairs.text.shape  # Matryoshka's have fewer channels
         with torch.autocast(pairs.text.device.type, enabled=False):
-            similarities_BN = place_similarities(unit(torch.cat(places)[:B, :, :D]), all_text_ND)
+            similarities_BN = place_similarities(unit(places[:B, :, :D]), all_text_ND)
             return similarity_loss(pairs.scale * similarities_BN, same_BN, pairs.ranks)
 
 

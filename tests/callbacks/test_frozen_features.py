@@ -32,9 +32,10 @@ from datamodules.loading.bad_samples import BadSamples
 from datamodules.pairs.columns import ColumnPairs
 from datamodules.pairs.source import CaptionOptions, Columns
 from lit_clip.errors import InputError
-from lit_clip.losses import Contrastive, Sum
+from lit_clip.losses import Contrastive, Loss, Sum
 from lit_clip.module import LitCLIP
 from lit_clip.tools.stored_rows import ABSENT, DONE, StoredRows
+from lit_clip.training.other_images import OtherImageContrastive
 from lit_clip.training.place_contrastive import PlaceContrastive
 from lit_clip.training.preservation import Preservation
 from tests.conftest import ROOT, run_lightning_ranks
@@ -386,9 +387,10 @@ def test_what_cannot_be_stored_exactly_is_refused(
         stored(run._replace(**change), *([callback()] if callback else []))
 
 
-def test_a_loss_of_images_is_refused_before_anything_is_encoded(run: Run) -> None:
-    with pytest.raises(InputError, match="FrozenFeatures: PlaceContrastive needs images; remove one of them"):
-        stored(run._replace(model={"loss": Sum([Contrastive(), PlaceContrastive()])}))
+@pytest.mark.parametrize("term", [OtherImageContrastive, PlaceContrastive])
+def test_a_loss_of_images_is_refused_before_anything_is_encoded(term: Callable[..., Loss], run: Run) -> None:
+    with pytest.raises(InputError, match=f"FrozenFeatures: {term.__name__} needs images; remove one of them"):
+        stored(run._replace(model={"loss": Sum([Contrastive(), term()])}))
     assert not Path(run.folder, "cache").exists()
 
 

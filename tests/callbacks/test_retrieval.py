@@ -10,7 +10,9 @@ from PIL import Image
 
 from callbacks import Retrieval
 from lit_clip.errors import InputError
+from lit_clip.evaluation.image_retrieval import image_retrieval
 from tests.helpers.small_sets import (
+    Shades,
     captions_entry,
     data_for,
     entry,
@@ -75,6 +77,19 @@ def test_caption_choice_equals_a_plain_loop(folder: Path) -> None:
     assert 0 < right < 20
     assert module.baselines["caption_choice/crepe/text_score"] == 0.5
     assert not numbers(trainer, "retrieval/")
+
+
+def test_images_are_searched_by_images_during_training(folder: Path) -> None:
+    suite = write_suite(folder, shades=entry(splits={"test": {}}, tasks=["image_retrieval"]))
+    module, trainer = make_module(), make_trainer(folder, [Retrieval(suite, str(folder))])
+    trainer.validate(module, data_for(module, folder / "captions.csv"), verbose=False)
+    shades = Shades("")
+    with torch.no_grad():
+        images = torch.stack([module.model.preprocess(shades[row][0]) for row in range(40)])
+        expected = image_retrieval(module.model.encode_image(images), torch.tensor(shades.labels()))
+    found = numbers(trainer, "image_retrieval/shades/")
+    assert found["image_retrieval/shades/map@10"] == pytest.approx(expected.entry()["value"], abs=1e-6)
+    assert module.baselines["image_retrieval/shades/map@10"] == pytest.approx(expected.baseline)
 
 
 def test_a_metric_that_questions_do_not_have_is_refused_before_training(folder: Path) -> None:

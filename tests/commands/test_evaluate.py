@@ -153,6 +153,27 @@ def test_a_head_is_evaluated_on_the_sets_of_its_classes(root: Path) -> None:
         evaluate("--tasks", "head")
 
 
+def test_images_are_searched_by_images_and_runs_are_compared_by_it(root: Path) -> None:
+    write_suite(
+        root, noise={"data": {"class_path": FOLDER}, "splits": {"test": {"root": "test"}}, "tasks": ["image_retrieval"]}
+    )
+    found = evaluate()["sets"]["noise"]["tasks"]["image_retrieval"]
+    image_ND, labels = features("test")
+    image_ND = torch.nn.functional.normalize(image_ND, dim=1)
+    cosine = image_ND @ image_ND.T
+    nearest = cosine.fill_diagonal_(-2).argmax(dim=1)
+    right = (torch.tensor(labels)[nearest] == torch.tensor(labels)).double().mean()
+    assert found["metrics"]["image_to_image_recall@1"] == pytest.approx(float(right))
+    assert (found["value"], found["queries"]) == (found["metrics"]["map@10"], 30)
+    kept = read_predictions(Path("out"), "noise", "image_retrieval")
+    assert kept["score"].mean() == pytest.approx(found["value"], abs=1e-6)
+    assert [str(key) for key in kept["nearest"]] == [str(kept["key"][row]) for row in nearest.tolist()]
+    shutil.copytree("out", "before")
+    (compared,) = evaluate("--compare", "before")["comparisons"]
+    assert (compared["metric"], compared["difference"], compared["images"]) == ("map@10", 0, 30)
+    assert "image retrieval, mAP@10" in Path("out/report.html").read_text(encoding="utf-8")
+
+
 def test_a_probe_of_one_set_is_tested_on_others_and_trained_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sets with some of the classes, in other orders, equal the argmax among these classes of one probe."""
     trained = {"train": {"class_path": FOLDER, "init_args": {"root": "train"}}, "test": {}}

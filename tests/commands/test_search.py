@@ -116,6 +116,24 @@ def test_scores_equal_the_cosines_of_a_plain_loop_best_first(
         assert score == pytest.approx(expected[key], abs=1e-4)
 
 
+def test_a_text_and_an_image_together_rank_by_the_weighted_cosines(
+    folder: Path, tiny_checkpoint: Path, search: Search
+) -> None:
+    words = ("photos", "a red kite", "two dogs", "--image", "photos/a.png", "--model", str(tiny_checkpoint))
+    found, _ = search(*words, "--text_weight", "0.7")
+    model = load_model(tiny_checkpoint)
+    kite, dogs, image = model.encode(["a red kite", "two dogs", Path("photos/a.png")])
+    expected = {}
+    for path in (folder / "photos").rglob("*.png"):
+        (feature,) = model.encode([path])
+        score = 0.35 * feature @ kite + 0.35 * feature @ dogs + 0.3 * feature @ image
+        expected[path.relative_to(folder / "photos").as_posix()] = float(score)
+    assert [key for key, _ in found] == sorted(expected, key=lambda key: -expected[key])
+    length = float((0.35 * (kite + dogs) + 0.3 * image).norm())
+    assert [score for _, score in found] == pytest.approx([expected[key] / length for key, _ in found], abs=1e-4)
+    assert "a red kite, two dogs, like photos/a.png (texts 0.7)" in Page(folder / "search.html").text
+
+
 def test_the_index_is_updated_when_the_folder_changes(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
     words = ["photos", "kite", "--model", str(tiny_checkpoint)]
     first, encoded = search(*words)
@@ -315,6 +333,8 @@ def test_a_bad_image_is_an_error_or_is_skipped_and_listed(folder: Path, tiny_che
         (["photos", "kite", "--index", "absent/index.npz"], "--index absent/index.npz: there is no such folder"),
         (["photos", "kite", "--index", "photos/a.png"], "--index photos/a.png: must be a .npz file"),
         (["photos", "kite", "--top_k", "0"], "--top_k 0 must be at least 1"),
+        (["photos", "kite", "--text_weight", "0.5"], "--text_weight 0.5: needs a text and an image; type a text after"),
+        (["photos", "kite", "--image", "photos/a.png", "--text_weight", "1"], "--text_weight 1.0: must be above 0 and"),
         (["a.npy", "kite", "--precision", "bf16-mixed"], "--precision bf16-mixed: a.npy holds features already"),
     ],
 )

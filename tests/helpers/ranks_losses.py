@@ -18,7 +18,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lit_clip import distributed, load_model
 from lit_clip.batch import CaptionBatch
 from lit_clip.distributed import gather_rows
-from lit_clip.losses import Alignment, Contrastive, Loss, LossValue, Matryoshka, Pairs, Sigmoid, Sum, WholeBatch, tiled
+from lit_clip.losses import (
+    Alignment,
+    Contrastive,
+    Loss,
+    LossValue,
+    Matryoshka,
+    Pairs,
+    Sigmoid,
+    Sum,
+    WeightedContrastive,
+    WholeBatch,
+    tiled,
+    weighted,
+)
 from lit_clip.losses.contrastive import unit
 from lit_clip.losses.loss import evaluate_loss
 from lit_clip.losses.tiled import HardNegatives, PairLayout, sharded_contrastive_loss, sharded_sigmoid_loss
@@ -27,6 +40,7 @@ from lit_clip.models.layers import TOWERS
 from lit_clip.module import LitCLIP
 from lit_clip.training import preservation
 from lit_clip.training.micro_batches import encode_pairs
+from lit_clip.training.other_images import OtherImageContrastive
 from lit_clip.training.place_contrastive import PlaceContrastive
 from lit_clip.training.preservation import KeptPairs, Preservation
 from lit_clip.training.teacher import Distillation, Teacher
@@ -98,6 +112,36 @@ def contrastive_loop(duplicates: str, smoothing: float = 0.0) -> Loop:
         return total / (2 * len(pairs))
 
     return loop
+
+
+def weighted_loop(duplicates: str) -> Loop:
+    """Return weighted cross-entropies in both directions, one query and one candidate at a time."""
+
+    def loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
+        total, pairs = torch.zeros((), dtype=torch.float64), range(len(x.image))
+        weight = whole_batch().extra["weight"].tolist()
+        for queries, candidates in ((x.image, x.text), (x.text, x.image)):
+            for i in pairs:
+                logits = [x.scale * (queries[i] @ candidates[j]) for j in pairs]
+                seen = [j for j in pairs if j == i or duplicates != "ignored" or not x.same[i, j]]
+                right = [j for j in pairs if j == i or (duplicates == "positives" and x.same[i, j])]
+                whole = sum(weight[j] for j in right) or 1
+                target = torch.stack([weight[j] / whole * logits[j] for j in right]).sum()
+                total = total + weight[i] * (torch.stack([logits[j].exp() for j in seen]).sum().log() - target)
+        return total / (2 * sum(weight))
+
+    return loop
+
+
+def other_images_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
+    """Return cross-entropies between images and other images, and if set between these and captions."""
+    (term,) = (part for part in loss.modules() if isinstance(part, OtherImageContrastive))
+    assert term.model is not None
+    (model,), inner = term.model, contrastive_loop("ignored")
+    others = [model.encode_image(model.normalize(image[None]))[0] for image in whole_batch().extra["other_image"]]
+    other = torch.stack([each[: x.text.shape[1]] / each[: x.text.shape[1]].norm() for each in others])
+    total = inner(x._replace(text=other), loss, teacher)
+    return total + inner(x._replace(image=other), loss, teacher) if term.texts else total
 
 
 def sigmoid_loop(duplicates: str, pretraining_batch: int | None = None) -> Loop:
@@ -246,6 +290,11 @@ CASES: dict[str, Case] = {
     },
     "Contrastive, smoothed": Case(
         lambda _: Contrastive(label_smoothing=0.2), contrastive_loop("negatives", smoothing=0.2), True
+    ),
+    **{f"Weighted {each}": Case(lambda _, d=each: WeightedContrastive(d), weighted_loop(each)) for each in POLICIES},
+    "Matryoshka of Sum with other images and texts": Case(
+        lambda _: Matryoshka(Sum([Contrastive(), OtherImageContrastive(texts=True)], [1.0, 2.0]), [5, 16]),
+        matryoshka_loop(sum_loop([1, 2], [contrastive_loop("negatives"), other_images_loop]), [5, 16], [1, 1]),
     ),
     "Sum with Distillation": Case(
         lambda teacher: Sum([Contrastive(), Distillation(teacher)], [1.0, 2.0]),
@@ -430,7 +479,7 @@ def of_step(setup: Setup, case: Case, counts: tuple[int, ...]) -> float:
 def losses(output: str, teacher: str) -> None:
     """Write the largest relative error of each case as JSON."""
     setup, errors = Setup.of(teacher), {}
-    tiled.TILE = (2, 3)
+    tiled.TILE, weighted.LOGITS = (2, 3), 32
     for name, case in CASES.items():
         for counts in COUNTS[dist.get_world_size()]:
             errors[f"{name}, features, {counts}"] = of_features(setup, case, counts)

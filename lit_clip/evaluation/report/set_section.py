@@ -28,6 +28,7 @@ TASKS = {
     "geolocation": "location of the nearest neighbour",
     "bias": "bias probe",
     "caption_choice": "caption choice",
+    "image_retrieval": "image retrieval",
 }
 CONFUSIONS = 20
 F1 = ("f1_fixed", "f1_fitted", "f1_held_out")  # of thresholds

@@ -330,6 +330,6 @@ def test_damaged_image_is_not_resized_but_refused(tmp_path: Path) -> None:
 
 
 def test_hard_negatives_are_not_lost_in_silence(tmp_path: Path, caption_table: Path) -> None:
-    with pytest.raises(InputError, match=r"--columns\.negative: shards hold no hard negatives"):
+    with pytest.raises(InputError, match=r"--columns\.negative: shards hold captions and groups alone"):
         shard(str(caption_table), str(tmp_path / "out"), columns=Columns(negative="caption"))
     assert not (tmp_path / "out").exists()

@@ -1,0 +1,60 @@
+"""A contrastive loss between images and other images of the same things."""
+
+import math
+
+from torch import Tensor
+
+from lit_clip.errors import require
+from lit_clip.losses.contrastive import unit
+from lit_clip.losses.loss import Loss, Pairs
+from lit_clip.losses.tiled import PairLayout, sharded_contrastive_loss
+from lit_clip.models.clip import CLIP
+from lit_clip.training.encode_again import encode_again
+
+NAME = "other_image"  # of the uint8 images in CaptionBatch.extra
+
+
+class OtherImageContrastive(Loss):
+    """Symmetric softmax loss between each image and its other image (``data.columns.other_image``).
+
+    The other image is another photograph of the same thing, or the image augmented a second time (SLIP, Mu et al.
+    2022). Duplicates are ignored: name the thing by ``data.columns.group`` where several rows have images of it. Use it
+    beside :class:`lit_clip.losses.Contrastive`, with :class:`lit_clip.losses.Sum`.
+
+    Args:
+        texts: add the loss between the other images and the captions, for captions that are right for both images.
+    """
+
+    reads = (NAME,)
+
+    def __init__(self, texts: bool = False) -> None:
+        super().__init__()
+        self.texts = texts
+        self.model: tuple[CLIP] | None = None  # not a part: its parameters are the module's
+
+    def prepare(self, model: CLIP) -> None:
+        trained = any(parameter.requires_grad for parameter in model.visual.parameters())
+        frozen = "model.loss: OtherImageContrastive trains the image encoder, which is frozen; leave one of them out"
+        require(trained, frozen)
+        self.model = (model,)
+
+    def forward(self, pairs: Pairs) -> Tensor:
+        assert self.model is not None, "call prepare first"
+        B, D = pairs.image.shape  # Matryoshka's have fewer channels
+        there = not B or NAME in pairs.batch.extra
+        require(there, "model.loss: OtherImageContrastive: the data have no other images; set data.columns.other_image")
+        images = [part.extra.get(NAME, part.images) for part in pairs.parts]  # a placeholder has none
+        other_BD = unit(encode_again(self.model[0], _encode, images)[:B, :D])
+        layout = PairLayout(pairs.ranks, pairs.ids(), "ignored")
+        loss = sharded_contrastive_loss(pairs.image, other_BD, pairs.scale, layout).loss
+        if self.texts:
+            loss = loss + sharded_contrastive_loss(other_BD, pairs.text, pairs.scale, layout).loss
+        return loss
+
+    def chance_loss(self, pairs: int) -> float:
+        """Return log N for each of the losses."""
+        return math.log(pairs) * (1 + self.texts)
+
+
+def _encode(model: CLIP, images: Tensor) -> Tensor:
+    return model.encode_image(model.normalize(images))

@@ -1,0 +1,216 @@
+"""Weights of pairs and other images of the same thing: from columns of a table to the batch and the loss."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from datamodules import Captions
+from datamodules.commands.shard import shard
+from datamodules.loading.augmentation import Augmentation
+from datamodules.loading.bad_samples import BadSamples
+from datamodules.open_source import open_source
+from datamodules.pairs.source import Columns, PairSource
+from lit_clip.batch import CaptionBatch
+from lit_clip.errors import BadSample, InputError
+from lit_clip.losses import Contrastive, Sum, WeightedContrastive
+from lit_clip.losses.contrastive import contrastive_loss
+from lit_clip.models.config import Preprocessing
+from lit_clip.models.finetuning import Freeze
+from lit_clip.training.other_images import OtherImageContrastive
+from tests.helpers.small_sets import make_module, make_trainer
+from tests.helpers.tar_shards import write_tar
+
+WEIGHTS = [0.5, 2, 0, 1e-3]
+OTHERS = ["back0.png", "", None, "3.png"]  # of another colour, none, none, the image itself
+FORMATS = [".csv", ".jsonl", ".parquet"]
+
+
+def table(folder: Path, suffix: str, weights: list[Any] = WEIGHTS) -> Path:
+    """Write four rows, whose images are noise."""
+    for name in ("0.png", "1.png", "2.png", "3.png", "back0.png"):
+        blue = name.startswith("back")
+        noise = Image.effect_noise((48, 40), 90)
+        Image.merge("RGB", (noise.point(lambda x: 0), noise.point(lambda x: 0), noise) if blue else (noise,) * 3).save(
+            folder / name
+        )
+    images = [f"{row}.png" for row in range(4)]
+    columns = {"image": images, "caption": list("abcd"), "score": weights, "back": OTHERS}
+    path = folder / f"captions{suffix}"
+    if suffix == ".parquet":
+        if not all(isinstance(weight, int | float) for weight in weights):
+            columns["score"] = list(map(str, weights))
+        pq.write_table(pa.table(columns), path)
+    elif suffix == ".jsonl":
+        rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        rows = zip(*columns.values(), strict=True)
+        path.write_text("image,caption,score,back\n" + "".join(f"{a},{b},{c},{d or ''}\n" for a, b, c, d in rows))
+    return path
+
+
+def shards(folder: Path, weights: list[Any]) -> Path:
+    image = (folder / "0.png").read_bytes()
+    fields = [json.dumps({"caption": "a", "score": weight}).encode() for weight in weights]
+    write_tar(folder / "a.tar", [(str(row), {"png": image, "json": each}) for row, each in enumerate(fields)])
+    return folder / "a.tar"
+
+
+def batches(path: Path, columns: Columns, **options: Any) -> tuple[CaptionBatch, CaptionBatch]:
+    """Return the training batch of the first epoch in the table's order, and the validation batch."""
+    data = Captions(str(path), str(path), columns=columns, **{"batch_size": 4, "num_workers": 0, **options})
+    data.preprocessing = Preprocessing(image_size=32)
+    data.setup("fit")
+    (batch,), (validation,) = data.train_dataloader(), data.val_dataloader()
+    order = sorted(range(len(batch.keys)), key=lambda row: batch.keys[row])
+    extra = {name: value[order] for name, value in batch.extra.items()}
+    captions = [batch.captions[row] for row in order]
+    return batch._replace(images=batch.images[order], captions=captions, extra=extra), validation
+
+
+@pytest.mark.parametrize("suffix", [*FORMATS, ".tar"])
+def test_each_pair_has_the_weight_of_its_row(suffix: str, tmp_path: Path) -> None:
+    path = table(tmp_path, suffix if suffix in FORMATS else ".csv")
+    batch, _ = batches(path if suffix in FORMATS else shards(tmp_path, WEIGHTS), Columns(weight="score"))
+    assert batch.extra["weight"].dtype == torch.float32
+    assert batch.extra["weight"].tolist() == pytest.approx(WEIGHTS)
+
+
+def first_problem(source: PairSource) -> str:
+    for row in range(len(source)):
+        try:
+            source.load(row, None)
+        except BadSample as error:
+            with pytest.raises(BadSample):
+                source.text(row, random.Random())
+            return str(error)
+    return ""
+
+
+@pytest.mark.parametrize("suffix", [*FORMATS, ".tar"])
+@pytest.mark.parametrize("weight", [-1, float("nan"), float("inf"), 1e39, "much", None])
+def test_a_weight_that_is_none_is_a_bad_row_named_by_row_and_column(weight: Any, suffix: str, tmp_path: Path) -> None:
+    weights = [1, 1, weight, 1]
+    path, columns = table(tmp_path, suffix if suffix in FORMATS else ".csv", weights), Columns(weight="score")
+    path = path if suffix in FORMATS else shards(tmp_path, weights)
+    try:
+        found = first_problem(open_source(path, columns=columns))
+    except InputError as error:
+        found = str(error)
+    row = {".csv": "row 4", ".jsonl": "row 3", ".parquet": "row 2", ".tar": "sample 2"}[suffix]
+    assert found.startswith(f"{path} {row}: column 'score' holds ")
+    assert found.endswith("but a weight is a number of at least 0; fix or remove the row")
+    skip = BadSamples(on_error="skip", max_skipped=1)
+    left = 3 if suffix in (".csv", ".jsonl") else 4  # these are read as a whole when they are opened
+    batch, _ = batches(path, columns, bad_samples=skip, batch_size=left)
+    assert batch.extra["weight"].tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_an_other_image_is_augmented_and_where_there_is_none_the_image_is_a_second_time(
+    suffix: str, tmp_path: Path
+) -> None:
+    path, augmentation = table(tmp_path, suffix), Augmentation(crop_scale=(0.3, 0.5))
+    plain, _ = batches(path, Columns(), augmentation=augmentation)
+    batch, validation = batches(path, Columns(other_image="back"), augmentation=augmentation)
+    again, _ = batches(path, Columns(other_image="back"), augmentation=augmentation)
+    torch.testing.assert_close(batch.images, plain.images, rtol=0, atol=0)
+    assert (plain.extra, validation.extra) == ({}, {})
+    others = batch.extra["other_image"]
+    assert (others.dtype, others.shape) == (torch.uint8, batch.images.shape)
+    torch.testing.assert_close(others, again.extra["other_image"], rtol=0, atol=0)
+    assert others[0, :2].max() == 0  # blue
+    assert others[0, 2].max() > 0
+    for image, other in zip(batch.images[1:], others[1:], strict=True):
+        assert (other[0] == other[2]).all()  # grey, as the image
+        assert (image != other).float().mean() > 0.5  # another crop
+    unchanged, _ = batches(path, Columns(other_image="image"), augmentation=[])
+    torch.testing.assert_close(unchanged.extra["other_image"], unchanged.images, rtol=0, atol=0)
+
+
+def test_encoded_images_may_have_other_ones(tmp_path: Path) -> None:
+    contents = [(tmp_path / name).read_bytes() for name in ("0.png", "back0.png") if table(tmp_path, ".csv")]
+    columns = {"image": [contents[0]] * 2, "caption": ["a", "b"], "back": [contents[1], None]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    pair, second = (
+        open_source(tmp_path / "a.parquet", columns=Columns(other_image="back")).load(row, random.Random(0))
+        for row in (0, 1)
+    )
+    assert pair.extra["other_image"].tobytes() == Image.open(tmp_path / "back0.png").tobytes()
+    assert second.extra["other_image"].tobytes() == second.image.tobytes()
+
+
+def test_an_other_image_that_is_not_there_is_found_before_training(tmp_path: Path) -> None:
+    path = table(tmp_path, ".csv")
+    (tmp_path / "back0.png").unlink()
+    with pytest.raises(InputError, match=r"captions\.csv row 2: .*back0\.png"):
+        batches(path, Columns(other_image="back"))
+
+
+def test_a_column_that_nothing_reads_is_refused(tmp_path: Path) -> None:
+    path = table(tmp_path, ".csv")
+    for columns, ours in (
+        (Columns(weight="score"), "WeightedContrastive"),
+        (Columns(other_image="back"), "OtherImage"),
+    ):
+        data = Captions(str(path), str(path), columns=columns, num_workers=0)
+        with pytest.raises(InputError, match=rf"Contrastive does not read it; leave it out, or use lit_clip\..*{ours}"):
+            make_trainer(tmp_path, [], max_steps=1).fit(make_module(), data)
+    with pytest.raises(InputError, match="shards have no such column, but columns.other_image is 'back'; leave it out"):
+        open_source(tmp_path / "a.tar", columns=Columns(other_image="back"))
+    for columns in (Columns(weight="score"), Columns(other_image="back")):
+        with pytest.raises(InputError, match=r"--columns\.\w+: shards hold captions and groups alone; train on the"):
+            shard(str(path), str(tmp_path / "out"), columns=columns)
+
+
+def test_a_step_of_both_losses_in_micro_batches_has_the_values_of_plain_functions(tmp_path: Path) -> None:
+    columns = Columns(weight="score", other_image="back")
+    path = table(tmp_path, ".csv")
+    module = make_module(loss=Sum([WeightedContrastive(), OtherImageContrastive()], [1.0, 0.5]), micro_batch_size=2)
+    batch, _ = batches(path, columns)
+    with torch.no_grad():
+        image, other = (
+            module.model.encode_image(module.model.normalize(each), normalize=True)
+            for each in (batch.images, batch.extra["other_image"])
+        )
+        text = module.model.encode_text(module.model.tokenize(list(batch.captions)), normalize=True)
+        scale, own = module.model.logit_scale.exp(), torch.arange(4)
+        entropies = [F.cross_entropy(scale * a @ b.T, own, reduction="none") for a, b in ((image, text), (text, image))]
+        weights = batch.extra["weight"]
+        expected = float((weights * (entropies[0] + entropies[1])).sum() / 2 / weights.sum())
+        expected_other = float(contrastive_loss(image, other, image, other, scale))
+    data = Captions(str(path), str(path), columns=columns, batch_size=4, num_workers=0)
+    trainer = make_trainer(tmp_path, [], max_steps=1, limit_val_batches=0, enable_checkpointing=False)
+    trainer.fit(module, data)
+    logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
+    assert logged["train/weighted_contrastive_loss"] == pytest.approx(expected, rel=1e-5)
+    assert logged["train/other_image_contrastive_loss"] == pytest.approx(expected_other, rel=1e-5)
+    assert logged["train/loss"] == pytest.approx(expected + 0.5 * expected_other, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (OtherImageContrastive(), "the data have no other images; set data.columns.other_image"),
+        (WeightedContrastive(), "the data have no weights; set data.columns.weight"),
+    ],
+)
+def test_a_loss_without_its_column_is_refused(loss: Any, message: str, tmp_path: Path) -> None:
+    path = str(table(tmp_path, ".csv"))
+    data = Captions(path, path, batch_size=4, num_workers=0)
+    with pytest.raises(InputError, match=message):
+        make_trainer(tmp_path, [], max_steps=1, limit_val_batches=0).fit(make_module(loss=loss), data)
+
+
+def test_a_frozen_image_encoder_refuses_other_images() -> None:
+    module = make_module(loss=Sum([Contrastive(), OtherImageContrastive()]), freeze=Freeze(image="all"))
+    with pytest.raises(InputError, match="OtherImageContrastive trains the image encoder, which is frozen; leave one"):
+        module.loss.prepare(module.model)
