@@ -114,6 +114,24 @@ def test_the_loss_is_the_distance_to_the_teachers_features_and_half_of_the_sampl
     assert not any(none.kept)
 
 
+def test_a_run_resumed_within_an_epoch_ends_like_one_that_was_not_stopped(
+    sentences: tuple[Path, list[str]], overfitted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    def run(steps: int, resumed: Path | None = None) -> LitCLIP:
+        module = learner(overfitted[0])
+        fitting = trainer(tmp_path, max_epochs=3, max_steps=steps, limit_val_batches=0)
+        data = ParallelSentences(str(sentences[0]), str(sentences[0]), batch_size=16, num_workers=0)
+        fitting.fit(module, data, ckpt_path=resumed, weights_only=True)
+        fitting.save_checkpoint(tmp_path / f"{steps}.ckpt")
+        return module
+
+    whole = run(9)
+    run(6)
+    resumed = run(9, tmp_path / "6.ckpt")
+    for name, value in whole.model.state_dict().items():
+        assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
 def test_validation_has_the_first_translation_of_sentences_that_are_not_trained_on(tmp_path: Path) -> None:
     rows = [{"en": f"text {i % 20}", "xx": [f"first {i}", f"second {i}"]} for i in range(40)]
     (tmp_path / "sentences.jsonl").write_text("\n".join(map(json.dumps, rows)))
