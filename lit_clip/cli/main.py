@@ -19,6 +19,7 @@ from lit_clip.errors import InputError, printable
 from lit_clip.tools.guarded_output import guard_messages, open_closed_streams, silence
 from lit_clip.tools.messages import one_line, user_error
 from lit_clip.tools.processes import check_open_files, let_launcher_end, watch_launcher
+from lit_clip.version import __version__
 
 # LightningCLI's commands, imported when one of them is run.
 CONFIGURED = {
@@ -59,7 +60,7 @@ def help_text() -> str:
     lines = ["usage: lit-clip COMMAND ...", "", "Examples:", *(f"  {example}" for example in EXAMPLES)]
     lines += ["", "Commands that take --config, a YAML file:", *_described(CONFIGURED)]
     lines += ["", "Other commands:", *_described(others)]
-    lines += ["", "lit-clip COMMAND --help lists a command's options."]
+    lines += ["", "lit-clip COMMAND --help lists a command's options; --version: the version."]
     lines += ["lit-clip --import MODULE COMMAND ... first imports a module, which holds the"]
     lines += ["encoders that a checkpoint names."]
     return "\n".join(lines)
@@ -103,6 +104,9 @@ def _check_command(words: Sequence[str]) -> None:
 def _run(words: list[str]) -> int:
     imports.find_working_folder()
     modules, words = imports.command_words(words)
+    if words == ["--version"]:
+        sys.stdout.write(f"lit-clip {__version__}\n")
+        return 0
     _check_command(words)
     imports.import_modules(modules, imports.OPTION)
     if words[0] not in ("-h", "--help"):

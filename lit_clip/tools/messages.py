@@ -15,6 +15,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from signal import SIGTERM, strsignal
 from traceback import walk_tb
+from types import ModuleType
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from lit_clip.errors import InputError
@@ -264,12 +265,17 @@ def _similar_names(text: str) -> list[str]:
     short = module.removeprefix("lit_clip.")
     module = short if short in SHORT else module
     homes = [sys.modules[home] for home in (module, f"lit_clip.{module}") if home in sys.modules]
-    known = {each: f"{module}.{each}" for home in homes for each in vars(home) if each[0] != "_"}
+    known = {each: f"{module}.{each}" for home in homes for each in _public(home)}
     for file in sorted(Path().glob("*.py")) if of_loss else ():
         with suppress(OSError):
             classes = re.findall(r"^class (\w+)", file.read_text(encoding="utf-8", errors="replace"), re.MULTILINE)
             known |= {each: f"{file.stem}.{each}" for each in classes}
     return [known[near] for near in get_close_matches(name, known, n=1)]
+
+
+def _public(module: ModuleType) -> list[str]:
+    """Return the names of a module that are no modules."""
+    return [name for name, value in vars(module).items() if name[0] != "_" and not isinstance(value, ModuleType)]
 
 
 def user_error(error: BaseException) -> BaseException | None:

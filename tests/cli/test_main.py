@@ -15,6 +15,7 @@ import torch
 import yaml
 from PIL import Image
 
+import lit_clip
 from datamodules.commands.embed import embed
 from lit_clip.cli import lightning
 from lit_clip.cli.lightning import CLI, computes_in_bfloat16, run
@@ -355,6 +356,17 @@ def test_help_imports_no_heavy_package_that_it_does_not_need(command: str, not_i
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "usage: lit-clip" in result.stdout
     assert result.stderr.splitlines()[-1] == "[]"
+
+
+def test_the_version_is_printed(cli: Cli) -> None:
+    assert cli("--version").stdout == f"lit-clip {lit_clip.__version__}\n"
+
+
+def test_a_class_is_suggested_for_a_misspelt_one_and_no_module() -> None:
+    assert "did you mean lit_clip.losses.Contrastive?" in one_line(
+        InputError("model.loss: wants Loss or null, not Contrastiv")
+    )
+    assert "did you mean" not in one_line(InputError("model.loss: wants Loss or null, not Combined"))  # combined.py
 
 
 def test_help_describes_every_command() -> None:
