@@ -160,8 +160,8 @@ def newest_of_configuration(ours: Configuration, folders: Sequence[Path], option
         rank_zero_info(f"{found}: its configuration is not recorded; it is resumed with this command's")
     elif found is None and others:
         raise InputError(
-            f"{problem} has this configuration; {passed_over(others)}. Give a checkpoint's path to --ckpt_path, set "
-            "another save_dir or name of trainer.logger to begin anew, or begin anew from its weights with "
+            f"{problem} has this configuration; {passed_over(others)}. Give a checkpoint's path to --ckpt_path (with "
+            "the same optimiser and loss), set another save_dir or name of trainer.logger to begin anew, or begin anew from its weights with "
             f"--model.pretrained {max(others, key=os.path.getmtime)}"
         )
     elif found is None and not (option == "auto" and may_begin):
