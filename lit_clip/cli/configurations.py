@@ -161,8 +161,8 @@ def newest_of_configuration(ours: Configuration, folders: Sequence[Path], option
     elif found is None and others:
         raise InputError(
             f"{problem} has this configuration; {passed_over(others)}. Give a checkpoint's path to --ckpt_path (with "
-            "the same optimiser and loss), set another save_dir or name of trainer.logger to begin anew, or begin anew from its weights with "
-            f"--model.pretrained {max(others, key=os.path.getmtime)}"
+            "the same optimiser and loss), set another save_dir or name of trainer.logger to begin anew, or begin "
+            f"anew from its weights with --model.pretrained {max(others, key=os.path.getmtime)}"
         )
     elif found is None and not (option == "auto" and may_begin):
         raise InputError(problem + "; --ckpt_path auto starts from the beginning in that case" * may_begin)
