@@ -178,17 +178,25 @@ class Limits:
         except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
             raise Refused(400, "not a request of this page, or its image is no longer kept; upload it again") from error
 
+    def _image(self, image: Any) -> dict[str, Any] | None:
+        if image is None:
+            return None
+        path = image["path"]
+        require(self._is_stored(path), "no image that is kept")
+        return {"path": path, "orig_name": Path(path).name, "meta": {"_type": "gradio.FileData"}}
+
     def _inputs(self, data: Any) -> list[Any]:
         match data:
-            case [None, None | str() as names, None | str() as templates]:
-                return [None, names or "", templates or ""]
-            case [{"path": path}, None | str() as names, None | str() as templates] if self._is_stored(path):
-                image = {"path": path, "orig_name": Path(path).name, "meta": {"_type": "gradio.FileData"}}
-                return [image, names or "", templates or ""]
+            case [None | {"path": _} as image, *texts] if len(texts) in (0, 2) and _are_texts(texts):
+                return [self._image(image), *(text or "" for text in texts)]
             case [None | str() as text, None | int() | float() as count]:
                 return [text or "", max(1, min(int(count or 1), MOST_IMAGES))]  # gradio raises for others
             case _:
                 raise InputError("inputs of no function")
+
+
+def _are_texts(values: Sequence[Any]) -> bool:
+    return all(value is None or isinstance(value, str) for value in values)
 
 
 def is_accepted(header: str, host: str) -> bool:

@@ -130,6 +130,18 @@ def test_a_body_of_another_kind_is_refused(body: Any, served: tuple[int, Path]) 
         assert b"Traceback" not in answer
 
 
+def test_an_uploaded_image_is_all_that_own_classes_and_where_need(served: tuple[int, Path]) -> None:
+    port, folder = served
+    (stored,) = json.loads(upload(port, (folder / "tiger.png").read_bytes())[1])
+    told = answered(port, "own_classes", [file_data(stored)])
+    assert b"event: complete" in told
+    assert all(name in told for name in (b"one", b"two", b"three"))
+    assert b"event: complete" in answered(port, "locate", [file_data(stored), "tiger", ""])
+    assert b"no image: drop one" in answered(port, "own_classes", [None])
+    refused = answered(port, "own_classes", [file_data(str(folder / "tiger.png"))])
+    assert b"not a request of this page" in refused
+
+
 def test_a_slow_request_does_not_stop_the_others(served: tuple[int, Path]) -> None:
     """Neither a body that never ends, nor a text of megabytes, nor the most prompts of the greatest length."""
     port, folder = served
