@@ -42,7 +42,8 @@ def read_examples(path: str, names: Sequence[str] | None, on_error: OnError) -> 
     if Path(path).suffix.lower() in TABLES:
         return _table(Path(path), names)
     files = images_in(Path(path), on_error)
-    found = list(names or folder_names([path], FileRows(image_file(f"{path}/{each.key}", each.path) for each in files)))
+    inside = FileRows(image_file(f"{path}/{each.key}", each.path) for each in files if "/" in each.key)
+    found = list(names or folder_names([path], inside))
     labels = folder_truth(files, found, [Path()])
     require(any(label >= 0 for label in labels), f"--examples {path}: no folder there is named like a class")
     return ExampleFiles(FileRows(files), torch.tensor(labels), found, Path(path))

@@ -18,8 +18,8 @@ from lit_clip.evaluation.published import (
     published,
 )
 
-Column = Literal["zero_shot", "linear_probe"]
-COLUMNS: dict[Column, str] = {"zero_shot": "zero-shot", "linear_probe": "linear probe"}
+Column = Literal["zero_shot", "linear_probe", "head"]
+COLUMNS: dict[Column, str] = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "head": "head"}
 STATUSES = {"done": "", "missing": "not on disk", "failed": "failed"}
 METRICS = {
     "top1": "top-1",

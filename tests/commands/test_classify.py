@@ -5,6 +5,7 @@ import html
 import io
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -245,8 +246,10 @@ def test_a_head_of_another_model_is_refused_in_one_line(root: Path, monkeypatch:
 
 def test_what_is_labelled_next_becomes_examples(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_folders(root / "examples", "train", 14)
-    write_folders(root / "photos", "test", 30)
-    classify(capsys, "photos", "--examples", "examples", "--label_next", "12")
+    photos = write_folders(root / "photos", "test", 30)
+    shutil.copy(photos[0][0], root / "examples" / "loose.png")  # in no class's folder
+    _, told = classify(capsys, "photos", "--examples", "examples", "--label_next", "12")
+    assert f"head of {len(NAMES)} classes, fitted on 14 examples" in told
     rows = list(csv.DictReader(io.StringIO((root / "label_next.csv").read_text())))
     assert len({row["image"] for row in rows}) == 12
     assert all((root / row["image"]).is_file() for row in rows)

@@ -128,7 +128,7 @@ def test_results_equal_plain_loops_and_missing_sets_are_listed(root: Path) -> No
     assert list((root / "out").rglob("events.out.tfevents*"))
 
 
-def test_a_head_is_evaluated_on_the_sets_of_its_classes(root: Path) -> None:
+def test_a_head_is_evaluated_on_the_sets_of_its_classes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its accuracy equals that of ``model.with_head``, whatever the order and the case of the classes' names."""
     model = load_model("last.ckpt")
     shuffled = [name.upper() for name in [*CLASSES[3:], *CLASSES[:3]]]
@@ -144,6 +144,8 @@ def test_a_head_is_evaluated_on_the_sets_of_its_classes(root: Path) -> None:
     assert found["head"]["value"] > found["zero_shot"]["value"]
     assert results["head"]["path"] == "head.safetensors"
     assert "head, top-1" in (root / "out/report.html").read_text(encoding="utf-8")
+    (row,) = [line.split() for line in capsys.readouterr().out.splitlines() if line.split()[:2] == ["noise", "top-1"]]
+    assert row[2:4] == [f"{100 * found[task]['value']:.1f}" for task in ("zero_shot", "head")]
     assert list(read_predictions(root / "out", "noise", "head")["truth"]) == features("test")[1]
 
     save_head(head_from_images(model, files, labels, [*shuffled[:-1], "zebra"]), "head.safetensors")

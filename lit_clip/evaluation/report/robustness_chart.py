@@ -81,6 +81,7 @@ def papers_points() -> list[ChartPoint]:
     return [
         ChartPoint(name, {known: _top1_or_pm(values) for known, values in of.items() if values})
         for name, of in figures.items()
+        if any(of.values())
     ]
 
 

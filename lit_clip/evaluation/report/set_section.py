@@ -24,7 +24,6 @@ from lit_clip.tools.html import plural, thumbnail
 
 TASKS = {
     **COLUMNS,
-    "head": "head",
     "geolocation": "location of the nearest neighbour",
     "bias": "bias probe",
     "caption_choice": "caption choice",
