@@ -19,7 +19,9 @@ from lit_clip.embedding.index import INDEX, combined_query, nearest, update_inde
 from lit_clip.embedding.precision import Precision, check_precision
 from lit_clip.embedding.reading import check_finite, encoded_batches
 from lit_clip.errors import BadSample, InputError, require
+from lit_clip.locating.locator import FALSE_ALARMS, default_background, text_features
 from lit_clip.locating.overlay import Scale, overlay
+from lit_clip.locating.regions import background_level
 from lit_clip.models.clip import CLIP
 from lit_clip.models.heat_maps import place_cosines
 from lit_clip.tools.console import Console, Text, progress, stderr
@@ -194,10 +196,11 @@ def _print_hits(title: str, searched: Searched, hits: Hits) -> None:
 def write_sheet(path: Path, searched: Searched, found: dict[str, Hits], model: CLIP, vectors: np.ndarray) -> None:
     """Write an HTML page with the thumbnails of the images found for each query, and where the best fit it."""
     shown: dict[str, list[tuple[str, str, str]]] = {query: [] for query in found}
+    background = text_features(model, default_background())
     with progress("contact sheet", sum(map(len, found.values()))) as advance:
         for (query, hits), vector in zip(found.items(), torch.from_numpy(vectors), strict=True):
             files = [searched.files[row] for row, _ in hits]
-            why = why_found(model, vector, files[:EXPLAINED])
+            why = why_found(model, vector, files[:EXPLAINED], background)
             for rank, ((row, score), file) in enumerate(zip(hits, files, strict=True), start=1):
                 image = None if file is None else small_image(file, THUMBNAIL)
                 caption = f"{rank}. {searched.names[row]} ({score:.4f})"
@@ -206,16 +209,18 @@ def write_sheet(path: Path, searched: Searched, found: dict[str, Hits], model: C
     write_page(path, TEMPLATE, title=" | ".join(found), found=shown)
 
 
-def why_found(model: CLIP, query: Tensor, files: Sequence[Path | None]) -> dict[Path | None, str]:
-    """Return heat maps of a query's unit features ``[D]`` over images, on one scale, as data URIs.
+def why_found(model: CLIP, query: Tensor, files: Sequence[Path | None], background: Tensor) -> dict[Path | None, str]:
+    """Return heat maps of a query's unit features ``[D]`` over images as data URIs.
 
-    Images that cannot be read any more are left out, and all are if the image encoder has no features of places.
+    In the middle of an image's scale is the level that background texts ``[K, D]`` reach in it, as for
+    :class:`lit_clip.locating.Locator`; all scales have the same span. Images that cannot be read any more are left out,
+    and all are if the image encoder has no features of places.
     """
-    places: dict[Path, tuple[Image.Image, Tensor]] = {}
+    places: dict[Path, tuple[Image.Image, Tensor, float]] = {}
     for file in filter(None, dict.fromkeys(files)):
         try:
             image = open_image(file)
-            found = place_cosines(model, image, query[None], scale=1)[0]
+            found, *others = place_cosines(model, image, torch.cat([query[None], background]), scale=1)
         except BadSample:
             continue
         except InputError:
@@ -223,10 +228,13 @@ def why_found(model: CLIP, query: Tensor, files: Sequence[Path | None]) -> dict[
         places[file] = (
             upright(image, THUMBNAIL),
             torch.from_numpy(np.array(_turned(Image.fromarray(found.numpy()), image))),
+            background_level(torch.stack(others).amax(dim=(1, 2)), FALSE_ALARMS),
         )
-    cosines = [float(each) for _, each in places.values() for each in (each.min(), each.max())]
-    scale = Scale(min(cosines, default=0), max(cosines, default=0) + 1e-6)
-    drawn = {file: overlay(image, each, scale, float(each.max())) for file, (image, each) in places.items()}
+    highest = max((float(each.max()) - level for _, each, level in places.values()), default=0.0)
+    drawn = {
+        file: overlay(image, each, Scale.around(level, level + highest), float(each.max()))
+        for file, (image, each, level) in places.items()
+    }
     return {file: thumbnail(image, THUMBNAIL) for file, image in drawn.items()}
 
 

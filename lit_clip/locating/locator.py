@@ -54,15 +54,14 @@ class Locator:
     ) -> None:
         require(bool(texts), "texts: none given; say what to find")
         self.model, self.texts, self.false_alarms, self.scale = model, list(texts), false_alarms, scale
-        names = paper_class_names("CIFAR100") if background is None else ()
-        others = [f"a {name}" for name in names] or list(background or ())
+        others = default_background() if background is None else list(background)
         require(0 < false_alarms < 1, f"false_alarms: {false_alarms} must be above 0 and below 1")
         least = math.ceil(1 / false_alarms - 1e-9) - 1
         enough = (
             f"{len(others)} texts, and false alarms of {false_alarms:g} need at least {least}; add some, or allow more"
         )
         require(len(others) >= least, f"background: {enough}")
-        self._features = _text_features(model, [*self.texts, *others])
+        self._features = text_features(model, [*self.texts, *others])
 
     def __call__(self, image: Image.Image | str | os.PathLike[str]) -> Located:
         """Find the texts in an image or an image file."""
@@ -75,8 +74,13 @@ class Locator:
         return Located(maps, level, find_regions(cosines[:count], maps, level))
 
 
+def default_background() -> list[str]:
+    """Return the texts of other things that a text is compared with."""
+    return [f"a {name}" for name in paper_class_names("CIFAR100")]
+
+
 @torch.inference_mode()
-def _text_features(model: CLIP, texts: Sequence[str]) -> Tensor:
+def text_features(model: CLIP, texts: Sequence[str]) -> Tensor:
     """Return the unit features of texts, float32 ``[N, D]``, in batches; a text that names a file is a text."""
     parts = [
         model.tokenizer.trim(model.tokenize(list(texts[start : start + 64]))) for start in range(0, len(texts), 64)

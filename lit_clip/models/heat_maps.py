@@ -33,6 +33,7 @@ def heat_maps(
     model: Any, image: Image.Image | str | os.PathLike[str], texts: str | Sequence[str] | Tensor, scale: float
 ) -> Tensor:
     """See :meth:`lit_clip.CLIP.locate`."""
+    require(len(texts) > 0, "locate: no texts given; say what to find")
     opened = image if isinstance(image, Image.Image) else open_image(Path(image))
     cosines = place_cosines(model, opened, as_features(model, texts, 64), scale)
     return map_of(cosines, (opened.height, opened.width))

@@ -105,6 +105,8 @@ def test_one_tile_is_the_features_of_the_resized_image(name: str) -> None:
 
 
 def test_what_cannot_be_located_is_one_line(model: CLIP, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="locate: no texts given; say what to find"):
+        model.locate(Image.new("RGB", (64, 64)), [])
     with pytest.raises(InputError, match="^scale: 9 must be between 1 and 4$"):
         model.locate(noise(9, 9), TEXTS, scale=9)
     with pytest.raises(InputError, match="no such image file"):
