@@ -113,9 +113,10 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
     shutil.copytree(drawings[1], here / "photos")
     shutil.copy(here / "photos/pizza.png", here / "photo.png")
     for classes in ("my_classes", "other_classes", "classes"):
-        for image in sorted((here / "photos").iterdir())[:3]:
-            (here / classes / image.stem).mkdir(parents=True)
-            shutil.copy(image, here / classes / image.stem / "1.png")
+        for name, image in zip(("tiger", "pizza", "bicycle"), sorted((here / "photos").iterdir()), strict=False):
+            where = here / classes / (name if classes == "my_classes" else image.stem)  # those of a head's examples
+            where.mkdir(parents=True)
+            shutil.copy(image, where / "1.png")
     (here / "examples.csv").write_text("image,classes\n")
     for number, image in enumerate(sorted((here / "photos").iterdir())[:40]):
         name = ("tiger", "pizza", "bicycle")[number % 3]

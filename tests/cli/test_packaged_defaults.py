@@ -93,10 +93,11 @@ def test_a_run_without_a_config_is_validated_and_resumed_without_one(
     fitted = cli("fit", *data, "--model.architecture", TINY_YAML, "--trainer.max_epochs", "1")
     assert fitted.returncode == 0, fitted.stderr
     assert fitted.stderr.count("fit: no --config; the packaged defaults (lit-clip fit --print_config shows them)") == 1
-    *_, curves, best = fitted.stdout.splitlines()
+    *_, curves, best, preferred = fitted.stdout.splitlines()
     assert curves == "curves: tensorboard --logdir runs/table/version_0"
     assert best.startswith("best val/mean_recall (")
     assert best.endswith("): runs/table/version_0/checkpoints/best.ckpt")
+    assert preferred.endswith("too few to tell the best model; take runs/table/version_0/checkpoints/last.ckpt")
     last = tmp_path / "runs/table/version_0/checkpoints/last.ckpt"
     validated = cli("validate", "--ckpt_path", str(last), "--data.val", str(caption_table), *quick)
     assert validated.returncode == 0, validated.stderr
