@@ -104,24 +104,20 @@ def _check_command(words: Sequence[str]) -> None:
 def _run(words: list[str]) -> int:
     imports.find_working_folder()
     modules, words = imports.command_words(words)
-    if words == ["--version"]:
-        sys.stdout.write(f"lit-clip {__version__}\n")
+    if words[:1] in (["-h"], ["--help"], ["--version"]):
+        sys.stdout.write(f"lit-clip {__version__}\n" if words[0] == "--version" else f"{help_text()}\n")
         return 0
     _check_command(words)
     imports.import_modules(modules, imports.OPTION)
-    if words[0] not in ("-h", "--help"):
-        imports.find_stubs_without_a_program()
+    imports.find_stubs_without_a_program()
     if not {"-h", "--help"}.intersection(words) and words[0] not in WITHOUT_WORKERS:
         check_open_files()
-    if words[0] in ("-h", "--help"):
-        sys.stdout.write(f"{help_text()}\n")
-    elif words[0] in subcommands.COMMANDS:
+    if words[0] in subcommands.COMMANDS:
         subcommands.run_command(words)
-    else:
-        from lit_clip.cli.lightning import run_until_signal
+        return 0
+    from lit_clip.cli.lightning import run_until_signal
 
-        return run_until_signal()
-    return 0
+    return run_until_signal()
 
 
 def main() -> None:
