@@ -66,7 +66,8 @@ def defaults(*callbacks: Callback) -> list[Callback]:
 
     - :class:`Preemption`, first, so that no other callback evaluates what a signal interrupted
     - the given callbacks, first the ones that change the model, so that others measure it as it is trained
-    - :class:`PrintPlan`, :class:`ExpectedTime`, :class:`ProgressLines` and :class:`PrintResults`
+    - :class:`PrintPlan`, :class:`ExpectedTime`, :class:`ProgressLines`, and :class:`PrintResults`, which first saves a
+      run's last steps if no validation does
     - :class:`SkippedSamples`
     - :class:`NonFiniteSteps`
     - :class:`RandomStates`, last, after all that draws random numbers before the first step

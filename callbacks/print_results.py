@@ -70,7 +70,7 @@ class PrintResults(Callback):
         if last and trainer.is_global_zero:
             best, note = _best(trainer), misleading_loss(self._validations)
             print_next_steps(Path(last), folder, curves(trainer.loggers, trainer.ckpt_path), best, note)
-            if best and 0 < pairs < FEW:
+            if Path(last) not in best.values() and best and 0 < pairs < FEW:
                 print_preferred(Path(last), pairs)
 
 

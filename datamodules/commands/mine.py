@@ -40,11 +40,7 @@ def mine(
     *,
     model: str,
     output: str,
-    num_negatives: int = 3,
-    skip: int = 0,
-    among: int = 100,
-    margin: float | None = None,
-    most_similar: float | None = None,
+    window: MiningWindow = MiningWindow(),  # noqa: B008  # immutable
     columns: Columns = Columns(),  # noqa: B008  # immutable
     split: str | None = None,
     keep: str | None = None,
@@ -65,12 +61,7 @@ def mine(
         data: a table, a folder of images with captions beside them, or anything else whose images are files.
         model: a checkpoint, or a name that lit_clip.load_model understands.
         output: negatives.jsonl.
-        num_negatives: of an image, at most; training draws one of them in each epoch.
-        skip: leave out this many of the most similar captions, which may fit the image.
-        among: look at this many of the most similar captions.
-        margin: leave out captions that are not less similar than the image's own by that much; of several own ones the
-            least similar counts. 0 is a good start.
-        most_similar: leave out captions with a higher cosine similarity.
+        window: which of the nearest captions are hard negatives.
         columns: of a table.
         split: of data that come in splits; train by default.
         keep: a table of lit-clip inspect, overlap or score; only the pairs that it keeps are read and written.
@@ -81,7 +72,7 @@ def mine(
         precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
         on_error: error ends the run at a pair that cannot be read; skip leaves it out.
     """
-    window, path = MiningWindow(num_negatives, skip, among, margin, most_similar), Path(output)
+    path = Path(output)
     check_output(path, [".jsonl"])
     require(bool(data), "no data: name a table or a folder before the options")
     check_precision(precision, accelerator)

@@ -5,6 +5,7 @@ The options mean what they do in sentence-transformers' ``mine_hard_negatives``,
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -20,15 +21,16 @@ IMAGES = 256  # that are compared with all captions at once
 class MiningWindow:
     """Which of the captions that are nearest to an image are its hard negatives.
 
-    Attributes:
-        num_negatives: of an image, at most.
-        skip: the most similar ones, which may be true [range_min].
-        among: captions that are looked at, the most similar first, its own ones left out [range_max].
-        margin: a negative is less similar than the image's own caption by at least that much, of several own captions
-            the least similar [absolute_margin].
-        most_similar: the highest cosine similarity of a negative [max_score].
+    Args:
+        num_negatives: of an image, at most; training draws one of them in each epoch.
+        skip: leave out this many of the most similar captions, which may fit the image [range_min].
+        among: look at this many of the most similar captions, without its own ones [range_max].
+        margin: leave out captions that are not less similar than the image's own by that much; of several own ones the
+            least similar counts. 0 is a good start [absolute_margin].
+        most_similar: leave out captions with a higher cosine similarity [max_score].
     """
 
+    flat: ClassVar[bool] = True  # its options are typed without its name
     num_negatives: int = 3
     skip: int = 0
     among: int = 100

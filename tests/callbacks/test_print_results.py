@@ -63,6 +63,17 @@ def test_the_last_line_names_the_best_model_by_recall_where_the_loss_misleads(
     assert torch.load(tmp_path / "best.ckpt", weights_only=True)["epoch"] == 2
 
 
+def test_a_run_that_keeps_only_the_best_model_is_told_to_take_no_other(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    best = ModelCheckpoint(tmp_path, "best", monitor="val/mean_recall", mode="max")
+    trainer = Trainer(callbacks=callbacks.defaults(best), logger=CSVLogger(tmp_path), max_epochs=1, accelerator="cpu")
+    trainer.fit(Misled(tiny_config), Captions(str(caption_table), val=str(caption_table), num_workers=0, batch_size=32))
+    *_, last = capfd.readouterr().out.splitlines()
+    assert last == f"best val/mean_recall (0.2): {tmp_path / 'best.ckpt'}"
+    assert [file.name for file in tmp_path.glob("*.ckpt")] == ["best.ckpt"]
+
+
 def test_the_best_model_of_the_run_before_stays_the_best_until_there_is_a_better_one(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
