@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Iterator
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +129,8 @@ class BreakGradient(Callback):
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_step_that_is_not_finite_changes_no_weight(device: str, tmp_path: Path) -> None:
     watched = fit(device, BreakGradient(), NonFiniteSteps("skip"), default_root_dir=tmp_path)
-    same = [torch.equal(one, other) for one, other in zip(watched.weights, watched.weights[1:], strict=False)]
+    weights = [each.cpu() for each in watched.weights]  # Lightning has moved the last ones there
+    same = [torch.equal(one, other) for one, other in pairwise(weights)]
     assert same == [step == BROKEN for step in range(STEPS)]
     assert watched.weights[-1].isfinite().all()
 
