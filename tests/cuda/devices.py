@@ -6,4 +6,6 @@ import torch
 from tests.helpers import pretended
 
 CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
-DEVICES = ["cpu", pretended.NAME, pytest.param("cuda", marks=CUDA)]
+OTHERS = [pretended.NAME, pytest.param("cuda", marks=CUDA)]
+DEVICES = ["cpu", *OTHERS]
+REAL = ["cpu", pytest.param("cuda", marks=CUDA)]  # of torch.compile and process groups

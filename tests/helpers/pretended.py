@@ -63,6 +63,11 @@ class OnDevice(Tensor):
     def tolist(self) -> Any:  # torch refuses it for any subclass
         return self.cpu().tolist()
 
+    def numpy(self, *, force: bool = False) -> Any:
+        if not force:
+            raise TypeError(f"can't convert {NAME}:0 device type tensor to numpy. Use Tensor.cpu() first")
+        return self.detach().cpu().numpy()
+
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
