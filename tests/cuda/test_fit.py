@@ -203,7 +203,11 @@ def test_one_rank_trains_as_one_device(strategy: str, device: str, tmp_path: Pat
 @pytest.mark.parametrize("device", OTHERS)
 def test_all_callbacks_run_on_the_device(device: str, tmp_path: Path) -> None:
     """With a validation, a checkpoint and a resumed step; their values are tested on the CPU."""
-    write_suite(tmp_path, shades=entry(splits={"train": {"split": "train", "size": 14}, "test": {"size": 7}}), captions=captions_entry(str(write_table(tmp_path, 16))))
+    write_suite(
+        tmp_path,
+        shades=entry(splits={"train": {"split": "train", "size": 14}, "test": {"size": 7}}),
+        captions=captions_entry(str(write_table(tmp_path, 16))),
+    )
     write_ade(tmp_path / "ade")
     masks = {"images": "images/validation", "masks": "annotations/validation", "classes": "ade20k", "first": 1}
     data = {"class_path": "datamodules.evaluation.MaskedFiles", "init_args": {"root": "ade", "ignored": [0], **masks}}

@@ -12,6 +12,7 @@ from lit_clip.losses.contrastive import Duplicates, contrastive_loss, sigmoid_lo
 from lit_clip.losses.tiled import PairLayout, sharded_contrastive_loss, sharded_sigmoid_loss
 from lit_clip.module import LitCLIP
 from lit_clip.training import preservation
+from lit_clip.training.teacher import Distillation
 from tests.cuda.devices import CUDA, OTHERS
 from tests.helpers import pretended
 from tests.helpers.ranks import CONFIG, PAIRS, make_batch
@@ -103,5 +104,9 @@ def test_a_step_with_each_loss_is_the_one_on_the_cpu_and_waits_for_nothing(
     ours = step(module, device, CASES[case].negatives)
     monkeypatch.setattr(pretended, "watchers", [])
     assert [wait for wait in waits if wait[1]] == []
-    ours = {name: value.cpu() for name, value in ours.items()}
-    torch.testing.assert_close(ours, exact, rtol=1e-5, atol=1e-7)  # a teacher's images are normalised in float32
+    distils = any(isinstance(part, Distillation) for part in module.loss.modules())
+    tolerance = (
+        0.01 if distils else 1e-6
+    )  # bytes of an image that a teacher gets smaller or larger are rounded elsewhere
+    for name, expected in exact.items():
+        assert (ours[name].cpu() - expected).norm() <= tolerance * expected.norm() + 1e-9, name
