@@ -201,7 +201,7 @@ def test_one_rank_trains_as_one_device(strategy: str, device: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("device", OTHERS)
-def test_all_callbacks_run_on_the_device(device: str, tmp_path: Path) -> None:
+def test_callbacks_run_on_the_device(device: str, tmp_path: Path) -> None:
     """With a validation, a checkpoint and a resumed step; their values are tested on the CPU."""
     write_suite(
         tmp_path,
