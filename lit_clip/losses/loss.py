@@ -92,9 +92,9 @@ class WholeBatch:
         return distributed.gather_objects(list(self._pairs.batch.groups or [""] * len(self._pairs.image)))
 
     def extra(self, name: str) -> Tensor:
-        """Return rows ``[N, ...]`` of a tensor of :attr:`lit_clip.CaptionBatch.extra`."""
-        own = self._pairs.batch.extra.get(name)
-        found = distributed.gather_objects([] if own is None else [own.cpu().clone()])  # one object from each rank
+        """Return rows ``[N, ...]`` of a tensor of :attr:`lit_clip.CaptionBatch.extra`; several ranks wait for it."""
+        own = [rows for key, rows in self._pairs.batch.extra.items() if key == name]
+        found = own if self._pairs.ranks.world == 1 else distributed.gather_objects([x.cpu().clone() for x in own])
         same = sum(map(len, found)) == len(self.image)
         require(same and bool(found), f"model.loss: the data have no {name}; see CustomPairs.extra")
         return torch.cat(found).to(self.image.device)

@@ -43,7 +43,7 @@ def similarity_loss(logits_BN: Tensor, same_BN: Tensor, ranks: RankCounts) -> Te
     columns = torch.arange(ranks.total, device=logits_BN.device)
     own_BN = columns == columns[ranks.mine, None]
     logits_BN = logits_BN.masked_fill(same_BN & ~own_BN, -math.inf)
-    own_B = logits_BN[own_BN]
+    own_B = logits_BN[:, ranks.mine].diagonal()
     images = logits_BN.logsumexp(dim=1) - own_B
     of_ranks = gather(logits_BN.logsumexp(dim=0)[None], RankCounts(ranks.rank, (1,) * ranks.world))  # [ranks, N]
     texts = of_ranks.logsumexp(dim=0)[ranks.mine] - own_B

@@ -18,6 +18,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import height_width
 from lit_clip.models.layers import TOWERS, Tower
 from lit_clip.models.lora import is_added
+from lit_clip.tools.hardware import to_device
 from lit_clip.weights.fingerprint import tensors_sha256
 from lit_clip.weights.load import load_model
 
@@ -42,8 +43,10 @@ class Teacher:
             return model.encode_image(model.normalize(self.resized(batch.images)), normalize=True)
         captioned = len(batch.captions) == len(batch.images)
         require(captioned, "model.loss: the teacher needs captions, and the data module's batches have none")
-        tokens = model.tokenizer.trim(model.tokenize(batch.captions)).to(batch.images.device)
-        return model.encode_text(tokens, normalize=True)
+        tokens = model.tokenize(batch.captions)
+        lengths = model.tokenizer.lengths(tokens).tolist()
+        tokens = to_device(model.tokenizer.trim(tokens), batch.images.device)
+        return model.encode_text(tokens, normalize=True, lengths=lengths)
 
     def resized(self, images: Tensor) -> Tensor:
         """Return uint8 images of the teacher's size."""

@@ -12,7 +12,8 @@ from PIL import Image
 
 from lit_clip import load_model, zero_shot_classifier
 from lit_clip.cli.subcommands import run_command
-from tests.cuda.devices import DEVICES
+from lit_clip.tools.hardware import best_device
+from tests.cuda.devices import DEVICES, OTHERS
 
 CLASSES, TEMPLATES = ["cat", "dog", "owl"], ["a photo of a {}.", "{}"]
 
@@ -60,3 +61,19 @@ def test_zero_shot_accuracy_equals_that_of_a_plain_loop(device: str, folder: Pat
     guesses = (image_features(files) @ classifier).argmax(dim=1)
     expected = float((guesses == torch.arange(15) // 5).double().mean())
     assert results["sets"]["noise"]["tasks"]["zero_shot"]["value"] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("device", OTHERS)
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["classify", "data/noise", "--examples", "data/noise", "--save_head", "head.safetensors", "--num_workers", "0"],
+        ["classify", "data/noise", "--classes", "cat", "dog", "--num_workers", "0", "--precision", "bf16-mixed"],
+        ["locate", "data/noise/cat", "a cat"],
+        ["search", "data/noise", "a cat", "--num_workers", "0"],
+    ],
+    ids=["heads", "classify", "locate", "search"],
+)
+def test_commands_that_choose_the_accelerator_themselves_run_on_it(words: list[str], device: str, folder: Path) -> None:
+    assert best_device().type == device
+    run_command([*words, "--model", "last.ckpt"])

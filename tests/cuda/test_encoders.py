@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,8 +11,18 @@ from torch import Tensor
 from callbacks.compile import compile_blocks
 from lit_clip.losses.contrastive import contrastive_loss
 from lit_clip.models.clip import CLIP
-from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
-from tests.cuda.devices import DEVICES
+from lit_clip.models.config import (
+    CLIPConfig,
+    HuggingFaceTextConfig,
+    ResNetConfig,
+    TextTransformerConfig,
+    TimmConfig,
+    VisionTransformerConfig,
+    height_width,
+)
+from lit_clip.weights.load import create_model
+from tests.cuda.devices import DEVICES, OTHERS, REAL
+from tests.helpers.towers import FAMILIES, TEXTS
 
 LENGTHS = [5, 9, 3, 14, 9, 6, 11, 4]
 CONTEXT = 77
@@ -76,7 +87,7 @@ def test_padded_texts_have_the_features_and_gradients_of_single_ones(device: str
     assert_close(computed(model, device, None), expected(model.cpu()))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", REAL)
 def test_compiled_blocks_compute_the_same(device: str) -> None:
     model = CLIP(VIT)
     exact, compiled = expected(model), copy.deepcopy(model)
@@ -94,3 +105,22 @@ def test_a_resnet_computes_the_same_in_any_layout(device: str, layout: torch.mem
     exact = expected(model)
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         assert_close(computed(model.to(memory_format=layout), device, LENGTHS), exact, 1e-3)  # BatchNorm of 8 values
+
+
+@pytest.mark.parametrize("device", OTHERS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_encoders_of_other_libraries_compute_the_same(family: str, device: str, folders: dict[str, Path]) -> None:
+    """A text encoder of transformers beside an image encoder of timm."""
+    text = HuggingFaceTextConfig(str(folders[family]), context_length=32)
+    model = create_model(CLIPConfig(16, TimmConfig("test_efficientnet"), text))
+    tokens, images = model.tokenize(TEXTS), torch.randn(len(TEXTS), 3, *height_width(model.preprocessing.image_size))
+    model.eval()
+
+    def features(device: str) -> dict[str, Tensor]:
+        model.to(device).zero_grad()
+        lengths = model.tokenizer.lengths(tokens).tolist()
+        image = model.encode_image(images.to(device), normalize=True)
+        return gradients(model, image, model.encode_text(tokens.to(device), normalize=True, lengths=lengths))
+
+    exact = features("cpu")
+    torch.testing.assert_close(features(device), exact, rtol=1e-3, atol=1e-4)

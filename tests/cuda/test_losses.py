@@ -1,5 +1,6 @@
-"""The equalities of the CPU tests on a GPU, in the precisions used for training. Skipped without a GPU."""
+"""The equalities of the CPU tests on a GPU, in the precisions used for training, and a step with each loss."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,11 +11,16 @@ from lit_clip.distributed import RankCounts
 from lit_clip.losses.contrastive import Duplicates, contrastive_loss, sigmoid_loss, unit
 from lit_clip.losses.tiled import PairLayout, sharded_contrastive_loss, sharded_sigmoid_loss
 from lit_clip.module import LitCLIP
+from lit_clip.training import preservation
+from lit_clip.training.teacher import Distillation
+from tests.cuda.devices import CUDA, OTHERS
+from tests.helpers import pretended
 from tests.helpers.ranks import CONFIG, PAIRS, make_batch
+from tests.helpers.ranks_losses import CASES, Setup, kept_pairs, save_teacher, whole_batch
+from tests.helpers.waits import place
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 
-
+@CUDA
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("duplicates", ["negatives", "positives", "ignored"])
 def test_the_tiled_loss_on_the_gpu_equals_the_definition_on_the_cpu(kind: str, duplicates: Duplicates) -> None:
@@ -42,6 +48,7 @@ def test_the_tiled_loss_on_the_gpu_equals_the_definition_on_the_cpu(kind: str, d
         assert (ours.double() - exact).norm() <= 1e-4 * exact.norm()
 
 
+@CUDA
 @pytest.mark.parametrize(("precision", "tolerance"), [(None, 1e-4), (torch.bfloat16, 0.05), (torch.float16, 0.02)])
 def test_micro_batches_on_the_gpu_give_the_gradient_of_the_whole_batch(
     precision: torch.dtype | None, tolerance: float
@@ -64,3 +71,42 @@ def test_micro_batches_on_the_gpu_give_the_gradient_of_the_whole_batch(
     for name, expected in exact.items():
         if not name.endswith("in_proj_bias"):  # a third of it is zero up to rounding
             assert (micro_batched[name] - expected).norm() <= tolerance * expected.norm(), name
+
+
+@pytest.fixture(scope="module")
+def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preservation, "_load", kept_pairs)
+        yield Setup.of(save_teacher(tmp_path_factory.mktemp("teacher")))
+
+
+def step(module: LitCLIP, device: str, negatives: bool) -> dict[str, Tensor]:
+    """Return the loss of a step and its gradients."""
+    loss = module.to(device).training_step(whole_batch(negatives).to(device), 0)
+    loss.backward()
+    return {"loss": loss.detach(), **{n: p.grad for n, p in module.named_parameters() if p.grad is not None}}
+
+
+@pytest.mark.parametrize("device", OTHERS)
+@pytest.mark.parametrize("case", CASES)
+def test_a_step_with_each_loss_is_the_one_on_the_cpu_and_waits_for_nothing(
+    case: str, device: str, setup: Setup, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float64; waits are counted on the pretended device."""
+    exact, module, waits = (
+        step(setup.module_of(CASES[case]), "cpu", CASES[case].negatives),
+        setup.module_of(CASES[case]),
+        [],
+    )
+    module.to(device)
+    setup.teacher.model.to(device)  # otherwise the first step moves it
+    monkeypatch.setattr(pretended, "watchers", [lambda what: waits.append((what, place()))])
+    ours = step(module, device, CASES[case].negatives)
+    monkeypatch.setattr(pretended, "watchers", [])
+    assert [wait for wait in waits if wait[1]] == []
+    distils = any(isinstance(part, Distillation) for part in module.loss.modules())
+    tolerance = (
+        0.01 if distils else 1e-6
+    )  # bytes of an image that a teacher gets smaller or larger are rounded elsewhere
+    for name, expected in exact.items():
+        assert (ours[name].cpu() - expected).norm() <= tolerance * expected.norm() + 1e-9, name

@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lit_clip import distributed, load_model
 from lit_clip.batch import CaptionBatch
+from lit_clip.commands.wise_ft import save
 from lit_clip.distributed import gather_rows
 from lit_clip.losses import (
     Alignment,
@@ -36,8 +37,10 @@ from lit_clip.losses.contrastive import unit
 from lit_clip.losses.loss import evaluate_loss
 from lit_clip.losses.tiled import HardNegatives, PairLayout, sharded_contrastive_loss, sharded_sigmoid_loss
 from lit_clip.models.clip import CLIP
+from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.layers import TOWERS
 from lit_clip.module import LitCLIP
+from lit_clip.tools.hardware import to_device
 from lit_clip.training import preservation
 from lit_clip.training.micro_batches import encode_pairs
 from lit_clip.training.other_images import OtherImageContrastive
@@ -67,9 +70,9 @@ class WeightedMargin(Loss):
         own = scores.diagonal()[:, None]
         wrong = torch.ones_like(scores, dtype=torch.bool)
         wrong[:, : len(own)] = ~pairs.same
-        long = torch.tensor([1.0 + ("b" in caption) for caption in pairs.captions])
+        long = to_device(torch.tensor([1.0 + ("b" in caption) for caption in pairs.captions]), scores.device)
         cost = F.softplus(pairs.scale * (scores - own + self.margin)) * wrong
-        return LossValue((cost.sum(dim=1) * long * pairs.extra("importance")).mean(), {"wrong": float(wrong.sum())})
+        return LossValue((cost.sum(dim=1) * long * pairs.extra("importance")).mean(), {"wrong": wrong.sum().float()})
 
 
 class Inputs(NamedTuple):
@@ -362,6 +365,17 @@ def all_inputs(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor, negativ
     for i, j in DUPLICATES:
         same[i, j] = same[j, i] = True
     return Inputs(image, text, scale, bias, negative, same, list(make_batch(slice(0, PAIRS)).captions))
+
+
+def save_teacher(folder: Path) -> str:
+    """Save a checkpoint of a model with another image size, context length and feature size than the students."""
+    config = CLIPConfig(
+        embed_dim=24,
+        image=VisionTransformerConfig(image_size=48, patch_size=16, width=64, layers=1, heads=1),
+        text=TextTransformerConfig(context_length=20, width=64, layers=1, heads=1),
+    )
+    save(CLIP(config), folder / "teacher.ckpt", {})
+    return str(folder / "teacher.ckpt")
 
 
 class Setup(NamedTuple):

@@ -120,13 +120,13 @@ def make_module(text_width: int = 64, **options: Any) -> LitCLIP:
 def make_trainer(folder: Path, callbacks: list[Any], **options: Any) -> Trainer:
     _, world = distributed.rank_and_world()
     return Trainer(
-        accelerator="cpu",
         callbacks=callbacks,
         default_root_dir=folder,
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
         **{
+            "accelerator": "cpu",
             "devices": world,
             "strategy": "ddp" if world > 1 else "auto",
             "logger": False,

@@ -6,33 +6,19 @@ from pathlib import Path
 
 import pytest
 
-from lit_clip.commands.wise_ft import save
-from lit_clip.models.clip import CLIP
-from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
-from tests.helpers.ranks_losses import CASES, COUNTS
-
-
-@pytest.fixture
-def teacher(tmp_path: Path) -> str:
-    """A checkpoint of a model with another image size, context length and feature size than the students."""
-    config = CLIPConfig(
-        embed_dim=24,
-        image=VisionTransformerConfig(image_size=48, patch_size=16, width=64, layers=1, heads=1),
-        text=TextTransformerConfig(context_length=20, width=64, layers=1, heads=1),
-    )
-    save(CLIP(config), tmp_path / "teacher.ckpt", {})
-    return str(tmp_path / "teacher.ckpt")
+from tests.helpers.ranks_losses import CASES, COUNTS, save_teacher
 
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 def test_value_and_gradients_equal_a_plain_loop_over_all_pairs(
-    world: int, ranks: Callable[..., None], teacher: str, tmp_path: Path
+    world: int, ranks: Callable[..., None], tmp_path: Path
 ) -> None:
     """Gradients of features, scale, bias and a loss's own parameters, and of the model after a DDP step.
 
     Cases and loops are in ``helpers/ranks_losses.py``: uneven pairs, a rank without pairs, micro-batches, hard
     negatives.
     """
+    teacher = save_teacher(tmp_path)
     ranks("losses", world, str(tmp_path / "errors.json"), teacher, script="ranks_losses.py")
     errors = json.loads((tmp_path / "errors.json").read_text(encoding="utf-8"))
     assert len(errors) == len(CASES) * (len(COUNTS[world]) + 1)
