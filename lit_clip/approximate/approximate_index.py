@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lit_clip.approximate.graph_file import AGAIN, CONNECTIVITY, check_graph
-from lit_clip.embedding.feature_files import StoredFeatures, read_features
+from lit_clip.embedding.feature_files import WRITE_AGAIN, StoredFeatures, read_features
 from lit_clip.embedding.index import nearest
 from lit_clip.errors import require
-from lit_clip.tools.atomic import replacing
+from lit_clip.tools.atomic import not_written, replacing
 from lit_clip.tools.console import progress
 from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.tools.reading import naming, reading
@@ -36,14 +36,15 @@ class IndexedFile:
     """A file of features as it was when its rows were added; a ``.npy`` file has its keys in a second one."""
 
     name: str  # in the index's folder
-    rows: int
     stamps: list[list[int]]  # each file's size and modification time
     sha256: list[str]  # compared if these differ, as after copying
 
     @classmethod
-    def of(cls, path: Path, rows: int) -> "IndexedFile":
+    def of(cls, path: Path) -> "IndexedFile":
         """Describe a file."""
-        return cls(path.name, rows, _stamps(path), [sha256_of_file(each) for each in _files(path)])
+        missing = next((each for each in _files(path) if not each.is_file()), None)
+        require(missing is None, f"{missing}: there is no such file; {WRITE_AGAIN}")
+        return cls(path.name, _stamps(path), [sha256_of_file(each) for each in _files(path)])
 
     def is_still(self, path: Path) -> bool:
         """Return whether a file has the same content."""
@@ -108,7 +109,8 @@ def open_index(path: Path) -> ApproximateIndex:
     files = _read_facts(path)
     for file in files:
         where = path.with_name(file.name)
-        require(where.is_file(), f"{path}: {file.name}, whose features it has, is gone; {AGAIN}")
+        gone = [each.name for each in _files(where) if not each.is_file()]
+        require(not gone, f"{path}: {', '.join(gone)} with features that it has is gone; {AGAIN}")
         require(file.is_still(where), f"{path}: is not of the features in {where}, which has changed; {AGAIN}")
     tables = [read_features(path.with_name(file.name), whole=False) for file in files]
     check_alike([path.with_name(file.name) for file in files], tables)
@@ -123,7 +125,8 @@ def add_to_index(path: Path, paths: Sequence[Path]) -> ApproximateIndex:
     known = {file.name for file in old.files} if old else set()
     for each in paths:
         require(each.absolute().parent == path.absolute().parent, f"--output {path}: must be in the folder of {each}")
-    added = [each for each in dict.fromkeys(paths) if each.name not in known]
+    added = [each for name, each in {each.name: each for each in paths}.items() if name not in known]
+    stamped = [IndexedFile.of(each) for each in added]
     tables = [read_features(each) for each in added]
     check_alike([*(path.with_name(name) for name in sorted(known)), *added], [*(old.tables if old else []), *tables])
     if old and not added:
@@ -137,11 +140,13 @@ def add_to_index(path: Path, paths: Sequence[Path]) -> ApproximateIndex:
             graph.add(np.arange(count, count + len(rows)), _int8(rows), threads=usable_cores())
             count += len(rows)
             advance(len(rows))
-    files = [IndexedFile.of(each, len(table.features)) for each, table in zip(added, tables, strict=True)]
-    files = [*(old.files if old else []), *files]
+    files = [asdict(file) for file in [*(old.files if old else []), *stamped]]
     with replacing(_facts(path)) as facts, replacing(path) as draft:
-        facts.write_text(json.dumps({"format": FORMAT, "files": [asdict(file) for file in files]}, indent=1))
-        graph.save(draft)
+        facts.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+        try:
+            graph.save(draft)
+        except RuntimeError as error:  # of a full disk
+            raise not_written(path, error) from error
     return open_index(path)
 
 
@@ -175,11 +180,11 @@ def _facts(path: Path) -> Path:
 
 
 def _read_facts(path: Path) -> list[IndexedFile]:
-    """Read which files an index is of; what is wrong with its values is one line."""
+    """Read which files an index is of."""
     facts = _facts(path)
     with reading(facts, "list of an index's files", hint=AGAIN):
         values = json.loads(facts.read_text(encoding="utf-8"))
-    kinds = {"name": str, "rows": int, "stamps": list[list[int]], "sha256": list[str]}
+    kinds = {"name": str, "stamps": list[list[int]], "sha256": list[str]}
     with naming(facts):
         check_entries(values, {"format": str, "files": list[dict[str, Any]]}, complete=True)
         require(values["format"] == FORMAT and bool(values["files"]), f"not an index of this version; {AGAIN}")

@@ -10,7 +10,7 @@ import numpy as np
 from lit_clip.approximate.approximate_index import BUILDING, ROWS, SEARCHING
 from lit_clip.approximate.graph_file import CONNECTIVITY
 from lit_clip.errors import require
-from lit_clip.tools.atomic import replacing
+from lit_clip.tools.atomic import not_written, replacing
 from lit_clip.tools.console import progress
 
 
@@ -29,4 +29,7 @@ def write_faiss(path: Path, features: Sequence[np.ndarray], exact: bool) -> None
             index.add(np.ascontiguousarray(rows))
             advance(len(rows))
     with replacing(path) as draft:
-        faiss.write_index(index, str(draft))
+        try:
+            faiss.write_index(index, str(draft))
+        except RuntimeError as error:  # of a full disk
+            raise not_written(path, error) from error

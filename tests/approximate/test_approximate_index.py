@@ -77,9 +77,11 @@ def test_a_copied_index_is_opened_and_one_of_changed_features_is_not(index: Path
         open_index(index)
     with pytest.raises(InputError, match=r"all\.usearch: is not of"):
         add_to_index(index, [write(index.with_name("b.npy"))])
-    index.with_name("a.npy").unlink()
-    with pytest.raises(InputError, match=r"all\.usearch: a\.npy, whose features it has, is gone; remove it"):
+    index.with_name("a.keys.json").unlink()
+    with pytest.raises(InputError, match=r"all\.usearch: a\.keys\.json with features that it has is gone; remove it"):
         open_index(index)
+    with pytest.raises(InputError, match=r"c\.npy: there is no such file"):
+        add_to_index(index.with_name("other.usearch"), [index.with_name("c.npy")])
 
 
 def test_features_that_changed_unseen_are_an_error_when_they_are_found(index: Path) -> None:
@@ -137,7 +139,7 @@ def changed(start: int, *values: int) -> Callable[[bytes], bytes]:
         (changed(GRAPH + 105, 0x80), "its levels contradict each other"),
         (changed(GRAPH + 104 + 2 * N, 0, 255), "its nodes have other levels or rows"),
         (changed(GRAPH + 104 + 2 * N, 9), "a row has two nodes|its nodes have other levels or rows"),
-        (changed(GRAPH + 104 + 2 * N + 10, 33), "a link in it leads nowhere"),
+        (changed(GRAPH + 104 + 2 * N + 10, 65), "a link in it leads nowhere"),
         (changed(GRAPH + 104 + 2 * N + 14, 0, 0, 0, 9), "a link in it leads nowhere"),
     ],
 )
@@ -156,8 +158,9 @@ def test_a_link_to_a_level_that_a_node_lacks_is_refused(index: Path) -> None:
     content = bytearray(index.read_bytes())
     levels = np.frombuffer(content, np.int16, N, GRAPH + 104)
     first = int(np.flatnonzero(levels > 0)[0])
-    links = GRAPH + 104 + 2 * N + first * (10 + 4 + 4 * 32) + 10 + 4 + 4 * 32
-    assert 0 < int.from_bytes(content[links : links + 4], "little") <= 16
+    lowest = 10 + 4 + 4 * 64  # bytes of row, level and links on level 0
+    links = GRAPH + 104 + 2 * N + first * lowest + lowest
+    assert 0 < int.from_bytes(content[links : links + 4], "little") <= 32
     content[links + 4 : links + 8] = int(np.flatnonzero(levels == 0)[0]).to_bytes(4, "little")
     index.write_bytes(content)
     with pytest.raises(InputError, match="a link in it leads nowhere"):
@@ -184,7 +187,7 @@ def test_a_randomly_damaged_file_is_refused_or_answers_with_rows_that_there_are(
     [
         ({"name": "../a.npy"}, "must be the name of a file beside the index"),
         ({"name": "/etc/a.npy"}, "must be the name of a file beside the index"),
-        ({"rows": "700"}, "rows: '700' must be"),
+        ({"name": 700}, "name: 700 must be"),
         ({"stamps": [[0.5]]}, "stamps: .* must be"),
         ({"sha256": None, "stamps": None}, "must be"),
     ],
