@@ -131,6 +131,7 @@ bench: $(BIN)/.bench  ## Compare with open_clip, then print the table and check 
 	@$(call measure,load_model)
 	@$(call measure,loss_memory)
 	@$(call measure,step_memory)
+	@$(call measure,approximate_search)
 	@$(call measure,retrieval,--images 5000 --captions 25000)
 	@$(call measure,linear_probe,--no-tight --no-search)
 	@$(MAKE) --no-print-directory bench-check

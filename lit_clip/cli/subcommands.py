@@ -30,6 +30,7 @@ COMMANDS: dict[str, str] = {
     "embed": "lit_clip.datamodules.commands.embed:embed",
     "evaluate": "lit_clip.commands.evaluate:evaluate",
     "export": "lit_clip.commands.export:export",
+    "index": "lit_clip.commands.index:index",
     "inspect": "lit_clip.datamodules.commands.inspect:inspect",
     "locate": "lit_clip.commands.locate:locate",
     "mine": "lit_clip.datamodules.commands.mine:mine",

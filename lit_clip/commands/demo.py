@@ -22,7 +22,6 @@ from lit_clip.commands.demo_limits import MOST_BYTES, MOST_IMAGES, Limits
 from lit_clip.commands.search import Searched, encode_queries, search_in, small_image
 from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.image_files import images_in
-from lit_clip.embedding.index import nearest
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, imagenet_templates, zero_shot_classifier
 from lit_clip.heads import HeadedModel, load_head
@@ -167,7 +166,7 @@ class Trial:
         require(bool(text.strip()), "nothing to search for: type a sentence")
         require(len(text) <= LONGEST_PROMPT, f"sentence: {len(text):,} characters; at most {LONGEST_PROMPT:,}")
         query = encode_queries(self.model, [text], [])
-        scores, rows = nearest(self.searched.features, query, min(max(1, count), MOST_IMAGES))
+        scores, rows = self.searched.nearest(query, min(max(1, count), MOST_IMAGES))
         found = []
         for row, score in zip(rows[0].tolist(), scores[0].tolist(), strict=True):
             path = self.searched.files[row]

@@ -12,8 +12,10 @@ from rich.table import Table
 from torch import Tensor
 
 from lit_clip import load_model
+from lit_clip.approximate import ApproximateIndex, open_index
+from lit_clip.approximate.approximate_index import SUFFIX
 from lit_clip.embedding.encode import EncodingSettings
-from lit_clip.embedding.feature_files import WRITE_AGAIN, read_features
+from lit_clip.embedding.feature_files import WRITE_AGAIN, StoredFeatures, read_features
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.embedding.index import INDEX, combined_query, nearest, update_index
 from lit_clip.embedding.precision import Precision, check_precision
@@ -30,7 +32,7 @@ from lit_clip.tools.images import OnError, open_image
 from lit_clip.weights.fingerprint import fingerprint
 
 TEMPLATE = Path(__file__).parent / "templates" / "search.html"
-FEATURE_FILES = (".parquet", ".npy")
+FEATURE_FILES = (".parquet", ".npy", SUFFIX)
 THUMBNAIL = 256  # pixels of the longer side
 EXPLAINED = 10  # images of each query of which the page shows where they fit it: each is encoded once more
 
@@ -41,8 +43,16 @@ class Searched(NamedTuple):
     """Images or rows of a feature file to search."""
 
     names: Sequence[str]  # of N rows, to be shown
-    features: np.ndarray  # float32 [N, D], of unit length
+    features: np.ndarray | ApproximateIndex  # float32 [N, D], of unit length
     files: Sequence[Path | None]  # each row's image, if it is a file
+
+    def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the highest cosines with queries ``[Q, D]``, and their rows."""
+        return (
+            nearest(self.features, queries, k)
+            if isinstance(self.features, np.ndarray)
+            else self.features.nearest(queries, k)
+        )
 
 
 def search(
@@ -67,7 +77,8 @@ def search(
     encoding an image; name it in place of the folder.
 
     Args:
-        images: a folder, searched with everything below; or a .parquet or .npy file of features.
+        images: a folder, searched with everything below; a .parquet or .npy file of features; or a .usearch file of
+            lit-clip index.
         queries: texts, each a search of its own.
         model: a checkpoint, or a name that lit_clip.load_model understands.
         image: images, each a search for similar ones.
@@ -98,7 +109,7 @@ def search(
     titles, vectors = _titled_queries(clip, queries, image or [], text_weight)
     settings = EncodingSettings(batch_size, num_workers, precision=precision, on_error=on_error)
     searched = _stored(path, clip) if stored else search_in(clip, path, files, index, settings)
-    found = zip(*(part.tolist() for part in nearest(searched.features, vectors, top_k)), strict=True)
+    found = zip(*(part.tolist() for part in searched.nearest(vectors, top_k)), strict=True)
     hits = [list(zip(rows, scores, strict=True)) for scores, rows in found]
     for title, each in zip(titles, hits, strict=True):
         _print_hits(title, searched, each)
@@ -150,20 +161,27 @@ def search_in(
 
 
 def _stored(path: Path, model: CLIP) -> Searched:
-    """Read a file of features."""
-    stored = read_features(path)
+    """Read a file of features, or an index with the files that it is of."""
+    index = open_index(path) if path.suffix == SUFFIX else None
+    tables = index.tables if index else [read_features(path)]
+    names: list[str] = []
+    files: list[Path | None] = []
+    for stored in tables:
+        _check_model(path, stored, model)
+        root = stored.metadata.get("root")
+        files += [None if root is None else Path(root, key) for key in stored.keys]
+        captions = zip(stored.keys, stored.captions, strict=True) if stored.captions else ()
+        names += [f"{key}: {caption}" for key, caption in captions] or stored.keys
+    return Searched(names, index or tables[0].features, files)
+
+
+def _check_model(path: Path, stored: StoredFeatures, model: CLIP) -> None:
     theirs = stored.metadata.get("model", "an unknown model")
     same = stored.metadata.get("model_sha256") == fingerprint(model).model
     require(same, f"{path}: features of another model ({theirs}); give that one as --model, or embed again with yours")
     require(bool(stored.keys), f"{path}: no features in it")
     width, ours = stored.features.shape[1], model.config.embed_dim
     require(width == ours, f"{path}: has features of {width} numbers, but the model's have {ours}; {WRITE_AGAIN}")
-    root = stored.metadata.get("root")
-    files = [None if root is None else Path(root, key) for key in stored.keys]
-    if not stored.captions:
-        return Searched(stored.keys, stored.features, files)
-    names = [f"{key}: {caption}" for key, caption in zip(stored.keys, stored.captions, strict=True)]
-    return Searched(names, stored.features, files)
 
 
 @torch.inference_mode()

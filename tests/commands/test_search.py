@@ -20,6 +20,7 @@ from lit_clip.embedding.feature_files import write_features
 from lit_clip.embedding.index import INDEX
 from lit_clip.embedding.reading import EncoderBatch
 from lit_clip.errors import InputError
+from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig
 from lit_clip.tools import html
 from lit_clip.weights.fingerprint import fingerprint
@@ -221,6 +222,33 @@ def test_embed_names_the_command_that_searches_its_file_without_encoding(
     of_folder, encoded = search("photos", "kite", *model)
     assert len(encoded) == 5
     assert dict(found) == {f"photos/{key}": score for key, score in of_folder}
+
+
+def test_an_approximate_index_of_two_files_finds_what_the_folder_does(
+    folder: Path,
+    tiny_checkpoint: Path,
+    tiny_config: CLIPConfig,
+    search: Search,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("usearch", reason="the extra index is not installed")
+    model = ["--model", str(tiny_checkpoint), "--num_workers", "0"]
+    run_command(["embed", "photos/deep", *model, "--output", "deep.npy"])
+    run_command(
+        ["embed", *(f"photos/{name}.png" for name in ("a", "b", "d[red]", "e")), *model, "--output", "flat.npy"]
+    )
+    run_command(["index", "deep.npy", "--output", "all.usearch"])
+    run_command(["index", "flat.npy", "--output", "all.usearch"])
+    words = shlex.split(capsys.readouterr().err.splitlines()[-1].removeprefix("search them: "))[2:]
+    found, encoded = search(*("kite" if word == "TEXT" else word for word in words))
+    assert encoded == []
+    of_folder, _ = search("photos", "kite", *model[:2])
+    assert found == [(f"photos/{key}", score) for key, score in of_folder]
+    torch.manual_seed(1)
+    monkeypatch.setattr("lit_clip.commands.search.load_model", lambda name: CLIP(tiny_config))
+    with pytest.raises(InputError, match=r"all\.usearch: features of another model \(.*\); give that one as --model"):
+        search("all.usearch", "kite", "--model", "other")
 
 
 def test_a_search_says_that_its_page_replaces_the_one_before(

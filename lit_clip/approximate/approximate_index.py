@@ -1,0 +1,203 @@
+"""An approximate index of files of features, which keeps up with them as files are added."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from lit_clip.approximate.graph_file import AGAIN, CONNECTIVITY, check_graph
+from lit_clip.embedding.feature_files import WRITE_AGAIN, StoredFeatures, read_features
+from lit_clip.embedding.index import nearest
+from lit_clip.errors import require
+from lit_clip.tools.atomic import not_written, replacing
+from lit_clip.tools.console import progress
+from lit_clip.tools.hashing import sha256_of_file
+from lit_clip.tools.reading import naming, reading
+from lit_clip.tools.untrusted import check_entries
+from lit_clip.tools.workers import usable_cores
+
+if TYPE_CHECKING:
+    from usearch.index import Index
+
+SUFFIX = ".usearch"
+FORMAT = "lit-clip index 1"
+BUILDING, SEARCHING = 128, 128  # nodes kept in view while a row's neighbours are looked for
+RESCORED = 4  # rows compared exactly for each row to find
+ROWS, QUERIES = 8_192, 256  # added, and answered, at once
+TOLERANCE = 0.05  # between the cosines of float32 and of int8
+
+
+@dataclass(frozen=True)
+class IndexedFile:
+    """A file of features as it was when its rows were added; a ``.npy`` file has its keys in a second one."""
+
+    name: str  # in the index's folder
+    stamps: list[list[int]]  # each file's size and modification time
+    sha256: list[str]  # compared if these differ, as after copying
+
+    @classmethod
+    def of(cls, path: Path) -> "IndexedFile":
+        """Describe a file."""
+        missing = next((each for each in _files(path) if not each.is_file()), None)
+        require(missing is None, f"{missing}: there is no such file; {WRITE_AGAIN}")
+        return cls(path.name, _stamps(path), [sha256_of_file(each) for each in _files(path)])
+
+    def is_still(self, path: Path) -> bool:
+        """Return whether a file has the same content."""
+        return self.stamps == _stamps(path) or self.sha256 == [sha256_of_file(each) for each in _files(path)]
+
+
+class ApproximateIndex:
+    """Rows of files of features, and a graph (HNSW) of them that finds nearest neighbours without reading them all.
+
+    A row's number is its place in the tables, one after the other.
+    """
+
+    def __init__(self, content: np.ndarray, files: Sequence[IndexedFile], tables: Sequence[StoredFeatures]) -> None:
+        self.files, self.tables = list(files), list(tables)
+        self._graph, self._content = _new_graph(_width(tables)), content  # which the graph does not keep in memory
+        self._graph.view(content)
+        self._ends = np.cumsum([len(table.features) for table in tables])
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def rows(self, rows: np.ndarray) -> np.ndarray:
+        """Return the features of rows by number, float32 ``[..., D]``."""
+        found = np.empty((*rows.shape, self.tables[0].features.shape[1]), dtype=np.float32)
+        for table, end in zip(self.tables, self._ends, strict=True):
+            start = end - len(table.features)
+            here = (rows >= start) & (rows < end)
+            found[here] = table.features[rows[here] - start]
+        return found
+
+    def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return what :func:`lit_clip.embedding.index.nearest` does for unit queries ``[Q, D]``, nearly always.
+
+        The graph's candidates are compared in float32: scores are exact, but a row may be missed.
+        """
+        parts = [self._nearest(queries[start : start + QUERIES], k) for start in range(0, len(queries), QUERIES)]
+        scores, rows = zip(*parts, strict=True)
+        return np.concatenate(scores), np.concatenate(rows)
+
+    def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        most = min(RESCORED * k, len(self))
+        self._graph.expansion_search = max(SEARCHING, most)
+        found: Any = self._graph.search(_int8(queries), most, threads=usable_cores())
+        if np.sum(found.counts if len(queries) > 1 else len(found)) < len(queries) * most:  # no links lead to some
+            found = self._graph.search(_int8(queries), most, threads=usable_cores(), exact=True)
+        rows, distances = (part.reshape(len(queries), most) for part in (found.keys.astype(np.int64), found.distances))
+        scores = (self.rows(rows) @ queries[:, :, None])[:, :, 0]
+        same = bool((np.abs(scores - (1 - distances)) <= TOLERANCE).all())  # NaN is not
+        require(same, f"the index is not of these features ({self.files[0].name}, ...); {AGAIN}")
+        order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
+
+    def recall(self, queries: np.ndarray, k: int) -> float:
+        """Return the share of the ``k`` nearest rows of queries that are found."""
+        exact = np.concatenate([nearest(table.features, queries, k)[0] for table in self.tables], axis=1)
+        least = np.sort(exact, axis=1)[:, -min(k, len(self)), None]
+        return float((self.nearest(queries, k)[0] >= least - 1e-6).mean())
+
+
+def open_index(path: Path) -> ApproximateIndex:
+    """Open an index, memory-mapped; it must be of the files beside it as they are, and whole."""
+    files = _read_facts(path)
+    for file in files:
+        where = path.with_name(file.name)
+        gone = [each.name for each in _files(where) if not each.is_file()]
+        require(not gone, f"{path}: {', '.join(gone)} with features that it has is gone; {AGAIN}")
+        require(file.is_still(where), f"{path}: is not of the features in {where}, which has changed; {AGAIN}")
+    tables = [read_features(path.with_name(file.name), whole=False) for file in files]
+    check_alike([path.with_name(file.name) for file in files], tables)
+    content = check_graph(path, sum(len(table.features) for table in tables), _width(tables))
+    with reading(path, "index", hint=AGAIN):
+        return ApproximateIndex(content, files, tables)
+
+
+def add_to_index(path: Path, paths: Sequence[Path]) -> ApproximateIndex:
+    """Add the rows of files of features to an index beside them, which is new or lacks them; write and return it."""
+    old = open_index(path) if path.exists() else None
+    known = {file.name for file in old.files} if old else set()
+    for each in paths:
+        require(each.absolute().parent == path.absolute().parent, f"--output {path}: must be in the folder of {each}")
+    added = [each for name, each in {each.name: each for each in paths}.items() if name not in known]
+    stamped = [IndexedFile.of(each) for each in added]
+    tables = [read_features(each) for each in added]
+    check_alike([*(path.with_name(name) for name in sorted(known)), *added], [*(old.tables if old else []), *tables])
+    if old and not added:
+        return old
+    graph = _new_graph(_width(tables))
+    if old:
+        graph.load(path)
+    total, count = sum(len(table.features) for table in tables), len(graph)
+    with progress("index", total) as advance:
+        for rows in (each.features[at : at + ROWS] for each in tables for at in range(0, len(each.features), ROWS)):
+            graph.add(np.arange(count, count + len(rows)), _int8(rows), threads=usable_cores())
+            count += len(rows)
+            advance(len(rows))
+    files = [asdict(file) for file in [*(old.files if old else []), *stamped]]
+    with replacing(_facts(path)) as facts, replacing(path) as draft:
+        facts.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+        try:
+            graph.save(draft)
+        except RuntimeError as error:  # of a full disk
+            raise not_written(path, error) from error
+    return open_index(path)
+
+
+def _new_graph(dimensions: int) -> "Index":
+    require(find_spec("usearch") is not None, "an approximate index needs usearch: pip install 'lit-clip[index]'")
+    from usearch.index import Index
+
+    return Index(ndim=dimensions, metric="cos", dtype="i8", connectivity=CONNECTIVITY, expansion_add=BUILDING)
+
+
+def _int8(features: np.ndarray) -> np.ndarray:
+    """Return the directions of rows ``[N, D]`` in as fine steps as int8 has."""
+    return np.rint(features * (127 / np.abs(features).max(axis=1, keepdims=True))).astype(np.int8)
+
+
+def _width(tables: Sequence[StoredFeatures]) -> int:
+    return tables[0].features.shape[1]
+
+
+def check_alike(paths: Sequence[Path], tables: Sequence[StoredFeatures]) -> None:
+    """Raise :class:`InputError` unless all files have rows, of one model and width."""
+    first = tables[0]
+    for path, table in zip(paths, tables, strict=True):
+        require(bool(table.keys), f"{path}: no features in it")
+        same = table.metadata.get("model_sha256") == first.metadata.get("model_sha256")
+        require(same and _width([table]) == _width(tables), f"{path}: features of another model than {paths[0]}")
+
+
+def _facts(path: Path) -> Path:
+    return path.with_name(f"{path.name}.json")
+
+
+def _read_facts(path: Path) -> list[IndexedFile]:
+    """Read which files an index is of."""
+    facts = _facts(path)
+    with reading(facts, "list of an index's files", hint=AGAIN):
+        values = json.loads(facts.read_text(encoding="utf-8"))
+    kinds = {"name": str, "stamps": list[list[int]], "sha256": list[str]}
+    with naming(facts):
+        check_entries(values, {"format": str, "files": list[dict[str, Any]]}, complete=True)
+        require(values["format"] == FORMAT and bool(values["files"]), f"not an index of this version; {AGAIN}")
+        for entry in values["files"]:
+            check_entries(entry, kinds, "files", complete=True)
+            plain = Path(entry["name"]).name == entry["name"] and "\0" not in entry["name"]
+            require(plain, f"files: {entry['name']}: must be the name of a file beside the index")
+    return [IndexedFile(**{name: entry[name] for name in kinds}) for entry in values["files"]]
+
+
+def _files(path: Path) -> list[Path]:
+    return [path, path.with_suffix(".keys.json")] if path.suffix == ".npy" else [path]
+
+
+def _stamps(path: Path) -> list[list[int]]:
+    return [[each.stat().st_size, each.stat().st_mtime_ns] for each in _files(path)]

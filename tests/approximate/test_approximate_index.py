@@ -1,0 +1,211 @@
+"""An approximate index of files of features: what it finds, how it grows, and what it refuses."""
+
+import json
+import os
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lit_clip.approximate import add_to_index, open_index
+from lit_clip.embedding.feature_files import read_features, write_features
+from lit_clip.errors import InputError
+
+pytest.importorskip("usearch", reason="the extra index is not installed")
+N, D = 700, 16
+MODEL = {"model": "m.ckpt", "model_sha256": "its fingerprint"}
+GRAPH = 8 + N * D  # bytes before the head
+
+
+def unit(rows: int, seed: int, width: int = D) -> np.ndarray:
+    features = np.random.default_rng(seed).standard_normal((rows, width)).astype(np.float32)
+    return features / np.linalg.norm(features, axis=1, keepdims=True)
+
+
+def write(path: Path, rows: int = N, seed: int = 0, width: int = D, **metadata: str) -> Path:
+    keys = [f"{path.stem}{row}.png" for row in range(rows)]
+    write_features(path, keys, unit(rows, seed, width), {**MODEL, **metadata})
+    return path
+
+
+@pytest.fixture
+def index(tmp_path: Path) -> Path:
+    """An index of one file, ``a.npy``."""
+    add_to_index(tmp_path / "all.usearch", [write(tmp_path / "a.npy")])
+    return tmp_path / "all.usearch"
+
+
+def test_rows_of_all_files_are_found_with_their_cosines_as_by_a_plain_loop_in_float64(index: Path) -> None:
+    before = open_index(index)
+    add_to_index(index, [index.with_name("a.npy"), write(index.with_name("b.parquet"), 100, 1)])
+    add_to_index(index, [write(index.with_name("c.npy"), 50, 2)])
+    queries = unit(300, 3)  # more than are answered at once
+    features = np.concatenate([unit(N, 0), unit(100, 1), unit(50, 2)])
+    cosines = queries.astype(np.float64) @ features.T.astype(np.float64)
+    found = open_index(index)
+    assert (len(before), len(found)) == (N, N + 150)
+    scores, rows = found.nearest(queries, 10)
+    assert np.allclose(scores, np.take_along_axis(cosines, rows, axis=1), atol=1e-6)
+    assert (np.diff(scores) <= 0).all()
+    expected = np.argsort(-cosines, axis=1)[:, :10]
+    recall = np.mean([len({*a} & {*b}) / 10 for a, b in zip(rows, expected, strict=True)])
+    assert recall > 0.98
+    assert found.recall(queries, 10) == pytest.approx(recall)
+    assert np.array_equal(found.nearest(queries[:1], 10)[1][0], rows[0])
+
+
+@pytest.mark.parametrize(("rows", "k"), [(1, 3), (5, 5), (300, 1000)])
+def test_as_many_rows_are_found_as_are_asked_for_also_among_copies_of_one_image(
+    tmp_path: Path, rows: int, k: int
+) -> None:
+    features = np.concatenate([unit(1, 0).repeat(rows, axis=0), unit(rows, 1)])
+    write_features(tmp_path / "a.npy", [f"{row}.png" for row in range(2 * rows)], features, MODEL)
+    _, found = add_to_index(tmp_path / "all.usearch", [tmp_path / "a.npy"]).nearest(unit(2, 2), k)
+    assert [len({*each}) for each in found] == [min(k, 2 * rows)] * 2
+
+
+def test_a_copied_index_is_opened_and_one_of_changed_features_is_not(index: Path) -> None:
+    copies = shutil.copytree(index.parent, index.parent / "copies", copy_function=shutil.copyfile)  # other times
+    assert len(open_index(copies / index.name)) == N
+    write(index.with_name("a.npy"), seed=5)
+    with pytest.raises(
+        InputError, match=r"all\.usearch: is not of the features in .*a\.npy, which has changed; remove"
+    ):
+        open_index(index)
+    with pytest.raises(InputError, match=r"all\.usearch: is not of"):
+        add_to_index(index, [write(index.with_name("b.npy"))])
+    index.with_name("a.keys.json").unlink()
+    with pytest.raises(InputError, match=r"all\.usearch: a\.keys\.json with features that it has is gone; remove it"):
+        open_index(index)
+    with pytest.raises(InputError, match=r"c\.npy: there is no such file"):
+        add_to_index(index.with_name("other.usearch"), [index.with_name("c.npy")])
+
+
+def test_features_that_changed_unseen_are_an_error_when_they_are_found(index: Path) -> None:
+    path = index.with_name("a.npy")
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    np.save(path, unit(N, 5))
+    os.utime(path, ns=times)
+    with pytest.raises(InputError, match=r"the index is not of these features \(a\.npy, \.\.\.\)"):
+        open_index(index).nearest(unit(1, 3), 3)
+
+
+@pytest.mark.parametrize("other", [{"width": 8}, {"model_sha256": "of another"}, {"rows": 0}])
+def test_features_of_another_model_are_not_added(index: Path, other: dict[str, int | str]) -> None:
+    before = index.read_bytes()
+    with pytest.raises(InputError, match=r"b\.npy: (features of another model than .*a\.npy|no features in it)"):
+        add_to_index(index, [write(index.with_name("b.npy"), **other)])  # pyright: ignore[reportArgumentType]
+    assert index.read_bytes() == before
+
+
+def test_an_index_of_files_in_another_folder_is_refused(index: Path) -> None:
+    index.with_name("deep").mkdir()
+    with pytest.raises(InputError, match=r"--output .*all\.usearch: must be in the folder of .*b\.npy"):
+        add_to_index(index, [write(index.parent / "deep" / "b.npy")])
+
+
+def test_the_features_are_not_read_before_they_are_needed(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lit_clip.tools.hashing.file_digest", None)
+    found = open_index(index)
+    assert isinstance(found.tables[0].features, np.memmap)
+    assert np.array_equal(found.tables[0].features, read_features(index.with_name("a.npy")).features)
+
+
+def changed(start: int, *values: int) -> Callable[[bytes], bytes]:
+    return lambda content: content[:start] + bytes(values) + content[start + len(values) :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda content: b"", "cannot mmap an empty file"),
+        (lambda content: content[: GRAPH + 90], "ends too early"),
+        (lambda content: content[:-1], "ends too early or too late"),
+        (lambda content: content + b"\0", "ends too early or too late"),
+        (changed(0, 0, 0, 0, 255), f"not of {N} rows of {D} numbers"),
+        (changed(4, 17), f"not of {N} rows of {D} numbers"),
+        (changed(GRAPH, 0), "no file of usearch 2"),
+        (changed(GRAPH + 7, 3), "no file of usearch 2"),
+        (changed(GRAPH + 13, ord("i")), "not compared as cosines of int8"),
+        (changed(GRAPH + 14, 11), "not compared as cosines of int8"),
+        (changed(GRAPH + 17, 1), "its head is not that of"),
+        (changed(GRAPH + 33, 15), "its head is not that of"),
+        (changed(GRAPH + 72, 255), "its head is not that of"),
+        (changed(GRAPH + 88, 77), "its levels contradict each other"),
+        (changed(GRAPH + 99, 1), "its levels contradict each other"),
+        (changed(GRAPH + 105, 0x80), "its levels contradict each other"),
+        (changed(GRAPH + 104 + 2 * N, 0, 255), "its nodes have other levels or rows"),
+        (changed(GRAPH + 104 + 2 * N, 9), "a row has two nodes|its nodes have other levels or rows"),
+        (changed(GRAPH + 104 + 2 * N + 10, 65), "a link in it leads nowhere"),
+        (changed(GRAPH + 104 + 2 * N + 14, 0, 0, 0, 9), "a link in it leads nowhere"),
+    ],
+)
+def test_a_damaged_file_is_one_line_that_says_what_to_do(
+    index: Path, damage: Callable[[bytes], bytes], message: str
+) -> None:
+    index.write_bytes(damage(index.read_bytes()))
+    with pytest.raises(
+        InputError, match=rf"all\.usearch: .*({message}).*; remove it, and build it again with lit-clip"
+    ):
+        open_index(index)
+
+
+def test_a_link_to_a_level_that_a_node_lacks_is_refused(index: Path) -> None:
+    """usearch would read behind the node's end."""
+    content = bytearray(index.read_bytes())
+    levels = np.frombuffer(content, np.int16, N, GRAPH + 104)
+    first = int(np.flatnonzero(levels > 0)[0])
+    lowest = 10 + 4 + 4 * 64  # bytes of row, level and links on level 0
+    links = GRAPH + 104 + 2 * N + first * lowest + lowest
+    assert 0 < int.from_bytes(content[links : links + 4], "little") <= 32
+    content[links + 4 : links + 8] = int(np.flatnonzero(levels == 0)[0]).to_bytes(4, "little")
+    index.write_bytes(content)
+    with pytest.raises(InputError, match="a link in it leads nowhere"):
+        open_index(index)
+
+
+def test_a_randomly_damaged_file_is_refused_or_answers_with_rows_that_there_are(index: Path) -> None:
+    good, queries, refused = index.read_bytes(), unit(20, 3), 0
+    for seed in range(100):
+        rng, content = random.Random(seed), bytearray(good)
+        for _ in range(rng.choice((1, 3, 20))):
+            content[rng.randrange(rng.choice((0, GRAPH)), len(content))] = rng.randrange(256)
+        index.unlink()
+        index.write_bytes(content)
+        try:
+            assert open_index(index).nearest(queries, 10)[1].max() < N
+        except InputError:
+            refused += 1
+    assert 30 < refused < 100
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"name": "../a.npy"}, "must be the name of a file beside the index"),
+        ({"name": "/etc/a.npy"}, "must be the name of a file beside the index"),
+        ({"name": 700}, "name: 700 must be"),
+        ({"stamps": [[0.5]]}, "stamps: .* must be"),
+        ({"sha256": None, "stamps": None}, "must be"),
+    ],
+)
+def test_a_list_of_files_is_not_trusted(index: Path, values: dict[str, object], message: str) -> None:
+    facts = index.with_name("all.usearch.json")
+    listed = json.loads(facts.read_text())
+    listed["files"][0] |= values
+    facts.write_text(json.dumps(listed))
+    with pytest.raises(InputError, match=rf"all\.usearch\.json: .*{message}"):
+        open_index(index)
+
+
+def test_an_index_without_its_list_of_files_or_of_another_version_is_refused(index: Path) -> None:
+    facts = index.with_name("all.usearch.json")
+    facts.write_text(json.dumps({"format": "lit-clip index 9", "files": [{}]}))
+    with pytest.raises(InputError, match=r"all\.usearch\.json: not an index of this version; remove it"):
+        open_index(index)
+    facts.unlink()
+    with pytest.raises(InputError, match=r"all\.usearch\.json: there is no such file"):
+        open_index(index)
