@@ -72,7 +72,7 @@ class Throughput(TimedCallback):
       counted are padding, what micro-batches and activation checkpointing compute again, gradients that are not
       needed, the loss, the optimiser and a teacher. The peak of a GPU is from Lightning's table, for the run's
       precision (dense; TF32 for float32 if ``torch.set_float32_matmul_precision`` allows it); of other devices it is
-      the fastest matrix product found in half a second at the start on the first rank, while the others wait, so
+      the fastest matrix product found in half a second before the second step on the first rank, as others wait, so
       above 1 means that the device was busy then. Not logged if either is unknown, and not with
       :class:`callbacks.FrozenFeatures`, which leaves layers out.
     - ``train/peak_memory_gib``: the largest peak of any rank in this process so far: of CUDA's allocator, never reset;
@@ -96,13 +96,21 @@ class Throughput(TimedCallback):
             if self._flops is None:
                 rank_zero_warn("Throughput: the FLOPs of these encoders cannot be counted, so there is no train/mfu")
 
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def _measure_peak(self, trainer: Trainer) -> None:
         first = distributed.rank_and_world()[0] == 0
         (self._peak,) = distributed.gather_objects([device_peak(trainer)] if first else [])
+        self._measured = True
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._measured = False
+        if log_interval(trainer) == 1:  # the first step needs it
+            self._measure_peak(trainer)
         super().on_train_start(trainer, pl_module)
         self._clear()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self._measured and trainer.global_step > self.steps_before:
+            self._measure_peak(trainer)
 
     @torch.no_grad()
     def on_train_batch_end(

@@ -74,9 +74,10 @@ def log_interval(trainer: Any) -> int:
 class TimedCallback(Callback):
     """A callback that measures training time.
 
-    Validations, checkpoints, evaluations between steps (:class:`callbacks.periodic.PeriodicEvaluation`) and the time
-    between two epochs are not counted. Waiting for data is the time in which the loop fetches a batch, which includes
-    the start of data workers and an epoch's first batch. The clock follows what Lightning reports to its profiler.
+    Validations, checkpoints, evaluations between steps (:class:`callbacks.periodic.PeriodicEvaluation`), what such a
+    callback measures before a step, and the time between two epochs are not counted. Waiting for data is the time in
+    which the loop fetches a batch, which includes the start of data workers and an epoch's first batch. The clock
+    follows what Lightning reports to its profiler.
     """
 
     clock: TrainingClock
@@ -86,8 +87,14 @@ class TimedCallback(Callback):
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         self.clock = TrainingClock(self.now)
         if stage == "fit":
-            keys = [each.state_key for each in trainer.callbacks if isinstance(each, PeriodicEvaluation)]
-            _follow(trainer.profiler, self.clock, {SAVE, *(f"[Callback]{key}.on_train_batch_end" for key in keys)})
+            hooks = (("on_train_batch_end", PeriodicEvaluation), ("on_train_batch_start", TimedCallback))
+            others = [
+                f"[Callback]{each.state_key}.{hook}"
+                for hook, kind in hooks
+                for each in trainer.callbacks
+                if isinstance(each, kind)
+            ]
+            _follow(trainer.profiler, self.clock, {SAVE, *others})
 
     def teardown(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         for name in ("start", "stop"):  # undoes every _follow

@@ -12,7 +12,7 @@ from rich.table import Table
 from torch import Tensor
 
 from lit_clip import load_model
-from lit_clip.embedding.encode import EncodingSettings
+from lit_clip.embedding.encoding_task import EncodingSettings
 from lit_clip.embedding.feature_files import WRITE_AGAIN, read_features
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.embedding.index import INDEX, combined_query, nearest, update_index

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from lit_clip.distributed import gather_objects, rank_and_world
-from lit_clip.embedding.encode import EncodingSettings, check_complete, encode, image_task, report_skipped
+from lit_clip.embedding.encode import encode
+from lit_clip.embedding.encoding_task import EncodingSettings, check_complete, image_task, report_skipped
 from lit_clip.embedding.feature_files import FeatureTable, collect
 from lit_clip.embedding.image_files import FileRows, ImageFile
 from lit_clip.embedding.parts import DIGEST, Parts, load_arrays, save_arrays

@@ -19,7 +19,8 @@ import lit_clip
 from datamodules.commands.embed import embed
 from lit_clip.cli import lightning
 from lit_clip.cli.lightning import CLI, computes_in_bfloat16, run
-from lit_clip.cli.main import CONFIGURED, _thread_error, help_text, main
+from lit_clip.cli.main import _thread_error, main
+from lit_clip.cli.overview import CONFIGURED, help_text
 from lit_clip.cli.subcommands import COMMANDS
 from lit_clip.errors import InputError
 from lit_clip.tools.messages import one_line, user_error
