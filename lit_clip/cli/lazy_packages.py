@@ -2,8 +2,8 @@
 
 Lightning uses two of torchmetrics' classes; for others that package imports transformers, torchvision's models and
 scipy's signal processing: importing ``lit_clip.cli.lightning`` takes 4.7 seconds of processor time with them and 3.1
-without (medians of five pairs). torchvision's operators, and a decorator in one of its modules, import torch's compiler,
-which takes a second.
+without (medians of five pairs). torchvision's operators, and a decorator in one of its modules, import torch's
+compiler, which takes a second.
 """
 
 import gc
