@@ -343,7 +343,12 @@ def test_a_threads_error_is_one_line_unless_it_is_a_bug(capsys: pytest.CaptureFi
     ("command", "not_imported"),
     [
         ("--help", ("torch", "lightning", "numpy")),
-        ("fit --help", ("transformers", "timm", "open_clip", "pandas")),
+        ("fit --help", ("torch", "lightning", "numpy")),
+        ("fit --help all", ("transformers", "timm", "open_clip", "scipy.signal")),
+        (
+            "classify --help",
+            ("lightning", "torchmetrics.metric", "torch._dynamo", "torchvision.ops.misc", "transformers"),
+        ),
         ("embed --help", ("transformers", "timm", "open_clip", "pandas")),
     ],
 )
