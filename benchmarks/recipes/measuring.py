@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback
 from PIL import Image
+from torch import Tensor
 
 from callbacks import ZeroShot
 from datamodules import OpenMojiClasses
@@ -27,7 +28,8 @@ Metrics = dict[str, dict[str, float]]  # half -> "set/metric" -> value
 class Measuring(Callback):
     """Write steps, processor seconds, memory and metrics as JSON; last in the list, to measure EMA's average.
 
-    The metrics are those of the sets of the config's ``ZeroShot``, which itself has nothing to do.
+    The metrics are those of the sets of the config's ``ZeroShot``, which itself has nothing to do: top-1 and top-5
+    among all classes, and recall@1 and @10 among the classes that a set has images of.
 
     Args:
         path: of the file.
@@ -105,4 +107,14 @@ def metrics(model: CLIP, sets: Mapping[str, ZeroShotSet]) -> Metrics:
             counted = accuracies(classification_counts(features[half::2] @ classifier, labels[half::2]))
             kept = ("top1", "top5") if len(images.class_names) > FEW else ("top1",)
             part.update({f"{name}/{metric}": counted[metric] for metric in kept})
+            if len(images.class_names) > FEW:
+                part.update(among_its_own(f"{name}, own", features[half::2] @ classifier, labels[half::2], labels))
     return found
+
+
+def among_its_own(name: str, similarities: Tensor, labels: Tensor, every_label: Tensor) -> dict[str, float]:
+    """Return recall@1 and @10 among the classes that the whole set has images of."""
+    present = every_label.unique()
+    right = similarities.gather(1, labels[:, None])
+    before = (similarities[:, present] > right).sum(dim=1)
+    return {f"{name}/recall{k}": float((before < k).double().mean()) for k in (1, 10)}

@@ -22,6 +22,7 @@ from lit_clip.module import LitCLIP
 from lit_clip.tools.stored_rows import StoredRows
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
+from tests.conftest import ROOT, run_lightning_ranks
 from tests.helpers.frozen_runs import config_of
 from tests.test_module import trainer
 
@@ -130,6 +131,34 @@ def test_a_run_resumed_within_an_epoch_ends_like_one_that_was_not_stopped(
     resumed = run(9, tmp_path / "6.ckpt")
     for name, value in whole.model.state_dict().items():
         assert torch.equal(value, resumed.model.state_dict()[name]), name
+
+
+@pytest.mark.slow
+def test_two_ranks_train_as_one(
+    sentences: tuple[Path, list[str]], overfitted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    weights = []
+    for world in (1, 2):
+        (folder := tmp_path / str(world)).mkdir()
+        options = {
+            "model.pretrained": overfitted[0],
+            "data.train": sentences[0],
+            "data.val": sentences[0],
+            "data.batch_size": 16 // world,
+            "data.num_workers": 0,
+            "trainer.max_epochs": 2,
+            "trainer.devices": world,
+            "trainer.accelerator": "cpu",
+            "trainer.strategy": "ddp" if world > 1 else "auto",
+        }
+        words = (word for name, value in options.items() for word in (f"--{name}", str(value)))
+        config = str(ROOT / "configs/another_language.yaml")
+        run_lightning_ranks(world, folder, "lit-clip", "fit", "--config", config, *words)
+        weights.append(load_model(next(folder.rglob("last.ckpt"))).state_dict())
+    before = load_model(overfitted[0]).state_dict()
+    assert not torch.equal(before["token_embedding.weight"], weights[0]["token_embedding.weight"])
+    for name, value in weights[0].items():
+        torch.testing.assert_close(weights[1][name], value, rtol=0, atol=2e-5, msg=name)
 
 
 def test_validation_has_the_first_translation_of_sentences_that_are_not_trained_on(tmp_path: Path) -> None:
