@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
@@ -186,9 +187,18 @@ def _without_decoder(state: dict[str, Tensor], name: Source) -> dict[str, Tensor
     return kept
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Draw no random weights: on the meta device that imports torch's compiler, which takes a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return kwargs["tensor"] if kwargs and "tensor" in kwargs else args[0]
+        return (torch.empty if func is torch.randn else func)(*args, **(kwargs or {}))
+
+
 def _empty(config: CLIPConfig, tokenizer: TextTokenizer | None = None) -> CLIP:
     """Create a model on the meta device: no memory for its weights."""
-    with torch.device("meta"):
+    with torch.device("meta"), _Uninitialised():
         return CLIP(config.without_pretrained(), tokenizer)
 
 
