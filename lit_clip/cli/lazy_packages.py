@@ -58,7 +58,8 @@ class _TensorClasses(SourceFileLoader):
         import torch
 
         compiler: Any = torch.compiler
-        disable, compiler.disable = compiler.disable, torch._disable_dynamo
+        disable = compiler.disable
+        compiler.disable = getattr(torch, "_disable_dynamo", disable)  # private: newer versions may lack it
         try:
             super().exec_module(module)
         finally:
