@@ -12,9 +12,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_clip import distributed
 from lit_clip.errors import require
+from lit_clip.tools.claimed_folders import release_folders
 from lit_clip.tools.processes import is_launched
 from lit_clip.training.lightning.checkpoint_io import save_whole
-from lit_clip.training.lightning.folder_locks import release_folders
 from lit_clip.training.lightning.run_folder import run_folder
 from lit_clip.training.lightning.signals import Signals, replace_signals, signal_of, signals_of
 from lit_clip.training.lightning.strategies import validate_after_step, validation_due

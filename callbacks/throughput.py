@@ -15,7 +15,7 @@ from lit_clip.models.flops import PairFlops, matmul_peak, training_flops
 from lit_clip.module import LitCLIP
 from lit_clip.tools import hardware
 from .monitor import TrainingMonitor
-from .training_clock import TimedCallback, log_interval
+from .training_clock import MEASURE, TimedCallback, log_interval
 
 DTYPES = {  # of matrix products, by Lightning's name of the precision
     "64-true": torch.float64,
@@ -72,8 +72,8 @@ class Throughput(TimedCallback):
       counted are padding, what micro-batches and activation checkpointing compute again, gradients that are not
       needed, the loss, the optimiser and a teacher. The peak of a GPU is from Lightning's table, for the run's
       precision (dense; TF32 for float32 if ``torch.set_float32_matmul_precision`` allows it); of other devices it is
-      the fastest matrix product found in half a second at the start on the first rank, while the others wait, so
-      above 1 means that the device was busy then. Not logged if either is unknown, and not with
+      the fastest matrix product found in half a second after the first logged step on the first rank, while the
+      others wait, so above 1 means that the device was busy then. Not logged if either is unknown, and not with
       :class:`callbacks.FrozenFeatures`, which leaves layers out.
     - ``train/peak_memory_gib``: the largest peak of any rank in this process so far: of CUDA's allocator, never reset;
       on other devices of the process, without its data workers.
@@ -82,7 +82,7 @@ class Throughput(TimedCallback):
 
     def __init__(self) -> None:
         self._flops: PairFlops | None = None
-        self._peak: float | None = None
+        self._peak: list[float | None] = []  # one, once it is measured
         self._clear()
 
     def _clear(self) -> None:
@@ -92,13 +92,10 @@ class Throughput(TimedCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
+            self._peak = []
             self._flops = training_flops(cast(LitCLIP, pl_module).model)
             if self._flops is None:
                 rank_zero_warn("Throughput: the FLOPs of these encoders cannot be counted, so there is no train/mfu")
-
-    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        first = distributed.rank_and_world()[0] == 0
-        (self._peak,) = distributed.gather_objects([device_peak(trainer)] if first else [])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -116,7 +113,11 @@ class Throughput(TimedCallback):
                 return
             counts: list[Count] = distributed.gather_objects([own])
             flops = None if model.frozen_prefixes else self._flops  # which counts layers that are not computed
-            metrics = throughput(counts, model.context_length, flops, self._peak)
+            if flops and not self._peak:
+                with trainer.profiler.profile(MEASURE):  # pauses the clocks
+                    first = distributed.rank_and_world()[0] == 0
+                    self._peak = distributed.gather_objects([device_peak(trainer)] if first else [])
+            metrics = throughput(counts, model.context_length, flops, *self._peak or [None])
             if any(isinstance(callback, TrainingMonitor) for callback in trainer.callbacks):
                 del metrics["train/samples_per_second"]
             pl_module.log_dict(metrics)

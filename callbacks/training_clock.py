@@ -10,8 +10,8 @@ from lightning.pytorch.profilers import Profiler
 
 from .periodic import PeriodicEvaluation
 
-# Names of Lightning's profiler actions: fetching a batch, and writing a checkpoint.
-FETCH, SAVE = "[_TrainingEpochLoop].train_dataloader_next", "save_checkpoint"
+# Names of profiler actions: Lightning's fetching of a batch and writing of a checkpoint; a callback's own measurement.
+FETCH, SAVE, MEASURE = "[_TrainingEpochLoop].train_dataloader_next", "save_checkpoint", "measure_device"
 
 
 class Lap(NamedTuple):
@@ -74,9 +74,10 @@ def log_interval(trainer: Any) -> int:
 class TimedCallback(Callback):
     """A callback that measures training time.
 
-    Validations, checkpoints, evaluations between steps (:class:`callbacks.periodic.PeriodicEvaluation`) and the time
-    between two epochs are not counted. Waiting for data is the time in which the loop fetches a batch, which includes
-    the start of data workers and an epoch's first batch. The clock follows what Lightning reports to its profiler.
+    Validations, checkpoints, evaluations between steps (:class:`callbacks.periodic.PeriodicEvaluation`), the time
+    between two epochs and what is profiled as ``MEASURE`` are not counted. Waiting for data is the time in which the
+    loop fetches a batch, which includes the start of data workers and an epoch's first batch. The clock follows what
+    is reported to Lightning's profiler.
     """
 
     clock: TrainingClock
@@ -87,7 +88,8 @@ class TimedCallback(Callback):
         self.clock = TrainingClock(self.now)
         if stage == "fit":
             keys = [each.state_key for each in trainer.callbacks if isinstance(each, PeriodicEvaluation)]
-            _follow(trainer.profiler, self.clock, {SAVE, *(f"[Callback]{key}.on_train_batch_end" for key in keys)})
+            others = (f"[Callback]{key}.on_train_batch_end" for key in keys)
+            _follow(trainer.profiler, self.clock, {SAVE, MEASURE, *others})
 
     def teardown(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         for name in ("start", "stop"):  # undoes every _follow

@@ -7,9 +7,11 @@ the open-source emoji and icon project"). Pillow draws them into a cache folder 
 
 import csv
 import io
+import os
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,10 +44,11 @@ class Emoji:
     subgroup: str
 
 
-def read_table() -> list[Emoji]:
+@cache
+def read_table() -> tuple[Emoji, ...]:
     """Return all emoji without skin tones, in Unicode's order."""
     with (Path(__file__).parent / "openmoji.tsv").open(encoding="utf-8", newline="") as file:
-        return [
+        return tuple(
             Emoji(
                 row["hexcode"],
                 row["annotation"],
@@ -53,7 +56,7 @@ def read_table() -> list[Emoji]:
                 *(row[slug].replace("-", " ") for slug in ("group", "subgroup")),
             )
             for row in csv.DictReader(file, delimiter="\t")
-        ]
+        )
 
 
 def held_out(emoji: Sequence[Emoji]) -> list[bool]:
@@ -112,7 +115,8 @@ def draw(cache_dir: Path | None = None, style: Style = "color") -> list[Path]:
     folder = (cache_dir or default_cache_dir()) / f"openmoji-{VERSION}" / style
     emoji = read_table()
     paths = [folder / f"{e.hexcode}.png" for e in emoji]
-    if all(path.exists() for path in paths):
+    drawn = {each.name for each in os.scandir(folder)} if folder.is_dir() else set()
+    if all(path.name in drawn for path in paths):
         return paths
     folder.mkdir(parents=True, exist_ok=True)
     font = _font(emoji, style)

@@ -24,7 +24,7 @@ from filelock import FileLock
 from threadpoolctl import threadpool_limits
 
 from lit_clip import secrets
-from lit_clip.cli.main import CONFIGURED
+from lit_clip.cli.overview import CONFIGURED
 from lit_clip.models import flops
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.training.optimizers import PaperAdamW

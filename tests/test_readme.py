@@ -24,7 +24,7 @@ from PIL import Image
 from lit_clip.cli import subcommands
 from lit_clip.cli.argv import part_options
 from lit_clip.cli.lightning import CLI, run
-from lit_clip.cli.main import CONFIGURED
+from lit_clip.cli.overview import CONFIGURED
 from lit_clip.evaluation.suite import read_suite
 from lit_clip.module import LitCLIP
 from lit_clip.tools.messages import options_of, parameters

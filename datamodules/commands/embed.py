@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_clip import load_model
-from lit_clip.embedding.encode import EncodingSettings, check_complete, encode, image_task, report_skipped, text_task
+from lit_clip.embedding.encode import encode
+from lit_clip.embedding.encoding_task import EncodingSettings, check_complete, image_task, report_skipped, text_task
 from lit_clip.embedding.feature_files import FeatureTable, Identity, check_keys, check_output, collect, write_features
 from lit_clip.embedding.image_files import FileRows, find_images, image_file
 from lit_clip.embedding.parts import Parts

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lit_clip import load_model
-from lit_clip.embedding.encode import EncodingSettings, check_complete, encode, image_task, text_task
+from lit_clip.embedding.encode import encode
+from lit_clip.embedding.encoding_task import EncodingSettings, check_complete, image_task, text_task
 from lit_clip.embedding.feature_files import FeatureTable, Identity, check_output, collect
 from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.precision import Precision, check_precision

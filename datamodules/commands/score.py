@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_clip import load_model
-from lit_clip.embedding.encode import EncodingSettings, check_complete
+from lit_clip.embedding.encoding_task import EncodingSettings, check_complete
 from lit_clip.embedding.feature_files import check_output
 from lit_clip.embedding.pair_scores import in_order, score_pairs, scored_rows, scores_of
 from lit_clip.embedding.parts import Parts

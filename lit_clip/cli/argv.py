@@ -1,9 +1,11 @@
 """Read names of classes and files from the command line and its YAML files, before the parser gets its defaults."""
 
 import inspect
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,7 @@ def sections(words: Sequence[str], subcommand: str | None) -> Iterator[dict[str,
     """Yield the YAML files' settings of a subcommand, the last file first; the packaged ones without a file."""
     defaults = [str(DEFAULTS)] if subcommand else []
     for config in reversed(options(words, "--config", "-c") or defaults):
-        values = read_yaml(config)
+        values = _content(config, os.stat(config).st_mtime_ns if os.path.isfile(config) else None)
         if not isinstance(values, dict):
             raise InputError(f"{config}: not a YAML mapping of options; see --print_config")
         section = values.get(subcommand, values)
@@ -51,6 +53,12 @@ def sections(words: Sequence[str], subcommand: str | None) -> Iterator[dict[str,
                 zero = isinstance(value, str) and "\0" in value  # which no path of a file has
                 require(not zero, f"{config}: {name}: {shortened(value)} may not hold a zero byte")
             yield section
+
+
+@lru_cache(maxsize=8)
+def _content(config: str, changed: int | None) -> Any:
+    """Return the content of a YAML file, read once until it is ``changed``; callers leave it as it is."""
+    return read_yaml(config)
 
 
 def data_options(words: Sequence[str], subcommand: str | None) -> list[str]:

@@ -3,43 +3,26 @@
 Heavy modules are imported only when they are needed, so that ``lit-clip --help`` answers at once.
 """
 
-import ast
-import importlib.util
 import shlex
 import sys
-import textwrap
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from difflib import get_close_matches
-from pathlib import Path
 
 from lit_clip.cli import imports, subcommands
-from lit_clip.cli.lazy_torchmetrics import defer_torchmetrics
+from lit_clip.cli.lazy_packages import defer_packages, uncollected
+from lit_clip.cli.overview import CONFIGURED, help_text
+from lit_clip.cli.plain_help import short_help
 from lit_clip.errors import InputError, printable
 from lit_clip.tools.guarded_output import guard_messages, open_closed_streams, silence
 from lit_clip.tools.messages import one_line, user_error
 from lit_clip.tools.processes import check_open_files, let_launcher_end, watch_launcher
 from lit_clip.version import __version__
 
-# LightningCLI's commands, imported when one of them is run.
-CONFIGURED = {
-    "fit": "Train or fine-tune a model.",
-    "validate": "Loss and retrieval on the validation data, and the configuration's evaluation callbacks.",
-    "test": "The same metrics on the test data.",
-    "predict": "Features of the data's images and captions, for Python callers.",
-}
 # Other tools' names of commands, which are spelt too differently to be suggested.
 ELSEWHERE = {"train": "fit", "finetune": "fit", "fine-tune": "fit", "zero-shot": "evaluate", "benchmark": "evaluate"}
 BEFORE_COMMAND = ("-h", "--help", "-c", "--config", "--print_config")  # options that a command may follow
-EXAMPLES = (
-    "lit-clip fit --data.train captions.csv",
-    "lit-clip validate --ckpt_path last.ckpt --data.val captions.csv",
-    "lit-clip classify photos --model last.ckpt --classes tiger pizza bicycle",
-    'lit-clip search photos "a red kite over the beach" --model last.ckpt',
-    "lit-clip embed photos --model last.ckpt --output features.parquet",
-)
 WITHOUT_WORKERS = ("export", "models")  # commands that need no more open files than any program
-HELP_WIDTH = 80
 USER_ERROR = 2  # argparse's exit code for a bad command line
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as in shells
 PATIENCE = 3.0  # seconds; the first rank may be waiting for this one, and learns from its end that it failed
@@ -52,35 +35,6 @@ def _thread_error(thread: threading.ExceptHookArgs) -> None:
         threading.__excepthook__(thread)
     else:
         sys.stderr.write(f"lit-clip: {printable(one_line(fixable))}\n")
-
-
-def help_text() -> str:
-    """Return the text of ``lit-clip --help``."""
-    others = {name: _first_line(function) for name, function in sorted(subcommands.COMMANDS.items())}
-    lines = ["usage: lit-clip COMMAND ...", "", "Examples:", *(f"  {example}" for example in EXAMPLES)]
-    lines += ["", "Commands that take --config, a YAML file:", *_described(CONFIGURED)]
-    lines += ["", "Other commands:", *_described(others)]
-    lines += ["", "lit-clip COMMAND --help lists a command's options; --version: the version."]
-    lines += ["lit-clip --import MODULE COMMAND ... first imports a module, which holds the"]
-    lines += ["encoders that a checkpoint names."]
-    return "\n".join(lines)
-
-
-def _described(commands: Mapping[str, str]) -> Iterator[str]:
-    for name, line in commands.items():
-        yield textwrap.fill(f"  {name:10} {line}", HELP_WIDTH, subsequent_indent=" " * 13, break_on_hyphens=False)
-
-
-def _first_line(function: str) -> str:
-    """Return the first line of a function's docstring without importing its module."""
-    module, _, name = function.partition(":")
-    *package, file = module.split(".")
-    spec = importlib.util.find_spec(".".join(package[:2]))  # imports nothing of the package's
-    assert spec is not None
-    assert spec.origin is not None
-    source = Path(spec.origin).parent.joinpath(*package[2:], f"{file}.py").read_text(encoding="utf-8")
-    found = (node for node in ast.parse(source).body if isinstance(node, ast.FunctionDef) and node.name == name)
-    return (ast.get_docstring(next(found)) or "").partition("\n")[0]
 
 
 def _check_command(words: Sequence[str]) -> None:
@@ -115,8 +69,11 @@ def _run(words: list[str]) -> int:
     if words[0] in subcommands.COMMANDS:
         subcommands.run_command(words)
         return 0
-    from lit_clip.cli.lightning import run_until_signal
-
+    if words[0] in CONFIGURED and words[1:] in (["-h"], ["--help"]):
+        sys.stdout.write(short_help(None, f"lit-clip {words[0]}"))
+        return 0
+    with uncollected():
+        from lit_clip.cli.lightning import run_until_signal
     return run_until_signal()
 
 
@@ -129,7 +86,7 @@ def main() -> None:
         threading.excepthook = _thread_error
     watch_launcher()
     messages = sys.stdout if "stderr" in closed else sys.stderr
-    defer_torchmetrics()
+    defer_packages()
     try:
         code = _run(sys.argv[1:])
     except KeyboardInterrupt as stop:

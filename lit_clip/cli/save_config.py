@@ -63,7 +63,7 @@ class SaveConfig(SaveConfigCallback):
 
     @cached_property
     def _text(self) -> str:
-        return self.parser.dump(self.config, skip_none=False)
+        return self.parser.dump(self.config, skip_none=False, skip_validation=True)  # it has been parsed
 
     @cached_property
     def _configuration(self) -> Configuration:

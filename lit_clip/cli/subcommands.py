@@ -17,6 +17,7 @@ from typing import Any, get_type_hints
 import docstring_parser
 from jsonargparse import ArgumentParser
 
+from lit_clip.cli.lazy_packages import uncollected
 from lit_clip.cli.plain_help import PlainHelp
 from lit_clip.tools.class_paths import short_names
 from lit_clip.tools.guarded_output import log_level
@@ -103,7 +104,8 @@ def run_command(words: Sequence[str]) -> None:
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # file names need not be Unicode
     module, _, function = COMMANDS[name].partition(":")
-    command = getattr(importlib.import_module(module), function)
+    with uncollected():
+        command = getattr(importlib.import_module(module), function)
     parser = command_parser(name, command)
     with hinting(options, lambda: options_of(parser), f"{parser.prog} --help"):
         parsed = parser.parse_args(options)

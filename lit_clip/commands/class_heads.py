@@ -16,7 +16,7 @@ from torch import Tensor
 from lit_clip.commands.class_examples import ExampleFiles
 from lit_clip.commands.class_output import NONE, percent
 from lit_clip.commands.search import TEMPLATE, THUMBNAIL, small_image
-from lit_clip.embedding.encode import EncodingSettings
+from lit_clip.embedding.encoding_task import EncodingSettings
 from lit_clip.embedding.image_files import ImageFile
 from lit_clip.embedding.index import update_index
 from lit_clip.errors import listed, require

@@ -17,7 +17,7 @@ from lit_clip.commands.class_examples import ExampleFiles, read_examples
 from lit_clip.commands.class_heads import Learned, Learning, learn, write_label_next
 from lit_clip.commands.class_output import Output, RankedClass, ranked, write_classes
 from lit_clip.commands.class_truth import Judge, folder_names, folder_truth
-from lit_clip.embedding.encode import EncodingSettings, check_complete, report_skipped
+from lit_clip.embedding.encoding_task import EncodingSettings, check_complete, report_skipped
 from lit_clip.embedding.image_files import FileRows, find_images
 from lit_clip.embedding.precision import Precision, autocast, check_precision
 from lit_clip.embedding.reading import (

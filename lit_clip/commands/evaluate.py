@@ -8,7 +8,7 @@ from typing import Any, ClassVar, get_args
 import torch
 
 from lit_clip import distributed, load_model
-from lit_clip.embedding.encode import EncodingSettings
+from lit_clip.embedding.encoding_task import EncodingSettings
 from lit_clip.embedding.precision import Precision, check_precision
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.class_metrics import metrics_typed

@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_clip import load_model
 from lit_clip.approximate import ApproximateIndex, open_index
 from lit_clip.approximate.approximate_index import SUFFIX
-from lit_clip.embedding.encode import EncodingSettings
+from lit_clip.embedding.encoding_task import EncodingSettings
 from lit_clip.embedding.feature_files import WRITE_AGAIN, StoredFeatures, read_features
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.embedding.index import INDEX, combined_query, nearest, update_index

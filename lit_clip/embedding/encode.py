@@ -6,42 +6,25 @@ ranks, and so are the bytes of the result.
 
 import signal
 import time
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Container
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
 from lit_clip import distributed
+from lit_clip.embedding.encoding_task import EncodingSettings, EncodingTask, Finished, remaining
 from lit_clip.embedding.feature_files import FeatureTable, Identity
-from lit_clip.embedding.parts import Arrays, Parts
-from lit_clip.embedding.precision import Precision
-from lit_clip.embedding.reading import (
-    Batches,
-    Encode,
-    EncoderBatch,
-    ImageBatches,
-    ImageRows,
-    TextBatches,
-    UnreadableRow,
-    check_finite,
-    encode_batch,
-    image_features,
-    in_batches,
-    row_means,
-)
-from lit_clip.errors import InputError, require
+from lit_clip.embedding.parts import Parts
+from lit_clip.embedding.reading import Batches, EncoderBatch, UnreadableRow
+from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
-from lit_clip.secrets import without_secrets
-from lit_clip.tools.atomic import replacing
-from lit_clip.tools.console import progress, stderr
-from lit_clip.tools.images import FIX_HINT, OnError, or_skip
+from lit_clip.tools.console import progress
+from lit_clip.tools.images import OnError, or_skip
 from lit_clip.tools.workers import loader
 from lit_clip.training.kept_memory import keep_freed_memory
 from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
@@ -50,66 +33,8 @@ from lit_clip.training.lightning.signals import replace_signals
 SECONDS_BETWEEN_PARTS = 10  # of work that a killed run can lose
 
 
-Finished = list[tuple[EncoderBatch, np.ndarray]]  # batches without their inputs, and what was computed of each
-
-
 class UnreadableError(InputError):
     """An image cannot be read and may not be skipped; raised by the first rank after all ranks have ended."""
-
-
-@dataclass(frozen=True)
-class EncodingSettings:
-    """How features are computed; only ``batch_size`` and ``precision`` affect the result, by rounding."""
-
-    batch_size: int = 64  # images or texts that each process encodes at once
-    num_workers: int = 4  # processes that read images, for each process
-    devices: int = 1  # number of processes, one a device
-    accelerator: str = "auto"  # Lightning's name
-    precision: Precision = "32-true"
-    on_error: OnError = "error"  # at an image that cannot be read
-
-
-@dataclass(frozen=True)
-class EncodingTask:
-    """Items to encode."""
-
-    identities: Sequence[Identity]  # what finished features are found by
-    read: Callable[[Batches, Path | None], Dataset[EncoderBatch]]  # it stops reading once the file given exists
-    encode: Encode  # inputs on the device -> features
-    several: bool = False  # whether an item may have many images; then it is a batch of its own
-    must_be_finite: bool = True  # whether NaN or infinite features end the run; evaluations report them
-
-    def step(self, batch: EncoderBatch, device: torch.device, batch_size: int) -> Tensor:
-        """Return the features of a batch of N rows, ``[N, ...]``."""
-        features = row_means(encode_batch(batch, self.encode, device, batch_size), batch.counts)
-        if batch.rows and self.must_be_finite:
-            check_finite(features, self.identities[batch.rows[0]][0])
-        return features
-
-    def part(self, finished: Finished) -> Arrays:
-        """Return the arrays in which finished batches are kept."""
-        identities = [self.identities[row] for batch, _ in finished for row in batch.rows]
-        return FeatureTable(identities, np.concatenate([features for _, features in finished])).arrays()
-
-
-def image_task(
-    model: CLIP, images: ImageRows, identities: Sequence[Identity], features: Callable[[CLIP], Encode] = image_features
-) -> EncodingTask:
-    """Unit features of images, which have distinct identities, or others."""
-
-    def read(batches: Batches, stop: Path | None) -> ImageBatches:
-        return ImageBatches(images, batches, model.preprocessing, stop=stop)
-
-    return EncodingTask(identities, read, features(model))
-
-
-def text_task(model: CLIP, texts: Sequence[str], identities: Sequence[Identity]) -> EncodingTask:
-    """Unit features of texts, which have distinct identities."""
-    return EncodingTask(
-        identities,
-        lambda batches, _: TextBatches(texts, batches, model.tokenizer),
-        lambda tokens: model.encode_text(tokens, normalize=True).float(),
-    )
 
 
 def encode(
@@ -129,16 +54,6 @@ def encode(
         lambda row: identities[row] in finished or identities[row] in known,
     )
     return compute(model, task, batches, parts, settings, title)
-
-
-def remaining(rows: int, batch_size: int, done: Callable[[int], bool]) -> Batches:
-    """Cut all rows into batches, the same however many are done, and leave those out."""
-    batches: list[Sequence[int]] = []
-    for batch in in_batches(range(rows), batch_size):
-        missing = [row for row in batch if not done(row)]
-        if missing:  # a range takes less memory than a list
-            batches.append(batch if len(missing) == len(batch) else missing)
-    return batches
 
 
 def compute(
@@ -278,26 +193,3 @@ class PartWriter(Callback):
         if self._finished:
             self.parts.add(self.task.part(self._finished), self._finished[0][0].rows[0])
         self._finished, self._written = [], time.monotonic()
-
-
-def check_complete(done: int, total: int, unreadable: Sequence[UnreadableRow], items: str = "images") -> None:
-    """Raise :class:`InputError` unless every item is done or known to be unreadable, and one is done."""
-    lost = total - done - len(unreadable)
-    require(
-        lost == 0,
-        f"the results of {lost} of {total} {items} are gone: another run with the same output has ended meanwhile; "
-        "run this one again",
-    )
-    if not done:
-        raise InputError(f"none of {total} {items} could be read; the first: {unreadable[0].message}")
-
-
-def report_skipped(keys: Sequence[str], unreadable: Sequence[UnreadableRow], path: Path) -> None:
-    """Count the images that could not be read and list them in a file, in place of an earlier run's list."""
-    if not unreadable:
-        path.unlink(missing_ok=True)
-    else:
-        lines = [f"{keys[bad.row]}\t{bad.message.removesuffix(FIX_HINT)}\n" for bad in unreadable]
-        with replacing(path) as draft:
-            draft.write_text(without_secrets("".join(lines)), encoding="utf-8", errors="replace")
-        stderr().print(f"skipped {len(unreadable)} that could not be read; they are listed in {path}")

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lit_clip.distributed import gather_objects, rank_and_world
-from lit_clip.embedding.encode import EncodingSettings, check_complete, encode, image_task, report_skipped
+from lit_clip.embedding.encoding_task import EncodingSettings, check_complete, image_task, report_skipped
 from lit_clip.embedding.feature_files import FeatureTable, collect
 from lit_clip.embedding.image_files import FileRows, ImageFile
 from lit_clip.embedding.parts import DIGEST, Parts, load_arrays, save_arrays
@@ -46,6 +46,8 @@ def update_index(
     gone = len(keys - {file.key for file in files})
     if old is not None and not missing and not gone:
         return old
+    from lit_clip.embedding.encode import encode  # imports Lightning, which takes seconds
+
     note = f"index: {len(files) - len(missing)} images unchanged, {len(missing) - changed} new"
     stderr().print(f"{note}, {changed} changed, {gone} gone")
     kind = features_of_both_kinds if both_kinds else image_features

@@ -13,10 +13,10 @@ import numpy as np
 from lit_clip.embedding.precision import Precision
 from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import not_written, replacing
+from lit_clip.tools.claimed_folders import claim, release_folders
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
-from lit_clip.training.lightning.folder_locks import claim, release_folders
 
 T = TypeVar("T")
 Arrays = Mapping[str, np.ndarray]

@@ -4,7 +4,6 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 
 from lit_clip.errors import require
 from lit_clip.tools.hardware import best_device, computes_in_bfloat16
@@ -20,6 +19,8 @@ def check_precision(precision: Precision, accelerator: str = "auto") -> None:
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and best_device().type == "cpu")
     require(precision != "16-mixed" or not on_cpu, "--precision 16-mixed: needs a GPU; on a CPU use 32-true")
     if precision == "bf16-mixed" and computes_in_bfloat16(accelerator) is False:
+        from lightning.pytorch.utilities import rank_zero_warn  # takes seconds
+
         rank_zero_warn(
             "--precision bf16-mixed: emulated on this processor, which has no bfloat16 instructions, and slower than "
             "32-true"

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from lit_clip import distributed
-from lit_clip.embedding.encode import compute, remaining
+from lit_clip.embedding.encode import compute
+from lit_clip.embedding.encoding_task import remaining
 from lit_clip.embedding.parts import Parts, json_array, json_value, load_arrays, save_arrays
 from lit_clip.embedding.reading import UnreadableRow
 from lit_clip.errors import require

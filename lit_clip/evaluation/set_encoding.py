@@ -10,12 +10,11 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
 from PIL import Image
 from torch import Tensor
 
 from lit_clip import distributed
-from lit_clip.embedding.encode import EncodingTask
+from lit_clip.embedding.encoding_task import EncodingTask
 from lit_clip.embedding.reading import (
     Batches,
     Encode,
@@ -143,6 +142,8 @@ class SetEncoder:
         if name not in self._warned:
             self._warned.add(name)
             text = f"{len(unreadable)} of {size} images are skipped; the first: {message}"
+            from lightning.pytorch.utilities import rank_zero_warn  # takes seconds
+
             rank_zero_warn(f"{self.callback}: {name}: {text}")
 
 

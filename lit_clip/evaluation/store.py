@@ -14,7 +14,8 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from lit_clip import distributed
-from lit_clip.embedding.encode import EncodingSettings, UnreadableError, encode
+from lit_clip.embedding.encode import UnreadableError, encode
+from lit_clip.embedding.encoding_task import EncodingSettings
 from lit_clip.embedding.feature_files import FeatureTable
 from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.reading import UnreadableRow

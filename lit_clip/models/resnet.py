@@ -55,7 +55,7 @@ class AttentionPool(nn.Module):
     def __init__(self, positions: int, channels: int, heads: int, embed_dim: int) -> None:
         super().__init__()
         self.heads = heads
-        self.positional_embedding = nn.Parameter(torch.randn(positions + 1, channels) / channels**0.5)
+        self.positional_embedding = nn.Parameter(torch.randn(positions + 1, channels).div_(channels**0.5))
         self.k_proj = nn.Linear(channels, channels)
         self.q_proj = nn.Linear(channels, channels)
         self.v_proj = nn.Linear(channels, channels)

@@ -174,15 +174,15 @@ class VisionTransformer(nn.Module):
         self.grid = (height // config.patch_size, length // config.patch_size)
         patches = self.grid[0] * self.grid[1]
         self.conv1 = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)
-        self.class_embedding = nn.Parameter(width**-0.5 * torch.randn(width))
-        self.positional_embedding = nn.Parameter(width**-0.5 * torch.randn(patches + 1, width))
+        self.class_embedding = nn.Parameter(torch.randn(width).mul_(width**-0.5))
+        self.positional_embedding = nn.Parameter(torch.randn(patches + 1, width).mul_(width**-0.5))
         self.ln_pre = nn.LayerNorm(width) if config.ln_pre else nn.Identity()
         self.transformer = Transformer(width, config.layers, config.heads, activation, config.mlp_ratio)
         self.pool = config.pool
         self.attn_pool = AttentionalPooler(config, embed_dim) if config.pool == "attention" else None
         pooled = embed_dim if config.pool == "attention" else width
         self.ln_post = nn.LayerNorm(pooled)
-        self.proj = nn.Parameter(width**-0.5 * torch.randn(pooled, embed_dim))
+        self.proj = nn.Parameter(torch.randn(pooled, embed_dim).mul_(width**-0.5))
 
     def features(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` float, normalised -> ``[B, W]``, before the projection; for the paper's linear probes."""
@@ -265,7 +265,7 @@ class TextTransformer(nn.Module):
         has_class = config.pool == "class"  # its position is the last
         self.positional_embedding = nn.Parameter(torch.empty(config.context_length + has_class, width))
         if has_class:
-            self.cls_emb = nn.Parameter(0.01 * torch.randn(width))
+            self.cls_emb = nn.Parameter(torch.randn(width).mul_(0.01))
         self.ln_final, self.text_projection = nn.LayerNorm(width, eps=eps), None
         if config.projection_bias:
             self.text_projection = nn.Linear(width, embed_dim)

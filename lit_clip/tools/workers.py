@@ -7,8 +7,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.seed import pl_worker_init_function
-from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_convert, get_worker_info
 
@@ -81,6 +79,8 @@ def _shared(tensor: Tensor) -> "Tensor | _Piped":
         return tensor.share_memory_()
     except RuntimeError as error:
         if not _warned:
+            from lightning.pytorch.utilities import rank_zero_warn  # takes seconds
+
             rank_zero_warn(
                 f"shared memory (/dev/shm) is full ({str(error).partition(chr(10))[0][:100]}), so batches go through a "
                 "pipe, which is slower; raise --shm-size of the container, or set num_workers to 0"
@@ -111,6 +111,8 @@ def shield_worker(worker_id: int) -> None:
     the middle of a step, before anything could be saved; the main process ends its workers itself.
     """
     if os.environ.get("PL_SEED_WORKERS") == "1":
+        from lightning.fabric.utilities.seed import pl_worker_init_function  # takes seconds
+
         pl_worker_init_function(worker_id)  # Lightning sets it where there is no other worker_init_fn
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):

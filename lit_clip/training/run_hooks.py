@@ -22,11 +22,12 @@ from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.secrets import plain_without_secrets
 from lit_clip.tools import hardware
+from lit_clip.tools.claimed_folders import release_folders, remove_leftovers
 from lit_clip.tools.parts import Description
 from lit_clip.training.checkpoint_contents import close_epoch, pack_checkpoint, reopen_epoch, unpack_checkpoint
 from lit_clip.training.checks import check_counts, check_lora_gradients, check_parts, check_run, check_skipped_samples
 from lit_clip.training.lightning.checkpoint_io import load_the_same_checkpoint, remove_after_writing
-from lit_clip.training.lightning.folder_locks import claim_folders, note_unnumbered, release_folders, remove_leftovers
+from lit_clip.training.lightning.folder_locks import claim_folders, note_unnumbered
 from lit_clip.training.lightning.fsdp import compute_missing_batches
 from lit_clip.training.lightning.resume_checks import check_same_parts
 from lit_clip.training.lightning.signals import add_flags, note_flags

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
@@ -186,9 +187,23 @@ def _without_decoder(state: dict[str, Tensor], name: Source) -> dict[str, Tensor
     return kept
 
 
+class _Uninitialised(TorchFunctionMode):
+    """Draw no random weights on the meta device: that would import torch's compiler, which takes a second."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            tensor = kwargs["tensor"] if "tensor" in kwargs else args[0]
+            if tensor.is_meta:
+                return tensor
+        if func is torch.randn and "generator" not in kwargs and str(kwargs.get("device")) == "meta":
+            func = torch.empty
+        return func(*args, **kwargs)
+
+
 def _empty(config: CLIPConfig, tokenizer: TextTokenizer | None = None) -> CLIP:
     """Create a model on the meta device: no memory for its weights."""
-    with torch.device("meta"):
+    with _Uninitialised(), torch.device("meta"):  # in this order: the mode sees the device
         return CLIP(config.without_pretrained(), tokenizer)
 
 

@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ import lit_clip
 from datamodules.commands.embed import embed
 from lit_clip.cli import lightning
 from lit_clip.cli.lightning import CLI, computes_in_bfloat16, run
-from lit_clip.cli.main import CONFIGURED, _thread_error, help_text, main
+from lit_clip.cli.main import _thread_error, main
+from lit_clip.cli.overview import CONFIGURED, help_text
 from lit_clip.cli.subcommands import COMMANDS
 from lit_clip.errors import InputError
 from lit_clip.tools.messages import one_line, user_error
@@ -342,20 +343,41 @@ def test_a_threads_error_is_one_line_unless_it_is_a_bug(capsys: pytest.CaptureFi
     ("command", "not_imported"),
     [
         ("--help", ("torch", "lightning", "numpy")),
-        ("fit --help", ("transformers", "timm", "open_clip", "pandas")),
+        ("fit --help", ("torch", "lightning", "numpy")),
+        ("fit --help all", ("transformers", "timm", "open_clip", "scipy.signal")),
         ("embed --help", ("transformers", "timm", "open_clip", "pandas")),
     ],
 )
 def test_help_imports_no_heavy_package_that_it_does_not_need(command: str, not_imported: tuple[str, ...]) -> None:
+    assert "usage: lit-clip" in without_importing(not_imported, command.split())
+
+
+def test_classify_imports_neither_lightning_nor_torchs_compiler(drawings: tuple[Path, Path, list[str]]) -> None:
+    checkpoint, photos, names = drawings
+    photo = next(photos.iterdir())
+    words = ["classify", str(photo), "--model", str(checkpoint), "--classes", *names[:2], "--output", "csv"]
+    not_imported = (
+        "lightning",
+        "torchmetrics.metric",
+        "torch._dynamo",
+        "torchvision.ops.misc",
+        "transformers",
+        "scipy",
+    )
+    assert photo.name in without_importing(not_imported, words)
+
+
+def without_importing(names: Sequence[str], words: list[str]) -> str:
+    """Run a command in a process of its own, check that it has not imported modules, and return what it prints."""
     code = (
-        f"import sys; sys.argv = ['lit-clip', *{command.split()}]\n"
+        f"import sys; sys.argv = {['lit-clip', *words]}\n"
         "import lit_clip.cli.main\n"
         "try: lit_clip.cli.main.main()\nexcept SystemExit: pass\n"
-        f"print([name for name in {not_imported} if name in sys.modules], file=sys.stderr)"
+        f"print([name for name in {names} if name in sys.modules], file=sys.stderr)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "usage: lit-clip" in result.stdout
     assert result.stderr.splitlines()[-1] == "[]"
+    return result.stdout
 
 
 def test_the_version_is_printed(cli: Cli) -> None:

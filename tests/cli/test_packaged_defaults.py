@@ -13,7 +13,7 @@ import yaml
 
 from lit_clip.cli.argv import DEFAULTS
 from lit_clip.cli.lightning import CLI, run
-from lit_clip.cli.main import EXAMPLES
+from lit_clip.cli.overview import EXAMPLES
 from lit_clip.cli.subcommands import COMMANDS
 from lit_clip.recipes.sizes import FROM_SCRATCH, sizes
 from tests.conftest import ROOT, TINY_YAML

@@ -11,7 +11,7 @@ from PIL import Image
 from datamodules.evaluation import BabelImageNet
 from datamodules.evaluation.imagenet import imagenet_wnids
 from lit_clip import load_model, zero_shot_classifier
-from lit_clip.embedding.encode import EncodingSettings
+from lit_clip.embedding.encoding_task import EncodingSettings
 from lit_clip.evaluation.store import FeatureStore
 from tests.commands.test_evaluate import counted_images, evaluate, noise, root, write_suite
 

@@ -13,7 +13,7 @@ from PIL import EpsImagePlugin, Image
 from datamodules import ImageFolderClasses
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding.encode import EncodingSettings
+from lit_clip.embedding.encoding_task import EncodingSettings
 from lit_clip.embedding.reading import ImageBatches, encoded_batches, in_batches, row_means
 from lit_clip.errors import BadSample, InputError
 from lit_clip.evaluation.set_encoding import SetEncoder

@@ -8,10 +8,10 @@ from typing import Any
 
 import pyarrow
 
-from lit_clip.cli.lazy_torchmetrics import defer_torchmetrics
+from lit_clip.cli.lazy_packages import defer_packages
 
 gc.disable()  # a fifth of the time of the imports, which leave no garbage
-defer_torchmetrics()  # before Lightning is imported, as in the command
+defer_packages()  # before Lightning is imported, as in the command
 for name in (
     "attrs",
     "omegaconf",

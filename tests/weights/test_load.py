@@ -19,6 +19,7 @@ from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConf
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.models.tokenizer import tokenize
 from lit_clip.tools.weight_files import FEW_BYTES
+from lit_clip.weights import load
 from lit_clip.weights.hub import OPEN_CLIP_WEIGHTS
 from tests.conftest import openai_code
 
@@ -367,3 +368,14 @@ def test_the_models_name_in_front_of_a_bare_file_sets_its_architecture(tmp_path:
     assert torch.equal(model.visual.proj, theirs.visual.proj)
     with pytest.raises(InputError, match="weights do not fit: .* there and .* here"):
         load_model(f"ViT-M-32:{tmp_path}/weights.bin")
+
+
+def test_a_custom_encoder_draws_its_buffers_while_weights_without_memory_are_not_drawn() -> None:
+    torch.manual_seed(0)
+    wanted = [torch.randn(3), torch.nn.Linear(3, 3).weight]
+    torch.manual_seed(0)
+    with load._Uninitialised(), torch.device("meta"):
+        assert all(tensor.is_meta for tensor in (torch.randn(3), torch.nn.Linear(3, 3).weight))
+        with torch.device("cpu"):
+            found = [torch.randn(3), torch.nn.Linear(3, 3).weight]
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))

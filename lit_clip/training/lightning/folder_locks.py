@@ -1,13 +1,10 @@
 """Folders that one run alone writes to: its logger's version, and where its checkpoints are."""
 
 import os
-import socket
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
-from filelock import FileLock, Timeout
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
@@ -15,13 +12,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_clip.errors import InputError
 from lit_clip.tools.atomic import not_written
+from lit_clip.tools.claimed_folders import claim
 
-DRAFTS = ".*.????????.tmp"  # as lit_clip.tools.atomic.replacing names them
 RUN = "version"
 OnDisk = TensorBoardLogger | CSVLogger  # their run's folder is save_dir/name/version_N
 _unnumbered: WeakSet[Any] = WeakSet()
 _kinds: WeakKeyDictionary[Logger, str] = WeakKeyDictionary()  # names of folders other than RUN
-_held: dict[Path, FileLock] = {}  # this process's locks
 
 
 def note_unnumbered(trainer: Trainer) -> None:
@@ -88,53 +84,3 @@ def _new_version(root: Path, kind: str, version: int) -> int:
             raise not_written(folder, error, "; set trainer.default_root_dir or the logger's save_dir") from error
         else:
             return version
-
-
-def claim(folder: Path) -> str:
-    """Hold a folder until :func:`release_folders` or the end of this process, however it ends.
-
-    A file beside the folder is locked. Where that is impossible (no permission, no locks on this disk) the folder
-    counts as held, and saving says what is wrong with it.
-
-    Returns:
-        who holds the folder instead; empty if this process does.
-    """
-    folder = folder.expanduser().resolve()
-    path = folder.with_name(f".{folder.name}.lock")
-    if path in _held:
-        return ""
-    lock = FileLock(path, thread_local=False)
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        lock.acquire(timeout=0.2)  # its holder may be about to remove the file
-    except Timeout:
-        with suppress(OSError):
-            return path.read_text(encoding="utf-8") or "another process"
-        return "another process"
-    except (OSError, NotImplementedError):
-        return ""
-    _held[path] = lock
-    with suppress(OSError):
-        path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
-    return ""
-
-
-def release_folders(kept: frozenset[Path] = frozenset()) -> None:
-    """Give back the folders that this process holds."""
-    for path in _held.keys() - kept:
-        lock = _held.pop(path)
-        with suppress(OSError):
-            path.unlink()
-        lock.release()
-
-
-def remove_leftovers(checkpoint: Path) -> None:
-    """Remove what a killed run has left beside a checkpoint, if no run writes there."""
-    folder, before = checkpoint.absolute().parent, frozenset(_held)
-    if not any(folder.glob(DRAFTS)):  # no lock is left beside folders that are only read
-        return
-    if not (claim(folder) or claim(folder.parent)):  # the folder of ModelCheckpoint.dirpath, or of a logger's version
-        for draft in folder.glob(DRAFTS):
-            with suppress(OSError):
-                draft.unlink()
-    release_folders(before)

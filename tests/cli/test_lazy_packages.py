@@ -9,9 +9,9 @@ PROGRAM = f"""
 import sys
 from types import ModuleType
 
-from lit_clip.cli.lazy_torchmetrics import defer_torchmetrics
+from lit_clip.cli.lazy_packages import defer_packages
 
-defer_torchmetrics()
+defer_packages()
 import lit_clip.cli.lightning
 import torchmetrics
 
