@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -10,12 +11,13 @@ from lit_clip.embedding.encode import EncodingSettings, check_complete, encode, 
 from lit_clip.embedding.feature_files import FeatureTable, Identity, check_keys, check_output, collect, write_features
 from lit_clip.embedding.image_files import FileRows, find_images, image_file
 from lit_clip.embedding.parts import Parts
-from lit_clip.embedding.precision import Precision, check_precision
+from lit_clip.embedding.precision import check_precision
 from lit_clip.embedding.reading import ImageRows
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import stable_hash
 from lit_clip.tools.images import OnError
+from lit_clip.tools.shares import Share
 from lit_clip.tools.text_files import read_text
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
@@ -48,12 +50,8 @@ def embed(
     split: str | None = None,
     classes: Classes = Classes(),  # noqa: B008  # immutable
     keep: str | None = None,
-    batch_size: int = 64,
-    num_workers: int = 4,
-    devices: int = 1,
-    accelerator: str = "auto",
-    precision: Precision = "32-true",
-    on_error: OnError = "error",
+    settings: EncodingSettings = EncodingSettings(),  # noqa: B008  # immutable
+    share: str | None = None,
 ) -> None:
     """Write the features of images, or of texts, to a file.
 
@@ -71,25 +69,23 @@ def embed(
         split: of data that come in splits; train by default.
         classes: of a folder of classes.
         keep: a table of lit-clip inspect, overlap or score; only the pairs that it keeps are encoded.
-        batch_size: images or texts that each process encodes at once.
-        num_workers: processes that decode images, for each process.
-        devices: number of processes, one per device.
-        accelerator: cpu, gpu, mps, ...
-        precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
-        on_error: error ends the run at an image that cannot be read; skip lists it in a file beside the output.
+        settings: how images and texts are read and encoded.
+        share: i/n, such as 3/16: encode the third sixteenth, beside other jobs; when all have ended, the same command
+            without it joins their work.
     """
     path = Path(output)
     check_output(path)
     require(bool(data) != bool(texts), "give either images or --texts; instead of images also a table or other data")
-    check_precision(precision, accelerator)
+    check_precision(settings.precision, settings.accelerator)
     options = {"columns": columns, "split": split, "classes": classes}
-    items = _items_of_texts(Path(texts)) if texts else _items_of(data, captions, options, keep, on_error)
+    items = _items_of_texts(Path(texts)) if texts else _items_of(data, captions, options, keep, settings.on_error)
     check_keys(path, [key for key, _, _ in items.identities])
-    workers = 0 if items.images is None else num_workers  # tokenizing is not worth a process
-    _embed(items, model, path, EncodingSettings(batch_size, workers, devices, accelerator, precision, on_error))
+    if items.images is None:
+        settings = replace(settings, num_workers=0)  # tokenizing is not worth a process
+    _embed(items, model, path, settings, Share.typed(share))
 
 
-def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings) -> None:
+def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings, share: Share) -> None:
     """Encode items and write their features; ranks but the first only encode."""
     clip = load_model(model)
     name = fingerprint(clip).model
@@ -97,9 +93,9 @@ def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings) ->
         task = text_task(clip, items.texts, items.identities)
     else:
         task = image_task(clip, items.images, items.identities)
-    parts = Parts.resumed(path, f"{name} {items.content} {items.stamp}", settings.precision)
+    parts = Parts.resumed(path, f"{name} {items.content} {items.stamp}", settings.precision, share)
     unreadable = encode(clip, task, parts, settings)
-    if unreadable is None:
+    if unreadable is None or parts.shared():
         return
     table = collect(items.identities, parts.read(FeatureTable.of))
     check_complete(len(table.identities), len(items.identities), unreadable)

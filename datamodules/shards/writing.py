@@ -20,6 +20,7 @@ from lit_clip.tools.console import progress
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.images import OnError, decoding_at_least, full_size, open_image
 from lit_clip.tools.reading import reading
+from lit_clip.tools.shares import Share
 from lit_clip.tools.workers import loader
 from ..loading.store import stamp_of
 from ..pairs.source import EncodedPair, PairSource
@@ -92,16 +93,23 @@ class ShardWriter(Dataset[Written]):
     shard_size: int
     on_error: OnError
     resize: int | None
+    share: Share = Share()
+
+    @property
+    def numbers(self) -> range:
+        """The numbers of the shards of this share."""
+        return range(self.share.number, -(-len(self.source) // self.shard_size), self.share.of)
 
     def __len__(self) -> int:
-        return -(-len(self.source) // self.shard_size)
+        return len(self.numbers)
 
-    def __getitem__(self, number: int) -> Written:
+    def __getitem__(self, place: int) -> Written:
+        number = self.numbers[place]
         path = self.folder / f"{number:05d}.tar"
         list_of_skipped = path.with_suffix(".skipped.jsonl")
         sizes: list[tuple[int, int]] = []
         if not path.exists():
-            part = path.with_name(f".{path.name}.part")
+            part = path.with_name(f".{path.name}{self.share.suffix}.part")
             try:
                 skipped = self._write(part, number, sizes)
                 lines = "".join(json.dumps({"where": where, "reason": reason}) + "\n" for where, reason in skipped)
@@ -206,11 +214,11 @@ def _texts(key: str, pair: EncodedPair, about_image: dict[str, int]) -> list[tup
 
 def write_shards(writer: ShardWriter, workers: int) -> Written:
     """Write every missing shard; return the counts of all."""
-    for path in writer.folder.glob(".*.tar.part"):  # left by a killed run
+    for path in writer.folder.glob(f".*.tar{writer.share.suffix or '*'}.part"):  # left by a killed run
         path.unlink()
     counts = []
     with progress("writing shards", len(writer)) as advance:
         for count in loader(writer, workers):
             counts.append(count)
             advance(1)
-    return Written(*map(sum, zip(*counts, strict=True)))
+    return Written(*map(sum, zip(*counts, strict=True))) if counts else Written(0, 0)

@@ -4,17 +4,19 @@ The items are cut into batches, and batches, not items, are dealt to the ranks: 
 ranks, and so are the bytes of the result.
 """
 
+import os
 import signal
 import time
 from collections.abc import Callable, Container, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -42,6 +44,7 @@ from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.images import FIX_HINT, OnError, or_skip
+from lit_clip.tools.shares import Share
 from lit_clip.tools.workers import loader
 from lit_clip.training.kept_memory import keep_freed_memory
 from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
@@ -59,14 +62,24 @@ class UnreadableError(InputError):
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """How features are computed; only ``batch_size`` and ``precision`` affect the result, by rounding."""
+    """How features are computed; only ``batch_size`` and ``precision`` affect the result, by rounding.
 
-    batch_size: int = 64  # images or texts that each process encodes at once
-    num_workers: int = 4  # processes that read images, for each process
-    devices: int = 1  # number of processes, one a device
-    accelerator: str = "auto"  # Lightning's name
+    Args:
+        batch_size: images, and then captions, that each process encodes at once.
+        num_workers: processes that decode images, for each process.
+        devices: number of processes on each machine, one per device.
+        accelerator: cpu, gpu, mps, ...
+        precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
+        on_error: error ends the run at an image that cannot be read; skip leaves it out and lists it.
+    """
+
+    flat: ClassVar[bool] = True  # its options are typed without its name
+    batch_size: int = 64
+    num_workers: int = 4
+    devices: int = 1
+    accelerator: str = "auto"
     precision: Precision = "32-true"
-    on_error: OnError = "error"  # at an image that cannot be read
+    on_error: OnError = "error"
 
 
 @dataclass(frozen=True)
@@ -127,15 +140,16 @@ def encode(
         len(identities),
         1 if task.several else settings.batch_size,
         lambda row: identities[row] in finished or identities[row] in known,
+        parts.share,
     )
     return compute(model, task, batches, parts, settings, title)
 
 
-def remaining(rows: int, batch_size: int, done: Callable[[int], bool]) -> Batches:
-    """Cut all rows into batches, the same however many are done, and leave those out."""
+def remaining(rows: int, batch_size: int, done: Callable[[int], bool], share: Share = Share()) -> Batches:  # noqa: B008
+    """Cut all rows into batches, the same however many are done, and leave those and other jobs' shares out."""
     batches: list[Sequence[int]] = []
-    for batch in in_batches(range(rows), batch_size):
-        missing = [row for row in batch if not done(row)]
+    for number, batch in enumerate(in_batches(range(rows), batch_size)):
+        missing = [row for row in batch if not done(row)] if share.has(number) else []
         if missing:  # a range takes less memory than a list
             batches.append(batch if len(missing) == len(batch) else missing)
     return batches
@@ -150,7 +164,7 @@ def compute(
         On rank 0 the rows that could not be read; None on other ranks, which have nothing left to do.
     """
     if not batches:
-        return []
+        return None if make_trainer([], settings).global_rank else []
     writer = PartWriter(task, parts, settings.on_error, title)
     trainer = make_trainer([writer], settings)
     try:
@@ -180,13 +194,22 @@ def start_processes(settings: EncodingSettings) -> torch.device:
     return strategy.root_device
 
 
+def machines() -> int:
+    """Return on how many machines torchrun or SLURM has started this run's processes; 1 without them."""
+    if TorchElasticEnvironment.detect():
+        return int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    return int(os.environ.get("SLURM_NNODES", 1)) if SLURMEnvironment.detect() else 1
+
+
 def make_trainer(callbacks: list[Callback], settings: EncodingSettings) -> Trainer:
     """Return a trainer that only computes: no logs, checkpoints or progress bar."""
+    nodes = machines()
     try:
         trainer = Trainer(
             accelerator=settings.accelerator,
             devices=settings.devices,
-            strategy="ddp" if settings.devices != 1 else "auto",
+            num_nodes=nodes,
+            strategy="ddp" if settings.devices * nodes != 1 else "auto",
             precision=settings.precision,
             use_distributed_sampler=False,  # the encoder deals the batches, each once
             callbacks=callbacks,

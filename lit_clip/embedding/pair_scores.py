@@ -144,7 +144,7 @@ class PairTask(EncodingTask):
 def score_pairs(model: CLIP, pairs: PairRows, parts: Parts, settings: EncodingSettings) -> list[UnreadableRow] | None:
     """Write into ``parts`` the scores of all rows that are not there; see :func:`lit_clip.embedding.encode.compute`."""
     done = scored_rows(parts, len(pairs))
-    batches = remaining(len(pairs), settings.batch_size, done.__getitem__)
+    batches = remaining(len(pairs), settings.batch_size, done.__getitem__, parts.share)
 
     def read(batches: Batches, stop: Path | None) -> PairBatches:
         return PairBatches(pairs, batches, model, stop)
