@@ -137,22 +137,24 @@ def measure(
     chosen = [batches[number] for number in sampled(len(batches))]
     device = encode.make_trainer([], settings).strategy.root_device
     model.to(device).eval()
-    started, seconds, done, written, encoded = time.monotonic(), 0.0, 0, 0, 0
+    started, seconds, done = time.monotonic(), 0.0, 0
+    finished: encode.Finished = []
     with torch.no_grad(), autocast(device, settings.precision):
         for number, batch in enumerate(loader(task.read(chosen, None), settings.num_workers)):
             features = task.step(batch, device, settings.batch_size).cpu().numpy()
             if batch.rows:
-                part = task.part([(batch._replace(inputs=None, texts=None), features)])
-                written += sum(array.nbytes for array in part.values())
-            encoded += len(batch.rows)
+                finished.append((batch._replace(inputs=None, texts=None), features))
             if number == 0 and len(chosen) > 1:  # starts workers, and compiles
                 started = time.monotonic()
                 continue
             seconds, done = time.monotonic() - started, done + len(chosen[number])
             if seconds > SECONDS:
                 break
-    require(encoded > 0, "--print_plan: none of the rows that were tried can be read; see them with lit-clip inspect")
-    return Sample(done, seconds, sizes(rows, size_of), written / encoded)
+    require(
+        bool(finished), "--print_plan: none of the rows that were tried can be read; see them with lit-clip inspect"
+    )
+    written = sum(array.nbytes for array in task.part(finished).values())
+    return Sample(done, seconds, sizes(rows, size_of), written / sum(len(batch.rows) for batch, _ in finished))
 
 
 def size_in_memory(values: tuple[object, ...]) -> int:
