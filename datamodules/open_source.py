@@ -24,6 +24,7 @@ from .pairs.hub import open_hub_data, parse_hub_name
 from .pairs.mixture import Concatenated
 from .pairs.remote_table import open_remote_table, url_suffix
 from .pairs.source import DELIMITED, JSON_LINES, Classes, PairSource, SourceOptions
+from .shards.index import INDEX_SUFFIX
 from .shards.pairs import TarPairs
 
 Opener = Callable[[Path, SourceOptions], PairSource]
@@ -83,7 +84,8 @@ def stamp_of_data(
 ) -> str:
     """Return a cache key of data and the options they were opened with, from the times and sizes of files.
 
-    Files of ``without`` do not count, such as the caller's own output.
+    Files of ``without`` do not count, such as the caller's own output, nor do indexes of shards: several jobs write
+    them at once.
     """
     outputs = [os.path.abspath(path) for path in without]
     stamps = []
@@ -91,7 +93,9 @@ def stamp_of_data(
         path = Path(name).expanduser()
         if path.is_dir():
             files = [file for file in path.rglob("*") if file.is_file() and os.path.abspath(file) not in outputs]
-            stamps.append(stamp_of_files(file for file in files if "/." not in f"/{file.relative_to(path)}"))
+            names = {file: f"/{file.relative_to(path)}" for file in files}
+            counted = [file for file, name in names.items() if "/." not in name and not name.endswith(INDEX_SUFFIX)]
+            stamps.append(stamp_of_files(counted))
         else:
             stamps.append(stamp_of_files([path]) if path.is_file() else "")
     return repr((list(data), sorted(options.items(), key=lambda item: item[0]), len(source), source.versions, stamps))

@@ -47,7 +47,7 @@ EXAMPLE = "# examples/"  # the first line of a block that shows a part of a file
 # Blocks; and open_clip's flags, which tests/test_from_open_clip.py compares with its parser.
 NO_SENTENCE = dict.fromkeys(TEXTS, r"^```.*?^```")
 NO_SENTENCE["docs/from_open_clip.md"] += r"|^\| [^|\n]*\||`--accum-freq`"
-SETUP = ("make", "pip", "source", "export", "python")  # other programs than lit-clip
+SETUP = ("make", "pip", "source", "export", "python", "sbatch")  # other programs than lit-clip
 
 
 def blocks(language: str, *names: str) -> list[str]:
@@ -126,6 +126,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
             table.write(f"examples/{name}/{number}.png,{name};pizza\n")
     features = pa.table({"key": ["pizza.png"], "feature": [[0.6, 0.8]]})  # as `embed` writes them
     pq.write_table(features, here / "features.parquet")
+    scores = {"score": [0.2, 0.4, 0.1], "decision": ["keep", "keep", "drop"]}  # as `score` writes them, among others
+    pq.write_table(pa.table({"key": [*"abc"], "caption": [*"abc"], **scores}), here / "scores.parquet")
     (sets,) = (block for block in blocks("yaml") if block.startswith("target:"))
     (here / "sets.yaml").write_text(sets, encoding="utf-8")
     for label in range(1000):
@@ -217,11 +219,18 @@ def test_an_example_that_is_shown_in_part_has_these_lines(block: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in TEXTS if blocks("python", name)])
 def test_python_blocks_run_and_print_what_they_say(
-    name: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    name: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
     if name == "docs/clip_benchmark.md":
         pytest.importorskip("clip_benchmark")
         pytest.importorskip("requests")  # which it imports but does not depend on
+    if name == "docs/cluster.md":
+        request.addfinalizer(pytest.importorskip("ray").shutdown)
+        monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     monkeypatch.chdir(folder)
     monkeypatch.syspath_prepend(folder)
     names: dict[str, Any] = {"__name__": "reader"}
@@ -245,7 +254,7 @@ def test_python_blocks_and_examples_run_beside_the_wheel(folder: Path, tmp_path:
     for name in TEXTS:
         found = re.findall(PRINTING, TEXTS[name], re.MULTILINE | re.DOTALL)
         ours = [(block, shown) for block, _, shown in found if not block.startswith(EXAMPLE)]
-        if name != "docs/clip_benchmark.md":  # which needs more than a plain install
+        if name not in ("docs/clip_benchmark.md", "docs/cluster.md"):  # which need more than a plain install
             (here / "page.py").write_text("\n".join(block for block, _ in ours), encoding="utf-8")
             printed = run("python", "page.py")
             assert all(shown in printed for _, shown in ours), name
@@ -277,7 +286,7 @@ def nothing_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("nothing_is_made")
 @pytest.mark.parametrize("command", PARSED)
 def test_a_command_that_cannot_be_run_here_parses(command: str) -> None:
-    words = shlex.split(re.sub(r"\$[A-Z]+", "2", command))  # NODES and the like are the reader's
+    words = shlex.split(re.sub(r"\$[A-Z_]+", "2", command))  # NODES and the like are the reader's
     if words[0] == "torchrun":
         from torch.distributed.run import get_args_parser
 

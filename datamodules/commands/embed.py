@@ -2,21 +2,31 @@
 
 import shlex
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_clip import load_model
-from lit_clip.embedding.encode import encode
-from lit_clip.embedding.encoding_task import EncodingSettings, check_complete, image_task, report_skipped, text_task
+from lit_clip.embedding.encode import encode, machines
+from lit_clip.embedding.encoding_task import (
+    EncodingSettings,
+    EncodingTask,
+    check_complete,
+    image_task,
+    report_skipped,
+    text_task,
+)
 from lit_clip.embedding.feature_files import FeatureTable, Identity, check_keys, check_output, collect, write_features
 from lit_clip.embedding.image_files import FileRows, find_images, image_file
 from lit_clip.embedding.parts import Parts
-from lit_clip.embedding.precision import Precision, check_precision
-from lit_clip.embedding.reading import ImageRows
+from lit_clip.embedding.precision import check_precision
+from lit_clip.embedding.work_plan import PlanOptions, Work, measure, print_work, sampled, size_in_memory
 from lit_clip.errors import BadSample, InputError, require
+from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import stable_hash
 from lit_clip.tools.images import OnError
+from lit_clip.tools.shares import Share
 from lit_clip.tools.text_files import read_text
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
@@ -31,7 +41,7 @@ class _Items(NamedTuple):
     """Items to encode, sorted by key."""
 
     identities: Sequence[Identity]  # distinct; they start with the key, and change with the item
-    images: ImageRows | None = None  # None for texts
+    images: FileRows | SourcePairs | None = None  # None for texts
     texts: Sequence[str] = ()  # empty for images
     content: str = "image"  # or text, or caption
     root: Path | None = None  # folder that the keys are paths from; None if they are not paths
@@ -49,12 +59,9 @@ def embed(
     split: str | None = None,
     classes: Classes = Classes(),  # noqa: B008  # immutable
     keep: str | None = None,
-    batch_size: int = 64,
-    num_workers: int = 4,
-    devices: int = 1,
-    accelerator: str = "auto",
-    precision: Precision = "32-true",
-    on_error: OnError = "error",
+    settings: EncodingSettings = EncodingSettings(),  # noqa: B008  # immutable
+    share: str | None = None,
+    plan: PlanOptions = PlanOptions(),  # noqa: B008  # immutable
 ) -> None:
     """Write the features of images, or of texts, to a file.
 
@@ -72,25 +79,25 @@ def embed(
         split: of data that come in splits; train by default.
         classes: of a folder of classes.
         keep: a table of lit-clip inspect, overlap or score; only the pairs that it keeps are encoded.
-        batch_size: images or texts that each process encodes at once.
-        num_workers: processes that decode images, for each process.
-        devices: number of processes, one per device.
-        accelerator: cpu, gpu, mps, ...
-        precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
-        on_error: error ends the run at an image that cannot be read; skip lists it in a file beside the output.
+        settings: how images and texts are read and encoded.
+        share: i/n, such as 3/16: encode the third sixteenth, beside other jobs; when all have ended, the same command
+            without it joins their work.
+        plan: what is planned instead of done.
     """
     path = Path(output)
+    plan.check()
     check_output(path)
     require(bool(data) != bool(texts), "give either images or --texts; instead of images also a table or other data")
-    check_precision(precision, accelerator)
+    check_precision(settings.precision, settings.accelerator)
     options = {"columns": columns, "split": split, "classes": classes}
-    items = _items_of_texts(Path(texts)) if texts else _items_of(data, captions, options, keep, on_error)
+    items = _items_of_texts(Path(texts)) if texts else _items_of(data, captions, options, keep, settings.on_error)
     check_keys(path, [key for key, _, _ in items.identities])
-    workers = 0 if items.images is None else num_workers  # tokenizing is not worth a process
-    _embed(items, model, path, EncodingSettings(batch_size, workers, devices, accelerator, precision, on_error))
+    if items.images is None:
+        settings = replace(settings, num_workers=0)  # tokenizing is not worth a process
+    _embed(items, model, path, settings, Share.typed(share), plan)
 
 
-def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings) -> None:
+def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings, share: Share, plan: PlanOptions) -> None:
     """Encode items and write their features; ranks but the first only encode."""
     clip = load_model(model)
     name = fingerprint(clip).model
@@ -98,9 +105,12 @@ def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings) ->
         task = text_task(clip, items.texts, items.identities)
     else:
         task = image_task(clip, items.images, items.identities)
-    parts = Parts.resumed(path, f"{name} {items.content} {items.stamp}", settings.precision)
+    if plan.print_plan:
+        print_work(_work(clip, task, items, settings, share, path), plan)
+        return
+    parts = Parts.resumed(path, f"{name} {items.content} {items.stamp}", settings.precision, share)
     unreadable = encode(clip, task, parts, settings)
-    if unreadable is None:
+    if unreadable is None or parts.shared():
         return
     table = collect(items.identities, parts.read(FeatureTable.of))
     check_complete(len(table.identities), len(items.identities), unreadable)
@@ -114,6 +124,18 @@ def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings) ->
     stderr().print(f"{path}: {len(table.identities)} rows of {table.features.shape[1]} numbers")
     if items.content == "image":
         stderr().print(f"search them: {shlex.join(['lit-clip', 'search', str(path), 'TEXT', '--model', model])}")
+
+
+def _work(clip: CLIP, task: EncodingTask, items: _Items, settings: EncodingSettings, share: Share, path: Path) -> Work:
+    """Return what is to be done, after measuring a few batches."""
+    size_of = items.images.stored_size if items.images else lambda row: len(str(items.texts[row]).encode())
+    rows = len(items.identities)
+    sample = measure(clip, task, rows, settings, size_of)
+    held = sum(size_in_memory(items.identities[row]) for row in sampled(rows)) / len(sampled(rows))
+    processes = settings.devices * machines() * share.of
+    joined = held + 100 + 8 * clip.config.embed_dim  # an entry of a dictionary, and features twice
+    files = f"as parts, and as much again in {path.name}"
+    return Work(rows, processes, ("batches", settings.batch_size), sample, files, None, held, joined)
 
 
 def _items_of_texts(path: Path) -> _Items:

@@ -7,16 +7,19 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
+from lit_clip.embedding.parts import Parts
 from lit_clip.errors import InputError, require
 from lit_clip.models.registry import list_models, resolve_architecture
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
 from lit_clip.tools.console import Console, Text, stderr
+from lit_clip.tools.shares import Share
+from lit_clip.version import __version__
 from ..inspection.copies import ValidationCopies, find_copies, find_validation_copies
 from ..inspection.findings import scan_lines
 from ..inspection.page import write_inspection
-from ..inspection.scan import ScanFindings, inspect_source
+from ..inspection.scan import ScanFindings, inspect_source, scan
 from ..inspection.summary import SummarySection, find_duplicates, findings_section, summarize
-from ..open_source import open_source
+from ..open_source import open_source, stamp_of_data
 from ..pairs.findings import DataOptions, write_findings
 from ..pairs.source import Columns, PairSource, SkippedRows
 
@@ -34,10 +37,11 @@ def inspect(
     columns: Columns = Columns(),  # noqa: B008  # immutable
     split: str | None = None,
     num_workers: int = 4,
+    share: str | None = None,
 ) -> None:
     """Read data once and report sizes, formats, bad rows, duplicates and long captions.
 
-    Every image is decoded.
+    Every image is decoded. The same command resumes an interrupted run.
 
     Args:
         data: a table, a folder of images with captions beside them, tar shards or anything else that training takes.
@@ -52,6 +56,8 @@ def inspect(
         columns: of a table.
         split: of data that come in splits.
         num_workers: number of data workers.
+        share: i/n, such as 3/16: read the third sixteenth, beside other jobs; when all have ended, the same command
+            without it joins their work.
     """
     require(bool(data), "no data: name a table, a folder or shards before the options")
     page = Path(output)
@@ -61,8 +67,15 @@ def inspect(
     source = _opened(data, columns, split)
     validation = _opened(val, columns, None, "validation") if val else None
     name, table = ", ".join(data), page.with_suffix(".findings.csv")
+    reads = f"{model} {stamp_of_data([model] if model else [], {}, source)} {tokenizer.context_length}"
+    stamp = stamp_of_data(data, {"columns": columns, "split": split}, source, [page, table])
+    parts = Parts(page, f"{__version__} {reads} {stamp}", alone=True, share=Share.typed(share))
+    if share is not None:
+        scan(source, tokenizer, num_workers, parts)
+        parts.shared()
+        return
     with tempfile.TemporaryFile("w+", encoding="utf-8") as problems:
-        findings = inspect_source(source, tokenizer, problems, num_workers)
+        findings = inspect_source(source, tokenizer, problems, num_workers, parts)
         leaks = None if validation is None else (validation, _leaks(findings, validation, tokenizer, num_workers))
         duplicates = find_duplicates(findings)
         copies = find_copies(findings, source, num_workers)
@@ -73,6 +86,7 @@ def inspect(
     replaced = " (replaces the one before)" if page.exists() else ""
     beside = (table.name, command) if counts else None
     write_inspection(page, name, source, findings, duplicates, sections, tokenizer.context_length, beside)
+    parts.remove()
     _print(name, sections, findings, source.left_out)
     stderr().print(f"page with images: {page}{replaced}")
     if not len(findings.usable):
@@ -93,8 +107,9 @@ def _opened(data: list[str], columns: Columns, split: str | None, default_split:
 
 def _leaks(found: ScanFindings, validation: PairSource, tokenizer: TextTokenizer, num_workers: int) -> ValidationCopies:
     """Read the validation data and compare their images; what is wrong with them is not reported."""
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        return find_validation_copies(found, inspect_source(validation, tokenizer, nowhere, num_workers))
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, tempfile.TemporaryDirectory() as folder:
+        parts = Parts(Path(folder, "validation"), "")
+        return find_validation_copies(found, inspect_source(validation, tokenizer, nowhere, num_workers, parts))
 
 
 def _tokenizer(model: str | None, context_length: int | None) -> TextTokenizer:

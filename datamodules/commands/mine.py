@@ -11,7 +11,7 @@ from lit_clip.embedding.encode import encode
 from lit_clip.embedding.encoding_task import EncodingSettings, check_complete, image_task, text_task
 from lit_clip.embedding.feature_files import FeatureTable, Identity, check_output, collect
 from lit_clip.embedding.parts import Parts
-from lit_clip.embedding.precision import Precision, check_precision
+from lit_clip.embedding.precision import check_precision
 from lit_clip.errors import BadSample, require
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import replacing
@@ -45,12 +45,7 @@ def mine(
     columns: Columns = Columns(),  # noqa: B008  # immutable
     split: str | None = None,
     keep: str | None = None,
-    batch_size: int = 64,
-    num_workers: int = 4,
-    devices: int = 1,
-    accelerator: str = "auto",
-    precision: Precision = "32-true",
-    on_error: OnError = "error",
+    settings: EncodingSettings = EncodingSettings(),  # noqa: B008  # immutable
 ) -> None:
     """Find captions that a model takes for an image's although they belong to others: hard negatives to train on.
 
@@ -66,26 +61,20 @@ def mine(
         columns: of a table.
         split: of data that come in splits; train by default.
         keep: a table of lit-clip inspect, overlap or score; only the pairs that it keeps are read and written.
-        batch_size: images, and then captions, that each process encodes at once.
-        num_workers: processes that decode images, for each process.
-        devices: number of processes, one per device.
-        accelerator: cpu, gpu, mps, ...
-        precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
-        on_error: error ends the run at a pair that cannot be read; skip leaves it out.
+        settings: how images and captions are read and encoded.
     """
     path = Path(output)
     check_output(path, [".jsonl"])
     require(bool(data), "no data: name a table or a folder before the options")
-    check_precision(precision, accelerator)
+    check_precision(settings.precision, settings.accelerator)
     options = {"columns": columns, "split": split}
-    source = open_source(data, **options, default_split="train", option_prefix="--", on_error=on_error)
+    source = open_source(data, **options, default_split="train", option_prefix="--", on_error=settings.on_error)
     source.prepare()
     root, stamp = _root(source, data), stamp_of_data(data, options, source, [path])
     if keep is not None:
         source = kept_pairs(source, keep, "--keep")
         stamp = f"{stamp} {source.digest}"
-    rows = _rows(source, on_error)
-    settings = EncodingSettings(batch_size, num_workers, devices, accelerator, precision, on_error)
+    rows = _rows(source, settings.on_error)
     found = _mined(source, rows, model, path, stamp, settings, window)
     if found is not None:
         _write(path, rows, found)

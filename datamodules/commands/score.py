@@ -5,14 +5,17 @@ from pathlib import Path
 from typing import Any
 
 from lit_clip import load_model
+from lit_clip.embedding.encode import machines
 from lit_clip.embedding.encoding_task import EncodingSettings, check_complete
 from lit_clip.embedding.feature_files import check_output
-from lit_clip.embedding.pair_scores import in_order, score_pairs, scored_rows, scores_of
+from lit_clip.embedding.pair_scores import in_order, pair_task, score_pairs, scored_rows, scores_of
 from lit_clip.embedding.parts import Parts
-from lit_clip.embedding.precision import Precision, check_precision
+from lit_clip.embedding.precision import check_precision
+from lit_clip.embedding.work_plan import PlanOptions, Work, measure, print_work
 from lit_clip.errors import InputError, require
+from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import stderr
-from lit_clip.tools.images import OnError
+from lit_clip.tools.shares import Share
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
 from ..open_source import open_source, stamp_of_data
@@ -35,12 +38,9 @@ def score(
     columns: Columns = Columns(),  # noqa: B008  # immutable
     split: str | None = None,
     classes: Classes = Classes(),  # noqa: B008  # immutable
-    batch_size: int = 64,
-    num_workers: int = 4,
-    devices: int = 1,
-    accelerator: str = "auto",
-    precision: Precision = "32-true",
-    on_error: OnError = "error",
+    settings: EncodingSettings = EncodingSettings(),  # noqa: B008  # immutable
+    share: str | None = None,
+    plan: PlanOptions = PlanOptions(),  # noqa: B008  # immutable
 ) -> None:
     """Score how well each caption fits its image, and choose the pairs to train on.
 
@@ -59,17 +59,14 @@ def score(
         columns: of a table.
         split: of data that come in splits; train by default.
         classes: of a folder of classes.
-        batch_size: images, and then captions, that each process encodes at once.
-        num_workers: processes that decode images, for each process.
-        devices: number of processes, one per device.
-        accelerator: cpu, gpu, mps, ...
-        precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
-        on_error: error ends the run at a pair that cannot be read; skip lists it in the table.
+        settings: how images and captions are read and encoded.
+        share: i/n, such as 3/16: score the third sixteenth, beside other jobs; when all have ended, the same command
+            without it joins their work.
+        plan: what is planned instead of done.
     """
     filters = PairFilters(fraction, threshold, min_caption_words, min_image_dim)
     options = {"columns": columns, "split": split, "classes": classes}
-    settings = EncodingSettings(batch_size, num_workers, devices, accelerator, precision, on_error)
-    counts = _scored_or_filtered(data, model, options, Path(output), settings, filters)
+    counts = _scored_or_filtered(data, model, options, Path(output), settings, filters, Share.typed(share), plan)
     for name, count in counts.removed.items() if counts else ():
         if count:
             stderr().print(f"{name}: {count:,} removed")
@@ -84,12 +81,17 @@ def _scored_or_filtered(
     path: Path,
     settings: EncodingSettings,
     filters: PairFilters,
+    share: Share,
+    plan: PlanOptions,
 ) -> Filtered | None:
-    """Write the table; None on other ranks than the first."""
+    """Write the table; None on other ranks than the first, for a share, and for a plan."""
+    plan.check()
     check_output(path, [".parquet"])
     require(bool(data), "no data: name a table, a folder or shards before the options")
     if len(data) == 1 and ScoreFile.is_one(Path(data[0])):
         require(model is None, f"--model: {data[0]} has scores already; leave it out, or give the data themselves")
+        require(not plan.print_plan, "--print_plan: filtering scores takes seconds; leave it out")
+        require(share == Share(), f"--share: {data[0]} has scores already, and filtering takes no jobs; leave it out")
         file = ScoreFile(Path(data[0]))
         return write_scores(path, file.pairs(), file.scores(), filters, file.metadata, file.label)
     if model is None:
@@ -101,10 +103,13 @@ def _scored_or_filtered(
         stderr().print(f"{source.left_out} left out")
     stamp = stamp_of_data(data, options, source, [path])
     clip = load_model(model)
+    if plan.print_plan:
+        print_work(_work(clip, SourcePairs(source), settings, share, path), plan)
+        return None
     name = fingerprint(clip).model
-    parts = Parts.resumed(path, f"{name} {stamp}", settings.precision)
+    parts = Parts.resumed(path, f"{name} {stamp}", settings.precision, share)
     unreadable = score_pairs(clip, SourcePairs(source), parts, settings)
-    if unreadable is None:
+    if unreadable is None or parts.shared():
         return None
     check_complete(int(scored_rows(parts, len(source)).sum()), len(source), unreadable, "rows")
     metadata = {"model": model, "model_sha256": name, "precision": settings.precision, "lit_clip": __version__}
@@ -113,3 +118,10 @@ def _scored_or_filtered(
     counts = write_scores(path, pairs, scores, filters, metadata, label_of(source, ALL_PAIRS))
     parts.remove()
     return counts
+
+
+def _work(clip: CLIP, pairs: SourcePairs, settings: EncodingSettings, share: Share, path: Path) -> Work:
+    """Return what is to be done, after measuring a few batches; 2 bytes of a row are flags, 18 its score and order."""
+    sample = measure(clip, pair_task(clip, pairs, settings), len(pairs), settings, pairs.stored_size)
+    processes, files = settings.devices * machines() * share.of, f"as parts, and as much again in {path.name}"
+    return Work(len(pairs), processes, ("batches", settings.batch_size), sample, files, None, 2, 18)

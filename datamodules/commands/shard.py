@@ -1,11 +1,16 @@
 """``lit-clip shard``: write any source of pairs as indexed tar shards in img2dataset's layout."""
 
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from lit_clip.errors import InputError, require
+from lit_clip.embedding.work_plan import SECONDS, PlanOptions, Sample, Work, print_work, sampled
+from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import OnError
+from lit_clip.tools.shares import Share
 from ..open_source import open_source
 from ..pairs.kept import kept_pairs
 from ..pairs.source import COLUMNS, Columns, PairSource
@@ -23,6 +28,8 @@ def shard(
     split: str | None = None,
     keep: str | None = None,
     on_error: OnError = "error",
+    share: str | None = None,
+    plan: PlanOptions = PlanOptions(),  # noqa: B008  # immutable
 ) -> None:
     """Write pairs as tar shards in img2dataset's layout, with an index of each.
 
@@ -39,9 +46,11 @@ def shard(
         split: of data that come in splits.
         keep: a table of lit-clip inspect, overlap or score; only the pairs that it keeps are written.
         on_error: for pairs that cannot be read; skip lists them beside their shard in a .skipped.jsonl.
+        share: i/n, such as 3/16: write the third sixteenth of the shards, beside other jobs; when all have ended, the
+            same command without it counts what is there, and writes what is missing.
+        plan: what is planned instead of done.
     """
-    from filelock import FileLock, Timeout
-
+    plan.check()
     require(shard_size >= 1, f"--shard_size {shard_size} must be at least 1")
     require(resize is None or resize >= 1, f"--resize {resize} must be at least 1")
     for name in ("negative", "weight", "other_image"):
@@ -56,15 +65,50 @@ def shard(
     if keep is not None:
         source = kept_pairs(source, keep, "--keep")
         options["keep"] = source.digest
+    writer = ShardWriter(source, folder, shard_size, on_error, resize, Share.typed(share))
+    if plan.print_plan:
+        print_work(_work(writer, workers), plan)
+        return
     make_folder(folder, "--output")
+    with _alone(folder, writer.share):
+        keep_manifest(folder / MANIFEST, manifest_of(data, source, shard_size, resize, options))
+        counts = write_shards(writer, workers)
+    if share is None:
+        _report(source, folder, len(writer), counts)
+    else:
+        stderr().print(writer.share.finished(folder))
+
+
+def _work(writer: ShardWriter, workers: int) -> Work:
+    """Return what is to be done, after preparing a few pairs for their shards; the disk's time is not in it."""
+    rows, started, read, written = 0, time.monotonic(), 0, 0
+    for row in sampled(len(writer.source)):
+        with suppress(BadSample):
+            size, files = writer.prepared(row)
+            read, written = read + size, written + files
+        rows += 1
+        if time.monotonic() - started > SECONDS:
+            break
+    sample = Sample(rows, time.monotonic() - started, read / rows, written / rows)
+    processes, unit = max(1, workers) * writer.share.of, ("shards", writer.shard_size)
+    return Work(len(writer.source), processes, unit, sample, "a shard and its index are a file each", 2)
+
+
+@contextmanager
+def _alone(folder: Path, share: Share) -> Iterator[None]:
+    """Keep other runs of the same share out of a folder, and of any share if this run writes all shards."""
+    from filelock import FileLock, Timeout
+
+    others = [] if share.suffix else [path for path in folder.glob(".lock-*") if path.is_file()]
     try:
-        with FileLock(folder / ".lock", timeout=0):
-            keep_manifest(folder / MANIFEST, manifest_of(data, source, shard_size, resize, options))
-            writer = ShardWriter(source, folder, shard_size, on_error, resize)
-            counts = write_shards(writer, workers)
+        with ExitStack() as locks:
+            for path in (folder / f".lock{share.suffix}", *others):
+                locks.enter_context(FileLock(path, timeout=0))
+            yield
     except Timeout as error:
         raise InputError(f"{folder}: another lit-clip shard is writing there; wait for it or stop it") from error
-    _report(source, folder, len(writer), counts)
+    for path in others:
+        path.unlink(missing_ok=True)
 
 
 def _report(source: PairSource, folder: Path, shards: int, counts: Written) -> None:

@@ -1,18 +1,26 @@
-"""One parallel pass over a source of pairs, which keeps about 50 bytes for each pair and no image."""
+"""One parallel pass over a source of pairs, which keeps about 50 bytes for each pair and no image.
+
+An interrupted pass is resumed, and several jobs can share one (:class:`lit_clip.embedding.parts.Parts`).
+"""
 
 import functools
 import io
 import json
+import time
 import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any, TextIO
 
 import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from lit_clip.errors import BadSample
+from lit_clip.embedding import encode
+from lit_clip.embedding.parts import Arrays, Parts, json_array, json_value
+from lit_clip.embedding.reading import Batches
+from lit_clip.errors import BadSample, require
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.console import progress
 from lit_clip.tools.images import decoding_at_least, open_image
@@ -54,26 +62,53 @@ def formats() -> list[str]:
 
 @dataclass
 class ScannedChunk:
-    """Findings on consecutive pairs."""
+    """Findings on some pairs."""
 
+    rows: np.ndarray  # ascending, int64 [N]
     images: np.ndarray  # IMAGE [N]; all zeros for a pair that cannot be used
     captions: np.ndarray  # caption_hash of each caption of the usable pairs, in order, uint64 [M]
     tokens: np.ndarray  # length of each caption before truncation, int64 [M]
     flags: np.ndarray  # of each caption, uint8 [M]
     problems: list[tuple[str, str, str]]  # position, reason and full message for each pair that cannot be used
 
+    def arrays(self) -> Arrays:
+        """Return the arrays of a finished part."""
+        return {**vars(self), "problems": json_array(self.problems)}
+
+    @classmethod
+    def of(cls, arrays: Arrays) -> "ScannedChunk":
+        """Return the findings of :meth:`arrays`."""
+        problems = [(where, reason, line) for where, reason, line in json_value(arrays["problems"])]
+        kept = {each.name: arrays[each.name] for each in fields(cls) if each.name != "problems"}
+        return cls(**kept, problems=problems)
+
+    @classmethod
+    def joined(cls, chunks: Sequence["ScannedChunk"]) -> "ScannedChunk":
+        """Return the findings on the pairs of several chunks, at least one, by row."""
+        rows, images, captions, tokens, flags = (
+            np.concatenate([getattr(chunk, name) for chunk in chunks])
+            for name in ("rows", "images", "captions", "tokens", "flags")
+        )
+        problems = [problem for chunk in chunks for problem in chunk.problems]
+        of_pair = np.argsort(rows)
+        of_caption = np.argsort(np.repeat(rows, images["captions"]), kind="stable")
+        of_problem = np.argsort(rows[images["state"] == 0]).tolist()  # each unusable pair has one
+        captions, tokens, flags = (each[of_caption] for each in (captions, tokens, flags))
+        ordered = [problems[place] for place in of_problem]
+        return cls(rows[of_pair], images[of_pair], captions, tokens, flags, ordered)
+
 
 class _Chunks(Dataset[ScannedChunk]):
-    """The pairs of a source in chunks of ``CHUNK``."""
+    """Batches of a source's pairs."""
 
-    def __init__(self, source: PairSource, tokenizer: TextTokenizer) -> None:
-        self.source, self.tokenizer = source, tokenizer
+    def __init__(self, source: PairSource, tokenizer: TextTokenizer, batches: Batches) -> None:
+        self.source, self.tokenizer, self.batches = source, tokenizer, batches
 
     def __len__(self) -> int:
-        return -(-len(self.source) // CHUNK)
+        return len(self.batches)
 
     def __getitem__(self, number: int) -> ScannedChunk:
-        rows = range(number * CHUNK, min((number + 1) * CHUNK, len(self.source)))
+        rows = self.batches[number]
         images = np.zeros(len(rows), dtype=IMAGE)
         captions: list[str] = []
         problems = []
@@ -90,7 +125,7 @@ class _Chunks(Dataset[ScannedChunk]):
         tokens = np.array([self.tokenizer.count(caption) for caption in captions], dtype=np.int64)
         flags = SAYS_NOTHING * np.array([says_nothing(caption) for caption in captions], dtype=np.uint8)
         flags |= TOO_LONG * (tokens > self.tokenizer.context_length).astype(np.uint8)
-        return ScannedChunk(images, hashes, tokens, flags, problems)
+        return ScannedChunk(np.array(rows), images, hashes, tokens, flags, problems)
 
 
 def _image(stored: EncodedPair) -> tuple[int, ...]:
@@ -151,25 +186,53 @@ class ScanFindings:
         return np.repeat(np.arange(len(self.images)), self.images["captions"])
 
 
-def inspect_source(source: PairSource, tokenizer: TextTokenizer, problems: TextIO, num_workers: int) -> ScanFindings:
+def scan(source: PairSource, tokenizer: TextTokenizer, num_workers: int, parts: Parts) -> None:
+    """Write into ``parts`` the findings on all pairs of its share that are not there."""
+    done = np.zeros(len(source), dtype=bool)
+    for _ in _finished(parts, done):
+        pass
+    chunks: Any = _Chunks(source, tokenizer, encode.remaining(len(source), CHUNK, done.__getitem__, parts.share))
+    parts.start()
+    waiting: list[ScannedChunk] = []
+    written = time.monotonic()
+    try:
+        with progress("inspecting", sum(map(len, chunks.batches))) as advance:
+            for chunk in loader(chunks, num_workers):
+                waiting.append(chunk)
+                advance(len(chunk.rows))
+                if time.monotonic() - written > encode.SECONDS_BETWEEN_PARTS:
+                    _keep(waiting, parts)
+                    written = time.monotonic()
+    finally:
+        _keep(waiting, parts)
+
+
+def _keep(waiting: list[ScannedChunk], parts: Parts) -> None:
+    """Write chunks as a part, and forget them."""
+    if waiting:
+        parts.add(ScannedChunk.joined(waiting).arrays(), int(waiting[0].rows[0]))
+    waiting.clear()
+
+
+def _finished(parts: Parts, done: np.ndarray) -> Iterator[ScannedChunk]:
+    """Yield the parts that share no row with one before, and mark their rows in ``done``, bool ``[N]``."""
+    for part in parts.read(ScannedChunk.of):
+        if not done[part.rows].any():  # two runs at once may both have read a chunk
+            done[part.rows] = True
+            yield part
+
+
+def inspect_source(
+    source: PairSource, tokenizer: TextTokenizer, problems: TextIO, num_workers: int, parts: Parts
+) -> ScanFindings:
     """Read every pair once; write a line of JSON to ``problems`` for each pair that cannot be used."""
-    none = np.zeros(0, np.uint64), np.zeros(0, np.uint8)
-    found = ScanFindings(np.zeros(len(source), dtype=IMAGE), *none, np.zeros(1, np.int64))
-    chunks: Any = _Chunks(source, tokenizer)
-    captions, flags, done = [], [], 0
-    with progress("inspecting", len(source)) as advance:
-        for part in loader(chunks, num_workers):
-            found.images[done : done + len(part.images)] = part.images
-            captions.append(part.captions)
-            flags.append(part.flags)
-            counts = np.bincount(part.tokens, minlength=len(found.token_counts))
-            counts[: len(found.token_counts)] += found.token_counts
-            found.token_counts = counts
-            for where, reason, line in part.problems:
-                problems.write(json.dumps({"where": where, "reason": reason, "error": line}) + "\n")
-                found.reasons[reason] += 1
-            found.problems.extend(part.problems[: LISTED - len(found.problems)])
-            done += len(part.images)
-            advance(len(part.images))
-    found.captions, found.flags = np.concatenate([none[0], *captions]), np.concatenate([none[1], *flags])
-    return found
+    scan(source, tokenizer, num_workers, parts)
+    done = np.zeros(len(source), dtype=bool)
+    whole = ScannedChunk.joined(list(_finished(parts, done)))
+    lost = int(np.count_nonzero(~done))
+    require(lost == 0, f"the findings on {lost} rows are gone: another run has ended meanwhile; run this one again")
+    for where, reason, line in whole.problems:
+        problems.write(json.dumps({"where": where, "reason": reason, "error": line}) + "\n")
+    reasons = Counter(reason for _, reason, _ in whole.problems)
+    counts = np.bincount(whole.tokens, minlength=1)
+    return ScanFindings(whole.images, whole.captions, whole.flags, counts, reasons, whole.problems[:LISTED])

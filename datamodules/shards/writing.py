@@ -20,6 +20,7 @@ from lit_clip.tools.console import progress
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.images import OnError, decoding_at_least, full_size, open_image
 from lit_clip.tools.reading import reading
+from lit_clip.tools.shares import Share
 from lit_clip.tools.workers import loader
 from ..loading.store import stamp_of
 from ..pairs.source import EncodedPair, PairSource
@@ -92,16 +93,23 @@ class ShardWriter(Dataset[Written]):
     shard_size: int
     on_error: OnError
     resize: int | None
+    share: Share = Share()
+
+    @property
+    def numbers(self) -> range:
+        """The numbers of the shards of this share."""
+        return range(self.share.number, -(-len(self.source) // self.shard_size), self.share.of)
 
     def __len__(self) -> int:
-        return -(-len(self.source) // self.shard_size)
+        return len(self.numbers)
 
-    def __getitem__(self, number: int) -> Written:
+    def __getitem__(self, place: int) -> Written:
+        number = self.numbers[place]
         path = self.folder / f"{number:05d}.tar"
         list_of_skipped = path.with_suffix(".skipped.jsonl")
         sizes: list[tuple[int, int]] = []
         if not path.exists():
-            part = path.with_name(f".{path.name}.part")
+            part = path.with_name(f".{path.name}{self.share.suffix}.part")
             try:
                 skipped = self._write(part, number, sizes)
                 lines = "".join(json.dumps({"where": where, "reason": reason}) + "\n" for where, reason in skipped)
@@ -120,6 +128,14 @@ class ShardWriter(Dataset[Written]):
         skipped_lines = list_of_skipped.read_text(encoding="utf-8").splitlines() if list_of_skipped.exists() else []
         before, after = (sum(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
         return Written(summary.samples, len(skipped_lines), len(sizes), before, after)
+
+    def prepared(self, row: int) -> tuple[int, int]:
+        """Prepare a pair for its shard; return the bytes of its image as stored, and of its files in the shard."""
+        pair = self.source.read(row)
+        _, content, about = _image_file(pair, self.resize)
+        files = [content, *(data for _, data in _texts("", pair, about))]
+        blocks = sum(1 + -(-len(data) // tarfile.BLOCKSIZE) for data in files)  # one is a file's header
+        return len(pair.image), blocks * tarfile.BLOCKSIZE
 
     def _samples(self, number: int) -> Iterator[tuple[str, EncodedPair | BadSample]]:
         """Yield the key and the pair of each sample of a shard, or the error of a bad one."""
@@ -206,11 +222,11 @@ def _texts(key: str, pair: EncodedPair, about_image: dict[str, int]) -> list[tup
 
 def write_shards(writer: ShardWriter, workers: int) -> Written:
     """Write every missing shard; return the counts of all."""
-    for path in writer.folder.glob(".*.tar.part"):  # left by a killed run
+    for path in writer.folder.glob(f".*.tar{writer.share.suffix or '*'}.part"):  # left by a killed run
         path.unlink()
     counts = []
     with progress("writing shards", len(writer)) as advance:
         for count in loader(writer, workers):
             counts.append(count)
             advance(1)
-    return Written(*map(sum, zip(*counts, strict=True)))
+    return Written(*map(sum, zip(*counts, strict=True))) if counts else Written(0, 0)

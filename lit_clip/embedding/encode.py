@@ -4,6 +4,7 @@ The items are cut into batches, and batches, not items, are dealt to the ranks: 
 ranks, and so are the bytes of the result.
 """
 
+import os
 import signal
 import time
 from collections.abc import Container
@@ -12,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -52,6 +55,7 @@ def encode(
         len(identities),
         1 if task.several else settings.batch_size,
         lambda row: identities[row] in finished or identities[row] in known,
+        parts.share,
     )
     return compute(model, task, batches, parts, settings, title)
 
@@ -65,7 +69,7 @@ def compute(
         On rank 0 the rows that could not be read; None on other ranks, which have nothing left to do.
     """
     if not batches:
-        return []
+        return None if make_trainer([], settings).global_rank else []
     writer = PartWriter(task, parts, settings.on_error, title)
     trainer = make_trainer([writer], settings)
     try:
@@ -95,13 +99,22 @@ def start_processes(settings: EncodingSettings) -> torch.device:
     return strategy.root_device
 
 
+def machines() -> int:
+    """Return on how many machines torchrun or SLURM has started this run's processes; 1 without them."""
+    if TorchElasticEnvironment.detect():
+        return int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    return int(os.environ.get("SLURM_NNODES", 1)) if SLURMEnvironment.detect() else 1
+
+
 def make_trainer(callbacks: list[Callback], settings: EncodingSettings) -> Trainer:
     """Return a trainer that only computes: no logs, checkpoints or progress bar."""
+    nodes = machines()
     try:
         trainer = Trainer(
             accelerator=settings.accelerator,
             devices=settings.devices,
-            strategy="ddp" if settings.devices != 1 else "auto",
+            num_nodes=nodes,
+            strategy="ddp" if settings.devices * nodes != 1 else "auto",
             precision=settings.precision,
             use_distributed_sampler=False,  # the encoder deals the batches, each once
             callbacks=callbacks,

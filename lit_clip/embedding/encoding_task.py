@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -32,20 +33,31 @@ from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import FIX_HINT, OnError
+from lit_clip.tools.shares import Share
 
 Finished = list[tuple[EncoderBatch, np.ndarray]]  # batches without their inputs, and what was computed of each
 
 
 @dataclass(frozen=True)
 class EncodingSettings:
-    """How features are computed; only ``batch_size`` and ``precision`` affect the result, by rounding."""
+    """How features are computed; only ``batch_size`` and ``precision`` affect the result, by rounding.
 
-    batch_size: int = 64  # images or texts that each process encodes at once
-    num_workers: int = 4  # processes that read images, for each process
-    devices: int = 1  # number of processes, one a device
-    accelerator: str = "auto"  # Lightning's name
+    Args:
+        batch_size: images, and then captions, that each process encodes at once.
+        num_workers: processes that decode images, for each process.
+        devices: number of processes on each machine, one per device.
+        accelerator: cpu, gpu, mps, ...
+        precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
+        on_error: error ends the run at an image that cannot be read; skip leaves it out and lists it.
+    """
+
+    flat: ClassVar[bool] = True  # its options are typed without its name
+    batch_size: int = 64
+    num_workers: int = 4
+    devices: int = 1
+    accelerator: str = "auto"
     precision: Precision = "32-true"
-    on_error: OnError = "error"  # at an image that cannot be read
+    on_error: OnError = "error"
 
 
 @dataclass(frozen=True)
@@ -91,11 +103,11 @@ def text_task(model: CLIP, texts: Sequence[str], identities: Sequence[Identity])
     )
 
 
-def remaining(rows: int, batch_size: int, done: Callable[[int], bool]) -> Batches:
-    """Cut all rows into batches, the same however many are done, and leave those out."""
+def remaining(rows: int, batch_size: int, done: Callable[[int], bool], share: Share = Share()) -> Batches:  # noqa: B008
+    """Cut all rows into batches, the same however many are done, and leave those and other jobs' shares out."""
     batches: list[Sequence[int]] = []
-    for batch in in_batches(range(rows), batch_size):
-        missing = [row for row in batch if not done(row)]
+    for number, batch in enumerate(in_batches(range(rows), batch_size)):
+        missing = [row for row in batch if not done(row)] if share.has(number) else []
         if missing:  # a range takes less memory than a list
             batches.append(batch if len(missing) == len(batch) else missing)
     return batches

@@ -17,6 +17,7 @@ from lit_clip.tools.claimed_folders import claim, release_folders
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
+from lit_clip.tools.shares import Share
 
 T = TypeVar("T")
 Arrays = Mapping[str, np.ndarray]
@@ -61,20 +62,20 @@ class Parts:
     """Finished parts of an unfinished output, in a hidden folder beside it; the next run resumes with them.
 
     Parts of other ``settings``, which are all that they depend on besides their items, are passed over. An output
-    that is written ``alone`` is refused to a second run.
+    that is written ``alone`` is refused to a second run, except for runs that make another ``share`` of the parts.
     """
 
-    def __init__(self, output: Path, settings: str, alone: bool = False) -> None:
-        self.output, self.settings, self.alone = output, settings, alone
+    def __init__(self, output: Path, settings: str, alone: bool = False, share: Share = Share()) -> None:  # noqa: B008
+        self.output, self.settings, self.alone, self.share = output, settings, alone, share
         self.folder = output.with_name(f".{output.name.lstrip('.')}.parts")
 
     @classmethod
-    def resumed(cls, output: Path, settings: str, precision: Precision) -> "Parts":
+    def resumed(cls, output: Path, settings: str, precision: Precision, share: Share = Share()) -> "Parts":  # noqa: B008
         """Return the parts of an output of one run at a time; parts of an earlier run in another precision are refused.
 
         ``settings`` are those but the precision.
         """
-        parts = cls(output, f"{settings} {precision}", alone=True)
+        parts = cls(output, f"{settings} {precision}", alone=True, share=share)
         begun = parts._begun()
         for other in get_args(Precision):
             require(
@@ -99,14 +100,18 @@ class Parts:
     @property
     def stop(self) -> Path:
         """File whose existence tells every rank that one of them met an image that ends the run."""
-        return self.folder / "stop"
+        return self.folder / f"stop{self.share.suffix}"
 
     def start(self) -> None:
         """Make the folder and remove an earlier run's :attr:`stop`; for one rank to call."""
-        if self.alone and (holder := claim(self.folder / "run")):
-            raise InputError(
-                f"{self.output}: another run writes it ({holder}); wait for its end, or give another --output"
-            )
+        runs = [f"run{self.share.suffix}"] if self.alone else []
+        if self.share == Share():
+            runs += [path.name[1 : -len(".lock")] for path in self.folder.glob(".run-*.lock")] if self.alone else []
+        for run in runs:
+            if holder := claim(self.folder / run):
+                raise InputError(
+                    f"{self.output}: another run writes it ({holder}); wait for its end, or give another --output"
+                )
         try:
             self.folder.mkdir(exist_ok=True)
             self.stop.unlink(missing_ok=True)
@@ -124,6 +129,14 @@ class Parts:
             part = load_arrays(path, self.settings, make)
             if part is not None:
                 yield part
+
+    def shared(self) -> bool:
+        """End a run that makes only a share, keep the parts and say how to join them; False for all parts."""
+        if self.share == Share():
+            return False
+        self.end()
+        stderr().print(self.share.finished(self.output))
+        return True
 
     def end(self) -> None:
         """End an unfinished run: keep the parts, but no empty folder."""
