@@ -93,8 +93,9 @@ class ScannedChunk:
         of_pair = np.argsort(rows)
         of_caption = np.argsort(np.repeat(rows, images["captions"]), kind="stable")
         of_problem = np.argsort(rows[images["state"] == 0]).tolist()  # each unusable pair has one
-        about = (each[of_caption] for each in (captions, tokens, flags))
-        return cls(rows[of_pair], images[of_pair], *about, [problems[place] for place in of_problem])
+        captions, tokens, flags = (each[of_caption] for each in (captions, tokens, flags))
+        problems = [problems[place] for place in of_problem]
+        return cls(rows[of_pair], images[of_pair], captions, tokens, flags, problems)
 
 
 class _Chunks(Dataset[ScannedChunk]):

@@ -15,8 +15,9 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.plugins.environments import SLURMEnvironment, TorchElasticEnvironment
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
