@@ -129,8 +129,10 @@ def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings, sh
 
 def _work(clip: CLIP, task: EncodingTask, items: _Items, settings: EncodingSettings, share: Share, path: Path) -> Work:
     """Return what is to be done, after measuring a few batches."""
-    texts, images = items.texts, items.images
-    size_of = images.stored_size if images is not None else lambda row: len(texts[row].encode())
+
+    def size_of(row: int) -> int:
+        return len(items.texts[row].encode()) if items.images is None else items.images.stored_size(row)
+
     rows = len(items.identities)
     sample = measure(clip, task, rows, settings, size_of)
     held = sum(size_in_memory(items.identities[row]) for row in sampled(rows)) / len(sampled(rows))
