@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_clip import load_model
-from lit_clip.embedding.encode import encode, machines
-from lit_clip.embedding.encoding_task import (
+from lit_clip.embedding.encode import (
     EncodingSettings,
     EncodingTask,
     check_complete,
+    encode,
     image_task,
+    machines,
     report_skipped,
     text_task,
 )
@@ -128,7 +129,10 @@ def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings, sh
 
 def _work(clip: CLIP, task: EncodingTask, items: _Items, settings: EncodingSettings, share: Share, path: Path) -> Work:
     """Return what is to be done, after measuring a few batches."""
-    size_of = items.images.stored_size if items.images else lambda row: len(str(items.texts[row]).encode())
+
+    def size_of(row: int) -> int:
+        return len(items.texts[row].encode()) if items.images is None else items.images.stored_size(row)
+
     rows = len(items.identities)
     sample = measure(clip, task, rows, settings, size_of)
     held = sum(size_in_memory(items.identities[row]) for row in sampled(rows)) / len(sampled(rows))

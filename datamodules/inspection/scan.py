@@ -94,8 +94,8 @@ class ScannedChunk:
         of_caption = np.argsort(np.repeat(rows, images["captions"]), kind="stable")
         of_problem = np.argsort(rows[images["state"] == 0]).tolist()  # each unusable pair has one
         captions, tokens, flags = (each[of_caption] for each in (captions, tokens, flags))
-        ordered = [problems[place] for place in of_problem]
-        return cls(rows[of_pair], images[of_pair], captions, tokens, flags, ordered)
+        problems = [problems[place] for place in of_problem]
+        return cls(rows[of_pair], images[of_pair], captions, tokens, flags, problems)
 
 
 class _Chunks(Dataset[ScannedChunk]):
