@@ -62,7 +62,7 @@ def shard(
 ) -> None:
     """Train one step, on as many pairs as ranks can share, validate, and save the metrics and the checkpoint."""
     world, rows = int(os.environ["WORLD_SIZE"]), len(Path(table).read_text(encoding="utf-8").splitlines()) - 1
-    kind = FSDP(sharding_strategy=strategy) if strategy.isupper() else strategy
+    kind = FSDP() if strategy == "fsdp" else strategy
     options: dict[str, Any] = (
         {"pretrained": lora, "lora": LoRA(r=2, targets=[*targets.split()] or None), "architecture": None}
         if lora
@@ -72,8 +72,11 @@ def shard(
         table, table, batch_size=int(batch_size), global_batch_size=rows // world * world, num_workers=0
     )
     trainer = _trainer(strategy=kind, devices=world // int(nodes), num_nodes=int(nodes))
-    trainer.fit(_module(**options), training)
+    module = _module(**options)
+    trainer.fit(module, training)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    (again,) = trainer.validate(module, training, verbose=False)
+    assert again == metrics
     trainer.save_checkpoint(f"{output}.ckpt")
     if trainer.is_global_zero:
         torch.save(metrics, f"{output}.metrics")

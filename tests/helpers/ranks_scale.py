@@ -20,7 +20,7 @@ from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from tests.helpers.ranks import CONFIG, PAIRS, make_batch
 
-STRATEGIES = {"fsdp": FSDP, "hybrid": partial(FSDP, "HYBRID_SHARD", device_mesh=(2, 2))}
+STRATEGIES = {"fsdp": FSDP, "hybrid": partial(FSDP, device_mesh=(2, 2))}
 
 
 class _Batches(Dataset[CaptionBatch]):

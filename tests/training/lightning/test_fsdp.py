@@ -12,7 +12,7 @@ from timm import optim
 from callbacks import EMA, ZeroShot
 from lit_clip import load_model
 from lit_clip.errors import InputError
-from lit_clip.training.lightning.fsdp import FSDP, _check_optimizer
+from lit_clip.training.lightning.fsdp import _check
 from lit_clip.training.optimizers import Optimization, PaperAdamW, is_elementwise
 from lit_clip.training.param_groups import EXCEPT_GAINS_AND_BIASES
 from lit_clip.training.schedules import WarmupCosine
@@ -98,16 +98,6 @@ def test_load_model_opens_an_fsdp_checkpoint(runs: Path) -> None:
     torch.testing.assert_close(dict(load_model(runs / "plain_fsdp.ckpt").state_dict()), dict(state))
 
 
-def test_torchs_fsdp_still_refuses_scalars() -> None:
-    """The reason why the temperature is not sharded and is averaged separately; fails once torch accepts scalars."""
-    from torch.distributed.fsdp import _init_utils
-
-    module = torch.nn.Module()
-    module.scale = torch.nn.Parameter(torch.zeros(()))
-    with pytest.raises(ValueError, match="scalar"):
-        _init_utils._verify_managed_params(module, [module.scale])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", "hybrid"])
 def test_four_ranks_train_as_one_process_does(runs: Path, strategy: str) -> None:
@@ -117,18 +107,15 @@ def test_four_ranks_train_as_one_process_does(runs: Path, strategy: str) -> None
     assert_same_training(runs / "four.ckpt", runs / "plain_auto.ckpt", 1e-5)
 
 
-@pytest.mark.parametrize("callback", [EMA(), ZeroShot({})], ids=["EMA", "ZeroShot"])
-def test_callbacks_that_need_unsharded_weights_are_refused_by_name(callback: Any) -> None:
-    with pytest.raises(InputError, match=type(callback).__name__):
-        FSDP()._check(SimpleNamespace(callbacks=[callback]))
+def fit(callbacks: Any = (), optimizer: Any = PaperAdamW) -> Any:
+    """Return the parts of a trainer that FSDP looks at before it shards."""
+    optimization = Optimization(optimizer, WarmupCosine, EXCEPT_GAINS_AND_BIASES)
+    return SimpleNamespace(callbacks=callbacks, lightning_module=SimpleNamespace(optimization=optimization))
 
 
-def test_a_hybrid_without_its_mesh_is_refused() -> None:
-    with pytest.raises(
-        InputError, match=r"^trainer.strategy: HYBRID_SHARD needs device_mesh; set it to \[machines, GPUs"
-    ):
-        FSDP(sharding_strategy="HYBRID_SHARD")
-    assert FSDP(sharding_strategy="HYBRID_SHARD", device_mesh=[2, 4]).kwargs["device_mesh"] == (2, 4)
+def test_an_average_of_weights_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match="^trainer.strategy: FSDP has no whole weights for EMA to average; use ddp$"):
+        _check(fit([ZeroShot({}), EMA()]))
 
 
 TORCHS_MUON = [torch.optim.Muon] if hasattr(torch.optim, "Muon") else []  # since torch 2.9; refuses vectors
@@ -137,18 +124,18 @@ TORCHS_MUON = [torch.optim.Muon] if hasattr(torch.optim, "Muon") else []  # sinc
 @pytest.mark.parametrize("optimizer", [optim.Muon, optim.Lamb, *TORCHS_MUON])
 def test_optimisers_of_whole_matrices_are_refused_by_name(optimizer: Any) -> None:
     with pytest.raises(InputError, match=f"{optimizer.__name__} needs whole matrices; use ddp"):
-        _check_optimizer(Optimization(optimizer, WarmupCosine, EXCEPT_GAINS_AND_BIASES))
+        _check(fit(optimizer=optimizer))
 
 
 @pytest.mark.parametrize("optimizer", [PaperAdamW, torch.optim.SGD, torch.optim.RMSprop, optim.Lion])
 def test_optimisers_of_single_numbers_are_not_refused(optimizer: Any) -> None:
     assert is_elementwise(optimizer)
-    _check_optimizer(Optimization(optimizer, WarmupCosine, EXCEPT_GAINS_AND_BIASES))
+    _check(fit(optimizer=optimizer))
 
 
 def test_shards_validate_when_ranks_have_different_numbers_of_batches(tmp_path: Path) -> None:
     script, table = str(ROOT / "tests/helpers/ranks_resume.py"), str(write_table(tmp_path, 3))
-    for strategy in ("FULL_SHARD", "ddp"):  # two batches of one pair, and one
+    for strategy in ("fsdp", "ddp"):  # two batches of one pair, and one
         run_lightning_ranks(2, tmp_path, script, "shard", strategy, table, strategy, "1")
-    sharded, plain = (torch.load(tmp_path / f"{strategy}.metrics") for strategy in ("FULL_SHARD", "ddp"))
+    sharded, plain = (torch.load(tmp_path / f"{strategy}.metrics") for strategy in ("fsdp", "ddp"))
     assert sharded == pytest.approx(plain, abs=1e-6)
