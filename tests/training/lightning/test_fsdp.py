@@ -11,19 +11,22 @@ from timm import optim
 
 from callbacks import EMA, ZeroShot
 from lit_clip import load_model
+from lit_clip.commands.wise_ft import save
 from lit_clip.errors import InputError
+from lit_clip.models.clip import CLIP
 from lit_clip.training.lightning.fsdp import _check
 from lit_clip.training.optimizers import Optimization, PaperAdamW, is_elementwise
 from lit_clip.training.param_groups import EXCEPT_GAINS_AND_BIASES
 from lit_clip.training.schedules import WarmupCosine
 from tests.conftest import ROOT, run_lightning_ranks
+from tests.helpers.ranks_resume import CONFIG
 from tests.helpers.small_sets import write_table
 
 SCRIPT = str(ROOT / "tests/helpers/ranks_scale.py")
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipped": {"trainer": {"gradient_clip_val": 0.05, "precision": "bf16-mixed"}},
-    "recomputed": {"checkpointed": True, "freeze": {"image": "all"}},
+    "recomputed": {"checkpointed": True, "freeze": {"image": "all"}, "own_loss": True},
     "micro_batches": {"micro_batch_size": 2, "checkpointed": True},
 }
 
@@ -62,7 +65,8 @@ def assert_same_training(ours: Path, theirs: Path, tolerance: float) -> None:
     a, b = loaded(ours), loaded(theirs)
     assert a["global_step"] == b["global_step"]
     # To the last bit of a weight: on some processors it differs, as the norm of shards is summed in another order.
-    torch.testing.assert_close(a["state_dict"], b["state_dict"], rtol=torch.finfo().eps, atol=tolerance)
+    for weights in ("state_dict", "loss"):
+        torch.testing.assert_close(a.get(weights), b.get(weights), rtol=torch.finfo().eps, atol=tolerance)
     a, b = (checkpoint["optimizer_states"][0] for checkpoint in (a, b))
     keys = ("name", "params", "weight_decay", "lr", "initial_lr", "betas")
     for group, other in zip(a["param_groups"], b["param_groups"], strict=True):
@@ -107,15 +111,31 @@ def test_four_ranks_train_as_one_process_does(runs: Path, strategy: str) -> None
     assert_same_training(runs / "four.ckpt", runs / "plain_auto.ckpt", 1e-5)
 
 
-def fit(callbacks: Any = (), optimizer: Any = PaperAdamW) -> Any:
+@pytest.mark.slow
+def test_a_lora_of_all_layers_trains_as_ddp_does(tmp_path: Path) -> None:
+    """Of attention's fused weight, too, to which peft adds for the duration of a forward pass."""
+    script, table = str(ROOT / "tests/helpers/ranks_resume.py"), str(write_table(tmp_path, 4))
+    save(CLIP(CONFIG), tmp_path / "start.ckpt", {})
+    for strategy in ("fsdp", "ddp"):
+        run_lightning_ranks(2, tmp_path, script, "shard", strategy, table, strategy, "2", "start.ckpt")
+    assert_same_training(tmp_path / "fsdp.ckpt", tmp_path / "ddp.ckpt", 1e-8)
+
+
+def fit(callbacks: Any = (), optimizer: Any = PaperAdamW, scaler: Any = None) -> Any:
     """Return the parts of a trainer that FSDP looks at before it shards."""
     optimization = Optimization(optimizer, WarmupCosine, EXCEPT_GAINS_AND_BIASES)
-    return SimpleNamespace(callbacks=callbacks, lightning_module=SimpleNamespace(optimization=optimization))
+    module, precision = SimpleNamespace(optimization=optimization), SimpleNamespace(scaler=scaler)
+    return SimpleNamespace(callbacks=callbacks, lightning_module=module, precision_plugin=precision)
 
 
 def test_an_average_of_weights_is_refused_by_name() -> None:
     with pytest.raises(InputError, match="^trainer.strategy: FSDP has no whole weights for EMA to average; use ddp$"):
         _check(fit([ZeroShot({}), EMA()]))
+
+
+def test_gradients_scaled_for_float16_are_refused() -> None:
+    with pytest.raises(InputError, match="^trainer.precision: 16-mixed scales gradients, .*; use bf16-mixed, or"):
+        _check(fit(scaler=torch.amp.GradScaler("cpu")))
 
 
 TORCHS_MUON = [torch.optim.Muon] if hasattr(torch.optim, "Muon") else []  # since torch 2.9; refuses vectors
