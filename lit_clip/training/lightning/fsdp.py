@@ -170,8 +170,11 @@ def _shard(value: Any, like: Any) -> Any:
 
 def _check(trainer: Any) -> None:
     for callback in trainer.callbacks:
-        name, averages = type(callback).__name__, isinstance(callback, WeightAveraging)
-        require(not averages, f"trainer.strategy: FSDP has no whole weights for {name} to average; use ddp")
+        require(
+            not (isinstance(callback, WeightAveraging) or getattr(callback, "needs_whole_weights", False)),
+            f"trainer.strategy: FSDP has no whole weights, which {type(callback).__name__} needs; remove it and "
+            "validate the checkpoint afterwards, or use ddp",
+        )
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
     mixed = "trainer.precision: 16-mixed scales gradients, which torch cannot do with shards and scalars together"
     require(not scaled, f"{mixed}; use bf16-mixed, or trainer.strategy ddp")
