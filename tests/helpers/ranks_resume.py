@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from datamodules import Captions
 from lit_clip import LitCLIP, distributed
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.lora import LoRA
-from lit_clip.training.lightning.fsdp import FSDP
+from lit_clip.training.lightning.fsdp import FSDP, whole_weights
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 
@@ -57,6 +57,17 @@ def resume(table: str, *places: str) -> None:
         Path(f"{rank}.error").write_text(str(error), encoding="utf-8")
 
 
+class Encoding(Callback):
+    """Encodes images on one of two ranks between steps, as a set of few images needs."""
+
+    @torch.no_grad()
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        module: Any = pl_module
+        with whole_weights(module):
+            if not trainer.is_global_zero:
+                module.model.encode_image(module.model.normalize(batch.images))
+
+
 def shard(
     output: str, table: str, strategy: str, batch_size: str, lora: str = "", nodes: str = "1", targets: str = ""
 ) -> None:
@@ -71,7 +82,7 @@ def shard(
     training = Captions(
         table, table, batch_size=int(batch_size), global_batch_size=rows // world * world, num_workers=0
     )
-    trainer = _trainer(strategy=kind, devices=world // int(nodes), num_nodes=int(nodes))
+    trainer = _trainer(strategy=kind, devices=world // int(nodes), num_nodes=int(nodes), callbacks=[Encoding()])
     module = _module(**options)
     trainer.fit(module, training)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}

@@ -170,11 +170,8 @@ def _shard(value: Any, like: Any) -> Any:
 
 def _check(trainer: Any) -> None:
     for callback in trainer.callbacks:
-        require(
-            not (isinstance(callback, WeightAveraging) or getattr(callback, "needs_whole_weights", False)),
-            f"trainer.strategy: FSDP has no whole weights, which {type(callback).__name__} needs; remove it and "
-            "validate the checkpoint afterwards, or use ddp",
-        )
+        name, averages = type(callback).__name__, isinstance(callback, WeightAveraging)
+        require(not averages, f"trainer.strategy: FSDP has no whole weights for {name} to average; use ddp")
     scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
     mixed = "trainer.precision: 16-mixed scales gradients, which torch cannot do with shards and scalars together"
     require(not scaled, f"{mixed}; use bf16-mixed, or trainer.strategy ddp")
@@ -195,9 +192,16 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
     for each in shards:
         each.set_reshard_after_forward(False, recurse=False)
         each.unshard()
+    for group in groups:
+        group._to_sharded = lambda: None  # state_dict() would call it
     try:
         yield
     finally:
+        for group in groups:
+            del group._to_sharded
+            # Otherwise the next backward pass would gather ahead in the order of these calls, and ranks wait for ever.
+            group._post_forward_indices.clear()
+            group.comm_ctx.post_forward_order.clear()
         for each in shards:
             each.reshard()
         for group, mesh in zip(groups, before, strict=True):

@@ -7,17 +7,22 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from timm import optim
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from callbacks import EMA, ZeroShot
 from lit_clip import load_model
 from lit_clip.commands.wise_ft import save
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
-from lit_clip.training.lightning.fsdp import _check
+from lit_clip.training.lightning.fsdp import _check, whole_weights
 from lit_clip.training.optimizers import Optimization, PaperAdamW, is_elementwise
 from lit_clip.training.param_groups import EXCEPT_GAINS_AND_BIASES
 from lit_clip.training.schedules import WarmupCosine
+from lit_clip.weights.fingerprint import text_sha256
 from tests.conftest import ROOT, run_lightning_ranks
 from tests.helpers.ranks_resume import CONFIG
 from tests.helpers.small_sets import write_table
@@ -128,10 +133,26 @@ def fit(callbacks: Any = (), optimizer: Any = PaperAdamW, scaler: Any = None) ->
     return SimpleNamespace(callbacks=callbacks, lightning_module=module, precision_plugin=precision)
 
 
-@pytest.mark.parametrize("callback", [EMA(), ZeroShot({})], ids=["EMA", "ZeroShot"])
-def test_callbacks_that_need_unsharded_weights_are_refused_by_name(callback: Any) -> None:
-    with pytest.raises(InputError, match=type(callback).__name__):
-        _check(fit([callback]))
+def test_an_average_of_weights_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match="^trainer.strategy: FSDP has no whole weights for EMA to average; use ddp$"):
+        _check(fit([ZeroShot({}), EMA()]))
+
+
+def test_weights_that_are_gathered_for_callbacks_stay_whole_for_a_state_dict(tmp_path: Path) -> None:
+    model = CLIP(CONFIG)
+    expected, text = {name: value.clone() for name, value in model.state_dict().items()}, text_sha256(model)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ignored = {each for each in model.parameters() if each.ndim == 0}
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)), ignored_params=ignored)
+        with whole_weights(model):
+            torch.testing.assert_close(dict(model.state_dict()), expected, rtol=0, atol=0)
+            assert text_sha256(model) == text
+            assert not any(isinstance(each, DTensor) for each in model.parameters())
+        assert all(isinstance(each, DTensor) or each in ignored for each in model.parameters())
+        assert any(isinstance(each, DTensor) for each in model.state_dict().values())
+    finally:
+        dist.destroy_process_group()
 
 
 def test_gradients_scaled_for_float16_are_refused() -> None:
