@@ -5,7 +5,6 @@ from typing import Any, cast
 
 import numpy as np
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from lit_clip import distributed
 from lit_clip.errors import InputError, require
@@ -25,6 +24,7 @@ from lit_clip.training.frozen_features import (
     store_images,
     store_texts,
 )
+from lit_clip.training.lightning.fsdp import whole_weights
 from lit_clip.training.micro_batches import HARD_NEGATIVES
 from lit_clip.training.other_images import OtherImageContrastive
 from lit_clip.training.place_contrastive import PlaceContrastive
@@ -64,6 +64,10 @@ class FrozenFeatures(Callback):
         if cast(Any, trainer).fast_dev_run:  # would encode everything for a few steps
             return
         module, data = cast(LitCLIP, pl_module), cast(Any, trainer).datamodule
+        with whole_weights(module):
+            self._encode(trainer, module, data)
+
+    def _encode(self, trainer: Trainer, module: LitCLIP, data: Any) -> None:
         for tower in TOWERS if data.lists_captions else TOWERS[:1]:
             use_frozen_prefix(module.model, tower)
         teachers = {each.teacher: each.loaded for each in module.loss.modules() if isinstance(each, Distillation)}
@@ -150,8 +154,6 @@ def _refuse(trainer: Trainer, module: LightningModule) -> None:
     """Raise :class:`InputError` for what cannot train on stored activations."""
     data = cast(Any, trainer).datamodule
     require(hasattr(data, "use_stored"), "FrozenFeatures: needs a data module derived from CaptionDataModule")
-    sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
-    require(not sharded, "FrozenFeatures: cannot encode with sharded weights; set trainer.strategy to ddp")
     compiled = any(isinstance(callback, Compile) for callback in cast(Any, trainer).callbacks)
     require(not compiled, "FrozenFeatures: not together with callbacks.Compile; remove one of them")
 

@@ -5,7 +5,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
 from lit_clip.distributed import gather_objects, rank_and_world
 from lit_clip.embedding.index import nearest_others
@@ -15,6 +14,7 @@ from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.module import LitCLIP
 from lit_clip.tools.console import progress
 from lit_clip.tools.workers import loader
+from lit_clip.training.lightning.fsdp import whole_weights
 
 NEAREST = 32  # neighbours of an image
 
@@ -53,8 +53,6 @@ class HardBatches(Callback):
         require(
             wanted, "HardBatches: set data.batches.hard to a share such as 0.5, and leave data.batches.features out"
         )
-        sharded = isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
-        require(not sharded, "HardBatches: cannot encode with sharded weights; set trainer.strategy to ddp")
         stored = any(type(each).__name__ == "FrozenFeatures" for each in cast(Any, trainer).callbacks)
         require(not stored, "HardBatches: not together with FrozenFeatures; set data.batches.features instead")
 
@@ -85,6 +83,7 @@ class HardBatches(Callback):
         with (
             torch.no_grad(),
             evaluation_mode(module),
+            whole_weights(module),
             trainer.precision_plugin.forward_context(),
             progress("encoding images for hard batches", sum(map(len, batches)), rank == 0) as advance,
         ):

@@ -6,13 +6,11 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
-from torch.distributed.fsdp import ShardingStrategy
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import require
 from lit_clip.models.clip import CLIP
@@ -24,14 +22,13 @@ from .training_clock import TimedCallback, log_interval
 STUCK = 0.99  # of the baseline: a loss above it has learned nothing
 
 
-def gradient_norms(model: CLIP, sharded: bool = False) -> dict[str, Tensor]:
+def gradient_norms(model: CLIP) -> dict[str, Tensor]:
     """Return the L2 norm of each trainable encoder's gradient; ``logit_scale`` and ``logit_bias`` belong to neither.
 
-    A collective if ``sharded``: each rank holds a shard of each gradient (FSDP).
+    A collective if the gradients are sharded (FSDP).
     """
     encoders: dict[str, list[nn.Parameter]] = {"image": [], "text": []}
     for name, parameter in model.named_parameters():
-        name = name.replace("_fsdp_wrapped_module.", "")
         if parameter.requires_grad and name not in SCALARS:
             encoders["image" if name.startswith("visual.") else "text"].append(parameter)
     norms = {
@@ -39,11 +36,7 @@ def gradient_norms(model: CLIP, sharded: bool = False) -> dict[str, Tensor]:
         for encoder, parameters in encoders.items()
         if parameters
     }
-    if sharded and norms:
-        device = next(model.parameters()).device
-        squares = distributed.sum_over_ranks(torch.stack([norm.to(device) for norm in norms.values()]) ** 2, device)
-        norms = dict(zip(norms, squares.sqrt(), strict=True))
-    return norms
+    return {encoder: norm.full_tensor() if isinstance(norm, DTensor) else norm for encoder, norm in norms.items()}
 
 
 class TrainingMonitor(TimedCallback):
@@ -51,7 +44,7 @@ class TrainingMonitor(TimedCallback):
 
     - ``train/learning_rate``: the highest, where parts or layers have different rates
     - ``train/image_gradient_norm``, ``train/text_gradient_norm``: before clipping, and without the scale of
-      ``16-mixed``; not logged under FSDP's hybrid sharding
+      ``16-mixed``
     - ``train/samples_per_second``: over all ranks, relative to training time (see
       :class:`callbacks.training_clock.TimedCallback`)
     - ``train/samples_seen``
@@ -84,12 +77,8 @@ class TrainingMonitor(TimedCallback):
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         if (trainer.global_step + 1) % log_interval(trainer) == 0:
-            strategy, whole = trainer.strategy, ShardingStrategy.NO_SHARD
-            sharding = strategy.sharding_strategy if isinstance(strategy, FSDPStrategy) else whole
-            if sharding in (whole, ShardingStrategy.FULL_SHARD, ShardingStrategy.SHARD_GRAD_OP):
-                model = cast(LitCLIP, pl_module).model
-                for encoder, norm in gradient_norms(model, sharding != whole).items():
-                    pl_module.log(f"train/{encoder}_gradient_norm", norm)
+            for encoder, norm in gradient_norms(cast(LitCLIP, pl_module).model).items():
+                pl_module.log(f"train/{encoder}_gradient_norm", norm)
             pl_module.log("train/learning_rate", max(group["lr"] for group in optimizer.param_groups))
 
     def on_train_batch_end(

@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
@@ -197,7 +198,9 @@ def bad_rows(step: TrainingStep) -> Tensor:
 
 def largest_gradient(parameters: Iterable[nn.Parameter]) -> Tensor:
     """Return the largest magnitude in this rank's gradients, a scalar; not finite if any of them is not."""
-    gradients = [p.grad for p in parameters if p.grad is not None and p.grad.numel()]  # FSDP has empty shards
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    gradients = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
+    gradients = [each for each in gradients if each.numel()]  # FSDP has empty shards
     return nn.utils.get_total_norm(gradients, norm_type=torch.inf)  # the square of a finite one may overflow
 
 

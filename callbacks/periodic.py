@@ -16,6 +16,7 @@ from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.module import LitCLIP
 from lit_clip.retrieval.retrieval_set import Evaluation
 from lit_clip.tools.untrusted import check_entries
+from lit_clip.training.lightning.fsdp import whole_weights
 
 Result = TypeVar("Result")
 
@@ -32,8 +33,6 @@ class PeriodicEvaluation(Callback):
             interval).
         every_n_steps: evaluate every n optimiser steps instead, between two steps.
     """
-
-    needs_whole_weights = True  # it encodes images outside the steps for which FSDP gathers the weights
 
     def __init__(self, every_n_epochs: int = 1, every_n_steps: int | None = None) -> None:
         name = type(self).__name__
@@ -101,7 +100,7 @@ class PeriodicEvaluation(Callback):
 
     def _run(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(LitCLIP, pl_module)
-        with trainer.precision_plugin.forward_context():
+        with trainer.precision_plugin.forward_context(), whole_weights(module):
             self._last = self.evaluate(trainer, module)
         self._waited = 0
         module.baselines |= self._last.baselines

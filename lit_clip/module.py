@@ -175,4 +175,4 @@ class LitCLIP(RunHooks):
         self.baselines |= {f"{prefix}/{name}": value for name, value in evaluation.baselines.items()}
 
     def configure_optimizers(self) -> Any:
-        return self.optimization.configure(self._parameter_groups(), self.trainer)
+        return self.optimization.configure(self.optimization.groups(self), self.trainer)

@@ -26,6 +26,9 @@ def encode_places(visual: nn.Module, images: Tensor) -> Tensor:
     Raises:
         InputError: the encoder has no such features, or the images are too small or not divisible.
     """
+    # FSDP gathers a block's weights only for its whole forward pass. By name: importing torch's DTensor takes time.
+    if any(hasattr(parameter, "full_tensor") for parameter in visual.parameters()):
+        raise InputError("encode_patches: the weights are sharded; train with trainer.strategy ddp")
     if isinstance(visual, VisionTransformer):
         return _vision_transformer(visual, images)
     if isinstance(visual, ModifiedResNet):
@@ -54,17 +57,15 @@ def _vision_transformer(vit: VisionTransformer, images: Tensor) -> Tensor:
     x = x_BLW.reshape(B * L, W)
     for block in blocks:
         x = block(x, layout)
-    x = _value_path(last, x) if vit.pool == "class" else last(x, layout)
+    x = _value_path(cast(ResidualAttentionBlock, last), x) if vit.pool == "class" else last(x, layout)
     if vit.attn_pool is not None:
         x = _pooler_values(vit.attn_pool, x)
     features = vit.project(vit.ln_post(x)).unflatten(0, (B, L))[:, 1:]  # [B, hw, D]
     return features.transpose(1, 2).unflatten(2, grid)
 
 
-def _value_path(block: nn.Module, x_TW: Tensor) -> Tensor:
+def _value_path(block: ResidualAttentionBlock, x_TW: Tensor) -> Tensor:
     """Return the values of a block's attention, each projected alone: ``[T, W]`` -> ``[T, W]``."""
-    if not isinstance(block, ResidualAttentionBlock):  # FSDP gathers a block's weights only for its whole forward pass
-        raise InputError("encode_patches: the last block's weights are sharded; train with trainer.strategy ddp")
     W = x_TW.shape[1]
     weight, bias = cast(Tensor, block.attn.in_proj_weight), block.attn.in_proj_bias
     return block.attn.out_proj(F.linear(block.ln_1(x_TW), weight[2 * W :], bias[2 * W :]))

@@ -120,7 +120,7 @@ def _variant(module: Any) -> Any:
 def _value_path(trunk: Any, images: Tensor) -> Tensor:
     """Images -> ``[B, N, C]``: the last block's attention of each place to itself alone, without residual and MLP."""
     last = trunk.blocks[-1]
-    if not isinstance(last, Block | EvaBlock):  # FSDP's shards are no such block either
+    if not isinstance(last, Block | EvaBlock):
         raise _refusal(trunk, f"whose last block is a {type(last).__name__}")
     if len(trunk.blocks) == 1:
         raise _refusal(trunk, "whose last block is its only one")

@@ -36,13 +36,12 @@ def image_encoder(config: CLIPConfig) -> VisionTransformer | ModifiedResNet | Ti
     return TimmImageEncoder(config.image, config.embed_dim)
 
 
-def input_dtype(visual: nn.Module, device: torch.device, fallback: torch.dtype) -> torch.dtype:
+def input_dtype(visual: nn.Module, device: torch.device) -> torch.dtype:
     """Return the precision of an image encoder's input.
 
     The weights', or under autocast the first product's if the encoder is one of ours.
     """
-    # Weights that FSDP has gathered are not parameters of their modules.
-    dtype = next((parameter.dtype for parameter in visual.parameters()), fallback)
+    dtype = next(visual.parameters()).dtype
     ours = isinstance(visual, VisionTransformer | ModifiedResNet)
     if ours and dtype == torch.float32 and device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)

@@ -107,9 +107,9 @@ class ModifiedResNet(nn.Module):
         self.attnpool = AttentionPool(self.grid[0] * self.grid[1], channels, channels // 64, embed_dim)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        before = next(self.buffers()).device  # BatchNorm's; FSDP takes the parameters away
+        before = next(self.parameters()).device
         super()._apply(fn, recurse)
-        after = next(self.buffers()).device
+        after = next(self.parameters()).device
         for parameter in self.parameters() if after != before else ():
             if parameter.ndim == 4:  # of a convolution
                 parameter.data = parameter.data.contiguous(memory_format=weight_format(after))

@@ -93,8 +93,7 @@ class Transformer(nn.Module):
     @property
     def is_compiled(self) -> bool:
         """Whether ``torch.compile`` makes graphs of the blocks."""
-        # All modules, as FSDP wraps the blocks.
-        return any(module._compiled_call_impl is not None for module in self.resblocks.modules())
+        return any(block._compiled_call_impl is not None for block in self.resblocks)
 
     def init_like_gpt(self) -> None:
         """Initialise as OpenAI's text encoder: normal weights, those of the residual path smaller with depth."""

@@ -86,7 +86,7 @@ REFUSED = (
         "remove it (a signal saves anyway), and set ModelCheckpoint.every_n_train_steps",
         when=lambda trainer: trainer.world_size > 1,
     ),
-    Refusal(strategies.FSDPStrategy, _SCALAR, _OTHER_STRATEGY, exactly=True),
+    Refusal(strategies.FSDPStrategy, _SCALAR, _OTHER_STRATEGY),
     Refusal(strategies.ModelParallelStrategy, _SCALAR, _OTHER_STRATEGY),
     Refusal(strategies.DeepSpeedStrategy, _UNTESTED, _OTHER_STRATEGY),
     Refusal(XLAStrategy, _UNTESTED, "use ddp on GPUs"),

@@ -69,7 +69,6 @@ class RunHooks(LightningModule):
         self.baselines: dict[str, float] = {}
         self.before: dict[str, float] = {}
         self._step_metrics: dict[str, Tensor] | None = None  # of this rank's step, until they are averaged
-        self._groups: list[dict[str, Any]] | None = None
         self._frozen_modules: list[str] = []
         self._changing: set[str] = set()  # names of the model's weights
 
@@ -147,8 +146,6 @@ class RunHooks(LightningModule):
             if self._trainer:
                 synchronise_batch_norm(self.trainer.strategy)
             self.loss.prepare(self.model)
-            self._groups = None
-            self._groups = self._parameter_groups()
 
     def on_fit_start(self) -> None:
         check_run(self)
@@ -246,11 +243,6 @@ class RunHooks(LightningModule):
 
     # The optimiser, and checkpoints.
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Return the groups as they were when ``fit`` began: FSDP's shards are flat, so weights look like biases."""
-        groups = self.optimization.groups(self) if self._groups is None else self._groups
-        return [{**group, "params": list(group["params"])} for group in groups]
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         base = {"pretrained": self.hparams["pretrained"], "sha256": self.base_sha256} if self.base_sha256 else None
         pack_checkpoint(checkpoint, self.model, base, self._changing)
@@ -275,4 +267,4 @@ class RunHooks(LightningModule):
             weights_only = f"{name}: holds weights only, so training cannot resume"
             require(resumable, f"{weights_only}; start from it with model.pretrained")
             steps = total_steps(self.trainer, *close_epoch(checkpoint, batches_per_epoch(self.trainer)))
-            self.optimization.resume(checkpoint, self._parameter_groups(), steps, name)
+            self.optimization.resume(checkpoint, self.optimization.groups(self), steps, name)

@@ -64,8 +64,7 @@ def print_summary(
 
 def print_trained(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> None:
     """Print the optimiser's parameter groups, and what of the model is frozen."""
-    named = [(name.replace("_fsdp_wrapped_module.", ""), p) for name, p in model.named_parameters()]
-    added = {id(parameter) for name, parameter in named if is_added(name)}
+    added = {id(parameter) for name, parameter in model.named_parameters() if is_added(name)}
     table = _table("Trained", "part", "kind", "parameters", "learning rate", "weight decay")
     for group in groups:
         kinds = {"LoRA" if id(parameter) in added else "full" for parameter in group["params"]}
@@ -74,7 +73,7 @@ def print_trained(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> None
         decay = f"{group['weight_decay']:g}" if "weight_decay" in group else "-"  # torch.optim.Rprop has none
         table.add_row(group["name"], " and ".join(sorted(kinds)), f"{parameters:,}", f"{rate:.2e}", decay)
     frozen: Counter[str] = Counter()
-    for name, parameter in named:
+    for name, parameter in model.named_parameters():
         part = "temperature" if name in SCALARS else "image" if name.startswith("visual.") else "text"
         frozen[part] += 0 if parameter.requires_grad else parameter.numel()
     for part, parameters in (+frozen).items():

@@ -64,7 +64,8 @@ def _digests(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
 
 def _tensor_sha256(value: Tensor) -> str:
     digest = hashlib.sha256(f"{value.dtype} {list(value.shape)}".encode())
-    values: Any = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()  # typed as no buffer
+    copy = value.detach().cpu().clone(memory_format=torch.contiguous_format)  # FSDP frees no memory of an array
+    values: Any = copy.reshape(-1).view(torch.uint8).numpy()  # typed as no buffer
     digest.update(values)
     return digest.hexdigest()
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Callback, Trainer
-from torch import Tensor, nn
+from torch import Tensor
 
 from callbacks import ActivationCheckpointing, Compile
 from callbacks.compile import compile_blocks
@@ -58,15 +58,6 @@ def test_a_compiled_model_has_the_gradients_and_names_of_a_plain_one() -> None:
     for longest in (3, 7, 12, 15, 35, 40):  # rows are as long for any texts
         gradients(compiled, longest)
     assert graphs["unique_graphs"] == known
-
-
-def test_blocks_that_a_strategy_wraps_count_as_compiled() -> None:
-    """FSDP puts each block into another module after it was compiled; texts must still share rows."""
-    model = CLIP(CONFIG)
-    assert not model.transformer.is_compiled
-    compile_blocks(model, backend="eager")
-    model.transformer.resblocks = nn.ModuleList(nn.Sequential(block) for block in model.transformer.resblocks)
-    assert model.transformer.is_compiled
 
 
 def test_training_and_validation_stay_compiled_for_any_length() -> None:

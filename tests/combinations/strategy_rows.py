@@ -57,31 +57,19 @@ for name, values in DDP_OPTIONS.items():
         covers=["DDPStrategy"],
     )
 SHARDED: dict[str, dict[str, Any]] = {
-    "FULL_SHARD": {},
-    "SHARD_GRAD_OP": {},
-    "HYBRID_SHARD, device_mesh: [1, 2]": {"device_mesh": [1, 2]},
+    "": {},
+    ": reshard_after_forward: false": {"reshard_after_forward": False},
+    ": device_mesh: [1, 2]": {"device_mesh": [1, 2]},
+    ": device_mesh: [2, 1]": {"device_mesh": [2, 1]},
 }
 for name, values in SHARDED.items():
     works(
         STRATEGIES,
-        f"lit_clip.training.lightning.fsdp.FSDP: {name}",
+        f"lit_clip.training.lightning.fsdp.FSDP{name}",
         near(1e-5),
         RESUMED,
         ranks=[2],
-        trainer=strategy(lambda name=name, values=values: FSDP(name.partition(",")[0], **values)),
-        covers=["FSDPPrecision"],
-    )
-MESHES: dict[str, tuple[str, dict[str, Any]]] = {
-    "": ("needs device_mesh", {}),
-    ", device_mesh: [2, 1]": ("would not average the gradients", {"device_mesh": [2, 1]}),
-}
-for mesh, (line, values) in MESHES.items():
-    refused(
-        STRATEGIES,
-        f"lit_clip.training.lightning.fsdp.FSDP: HYBRID_SHARD{mesh}",
-        line,
-        (2,),
-        trainer=strategy(lambda values=values: FSDP("HYBRID_SHARD", **values)),
+        trainer=strategy(lambda values=values: FSDP(**values)),
     )
 
 

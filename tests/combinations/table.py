@@ -18,6 +18,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "not tried; needs a TPU": ("XLAProfiler",),
     "refused with its strategy": (
         "DeepSpeedPrecision",
+        "FSDPPrecision",
         "deepspeed",
         "deepspeed_stage_1",
         "deepspeed_stage_2",

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback
+from torch.distributed.tensor import DTensor
 
 from lit_clip.models.config import CLIPConfig, ResNetConfig
 from lit_clip.training.lightning.fsdp import FSDP
@@ -160,7 +161,9 @@ class Gradients(Callback):
 
     def record(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [each for group in optimizer.param_groups for each in group["params"]]
-        gradients = [each.grad for each in parameters if each.grad is not None and each.grad.numel()]
+        gradients = [each.grad for each in parameters if each.grad is not None]
+        gradients = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
+        gradients = [each for each in gradients if each.numel()]
         squares = [(each.ndim, float(each.double().square().sum())) for each in gradients]
         self.squares.append((sum(n for ndim, n in squares if ndim), sum(n for ndim, n in squares if not ndim)))
         self.largest.append(max(float(each.abs().max()) for each in gradients))

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from datamodules import Captions
 from lit_clip import LitCLIP, distributed
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.lora import LoRA
-from lit_clip.training.lightning.fsdp import FSDP
+from lit_clip.training.lightning.fsdp import FSDP, whole_weights
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 
@@ -57,12 +57,23 @@ def resume(table: str, *places: str) -> None:
         Path(f"{rank}.error").write_text(str(error), encoding="utf-8")
 
 
+class Encoding(Callback):
+    """Encodes images on one of two ranks between steps, as a set of few images needs."""
+
+    @torch.no_grad()
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        module: Any = pl_module
+        with whole_weights(module):
+            if not trainer.is_global_zero:
+                module.model.encode_image(module.model.normalize(batch.images))
+
+
 def shard(
     output: str, table: str, strategy: str, batch_size: str, lora: str = "", nodes: str = "1", targets: str = ""
 ) -> None:
     """Train one step, on as many pairs as ranks can share, validate, and save the metrics and the checkpoint."""
     world, rows = int(os.environ["WORLD_SIZE"]), len(Path(table).read_text(encoding="utf-8").splitlines()) - 1
-    kind = FSDP(sharding_strategy=strategy) if strategy.isupper() else strategy
+    kind = FSDP() if strategy == "fsdp" else strategy
     options: dict[str, Any] = (
         {"pretrained": lora, "lora": LoRA(r=2, targets=[*targets.split()] or None), "architecture": None}
         if lora
@@ -71,9 +82,12 @@ def shard(
     training = Captions(
         table, table, batch_size=int(batch_size), global_batch_size=rows // world * world, num_workers=0
     )
-    trainer = _trainer(strategy=kind, devices=world // int(nodes), num_nodes=int(nodes))
-    trainer.fit(_module(**options), training)
+    trainer = _trainer(strategy=kind, devices=world // int(nodes), num_nodes=int(nodes), callbacks=[Encoding()])
+    module = _module(**options)
+    trainer.fit(module, training)
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    (again,) = trainer.validate(module, training, verbose=False)
+    assert again == metrics
     trainer.save_checkpoint(f"{output}.ckpt")
     if trainer.is_global_zero:
         torch.save(metrics, f"{output}.metrics")

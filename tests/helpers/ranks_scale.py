@@ -8,11 +8,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch import LightningDataModule, Trainer
+from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from callbacks import ActivationCheckpointing
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
+from lit_clip.losses import Contrastive
+from lit_clip.losses.loss import LossValue, Pairs
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.module import LitCLIP
 from lit_clip.training.lightning.fsdp import FSDP
@@ -20,7 +23,7 @@ from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from tests.helpers.ranks import CONFIG, PAIRS, make_batch
 
-STRATEGIES = {"fsdp": FSDP, "hybrid": partial(FSDP, "HYBRID_SHARD", device_mesh=(2, 2))}
+STRATEGIES = {"fsdp": FSDP, "hybrid": partial(FSDP, device_mesh=(2, 2))}
 
 
 class _Batches(Dataset[CaptionBatch]):
@@ -35,6 +38,19 @@ class _Batches(Dataset[CaptionBatch]):
 
     def __getitem__(self, step: int) -> CaptionBatch:
         return make_batch(self.rows)
+
+
+class Tempered(Contrastive):
+    """A loss with parameters: a scalar, and a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.factor = nn.Parameter(torch.tensor(1.0))
+        self.weights = nn.Parameter(torch.ones(3))
+
+    def forward(self, pairs: Pairs) -> LossValue:
+        value = super().forward(pairs)
+        return value._replace(loss=value.loss * self.factor * self.weights.mean())
 
 
 class Data(LightningDataModule):
@@ -53,11 +69,14 @@ def train(
     strategy: str,
     resume: str | None = None,
     checkpointed: bool = False,
+    own_loss: bool = False,
     **options: Any,
 ) -> None:
     """Train with ``Trainer.fit``, three steps an epoch, and save a checkpoint."""
     settings = {"max_epochs": 1, "precision": "32-true", **options.pop("trainer", {})}
     torch.manual_seed(int(os.environ["RANK"]) if strategy in STRATEGIES else 0)  # FSDP must broadcast rank 0's weights
+    if own_loss:
+        options["loss"] = Tempered()
     # With a smaller eps, AdamW would amplify rounding errors of gradients that are zero.
     module = LitCLIP(
         CONFIG, **options, optimizer=partial(PaperAdamW, eps=1e-3), lr_scheduler=partial(WarmupCosine, warmup_steps=1)

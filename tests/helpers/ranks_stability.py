@@ -6,9 +6,11 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from callbacks.monitor import gradient_norms
-from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.models.clip import CLIP
 from lit_clip.tools import hardware
@@ -74,13 +76,14 @@ class RunsAhead(Callback):
         hardware.runs_ahead = lambda device: True
 
 
-def give_gradients(model: nn.Module, part: int = 0, parts: int = 1) -> None:
-    """Set random gradients that are 0 at the entries of other parts."""
+def give_gradients(model: nn.Module) -> None:
+    """Set random gradients."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
-        gradient = torch.randn(parameter.numel(), generator=generator)
-        gradient[torch.arange(len(gradient)) % parts != part] = 0
-        parameter.grad = gradient.reshape(parameter.shape)
+        gradient = torch.randn(parameter.shape, generator=generator)
+        if isinstance(parameter, DTensor):
+            gradient = distribute_tensor(gradient, parameter.device_mesh, parameter.placements)
+        parameter.grad = gradient
 
 
 def norms_of_shards() -> None:
@@ -91,8 +94,10 @@ def norms_of_shards() -> None:
     model = CLIP(CONFIG)
     give_gradients(model)
     expected = gradient_norms(model)
-    give_gradients(model, *distributed.rank_and_world())
-    norms = gradient_norms(model, sharded=True)
+    scalars = {parameter for parameter in model.parameters() if parameter.ndim == 0}
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)), ignored_params=scalars)
+    give_gradients(model)
+    norms = gradient_norms(model)
     assert norms.keys() == expected.keys() == {"image", "text"}
     for encoder, norm in norms.items():
         torch.testing.assert_close(norm, expected[encoder])

@@ -74,7 +74,7 @@ def test_a_run_resumed_inside_an_epoch_ends_with_the_same_bits_of_the_losss_own_
         assert torch.equal(resumed.state_dict()[name], value), name
     found = whole.state_dict()["loss.terms.1.log_scale"]
     assert found not in (1.0, 2.0)
-    groups = [group["name"] for group in whole._parameter_groups()]
+    groups = [group["name"] for group in whole.optimization.groups(whole)]
     assert groups[-2:] == ["loss", "loss, no decay"]
     checkpoint = torch.load(tmp_path / "whole/step=6.ckpt", weights_only=True)
     assert checkpoint["state_dict"].keys() == whole.model.state_dict().keys()

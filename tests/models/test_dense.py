@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from callbacks.compile import compile_blocks
 from lit_clip import LitCLIP, load_model
@@ -351,10 +354,13 @@ def test_what_has_no_features_of_places_is_refused_in_one_line(image: Any, size:
     assert "\n" not in str(refusal.value)
 
 
-def test_sharded_blocks_are_refused() -> None:
-    """FSDP wraps each block, and gathers its weights only for a call of the wrapper."""
+def test_sharded_weights_are_refused(tmp_path: Path) -> None:
+    """FSDP gathers a block's weights only for its whole forward pass."""
     model = model_of(VIT)
-    vit: Any = model.visual
-    vit.transformer.resblocks[-1] = nn.Sequential(vit.transformer.resblocks[-1])
-    with pytest.raises(InputError, match="the last block's weights are sharded; train with trainer.strategy ddp"):
-        model.encode_patches(photos(32))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        fully_shard(model.visual, mesh=init_device_mesh("cpu", (1,)))
+        with pytest.raises(InputError, match="the weights are sharded; train with trainer.strategy ddp"):
+            model.encode_patches(photos(32))
+    finally:
+        dist.destroy_process_group()

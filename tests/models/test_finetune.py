@@ -250,7 +250,7 @@ def rates(module: LitCLIP) -> dict[str, float]:
     """Return every trainable parameter's learning rate; each must be in one group."""
     names = {id(p): name for name, p in module.model.named_parameters()}
     found: dict[str, float] = {}
-    for group in module._parameter_groups():
+    for group in module.optimization.groups(module):
         for parameter in group["params"]:
             assert names[id(parameter)] not in found
             found[names[id(parameter)]] = group["lr"]
@@ -270,9 +270,9 @@ def test_layer_decay_lowers_the_learning_rate_of_each_earlier_layer() -> None:
         **{"token_embedding.weight": 0.001, "positional_embedding": 0.001},
     }
     assert {name: found[name] for name in expected} == pytest.approx(expected)
-    decays = {id(p): group["weight_decay"] for group in module._parameter_groups() for p in group["params"]}
+    decays = {id(p): group["weight_decay"] for group in module.optimization.groups(module) for p in group["params"]}
     assert all((decays[id(p)] > 0) == (p.ndim >= 2) for p in module.model.parameters())
-    assert module._parameter_groups()[0]["lr"] == 1.0  # logged as train/learning_rate
+    assert module.optimization.groups(module)[0]["lr"] == 1.0  # logged as train/learning_rate
 
 
 def test_without_layer_decay_all_learning_rates_are_equal() -> None:

@@ -215,7 +215,8 @@ def test_a_resumed_run_ends_with_the_same_bits_or_has_its_new_factors(
 
 def test_a_losss_own_parameters_are_rated_as_the_head(tiny_config: CLIPConfig) -> None:
     for rates, factor in (({"head": 4.0}, 4), ({"image": 4.0}, 1)):
-        groups = make(tiny_config, loss=Sum([Contrastive(), Tempered()]), rates=rates)._parameter_groups()
+        module = make(tiny_config, loss=Sum([Contrastive(), Tempered()]), rates=rates)
+        groups = module.optimization.groups(module)
         assert {group["lr"] for group in groups if group["name"].startswith("loss")} == {RATE * factor}
 
 

@@ -397,5 +397,5 @@ def test_tables_of_position_biases_do_not_decay_and_the_rule_can_be_given() -> N
     assert decaying(ExceptGainsAndBiases(["bias", "ln"])) == ["proj.weight"]
     assert decaying(lambda name, parameter: "table" in name) == ["relative_position_bias_table", "ln_table"]
     own = make_module(decay=lambda name, parameter: name == "visual.proj")
-    decayed = [group for group in own._parameter_groups() if group["weight_decay"]]
+    decayed = [group for group in own.optimization.groups(own) if group["weight_decay"]]
     assert [len(group["params"]) for group in decayed] == [1]

@@ -15,7 +15,7 @@ its tests fails when Lightning no longer does what makes the patch necessary.
 - ``strategies``: DDP by name has a second copy of all gradients, and synchronises buffers in each rank's first batch of
   a validation; torch's converter, which Lightning uses, drops the activation in timm's BatchNorm.
   When a validation is due, how to run one between two steps, and a logger's own state have no public names.
-- ``fsdp``: Lightning's strategy refuses CPUs, cannot hold a scalar, and restores before the module sees a checkpoint.
+- ``fsdp``: Lightning's strategies for shards cannot hold a scalar, and restore before the module sees a checkpoint.
 - ``command_line``: LightningCLI lets a checkpoint's settings override typed ones, builds every command's parser, and
   turns Ctrl-C into exit code 1.
 """

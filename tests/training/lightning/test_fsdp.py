@@ -7,23 +7,31 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from timm import optim
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from callbacks import EMA, ZeroShot
 from lit_clip import load_model
+from lit_clip.commands.wise_ft import save
 from lit_clip.errors import InputError
-from lit_clip.training.lightning.fsdp import FSDP, _check_optimizer
+from lit_clip.models.clip import CLIP
+from lit_clip.training.lightning.fsdp import _check, whole_weights
 from lit_clip.training.optimizers import Optimization, PaperAdamW, is_elementwise
 from lit_clip.training.param_groups import EXCEPT_GAINS_AND_BIASES
 from lit_clip.training.schedules import WarmupCosine
+from lit_clip.weights.fingerprint import text_sha256
 from tests.conftest import ROOT, run_lightning_ranks
+from tests.helpers.ranks_resume import CONFIG
 from tests.helpers.small_sets import write_table
 
 SCRIPT = str(ROOT / "tests/helpers/ranks_scale.py")
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipped": {"trainer": {"gradient_clip_val": 0.05, "precision": "bf16-mixed"}},
-    "recomputed": {"checkpointed": True, "freeze": {"image": "all"}},
+    "recomputed": {"checkpointed": True, "freeze": {"image": "all"}, "own_loss": True},
     "micro_batches": {"micro_batch_size": 2, "checkpointed": True},
 }
 
@@ -62,7 +70,8 @@ def assert_same_training(ours: Path, theirs: Path, tolerance: float) -> None:
     a, b = loaded(ours), loaded(theirs)
     assert a["global_step"] == b["global_step"]
     # To the last bit of a weight: on some processors it differs, as the norm of shards is summed in another order.
-    torch.testing.assert_close(a["state_dict"], b["state_dict"], rtol=torch.finfo().eps, atol=tolerance)
+    for weights in ("state_dict", "loss"):
+        torch.testing.assert_close(a.get(weights), b.get(weights), rtol=torch.finfo().eps, atol=tolerance)
     a, b = (checkpoint["optimizer_states"][0] for checkpoint in (a, b))
     keys = ("name", "params", "weight_decay", "lr", "initial_lr", "betas")
     for group, other in zip(a["param_groups"], b["param_groups"], strict=True):
@@ -98,16 +107,6 @@ def test_load_model_opens_an_fsdp_checkpoint(runs: Path) -> None:
     torch.testing.assert_close(dict(load_model(runs / "plain_fsdp.ckpt").state_dict()), dict(state))
 
 
-def test_torchs_fsdp_still_refuses_scalars() -> None:
-    """The reason why the temperature is not sharded and is averaged separately; fails once torch accepts scalars."""
-    from torch.distributed.fsdp import _init_utils
-
-    module = torch.nn.Module()
-    module.scale = torch.nn.Parameter(torch.zeros(()))
-    with pytest.raises(ValueError, match="scalar"):
-        _init_utils._verify_managed_params(module, [module.scale])
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["fsdp", "hybrid"])
 def test_four_ranks_train_as_one_process_does(runs: Path, strategy: str) -> None:
@@ -117,18 +116,48 @@ def test_four_ranks_train_as_one_process_does(runs: Path, strategy: str) -> None
     assert_same_training(runs / "four.ckpt", runs / "plain_auto.ckpt", 1e-5)
 
 
-@pytest.mark.parametrize("callback", [EMA(), ZeroShot({})], ids=["EMA", "ZeroShot"])
-def test_callbacks_that_need_unsharded_weights_are_refused_by_name(callback: Any) -> None:
-    with pytest.raises(InputError, match=type(callback).__name__):
-        FSDP()._check(SimpleNamespace(callbacks=[callback]))
+@pytest.mark.slow
+def test_a_lora_of_all_layers_trains_as_ddp_does(tmp_path: Path) -> None:
+    """Of attention's fused weight, too, to which peft adds for the duration of a forward pass."""
+    script, table = str(ROOT / "tests/helpers/ranks_resume.py"), str(write_table(tmp_path, 4))
+    save(CLIP(CONFIG), tmp_path / "start.ckpt", {})
+    for strategy in ("fsdp", "ddp"):
+        run_lightning_ranks(2, tmp_path, script, "shard", strategy, table, strategy, "2", "start.ckpt")
+    assert_same_training(tmp_path / "fsdp.ckpt", tmp_path / "ddp.ckpt", 1e-8)
 
 
-def test_a_hybrid_without_its_mesh_is_refused() -> None:
-    with pytest.raises(
-        InputError, match=r"^trainer.strategy: HYBRID_SHARD needs device_mesh; set it to \[machines, GPUs"
-    ):
-        FSDP(sharding_strategy="HYBRID_SHARD")
-    assert FSDP(sharding_strategy="HYBRID_SHARD", device_mesh=[2, 4]).kwargs["device_mesh"] == (2, 4)
+def fit(callbacks: Any = (), optimizer: Any = PaperAdamW, scaler: Any = None) -> Any:
+    """Return the parts of a trainer that FSDP looks at before it shards."""
+    optimization = Optimization(optimizer, WarmupCosine, EXCEPT_GAINS_AND_BIASES)
+    module, precision = SimpleNamespace(optimization=optimization), SimpleNamespace(scaler=scaler)
+    return SimpleNamespace(callbacks=callbacks, lightning_module=module, precision_plugin=precision)
+
+
+def test_an_average_of_weights_is_refused_by_name() -> None:
+    with pytest.raises(InputError, match="^trainer.strategy: FSDP has no whole weights for EMA to average; use ddp$"):
+        _check(fit([ZeroShot({}), EMA()]))
+
+
+def test_weights_that_are_gathered_for_callbacks_stay_whole_for_a_state_dict(tmp_path: Path) -> None:
+    model = CLIP(CONFIG)
+    expected, text = {name: value.clone() for name, value in model.state_dict().items()}, text_sha256(model)
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        ignored = {each for each in model.parameters() if each.ndim == 0}
+        fully_shard(model, mesh=init_device_mesh("cpu", (1,)), ignored_params=ignored)
+        with whole_weights(model):
+            torch.testing.assert_close(dict(model.state_dict()), expected, rtol=0, atol=0)
+            assert text_sha256(model) == text
+            assert not any(isinstance(each, DTensor) for each in model.parameters())
+        assert all(isinstance(each, DTensor) or each in ignored for each in model.parameters())
+        assert any(isinstance(each, DTensor) for each in model.state_dict().values())
+    finally:
+        dist.destroy_process_group()
+
+
+def test_gradients_scaled_for_float16_are_refused() -> None:
+    with pytest.raises(InputError, match="^trainer.precision: 16-mixed scales gradients, .*; use bf16-mixed, or"):
+        _check(fit(scaler=torch.amp.GradScaler("cpu")))
 
 
 TORCHS_MUON = [torch.optim.Muon] if hasattr(torch.optim, "Muon") else []  # since torch 2.9; refuses vectors
@@ -137,18 +166,18 @@ TORCHS_MUON = [torch.optim.Muon] if hasattr(torch.optim, "Muon") else []  # sinc
 @pytest.mark.parametrize("optimizer", [optim.Muon, optim.Lamb, *TORCHS_MUON])
 def test_optimisers_of_whole_matrices_are_refused_by_name(optimizer: Any) -> None:
     with pytest.raises(InputError, match=f"{optimizer.__name__} needs whole matrices; use ddp"):
-        _check_optimizer(Optimization(optimizer, WarmupCosine, EXCEPT_GAINS_AND_BIASES))
+        _check(fit(optimizer=optimizer))
 
 
 @pytest.mark.parametrize("optimizer", [PaperAdamW, torch.optim.SGD, torch.optim.RMSprop, optim.Lion])
 def test_optimisers_of_single_numbers_are_not_refused(optimizer: Any) -> None:
     assert is_elementwise(optimizer)
-    _check_optimizer(Optimization(optimizer, WarmupCosine, EXCEPT_GAINS_AND_BIASES))
+    _check(fit(optimizer=optimizer))
 
 
 def test_shards_validate_when_ranks_have_different_numbers_of_batches(tmp_path: Path) -> None:
     script, table = str(ROOT / "tests/helpers/ranks_resume.py"), str(write_table(tmp_path, 3))
-    for strategy in ("FULL_SHARD", "ddp"):  # two batches of one pair, and one
+    for strategy in ("fsdp", "ddp"):  # two batches of one pair, and one
         run_lightning_ranks(2, tmp_path, script, "shard", strategy, table, strategy, "1")
-    sharded, plain = (torch.load(tmp_path / f"{strategy}.metrics") for strategy in ("FULL_SHARD", "ddp"))
+    sharded, plain = (torch.load(tmp_path / f"{strategy}.metrics") for strategy in ("fsdp", "ddp"))
     assert sharded == pytest.approx(plain, abs=1e-6)

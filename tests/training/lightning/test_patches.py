@@ -12,6 +12,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.fabric.utilities.cloud_io import _load
@@ -22,10 +23,12 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.plugins.layer_sync import TorchSyncBatchNorm
-from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
 from lit_clip.training.lightning import __doc__ as table
 
@@ -121,10 +124,17 @@ def test_strategies_ddp_by_name_copies_its_gradients() -> None:
     assert "gradient_as_bucket_view" not in strategy._ddp_kwargs
 
 
-def test_fsdp_lightnings_strategy_refuses_a_cpu_and_restores_by_itself() -> None:
-    with pytest.raises(ValueError, match="requires a GPU"):
-        quiet(strategy=FSDPStrategy(), devices=1)
+def test_fsdp_lightnings_strategies_cannot_hold_a_scalar_and_restore_by_themselves(tmp_path: Path) -> None:
     assert not FSDPStrategy().lightning_restore_optimizer
+    assert not ModelParallelStrategy().lightning_restore_optimizer
+    module = nn.Module()
+    module.scale = nn.Parameter(torch.zeros(()))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        with pytest.raises(ValueError, match="scalar"):
+            fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+    finally:
+        dist.destroy_process_group()
 
 
 def test_loops_a_due_validation_has_no_public_name() -> None:
