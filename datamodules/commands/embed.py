@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_clip import load_model
-from lit_clip.embedding.encode import (
+from lit_clip.embedding.encode import encode, machines
+from lit_clip.embedding.encoding_task import (
     EncodingSettings,
     EncodingTask,
     check_complete,
-    encode,
     image_task,
-    machines,
     report_skipped,
     text_task,
 )
