@@ -101,7 +101,7 @@ class CLIP(TextTransformer):
 
     def normalize(self, images: Tensor) -> Tensor:
         """uint8 ``[B, 3, H, W]`` -> float, the input of :meth:`encode_image`, in the precision that it needs."""
-        dtype = input_dtype(self.visual, images.device)
+        dtype = input_dtype(self.visual, images.device, self.logit_scale.dtype)
         return pp.normalize(images, self.preprocessing, dtype)
 
     def encode_image(self, images: Tensor, normalize: bool = False) -> Tensor:

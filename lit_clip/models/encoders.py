@@ -36,12 +36,13 @@ def image_encoder(config: CLIPConfig) -> VisionTransformer | ModifiedResNet | Ti
     return TimmImageEncoder(config.image, config.embed_dim)
 
 
-def input_dtype(visual: nn.Module, device: torch.device) -> torch.dtype:
+def input_dtype(visual: nn.Module, device: torch.device, fallback: torch.dtype) -> torch.dtype:
     """Return the precision of an image encoder's input.
 
     The weights', or under autocast the first product's if the encoder is one of ours.
     """
-    dtype = next(visual.parameters()).dtype
+    # An encoder of one's own may have no weights.
+    dtype = next((parameter.dtype for parameter in visual.parameters()), fallback)
     ours = isinstance(visual, VisionTransformer | ModifiedResNet)
     if ours and dtype == torch.float32 and device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.get_autocast_dtype(device.type)
