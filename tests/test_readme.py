@@ -40,7 +40,13 @@ TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ["README.md
 FAST = ("--trainer.accelerator", "cpu", "--data.num_workers", "0")
 FEW = ("--data.batch_size", "8")  # for configs whose batch has more pairs than the table
 CONFIG = ("--config", "configs/finetune_table.yaml")
-NOT_RUN = ("torchrun ", "srun ", "configs/pretrain_", "--data_root /data")  # clusters, and data that is not here
+NOT_RUN = (
+    "torchrun ",
+    "srun ",
+    "--wrap ",
+    "configs/pretrain_",
+    "--data_root /data",
+)  # clusters, and data that is not here
 NOT_RUN += ("jxie/flickr8k", "s3://", "--data.classes.", "laion2b", "--push ", "lit-clip demo ", "siglip2-naflex")
 PRINTING = r"^```python\n(.*?)^```\n(\n```text\n(.*?)^```)?"  # a block, and what it prints
 EXAMPLE = "# examples/"  # the first line of a block that shows a part of a file
@@ -294,6 +300,8 @@ def test_a_command_that_cannot_be_run_here_parses(command: str) -> None:
         assert torchrun.module
         assert torchrun.training_script == "lit_clip"
         words = ["lit-clip", *torchrun.training_script_args]
+    if "--wrap" in words:
+        words = shlex.split(words[-1])
     parse(words[words.index("lit-clip") + 1 :])
 
 

@@ -99,7 +99,9 @@ def test_recipes_get_equal_processor_time_and_finished_runs_are_kept(tmp_path: P
         assert parts["validation"].keys() == parts["test"].keys()
         assert all(0 <= value <= 1 for part in parts.values() for value in part.values())
         assert parts["test"].keys() == {
-            *("unseen_groups/top1", "line_art/top1", "line_art/top5", "other_artist/top1", "other_artist/top5")
+            "unseen_groups/top1",
+            *(f"{name}/top{k}" for name in ("line_art", "other_artist") for k in (1, 5)),
+            *(f"{name}, own/recall{k}" for name in ("line_art", "other_artist") for k in (1, 10)),
         }
     again = bench(tmp_path, *options, "--part", "test")
     assert (tmp_path / "out/runs.jsonl").read_text(encoding="utf-8") == kept

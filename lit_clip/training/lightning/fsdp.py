@@ -201,7 +201,7 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
             del group._to_sharded
             # Otherwise the next backward pass would gather ahead in the order of these calls, and ranks wait for ever.
             group._post_forward_indices.clear()
-            group.comm_ctx.post_forward_order.clear()
+            getattr(group.comm_ctx, "post_forward_order", []).clear()  # absent before the first pass
         for each in shards:
             each.reshard()
         for group, mesh in zip(groups, before, strict=True):

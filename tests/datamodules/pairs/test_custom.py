@@ -372,7 +372,8 @@ def test_what_is_sent_between_ranks_is_no_larger_than_what_a_source_gives(monkey
     monkeypatch.setattr("lit_clip.distributed.gather_objects", gathered)
     batch = SimpleNamespace(extra={"w": torch.zeros(2048, 8)[:1024]})  # rows of a larger tensor
     whole = WholeBatch(
-        SimpleNamespace(batch=batch, image=torch.zeros(1024, 4), scale=1, bias=None, ranks=RankCounts(0, (1024,)))
+        SimpleNamespace(batch=batch, image=torch.zeros(1024, 4), scale=1, bias=None, ranks=RankCounts(0, (1024, 0)))
     )  # type: ignore[arg-type]
+    whole.image = torch.zeros(1024, 4)  # of both ranks, the second of which has none
     assert whole.extra("w").shape == (1024, 8)
     assert sent[0] < 1024 * 8 * 4 + 2000
