@@ -12,6 +12,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.registry import list_models, resolve_architecture
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
 from lit_clip.tools.console import Console, Text, stderr
+from lit_clip.tools.html import page_path
 from lit_clip.tools.shares import Share
 from lit_clip.version import __version__
 from ..inspection.copies import ValidationCopies, find_copies, find_validation_copies
@@ -60,12 +61,8 @@ def inspect(
             without it joins their work.
     """
     require(bool(data), "no data: name a table, a folder or shards before the options")
-    page = Path(output)
-    require(page.suffix == ".html", f"--output {output}: must be a .html file")
-    require(page.absolute().parent.is_dir(), f"--output {output}: there is no such folder")
-    tokenizer = _tokenizer(model, context_length)
-    source = _opened(data, columns, split)
-    validation = _opened(val, columns, None, "validation") if val else None
+    page, tokenizer = page_path("output", output), _tokenizer(model, context_length)
+    source, validation = _opened(data, columns, split), _opened(val, columns, None, "validation") if val else None
     name, table = ", ".join(data), page.with_suffix(".findings.csv")
     reads = f"{model} {stamp_of_data([model] if model else [], {}, source)} {tokenizer.context_length}"
     stamp = stamp_of_data(data, {"columns": columns, "split": split}, source, [page, table])
@@ -81,20 +78,23 @@ def inspect(
         copies = find_copies(findings, source, num_workers)
         lines = scan_lines(source, findings, problems, copies, leaks, tokenizer)
         counts, command = write_findings(table, lines, source, DataOptions(data, columns, split))
-    sections = summarize(findings, source.left_out, duplicates, tokenizer.context_length)
-    sections += findings_section(counts)
+    sections = summarize(findings, source.left_out, duplicates, tokenizer.context_length) + findings_section(counts)
     replaced = " (replaces the one before)" if page.exists() else ""
     beside = (table.name, command) if counts else None
     write_inspection(page, name, source, findings, duplicates, sections, tokenizer.context_length, beside)
     parts.remove()
     _print(name, sections, findings, source.left_out)
     stderr().print(f"page with images: {page}{replaced}")
+    _check_usable(name, findings)
+    what = "all findings, and a decision on each" if counts else "nothing was found to decide on"
+    stderr().print(f"{what}: {table}\ntrain on the rest: {command}")
+
+
+def _check_usable(name: str, findings: ScanFindings) -> None:
+    """Raise :class:`InputError` if no pair is left."""
     if not len(findings.usable):
         first = findings.problems[0][2]
         raise InputError(f"{name}: none of {len(findings.images):,} pairs can be used; the first: {first}")
-    what = "all findings, and a decision on each" if counts else "nothing was found to decide on"
-    stderr().print(f"{what}: {table}")
-    stderr().print(f"train on the rest: {command}")
 
 
 def _opened(data: list[str], columns: Columns, split: str | None, default_split: str | None = None) -> PairSource:

@@ -27,7 +27,7 @@ from lit_clip.locating.regions import background_level
 from lit_clip.models.clip import CLIP
 from lit_clip.models.heat_maps import place_cosines
 from lit_clip.tools.console import Console, Text, progress, stderr
-from lit_clip.tools.html import thumbnail, write_page
+from lit_clip.tools.html import page_path, thumbnail, write_page
 from lit_clip.tools.images import OnError, open_image
 from lit_clip.weights.fingerprint import fingerprint
 
@@ -97,12 +97,8 @@ def search(
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
     require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
     check_precision(precision)
-    page, path = _page(sheet), Path(images)
-    stored = path.suffix in FEATURE_FILES and not path.is_dir()
-    require(not (stored and index), f"--index {index}: {images} holds features already; leave it out")
-    require(
-        not stored or precision == "32-true", f"--precision {precision}: {images} holds features already; leave it out"
-    )
+    page, path = page_path("sheet", sheet), Path(images)
+    stored = _holds_features(path, index, precision)
     files = [] if stored else images_in(path, on_error)
     clip = load_model(model)
     # before the folder: an unreadable query ends the command
@@ -118,11 +114,13 @@ def search(
     stderr().print(f"page with images: {page}{replaced}")
 
 
-def _page(sheet: str) -> Path:
-    page = Path(sheet)
-    require(page.suffix == ".html", f"--sheet {sheet}: must be a .html file")
-    require(page.absolute().parent.is_dir(), f"--sheet {sheet}: there is no such folder")
-    return page
+def _holds_features(path: Path, index: str | None, precision: Precision) -> bool:
+    """Return whether a file is searched, not a folder; without the options that are for encoding one."""
+    stored = path.suffix in FEATURE_FILES and not path.is_dir()
+    needless = f"{path} holds features already; leave it out"
+    require(not (stored and index), f"--index {index}: {needless}")
+    require(not stored or precision == "32-true", f"--precision {precision}: {needless}")
+    return stored
 
 
 def _titled_queries(

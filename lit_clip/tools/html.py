@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
+from lit_clip.errors import require
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.images import decoding_at_least, open_image
@@ -37,6 +38,14 @@ def _environment(folder: Path) -> "jinja2.Environment":
     )
     environment.filters.update(plural=plural, thousands="{:,}".format)
     return environment
+
+
+def page_path(option: str, typed: str) -> Path:
+    """Return the path of a page to write, after checking the name and the folder that were typed for an option."""
+    page = Path(typed)
+    require(page.suffix == ".html", f"--{option} {typed}: must be a .html file")
+    require(page.absolute().parent.is_dir(), f"--{option} {typed}: there is no such folder")
+    return page
 
 
 def write_page(path: Path, template: Path, **values: Any) -> None:
