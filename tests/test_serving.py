@@ -28,10 +28,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.nn.functional import normalize
 
 import lit_clip
+from lit_clip import CLIP
 from lit_clip.commands.classify import class_probabilities
 from lit_clip.commands.export import export
+from lit_clip.heads import Head, head_from_images, load_head, save_head
 from lit_clip.models.config import (
     CLIPConfig,
     HuggingFaceTokenizerConfig,
@@ -133,6 +136,15 @@ EXPORT = "from lit_clip.weights.export import check_onnx_packages as check; chec
 CROPPED = Preprocessing(32, interpolation="bilinear", crop_pct=0.875)
 
 
+SHOWN = [noise(40, 30), noise(31, 97), noise(75, 50)]  # of the classes of a head
+
+
+def logits_of(head: Head, model: CLIP) -> torch.Tensor:
+    with torch.inference_mode():
+        before, after = model.image_features(torch.stack([model.preprocess(image) for image in SHOWN]))
+        return head(before, normalize(after, dim=1))
+
+
 def config_of(kind: str, words: Path) -> CLIPConfig:
     """Return a model of each way to clean texts; ``words`` is a folder for its tokenizer."""
     if kind == "CLIP":
@@ -150,11 +162,19 @@ def config_of(kind: str, words: Path) -> CLIPConfig:
 
 @pytest.fixture(scope="session")
 def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a folder with ``last.ckpt``, a tiny model of a kind, and ``onnx``, its export."""
+    """Return a folder with ``last.ckpt``, a tiny model of a kind, and ``onnx``, its export; CLIP's is with a head."""
 
     def make(kind: str, folder: Path) -> None:
         checkpoint(config_of(kind, folder / "words"), folder / "last.ckpt")
-        export(str(folder / "last.ckpt"), format="onnx", output=str(folder / "onnx"))
+        head_file = folder / "head.safetensors"
+        if kind == "CLIP":
+            model = lit_clip.load_model(folder / "last.ckpt").cpu()
+            head = head_from_images(model, SHOWN * 4, [0, 1, 2] * 4, ["a", "b", "c"])
+            logits = logits_of(head, model)
+            head.facts = dataclasses.replace(head.facts, none=float(logits.amax(dim=1).sort().values[:2].mean()))
+            save_head(head, head_file)
+        more = {"head": str(head_file)} if head_file.exists() else {}
+        export(str(folder / "last.ckpt"), format="onnx", output=str(folder / "onnx"), **more)
 
     return lambda kind: made_once(tmp_path_factory, f"served_{kind}", partial(make, kind))
 
@@ -186,6 +206,21 @@ def test_features_and_probabilities_equal_lit_clips_where_it_cannot_be_imported(
             assert [*found.values()] == pytest.approx(wanted, abs=1e-5)
 
 
+def test_a_folder_with_a_head_answers_with_the_heads_probabilities(
+    exported: Callable[[str], Path], tmp_path: Path
+) -> None:
+    folder = exported("CLIP")
+    head = load_head(folder / "head.safetensors")
+    logits = logits_of(head, lit_clip.load_model(folder / "last.ckpt").cpu())
+    with serving(folder / "onnx", tmp_path / "log") as served:
+        for row, image in enumerate(SHOWN):
+            status, found = ask(served.port, "/head", file_of(image))
+            assert (status, [*found["probabilities"]]) == (200, ["a", "b", "c"])
+            wanted = head.probabilities(logits)[row].tolist()
+            assert [*found["probabilities"].values()] == pytest.approx(wanted, abs=1e-5)
+            assert found["none"] == (row == int(logits.amax(dim=1).argmin()))  # the threshold is above one of them
+
+
 def test_the_lines_of_the_guide_give_lit_clips_probabilities(
     exported: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -212,6 +247,7 @@ def png_header(width: int, height: int) -> bytes:
 PHOTO = file_of(noise(40, 30))
 REFUSED: dict[str, tuple[int, str, str, Any]] = {
     "no image": (400, "POST", "/image", b"no image"),
+    "no head": (400, "POST", "/head", PHOTO),
     "nothing": (400, "POST", "/image", b""),
     "a format that another program draws": (
         400,
@@ -252,7 +288,7 @@ REFUSED: dict[str, tuple[int, str, str, Any]] = {
 def test_what_is_refused_is_one_line_of_json_and_the_service_goes_on(
     exported: Callable[[str], Path], tmp_path: Path
 ) -> None:
-    with serving(exported("CLIP") / "onnx", tmp_path / "log") as served:
+    with serving(exported("CLIPA") / "onnx", tmp_path / "log") as served:
         for name, (wanted, method, path, body) in REFUSED.items():
             status, found = ask(served.port, path, body, method)
             assert (status, list(found)) == (wanted, ["error"]), name

@@ -23,7 +23,7 @@ FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 NO_PUNCTUATION = str.maketrans("_", " ", string.punctuation.replace("_", ""))
 
 
-Encoder = Callable[[np.ndarray], Any]  # pixels or tokens of N images or texts -> features ``[N, D]``
+Encoder = Callable[[np.ndarray], Sequence[Any]]  # pixels or tokens of N images or texts -> features ``[N, D]``, more
 
 
 def opened_by_onnxruntime(path: Path, threads: int) -> Encoder:
@@ -32,7 +32,7 @@ def opened_by_onnxruntime(path: Path, threads: int) -> Encoder:
     options.intra_op_num_threads = threads
     session = onnxruntime.InferenceSession(path, options, ["CPUExecutionProvider"])
     name = session.get_inputs()[0].name
-    return lambda values: session.run(None, {name: values})[0]
+    return lambda values: session.run(None, {name: values})
 
 
 def opened_by_openvino(path: Path, threads: int) -> Encoder:
@@ -41,7 +41,7 @@ def opened_by_openvino(path: Path, threads: int) -> Encoder:
 
     settings = {"PERFORMANCE_HINT": "LATENCY", **({"INFERENCE_NUM_THREADS": threads} if threads else {})}
     model = openvino.compile_model(path, "CPU", settings)
-    return lambda values: model.create_infer_request().infer({0: values})[0]
+    return lambda values: [*model.create_infer_request().infer({0: values}).values()]
 
 
 class Model:
@@ -59,6 +59,16 @@ class Model:
 
     def image(self, data: bytes) -> np.ndarray:
         """Return the unit features ``[1, D]`` of an image file."""
+        return unit(self._image(data)[0])
+
+    def by_head(self, data: bytes) -> tuple[dict[str, float], bool]:
+        """Return the probability of each class of the exported head, and whether an image file shows none of them."""
+        if "head" not in self.facts:
+            raise ValueError("the folder has no head; it is written by lit-clip export --format onnx --head")
+        _, probabilities, none = self._image(data)
+        return dict(zip(self.facts["head"]["names"], probabilities[0].tolist(), strict=True)), bool(none[0])
+
+    def _image(self, data: bytes) -> Sequence[Any]:
         try:
             with Image.open(io.BytesIO(data), formats=FORMATS) as image:
                 width, height = image.size
@@ -69,7 +79,7 @@ class Model:
             reason = "its format is none of these" if isinstance(error, Image.UnidentifiedImageError) else error
             most = f"at most {MOST_PIXELS:,} pixels, one side at most {MOST_ELONGATED} times the other"
             raise ValueError(f"the body is no image ({reason}); needs {', '.join(FORMATS)} with {most}") from error
-        return unit(self.image_encoder(pixels))
+        return self.image_encoder(pixels)
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Return the unit features ``[N, D]`` of texts."""
@@ -79,7 +89,7 @@ class Model:
         facts = self.facts["tokenizer"]
         tokens = np.array([self.tokenizer.encode(cleaned(text, facts["cleaning"])).ids for text in texts])
         tokens[tokens == facts["id_replaced_by_0"]] = 0
-        return unit(self.text_encoder(tokens))
+        return unit(self.text_encoder(tokens)[0])
 
     def probabilities(self, image: np.ndarray, texts: np.ndarray) -> list[float]:
         """Return the probability of each text: softmax, or with a bias (SigLIP) a sigmoid for each."""

@@ -2,6 +2,7 @@
 
 python service.py exported/onnx --port 8000
 curl --data-binary @photo.png "http://127.0.0.1:8000/classify?name=tiger&name=pizza"  # {"tiger": 0.98, "pizza": 0.02}
+curl --data-binary @photo.png http://127.0.0.1:8000/head  # {"probabilities": {"tiger": 0.98, ...}, "none": false}
 curl --data-binary @photo.png http://127.0.0.1:8000/image  # {"features": [[...]]}, of unit length
 curl --data '{"texts": ["two cats"]}' http://127.0.0.1:8000/text  # {"features": [[...]]}
 """
@@ -55,7 +56,12 @@ def probabilities(model: Model, body: bytes, query: str) -> dict[str, Any]:
     return dict(zip(names, model.probabilities(model.image(body), texts), strict=True))
 
 
-ANSWERS = {"/image": image_features, "/text": text_features, "/classify": probabilities}
+def head(model: Model, body: bytes, query: str) -> dict[str, Any]:
+    found, none = model.by_head(body)
+    return {"probabilities": found, "none": none}
+
+
+ANSWERS = {"/image": image_features, "/text": text_features, "/classify": probabilities, "/head": head}
 
 
 class Handler(BaseHTTPRequestHandler):
