@@ -173,8 +173,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             logits = logits_of(head, model)
             head.facts = dataclasses.replace(head.facts, none=float(logits.amax(dim=1).sort().values[:2].mean()))
             save_head(head, head_file)
-        more = {"head": str(head_file)} if head_file.exists() else {}
-        export(str(folder / "last.ckpt"), format="onnx", output=str(folder / "onnx"), **more)
+        with_head = str(head_file) if head_file.exists() else None
+        export(str(folder / "last.ckpt"), format="onnx", output=str(folder / "onnx"), head=with_head)
 
     return lambda kind: made_once(tmp_path_factory, f"served_{kind}", partial(make, kind))
 
