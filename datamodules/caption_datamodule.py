@@ -1,5 +1,6 @@
 """Base class of data modules: any source of (image, caption) pairs -> batches."""
 
+import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -69,7 +70,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         self,
         batch_size: int | None = None,
         num_workers: int = 2,
-        seed: int = 0,
+        seed: int | None = None,
         augmentation: Augmentation | list[Transform] | None = None,
         global_batch_size: int | None = None,
         bad_samples: BadSamples | None = None,
@@ -80,14 +81,16 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         super().__init__()
         require(batch_size is None or batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
         require(num_workers >= 0, f"num_workers: {num_workers} must be at least 0")
-        require(seed >= 0, f"seed: {seed} must be at least 0")
+        require(seed is None or seed >= 0, f"seed: {seed} must be at least 0")
         if global_batch_size is not None:
             require(global_batch_size >= 1, f"global_batch_size: {global_batch_size} must be at least 1")
         self.captions, self.batches = captions or CaptionOptions(), batches or BatchOptions()
         self.lists_captions = self.lists_captions and self.captions.long != "sentences"
         self.patch_budgets = checked_budgets(patch_budgets)
         self.on_error, self.max_skipped = astuple(bad_samples or BadSamples())
-        self.batch_size, self.num_workers, self.seed = batch_size, num_workers, seed
+        self.batch_size, self.num_workers = batch_size, num_workers
+        self.seed = int(os.environ.get("PL_GLOBAL_SEED", 0)) if seed is None else seed  # seed_everything's
+        self.split_seed = seed or 0  # runs with other seeds are compared by the same validation pairs
         self.global_batch_size = global_batch_size
         self.augmentation = Augmentation() if augmentation is None else augmentation
         if not isinstance(self.augmentation, Augmentation):

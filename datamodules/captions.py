@@ -73,12 +73,13 @@ class Captions(CaptionDataModule):
     Args:
         train: a path; several paths, read one after the other; the parts of a mixture; or a source, such as a
             :class:`datamodules.CustomPairs`. Only needed by ``fit``.
-        val: as ``train``; None: a tenth of the images of ``train``, chosen by ``seed``.
+        val: as ``train``; None: a tenth of the images of ``train``, chosen by ``seed`` if given.
         columns: of a table, and the folder that its paths start from.
         batch_size: pairs per step on each rank; the loss sees those of all ranks. None: 64 on all ranks together for
             fewer than 1,000 training pairs, 128 for fewer than 2,000, otherwise 256; validation encodes 64 at once.
         num_workers: data worker processes on each rank.
-        seed: of the order, the augmentation and the choice of validation images.
+        seed: of the order, the augmentation and the choice of validation images. None: that of ``seed_everything`` for
+            the first two, and 0 without it; validation images are then the same whatever it is.
         augmentation: of the training images; or a list of transforms, see
             :class:`datamodules.loading.augmentation.TrainingTransform`.
         global_batch_size: pairs per training step on all ranks together; ``batch_size`` is then used for validation
@@ -102,7 +103,7 @@ class Captions(CaptionDataModule):
         columns: Columns | None = None,
         batch_size: int | None = None,
         num_workers: int = 2,
-        seed: int = 0,
+        seed: int | None = None,
         augmentation: Augmentation | list[Transform] | None = None,
         global_batch_size: int | None = None,
         splits: Splits | None = None,
@@ -220,7 +221,7 @@ class Captions(CaptionDataModule):
             train = self._open(self.train, "train") if fit and self.train is not None else None
             return train, self._open(self.val, "validation")
         assert self.train is not None
-        train, val = self._open(self.train, "train").divide(VALIDATION_SHARE, self.seed)
+        train, val = self._open(self.train, "train").divide(VALIDATION_SHARE, self.split_seed)
         rank_zero_info(
             f"data.val: not set; {len(val):,} of {len(train) + len(val):,} pairs, a tenth of the images, validate"
         )

@@ -187,7 +187,7 @@ class OpenMoji(CaptionDataModule):
         self,
         batch_size: int | None = None,
         num_workers: int = 2,
-        seed: int = 0,
+        seed: int | None = None,
         hold_out: bool = True,
         cache_dir: str | None = None,
         augmentation: Augmentation | list[Transform] | None = None,

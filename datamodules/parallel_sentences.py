@@ -75,7 +75,7 @@ class ParallelSentences(CaptionDataModule):
 
     Args:
         train: a table (CSV, TSV, JSON lines or parquet), or several. Rows without one of the two are left out.
-        val: as ``train``; None: a tenth of the sentences of ``train``, chosen by ``seed``.
+        val: as ``train``; None: a tenth of the sentences of ``train``, chosen by ``seed`` if given.
         source: column of the sentences that the teacher reads.
         target: column of their translations, texts or lists of texts.
         teacher: anything :func:`lit_clip.load_model` opens whose features the image encoder's belong to; None: the
@@ -96,7 +96,7 @@ class ParallelSentences(CaptionDataModule):
         keep_source: bool = True,
         batch_size: int | None = None,
         num_workers: int = 2,
-        seed: int = 0,
+        seed: int | None = None,
         global_batch_size: int | None = None,
     ) -> None:
         super().__init__(batch_size, num_workers, seed, [], global_batch_size)
@@ -113,7 +113,7 @@ class ParallelSentences(CaptionDataModule):
         if self.val is not None:
             return train and ParallelPairs(train, self.keep_source), ParallelPairs(self._opened(self.val), False)
         assert train is not None
-        train, val = train.divide(VALIDATION_SHARE, self.seed)
+        train, val = train.divide(VALIDATION_SHARE, self.split_seed)
         return ParallelPairs(train, self.keep_source) if fit else None, ParallelPairs(val, False)
 
     def _source(self, data: str | list[str]) -> PairSource:

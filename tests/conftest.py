@@ -73,8 +73,9 @@ def _memory_returned() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # of another test's seed_everything
 
 
 @pytest.fixture(autouse=True)

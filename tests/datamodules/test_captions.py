@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from lightning.pytorch import seed_everything
 from PIL import Image
 
 from datamodules import Captions
@@ -157,6 +158,17 @@ def test_division_depends_on_the_seed_only(two_captions_each: Path) -> None:
 def test_validate_divides_as_fit_did(two_captions_each: Path) -> None:
     data = module_of("validate", train=str(two_captions_each), seed=3)
     assert keys_of(data.val_source) == division(two_captions_each, 3)[1]
+
+
+def test_seed_everything_orders_and_augments_anew_and_divides_as_before(two_captions_each: Path) -> None:
+    before = module_of("fit", train=str(two_captions_each))
+    seed_everything(3, verbose=False)
+    after, same = module_of("fit", train=str(two_captions_each)), module_of("fit", train=str(two_captions_each), seed=0)
+    assert keys_of(after.val_source) == keys_of(before.val_source) == division(two_captions_each, 0)[1]
+    orders = [[*next(iter(data.train_dataloader().batch_sampler or []))] for data in (before, after, same)]
+    assert orders[0] == orders[2] != orders[1]
+    datasets: list[Any] = [data.train_dataloader().dataset for data in (before, after, same)]
+    assert [dataset.seed for dataset in datasets] == [0, 3, 0]  # of captions and augmentation
 
 
 def test_one_image_cannot_be_divided(folder: Path) -> None:
