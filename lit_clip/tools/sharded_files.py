@@ -97,7 +97,7 @@ class Index:
     tensors: dict[str, Any]
 
     def __post_init__(self) -> None:
-        check_fields(self, "the index", {"files": (1, MOST_FILES), "world_size": (self.files, MOST_FILES)})
+        check_fields(self, "the index", dict.fromkeys(("files", "world_size"), (1, MOST_FILES)))
         self.tensors = {name: from_plain(ShardedTensor, each, shortened(name)) for name, each in self.tensors.items()}
         for name, each in self.tensors.items():
             require(len(each.rows) == self.files, f"{shortened(name)}: has rows of {len(each.rows)} files")

@@ -247,7 +247,9 @@ def load_the_same_checkpoint(trainer: Trainer) -> None:
         with reading(path, "checkpoint") if path else nullcontext():
             type(connector).resume_start(connector, path, weights_only)
         if path:
-            check_restorable(connector._loaded_checkpoint, trainer, path)
+            check_restorable(checkpoint := connector._loaded_checkpoint, trainer, path)
+            for name in checkpoint.keys() - COPIED:  # of a mapped file, what stays would change or crash with the file
+                checkpoint[name] = tree_map(_own, checkpoint[name])
 
     connector.resume_start = resume_start
     restore_in_one_line(connector)
@@ -257,11 +259,9 @@ def _load(plugin: Any, path: Any, map_location: Any = None, weights_only: bool |
     """Read a sharded checkpoint, too, and a whole one through a mapped file, which a machine's ranks read once."""
     if is_sharded(path):
         return read_sharded(Path(path))
-    if isinstance(plugin, TorchCheckpointIO) and "://" not in str(path) and zipfile.is_zipfile(path):
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
-        for name in checkpoint.keys() - COPIED if isinstance(checkpoint, dict) else ():
-            checkpoint[name] = tree_map(_own, checkpoint[name])  # what stays would crash when the file is overwritten
-        return checkpoint
+    lightnings = type(plugin).load_checkpoint is TorchCheckpointIO.load_checkpoint
+    if lightnings and "://" not in str(path) and zipfile.is_zipfile(path):
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
     return type(plugin).load_checkpoint(plugin, path, weights_only=weights_only)
 
 
