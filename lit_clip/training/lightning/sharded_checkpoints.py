@@ -77,6 +77,7 @@ def _write_rows(shards: Mapping[str, DTensor], file: Path, checkpoint: str) -> d
     )
     mine = {name: each.to_local().detach().cpu().contiguous() for name, each in shards.items()}
     save_file({name: each for name, each in mine.items() if len(each)}, file, {"checkpoint": checkpoint})
+    file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
     to_disk(file)
     return {name: len(each) for name, each in mine.items()}
 

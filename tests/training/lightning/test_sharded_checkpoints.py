@@ -2,18 +2,30 @@
 
 import json
 import os
+import shutil
 from hashlib import sha256
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.plugins import AsyncCheckpointIO
 from torch.utils._pytree import tree_map
 
 from lit_clip import LitCLIP, load_model
+from lit_clip.errors import InputError
 from lit_clip.tools.sharded_files import INDEX, is_sharded
 from lit_clip.tools.weight_files import read_sharded
-from lit_clip.training.lightning.checkpoint_io import checkpoint_step, newest_checkpoint
+from lit_clip.training.lightning.checkpoint_io import (
+    WholeCheckpointIO,
+    _fingerprint,
+    checkpoint_step,
+    newest_checkpoint,
+)
+from lit_clip.training.lightning.fsdp import FSDP, _check_saving
 from tests.conftest import ROOT, run_lightning_ranks
 
 SCRIPT = str(ROOT / "tests/helpers/ranks_scale.py")
@@ -87,6 +99,48 @@ def test_only_the_best_folders_stay_and_the_newest_is_found(runs: Path) -> None:
     assert all(is_sharded(path) for path in (runs / "shards").iterdir())
     assert newest_checkpoint([runs / "shards"]) == runs / "shards/last.ckpt"
     assert checkpoint_step(runs / "shards" / MIDDLE) == 4
+
+
+def test_a_damaged_folder_is_passed_over_by_name_and_is_no_copy_of_a_whole_one(runs: Path, tmp_path: Path) -> None:
+    for name in ("one", "two", "cut"):
+        shutil.copytree(runs / "shards" / MIDDLE, tmp_path / f"{name}.ckpt")
+    (tmp_path / "cut.ckpt/rank_1.safetensors").unlink()
+    with pytest.warns(UserWarning, match="cut.ckpt: incomplete or damaged; .*two.ckpt is the newest complete"):
+        assert newest_checkpoint([tmp_path]) == tmp_path / "two.ckpt"
+    one, two, cut = (_fingerprint(tmp_path / f"{name}.ckpt") for name in ("one", "two", "cut"))
+    assert one == two == ("step 4", one[1])
+    assert cut == ("not one whole file", "")
+    assert _fingerprint(runs / "shards/last.ckpt")[1] != one[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "line"),
+    [
+        ({"plugins": [AsyncCheckpointIO()]}, "every rank writes by itself, without AsyncCheckpointIO; leave out one"),
+        ({"callbacks": [ModelCheckpoint("memory://a")]}, "cannot be written to memory://a; set ModelCheckpoint's"),
+    ],
+)
+def test_what_cannot_be_written_in_shards_is_refused_before_training(options: dict[str, Any], line: str) -> None:
+    run = Trainer(accelerator="cpu", strategy=FSDP(sharded_checkpoints=True), logger=False, **options)
+    with pytest.raises(InputError, match=f"^trainer.strategy.sharded_checkpoints: {line}"):
+        _check_saving(run)
+
+
+def test_shards_become_one_file(runs: Path, tmp_path: Path) -> None:
+    WholeCheckpointIO().save_checkpoint(read_sharded(runs / "shards" / MIDDLE), tmp_path / "whole.ckpt")
+    assert_same(tmp_path / "whole.ckpt", runs / "whole" / MIDDLE)
+
+
+@pytest.mark.parametrize("ranks", range(1, 6))
+def test_a_rank_reads_the_rows_that_torch_will_give_it(ranks: int) -> None:
+    for rows in range(12):
+        whole = torch.arange(rows)
+        expected = [part.tolist() for part in whole.chunk(ranks)] if rows else []
+        expected += [[]] * (ranks - len(expected))
+        for rank in range(2 * ranks):  # the second half on another machine
+            strategy: Any = SimpleNamespace(_shards=ranks, global_rank=rank)
+            assert [*FSDP._my_rows(strategy, "optimizer_states/0/state/0/exp_avg", rows)] == expected[rank % ranks]
+            assert FSDP._my_rows(strategy, "state_dict/visual.proj", rows) == range(rows)
 
 
 def test_a_model_opens_from_shards(runs: Path) -> None:
