@@ -24,7 +24,7 @@ def replacing(path: Path, hint: str = "") -> Iterator[Path]:
     draft = draft_of(whole)
     try:
         yield draft
-        _to_disk(draft)
+        to_disk(draft)
         os.replace(draft, path)
     except Exception as error:
         if not isinstance(error, OSError) and (isinstance(error, InputError) or OS_ERROR not in str(error)):
@@ -54,7 +54,7 @@ def draft_of(path: Path) -> Path:
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
-def _to_disk(draft: Path) -> None:
+def to_disk(draft: Path) -> None:
     """Write a file, or those of a folder, to disk: after a loss of power the name must not stand for lost content."""
     for path in [draft, *draft.rglob("*")] if draft.is_dir() and not draft.is_symlink() else [draft]:
         if path.is_file():
@@ -83,8 +83,8 @@ def not_written(path: Path, error: Exception, hint: str = "") -> InputError:
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder, as far as that is possible."""
-    if path.is_dir():
+    """Remove a file, a link or a folder, as far as that is possible."""
+    if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):

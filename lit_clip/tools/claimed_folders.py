@@ -7,6 +7,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from lit_clip.tools.atomic import remove
+
 DRAFTS = ".*.????????.tmp"  # as lit_clip.tools.atomic.replacing names them
 _held: dict[Path, FileLock] = {}  # this process's locks
 
@@ -56,6 +58,5 @@ def remove_leftovers(checkpoint: Path) -> None:
         return
     if not (claim(folder) or claim(folder.parent)):  # the folder of ModelCheckpoint.dirpath, or of a logger's version
         for draft in folder.glob(DRAFTS):
-            with suppress(OSError):
-                draft.unlink()
+            remove(draft)
     release_folders(before)

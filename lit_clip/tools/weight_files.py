@@ -15,6 +15,17 @@ from torch import Tensor
 
 from lit_clip.errors import InputError, require
 from lit_clip.tools.reading import reading
+from lit_clip.tools.sharded_files import (
+    INDEX,
+    Wanted,
+    all_rows,
+    checked_rest,
+    fill,
+    is_sharded,
+    no_rows,
+    read_index,
+    rows_of_weights,
+)
 from lit_clip.tools.untrusted import shortened
 
 Source = str | os.PathLike[str]
@@ -102,6 +113,8 @@ def as_float32(state: dict[str, Any]) -> dict[str, Tensor]:
 def read_file(path: Path) -> dict[str, Any]:
     """Read a weight file's dictionary: tensors by name, or a checkpoint that has those as ``state_dict``."""
     with opening(path):
+        if path.is_dir():
+            return read_sharded(path, rows_of_weights)
         if path.suffix == ".safetensors":
             return _read_safetensors(path)
         if zipfile.is_zipfile(path):
@@ -116,9 +129,26 @@ def read_file(path: Path) -> dict[str, Any]:
 def read_mapped(path: Path) -> dict[str, Any]:
     """Read a checkpoint's values, but of its tensors only what is looked at; for checks, see :func:`read_file`."""
     with opening(path):
-        values = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        values = load_mapped(path)
     require(isinstance(values, dict), f"{path}: a {type(values).__name__}, not weights by name")
     return dict(values)
+
+
+def load_mapped(path: Path) -> Any:
+    """Read as :func:`read_mapped` does, and raise what the parser raises; tensors in shards are 0."""
+    if path.is_dir():
+        return read_sharded(path, no_rows)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
+def read_sharded(folder: Path, wanted: Wanted = all_rows) -> dict[str, Any]:
+    """Read a sharded checkpoint's folder as the dictionary that a whole checkpoint's file holds."""
+    index = read_index(folder)
+    with opening(rest := checked_rest(folder, index)):
+        values = torch.load(rest, map_location="cpu", weights_only=True)
+    require(isinstance(values, dict), f"{rest}: a {type(values).__name__}, not a checkpoint")
+    fill(values, folder, index, wanted)
+    return values
 
 
 def _newest() -> str:
@@ -131,8 +161,9 @@ def _newest() -> str:
 def opening(path: Path) -> Iterator[None]:
     """Turn any error of somebody's weight file into one line that names it."""
     with reading(path, "weight file", hint="it may be incomplete"):
-        require(not path.is_dir(), f"{path}: is a folder; name a file in it")
-        require(path.is_file(), f"{path}: no such checkpoint file{_newest()}")
+        sharded = is_sharded(path)
+        require(sharded or not path.is_dir(), f"{path}: is a folder without {INDEX}; name a file in it")
+        require(sharded or path.is_file(), f"{path}: no such checkpoint file{_newest()}")
         try:
             if zipfile.is_zipfile(path):
                 _check_unpacked_size(path)

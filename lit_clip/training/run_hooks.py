@@ -80,7 +80,7 @@ class RunHooks(LightningModule):
         if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
             for name in kwargs.keys() - known - parameters.keys():
                 raise InputError(f"{cls.__name__} has no argument {name!r}; there are {', '.join(parameters)}")
-        check_before_loading(checkpoint_path)
+        checkpoint_path = check_before_loading(checkpoint_path)
         kwargs.setdefault("weights_only", True)  # Lightning's default would run a program that an address holds
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 

@@ -1,6 +1,7 @@
 """Load published or trained weights: open them, decide on the architecture, resize, fill a model."""
 
 import dataclasses
+import io
 import os
 import warnings
 from collections.abc import Iterator, Mapping
@@ -24,9 +25,10 @@ from lit_clip.models.registry import resolve_architecture
 from lit_clip.models.resize import resize_weights, resized
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.reading import naming, reading
+from lit_clip.tools.sharded_files import is_sharded
 from lit_clip.tools.stores import store_of
 from lit_clip.tools.untrusted import coerced, from_plain
-from lit_clip.tools.weight_files import Source, checked_tensors, is_path, read_mapped
+from lit_clip.tools.weight_files import Source, checked_tensors, is_path, read_file, read_mapped
 from lit_clip.weights.checkpoints import check_base, check_lightnings_entries, checked
 from lit_clip.weights.fingerprint import weights_sha256
 from lit_clip.weights.open_clip_runs import architecture_by_shapes
@@ -252,8 +254,11 @@ def check_finite_weights(state: Mapping[str, Tensor], name: Source) -> None:
             require(bool(ends.isfinite().all()), f"{name}: {key} {problem}")
 
 
-def check_before_loading(source: Any) -> None:
-    """Check a training checkpoint, a path, an address or an open file, before a model is created by its settings."""
+def check_before_loading(source: Any) -> Any:
+    """Check a training checkpoint, a path, an address or an open file, before a model is created by its settings.
+
+    Return what Lightning can open: the source, or for a folder a file in memory, without an optimiser's states.
+    """
     if isinstance(source, str | os.PathLike) and "://" not in str(source):
         checkpoint, name = read_mapped(Path(source)), str(source)
     else:
@@ -264,6 +269,11 @@ def check_before_loading(source: Any) -> None:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
             file.seek(0)
     check_fits(checked(checkpoint, name), name)
+    if not (isinstance(source, str | os.PathLike) and is_sharded(Path(source))):
+        return source
+    torch.save({**read_file(Path(source)), "optimizer_states": []}, whole := io.BytesIO())
+    whole.seek(0)
+    return whole
 
 
 @contextmanager

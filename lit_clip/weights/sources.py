@@ -25,6 +25,7 @@ from lit_clip.models.open_clip_configs import from_open_clip
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.reading import reading
+from lit_clip.tools.sharded_files import is_sharded
 from lit_clip.tools.untrusted import check_names_nothing, shortened
 from lit_clip.tools.weight_files import (
     Source,
@@ -74,9 +75,9 @@ def open_weights(source: Source, named: bool = False) -> Weights:
     """Find and read any source of :func:`lit_clip.load_model`; a file need not name an architecture that is known."""
     path, name = Path(source).expanduser(), os.fspath(source)
     require(bool(name), "no model: its name is empty")  # as a path it would be the working folder
-    if path.is_dir():
+    if path.is_dir() and not is_sharded(path):
         return _open_folder(path)
-    if path.is_file():
+    if path.exists():
         return _open_file(path, named)
     architecture, _, file = name.partition(":")
     if file and is_path(file):  # the file may not name its architecture

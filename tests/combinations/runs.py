@@ -16,6 +16,7 @@ from datamodules import Captions
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.module import LitCLIP
+from lit_clip.tools.weight_files import read_sharded
 from lit_clip.training.lightning.checkpoint_io import WholeCheckpointIO
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
@@ -111,7 +112,8 @@ def _end(row: Any, trainer: Any, module: LitCLIP, folder: Path) -> dict[str, Any
     trainer.save_checkpoint(folder / "end.ckpt")
     cast(Any, trainer.strategy.checkpoint_io).teardown()  # waits for one that writes later
     trainer.strategy.barrier()
-    return torch.load(folder / "end.ckpt", weights_only=True)
+    path = folder / "end.ckpt"
+    return read_sharded(path) if path.is_dir() else torch.load(path, weights_only=True)
 
 
 def examine(row: Any, folder: Path, pairs: str, plain: State) -> None:

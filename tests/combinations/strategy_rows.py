@@ -61,6 +61,7 @@ SHARDED: dict[str, dict[str, Any]] = {
     ": reshard_after_forward: false": {"reshard_after_forward": False},
     ": device_mesh: [1, 2]": {"device_mesh": [1, 2]},
     ": device_mesh: [2, 1]": {"device_mesh": [2, 1]},
+    ": sharded_checkpoints: true": {"sharded_checkpoints": True},
 }
 for name, values in SHARDED.items():
     works(

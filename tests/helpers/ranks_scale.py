@@ -1,29 +1,42 @@
-"""One rank of the trainings in ``tests/training/lightning/test_fsdp.py``."""
+"""One rank of the trainings in ``test_fsdp.py`` and ``test_sharded_checkpoints.py``."""
 
 import json
 import os
+import resource
 import sys
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.data import DataLoader, Dataset
 
 from callbacks import ActivationCheckpointing
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
+from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive
 from lit_clip.losses.loss import LossValue, Pairs
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.module import LitCLIP
 from lit_clip.training.lightning.fsdp import FSDP
+from lit_clip.training.lightning.sharded_checkpoints import save_sharded
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from tests.helpers.ranks import CONFIG, PAIRS, make_batch
 
-STRATEGIES = {"fsdp": FSDP, "hybrid": partial(FSDP, device_mesh=(2, 2))}
+STRATEGIES = {
+    "fsdp": FSDP,
+    "hybrid": partial(FSDP, device_mesh=(2, 2)),
+    "sharded": partial(FSDP, sharded_checkpoints=True),
+    "sharded_hybrid": partial(FSDP, device_mesh=(2, 2), sharded_checkpoints=True),
+}
 
 
 class _Batches(Dataset[CaptionBatch]):
@@ -70,9 +83,10 @@ def train(
     resume: str | None = None,
     checkpointed: bool = False,
     own_loss: bool = False,
+    saver: dict[str, Any] | None = None,
     **options: Any,
 ) -> None:
-    """Train with ``Trainer.fit``, three steps an epoch, and save a checkpoint."""
+    """Train with ``Trainer.fit``, three steps an epoch, and save a checkpoint; ``saver`` is of a ModelCheckpoint."""
     settings = {"max_epochs": 1, "precision": "32-true", **options.pop("trainer", {})}
     torch.manual_seed(int(os.environ["RANK"]) if strategy in STRATEGIES else 0)  # FSDP must broadcast rank 0's weights
     if own_loss:
@@ -84,13 +98,14 @@ def train(
     module.model._tokenizer = CLIPTokenizer(16)  # only its padding id is read
     differentiated: list[bool] = []
     module.model.visual.register_forward_hook(lambda _, __, features: differentiated.append(features.requires_grad))
+    savers = [ModelCheckpoint(**saver)] if saver else []
     trainer = Trainer(
-        callbacks=[ActivationCheckpointing()] if checkpointed else [],
+        callbacks=[*([ActivationCheckpointing()] if checkpointed else []), *savers],
         accelerator="cpu",
         devices=int(os.environ["WORLD_SIZE"]),
         strategy=STRATEGIES[strategy]() if strategy in STRATEGIES else strategy,
         logger=False,
-        enable_checkpointing=False,
+        enable_checkpointing=bool(savers),
         enable_progress_bar=False,
         enable_model_summary=False,
         use_distributed_sampler=False,
@@ -99,6 +114,26 @@ def train(
     trainer.fit(module, Data(), ckpt_path=resume)
     assert any(differentiated) != ("image" in options.get("freeze", {})), "a frozen encoder keeps no activations"
     trainer.save_checkpoint(output)
+
+
+def save_twice(folder: str) -> None:
+    """Save tensors of different numbers of rows in shards, and again where the last rank has no space left."""
+    dist.init_process_group("gloo")
+    rank, world = distributed.rank_and_world()
+    mesh, path = init_device_mesh("cpu", (world,)), Path(folder, "new folder/last.ckpt")
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    for step in (1, 2):
+        whole = {name: torch.full((rows, 3), float(step)) for name, rows in (("one", 1), ("many", 5), ("a/b~c", 4))}
+        shards = {name: distribute_tensor(each, mesh, [Shard(0)]) for name, each in whole.items()}
+        states = [{"state": {7: {"step": torch.tensor(2.0), "exp_avg": shards["many"].bfloat16()}}, "lr": 0.5}]
+        checkpoint = {"global_step": step, "state_dict": shards, "optimizer_states": states, "seen": (rank, None)}
+        if step == 2 and rank == world - 1:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+        try:
+            save_sharded(checkpoint, path, world)
+        except InputError as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))  # of the standard error, too
+            os.write(2, f"rank {rank} raises {error}\n".encode())
 
 
 def train_all(jobs: str) -> None:

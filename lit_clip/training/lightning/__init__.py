@@ -8,7 +8,7 @@ its tests fails when Lightning no longer does what makes the patch necessary.
   broadcasts before every step, which waits for the device.
 - ``rank_watchdog``: Lightning kills the first rank a few seconds after another one fails, without an error of its own.
 - ``checkpoint_io``: Lightning ignores a file that it may not write; its asynchronous plugin removes a checkpoint before
-  the next one is on the disk; a checkpoint at an address may hold a program.
+  the next one is on the disk; a checkpoint at an address may hold a program; each rank reads a whole one into memory.
 - ``resume_checks``: Lightning restores states unchecked, and deletes files that they name.
 - ``folder_locks``: two runs that start at once get the same version of a logger.
 - ``run_folder``: ``trainer.log_dir`` is not the run's folder for all loggers.
@@ -16,6 +16,7 @@ its tests fails when Lightning no longer does what makes the patch necessary.
   a validation; torch's converter, which Lightning uses, drops the activation in timm's BatchNorm.
   When a validation is due, how to run one between two steps, and a logger's own state have no public names.
 - ``fsdp``: Lightning's strategies for shards cannot hold a scalar, and restore before the module sees a checkpoint.
+- ``sharded_checkpoints``: how ``fsdp`` saves; torch's format of shards is pickled.
 - ``command_line``: LightningCLI lets a checkpoint's settings override typed ones, builds every command's parser, and
   turns Ctrl-C into exit code 1.
 """

@@ -3,7 +3,6 @@
 import io
 import os
 import pickle
-import shutil
 import sys
 import time
 import zipfile
@@ -19,16 +18,22 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.plugins import AsyncCheckpointIO
 from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lightning.pytorch.utilities import rank_zero_only, rank_zero_warn
+from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint
+from torch.utils._pytree import tree_map
 
 from lit_clip import distributed
 from lit_clip.errors import InputError
-from lit_clip.tools.atomic import draft_of
-from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.atomic import draft_of, remove
+from lit_clip.tools.hashing import hex_digest, sha256_of_file
 from lit_clip.tools.reading import reading
+from lit_clip.tools.sharded_files import INDEX, is_sharded
+from lit_clip.tools.weight_files import load_mapped, read_mapped, read_sharded
 from lit_clip.training.lightning.resume_checks import check_restorable, restore_in_one_line
 
 CLOCKS_DIFFER = 60.0  # seconds that the clocks of machines that share a disk may
+
+COPIED = {"state_dict", "optimizer_states", "current_model_state"}  # entries that are copied when they are restored
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
@@ -43,11 +48,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
         part, handled = draft_of(whole), sys.exc_info()[1]
         try:
             whole.parent.mkdir(parents=True, exist_ok=True)
-            with part.open("wb") as file:
-                torch.save(checkpoint, file)
-                file.flush()
-                os.fsync(file.fileno())
-            _check_plain(checkpoint, part, whole)
+            write_plain(checkpoint, part, whole)
             put_in_place(part, whole)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
             first = _first(error, handled)
@@ -60,6 +61,15 @@ class WholeCheckpointIO(TorchCheckpointIO):
         finally:
             with suppress(OSError):
                 part.unlink(missing_ok=True)
+
+
+def write_plain(checkpoint: Mapping[str, Any], part: Path, whole: Path) -> None:
+    """Write tensors and plain values to a file on the disk that is to be, or to be in, the checkpoint ``whole``."""
+    with part.open("wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    _check_plain(checkpoint, part, whole)
 
 
 def write_whole_files(plugins: list[Any]) -> None:
@@ -129,9 +139,14 @@ def put_in_place(part: Path, whole: Path) -> None:
         raise InputError(
             f"{whole}: the checkpoint could not be written; check the free space and the folder's permissions"
         )
-    if whole.is_dir() and not whole.is_symlink():
-        shutil.rmtree(whole)
-    os.replace(part, whole)
+    if whole.is_dir() or part.is_dir():  # no file or link gives way to a folder, and no folder with files to anything
+        former = draft_of(whole)
+        with suppress(FileNotFoundError):
+            whole.rename(former)
+        part.rename(whole)
+        remove(former)
+    else:
+        os.replace(part, whole)
 
 
 def newest_checkpoint(
@@ -142,7 +157,7 @@ def newest_checkpoint(
     Folders are searched at any depth; checkpoints that hold weights only are ignored. ``differing`` returns in which
     settings a file's run had another configuration: such files are passed over, and named if another one is found.
     """
-    files = {file.resolve() for place in places for file in ([place] if place.is_file() else place.rglob("*.ckpt"))}
+    files = {file.resolve() for place in places for file in _candidates(place)}
     found = {file: checkpoint for file in files if (checkpoint := _resumable(file)) is not None}
     others = {file: names for file, checkpoint in found.items() if (names := differing(file, checkpoint))}
     _date_until_now(found)
@@ -153,13 +168,26 @@ def newest_checkpoint(
     step, written, newest = max(each for each in steps if each[2].parent == last)
     named = [each for each in steps if each[0] == step and each[2] == last / "last.ckpt"]
     newest = named[0][2] if named else newest  # best.ckpt of the same step is as good, but looks older
-    for file in sorted(filter(Path.is_file, files)):  # a link may lead to a file that was removed
-        if file.stat().st_mtime > written and not zipfile.is_zipfile(file):
+    for file in sorted(filter(Path.exists, files)):  # a link may lead to a file that was removed
+        if file.stat().st_mtime > written and not _is_whole(file):
             rank_zero_warn(f"{file}: incomplete or damaged; {newest} is the newest complete checkpoint")
     newer = {file: names for file, names in others.items() if file.stat().st_mtime > written}
     if newer:
         rank_zero_warn(f"{passed_over(newer)}. To resume from it, give its path to --ckpt_path")
     return newest
+
+
+def _candidates(place: Path) -> Iterable[Path]:
+    return [place] if place.is_file() or is_sharded(place) else place.rglob("*.ckpt")
+
+
+def _is_whole(path: Path) -> bool:
+    """Return whether a file is a whole archive, and a folder no sharded checkpoint or a whole one."""
+    if not is_sharded(path):
+        return path.is_dir() or zipfile.is_zipfile(path)
+    with suppress(InputError):
+        return bool(read_mapped(path))
+    return False
 
 
 def passed_over(others: Mapping[Path, Sequence[str]]) -> str:
@@ -189,9 +217,9 @@ def checkpoint_step(path: Path) -> int | None:
 
 def _resumable(path: Path) -> dict[str, Any] | None:
     try:
-        if not zipfile.is_zipfile(path):
+        if not (zipfile.is_zipfile(path) or is_sharded(path)):
             return None
-        checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # no tensor is read
+        checkpoint = load_mapped(path)
         int(checkpoint["global_step"])
         return checkpoint if "optimizer_states" in checkpoint else None
     except pickle.UnpicklingError:
@@ -208,6 +236,8 @@ def load_the_same_checkpoint(trainer: Trainer) -> None:
     wait for it. Lightning has no hook that ranks without a checkpoint reach, too.
     """
     connector: Any = trainer._checkpoint_connector
+    *_, plugin = wrapped(trainer.strategy.checkpoint_io)
+    plugin.load_checkpoint = partial(_load, plugin)
 
     def resume_start(path: Any = None, weights_only: bool | None = None) -> None:
         if trainer.world_size > 1:
@@ -217,10 +247,26 @@ def load_the_same_checkpoint(trainer: Trainer) -> None:
         with reading(path, "checkpoint") if path else nullcontext():
             type(connector).resume_start(connector, path, weights_only)
         if path:
-            check_restorable(connector._loaded_checkpoint, trainer, path)
+            check_restorable(checkpoint := connector._loaded_checkpoint, trainer, path)
+            for name in checkpoint.keys() - COPIED:  # of a mapped file, what stays would change or crash with the file
+                checkpoint[name] = tree_map(_own, checkpoint[name])
 
     connector.resume_start = resume_start
     restore_in_one_line(connector)
+
+
+def _load(plugin: Any, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+    """Read a sharded checkpoint, too, and a whole one through a mapped file, which a machine's ranks read once."""
+    if is_sharded(path):
+        return read_sharded(Path(path))
+    lightnings = type(plugin).load_checkpoint is TorchCheckpointIO.load_checkpoint
+    if lightnings and "://" not in str(path) and zipfile.is_zipfile(path):
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+    return type(plugin).load_checkpoint(plugin, path, weights_only=weights_only)
+
+
+def _own(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
 
 
 def _check_the_same(path: Any) -> None:
@@ -241,12 +287,14 @@ def _fingerprint(path: Any) -> tuple[str, str]:
     if "://" in str(path):
         return "an address", str(path)
     try:
+        if is_sharded(path):  # of which each file names the checkpoint
+            return f"step {int(read_mapped(Path(path))['global_step'])}", sha256_of_file(Path(path, INDEX))
         with zipfile.ZipFile(path) as file:
             members = [(member.filename.partition("/")[2], member.CRC) for member in file.infolist()]
         return f"step {checkpoint_step(Path(path))}", hex_digest([sorted(members)])
     except FileNotFoundError:
         return "no such file", ""
-    except Exception:  # a sharded checkpoint's folder, or a damaged file, of which loading it tells
+    except Exception:  # damaged, or another program's folder: loading it says so
         return "not one whole file", ""
 
 

@@ -3,10 +3,12 @@
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
@@ -22,6 +24,10 @@ from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import require
 from lit_clip.models.layers import TOWERS, tower_blocks
+from lit_clip.tools import sharded_files
+from lit_clip.tools.atomic import draft_of, remove
+from lit_clip.tools.weight_files import read_sharded
+from lit_clip.training.lightning.sharded_checkpoints import save_sharded
 from lit_clip.training.optimizers import is_elementwise
 
 
@@ -38,19 +44,28 @@ class FSDP(DDPStrategy):
             whole from their forward to their backward pass.
         device_mesh: machines, and GPUs of each: shard within a machine, and replicate over machines. None: shard over
             all ranks.
+        sharded_checkpoints: whether each rank writes its own rows into a checkpoint, which is a folder then, on a disk
+            that all machines share; otherwise the first rank writes a file, and holds all of it in memory.
         kwargs: of Lightning's DDPStrategy.
     """
 
     def __init__(
-        self, reshard_after_forward: bool = True, device_mesh: tuple[int, int] | None = None, **kwargs: Any
+        self,
+        reshard_after_forward: bool = True,
+        device_mesh: tuple[int, int] | None = None,
+        sharded_checkpoints: bool = False,
+        **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
+        self.sharded_checkpoints = sharded_checkpoints
         self.reshard_after_forward, self.mesh_shape = reshard_after_forward, device_mesh
         self._scalars: list[nn.Parameter] = []
 
     def setup(self, trainer: Trainer) -> None:
         if trainer.state.fn == TrainerFn.FITTING:
             _check(trainer)
+            if self.sharded_checkpoints:
+                _check_saving(trainer)
         super().setup(trainer)
         module = self.lightning_module
         if module is not None and is_sharded(module):
@@ -102,9 +117,15 @@ class FSDP(DDPStrategy):
                 dist.all_reduce(parameter.grad)
                 parameter.grad /= self.world_size
 
-    # Checkpoints are whole: the first rank gathers one tensor at a time.
+    # For a whole checkpoint the first rank gathers one tensor at a time.
+
+    @property
+    def _saves_shards(self) -> bool:
+        return self.sharded_checkpoints and is_sharded(self.lightning_module)
 
     def _whole(self, states: Any) -> Any:
+        if self._saves_shards:
+            return states
         whole = tree_map(lambda each: _gathered(each, self.is_global_zero), states)
         return whole if self.is_global_zero else {}
 
@@ -113,6 +134,35 @@ class FSDP(DDPStrategy):
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         return self._whole(super().optimizer_state(optimizer))
+
+    @property
+    def _shards(self) -> int:
+        """Number of ranks that hold a whole tensor together, each a part of its rows; further ranks have copies."""
+        return self.mesh_shape[1] if self.mesh_shape else self.world_size
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
+        if self._saves_shards:
+            save_sharded(checkpoint, Path(filepath), self._shards)
+        else:
+            super().save_checkpoint(checkpoint, filepath, storage_options)
+
+    def remove_checkpoint(self, filepath: Any) -> None:
+        if not sharded_files.is_sharded(filepath):
+            super().remove_checkpoint(filepath)
+        elif self.is_global_zero:  # renamed first: a killed run leaves no part of a checkpoint
+            remove(Path(filepath).rename(draft_of(Path(filepath))))
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint; of an optimiser's states in a sharded one only the rows that this rank will have."""
+        if sharded_files.is_sharded(checkpoint_path):
+            return read_sharded(Path(checkpoint_path), self._my_rows)
+        return super().load_checkpoint(checkpoint_path, weights_only)
+
+    def _my_rows(self, name: str, rows: int) -> range:
+        if sharded_files.rows_of_weights(name, rows):  # which are loaded before they are sharded
+            return range(rows)
+        each, rank = -(-rows // self._shards), self.global_rank % self._shards  # torch divides so, too
+        return range(min(each * rank, rows), min(each * (rank + 1), rows))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
         module: Any = self.lightning_module
@@ -181,6 +231,14 @@ def _check(trainer: Any) -> None:
         "trainer.strategy: FSDP gives an optimiser parts of weights, and "
         f"{optimization.descriptions['optimizer']['class_path']} needs whole matrices; use ddp",
     )
+
+
+def _check_saving(trainer: Any) -> None:
+    plugin, option = trainer.strategy.checkpoint_io, "trainer.strategy.sharded_checkpoints:"
+    known = isinstance(plugin, TorchCheckpointIO)
+    require(known, f"{option} every rank writes by itself, without {type(plugin).__name__}; leave out one of the two")
+    for folder in (str(getattr(callback, "dirpath", "")) for callback in trainer.checkpoint_callbacks):
+        require("://" not in folder, f"{option} cannot be written to {folder}; set ModelCheckpoint's dirpath to a disk")
 
 
 @contextmanager

@@ -6,7 +6,6 @@ from functools import partial
 from pathlib import Path, PurePath
 from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -17,6 +16,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.tools.parts import Description, class_paths, setting_changes
 from lit_clip.tools.reading import reason
 from lit_clip.tools.untrusted import check_entries, shortened
+from lit_clip.tools.weight_files import load_mapped
 from lit_clip.training.lightning.run_folder import newest_config, shown
 from lit_clip.weights.checkpoints import check_lightnings_entries, check_progress
 
@@ -85,8 +85,7 @@ def _settle_paths(state: dict[str, Any], savers: Mapping[str, ModelCheckpoint], 
 def _score(path: Path, key: str) -> Tensor | None:
     """Return the score of a best model by its file: another saver's checkpoint may have been written before it."""
     with suppress(Exception):  # it is gone, or no checkpoint
-        whole = torch.load(path, map_location="cpu", mmap=True, weights_only=True)  # no weight is read
-        score = whole["callbacks"][key]["best_model_score"]
+        score = load_mapped(path)["callbacks"][key]["best_model_score"]
         return score.clone() if isinstance(score, Tensor) and score.numel() == 1 and bool(score.isfinite()) else None
     return None
 

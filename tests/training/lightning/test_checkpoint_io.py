@@ -21,7 +21,13 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lit_clip import LitCLIP
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
-from lit_clip.training.lightning.checkpoint_io import WholeCheckpointIO, newest_checkpoint, remove_after_writing
+from lit_clip.training.lightning.checkpoint_io import (
+    WholeCheckpointIO,
+    load_the_same_checkpoint,
+    newest_checkpoint,
+    put_in_place,
+    remove_after_writing,
+)
 from tests.conftest import TINY_YAML
 from tests.helpers import forks
 from tests.test_module import data_for, trainer
@@ -120,6 +126,34 @@ def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"file/last.ckpt: the checkpoint cannot be written \("):
         WholeCheckpointIO().save_checkpoint(CHECKPOINT, tmp_path / "file" / "last.ckpt")
+
+
+@pytest.mark.parametrize("new", ["file", "folder"])
+@pytest.mark.parametrize("former", ["nothing", "file", "folder", "link"])
+def test_a_file_or_folder_takes_the_place_of_what_was_there(tmp_path: Path, new: str, former: str) -> None:
+    whole, part, linked = tmp_path / "last.ckpt", tmp_path / ".last.ckpt.tmp", tmp_path / "step=2.ckpt"
+    for path, kind in ((whole, former), (part, new), (linked, "folder")):
+        if kind == "folder":
+            path.mkdir()
+            (path / "rank_0.safetensors").touch()
+        elif kind == "link":
+            path.symlink_to("step=2.ckpt")
+        elif kind == "file":
+            torch.save({"of": path.name}, path)
+    put_in_place(part, whole)
+    assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "step=2.ckpt"]
+    assert os.listdir(linked) == ["rank_0.safetensors"]
+    assert not whole.is_symlink()
+    assert whole.is_dir() if new == "folder" else torch.load(whole) == {"of": part.name}
+
+
+def test_a_whole_checkpoint_is_mapped_when_a_run_resumes_from_it(tmp_path: Path) -> None:
+    WholeCheckpointIO().save_checkpoint(CHECKPOINT, path := tmp_path / "last.ckpt")
+    run = trainer(tmp_path)
+    load_the_same_checkpoint(run)
+    checkpoint = run.strategy.load_checkpoint(path, weights_only=True)
+    assert torch.equal(checkpoint["state_dict"]["weight"], CHECKPOINT["state_dict"]["weight"])
+    assert str(path) in Path("/proc/self/maps").read_text(encoding="utf-8")
 
 
 def test_newest_checkpoint_has_the_most_steps_of_the_newest_run_and_can_be_resumed(tmp_path: Path) -> None:

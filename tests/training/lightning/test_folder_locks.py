@@ -140,10 +140,12 @@ def test_what_a_killed_run_left_is_removed_beside_a_checkpoint_unless_a_run_writ
     for folder in (run, live):
         (folder / "checkpoints").mkdir(parents=True)
         (folder / "checkpoints/.last.ckpt.0a1b2c3d.tmp").write_text("half")
+        (folder / "checkpoints/.step=2.ckpt.0a1b2c3d.tmp").mkdir()  # of a checkpoint in shards
+        (folder / "checkpoints/.step=2.ckpt.0a1b2c3d.tmp/rank_0.safetensors").write_text("half")
         (folder / "checkpoints/last.ckpt").write_text("whole")
         claimed_folders.remove_leftovers(folder / "checkpoints/last.ckpt")
     assert [path.name for path in (run / "checkpoints").iterdir()] == ["last.ckpt"]
-    assert len(list((live / "checkpoints").iterdir())) == 2
+    assert len(list((live / "checkpoints").iterdir())) == 3
     assert {path.name for path in tmp_path.iterdir()} == {"version_0", "version_1", ".version_1.lock"}
 
 

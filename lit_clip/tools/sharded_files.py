@@ -1,0 +1,196 @@
+"""Sharded checkpoints: folders in which every rank's rows of the tensors are a file of their own.
+
+``NAME.ckpt/`` holds
+
+- ``rank_0.safetensors`` and so on: a rank's rows of tensors, by their path in the checkpoint (RFC 6901, without the
+  first slash), such as ``state_dict/visual.proj`` or ``optimizer_states/0/state/7/exp_avg``
+- ``rest.pt``: all else, as in the file of a whole checkpoint, with None in the place of these tensors
+- ``sharded_checkpoint.json``: the :class:`Index`
+
+:func:`lit_clip.tools.weight_files.read_sharded` opens one, and checks everything in it.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lit_clip.errors import require
+from lit_clip.tools.hashing import sha256_of_file
+from lit_clip.tools.reading import naming, reading
+from lit_clip.tools.untrusted import LARGEST, check_fields, from_plain, shortened
+
+INDEX, REST = "sharded_checkpoint.json", "rest.pt"
+VERSION = 1
+LARGEST_INDEX = 2**27  # bytes; 3,000 tensors on 1,000 ranks take a fifth
+MOST_FILES = 2**16
+INSTEAD = "copy the whole folder again, or use another checkpoint"
+
+Wanted = Callable[[str, int], range]
+"""Path and number of rows of a tensor -> the rows to read; the others are 0."""
+
+
+def all_rows(name: str, rows: int) -> range:
+    """Want a tensor whole."""
+    return range(rows)
+
+
+def no_rows(name: str, rows: int) -> range:
+    """Want only a tensor's shape and type: it takes no memory."""
+    return range(0)
+
+
+def rows_of_weights(name: str, rows: int) -> range:
+    """Want all but an optimiser's states."""
+    return range(0 if name.startswith("optimizer_states/") else rows)
+
+
+@dataclass
+class ShardedTensor:
+    """Shape and type (of torch) of a tensor, and how many of its rows, in order, each file has."""
+
+    shape: list[int]
+    dtype: str
+    rows: list[int]
+
+    def __post_init__(self) -> None:
+        check_fields(self, "a tensor", {"shape": (0, LARGEST), "rows": (0, LARGEST)})
+        require(isinstance(getattr(torch, self.dtype, None), torch.dtype), f"{shortened(self.dtype)} is no type")
+        require(self.shape[:1] == [sum(self.rows)], f"{shortened(self.rows)} are not the rows of {self.shape}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The type, as torch's."""
+        return getattr(torch, self.dtype)
+
+    def empty(self) -> Tensor:
+        """Return a tensor of zeros that takes memory only where it is written to; torch's takes it at once."""
+        bytes_needed = math.prod(self.shape) * self.torch_dtype.itemsize
+        return torch.from_numpy(np.zeros(bytes_needed, np.uint8)).view(self.torch_dtype).view(self.shape)
+
+
+@dataclass
+class Index:
+    """Contents of a sharded checkpoint; names no file, so that none outside of the folder is opened.
+
+    Attributes:
+        version: of the format.
+        world_size: ranks of the run; those of other machines that only hold copies have no file.
+        files: number of ranks' files.
+        checkpoint: a name that each rank's file has in its metadata, too, for files of two checkpoints in one folder.
+        rest: SHA-256 of ``rest.pt``.
+        tensors: by path.
+    """
+
+    version: int
+    world_size: int
+    files: int
+    checkpoint: str
+    rest: str
+    tensors: dict[str, Any]
+
+    def __post_init__(self) -> None:
+        check_fields(self, "the index", dict.fromkeys(("files", "world_size"), (1, MOST_FILES)))
+        self.tensors = {name: from_plain(ShardedTensor, each, shortened(name)) for name, each in self.tensors.items()}
+        for name, each in self.tensors.items():
+            require(len(each.rows) == self.files, f"{shortened(name)}: has rows of {len(each.rows)} files")
+
+
+def is_sharded(path: str | Path) -> bool:
+    """Return whether a path is that of a sharded checkpoint's folder, complete or not."""
+    return Path(path, INDEX).is_file()
+
+
+def file_of(folder: Path, number: int) -> Path:
+    """Return the file of a rank's rows."""
+    return folder / f"rank_{number}.safetensors"
+
+
+@contextmanager
+def _reading(file: Path) -> Iterator[None]:
+    """Turn any error about a file in the folder into one line that names it and says what to do."""
+    require(file.is_file(), f"{file}: missing, or no file; {INSTEAD}")
+    with reading(file, "part of a sharded checkpoint", hint=INSTEAD), naming(file):
+        yield
+
+
+def read_index(folder: Path) -> Index:
+    """Read and check a folder's index."""
+    file = folder / INDEX
+    with _reading(file):
+        require(file.stat().st_size <= LARGEST_INDEX, f"larger than {LARGEST_INDEX} bytes; {INSTEAD}")
+        values = json.loads(file.read_text(encoding="utf-8"))
+        known = not isinstance(values, Mapping) or values.get("version") in (None, VERSION)
+        require(known, "written by a later version of lit-clip; install that one")
+        return from_plain(Index, values, "the index")
+
+
+def checked_rest(folder: Path, index: Index) -> Path:
+    """Return the file of all that lies in no shards, if it is the one that the index belongs to."""
+    file = folder / REST
+    with _reading(file):
+        require(sha256_of_file(file) == index.rest, f"damaged, or of another checkpoint; {INSTEAD}")
+    return file
+
+
+def fill(rest: dict[str, Any], folder: Path, index: Index, wanted: Wanted) -> None:
+    """Read the wanted rows of tensors into a checkpoint's dictionary, which has None in their places."""
+    with _reading(folder / INDEX):
+        tensors = {name: each.empty() for name, each in index.tensors.items()}
+        for name, tensor in tensors.items():
+            values, key = _place(rest, name)
+            require(values[key] is None, f"{shortened(name)}: has a value in {REST}, too; {INSTEAD}")
+            values[key] = tensor
+    first = dict.fromkeys(tensors, 0)
+    for number in range(index.files):
+        with _reading(file := file_of(folder, number)):
+            _read_rows(file, number, index, first, tensors, wanted)
+
+
+def _read_rows(
+    file: Path, number: int, index: Index, first: dict[str, int], tensors: Mapping[str, Tensor], wanted: Wanted
+) -> None:
+    """Check a file against the index and read its wanted rows; ``first`` has its first row of each tensor."""
+    from safetensors import safe_open
+
+    with safe_open(file, "pt") as shards:  # maps the file: only what is copied is read
+        same = (shards.metadata() or {}).get("checkpoint") == index.checkpoint
+        require(same, f"of another checkpoint than {INDEX}; {INSTEAD}")
+        expected = {name for name, each in index.tensors.items() if each.rows[number]}
+        differing = sorted(expected ^ set(shards.keys()))
+        require(not differing, f"has not the tensors of {INDEX} ({shortened(differing[:1])}); {INSTEAD}")
+        for name in expected:
+            each, part = index.tensors[name], shards.get_tensor(name)
+            shape = [each.rows[number], *each.shape[1:]]
+            found = f"{shortened(name)}: {str(part.dtype).removeprefix('torch.')} {list(part.shape)}"
+            same = list(part.shape) == shape and part.dtype == each.torch_dtype
+            require(same, f"{found}, and by {INDEX} {each.dtype} {shape}; {INSTEAD}")
+            start, rows = first[name], wanted(name, each.shape[0])
+            low, high = max(rows.start, start), min(rows.stop, start + len(part))
+            if low < high:
+                tensors[name][low:high] = part[low - start : high - start]
+            first[name] += len(part)
+
+
+def path_of(keys: tuple[Any, ...]) -> str:
+    """Return the path of a place in a checkpoint."""
+    return "/".join(str(key).replace("~", "~0").replace("/", "~1") for key in keys)
+
+
+def _place(values: Any, path: str) -> tuple[Any, Any]:
+    """Return the mapping or list that has a path's value, and the key there."""
+    *above, last = (key.replace("~1", "/").replace("~0", "~") for key in path.split("/"))
+    for key in above:
+        values = values[_key(values, key)]
+    return values, _key(values, last)
+
+
+def _key(values: Any, key: str) -> str | int:
+    return key if isinstance(values, dict) and key in values else int(key)
