@@ -28,6 +28,7 @@ from .pairs.source import Pair, PairSource
 
 Style = Literal["color", "line"]
 SIZE = 72  # pixels, the grid that OpenMoji is drawn on
+BLANK = 512  # bytes; a drawing's file of one colour is smaller, however it is compressed
 FONT_SIZE = 56  # the font's advance of 1320/1024 em is then SIZE
 PRIVATE_USE = 0xF0000  # first code point of a Unicode plane whose meaning each font defines
 HOLD_OUT_EVERY = 10
@@ -130,6 +131,8 @@ def draw(cache_dir: Path | None = None, style: Style = "color") -> list[Path]:
 
 
 def _blank(path: Path) -> bool:
+    if path.stat().st_size > BLANK:
+        return False
     low, high = _load(path).convert("L").getextrema()
     return low == high
 
@@ -139,18 +142,21 @@ def _load(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
+_kept = cache(_load)  # 16 kB each, in each process that reads it
+
+
 class EmojiPairs(PairSource):
     """Drawings, captioned with their names, tags or groups."""
 
     def __init__(self, emoji: Sequence[Emoji], paths: Sequence[Path]) -> None:
-        self.emoji, self.images = emoji, [_load(path) for path in paths]  # 16 kB each
+        self.emoji, self.paths = emoji, paths
 
     def __len__(self) -> int:
         return len(self.emoji)
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
         emoji = self.emoji[index]
-        return Pair(self.images[index], emoji.name if rng is None else caption(emoji, rng), emoji.hexcode)
+        return Pair(_kept(self.paths[index]), emoji.name if rng is None else caption(emoji, rng), emoji.hexcode)
 
     def key(self, index: int) -> str:
         return self.emoji[index].hexcode
