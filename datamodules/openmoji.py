@@ -24,7 +24,7 @@ from lit_clip.tools.hashing import stamp_of_files
 from .caption_datamodule import CaptionDataModule
 from .loading.augmentation import Augmentation, Transform
 from .loading.cache import default_cache_dir
-from .pairs.source import Pair, PairSource
+from .pairs.source import Pair, PairSource, PairText
 
 Style = Literal["color", "line"]
 SIZE = 72  # pixels, the grid that OpenMoji is drawn on
@@ -155,8 +155,14 @@ class EmojiPairs(PairSource):
         return len(self.emoji)
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
+        return Pair(_kept(self.paths[index]), *self.text(index, rng))
+
+    def captions(self, index: int) -> list[str]:
+        return [self.emoji[index].name]
+
+    def text(self, index: int, rng: random.Random | None) -> PairText:
         emoji = self.emoji[index]
-        return Pair(_kept(self.paths[index]), emoji.name if rng is None else caption(emoji, rng), emoji.hexcode)
+        return PairText(emoji.name if rng is None else caption(emoji, rng), emoji.hexcode)
 
     def key(self, index: int) -> str:
         return self.emoji[index].hexcode
