@@ -21,7 +21,7 @@ class Program:
     """
 
     def __init__(self, command: Sequence[str], path: Path | None = None) -> None:
-        self.command, self.started = list(command), time.perf_counter()
+        self.command = list(command)
         paths = [str(path)] if path else []
         paths += [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
         self.process = subprocess.Popen(
@@ -64,6 +64,15 @@ class Program:
                 return time.perf_counter()
         raise RuntimeError(f"{' '.join(self.command)} never printed {pattern!r}:\n{''.join(self.said[-20:])}")
 
+    def processor_seconds(self) -> float:
+        """Return the processor time so far, of the user and of the system, of the program and its workers (Linux)."""
+        ticks = 0
+        for file in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):  # it has ended
+                fields = file.read_text().rpartition(")")[2].split()  # of proc(5), from the third
+                ticks += sum(map(int, fields[11:15])) if int(fields[2]) == self.process.pid else 0
+        return ticks / os.sysconf("SC_CLK_TCK")
+
     def pause(self) -> None:
         """Stop the program and its workers."""
         os.killpg(self.process.pid, signal.SIGSTOP)
@@ -74,10 +83,11 @@ class Program:
         return time.perf_counter()
 
 
-def seconds_until(command: Sequence[str], pattern: str, path: Path | None = None) -> float:
-    """Return the seconds from the start of a command to a matching line, then end it."""
+def processor_seconds_until(command: Sequence[str], pattern: str, path: Path | None = None) -> float:
+    """Return the processor time of a command and its workers until a matching line, then end it."""
     with Program(command, path) as program:
-        return program.wait_for(pattern) - program.started
+        program.wait_for(pattern)
+        return program.processor_seconds()
 
 
 def seconds_of_all(command: Sequence[str]) -> float:

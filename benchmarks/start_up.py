@@ -1,11 +1,11 @@
 """Time how long commands of lit-clip and open_clip_train take to start, alternating, after one warm-up run each.
 
-    python benchmarks/start_up.py [--pairs 5] [--steps 2]
+    python benchmarks/start_up.py [--pairs 5] [--steps 5]
 
 Compares ``lit-clip --help`` and ``lit-clip fit --help`` with ``python -m open_clip_train.main --help``. Then
-``--steps`` times until the end of the first optimiser step: ``lit-clip fit --config configs/quickstart.yaml`` with
-images already drawn and cached, and ``open_clip_train`` with the same model, batch size and data as PNG files.
-open_clip_train needs pandas and webdataset.
+``--steps`` times the processor time, of the user and of the system and with data workers, until the end of the first
+optimiser step: ``lit-clip fit --config configs/quickstart.yaml`` with images already drawn and cached, and
+``open_clip_train`` with the same model, batch size and data as PNG files. open_clip_train needs pandas and webdataset.
 """
 
 import sys
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from epoch import BENCHMARKS, Run, lit_clip_command, open_clip_command, write_run
 from results import Result, compared, need, pair_parser, save
-from running import seconds_of_all, seconds_until
+from running import processor_seconds_until, seconds_of_all
 
 PEER = (sys.executable, "-m", "open_clip_train.main", "--help")
 QUICKSTART = BENCHMARKS.parent / "configs/quickstart.yaml"
@@ -43,16 +43,17 @@ def of_first_step(pairs: int) -> Result:
         logger = ("--trainer.logger.init_args.save_dir", temporary)
         ours = lit_clip_command("fit", "--config", str(QUICKSTART), "--trainer.callbacks+=marks.Marks", *logger)
         times = alternated(
-            lambda: seconds_until(theirs, r"Train Epoch: 0 \["),
-            lambda: seconds_until(ours, "^mark step 1", BENCHMARKS),
+            lambda: processor_seconds_until(theirs, r"Train Epoch: 0 \["),
+            lambda: processor_seconds_until(ours, "^mark step 1", BENCHMARKS),
             pairs,
         )
-    return compared("start_up/first_step", "`lit-clip fit --config configs/quickstart.yaml` to its first step", times)
+    title = "processor time of `lit-clip fit --config configs/quickstart.yaml` to its first step"
+    return compared("start_up/first_step", title, times)
 
 
 def main() -> None:
     arguments = pair_parser(__doc__)
-    arguments.add_argument("--steps", type=int, default=2, help="pairs of runs to the first step")
+    arguments.add_argument("--steps", type=int, default=5, help="pairs of runs to the first step")
     options = arguments.parse_args()
     need("pandas", "webdataset")
     found = [

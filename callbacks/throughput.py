@@ -5,6 +5,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -81,8 +82,8 @@ class Throughput(TimedCallback):
     """
 
     def __init__(self) -> None:
-        self._flops: PairFlops | None = None
-        self._peak: list[float | None] = []  # one, once it is measured
+        self._flops: list[PairFlops | None] = []  # one, once they are counted
+        self._peak: list[float | None] = []  # likewise, once it is measured
         self._clear()
 
     def _clear(self) -> None:
@@ -92,10 +93,9 @@ class Throughput(TimedCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._peak = []
-            self._flops = training_flops(cast(LitCLIP, pl_module).model)
-            if self._flops is None:
-                rank_zero_warn("Throughput: the FLOPs of these encoders cannot be counted, so there is no train/mfu")
+            self._flops, self._peak = [], []
+            if not isinstance(trainer.strategy, SingleDeviceStrategy):  # which may shard the weights before a step
+                self._count_flops(trainer, cast(LitCLIP, pl_module).model)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -112,15 +112,30 @@ class Throughput(TimedCallback):
             if not self.is_whole_interval(trainer):  # the same on every rank
                 return
             counts: list[Count] = distributed.gather_objects([own])
-            flops = None if model.frozen_prefixes else self._flops  # which counts layers that are not computed
-            if flops and not self._peak:
+            flops = None
+            if not model.frozen_prefixes:  # whose layers would be counted, and are not computed
                 with trainer.profiler.profile(MEASURE):  # pauses the clocks
-                    first = distributed.rank_and_world()[0] == 0
-                    self._peak = distributed.gather_objects([device_peak(trainer)] if first else [])
+                    flops = self._measure(trainer, model)
             metrics = throughput(counts, model.context_length, flops, *self._peak or [None])
             if any(isinstance(callback, TrainingMonitor) for callback in trainer.callbacks):
                 del metrics["train/samples_per_second"]
             pl_module.log_dict(metrics)
+
+    def _measure(self, trainer: Trainer, model: CLIP) -> PairFlops | None:
+        """Return the arithmetic of a pair; count it, and measure the device's peak, unless that is done."""
+        if not self._flops:
+            self._count_flops(trainer, model)
+        if self._flops[0] and not self._peak:
+            first = distributed.rank_and_world()[0] == 0
+            self._peak = distributed.gather_objects([device_peak(trainer)] if first else [])
+        return self._flops[0]
+
+    def _count_flops(self, trainer: Trainer, model: CLIP) -> None:
+        device = trainer.strategy.root_device
+        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # an encoder may draw random numbers
+            self._flops = [training_flops(model)]
+        if self._flops[0] is None:
+            rank_zero_warn("Throughput: the FLOPs of these encoders cannot be counted, so there is no train/mfu")
 
     def _add(self, batch: CaptionBatch, model: CLIP) -> None:
         self._samples += len(batch.images) + len(batch.skipped)

@@ -24,10 +24,11 @@ from lit_clip.tools.hashing import stamp_of_files
 from .caption_datamodule import CaptionDataModule
 from .loading.augmentation import Augmentation, Transform
 from .loading.cache import default_cache_dir
-from .pairs.source import Pair, PairSource
+from .pairs.source import Pair, PairSource, PairText
 
 Style = Literal["color", "line"]
 SIZE = 72  # pixels, the grid that OpenMoji is drawn on
+BLANK = 512  # bytes; a drawing's file of one colour is smaller, however it is compressed
 FONT_SIZE = 56  # the font's advance of 1320/1024 em is then SIZE
 PRIVATE_USE = 0xF0000  # first code point of a Unicode plane whose meaning each font defines
 HOLD_OUT_EVERY = 10
@@ -130,6 +131,8 @@ def draw(cache_dir: Path | None = None, style: Style = "color") -> list[Path]:
 
 
 def _blank(path: Path) -> bool:
+    if path.stat().st_size > BLANK:
+        return False
     low, high = _load(path).convert("L").getextrema()
     return low == high
 
@@ -139,18 +142,27 @@ def _load(path: Path) -> Image.Image:
         return image.convert("RGB")
 
 
+_kept = cache(_load)  # 16 kB each, in each process that reads it
+
+
 class EmojiPairs(PairSource):
     """Drawings, captioned with their names, tags or groups."""
 
     def __init__(self, emoji: Sequence[Emoji], paths: Sequence[Path]) -> None:
-        self.emoji, self.images = emoji, [_load(path) for path in paths]  # 16 kB each
+        self.emoji, self.paths = emoji, paths
 
     def __len__(self) -> int:
         return len(self.emoji)
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
+        return Pair(_kept(self.paths[index]), *self.text(index, rng))
+
+    def captions(self, index: int) -> list[str]:
+        return [self.emoji[index].name]
+
+    def text(self, index: int, rng: random.Random | None) -> PairText:
         emoji = self.emoji[index]
-        return Pair(self.images[index], emoji.name if rng is None else caption(emoji, rng), emoji.hexcode)
+        return PairText(emoji.name if rng is None else caption(emoji, rng), emoji.hexcode)
 
     def key(self, index: int) -> str:
         return self.emoji[index].hexcode

@@ -478,6 +478,27 @@ def test_weights_are_those_of_a_run_without_the_callback(tiny_config: CLIPConfig
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
+def test_arithmetic_is_counted_once_and_not_before_the_first_logged_step(
+    tiny_config: CLIPConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table, module, steps = write_table(tmp_path), LitCLIP(tiny_config), list[int]()
+
+    def counted(model: CLIP) -> PairFlops | None:
+        steps.append(module.trainer.global_step)
+        torch.rand(1)  # as an encoder with random patches may
+        return training_flops(model)
+
+    monkeypatch.setattr("callbacks.throughput.training_flops", counted)
+    states = []
+    for callbacks in ([], [Throughput()]):
+        torch.manual_seed(0)
+        fit(module, data_for(module, table, batch_size=2), tmp_path, *callbacks, max_epochs=2, log_every_n_steps=2)
+        states.append(torch.get_rng_state())
+    assert steps == [2]
+    assert module.trainer.global_step >= 4
+    assert torch.equal(*states)
+
+
 def test_validate_logs_no_training_metrics(tiny_config: CLIPConfig, tmp_path: Path) -> None:
     table, module = write_table(tmp_path), LitCLIP(tiny_config)
     validating = trainer(tmp_path, callbacks=[Throughput(), TrainingMonitor()])

@@ -1,4 +1,4 @@
-"""Deferring the import of torchmetrics leaves it fully usable."""
+"""Deferring the import of torchmetrics and of torch's compiler leaves them fully usable."""
 
 import subprocess
 import sys
@@ -42,3 +42,52 @@ def test_lightning_starts_without_the_heavy_metrics_and_they_are_imported_on_use
     done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == ["[] False", "0.75 False"]
+
+
+COMPILING = """
+import sys
+
+from lit_clip.cli.lazy_packages import defer_packages
+
+defer_packages()
+import lit_clip.cli.lightning
+import torch
+from lightning.pytorch.utilities.compile import OptimizedModule
+from torchvision.tv_tensors import Mask, wrap
+
+from lit_clip.models.flops import tower_flops
+
+def modules():
+    return len([name for name in sys.modules if name.startswith("torch._dynamo.")])
+
+layer = torch.nn.Linear(2, 2)
+optimizer = torch.optim.AdamW(layer.parameters())
+layer(torch.ones(1, 2)).sum().backward()
+optimizer.step()
+optimizer.zero_grad()
+wrap(torch.ones(2), like=Mask(torch.ones(2)))
+print(tower_flops(layer, torch.ones(1, 2)), isinstance(layer, OptimizedModule), modules())
+
+from torch._dynamo.utils import counters
+
+first = sys.modules["torch._dynamo.utils"]
+assert first is torch._dynamo.utils and first.counters is counters and first.__spec__.origin == first.__file__
+assert modules() > 50
+
+def step(inputs):
+    loss = layer(inputs).sum()
+    torch._dynamo.graph_break()
+    optimizer.zero_grad()  # refuses to be compiled, also after calls without the compiler
+    return loss * 2
+
+compiled = torch.compile(step, backend="eager")
+assert torch.equal(compiled(torch.ones(1, 2)), 2 * layer(torch.ones(1, 2)).sum())
+assert optimizer.zero_grad.__wrapped__.__dynamo_disable is not optimizer.zero_grad.__wrapped__
+print(counters["stats"]["unique_graphs"], isinstance(torch.compile(layer), OptimizedModule))
+"""
+
+
+def test_training_needs_no_compiler_and_what_is_compiled_loads_it_whole() -> None:
+    done = subprocess.run([sys.executable, "-c", COMPILING], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == ["16 False 0", "2 True"]

@@ -326,6 +326,33 @@ def test_no_labelled_line_drawing_is_blank(drawings_cache: Path, line: np.ndarra
     assert [images.class_names[label] for label in images.labels() if marks[label] < 20] == []
 
 
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that Pillow opens, from here on."""
+    files: list[Path] = []
+    really: Any = Image.open
+    monkeypatch.setattr(Image, "open", lambda path, *others: files.append(path) or really(path, *others))
+    return files
+
+
+def test_of_the_line_drawings_only_small_files_are_opened_to_find_the_blank_ones(
+    drawings_cache: Path, line: np.ndarray, opened: list[Path]
+) -> None:
+    images = OpenMojiClasses(style="line", cache_dir=str(drawings_cache))
+    assert 0 < len(opened) < 400
+    white = line.min(axis=(1, 2, 3)) == line.max(axis=(1, 2, 3))
+    expected = [e.name for e, blank in zip(EMOJI, white, strict=True) if not blank and e.group != "flags"]
+    assert [images.class_names[label] for label in images.labels()] == expected
+
+
+def test_a_drawing_is_read_with_its_pair_and_kept(drawings_cache: Path, opened: list[Path]) -> None:
+    module: Any = module_of(drawings_cache)
+    names = [module.train_source.captions(row)[0] for row in range(1750)]
+    assert names == [e.name for e, out in zip(EMOJI, held_out(EMOJI), strict=True) if not out]
+    assert opened == []
+    assert module.train_source.load(7, None).image is module.train_source.load(7, random.Random(0)).image
+
+
 def test_group_classes_are_nine(drawings_cache: Path) -> None:
     images = OpenMojiClasses(classes="group", cache_dir=str(drawings_cache))
     assert len(images.class_names) == len(set(images.class_names)) == 9
