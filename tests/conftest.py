@@ -227,6 +227,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {family: folder / family for family in FAMILIES}
 
 
+@pytest.fixture(scope="session")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder for the ONNX files that :func:`tests.helpers.exports.traced_once` keeps."""
+    return made_once(tmp_path_factory, "traces", lambda folder: None)
+
+
 @pytest.fixture(scope="module")
 def quiet_open_clip() -> Iterator[None]:
     """Silence open_clip's warning of random weights, which are intended here."""

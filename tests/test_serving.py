@@ -42,7 +42,7 @@ from lit_clip.models.config import (
 from lit_clip.models.hf_tokenizer import clean
 from lit_clip.models.preprocess import image_transform
 from tests.conftest import ROOT, made_once
-from tests.helpers.exports import checkpoint
+from tests.helpers.exports import checkpoint, traced_once
 from tests.helpers.towers import WORDS, save_words
 
 SERVING = ROOT / "examples/serving"
@@ -149,12 +149,13 @@ def config_of(kind: str, words: Path) -> CLIPConfig:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def exported(tmp_path_factory: pytest.TempPathFactory, traces: Path) -> Callable[[str], Path]:
     """Return a folder with ``last.ckpt``, a tiny model of a kind, and ``onnx``, its export."""
 
     def make(kind: str, folder: Path) -> None:
         checkpoint(config_of(kind, folder / "words"), folder / "last.ckpt")
-        export(str(folder / "last.ckpt"), format="onnx", output=str(folder / "onnx"))
+        with traced_once(traces):
+            export(str(folder / "last.ckpt"), format="onnx", output=str(folder / "onnx"))
 
     return lambda kind: made_once(tmp_path_factory, f"served_{kind}", partial(make, kind))
 
