@@ -69,7 +69,10 @@ def traced_once(folder: Path) -> Iterator[None]:
         return path.write_bytes(kept.read_bytes())
 
     collected = functools.cache(ONNXRegistry.from_torchlib)
-    with patch.object(torch.onnx, "export", trace), patch.object(ONNXRegistry, "from_torchlib", collected):
+    with (
+        patch.object(torch.onnx, "export", trace),
+        patch.object(ONNXRegistry, "from_torchlib", staticmethod(collected)),
+    ):
         yield
 
 
