@@ -78,8 +78,12 @@ $(BIN)/.notebooks: $(BIN)/.installed
 test-notebooks: $(BIN)/.notebooks  ## Run the notebooks (about 6 minutes on 2 cores)
 	@$(BIN)/python -m pytest tests/test_notebooks.py
 
-test-slow: install  ## Run the slow tests, which take minutes each
-	@$(BIN)/python -m pytest -m slow
+# Parts of less than half an hour each: these folders, and the rest.
+SLOW := combinations faults models
+SLOW_PART := $(if $(filter rest,$(PART)),tests $(SLOW:%=--ignore=tests/%),$(PART:%=tests/%))
+
+test-slow: install  ## Run the slow tests; PART=combinations, faults, models or rest runs one of its parts
+	@$(if $(filter-out $(SLOW) rest,$(PART)),echo "PART must be one of: $(SLOW) rest" && exit 2,$(BIN)/python -m pytest -m slow $(SLOW_PART))
 
 fuzz: install  ## Give hostile files to all that reads files, for MINUTES=10
 	@$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --out $(RUNS)/fuzz/found
