@@ -18,6 +18,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing, ResNetConfig, TimmConfig, VisionTransformerConfig
 from lit_clip.tools.atomic import replacing
 from lit_clip.weights.checkpoints import saved_tokenizer
+from tests.helpers import forks
 
 TEXTS = ["a dog on a hill", "A Photo of a CAT!", " ".join(["a very long caption about a cat"] * 9), ""]
 
@@ -74,6 +75,12 @@ def traced_once(folder: Path) -> Iterator[None]:
         patch.object(ONNXRegistry, "from_torchlib", staticmethod(collected)),
     ):
         yield
+
+
+def command_traced_once(folder: Path) -> None:
+    """Run ``lit-clip`` with :func:`traced_once`."""
+    with traced_once(folder):
+        forks.command()
 
 
 def photos(*sizes: tuple[int, int]) -> list[Image.Image]:
