@@ -78,8 +78,16 @@ $(BIN)/.notebooks: $(BIN)/.installed
 test-notebooks: $(BIN)/.notebooks  ## Run the notebooks (about 6 minutes on 2 cores)
 	@$(BIN)/python -m pytest tests/test_notebooks.py
 
-test-slow: install  ## Run the slow tests, which take minutes each
-	@$(BIN)/python -m pytest -m slow
+# Parts of less than half an hour each.
+SLOW_combinations := tests/combinations
+SLOW_faults := tests/faults -k "not store"
+SLOW_stores := tests/faults -k store
+SLOW_models := tests/models
+SLOW_rest := tests $(addprefix --ignore=tests/,combinations faults models)
+PARTS := combinations faults stores models rest
+
+test-slow: install  ## Run the slow tests; PART=combinations, faults, stores, models or rest runs a part
+	@$(if $(filter-out $(PARTS),$(PART)),echo "PART must be one of: $(PARTS)" && exit 2,$(BIN)/python -m pytest -m slow $(SLOW_$(PART)))
 
 fuzz: install  ## Give hostile files to all that reads files, for MINUTES=10
 	@$(BIN)/python -m tests.fuzz --minutes $(MINUTES) --out $(RUNS)/fuzz/found

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +21,7 @@ from types import ModuleType
 import pytest
 import torch
 from filelock import FileLock
+from lightning.fabric.utilities import registry
 from threadpoolctl import threadpool_limits
 
 from lit_clip import secrets
@@ -50,6 +51,7 @@ torch.set_num_threads(1)
 threadpool_limits(1)  # numpy has read the variable already
 os.fsync = lambda fd: None  # waits for the disk thousands of times, and no test takes the power away
 flops.PEAK_SECONDS = 0.0  # of which each run with Throughput would spend 0.4
+registry.entry_points = cache(registry.entry_points)  # each Trainer would read the metadata of all packages
 # A quarter of the time of imports and collection would be a search for garbage among what stays until the end.
 gc.disable()
 # A shell's background jobs ignore Ctrl-C, and the programs that tests start and interrupt would inherit that.
@@ -226,6 +228,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
     folder = made_once(tmp_path_factory, "families", make)
     return {family: folder / family for family in FAMILIES}
+
+
+@pytest.fixture(scope="session")
+def traces(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder for the ONNX files that :func:`tests.helpers.exports.traced_once` keeps."""
+    return made_once(tmp_path_factory, "traces", lambda folder: None)
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from lit_clip.cli.lightning import CLI, run
 from lit_clip.evaluation.suite import read_suite
 from lit_clip.losses import Sigmoid
 from lit_clip.models.registry import resolve_architecture
-from tests.conftest import ROOT, TINY_YAML, torchrun
+from tests.conftest import ROOT, TINY_YAML, run_lightning_ranks, torchrun
 
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 SUITES = sorted((ROOT / "configs/evaluation").glob("*.yaml"))
@@ -121,11 +121,12 @@ def test_last_ckpt_is_the_last_epoch_even_if_it_is_not_the_best(name: str) -> No
     assert (saving.filename, saving.monitor, saving._enable_version_counter) == ("last", None, False)
 
 
+@pytest.mark.parametrize("launcher", ["forks", pytest.param("torchrun", marks=pytest.mark.slow)])  # new interpreters
 def test_pretraining_config_with_fsdp_trains_under_torchrun_and_saves_a_model(
-    tmp_path: Path, caption_table: Path
+    launcher: str, tmp_path: Path, caption_table: Path
 ) -> None:
     """``configs/pretrain_vit_l14.yaml`` with ``configs/fsdp.yaml``, a tiny model, and two processes on CPU."""
-    words = ["-m", "lit_clip", "fit"]
+    words = ["fit"]
     for name in ("pretrain_vit_l14", "fsdp"):
         words += ["--config", str(ROOT / f"configs/{name}.yaml")]
     for option, value in {
@@ -142,7 +143,10 @@ def test_pretraining_config_with_fsdp_trains_under_torchrun_and_saves_a_model(
         "trainer.max_epochs": 1,
     }.items():
         words += [f"--{option}", str(value)]
-    output = torchrun(tmp_path, 2, *words)
+    if launcher == "torchrun":
+        output = torchrun(tmp_path, 2, "-m", "lit_clip", *words)
+    else:
+        output = run_lightning_ranks(2, tmp_path, "lit-clip", *words)
     assert output.count("32 = 16 x 2 ranks, encoded in 2 micro-batches") == 1  # printed by rank 0 only
     checkpoint = tmp_path / "runs/pretrain_vit_l14/version_0/checkpoints/last.ckpt"
     assert torch.load(checkpoint, weights_only=True)["global_step"] == 2

@@ -9,8 +9,6 @@ import shlex
 import shutil
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -182,8 +180,7 @@ def test_serve_answers_with_probabilities_and_refuses_what_is_too_large(
     """A real server over HTTP; ``run`` has copied the example."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    words = [sys.executable, "serve.py", str(overfitted[0]), str(port)]
-    server = subprocess.Popen(words, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    served = forks.Program(forks.script, ["serve.py", str(overfitted[0]), str(port)], tmp_path, {**os.environ})
     data = first_image(caption_table).read_bytes()
 
     def answer(query: str, body: bytes) -> tuple[int, dict[str, Any]]:
@@ -192,11 +189,11 @@ def test_serve_answers_with_probabilities_and_refuses_what_is_too_large(
         response = connection.getresponse()
         return response.status, json.loads(response.read())
 
-    try:
+    with forks.running(served, tmp_path / "out", tmp_path / "err") as server:
         for _ in range(600):
             with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port)):
                 break
-            assert server.poll() is None
+            assert server.is_alive()
             time.sleep(0.1)
         model, names = lit_clip.load_model(overfitted[0]), ["tiger", "pizza", "the sea"]
         texts = [f"a photo of a {name}." for name in names]
@@ -215,9 +212,6 @@ def test_serve_answers_with_probabilities_and_refuses_what_is_too_large(
                 status, found = answer(query, body)
                 assert (status, list(found)) == (400, ["error"])
         assert answer("name=tiger", data) == (200, {"tiger": 1.0})
-    finally:
-        server.kill()
-        server.wait()
 
 
 def test_locate_crops_what_the_image_shows_and_names_what_it_does_not(

@@ -38,28 +38,44 @@ def rows(done: subprocess.CompletedProcess[str]) -> dict[str, list[str]]:
     return {cells[0]: cells[1:] for cells in lines}
 
 
-@pytest.mark.parametrize("grid", sorted(BENCH.glob("*.yaml")), ids=lambda path: path.stem)
-def test_every_recipe_is_a_config_that_fit_accepts(grid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+GRIDS = {path.stem: yaml.safe_load(path.read_text(encoding="utf-8")) for path in sorted(BENCH.glob("*.yaml"))}
+LONGEST = {  # of each grid, the recipe that changes most
+    (grid, max(content["recipes"], key=lambda name: len(json.dumps(content["recipes"][name]))))
+    for grid, content in GRIDS.items()
+}
+RECIPES = [
+    pytest.param(grid, name, marks=[pytest.mark.slow] * ((grid, name) not in LONGEST))
+    for grid, content in GRIDS.items()
+    for name in content["recipes"]
+]
+
+
+@pytest.mark.parametrize(("grid", "name"), RECIPES)
+def test_every_recipe_is_a_config_that_fit_accepts(
+    grid: str, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "classes/cat").mkdir(parents=True)
     Image.new("RGB", (32, 32)).save(tmp_path / "classes/cat/1.png")
     vision, text = ResNetConfig((1, 1, 1, 1), 8, 32), TextTransformerConfig(16, width=8, layers=2, heads=1)
     checkpoint(CLIPConfig(8, vision, text), tmp_path / "base.ckpt")
     monkeypatch.setenv("BASE", str(tmp_path / "base.ckpt"))
-    for name in ("TRAIN", "CLASSES", "HELD_OUT"):
-        monkeypatch.setenv(name, str(tmp_path / "classes"))
+    for variable in ("TRAIN", "CLASSES", "HELD_OUT"):
+        monkeypatch.setenv(variable, str(tmp_path / "classes"))
     monkeypatch.setenv("ICONS", str(tmp_path))
     monkeypatch.setenv("PAIRS", "500")
-    content = yaml.safe_load(grid.read_text(encoding="utf-8"))
-    base = grid.parent / content["base"]
-    for name, changes in content["recipes"].items():
-        file = tmp_path / "changes.yaml"
-        options = {key: value for key, value in changes.items() if key != "alphas"}
-        file.write_text(yaml.safe_dump(options), encoding="utf-8")
-        built = run(args=["--config", str(base), "--config", str(file)], execute=False)
-        assert built.datamodule.batch_size in (None, 32, 64, 128, 256, 1024), name
-        freeze = changes.get("model", {}).get("freeze")
-        assert freeze is None or freeze.keys() >= {"image", "text"}, f"{name}: the base would freeze the other encoder"
-    texts = [json.dumps(changes, sort_keys=True) for changes in content["recipes"].values()]
+    changes = GRIDS[grid]["recipes"][name]
+    file = tmp_path / "changes.yaml"
+    options = {key: value for key, value in changes.items() if key != "alphas"}
+    file.write_text(yaml.safe_dump(options), encoding="utf-8")
+    built = run(args=["--config", str(BENCH / GRIDS[grid]["base"]), "--config", str(file)], execute=False)
+    assert built.datamodule.batch_size in (None, 32, 64, 128, 256, 1024)
+    freeze = changes.get("model", {}).get("freeze")
+    assert freeze is None or freeze.keys() >= {"image", "text"}, "the base would freeze the other encoder"
+
+
+@pytest.mark.parametrize("grid", GRIDS)
+def test_recipes_of_a_grid_differ(grid: str) -> None:
+    texts = [json.dumps(changes, sort_keys=True) for changes in GRIDS[grid]["recipes"].values()]
     assert len(set(texts)) == len(texts) > 5
 
 

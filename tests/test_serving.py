@@ -45,7 +45,7 @@ from lit_clip.models.config import (
 from lit_clip.models.hf_tokenizer import clean
 from lit_clip.models.preprocess import image_transform
 from tests.conftest import ROOT, made_once
-from tests.helpers.exports import checkpoint
+from tests.helpers.exports import checkpoint, traced_once
 from tests.helpers.towers import WORDS, save_words
 
 SERVING = ROOT / "examples/serving"
@@ -161,7 +161,7 @@ def config_of(kind: str, words: Path) -> CLIPConfig:
 
 
 @pytest.fixture(scope="session")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+def exported(tmp_path_factory: pytest.TempPathFactory, traces: Path) -> Callable[[str], Path]:
     """Return a folder with ``last.ckpt``, a tiny model of a kind, and ``onnx``, its export; CLIP's is with a head."""
 
     def make(kind: str, folder: Path) -> None:
@@ -174,7 +174,8 @@ def exported(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
             head.facts = dataclasses.replace(head.facts, none=float(logits.amax(dim=1).sort().values[:2].mean()))
             save_head(head, head_file)
         with_head = str(head_file) if head_file.exists() else None
-        export(str(folder / "last.ckpt"), format="onnx", output=str(folder / "onnx"), head=with_head)
+        with traced_once(traces):
+            export(str(folder / "last.ckpt"), format="onnx", output=str(folder / "onnx"), head=with_head)
 
     return lambda kind: made_once(tmp_path_factory, f"served_{kind}", partial(make, kind))
 

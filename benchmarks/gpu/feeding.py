@@ -61,7 +61,7 @@ def write(setting: Setting, folder: Path, side: int) -> Row:
     """Write pairs as tar shards in img2dataset's layout."""
     folder.mkdir()
     pairs, shards = (32, 2) if setting.tiny else (8192, 16)
-    images, texts = jpegs(side), texts_of(pairs)
+    images, texts = jpegs(side, 2 if setting.tiny else 16), texts_of(pairs)
     for shard in range(shards):
         with tarfile.open(folder / f"{shard:05d}.tar", "w") as tar:
             for number in range(shard, pairs, shards):

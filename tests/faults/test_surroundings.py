@@ -7,6 +7,7 @@ import resource
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,6 @@ from tests.faults import surroundings
 from tests.faults.disks import mounted, why_no_disk
 from tests.helpers import forks
 
-LIT_CLIP = str(Path(sys.executable).parent / "lit-clip")
 EMBED = ["embed", "images", "--model", "tiny.ckpt", "--output", "f.npy", "--num_workers", "0", "--accelerator", "cpu"]
 FIT = [
     *["fit", "--data.train", "pairs.csv", "--data.val", "pairs.csv", "--data.batch_size", "4"],
@@ -94,24 +94,15 @@ def test_a_command_works_without_a_stream(closed: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [["--help"], ["embed", "--help"], ["export", "nowhere.ckpt"]], ids=" ".join)
-def test_what_starts_no_workers_needs_few_open_files(words: list[str]) -> None:
-    done = subprocess.run(
-        ["sh", "-c", 'ulimit -n 100; exec "$@"', "sh", LIT_CLIP, *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+def test_what_starts_no_workers_needs_few_open_files(words: list[str], tmp_path: Path) -> None:
+    done = lit_clip_command(tmp_path, *words, function=partial(forks.command_with_few_files, 100))
     assert done.returncode == (2 if "export" in words else 0)
     assert "open files" not in done.stderr
 
 
 @pytest.mark.parametrize("words", [FIT, EMBED], ids=["fit", "embed"])
 def test_few_open_files_are_one_line_that_names_the_limit(words: list[str], folder: Path) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    limited = ["sh", "-c", 'ulimit -n 24; exec "$@"', "sh", LIT_CLIP, *words]
-    done = subprocess.run(limited, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = lit_clip_command(folder, *words, function=partial(forks.command_with_few_files, 24))
     line = "too many open files: a process may open 24, and needs 128 or more; raise the limit: ulimit -n 4096"
     assert (done.returncode, done.stderr) == (2, f"lit-clip: error: {line}\n")
 

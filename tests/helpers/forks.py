@@ -7,6 +7,7 @@ environment and the output files that a new process would get. Tests of the star
 import atexit
 import multiprocessing
 import os
+import resource
 import runpy
 import signal
 import subprocess
@@ -123,6 +124,12 @@ def command() -> None:
     from lit_clip.cli.main import main
 
     main()
+
+
+def command_with_few_files(limit: int) -> None:
+    """Run ``lit-clip`` with a limit of open files."""
+    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    command()
 
 
 def command_with_progress() -> None:

@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+from functools import cache
 from importlib import import_module
 from typing import Any
 
@@ -12,10 +13,12 @@ from lit_clip.cli.lazy_packages import defer_packages
 
 gc.disable()  # a fifth of the time of the imports, which leave no garbage
 defer_packages()  # before Lightning is imported, as in the command
+registry: Any = import_module("lightning.fabric.utilities.registry")
 for name in (
     "attrs",
     "omegaconf",
     "numpy.testing",  # numpy 1.26 starts lscpu when it is imported, which the fuzzer would take for a file's doing
+    "tensorboard.plugins.hparams.api_pb2",
     "timm",
     "torch.utils.tensorboard",
     "callbacks",
@@ -45,6 +48,8 @@ for name in (
     "transformers.models.bert.modeling_bert",  # brings what all models of transformers need
 ):
     import_module(name)
+registry.entry_points = cache(registry.entry_points)  # as in tests/conftest.py
+registry.entry_points(group="lightning.pytorch.callbacks_factory")
 pyarrow.array([""])  # the first one imports pandas, where it is installed
 import_module("lit_clip.models.tokenizer").byte_pair_tokenizer()  # read once per process
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
+from torch.utils.data import _utils as torch_workers
 
 from lit_clip.tools.messages import user_error
 from lit_clip.tools.workers import loader
@@ -68,7 +69,10 @@ class Deadly(Dataset[Tensor]):
     [(signal.SIGKILL, "killed, probably because memory ran out"), (signal.SIGBUS, "raise --shm-size")]
     + [(signal.SIGABRT, "crashed .Aborted.; set num_workers to 0")],
 )
-def test_data_worker_that_is_killed_is_one_line_with_a_hint(sent: signal.Signals, said: str) -> None:
+def test_data_worker_that_is_killed_is_one_line_with_a_hint(
+    sent: signal.Signals, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch_workers, "MP_STATUS_CHECK_INTERVAL", 0.2)  # seconds that torch waits for the other worker
     for _ in range(5):  # torch's error differs with the order of the signal and the end of the worker's connection
         with pytest.raises((RuntimeError, OSError, EOFError)) as raised:
             list(loader(Deadly(sent), 2))

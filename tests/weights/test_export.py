@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +31,15 @@ from lit_clip.models.config import (
 )
 from lit_clip.weights import export as export_formats
 from lit_clip.weights.load import load_model
-from tests.helpers.exports import TEXTS, assert_identical, checkpoint, photos, variants
+from tests.helpers.exports import TEXTS, assert_identical, checkpoint, photos, traced_once, variants
 
-pytestmark = pytest.mark.usefixtures("offline")
+pytestmark = pytest.mark.usefixtures("offline", "_traced_once")
+
+
+@pytest.fixture
+def _traced_once(traces: Path) -> Iterator[None]:
+    with traced_once(traces):
+        yield
 
 
 @pytest.mark.parametrize("kind", ["vit", "quick_gelu", "gelu_tanh", "resnet", "timm", "classifier"])
@@ -63,7 +70,6 @@ def test_open_clip_opens_the_folder_with_our_features_pixels_and_ids(
     assert_identical(ours.state_dict(), again.state_dict())
 
 
-@pytest.mark.usefixtures("_traced_once")
 @pytest.mark.parametrize("kind", ["vit", "resnet", pytest.param("timm", marks=pytest.mark.slow)])
 def test_onnxruntime_gives_our_features_at_any_batch_size(tmp_path: Path, tiny_config: CLIPConfig, kind: str) -> None:
     ours = checkpoint(variants(tiny_config)[kind], tmp_path / "last.ckpt")
@@ -88,7 +94,6 @@ def test_onnxruntime_gives_our_features_at_any_batch_size(tmp_path: Path, tiny_c
 INT8 = 5e-2 if torch.cpu._is_vnni_supported() else 1e-1
 
 
-@pytest.mark.usefixtures("_traced_once")
 @pytest.mark.parametrize(
     ("dtype", "kind", "share", "tolerance"), [("float16", "vit", 0.55, 5e-3), ("int8", "resnet", 0.3, INT8)]
 )
@@ -121,7 +126,6 @@ def test_smaller_onnx_files_give_our_features_within_their_tolerance(
         assert not torch.allclose(found, expected[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.usefixtures("_traced_once")
 def test_an_attention_pool_in_float16_opens(tmp_path: Path, tiny_config: CLIPConfig) -> None:
     """With the whole pool in float16, onnxruntime's graph optimiser crashes behind two blocks and more."""
     image = VisionTransformerConfig(32, 16, 64, 2, 1, pool="attention", pool_queries=256, pool_heads=8)
@@ -244,6 +248,7 @@ def test_transformers_opens_an_exported_naflex_model_as_a_siglip2_model(tmp_path
             export(str(tmp_path / "naflex.ckpt"), format=format, output=str(tmp_path / format))
 
 
+@pytest.mark.slow  # traces timm's encoder; tests/test_serving.py compares the probabilities of another SigLIP
 def test_a_siglip_in_onnx_keeps_its_bias_and_its_tokenizer(tmp_path: Path, siglip: CLIP) -> None:
     export(str(tmp_path / "last.ckpt"), format="onnx", output=str(tmp_path / "out"))
     facts = json.loads((tmp_path / "out/model.json").read_text())
