@@ -75,9 +75,9 @@ def _memory_returned() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+def _seeded() -> None:
     torch.manual_seed(0)
-    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)  # of another test's seed_everything
+    os.environ.pop("PL_GLOBAL_SEED", None)  # of another test's seed_everything
 
 
 @pytest.fixture(autouse=True)

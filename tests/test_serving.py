@@ -97,7 +97,8 @@ def serving(folder: Path, log: Path, limits: str = "") -> Iterator[Served]:
 
 def ask(port: int, path: str, body: Any = None, method: str = "POST", **headers: str) -> tuple[int, Any]:
     connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
-    connection.request(method, path, body, headers)
+    with contextlib.suppress(BrokenPipeError):  # it has been refused before all is sent
+        connection.request(method, path, body, headers)
     response = connection.getresponse()
     return response.status, one_line(response.read())
 

@@ -260,8 +260,8 @@ def _load(plugin: Any, path: Any, map_location: Any = None, weights_only: bool |
     if is_sharded(path):
         return read_sharded(Path(path))
     lightnings = type(plugin).load_checkpoint is TorchCheckpointIO.load_checkpoint
-    if lightnings and "://" not in str(path) and zipfile.is_zipfile(path):
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=weights_only)
+    if weights_only and lightnings and "://" not in str(path) and zipfile.is_zipfile(path):
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
     return type(plugin).load_checkpoint(plugin, path, weights_only=weights_only)
 
 

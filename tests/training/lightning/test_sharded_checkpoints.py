@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from hashlib import sha256
 from pathlib import Path
@@ -20,7 +21,6 @@ from lit_clip.errors import InputError
 from lit_clip.tools.sharded_files import INDEX, is_sharded
 from lit_clip.tools.weight_files import read_sharded
 from lit_clip.training.lightning.checkpoint_io import (
-    WholeCheckpointIO,
     _fingerprint,
     checkpoint_step,
     newest_checkpoint,
@@ -126,8 +126,13 @@ def test_what_cannot_be_written_in_shards_is_refused_before_training(options: di
         _check_saving(run)
 
 
-def test_shards_become_one_file(runs: Path, tmp_path: Path) -> None:
-    WholeCheckpointIO().save_checkpoint(read_sharded(runs / "shards" / MIDDLE), tmp_path / "whole.ckpt")
+def test_the_lines_of_the_guide_make_one_file_of_shards(
+    runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (lines,) = re.findall(r"```py\n(.*?)```", (ROOT / "docs/many_gpus.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "last.ckpt").symlink_to(runs / "shards" / MIDDLE)
+    monkeypatch.chdir(tmp_path)
+    exec(lines, {})
     assert_same(tmp_path / "whole.ckpt", runs / "whole" / MIDDLE)
 
 
