@@ -20,7 +20,7 @@ $(BIN)/python:
 	@$(PYTHON) -m venv $(VENV)
 
 $(BIN)/.installed: pyproject.toml | $(BIN)/python
-	@echo "Installing lit-clip and all that its development needs into $(VENV) (a few minutes the first time) ..."
+	@echo "Installing lit-clip and all that its development needs into $(VENV): 2 to 3 GB, minutes without a further line ..."
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
 	@touch $@
 
@@ -29,7 +29,7 @@ install: $(BIN)/.installed  ## Create the environment in .venv
 # The quickstarts need less, which the whole has too.
 $(BIN)/.quickstart: pyproject.toml | $(BIN)/python
 	@test $(BIN)/.installed -nt pyproject.toml || { \
-	echo "Installing lit-clip and its dependencies into $(VENV) (a few minutes the first time) ..." && \
+	echo "Installing lit-clip and its dependencies into $(VENV): about 1.5 GB, minutes without a further line ..." && \
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[quickstart]'; }
 	@touch $@
 
