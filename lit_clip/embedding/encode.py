@@ -69,7 +69,11 @@ def compute(
         On rank 0 the rows that could not be read; None on other ranks, which have nothing left to do.
     """
     if not batches:
-        return None if make_trainer([], settings).global_rank else []
+        trainer = make_trainer([], settings)
+        if trainer.world_size > 1 and _others_run(trainer.strategy):
+            trainer.strategy.setup_environment()
+            trainer.strategy.barrier()  # until they, too, have looked into the parts, which the first one may remove
+        return None if trainer.global_rank else []
     writer = PartWriter(task, parts, settings.on_error, title)
     trainer = make_trainer([writer], settings)
     try:
@@ -86,6 +90,11 @@ def compute(
         parts.end()
         raise UnreadableError(or_skip(unreadable[0].message, "--on_error skip"))
     return unreadable
+
+
+def _others_run(strategy: Any) -> bool:
+    """Return whether the other ranks have been started, by torchrun, SLURM or the first one."""
+    return distributed.rank_and_world()[1] > 1 or strategy.cluster_environment.creates_processes_externally
 
 
 def start_processes(settings: EncodingSettings) -> torch.device:

@@ -150,8 +150,9 @@ def test_the_processes_of_two_machines_join_what_jobs_have_left(folder: Path, fi
         free.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "TORCHELASTIC_RUN_ID": "test"}
     place |= {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "1", "GROUP_WORLD_SIZE": "2"}
-    first = 'import os\nos.environ["LOCAL_RANK"] = "0"\n'  # of its machine's processes
-    (folder / "command.py").write_text(f"{first}from lit_clip.cli.main import main\nmain()\n")
+    first = 'import os\nimport time\nos.environ["LOCAL_RANK"] = "0"\n'  # of its machine's processes
+    late = 'time.sleep(2 * int(os.environ["RANK"]))\n'  # the first could write and remove the parts meanwhile
+    (folder / "command.py").write_text(f"{first}{late}from lit_clip.cli.main import main\nmain()\n")
     run = partial(program, words("score", "jobs"), "command.py")
     done = forks.run([run(**place, RANK=rank, GROUP_RANK=rank) for rank in "01"], 100)
     assert [each.returncode for each in done] == [0, 0], [each.stderr for each in done]
