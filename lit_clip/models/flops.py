@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, height_width
+from lit_clip.models.meta_shapes import MetaShapes
 
 LARGEST_PRODUCT = 8192  # rows; the three matrices of a product take 800 MB
 PEAK_SECONDS = 0.4  # for finding the fastest product
@@ -97,7 +98,7 @@ def _count_on(tower: nn.Module, inputs: Tensor, device: torch.device) -> tuple[i
     if torch.is_grad_enabled():
         copied.training = tower.training and bool(getattr(tower, "patch_dropout", 0))  # dropped as in a step
     # As plain matrix products: the counter does not know the CPU's fused attention.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), MetaShapes(), FlopCounterMode(display=False) as counter:
         lengths = {"lengths": [inputs.shape[1]]} if getattr(copied, "reads_lengths", False) else {}
         features = copied(inputs.to(device), **lengths)
         forward = counter.get_total_flops()
