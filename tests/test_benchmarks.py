@@ -301,9 +301,8 @@ def test_every_part_for_a_gpu_runs_to_its_end(on_a_gpu: tuple[list[dict[str, Any
     assert [row["part"] for row in rows if "end" in row] == parts
     assert {row["skipped"] for row in rows if "skipped" in row} == {"needs CUDA"}
     compiled = {"open_clip compiled", "lit-clip compiled", "lit-clip compiled, Trainer"}
-    for model, more in (("ViT-B-32", compiled), ("ViT-B-16", set()), ("ViT-L-14", set())):
-        assert {row["side"] for row in rows if row.get("model") == model} >= {"open_clip", "lit-clip"} | more
-        assert len([line for line in output.splitlines() if line.startswith(f"│ {model} ") and "(" in line]) == 1
+    assert {row["side"] for row in rows if row.get("model") == "ViT-B-32"} >= {"open_clip", "lit-clip"} | compiled
+    assert len([line for line in output.splitlines() if line.startswith("│ ViT-B-32 ") and "(" in line]) == 1
     table = output.partition("largest gaps")[2]
     assert len([line for line in table.splitlines() if line.startswith("│")]) == 5
 
