@@ -40,7 +40,8 @@ def test_config_parses_and_its_classes_and_options_exist(path: Path, monkeypatch
     monkeypatch.setattr(CLI, "instantiate_classes", lambda self: None)  # the data may not exist here
     for name in ("IMAGENET", "CLASSES", "HELD_OUT", "IMAGE_WEIGHTS", "TEXT_ENCODER"):
         monkeypatch.setenv(name, name.lower())
-    base = [] if path.stem != "fsdp" else ["--config", str(ROOT / "configs/pretrain_vit_l14.yaml")]
+    added_to = {"fsdp": "pretrain_vit_l14", "icons_towers": "quickstart_towers"}.get(path.stem)
+    base = ["--config", str(ROOT / f"configs/{added_to}.yaml")] if added_to else []
     command = run(args=[*base, "--config", str(path)], execute=False)
     architecture = command.config.model.architecture  # None: the checkpoint's
     assert not isinstance(architecture, str) or resolve_architecture(architecture)  # parsing has checked explicit sizes
