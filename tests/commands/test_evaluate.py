@@ -1,5 +1,6 @@
 """``lit-clip evaluate`` equals plain loops and CLIP_benchmark, on any number of ranks and after interruptions."""
 
+import io
 import json
 import os
 import shutil
@@ -8,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,14 @@ def noise(seed: int, label: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+@cache
+def noise_png(seed: int, label: int) -> bytes:
+    """Return :func:`noise` as a file; each test has the same hundred."""
+    file = io.BytesIO()
+    noise(seed, label).save(file, "PNG")
+    return file.getvalue()
+
+
 @pytest.fixture
 def root(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint, ``data/train`` and ``data/test`` with six classes, and a suite of that set and a missing one."""
@@ -52,7 +61,7 @@ def root(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch)
             folder = tmp_path / "data" / split / name
             folder.mkdir(parents=True)
             for number in range(images):
-                noise(100 * number + len(split), label).save(folder / f"{number}.png")
+                (folder / f"{number}.png").write_bytes(noise_png(100 * number + len(split), label))
     shutil.copy(tiny_checkpoint, tmp_path / "last.ckpt")
     write_suite(
         tmp_path,
