@@ -32,7 +32,7 @@ from lit_clip.evaluation.class_metrics import (
     metrics_typed,
     write_array,
 )
-from tests.conftest import ROOT, run_lightning_ranks
+from tests.conftest import ROOT, TINY_YAML, run_lightning_ranks
 from tests.helpers.small_sets import Shades, cosines, entry, make_module, make_trainer, write_suite, write_table
 
 TORCHMETRICS = "torchmetrics.classification."
@@ -247,6 +247,7 @@ def test_metrics_of_a_configuration_are_those_of_its_saved_form(world: int, fold
     words = ["--data.train", "captions.csv", "--data.val", "captions.csv", "--data.batch_size", "2"]
     words += ["--data.num_workers", "0", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "1"]
     words += ["--trainer.devices", str(world), "--trainer.strategy", "ddp" if world > 1 else "auto"]
+    words += ["--model.architecture", TINY_YAML]
     configs = ["--config", str(ROOT / "configs/finetune_table.yaml"), "--config", "metrics.yaml"]
     log = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "runs", "--trainer.logger.name", "own"]
     run_lightning_ranks(world, folder, "lit-clip", "fit", *configs, *words, *log)

@@ -207,7 +207,7 @@ def train(
     config: CLIPConfig, steps: int, workers: int, folder: Path, path: Path | None = None
 ) -> tuple[Trainer, _Record]:
     seed_everything(0)
-    record, saving = _Record(), ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    record, saving = _Record(), ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=steps,
