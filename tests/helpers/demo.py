@@ -10,10 +10,12 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 from PIL import Image
 
 from tests.conftest import ROOT
@@ -21,6 +23,12 @@ from tests.helpers import forks
 
 SERVED = re.compile(r"^demo: http://\S+:(\d+) \(Ctrl-C ends it\)$", re.MULTILINE)
 Answer = tuple[int, bytes, dict[str, str]]
+
+
+def skip_without_gradio() -> None:
+    """Skip the test where the extra is not installed; gradio is not imported, which takes seconds."""
+    if find_spec("gradio") is None:
+        pytest.skip("the extra demo is not installed")
 
 
 @contextmanager
