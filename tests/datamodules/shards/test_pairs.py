@@ -230,7 +230,7 @@ def write_same_table(folder: Path) -> Path:
     return folder / "pairs.csv"
 
 
-# Each kind and each number of ranks with and without workers; starting those of the rest takes 15 seconds.
+# Each kind with and without workers, each number of ranks and of workers; the rest takes 15 seconds of starts.
 COVERING = [("table", 1, 1), ("table", 2, 2), ("table", 0, 3), ("shards", 0, 2), ("shards", 2, 1), ("shards", 2, 3)]
 
 
