@@ -209,6 +209,8 @@ def web_app(trial: Trial, name: str, uploads: Path, host: str = "127.0.0.1") -> 
     options |= {"footer_links": [], "max_file_size": MOST_BYTES}  # which the browser checks
     theme = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
     gr.mount_gradio_app(app, blocks.queue(max_size=WAITING), "/", theme=theme, css=CSS, **options)
+    # As gradio has it on Windows; elsewhere it looks for calls a thousand times a second, a tenth of a core.
+    vars(blocks._queue).update(sleep_when_free=0.05, progress_update_sleep_when_free=0.1)
     functions = blocks.config["dependencies"]
     numbered: dict[int, int] = {each["id"]: len(each["inputs"]) for each in functions}
     named: dict[str, int] = {str(each["api_name"]): numbered[each["id"]] for each in functions}  # False: it has none

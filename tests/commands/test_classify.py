@@ -49,6 +49,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     model = make_module().model.eval()
     monkeypatch.setattr("lit_clip.commands.classify.load_model", lambda name: model)
+    monkeypatch.setattr("lit_clip.heads.curve.DRAWS", 1)  # the curve's fits take half of the time of fitting a head
     return tmp_path
 
 
@@ -178,12 +179,13 @@ def test_images_of_no_class_are_not_counted_and_flat_folders_are_not_judged(
     ],
 )
 def test_mistakes_are_one_line(words: list[str], message: str, root: Path) -> None:
-    write_folders(root / "photos", "test", 20, others=2)
-    write_folders(root / "above/photos", "test", 3)
+    write_folders(root / "photos", "test", 7, others=2)
+    write_folders(root / "above/photos", "test", 1)
     (root / "a.csv").write_text("image,label\nx.png,red\n")
     (root / "b.csv").write_text("image,classes\nphotos/red/000.png,red; blue\nphotos/red/000.png,violet\n")
     (root / "c.csv").write_text("image,classes\n")
-    (root / "d.csv").write_text(f"image,classes\n{'x' * 20_000_000},red\n")
+    if "d.csv" in words:
+        (root / "d.csv").write_text(f"image,classes\n{'x' * 20_000_000},red\n")
     (root / "e.csv").write_text("image,classes\n,red\n")
     (root / "f.csv").write_text("image,classes\nf.png,red\n")
     (root / "g.csv").write_text("image,classes\nphotos/red/000.png,red\nphotos/red/000.png,blue\n")
@@ -293,8 +295,7 @@ def test_several_classes_an_image_are_those_above_their_thresholds(
         shown = {label} | ({6} if label == 5 else set())  # grey images are also white
         lines.append(f"{path}\t{'; '.join(NAMES[place].upper() for place in sorted(shown))}")
     (root / "examples.tsv").write_text("\n".join(lines))
-    answers, told = classify(capsys, "photos", "--classes", *NAMES, "--examples", "examples.tsv")
-    run_command(["classify", "photos", "--classes", *NAMES, *OPTIONS, "--examples", "examples.tsv", *SAVED])
+    answers, told = classify(capsys, "photos", "--classes", *NAMES, "--examples", "examples.tsv", *SAVED)
     head, model = load_head("head.safetensors"), make_module().model.eval()
     assert head.facts.several
     likely = model.with_head(head).classify([path for path, _ in photos])

@@ -14,7 +14,7 @@ import pytest
 
 from lit_clip.commands.demo import MOST_PROMPTS
 from lit_clip.commands.demo_limits import MOST_BYTES, MOST_FILES, Limits, Refused, is_accepted
-from tests.helpers.demo import answered, ask, file_data, get, png, post, running, upload
+from tests.helpers.demo import answered, ask, file_data, get, png, post, running, skip_without_gradio, upload
 
 
 def test_what_was_not_uploaded_is_neither_opened_nor_copied(served: tuple[int, Path]) -> None:
@@ -250,11 +250,12 @@ def test_a_name_is_accepted_that_nobody_else_can_point_here(
     assert [header for header in accepted + refused if is_accepted(header, host)] == accepted
 
 
-@pytest.mark.parametrize("host", ["0.0.0.0", "::1"])
+# Which names are refused at each address is tested above; gradio's start takes four seconds.
+@pytest.mark.parametrize("host", ["0.0.0.0", pytest.param("::1", marks=pytest.mark.slow)])
 def test_a_demo_that_others_see_refuses_other_names_too(
     host: str, drawings: tuple[Path, Path, list[str]], tmp_path: Path
 ) -> None:
-    pytest.importorskip("gradio", reason="the extra demo is not installed")
+    skip_without_gradio()
     with running(drawings[0], tmp_path, "--host", host) as (port, _):
         own = "::1" if ":" in host else "127.0.0.1"
         for name, status in ((f"[{own}]" if ":" in own else own, 200), ("somewhere.example", 400), ("", 400)):

@@ -1,5 +1,6 @@
 """``lit-clip evaluate`` equals plain loops and CLIP_benchmark, on any number of ranks and after interruptions."""
 
+import io
 import json
 import os
 import shutil
@@ -8,7 +9,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,14 @@ def noise(seed: int, label: int) -> Image.Image:
     return Image.fromarray(pixels)
 
 
+@cache
+def noise_png(seed: int, label: int) -> bytes:
+    """Return :func:`noise` as a file; each test has the same hundred."""
+    file = io.BytesIO()
+    noise(seed, label).save(file, "PNG")
+    return file.getvalue()
+
+
 @pytest.fixture
 def root(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A checkpoint, ``data/train`` and ``data/test`` with six classes, and a suite of that set and a missing one."""
@@ -52,7 +61,7 @@ def root(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch)
             folder = tmp_path / "data" / split / name
             folder.mkdir(parents=True)
             for number in range(images):
-                noise(100 * number + len(split), label).save(folder / f"{number}.png")
+                (folder / f"{number}.png").write_bytes(noise_png(100 * number + len(split), label))
     shutil.copy(tiny_checkpoint, tmp_path / "last.ckpt")
     write_suite(
         tmp_path,
@@ -128,6 +137,7 @@ def test_results_equal_plain_loops_and_missing_sets_are_listed(root: Path) -> No
     assert list((root / "out").rglob("events.out.tfevents*"))
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_head_is_evaluated_on_the_sets_of_its_classes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its accuracy equals that of ``model.with_head``, whatever the order and the case of the classes' names."""
     model = load_model("last.ckpt")
@@ -155,6 +165,7 @@ def test_a_head_is_evaluated_on_the_sets_of_its_classes(root: Path, capsys: pyte
         evaluate("--tasks", "head")
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_images_are_searched_by_images_and_runs_are_compared_by_it(root: Path) -> None:
     write_suite(
         root, noise={"data": {"class_path": FOLDER}, "splits": {"test": {"root": "test"}}, "tasks": ["image_retrieval"]}
@@ -176,6 +187,7 @@ def test_images_are_searched_by_images_and_runs_are_compared_by_it(root: Path) -
     assert "image retrieval, mAP@10" in Path("out/report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_probe_of_one_set_is_tested_on_others_and_trained_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sets with some of the classes, in other orders, equal the argmax among these classes of one probe."""
     trained = {"train": {"class_path": FOLDER, "init_args": {"root": "train"}}, "test": {}}
@@ -206,6 +218,7 @@ def test_a_probe_of_one_set_is_tested_on_others_and_trained_once(root: Path, mon
         assert results[name]["splits"]["train"]["images"] == 72
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_probe_of_another_set_is_tested_again_when_class_names_change(root: Path) -> None:
     images = [Image.open(path) for name in CLASSES[:2] for path in sorted(Path("data/train", name).glob("*.png"))]
     write_shards(root / "data/two", images, [0] * 12 + [1] * 12, [])
@@ -221,8 +234,9 @@ def test_a_probe_of_another_set_is_tested_again_when_class_names_change(root: Pa
     assert values[1] == pytest.approx(1 - values[0])
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_two_processes_give_the_same_results(root: Path) -> None:
-    options = ("--draws", "1", "--metrics", "auroc=torchmetrics.classification.MulticlassAUROC")
+    options = ("--draws", "1", "--shots", "2", "--metrics", "auroc=torchmetrics.classification.MulticlassAUROC")
     one = evaluate(*options)["sets"]
     shutil.rmtree("out")
     result = lit_clip_command(root, *words(*options, "--devices", "2"))
@@ -247,6 +261,7 @@ def counted_images(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return calls
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_cached_features_and_results_are_not_computed_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = counted_images(monkeypatch)
     first = evaluate("--tasks", "zero_shot")
@@ -259,6 +274,7 @@ def test_cached_features_and_results_are_not_computed_again(root: Path, monkeypa
     assert calls["images"] == 30 + 72 + 30  # an image has changed
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_another_precision_shares_no_features_and_is_in_the_results(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -356,6 +372,7 @@ def test_sigterm_stops_two_processes_and_the_next_run_resumes(root: Path) -> Non
     resume(root)
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_broken_image_fails_its_set_or_is_skipped_and_listed(root: Path) -> None:
     Path("data/test/cat/2.png").write_bytes(b"no image")
     suite = yaml.safe_load(Path("suite.yaml").read_text())["sets"]
@@ -374,6 +391,7 @@ def test_a_broken_image_fails_its_set_or_is_skipped_and_listed(root: Path) -> No
         run_command(words("--tasks", "zero_shot"))
 
 
+@pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -394,6 +412,7 @@ def test_a_wrong_suite_entry_fails_its_set_with_one_line(root: Path, change: dic
     assert json.loads(Path("out/results.json").read_text())["sets"]["noise"]["status"] == "failed"
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_imagenet_accuracy_is_also_computed_over_the_classes_of_its_variants(root: Path) -> None:
     from datamodules.evaluation.imagenet import imagenet_wnids
     from lit_clip.evaluation.zero_shot import imagenet_class_names
@@ -460,6 +479,7 @@ def check_kept_ranks(metrics: dict[str, float]) -> None:
             assert (ranks < k).mean() == pytest.approx(metrics[f"{direction}_recall@{k}"])
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_accuracy_and_recall_equal_clip_benchmarks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal up to rounding, on sets in CLIP_benchmark's own format."""
     pytest.importorskip("clip_benchmark")
@@ -512,6 +532,7 @@ def test_accuracy_and_recall_equal_clip_benchmarks(root: Path, monkeypatch: pyte
         assert metrics[f"image_to_text_recall@{k}"] == pytest.approx(theirs[f"text_retrieval_recall@{k}"], abs=1e-7)
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_another_run_is_compared_image_by_image(root: Path) -> None:
     """The files of predictions agree with the results, and are written again if they are gone."""
     import pyarrow.parquet as pq
@@ -553,6 +574,7 @@ def test_another_run_is_compared_image_by_image(root: Path) -> None:
     assert written.read_bytes() == kept
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_distances_and_folds_are_kept_with_their_intervals(root: Path) -> None:
     """Three folds that share their test images, and images located by their neighbours."""
     import pyarrow.parquet as pq

@@ -1,6 +1,7 @@
 """Reading and encoding images: all commands refuse the same files, and no row is lost or replaced."""
 
 import io
+import itertools
 import re
 import subprocess
 from pathlib import Path
@@ -132,18 +133,18 @@ def test_features_that_are_not_numbers_end_a_command_with_one_line(
     assert not Path("results.html").exists()
 
 
-@pytest.mark.parametrize("number", [torch.nan, -torch.inf])
 @pytest.mark.parametrize(
-    "words",
-    [
-        ["embed", "set", "--output", "f.npy", "--model", "bad.ckpt"],
-        ["search", "set", "kite", "--model", "bad.ckpt"],
-        ["classify", "set", "--classes", "a", "b", "--model", "bad.ckpt"],
-        ["validate", "--ckpt_path", "bad.ckpt", "--data.val", "pairs.csv"],
-        ["fit", "--ckpt_path", "bad.ckpt", "--data.train", "pairs.csv", "--data.val", "pairs.csv"],
-        [],
+    ("words", "number"),
+    [  # the numbers are told apart nowhere but in load_model
+        (["embed", "set", "--output", "f.npy", "--model", "bad.ckpt"], torch.nan),
+        (["search", "set", "kite", "--model", "bad.ckpt"], -torch.inf),
+        (["classify", "set", "--classes", "a", "b", "--model", "bad.ckpt"], torch.nan),
+        (["validate", "--ckpt_path", "bad.ckpt", "--data.val", "pairs.csv"], -torch.inf),
+        (["fit", "--ckpt_path", "bad.ckpt", "--data.train", "pairs.csv", "--data.val", "pairs.csv"], torch.nan),
+        ([], torch.nan),
+        ([], -torch.inf),
     ],
-    ids=lambda words: words[0] if words else "load_model",
+    ids=lambda each: (each[0] if each else "load_model") if isinstance(each, list) else str(each),
 )
 def test_a_checkpoint_whose_weights_are_not_numbers_is_one_line_that_names_the_weight(
     words: list[str], number: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path
@@ -178,9 +179,17 @@ class Films:
         return f"film {row}", [] if row == 5 else [image(10 * row + frame, 40, 36) for frame in range(row + 1)]
 
 
-@pytest.mark.parametrize("rows_at_once", [1, 2, 7])
-@pytest.mark.parametrize("batch_size", [1, 3, 64])
-@pytest.mark.parametrize("num_workers", [0, 2])
+# Each two of the three; starting the workers of the rest takes seconds.
+PAIRWISE = {(1, 1, 0), (1, 3, 2), (1, 64, 0), (2, 1, 0), (2, 3, 0), (2, 64, 2), (7, 1, 2), (7, 3, 0), (7, 64, 0)}
+
+
+@pytest.mark.parametrize(
+    ("rows_at_once", "batch_size", "num_workers"),
+    [
+        pytest.param(*case, marks=[] if case in PAIRWISE else pytest.mark.slow)
+        for case in itertools.product([1, 2, 7], [1, 3, 64], [0, 2])
+    ],
+)
 def test_features_do_not_depend_on_batch_size_or_workers(
     rows_at_once: int, batch_size: int, num_workers: int, tiny_config: CLIPConfig
 ) -> None:

@@ -102,7 +102,8 @@ def one_process(tables: dict[int, Path], drawings_cache: Path) -> dict[int, dict
     return dict(zip(SIZES, results, strict=True))
 
 
-@pytest.mark.parametrize("world", [2, 3, 4])
+# Of three ranks two have none of one pair, and the parts of 1,000 are unequal; the others' take ten seconds.
+@pytest.mark.parametrize("world", [pytest.param(2, marks=pytest.mark.slow), 3, pytest.param(4, marks=pytest.mark.slow)])
 def test_any_number_of_ranks_logs_the_metrics_of_one_process(
     world: int,
     one_process: dict[int, dict[str, float]],

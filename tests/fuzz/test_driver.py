@@ -11,6 +11,7 @@ from tests.fuzz.inputs import Input, edited, to_json
 from tests.fuzz.oracle import ROOT
 from tests.fuzz.targets import NAMES, demo, evaluation, pairs, remote, settings, weights
 from tests.helpers import forks
+from tests.helpers.demo import skip_without_gradio
 
 PLANTED = "tests/fuzz/planted.py"
 FOUND = {
@@ -65,7 +66,7 @@ def test_what_no_input_may_lead_to_is_found(name: str, tmp_path: Path) -> None:
     ("name", "kind"), [("hub_tag", "AssertionError"), ("store_bomb", "memory"), ("store_endless", "memory")]
 )
 def test_what_a_hub_or_a_store_may_not_do_is_found_without_the_checks(name: str, kind: str) -> None:
-    driver = Driver(memory=2**29)
+    driver = Driver(memory=2**27)
     driver.batch(f"{PLANTED}:{name}", seed=1, seconds=60, count=1)
     # A process that is short of memory may end in another way, too.
     assert kind in [found.finding.kind for found in driver.summary.found.values()]
@@ -113,15 +114,19 @@ def test_command_ends_with_1_after_a_finding_and_says_what_to_do(tmp_path: Path)
     assert "copy its input to tests/corpus/" in done.stdout
 
 
-@pytest.mark.parametrize("path", ["@folder@/secret.txt", "@stored@/../../../secret.txt", "/proc/self/environ"])
-def test_a_demo_that_gives_files_away_is_found(path: str) -> None:
-    pytest.importorskip("gradio", reason="the extra demo is not installed")
-    call = demo.requests()["calls"][0]
-    call["body"] = {"data": [{**demo.FILE, "path": path}, "a, b", "{}"]}
-    for target, found in (("tests/fuzz/targets/demo.py:unlimited", ["AssertionError"]), ("demo", [])):
+def test_a_demo_that_gives_files_away_is_found() -> None:
+    skip_without_gradio()
+    call, inputs = demo.requests()["calls"][0], []
+    for path in ("@folder@/secret.txt", "@stored@/../../../secret.txt", "/proc/self/environ"):
+        body = {"data": [{**demo.FILE, "path": path}, "a, b", "{}"]}
+        inputs.append(Input("calls", to_json([{**call, "body": body}])))
+    for target, times in (("tests/fuzz/targets/demo.py:unlimited", 3), ("demo", 0)):
         driver = Driver()
-        driver.batch(target, 0, 60, 1, [Input("calls", to_json([call]))])
-        assert [each.finding.kind for each in driver.summary.found.values()] == found
+        driver.batch(target, 0, 60, 1, inputs)
+        assert sum(driver.summary.inputs.values()) == 3
+        found = driver.summary.found.values()
+        assert all(each.finding.kind == "AssertionError" for each in found)
+        assert sum(each.times for each in found) == times
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -4,22 +4,31 @@ import io
 import json
 import os
 import re
-import signal
 import struct
-import subprocess
-import sys
+import time
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.client import HTTPConnection
+from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import pytest
 from PIL import Image
 
 from tests.conftest import ROOT
+from tests.helpers import forks
 
+SERVED = re.compile(r"^demo: http://\S+:(\d+) \(Ctrl-C ends it\)$", re.MULTILINE)
 Answer = tuple[int, bytes, dict[str, str]]
+
+
+def skip_without_gradio() -> None:
+    """Skip the test where the extra is not installed; gradio is not imported, which takes seconds."""
+    if find_spec("gradio") is None:
+        pytest.skip("the extra demo is not installed")
 
 
 @contextmanager
@@ -27,21 +36,20 @@ def running(checkpoint: Path, folder: Path, *options: str) -> Iterator[tuple[int
     """Run a demo; give its port and what it printed until it served. At its end it has printed no traceback."""
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder), "IN_THE_ENVIRONMENT": "a secret"}
     environment |= {f"{name}_PROXY": "http://127.0.0.1:9" for name in ("HTTP", "HTTPS", "ALL")}  # nothing is fetched
-    words = ["-m", "lit_clip", "demo", "--model", str(checkpoint), "--port", "0", *options]
-    with subprocess.Popen([sys.executable, *words], env=environment, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stderr is not None
-        lines = []
-        for line in process.stderr:
-            lines.append(line)
-            if found := re.match(r"demo: http://\S+:(\d+) \(Ctrl-C ends it\)", line):
-                break
-        else:
-            raise AssertionError("".join(lines))
-        yield int(found[1]), lines
-        process.send_signal(signal.SIGTERM)
-        printed = process.stderr.read()
-        assert "Traceback" not in printed, printed
-        assert process.wait(timeout=60) == 0
+    words = ["lit-clip", "demo", "--model", str(checkpoint), "--port", "0", *options]
+    with TemporaryDirectory() as output:
+        out, err = Path(output, "out"), Path(output, "err")
+        with forks.running(forks.Program(forks.command, words, Path.cwd(), environment), out, err) as process:
+            served, limit = None, time.monotonic() + 120
+            while served is None and process.is_alive() and time.monotonic() < limit:
+                time.sleep(0.05)
+                served = SERVED.search(err.read_text()) if err.exists() else None
+            assert served is not None, err.read_text()
+            yield int(served[1]), err.read_text().splitlines()
+            process.terminate()
+            process.join(60)
+            assert "Traceback" not in err.read_text(), err.read_text()
+            assert process.exitcode == 0
 
 
 def ask(port: int, method: str, path: str, body: bytes | None = None, **headers: str) -> Answer:

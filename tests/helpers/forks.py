@@ -104,6 +104,7 @@ def become(program: Program, out: str, err: str) -> None:
     os.chdir(program.folder)
     os.environ.clear()
     os.environ.update(program.environment)
+    tempfile.tempdir = None  # the server's
     sys.path[:0] = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
     if "TORCHELASTIC_RUN_ID" in os.environ:
         os.environ["LOCAL_RANK"] = os.environ["RANK"]

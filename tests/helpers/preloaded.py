@@ -21,6 +21,7 @@ for name in (
     "tensorboard.plugins.hparams.api_pb2",
     "timm",
     "torch.utils.tensorboard",
+    "torchmetrics.classification",
     "callbacks",
     "datamodules.commands.inspect",
     "datamodules.commands.shard",

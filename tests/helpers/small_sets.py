@@ -15,7 +15,7 @@ from datamodules import Captions
 from lit_clip import LitCLIP, distributed, zero_shot_classifier
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import LabelledImages, MultiLabel
-from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 
@@ -154,6 +154,7 @@ def cosines(module: LitCLIP, images: Shades) -> Tensor:
 def trained_on(data: Captions, rank: int = 0, world: int = 1, epoch: int = 0) -> list[tuple[str, str]]:
     """Return key and caption of every pair that a rank trains on in an epoch."""
     data._rank_and_world = lambda: (rank, world)  # pyright: ignore[reportAttributeAccessIssue]
+    data.preprocessing = Preprocessing(image_size=8)
     data.setup("fit")
     loader: Any = data.train_dataloader()
     loader.batch_sampler.set_epoch(epoch)

@@ -9,6 +9,7 @@ import sys
 from base64 import b64decode
 from collections import Counter
 from collections.abc import Callable
+from contextlib import redirect_stderr, redirect_stdout
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import NamedTuple
@@ -94,11 +95,12 @@ def usable_rows(folder: Path) -> list[tuple[str, str]]:
     return [(image, text) for image, text in rows if image not in BROKEN and text not in ("", "NaN")]
 
 
-def run_inspect(folder: Path, capsys: pytest.CaptureFixture[str], *words: str) -> Report:
-    run_command(["inspect", *words, "--output", str(folder / "report.html")])
-    output = capsys.readouterr()
+def run_inspect(folder: Path, *words: str) -> Report:
+    out, err = io.StringIO(), io.StringIO()
+    with redirect_stdout(out), redirect_stderr(err):
+        run_command(["inspect", *words, "--output", str(folder / "report.html")])
     return Report(
-        figures_of(output.out), output.err, (folder / "report.html").read_text(encoding="utf-8"), lines(folder)
+        figures_of(out.getvalue()), err.getvalue(), (folder / "report.html").read_text(encoding="utf-8"), lines(folder)
     )
 
 
@@ -108,11 +110,19 @@ def lines(folder: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(table.read_text(encoding="utf-8-sig")))) if table.exists() else []
 
 
-@pytest.fixture
-def report(messy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Report:
+@pytest.fixture(scope="module")
+def report(messy: Path) -> Report:
     """Report on the messy table, read by two data workers."""
-    monkeypatch.setenv("COLUMNS", "200")
-    return run_inspect(tmp_path, capsys, str(messy / "pairs.csv"), "--num_workers", "2")
+    return run_wide(messy, 2)
+
+
+def run_wide(messy: Path, workers: int) -> Report:
+    """Inspect the messy table; the page names the folder, which is the same each time."""
+    folder = messy.with_name("report")
+    folder.mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as wide:
+        wide.setenv("COLUMNS", "200")
+        return run_inspect(folder, str(messy / "pairs.csv"), "--num_workers", str(workers))
 
 
 def number(report: Report, name: str) -> int:
@@ -231,15 +241,13 @@ def test_the_histogram_counts_every_caption_once_and_marks_truncated_ones(report
     assert all((int(first) > 77) == (colour == "var(--marked-bar)") for colour, first, *_ in bars)
 
 
-def test_the_number_of_workers_does_not_change_the_findings(
-    report: Report, messy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    same = run_inspect(tmp_path, capsys, str(messy / "pairs.csv"), "--num_workers", "0")
+def test_the_number_of_workers_does_not_change_the_findings(report: Report, messy: Path) -> None:
+    same = run_wide(messy, 0)
     assert (same.figures, same.table, same.page) == (report.figures, report.table, report.page)
 
 
 def test_a_folder_and_shards_of_the_same_pairs_have_the_same_figures(
-    messy: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    messy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
     folder = tmp_path / "folder"
@@ -249,21 +257,19 @@ def test_a_folder_and_shards_of_the_same_pairs_have_the_same_figures(
         (folder / image).with_suffix(".txt").write_text(text)
     (folder / "3.txt").write_text("first\nsecond\n")
     run_command(["shard", str(folder), str(tmp_path / "shards"), "--shard_size", "10", "--workers", "0"])
-    capsys.readouterr()
     of_folder, of_shards = (
-        run_inspect(tmp_path, capsys, str(tmp_path / name), "--num_workers", "0").figures
-        for name in ("folder", "shards")
+        run_inspect(tmp_path, str(tmp_path / name), "--num_workers", "0").figures for name in ("folder", "shards")
     )
     assert of_folder == of_shards
     images = len(dict(usable_rows(messy)))
     assert of_folder["images"] == f"{images}, with {images + 1} captions"
     (tmp_path / "one.csv").write_text(f"image,caption\n{messy / '1.jpg'},one\n")
-    assert run_inspect(tmp_path, capsys, str(tmp_path / "one.csv"), "--num_workers", "0").table == []
+    assert run_inspect(tmp_path, str(tmp_path / "one.csv"), "--num_workers", "0").table == []
     assert len(kept_pairs(open_source(tmp_path / "one.csv"), tmp_path / "report.findings.csv")) == 1
 
 
 def test_captions_are_measured_with_the_models_tokenizer_and_context_length(
-    messy: Path, tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    messy: Path, tiny_checkpoint: Path, tmp_path: Path
 ) -> None:
     lengths = [int((open_clip.tokenize([text], context_length=1000) != 0).sum()) for _, text in usable_rows(messy)]
     table = str(messy / "pairs.csv")
@@ -272,7 +278,7 @@ def test_captions_are_measured_with_the_models_tokenizer_and_context_length(
         (("--model", "ViT-tiny-16-64"), 32),
         (("--model", "ViT-B-32", "--context_length", "20"), 20),
     ):
-        report = run_inspect(tmp_path, capsys, table, "--num_workers", "0", *words)
+        report = run_inspect(tmp_path, table, "--num_workers", "0", *words)
         assert number(report, f"truncated at {context} tokens") == sum(length > context for length in lengths)
 
 
@@ -300,12 +306,12 @@ def test_the_command_exits_with_2_if_no_pair_can_be_used(
     assert "unusable pairs" in (tmp_path / "inspect.html").read_text()
 
 
-def test_an_unknown_column_is_asked_for_by_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_column_is_asked_for_by_option(tmp_path: Path) -> None:
     (tmp_path / "t.csv").write_text("Dateiname;Beschreibung\na.png;ein Hund\n")
     with pytest.raises(InputError, match=r"\(Dateiname, Beschreibung\) .*; for example, set --columns.image Dateiname"):
-        run_inspect(tmp_path, capsys, str(tmp_path / "t.csv"))
+        run_inspect(tmp_path, str(tmp_path / "t.csv"))
     with pytest.raises(InputError, match="for example, set --columns.caption Beschreibung"):
-        run_inspect(tmp_path, capsys, str(tmp_path / "t.csv"), "--columns.image", "Dateiname")
+        run_inspect(tmp_path, str(tmp_path / "t.csv"), "--columns.image", "Dateiname")
 
 
 @pytest.mark.parametrize(

@@ -110,10 +110,10 @@ def kept_of(planted: list[Planted]) -> set[tuple[int, str]]:
 def trained(keep: str, world: int, data: str = "planted.jsonl") -> Counter[Pair]:
     """Return the pairs that some epochs draw on all ranks together, each as often as in one epoch."""
     every: Counter[Pair] = Counter()
+    ranks = [Captions(data, "20.csv", batch_size=1, num_workers=0, keep=keep, seed=1) for _ in range(world)]
     for epoch in range(12):  # of several captions one is drawn
         drawn: Counter[Pair] = Counter()
-        for rank in range(world):
-            captions = Captions(data, "20.csv", batch_size=1, num_workers=0, keep=keep, seed=1)
+        for rank, captions in enumerate(ranks):
             drawn.update(trained_on(captions, rank, world, epoch))
         every |= drawn
     return every

@@ -348,8 +348,7 @@ def test_too_many_skipped_samples_end_the_run_on_all_processes(
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "positives": {"duplicates": "positives"},
-    "ignored": {"duplicates": "ignored"},
-    "parts": {"micro_batch_size": 3, "checkpointed": True},
+    "parts": {"micro_batch_size": 3, "checkpointed": True, "duplicates": "ignored"},
     "sharded": {"micro_batch_size": 3, "strategy": "fsdp"},
     "batch_norm": {"batch_norm": True},
 }
@@ -363,6 +362,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         jobs = [
             {"output": str(folder / f"{case}_{world}.ckpt"), "world": world, "strategy": "ddp", **options}
             for case, options in CASES.items()
+            if world == 2 or case != "batch_norm"
         ]
         jobs = [job | ({"strategy": "auto"} if world == 1 else {}) for job in jobs]
         run_lightning_ranks(world, folder, str(ROOT / "tests/helpers/ranks_skipped.py"), "train_all", json.dumps(jobs))

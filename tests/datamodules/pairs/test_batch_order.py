@@ -20,6 +20,7 @@ from datamodules.pairs.neighbours import Neighbours, stored_neighbours
 from lit_clip.embedding.feature_files import write_features
 from lit_clip.embedding.pair_scores import pair_hash
 from lit_clip.errors import InputError
+from lit_clip.models.config import Preprocessing
 from tests.helpers.frozen_runs import Run, fit
 
 AVOIDED = BatchOptions(duplicates="avoided")
@@ -173,6 +174,7 @@ def table(tmp_path: Path) -> Path:
 
 def opened(table: Path, **options: Any) -> Captions:
     data = Captions(str(table), str(table), **{"batch_size": 6, "num_workers": 0, "augmentation": [], **options})
+    data.preprocessing = Preprocessing(image_size=8)
     data.setup("fit")
     return data
 
@@ -251,6 +253,7 @@ def test_features_of_captions_and_of_some_images_give_neighbours_to_their_rows(t
 def test_rows_that_a_mixture_repeats_are_not_in_one_batch_twice(table: Path) -> None:
     parts = [{"data": str(table), "weight": 1}, {"data": str(table), "weight": 20}]
     data = Captions(parts, str(table), batch_size=6, num_workers=0, augmentation=[], batches=AVOIDED)
+    data.preprocessing = Preprocessing(image_size=8)
     data.setup("fit")
     drawn = Counter(pair for batch in epoch_of(data, 0) for pair in batch)
     assert max(drawn.values()) > 1

@@ -207,7 +207,7 @@ def train(
     config: CLIPConfig, steps: int, workers: int, folder: Path, path: Path | None = None
 ) -> tuple[Trainer, _Record]:
     seed_everything(0)
-    record, saving = _Record(), ModelCheckpoint(folder, "{step}", every_n_train_steps=1, save_top_k=-1)
+    record, saving = _Record(), ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
     trainer = Trainer(
         accelerator="cpu",
         max_steps=steps,
@@ -293,10 +293,10 @@ class Recording(Loss):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_loss_gets_what_a_source_gives_for_each_row(workers: int, tmp_path: Path) -> None:
     bad = BadSamples("skip", 0.5)
-    data = Captions(Weighted(), Weighted(), batch_size=5, num_workers=workers, bad_samples=bad)
+    data = Captions(Weighted(), Weighted(), batch_size=6, num_workers=workers, bad_samples=bad)
     loss = Recording()
     module = LitCLIP("ViT-tiny-16-64", loss=loss, micro_batch_size=2)
-    trainer = make_trainer(tmp_path, callbacks.defaults(), max_epochs=3, enable_checkpointing=False)
+    trainer = make_trainer(tmp_path, callbacks.defaults(), max_epochs=1, enable_checkpointing=False)
     trainer.fit(module, data)
     assert len({caption for caption, *_ in loss.seen}) == 11
     for caption, weight, place in loss.seen:

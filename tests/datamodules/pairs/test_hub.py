@@ -234,7 +234,7 @@ def train(steps: int, folder: Path, checkpoint: str | None = None, data: str = "
     model = Watched(CLIPConfig(16, image, text))
     module = Captions(data, batch_size=3, num_workers=0)
     options: dict[str, Any] = {"enable_progress_bar": False, "enable_model_summary": False, "limit_val_batches": 0}
-    saving = ModelCheckpoint(folder, "last", every_n_train_steps=1, enable_version_counter=False)
+    saving = ModelCheckpoint(folder, "last", every_n_train_steps=steps, enable_version_counter=False)
     trainer = Trainer(accelerator="cpu", max_steps=steps, logger=False, callbacks=[saving], **options)
     trainer.fit(model, module, ckpt_path=checkpoint, weights_only=False)
     return vars(model)["read"]
