@@ -16,7 +16,7 @@ from lit_clip.training.teacher import Distillation
 from tests.cuda.devices import CUDA, OTHERS
 from tests.helpers import pretended
 from tests.helpers.ranks import CONFIG, PAIRS, make_batch
-from tests.helpers.ranks_losses import CASES, Setup, kept_pairs, save_teacher, whole_batch
+from tests.helpers.ranks_losses import CASES, PARTS_ELSEWHERE, Setup, kept_pairs, save_teacher, whole_batch
 from tests.helpers.waits import place
 
 
@@ -82,11 +82,6 @@ def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
         yield setup
 
 
-# Their parts are in other cases: each loss and each way of duplicates, hard negatives alone, Matryoshka of a sum.
-PARTS_ELSEWHERE = {
-    *("Contrastive positives, hard negatives", "Contrastive ignored, hard negatives", "Sum with Preservation"),
-    *("Weighted positives", "Weighted ignored", "Matryoshka of Contrastive, hard negatives", "Matryoshka of Sigmoid"),
-}
 EACH_CASE = [pytest.param(case, marks=[pytest.mark.slow] * (case in PARTS_ELSEWHERE)) for case in CASES]
 
 
