@@ -27,7 +27,7 @@ from lit_clip.weights.load import load_model
 
 
 def trainer(folder: Path, **options: Any) -> Trainer:
-    """Return a quiet trainer on the CPU, which saves no checkpoints but those of the callbacks given."""
+    """Return a quiet trainer on the CPU: no validation before training, no checkpoints but those of given callbacks."""
     saves = any(isinstance(each, ModelCheckpoint) for each in options.get("callbacks") or [])
     settings: dict[str, Any] = {
         "accelerator": "cpu",
@@ -35,6 +35,7 @@ def trainer(folder: Path, **options: Any) -> Trainer:
         "logger": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
+        "num_sanity_val_steps": 0,
         "default_root_dir": folder,
         "use_distributed_sampler": False,
         **options,

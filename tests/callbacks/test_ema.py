@@ -57,8 +57,9 @@ def fit(
         LitCLIP(config, optimizer=partial(PaperAdamW, lr=0.01), lr_scheduler=partial(WarmupCosine, warmup_steps=1)),
         Recorder(),
     )
+    settings = {"max_epochs": 2, "limit_val_batches": 1, "limit_test_batches": 1, **options}
     # The recorder comes after EMA in the list, where Lightning's own callback would show it the current weights.
-    fitting = trainer(folder, callbacks=[*callbacks, recorder], **{"max_epochs": 2, **options})
+    fitting = trainer(folder, callbacks=[*callbacks, recorder], **settings)
     fitting.fit(module, data_for(module, table), ckpt_path=ckpt_path)
     return module, recorder, fitting
 
@@ -128,7 +129,8 @@ def test_the_current_weights_are_evaluated_before_the_first_update(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     """Lightning's own callback evaluates the initial weights until then (footgun L15)."""
-    module, recorder, fitting = fit(tiny_config, caption_table, tmp_path, EMA(DECAY, start_step=6))
+    options: dict[str, Any] = {"num_sanity_val_steps": 2}
+    module, recorder, fitting = fit(tiny_config, caption_table, tmp_path, EMA(DECAY, start_step=6), **options)
     assert torch.equal(recorder.validated[0], recorder.steps[3])
     torch.testing.assert_close(recorder.validated[1], plain_average(recorder.steps, 6), rtol=0, atol=1e-6)
     never, recorder, fitting = fit(tiny_config, caption_table, tmp_path, EMA(DECAY, start_step=100))
@@ -140,7 +142,7 @@ def test_the_current_weights_are_evaluated_before_the_first_update(
 def test_the_modules_own_metrics_are_those_of_the_average(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
-    module, _, fitting = fit(tiny_config, caption_table, tmp_path, EMA(DECAY))
+    module, _, fitting = fit(tiny_config, caption_table, tmp_path, EMA(DECAY), limit_val_batches=1.0)
     fitted = {k: float(v) for k, v in fitting.callback_metrics.items() if not k.startswith("train/")}
     for validating in (trainer(tmp_path), fitting):  # the second has the callback, which must not swap again
         (again,) = validating.validate(module, data_for(module, caption_table), verbose=False)
@@ -258,7 +260,8 @@ def test_after_an_error_the_module_has_the_current_weights(
     keep = ModelCheckpoint(tmp_path, "failed", save_on_exception=True, save_top_k=0)
     torch.manual_seed(0)
     module, recorder = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=1)), Recorder()
-    fitting = trainer(tmp_path, max_epochs=2, callbacks=[EMA(DECAY), recorder, Fails(), keep])
+    used = [EMA(DECAY), recorder, Fails(), keep]
+    fitting = trainer(tmp_path, max_epochs=2, num_sanity_val_steps=2, callbacks=used)
     with pytest.raises(RuntimeError, match="stop here"):
         fitting.fit(module, data_for(module, caption_table))
     assert torch.equal(module.model.visual.proj, recorder.steps[-1])

@@ -12,11 +12,12 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.demos.boring_classes import BoringModel, RandomDataset
 from lightning.pytorch.loggers import CSVLogger
 from torch.utils.data import DataLoader, IterableDataset
 
 import callbacks
-from callbacks import ExpectedTime
+from callbacks import ExpectedTime, Preemption
 from callbacks.expected_time import validations
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
@@ -51,19 +52,21 @@ class Ticks(Callback):
 Fit = Callable[..., list[str]]
 
 
-@pytest.fixture
-def fit(tiny_config: CLIPConfig, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Fit:
-    table = write_table(tmp_path, 32)  # 8 steps with batches of 4
+def fit_boring(fitting: Trainer, path: Path | None = None) -> None:
+    """Fit a model whose steps take no time; an epoch has 8."""
+    fitting.fit(BoringModel(), DataLoader(RandomDataset(32, 8)), DataLoader(RandomDataset(32, 1)), ckpt_path=path)
 
+
+@pytest.fixture
+def fit(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Fit:
     def run(steps: list[float], validation: float = 0.0, path: Path | None = None, **options: Any) -> list[str]:
         """Return the lines about the time."""
-        module, ticks, expected = LitCLIP(tiny_config), Ticks(steps, validation), ExpectedTime()
+        ticks, expected = Ticks(steps, validation), ExpectedTime()
         expected.now = ticks
         settings = {"limit_val_batches": 0, "num_sanity_val_steps": 0, "max_epochs": 20, **options}
         settings["max_steps"] = settings.get("max_steps", 160)
         stop = Stop(20, tmp_path / "end.ckpt")  # by then all is said
-        fitting = trainer(tmp_path, callbacks=callbacks.defaults(ticks, expected, stop), **settings)
-        fitting.fit(module, data_for(module, table, batch_size=4), ckpt_path=path)
+        fit_boring(trainer(tmp_path, callbacks=[Preemption(), ticks, expected, stop], **settings), path)
         lines = capsys.readouterr().out.splitlines()
         return [line for line in lines if line.startswith(("expected time: ", "warning: the run takes"))]
 
@@ -216,20 +219,16 @@ def test_data_of_unknown_length_have_a_time_for_1000_steps(
     ids=str,
 )
 @pytest.mark.parametrize("end", [{"max_epochs": 4}, {"max_steps": 19}], ids=str)
-def test_validations_are_those_that_lightning_runs(
-    when: dict[str, Any], end: dict[str, Any], tiny_config: CLIPConfig, tmp_path: Path
-) -> None:
+def test_validations_are_those_that_lightning_runs(when: dict[str, Any], end: dict[str, Any], tmp_path: Path) -> None:
     counted: list[int] = []
 
     class Count(Callback):
         def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
             counted.append(trainer.global_step)
 
-    module, table = LitCLIP(tiny_config), write_table(tmp_path, 32)
-    fitting = trainer(
-        tmp_path, callbacks=[Count()], **{"limit_val_batches": 1, "num_sanity_val_steps": 0, **when, **end}
-    )
-    fitting.fit(module, data_for(module, table, batch_size=4))
+    options = {"limit_val_batches": 1, "num_sanity_val_steps": 0, **when, **end}
+    fitting = trainer(tmp_path, callbacks=[Count()], **options)
+    fit_boring(fitting)
     steps = fitting.global_step
     for first in range(steps):
         assert validations(fitting, first, steps) == sum(step > first for step in counted), first

@@ -83,7 +83,8 @@ def stopped_fit(
     """Run a fit that a signal must end; return the exit and the record. Epochs have 4 steps, validations 4 batches."""
     module = LitCLIP(config, optimizer=partial(PaperAdamW, lr=0.01), lr_scheduler=partial(WarmupCosine, warmup_steps=1))
     recorder = Recorder()
-    settings = {"max_epochs": 3, "callbacks": [Preemption(), recorder, *callbacks], **options}
+    settings = {"max_epochs": 3, "num_sanity_val_steps": 2, **options}
+    settings["callbacks"] = [Preemption(), recorder, *callbacks]
     with pytest.raises(SystemExit) as stopped:
         trainer(folder, **settings).fit(module, data_for(module, table), ckpt_path=ckpt_path)
     return stopped.value, recorder
@@ -213,9 +214,9 @@ class Diary(Callback):
 @pytest.mark.parametrize(
     ("batch", "options", "average"),
     [
-        pytest.param(6, {}, True, id="at the end of an epoch, with averaged weights"),
-        pytest.param(6, {"val_check_interval": 1}, False, id="after the second step of an epoch"),
-        pytest.param(10, {}, False, id="at the end of the run"),
+        pytest.param(4, {}, True, id="at the end of an epoch, with averaged weights"),
+        pytest.param(4, {"val_check_interval": 1}, False, id="after the second step of an epoch"),
+        pytest.param(6, {}, False, id="at the end of the run"),
     ],
 )
 @pytest.mark.usefixtures("_handlers")
@@ -230,9 +231,10 @@ def test_a_resumed_run_begins_with_the_validation_that_was_stopped(
         diary = Diary()
         best = ModelCheckpoint(tmp_path / name, "best", monitor="val/loss", save_last=True)
         callbacks = [Preemption(), diary, *([EMA(decay=0.25)] if average else []), *more, best]
-        settings = {"max_epochs": 3, "num_sanity_val_steps": 0, "limit_train_batches": 2, "callbacks": callbacks}
+        limits = {"limit_train_batches": 2, "limit_val_batches": 2, **options}
+        settings = {"max_epochs": 3, "num_sanity_val_steps": 0, "callbacks": callbacks, **limits}
         with suppress(SystemExit):
-            trainer(tmp_path, **settings, **options).fit(module, data_for(module, caption_table), ckpt_path=ckpt_path)
+            trainer(tmp_path, **settings).fit(module, data_for(module, caption_table), ckpt_path=ckpt_path)
         return diary.entries
 
     whole = fit("whole")

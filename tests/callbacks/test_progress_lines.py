@@ -53,12 +53,12 @@ def table(tmp_path: Path) -> Path:
 def fit(
     tiny_config: CLIPConfig, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> Callable[..., list[str]]:
-    def run(path: Path | None = None, bar: Callback | None = None, **options: Any) -> list[str]:
+    def run(path: Path | None = None, own: Callback | None = None, **options: Any) -> list[str]:
         """Return the lines of a run."""
         module, ticks, lines = LitCLIP(tiny_config), Ticks(), ProgressLines()
         lines.now = ticks
         settings = {"limit_val_batches": 0, "num_sanity_val_steps": 0, "enable_progress_bar": True, **options}
-        used = callbacks.defaults(ticks, lines, *([bar] if bar else []))
+        used = callbacks.defaults(ticks, lines, *([own] if own else []))
         fitting = trainer(tmp_path, log_every_n_steps=1, callbacks=used, **settings)
         fitting.fit(module, data_for(module, table, batch_size=4), ckpt_path=path)
         fitting.save_checkpoint(tmp_path / "end.ckpt")
@@ -84,14 +84,21 @@ def test_lines_have_the_time_left_over_all_epochs_and_the_rate_of_training(fit: 
     ]
 
 
+class Stop(Callback):
+    """Ends a run after its second line."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        trainer.should_stop = trainer.global_step == 4
+
+
 def test_max_steps_and_max_time_end_a_run_before_its_epochs(fit: Callable[..., list[str]]) -> None:
     assert without_loss(fit(max_epochs=9, max_steps=6))[1:] == [
         "fit: step 4 of 6, 0.4 samples/s, 0:00:20 left",
         "fit: step 6 of 6, 0.4 samples/s, 0:01:00 in all",
     ]
-    line = fit(max_epochs=9, max_time={"minutes": 2})[1]  # the timer's clock is the real one
+    line = fit(max_epochs=9, max_time={"minutes": 2}, own=Stop())[1]  # the timer's clock is the real one
     assert re.search(r"step 4 of 72, .*, 0:0[12]:\d\d left", line)
-    line = fit(max_epochs=-1, max_steps=-1, max_time={"seconds": 2}, limit_train_batches=5)[1]
+    line = fit(max_epochs=-1, max_steps=-1, max_time={"seconds": 2}, limit_train_batches=5, own=Stop())[1]
     assert re.search(r"step 4, .*, 0:00:0[012] left", line)
 
 
@@ -124,7 +131,7 @@ class OwnBar(ProgressBar):
     def disable(self) -> None: ...
 
 
-@pytest.mark.parametrize("options", [{"enable_progress_bar": False}, {"bar": OwnBar()}], ids=["no bar", "own bar"])
+@pytest.mark.parametrize("options", [{"enable_progress_bar": False}, {"own": OwnBar()}], ids=["no bar", "own bar"])
 def test_no_lines_without_a_bar_or_beside_a_bar_of_ones_own(
     options: dict[str, Any], fit: Callable[..., list[str]]
 ) -> None:

@@ -12,6 +12,7 @@ from lit_clip.cli.callback_options import PREFIX, Typed, callbacks_option, take_
 from lit_clip.errors import InputError
 from tests.cli.test_configurations import WORDS
 
+Cli = Callable[..., CompletedProcess[str]]
 KEEPER = "lightning.pytorch.callbacks.ModelCheckpoint"
 LISTED = [
     {"class_path": "callbacks.EMA", "init_args": {"decay": 0.99}},
@@ -139,7 +140,7 @@ def test_the_later_of_two_options_of_one_callback_wins() -> None:
 
 
 def test_secrets_and_references_of_callbacks_reach_them_and_are_not_saved(
-    cli: Callable[..., CompletedProcess[str]], caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A named option has the callbacks parsed again, from the true values."""
     (tmp_path / "hooks.py").write_text(HOOK, encoding="utf-8")
@@ -167,7 +168,7 @@ def test_secrets_and_references_of_callbacks_reach_them_and_are_not_saved(
 
 
 def test_options_reach_callbacks_of_configs_and_defaults_and_are_saved(
-    cli: Callable[..., CompletedProcess[str]], caption_table: Path, tmp_path: Path
+    cli: Cli, in_process: Cli, caption_table: Path, tmp_path: Path
 ) -> None:
     config = tmp_path / "two.yaml"
     config.write_text(yaml.safe_dump({"trainer": {"callbacks": LISTED[:2]}}), encoding="utf-8")
@@ -182,8 +183,8 @@ def test_options_reach_callbacks_of_configs_and_defaults_and_are_saved(
     assert list(found) == ["EMA", "ModelCheckpoint", "SimilarityMatrix", "NonFiniteSteps"]
     assert (found["EMA"]["decay"], found["SimilarityMatrix"]["pairs"]) == (0.5, 3)
     assert found["NonFiniteSteps"]["policy"] == "skip"
-    refused = cli("fit", *words, *data, f"{PREFIX}.decay", "0.5")
+    refused = in_process("fit", *words, *data, f"{PREFIX}.decay", "0.5")
     assert refused.returncode == 2
     assert f"{PREFIX}.decay: names none of the callbacks, which are EMA, ModelCheckpoint, Pre" in refused.stderr
-    wrong = cli("fit", *words, *data, f"{PREFIX}.EMA.decay", "much")
+    wrong = in_process("fit", *words, *data, f"{PREFIX}.EMA.decay", "much")
     assert "callbacks.EMA': decay: wants float, not much" in wrong.stderr

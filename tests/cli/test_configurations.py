@@ -35,7 +35,7 @@ def resumed_from(run: int, folder: Path) -> str:
 
 
 def test_last_and_auto_take_only_checkpoints_of_the_same_configuration(
-    cli: Cli, caption_table: Path, tmp_path: Path
+    cli: Cli, in_process: Cli, caption_table: Path, tmp_path: Path
 ) -> None:
     """The newest checkpoint in the folder is of a run with another loss."""
     data = ["--data.train", str(caption_table), "--data.val", str(caption_table)]
@@ -56,7 +56,7 @@ def test_last_and_auto_take_only_checkpoints_of_the_same_configuration(
         assert "another configuration" not in again.stderr
     other = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1"]
     for option, names in ((other, "model.optimizer"), (["--data.seed", "3"], "data.seed")):
-        refused = cli("fit", *WORDS, *data, *option, "--ckpt_path", "last")
+        refused = in_process("fit", *WORDS, *data, *option, "--ckpt_path", "last")
         assert refused.returncode == 2
         assert f"passed over (and 2 others); its run had another configuration ({names})" in refused.stderr
         assert "--ckpt_path last: no complete checkpoint below checkpoints, runs/mine" in refused.stderr
@@ -66,14 +66,14 @@ def test_last_and_auto_take_only_checkpoints_of_the_same_configuration(
 
 
 def test_a_requeued_job_of_another_configuration_is_not_resumed(
-    cli: Cli, caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cli: Cli, in_process: Cli, caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = ["--data.train", str(caption_table), "--data.val", str(caption_table)]
     assert cli("fit", *WORDS, *data).returncode == 0
     shutil.move(tmp_path / checkpoint(0), tmp_path / "hpc_ckpt_1.ckpt")
     other = ["--data.augmentation.grayscale", "0.5"]
     for option in ("hpc", "last"):
-        refused = cli("fit", *WORDS, *data, *other, "--ckpt_path", option)
+        refused = in_process("fit", *WORDS, *data, *other, "--ckpt_path", option)
         assert "hpc_ckpt_1.ckpt: passed over; its run had another configuration (data.augmentation)" in refused.stderr
     monkeypatch.setattr("lightning.fabric.plugins.environments.SLURMEnvironment.detect", lambda: True)
     job = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}

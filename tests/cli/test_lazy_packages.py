@@ -3,9 +3,11 @@
 import subprocess
 import sys
 
+import pytest
+
 HEAVY = ("transformers", "timm", "open_clip", "scipy.signal")
 
-PROGRAM = f"""
+DEFERRED = f"""
 import sys
 from types import ModuleType
 
@@ -21,36 +23,9 @@ assert not hasattr(torchmetrics, "__wrapped__")
 from importlib.metadata import version
 assert torchmetrics.__version__ == version("torchmetrics")
 assert type(torchmetrics) is not ModuleType
-
-before = torchmetrics
-from torchmetrics import Accuracy
-from torchmetrics.text import BLEUScore
-
-assert sys.modules["torchmetrics"] is before and type(before) is ModuleType
-import torch
-from lightning.pytorch.trainer.connectors.logger_connector.result import Metric
-
-assert Metric is before.Metric
-assert issubclass(BLEUScore, Metric)
-accuracy = Accuracy(task="multiclass", num_classes=3)
-accuracy.update(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 2]))
-print(float(accuracy.compute()), hasattr(before, "nothing"))
 """
 
-
-def test_lightning_starts_without_the_heavy_metrics_and_they_are_imported_on_use() -> None:
-    done = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["[] False", "0.75 False"]
-
-
 COMPILING = """
-import sys
-
-from lit_clip.cli.lazy_packages import defer_packages
-
-defer_packages()
-import lit_clip.cli.lightning
 import torch
 from lightning.pytorch.utilities.compile import OptimizedModule
 from torchvision.tv_tensors import Mask, wrap
@@ -86,8 +61,34 @@ assert optimizer.zero_grad.__wrapped__.__dynamo_disable is not optimizer.zero_gr
 print(counters["stats"]["unique_graphs"], isinstance(torch.compile(layer), OptimizedModule))
 """
 
+MEASURING = """
+before = torchmetrics
+from torchmetrics import Accuracy
+from torchmetrics.text import BLEUScore
 
-def test_training_needs_no_compiler_and_what_is_compiled_loads_it_whole() -> None:
-    done = subprocess.run([sys.executable, "-c", COMPILING], capture_output=True, text=True, check=False)
+assert sys.modules["torchmetrics"] is before and type(before) is ModuleType
+from lightning.pytorch.trainer.connectors.logger_connector.result import Metric
+
+assert Metric is before.Metric
+assert issubclass(BLEUScore, Metric)
+accuracy = Accuracy(task="multiclass", num_classes=3)
+accuracy.update(torch.tensor([0, 1, 2, 2]), torch.tensor([0, 1, 1, 2]))
+print(float(accuracy.compute()), hasattr(before, "nothing"))
+"""
+
+
+@pytest.fixture(scope="module")
+def printed() -> list[str]:
+    """The lines of a process of its own that trains, then compiles, then uses heavy metrics."""
+    program = DEFERRED + COMPILING + MEASURING
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == ["16 False 0", "2 True"]
+    return done.stdout.splitlines()
+
+
+def test_lightning_starts_without_the_heavy_metrics_and_they_are_imported_on_use(printed: list[str]) -> None:
+    assert [printed[0], printed[3]] == ["[] False", "0.75 False"]
+
+
+def test_training_needs_no_compiler_and_what_is_compiled_loads_it_whole(printed: list[str]) -> None:
+    assert printed[1:3] == ["16 False 0", "2 True"]

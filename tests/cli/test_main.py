@@ -6,7 +6,7 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ import lit_clip
 from datamodules.commands.embed import embed
 from lit_clip.cli import lightning
 from lit_clip.cli.lightning import CLI, computes_in_bfloat16, run
-from lit_clip.cli.main import _thread_error, main
+from lit_clip.cli.main import _thread_error
 from lit_clip.cli.overview import CONFIGURED, help_text
 from lit_clip.cli.subcommands import COMMANDS
 from lit_clip.errors import InputError
@@ -59,24 +59,6 @@ def trained(caption_table: Path, tmp_path_factory: pytest.TempPathFactory) -> tu
     result = lit_clip_command(folder, *words("fit", caption_table), "--model.optimizer.lr", "0.5")
     assert result.returncode == 0, result.stderr
     return folder / "lightning_logs/version_0", result
-
-
-@pytest.fixture
-def in_process(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., Completed]:
-    """Run the command in this process, for commands that fail before training: a new process takes seconds."""
-
-    def run_main(*command: str) -> Completed:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["lit-clip", *(without_packaged_defaults(command) if command else [])])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        output = capsys.readouterr()
-        assert isinstance(stopped.value.code, int)
-        return Completed(command, stopped.value.code, output.out, output.err)
-
-    return run_main
 
 
 def checkpoint_of(folder: Path) -> Path:
@@ -120,19 +102,20 @@ def test_typed_options_override_the_checkpoint(
 
 
 def test_a_checkpoint_of_another_architecture_is_refused(
-    trained: tuple[Path, Completed], caption_table: Path, cli: Cli
+    trained: tuple[Path, Completed], caption_table: Path, in_process: Cli
 ) -> None:
     folder, _ = trained
     other = TINY_YAML.replace("embed_dim: 16", "embed_dim: 32")
     command = [word.replace(TINY_YAML, other) for word in words("validate", caption_table)]
-    result = cli(*command, "--ckpt_path", str(checkpoint_of(folder)))
+    result = in_process(*command, "--ckpt_path", str(checkpoint_of(folder)))
     assert_user_error(result, "another architecture", "embed_dim 16 there and 32 here")
 
 
 def test_a_second_run_in_the_same_folder_keeps_the_first(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
     """By itself Lightning refuses to run where a config was saved before (footgun L9)."""
+    limits = ("--trainer.max_steps", "1", "--trainer.limit_val_batches", "1")
     for command in ("fit", "validate", "fit", "validate"):
-        assert cli(*words(command, caption_table)).returncode == 0
+        assert cli(*words(command, caption_table), *limits).returncode == 0
     folder = tmp_path / "lightning_logs"
     found = {path.relative_to(folder).as_posix() for path in folder.glob("*/*_config.yaml")}
     runs = {f"version_{number}/fit_config.yaml" for number in range(2)}
@@ -146,22 +129,18 @@ def test_a_run_without_a_logger_writes_no_config_into_the_current_folder(
     assert list(tmp_path.glob("*")) == []
 
 
-def test_configs_are_merged_and_interpolated(
-    caption_table: Path, tmp_path: Path, cli: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_configs_are_merged_and_interpolated(caption_table: Path, tmp_path: Path, in_process: Cli) -> None:
     (tmp_path / "model.yaml").write_text(f"model: {{architecture: {TINY_YAML}, optimizer: {{lr: 0.25}}}}")
     (tmp_path / "data.yaml").write_text(
         "data: {class_path: datamodules.Captions, init_args: {val: '${oc.env:TABLE}', batch_size: 16}}\n"
         "model: {optimizer: {weight_decay: '${model.optimizer.lr}'}}"
     )
     configs = ("--config", "model.yaml", "--config", "data.yaml", "--model.optimizer.lr", "0.125")
-    monkeypatch.setenv("TABLE", str(caption_table))
-    result = cli("validate", *configs, "--print_config")
+    result = in_process("validate", *configs, "--print_config", environment={"TABLE": str(caption_table)})
     assert result.returncode == 0, result.stderr
     config = yaml.safe_load(result.stdout)
     assert config["data"]["init_args"]["val"] == "${oc.env:TABLE}"  # variables may hold secrets
     assert config["model"]["optimizer"]["init_args"]["weight_decay"] == 0.125  # the typed value, across files
-    monkeypatch.chdir(tmp_path)
     command = run(args=[*configs, "--trainer.logger", "false"], execute=False)
     assert command.config["data"]["init_args"]["val"] == str(caption_table)
 
@@ -174,12 +153,12 @@ def test_configs_are_merged_and_interpolated(
         ("--model m.ckpt", "--model: no command given; type one of classify, demo, "),
     ],
 )  # fmt: skip
-def test_options_before_the_command_are_one_line(typed: str, message: str, cli: Cli) -> None:
-    assert_user_error(cli(*typed.split()), message)
+def test_options_before_the_command_are_one_line(typed: str, message: str, in_process: Cli) -> None:
+    assert_user_error(in_process(*typed.split()), message)
 
 
-def test_a_negative_clipping_of_gradients_is_refused(caption_table: Path, cli: Cli) -> None:
-    result = cli(*words("fit", caption_table), "--trainer.gradient_clip_val", "-1")
+def test_a_negative_clipping_of_gradients_is_refused(caption_table: Path, in_process: Cli) -> None:
+    result = in_process(*words("fit", caption_table), "--trainer.gradient_clip_val", "-1")
     assert_user_error(result, "trainer.gradient_clip_val: -1", "must be at least 0; null clips nothing")
 
 
@@ -339,24 +318,12 @@ def test_a_threads_error_is_one_line_unless_it_is_a_bug(capsys: pytest.CaptureFi
     assert lines[-1] == "RuntimeError: a bug"
 
 
-@pytest.mark.parametrize(
-    ("command", "not_imported"),
-    [
-        ("--help", ("torch", "lightning", "numpy")),
-        ("fit --help", ("torch", "lightning", "numpy")),
-        ("fit --help all", ("transformers", "timm", "open_clip", "scipy.signal")),
-        ("embed --help", ("transformers", "timm", "open_clip", "pandas")),
-    ],
-)
-def test_help_imports_no_heavy_package_that_it_does_not_need(command: str, not_imported: tuple[str, ...]) -> None:
-    assert "usage: lit-clip" in without_importing(not_imported, command.split())
-
-
-def test_classify_imports_neither_lightning_nor_torchs_compiler(drawings: tuple[Path, Path, list[str]]) -> None:
-    checkpoint, photos, names = drawings
-    photo = next(photos.iterdir())
-    words = ["classify", str(photo), "--model", str(checkpoint), "--classes", *names[:2], "--output", "csv"]
-    not_imported = (
+def test_commands_import_no_heavy_package_that_they_do_not_need(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """In one process of its own, in an order in which each command may import more than those before."""
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (40, 40)).save(photo)
+    classify = ["classify", str(photo), "--model", str(tiny_checkpoint), "--classes", "cat", "dog", "--output", "csv"]
+    not_by_classify = (
         "lightning",
         "torchmetrics.metric",
         "torch._dynamo.eval_frame",  # of the loaded compiler; the package itself is a deferred one
@@ -364,24 +331,28 @@ def test_classify_imports_neither_lightning_nor_torchs_compiler(drawings: tuple[
         "transformers",
         "scipy",
     )
-    assert photo.name in without_importing(not_imported, words)
-
-
-def without_importing(names: Sequence[str], words: list[str]) -> str:
-    """Run a command in a process of its own, check that it has not imported modules, and return what it prints."""
+    commands = [
+        (["--help"], ("torch", "lightning", "numpy")),
+        (["fit", "--help"], ("torch", "lightning", "numpy")),
+        (classify, not_by_classify),
+        (["embed", "--help"], ("transformers", "timm", "open_clip", "pandas")),
+        (["fit", "--help", "all"], ("transformers", "timm", "open_clip", "scipy.signal")),
+    ]
     code = (
-        f"import sys; sys.argv = {['lit-clip', *words]}\n"
-        "import lit_clip.cli.main\n"
-        "try: lit_clip.cli.main.main()\nexcept SystemExit: pass\n"
-        f"print([name for name in {names} if name in sys.modules], file=sys.stderr)"
+        f"import sys\nfor words, names in {commands}:\n"
+        "    sys.argv = ['lit-clip', *words]\n    import lit_clip.cli.main\n"
+        "    try: lit_clip.cli.main.main()\n    except SystemExit: pass\n"
+        "    print('imported', words[0], [name for name in names if name in sys.modules], file=sys.stderr)"
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert result.stderr.splitlines()[-1] == "[]"
-    return result.stdout
+    assert result.stdout.count("usage: lit-clip") == 4
+    assert photo.name in result.stdout
+    imported = [line for line in result.stderr.splitlines() if line.startswith("imported ")]
+    assert imported == [f"imported {words[0]} []" for words, _ in commands]
 
 
-def test_the_version_is_printed(cli: Cli) -> None:
-    assert cli("--version").stdout == f"lit-clip {lit_clip.__version__}\n"
+def test_the_version_is_printed(in_process: Cli) -> None:
+    assert in_process("--version").stdout == f"lit-clip {lit_clip.__version__}\n"
 
 
 def test_a_class_is_suggested_for_a_misspelt_one_and_no_module() -> None:
@@ -402,8 +373,8 @@ def test_help_describes_every_command() -> None:
     assert any(line.split() == ["embed", *(embed.__doc__ or "").splitlines()[0].split()] for line in lines)
 
 
-def test_help_of_a_class_is_plain_text(cli: Cli) -> None:
-    text = cli("fit", "--data.help", "datamodules.Captions").stdout
+def test_help_of_a_class_is_plain_text(in_process: Cli) -> None:
+    text = in_process("fit", "--data.help", "datamodules.Captions").stdout
     assert "--data.train" in text
     assert "Only needed by fit." in " ".join(text.split())
     assert not re.search(r"``|:\w+:`", text)
@@ -566,7 +537,7 @@ def test_training_uses_bfloat16_where_supported_and_saves_the_choice_in_the_conf
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lightning, "computes_in_bfloat16", lambda accelerator: True)
-    options = ["--trainer.precision", typed] if typed else []
+    options = ["--trainer.limit_val_batches", "1", *(["--trainer.precision", typed] if typed else [])]
     monkeypatch.setattr(sys, "argv", ["lit-clip", *bare("fit", caption_table), "--trainer.max_steps", "1", *options])
     run()
     saved = yaml.safe_load((tmp_path / "lightning_logs/version_0/fit_config.yaml").read_text())
@@ -588,7 +559,8 @@ def test_emulated_bfloat16_warns(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lightning, "computes_in_bfloat16", lambda accelerator: has_instructions)
-    options = ["--trainer.max_steps", "1", "--trainer.precision", "bf16-mixed"]
+    options = ["--trainer.max_steps", "1", "--trainer.precision", "bf16-mixed", "--trainer.logger", "false"]
+    options += ["--trainer.limit_val_batches", "0", "--trainer.enable_checkpointing", "false"]
     monkeypatch.setattr(sys, "argv", ["lit-clip", *bare("fit", caption_table), *options])
     run()
     messages = [

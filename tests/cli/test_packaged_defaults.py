@@ -110,10 +110,10 @@ def test_a_run_without_a_config_is_validated_and_resumed_without_one(
     assert steps == [3, 6]
 
 
-def test_print_config_and_print_plan_need_no_config(caption_table: Path, cli: Cli) -> None:
-    shown = cli("fit", "--data.train", str(caption_table), "--print_config")
+def test_print_config_and_print_plan_need_no_config(caption_table: Path, in_process: Cli) -> None:
+    shown = in_process("fit", "--data.train", str(caption_table), "--print_config")
     assert yaml.safe_load(shown.stdout)["data"]["class_path"] == f"lit_clip.{settings()['data']['class_path']}"
-    plan = cli("fit", "--data.train", str(caption_table), "--data.batch_size", "16", "--print_plan")
+    plan = in_process("fit", "--data.train", str(caption_table), "--data.batch_size", "16", "--print_plan")
     assert "pairs per step" in plan.stdout, plan.stderr
     assert plan.returncode == 0
 

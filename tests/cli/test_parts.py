@@ -48,7 +48,9 @@ def checkpoint(folder: Path, version: int = 0) -> dict:  # pyright: ignore[repor
     return torch.load(path, weights_only=True)
 
 
-def test_own_parts_of_the_working_folder_train_and_resume(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
+def test_own_parts_of_the_working_folder_train_and_resume(
+    caption_table: Path, tmp_path: Path, cli: Cli, in_process: Cli
+) -> None:
     (tmp_path / "my_parts.py").write_text(PARTS)
     (tmp_path / "parts.yaml").write_text(
         f"model:\n  class_path: my_parts.MyCLIP\n  init_args:\n    scale: 3.0\n    architecture: {TINY_YAML}\n"
@@ -79,33 +81,37 @@ def test_own_parts_of_the_working_folder_train_and_resume(caption_table: Path, t
     assert [group["lr"] for group in checkpoint(tmp_path, 1)["optimizer_states"][0]["param_groups"]] == [0.125 / 8]
     validated = cli(*words("validate", caption_table, architecture=False), "--ckpt_path", str(path))
     assert validated.returncode == 0, validated.stderr  # a validation needs none of the parts
-    unnamed = cli(*words("fit", caption_table, architecture=False), "--ckpt_path", str(path))
+    unnamed = in_process(*words("fit", caption_table, architecture=False), "--ckpt_path", str(path))
     config = "lightning_logs/version_0/fit_config.yaml"
     assert_user_error(unnamed, "was trained with model.optimizer my_parts.Own", f"resume with --config {config}")
     resume = ["--ckpt_path", str(path), "--model.optimizer", "my_parts.Own"]
-    unnamed = cli(*words("fit", caption_table, architecture=False), *resume)
+    unnamed = in_process(*words("fit", caption_table, architecture=False), *resume)
     assert_user_error(
         unnamed, "resume with the model.freeze, parts of model.rates, lora and decay of the run that wrote it"
     )
     assert cli("fit", "--config", config, "--ckpt_path", str(path), "--trainer.max_steps", "6").returncode == 0
 
 
-def test_a_class_that_is_named_later_replaces_the_settings_of_the_default_one(caption_table: Path, cli: Cli) -> None:
+def test_a_class_that_is_named_later_replaces_the_settings_of_the_default_one(
+    caption_table: Path, in_process: Cli
+) -> None:
     """A configuration sets the warm-up of the cosine; another names a schedule without one."""
     step = "{class_path: torch.optim.lr_scheduler.StepLR, init_args: {step_size: 7}}"
     command = [*words("fit", caption_table), "--config", str(ROOT / "configs/finetune_table.yaml")]
-    printed = cli(*command, "--model.lr_scheduler", step, "--print_config")
+    printed = in_process(*command, "--model.lr_scheduler", step, "--print_config")
     assert printed.returncode == 0, printed.stderr
     schedule = yaml.safe_load(printed.stdout)["model"]["lr_scheduler"]
     assert schedule["class_path"] == "torch.optim.lr_scheduler.StepLR"
     assert schedule["init_args"]["step_size"] == 7
 
 
-def test_print_config_shows_the_exchanged_parts_and_is_a_config(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
+def test_print_config_shows_the_exchanged_parts_and_is_a_config(
+    caption_table: Path, tmp_path: Path, in_process: Cli
+) -> None:
     parts = ["--model.optimizer", "timm.optim.Lion", "--model.optimizer.lr", "1e-4"]
     parts += ["--model.lr_scheduler", "lit_clip.training.schedules.WarmupStableDecay"]
     parts += ["--model.lr_scheduler.cooldown_steps", "2", "--model.pretrained", "null"]
-    printed = cli(*words("fit", caption_table), *parts, "--print_config")
+    printed = in_process(*words("fit", caption_table), *parts, "--print_config")
     assert printed.returncode == 0, printed.stderr
     model = yaml.safe_load(printed.stdout)["model"]
     assert model["pretrained"] is None  # and no file named "None"
@@ -114,15 +120,15 @@ def test_print_config_shows_the_exchanged_parts_and_is_a_config(caption_table: P
     assert model["optimizer"]["init_args"]["weight_decay"] == 0.0  # Lion's default, not AdamW's 0.2
     assert model["lr_scheduler"]["init_args"]["cooldown_steps"] == 2
     (tmp_path / "printed.yaml").write_text(printed.stdout)
-    again = cli("fit", "--config", "printed.yaml", "--print_config")
+    again = in_process("fit", "--config", "printed.yaml", "--print_config")
     assert yaml.safe_load(again.stdout) == yaml.safe_load(printed.stdout)
 
 
-def test_the_plan_shows_the_exchanged_parts(caption_table: Path, cli: Cli) -> None:
+def test_the_plan_shows_the_exchanged_parts(caption_table: Path, in_process: Cli) -> None:
     parts = ["--model.optimizer", "timm.optim.Muon", "--model.lr_scheduler", "torch.optim.lr_scheduler.StepLR"]
     parts += ["--model.lr_scheduler.step_size", "3", "--model.loss", "lit_clip.losses.Matryoshka"]
     parts += ["--model.loss.loss", "lit_clip.losses.Contrastive", "--model.loss.dims", "[8, 16]"]
-    result = cli(*words("fit", caption_table), *parts, "--print_plan")
+    result = in_process(*words("fit", caption_table), *parts, "--print_plan")
     assert result.returncode == 0, result.stderr
     assert "Muon: " in result.stdout
     assert "lr 0.02" in result.stdout
@@ -131,13 +137,13 @@ def test_the_plan_shows_the_exchanged_parts(caption_table: Path, cli: Cli) -> No
 
 
 def test_a_schedule_that_demands_the_number_of_steps_is_told_that_it_gets_it(
-    caption_table: Path, cli: Cli, tmp_path: Path
+    caption_table: Path, in_process: Cli, tmp_path: Path
 ) -> None:
     (tmp_path / "my_schedule.py").write_text(
         "from torch.optim.lr_scheduler import LambdaLR\n"
         "class Own(LambdaLR):\n    def __init__(self, optimizer, total_steps: int): ...\n"
     )
-    result = cli(*words("fit", caption_table), "--model.lr_scheduler", "my_schedule.Own")
+    result = in_process(*words("fit", caption_table), "--model.lr_scheduler", "my_schedule.Own")
     assert_user_error(result, "model.lr_scheduler", "give total_steps the default None")
 
 
@@ -160,6 +166,6 @@ def test_a_schedule_that_demands_the_number_of_steps_is_told_that_it_gets_it(
     ],
 )
 def test_wrong_parts_are_one_line_and_exit_code_2(
-    options: list[str], parts: list[str], caption_table: Path, cli: Cli
+    options: list[str], parts: list[str], caption_table: Path, in_process: Cli
 ) -> None:
-    assert_user_error(cli(*words("fit", caption_table), *options), *parts)
+    assert_user_error(in_process(*words("fit", caption_table), *options), *parts)

@@ -83,9 +83,9 @@ def assert_nowhere(secret: str, folder: Path, *results: CompletedProcess[str]) -
 
 
 def test_no_file_or_message_of_a_run_holds_a_secret_and_the_saved_config_resumes_it(
-    cli: Cli, tmp_path: Path, environment: dict[str, str]
+    cli: Cli, in_process: Cli, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    run = partial(cli, environment=environment)
+    run, shown = partial(cli, environment=environment), partial(in_process, environment=environment)
     first = run("fit", "--config", "secret.yaml")
     assert first.returncode == 0, first.stderr
     saved = tmp_path / "runs/csv/version_0/fit_config.yaml"
@@ -95,7 +95,7 @@ def test_no_file_or_message_of_a_run_holds_a_secret_and_the_saved_config_resumes
         name: wanted[name] for name in ("train", "batch_size", "secret")
     }
     assert (kept["more"]["a"], kept["more"]["d"]) == (wanted["more"]["a"], wanted["more"]["d"])
-    printed = run("fit", "--config", str(saved), "--print_config")
+    printed = shown("fit", "--config", str(saved), "--print_config")
     assert printed.stdout == saved.read_text()
     more = run("fit", "--config", str(saved), "--ckpt_path", "last", "--trainer.max_steps", "4")
     assert more.returncode == 0, more.stderr
@@ -121,19 +121,21 @@ def test_no_file_or_message_of_a_run_holds_a_secret_and_the_saved_config_resumes
         ("http://me:${oc.env:PASSWORD}@127.0.0.1:9/t.csv", "http://me:${oc.env:PASSWORD}@127.0.0.1:9/t.csv: cannot be"),
     ],
 )
-def test_messages_show_the_reference(cli: Cli, environment: dict[str, str], word: str, shown: str) -> None:
-    result = cli("fit", "--config", "secret.yaml", "--data.train", word, environment=environment)
+def test_messages_show_the_reference(in_process: Cli, environment: dict[str, str], word: str, shown: str) -> None:
+    result = in_process("fit", "--config", "secret.yaml", "--data.train", word, environment=environment)
     assert result.returncode == 2
     assert shown in result.stderr
     assert SECRET not in result.stdout + result.stderr
 
 
-def test_messages_show_the_values_of_variables_that_are_no_secrets(cli: Cli, environment: dict[str, str]) -> None:
+def test_messages_show_the_values_of_variables_that_are_no_secrets(
+    in_process: Cli, environment: dict[str, str]
+) -> None:
     given = {**environment, "RUN": "resnet10", "LOGIN": "0ther-s3cret", "WORD": "third-s3cret"}
     words = ("fit", "--config", "secret.yaml", "--data.train")
-    named = cli(*words, "r/${oc.env:RUN}/t.csv", environment=given)
+    named = in_process(*words, "r/${oc.env:RUN}/t.csv", environment=given)
     assert "r/resnet10/t.csv: no such file" in named.stderr
-    login = cli(*words, "http://me:${oc.env:LOGIN}@127.0.0.1:9/t.csv?x=${oc.env:WORD}", environment=given)
+    login = in_process(*words, "http://me:${oc.env:LOGIN}@127.0.0.1:9/t.csv?x=${oc.env:WORD}", environment=given)
     assert "http://me:${oc.env:LOGIN}@127.0.0.1:9/t.csv" in login.stderr
     assert "s3cret" not in login.stdout + login.stderr
 
@@ -186,7 +188,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         server.shutdown()
 
 
-def test_a_password_typed_in_an_address_is_not_saved(cli: Cli, tmp_path: Path, address: str) -> None:
+def test_a_password_typed_in_an_address_is_not_saved(cli: Cli, in_process: Cli, tmp_path: Path, address: str) -> None:
     limits = ("--data.bad_samples", "{on_error: skip, max_skipped: 0.5}", "--trainer.max_steps", "5")
     model = ("--model.architecture", TINY_YAML, "--trainer.accelerator", "cpu", "--data.num_workers", "0")
     done = cli("fit", "--data.train", address, "--data.val", address, *limits, *model, "--data.batch_size", "4")
@@ -194,7 +196,7 @@ def test_a_password_typed_in_an_address_is_not_saved(cli: Cli, tmp_path: Path, a
     (config,), (skipped,) = tmp_path.rglob("fit_config.yaml"), tmp_path.rglob("skipped.jsonl")
     assert "http://me:***@127.0.0.1" in skipped.read_text()
     assert_nowhere(SECRET, tmp_path, done)
-    again = cli("fit", "--config", str(config))
+    again = in_process("fit", "--config", str(config))
     assert again.returncode == 2
     assert "data.train: *** stands for a secret that was not saved; type --data.train with it" in again.stderr
 

@@ -1,8 +1,8 @@
 """``Trainer.fit`` on a GPU in bfloat16: as in float32 on the CPU, without waits, and with strategies of one rank."""
 
 import socket
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -121,19 +121,28 @@ def assert_trained_alike(ours: Watched, theirs: Watched) -> None:
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "compiled": {"own": [Compile]},
-    "micro-batches": {"model": {"micro_batch_size": 3}},
+    "micro-batches": {"model": {"micro_batch_size": 5}},
     "EMA": {"own": [partial(EMA, 0.5)]},
 }
 
 
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Watched]:
+    """Train the whole batch with some callbacks on the CPU in float32; once for the devices and cases."""
+    options = {"precision": "32-true", "default_root_dir": tmp_path_factory.mktemp("exact")}
+    return cache(lambda *own: fit("cpu", *(one() for one in own), **options))
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES)
-def test_training_in_bfloat16_follows_that_in_float32(case: str, device: str, tmp_path: Path) -> None:
+def test_training_in_bfloat16_follows_that_in_float32(
+    case: str, device: str, tmp_path: Path, exact: Callable[..., Watched]
+) -> None:
     own, options = CASES[case].get("own", []), {"model": CASES[case].get("model"), "default_root_dir": tmp_path}
     if device != "cuda" and case == "compiled":
         pytest.skip("compiling takes half a minute on a CPU; tests/callbacks/test_compile.py has a slow test")
-    exact = fit("cpu", *(one() for one in own if one is not Compile), precision="32-true", **options)
-    assert_trained_alike(fit(device, *(one() for one in own), **options), exact)
+    expected = exact(*(one for one in own if one is not Compile))
+    assert_trained_alike(fit(device, *(one() for one in own), **options), expected)
 
 
 class BreakGradient(Callback):
@@ -206,7 +215,7 @@ def test_callbacks_run_on_the_device(device: str, tmp_path: Path) -> None:
     write_suite(
         tmp_path,
         shades=entry(splits={"train": {"split": "train", "size": 14}, "test": {"size": 7}}),
-        captions=captions_entry(str(write_table(tmp_path, 16))),
+        captions=captions_entry(str(write_table(tmp_path, 8))),
     )
     write_ade(tmp_path / "ade")
     masks = {"images": "images/validation", "masks": "annotations/validation", "classes": "ade20k", "first": 1}
@@ -228,6 +237,6 @@ def test_callbacks_run_on_the_device(device: str, tmp_path: Path) -> None:
         trainer.save_checkpoint(tmp_path / "last.ckpt")
         return numbers(trainer, "")
 
-    found = run(4)
-    run(5, ckpt_path=tmp_path / "last.ckpt")
+    found = run(2)
+    run(3, ckpt_path=tmp_path / "last.ckpt")
     assert {name.partition("/")[0] for name in found} >= {"train", "val", "zero_shot", "linear_probe", "segmentation"}

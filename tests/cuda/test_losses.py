@@ -16,7 +16,7 @@ from lit_clip.training.teacher import Distillation
 from tests.cuda.devices import CUDA, OTHERS
 from tests.helpers import pretended
 from tests.helpers.ranks import CONFIG, PAIRS, make_batch
-from tests.helpers.ranks_losses import CASES, Setup, kept_pairs, save_teacher, whole_batch
+from tests.helpers.ranks_losses import CASES, PARTS_ELSEWHERE, Setup, kept_pairs, save_teacher, whole_batch
 from tests.helpers.waits import place
 
 
@@ -77,7 +77,12 @@ def test_micro_batches_on_the_gpu_give_the_gradient_of_the_whole_batch(
 def setup(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Setup]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(preservation, "_load", kept_pairs)
-        yield Setup.of(save_teacher(tmp_path_factory.mktemp("teacher")))
+        setup = Setup.of(save_teacher(tmp_path_factory.mktemp("teacher")))
+        setup.module.hparams["micro_batch_size"] = PAIRS // 2  # each operator of the pretended device takes long
+        yield setup
+
+
+EACH_CASE = [pytest.param(case, marks=[pytest.mark.slow] * (case in PARTS_ELSEWHERE)) for case in CASES]
 
 
 def step(module: LitCLIP, device: str, negatives: bool) -> dict[str, Tensor]:
@@ -88,7 +93,7 @@ def step(module: LitCLIP, device: str, negatives: bool) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("device", OTHERS)
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", EACH_CASE)
 def test_a_step_with_each_loss_is_the_one_on_the_cpu_and_waits_for_nothing(
     case: str, device: str, setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
-from callbacks import FrozenFeatures, defaults
+from callbacks import FrozenFeatures, PrintPlan, defaults
 from datamodules import Captions
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
@@ -142,7 +142,8 @@ def fit(run: Run, *callbacks: Callback) -> tuple[Recorder, LitCLIP]:
         "max_epochs": run.epochs,
         **run.trainer,
     }
-    trainer = Trainer(default_root_dir=run.folder, callbacks=defaults(*storing, *callbacks, recorder), **options)
+    used = [each for each in defaults(*storing, *callbacks, recorder) if not isinstance(each, PrintPlan)]
+    trainer = Trainer(default_root_dir=run.folder, callbacks=used, **options)
     trainer.fit(module, data, ckpt_path=f"{run.folder}/stopped.ckpt" if run.resume else None, weights_only=True)
     return recorder, module
 

@@ -339,6 +339,11 @@ CASES: dict[str, Case] = {
     "a user's": Case(lambda _: WeightedMargin(), margin_loop),
     "a user's, hard negatives": Case(lambda _: WeightedMargin(0.2), margin_loop, True),
 }
+# Their parts are in other cases: each loss and each way of duplicates, hard negatives alone, Matryoshka of a sum.
+PARTS_ELSEWHERE = {
+    *("Contrastive positives, hard negatives", "Contrastive ignored, hard negatives", "Sum with Preservation"),
+    *("Weighted positives", "Weighted ignored", "Matryoshka of Contrastive, hard negatives", "Matryoshka of Sigmoid"),
+}
 
 
 def whole_batch(negatives: bool = True) -> CaptionBatch:
@@ -389,7 +394,7 @@ class Setup(NamedTuple):
         preservation._load = kept_pairs  # in this process of a rank
         found = Teacher(load_model(teacher))
         found.model.double()
-        module = make_module(architecture=CONFIG_WITH_BIAS, micro_batch_size=2)
+        module = make_module(architecture=CONFIG_WITH_BIAS, micro_batch_size=3)
         assert module.model.logit_bias is not None
         module.model.logit_bias.data.fill_(-2)
         return cls(module, found)
@@ -490,14 +495,18 @@ def of_step(setup: Setup, case: Case, counts: tuple[int, ...]) -> float:
     return max(errors)
 
 
-def losses(output: str, teacher: str) -> None:
-    """Write the largest relative error of each case as JSON."""
+def losses(output: str, teacher: str, *parts: str) -> None:
+    """Write the largest relative error of each case as JSON.
+
+    Given ``features``, and of a ``step`` with the model: of ``each`` case, or of those with parts of their ``own``.
+    """
     setup, errors = Setup.of(teacher), {}
     tiled.TILE, weighted.LOGITS = (2, 3), 32
     for name, case in CASES.items():
-        for counts in COUNTS[dist.get_world_size()]:
+        for counts in COUNTS[dist.get_world_size()] if "features" in parts else ():
             errors[f"{name}, features, {counts}"] = of_features(setup, case, counts)
-        errors[f"{name}, step"] = of_step(setup, case, COUNTS[dist.get_world_size()][0])
+        if "each step" in parts or ("own step" in parts and name not in PARTS_ELSEWHERE):
+            errors[f"{name}, step"] = of_step(setup, case, COUNTS[dist.get_world_size()][0])
     if dist.get_rank() == 0:
         Path(output).write_text(json.dumps(errors), encoding="utf-8")
 

@@ -6,12 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.ranks_losses import CASES, COUNTS, save_teacher
+from tests.helpers.ranks_losses import CASES, COUNTS, PARTS_ELSEWHERE, save_teacher
 
 
-@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize(
+    ("world", "parts"),
+    [
+        (1, ["features", "each step"]),
+        (2, ["features"]),
+        (3, ["features", "own step"]),
+        # Steps of three ranks have all that those of two have.
+        *[pytest.param(world, ["each step"], marks=pytest.mark.slow) for world in (2, 3)],
+    ],
+)
 def test_value_and_gradients_equal_a_plain_loop_over_all_pairs(
-    world: int, ranks: Callable[..., None], tmp_path: Path
+    world: int, parts: list[str], ranks: Callable[..., None], tmp_path: Path
 ) -> None:
     """Gradients of features, scale, bias and a loss's own parameters, and of the model after a DDP step.
 
@@ -19,9 +28,10 @@ def test_value_and_gradients_equal_a_plain_loop_over_all_pairs(
     negatives.
     """
     teacher = save_teacher(tmp_path)
-    ranks("losses", world, str(tmp_path / "errors.json"), teacher, script="ranks_losses.py")
+    ranks("losses", world, str(tmp_path / "errors.json"), teacher, *parts, script="ranks_losses.py")
     errors = json.loads((tmp_path / "errors.json").read_text(encoding="utf-8"))
-    assert len(errors) == len(CASES) * (len(COUNTS[world]) + 1)
+    steps = len(CASES) - len(PARTS_ELSEWHERE) * ("own step" in parts) if parts != ["features"] else 0
+    assert len(errors) == len(CASES) * len(COUNTS[world]) * ("features" in parts) + steps
     assert max(errors.values()) < 1e-8, sorted(errors.items(), key=lambda item: -item[1])[:5]
 
 

@@ -58,14 +58,14 @@ def test_a_siglip_head_trains_both_towers(folders: dict[str, Path]) -> None:
 def test_a_yaml_file_with_both_towers_trains_resumes_and_embeds(
     folders: dict[str, Path], caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("ENCODER", str(folders["roberta"]))
+    monkeypatch.setenv("ENCODER", str(folders["bert"]))
     (tmp_path / "towers.yaml").write_text(
         "model:\n  architecture:\n    embed_dim: 32\n"
         "    image: {timm: test_convnext, image_size: 32, options: {drop_path_rate: 0.1}}\n"
         "    text: {hugging_face: '${oc.env:ENCODER}', context_length: 16}\n"
         "  lr_scheduler: {warmup_steps: 1}\ndata:\n  class_path: datamodules.Captions\n"
         f"  init_args: {{train: {caption_table}, val: {caption_table}, batch_size: 16, num_workers: 0}}\n"
-        "trainer: {accelerator: cpu, logger: false, enable_progress_bar: false}\n",
+        "trainer: {accelerator: cpu, logger: false, enable_progress_bar: false, limit_val_batches: 1}\n",
         encoding="utf-8",
     )
     command = ("fit", "--config", "towers.yaml", "--trainer.max_epochs")

@@ -250,9 +250,17 @@ def test_settings_that_timm_does_not_support_are_refused_in_one_line(settings: d
     assert "\n" not in str(refusal.value)
 
 
-@pytest.mark.parametrize("name", ["test_convnext", "test_vit3", "swin_tiny_patch4_window7_224"])
-def test_a_checkpoint_with_a_timm_tower_loads_unchanged_and_at_another_size(name: str, tmp_path: Path) -> None:
-    config = CLIPConfig(D, TimmConfig(name, image_size=64), TextTransformerConfig(8, 49408, 64, 1, 1))
+SHALLOW = {"depths": (1, 1), "num_heads": (2, 4), "embed_dim": 16}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("test_convnext", {}), ("test_vit3", {}), ("swin_tiny_patch4_window7_224", SHALLOW)]
+)
+def test_a_checkpoint_with_a_timm_tower_loads_unchanged_and_at_another_size(
+    name: str, options: dict[str, Any], tmp_path: Path
+) -> None:
+    image = TimmConfig(name, image_size=64, options=options)
+    config = CLIPConfig(D, image, TextTransformerConfig(8, 49408, 64, 1, 1))
     path, model = saved(LitCLIP(config), tmp_path)
     again = load_model(path)
     images = photos(64)

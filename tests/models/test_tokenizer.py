@@ -112,13 +112,17 @@ def test_ids_are_openais(text: str) -> None:
     assert tokens.tolist() == [ids + [0] * (77 - len(ids))]
 
 
-def test_ids_of_random_unicode_are_open_clips(open_clip_tokenizer: SimpleTokenizer) -> None:
-    texts = random_texts(10_000, seed=0, extra=[])
+MANY = pytest.param(10_000, marks=pytest.mark.slow)  # of the same kinds; the peer's tokenizer takes 1 ms a text
+
+
+@pytest.mark.parametrize("count", [3_000, MANY])
+def test_ids_of_random_unicode_are_open_clips(count: int, open_clip_tokenizer: SimpleTokenizer) -> None:
+    texts = random_texts(count, seed=0, extra=[])
     ours, theirs = tokenize(texts), open_clip_tokenizer(texts)
     differ = [text for text, a, b in zip(texts, ours, theirs, strict=True) if not torch.equal(a, b)]
     assert differ == []
-    assert ours.shape == (10_000, 77)
-    assert (ours[:, -1] == EOT_ID).sum() > 500  # some texts are truncated
+    assert ours.shape == (count, 77)
+    assert (ours[:, -1] == EOT_ID).sum() > count / 20  # some texts are truncated
 
 
 def test_special_tokens_inside_a_text_have_openais_ids(openai_tokenizer: SimpleTokenizer) -> None:
@@ -210,20 +214,21 @@ def papers_cleaning(text: str) -> str:
     return regex.sub(r"\s+", " ", text).strip().lower()
 
 
-def test_every_text_is_cleaned_as_in_the_paper_with_and_without_ftfy() -> None:
+@pytest.mark.parametrize("count", [3_000, MANY])
+def test_every_text_is_cleaned_as_in_the_paper_with_and_without_ftfy(count: int) -> None:
     rng = random.Random(3)
     printable = [chr(code) for code in range(0x20, 0x7F)]
     odd = [chr(code) for code in (*range(0x20), *range(0x7F, 0xA1))]
     special = ["\t", "\r\n", "\x1b[31m", "\u2028", "&", "&lt", "\u201cx\u201d", "\ufb01", "\u00e2\u20ac\u2122"]
-    texts = random_texts(3_000, seed=3, extra=special)
+    texts = random_texts(count // 3, seed=3, extra=special)
     for rare in ([], ["&"], [*odd, *special, *FRAGMENTS]):
-        for _ in range(6_000):
+        for _ in range(count * 2 // 3):
             characters = rng.choices(printable, k=rng.randint(0, 60))
             for _ in range(rng.randint(1, 3) if rare else 0):
                 characters.insert(rng.randint(0, len(characters)), rng.choice(rare))
             texts.append("".join(characters))
     texts = [text for text in texts if len(text) <= PIECE]
-    assert len(texts) > 20_000
+    assert len(texts) > 2 * count
     differ = [text for text in texts if clean(text) != papers_cleaning(text)]
     assert differ == []
 
