@@ -32,7 +32,6 @@ from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from tests.helpers import forks
 from tests.helpers.fork_ranks import command_of_ranks
-from tests.helpers.logged_numbers import leave_logged_numbers
 
 ROOT = Path(__file__).parents[1]
 TINY_YAML = (
@@ -53,7 +52,6 @@ threadpool_limits(1)  # numpy has read the variable already
 os.fsync = lambda fd: None  # waits for the disk thousands of times, and no test takes the power away
 flops.PEAK_SECONDS = 0.0  # of which each run with Throughput would spend 0.4
 registry.entry_points = cache(registry.entry_points)  # each Trainer would read the metadata of all packages
-leave_logged_numbers()
 # A quarter of the time of imports and collection would be a search for garbage among what stays until the end.
 gc.disable()
 # A shell's background jobs ignore Ctrl-C, and the programs that tests start and interrupt would inherit that.

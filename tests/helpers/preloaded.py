@@ -62,7 +62,6 @@ lightning.CLI._choose_precision = lambda self, settings: sys.argv.extend(["--tra
 
 os.fsync = lambda fd: None  # as in tests/conftest.py
 import_module("lit_clip.models.flops").PEAK_SECONDS = 0.0  # of which each run with Throughput would spend 0.4
-import_module("tests.helpers.logged_numbers").leave_logged_numbers()
 
 # What is imported stays: a fork that looked through it for garbage would take its own copy of all these pages.
 gc.collect()
