@@ -68,7 +68,7 @@ class Parser(LightningArgumentParser):
         return short_help(self, self.command, ("--help", "all") in pairwise(sys.argv))
 
     def dump(self, *args: Any, **options: Any) -> str:
-        with references.dumping(self):
+        with references.dumping():
             return super().dump(*args, **options)
 
 
@@ -130,15 +130,15 @@ class CLI(PlainCLI):
                 ],
                 f"lit-clip {subcommand or 'fit'} --help",
             ):
-                # Not Lightning's: it warns of arguments in a list.
-                self.config = parser.parse_args(args) if isinstance(args, list) else parser.parse_object(args)
+                self.config = (
+                    self.parsed_alone(subcommand, args) if isinstance(args, list) else parser.parse_object(args)
+                )
         except ArgumentError as error:
             if "'lightning.LightningDataModule'" not in str(error):  # the type of --data while no class is named
                 raise
             option = next((word.partition("=")[0] for word in words if word.startswith("--data.")), "--data")
-            raise InputError(
-                f"{option}: the --config files name no data module; put --data datamodules.Captions before it"
-            ) from error
+            problem = "the --config files name no data module; put --data datamodules.Captions before it"
+            raise InputError(f"{option}: {problem}") from error
         if subcommand:
             self._complete_settings(parser, words, subcommand, of_callbacks)
 
@@ -192,8 +192,7 @@ class CLI(PlainCLI):
     def instantiate_classes(self) -> None:
         with logger_errors():
             super().instantiate_classes()
-        path = self.setting("ckpt_path") if self.subcommand else None
-        if path:
+        if self.subcommand and (path := self.setting("ckpt_path")):
             adopt_tokenizer(self.model.model, path)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:

@@ -31,8 +31,7 @@ LONGEST = 20_000  # characters of a text with references
 MODE = "omegaconf+"  # of the parser
 _noted: dict[tuple[Any, ...], tuple[str, bool]] = {}  # a setting's place -> its text, and whether its value was null
 _reads: list[tuple[str, str]] = []  # variables of the environment that were read, with their values
-# Subcommands of the parsers that write, each within the one before; None where there is none.
-_writing: ContextVar[tuple[str | None, ...]] = ContextVar("_writing", default=())
+_writing: ContextVar[int] = ContextVar("_writing", default=0)  # contexts of `dumping`, each within the one before
 
 
 def use_references() -> None:
@@ -80,9 +79,9 @@ def with_environment(text: Any) -> Any:
 
 
 @contextmanager
-def dumping(parser: Any = None) -> Iterator[None]:
-    """Within this context a parser writes references, and no passwords; without ``parser`` values as they are."""
-    token = _writing.set((*_writing.get(), getattr(parser, "subcommand", None)))
+def dumping() -> Iterator[None]:
+    """Within this context a parser writes references, and no passwords; within two values as they are."""
+    token = _writing.set(_writing.get() + 1)
     try:
         yield
     finally:
@@ -90,10 +89,7 @@ def dumping(parser: Any = None) -> Iterator[None]:
 
 
 def _dump(data: Any) -> str:
-    if len(_writing.get()) != 1:
-        return yaml_dump(data)
-    (subcommand,) = _writing.get()
-    return yaml_dump(_with_references(data, (subcommand,) if subcommand else ()))
+    return yaml_dump(_with_references(data, ()) if _writing.get() == 1 else data)
 
 
 def _with_references(value: Any, place: tuple[Any, ...]) -> Any:
@@ -162,7 +158,7 @@ class _Resolution:
             tree: Any = OmegaConf.create(text)
             return self._plain(tree, OmegaConf.to_container(tree), ())
         except (RecursionError, InputError, OmegaConfBaseException) as error:
-            place = ".".join(str(key) for key in self._place[1:])  # without the command
+            place = ".".join(str(key) for key in self._place)
             if self._resolved > MOST_RESOLVED or self._largest > LONGEST:
                 raise InputError(
                     f"{place}: its references (${{...}}) stand for more than {MOST_RESOLVED:,} values, or for a text "

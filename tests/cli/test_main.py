@@ -249,7 +249,7 @@ def test_data_options_before_the_data_module_ask_for_its_name(tmp_path: Path, in
 def test_fit_without_data_says_which_options_to_give(tmp_path: Path, in_process: Cli) -> None:
     (tmp_path / "no_data.yaml").write_text("model: {optimizer: {lr: 1}}")
     result = in_process("fit", "--config", "no_data.yaml")
-    assert_user_error(result, "fit.data; the --config files name no data module; add --data datamodules.Captions")
+    assert_user_error(result, "data; the --config files name no data module; add --data datamodules.Captions")
     assert_user_error(in_process("fit", "--trainer.accelerator", "cpu"), "data: set train, val or both to a table")
 
 

@@ -3,6 +3,7 @@
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
+from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_clip.errors import InputError
@@ -27,6 +28,15 @@ class PlainCLI(LightningCLI):
     def parsers(self) -> dict[str, Any]:
         """The parser of each command; empty before they are made."""
         return getattr(self, "_subcommand_parsers", {})
+
+    def parsed_alone(self, subcommand: str | None, words: list[str]) -> Any:
+        """Parse by the command's parser alone; the one above it would check every value once more."""
+        if not subcommand:
+            return self.parser.parse_args(words)
+        parser = self.parsers[subcommand]
+        vars(parser).pop("parent_parser", None)  # to which it would leave --print_config
+        parsed = parser.parse_args(words[words.index(subcommand) + 1 :])
+        return Namespace({"subcommand": subcommand, subcommand: parsed})
 
     def how_to_resume(self) -> str:
         """Return the message of an interrupt."""
