@@ -28,6 +28,7 @@ FORMAT = "lit-clip index 1"
 BUILDING, SEARCHING = 128, 128  # nodes kept in view while a row's neighbours are looked for
 RESCORED = 4  # rows compared exactly for each row to find
 ROWS, QUERIES = 8_192, 256  # added, and answered, at once
+FIRST = 1_000  # rows that one thread adds; of 400 that several add, one of a hundred is not found
 TOLERANCE = 0.05  # between the cosines of float32 and of int8
 
 
@@ -137,7 +138,9 @@ def add_to_index(path: Path, paths: Sequence[Path]) -> ApproximateIndex:
     total, count = sum(len(table.features) for table in tables), len(graph)
     with progress("index", total) as advance:
         for rows in (each.features[at : at + ROWS] for each in tables for at in range(0, len(each.features), ROWS)):
-            graph.add(np.arange(count, count + len(rows)), _int8(rows), threads=usable_cores())
+            keys, first = np.arange(count, count + len(rows)), max(0, FIRST - count)
+            for part, threads in ((slice(first), 1), (slice(first, None), usable_cores())):
+                graph.add(keys[part], _int8(rows[part]), threads=threads)
             count += len(rows)
             advance(len(rows))
     files = [asdict(file) for file in [*(old.files if old else []), *stamped]]
