@@ -11,6 +11,13 @@ from lit_clip.cli.main import main
 from tests.conftest import without_packaged_defaults
 
 
+def forget_modules_of(folder: Path) -> None:
+    """Remove the modules that were imported from a folder or those within it."""
+    files = {name: Path(getattr(module, "__file__", None) or "/") for name, module in sys.modules.items()}
+    for name in [name for name, file in files.items() if folder in file.parents]:
+        del sys.modules[name]
+
+
 @pytest.fixture
 def in_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -22,14 +29,13 @@ def in_process(
         for name, value in ({"COLUMNS": "200"} | (environment or {})).items():
             monkeypatch.setenv(name, value)
         monkeypatch.setattr(sys, "argv", ["lit-clip", *(without_packaged_defaults(command) if command else [])])
-        before, code = {*sys.modules}, 0
+        code = 0
+        forget_modules_of(tmp_path.parent)  # another test's folder may have one of the same name
         try:
             main()
         except SystemExit as stopped:
             code = int(stopped.code or 0)
-        for name in {*sys.modules} - before:  # another test's folder may have a module of the same name
-            if tmp_path in Path(getattr(sys.modules[name], "__file__", None) or "/").parents:
-                del sys.modules[name]
+        forget_modules_of(tmp_path)
         output = capsys.readouterr()
         return CompletedProcess(command, code, output.out, output.err)
 
