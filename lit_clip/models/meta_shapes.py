@@ -23,8 +23,8 @@ _LIKE_CONTIGUOUS = {_aten._safe_softmax.default, _aten._softmax_backward_data.de
 class MetaShapes(TorchDispatchMode):
     """Answer the frequent operations of transformers and ResNets, in evaluation mode, with empty tensors on meta.
 
-    Counting the FLOPs of a ViT-B-32 or an RN50 takes a third of the time so. Other operations, and those whose result
-    has another shape or type than their inputs, are torch's.
+    Counting the FLOPs of a ViT-B-32 takes 40 % of the time so, and of an RN50 30 %. Other operations, and those whose
+    result has another shape or type than their inputs, are torch's.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -220,7 +220,7 @@ MEANINGS = {
 HINTS = {
     r"restored a checkpoint with current_epoch=": "raise --trainer.max_epochs, or give --model.pretrained FILE "
     "instead of --ckpt_path to start a new run from its weights",
-    r"arguments are required: data": "the --config files name no data module; add --data datamodules.Captions",
+    r"^[a-z ]+ are required: data$": "the --config files name no data module; add --data datamodules.Captions",
     r"^model: Unable to load config": "a model's name is the value of --model.architecture",
     r"^data: (wants LightningDataModule|.*No module named)": "a path of data is the value of --data.train",
     r"model\.loss: wants Loss or null": "name a subclass of lit_clip.losses.Loss, as file.Class",

@@ -7,6 +7,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http.client import HTTPConnection
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,18 @@ import pytest
 from lit_clip.commands.demo import MOST_PROMPTS
 from lit_clip.commands.demo_limits import MOST_BYTES, MOST_FILES, Limits, Refused, is_accepted
 from tests.helpers.demo import answered, ask, file_data, get, png, post, running, skip_without_gradio, upload
+
+
+def test_gradio_still_waits_by_the_two_intervals_that_the_demo_sets() -> None:
+    """By its file, since importing it takes seconds: other names would bring an idle demo's tenth of a core back."""
+    skip_without_gradio()
+    spec = find_spec("gradio")
+    assert spec is not None
+    assert spec.origin is not None
+    queue = Path(spec.origin).with_name("queueing.py").read_text(encoding="utf-8")
+    for name in ("sleep_when_free", "progress_update_sleep_when_free"):
+        assert f"self.{name} = " in queue
+        assert f"asyncio.sleep(self.{name})" in queue
 
 
 def test_what_was_not_uploaded_is_neither_opened_nor_copied(served: tuple[int, Path]) -> None:
