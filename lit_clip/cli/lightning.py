@@ -3,7 +3,7 @@
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from importlib import import_module
 from itertools import pairwise
 from pathlib import Path
@@ -40,11 +40,12 @@ from lit_clip.training.kept_memory import keep_freed_memory
 from lit_clip.training.lightning.checkpoint_io import checkpoint_step, newest_checkpoint, write_whole_files
 from lit_clip.training.lightning.command_line import PlainCLI
 from lit_clip.training.lightning.folder_locks import name_folders
+from lit_clip.training.lightning.fsdp import gets_weights
 from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
 from lit_clip.training.plan_table import print_plan_of
 from lit_clip.training.summary import print_summary, resume_command
 from lit_clip.weights.checkpoints import checked
-from lit_clip.weights.load import check_fits
+from lit_clip.weights.load import check_fits, weights_come_later
 
 DEFAULT_CALLBACKS = "lit_clip.callbacks"  # whose defaults() every run gets; no other module imports the package
 # The newest checkpoint of this configuration's runs or of its requeued SLURM job; auto starts over if there is none.
@@ -190,7 +191,9 @@ class CLI(PlainCLI):
         return references.dumping()
 
     def instantiate_classes(self) -> None:
-        with logger_errors():
+        fits = self.subcommand == "fit" and not self.setting("validate_first")
+        later = fits and gets_weights(self.setting("trainer").strategy)
+        with logger_errors(), weights_come_later() if later else nullcontext():
             super().instantiate_classes()
         if self.subcommand and (path := self.setting("ckpt_path")):
             adopt_tokenizer(self.model.model, path)

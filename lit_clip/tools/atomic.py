@@ -1,8 +1,10 @@
 """Files and folders that appear whole or not at all."""
 
+import ctypes
 import glob
 import os
 import shutil
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -52,6 +54,13 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 def draft_of(path: Path) -> Path:
     """Return a temporary name beside ``path`` that no other process uses."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange two names at once; False where the system or the disk cannot (Linux can, on most disks)."""
+    rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
+    here, exchanging = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchanging) == 0
 
 
 def to_disk(draft: Path) -> None:

@@ -11,19 +11,18 @@
 """
 
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lit_clip.errors import require
 from lit_clip.tools.hashing import sha256_of_file
+from lit_clip.tools.lazy_zeros import lazy_zeros
 from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.untrusted import LARGEST, check_fields, from_plain, shortened
 
@@ -69,11 +68,6 @@ class ShardedTensor:
     def torch_dtype(self) -> torch.dtype:
         """The type, as torch's."""
         return getattr(torch, self.dtype)
-
-    def empty(self) -> Tensor:
-        """Return a tensor of zeros that takes memory only where it is written to; torch's takes it at once."""
-        bytes_needed = math.prod(self.shape) * self.torch_dtype.itemsize
-        return torch.from_numpy(np.zeros(bytes_needed, np.uint8)).view(self.torch_dtype).view(self.shape)
 
 
 @dataclass
@@ -143,7 +137,7 @@ def checked_rest(folder: Path, index: Index) -> Path:
 def fill(rest: dict[str, Any], folder: Path, index: Index, wanted: Wanted) -> None:
     """Read the wanted rows of tensors into a checkpoint's dictionary, which has None in their places."""
     with _reading(folder / INDEX):
-        tensors = {name: each.empty() for name, each in index.tensors.items()}
+        tensors = {name: lazy_zeros(each.shape, each.torch_dtype) for name, each in index.tensors.items()}
         for name, tensor in tensors.items():
             values, key = _place(rest, name)
             require(values[key] is None, f"{shortened(name)}: has a value in {REST}, too; {INSTEAD}")

@@ -6,13 +6,14 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from lit_clip.errors import InputError, require
@@ -24,6 +25,7 @@ from lit_clip.models.lora import LoRA, add_lora, merge_lora
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.models.resize import resize_weights, resized
 from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.tools.lazy_zeros import lazy_zeros
 from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.sharded_files import is_sharded
 from lit_clip.tools.stores import store_of
@@ -54,8 +56,8 @@ def create_model(
     """
     if pretrained is not None:
         return _load(whole_name(name, pretrained), name, image_size, context_length)
-    config = resolve_architecture(DEFAULT_ARCHITECTURE if name is None else name)
-    return CLIP(resized(config, image_size, context_length))
+    config = resized(resolve_architecture(DEFAULT_ARCHITECTURE if name is None else name), image_size, context_length)
+    return _unwritten(config) if _WEIGHTS_COME_LATER.get() else CLIP(config)
 
 
 def load_model(
@@ -207,6 +209,29 @@ def _empty(config: CLIPConfig, tokenizer: TextTokenizer | None = None) -> CLIP:
     """Create a model on the meta device: no memory for its weights."""
     with _Uninitialised(), torch.device("meta"):  # in this order: the mode sees the device
         return CLIP(config.without_pretrained(), tokenizer)
+
+
+_WEIGHTS_COME_LATER = ContextVar("_WEIGHTS_COME_LATER", default=False)
+
+
+@contextmanager
+def weights_come_later() -> Iterator[None]:
+    """Draw no random weights: they are zeros that take none of the host's memory until they are written to."""
+    token = _WEIGHTS_COME_LATER.set(True)
+    try:
+        yield
+    finally:
+        _WEIGHTS_COME_LATER.reset(token)
+
+
+def _unwritten(config: CLIPConfig) -> CLIP:
+    model = _empty(config)
+    for tensor in chain(model.parameters(), model.buffers()):
+        if tensor.is_meta:
+            zeros = lazy_zeros(tensor.shape, tensor.dtype)
+            parameter = isinstance(tensor, nn.Parameter)
+            torch.utils.swap_tensors(tensor, nn.Parameter(zeros, tensor.requires_grad) if parameter else zeros)
+    return model
 
 
 def _fits(state: dict[str, Tensor], config: CLIPConfig) -> bool:

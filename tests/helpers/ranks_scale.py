@@ -2,15 +2,17 @@
 
 import json
 import os
+import re
 import resource
 import sys
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -23,12 +25,14 @@ from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive
 from lit_clip.losses.loss import LossValue, Pairs
+from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.module import LitCLIP
 from lit_clip.training.lightning.fsdp import FSDP
 from lit_clip.training.lightning.sharded_checkpoints import save_sharded
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
+from lit_clip.weights.load import weights_come_later
 from tests.helpers.ranks import CONFIG, PAIRS, make_batch
 
 STRATEGIES = {
@@ -114,6 +118,35 @@ def train(
     trainer.fit(module, Data(), ckpt_path=resume)
     assert any(differentiated) != ("image" in options.get("freeze", {})), "a frozen encoder keeps no activations"
     trainer.save_checkpoint(output)
+
+
+class _Memory(Callback):
+    """The most memory until training starts."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: Any) -> None:
+        self.most = _memory("HWM")
+
+
+def _memory(which: str) -> int:
+    """Return its memory (``RSS``) or the most it has had (``HWM``), in KiB, unlike ``ru_maxrss`` not its parent's."""
+    found = re.search(rf"Vm{which}:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
+    assert found
+    return int(found[1])
+
+
+def start(width: str) -> None:
+    """Train a step of a model of which the first rank alone draws the weights; print the memory that it took."""
+    rank, before = int(os.environ["RANK"]), _memory("RSS")
+    tower: Any = {"width": int(width), "layers": 6, "heads": 8}
+    config = CLIPConfig(16, VisionTransformerConfig(32, 16, **tower), TextTransformerConfig(16, 50, **tower))
+    with weights_come_later() if rank else nullcontext():
+        module = LitCLIP(config, lr_scheduler=partial(WarmupCosine, warmup_steps=1))
+    module.model._tokenizer = CLIPTokenizer(16)
+    created, watch = _memory("RSS"), _Memory()
+    options: Any = {"devices": 2, "strategy": FSDP(), "logger": False, "enable_progress_bar": False}
+    trainer = Trainer(accelerator="cpu", max_steps=1, enable_checkpointing=False, callbacks=[watch], **options)
+    trainer.fit(module, Data())
+    os.write(1, f"rank {rank} takes {created - before} and {watch.most - before} KiB\n".encode())
 
 
 def save_twice(folder: str) -> None:

@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 
 from lit_clip import distributed
 from lit_clip.errors import InputError
-from lit_clip.tools.atomic import draft_of, remove
+from lit_clip.tools.atomic import draft_of, exchange, remove
 from lit_clip.tools.hashing import hex_digest, sha256_of_file
 from lit_clip.tools.reading import reading
 from lit_clip.tools.sharded_files import INDEX, is_sharded
@@ -141,9 +141,12 @@ def put_in_place(part: Path, whole: Path) -> None:
         )
     if whole.is_dir() or part.is_dir():  # no file or link gives way to a folder, and no folder with files to anything
         former = draft_of(whole)
-        with suppress(FileNotFoundError):
-            whole.rename(former)
-        part.rename(whole)
+        if exchange(part, whole):
+            former = part
+        else:
+            with suppress(FileNotFoundError):
+                whole.rename(former)
+            part.rename(whole)
         remove(former)
     else:
         os.replace(part, whole)

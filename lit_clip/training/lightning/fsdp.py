@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric.plugins import TorchCheckpointIO
+from lightning.fabric.utilities.rank_zero import _get_rank
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
@@ -26,6 +27,7 @@ from lit_clip.errors import require
 from lit_clip.models.layers import TOWERS, tower_blocks
 from lit_clip.tools import sharded_files
 from lit_clip.tools.atomic import draft_of, remove
+from lit_clip.tools.class_paths import find_object
 from lit_clip.tools.weight_files import read_sharded
 from lit_clip.training.lightning.sharded_checkpoints import save_sharded
 from lit_clip.training.optimizers import is_elementwise
@@ -77,17 +79,13 @@ class FSDP(DDPStrategy):
             super().model_to_device()
 
     def configure_ddp(self) -> None:
-        """Shard each block by itself, and together what is in none; broadcast rank 0's weights first."""
+        """Broadcast rank 0's weights and shard them, a block at a time, and in the end together what is in none."""
         module: Any = self.lightning_module
         self._scalars = [each for each in module.parameters() if each.ndim == 0]
         if is_sharded(module):  # by an earlier fit
             return
         if hasattr(module.model.text_encoder, "in_groups"):
             module.model.text_encoder.in_groups = False
-        for tensor in [*module.parameters(), *module.buffers()]:
-            whole = tensor.data.to(self.root_device).contiguous()  # a ResNet's convolutions may not be
-            dist.broadcast(whole, 0)
-            tensor.data = whole.to(tensor.device)
         shape = tuple(self.mesh_shape or (1, self.world_size))
         mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=("machines", "devices"))
         if self.mesh_shape is None:
@@ -96,10 +94,19 @@ class FSDP(DDPStrategy):
             scalar.data = scalar.data.to(self.root_device)
         options: dict[str, Any] = {"mesh": mesh, "ignored_params": set(self._scalars)}
         for block in (block for tower in TOWERS for block in tower_blocks(module.model, tower)):
+            self._broadcast(block)
             fully_shard(block, reshard_after_forward=self.reshard_after_forward, **options)
+        self._broadcast(module)
         fully_shard(module, **options)
         _state(module)._lazy_init()  # otherwise the first block that a callback calls would be the root
         module._ddp_params_and_buffers_to_ignore = [*module.state_dict()]  # when a validation synchronises a module
+
+    def _broadcast(self, part: nn.Module) -> None:
+        for tensor in [*part.parameters(), *part.buffers()]:
+            if not isinstance(tensor, DTensor):
+                whole = tensor.data.to(self.root_device).contiguous()  # a ResNet's convolutions may not be
+                dist.broadcast(whole, 0)
+                tensor.data = whole.to(tensor.device)
 
     def setup_optimizers(self, trainer: Trainer) -> None:
         super().setup_optimizers(trainer)
@@ -158,13 +165,21 @@ class FSDP(DDPStrategy):
             return read_sharded(Path(checkpoint_path), self._my_rows)
         return super().load_checkpoint(checkpoint_path, weights_only)
 
+    @property
+    def _gets_weights(self) -> bool:
+        """Whether this rank will get all weights from the first one."""
+        module: Any = self.lightning_module
+        return module.trainer.state.fn == TrainerFn.FITTING and self.global_rank > 0 and not is_sharded(module)
+
     def _my_rows(self, name: str, rows: int) -> range:
         if sharded_files.rows_of_weights(name, rows):  # which are loaded before they are sharded
-            return range(rows)
+            return range(0 if self._gets_weights else rows)
         each, rank = -(-rows // self._shards), self.global_rank % self._shards  # torch divides so, too
         return range(min(each * rank, rows), min(each * (rank + 1), rows))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
+        if self._gets_weights:
+            return
         module: Any = self.lightning_module
         ours = module.state_dict()
         state = {name: _shard(value, ours.get(name)) for name, value in checkpoint["state_dict"].items()}
@@ -196,6 +211,12 @@ class _Called(nn.Module):
 
 def _state(module: nn.Module) -> Any:
     return fully_shard.state(module)  # pyright: ignore[reportFunctionMemberAccess]  # torch's decorator adds it
+
+
+def gets_weights(strategy: Any) -> bool:
+    """Return whether ``fit`` by a strategy's settings will give this process's model the weights of the first rank."""
+    path = getattr(strategy, "class_path", "")
+    return bool(_get_rank()) and isinstance(path, str) and bool(path) and issubclass(find_object(path), FSDP)
 
 
 def is_sharded(module: Any) -> bool:

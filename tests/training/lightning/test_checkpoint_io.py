@@ -21,6 +21,7 @@ from lightning.pytorch.plugins.io.wrapper import _WrappingCheckpointIO
 from lit_clip import LitCLIP
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
+from lit_clip.tools.atomic import exchange, remove
 from lit_clip.training.lightning.checkpoint_io import (
     WholeCheckpointIO,
     load_the_same_checkpoint,
@@ -32,6 +33,7 @@ from tests.conftest import TINY_YAML
 from tests.helpers import forks
 from tests.test_module import data_for, trainer
 
+MODULE = "lit_clip.training.lightning.checkpoint_io"
 CHECKPOINT = {"global_step": 7, "optimizer_states": [], "state_dict": {"weight": torch.arange(300_000.0)}}
 
 
@@ -130,7 +132,13 @@ def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("new", ["file", "folder"])
 @pytest.mark.parametrize("former", ["nothing", "file", "folder", "link"])
-def test_a_file_or_folder_takes_the_place_of_what_was_there(tmp_path: Path, new: str, former: str) -> None:
+@pytest.mark.parametrize("exchanges", [True, False])
+def test_a_file_or_folder_takes_the_place_of_what_was_there(
+    tmp_path: Path, new: str, former: str, exchanges: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also on a disk that cannot exchange two names."""
+    if not exchanges:
+        monkeypatch.setattr(f"{MODULE}.exchange", lambda one, other: False)
     whole, part, linked = tmp_path / "last.ckpt", tmp_path / ".last.ckpt.tmp", tmp_path / "step=2.ckpt"
     for path, kind in ((whole, former), (part, new), (linked, "folder")):
         if kind == "folder":
@@ -145,6 +153,29 @@ def test_a_file_or_folder_takes_the_place_of_what_was_there(tmp_path: Path, new:
     assert os.listdir(linked) == ["rank_0.safetensors"]
     assert not whole.is_symlink()
     assert whole.is_dir() if new == "folder" else torch.load(whole) == {"of": part.name}
+
+
+def test_a_folder_gives_way_to_another_in_one_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that is killed at any time leaves one of the two."""
+    whole, part = tmp_path / "last.ckpt", tmp_path / ".last.ckpt.tmp"
+    for path in (whole, part):
+        path.mkdir()
+        (path / path.name).touch()
+    if not (exchange(whole, part) and exchange(whole, part)):
+        pytest.skip("this system or disk cannot exchange two names")
+    steps: list[list[str]] = []
+    for name, call in (("exchange", exchange), ("remove", remove)):
+
+        def noted(*paths: Path, call: Any = call) -> Any:
+            result = call(*paths)
+            steps.append(os.listdir(whole))
+            return result
+
+        monkeypatch.setattr(f"{MODULE}.{name}", noted)
+    monkeypatch.delattr(Path, "rename")
+    put_in_place(part, whole)
+    assert steps == [[part.name], [part.name]]
+    assert os.listdir(tmp_path) == ["last.ckpt"]
 
 
 def test_a_whole_checkpoint_is_mapped_when_a_run_resumes_from_it(tmp_path: Path) -> None:

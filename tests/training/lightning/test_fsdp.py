@@ -1,6 +1,7 @@
 """FSDP in real processes: trains as DDP does, and each resumes from the other's checkpoints."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,11 +24,12 @@ from lit_clip.training.optimizers import Optimization, PaperAdamW, is_elementwis
 from lit_clip.training.param_groups import EXCEPT_GAINS_AND_BIASES
 from lit_clip.training.schedules import WarmupCosine
 from lit_clip.weights.fingerprint import text_sha256
-from tests.conftest import ROOT, run_lightning_ranks
+from tests.conftest import ROOT, TINY_YAML, run_lightning_ranks
 from tests.helpers.ranks_resume import CONFIG
 from tests.helpers.small_sets import write_table
 
 SCRIPT = str(ROOT / "tests/helpers/ranks_scale.py")
+TAKEN = r"rank (\d) takes (\d+) and (\d+) KiB"
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "clipped": {"trainer": {"gradient_clip_val": 0.05, "precision": "bf16-mixed"}},
@@ -105,6 +107,58 @@ def test_fsdp_and_ddp_resume_from_each_others_checkpoint(runs: Path) -> None:
 def test_load_model_opens_an_fsdp_checkpoint(runs: Path) -> None:
     state = loaded(runs / "plain_fsdp.ckpt")["state_dict"]
     torch.testing.assert_close(dict(load_model(runs / "plain_fsdp.ckpt").state_dict()), dict(state))
+
+
+WATCHED = """
+import os
+from lit_clip import LitCLIP
+
+class Watched(LitCLIP):
+    def on_fit_start(self):
+        super().on_fit_start()
+        with open(f"norm_{os.environ['RANK']}", "w") as file:
+            file.write(self.created)
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.created = str(float(self.model.visual.proj.norm()))
+"""
+
+
+@pytest.mark.parametrize(("options", "drawing"), [([], 1), (["--validate_first", "true"], 2)])
+def test_the_first_rank_alone_draws_the_weights_and_the_others_go_on_as_if_they_had(
+    options: list[str], drawing: int, tmp_path: Path, caption_table: Path
+) -> None:
+    """Patches are dropped at random; a validation before training needs weights on every rank."""
+    data = {"train": str(caption_table), "val": str(caption_table), "batch_size": 8, "num_workers": 0}
+    trainer = {"accelerator": "cpu", "devices": 2, "max_steps": 2, "logger": False, "limit_val_batches": 1}
+    words = ["fit", "--config", "run.yaml", "--model", "watched.Watched", "--model.architecture", TINY_YAML, *options]
+    words += ["--model.lr_scheduler.warmup_steps", "0"]
+    states = []
+    for strategy in ("ddp", {"class_path": "lit_clip.training.lightning.fsdp.FSDP"}):
+        folder = tmp_path / ("ddp" if strategy == "ddp" else "fsdp")
+        folder.mkdir()
+        (folder / "watched.py").write_text(WATCHED)
+        trainer |= {"strategy": strategy, "callbacks": [{"class_path": "callbacks.PatchDropout"}]}
+        settings = {"data": {"class_path": "datamodules.Captions", "init_args": data}, "trainer": trainer}
+        (folder / "run.yaml").write_text(json.dumps(settings))
+        run_lightning_ranks(2, folder, "lit-clip", *words)
+        norms = [float((folder / f"norm_{rank}").read_text()) for rank in (0, 1)]
+        assert norms[0] > 0
+        assert norms[1] == (norms[0] if strategy == "ddp" or drawing == 2 else 0)
+        (path,) = folder.rglob("*.ckpt")
+        states.append(dict(load_model(path).state_dict()))
+    torch.testing.assert_close(*states, rtol=1e-6, atol=1e-6)
+
+
+def test_ranks_but_the_first_never_hold_a_whole_model(tmp_path: Path) -> None:
+    """Of 150 MiB: the second rank takes its half and one of twelve blocks, and what a process group needs."""
+    output = run_lightning_ranks(2, tmp_path, SCRIPT, "start", "512")
+    taken = {rank: [int(each) / 1024 for each in numbers] for rank, *numbers in re.findall(TAKEN, output)}
+    (drawn, whole), (empty, most) = taken["0"], taken["1"]
+    assert drawn > 130
+    assert empty < 40
+    assert most < whole - 50
 
 
 @pytest.mark.slow

@@ -1,0 +1,18 @@
+"""Zeros that take no memory until they are written to."""
+
+import math
+import mmap
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """Return a tensor on the CPU whose pages take memory when they are written to, and give it back with the tensor.
+
+    ``torch.zeros`` writes to them at once, and what malloc has it may keep.
+    """
+    size = math.prod(shape) * dtype.itemsize
+    pages = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE)
+    return torch.frombuffer(pages, dtype=torch.uint8)[:size].view(dtype).view(torch.Size(shape))
