@@ -213,6 +213,11 @@ def _state(module: nn.Module) -> Any:
     return fully_shard.state(module)  # pyright: ignore[reportFunctionMemberAccess]  # torch's decorator adds it
 
 
+def _groups(state: Any) -> list[Any]:
+    several = getattr(state, "_fsdp_param_groups", None)  # torch 2.11 has one or None
+    return [state._fsdp_param_group] if several is None and state._fsdp_param_group else several or []
+
+
 def gets_weights(strategy: Any) -> bool:
     """Return whether ``fit`` by a strategy's settings will give this process's model the weights of the first rank."""
     path = getattr(strategy, "class_path", "")
@@ -266,7 +271,7 @@ def _check_saving(trainer: Any) -> None:
 def whole_weights(module: nn.Module) -> Iterator[None]:
     """Keep a module's weights whole, so that each rank may encode as much as it likes; a collective if sharded."""
     shards: Any = [each for each in module.modules() if isinstance(each, FSDPModule)]
-    groups = [group for each in shards for group in _state(each)._fsdp_param_groups]
+    groups = [group for each in shards for group in _groups(_state(each))]
     before = [group.post_forward_mesh_info for group in groups]
     for each in shards:
         each.set_reshard_after_forward(False, recurse=False)
