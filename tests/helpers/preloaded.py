@@ -59,7 +59,11 @@ import_module("lit_clip.models.tokenizer").byte_pair_tokenizer()  # read once pe
 
 # The parser keeps the options of each class that it has read: a sixth of the time of a fork that fits for a step.
 lightning: Any = import_module("lit_clip.cli.lightning")
-with patch.object(sys, "argv", ["lit-clip", "fit", "--print_config"]), redirect_stdout(StringIO()), suppress(SystemExit):
+with (
+    patch.object(sys, "argv", ["lit-clip", "fit", "--print_config"]),
+    redirect_stdout(StringIO()),
+    suppress(SystemExit),
+):
     lightning.run()
 
 # Tests compare numbers on any machine, so their default precision is float32 (tests/cli/ tests the real default). It is
