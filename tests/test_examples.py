@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lit_clip
 from lit_clip.locating import Locator
-from tests.conftest import ROOT, lit_clip_command
+from tests.conftest import ROOT, TINY_YAML, lit_clip_command
 from tests.helpers import forks
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
@@ -38,7 +38,7 @@ def run(tmp_path: Path, caption_table: Path) -> Run:
     (tmp_path / "captions.csv").write_text(rows, encoding="utf-8")
 
     def run(*words: str) -> str:
-        program = forks.Program(forks.script, words, tmp_path, {**os.environ, "COLUMNS": "200"})
+        program = forks.Program(forks.script_with_small_model, words, tmp_path, {**os.environ, "COLUMNS": "200"})
         (done,) = forks.run([program], timeout=120)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
@@ -87,7 +87,8 @@ def test_own_loss_on_the_command_line(run: Run, tmp_path: Path) -> None:
     command = "fit --data.train captions.csv --model.loss own_loss.Tempered --model.loss.initial 3"
     assert f"lit-clip {command}" in (ROOT / "examples/own_loss.py").read_text(encoding="utf-8")
     quick = "--data.batch_size 8 --data.num_workers 0 --trainer.max_steps 2 --trainer.log_every_n_steps 1"
-    done = lit_clip_command(tmp_path, *shlex.split(f"{command} {quick} --trainer.accelerator cpu"))
+    small = ["--trainer.accelerator", "cpu", "--model.architecture", TINY_YAML]
+    done = lit_clip_command(tmp_path, *shlex.split(f"{command} {quick}"), *small)
     assert done.returncode == 0, done.stdout + done.stderr
     scale = curves(tmp_path).Scalars("train/own_scale")[0].value
     assert scale == pytest.approx(torch.tensor(3.0).exp().item())
@@ -158,7 +159,8 @@ def test_resume_gives_the_weights_of_an_uninterrupted_run(run: Run, tmp_path: Pa
 def test_resume_saves_at_sigterm_and_not_at_ctrl_c(signum: int, saves: bool, run: Run, tmp_path: Path) -> None:
     words, out, err = ["resume.py", "captions.csv", "99"], tmp_path / "out", tmp_path / "err"
     environment = {**os.environ, "COLUMNS": "200"}
-    with forks.running(forks.Program(forks.script, words, tmp_path, environment), out, err) as process:
+    program = forks.Program(forks.script_with_small_model, words, tmp_path, environment)
+    with forks.running(program, out, err) as process:
         last, until = tmp_path / "runs/resumed/last.ckpt", time.monotonic() + 100
         while not last.exists() and time.monotonic() < until:
             time.sleep(0.05)

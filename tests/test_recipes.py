@@ -93,7 +93,7 @@ def test_recipes_get_equal_processor_time_and_finished_runs_are_kept(tmp_path: P
         "trainer": {"callbacks": [{"class_path": "callbacks.ZeroShot", "init_args": {"sets": sets}}]},
     }
     (tmp_path / "base.yaml").write_text(yaml.safe_dump(small), encoding="utf-8")
-    large = {"data": {"class_path": "datamodules.OpenMoji", "init_args": {"batch_size": 320}}}
+    large = {"data": {"class_path": "datamodules.OpenMoji", "init_args": {"batch_size": 160}}}
     grid = {"base": "base.yaml", "recipes": {"small batch": {"alphas": [0, 1]}, "large batch": large}}
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(grid), encoding="utf-8")
     drawings = tmp_path / "drawings"

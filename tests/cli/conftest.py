@@ -13,8 +13,8 @@ from tests.conftest import without_packaged_defaults
 
 def forget_modules_of(folder: Path) -> None:
     """Remove the modules that were imported from a folder or those within it."""
-    files = {name: Path(getattr(module, "__file__", None) or "/") for name, module in sys.modules.items()}
-    for name in [name for name, file in files.items() if folder in file.parents]:
+    files = {name: str(getattr(module, "__file__", None)) for name, module in sys.modules.items()}
+    for name in [name for name, file in files.items() if file.startswith(f"{folder}/")]:  # paths take 0.2 s
         del sys.modules[name]
 
 

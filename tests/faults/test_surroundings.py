@@ -30,7 +30,7 @@ FIT = [
 # One process without the stream runs several commands, each in a fork, because its imports take seconds.
 FROM_THE_START = """
 import json, os, sys
-import tests.helpers.preloaded
+import lit_clip.cli.lightning, lit_clip.embedding.encode
 from lit_clip.cli.main import main
 sys.stdout, sys.stderr = sys.__stdout__, sys.__stderr__  # transformers has opened the null device
 for number, words in enumerate(json.loads(sys.argv[1])):

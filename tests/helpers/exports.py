@@ -20,6 +20,8 @@ from lit_clip.tools.atomic import replacing
 from lit_clip.weights.checkpoints import saved_tokenizer
 from tests.helpers import forks
 
+_collecting_once = functools.cache(functools.cache)  # of a function, the same for each who asks
+
 TEXTS = ["a dog on a hill", "A Photo of a CAT!", " ".join(["a very long caption about a cat"] * 9), ""]
 
 
@@ -69,7 +71,7 @@ def traced_once(folder: Path) -> Iterator[None]:
                 draft.write_bytes(path.read_bytes())
         return path.write_bytes(kept.read_bytes())
 
-    collected = functools.cache(ONNXRegistry.from_torchlib)
+    collected = _collecting_once(ONNXRegistry.from_torchlib)
     with (
         patch.object(torch.onnx, "export", trace),
         patch.object(ONNXRegistry, "from_torchlib", staticmethod(collected)),

@@ -147,6 +147,16 @@ def script() -> None:
     runpy.run_path(sys.argv[0], run_name="__main__")
 
 
+def script_with_small_model() -> None:
+    """Run the file that the command line names; the ViT of examples has a thirtieth of its parameters."""
+    from lit_clip.models import registry
+
+    config = registry._own()["ViT-tiny-16-64"]
+    config["image"] |= {"width": 32, "layers": 1, "heads": 1}
+    config["text"] |= {"width": 8, "layers": 1, "heads": 1}
+    script()
+
+
 def script_that_starts_lit_clip() -> None:
     """Run the file that the command line names; when it runs ``python -m lit_clip``, that is a fork too."""
 

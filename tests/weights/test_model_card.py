@@ -17,7 +17,7 @@ from sklearn.datasets import load_sample_images
 from lit_clip.commands.export import export
 from lit_clip.models.config import CLIPConfig, HuggingFaceTokenizerConfig
 from lit_clip.weights.export import Parity, onnx_facts
-from tests.helpers.exports import TEXTS, checkpoint
+from tests.helpers.exports import TEXTS, checkpoint, traced_once
 from tests.weights.test_export import word_tokenizer
 
 pytestmark = pytest.mark.usefixtures("offline")
@@ -77,6 +77,7 @@ def test_the_code_in_the_card_gives_our_features_of_a_photograph(
     format: Any,
     size: tuple[int, int],
     folders: dict[str, Path],
+    traces: Path,
     tmp_path: Path,
     tmp_path_factory: pytest.TempPathFactory,
     tiny_config: CLIPConfig,
@@ -86,7 +87,8 @@ def test_the_code_in_the_card_gives_our_features_of_a_photograph(
     ours = checkpoint(tiny_config, tmp_path / "last.ckpt")
     if format not in folders:
         folders[format] = tmp_path_factory.mktemp(format)
-        export(str(tmp_path / "last.ckpt"), format=format, output=str(folders[format] / "exported"))
+        with traced_once(traces):
+            export(str(tmp_path / "last.ckpt"), format=format, output=str(folders[format] / "exported"))
     (tmp_path / "exported").symlink_to(folders[format] / "exported")
     photograph = Image.fromarray(load_sample_images().images[0]).resize(size)
     photograph.save(tmp_path / "photo.jpg", quality=100)
