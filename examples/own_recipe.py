@@ -24,6 +24,7 @@ class SeenPairs(Recipe):
         return [
             Choice("data.global_batch_size", batch, f"{facts.pairs:,} pairs", unless=("data.batch_size",)),
             Choice("trainer.max_epochs", epochs, f"{self.pairs_seen:,} pairs seen"),
+            Choice("model.lr_scheduler.warmup_steps", epochs * facts.pairs // batch // 10, "a tenth of the steps"),
             Choice("trainer.callbacks.NonFiniteSteps.policy", "skip", "a long run"),
         ]
 

@@ -248,6 +248,8 @@ class CLI(PlainCLI):
         if not self.trainer.is_global_zero:
             return ""
         found = newest_checkpoint(folders)
+        if found is None and (begun := self.setting("ckpt_path")):
+            return f"nothing new is saved; resume with: {resume_command(Path(begun), Path(begun).parent.parent)}"
         if found is None:
             return "no checkpoint yet; SIGTERM saves one, Ctrl-C does not"
         step = checkpoint_step(found)

@@ -49,7 +49,7 @@ COMMON = {
         "--trainer.max_epochs": "passes over the training pairs",
         "--trainer.max_time": "end after DD:HH:MM:SS",
         "--trainer.devices": "number of GPUs, or of processes on a CPU",
-        "--trainer.strategy": "ddp, fsdp, ...",
+        "--trainer.strategy": "ddp, ...; FSDP: --config configs/fsdp.yaml",
         "--trainer.precision": "bf16-mixed, 32-true, ...",
     },
 }

@@ -140,7 +140,7 @@ def plan_for(facts: Facts, speeds: Levels, seconds: float, augmented: bool = Tru
     level = next((each for each in speeds if planned(each, 1, least).fits), speeds[-1])
     most = MOST_VERSIONS if augmented else 1
     sizes = [
-        (1, 1),
+        *((1, epochs) for epochs in range(1, max(2, least))),
         (1, least),
         *((2, epochs) for epochs in range(least, wanted)),
         *((n, wanted) for n in range(2, MOST_VERSIONS + 1)),

@@ -168,6 +168,8 @@ def _hint(error: str, words: Sequence[str], options: Callable[[], Iterable[str]]
         option = next((word for word in typed if word.endswith(f".{name}")), name)  # by default in a file
         known = [option.removesuffix(name) + parameter for parameter in nested_parameters(class_path)]
         return _did_you_mean(option, known) or f"there are {', '.join(parameters(class_path))}"
+    if missing := re.search(r"^the following arguments are required: (?!data$)(\w+)", error):
+        return f"type --{missing[1]}; see {see}" if f"--{missing[1]}" in options() else ""
     if error.startswith("unrecognized arguments"):
         wrong = next((word for word in error.split() if word.startswith("--")), "")
         return _did_you_mean(wrong.partition("=")[0], options()) or f"see {see}"
@@ -220,6 +222,8 @@ MEANINGS = {
 HINTS = {
     r"restored a checkpoint with current_epoch=": "raise --trainer.max_epochs, or give --model.pretrained FILE "
     "instead of --ckpt_path to start a new run from its weights",
+    r"^No supported gpu backend found": "the settings ask for one; add --trainer.accelerator cpu, also to see the plan",
+    r"strategy `fsdp|invalid strategy name": "for FSDP add --config configs/fsdp.yaml; it shows how to name a class",
     r"^[a-z ]+ are required: data$": "the --config files name no data module; add --data datamodules.Captions",
     r"^model: Unable to load config": "a model's name is the value of --model.architecture",
     r"^data: (wants LightningDataModule|.*No module named)": "a path of data is the value of --data.train",
@@ -249,7 +253,7 @@ def one_line(error: BaseException) -> str:
     text = re.sub(r'Parser key "([^"]+)":', r"\1:", " ".join(line.strip() for line in shorter(lines)))
     hints = [hint for words, hint in HINTS.items() if re.search(words, text)]
     hints += [f"did you mean {near}?" for near in _similar_names(text)]
-    return "; ".join([text, *getattr(error, "__notes__", ()), *hints])
+    return "; ".join([text.removesuffix("!"), *getattr(error, "__notes__", ()), *hints])
 
 
 def _similar_names(text: str) -> list[str]:

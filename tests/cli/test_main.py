@@ -487,9 +487,10 @@ def test_a_run_that_gets_worse_keeps_the_last_and_the_best_epoch(cli: Cli, capti
 def test_ctrl_c_ends_a_run_with_exit_code_130_and_says_how_to_resume(
     cli: Callable[..., subprocess.CompletedProcess[str]], caption_table: Path, tmp_path: Path
 ) -> None:
-    def interrupted(step: int) -> str:
+    def interrupted(step: int, *others: str) -> str:
         callback = f"{{class_path: tests.helpers.ranks_preemption.CtrlC, init_args: {{step: {step}}}}}"
-        done = cli(*words("fit", caption_table), "--trainer.max_steps", "12", f"--trainer.callbacks+={callback}")
+        options = ["--trainer.max_steps", "12", f"--trainer.callbacks+={callback}", *others]
+        done = cli(*words("fit", caption_table), *options)
         assert done.returncode == 130
         return done.stderr.strip().splitlines()[-1]
 
@@ -498,9 +499,11 @@ def test_ctrl_c_ends_a_run_with_exit_code_130_and_says_how_to_resume(
     run = "lightning_logs/version_1"
     command = f"lit-clip fit --config {run}/fit_config.yaml --ckpt_path {run}/checkpoints/epoch=0-step=4.ckpt"
     assert message == f"lit-clip: interrupted: step 4 is saved; resume with: {command}"
+    resumed = ["--ckpt_path", f"{run}/checkpoints/epoch=0-step=4.ckpt"]
+    assert interrupted(5, *resumed) == f"lit-clip: interrupted: nothing new is saved; resume with: {command}"
     resumed = cli(*shlex.split(command)[1:], "--trainer.callbacks", "null")
     assert resumed.returncode == 0, resumed.stderr
-    assert torch.load(tmp_path / "lightning_logs/version_2/checkpoints/epoch=2-step=12.ckpt", weights_only=True)
+    assert torch.load(tmp_path / "lightning_logs/version_3/checkpoints/epoch=2-step=12.ckpt", weights_only=True)
 
 
 def test_evaluating_random_weights_warns(

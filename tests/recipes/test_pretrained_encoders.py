@@ -52,6 +52,15 @@ def test_more_time_is_used_first_for_blocks_and_then_for_epochs_and_versions() -
     assert plans[-1].versions == 8
 
 
+@pytest.mark.parametrize("seconds", [8, 13, 20, 30])
+def test_a_time_too_short_for_a_third_of_the_epochs_is_used_for_as_many_as_fit(seconds: int) -> None:
+    facts, level = Facts(360, 360, 90, 36), SPEEDS[-1:]
+    plan = plan_for(facts, level, seconds)
+    took = [seconds_of(facts, plan._replace(epochs=epochs)) for epochs in range(1, 14)]
+    assert plan.versions == 1
+    assert plan.epochs == sum(each <= seconds for each in took) < 13
+
+
 def test_small_data_are_seen_often_and_large_data_not_more_than_three_times() -> None:
     ample = 1e6
     assert plan_for(Facts(115, 115, 115, 10), SPEEDS, ample).epochs == 40
