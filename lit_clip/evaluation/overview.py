@@ -179,7 +179,8 @@ def _row(
     columns: dict[Column, str] = {"linear_probe" if other == "geolocation" else "zero_shot": other}
     if not other:
         columns = {column: column for column in COLUMNS}
-    baseline = baseline_of({other: tasks[other]} if other else tasks)
+    of_metric = number((tasks.get(other, {}).get("baselines") or {}).get(metric))
+    baseline = baseline_of({other: tasks[other]} if other else tasks) if of_metric is None else of_metric
     row = Row(metric=metric, baseline=baseline, shots={} if other else shots_of(entry), **common)
     for column, task in columns.items():
         result = tasks.get(task, {})

@@ -58,7 +58,13 @@ from lit_clip.evaluation.scores import interval
 from lit_clip.evaluation.segmentation import mask_of, pixel_pairs, segmentation, segmentation_metrics
 from lit_clip.evaluation.suite import Task
 from lit_clip.retrieval.metrics import pair_scores, retrieval_ranks
-from lit_clip.retrieval.retrieval_set import DIRECTIONS, Evaluation, evaluate_pairs, retrieval_metrics
+from lit_clip.retrieval.retrieval_set import (
+    DIRECTIONS,
+    Evaluation,
+    evaluate_pairs,
+    retrieval_baselines,
+    retrieval_metrics,
+)
 
 
 @dataclass(frozen=True)
@@ -164,6 +170,7 @@ def _retrieval(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str,
     columns = retrieval_columns(keys, pairs, ranks.image, ranks.pair)
     result = {"value": value, "metrics": metrics, "images": len(image_ID), "captions": int(pairs.rows.sum())}
     return result | {
+        "baselines": retrieval_baselines(pairs),
         "intervals": recall_intervals(metrics, result["images"], result["captions"]),
         **predictions_entry(folder, opened.name, "retrieval", columns, judged),
     }

@@ -176,7 +176,7 @@ class RetrievalSet:
         pair_E, text_T = (distributed.gather_uneven(each).cpu() for each in (ranks.pair, ranks.merged_text))
         ranks = Ranks(ranks.image.cpu(), pair_E, ranks.merged_image.cpu(), text_T)
         chance_loss = (Contrastive() if bias is None else Sigmoid()).chance_loss(int(all_pairs.rows.sum()))
-        metrics, baselines = retrieval_metrics(ranks, all_pairs), _baselines(all_pairs)
+        metrics, baselines = retrieval_metrics(ranks, all_pairs), retrieval_baselines(all_pairs)
         return Evaluation(
             {"loss": loss, MEAN_RECALL: mean_recall(metrics), **metrics},
             {"loss": chance_loss, MEAN_RECALL: mean_recall(baselines), **baselines},
@@ -248,10 +248,11 @@ def mean_recall(metrics: Mapping[str, float]) -> float:
 def evaluate_pairs(image_ID: Tensor, text_TD: Tensor, pairs: PairIndices) -> Evaluation:
     """Return metrics and baselines of a set that this process has whole, from unit features."""
     ranks = retrieval_ranks(image_ID, text_TD, pairs, pair_scores(image_ID, text_TD, pairs))
-    return Evaluation(retrieval_metrics(ranks, pairs), _baselines(pairs))
+    return Evaluation(retrieval_metrics(ranks, pairs), retrieval_baselines(pairs))
 
 
-def _baselines(pairs: PairIndices) -> dict[str, float]:
+def retrieval_baselines(pairs: PairIndices) -> dict[str, float]:
+    """Return the recalls of :func:`retrieval_metrics` that an answer without a model reaches."""
     return _recall_metrics(dict(zip(_names(pairs), baseline_recalls(pairs, RECALL_AT), strict=False)))
 
 

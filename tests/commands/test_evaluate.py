@@ -469,14 +469,18 @@ def test_invalid_options_are_an_error_before_anything_is_computed(root: Path) ->
     assert not Path("out").exists()
 
 
-def check_kept_ranks(metrics: dict[str, float]) -> None:
-    """The recalls of the ranks in the file of predictions are the metrics."""
+def check_kept_ranks(result: dict[str, Any]) -> None:
+    """The recalls of the ranks in the file of predictions are the metrics; always one image is the baseline."""
+    metrics, baselines = result["metrics"], result["baselines"]
     kept = read_predictions(Path("out"), "captioned", "retrieval")
     assert list(kept["key"][-3:]) == ["1/028#0", "1/029#0", "1/029#1"]
     for direction in ("image_to_text", "text_to_image"):
         ranks = kept["rank"][kept["direction"] == direction]
         for k in (1, 5, 10):
             assert (ranks < k).mean() == pytest.approx(metrics[f"{direction}_recall@{k}"])
+    assert baselines.keys() == {name for name in metrics if "recall" in name}
+    captions = Counter(key.partition("#")[0] for key in kept["key"][kept["direction"] == "text_to_image"])
+    assert baselines["text_to_image_recall@1"] == pytest.approx(max(captions.values()) / captions.total())
 
 
 @pytest.mark.usefixtures("no_charts")
@@ -522,7 +526,7 @@ def test_accuracy_and_recall_equal_clip_benchmarks(root: Path, monkeypatch: pyte
     assert zero_shot["top5"] == pytest.approx(theirs["acc5"], abs=1e-9)
     assert zero_shot["mean_per_class"] == pytest.approx(theirs["mean_per_class_recall"], abs=1e-9)
 
-    check_kept_ranks(ours["captioned"]["tasks"]["retrieval"]["metrics"])
+    check_kept_ranks(ours["captioned"]["tasks"]["retrieval"])
     data = build_dataset("wds/captioned", str(root / "data/captioned"), transform, task="zeroshot_retrieval")
     theirs = zeroshot_retrieval.evaluate(model, loader(data), tokenizer, "cpu", amp=False, recall_k_list=[1, 5, 10])
     for k in (1, 5, 10):

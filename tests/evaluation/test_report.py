@@ -109,7 +109,8 @@ def full() -> dict[str, Any]:
         "imagenet_a": a_set("ImageNet-A", 0.31),
         "ours": a_set("", 0.77),
         "flickr": a_set("Flickr30k", retrieval={"value": 0.7, "metrics": {
-            "image_to_text_recall@1": 0.8, "image_to_text_recall@5": 0.9, "text_to_image_recall@1": 0.6}}),
+            "image_to_text_recall@1": 0.8, "image_to_text_recall@5": 0.9, "text_to_image_recall@1": 0.6},
+            "baselines": {"image_to_text_recall@1": 0.02, "text_to_image_recall@1": 0.01}}),
         "im2gps": a_set("IM2GPS", geolocation={"value": 0.3, "metrics": {"within_1km": 0.1, "within_25km": 0.3}}),
         "fairface": a_set("", bias={"images": 3, "accuracy": {"gender": {"by_gender": {
             "Male": {"value": 0.25, "count": 1, "images": 4, "interval": [0.1, 0.6]},
@@ -300,6 +301,7 @@ def test_a_row_has_the_papers_figure_for_the_same_set_and_metric(full: dict[str,
     assert found["cifar10", "top1"].papers["zero_shot"].value == pytest.approx(0.913)
     assert found["cifar10", "top1"].skipped == 2
     assert found["flickr", "image_to_text_recall@1"].values == {"zero_shot": 0.8}
+    assert [found["flickr", f"{way}_recall@1"].baseline for way in ("image_to_text", "text_to_image")] == [0.02, 0.01]
     assert found["flickr", "text_to_image_recall@1"].measured["zero_shot"].value == pytest.approx(0.5878)
     assert found["im2gps", "within_25km"].values == {"linear_probe": 0.3}
     assert found["ours", "top1"].papers == {}
