@@ -128,7 +128,8 @@ def look_labels(bits: np.ndarray, colours: np.ndarray, most: int = NEAR_BITS) ->
     look[order] = np.cumsum(new) - 1
     bits, colours = bits[new], colours[new]
     pairs = [pair for first, width in BANDS for pair in _near_pairs(bits, colours, first, width, most)]
-    left, right = np.concatenate([np.zeros((0, 2), dtype=np.int64), *pairs]).T
+    # Of int64 rows scipy 1.11 makes one component in silence.
+    left, right = np.concatenate([np.zeros((0, 2), dtype=np.int64), *pairs]).T.astype(np.int32)
     graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(len(bits), len(bits)))
     return connected_components(graph, directed=False)[1][look]
 

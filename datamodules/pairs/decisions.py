@@ -162,7 +162,7 @@ def _copies(lines: np.ndarray) -> Copies:
 
     links = np.stack([lines["row"], lines["copy_of"]])
     rows, numbers = np.unique(links, return_inverse=True)
-    left, right = numbers.reshape(links.shape)
+    left, right = numbers.reshape(links.shape).astype(np.int32)  # of int64 scipy 1.11 makes one component in silence
     graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(len(rows), len(rows)))
     labels = connected_components(graph, directed=False)[1] if len(rows) else np.zeros(0, np.int64)
     first = rows[np.unique(labels, return_index=True)[1][labels]] if len(rows) else rows
