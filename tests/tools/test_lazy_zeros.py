@@ -18,21 +18,28 @@ def test_they_equal_torchs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.testing.assert_close(lazy_zeros(shape, dtype), torch.zeros(shape, dtype=dtype), rtol=0, atol=0)
 
 
-def mebibytes() -> int:
-    found = re.search(r"VmRSS:\s+(\d+)", Path("/proc/self/status").read_text(encoding="utf-8"))
-    assert found
-    return int(found[1]) // 1024
+def resident(address: int) -> int | None:
+    """Return the bytes in memory of the mapping that an address is in; None if it is in none."""
+    inside = False
+    for line in Path("/proc/self/smaps").read_text(encoding="utf-8", errors="replace").splitlines():
+        if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+            inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+        elif inside and (found := re.match(r"Rss:\s+(\d+) kB", line)):
+            return int(found[1]) * 1024
+    return None
 
 
 def test_their_pages_take_memory_when_they_are_written_to_and_give_it_back_with_the_tensor() -> None:
-    before = mebibytes()
     zeros = lazy_zeros((200, MIB), torch.uint8)
-    assert int(zeros[:20].sum()) == 0
-    assert mebibytes() - before < 50
+    address, before = zeros.data_ptr(), resident(zeros.data_ptr())
     zeros[:100] = 1
-    assert 90 < mebibytes() - before < 150
+    after = resident(address)
+    assert before is not None
+    assert after is not None
+    assert 100 * MIB <= after - before < 110 * MIB
+    assert int(zeros.sum()) == 100 * MIB
     del zeros
-    assert mebibytes() - before < 50
+    assert (resident(address) or 0) < 100 * MIB
 
 
 def test_another_process_writes_to_pages_of_its_own() -> None:
