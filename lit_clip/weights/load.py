@@ -216,7 +216,7 @@ _WEIGHTS_COME_LATER = ContextVar("_WEIGHTS_COME_LATER", default=False)
 
 @contextmanager
 def weights_come_later() -> Iterator[None]:
-    """Draw no random weights: they are zeros that take none of the host's memory until they are written to."""
+    """Draw no random weights: those of new models are zeros without memory, for a rank that gets the first one's."""
     token = _WEIGHTS_COME_LATER.set(True)
     try:
         yield
