@@ -203,6 +203,8 @@ def assert_user_error(result: Completed, *parts: str) -> None:
         (["--lock-image"], ["unrecognized arguments: --lock-image; see lit-clip fit --help"]),
         (["--model.quux", "1"], ["unrecognized arguments: --model.quux 1; see lit-clip fit --help"]),
         (["--model.optimizer.lr", "fast"], ["model.optimizer.lr: wants float, not fast"]),
+        (["--trainer.strategy", "fsdp"], ["strategy `fsdp` requires a GPU", "for FSDP add --config configs/fsdp.yaml"]),
+        (["--trainer.strategy", "a.B"], ["invalid strategy name", "for FSDP add --config configs/fsdp.yaml"]),
         (["--trainer.max_epochs", "many"], ["trainer.max_epochs: wants int or null, not many"]),
         (["--trainer.precision", "fp16"], ["trainer.precision: wants 64, 32, 16,", "did you mean 16-mixed?"]),
         (["--trainer.precision", "b16-mixed"], ["bf16 or null, not b16-mixed; did you mean bf16-mixed?"]),
@@ -236,6 +238,13 @@ def test_bad_options_are_one_line_and_exit_code_2(
     options: list[str], parts: list[str], caption_table: Path, in_process: Cli
 ) -> None:
     assert_user_error(in_process(*words("fit", caption_table), *options), *parts)
+
+
+def test_a_configuration_for_gpus_says_how_to_run_it_elsewhere() -> None:
+    """Lightning's words, which a machine with a GPU would not say."""
+    line = one_line(InputError("No supported gpu backend found!"))
+    advice = "the settings ask for one; add --trainer.accelerator cpu, also to see the plan"
+    assert line == f"No supported gpu backend found; {advice}"
 
 
 def test_data_options_before_the_data_module_ask_for_its_name(tmp_path: Path, in_process: Cli) -> None:

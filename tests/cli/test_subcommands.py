@@ -484,3 +484,9 @@ def test_help_all_of_fit_has_one_line_for_each_option_and_the_complete_text_is_o
     assert "callbacks.EMA" in lines[-1]
     assert ".decay" in help_of(monkeypatch, capsys, *lines[-1].split()[2:])
     assert "--data.captions CAPTIONS" in help_of(monkeypatch, capsys, "--data.help", "datamodules.Captions")
+
+
+def test_an_option_that_is_missing_is_named_as_it_is_typed() -> None:
+    with pytest.raises(ArgumentError, match="are required: output") as raised:
+        run_command(["export", "last.ckpt", "--format", "open_clip"])
+    assert raised.value.__notes__ == ["type --output; see lit-clip export --help"]
