@@ -117,9 +117,6 @@ def look_labels(bits: np.ndarray, colours: np.ndarray, most: int = NEAR_BITS) ->
     Looks are columns of :class:`Looks`, and may differ in ``most`` bits; of pairs that differ in more than 2, those
     that agree in a band are found. The ends of a chain of look-alikes may differ more than near pairs.
     """
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     order = np.lexsort((colours, bits))
     bits, colours = bits[order], colours[order]
     new = np.ones(len(bits), dtype=bool)
@@ -128,10 +125,17 @@ def look_labels(bits: np.ndarray, colours: np.ndarray, most: int = NEAR_BITS) ->
     look[order] = np.cumsum(new) - 1
     bits, colours = bits[new], colours[new]
     pairs = [pair for first, width in BANDS for pair in _near_pairs(bits, colours, first, width, most)]
-    # Of int64 rows scipy 1.11 makes one component in silence.
-    left, right = np.concatenate([np.zeros((0, 2), dtype=np.int64), *pairs]).T.astype(np.int32)
-    graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(len(bits), len(bits)))
-    return connected_components(graph, directed=False)[1][look]
+    return components(np.concatenate([np.zeros((0, 2), dtype=np.int64), *pairs]).T, len(bits))[look]
+
+
+def components(links: np.ndarray, number: int) -> np.ndarray:
+    """Return for each of ``number`` things the component that it is in, int ``[number]``; links are ``[2, L]``."""
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
+    left, right = links.astype(np.int32)  # of int64 scipy 1.11 makes one component in silence
+    graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(number, number))
+    return connected_components(graph, directed=False)[1]
 
 
 def _band(bits: np.ndarray, first: int, width: int) -> np.ndarray:

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from lit_clip.errors import InputError, listed, require
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
+from ..near_duplicates import components
 from .column_names import ColumnNames
 from .source import DELIMITED, JSON_LINES, PairSource, compute
 from .text_table import raw_rows, shown
@@ -157,14 +158,9 @@ def _of_findings(label: str, lines: np.ndarray) -> Decisions:
 
 def _copies(lines: np.ndarray) -> Copies:
     """Follow the links between rows: copies of copies are copies of the first."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     links = np.stack([lines["row"], lines["copy_of"]])
     rows, numbers = np.unique(links, return_inverse=True)
-    left, right = numbers.reshape(links.shape).astype(np.int32)  # of int64 scipy 1.11 makes one component in silence
-    graph = coo_array((np.ones(len(left), dtype=bool), (left, right)), shape=(len(rows), len(rows)))
-    labels = connected_components(graph, directed=False)[1] if len(rows) else np.zeros(0, np.int64)
+    labels = components(numbers.reshape(links.shape), len(rows)) if len(rows) else np.zeros(0, np.int64)
     first = rows[np.unique(labels, return_index=True)[1][labels]] if len(rows) else rows
     return Copies(rows[rows != first], first[rows != first])
 

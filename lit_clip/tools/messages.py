@@ -253,7 +253,7 @@ def one_line(error: BaseException) -> str:
     text = re.sub(r'Parser key "([^"]+)":', r"\1:", " ".join(line.strip() for line in shorter(lines)))
     hints = [hint for words, hint in HINTS.items() if re.search(words, text)]
     hints += [f"did you mean {near}?" for near in _similar_names(text)]
-    return "; ".join([text.removesuffix("!"), *getattr(error, "__notes__", ()), *hints])
+    return "; ".join([text, *getattr(error, "__notes__", ()), *hints])
 
 
 def _similar_names(text: str) -> list[str]:

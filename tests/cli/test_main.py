@@ -244,7 +244,7 @@ def test_a_configuration_for_gpus_says_how_to_run_it_elsewhere() -> None:
     """Lightning's words, which a machine with a GPU would not say."""
     line = one_line(InputError("No supported gpu backend found!"))
     advice = "the settings ask for one; add --trainer.accelerator cpu, also to see the plan"
-    assert line == f"No supported gpu backend found; {advice}"
+    assert line == f"No supported gpu backend found!; {advice}"
 
 
 def test_data_options_before_the_data_module_ask_for_its_name(tmp_path: Path, in_process: Cli) -> None:
