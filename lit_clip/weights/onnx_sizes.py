@@ -72,6 +72,9 @@ def _shrink(path: Path, dtype: OnnxDType) -> None:
         return
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
+    graph = onnx.load(path, load_external_data=False)
+    del graph.graph.value_info[:]  # torch 2.11 notes wrong shapes of a ResNet; quantize_dynamic infers them
+    onnx.save(graph, path)
     quantize_dynamic(
         path, smaller, QUANTIZED, per_channel=True, weight_type=QuantType.QInt8, use_external_data_format=large
     )
