@@ -88,9 +88,9 @@ def test_vectors_and_matrices_are_no_numbers_and_become_files(tmp_path: Path) ->
     rows = list(csv.reader(files["matrix"].open()))
     assert rows[0] == ["", "cat", "'=1+1", "a/b"]  # what a spreadsheet would compute has an apostrophe
     counted = np.array([row[1:] for row in rows[1:]], dtype=int)
-    assert np.array_equal(counted, confusion_matrix(labels, likely.argmax(dim=1)))
+    assert np.array_equal(counted, confusion_matrix(labels.numpy(), likely.argmax(dim=1).numpy()))
     each = {row[0].lstrip("'"): float(row[1]) for row in csv.reader(files["each"].open())}
-    expected = [roc_auc_score(labels == c, likely[:, c]) for c in range(3)]
+    expected = [roc_auc_score((labels == c).numpy(), likely[:, c].numpy()) for c in range(3)]
     assert list(each.values()) == pytest.approx(expected, abs=1e-6)
     false_rates, right_rates, thresholds = json.loads(files["curve"].read_text())
     assert len(false_rates) == len(right_rates) == len(thresholds) == 3
@@ -104,7 +104,7 @@ def test_several_classes_per_image_and_what_is_not_counted() -> None:
     )
     found = evaluate_metrics({"f1": TORCHMETRICS + "MultilabelF1Score"}, [likely], relevance, 4).numbers["f1"]
     counted = [relevance[:, c] >= 0 for c in range(4)]
-    each = [f1_score(relevance[rows, c], likely[rows, c] > 0.5) for c, rows in enumerate(counted)]
+    each = [f1_score(relevance[rows, c].numpy(), (likely[rows, c] > 0.5).numpy()) for c, rows in enumerate(counted)]
     assert found == pytest.approx(np.mean(each), abs=1e-6)
 
 
@@ -203,14 +203,14 @@ def test_any_ranks_log_what_one_process_computes(world: int, folder: Path, ranks
     module, images = make_module(), Shades("")
     scores = module.model.logit_scale.exp().item() * cosines(module, images).double()
     likely, labels = scores.softmax(dim=1), torch.tensor(images.labels())
-    auroc = roc_auc_score(labels, likely.numpy(), multi_class="ovr")
+    auroc = roc_auc_score(labels.numpy(), likely.numpy(), multi_class="ovr")
     ece = MulticlassCalibrationError(num_classes=7)(likely.float(), labels)
     assert found["zero_shot/shades/auroc"] == pytest.approx(auroc, abs=1e-6)
     assert found["zero_shot/shades/ece"] == pytest.approx(float(ece), abs=1e-6)
     assert found["zero_shot/shades/own"] == pytest.approx(float(likely.amax(dim=1).sum()), abs=1e-4)
     assert found["linear_probe/shades/auroc"] > 0.9
     matrix = np.loadtxt(folder / "csv/zero_shot_shades_matrix.csv", delimiter=",", skiprows=1, usecols=range(1, 8))
-    assert np.array_equal(matrix, confusion_matrix(labels, likely.argmax(dim=1), labels=range(7)))
+    assert np.array_equal(matrix, confusion_matrix(labels.numpy(), likely.argmax(dim=1).numpy(), labels=range(7)))
     assert not any("matrix" in name for name in found)  # a matrix is no number to log
 
 

@@ -30,10 +30,10 @@ def test_no_threshold_of_scikit_learn_has_a_higher_f1(images: int, distinct: int
         if not right.any():
             assert (threshold, f1) == (math.inf, 0.0)
             continue
-        precision, recall, thresholds = precision_recall_curve(right, score)
+        precision, recall, thresholds = precision_recall_curve(right.numpy(), score.numpy())
         curve = 2 * precision * recall / np.maximum(precision + recall, 1e-300)
         assert f1 == pytest.approx(curve.max(), abs=1e-12)
-        assert f1 == pytest.approx(f1_score(right, score >= threshold), abs=1e-12)
+        assert f1 == pytest.approx(f1_score(right.numpy(), (score >= threshold).numpy()), abs=1e-12)
         best = thresholds[np.isclose(curve[:-1], curve.max(), rtol=0, atol=1e-12)]
         assert threshold == best.max()  # fewest images are given the class
 

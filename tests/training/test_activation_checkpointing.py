@@ -216,12 +216,12 @@ from lit_clip import LitCLIP
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.training.activation_checkpointing import checkpoint_encoders
 torch.set_num_threads(1)
-image = VisionTransformerConfig(image_size=64, patch_size=8, width=128, layers=8, heads=2)
-text = TextTransformerConfig(context_length=32, vocab_size=50, width=128, layers=8, heads=2)
+image = VisionTransformerConfig(image_size=64, patch_size=8, width=128, layers=12, heads=2)
+text = TextTransformerConfig(context_length=32, vocab_size=50, width=128, layers=12, heads=2)
 module = LitCLIP(CLIPConfig(16, image, text))
 if sys.argv[1] == "True":
     checkpoint_encoders(module.model)
-images, tokens = torch.ones(64, 3, 64, 64), torch.ones(64, 32, dtype=torch.long)
+images, tokens = torch.ones(48, 3, 64, 64), torch.ones(48, 32, dtype=torch.long)
 tokens[:, -1] = 49  # texts of full length: nothing is computed after the end of a text
 def peak():  # KiB of this process alone: ru_maxrss starts from its parent's memory
     return int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
@@ -232,7 +232,7 @@ print(peak() - before)
 
 
 def test_peak_memory_is_less_than_a_third(tmp_path: Path) -> None:
-    """Instead of eight blocks' activations, eight inputs and one block's activations are kept."""
+    """Instead of twelve blocks' activations, twelve inputs and one block's activations are kept."""
     (tmp_path / "memory.py").write_text(MEMORY)
     peaks = []
     for on in (False, True):

@@ -39,7 +39,7 @@ MOVED = {  # where a file that is asked for has moved to
     "moved": "/again",
     "moved-scheme": "http://hub/again",
     "moved-port": "https://hub:1/again",
-    "moved-host": "//other/again",
+    "moved-host": "https://other/again",
 }
 HOSTILE = (
     *("../" * 4 + "created", "../" * 7 + "created", "/tmp/created", "..", "a/../../b", "a\\..\\b", "a\0b", "x" * 3000),
