@@ -9,6 +9,9 @@ BENCH := $(RUNS)/bench
 # Run a benchmark: its name, its options, and a suffix of its result file.
 measure = $(BIN)/python benchmarks/$(1).py $(2) --json $(BENCH)/$(1)$(3).json
 
+# Where Python may not keep what it compiles, each of the many interpreters that tests start compiles it again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: help install docs quickstart quickstart-towers test test-demo test-notebooks test-loggers test-slow test-lowest fuzz check format bench bench-check tensorboard clean
 
 help:  ## List the targets

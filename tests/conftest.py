@@ -23,6 +23,7 @@ import torch
 from filelock import FileLock
 from lightning.fabric.utilities import registry
 from threadpoolctl import threadpool_limits
+from torch.utils.data import _utils as torch_workers
 
 from lit_clip import secrets
 from lit_clip.cli.overview import CONFIGURED
@@ -50,6 +51,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 torch.set_num_threads(1)
 threadpool_limits(1)  # numpy has read the variable already
 os.fsync = lambda fd: None  # waits for the disk thousands of times, and no test takes the power away
+torch_workers.MP_STATUS_CHECK_INTERVAL = 0.2  # not 5 s for each data worker that a test has killed
 flops.PEAK_SECONDS = 0.0  # of which each run with Throughput would spend 0.4
 registry.entry_points = cache(registry.entry_points)  # each Trainer would read the metadata of all packages
 # A quarter of the time of imports and collection would be a search for garbage among what stays until the end.

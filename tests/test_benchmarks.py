@@ -294,6 +294,7 @@ def on_a_gpu(tmp_path_factory: pytest.TempPathFactory) -> tuple[list[dict[str, A
     return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()], done.stdout
 
 
+@pytest.mark.slow
 def test_every_part_for_a_gpu_runs_to_its_end(on_a_gpu: tuple[list[dict[str, Any]], str]) -> None:
     rows, output = on_a_gpu
     assert [row for row in rows if "failed" in row] == []

@@ -19,7 +19,7 @@ from tests.models.test_finetune import command
 Ranks = Callable[..., None]
 
 
-@pytest.mark.parametrize("world", [1, 2, pytest.param(3, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("world", [1, *(pytest.param(world, marks=pytest.mark.slow) for world in (2, 3)), 4])
 def test_every_gradient_equals_that_of_one_process_with_the_whole_batch(
     world: int, ranks: Ranks, tmp_path: Path
 ) -> None:

@@ -79,6 +79,7 @@ def test_recipes_of_a_grid_differ(grid: str) -> None:
     assert len(set(texts)) == len(texts) > 5
 
 
+@pytest.mark.slow
 def test_recipes_get_equal_processor_time_and_finished_runs_are_kept(tmp_path: Path, drawings_cache: Path) -> None:
     sets = {
         name: {"images": {"class_path": "datamodules.OpenMojiClasses", "init_args": options}, "templates": ["{}"]}
@@ -179,7 +180,7 @@ def test_icons_are_drawn_with_their_names_and_other_authors_are_held_out(
     iconify(tmp_path / "package")
     monkeypatch.setattr(sys, "argv", ["icons.py", str(tmp_path / "package"), str(tmp_path / "icons")])
     runpy.run_path(str(BENCH / "icons.py"), run_name="__main__")
-    tables = [(tmp_path / f"icons/{pairs}.csv").read_text(encoding="utf-8").splitlines() for pairs in (500, 50_000)]
+    tables = [(tmp_path / f"icons/{pairs}.csv").read_text(encoding="utf-8").splitlines() for pairs in ("500", "all")]
     assert tables[0] == tables[1]
     sets = {line.split("/")[1].split(" ")[0] for line in tables[0][1:]}
     assert {line.split(",")[1] for line in tables[0][1:]} == {"heart", "arrow left", "only in others"}

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import Image
 from resvg_py import svg_to_bytes
 
-PAIRS = (500, 5_000, 50_000)
+TABLES = {"500": 500, "5000": 5_000, "50000": 50_000, "all": None}
 HELD_OUT = 8  # one author of so many
 DRAWN = 20  # training icons that a name must have to be a class
 BORROWED = 0.05  # mean difference of pixels, from 0 to 1, below which an icon is another's
@@ -91,10 +91,10 @@ def main() -> None:
     held_out = unseen(icons, training)
     for icon in held_out:
         icon.write(given.out / "classes" / icon.caption)
-    files = [icon.write(given.out / "training").relative_to(given.out) for icon in training[: PAIRS[-1]]]
-    rows = [(str(file), icon.caption) for file, icon in zip(files, training, strict=False)]
-    for pairs in PAIRS:
-        with (given.out / f"{pairs}.csv").open("w", encoding="utf-8", newline="") as file:
+    files = [icon.write(given.out / "training").relative_to(given.out) for icon in training]
+    rows = [(str(file), icon.caption) for file, icon in zip(files, training, strict=True)]
+    for name, pairs in TABLES.items():
+        with (given.out / f"{name}.csv").open("w", encoding="utf-8", newline="") as file:
             csv.writer(file).writerows([("image", "caption"), *rows[:pairs]])
     names = len({icon.caption for icon in held_out})
     sources, authors = len({icon.source for icon in training}), len({icon.author for icon in training})

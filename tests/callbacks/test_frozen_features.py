@@ -134,7 +134,7 @@ def test_losses_equal_those_of_the_plain_run(
     check_like(plain_run(run.towers, freeze), run)
 
 
-@pytest.mark.parametrize("towers", ["vit", "bert"])
+@pytest.mark.parametrize("towers", [pytest.param("vit", marks=pytest.mark.slow), "bert"])
 def test_two_ranks_share_the_files_and_have_the_losses_of_one(
     towers: str, run: Run, folders: dict[str, Path], tmp_path: Path, plain_run: Callable[[str, str], Fitted]
 ) -> None:

@@ -138,7 +138,9 @@ def callback(name: str, **arguments: Any) -> str:
     return "--trainer.callbacks+=" + json.dumps(values)
 
 
-@pytest.mark.parametrize("later", [False, True], ids=["read at once", "read later"])
+@pytest.mark.parametrize(
+    "later", [pytest.param(False, id="read at once", marks=pytest.mark.slow), pytest.param(True, id="read later")]
+)
 def test_two_ranks_skip_the_steps_that_are_not_finite_on_one(
     later: bool,
     cli: Cli,

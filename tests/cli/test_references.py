@@ -113,6 +113,12 @@ def test_no_file_or_message_of_a_run_holds_a_secret_and_the_saved_config_resumes
     assert "AssertionError" in unset.stderr  # it is the environment that counts, not what was saved
 
 
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask a server that does not answer again at once."""
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+
+
 @pytest.mark.parametrize(
     ("word", "shown"),
     [
@@ -121,7 +127,9 @@ def test_no_file_or_message_of_a_run_holds_a_secret_and_the_saved_config_resumes
         ("http://me:${oc.env:PASSWORD}@127.0.0.1:9/t.csv", "http://me:${oc.env:PASSWORD}@127.0.0.1:9/t.csv: cannot be"),
     ],
 )
-def test_messages_show_the_reference(in_process: Cli, environment: dict[str, str], word: str, shown: str) -> None:
+def test_messages_show_the_reference(
+    in_process: Cli, environment: dict[str, str], at_once: None, word: str, shown: str
+) -> None:
     result = in_process("fit", "--config", "secret.yaml", "--data.train", word, environment=environment)
     assert result.returncode == 2
     assert shown in result.stderr
@@ -129,7 +137,7 @@ def test_messages_show_the_reference(in_process: Cli, environment: dict[str, str
 
 
 def test_messages_show_the_values_of_variables_that_are_no_secrets(
-    in_process: Cli, environment: dict[str, str]
+    in_process: Cli, environment: dict[str, str], at_once: None
 ) -> None:
     given = {**environment, "RUN": "resnet10", "LOGIN": "0ther-s3cret", "WORD": "third-s3cret"}
     words = ("fit", "--config", "secret.yaml", "--data.train")

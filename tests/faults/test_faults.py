@@ -22,11 +22,7 @@ CHOSEN = [
     Cell("kill_run", "table", 1, 0),
     Cell("disk_full", "table", 1, 0),
     Cell("kill_worker", "table", 1, 2),
-    Cell("429", "store", 1, 0),
-    Cell("kill_first", "tars", 2, 2),
     Cell("sigterm", "tars", 2, 0),
-    Cell("reset_forever", "store", 1, 2),
-    Cell("kill_rank_meanwhile", "tars", 2, 0),
 ]
 
 

@@ -79,7 +79,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Pat
     return tmp_path
 
 
-@pytest.mark.parametrize("closed", ["2>&-", ">&-"])
+@pytest.mark.parametrize("closed", ["2>&-", pytest.param(">&-", marks=pytest.mark.slow)])
 def test_a_command_works_without_a_stream(closed: str, folder: Path) -> None:
     commands = [FIT, EMBED, [*EMBED, "--batch_size", "0"]]
     shell = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", FROM_THE_START, json.dumps(commands)]

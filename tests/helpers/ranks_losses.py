@@ -441,12 +441,28 @@ def rows_of(counts: tuple[int, ...]) -> distributed.RankCounts:
     return distributed.RankCounts(dist.get_rank(), tuple(negatives))
 
 
-def of_features(setup: Setup, case: Case, counts: tuple[int, ...]) -> float:
-    """Return the largest error of the value and the gradients, given features."""
-    ranks, hard = distributed.RankCounts(dist.get_rank(), counts), rows_of(counts)
+def given_features() -> tuple[list[Tensor], list[Tensor]]:
+    """Return all images', texts' and hard negatives' features, and the scale and the bias."""
     generator = torch.Generator().manual_seed(5)
     whole = [unit(torch.randn(n, 16, generator=generator).double()) for n in (PAIRS, PAIRS, len(WITH_NEGATIVE))]
-    numbers = [torch.tensor(x, dtype=torch.float64) for x in (9.0, -2.0)]
+    return whole, [torch.tensor(x, dtype=torch.float64) for x in (9.0, -2.0)]
+
+
+def loop_of_features(setup: Setup, case: Case) -> list[Tensor | None]:
+    """Return the value of the plain loop and its gradients."""
+    whole, numbers = given_features()
+    theirs, own = [x.requires_grad_() for x in (*whole, *numbers)], setup.loss(case)
+    image, text, negative, *expected_numbers = theirs
+    inputs = all_inputs(image, text, *expected_numbers, negative if case.negatives else None)
+    expected = case.loop(inputs, own, setup.teacher)
+    expected.backward()
+    return [expected.detach(), *(x.grad for x in (*theirs, *own.parameters()))]
+
+
+def of_features(setup: Setup, case: Case, counts: tuple[int, ...]) -> list[Tensor | None]:
+    """Return the value and the gradients, given features."""
+    ranks, hard = distributed.RankCounts(dist.get_rank(), counts), rows_of(counts)
+    whole, numbers = given_features()
     layouts = (ranks, ranks, hard)
     leaves = [x[each.mine].clone().requires_grad_() for x, each in zip(whole, layouts, strict=True)]
     scale, bias = (x.clone().requires_grad_() for x in numbers)
@@ -457,16 +473,7 @@ def of_features(setup: Setup, case: Case, counts: tuple[int, ...]) -> float:
     value.backward()
     grads = [torch.zeros_like(x) if x.grad is None else x.grad / ranks.world for x in leaves]
     ours = [mean_over_ranks(value), *(gather_rows(x, each) for x, each in zip(grads, layouts, strict=True))]
-    ours += [mean_over_ranks(x.grad) for x in (scale, bias, *loss.parameters())]
-    if dist.get_rank():
-        return 0.0
-    theirs, own = [x.requires_grad_() for x in (*whole, *numbers)], setup.loss(case)
-    image, text, negative, *expected_numbers = theirs
-    inputs = all_inputs(image, text, *expected_numbers, negative if case.negatives else None)
-    expected = case.loop(inputs, own, setup.teacher)
-    expected.backward()
-    gradients = [expected.detach(), *(x.grad for x in (*theirs, *own.parameters()))]
-    return max(error(mine, other) for mine, other in zip(ours, gradients, strict=True))
+    return [*ours, *(mean_over_ranks(x.grad) for x in (scale, bias, *loss.parameters()))]
 
 
 def of_step(setup: Setup, case: Case, counts: tuple[int, ...]) -> float:
@@ -503,8 +510,12 @@ def losses(output: str, teacher: str, *parts: str) -> None:
     setup, errors = Setup.of(teacher), {}
     tiled.TILE, weighted.LOGITS = (2, 3), 32
     for name, case in CASES.items():
-        for counts in COUNTS[dist.get_world_size()] if "features" in parts else ():
-            errors[f"{name}, features, {counts}"] = of_features(setup, case, counts)
+        if "features" in parts:
+            found = {counts: of_features(setup, case, counts) for counts in COUNTS[dist.get_world_size()]}
+            expected = loop_of_features(setup, case) if dist.get_rank() == 0 else []
+            for counts, ours in found.items():
+                differences = [error(*both) for both in zip(ours, expected, strict=not dist.get_rank())]
+                errors[f"{name}, features, {counts}"] = max(differences, default=0.0)
         if "each step" in parts or ("own step" in parts and name not in PARTS_ELSEWHERE):
             errors[f"{name}, step"] = of_step(setup, case, COUNTS[dist.get_world_size()][0])
     if dist.get_rank() == 0:

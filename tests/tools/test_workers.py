@@ -72,7 +72,6 @@ class Deadly(Dataset[Tensor]):
 def test_data_worker_that_is_killed_is_one_line_with_a_hint(
     sent: signal.Signals, said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch_workers, "MP_STATUS_CHECK_INTERVAL", 0.2)  # seconds that torch waits for the other worker
     # torch sets its handler of ended workers once, and Lightning restores the one of before at the end of each run.
     monkeypatch.setattr(torch_workers.signal_handling, "_SIGCHLD_handler_set", False)
     for _ in range(5):  # torch's error differs with the order of the signal and the end of the worker's connection

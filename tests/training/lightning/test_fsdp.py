@@ -125,7 +125,9 @@ class Watched(LitCLIP):
 """
 
 
-@pytest.mark.parametrize(("options", "drawing"), [([], 1), (["--validate_first", "true"], 2)])
+@pytest.mark.parametrize(
+    ("options", "drawing"), [([], 1), pytest.param(["--validate_first", "true"], 2, marks=pytest.mark.slow)]
+)
 def test_the_first_rank_alone_draws_the_weights_and_the_others_go_on_as_if_they_had(
     options: list[str], drawing: int, tmp_path: Path, caption_table: Path
 ) -> None:
