@@ -62,9 +62,14 @@ def _check_not_set(option: str, inner: str, callback: str, taken: Sequence[Typed
         )
 
 
+def plain_settings(parser: Any, settings: Any) -> Any:
+    """Return parsed settings as plain values."""
+    return yaml.safe_load(parser.dump(settings, skip_none=False))
+
+
 def callbacks_of(parser: Any, settings: Any) -> Any:
     """Return the callbacks of parsed settings as plain values."""
-    return yaml.safe_load(parser.dump(settings, skip_none=False))["trainer"]["callbacks"]
+    return plain_settings(parser, settings)["trainer"]["callbacks"]
 
 
 def as_typed(values: Any, saved: Any) -> Any:

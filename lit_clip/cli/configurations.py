@@ -8,7 +8,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-import yaml
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_clip.cli.references import with_environment
@@ -31,11 +30,6 @@ UNSET = ""
 OWN = ("data", "model.loss")  # what a resumed run may have changed; the rest stays, however it is written
 
 
-def configuration(settings: str) -> Configuration:
-    """Return what two runs with the same settings (YAML) share: model, loss, class of the optimiser and data."""
-    return _configuration(yaml.safe_load(settings))
-
-
 def saved_configuration(file: Path, checkpoint: Mapping[str, Any]) -> Any:
     """Return the configuration in a checkpoint, or else in the files of its run's folder; None without."""
     if checkpoint.get("configuration") is not None:
@@ -44,13 +38,16 @@ def saved_configuration(file: Path, checkpoint: Mapping[str, Any]) -> Any:
     for saved in file.parent.parent.glob(f"{CONFIG}*.yaml"):
         with suppress(InputError):
             settings = read_yaml(saved)
-            for name, digests in _configuration(settings if isinstance(settings, Mapping) else {}).items():
+            for name, digests in configuration(settings if isinstance(settings, Mapping) else {}).items():
                 found[name] = [*found.get(name, ()), *digests]
     return found or None
 
 
-def _configuration(settings: Mapping[str, Any]) -> Configuration:
-    """Return two digests of each setting, or one if they are equal: as written, and in its usual form."""
+def configuration(settings: Mapping[str, Any]) -> Configuration:
+    """Return what two runs with the same settings share: model, loss, class of the optimiser and data.
+
+    Each setting has two digests, or one if they are equal: as written, and in its usual form.
+    """
     found = {}
     for section in ("model", "data"):
         written = dict(_named(section, settings.get(section)))

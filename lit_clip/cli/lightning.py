@@ -20,7 +20,14 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lit_clip.cli import argv, references
 from lit_clip.cli.argument_types import register_types
 from lit_clip.cli.argv import use_packaged_defaults
-from lit_clip.cli.callback_options import Typed, as_typed, callbacks_of, callbacks_option, take_options
+from lit_clip.cli.callback_options import (
+    Typed,
+    as_typed,
+    callbacks_of,
+    callbacks_option,
+    plain_settings,
+    take_options,
+)
 from lit_clip.cli.configurations import Configuration, configuration, evaluated, newest_of_configuration, run_folders
 from lit_clip.cli.imports import check_not_imported_by, command_words
 from lit_clip.cli.loggers import check_loggers, log_no_secrets, logger_errors
@@ -171,7 +178,7 @@ class CLI(PlainCLI):
 
     def _configuration(self, parser: LightningArgumentParser, words: Sequence[str], subcommand: str) -> Configuration:
         """Return what a checkpoint's run must have in common with this one."""
-        ours = configuration(parser.dump(self.config[subcommand], skip_none=False))
+        ours = configuration(plain_settings(parser, self.config[subcommand]))
         if subcommand != "fit":
             ours = {} if self.uses_packaged_defaults else evaluated(ours)
         if self.uses_packaged_defaults and not any(word.startswith("--model.architecture") for word in words):

@@ -46,7 +46,7 @@ class SaveConfig(SaveConfigCallback):
 
     def _log_settings(self, trainer: Trainer, metrics: Iterable[str] | None = None) -> None:
         if trainer.is_global_zero and trainer.loggers:
-            log_settings(trainer.loggers, yaml.safe_load(self._text), metrics)
+            log_settings(trainer.loggers, self._settings, metrics)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self.before = checkpoint.get("configuration")
@@ -67,7 +67,11 @@ class SaveConfig(SaveConfigCallback):
 
     @cached_property
     def _configuration(self) -> Configuration:
-        return configuration(self._text)
+        return configuration(self._settings)
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        return yaml.safe_load(self._text)
 
 
 def save_text(path: Path, text: str) -> Path:

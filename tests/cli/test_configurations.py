@@ -107,7 +107,7 @@ def named_loss(name: str = "Contrastive", **arguments: Any) -> dict[str, Any]:
 
 
 def differing(ours: dict[str, Any], saved: dict[str, Any]) -> list[str]:
-    return differences(configuration(yaml.safe_dump(ours)), configuration(yaml.safe_dump(saved)))
+    return differences(configuration(ours), configuration(saved))
 
 
 def test_other_spellings_of_the_same_data_and_of_the_default_loss_are_no_difference() -> None:
@@ -127,7 +127,7 @@ def test_other_spellings_of_the_same_data_and_of_the_default_loss_are_no_differe
 
 
 def test_a_checkpoint_without_a_record_has_the_configuration_of_its_runs_folder(tmp_path: Path) -> None:
-    file, ours = tmp_path / "checkpoints/last.ckpt", configuration(yaml.safe_dump(settings("p.csv")))
+    file, ours = tmp_path / "checkpoints/last.ckpt", configuration(settings("p.csv"))
     assert saved_configuration(file, {}) is None
     (tmp_path / "fit_config.yaml").write_text("a: &a [*a]", encoding="utf-8")
     assert saved_configuration(file, {}) is None

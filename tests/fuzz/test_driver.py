@@ -129,6 +129,8 @@ def test_a_demo_that_gives_files_away_is_found() -> None:
         assert sum(each.times for each in found) == times
 
 
+# Each target also reads what was found earlier: test_corpus.py.
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_target_reads_its_inputs(name: str) -> None:
     """What is found is for ``make fuzz``: with another version of hypothesis a seed makes other inputs."""

@@ -3,6 +3,7 @@
 import gc
 import os
 import sys
+import weakref
 from contextlib import redirect_stdout, suppress
 from functools import cache
 from importlib import import_module
@@ -73,6 +74,10 @@ lightning.CLI._choose_precision = lambda self, settings: sys.argv.extend(["--tra
 
 os.fsync = lambda fd: None  # as in tests/conftest.py
 import_module("lit_clip.models.flops").PEAK_SECONDS = 0.0  # of which each run with Throughput would spend 0.4
+
+# At the end of a process torch takes each operator of its libraries back, and a fork would copy all that they lie in.
+for each in list(weakref.finalize._registry):  # pyright: ignore
+    each.atexit = False
 
 # What is imported stays: a fork that looked through it for garbage would take its own copy of all these pages.
 gc.collect()

@@ -1,5 +1,6 @@
 """The paper's nine models and SigLIP have the peers' parameter counts, features and gradients."""
 
+import copy
 import re
 from collections.abc import Iterator
 from typing import Any, cast
@@ -161,8 +162,8 @@ def test_every_gradient_and_statistic_of_rn50_is_open_clips(training: bool) -> N
     A key's bias has no effect through a softmax: its gradient is rounding, compared with the largest gradient norm.
     """
     theirs, _ = pair("RN50")
-    ours = create_model("RN50")  # a copy: training updates the statistics
-    ours.load_state_dict(theirs.state_dict())
+    ours = on_meta(resolve_architecture("RN50"))
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()), assign=True)  # training updates the statistics
     images, texts = photos(3, 224), tokenize(CAPTIONS)
     for model in (theirs, ours):
         model.train(training)

@@ -55,11 +55,21 @@ def fit(folder: Path, table: Path, config: CLIPConfig, **options: Any) -> dict[i
 
 
 @pytest.mark.usefixtures("ahead")
-@pytest.mark.parametrize("options", [{}, {"gradient_clip_val": 1.0}, {"precision": "bf16-mixed"}], ids=str)
-@pytest.mark.parametrize("config", ["tiny", "batch norm"])
+@pytest.mark.parametrize(
+    ("config", "options"),
+    [
+        ("tiny", {}),
+        ("tiny", {"gradient_clip_val": 1.0}),
+        ("batch norm", {"precision": "bf16-mixed"}),
+        pytest.param("tiny", {"precision": "bf16-mixed"}, marks=pytest.mark.slow),
+        pytest.param("batch norm", {}, marks=pytest.mark.slow),
+        pytest.param("batch norm", {"gradient_clip_val": 1.0}, marks=pytest.mark.slow),
+    ],
+    ids=str,
+)
 def test_a_step_that_is_not_logged_never_waits(
-    options: dict[str, Any],
     config: str,
+    options: dict[str, Any],
     tiny_config: CLIPConfig,
     caption_table: Path,
     tmp_path: Path,
