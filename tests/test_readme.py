@@ -335,9 +335,7 @@ def nothing_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("nothing_is_made")
 @pytest.mark.parametrize("command", PARSED)
-def test_a_command_that_is_not_run_here_parses(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_command_that_is_not_run_here_parses(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_own_parts(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     words = shlex.split(re.sub(r"\$[A-Z_]+", "2", command), comments=True)  # NODES and the like are the reader's
