@@ -118,7 +118,6 @@ for count, words, check in ((15, "uneven validation", uneven), (1, "one pair of 
         RESUMED,
         **uneven_sets,
         trainer=lambda folder: {"strategy": FSDP(), **watched()(folder)},
-        quick=[2] if count > 1 else [],
     )
 
 

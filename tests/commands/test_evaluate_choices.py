@@ -101,6 +101,7 @@ def test_choices_equal_clip_benchmarks(choices: Path, capsys: pytest.CaptureFixt
     assert f"{100 * crepe['value']:.1f}" in capsys.readouterr().out  # in the table
 
 
+@pytest.mark.slow  # test_evaluate.py has two processes for other sets
 @pytest.mark.usefixtures("no_charts")
 def test_two_processes_give_the_same_choices(choices: Path) -> None:
     one = evaluate()["sets"]

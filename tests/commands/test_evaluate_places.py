@@ -126,6 +126,7 @@ def test_grids_are_compared_with_another_run_query_by_query(places: Path) -> Non
     assert "pointing, pointing accuracy" in Path("out/report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow  # test_evaluate.py has two processes for other sets
 @pytest.mark.usefixtures("no_charts")
 def test_two_processes_give_the_same_places(places: Path) -> None:
     one = evaluate()["sets"]

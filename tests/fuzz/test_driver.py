@@ -43,7 +43,9 @@ WHOLE = {
 }
 
 
-@pytest.mark.parametrize("name", FOUND)
+@pytest.mark.parametrize(
+    "name", [name if name != "hang" else pytest.param(name, marks=pytest.mark.slow) for name in FOUND]
+)
 def test_what_no_input_may_lead_to_is_found(name: str, tmp_path: Path) -> None:
     """Also kept with its story, as small as it can be, and found again when it is replayed."""
     driver = Driver(tmp_path, limit=1 if name == "hang" else 20, memory=2**27)
@@ -63,7 +65,12 @@ def test_what_no_input_may_lead_to_is_found(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "kind"), [("hub_tag", "AssertionError"), ("store_bomb", "memory"), ("store_endless", "memory")]
+    ("name", "kind"),
+    [
+        ("hub_tag", "AssertionError"),
+        ("store_endless", "memory"),
+        pytest.param("store_bomb", "memory", marks=pytest.mark.slow),
+    ],
 )
 def test_what_a_hub_or_a_store_may_not_do_is_found_without_the_checks(name: str, kind: str) -> None:
     driver = Driver(memory=2**27)

@@ -66,27 +66,29 @@ def test_the_steep_cooldown_is_one_minus_the_root_of_its_progress() -> None:
 
 @pytest.fixture(scope="module")
 def ends(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """Return how the trainings on a number of ranks ended, whole and resumed."""
+    """Return how trainings of some cases on a number of ranks ended, whole and resumed."""
     folder = tmp_path_factory.mktemp("optimizers")
     table, done = write_table(folder, 16), {}
 
-    def get(world: int) -> Any:
-        if world not in done:
+    def get(cases: str, world: int) -> Any:
+        if (cases, world) not in done:
             script = str(ROOT / "tests/helpers/ranks_optimizers.py")
-            run_lightning_ranks(world, folder, script, "compare", str(folder), str(table), timeout=300)
-            done[world] = torch.load(folder / f"{world}.pt", weights_only=True)
-        return done[world]
+            run_lightning_ranks(world, folder, script, "compare", str(folder), str(table), cases, timeout=300)
+            done[cases, world] = torch.load(folder / f"{cases}_{world}.pt", weights_only=True)
+        return done[cases, world]
 
     return get
 
 
 @pytest.mark.parametrize(
-    ("world", "optimizer", "schedule"), [(world, *case) for world, cases in CASES.items() for case in cases]
+    ("cases", "world", "optimizer", "schedule"),
+    [("some", world, *case) for world in (1, 2) for case in CASES["some"]]
+    + [pytest.param("others", 1, *case, marks=pytest.mark.slow) for case in CASES["others"]],
 )
 def test_a_run_resumed_in_mid_epoch_ends_with_the_same_weights_and_moments(
-    world: int, optimizer: str, schedule: str, ends: Any
+    cases: str, world: int, optimizer: str, schedule: str, ends: Any
 ) -> None:
-    whole, resumed = ends(world)[f"{optimizer} {schedule}"]
+    whole, resumed = ends(cases, world)[f"{optimizer} {schedule}"]
     assert whole["steps"] == resumed["steps"] == STEPS
     assert whole["rates"] == resumed["rates"]
     for name, value in whole["weights"].items():
@@ -100,15 +102,17 @@ def test_a_run_resumed_in_mid_epoch_ends_with_the_same_weights_and_moments(
     assert not torch.equal(whole["weights"]["visual.conv1.weight"], first["visual.conv1.weight"])
 
 
-def test_optimisers_and_schedules_differ(ends: Any) -> None:
+@pytest.mark.parametrize("kinds", [["some"], pytest.param(["some", "others"], marks=pytest.mark.slow)], ids=" ".join)
+def test_optimisers_and_schedules_differ(kinds: list[str], ends: Any) -> None:
     """So that no case above passes because a part was ignored."""
-    found = [tuple(runs[0]["weights"]["visual.proj"].flatten()[:4].tolist()) for runs in ends(1).values()]
-    assert len(set(found)) == len(found) == 12
+    runs = [each for cases in kinds for each, _ in ends(cases, 1).values()]
+    found = [tuple(each["weights"]["visual.proj"].flatten()[:4].tolist()) for each in runs]
+    assert len(set(found)) == len(found) == sum(len(CASES[cases]) for cases in kinds)
 
 
 def test_two_ranks_train_what_one_trains(ends: Any) -> None:
-    for name, (two, _) in ends(2).items():
-        one, _ = ends(1)[name]
+    for name, (two, _) in ends("some", 2).items():
+        one, _ = ends("some", 1)[name]
         difference = max((two["weights"][key] - value).abs().max().item() for key, value in one["weights"].items())
         # Lion's step is a sign, and Muon computes in bfloat16: both enlarge rounding errors.
         assert difference < (2e-2 if name.startswith(("Lion", "Muon")) else 1e-3), name

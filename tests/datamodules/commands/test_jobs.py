@@ -140,7 +140,9 @@ def test_each_batch_is_in_one_share(folder: Path, encoded: list[int]) -> None:
     assert encoded == []
 
 
-@pytest.mark.parametrize("finished", [1, 2])  # of two shares; the other is scored by both machines
+@pytest.mark.parametrize(
+    "finished", [pytest.param(1, marks=pytest.mark.slow), 2]
+)  # of two shares; the other is scored by both machines
 def test_the_processes_of_two_machines_join_what_jobs_have_left(folder: Path, finished: int) -> None:
     """With the variables that ``torchrun --nnodes 2 --nproc_per_node 1`` sets."""
     run_command(words("score", "whole"))
