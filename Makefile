@@ -57,8 +57,8 @@ quickstart-towers: $(BIN)/.towers  ## Teach two pretrained encoders to name the 
 # Where Python may not keep what it compiles, each of the many interpreters that tests start compiles it again.
 test test-slow test-lowest: export PYTHONDONTWRITEBYTECODE =
 
-test: install  ## Run the tests (no network, about 16 minutes on 2 cores)
-	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+test: install  ## Run the tests (no network, about 17 minutes on 2 cores)
+	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 $(BIN)/.loggers: $(BIN)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[loggers]'
@@ -103,7 +103,7 @@ $(LOWEST)/.installed: pyproject.toml
 	@touch $@
 
 test-lowest: $(LOWEST)/.installed  ## Run the tests with the lowest admitted version of each dependency
-	@$(LOWEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder
+	@$(LOWEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 check: install  ## Check lint, format, types, import rules and the documentation
 	@$(BIN)/ruff check .

@@ -59,21 +59,6 @@ gc.disable()
 # A shell's background jobs ignore Ctrl-C, and the programs that tests start and interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Files that take longest, in about this order; a worker that begins with one at the end leaves the other without work.
-FIRST = (
-    *("test_readme.py", "test_optimizers.py", "test_export.py", "test_main.py", "test_evaluate.py"),
-    *("test_bad_samples.py", "test_frozen_features.py", "test_distributed.py", "test_preemption.py", "test_faults.py"),
-    *("test_fit.py", "test_probe.py", "test_combinations.py", "test_surroundings.py", "test_serving.py"),
-    *("test_validation.py", "test_compile.py", "test_references.py", "test_fsdp.py", "test_architectures.py"),
-    *("test_resume.py", "test_round_trip.py", "test_driver.py", "test_timm.py", "test_non_finite.py"),
-    *("test_expected_time.py", "test_examples.py", "test_install.py", "test_workers.py", "test_configurations.py"),
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Put the longest files first."""
-    items.sort(key=lambda item: FIRST.index(item.path.name) if item.path.name in FIRST else len(FIRST))
-
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop() -> None:

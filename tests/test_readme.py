@@ -2,8 +2,8 @@
 
 ``lit-clip`` commands and Python blocks are run. Commands that need a cluster, data that is not here or hours are parsed
 by the program they call, and so are the guides' trainings, which ``make test-slow`` runs; YAML blocks and options named
-in the text are parsed too. Not checked here: ``pip install``,
-and ``make`` beyond the names of its targets. ``python benchmark.py`` is run by tests/evaluation/test_clip_benchmark.py.
+in the text are parsed too. Not checked here: ``pip install``, and ``make`` beyond the names of its targets. ``python
+benchmark.py`` is run by tests/evaluation/test_clip_benchmark.py.
 """
 
 import functools

@@ -10,6 +10,7 @@ from tests.fuzz.driver import Driver, read_case, seed_of
 from tests.fuzz.inputs import Input, edited, to_json
 from tests.fuzz.oracle import ROOT
 from tests.fuzz.targets import NAMES, demo, evaluation, pairs, remote, settings, weights
+from tests.fuzz.test_corpus import cases
 from tests.helpers import forks
 from tests.helpers.demo import skip_without_gradio
 
@@ -136,9 +137,10 @@ def test_a_demo_that_gives_files_away_is_found() -> None:
         assert sum(each.times for each in found) == times
 
 
-# Each target also reads what was found earlier: test_corpus.py.
-@pytest.mark.slow
-@pytest.mark.parametrize("name", NAMES)
+# Most targets also read what was found earlier: test_corpus.py.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow) if cases(name) else name for name in NAMES]
+)
 def test_every_target_reads_its_inputs(name: str) -> None:
     """What is found is for ``make fuzz``: with another version of hypothesis a seed makes other inputs."""
     driver = Driver()
