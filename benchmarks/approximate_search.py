@@ -4,7 +4,8 @@
 
 Rows are a mixture of 1,000 directions with noise of a falling spectrum, or with ``--real`` those of a file, drawn with
 replacement and with noise (cosine 0.97 with the original); queries are drawn likewise. Both sides use all cores, in
-turn, and exact search has its rows in memory. With ``--folder`` an index that is there is used again.
+turn, and exact search has its rows in memory if they take at most half of it. With ``--folder`` files that are there
+are used again.
 """
 
 import time
@@ -13,6 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
+import psutil
 import torch
 from results import Result, compared, pair_parser, save
 from rich.console import Console
@@ -25,6 +27,7 @@ from lit_clip.tools.workers import usable_cores
 D, K, QUERIES = 512, 10, 100
 CLUSTERS, NOISE = 1000, 0.25
 AT_ONCE = 50_000  # rows made
+IN_A_FILE = 1_000_000
 
 Make = Callable[[int, int], np.ndarray]  # rows and a seed -> unit rows [N, D]
 
@@ -57,13 +60,21 @@ def source(real: str | None) -> Make:
 
 def build(folder: Path, rows: int, make: Make) -> tuple[ApproximateIndex, float]:
     """Return an index of rows, and the seconds that it took to build; 0 if it was there."""
-    path, features = folder / "rows.usearch", folder / "rows.npy"
+    path = folder / "rows.usearch"
     if path.exists():
         return open_index(path), 0.0
-    made = np.concatenate([make(min(AT_ONCE, rows - start), start) for start in range(0, rows, AT_ONCE)])
-    write_features(features, list(map(str, range(rows))), made, {"model": "none", "model_sha256": "none"})
+    files = [rows_file(folder, start, min(rows, start + IN_A_FILE), make) for start in range(0, rows, IN_A_FILE)]
     start = time.perf_counter()
-    return add_to_index(path, [features]), time.perf_counter() - start
+    return add_to_index(path, files), time.perf_counter() - start
+
+
+def rows_file(folder: Path, first: int, end: int, make: Make) -> Path:
+    """Return a file of rows ``first`` to ``end``, which is written if it is not there."""
+    path = folder / f"rows_{first}.npy"
+    if not path.exists():
+        made = np.concatenate([make(min(AT_ONCE, end - start), start) for start in range(first, end, AT_ONCE)])
+        write_features(path, list(map(str, range(first, end))), made, {"model": "none", "model_sha256": "none"})
+    return path
 
 
 def seconds(search: Callable[[np.ndarray, int], object], queries: np.ndarray) -> float:
@@ -74,10 +85,12 @@ def seconds(search: Callable[[np.ndarray, int], object], queries: np.ndarray) ->
 
 def measure(index: ApproximateIndex, queries: np.ndarray, pairs: int) -> list[tuple[str, list[tuple[float, float]]]]:
     """Return pairs (exact, approximate) of seconds a query, for one query and for all at once."""
-    features = np.concatenate([table.features for table in index.tables])
+    tables = [table.features for table in index.tables]
+    if sum(table.nbytes for table in tables) <= psutil.virtual_memory().total / 2:
+        tables = [np.concatenate(tables)]
 
     def exact(queries: np.ndarray, k: int) -> object:
-        return nearest(features, queries, k)
+        return [nearest(table, queries, k) for table in tables]
 
     one, batch = [], []
     seconds(index.nearest, queries)  # reads what it needs from the disk

@@ -111,8 +111,8 @@ def read_features(path: Path, whole: bool = True) -> StoredFeatures:
     """Read what :func:`write_features` wrote; unless ``whole``, a ``.npy`` file's features when they are used."""
     stored = _read_array(path) if path.suffix == ".npy" else _read_parquet(path)
     for texts, name in ((stored.keys, "keys"), (stored.captions or stored.keys, "captions")):
-        whole = isinstance(texts, list) and len(texts) == len(stored.features)
-        if not whole or not all(isinstance(text, str) for text in texts):
+        complete = isinstance(texts, list) and len(texts) == len(stored.features)
+        if not complete or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{path}: its {name} are not {len(stored.features)} texts; {WRITE_AGAIN}")
     for start in range(0, len(stored.features) if whole else 0, CHECKED_AT_ONCE):
         with np.errstate(over="ignore", invalid="ignore"):

@@ -109,9 +109,13 @@ def test_an_index_of_files_in_another_folder_is_refused(index: Path) -> None:
 
 def test_the_features_are_not_read_before_they_are_needed(index: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lit_clip.tools.hashing.file_digest", None)
-    found = open_index(index)
-    assert isinstance(found.tables[0].features, np.memmap)
-    assert np.array_equal(found.tables[0].features, read_features(index.with_name("a.npy")).features)
+    path = index.with_name("a.npy")
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    np.save(path, 0 * unit(N, 0))
+    os.utime(path, ns=times)
+    assert isinstance(open_index(index).tables[0].features, np.memmap)
+    with pytest.raises(InputError, match=r"a\.npy: row 0 .*: its features have length 0, not 1"):
+        read_features(path)
 
 
 def changed(start: int, *values: int) -> Callable[[bytes], bytes]:
