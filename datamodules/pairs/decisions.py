@@ -15,7 +15,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -110,9 +110,12 @@ class Decisions:
 
 
 def read_decisions(path: Path) -> Decisions:
-    """Read a table: parquet, delimited text or JSON lines. Without any lines of findings its label is empty."""
+    """Read a table: parquet, delimited text, JSON lines, or a folder of parquet files, as Spark and Ray write one.
+
+    Without any lines of findings its label is empty.
+    """
     label, parts = "", []
-    for lines in _parquet_lines(path) if path.suffix.lower() == ".parquet" else _text_lines(path):
+    for lines in _lines_of(path):
         if not len(lines.numbers):
             return _of_findings("", np.zeros(0, LINE))
         label = label or lines.label(0)
@@ -280,6 +283,16 @@ def _columns_of(path: Path, found: list[str]) -> list[str]:
         hint = "give a table of lit-clip inspect, overlap or score"
         require(found.count(name) == 1, f"{path}: not one column {name!r}; {have}; {hint}")
     return [*NEEDED, *(name for name in OPTIONAL if name in found)]
+
+
+def _lines_of(path: Path) -> Iterator[_Lines]:
+    if path.is_dir():
+        files = sorted(path.glob("*.parquet"))
+        require(
+            bool(files), f"{path}: no .parquet file in this folder; give a table of lit-clip inspect, overlap or score"
+        )
+        return chain.from_iterable(map(_parquet_lines, files))
+    return _parquet_lines(path) if path.suffix.lower() == ".parquet" else _text_lines(path)
 
 
 def _text_lines(path: Path) -> Iterator[_Lines]:

@@ -82,6 +82,21 @@ def test_what_spreadsheets_and_programs_write_decides_the_same(source: PairSourc
     assert rows(source, "fewer.csv") == [0, 2, 3, 4, 5, 7]
 
 
+def test_a_folder_of_parquet_files_as_spark_and_ray_write_is_one_table(source: PairSource) -> None:
+    lines = pa.Table.from_pylist(lines_of())
+    Path("kept").mkdir()
+    for part, some in enumerate((lines[3:], lines[:0], lines[:3])):  # out of order, and one that Spark left empty
+        pq.write_table(some, f"kept/part-0000{part}.snappy.parquet")
+    Path("kept/_SUCCESS").touch()
+    assert rows(source, "kept") == [0, 2, 4, 5, 7]
+    pq.write_table(lines.drop_columns(["pair"]), "kept/part-00003.snappy.parquet")
+    with pytest.raises(InputError, match=r"^kept/part-00003\.snappy\.parquet: not one column 'pair'"):
+        rows(source, "kept")
+    Path("none").mkdir()
+    with pytest.raises(InputError, match=r"^none: no \.parquet file in this folder; give a table of"):
+        rows(source, "none")
+
+
 def test_two_tables_of_findings_are_joined_as_text_and_a_pair_that_either_drops_is_dropped(source: PairSource) -> None:
     lines = lines_of()
     other = [{**lines[0], "decision": "keep"}, {**lines[3], "decision": "drop"}]
