@@ -1,5 +1,6 @@
 """The settings of a run, saved into its folder."""
 
+import os
 from collections.abc import Iterable
 from enum import Enum
 from functools import cached_property
@@ -51,6 +52,11 @@ class SaveConfig(SaveConfigCallback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self.before = checkpoint.get("configuration")
         requeued = Path(str(trainer.ckpt_path)).name.startswith("hpc_ckpt_") and not self.config.ckpt_path
+        require(
+            not requeued or os.environ.get("SLURM_RESTART_COUNT", "0") != "0",
+            f"{trainer.ckpt_path}: Lightning would resume this requeued job, and SLURM starts the present one for the "
+            "first time; resume with --ckpt_path last, or move the file to begin anew",
+        )
         differing = differences(self._configuration, self.before) if requeued else []
         require(
             not differing,

@@ -79,7 +79,11 @@ def test_a_requeued_job_of_another_configuration_is_not_resumed(
     job = {"SLURM_NTASKS": "1", "SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NODEID": "0"}
     for name, value in (job | {"SLURM_JOB_NAME": "train", "SLURM_NTASKS_PER_NODE": "1"}).items():
         monkeypatch.setenv(name, value)
-    refused = cli("fit", *WORDS, *data, *other)  # Lightning itself would take it
+    refused = cli("fit", *WORDS, *data)  # Lightning itself would take it
+    assert refused.returncode == 2
+    assert "hpc_ckpt_1.ckpt: Lightning would resume this requeued job, and SLURM starts the present" in refused.stderr
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    refused = cli("fit", *WORDS, *data, *other)  # as here
     assert refused.returncode == 2
     assert "hpc_ckpt_1.ckpt: Lightning would resume this requeued job, which had another" in refused.stderr
     taken = cli("fit", *WORDS, *data, "--trainer.max_epochs", "2")
