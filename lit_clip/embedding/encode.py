@@ -127,6 +127,7 @@ def make_trainer(callbacks: list[Callback], settings: EncodingSettings) -> Train
             precision=settings.precision,
             use_distributed_sampler=False,  # the encoder deals the batches, each once
             callbacks=callbacks,
+            default_root_dir=os.devnull,  # no folder, in which predict would look for a requeued SLURM job's checkpoint
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,

@@ -58,6 +58,7 @@ WARNINGS = {
     r"MLFlow only allows ": "it leaves out the @ of recall@1, which is a name of ours",
     r"Found \d+ module\(s\) in eval mode": "frozen modules should be",
     r"The dirpath has changed from ": "each run has a folder of its own, also one that is resumed",
+    r"The `srun` command is available": "without it one machine's ranks start too; an error says where it is needed",
     r"The 'predict_dataloader' does not have many workers": "we choose their number: none for a single batch",
     r"Be aware that when using `ckpt_path`.* following callbacks: \['EMA'\]": "ours says which weights are used",
     r"Consider setting `persistent_workers=True` in 'predict_dataloader'": "it is read once",

@@ -60,6 +60,24 @@ SURROUNDINGS = (
         "one line with what to set, exit code 2",
         "test_slurm_tasks_that_lightning_refuses_are_one_line",
     ),
+    Surrounding(
+        "a SLURM script of several tasks without `srun`",
+        "`fit`, `embed`",
+        "one line with what to write, exit code 2; Lightning would wait",
+        "test_tasks_that_slurm_has_not_started_are_not_waited_for",
+    ),
+    Surrounding(
+        "under SLURM, the checkpoint of a requeued training run in the working folder",
+        "`embed`",
+        "encodes with its own model; Lightning would load the checkpoint",
+        "test_a_requeued_jobs_checkpoint_in_the_working_folder_is_not_taken_for_the_encoders",
+    ),
+    Surrounding(
+        "`--trainer.num_nodes 2` without torchrun or SLURM",
+        "`fit`",
+        "one line with what starts the others, exit code 2; Lightning would wait",
+        "test_machines_that_nobody_starts_are_not_waited_for",
+    ),
 )
 
 RESUMED = (
@@ -68,6 +86,12 @@ RESUMED = (
         "`fit --ckpt_path auto`, `last`",
         "passed over in one line that names the settings; the newest of this configuration is resumed",
         "tests/cli/test_configurations.py::test_last_and_auto_take_only_checkpoints_of_the_same_configuration",
+    ),
+    Surrounding(
+        "a new SLURM job finds the checkpoint of a requeued one",
+        "`fit`",
+        "one line that names the checkpoint and how to resume it, exit code 2",
+        "tests/cli/test_configurations.py::test_a_requeued_job_of_another_configuration_is_not_resumed",
     ),
     Surrounding(
         "a requeued SLURM job has another configuration",

@@ -4,12 +4,14 @@ import errno
 import json
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import time
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -186,6 +188,32 @@ def test_slurm_tasks_that_lightning_refuses_are_one_line(folder: Path) -> None:
     assert done.returncode == 2
     (line,) = done.stderr.splitlines()
     assert line.startswith("lit-clip: error: devices or accelerator: You set `--ntasks=2` in your SLURM bash script")
+
+
+def test_tasks_that_slurm_has_not_started_are_not_waited_for(folder: Path) -> None:
+    tasks = {"NTASKS": "2", "NTASKS_PER_NODE": "2", "JOB_ID": "1", "JOB_NAME": "embed", "PROCID": "0", "NODEID": "0"}
+    slurm = {f"SLURM_{name}": value for name, value in {**tasks, "LOCALID": "0", "NODELIST": "a"}.items()}
+    for words in (EMBED, FIT):
+        devices = ["--devices" if words is EMBED else "--trainer.devices", "2"]
+        done = lit_clip_command(folder, *words, *devices, environment=slurm)
+        assert done.returncode == 2
+        line = "SLURM has 2 tasks for this job, but starts only one without srun: write srun before lit-clip"
+        assert done.stderr.splitlines()[-1] == f"lit-clip: error: {line}"
+
+
+def test_a_requeued_jobs_checkpoint_in_the_working_folder_is_not_taken_for_the_encoders(folder: Path) -> None:
+    shutil.copyfile("tiny.ckpt", "hpc_ckpt_1.ckpt")
+    task = {"NTASKS": "1", "JOB_ID": "1", "JOB_NAME": "embed", "PROCID": "0", "NODEID": "0", "LOCALID": "0"}
+    done = lit_clip_command(folder, *EMBED, environment={f"SLURM_{name}": value for name, value in task.items()})
+    assert done.returncode == 0, done.stderr
+    assert len(np.load("f.npy")) == 8
+
+
+def test_machines_that_nobody_starts_are_not_waited_for(folder: Path) -> None:
+    done = lit_clip_command(folder, *FIT, "--trainer.num_nodes", "2")
+    assert done.returncode == 2
+    line = "trainer.num_nodes 2: nothing starts the processes of the other machines: run this by srun, or on each"
+    assert done.stderr.splitlines()[-1].startswith(f"lit-clip: error: {line}")
 
 
 def test_the_page_has_every_fault_and_every_fault_a_test() -> None:

@@ -1,4 +1,4 @@
-"""End a run with a line of its own when a rank that the first one started has ended."""
+"""End a run with a line of its own when a rank that the first one started has ended, or nothing starts one."""
 
 import os
 import signal
@@ -8,9 +8,13 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import subprocess_script
+
+from lit_clip.errors import require
 
 PERIOD = 1.0  # seconds between looks
 GRACE = 5.0  # seconds for the first rank to notice by itself, at its next collective, and to report and save
@@ -30,8 +34,19 @@ class _Launcher(subprocess_script._SubprocessScriptLauncher):
 
 
 def watch_started_ranks(trainer: Trainer) -> None:
-    """Have a trainer end clearly where Lightning would kill its first rank; called before the ranks are started."""
+    """Have a trainer end clearly where Lightning would kill its first rank; called before the ranks are started.
+
+    Raises:
+        InputError: nothing starts the other ranks, for which Lightning would wait.
+    """
     strategy: Any = trainer.strategy
+    environment = getattr(strategy, "cluster_environment", None)
+    by_srun = not isinstance(environment, SLURMEnvironment) or "SLURM_STEP_ID" in os.environ
+    tasks = f"SLURM has {trainer.world_size} tasks for this job, but starts only one without srun"
+    require(by_srun, f"{tasks}: write srun before lit-clip")
+    alone = isinstance(environment, LightningEnvironment) and "MASTER_ADDR" not in os.environ
+    nodes = f"trainer.num_nodes {trainer.num_nodes}: nothing starts the processes of the other machines"
+    require(not alone or trainer.num_nodes == 1, f"{nodes}: run this by srun, or on each of them by torchrun")
     launcher = strategy.launcher
     if type(launcher) is subprocess_script._SubprocessScriptLauncher:
         strategy._launcher = _Launcher(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
