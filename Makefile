@@ -9,7 +9,7 @@ BENCH := $(RUNS)/bench
 # Run a benchmark: its name, its options, and a suffix of its result file.
 measure = $(BIN)/python benchmarks/$(1).py $(2) --json $(BENCH)/$(1)$(3).json
 
-.PHONY: help install docs quickstart quickstart-towers test test-demo test-notebooks test-loggers test-slow test-lowest fuzz check format bench bench-check tensorboard clean
+.PHONY: help install docs quickstart quickstart-towers test test-demo test-notebooks test-loggers test-slurm test-slow test-lowest fuzz check format bench bench-check tensorboard clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -80,6 +80,9 @@ $(BIN)/.notebooks: $(BIN)/.installed
 
 test-notebooks: $(BIN)/.notebooks  ## Run the notebooks (about 6 minutes on 2 cores)
 	@$(BIN)/python -m pytest tests/test_notebooks.py
+
+test-slurm: install  ## Run jobs by a SLURM of two machines that are this one (as root, with Debian's slurmctld, slurmd and slurm-client)
+	@$(BIN)/python -m pytest tests/test_slurm.py -m slow
 
 # Parts of less than half an hour each.
 SLOW_combinations := tests/combinations
