@@ -41,12 +41,12 @@ def watch_started_ranks(trainer: Trainer) -> None:
     """
     strategy: Any = trainer.strategy
     environment = getattr(strategy, "cluster_environment", None)
-    by_srun = not isinstance(environment, SLURMEnvironment) or "SLURM_STEP_ID" in os.environ
+    by_srun = "SLURM_STEP_ID" in os.environ or not isinstance(environment, SLURMEnvironment)
     tasks = f"SLURM has {trainer.world_size} tasks for this job, but starts only one without srun"
-    require(by_srun, f"{tasks}: write srun before lit-clip")
-    alone = isinstance(environment, LightningEnvironment) and "MASTER_ADDR" not in os.environ
+    require(by_srun or trainer.world_size == 1, f"{tasks}: write srun before lit-clip")
+    by_hand = "MASTER_ADDR" in os.environ or not isinstance(environment, LightningEnvironment)
     nodes = f"trainer.num_nodes {trainer.num_nodes}: nothing starts the processes of the other machines"
-    require(not alone or trainer.num_nodes == 1, f"{nodes}: run this by srun, or on each of them by torchrun")
+    require(by_hand or trainer.num_nodes == 1, f"{nodes}: run this by srun, or on each of them by torchrun")
     launcher = strategy.launcher
     if type(launcher) is subprocess_script._SubprocessScriptLauncher:
         strategy._launcher = _Launcher(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
