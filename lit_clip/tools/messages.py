@@ -287,6 +287,15 @@ def user_error(error: BaseException) -> BaseException | None:
 
     jsonargparse wraps an error that a constructor raises; ours is then among the causes.
     """
+    try:
+        return _user_error(error)
+    except RuntimeError as late:  # torch's handler of SIGCHLD raises one wherever it is called, so here, too
+        if not LOST_WORKER.search(str(late)):
+            raise
+        return user_error(late)
+
+
+def _user_error(error: BaseException) -> BaseException | None:
     chain, text = [error], str(error)
     while cause := chain[-1].__cause__ or chain[-1].__context__:
         chain.append(cause)
@@ -336,13 +345,9 @@ def _signal_of_worker(error: BaseException) -> str | None:
     if (frame := next(frames, None)) is None:
         return None
     workers = getattr(frame.f_locals.get("self"), "_workers", ())
-    try:
-        ended = wait([each.sentinel for each in workers], timeout=SECONDS_FOR_CORE)
-        for each in workers:
-            if each.sentinel in ended:
-                each.join(SECONDS_FOR_CORE)  # its files are closed before its exit code can be read
-    except RuntimeError as late:  # torch's, from its handler of SIGCHLD
-        named = LOST_WORKER.search(str(late))
-        return named and named[1]
+    ended = wait([each.sentinel for each in workers], timeout=SECONDS_FOR_CORE)
+    for each in workers:
+        if each.sentinel in ended:
+            each.join(SECONDS_FOR_CORE)  # its files are closed before its exit code can be read
     by_signal = (-code for each in workers if (code := each.exitcode) and code < 0)
     return next((strsignal(code) for code in by_signal if code != SIGTERM), None)  # SIGTERM is the loader's
