@@ -81,8 +81,8 @@ def test_a_run_ends_when_one_of_its_ranks_does(cluster: Slurm) -> None:
 def test_a_script_without_srun_is_told_to_write_it(cluster: Slurm) -> None:
     job = cluster.submit(f"{RANKS}{FIT} --trainer.devices 2 --trainer.num_nodes 2")
     wait_for(lambda: cluster.state(job) == "FAILED")
-    line = "SLURM has 4 tasks for this job, but starts only one without srun: write srun before lit-clip"
-    assert cluster.log(job).splitlines()[-1] == f"lit-clip: error: {line}"
+    line = "SLURM starts 1 of the 4 processes (2 devices x 2 nodes): give the job --nodes=2 --ntasks-per-node=2"
+    assert cluster.log(job).splitlines()[-1] == f"lit-clip: error: {line}, and write srun before lit-clip"
 
 
 def test_an_array_of_shares_has_the_bytes_of_one_process_though_a_machine_is_lost(cluster: Slurm) -> None:

@@ -61,10 +61,10 @@ SURROUNDINGS = (
         "test_slurm_tasks_that_lightning_refuses_are_one_line",
     ),
     Surrounding(
-        "a SLURM script of several tasks without `srun`",
+        "a SLURM script of several tasks without `srun`, or of one for several devices",
         "`fit`, `embed`",
-        "one line with what to write, exit code 2; Lightning would wait",
-        "test_tasks_that_slurm_has_not_started_are_not_waited_for",
+        "one line with what to write, exit code 2; Lightning would wait, or use one device",
+        "test_tasks_that_slurm_has_not_started_are_neither_waited_for_nor_done_without",
     ),
     Surrounding(
         "under SLURM, the checkpoint of a requeued training run in the working folder",

@@ -190,15 +190,17 @@ def test_slurm_tasks_that_lightning_refuses_are_one_line(folder: Path) -> None:
     assert line.startswith("lit-clip: error: devices or accelerator: You set `--ntasks=2` in your SLURM bash script")
 
 
-def test_tasks_that_slurm_has_not_started_are_not_waited_for(folder: Path) -> None:
-    tasks = {"NTASKS": "2", "NTASKS_PER_NODE": "2", "JOB_ID": "1", "JOB_NAME": "embed", "PROCID": "0", "NODEID": "0"}
-    slurm = {f"SLURM_{name}": value for name, value in {**tasks, "LOCALID": "0", "NODELIST": "a"}.items()}
+@pytest.mark.parametrize("tasks", ["2", "1"])
+def test_tasks_that_slurm_has_not_started_are_neither_waited_for_nor_done_without(tasks: str, folder: Path) -> None:
+    names = {"JOB_ID": "1", "JOB_NAME": "embed", "PROCID": "0", "NODEID": "0", "LOCALID": "0", "NODELIST": "a"}
+    names |= {"NTASKS": tasks, **({"NTASKS_PER_NODE": "2"} if tasks == "2" else {"STEP_ID": "0"})}
     for words in (EMBED, FIT):
         devices = ["--devices" if words is EMBED else "--trainer.devices", "2"]
+        slurm = {f"SLURM_{name}": value for name, value in names.items()}
         done = lit_clip_command(folder, *words, *devices, environment=slurm)
         assert done.returncode == 2
-        line = "SLURM has 2 tasks for this job, but starts only one without srun: write srun before lit-clip"
-        assert done.stderr.splitlines()[-1] == f"lit-clip: error: {line}"
+        line = "SLURM starts 1 of the 2 processes (2 devices x 1 nodes): give the job --nodes=1 --ntasks-per-node=2"
+        assert done.stderr.splitlines()[-1] == f"lit-clip: error: {line}, and write srun before lit-clip"
 
 
 def test_a_requeued_jobs_checkpoint_in_the_working_folder_is_not_taken_for_the_encoders(folder: Path) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
@@ -40,16 +41,28 @@ def watch_started_ranks(trainer: Trainer) -> None:
         InputError: nothing starts the other ranks, for which Lightning would wait.
     """
     strategy: Any = trainer.strategy
-    environment = getattr(strategy, "cluster_environment", None)
-    by_srun = "SLURM_STEP_ID" in os.environ or not isinstance(environment, SLURMEnvironment)
-    tasks = f"SLURM has {trainer.world_size} tasks for this job, but starts only one without srun"
-    require(by_srun or trainer.world_size == 1, f"{tasks}: write srun before lit-clip")
-    by_hand = "MASTER_ADDR" in os.environ or not isinstance(environment, LightningEnvironment)
-    nodes = f"trainer.num_nodes {trainer.num_nodes}: nothing starts the processes of the other machines"
-    require(by_hand or trainer.num_nodes == 1, f"{nodes}: run this by srun, or on each of them by torchrun")
+    _check_started(trainer, getattr(strategy, "cluster_environment", None))
     launcher = strategy.launcher
     if type(launcher) is subprocess_script._SubprocessScriptLauncher:
         strategy._launcher = _Launcher(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
+
+
+def _check_started(trainer: Trainer, environment: ClusterEnvironment | None) -> None:
+    """Raise :class:`InputError` where Lightning would wait for processes that nobody starts, or do without them."""
+    devices, nodes = trainer.num_devices, trainer.num_nodes
+    if isinstance(environment, SLURMEnvironment):
+        tasks, by_srun = environment.world_size(), "SLURM_STEP_ID" in os.environ
+        require(
+            tasks == devices * nodes and (by_srun or tasks == 1),
+            f"SLURM starts {tasks if by_srun else 1} of the {devices * nodes} processes ({devices} devices x {nodes} "
+            f"nodes): give the job --nodes={nodes} --ntasks-per-node={devices}, and write srun before lit-clip",
+        )
+    alone = isinstance(environment, LightningEnvironment) and "MASTER_ADDR" not in os.environ
+    require(
+        not alone or nodes == 1,
+        f"trainer.num_nodes {nodes}: nothing starts the processes of the other machines: run this by srun, or on each "
+        "of them by torchrun",
+    )
 
 
 def _watch(processes: Sequence[Any]) -> None:
