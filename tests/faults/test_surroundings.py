@@ -13,11 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from lightning.pytorch import Trainer
 from PIL import Image
 
 from lit_clip.cli.subcommands import run_command
 from lit_clip.errors import InputError
 from lit_clip.tools.messages import user_error
+from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
 from tests.conftest import ROOT, lit_clip_command
 from tests.faults import surroundings
 from tests.faults.disks import mounted, why_no_disk
@@ -50,6 +52,7 @@ EXPORT_UNTIL_IT_FITS = """
 import os, subprocess, sys
 from lit_clip.cli.subcommands import run_command
 from lit_clip.tools.messages import user_error
+from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
 from tests.faults.disks import enter
 holder, disk, model, format, step = sys.argv[1:]
 enter(int(holder))
@@ -211,11 +214,13 @@ def test_a_requeued_jobs_checkpoint_in_the_working_folder_is_not_taken_for_the_e
     assert len(np.load("f.npy")) == 8
 
 
-def test_machines_that_nobody_starts_are_not_waited_for(folder: Path) -> None:
+def test_machines_that_nobody_starts_are_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = lit_clip_command(folder, *FIT, "--trainer.num_nodes", "2")
     assert done.returncode == 2
     line = "trainer.num_nodes 2: nothing starts the processes of the other machines: run this by srun, or on each"
     assert done.stderr.splitlines()[-1].startswith(f"lit-clip: error: {line}")
+    monkeypatch.setenv("NODE_RANK", "0")  # its second process is started by hand
+    watch_started_ranks(Trainer(accelerator="cpu", devices=1, num_nodes=2, logger=False, enable_checkpointing=False))
 
 
 def test_the_page_has_every_fault_and_every_fault_a_test() -> None:

@@ -17,6 +17,7 @@ from lightning.pytorch.strategies.launchers import subprocess_script
 
 from lit_clip.errors import require
 
+BY_HAND = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"}  # which Lightning has people set who start each machine's process
 PERIOD = 1.0  # seconds between looks
 GRACE = 5.0  # seconds for the first rank to notice by itself, at its next collective, and to report and save
 CODE = 2  # the exit code of a first rank that notices by itself
@@ -57,9 +58,9 @@ def _check_started(trainer: Trainer, environment: ClusterEnvironment | None) -> 
             f"SLURM starts {tasks if by_srun else 1} of the {devices * nodes} processes ({devices} devices x {nodes} "
             f"nodes): give the job --nodes={nodes} --ntasks-per-node={devices}, and write srun before lit-clip",
         )
-    alone = isinstance(environment, LightningEnvironment) and "MASTER_ADDR" not in os.environ
+    by_hand = not BY_HAND.isdisjoint(os.environ) or not isinstance(environment, LightningEnvironment)
     require(
-        not alone or nodes == 1,
+        by_hand or nodes == 1,
         f"trainer.num_nodes {nodes}: nothing starts the processes of the other machines: run this by srun, or on each "
         "of them by torchrun",
     )
