@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SUFFIX = ".usearch"
 FORMAT = "lit-clip index 1"
-BUILDING, SEARCHING = 128, 128  # nodes kept in view while a row's neighbours are looked for
+BUILDING = 128  # nodes kept in view while a row's neighbours are looked for
 RESCORED = 4  # rows compared exactly for each row to find
 ROWS, QUERIES = 8_192, 256  # added, and answered, at once
 FIRST = 1_000  # rows that one thread adds; of 400 that several add, one of a hundred is not found
@@ -87,7 +87,7 @@ class ApproximateIndex:
 
     def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         most = min(RESCORED * k, len(self))
-        self._graph.expansion_search = max(SEARCHING, most)
+        self._graph.expansion_search = max(in_view(len(self)), most)
         found: Any = self._graph.search(_int8(queries), most, threads=usable_cores())
         if np.sum(found.counts if len(queries) > 1 else len(found)) < len(queries) * most:  # no links lead to some
             found = self._graph.search(_int8(queries), most, threads=usable_cores(), exact=True)
@@ -151,6 +151,11 @@ def add_to_index(path: Path, paths: Sequence[Path]) -> ApproximateIndex:
         except RuntimeError as error:  # of a full disk
             raise not_written(path, error) from error
     return open_index(path)
+
+
+def in_view(rows: int) -> int:
+    """Return how many nodes a search keeps in view: more for more than a million rows, until that finds no more."""
+    return int(np.clip(BUILDING * rows / 1e6, BUILDING, 4 * BUILDING))
 
 
 def _new_graph(dimensions: int) -> "Index":

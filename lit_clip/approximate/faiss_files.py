@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_clip.approximate.approximate_index import BUILDING, ROWS, SEARCHING
+from lit_clip.approximate.approximate_index import BUILDING, ROWS, in_view
 from lit_clip.approximate.graph_file import CONNECTIVITY
 from lit_clip.errors import require
 from lit_clip.tools.atomic import not_written, replacing
@@ -23,7 +23,7 @@ def write_faiss(path: Path, features: Sequence[np.ndarray], exact: bool) -> None
     index: Any = faiss.IndexFlatIP(width)
     if not exact:
         index = faiss.IndexHNSWFlat(width, CONNECTIVITY, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction, index.hnsw.efSearch = BUILDING, SEARCHING
+        index.hnsw.efConstruction, index.hnsw.efSearch = BUILDING, in_view(sum(map(len, features)))
     with progress("index", sum(map(len, features))) as advance:
         for rows in (each[start : start + ROWS] for each in features for start in range(0, len(each), ROWS)):
             index.add(np.ascontiguousarray(rows))

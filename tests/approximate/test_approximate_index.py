@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from lit_clip.approximate import add_to_index, open_index
+from lit_clip.approximate.approximate_index import in_view
 from lit_clip.embedding.feature_files import read_features, write_features
 from lit_clip.errors import InputError
 
@@ -55,6 +56,10 @@ def test_rows_of_all_files_are_found_with_their_cosines_as_by_a_plain_loop_in_fl
     assert recall > 0.98
     assert found.recall(queries, 10) == pytest.approx(recall)
     assert np.array_equal(found.nearest(queries[:1], 10)[1][0], rows[0])
+
+
+def test_more_than_a_million_rows_are_searched_more_widely() -> None:
+    assert [in_view(rows) for rows in (10, 1_000_000, 2_000_000, 4_000_000, 10**9)] == [128, 128, 256, 512, 512]
 
 
 @pytest.mark.parametrize(("rows", "k"), [(1, 3), (5, 5), (300, 1000)])
