@@ -114,7 +114,7 @@ def read_decisions(path: Path) -> Decisions:
 
     Without any lines of findings its label is empty.
     """
-    label, parts = "", []
+    label, parts, dropped = "", [], []
     for lines in _lines_of(path):
         if not len(lines.numbers):
             return _of_findings("", np.zeros(0, LINE))
@@ -124,10 +124,14 @@ def read_decisions(path: Path) -> Decisions:
             unscored = np.flatnonzero(~found["known"] & ~found["drop"])
             if len(unscored):
                 lines.refuse(int(unscored[0]), "has no score, so it cannot be kept; score the data again")
+            dropped += [found[["row", "pair"]][found["drop"]]] if path.is_dir() else []
             found = found[["row", "pair"]][~found["drop"]]
         parts.append(found)
     require(bool(parts), f"{path}: has no lines; {MAKE_AGAIN}")
     lines = np.concatenate(parts)
+    both = np.intersect1d(lines, np.concatenate(dropped)) if dropped else lines[:0]
+    row = int(both["row"].max(initial=-1))
+    require(row < 0, f"{path}: keeps and drops a pair of row {row}; its files are of several tables")
     order = np.argsort(lines["row"], kind="stable") if (np.diff(lines["row"]) < 0).any() else slice(None)
     decisions = _of_all_pairs(label, lines[order]) if label.startswith(ALL_PAIRS) else _of_findings(label, lines[order])
     kept = len(decisions.rows) if decisions.keeps_listed else decisions.size - len(decisions.without)
@@ -287,7 +291,7 @@ def _columns_of(path: Path, found: list[str]) -> list[str]:
 
 def _lines_of(path: Path) -> Iterator[_Lines]:
     if path.is_dir():
-        files = sorted(path.glob("*.parquet"))
+        files = sorted(file for file in path.glob("*.parquet") if file.name[0] not in "._")  # which others hide
         require(
             bool(files), f"{path}: no .parquet file in this folder; give a table of lit-clip inspect, overlap or score"
         )

@@ -92,6 +92,8 @@ def test_a_folder_of_parquet_files_as_spark_and_ray_write_is_one_table(source: P
     pq.write_table(lines.drop_columns(["pair"]), "kept/part-00003.snappy.parquet")
     with pytest.raises(InputError, match=r"^kept/part-00003\.snappy\.parquet: not one column 'pair'"):
         rows(source, "kept")
+    Path("kept/part-00003.snappy.parquet").rename("kept/._part-00003.snappy.parquet")  # as macOS's own are called
+    assert rows(source, "kept") == [0, 2, 4, 5, 7]
     Path("none").mkdir()
     with pytest.raises(InputError, match=r"^none: no \.parquet file in this folder; give a table of"):
         rows(source, "none")
@@ -200,6 +202,16 @@ def test_pairs_of_a_table_of_scores_that_a_person_removes_are_not_trained_on(sou
     pq.write_table(table.set_column(1, "pair", pa.array([*pairs[:7], None])), "t.parquet")
     with pytest.raises(InputError, match="t.parquet row 7: has no score, so it cannot be kept; score the data again"):
         rows(source, "t.parquet")
+
+
+def test_a_folder_in_which_a_second_table_was_written_is_refused(source: PairSource) -> None:
+    columns = {"row": [*range(ROWS)], "pair": [*range(ROWS)], "data": [label_of(source, ALL_PAIRS)] * ROWS}
+    Path("scores").mkdir()
+    for file, kept in (("a", 5), ("b", 3)):
+        decisions = ["keep"] * kept + ["drop"] * (ROWS - kept)
+        pq.write_table(pa.table({**columns, "decision": decisions}), f"scores/{file}.parquet")
+    with pytest.raises(InputError, match=r"^scores: keeps and drops a pair of row 4; its files are of several tables"):
+        read_decisions(Path("scores"))
 
 
 def test_reading_takes_few_bytes_a_line(source: PairSource) -> None:
