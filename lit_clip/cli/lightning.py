@@ -49,6 +49,7 @@ from lit_clip.training.lightning.command_line import PlainCLI
 from lit_clip.training.lightning.folder_locks import name_folders
 from lit_clip.training.lightning.fsdp import gets_weights
 from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
+from lit_clip.training.lightning.resume_checks import evaluate_as_given
 from lit_clip.training.plan_table import print_plan_of
 from lit_clip.training.summary import print_summary, resume_command
 from lit_clip.weights.checkpoints import checked
@@ -232,7 +233,9 @@ class CLI(PlainCLI):
         except (ValueError, TypeError, OverflowError, RuntimeError, ModuleNotFoundError) as error:
             raise InputError(f"trainer: {error}") from error
         log_no_secrets(trainer.loggers)
-        watch_started_ranks(trainer)
+        evaluate_as_given(trainer)
+        if not self.setting("print_plan"):  # which starts no other ranks
+            watch_started_ranks(trainer)
         keep_freed_memory(trainer)
         if self.subcommand and self.subcommand != "fit":  # the newest version_N is the newest run's
             name_folders(trainer, self.subcommand)

@@ -17,6 +17,7 @@ from lit_clip.errors import require
 from lit_clip.tools.atomic import replacing
 from lit_clip.training.lightning.run_folder import run_folder
 
+JOB = "slurm_job_id"  # in a checkpoint
 # The default of Timer.interval is one, which jsonargparse's dumper would refuse.
 yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
 
@@ -52,10 +53,11 @@ class SaveConfig(SaveConfigCallback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         self.before = checkpoint.get("configuration")
         requeued = Path(str(trainer.ckpt_path)).name.startswith("hpc_ckpt_") and not self.config.ckpt_path
+        job = os.environ.get("SLURM_JOB_ID")  # which it keeps when it is requeued
         require(
-            not requeued or os.environ.get("SLURM_RESTART_COUNT", "0") != "0",
-            f"{trainer.ckpt_path}: Lightning would resume this requeued job, and SLURM starts the present one for the "
-            "first time; resume with --ckpt_path last, or move the file to begin anew",
+            not requeued or checkpoint.get(JOB) == job,
+            f"{trainer.ckpt_path}: saved by another SLURM job, which Lightning would resume here; resume it with "
+            "--ckpt_path auto, or move the file to begin anew",
         )
         differing = differences(self._configuration, self.before) if requeued else []
         require(
@@ -66,6 +68,8 @@ class SaveConfig(SaveConfigCallback):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: Any, checkpoint: dict[str, Any]) -> None:
         checkpoint["configuration"] = joined(self._configuration, self.before)
+        if job := os.environ.get("SLURM_JOB_ID"):
+            checkpoint[JOB] = job
 
     @cached_property
     def _text(self) -> str:

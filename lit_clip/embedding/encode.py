@@ -31,6 +31,7 @@ from lit_clip.tools.images import OnError, or_skip
 from lit_clip.tools.workers import loader
 from lit_clip.training.kept_memory import keep_freed_memory
 from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
+from lit_clip.training.lightning.resume_checks import evaluate_as_given
 from lit_clip.training.lightning.signals import replace_signals
 
 SECONDS_BETWEEN_PARTS = 10  # of work that a killed run can lose
@@ -127,7 +128,6 @@ def make_trainer(callbacks: list[Callback], settings: EncodingSettings) -> Train
             precision=settings.precision,
             use_distributed_sampler=False,  # the encoder deals the batches, each once
             callbacks=callbacks,
-            default_root_dir=os.devnull,  # no folder, in which predict would look for a requeued SLURM job's checkpoint
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -135,6 +135,7 @@ def make_trainer(callbacks: list[Callback], settings: EncodingSettings) -> Train
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # of SLURM's variables the last
         raise InputError(f"devices or accelerator: {error}") from error
+    evaluate_as_given(trainer)
     watch_started_ranks(trainer)
     keep_freed_memory(trainer)
     replace_signals(trainer)  # Lightning's own would wait for the other ranks in the handler

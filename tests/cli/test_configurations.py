@@ -81,8 +81,12 @@ def test_a_requeued_job_of_another_configuration_is_not_resumed(
         monkeypatch.setenv(name, value)
     refused = cli("fit", *WORDS, *data)  # Lightning itself would take it
     assert refused.returncode == 2
-    assert "hpc_ckpt_1.ckpt: Lightning would resume this requeued job, and SLURM starts the present" in refused.stderr
-    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    assert "hpc_ckpt_1.ckpt: saved by another SLURM job, which Lightning would resume here; resume" in refused.stderr
+    validated = cli("validate", *WORDS, *data)
+    assert validated.returncode == 0, validated.stderr
+    assert "hpc_ckpt_1.ckpt" not in validated.stdout + validated.stderr
+    saved = torch.load(tmp_path / "hpc_ckpt_1.ckpt", weights_only=False)
+    torch.save({**saved, "slurm_job_id": "1"}, tmp_path / "hpc_ckpt_1.ckpt")
     refused = cli("fit", *WORDS, *data, *other)  # as here
     assert refused.returncode == 2
     assert "hpc_ckpt_1.ckpt: Lightning would resume this requeued job, which had another" in refused.stderr

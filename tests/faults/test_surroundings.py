@@ -52,7 +52,6 @@ EXPORT_UNTIL_IT_FITS = """
 import os, subprocess, sys
 from lit_clip.cli.subcommands import run_command
 from lit_clip.tools.messages import user_error
-from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
 from tests.faults.disks import enter
 holder, disk, model, format, step = sys.argv[1:]
 enter(int(holder))
@@ -193,28 +192,54 @@ def test_slurm_tasks_that_lightning_refuses_are_one_line(folder: Path) -> None:
     assert line.startswith("lit-clip: error: devices or accelerator: You set `--ntasks=2` in your SLURM bash script")
 
 
-@pytest.mark.parametrize("tasks", ["2", "1"])
-def test_tasks_that_slurm_has_not_started_are_neither_waited_for_nor_done_without(tasks: str, folder: Path) -> None:
-    names = {"JOB_ID": "1", "JOB_NAME": "embed", "PROCID": "0", "NODEID": "0", "LOCALID": "0", "NODELIST": "a"}
-    names |= {"NTASKS": tasks, **({"NTASKS_PER_NODE": "2"} if tasks == "2" else {"STEP_ID": "0"})}
+@pytest.mark.parametrize(
+    "tasks",
+    [
+        {"NTASKS": "2", "NTASKS_PER_NODE": "2"},  # in a script without srun
+        {"NTASKS": "2", "NTASKS_PER_NODE": "2", "STEP_NUM_TASKS": "1"},  # in the shell of an interactive step
+        {"NTASKS": "1", "STEP_NUM_TASKS": "1"},
+    ],
+    ids=str,
+)
+def test_tasks_that_slurm_has_not_started_are_neither_waited_for_nor_done_without(
+    tasks: dict[str, str], folder: Path
+) -> None:
     for words in (EMBED, FIT):
-        devices = ["--devices" if words is EMBED else "--trainer.devices", "2"]
-        slurm = {f"SLURM_{name}": value for name, value in names.items()}
-        done = lit_clip_command(folder, *words, *devices, environment=slurm)
+        done = lit_clip_command(folder, *words, *two_devices(words), environment=slurm_task(**tasks))
         assert done.returncode == 2
         line = "SLURM starts 1 of the 2 processes (2 devices x 1 nodes): give the job --nodes=1 --ntasks-per-node=2"
-        assert done.stderr.splitlines()[-1] == f"lit-clip: error: {line}, and write srun before lit-clip"
+        assert done.stderr.splitlines()[-1].startswith(f"lit-clip: error: {line} and write srun before lit-clip")
+
+
+def test_more_tasks_than_processes_are_explained_by_lightning(folder: Path) -> None:
+    tasks = slurm_task(NTASKS="4", NTASKS_PER_NODE="2", NNODES="2", STEP_NUM_TASKS="4")
+    done = lit_clip_command(folder, *FIT, *two_devices(FIT), environment=tasks)
+    assert done.returncode == 2
+    assert "Set `num_nodes=2`" in done.stderr.splitlines()[-1]
+
+
+def two_devices(words: list[str]) -> list[str]:
+    return ["--devices" if words is EMBED else "--trainer.devices", "2"]
+
+
+def slurm_task(**more: str) -> dict[str, str]:
+    """Return SLURM's variables of a job's first task."""
+    names = {"JOB_ID": "1", "JOB_NAME": "a", "PROCID": "0", "NODEID": "0", "LOCALID": "0", "NODELIST": "a", **more}
+    return {f"SLURM_{name}": value for name, value in names.items()}
 
 
 def test_a_requeued_jobs_checkpoint_in_the_working_folder_is_not_taken_for_the_encoders(folder: Path) -> None:
     shutil.copyfile("tiny.ckpt", "hpc_ckpt_1.ckpt")
-    task = {"NTASKS": "1", "JOB_ID": "1", "JOB_NAME": "embed", "PROCID": "0", "NODEID": "0", "LOCALID": "0"}
-    done = lit_clip_command(folder, *EMBED, environment={f"SLURM_{name}": value for name, value in task.items()})
+    done = lit_clip_command(folder, *EMBED, environment=slurm_task(NTASKS="1"))
     assert done.returncode == 0, done.stderr
     assert len(np.load("f.npy")) == 8
 
 
 def test_machines_that_nobody_starts_are_not_waited_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    planned = lit_clip_command(folder, *FIT, "--trainer.num_nodes", "2", "--print_plan")  # on the machine at hand
+    assert planned.returncode == 0, planned.stderr
     done = lit_clip_command(folder, *FIT, "--trainer.num_nodes", "2")
     assert done.returncode == 2
     line = "trainer.num_nodes 2: nothing starts the processes of the other machines: run this by srun, or on each"

@@ -49,7 +49,7 @@ def why_no_slurm() -> str | None:
     missing = [name for name in PROGRAMS if shutil.which(name) is None]
     if missing:
         return f"{', '.join(missing)} are not installed"
-    if any(process.name() in PROGRAMS for process in psutil.process_iter()):
+    if any(process.info["name"] in PROGRAMS for process in psutil.process_iter(["name"])):
         return "another SLURM runs here, whose sockets this one would take"
     return None if os.geteuid() == 0 else "the tests do not run as root, as whom SLURM starts jobs"
 
@@ -90,12 +90,24 @@ class Slurm:
 
     def lose(self, node: str) -> None:
         """Kill all that runs on a machine, its daemons first: they would report how the rest ended."""
-        tasks = having("SLURMD_NODENAME", node)
+        tasks = self.having("SLURMD_NODENAME", node)
         steps = {parent for task in tasks if (parent := task.parent()) and parent.name().startswith("slurmstepd")}
-        daemon = psutil.Process(int((self.folder / f"{node}.pid").read_text()))
-        for process in (daemon, *steps, *tasks):
+        for process in (self.daemon(node), *steps, *tasks):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
+
+    def daemon(self, name: str) -> psutil.Process:
+        """Return the process of a machine's daemon, or of ``slurmctld``."""
+        return psutil.Process(int((self.folder / f"{name}.pid").read_text()))
+
+    def having(self, name: str, value: str) -> list[psutil.Process]:
+        """Return processes of this SLURM's jobs by a variable, by which SLURM tells them where they are."""
+        found, ours = [], self.environment["SLURM_CONF"]
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                variables = process.environ()
+                found += [process] if (variables.get("SLURM_CONF"), variables.get(name)) == (ours, value) else []
+        return found
 
 
 @contextmanager
@@ -121,18 +133,11 @@ def slurm(folder: Path, jobs: Path) -> Iterator[Slurm]:
         wait_for(lambda: running.run("sinfo", "--noheader", "--format=%D %t") == "2 idle")
         yield running
     finally:
+        with suppress(FileNotFoundError, psutil.NoSuchProcess):  # it has not started
+            running.daemon("slurmctld").kill()
         for node in NODES:
-            running.lose(node)
-        psutil.Process(int((folder / "slurmctld.pid").read_text())).kill()
-
-
-def having(name: str, value: str) -> list[psutil.Process]:
-    """Return the processes that have an environment variable, by which SLURM tells a job's processes where they are."""
-    found = []
-    for process in psutil.process_iter():
-        with suppress(psutil.Error):
-            found += [process] if process.environ().get(name) == value else []
-    return found
+            with suppress(FileNotFoundError, psutil.NoSuchProcess):
+                running.lose(node)
 
 
 def wait_for(holds: Callable[[], bool], seconds: float = 150) -> None:

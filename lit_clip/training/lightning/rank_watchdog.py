@@ -15,9 +15,9 @@ from lightning.fabric.utilities.distributed import _set_num_threads_if_needed
 from lightning.pytorch import Trainer
 from lightning.pytorch.strategies.launchers import subprocess_script
 
-from lit_clip.errors import require
+from lit_clip.errors import InputError, require
 
-BY_HAND = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"}  # which Lightning has people set who start each machine's process
+BY_HAND = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"}  # set by people who start each machine's process
 PERIOD = 1.0  # seconds between looks
 GRACE = 5.0  # seconds for the first rank to notice by itself, at its next collective, and to report and save
 CODE = 2  # the exit code of a first rank that notices by itself
@@ -52,17 +52,21 @@ def _check_started(trainer: Trainer, environment: ClusterEnvironment | None) -> 
     """Raise :class:`InputError` where Lightning would wait for processes that nobody starts, or do without them."""
     devices, nodes = trainer.num_devices, trainer.num_nodes
     if isinstance(environment, SLURMEnvironment):
-        tasks, by_srun = environment.world_size(), "SLURM_STEP_ID" in os.environ
+        tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))  # that srun has started
         require(
-            tasks == devices * nodes and (by_srun or tasks == 1),
-            f"SLURM starts {tasks if by_srun else 1} of the {devices * nodes} processes ({devices} devices x {nodes} "
-            f"nodes): give the job --nodes={nodes} --ntasks-per-node={devices}, and write srun before lit-clip",
+            tasks >= devices * nodes,
+            f"SLURM starts {tasks} of the {devices * nodes} processes ({devices} devices x {nodes} nodes): give the "
+            f"job --nodes={nodes} --ntasks-per-node={devices} and write srun before lit-clip, or set fewer devices",
         )
-    by_hand = not BY_HAND.isdisjoint(os.environ) or not isinstance(environment, LightningEnvironment)
+        try:
+            environment.validate_settings(devices, nodes)
+        except ValueError as error:  # more tasks than processes
+            raise InputError(f"trainer: {error}") from error
+    by_hand = not BY_HAND.isdisjoint(os.environ) or type(environment) is not LightningEnvironment
     require(
         by_hand or nodes == 1,
         f"trainer.num_nodes {nodes}: nothing starts the processes of the other machines: run this by srun, or on each "
-        "of them by torchrun",
+        "of them by torchrun, or set trainer.num_nodes 1",
     )
 
 

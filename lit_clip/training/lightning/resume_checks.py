@@ -9,6 +9,7 @@ from typing import Any
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -88,6 +89,21 @@ def _score(path: Path, key: str) -> Tensor | None:
         score = load_mapped(path)["callbacks"][key]["best_model_score"]
         return score.clone() if isinstance(score, Tensor) and score.numel() == 1 and bool(score.isfinite()) else None
     return None
+
+
+def evaluate_as_given(trainer: Trainer) -> None:
+    """Have ``validate``, ``test`` and ``predict`` take their model as it is given.
+
+    Under SLURM Lightning would load the checkpoint of a requeued training run that it finds in the folder.
+    """
+    connector: Any = trainer._checkpoint_connector
+    parse = connector._parse_ckpt_path
+
+    def without_another_runs(fn: TrainerFn, path: Any, *, model_provided: bool, **options: Any) -> Any:
+        given = path is None and model_provided and fn != TrainerFn.FITTING
+        return None if given else parse(fn, path, model_provided=model_provided, **options)
+
+    connector._parse_ckpt_path = without_another_runs
 
 
 def restore_in_one_line(connector: Any) -> None:
