@@ -92,7 +92,9 @@ class Slurm:
         """Kill all that runs on a machine, its daemons first: they would report how the rest ended."""
         tasks = self.having("SLURMD_NODENAME", node)
         steps = {parent for task in tasks if (parent := task.parent()) and parent.name().startswith("slurmstepd")}
-        for process in (self.daemon(node), *steps, *tasks):
+        with suppress(FileNotFoundError, psutil.NoSuchProcess):  # it has not started, or has ended
+            self.daemon(node).kill()
+        for process in (*steps, *tasks):
             with suppress(psutil.NoSuchProcess):
                 process.kill()
 
@@ -136,8 +138,7 @@ def slurm(folder: Path, jobs: Path) -> Iterator[Slurm]:
         with suppress(FileNotFoundError, psutil.NoSuchProcess):  # it has not started
             running.daemon("slurmctld").kill()
         for node in NODES:
-            with suppress(FileNotFoundError, psutil.NoSuchProcess):
-                running.lose(node)
+            running.lose(node)
 
 
 def wait_for(holds: Callable[[], bool], seconds: float = 150) -> None:
