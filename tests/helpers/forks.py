@@ -19,12 +19,13 @@ from multiprocessing import forkserver
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from types import ModuleType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest.mock import patch
 
 ROOT = Path(__file__).parents[2]
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["tests.helpers.preloaded"])
+SHARED = "LIT_CLIP_FORK_SERVER"  # address of a server that the processes of pytest-xdist share
 
 
 class Program(NamedTuple):
@@ -44,9 +45,21 @@ class Program(NamedTuple):
 
 
 def start_server() -> None:
-    """Start the server, which imports modules from the current folder, unless it is running."""
+    """Start the server, which imports modules from the current folder, unless one is running."""
+    server: Any = forkserver._forkserver
+    if SHARED in os.environ and server._forkserver_address is None:
+        server._forkserver_address = os.environ[SHARED]
+        server._forkserver_alive_fd = os.open(os.devnull, os.O_RDONLY)  # the server lives as long as who started it
+        server.ensure_running = lambda: None
     with chdir(ROOT), patch.dict(os.environ, HF_HUB_OFFLINE="1"):
-        forkserver._forkserver.ensure_running()
+        server.ensure_running()
+
+
+def share_server() -> None:
+    """Start the server for the processes that this one starts, too."""
+    start_server()
+    if sys.version_info < (3, 14):  # whose servers also want a key
+        os.environ[SHARED] = forkserver._forkserver._forkserver_address  # pyright: ignore
 
 
 def run(programs: Sequence[Program], timeout: float) -> list[subprocess.CompletedProcess[str]]:

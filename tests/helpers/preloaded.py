@@ -53,7 +53,7 @@ for name in (
     "transformers.models.bert.modeling_bert",  # brings what all models of transformers need
 ):
     import_module(name)
-registry.entry_points = cache(registry.entry_points)  # as in tests/conftest.py
+registry.entry_points = cache(registry.entry_points)  # as in tests/helpers/fixtures.py
 registry.entry_points(group="lightning.pytorch.callbacks_factory")
 pyarrow.array([""])  # the first one imports pandas, where it is installed
 import_module("lit_clip.models.tokenizer").byte_pair_tokenizer()  # read once per process
@@ -72,7 +72,7 @@ with (
 lightning.computes_in_bfloat16 = lambda accelerator: False
 lightning.CLI._choose_precision = lambda self, settings: sys.argv.extend(["--trainer.precision", "32-true"])
 
-os.fsync = lambda fd: None  # as in tests/conftest.py
+os.fsync = lambda fd: None  # as in tests/helpers/fixtures.py
 import_module("lit_clip.models.flops").PEAK_SECONDS = 0.0  # of which each run with Throughput would spend 0.4
 
 # At the end of a process torch takes each operator of its libraries back, and a fork would copy all that they lie in.
