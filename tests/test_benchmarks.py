@@ -178,6 +178,7 @@ def test_saved_results_are_loaded_with_the_command_that_reproduces_them(
     assert read.machine["threads"] == torch.get_num_threads()
 
 
+@pytest.mark.slow
 def test_the_memory_of_the_papers_runs_is_counted_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/evidence/scaling.md counts independently: 21 w numbers per token of a block with QuickGELU."""
     scaling = functions("scaling.py", monkeypatch)

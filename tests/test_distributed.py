@@ -140,6 +140,7 @@ class Noting(Callback):
 """
 
 
+@pytest.mark.slow  # what other tests rely on
 def test_both_ranks_of_a_test_compute_in_float32(cli: Callable[..., Any], caption_table: Path, tmp_path: Path) -> None:
     """Lightning starts the second rank as a new program, which would choose bfloat16 on processors that have it."""
     (tmp_path / "precisions.py").write_text(PRECISIONS, encoding="utf-8")

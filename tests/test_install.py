@@ -84,6 +84,7 @@ print(wheel.parent, set(ours.values()), len(ours))
 """
 
 
+@pytest.mark.slow
 def test_the_wheel_works_beside_packages_and_files_of_the_same_names(wheel: Path, tmp_path: Path) -> None:
     zipfile.ZipFile(wheel).extractall(tmp_path / "site")
     write_strangers(tmp_path / "others")

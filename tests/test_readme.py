@@ -84,9 +84,9 @@ def needs_more(command: str) -> bool:
 
 
 COMMANDS = [line for line in typed() if "lit-clip " in line and not needs_more(line)]
-# 80,000 prompts of ImageNet take minutes on two cores, and so do probes on thousands of drawings; another test
-# exports a head as onnx.
-LONG = ("zero_shot_imagenet", "bundled", "with_head")
+# 80,000 prompts of ImageNet take minutes on two cores, and so do probes on thousands of drawings; other tests export
+# to onnx.
+LONG = ("zero_shot_imagenet", "bundled", "onnx")
 SLOW = {command for command in COMMANDS if any(word in command for word in LONG)}
 # A training takes a second or two, and there are dozens. These words need what a run has: data, variables, and files
 # that the commands before have written.
@@ -399,16 +399,22 @@ def test_options_named_in_a_sentence_exist(name: str, tmp_path: Path, monkeypatc
     """Those of the benchmarks and of CLIP_benchmark are not lit-clip's."""
     write_own_parts(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    for code in inline(name):
+    together: list[dict[str, str]] = []  # options of the same part, such as ``--model.loss``, are not typed at once
+    for code in dict.fromkeys(inline(name)):
         option, _, value = code.partition(" ")
         if not option.startswith("--"):
             continue
         if option.startswith(("--model.", "--data.", "--trainer.")) and ("+=" in option or value):
+            parts = dict.fromkeys(re.findall(r"--\w+\.\w+", code), code)
             if not option.endswith("+="):
-                parse(["fit", *CONFIG, *shlex.split(code)])
+                typed_at_once = next((others for others in together if not others.keys() & parts), {})
+                together += [typed_at_once] * (not typed_at_once)
+                typed_at_once |= parts
         else:
             nested = re.sub(r"(--data\.\w+)\..*", r"\1", option)
             assert nested in known_options(), f"{name}: {code}"
+    for options in together:
+        parse(["fit", *CONFIG, *shlex.split(" ".join(dict.fromkeys(options.values())))])
 
 
 @pytest.mark.usefixtures("nothing_is_made")

@@ -45,6 +45,7 @@ from lit_clip.models.config import (
 from lit_clip.models.hf_tokenizer import clean
 from lit_clip.models.preprocess import image_transform
 from tests.conftest import ROOT, made_once
+from tests.helpers import forks
 from tests.helpers.exports import checkpoint, traced_once
 from tests.helpers.towers import WORDS, save_words
 
@@ -361,8 +362,11 @@ def test_onnxruntime_reports_no_models_to_its_makers(first: str, tmp_path: Path)
     """From 1.29 on it stores an id of the machine on import, and later sends names and hashes of models with it."""
     quiet = ("CI", "ORT_DISABLE_TELEMETRY", "ORT_RUNNING_UNIT_TESTS", "XDG_CACHE_HOME")
     environment = {name: value for name, value in os.environ.items() if name not in quiet}
-    code = f"import sys; sys.path.append({str(SERVING)!r}); {first}\nimport onnxruntime"
-    subprocess.run([sys.executable, "-c", code], env={**environment, "HOME": str(tmp_path)}, timeout=120, check=True)
+    lines = ["import sys", "assert 'onnxruntime' not in sys.modules", f"sys.path.append({str(SERVING)!r})", first]
+    (tmp_path / "program.py").write_text("\n".join([*lines, "import onnxruntime"]), encoding="utf-8")
+    environment["HOME"] = str(tmp_path)
+    (done,) = forks.run([forks.Program(forks.script, [str(tmp_path / "program.py")], tmp_path, environment)], 120)
+    assert done.returncode == 0, done.stderr
     assert not [*tmp_path.rglob("*onnxruntime*")]
 
 

@@ -197,7 +197,7 @@ def test_prompts_are_encoded_again_only_if_the_text_tower_has_changed(
 def test_folds_are_averaged_and_the_same_images_encoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folds = [{"shift": 0}, {"shift": 1}, {"shift": 0}]
     suite = write_suite(folder, shades=entry(folds=folds))
-    module, encoded = make_module(), []
+    module, encoded = make_module(text_width=64), []
     encode = module.model.encode_image
     monkeypatch.setattr(
         module.model, "encode_image", lambda x, normalize: encoded.append(len(x)) or encode(x, normalize)

@@ -14,6 +14,8 @@ from tests.fuzz.test_corpus import cases
 from tests.helpers import forks
 from tests.helpers.demo import skip_without_gradio
 
+pytestmark = pytest.mark.slow  # what the fuzzer has found is in test_corpus.py
+
 PLANTED = "tests/fuzz/planted.py"
 FOUND = {
     "canary": "import",

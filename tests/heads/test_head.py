@@ -114,6 +114,7 @@ def test_the_width_of_another_model_is_refused_even_with_its_fingerprint(model: 
         model.with_head(narrow)
 
 
+@pytest.mark.slow  # tests/test_serving.py compares the probabilities of another exported head
 def test_onnx_holds_the_head(model: CLIP, head: Head, tmp_path: Path) -> None:
     save_head(head, tmp_path / "head.safetensors")
     torch.save({"state_dict": {}}, tmp_path / "last.ckpt")

@@ -38,6 +38,8 @@ flops.PEAK_SECONDS = 0.0  # of which each run with Throughput would spend 0.4
 registry.entry_points = cache(registry.entry_points)  # each Trainer would read the metadata of all packages
 # A quarter of the time of imports and collection would be a search for garbage among what stays until the end.
 gc.disable()
+# Without CUDA torch would write down the stack three times, for devices that may be there later: half of an empty test.
+SEED = torch.manual_seed if torch.version.cuda else torch.default_generator.manual_seed
 # A shell's background jobs ignore Ctrl-C, and the programs that tests start and interrupt would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -60,7 +62,7 @@ def _memory_returned() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
-    torch.manual_seed(0)
+    SEED(0)
     os.environ.pop("PL_GLOBAL_SEED", None)  # of another test's seed_everything
 
 

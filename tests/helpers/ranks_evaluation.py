@@ -20,7 +20,7 @@ from lit_clip.retrieval.retrieval_set import Evaluation, RetrievalSet, token_has
 from lit_clip.training.schedules import WarmupCosine
 from tests.helpers.ranks import serve
 
-TEXT = TextTransformerConfig(context_length=16, width=64, layers=1, heads=1)
+TEXT = TextTransformerConfig(context_length=16, width=16, layers=1, heads=1)
 VIT = VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=1, heads=1)
 
 

@@ -97,7 +97,7 @@ def write_table(folder: Path, rows: int = 8) -> Path:
     return folder / "captions.csv"
 
 
-def make_module(text_width: int = 64, **options: Any) -> LitCLIP:
+def make_module(text_width: int = 16, **options: Any) -> LitCLIP:
     """Make a module with fixed weights, scaled up because fresh ones give all texts nearly the same features."""
     torch.manual_seed(0)
     config = CLIPConfig(

@@ -187,7 +187,8 @@ def test_every_gradient_and_statistic_of_rn50_is_open_clips(training: bool) -> N
     assert int(statistics["visual.bn1.num_batches_tracked"]) == int(training)
 
 
-@pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", pytest.param("RN50-quickgelu", marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/weights/test_load.py compares tiny ones
+@pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", "RN50-quickgelu"])
 def test_openais_own_code_gives_the_same_features(name: str) -> None:
     torch.manual_seed(0)
     ours = randomised(create_model(name))

@@ -126,6 +126,7 @@ def test_smaller_onnx_files_give_our_features_within_their_tolerance(
         assert not torch.allclose(found, expected[name], rtol=0, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_an_attention_pool_in_float16_opens(tmp_path: Path, tiny_config: CLIPConfig) -> None:
     """With the whole pool in float16, onnxruntime's graph optimiser crashes behind two blocks and more."""
     image = VisionTransformerConfig(32, 16, 64, 2, 1, pool="attention", pool_queries=256, pool_heads=8)
