@@ -56,6 +56,7 @@ def test_its_loss_of_small_batches_is_that_of_large_ones(monkeypatch: pytest.Mon
     torch.testing.assert_close(torch.stack(losses).mean(), whole, rtol=1e-12, atol=0)
 
 
+@pytest.mark.slow
 def test_every_recipe_runs_and_a_second_command_repeats_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -542,6 +542,7 @@ def test_a_signal_to_one_rank_ends_all_ranks(
     assert run.output.read_text().count("saved step") == 1
 
 
+@pytest.mark.slow
 def test_signals_stop_a_validation_with_uneven_ranks(start_and_wait: Callable[[str], Run]) -> None:
     run = start_and_wait("validation")
     for rank in run.ranks:

@@ -360,6 +360,7 @@ def test_an_interrupted_evaluation_resumes_where_it_stopped(root: Path) -> None:
     assert 0 <= again <= 4  # at most the batch that was being read
 
 
+@pytest.mark.slow  # the test before interrupts one process
 def test_sigterm_stops_two_processes_and_the_next_run_resumes(root: Path) -> None:
     """SIGTERM reaches only the first process, where Lightning's own handler would wait forever for the others."""
     with evaluating(root, 8, "--devices", "2", function=partial(command_of_ranks, 2)) as process:

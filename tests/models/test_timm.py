@@ -54,7 +54,10 @@ from tests.helpers.towers import (
         ("test_efficientnet", {"pool": "avg", "projection": "classifier"}, {"pool": "avg", "proj": None}),
         ("resnet10t", {"pool": "avg"}, {"pool": "avg", "proj": "linear"}),
         ("convnext_atto", {"pool": "avg"}, {"pool": "avg", "proj": "linear"}),
-        ("swin_tiny_patch4_window7_224", {"pool": "avg"}, {"pool": "avg", "proj": "linear"}),
+        pytest.param(
+            *("swin_tiny_patch4_window7_224", {"pool": "avg"}, {"pool": "avg", "proj": "linear"}),
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_timms_models_have_open_clips_names_and_features(
