@@ -62,6 +62,8 @@ print(counters["stats"]["unique_graphs"], isinstance(torch.compile(layer), Optim
 """
 
 MEASURING = """
+import torch
+
 before = torchmetrics
 from torchmetrics import Accuracy
 from torchmetrics.text import BLEUScore
@@ -77,18 +79,17 @@ print(float(accuracy.compute()), hasattr(before, "nothing"))
 """
 
 
-@pytest.fixture(scope="module")
-def printed() -> list[str]:
-    """The lines of a process of its own that trains, then compiles, then uses heavy metrics."""
-    program = DEFERRED + COMPILING + MEASURING
+def printed_by(program: str) -> list[str]:
+    """Return the lines of a process of its own."""
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
 
-def test_lightning_starts_without_the_heavy_metrics_and_they_are_imported_on_use(printed: list[str]) -> None:
-    assert [printed[0], printed[3]] == ["[] False", "0.75 False"]
+def test_training_needs_no_heavy_metrics_and_no_compiler_and_what_is_compiled_loads_it_whole() -> None:
+    assert printed_by(DEFERRED + COMPILING) == ["[] False", "16 False 0", "2 True"]
 
 
-def test_training_needs_no_compiler_and_what_is_compiled_loads_it_whole(printed: list[str]) -> None:
-    assert printed[1:3] == ["16 False 0", "2 True"]
+@pytest.mark.slow  # the server of forks (tests/helpers/preloaded.py) defers them, too, before it imports some
+def test_the_heavy_metrics_are_imported_on_use() -> None:
+    assert printed_by(DEFERRED + MEASURING) == ["[] False", "0.75 False"]

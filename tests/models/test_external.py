@@ -152,11 +152,11 @@ def test_default_sizes_do_not_leak_into_another_kind_of_encoder(tmp_path: Path) 
     from lit_clip.cli.lightning import run
 
     (tmp_path / "a.yaml").write_text(
-        "model: {architecture: {embed_dim: 32, image: {timm: test_vit}, text: {width: 64, heads: 1, layers: 1}}}",
+        "model: {architecture: {embed_dim: 32, image: {timm: test_vit}, text: {width: 16, heads: 1, layers: 1}}}",
         encoding="utf-8",
     )
     (tmp_path / "b.yaml").write_text(
-        "model: {architecture: {embed_dim: 32, image: {layers: [1, 1, 1, 1]}, text: {width: 64, heads: 1, layers: 1}}}",
+        "model: {architecture: {embed_dim: 32, image: {layers: [1, 1, 1, 1]}, text: {width: 16, heads: 1, layers: 1}}}",
         encoding="utf-8",
     )
     (tmp_path / "c.yaml").write_text("model: {architecture: {image: {image_size: 64}}}", encoding="utf-8")
