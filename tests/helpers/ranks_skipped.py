@@ -25,7 +25,7 @@ from tests.helpers.ranks import CONFIG, PAIRS, make_batch
 
 # Row ranges of the first and the second rank in each step; missing rows count as skipped.
 STEPS = (((0, 4), (0, 0)), ((0, 0), (0, 0)), ((0, 0), (2, 8)), ((0, 7), (7, 8)), ((0, 4), (4, 8)))
-TEXT = dataclasses.replace(CONFIG.text, vocab_size=49408, width=16)  # a placeholder caption needs the real tokens
+TEXT = dataclasses.replace(CONFIG.text, vocab_size=49408)  # the real tokenizer's, which a placeholder caption needs
 PLAIN = dataclasses.replace(CONFIG, text=TEXT)
 BATCH_NORM = dataclasses.replace(PLAIN, image=ResNetConfig(layers=(1, 1, 1, 1), width=8, image_size=32))
 
