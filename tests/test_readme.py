@@ -209,14 +209,18 @@ def shorter(options: list[str], packaged: bool) -> list[str]:
     return ["--trainer.max_epochs", epochs] + ["--model.architecture", SMALLER] * (not own_model)
 
 
-def evaluate_others(folder: Path) -> None:
-    """Make the model and the evaluations of others that a command of the guides compares."""
-    shutil.copy(folder / "last.ckpt", folder / "a0.ckpt")
-    options = ["--suite", "configs/evaluation/bundled.yaml", "--output", "a1"]
-    result = lit_clip_command(folder, "evaluate", "--model", "last.ckpt", *options, timeout=240)
-    assert result.returncode == 0, result.stdout + result.stderr
-    for name in ("a2", "b0", "b1", "b2"):
-        shutil.copytree(folder / "a1", folder / name)
+def make_what_it_reads(options: list[str], folder: Path) -> None:
+    """Make the model and the evaluations of others that are compared, and a head if the command before did not run."""
+    if "--compare" in options and "a0.ckpt" in options:
+        shutil.copy(folder / "last.ckpt", folder / "a0.ckpt")
+        words = ["--suite", "configs/evaluation/bundled.yaml", "--output", "a1"]
+        result = lit_clip_command(folder, "evaluate", "--model", "last.ckpt", *words, timeout=240)
+        assert result.returncode == 0, result.stdout + result.stderr
+        for name in ("a2", "b0", "b1", "b2"):
+            shutil.copytree(folder / "a1", folder / name)
+    if "--head" in options and not (folder / "head.safetensors").exists():
+        (saving,) = (line for line in COMMANDS if "--save_head" in line)
+        lit_clip_command(folder, *shlex.split(saving)[1:])
 
 
 @pytest.mark.parametrize(
@@ -237,8 +241,7 @@ def test_a_command_runs(command: str, trained: Path, traces: Path) -> None:
             options += shorter(options, packaged)
         if "last" in options:  # this run's own, not those of the commands before
             options += ["--trainer.logger.init_args.name", "stopped"]
-    if "--compare" in options and "a0.ckpt" in options:
-        evaluate_others(trained)
+    make_what_it_reads(options, trained)
     if "configs/finetune_clip.yaml" in options:  # its weights would have to be downloaded
         options += [*FAST, *FEW, "--model.architecture", "null", "--model.pretrained", "vit.ckpt"]
         options += ["--trainer.max_epochs", "1"]

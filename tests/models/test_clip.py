@@ -16,6 +16,7 @@ from lit_clip.errors import InputError
 from lit_clip.losses.contrastive import contrastive_loss, unit
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import (
+    Activation,
     CLIPConfig,
     ResNetConfig,
     TextTransformerConfig,
@@ -84,11 +85,22 @@ def gradient_differences(theirs: open_clip.CLIP, ours: CLIP) -> dict[str, float]
     return result
 
 
-# The other activation's features are compared by test_architectures.py.
-@pytest.mark.parametrize("name", ["ViT-B-32-quickgelu", pytest.param("ViT-B-32", marks=pytest.mark.slow)])
-def test_state_dict_features_and_every_gradient_are_open_clips(name: str) -> None:
+def with_small_encoders(activation: Activation) -> tuple[open_clip.CLIP, CLIP]:
+    """Create open_clip's and our model of the same sizes."""
+    image = open_clip.CLIPVisionCfg(layers=2, width=128, patch_size=16, image_size=64)
+    text = open_clip.CLIPTextCfg(width=64, layers=2, heads=1)
+    config = CLIPConfig(
+        64, VisionTransformerConfig(64, 16, 128, 2, 2), TextTransformerConfig(width=64, layers=2, heads=1), activation
+    )
+    return open_clip.CLIP(64, image, text, quick_gelu=activation == "quick_gelu"), CLIP(config)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "quick_gelu"])
+@pytest.mark.parametrize("small", [True, pytest.param(False, marks=pytest.mark.slow)])
+def test_state_dict_features_and_every_gradient_are_open_clips(small: bool, activation: Activation) -> None:
     torch.manual_seed(0)
-    theirs, ours = open_clip.create_model(name), create_model(name)
+    name = "ViT-B-32" + "-quickgelu" * (activation == "quick_gelu")
+    theirs, ours = with_small_encoders(activation) if small else (open_clip.create_model(name), create_model(name))
     with torch.no_grad():
         for parameter in theirs.parameters():
             if parameter.ndim == 1:  # gains of 1 and biases of 0 would hide swapped weights
@@ -97,7 +109,8 @@ def test_state_dict_features_and_every_gradient_are_open_clips(name: str) -> Non
     assert set(ours.state_dict()) == set(theirs.state_dict()) - buffers
     ours.load_state_dict(theirs.state_dict(), strict=True)
 
-    images, tokens = torch.randn(2, 3, 224, 224), tokenize(CAPTIONS)
+    size = ours.visual.image_size
+    images, tokens = torch.randn(2, 3, size, size), tokenize(CAPTIONS)
     features = [[model.encode_image(images), model.encode_text(tokens)] for model in (theirs, ours)]
     for expected, actual in zip(*features, strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-5, atol=1e-5)
