@@ -57,7 +57,7 @@ quickstart-towers: $(BIN)/.towers  ## Teach two pretrained encoders to name the 
 # Where Python may not keep what it compiles, each of the many interpreters that tests start compiles it again.
 test test-slow test-lowest: export PYTHONDONTWRITEBYTECODE =
 
-test: install  ## Run the tests (no network, about 17 minutes on 2 cores)
+test: install  ## Run the tests (no network, about 14 minutes on 2 cores)
 	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
 
 $(BIN)/.loggers: $(BIN)/.installed
