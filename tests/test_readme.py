@@ -220,7 +220,8 @@ def make_what_it_reads(options: list[str], folder: Path) -> None:
             shutil.copytree(folder / "a1", folder / name)
     if "--head" in options and not (folder / "head.safetensors").exists():
         (saving,) = (line for line in COMMANDS if "--save_head" in line)
-        lit_clip_command(folder, *shlex.split(saving)[1:])
+        result = lit_clip_command(folder, *shlex.split(saving)[1:])
+        assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(
