@@ -256,21 +256,9 @@ def _weights(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _close(weights: dict[str, torch.Tensor], expected: Expected, ranks: int) -> bool:
-    """Whether weights are the expected ones: bit for bit, or to ``TOLERANCE`` where DDP rounds differently.
-
-    The biases of attention's keys are left out then. Softmax does not depend on them, so their gradients are zero but
-    for rounding, which AdamW scales to steps of the learning rate.
-    """
+    """Whether weights are the expected ones: bit for bit, or to ``TOLERANCE`` where DDP rounds differently."""
     if weights.keys() != expected.weights.keys():
         return False
     if ranks <= EXACT:
         return all(torch.equal(weights[name], value) for name, value in expected.weights.items())
-    differences = ((name, (weights[name] - value).abs()) for name, value in expected.weights.items())
-    return all(bool(_without_key_bias(name, each).max() <= TOLERANCE) for name, each in differences)
-
-
-def _without_key_bias(name: str, values: torch.Tensor) -> torch.Tensor:
-    if not name.endswith(("in_proj_bias", "qkv.bias")):
-        return values
-    query, _, value = values.chunk(3)
-    return torch.cat([query, value])
+    return all(bool((weights[name] - value).abs().max() <= TOLERANCE) for name, value in expected.weights.items())

@@ -26,6 +26,7 @@ EPOCHS = 3
 STEPS = 4 * EPOCHS
 EVERY = 3  # steps between checkpoints; the last step has one
 SAVING = f"{{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {{every_n_train_steps: {EVERY}}}}}"
+EPS = 1e-4  # of AdamW: gradients that are rounding errors, as of attention's key biases, move no weight visibly
 START_LIMIT = 120.0  # seconds until the first step, on a busy machine
 GROUP_TIMEOUT = 10  # seconds, of the process group, where a cell sets it
 
@@ -66,6 +67,7 @@ class Settings(NamedTuple):
             *("--data", "datamodules.Captions", "--data.train", self.data, "--data.val", self.data),
             *("--data.batch_size", str(GLOBAL_BATCH // self.ranks), "--data.num_workers", str(self.workers)),
             *("--model.architecture", ARCHITECTURE, "--model.lr_scheduler.warmup_steps", "2"),
+            *("--model.optimizer.eps", str(EPS)),
             *("--seed_everything", "1", "--trainer.max_epochs", str(EPOCHS), "--trainer.check_val_every_n_epoch", "2"),
             *("--trainer.accelerator", "cpu", "--trainer.devices", str(self.ranks), "--trainer.strategy", strategy),
             *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),

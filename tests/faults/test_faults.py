@@ -7,15 +7,11 @@ from urllib.parse import urlsplit
 
 import psutil
 import pytest
-import torch
-import yaml
 
-from lit_clip.module import LitCLIP
 from tests.faults.__main__ import main
 from tests.faults.catalogue import BY_NAME
-from tests.faults.cells import Cell, Harness, Outcome, _without_key_bias, all_cells
+from tests.faults.cells import Cell, Harness, Outcome, all_cells
 from tests.faults.report import markdown
-from tests.faults.runs import ARCHITECTURE
 from tests.faults.server import serving
 
 # The others take 5 to 20 s each. Signals, lost workers and full disks also have tests beside the code that meets them.
@@ -46,24 +42,6 @@ def test_a_run_that_is_killed_and_goes_on_is_the_same(harness: Harness) -> None:
 @pytest.mark.parametrize("cell", [cell for cell in all_cells() if cell != FAST], ids=str)
 def test_run_is_the_same_after_a_fault_or_ends_clearly(cell: Cell, harness: Harness) -> None:
     check(harness, cell, 1)
-
-
-def test_only_the_biases_that_softmax_does_not_depend_on_are_not_compared() -> None:
-    torch.manual_seed(0)
-    model = LitCLIP(architecture=yaml.safe_load(ARCHITECTURE)).model.double().eval()
-    texts = torch.randint(1, 400, (6, 16))
-    features = [model.encode_image(torch.randn(6, 3, 32, 32).double()), model.encode_text(texts)]
-    images, texts = (torch.nn.functional.normalize(each, dim=-1) for each in features)
-    torch.nn.functional.cross_entropy(10 * images @ texts.T, torch.arange(6)).backward()
-    biases = {name: bias.grad for name, bias in model.named_parameters() if name.endswith(("in_proj_bias", "qkv.bias"))}
-    assert len(biases) == 2
-    for name, gradient in biases.items():
-        assert gradient is not None
-        width = len(gradient) // 3
-        assert gradient[width : 2 * width].abs().max() < 1e-12
-        compared = _without_key_bias(name, gradient)
-        assert len(compared) == 2 * width
-        assert compared.abs().min() > 1e-9
 
 
 @pytest.mark.slow
