@@ -26,6 +26,7 @@ from lit_clip import distributed
 from lit_clip.errors import InputError
 from lit_clip.tools.atomic import draft_of, exchange, remove
 from lit_clip.tools.hashing import hex_digest, sha256_of_file
+from lit_clip.tools.messages import LOST_WORKER
 from lit_clip.tools.reading import reading
 from lit_clip.tools.sharded_files import INDEX, is_sharded
 from lit_clip.tools.weight_files import load_mapped, read_mapped, read_sharded
@@ -52,7 +53,8 @@ class WholeCheckpointIO(TorchCheckpointIO):
             put_in_place(part, whole)
         except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
             first = _first(error, handled)
-            if isinstance(first, KeyboardInterrupt):  # and when it is interrupted
+            # And when a signal's handler interrupts it, as torch's does when a data worker is lost.
+            if isinstance(first, KeyboardInterrupt) or LOST_WORKER.search(str(first)):
                 raise first from None
             reason = getattr(first, "strerror", None) or str(first).splitlines()[0]
             raise InputError(

@@ -22,6 +22,7 @@ from lit_clip import LitCLIP
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.tools.atomic import exchange, remove
+from lit_clip.tools.messages import user_error
 from lit_clip.training.lightning.checkpoint_io import (
     WholeCheckpointIO,
     load_the_same_checkpoint,
@@ -98,19 +99,33 @@ def test_a_full_disk_is_an_error_that_names_the_file_and_keeps_the_previous_chec
     assert sorted(os.listdir(tmp_path)) == ["last.ckpt", "last.ckpt.error"]
 
 
-def test_ctrl_c_while_writing_is_not_reported_as_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _lost(*_: object) -> None:
+    """As torch's handler of SIGCHLD when a data worker is lost."""
+    raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. ")
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
+def test_a_signal_while_writing_is_not_reported_as_a_full_disk(
+    error: type[BaseException], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    number = signal.SIGINT if error is KeyboardInterrupt else signal.SIGUSR2
+    before = signal.signal(number, signal.default_int_handler if error is KeyboardInterrupt else _lost)
+    request.addfinalizer(lambda: signal.signal(number, before))
+
     class Interrupted(io.FileIO):
         def write(self, data: Any) -> int:
             if self.tell() > 500_000:
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), number)
             return super().write(data)
 
     path = tmp_path / "last.ckpt"
     WholeCheckpointIO().save_checkpoint(CHECKPOINT, path)
     monkeypatch.setattr(Path, "open", lambda path, mode: Interrupted(path, mode))
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(error) as raised:
         WholeCheckpointIO().save_checkpoint(CHECKPOINT, path)
     monkeypatch.undo()
+    if error is RuntimeError:
+        assert "a data worker was killed" in str(user_error(raised.value))
     assert torch.load(path, weights_only=True)["global_step"] == 7
     assert os.listdir(tmp_path) == ["last.ckpt"]
 
