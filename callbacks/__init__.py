@@ -7,7 +7,7 @@ if __name__ == "callbacks":  # the folder of a clone
 
 from lightning.pytorch import Callback
 
-from lit_clip.tools.guarded_output import silence
+from lit_clip.tools.guarded_output import log_above_bars, silence
 from .activation_checkpointing import ActivationCheckpointing
 from .compile import Compile
 from .ema import EMA
@@ -76,6 +76,7 @@ def defaults(*callbacks: Callback) -> list[Callback]:
     (:mod:`lit_clip.tools.guarded_output`): it advertises while a trainer is made.
     """
     silence()
+    log_above_bars()
 
     def missing(*kinds: type[Callback]) -> list[Callback]:
         return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in callbacks)]

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_clip.tools.untrusted import check_entries
@@ -58,6 +58,8 @@ class PrintResults(Callback):
                 continue  # the best are wanted, or none
             if not saver._should_skip_saving_checkpoint(trainer):
                 saver._save_topk_checkpoint(trainer, saver._monitor_candidates(trainer))
+        if isinstance(bar := trainer.progress_bar_callback, RichProgressBar):
+            bar.teardown(trainer, pl_module, "fit")  # it would be drawn again over what is printed from here on
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module

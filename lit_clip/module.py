@@ -14,7 +14,7 @@ from lit_clip.models.config import CLIPConfig, Size
 from lit_clip.models.finetuning import Freeze
 from lit_clip.models.lora import LoRA
 from lit_clip.models.rates import Rates
-from lit_clip.retrieval.retrieval_set import RetrievalSet, token_hashes
+from lit_clip.retrieval.retrieval_set import MEAN_RECALL, RetrievalSet, token_hashes
 from lit_clip.tools.untrusted import coerced
 from lit_clip.training.micro_batches import encode_pairs, encode_step, placeholder
 from lit_clip.training.optimizers import Optimization, OptimizerFactory, PaperAdamW
@@ -171,7 +171,7 @@ class LitCLIP(RunHooks):
         evaluation = self._validated.evaluate(empty, scale, self.model.logit_bias)
         for name, value in evaluation.metrics.items():
             # Already over all ranks: Lightning's means would weight uneven ranks and batches wrongly.
-            self.log(f"{prefix}/{name}", value, prog_bar=name == "loss" or name.endswith("recall@1"))
+            self.log(f"{prefix}/{name}", value, prog_bar=name in ("loss", MEAN_RECALL))
         self.baselines |= {f"{prefix}/{name}": value for name, value in evaluation.baselines.items()}
 
     def configure_optimizers(self) -> Any:

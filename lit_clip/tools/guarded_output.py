@@ -56,6 +56,7 @@ WARNINGS = {
     r"Precision bf16-mixed is not supported by the model summary": "the plan has the sizes",
     r".*recommended to use `self\.log\(.*sync_dist=True\)`": "those of ours are over all ranks already",
     r"MLFlow only allows ": "it leaves out the @ of recall@1, which is a name of ours",
+    r"The number of training batches \(\d+\) is smaller than the logging interval": "steps count over all epochs",
     r"Found \d+ module\(s\) in eval mode": "frozen modules should be",
     r"The dirpath has changed from ": "each run has a folder of its own, also one that is resumed",
     r"The `srun` command is available": "without it one machine's ranks start too; an error says where it is needed",
@@ -83,6 +84,27 @@ def silence() -> None:
 
 def _is_shown(record: logging.LogRecord) -> bool:
     return not any(part in record.getMessage() for part in LOGGED)
+
+
+class _Stderr:
+    """The stream that ``sys.stderr`` is when it is written to."""
+
+    def write(self, text: str) -> None:
+        sys.stderr.write(text)
+
+    def flush(self) -> None:
+        sys.stderr.flush()
+
+
+def log_above_bars() -> None:
+    """Let Lightning's log messages move its progress bar down, as warnings do, where they were written into it.
+
+    rich takes the place of ``sys.stderr`` while a bar is drawn; Lightning's handlers keep the stream of before.
+    """
+    for name in ("lightning", "lightning.pytorch"):
+        for handler in logging.getLogger(name).handlers:
+            if type(handler) is logging.StreamHandler:
+                handler.setStream(_Stderr())
 
 
 @contextmanager

@@ -166,7 +166,7 @@ def test_two_ranks_write_once(table: Path, tmp_path: Path) -> None:
     assert len(LINE.findall(output)) == 1
 
 
-def test_on_a_terminal_the_plan_stays_whole_above_the_bar(table: Path, tmp_path: Path) -> None:
+def test_on_a_terminal_the_plan_stays_whole_above_the_bar_and_results_below(table: Path, tmp_path: Path) -> None:
     shown = screen(on_a_terminal(tmp_path, *without_packaged_defaults(words(table))))
     title = next(row for row, line in enumerate(shown) if line.strip() == "Plan")
     end = next(row for row, line in enumerate(shown) if row > title and line.startswith("└"))
@@ -176,6 +176,11 @@ def test_on_a_terminal_the_plan_stays_whole_above_the_bar(table: Path, tmp_path:
     assert ("parameters" in rows[0], any("schedule" in row for row in rows)) == (True, True)
     assert ["Epoch" in "\n".join(part) for part in (shown[:end], shown[end:])] == [False, True]
     assert not any("fit: step" in line for line in shown)
+    results = next(row for row, line in enumerate(shown) if line.strip() == "Results")
+    bar = [row for row, line in enumerate(shown) if line.startswith("Epoch")]
+    assert (len(bar), end < bar[0] < results, results - bar[0] < 6) == (1, True, True)
+    starts = [line.split(": ")[0] for line in shown[results:] if ": " in line]
+    assert starts[-4:] == ["checkpoint", "logs and images", "validate again", "curves"]
 
 
 @pytest.fixture
