@@ -144,7 +144,7 @@ class ExpectedTime(Callback):
         before, at_most = self._printed or (0.0, False)
         if at_most or abs(seconds - before) > MUCH * before:
             self._printed = seconds, estimate.at_most
-            _print(module, f"expected time: {estimate}")
+            _print(module, f"expected time{' now' * bool(before)}: {estimate}")
             for logger in trainer.loggers if estimate.total is not None else ():
                 logger.log_metrics({"train/expected_hours": seconds / 3600}, trainer.global_step)
         if not self._warned and not estimate.at_most and (estimate.total or 0.0) > DAY:
