@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -67,7 +68,7 @@ def test_every_metric_that_is_logged_by_a_fixed_name_is_on_the_page_of_metrics()
         ("extending.md", "../examples", "files/examples.md"),
         ("encoders.md", "../examples/own_encoder.py", "files/examples/own_encoder.py.md"),
         ("index.md", "docs/data.md", "data.md"),
-        ("index.md", "configs/finetune_table.yaml", "files/configs/finetune_table.yaml.md"),
+        ("index.md", "configs/table.yaml", "files/configs/table.yaml.md"),
         ("index.md", "https://openmoji.org", "https://openmoji.org"),
         ("files/examples.md", "examples/train.py", "examples/train.py.md"),
         ("reference/lit_clip.md", "../losses.md", "../losses.md"),
@@ -83,6 +84,30 @@ def test_a_linked_file_is_shown_whole_and_a_folder_as_a_list(hook: Any) -> None:
     assert "- [train.py](examples/train.py)" in hook.shown("examples")
 
 
+def test_an_option_stays_on_one_line_with_its_dashes_and_in_code_only(hook: Any) -> None:
+    page = hook.on_page_content("<p>--no</p><code>fit --data.train a-b.csv -c x</code>", None, None, None)
+    dashes = [f'<span class="unbroken">{start}</span>' for start in ("--d", "-c")]
+    assert page == f"<p>--no</p><code>fit {dashes[0]}ata.train a-b.csv {dashes[1]} x</code>"
+
+
+def test_pictures_of_light_and_dark_pages_follow_the_colours_of_the_site(hook: Any) -> None:
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
+    shown = hook.on_page_markdown((ROOT / "README.md").read_text(encoding="utf-8"), page, None, None)
+    names = re.findall(r'<img alt="[^"]+" src="images/nearest_names-(\w+).png#only-(\w+)">', shown)
+    assert names == [("light", "light"), ("dark", "dark")]
+    assert "<picture>" not in shown
+
+
+def test_what_a_cell_prints_in_a_row_is_one_block_and_nothing_is_none(hook: Any) -> None:
+    """As rich prints: a display of its own for each line, with colours, some of them empty."""
+    plain = [{"data": {"text/plain": [text]}} for text in ("", "\x1b[1mPlan\x1b[0m\n", " a  b\n")]
+    outputs = [*plain, {"data": {"image/png": "AA", "text/plain": "<figure>"}}, {"text": ["  last\n"]}, plain[0]]
+    cells = [{"cell_type": "code", "source": "fit()", "outputs": outputs}, {"cell_type": "markdown", "source": "# End"}]
+    first, drawn, last = "```text\nPlan\n a  b\n```", "![](data:image/png;base64,AA)", "```text\n  last\n```"
+    parts = ["```python\nfit()\n```", first, drawn, last, "# End"]
+    assert hook._notebook({"cells": cells}) == "\n\n".join(parts) + "\n"
+
+
 @pytest.mark.slow
 def test_the_site_builds_without_a_warning_and_asks_no_other_host(tmp_path: Path) -> None:
     pytest.importorskip("mkdocs", reason="of the dev extra: make install")
@@ -94,7 +119,7 @@ def test_the_site_builds_without_a_warning_and_asks_no_other_host(tmp_path: Path
         for tag in re.findall(r"<(?:script|link|img|iframe|source)\b[^>]*>", text):
             assert not re.search(r'(?:src|href)="?(?:https?:)?//', tag), f"{path}: {tag}"
     assert "LitCLIP" in html[tmp_path / "reference/lit_clip.html"]
-    assert "--model.micro_batch_size" in html[tmp_path / "reference/fit.html"]
+    assert "--model.micro_batch_size" in re.sub("<[^>]*>", "", html[tmp_path / "reference/fit.html"])
 
 
 def test_comments_beside_the_fields_of_a_class_are_its_attributes(monkeypatch: pytest.MonkeyPatch) -> None:

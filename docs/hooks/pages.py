@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from itertools import groupby
 from pathlib import Path
 from posixpath import dirname, normpath, relpath
 from typing import Any
@@ -15,6 +16,12 @@ ROOT = Path(__file__).parents[2]
 LINK = re.compile(r"""(?:(?<=\]\()|(?<=src=")|(?<=srcset="))(?!\w+:)([^)"#\s]+)(#[^)"\s]*)?(?=[)"])""")
 TEXTS = {"README.md": "index.md", "CHANGELOG.md": "CHANGELOG.md", "CONTRIBUTING.md": "CONTRIBUTING.md"}
 TEXTS |= {"SECURITY.md": "SECURITY.md"}
+PICTURE = re.compile(
+    r'<picture>\s*<source media="\(prefers-color-scheme: dark\)" srcset="([^"]+)">'
+    r'\s*<img ([^>]*)src="([^"]+)">\s*</picture>'
+)
+CODE = re.compile(r"<code\b.*?</code>", re.DOTALL)
+OPTION = re.compile(r"(?<=[\s>(\[|])--?[A-Za-z]")  # its start, after which a browser may break the line
 UNSEARCHED = "---\nsearch: {exclude: true}\n---\n"  # guides should be found first
 LANGUAGES = {".py": "python", ".yaml": "yaml", ".yml": "yaml", ".toml": "toml", "Makefile": "make"}
 NOTEBOOK = ".ipynb"
@@ -41,8 +48,14 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Let links lead to the pages of this site."""
-    return links(markdown, page.file.src_uri)
+    """Let links lead to the pages of this site, and pictures follow its colours, which need not be the system's."""
+    both = r'<img \2src="\3#only-light"><img \2src="\1#only-dark">'
+    return links(PICTURE.sub(both, markdown), page.file.src_uri)
+
+
+def on_page_content(html: str, page: Any, config: Any, files: Files) -> str:
+    """Keep the dashes of options and what follows them on one line."""
+    return CODE.sub(lambda code: OPTION.sub(r'<span class="unbroken">\g<0></span>', code[0]), html)
 
 
 def links(markdown: str, uri: str) -> str:
@@ -112,11 +125,13 @@ def _notebook(book: dict[str, Any]) -> str:
     for cell in book["cells"]:
         text = "".join(cell["source"])
         parts.append(text if cell["cell_type"] == "markdown" else f"```python\n{text}\n```")
-        for output in cell.get("outputs", []):
-            data = output.get("data", {"text/plain": output.get("text", "")})
-            if "image/png" in data:
-                parts.append(f"![](data:image/png;base64,{''.join(data['image/png']).strip()})")
-            else:
-                printed = re.sub(r"\x1b\[[\d;]*m", "", "".join(data.get("text/plain", "")))  # colours of a terminal
-                parts.append(f"```text\n{printed.rstrip()}\n```")
+        outputs = [output.get("data", {"text/plain": output.get("text", "")}) for output in cell.get("outputs", [])]
+        for drawn, of_kind in groupby(outputs, key=lambda output: "image/png" in output):
+            if drawn:
+                parts += [f"![](data:image/png;base64,{''.join(data['image/png']).strip()})" for data in of_kind]
+                continue
+            printed = "\n".join("".join(data.get("text/plain", "")).rstrip("\n") for data in of_kind)
+            printed = re.sub(r"\x1b\[[\d;]*m", "", printed)  # colours of a terminal
+            if printed.strip():
+                parts.append(f"```text\n{printed.strip(chr(10))}\n```")
     return "\n\n".join(parts) + "\n"

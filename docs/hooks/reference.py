@@ -30,7 +30,7 @@ PACKAGES = {
 
 FIT = """`validate`, `test` and `predict` have the same, but for what says "fit only". `--ckpt_path` names a checkpoint
 ([resuming](../resuming.md)). In a YAML file the dots are levels of the mapping. Defaults of data and trainer are those
-of `configs/finetune_table.yaml`, which `fit` uses without `--config`.
+of `configs/table.yaml`, which `fit` uses without `--config`.
 """
 
 
@@ -68,7 +68,7 @@ def _usage(parser: ArgumentParser) -> str:
 
 
 def _fit() -> str:
-    config = ["--config", str(ROOT / "configs/finetune_table.yaml"), "--data.train", "captions.csv"]
+    config = ["--config", str(ROOT / "configs/table.yaml"), "--data.train", "captions.csv"]
     parser: Any = run(args=config, execute=False).parser
     use_packaged_defaults(parser, [])
     data = ArgumentParser()

@@ -1,17 +1,13 @@
-"""Draw the documentation's images from a finished run of the quickstart, each for light and for dark pages.
+"""Draw the first page's image from a finished run of the quickstart, for light and for dark pages.
 
     python docs/images/draw.py runs/quickstart/version_0
 
-Needs matplotlib (extra `eval`) and Chromium, whose executable is `chromium` or named by $CHROMIUM. Nothing is posed:
-curves are the run's events, pages are what `lit-clip search` and `lit-clip evaluate` write for its last checkpoint.
+Needs Chromium, whose executable is `chromium` or named by $CHROMIUM.
 """
 
 import argparse
-import io
 import os
-import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -21,68 +17,21 @@ from PIL import Image
 
 import lit_clip
 from datamodules import OpenMojiClasses
-from lit_clip.evaluation.report.chart_style import COLOURS, chart_settings, new_figure
 from lit_clip.tools.html import thumbnail, write_page
 
 HERE = Path(__file__).parent
 MODES = {"light": 1, "dark": 0}  # Chromium's numbers of the preferred colour scheme
-PAPER = {"light": ("#ffffff", "#222222"), "dark": ("#16181c", "#dddddd")}  # as in lit_clip/tools/templates/base.html
 COLOURS_USED = 128  # of an image: screenshots of text and drawings look the same with them and take a third
-ZERO_SHOT = {
-    "trained_names": "training drawings, among all names",
-    "line_art": "line drawings, among all names",
-    "unseen_groups": "unseen drawings, among 9 groups",
-    "unseen_names": "unseen drawings, among all names",
-}
-QUERIES = ["red heart", "airplane", "cat face"]
 
 
 def main() -> None:
-    """Draw all images."""
+    """Draw the image."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("run", type=Path, help="the run's folder: runs/quickstart/version_0")
     run = parser.parse_args().run
     checkpoint = run.absolute() / "checkpoints" / "last.ckpt"
-    draw_training_curve(run)
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        draw_nearest_names(checkpoint, folder)
-        draw_search(checkpoint, folder)
-        draw_report(checkpoint, folder)
-
-
-def draw_training_curve(run: Path) -> None:
-    """Training loss and zero-shot accuracy over the steps of a run."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(run), size_guidance={"scalars": 0})
-    events.Reload()
-    for mode, (paper, ink) in PAPER.items():
-        colours = dict.fromkeys(
-            ("text.color", "axes.labelcolor", "xtick.color", "ytick.labelcolor", "ytick.color"), ink
-        )
-        with chart_settings({**colours, "grid.color": "#8883", "font.size": 10}):
-            figure, (loss, accuracy) = new_figure(3.2, ncols=2)
-            figure.set_facecolor(paper)
-            for axes in (loss, accuracy):
-                axes.set_facecolor(paper)
-                axes.grid(True)
-                axes.set_xlabel("step")
-            _line(loss, events.Scalars("train/loss"), COLOURS[5])
-            loss.set_title("training loss")
-            for place, (name, label) in enumerate(ZERO_SHOT.items()):
-                _line(accuracy, events.Scalars(f"zero_shot/{name}/top1"), COLOURS[(place + 5) % 6], label, 100)
-            accuracy.set_title("zero-shot top-1, %")
-            accuracy.legend(fontsize=8, loc="center right", bbox_to_anchor=(1, 0.33))
-            data = io.BytesIO()
-            figure.savefig(data, format="png", dpi=110, facecolor=paper)
-        save(Image.open(data), "training_curve", mode)
-
-
-def _line(axes: Any, scalars: list[Any], colour: str, label: str | None = None, times: float = 1) -> None:
-    marker = "o" if len(scalars) < 20 else None
-    values = [times * scalar.value for scalar in scalars]
-    axes.plot([scalar.step for scalar in scalars], values, color=colour, label=label, marker=marker, markersize=4)
+        draw_nearest_names(checkpoint, Path(name))
 
 
 def draw_nearest_names(checkpoint: Path, folder: Path) -> None:
@@ -98,32 +47,6 @@ def draw_nearest_names(checkpoint: Path, folder: Path) -> None:
     page = folder / "nearest_names.html"
     write_page(page, HERE / "nearest_names.html", title="nearest names", drawings=drawings)
     screenshot(page, "nearest_names", (1100, 574))
-
-
-def draw_search(checkpoint: Path, folder: Path) -> None:
-    """The page of ``lit-clip search`` among all drawings."""
-    drawings, page = folder / "drawings", folder / "search.html"
-    drawings.mkdir()
-    images = OpenMojiClasses()
-    for path, label in images.files:
-        name = "".join(letter if letter.isalnum() else "_" for letter in images.class_names[label])
-        shutil.copy(path, drawings / f"{name}.png")
-    _command("search", str(drawings), *QUERIES, "--model", str(checkpoint), "--top_k", "6", "--sheet", str(page))
-    screenshot(page, "search", (1280, 930))
-
-
-def draw_report(checkpoint: Path, folder: Path) -> None:
-    """The page of ``lit-clip evaluate``."""
-    output = folder / "evaluation"
-    suite = HERE.absolute().parents[1] / "configs" / "evaluation" / "bundled.yaml"
-    # In its folder: the page names the model as it was typed.
-    words = ("--model", checkpoint.name, "--suite", str(suite), "--output", str(output))
-    _command("evaluate", *words, folder=checkpoint.parent)
-    screenshot(output / "report.html", "report", (1100, 1000))
-
-
-def _command(*words: str, folder: Path | None = None) -> None:
-    subprocess.run([sys.executable, "-m", "lit_clip", *words], check=True, cwd=folder)
 
 
 def screenshot(page: Path, name: str, size: tuple[int, int]) -> None:
