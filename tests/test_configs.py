@@ -32,7 +32,7 @@ PAPER = {
 
 def test_the_documented_configs_exist() -> None:
     names = {path.stem for path in CONFIGS}
-    assert {"quickstart", "finetune_table", "zero_shot_imagenet", "fsdp", *PAPER} <= names
+    assert {"quickstart", "table", "zero_shot_imagenet", "fsdp", *PAPER} <= names
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
@@ -100,7 +100,7 @@ FOR_ANY_MACHINE = (
     "another_language",
     "finetune_clip",
     "finetune_siglip2",
-    "finetune_table",
+    "table",
     "quickstart",
     "pretrained_encoders",
 )
@@ -112,10 +112,10 @@ def test_configs_for_any_machine_do_not_set_the_precision(name: str) -> None:
     assert "precision" not in yaml.safe_load((ROOT / f"configs/{name}.yaml").read_text(encoding="utf-8"))["trainer"]
 
 
-@pytest.mark.parametrize("name", ["finetune_table", "quickstart"])
+@pytest.mark.parametrize("name", ["table", "quickstart"])
 def test_last_ckpt_is_the_last_epoch_even_if_it_is_not_the_best(name: str) -> None:
     """With a ``monitor``, Lightning's ``save_last`` copies the best: the final table described another model."""
-    train = ["--data.train", "x.csv"] if name == "finetune_table" else []
+    train = ["--data.train", "x.csv"] if name == "table" else []
     trainer = run(args=["--config", str(ROOT / f"configs/{name}.yaml"), *train], execute=False).trainer
     saving = trainer.checkpoint_callback
     assert isinstance(saving, ModelCheckpoint)

@@ -41,7 +41,7 @@ GUIDES = dict.fromkeys(re.findall(r"\((docs/[\w/]+\.md)", README)) | dict.fromke
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ["README.md", "CONTRIBUTING.md", *GUIDES]}
 FAST = ("--trainer.accelerator", "cpu", "--data.num_workers", "0")
 FEW = ("--data.batch_size", "8")  # for configs whose batch has more pairs than the table
-CONFIG = ("--config", "configs/finetune_table.yaml")
+CONFIG = ("--config", "configs/table.yaml")
 # For runs of the packaged defaults, but the first; RN-tiny-64 has 5 times as many weights, and takes 9 s to trace.
 SMALLER = "{embed_dim: 64, image: {image_size: 32, patch_size: 16, width: 64, layers: 1, heads: 1}, "
 SMALLER += "text: {context_length: 32, width: 16, layers: 1, heads: 1}}"
@@ -141,13 +141,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
             where = here / classes / (name if classes == "my_classes" else image.stem)  # those of a head's examples
             where.mkdir(parents=True)
             shutil.copy(image, where / "1.png")
-    (here / "examples.csv").write_text("image,classes\n")
+    (here / "labelled.csv").write_text("image,classes\n")
     for number, image in enumerate(sorted((here / "photos").iterdir())[:40]):
         name = ("tiger", "pizza", "bicycle")[number % 3]
-        (here / "examples" / name).mkdir(parents=True, exist_ok=True)
-        shutil.copy(image, here / "examples" / name / f"{number}.png")
-        with (here / "examples.csv").open("a") as table:
-            table.write(f"examples/{name}/{number}.png,{name};pizza\n")
+        (here / "labelled" / name).mkdir(parents=True, exist_ok=True)
+        shutil.copy(image, here / "labelled" / name / f"{number}.png")
+        with (here / "labelled.csv").open("a") as table:
+            table.write(f"labelled/{name}/{number}.png,{name};pizza\n")
     features = pa.table({"key": ["pizza.png"], "feature": [[0.6, 0.8]]})  # as `embed` writes them
     pq.write_table(features, here / "features.parquet")
     scores = {"score": [0.2, 0.4, 0.1], "decision": ["keep", "keep", "drop"]}  # as `score` writes them, among others
@@ -236,7 +236,7 @@ def test_a_command_runs(command: str, trained: Path, traces: Path) -> None:
     program, *options = words
     assert program == "lit-clip"
     packaged = options[0] in CONFIGURED and not any(word == "--config" or "help" in word for word in options)
-    if "configs/finetune_table.yaml" in options or packaged:
+    if "configs/table.yaml" in options or packaged:
         options += FAST
         if options[0] == "fit":
             options += shorter(options, packaged)

@@ -41,7 +41,7 @@ def settings() -> Any:
 
 
 def test_the_config_of_a_table_is_the_packaged_one() -> None:
-    assert (ROOT / "configs/finetune_table.yaml").samefile(DEFAULTS)
+    assert (ROOT / "configs/table.yaml").samefile(DEFAULTS)
 
 
 def test_fit_needs_a_table_only(parsed: Callable[..., Any], caption_table: Path) -> None:

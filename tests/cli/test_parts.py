@@ -97,7 +97,7 @@ def test_a_class_that_is_named_later_replaces_the_settings_of_the_default_one(
 ) -> None:
     """A configuration sets the warm-up of the cosine; another names a schedule without one."""
     step = "{class_path: torch.optim.lr_scheduler.StepLR, init_args: {step_size: 7}}"
-    command = [*words("fit", caption_table), "--config", str(ROOT / "configs/finetune_table.yaml")]
+    command = [*words("fit", caption_table), "--config", str(ROOT / "configs/table.yaml")]
     printed = in_process(*command, "--model.lr_scheduler", step, "--print_config")
     assert printed.returncode == 0, printed.stderr
     schedule = yaml.safe_load(printed.stdout)["model"]["lr_scheduler"]

@@ -248,7 +248,7 @@ def test_metrics_of_a_configuration_are_those_of_its_saved_form(world: int, fold
     words += ["--data.num_workers", "0", "--trainer.accelerator", "cpu", "--trainer.max_epochs", "1"]
     words += ["--trainer.devices", str(world), "--trainer.strategy", "ddp" if world > 1 else "auto"]
     words += ["--model.architecture", TINY_YAML]
-    configs = ["--config", str(ROOT / "configs/finetune_table.yaml"), "--config", "metrics.yaml"]
+    configs = ["--config", str(ROOT / "configs/table.yaml"), "--config", "metrics.yaml"]
     log = ["--trainer.logger", "CSVLogger", "--trainer.logger.save_dir", "runs", "--trainer.logger.name", "own"]
     run_lightning_ranks(world, folder, "lit-clip", "fit", *configs, *words, *log)
     run = folder / "runs/own/version_0"
