@@ -139,6 +139,6 @@ def similarity_matrix(images: Sequence[Image.Image], captions: Sequence[str], sc
             color = tuple(round(255 + shade * (ink - 255)) for ink in (21, 94, 149))
             frame = INK if row == column else PAPER
             draw.rectangle((x + 1, y + 1, x + cell - 2, y + cell - 2), color, frame, 2 if row == column else 1)
-            text_color = PAPER if shade > 0.5 else INK
+            text_color = PAPER if shade > 0.65 else INK
             draw.text((x + cell / 2, y + cell / 2), f"{scores[row, column]:.2f}", text_color, font, anchor="mm")
     return sheet

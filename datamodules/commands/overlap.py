@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from lit_clip import load_model
 from lit_clip.embedding.precision import Precision, check_precision
@@ -210,7 +210,7 @@ def _report(
 
 
 def _print(report: Mapping[str, Any]) -> None:
-    table = Table("set", title=Text("data overlap"))
+    table = Table(Column("set", overflow="fold"), title=Text("data overlap"))
     for column in ("images", "overlap", "all", "clean", "on overlap", "all - clean, points", "p"):
         table.add_column(column, justify="right")
     for name, figures in report["sets"].items():

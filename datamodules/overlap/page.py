@@ -93,8 +93,8 @@ def _galleries(findings: SetFindings, source: PairSource) -> dict[str, list[dict
         return [_shown(findings.nearest[at], bool(findings.seen[at]), findings, source) for at in places]
 
     return {
-        f"just above {findings.threshold:g}": nearest(above[::-1][:SHOWN]),
-        f"just below {findings.threshold:g}": nearest(below[:SHOWN]),
+        f"the least similar from {findings.threshold:g} on": nearest(above[::-1][:SHOWN]),
+        f"the most similar below {findings.threshold:g}": nearest(below[:SHOWN]),
         "from the most to the least similar": nearest(spread),
         f"below the threshold, but with the same look ({len(looks):,})": [
             _shown(pair, True, findings, source) for pair in looks[:SHOWN]

@@ -13,7 +13,7 @@ import yaml
 from filelock import FileLock
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
-from rich.table import Table
+from rich.table import Column, Table
 
 from lit_clip.cli import argv
 from lit_clip.recipes import Choice, Recipe, Run
@@ -144,7 +144,7 @@ def _seconds() -> float:
 
 
 def _show(recipe: str, choices: Sequence[Choice]) -> None:
-    table = Table("setting", "chosen", "because", title=f"Recipe: {recipe}")
+    table = Table(Column("setting", overflow="fold"), "chosen", "because", title=f"Recipe: {recipe}")
     for each in choices:
         described = isinstance(each.value, dict) and "class_path" in each.value
         table.add_row(each.option, shown(each.value) if described else str(each.value), each.why)

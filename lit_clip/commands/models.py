@@ -36,7 +36,11 @@ def models(patterns: list[str], *, pretrained: bool = False) -> None:
         for name in names:
             console.print(name, soft_wrap=True)
         return
-    table = Table(box=box.SIMPLE_HEAD, caption="M: millions of parameters; a multiply-add counts as two FLOPs")
+    table = Table(
+        box=box.SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+        caption="M: millions of parameters; a multiply-add counts as two FLOPs",
+    )
     table.add_column("model", overflow="fold")
     columns = "image\nM|text\nM|total\nM|pixels|tokens|embed\ndim|image\nGFLOPs|text\nGFLOPs"
     for column in columns.split("|"):

@@ -201,7 +201,8 @@ class EvaluationRun:
                 stderr().print(f"{opened.name}: {note}")
             if "value" in result:
                 value = f"{100 * result['value']:.1f} %"
-                metric = judging(opened.entry.metric, result.get("metrics", {}))
+                both = "recall@1 (the mean of both directions)"
+                metric = both if task == "retrieval" else judging(opened.entry.metric, result.get("metrics", {}))
                 stderr().print(f"{opened.name}: {task} {metric} {value}")
 
         if opened.entry.paper == IMAGENET or isinstance(opened.folds[0].images["test"], SomeOfImageNet):

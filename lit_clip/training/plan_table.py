@@ -77,7 +77,7 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
         rows.append(("steps", f"{plan.steps:,}, {plan.steps_per_epoch:,} per epoch"))
     if plan.steps is not None and plan.warmup is not None:
         of_run = "longer than the run" if plan.warmup > plan.steps else f"{plan.warmup / plan.steps:.1%} of the run"
-        rows.append(("warm-up", f"{plan.warmup:,} steps, {of_run}"))
+        rows.append(("warm-up", f"{plan.warmup:,} step{'s' * (plan.warmup != 1)}, {of_run}"))
     if plan.steps is not None and plan.global_batch is not None:
         rows.append(("pairs seen", f"{plan.steps * plan.global_batch:,}" + _left_out(plan)))
     if (plan.rows_per_image or 0) >= SEVERAL:

@@ -389,6 +389,15 @@ def test_the_table_lists_the_matching_models(capsys: pytest.CaptureFixture[str])
     assert "8.82" in output
 
 
+def test_names_are_legible_on_80_columns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr("lit_clip.tools.console.Console.is_terminal", True)
+    run_command(["models", "ViT-B-32", "ViT-SO400M-14-SigLIP-384"])
+    words = re.sub(r"\x1b\[[\d;?]*\w", "", capsys.readouterr().out).split()
+    assert "ViT-B-32" in words
+    assert any(word.startswith("ViT-SO400M-14") for word in words)  # 13 letters of a name at least
+
+
 def test_a_model_that_cannot_be_measured_gets_a_question_mark(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -109,7 +109,8 @@ def full() -> dict[str, Any]:
         "imagenet_a": a_set("ImageNet-A", 0.31),
         "ours": a_set("", 0.77),
         "flickr": a_set("Flickr30k", retrieval={"value": 0.7, "metrics": {
-            "image_to_text_recall@1": 0.8, "image_to_text_recall@5": 0.9, "text_to_image_recall@1": 0.6},
+            "image_to_text_recall@1": 0.8, "image_to_text_recall@5": 0.9, "text_to_image_recall@1": 0.6,
+            "image_to_text_median_rank": 3.0},
             "baselines": {"image_to_text_recall@1": 0.02, "text_to_image_recall@1": 0.01}}),
         "im2gps": a_set("IM2GPS", geolocation={"value": 0.3, "metrics": {"within_1km": 0.1, "within_25km": 0.3}}),
         "fairface": a_set("", bias={"images": 3, "accuracy": {"gender": {"by_gender": {
@@ -621,8 +622,10 @@ def test_the_page_shows_all_results(full: dict[str, Any], folder: Path) -> None:
         "cd" * 32,
         "torch 2.8.0",
         "PlaNet 8.4 (table 17)",
+        "retrieval, image to text median rank 3 ",
     ):
         assert words in page.text, words
+    assert "300.0" not in page.text
     images = [address for address in page.addresses if address.startswith("data:image/jpeg;base64,")]
     assert len(images) == 1
     assert page.tags.count("svg") == 5

@@ -68,9 +68,9 @@ def _metrics(
     lines = [["metric", "%", "99.5 % interval", "paper", "measured", "others in the paper"]]
     for task, result in tasks.items():
         others = peers(paper, task)
-        given = result.get("given") or []
+        numbers = _no_shares(result)
         for metric, value in (result.get("metrics") or {}).items():
-            if metric in given:  # not every metric is a share
+            if metric in numbers:
                 continue
             lines.append(
                 [
@@ -84,6 +84,12 @@ def _metrics(
             )
     kept = [place for place in range(6) if any(line[place] for line in lines[1:])]
     return [[line[place] for place in kept] for line in lines]
+
+
+def _no_shares(task: Task) -> dict[str, float | None]:
+    """Return the metrics that are no share in percent: median ranks, and what torchmetrics was given to compute."""
+    given, metrics = task.get("given") or [], task.get("metrics") or {}
+    return {name: number(value) for name, value in metrics.items() if name in given or name.endswith("median_rank")}
 
 
 def _with_source(figure: Published | None) -> str:
@@ -113,9 +119,8 @@ def _facts(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> Iterator[tupl
         for key, words in (("captions", "captions"), ("references", "reference images"), ("queries", "queries")):
             if key in task:
                 yield words, f"{task[key]:,}"
-        for metric in task.get("given") or []:
-            value = number((task.get("metrics") or {}).get(metric))
-            yield f"{TASKS.get(name, name)}, {metric}", "" if value is None else f"{value:.4g}"
+        for metric, value in _no_shares(task).items():
+            yield f"{TASKS.get(name, name)}, {metric_words(metric)}", "" if value is None else f"{value:.4g}"
         if name == "linear_probe":
             yield "regularisation (l2)", f"{number(task.get('l2')) or 0:g}"
 
