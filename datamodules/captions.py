@@ -26,6 +26,7 @@ from .pairs.source import NO_CAPTION, CaptionOptions, Classes, Columns, PairSour
 from .shards.pairs import ShardOptions
 
 VALIDATION_SHARE = 0.1
+FEW = 10  # pairs, of which one is ten points of recall
 READERS = {  # of columns that are for one loss
     "weight": "lit_clip.losses.WeightedContrastive",
     "other_image": "lit_clip.training.other_images.OtherImageContrastive",
@@ -222,8 +223,11 @@ class Captions(CaptionDataModule):
             return train, self._open(self.val, "validation")
         assert self.train is not None
         train, val = self._open(self.train, "train").divide(VALIDATION_SHARE, self.split_seed)
+        of_all = " before data.keep" * (self.keep is not None)
+        few = "; too few to judge a model by, set data.val" * (len(val) < FEW)
         rank_zero_info(
-            f"data.val: not set; {len(val):,} of {len(train) + len(val):,} pairs, a tenth of the images, validate"
+            f"data.val: not set; {len(val):,} of {len(train) + len(val):,} pairs, a tenth of the images{of_all}, "
+            f"validate{few}"
         )
         return train if fit else None, val
 

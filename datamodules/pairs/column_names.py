@@ -3,12 +3,14 @@
 import re
 import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from lit_clip.errors import InputError, listed, require
+from lit_clip.tools.images import SUFFIXES
 from ..loading.bad_samples import BLANK_PATTERN
 from .source import SourceOptions, compute
 
@@ -17,6 +19,7 @@ IMAGE_COLUMNS = (
     *("jpg", "jpeg", "png", "webp"),  # encoded images in a parquet file
 )
 CAPTION_COLUMNS = ("caption", "captions", "text", "title", "description", "sentence", "sentences")
+
 
 LONGEST_NAME = 60  # of a column in a message
 
@@ -43,8 +46,13 @@ class ColumnNames(NamedTuple):
         return list(dict.fromkeys(name for name in names if name is not None))
 
 
-def find_column(path: object, found: list[str], wanted: str | None, usual: tuple[str, ...], option: str) -> str:
-    """Choose one of a table's columns: ``wanted``, which the user sets by ``option``, or the first of ``usual``."""
+def find_column(
+    path: object, found: list[str], wanted: str | None, usual: tuple[str, ...], option: str, image: str | None = None
+) -> str:
+    """Choose one of a table's columns: ``wanted``, which the user sets by ``option``, or the first of ``usual``.
+
+    ``image`` is the column of images, which is not suggested for anything else.
+    """
     columns = listed([name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..." for name in found], 30)
     if wanted is not None:
         if wanted in found:
@@ -55,8 +63,13 @@ def find_column(path: object, found: list[str], wanted: str | None, usual: tuple
         if name in lowered:
             return lowered[name]
     is_image = usual is IMAGE_COLUMNS
-    likely = shlex.quote(found[0 if is_image else -1][:LONGEST_NAME]) if found else "NAME"
+    others = [name for name in found if name != image]
+    likely = shlex.quote(others[0 if is_image else -1][:LONGEST_NAME]) if others else "NAME"
     hint = f"for example, set {option} {likely}" if option.startswith("--") else f"set {option}"
+    if any(Path(name).suffix.lower() in SUFFIXES for name in found):
+        hint = "its first line looks like an image's: put a line with the columns' names above it"
+    elif image is not None and not others:
+        hint = f"beside the images in {image!r} it has no column"
     if is_image and "url" in lowered:
         hint = "download the images first, for example with img2dataset"
     raise InputError(f"{path}: none of its columns ({columns}) is called {' or '.join(usual[:3])}; {hint}")
@@ -67,7 +80,7 @@ def find_columns(path: object, found: list[str], options: SourceOptions) -> Colu
     wanted, option = options.columns, f"{options.option_prefix}columns."
     image = find_column(path, found, wanted.image, IMAGE_COLUMNS, f"{option}image")
     numbered = [] if wanted.caption is not None else _numbered_captions(found)
-    caption = find_column(path, found, [*numbered, wanted.caption][0], CAPTION_COLUMNS, f"{option}caption")
+    caption = find_column(path, found, [*numbered, wanted.caption][0], CAPTION_COLUMNS, f"{option}caption", image)
     require(image != caption, f"{path}: column {image!r} cannot be both the image and the caption")
     optional = {name: getattr(wanted, name) for name in ("group", "negative", "weight", "other_image")}
     for name, column in optional.items():

@@ -21,7 +21,7 @@ from lit_clip.tools.html import thumbnail, write_page
 
 TEMPLATE = Path(__file__).parent / "templates" / "classify.html"
 WRONG = 120  # images on the page, the most confidently wrong ones
-NO_TRUTH = "--metrics: no image is in a folder that is named like a class, so there is nothing to compare with"
+NO_TRUTH = "no image is in a folder that is named like a class, so there is nothing to compare with"
 
 
 def folder_names(paths: Sequence[str], files: Sequence[ImageFile]) -> list[str]:
@@ -80,7 +80,7 @@ class Judge:
     elsewhere: list[bool] = field(default_factory=list)  # of images of no class: whether they were called so
 
     def __post_init__(self) -> None:
-        require(self.known or not self.given, NO_TRUTH)
+        require(self.known or not self.given, f"--metrics: {NO_TRUTH}")
         check_metrics(self.given, torch.zeros(1, dtype=torch.int64), len(self.names))
         self._metrics = build(self.given, len(self.names))
 

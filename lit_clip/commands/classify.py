@@ -7,7 +7,7 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from lit_clip import load_model
 from lit_clip.commands.class_examples import ExampleFiles, read_examples
 from lit_clip.commands.class_heads import Learned, Learning, learn, write_label_next
 from lit_clip.commands.class_output import Output, RankedClass, ranked, write_classes
-from lit_clip.commands.class_truth import Judge, folder_names, folder_truth
+from lit_clip.commands.class_truth import NO_TRUTH, Judge, folder_names, folder_truth
 from lit_clip.embedding.encoding_task import EncodingSettings, check_complete, report_skipped
 from lit_clip.embedding.image_files import FileRows, find_images
 from lit_clip.embedding.precision import Precision, autocast, check_precision
@@ -86,6 +86,7 @@ class Known:
 
 
 ENCODING, KNOWN, LEARNING = Encoding(), Known(), Learning()
+NO_LINES = (".json", ".yaml", ".yml")  # files in which names stand between other signs
 FEW = 20  # images in class folders that are shown unless --output is typed: the summary is what is read
 
 
@@ -114,8 +115,9 @@ def classify(
             the names of the folder's subfolders.
         templates: prompt templates with {} for the name; or a text file with one per line; or imagenet, the paper's 80.
         top_k: number of classes shown for each image.
-        output: format of the results; by default a table, of the first 20 images if images lie in class folders. CSV
-            has an apostrophe before names that a spreadsheet would compute, such as =1.
+        output: format of the results; by default what the name of output_file ends in, or a table, of the first 20
+            images if images lie in class folders. CSV has an apostrophe before names that a spreadsheet would compute,
+            such as =1.
         output_file: write the results to this file instead of standard output.
         known: what is done with images whose classes are known.
         learning: a head that is fitted on examples, or was.
@@ -135,11 +137,13 @@ def classify(
     names = head.facts.names if head else examples.names if examples else typed or folder_names(images, files)
     folders = [path for path in map(Path, images) if path.is_dir()]
     judge = Judge(files, names, folder_truth(files, names, folders), given)
+    require(judge.known or known.sheet == Known.sheet, f"--sheet: {NO_TRUTH}")
     clip = load_model(model).to(best_device())
     classifier, learned = _classifier(clip, head, examples, names, prompts, learning, encoding)
     answers = Answers(files, names, classifier.head, top_k, judge, keep=learning.label_next is not None)
     few = FEW if output is None and target is None and judge.known else None
-    answers.collect(classifier, output or "table", target, few)
+    by_name = next((kind for kind in get_args(Output) if target and target.suffix == f".{kind}"), "table")
+    answers.collect(classifier, output or by_name, target, few)
     if learned:
         _report(learned, learning, answers)
     judge.finish(Path(known.sheet))
@@ -289,6 +293,7 @@ def _lines(words: Sequence[str], option: str) -> list[str]:
     path = Path(words[0]) if len(words) == 1 else None
     if path is None or not (os.path.isfile(path) or path.suffix == ".txt"):  # Path.is_file fails beyond 255 characters
         return [" ".join(word.split()) for word in words]
+    require(path.suffix not in NO_LINES, f"--{option} {path}: write a text file, {path.stem}.txt, with one per line")
     text = read_text(path, f"--{option}")
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     require(bool(lines), f"--{option} {path}: the file is empty; write one per line")

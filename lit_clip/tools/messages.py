@@ -226,6 +226,7 @@ HINTS = {
     r"strategy `fsdp|invalid strategy name": "for FSDP add --config configs/fsdp.yaml; it shows how to name a class",
     r"^[a-z ]+ are required: data$": "the --config files name no data module; add --data datamodules.Captions",
     r"^model: Unable to load config": "a model's name is the value of --model.architecture",
+    r"^unrecognized arguments: [^-\s]\S*\.(csv|tsv|jsonl?|parquet)": "a path of data is the value of --data.train",
     r"^data: (wants LightningDataModule|.*No module named)": "a path of data is the value of --data.train",
     r"model\.loss: wants Loss or null": "name a subclass of lit_clip.losses.Loss, as file.Class",
     r"given class_path '\S+': No module named": "a class of your own is named file.Class, and its file lies in the "
@@ -251,6 +252,7 @@ def one_line(error: BaseException) -> str:
         command = f"{unset[1]}=... lit-clip {' '.join(sys.argv[1:2])} ..."
         return f"the config needs the environment variable {unset[1]}; type {command}"
     text = re.sub(r'Parser key "([^"]+)":', r"\1:", " ".join(line.strip() for line in shorter(lines)))
+    text = re.sub(r"Problem with given class_path '([^']+)': Option ", r"\1: option ", text)
     hints = [hint for words, hint in HINTS.items() if re.search(words, text)]
     hints += [f"did you mean {near}?" for near in _similar_names(text)]
     return "; ".join([text, *getattr(error, "__notes__", ()), *hints])

@@ -69,8 +69,11 @@ def reason(error: Exception) -> str:
         return "it needs more memory than there is"
     if isinstance(error, UnicodeDecodeError):
         return f"not {error.encoding.upper()} text: {error.reason} at byte {error.start}"
+    if isinstance(error, EOFError) and not str(error):
+        return "it ends too early"
     words = getattr(error, "strerror", None) or " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, KeyError) and error.args:  # of a mapping, or with a sentence of Arrow's
         words = error.args[0] if " " in str(error.args[0]) else f"{words} is missing"
+    words = words.partition(". This is an internal miniz error")[0]  # of torch; a guess at the cause follows
     words = without_secrets(words)  # half of a password would not be recognised
     return words if len(words) <= LONGEST_REASON else f"{words[:LONGEST_REASON]} ..."

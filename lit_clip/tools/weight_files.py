@@ -5,7 +5,7 @@ import os
 import pickle
 import zipfile
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -153,8 +153,22 @@ def read_sharded(folder: Path, wanted: Wanted = all_rows) -> dict[str, Any]:
 
 def _newest() -> str:
     """Return a hint at the newest checkpoint of the runs below the working folder."""
-    found = sorted((file.stat().st_mtime, file) for file in Path().glob("runs/*/*/checkpoints/*.ckpt"))
-    return f"; the newest here is {found[-1][1]}" if found else ""
+    newest = _newest_of(Path().glob("runs/*/*/checkpoints/*.ckpt"))
+    return f"; the newest here is {newest}" if newest else ""
+
+
+def _newest_of(files: Iterable[Path]) -> Path | None:
+    """Return the newest of the files, or the last checkpoint of its run."""
+    newest = max(files, key=lambda file: file.stat().st_mtime, default=None)
+    last = newest and newest.with_name("last.ckpt")
+    return last if last and last.exists() else newest
+
+
+def _in_folder(folder: Path) -> str:
+    """Say which checkpoint of a folder, often a run's, can be named."""
+    newest = _newest_of([*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")])
+    such = f"; name a file in it, such as {newest}" if newest else f" without {INDEX}; name a file"
+    return f"is a folder{such}"
 
 
 @contextmanager
@@ -162,7 +176,8 @@ def opening(path: Path) -> Iterator[None]:
     """Turn any error of somebody's weight file into one line that names it."""
     with reading(path, "weight file", hint="it may be incomplete"):
         sharded = is_sharded(path)
-        require(sharded or not path.is_dir(), f"{path}: is a folder without {INDEX}; name a file in it")
+        if not sharded and path.is_dir():
+            raise InputError(f"{path}: {_in_folder(path)}")
         require(sharded or path.is_file(), f"{path}: no such checkpoint file{_newest()}")
         try:
             if zipfile.is_zipfile(path):

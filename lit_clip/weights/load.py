@@ -3,6 +3,7 @@
 import dataclasses
 import io
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -99,6 +100,8 @@ def _load(
     # Where both are given they agree; the weights' also locates their tokenizer.
     stored = weights.config or expected or architecture_by_shapes(state, partial(_fits, state), weights.name)
     if stored is None:
+        text = any(re.search("text|token|transformer", name) for name in state)
+        require(text, f"{weights.name}: the weights have no text encoder, so they are no CLIP's (docs/encoders.md)")
         raise InputError(
             f"{weights.name}: the weights do not name their model; put its name in front, as in "
             f"{DEFAULT_ARCHITECTURE}:{weights.name} (lit-clip models lists the names), or put the "

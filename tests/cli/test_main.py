@@ -219,7 +219,11 @@ def assert_user_error(result: Completed, *parts: str) -> None:
         (["--model.architecture", "ViT-B-33"], ["'ViT-B-33'", "did you mean ViT-B-32?"]),
         (["--model.architecture", "{image: {widht: 64}}"], ["model.architecture", "widht"]),
         (["--model.pretrained", "nowhere.ckpt"], ["nowhere.ckpt: no such checkpoint file"]),
-        (["--data.trian", "x.csv"], ["datamodules.Captions", "trian"]),
+        (
+            ["--data.trian", "x.csv"],
+            ["Captions: option 'trian' is not accepted; did you mean --data.train?"],
+        ),
+        (["captions.csv"], ["unrecognized arguments: captions.csv", "a path of data is the value of --data.train"]),
         (["--data.val", "nowhere.csv"], ["nowhere.csv: no such file or folder"]),
         (["--data.columns.caption", "words"], ["no column 'words'", "image, caption", "columns.caption"]),
         (["--data.batch_size", "1000"], ["64 training pairs", "batch_size to 64 or less"]),
@@ -478,7 +482,7 @@ def test_single_settings_of_an_external_encoder_cannot_be_typed(
 
 
 def test_a_run_that_gets_worse_keeps_the_last_and_the_best_epoch(cli: Cli, caption_table: Path, tmp_path: Path) -> None:
-    config = str(Path(__file__).parents[2] / "configs/finetune_table.yaml")
+    config = str(Path(__file__).parents[2] / "configs/table.yaml")
     options = ["--data.batch_size", "16", "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
     options += ["--model.architecture", TINY_YAML]
     options += ["--model.optimizer.lr", "1", "--model.lr_scheduler.warmup_steps", "0"]

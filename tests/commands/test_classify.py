@@ -154,6 +154,8 @@ def test_images_of_no_class_are_not_counted_and_flat_folders_are_not_judged(
         (["photos", "--metrics", "torchmetrics.Accuracy"], "must be NAME=CLASS_PATH"),
         (["photos", "--metrics", "a=torchmetrics.classification.MulticlassAUROCK"], "metrics: a: .*did you mean"),
         (["photos", "--sheet", "x.htm"], "--sheet x.htm: must be a .html file"),
+        (["photos/elsewhere", "--classes", *NAMES, "--sheet", "x.html"], "--sheet: no image is in a folder"),
+        (["photos", "--classes", "n.json"], "--classes n.json: write a text file, n.txt, with one per line"),
         (["photos", "--sheet", "no/x.html"], "--sheet no/x.html: there is no such folder"),
         (["photos", "--examples", "none"], "none: no such folder"),
         (["photos", "--classes", "a", "b", "--examples", "photos"], "no folder there is named like a class"),
@@ -181,6 +183,7 @@ def test_images_of_no_class_are_not_counted_and_flat_folders_are_not_judged(
 def test_mistakes_are_one_line(words: list[str], message: str, root: Path) -> None:
     write_folders(root / "photos", "test", 7, others=2)
     write_folders(root / "above/photos", "test", 1)
+    (root / "n.json").write_text('["red", "blue"]')
     (root / "a.csv").write_text("image,label\nx.png,red\n")
     (root / "b.csv").write_text("image,classes\nphotos/red/000.png,red; blue\nphotos/red/000.png,violet\n")
     (root / "c.csv").write_text("image,classes\n")
@@ -283,6 +286,16 @@ def test_a_few_rows_of_class_folders_stand_above_all_summaries(
         assert sum(path in told.partition("accuracy: ")[0] for path, _ in found) == shown
         assert max(places) < told.index("none of these: a logit below") < told.index("accuracy: ")
         assert ("the first 20 of 40 images; --output table shows all" in told) == (shown == 20)
+
+
+def test_a_files_name_says_its_format(root: Path) -> None:
+    write_folders(root / "photos", "test", 4)
+    words = ["classify", "photos", "--classes", *NAMES, *OPTIONS]
+    for name, more in (("a.csv", []), ("a.json", []), ("b.txt", ["--output", "csv"])):
+        run_command([*words, "--output_file", name, *more])
+    rows = csv.DictReader(Path("a.csv").read_text().splitlines())
+    assert {row["image"] for row in rows} == {row["image"] for row in json.loads(Path("a.json").read_text())}
+    assert Path("b.txt").read_text() == Path("a.csv").read_text()
 
 
 def test_several_classes_an_image_are_those_above_their_thresholds(

@@ -146,7 +146,8 @@ def test_a_message_says_that_a_tenth_of_the_images_validates(
     with caplog.at_level(logging.INFO):
         data = module_of("fit", train=str(two_captions_each))
     assert data.val_source is not None
-    assert f"data.val: not set; {len(data.val_source)} of 43 pairs" in caplog.text
+    told = f"data.val: not set; {len(data.val_source)} of 43 pairs, a tenth of the images, validate"
+    assert f"{told}; too few to judge a model by, set data.val" in caplog.text
 
 
 def test_division_depends_on_the_seed_only(two_captions_each: Path) -> None:

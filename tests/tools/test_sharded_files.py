@@ -173,8 +173,15 @@ def test_a_damaged_or_hostile_folder_is_one_line(
 
 def test_a_folder_without_an_index_is_no_checkpoint(folder: Path) -> None:
     (folder / INDEX).unlink()
-    with pytest.raises(InputError, match=f"last.ckpt: is a folder without {INDEX}; name a file in it"):
+    with pytest.raises(InputError, match=f"last.ckpt: is a folder without {INDEX}; name a file"):
         read_mapped(folder)
+    run = folder.parent / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    for name in ("last", "best"):
+        (run / "checkpoints" / f"{name}.ckpt").touch()
+    for path in (run, run / "checkpoints"):
+        with pytest.raises(InputError, match=f"^{path}: is a folder; name a file in it, such as .*/last.ckpt$"):
+            read_mapped(path)
 
 
 def test_looking_at_a_checkpoint_takes_no_memory_for_its_tensors(folder: Path) -> None:

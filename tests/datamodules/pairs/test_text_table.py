@@ -172,6 +172,9 @@ def test_unknown_column_is_an_error_that_lists_the_columns_found(folder: Path, s
     ("header", "option"),
     [
         ("photo,caption", "for example, set --data.columns.image photo"),
+        ("label,image", "for example, set --data.columns.caption label"),
+        ("image", "beside the images in 'image' it has no column"),
+        ("photos/1.jpg,a cat", "its first line looks like an image's: put a line with the columns' names above it"),
         ("image,my words", "for example, set --data.columns.caption 'my words'"),
     ],
 )
