@@ -54,6 +54,7 @@ CSS = """
 #where .thumbnail-item img {height: auto}
 #found .caption-label, #where .caption-label
   {position: static; display: block; max-width: 100%; border: 0; white-space: nowrap}
+#where .caption-label {white-space: normal}
 """
 
 
@@ -193,7 +194,7 @@ def web_app(trial: Trial, name: str, uploads: Path, host: str = "127.0.0.1") -> 
     with gr.Blocks(title=f"{name} - lit-clip", analytics_enabled=False) as blocks:
         more = f", {plural(len(folder.names), 'image')}" if folder else ""
         parameters = sum(parameter.numel() for parameter in trial.model.parameters())
-        gr.HTML(f"<h2>{escape(name)}</h2>{parameters / 1e6:,.1f} M parameters{more}")
+        gr.HTML(f"<h2 style='overflow-wrap: anywhere'>{escape(name)}</h2>{parameters / 1e6:,.1f} M parameters{more}")
         if folder:
             with gr.Tab("Search"):
                 _search_tab(gr, trial)

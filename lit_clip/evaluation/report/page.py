@@ -102,7 +102,9 @@ def _summary(found: Sequence[Row], near: NearestModel) -> str:
     counts = [f"{plural(statuses['done'], 'set')} done"]
     counts += [f"{statuses[status]} {words}" for status, words in STATUSES.items() if words and statuses[status]]
     counts += [f"{plural(skipped, 'image')} skipped"] if skipped else []
-    return "; ".join([*counts, f"compared with the paper's {papers_name(near.name)} ({near.rule})"])
+    if any(row.papers for row in found):
+        counts.append(f"compared with the paper's {papers_name(near.name)} ({near.rule})")
+    return "; ".join(counts)
 
 
 def _provenance(results: Results, others: Mapping[str, Results]) -> Iterator[tuple[str, str]]:
