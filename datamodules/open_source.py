@@ -3,15 +3,13 @@
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from jsonargparse import ArgumentError, ArgumentParser
 
-from lit_clip.errors import InputError, require
+from lit_clip.errors import InputError, require, similar_file
 from lit_clip.tools.class_paths import short_names
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import SUFFIXES as IMAGES
@@ -154,10 +152,7 @@ def _instead(missing: Path) -> str:
     """Return a hint: a similar file beside it; or what data may be, if the name does not say what it is."""
     if missing.suffix.lower() not in FILES:
         return f"; data may be {SUPPORTED}"
-    near: list[str] = []
-    with suppress(OSError):
-        near = get_close_matches(missing.name, os.listdir(missing.parent), n=1)
-    return f"; did you mean {missing.with_name(near[0])}?" if near else ""
+    return similar_file(missing)
 
 
 def _open_folder(folder: Path, options: SourceOptions) -> PairSource:

@@ -6,6 +6,7 @@ Code that reads options or files raises :class:`InputError` for values it cannot
 import os
 import re
 from collections.abc import Collection
+from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -70,12 +71,19 @@ def require(condition: bool, message: str) -> None:
         raise InputError(message)
 
 
+def similar_file(path: Path) -> str:
+    """Return a hint at a file or folder beside it with the same ending and a similar name; or nothing."""
+    with suppress(OSError):
+        others = [file.stem for file in path.parent.iterdir() if file.suffix == path.suffix and file.name != path.name]
+        if near := get_close_matches(path.stem, others, n=1):
+            return f"; did you mean {path.with_stem(near[0])}?"
+    return ""
+
+
 def no_such_file(path: str | os.PathLike[str]) -> InputError:
     """Return the error for a missing file, with a file of a similar name as a suggestion."""
     path = Path(path)
-    others = [file.stem for file in path.parent.glob(f"*{path.suffix}") if file != path]  # itself: a link to nothing
-    near = get_close_matches(path.stem, others, n=1)
-    hint = f"; did you mean {path.with_stem(near[0])}?" if near else ""
+    hint = similar_file(path)
     if path.parts[:1] == ("configs",) and not Path("configs").is_dir():
         advice = "type the command in a clone of it, or give the whole path"
         hint = f"; configs is a folder of lit-clip's repository: {advice}"

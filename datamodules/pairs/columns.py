@@ -170,6 +170,10 @@ class ColumnPairs(PairSource):
         images = [(cells.image, cells) for cells in sample]
         images += [(cells.other_image, cells) for cells in sample if cells.other_image is not None]
         files = [(self._located(*each)[0], each[1].where) for each in images if not isinstance(each[0], bytes | dict)]
+        for path, where in files:
+            if isinstance(path, Path) and not path.exists():
+                hint = "a path starts at the table's folder, or at columns.root"
+                raise BadSample(where, "missing image", f"no such image file: {path}; {hint}")
         check_images([(self._opened(source, where), where) for source, where in files])
 
 

@@ -38,10 +38,9 @@ class PairFilters:
     min_image_dim: int | None = None  # pixels of the shorter side
 
     def __post_init__(self) -> None:
-        require(
-            self.fraction is None or 0 < self.fraction <= 1,
-            f"--fraction {self.fraction}: must be above 0 and at most 1",
-        )
+        share = self.fraction
+        percent = f"; {share:g} % is {share / 100:g}" if share is not None and 1 < share <= 100 else ""
+        require(share is None or 0 < share <= 1, f"--fraction {share}: must be above 0 and at most 1{percent}")
         require(self.fraction is None or self.threshold is None, "--threshold: give it or --fraction, not both")
         for name in ("min_caption_words", "min_image_dim"):
             value = getattr(self, name)

@@ -8,7 +8,7 @@ from pathlib import Path
 from PIL import Image
 
 from lit_clip.embedding.feature_files import Identity
-from lit_clip.errors import require
+from lit_clip.errors import require, similar_file
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import SUFFIXES, OnError, open_image, or_skip
 
@@ -88,7 +88,7 @@ def find_images(paths: Sequence[str], on_error: OnError = "error") -> list[Image
             inside = images_in(path, on_error)
             files = [image_file((path / file.key).as_posix(), path / file.key) for file in inside]
         else:
-            require(path.exists(), f"{path}: no such file or folder")
+            require(path.exists(), f"{path}: no such file or folder{similar_file(path)}")
             require(path.is_file(), f"{path}: neither a file nor a folder")  # opening a pipe would wait for a writer
             files = [image_file(path.as_posix(), path)]
         for file in files:

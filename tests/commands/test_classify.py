@@ -149,6 +149,7 @@ def test_images_of_no_class_are_not_counted_and_flat_folders_are_not_judged(
             ["photos/elsewhere"],
             "--classes: not given, and photos/elsewhere is no folder with a subfolder of images for",
         ),
+        (["fotos", "--classes", *NAMES], r"fotos: no such file or folder; did you mean photos\?"),
         (["above"], "--classes: not given, and above has one subfolder, photos; name the classes' folder"),
         (["photos/elsewhere", "--classes", *NAMES, "--metrics", "a=x.Y"], "--metrics: no image is in a folder"),
         (["photos", "--metrics", "torchmetrics.Accuracy"], "must be NAME=CLASS_PATH"),

@@ -9,6 +9,7 @@ from datamodules.pairs.decisions import read_decisions
 from datamodules.pairs.pair_filters import PairFilters
 from datamodules.pairs.score_files import write_scores
 from lit_clip.embedding.pair_scores import SCORES
+from lit_clip.errors import InputError
 
 WORDS = ["a", "dog", "in  the", "Ä", "park\n", "photograph", ""]
 
@@ -67,6 +68,12 @@ def test_fraction_takes_the_best_and_of_equal_scores_the_first(
     scores = np.random.default_rng(1).integers(0, 6, 100).astype(np.float32) / 10  # many are equal
     wanted = sorted(sorted(range(100), key=lambda number: (-scores[number], number))[: round(fraction * 100)])
     assert kept(tmp_path, pairs(100, scores), PairFilters(fraction=fraction)) == wanted
+
+
+def test_a_fraction_in_percent_is_refused_with_what_is_meant() -> None:
+    for fraction, told in ((30.0, "at most 1; 30 % is 0.3"), (0.0, "at most 1"), (1000.0, "at most 1")):
+        with pytest.raises(InputError, match=rf"^--fraction {fraction}: must be above 0 and {told}$"):
+            PairFilters(fraction=fraction)
 
 
 def test_fraction_agrees_with_datacomps_threshold_where_no_scores_are_equal(tmp_path) -> None:
