@@ -195,7 +195,8 @@ def test_the_commands_of_a_plain_install_train_evaluate_and_use_a_model(wheel: P
     lit_clip("evaluate", *use, "--suite", "suite.yaml", "--data_root", ".", "--output", "evaluation")
     assert (here / "evaluation/report.html").exists()
     table = lit_clip("classify", "0.png", *use, "--classes", *NAMES)
-    code = f"import lit_clip; print(lit_clip.load_model({str(model)!r}).similarity('0.png', {list(NAMES)}).tolist())"
+    prompts = [f"a photo of a {name}." for name in NAMES]
+    code = f"import lit_clip; print(lit_clip.load_model({str(model)!r}).similarity('0.png', {prompts})[0].tolist())"
     nearest = sorted(zip(json.loads(run("python", "-c", code)), NAMES, strict=True), reverse=True)[:3]
     assert all(f" {name} " in table for _, name in nearest)
     lit_clip("search", "my_classes", "a red patch", *use)

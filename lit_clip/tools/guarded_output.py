@@ -99,11 +99,12 @@ class _Stderr:
 def log_above_bars() -> None:
     """Let Lightning's log messages move its progress bar down, as warnings do, where they were written into it.
 
-    rich takes the place of ``sys.stderr`` while a bar is drawn; Lightning's handlers keep the stream of before.
+    rich takes the place of ``sys.stderr`` while a bar is drawn; Lightning's handlers keep the stream of before. Where
+    that is a file, messages stay in it.
     """
     for name in ("lightning", "lightning.pytorch"):
         for handler in logging.getLogger(name).handlers:
-            if type(handler) is logging.StreamHandler:
+            if type(handler) is logging.StreamHandler and handler.stream is sys.__stderr__ and sys.stderr.isatty():
                 handler.setStream(_Stderr())
 
 
