@@ -247,7 +247,7 @@ def _short_run(plan: RunPlan) -> Iterator[str]:
         longer = "max_steps" if plan.max_steps == steps else "max_epochs"
         instead = f", or {lower}" if warmup > steps / 10 else ""
         left = _count(steps - warmup)
-        yield f"the run has only {left} after its {warmup} of warm-up: raise --trainer.{longer}{instead}"
+        yield f"the run has only {left} after its {warmup} of warm-up: raise trainer.{longer}{instead}"
 
 
 def _count(steps: int) -> str:
