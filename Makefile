@@ -89,10 +89,11 @@ SLOW_combinations := tests/combinations
 SLOW_faults := tests/faults -k "not store"
 SLOW_stores := tests/faults -k store
 SLOW_models := tests/models
-SLOW_rest := tests $(addprefix --ignore=tests/,combinations faults models)
-PARTS := combinations faults stores models rest
+SLOW_quickstart := tests/test_quickstart.py tests/test_notebooks.py
+SLOW_rest := tests $(addprefix --ignore=tests/,combinations faults models test_quickstart.py test_notebooks.py)
+PARTS := combinations faults stores models quickstart rest
 
-test-slow: install  ## Run the slow tests; PART=combinations, faults, stores, models or rest runs a part
+test-slow: install  ## Run the slow tests; PART=combinations, faults, stores, models, quickstart or rest runs a part
 	@$(if $(filter-out $(PARTS),$(PART)),echo "PART must be one of: $(PARTS)" && exit 2,$(BIN)/python -m pytest -m slow $(SLOW_$(PART)))
 
 fuzz: install  ## Give hostile files to all that reads files, for MINUTES=10
