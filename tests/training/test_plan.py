@@ -114,7 +114,7 @@ def test_other_runs_are_not(change: dict[str, Any]) -> None:
         ({"steps": 299, "warmup": 200}, ["99 steps after its 200 of", "max_epochs, or lower --model.lr_s"]),
         (
             {"steps": 51, "warmup": 50, "max_steps": 51, "max_epochs": None},
-            ["only 1 step after", "--trainer.max_steps"],
+            ["only 1 step after", "raise trainer.max_steps"],
         ),
         ({"accumulated": 4}, ["accumulate_grad_batches 4", "micro_batch_size"]),
         ({"max_steps": 100}, ["max_steps 100", "max_epochs 32 (390624 steps)", "max_steps ends", "max_epochs out"]),
