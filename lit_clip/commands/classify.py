@@ -142,7 +142,7 @@ def classify(
     classifier, learned = _classifier(clip, head, examples, names, prompts, learning, encoding)
     answers = Answers(files, names, classifier.head, top_k, judge, keep=learning.label_next is not None)
     few = FEW if output is None and target is None and judge.known else None
-    by_name = next((kind for kind in get_args(Output) if target and target.suffix == f".{kind}"), "table")
+    by_name: Output = next((kind for kind in get_args(Output) if target and target.suffix == f".{kind}"), "table")
     answers.collect(classifier, output or by_name, target, few)
     if learned:
         _report(learned, learning, answers)
