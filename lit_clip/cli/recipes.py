@@ -144,7 +144,7 @@ def _seconds() -> float:
 
 
 def _show(recipe: str, choices: Sequence[Choice]) -> None:
-    table = Table(Column("setting", overflow="fold"), "chosen", "because", title=f"Recipe: {recipe}")
+    table = Table(Column("setting", overflow="fold", no_wrap=True), "chosen", "because", title=f"Recipe: {recipe}")
     for each in choices:
         described = isinstance(each.value, dict) and "class_path" in each.value
         table.add_row(each.option, shown(each.value) if described else str(each.value), each.why)
