@@ -54,7 +54,7 @@ SETTINGS = {
     "trainer": {
         "accelerator": "cpu",
         "max_steps": 2,
-        "limit_val_batches": 0.25,  # 1 may become 1.0: typing keeps the order of another Optional[Union[float, int]]
+        "limit_val_batches": 1,
         "enable_progress_bar": False,
         "log_every_n_steps": 1,
         "logger": [
@@ -83,9 +83,9 @@ def assert_nowhere(secret: str, folder: Path, *results: CompletedProcess[str]) -
 
 
 def test_no_file_or_message_of_a_run_holds_a_secret_and_the_saved_config_resumes_it(
-    cli: Cli, in_process: Cli, tmp_path: Path, environment: dict[str, str]
+    cli: Cli, tmp_path: Path, environment: dict[str, str]
 ) -> None:
-    run, shown = partial(cli, environment=environment), partial(in_process, environment=environment)
+    run = partial(cli, environment=environment)
     first = run("fit", "--config", "secret.yaml")
     assert first.returncode == 0, first.stderr
     saved = tmp_path / "runs/csv/version_0/fit_config.yaml"
@@ -95,7 +95,8 @@ def test_no_file_or_message_of_a_run_holds_a_secret_and_the_saved_config_resumes
         name: wanted[name] for name in ("train", "batch_size", "secret")
     }
     assert (kept["more"]["a"], kept["more"]["d"]) == (wanted["more"]["a"], wanted["more"]["d"])
-    printed = shown("fit", "--config", str(saved), "--print_config")
+    # Not in this process: typing's cache has one order for Optional[Union[int, float]] and another test's opposite.
+    printed = run("fit", "--config", str(saved), "--print_config")
     assert printed.stdout == saved.read_text()
     more = run("fit", "--config", str(saved), "--ckpt_path", "last", "--trainer.max_steps", "4")
     assert more.returncode == 0, more.stderr
