@@ -20,9 +20,9 @@ from lit_clip.errors import InputError, require
 from lit_clip.module import TrainingStep
 from lit_clip.tools import hardware
 from lit_clip.tools.untrusted import check_entries
+from lit_clip.training.lightning.loop_counts import validation_due
 from lit_clip.training.lightning.run_folder import run_folder
 from lit_clip.training.lightning.signals import signal_of
-from lit_clip.training.lightning.strategies import validation_due
 from lit_clip.training.optimizers import obeys_found_inf, skip_step
 from .training_clock import log_interval
 

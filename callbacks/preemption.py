@@ -15,9 +15,9 @@ from lit_clip.errors import require
 from lit_clip.tools.claimed_folders import release_folders
 from lit_clip.tools.processes import is_launched
 from lit_clip.training.lightning.checkpoint_io import save_whole
+from lit_clip.training.lightning.loop_counts import validate_after_step, validation_due
 from lit_clip.training.lightning.run_folder import run_folder
 from lit_clip.training.lightning.signals import Signals, replace_signals, signal_of, signals_of
-from lit_clip.training.lightning.strategies import validate_after_step, validation_due
 from lit_clip.training.summary import resume_command
 
 

@@ -70,52 +70,6 @@ def _move_own_keys(checkpoint: dict[str, Any], state: Mapping[str, Any]) -> None
     checkpoint |= {"loss": own} if own else {}
 
 
-def reopen_epoch(checkpoint: dict[str, Any]) -> None:
-    """Count an epoch that a run has left before its last batch as under way, as a checkpoint within it does; in place.
-
-    Lightning counts it as processed when ``max_steps`` ends the run, and then as completed. A checkpoint that
-    ``ModelCheckpoint`` saves at that end, or that is saved by hand afterwards, would resume in the next epoch.
-    """
-    batches, epochs = _epoch_counts(checkpoint)
-    if not batches or batches["is_last_batch"] or not batches["current"]["ready"]:
-        return
-    current = epochs["current"]
-    left = [count for count in ("processed", "completed") if current[count] == current["started"]]
-    checkpoint["epoch"] -= "completed" in left
-    for counts in epochs.values():
-        for count in left:
-            counts[count] -= 1
-
-
-def close_epoch(checkpoint: dict[str, Any], batches_per_epoch: int | None) -> tuple[int, int]:
-    """Begin with a new epoch after one that is complete, in place; the counterpart of :func:`reopen_epoch`.
-
-    With ``max_steps`` Lightning would resume within the complete epoch, find no batch left in it, and count it twice:
-    the run would leave out the data of an epoch. Return the number of complete epochs, and of steps in them.
-
-    A checkpoint that is saved when an epoch validates resumes at the epoch's end, for callbacks that have to see it.
-    Lightning takes more batches if there are more of them now (``batches_per_epoch``): another batch size.
-    """
-    batches, epochs = _epoch_counts(checkpoint)
-    if not batches:
-        return 0, 0
-    done, current, counts = checkpoint["global_step"], epochs["current"], batches["current"]
-    if not batches["is_last_batch"]:
-        return current["completed"], done - counts["processed"]
-    if current["processed"] == current["started"]:
-        batches |= {"is_last_batch": False, "current": dict.fromkeys(counts, 0)}
-        for each in epochs.values():
-            each["completed"] = each["processed"]
-        return current["completed"], done
-    batches["current"] = {name: max(count, batches_per_epoch or 0) for name, count in counts.items()}
-    return current["completed"] + 1, done
-
-
-def _epoch_counts(checkpoint: Mapping[str, Any]) -> tuple[Any, Any]:
-    loops = checkpoint.get("loops", {}).get("fit_loop", {})
-    return loops.get("epoch_loop.batch_progress"), loops.get("epoch_progress")
-
-
 def unpack_checkpoint(checkpoint: dict[str, Any], module: Any, name: Source, trainer: Any = None) -> None:
     """Turn a checkpoint of ours into what Lightning loads, in place, and give the model its tokenizer.
 

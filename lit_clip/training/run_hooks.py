@@ -24,11 +24,12 @@ from lit_clip.secrets import plain_without_secrets
 from lit_clip.tools import hardware
 from lit_clip.tools.claimed_folders import release_folders, remove_leftovers
 from lit_clip.tools.parts import Description
-from lit_clip.training.checkpoint_contents import close_epoch, pack_checkpoint, reopen_epoch, unpack_checkpoint
+from lit_clip.training.checkpoint_contents import pack_checkpoint, unpack_checkpoint
 from lit_clip.training.checks import check_counts, check_lora_gradients, check_parts, check_run, check_skipped_samples
 from lit_clip.training.lightning.checkpoint_io import load_the_same_checkpoint, remove_after_writing
 from lit_clip.training.lightning.folder_locks import claim_folders, note_unnumbered
 from lit_clip.training.lightning.fsdp import compute_missing_batches
+from lit_clip.training.lightning.loop_counts import enter_epoch, resumed_counts, settle_counts
 from lit_clip.training.lightning.resume_checks import check_same_parts
 from lit_clip.training.lightning.signals import add_flags, note_flags
 from lit_clip.training.lightning.strategies import (
@@ -150,6 +151,9 @@ class RunHooks(LightningModule):
     def on_fit_start(self) -> None:
         check_run(self)
 
+    def on_train_start(self) -> None:
+        enter_epoch(self.trainer)
+
     def teardown(self, stage: str) -> None:
         release_folders()
 
@@ -246,7 +250,7 @@ class RunHooks(LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         base = {"pretrained": self.hparams["pretrained"], "sha256": self.base_sha256} if self.base_sha256 else None
         pack_checkpoint(checkpoint, self.model, base, self._changing)
-        reopen_epoch(checkpoint)
+        settle_counts(checkpoint)
         checkpoint |= {"parts": plain_without_secrets(self.parts, opens=True), "before": dict(self.before)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -266,5 +270,5 @@ class RunHooks(LightningModule):
             resumable = "optimizer_states" in checkpoint and "parts" in checkpoint
             weights_only = f"{name}: holds weights only, so training cannot resume"
             require(resumable, f"{weights_only}; start from it with model.pretrained")
-            steps = total_steps(self.trainer, *close_epoch(checkpoint, batches_per_epoch(self.trainer)))
+            steps = total_steps(self.trainer, *resumed_counts(checkpoint, batches_per_epoch(self.trainer)))
             self.optimization.resume(checkpoint, self.optimization.groups(self), steps, name)

@@ -1,4 +1,4 @@
-"""Settings and states of Lightning's strategies, loops and connectors that have no public name."""
+"""Settings and states of Lightning's strategies and connectors that have no public name."""
 
 from typing import Any
 
@@ -63,24 +63,6 @@ def synchronise_batch_norm(strategy: Strategy) -> None:
             f"trainer.sync_batchnorm: torch has no synchronised BatchNorm for {device}; leave it out",
         )
         strategy._layer_sync = SyncBatchNorm()
-
-
-def validation_due(trainer: Trainer) -> bool:
-    """Return whether the training loop validates after the step that has just ended."""
-    loop: Any = trainer.fit_loop
-    return bool(loop.epoch_loop._should_check_val_fx(loop._data_fetcher))
-
-
-def validate_after_step(trainer: Trainer) -> None:
-    """Validate as the training loop does after a step, and log at that step."""
-    loop: Any = trainer.fit_loop.epoch_loop
-    loop.val_loop.restarting = False
-    trainer.validating = True
-    first_iteration = trainer._logger_connector._first_loop_iter
-    loop.val_loop.run()
-    loop.val_loop._has_run = False  # otherwise the training loop takes the current epoch for a finished one
-    trainer._logger_connector._first_loop_iter = first_iteration
-    trainer.training = True
 
 
 def divides_samples(trainer: Trainer) -> bool:
