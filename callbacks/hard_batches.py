@@ -59,7 +59,8 @@ class HardBatches(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         data = cast(Any, trainer).datamodule
         epoch = data.position.epoch
-        if self._epoch != epoch - epoch % self.every_n_epochs:
+        has_ended = epoch == trainer.max_epochs and self._epoch >= 0
+        if self._epoch != epoch - epoch % self.every_n_epochs and not has_ended:
             self._find(trainer, cast(LitCLIP, pl_module), epoch)
         data.use_neighbours(self._images, self._nearest)
 

@@ -117,7 +117,7 @@ class Part(NamedTuple):
         steps: what was trained on, by step.
         points: what was logged, by name and step.
         end: ``done``, ``killed`` or ``terminated``.
-        state: of its end: weights, moments, rates, counters.
+        state: of its end: weights, moments, rates, counters, callbacks.
     """
 
     steps: dict[int, Any]
@@ -168,25 +168,17 @@ def fit(folder: Path, table: str, settings: Settings, stop: Stop | None, resumed
         end = "killed"
     except SystemExit:
         end = "terminated"
-    return Part(recorder.steps, logger.points, end, _state(trainer, module) if end == "done" else {})
+    state = _state(trainer, folder / "end" / "end.ckpt") if end == "done" else {}
+    return Part(recorder.steps, logger.points, end, state)
 
 
-def _state(trainer: Trainer, module: LitCLIP) -> dict[str, Any]:
-    loops = trainer.fit_loop.state_dict()
-    optimizer = trainer.optimizers[0].state_dict()
-    return {
-        "weights": dict(module.state_dict()),
-        "moments": optimizer["state"],
-        "rates": [group["lr"] for group in optimizer["param_groups"]],
-        "counters": [trainer.global_step, trainer.current_epoch, loops["epoch_loop.batch_progress"]["total"]],
-        "epochs": loops["epoch_progress"],
-        "schedule": [config.scheduler.state_dict() for config in trainer.lr_scheduler_configs],
-        "callbacks": {
-            each.state_key: each.state_dict()
-            for each in trainer.callbacks  # pyright: ignore[reportAttributeAccessIssue]  # set by a connector
-            if isinstance(each, EMA | HardBatches | TrainingMonitor)
-        },
-    }
+def _state(trainer: Trainer, path: Path) -> dict[str, Any]:
+    """Return all that a checkpoint of a run's end holds, but its files and what no two runs share."""
+    trainer.save_checkpoint(path)
+    saved = torch.load(path, weights_only=True)
+    saved["callbacks"] = {name: state for name, state in saved["callbacks"].items() if "ModelCheckpoint" not in name}
+    # A run that has ended before and is resumed draws no number.
+    return {name: value for name, value in saved.items() if name not in ("random_states", "hyper_parameters")}
 
 
 def differences(ours: Any, theirs: Any, where: str = "") -> list[str]:
@@ -197,6 +189,10 @@ def differences(ours: Any, theirs: Any, where: str = "") -> list[str]:
         odd = [f"{where}: only one has {key}" for key in sorted(map(str, ours.keys() ^ theirs.keys()))]
         return odd + [
             each for key in ours.keys() & theirs for each in differences(ours[key], theirs[key], f"{where}/{key}")
+        ]
+    if isinstance(ours, list | tuple) and len(ours) == len(theirs):
+        return [
+            each for i, pair in enumerate(zip(ours, theirs, strict=True)) for each in differences(*pair, f"{where}/{i}")
         ]
     return [] if ours == theirs or (ours != ours and theirs != theirs) else [f"{where}: {ours} and {theirs}"]
 
