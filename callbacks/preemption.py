@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_clip import distributed
 from lit_clip.errors import require
-from lit_clip.tools.claimed_folders import release_folders
+from lit_clip.tools.claims import release
 from lit_clip.tools.processes import is_launched
 from lit_clip.training.lightning.checkpoint_io import save_whole
 from lit_clip.training.lightning.loop_counts import validate_after_step, validation_due
@@ -104,7 +104,7 @@ class Preemption(Callback):
                 signals.outcome = f"{signal.Signals(signals.agreed).name}: {outcome}"
                 exception.args = (signals.outcome,)
         else:
-            release_folders()  # Lightning calls no teardown hook after an error, and a notebook lives on
+            release()  # Lightning calls no teardown hook after an error, and a notebook lives on
 
     def _agreed(self, trainer: Trainer) -> bool:
         signals = signals_of(trainer)

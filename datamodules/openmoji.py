@@ -20,10 +20,10 @@ from PIL import Image, ImageDraw, ImageFont
 from lit_clip.errors import InputError
 from lit_clip.evaluation.zero_shot import LabelledImages
 from lit_clip.tools.atomic import replacing
+from lit_clip.tools.cache_folder import default_cache_dir
 from lit_clip.tools.hashing import stamp_of_files
 from .caption_datamodule import CaptionDataModule
 from .loading.augmentation import Augmentation, Transform
-from .loading.cache import default_cache_dir
 from .pairs.source import Pair, PairSource, PairText
 
 Style = Literal["color", "line"]

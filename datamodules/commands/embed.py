@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_clip import load_model
-from lit_clip.embedding.encode import encode, machines
+from lit_clip.embedding.encode import claimed_by_first, encode, machines
 from lit_clip.embedding.encoding_task import (
     EncodingSettings,
     EncodingTask,
@@ -108,22 +108,23 @@ def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings, sh
     if plan.print_plan:
         print_work(_work(clip, task, items, settings, share, path), plan)
         return
-    parts = Parts.resumed(path, f"{name} {items.content} {items.stamp}", settings.precision, share)
-    unreadable = encode(clip, task, parts, settings)
-    if unreadable is None or parts.shared():
-        return
-    table = collect(items.identities, parts.read(FeatureTable.of))
-    check_complete(len(table.identities), len(items.identities), unreadable)
-    metadata = {"model": model, "model_sha256": name, "precision": settings.precision, "lit_clip": __version__}
-    metadata |= {"content": items.content} | ({"root": str(items.root)} if items.root is not None else {})
-    texts_of = dict(zip(items.identities, items.texts, strict=True)) if items.content == "caption" else {}
-    captions = [texts_of[identity] for identity in table.identities] if texts_of else None
-    write_features(path, [key for key, _, _ in table.identities], table.features, metadata, captions)
-    report_skipped([key for key, _, _ in items.identities], unreadable, path.with_name(f"{path.name}.skipped.txt"))
-    parts.remove()
-    stderr().print(f"{path}: {len(table.identities)} rows of {table.features.shape[1]} numbers")
-    if items.content == "image":
-        stderr().print(f"search them: {shlex.join(['lit-clip', 'search', str(path), 'TEXT', '--model', model])}")
+    with claimed_by_first(path, settings, share):
+        parts = Parts.resumed(path, f"{name} {items.content} {items.stamp}", settings.precision, share)
+        unreadable = encode(clip, task, parts, settings)
+        if unreadable is None or parts.shared():
+            return
+        table = collect(items.identities, parts.read(FeatureTable.of))
+        check_complete(len(table.identities), len(items.identities), unreadable)
+        metadata = {"model": model, "model_sha256": name, "precision": settings.precision, "lit_clip": __version__}
+        metadata |= {"content": items.content} | ({"root": str(items.root)} if items.root is not None else {})
+        texts_of = dict(zip(items.identities, items.texts, strict=True)) if items.content == "caption" else {}
+        captions = [texts_of[identity] for identity in table.identities] if texts_of else None
+        write_features(path, [key for key, _, _ in table.identities], table.features, metadata, captions)
+        report_skipped([key for key, _, _ in items.identities], unreadable, path.with_name(f"{path.name}.skipped.txt"))
+        parts.remove()
+        stderr().print(f"{path}: {len(table.identities)} rows of {table.features.shape[1]} numbers")
+        if items.content == "image":
+            stderr().print(f"search them: {shlex.join(['lit-clip', 'search', str(path), 'TEXT', '--model', model])}")
 
 
 def _work(clip: CLIP, task: EncodingTask, items: _Items, settings: EncodingSettings, share: Share, path: Path) -> Work:

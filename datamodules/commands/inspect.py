@@ -11,6 +11,7 @@ from lit_clip.embedding.parts import Parts
 from lit_clip.errors import InputError, require
 from lit_clip.models.registry import list_models, resolve_architecture
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
+from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console, Text, stderr
 from lit_clip.tools.html import page_path
 from lit_clip.tools.shares import Share
@@ -66,23 +67,24 @@ def inspect(
     name, table = ", ".join(data), page.with_suffix(".findings.csv")
     reads = f"{model} {stamp_of_data([model] if model else [], {}, source)} {tokenizer.context_length}"
     stamp = stamp_of_data(data, {"columns": columns, "split": split}, source, [page, table])
-    parts = Parts(page, f"{__version__} {reads} {stamp}", alone=True, share=Share.typed(share))
-    if share is not None:
-        scan(source, tokenizer, num_workers, parts)
-        parts.shared()
-        return
-    with tempfile.TemporaryFile("w+", encoding="utf-8") as problems:
-        findings = inspect_source(source, tokenizer, problems, num_workers, parts)
-        leaks = None if validation is None else (validation, _leaks(findings, validation, tokenizer, num_workers))
-        duplicates = find_duplicates(findings)
-        copies = find_copies(findings, source, num_workers)
-        lines = scan_lines(source, findings, problems, copies, leaks, tokenizer)
-        counts, command = write_findings(table, lines, source, DataOptions(data, columns, split))
-    sections = summarize(findings, source.left_out, duplicates, tokenizer.context_length) + findings_section(counts)
-    replaced = " (replaces the one before)" if page.exists() else ""
-    beside = (table.name, command) if counts else None
-    write_inspection(page, name, source, findings, duplicates, sections, tokenizer.context_length, beside)
-    parts.remove()
+    parts = Parts(page, f"{__version__} {reads} {stamp}", Share.typed(share))
+    with claimed(page, table, share=parts.share):
+        if share is not None:
+            scan(source, tokenizer, num_workers, parts)
+            parts.shared()
+            return
+        with tempfile.TemporaryFile("w+", encoding="utf-8") as problems:
+            findings = inspect_source(source, tokenizer, problems, num_workers, parts)
+            leaks = None if validation is None else (validation, _leaks(findings, validation, tokenizer, num_workers))
+            duplicates = find_duplicates(findings)
+            copies = find_copies(findings, source, num_workers)
+            lines = scan_lines(source, findings, problems, copies, leaks, tokenizer)
+            counts, command = write_findings(table, lines, source, DataOptions(data, columns, split))
+        sections = summarize(findings, source.left_out, duplicates, tokenizer.context_length) + findings_section(counts)
+        replaced = " (replaces the one before)" if page.exists() else ""
+        beside = (table.name, command) if counts else None
+        write_inspection(page, name, source, findings, duplicates, sections, tokenizer.context_length, beside)
+        parts.remove()
     _print(name, sections, findings, source.left_out)
     stderr().print(f"page with images: {page}{replaced}")
     _check_usable(name, findings)

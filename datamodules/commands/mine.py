@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lit_clip import load_model
-from lit_clip.embedding.encode import encode
+from lit_clip.embedding.encode import claimed_by_first, encode
 from lit_clip.embedding.encoding_task import EncodingSettings, check_complete, image_task, text_task
 from lit_clip.embedding.feature_files import FeatureTable, Identity, check_output, collect
 from lit_clip.embedding.parts import Parts
@@ -75,10 +75,11 @@ def mine(
         source = kept_pairs(source, keep, "--keep")
         stamp = f"{stamp} {source.digest}"
     rows = _rows(source, settings.on_error)
-    found = _mined(source, rows, model, path, stamp, settings, window)
-    if found is not None:
-        _write(path, rows, found)
-        _tell(path, rows, found, root)
+    with claimed_by_first(path, settings):
+        found = _mined(source, rows, model, path, stamp, settings, window)
+        if found is not None:
+            _write(path, rows, found)
+            _tell(path, rows, found, root)
 
 
 def _root(source: PairSource, data: list[str]) -> str:

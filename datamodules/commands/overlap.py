@@ -15,6 +15,7 @@ from lit_clip.errors import require
 from lit_clip.evaluation.overlap import CONFIDENCE, bonferroni
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder, replacing
+from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console, Text, stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.hashing import hex_digest
@@ -81,16 +82,18 @@ def overlap(
     check_prompts(opened)
     options = {"columns": columns, "split": split}
     source = _opened(train, options)
-    clip = load_model(model).to(best_device())
-    described = {"name": model, "fingerprint": fingerprint(clip).model, "precision": precision}
-    stamp = stamp_of_data(train, options, source, [path.with_suffix(suffix) for suffix in OUTPUTS])
-    cache, settings = path.with_name(f".{path.stem}.found"), [described["fingerprint"], precision, stamp]
-    least = min(LEAST_KEPT, *thresholds.values())
-    queries, found = _searched(clip, opened, source, cache, settings, (batch_size, num_workers, precision, least))
-    findings = _judged(clip, opened, queries, found, thresholds, by, precision)
-    leaks = leaked_rows(found, list(queries.values()), findings, by, source)
-    written = write_findings(path.with_suffix(OUTPUTS[0]), leaks, source, DataOptions(train, columns, split))
-    _write(path, _report(findings, found, len(source), described, train, by), findings, source, *written)
+    outputs = [path.with_suffix(suffix) for suffix in OUTPUTS]
+    with claimed(*outputs):
+        clip = load_model(model).to(best_device())
+        described = {"name": model, "fingerprint": fingerprint(clip).model, "precision": precision}
+        stamp = stamp_of_data(train, options, source, outputs)
+        cache, settings = path.with_name(f".{path.stem}.found"), [described["fingerprint"], precision, stamp]
+        least = min(LEAST_KEPT, *thresholds.values())
+        queries, found = _searched(clip, opened, source, cache, settings, (batch_size, num_workers, precision, least))
+        findings = _judged(clip, opened, queries, found, thresholds, by, precision)
+        leaks = leaked_rows(found, list(queries.values()), findings, by, source)
+        written = write_findings(outputs[0], leaks, source, DataOptions(train, columns, split))
+        _write(path, _report(findings, found, len(source), described, train, by), findings, source, *written)
 
 
 def _opened(train: list[str], options: Mapping[str, Any]) -> PairSource:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_clip import load_model
-from lit_clip.embedding.encode import machines
+from lit_clip.embedding.encode import claimed_by_first, machines
 from lit_clip.embedding.encoding_task import EncodingSettings, check_complete
 from lit_clip.embedding.feature_files import check_output
 from lit_clip.embedding.pair_scores import in_order, pair_task, score_pairs, scored_rows, scores_of
@@ -14,6 +14,7 @@ from lit_clip.embedding.precision import check_precision
 from lit_clip.embedding.work_plan import PlanOptions, Work, measure, print_work
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
+from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import stderr
 from lit_clip.tools.shares import Share
 from lit_clip.version import __version__
@@ -92,8 +93,9 @@ def _scored_or_filtered(
         require(model is None, f"--model: {data[0]} has scores already; leave it out, or give the data themselves")
         require(not plan.print_plan, "--print_plan: filtering scores takes seconds; leave it out")
         require(share == Share(), f"--share: {data[0]} has scores already, and filtering takes no jobs; leave it out")
-        file = ScoreFile(Path(data[0]))
-        return write_scores(path, file.pairs(), file.scores(), filters, file.metadata, file.label)
+        with claimed(path):
+            file = ScoreFile(Path(data[0]))
+            return write_scores(path, file.pairs(), file.scores(), filters, file.metadata, file.label)
     if model is None:
         raise InputError("--model: not given; it is needed to score pairs")
     check_precision(settings.precision, settings.accelerator)
@@ -107,17 +109,18 @@ def _scored_or_filtered(
         print_work(_work(clip, SourcePairs(source), settings, share, path), plan)
         return None
     name = fingerprint(clip).model
-    parts = Parts.resumed(path, f"{name} {stamp}", settings.precision, share)
-    unreadable = score_pairs(clip, SourcePairs(source), parts, settings)
-    if unreadable is None or parts.shared():
-        return None
-    check_complete(int(scored_rows(parts, len(source)).sum()), len(source), unreadable, "rows")
-    metadata = {"model": model, "model_sha256": name, "precision": settings.precision, "lit_clip": __version__}
-    metadata |= {"data": json.dumps(list(data))}
-    pairs, scores = in_order(parts, len(source), unreadable), scores_of(parts)
-    counts = write_scores(path, pairs, scores, filters, metadata, label_of(source, ALL_PAIRS))
-    parts.remove()
-    return counts
+    with claimed_by_first(path, settings, share):
+        parts = Parts.resumed(path, f"{name} {stamp}", settings.precision, share)
+        unreadable = score_pairs(clip, SourcePairs(source), parts, settings)
+        if unreadable is None or parts.shared():
+            return None
+        check_complete(int(scored_rows(parts, len(source)).sum()), len(source), unreadable, "rows")
+        metadata = {"model": model, "model_sha256": name, "precision": settings.precision, "lit_clip": __version__}
+        metadata |= {"data": json.dumps(list(data))}
+        pairs, scores = in_order(parts, len(source), unreadable), scores_of(parts)
+        counts = write_scores(path, pairs, scores, filters, metadata, label_of(source, ALL_PAIRS))
+        parts.remove()
+        return counts
 
 
 def _work(clip: CLIP, pairs: SourcePairs, settings: EncodingSettings, share: Share, path: Path) -> Work:

@@ -1,13 +1,13 @@
 """``lit-clip shard``: write any source of pairs as indexed tar shards in img2dataset's layout."""
 
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from lit_clip.embedding.work_plan import SECONDS, PlanOptions, Sample, Work, print_work, sampled
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.atomic import make_folder
+from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import OnError
 from lit_clip.tools.shares import Share
@@ -70,7 +70,7 @@ def shard(
         print_work(_work(writer, workers), plan)
         return
     make_folder(folder, "--output")
-    with _alone(folder, writer.share):
+    with claimed(folder, share=writer.share):
         keep_manifest(folder / MANIFEST, manifest_of(data, source, shard_size, resize, options))
         counts = write_shards(writer, workers)
     if share is None:
@@ -92,23 +92,6 @@ def _work(writer: ShardWriter, workers: int) -> Work:
     sample = Sample(rows, time.monotonic() - started, read / rows, written / rows)
     processes, unit = max(1, workers) * writer.share.of, ("shards", writer.shard_size)
     return Work(len(writer.source), processes, unit, sample, "a shard and its index are a file each", 2)
-
-
-@contextmanager
-def _alone(folder: Path, share: Share) -> Iterator[None]:
-    """Keep other runs of the same share out of a folder, and of any share if this run writes all shards."""
-    from filelock import FileLock, Timeout
-
-    others = [] if share.suffix else [path for path in folder.glob(".lock-*") if path.is_file()]
-    try:
-        with ExitStack() as locks:
-            for path in (folder / f".lock{share.suffix}", *others):
-                locks.enter_context(FileLock(path, timeout=0))
-            yield
-    except Timeout as error:
-        raise InputError(f"{folder}: another lit-clip shard is writing there; wait for it or stop it") from error
-    for path in others:
-        path.unlink(missing_ok=True)
 
 
 def _report(source: PairSource, folder: Path, shards: int, counts: Written) -> None:

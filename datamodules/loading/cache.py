@@ -1,6 +1,5 @@
 """The cache folder: files made once from the data and read again by every process and every run."""
 
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -9,14 +8,10 @@ from typing import TypeVar
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_clip.tools.atomic import replacing
+from lit_clip.tools.cache_folder import default_cache_dir
 from lit_clip.tools.hashing import hex_digest
 
 Content = TypeVar("Content")
-
-
-def default_cache_dir() -> Path:
-    """Return ``$XDG_CACHE_HOME/lit-clip`` or ``~/.cache/lit-clip``."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lit-clip"
 
 
 def cache_file(kind: str, source: Path, settings: Iterable[object], suffix: str) -> Path:

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from lit_clip.errors import InputError, require
 from lit_clip.secrets import without_secrets
+from lit_clip.tools.cache_folder import default_cache_dir
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.untrusted import shortened
-from ..loading.cache import default_cache_dir
 from ..loading.store import fetch, stamp_of
 from .columns import ColumnPairs
 from .source import PairSource, SourceOptions

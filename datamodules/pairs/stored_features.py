@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.models.tokenizer import TextTokenizer
+from lit_clip.tools.cache_folder import default_cache_dir
 from lit_clip.tools.hashing import hash64, hex_digest
 from lit_clip.tools.images import OnError
 from lit_clip.tools.stored_rows import StoredRows
@@ -23,7 +24,6 @@ from lit_clip.tools.workers import SharedMemoryCollate, shield_worker
 from lit_clip.training.frozen_features import ImageBatch, StoredTeacher, Texts
 from lit_clip.training.teacher import stored_name
 from ..loading.augmentation import Augmentation, described_augmentation
-from ..loading.cache import default_cache_dir
 from ..loading.sampling import TrainingSample, sample_seed
 from .source import PairSource
 

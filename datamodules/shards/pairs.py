@@ -17,11 +17,11 @@ from torch.utils.data import Dataset
 
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import BadSample, InputError, require
+from lit_clip.tools.cache_folder import default_cache_dir
 from lit_clip.tools.console import progress
 from lit_clip.tools.images import OnError, open_image
 from lit_clip.tools.workers import loader
 from ..loading.bad_samples import check_caption, is_blank
-from ..loading.cache import default_cache_dir
 from ..loading.store import MAX_IMAGE_BYTES, Stamp, is_remote, stamp_of
 from ..pairs.columns import checked_weight
 from ..pairs.source import LISTED, NO_CAPTION, Columns, EncodedPair, Pair, PairSource, PairText, SkippedRows

@@ -14,6 +14,7 @@ from lit_clip.embedding.feature_files import WRITE_AGAIN, StoredFeatures, read_f
 from lit_clip.embedding.index import nearest
 from lit_clip.errors import require
 from lit_clip.tools.atomic import not_written, replacing
+from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import progress
 from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.tools.reading import naming, reading
@@ -122,6 +123,11 @@ def open_index(path: Path) -> ApproximateIndex:
 
 def add_to_index(path: Path, paths: Sequence[Path]) -> ApproximateIndex:
     """Add the rows of files of features to an index beside them, which is new or lacks them; write and return it."""
+    with claimed(path):
+        return _with_rows(path, paths)
+
+
+def _with_rows(path: Path, paths: Sequence[Path]) -> ApproximateIndex:
     old = open_index(path) if path.exists() else None
     known = {file.name for file in old.files} if old else set()
     for each in paths:
@@ -198,7 +204,7 @@ def _read_facts(path: Path) -> list[IndexedFile]:
         require(values["format"] == FORMAT and bool(values["files"]), f"not an index of this version; {AGAIN}")
         for entry in values["files"]:
             check_entries(entry, kinds, "files", complete=True)
-            plain = Path(entry["name"]).name == entry["name"] and "\0" not in entry["name"]
+            plain = Path(entry["name"]).name == entry["name"] not in ("", "..") and "\0" not in entry["name"]
             require(plain, f"files: {entry['name']}: must be the name of a file beside the index")
     return [IndexedFile(**{name: entry[name] for name in kinds}) for entry in values["files"]]
 

@@ -7,7 +7,7 @@ import numpy as np
 from lit_clip.tools.reading import reading
 
 CONNECTIVITY = 32  # links of a node on each level but the lowest, where there are twice as many
-AGAIN = "remove it, and build it again with lit-clip index"
+AGAIN = "wait if lit-clip index is writing there, or else build another index under a new name"
 NODES = 65_536  # checked at once
 I8, U64, U32 = 23, 14, 15  # usearch's numbers for types
 COUNTS = (

@@ -1,11 +1,9 @@
 """Heads of ``lit-clip classify``: fitted on examples, or read from a file; and which images to label next."""
 
 import csv
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import ClassVar, NamedTuple
 
 import numpy as np
@@ -18,7 +16,7 @@ from lit_clip.commands.class_output import NONE, percent
 from lit_clip.commands.search import TEMPLATE, THUMBNAIL, small_image
 from lit_clip.embedding.encoding_task import EncodingSettings
 from lit_clip.embedding.image_files import ImageFile
-from lit_clip.embedding.index import update_index
+from lit_clip.embedding.index import EXAMPLES, update_index
 from lit_clip.errors import listed, require
 from lit_clip.evaluation.class_head import FOLDS, MOST_FITS
 from lit_clip.evaluation.intervals import UnitScores
@@ -33,7 +31,7 @@ from lit_clip.tools.console import Text, progress, stderr
 from lit_clip.tools.html import thumbnail, write_page
 from lit_clip.tools.text_files import no_formula
 
-INDEX = ".lit-clip-examples.npz"
+LABEL_NEXT = Path("label_next.csv")
 SHOWN = 40  # classes whose thresholds are printed
 Summary = list[str | Table]
 
@@ -114,9 +112,7 @@ def learn(
 
 def _features(model: CLIP, examples: ExampleFiles, settings: EncodingSettings) -> Examples:
     """Return the features of the examples that can be read, encoded unless they are in the index beside them."""
-    with TemporaryDirectory() as instead:
-        place = examples.place if os.access(examples.place, os.W_OK) else Path(instead)
-        table = update_index(model, examples.files, place / INDEX, settings, both_kinds=True)
+    table = update_index(model, examples.files, examples.place / EXAMPLES, settings, both_kinds=True)
     rows = {file.identity: row for row, file in enumerate(examples.files)}
     labels = examples.labels[[rows[identity] for identity in table.identities]]
     require(labels.ndim == 2 or bool((labels >= 0).any()), "--examples: none of the classes' images could be read")
@@ -198,7 +194,7 @@ def write_label_next(
         if facts.several:
             given = (probability[row] >= head.thresholds.cpu()).nonzero()[:, 0].tolist()
         lines.append((files[row], "; ".join(facts.names[place] for place in given), float(probability[row, best])))
-    page, table = Path("label_next.html"), Path("label_next.csv")
+    table, page = LABEL_NEXT, LABEL_NEXT.with_suffix(".html")
     with replacing(table) as draft, draft.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["image", "classes", "probability"])

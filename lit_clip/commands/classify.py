@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_clip import load_model
 from lit_clip.commands.class_examples import ExampleFiles, read_examples
-from lit_clip.commands.class_heads import Learned, Learning, learn, write_label_next
+from lit_clip.commands.class_heads import LABEL_NEXT, Learned, Learning, learn, write_label_next
 from lit_clip.commands.class_output import Output, RankedClass, ranked, write_classes
 from lit_clip.commands.class_truth import NO_TRUTH, Judge, folder_names, folder_truth
 from lit_clip.embedding.encoding_task import EncodingSettings, check_complete, report_skipped
@@ -32,6 +32,7 @@ from lit_clip.evaluation.class_metrics import metrics_typed
 from lit_clip.evaluation.zero_shot import check_templates, imagenet_templates, zero_shot_classifier
 from lit_clip.heads import Head, load_head, save_head
 from lit_clip.models.clip import CLIP
+from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import from_totals, progress, stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.images import OnError, or_skip
@@ -138,15 +139,18 @@ def classify(
     folders = [path for path in map(Path, images) if path.is_dir()]
     judge = Judge(files, names, folder_truth(files, names, folders), given)
     require(judge.known or known.sheet == Known.sheet, f"--sheet: {NO_TRUTH}")
-    clip = load_model(model).to(best_device())
-    classifier, learned = _classifier(clip, head, examples, names, prompts, learning, encoding)
-    answers = Answers(files, names, classifier.head, top_k, judge, keep=learning.label_next is not None)
-    few = FEW if output is None and target is None and judge.known else None
-    by_name: Output = next((kind for kind in get_args(Output) if target and target.suffix == f".{kind}"), "table")
-    answers.collect(classifier, output or by_name, target, few)
-    if learned:
-        _report(learned, learning, answers)
-    judge.finish(Path(known.sheet))
+    sheet, saved = Path(known.sheet) if judge.known else None, _place(learning.save_head, "--save_head")
+    listed = LABEL_NEXT if learning.label_next else None
+    with claimed(target, sheet, saved, option="name"), claimed(listed, option=""):
+        clip = load_model(model).to(best_device())
+        classifier, learned = _classifier(clip, head, examples, names, prompts, learning, encoding)
+        answers = Answers(files, names, classifier.head, top_k, judge, keep=learning.label_next is not None)
+        few = FEW if output is None and target is None and judge.known else None
+        by_name: Output = next((kind for kind in get_args(Output) if target and target.suffix == f".{kind}"), "table")
+        answers.collect(classifier, output or by_name, target, few)
+        if learned:
+            _report(learned, learning, answers)
+        judge.finish(Path(known.sheet))
 
 
 def _classifier(

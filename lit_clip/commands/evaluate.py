@@ -8,6 +8,7 @@ from typing import Any, ClassVar, get_args
 import torch
 
 from lit_clip import distributed, load_model
+from lit_clip.embedding.encode import claimed_by_first
 from lit_clip.embedding.encoding_task import EncodingSettings
 from lit_clip.embedding.precision import Precision, check_precision
 from lit_clip.errors import InputError, require
@@ -142,11 +143,12 @@ def evaluate(
     source = provenance(model, clip, store.fingerprint, encoding.precision, suite)
     if head:
         source |= {"head": {"path": head, "sha256": options.head.sha256 if options.head else ""}}
-    run.evaluate(entries, download)
-    if not distributed.rank_and_world()[0]:
-        _write_reports(run.results, source, others)
-        _print_downloads(run.results.sets, {} if download else entries)
-        _raise_failures(run.results.sets, data_root)
+    with claimed_by_first(out, encoding.settings()):
+        run.evaluate(entries, download)
+        if not distributed.rank_and_world()[0]:
+            _write_reports(run.results, source, others)
+            _print_downloads(run.results.sets, {} if download else entries)
+            _raise_failures(run.results.sets, data_root)
 
 
 def _print_downloads(found: Mapping[str, Mapping[str, Any]], entries: Mapping[str, SuiteEntry]) -> None:

@@ -12,6 +12,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.heads import Head, load_head
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing_folder
+from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console, progress, stderr
 from lit_clip.tools.guarded_output import log_level
 from lit_clip.tools.hashing import sha256_of_file
@@ -69,7 +70,7 @@ def export(
     require(push is not None or not private, "--private: belongs to --push org/name")
     repository = find_repository(push, private) if push is not None else None
     console = Console(soft_wrap=True)
-    with progress(f"export to {format}", 4) as advance:
+    with claimed(folder), progress(f"export to {format}", 4) as advance:
         original = load_model(model)
         source = source_of(model)
         if classes:

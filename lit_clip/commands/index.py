@@ -9,6 +9,7 @@ from lit_clip.approximate.approximate_index import SUFFIX, add_to_index, check_a
 from lit_clip.approximate.faiss_files import write_faiss
 from lit_clip.embedding.feature_files import check_output, read_features
 from lit_clip.errors import require
+from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import stderr
 
 CHECKED = 100  # rows that are searched for, to say how many of the nearest are found
@@ -28,9 +29,10 @@ def index(features: list[str], *, output: str, exact: bool = False) -> None:
     check_output(path, (SUFFIX, ".faiss"))
     require(bool(paths), "no features; type the files that lit-clip embed wrote")
     if path.suffix == ".faiss":
-        tables = [read_features(each) for each in paths]
-        check_alike(paths, tables)
-        write_faiss(path, [table.features for table in tables], exact)
+        with claimed(path):
+            tables = [read_features(each) for each in paths]
+            check_alike(paths, tables)
+            write_faiss(path, [table.features for table in tables], exact)
         stderr().print(f"{path}: {sum(len(table.keys) for table in tables)} rows")
         return
     require(not exact, f"--exact: is for a .faiss file; lit-clip search {features[0]} is exact without an index")

@@ -21,6 +21,7 @@ from lit_clip.locating.locator import FALSE_ALARMS, Locator
 from lit_clip.locating.overlay import Scale, overlay
 from lit_clip.locating.regions import Region, resized_mask
 from lit_clip.tools.atomic import make_folder, replacing
+from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console, Text, progress, stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.hashing import hex_digest
@@ -66,10 +67,11 @@ def locate(
     others = _lines(background) if background else None
     files, folder = find_images([images], on_error), Path(output)
     require(not folder.exists() or folder.is_dir(), f"--output {folder}: is a file; name a folder")
-    locator = Locator(load_model(model).to(best_device()), texts, others, false_alarms, scale)
-    make_folder(folder, "--output")
-    answers = Answers(locator, files, folder, on_error)
-    answers.collect()
+    with claimed(folder):
+        locator = Locator(load_model(model).to(best_device()), texts, others, false_alarms, scale)
+        make_folder(folder, "--output")
+        answers = Answers(locator, files, folder, on_error)
+        answers.collect()
     Console().print(answers.table())
     stderr().print(f"overlays, masks, {JSON} and {PAGE}: {folder}")
 

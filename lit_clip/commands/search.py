@@ -26,6 +26,7 @@ from lit_clip.locating.overlay import Scale, overlay
 from lit_clip.locating.regions import background_level
 from lit_clip.models.clip import CLIP
 from lit_clip.models.heat_maps import place_cosines
+from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console, Text, progress, stderr
 from lit_clip.tools.html import page_path, thumbnail, write_page
 from lit_clip.tools.images import OnError, open_image
@@ -100,23 +101,26 @@ def search(
     page, path = page_path("sheet", sheet), Path(images)
     stored = _holds_features(path, index, precision)
     files = [] if stored else images_in(path, on_error)
-    clip = load_model(model)
-    # before the folder: an unreadable query ends the command
-    titles, vectors = _titled_queries(clip, queries, image or [], text_weight)
-    settings = EncodingSettings(batch_size, num_workers, precision=precision, on_error=on_error)
-    searched = _stored(path, clip) if stored else search_in(clip, path, files, index, settings)
-    found = zip(*(part.tolist() for part in searched.nearest(vectors, top_k)), strict=True)
-    hits = [list(zip(rows, scores, strict=True)) for scores, rows in found]
-    for title, each in zip(titles, hits, strict=True):
-        _print_hits(title, searched, each)
-    replaced = " (replaces the one before)" if page.exists() else ""
-    write_sheet(page, searched, dict(zip(titles, hits, strict=True)), clip, vectors)
+    with claimed(page, option="--sheet"):
+        clip = load_model(model)
+        # before the folder: an unreadable query ends the command
+        titles, vectors = _titled_queries(clip, queries, image or [], text_weight)
+        settings = EncodingSettings(batch_size, num_workers, precision=precision, on_error=on_error)
+        searched = _stored(path, clip) if stored else search_in(clip, path, files, index, settings)
+        found = zip(*(part.tolist() for part in searched.nearest(vectors, top_k)), strict=True)
+        hits = [list(zip(rows, scores, strict=True)) for scores, rows in found]
+        for title, each in zip(titles, hits, strict=True):
+            _print_hits(title, searched, each)
+        replaced = " (replaces the one before)" if page.exists() else ""
+        write_sheet(page, searched, dict(zip(titles, hits, strict=True)), clip, vectors)
     stderr().print(f"page with images: {page}{replaced}")
 
 
 def _holds_features(path: Path, index: str | None, precision: Precision) -> bool:
     """Return whether a file is searched, not a folder; without the options that are for encoding one."""
     stored = path.suffix in FEATURE_FILES and not path.is_dir()
+    kinds = " or ".join(FEATURE_FILES)
+    require(stored or not path.is_file(), f"{path}: cannot be searched; name a folder of images, or a {kinds} file")
     needless = f"{path} holds features already; leave it out"
     require(not (stored and index), f"--index {index}: {needless}")
     require(not stored or precision == "32-true", f"--precision {precision}: {needless}")

@@ -17,6 +17,7 @@ from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.evaluation.zero_shot import ZeroShotSet, zero_shot_classifier
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import differences
+from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.messages import one_line
@@ -95,12 +96,13 @@ def wise_ft(
     require(num_workers >= 0, f"--num_workers {num_workers} must be at least 0")
     check_precision(precision)
     device = best_device()
-    line = InterpolatedModels(load_model(before).to(device), load_model(after).to(device), (before, after))
-    results = evaluate_line(line, found, wanted, batch_size, num_workers, precision)
-    chosen = best_alpha(results, target) if alpha is None else alpha
-    _print(results, target, chosen, by_rule=alpha is None)
-    if path is not None:
-        save(line.at(chosen), path, {"before": before, "after": after, "alpha": chosen})
+    with claimed(path):
+        line = InterpolatedModels(load_model(before).to(device), load_model(after).to(device), (before, after))
+        results = evaluate_line(line, found, wanted, batch_size, num_workers, precision)
+        chosen = best_alpha(results, target) if alpha is None else alpha
+        _print(results, target, chosen, by_rule=alpha is None)
+        if path is not None:
+            save(line.at(chosen), path, {"before": before, "after": after, "alpha": chosen})
 
 
 def _read_alphas(words: str, chosen: float | None) -> list[float]:

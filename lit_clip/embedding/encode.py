@@ -7,8 +7,8 @@ ranks, and so are the bytes of the result.
 import os
 import signal
 import time
-from collections.abc import Container
-from contextlib import ExitStack
+from collections.abc import Container, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,10 @@ from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.reading import Batches, EncoderBatch, UnreadableRow
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
+from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import progress
 from lit_clip.tools.images import OnError, or_skip
+from lit_clip.tools.shares import Share
 from lit_clip.tools.workers import loader
 from lit_clip.training.kept_memory import keep_freed_memory
 from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
@@ -107,6 +109,14 @@ def start_processes(settings: EncodingSettings) -> torch.device:
     else:
         strategy.setup_environment()
     return strategy.root_device
+
+
+@contextmanager
+def claimed_by_first(output: Path, settings: EncodingSettings, share: Share = Share()) -> Iterator[None]:  # noqa: B008
+    """Start the other processes, and have the first one hold the output: :func:`lit_clip.tools.claims.claimed`."""
+    start_processes(settings)
+    with claimed(None if distributed.rank_and_world()[0] else output, share=share):
+        yield
 
 
 def machines() -> int:

@@ -1,7 +1,8 @@
 """An index of a folder's images that is kept up to date, and exact search in it."""
 
+import os
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -10,18 +11,22 @@ from torch import Tensor
 
 from lit_clip.distributed import gather_objects, rank_and_world
 from lit_clip.embedding.encoding_task import EncodingSettings, check_complete, image_task, report_skipped
-from lit_clip.embedding.feature_files import FeatureTable, collect
+from lit_clip.embedding.feature_files import FeatureTable, Identity, collect
 from lit_clip.embedding.image_files import FileRows, ImageFile
 from lit_clip.embedding.parts import DIGEST, Parts, load_arrays, save_arrays
 from lit_clip.embedding.reading import features_of_both_kinds, image_features
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
+from lit_clip.tools.atomic import make_folder
+from lit_clip.tools.cache_folder import default_cache_dir
+from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hardware import best_device
+from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
 from lit_clip.weights.fingerprint import fingerprint
 
-INDEX = ".lit-clip-index.npz"
+INDEX, EXAMPLES = KEPT_BESIDE = ".lit-clip-index.npz", ".lit-clip-examples.npz"  # names of indices beside images
 CHUNK = 65_536  # rows scored at once
 QUERIES = 256  # rows of which all others are found at once
 
@@ -31,11 +36,46 @@ def update_index(
 ) -> FeatureTable:
     """Return the features of all images; encode the ones that the index lacks, and bring it up to date.
 
+    An :data:`INDEX` in a folder that is not to be written, and lacks some, is brought up to date in the cache folder.
     With ``both_kinds`` they are those of :func:`lit_clip.embedding.reading.features_of_both_kinds`.
     """
     require(path.absolute().parent.is_dir(), f"--index {path}: there is no such folder")
     name = f"{fingerprint(model).model} {settings.precision}{' both kinds' * both_kinds}"
+    wanted = {file.identity for file in files}
     old = load_arrays(path, name, FeatureTable.of)
+    if not _complete(old, wanted) and path.name in KEPT_BESIDE and not os.access(path.parent, os.W_OK):
+        path = _in_cache(path)
+        old = load_arrays(path, name, FeatureTable.of) or old
+    if old is not None and _complete(old, wanted):
+        return old
+    with claimed(path, option=""):
+        old = load_arrays(path, name, FeatureTable.of) or old  # another process may have written it meanwhile
+        return _updated(model, files, path, settings, name, old, both_kinds)
+
+
+def _complete(table: FeatureTable | None, wanted: Collection[Identity]) -> bool:
+    return table is not None and set(table.identities) == wanted
+
+
+def _in_cache(path: Path) -> Path:
+    """Return where the index of a folder that cannot be written to is kept, and say so."""
+    place = path.resolve()
+    kept = default_cache_dir() / "search" / f"{place.parent.name}-{hex_digest([str(place)])[:20]}.npz"
+    make_folder(kept.parent)
+    stderr().print(f"{path.parent} cannot be written to: features of its images are kept in {kept}")
+    return kept
+
+
+def _updated(
+    model: CLIP,
+    files: Sequence[ImageFile],
+    path: Path,
+    settings: EncodingSettings,
+    name: str,
+    old: FeatureTable | None,
+    both_kinds: bool,
+) -> FeatureTable:
+    """Write an index of all images; ``old`` has features of some, if any."""
     if old is None and path.exists():
         require(not _holds_other_arrays(path), f"--index {path}: holds other arrays than an index; name another file")
         stderr().print(f"{path} is damaged, or of another model or precision: everything is encoded again")
@@ -44,8 +84,6 @@ def update_index(
     missing = [file for file in files if file.identity not in known]
     changed = sum(file.key in keys for file in missing)
     gone = len(keys - {file.key for file in files})
-    if old is not None and not missing and not gone:
-        return old
     from lit_clip.embedding.encode import encode  # imports Lightning, which takes seconds
 
     note = f"index: {len(files) - len(missing)} images unchanged, {len(missing) - changed} new"

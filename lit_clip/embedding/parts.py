@@ -13,7 +13,6 @@ import numpy as np
 from lit_clip.embedding.precision import Precision
 from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import not_written, replacing
-from lit_clip.tools.claimed_folders import claim, release_folders
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
@@ -61,21 +60,21 @@ def json_value(array: np.ndarray) -> Any:
 class Parts:
     """Finished parts of an unfinished output, in a hidden folder beside it; the next run resumes with them.
 
-    Parts of other ``settings``, which are all that they depend on besides their items, are passed over. An output
-    that is written ``alone`` is refused to a second run, except for runs that make another ``share`` of the parts.
+    Parts of other ``settings``, which are all that they depend on besides their items, are passed over. Several jobs
+    may make a ``share`` of the parts each; the output is claimed by who makes it (:mod:`lit_clip.tools.claims`).
     """
 
-    def __init__(self, output: Path, settings: str, alone: bool = False, share: Share = Share()) -> None:  # noqa: B008
-        self.output, self.settings, self.alone, self.share = output, settings, alone, share
+    def __init__(self, output: Path, settings: str, share: Share = Share()) -> None:  # noqa: B008
+        self.output, self.settings, self.share = output, settings, share
         self.folder = output.with_name(f".{output.name.lstrip('.')}.parts")
 
     @classmethod
     def resumed(cls, output: Path, settings: str, precision: Precision, share: Share = Share()) -> "Parts":  # noqa: B008
-        """Return the parts of an output of one run at a time; parts of an earlier run in another precision are refused.
+        """Return the parts of an output; parts of an earlier run in another precision are refused.
 
         ``settings`` are those but the precision.
         """
-        parts = cls(output, f"{settings} {precision}", alone=True, share=share)
+        parts = cls(output, f"{settings} {precision}", share)
         begun = parts._begun()
         for other in get_args(Precision):
             require(
@@ -104,14 +103,6 @@ class Parts:
 
     def start(self) -> None:
         """Make the folder and remove an earlier run's :attr:`stop`; for one rank to call."""
-        runs = [f"run{self.share.suffix}"] if self.alone else []
-        if self.share == Share():
-            runs += [path.name[1 : -len(".lock")] for path in self.folder.glob(".run-*.lock")] if self.alone else []
-        for run in runs:
-            if holder := claim(self.folder / run):
-                raise InputError(
-                    f"{self.output}: another run writes it ({holder}); wait for its end, or give another --output"
-                )
         try:
             self.folder.mkdir(exist_ok=True)
             self.stop.unlink(missing_ok=True)
@@ -140,8 +131,6 @@ class Parts:
 
     def end(self) -> None:
         """End an unfinished run: keep the parts, but no empty folder."""
-        if self.alone:
-            release_folders()
         self.stop.unlink(missing_ok=True)
         with suppress(OSError):  # not empty
             self.folder.rmdir()
@@ -149,5 +138,3 @@ class Parts:
     def remove(self) -> None:
         """Remove the parts when the output is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        if self.alone:
-            release_folders()

@@ -22,7 +22,7 @@ from lit_clip.models.lora import LoRA, add_lora
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.secrets import plain_without_secrets
 from lit_clip.tools import hardware
-from lit_clip.tools.claimed_folders import release_folders, remove_leftovers
+from lit_clip.tools.claims import release, remove_leftovers
 from lit_clip.tools.parts import Description
 from lit_clip.training.checkpoint_contents import pack_checkpoint, unpack_checkpoint
 from lit_clip.training.checks import check_counts, check_lora_gradients, check_parts, check_run, check_skipped_samples
@@ -155,7 +155,7 @@ class RunHooks(LightningModule):
         enter_epoch(self.trainer)
 
     def teardown(self, stage: str) -> None:
-        release_folders()
+        release()
 
     # A step: numbers of pairs before it, its one collective after the backward pass.
 

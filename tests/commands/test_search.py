@@ -2,10 +2,12 @@
 
 import base64
 import io
+import os
 import shlex
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -353,7 +355,11 @@ def test_a_bad_image_is_an_error_or_is_skipped_and_listed(folder: Path, tiny_che
         (["photos", ""], "a text to search for is empty"),
         (["photos", "kite", "photos/a.png"], "photos/a.png: is a file, .* put it after --image"),
         (["absent", "kite"], "absent: no such folder"),
-        (["photos/a.png", "kite"], "photos/a.png: no such folder"),
+        (
+            ["photos/a.png", "kite"],
+            "photos/a.png: cannot be searched; name a folder of images, or a .parquet or .npy or",
+        ),
+        (["all.faiss", "kite"], "all.faiss: cannot be searched; name a folder of images, or .* .usearch file"),
         (["empty", "kite"], "empty: no images"),
         (["photos", "kite", "--image", "absent.png"], "absent.png: no such image file"),
         (["photos", "kite", "--sheet", "absent/page.html"], "--sheet absent/page.html: there is no such folder"),
@@ -370,6 +376,7 @@ def test_invalid_arguments_are_named_and_nothing_is_written(
     folder: Path, tiny_checkpoint: Path, words: list[str], message: str
 ) -> None:
     (folder / "empty").mkdir()
+    (folder / "all.faiss").touch()
     image = (folder / "photos/a.png").read_bytes()
     with pytest.raises(InputError, match=message):
         run_command(["search", *words, "--model", str(tiny_checkpoint), "--num_workers", "0"])
@@ -390,3 +397,48 @@ def test_an_image_is_looked_at_before_a_model_is_downloaded(
     monkeypatch.setattr("lit_clip.weights.hub.download", lambda name: pytest.fail("downloads"))
     with pytest.raises(InputError, match=f"^{message}$"):
         run_command(["search", "photos", "--image", image, "--model", "nobody/nothing", "--num_workers", "0"])
+
+
+def read_only(folder: Path) -> Callable[[Any, int], bool]:
+    """Return ``os.access`` as it is where a folder is mounted read-only, also for the superuser."""
+    access = os.access
+    return lambda path, mode: Path(path).resolve() != folder.resolve() and access(path, mode)
+
+
+def test_features_of_a_folder_that_cannot_be_written_to_are_kept_in_the_cache_folder(
+    folder: Path,
+    tiny_checkpoint: Path,
+    search: Search,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = ["photos", "a red kite", "--model", str(tiny_checkpoint)]
+    expected, _ = search(*words, "--index", "elsewhere.npz")
+    before = {path: path.read_bytes() for path in (folder / "photos").rglob("*") if path.is_file()}
+    monkeypatch.setattr(os, "access", read_only(folder / "photos"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    found, encoded = search(*words)
+    assert (found, len(encoded)) == (expected, 5)
+    (kept,) = (folder / "cache/lit-clip/search").iterdir()
+    assert kept.name.startswith("photos-")
+    assert search(*words) == (expected, [])
+    assert {path: path.read_bytes() for path in (folder / "photos").rglob("*") if path.is_file()} == before
+    run_command(["search", *words, "--num_workers", "0"])
+    assert f"photos cannot be written to: features of its images are kept in {kept}" in capsys.readouterr().err
+
+
+def test_a_whole_index_in_a_folder_that_cannot_be_written_to_is_used_and_another_is_completed_in_the_cache(
+    folder: Path, tiny_checkpoint: Path, search: Search, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = ["photos", "a red kite", "--model", str(tiny_checkpoint)]
+    _, encoded = search(*words)
+    assert len(encoded) == 5
+    monkeypatch.setattr(os, "access", read_only(folder / "photos"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+    assert search(*words)[1] == []
+    assert not (folder / "cache").exists()
+    Image.new("RGB", (40, 40), "red").save(folder / "photos/new.png")
+    index = (folder / "photos" / INDEX).read_bytes()
+    assert search(*words)[1] == ["new.png"]
+    assert search(*words)[1] == []
+    assert (folder / "photos" / INDEX).read_bytes() == index

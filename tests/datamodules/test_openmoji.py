@@ -11,9 +11,10 @@ import pytest
 from PIL import Image, ImageFont
 
 from datamodules import OpenMoji, OpenMojiClasses
-from datamodules.openmoji import Emoji, caption, default_cache_dir, draw, held_out, read_table
+from datamodules.openmoji import Emoji, caption, draw, held_out, read_table
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.tokenizer import decode
+from lit_clip.tools.cache_folder import default_cache_dir
 
 EMOJI = read_table()
 ROW = {emoji.name: row for row, emoji in enumerate(EMOJI)}

@@ -128,9 +128,9 @@ def test_files_that_run_out_later_are_the_same_line() -> None:
 HOLD = """
 import sys, time
 from pathlib import Path
-from lit_clip.embedding.parts import Parts
-parts = Parts.resumed(Path(sys.argv[1]), "m", "32-true")
-parts.start()
+from lit_clip.tools.claims import claim
+claim(Path(sys.argv[1]))
+Path(f".{sys.argv[1]}.parts").mkdir()
 Path("held").touch()
 time.sleep(120)
 """
@@ -147,7 +147,9 @@ def test_an_output_that_another_run_writes_is_refused_at_once(output: str, folde
             time.sleep(0.02)
         kept = Path(f".{output}.parts", "part.npz")
         kept.write_bytes(b"")
-        with pytest.raises(InputError, match=rf"^{output}: another run writes it \(process {other.pid} on .*\); wait"):
+        with pytest.raises(
+            InputError, match=rf"^{output}: another process writes there \(process {other.pid} on .*\); wait"
+        ):
             run_command(words)
         assert kept.exists()
     run_command(words)

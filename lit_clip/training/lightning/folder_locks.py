@@ -12,7 +12,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_clip.errors import InputError
 from lit_clip.tools.atomic import not_written
-from lit_clip.tools.claimed_folders import claim
+from lit_clip.tools.claims import claim
 
 RUN = "version"
 OnDisk = TensorBoardLogger | CSVLogger  # their run's folder is save_dir/name/version_N

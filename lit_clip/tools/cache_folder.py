@@ -1,0 +1,9 @@
+"""The folder of what lit-clip makes once and reads again, if it has no better place."""
+
+import os
+from pathlib import Path
+
+
+def default_cache_dir() -> Path:
+    """Return ``$XDG_CACHE_HOME/lit-clip`` or ``~/.cache/lit-clip``."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "lit-clip"

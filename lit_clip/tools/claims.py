@@ -1,0 +1,99 @@
+"""Files and folders that one process alone writes to, held by a locked file beside each."""
+
+import glob
+import os
+import socket
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+
+from lit_clip.errors import InputError
+from lit_clip.tools.atomic import remove
+from lit_clip.tools.shares import Share
+
+DRAFTS = ".*.????????.tmp"  # as lit_clip.tools.atomic.replacing names them
+_held: dict[Path, FileLock] = {}  # this process's locks
+
+
+@contextmanager
+def claimed(*paths: Path | None, option: str = "--output", share: Share = Share()) -> Iterator[None]:  # noqa: B008
+    """Hold files or folders that are about to be written, from before their old content is read until the new is there.
+
+    Processes that write another ``share`` of an output hold it together; all shares of it are one process's. What this
+    process holds already stays held.
+
+    Raises:
+        InputError: another process holds one; the line names it, and ``option`` for another name.
+    """
+    before, names = frozenset(_held), [path for path in paths if path is not None]
+    made = [parent for path in names for parent in path.absolute().parents if not parent.exists()]
+    advice = f", or give another {option}" if option else ""
+    try:
+        for path in names:
+            for each in _together(path.expanduser().resolve(), share):
+                if holder := claim(each):
+                    raise InputError(f"{path}: another process writes there ({holder}); wait for its end{advice}")
+        yield
+    finally:
+        release(before)
+        with suppress(OSError):  # not empty
+            for parent in made:
+                parent.rmdir()
+
+
+def _together(path: Path, share: Share) -> list[Path]:
+    """Return what is claimed for a share of an output; for all of it, the shares that others have claimed, too."""
+    others = path.parent.glob(f".{glob.escape(path.name)}-*-of-*.lock") if share == Share() else ()
+    names = [path.name + share.suffix, *(lock.name[1 : -len(".lock")] for lock in others)]
+    return [path.parent / name for name in names]
+
+
+def claim(path: Path) -> str:
+    """Hold a file or folder until :func:`release` or the end of this process, however it ends.
+
+    A file beside it is locked. Where that is impossible (no permission, no locks on this disk) it counts as held, and
+    saving says what is wrong.
+
+    Returns:
+        who holds it instead; empty if this process does.
+    """
+    path = path.expanduser().resolve()
+    file = path.parent / f".{path.name}.lock"
+    if file in _held:
+        return ""
+    lock = FileLock(file, thread_local=False, fallback_to_soft=False)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0.2)  # its holder may be about to remove the file
+    except Timeout:
+        with suppress(OSError):
+            return file.read_text(encoding="utf-8") or "another process"
+        return "another process"
+    except (OSError, NotImplementedError):
+        return ""
+    _held[file] = lock
+    with suppress(OSError):
+        file.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+    return ""
+
+
+def release(kept: Collection[Path] = ()) -> None:
+    """Give back what this process holds, but for the locks in ``kept``."""
+    for file in _held.keys() - set(kept):
+        lock = _held.pop(file)
+        with suppress(OSError):
+            file.unlink()  # while it is locked: who has opened it meanwhile sees that it is gone, and makes another
+        lock.release()
+
+
+def remove_leftovers(checkpoint: Path) -> None:
+    """Remove what a killed run has left beside a checkpoint, if no run writes there."""
+    folder, before = checkpoint.absolute().parent, frozenset(_held)
+    if not any(folder.glob(DRAFTS)):  # no lock is left beside folders that are only read
+        return
+    if not (claim(folder) or claim(folder.parent)):  # the folder of ModelCheckpoint.dirpath, or of a logger's version
+        for draft in folder.glob(DRAFTS):
+            remove(draft)
+    release(before)
