@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,6 +16,7 @@ from lit_clip.tools.reading import reading
 
 CHECKED_AT_ONCE = 65_536  # rows of a file of features
 LENGTH_TOLERANCE = 0.01  # of unit features; bfloat16 rounds to 0.004
+DIGEST = "features_sha256"  # beside the keys of a .npy file
 WRITE_AGAIN = "write it with lit-clip embed"
 
 Identity = tuple[str, int, int]  # key, and a file's size and modification time
@@ -77,11 +79,12 @@ def write_features(
     """Write features ``[N, D]``, their keys, and the captions that they are of, if any.
 
     A ``.parquet`` file has the columns ``key`` (string), ``caption`` (string) if there are captions, and ``feature`` (D
-    float32 numbers), and the metadata in its schema. A ``.npy`` file is only the array; metadata and the lists ``keys``
-    and ``captions`` are beside it, in ``<name>.keys.json``.
+    float32 numbers), and the metadata in its schema. A ``.npy`` file is only the array; metadata, the SHA-256 of its
+    numbers and the lists ``keys`` and ``captions`` are beside it, in ``<name>.keys.json``.
     """
     if path.suffix == ".npy":
         listed = {"keys": list(keys)} | ({"captions": list(captions)} if captions is not None else {})
+        listed[DIGEST] = sha256(np.ascontiguousarray(features)).hexdigest()
         with replacing(path.with_suffix(".keys.json")) as names, replacing(path) as temporary:
             names.write_text(json.dumps({**metadata, **listed}, indent=0), encoding="utf-8")
             with temporary.open("wb") as file:
@@ -114,14 +117,19 @@ def read_features(path: Path, whole: bool = True) -> StoredFeatures:
         complete = isinstance(texts, list) and len(texts) == len(stored.features)
         if not complete or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{path}: its {name} are not {len(stored.features)} texts; {WRITE_AGAIN}")
+    expected, found = stored.metadata.pop(DIGEST, None), sha256()
     for start in range(0, len(stored.features) if whole else 0, CHECKED_AT_ONCE):
+        rows = np.ascontiguousarray(stored.features[start : start + CHECKED_AT_ONCE])
+        found.update(rows if expected else b"")
         with np.errstate(over="ignore", invalid="ignore"):
-            lengths = np.linalg.norm(stored.features[start : start + CHECKED_AT_ONCE], axis=1)
+            lengths = np.linalg.norm(rows, axis=1)
         wrong = np.flatnonzero(~(np.abs(lengths - 1) <= LENGTH_TOLERANCE))  # NaN too
         if len(wrong):
             row, length = start + int(wrong[0]), lengths[wrong[0]]
-            found = f"have length {length:.3g}, not 1" if np.isfinite(length) else "are not finite"
-            raise InputError(f"{path}: row {row} ({stored.keys[row]}): its features {found}; {WRITE_AGAIN}")
+            words = f"have length {length:.3g}, not 1" if np.isfinite(length) else "are not finite"
+            raise InputError(f"{path}: row {row} ({stored.keys[row]}): its features {words}; {WRITE_AGAIN}")
+    same = not whole or expected in (None, found.hexdigest())
+    require(same, f"{path}: {path.with_suffix('.keys.json').name} is of other features; {WRITE_AGAIN}")
     return stored
 
 

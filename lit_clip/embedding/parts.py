@@ -92,7 +92,7 @@ class Parts:
         for path in self.folder.glob("[!.]*.*"):
             settings = ""
             with suppress(InputError), reading(path, "part"), np.load(path, allow_pickle=False) as file:
-                settings = str(file[SETTINGS])
+                settings = str(file[SETTINGS]).rpartition(" ")[0]
             found.add(settings)
         return found
 
@@ -110,14 +110,15 @@ class Parts:
             raise not_written(self.folder, error) from error
 
     def add(self, arrays: Arrays, first: int) -> None:
-        """Write a part, of which ``first`` is the first row."""
+        """Write a part, of which ``first`` is the first row; a part under another's name counts as damaged."""
         self.folder.mkdir(exist_ok=True)  # another run with the same output may have removed it
-        save_arrays(self.folder / f"{first:012}-{uuid.uuid4().hex}.npz", self.settings, arrays)
+        name = f"{first:012}-{uuid.uuid4().hex}.npz"
+        save_arrays(self.folder / name, f"{self.settings} {name}", arrays)
 
     def read(self, make: Callable[[dict[str, np.ndarray]], T]) -> Iterator[T]:
         """Yield what is made of each whole part, one at a time, by their first row."""
         for path in sorted(self.folder.glob("*.npz")):
-            part = load_arrays(path, self.settings, make)
+            part = load_arrays(path, f"{self.settings} {path.name}", make)
             if part is not None:
                 yield part
 

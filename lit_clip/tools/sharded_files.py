@@ -3,7 +3,8 @@
 ``NAME.ckpt/`` holds
 
 - ``rank_0.safetensors`` and so on: a rank's rows of tensors, by their path in the checkpoint (RFC 6901, without the
-  first slash), such as ``state_dict/visual.proj`` or ``optimizer_states/0/state/7/exp_avg``
+  first slash), such as ``state_dict/visual.proj`` or ``optimizer_states/0/state/7/exp_avg``; the metadata
+  (:func:`place_of`) say which file of which checkpoint it is, and the SHA-256 of each tensor
 - ``rest.pt``: all else, as in the file of a whole checkpoint, with None in the place of these tensors
 - ``sharded_checkpoint.json``: the :class:`Index`
 
@@ -14,6 +15,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,7 @@ class Index:
         version: of the format.
         world_size: ranks of the run; those of other machines that only hold copies have no file.
         files: number of ranks' files.
-        checkpoint: a name that each rank's file has in its metadata, too, for files of two checkpoints in one folder.
+        checkpoint: a name that each rank's file has in its metadata, too.
         rest: SHA-256 of ``rest.pt``.
         tensors: by path.
     """
@@ -105,6 +107,16 @@ def is_sharded(path: str | Path) -> bool:
 def file_of(folder: Path, number: int) -> Path:
     """Return the file of a rank's rows."""
     return folder / f"rank_{number}.safetensors"
+
+
+def place_of(number: int, files: int, checkpoint: str) -> dict[str, str]:
+    """Return the metadata that say which file of which checkpoint a rank's is."""
+    return {"checkpoint": checkpoint, "file": f"{number} of {files}"}
+
+
+def sha256_of(rows: Tensor) -> str:
+    """SHA-256 of a tensor's bytes, about a second for 1 GB: of what a rank writes, and of what it reads."""
+    return sha256(rows.contiguous().view(torch.uint8).numpy()).hexdigest()
 
 
 @contextmanager
@@ -155,8 +167,9 @@ def _read_rows(
     from safetensors import safe_open
 
     with safe_open(file, "pt") as shards:  # maps the file: only what is copied is read
-        same = (shards.metadata() or {}).get("checkpoint") == index.checkpoint
-        require(same, f"of another checkpoint than {INDEX}; {INSTEAD}")
+        facts, place = shards.metadata() or {}, place_of(number, index.files, index.checkpoint)
+        require(facts.get("checkpoint") == index.checkpoint, f"of another checkpoint than {INDEX}; {INSTEAD}")
+        require(place.items() <= facts.items(), f"holds the rows of file {shortened(facts.get('file'))}; {INSTEAD}")
         expected = {name for name, each in index.tensors.items() if each.rows[number]}
         differing = sorted(expected ^ set(shards.keys()))
         require(not differing, f"has not the tensors of {INDEX} ({shortened(differing[:1])}); {INSTEAD}")
@@ -169,6 +182,8 @@ def _read_rows(
             start, rows = first[name], wanted(name, each.shape[0])
             low, high = max(rows.start, start), min(rows.stop, start + len(part))
             if low < high:
+                same = facts.get(name) == sha256_of(part)
+                require(same, f"{shortened(name)}: other values than were saved; {INSTEAD}")
                 tensors[name][low:high] = part[low - start : high - start]
             first[name] += len(part)
 

@@ -61,13 +61,11 @@ def read_hugging_face_folder(folder: str | os.PathLike[str]) -> tuple[CLIPConfig
         preprocessor = read_json(folder / "processor_config.json").get("image_processor")
     shards = next((name for name in WEIGHTS if (folder / f"{name}.index.json").is_file()), None)
     if shards and not (folder / shards).is_file():
-        names = _shards(folder / f"{shards}.index.json")
+        state = _read_shards(folder / f"{shards}.index.json")
     else:
-        names = [next((name for name in WEIGHTS if (folder / name).is_file()), "")]
-        require(names != [""], f"{folder}: has no {' or '.join(WEIGHTS)}")
-    state: dict[str, Tensor] = {}
-    for name in names:
-        state.update(read_tensors(folder / name))
+        name = next((name for name in WEIGHTS if (folder / name).is_file()), "")
+        require(bool(name), f"{folder}: has no {' or '.join(WEIGHTS)}")
+        state = read_tensors(folder / name)
     with naming(folder), reading(folder, "folder of Hugging Face's weights"):
         check_names_nothing([config, preprocessor], "config.json")
         if config.get("model_type") == "clip":
@@ -75,14 +73,21 @@ def read_hugging_face_folder(folder: str | os.PathLike[str]) -> tuple[CLIPConfig
         return from_hugging_face(config, state, preprocessor, tokenizer=str(folder))
 
 
-def _shards(index: Path) -> list[str]:
-    """Return the files of an index; they are beside it, even if their names say otherwise."""
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """Read the files of an index; they are beside it, even if their names say otherwise."""
     names = read_json(index).get("weight_map")
     files = set(names.values()) if isinstance(names, dict) and matches_type(names, dict[str, str]) else set()
     require(bool(files), f"{index}: has no weight_map of files by weight")
     for name in files:
         require(Path(name).name == name, f"{index}: {shortened(name)} is not a file of this folder")
-    return sorted(files)
+    state: dict[str, Tensor] = {}
+    for name in sorted(files):
+        found = read_tensors(index.with_name(name))
+        absent = [weight for weight, file in names.items() if file == name and weight not in found]
+        problem = f"{index.with_name(name)}: lacks {shortened(absent[:1])}, which {index.name} says is in it"
+        require(not absent, f"{problem}; copy the whole folder again")
+        state |= found
+    return state
 
 
 def from_hugging_face(

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lit_clip.embedding.feature_files import FeatureTable, read_features, write_features
-from lit_clip.embedding.parts import load_arrays, save_arrays
+from lit_clip.embedding.parts import Parts, load_arrays, save_arrays
 from lit_clip.errors import InputError
 
 N, D = 9, 4
@@ -154,3 +154,41 @@ def test_damaged_file_of_features_is_one_line_that_names_it(
     damage(path)
     with pytest.raises(InputError, match=f"features[.].*{message}"):
         read_features(path)
+
+
+def test_keys_of_other_features_with_as_many_rows_are_refused(tmp_path: Path) -> None:
+    """The two files of a ``.npy`` belong together: exchanged with those of another, each row had another's name."""
+    names = [key for key, _, _ in IDENTITIES]
+    write_features(tmp_path / "a.npy", names, features(), {"model": "m"})
+    write_features(tmp_path / "b.npy", names[::-1], -features(), {"model": "m"})
+    for one in ("a", "b"):
+        (tmp_path / f"{one}.keys.json").rename(tmp_path / f"{one}.json")
+    (tmp_path / "a.json").rename(tmp_path / "b.keys.json")
+    (tmp_path / "b.json").rename(tmp_path / "a.keys.json")
+    for one in ("a", "b"):
+        with pytest.raises(InputError, match=rf"{one}\.npy: {one}\.keys\.json is of other features"):
+            read_features(tmp_path / f"{one}.npy")
+
+
+def test_features_of_another_program_without_a_digest_are_read(tmp_path: Path) -> None:
+    names = [key for key, _, _ in IDENTITIES]
+    np.save(tmp_path / "a.npy", features())
+    (tmp_path / "a.keys.json").write_text(json.dumps({"keys": names, "model": "m"}))
+    found = read_features(tmp_path / "a.npy")
+    assert (found.keys, found.metadata) == (names, {"model": "m"})
+
+
+def test_a_part_under_another_ones_name_is_made_again(tmp_path: Path) -> None:
+    """Parts are read by the number of their first row, which their names have."""
+    parts = Parts(tmp_path / "f.npy", "a model")
+    parts.start()
+    for first in (0, 5):
+        parts.add({"rows": np.arange(first, first + 5)}, first)
+    one, two = sorted(parts.folder.iterdir())
+    assert [part["rows"].tolist() for part in parts.read(dict)] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
+    one.rename(tmp_path / "other")
+    two.rename(one)
+    (tmp_path / "other").rename(two)
+    assert list(parts.read(dict)) == []
+    parts.add({"rows": np.arange(5)}, 0)
+    assert [part["rows"].tolist() for part in parts.read(dict)] == [[0, 1, 2, 3, 4]]

@@ -1,7 +1,9 @@
 """Hugging Face's CLIPModel and SiglipModel convert to ours and back: same features and bits, or a clear error."""
 
 import json
+import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -179,6 +181,33 @@ def test_a_folder_of_save_pretrained_is_read(tmp_path: Path, how: str) -> None:
     expected = transformers.CLIPImageProcessorPil.from_pretrained(tmp_path)(Image.fromarray(noise), return_tensors="pt")
     actual = ours.preprocess(Image.fromarray(noise))
     torch.testing.assert_close(actual, expected["pixel_values"][0], rtol=0, atol=1e-5)
+
+
+def exchange(one: Path, two: Path) -> None:
+    other = one.with_name("other")
+    one.rename(other)
+    two.rename(one)
+    other.rename(two)
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (exchange, "lacks .*, which model.safetensors.index.json says is in it; copy the whole folder again"),
+        (lambda one, two: one.unlink(), "no such checkpoint file"),
+        (lambda one, two: os.truncate(one, one.stat().st_size - 4), "not a readable weight file"),
+        (lambda one, two: shutil.copyfile(two, one), "lacks .*, which model.safetensors.index.json says is in it"),
+    ],
+    ids=["exchanged", "missing", "truncated", "another's"],
+)
+def test_a_shard_that_is_not_what_the_index_says_is_one_line_that_names_it(
+    tmp_path: Path, damage: Callable[[Path, Path], object], message: str
+) -> None:
+    clip_model().save_pretrained(tmp_path, max_shard_size="100KB")
+    one, two, *_ = sorted(tmp_path.glob("model-*.safetensors"))
+    damage(one, two)
+    with pytest.raises(InputError, match=rf"^{one}: {message}"):
+        read_hugging_face_folder(tmp_path)
 
 
 def test_the_single_file_of_newer_processors_is_read(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import draft_of, remove, to_disk
 from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.tools.reading import reason
-from lit_clip.tools.sharded_files import INDEX, REST, VERSION, file_of, path_of
+from lit_clip.tools.sharded_files import INDEX, REST, VERSION, file_of, path_of, place_of, sha256_of
 from lit_clip.training.lightning.checkpoint_io import put_in_place, write_plain
 
 T = TypeVar("T")
@@ -38,7 +38,8 @@ def save_sharded(checkpoint: dict[str, Any], path: Path, files: int) -> None:
     draft, name = distributed.gather_objects([(draft_of(path.absolute()), uuid.uuid4().hex)])[0]
     try:
         _on_all_ranks(path, lambda: draft.mkdir(parents=True) if rank == 0 else None)
-        rows = _on_all_ranks(path, lambda: _write_rows(shards, file_of(draft, rank), name) if rank < files else {})
+        place = place_of(rank, files, name)
+        rows = _on_all_ranks(path, lambda: _write_rows(shards, file_of(draft, rank), place) if rank < files else {})
         index = {"version": VERSION, "world_size": world, "files": files, "checkpoint": name}
         tensors = {each: _description(shards[each], [rows[file][each] for file in range(files)]) for each in shards}
         _on_all_ranks(path, lambda: _finish(rest, {**index, "tensors": tensors}, draft, path) if rank == 0 else None)
@@ -67,7 +68,7 @@ def _on_all_ranks(path: Path, work: Callable[[], T]) -> list[T]:
     return [result for result, _ in everyone]
 
 
-def _write_rows(shards: Mapping[str, DTensor], file: Path, checkpoint: str) -> dict[str, int]:
+def _write_rows(shards: Mapping[str, DTensor], file: Path, place: Mapping[str, str]) -> dict[str, int]:
     """Write this rank's rows, and return their numbers."""
     from safetensors.torch import save_file
 
@@ -76,7 +77,8 @@ def _write_rows(shards: Mapping[str, DTensor], file: Path, checkpoint: str) -> d
         f"{file.parent.parent}: not seen by all machines; sharded checkpoints need a disk that they share",
     )
     mine = {name: each.to_local().detach().cpu().contiguous() for name, each in shards.items()}
-    save_file({name: each for name, each in mine.items() if len(each)}, file, {"checkpoint": checkpoint})
+    present = {name: each for name, each in mine.items() if len(each)}
+    save_file(present, file, {**place, **{name: sha256_of(each) for name, each in present.items()}})
     file.chmod(file.parent.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
     to_disk(file)
     return {name: len(each) for name, each in mine.items()}

@@ -113,6 +113,19 @@ def test_a_damaged_folder_is_passed_over_by_name_and_is_no_copy_of_a_whole_one(r
     assert _fingerprint(runs / "shards/last.ckpt")[1] != one[1]
 
 
+def test_files_of_two_ranks_that_were_exchanged_are_one_line_however_many_ranks_resume(
+    runs: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(runs / "shards" / MIDDLE, tmp_path / "exchanged.ckpt")
+    one, two = folder / "rank_0.safetensors", folder / "rank_1.safetensors"
+    one.rename(folder / "other")
+    two.rename(one)
+    (folder / "other").rename(two)
+    for read in (read_sharded, load_model):
+        with pytest.raises(InputError, match=rf"^{one}: holds the rows of file '1 of 2'; copy the whole folder"):
+            read(folder)
+
+
 @pytest.mark.parametrize(
     ("options", "line"),
     [
