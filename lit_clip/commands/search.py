@@ -87,7 +87,8 @@ def search(
             have the rest.
         top_k: number of images found for each query.
         sheet: an HTML page with thumbnails of the images found, in one file, which replaces an earlier search's.
-        index: the index, a .npz file; by default .lit-clip-index.npz in the folder.
+        index: the index, a .npz file; by default .lit-clip-index.npz in the folder, or a file in the cache folder if the
+            folder cannot be written to.
         batch_size: images encoded at once.
         num_workers: processes that decode images.
         precision: of the image encoder for the index; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.

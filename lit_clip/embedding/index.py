@@ -36,7 +36,7 @@ def update_index(
 ) -> FeatureTable:
     """Return the features of all images; encode the ones that the index lacks, and bring it up to date.
 
-    An :data:`INDEX` in a folder that is not to be written, and lacks some, is brought up to date in the cache folder.
+    An index in a folder that cannot be written to, and lacks some, is brought up to date in the cache folder.
     With ``both_kinds`` they are those of :func:`lit_clip.embedding.reading.features_of_both_kinds`.
     """
     require(path.absolute().parent.is_dir(), f"--index {path}: there is no such folder")
