@@ -87,7 +87,7 @@ def search(
             have the rest.
         top_k: number of images found for each query.
         sheet: an HTML page with thumbnails of the images found, in one file, which replaces an earlier search's.
-        index: the index, a .npz file; by default .lit-clip-index.npz in the folder, or a file in the cache folder if the
+        index: the index, a .npz file; by default .lit-clip-index.npz in the folder, or one in the cache folder if the
             folder cannot be written to.
         batch_size: images encoded at once.
         num_workers: processes that decode images.
