@@ -205,7 +205,7 @@ def _read_facts(path: Path) -> list[IndexedFile]:
         for entry in values["files"]:
             check_entries(entry, kinds, "files", complete=True)
             plain = Path(entry["name"]).name == entry["name"] not in ("", "..") and "\0" not in entry["name"]
-            require(plain, f"files: {entry['name']}: must be the name of a file beside the index")
+            require(plain, f"files: {entry['name']!r}: must be the name of a file beside the index")
     return [IndexedFile(**{name: entry[name] for name in kinds}) for entry in values["files"]]
 
 
