@@ -84,9 +84,9 @@ def write_features(
     """
     if path.suffix == ".npy":
         listed = {"keys": list(keys)} | ({"captions": list(captions)} if captions is not None else {})
-        listed[DIGEST] = sha256(np.ascontiguousarray(features)).hexdigest()
+        digest = sha256(np.ascontiguousarray(features).data).hexdigest()
         with replacing(path.with_suffix(".keys.json")) as names, replacing(path) as temporary:
-            names.write_text(json.dumps({**metadata, **listed}, indent=0), encoding="utf-8")
+            names.write_text(json.dumps({**metadata, DIGEST: digest, **listed}, indent=0), encoding="utf-8")
             with temporary.open("wb") as file:
                 np.save(file, features)
         return
@@ -120,7 +120,7 @@ def read_features(path: Path, whole: bool = True) -> StoredFeatures:
     expected, found = stored.metadata.pop(DIGEST, None), sha256()
     for start in range(0, len(stored.features) if whole else 0, CHECKED_AT_ONCE):
         rows = np.ascontiguousarray(stored.features[start : start + CHECKED_AT_ONCE])
-        found.update(rows if expected else b"")
+        found.update(rows.data if expected else b"")
         with np.errstate(over="ignore", invalid="ignore"):
             lengths = np.linalg.norm(rows, axis=1)
         wrong = np.flatnonzero(~(np.abs(lengths - 1) <= LENGTH_TOLERANCE))  # NaN too

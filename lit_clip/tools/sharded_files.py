@@ -116,7 +116,7 @@ def place_of(number: int, files: int, checkpoint: str) -> dict[str, str]:
 
 def sha256_of(rows: Tensor) -> str:
     """SHA-256 of a tensor's bytes, about a second for 1 GB: of what a rank writes, and of what it reads."""
-    return sha256(rows.contiguous().view(torch.uint8).numpy()).hexdigest()
+    return sha256(rows.contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
 @contextmanager

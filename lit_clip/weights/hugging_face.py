@@ -75,18 +75,19 @@ def read_hugging_face_folder(folder: str | os.PathLike[str]) -> tuple[CLIPConfig
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """Read the files of an index; they are beside it, even if their names say otherwise."""
-    names = read_json(index).get("weight_map")
-    files = set(names.values()) if isinstance(names, dict) and matches_type(names, dict[str, str]) else set()
-    require(bool(files), f"{index}: has no weight_map of files by weight")
+    found = read_json(index).get("weight_map")
+    names: dict[str, str] = found if isinstance(found, dict) and matches_type(found, dict[str, str]) else {}
+    require(bool(names), f"{index}: has no weight_map of files by weight")
+    files = set(names.values())
     for name in files:
         require(Path(name).name == name, f"{index}: {shortened(name)} is not a file of this folder")
     state: dict[str, Tensor] = {}
     for name in sorted(files):
-        found = read_tensors(index.with_name(name))
-        absent = [weight for weight, file in names.items() if file == name and weight not in found]
+        part = read_tensors(index.with_name(name))
+        absent = [weight for weight, file in names.items() if file == name and weight not in part]
         problem = f"{index.with_name(name)}: lacks {shortened(absent[:1])}, which {index.name} says is in it"
         require(not absent, f"{problem}; copy the whole folder again")
-        state |= found
+        state |= part
     return state
 
 
