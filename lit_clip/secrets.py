@@ -8,8 +8,8 @@ from typing import Any
 from urllib.parse import quote
 
 HIDDEN = "***"
-# An address; a quote belongs to it if a password goes on behind it.
-_ADDRESS = re.compile(r"://(?:[^\s'\"]|['\"](?=[\w@]))+")
+# An address, also as a path writes it, with one slash; a quote belongs to it if a password goes on behind it.
+_ADDRESS = re.compile(r"(?:://|(?<=[A-Za-z0-9]{2}):/(?!/))(?:[^\s'\"]|['\"](?=[\w@]))+")
 # Before a password, or before "@" alone; ":80/" is a port, and "[" begins a host.
 _USER = re.compile(r"://(?:([^\s/?#@:'\"\[]*):(?!\d{1,5}(?:[/?#,]|$))|[^\s/?#@:'\"\[]+@)")
 # Arguments of signed addresses: of S3, Google and Azure, and tokens and keys by their names.
@@ -98,7 +98,7 @@ def without_passwords(text: str) -> str:
 
     References to variables (``${...}``) stay.
     """
-    if "://" in text:
+    if ":/" in text:
         text = _ADDRESS.sub(_without_login, text)
     if "=" in text:
         text = _ARGUMENT.sub(lambda found: found[0] if "${" in found[0] else f"{found[1]}={HIDDEN}", text)
@@ -108,7 +108,7 @@ def without_passwords(text: str) -> str:
 
 def _without_login(found: re.Match[str]) -> str:
     """Hide the user's part of an address; a password may hold "/" and "@", and ends at the last "@"."""
-    text = found[0]
+    text = found[0] if found[0].startswith("://") else f":/{found[0][1:]}"
     last = text.rfind("@")
     parts, done = [], 0
     for user in _USER.finditer(text):
@@ -121,7 +121,7 @@ def _without_login(found: re.Match[str]) -> str:
         done = end
         if user[1] is not None:
             break
-    return "".join([*parts, text[done:]])
+    return "".join([*parts, text[done:]]) if done else found[0]
 
 
 def is_hidden(text: str) -> bool:

@@ -41,6 +41,9 @@ def forgotten(monkeypatch: pytest.MonkeyPatch) -> None:
         ("https://s3cret@a,https://me:s3cret@b", "https://***@a,https://me:***@b"),
         ("'https://me:s3cret'1@host/t.csv': row 2", "'https://me:***@host/t.csv': row 2"),
         ("http://me:8080@host", "http://me:***@host"),
+        ("no such file: a/http:/me:s3cret@host/x.png", "no such file: a/http://me:***@host/x.png"),  # a Path of it
+        ("a/https:/s3cret@host/x", "a/https://***@host/x"),
+        ("a/http:/me:s3/cr@et@host/x", "a/http://me:***@host/x"),
         ("invalid token hf_s3crets3crets3crets3cret", "invalid token hf_***"),
     ],
 )  # fmt: skip
@@ -60,6 +63,9 @@ def test_passwords_and_tokens_in_addresses_are_hidden(text: str, shown: str) -> 
         "https://[::1]:8080/a@b",
         "class cookie: key=value",
         "s3://bucket/a@b.jpg",
+        "C:/photos@home/a.jpg",
+        "s3:/bucket/a@b.jpg",
+        "file:///me@home/a.jpg",
         "https://h/x?page=2&size=3",
         "me@host.org: a=b",
         "https://me:${oc.env:PASSWORD}@host?token=${oc.env:TOKEN}",
@@ -138,7 +144,7 @@ def test_a_word_or_a_name_is_no_secret(name: str, value: str) -> None:
 @pytest.mark.parametrize(
     "part",
     ["://a:", "://a", "?token=", "?token=:", "?a", ";", "authorization:", "authorization: bearer ", "x-", "Cookie: a",
-     "cookie: a=", " ", "hf_", "://[", "@", "://a@", "a.", "://'a", "'", "x: \n "],
+     "cookie: a=", " ", "hf_", "://[", "@", "://a@", "a.", "://'a", "'", "x: \n ", "ab:/", "ab:/c:"],
 )  # fmt: skip
 def test_a_megabyte_of_anything_is_read_at_once(part: str) -> None:
     text = f"x=://: {part * (1_000_000 // len(part))}"

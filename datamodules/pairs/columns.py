@@ -18,7 +18,7 @@ from lit_clip.tools.images import CHECKED, check_images, open_image
 from lit_clip.tools.remote_names import is_relative
 from lit_clip.tools.untrusted import shortened
 from ..loading.bad_samples import BLANK, check_caption, is_blank
-from ..loading.store import StoreFolder, stamp_of
+from ..loading.store import StoreFolder, is_remote, stamp_of
 from .source import NO_CAPTION, EncodedPair, Pair, PairSource, PairText, SkippedRows
 
 CHECKED_IN_STORE = 8  # images that are read before training
@@ -162,7 +162,12 @@ class ColumnPairs(PairSource):
         key = value.strip()
         if self.inside and not is_relative(key.removeprefix("./")):
             raise BadSample(cells.where, "image outside", f"image {shortened(key)} is outside of the data set")
-        return self.root.locate(key, cells.where) if isinstance(self.root, StoreFolder) else self.root / key, key
+        if isinstance(self.root, StoreFolder):
+            return self.root.locate(key, cells.where), key
+        if is_remote(key):  # as a path it would lose a slash
+            detail = f"{key} is an address; download the image, or set columns.root to its server"
+            raise BadSample(cells.where, "image in a store", detail)
+        return self.root / key, key
 
     def check(self) -> None:
         checked = CHECKED_IN_STORE if isinstance(self.root, StoreFolder) else CHECKED
