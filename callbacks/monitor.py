@@ -20,6 +20,7 @@ from lit_clip.tools.untrusted import check_entries
 from .training_clock import TimedCallback, log_interval
 
 STUCK = 0.99  # of the baseline: a loss above it has learned nothing
+LAST_STEPS = 50  # whose mean loss is compared with the baseline at a run's end
 
 
 def gradient_norms(model: CLIP) -> dict[str, Tensor]:
@@ -50,7 +51,8 @@ class TrainingMonitor(TimedCallback):
     - ``train/samples_seen``
 
     It warns once if, after warm-up, the mean of the ``train/loss`` logged over ``stuck_steps`` optimiser steps is not
-    more than 1 % below its baseline (:meth:`lit_clip.losses.Loss.chance_loss`); a loss without one is not watched.
+    more than 1 % below its baseline (:meth:`lit_clip.losses.Loss.chance_loss`); a loss without one is not watched. At
+    the end of a run that had no such warning it says the same of the last steps, however short the run was.
 
     Args:
         stuck_steps: number of optimiser steps, after warm-up, over which the loss is averaged.
@@ -61,6 +63,7 @@ class TrainingMonitor(TimedCallback):
         self.stuck_steps = stuck_steps
         self._samples = self._samples_seen = 0
         self._losses: deque[tuple[int, float, float]] = deque()  # step, loss, baseline
+        self._last: deque[tuple[Tensor, float]] = deque(maxlen=LAST_STEPS)  # loss on this rank, not yet read; baseline
         self._warned = False
 
     def state_dict(self) -> dict[str, Any]:
@@ -85,6 +88,9 @@ class TrainingMonitor(TimedCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: CaptionBatch, batch_idx: int
     ) -> None:
         samples = (len(batch.images) + len(batch.skipped)) * trainer.world_size  # every rank has the same number
+        module = cast(LitCLIP, pl_module)
+        if module.last_step and (baseline := module.loss.chance_loss(module.last_step.pairs)) is not None:
+            self._last.append((module.last_step.loss, baseline))
         self._samples += samples
         self._samples_seen += samples
         if trainer.global_step % log_interval(trainer) == 0:
@@ -94,7 +100,17 @@ class TrainingMonitor(TimedCallback):
                 trainer.progress_bar_metrics["train/samples_per_second"] = rate  # see LitCLIP.optimizer_step
             pl_module.log("train/samples_seen", float(self._samples_seen))
             self._samples = 0
-            self._warn_if_stuck(trainer, cast(LitCLIP, pl_module))
+            self._warn_if_stuck(trainer, module)
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not self._last or self._warned:
+            return
+        loss = float(torch.stack([loss for loss, _ in self._last]).mean())
+        baseline = sum(baseline for _, baseline in self._last) / len(self._last)
+        if loss >= STUCK * baseline:
+            steps = f"in the last {len(self._last)} of {trainer.global_step} steps"
+            told = f"train/loss was {loss:.3f} on average {steps}, and its baseline is {baseline:.3f}"
+            rank_zero_warn(f"the model has learned nothing: {told}")
 
     def _warn_if_stuck(self, trainer: Trainer, module: LitCLIP) -> None:
         loss, step = trainer.callback_metrics.get("train/loss"), module.last_step

@@ -1,7 +1,7 @@
 """What a run reached and where its files are, printed when training ends."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,12 +65,13 @@ class PrintResults(Callback):
         module: Any = pl_module
         pairs = len(getattr(getattr(trainer, "datamodule", None), "val_source", None) or ())
         if trainer.is_global_zero:
-            print_summary(trainer.callback_metrics, module.baselines, module.before, pairs)
+            print_summary(trainer.callback_metrics, module.baselines, module.before, pairs, module.alike)
         saver = trainer.checkpoint_callback
         last = getattr(saver, "last_model_path", "") or getattr(saver, "best_model_path", "")
         folder = run_folder(trainer)  # every rank must ask
         if last and trainer.is_global_zero:
-            best, note = _best(trainer), misleading_loss(self._validations)
+            best, unlearned = _best(trainer, module.baselines)
+            note = unlearned or misleading_loss(self._validations)
             print_next_steps(Path(last), folder, curves(trainer.loggers, trainer.ckpt_path), best, note)
             if Path(last) not in best.values() and best and 0 < pairs < FEW:
                 print_preferred(Path(last), pairs)
@@ -88,10 +89,26 @@ def misleading_loss(validations: Sequence[Validation]) -> str:
     return f"{rose}: the best model is by recall"
 
 
-def _best(trainer: Trainer) -> dict[str, Path]:
-    """Return the best checkpoint by each metric, with its value, that a ``ModelCheckpoint`` watches."""
-    savers = [each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)]
-    found = [each for each in savers if each.monitor and each.best_model_path]
-    # After a resume a best checkpoint of the run before has no score.
-    scores = ["" if each.best_model_score is None else f" ({float(each.best_model_score):.4g})" for each in found]
-    return {f"{each.monitor}{score}": Path(each.best_model_path) for each, score in zip(found, scores, strict=True)}
+def _best(trainer: Trainer, baselines: Mapping[str, float]) -> tuple[dict[str, Path], str]:
+    """Return the best checkpoint by each metric, with its value, that a ``ModelCheckpoint`` watches.
+
+    One that is no better than the metric's baseline is not the best of anything; the second value says so.
+    """
+    savers = [
+        each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint) and each.best_model_path
+    ]
+    best, notes = dict[str, Path](), list[str]()
+    for saver in (each for each in savers if each.monitor):
+        name, score = str(saver.monitor), saver.best_model_score  # None after a resume, of the run before
+        if score is not None and name in baselines and not _better(float(score), baselines[name], saver.mode):
+            notes.append(
+                f"no model is the best by {name}: {score:.4g} is not better than its baseline {baselines[name]:.4g}"
+            )
+        else:
+            best[name if score is None else f"{name} ({score:.4g})"] = Path(saver.best_model_path)
+    return best, "\n".join(notes)
+
+
+def _better(score: float, baseline: float, mode: str) -> bool:
+    """Return whether a score is better than a baseline by more than rounding; a loss at ln N is not."""
+    return not math.isclose(score, baseline, rel_tol=1e-3) and (score > baseline) == (mode == "max")

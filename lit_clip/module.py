@@ -173,6 +173,7 @@ class LitCLIP(RunHooks):
             # Already over all ranks: Lightning's means would weight uneven ranks and batches wrongly.
             self.log(f"{prefix}/{name}", value, prog_bar=name in ("loss", MEAN_RECALL))
         self.baselines |= {f"{prefix}/{name}": value for name, value in evaluation.baselines.items()}
+        self.alike = evaluation.alike
 
     def configure_optimizers(self) -> Any:
         return self.optimization.configure(self.optimization.groups(self), self.trainer)

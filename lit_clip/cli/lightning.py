@@ -285,7 +285,7 @@ class CLI(PlainCLI):
     def after_validate(self) -> None:
         if self.trainer.is_global_zero:
             # Without metrics before training, which belong to another run and maybe to other data.
-            print_summary(self.trainer.callback_metrics, self.model.baselines)
+            print_summary(self.trainer.callback_metrics, self.model.baselines, alike=self.model.alike)
 
     after_test = after_validate
 

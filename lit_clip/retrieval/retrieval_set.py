@@ -15,9 +15,11 @@ from lit_clip.losses import Contrastive, Sigmoid
 from lit_clip.retrieval.metrics import (
     PairIndices,
     Ranks,
+    Reduce,
     baseline_recalls,
     median_rank,
     pair_scores,
+    rank_local,
     recalls,
     retrieval_ranks,
     whole_set_loss,
@@ -27,6 +29,7 @@ from lit_clip.tools.hashing import hash64
 RECALL_AT = (1, 5, 10)
 DIRECTIONS = ("image_to_text", "text_to_image")
 MEAN_RECALL = "mean_recall"
+ALIKE = 1e-4  # a difference in every dimension of unit features below which the model cannot tell images or texts apart
 BLOCK = 2**25  # bytes; blocks of this size are returned to the system when freed
 
 
@@ -117,10 +120,14 @@ class Joined(NamedTuple):
 
 @dataclass
 class Evaluation:
-    """Metrics of a set and, of some, what a constant answer or a model that knows nothing reaches; on every rank."""
+    """Metrics of a set and, of some, what a constant answer or a model that knows nothing reaches; on every rank.
+
+    ``alike`` names what the model cannot tell apart, as all of its features are equal: images, captions or both.
+    """
 
     metrics: dict[str, float] = field(default_factory=dict)
     baselines: dict[str, float] = field(default_factory=dict)
+    alike: str = ""
 
 
 class RetrievalSet:
@@ -177,9 +184,12 @@ class RetrievalSet:
         ranks = Ranks(ranks.image.cpu(), pair_E, ranks.merged_image.cpu(), text_T)
         chance_loss = (Contrastive() if bias is None else Sigmoid()).chance_loss(int(all_pairs.rows.sum()))
         metrics, baselines = retrieval_metrics(ranks, all_pairs), retrieval_baselines(all_pairs)
+        several = int(all_pairs.rows.sum()) > 1
+        spreads = {"images": _spread(image_ID), "captions": _spread(text_TD, distributed.highest_over_ranks)}
         return Evaluation(
             {"loss": loss, MEAN_RECALL: mean_recall(metrics), **metrics},
             {"loss": chance_loss, MEAN_RECALL: mean_recall(baselines), **baselines},
+            " and ".join(name for name, spread in spreads.items() if several and spread < ALIKE),
         )
 
     def _rows(self, device: torch.device) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -191,6 +201,13 @@ class RetrievalSet:
         rows = distributed.gather_uneven(torch.from_numpy(local).to(device)).cpu().numpy()
         rows = rows[np.lexsort((rows[:, 2], rows[:, 3]))]
         return rows[:, 0], rows[:, 1], rows[:, 2]
+
+
+def _spread(features_ND: Tensor, maximum: Reduce = rank_local) -> float:
+    """Return the largest difference between two rows of any rank in any dimension; a rank may have no rows."""
+    least = features_ND.new_full((1, features_ND.shape[1]), -torch.inf)
+    highest, lowest = (maximum(torch.cat([side, least]).amax(dim=0)) for side in (features_ND, -features_ND))
+    return float((highest + lowest).max())
 
 
 def token_hashes(tokens: Tensor, context_length: int, pad_id: int) -> np.ndarray:

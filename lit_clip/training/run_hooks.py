@@ -53,6 +53,7 @@ class RunHooks(LightningModule):
         step_skipped: whether the step under way changes nothing, on all ranks; callbacks may set it after the backward
             pass.
         baselines: for a logged metric its baseline, filled by whoever logs the metric.
+        alike: of the last validation, what the model could not tell apart: images, captions, both or nothing.
         before: metrics of a validation before the first step, if there was one; kept in checkpoints.
         starts_trained: whether training starts from pretrained weights.
         base_sha256: fingerprint of the weights that the ``lora`` belongs to; empty without one.
@@ -68,6 +69,7 @@ class RunHooks(LightningModule):
         super().__init__()
         self.base_sha256 = ""
         self.baselines: dict[str, float] = {}
+        self.alike = ""
         self.before: dict[str, float] = {}
         self._step_metrics: dict[str, Tensor] | None = None  # of this rank's step, until they are averaged
         self._frozen_modules: list[str] = []

@@ -32,11 +32,12 @@ def print_summary(
     baselines: Mapping[str, float],
     before: Mapping[str, float] | None = None,
     pairs: int = 0,
+    alike: str = "",
 ) -> None:
     """Print a table of the logged validation metrics, with their baselines, unless it would be empty.
 
     Metrics of ``before``, from before training, add two columns: the value before and the change. Of fewer than
-    :data:`FEW` validation pairs it says how much one of them counts.
+    :data:`FEW` validation pairs it says how much one of them counts, and that recalls of ``alike`` features are void.
     """
     table = _table("Results", "metric", "value", "baseline", *(("before", "change") if before else ()))
     # recall@5 before recall@10
@@ -57,6 +58,8 @@ def print_summary(
         notes += ["val/mean_recall is the one number to compare: the mean of merged recalls"] * (RECALL in names)
     if 0 < pairs < FEW and any(name.startswith("val/") for name in names):
         notes.append(f"val: {pairs} pairs, of which one is {100 / pairs:.1f} points of recall")
+    if alike:
+        notes.append(f"all {alike} have the same features: the recalls say nothing")
     table.caption = "\n".join(notes) or None
     if names:
         Console().print(table)

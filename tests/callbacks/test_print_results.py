@@ -1,5 +1,6 @@
 """The last lines of a run: the best model, by which metric, and what a small validation set can say."""
 
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -9,6 +10,7 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from PIL import Image
 from torch import Tensor
 
 import callbacks
@@ -16,6 +18,7 @@ from callbacks.print_results import PrintResults, Validation, misleading_loss
 from datamodules import Captions
 from lit_clip import LitCLIP
 from lit_clip.models.config import CLIPConfig
+from lit_clip.training.optimizers import PaperAdamW
 from tests.conftest import ROOT
 
 LOSSES, RECALLS = (1.0, 1.5, 2.0, 2.5), (0.2, 0.5, 0.7, 0.6)
@@ -134,6 +137,57 @@ def test_a_small_validation_set_says_what_one_pair_counts(
     pairs = len(caption_table.read_text(encoding="utf-8").splitlines()) - 1
     printed = " ".join(capfd.readouterr().out.split())  # the table's width decides its lines
     assert f"val: {pairs} pairs, of which one is {100 / pairs:.1f} points of recall" in printed
+
+
+def white(folder: Path, caption: str) -> Path:
+    """Write a table of 24 white images; the caption is formatted with their number."""
+    Image.new("L", (40, 40), 255).save(folder / "white.png")
+    for row in range(24):
+        (folder / f"{row}.png").write_bytes((folder / "white.png").read_bytes())
+    rows = "".join(f"{row}.png,{caption.format(row)}\n" for row in range(24))
+    (folder / "t.csv").write_text(f"image,caption\n{rows}")
+    return folder / "t.csv"
+
+
+@pytest.mark.parametrize(("caption", "alike"), [("number {}", "images"), ("the same", "images and captions")])
+def test_a_run_that_learned_nothing_says_so_and_names_no_model_the_best(
+    caption: str, alike: str, tiny_config: CLIPConfig, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """However short. With equal captions every recall is 100 %, which is its baseline."""
+    table = white(tmp_path, caption)
+    savers = [
+        ModelCheckpoint(tmp_path, f"best {monitor[4:]}", monitor=monitor, mode=mode)
+        for monitor, mode in (("val/mean_recall", "max"), ("val/loss", "min"))
+    ]
+    options: dict[str, Any] = {"accelerator": "cpu", "enable_progress_bar": False, "log_every_n_steps": 50}
+    every = callbacks.defaults(callbacks.TrainingMonitor(), *savers)
+    trainer = Trainer(callbacks=every, logger=CSVLogger(tmp_path), max_epochs=1, **options)
+    data = Captions(str(table), val=str(table), num_workers=0, batch_size=8)
+    with pytest.warns(UserWarning, match=r"learned nothing: .* last 3 of 3 steps, and its baseline is 2.079"):
+        trainer.fit(LitCLIP(tiny_config), data)  # ln 8
+    lines = capfd.readouterr().out.splitlines()
+    assert f"all {alike} have the same features: the recalls say nothing" in " ".join(" ".join(lines).split())
+    assert not [line for line in lines if line.startswith("best")]
+    for name in ("val/mean_recall", "val/loss"):
+        assert any(line.startswith(f"no model is the best by {name}: ") for line in lines)
+    if caption == "the same":
+        assert float(trainer.callback_metrics["val/mean_recall"]) == 1
+
+
+def test_a_run_that_learns_says_nothing_of_the_kind(
+    overfitted: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    checkpoint, table = overfitted
+    best = ModelCheckpoint(tmp_path, "best", monitor="val/mean_recall", mode="max")
+    every = callbacks.defaults(callbacks.TrainingMonitor(), best)
+    trainer = Trainer(callbacks=every, logger=CSVLogger(tmp_path), max_epochs=1, accelerator="cpu")
+    module = LitCLIP.load_from_checkpoint(checkpoint, optimizer=partial(PaperAdamW, lr=1e-5))
+    trainer.fit(module, Captions(str(table), val=str(table), num_workers=0, batch_size=16))
+    printed = capfd.readouterr().out
+    assert "best val/mean_recall (" in printed
+    assert "no model is" not in printed
+    assert "same features" not in printed
+    assert not [each for each in recwarn if "learned nothing" in str(each.message)]
 
 
 @pytest.mark.parametrize("config", sorted(ROOT.glob("configs/*.yaml")), ids=lambda path: path.stem)

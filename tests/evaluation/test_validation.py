@@ -18,6 +18,7 @@ from lit_clip.retrieval.retrieval_set import RetrievalSet, token_hashes
 from tests.helpers import forks
 from tests.helpers.ranks_evaluation import (
     CASES,
+    check_what_is_alike,
     evaluate_cases,
     evaluate_rows,
     make_module,
@@ -174,6 +175,16 @@ def test_the_losss_baseline_is_that_of_equal_features(pairs: int) -> None:
         found.add(same, same, [str(i) for i in range(pairs)], np.arange(pairs))
         evaluation = found.evaluate(same[:0], torch.tensor(20.0), bias)
         assert evaluation.metrics["loss"] == pytest.approx(evaluation.baselines["loss"], abs=1e-5)
+
+
+def test_equal_features_of_all_images_or_captions_are_noted() -> None:
+    """One pair alone is equal to nothing; on several ranks ``evaluate_cases`` asserts the same."""
+    check_what_is_alike()
+    assert evaluate_rows(1, 7, None).alike == ""
+    assert evaluate_rows(21, 7, None).alike == ""
+    repeated, one = RetrievalSet(), torch.eye(3)[:1].expand(2, 3)
+    repeated.add(torch.eye(3)[:2], one, ["a", "b"], np.zeros(2, np.int64))  # one caption of two images
+    assert repeated.evaluate(one[:0], torch.tensor(1.0), None).alike == "captions"
 
 
 def test_a_set_is_empty_after_its_evaluation() -> None:
