@@ -41,6 +41,7 @@ from .pairs.one_caption import one_caption_each, rows_of_each_image
 from .pairs.sentences import FittingCaptions
 from .pairs.source import CaptionOptions, PairSource
 from .pairs.stored_features import StoredPairs, WithStoredFeatures
+from .pairs.unseen_images import report_images
 
 EVALUATION_BATCH_SIZE = 64
 
@@ -154,6 +155,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
             self.train_source, self.val_source = self.opened_sources(stage == "fit")
         if stage == "fit" and self.train_source is not None:
             report_captions(self.train_source, self.tokenize, self.captions.long, getattr(module, "loss", None))
+            report_images(self.train_source, self.val_source, self.seed)
 
     def _batches(self, start: Position = Position()) -> GlobalBatchSampler:  # noqa: B008  # immutable
         assert self.train_source is not None, "call setup('fit') first"

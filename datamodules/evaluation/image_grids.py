@@ -10,6 +10,7 @@ from PIL import Image, ImageOps
 
 from lit_clip.errors import require
 from lit_clip.evaluation.data import Box, Boxed, ImageSet, LabelledImages, Masked
+from lit_clip.models.preprocess import to_rgb
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.parts import instantiate
 
@@ -54,7 +55,7 @@ class ImageGrids(ImageSet, Masked, Boxed):
         width, height = (max(int(box[edge]) for _, box in cells) for edge in (2, 3))
         grid = Image.new("RGB", (width, height))
         for row, (_, (left, top, _, _)) in zip(self.grids[index], cells, strict=True):
-            image = self.source.images(row)[0].convert("RGB")
+            image = to_rgb(self.source.images(row)[0])
             grid.paste(ImageOps.fit(image, (self.side, self.side)), (int(left), int(top)))
         return [grid]
 

@@ -9,7 +9,7 @@ import numpy as np
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import Masked
 from lit_clip.tools.hashing import hex_digest, stamp_of_files
-from lit_clip.tools.images import open_image
+from lit_clip.tools.images import stored_image
 from lit_clip.tools.text_files import read_yaml
 from .annotation_files import read_lines
 from .image_files import UnlabelledFiles, refuse_no_folder
@@ -82,7 +82,7 @@ class MaskedFiles(UnlabelledFiles, Masked):
 
     def mask(self, index: int) -> np.ndarray:
         path = self._files[index]
-        stored = np.asarray(open_image(path))
+        stored = np.asarray(stored_image(path))
         require(stored.ndim == 2 and stored.dtype != bool, f"{path}: a mask must have one channel of whole numbers")
         require(
             int(stored.min()) >= 0 and int(stored.max()) < HIGHEST, f"{path}: values must be from 0 to {HIGHEST - 1}"

@@ -14,7 +14,7 @@ from ..pairs.decisions import DROP, KEEP
 from ..pairs.findings import Finding
 from ..pairs.source import PairSource
 from .copies import PairCopies, ValidationCopies
-from .scan import SAYS_NOTHING, TOO_LONG, ScanFindings
+from .scan import PLAIN, SAYS_NOTHING, TOO_LONG, ScanFindings
 
 
 def scan_lines(
@@ -32,7 +32,7 @@ def scan_lines(
     for where, reason in source.left_out.listed:
         yield Finding(DROP, reason, where)
     remarkable = (copies.row >= 0) | (found.flags > 0)
-    listed = found.images["state"] == 0
+    listed = (found.images["state"] == 0) | (found.images["state"] & PLAIN > 0)
     listed[found.caption_rows[remarkable]] = True
     if validation is not None:
         listed |= validation[1].row >= 0
@@ -76,6 +76,8 @@ def _of_pairs(
             same_image, same_caption = bool(copies.same_image[number]), bool(copies.same_caption[number])
             _add_copy(line, found.images[row], found.images[other], same_image, same_caption)
             line.copy_of, line.copy_of_row = source.key(other) if line.finding else "", other if same_image else None
+        if found.images[row]["state"] & PLAIN:
+            line.add("a single colour", KEEP)
         if found.flags[number] & SAYS_NOTHING:
             line.add("caption says nothing", DROP)
         if found.flags[number] & TOO_LONG:

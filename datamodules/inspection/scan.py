@@ -23,7 +23,7 @@ from lit_clip.embedding.reading import Batches
 from lit_clip.errors import BadSample, require
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.console import progress
-from lit_clip.tools.images import decoding_at_least, open_image
+from lit_clip.tools.images import Unseen, decoding_at_least, is_rotated, open_image, unseen
 from lit_clip.tools.workers import loader
 from ..near_duplicates import look_of
 from ..pairs.duplicates import caption_hash, number_of
@@ -32,9 +32,8 @@ from .generic_captions import says_nothing
 
 CHUNK = 32  # pairs that a data worker reads at once
 DECODED = 72  # least pixels a side of a decoded image: eight for each of the hash's 9 columns
-ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 
-READABLE, PLAIN, ROTATED, ANIMATED, TRANSPARENT = 1, 2, 4, 8, 16  # bits of ``state``
+READABLE, PLAIN, ROTATED, ANIMATED, TRANSPARENT, DEEP, CONVERTED = (1 << bit for bit in range(7))  # of ``state``
 SAYS_NOTHING, TOO_LONG = 1, 2  # bits of a caption's ``flags``
 IMAGE = np.dtype(
     [
@@ -131,10 +130,12 @@ class _Chunks(Dataset[ScannedChunk]):
 def _image(stored: EncodedPair) -> tuple[int, ...]:
     """Return the ``IMAGE`` of a pair."""
     with decoding_at_least(lambda width, height: (min(width, DECODED), min(height, DECODED))):
-        look = look_of(open_image(io.BytesIO(stored.image), stored.where))
+        decoded = open_image(io.BytesIO(stored.image), stored.where)
+    look, lost = look_of(decoded), unseen(io.BytesIO(stored.image), stored.where)
     with Image.open(io.BytesIO(stored.image)) as image:  # reopened for its header: decoding changes size and mode
-        state = READABLE | PLAIN * look.plain | ROTATED * _is_rotated(image)
-        state |= ANIMATED * bool(getattr(image, "is_animated", False) and image.format != "MPO")
+        state = READABLE | PLAIN * look.plain | ROTATED * (Unseen.ROTATED in lost or is_rotated(decoded))
+        state |= ANIMATED * (Unseen.ANIMATED in lost) | DEEP * (Unseen.DEEP in lost)
+        state |= CONVERTED * (Unseen.CONVERTED in lost)
         mode = Image.MODES.index(image.mode) if image.mode in Image.MODES else len(Image.MODES)
         kind = formats().index(str(image.format))
         sizes = (*image.size, len(stored.image), len(stored.captions))
@@ -149,13 +150,6 @@ def _shows_through(image: Image.Image) -> bool:
         return False
     image.thumbnail((DECODED, DECODED))
     return bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 128)
-
-
-def _is_rotated(image: Image.Image) -> bool:
-    try:
-        return image.getexif().get(ORIENTATION, 1) not in (0, 1)
-    except Exception:  # EXIF is often malformed, and the pixels do not depend on it
-        return False
 
 
 @dataclass

@@ -11,7 +11,7 @@ from lit_clip.tools.console import size_in_bytes
 from ..near_duplicates import Groups, equal_groups, look_alikes
 from ..pairs.decisions import DROP
 from ..pairs.source import SkippedRows
-from .scan import ANIMATED, PLAIN, ROTATED, TRANSPARENT, ScanFindings, formats
+from .scan import ANIMATED, CONVERTED, DEEP, PLAIN, ROTATED, TRANSPARENT, ScanFindings, formats
 
 
 class SummaryLine(NamedTuple):
@@ -112,6 +112,8 @@ def _image_lines(findings: ScanFindings, duplicates: DuplicateGroups) -> list[Su
         *_size_lines(images),
     ]
     states = (
+        ("more than 8 bits a grey level (models see the highest 8)", DEEP),
+        ("four or more bands, as CMYK (models see them converted to RGB)", CONVERTED),
         ("with an EXIF rotation (models see them unrotated)", ROTATED),
         ("animated (models see the first frame)", ANIMATED),
         ("transparent (models see what lies underneath, often black; draw them on white)", TRANSPARENT),

@@ -162,12 +162,10 @@ class ColumnPairs(PairSource):
         key = value.strip()
         if self.inside and not is_relative(key.removeprefix("./")):
             raise BadSample(cells.where, "image outside", f"image {shortened(key)} is outside of the data set")
-        if isinstance(self.root, StoreFolder):
-            return self.root.locate(key, cells.where), key
-        if is_remote(key):  # as a path it would lose a slash
+        if is_remote(key) and not isinstance(self.root, StoreFolder):  # as a path it would lose a slash
             detail = f"{key} is an address; download the image, or set columns.root to its server"
             raise BadSample(cells.where, "image in a store", detail)
-        return self.root / key, key
+        return self.root.locate(key, cells.where) if isinstance(self.root, StoreFolder) else self.root / key, key
 
     def check(self) -> None:
         checked = CHECKED_IN_STORE if isinstance(self.root, StoreFolder) else CHECKED

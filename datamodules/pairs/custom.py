@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_clip.errors import BadSample, InputError, require
-from lit_clip.tools.images import FIX_HINT, open_image
+from lit_clip.tools.images import FIX_HINT, eight_bits, open_image
 from ..loading.bad_samples import check_caption
 from .source import EncodedPair, Pair, PairSource, PairText
 
@@ -65,7 +65,7 @@ class CustomPairs(PairSource):
     def load(self, index: int, rng: random.Random | None) -> Pair:
         where, text = self.where(index), self.text(index, rng)
         try:
-            return Pair(self._image(self.image(index), where), *text)
+            return Pair(eight_bits(self._image(self.image(index), where), where), *text)
         except OSError as error:
             raise self._broken(error, where) from error
 

@@ -111,7 +111,10 @@ def pixels_of(image: Image.Image, facts: dict[str, Any]) -> np.ndarray:
         tall, wide = round(image.height / ratio), round(image.width / ratio)
     image = image.resize((wide, tall), Image.Resampling[want["interpolation"].upper()])
     top, left = round((tall - height) / 2), round((wide - width) / 2)
-    image = image.crop((left, top, left + width, top + height)).convert("RGB")
+    image = image.crop((left, top, left + width, top + height))
+    if image.mode.startswith("I;16"):  # Pillow would clip its levels at 255; as in training, the highest 8 bits count
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = image.convert("RGB")
     pixels = (np.asarray(image) / 255 - want["mean"]) / want["std"]
     return pixels.transpose(2, 0, 1)[None].astype(np.float32)
 

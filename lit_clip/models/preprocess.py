@@ -12,15 +12,16 @@ from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.models.config import Preprocessing, height_width
 from lit_clip.models.patches import patch_sequence
+from lit_clip.tools.images import eight_bits
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any image to RGB by Pillow's rules, as in every peer: published models were trained on such pixels.
 
-    Transparency is dropped (the colours underneath show), 16-bit grey levels are clipped at 255, and a camera's
-    rotation flag is ignored.
+    Transparency is dropped (the colours underneath show), and a camera's rotation flag is ignored. Of 16-bit grey
+    levels, which Pillow clips at 255, the highest 8 bits are kept (:func:`lit_clip.tools.images.eight_bits`).
     """
-    return image.convert("RGB")
+    return eight_bits(image).convert("RGB")
 
 
 class _Resize(v2.Transform):

@@ -5,10 +5,12 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from enum import StrEnum
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Any, BinaryIO, Literal
 
+import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from lit_clip.errors import BadSample
@@ -28,7 +30,20 @@ LeastSize = Callable[[int, int], tuple[int, int]]  # an image's width and height
 FULL_SIZE = "size in the file"  # key in ``info`` of an image decoded at a fraction
 FRACTIONS = (1, 2, 4, 8)  # divisors of width and height that JPEG decoders support and Pillow passes on
 
+ORIENTATION = 0x0112  # EXIF tag; 1 is upright
+BITS, BANDS = 258, 277  # TIFF tags: bits of each band, and number of bands
+
 _least_size: ContextVar[LeastSize | None] = ContextVar("_least_size", default=None)
+
+
+class Unseen(StrEnum):
+    """What of an image a model does not see as it is in the file, and what is done with it."""
+
+    DEEP = "have more than 8 bits a grey level (the highest 8 are read)"
+    CONVERTED = "have four or more bands, as CMYK (converted to RGB)"
+    TRANSPARENT = "have transparency (dropped: black, or the colour underneath)"
+    ANIMATED = "have several frames (the first is read)"
+    ROTATED = "have a rotation flag (ignored)"
 
 
 @contextmanager
@@ -84,11 +99,17 @@ def _opened(source: Path | BinaryIO, where: str | None) -> Iterator[Image.Image]
 
 
 def open_image(source: Path | BinaryIO, where: str | None = None) -> Image.Image:
-    """Decode an image; of an animation the first frame. A camera's rotation flag is ignored.
+    """Decode an image to 8 bits a level (:func:`eight_bits`); of an animation the first frame.
 
-    ``where`` is how the user knows it, such as ``captions.csv row 7``; None: by its path. Raise :class:`BadSample` if
-    there is no such file, or it is not an image, broken, too large, too elongated, or of another program's format.
+    A camera's rotation flag is ignored. ``where`` is how the user knows it, such as ``captions.csv row 7``; None: by
+    its path. Raise :class:`BadSample` if there is no such file, or it is not an image, broken, too large, too
+    elongated, of another program's format, or of levels whose range is unknown.
     """
+    return eight_bits(stored_image(source, where), str(source) if where is None else where)
+
+
+def stored_image(source: Path | BinaryIO, where: str | None = None) -> Image.Image:
+    """Decode an image as :func:`open_image` does, with the levels that are in the file."""
     with _opened(source, where) as image:
         least_size = _least_size.get()
         if least_size is not None:
@@ -97,6 +118,49 @@ def open_image(source: Path | BinaryIO, where: str | None = None) -> Image.Image
             image.draft(None, (max(1, width), max(1, height)))  # pyright: ignore[reportArgumentType]  # None keeps the mode
         image.load()
         return image
+
+
+def eight_bits(image: Image.Image, where: str = "an image") -> Image.Image:
+    """Return an image with the highest 8 bits of deeper grey levels, which Pillow's own conversion clips at 255.
+
+    Of 16-bit colours Pillow itself keeps the highest 8. In a PNG levels of fewer bits are scaled to all 16, by its
+    specification. Raise :class:`BadSample` for floats and 32-bit integers, whose range is unknown.
+    """
+    if not image.mode.startswith(("I", "F")):
+        return image
+    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # these have 16 bits
+        detail = "its levels are floats or 32-bit integers, without a range in the file; scale them to 8 or 16 bits"
+        raise BadSample(where, "levels without a range", detail)
+    bits = getattr(image, "tag_v2", {}).get(BITS, (16,))[0]
+    result = Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
+    result.format = image.format
+    result.info = {name: value for name, value in image.info.items() if name != "transparency"}  # of 16 bits
+    return result
+
+
+def unseen(source: Path | BinaryIO, where: str) -> list[Unseen]:
+    """Return what of an image a model does not see, by its header: an alpha channel may be opaque everywhere."""
+    with _opened(source, where) as image:
+        tile: Any = getattr(image, "tile", ())
+        how = tile[0][3] if tile else ""  # to decode it: such as "I;16B"
+        tags, transparent = getattr(image, "tag_v2", {}), image.has_transparency_data
+        deep = max(tags.get(BITS, (8,))) > 8 or image.mode.startswith(("I", "F")) or ";16" in str(how)
+        found = {
+            Unseen.DEEP: deep or (image.format == "PPM" and isinstance(how, tuple) and how[-1] > 255),  # highest level
+            Unseen.CONVERTED: not transparent and tags.get(BANDS, len(image.getbands())) > 3,
+            Unseen.TRANSPARENT: transparent,
+            Unseen.ANIMATED: getattr(image, "is_animated", False) and image.format != "MPO",  # a camera's preview
+            Unseen.ROTATED: is_rotated(image),
+        }
+    return [kind for kind, holds in found.items() if holds]
+
+
+def is_rotated(image: Image.Image) -> bool:
+    """Return whether a camera's flag says so; of a PNG that is not decoded, a flag behind the pixels is not found."""
+    try:
+        return Image.Image.getexif(image).get(ORIENTATION, 1) not in (0, 1)  # a PNG's own method would decode it
+    except Exception:  # EXIF is often malformed, and the pixels do not depend on it
+        return False
 
 
 def image_size(source: Path | BinaryIO, where: str) -> tuple[int, int]:

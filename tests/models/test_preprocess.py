@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import (
     CLIPConfig,
@@ -130,9 +131,6 @@ def unusual(kind: str, photograph: Image.Image) -> Image.Image:
         image = photograph.convert(kind[:-1])
         image.putalpha(alpha)
         return png(image)
-    if kind == "16 bit":
-        levels = np.asarray(photograph.convert("L")).astype(np.uint16) * 3  # levels above 255 are clipped
-        return png(Image.fromarray(levels))
     if kind == "EXIF-rotated":
         exif, file = Image.Exif(), io.BytesIO()
         exif[0x0112] = 6
@@ -146,7 +144,7 @@ def unusual(kind: str, photograph: Image.Image) -> Image.Image:
 @pytest.mark.parametrize(
     "kind",
     [
-        *("L", "1", "CMYK", "P", "YCbCr", "RGBA", "LA", "16 bit", "EXIF-rotated", "one pixel high"),
+        *("L", "1", "CMYK", "P", "YCbCr", "RGBA", "LA", "EXIF-rotated", "one pixel high"),
         *("palette with transparency", "palette with a transparent entry"),
     ],
 )
@@ -154,6 +152,21 @@ def test_files_of_any_kind_have_open_clips_pixels(photographs: list[Image.Image]
     image = unusual(kind, photographs[0])
     theirs = open_clip_transform(224, is_train=False)(image.copy())
     torch.testing.assert_close(model().preprocess(image), theirs, **ROUNDING)
+
+
+def test_16_bit_levels_are_scaled_where_open_clip_clips_them(photographs: list[Image.Image]) -> None:
+    grey = photographs[0].resize((301, 257)).convert("L")
+    deep = png(Image.fromarray(np.asarray(grey).astype(np.uint16) * 257))
+    clipped = open_clip_transform(224, is_train=False)(deep.copy())
+    assert (clipped == clipped.amax(dim=(1, 2), keepdim=True)).float().mean() > 0.9  # white
+    ours = model().preprocess(deep)
+    torch.testing.assert_close(ours, model().preprocess(grey), rtol=0, atol=0.04)  # two levels: resized in 16 bits
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_levels_without_a_range_are_refused(mode: str) -> None:
+    with pytest.raises(InputError, match="range"):
+        model().preprocess(Image.new(mode, (40, 30), 700))
 
 
 @pytest.mark.parametrize("size", [(32, 64), (64, 32), (48, 80)])

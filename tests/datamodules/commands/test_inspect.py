@@ -32,6 +32,7 @@ BROKEN = {
     "page.jpg": "not an image",
     "gone.jpg": "missing image",
     "empty.png": "not an image",
+    "floats.tif": "levels without a range",
 }
 
 
@@ -70,6 +71,9 @@ def messy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     photo(31).convert("CMYK").save(folder / "print.jpg")
     photo(32).convert("P").save(folder / "film.gif", save_all=True, append_images=[photo(33).convert("P")])
     Image.new("RGB", (260, 260), "red").save(folder / "red.webp")
+    deep = np.asarray(photo(34).convert("L")).astype(np.uint16) * 16  # 12 bits in a file of 16
+    Image.fromarray(deep).save(folder / "deep.png")
+    Image.fromarray(deep.astype(np.float32)).save(folder / "floats.tif")
     Image.new("RGBA", (20, 10), (0, 0, 0, 0)).save(folder / "clear.png")
     (folder / "cut.jpg").write_bytes((folder / "7.jpg").read_bytes()[:2000])
     (folder / "page.jpg").write_text("<html>404 & <script>alert(1)</script></html>")
@@ -79,6 +83,7 @@ def messy(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("film.gif", "twice"),
         ("red.webp", "Twice "),
         ("clear.png", "clear"),
+        ("deep.png", "deep"),
         ("3.jpg", "another"),
         ("3.jpg", "another"),
     ]
@@ -156,7 +161,7 @@ def test_image_figures_match_plain_counting(report: Report, messy: Path) -> None
         ("formats", Counter(image.format for image in opened)),
         ("colour modes", Counter(image.mode for image in opened)),
     ):
-        found = {name: int(count) for name, count in re.findall(r"(\w+) (\d+)", report.figures[line])}
+        found = {name: int(count) for name, count in re.findall(r"([\w;]+) (\d+)", report.figures[line])}
         assert found == counts
     sizes = sorted((image.size for image in opened), key=lambda size: size[0] * size[1])
     for line, size in (("smallest", sizes[0]), ("median", sizes[len(sizes) // 2]), ("largest", sizes[-1])):
@@ -165,6 +170,10 @@ def test_image_figures_match_plain_counting(report: Report, messy: Path) -> None
     assert number(report, "with an EXIF rotation (models see them unrotated)") == 1
     assert number(report, "animated (models see the first frame)") == 1
     assert number(report, "a single colour") == 2
+    assert number(report, "more than 8 bits a grey level (models see the highest 8)") == 1
+    assert number(report, "four or more bands, as CMYK (models see them converted to RGB)") == 1
+    plain = {line["key"]: line["decision"] for line in report.table if "a single colour" in line["finding"]}
+    assert plain == {"red.webp": "keep", "clear.png": "keep"}
     clear = [image for image in opened if "A" in image.getbands() and image.getchannel("A").getextrema()[0] < 128]
     name = "transparent (models see what lies underneath, often black; draw them on white)"
     assert number(report, name) == len(clear) > 0

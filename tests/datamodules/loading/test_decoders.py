@@ -103,7 +103,7 @@ def test_torch_resizing_equals_pillows_up_to_rounding(
     assert np.abs(np.diff(expected, axis=0)).mean() > 3
 
 
-@pytest.mark.parametrize("name", list(whole_images()))
+@pytest.mark.parametrize("name", [name for name in whole_images() if name != "float.tif"])  # which is refused
 def test_images_of_every_format_equal_the_exact_ones_up_to_rounding(name: str) -> None:
     data = whole_images()[name]
     small = Preprocessing(image_size=32)
