@@ -108,9 +108,8 @@ class TrainingMonitor(TimedCallback):
         loss = float(torch.stack([loss for loss, _ in self._last]).mean())
         baseline = sum(baseline for _, baseline in self._last) / len(self._last)
         if loss >= STUCK * baseline:
-            steps = f"in the last {len(self._last)} of {trainer.global_step} steps"
-            told = f"train/loss was {loss:.3f} on average {steps}, and its baseline is {baseline:.3f}"
-            rank_zero_warn(f"the model has learned nothing: {told}")
+            last = f"{loss:.3f} on average in the last {len(self._last)} of {trainer.global_step} steps"
+            rank_zero_warn(f"the model has learned nothing: train/loss was {last}, and its baseline is {baseline:.3f}")
 
     def _warn_if_stuck(self, trainer: Trainer, module: LitCLIP) -> None:
         loss, step = trainer.callback_metrics.get("train/loss"), module.last_step

@@ -16,6 +16,8 @@ from lit_clip.training.summary import print_next_steps, print_preferred, print_s
 LOSS, RECALL = "val/loss", "val/mean_recall"
 FEW = 100  # pairs to validate, of which the best model is chance: with 11 it was 7 points below the last
 
+ROUNDING = 1e-3  # of a baseline, by which a loss of ln N may be off
+
 
 class Validation(NamedTuple):
     """Loss and mean recall after a number of epochs, the first of which is 1."""
@@ -94,21 +96,15 @@ def _best(trainer: Trainer, baselines: Mapping[str, float]) -> tuple[dict[str, P
 
     One that is no better than the metric's baseline is not the best of anything; the second value says so.
     """
-    savers = [
-        each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint) and each.best_model_path
-    ]
     best, notes = dict[str, Path](), list[str]()
-    for saver in (each for each in savers if each.monitor):
+    for saver in (each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)):
         name, score = str(saver.monitor), saver.best_model_score  # None after a resume, of the run before
-        if score is not None and name in baselines and not _better(float(score), baselines[name], saver.mode):
-            notes.append(
-                f"no model is the best by {name}: {score:.4g} is not better than its baseline {baselines[name]:.4g}"
-            )
+        if not saver.monitor or not saver.best_model_path:
+            continue
+        baseline = baselines.get(name, math.nan)
+        gain = (math.nan if score is None else float(score) - baseline) * (1 if saver.mode == "max" else -1)
+        if gain <= ROUNDING * baseline:
+            notes.append(f"no model is the best by {name}: {score:.4g} is not better than its baseline {baseline:.4g}")
         else:
             best[name if score is None else f"{name} ({score:.4g})"] = Path(saver.best_model_path)
     return best, "\n".join(notes)
-
-
-def _better(score: float, baseline: float, mode: str) -> bool:
-    """Return whether a score is better than a baseline by more than rounding; a loss at ln N is not."""
-    return not math.isclose(score, baseline, rel_tol=1e-3) and (score > baseline) == (mode == "max")

@@ -153,7 +153,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         self.tokenize = getattr(module, "tokenize", self.tokenize)
         if self.val_source is None or (stage == "fit" and self.train_source is None):
             self.train_source, self.val_source = self.opened_sources(stage == "fit")
-        if stage == "fit" and self.train_source is not None:
+        if stage == "fit" and self.train_source is not None and self.val_source is not None:
             report_captions(self.train_source, self.tokenize, self.captions.long, getattr(module, "loss", None))
             report_images(self.train_source, self.val_source, self.seed)
 

@@ -20,17 +20,16 @@ DECODED = 4  # deep images whose levels are looked at
 DARK = 64  # a deep image that has no level above is dark: it leaves at least 2 of its bits unused
 
 
-def report_images(train: PairSource, val: PairSource | None, seed: int) -> None:
+def report_images(train: PairSource, val: PairSource, seed: int) -> None:
     """Print on the first rank how many of some training and validation images have what a model does not see.
 
     Pixels of a few deep images are read too: those of 12 bits in a file of 16 would otherwise be black without a word.
     """
     if rank_and_world()[0]:
         return
-    sources = [train] if val is None else [train, val]
     # Of training the first that it reads, as spread ones would fetch every shard.
     rows = [(train, row) for row in train.order(0, seed)[:LOOKED_AT].tolist()]
-    rows += [(each, row) for each in sources[1:] for row in range(0, len(each), max(1, len(each) // LOOKED_AT))]
+    rows += [(val, row) for row in range(0, len(val), max(1, len(val) // LOOKED_AT))]
     random.Random(0).shuffle(rows)  # both are looked at in the time
     end = time.monotonic() + SECONDS
     counts, levels, looked_at = Counter[Unseen](), list[int](), 0
@@ -44,12 +43,11 @@ def report_images(train: PairSource, val: PairSource | None, seed: int) -> None:
             looked_at += 1
         if time.monotonic() > end:
             break
-    if not counts:
-        return
     found = [f"{counts[kind]} {kind}" for kind in Unseen if counts[kind]]
     if levels and max(levels) < DARK:
         found.append(
             f"the deep ones are dark: no level of {len(levels)} is above {max(levels)} of 255, so scale their values "
             "to the whole range of the file's bits"
         )
-    rank_zero_info(f"images: of {looked_at:,} looked at (of {sum(map(len, sources)):,} pairs), {', '.join(found)}")
+    if found:
+        rank_zero_info(f"images: of {looked_at:,} looked at (of {len(train) + len(val):,} pairs), {', '.join(found)}")

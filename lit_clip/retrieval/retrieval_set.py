@@ -184,12 +184,11 @@ class RetrievalSet:
         ranks = Ranks(ranks.image.cpu(), pair_E, ranks.merged_image.cpu(), text_T)
         chance_loss = (Contrastive() if bias is None else Sigmoid()).chance_loss(int(all_pairs.rows.sum()))
         metrics, baselines = retrieval_metrics(ranks, all_pairs), retrieval_baselines(all_pairs)
-        several = int(all_pairs.rows.sum()) > 1
         spreads = {"images": _spread(image_ID), "captions": _spread(text_TD, distributed.highest_over_ranks)}
         return Evaluation(
             {"loss": loss, MEAN_RECALL: mean_recall(metrics), **metrics},
             {"loss": chance_loss, MEAN_RECALL: mean_recall(baselines), **baselines},
-            " and ".join(name for name, spread in spreads.items() if several and spread < ALIKE),
+            " and ".join(name for name, spread in spreads.items() if spread < ALIKE and all_pairs.rows.sum() > 1),
         )
 
     def _rows(self, device: torch.device) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -205,9 +204,9 @@ class RetrievalSet:
 
 def _spread(features_ND: Tensor, maximum: Reduce = rank_local) -> float:
     """Return the largest difference between two rows of any rank in any dimension; a rank may have no rows."""
-    least = features_ND.new_full((1, features_ND.shape[1]), -torch.inf)
-    highest, lowest = (maximum(torch.cat([side, least]).amax(dim=0)) for side in (features_ND, -features_ND))
-    return float((highest + lowest).max())
+    least = features_ND.new_full(features_ND.shape[1:], -torch.inf)
+    highest, lowest = (features_ND.amax(dim=0), -features_ND.amin(dim=0)) if len(features_ND) else (least, least)
+    return float((maximum(highest) + maximum(lowest)).max())
 
 
 def token_hashes(tokens: Tensor, context_length: int, pad_id: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from lit_clip.errors import BadSample
 from lit_clip.tools.reading import reason
@@ -29,8 +29,6 @@ LeastSize = Callable[[int, int], tuple[int, int]]  # an image's width and height
 
 FULL_SIZE = "size in the file"  # key in ``info`` of an image decoded at a fraction
 FRACTIONS = (1, 2, 4, 8)  # divisors of width and height that JPEG decoders support and Pillow passes on
-
-ORIENTATION = 0x0112  # EXIF tag; 1 is upright
 BITS, BANDS = 258, 277  # TIFF tags: bits of each band, and number of bands
 
 _least_size: ContextVar[LeastSize | None] = ContextVar("_least_size", default=None)
@@ -157,8 +155,8 @@ def unseen(source: Path | BinaryIO, where: str) -> list[Unseen]:
 
 def is_rotated(image: Image.Image) -> bool:
     """Return whether a camera's flag says so; of a PNG that is not decoded, a flag behind the pixels is not found."""
-    try:
-        return Image.Image.getexif(image).get(ORIENTATION, 1) not in (0, 1)  # a PNG's own method would decode it
+    try:  # a PNG's own method would decode it
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) not in (0, 1)
     except Exception:  # EXIF is often malformed, and the pixels do not depend on it
         return False
 
