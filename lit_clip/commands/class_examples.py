@@ -2,6 +2,8 @@
 
 import csv
 import io
+import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,14 +12,17 @@ import torch
 from torch import Tensor
 
 from lit_clip.commands.class_truth import folder_names, folder_truth
-from lit_clip.embedding.image_files import FileRows, image_file, images_in
-from lit_clip.errors import listed, require
+from lit_clip.embedding.image_files import FileRows, ImageFile, image_file, images_in
+from lit_clip.errors import InputError, listed, require
+from lit_clip.heads.head import check_names
+from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.tools.images import OnError
 from lit_clip.tools.reading import reading
 from lit_clip.tools.text_files import from_cell, read_text
 
 TABLES = {".csv": ",", ".tsv": "\t"}
 SEPARATOR = ";"  # of an image's classes in a table
+TOO_MANY = f"more cells than the head has names; put {SEPARATOR} between an image's classes, in one cell"
 MOST = 2**26  # relevance of examples
 
 
@@ -39,8 +44,28 @@ def read_examples(path: str, names: Sequence[str] | None, on_error: OnError) -> 
     Without ``names`` the classes are the folder's subfolders, or those of the table in their order. As soon as an
     image of a table has two classes, images may have several; otherwise one without a class shows none of them.
     """
-    if Path(path).suffix.lower() in TABLES:
-        return _table(Path(path), names)
+    found = _table(Path(path), names) if Path(path).suffix.lower() in TABLES else _folder(path, names, on_error)
+    check_names(found.names, f"--examples {path}")
+    _check_copies(found, path)
+    return found
+
+
+def _check_copies(examples: ExampleFiles, path: str) -> None:
+    """Raise :class:`InputError` for files with the same bytes and different classes."""
+    sizes = Counter(file.size for file in examples.files)
+    seen: dict[str, tuple[ImageFile, list[int]]] = {}
+    for file, label in zip(examples.files, examples.labels.reshape(len(examples.files), -1).tolist(), strict=True):
+        if sizes[file.size] > 1 and os.path.isfile(file.path) and os.access(file.path, os.R_OK):
+            other, others = seen.setdefault(sha256_of_file(file.path), (file, label))
+            if label != others:
+                raise InputError(
+                    f"--examples {path}: {other.key} and {file.key} are the same image with different classes; keep "
+                    "the right one, or in a table one line with all its classes"
+                )
+
+
+def _folder(path: str, names: Sequence[str] | None, on_error: OnError) -> ExampleFiles:
+    require(not os.path.isfile(path), f"--examples {path}: must be a folder of class folders, or a .csv or .tsv table")
     files = images_in(Path(path), on_error)
     inside = FileRows(image_file(f"{path}/{each.key}", each.path) for each in files if "/" in each.key)
     found = list(names or folder_names([path], inside))
@@ -54,19 +79,23 @@ def _table(path: Path, names: Sequence[str] | None) -> ExampleFiles:
     with reading(path, "table", "--examples"):
         reader = csv.DictReader(text, delimiter=TABLES[path.suffix.lower()])
         found = reader.fieldnames or []
-        rows = [{name: from_cell(row[name] or "") for name in ("image", "classes") if name in row} for row in reader]
+        rows = [(reader.line_num, row) for row in reader]
     lacking = [column for column in ("image", "classes") if column not in found]
     require(not lacking, f"--examples {path}: has no column {' and '.join(lacking)}; there are {listed(found)}")
-    split = [[word.strip() for word in row["classes"].split(SEPARATOR) if word.strip()] for row in rows]
+    images = [from_cell(row["image"] or "") for _, row in rows]
+    words_of = [from_cell(row["classes"] or "").split(SEPARATOR) for _, row in rows]
+    split = [[word.strip() for word in words if word.strip()] for words in words_of]
     names = list(names or {word.casefold(): word for words in reversed(split) for word in reversed(words)}.values())
     places = {name.casefold(): place for place, name in enumerate(names)}
     files, relevant = dict[str, Path](), list[list[int]]()
-    for number, (row, words) in enumerate(zip(rows, split, strict=True), start=2):
+    for (number, row), image, words in zip(rows, images, split, strict=True):
+        require(not any(row.get(None) or ()), f"--examples {path}: line {number}: {TOO_MANY}")
         unknown = [word for word in words if word.casefold() not in places]
         require(not unknown, f"--examples {path}: line {number}: {listed(unknown)} is not among --classes")
-        require(bool(row["image"]), f"--examples {path}: line {number}: names no image")
-        require(row["image"] not in files, f"--examples {path}: line {number}: {row['image']} is there twice")
-        files[row["image"]] = path.parent / row["image"]
+        require(bool(image), f"--examples {path}: line {number}: names no image")
+        again = f"{image} is there twice; write one line with all its classes"
+        require(image not in files, f"--examples {path}: line {number}: {again}")
+        files[image] = path.parent / image
         relevant.append([places[word.casefold()] for word in words])
     require(bool(files), f"--examples {path}: the table is empty")
     most = f"--examples {path}: {len(files):,} images of {len(names):,} classes are too many; give fewer"

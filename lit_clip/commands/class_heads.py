@@ -63,8 +63,8 @@ class Learning:
         require(0 < self.none_error < 1, f"--none_error {self.none_error}: must be above 0 and below 1")
         require(not (self.head and self.examples), "--head: was fitted already; leave out --examples, or fit anew")
         require(not (self.head and classes), "--classes: a head has its own; leave them out")
-        for option in ("save_head", "label_next"):
-            given = getattr(self, option) is not None
+        for option in ("none_error", "save_head", "label_next"):
+            given = getattr(self, option) != getattr(Learning, option)
             require(self.examples is not None or not given, f"--{option}: needs --examples")
         require(self.label_next is None or self.label_next >= 1, f"--label_next {self.label_next}: must be at least 1")
         path = Path(self.save_head or "head.safetensors")

@@ -10,12 +10,12 @@ from typing import Any, Literal, NamedTuple
 from rich.table import Table
 from torch import Tensor
 
+from lit_clip.heads.head import NONE
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import Console, Text, write_results
 from lit_clip.tools.text_files import no_formula
 
 Output = Literal["table", "csv", "json"]
-NONE = "none of these"
 
 
 class RankedClass(NamedTuple):

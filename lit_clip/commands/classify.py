@@ -31,6 +31,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.class_metrics import metrics_typed
 from lit_clip.evaluation.zero_shot import check_templates, imagenet_templates, zero_shot_classifier
 from lit_clip.heads import Head, load_head, save_head
+from lit_clip.heads.examples import TEMPLATES
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import from_totals, progress, stderr
@@ -134,6 +135,8 @@ def classify(
     check_templates(prompts)
     files = FileRows(find_images(images, encoding.on_error))
     head = load_head(learning.head) if learning.head else None
+    own = head is None or tuple(templates) == TEMPLATES or prompts == head.facts.templates
+    require(own, f"--templates: {learning.head} was fitted with its own; leave them out")
     examples = read_examples(learning.examples, typed, encoding.on_error) if learning.examples else None
     names = head.facts.names if head else examples.names if examples else typed or folder_names(images, files)
     folders = [path for path in map(Path, images) if path.is_dir()]
@@ -305,10 +308,12 @@ def _lines(words: Sequence[str], option: str) -> list[str]:
 
 
 def read_classes(words: Sequence[str]) -> list[str]:
-    """Return class names as typed, from a file with one name per line, or from one word that lists them with commas."""
-    names = _lines(words, "classes")
-    if len(names) == len(words) == 1 and "," in names[0]:
-        names = [name.strip() for name in names[0].split(",")]
+    """Return class names as typed, from a file with one name per line, or from a list with commas, as YAML's."""
+    names, text = _lines(words, "classes"), " ".join(words)
+    if bracketed := text.startswith("[") and text.endswith("]"):
+        names = [" ".join(text[1:-1].split())]
+    if bracketed or (len(names) == len(words) == 1 and "," in names[0]):
+        names = [name.strip(" '\"") for name in names[0].split(",")]
     require(all(names), "--classes: a name is empty")
     counts = Counter(name.casefold() for name in names)
     duplicates = {name.casefold(): name for name in names if counts[name.casefold()] > 1}

@@ -19,6 +19,17 @@ from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.tools.images import open_image
 from lit_clip.weights.fingerprint import fingerprint
 
+NONE = "none of these"  # what an image may be called that shows none of a head's classes
+
+
+def check_names(names: Sequence[str], where: str) -> None:
+    """Raise :class:`InputError` for a class that is called like the answer that an image shows none of them."""
+    if NONE in map(str.casefold, names):
+        raise InputError(
+            f"{where}: a class may not be called {NONE}, which is the answer for images of no class; give examples of "
+            "none in no class's folder, or without a class in a table"
+        )
+
 
 @dataclass(frozen=True)
 class HeadFacts:
@@ -61,6 +72,7 @@ class Head(nn.Module):
 
     def __init__(self, facts: HeadFacts, text: Tensor, weight: Tensor, bias: Tensor, thresholds: Tensor) -> None:
         super().__init__()
+        check_names(facts.names, "head: names")
         self.facts = facts
         for name, value in (("text", text), ("weight", weight), ("bias", bias), ("thresholds", thresholds)):
             self.register_buffer(name, value.detach().float().cpu().contiguous())

@@ -19,6 +19,7 @@ from lit_clip.tools.weight_files import read_file
 FORMAT = "lit-clip head 1"
 MOST_BYTES = 2**32
 MOST_CLASSES = 2**20
+LARGEST = 1e18  # of a weight: its products with features stay far below what float32 can hold
 TENSORS = ("text", "weight", "bias", "thresholds")
 
 
@@ -73,5 +74,6 @@ def _checked(values: Any, tensors: dict[str, Tensor]) -> Head:
         )
         if tensor.dtype != torch.float32 or not fits:
             raise InputError(f"{name}: {tensor.dtype} {list(tensor.shape)} is not float32 for {classes} classes")
-        require(bool(tensor.isfinite().all()), f"{name}: not finite")
+        whole = bool((tensor.abs() < LARGEST).all())  # not of NaN either
+        require(whole, f"{name}: not finite, or so large that probabilities would overflow; fit the head anew")
     return Head(facts, *(tensors[name] for name in TENSORS))

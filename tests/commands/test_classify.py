@@ -18,7 +18,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_m
 from lit_clip import zero_shot_classifier
 from lit_clip.cli.subcommands import run_command
 from lit_clip.commands.class_truth import folder_truth
-from lit_clip.commands.classify import Classifier, Encoding
+from lit_clip.commands.classify import Classifier, Encoding, read_classes
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.errors import InputError
 from lit_clip.heads import load_head
@@ -122,6 +122,21 @@ def test_typed_classes_are_found_in_the_names_of_folders() -> None:
     assert folder_truth(files, names, [Path()])[5:] == [2, 2, 2]
 
 
+def test_class_names_are_typed_as_words_or_as_a_list() -> None:
+    for words in (["[ice cream, t-shirt]"], ["[ice", "cream,", "t-shirt]"], ["['ice cream', \"t-shirt\"]"]):
+        assert read_classes(words) == ["ice cream", "t-shirt"]
+    assert read_classes(["ice cream,t-shirt"]) == read_classes(["ice cream", "t-shirt"]) == ["ice cream", "t-shirt"]
+    assert read_classes(["[small] cat", "dog"]) == ["[small] cat", "dog"]
+
+
+def test_copies_with_one_class_are_examples(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_folders(root / "examples", "train", 14)
+    for each in list((root / "examples").rglob("*.png"))[:3]:
+        shutil.copy(each, each.with_stem(f"{each.stem}_copy"))
+    _, told = classify(capsys, "examples", "--examples", "examples")
+    assert "fitted on 17 examples" in told
+
+
 def test_scores_hold_no_graph_of_the_model(root: Path) -> None:
     write_folders(root / "photos", "test", 8)
     model, files = make_module().model.eval(), FileRows(images_in(root / "photos"))
@@ -172,6 +187,12 @@ def test_images_of_no_class_are_not_counted_and_flat_folders_are_not_judged(
         (["photos", "--examples", "a.csv"], "a.csv: has no column classes; there are image, label"),
         (["photos", "--classes", *NAMES, "--examples", "b.csv"], "b.csv: line 3: violet is not among --classes"),
         (["photos", "--examples", "c.csv"], "c.csv: the table is empty"),
+        (["photos", "--examples", "h.csv"], "h.csv: line 3: more cells than .* put ; between"),
+        (["photos", "--examples", "i.csv"], "i.csv: photos/blue/.*copy.png are the same image with different classes"),
+        (["photos", "--examples", "j.csv"], "j.csv: a class may not be called none of these"),
+        (["photos", "--examples", "t.xlsx"], "t.xlsx: must be a folder of class folders, or a .csv or .tsv table"),
+        (["photos", "--head", "h.safetensors", "--none_error", "0.2"], "--none_error: needs --examples"),
+        (["photos", "--none_error", "0.2", "--classes", *NAMES], "--none_error: needs --examples"),
         (["photos", "--examples", "d.csv"], "d.csv: not a readable table .field larger than field limit"),
         (["photos", "--examples", "e.csv"], "e.csv: line 2: names no image"),
         (
@@ -193,6 +214,12 @@ def test_mistakes_are_one_line(words: list[str], message: str, root: Path) -> No
     (root / "e.csv").write_text("image,classes\n,red\n")
     (root / "f.csv").write_text("image,classes\nf.png,red\n")
     (root / "g.csv").write_text("image,classes\nphotos/red/000.png,red\nphotos/red/000.png,blue\n")
+    blue = next((root / "photos/blue").iterdir()).relative_to(root)
+    shutil.copy(blue, "copy.png")
+    (root / "h.csv").write_text(f'image,classes\n{blue},blue,\n"copy.png",red,blue\n')
+    (root / "i.csv").write_text(f"image,classes\n{blue},blue\ncopy.png,red\n")
+    (root / "j.csv").write_text(f"image,classes\n{blue},blue\ncopy.png,None of these\n")
+    (root / "t.xlsx").write_bytes(b"PK")
     with pytest.raises(InputError, match=message) as error:
         run_command(["classify", *words, *OPTIONS])
     assert "\n" not in str(error.value)
@@ -227,6 +254,8 @@ def test_examples_give_a_head_and_its_file_classifies_alike(root: Path, capsys: 
     accuracy = float(right[truth >= 0].double().mean())
     assert f"accuracy: {100 * accuracy:.1f} % of 40 images" in told
     assert accuracy > (scored(photos, NAMES)[1].argmax(dim=1) == truth)[truth >= 0].double().mean()
+    with pytest.raises(InputError, match=r"--templates: head.safetensors was fitted with its own"):
+        run_command(["classify", "photos", "--head", "head.safetensors", *OPTIONS, "--templates", "an image of a {}."])
     again, told = classify(capsys, "photos", "--head", "head.safetensors")
     assert again == answers
     assert "fitted on" not in told

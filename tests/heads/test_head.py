@@ -94,6 +94,14 @@ BROKEN: dict[str, tuple[Callable[[Head, Path], object], str]] = {
     "an error above 1": (broken(lambda facts, tensors: facts.update(none_error=2.0)), "must be at most 1"),
     "a tensor less": (broken(lambda facts, tensors: tensors.pop("bias")), "tensors: there must be text, weight"),
     "not finite": (broken(lambda facts, tensors: tensors.update(bias=torch.full((8,), torch.nan))), "bias: not finite"),
+    "finite weights that overflow": (
+        broken(lambda facts, tensors: tensors.update(text=torch.full_like(tensors["text"], 3e38))),
+        "text: .* so large",
+    ),
+    "a class called like an answer": (
+        broken(lambda facts, tensors: facts.update(names=[*NAMES, "None of these"])),
+        "may not be called none of these",
+    ),
     "half precision": (broken(lambda facts, tensors: tensors.update(bias=torch.ones(8).half())), "not float32"),
 }
 
