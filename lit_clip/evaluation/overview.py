@@ -43,6 +43,8 @@ METRICS = {
     "map@10": "mAP@10",
     "knn_top1": "top-1 of 20 neighbours",
 }
+MERGED = "merged_"  # the beginning of recalls for which equal captions are one
+MERGED_NOTE = "merged: captions repeat, and equal ones count as one, right for all its images"
 
 
 @dataclass(frozen=True)
@@ -111,7 +113,7 @@ def metric_words(metric: str) -> str:
 
 
 def rows(results: Mapping[str, Any]) -> list[Row]:
-    """Return one row per set and metric, in the order of the results; retrieval has one row per direction."""
+    """Return one row per set and metric, in the order of the results; retrieval has one row per recall."""
     model = results.get("model") or {}
     models = nearest_model(model), measured_weights(model)
     return [row for name, entry in sets_of(results) for row in _rows_of(name, entry, models)]
@@ -147,12 +149,15 @@ def _rows_of(name: str, entry: Mapping[str, Any], models: tuple[str, str]) -> It
 
 
 def _reported(entry: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) -> Iterator[tuple[str, str]]:
-    """Yield tasks and metrics that get a row: the set's own metric, recall in both directions, the distance used."""
+    """Yield tasks and metrics that get a row: the set's own metric, recalls in both directions, the distance used."""
     own = str(entry.get("metric") or "")
     if tasks.keys() & {*COLUMNS, "few_shot"}:
         yield "", own or "top1"
-    for metric in tasks.get("retrieval", {}).get("metrics") or {}:
-        if metric.endswith("recall@1") and not metric.startswith("merged_"):
+    recalls = tasks.get("retrieval", {}).get("metrics") or {}
+    merged = recalls_of(recalls)
+    # The field's figures are not merged, whatever captions repeat: they are compared by recall@1.
+    for metric in dict.fromkeys([*merged, *(f"{way}_recall@1" for way in ("image_to_text", "text_to_image"))]):
+        if metric in recalls:
             yield "retrieval", metric
     for task, result in tasks.items():
         if task not in (*COLUMNS, "few_shot", "retrieval", "geolocation") and result.get("metrics"):
@@ -161,6 +166,12 @@ def _reported(entry: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]) 
         task = tasks["geolocation"]
         metrics = task.get("metrics") or {}
         yield "geolocation", next((k for k, v in metrics.items() if v == task.get("value")), next(iter(metrics), ""))
+
+
+def recalls_of(metrics: Mapping[str, Any]) -> list[str]:
+    """Return the names of a retrieval's recalls, the merged ones where captions repeat."""
+    recalls = [metric for metric in metrics if "recall@" in metric]
+    return [metric for metric in recalls if metric.startswith(MERGED)] or recalls
 
 
 def judging(metric: str, metrics: Mapping[str, Any]) -> str:
@@ -255,7 +266,7 @@ def _datacomp_means(table: Sequence[Row]) -> Iterator[GroupMean]:
     """DataComp's means, by its metrics; a retrieval set has the mean of its two directions."""
     values: dict[str, list[float]] = {}
     for row in table:
-        metric = "recall@1" if row.metric.endswith("recall@1") else row.metric
+        metric = "recall@1" if row.metric.endswith("recall@1") and not row.metric.startswith(MERGED) else row.metric
         own = row.name.startswith(PREFIX) and metric == OTHER_METRICS.get(row.name.removeprefix(PREFIX), "top1")
         if own and "zero_shot" in row.values:
             values.setdefault(row.name, []).append(row.values["zero_shot"])

@@ -20,7 +20,7 @@ from lit_clip.evaluation.download import download_missing
 from lit_clip.evaluation.files_read import files_read
 from lit_clip.evaluation.open_set import Fold, OpenSet, scale_and_bias, without_features
 from lit_clip.evaluation.other_classes import single_classes, trained_classes
-from lit_clip.evaluation.overview import judging
+from lit_clip.evaluation.overview import judging, metric_words, recalls_of
 from lit_clip.evaluation.place_store import PlaceStore
 from lit_clip.evaluation.places import Recorder, place_task
 from lit_clip.evaluation.prompts import Prompts, text_classifier
@@ -200,10 +200,11 @@ class EvaluationRun:
                 self.results.add_reason(opened.name, note)
                 stderr().print(f"{opened.name}: {note}")
             if "value" in result:
-                value = f"{100 * result['value']:.1f} %"
-                both = "recall@1 (the mean of both directions)"
-                metric = both if task == "retrieval" else judging(opened.entry.metric, result.get("metrics", {}))
-                stderr().print(f"{opened.name}: {task} {metric} {value}")
+                metrics = result.get("metrics", {})
+                told = {metric_words(name): metrics[name] for name in recalls_of(metrics) if task == "retrieval"}
+                told = told or {judging(opened.entry.metric, metrics): result["value"]}
+                line = ", ".join(f"{metric} {100 * value:.1f} %" for metric, value in told.items())
+                stderr().print(f"{opened.name}: {task} {line}", soft_wrap=True)
 
         if opened.entry.paper == IMAGENET or isinstance(opened.folds[0].images["test"], SomeOfImageNet):
             self.imagenet.append(opened)

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -535,6 +536,43 @@ def test_accuracy_and_recall_equal_clip_benchmarks(root: Path, monkeypatch: pyte
         assert f"merged_text_to_image_recall@{k}" in metrics
         assert metrics[f"text_to_image_recall@{k}"] == pytest.approx(theirs[f"image_retrieval_recall@{k}"], abs=1e-7)
         assert metrics[f"image_to_text_recall@{k}"] == pytest.approx(theirs[f"text_retrieval_recall@{k}"], abs=1e-7)
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_recalls_are_shown_merged_where_captions_repeat(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The terminal and the report show what a loop over distinct captions gives, and say that they are merged."""
+    paths = sorted(Path("data/test").rglob("[0-3].png"))  # four of each of six classes, whose names are the captions
+    lines = [f"{path.relative_to('data')},{path.parent.name}" for path in paths]
+    Path("data/repeated.csv").write_text("\n".join(["image,caption", *lines]), encoding="utf-8")
+    own = [f"{path.relative_to('data')},{path.parent.name} {path.stem}" for path in paths]
+    Path("data/distinct.csv").write_text("\n".join(["image,caption", *own]), encoding="utf-8")
+    reader = "datamodules.evaluation.CaptionedPairs"
+    sets = {
+        name: {"data": {"class_path": reader, "init_args": {"path": f"{name}.csv"}}, "metric": "recall@1"}
+        for name in ("repeated", "distinct")
+    }
+    write_suite(root, **{name: {**each, "templates": ["{}"]} for name, each in sets.items()})
+    evaluate()
+    told = capsys.readouterr()
+    model = load_model("last.ckpt")
+    with torch.no_grad():
+        image_ID = torch.cat([model.encode_image(model.preprocess(Image.open(path))[None]) for path in paths])
+        text_TD = model.encode_text(model.tokenizer(CLASSES))
+    cosine = torch.nn.functional.normalize(image_ID, dim=1) @ torch.nn.functional.normalize(text_TD, dim=1).T
+    truth = torch.tensor([CLASSES.index(path.parent.name) for path in paths])
+    page = Path("out/report.html").read_text(encoding="utf-8")
+    for k in (1, 5, 10):
+        by_image = (cosine.argsort(dim=1, descending=True)[:, :k] == truth[:, None]).any(dim=1).double().mean()
+        nearest = truth[cosine.T.argsort(dim=1, descending=True)[:, :k]]
+        by_text = (nearest == torch.arange(len(CLASSES))[:, None]).any(dim=1).double().mean()
+        for way, value in ("image to text", by_image), ("text to image", by_text):
+            assert f"merged {way} R@{k} {100 * value:.1f} %" in told.err
+            assert re.search(rf"repeated +merged {way} R@{k} +{100 * value:.1f} ", told.out)
+            assert f"merged {way} R@{k}" in page
+            assert f"merged {way} R@{k}" not in next(line for line in told.err.splitlines() if "distinct" in line)
+            assert re.search(rf"distinct +{way} R@{k} ", told.out)
+    assert "captions repeat, and equal ones count as one" in told.out
+    assert "captions repeat, and equal ones count as one" in page
 
 
 @pytest.mark.usefixtures("no_charts")

@@ -89,6 +89,7 @@ def results(**changed: Any) -> dict[str, dict[str, Any]]:
         assert entry.tasks
         value, metric = number / 100, entry.metric
         recalls = {"image_to_text_recall@1": value + 0.1, "text_to_image_recall@1": value - 0.1}
+        recalls |= {"merged_image_to_text_recall@1": 0.9, "text_to_image_recall@5": 0.9}  # of no mean
         metrics = recalls if metric == "recall@1" else {metric: value}
         found[name] = {"metric": metric, "tasks": {entry.tasks[0]: {"value": value, "metrics": metrics}}}
     return {**found, **changed}

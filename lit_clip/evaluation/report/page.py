@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from lit_clip.evaluation.comparison import PairedDifference
-from lit_clip.evaluation.overview import STATUSES, Row, metric_words, percent, points, rows, sets_of
+from lit_clip.evaluation.overview import (
+    MERGED,
+    MERGED_NOTE,
+    STATUSES,
+    Row,
+    metric_words,
+    percent,
+    points,
+    rows,
+    sets_of,
+)
 from lit_clip.evaluation.published import PAPER, NearestModel, disagreements, measured_weights, nearest, papers_name
 from lit_clip.evaluation.report.chart_style import svg
 from lit_clip.evaluation.report.charts import figures
@@ -68,6 +78,7 @@ def report_values(
         "anchors": {name: f"set-{place}" for place, (name, _) in enumerate(sets)},
         "paper": PAPER,
         "measured": measured_note(model),
+        "merged": MERGED_NOTE if any(row.metric.startswith(MERGED) for row in found) else "",
         "disagreements": disagreements(),
         "charts": {name: svg(figure, name) for name, figure in figures(results, others).items()},
         "effective": [

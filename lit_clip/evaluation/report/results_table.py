@@ -6,7 +6,18 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from lit_clip.evaluation.overview import COLUMNS, STATUSES, Row, given_metrics, group_means, metric_words, rows, sets_of
+from lit_clip.evaluation.overview import (
+    COLUMNS,
+    MERGED,
+    MERGED_NOTE,
+    STATUSES,
+    Row,
+    given_metrics,
+    group_means,
+    metric_words,
+    rows,
+    sets_of,
+)
 from lit_clip.evaluation.published import PAPER, measured_weights, nearest, papers_name
 from lit_clip.evaluation.report.result_columns import ResultColumn, result_columns
 from lit_clip.tools.console import Console, Text
@@ -47,7 +58,7 @@ def results_table(results: Mapping[str, Any], width: int = WIDE) -> Table:
     found = [row for row in rows(results) if row.status == "done"]
     entries = dict(sets_of(results))
     columns = _fitting([column for column in result_columns(found, {}) if any(column.cells)], width)
-    caption = Text(_caption(results, columns), justify="left")
+    caption = Text(_caption(results, columns, found), justify="left")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, caption=caption)
     table.add_column("set", overflow="fold", min_width=SET)
     table.add_column("metric", overflow="fold", min_width=METRIC)
@@ -98,11 +109,13 @@ def incomplete_means(found: Sequence[Row]) -> list[str]:
     return [f"{' and '.join(titles)}, {line}" for line, titles in lines.items()]
 
 
-def _caption(results: Mapping[str, Any], columns: Sequence[ResultColumn]) -> str:
+def _caption(results: Mapping[str, Any], columns: Sequence[ResultColumn], found: Sequence[Row]) -> str:
     model, titles = results.get("model") or {}, {column.title for column in columns}
     near, notes = nearest(model), ["in %"]
     if any(given_metrics(entry) for _, entry in sets_of(results)):
         notes = ["in %, --metrics as they are"]
+    if any(row.metric.startswith(MERGED) for row in found):
+        notes.append(MERGED_NOTE)
     if "paper" in titles:
         notes.append(f"paper: {PAPER}, {papers_name(near.name)} ({near.rule})")
     if any(cell.endswith("?") for column in columns if column.title == "paper" for cell in column.cells):
