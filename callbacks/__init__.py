@@ -7,6 +7,7 @@ if __name__ == "callbacks":  # the folder of a clone
 
 from lightning.pytorch import Callback
 
+from lit_clip.errors import require
 from lit_clip.tools.guarded_output import log_above_bars, silence
 from .activation_checkpointing import ActivationCheckpointing
 from .compile import Compile
@@ -27,6 +28,7 @@ from .retrieval import Retrieval
 from .skipped_samples import SkippedSamples
 from .tensorboard import EmbeddingProjector, SimilarityMatrix
 from .throughput import Throughput
+from .without import Without
 from .zero_shot import ZeroShot, ZeroShotSet
 from .zero_shot_segmentation import ZeroShotSegmentation
 
@@ -51,18 +53,23 @@ __all__ = [
     "SkippedSamples",
     "Throughput",
     "TrainingMonitor",
+    "Without",
     "ZeroShot",
     "ZeroShotSegmentation",
     "ZeroShotSet",
     "defaults",
 ]
 
+# Of every run, after the given callbacks.
+AFTER = (PrintPlan, ExpectedTime, ProgressLines, PrintResults, SkippedSamples, NonFiniteSteps, RandomStates)
+
 
 def defaults(*callbacks: Callback) -> list[Callback]:
     """Return the callbacks that every run should have, with the given ones in the right place among them.
 
     ``lit-clip`` adds them by itself; in Python pass ``Trainer(callbacks=callbacks.defaults())``, or
-    ``callbacks.defaults(EMA(0.999))``. A given callback replaces the default one of its class.
+    ``callbacks.defaults(EMA(0.999))``. A given callback replaces the default one of its class; :class:`Without` leaves
+    some out.
 
     - :class:`Preemption`, first, so that no other callback evaluates what a signal interrupted
     - the given callbacks, first the ones that change the model, so that others measure it as it is trained
@@ -78,9 +85,14 @@ def defaults(*callbacks: Callback) -> list[Callback]:
     silence()
     log_above_bars()
 
+    left_out = {name for callback in callbacks if isinstance(callback, Without) for name in callback.names}
+
+    unknown = left_out - {kind.__name__ for kind in (Preemption, *AFTER)}
+    require(not unknown, f"Without: {', '.join(sorted(unknown))} is none of the callbacks that every run has")
+
     def missing(*kinds: type[Callback]) -> list[Callback]:
-        return [kind() for kind in kinds if not any(isinstance(callback, kind) for callback in callbacks)]
+        wanted = [kind for kind in kinds if kind.__name__ not in left_out]
+        return [kind() for kind in wanted if not any(isinstance(callback, kind) for callback in callbacks)]
 
     callbacks = tuple(sorted(callbacks, key=lambda callback: not getattr(callback, "changes_model", False)))  # stable
-    others = missing(PrintPlan, ExpectedTime, ProgressLines, PrintResults, SkippedSamples, NonFiniteSteps, RandomStates)
-    return [*missing(Preemption), *callbacks, *others]
+    return [*missing(Preemption), *callbacks, *missing(*AFTER)]

@@ -1,6 +1,7 @@
 """Options of one callback of several: ``--trainer.callbacks.EMA.decay 0.9``, or ``ModelCheckpoint.2`` of two.
 
-The parser knows only the options of the callback that was typed last. Others are set in the list that it has read.
+``--trainer.callbacks-=EMA`` takes it out. The parser knows only the options of the callback that was typed last. Others
+are set in the list that it has read.
 """
 
 import json
@@ -20,6 +21,8 @@ from lit_clip.tools.parts import qualified_name
 from lit_clip.tools.text_files import parse_yaml
 
 PREFIX = "--trainer.callbacks"
+MINUS = f"{PREFIX}-"
+WITHOUT = "lit_clip.callbacks.Without"  # names the default callbacks that are taken out
 
 
 class Typed(NamedTuple):
@@ -42,7 +45,7 @@ def take_options(words: Sequence[str]) -> tuple[list[str], list[Typed]]:
         inner = option.removeprefix(f"{PREFIX}.")
         if option in (PREFIX, f"{PREFIX}+"):
             callback = value if equals else following
-        if inner == option or option.endswith(".help") or (callback and not inner[:1].isupper()):
+        if option != MINUS and (inner == option or option.endswith(".help") or (callback and not inner[:1].isupper())):
             _check_not_set(option, inner, callback, taken)
             rest.append(word)
         else:
@@ -86,15 +89,22 @@ def as_typed(values: Any, saved: Any) -> Any:
 def callbacks_option(callbacks: Any, options: Sequence[Typed], defaults: Callable[[], Sequence[Any]]) -> str:
     """Return the option that gives a configuration's callbacks the options that were taken.
 
-    Of the ``defaults``, the callbacks that every run has, one is added if an option names it.
+    Of the ``defaults``, the callbacks that every run has, one is added if an option names it. Those that are taken out
+    are not in the list, and defaults among them are named by a :data:`WITHOUT`.
     """
     listed = callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
     listed = [deepcopy(dict(each)) if isinstance(each, Mapping) else {"class_path": str(each)} for each in listed]
+    absent = [name for each in listed if each["class_path"] == WITHOUT for name in each["init_args"]["names"]]
+    listed = [each for each in listed if each["class_path"] != WITHOUT]
     present = {_name(each) for each in listed}
     others = [{"class_path": qualified_name(type(one))} for one in defaults()]
+    others = [each for each in others if _name(each) not in absent]
     every = [*listed, *(each for each in others if _name(each) not in present)]
     names = _numbered([_name(each) for each in every])
+    taken_out = [every[_named(value, names)] for option, value in options if option == MINUS]
     for option, value in options:
+        if option == MINUS:
+            continue
         number, keys = _find(option, names, every, len(listed))
         if every[number] not in listed:
             listed.append(every[number])
@@ -104,7 +114,20 @@ def callbacks_option(callbacks: Any, options: Sequence[Typed], defaults: Callabl
             settings = settings[key]
             require(isinstance(settings, dict), f"{option}: {key} is one value, without options; set {key} itself")
         settings[keys[-1]] = _value(value)
+    listed = [each for each in listed if not any(each is one for one in taken_out)]
+    absent += [_name(one) for one in taken_out if _name(one) in map(_name, others)]
+    if absent:
+        listed.append({"class_path": WITHOUT, "init_args": {"names": absent}})
     return f"{PREFIX}={json.dumps(listed)}"
+
+
+def _named(name: str, names: Sequence[str]) -> int:
+    """Return the number of the callback that is taken out by its short name or the path of its class."""
+    short = name.rpartition("callbacks.")[2]
+    near = get_close_matches(short, names, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    require(short in names, f"{MINUS}={name}: there is none; there are {', '.join(names)}{hint}")
+    return names.index(short)
 
 
 def _value(text: str) -> Any:

@@ -115,7 +115,8 @@ def _callbacks(width: int) -> list[str]:
 
     kinds = {name: kind for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, Callback)}
     told = (_told(f"callbacks.{name}", _first(kind.__doc__ or ""), width) for name, kind in kinds.items())
-    return ["callbacks, each added by its name, such as --trainer.callbacks+=callbacks.EMA:", *told, ""]
+    added = "callbacks, each added by its name, such as --trainer.callbacks+=callbacks.EMA; -=EMA takes it out:"
+    return [added, *told, ""]
 
 
 def _section(name: str) -> str:

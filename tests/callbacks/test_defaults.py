@@ -21,6 +21,7 @@ from callbacks import (
     RandomStates,
     SkippedSamples,
     Throughput,
+    Without,
 )
 from datamodules.loading.bad_samples import BadSamples
 from lit_clip.errors import InputError
@@ -44,6 +45,15 @@ def test_a_callback_without_a_default_goes_after_preemption() -> None:
     assert given is ema
     kinds = [type(callback) for callback in others]
     assert kinds == [*MIDDLE, RandomStates]
+
+
+def test_callbacks_are_left_out_by_name_and_others_of_the_name_stay() -> None:
+    given = NonFiniteSteps("skip")
+    found = callbacks.defaults(Without(["PrintPlan", "NonFiniteSteps", "Preemption"]), given)
+    kinds = [type(callback) for callback in found if not isinstance(callback, Without)]
+    assert kinds == [NonFiniteSteps, ExpectedTime, ProgressLines, PrintResults, SkippedSamples, RandomStates]
+    with pytest.raises(InputError, match="Without: EMA is none of the callbacks"):
+        callbacks.defaults(Without(["EMA"]))
 
 
 class QuietPlan(PrintPlan):

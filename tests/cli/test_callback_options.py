@@ -60,6 +60,21 @@ def test_an_option_reaches_the_callback_that_it_names_and_leaves_the_others() ->
     assert added["init_args"] == {"policy": {"after": 3}}
 
 
+def test_a_callback_is_taken_out_by_its_name() -> None:
+    found = result(
+        LISTED, f"{PREFIX}-=EMA", f"{PREFIX}-", "ModelCheckpoint.1", f"{PREFIX}.ModelCheckpoint.2.filename=a"
+    )
+    assert found == [{"class_path": "callbacks.PatchDropout"}, {"class_path": KEEPER, "init_args": {"filename": "a"}}]
+    assert result(LISTED[:1], f"{PREFIX}-=callbacks.EMA") == []
+    without = {"class_path": "lit_clip.callbacks.Without", "init_args": {"names": ["NonFiniteSteps"]}}
+    given = {"class_path": "callbacks.NonFiniteSteps", "init_args": {"policy": "skip"}}
+    assert result([LISTED[0]], f"{PREFIX}-=NonFiniteSteps") == [LISTED[0], without]
+    assert result([given, LISTED[0]], f"{PREFIX}-=NonFiniteSteps") == [LISTED[0], without]  # nor the default one
+    assert result([LISTED[0], without], f"{PREFIX}.EMA.decay=0.99") == [LISTED[0], without]
+    rest, taken = take_options([f"{PREFIX}+=callbacks.EMA", f"{PREFIX}-=PatchDropout", f"{PREFIX}.decay", "0.9"])
+    assert (len(rest), len(taken)) == (3, 1)  # the options of the callback that was typed before still follow it
+
+
 def test_options_that_follow_a_typed_callback_stay_the_parsers() -> None:
     words = [
         f"{PREFIX}.EMA.start_step=1",
@@ -82,14 +97,17 @@ def test_options_that_follow_a_typed_callback_stay_the_parsers() -> None:
         (LISTED, "ModelCheckpoint.filename", r"did you mean --trainer.callbacks.ModelCheckpoint.\d.filename\?$"),
         (LISTED, "EMA.decy", r"EMA has no such option; there are decay, start_step; did you mean decay\?$"),
         (None, "share", "names none of the callbacks, which are NonFiniteSteps; add it before, .*=CLASS$"),
+        (LISTED, "-EMAs", r"callbacks-=EMAs: there is none; there are EMA, ModelCheckpoint.1, .*; did you mean EMA\?$"),
+        (LISTED, "-ModelCheckpoint", r"there are EMA, ModelCheckpoint.1, PatchDropout, ModelCheckpoint.2, NonFinite"),
         (LISTED, "Throughput.x", r"; add it before, --trainer.callbacks\+=callbacks.Throughput$"),
     ],
 )
 def test_an_option_that_names_no_callback_or_several_is_one_line_with_candidates(
     callbacks: Any, option: str, message: str
 ) -> None:
+    words = [f"{PREFIX}-={option[1:]}"] if option[0] == "-" else [f"{PREFIX}.{option}", "0.9"]
     with pytest.raises(InputError, match=message):
-        result(callbacks, f"{PREFIX}.{option}", "0.9")
+        result(callbacks, *words)
 
 
 @pytest.mark.parametrize(
@@ -117,6 +135,7 @@ def test_a_text_that_is_no_bounded_plain_yaml_stays_a_text(option: str, text: st
         ([f"{PREFIX}.EMA.decay.x", "3"], r"EMA.decay.x: decay is one value, without options; set decay itself$"),
         ([f"{PREFIX}.EMA.decay", "--print_config"], r"EMA.decay: has no value; type one after it$"),
         ([f"{PREFIX}.EMA.decay"], r"EMA.decay: has no value; type one after it$"),
+        ([f"{PREFIX}-"], r"callbacks-: has no value; type one after it$"),
         (
             [f"{PREFIX}+=callbacks.EMA", f"{PREFIX}.EMA.decay", "0.5", f"{PREFIX}.decay", "0.6"],
             rf"{PREFIX}.decay: {PREFIX}.EMA.decay was typed before and would win; leave one of them",
@@ -188,3 +207,33 @@ def test_options_reach_callbacks_of_configs_and_defaults_and_are_saved(
     assert f"{PREFIX}.decay: names none of the callbacks, which are EMA, ModelCheckpoint, Pre" in refused.stderr
     wrong = in_process("fit", *words, *data, f"{PREFIX}.EMA.decay", "much")
     assert "callbacks.EMA': decay: wants float, not much" in wrong.stderr
+
+
+def test_callbacks_that_are_taken_out_stay_out_of_the_saved_settings_and_of_a_resumed_run(
+    cli: Cli, in_process: Cli, caption_table: Path, tmp_path: Path
+) -> None:
+    """One of the configuration, one that every run has; each would leave a trace in the output."""
+    config = tmp_path / "two.yaml"
+    keeper = {"class_path": KEEPER, "init_args": {"filename": "last", "save_last": False}}
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks": [LISTED[0], keeper]}}), encoding="utf-8")
+    words = [word for word in WORDS if "--trainer.callbacks+" not in word]
+    words += ["--data.train", str(caption_table), "--data.val", str(caption_table), "--config", str(config)]
+    minus = [f"{PREFIX}-=EMA", f"{PREFIX}-=PrintPlan"]
+    run = cli("fit", *words, *minus)
+    assert run.returncode == 0, run.stderr
+    assert "pairs per step" not in run.stdout + run.stderr  # in the plan
+    folder = tmp_path / "runs/mine/version_0"
+    saved = yaml.safe_load((folder / "fit_config.yaml").read_text(encoding="utf-8"))
+    found = {each["class_path"].rpartition(".")[2]: each["init_args"] for each in saved["trainer"]["callbacks"]}
+    assert list(found) == ["ModelCheckpoint", "Without"]
+    assert found["Without"] == {"names": ["PrintPlan"]}
+    again = in_process(
+        "fit", "--config", str(folder / "fit_config.yaml"), "--ckpt_path", "last", "--trainer.max_epochs", "2"
+    )
+    assert again.returncode == 0, again.stderr
+    assert "pairs per step" not in again.stdout + again.stderr
+    refused = in_process("fit", *words, f"{PREFIX}-=PrintPlans")
+    assert refused.returncode == 2
+    assert (
+        "callbacks-=PrintPlans: there is none; there are EMA, ModelCheckpoint, Preemption, PrintPlan" in refused.stderr
+    )

@@ -1,0 +1,14 @@
+"""Leave callbacks that every run has out of a run."""
+
+from lightning.pytorch import Callback
+
+
+class Without(Callback):
+    """Leave out callbacks of :func:`callbacks.defaults`; ``--trainer.callbacks-=NAME`` adds it.
+
+    Args:
+        names: of their classes, such as ProgressLines.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
