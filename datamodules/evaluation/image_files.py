@@ -69,6 +69,9 @@ class ImageFiles(KnownLabels):
         """Name an image in error messages."""
         return str(self.files[index])
 
+    def whole_file(self, index: int) -> Path:
+        return self.files[index]
+
     def image_paths(self) -> list[Path]:
         return list(dict.fromkeys(self.files))
 
@@ -113,6 +116,9 @@ class UnlabelledFiles(ImageSet):
     def file(self, index: int) -> Path:
         """Return the file of an image."""
         return self.root / self.names[index]
+
+    def whole_file(self, index: int) -> Path:
+        return self.file(index)
 
     def images(self, index: int) -> list[Image.Image]:
         return [open_image(self.file(index))]

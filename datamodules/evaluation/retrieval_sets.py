@@ -55,6 +55,10 @@ class CaptionedPairs(CaptionedImages):
     def images(self, index: int) -> list[Image.Image]:
         return [self.source.load(self._rows[index][0], None).image]
 
+    def whole_file(self, index: int) -> Path | None:
+        root = getattr(self.source, "root", None)
+        return None if self._names is None or root is None else Path(root) / self.key(index)
+
     def captions(self, index: int) -> list[str]:
         return [caption for row in self._rows[index] for caption in self.source.captions(row)]
 

@@ -45,6 +45,10 @@ class ImageSet(ABC):
         """Return the files that hold the images, each once; none if they are not in files."""
         return ()
 
+    def whole_file(self, index: int) -> Path | None:
+        """Return the file whose image an item is, whole and as stored; None if there is none."""
+        return None
+
     def check(self) -> None:  # noqa: B027 # optional
         """Raise :class:`InputError`, before training, for images that are visibly broken without decoding any."""
 

@@ -84,6 +84,8 @@ class EvaluationRun:
 
     def _open(self, name: str, entry: SuiteEntry) -> OpenSet:
         """Open a set and compute its features; called on all ranks in the same order."""
+        if distributed.rank_and_world()[0] == 0:
+            stderr().print(f"{name}: opening the set")  # a listing of many files takes minutes
         opened = OpenSet(name, entry, [], probes=self.probes, **scale_and_bias(self.model))
         opened.tasks = self._open_folds(opened)
         recorded: dict[Task, Recorder] = {task: recorder for task in opened.tasks if (recorder := PARTS[task].recorder)}

@@ -6,6 +6,7 @@ Shapes: N images that could be read, W features before the projection, D after i
 import json
 import os
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,8 @@ from lit_clip.evaluation.data import ImageSet, PartOf
 from lit_clip.evaluation.set_encoding import set_task
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder, not_written, remove, remove_drafts, replacing_folder
-from lit_clip.tools.hashing import hex_digest, sha256_of_file
+from lit_clip.tools.console import stderr
+from lit_clip.tools.hashing import hash64, hex_digest, sha256_of_file
 from lit_clip.tools.reading import check_is_file, reading
 from lit_clip.tools.text_files import read_json
 from lit_clip.weights.fingerprint import fingerprint
@@ -50,8 +52,29 @@ def _new_array(path: Path, shape: tuple[int, int]) -> np.ndarray:
     return array
 
 
+def _hashes_of_files(images: ImageSet) -> np.ndarray:
+    """Hash each item's file, uint64 ``[N]``; 0 for an item that is not a whole file's image.
+
+    A class that decodes images itself shows something else than the files of the class that it inherits from.
+    """
+    kinds = type(images).__mro__
+    below = kinds[: next(place for place, kind in enumerate(kinds) if "whole_file" in vars(kind))]
+    hashes = np.zeros(len(images), dtype=np.uint64)
+    if not any({"image", "images", "__getitem__"} & vars(kind).keys() for kind in below):
+        for row in range(len(images)):
+            with suppress(OSError):  # reading it will say so
+                if path := images.whole_file(row):
+                    status = path.stat()
+                    identity = hash64(f"{path.absolute()} {status.st_size} {status.st_mtime_ns}")
+                    hashes[row] = int.from_bytes(identity, "big")
+    return hashes
+
+
 class FeatureStore:
-    """Features of image sets, in a folder, of a model whose weights do not change."""
+    """Features of image sets, in a folder, of a model whose weights do not change.
+
+    An image file of several sets is encoded for the first of them.
+    """
 
     def __init__(self, model: CLIP, folder: Path, settings: EncodingSettings) -> None:
         self.model, self.folder, self.settings = model, folder, settings
@@ -59,6 +82,7 @@ class FeatureStore:
         self.settings_text = f"{self.fingerprint.model} {settings.precision}"
         self._paths: WeakKeyDictionary[ImageSet, Path] = WeakKeyDictionary()
         self._whole: set[Path] = set()  # whose checksums this process has compared
+        self._hashes: dict[Path, np.ndarray] = {}  # of the files of this run's sets, in the order of their features
 
     def path(self, images: ImageSet) -> Path:
         """Return the folder of a set's features; it changes with the model, the images and the precision."""
@@ -77,15 +101,34 @@ class FeatureStore:
         if isinstance(images, PartOf):
             self.compute(images.whole, title)
             return
-        path = self.path(images)
-        if not distributed.maximum(int(not self._finished(path, len(images)))):
-            return
-        task = set_task(self.model, images)
+        path, first = self.path(images), distributed.rank_and_world()[0] == 0
+        hashes = _hashes_of_files(images) if first else np.zeros(0)
+        if distributed.maximum(int(not self._finished(path, len(images)))):
+            task = set_task(self.model, images)
 
-        def encode_set(parts: Parts) -> list[UnreadableRow] | None:
-            return encode(self.model, task, parts, self.settings, title=title)
+            def encode_set(parts: Parts) -> list[UnreadableRow] | None:
+                if first:
+                    self._take_over(hashes, parts, title)
+                distributed.maximum(0)  # wait for it
+                return encode(self.model, task, parts, self.settings, title=title)
 
-        self.share(Parts(path, self.settings_text), encode_set, partial(self._join, path, images), title)
+            self.share(Parts(path, self.settings_text), encode_set, partial(self._join, path, images), title)
+        if first:
+            self._hashes[path] = hashes[self.read(images).rows]
+
+    def _take_over(self, hashes: np.ndarray, parts: Parts, title: str) -> None:
+        """Add to ``parts`` the features of the image files that are in another set of this run."""
+        taken: set[int] = set()
+        for path, others in self._hashes.items():
+            shared, rows, places = np.intersect1d(hashes, others, return_indices=True)
+            rows, places = rows[shared != 0], places[shared != 0]
+            if len(rows):
+                both = [np.load(path / f"{name}.npy", mmap_mode="r")[places] for name in ARRAYS]
+                identities = [(str(row), 0, 0) for row in rows.tolist()]
+                parts.add(FeatureTable(identities, np.concatenate(both, axis=1)).arrays(), int(rows[0]))
+                taken.update(rows.tolist())
+        if taken:
+            stderr().print(f"{title}: {len(taken):,} of {len(hashes):,} images are encoded already, for another set")
 
     def share(
         self,

@@ -22,6 +22,7 @@ import yaml
 from PIL import Image
 from sklearn.linear_model import LogisticRegression
 
+from datamodules import ImageFolderClasses
 from lit_clip import load_model, zero_shot_classifier
 from lit_clip.cli.subcommands import run_command
 from lit_clip.embedding.encode import Encoder
@@ -536,6 +537,51 @@ def test_accuracy_and_recall_equal_clip_benchmarks(root: Path, monkeypatch: pyte
         assert f"merged_text_to_image_recall@{k}" in metrics
         assert metrics[f"text_to_image_recall@{k}"] == pytest.approx(theirs[f"image_retrieval_recall@{k}"], abs=1e-7)
         assert metrics[f"image_to_text_recall@{k}"] == pytest.approx(theirs[f"text_retrieval_recall@{k}"], abs=1e-7)
+
+
+class Darker(ImageFolderClasses):
+    """Other images of the same files."""
+
+    def image(self, index: int) -> Image.Image:
+        return super().image(index).point(lambda value: value // 2)
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_images_of_two_sets_are_encoded_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Features and results are those of sets that are evaluated apart; what shows other images is encoded itself."""
+    paths = sorted(Path("data/test").rglob("*.png"))[3:]
+    lines = [f"{path.relative_to('data')},{path.parent.name} {path.stem}" for path in reversed(paths)]
+    Path("data/pairs.csv").write_text("\n".join(["image,caption", *lines]), encoding="utf-8")
+    folders = {"data": {"class_path": FOLDER, "init_args": {"root": "test"}}}
+    reader = "datamodules.evaluation.CaptionedPairs"
+    pairs = {"data": {"class_path": reader, "init_args": {"path": "pairs.csv"}}, "metric": "recall@1"}
+    darker = {"data": {"class_path": f"{__name__}.Darker", "init_args": {"root": "test"}}}
+    write_suite(root, folders=folders, pairs=pairs, darker=darker)
+    encoded: list[int] = []
+    step = Encoder.predict_step
+
+    def counted(self: Encoder, batch: Any, batch_idx: int) -> torch.Tensor:
+        encoded.append(len(batch.rows))
+        return step(self, batch, batch_idx)
+
+    monkeypatch.setattr(Encoder, "predict_step", counted)
+    together = evaluate()["sets"]
+    assert sum(encoded) == 30 + 30
+    for name in ("pairs", "darker"):
+        run_command([*words("--sets", name), "--output", f"apart_{name}"])
+    assert sum(encoded) == 30 + 30 + 27 + 30
+    apart = {
+        name: json.loads(Path(f"apart_{name}/results.json").read_text())["sets"][name] for name in ("pairs", "darker")
+    }
+    for name, task in (("pairs", "retrieval"), ("darker", "zero_shot")):
+        assert apart[name]["tasks"][task]["metrics"] == pytest.approx(together[name]["tasks"][task]["metrics"])
+    images, captions = (sorted(Path(folder).rglob("after.npy")) for folder in ("out/cache", "apart_pairs/cache"))
+    (alone,) = captions
+    (shared,) = [path for path in images if path.parent.name == alone.parent.name]
+    np.testing.assert_allclose(np.load(shared), np.load(alone), atol=1e-6)
+    next(path for path in paths).write_bytes(noise_png(7, 1))  # which is another image now
+    evaluate("--sets", "folders", "pairs")
+    assert sum(encoded) == 30 + 30 + 27 + 30 + 30 + 0
 
 
 @pytest.mark.usefixtures("no_charts")
