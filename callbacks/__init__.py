@@ -86,7 +86,6 @@ def defaults(*callbacks: Callback) -> list[Callback]:
     log_above_bars()
 
     left_out = {name for callback in callbacks if isinstance(callback, Without) for name in callback.names}
-
     unknown = left_out - {kind.__name__ for kind in (Preemption, *AFTER)}
     require(not unknown, f"Without: {', '.join(sorted(unknown))} is none of the callbacks that every run has")
 

@@ -22,8 +22,8 @@ class Handler(BaseHTTPRequestHandler):
         try:
             names = parse_qs(urlsplit(self.path).query, max_num_fields=100).get("name", [])
             size = int(self.headers.get("Content-Length", 0))
-            if not names or max(map(len, names)) > 200 or not 0 < size <= 10_000_000:
-                raise ValueError("needs up to 100 names of up to 200 characters, and an image of up to 10 MB")
+            if not 1 < len({*names}) == len(names) or max(map(len, names)) > 200 or not 0 < size <= 10_000_000:
+                raise ValueError("needs 2 to 100 different names of up to 200 characters, and an image of up to 10 MB")
             image, texts = self.rfile.read(size), [f"a photo of a {name}." for name in names]
             with encoding:
                 logits = model.logit_scale.exp() * model.similarity(open_image(io.BytesIO(image), "the image"), texts)

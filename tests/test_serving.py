@@ -264,6 +264,7 @@ REFUSED: dict[str, tuple[int, str, str, Any]] = {
     "too elongated": (400, "POST", "/image", file_of(noise(501, 1))),
     "too many bytes": (413, "POST", "/image", b"x" * 10_000_001),
     "no names": (400, "POST", "/classify", PHOTO),
+    "a single name twice": (400, "POST", "/classify?name=x&name=x", PHOTO),
     "an empty name": (400, "POST", "/classify?name=", PHOTO),
     "too many names": (400, "POST", "/classify?" + "&".join(f"name={i}" for i in range(101)), PHOTO),
     "too many fields": (400, "POST", "/classify?" + "&".join(["name=x"] * 200), PHOTO),

@@ -49,6 +49,8 @@ def text_features(model: Model, body: bytes, query: str) -> dict[str, Any]:
 def probabilities(model: Model, body: bytes, query: str) -> dict[str, Any]:
     typed = parse_qs(query, max_num_fields=MOST_TEXTS + 1)
     names = checked(list(dict.fromkeys(typed.get("name", []))), "name")
+    if len(names) == 1 and not model.facts["bias"]:
+        raise ValueError("name: a single name gets 100 % of every image; give another")
     template = typed.get("template", ["a photo of a {}."])[0]
     if "{}" not in template:
         raise ValueError("template: needs {} where the name belongs")

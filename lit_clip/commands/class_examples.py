@@ -81,7 +81,9 @@ def _table(path: Path, names: Sequence[str] | None) -> ExampleFiles:
         found = reader.fieldnames or []
         rows = [(reader.line_num, row) for row in reader]
     lacking = [column for column in ("image", "classes") if column not in found]
-    require(not lacking, f"--examples {path}: has no column {' and '.join(lacking)}; there are {listed(found)}")
+    require(
+        not lacking, f"--examples {path}: has no column {' and '.join(lacking)}; there are {listed(found) or 'none'}"
+    )
     images = [from_cell(row["image"] or "") for _, row in rows]
     words_of = [from_cell(row["classes"] or "").split(SEPARATOR) for _, row in rows]
     split = [[word.strip() for word in words if word.strip()] for words in words_of]

@@ -15,7 +15,7 @@ from torch import Tensor
 from lit_clip import load_model
 from lit_clip.commands.class_examples import ExampleFiles, read_examples
 from lit_clip.commands.class_heads import LABEL_NEXT, Learned, Learning, learn, write_label_next
-from lit_clip.commands.class_output import Output, RankedClass, ranked, write_classes
+from lit_clip.commands.class_output import NONE, Output, RankedClass, ranked, write_classes
 from lit_clip.commands.class_truth import NO_TRUTH, Judge, folder_names, folder_truth
 from lit_clip.embedding.encoding_task import EncodingSettings, check_complete, report_skipped
 from lit_clip.embedding.image_files import FileRows, find_images
@@ -259,6 +259,7 @@ class Answers:
     classes: dict[str, list[RankedClass]] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)  # of the images that are classified
     kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    none: int = 0  # number of images that show none of the classes
 
     def collect(self, classifier: Classifier, output: Output, path: Path | None, few: int | None) -> None:
         """Classify all images and write the answers, or those of the first ``few``; after Ctrl-C what is done, too."""
@@ -270,7 +271,7 @@ class Answers:
                     found = ranked(scored.probability, none, self.names, self.top_k, above)
                     self.classes |= zip(keys, found, strict=True)
                     self.judge.add(scored.rows, scored.probability, none)
-                    self.rows += scored.rows
+                    self.rows, self.none = self.rows + scored.rows, self.none + sum(none)
                     self.kept += [(scored.probability, scored.after)] * self.keep
         except KeyboardInterrupt:
             kept = path.with_name(f"{path.name}.partial") if path else None
@@ -283,6 +284,10 @@ class Answers:
             stderr().print(
                 f"the first {few} of {len(self.classes):,} images; --output table shows all", highlight=False
             )
+        if self.head and (self.head.facts.several or self.head.facts.none is not None):
+            stderr().print(f"{NONE}: {self.none:,} of {len(self.classes):,} images", highlight=False)
+        elif self.head:
+            stderr().print(f"{NONE}: not said; the head was fitted on too few examples for it", highlight=False)
         if path:
             keys = [file.key for file in self.files]
             report_skipped(keys, classifier.unreadable, path.with_name(f"{path.name}.skipped.txt"))

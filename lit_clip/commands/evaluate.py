@@ -212,4 +212,7 @@ def _raise_failures(sets: Mapping[str, Mapping[str, Any]], data_root: str) -> No
         more = f" (and {len(failed) - 1} more sets failed)" if len(failed) > 1 else ""
         raise InputError(f"{name}: {reason}{more}")
     if all(found["status"] == "missing" for found in sets.values()):
-        raise InputError(f"--data_root {data_root}: none of {len(sets)} sets is there; the report says how to get them")
+        first = next(iter(sets.values()))["reason"]
+        raise InputError(
+            f"--data_root {data_root}: none of {len(sets)} sets is there ({first}); the report says how to get them"
+        )

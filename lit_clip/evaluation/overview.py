@@ -44,7 +44,6 @@ METRICS = {
     "knn_top1": "top-1 of 20 neighbours",
 }
 MERGED = "merged_"  # the beginning of recalls for which equal captions are one
-MERGED_NOTE = "merged: captions repeat, and equal ones count as one, right for all its images"
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@ Shapes: N images that could be read, W features before the projection, D after i
 import json
 import os
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,6 +17,7 @@ from lit_clip import distributed
 from lit_clip.embedding.encode import UnreadableError, encode
 from lit_clip.embedding.encoding_task import EncodingSettings
 from lit_clip.embedding.feature_files import FeatureTable
+from lit_clip.embedding.image_files import image_file
 from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.reading import UnreadableRow
 from lit_clip.errors import InputError, require
@@ -26,7 +26,7 @@ from lit_clip.evaluation.set_encoding import set_task
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder, not_written, remove, remove_drafts, replacing_folder
 from lit_clip.tools.console import stderr
-from lit_clip.tools.hashing import hash64, hex_digest, sha256_of_file
+from lit_clip.tools.hashing import hex_digest, sha256_of_file, stable_hash
 from lit_clip.tools.reading import check_is_file, reading
 from lit_clip.tools.text_files import read_json
 from lit_clip.weights.fingerprint import fingerprint
@@ -53,21 +53,16 @@ def _new_array(path: Path, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _hashes_of_files(images: ImageSet) -> np.ndarray:
-    """Hash each item's file, uint64 ``[N]``; 0 for an item that is not a whole file's image.
+    """Hash each item's file, int64 ``[N]``; 0 for an item that is not a whole file's image.
 
     A class that decodes images itself shows something else than the files of the class that it inherits from.
     """
     kinds = type(images).__mro__
     below = kinds[: next(place for place, kind in enumerate(kinds) if "whole_file" in vars(kind))]
-    hashes = np.zeros(len(images), dtype=np.uint64)
-    if not any({"image", "images", "__getitem__"} & vars(kind).keys() for kind in below):
-        for row in range(len(images)):
-            with suppress(OSError):  # reading it will say so
-                if path := images.whole_file(row):
-                    status = path.stat()
-                    identity = hash64(f"{path.absolute()} {status.st_size} {status.st_mtime_ns}")
-                    hashes[row] = int.from_bytes(identity, "big")
-    return hashes
+    own = any({"image", "images", "__getitem__"} & vars(kind).keys() for kind in below)
+    paths = (None if own else images.whole_file(row) for row in range(len(images)))
+    files = (path and image_file(str(path.absolute()), path).identity for path in paths)
+    return np.array([stable_hash(repr(file)) if file else 0 for file in files], dtype=np.int64)
 
 
 class FeatureStore:
@@ -118,7 +113,6 @@ class FeatureStore:
 
     def _take_over(self, hashes: np.ndarray, parts: Parts, title: str) -> None:
         """Add to ``parts`` the features of the image files that are in another set of this run."""
-        taken: set[int] = set()
         for path, others in self._hashes.items():
             shared, rows, places = np.intersect1d(hashes, others, return_indices=True)
             rows, places = rows[shared != 0], places[shared != 0]
@@ -126,9 +120,7 @@ class FeatureStore:
                 both = [np.load(path / f"{name}.npy", mmap_mode="r")[places] for name in ARRAYS]
                 identities = [(str(row), 0, 0) for row in rows.tolist()]
                 parts.add(FeatureTable(identities, np.concatenate(both, axis=1)).arrays(), int(rows[0]))
-                taken.update(rows.tolist())
-        if taken:
-            stderr().print(f"{title}: {len(taken):,} of {len(hashes):,} images are encoded already, for another set")
+                stderr().print(f"{title}: {len(rows):,} of {len(hashes):,} images are encoded already, for another set")
 
     def share(
         self,

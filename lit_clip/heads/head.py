@@ -96,8 +96,8 @@ class Head(nn.Module):
         found = fingerprint(model).model
         if found != self.facts.model:
             raise InputError(
-                f"{where}: fitted on the features of another model (SHA-256 {self.facts.model[:12]}, this one's is "
-                f"{found[:12]}); give that model, or fit a head of this one with --examples"
+                f"{where}: fitted on the features of another model (SHA-256 {self.facts.model}, this one's is "
+                f"{found}); give that model, or fit a head of this one with --examples"
             )
         image = torch.zeros(1, *model.preprocessing.shape, device=model.device)
         with torch.no_grad(), evaluation_mode(model):

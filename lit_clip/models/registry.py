@@ -76,6 +76,7 @@ def resolve_architecture(architecture: "str | CLIPConfig | Mapping[str, Any]") -
         return CLIPConfig.from_dict(_own()[architecture])
     if architecture in open_clip_names():
         return with_external_settings(from_open_clip(model_config(architecture), None, architecture))
-    near = get_close_matches(architecture, [*_own(), *open_clip_names()], n=1)
-    hint = f"did you mean {near[0]}?" if near else f"known: {', '.join(list_models())}"
+    names = {name.casefold(): name for name in [*open_clip_names(), *_own()]}
+    near = get_close_matches(architecture.casefold(), names, n=1)
+    hint = f"did you mean {names[near[0]]}?" if near else f"known: {', '.join(list_models())}"
     raise InputError(f"no model is called {architecture!r}; {hint}")

@@ -10,7 +10,7 @@ from argparse import ArgumentError
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from difflib import get_close_matches
-from itertools import takewhile
+from itertools import pairwise, takewhile
 from multiprocessing.connection import wait
 from pathlib import Path
 from signal import SIGTERM, strsignal
@@ -94,7 +94,7 @@ def _wanted(types: str, value: str) -> str:
     *kinds, last = _kinds(types)
     near = [ALIASES[value]] if ALIASES.get(value) in kinds else get_close_matches(value, {*kinds, last} - TYPES, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
-    shown = value if len(value) <= 200 else f"{value[:200]} ..."
+    shown = (value or "an empty text") if len(value) <= 200 else f"{value[:200]} ..."
     return f"wants {', '.join(kinds)}{' or ' if kinds else ''}{last}, not {shown}{hint}"
 
 
@@ -167,7 +167,10 @@ def _hint(error: str, words: Sequence[str], options: Callable[[], Iterable[str]]
         typed = (word.partition("=")[0] for word in words if word.startswith("--"))
         option = next((word for word in typed if word.endswith(f".{name}")), name)  # by default in a file
         known = [option.removesuffix(name) + parameter for parameter in nested_parameters(class_path)]
-        return _did_you_mean(option, known) or f"there are {', '.join(parameters(class_path))}"
+        return _did_you_mean(option, known) or f"there are {', '.join(parameters(class_path)) or 'none'}"
+    if without := re.search(r"^argument (--\S+): expected one argument", error):
+        bare = (word for word, after in pairwise([*words, "--"]) if after.startswith("--") and "=" not in word)
+        return next((f"type a value after {word}" for word in bare if word.startswith(without[1])), "")
     if missing := re.search(r"^the following arguments are required: (?!data$)(\w+)", error):
         return f"type --{missing[1]}; see {see}" if f"--{missing[1]}" in options() else ""
     if error.startswith("unrecognized arguments"):

@@ -80,7 +80,7 @@ def open_weights(source: Source, named: bool = False) -> Weights:
     if path.exists():
         return _open_file(path, named)
     architecture, _, file = name.partition(":")
-    if file and is_path(file):  # the file may not name its architecture
+    if file and is_path(file) and len(architecture) > 1:  # the file may not name its architecture; C: is a drive
         weights, config = _open_file(Path(file).expanduser(), named=True), resolve_architecture(architecture)
         if weights.config:
             check_same(weights.config, config, weights.name, f"leave out {architecture}:, the file names its own")

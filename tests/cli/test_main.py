@@ -204,6 +204,8 @@ def assert_user_error(result: Completed, *parts: str) -> None:
         (["--model.quux", "1"], ["unrecognized arguments: --model.quux 1; see lit-clip fit --help"]),
         (["--model.optimizer.lr", "fast"], ["model.optimizer.lr: wants float, not fast"]),
         (["--trainer.strategy", "fsdp"], ["strategy `fsdp` requires a GPU", "for FSDP add --config configs/fsdp.yaml"]),
+        (["--recipe", ""], ["recipe: wants Recipe or null, not an empty text"]),
+        (["--data.val"], ["expected one argument; type a value after --data.val"]),
         (["--trainer.strategy", "a.B"], ["invalid strategy name", "for FSDP add --config configs/fsdp.yaml"]),
         (["--trainer.max_epochs", "many"], ["trainer.max_epochs: wants int or null, not many"]),
         (["--trainer.precision", "fp16"], ["trainer.precision: wants 64, 32, 16,", "did you mean 16-mixed?"]),

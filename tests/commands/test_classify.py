@@ -184,6 +184,7 @@ def test_images_of_no_class_are_not_counted_and_flat_folders_are_not_judged(
         (["photos", "--examples", "photos", "--label_next", "0"], "--label_next 0: must be at least 1"),
         (["photos", "--examples", "photos", "--save_head", "h.pt"], "--save_head h.pt: must be a .safetensors file"),
         (["photos", "--examples", "g.csv"], "g.csv: line 3: photos/red/000.png is there twice"),
+        (["photos", "--examples", "k.csv"], "k.csv: has no column image and classes; there are none"),
         (["photos", "--examples", "a.csv"], "a.csv: has no column classes; there are image, label"),
         (["photos", "--classes", *NAMES, "--examples", "b.csv"], "b.csv: line 3: violet is not among --classes"),
         (["photos", "--examples", "c.csv"], "c.csv: the table is empty"),
@@ -219,6 +220,7 @@ def test_mistakes_are_one_line(words: list[str], message: str, root: Path) -> No
     (root / "h.csv").write_text(f'image,classes\n{blue},blue,\n"copy.png",red,blue\n')
     (root / "i.csv").write_text(f"image,classes\n{blue},blue\ncopy.png,red\n")
     (root / "j.csv").write_text(f"image,classes\n{blue},blue\ncopy.png,None of these\n")
+    (root / "k.csv").write_text("")
     (root / "t.xlsx").write_bytes(b"PK")
     with pytest.raises(InputError, match=message) as error:
         run_command(["classify", *words, *OPTIONS])
@@ -259,6 +261,11 @@ def test_examples_give_a_head_and_its_file_classifies_alike(root: Path, capsys: 
     again, told = classify(capsys, "photos", "--head", "head.safetensors")
     assert again == answers
     assert "fitted on" not in told
+    assert f"none of these: {int(none.sum())} of 60 images" in told
+    run_command(["classify", "photos", "--head", "head.safetensors", "--output", "csv", *OPTIONS])
+    output = capsys.readouterr()
+    assert output.out.count("none of these") == int(none.sum())
+    assert f"none of these: {int(none.sum())} of 60 images" in output.err
     _, told = classify(capsys, *words)  # the features of the examples are kept
     assert "index" not in told
 

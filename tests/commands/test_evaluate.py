@@ -453,7 +453,7 @@ def test_imagenet_accuracy_is_also_computed_over_the_classes_of_its_variants(roo
 
 
 def test_a_suite_without_any_data_writes_the_report_and_is_an_error(root: Path) -> None:
-    with pytest.raises(InputError, match="none of 2 sets is there"):
+    with pytest.raises(InputError, match="none of 2 sets is there .elsewhere/gone: not there"):
         run_command([*words(), "--data_root", "elsewhere"])
     assert "ask its authors" in Path("out/report.html").read_text(encoding="utf-8")
 

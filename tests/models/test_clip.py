@@ -340,6 +340,8 @@ def test_sizes_that_do_not_divide_are_refused(config: Any, sizes: dict[str, Any]
 def test_an_unknown_model_name_is_refused_with_the_nearest_or_all_names() -> None:
     with pytest.raises(InputError, match=r"'ViT-B/32'; did you mean ViT-B-32\?"):
         create_model("ViT-B/32")
+    with pytest.raises(InputError, match=r"'vit-b-32'; did you mean ViT-B-32\?"):
+        create_model("vit-b-32")
     with pytest.raises(InputError, match=", ".join(list_models())):
         create_model("swin")
 

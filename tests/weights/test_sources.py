@@ -140,6 +140,7 @@ def bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ("", "no model: its name is empty"),
         ("absent.pt", "no such checkpoint file"),
+        (r"C:\models\q.ckpt", r"C:\models\q.ckpt: no such checkpoint file"),
         ("pipe.pt", "pipe.pt: neither a file nor a folder"),
         ("empty.pt", "it may be incomplete"),
         ("empty.safetensors", "it may be incomplete"),

@@ -9,21 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from lit_clip.evaluation.comparison import PairedDifference
-from lit_clip.evaluation.overview import (
-    MERGED,
-    MERGED_NOTE,
-    STATUSES,
-    Row,
-    metric_words,
-    percent,
-    points,
-    rows,
-    sets_of,
-)
+from lit_clip.evaluation.overview import STATUSES, Row, metric_words, percent, points, rows, sets_of
 from lit_clip.evaluation.published import PAPER, NearestModel, disagreements, measured_weights, nearest, papers_name
 from lit_clip.evaluation.report.chart_style import svg
 from lit_clip.evaluation.report.charts import figures
-from lit_clip.evaluation.report.result_columns import Groups, result_columns
+from lit_clip.evaluation.report.result_columns import Groups, merged_note, result_columns
 from lit_clip.evaluation.report.results_table import incomplete_means, mean_groups, measured_note
 from lit_clip.evaluation.report.robustness_chart import effective_rows
 from lit_clip.evaluation.report.set_section import TASKS, leaves, set_section
@@ -78,7 +68,7 @@ def report_values(
         "anchors": {name: f"set-{place}" for place, (name, _) in enumerate(sets)},
         "paper": PAPER,
         "measured": measured_note(model),
-        "merged": MERGED_NOTE if any(row.metric.startswith(MERGED) for row in found) else "",
+        "merged": merged_note(found),
         "disagreements": disagreements(),
         "charts": {name: svg(figure, name) for name, figure in figures(results, others).items()},
         "effective": [

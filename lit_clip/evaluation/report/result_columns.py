@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from lit_clip.evaluation.comparison import THIS, over_seeds
-from lit_clip.evaluation.overview import COLUMNS, Column, Row, group_means, papers_percent, percent, rows
+from lit_clip.evaluation.overview import COLUMNS, MERGED, Column, Row, group_means, papers_percent, percent, rows
 from lit_clip.evaluation.report.chart_style import run_names
 
 DIFFERS = 0.01  # a measured figure is shown if it differs by this much from the paper's, or if the paper has none
@@ -104,6 +104,12 @@ def result_columns(
         ResultColumn("skipped", [f"{row.skipped:,}" if row.skipped else "" for row in found]),
     )
     yield from (column for column in counts if any(column.cells))
+
+
+def merged_note(found: Sequence[Row]) -> str:
+    """Say what merged recalls are, if there are any."""
+    merged = any(row.metric.startswith(MERGED) for row in found)
+    return "merged: captions repeat, and equal ones count as one, right for all its images" if merged else ""
 
 
 def _texts(cells: Sequence[Cell | None]) -> list[str]:

@@ -6,20 +6,9 @@ from typing import Any
 from rich import box
 from rich.table import Table
 
-from lit_clip.evaluation.overview import (
-    COLUMNS,
-    MERGED,
-    MERGED_NOTE,
-    STATUSES,
-    Row,
-    given_metrics,
-    group_means,
-    metric_words,
-    rows,
-    sets_of,
-)
+from lit_clip.evaluation.overview import COLUMNS, STATUSES, Row, given_metrics, group_means, metric_words, rows, sets_of
 from lit_clip.evaluation.published import PAPER, measured_weights, nearest, papers_name
-from lit_clip.evaluation.report.result_columns import ResultColumn, result_columns
+from lit_clip.evaluation.report.result_columns import ResultColumn, merged_note, result_columns
 from lit_clip.tools.console import Console, Text
 
 WIDE = 130  # columns of a file
@@ -114,8 +103,7 @@ def _caption(results: Mapping[str, Any], columns: Sequence[ResultColumn], found:
     near, notes = nearest(model), ["in %"]
     if any(given_metrics(entry) for _, entry in sets_of(results)):
         notes = ["in %, --metrics as they are"]
-    if any(row.metric.startswith(MERGED) for row in found):
-        notes.append(MERGED_NOTE)
+    notes += [note] if (note := merged_note(found)) else []
     if "paper" in titles:
         notes.append(f"paper: {PAPER}, {papers_name(near.name)} ({near.rule})")
     if any(cell.endswith("?") for column in columns if column.title == "paper" for cell in column.cells):
