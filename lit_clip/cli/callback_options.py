@@ -92,10 +92,13 @@ def callbacks_option(callbacks: Any, options: Sequence[Typed], defaults: Callabl
     Of the ``defaults``, the callbacks that every run has, one is added if an option names it. Those that are taken out
     are not in the list, and defaults among them are named by a :data:`WITHOUT`.
     """
-    listed = callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
-    listed = [deepcopy(dict(each)) if isinstance(each, Mapping) else {"class_path": str(each)} for each in listed]
-    absent = [name for each in listed if each["class_path"] == WITHOUT for name in each["init_args"]["names"]]
-    listed = [each for each in listed if each["class_path"] != WITHOUT]
+    found = callbacks if isinstance(callbacks, list) else [] if callbacks is None else [callbacks]
+    listed: list[dict[str, Any]] = [
+        deepcopy(dict(each)) if isinstance(each, Mapping) else {"class_path": str(each)} for each in found
+    ]
+    without = [each for each in listed if _name(each) == _name({"class_path": WITHOUT})]
+    absent = [name for each in without for name in each["init_args"]["names"]]
+    listed = [each for each in listed if each not in without]
     present = {_name(each) for each in listed}
     others = [{"class_path": qualified_name(type(one))} for one in defaults()]
     others = [each for each in others if _name(each) not in absent]

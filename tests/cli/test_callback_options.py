@@ -71,6 +71,8 @@ def test_a_callback_is_taken_out_by_its_name() -> None:
     assert result([LISTED[0]], f"{PREFIX}-=NonFiniteSteps") == [LISTED[0], without]
     assert result([given, LISTED[0]], f"{PREFIX}-=NonFiniteSteps") == [LISTED[0], without]  # nor the default one
     assert result([LISTED[0], without], f"{PREFIX}.EMA.decay=0.99") == [LISTED[0], without]
+    written = {**without, "class_path": "callbacks.Without"}
+    assert result([written, LISTED[0]], f"{PREFIX}-=EMA") == [without]
     rest, taken = take_options([f"{PREFIX}+=callbacks.EMA", f"{PREFIX}-=PatchDropout", f"{PREFIX}.decay", "0.9"])
     assert (len(rest), len(taken)) == (3, 1)  # the options of the callback that was typed before still follow it
 
