@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from lit_clip import load_model
-from lit_clip.embedding.encode import claimed_by_first, encode, machines
+from lit_clip.embedding.encode import claimed_by_first, encode
 from lit_clip.embedding.encoding_task import (
     EncodingSettings,
-    EncodingTask,
     check_complete,
     image_task,
     report_skipped,
@@ -20,9 +19,7 @@ from lit_clip.embedding.feature_files import FeatureTable, Identity, check_keys,
 from lit_clip.embedding.image_files import FileRows, find_images, image_file
 from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.precision import check_precision
-from lit_clip.embedding.work_plan import PlanOptions, Work, measure, print_work, sampled, size_in_memory
 from lit_clip.errors import BadSample, InputError, require
-from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import stable_hash
 from lit_clip.tools.images import OnError
@@ -61,7 +58,6 @@ def embed(
     keep: str | None = None,
     settings: EncodingSettings = EncodingSettings(),  # noqa: B008  # immutable
     share: str | None = None,
-    plan: PlanOptions = PlanOptions(),  # noqa: B008  # immutable
 ) -> None:
     """Write the features of images, or of texts, to a file.
 
@@ -82,10 +78,8 @@ def embed(
         settings: how images and texts are read and encoded.
         share: i/n, such as 3/16: encode the third sixteenth, beside other jobs; when all have ended, the same command
             without it joins their work.
-        plan: what is planned instead of done.
     """
     path = Path(output)
-    plan.check()
     check_output(path)
     require(bool(data) != bool(texts), "give either images or --texts; instead of images also a table or other data")
     check_precision(settings.precision, settings.accelerator)
@@ -94,10 +88,10 @@ def embed(
     check_keys(path, [key for key, _, _ in items.identities])
     if items.images is None:
         settings = replace(settings, num_workers=0)  # tokenizing is not worth a process
-    _embed(items, model, path, settings, Share.typed(share), plan)
+    _embed(items, model, path, settings, Share.typed(share))
 
 
-def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings, share: Share, plan: PlanOptions) -> None:
+def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings, share: Share) -> None:
     """Encode items and write their features; ranks but the first only encode."""
     clip = load_model(model)
     name = fingerprint(clip).model
@@ -105,9 +99,6 @@ def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings, sh
         task = text_task(clip, items.texts, items.identities)
     else:
         task = image_task(clip, items.images, items.identities)
-    if plan.print_plan:
-        print_work(_work(clip, task, items, settings, share, path), plan)
-        return
     with claimed_by_first(path, settings, share):
         parts = Parts.resumed(path, f"{name} {items.content} {items.stamp}", settings.precision, share)
         unreadable = encode(clip, task, parts, settings)
@@ -125,21 +116,6 @@ def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings, sh
         stderr().print(f"{path}: {len(table.identities)} rows of {table.features.shape[1]} numbers")
         if items.content == "image":
             stderr().print(f"search them: {shlex.join(['lit-clip', 'search', str(path), 'TEXT', '--model', model])}")
-
-
-def _work(clip: CLIP, task: EncodingTask, items: _Items, settings: EncodingSettings, share: Share, path: Path) -> Work:
-    """Return what is to be done, after measuring a few batches."""
-
-    def size_of(row: int) -> int:
-        return len(items.texts[row].encode()) if items.images is None else items.images.stored_size(row)
-
-    rows = len(items.identities)
-    sample = measure(clip, task, rows, settings, size_of)
-    held = sum(size_in_memory(items.identities[row]) for row in sampled(rows)) / len(sampled(rows))
-    processes = settings.devices * machines() * share.of
-    joined = held + 100 + 8 * clip.config.embed_dim  # an entry of a dictionary, and features twice
-    files = f"as parts, and as much again in {path.name}"
-    return Work(rows, processes, ("batches", settings.batch_size), sample, files, None, held, joined)
 
 
 def _items_of_texts(path: Path) -> _Items:

@@ -5,15 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from lit_clip import load_model
-from lit_clip.embedding.encode import claimed_by_first, machines
+from lit_clip.embedding.encode import claimed_by_first
 from lit_clip.embedding.encoding_task import EncodingSettings, check_complete
 from lit_clip.embedding.feature_files import check_output
-from lit_clip.embedding.pair_scores import in_order, pair_task, score_pairs, scored_rows, scores_of
+from lit_clip.embedding.pair_scores import in_order, score_pairs, scored_rows, scores_of
 from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.precision import check_precision
-from lit_clip.embedding.work_plan import PlanOptions, Work, measure, print_work
 from lit_clip.errors import InputError, require
-from lit_clip.models.clip import CLIP
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import stderr
 from lit_clip.tools.shares import Share
@@ -41,7 +39,6 @@ def score(
     classes: Classes = Classes(),  # noqa: B008  # immutable
     settings: EncodingSettings = EncodingSettings(),  # noqa: B008  # immutable
     share: str | None = None,
-    plan: PlanOptions = PlanOptions(),  # noqa: B008  # immutable
 ) -> None:
     """Score how well each caption fits its image, and choose the pairs to train on.
 
@@ -63,11 +60,10 @@ def score(
         settings: how images and captions are read and encoded.
         share: i/n, such as 3/16: score the third sixteenth, beside other jobs; when all have ended, the same command
             without it joins their work.
-        plan: what is planned instead of done.
     """
     filters = PairFilters(fraction, threshold, min_caption_words, min_image_dim)
     options = {"columns": columns, "split": split, "classes": classes}
-    counts = _scored_or_filtered(data, model, options, Path(output), settings, filters, Share.typed(share), plan)
+    counts = _scored_or_filtered(data, model, options, Path(output), settings, filters, Share.typed(share))
     for name, count in counts.removed.items() if counts else ():
         if count:
             stderr().print(f"{name}: {count:,} removed")
@@ -83,15 +79,12 @@ def _scored_or_filtered(
     settings: EncodingSettings,
     filters: PairFilters,
     share: Share,
-    plan: PlanOptions,
 ) -> Filtered | None:
-    """Write the table; None on other ranks than the first, for a share, and for a plan."""
-    plan.check()
+    """Write the table; None on other ranks than the first, and for a share."""
     check_output(path, [".parquet"])
     require(bool(data), "no data: name a table, a folder or shards before the options")
     if len(data) == 1 and ScoreFile.is_one(Path(data[0])):
         require(model is None, f"--model: {data[0]} has scores already; leave it out, or give the data themselves")
-        require(not plan.print_plan, "--print_plan: filtering scores takes seconds; leave it out")
         require(share == Share(), f"--share: {data[0]} has scores already, and filtering takes no jobs; leave it out")
         with claimed(path):
             file = ScoreFile(Path(data[0]))
@@ -105,9 +98,6 @@ def _scored_or_filtered(
         stderr().print(f"{source.left_out} left out")
     stamp = stamp_of_data(data, options, source, [path])
     clip = load_model(model)
-    if plan.print_plan:
-        print_work(_work(clip, SourcePairs(source), settings, share, path), plan)
-        return None
     name = fingerprint(clip).model
     with claimed_by_first(path, settings, share):
         parts = Parts.resumed(path, f"{name} {stamp}", settings.precision, share)
@@ -121,10 +111,3 @@ def _scored_or_filtered(
         counts = write_scores(path, pairs, scores, filters, metadata, label_of(source, ALL_PAIRS))
         parts.remove()
         return counts
-
-
-def _work(clip: CLIP, pairs: SourcePairs, settings: EncodingSettings, share: Share, path: Path) -> Work:
-    """Return what is to be done, after measuring a few batches; 2 bytes of a row are flags, 18 its score and order."""
-    sample = measure(clip, pair_task(clip, pairs, settings), len(pairs), settings, pairs.stored_size)
-    processes, files = settings.devices * machines() * share.of, f"as parts, and as much again in {path.name}"
-    return Work(len(pairs), processes, ("batches", settings.batch_size), sample, files, None, 2, 18)

@@ -1,11 +1,8 @@
 """``lit-clip shard``: write any source of pairs as indexed tar shards in img2dataset's layout."""
 
-import time
-from contextlib import suppress
 from pathlib import Path
 
-from lit_clip.embedding.work_plan import SECONDS, PlanOptions, Sample, Work, print_work, sampled
-from lit_clip.errors import BadSample, InputError, require
+from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import stderr
@@ -29,7 +26,6 @@ def shard(
     keep: str | None = None,
     on_error: OnError = "error",
     share: str | None = None,
-    plan: PlanOptions = PlanOptions(),  # noqa: B008  # immutable
 ) -> None:
     """Write pairs as tar shards in img2dataset's layout, with an index of each.
 
@@ -48,9 +44,7 @@ def shard(
         on_error: for pairs that cannot be read; skip lists them beside their shard in a .skipped.jsonl.
         share: i/n, such as 3/16: write the third sixteenth of the shards, beside other jobs; when all have ended, the
             same command without it counts what is there, and writes what is missing.
-        plan: what is planned instead of done.
     """
-    plan.check()
     require(shard_size >= 1, f"--shard_size {shard_size} must be at least 1")
     require(resize is None or resize >= 1, f"--resize {resize} must be at least 1")
     for name in ("negative", "weight", "other_image"):
@@ -66,9 +60,6 @@ def shard(
         source = kept_pairs(source, keep, "--keep")
         options["keep"] = source.digest
     writer = ShardWriter(source, folder, shard_size, on_error, resize, Share.typed(share))
-    if plan.print_plan:
-        print_work(_work(writer, workers), plan)
-        return
     make_folder(folder, "--output")
     with claimed(folder, share=writer.share):
         keep_manifest(folder / MANIFEST, manifest_of(data, source, shard_size, resize, options))
@@ -77,21 +68,6 @@ def shard(
         _report(source, folder, len(writer), counts)
     else:
         stderr().print(writer.share.finished(folder))
-
-
-def _work(writer: ShardWriter, workers: int) -> Work:
-    """Return what is to be done, after preparing a few pairs for their shards; the disk's time is not in it."""
-    rows, started, read, written = 0, time.monotonic(), 0, 0
-    for row in sampled(len(writer.source)):
-        with suppress(BadSample):
-            size, files = writer.prepared(row)
-            read, written = read + size, written + files
-        rows += 1
-        if time.monotonic() - started > SECONDS:
-            break
-    sample = Sample(rows, time.monotonic() - started, read / rows, written / rows)
-    processes, unit = max(1, workers) * writer.share.of, ("shards", writer.shard_size)
-    return Work(len(writer.source), processes, unit, sample, "a shard and its index are a file each", 2)
 
 
 def _report(source: PairSource, folder: Path, shards: int, counts: Written) -> None:

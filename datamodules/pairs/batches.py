@@ -119,9 +119,5 @@ class SourcePairs:
         pair = self.source.load(self.rows[row], None)
         return pair.key, [pair.image]
 
-    def stored_size(self, row: int) -> int:
-        """Bytes of an image as stored."""
-        return len(self.source.read(self.rows[row]).image)
-
     def captions(self, row: int) -> list[str]:
         return list(dict.fromkeys(self.source.captions(self.rows[row])))

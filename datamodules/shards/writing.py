@@ -129,14 +129,6 @@ class ShardWriter(Dataset[Written]):
         before, after = (sum(column) for column in zip(*sizes, strict=True)) if sizes else (0, 0)
         return Written(summary.samples, len(skipped_lines), len(sizes), before, after)
 
-    def prepared(self, row: int) -> tuple[int, int]:
-        """Prepare a pair for its shard; return the bytes of its image as stored, and of its files in the shard."""
-        pair = self.source.read(row)
-        _, content, about = _image_file(pair, self.resize)
-        files = [content, *(data for _, data in _texts("", pair, about))]
-        blocks = sum(1 + -(-len(data) // tarfile.BLOCKSIZE) for data in files)  # one is a file's header
-        return len(pair.image), blocks * tarfile.BLOCKSIZE
-
     def _samples(self, number: int) -> Iterator[tuple[str, EncodedPair | BadSample]]:
         """Yield the key and the pair of each sample of a shard, or the error of a bad one."""
         digits = max(4, len(str(self.shard_size - 1)))

@@ -35,10 +35,6 @@ class FileRows(list[ImageFile]):
         path = self[row].path
         return str(path), [open_image(path)]
 
-    def stored_size(self, row: int) -> int:
-        """Bytes of a file."""
-        return self[row].size
-
 
 def image_file(key: str, path: Path) -> ImageFile:
     """Return a file as it is now."""

@@ -1,6 +1,6 @@
 """The plan of a run as a table, with what contradicts itself in it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
@@ -40,19 +40,13 @@ def fine_tunes(settings: Mapping[str, Any]) -> bool:
 
 def print_plan(plan: RunPlan) -> None:
     """Print the table, and below it the contradictions."""
-    console = print_rows(plan_rows(plan))
-    for sentence in contradictions(plan) if not plan.trial else ():
-        console.print(f"warning: {sentence}", style="yellow", soft_wrap=True)
-
-
-def print_rows(rows: Sequence[tuple[str, str]]) -> Console:
-    """Print the rows of a plan as a table."""
     table = Table(title="Plan", show_header=False)
-    for row in rows:
+    for row in plan_rows(plan):
         table.add_row(*row)
     console = Console()
     console.print(table)
-    return console
+    for sentence in contradictions(plan) if not plan.trial else ():
+        console.print(f"warning: {sentence}", style="yellow", soft_wrap=True)
 
 
 def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
