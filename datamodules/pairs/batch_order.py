@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import Literal
 
 import numpy as np
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 
 from lit_clip.errors import require
 from lit_clip.tools.hashing import hex_digest
@@ -19,6 +19,8 @@ from ..loading.sampling import draw_numbers
 from .duplicates import Shared
 from .neighbours import Neighbours
 from .source import PairSource
+
+MOST_LEFT, MOST_EARLIER, MOST_TRIES = 128, 256, 8  # rows, and batches, that are tried to fill another batch
 
 
 @dataclass(frozen=True)
@@ -56,7 +58,8 @@ class _Walk:
 
     A row goes into the first batch that has no duplicate of it. What conflicts with a batch waits for the next one;
     rows of which more wait than there are batches to come are dropped. ``hard`` places of a batch are filled with
-    neighbours of the others.
+    neighbours of the others. The rows that are left at the end are often duplicates of each other: they then take
+    places in earlier batches, whose rows fill the last ones.
     """
 
     def __init__(self, order: np.ndarray, size: int, shared: Shared, near: Neighbours | None, hard: int) -> None:
@@ -72,8 +75,21 @@ class _Walk:
         self.neighbours = 0  # places that they have filled
         self.present: set[int] = set()  # names in the batch that is being filled
 
-    def batches(self) -> Iterator[list[int]]:
-        """Yield full batches."""
+    def batches(self) -> list[list[int]]:
+        """Return full batches."""
+        found, tries = list(self._in_order()), MOST_TRIES
+        while self.to_come and tries:
+            batch = self._exchanged(found[-MOST_EARLIER:])
+            if len(batch) == self.size:
+                found.append(batch)
+                self.to_come -= 1
+                tries = MOST_TRIES
+            else:  # other rows are left than before
+                np.add.at(self.draws, batch, 1)
+                tries -= 1
+        return found
+
+    def _in_order(self) -> Iterator[list[int]]:
         while self.to_come:
             self.present = set()
             batch = self._from_waiting(self.size - self.hard)
@@ -83,9 +99,37 @@ class _Walk:
                 batch += self._from_waiting(self.size - len(batch))
                 self._from_order(batch, self.size)
             if len(batch) < self.size:
+                np.add.at(self.draws, batch, 1)
                 return
             yield batch
             self.to_come -= 1
+
+    def _exchanged(self, earlier: list[list[int]]) -> list[int]:
+        """Return a batch of rows that are left and of rows of earlier batches, whose places other left rows take."""
+        self.present, batch = set(), []
+        left = np.flatnonzero(self.draws)
+        left = left[:: len(left) // MOST_LEFT + 1].tolist()
+        for row in left:
+            if len(batch) < self.size and self._taken(row):
+                batch.append(row)
+        for other in reversed(earlier):
+            while len(batch) < self.size and (given := self._exchange(other, left)) is not None:
+                batch.append(given)
+        return batch
+
+    def _exchange(self, other: list[int], left: list[int]) -> int | None:
+        """Replace a row of a full batch by one that is left, and return it, if it fits into the present batch."""
+        owners = {name: place for place, row in enumerate(other) for name in self._names(row)}
+        for row in left:
+            conflicts = {owners[name] for name in self._names(row) if name in owners}
+            for place in range(self.size) if self.draws[row] and len(conflicts) < 2 else ():
+                names = self._names(other[place])
+                if conflicts <= {place} and self.present.isdisjoint(names):
+                    self.present.update(names)
+                    self.draws[row] -= 1
+                    given, other[place] = other[place], row
+                    return given
+        return None
 
     def _names(self, row: int) -> list[int]:
         names = self.shared.of(row)
@@ -154,10 +198,10 @@ class _Walk:
 
 
 class BatchOrder:
-    """The orders of a source's epochs; all have as many batches as the first can fill without duplicates.
+    """The orders of a source's epochs; all have as many batches as the first fills without duplicates or neighbours.
 
     Rows that fit into no batch are left out of the epoch. An epoch that fills fewer batches repeats its first ones, as
-    other draws of their rows.
+    other draws of their rows; a run says so once.
     """
 
     def __init__(
@@ -166,6 +210,7 @@ class BatchOrder:
         self.source, self.options, self.seed, self.shared, self.near = source, options, seed, shared, near
         self._batches: dict[int, int] = {}  # in an epoch, by their size
         self._latest = (-1, 0, np.zeros(0, np.int64))  # epoch, batch size and order
+        self._told = False  # that an epoch repeats batches
 
     def use(self, near: Neighbours) -> None:
         """Fill the hard places of the next orders with other neighbours."""
@@ -200,7 +245,8 @@ class BatchOrder:
     def order(self, epoch: int, size: int) -> np.ndarray:
         """Return the rows of an epoch, int ``[batches * size]``."""
         if self._latest[:2] != (epoch, size):
-            hard = round(self.options.hard * size)
+            share = round(self.options.hard * size)
+            hard = min(max(1, share), size - 1) if self.options.hard else 0  # the rest is what has neighbours
             require(
                 not hard or self.near is not None,
                 "data.batches.hard: nothing says which pairs are near; set data.batches.features, or add HardBatches",
@@ -211,7 +257,14 @@ class BatchOrder:
                 rank_zero_info(
                     f"data.batches: {neighbours / len(rows):.0%} of epoch {epoch} are neighbours of the rest"
                 )
-            self._latest = epoch, size, np.resize(rows, self.batches(size) * size)
+            wanted = self.batches(size) * size
+            if len(rows) < wanted and not self._told:
+                self._told = True
+                rank_zero_warn(
+                    f"data.batches: epoch {epoch} fills {len(rows) // size:,} of {wanted // size:,} batches and "
+                    f"repeats its first ones; {wanted - len(rows):,} more pairs are left out, perhaps also of others"
+                )
+            self._latest = epoch, size, np.resize(rows, wanted)
         return self._latest[2]
 
 
@@ -220,5 +273,5 @@ def _walked(
 ) -> tuple[np.ndarray, int]:
     """Return the rows of an epoch's batches, and how many of them were chosen as neighbours."""
     walk = _Walk(order, size, shared, near if hard else None, hard)
-    found = [np.array(batch, dtype=order.dtype) for batch in walk.batches()]
-    return np.concatenate(found) if found else order[:0], walk.neighbours
+    found = np.array(walk.batches(), dtype=order.dtype)
+    return found.reshape(-1), walk.neighbours

@@ -98,17 +98,68 @@ def test_rows_without_duplicates_keep_the_sources_order() -> None:
     assert np.array_equal(order.order(2, 7), source.order(2, 0)[:294])
 
 
-def test_first_fit_by_a_plain_loop() -> None:
-    """Each row, in the source's order, goes into the first batch with room that has no duplicate of it."""
+@pytest.mark.parametrize("epoch", range(12))
+def test_first_fit_by_a_plain_loop(epoch: int) -> None:
+    """Each row, in the source's order, goes into the first batch with room that has no duplicate of it.
+
+    Where this leaves the last batch without two rows, these two have changed places with rows of other batches.
+    """
     source, size = Drawn(200, images=100, words=400), 10
     batches: list[list[int]] = [[] for _ in range(20)]
-    for row in source.order(1, 0).tolist():
+    for row in source.order(epoch, 0).tolist():
         fits = (batch for batch in batches if len(batch) < size and not duplicates_of(source, row, batch))
         next(fits, []).append(row)
-    found = cut(ordered(source).order(1, size), size)
-    assert len(found) >= 18
+    found = cut(ordered(source).order(epoch, size), size)
+    assert sorted(sum(found, [])) == list(range(200))
     full = [sorted(batch) for batch in batches if len(batch) == size]
-    assert [sorted(batch) for batch in found[: len(full)]] == full[: len(found)]
+    assert len(full) >= 19
+    changed = [len(set(one) - set(other)) for one, other in zip(found, full, strict=False)]
+    assert sum(changed) <= (0 if len(full) == 20 else 2)
+
+
+@pytest.mark.parametrize("hard", [0.0, 0.5, 0.75])
+@pytest.mark.parametrize(("images", "words"), [(130, 10**9), (130, 130), (60, 10**9)])
+def test_hard_batches_leave_no_row_out_that_can_be_placed(images: int, words: int, hard: float) -> None:
+    source = Drawn(240, images=images, words=words)
+    source.groups[:] = 99
+    near = neighbours(source) if hard else None
+    order = ordered(source, BatchOptions("avoided", hard), near)
+    for epoch in range(8):
+        batches = cut(order.order(epoch, 12), 12)
+        assert sorted(sum(batches, [])) == list(range(240))
+        assert sum(duplicates(source, batch) for batch in batches) == 0
+
+
+def neighbours(source: Any) -> Neighbours:
+    """Neighbours of a source's images by features drawn at random."""
+    _, items = np.unique(name_pairs(source, 0).images, return_inverse=True)
+    cosines = unit(items.max() + 1, 3) @ unit(items.max() + 1, 3).T
+    np.fill_diagonal(cosines, -2)
+    return Neighbours.of(items.astype(np.int32), np.argsort(-cosines)[:, :32].astype(np.int32))
+
+
+@pytest.mark.parametrize(("hard", "most"), [(0.01, 1), (0.5, 4), (0.95, 7)])
+def test_the_nearest_possible_share_of_a_small_batch_is_hard(hard: float, most: int) -> None:
+    """Of eight pairs: never none, and one is left whose neighbours the others are."""
+    source = Drawn(400, images=10**9, words=10**9)
+    source.groups[:] = 99
+    near = neighbours(source)
+    for batch in cut(ordered(source, BatchOptions("avoided", hard), near).order(0, 8), 8)[:5]:
+        nearest = set(np.concatenate([near.near(np.array([row]), np.ones(400))[0] for row in batch[: 8 - most]]))
+        assert set(batch[8 - most :]) <= nearest
+
+
+def test_an_epoch_that_repeats_batches_is_told_once() -> None:
+    """Of thirty words each batch of twelve pairs needs about twenty-four: the last batches are seldom found."""
+    source = Drawn(400)
+    order = ordered(source)
+    size, wanted = 12, order.batches(12)
+    with pytest.warns(UserWarning, match="repeats") as told:
+        filled = [len(set(order.order(epoch, size).tolist())) // size for epoch in range(8)]
+    first = next(epoch for epoch, batches in enumerate(filled) if batches < wanted)
+    assert [str(each.message).split(";")[0] for each in told if "data.batches" in str(each.message)] == [
+        f"data.batches: epoch {first} fills {filled[first]} of {wanted} batches and repeats its first ones"
+    ]
 
 
 def duplicates_of(source: Any, row: int, batch: list[int]) -> bool:
