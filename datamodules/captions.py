@@ -53,15 +53,15 @@ else:
     Data = str | list[str] | list[dict[str, Any]] | dict[str, Any]
 
 
-def _part(part: Mapping[str, Any]) -> tuple[Any, float, str | None]:
-    """Return data, weight and table of decisions of a part of a mixture."""
+def _part(part: Mapping[str, Any]) -> tuple[Any, float, str | list[str] | None]:
+    """Return data, weight and tables of decisions of a part of a mixture."""
     data, weight, keep = part.get("data"), part.get("weight", 1.0), part.get("keep")
     is_source = isinstance(data, str | list | Mapping | PairSource)
-    others = isinstance(weight, int | float) and isinstance(keep, str | None)
+    others = isinstance(weight, int | float) and isinstance(keep, str | list | None)
     require(
         part.keys() <= {"data", "weight", "keep"} and is_source and others,
-        "data: each part of a mixture needs data (a path) and weight (a number), and may have keep (a path), not "
-        f"{dict(part)}",
+        "data: each part of a mixture needs data (a path) and weight (a number), and may have keep (a path or a list "
+        f"of paths), not {dict(part)}",
     )
     return data, weight, keep
 
@@ -92,8 +92,8 @@ class Captions(CaptionDataModule):
         classes: reads ``train``, and ``val`` if it is a folder, as a folder of classes.
         patch_budgets: for a NaFlex model: each training batch draws one of these numbers of patches (SigLIP 2 had
             ``[128, 256, 576, 784, 1024]``), the same on all ranks. None: the model's, which is also validation's.
-        keep: a table of ``lit-clip inspect``, ``overlap`` or ``score`` on ``train``; only the pairs that it keeps are
-            used. Each part of a mixture has its own.
+        keep: a table of ``lit-clip inspect``, ``overlap`` or ``score`` on ``train``, or several; only the pairs that
+            all of them keep are used. Each part of a mixture has its own.
         batches: whether duplicates may share a batch, and which share of it are neighbours.
     """
 
@@ -113,7 +113,7 @@ class Captions(CaptionDataModule):
         captions: CaptionOptions | None = None,
         classes: Classes | None = None,
         patch_budgets: list[int] | None = None,
-        keep: str | None = None,
+        keep: str | list[str] | None = None,
         batches: BatchOptions | None = None,
     ) -> None:
         nested = ((columns, Columns), (splits, Splits), (classes, Classes), (bad_samples, BadSamples))
@@ -173,7 +173,7 @@ class Captions(CaptionDataModule):
         return {name: version for source in sources for name, version in source.versions.items()}
 
     def _source(self, data: Data, split: str) -> PairSource:
-        def opened(path: Any, keep: str | None = None) -> PairSource:
+        def opened(path: Any, keep: str | list[str] | None = None) -> PairSource:
             paths = [path] if isinstance(path, str) else [] if isinstance(path, Mapping | PairSource) else path
             of_classes = split == "train" or all(Path(each).expanduser().is_dir() for each in paths)
             source = open_source(

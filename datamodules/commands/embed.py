@@ -55,7 +55,7 @@ def embed(
     columns: Columns = Columns(),  # noqa: B008  # immutable
     split: str | None = None,
     classes: Classes = Classes(),  # noqa: B008  # immutable
-    keep: str | None = None,
+    keep: str | list[str] | None = None,
     settings: EncodingSettings = EncodingSettings(),  # noqa: B008  # immutable
     share: str | None = None,
 ) -> None:
@@ -74,7 +74,7 @@ def embed(
         columns: of a table.
         split: of data that come in splits; train by default.
         classes: of a folder of classes.
-        keep: a table of lit-clip inspect, overlap or score; only the pairs that it keeps are encoded.
+        keep: a table of lit-clip inspect, overlap or score, or several; only the pairs that all keep are encoded.
         settings: how images and texts are read and encoded.
         share: i/n, such as 3/16: encode the third sixteenth, beside other jobs; when all have ended, the same command
             without it joins their work.
@@ -124,7 +124,9 @@ def _items_of_texts(path: Path) -> _Items:
     return _Items([(text, 0, 0) for text in texts], texts=texts, content="text")
 
 
-def _items_of(data: list[str], captions: bool, options: dict[str, Any], keep: str | None, on_error: OnError) -> _Items:
+def _items_of(
+    data: list[str], captions: bool, options: dict[str, Any], keep: str | list[str] | None, on_error: OnError
+) -> _Items:
     """List image files, or open a source of pairs and list its images or captions."""
     pairs = [name for name in data if holds_pairs(name)]
     unset = options == {"columns": Columns(), "split": None, "classes": Classes()}

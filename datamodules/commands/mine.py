@@ -44,7 +44,7 @@ def mine(
     window: MiningWindow = MiningWindow(),  # noqa: B008  # immutable
     columns: Columns = Columns(),  # noqa: B008  # immutable
     split: str | None = None,
-    keep: str | None = None,
+    keep: str | list[str] | None = None,
     settings: EncodingSettings = EncodingSettings(),  # noqa: B008  # immutable
 ) -> None:
     """Find captions that a model takes for an image's although they belong to others: hard negatives to train on.
@@ -60,7 +60,8 @@ def mine(
         window: which of the nearest captions are hard negatives.
         columns: of a table.
         split: of data that come in splits; train by default.
-        keep: a table of lit-clip inspect, overlap or score; only the pairs that it keeps are read and written.
+        keep: a table of lit-clip inspect, overlap or score, or several; only the pairs that all keep are read and
+            written.
         settings: how images and captions are read and encoded.
     """
     path = Path(output)

@@ -23,7 +23,7 @@ def shard(
     workers: int = 8,
     columns: Columns = Columns(),  # noqa: B008  # immutable
     split: str | None = None,
-    keep: str | None = None,
+    keep: str | list[str] | None = None,
     on_error: OnError = "error",
     share: str | None = None,
 ) -> None:
@@ -40,7 +40,7 @@ def shard(
         workers: processes.
         columns: of a table; a group is written to the shards' .json as group.
         split: of data that come in splits.
-        keep: a table of lit-clip inspect, overlap or score; only the pairs that it keeps are written.
+        keep: a table of lit-clip inspect, overlap or score, or several; only the pairs that all keep are written.
         on_error: for pairs that cannot be read; skip lists them beside their shard in a .skipped.jsonl.
         share: i/n, such as 3/16: write the third sixteenth of the shards, beside other jobs; when all have ended, the
             same command without it counts what is there, and writes what is missing.

@@ -12,8 +12,8 @@ These columns decide; all others say why, and the order of the lines makes no di
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain, islice
 from pathlib import Path
@@ -80,7 +80,7 @@ class Decisions:
     rows: np.ndarray
     pairs: np.ndarray
     without: np.ndarray
-    lines: np.ndarray  # of findings, by row, to compare with the source: LINE
+    lines: np.ndarray  # of findings, by row: LINE
     copies: Copies
 
     @property
@@ -124,19 +124,41 @@ def read_decisions(path: Path) -> Decisions:
             unscored = np.flatnonzero(~found["known"] & ~found["drop"])
             if len(unscored):
                 lines.refuse(int(unscored[0]), "has no score, so it cannot be kept; score the data again")
-            dropped += [found[["row", "pair"]][found["drop"]]] if path.is_dir() else []
+            dropped.append(_numbers_of(*(found[name][found["drop"]] for name in ("row", "pair"))))
             found = found[["row", "pair"]][~found["drop"]]
         parts.append(found)
     require(bool(parts), f"{path}: has no lines; {MAKE_AGAIN}")
     lines = np.concatenate(parts)
-    both = np.intersect1d(lines, np.concatenate(dropped)) if dropped else lines[:0]
-    row = int(both["row"].max(initial=-1))
-    require(row < 0, f"{path}: keeps and drops a pair of row {row}; its files are of several tables")
+    if dropped:  # of two lines on one pair, one that drops it decides
+        both = np.isin(_numbers_of(lines["row"], lines["pair"]), np.concatenate(dropped))
+        row = int(lines["row"][both].max(initial=-1)) if path.is_dir() else -1
+        require(row < 0, f"{path}: keeps and drops a pair of row {row}; its files are of several tables")
+        lines = lines[~both]
     order = np.argsort(lines["row"], kind="stable") if (np.diff(lines["row"]) < 0).any() else slice(None)
     decisions = _of_all_pairs(label, lines[order]) if label.startswith(ALL_PAIRS) else _of_findings(label, lines[order])
     kept = len(decisions.rows) if decisions.keeps_listed else decisions.size - len(decisions.without)
     require(kept > 0, f"{path}: keeps no pair; change some decisions to {KEEP}")
     return decisions
+
+
+def joined(tables: Sequence[Decisions]) -> Decisions:
+    """Join tables on one source: a pair is kept if each of them keeps it."""
+    findings = [table for table in tables if not table.keeps_listed]
+    scores = [table for table in tables if table.keeps_listed]
+    found = _of_findings(tables[0].label, np.concatenate([np.zeros(0, LINE), *(table.lines for table in findings)]))
+    if not scores:
+        return found
+    first = scores[0]
+    numbers = _numbers_of(first.rows, first.pairs)
+    kept = ~np.isin(first.rows, found.without) & ~np.isin(numbers, _numbers_of(found.rows, found.pairs))
+    for other in scores[1:]:
+        kept &= np.isin(numbers, _numbers_of(other.rows, other.pairs))
+    return replace(first, rows=first.rows[kept], pairs=first.pairs[kept], lines=found.lines, copies=found.copies)
+
+
+def _numbers_of(rows: np.ndarray, pairs: np.ndarray) -> np.ndarray:
+    """Return a number for each pair of a row, uint64 ``[P]``."""
+    return pairs.astype(np.uint64) ^ rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 
 
 def _small(rows: np.ndarray, label: str) -> np.ndarray:
@@ -160,7 +182,7 @@ def _of_findings(label: str, lines: np.ndarray) -> Decisions:
     without = np.union1d(whole["row"], rows[counts >= most])
     some = some[~np.isin(some["row"], without)]
     copies = _copies(lines[(lines["copy_of"] >= 0) & ~np.isin(lines["row"], without)])
-    return Decisions(label, _small(some["row"], label), some["pair"], without, lines[lines["known"]], copies)
+    return Decisions(label, _small(some["row"], label), some["pair"], without, lines, copies)
 
 
 def _copies(lines: np.ndarray) -> Copies:

@@ -1,6 +1,7 @@
-"""The pairs of a source that a table of decisions keeps."""
+"""The pairs of a source that tables of decisions keep."""
 
 import random
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +12,7 @@ from lit_clip.embedding.pair_scores import pair_hash
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import naming
-from .decisions import ALL_PAIRS, FINDINGS, MAKE_AGAIN, Decisions, label_of, read_decisions
+from .decisions import ALL_PAIRS, FINDINGS, KEEP, MAKE_AGAIN, Decisions, joined, label_of, read_decisions
 from .mixture import Concatenated
 from .source import EncodedPair, Pair, PairSource, PairText, Rows
 
@@ -19,18 +20,29 @@ CHECKED = 100  # pairs that are compared with the source before it is used
 SPREAD = 10_000  # rows that these lie within at most: of shards in a store, one or two are fetched
 
 
-def kept_pairs(source: PairSource, path: str | Path, option: str = "") -> "FilteredPairs":
-    """Return the pairs of a source that a table of decisions keeps; ``option`` gave it, for messages."""
+def kept_pairs(source: PairSource, tables: str | Path | Sequence[str], option: str = "") -> "FilteredPairs":
+    """Return the pairs of a source that each table of decisions keeps; ``option`` gave them, for messages."""
+    paths = [str(tables)] if isinstance(tables, str | Path) else tables
     with naming(option):
-        decisions = read_decisions(Path(path).expanduser())
-        kind = ALL_PAIRS if decisions.keeps_listed else FINDINGS
-        decisions = decisions if decisions.label else replace(decisions, label=label_of(source, kind))
-        theirs, ours = (label.removeprefix(f"{kind} ") for label in (decisions.label, label_of(source, kind)))
-        other = "it is of other data, or they have changed since"
-        require(theirs == ours, f"{path}: is of {theirs}, and the data have {ours}; {other}; {MAKE_AGAIN}")
-        kept = FilteredPairs(source, decisions.kept_rows, decisions, str(path))
-        kept.check_first()
-        return kept
+        require(bool(paths), "an empty list of tables; name one, or leave it out")
+        kept = [_kept_pairs(source, path) for path in paths]
+        if len(kept) == 1:
+            return kept[0]
+        decisions, name = joined([each.decisions for each in kept]), ", ".join(paths)
+        require(len(decisions.kept_rows) > 0, f"{name}: together keep no pair; change some decisions to {KEEP}")
+        return FilteredPairs(source, decisions.kept_rows, decisions, name)
+
+
+def _kept_pairs(source: PairSource, path: str) -> "FilteredPairs":
+    decisions = read_decisions(Path(path).expanduser())
+    kind = ALL_PAIRS if decisions.keeps_listed else FINDINGS
+    decisions = decisions if decisions.label else replace(decisions, label=label_of(source, kind))
+    theirs, ours = (label.removeprefix(f"{kind} ") for label in (decisions.label, label_of(source, kind)))
+    other = "it is of other data, or they have changed since"
+    require(theirs == ours, f"{path}: is of {theirs}, and the data have {ours}; {other}; {MAKE_AGAIN}")
+    kept = FilteredPairs(source, decisions.kept_rows, decisions, path)
+    kept.check_first()
+    return kept
 
 
 def digest_of_kept(source: PairSource) -> str:
@@ -97,7 +109,8 @@ class FilteredPairs(Rows):
             if self.decisions.keeps_listed:
                 for index in range(min(CHECKED, len(self))):
                     self.captions(index)
-            lines, rows = self.decisions.lines, self.decisions.lines["row"]
+            lines = self.decisions.lines[self.decisions.lines["known"]]
+            rows = lines["row"]
             first = lines[rows < rows[:1] + SPREAD][:CHECKED]
             last = lines[rows > rows[-1:] - SPREAD][-CHECKED:]
             for line in np.unique(np.concatenate([first, last])):

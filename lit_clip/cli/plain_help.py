@@ -32,7 +32,7 @@ COMMON = {
         "--data.train": "table, folder, tar shards or hub data set",
         "--data.val": "pairs to validate; else a tenth of train",
         "--data.batch_size": "pairs per step on each device",
-        "--data.keep": "table of inspect or score to leave pairs out",
+        "--data.keep": "tables of inspect or score: leave pairs out",
         "--data.num_workers": "processes that read images",
     },
     "model": {

@@ -204,6 +204,18 @@ def test_pairs_of_a_table_of_scores_that_a_person_removes_are_not_trained_on(sou
         rows(source, "t.parquet")
 
 
+def test_of_two_lines_on_one_pair_of_a_table_of_scores_one_that_drops_it_decides(source: PairSource) -> None:
+    pairs = [pair_hash(f"{row}.png", f"number {row}") for row in range(ROWS)]
+    lines = [(0, "keep"), (0, "drop"), (1, "drop"), (1, "keep"), (2, "keep"), (3, "keep"), (3, "keep"), (4, "drop")]
+    columns = {"row": [row for row, _ in lines], "pair": [pairs[row] for row, _ in lines]}
+    columns |= {"decision": [decision for _, decision in lines], "data": [label_of(source, ALL_PAIRS)] * len(lines)}
+    pq.write_table(pa.table(columns), "t.parquet")
+    assert rows(source, "t.parquet") == [2, 3]
+    pq.write_table(pa.table({name: values[:4] for name, values in columns.items()}), "t.parquet")
+    with pytest.raises(InputError, match="keeps no pair"):
+        rows(source, "t.parquet")
+
+
 def test_a_folder_in_which_a_second_table_was_written_is_refused(source: PairSource) -> None:
     columns = {"row": [*range(ROWS)], "pair": [*range(ROWS)], "data": [label_of(source, ALL_PAIRS)] * ROWS}
     Path("scores").mkdir()

@@ -18,11 +18,12 @@ from datamodules.commands.shard import shard
 from datamodules.open_source import open_source
 from datamodules.openmoji import EmojiPairs, read_table
 from datamodules.pairs.decisions import ALL_PAIRS, label_of
+from datamodules.pairs.findings import DataOptions, Finding, write_findings
 from datamodules.pairs.kept import kept_pairs
 from datamodules.pairs.mixture import Mixture
 from datamodules.pairs.pair_filters import PairFilters
 from datamodules.pairs.score_files import write_scores
-from datamodules.pairs.source import PairSource
+from datamodules.pairs.source import Columns, PairSource
 from datamodules.shards.pairs import TarPairs
 from lit_clip.embedding.pair_scores import SCORES, pair_hash
 from lit_clip.errors import InputError
@@ -115,6 +116,59 @@ def test_shard_writes_exactly_the_kept_pairs(folder: Path) -> None:
     write(open_source("several.jsonl"), "scores.parquet", 0.3, seed=1)
     with pytest.raises(InputError, match="shards: begun with other data"):
         shard("several.jsonl", "shards", shard_size=5, workers=0, keep="scores.parquet")
+
+
+def find(source: PairSource, path: str, drop: float, seed: int) -> set[tuple[str, str]]:
+    """Write findings that drop random pairs, and the last row whole; return key and caption of the others."""
+    rng, lines, kept = random.Random(seed), [], set()
+    for row in range(len(source) - 1):
+        key, captions = source.key(row), source.captions(row)
+        for caption in captions:
+            line = Finding.of_pair(row, key, caption, len(captions))
+            line.add("copy", "drop" if rng.random() < drop else "keep")
+            lines += [line] if line.decision == "drop" or rng.random() < 0.5 else []
+            kept |= {(key, caption)} if line.decision == "keep" else set()
+    lines.append(Finding.of_row(len(source) - 1, source.key(len(source) - 1)))
+    lines[-1].add("broken image", "drop")
+    write_findings(Path(path), lines, source, DataOptions(["several.jsonl"], Columns(), None))
+    return kept
+
+
+@pytest.mark.parametrize(
+    "names", [["a.csv", "b.csv"], ["a.csv", "one.parquet"], ["one.parquet", "two.parquet", "b.csv", "a.csv"]]
+)
+def test_of_several_tables_a_pair_is_kept_if_all_keep_it(folder: Path, names: list[str]) -> None:
+    source = open_source("several.jsonl")
+    kept = {"a.csv": find(source, "a.csv", 0.3, 0), "b.csv": find(source, "b.csv", 0.5, 1)}
+    kept |= {"one.parquet": write(source, "one.parquet", 0.7), "two.parquet": write(source, "two.parquet", 0.8, seed=1)}
+    wanted = set.intersection(*(kept[name] for name in names))
+    pairs = kept_pairs(source, names)
+    found = [(pairs.key(row), caption) for row in range(len(pairs)) for caption in pairs.captions(row)]
+    assert sorted(found) == sorted(wanted)
+    data = Captions("several.jsonl", "several.jsonl", batch_size=1, num_workers=0, keep=names)
+    read = {pair for epoch in range(12) for pair in trained_on(data, epoch=epoch)}
+    assert read <= wanted
+    assert {key for key, _ in read} == {key for key, _ in wanted}
+    shard("several.jsonl", "shards", workers=0, keep=names)
+    written = TarPairs("shards")
+    assert sorted(text for row in range(len(written)) for text in written.captions(row)) == sorted(c for _, c in wanted)
+
+
+def test_several_tables_are_refused_by_the_name_of_the_wrong_one(folder: Path) -> None:
+    source = open_source("several.jsonl")
+    find(source, "a.csv", 0.3, 0)
+    write(open_source(["several.jsonl", "captions.csv"]), "b.parquet", 0.5)
+    with pytest.raises(InputError, match=r"^data\.keep: b\.parquet: is of 48 rows"):
+        kept_pairs(source, ["a.csv", "b.parquet"], "data.keep")
+    first, last = ([Finding.of_row(row, source.key(row)) for row in part] for part in (range(12), range(12, ROWS)))
+    for path, lines in (("first.csv", first), ("last.csv", last)):
+        for line in lines:
+            line.add("broken image", "drop")
+        write_findings(Path(path), lines, source, DataOptions(["several.jsonl"], Columns(), None))
+    with pytest.raises(InputError, match=r"^--keep: first\.csv, last\.csv: together keep no pair"):
+        kept_pairs(source, ["first.csv", "last.csv"], "--keep")
+    with pytest.raises(InputError, match="^--keep: an empty list"):
+        kept_pairs(source, [], "--keep")
 
 
 def test_each_part_of_a_mixture_has_its_own_scores(folder: Path) -> None:
