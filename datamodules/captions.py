@@ -1,7 +1,7 @@
 """Data module for pairs in any format."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,7 @@ from .shards.pairs import ShardOptions
 
 VALIDATION_SHARE = 0.1
 FEW = 10  # pairs, of which one is ten points of recall
+TRAINING_COLUMNS = ("negative", "weight", "other_image")  # which validation does not read
 READERS = {  # of columns that are for one loss
     "weight": "lit_clip.losses.WeightedContrastive",
     "other_image": "lit_clip.training.other_images.OtherImageContrastive",
@@ -173,6 +174,11 @@ class Captions(CaptionDataModule):
         return {name: version for source in sources for name, version in source.versions.items()}
 
     def _source(self, data: Data, split: str) -> PairSource:
+        options = self._options
+        if split != "train":
+            columns = replace(self._options["columns"], **dict.fromkeys(TRAINING_COLUMNS))
+            options = {**self._options, "columns": columns}
+
         def opened(path: Any, keep: str | list[str] | None = None) -> PairSource:
             paths = [path] if isinstance(path, str) else [] if isinstance(path, Mapping | PairSource) else path
             of_classes = split == "train" or all(Path(each).expanduser().is_dir() for each in paths)
@@ -181,7 +187,7 @@ class Captions(CaptionDataModule):
                 split=self._splits.train if split == "train" else self._splits.val,
                 default_split=split,
                 classes=self._classes if of_classes else Classes(),
-                **self._options,
+                **options,
                 versions=self._versions,
             )
             return source if keep is None else kept_pairs(source, keep, "data.keep")

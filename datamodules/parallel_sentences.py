@@ -1,7 +1,8 @@
 """Sentences and their translations, to teach a text encoder another language without images."""
 
 import random
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any
 
@@ -24,11 +25,30 @@ from .pairs.stored_features import DistinctImageRows, StoredImages, tokenized
 
 NO_IMAGES = "ParallelSentences: sentences have no images"
 
-OUR_WORDS = {
+OUR_WORDS = {  # in place of those of images and captions, in messages
     "columns.image": "source",
     "columns.caption": "target",
     "an image and a caption": "a sentence and a translation",
+    "(missing image)": "without a sentence",
+    "without a caption": "without a translation",
+    "no image; add a path": "no sentence; add one",
+    "no caption; write one": "no translation; write one",
+    "one image cannot": "one sentence cannot",
+    "neither paths nor images; set source": "no texts; set data.source",
+    "neither texts nor lists of texts; set target": "neither texts nor lists of texts; set data.target",
 }
+
+
+@contextmanager
+def in_our_words() -> Iterator[None]:
+    """Tell what is wrong with a table in words of sentences and translations."""
+    try:
+        yield
+    except InputError as error:
+        message = str(error)
+        for pairs, ours in OUR_WORDS.items():
+            message = message.replace(pairs, ours)
+        raise InputError(message) from error.__cause__
 
 
 class ParallelPairs(PairSource):
@@ -74,7 +94,8 @@ class ParallelSentences(CaptionDataModule):
     closest. Use it with :class:`lit_clip.losses.Alignment`.
 
     Args:
-        train: a table (CSV, TSV, JSON lines or parquet), or several. Rows without one of the two are left out.
+        train: a table (CSV, TSV, JSON lines or parquet), or several. Rows without one of the two are left out;
+            a sentence that a parquet file lacks is an error.
         val: as ``train``; None: a tenth of the sentences of ``train``, chosen by ``seed`` if given.
         source: column of the sentences that the teacher reads.
         target: column of their translations, texts or lists of texts.
@@ -103,6 +124,7 @@ class ParallelSentences(CaptionDataModule):
         self.train, self.val, self.columns = train, val, Columns(image=source, caption=target)
         self.teacher, self.keep_source = teacher, keep_source
 
+    @in_our_words()
     def prepare_data(self) -> None:
         for data in (self.train, self.val):
             if data is not None:
@@ -117,13 +139,7 @@ class ParallelSentences(CaptionDataModule):
         return ParallelPairs(train, self.keep_source) if fit else None, ParallelPairs(val, False)
 
     def _source(self, data: str | list[str]) -> PairSource:
-        try:
-            return open_source(data, columns=self.columns, on_error="skip", option_prefix="--data.")
-        except InputError as error:
-            message = str(error)
-            for pairs, ours in OUR_WORDS.items():
-                message = message.replace(pairs, ours)
-            raise InputError(message) from None
+        return open_source(data, columns=self.columns, on_error="skip", option_prefix="--data.")
 
     def _opened(self, data: str | list[str]) -> PairSource:
         source = self._source(data)
@@ -133,6 +149,7 @@ class ParallelSentences(CaptionDataModule):
             rank_zero_info(f"{first}: {left_out} rows without a sentence or a translation are left out, this one first")
         return source
 
+    @in_our_words()
     def setup(self, stage: str) -> None:
         super().setup(stage)
         module: Any = getattr(self.trainer, "lightning_module", None)

@@ -114,7 +114,7 @@ class CustomPairs(PairSource):
         try:
             number = partial(torch.as_tensor, dtype=torch.float32)
             return {name: each if isinstance(each, Tensor) else number(each) for name, each in extra.items()}
-        except (TypeError, ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, RuntimeError, OverflowError) as error:
             raise InputError(f"{where}: extra() must have numbers or tensors ({error})") from error
 
     def _image(self, image: Image.Image | str | Path | bytes, where: str) -> Image.Image:

@@ -358,6 +358,8 @@ def _parquet_lines(path: Path) -> Iterator[_Lines]:
 
 def check_scores(path: Path, scores: pa.Array, first: int) -> None:
     """Raise :class:`InputError` unless the scores of lines from ``first`` on are finite or null."""
+    numbers = pa.types.is_floating(scores.type) or pa.types.is_integer(scores.type) or pa.types.is_null(scores.type)
+    require(numbers, f"{path}: column 'score' holds {scores.type}, not numbers; write it with lit-clip score")
     wrong = np.flatnonzero(~np.isfinite(scores.fill_null(0).to_numpy()))
     if len(wrong):
         row, score = first + int(wrong[0]), scores[int(wrong[0])]

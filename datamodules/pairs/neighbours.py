@@ -52,14 +52,14 @@ def stored_neighbours(path: str, names: PairNames) -> Neighbours:
     captions = stored.captions or [""] * len(stored.keys)
     hashes = np.array([pair_hash(*pair) for pair in zip(stored.keys, captions, strict=True)], dtype=np.int64)
     wanted, order = names.pairs if stored.captions else names.images, np.argsort(hashes)
-    place = order[np.searchsorted(hashes, wanted, sorter=order).clip(max=len(hashes) - 1)]
-    found = hashes[place] == wanted
+    found = np.isin(wanted, hashes)
     require(
         bool(found.any()),
         f"data.batches.features: {path} has features of none of the {len(wanted):,} training pairs; write it with "
         "lit-clip embed on the same data",
     )
-    used, numbers = np.unique(place[found], return_inverse=True)  # validation images are nobody's neighbours
+    place = order[np.searchsorted(hashes, wanted[found], sorter=order)]
+    used, numbers = np.unique(place, return_inverse=True)  # validation images are nobody's neighbours
     items = np.full(len(wanted), -1, dtype=np.int32)
     items[found] = numbers
     return Neighbours.of(items, nearest_others(stored.features[used], NEAREST))

@@ -6,6 +6,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -171,6 +173,33 @@ def test_validation_has_the_first_translation_of_sentences_that_are_not_trained_
     assert (len(trained), len(validated), trained & validated) == (18, 2, set())
     assert [val.text(row, None).caption for row in range(len(val))] == [val.captions(row)[0] for row in range(len(val))]
     assert all(val.captions(row)[0].startswith("first ") for row in range(len(val)))
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "message"),
+    [
+        (["", ""], ["x", "y"], "2 rows without a sentence"),
+        (["a", "b"], ["", ""], "2 rows without a translation"),
+        (["a", "a"], ["x", "y"], "one sentence cannot be divided; set data.val"),
+    ],
+)
+def test_what_a_table_lacks_is_told_in_words_of_sentences(
+    source: list[str], target: list[str], message: str, tmp_path: Path
+) -> None:
+    rows = [f"{a},{b}" for a, b in zip(source, target, strict=True)]
+    (tmp_path / "few.csv").write_text("\n".join(["source,target", *rows]))
+    with pytest.raises(InputError, match=message) as error:
+        ParallelSentences(str(tmp_path / "few.csv")).setup("fit")
+    assert "image" not in str(error.value)
+
+
+def test_a_missing_sentence_of_a_parquet_file_is_named_by_its_row(
+    overfitted: tuple[Path, Path], tmp_path: Path
+) -> None:
+    path = tmp_path / "some.parquet"
+    pq.write_table(pa.table({"source": ["a", None, "b", "c"], "target": list("wxyz")}), path)
+    message = refused({}, path, overfitted[0], tmp_path)
+    assert "some.parquet row 1: no sentence; add one or remove the row" in message
 
 
 def refused(change: dict[str, Any], path: Path, weights: Path, folder: Path, *callbacks: Callback, **model: Any) -> str:

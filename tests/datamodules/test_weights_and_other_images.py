@@ -65,11 +65,11 @@ def shards(folder: Path, weights: list[Any]) -> Path:
 
 
 def batches(path: Path, columns: Columns, **options: Any) -> tuple[CaptionBatch, CaptionBatch]:
-    """Return the training batch of the first epoch in the table's order, and the validation batch."""
+    """Return the training batch of the first epoch in the table's order, and the first validation batch."""
     data = Captions(str(path), str(path), columns=columns, **{"batch_size": 4, "num_workers": 0, **options})
     data.preprocessing = Preprocessing(image_size=32)
     data.setup("fit")
-    (batch,), (validation,) = data.train_dataloader(), data.val_dataloader()
+    (batch,), (validation, *_) = data.train_dataloader(), data.val_dataloader()
     order = sorted(range(len(batch.keys)), key=lambda row: batch.keys[row])
     extra = {name: value[order] for name, value in batch.extra.items()}
     captions = [batch.captions[row] for row in order]
@@ -112,6 +112,9 @@ def test_a_weight_that_is_none_is_a_bad_row_named_by_row_and_column(weight: Any,
     left = 3 if suffix in (".csv", ".jsonl") else 4  # these are read as a whole when they are opened
     batch, _ = batches(path, columns, bad_samples=skip, batch_size=left)
     assert batch.extra["weight"].tolist() == [1, 1, 1]
+    data = Captions(str(path), str(path), columns=columns, num_workers=0, bad_samples=skip)
+    data.setup("validate")
+    assert sum(len(batch.keys) for batch in data.val_dataloader()) == 4  # a pair needs no weight to validate
 
 
 @pytest.mark.parametrize("suffix", FORMATS)
@@ -153,6 +156,21 @@ def test_an_other_image_that_is_not_there_is_found_before_training(tmp_path: Pat
     (tmp_path / "back0.png").unlink()
     with pytest.raises(InputError, match=r"captions\.csv row 2: .*back0\.png"):
         batches(path, Columns(other_image="back"))
+
+
+def test_columns_that_only_training_reads_are_not_asked_of_validation_data(tmp_path: Path) -> None:
+    path = table(tmp_path, ".csv")
+    plain = path.with_name("plain.csv")
+    plain.write_text("image,caption\nback0.png,one\n3.png,two\n")
+    columns = Columns(weight="score", other_image="back", negative="caption")
+    data = Captions(str(path), str(plain), columns=columns, batch_size=2, num_workers=0)
+    data.setup("fit")
+    batch = next(iter(data.val_dataloader()))
+    assert not batch.extra
+    assert not batch.negatives
+    assert next(iter(data.train_dataloader())).extra["weight"].shape == (2,)
+    with pytest.raises(InputError, match=r"plain\.csv: no column 'score'"):
+        Captions(str(plain), str(plain), columns=columns, num_workers=0).setup("fit")
 
 
 def test_a_column_that_nothing_reads_is_refused(tmp_path: Path) -> None:

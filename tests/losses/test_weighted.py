@@ -62,3 +62,6 @@ def test_pairs_without_weights_are_refused() -> None:
     pairs.batch.extra.clear()  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(InputError, match=r"the data have no weights; set data\.columns\.weight"):
         WeightedContrastive()(pairs)
+    pairs.batch.extra["weight"] = torch.ones(PAIRS, 2)  # pyright: ignore[reportIndexIssue]
+    with pytest.raises(InputError, match=r"has the shape \[2\]; return one number"):
+        WeightedContrastive()(pairs)

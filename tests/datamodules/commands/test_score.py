@@ -297,6 +297,15 @@ def test_a_table_with_a_score_that_is_no_number_is_refused(
         kept_pairs(open_source("several.jsonl"), "scores.parquet")
 
 
+def test_scores_that_are_texts_are_refused_by_their_column(folder: Path, tiny_checkpoint: Path) -> None:
+    score("several.jsonl", "--model", tiny_checkpoint, "--output", "scores.parquet")
+    table = pq.read_table("scores.parquet")
+    place = table.schema.get_field_index("score")
+    pq.write_table(table.set_column(place, "score", table["score"].cast(pa.string())), "scores.parquet")
+    with pytest.raises(InputError, match=r"^scores\.parquet: column 'score' holds string, not numbers"):
+        kept_pairs(open_source("several.jsonl"), "scores.parquet")
+
+
 def test_metadata_that_are_no_text_are_one_line(folder: Path, tiny_checkpoint: Path) -> None:
     score("several.jsonl", "--model", tiny_checkpoint, "--output", "scores.parquet")
     table = pq.read_table("scores.parquet")

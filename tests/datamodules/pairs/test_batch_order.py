@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -362,4 +363,7 @@ def test_options_that_do_nothing_or_cannot_be_are_refused(table: Path) -> None:
     other = table.with_name("other.parquet")
     write_features(other, ["x"], unit(1), {})
     with pytest.raises(InputError, match=r"^data\.batches\.features: .* of none of the 60 training pairs; write it"):
+        opened(table, batches=BatchOptions(hard=0.5, features=str(other)))
+    pq.write_table(pq.read_table(other)[:0], other)
+    with pytest.raises(InputError, match=r"^data\.batches\.features: .* of none of the 60 training pairs"):
         opened(table, batches=BatchOptions(hard=0.5, features=str(other)))

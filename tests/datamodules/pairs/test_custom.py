@@ -333,6 +333,7 @@ class Uneven(Weighted):
         ([{"w": 1.0}, {}], ["w [] torch.float32", "nothing"]),
         ([{"w": torch.zeros(2)}, {"w": torch.zeros(3)}], ["w [2]", "w [3]"]),
         ([{"w": "a"}] * 2, ["Uneven row", "extra() must have numbers or tensors"]),
+        ([{"w": 10**400}] * 2, ["Uneven row", "extra() must have numbers or tensors"]),
         ([None] * 2, ["Uneven row", "extra() returned a NoneType, not a mapping"]),
     ],
 )
