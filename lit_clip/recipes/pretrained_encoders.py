@@ -77,13 +77,14 @@ class PretrainedEncoders(Recipe):
             raise InputError(too_short(self.minutes, run.seconds() + START, plan, facts))
         long = [trial for trial in trials if plan.epochs * (facts.pairs // trial.batch) >= FEWEST_STEPS]
         best = gentlest(long or trials or [Trial(_batches(facts)[-1], RATES[1], 0.0, 0, 0.0)])
-        steps = plan.epochs * max(1, facts.pairs // best.batch)
+        batch = run.divisible(best.batch)
+        steps = plan.epochs * run.steps_per_epoch(run.given_batch or batch)
         tried = f"gentlest of the best of {len(trials)} tried" if trials else "not searched"
         limit = max(60, int(left + (1 - SHARE) * seconds - plan.encoding))
         whole = f"{self.minutes:g} minutes in all"
         encoded, trained = f"encoded in {_told(plan.encoding)}", f"trained in {_told(plan.training)}"
         return [
-            Choice("data.global_batch_size", run.divisible(best.batch), tried, ("data.batch_size",)),
+            Choice("data.global_batch_size", batch, tried, ("data.batch_size",)),
             Choice("model.optimizer.lr", best.rate, tried),
             Choice("model.lr_scheduler.warmup_steps", max(1, steps // 10), f"a tenth of {steps:,} steps"),
             Choice("model.freeze", asdict(plan.freeze), "last blocks for which there is time"),

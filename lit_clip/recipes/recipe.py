@@ -88,6 +88,23 @@ class Run:
         pairs = found[0] if once else len(train)  # of an epoch
         return Facts(pairs, *found, len(val), hex_digest([len(train), *sorted(map(str, images | captions))]))
 
+    def count(self, option: str) -> int | None:
+        """Return a count that is given; None if it is not, or if it is none (-1: without a limit)."""
+        value = self.given.get(option)
+        return value if type(value) is int and value > 0 else None
+
+    @property
+    def given_batch(self) -> int | None:
+        """Pairs per step of all ranks, if they are given."""
+        of_rank = self.count("data.batch_size")
+        return self.count("data.global_batch_size") or (of_rank and of_rank * self.world)
+
+    def steps_per_epoch(self, batch: int) -> int:
+        """Return the steps of an epoch with so many pairs of all ranks in each."""
+        count = getattr(self.data, "count_batches", None)
+        found = count(batch) if count else None
+        return max(1, self.facts.pairs // batch) if found is None else found
+
     def divisible(self, batch: int) -> int:
         """Return a number of pairs per step of all ranks that they can divide: at most ``batch``, but one each."""
         return max(self.world, batch // self.world * self.world)

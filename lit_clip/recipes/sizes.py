@@ -62,16 +62,22 @@ class Sizes(NamedTuple):
 
 
 def sizes(
-    pairs: int, rows: Sequence[Row], batch: int | None = None, epochs: int | None = None, steps: int | None = None
+    pairs: int,
+    rows: Sequence[Row],
+    batch: int | None = None,
+    epochs: int | None = None,
+    steps: int | None = None,
+    per_epoch: int | None = None,
 ) -> Sizes:
     """Return the settings for a number of training pairs, those that are given as they are.
 
+    ``per_epoch`` are the steps of an epoch, if they are fewer than the batches that there are pairs for.
     A batch is never larger than the data, and a run has at least :data:`FEWEST_STEPS` steps and a validation at its
     end, unless epochs are given.
     """
     row = next(each for each in rows if pairs < each.below)
     batch = max(1, min(row.batch, pairs)) if batch is None else batch
-    per_epoch = max(1, pairs // batch)
+    per_epoch = per_epoch or max(1, pairs // batch)
     every = 1
     if epochs is None:
         epochs = max(row.epochs, math.ceil(FEWEST_STEPS / per_epoch))
@@ -118,12 +124,14 @@ class FromScratch(Recipe):
 def _choices(run: Run, rows: Sequence[Row]) -> list[Choice]:
     """Return the choices that follow from the number of pairs, and from batch, epochs and steps that are given."""
     pairs = run.facts.pairs
-    batch = _number(run, "data.global_batch_size") or _number(run, "data.batch_size")
+    batch = run.given_batch
     takes_batch = "global_batch_size" in inspect.signature(type(run.data)).parameters
     if batch is None and not takes_batch:  # a data module of one's own
-        batch = run.data.train_batch_size
+        whole = getattr(run.data, "batch_size", 0) is None  # then it is divided among the ranks
+        batch = run.data.train_batch_size * (1 if whole else run.world)
     batch = batch or run.divisible(sizes(pairs, rows).batch)
-    found = sizes(pairs, rows, batch, _number(run, "trainer.max_epochs"), _number(run, "trainer.max_steps"))
+    limits = (run.count("trainer.max_epochs"), run.count("trainer.max_steps"))
+    found = sizes(pairs, rows, batch, *limits, run.steps_per_epoch(batch))
     schedule, optimizer = ("model.lr_scheduler.class_path",), ("model.optimizer.class_path",)
     of_data = Choice("data.global_batch_size", found.batch, f"of {pairs:,} pairs", ("data.batch_size",))
     return [
@@ -138,12 +146,6 @@ def _choices(run: Run, rows: Sequence[Row]) -> list[Choice]:
         Choice("model.lr_scheduler.warmup_steps", found.warmup, f"a tenth of {found.steps:,} steps", schedule),
         Choice("model.optimizer.lr", found.rate, f"for {pairs:,} pairs: {found.source}", optimizer),
     ]
-
-
-def _number(run: Run, option: str) -> int | None:
-    """Return a count that is given; None if it is not, or if it is none (-1: without a limit)."""
-    value = run.given.get(option)
-    return value if type(value) is int and value > 0 else None
 
 
 def _duplicates(facts: Facts) -> list[Choice]:

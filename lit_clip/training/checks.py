@@ -151,7 +151,14 @@ def check_run(module: Any) -> None:
         f"data.columns.negative: {column!r} would have no effect, because {type(module.loss).__name__} does not use "
         "hard negatives; leave it out, or use lit_clip.losses.Contrastive",
     )
-    _check_bias(module, getattr(data, "train_batch_size", None), trainer.world_size)
+    batch = getattr(data, "train_batch_size", None)
+    _check_bias(module, batch, trainer.world_size)
+    compares = not module.loss.chance_loss(1) and module.loss.chance_loss(2)
+    if compares and batch is not None and batch * trainer.world_size == 1:
+        rank_zero_warn(
+            f"data.batch_size: a step has one pair, and nothing that {type(module.loss).__name__} can compare it with: "
+            "without hard negatives the loss is 0 and nothing is learned; set data.batch_size to 2 or more"
+        )
     if not any(getattr(callback, "stops_at_non_finite", False) for callback in trainer.callbacks):
         rank_zero_warn(
             "nothing stops this run when its loss is not finite, and a resumed run draws other random numbers; pass "

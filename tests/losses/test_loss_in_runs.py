@@ -16,6 +16,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 from callbacks import EMA
+from datamodules import Captions
 from lit_clip.commands.wise_ft import save
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Loss, LossValue, Matryoshka, Sigmoid, Sum, WholeBatch
@@ -189,6 +190,25 @@ def test_a_published_siglips_bias_in_a_small_batch_is_named_unless_the_loss_know
     assert len(told) == warns
     assert not told or "logit_bias -16.5 was learned with far larger batches than this one of 16 pairs" in told[0]
     assert module.model.logit_bias == bias  # it stays that of pretraining
+
+
+@pytest.mark.parametrize(
+    ("loss", "batch", "warns"),
+    [
+        (Contrastive(), 1, True),
+        (Contrastive(), 2, False),
+        (Sum([Contrastive(), Matryoshka(Contrastive(), [8])]), 1, True),
+    ],
+)
+def test_a_step_of_one_pair_is_told_before_training(
+    loss: Loss, batch: int, warns: bool, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    module = LitCLIP(tiny_config, loss=loss)
+    data = Captions(str(caption_table), str(caption_table), batch_size=batch, num_workers=0)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        trainer(tmp_path, max_steps=1, limit_val_batches=0).fit(module, data)
+    assert any("data.batch_size: a step has one pair" in str(each.message) for each in found) == warns
 
 
 @pytest.mark.parametrize(

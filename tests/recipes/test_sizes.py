@@ -2,12 +2,14 @@
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from torch import nn
 
+from datamodules import BatchOptions, Captions
 from lit_clip.recipes import Facts, FineTuning, FromScratch, Recipe, Run
 from lit_clip.recipes.sizes import FINE_TUNING, FROM_SCRATCH, sizes
 
@@ -53,6 +55,36 @@ def chosen(recipe: Recipe, pairs: int, given: Mapping[str, Any] | None = None, *
     """Return the choices for pairs that all have other images and captions, by the last part of their names."""
     run = a_run(Facts(pairs, pairs, pairs), given, **model)
     return {each.option.rpartition(".")[2]: each.value for each in recipe.choices(run)}
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_the_steps_of_a_run_are_counted_with_the_batches_of_all_ranks(recipe: Recipe, world: int) -> None:
+    """A rank's batch of 10 is one of 10 pairs for each rank; warm-up is a tenth of what the run has."""
+    pairs, epochs = 960, 5
+    for given, batch in (("data.batch_size", 10 * world), ("data.global_batch_size", 10)):
+        run = a_run(Facts(pairs, pairs, pairs), {given: 10, "trainer.max_epochs": epochs})
+        run.world = world
+        found = {each.option: each for each in recipe.choices(run)}
+        assert found["model.lr_scheduler.warmup_steps"].value == round(0.1 * epochs * (pairs // batch))
+    run = a_run(Facts(pairs, pairs, pairs), {"trainer.max_epochs": epochs}, data=OwnData(10))
+    run.world = world
+    found = {each.option: each for each in recipe.choices(run)}
+    assert found["model.lr_scheduler.warmup_steps"].value == round(0.1 * epochs * (pairs // (10 * world)))
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_the_steps_of_a_run_are_those_of_batches_without_duplicates(recipe: Recipe, tmp_path: Path) -> None:
+    """Of 96 rows 60 have one caption, and batches of 4 have at most one of them each: 12 in place of 24."""
+    rows = [f"{row}.png,{'the same' if row < 60 else row}" for row in range(96)]
+    (tmp_path / "captions.csv").write_text("\n".join(["image,caption", *rows]))
+    options = {"batch_size": 4, "num_workers": 0, "batches": BatchOptions(duplicates="avoided")}
+    data = Captions(str(tmp_path / "captions.csv"), str(tmp_path / "captions.csv"), **options)  # pyright: ignore[reportArgumentType]
+    data.on_error = "skip"  # there are no images
+    data.train_source, data.val_source = data.sources(True)
+    run = a_run(Facts(96, 96, 37), {"data.batch_size": 4, "trainer.max_epochs": 50}, data=data)
+    found = {each.option: each for each in recipe.choices(run)}
+    assert found["model.lr_scheduler.warmup_steps"].value == 60
 
 
 @pytest.mark.parametrize(
