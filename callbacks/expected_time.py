@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import Timer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from lit_clip.tools.console import Console, in_words
-from lit_clip.training.schedules import known_steps
+from lit_clip.training.schedules import known_steps, resumed_after
 
 FIRST = 2  # steps that are not measured: they compile, fill caches and wait for data workers
 ENOUGH = 3, 5.0  # measured steps, and seconds in them
@@ -172,10 +172,13 @@ def validations(trainer: Any, first: int, last: int) -> int:
     if not trainer.enable_validation or not sum(trainer.num_val_batches) or every in (None, float("inf")):
         return 0
 
+    epochs_before, steps_before = resumed_after(trainer)
+
     def until(step: int) -> int:
         if epochs is None:
             return int(step // every)
-        whole, within = divmod(step, per_epoch)
+        whole, within = divmod(step - steps_before, per_epoch)
+        whole += epochs_before
         return int(whole // epochs * (per_epoch // every) + ((whole + 1) % epochs == 0) * (within // every))
 
     return until(last) - until(first)

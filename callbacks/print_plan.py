@@ -1,5 +1,6 @@
 """The plan of a run, printed before the first step."""
 
+from dataclasses import replace
 from typing import cast
 
 from lightning.pytorch import LightningModule, Trainer
@@ -8,6 +9,7 @@ from lightning.pytorch.callbacks import ModelSummary
 from lit_clip.module import LitCLIP
 from lit_clip.training.plan import measure_run
 from lit_clip.training.plan_table import fine_tunes, print_plan
+from lit_clip.training.schedules import known_steps
 from lit_clip.training.summary import print_trained
 
 
@@ -23,8 +25,13 @@ class PrintPlan(ModelSummary):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Not when training starts: by then a strategy may have sharded the weights.
         if stage == "fit" and trainer.is_global_zero:
-            print_plan(measure_run(pl_module, trainer))
+            self._plan = measure_run(pl_module, trainer)
+            if not trainer.ckpt_path:
+                print_plan(self._plan)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and trainer.ckpt_path:  # the checkpoint tells how many steps are done
+            steps = known_steps(trainer) if self._plan.steps is not None else None
+            print_plan(replace(self._plan, steps=steps))
         if trainer.is_global_zero and fine_tunes(pl_module.hparams):
             print_trained(trainer.optimizers[0].param_groups, cast(LitCLIP, pl_module).model)

@@ -212,14 +212,14 @@ FOREIGN = {
     "wandb.errors": "Error",
     "mlflow.exceptions": "MlflowException",
 }
+LOST_RANK = "Connection closed by peer|Connection reset by peer|Broken pipe"
 # RuntimeErrors of EarlyStopping, of the rendezvous and of gloo, and what they mean.
 MEANINGS = {
     r"^Early stopping conditioned on metric `(.*?)` which is not available\..*following: (.*)": "trainer.callbacks: "
     r"EarlyStopping.monitor: no metric is called \1; there are \2",
     "Timed out (?:waiting|after) ": "another process did not answer within the process group's time limit (timeout of "
     "--trainer.strategy, by default 30 minutes); it may be stopped, or wait for a disk or store",
-    "Connection closed by peer|Connection reset by peer|Broken pipe": "another process has ended; its error, if it "
-    "printed one, is above",
+    LOST_RANK: "another process has ended; its error, if it printed one, is above",
 }
 # What to do about those of their errors that do not say it.
 HINTS = {

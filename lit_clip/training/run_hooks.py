@@ -56,6 +56,7 @@ class RunHooks(LightningModule):
         alike: of the last validation, what the model could not tell apart: images, captions, both or nothing.
         before: metrics of a validation before the first step, if there was one; kept in checkpoints.
         starts_trained: whether training starts from pretrained weights.
+        resumed_after: complete epochs before the run was resumed, and the steps in them.
         base_sha256: fingerprint of the weights that the ``lora`` belongs to; empty without one.
     """
 
@@ -67,7 +68,7 @@ class RunHooks(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.base_sha256 = ""
+        self.base_sha256, self.resumed_after = "", (0, 0)
         self.baselines: dict[str, float] = {}
         self.alike = ""
         self.before: dict[str, float] = {}
@@ -272,5 +273,6 @@ class RunHooks(LightningModule):
             resumable = "optimizer_states" in checkpoint and "parts" in checkpoint
             weights_only = f"{name}: holds weights only, so training cannot resume"
             require(resumable, f"{weights_only}; start from it with model.pretrained")
-            steps = total_steps(self.trainer, *resumed_counts(checkpoint, batches_per_epoch(self.trainer)))
+            self.resumed_after = resumed_counts(checkpoint, batches_per_epoch(self.trainer))
+            steps = total_steps(self.trainer, *self.resumed_after)
             self.optimization.resume(checkpoint, self.optimization.groups(self), steps, name)

@@ -188,5 +188,10 @@ def total_steps(trainer: "Trainer", epochs_before: int = 0, steps_before: int = 
 def known_steps(trainer: "Trainer") -> int | None:
     """Return :func:`total_steps`; None if the data do not tell their length, or if time alone limits the run."""
     limited = trainer.max_steps >= 0 or (trainer.max_epochs is not None and trainer.max_epochs >= 0)
-    steps = total_steps(trainer) if limited else -1
+    steps = total_steps(trainer, *resumed_after(trainer)) if limited else -1
     return steps if steps >= 0 else None
+
+
+def resumed_after(trainer: "Trainer") -> tuple[int, int]:
+    """Return the complete epochs of the run before it was resumed, and their steps, perhaps of another batch size."""
+    return getattr(getattr(trainer, "lightning_module", None), "resumed_after", (0, 0))

@@ -12,15 +12,35 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 
 import callbacks
-from callbacks import ProgressLines
+from callbacks import PrintPlan, ProgressLines
+from callbacks.expected_time import validations
 from lit_clip.cli.subcommands import run_command
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
 from lit_clip.tools import console
+from lit_clip.training.schedules import known_steps
 from tests.conftest import TINY_YAML, run_lightning_ranks, without_packaged_defaults
 from tests.helpers.small_sets import entry, write_table
 from tests.helpers.terminal import on_a_terminal, screen
 from tests.test_module import data_for, trainer
+
+
+class Left(Callback):
+    """Count the steps and validations that are expected, and those that come."""
+
+    expected = (0, 0)
+    validated = 0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.first = trainer.global_step
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        steps = known_steps(trainer) or 0
+        self.expected = steps, validations(trainer, self.first, steps)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.validated += not trainer.sanity_checking
+
 
 LINE = re.compile(
     r"fit: step (\d+) of (\d+), loss [\d.]+(?:, val/loss [\d.]+)?(?:, [\d.,]+ samples/s)?"
@@ -215,3 +235,32 @@ def test_commands_write_lines_to_a_file(
             assert re.search(rf"^{title}: \d+ of \d+, [\d.,]+/s, 0:\d\d:\d\d left$", written, re.MULTILINE), written
             assert re.search(rf"^{title}: \d+ in 0:\d\d:\d\d, [\d.,]+/s$", written, re.MULTILINE), written
         assert not re.search("[\r\x1b]", written)
+
+
+@pytest.mark.parametrize("batch", [2, 8])
+def test_a_run_resumed_with_another_batch_counts_the_steps_that_are_done_and_those_that_are_left(
+    batch: int, tiny_config: CLIPConfig, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two epochs of 8 steps are done, and three are left."""
+    path, module = tmp_path / "saved.ckpt", LitCLIP(tiny_config)
+    first = trainer(tmp_path, max_epochs=2, limit_val_batches=0)
+    first.fit(module, data_for(module, table, batch_size=4))
+    first.save_checkpoint(path)
+    capsys.readouterr()
+    module, left = LitCLIP(tiny_config), Left()
+    own: list[Callback] = [PrintPlan(), ProgressLines(), left]
+    resumed = trainer(
+        tmp_path,
+        callbacks=own,
+        max_epochs=5,
+        check_val_every_n_epoch=2,
+        num_sanity_val_steps=0,
+        enable_progress_bar=True,
+    )
+    resumed.fit(module, data_for(module, table, batch_size=batch), ckpt_path=path, weights_only=True)
+    steps = 16 + 3 * (32 // batch)
+    out, err = capsys.readouterr()
+    assert resumed.global_step == steps
+    assert f"fit: step {steps} of {steps}" in err
+    assert re.search(rf"steps +│ {steps}, {32 // batch} per epoch", out)
+    assert left.expected == (steps, left.validated) == (steps, 1)

@@ -1,5 +1,6 @@
 """LightningCLI without what it does to the user's settings, seeds and interrupts."""
 
+import re
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -7,6 +8,7 @@ from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_clip.errors import InputError
+from lit_clip.tools.messages import LOST_RANK, one_line
 
 
 class PlainCLI(LightningCLI):
@@ -39,7 +41,7 @@ class PlainCLI(LightningCLI):
         return Namespace({"subcommand": subcommand, subcommand: parsed})
 
     def how_to_resume(self) -> str:
-        """Return the message of an interrupt."""
+        """Return what an interrupted run has saved, for messages."""
         return ""
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -74,3 +76,7 @@ class PlainCLI(LightningCLI):
             if not isinstance(end.__context__, KeyboardInterrupt):
                 raise
             raise KeyboardInterrupt(self.how_to_resume() if subcommand == "fit" else "") from None
+        except RuntimeError as error:
+            if subcommand != "fit" or not re.search(LOST_RANK, str(error)) or not (how := self.how_to_resume()):
+                raise
+            raise InputError(f"{one_line(error)}; {how}") from error

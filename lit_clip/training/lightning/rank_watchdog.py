@@ -5,7 +5,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from lightning.fabric.plugins.environments.cluster_environment import ClusterEnvironment
@@ -26,17 +27,21 @@ CODE = 2  # the exit code of a first rank that notices by itself
 class _Launcher(subprocess_script._SubprocessScriptLauncher):
     """Lightning's with another thread that watches the started ranks; its own gives the first rank no time to save."""
 
+    how_to_resume: Callable[[], str] = str
+
     def launch(self, function: Any, *args: Any, trainer: Any = None, **kwargs: Any) -> Any:
         self.cluster_environment.validate_settings(num_devices=self.num_processes, num_nodes=self.num_nodes)
         if not self.cluster_environment.creates_processes_externally:
             self._call_children_scripts()
-            threading.Thread(target=_watch, args=(self.procs,), daemon=True).start()
+            threading.Thread(target=_watch, args=(self.procs, self.how_to_resume), daemon=True).start()
         _set_num_threads_if_needed(num_processes=self.num_processes)
         return function(*args, **kwargs)
 
 
-def watch_started_ranks(trainer: Trainer) -> None:
+def watch_started_ranks(trainer: Trainer, how_to_resume: Callable[[], str] = str) -> None:
     """Have a trainer end clearly where Lightning would kill its first rank; called before the ranks are started.
+
+    The error ends with what ``how_to_resume`` returns.
 
     Raises:
         InputError: nothing starts the other ranks, for which Lightning would wait.
@@ -46,6 +51,7 @@ def watch_started_ranks(trainer: Trainer) -> None:
     launcher = strategy.launcher
     if type(launcher) is subprocess_script._SubprocessScriptLauncher:
         strategy._launcher = _Launcher(launcher.cluster_environment, launcher.num_processes, launcher.num_nodes)
+        strategy._launcher.how_to_resume = how_to_resume
 
 
 def _check_started(trainer: Trainer, environment: ClusterEnvironment | None) -> None:
@@ -70,7 +76,7 @@ def _check_started(trainer: Trainer, environment: ClusterEnvironment | None) -> 
     )
 
 
-def _watch(processes: Sequence[Any]) -> None:
+def _watch(processes: Sequence[Any], how_to_resume: Callable[[], str] = str) -> None:
     """Wait until a process has failed, or all have ended; end this one in the first case."""
     codes = [process.poll() for process in processes]
     while None in codes and not any(codes):
@@ -83,9 +89,9 @@ def _watch(processes: Sequence[Any]) -> None:
     how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
     for process in processes:
         process.send_signal(signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL)
-    sys.stderr.write(
-        f"lit-clip: error: another process has ended (rank {rank} of this machine, {how}); its error, if it printed "
-        "one, is above\n"
-    )
+    error = f"another process has ended (rank {rank} of this machine, {how}); its error, if it printed one, is above"
+    with suppress(Exception):  # this process ends, whatever is wrong with its checkpoints
+        error = "; ".join(filter(None, (error, how_to_resume())))
+    sys.stderr.write(f"lit-clip: error: {error}\n")
     sys.stderr.flush()
     os._exit(CODE)
