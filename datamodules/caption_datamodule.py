@@ -121,14 +121,6 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
             self.batch_order = BatchOrder(train, self.batches, self.seed, self._names.shared, near)
         return train, val
 
-    def count_batches(self, pairs: int) -> int | None:
-        """Return how many batches of so many pairs an epoch of the opened source has; None: as many as there are."""
-        train = self.train_source
-        if train is None or not self.batches.reorder:
-            return None
-        train = one_caption_each(train) if self.captions.per_image == "one" else train
-        return BatchOrder(train, self.batches, self.seed, name_pairs(train, self.num_workers).shared).batches(pairs)
-
     @property
     def position(self) -> Position:
         """Position in the data that training starts from."""

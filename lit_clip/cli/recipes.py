@@ -117,7 +117,7 @@ def _made(parser: Any, config: Any, name: str) -> Any:
 def _data(parser: Any, config: Any) -> Any:
     data = _made(parser, config, "data")
     if hasattr(data, "sources"):
-        data.train_source, data.val_source = data.sources(True)
+        data.train_source, data.val_source = getattr(data, "opened_sources", data.sources)(True)
     return data
 
 

@@ -38,10 +38,9 @@ class WeightedContrastive(Loss):
 
     def forward(self, pairs: Pairs) -> Tensor:
         weight_B = pairs.batch.extra.get("weight", pairs.image.new_zeros(0))
-        name = "model.loss: WeightedContrastive"
-        require(len(weight_B) == len(pairs.image), f"{name}: the data have no weights; set data.columns.weight")
-        shape = list(weight_B.shape[1:])
-        require(not shape, f"{name}: extra()['weight'] of a pair has the shape {shape}; return one number")
+        complete = weight_B.shape == (len(pairs.image),)
+        none = "the data have no weights; set data.columns.weight"
+        require(complete, f"model.loss: WeightedContrastive: {none}, or return one number for a pair in extra()")
         ids_B3 = None if self.duplicates == "negatives" else pairs.ids()
         layout = PairLayout(pairs.ranks, ids_B3, self.duplicates)
         with torch.autocast(pairs.image.device.type, enabled=False):

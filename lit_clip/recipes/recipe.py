@@ -101,9 +101,8 @@ class Run:
 
     def steps_per_epoch(self, batch: int) -> int:
         """Return the steps of an epoch with so many pairs of all ranks in each."""
-        count = getattr(self.data, "count_batches", None)
-        found = count(batch) if count else None
-        return max(1, self.facts.pairs // batch) if found is None else found
+        order = getattr(self.data, "batch_order", None)  # without duplicates
+        return order.batches(batch) if order else max(1, self.facts.pairs // batch)
 
     def divisible(self, batch: int) -> int:
         """Return a number of pairs per step of all ranks that they can divide: at most ``batch``, but one each."""

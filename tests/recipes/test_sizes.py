@@ -81,7 +81,7 @@ def test_the_steps_of_a_run_are_those_of_batches_without_duplicates(recipe: Reci
     options = {"batch_size": 4, "num_workers": 0, "batches": BatchOptions(duplicates="avoided")}
     data = Captions(str(tmp_path / "captions.csv"), str(tmp_path / "captions.csv"), **options)  # pyright: ignore[reportArgumentType]
     data.on_error = "skip"  # there are no images
-    data.train_source, data.val_source = data.sources(True)
+    data.train_source, data.val_source = data.opened_sources(True)
     run = a_run(Facts(96, 96, 37), {"data.batch_size": 4, "trainer.max_epochs": 50}, data=data)
     found = {each.option: each for each in recipe.choices(run)}
     assert found["model.lr_scheduler.warmup_steps"].value == 60
