@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 from torch import Tensor
 
+from datamodules import evaluation
+from datamodules.open_source import FILES, SUPPORTED
 from lit_clip import LitCLIP
+from lit_clip.cli.subcommands import COMMANDS
 from tests.helpers.small_sets import data_for, make_module, make_trainer, write_table
 
 ROOT = Path(__file__).parents[1]
@@ -110,3 +113,24 @@ def test_a_checkpoint_makes_few_stops_on_its_way_into_the_same_run(tmp_path: Pat
         sys.setprofile(None)
     assert trainer.global_step == 2
     assert 10 <= len(stops) <= MOST_STOPS
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_tests_and_a_page(name: str) -> None:
+    pages = [file.read_text(encoding="utf-8") for file in (ROOT / "docs").glob("*.md")]
+    assert any(f"lit-clip {name}" in page for page in pages), "describe its use in docs/"
+    module, _, function = COMMANDS[name].partition(":")
+    module = module.replace("lit_clip.datamodules", "datamodules")
+    tests = [file.read_text(encoding="utf-8") for file in (ROOT / "tests").rglob("test_*.py")]
+    used = re.compile(rf"from {module} import .*\b{function}\b|[\"']{name}[\"']")
+    assert any(used.search(text) for text in tests), "test it in tests/"
+
+
+def test_the_list_of_formats_names_each_suffix_that_opens() -> None:
+    assert [suffix for suffix in FILES if suffix not in SUPPORTED] == []
+
+
+def test_each_evaluation_set_of_a_suite_is_a_name_of_its_package() -> None:
+    for file in (ROOT / "configs/evaluation").rglob("*.yaml"):
+        for name in re.findall(r"class_path: datamodules\.evaluation\.([\w.]+)", file.read_text(encoding="utf-8")):
+            assert hasattr(evaluation, name.partition(".")[0]), f"{file}: {name}"
