@@ -32,7 +32,6 @@ OUR_WORDS = {  # in place of those of images and captions, in messages
     "(missing image)": "without a sentence",
     "without a caption": "without a translation",
     "no image; add a path": "no sentence; add one",
-    "no caption; write one": "no translation; write one",
     "one image cannot": "one sentence cannot",
     "neither paths nor images; set source": "no texts; set data.source",
     "neither texts nor lists of texts; set target": "neither texts nor lists of texts; set data.target",

@@ -62,9 +62,10 @@ class _Walk:
     places in earlier batches, whose rows fill the last ones.
     """
 
-    def __init__(self, order: np.ndarray, size: int, shared: Shared, near: Neighbours | None, hard: int) -> None:
-        self.order, self.size, self.shared, self.near = order, size, shared, near
-        self.hard = hard if near else 0
+    def __init__(
+        self, order: np.ndarray, size: int, shared: Shared, near: Neighbours | None = None, hard: int = 0
+    ) -> None:
+        self.order, self.size, self.shared, self.near, self.hard = order, size, shared, near, hard
         rows = len(shared.starts) - 1
         self.draws = np.bincount(order, minlength=rows).astype(np.int32)  # of each row, that are still to come
         self.repeats = draw_numbers(order) is not None  # a row is its own duplicate
@@ -75,8 +76,8 @@ class _Walk:
         self.neighbours = 0  # places that they have filled
         self.present: set[int] = set()  # names in the batch that is being filled
 
-    def batches(self) -> list[list[int]]:
-        """Return full batches."""
+    def rows(self) -> np.ndarray:
+        """Return the rows of full batches, int ``[batches * size]``."""
         found, tries = list(self._in_order()), MOST_TRIES
         while self.to_come and tries:
             batch = self._exchanged(found[-MOST_EARLIER:])
@@ -87,7 +88,7 @@ class _Walk:
             else:  # other rows are left than before
                 np.add.at(self.draws, batch, 1)
                 tries -= 1
-        return found
+        return np.array(found, dtype=self.order.dtype).reshape(-1)
 
     def _in_order(self) -> Iterator[list[int]]:
         while self.to_come:
@@ -229,7 +230,7 @@ class BatchOrder:
         """Return the number of batches of ``size`` pairs in each epoch."""
         if size not in self._batches:
             order = self.source.order(0, self.seed)
-            rows, _ = _walked(order, size, self.shared)
+            rows = _Walk(order, size, self.shared).rows()
             self._batches[size] = len(rows) // size
             require(
                 len(rows) > 0 or len(order) < size,  # which the sampler refuses
@@ -251,11 +252,12 @@ class BatchOrder:
                 not hard or self.near is not None,
                 "data.batches.hard: nothing says which pairs are near; set data.batches.features, or add HardBatches",
             )
-            rows, neighbours = _walked(self.source.order(epoch, self.seed), size, self.shared, self.near, hard)
+            walk = _Walk(self.source.order(epoch, self.seed), size, self.shared, self.near if hard else None, hard)
+            rows = walk.rows()
             require(len(rows) > 0, f"data.batches: epoch {epoch} fills no batch of {size} pairs; make batches smaller")
             if hard:
                 rank_zero_info(
-                    f"data.batches: {neighbours / len(rows):.0%} of epoch {epoch} are neighbours of the rest"
+                    f"data.batches: {walk.neighbours / len(rows):.0%} of epoch {epoch} are neighbours of the rest"
                 )
             wanted = self.batches(size) * size
             if len(rows) < wanted and not self._told:
@@ -266,12 +268,3 @@ class BatchOrder:
                 )
             self._latest = epoch, size, np.resize(rows, wanted)
         return self._latest[2]
-
-
-def _walked(
-    order: np.ndarray, size: int, shared: Shared, near: Neighbours | None = None, hard: int = 0
-) -> tuple[np.ndarray, int]:
-    """Return the rows of an epoch's batches, and how many of them were chosen as neighbours."""
-    walk = _Walk(order, size, shared, near if hard else None, hard)
-    found = np.array(walk.batches(), dtype=order.dtype)
-    return found.reshape(-1), walk.neighbours

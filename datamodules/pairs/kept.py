@@ -22,7 +22,7 @@ SPREAD = 10_000  # rows that these lie within at most: of shards in a store, one
 
 def kept_pairs(source: PairSource, tables: str | Path | Sequence[str], option: str = "") -> "FilteredPairs":
     """Return the pairs of a source that each table of decisions keeps; ``option`` gave them, for messages."""
-    paths = [str(tables)] if isinstance(tables, str | Path) else tables
+    paths = [str(each) for each in ([tables] if isinstance(tables, str | Path) else tables)]
     with naming(option):
         require(bool(paths), "an empty list of tables; name one, or leave it out")
         kept = [_kept_pairs(source, path) for path in paths]
