@@ -19,9 +19,10 @@ from lightning.pytorch import Trainer
 def settle_counts(checkpoint: dict[str, Any]) -> None:
     """Write the place of a run into its checkpoint, in one of three forms; in place."""
     loops = _fit_loop(checkpoint)
-    batches, epochs = loops.get("epoch_loop.batch_progress"), loops.get("epoch_progress")
+    batches = loops.get("epoch_loop.batch_progress")
     if not batches:
         return
+    epochs = loops["epoch_progress"]
     done = batches["current"]["processed"]  # of an interrupted batch only ready and started are counted
     ended = batches["is_last_batch"] and done == batches["current"]["ready"]
     between = done == 0 or (ended and epochs["current"]["processed"] == epochs["current"]["started"])
