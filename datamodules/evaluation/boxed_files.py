@@ -36,7 +36,7 @@ class BoxedFiles(UnlabelledFiles, Boxed):
         return list(self._boxes[index])
 
     def short_side(self, image_size: int) -> int:
-        return self._short_side or super().short_side(image_size)
+        return super().short_side(image_size) if self._short_side is None else self._short_side
 
     def truth_stamp(self) -> str:
         return hex_digest([self._boxes, self.tolerance])

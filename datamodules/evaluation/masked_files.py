@@ -37,7 +37,8 @@ class MaskedFiles(UnlabelledFiles, Masked):
             its names has the highest cosine.
         first: value of the first class in the masks, which the others follow.
         values: or each class's value.
-        ignored: values of pixels that do not count. Any other value is an error.
+        ignored: values of pixels that do not count, none of them a class's; None: 255, unless a class has it. Any other
+            value is an error.
         image_suffix: end of an image's name.
         mask_suffix: end of a mask's name.
         listed: file below ``root`` with the names to use, without suffixes; None: those of all masks.
@@ -64,13 +65,10 @@ class MaskedFiles(UnlabelledFiles, Masked):
             raise InputError(f"classes: {classes!r} must be a list of names or one of {', '.join(_known_classes())}")
         self.synonyms = [*([background] if background else []), *([name] for name in names)]
         self.class_names = [*(["background"] if background else []), *names]
-        self._short_side, self._ignored = short_side, [255] if ignored is None else ignored
-        self._values = values or list(range(first, first + len(self.synonyms)))
-        message = (
-            f"values: {len(self._values)} for {len(self.synonyms)} classes; give one of each, between 0 and {HIGHEST}"
-        )
-        require(len(self._values) == len(self.synonyms), message)
-        require(all(0 <= value < HIGHEST for value in [*self._values, *self._ignored]), message)
+        self._short_side = short_side
+        self._values = list(range(first, first + len(self.synonyms))) if values is None else values
+        self._ignored = list({255}.difference(self._values)) if ignored is None else ignored
+        _check_values(self._values, self._ignored, self.class_names)
         top, self._masks = Path(root), Path(root) / masks
         refuse_no_folder(top / images)
         refuse_no_folder(self._masks)
@@ -83,7 +81,8 @@ class MaskedFiles(UnlabelledFiles, Masked):
     def mask(self, index: int) -> np.ndarray:
         path = self._files[index]
         stored = np.asarray(stored_image(path))
-        require(stored.ndim == 2 and stored.dtype != bool, f"{path}: a mask must have one channel of whole numbers")
+        whole = stored.ndim == 2 and np.issubdtype(stored.dtype, np.integer)
+        require(whole, f"{path}: a mask must have one channel of whole numbers")
         require(
             int(stored.min()) >= 0 and int(stored.max()) < HIGHEST, f"{path}: values must be from 0 to {HIGHEST - 1}"
         )
@@ -97,11 +96,21 @@ class MaskedFiles(UnlabelledFiles, Masked):
         return labels_HW
 
     def short_side(self, image_size: int) -> int:
-        return self._short_side or super().short_side(image_size)
+        return super().short_side(image_size) if self._short_side is None else self._short_side
 
     def truth_stamp(self) -> str:
         stamp = stamp_of_files(path for path in self._files if os.path.isfile(path))
         return hex_digest([stamp, self._values, self._ignored])
+
+
+def _check_values(values: list[int], ignored: list[int], names: list[str]) -> None:
+    if not len(set(values)) == len(values) == len(names):
+        raise InputError(f"values: {len(set(values))} for {len(names)} classes; give each class one of its own")
+    for option, given in (("first or values", values), ("ignored", ignored)):
+        outside = [value for value in given if not 0 <= value < HIGHEST]
+        require(not outside, f"{option}: {outside[:1]} must be between 0 and {HIGHEST - 1}")
+    for value, name in zip(values, names, strict=True):
+        require(value not in ignored, f"ignored: {value} is the value of the class {name!r}; correct one of both")
 
 
 def _stems(folder: Path, suffix: str) -> list[str]:

@@ -22,7 +22,7 @@ from torchvision.transforms import v2
 from lit_clip.embedding.encoding_task import EncodingTask, Finished
 from lit_clip.embedding.parts import Arrays
 from lit_clip.embedding.reading import Batches, EncoderBatch, ImageBatches
-from lit_clip.errors import require
+from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, Localised
 from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.models.clip import CLIP
@@ -31,6 +31,7 @@ from lit_clip.models.preprocess import to_rgb
 from lit_clip.models.size import height_width
 
 WINDOWS = 16  # encoded at once
+LONGEST = 4096  # pixels of a window's side; its attention grows with their fourth power
 
 Size = tuple[int, int]  # width and height in pixels
 
@@ -78,8 +79,12 @@ class Window(NamedTuple):
 def window_of(model: CLIP, images: Localised) -> Window:
     """Return the window of a set's images."""
     side = images.short_side(min(height_width(model.preprocessing.image_size)))
+    require(0 < side <= LONGEST, f"short_side: {side} must be between 1 and {LONGEST} pixels")
     pixels = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=model.device)
-    rows, columns = model.encode_patches(model.normalize(pixels)).shape[-2:]
+    try:
+        rows, columns = model.encode_patches(model.normalize(pixels)).shape[-2:]
+    except InputError as error:
+        raise InputError(f"short_side: {side} pixels; {error}") from error
     even = rows == columns and side % rows == 0
     require(even, f"short_side: {side} pixels are {rows} x {columns} places; give a multiple of the pixels of a place")
     return Window(side, rows)

@@ -49,9 +49,13 @@ class OneMask(ImageSet, Masked):
         return ""
 
 
-class Odd(OneMask):
+class Sized(OneMask):
+    def __init__(self, side: int) -> None:
+        super().__init__([[0]])
+        self.side = side
+
     def short_side(self, image_size: int) -> int:
-        return 50
+        return self.side
 
 
 def random_set(images: int = 9) -> tuple[PlaceRecords, list[np.ndarray], list[np.ndarray]]:
@@ -165,9 +169,12 @@ def test_images_keep_their_aspect_ratio_in_whole_places() -> None:
     assert [window_starts(length, 4) for length in (4, 5, 6, 7, 8)] == [[0], [0, 1], [0, 2], [0, 2, 3], [0, 2, 4]]
 
 
-def test_a_short_side_that_is_no_whole_number_of_places_is_refused() -> None:
-    with pytest.raises(InputError, match="multiples of 16"):
-        window_of(make_module().model, Odd([[0]]))
+@pytest.mark.parametrize(
+    ("side", "words"), [(50, "multiples of 16"), (0, "between 1 and"), (-5, "between 1 and"), (10**6, "between 1 and")]
+)
+def test_a_short_side_without_places_is_refused_by_its_name(side: int, words: str) -> None:
+    with pytest.raises(InputError, match=f"^short_side: {side} .*{words}"):
+        window_of(make_module().model, Sized(side))
 
 
 def test_masks_of_another_size_or_with_unknown_labels_are_refused() -> None:

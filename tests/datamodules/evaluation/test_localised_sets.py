@@ -97,12 +97,35 @@ def test_unknown_values_channels_and_missing_files_are_one_line(data: Path) -> N
     for name, value, words in (
         ("classes", "no_such", "classes: 'no_such' must be a list of names or one of voc, context, ade20k, coco_stuff"),
         ("values", [1, 2], "values: 2 for 150 classes"),
-        ("first", 70000, "between 0 and 65536"),
+        ("first", 70000, "first or values: [70000] must be between 0 and 65535"),
+        ("ignored", [-1], "ignored: [-1] must be between 0 and 65535"),
+        ("ignored", [200, 3], "ignored: 3 is the value of the class"),
+        ("values", [7] * 150, "values: 1 for 150 classes"),
         ("mask_suffix", ".tif", "no masks that end in .tif"),
     ):
         assert words in message_of(partial(MaskedFiles, str(root), **{**given, name: value}))
     with pytest.raises(MissingData, match="annotations/training: no such folder"):
         MaskedFiles(str(root), "images/validation", "annotations/training", "ade20k")
+
+
+def test_255_is_ignored_unless_a_class_has_it(tmp_path: Path) -> None:
+    write_image(tmp_path / "images/one.jpg", 1, 3, 1)
+    (tmp_path / "masks").mkdir()
+    Image.fromarray(np.array([[0, 1, 255]], dtype=np.uint8)).save(tmp_path / "masks/one.png")
+    options: dict[str, Any] = {"images": "images", "masks": "masks", "classes": ["a", "b"]}
+    assert MaskedFiles(str(tmp_path), **options).mask(0).tolist() == [[0, 1, -1]]
+    assert MaskedFiles(str(tmp_path), **options, values=[255, 0], ignored=[1]).mask(0).tolist() == [[1, -1, 0]]
+    with_255 = MaskedFiles(str(tmp_path), **{**options, "classes": ["a", "b", "c"]}, values=[0, 1, 255])
+    assert with_255.mask(0).tolist() == [[0, 1, 2]]
+
+
+@pytest.mark.parametrize(("mode", "suffix"), [("F", ".tif"), ("1", ".png"), ("LA", ".png")])
+def test_masks_without_one_channel_of_whole_numbers_are_refused(tmp_path: Path, mode: str, suffix: str) -> None:
+    write_image(tmp_path / "images/one.jpg", 1, 3, 1)
+    (tmp_path / "masks").mkdir()
+    Image.new(mode, (3, 1)).save(tmp_path / f"masks/one{suffix}")
+    images = MaskedFiles(str(tmp_path), "images", "masks", ["a", "b"], mask_suffix=suffix)
+    assert "one channel of whole numbers" in message_of(lambda: images.mask(0))
 
 
 def test_class_names_are_distinct_and_as_many_as_published() -> None:
