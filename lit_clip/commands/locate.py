@@ -4,6 +4,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from lit_clip.commands.class_output import json_text
 from lit_clip.embedding.encoding_task import check_complete, report_skipped
 from lit_clip.embedding.image_files import ImageFile, find_images
 from lit_clip.embedding.reading import UnreadableRow
-from lit_clip.errors import BadSample, require
-from lit_clip.locating.locator import FALSE_ALARMS, Locator
+from lit_clip.errors import BadSample, InputError, require
+from lit_clip.locating.locator import FALSE_ALARMS, Locator, other_texts
 from lit_clip.locating.overlay import Scale, overlay
 from lit_clip.locating.regions import Region, resized_mask
+from lit_clip.tools.atomic import make_folder, remove, replacing
 from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console, Text, progress, stderr
@@ -27,10 +29,11 @@ from lit_clip.tools.hardware import best_device
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.html import thumbnail, write_page
 from lit_clip.tools.images import OnError, open_image, or_skip
-from lit_clip.tools.text_files import read_text
+from lit_clip.tools.text_files import read_json, read_text
 
 TEMPLATE = Path(__file__).parent / "templates" / "locate.html"
 JSON, PAGE, SKIPPED = "locations.json", "locate.html", "skipped.txt"
+KINDS = ("overlay", "mask")  # of the files for an image and a text
 SHOWN, THUMBNAIL = 100, 320  # images on the page, and pixels of an overlay's longer side there
 
 
@@ -55,7 +58,8 @@ def locate(
         texts: what to find, each in quotes, after the file or folder; two names of one thing would compete.
         model: a checkpoint, or a name that lit_clip.load_model understands.
         output: a folder for locations.json, for each image and text a heat map over the image and a mask, and
-            locate.html, a page of the first 100 images. An earlier run's files are replaced.
+            locate.html, a page of the first 100 images. An earlier run's files are replaced, whatever its texts were;
+            images in the folder are not read.
         background: a text file with one text of another thing per line, of the form of yours; by default the names of
             the 100 classes of CIFAR-100.
         false_alarms: share of images in which a text of a thing that is not there may be seen, if the background is of
@@ -64,9 +68,10 @@ def locate(
         on_error: error ends the run at an image that cannot be read; skip lists it in a file.
     """
     _check_texts(texts)
-    others = _lines(background) if background else None
-    files, folder = find_images([images], on_error), Path(output)
+    others = _background(background, texts) if background else None
+    folder = Path(output)
     require(not folder.exists() or folder.is_dir(), f"--output {folder}: is a file; name a folder")
+    files = _outside(find_images([images], on_error), images, folder)
     with claimed(folder):
         locator = Locator(load_model(model).to(best_device()), texts, others, false_alarms, scale)
         make_folder(folder, "--output")
@@ -86,10 +91,26 @@ def _check_texts(texts: Sequence[str]) -> None:
         require(count == 1, f"{text!r}: typed more than once; a place belongs to one text, type each once")
 
 
-def _lines(name: str) -> list[str]:
+def _background(name: str, texts: Sequence[str]) -> list[str]:
     lines = [" ".join(line.split()) for line in read_text(Path(name), "--background").splitlines() if line.strip()]
     require(bool(lines), f"--background {name}: the file is empty; write one text per line")
+    others = other_texts(lines, texts)
+    if len(others) < len(lines):
+        repeated = f"{len(lines) - len(others)} of {len(lines)} texts repeat another or one to find; they do not count"
+        stderr().print(f"--background {name}: {repeated}")
     return lines
+
+
+def _outside(files: list[ImageFile], images: str, folder: Path) -> list[ImageFile]:
+    """Leave out a folder's images that lie in the output folder: heat maps and masks of an earlier run."""
+    top, output = (os.path.realpath(each) for each in (images, folder))
+    if not os.path.isdir(top):
+        return files
+    wrong = f"--output {folder}: the images are in it, where the next run would read the heat maps; name another folder"
+    require(not Path(top).is_relative_to(output), wrong)
+    found = [file for file in files if not Path(os.path.realpath(file.path.parent)).is_relative_to(output)]
+    require(bool(found), f"{images}: no images outside of --output {folder}")
+    return found
 
 
 @dataclass
@@ -116,6 +137,7 @@ class Answers:
             raise KeyboardInterrupt(f"what is done is in {kept}") from None
         done = len(self.files) - len(self.unreadable)
         check_complete(done, len(self.files), self.unreadable)
+        self._remove_earlier()
         self._write(JSON)
         title = " | ".join(self.locator.texts)
         write_page(self.folder / PAGE, TEMPLATE, title=title, images=self.shown, done=done)
@@ -150,23 +172,29 @@ class Answers:
 
     def _row(self, key: str, image: Image.Image, text: str, region: Region) -> dict[str, Any]:
         stem = file_stem(key, text)
-        height, width = region.mask.shape
-        peak = [
-            int((at + 0.5) * side / cells)
-            for at, side, cells in zip(region.peak, image.size, (width, height), strict=True)
-        ]
         return {
             "image": key,
             "text": text,
             "seen": region.seen,
             "cosine": round(region.cosine, 6),
             "margin": round(region.margin, 6),
-            "peak": peak,
+            "peak": region.point(image.size),
             "box": region.box(image.size),
             "size": list(image.size),
             "overlay": f"{stem}.png",
             "mask": f"{stem}.mask.png" if region.seen else None,
         }
+
+    def _remove_earlier(self) -> None:
+        """Remove an earlier run's files that this run has not written: those in its lists that have a run's names."""
+        written, listed = {row[kind] for row in self.rows for kind in KINDS}, []
+        for name in (JSON, f"{JSON}.partial"):
+            with suppress(InputError, TypeError):  # there is none, or another program's
+                listed += [row for row in read_json(self.folder / name) if isinstance(row, dict)]
+        for name in {str(row.get(kind)) for row in listed for kind in KINDS} - written:
+            if re.fullmatch(r"[a-z0-9-]+(\.mask)?\.png", name):
+                remove(self.folder / name)
+        remove(self.folder / f"{JSON}.partial")
 
     def _write(self, name: str) -> Path:
         with replacing(self.folder / name) as draft:

@@ -11,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_clip.embedding.reading import check_finite
-from lit_clip.errors import require
+from lit_clip.errors import InputError, require
 from lit_clip.evaluation.prompts import paper_class_names
 from lit_clip.locating.regions import Region, background_level, find_regions
 from lit_clip.models.clip import CLIP
@@ -38,7 +38,7 @@ class Locator:
         model: any CLIP that has features of places.
         texts: what to find; at each place they compete with each other.
         background: texts of other things, of the form of ``texts``, with whose cosines in the same image a text is
-            compared; None: the names of CIFAR-100's classes.
+            compared; None: the names of CIFAR-100's classes. Equal ones count once, and those in ``texts`` do not.
         false_alarms: share of images in which a text of a thing that is not there may be seen, if the background texts
             are of its kind.
         scale: of the images; 2 finds smaller things.
@@ -54,13 +54,14 @@ class Locator:
     ) -> None:
         require(bool(texts), "texts: none given; say what to find")
         self.model, self.texts, self.false_alarms, self.scale = model, list(texts), false_alarms, scale
-        others = default_background() if background is None else list(background)
+        given = default_background() if background is None else background
+        others = other_texts(given, texts)
         require(0 < false_alarms < 1, f"false_alarms: {false_alarms} must be above 0 and below 1")
         least = math.ceil(1 / false_alarms - 1e-9) - 1
-        enough = (
-            f"{len(others)} texts, and false alarms of {false_alarms:g} need at least {least}; add some, or allow more"
-        )
-        require(len(others) >= least, f"background: {enough}")
+        different = "" if len(others) == len(given) else " that differ from each other and from those to find"
+        if len(others) < least:
+            needed = f"false alarms of {false_alarms:g} need at least {least}; add some, or allow more"
+            raise InputError(f"background: {len(others)} texts{different}, and {needed}")
         self._features = text_features(model, [*self.texts, *others])
 
     def __call__(self, image: Image.Image | str | os.PathLike[str]) -> Located:
@@ -77,6 +78,14 @@ class Locator:
 def default_background() -> list[str]:
     """Return the texts of other things that a text is compared with."""
     return [f"a {name}" for name in paper_class_names("CIFAR100")]
+
+
+def other_texts(background: Sequence[str], texts: Sequence[str]) -> list[str]:
+    """Return the background texts that differ, in more than case and spaces, from each other and from ``texts``."""
+    words = {" ".join(text.lower().split()): text for text in background}
+    for text in texts:
+        words.pop(" ".join(text.lower().split()), None)
+    return list(words.values())
 
 
 @torch.inference_mode()

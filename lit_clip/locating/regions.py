@@ -34,10 +34,18 @@ class Region(NamedTuple):
             return None
         rows, columns = (np.flatnonzero(self.mask.any(axis=axis)) for axis in (1, 0))
         (left, right), (top, bottom) = (
-            (int(side * found[0] // cells), int(-(-side * (found[-1] + 1) // cells)))
-            for found, side, cells in ((columns, size[0], self.mask.shape[1]), (rows, size[1], self.mask.shape[0]))
+            _pixels(int(found[0]), int(found[-1]) + 1, cells, side)
+            for found, side, cells in zip((columns, rows), size, self.mask.shape[::-1], strict=True)
         )
         return left, top, right, bottom
+
+    def point(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Return the peak's column and row in an image of this width and height."""
+        x, y = (
+            sum(_pixels(at, at + 1, cells, side)) // 2
+            for at, side, cells in zip(self.peak, size, self.mask.shape[::-1], strict=True)
+        )
+        return x, y
 
 
 def background_level(peak_K: Tensor, false_alarms: float) -> float:
@@ -75,6 +83,12 @@ def _around(own: np.ndarray, row: int, column: int) -> np.ndarray:
 
     parts: Any = label(own, structure=np.ones((3, 3)))
     return parts[0] == parts[0][row, column]
+
+
+def _pixels(start: int, stop: int, cells: int, side: int) -> tuple[int, int]:
+    """Return the first pixel of a side that shows the cells of a map, and the first after them; at least one pixel."""
+    end = -(-side * stop // cells)  # as in resized_mask, where pixel p shows the cell p * cells // side
+    return min(-(-side * start // cells), end - 1), end
 
 
 def resized_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -96,6 +96,56 @@ def test_a_second_run_replaces_the_files_of_the_first(folder: Path) -> None:
     assert len(written) == 2 + len(first) + sum(row["seen"] for row in first)
 
 
+def test_a_later_run_reads_no_heat_maps_and_leaves_no_file_of_an_earlier_one(folder: Path) -> None:
+    first = run(".", "red", "green")
+    (folder / "locations/own.png").write_bytes((folder / "photos/a.png").read_bytes())
+    (folder / "locations/locations.json.partial").write_text(json.dumps([{"overlay": "../others.txt", "mask": 5}]))
+    second = run(".", "blue")
+    assert [row["image"] for row in second] == [row["image"] for row in first[::2]]
+    assert files(folder / "locations") == {"locations.json", "locate.html", "own.png"} | {
+        row[kind] for row in second for kind in ("overlay", "mask") if row[kind]
+    }
+    assert (folder / "others.txt").exists()
+    assert len(run("locations/own.png", "red")) == 1  # a file that is named is read
+    (folder / "locations/locations.json").write_text("5")
+    assert run(".", "blue") == second
+
+
+def test_an_output_folder_that_holds_the_images_is_refused(folder: Path) -> None:
+    before = files(folder)
+    for output in ("photos", "."):
+        with pytest.raises(InputError, match=f"^--output {output}: the images are in it"):
+            run("photos", "red", "--output", output)
+    (folder / "photos/a.png").unlink()
+    with pytest.raises(InputError, match="photos: no images outside of --output"):
+        run("photos", "red", "--output", "photos/deep")
+    assert files(folder) == before - {"photos/a.png"}
+
+
+@pytest.mark.parametrize("size", [(300, 97), (1000, 511), (257, 257), (64, 40)])
+def test_the_box_is_the_masks_and_the_peak_lies_in_it(folder: Path, size: tuple[int, int]) -> None:
+    beside(BLACK, RED, BLACK, size=(size[0] // 3, size[1])).resize(size).save(folder / "photos/a.png")
+    (row,) = run("photos/a.png", "red")
+    mask = np.asarray(Image.open(folder / "locations" / row["mask"]))
+    ys, xs = np.nonzero(mask)
+    assert mask.shape == size[::-1]
+    assert row["box"] == [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]
+    assert mask[row["peak"][1], row["peak"][0]]
+
+
+def test_background_texts_that_are_equal_or_searched_do_not_count(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = run("photos", "red")
+    lines = (folder / "others.txt").read_text()
+    (folder / "others.txt").write_text(f"{lines}a  Other\nRed\nred\n")
+    assert run("photos", "red") == expected
+    assert "--background others.txt: 3 of 26 texts repeat another or one to find" in capsys.readouterr().err
+    (folder / "others.txt").write_text("sky\n" * 19)
+    with pytest.raises(InputError, match="background: 1 texts that differ"):
+        run("photos", "red")
+
+
 def test_names_of_files_are_safe_and_distinct() -> None:
     keys = [
         "a/b.png",

@@ -59,16 +59,23 @@ def test_a_map_of_one_pixel_is_the_text_of_the_best_place() -> None:
 def test_box_and_mask_cover_the_same_pixels_of_the_image(size: tuple[int, int]) -> None:
     mask = np.zeros((5, 7), dtype=bool)
     mask[1:3, 2:6] = True
-    left, top, right, bottom = Region(0.5, 0.1, (2, 1), mask).box(size) or (0, 0, 0, 0)
-    assert left == int(np.floor(2 * size[0] / 7))
-    assert right == int(np.ceil(6 * size[0] / 7))
+    region = Region(0.5, 0.1, (2, 1), mask)
+    left, top, right, bottom = region.box(size) or (0, 0, 0, 0)
     whole = resized_mask(mask, size)
     assert whole.shape == size[::-1]
     rows, columns = np.nonzero(whole)
-    if len(rows):  # an image smaller than its map may show none of the mask's pixels
-        assert (left <= columns.min(), columns.max() < right, top <= rows.min(), rows.max() < bottom) == (True,) * 4
+    assert (left, top, right, bottom) == (columns.min(), rows.min(), columns.max() + 1, rows.max() + 1)
+    if size >= (7, 5):  # no pixel of a smaller image may show the peak
+        assert (left <= region.point(size)[0] < right, top <= region.point(size)[1] < bottom) == (True, True)
     if size == (7, 5):
         assert np.array_equal(whole, mask)
+
+
+def test_a_region_that_no_pixel_of_a_small_image_shows_has_a_box_of_one_pixel() -> None:
+    mask = np.zeros((1, 7), dtype=bool)
+    mask[0, 1] = True
+    assert not resized_mask(mask, (3, 1)).any()
+    assert Region(0.5, 0.1, (1, 0), mask).box((3, 1)) == (0, 0, 1, 1)
 
 
 @pytest.mark.parametrize(("others", "rate"), [(19, 0.05), (100, 0.05), (100, 0.2)])
