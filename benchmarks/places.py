@@ -1,6 +1,7 @@
 """Measure whether ``encode_patches`` finds images beside each other by their texts, and what it costs.
 
-    python benchmarks/places.py --model last.ckpt [--classes folder] [--queries 400] [--scales 1 1.5 2] [--pairs 21]
+    python benchmarks/places.py --model last.ckpt [--classes folder | --drawings folder] [--queries 400]
+        [--scales 1 1.5 2] [--seed 0] [--pairs 21]
 
 Each query puts two images beside each other, or four in a grid, drawn at random and of different classes, each resized
 and cropped as for the model, and asks for one of them by its text. For each grid and size of a part:
@@ -10,8 +11,9 @@ and cropped as for the model, and asks for one of them by its text. For each gri
 - false alarms: for a text of none of the parts, how often its highest cosine reaches the threshold that 95 % of the
   true texts reach (95 % for a model that knows nothing); for separate encodings too.
 
-Images are the drawings of OpenMoji that quickstart trains on, with their names; or those of a folder of classes, each
-with "a photo of a (class)". Then the processor's seconds per image of ``encode_image`` and ``encode_patches``,
+Images are the drawings of OpenMoji that quickstart trains on, with their names; another artist's drawings of the same
+things, which no model here is trained on (docs/evidence/recipes.md says where they are); or those of a folder of
+classes, each with "a photo of a (class)". Then the processor's seconds per image of ``encode_image`` and ``encode_patches``,
 alternating, at the model's own size.
 """
 
@@ -20,9 +22,11 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from recipes.measuring import OtherDrawings
 from results import Figure, compared, pair_parser, save
 from torch import Tensor
 
@@ -148,6 +152,7 @@ def main() -> None:
     arguments.set_defaults(pairs=21)
     arguments.add_argument("--model", required=True, help="anything that load_model opens")
     arguments.add_argument("--classes", help="a folder with a subfolder of images for each class; default: OpenMoji")
+    arguments.add_argument("--drawings", type=Path, help="a folder of another artist's drawings, HEXCODE.png or .webp")
     arguments.add_argument("--queries", type=int, default=400, help="for each grid")
     arguments.add_argument(
         "--scales", type=float, nargs="+", default=[1, 1.5, 2], help="of a part, of the model's size"
@@ -155,7 +160,9 @@ def main() -> None:
     arguments.add_argument("--seed", type=int, default=0)
     options = arguments.parse_args()
     model = load_model(options.model).eval()
-    images = ImageFolderClasses(options.classes) if options.classes else OpenMojiClasses("trained")
+    images = OtherDrawings(options.drawings) if options.drawings else OpenMojiClasses("trained")
+    if options.classes:
+        images = ImageFolderClasses(options.classes)
     places = Places(model, images, "a photo of a {}" if options.classes else "{}")
     figures = measure(places, options.queries, options.scales, options.seed)
     batch = places.pixels(range(BATCH))

@@ -75,11 +75,11 @@ class Measuring(Callback):
 
 
 class OtherDrawings(OpenMojiClasses):
-    """Another artist's drawings of the same objects: a folder with files named HEXCODE.png, transparent or not."""
+    """Another artist's drawings of the same objects: files named HEXCODE.png or .webp, transparent or not."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
-        there = {key(path): path for path in folder.glob("*.png")}
+        there = {key(path): path for path in folder.iterdir() if path.suffix in (".png", ".webp")}
         self.files = [(there[key(path)], label) for path, label in self.files if key(path) in there]
 
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:

@@ -5,6 +5,7 @@ Shapes: B batch, C channels, L tokens, W width, D embedding dimension, h x w pla
 
 from typing import Any, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,13 +16,16 @@ from lit_clip.models.packing import Layout
 from lit_clip.models.resnet import AttentionPool, ModifiedResNet
 from lit_clip.models.transformer import AttentionalPooler, ResidualAttentionBlock, VisionTransformer
 
+WINDOW = 2  # places a side that a ResNet's pooling is applied to
+
 
 def encode_places(visual: nn.Module, images: Tensor) -> Tensor:
     """Encode each place of images: float ``[B, 3, H, W]``, normalised, of any size -> ``[B, D, h, w]``.
 
     Sides need not be the encoder's image size; those of a ViT are multiples of its patch size, and its position
     embedding is interpolated. Pooling by attention is replaced by its value path (MaskCLIP, Zhou et al. 2022), pooling
-    by average left out. Then the projection to the joint space follows, at each place.
+    by average left out. Then the projection to the joint space follows, at each place. A ResNet's places also have the
+    mean of the windows of 2 x 2 places around them, each pooled as an image is (docs/evidence/places.md).
 
     Raises:
         InputError: the encoder has no such features, or the images are too small or not divisible.
@@ -81,10 +85,31 @@ def _pooler_values(pooler: AttentionalPooler, x_TW: Tensor) -> Tensor:
 
 
 def _resnet(resnet: ModifiedResNet, images: Tensor) -> Tensor:
+    """Return each place's value, plus the mean of the pooled windows of 2 x 2 places that it lies in."""
     _grid(images, 32)
     pool: AttentionPool = resnet.attnpool
-    x = resnet.feature_map(images)  # [B, C, h, w]
-    return pool.c_proj(pool.v_proj(x.permute(0, 2, 3, 1))).permute(0, 3, 1, 2)
+    x_BhwC = resnet.feature_map(images).permute(0, 2, 3, 1)
+    q, k, v = (layer(x_BhwC).permute(0, 3, 1, 2) for layer in (pool.q_proj, pool.k_proj, pool.v_proj))  # [B, C, h, w]
+    window = [min(WINDOW, side) for side in q.shape[2:]]
+    covering = F.avg_pool2d(
+        _windows(q, k, v, pool.heads, window), window, 1, [side - 1 for side in window], count_include_pad=False
+    )
+    return pool.c_proj((v + covering).permute(0, 2, 3, 1) / 2).permute(0, 3, 1, 2)
+
+
+def _windows(q: Tensor, k: Tensor, v: Tensor, heads: int, window: list[int]) -> Tensor:
+    """Attend from the mean of each window to itself and its places, without positions: ``[B, C, h, w]`` each."""
+    rows, columns = (side - length + 1 for side, length in zip(q.shape[2:], window, strict=True))
+    corners = [(top, left) for top in range(window[0]) for left in range(window[1])]
+
+    def tokens(x: Tensor) -> list[Tensor]:  # of the mean, whose key is the mean of the keys, and of the places
+        places = [x[:, :, top : top + rows, left : left + columns] for top, left in corners]
+        return [each.unflatten(1, (heads, -1)) for each in (F.avg_pool2d(x, window, 1), *places)]
+
+    query = tokens(q)[0]
+    scores = torch.stack([(query * key).sum(dim=2, keepdim=True) for key in tokens(k)])
+    weights = (scores / query.shape[2] ** 0.5).softmax(dim=0)
+    return (weights * torch.stack(tokens(v))).sum(dim=0).flatten(1, 2)
 
 
 def _custom(encoder: CustomImageEncoder, images: Tensor) -> Tensor:

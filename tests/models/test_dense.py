@@ -79,19 +79,31 @@ def test_a_vit_has_the_last_blocks_values_at_each_place(size: tuple[int, int]) -
             torch.testing.assert_close(places[:, i // columns, i % columns], expected, atol=1e-6, rtol=0)
 
 
-def test_a_resnet_has_its_poolings_values_at_each_place() -> None:
+@pytest.mark.parametrize("size", [(96, 64), (128, 160), (32, 96), (32, 32)])
+def test_a_resnets_place_is_its_value_and_the_pooled_windows_around_it(size: tuple[int, int]) -> None:
     model = model_of(RESNET).double()
     resnet: Any = model.visual
     maps: list[Tensor] = []
     resnet.layer4.register_forward_hook(lambda _, __, output: maps.append(output))
-    images = photos((96, 64)).double()
+    images = photos(size).double()
     found = model.encode_patches(images)
     pool, (features,) = resnet.attnpool, maps
-    assert found.shape == (2, D, 3, 2)
-    for b, i, j in ((0, 0, 0), (0, 2, 1), (1, 1, 0)):
-        value = pool.v_proj.weight @ features[b, :, i, j] + pool.v_proj.bias
-        expected = pool.c_proj.weight @ value + pool.c_proj.bias
-        torch.testing.assert_close(found[b, :, i, j], expected, atol=1e-12, rtol=0)
+    rows, columns = size[0] // 32, size[1] // 32
+    assert found.shape == (2, D, rows, columns)
+    pooled: dict[tuple[int, int], list[Tensor]] = {(i, j): [] for i in range(rows) for j in range(columns)}
+    for top in range(max(1, rows - 1)):
+        for left in range(max(1, columns - 1)):
+            window = features[:, :, top : top + 2, left : left + 2]
+            own = copy.deepcopy(pool)  # the encoder's own pooling, of an image without positions
+            own.positional_embedding = nn.Parameter(torch.zeros(1 + window[0, 0].numel(), window.shape[1]).double())
+            for i in range(window.shape[2]):
+                for j in range(window.shape[3]):
+                    pooled[top + i, left + j].append(own(window))
+    for (i, j), around in pooled.items():
+        value = features[:, :, i, j] @ pool.v_proj.weight.T + pool.v_proj.bias
+        alone = value @ pool.c_proj.weight.T + pool.c_proj.bias
+        expected = (alone + torch.stack(around).mean(dim=0)) / 2
+        torch.testing.assert_close(found[:, :, i, j], expected, atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize(
