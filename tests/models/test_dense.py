@@ -80,7 +80,8 @@ def test_a_vit_has_the_last_blocks_values_at_each_place(size: tuple[int, int]) -
 
 
 @pytest.mark.parametrize("size", [(96, 64), (128, 160), (32, 96), (32, 32)])
-def test_a_resnets_place_is_its_value_and_the_pooled_windows_around_it(size: tuple[int, int]) -> None:
+def test_a_resnet_has_its_poolings_values_at_each_place(size: tuple[int, int]) -> None:
+    """And the mean of the pooled windows of 2 x 2 places around it."""
     model = model_of(RESNET).double()
     resnet: Any = model.visual
     maps: list[Tensor] = []
