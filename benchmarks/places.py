@@ -13,8 +13,8 @@ and cropped as for the model, and asks for one of them by its text. For each gri
 
 Images are the drawings of OpenMoji that quickstart trains on, with their names; another artist's drawings of the same
 things, which no model here is trained on (docs/evidence/recipes.md says where they are); or those of a folder of
-classes, each with "a photo of a (class)". Then the processor's seconds per image of ``encode_image`` and ``encode_patches``,
-alternating, at the model's own size.
+classes, each with "a photo of a (class)". Then the processor's seconds per image of ``encode_image`` and
+``encode_patches``, alternating, at the model's own size.
 """
 
 import random
