@@ -22,7 +22,6 @@ from lit_clip.locating.locator import FALSE_ALARMS, Locator, other_texts
 from lit_clip.locating.overlay import Scale, overlay
 from lit_clip.locating.regions import Region, resized_mask
 from lit_clip.tools.atomic import make_folder, remove, replacing
-from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console, Text, progress, stderr
 from lit_clip.tools.hardware import best_device
