@@ -6,7 +6,7 @@ import json
 import random
 import warnings
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from hypothesis import strategies as st
@@ -18,6 +18,7 @@ DEPTH = 100_000
 ALIASES = "@aliases@"  # a value written as lists of YAML that would hold 9^9 texts
 SECRET = "c4nary-0f-the-fuzzer"  # in the environment; no message and no configuration may hold it
 SECRET_NAME = "FUZZ_SECRET"
+PLAN = "plan.json"  # an input that says which file is in the place of which
 GO_ON = 0.9  # probability of a step deeper into a tree
 
 
@@ -211,6 +212,22 @@ def edited_json(trees: Callable[[], Mapping[str, Any]], extra: tuple[Any, ...] =
         return Input(name, to_json(edited(trees()[name], changes)))
 
     return st.builds(make, st.sampled_from(sorted(trees())), edits(extra, most))
+
+
+def exchanged(names: Iterable[str], others: Iterable[str]) -> Inputs:
+    """Return plans for :func:`placed`: some of a folder's files are gone, or others, or each the other of two."""
+    own = st.sampled_from(sorted(names))
+    plans = st.dictionaries(own, st.sampled_from(["", *sorted(names), *sorted(others)]), min_size=1, max_size=3)
+    swaps = st.builds(lambda one, two: {one: two, two: one}, own, own)
+    return st.one_of(plans, swaps).map(lambda plan: Input(PLAN, to_json(plan)))
+
+
+def placed(given: Input, files: Mapping[str, bytes], others: Mapping[str, bytes]) -> dict[str, bytes]:
+    """Return a folder's files, of which an input replaces one, or those that its plan names."""
+    if given.name != PLAN:
+        return {**files, given.name: given.data}
+    pool, plan = {**files, **others}, json.loads(given.data)
+    return {name: pool[plan.get(name, name)] for name in files if plan.get(name, name)}
 
 
 def lines_of_json(records: Callable[[], list[Any]], name: str) -> Inputs:

@@ -11,9 +11,9 @@ MODULES = {
     "stores": ("saved", "tars", "shard_index"),
     "features": ("feature_files", "feature_index", "score_files", "stored_rows"),
     "weights": (
-        *("weight_files", "checkpoints", "sharded_folders"),
-        *("open_clip_folders", "open_clip_runs", "hugging_face_folders"),
+        *("weight_files", "checkpoints", "open_clip_folders", "open_clip_runs", "hugging_face_folders"),
     ),
+    "shards": ("sharded_checkpoints", "weight_parts"),
     "heads": ("heads",),
     "settings": ("fit_yaml", "resumed_checkpoints"),
     "words": ("captions", "cards"),

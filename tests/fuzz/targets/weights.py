@@ -1,7 +1,6 @@
 """Weights and checkpoints: whole files with damaged bytes, and their trees with changed values."""
 
 import copy
-import hashlib
 import io
 import json
 import os
@@ -29,7 +28,6 @@ from lit_clip.models.config import (
     TextTransformerConfig,
     VisionTransformerConfig,
 )
-from lit_clip.tools.sharded_files import INDEX, REST
 from tests.fuzz.inputs import CANARY, Edit, Input, Inputs, damaged, damaged_members, edited, edited_json, edits, to_json
 from tests.fuzz.target import Target
 
@@ -104,15 +102,16 @@ def whole_weights() -> dict[str, bytes]:
     state = dict(tiny_model().state_dict())
     checkpoint = {"hyper_parameters": {"architecture": TINY.to_dict()}, "state_dict": state}
     return {
-        "last.ckpt": _saved(checkpoint),
-        "old.ckpt": _saved(checkpoint, _use_new_zipfile_serialization=False),
-        "epoch.pt": _saved({"epoch": 1, "state_dict": {f"module.{key}": value for key, value in state.items()}}),
-        "plain.bin": _saved(state),
+        "last.ckpt": saved(checkpoint),
+        "old.ckpt": saved(checkpoint, _use_new_zipfile_serialization=False),
+        "epoch.pt": saved({"epoch": 1, "state_dict": {f"module.{key}": value for key, value in state.items()}}),
+        "plain.bin": saved(state),
         "w.safetensors": save(state),
     }
 
 
-def _saved(values: Any, **options: Any) -> bytes:
+def saved(values: Any, **options: Any) -> bytes:
+    """Return the bytes of a file of torch's."""
     file = io.BytesIO()
     torch.save(values, file, **options)
     return file.getvalue()
@@ -245,46 +244,6 @@ def read_checkpoint_file(folder: Path, given: Input) -> Iterator[str]:
 
 
 @cache
-def whole_shards() -> dict[str, bytes]:
-    """Return the files of a checkpoint of two ranks, of which the second has the last row of each tensor."""
-    from safetensors.torch import save
-
-    state = dict(tiny_model().state_dict())
-    parts = {f"state_dict/{key}": value.split([len(value) - 1, 1]) for key, value in state.items() if value.ndim}
-    rest = {"hyper_parameters": {"architecture": TINY.to_dict()}, "global_step": 1}
-    rest["state_dict"] = {key: None if value.ndim else value for key, value in state.items()}
-    tensors = {
-        key: {"shape": [len(first) + 1, *first.shape[1:]], "dtype": "float32", "rows": [len(first), 1]}
-        for key, (first, _) in parts.items()
-    }
-    ranks = [{key: part[rank].clone() for key, part in parts.items() if len(part[rank])} for rank in (0, 1)]
-    index = {"version": 1, "world_size": 2, "files": 2, "checkpoint": "one", "tensors": tensors}
-    return {
-        **{f"rank_{rank}.safetensors": save(each, {"checkpoint": "one"}) for rank, each in enumerate(ranks)},
-        REST: _saved(rest),
-        INDEX: to_json(index),
-    }
-
-
-def shard_inputs() -> Inputs:
-    index = edited_json(lambda: {INDEX: json.loads(whole_shards()[INDEX])}, (*HOSTILE, 2**40, 2**62, [2**40], [0, 9]))
-    return st.one_of(index, index, damaged(whole_shards), damaged_members(lambda: {REST: whole_shards()[REST]}))
-
-
-def read_shards(folder: Path, given: Input) -> Iterator[str]:
-    """Load a sharded checkpoint, whose index has the right digest of the rest: anybody can write that."""
-    top, files = folder / "last.ckpt", {**whole_shards(), given.name: given.data}
-    top.mkdir()
-    with suppress(ValueError, RecursionError):
-        index = json.loads(files[INDEX])
-        if isinstance(index, dict):
-            files[INDEX] = to_json({"rest": hashlib.sha256(files[REST]).hexdigest(), **index})
-    for name, data in files.items():
-        (top / name).write_bytes(data)
-    yield use(load_model(top))
-
-
-@cache
 def whole_folder(kind: str) -> dict[str, bytes]:
     """Return the files of an export."""
     from safetensors.torch import save
@@ -343,7 +302,7 @@ def run_files() -> dict[str, bytes]:
     """Return a run of open_clip's trainer, as one that lists two tiny models writes it."""
     params = "".join(f"{name}: {value}\n" for name, value in SETTINGS.items()).encode()
     state = {f"module.{key}": value for key, value in tiny_model().state_dict().items()}
-    return {"params.txt": params, "epoch_1.pt": _saved({"epoch": 1, "name": "run", "state_dict": state})}
+    return {"params.txt": params, "epoch_1.pt": saved({"epoch": 1, "name": "run", "state_dict": state})}
 
 
 def _with_settings(changes: list[tuple[str, str]]) -> Input:
@@ -380,7 +339,6 @@ def read_run(folder: Path, given: Input) -> Iterator[str]:
 
 weight_files = Target(weight_inputs, read_weight_file, bytewise=True)
 checkpoints = Target(checkpoint_inputs, read_checkpoint_file)
-sharded_folders = Target(shard_inputs, read_shards)
 open_clip_runs = Target(run_inputs, read_run)
 open_clip_folders = Target(lambda: _folder_inputs("open_clip"), lambda *each: _read_folder("open_clip", *each))
 hugging_face_folders = Target(lambda: _folder_inputs("hugging_face"), lambda *each: _read_folder("hugging_face", *each))
