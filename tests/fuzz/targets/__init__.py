@@ -9,6 +9,7 @@ from tests.fuzz.target import Target
 MODULES = {
     "pairs": ("images", "tables", "coco", "parquet", "classes"),
     "stores": ("saved", "tars", "shard_index"),
+    "indexes": ("approximate",),
     "features": ("feature_files", "feature_index", "score_files", "stored_rows"),
     "weights": (
         *("weight_files", "checkpoints", "open_clip_folders", "open_clip_runs", "hugging_face_folders"),
