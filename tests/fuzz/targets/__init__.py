@@ -10,10 +10,10 @@ MODULES = {
     "pairs": ("images", "tables", "coco", "parquet", "classes"),
     "stores": ("saved", "tars", "shard_index"),
     "indexes": ("approximate",),
+    "locating": ("located",),
+    "segmentation": ("masks", "boxes"),
     "features": ("feature_files", "feature_index", "score_files", "stored_rows"),
-    "weights": (
-        *("weight_files", "checkpoints", "open_clip_folders", "open_clip_runs", "hugging_face_folders"),
-    ),
+    "weights": (*("weight_files", "checkpoints", "open_clip_folders", "open_clip_runs", "hugging_face_folders"),),
     "shards": ("sharded_checkpoints", "weight_parts"),
     "heads": ("heads",),
     "settings": ("fit_yaml", "resumed_checkpoints"),

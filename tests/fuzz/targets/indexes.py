@@ -58,7 +58,7 @@ def index_inputs() -> Inputs:
 
 
 def read_index(folder: Path, given: Input) -> Iterator[str]:
-    """Search an index as it is, and with a further file: scores are those of the files, and of all rows none is missed."""
+    """Search an index as it is, and with a further file: scores are those of the files, and no row is missed."""
     files = placed(given, whole_index(), other_files())
     for name, data in files.items():
         (folder / name).write_bytes(data)

@@ -1,4 +1,4 @@
-"""Weights in parts: checkpoints of several ranks, and weights in several files. What opens has the values that were saved."""
+"""Checkpoints of several ranks, and weights in several files: what opens has the values that were saved."""
 
 import hashlib
 import json
@@ -6,7 +6,6 @@ import threading
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from functools import cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -24,7 +23,7 @@ from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerCon
 from lit_clip.tools.sharded_files import INDEX, REST
 from lit_clip.tools.weight_files import read_sharded
 from lit_clip.training.lightning import sharded_checkpoints as writer
-from tests.fuzz.inputs import PLAN, Input, Inputs, damaged, damaged_members, edited_json, exchanged, placed, to_json
+from tests.fuzz.inputs import Input, Inputs, damaged, damaged_members, edited_json, exchanged, placed, to_json
 from tests.fuzz.target import Target
 from tests.fuzz.targets.weights import HOSTILE, tiny_model, use, whole_folder
 
@@ -102,7 +101,7 @@ def shard_inputs() -> Inputs:
 
 
 def read_shards(folder: Path, given: Input) -> Iterator[str]:
-    """Read a checkpoint as a run that resumes does, and its model. A changed rest has its digest: anybody can write it."""
+    """Read a checkpoint as a run that resumes does, and its model; a changed rest has its own digest in the index."""
     top, files = folder / "last.ckpt", placed(given, whole_shards(), other_shards())
     if given.name == REST:
         index = {**json.loads(files[INDEX]), "rest": hashlib.sha256(given.data).hexdigest()}
