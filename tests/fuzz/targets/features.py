@@ -19,7 +19,7 @@ import torch
 from hypothesis import strategies as st
 
 from datamodules.pairs.custom import CustomPairs
-from datamodules.pairs.decisions import ALL_PAIRS
+from datamodules.pairs.decisions import ALL_PAIRS, FINDINGS
 from datamodules.pairs.findings import DataOptions, Finding, write_findings
 from datamodules.pairs.kept import kept_pairs
 from datamodules.pairs.pair_filters import PairFilters
@@ -30,12 +30,13 @@ from lit_clip.embedding.pair_scores import SCORES, pair_hash
 from lit_clip.embedding.parts import load_arrays, save_arrays
 from lit_clip.tools.reading import naming
 from lit_clip.tools.stored_rows import StoredRows
-from tests.fuzz.inputs import CANARY, Edit, Input, Inputs, damaged, edited, edited_json, edits
+from tests.fuzz.inputs import CANARY, Edit, Input, Inputs, damaged, edited, edited_json, edits, to_json
 from tests.fuzz.target import Target
 from tests.fuzz.targets.pairs import odd_tables, to_parquet
 
 pc: Any = pyarrow.compute  # its functions are defined at run time
 MODEL = "a model's fingerprint"
+MOST_TABLES = 1  # of decisions on one source
 WHEN = 1_700_000_000 * 10**9  # modification time of an image
 
 
@@ -287,6 +288,59 @@ def read_score_file(folder: Path, given: Input) -> Iterator[str]:
     yield "used"
 
 
+class NinePairs(SixPairs):
+    """A source of six rows, of which every second has two captions."""
+
+    def captions(self, index: int) -> list[str]:
+        return [f"number {index}", f"again {index}"][: 1 + index % 2]
+
+
+ALL = {(row, text) for row in range(6) for text in NinePairs().captions(row)}
+
+
+def decision_inputs() -> Inputs:
+    """Describe tables of scores or findings, each a file or a folder of several; 2 is the whole row."""
+    places = st.sampled_from([(row, place) for row in range(6) for place in range(1 + row % 2)])
+    whole = st.tuples(st.integers(0, 5), st.just(2))
+    decision = st.sampled_from(("keep", "keep", "drop"))
+    scores = st.tuples(st.just(ALL_PAIRS), st.lists(st.tuples(places, decision), min_size=1, max_size=9))
+    findings = st.tuples(st.just(FINDINGS), st.lists(st.tuples(st.one_of(places, whole), decision), max_size=6))
+    table = st.tuples(st.one_of(scores, findings), st.sampled_from((0, 1, 3)))
+    return st.lists(table, min_size=1, max_size=MOST_TABLES).map(lambda tables: Input("t.json", to_json(tables)))
+
+
+def _decided(kind: str, lines: list[Any]) -> pa.Table:
+    cells = [[row, NinePairs().captions(row)[place] if place < 2 else ""] for (row, place), _ in lines]
+    columns = {
+        "row": pa.array([row for row, _ in cells], pa.int64()),
+        "pair": pa.array([pair_hash(f"{row}.png", text) for row, text in cells], pa.int64()),
+        "decision": [decision for _, decision in lines],
+        "data": [f"{kind} 6 rows"] * len(lines),
+        "captions": [f"1 of {1 + row % 2}" if text else "all" for row, text in cells],
+    }
+    return pa.table(columns)
+
+
+def read_decisions(folder: Path, given: Input) -> Iterator[str]:
+    """Keep what tables keep: of the lines on a pair one that drops it decides, and so does one of the tables."""
+    expected, paths = ALL, list[str]()
+    for number, ((kind, lines), parts) in enumerate(json.loads(given.data)):
+        path = folder / (f"{number}.parquet" if parts == 0 else f"t{number}")
+        path.mkdir() if parts else pq.write_table(_decided(kind, lines), path)
+        for part in range(parts):
+            pq.write_table(_decided(kind, lines[part::parts]), path / f"{part}.parquet")
+        on = {decision: set[tuple[int, str]]() for decision in ("keep", "drop")}
+        for (row, place), decision in lines:
+            texts = NinePairs().captions(row)
+            on[decision] |= {(row, text) for text in (texts if place == 2 else texts[place : place + 1])}
+        expected = expected & (on["keep"] if kind == ALL_PAIRS else ALL) - on["drop"]
+        paths.append(str(path))
+    kept = kept_pairs(NinePairs(), *paths) if len(paths) == 1 else kept_pairs(NinePairs(), paths)
+    found = {(int(row), text) for index, row in enumerate(kept.rows) for text in kept.captions(index)}
+    assert found == expected, f"{sorted(found - expected)} are kept, and {sorted(expected - found)} are not"
+    yield "used"
+
+
 @cache
 def whole_stored_rows() -> dict[str, bytes]:
     """Return the files of stored rows; the last row cannot be computed, and another is absent."""
@@ -330,5 +384,6 @@ def read_stored_rows(folder: Path, given: Input) -> Iterator[str]:
 
 feature_files = Target(feature_inputs, read_feature_file)
 feature_index = Target(feature_index_inputs, read_feature_index)
+decisions = Target(decision_inputs, read_decisions)
 score_files = Target(score_inputs, read_score_file)
 stored_rows = Target(stored_row_inputs, read_stored_rows)

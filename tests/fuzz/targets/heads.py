@@ -1,5 +1,7 @@
-"""Class heads: whole files with damaged bytes, changed facts, and tensors of other shapes and types."""
+"""Class heads: files with damaged bytes, changed facts, and other tensors; and tables of the examples for one."""
 
+import csv
+import io
 import json
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -10,11 +12,13 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lit_clip.commands.class_examples import TABLES, read_examples
 from lit_clip.errors import InputError
 from lit_clip.heads import Head, load_head
 from lit_clip.heads.head import HeadFacts
+from lit_clip.tools.text_files import from_cell
 from lit_clip.weights.fingerprint import fingerprint
-from tests.fuzz.inputs import Edit, Input, Inputs, damaged, edited, edits
+from tests.fuzz.inputs import SECRET, Edit, Input, Inputs, damaged, edited, edits
 from tests.fuzz.target import Target
 from tests.fuzz.targets.weights import HOSTILE, tiny_model
 
@@ -76,4 +80,56 @@ def read_head(folder: Path, given: Input) -> Iterator[str]:
     yield "used"
 
 
+HEADS = (*[["image", "classes"]] * 4, ["classes", "image"], ["image", "note", "classes"], ["image", "classes", "image"])
+ODD = (
+    "cat",
+    "cat",
+    "dog",
+    "Cat ; dog",
+    "",
+    ";",
+    "cat;cat",
+    "'=1",
+    '"',
+    "a\nb",
+    "\x00",
+    f"http://me:{SECRET}@host/a.png",
+)
+
+
+def example_inputs() -> Inputs:
+    cell = st.one_of(st.sampled_from(ODD), st.text(max_size=3))
+    one = cell.map(lambda each: [each])
+    several = st.lists(st.one_of(one, one, one, st.lists(cell, min_size=1, max_size=3)), max_size=4)
+
+    def make(suffix: str, head: list[str], rows: list[list[str]]) -> Input:
+        file = io.StringIO()
+        named = [[f"{number}.png", *row] if head[0] == "image" else row for number, row in enumerate(rows)]
+        csv.writer(file, delimiter=TABLES[suffix]).writerows([head, *named])
+        return Input(f"t{suffix}", file.getvalue().encode(errors="replace"))
+
+    table = st.builds(make, st.sampled_from(sorted(TABLES)), st.sampled_from(HEADS), several)
+    return st.one_of(table, table, damaged(lambda: {"t.csv": b"image,classes\n0.png,cat\n1.png,cat;dog\n"}))
+
+
+def read_table(folder: Path, given: Input) -> Iterator[str]:
+    """Read a table of examples: each image has the classes of its line, and no cell is left out."""
+    (folder / given.name).write_bytes(given.data)
+    found = read_examples(str(folder / given.name), None, "skip")
+    text = io.StringIO(given.data.decode("utf-8-sig"))
+    head, *rows = (row for row in csv.reader(text, delimiter=TABLES[Path(given.name).suffix]) if row)
+    assert head.count("image") == head.count("classes") == 1, f"two columns of one name in {head}"
+    wide = [row for row in rows if any(row[len(head) :])]
+    assert not wide, f"cells of {wide[0]} were left out"
+    cells = [dict(zip(head, map(from_cell, row), strict=False)) for row in rows]
+    words = [{each.strip().casefold() for each in row.get("classes", "").split(";")} - {""} for row in cells]
+    assert [file.key for file in found.files] == [row["image"] for row in cells]
+    assert found.labels.ndim == 1 + any(len(each) > 1 for each in words)
+    for label, expected in zip(found.labels, words, strict=True):
+        places = label.nonzero()[:, 0].tolist() if label.ndim else [int(label)] if label >= 0 else []
+        assert {found.names[place].casefold() for place in places} == expected
+        yield "used"
+
+
 heads = Target(head_inputs, read_head)
+examples = Target(example_inputs, read_table)

@@ -21,11 +21,11 @@ from tests.fuzz.targets.weights import HOSTILE
 INDEX, FACTS = "all.usearch", "all.usearch.json"
 WIDTH, FEW = 8, 3
 ROWS = {"a.npy": 30, "b.parquet": 12, "new.npy": 5}  # of which the last is not in the index
-TOLERANCE = 1e-5
 
 
 @cache
-def _files(seed: int) -> dict[str, bytes]:
+def whole_index(seed: int = 0) -> dict[str, bytes]:
+    """Return an index with its files of features."""
     with TemporaryDirectory() as name:
         folder, rng = Path(name), np.random.default_rng(seed)
         for file, rows in ROWS.items():
@@ -39,15 +39,10 @@ def _files(seed: int) -> dict[str, bytes]:
         return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.is_file()}
 
 
-def whole_index() -> dict[str, bytes]:
-    """Return an index with its files of features."""
-    return _files(0)
-
-
 @cache
 def other_files() -> dict[str, bytes]:
     """Return the files of an index of other features of the same number and width."""
-    return {f"other/{name}": data for name, data in _files(1).items()}
+    return {f"other/{name}": data for name, data in whole_index(1).items()}
 
 
 def index_inputs() -> Inputs:
@@ -83,11 +78,11 @@ def _check(folder: Path, found: ApproximateIndex) -> None:
     cosines = queries.astype(np.float64) @ features.T
     for k in (FEW, len(keys)):
         scores, rows = found.nearest(queries, k)
-        assert np.allclose(scores, np.take_along_axis(cosines, rows, axis=1), rtol=0, atol=TOLERANCE), "other scores"
+        assert np.allclose(scores, np.take_along_axis(cosines, rows, axis=1), atol=1e-5), "other scores"
         assert (np.diff(scores) <= 0).all(), "not the nearest first"
         assert all(len({*each}) == k for each in rows.tolist()), "a row twice"
     best = np.sort(cosines)[:, ::-1]
-    assert np.allclose(scores, best, rtol=0, atol=TOLERANCE), "rows are missing"
+    assert np.allclose(scores, best, atol=1e-5), "rows are missing"
 
 
 def _stored(path: Path) -> tuple[list[str], np.ndarray]:
