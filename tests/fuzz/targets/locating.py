@@ -42,7 +42,7 @@ def odd_image(kind: tuple[str, str], size: tuple[int, int], seed: int) -> Input:
         image = Image.fromarray((np.asarray(image)[:, :, 0] * rng.choice((1 / 256, 16, 256))).astype(DEEP[mode]))
     elif mode not in ("LA", "RGBA"):
         image = image.convert("RGB").convert(mode)
-    return Input(f"a.{suffix}", encoded(image.convert(mode), suffix))
+    return Input(f"a.{suffix}", encoded(image, suffix))
 
 
 def located_inputs() -> Inputs:

@@ -121,39 +121,32 @@ def read_boxes(folder: Path, given: Input) -> Iterator[str]:
         assert all(map(math.isfinite, (left, top, right, bottom))), f"sides of {(left, top, right, bottom)}"
         assert left <= right, f"from {left} to {right}"
         assert top <= bottom, f"from {top} to {bottom}"
-    names, expected = _coco_boxes(given.data) if given.name == "coco.json" else _voc_boxes(given.data)
-    assert (opened.class_names[: len(names)], found) == (names, expected)
+    assert found == (_coco_boxes if given.name == "coco.json" else _voc_boxes)(given.data)
     for row in range(len(opened)):
         assert opened.images(row)
         yield "used"
 
 
-def _voc_boxes(data: bytes) -> tuple[list[str], Any]:
+def _voc_boxes(data: bytes) -> Any:
     found = []
     for each in ElementTree.fromstring(data.decode("utf-8-sig")).iter("object"):
         left, top, right, bottom = (float(each.findtext(f"bndbox/{key}", "")) for key in BOX)
         found.append((VOC_CLASSES.index(each.findtext("name", "").strip()), (left - 1, top - 1, right, bottom)))
-    return [], [found]
+    return [found]
 
 
-def _coco_boxes(data: bytes) -> tuple[list[str], Any]:
-    """Return the categories' names, and the boxes of each image that has some, both in the order of their ids."""
+def _coco_boxes(data: bytes) -> Any:
+    """Return the boxes of each image that has some; images and categories are in the order of their ids."""
     content = json.loads(data)
-    names = {_whole(each["id"]): each["name"] for each in content["categories"]}
-    found: dict[int, Any] = {_whole(each["id"]): [] for each in content["images"]}
-    assert len(names) == len(content["categories"]), "two categories of one id"
-    assert len(found) == len(content["images"]), "two images of one id"
+    kinds, images = (sorted(float(each["id"]) for each in content[name]) for name in ("categories", "images"))
+    assert len({*kinds}) == len(kinds), "two categories of one id"
+    assert len({*images}) == len(images), "two images of one id"
+    found: dict[float, Any] = {number: [] for number in images}
     for each in content["annotations"]:
         left, top, width, height = map(float, each["bbox"])
-        label = sorted(names).index(_whole(each["category_id"]))
-        found[_whole(each["image_id"])].append((label, (left, top, left + width, top + height)))
-    return [names[number] for number in sorted(names)], [found[number] for number in sorted(found) if found[number]]
-
-
-def _whole(number: Any) -> int:
-    assert not isinstance(number, bool), f"{number} was taken for an id"
-    assert float(number) == int(number), f"{number} was taken for an id"
-    return int(number)
+        box = left, top, left + width, top + height
+        found[float(each["image_id"])].append((kinds.index(float(each["category_id"])), box))
+    return [boxes for boxes in found.values() if boxes]
 
 
 masks = Target(mask_inputs, read_mask, named=False)
