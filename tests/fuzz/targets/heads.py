@@ -116,7 +116,7 @@ def read_table(folder: Path, given: Input) -> Iterator[str]:
     """Read a table of examples: each image has the classes of its line, and no cell is left out."""
     (folder / given.name).write_bytes(given.data)
     found = read_examples(str(folder / given.name), None, "skip")
-    text = io.StringIO(given.data.decode("utf-8-sig"))
+    text = io.StringIO((folder / given.name).read_text(encoding="utf-8-sig"))
     head, *rows = (row for row in csv.reader(text, delimiter=TABLES[Path(given.name).suffix]) if row)
     assert head.count("image") == head.count("classes") == 1, f"two columns of one name in {head}"
     wide = [row for row in rows if any(row[len(head) :])]
