@@ -305,7 +305,7 @@ def decision_inputs() -> Inputs:
     scores = st.tuples(st.just(ALL_PAIRS), st.lists(st.tuples(places, decision), min_size=1, max_size=9))
     findings = st.tuples(st.just(FINDINGS), st.lists(st.tuples(st.one_of(places, whole), decision), max_size=6))
     table = st.tuples(st.one_of(scores, findings), st.sampled_from((0, 1, 3)))
-    return st.lists(table, min_size=1, max_size=1).map(lambda tables: Input("t.json", to_json(tables)))
+    return st.lists(table, min_size=1, max_size=3).map(lambda tables: Input("t.json", to_json(tables)))
 
 
 def _decided(kind: str, lines: list[Any]) -> pa.Table:
@@ -334,7 +334,7 @@ def read_decisions(folder: Path, given: Input) -> Iterator[str]:
             on[decision] |= {(row, text) for text in (texts if place == 2 else texts[place : place + 1])}
         expected = expected & (on["keep"] if kind == ALL_PAIRS else ALL) - on["drop"]
         paths.append(str(path))
-    kept = kept_pairs(NinePairs(), paths[0])
+    kept = kept_pairs(NinePairs(), paths)
     found = {(int(row), text) for index, row in enumerate(kept.rows) for text in kept.captions(index)}
     assert found == expected, f"{sorted(found - expected)} are kept, and {sorted(expected - found)} are not"
     yield "used"
