@@ -1,5 +1,6 @@
 """Images with boxes around what they show: Pascal VOC and COCO."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -64,8 +65,15 @@ def _voc_boxes(path: Path) -> Boxes:
             left, top, right, bottom = (
                 float(element.findtext(f"bndbox/{key}", "")) for key in ("xmin", "ymin", "xmax", "ymax")
             )
-        found.append((label, (left - 1, top - 1, right, bottom)))  # counted from 1, the last pixel within
+        found.append((label, _checked((left - 1, top - 1, right, bottom), path)))  # from 1, the last pixel within
     return found
+
+
+def _checked(box: Box, path: Path) -> Box:
+    left, top, right, bottom = box
+    if not (all(map(math.isfinite, box)) and left <= right and top <= bottom):
+        raise InputError(f"{path}: a box from ({left:g}, {top:g}) to ({right:g}, {bottom:g}) has no inside; {AGAIN}")
+    return box
 
 
 def COCOInstances(root: str, split: str = "val2017", tolerance: int = 15, short_side: int | None = None) -> BoxedFiles:
@@ -79,16 +87,20 @@ def COCOInstances(root: str, split: str = "val2017", tolerance: int = 15, short_
     with reading(path, "list of instances", hint=AGAIN):
         categories = sorted((int(each["id"]), str(each["name"])) for each in content["categories"])
         files = {int(each["id"]): str(each["file_name"]) for each in content["images"]}
+        once = len(files) == len(content["images"]) and len(dict(categories)) == len(categories)
         boxes = [
             (int(each["image_id"]), int(each["category_id"]), tuple(float(side) for side in each["bbox"]))
             for each in content["annotations"]
         ]
+    if not once:
+        raise InputError(f"{path}: two images or two categories have the same id; {AGAIN}")
     label_of, of_image = {number: label for label, (number, _) in enumerate(categories)}, dict[int, Boxes]()
     for image, category, sides in boxes:
         if image not in files or category not in label_of or len(sides) != 4:
             raise InputError(f"{path}: a box is of no image or category in it, or has no four sides; {AGAIN}")
         left, top, width, height = sides
-        of_image.setdefault(image, []).append((label_of[category], (left, top, left + width, top + height)))
+        box = _checked((left, top, left + width, top + height), path)
+        of_image.setdefault(image, []).append((label_of[category], box))
     if not of_image:
         raise InputError(f"{path}: no boxes in it; {AGAIN}")
     shown = sorted(of_image)

@@ -59,8 +59,10 @@ class ApproximateIndex:
     A row's number is its place in the tables, one after the other.
     """
 
-    def __init__(self, content: np.ndarray, files: Sequence[IndexedFile], tables: Sequence[StoredFeatures]) -> None:
-        self.files, self.tables = list(files), list(tables)
+    def __init__(
+        self, path: Path, content: np.ndarray, files: Sequence[IndexedFile], tables: Sequence[StoredFeatures]
+    ) -> None:
+        self.path, self.files, self.tables = path, list(files), list(tables)
         self._graph, self._content = _new_graph(_width(tables)), content  # which the graph does not keep in memory
         self._graph.view(content)
         self._ends = np.cumsum([len(table.features) for table in tables])
@@ -95,7 +97,7 @@ class ApproximateIndex:
         rows, distances = (part.reshape(len(queries), most) for part in (found.keys.astype(np.int64), found.distances))
         scores = (self.rows(rows) @ queries[:, :, None])[:, :, 0]
         same = bool((np.abs(scores - (1 - distances)) <= TOLERANCE).all())  # NaN is not
-        require(same, f"the index is not of these features ({self.files[0].name}, ...); {AGAIN}")
+        require(same, f"{self.path}: is not of the features beside it ({self.files[0].name}, ...); {AGAIN}")
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
@@ -118,7 +120,7 @@ def open_index(path: Path) -> ApproximateIndex:
     check_alike([path.with_name(file.name) for file in files], tables)
     content = check_graph(path, sum(len(table.features) for table in tables), _width(tables))
     with reading(path, "index", hint=AGAIN):
-        return ApproximateIndex(content, files, tables)
+        return ApproximateIndex(path, content, files, tables)
 
 
 def add_to_index(path: Path, paths: Sequence[Path]) -> ApproximateIndex:

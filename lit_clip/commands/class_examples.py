@@ -84,6 +84,7 @@ def _table(path: Path, names: Sequence[str] | None) -> ExampleFiles:
     require(
         not lacking, f"--examples {path}: has no column {' and '.join(lacking)}; there are {listed(found) or 'none'}"
     )
+    require(len(set(found)) == len(found), f"--examples {path}: two columns have the same name")
     images = [from_cell(row["image"] or "") for _, row in rows]
     words_of = [from_cell(row["classes"] or "").split(SEPARATOR) for _, row in rows]
     split = [[word.strip() for word in words if word.strip()] for words in words_of]

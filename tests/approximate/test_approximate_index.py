@@ -97,7 +97,7 @@ def test_features_that_changed_unseen_are_an_error_when_they_are_found(index: Pa
     times = path.stat().st_atime_ns, path.stat().st_mtime_ns
     np.save(path, unit(N, 5))
     os.utime(path, ns=times)
-    with pytest.raises(InputError, match=r"the index is not of these features \(a\.npy, \.\.\.\)"):
+    with pytest.raises(InputError, match=r"usearch: is not of the features beside it \(a\.npy, \.\.\.\)"):
         open_index(index).nearest(unit(1, 3), 3)
 
 

@@ -190,6 +190,7 @@ def test_images_of_no_class_are_not_counted_and_flat_folders_are_not_judged(
         (["photos", "--examples", "c.csv"], "c.csv: the table is empty"),
         (["photos", "--examples", "h.csv"], "h.csv: line 3: more cells than .* put ; between"),
         (["photos", "--examples", "i.csv"], "i.csv: photos/blue/.*copy.png are the same image with different classes"),
+        (["photos", "--examples", "l.csv"], "l.csv: two columns have the same name"),
         (["photos", "--examples", "j.csv"], "j.csv: a class may not be called none of these"),
         (["photos", "--examples", "t.xlsx"], "t.xlsx: must be a folder of class folders, or a .csv or .tsv table"),
         (["photos", "--head", "h.safetensors", "--none_error", "0.2"], "--none_error: needs --examples"),
@@ -221,6 +222,7 @@ def test_mistakes_are_one_line(words: list[str], message: str, root: Path) -> No
     (root / "i.csv").write_text(f"image,classes\n{blue},blue\ncopy.png,red\n")
     (root / "j.csv").write_text(f"image,classes\n{blue},blue\ncopy.png,None of these\n")
     (root / "k.csv").write_text("")
+    (root / "l.csv").write_text(f"image,classes,image\n{blue},blue,copy.png\n")
     (root / "t.xlsx").write_bytes(b"PK")
     with pytest.raises(InputError, match=message) as error:
         run_command(["classify", *words, *OPTIONS])

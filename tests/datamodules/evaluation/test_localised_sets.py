@@ -147,8 +147,11 @@ def test_boxes_of_voc_begin_at_0_and_include_their_last_pixel(data: Path) -> Non
     assert named == [("dog", (0, 0, 10, 24)), ("tv monitor", (20, 2, 40, 20)), ("dog", (29, 0, 32, 2))]
     assert (len(images.boxes(1)), images.tolerance, len(images.class_names)) == (2, 15, 20)
     path = data / "voc2007/VOCdevkit/VOC2007/Annotations/one.xml"
-    path.write_text(path.read_text().replace("<xmin>1<", "<xmin>left<"))
-    assert f"{path}: not a readable annotation" in message_of(lambda: VOCBoxes(str(data / "voc2007")))
+    whole = path.read_text()
+    for side, words in (("left", "not a readable annotation"), ("nan", "has no inside"), ("99", "has no inside")):
+        path.write_text(whole.replace("<xmin>1<", f"<xmin>{side}<"))
+        assert f"{path}: " in (message := message_of(lambda: VOCBoxes(str(data / "voc2007"))))
+        assert words in message
 
 
 def test_boxes_of_coco_have_labels_by_ascending_id(data: Path) -> None:
@@ -165,9 +168,13 @@ def test_boxes_of_coco_have_labels_by_ascending_id(data: Path) -> None:
         ("bbox", [1, 2, 3], "a box is of no image or category in it, or has no four sides"),
         ("image_id", 77, "a box is of no image"),
         ("bbox", "x", "not a readable list of instances"),
+        ("bbox", [1, 2, -3, 4], "has no inside"),
     ):
         path.write_text(json.dumps({**content, "annotations": [{**content["annotations"][0], key: value}]}))
         assert words in message_of(lambda: COCOInstances(str(data / "coco")))
+    for twice in ("images", "categories"):
+        path.write_text(json.dumps({**content, twice: [*content[twice], content[twice][0]]}))
+        assert "the same id" in message_of(lambda: COCOInstances(str(data / "coco")))
 
 
 @pytest.fixture
