@@ -60,7 +60,7 @@ __all__ = [
     "defaults",
 ]
 
-# Of every run, after the given callbacks.
+# Callbacks of every run that come after the given ones.
 AFTER = (PrintPlan, ExpectedTime, ProgressLines, PrintResults, SkippedSamples, NonFiniteSteps, RandomStates)
 
 
@@ -88,6 +88,8 @@ def defaults(*callbacks: Callback) -> list[Callback]:
     left_out = {name for callback in callbacks if isinstance(callback, Without) for name in callback.names}
     unknown = left_out - {kind.__name__ for kind in (Preemption, *AFTER)}
     require(not unknown, f"Without: {', '.join(sorted(unknown))} is none of the callbacks that every run has")
+    needed = "Without: Preemption stays; it also knows which validation a resumed run has to begin with"
+    require(Preemption.__name__ not in left_out, needed)
 
     def missing(*kinds: type[Callback]) -> list[Callback]:
         wanted = [kind for kind in kinds if kind.__name__ not in left_out]

@@ -94,7 +94,7 @@ def misleading_loss(validations: Sequence[Validation]) -> str:
 def _best(trainer: Trainer, baselines: Mapping[str, float]) -> tuple[dict[str, Path], str]:
     """Return the best checkpoint by each metric, with its value, that a ``ModelCheckpoint`` watches.
 
-    One that is no better than the metric's baseline is not the best of anything; the second value says so.
+    A checkpoint that is no better than the metric's baseline is left out; the second value is a line that says so.
     """
     best, notes = dict[str, Path](), list[str]()
     for saver in (each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)):

@@ -7,7 +7,7 @@ class Without(Callback):
     """Leave out callbacks of :func:`callbacks.defaults`; ``--trainer.callbacks-=NAME`` adds it.
 
     Args:
-        names: of their classes, such as ProgressLines.
+        names: class names of the callbacks, such as ProgressLines.
     """
 
     def __init__(self, names: list[str]) -> None:

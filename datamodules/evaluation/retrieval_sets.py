@@ -57,7 +57,7 @@ class CaptionedPairs(CaptionedImages):
 
     def whole_file(self, index: int) -> Path | None:
         root = getattr(self.source, "root", None)
-        return None if self._names is None or root is None else Path(root) / self.key(index)
+        return Path(root) / self.key(index) if self._names is not None and isinstance(root, str | Path) else None
 
     def captions(self, index: int) -> list[str]:
         return [caption for row in self._rows[index] for caption in self.source.captions(row)]

@@ -264,7 +264,7 @@ class BatchOrder:
                 self._told = True
                 rank_zero_warn(
                     f"data.batches: epoch {epoch} fills {len(rows) // size:,} of {wanted // size:,} batches and "
-                    f"repeats its first ones; {wanted - len(rows):,} more pairs are left out, perhaps also of others"
+                    f"repeats its first ones; {wanted - len(rows):,} more pairs are left out; other epochs may differ"
                 )
             self._latest = epoch, size, np.resize(rows, wanted)
         return self._latest[2]

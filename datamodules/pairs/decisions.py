@@ -124,13 +124,16 @@ def read_decisions(path: Path) -> Decisions:
             unscored = np.flatnonzero(~found["known"] & ~found["drop"])
             if len(unscored):
                 lines.refuse(int(unscored[0]), "has no score, so it cannot be kept; score the data again")
-            dropped.append(_numbers_of(*(found[name][found["drop"]] for name in ("row", "pair"))))
+            dropped.append(found[["row", "pair"]][found["drop"]])
             found = found[["row", "pair"]][~found["drop"]]
         parts.append(found)
     require(bool(parts), f"{path}: has no lines; {MAKE_AGAIN}")
     lines = np.concatenate(parts)
     if dropped:  # of two lines on one pair, one that drops it decides
-        both = np.isin(_numbers_of(lines["row"], lines["pair"]), np.concatenate(dropped))
+        drops = np.concatenate(dropped)
+        both = np.isin(lines["row"], drops["row"])  # by whole numbers, which is fast
+        kept = lines[both]
+        both[both] = np.isin(_numbers_of(kept["row"], kept["pair"]), _numbers_of(drops["row"], drops["pair"]))
         row = int(lines["row"][both].max(initial=-1)) if path.is_dir() else -1
         require(row < 0, f"{path}: keeps and drops a pair of row {row}; its files are of several tables")
         lines = lines[~both]

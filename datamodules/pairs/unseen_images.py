@@ -1,4 +1,4 @@
-"""What of the images a model does not see as it is in their files, said before training."""
+"""Report before training which content of the image files a model does not see as it is."""
 
 import io
 import random
@@ -29,7 +29,7 @@ def report_images(train: PairSource, val: PairSource, seed: int) -> None:
         return
     # Of training the first that it reads, as spread ones would fetch every shard.
     rows = [(train, row) for row in train.order(0, seed)[:LOOKED_AT].tolist()]
-    rows += [(val, row) for row in range(0, len(val), max(1, len(val) // LOOKED_AT))]
+    rows += [(val, row) for row in range(0, len(val), -(-len(val) // LOOKED_AT) or 1)]
     random.Random(0).shuffle(rows)  # both are looked at in the time
     end = time.monotonic() + SECONDS
     counts, levels, looked_at = Counter[Unseen](), list[int](), 0

@@ -126,7 +126,7 @@ def callbacks_option(callbacks: Any, options: Sequence[Typed], defaults: Callabl
 
 def _named(name: str, names: Sequence[str]) -> int:
     """Return the number of the callback that is taken out by its short name or the path of its class."""
-    short = name.rpartition("callbacks.")[2]
+    short = name if name in names else name.rpartition(".")[2]
     near = get_close_matches(short, names, n=1)
     hint = f"; did you mean {near[0]}?" if near else ""
     require(short in names, f"{MINUS}={name}: there is none; there are {', '.join(names)}{hint}")

@@ -143,8 +143,8 @@ def classify(
     judge = Judge(files, names, folder_truth(files, names, folders), given)
     require(judge.known or known.sheet == Known.sheet, f"--sheet: {NO_TRUTH}")
     sheet, saved = Path(known.sheet) if judge.known else None, _place(learning.save_head, "--save_head")
-    listed = LABEL_NEXT if learning.label_next else None
-    with claimed(target, sheet, saved, option="name"), claimed(listed, option=""):
+    listed = [LABEL_NEXT, LABEL_NEXT.with_suffix(".html")] if learning.label_next else []
+    with claimed(target, sheet, saved, option="file"), claimed(*listed, option=""):
         clip = load_model(model).to(best_device())
         classifier, learned = _classifier(clip, head, examples, names, prompts, learning, encoding)
         answers = Answers(files, names, classifier.head, top_k, judge, keep=learning.label_next is not None)

@@ -26,7 +26,8 @@ from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
 from lit_clip.weights.fingerprint import fingerprint
 
-INDEX, EXAMPLES = KEPT_BESIDE = ".lit-clip-index.npz", ".lit-clip-examples.npz"  # names of indices beside images
+INDEX, EXAMPLES = ".lit-clip-index.npz", ".lit-clip-examples.npz"  # beside the images
+KEPT_BESIDE = (INDEX, EXAMPLES)
 CHUNK = 65_536  # rows scored at once
 QUERIES = 256  # rows of which all others are found at once
 

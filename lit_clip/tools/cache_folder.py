@@ -1,4 +1,4 @@
-"""The folder of what lit-clip makes once and reads again, if it has no better place."""
+"""The default cache folder."""
 
 import os
 from pathlib import Path

@@ -21,8 +21,8 @@ _held: dict[Path, FileLock] = {}  # this process's locks
 def claimed(*paths: Path | None, option: str = "--output", share: Share = Share()) -> Iterator[None]:  # noqa: B008
     """Hold files or folders that are about to be written, from before their old content is read until the new is there.
 
-    Processes that write another ``share`` of an output hold it together; all shares of it are one process's. What this
-    process holds already stays held.
+    Processes that write different shares of an output hold it together. One that writes all of it waits for no share:
+    it is refused while any is held, but a share that starts later is not. What this process holds already stays held.
 
     Raises:
         InputError: another process holds one; the line names it, and ``option`` for another name.
@@ -84,7 +84,7 @@ def release(kept: Collection[Path] = ()) -> None:
     for file in _held.keys() - set(kept):
         lock = _held.pop(file)
         with suppress(OSError):
-            file.unlink()  # while it is locked: who has opened it meanwhile sees that it is gone, and makes another
+            file.unlink()  # while it is locked: a process that has opened it meanwhile finds it gone and makes another
         lock.release()
 
 

@@ -30,16 +30,17 @@ LeastSize = Callable[[int, int], tuple[int, int]]  # an image's width and height
 FULL_SIZE = "size in the file"  # key in ``info`` of an image decoded at a fraction
 FRACTIONS = (1, 2, 4, 8)  # divisors of width and height that JPEG decoders support and Pillow passes on
 BITS, BANDS = 258, 277  # TIFF tags: bits of each band, and number of bands
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # TIFF tag; Pillow inverts such levels of 8 bits alone
 
 _least_size: ContextVar[LeastSize | None] = ContextVar("_least_size", default=None)
 
 
 class Unseen(StrEnum):
-    """What of an image a model does not see as it is in the file, and what is done with it."""
+    """Content of an image file that a model does not see as it is, and what is done with it."""
 
     DEEP = "have more than 8 bits a grey level (the highest 8 are read)"
     CONVERTED = "have four or more bands, as CMYK (converted to RGB)"
-    TRANSPARENT = "have transparency (dropped: black, or the colour underneath)"
+    TRANSPARENT = "have an alpha channel or a transparent colour (dropped: black, or the colour underneath)"
     ANIMATED = "have several frames (the first is read)"
     ROTATED = "have a rotation flag (ignored)"
 
@@ -129,8 +130,9 @@ def eight_bits(image: Image.Image, where: str = "an image") -> Image.Image:
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # these have 16 bits
         detail = "its levels are floats or 32-bit integers, without a range in the file; scale them to 8 or 16 bits"
         raise BadSample(where, "levels without a range", detail)
-    bits = getattr(image, "tag_v2", {}).get(BITS, (16,))[0]
-    result = Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
+    tags = getattr(image, "tag_v2", {})
+    levels = np.asarray(image) >> (tags.get(BITS, (16,))[0] - 8)
+    result = Image.fromarray((255 - levels if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else levels).astype(np.uint8))
     result.format = image.format
     result.info = {name: value for name, value in image.info.items() if name != "transparency"}  # of 16 bits
     return result

@@ -156,8 +156,8 @@ def check_run(module: Any) -> None:
     compares = not module.loss.chance_loss(1) and module.loss.chance_loss(2)
     if compares and batch is not None and batch * trainer.world_size == 1:
         rank_zero_warn(
-            f"data.batch_size: a step has one pair, and nothing that {type(module.loss).__name__} can compare it with: "
-            "without hard negatives the loss is 0 and nothing is learned; set data.batch_size to 2 or more"
+            f"data.batch_size: a step has one pair, so {type(module.loss).__name__} has no negatives: without hard "
+            "negatives the loss is 0 and nothing is learned; set data.batch_size to 2 or more"
         )
     if not any(getattr(callback, "stops_at_non_finite", False) for callback in trainer.callbacks):
         rank_zero_warn(

@@ -36,7 +36,7 @@ class Stop(NamedTuple):
     """Where a run ends before its end.
 
     Attributes:
-        how: ``kill`` ends it by an error, ``term`` by SIGTERM.
+        how: ``kill`` ends it by an error, ``save`` after it has saved a checkpoint there, ``term`` by SIGTERM.
         hook: ``step``, ``validation`` or ``epoch``: before a step, in a validation, at an epoch's end.
         step: optimiser steps before it; the first hook from there on.
     """
@@ -69,29 +69,32 @@ class _Killed(Exception):  # noqa: N818  # no error of anything
 class _Recorder(Callback):
     """Record each step's samples and rates, and the epochs of validations; stop the run where it is to be stopped."""
 
-    def __init__(self, stop: Stop | None) -> None:
-        self.stop = stop
+    def __init__(self, stop: Stop | None, folder: Path) -> None:
+        self.stop, self.folder = stop, folder
         self.steps: dict[int, Any] = {}
 
-    def _stop(self, hook: str, step: int) -> None:
-        if self.stop is not None and self.stop.hook == hook and step >= self.stop.step:
-            if self.stop.how == "kill":
+    def _stop(self, hook: str, trainer: Trainer) -> None:
+        if self.stop is not None and self.stop.hook == hook and trainer.global_step >= self.stop.step:
+            if self.stop.how == "save":
+                trainer.save_checkpoint(self.folder / f"by_hand_{trainer.global_step}.ckpt")
+            if self.stop.how != "term":
                 raise _Killed
             self.stop = None
             if distributed.rank_and_world()[0] == 0:  # a signal to one rank ends all of them
                 os.kill(os.getpid(), signal.SIGTERM)
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: CaptionBatch, batch_idx: int) -> None:
-        self._stop("step", trainer.global_step)
+        self._stop("step", trainer)
         rates = [group["lr"] for group in trainer.optimizers[0].param_groups]
         place = [trainer.current_epoch, batch_idx, *batch.keys]
         self.steps[trainer.global_step] = (place, int(batch.images.long().sum()), rates)  # pixels: the augmentation
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop("validation", trainer.global_step)
+        self._stop("validation", trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._stop("epoch", trainer.global_step)
+        self.steps[-1 - trainer.current_epoch] = ("the end of an epoch", trainer.global_step)
+        self._stop("epoch", trainer)
 
 
 class _Points(DummyLogger):
@@ -114,7 +117,7 @@ class Part(NamedTuple):
     """A run, or a part of one.
 
     Attributes:
-        steps: what was trained on, by step.
+        steps: what was trained on, by step, and the ends of epochs that callbacks have seen.
         points: what was logged, by name and step.
         end: ``done``, ``killed`` or ``terminated``.
         state: of its end: weights, moments, rates, counters, callbacks.
@@ -141,7 +144,7 @@ def fit(folder: Path, table: str, settings: Settings, stop: Stop | None, resumed
     batches = BatchOptions(hard=0.5) if hard else None
     augmentation: Any = {"augmentation": []} if stored else {}
     data = Captions(table, table, global_batch_size=4, num_workers=0, batches=batches, **augmentation)
-    recorder, logger = _Recorder(stop), _Points()
+    recorder, logger = _Recorder(stop, folder), _Points()
     parts: dict[str, list[Callback]] = {
         "ema": [EMA(0.5, start_step=2)],
         "hard batches": [HardBatches()],

@@ -39,7 +39,7 @@ def cases(draw: st.DrawFn) -> Case:
     run = [draw(st.sampled_from(TRAINERS)), draw(st.sampled_from(SAVERS)), draw(st.sampled_from(PARTS))]
     run.append(draw(st.sampled_from([None, 1])))
     stop = st.tuples(
-        st.sampled_from(["kill", "term"]),
+        st.sampled_from(["kill", "save", "term"]),
         st.sampled_from(["step", "step", "validation", "epoch"]),
         st.integers(1, 4 * STEPS - 1),
     )
@@ -51,6 +51,7 @@ SECOND_RESUME = (
     json.dumps([{}, {"every_n_train_steps": STEPS}, "", None]),
     [["kill", "step", STEPS], ["kill", "step", 2 * STEPS + 1]],
 )
+SAVED_IN_A_LAST_STEP = (json.dumps([{}, {}, "", None]), [["save", "step", STEPS - 1]])
 NO_DEADLINE: dict[str, Any] = {"deadline": None, "suppress_health_check": list(HealthCheck), "database": None}
 
 
@@ -65,6 +66,8 @@ def table(folder: Path) -> str:
 
 
 @example(SECOND_RESUME)
+@example(SAVED_IN_A_LAST_STEP)
+@example((json.dumps([{"limit_val_batches": 0}, {"every_n_train_steps": STEPS}, "", None]), [["kill", "step", STEPS]]))
 @given(cases())
 @settings(max_examples=8, derandomize=True, **NO_DEADLINE)
 def test_a_run_that_is_stopped_and_resumed_ends_as_the_run_that_nothing_stopped(

@@ -11,6 +11,7 @@ three forms, whatever saved it:
 """
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from lightning.pytorch import Trainer
@@ -33,14 +34,17 @@ def settle_counts(checkpoint: dict[str, Any]) -> None:
     for counts in (batches["total"], batches["current"]):
         counts |= dict.fromkeys(counts, counts["processed"])
         counts["completed"] -= not (between or ended)
+    batches["is_last_batch"] = ended and not between
     if between:
-        batches |= {"is_last_batch": False, "current": dict.fromkeys(batches["current"], 0)}
+        batches["current"] = dict.fromkeys(batches["current"], 0)
     else:
         checkpoint["epoch"] = epochs["current"]["completed"]
     # Steps that loggers count: that of a batch whose end is still to come is counted then.
     loops["epoch_loop.state_dict"]["_batches_that_stepped"] = checkpoint["global_step"] - (not between)
     validated = loops["epoch_loop.val_loop.batch_progress"]  # one that was interrupted begins anew
-    validated |= {each: dict.fromkeys(validated[each], 0) for each in ("total", "current")} | {"is_last_batch": False}
+    validated["is_last_batch"] = False
+    for each in ("total", "current"):
+        validated[each] = dict.fromkeys(validated[each], 0)
 
 
 def resumed_counts(checkpoint: Mapping[str, Any], batches_per_epoch: int | None) -> tuple[int, int]:
@@ -69,13 +73,16 @@ def enter_epoch(trainer: Trainer) -> None:
         return
     if batches.is_last_batch and not validation_due(trainer):
         # Lightning would look for a further batch. Only after a validation does it go to the epoch's end.
-        loop.epoch_progress.increment_processed()
-        loop.epoch_progress.increment_completed()
-        loop.reset_restart_stage()
-        batches.reset_on_run()
         epoch_loop._batches_that_stepped += 1
+        epoch_loop.run = partial(_leave, epoch_loop)
     if not batches.current.ready:  # with max_steps Lightning restarts the epoch loop also between epochs
         epoch_loop.restarting = False
+
+
+def _leave(epoch_loop: Any, data_fetcher: Any) -> None:
+    """Run an epoch whose batches are all complete: its end follows, and the next epoch runs as ever."""
+    del epoch_loop.run
+    epoch_loop.restarting = False
 
 
 def validation_due(trainer: Trainer) -> bool:

@@ -21,6 +21,7 @@ from lit_clip.errors import InputError, require
 BY_HAND = {"MASTER_ADDR", "MASTER_PORT", "NODE_RANK"}  # set by people who start each machine's process
 PERIOD = 1.0  # seconds between looks
 GRACE = 5.0  # seconds for the first rank to notice by itself, at its next collective, and to report and save
+ASKED = 10.0  # seconds for what is said of resuming: a disk may hang
 CODE = 2  # the exit code of a first rank that notices by itself
 
 
@@ -90,8 +91,15 @@ def _watch(processes: Sequence[Any], how_to_resume: Callable[[], str] = str) -> 
     for process in processes:
         process.send_signal(signal.SIGTERM if sys.platform == "win32" else signal.SIGKILL)
     error = f"another process has ended (rank {rank} of this machine, {how}); its error, if it printed one, is above"
-    with suppress(Exception):  # this process ends, whatever is wrong with its checkpoints
-        error = "; ".join(filter(None, (error, how_to_resume())))
-    sys.stderr.write(f"lit-clip: error: {error}\n")
+    found: list[str] = []
+
+    def ask() -> None:
+        with suppress(Exception):  # this process ends, whatever is wrong with its checkpoints
+            found.append(how_to_resume())
+
+    asking = threading.Thread(target=ask, daemon=True)
+    asking.start()
+    asking.join(ASKED)
+    sys.stderr.write(f"lit-clip: error: {'; '.join([error, *filter(None, found)])}\n")
     sys.stderr.flush()
     os._exit(CODE)
