@@ -107,7 +107,7 @@ class TrainingMonitor(TimedCallback):
             return
         loss = float(torch.stack([loss for loss, _ in self._last]).mean())
         baseline = sum(baseline for _, baseline in self._last) / len(self._last)
-        if baseline > 0 and STUCK <= loss / baseline <= 1 / STUCK:  # with other terms it may be far above
+        if loss >= STUCK * baseline:
             last = f"{loss:.3f} on average in the last {len(self._last)} of {trainer.global_step} steps"
             rank_zero_warn(f"the model has learned nothing: train/loss was {last}, and its baseline is {baseline:.3f}")
 

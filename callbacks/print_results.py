@@ -75,7 +75,7 @@ class PrintResults(Callback):
             best, unlearned = _best(trainer, module.baselines)
             note = unlearned or misleading_loss(self._validations)
             print_next_steps(Path(last), folder, curves(trainer.loggers, trainer.ckpt_path), best, note)
-            if Path(last) not in best.values() and best and 0 < pairs < FEW:
+            if Path(last) not in best.values() and (best or unlearned) and 0 < pairs < FEW:
                 print_preferred(Path(last), pairs)
 
 

@@ -14,10 +14,11 @@ from PIL import Image
 import lit_clip
 from lit_clip.locating import Locator
 from lit_clip.locating.regions import resized_mask
+from lit_clip.models.preprocess import to_rgb
 
 
 def main(checkpoint: str, photo: str, *texts: str) -> None:
-    image = Image.open(photo).convert("RGB")
+    image = to_rgb(Image.open(photo))
     located = Locator(lit_clip.load_model(checkpoint), texts)(image)
     for number, (text, region) in enumerate(zip(texts, located.regions, strict=True)):
         box = region.box(image.size)

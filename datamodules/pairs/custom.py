@@ -89,7 +89,9 @@ class CustomPairs(PairSource):
                 content = Path(content).read_bytes()
             elif not isinstance(content, bytes):
                 file = io.BytesIO()
-                self._image(content, where).save(file, "PNG")
+                image = self._image(content, where)
+                plain = image.mode == "I;16" and not hasattr(image, "tag_v2")  # a PNG holds it as it is
+                (image if plain else eight_bits(image, where)).save(file, "PNG")
                 content = file.getvalue()
         except OSError as error:
             raise self._broken(error, where) from error

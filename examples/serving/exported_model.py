@@ -104,6 +104,11 @@ def pixels_of(image: Image.Image, facts: dict[str, Any]) -> np.ndarray:
     """Return an image as the model reads it, float32 ``[1, 3, H, W]``."""
     want, (height, width) = facts["preprocessing"], facts["image_encoder"]["shape"][2:]
     tall, wide = int(height / want["crop_pct"]), int(width / want["crop_pct"])  # before the centre crop
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PPM"):
+        bits = getattr(image, "tag_v2", {}).get(258, (16,))[0]  # of a TIFF; as in training, the highest 8 count
+        image = Image.fromarray((np.asarray(image) >> (bits - 8)).astype(np.uint8))
+    elif image.mode in ("I", "F"):  # Pillow would clip them at 255
+        raise ValueError("levels are floats or 32-bit integers, without a range; scale them to 8 or 16 bits")
     if want["resize_mode"] == "shortest" and height == width:
         tall, wide = (int(tall * side / min(image.size)) for side in (image.height, image.width))
     elif want["resize_mode"] == "shortest":
@@ -112,8 +117,6 @@ def pixels_of(image: Image.Image, facts: dict[str, Any]) -> np.ndarray:
     image = image.resize((wide, tall), Image.Resampling[want["interpolation"].upper()])
     top, left = round((tall - height) / 2), round((wide - width) / 2)
     image = image.crop((left, top, left + width, top + height))
-    if image.mode.startswith("I;16"):  # Pillow would clip its levels at 255; as in training, the highest 8 bits count
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert("RGB")
     pixels = (np.asarray(image) / 255 - want["mean"]) / want["std"]
     return pixels.transpose(2, 0, 1)[None].astype(np.float32)

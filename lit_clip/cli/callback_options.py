@@ -36,6 +36,7 @@ def take_options(words: Sequence[str]) -> tuple[list[str], list[Typed]]:
     """Take the options that name their callback, or follow no typed callback, from a command line's words."""
     rest: list[str] = []
     taken: list[Typed] = []
+    added: list[str] = []
     callback = ""  # typed last
     for number, word in enumerate(words):
         if taken and number and words[number - 1] == taken[-1].option:
@@ -45,12 +46,20 @@ def take_options(words: Sequence[str]) -> tuple[list[str], list[Typed]]:
         inner = option.removeprefix(f"{PREFIX}.")
         if option in (PREFIX, f"{PREFIX}+"):
             callback = value if equals else following
+            added.append(callback.rpartition(".")[2])
         if option != MINUS and (inner == option or option.endswith(".help") or (callback and not inner[:1].isupper())):
             _check_not_set(option, inner, callback, taken)
             rest.append(word)
         else:
             require(bool(equals) or not following.startswith("--"), f"{option}: has no value; type one after it")
             taken.append(Typed(option, value if equals else following))
+    for option, value in taken:
+        name = value.rpartition(".")[2]
+        set_too = any(each.option.startswith(f"{PREFIX}.{name}.") for each in taken)
+        require(
+            option != MINUS or not (set_too or name in added),
+            f"{MINUS}={value}: takes out what another option adds or sets; leave one of them out",
+        )
     return rest, taken
 
 

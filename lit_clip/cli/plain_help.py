@@ -115,7 +115,7 @@ def _callbacks(width: int) -> list[str]:
 
     kinds = {name: kind for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, Callback)}
     told = (_told(f"callbacks.{name}", _first(kind.__doc__ or ""), width) for name, kind in kinds.items())
-    added = "callbacks, each added by its name, such as --trainer.callbacks+=callbacks.EMA; -=EMA takes it out:"
+    added = "callbacks: --trainer.callbacks+=callbacks.EMA adds one, -=EMA takes it out:"
     return [added, *told, ""]
 
 

@@ -96,6 +96,7 @@ def _table(path: Path, names: Sequence[str] | None) -> ExampleFiles:
         unknown = [word for word in words if word.casefold() not in places]
         require(not unknown, f"--examples {path}: line {number}: {listed(unknown)} is not among --classes")
         require(bool(image), f"--examples {path}: line {number}: names no image")
+        image = os.path.normpath(image)
         again = f"{image} is there twice; write one line with all its classes"
         require(image not in files, f"--examples {path}: line {number}: {again}")
         files[image] = path.parent / image

@@ -1,6 +1,7 @@
 """``lit-clip classify``: classify image files, zero-shot or with a head from examples."""
 
 import os
+import re
 from collections import Counter
 from collections.abc import Generator, Sequence
 from contextlib import closing
@@ -315,11 +316,14 @@ def _lines(words: Sequence[str], option: str) -> list[str]:
 def read_classes(words: Sequence[str]) -> list[str]:
     """Return class names as typed, from a file with one name per line, or from a list with commas, as YAML's."""
     names, text = _lines(words, "classes"), " ".join(words)
-    if bracketed := text.startswith("[") and text.endswith("]"):
+    if bracketed := bool(re.fullmatch(r"\[[^\[\]]*\]", text)):
         names = [" ".join(text[1:-1].split())]
     if bracketed or (len(names) == len(words) == 1 and "," in names[0]):
         names = [name.strip(" '\"") for name in names[0].split(",")]
     require(all(names), "--classes: a name is empty")
+    for name in names:
+        even = all(name.count(left) == name.count(right) for left, right in ("[]", "()"))
+        require(even, f"--classes: {name}: a bracket is open; type all names as [a, b], or each as a word")
     counts = Counter(name.casefold() for name in names)
     duplicates = {name.casefold(): name for name in names if counts[name.casefold()] > 1}
     if duplicates:

@@ -86,7 +86,7 @@ def _check_texts(texts: Sequence[str]) -> None:
         require(bool(text.strip()), "a text to find is empty; type one after the file or folder, in quotes")
         named = bool(Path(text).suffix) and os.path.isfile(text)
         require(not named, f"{text}: is a file, and would be found as a text; several images go in a folder")
-    for text, count in Counter(texts).items():
+    for text, count in Counter(" ".join(each.casefold().split()) for each in texts).items():
         require(count == 1, f"{text!r}: typed more than once; a place belongs to one text, type each once")
 
 

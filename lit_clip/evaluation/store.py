@@ -24,6 +24,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, PartOf
 from lit_clip.evaluation.set_encoding import set_task
 from lit_clip.models.clip import CLIP
+from lit_clip.secrets import without_passwords
 from lit_clip.tools.atomic import make_folder, not_written, remove, remove_drafts, replacing_folder
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import hex_digest, sha256_of_file, stable_hash
@@ -117,7 +118,7 @@ class FeatureStore:
             shared, rows, places = np.intersect1d(hashes, others, return_indices=True)
             rows, places = rows[shared != 0], places[shared != 0]
             if len(rows):
-                both = [np.load(path / f"{name}.npy", mmap_mode="r")[places] for name in ARRAYS]
+                both = [np.load(path / f"{name}.npy", mmap_mode="r", allow_pickle=False)[places] for name in ARRAYS]
                 identities = [(str(row), 0, 0) for row in rows.tolist()]
                 parts.add(FeatureTable(identities, np.concatenate(both, axis=1)).arrays(), int(rows[0]))
                 stderr().print(f"{title}: {len(rows):,} of {len(hashes):,} images are encoded already, for another set")
@@ -181,7 +182,7 @@ class FeatureStore:
     def _join(self, path: Path, images: ImageSet, unreadable: Sequence[UnreadableRow]) -> None:
         """Join the finished parts to arrays."""
         size, parts = len(images), Parts(path, self.settings_text)
-        skipped = [(bad.row, images.key(bad.row), bad.message) for bad in unreadable]
+        skipped = [(bad.row, without_passwords(images.key(bad.row)), bad.message) for bad in unreadable]
         require(len(skipped) < size, f"none of {size} images could be read; {skipped[0][2] if skipped else ''}")
         try:
             with replacing_folder(path) as draft:

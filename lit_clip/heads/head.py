@@ -24,7 +24,7 @@ NONE = "none of these"  # what an image may be called that shows none of a head'
 
 def check_names(names: Sequence[str], where: str) -> None:
     """Raise :class:`InputError` for a class that is called like the answer that an image shows none of them."""
-    if NONE in map(str.casefold, names):
+    if NONE in (" ".join(name.casefold().split()) for name in names):
         raise InputError(
             f"{where}: a class may not be called {NONE}, which is the answer for images of no class; give examples of "
             "none in no class's folder, or without a class in a table"

@@ -21,7 +21,7 @@ from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.models.preprocess import to_rgb
 from lit_clip.models.size import height_width
 from lit_clip.models.transformer import VisionTransformer
-from lit_clip.tools.images import open_image
+from lit_clip.tools.images import eight_bits, open_image
 
 MOST_SCALE = 4
 MOST_ELONGATED = 32  # longer to shorter side; a longer side is squashed, or one image could cost hundreds
@@ -69,7 +69,8 @@ def _resized(image: Image.Image, preprocessing: Any, stride: int, scale: float) 
     longest = MOST_ELONGATED * min(covered)
     sides = (scale * min(longest, now * ratio) for now in (image.height, image.width))
     size = [stride * max(1, round(side / stride)) for side in sides]
-    steps = [v2.Resize(size, InterpolationMode(preprocessing.interpolation)), v2.Lambda(to_rgb), v2.PILToTensor()]
+    resize = v2.Resize(size, InterpolationMode(preprocessing.interpolation))
+    steps = [v2.Lambda(eight_bits), resize, v2.Lambda(to_rgb), v2.PILToTensor()]
     return v2.Compose(steps)(image)  # RGB conversion comes last, as in preprocessing
 
 

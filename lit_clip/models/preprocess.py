@@ -58,8 +58,9 @@ def pixels(config: Preprocessing) -> v2.Compose:
     """Return the evaluation transform up to the pixels: PIL image -> uint8 of the shape ``config.shape``."""
     if config.max_patches is not None:
         return v2.Compose([v2.Lambda(to_rgb), v2.Lambda(partial(patch_sequence, config=config))])
-    # RGB conversion comes last, as in the peers: resizing a palette image picks entries and does not mix colours.
-    return v2.Compose([*resize_steps(config), v2.Lambda(to_rgb), v2.PILToTensor()])
+    # RGB conversion comes last, as in the peers: resizing a palette image picks entries and does not mix colours. Deep
+    # levels come first: resizing forgets their range.
+    return v2.Compose([v2.Lambda(eight_bits), *resize_steps(config), v2.Lambda(to_rgb), v2.PILToTensor()])
 
 
 def image_transform(config: Preprocessing) -> v2.Compose:

@@ -86,9 +86,9 @@ class Preservation(Loss):
         dim = pairs.image.shape[1]  # Matryoshka's have fewer channels
         return feature_distance((image[:, :dim], text[:, :dim]), (self.image[rows], self.text[rows]), ranks)
 
-    def chance_loss(self, pairs: int) -> float:
-        """Return 0: the term does not compare pairs."""
-        return 0.0
+    def chance_loss(self, pairs: int) -> float | None:
+        """Return None: a distance has no value that a model which knows nothing reaches."""
+        return None
 
     def _encoded(self, rows: Tensor, parts: int, device: torch.device) -> Iterator[Tensor]:
         """Return unit features ``[B, D]`` of images and texts, in the step's number of micro-batches; and rows."""

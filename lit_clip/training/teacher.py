@@ -134,9 +134,9 @@ class Distillation(Loss):
             return features
         return F.linear(features, self.maps[tower].weight[:, : features.shape[1]], self.maps[tower].bias)
 
-    def chance_loss(self, pairs: int) -> float:
-        """Return log N, the cross-entropy if all candidates seem equal; distances of features say nothing of pairs."""
-        return math.log(pairs) if self.of == "probabilities" else 0.0
+    def chance_loss(self, pairs: int) -> float | None:
+        """Return log N, the cross-entropy if all candidates seem equal; a distance has no such value."""
+        return math.log(pairs) if self.of == "probabilities" else None
 
     def get_extra_state(self) -> Tensor:
         return self._before

@@ -81,7 +81,8 @@ def open_weights(source: Source, named: bool = False) -> Weights:
         return _open_file(path, named)
     architecture, _, file = name.partition(":")
     if file and is_path(file) and len(architecture) > 1:  # the file may not name its architecture; C: is a drive
-        weights, config = _open_file(Path(file).expanduser(), named=True), resolve_architecture(architecture)
+        config = resolve_architecture(architecture)  # first: an address, which may hold a password, has none
+        weights = _open_file(Path(file).expanduser(), named=True)
         if weights.config:
             check_same(weights.config, config, weights.name, f"leave out {architecture}:, the file names its own")
         else:

@@ -49,9 +49,19 @@ def test_a_callback_without_a_default_goes_after_preemption() -> None:
 
 def test_callbacks_are_left_out_by_name_and_others_of_the_name_stay() -> None:
     given = NonFiniteSteps("skip")
-    found = callbacks.defaults(Without(["PrintPlan", "NonFiniteSteps", "Preemption"]), given)
+    found = callbacks.defaults(Without(["PrintPlan", "NonFiniteSteps"]), given)
     kinds = [type(callback) for callback in found if not isinstance(callback, Without)]
-    assert kinds == [NonFiniteSteps, ExpectedTime, ProgressLines, PrintResults, SkippedSamples, RandomStates]
+    assert kinds == [
+        Preemption,
+        NonFiniteSteps,
+        ExpectedTime,
+        ProgressLines,
+        PrintResults,
+        SkippedSamples,
+        RandomStates,
+    ]
+    with pytest.raises(InputError, match="Preemption stays"):
+        callbacks.defaults(Without(["Preemption"]))
     with pytest.raises(InputError, match="Without: EMA is none of the callbacks"):
         callbacks.defaults(Without(["EMA"]))
 

@@ -75,6 +75,9 @@ def test_a_callback_is_taken_out_by_its_name() -> None:
     assert result([written, LISTED[0]], f"{PREFIX}-=EMA") == [without]
     rest, taken = take_options([f"{PREFIX}+=callbacks.EMA", f"{PREFIX}-=PatchDropout", f"{PREFIX}.decay", "0.9"])
     assert (len(rest), len(taken)) == (3, 1)  # the options of the callback that was typed before still follow it
+    for word in (f"{PREFIX}+=callbacks.EMA", f"{PREFIX}.EMA.decay=0.9"):
+        with pytest.raises(InputError, match="takes out what another option adds or sets"):
+            take_options([f"{PREFIX}-=EMA", word])
 
 
 def test_options_that_follow_a_typed_callback_stay_the_parsers() -> None:

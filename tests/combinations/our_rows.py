@@ -40,6 +40,8 @@ def own(kind: str, folder: Path) -> Callback:
         return ours.FrozenFeatures(str(folder / "features"))
     if kind == "EMA":
         return ours.EMA(0.5)
+    if kind == "Without":
+        return ours.Without(["SkippedSamples"])  # what no other row needs
     return getattr(ours, kind)()
 
 

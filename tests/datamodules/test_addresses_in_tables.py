@@ -26,11 +26,18 @@ COMMANDS = {
     "overlap": ["overlap", "classes", "--train", *TABLE, "--num_workers", "0"],
     "classify": ["classify", "0.png", "--examples", "examples.csv", "--num_workers", "0"],
     "evaluate": ["evaluate", "--suite", "suite.yaml", "--output", "results.json", *ON_CPU],
+    "evaluate, skipping": ["evaluate", "--suite", "suite.yaml", "--output", "out", "--on_error", "skip", *ON_CPU],
+    "a model": ["embed", "0.png", "--output", "f.parquet", "--model", ADDRESS, *ON_CPU],
+    "a model, one slash": ["embed", "0.png", "--output", "f.parquet", "--model", ADDRESS.replace("//", "/"), *ON_CPU],
+    "inspect, one slash": ["inspect", "one.csv", "--num_workers", "0"],
     "fit": ["fit", "--data.train", *TABLE, *FIT],
     "fit, skipping": ["fit", "--data.train", *TABLE, "--data.val", *TABLE, "--data.bad_samples.on_error", "skip", *FIT],
     "other_image": ["fit", "--data.train", "others.csv", "--data.columns.other_image", "back", *FIT],
 }
-LISTS = ("embed, skipping", "score, skipping", "fit, skipping", "overlap")  # in a file; the terminal has no word of it
+LISTS = (
+    *("embed, skipping", "score, skipping", "fit, skipping", "evaluate, skipping", "overlap"),
+    *("a model", "a model, one slash", "inspect, one slash"),
+)  # in a file; the terminal has no word of it
 
 
 @pytest.fixture
@@ -41,6 +48,7 @@ def folder(tmp_path: Path) -> Path:
     images = [*(f"{row}.png" for row in range(7)), ADDRESS]
     rows = [f"{image},a photo of number {row}" for row, image in enumerate(images)]
     (tmp_path / "t.csv").write_text("\n".join(["image,caption", *rows]) + "\n")
+    (tmp_path / "one.csv").write_text((tmp_path / "t.csv").read_text().replace("http://", "http:/"))
     others = [f"{row}.png,a photo of number {row},{ADDRESS}" for row in range(7)]
     (tmp_path / "others.csv").write_text("\n".join(["image,caption,back", *others]) + "\n")
     rows = [f"{image},class {row % 2}" for row, image in enumerate(images)]
@@ -57,7 +65,7 @@ def folder(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_command_prints_or_writes_the_password(name: str, folder: Path, cli: Cli, tiny_checkpoint: Path) -> None:
     words = COMMANDS[name]
-    model = [] if words[0] in ("fit", "inspect", "shard") else ["--model", str(tiny_checkpoint)]
+    model = [] if words[0] in ("fit", "inspect", "shard") or "--model" in words else ["--model", str(tiny_checkpoint)]
     given = set(folder.iterdir())
     done = cli(*words, *model)
     assert "s3cretword" not in done.stdout + done.stderr

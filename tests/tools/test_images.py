@@ -7,9 +7,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from lit_clip.errors import BadSample
+from lit_clip.models.config import Preprocessing
+from lit_clip.models.preprocess import pixels
 from lit_clip.tools.images import Unseen, eight_bits, open_image, stored_image, unseen
 from tests.fuzz.samples import encoded, whole_images
 
@@ -69,6 +72,18 @@ def test_the_whole_range_of_the_files_bits_becomes_0_to_255(name: str) -> None:
     assert Unseen.DEEP in unseen(io.BytesIO(DEEP[name]), "")
     bits = 12 if name.startswith("12") else 16
     assert np.array_equal(np.asarray(stored_image(io.BytesIO(DEEP[name]))), LEVELS >> (16 - bits))
+
+
+@pytest.mark.parametrize("name", DEEP)
+def test_an_image_that_pillow_opened_has_the_pixels_of_its_file(name: str) -> None:
+    transform = pixels(Preprocessing(image_size=6))
+    expected = transform(open_image(io.BytesIO(DEEP[name])))
+    assert torch.equal(transform(Image.open(io.BytesIO(DEEP[name]))), expected)
+
+
+def test_levels_of_which_zero_is_white_are_inverted() -> None:
+    data = encoded(Image.fromarray(LEVELS), "TIFF", tiffinfo={262: 0})
+    assert np.array_equal(np.asarray(open_image(io.BytesIO(data))), 255 - LEVELS // 256)
 
 
 def test_deep_colours_have_the_levels_of_deep_grey() -> None:

@@ -14,7 +14,9 @@ its tests fails when Lightning no longer does what makes the patch necessary.
 - ``run_folder``: ``trainer.log_dir`` is not the run's folder for all loggers.
 - ``strategies``: DDP by name has a second copy of all gradients, and synchronises buffers in each rank's first batch of
   a validation; torch's converter, which Lightning uses, drops the activation in timm's BatchNorm.
-  When a validation is due, how to run one between two steps, and a logger's own state have no public names.
+  A logger's own state has no public name.
+- ``loop_counts``: Lightning guesses from its loops' counts where a checkpoint was saved, and resumes wrongly from an
+  epoch's last step. When a validation is due, and how to run one between two steps, have no public names.
 - ``fsdp``: Lightning's strategies for shards cannot hold a scalar, and restore before the module sees a checkpoint.
 - ``sharded_checkpoints``: how ``fsdp`` saves; torch's format of shards is pickled.
 - ``command_line``: LightningCLI lets a checkpoint's settings override typed ones, builds every command's parser, and

@@ -17,6 +17,7 @@ from lightning.fabric.plugins import TorchCheckpointIO
 from lightning.fabric.strategies.launchers.subprocess_script import _ChildProcessObserver
 from lightning.fabric.utilities.cloud_io import _load
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -50,6 +51,30 @@ def test_signals_lightning_broadcasts_before_every_step_and_in_its_handler() -> 
     trainer = quiet()
     assert "self._broadcast_sigterm_tensor()" in inspect.getsource(type(trainer.fit_loop.epoch_loop).advance)
     assert "broadcast" in inspect.getsource(type(trainer._signal_connector)._sigterm_notifier_fn)
+
+
+def test_loop_counts_lightning_begins_an_epoch_that_it_does_not_count(tmp_path: Path) -> None:
+    """A run that is resumed after an epoch's last step saves, within the next one, that no epoch is under way."""
+
+    def fit(every: int, resumed: Path | None = None) -> None:
+        saver = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, every_n_train_steps=every)
+        trainer = Trainer(
+            accelerator="cpu",
+            callbacks=[saver],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+            max_epochs=2,
+            limit_train_batches=2,
+            limit_val_batches=0,
+        )
+        trainer.fit(BoringModel(), ckpt_path=resumed, weights_only=False)
+
+    fit(2)
+    fit(1, tmp_path / "step=2.ckpt")
+    loops = torch.load(tmp_path / "step=3.ckpt", weights_only=False)["loops"]["fit_loop"]
+    assert loops["epoch_loop.batch_progress"]["current"]["processed"] == 1
+    assert loops["epoch_progress"]["current"]["started"] == loops["epoch_progress"]["current"]["processed"]
 
 
 def test_rank_watchdog_lightning_kills_the_first_rank() -> None:
