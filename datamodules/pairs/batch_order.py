@@ -21,6 +21,7 @@ from .neighbours import Neighbours
 from .source import PairSource
 
 MOST_LEFT, MOST_EARLIER, MOST_TRIES = 128, 256, 8  # rows, and batches, that are tried to fill another batch
+MOST_IDLE = 8  # earlier batches one after the other that give no row
 
 
 @dataclass(frozen=True)
@@ -113,9 +114,14 @@ class _Walk:
         for row in left:
             if len(batch) < self.size and self._taken(row):
                 batch.append(row)
+        idle = 0
         for other in reversed(earlier):
+            before = len(batch)
             while len(batch) < self.size and (given := self._exchange(other, left)) is not None:
                 batch.append(given)
+            idle = 0 if len(batch) > before else idle + 1
+            if len(batch) == self.size or idle == MOST_IDLE:  # what is left is in nearly every batch
+                break
         return batch
 
     def _exchange(self, other: list[int], left: list[int]) -> int | None:
@@ -123,9 +129,11 @@ class _Walk:
         owners = {name: place for place, row in enumerate(other) for name in self._names(row)}
         for row in left:
             conflicts = {owners[name] for name in self._names(row) if name in owners}
-            for place in range(self.size) if self.draws[row] and len(conflicts) < 2 else ():
+            if not self.draws[row] or len(conflicts) > 1:
+                continue
+            for place in conflicts or range(self.size):
                 names = self._names(other[place])
-                if conflicts <= {place} and self.present.isdisjoint(names):
+                if self.present.isdisjoint(names):
                     self.present.update(names)
                     self.draws[row] -= 1
                     given, other[place] = other[place], row
