@@ -323,7 +323,8 @@ def read_classes(words: Sequence[str]) -> list[str]:
     require(all(names), "--classes: a name is empty")
     for name in names:
         even = all(name.count(left) == name.count(right) for left, right in ("[]", "()"))
-        require(even, f"--classes: {name}: a bracket is open; type all names as [a, b], or each as a word")
+        one = even and not re.fullmatch(r"\[.*,.*\]", name)
+        require(one, f"--classes: {name}: its brackets hold no list here; type all names as [a, b], or each as a word")
     counts = Counter(name.casefold() for name in names)
     duplicates = {name.casefold(): name for name in names if counts[name.casefold()] > 1}
     if duplicates:
