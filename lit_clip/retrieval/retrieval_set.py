@@ -29,7 +29,7 @@ from lit_clip.tools.hashing import hash64
 RECALL_AT = (1, 5, 10)
 DIRECTIONS = ("image_to_text", "text_to_image")
 MEAN_RECALL = "mean_recall"
-ALIKE = 1e-6  # a difference in every dimension of unit features below which the model cannot tell images or texts apart
+ALIKE = 1e-5  # a difference in every dimension of unit features below which the model cannot tell images or texts apart
 BLOCK = 2**25  # bytes; blocks of this size are returned to the system when freed
 
 
