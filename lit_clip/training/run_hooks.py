@@ -68,7 +68,8 @@ class RunHooks(LightningModule):
 
     def __init__(self) -> None:
         super().__init__()
-        self.base_sha256, self.resumed_after = "", (0, 0)
+        self.base_sha256 = ""
+        self.resumed_after = (0, 0)
         self.baselines: dict[str, float] = {}
         self.alike = ""
         self.before: dict[str, float] = {}
