@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from rich.table import Table
 
 from lit_clip import load_model
@@ -27,12 +28,14 @@ from lit_clip.tools.console import Console, Text, progress, stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.html import thumbnail, write_page
-from lit_clip.tools.images import OnError, open_image, or_skip
-from lit_clip.tools.text_files import read_json, read_text
+from lit_clip.tools.images import OnError, image_program, open_image, or_skip
+from lit_clip.tools.text_files import read_text
 
 TEMPLATE = Path(__file__).parent / "templates" / "locate.html"
 JSON, PAGE, SKIPPED = "locations.json", "locate.html", "skipped.txt"
 KINDS = ("overlay", "mask")  # of the files for an image and a text
+NAME = re.compile(r"[a-z0-9-]*[0-9a-f]{12}(\.mask)?\.png")  # of such a file, see file_stem
+PROGRAM = "lit-clip locate"  # in such a file, by which a later run knows it wherever it lies
 SHOWN, THUMBNAIL = 100, 320  # images on the page, and pixels of an overlay's longer side there
 
 
@@ -58,7 +61,7 @@ def locate(
         model: a checkpoint, or a name that lit_clip.load_model understands.
         output: a folder for locations.json, for each image and text a heat map over the image and a mask, and
             locate.html, a page of the first 100 images. An earlier run's files are replaced, whatever its texts were;
-            images in the folder are not read.
+            images in the folder are not read, nor are heat maps and masks of earlier runs in other folders.
         background: a text file with one text of another thing per line, of the form of yours; by default the names of
             the 100 classes of CIFAR-100.
         false_alarms: share of images in which a text of a thing that is not there may be seen, if the background is of
@@ -101,15 +104,23 @@ def _background(name: str, texts: Sequence[str]) -> list[str]:
 
 
 def _outside(files: list[ImageFile], images: str, folder: Path) -> list[ImageFile]:
-    """Leave out a folder's images that lie in the output folder: heat maps and masks of an earlier run."""
+    """Leave out a folder's images that lie in the output folder, and heat maps and masks of earlier runs anywhere."""
     top, output = (os.path.realpath(each) for each in (images, folder))
     if not os.path.isdir(top):
         return files
     wrong = f"--output {folder}: the images are in it, where the next run would read the heat maps; name another folder"
     require(not Path(top).is_relative_to(output), wrong)
     found = [file for file in files if not Path(os.path.realpath(file.path.parent)).is_relative_to(output)]
-    require(bool(found), f"{images}: no images outside of --output {folder}")
+    found = [file for file in found if not _is_of_a_run(file.path)]
+    require(bool(found), f"{images}: no images outside of --output {folder}, apart from heat maps and masks of earlier runs")
     return found
+
+
+def _is_of_a_run(path: Path) -> bool:
+    """Return whether a file is a heat map or a mask that a run has written, by its header."""
+    with suppress(BadSample):
+        return path.suffix == ".png" and image_program(path, str(path)) == PROGRAM
+    return False
 
 
 @dataclass
@@ -185,14 +196,11 @@ class Answers:
         }
 
     def _remove_earlier(self) -> None:
-        """Remove an earlier run's files that this run has not written: those in its lists that have a run's names."""
-        written, listed = {row[kind] for row in self.rows for kind in KINDS}, []
-        for name in (JSON, f"{JSON}.partial"):
-            with suppress(InputError, TypeError):  # there is none, or another program's
-                listed += [row for row in read_json(self.folder / name) if isinstance(row, dict)]
-        for name in {str(row.get(kind)) for row in listed for kind in KINDS} - written:
-            if re.fullmatch(r"[a-z0-9-]+(\.mask)?\.png", name):
-                remove(self.folder / name)
+        """Remove heat maps and masks of earlier runs that this run has not written."""
+        written = {row[kind] for row in self.rows for kind in KINDS}
+        for path in self.folder.glob("*.png"):
+            if path.name not in written and NAME.fullmatch(path.name) and _is_of_a_run(path):
+                remove(path)
         remove(self.folder / f"{JSON}.partial")
 
     def _write(self, name: str) -> Path:
@@ -219,5 +227,7 @@ def file_stem(key: str, text: str) -> str:
 
 
 def _save(image: Image.Image, path: Path) -> None:
+    header = PngInfo()
+    header.add_text("Software", PROGRAM)
     with replacing(path) as draft:
-        image.save(draft, "PNG")
+        image.save(draft, "PNG", pnginfo=header)

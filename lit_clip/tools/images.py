@@ -169,6 +169,12 @@ def image_size(source: Path | BinaryIO, where: str) -> tuple[int, int]:
         return image.size
 
 
+def image_program(source: Path | BinaryIO, where: str) -> object:
+    """Return the program that a PNG names as its own in its header, without decoding it; None if it names none."""
+    with _opened(source, where) as image:
+        return image.info.get("Software")
+
+
 def or_skip(message: str, option: str) -> str:
     """Return a message about an unreadable image that ends in the option that would skip it."""
     return f"{message.removesuffix(FIX_HINT)}{FIX_HINT}, or set {option}"
