@@ -1,6 +1,7 @@
 """Images and masks, in files of their own: Pascal VOC, Pascal Context, ADE20K, COCO-Stuff, Cityscapes, and others."""
 
 import os
+from collections import Counter
 from functools import lru_cache
 from pathlib import Path
 
@@ -65,6 +66,9 @@ class MaskedFiles(UnlabelledFiles, Masked):
             raise InputError(f"classes: {classes!r} must be a list of names or one of {', '.join(_known_classes())}")
         self.synonyms = [*([background] if background else []), *([name] for name in names)]
         self.class_names = [*(["background"] if background else []), *names]
+        for given in (self.class_names, [name for group in self.synonyms for name in group]):
+            twice = [repr(name) for name, count in Counter(map(str.casefold, given)).items() if count > 1]
+            require(not twice, f"classes, background: {', '.join(twice)} is named more than once; name each once")
         self._short_side = short_side
         self._values = list(range(first, first + len(self.synonyms))) if values is None else values
         self._ignored = list({255}.difference(self._values)) if ignored is None else ignored

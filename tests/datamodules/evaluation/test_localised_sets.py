@@ -101,9 +101,15 @@ def test_unknown_values_channels_and_missing_files_are_one_line(data: Path) -> N
         ("ignored", [-1], "ignored: [-1] must be between 0 and 65535"),
         ("ignored", [200, 3], "ignored: 3 is the value of the class"),
         ("values", [7] * 150, "values: 1 for 150 classes"),
+        ("classes", ["red", "blue", "Red"], "classes, background: 'red' is named more than once"),
+        ("background", ["sky", "sky"], "classes, background: 'sky' is named more than once"),
         ("mask_suffix", ".tif", "no masks that end in .tif"),
     ):
         assert words in message_of(partial(MaskedFiles, str(root), **{**given, name: value}))
+    given["background"] = ["grey"]
+    assert "'background' is named more than once" in message_of(
+        partial(MaskedFiles, str(root), **{**given, "classes": ["background", "red"]})
+    )
     with pytest.raises(MissingData, match="annotations/training: no such folder"):
         MaskedFiles(str(root), "images/validation", "annotations/training", "ade20k")
 
