@@ -33,7 +33,7 @@ class MaskedFiles(UnlabelledFiles, Masked):
         images: folder of the images below it.
         masks: folder of the masks below it; both may have subfolders.
         classes: a list of ``segmentation_classes.yaml`` (``voc``, ``context``, ``ade20k``, ``coco_stuff``,
-            ``cityscapes``), or the class names in label order.
+            ``cityscapes``), or the class names in label order, each once.
         background: names of a class that stands before them; None: there is none. A pixel is background where one of
             its names has the highest cosine.
         first: value of the first class in the masks, which the others follow.

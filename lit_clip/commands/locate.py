@@ -4,7 +4,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from lit_clip.commands.class_output import json_text
 from lit_clip.embedding.encoding_task import check_complete, report_skipped
 from lit_clip.embedding.image_files import ImageFile, find_images
 from lit_clip.embedding.reading import UnreadableRow
-from lit_clip.errors import BadSample, InputError, require
+from lit_clip.errors import BadSample, require
 from lit_clip.locating.locator import FALSE_ALARMS, Locator, other_texts
 from lit_clip.locating.overlay import Scale, overlay
 from lit_clip.locating.regions import Region, resized_mask
@@ -28,7 +27,7 @@ from lit_clip.tools.console import Console, Text, progress, stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.html import thumbnail, write_page
-from lit_clip.tools.images import OnError, image_program, open_image, or_skip
+from lit_clip.tools.images import OnError, open_image, or_skip, png_program
 from lit_clip.tools.text_files import read_text
 
 TEMPLATE = Path(__file__).parent / "templates" / "locate.html"
@@ -111,16 +110,9 @@ def _outside(files: list[ImageFile], images: str, folder: Path) -> list[ImageFil
     wrong = f"--output {folder}: the images are in it, where the next run would read the heat maps; name another folder"
     require(not Path(top).is_relative_to(output), wrong)
     found = [file for file in files if not Path(os.path.realpath(file.path.parent)).is_relative_to(output)]
-    found = [file for file in found if not _is_of_a_run(file.path)]
-    require(bool(found), f"{images}: no images outside of --output {folder}, apart from heat maps and masks of earlier runs")
+    found = [file for file in found if png_program(file.path) != PROGRAM]
+    require(bool(found), f"{images}: no images outside of --output {folder} but heat maps of earlier runs")
     return found
-
-
-def _is_of_a_run(path: Path) -> bool:
-    """Return whether a file is a heat map or a mask that a run has written, by its header."""
-    with suppress(BadSample):
-        return path.suffix == ".png" and image_program(path, str(path)) == PROGRAM
-    return False
 
 
 @dataclass
@@ -199,7 +191,7 @@ class Answers:
         """Remove heat maps and masks of earlier runs that this run has not written."""
         written = {row[kind] for row in self.rows for kind in KINDS}
         for path in self.folder.glob("*.png"):
-            if path.name not in written and NAME.fullmatch(path.name) and _is_of_a_run(path):
+            if path.name not in written and NAME.fullmatch(path.name) and png_program(path) == PROGRAM:
                 remove(path)
         remove(self.folder / f"{JSON}.partial")
 

@@ -259,7 +259,8 @@ def _evaluate_folds(
 def classification(task: Task, opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
     """Return the result of a task, averaged over folds, and save the predictions below ``folder``."""
     start, metric, first = time.monotonic(), opened.entry.metric, opened.folds[0]
-    targets, (stem, names) = targets_of(opened, first, "test"), (_stem(folder, opened, task), class_names(opened))
+    targets, names = targets_of(opened, first, "test"), class_names(opened)
+    stem = (folder / predictions_name(opened.name, task)).with_suffix("")
     metrics, notes = _allowed(options, opened, targets)
     found = _evaluate_folds(task, opened, options, metrics, stem)
     mean, columns = mean_over_folds(found.metrics), joined(found.rows)
@@ -292,10 +293,6 @@ def classification(task: Task, opened: OpenSet, options: TaskOptions, folder: Pa
     if options.metrics:
         result |= {"given": list(given), "notes": notes}
     return result | {"files": [path.relative_to(folder).as_posix() for path in found.files]}
-
-
-def _stem(folder: Path, opened: OpenSet, task: Task) -> Path:
-    return (folder / predictions_name(opened.name, task)).with_suffix("")
 
 
 def _thresholds(scores: ClassScores, targets: Targets, names: Sequence[str]) -> dict[str, Any]:

@@ -5,7 +5,7 @@ Every class that an image shows is a query. The point is the centre of the place
 Shapes: M names, h x w places, H x W pixels.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -89,11 +89,8 @@ def pointing_metrics(records: PlaceRecords) -> dict[str, Any]:
 def pointing(records: PlaceRecords, keys: Sequence[str], name: str, folder: Path) -> dict[str, Any]:
     """Return the task's entry in ``results.json`` and save the predictions; ``keys`` are the images'."""
     row, label, hit, _ = records.values.T
-    names = list(_query_keys(row, label, dict(zip(records.rows, keys, strict=True))))
+    key_of = dict(zip(records.rows, keys, strict=True))
+    names = [f"{key_of[image]}#{of_class}" for image, of_class in zip(row.tolist(), label.tolist(), strict=True)]
     columns = {"key": names, "truth": label.astype(np.int32), "score": hit.astype(np.float32)}
     judged = zip(names, label.tolist(), strict=True)
     return {**pointing_metrics(records), **predictions_entry(folder, name, "pointing", columns, judged)}
-
-
-def _query_keys(row: np.ndarray, label: np.ndarray, keys: dict[int, str]) -> Iterator[str]:
-    return (f"{keys[image]}#{of_class}" for image, of_class in zip(row.tolist(), label.tolist(), strict=True))

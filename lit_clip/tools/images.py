@@ -3,7 +3,7 @@
 import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from enum import StrEnum
 from functools import cache
@@ -169,10 +169,10 @@ def image_size(source: Path | BinaryIO, where: str) -> tuple[int, int]:
         return image.size
 
 
-def image_program(source: Path | BinaryIO, where: str) -> object:
-    """Return the program that a PNG names as its own in its header, without decoding it; None if it names none."""
-    with _opened(source, where) as image:
-        return image.info.get("Software")
+def png_program(path: Path) -> object:
+    """Return the program that a PNG's header says has written it; None if it says none, and for other files."""
+    with suppress(BadSample), _opened(path, None) as image:
+        return image.info.get("Software") if image.format == "PNG" else None
 
 
 def or_skip(message: str, option: str) -> str:

@@ -111,9 +111,7 @@ def test_a_later_run_reads_no_heat_maps_and_leaves_no_file_of_an_earlier_one(fol
     assert run(".", "blue") == second
 
 
-def test_heat_maps_of_earlier_runs_in_other_folders_are_not_read(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_heat_maps_of_earlier_runs_in_other_folders_are_not_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = run("photos", "red", "green", "--output", "photos/first")
     with monkeypatch.context() as killed:  # after its first image, so that it writes no list
         killed.setattr("lit_clip.commands.locate.Answers._write", lambda *_: 1 / 0)
@@ -129,7 +127,7 @@ def test_heat_maps_of_earlier_runs_in_other_folders_are_not_read(
     assert run(drawn[1], "red")[0]["image"] == drawn[1]  # a file that is named is read
     for name in (*IMAGES, "photos/first/own.png"):
         (folder / name).unlink()
-    with pytest.raises(InputError, match="photos: no images outside of --output other, apart from heat maps"):
+    with pytest.raises(InputError, match="photos: no images outside of --output other but heat maps"):
         run("photos", "red", "--output", "other")
 
 
