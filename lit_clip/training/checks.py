@@ -125,6 +125,11 @@ def check_counts(trainer: Any) -> None:
         unset = value is None and name != "accumulate_grad_batches"
         share = isinstance(value, float)  # of an epoch
         require(unset or share or (value or 0) >= 1, f"trainer.{name}: {value} must be at least 1")
+    require(
+        trainer.world_size == 1 or getattr(trainer, "_val_check_time_interval", None) is None,
+        "trainer.val_check_interval: each rank measures a time by its own clock, and would validate after another step "
+        "than the others; set a number of steps",
+    )
 
 
 def check_run(module: Any) -> None:

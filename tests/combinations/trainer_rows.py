@@ -131,7 +131,9 @@ works(
     RESUMED,
     trainer=watched(val_check_interval=3, check_val_every_n_epoch=None),
 )
-works(TRAINER, "val_check_interval: 1 day", SAME, validates(), trainer=watched(val_check_interval="01:00:00:00"))
+one_day = watched(val_check_interval="01:00:00:00")
+works(TRAINER, "val_check_interval: 1 day", SAME, validates(), ranks=[1], trainer=one_day)
+refused(TRAINER, "val_check_interval: 1 day", "by its own clock", ranks=[2], trainer=one_day)
 works(TRAINER, "check_val_every_n_epoch: 2", SAME, validates(8), trainer=watched(check_val_every_n_epoch=2))
 works(TRAINER, "num_sanity_val_steps: 0", SAME, RESUMED, trainer=option(num_sanity_val_steps=0))
 works(TRAINER, "num_sanity_val_steps: -1", SAME, RESUMED, trainer=option(num_sanity_val_steps=-1))
