@@ -26,8 +26,10 @@ class PrintPlan(ModelSummary):
         # Not when training starts: by then a strategy may have sharded the weights.
         if stage == "fit" and trainer.is_global_zero:
             self._plan = measure_run(pl_module, trainer)
-            if not trainer.ckpt_path:
-                print_plan(self._plan)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.ckpt_path:  # which is not known before
+            print_plan(self._plan)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero and trainer.ckpt_path:  # the checkpoint tells how many steps are done

@@ -276,7 +276,7 @@ class CLI(PlainCLI):
     def before_fit(self) -> None:
         """Print the plan only, or validate before the first step; a resumed run has those metrics in its checkpoint."""
         if self.setting("print_plan"):
-            print_plan_of(self.trainer, self.model, self.datamodule)
+            print_plan_of(self.trainer, self.model, self.datamodule, self.setting("ckpt_path"))
             sys.exit(0)
         if self.setting("validate_first") and not self.setting("ckpt_path"):
             self.trainer.validate(self.model, self.datamodule, verbose=False)

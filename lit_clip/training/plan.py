@@ -16,7 +16,7 @@ from lit_clip.models.rates import Rates
 from lit_clip.tools.parts import Description
 from lit_clip.training.activation_checkpointing import is_checkpointed
 from lit_clip.training.optimizers import state_per_weight
-from lit_clip.training.schedules import batches_per_epoch, total_steps
+from lit_clip.training.schedules import batches_per_epoch, resumed_after, total_steps
 
 # The methods by which a batch may get hard negatives.
 MAKE_BATCHES = (
@@ -156,7 +156,7 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         checkpointed=sum(map(is_checkpointed, blocks)) / len(blocks),
         steps_per_epoch=per_epoch,
         trial=bool(getattr(trainer, "fast_dev_run", False)),
-        steps=None if per_epoch is None else total_steps(trainer),
+        steps=None if per_epoch is None else total_steps(trainer, *resumed_after(trainer)),
         pairs=None if source is None else getattr(source, "pairs_per_epoch", len(source)),
         warmup=parts["lr_scheduler"]["init_args"].get("warmup_steps"),
         learning_rate=module.optimization.lr,

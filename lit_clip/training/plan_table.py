@@ -1,13 +1,17 @@
 """The plan of a run as a table, with what contradicts itself in it."""
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from lit_clip.tools.console import Console
 from lit_clip.tools.parts import shown
+from lit_clip.tools.weight_files import read_mapped
 from lit_clip.training.checks import check_counts, contradictions
+from lit_clip.training.lightning.loop_counts import resumed_counts
+from lit_clip.training.lightning.resume_checks import check_restorable
 from lit_clip.training.plan import RunPlan, measure_run
 from lit_clip.training.summary import print_trained
 
@@ -18,8 +22,8 @@ MANY_EPOCHS = 16_000  # between 5,000 and 50,000, of which 65 and 12 epochs were
 BATCH_MATTERS = 2_000  # with 5,000 and 50,000 256 pairs a step were best, with 500 the batch hardly mattered
 
 
-def print_plan_of(trainer: Any, module: Any, data: Any) -> None:
-    """Print the plan as the start of a run does, without training and without starting other processes."""
+def print_plan_of(trainer: Any, module: Any, data: Any, resumed: str | None = None) -> None:
+    """Print the plan as the start of a run does, or of one ``resumed`` from a checkpoint, and start no processes."""
     check_counts(trainer)
     trainer.datamodule, data.trainer = data, trainer  # as fit does
     trainer.strategy.connect(module)
@@ -27,6 +31,10 @@ def print_plan_of(trainer: Any, module: Any, data: Any) -> None:
     data.setup("fit")
     for callback in (each for each in trainer.callbacks if getattr(each, "changes_model", False)):
         callback.setup(trainer, module, "fit")
+    if resumed:
+        checkpoint = {**read_mapped(Path(resumed)), "callbacks": {}}  # whose folders are not known yet
+        check_restorable(checkpoint, trainer, resumed)
+        module.resumed_after = resumed_counts(checkpoint, None)
     if trainer.is_global_zero:
         print_plan(measure_run(module, trainer))
         if fine_tunes(module.hparams):

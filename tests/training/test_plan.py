@@ -260,6 +260,23 @@ def test_steps_are_left_out_where_the_data_module_does_not_know_them(tiny_config
     assert not [*contradictions(plan)]
 
 
+def test_the_steps_of_a_resumed_run_count_those_made_with_another_batch_size(
+    cli: Callable[..., CompletedProcess[str]], caption_table: Path, tmp_path: Path
+) -> None:
+    words = ["fit", "--model.architecture", TINY_YAML, "--data", "datamodules.Captions", "--data.num_workers", "0"]
+    words += ["--data.train", str(caption_table), "--data.val", str(caption_table), "--trainer.accelerator", "cpu"]
+    first = cli(*words, "--data.batch_size", "24", "--trainer.max_epochs", "1")
+    assert first.returncode == 0, first.stderr
+    (file,) = {path.resolve() for path in tmp_path.rglob("*.ckpt")}
+    # One epoch of two steps with 24 pairs each, and two epochs of eight with 8.
+    resumed = [*words, "--data.batch_size", "8", "--trainer.max_epochs", "3", "--ckpt_path", str(file)]
+    for more in (["--print_plan"], []):
+        done = cli(*resumed, *more)
+        assert done.returncode == 0, done.stderr
+        assert re.findall(r"steps +│ (\d+), (\d+) per epoch", done.stdout) == [("18", "8")]
+    assert "step 18 of 18" in done.stdout + done.stderr
+
+
 def test_print_plan_prints_and_leaves_nothing_behind(
     cli: Callable[..., CompletedProcess[str]], caption_table: Path, tmp_path: Path
 ) -> None:

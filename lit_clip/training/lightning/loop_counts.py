@@ -54,7 +54,7 @@ def resumed_counts(checkpoint: Mapping[str, Any], batches_per_epoch: int | None)
     counts as many, in place; Lightning would take more.
     """
     loops = _fit_loop(checkpoint)
-    batches, steps = loops.get("epoch_loop.batch_progress"), checkpoint["global_step"]
+    batches, steps = loops.get("epoch_loop.batch_progress"), checkpoint.get("global_step", 0)
     if not batches:
         return 0, 0
     complete, counts = loops["epoch_progress"]["current"]["completed"], batches["current"]
