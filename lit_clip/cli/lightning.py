@@ -111,6 +111,9 @@ class CLI(PlainCLI):
         subcommand = next((word for word in words if word in self.parsers), None)
         argv.import_encoders(words, subcommand)
         argv.check_encoder_options(words, subcommand)
+        for name in ("--data.train", "--data.val", "--data.keep"):
+            once = len(argv.options(words, name)) < 2
+            require(once, f"{name}: typed more than once, and the last alone would count; type one list, '[a, b]'")
         path, saved, packaged = argv.checkpoint_path(words, subcommand), {}, {}
         require(path not in ("", "best"), f"--ckpt_path {path}: give a checkpoint's path, or last for the newest")
         if subcommand and path and path not in NEWEST:

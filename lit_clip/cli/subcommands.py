@@ -1,8 +1,8 @@
 """Commands other than LightningCLI's: each is a function, and its signature is its command line.
 
 Parameters without a default are positional; all others, and those after ``*``, are options, required if they have no
-default. The docstring is the help. A ``list`` takes any number of words, a ``bool`` is a flag. A dataclass groups
-options: each field is one, and its docstring is their help.
+default. The docstring is the help. A ``list`` takes any number of words, in one option or more; a ``bool`` is a flag.
+A dataclass groups options: each field is one, and its docstring is their help.
 """
 
 import dataclasses
@@ -79,7 +79,8 @@ def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
             parser.add_argument(key, type=str, nargs="*", default=[], help=helps.get(key))  # an empty list may be right
         elif key in lists:
             default = {"required": True} if required else {"default": parameter.default}
-            parser.add_argument(f"--{key}", type=lists[key], nargs="+", help=helps.get(key), **default)
+            action = "store" if default.get("default") else "extend"  # which would add to the default
+            parser.add_argument(f"--{key}", type=lists[key], nargs="+", action=action, help=helps.get(key), **default)
     return parser
 
 

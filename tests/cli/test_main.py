@@ -226,7 +226,6 @@ def assert_user_error(result: Completed, *parts: str) -> None:
             ["Captions: option 'trian' is not accepted; did you mean --data.train?"],
         ),
         (["captions.csv"], ["unrecognized arguments: captions.csv", "a path of data is the value of --data.train"]),
-        (["--data.val", "nowhere.csv"], ["nowhere.csv: no such file or folder"]),
         (["--data.columns.caption", "words"], ["no column 'words'", "image, caption", "columns.caption"]),
         (["--data.batch_size", "1000"], ["64 training pairs", "batch_size to 64 or less"]),
         (["--trainer.callbacks+=callbacks.ZeroSho"], ["no attribute", "did you mean callbacks.ZeroShot?"]),
@@ -244,6 +243,19 @@ def test_bad_options_are_one_line_and_exit_code_2(
     options: list[str], parts: list[str], caption_table: Path, in_process: Cli
 ) -> None:
     assert_user_error(in_process(*words("fit", caption_table), *options), *parts)
+
+
+def test_data_that_are_not_there_are_named(caption_table: Path, in_process: Cli) -> None:
+    typed = [each if each != str(caption_table) else "nowhere.csv" for each in words("fit", caption_table)]
+    assert_user_error(in_process(*typed), "nowhere.csv: no such file or folder")
+
+
+@pytest.mark.parametrize("option", ["--data.train", "--data.val", "--data.keep"])
+def test_data_that_are_typed_twice_are_refused_instead_of_half_of_them_forgotten(
+    option: str, caption_table: Path, in_process: Cli
+) -> None:
+    refused = in_process(*words("validate", caption_table), f"{option}=a.csv", option, "b.csv")
+    assert_user_error(refused, f"{option}: typed more than once", "type one list, '[a, b]'")
 
 
 def test_a_configuration_for_gpus_says_how_to_run_it_elsewhere() -> None:

@@ -29,6 +29,7 @@ from lit_clip.cli.main import main
 from lit_clip.cli.plain_help import COMMON, short_help
 from lit_clip.cli.subcommands import COMMANDS, command_parser, run_command
 from lit_clip.commands.classify import class_probabilities, classify, read_classes
+from lit_clip.commands.evaluate import evaluate
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.models.flops import measure
@@ -102,6 +103,14 @@ def grouped(name: str, *, group: Group, number: int = 1) -> None:
 
 
 received: list[object] = []
+
+
+def test_a_list_that_is_typed_in_parts_is_put_together_and_replaces_its_default() -> None:
+    typed = ["--classes", "a", "b", "--templates", "a {}", "--classes", "c", "--output", "csv", "--output", "json"]
+    parsed = command_parser("classify", classify).parse_args(["photos", "--model", "m", *typed])
+    assert (parsed.classes, parsed.templates, parsed.output) == (["a", "b", "c"], ["a {}"], "json")
+    twice = ["--suite", "s.yaml", "--model", "m", "--output", "o", "--shots", "1", "--shots", "2", "4"]
+    assert command_parser("evaluate", evaluate).parse_args(twice).shots == [1, 2, 4]
 
 
 def test_the_fields_of_a_dataclass_are_options(monkeypatch: pytest.MonkeyPatch) -> None:
