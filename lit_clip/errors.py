@@ -85,8 +85,7 @@ def no_such_file(path: str | os.PathLike[str]) -> InputError:
     path = Path(path)
     hint = similar_file(path)
     if path.parts[:1] == ("configs",) and not Path("configs").is_dir():
-        advice = "type the command in a clone of it, or give the whole path"
-        hint = f"; configs is a folder of lit-clip's repository: {advice}"
+        hint = f"; packaged configurations are typed by name, without folder and ending: {path.stem}"
     return InputError(f"{path}: there is no such file{hint}")
 
 

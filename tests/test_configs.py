@@ -2,6 +2,7 @@
 
 import importlib
 import inspect
+import re
 from pathlib import Path
 
 import open_clip
@@ -12,6 +13,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lit_clip import load_model
 from lit_clip.cli.lightning import CLI, run
+from lit_clip.commands.configs import configs
+from lit_clip.errors import InputError
 from lit_clip.evaluation.suite import read_suite
 from lit_clip.losses import Sigmoid
 from lit_clip.models.registry import resolve_architecture
@@ -36,20 +39,26 @@ def test_the_documented_configs_exist() -> None:
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_config_parses_and_its_classes_and_options_exist(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_config_parses_by_name_in_any_folder_and_its_classes_and_options_exist(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(CLI, "instantiate_classes", lambda self: None)  # the data may not exist here
     for name in ("IMAGENET", "CLASSES", "HELD_OUT", "IMAGE_WEIGHTS", "TEXT_ENCODER"):
         monkeypatch.setenv(name, name.lower())
     added_to = {"fsdp": "pretrain_vit_l14", "icons_towers": "quickstart_towers"}.get(path.stem)
-    base = ["--config", str(ROOT / f"configs/{added_to}.yaml")] if added_to else []
-    command = run(args=[*base, "--config", str(path)], execute=False)
+    base = ["--config", added_to] if added_to else []
+    command = run(args=[*base, f"--config={path.stem}"], execute=False)
     architecture = command.config.model.architecture  # None: the checkpoint's
     assert not isinstance(architecture, str) or resolve_architecture(architecture)  # parsing has checked explicit sizes
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
-def test_suite_parses_and_its_classes_accept_their_arguments(path: Path) -> None:
-    for name, entry in read_suite(path).items():
+def test_suite_parses_by_name_in_any_folder_and_its_classes_accept_their_arguments(
+    path: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, entry in read_suite(path.stem).items():
         for fold in range(len(entry.folds)):
             for split in entry.splits:
                 spec = entry.spec(split, fold)
@@ -64,6 +73,40 @@ def test_config_opens_with_its_command_cost_and_result(path: Path) -> None:
     head = [line for line in lines if line.startswith("# ")]
     for word in ("command:", "cost:", "result:"):
         assert any(line.startswith(f"# {word}") for line in head), f"{path.name}: no line '# {word}' in its head"
+
+
+def test_no_two_packaged_files_have_the_same_name() -> None:
+    names = [path.stem for path in [*CONFIGS, *SUITES]]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("path", [*CONFIGS, *SUITES], ids=lambda path: path.stem)
+def test_a_listed_command_names_packaged_files_and_the_listing_says_what_its_variables_are(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configs([])
+    listing = capsys.readouterr().out
+    (about,) = re.findall(rf"^{path.stem}: .*?(?:\n\n|\Z)", listing, re.MULTILINE | re.DOTALL)
+    command, *rest = about.partition("    command: ")[2].splitlines()
+    named = re.findall(r"--(?:config|suite) (\S+)", command)
+    assert {*named} <= {each.stem for each in [*CONFIGS, *SUITES]}
+    assert path.stem in named or path.stem == "table"  # the defaults
+    words = " ".join(line.strip() for line in rest)
+    assert re.search(r"cost: \S.* result: \S", words)
+    variables = {*re.findall(r"oc\.env:(\w+)", path.read_text(encoding="utf-8"))}
+    assert variables <= {*re.findall(r"\w+", words.partition("cost: ")[0])}
+
+
+def test_a_packaged_file_is_printed_as_it_is_and_a_misspelt_name_gets_a_similar_one(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    for path in (ROOT / "configs/table.yaml", ROOT / "configs/evaluation/mine.yaml"):
+        configs([path.stem])
+        assert capsys.readouterr().out == path.read_text(encoding="utf-8")
+    with pytest.raises(InputError, match="finetune_clip"):
+        configs(["fine_tune_clip"])
+    with pytest.raises(InputError, match="one file"):
+        configs(["table", "mine"])
 
 
 @pytest.mark.parametrize("name", PAPER)

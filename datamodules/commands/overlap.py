@@ -63,7 +63,7 @@ def overlap(
         model: a checkpoint, or a name that lit_clip.load_model accepts; it compares images, and its accuracy is told.
         output: an HTML page, beside which a JSON file has all figures and pairs; or only the .json file. Beside them
             .findings.csv lists all training images that are in a set, for fit --data.keep and shard --keep.
-        suite: YAML files of evaluation sets.
+        suite: YAML files of evaluation sets, or names of packaged ones.
         sets: names of sets of the suite; by default all that are on disk.
         data_root: folder of the suite's sets.
         threshold: least cosine similarity of images that count as the same; a number for all sets, NAME=NUMBER for one.

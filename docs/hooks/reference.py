@@ -125,7 +125,7 @@ def _head(path: Path) -> Iterator[str]:
         if name == "command":
             yield f"```bash\n{rest.strip()}\n```\n"
         else:
-            yield _plain(f"{name.capitalize()}{colon}{rest}" if name in ("cost", "result") else words) + "\n"
+            yield _plain(f"{name.capitalize()}{colon}{rest}" if name in ("needs", "cost", "result") else words) + "\n"
 
 
 def _api(name: str, text: str) -> str:

@@ -15,11 +15,13 @@ from lit_clip.cli.imports import import_modules
 from lit_clip.errors import InputError, require
 from lit_clip.tools.class_paths import find_object
 from lit_clip.tools.messages import imported_class, nested_parameters, options_of, parameters
+from lit_clip.tools.packaged import configuration_path
 from lit_clip.tools.parts import describe_instance, qualified_name
 from lit_clip.tools.text_files import parse_yaml, read_yaml
 from lit_clip.tools.untrusted import hints_of, matches_plain_type, shortened
 from lit_clip.training.optimizers import PARTS
 
+CONFIG = ("--config", "-c")
 CLASS_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
@@ -33,6 +35,18 @@ def options(words: Sequence[str], *names: str) -> list[str]:
     return values
 
 
+def with_configuration_paths(words: Sequence[str]) -> list[str]:
+    """Return a command line's words with paths in place of the names of packaged configurations."""
+    found = list(words)
+    for i, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name in CONFIG and equals:
+            found[i] = f"{name}={configuration_path(value, name)}"
+        elif name in CONFIG and i + 1 < len(words):
+            found[i + 1] = configuration_path(words[i + 1], name)
+    return found
+
+
 def checkpoint_path(words: Sequence[str], subcommand: str | None) -> str | None:
     """Return ``ckpt_path`` as typed, or from the last YAML file that has one."""
     in_files = (section.get("ckpt_path") for section in sections(words, subcommand))
@@ -43,7 +57,7 @@ def checkpoint_path(words: Sequence[str], subcommand: str | None) -> str | None:
 def sections(words: Sequence[str], subcommand: str | None) -> Iterator[dict[str, Any]]:
     """Yield the YAML files' settings of a subcommand, the last file first; the packaged ones without a file."""
     defaults = [str(DEFAULTS)] if subcommand else []
-    for config in reversed(options(words, "--config", "-c") or defaults):
+    for config in reversed(options(words, *CONFIG) or defaults):
         values = _content(config, os.stat(config).st_mtime_ns if os.path.isfile(config) else None)
         if not isinstance(values, dict):
             raise InputError(f"{config}: not a YAML mapping of options; see --print_config")

@@ -104,7 +104,7 @@ class CLI(PlainCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse with this priority: typed options, YAML files, the settings in ``--ckpt_path``, defaults."""
-        args = command_words(sys.argv[1:])[1] if args is None else args
+        assert args is not None  # `run` passes the command line
         words, of_callbacks = take_options(args if isinstance(args, list) else [])
         if isinstance(args, list):  # a configuration is printed with all options
             args = [word for word in words if not of_callbacks or not word.startswith("--print_config")]
@@ -119,7 +119,7 @@ class CLI(PlainCLI):
         if subcommand and path and path not in NEWEST:
             saved = _settings_of(path)
         known = self.parsers.get(subcommand or "", parser)
-        self.uses_packaged_defaults = subcommand is not None and not argv.options(words, "--config", "-c")
+        self.uses_packaged_defaults = subcommand is not None and not argv.options(words, *argv.CONFIG)
         if self.uses_packaged_defaults:
             packaged = use_packaged_defaults(known, words)
         defaults = argv.model_defaults(LitCLIP, words, subcommand, packaged, saved)
@@ -322,7 +322,10 @@ def run(args: ArgsType = None, execute: bool = True) -> CLI:
     register_types()
     references.use_references()
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    words = sys.argv[1:] if args is None else args if isinstance(args, list) else []
+    args = command_words(sys.argv[1:])[1] if args is None else args
+    if isinstance(args, list):
+        args = argv.with_configuration_paths(args)
+    words = args if isinstance(args, list) else []
     model = argv.named_class(words, next(iter(words), None), "model")
     if model is not None:
         argv.check_class(model, LitCLIP, "model")

@@ -22,7 +22,7 @@ from lit_clip.version import __version__
 # Other tools' names of commands, which are spelt too differently to be suggested.
 ELSEWHERE = {"train": "fit", "finetune": "fit", "fine-tune": "fit", "zero-shot": "evaluate", "benchmark": "evaluate"}
 BEFORE_COMMAND = ("-h", "--help", "-c", "--config", "--print_config")  # options that a command may follow
-WITHOUT_WORKERS = ("export", "models")  # commands that need no more open files than any program
+WITHOUT_WORKERS = ("configs", "export", "models")  # commands that need no more open files than any program
 USER_ERROR = 2  # argparse's exit code for a bad command line
 INTERRUPTED = 130  # exit code of a program that Ctrl-C ended, as in shells
 PATIENCE = 3.0  # seconds; the first rank may be waiting for this one, and learns from its end that it failed

@@ -23,7 +23,7 @@ GIVEN = ("params", "optimizer")  # arguments that the run passes
 # What most people set, in so few words that 80 columns hold them.
 COMMON = {
     "start": {
-        "--config": "YAML file of settings; typed options win",
+        "--config": "YAML file, or name (lit-clip configs lists them)",
         "--recipe": "chooses settings by your data; null: none",
         "--print_plan": "show what the run would do, and stop",
         "--ckpt_path": "checkpoint to resume; last: the newest one",
@@ -49,7 +49,7 @@ COMMON = {
         "--trainer.max_epochs": "passes over the training pairs",
         "--trainer.max_time": "end after DD:HH:MM:SS",
         "--trainer.devices": "number of GPUs, or of processes on a CPU",
-        "--trainer.strategy": "ddp, ...; FSDP: --config configs/fsdp.yaml",
+        "--trainer.strategy": "ddp, ...; FSDP: --config fsdp",
         "--trainer.precision": "bf16-mixed, 32-true, ...",
     },
 }

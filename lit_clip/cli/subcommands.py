@@ -27,6 +27,7 @@ from lit_clip.tools.messages import hinting, options_of
 # are only named, like class paths in a YAML file.
 COMMANDS: dict[str, str] = {
     "classify": "lit_clip.commands.classify:classify",
+    "configs": "lit_clip.commands.configs:configs",
     "demo": "lit_clip.commands.demo:demo",
     "embed": "lit_clip.datamodules.commands.embed:embed",
     "evaluate": "lit_clip.commands.evaluate:evaluate",

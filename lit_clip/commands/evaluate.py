@@ -114,7 +114,7 @@ def evaluate(
 
     Args:
         model: a checkpoint, a weights file, or a name that lit_clip.load_model accepts.
-        suite: YAML files of sets, such as configs/evaluation/paper.yaml.
+        suite: YAML files of sets, or names of packaged ones (lit-clip configs lists them).
         output: folder for results.json, report.html, results.csv, results.tex, predictions, images and TensorBoard
             curves.
         data_root: folder that the sets' paths are relative to.

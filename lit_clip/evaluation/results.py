@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_clip.errors import InputError
-from lit_clip.evaluation.suite import SuiteEntry, Task
+from lit_clip.evaluation.suite import SuiteEntry, Task, suite_path
 from lit_clip.models.clip import CLIP
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import make_folder, replacing
@@ -63,7 +63,7 @@ def provenance(
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
         },
         "precision": precision,
-        "suite": [{"path": path, "sha256": sha256_of_file(Path(path))} for path in suite],
+        "suite": [{"path": path, "sha256": sha256_of_file(suite_path(path))} for path in suite],
         "packages": versions,
     }
 

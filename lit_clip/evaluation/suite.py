@@ -11,6 +11,7 @@ from jsonargparse import ArgumentError, ArgumentParser
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, MissingData
 from lit_clip.tools.messages import one_line
+from lit_clip.tools.packaged import SUITES, configuration_path
 from lit_clip.tools.parts import instantiate
 from lit_clip.tools.text_files import read_yaml
 from lit_clip.tools.untrusted import shortened
@@ -174,13 +175,18 @@ def _checked_class(value: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {**value, "init_args": options}
 
 
+def suite_path(path: str | Path) -> Path:
+    """Return the path of a suite file, which may be a packaged suite's name."""
+    return Path(configuration_path(str(path), "--suite", SUITES))
+
+
 def read_suite(paths: str | Path | Sequence[str | Path]) -> dict[str, SuiteEntry]:
-    """Read the sets of one or several suite files, by name."""
+    """Read the sets of one or several suite files, or packaged suites, by name."""
     entries: dict[str, SuiteEntry] = {}
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(SuiteEntry)
     for path in [paths] if isinstance(paths, str | Path) else paths:
-        values = read_yaml(Path(path))
+        values = read_yaml(suite_path(path))
         sets = values.get("sets") if isinstance(values, dict) else None
         if not isinstance(sets, dict):
             raise InputError(f"{path}: must have a mapping called sets: {{name: {{data: ...}}}}")

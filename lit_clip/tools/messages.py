@@ -226,7 +226,7 @@ HINTS = {
     r"restored a checkpoint with current_epoch=": "raise --trainer.max_epochs, or give --model.pretrained FILE "
     "instead of --ckpt_path to start a new run from its weights",
     r"^No supported gpu backend found": "the settings ask for one; add --trainer.accelerator cpu, also to see the plan",
-    r"strategy `fsdp|invalid strategy name": "for FSDP add --config configs/fsdp.yaml; it shows how to name a class",
+    r"strategy `fsdp|invalid strategy name": "for FSDP add --config fsdp; it shows how to name a class",
     r"^[a-z ]+ are required: data$": "the --config files name no data module; add --data datamodules.Captions",
     r"^model: Unable to load config": "a model's name is the value of --model.architecture",
     r"^unrecognized arguments: [^-\s]\S*\.(csv|tsv|jsonl?|parquet)": "a path of data is the value of --data.train",

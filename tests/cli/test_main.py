@@ -203,10 +203,10 @@ def assert_user_error(result: Completed, *parts: str) -> None:
         (["--lock-image"], ["unrecognized arguments: --lock-image; see lit-clip fit --help"]),
         (["--model.quux", "1"], ["unrecognized arguments: --model.quux 1; see lit-clip fit --help"]),
         (["--model.optimizer.lr", "fast"], ["model.optimizer.lr: wants float, not fast"]),
-        (["--trainer.strategy", "fsdp"], ["strategy `fsdp` requires a GPU", "for FSDP add --config configs/fsdp.yaml"]),
+        (["--trainer.strategy", "fsdp"], ["strategy `fsdp` requires a GPU", "for FSDP add --config fsdp"]),
         (["--recipe", ""], ["recipe: wants Recipe or null, not an empty text"]),
         (["--data.val"], ["expected one argument; type a value after --data.val"]),
-        (["--trainer.strategy", "a.B"], ["invalid strategy name", "for FSDP add --config configs/fsdp.yaml"]),
+        (["--trainer.strategy", "a.B"], ["invalid strategy name", "for FSDP add --config fsdp"]),
         (["--trainer.max_epochs", "many"], ["trainer.max_epochs: wants int or null, not many"]),
         (["--trainer.precision", "fp16"], ["trainer.precision: wants 64, 32, 16,", "did you mean 16-mixed?"]),
         (["--trainer.precision", "b16-mixed"], ["bf16 or null, not b16-mixed; did you mean bf16-mixed?"]),
@@ -284,7 +284,7 @@ def test_a_misspelt_config_file_suggests_the_right_name(tmp_path: Path, in_proce
     (tmp_path / "small.yaml").touch()
     assert_user_error(in_process("fit", "--config", "smal.yaml"), "no such file; did you mean small.yaml?")
     result = in_process("fit", "--config", "configs/pretrained_encoders.yaml")
-    assert_user_error(result, "configs is a folder of lit-clip's repository: type the command in a clone of it")
+    assert_user_error(result, "packaged configurations are typed by name", "pretrained_encoders")
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""``lit-clip fit`` without ``--config``, and the examples of ``lit-clip --help``."""
+"""``lit-clip fit`` without ``--config`` and with a packaged one, and the examples of ``lit-clip --help``."""
 
 import shlex
 import sys
@@ -15,6 +15,7 @@ from lit_clip.cli.argv import DEFAULTS
 from lit_clip.cli.lightning import CLI, run
 from lit_clip.cli.overview import EXAMPLES
 from lit_clip.cli.subcommands import COMMANDS
+from lit_clip.errors import InputError
 from lit_clip.recipes.sizes import FROM_SCRATCH, sizes
 from tests.conftest import ROOT, TINY_YAML
 from tests.test_readme import parser_of
@@ -42,6 +43,56 @@ def settings() -> Any:
 
 def test_the_config_of_a_table_is_the_packaged_one() -> None:
     assert (ROOT / "configs/table.yaml").samefile(DEFAULTS)
+
+
+@pytest.mark.parametrize("named", [["--config", "table"], ["--config=table"], ["-c", "table"]])
+def test_a_packaged_configuration_is_that_of_its_path_in_any_folder(
+    named: list[str], parsed: Callable[..., Any], caption_table: Path
+) -> None:
+    train = ("--data.train", str(caption_table))
+    path = ["--config", str(ROOT / "configs/table.yaml")]
+    config, same = parsed("fit", *named, *train), parsed("fit", *path, *train)
+    assert {**config, "config": None} == {**same, "config": None}
+    assert config["model"]["lr_scheduler"]["init_args"]["warmup_steps"] != 0  # chosen by the file's recipe
+
+
+def test_several_packaged_configurations_are_merged_with_a_file(
+    parsed: Callable[..., Any], caption_table: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "more.yaml").write_text("trainer: {max_epochs: 3}")
+    named = ("--config", "table", "--config=fsdp", "--config", "more.yaml")
+    trainer = parsed("fit", *named, "--data.train", str(caption_table))["trainer"]
+    assert trainer["strategy"]["class_path"] == "lit_clip.training.lightning.fsdp.FSDP"
+    assert (trainer["max_epochs"], trainer["default_root_dir"]) == (3, "runs")
+
+
+def test_a_file_of_the_working_folder_comes_before_the_packaged_one(
+    parsed: Callable[..., Any], caption_table: Path, tmp_path: Path
+) -> None:
+    train = ("--data.train", str(caption_table))
+    (tmp_path / "fsdp").mkdir()  # a folder is no file of settings
+    assert parsed("fit", "--config", "table", "--config", "fsdp", *train)["trainer"]["strategy"] != "auto"
+    (tmp_path / "table").write_text("{data: datamodules.Captions, trainer: {max_epochs: 3}}")
+    assert parsed("fit", "--config", "table", *train)["trainer"]["max_epochs"] == 3
+
+
+@pytest.mark.parametrize(
+    ("typed", "hint"),
+    [
+        ("tabel", "did you mean table"),
+        ("minee", "did you mean mine.yaml"),
+        ("zzz", "lit-clip configs"),
+        ("", "configs"),
+    ],
+)
+def test_a_misspelt_configuration_gets_the_nearest_name(
+    typed: str, hint: str, parsed: Callable[..., Any], tmp_path: Path
+) -> None:
+    (tmp_path / "mine.yaml").touch()
+    with pytest.raises(InputError, match=hint):
+        parsed("fit", "--config", typed)
+    with pytest.raises(InputError, match=r"tabel\.yaml"):  # a path, not a name
+        parsed("fit", "--config", "tabel.yaml")
 
 
 def test_fit_needs_a_table_only(parsed: Callable[..., Any], caption_table: Path) -> None:

@@ -1,0 +1,29 @@
+"""Packaged configurations by name: the files of ``configs/``, which a wheel has within ``lit_clip``."""
+
+import os
+from difflib import get_close_matches
+from pathlib import Path
+
+from lit_clip.errors import InputError
+
+PACKAGE = Path(__file__).parents[1]
+CONFIGS = next(each / "configs" for each in (PACKAGE, PACKAGE.parent) if (each / "configs").is_dir())
+SUITES = CONFIGS / "evaluation"
+
+
+def configuration_path(name: str, option: str, folder: Path = CONFIGS) -> str:
+    """Return ``name`` if it is a path or a file of the working folder, else the path of the packaged file."""
+    if os.path.isfile(name) or os.path.dirname(name) or os.path.splitext(name)[1]:
+        return name
+    return str(packaged_file(name, option, folder))
+
+
+def packaged_file(name: str, option: str, *folders: Path) -> Path:
+    """Return the packaged file of a name; an unknown name is an error with similar ones."""
+    found = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
+    if name not in found:
+        names = {file.stem: file.name for file in Path().glob("*.yaml")} | {each: each for each in found}
+        near = " or ".join(names[each] for each in get_close_matches(name, names))
+        hint = f"did you mean {near}?" if near else "give a file, or a name that lit-clip configs lists"
+        raise InputError(f"{option} {name}: neither a file nor a packaged configuration; {hint}")
+    return found[name]
