@@ -7,7 +7,7 @@ from pathlib import Path
 from lit_clip.errors import InputError
 
 PACKAGE = Path(__file__).parents[1]
-CONFIGS = next(each / "configs" for each in (PACKAGE, PACKAGE.parent) if (each / "configs").is_dir())
+CONFIGS = (PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent) / "configs"  # the second in a clone
 SUITES = CONFIGS / "evaluation"
 
 

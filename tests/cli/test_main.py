@@ -150,7 +150,7 @@ def test_configs_are_merged_and_interpolated(caption_table: Path, tmp_path: Path
     [
         ("--model m.ckpt embed a b", "--model: options come after the command; type lit-clip embed --model m.ckpt a b"),
         ("--data.val=t fit", "--data.val=t: options come after the command; type lit-clip fit --data.val=t"),
-        ("--model m.ckpt", "--model: no command given; type one of classify, demo, "),
+        ("--model m.ckpt", "--model: no command given; type one of classify, configs, demo, "),
     ],
 )  # fmt: skip
 def test_options_before_the_command_are_one_line(typed: str, message: str, in_process: Cli) -> None:
