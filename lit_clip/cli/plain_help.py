@@ -23,7 +23,7 @@ GIVEN = ("params", "optimizer")  # arguments that the run passes
 # What most people set, in so few words that 80 columns hold them.
 COMMON = {
     "start": {
-        "--config": "YAML file, or name (lit-clip configs lists them)",
+        "--config": "YAML file, or a name (lit-clip configs)",
         "--recipe": "chooses settings by your data; null: none",
         "--print_plan": "show what the run would do, and stop",
         "--ckpt_path": "checkpoint to resume; last: the newest one",
