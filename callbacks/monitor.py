@@ -17,7 +17,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.layers import SCALARS
 from lit_clip.module import LitCLIP
 from lit_clip.tools.untrusted import check_entries
-from .training_clock import TimedCallback, log_interval
+from .training_clock import TimedCallback, log_interval, samples_of
 
 STUCK = 0.99  # of the baseline: a loss above it has learned nothing
 LAST_STEPS = 50  # whose mean loss is compared with the baseline at a run's end
@@ -87,8 +87,8 @@ class TrainingMonitor(TimedCallback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: CaptionBatch, batch_idx: int
     ) -> None:
-        samples = (len(batch.images) + len(batch.skipped)) * trainer.world_size  # every rank has the same number
         module = cast(LitCLIP, pl_module)
+        samples = samples_of(trainer, module, batch)
         if module.last_step and (baseline := module.loss.chance_loss(module.last_step.pairs)) is not None:
             self._last.append((module.last_step.loss, baseline))
         self._samples += samples

@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import RichProgressBar, Timer, TQDMProgressBar
 from lit_clip.batch import CaptionBatch
 from lit_clip.tools.console import ProgressLog, can_draw, duration, per_second
 from lit_clip.training.schedules import known_steps
-from .training_clock import TimedCallback
+from .training_clock import TimedCallback, samples_of
 
 LIGHTNINGS = (TQDMProgressBar, RichProgressBar)
 
@@ -53,7 +53,7 @@ class ProgressLines(TimedCallback):
             self._first = trainer.global_step, self.now()
             self.clock.lap()
         else:
-            self._samples += (len(batch.images) + len(batch.skipped)) * trainer.world_size  # the same on every rank
+            self._samples += samples_of(trainer, pl_module, batch)
         if self._log.due and trainer.global_step != known_steps(trainer):  # the last line is below
             left = self._seconds_left(trainer)
             rate = per_second(*self._lap(), "samples")

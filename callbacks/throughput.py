@@ -38,6 +38,7 @@ class Count(NamedTuple):
     seconds: float  # of training
     waited: float  # the part of them spent waiting for data
     memory: int  # peak so far, in bytes
+    shared: int = 0  # pairs whose image is encoded for another pair
 
 
 def throughput(
@@ -54,7 +55,8 @@ def throughput(
         "train/peak_memory_gib": max(count.memory for count in counts) / 2**30,
     }
     if flops and peak:
-        metrics["train/mfu"] = flops.total(pairs, tokens, squares) / (seconds * peak * len(counts))
+        computed = flops.total(pairs, tokens, squares) - flops.image * sum(count.shared for count in counts)
+        metrics["train/mfu"] = computed / (seconds * peak * len(counts))
     return metrics
 
 
@@ -78,7 +80,7 @@ class Throughput(TimedCallback):
       :class:`callbacks.FrozenFeatures`, which leaves layers out.
     - ``train/peak_memory_gib``: the largest peak of any rank in this process so far: of CUDA's allocator, never reset;
       on other devices of the process, without its data workers.
-    - ``train/samples_per_second``: unless a :class:`callbacks.TrainingMonitor` logs it.
+    - ``train/samples_per_second``: pairs, unless a :class:`callbacks.TrainingMonitor` logs it.
     """
 
     def __init__(self) -> None:
@@ -87,7 +89,7 @@ class Throughput(TimedCallback):
         self._clear()
 
     def _clear(self) -> None:
-        self._samples = self._pairs = self._tokens = self._squares = 0
+        self._samples = self._pairs = self._tokens = self._squares = self._shared = 0
         self._uncounted: Tensor | None = None  # tokens and squares of texts whose lengths are known on the device only
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -138,8 +140,9 @@ class Throughput(TimedCallback):
             rank_zero_warn("Throughput: the FLOPs of these encoders cannot be counted, so there is no train/mfu")
 
     def _add(self, batch: CaptionBatch, model: CLIP) -> None:
-        self._samples += len(batch.images) + len(batch.skipped)
-        self._pairs += len(batch.images)
+        self._samples += batch.pairs + len(batch.skipped)
+        self._pairs += batch.pairs
+        self._shared += batch.pairs - len(batch.images)
         if batch.lengths:
             self._tokens += sum(batch.lengths)
             self._squares += sum(length * length for length in batch.lengths)
@@ -152,7 +155,7 @@ class Throughput(TimedCallback):
         tokens, squares = (0, 0) if self._uncounted is None else self._uncounted.tolist()
         tokens, squares = tokens + self._tokens, squares + self._squares
         memory = peak_memory(trainer.strategy.root_device)
-        count = Count(self._samples, self._pairs, tokens, squares, *self.clock.lap(), memory)
+        count = Count(self._samples, self._pairs, tokens, squares, *self.clock.lap(), memory, self._shared)
         self._clear()
         return count
 

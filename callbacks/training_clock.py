@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.profilers import Profiler
 
+from lit_clip.batch import CaptionBatch
 from .periodic import PeriodicEvaluation
 
 # Names of profiler actions: Lightning's fetching of a batch and writing of a checkpoint; a callback's own measurement.
@@ -69,6 +70,14 @@ class TrainingClock:
 def log_interval(trainer: Any) -> int:
     """Return the number of steps from one logged step to the next."""
     return trainer.log_every_n_steps or sys.maxsize  # 0 means never; a connector sets it
+
+
+def samples_of(trainer: Trainer, module: Any, batch: CaptionBatch) -> int:
+    """Return how many pairs of all ranks a step has had, skipped ones included where a sample is a pair."""
+    if batch.image_of is None:  # every rank has the same number
+        return (len(batch.images) + len(batch.skipped)) * trainer.world_size
+    step = getattr(module, "last_step", None)
+    return step.pairs if step else 0
 
 
 class TimedCallback(Callback):

@@ -34,6 +34,7 @@ from .loading.sampling import (
 from .pairs.batch_order import BatchOptions, BatchOrder
 from .pairs.batches import Collate, SourcePairs, TrainingPairs, ValidationPairs
 from .pairs.caption_lengths import report_captions
+from .pairs.captions_together import captions_per_image, captions_together
 from .pairs.duplicates import name_pairs
 from .pairs.kept import digest_of_kept
 from .pairs.neighbours import distinct_images, neighbours_of_images, stored_neighbours
@@ -110,10 +111,10 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         """Open the training source (only needed if ``fit``) and the validation source."""
 
     def opened_sources(self, fit: bool) -> tuple[PairSource | None, PairSource]:
-        """Open the sources, and choose one row of each image for training if ``captions`` say so."""
+        """Open the sources; for training choose one row of each image, or join them, if ``captions`` say so."""
         train, val = self.sources(fit)
-        if train is not None and self.captions.per_image == "one":
-            train = one_caption_each(train)
+        if train is not None and self.captions.per_image != "all":
+            train = (one_caption_each if self.captions.per_image == "one" else captions_together)(train)
         if train is not None and self.batches.reorder:
             self._names = name_pairs(train, self.num_workers)
             features = self.batches.features
@@ -140,6 +141,11 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
     def rows_per_image(self) -> float | None:
         """Mean number of training pairs with the same image in an epoch; None if unknown."""
         return None if self.train_source is None else rows_of_each_image(self.train_source)
+
+    @property
+    def captions_per_image(self) -> float:
+        """Mean number of captions that an image has in a step."""
+        return 1.0 if self.train_source is None else captions_per_image(self.train_source)
 
     def setup(self, stage: str) -> None:
         trainer: Any = self.trainer

@@ -79,6 +79,7 @@ class Captions(CaptionDataModule):
         columns: of a table, and the folder that its paths start from.
         batch_size: pairs per step on each rank; the loss sees those of all ranks. None: 64 on all ranks together for
             fewer than 1,000 training pairs, 128 for fewer than 2,000, otherwise 256; validation encodes 64 at once.
+            With ``captions.per_image: together`` these are images, as in ``global_batch_size``.
         num_workers: data worker processes on each rank.
         seed: of the order, the augmentation and the choice of validation images. None: that of ``seed_everything`` for
             the first two, and 0 without it; validation images are then the same whatever it is.
@@ -129,6 +130,9 @@ class Captions(CaptionDataModule):
         self._versions: dict[str, str] = {}  # of addresses in the data, to be the same on all ranks and after a resume
         self._splits, self._classes, columns = splits or Splits(), classes or Classes(), columns or Columns()
         self.negative_column = columns.negative
+        one_image = columns.other_image is None or self.captions.per_image != "together"
+        both = "data.columns.other_image: captions.per_image together reads one image for all captions of an image"
+        require(one_image, f"{both}; set it to one, or leave the column out")
         self._options = {"columns": columns, "shards": shards, "on_error": self.on_error, "option_prefix": "--data."}
 
     def prepare_data(self) -> None:

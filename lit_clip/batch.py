@@ -10,11 +10,12 @@ JUDGED_AFTER = 100  # samples: of fewer, a single one is above any sensible limi
 
 
 class CaptionBatch(NamedTuple):
-    """Pairs of an image and its caption.
+    """B pairs of an image and a caption.
 
     Attributes:
         images: uint8 ``[B, 3, H, W]``, not normalised: the model does that on its device; or floating point
             ``[B, ...]``, stored activations of the image encoder's frozen layers, or features in the images' place.
+            With ``image_of`` each image once, ``[I, ...]``.
         tokens: int64 ``[B, L]``, ``L`` at most the context length, padded after the end-of-text token.
         keys: identify the images (rows with one key share one image), stable between runs.
         captions: the texts of ``tokens``, for a teacher with another tokenizer; optional.
@@ -27,6 +28,7 @@ class CaptionBatch(NamedTuple):
         negative_lengths: number of tokens of each of them.
         stored_texts: stored activations ``[B, ...]`` of the text encoder's frozen layers; optional.
         extra: tensors ``[B, ...]`` by name, for a loss of one's own; no other part reads them.
+        image_of: the row of ``images`` that each pair has, int64 ``[B]`` ascending; None: pair i has image i.
     """
 
     images: Tensor
@@ -41,6 +43,16 @@ class CaptionBatch(NamedTuple):
     negative_lengths: Sequence[int] = ()
     stored_texts: Tensor | None = None
     extra: Mapping[str, Tensor] = {}
+    image_of: Tensor | None = None
+
+    @property
+    def pairs(self) -> int:
+        """Number of pairs."""
+        return len(self.images if self.image_of is None else self.image_of)
+
+    def of_pairs(self, rows: Tensor) -> Tensor:
+        """Return the row of each pair's image, ``[B, ...]``, of a row for each image; further rows are left out."""
+        return rows[: len(self.images)] if self.image_of is None else rows[self.image_of]
 
     def to(self, device: torch.device | str) -> "CaptionBatch":
         """Move the tensors to a device; a CUDA device's queued work is not waited for if they are pinned.
@@ -60,35 +72,46 @@ class CaptionBatch(NamedTuple):
         return moved._replace(extra=extra) if extra else moved
 
     def split(self, parts: int) -> "list[CaptionBatch]":
-        """Split into at most ``parts`` batches of nearly equal size, none of them empty, in order."""
-        pairs = len(self.images)
-        bounds = [pairs * part // parts for part in range(parts + 1)]
-        rows = [slice(start, stop) for start, stop in zip(bounds, bounds[1:], strict=False) if start < stop]
-        return [self._rows(row) for row in rows]
+        """Split into at most ``parts`` batches of nearly equal size, none of them empty, in order.
 
-    def _rows(self, rows: slice) -> "CaptionBatch":
-        hard = slice(*(sum(map(bool, self.negatives[:row])) for row in rows.indices(len(self.images))[:2]))
+        With ``image_of`` images and captions are divided independently, each evenly: a part has no ``image_of``, and
+        its captions may be those of another part's images.
+        """
+        parts = min(parts, len(self.images))
+        images, rows = (
+            [slice(number * part // parts, number * (part + 1) // parts) for part in range(parts)]
+            for number in (len(self.images), self.pairs)
+        )
+        return [self._rows(*part) for part in zip(rows, images, strict=True)]
+
+    def _rows(self, rows: slice, images: slice | None = None) -> "CaptionBatch":
+        hard = slice(*(sum(map(bool, self.negatives[:row])) for row in rows.indices(self.pairs)[:2]))
         extra = {name: value[rows] for name, value in self.extra.items()}
-        values: dict[str, Any] = {**self._asdict(), "skipped": ()}
-        values.pop("extra")
+        values: dict[str, Any] = {**self._asdict(), "skipped": (), "images": self.images[images or rows]}
+        for name in ("extra", "image_of"):
+            values.pop(name)
         for name, value in values.items():
-            values[name] = value if value is None else value[hard if name.startswith("negative_") else rows]
+            if value is not None and name != "images":
+                values[name] = value[hard if name.startswith("negative_") else rows]
         return CaptionBatch(**values, extra=extra)
 
     def stretched(self, pairs: int) -> "CaptionBatch":
-        """Repeat the last pair, without its negative, until there are at least ``pairs``."""
-        more = pairs - len(self.images)
-        if more <= 0:
+        """Repeat the last image and the last pair, without its negative, until there are at least ``pairs`` of each."""
+        images, more = (max(0, pairs - number) for number in (len(self.images), self.pairs))
+        if not images:
             return self
 
-        def repeated(values: Any) -> Any:
+        def repeated(values: Any, more: int = more) -> Any:
             if isinstance(values, Tensor):
                 return values[[*range(len(values)), *[-1] * more]]
             return values and [*values, *[values[-1]] * more]
 
-        names = "images", "tokens", "keys", "captions", "groups", "lengths", "stored_texts"
+        names = "tokens", "keys", "captions", "groups", "lengths", "stored_texts", "image_of"
         negatives = [*self.negatives, *[""] * more] if self.negatives else ()
         extra = {name: repeated(value) for name, value in self.extra.items()}
         return self._replace(
-            **{name: repeated(getattr(self, name)) for name in names}, negatives=negatives, extra=extra
+            images=repeated(self.images, images),
+            **{name: repeated(getattr(self, name)) for name in names},
+            negatives=negatives,
+            extra=extra,
         )

@@ -150,7 +150,7 @@ class LitCLIP(RunHooks):
         return self.validation_step(batch, batch_idx)
 
     def predict_step(self, batch: CaptionBatch, batch_idx: int) -> Features:
-        pairs = len(batch.images)
+        pairs = batch.pairs
         image_BD, text_BD = (features[:pairs] for features in self(batch if pairs else placeholder(self.model, batch)))
         return Features(image=image_BD, text=text_BD, tokens=batch.tokens, keys=batch.keys)
 

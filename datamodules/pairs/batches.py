@@ -73,15 +73,18 @@ class Collate:
             stored = self.texts and self.texts.nothing
             tokens = torch.zeros(0, 1, dtype=torch.long)
             return CaptionBatch(self.nothing, tokens, [], skipped=skipped, stored_texts=stored)
-        captions = [item.caption for item in items]
+        texts = [(place, text) for place, item in enumerate(items) for text in (item, *(item.more or ()))]
+        captions = [text.caption for _, text in texts]
         images = torch.stack([item.image for item in items])
-        keys = [item.key for item in items]
-        groups = [item.group for item in items] if any(item.group for item in items) else ()
+        keys = [items[place].key for place, _ in texts]
+        groups = [text.group for _, text in texts] if any(text.group for _, text in texts) else ()
         tokens, lengths = self._tokenized(captions)
         stored = self.texts and self.texts.of(tokens, lengths)
-        extra = _joined([item.extra for item in items], keys)
+        extra = _joined([text.extra for _, text in texts], keys)
         batch = CaptionBatch(images, tokens, keys, captions, groups, skipped, lengths, stored_texts=stored, extra=extra)
-        negatives = [item.negative for item in items]
+        if items[0].more is not None:
+            batch = batch._replace(image_of=torch.tensor([place for place, _ in texts]))
+        negatives = [text.negative for _, text in texts]
         if not any(negatives):
             return batch
         negative_tokens, lengths = self._tokenized([text for text in negatives if text])

@@ -78,8 +78,8 @@ class _Chunks(Dataset[_Chunk]):
             pair, captions = self.source.text(row, None), self.source.captions(row)
         except BadSample:  # loading it will raise or skip it
             return set(), 0, 0
-        group = {number_of(f"group\0{pair.group}")} if pair.group else set()
-        names = {number_of(f"image\0{pair.key}"), *group, *map(caption_hash, captions)}
+        groups = {number_of(f"group\0{text.group}") for text in (pair, *(pair.more or ())) if text.group}
+        names = {number_of(f"image\0{pair.key}"), *groups, *map(caption_hash, captions)}
         return names, pair_hash(pair.key, ""), pair_hash(pair.key, captions[0])
 
 

@@ -4,6 +4,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
@@ -57,16 +58,17 @@ class Concatenated(PairSource):
         number = bisect_right(self.stops, index)
         return number, index - (self.stops[number - 1] if number else 0)
 
-    def _distinct(self, number: int, key: str, group: str) -> dict[str, str]:
+    def _distinct(self, number: int, key: str, group: str, more: Sequence[PairText] | None = None) -> dict[str, Any]:
         return {
             "key": f"{number}:{key}" if self.distinct_keys else key,
             "group": f"{number}:{group}" if self.distinct_groups and group else group,
+            **({} if more is None else {"more": [x._replace(**self._distinct(number, x.key, x.group)) for x in more]}),
         }
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
         number, row = self._locate(index)
         pair = self.sources[number].load(row, rng)
-        return pair._replace(**self._distinct(number, pair.key, pair.group))
+        return pair._replace(**self._distinct(number, pair.key, pair.group, pair.more))
 
     def read(self, index: int) -> EncodedPair:
         number, row = self._locate(index)
@@ -84,7 +86,7 @@ class Concatenated(PairSource):
     def text(self, index: int, rng: random.Random | None) -> PairText:
         number, row = self._locate(index)
         text = self.sources[number].text(row, rng)
-        return text._replace(**self._distinct(number, text.key, text.group))
+        return text._replace(**self._distinct(number, text.key, text.group, text.more))
 
     def image_identity(self, index: int) -> object:
         number, row = self._locate(index)

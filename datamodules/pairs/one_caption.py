@@ -29,11 +29,11 @@ def one_caption_each(source: PairSource) -> PairSource:
 def _one_caption_each(source: PairSource) -> PairSource:
     if isinstance(source, Mixture):
         return Mixture([_one_caption_each(part) for part in source.sources], source.weights)
-    images = _image_numbers(source)
+    images = image_numbers(source)
     return source if images is None else OneCaption(source, images)
 
 
-def _image_numbers(source: PairSource) -> np.ndarray | None:
+def image_numbers(source: PairSource) -> np.ndarray | None:
     """Return each row's image as a number, int32 ``[len(source)]``; None: every row has another image."""
     names = arrow_image_names(source)
     if names is None:
@@ -45,7 +45,7 @@ def rows_of_each_image(source: PairSource) -> float | None:
     """Return the mean number of rows of an image in an epoch; None if unknown, or where there are too many rows."""
     if len(source) > MOST or source.pairs_per_epoch < len(source):
         return None
-    images = _image_numbers(source)
+    images = image_numbers(source)
     return None if images is None or not len(images) else len(images) / (int(images.max()) + 1)
 
 

@@ -8,6 +8,7 @@ which have no terminators, are one sentence. A sentence too many or too few lose
 
 import random
 from collections.abc import Sequence
+from typing import TypeVar
 
 import regex
 
@@ -15,6 +16,8 @@ from lit_clip.errors import require
 from lit_clip.models.custom import CallableTokenizer
 from lit_clip.models.tokenizer import TextTokenizer
 from .source import Pair, PairSource, PairText
+
+Text = TypeVar("Text", Pair, PairText)
 
 # Words that end in a full stop before a capital letter or a number.
 _ABBREVIATIONS = (
@@ -111,9 +114,11 @@ class FittingCaptions(PairSource):
         return len(self.source)
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
-        pair = self.source.load(index, rng)
-        return pair._replace(caption=fitting(pair.caption, self.tokenize, rng))
+        return self._fitting(self.source.load(index, rng), rng)
 
     def text(self, index: int, rng: random.Random | None) -> PairText:
-        text = self.source.text(index, rng)
-        return text._replace(caption=fitting(text.caption, self.tokenize, rng))
+        return self._fitting(self.source.text(index, rng), rng)
+
+    def _fitting(self, text: Text, rng: random.Random | None) -> Text:
+        caption = fitting(text.caption, self.tokenize, rng)
+        return text._replace(caption=caption, more=text.more and [self._fitting(each, rng) for each in text.more])

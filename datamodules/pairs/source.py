@@ -39,6 +39,7 @@ class Pair(NamedTuple):
     group: str = ""  # of duplicates
     negative: str = ""  # a caption that does not fit the image although it is similar
     extra: Mapping[str, Any] = {}  # tensors of one shape, for losses; an image is augmented as the pair's
+    more: "Sequence[PairText] | None" = None  # the image's other captions; None if a batch has images of one caption
 
 
 class PairText(NamedTuple):
@@ -49,6 +50,7 @@ class PairText(NamedTuple):
     group: str = ""
     negative: str = ""
     extra: Mapping[str, Any] = {}
+    more: "Sequence[PairText] | None" = None
 
 
 class EncodedPair(NamedTuple):
@@ -265,17 +267,18 @@ class CaptionOptions:
         long: what becomes of captions with more tokens than the model reads: ``truncate`` them, or read ``sentences``
             of them that fit, others in each epoch (validation: the first ones).
         per_image: of an image with several rows, each epoch trains on ``all`` of them, or on ``one``, others in the
-            next epochs, so that each is used once before any is used again. Validation has all.
+            next epochs, so that each is used once before any is used again. ``together``: a step has an image once,
+            with all captions of its rows as positives; batches then count images. Validation has all rows.
     """
 
     long: LongCaptions = "truncate"
-    per_image: Literal["all", "one"] = "all"
+    per_image: Literal["all", "one", "together"] = "all"
 
     def __post_init__(self) -> None:
         policies = get_args(LongCaptions)
         require(self.long in policies, f"data.captions.long: {self.long!r} must be one of {', '.join(policies)}")
-        known = self.per_image in ("all", "one")
-        require(known, f"data.captions.per_image: {self.per_image!r} must be 'all' or 'one'")
+        known = self.per_image in ("all", "one", "together")
+        require(known, f"data.captions.per_image: {self.per_image!r} must be 'all', 'one' or 'together'")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from lit_clip.training.frozen_features import ImageBatch, StoredTeacher, Texts
 from lit_clip.training.teacher import stored_name
 from ..loading.augmentation import Augmentation, described_augmentation
 from ..loading.sampling import TrainingSample, sample_seed
-from .source import PairSource
+from .source import CaptionOptions, PairSource, PairText
 
 TOKENIZED_AT_ONCE = 4096
 
@@ -115,6 +115,7 @@ class PairSample(NamedTuple):
     group: str
     negative: str
     extra: Mapping[str, Any]
+    more: Sequence[PairText] | None = None  # the image's other captions
 
 
 class StoredImages(NamedTuple):
@@ -157,12 +158,16 @@ class StoredPairs(Dataset[PairSample]):
         else:
             assert self.decoded is not None
             image = self.decoded[rows.origin(row)].image
-        extra = dict(text.extra)
-        for teacher in teachers if rng else ():
-            extra[stored_name(teacher.name, "image")] = self._read(teacher.images, row, index)
-            if teacher.texts:
-                extra[stored_name(teacher.name, "text")] = _text_features(*teacher.texts, text.caption)
-        return PairSample(image, *text._replace(extra=extra))
+        of_image = {stored_name(each.name, "image"): self._read(each.images, row, index) for each in teachers if rng}
+
+        def taught(text: PairText) -> PairText:
+            extra = {**text.extra, **of_image}
+            for teacher in teachers if rng else ():
+                if teacher.texts:
+                    extra[stored_name(teacher.name, "text")] = _text_features(*teacher.texts, text.caption)
+            return text._replace(extra=extra, more=text.more and [taught(each) for each in text.more])
+
+        return PairSample(image, *taught(text))
 
     def _read(self, stored: StoredRows, row: int, index: int) -> Tensor:
         found = stored.read(row)
@@ -244,6 +249,7 @@ class WithStoredFeatures:
     val_source: PairSource | None
     augmentation: Augmentation | list[Any]
     tokenize: TextTokenizer
+    captions: CaptionOptions
     seed: int
     num_workers: int
     on_error: OnError
@@ -277,6 +283,8 @@ class WithStoredFeatures:
             "set it to 0",
         )
         settings = () if fixed else (self.seed, described_augmentation(self.augmentation))
+        if settings and self.captions.per_image == "together":  # rows are images, so that others are drawn
+            settings = (*settings, "together")
         return DistinctImageRows(*self._fit_sources, max(1, augmentations), settings)
 
     def images_once(self, rows: DistinctImageRows, wanted: np.ndarray) -> DataLoader[ImageBatch]:

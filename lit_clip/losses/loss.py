@@ -30,7 +30,9 @@ class Pairs:
     bias: Tensor | None  # ``logit_bias``, a scalar; None if the model has none
     ranks: RankCounts  # number of pairs of each rank
     batch: CaptionBatch  # the pairs
-    parts: list[CaptionBatch]  # the same pairs as micro-batches; a rank with few pairs repeats its last one at the end
+    # the same images and captions as micro-batches (:meth:`lit_clip.CaptionBatch.split`); a rank with few pairs repeats
+    # its last one at the end
+    parts: list[CaptionBatch]
     pad_id: int  # the token that ``batch.tokens`` are padded with
     # hard negative captions; None if no rank has one, or the loss does not use them
     negatives: HardNegatives | None = None

@@ -18,7 +18,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.losses.pairwise import Sigmoid
 from lit_clip.models.lora import is_added
 from lit_clip.training.lightning.checkpoint_io import wrapped
-from lit_clip.training.plan import RunPlan
+from lit_clip.training.plan import RunPlan, captions_together
 
 HALF = (torch.float16, torch.bfloat16)
 FAR_BELOW = -7.0  # logit_bias plus log batch; published SigLIPs have -2.5 to -6.4 at their own 32,768 pairs
@@ -156,6 +156,12 @@ def check_run(module: Any) -> None:
         f"data.columns.negative: {column!r} would have no effect, because {type(module.loss).__name__} does not use "
         "hard negatives; leave it out, or use lit_clip.losses.Contrastive",
     )
+    for part in module.loss.modules() if captions_together(data) else ():
+        if getattr(part, "duplicates", "") == "negatives":
+            raise InputError(
+                f"model.loss.duplicates: negatives of {type(part).__name__} would make an image's own captions wrong "
+                "for it, which data.captions.per_image together has in a step; set it to positives"
+            )
     batch = getattr(data, "train_batch_size", None)
     _check_bias(module, batch, trainer.world_size)
     compares = not module.loss.chance_loss(1) and module.loss.chance_loss(2)
@@ -232,9 +238,10 @@ def contradictions(plan: RunPlan) -> Iterator[str]:
             f"trainer.max_steps {plan.max_steps} and max_epochs {plan.max_epochs} ({ends} steps) disagree: "
             f"{first} ends the run; leave {unreached} out"
         )
-    if plan.micro_batch and batch and plan.micro_batch > batch:
+    pairs = round((batch or 0) * plan.captions)
+    if plan.micro_batch and batch and plan.micro_batch > pairs:
         yield (
-            f"model.micro_batch_size {plan.micro_batch} exceeds the {batch} pairs per step of each rank: it has no "
+            f"model.micro_batch_size {plan.micro_batch} exceeds the {pairs} pairs per step of each rank: it has no "
             "effect"
         )
     if plan.batch_norm and batch and batch // plan.parts < FEW_FOR_BATCH_NORM:

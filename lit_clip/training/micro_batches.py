@@ -27,7 +27,8 @@ HARD_NEGATIVES = (
 
 def encode_pairs(model: CLIP, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
     """Return unit features ``[B, D]`` of a batch's images and of its captions, float32."""
-    return _encode_images(model, batch.images), _encode_texts(model, batch.tokens, batch.lengths, batch.stored_texts)
+    image_BD = batch.of_pairs(_encode_images(model, batch.images))
+    return image_BD, _encode_texts(model, batch.tokens, batch.lengths, batch.stored_texts)
 
 
 def _encode_images(model: CLIP, images: Tensor) -> Tensor:
@@ -79,17 +80,19 @@ def encode_step(model: CLIP, batch: CaptionBatch, counts: StepCounts, size: int 
 
     Ranks have equally many micro-batches, as they synchronise in every backward pass, and under FSDP in every forward
     pass too: one with fewer pairs encodes its last pair several times. At most ``size`` pairs are encoded at once.
+    An image that several pairs have is encoded once, and divided among the micro-batches by itself.
     """
-    pairs, most = len(batch.images), max(1, *counts.pairs.counts)
+    pairs, most = batch.pairs, max(1, *counts.pairs.counts)
     number = math.ceil(most / (size or most))
     whole = batch if pairs else placeholder(model, batch)
     parts = whole.stretched(2 * number if batch.skipped else number).split(number)  # BatchNorm may need two pairs
-    repeats = sum(len(part.images) for part in parts) > pairs  # which count in no statistics
+    encoded = sum(len(part.images) for part in parts), sum(len(part.tokens) for part in parts)
+    repeats = encoded != (len(batch.images), pairs)  # which count in no statistics
     norms = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)] if repeats else []
     with FrozenStatistics(norms):
         image_BD, text_BD, negative_MD = _encode_parts(model, parts, counts.negatives.total > 0)
-    if repeats:
-        image_BD, text_BD = image_BD[:pairs], text_BD[:pairs]
+    if repeats or batch.image_of is not None:
+        image_BD, text_BD = batch.of_pairs(image_BD), text_BD[:pairs]
     negatives = None if negative_MD is None else HardNegatives(negative_MD, counts.negatives)
     scale, bias, pad_id = model.logit_scale.exp(), model.logit_bias, model.tokenizer.pad_id
     return Pairs(image_BD, text_BD, scale, bias, counts.pairs, batch, parts, pad_id, negatives)

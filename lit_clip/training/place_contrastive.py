@@ -42,13 +42,13 @@ class PlaceContrastive(Loss):
     def forward(self, pairs: Pairs) -> Tensor:
         assert self.model is not None, "call prepare first"
         (model,) = self.model
-        places = encode_again(model, _places, [part.images for part in pairs.parts])
+        places = pairs.batch.of_pairs(encode_again(model, _places, [part.images for part in pairs.parts]))
         ids_B3 = pairs.ids()
         all_text_ND, all_ids_N3 = gather(pairs.text, pairs.ranks), gather(ids_B3, pairs.ranks)
         same_BN = (ids_B3[:, None] == all_ids_N3).any(dim=-1)
-        B, D = pairs.text.shape  # Matryoshka's have fewer channels
+        D = pairs.text.shape[1]  # Matryoshka's have fewer channels
         with torch.autocast(pairs.text.device.type, enabled=False):
-            similarities_BN = place_similarities(unit(places[:B, :, :D]), all_text_ND)
+            similarities_BN = place_similarities(unit(places[..., :D]), all_text_ND)
             return similarity_loss(pairs.scale * similarities_BN, same_BN, pairs.ranks)
 
 

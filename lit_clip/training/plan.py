@@ -66,6 +66,7 @@ class RunPlan:
     trial: bool = False  # a fast_dev_run, whose settings need not agree
     device: str = "cpu"  # its type
     rows_per_image: float | None = None  # training pairs of one image in an epoch, on average
+    captions: float = 1.0  # of an image in a step, on average; above 1 the numbers of pairs here are those of images
     pretrained_encoders: bool = False  # whether both start from weights of their own
 
     @property
@@ -81,7 +82,7 @@ class RunPlan:
     @property
     def parts(self) -> int:
         """Micro-batches per step."""
-        return math.ceil(self.batch / self.micro_batch) if self.batch and self.micro_batch else 1
+        return math.ceil(self.batch * self.captions / self.micro_batch) if self.batch and self.micro_batch else 1
 
     @property
     def passes(self) -> float:
@@ -93,18 +94,18 @@ class RunPlan:
 
     @property
     def forward_flops(self) -> int | None:
-        """Forward FLOPs of one pair."""
+        """Forward FLOPs of one pair, of which an image with several captions has its share."""
         if self.image.forward is None or self.text.forward is None:
             return None
-        return self.image.forward + self.text.forward
+        return round(self.image.forward / self.captions) + self.text.forward
 
     @property
     def training_flops(self) -> float | None:
         """Training FLOPs of one pair; a frozen encoder costs its forward pass, a partly frozen one counts in full."""
-        towers = [(work.forward, self.passes if work.trainable else 1) for work in (self.image, self.text)]
-        if any(forward is None for forward, _ in towers):
+        if self.image.forward is None or self.text.forward is None:
             return None
-        return sum((forward or 0) * passes for forward, passes in towers)
+        image, text = (self.passes if work.trainable else 1 for work in (self.image, self.text))
+        return self.image.forward * image / self.captions + self.text.forward * text
 
     @property
     def state_bytes(self) -> int:
@@ -114,7 +115,8 @@ class RunPlan:
     @property
     def loss_bytes(self) -> tuple[int, int] | None:
         """Bytes of the loss as computed, and with a matrix of similarities."""
-        return None if self.batch is None else loss_bytes(self.batch, self.world, self.embed_dim, self.device)
+        pairs = self.batch and round(self.batch * self.captions)
+        return None if pairs is None else loss_bytes(pairs, self.world, self.embed_dim, self.device)
 
 
 def loss_bytes(batch: int, world: int, embed_dim: int, device: str = "cpu") -> tuple[int, int]:
@@ -176,6 +178,7 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         precision=str(trainer.precision),
         device=trainer.strategy.root_device.type,
         rows_per_image=getattr(data, "rows_per_image", None),
+        captions=getattr(data, "captions_per_image", 1.0),
     )
 
 
@@ -199,11 +202,12 @@ def _forward_flops(tower: nn.Module, inputs: Tensor) -> int | None:
 def even_batches(trainer: "Trainer", negatives: bool) -> int | None:
     """Return the number of pairs in each rank's every training batch, if the data module guarantees it; else None.
 
-    It does if bad samples end the run (``on_error: error``) and its sampler divides global batches among the ranks.
+    It does if bad samples end the run (``on_error: error``), its sampler divides global batches among the ranks, and
+    a sample is a pair.
     If hard negatives matter, files must be known to have none, as their number may differ, and no hook may add them.
     """
     data: Any = getattr(trainer, "datamodule", None)
-    if getattr(data, "on_error", None) != "error":
+    if getattr(data, "on_error", None) != "error" or captions_together(data):
         return None
     if negatives and not (getattr(data, "negative_column", "unknown") is None and isinstance(data.train, str)):
         return None
@@ -212,6 +216,11 @@ def even_batches(trainer: "Trainer", negatives: bool) -> int | None:
     sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
     world = getattr(sampler, "world", None)
     return getattr(sampler, "batch_size", None) if world == trainer.world_size else None
+
+
+def captions_together(data: Any) -> bool:
+    """Return whether a sample of a data module is an image with all of its captions."""
+    return getattr(getattr(data, "captions", None), "per_image", None) == "together"
 
 
 def _makes_batches(*owners: Any) -> bool:

@@ -74,14 +74,14 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
         # For a small batch the matrix is smaller.
         instead = f" (with a similarity matrix: {_bytes(dense)})" if dense > tiled else ""
         rows.append(("memory of the loss", _bytes(tiled) + " on each rank" * several + instead))
-        rows.append(("pairs per step", _pairs_a_step(plan)))
+        rows.append((f"{_unit(plan)} per step", _pairs_a_step(plan)))
     if plan.steps is not None:
         rows.append(("steps", f"{plan.steps:,}, {plan.steps_per_epoch:,} per epoch"))
     if plan.steps is not None and plan.warmup is not None:
         of_run = "longer than the run" if plan.warmup > plan.steps else f"{plan.warmup / plan.steps:.1%} of the run"
         rows.append(("warm-up", f"{plan.warmup:,} step{'s' * (plan.warmup != 1)}, {of_run}"))
     if plan.steps is not None and plan.global_batch is not None:
-        rows.append(("pairs seen", f"{plan.steps * plan.global_batch:,}" + _left_out(plan)))
+        rows.append((f"{_unit(plan)} seen", f"{plan.steps * plan.global_batch:,}" + _left_out(plan)))
     if (plan.rows_per_image or 0) >= SEVERAL:
         rows.append(("captions", _several_captions(plan)))
     if (
@@ -89,7 +89,7 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
         and plan.pairs <= SMALL_DATA
         and not (plan.pretrained or plan.pretrained_encoders or plan.frozen)
     ):
-        rows.append(("training pairs", _small_data(plan.pairs)))
+        rows.append((f"training {_unit(plan)}", _small_data(plan.pairs)))
     rows.append(("loss", shown(plan.loss)))
     rows.append(("optimiser", shown(plan.optimizer)))
     rows.append(("schedule", shown(plan.lr_scheduler)))
@@ -100,7 +100,12 @@ def _pairs_a_step(plan: RunPlan) -> str:
     nodes = f" x {plan.nodes} nodes" if plan.nodes > 1 else ""
     ranks = f" = {plan.batch:,} x {plan.devices} ranks{nodes}" if plan.world > 1 else ""
     parts = f", encoded in {plan.parts} micro-batches" if plan.parts > 1 else ""
-    return f"{plan.global_batch:,}{ranks}{parts}"
+    captions = f", each with all of its {plan.captions:.2g} captions on average" if plan.captions > 1 else ""
+    return f"{plan.global_batch:,}{ranks}{captions}{parts}"
+
+
+def _unit(plan: RunPlan) -> str:
+    return "images" if plan.captions > 1 else "pairs"
 
 
 def _left_out(plan: RunPlan) -> str:
@@ -113,7 +118,7 @@ def _several_captions(plan: RunPlan) -> str:
     times = f"{plan.rows_per_image:.2g}"
     return (
         f"{times} of each image on average, so an epoch passes it {times} times; --data.captions.per_image one passes "
-        "it once, in each epoch with another caption"
+        "it once, in each epoch with another caption, and together once with all of them"
     )
 
 

@@ -168,7 +168,7 @@ class RunHooks(LightningModule):
 
         A step without any pair is skipped.
         """
-        pairs, negatives = len(batch.images), hard_negatives(batch, self.loss)
+        pairs, negatives = batch.pairs, hard_negatives(batch, self.loss)
         even = even_batches(self._trainer, self.loss.uses_negatives) if self._trainer else None
         require(
             even in (None, pairs),

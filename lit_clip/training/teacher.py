@@ -41,7 +41,7 @@ class Teacher:
         model = self.model.to(batch.images.device)
         if tower == "image":
             return model.encode_image(model.normalize(self.resized(batch.images)), normalize=True)
-        captioned = len(batch.captions) == len(batch.images)
+        captioned = len(batch.captions) == len(batch.tokens)
         require(captioned, "model.loss: the teacher needs captions, and the data module's batches have none")
         tokens = model.tokenize(batch.captions)
         lengths = model.tokenizer.lengths(tokens).tolist()
@@ -125,7 +125,8 @@ class Distillation(Loss):
         if not len(pairs.image):
             features = pairs.image.new_zeros(0, self.loaded.model.config.embed_dim)
         elif features is None:
-            features = torch.cat([self.loaded.features(part, tower) for part in pairs.parts])[: len(pairs.image)]
+            features = torch.cat([self.loaded.features(part, tower) for part in pairs.parts])
+            features = pairs.batch.of_pairs(features) if tower == "image" else features[: len(pairs.image)]
         return unit(features).to(pairs.image.dtype)
 
     def _mapped(self, tower: Tower, features: Tensor) -> Tensor:

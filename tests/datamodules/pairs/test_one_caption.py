@@ -239,7 +239,7 @@ def test_data_with_a_row_for_each_image_are_refused_in_one_line(table: Path, tmp
         message = r"^data\.captions\.per_image: one would change nothing: each image of .* is in one row, of whose"
         with pytest.raises(InputError, match=message):
             opened(data, val=str(table))
-    with pytest.raises(InputError, match=r"^data\.captions\.per_image: 'first' must be 'all' or 'one'"):
+    with pytest.raises(InputError, match=r"^data\.captions\.per_image: 'first' must be 'all', 'one' or"):
         CaptionOptions(per_image="first")  # pyright: ignore[reportArgumentType]
 
 

@@ -1,0 +1,85 @@
+"""Steps in which an image has several captions: a plain loop, the batch that repeats the image, and what is encoded."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lit_clip.errors import InputError
+from lit_clip.losses import Alignment, Contrastive, Loss, Matryoshka, Sigmoid, Sum, WeightedContrastive
+from lit_clip.module import LitCLIP
+from lit_clip.training.place_contrastive import PlaceContrastive
+from lit_clip.training.teacher import Distillation
+from tests.helpers.ranks import CONFIG, PAIRS, make_module
+from tests.helpers.ranks_together import CAPTIONS, CASES, IMAGES, batch_of
+
+
+@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+def test_value_and_gradients_equal_a_plain_loop_over_images_and_captions(
+    world: int, ranks: Callable[..., None], tmp_path: Path
+) -> None:
+    ranks("gradients", world, str(tmp_path / "errors.json"), script="ranks_together.py")
+    errors = json.loads((tmp_path / "errors.json").read_text(encoding="utf-8"))
+    assert len(errors) == 2 * len(IMAGES[world]) * len(CASES)
+    assert max(errors.values()) < 1e-9, sorted(errors.items(), key=lambda item: -item[1])[:5]
+
+
+LOSSES: dict[str, Callable[[], Loss]] = {
+    "ignored": lambda: Contrastive("ignored"),
+    "weighted": lambda: WeightedContrastive("positives"),
+    "Matryoshka": lambda: Matryoshka(Contrastive("positives"), [8, 16]),
+    "teacher": lambda: Sum([Contrastive("positives"), Distillation(), Distillation(of="features"), Alignment()]),
+    "places": lambda: Sum([Contrastive("positives"), PlaceContrastive()]),
+}
+
+
+@pytest.mark.parametrize("size", [None, 5])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_step_equals_that_of_a_batch_that_repeats_the_images(loss: str, size: int | None) -> None:
+    batch = batch_of(slice(0, PAIRS))
+    batch = batch._replace(extra={"weight": torch.linspace(0, 2, batch.pairs)})
+    repeated = batch._replace(images=batch.of_pairs(batch.images), image_of=None)
+    found = []
+    for each in (batch, repeated):
+        module = make_module(loss=LOSSES[loss](), micro_batch_size=size)
+        module.loss.prepare(module.model)
+        with torch.no_grad():
+            module.model.logit_scale += 0.1  # a teacher's features are no longer the model's
+            for parameter in module.model.parameters():
+                parameter *= 1.05
+        value = module.training_step(each, 0)
+        value.backward()
+        assert module.last_step is not None
+        assert (module.last_step.keys, module.last_step.pairs) == (batch.keys, sum(CAPTIONS))
+        found.append([value.detach(), *(p.grad for p in module.model.parameters())])
+    for ours, expected in zip(*found, strict=True):
+        torch.testing.assert_close(ours, expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("size", [None, 1, 6, 29])
+def test_each_image_is_encoded_once_and_no_more_texts_at_once_than_the_micro_batch_has(size: int | None) -> None:
+    module, batch = make_module(loss=Contrastive("positives"), micro_batch_size=size), batch_of(slice(0, 6))
+    seen: dict[str, list[int]] = {"images": [], "texts": []}
+    model: Any = module.model
+    model.visual.register_forward_hook(lambda layer, inputs, _: seen["images"].append(len(inputs[0])))
+    encode = model.encode_text
+    model.encode_text = lambda tokens, **options: seen["texts"].append(len(tokens)) or encode(tokens, **options)
+    with torch.no_grad():
+        module.training_step(batch, 0)
+    parts = -(-batch.pairs // (size or batch.pairs))
+    assert sum(seen["texts"]) == batch.pairs
+    assert sum(seen["images"]) == max(6, parts)  # repeated only where there are more parts than images
+    assert max(*seen["texts"], *seen["images"]) <= (size or batch.pairs)
+
+
+@pytest.mark.parametrize("loss", [None, Sum([Alignment(), Contrastive()]), Matryoshka(Sigmoid(), [8])])
+def test_a_loss_in_which_captions_of_an_image_are_wrong_for_it_is_refused(loss: Loss | None) -> None:
+    module = LitCLIP(CONFIG, loss=loss)
+    data = type("Data", (), {"captions": type("Options", (), {"per_image": "together"})})
+    trainer = {"accumulate_grad_batches": 1, "precision": "32-true", "callbacks": (), "datamodule": data()}
+    module._trainer = type("Trainer", (), trainer)()  # pyright: ignore
+    with pytest.raises(InputError, match=r"^model\.loss\.duplicates: negatives of .*; set it to positives$"):
+        module.on_fit_start()
