@@ -49,7 +49,8 @@ def contrastive_loss(
         same_BN: bool, True where two pairs are duplicates, the pair itself included; None: there are no duplicates.
         duplicates: how they count. ``negatives``: like any other pair (the paper). ``positives``: as positives, each
             with an equal share of the target (the "out" form of Khosla et al. 2020, equation 2). ``ignored``: not at
-            all.
+            all. An image with K captions in a batch is K pairs: as ``positives`` its target is 1/K for each of them, a
+            term that counts K times, and it is K times a candidate for every caption.
         negative_MD: all ranks' features of hard negative captions, unit length: further wrong texts for every image
             (NegCLIP, Yuksekgonul et al. 2023).
 

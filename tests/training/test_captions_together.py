@@ -47,7 +47,7 @@ def test_a_step_equals_that_of_a_batch_that_repeats_the_images(loss: str, size: 
         module = make_module(loss=LOSSES[loss](), micro_batch_size=size)
         module.loss.prepare(module.model)
         with torch.no_grad():
-            module.model.logit_scale += 0.1  # a teacher's features are no longer the model's
+            module.model.logit_scale.add_(0.1)  # a teacher's features are no longer the model's
             for parameter in module.model.parameters():
                 parameter *= 1.05
         value = module.training_step(each, 0)
