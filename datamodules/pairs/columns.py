@@ -234,6 +234,7 @@ class TablePairs(ColumnPairs):
         super().__init__(path, root)
         self._table, self.label, self._mapped = table, label, mapped
         self._left_out = left_out or SkippedRows()
+        self._latest: tuple[int, Cells] | None = None  # row and cells: one row is often asked for several things
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave a mapped table out: the receiving process maps it again."""
@@ -252,10 +253,14 @@ class TablePairs(ColumnPairs):
         return self._table["image"]
 
     def cells(self, index: int) -> Cells:
+        if (latest := self._latest) is not None and latest[0] == index:
+            return latest[1]
         row = {name: self._table[name][index].as_py() for name in self._table.column_names}
         where = f"{self.shown(self.path)} {self.label} {row['number']}"
         more = (row.get(name) for name in ("negative", "weight", "other_image"))
-        return Cells(row["image"], row["caption"], row.get("group") or "", where, "", *more)
+        cells = Cells(row["image"], row["caption"], row.get("group") or "", where, "", *more)
+        self._latest = index, cells
+        return cells
 
 
 def map_table(path: Path) -> pa.Table:
