@@ -75,17 +75,19 @@ class Run:
         train, val = self.data.train_source, self.data.val_source
         names = train.image_names()
         rows = min(len(train), MOST_ROWS if names is not None else FEW_ROWS)
-        images, captions = set(), set()
+        images, captions, texts = set(), set(), 0
         for row in range(rows):
             try:
                 images.add(train.image_identity(row) if names is None else str(names[row]))
-                captions.update(train.captions(row))
+                captions.update(listed := train.captions(row))
+                texts += len(listed)
             except ValueError:  # a bad sample, which the run skips or refuses
                 continue
         share = len(train) / max(1, rows)
         found = round(len(images) * share), round(len(captions) * share)
-        once = getattr(getattr(self.data, "captions", None), "per_image", "all") == "one"
-        pairs = found[0] if once else len(train)  # of an epoch
+        per_image = getattr(getattr(self.data, "captions", None), "per_image", "all")
+        of_epoch = {"all": len(train), "one": found[0], "together": round(texts * share)}
+        pairs = of_epoch[per_image]
         return Facts(pairs, *found, len(val), hex_digest([len(train), *sorted(map(str, images | captions))]))
 
     def count(self, option: str) -> int | None:
