@@ -147,7 +147,7 @@ def make_trainer(callbacks: list[Callback], settings: EncodingSettings) -> Train
         raise InputError(f"devices or accelerator: {error}") from error
     evaluate_as_given(trainer)
     watch_started_ranks(trainer)
-    keep_freed_memory(trainer)
+    keep_freed_memory(trainer.strategy.root_device)
     replace_signals(trainer)  # Lightning's own would wait for the other ranks in the handler
     return trainer
 
