@@ -133,7 +133,7 @@ def rule_for(facts: Facts) -> Rule:
 def together_for(run: Run) -> bool:
     """Return whether a step has all captions of an image: where images have several, unless the user says otherwise."""
     if run.is_given("data.captions.per_image"):
-        return run.data.captions.per_image == "together"
+        return run.per_image == "together"
     return run.data.lists_captions and max(run.facts.pairs, run.facts.captions) > run.facts.images
 
 
@@ -162,7 +162,8 @@ def plan_for(
         freeze, speed = level
         encoding = (facts.images * versions + validated) * speed.image + facts.captions * speed.text
         step = work.batch * (speed.image_step + work.captions * speed.text_step)
-        fixed = VALIDATIONS * (VALIDATION + validated * speed.image_step / 3)
+        forward = validated * speed.image_step + facts.validation * speed.text_step
+        fixed = VALIDATIONS * (VALIDATION + forward / 3)  # a step has a backward pass, of twice the work
         steps = max(fewest, min(work.steps, int((seconds - encoding - fixed) / step)))
         training = steps * step + fixed
         return Plan(freeze, versions if augmented else 0, steps, encoding, training, encoding + training <= seconds)

@@ -23,7 +23,7 @@ class Choice(NamedTuple):
 class Facts(NamedTuple):
     """Numbers of the training data."""
 
-    pairs: int
+    pairs: int  # of an epoch; with ``captions.per_image: together`` its images
     images: int  # distinct
     captions: int  # distinct
     validation: int = 0  # pairs to validate
@@ -69,25 +69,27 @@ class Run:
         """The module, on the CPU."""
         return self._make_module()
 
+    @property
+    def per_image(self) -> str:
+        """Which captions of an image an epoch has: ``data.captions.per_image``."""
+        return getattr(getattr(self.data, "captions", None), "per_image", "all")
+
     @cached_property
     def facts(self) -> Facts:
         """Numbers of the training data; of large data the first rows are read, and the others taken to be alike."""
         train, val = self.data.train_source, self.data.val_source
         names = train.image_names()
         rows = min(len(train), MOST_ROWS if names is not None else FEW_ROWS)
-        images, captions, texts = set(), set(), 0
+        images, captions = set(), set()
         for row in range(rows):
             try:
                 images.add(train.image_identity(row) if names is None else str(names[row]))
-                captions.update(listed := train.captions(row))
-                texts += len(listed)
+                captions.update(train.captions(row))
             except ValueError:  # a bad sample, which the run skips or refuses
                 continue
         share = len(train) / max(1, rows)
         found = round(len(images) * share), round(len(captions) * share)
-        per_image = getattr(getattr(self.data, "captions", None), "per_image", "all")
-        of_epoch = {"all": len(train), "one": found[0], "together": round(texts * share)}
-        pairs = of_epoch[per_image]
+        pairs = found[0] if self.per_image == "one" else len(train)
         return Facts(pairs, *found, len(val), hex_digest([len(train), *sorted(map(str, images | captions))]))
 
     def count(self, option: str) -> int | None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lit_clip.recipes.recipe import Choice, Facts, Recipe, Run
+from lit_clip.recipes.recipe import Choice, Recipe, Run
 
 FEWEST_STEPS = 150  # of a run, of which a tenth is warm-up: 100 steps and more have the full rate
 WARMUP, LONGEST_WARMUP = 0.1, 2_000  # share of the run, and steps (the paper's table 18)
@@ -99,7 +99,7 @@ class FineTuning(Recipe):
         if any(isinstance(layer, _BatchNorm) for layer in model.modules()):
             choices.append(Choice("model.freeze.batch_norm", True, "its statistics stay those of pretraining"))
         if model.logit_bias is None:  # of a SigLIP the loss is the sigmoid's
-            choices += _duplicates(run.facts)
+            choices += _duplicates(run)
         return choices
 
 
@@ -118,7 +118,7 @@ class FromScratch(Recipe):
     def choose(self, run: Run) -> list[Choice]:
         if run.given.get("model.pretrained") is not None:
             return FineTuning().choose(run)
-        return [*_choices(run, FROM_SCRATCH), *_duplicates(run.facts)]
+        return [*_choices(run, FROM_SCRATCH), *_duplicates(run)]
 
 
 def _choices(run: Run, rows: Sequence[Row]) -> list[Choice]:
@@ -148,8 +148,9 @@ def _choices(run: Run, rows: Sequence[Row]) -> list[Choice]:
     ]
 
 
-def _duplicates(facts: Facts) -> list[Choice]:
-    if min(facts.captions, facts.images) >= facts.pairs:
+def _duplicates(run: Run) -> list[Choice]:
+    facts = run.facts
+    if min(facts.captions, facts.images) >= facts.pairs and run.per_image != "together":
         return []
     repeated = f"{facts.pairs:,} pairs have {facts.captions:,} captions and {facts.images:,} images"
     return [Choice("model.loss", POSITIVES, repeated)]

@@ -17,6 +17,7 @@ from lit_clip.losses.loss import Loss, Pairs
 from lit_clip.losses.tiled import HardNegatives
 from lit_clip.models.clip import CLIP
 from lit_clip.models.frozen_prefix import image_features_from, text_features_from
+from lit_clip.tools.hardware import to_device
 from lit_clip.training.activation_checkpointing import FrozenStatistics, checkpoint
 
 HARD_NEGATIVES = (
@@ -26,7 +27,17 @@ HARD_NEGATIVES = (
 
 
 def encode_pairs(model: CLIP, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
-    """Return unit features ``[B, D]`` of a batch's images and of its captions, float32."""
+    """Return unit features ``[B, D]`` of a batch's images and of its captions, float32.
+
+    In evaluation an image of several pairs, which have one key, is encoded once.
+    """
+    if not model.training and batch.image_of is None:
+        row_of: dict[str, int] = {}
+        image_of = [row_of.setdefault(key, len(row_of)) for key in batch.keys]
+        if len(row_of) < len(image_of):
+            first = [image_of.index(number) for number in range(len(row_of))]
+            images, own = (to_device(torch.tensor(rows), batch.images.device) for rows in (first, image_of))
+            batch = batch._replace(images=batch.images[images], image_of=own)
     image_BD = batch.of_pairs(_encode_images(model, batch.images))
     return image_BD, _encode_texts(model, batch.tokens, batch.lengths, batch.stored_texts)
 

@@ -45,7 +45,7 @@ def seconds_of(facts: Facts, plan: Any) -> float:
     validated = facts.validation * facts.images / facts.pairs
     images = facts.images * max(1, plan.versions) + validated
     trained = plan.steps * work.batch * (speed.image_step + work.captions * speed.text_step)
-    validations = VALIDATIONS * (2.0 + validated * speed.image_step / 3)
+    validations = VALIDATIONS * (2.0 + (validated * speed.image_step + facts.validation * speed.text_step) / 3)
     return images * speed.image + facts.captions * speed.text + trained + validations
 
 

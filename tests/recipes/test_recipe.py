@@ -1,12 +1,13 @@
 """What a recipe may look at, and which of its choices count."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from lit_clip.recipes import Choice, Recipe, Run
+from lit_clip.recipes import Choice, FineTuning, Recipe, Run
 from tests.helpers.small_sets import data_for, make_module, write_table
 
 
@@ -41,6 +42,21 @@ def test_facts_count_distinct_images_and_captions(tmp_path: Path) -> None:
     data.captions = dataclasses.replace(data.captions, per_image="one")
     facts = Run({}, lambda: data, lambda: module).facts
     assert (facts.pairs, facts.images, facts.captions_per_image) == (6, 6, 1)
+
+
+def test_images_whose_captions_come_together_are_counted_and_their_captions_are_positives(tmp_path: Path) -> None:
+    table = tmp_path / "captions.jsonl"
+    write_table(tmp_path, rows=6)
+    rows = [{"image": f"{row}.png", "captions": [f"one {row}", f"another {row}"]} for row in range(6)]
+    table.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    module = make_module()
+    data = data_for(module, table)
+    data.captions = dataclasses.replace(data.captions, per_image="together")
+    data.train_source, data.val_source = data.opened_sources(True)
+    run = Run({"data.captions.per_image": "together"}, lambda: data, lambda: module)
+    assert run.facts[:3] == (6, 6, 12)
+    chosen = {each.option: each.value for each in FineTuning().choices(run)}
+    assert chosen["model.loss"]["init_args"] == {"duplicates": "positives"}
 
 
 def test_the_digest_of_the_facts_is_that_of_the_pairs(tmp_path: Path) -> None:

@@ -75,6 +75,19 @@ def test_each_image_is_encoded_once_and_no_more_texts_at_once_than_the_micro_bat
     assert max(*seen["texts"], *seen["images"]) <= (size or batch.pairs)
 
 
+def test_validation_encodes_an_image_of_several_pairs_once() -> None:
+    module, together = make_module().eval(), batch_of(slice(0, 6))
+    assert together.image_of is not None
+    repeated = together._replace(images=together.of_pairs(together.images), image_of=None)
+    expected = module.model.encode_image(module.model.normalize(repeated.images), normalize=True)
+    seen: list[int] = []
+    module.model.visual.register_forward_hook(lambda layer, inputs, _: seen.append(len(inputs[0])))
+    with torch.no_grad():
+        features = module.validation_step(repeated, 0)
+    assert seen == [6]
+    torch.testing.assert_close(features["image"], expected)
+
+
 @pytest.mark.parametrize("loss", [None, Sum([Alignment(), Contrastive()]), Matryoshka(Sigmoid(), [8])])
 def test_a_loss_in_which_captions_of_an_image_are_wrong_for_it_is_refused(loss: Loss | None) -> None:
     module = LitCLIP(CONFIG, loss=loss)
