@@ -23,6 +23,7 @@ from .preemption import Preemption
 from .print_plan import PrintPlan
 from .print_results import PrintResults
 from .progress_lines import ProgressLines
+from .proof import Proof
 from .random_states import RandomStates
 from .retrieval import Retrieval
 from .skipped_samples import SkippedSamples
@@ -47,6 +48,7 @@ __all__ = [
     "PrintPlan",
     "PrintResults",
     "ProgressLines",
+    "Proof",
     "RandomStates",
     "Retrieval",
     "SimilarityMatrix",
@@ -78,6 +80,7 @@ def defaults(*callbacks: Callback) -> list[Callback]:
     - :class:`SkippedSamples`
     - :class:`NonFiniteSteps`
     - :class:`RandomStates`, last, after all that draws random numbers before the first step
+    - :class:`Proof`, if it is given: what it prints is the end of a run
 
     Messages of Lightning that nobody can act on are silenced from here on, as the command line does
     (:mod:`lit_clip.tools.guarded_output`): it advertises while a trainer is made.
@@ -86,7 +89,7 @@ def defaults(*callbacks: Callback) -> list[Callback]:
     log_above_bars()
 
     left_out = {name for callback in callbacks if isinstance(callback, Without) for name in callback.names}
-    unknown = left_out - {kind.__name__ for kind in (Preemption, *AFTER)}
+    unknown = left_out - {kind.__name__ for kind in (Preemption, *AFTER, Proof)}
     require(not unknown, f"Without: {', '.join(sorted(unknown))} is none of the callbacks that every run has")
     needed = "Without: Preemption stays; it also knows which validation a resumed run has to begin with"
     require(Preemption.__name__ not in left_out, needed)
@@ -96,4 +99,6 @@ def defaults(*callbacks: Callback) -> list[Callback]:
         return [kind() for kind in wanted if not any(isinstance(callback, kind) for callback in callbacks)]
 
     callbacks = tuple(sorted(callbacks, key=lambda callback: not getattr(callback, "changes_model", False)))  # stable
-    return [*missing(Preemption), *callbacks, *missing(*AFTER)]
+    at_the_end = [callback for callback in callbacks if isinstance(callback, Proof)]
+    others = [callback for callback in callbacks if callback not in at_the_end]
+    return [*missing(Preemption), *others, *missing(*AFTER), *at_the_end]

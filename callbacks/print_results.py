@@ -79,6 +79,13 @@ class PrintResults(Callback):
                 print_preferred(Path(last), pairs)
 
 
+def recommended(trainer: Trainer, module: Any) -> Path | None:
+    """Return the checkpoint that the last lines of a run say to take, if it is not the last."""
+    pairs = len(getattr(getattr(trainer, "datamodule", None), "val_source", None) or ())
+    best, _ = _best(trainer, module.baselines)
+    return None if 0 < pairs < FEW else next(iter(best.values()), None)
+
+
 def misleading_loss(validations: Sequence[Validation]) -> str:
     """Say so where the loss was lowest after the first epoch, while recall rose for longer; otherwise nothing."""
     if len(validations) < 2:

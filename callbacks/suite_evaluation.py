@@ -179,7 +179,7 @@ class SuiteEvaluation(PeriodicEvaluation):
         result, options = Evaluation(), replace(self.options, device=module.device)
         self._folder = run_folder(trainer)  # every rank must ask
         for opened in self._opened or ():
-            current = self._encoded(module.model, opened)
+            current = self.encoded(module.model, opened)
             with named(opened.name), torch.autocast(module.device.type, enabled=False):
                 for task in opened.tasks:
                     stem = self._folder and self._folder / f"{task}_{opened.name}"
@@ -193,7 +193,7 @@ class SuiteEvaluation(PeriodicEvaluation):
     def show(self, trainer: Trainer, module: LitCLIP, opened: OpenSet) -> None:
         """Show a set after its evaluation; called on all ranks."""
 
-    def _encoded(self, model: CLIP, opened: OpenSet) -> OpenSet:
+    def encoded(self, model: CLIP, opened: OpenSet) -> OpenSet:
         """Return the set with the features of its images and texts; splits with the same images are encoded once."""
         several, features = len(opened.folds) > 1, dict[str, SetFeatures]()
         folds = [replace(fold, features={}) for fold in opened.folds]

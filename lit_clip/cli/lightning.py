@@ -1,5 +1,6 @@
 """LightningCLI's commands: ``fit``, ``validate``, ``test`` and ``predict``."""
 
+import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
@@ -101,10 +102,18 @@ class CLI(PlainCLI):
         parser.add_subclass_arguments(
             Recipe, "recipe", default=None, required=False, help="fit only: chooses settings that are not given."
         )
+        parser.add_argument(
+            "--rest",
+            type=list[str],
+            default=[],
+            help="fit only: folders of classes, or tables of pairs, on which the trained model should be no worse.",
+        )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse with this priority: typed options, YAML files, the settings in ``--ckpt_path``, defaults."""
         assert args is not None  # `run` passes the command line
+        if isinstance(args, list):  # --rest may be typed several times
+            args = [re.sub(r"^--rest(?=$|=[^\[])", "--rest+", word) for word in args]
         words, of_callbacks = take_options(args if isinstance(args, list) else [])
         if isinstance(args, list):  # a configuration is printed with all options
             args = [word for word in words if not of_callbacks or not word.startswith("--print_config")]
@@ -159,14 +168,16 @@ class CLI(PlainCLI):
     ) -> None:
         """Parse again with the named options of callbacks, or the newest checkpoint; leave out what that replaces."""
         known, path = self.parsers[subcommand], argv.checkpoint_path(words, subcommand)
+        recipe = self.config[subcommand].get("recipe")
         references.check_settings_are_whole(self.config[subcommand].as_dict())
         if of_callbacks:
             saved = callbacks_of(known, self.config[subcommand])
             with references.dumping():
                 callbacks = as_typed(callbacks_of(known, self.config[subcommand]), saved)
-            self.parse_arguments(parser, [*words, callbacks_option(callbacks, of_callbacks, _default_callbacks())])
+            others = _default_callbacks()() + ([_callbacks().Proof()] if recipe else [])
+            self.parse_arguments(parser, [*words, callbacks_option(callbacks, of_callbacks, lambda: others)])
             return
-        recipe, self.given = self.config[subcommand].get("recipe"), self.given or given_settings(words, subcommand)
+        self.given = self.given or given_settings(words, subcommand)
         if recipe and subcommand == "fit":
             self.parse_arguments(parser, [*words, *chosen_options(known, self.config[subcommand], self.given)])
             return
@@ -214,6 +225,10 @@ class CLI(PlainCLI):
         settings: Any = self.settings_to_create("trainer")
         callbacks = settings.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
+        if rest := self.setting("rest"):
+            proof = next((each for each in callbacks if type(each).__name__ == "Proof"), None)
+            require(proof is not None, "--rest: needs callbacks.Proof, which a recipe adds for pairs; add it")
+            proof.rest = [*proof.rest, *rest]
         settings.callbacks = _default_callbacks()(*callbacks)
         if settings.enable_model_summary:  # typed; Lightning adds none beside the plan
             settings.callbacks.append(RichModelSummary())
@@ -311,8 +326,12 @@ def _settings_of(path: str) -> dict[str, Any]:
     return hparams
 
 
+def _callbacks() -> Any:
+    return import_module(DEFAULT_CALLBACKS)
+
+
 def _default_callbacks() -> Callable[..., list[Any]]:
-    return import_module(DEFAULT_CALLBACKS).defaults
+    return _callbacks().defaults
 
 
 @short_names()

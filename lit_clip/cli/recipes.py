@@ -81,10 +81,19 @@ def chosen_options(parser: Any, config: Any, given: Mapping[str, Any]) -> list[s
         rank_zero_info(f"recipe: {recipe!r} chooses nothing for {type(run.data).__name__}, which opens no pairs")
     if kept is not None:
         rank_zero_info(f"recipe: measured by an earlier run; delete {kept} to measure again")
+    if pairs and "Proof" not in _named_callbacks(config.trainer.callbacks):
+        choices = [*choices, Choice("trainer.callbacks+", "callbacks.Proof", "what training changed, at its end")]
     if getattr(rank_zero_only, "rank", 0) == 0 and choices:
         _show(repr(recipe), choices)
     values = [each.value if isinstance(each.value, str) else json.dumps(each.value) for each in choices]
     return [*(f"--{each.option}={value}" for each, value in zip(choices, values, strict=True)), "--recipe=null"]
+
+
+def _named_callbacks(settings: Any) -> list[str]:
+    """Return the short names of the callbacks that are listed, and of those that are left out."""
+    every = settings if isinstance(settings, list) else [settings] if settings else []
+    names = [each.class_path.rpartition(".")[2] for each in every]
+    return names + [name for each in every for name in each.get("init_args", {}).get("names", ())]
 
 
 def _kept(recipe: Recipe, run: Run) -> tuple[list[Choice], Path | None]:

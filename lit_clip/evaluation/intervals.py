@@ -33,7 +33,7 @@ class UnitScores(NamedTuple):
             return clopper_pearson(int(self.values.sum()), len(self.values))
         return self.bootstrap()
 
-    def bootstrap(self) -> Interval:
+    def bootstrap(self, confidence: float = CONFIDENCE) -> Interval:
         """Return the percentile interval of means of images drawn with replacement, within their classes if given.
 
         One image less is drawn than there are, so that the variance is unbiased (Rao and Wu 1988): with n draws of n it
@@ -49,7 +49,7 @@ class UnitScores(NamedTuple):
             else:  # only how often each value is drawn matters
                 drawn = len(stratum) - 1
                 means += random.multinomial(drawn, counts / len(stratum), size=DRAWS) @ values / drawn
-        low, high = np.quantile(means / len(strata), [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
+        low, high = np.quantile(means / len(strata), [(1 - confidence) / 2, (1 + confidence) / 2])
         return float(low), float(high)
 
     def _strata(self) -> list[np.ndarray]:

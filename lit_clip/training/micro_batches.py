@@ -38,20 +38,28 @@ def encode_pairs(model: CLIP, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
             first = [image_of.index(number) for number in range(len(row_of))]
             images, own = (to_device(torch.tensor(rows), batch.images.device) for rows in (first, image_of))
             batch = batch._replace(images=batch.images[images], image_of=own)
-    image_BD = batch.of_pairs(_encode_images(model, batch.images))
-    return image_BD, _encode_texts(model, batch.tokens, batch.lengths, batch.stored_texts)
+    image_BD = batch.of_pairs(encode_images(model, batch.images))
+    return image_BD, encode_texts(model, batch.tokens, batch.lengths, batch.stored_texts)
 
 
-def _encode_images(model: CLIP, images: Tensor) -> Tensor:
-    if images.is_floating_point():  # stored activations
-        return unit(image_features_from(model, images))
-    return model.encode_image(model.normalize(images), normalize=True)
+def encode_images(model: CLIP, images: Tensor, normalize: bool = True) -> Tensor:
+    """Return features ``[B, D]`` of a batch's images or stored activations, of unit length if ``normalize``."""
+    stored = images.is_floating_point()
+    features = image_features_from(model, images) if stored else model.encode_image(model.normalize(images))
+    return unit(features) if normalize else features
 
 
-def _encode_texts(model: CLIP, tokens: Tensor, lengths: Sequence[int], stored: Tensor | None) -> Tensor:
-    if stored is not None:
-        return unit(text_features_from(model, stored, tokens, lengths))
-    return model.encode_text(tokens, normalize=True, lengths=lengths)
+def encode_texts(
+    model: CLIP, tokens: Tensor, lengths: Sequence[int], stored: Tensor | None, normalize: bool = True
+) -> Tensor:
+    """Return features ``[B, D]`` of a batch's captions, of unit length if ``normalize``."""
+    from_stored = stored is not None
+    features = (
+        text_features_from(model, stored, tokens, lengths)
+        if from_stored
+        else model.encode_text(tokens, lengths=lengths)
+    )
+    return unit(features) if normalize else features
 
 
 def hard_negatives(batch: CaptionBatch, loss: Loss) -> int:
@@ -116,8 +124,8 @@ def _encode_parts(model: CLIP, parts: list[CaptionBatch], negatives: bool) -> tu
         # Otherwise all micro-batches share one half-precision copy of the weights and sum their gradients in it.
         torch.clear_autocast_cache()
         run = _run if part is parts[-1] else checkpoint
-        images.append(run(_encode_images, model, part.images, inside=model.visual))
-        text = run(_encode_texts, model, tokens, lengths, part.stored_texts, inside=model.text_encoder)
+        images.append(run(encode_images, model, part.images, inside=model.visual))
+        text = run(encode_texts, model, tokens, lengths, part.stored_texts, inside=model.text_encoder)
         texts.append(text[: len(part.tokens)])
         hard.append(text[len(part.tokens) :])
     return torch.cat(images), torch.cat(texts), torch.cat(hard) if negatives else None
