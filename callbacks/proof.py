@@ -104,7 +104,7 @@ class Proof(Callback):
         return {"start": self._start, "before": before, "curves": curves}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        types = {"start": str, "before": dict[str, Any], "curves": dict[str, list[tuple[int, float]]]}
+        types = {"start": str, "before": dict[str, object], "curves": dict[str, list[tuple[int, float]]]}
         check_entries(state_dict, types, "callbacks.Proof", complete=True)
         self._start, self._curves = state_dict["start"], dict(state_dict["curves"])
         self._before = {name: Measured.from_state(each, name) for name, each in state_dict["before"].items()}
@@ -232,8 +232,8 @@ def _recommended_weights(trainer: Trainer, module: LitCLIP) -> dict[str, Tensor]
 def _open_rest(path: str) -> OpenSet:
     """Open a folder with a subfolder for each class, or pairs."""
     classes = Path(path).is_dir() and any(each.is_dir() for each in Path(path).glob("[!.]*"))
-    kind, option = ("ImageFolderClasses", "root") if classes else ("CaptionedPairs", "path")
-    spec = {"class_path": f"lit_clip.datamodules.evaluation.{kind}", "init_args": {option: path}}
+    kind, option = ("ImageFolderClasses", "root") if classes else ("evaluation.CaptionedPairs", "path")
+    spec = {"class_path": f"lit_clip.datamodules.{kind}", "init_args": {option: path}}
     try:
         images = instantiate(ImageSet, spec)
         require(len(images) > 0, f"{path}: there are no images")

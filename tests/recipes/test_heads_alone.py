@@ -1,0 +1,128 @@
+"""Heads alone: features before them, and what training them reaches."""
+
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import torch
+
+import callbacks
+from callbacks import FrozenFeatures, Proof
+from datamodules import Captions
+from lit_clip.evaluation.before_after import PairFeatures, measure
+from lit_clip.losses.contrastive import unit
+from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, TimmConfig
+from lit_clip.models.evaluation_mode import evaluation_mode
+from lit_clip.models.finetuning import Freeze, UnlockLast
+from lit_clip.module import LitCLIP
+from lit_clip.recipes.heads_alone import features_before_heads, heads_of, train_heads
+from lit_clip.retrieval.metrics import PairIndices
+from tests.helpers.coloured_sets import paint
+from tests.helpers.towers import WORDS, save_family, shaken
+from tests.test_module import trainer
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> CLIPConfig:
+    folder = save_family("bert", tmp_path_factory.mktemp("bert") / "bert")
+    return CLIPConfig(16, TimmConfig("test_efficientnet", image_size=32), HuggingFaceTextConfig(str(folder), context_length=16))
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """30 images with two captions each, some of them of several images."""
+    folder = tmp_path_factory.mktemp("pairs")
+    rows = ["image,caption"]
+    for number in range(60):
+        paint(folder / f"{number // 2}.png", 9 * (number // 2))
+        rows.append(f"{number // 2}.png,{WORDS[number % 20]} {WORDS[number // 20]} {WORDS[number % 7]}")
+    rows[5] = f"2.png,{rows[9].partition(',')[2]}"
+    (folder / "captions.csv").write_text("\n".join(rows), encoding="utf-8")
+    return folder / "captions.csv"
+
+
+def made(config: CLIPConfig, freeze: Freeze | None = None) -> LitCLIP:
+    torch.manual_seed(0)
+    module = LitCLIP(config, freeze=freeze)
+    shaken(module.model)
+    return module
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_features_before_the_heads_have_each_image_once_and_give_the_models_features(
+    stored: bool, config: CLIPConfig, table: Path, tmp_path: Path
+) -> None:
+    module = made(config, Freeze(UnlockLast(1), UnlockLast(1)))
+    data = Captions(str(table), str(table), batch_size=7, num_workers=0, augmentation=[])
+    found: list[PairFeatures] = []
+
+    class Look(callbacks.Proof):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            with evaluation_mode(module):
+                batches = data.training_once(60, 1_000)
+                found.append(features_before_heads(module.model, batches, heads_of(module.model) or {}))
+
+    storing = [FrozenFeatures(str(tmp_path / "stored"))] if stored else []
+    trainer(tmp_path, callbacks=callbacks.defaults(*storing, Look()), max_steps=1).fit(module, data)
+    fresh = made(config).model.eval()
+    (features,) = found
+    image = unit(fresh.visual.head(features.image))
+    text = unit(cast(Any, fresh.text_encoder).proj(features.text))
+    with torch.no_grad():
+        assert len(features.keys) == 30
+        assert len(features.pairs.image) == 60
+        for number, key in enumerate(features.keys):
+            expected = fresh.encode(table.parent / key)
+            assert torch.allclose(image[number], expected, atol=1e-4)
+        assert torch.allclose(text, fresh.encode(features.captions), atol=1e-4)
+
+
+def test_training_the_heads_finds_what_two_linear_maps_can_and_changes_nothing_else(config: CLIPConfig) -> None:
+    module = made(config)
+    heads = heads_of(module.model)
+    assert heads is not None
+    widths = [next(head.parameters()).shape[1] for head in heads.values()]
+    meaning = torch.randn(300, 6, generator=torch.Generator().manual_seed(0))
+    image, text = (meaning @ torch.randn(6, width, generator=torch.Generator().manual_seed(1)) for width in widths)
+    rows = torch.arange(300)
+
+    def features(first: int, last: int) -> PairFeatures:
+        part, number = slice(first, last), rows[: last - first]
+        pairs = PairIndices(number, number, torch.ones_like(number), torch.zeros_like(number))
+        names = [str(row) for row in range(first, last)]
+        return PairFeatures(names, names, image[part], text[part], pairs)
+
+    before = {name: value.clone() for name, value in module.model.state_dict().items()}
+    random, numpys = torch.get_rng_state(), np.random.get_state()[1]
+    trained = train_heads(module.model, heads, features(0, 200))
+    again = train_heads(module.model, heads, features(0, 200))
+    assert all(torch.equal(value, again[name]) for name, value in trained.items())
+    assert torch.equal(random, torch.get_rng_state())
+    assert np.array_equal(numpys, np.random.get_state()[1])
+    assert trained.keys() <= before.keys()
+    for name, value in module.model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    held_out = features(200, 300)
+    weights = [trained[f"{name}.{key}"] for name, head in heads.items() for key in head.state_dict()]
+    recall = {}
+    for name, (first, second) in (("trained", weights), ("new", [before[name] for name in trained][:2])):
+        found = held_out._replace(image=unit(held_out.image @ first.T), text=unit(held_out.text @ second.T))
+        recall[name] = float(measure(found).scores["image to text R@1"].mean())
+    assert recall["trained"] > 0.5 > 0.1 > recall["new"]
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_two_encoders_with_new_heads_are_compared_with_the_heads_alone_and_train_as_without(
+    stored: bool, config: CLIPConfig, table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    states = []
+    for given in ([], [Proof()]):
+        module = made(config, Freeze(UnlockLast(1), UnlockLast(1)))
+        data = Captions(str(table), str(table), batch_size=20, num_workers=0, augmentation=[])
+        storing = [FrozenFeatures(str(tmp_path / "stored"))] if stored else []
+        trainer(tmp_path, callbacks=callbacks.defaults(*storing, *given), max_epochs=2).fit(module, data)
+        states.append(module.state_dict())
+    for name, value in states[0].items():
+        assert torch.equal(value, states[1][name]), name
+    assert "before: the heads alone" in capfd.readouterr().out
