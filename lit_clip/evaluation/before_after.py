@@ -23,6 +23,7 @@ from lit_clip.tools.untrusted import check_entries
 HELD_OUT, NEIGHBOURS, CONFIDENCE = "held-out", 10, 0.95
 JUDGED = ("R@1", "top-1")  # a line says if one is worse
 HEAD = ("images", "before", "after", "difference (95 %)")
+CAPTION = "R@k: recall@k, where equal captions count as one"
 ADVICE = "try a tenth of --model.optimizer.lr, --model.freeze, fewer epochs, or lit-clip wise-ft between both models"
 
 
@@ -151,7 +152,7 @@ def worse_line(rows: Sequence[Row], start: str) -> str:
 def table_of(rows: Sequence[Row], start: str) -> Table:
     """Return the rows as a table for the terminal."""
     columns = [Column("%", overflow="fold"), *(Column(name, justify="right") for name in HEAD)]
-    table = Table(*columns, title=f"Before and after; before: {start}", show_edge=False)
+    table = Table(*columns, title=f"Before and after; before: {start}", show_edge=False, caption=CAPTION)
     for row in rows:
         table.add_row(*row.cells)
     return table

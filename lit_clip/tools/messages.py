@@ -302,7 +302,7 @@ def user_error(error: BaseException) -> BaseException | None:
 
 def _user_error(error: BaseException) -> BaseException | None:
     chain, text = [error], str(error)
-    while cause := chain[-1].__cause__ or chain[-1].__context__:
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) and cause not in chain:
         chain.append(cause)
     if any(MANY_FILES.search(str(each)) for each in chain):
         return few_files()

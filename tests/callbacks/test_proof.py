@@ -1,6 +1,7 @@
 """The end of a run with a recipe: the model before and after, on what it was not trained on."""
 
 import csv
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,7 @@ from lit_clip.module import LitCLIP
 from lit_clip.tools.images import open_image
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
+from tests.helpers.towers import WORDS
 from tests.test_module import trainer
 
 NAMES = [f"{way} R@{k}" for k in (1, 5) for way in ("image to text", "text to image")]
@@ -295,3 +297,27 @@ def test_the_page_has_the_table_curves_and_examples_and_fetches_nothing(
     assert page.count("<svg") == 3
     assert not re.search(r"(src|href)=\"(?!data:|#)", page)
     assert len(re.findall("https?://", page)) == len(re.findall("http://www.w3.org/", page))
+
+
+@pytest.mark.parametrize("kind", ["trained", "heads alone"])
+def test_two_ranks_compare_the_numbers_of_one(
+    kind: str, folders: dict[str, Path], overfitted: tuple[Path, Path], classes: Path, tmp_path: Path, ranks: Any
+) -> None:
+    rows = list(csv.DictReader(overfitted[1].open(encoding="utf-8")))[:60]
+    captions = ["a dog" if number % 9 == 0 else f"{WORDS[number % 20]} {WORDS[number // 20]}" for number in range(60)]
+    lines = [
+        f"{(overfitted[1].parent / row['image']).resolve()},{text}" for row, text in zip(rows, captions, strict=True)
+    ]
+    (tmp_path / "pairs.csv").write_text("\n".join(["image,caption", *lines]), encoding="utf-8")
+    start = overfitted[0] if kind == "trained" else folders["bert"]
+    found = []
+    for world in (1, 2):
+        output = tmp_path / f"{world}.json"
+        words = [str(output), str(tmp_path / "pairs.csv"), str(start), str(classes)]
+        ranks("proof", world, *words, script="ranks_callbacks.py")
+        found.append(json.loads(output.read_text(encoding="utf-8")))
+    assert len(found[0]) == 5
+    for one, two in zip(*found, strict=True):
+        assert one[:2] == two[:2]
+        # Two ranks round features in another way, which may decide an order.
+        assert one[2:] == pytest.approx(two[2:], abs=0.0 if kind == "trained" else 0.05), one[0]

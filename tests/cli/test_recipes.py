@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 from jsonargparse import Namespace
+from PIL import Image
 
 from lit_clip import module
 from lit_clip.cli.main import main
@@ -111,10 +113,50 @@ def test_what_a_recipe_chooses_is_shown_used_and_saved(fit: Fit, tmp_path: Path)
     assert saved["model"]["optimizer"]["init_args"]["lr"] == 0.25
     assert saved["model"]["loss"]["init_args"]["duplicates"] == "positives"
     assert saved["data"]["init_args"]["global_batch_size"] == 6
-    (ema,) = saved["trainer"]["callbacks"]
+    ema, _ = saved["trainer"]["callbacks"]
     assert ema["init_args"]["decay"] == 0.75
     assert (saved["trainer"]["max_epochs"], saved["seed_everything"]) == (1, 3)
     assert saved["trainer"]["max_time"] == "00:01:00:00"  # a text, without quotes
+
+
+def proofs_of(folder: Path) -> list[dict[str, Any]]:
+    named = [each for each in settings_of(folder)["trainer"]["callbacks"] if each["class_path"].endswith(".Proof")]
+    return [each["init_args"] for each in named]
+
+
+def test_a_run_with_a_recipe_ends_with_what_training_changed(fit: Fit, tmp_path: Path) -> None:
+    printed = fit()
+    assert "callbacks.Proof" in printed
+    assert printed.index("checkpoint: ") < printed.index("Before and after")
+    assert len(proofs_of(tmp_path)) == 1
+    assert list(tmp_path.rglob("report.html"))
+
+
+def test_what_should_be_no_worse_is_typed_in_a_short_form(fit: Fit, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "kind").mkdir()
+        Image.new("RGB", (9, 9)).save(tmp_path / name / "kind/1.png")
+    printed = fit("--rest", "one", "--rest=two")
+    assert "one zero-shot top-1" in printed
+    assert "two zero-shot top-1" in printed
+    assert settings_of(tmp_path)["rest"] == ["one", "two"]  # a resumed run measures them, too
+
+
+def test_the_comparison_has_options_as_other_callbacks_and_can_be_taken_out(fit: Fit, tmp_path: Path) -> None:
+    fit("--trainer.callbacks.Proof.examples", "3", "--trainer.callbacks.EMA.decay", "0.5")
+    assert proofs_of(tmp_path) == [{"rest": None, "examples": 3}]
+    shutil.rmtree(tmp_path / "runs")
+    assert "Before and after" not in fit("--trainer.callbacks-=Proof")
+    assert proofs_of(tmp_path) == []
+    shutil.rmtree(tmp_path / "runs")
+    fit("--trainer.callbacks+=callbacks.Proof")
+    assert len(proofs_of(tmp_path)) == 1
+
+
+def test_rest_without_a_comparison_is_one_line(fit: Fit) -> None:
+    assert "--rest: needs callbacks.Proof" in fit("--recipe", "null", "--rest", "one", code=2)
+    assert "Proof.rest: nowhere" in fit("--rest", "nowhere", code=2)
 
 
 def test_what_is_typed_or_written_is_kept(fit: Fit, tmp_path: Path) -> None:
@@ -126,7 +168,7 @@ def test_what_is_typed_or_written_is_kept(fit: Fit, tmp_path: Path) -> None:
     assert saved["model"]["optimizer"]["init_args"]["lr"] == 0.125
     assert saved["data"]["init_args"]["batch_size"] == 2
     assert saved["data"]["init_args"]["global_batch_size"] is None
-    (ema,) = saved["trainer"]["callbacks"]
+    ema, _ = saved["trainer"]["callbacks"]
     assert ema["init_args"]["decay"] == 0.5
     assert saved["trainer"]["max_epochs"] == 1
 

@@ -4,6 +4,7 @@ import json
 import os
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
@@ -11,14 +12,18 @@ from lightning.pytorch.loggers import CSVLogger
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
 
-from callbacks import LinearProbe, Retrieval, ZeroShot, ZeroShotSegmentation
-from datamodules import NoCaptions
-from lit_clip import distributed
+from callbacks import LinearProbe, Proof, Retrieval, ZeroShot, ZeroShotSegmentation
+from callbacks import proof as proofs
+from datamodules import Captions, NoCaptions
+from lit_clip import LitCLIP, distributed
 from lit_clip.evaluation.prompts import Prompts, text_classifier
 from lit_clip.evaluation.zero_shot import ensemble
+from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, TimmConfig
 from lit_clip.training.optimizers import PaperAdamW
+from lit_clip.training.schedules import WarmupCosine
 from tests.helpers.ranks import serve
 from tests.helpers.small_sets import data_for, make_module, make_trainer, numbers
+from tests.helpers.towers import shaken
 
 
 def write_agreed(trainer: Trainer, output: str, *prefixes: str) -> None:
@@ -117,6 +122,30 @@ def places(output: str, folder: str, suite: str) -> None:
     os.environ["LOCAL_RANK"] = str(rank)
     trainer = make_trainer(Path(folder), [ZeroShotSegmentation(suite, folder)])
     write_agreed(trainer, output, "segmentation/", "pointing/")
+
+
+def proof(output: str, table: str, start: str, classes: str) -> None:
+    """Train one step with all 60 pairs, and write what :class:`Proof` compares, which rank 0 prints.
+
+    ``start`` is a checkpoint, or a folder of a text encoder beside which a new image encoder gets a head.
+    """
+    rank, world = distributed.rank_and_world()
+    os.environ["LOCAL_RANK"] = str(rank)
+    torch.manual_seed(0)
+    options = {"optimizer": partial(PaperAdamW, lr=1e-3), "lr_scheduler": partial(WarmupCosine, warmup_steps=0)}
+    if Path(start).is_dir():
+        text = HuggingFaceTextConfig(start, context_length=16)
+        module = LitCLIP(CLIPConfig(16, TimmConfig("test_efficientnet", image_size=32), text), **options)
+        shaken(module.model)
+    else:
+        module = LitCLIP(pretrained=start, **options)
+    data = Captions(table, table, batch_size=60 // world, num_workers=0, augmentation=[])
+    found: list[list[Any]] = []
+    proofs.table_of = lambda rows, start: found.extend([row.what, row.images, row.before, row.after] for row in rows)
+    trainer = make_trainer(Path(output).parent, [Proof([classes])], max_steps=1, enable_checkpointing=False)
+    trainer.fit(module, data)
+    if rank == 0:
+        Path(output).write_text(json.dumps(found), encoding="utf-8")
 
 
 if __name__ == "__main__":

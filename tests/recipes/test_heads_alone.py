@@ -26,7 +26,9 @@ from tests.test_module import trainer
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> CLIPConfig:
     folder = save_family("bert", tmp_path_factory.mktemp("bert") / "bert")
-    return CLIPConfig(16, TimmConfig("test_efficientnet", image_size=32), HuggingFaceTextConfig(str(folder), context_length=16))
+    return CLIPConfig(
+        16, TimmConfig("test_efficientnet", image_size=32), HuggingFaceTextConfig(str(folder), context_length=16)
+    )
 
 
 @pytest.fixture(scope="module")
