@@ -226,9 +226,9 @@ class CLI(PlainCLI):
         callbacks = settings.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
         if rest := self.setting("rest"):
-            proof = next((each for each in callbacks if type(each).__name__ == "Proof"), None)
-            require(proof is not None, "--rest: needs callbacks.Proof, which a recipe adds for pairs; add it")
-            proof.rest = [*proof.rest, *rest]
+            proofs = [each for each in callbacks if type(each).__name__ == "Proof"]
+            require(bool(proofs), "--rest: needs callbacks.Proof, which a recipe adds for pairs; add it")
+            proofs[0].rest = [*proofs[0].rest, *rest]
         settings.callbacks = _default_callbacks()(*callbacks)
         if settings.enable_model_summary:  # typed; Lightning adds none beside the plan
             settings.callbacks.append(RichModelSummary())

@@ -108,7 +108,7 @@ def test_typed_options_come_before_the_packaged_defaults(parsed: Callable[..., A
     more = ("--trainer.callbacks+=callbacks.PatchDropout", "--trainer.callbacks.share", "0.25")
     config = parsed("fit", *options, *more)
     assert (config["trainer"]["max_epochs"], config["model"]["optimizer"]["init_args"]["lr"]) == (3, 0.5)
-    *kept, added = config["trainer"]["callbacks"]
+    *kept, added, _ = config["trainer"]["callbacks"]  # the last is the recipe's
     assert len(kept) == len(settings()["trainer"]["callbacks"])
     assert added["init_args"]["share"] == 0.25
 
@@ -144,7 +144,8 @@ def test_a_run_without_a_config_is_validated_and_resumed_without_one(
     fitted = cli("fit", *data, "--model.architecture", TINY_YAML, "--trainer.max_epochs", "1")
     assert fitted.returncode == 0, fitted.stderr
     assert fitted.stderr.count("fit: no --config; the packaged defaults (lit-clip fit --print_config shows them)") == 1
-    *_, curves, best, preferred = fitted.stdout.splitlines()
+    printed = fitted.stdout.partition("Before and after")[0]  # which is the end of a run with a recipe
+    *_, curves, best, preferred = printed.rstrip().splitlines()
     assert curves == "curves: tensorboard --logdir runs/table/version_0"
     file = "runs/table/version_0/checkpoints/best.ckpt"
     states = torch.load(tmp_path / file, weights_only=True)["callbacks"]
