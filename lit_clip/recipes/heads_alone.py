@@ -43,7 +43,8 @@ def features_before_heads(model: CLIP, batches: Iterable[CaptionBatch], heads: H
     known: dict[str, Tensor] = {}
 
     def encode(batch: CaptionBatch) -> tuple[Tensor, Tensor]:
-        new = {key: row for row, key in enumerate(batch.keys) if key not in known}
+        rows = range(batch.pairs) if batch.image_of is None else batch.image_of.tolist()
+        new = {key: row for row, key in zip(rows, batch.keys, strict=True) if key not in known}
         if new:
             found = encode_images(model, batch.images[list(new.values())], normalize=False)
             known.update(zip(new, found.float().unbind(), strict=True))

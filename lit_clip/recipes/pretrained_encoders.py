@@ -21,7 +21,8 @@ LEVELS = [Freeze(UnlockLast(image), UnlockLast(text), batch_norm=True) for image
 MOST_VERSIONS = 8  # augmented, of each image
 VALIDATIONS = 10  # of a run
 SHARE = 0.9  # of the time, to plan with
-START, VALIDATION = 15.0, 2.0  # seconds of a run before its first step; of a validation and its checkpoints
+# Seconds of a run before its first step, of a validation and its checkpoints, and of the heads alone (callbacks.Proof).
+START, VALIDATION, HEADS = 15.0, 2.0, 20.0
 STEPS = ("trainer.max_epochs", "trainer.max_steps")
 POSITIVES = {"class_path": "lit_clip.losses.Contrastive", "init_args": {"duplicates": "positives"}}
 
@@ -162,8 +163,10 @@ def plan_for(
         freeze, speed = level
         encoding = (facts.images * versions + validated) * speed.image + facts.captions * speed.text
         step = work.batch * (speed.image_step + work.captions * speed.text_step)
+        once = facts.images * speed.image_step + max(facts.pairs, facts.captions) * speed.text_step
         forward = validated * speed.image_step + facts.validation * speed.text_step
-        fixed = VALIDATIONS * (VALIDATION + forward / 3)  # a step has a backward pass, of twice the work
+        # A step has a backward pass, of twice the work; callbacks.Proof validates at the start and the end.
+        fixed = HEADS + once / 3 + (VALIDATIONS + 2) * (VALIDATION + forward / 3)
         steps = max(fewest, min(work.steps, int((seconds - encoding - fixed) / step)))
         training = steps * step + fixed
         return Plan(freeze, versions if augmented else 0, steps, encoding, training, encoding + training <= seconds)

@@ -9,7 +9,9 @@ import torch
 import callbacks
 from callbacks import FrozenFeatures, Proof
 from datamodules import Captions
+from datamodules.pairs.source import CaptionOptions
 from lit_clip.evaluation.before_after import PairFeatures, measure
+from lit_clip.losses import Contrastive
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, TimmConfig
 from lit_clip.models.evaluation_mode import evaluation_mode
@@ -50,12 +52,15 @@ def made(config: CLIPConfig, freeze: Freeze | None = None) -> LitCLIP:
     return module
 
 
+@pytest.mark.parametrize("per_image", ["all", "together"])
 @pytest.mark.parametrize("stored", [False, True])
 def test_features_before_the_heads_have_each_image_once_and_give_the_models_features(
-    stored: bool, config: CLIPConfig, table: Path, tmp_path: Path
+    stored: bool, per_image: Any, config: CLIPConfig, table: Path, tmp_path: Path
 ) -> None:
     module = made(config, Freeze(UnlockLast(1), UnlockLast(1)))
-    data = Captions(str(table), str(table), batch_size=7, num_workers=0, augmentation=[])
+    module.loss = Contrastive("positives")
+    options = CaptionOptions(per_image=per_image)
+    data = Captions(str(table), str(table), batch_size=7, num_workers=0, augmentation=[], captions=options)
     found: list[PairFeatures] = []
 
     class Look(callbacks.Proof):
