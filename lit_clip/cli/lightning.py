@@ -112,8 +112,6 @@ class CLI(PlainCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Parse with this priority: typed options, YAML files, the settings in ``--ckpt_path``, defaults."""
         assert args is not None  # `run` passes the command line
-        if isinstance(args, list):  # --rest may be typed several times
-            args = [re.sub(r"^--rest(?=$|=[^\[])", "--rest+", word) for word in args]
         words, of_callbacks = take_options(args if isinstance(args, list) else [])
         if isinstance(args, list):  # a configuration is printed with all options
             args = [word for word in words if not of_callbacks or not word.startswith("--print_config")]
@@ -344,6 +342,7 @@ def run(args: ArgsType = None, execute: bool = True) -> CLI:
     args = command_words(sys.argv[1:])[1] if args is None else args
     if isinstance(args, list):
         args = argv.with_configuration_paths(args)
+        args = [re.sub(r"^--rest(?=$|=[^\[])", "--rest+", word) for word in args]  # it may be typed several times
     words = args if isinstance(args, list) else []
     model = argv.named_class(words, next(iter(words), None), "model")
     if model is not None:
