@@ -6,7 +6,6 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_clip import distributed
-from lit_clip.errors import require
 from lit_clip.module import LitCLIP
 from lit_clip.training.lightning.fsdp import FSDP
 from .proof import evaluating, heads_alone
@@ -22,18 +21,15 @@ class HeadsFirst(Callback):
 
     changes_model = True  # before others measure it
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        sharded = isinstance(trainer.strategy, FSDP)
-        require(stage != "fit" or not sharded, "HeadsFirst: the weights are sharded; remove the callback")
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module = cast(LitCLIP, pl_module)
         if trainer.global_step or module.starts_trained or cast(Any, trainer).fast_dev_run:
             return
-        states = random_states()
+        states, sharded = random_states(), isinstance(trainer.strategy, FSDP)
         with evaluating(trainer, module):
-            found = heads_alone(trainer, module)
+            found = {} if sharded else heads_alone(trainer, module)
         if not found:
-            rank_zero_info("HeadsFirst: the run starts as it is: its encoders have no two projections that are trained")
+            reason = "its weights are sharded" if sharded else "its encoders have no two projections that are trained"
+            rank_zero_info(f"HeadsFirst: the run starts as it is: {reason}")
         module.model.load_state_dict(distributed.gather_objects([found])[0], strict=False)  # the first rank's
         restore_random_states(states)
