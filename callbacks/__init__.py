@@ -15,7 +15,6 @@ from .ema import EMA
 from .expected_time import ExpectedTime
 from .frozen_features import FrozenFeatures
 from .hard_batches import HardBatches
-from .heads_first import HeadsFirst
 from .linear_probe import LinearProbe
 from .monitor import TrainingMonitor
 from .non_finite import NonFiniteSteps
@@ -42,7 +41,6 @@ __all__ = [
     "ExpectedTime",
     "FrozenFeatures",
     "HardBatches",
-    "HeadsFirst",
     "LinearProbe",
     "NonFiniteSteps",
     "PatchDropout",

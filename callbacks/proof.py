@@ -116,10 +116,9 @@ class Proof(Callback):
             rank_zero_info("Proof: the run is not compared with the model before: it began without this callback")
             return
         module, states = cast(LitCLIP, pl_module), random_states()
-        with evaluating(trainer, module):
-            first = any(type(each).__name__ == "HeadsFirst" for each in cast(Any, trainer).callbacks)
-            heads = {} if module.starts_trained or first else heads_alone(trainer, module)
-            self._start = "the heads alone" if heads or first else "the model as it started"
+        with _evaluating(trainer, module):
+            heads = {} if module.starts_trained else _heads_alone(trainer, module)
+            self._start = "the heads alone" if heads else "the model as it started"
             with _weights(module.model, heads):
                 self._before, _ = self._measured(trainer, module, module.starts_trained and not self.rest)
         restore_random_states(states)
@@ -146,7 +145,7 @@ class Proof(Callback):
         if not self._active or not self._before:
             return
         module, before = cast(LitCLIP, pl_module), self._before[HELD_OUT]
-        with evaluating(trainer, module), _weights(module.model, _recommended_weights(trainer, module)):
+        with _evaluating(trainer, module), _weights(module.model, _recommended_weights(trainer, module)):
             after, pairs = self._measured(trainer, module, "near" in before.more)
         folder = run_folder(trainer)  # every rank must ask
         if not trainer.is_global_zero:
@@ -195,7 +194,7 @@ class Proof(Callback):
 
 
 @contextmanager
-def evaluating(trainer: Trainer, module: LitCLIP) -> Iterator[None]:
+def _evaluating(trainer: Trainer, module: LitCLIP) -> Iterator[None]:
     """Compute as validation does."""
     distributed.same_buffers(module.model)
     with evaluation_mode(module), torch.no_grad(), trainer.precision_plugin.forward_context():
@@ -213,7 +212,7 @@ def _weights(model: CLIP, state: Mapping[str, Tensor]) -> Iterator[None]:
         model.load_state_dict(kept, strict=False)
 
 
-def heads_alone(trainer: Trainer, module: LitCLIP) -> dict[str, Tensor]:
+def _heads_alone(trainer: Trainer, module: LitCLIP) -> dict[str, Tensor]:
     """Return what training the heads of two encoders alone gives; nothing for other models."""
     heads, data = heads_of(module.model), cast(Any, trainer).datamodule
     if heads is None:

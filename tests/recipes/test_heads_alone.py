@@ -1,8 +1,5 @@
 """Heads alone: features before them, and what training them reaches."""
 
-import logging
-import re
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -10,7 +7,7 @@ import pytest
 import torch
 
 import callbacks
-from callbacks import FrozenFeatures, HeadsFirst, Proof
+from callbacks import FrozenFeatures, Proof
 from datamodules import Captions
 from datamodules.pairs.source import CaptionOptions
 from lit_clip.evaluation.before_after import PairFeatures, measure
@@ -22,7 +19,6 @@ from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.module import LitCLIP
 from lit_clip.recipes.heads_alone import features_before_heads, heads_of, train_heads
 from lit_clip.retrieval.metrics import PairIndices
-from lit_clip.training.optimizers import PaperAdamW
 from tests.helpers.coloured_sets import paint
 from tests.helpers.towers import WORDS, save_family, shaken
 from tests.test_module import trainer
@@ -135,34 +131,3 @@ def test_two_encoders_with_new_heads_are_compared_with_the_heads_alone_and_train
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
     assert "before: the heads alone" in capfd.readouterr().out
-
-
-def test_a_run_starts_with_the_heads_that_were_trained_alone_and_is_compared_with_them(
-    config: CLIPConfig, table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    def run(folder: str, *given: Any, rate: float = 0.0, **options: Any) -> LitCLIP:
-        module = made(config, Freeze(UnlockLast(1), UnlockLast(1)))
-        module.optimization = LitCLIP(config, optimizer=partial(PaperAdamW, lr=rate)).optimization
-        data = Captions(str(table), str(table), batch_size=20, num_workers=0, augmentation=[])
-        storing = FrozenFeatures(str(tmp_path / "stored"))
-        settings = {"max_steps": 2, **options}
-        trainer(tmp_path / folder, callbacks=callbacks.defaults(storing, *given), **settings).fit(module, data)
-        return module
-
-    start, first = run("plain").model.state_dict(), run("first", HeadsFirst(), Proof()).model.state_dict()
-    changed = {name for name, value in start.items() if not torch.equal(value, first[name])}
-    assert changed == {"visual.head.proj.weight", "text.proj.weight", "logit_scale"}
-    out = capfd.readouterr().out
-    assert "before: the heads alone" in out
-    differences = re.findall(r"held-out .* R@1 .* ([+-][0-9.]+) \(", out)
-    assert differences == ["+0.0", "+0.0"]  # a rate of 0 changes nothing more
-
-
-def test_a_model_without_two_projections_starts_as_it_is(
-    tiny_config: CLIPConfig, table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    module = LitCLIP(tiny_config)
-    data = Captions(str(table), str(table), batch_size=20, num_workers=0)
-    with caplog.at_level(logging.INFO):
-        trainer(tmp_path, callbacks=callbacks.defaults(HeadsFirst()), max_steps=1).fit(module, data)
-    assert "HeadsFirst: the run starts as it is" in caplog.text
