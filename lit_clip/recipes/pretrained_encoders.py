@@ -23,7 +23,7 @@ VALIDATIONS = 10  # of a run
 SHARE = 0.9  # of the time, to plan with
 # Seconds of a run before its first step, of a validation and its checkpoints, and of the heads alone (callbacks.Proof).
 START, VALIDATION, HEADS = 15.0, 2.0, 20.0
-STEPS = ("trainer.max_epochs", "trainer.max_steps")
+EPOCHS = ("trainer.max_epochs",)
 POSITIVES = {"class_path": "lit_clip.losses.Contrastive", "init_args": {"duplicates": "positives"}}
 
 
@@ -112,9 +112,9 @@ class PretrainedEncoders(Recipe):
             Choice("model.freeze", asdict(plan.freeze), "last blocks for which there is time"),
             Choice("model.loss", POSITIVES, "equal captions are no negatives of each other"),
             Choice("trainer.callbacks.FrozenFeatures.augmentations", plan.versions, encoded),
-            Choice("trainer.max_steps", steps, f"{passes:.1f} times each image, {trained}", STEPS[:1]),
-            Choice("trainer.val_check_interval", every, "about ten validations", STEPS[:1]),
-            Choice("trainer.check_val_every_n_epoch", None, "an interval is in steps", STEPS[:1]),
+            Choice("trainer.max_steps", steps, f"{passes:.1f} times each image, {trained}", EPOCHS),
+            Choice("trainer.val_check_interval", every, "about ten validations", EPOCHS),
+            Choice("trainer.check_val_every_n_epoch", None, "an interval is in steps", EPOCHS),
             Choice("trainer.max_time", f"00:{duration(limit).zfill(8)}", f"{self.minutes:g} minutes in all"),
         ]
 

@@ -108,14 +108,9 @@ def _timed(call: Any) -> tuple[Any, float]:
     """Return what a call returns and its seconds: the median of three, after a first one, which is slower."""
     result, times = call(), []
     for _ in range(3):
-        _wait_for_the_device()
         started = time.monotonic()
         result = call()
-        _wait_for_the_device()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(time.monotonic() - started)
     return result, statistics.median(times)
-
-
-def _wait_for_the_device() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
