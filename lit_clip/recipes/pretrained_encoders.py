@@ -10,7 +10,7 @@ import torch
 from lit_clip.embedding.precision import Precision
 from lit_clip.errors import InputError, require
 from lit_clip.models.finetuning import Freeze, UnlockLast
-from lit_clip.recipes.recipe import Choice, Facts, Recipe, Run
+from lit_clip.recipes.recipe import POSITIVES, Choice, Facts, Recipe, Run
 from lit_clip.recipes.speed import Speed, measure
 from lit_clip.tools.console import duration
 from lit_clip.tools.hardware import best_device, computes_in_bfloat16
@@ -24,7 +24,6 @@ SHARE = 0.9  # of the time, to plan with
 # Seconds of a run before its first step, of a validation and its checkpoints, and of the heads alone (callbacks.Proof).
 START, VALIDATION, HEADS = 15.0, 2.0, 20.0
 EPOCHS = ("trainer.max_epochs",)
-POSITIVES = {"class_path": "lit_clip.losses.Contrastive", "init_args": {"duplicates": "positives"}}
 
 
 class Rule(NamedTuple):

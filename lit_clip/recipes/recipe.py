@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.parts import qualified_name
 
+POSITIVES = {"class_path": "lit_clip.losses.Contrastive", "init_args": {"duplicates": "positives"}}
 MOST_ROWS, FEW_ROWS = 20_000, 1_000  # that are looked at: where images have names, and where they have to be read
 
 

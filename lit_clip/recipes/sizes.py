@@ -11,13 +11,12 @@ from typing import NamedTuple
 
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lit_clip.recipes.recipe import Choice, Recipe, Run
+from lit_clip.recipes.recipe import POSITIVES, Choice, Recipe, Run
 
 FEWEST_STEPS = 150  # of a run, of which a tenth is warm-up: 100 steps and more have the full rate
 WARMUP, LONGEST_WARMUP = 0.1, 2_000  # share of the run, and steps (the paper's table 18)
 VALIDATIONS = 10  # of a run, and fewer than twice as many: with small data one takes longer than an epoch
 EPOCHS = ("trainer.max_epochs", "trainer.max_steps")
-POSITIVES = {"class_path": "lit_clip.losses.Contrastive", "init_args": {"duplicates": "positives"}}
 
 
 class Row(NamedTuple):
