@@ -36,8 +36,11 @@ def options(words: Sequence[str], *names: str) -> list[str]:
 
 
 def with_configuration_paths(words: Sequence[str]) -> list[str]:
-    """Return a command line's words with paths in place of the names of packaged configurations."""
-    found = list(words)
+    """Return a command line's words with paths in place of the names of packaged configurations.
+
+    ``--rest`` becomes ``--rest+``, as it may be typed several times.
+    """
+    found = [re.sub(r"^--rest(?=$|=[^\[])", "--rest+", word) for word in words]
     for i, word in enumerate(words):
         name, equals, value = word.partition("=")
         if name in CONFIG and equals:
@@ -45,6 +48,13 @@ def with_configuration_paths(words: Sequence[str]) -> list[str]:
         elif name in CONFIG and i + 1 < len(words):
             found[i + 1] = configuration_path(words[i + 1], name)
     return found
+
+
+def refuse_data_typed_twice(words: Sequence[str]) -> None:
+    """Raise :class:`InputError` for data of which the parser would forget all but the last."""
+    for name in ("--data.train", "--data.val", "--data.keep"):
+        once = len(options(words, name)) < 2
+        require(once, f"{name}: typed more than once, and the last alone would count; type one list, '[a, b]'")
 
 
 def checkpoint_path(words: Sequence[str], subcommand: str | None) -> str | None:

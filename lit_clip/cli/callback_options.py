@@ -187,3 +187,11 @@ def _numbered(names: list[str]) -> list[str]:
 
 def _name(callback: Mapping[str, Any]) -> str:
     return callback["class_path"].rpartition(".")[2]
+
+
+def give_rest(callbacks: Sequence[Any], rest: Sequence[str] | None) -> None:
+    """Give ``--rest`` to the run's ``callbacks.Proof``."""
+    proofs = [each for each in callbacks if type(each).__name__ == "Proof"]
+    require(bool(proofs) or not rest, "--rest: needs callbacks.Proof, which a recipe adds for pairs; add it")
+    for proof in proofs[:1]:
+        proof.rest = [*proof.rest, *(rest or ())]

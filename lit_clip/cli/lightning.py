@@ -1,6 +1,5 @@
 """LightningCLI's commands: ``fit``, ``validate``, ``test`` and ``predict``."""
 
-import re
 import sys
 from argparse import ArgumentError
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +25,7 @@ from lit_clip.cli.callback_options import (
     as_typed,
     callbacks_of,
     callbacks_option,
+    give_rest,
     plain_settings,
     take_options,
 )
@@ -103,10 +103,7 @@ class CLI(PlainCLI):
             Recipe, "recipe", default=None, required=False, help="fit only: chooses settings that are not given."
         )
         parser.add_argument(
-            "--rest",
-            type=list[str],
-            default=[],
-            help="fit only: folders of classes, or tables of pairs, on which the trained model should be no worse.",
+            "--rest", type=list[str], default=[], help="fit only: class folders or tables that should be no worse."
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
@@ -118,9 +115,7 @@ class CLI(PlainCLI):
         subcommand = next((word for word in words if word in self.parsers), None)
         argv.import_encoders(words, subcommand)
         argv.check_encoder_options(words, subcommand)
-        for name in ("--data.train", "--data.val", "--data.keep"):
-            once = len(argv.options(words, name)) < 2
-            require(once, f"{name}: typed more than once, and the last alone would count; type one list, '[a, b]'")
+        argv.refuse_data_typed_twice(words)
         path, saved, packaged = argv.checkpoint_path(words, subcommand), {}, {}
         require(path not in ("", "best"), f"--ckpt_path {path}: give a checkpoint's path, or last for the newest")
         if subcommand and path and path not in NEWEST:
@@ -172,7 +167,7 @@ class CLI(PlainCLI):
             saved = callbacks_of(known, self.config[subcommand])
             with references.dumping():
                 callbacks = as_typed(callbacks_of(known, self.config[subcommand]), saved)
-            others = _default_callbacks()() + ([_callbacks().Proof()] if recipe else [])
+            others = _callbacks().defaults() + ([_callbacks().Proof()] if recipe else [])
             self.parse_arguments(parser, [*words, callbacks_option(callbacks, of_callbacks, lambda: others)])
             return
         self.given = self.given or given_settings(words, subcommand)
@@ -223,11 +218,8 @@ class CLI(PlainCLI):
         settings: Any = self.settings_to_create("trainer")
         callbacks = settings.callbacks or []
         callbacks = callbacks if isinstance(callbacks, list) else [callbacks]
-        if rest := self.setting("rest"):
-            proofs = [each for each in callbacks if type(each).__name__ == "Proof"]
-            require(bool(proofs), "--rest: needs callbacks.Proof, which a recipe adds for pairs; add it")
-            proofs[0].rest = [*proofs[0].rest, *rest]
-        settings.callbacks = _default_callbacks()(*callbacks)
+        give_rest(callbacks, self.setting("rest"))
+        settings.callbacks = _callbacks().defaults(*callbacks)
         if settings.enable_model_summary:  # typed; Lightning adds none beside the plan
             settings.callbacks.append(RichModelSummary())
         plugins = settings.plugins or []
@@ -328,10 +320,6 @@ def _callbacks() -> Any:
     return import_module(DEFAULT_CALLBACKS)
 
 
-def _default_callbacks() -> Callable[..., list[Any]]:
-    return _callbacks().defaults
-
-
 @short_names()
 def run(args: ArgsType = None, execute: bool = True) -> CLI:
     """Parse and run a command; errors that the user can fix are raised."""
@@ -342,7 +330,6 @@ def run(args: ArgsType = None, execute: bool = True) -> CLI:
     args = command_words(sys.argv[1:])[1] if args is None else args
     if isinstance(args, list):
         args = argv.with_configuration_paths(args)
-        args = [re.sub(r"^--rest(?=$|=[^\[])", "--rest+", word) for word in args]  # it may be typed several times
     words = args if isinstance(args, list) else []
     model = argv.named_class(words, next(iter(words), None), "model")
     if model is not None:

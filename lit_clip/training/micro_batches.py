@@ -17,7 +17,6 @@ from lit_clip.losses.loss import Loss, Pairs
 from lit_clip.losses.tiled import HardNegatives
 from lit_clip.models.clip import CLIP
 from lit_clip.models.frozen_prefix import image_features_from, text_features_from
-from lit_clip.tools.hardware import to_device
 from lit_clip.training.activation_checkpointing import FrozenStatistics, checkpoint
 
 HARD_NEGATIVES = (
@@ -31,13 +30,7 @@ def encode_pairs(model: CLIP, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
 
     In evaluation an image of several pairs, which have one key, is encoded once.
     """
-    if not model.training and batch.image_of is None:
-        row_of: dict[str, int] = {}
-        image_of = [row_of.setdefault(key, len(row_of)) for key in batch.keys]
-        if len(row_of) < len(image_of):
-            first = [image_of.index(number) for number in range(len(row_of))]
-            images, own = (to_device(torch.tensor(rows), batch.images.device) for rows in (first, image_of))
-            batch = batch._replace(images=batch.images[images], image_of=own)
+    batch = batch if model.training else batch.images_once()
     image_BD = batch.of_pairs(encode_images(model, batch.images))
     return image_BD, encode_texts(model, batch.tokens, batch.lengths, batch.stored_texts)
 
@@ -53,12 +46,10 @@ def encode_texts(
     model: CLIP, tokens: Tensor, lengths: Sequence[int], stored: Tensor | None, normalize: bool = True
 ) -> Tensor:
     """Return features ``[B, D]`` of a batch's captions, of unit length if ``normalize``."""
-    from_stored = stored is not None
-    features = (
-        text_features_from(model, stored, tokens, lengths)
-        if from_stored
-        else model.encode_text(tokens, lengths=lengths)
-    )
+    if stored is None:
+        features = model.encode_text(tokens, lengths=lengths)
+    else:
+        features = text_features_from(model, stored, tokens, lengths)
     return unit(features) if normalize else features
 
 

@@ -86,7 +86,7 @@ def test_mlflow_gets_metrics_and_images_and_each_run_has_its_own_folder(fit: Fit
     images = [item.path for item in client.list_artifacts(run.info.run_id, "images")]
     assert any(path.startswith("images/val~similarity") and path.endswith(".png") for path in images)
     assert "MLFlow only allows" not in first.stderr
-    assert first.stdout.splitlines()[-1] == f"curves: mlflow ui --backend-store-uri {address}"
+    assert f"curves: mlflow ui --backend-store-uri {address}" in first.stdout.splitlines()
     folder = tmp_path / "runs" / run.info.experiment_id / run.info.run_id
     assert newest_config(folder) == folder / "fit_config.yaml"
     fit(*logger, "--trainer.logger.experiment_name", "another")
@@ -102,7 +102,7 @@ def test_several_loggers_each_have_a_line_and_csv_gets_no_image(fit: Fit, tmp_pa
         for kind in kinds
     ]
     done = fit("--trainer.logger", f"[{', '.join(each)}]")
-    assert done.stdout.splitlines()[-4:-2] == [  # then the best model, and that few pairs have chosen it
+    assert [line for line in done.stdout.splitlines() if line.startswith("curves: ")] == [
         "curves: tensorboard --logdir TensorBoardLogger/mine/version_0",
         "curves: CSVLogger/mine/version_0/metrics.csv",
     ]

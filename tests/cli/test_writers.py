@@ -20,7 +20,7 @@ from lit_clip.tools import claims
 from tests.helpers import forks
 from tests.helpers.demo import skip_without_gradio
 
-WRITES_NOTHING = {"models"}
+WRITES_NOTHING = {"models", "configs"}
 MODEL = ["--model", "tiny.ckpt"]
 ENCODE = [*MODEL, "--num_workers", "0", "--accelerator", "cpu"]
 CLASSIFY = ["classify", "photos", *MODEL, "--num_workers", "0"]

@@ -147,7 +147,8 @@ def test_the_suite_runs_on_miniatures_of_all_its_sets(root: Path) -> None:
     write_mmvp(data / "mmvp_vlm")
     write_winoground(data / "winoground")
     write_winogavil(data / "winogavil")
-    run_command([*words(), "--suite", str(ROOT / "configs/evaluation/caption_choice.yaml")])
+    suite = str(ROOT / "configs/evaluation/caption_choice.yaml")
+    run_command([suite if word == "suite.yaml" else word for word in words()])
     sets = json.loads(Path("out/results.json").read_text(encoding="utf-8"))["sets"]
     assert {name: found["status"] for name, found in sets.items()} == dict.fromkeys(sets, "done")
     chance = {name: found["tasks"]["caption_choice"]["baseline"] for name, found in sets.items()}

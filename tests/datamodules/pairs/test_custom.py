@@ -93,7 +93,7 @@ def test_an_image_may_be_a_path_bytes_or_an_open_image(tmp_path: Path) -> None:
 
 def test_validation_takes_the_first_caption_and_training_draws_one() -> None:
     source = Shapes()
-    assert source.load(3, None)[1:] == ("shape 3", "square-3", "", "", {})
+    assert source.load(3, None)[1:6] == ("shape 3", "square-3", "", "", {})
     assert {source.load(3, random.Random(seed)).caption for seed in range(20)} == set(source.captions(3))
     assert {source.load(3, random.Random(seed)).negative for seed in range(20)} == set(source.negatives(3))
 
