@@ -6,8 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_clip.tools.hardware import to_device
-
 JUDGED_AFTER = 100  # samples: of fewer, a single one is above any sensible limit
 
 
@@ -55,16 +53,6 @@ class CaptionBatch(NamedTuple):
     def of_pairs(self, rows: Tensor) -> Tensor:
         """Return the row of each pair's image, ``[B, ...]``, of a row for each image; further rows are left out."""
         return rows[: len(self.images)] if self.image_of is None else rows[self.image_of]
-
-    def images_once(self) -> "CaptionBatch":
-        """Return the batch with each image once, where pairs with one key have the same."""
-        row_of: dict[str, int] = {}
-        image_of = [row_of.setdefault(key, len(row_of)) for key in self.keys]
-        if self.image_of is not None or len(row_of) == len(image_of):
-            return self
-        first, device = [image_of.index(row) for row in range(len(row_of))], self.images.device
-        images = self.images[to_device(torch.tensor(first), device)]
-        return self._replace(images=images, image_of=to_device(torch.tensor(image_of), device))
 
     def to(self, device: torch.device | str) -> "CaptionBatch":
         """Move the tensors to a device; a CUDA device's queued work is not waited for if they are pinned.

@@ -18,6 +18,7 @@ from lit_clip.losses.tiled import HardNegatives
 from lit_clip.models.clip import CLIP
 from lit_clip.models.frozen_prefix import image_features_from, text_features_from
 from lit_clip.training.activation_checkpointing import FrozenStatistics, checkpoint
+from lit_clip.training.images_once import images_once
 
 HARD_NEGATIVES = (
     "FrozenFeatures: hard negatives are not among the captions that are encoded once; leave out "
@@ -26,11 +27,8 @@ HARD_NEGATIVES = (
 
 
 def encode_pairs(model: CLIP, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
-    """Return unit features ``[B, D]`` of a batch's images and of its captions, float32.
-
-    In evaluation an image of several pairs, which have one key, is encoded once.
-    """
-    batch = batch if model.training else batch.images_once()
+    """Return unit features ``[B, D]`` of images and captions; evaluation encodes an image of several pairs once."""
+    batch = batch if model.training else images_once(batch)
     image_BD = batch.of_pairs(encode_images(model, batch.images))
     return image_BD, encode_texts(model, batch.tokens, batch.lengths, batch.stored_texts)
 

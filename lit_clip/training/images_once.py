@@ -1,0 +1,17 @@
+"""A batch in which pairs of one image share it."""
+
+import torch
+
+from lit_clip.batch import CaptionBatch
+from lit_clip.tools.hardware import to_device
+
+
+def images_once(batch: CaptionBatch) -> CaptionBatch:
+    """Return a batch of evaluation with each image once, where pairs with one key have the same."""
+    row_of: dict[str, int] = {}
+    image_of = [row_of.setdefault(key, len(row_of)) for key in batch.keys]
+    if batch.image_of is not None or len(row_of) == len(image_of):
+        return batch
+    first = [image_of.index(row) for row in range(len(row_of))]
+    images, own = (to_device(torch.tensor(rows), batch.images.device) for rows in (first, image_of))
+    return batch._replace(images=batch.images[images], image_of=own)
