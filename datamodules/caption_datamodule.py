@@ -36,7 +36,7 @@ from .loading.sampling import (
 from .pairs.batch_order import BatchOptions, BatchOrder
 from .pairs.batches import Collate, SourcePairs, TrainingPairs, ValidationPairs
 from .pairs.caption_lengths import report_captions
-from .pairs.captions_together import captions_per_image, captions_together
+from .pairs.captions_together import captions_per_image, captions_together, joined
 from .pairs.duplicates import name_pairs
 from .pairs.kept import digest_of_kept
 from .pairs.neighbours import distinct_images, neighbours_of_images, stored_neighbours
@@ -143,6 +143,14 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
     def rows_per_image(self) -> float | None:
         """Mean number of training pairs with the same image in an epoch; None if unknown."""
         return None if self.train_source is None else rows_of_each_image(self.train_source)
+
+    @property
+    def captions_if_together(self) -> float:
+        """Mean number of captions that an image would have with ``captions.per_image: together``."""
+        source = self.train_source
+        if source is None or self.captions.per_image == "together":
+            return self.captions_per_image
+        return captions_per_image(joined(source))
 
     @property
     def captions_per_image(self) -> float:

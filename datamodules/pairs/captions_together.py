@@ -17,7 +17,7 @@ COUNTED = 1000  # rows whose captions are counted for the plan
 
 def captions_together(source: PairSource) -> PairSource:
     """Return a source whose rows are images with all of their captions, as are those of each part of a mixture."""
-    together = _together(source)
+    together = joined(source)
     name = getattr(source, "path", type(source).__name__)
     require(
         captions_per_image(together) > 1,
@@ -27,9 +27,10 @@ def captions_together(source: PairSource) -> PairSource:
     return together
 
 
-def _together(source: PairSource) -> PairSource:
+def joined(source: PairSource) -> PairSource:
+    """Return the images of a source, or of each part of a mixture, with their captions, one or several."""
     if isinstance(source, Mixture):
-        return Mixture([_together(part) for part in source.sources], source.weights)
+        return Mixture([joined(part) for part in source.sources], source.weights)
     return Together(source)
 
 

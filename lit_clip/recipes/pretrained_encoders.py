@@ -131,10 +131,11 @@ def rule_for(facts: Facts) -> Rule:
 
 
 def together_for(run: Run) -> bool:
-    """Return whether a step has all captions of an image: where images have several, unless the user says otherwise."""
+    """Return whether a step has all captions of an image: where images have several, and nothing given refuses it."""
     if run.is_given("data.captions.per_image"):
         return run.per_image == "together"
-    return run.data.lists_captions and max(run.facts.pairs, run.facts.captions) > run.facts.images
+    listed = run.data.lists_captions and not run.is_given("model.loss", "data.columns.other_image")
+    return listed and run.data.captions_if_together >= 1.5
 
 
 def work_for(facts: Facts, rule: Rule, together: bool, batch: int | None = None) -> Work:

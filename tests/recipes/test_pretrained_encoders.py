@@ -19,6 +19,7 @@ from lit_clip.recipes.pretrained_encoders import (
     Work,
     plan_for,
     rule_for,
+    together_for,
     too_short,
     work_for,
 )
@@ -151,3 +152,23 @@ def test_the_choices_are_settings_of_fit(module_and_data: tuple[LitCLIP, Caption
     assert (chosen["trainer.val_check_interval"], chosen["trainer.check_val_every_n_epoch"]) == (8, None)
     assert chosen["trainer.max_time"].startswith("00:00:1")
     assert "data.captions.per_image" not in chosen  # every image has one
+
+
+@pytest.mark.parametrize(
+    ("rows", "given", "together"),
+    [
+        (["0.png,a man", "0.png,a tall man", "1.png,a dog", "1.png,a wet dog", "2.png,rain", "2.png,snow"], {}, True),
+        (["0.png,a man", "1.png,a dog", "2.png,rain", "2.png,rain"], {}, False),  # one row is there twice
+        (["0.png,a man", "0.png,a tall man"] * 2, {"model.loss": "Contrastive"}, False),  # refused by such a loss
+    ],
+)
+def test_captions_come_together_where_images_have_several_and_nothing_given_refuses_it(
+    rows: list[str], given: dict[str, Any], together: bool, tmp_path: Any
+) -> None:
+    for number in range(3):
+        paint(tmp_path / f"{number}.png", number)
+    table = tmp_path / "captions.csv"
+    table.write_text("\n".join(["image,caption", *rows]), encoding="utf-8")
+    data = Captions(str(table), str(table), num_workers=0)
+    data.train_source, data.val_source = data.sources(True)
+    assert together_for(Run(given, lambda: data, lambda: None)) is together
