@@ -15,6 +15,7 @@ from .ema import EMA
 from .expected_time import ExpectedTime
 from .frozen_features import FrozenFeatures
 from .hard_batches import HardBatches
+from .heads_first import HeadsFirst
 from .linear_probe import LinearProbe
 from .monitor import TrainingMonitor
 from .non_finite import NonFiniteSteps
@@ -41,6 +42,7 @@ __all__ = [
     "ExpectedTime",
     "FrozenFeatures",
     "HardBatches",
+    "HeadsFirst",
     "LinearProbe",
     "NonFiniteSteps",
     "PatchDropout",

@@ -36,7 +36,7 @@ from lit_clip.evaluation.suite import SuiteEntry
 from lit_clip.models.clip import CLIP
 from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.module import LitCLIP
-from lit_clip.recipes.heads_alone import features_before_heads, heads_of, train_heads
+from lit_clip.recipes.heads_alone import features_before_heads, heads_of, train_heads, versions_of
 from lit_clip.tools.console import Console
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.html import thumbnail
@@ -116,9 +116,10 @@ class Proof(Callback):
             rank_zero_info("Proof: the run is not compared with the model before: it began without this callback")
             return
         module, states = cast(LitCLIP, pl_module), random_states()
-        with _evaluating(trainer, module):
-            heads = {} if module.starts_trained else _heads_alone(trainer, module)
-            self._start = "the heads alone" if heads else "the model as it started"
+        with evaluating(trainer, module):
+            first = any(type(each).__name__ == "HeadsFirst" for each in cast(Any, trainer).callbacks)
+            heads = {} if module.starts_trained or first else heads_alone(trainer, module)
+            self._start = "the heads alone" if heads or first else "the model as it started"
             with _weights(module.model, heads):
                 self._before, _ = self._measured(trainer, module, module.starts_trained and not self.rest)
         restore_random_states(states)
@@ -145,7 +146,7 @@ class Proof(Callback):
         if not self._active or not self._before:
             return
         module, before = cast(LitCLIP, pl_module), self._before[HELD_OUT]
-        with _evaluating(trainer, module), _weights(module.model, _recommended_weights(trainer, module)):
+        with evaluating(trainer, module), _weights(module.model, _recommended_weights(trainer, module)):
             after, pairs = self._measured(trainer, module, "near" in before.more)
         folder = run_folder(trainer)  # every rank must ask
         if not trainer.is_global_zero:
@@ -194,7 +195,7 @@ class Proof(Callback):
 
 
 @contextmanager
-def _evaluating(trainer: Trainer, module: LitCLIP) -> Iterator[None]:
+def evaluating(trainer: Trainer, module: LitCLIP) -> Iterator[None]:
     """Compute as validation does."""
     distributed.same_buffers(module.model)
     with evaluation_mode(module), torch.no_grad(), trainer.precision_plugin.forward_context():
@@ -212,13 +213,20 @@ def _weights(model: CLIP, state: Mapping[str, Tensor]) -> Iterator[None]:
         model.load_state_dict(kept, strict=False)
 
 
-def _heads_alone(trainer: Trainer, module: LitCLIP) -> dict[str, Tensor]:
+def heads_alone(trainer: Trainer, module: LitCLIP) -> dict[str, Tensor]:
     """Return what training the heads of two encoders alone gives; nothing for other models."""
     heads, data = heads_of(module.model), cast(Any, trainer).datamodule
     if heads is None:
         return {}
-    batches = map(trainer.strategy.batch_to_device, data.training_once(STORED, DECODED))
-    return train_heads(module.model, heads, features_before_heads(module.model, batches, heads), data.seed)
+
+    def features(epoch: int) -> PairFeatures:
+        batches = map(trainer.strategy.batch_to_device, data.training_once(STORED, DECODED, epoch))
+        return features_before_heads(module.model, batches, heads, texts=not epoch)
+
+    first, stored = features(0), data.stored_images
+    versions = versions_of(len(first.keys), stored.rows.versions if stored and stored.stored else 1)
+    more = [features(epoch).image for epoch in range(1, versions)]
+    return train_heads(module.model, heads, first, more, data.seed)
 
 
 def _recommended_weights(trainer: Trainer, module: LitCLIP) -> dict[str, Tensor]:

@@ -312,17 +312,18 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
             return self._loader(pairs, batch_sampler=batches)
         return self._loader(self.training_pairs(source), batch_sampler=batches)
 
-    def training_once(self, stored: int, decoded: int) -> DataLoader[Any]:
+    def training_once(self, stored: int, decoded: int, epoch: int = 0) -> DataLoader[Any]:
         """Load this rank's share of so many training pairs, drawn at random, once: ``stored`` ones, if images are.
 
-        Otherwise so many whose images are ``decoded``, without augmentation.
+        Otherwise so many whose images are ``decoded``, without augmentation. Each epoch draws the same pairs, with
+        other versions of stored images.
         """
         assert self.train_source is not None, "call setup('fit') first"
         source, (rank, world) = self._fitting(self.train_source), self._rank_and_world()
         rows: list[Any] = permutation(len(source), 0, self.seed).tolist()
         pairs: Dataset[Any] = self.validation_pairs(source)
         if self.stored_images and self.stored_images.stored:
-            pairs, rows = StoredPairs(source, self.stored_images, self.seed), [TrainingSample(0, row) for row in rows]
+            pairs, rows = StoredPairs(source, self.stored_images, self.seed), [TrainingSample(epoch, row) for row in rows]
             decoded = stored
         return self._loader(pairs, sampler=rows[:decoded][rank::world], batch_size=self.evaluation_batch_size)
 

@@ -1,9 +1,9 @@
 """Train the heads of two encoders alone, on features before them that are computed once.
 
-The features are the image's ``[I, W]`` and the caption's ``[T, V]`` of :class:`PairFeatures`.
+The features are the image's ``[I, W]`` and the caption's ``[T, W]`` of :class:`PairFeatures`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from copy import deepcopy
 from typing import Any
@@ -19,8 +19,9 @@ from lit_clip.models.external import HuggingFaceTextEncoder, TimmImageEncoder
 from lit_clip.training.micro_batches import encode_images, encode_texts
 from lit_clip.training.schedules import WarmupCosine
 
-BATCH, RATE, DECAY, DROPOUT, WARMUP = 1024, 1e-3, 0.1, 0.3, 20
+BATCH, RATE, DECAY, DROPOUT, WARMUP = 1024, 3e-3, 0.1, 0.5, 20
 EPOCHS, FEWEST_STEPS = 6, 120
+VERSIONS, IMAGES = 4, 8_000  # of each image, and of all images, that are encoded
 Heads = dict[str, nn.Module]
 
 
@@ -35,10 +36,17 @@ def heads_of(model: CLIP) -> Heads | None:
     return heads if trained else None
 
 
-def features_before_heads(model: CLIP, batches: Iterable[CaptionBatch], heads: Heads) -> PairFeatures:
+def versions_of(images: int, versions: int) -> int:
+    """Return of how many stored versions of each image the heads learn."""
+    return max(1, min(versions, VERSIONS, IMAGES // max(1, images)))
+
+
+def features_before_heads(
+    model: CLIP, batches: Iterable[CaptionBatch], heads: Heads, texts: bool = True
+) -> PairFeatures:
     """Encode this rank's batches up to the heads, each image once, and return all ranks' pairs.
 
-    The model is in evaluation mode; the batches are on its device.
+    The model is in evaluation mode; the batches are on its device. Without ``texts`` their features are zeros.
     """
     known: dict[str, Tensor] = {}
 
@@ -48,8 +56,11 @@ def features_before_heads(model: CLIP, batches: Iterable[CaptionBatch], heads: H
         if new:
             found = encode_images(model, batch.images[list(new.values())], normalize=False)
             known.update(zip(new, found.float().unbind(), strict=True))
+        image = torch.stack([known[key] for key in batch.keys])
+        if not texts:
+            return image, image.new_zeros(len(batch.tokens), widths[1])
         text = encode_texts(model, batch.tokens, batch.lengths, batch.stored_texts, normalize=False)
-        return torch.stack([known[key] for key in batch.keys]), text.float()
+        return image, text.float()
 
     widths = [next(head.parameters()).shape[-1] for head in heads.values()]
     image, text = (torch.zeros(0, width, device=model.device) for width in widths)
@@ -59,10 +70,13 @@ def features_before_heads(model: CLIP, batches: Iterable[CaptionBatch], heads: H
         return gather_pairs(encode, batches, model.tokenizer, (image, text))
 
 
-def train_heads(model: CLIP, heads: Heads, features: PairFeatures, seed: int = 0) -> dict[str, Tensor]:
+def train_heads(
+    model: CLIP, heads: Heads, features: PairFeatures, more: Sequence[Tensor] = (), seed: int = 0
+) -> dict[str, Tensor]:
     """Train copies of the heads for some seconds; return their weights by the model's names, and the temperature's.
 
-    Pairs with the same image or caption are positives of each other. The global random states stay as they are.
+    Pairs with the same image or caption are positives of each other. ``more`` are other versions of all images, of
+    which each step draws one for each pair. The global random states stay as they are.
     """
     image_head, text_head = copies = [deepcopy(head).float().train() for head in heads.values()]
     scale = nn.Parameter(model.logit_scale.detach().float().clone())
@@ -77,13 +91,15 @@ def train_heads(model: CLIP, heads: Heads, features: PairFeatures, seed: int = 0
     def dropped(x: Tensor) -> Tensor:
         return x * (torch.rand(x.shape, generator=generator) > DROPOUT).to(device) / (1 - DROPOUT)
 
+    image_VI = torch.stack([features.image, *more])
     rows = torch.zeros(0, dtype=torch.long)
     with torch.enable_grad(), torch.autocast(device.type, enabled=False):
         for _ in range(steps):
             rows = rows if len(rows) >= batch else torch.randperm(pairs, generator=generator)
             image_B, text_B = (column[rows[:batch].to(device)] for column in features.pairs[:2])
             rows = rows[batch:]
-            image = unit(image_head(dropped(features.image[image_B])))
+            version_B = torch.randint(len(image_VI), (batch,), generator=generator).to(device)
+            image = unit(image_head(dropped(image_VI[version_B, image_B])))
             text = unit(text_head(dropped(features.text[text_B])))
             same = (image_B[:, None] == image_B) | (text_B[:, None] == text_B)
             loss = contrastive_loss(image, text, image, text, scale.exp(), same_BN=same, duplicates="positives")

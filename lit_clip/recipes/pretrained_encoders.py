@@ -10,6 +10,7 @@ import torch
 from lit_clip.embedding.precision import Precision
 from lit_clip.errors import InputError, require
 from lit_clip.models.finetuning import Freeze, UnlockLast
+from lit_clip.recipes.heads_alone import versions_of
 from lit_clip.recipes.recipe import POSITIVES, Choice, Facts, Recipe, Run
 from lit_clip.recipes.speed import Speed, measure
 from lit_clip.tools.console import duration
@@ -19,7 +20,8 @@ from lit_clip.training.kept_memory import keep_freed_memory
 
 LEVELS = [Freeze(UnlockLast(image), UnlockLast(text), batch_norm=True) for image, text in ((4, 1), (2, 1), (0, 0))]
 MOST_VERSIONS = 8  # augmented, of each image
-VALIDATIONS = 10  # of a run
+VALIDATIONS = 6  # of a run
+FEWEST = 6  # part of a run's steps for which more blocks are trained
 SHARE = 0.9  # of the time, to plan with
 # Seconds of a run before its first step, of a validation and its checkpoints, and of the heads alone (callbacks.Proof).
 START, VALIDATION, HEADS = 15.0, 2.0, 20.0
@@ -112,7 +114,7 @@ class PretrainedEncoders(Recipe):
             Choice("model.loss", POSITIVES, "equal captions are no negatives of each other"),
             Choice("trainer.callbacks.FrozenFeatures.augmentations", plan.versions, encoded),
             Choice("trainer.max_steps", steps, f"{passes:.1f} times each image, {trained}", EPOCHS),
-            Choice("trainer.val_check_interval", every, "about ten validations", EPOCHS),
+            Choice("trainer.val_check_interval", every, "some validations", EPOCHS),
             Choice("trainer.check_val_every_n_epoch", None, "an interval is in steps", EPOCHS),
             Choice("trainer.max_time", f"00:{duration(limit).zfill(8)}", f"{self.minutes:g} minutes in all"),
         ]
@@ -152,21 +154,22 @@ def plan_for(
 ) -> Plan:
     """Return the most trainable blocks, then steps and augmented versions, that fit into a time.
 
-    Of ``speeds``, with the most trainable blocks first, the first is taken for which a third of the steps fits. If
-    nothing fits the plan is the smallest.
+    Of ``speeds``, with the most trainable blocks first, the first is taken for which a :data:`FEWEST`-th of the steps
+    fits. If nothing fits the plan is the smallest.
     """
     validated = facts.validation * facts.images / facts.pairs
-    least = max(1, work.steps // 3)
+    least = max(1, work.steps // FEWEST)
 
     def planned(level: tuple[Freeze, Speed], versions: int, fewest: int) -> Plan:
         """Return the plan with so many versions and as many steps as fit, but not fewer than ``fewest``."""
         freeze, speed = level
         encoding = (facts.images * versions + validated) * speed.image + facts.captions * speed.text
         step = work.batch * (speed.image_step + work.captions * speed.text_step)
-        once = facts.images * speed.image_step + max(facts.pairs, facts.captions) * speed.text_step
+        seen = facts.images * versions_of(facts.images, versions)
+        heads = seen * speed.image_step + max(facts.pairs, facts.captions) * speed.text_step
         forward = validated * speed.image_step + facts.validation * speed.text_step
         # A step has a backward pass, of twice the work; callbacks.Proof validates at the start and the end.
-        fixed = HEADS + once / 3 + (VALIDATIONS + 2) * (VALIDATION + forward / 3)
+        fixed = HEADS + heads / 3 + (VALIDATIONS + 2) * (VALIDATION + forward / 3)
         steps = max(fewest, min(work.steps, int((seconds - encoding - fixed) / step)))
         training = steps * step + fixed
         return Plan(freeze, versions if augmented else 0, steps, encoding, training, encoding + training <= seconds)
@@ -174,7 +177,8 @@ def plan_for(
     level = next((each for each in speeds if planned(each, 1, least).fits), speeds[-1])
     passes = max(1, work.steps * work.batch // work.samples)
     for versions in range(min(MOST_VERSIONS, passes) if augmented else 1, 1, -1):
-        plan = planned(level, versions, work.steps if versions > 2 else least)
+        wanted = max(2, versions_of(facts.images, versions))  # rather than steps
+        plan = planned(level, versions, work.steps if versions > wanted else least)
         if plan.fits:
             return plan
     return planned(level, 1, 1)

@@ -21,7 +21,7 @@ from lit_clip.models.frozen_prefix import FrozenPrefix, image_features_from, tex
 from lit_clip.models.layers import TOWERS
 from lit_clip.training.frozen_features import Encoding
 
-AT_ONCE = 32  # images or captions that are encoded at once
+AT_ONCE, TEXTS = 32, 128  # images that are encoded at once, and captions: those of one length are
 STEP, SLACK = 64, 1.2  # images or captions of a step; of decoding beside encoding, which share the cores
 
 
@@ -52,7 +52,8 @@ def measure(module: Any, data: Any, precision: Precision, freeze: Freeze, augmen
     started = time.monotonic()
     images = torch.cat([images_of[row].images for row in range(count)])
     decoding = (time.monotonic() - started) / count
-    captions = [caption for row in range(count) for caption in data.train_source.captions(row)[:1]]
+    listed = range(min(TEXTS, len(data.train_source)))
+    captions = [caption for row in listed for caption in data.train_source.captions(row)[:1]]
     with evaluation_mode(module):
         prefix = require_prefix(model)
         encoding = Encoding(model, lambda: autocast(model.device, precision), precision, AT_ONCE)

@@ -1,13 +1,17 @@
 """Heads alone: features before them, and what training them reaches."""
 
+import logging
+import re
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 import callbacks
-from callbacks import FrozenFeatures, Proof
+from callbacks import FrozenFeatures, HeadsFirst, Proof
 from datamodules import Captions
 from datamodules.pairs.source import CaptionOptions
 from lit_clip.evaluation.before_after import PairFeatures, measure
@@ -19,6 +23,7 @@ from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.module import LitCLIP
 from lit_clip.recipes.heads_alone import features_before_heads, heads_of, train_heads
 from lit_clip.retrieval.metrics import PairIndices
+from lit_clip.training.optimizers import PaperAdamW
 from tests.helpers.coloured_sets import paint
 from tests.helpers.towers import WORDS, save_family, shaken
 from tests.test_module import trainer
@@ -131,3 +136,69 @@ def test_two_encoders_with_new_heads_are_compared_with_the_heads_alone_and_train
     for name, value in states[0].items():
         assert torch.equal(value, states[1][name]), name
     assert "before: the heads alone" in capfd.readouterr().out
+
+
+def test_a_run_starts_with_the_heads_that_were_trained_alone_and_is_compared_with_them(
+    config: CLIPConfig, table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def run(folder: str, *given: Any, rate: float = 0.0, **options: Any) -> LitCLIP:
+        module = made(config, Freeze(UnlockLast(1), UnlockLast(1), batch_norm=True))
+        module.optimization = LitCLIP(config, optimizer=partial(PaperAdamW, lr=rate)).optimization
+        data = Captions(str(table), str(table), batch_size=20, num_workers=0, augmentation=[])
+        storing = FrozenFeatures(str(tmp_path / "stored"))
+        settings = {"max_steps": 2, **options}
+        trainer(tmp_path / folder, callbacks=callbacks.defaults(storing, *given), **settings).fit(module, data)
+        return module
+
+    start, first = run("plain").model.state_dict(), run("first", HeadsFirst(), Proof()).model.state_dict()
+    changed = {name for name, value in start.items() if not torch.equal(value, first[name])}
+    assert changed == {"visual.head.proj.weight", "text.proj.weight", "logit_scale"}
+    out = capfd.readouterr().out
+    assert "before: the heads alone" in out
+    differences = re.findall(r"held-out .* R@1 .* ([+-][0-9.]+) \(", out)
+    assert differences == ["+0.0", "+0.0"]  # a rate of 0 changes nothing more
+
+
+def test_steps_behind_trained_heads_drop_features_in_training_alone_and_resume_exactly(
+    config: CLIPConfig, table: Path, tmp_path: Path
+) -> None:
+    seen: dict[bool, list[float]] = {True: [], False: []}
+
+    class Look(callbacks.Proof):
+        def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+            for head in (heads_of(pl_module.model) or {}).values():
+                head.register_forward_hook(lambda head, inputs, _: self.look(head.training, inputs[0]))
+
+        def look(self, training: bool, features: torch.Tensor) -> None:
+            seen[training].append(float((features == 0).double().mean()))
+
+    def run(folder: str, steps: int, ckpt: str | None = None, *given: Any) -> LitCLIP:
+        module = made(config, Freeze(UnlockLast(1), UnlockLast(1)))
+        module.loss = Contrastive("positives")
+        data = Captions(str(table), str(table), batch_size=20, num_workers=0, augmentation=[])
+        data.captions = CaptionOptions(per_image="together")
+        every = ModelCheckpoint(filename="last", enable_version_counter=False)
+        parts = callbacks.defaults(FrozenFeatures(str(tmp_path / "stored")), HeadsFirst(0.25), every, *given)
+        trainer(tmp_path / folder, callbacks=parts, max_steps=steps).fit(module, data, ckpt_path=ckpt)
+        return module
+
+    whole = run("whole", 3, None, Look())
+    assert seen[True]
+    assert seen[False]
+    assert all(0.15 < share < 0.4 for share in seen[True])
+    assert all(share < 0.15 for share in seen[False])
+    run("part", 2)
+    file = next((tmp_path / "part").rglob("last.ckpt"))
+    resumed = run("rest", 3, str(file)).state_dict()
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed[name]), name
+
+
+def test_a_model_without_two_projections_starts_as_it_is(
+    tiny_config: CLIPConfig, table: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    module = LitCLIP(tiny_config)
+    data = Captions(str(table), str(table), batch_size=20, num_workers=0)
+    with caplog.at_level(logging.INFO):
+        trainer(tmp_path, callbacks=callbacks.defaults(HeadsFirst()), max_steps=1).fit(module, data)
+    assert "HeadsFirst: the run starts as it is" in caplog.text

@@ -47,7 +47,8 @@ def seconds_of(facts: Facts, plan: Any) -> float:
     images = facts.images * max(1, plan.versions) + validated
     trained = plan.steps * work.batch * (speed.image_step + work.captions * speed.text_step)
     forward = validated * speed.image_step + facts.validation * speed.text_step
-    heads = 20 + (facts.images * speed.image_step + facts.pairs * speed.text_step) / 3
+    learned = facts.images * max(1, min(plan.versions, 4, 8_000 // facts.images))
+    heads = 20 + (learned * speed.image_step + facts.pairs * speed.text_step) / 3
     validations = (VALIDATIONS + 2) * (2.0 + forward / 3) + heads
     return images * speed.image + facts.captions * speed.text + trained + validations
 
@@ -61,7 +62,7 @@ def test_a_plan_fits_into_its_time(minutes: int, facts: Facts) -> None:
 
 
 def test_more_time_is_used_first_for_blocks_and_then_for_steps_and_versions() -> None:
-    plans = [plan_for(PHOTOGRAPHS, work_of(PHOTOGRAPHS), SPEEDS, 60 * minutes) for minutes in (8, 10, 20, 60)]
+    plans = [plan_for(PHOTOGRAPHS, work_of(PHOTOGRAPHS), SPEEDS, 60 * minutes) for minutes in (5, 6, 10, 60)]
     assert [LEVELS.index(plan.freeze) for plan in plans] == [2, 2, 0, 0]
     assert plans[2].steps < plans[3].steps == work_of(PHOTOGRAPHS).steps
     assert plans[3].versions == 8
@@ -148,8 +149,8 @@ def test_the_choices_are_settings_of_fit(module_and_data: tuple[LitCLIP, Caption
     chosen = {each.option: each.value for each in PretrainedEncoders(20).choose(Run({}, lambda: data, lambda: module))}
     assert (chosen["data.global_batch_size"], chosen["model.optimizer.lr"]) == (15, SENTENCES.rate)
     assert chosen["model.freeze"]["image"] == {"unlock_last": 4}
-    assert chosen["trainer.max_steps"] == 80  # 20 times 60 images
-    assert (chosen["trainer.val_check_interval"], chosen["trainer.check_val_every_n_epoch"]) == (8, None)
+    assert chosen["trainer.max_steps"] == 78  # 20 times 60 images, six validations
+    assert (chosen["trainer.val_check_interval"], chosen["trainer.check_val_every_n_epoch"]) == (13, None)
     assert chosen["trainer.max_time"].startswith("00:00:1")
     assert "data.captions.per_image" not in chosen  # every image has one
 
