@@ -12,7 +12,7 @@ from tests.fuzz.oracle import ROOT
 from tests.fuzz.targets import NAMES, demo, evaluation, indexes, pairs, remote, segmentation, settings, shards, weights
 from tests.fuzz.test_corpus import cases
 from tests.helpers import forks
-from tests.helpers.demo import skip_without_gradio
+from tests.helpers.demo import skip_without_starlette
 
 pytestmark = pytest.mark.slow  # what the fuzzer has found is in test_corpus.py
 
@@ -130,12 +130,12 @@ def test_command_ends_with_1_after_a_finding_and_says_what_to_do(tmp_path: Path)
 
 
 def test_a_demo_that_gives_files_away_is_found() -> None:
-    skip_without_gradio()
-    call, inputs = demo.requests()["calls"][0], []
-    for path in ("@folder@/secret.txt", "@stored@/../../../secret.txt", "/proc/self/environ"):
-        body = {"data": [{**demo.FILE, "path": path}, "a, b", "{}"]}
-        inputs.append(Input("calls", to_json([{**call, "body": body}])))
-    for target, times in (("tests/fuzz/targets/demo.py:unlimited", 3), ("demo", 0)):
+    skip_without_starlette()
+    form, inputs = demo.requests()["forms"][0], []
+    for path in ("@folder@/secret.txt", "@folder@/a.png/../../work/secret.txt", "/proc/self/environ"):
+        fields = {**form["fields"], "names": f"{path}\na"}
+        inputs.append(Input("forms", to_json([{**form, "fields": fields}])))
+    for target, times in (("tests/fuzz/targets/demo.py:leaky", 3), ("demo", 0)):
         driver = Driver()
         driver.batch(target, 0, 60, 1, inputs)
         assert sum(driver.summary.inputs.values()) == 3

@@ -21,7 +21,7 @@ MODULES = {
     "evaluation": ("suites", "results", "annotations"),
     "remote": ("hub", "store"),
 }
-if find_spec("gradio"):  # an extra
+if find_spec("starlette"):  # an extra
     MODULES["demo"] = ("demo",)
 NAMES = tuple(name for names in MODULES.values() for name in names)
 
