@@ -76,19 +76,24 @@ def web_app(trial: Trial, name: str, host: str = "127.0.0.1") -> Starlette:
                     form = await request.form(max_files=1, max_fields=4, max_part_size=MOST_TEXT)
             except TimeoutError as error:
                 raise _closing(408, f"took more than {MOST_SECONDS} seconds") from error
-            async with form, working:
-                found = await asyncio.to_thread(lambda: _plain(function(**_arguments(function, form))))
+            try:
+                async with working:
+                    found = await asyncio.to_thread(lambda: _plain(function(**_arguments(function, form))))
+            finally:
+                await form.close()
         return JSONResponse(found)
 
     async def refuse(request: Request, error: Exception) -> Response:
         status, problem = (error.status_code, error.detail) if isinstance(error, HTTPException) else (400, str(error))
         return JSONResponse({"detail": problem}, status, getattr(error, "headers", None))
 
-    return Starlette(
+    app = Starlette(
         routes=[Route("/", show), Route("/demo.js", script), Route("/{name}", answer, methods=["POST"])],
         middleware=[Middleware(OwnPage, host=host)],
         exception_handlers={HTTPException: refuse, InputError: refuse},
     )
+    app.router.redirect_slashes = False
+    return app
 
 
 def _arguments(function: Callable[..., Any], form: FormData) -> dict[str, Any]:
@@ -98,8 +103,8 @@ def _arguments(function: Callable[..., Any], form: FormData) -> dict[str, Any]:
         typed = form.get(name)
         if name == "image":
             arguments[name] = typed.file if isinstance(typed, UploadFile) and typed.size else None
-        else:
-            arguments[name] = typed if isinstance(typed, str) else ""
+        elif isinstance(typed, str):
+            arguments[name] = typed
     return arguments
 
 

@@ -47,7 +47,6 @@ WHOLE = {
     "suites": evaluation.suite_trees,
     "results": evaluation.result_trees,
     "hub": remote.hub_trees,
-    "store": lambda: {name: tree for name, tree in remote.store_trees().items() if name != "a.ckpt"},
 }
 
 
@@ -72,19 +71,10 @@ def test_what_no_input_may_lead_to_is_found(name: str, tmp_path: Path) -> None:
         assert [each.finding.kind for each in again.summary.found.values()] == [FOUND[name]]
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("hub_tag", "AssertionError"),
-        ("store_endless", "memory"),
-        pytest.param("store_bomb", "memory", marks=pytest.mark.slow),
-    ],
-)
-def test_what_a_hub_or_a_store_may_not_do_is_found_without_the_checks(name: str, kind: str) -> None:
-    driver = Driver(memory=2**27)
-    driver.batch(f"{PLANTED}:{name}", seed=1, seconds=60, count=1)
-    # A process that is short of memory may end in another way, too.
-    assert kind in [found.finding.kind for found in driver.summary.found.values()]
+def test_what_a_hub_may_not_do_is_found_without_the_checks() -> None:
+    driver = Driver()
+    driver.batch(f"{PLANTED}:hub_tag", seed=1, seconds=60, count=1)
+    assert [found.finding.kind for found in driver.summary.found.values()] == ["AssertionError"]
 
 
 def test_error_while_an_input_is_made_is_shown_as_the_fuzzers_own() -> None:

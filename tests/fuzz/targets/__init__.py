@@ -19,7 +19,7 @@ MODULES = {
     "settings": ("fit_yaml", "resumed_checkpoints"),
     "words": ("captions", "cards"),
     "evaluation": ("suites", "results", "annotations"),
-    "remote": ("hub", "store"),
+    "remote": ("hub",),
 }
 if find_spec("starlette"):  # an extra
     MODULES["demo"] = ("demo",)
