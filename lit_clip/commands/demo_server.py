@@ -20,7 +20,7 @@ from starlette.applications import Starlette
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, HTMLResponse, JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -90,7 +90,7 @@ def web_app(trial: Trial, name: str, host: str = "127.0.0.1") -> Starlette:
     app = Starlette(
         routes=[Route("/", show), Route("/demo.js", script), Route("/{name}", answer, methods=["POST"])],
         middleware=[Middleware(OwnPage, host=host)],
-        exception_handlers={HTTPException: refuse, InputError: refuse},
+        exception_handlers=dict.fromkeys((HTTPException, InputError, ClientDisconnect), refuse),
     )
     app.router.redirect_slashes = False
     return app
@@ -125,7 +125,8 @@ class OwnPage:
         if scope["type"] == "http" and (refused := self._refused(Headers(scope=scope))):
             await refused(scope, receive, send)
         else:
-            await self.app(scope, _bounded(receive), send)
+            with suppress(asyncio.CancelledError):  # of a request that the end of the demo interrupts
+                await self.app(scope, _bounded(receive), send)
 
     def _refused(self, headers: Headers) -> Response | None:
         hosts = headers.getlist("host")

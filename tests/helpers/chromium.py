@@ -73,7 +73,7 @@ class Page:
 
     def type(self, selector: str, text: str) -> None:
         """Replace the text of a field by keys."""
-        self.value(f"document.querySelector({json.dumps(selector)}).select()")
+        self.value(f"for (const act of ['focus', 'select']) document.querySelector({json.dumps(selector)})[act]()")
         self.ask("Input.insertText", text=text)
 
     def choose(self, selector: str, path: Path) -> None:
