@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
+from python_multipart.exceptions import FormParserError
 from starlette.applications import Starlette
 from starlette.datastructures import FormData, Headers, UploadFile
 from starlette.exceptions import HTTPException
@@ -90,7 +91,7 @@ def web_app(trial: Trial, name: str, host: str = "127.0.0.1") -> Starlette:
     app = Starlette(
         routes=[Route("/", show), Route("/demo.js", script), Route("/{name}", answer, methods=["POST"])],
         middleware=[Middleware(OwnPage, host=host)],
-        exception_handlers=dict.fromkeys((HTTPException, InputError, ClientDisconnect), refuse),
+        exception_handlers=dict.fromkeys((HTTPException, InputError, ClientDisconnect, FormParserError), refuse),
     )
     app.router.redirect_slashes = False
     return app

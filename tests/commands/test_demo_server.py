@@ -105,7 +105,7 @@ def test_a_slow_request_does_not_stop_the_others(served: tuple[int, Path]) -> No
     image = (folder / "tiger.png").read_bytes()
     with socket.create_connection(("127.0.0.1", port)) as slow, ThreadPoolExecutor(1) as thread:
         kind = "Content-Type: multipart/form-data; boundary=x\r\n"
-        slow.sendall(f"POST /search HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{kind}Content-Length: 9\r\n\r\n1".encode())
+        slow.sendall(f"POST /search HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n{kind}Content-Length: 9\r\n\r\n-".encode())
         status, answer = post(port, "search", {"text": "a" * 500_000})
         assert (status, "at most 1,000" in answer["detail"]) == (400, True)
         names = ", ".join(map(str, range(MOST_PROMPTS)))
@@ -126,7 +126,7 @@ def test_no_more_than_a_few_requests_are_received_at_once(served: tuple[int, Pat
     head = f"POST /search HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: multipart/form-data; boundary=x\r\n"
     slow = [socket.create_connection(("127.0.0.1", port), timeout=60) for _ in range(OPEN)]
     for each in slow:
-        each.sendall(f"{head}Content-Length: 9\r\n\r\n1".encode())
+        each.sendall(f"{head}Content-Length: 9\r\n\r\n-".encode())
     time.sleep(0.5)
     with ThreadPoolExecutor(1) as thread:
         late = thread.submit(post, port, "search", {"text": "tiger"})

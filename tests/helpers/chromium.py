@@ -100,7 +100,7 @@ def chromium_page(url: str, width: int, height: int) -> Iterator[Page]:
     with TemporaryDirectory(ignore_cleanup_errors=True) as profile:
         # Chromium reads commands from descriptor 3 and writes answers to 4.
         shell = f'exec "$0" "$@" 3<&{read} 4>&{write}'
-        words = ["sh", "-c", shell, program, *OPTIONS, f"--user-data-dir={profile}"]
+        words = ["bash", "-c", shell, program, *OPTIONS, f"--user-data-dir={profile}"]
         process = subprocess.Popen(words, pass_fds=(read, write), stderr=subprocess.DEVNULL)
         os.close(read)
         os.close(write)
