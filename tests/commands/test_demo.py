@@ -15,7 +15,8 @@ from PIL import Image
 
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
-from lit_clip.commands.demo import LONGEST_PROMPT, SHOWN, Trial, demo
+from lit_clip.commands.demo import demo
+from lit_clip.commands.demo_trial import LONGEST_PROMPT, SHOWN, Trial
 from lit_clip.commands.search import Searched
 from lit_clip.errors import InputError
 from lit_clip.evaluation.zero_shot import imagenet_templates
