@@ -67,12 +67,8 @@ $(BIN)/.loggers: $(BIN)/.installed
 test-loggers: $(BIN)/.loggers  ## Run the tests of W&B and MLflow, in their offline modes
 	@$(BIN)/python -m pytest tests/cli/test_loggers.py
 
-$(BIN)/.demo: $(BIN)/.installed
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[demo]'
-	@touch $@
-
-test-demo: $(BIN)/.demo  ## Run the tests of the demo's page with gradio, and with Chromium if there is one
-	@$(BIN)/python -m pytest tests/commands/test_demo.py tests/commands/test_demo_limits.py
+test-demo: install  ## Run the tests of the demo's page, which `make test` runs too, in Chromium if there is one
+	@$(BIN)/python -m pytest tests/commands/test_demo.py tests/commands/test_demo_server.py
 
 $(BIN)/.notebooks: $(BIN)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[notebooks]'

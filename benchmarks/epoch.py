@@ -234,8 +234,7 @@ def alternate(
 def measure(run: Run) -> Measured:
     """Time the epochs of both programs."""
     import torch
-
-    from lit_clip.models.flops import matmul_peak
+    from device_speed import matmul_peak
 
     dtype, peaks = torch.bfloat16 if run.bf16 else torch.float32, []
     both, *_ = alternate(run, between=lambda: peaks.append(matmul_peak(torch.device("cpu"), dtype)))

@@ -11,6 +11,7 @@ from typing import Any
 
 import open_clip
 import torch
+from device_speed import matmul_peak, seconds_per_call
 from results import Figure, Result, compared, save, shares
 from results import pair_parser as parser
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -20,7 +21,6 @@ from datamodules.openmoji import read_table
 from lit_clip import CLIP, create_model
 from lit_clip.cli.lightning import computes_in_bfloat16
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
-from lit_clip.models.flops import matmul_peak, seconds_per_call
 
 __all__ = ["TINY_VIT", "captions", "compare", "counted", "lengths_of", "open_clip_pair", "parser", "save"]
 

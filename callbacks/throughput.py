@@ -12,7 +12,7 @@ from torch import Tensor
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.models.clip import CLIP
-from lit_clip.models.flops import PairFlops, matmul_peak, training_flops
+from lit_clip.models.flops import PairFlops, training_flops
 from lit_clip.module import LitCLIP
 from lit_clip.tools import hardware
 from .monitor import TrainingMonitor
@@ -74,10 +74,8 @@ class Throughput(TimedCallback):
       full) of both encoders' passes for the encoded images and tokens, over what the devices could have done. Not
       counted are padding, what micro-batches and activation checkpointing compute again, gradients that are not
       needed, the loss, the optimiser and a teacher. The peak of a GPU is from Lightning's table, for the run's
-      precision (dense; TF32 for float32 if ``torch.set_float32_matmul_precision`` allows it); of other devices it is
-      the fastest matrix product found in half a second after the first logged step on the first rank, while the
-      others wait, so above 1 means that the device was busy then. Not logged if either is unknown, and not with
-      :class:`callbacks.FrozenFeatures`, which leaves layers out.
+      precision (dense; TF32 for float32 if ``torch.set_float32_matmul_precision`` allows it). Not logged if either is
+      unknown, as on a CPU, and not with :class:`callbacks.FrozenFeatures`, which leaves layers out.
     - ``train/peak_memory_gib``: the largest peak of any rank in this process so far: of CUDA's allocator, never reset;
       on other devices of the process, without its data workers.
     - ``train/samples_per_second``: pairs, unless a :class:`callbacks.TrainingMonitor` logs it.
@@ -85,7 +83,7 @@ class Throughput(TimedCallback):
 
     def __init__(self) -> None:
         self._flops: list[PairFlops | None] = []  # one, once they are counted
-        self._peak: list[float | None] = []  # likewise, once it is measured
+        self._peak: float | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -95,8 +93,8 @@ class Throughput(TimedCallback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._flops, self._peak = [], []
-            if not isinstance(trainer.strategy, SingleDeviceStrategy):  # which may shard the weights before a step
+            self._flops, self._peak = [], device_peak(trainer)
+            if self._peak and not isinstance(trainer.strategy, SingleDeviceStrategy):  # which may shard the weights
                 self._count_flops(trainer, cast(LitCLIP, pl_module).model)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -115,29 +113,21 @@ class Throughput(TimedCallback):
                 return
             counts: list[Count] = distributed.gather_objects([own])
             flops = None
-            if not model.frozen_prefixes:  # whose layers would be counted, and are not computed
+            if self._peak and not model.frozen_prefixes:  # whose layers would be counted, and are not computed
                 with trainer.profiler.profile(MEASURE):  # pauses the clocks
-                    flops = self._measure(trainer, model)
-            metrics = throughput(counts, model.context_length, flops, *self._peak or [None])
+                    flops = self._flops[0] if self._flops else self._count_flops(trainer, model)
+            metrics = throughput(counts, model.context_length, flops, self._peak)
             if any(isinstance(callback, TrainingMonitor) for callback in trainer.callbacks):
                 del metrics["train/samples_per_second"]
             pl_module.log_dict(metrics)
 
-    def _measure(self, trainer: Trainer, model: CLIP) -> PairFlops | None:
-        """Return the arithmetic of a pair; count it, and measure the device's peak, unless that is done."""
-        if not self._flops:
-            self._count_flops(trainer, model)
-        if self._flops[0] and not self._peak:
-            first = distributed.rank_and_world()[0] == 0
-            self._peak = distributed.gather_objects([device_peak(trainer)] if first else [])
-        return self._flops[0]
-
-    def _count_flops(self, trainer: Trainer, model: CLIP) -> None:
+    def _count_flops(self, trainer: Trainer, model: CLIP) -> PairFlops | None:
         device = trainer.strategy.root_device
         with torch.random.fork_rng([device] if device.type == "cuda" else []):  # an encoder may draw random numbers
             self._flops = [training_flops(model)]
         if self._flops[0] is None:
             rank_zero_warn("Throughput: the FLOPs of these encoders cannot be counted, so there is no train/mfu")
+        return self._flops[0]
 
     def _add(self, batch: CaptionBatch, model: CLIP) -> None:
         self._samples += batch.pairs + len(batch.skipped)
@@ -161,12 +151,9 @@ class Throughput(TimedCallback):
 
 
 def device_peak(trainer: Trainer) -> float | None:
-    """Return the FLOP/s of this rank's device in the run's precision, known or measured; None for other precisions."""
+    """Return the FLOP/s of this rank's device in the run's precision by Lightning's table; None if it has none."""
     device, dtype = trainer.strategy.root_device, DTYPES.get(str(trainer.precision))
-    if dtype is None:
-        return None
-    known = get_available_flops(device, dtype) if device.type == "cuda" else None
-    return known or matmul_peak(device, dtype)
+    return get_available_flops(device, dtype) if dtype and device.type == "cuda" else None
 
 
 def peak_memory(device: torch.device) -> int:

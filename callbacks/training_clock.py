@@ -11,8 +11,8 @@ from lightning.pytorch.profilers import Profiler
 from lit_clip.batch import CaptionBatch
 from .periodic import PeriodicEvaluation
 
-# Names of profiler actions: Lightning's fetching of a batch and writing of a checkpoint; a callback's own measurement.
-FETCH, SAVE, MEASURE = "[_TrainingEpochLoop].train_dataloader_next", "save_checkpoint", "measure_device"
+# Names of profiler actions: Lightning's fetching of a batch and writing of a checkpoint; a callback's own counting.
+FETCH, SAVE, MEASURE = "[_TrainingEpochLoop].train_dataloader_next", "save_checkpoint", "count_flops"
 
 
 class Lap(NamedTuple):

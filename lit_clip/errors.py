@@ -89,10 +89,6 @@ def no_such_file(path: str | os.PathLike[str]) -> InputError:
     return InputError(f"{path}: there is no such file{hint}")
 
 
-class AnswerTooLargeError(InputError):
-    """A server sends more than was asked for."""
-
-
 class BadSample(InputError):  # noqa: N818  # named for the sample
     """A sample that cannot be used: in which file and row, or shard and key, and why.
 

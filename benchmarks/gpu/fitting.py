@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Sequence
 from typing import Any
 
+from device_speed import mark, seconds_between
 from lightning.pytorch import Callback, Trainer
 from torch.utils.data import DataLoader, Dataset
 from train_step import Pairs
@@ -13,7 +14,6 @@ import callbacks
 from gpu.setting import Setting
 from lit_clip import LitCLIP
 from lit_clip.batch import CaptionBatch
-from lit_clip.models.flops import mark, seconds_between
 
 
 class Repeated(Dataset[CaptionBatch]):

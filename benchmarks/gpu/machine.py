@@ -4,11 +4,11 @@ import platform
 from importlib.metadata import PackageNotFoundError, version
 
 import torch
+from device_speed import matmul_peak
 from lightning.fabric.utilities.throughput import get_available_flops
 from results import PACKAGES, machine
 
 from gpu.setting import Row, Setting, attempt, seconds_per_call
-from lit_clip.models.flops import matmul_peak
 
 
 def rows(setting: Setting):

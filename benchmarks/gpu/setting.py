@@ -5,9 +5,8 @@ import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import device_speed
 import torch
-
-from lit_clip.models import flops
 
 Row = dict[str, Any]
 NEEDS_CUDA = "needs CUDA"
@@ -76,4 +75,4 @@ def gap(times: float, why: str) -> Row:
 def seconds_per_call(work: Callable[[], object], calls: int, setting: Setting) -> float:
     """Time several calls with one wait at the end, after one that is not timed."""
     work()
-    return flops.seconds_per_call(work, torch.device(setting.device), calls)
+    return device_speed.seconds_per_call(work, torch.device(setting.device), calls)

@@ -9,6 +9,7 @@ from itertools import chain, cycle
 from typing import Any, NamedTuple
 
 import torch
+from device_speed import matmul_peak
 from lightning.fabric.utilities.throughput import get_available_flops
 from peers import open_clip_pair
 from train_step import TINY_RATE, Pairs, our_step, their_step
@@ -18,7 +19,7 @@ from gpu.fitting import Timed, as_batch, fit
 from gpu.inputs import named, uint8_pairs
 from gpu.setting import Row, Setting, attempt, gap, seconds_per_call
 from lit_clip import CLIP, LitCLIP
-from lit_clip.models.flops import matmul_peak, training_flops
+from lit_clip.models.flops import training_flops
 
 Step = Callable[[Pairs], Any]
 

@@ -1,4 +1,4 @@
-"""Read files from stores (s3://, gs://, https://, hf://, ...) with retries, and no more of them than they have."""
+"""Read files from stores (s3://, gs://, https://, hf://, ...) with retries."""
 
 import os
 import posixpath
@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from lit_clip.errors import AnswerTooLargeError, BadSample, InputError, require
+from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools import stores
-from lit_clip.tools.stores import AtMost, store_of
+from lit_clip.tools.stores import store_of
 
 T = TypeVar("T")
 
@@ -19,8 +19,6 @@ ATTEMPTS = 3  # to reach a store that does not answer
 LONGEST_WAIT = 60.0  # seconds between attempts, even if the server asks for more
 ABSENT = (404, 410)  # HTTP statuses that say that there is no such file; others say nothing about it
 VERSIONS = ("ETag", "etag", "blob_id", "LastModified", "Last-Modified", "last_modified", "mtime", "updated", "created")
-MAX_IMAGE_BYTES = 256 << 20  # of an image file: more than Pillow's limit of pixels needs in any usual format
-RANGE_NOT_SATISFIABLE = 416  # HTTP status: the file has no byte 0
 
 
 class Stamp(NamedTuple):
@@ -47,7 +45,7 @@ def retry(url: str, function: Callable[..., T], *arguments: Any, **options: Any)
             causes = list(_causes(error))
             for refusal in causes:
                 if isinstance(refusal, InputError):
-                    raise type(refusal)(f"{url}: {refusal}") from error
+                    raise InputError(f"{url}: {refusal}") from error
             if _says_absent(causes):
                 raise FileNotFoundError(url) from error
             if attempt == ATTEMPTS - 1:
@@ -121,7 +119,7 @@ def fetch(url: str, stamp: Stamp, path: Path, before: Callable[[], None] = lambd
         part = path.with_suffix(".part")  # always the same name, so that a killed run leaves one at most
         store, remote = store_of(url)
         try:
-            retry(url, lambda: store.get_file(remote, str(part), callback=AtMost(stamp.size)))
+            retry(url, store.get_file, remote, str(part))
             received = part.stat().st_size
             require(
                 received == stamp.size,
@@ -163,27 +161,11 @@ class StoreFolder:
         return f"{parts.scheme}://{parts.netloc}/{path}"
 
     def read(self, url: str, where: str) -> bytes:
-        """Return the content of an image file of at most ``MAX_IMAGE_BYTES``."""
+        """Return the content of an image file."""
         store, path = store_of(url)
         try:
-            data = retry(url, _read_start, store, path)
+            return retry(url, store.cat_file, path)
         except FileNotFoundError as error:
             raise BadSample(where, "missing image", f"no such image file: {url}") from error
-        except AnswerTooLargeError:
-            data = None
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
-        if data is None or len(data) > MAX_IMAGE_BYTES:
-            detail = f"image {url} has more than {MAX_IMAGE_BYTES >> 20} MB; make it smaller or remove the row"
-            raise BadSample(where, "image too large", detail)
-        return data
-
-
-def _read_start(store: Any, path: str) -> bytes:
-    """Read at most ``MAX_IMAGE_BYTES + 1`` bytes, without asking for the size first."""
-    try:
-        return store.cat_file(path, start=0, end=MAX_IMAGE_BYTES + 1)
-    except Exception as error:
-        if getattr(error, "status", None) == RANGE_NOT_SATISFIABLE:
-            return b""
-        raise

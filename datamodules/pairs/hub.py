@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 
 from lit_clip.errors import InputError, listed, require
 from lit_clip.tools.cache_folder import default_cache_dir
-from lit_clip.tools.hub_client import first_line, guard_hub
-from lit_clip.tools.reading import naming
+from lit_clip.tools.hub_client import guard_hub
+from lit_clip.tools.reading import first_line, naming
 from lit_clip.tools.remote_names import COMMIT, checked_commit, checked_relative
 from ..loading.cache import writing_cached
 from .columns import ColumnPairs

@@ -22,7 +22,7 @@ from lit_clip.tools.console import progress
 from lit_clip.tools.images import OnError, open_image
 from lit_clip.tools.workers import loader
 from ..loading.bad_samples import check_caption, is_blank
-from ..loading.store import MAX_IMAGE_BYTES, Stamp, is_remote, stamp_of
+from ..loading.store import Stamp, is_remote, stamp_of
 from ..pairs.columns import checked_weight
 from ..pairs.source import LISTED, NO_CAPTION, Columns, EncodedPair, Pair, PairSource, PairText, SkippedRows
 from .files import (
@@ -39,6 +39,7 @@ from .index import BLOCK, OF_SHARD, WANTED, Summary
 T = TypeVar("T")
 
 GIGABYTE = 10**9
+MAX_IMAGE_BYTES = 256 << 20  # of a file in a shard: more than Pillow's limit of pixels needs in any usual format
 
 
 @dataclass

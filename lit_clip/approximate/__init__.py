@@ -1,7 +1,7 @@
 """Approximate search for millions of features: a graph (HNSW) in a file beside files of features.
 
-``approximate_index.py`` builds, extends, opens and searches one with usearch; ``graph_file.py`` checks such a file
-before usearch reads it; ``faiss_files.py`` writes indices for faiss.
+``approximate_index.py`` builds, extends, opens and searches one with usearch; ``faiss_files.py`` writes indices for
+faiss.
 """
 
 from lit_clip.approximate.approximate_index import ApproximateIndex, add_to_index, open_index

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lit_clip.approximate.graph_file import AGAIN, CONNECTIVITY, check_graph
 from lit_clip.embedding.feature_files import WRITE_AGAIN, StoredFeatures, read_features
 from lit_clip.embedding.index import nearest
 from lit_clip.errors import require
@@ -24,6 +23,8 @@ from lit_clip.tools.workers import usable_cores
 if TYPE_CHECKING:
     from usearch.index import Index
 
+AGAIN = "wait if lit-clip index is writing there, or else build another index under a new name"
+CONNECTIVITY = 32  # links of a node on each level but the lowest, where there are twice as many
 SUFFIX = ".usearch"
 FORMAT = "lit-clip index 1"
 BUILDING = 128  # nodes kept in view while a row's neighbours are looked for
@@ -59,13 +60,14 @@ class ApproximateIndex:
     A row's number is its place in the tables, one after the other.
     """
 
-    def __init__(
-        self, path: Path, content: np.ndarray, files: Sequence[IndexedFile], tables: Sequence[StoredFeatures]
-    ) -> None:
+    def __init__(self, path: Path, files: Sequence[IndexedFile], tables: Sequence[StoredFeatures]) -> None:
         self.path, self.files, self.tables = path, list(files), list(tables)
-        self._graph, self._content = _new_graph(_width(tables)), content  # which the graph does not keep in memory
-        self._graph.view(content)
+        self._graph = _new_graph(_width(tables))
         self._ends = np.cumsum([len(table.features) for table in tables])
+        with reading(path, "index", hint=AGAIN):
+            self._graph.view(path)  # memory-mapped
+        same = (len(self._graph), self._graph.ndim) == (len(self), _width(tables))
+        require(same, f"{path}: is not of {len(self):,} rows of {_width(tables)} numbers; {AGAIN}")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -109,7 +111,10 @@ class ApproximateIndex:
 
 
 def open_index(path: Path) -> ApproximateIndex:
-    """Open an index, memory-mapped; it must be of the files beside it as they are, and whole."""
+    """Open an index, memory-mapped; it must be of the files beside it as they are.
+
+    usearch follows the links in its file wherever they lead: open only what ``lit-clip index`` has written.
+    """
     files = _read_facts(path)
     for file in files:
         where = path.with_name(file.name)
@@ -118,9 +123,7 @@ def open_index(path: Path) -> ApproximateIndex:
         require(file.is_still(where), f"{path}: is not of the features in {where}, which has changed; {AGAIN}")
     tables = [read_features(path.with_name(file.name), whole=False) for file in files]
     check_alike([path.with_name(file.name) for file in files], tables)
-    content = check_graph(path, sum(len(table.features) for table in tables), _width(tables))
-    with reading(path, "index", hint=AGAIN):
-        return ApproximateIndex(path, content, files, tables)
+    return ApproximateIndex(path, files, tables)
 
 
 def add_to_index(path: Path, paths: Sequence[Path]) -> ApproximateIndex:

@@ -7,8 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from lit_clip.approximate.approximate_index import BUILDING, ROWS, in_view
-from lit_clip.approximate.graph_file import CONNECTIVITY
+from lit_clip.approximate.approximate_index import BUILDING, CONNECTIVITY, ROWS, in_view
 from lit_clip.errors import require
 from lit_clip.tools.atomic import not_written, replacing
 from lit_clip.tools.console import progress

@@ -25,8 +25,8 @@ from lit_clip.evaluation.tasks import used_splits
 from lit_clip.tools.atomic import make_folder, not_written
 from lit_clip.tools.console import size_in_bytes, stderr
 from lit_clip.tools.hashing import hash64
-from lit_clip.tools.hub_client import first_line, guard_hub
-from lit_clip.tools.reading import naming
+from lit_clip.tools.hub_client import guard_hub
+from lit_clip.tools.reading import first_line, naming
 from lit_clip.tools.remote_names import checked_commit, checked_path
 from lit_clip.tools.transfers import RemoteFile, part_of, size_on_server, transfer
 from lit_clip.tools.untrusted import shortened

@@ -21,8 +21,8 @@ from lit_clip.models.timm_hub import timm_hub_weights
 from lit_clip.models.tokenizer import unpadded_lengths
 from lit_clip.models.transformer import check_images, is_traced
 from lit_clip.tools.hardware import to_device
-from lit_clip.tools.hub_client import first_line, guard_hub
-from lit_clip.tools.reading import reason
+from lit_clip.tools.hub_client import guard_hub
+from lit_clip.tools.reading import first_line, reason
 from lit_clip.tools.weight_files import read_tensors
 
 

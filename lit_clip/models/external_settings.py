@@ -14,7 +14,8 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, Preprocessing, TimmConfig, height_width
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
 from lit_clip.models.timm_hub import timm_hub_model
-from lit_clip.tools.hub_client import first_line, guard_hub
+from lit_clip.tools.hub_client import guard_hub
+from lit_clip.tools.reading import first_line
 
 _WITH_KERNELS = ("mra", "rwkv", "yoso")  # models of transformers
 

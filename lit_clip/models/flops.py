@@ -1,9 +1,6 @@
-"""Count a training step's FLOPs, two for a multiply-add, and measure how many a device can do."""
+"""Count a training step's FLOPs with torch's counter, two for a multiply-add."""
 
 import copy
-import time
-from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,12 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, height_width
-from lit_clip.models.meta_shapes import MetaShapes
-
-LARGEST_PRODUCT = 8192  # rows; the three matrices of a product take 800 MB
-PEAK_SECONDS = 0.4  # for finding the fastest product
-LONG_ENOUGH = 0.02  # seconds; products that take longer reach no higher rate
-CALLS = 10  # that are timed together on a CUDA device
 
 
 class PairFlops(NamedTuple):
@@ -85,6 +76,15 @@ def tower_flops(tower: nn.Module, inputs: Tensor) -> int:
     return _counts(tower, inputs)[1]
 
 
+@torch.no_grad()
+def forward_flops(tower: nn.Module, inputs: Tensor) -> int | None:
+    """Count the forward pass; None if that is impossible for an encoder."""
+    try:
+        return tower_flops(tower, inputs)
+    except Exception:  # encoders of other libraries raise anything
+        return None
+
+
 def _counts(tower: nn.Module, inputs: Tensor) -> tuple[int, int]:
     """Count the forward pass, and both passes."""
     try:
@@ -98,7 +98,7 @@ def _count_on(tower: nn.Module, inputs: Tensor, device: torch.device) -> tuple[i
     if torch.is_grad_enabled():
         copied.training = tower.training and bool(getattr(tower, "patch_dropout", 0))  # dropped as in a step
     # As plain matrix products: the counter does not know the CPU's fused attention.
-    with sdpa_kernel(SDPBackend.MATH), MetaShapes(), FlopCounterMode(display=False) as counter:
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         lengths = {"lengths": [inputs.shape[1]]} if getattr(copied, "reads_lengths", False) else {}
         features = copied(inputs.to(device), **lengths)
         forward = counter.get_total_flops()
@@ -118,53 +118,6 @@ def _replica(tower: nn.Module, device: torch.device) -> nn.Module:
         tracked = tensor.requires_grad and torch.is_grad_enabled()  # the counter fails on what no gradient will reach
         tensors[id(tensor)] = nn.Parameter(moved, tracked) if isinstance(tensor, nn.Parameter) else moved
     return copy.deepcopy(tower, tensors)
-
-
-def matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float | None = None) -> float:
-    """Measure the FLOP/s of the fastest of several products of square matrices, for about ``PEAK_SECONDS``."""
-
-    def random(size: int) -> Tensor:
-        generator = torch.Generator(device).manual_seed(0)  # its own, to leave the run's random state untouched
-        return torch.randn(size, size, generator=generator, device=device).to(dtype)
-
-    end = time.perf_counter() + (PEAK_SECONDS if seconds is None else seconds)
-    size, best, products = 512, 0.0, 0
-    matrix = random(size)
-    while products < 2 or time.perf_counter() < end:
-        took, products = seconds_per_call(lambda: torch.mm(matrix, matrix), device), products + 1  # noqa: B023
-        best = max(best, 2 * size**3 / took)
-        if took < LONG_ENOUGH and size < LARGEST_PRODUCT:
-            size *= 2
-            matrix = random(size)
-    return best
-
-
-def seconds_per_call(work: Callable[[], object], device: torch.device, calls: int | None = None) -> float:
-    """Time calls (by default one, or ``CALLS`` on a CUDA device, which idles while the host waits), with one wait."""
-    calls = calls or (CALLS if device.type == "cuda" else 1)
-    start = mark(device)
-    for _ in range(calls):
-        work()
-    return seconds_between(start, mark(device)) / calls
-
-
-def mark(device: torch.device) -> Any:
-    """Return a point in time, for :func:`seconds_between`: of a CUDA device's queue, which is not waited for."""
-    if device.type == "cuda":
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-    return time.perf_counter()
-
-
-def seconds_between(start: Any, end: Any) -> float:
-    """Return the seconds from one :func:`mark` to another, which is waited for."""
-    if isinstance(start, float):
-        return end - start
-    end.synchronize()
-    return start.elapsed_time(end) / 1000
 
 
 @dataclass
@@ -211,9 +164,5 @@ def measure(config: CLIPConfig) -> ModelSize:
     height, width = height_width(model.preprocessing.image_size)
     size.image_size = str(height) if height == width else f"{height} x {width}"
     images, texts = torch.zeros(1, *model.preprocessing.shape), torch.zeros(1, model.context_length, dtype=torch.long)
-    with torch.no_grad():
-        with suppress(Exception):  # encoders of other libraries raise anything
-            size.image_flops = tower_flops(model.visual, images)
-        with suppress(Exception):
-            size.text_flops = tower_flops(model.text_encoder, texts)
+    size.image_flops, size.text_flops = forward_flops(model.visual, images), forward_flops(model.text_encoder, texts)
     return size

@@ -1,4 +1,4 @@
-"""HTML pages from Jinja2 templates. A page is one file: images are inside it, and nothing is fetched."""
+"""Pages from Jinja2 templates. An HTML page is one file: images are inside it, and nothing is fetched."""
 
 import base64
 import io
@@ -23,7 +23,7 @@ THUMBNAIL = 160  # pixels of the longer side
 def render(template: Path, **values: Any) -> str:
     """Fill in a template, which may use the templates beside it and the shared ``base.html`` and ``macros.html``.
 
-    Text from ``values`` is escaped, secrets are hidden, and a missing value is an error.
+    Text from ``values`` is escaped in HTML, secrets are hidden, and a missing value is an error.
     """
     return without_secrets(_environment(template.parent).get_template(template.name).render(values))
 
@@ -34,7 +34,11 @@ def _environment(folder: Path) -> "jinja2.Environment":
 
     loader = jinja2.FileSystemLoader([folder, SHARED])
     environment = jinja2.Environment(
-        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=loader,
+        autoescape=jinja2.select_autoescape(),
+        undefined=jinja2.StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     environment.filters.update(plural=plural, thousands="{:,}".format)
     return environment

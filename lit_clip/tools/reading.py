@@ -61,6 +61,12 @@ def check_is_file(path: str | os.PathLike[str]) -> None:
         raise InputError(f"{path}: neither a file nor a folder")
 
 
+def first_line(error: BaseException) -> str:
+    """Return why a library that speaks to the hub failed: the hub's own words if there are any, without advice."""
+    words = getattr(error, "server_message", None) or str(error)
+    return without_secrets(words.strip().partition("\n")[0])[:LONGEST_REASON] or type(error).__name__
+
+
 def reason(error: Exception) -> str:
     """Return why a parser gave up, in one short line."""
     if isinstance(error, RecursionError):

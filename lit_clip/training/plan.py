@@ -6,11 +6,10 @@ from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
-from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_clip.losses.tiled import default_tile
-from lit_clip.models.flops import tower_flops
+from lit_clip.models.flops import forward_flops
 from lit_clip.models.layers import TOWERS, tower_blocks, tower_parameters
 from lit_clip.models.rates import Rates
 from lit_clip.tools.parts import Description
@@ -185,18 +184,10 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
 def tower_work(model: Any) -> tuple[Work, Work]:
     """Return the cost of the image and the text encoder."""
     images, texts = torch.zeros(1, *model.preprocessing.shape), torch.full((1, model.context_length), 5)  # no padding
-    flops = [_forward_flops(tower, x) for tower, x in ((model.visual, images), (model.text_encoder, texts))]
+    flops = [forward_flops(tower, x) for tower, x in ((model.visual, images), (model.text_encoder, texts))]
     trainable = [any(p.requires_grad for p in tower_parameters(model, tower).values()) for tower in TOWERS]
     image, text = (Work(*both) for both in zip(flops, trainable, strict=True))
     return image, text
-
-
-@torch.no_grad()
-def _forward_flops(tower: nn.Module, inputs: Tensor) -> int | None:
-    try:
-        return tower_flops(tower, inputs)
-    except Exception:  # any error of an external encoder
-        return None
 
 
 def even_batches(trainer: "Trainer", negatives: bool) -> int | None:

@@ -1,6 +1,6 @@
 """Upload an exported folder to the Hugging Face hub with huggingface_hub, which takes seconds to import."""
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from pathlib import Path
 from shlex import quote
 from typing import NamedTuple
@@ -8,7 +8,8 @@ from typing import NamedTuple
 from rich.filesize import decimal
 
 from lit_clip.errors import InputError, listed, require
-from lit_clip.secrets import reference, remember, without_secrets
+from lit_clip.secrets import reference, remember
+from lit_clip.tools.reading import first_line
 
 HUBS_OWN = ".gitattributes"  # the hub makes it with the repository
 LOGIN = "run hf auth login"
@@ -36,13 +37,14 @@ class Repository(NamedTuple):
 
     def plan(self, folder: Path) -> str:
         """Return a line that says what will be uploaded, and how large it is."""
-        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in _files(folder)}
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
         kind = ("new, " if self.commit is None else "") + ("private" if self.private else "public")
-        files = ", ".join(f"{name} {decimal(size)}" for name, size in sizes.items())
+        listing = ", ".join(f"{name} {decimal(size)}" for name, size in sizes.items())
         total = decimal(sum(sizes.values()))
         replaced = len(self.files & sizes.keys())
         note = f"; {replaced} of them in place of older ones, which stay in its history" if replaced else ""
-        return f"uploading {total} to {self.name} ({kind}): {files}{note}"
+        return f"uploading {total} to {self.name} ({kind}): {listing}{note}"
 
 
 def find_repository(name: str, private: bool) -> Repository:
@@ -56,7 +58,7 @@ def find_repository(name: str, private: bool) -> Repository:
     try:
         info = HfApi().model_info(name)
     except HFValidationError as error:
-        raise InputError(f"--push {name}: not a name of a repository ({_first_line(error)})") from error
+        raise InputError(f"--push {name}: not a name of a repository ({first_line(error)})") from error
     except RepositoryNotFoundError:
         return Repository(name, private, None, frozenset())
     except Exception as error:  # of the hub, or of the library that speaks HTTP
@@ -72,27 +74,22 @@ def upload(folder: Path, repository: Repository) -> str:
     It is one commit: the repository gets all files or none. Files of the same name are replaced in its newest version;
     none is deleted. Ctrl-C is raised again with a message that says how to go on.
     """
-    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub import HfApi
 
     api, name = HfApi(), repository.name
     again = f"the export is complete in {folder}: hf upload {name} {quote(str(folder))} . uploads it"
     if repository.private and repository.commit is None:
         again += ", with --private"
-    added = [CommitOperationAdd(path.relative_to(folder).as_posix(), path) for path in _files(folder)]
     try:
         if repository.commit is None:
             api.create_repo(name, private=repository.private or None)  # None: the organization's default
         what = {"commit_message": "Upload by lit-clip export", "parent_commit": repository.commit}
-        done = api.create_commit(name, added, **what)
+        done = api.upload_folder(repo_id=name, folder_path=folder, **what)
     except Exception as error:  # of the hub, or of the library that speaks HTTP
         raise _refusal(name, error, "the upload failed", again) from error
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"--push {name}: the upload is not complete; {again}") from None
     return str(done.repo_url)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    yield from sorted(path for path in folder.rglob("*") if path.is_file())
 
 
 def _refusal(name: str, error: Exception, what: str, left: str) -> InputError:
@@ -106,11 +103,5 @@ def _refusal(name: str, error: Exception, what: str, left: str) -> InputError:
         403: f"your token may not write there; {LOGIN} with a token that may, or name a repository of your own",
         409: "exists, but your token may not see it, or it was made just now; name another",
         412: "has changed meanwhile; look at it and upload again",
-    }.get(status or 0, f"{what} ({_first_line(cause)})")
+    }.get(status or 0, f"{what} ({first_line(cause)})")
     return InputError(f"--push {name}: {advice}; {left}")
-
-
-def _first_line(error: BaseException) -> str:
-    """Return the hub's own words about an error if there are any, and else the library's."""
-    words = getattr(error, "server_message", None) or str(error)
-    return without_secrets(" ".join(words.split()))[:300] or type(error).__name__

@@ -27,7 +27,7 @@ from lit_clip.batch import CaptionBatch
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, TextTransformerConfig
 from lit_clip.models.finetuning import Freeze
-from lit_clip.models.flops import PairFlops, matmul_peak, measure, training_flops
+from lit_clip.models.flops import PairFlops, measure, training_flops
 from lit_clip.models.lora import LoRA
 from lit_clip.models.transformer import VisionTransformer
 from lit_clip.module import LitCLIP
@@ -45,7 +45,8 @@ SLEEP = 0.05
 
 @pytest.fixture(autouse=True)
 def _known_peak(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("callbacks.throughput.matmul_peak", lambda device, dtype: PEAK)
+    """Of a CPU, which Lightning's table lacks."""
+    monkeypatch.setattr("callbacks.throughput.device_peak", lambda trainer: PEAK)
 
 
 def fit(module: LitCLIP, data: Captions, folder: Path, *callbacks: Callback, **options: Any) -> Trainer:
@@ -195,21 +196,12 @@ def test_without_a_count_there_is_no_mfu_and_a_warning(
     assert "train/tokens_per_second" in done.callback_metrics
 
 
-def test_the_matrix_product_peak_leaves_the_runs_random_numbers_alone() -> None:
-    state = torch.get_rng_state()
-    since = time.perf_counter()
-    peak = matmul_peak(torch.device("cpu"), torch.float32, seconds=0.1)
-    elapsed = time.perf_counter() - since
-    assert torch.equal(torch.get_rng_state(), state)
-    assert peak >= 2 * 2 * 512**3 / elapsed  # at least two products of at least that size ran in that time
-
-
 @pytest.mark.parametrize(
     ("gpu", "precision", "peak"),
     [
         ("NVIDIA H100 80GB HBM3", "bf16-mixed", 989.5e12),  # NVIDIA's data sheet: 1,979 with sparsity, half without
         ("NVIDIA A100-SXM4-80GB", "16-mixed", 312e12),
-        ("an unknown GPU", "bf16-mixed", PEAK),  # measured
+        ("an unknown GPU", "bf16-mixed", None),
         ("NVIDIA H100 80GB HBM3", "transformer-engine", None),
     ],
 )
@@ -377,7 +369,7 @@ class OnlySleeps:
         return self.seconds
 
 
-@pytest.mark.parametrize("where", ["validations", "checkpoints", "ends of epochs", "evaluations", "peak"])
+@pytest.mark.parametrize("where", ["validations", "checkpoints", "ends of epochs", "evaluations", "counting"])
 def test_time_outside_training_is_not_counted(
     where: str, tiny_config: CLIPConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -386,8 +378,9 @@ def test_time_outside_training_is_not_counted(
     monkeypatch.setattr(f"{__name__}.time", OnlySleeps())
     counting = Throughput()
     counting.now = time.perf_counter
-    if where == "peak":
-        monkeypatch.setattr("callbacks.throughput.matmul_peak", lambda device, dtype: time.sleep(0.6) or PEAK)
+    if where == "counting":
+        flops = PairFlops(1, (1, 1, 1))
+        monkeypatch.setattr("callbacks.throughput.training_flops", lambda model: time.sleep(0.6) or flops)
     saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1)
     sleeps = SleepyZeroShot(every_n_steps=1) if where == "evaluations" else Sleeps(where)
     options: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": 1, "val_check_interval": 1}

@@ -18,7 +18,7 @@ from lit_clip.embedding.feature_files import write_features
 from lit_clip.errors import InputError
 from lit_clip.tools import claims
 from tests.helpers import forks
-from tests.helpers.demo import skip_without_gradio
+from tests.helpers.demo import skip_without_starlette
 
 WRITES_NOTHING = {"models", "configs"}
 MODEL = ["--model", "tiny.ckpt"]
@@ -120,7 +120,7 @@ def test_what_another_process_writes_is_refused_in_one_line_and_left_as_it_is(
     words: list[str], output: str, folder: Path, held: Callable[[Path], int]
 ) -> None:
     if words[0] == "demo":
-        skip_without_gradio()
+        skip_without_starlette()
     if output == "all.usearch":
         run_command(["index", "a.npy", "--output", output])
     elif Path(output).suffix and not output.endswith(".npz"):

@@ -9,7 +9,7 @@ import pytest
 from lit_clip import load_model
 from lit_clip.embedding.index import INDEX
 from lit_clip.heads import head_from_images, save_head
-from tests.helpers.demo import running, skip_without_gradio
+from tests.helpers.demo import running, skip_without_starlette
 
 
 @pytest.fixture(scope="session")
@@ -17,7 +17,7 @@ def served(
     drawings: tuple[Path, Path, list[str]], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[int, Path]]:
     """The port of a running demo, and the folder of its images."""
-    skip_without_gradio()
+    skip_without_starlette()
     folder = tmp_path_factory.mktemp("demo") / "photos"
     shutil.copytree(drawings[1], folder)
     (folder / "notes.txt").write_text("a secret")

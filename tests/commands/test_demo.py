@@ -1,10 +1,12 @@
 """``lit-clip demo``: the command's page, its API, and what neither gives away (extra ``demo``; ``make test-demo``)."""
 
+import base64
+import io
 import json
 import re
 import shutil
 import socket
-import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +15,21 @@ from PIL import Image
 
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
-from lit_clip.commands.demo import LONGEST_PROMPT, SHOWN, Trial, demo
+from lit_clip.commands.demo import demo
+from lit_clip.commands.demo_trial import LONGEST_PROMPT, SHOWN, Trial
 from lit_clip.commands.search import Searched
-from lit_clip.embedding.index import INDEX
 from lit_clip.errors import InputError
 from lit_clip.evaluation.zero_shot import imagenet_templates
 from lit_clip.heads import head_from_images
-from tests.helpers.demo import get
+from tests.helpers.chromium import Page, chromium_page
+from tests.helpers.demo import get, post
 
 Drawings = tuple[Path, Path, list[str]]
 
 
-def test_without_gradio_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match=r"^demo needs gradio: pip install 'lit-clip\[demo\]'$"):
+def test_without_the_extra_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "uvicorn" else name)
+    with pytest.raises(InputError, match=r"^demo needs uvicorn: pip install 'lit-clip\[demo\]'$"):
         demo(model="last.ckpt")
 
 
@@ -67,8 +70,8 @@ def test_probabilities_are_those_of_classify(
     checkpoint, folder, _ = drawings
     names, templates = ["pizza", "tiger", "ice  cream"], ["a photo of a {}.", "a drawing of a {}."]
     words = ["--model", str(checkpoint), "--num_workers", "0", "--output", "json"]
-    image = str(folder / "pizza.png")
-    run_command(["classify", image, *words, "--classes", *names, "--templates", *templates])
+    image = folder / "pizza.png"
+    run_command(["classify", str(image), *words, "--classes", *names, "--templates", *templates])
     (expected,) = json.loads(capsys.readouterr().out)
     found = trial.classify(image, "pizza, tiger,\nice cream, pizza,", "\n".join(templates))
     assert list(found) == ["pizza", "tiger", "ice cream"]
@@ -78,8 +81,8 @@ def test_probabilities_are_those_of_classify(
 
 
 def test_a_heads_classes_have_the_probabilities_of_the_model_with_it(trial: Trial, drawings: Drawings) -> None:
-    files = [str(path) for path in sorted(drawings[1].iterdir())[:6]]
-    head = head_from_images(trial.model, files, [0, 1, 2] * 2, ["one", "two", "three"])
+    files = sorted(drawings[1].iterdir())[:6]
+    head = head_from_images(trial.model, [str(file) for file in files], [0, 1, 2] * 2, ["one", "two", "three"])
     found = Trial(trial.model, headed=head.on(trial.model)).own_classes(files[0])
     expected = trial.model.with_head(head).classify(files[:1])[0].tolist()
     assert found == pytest.approx(dict(zip(["one", "two", "three"], expected, strict=True)), abs=1e-6)
@@ -98,7 +101,7 @@ def test_texts_are_found_in_an_image_as_by_locate(
         shutil.copy(folder / f"{name}.png", tmp_path)
     run_command(["locate", "pizza.png", "pizza", "tiger", "--model", str(checkpoint), "--output", "found"])
     rows = json.loads((tmp_path / "found/locations.json").read_text())
-    shown = trial.locate(str(folder / "pizza.png"), "pizza\n\n tiger \npizza", " \n")
+    shown = trial.locate(folder / "pizza.png", "pizza\n\n tiger \npizza", " \n")
     for (image, caption), row in zip(shown, rows, strict=True):
         number = f"{row['cosine']:.3f}"
         seen = f"{number}, {row['margin']:+.3f}" if row["seen"] else f"not seen ({number})"
@@ -106,7 +109,7 @@ def test_texts_are_found_in_an_image_as_by_locate(
         with Image.open(tmp_path / "found" / row["overlay"]) as written:
             assert image.tobytes() == written.tobytes()
     few = "\n".join(f"a {number}" for number in range(19))
-    assert trial.locate("tiger.png", "tiger", few)[0][1] != trial.locate("tiger.png", "tiger", "")[0][1]
+    assert trial.locate(Path("tiger.png"), "tiger", few)[0][1] != trial.locate(Path("tiger.png"), "tiger")[0][1]
 
 
 @pytest.mark.parametrize(
@@ -124,7 +127,7 @@ def test_mistakes_about_where_are_said_on_the_page(
     image: str | None, texts: str, background: str, message: str, trial: Trial, drawings: Drawings
 ) -> None:
     with pytest.raises(InputError) as caught:
-        trial.locate(image and str(drawings[1] / image), texts, background)
+        trial.locate(drawings[1] / image if image else None, texts, background)
     assert message in str(caught.value)
 
 
@@ -143,7 +146,7 @@ def test_a_name_finds_its_drawing_and_images_found_are_small(trial: Trial, tmp_p
 
 def test_what_is_typed_never_opens_a_file(trial: Trial, drawings: Drawings, tmp_path: Path) -> None:
     (tmp_path / "names.txt").write_text("secret\nwords\n")
-    assert [*trial.classify(str(drawings[1] / "pizza.png"), f"{tmp_path}/names.txt, tiger", "{}")] == [
+    assert [*trial.classify(drawings[1] / "pizza.png", f"{tmp_path}/names.txt, tiger", "{}")] == [
         f"{tmp_path}/names.txt",
         "tiger",
     ]
@@ -170,63 +173,97 @@ def test_mistakes_on_the_page_are_said_there(
     shutil.copy(drawings[1] / "pizza.png", tmp_path)
     (tmp_path / "words.png").write_text("no image")
     with pytest.raises(InputError) as caught:
-        trial.classify(image and str(tmp_path / image), names, templates)
+        trial.classify(tmp_path / image if image else None, names, templates)
     assert message in str(caught.value)
     with pytest.raises(InputError, match="nothing to search for"):
         trial.search(" ", 3)
     with pytest.raises(InputError, match="sentence: 1,001 characters; at most 1,000"):
         trial.search("a" * (LONGEST_PROMPT + 1), 3)
+    for count in ("", "0", "-5", "0.5", "201", "9" * 9999, "nan"):
+        with pytest.raises(InputError, match="images: .*; must be a number from 1 to 200"):
+            trial.search("tiger", count)
 
 
 # The command, in a process of its own -----------------------------------------------------------------------------
 
 
-def test_the_api_searches_classifies_and_locates(served: tuple[int, Path], trial: Trial) -> None:
-    from gradio_client import Client, handle_file
-
+def test_the_page_searches_classifies_and_locates_by_http(served: tuple[int, Path], trial: Trial) -> None:
     port, folder = served
-    client = Client(f"http://127.0.0.1:{port}", verbose=False)
-    found = client.predict("tiger", 3, api_name="/search")
-    assert [each["caption"] for each in found] == [caption for _, caption in trial.search("tiger", 3)]
-    with Image.open(found[0]["image"]) as image:
-        assert image.size == (72, 72)
-    label = client.predict(handle_file(folder / "pizza.png"), "pizza, tiger", "{}", api_name="/classify")
-    assert label["label"] == "pizza"
-    assert any(folder.parent.glob("lit-clip-demo-*/*/pizza.png"))  # until the demo ends
-    expected = trial.classify(str(folder / "pizza.png"), "pizza, tiger", "{}")
-    assert {each["label"]: each["confidence"] for each in label["confidences"]} == pytest.approx(expected, abs=1e-5)
-    found = client.predict(handle_file(folder / "pizza.png"), "pizza\ntiger", "", api_name="/locate")
-    shown = trial.locate(str(folder / "pizza.png"), "pizza\ntiger", "")
-    assert [each["caption"] for each in found] == [caption for _, caption in shown]
-    with pytest.raises(Exception, match="type at least 2"):
-        client.predict(handle_file(folder / "pizza.png"), "pizza", "{}", api_name="/classify")
-
-
-def test_no_file_of_this_machine_is_served(served: tuple[int, Path]) -> None:
-    port, folder = served
-    here = Path(__file__)
-    for path in (folder / "notes.txt", folder / INDEX, folder / "pizza.png", here, here.parent / "../conftest.py"):
-        for route in ("gradio_api/file=", "file=", "gradio_api/file/", ""):
-            status, body, _ = get(port, f"/{route}{path}")
-            assert status in (403, 404), (route, path)
-            assert b"a secret" not in body
-
-
-def test_the_page_belongs_to_this_machine_and_fetches_nothing_elsewhere(served: tuple[int, Path]) -> None:
-    port, _ = served
-    status, _, headers = get(port, "/")
+    pizza = folder / "pizza.png"
+    status, found = post(port, "search", {"text": "tiger", "count": 3})
     assert status == 200
-    assert "default-src 'self'" in headers["content-security-policy"]  # versions of gradio load a script from elsewhere
+    assert [each["caption"] for each in found] == [caption for _, caption in trial.search("tiger", 3)]
+    kind, _, data = found[0]["image"].partition(",")
+    assert kind == "data:image/jpeg;base64"
+    with Image.open(io.BytesIO(base64.b64decode(data))) as image:
+        assert image.size == (72, 72)
+    _, found = post(port, "classify", {"image": pizza.read_bytes(), "names": "pizza, tiger", "templates": "{}"})
+    assert found == pytest.approx(trial.classify(pizza, "pizza, tiger", "{}"), abs=1e-5)
+    _, found = post(port, "locate", {"image": pizza.read_bytes(), "texts": "pizza\ntiger", "background": ""})
+    assert [each["caption"] for each in found] == [caption for _, caption in trial.locate(pizza, "pizza\ntiger")]
+    assert [*post(port, "own_classes", {"image": pizza.read_bytes()})[1]] == ["one", "two", "three"]
+    for path in ("own_classes", "classify", "locate"):
+        assert post(port, path, {"names": "a, b"}) == (400, {"detail": "no image: drop one, or click to choose a file"})
+    status, found = post(port, "classify", {"image": pizza.read_bytes(), "names": "pizza"})
+    assert status == 400
+    assert "type at least 2" in found["detail"]
 
 
-def test_a_browser_shows_the_page_in_the_width_of_a_phone(served: tuple[int, Path], tmp_path: Path) -> None:
-    chromium = shutil.which("chromium") or shutil.which("google-chrome")
-    if chromium is None:
-        pytest.skip("no Chromium on this machine")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--window-size=390,900", "--virtual-time-budget=20000"]
-    options += ["--dump-dom", f"--user-data-dir={tmp_path}"]
-    url = f"http://127.0.0.1:{served[0]}/"
-    done = subprocess.run([chromium, *options, url], capture_output=True, text=True, timeout=120, check=False)
-    assert all(word in done.stdout for word in ("64 images", "Sentence", "Class names", "Prompt templates")), (
-        done.stderr
+@pytest.fixture(scope="module", params=[(1280, 900), (390, 844)], ids=["desktop", "phone"])
+def page(request: pytest.FixtureRequest, served: tuple[int, Path]) -> Iterator[Page]:
+    """The page in Chromium, at the width of a desktop's window or of a phone."""
+    with chromium_page(f"http://127.0.0.1:{served[0]}/", *request.param) as page:
+        yield page
+
+
+def test_a_browser_shows_what_the_model_answers(page: Page, served: tuple[int, Path], trial: Trial) -> None:
+    pizza = served[1] / "pizza.png"
+    assert page.value("document.querySelector('.muted').textContent").endswith(" M parameters, 64 images")
+    assert page.value("[...document.querySelectorAll('nav button')].map((each) => each.textContent)") == [
+        *("Search", "Own classes", "Classify", "Where")
+    ]
+    page.type("#search textarea", "tiger")
+    page.click("#search button")
+    page.wait_for("document.querySelectorAll('#search figure').length === 12")
+    captions = page.value("[...document.querySelectorAll('#search figcaption')].map((each) => each.textContent)")
+    assert captions == [caption for _, caption in trial.search("tiger", 12)]
+    page.click("nav button:nth-child(3)")
+    page.type("#classify textarea", "pizza, <b>tiger</b>")
+    page.choose("#classify input", pizza)  # is enough: the names were typed before
+    page.wait_for("document.querySelectorAll('#classify .class').length === 2")
+    shown = page.value("[...document.querySelectorAll('#classify .class > div')].map((each) => each.innerText)")
+    expected = trial.classify(pizza, "pizza, <b>tiger</b>")
+    assert {line.split("\n")[0]: float(line.split("\n")[1].split()[0]) for line in shown} == pytest.approx(
+        {name: 100 * probability for name, probability in expected.items()}, abs=0.06
     )
+    assert page.value("document.querySelector('#classify .drop img').naturalWidth") == 72
+    page.type("#classify textarea", "pizza")
+    page.click("#classify .asked > button")
+    page.wait_for("document.querySelector('#classify .wrong').textContent.includes('type at least 2')")
+    page.click("nav button:nth-child(2)")
+    page.choose("#own_classes input", pizza)
+    page.wait_for("document.querySelectorAll('#own_classes .class').length === 3")
+    page.click("nav button:nth-child(4)")
+    page.type("#locate textarea", "pizza\ntiger")
+    page.choose("#locate input", pizza)
+    page.wait_for("document.querySelectorAll('#locate figure img').length === 2")
+    page.wait_for("[...document.querySelectorAll('#locate figure img')].every((each) => each.naturalWidth >= 256)")
+
+
+def test_every_tab_has_room_in_the_window_and_nothing_is_refused_by_the_browser(page: Page) -> None:
+    for number in range(1, 5):
+        page.click(f"nav button:nth-child({number})")
+        assert page.value("[...document.forms].filter((each) => each.offsetHeight > 0).length") == 1
+        assert page.value("document.documentElement.scrollWidth <= window.innerWidth")
+    assert page.complaints() == []
+
+
+def test_what_is_loaded_comes_from_this_machine_and_is_shown_in_no_other_page(served: tuple[int, Path]) -> None:
+    port, _ = served
+    status, body, headers = get(port, "/")
+    assert status == 200
+    assert re.findall(rb'(?:src|href)="([^"]*)"', body) == [b"/demo.js"]
+    policy = headers["content-security-policy"]
+    assert "default-src 'self'" in policy
+    assert "frame-ancestors 'none'" in policy
+    assert "'unsafe-inline'" not in policy.replace("style-src 'unsafe-inline'", "")

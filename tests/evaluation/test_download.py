@@ -116,22 +116,6 @@ def test_hostile_commit_is_one_line(hub: Hub, wds: SuiteEntry, tmp_path: Path, c
     assert "is not a hash of 40 digits" in download_missing({"digits": wds}, tmp_path / "data")["digits"]
 
 
-def test_file_that_is_longer_than_listed_ends_at_its_size(
-    hub: Hub, wds: SuiteEntry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    class Endless(io.BytesIO):
-        status, headers, read_bytes = 200, Message(), 0
-
-        def read(self, size: int | None = -1) -> bytes:
-            type(self).read_bytes += 1 << 20
-            return bytes(1 << 20) if self.read_bytes < 300 << 20 else b""
-
-    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: Endless())
-    with pytest.raises(InputError, match="the server sends more than 1,000 bytes"):
-        transfer(RemoteFile("https://host/file", "file", 1000), tmp_path / "file")
-    assert Endless.read_bytes < 3 << 20
-
-
 @pytest.mark.parametrize("encoding", ["gzip", "x-gzip", "identity"])
 @pytest.mark.parametrize("length", [True, False])
 def test_a_file_is_stored_as_the_server_has_it_whatever_it_calls_it(

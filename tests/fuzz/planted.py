@@ -11,8 +11,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from functools import partial
-from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -98,20 +96,5 @@ def _at_any_tag() -> Any:
     return st.just(Input("weights", json.dumps(tree).encode()))
 
 
-def _bomb(packed: bool) -> Any:
-    """A quarter of a bomb of the store's own target, whose size takes half a minute without the checks."""
-    tree = remote.bomb("image", packed)
-    tree["image"]["times"] = remote.ENDLESS // 4
-    return st.just(Input("t.csv", json.dumps(tree).encode()))
-
-
 harmless = _target(lambda given: _raise(InputError(f"{given.name}: has a !; remove it")))
 hub_tag = Target(_at_any_tag, _unguarded)
-store_bomb = Target(
-    partial(_bomb, packed=True),
-    lambda folder, given: islice(remote.ask_store(folder, given, {"auto_decompress": True}), 3),
-)
-store_endless = Target(
-    partial(_bomb, packed=False),
-    lambda folder, given: islice(remote.ask_store(folder, given, {"auto_decompress": False}), 3),
-)

@@ -25,9 +25,8 @@ SERVED = re.compile(r"^demo: http://\S+:(\d+) \(Ctrl-C ends it\)$", re.MULTILINE
 Answer = tuple[int, bytes, dict[str, str]]
 
 
-def skip_without_gradio() -> None:
-    """Skip the test where the extra is not installed; gradio is not imported, which takes seconds."""
-    if find_spec("gradio") is None:
+def skip_without_starlette() -> None:
+    if find_spec("starlette") is None or find_spec("uvicorn") is None:
         pytest.skip("the extra demo is not installed")
 
 
@@ -63,21 +62,22 @@ def get(port: int, path: str, host: str = "127.0.0.1") -> Answer:
     return ask(port, "GET", path, Host=f"{host}:{port}")
 
 
-def post(port: int, path: str, value: Any, **headers: str) -> Answer:
-    body = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return ask(port, "POST", f"/gradio_api/{path}", body, **{"Content-Type": "application/json", **headers})
+def form(fields: dict[str, Any], name: str = "a.png") -> tuple[bytes, dict[str, str]]:
+    """Return the body and headers of a form; bytes are files."""
+    parts = []
+    for key, value in fields.items():
+        is_file = isinstance(value, bytes)
+        content = value if is_file else str(value).encode()
+        file = f'; filename="{name}"' if is_file else ""
+        parts.append(f'--x\r\nContent-Disposition: form-data; name="{key}"{file}\r\n\r\n'.encode() + content)
+    return b"\r\n".join([*parts, b"--x--\r\n"]), {"Content-Type": "multipart/form-data; boundary=x"}
 
 
-def upload(port: int, content: bytes, name: str = "a.png") -> Answer:
-    head = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode()
-    form = {"Content-Type": "multipart/form-data; boundary=x"}
-    return ask(port, "POST", "/gradio_api/upload", head + content + b"\r\n--x--\r\n", **form)
-
-
-def answered(port: int, name: str, data: list[Any]) -> bytes:
-    """Return what the page is told about a call: of its result, or why it is refused."""
-    status, body, _ = post(port, f"call/{name}", {"data": data})
-    return get(port, f"/gradio_api/call/{name}/{json.loads(body)['event_id']}")[1] if status == 200 else body
+def post(port: int, path: str, fields: dict[str, Any], name: str = "a.png", **headers: str) -> tuple[int, Any]:
+    """Send a form; return the status and the JSON of the answer."""
+    body, kind = form(fields, name)
+    status, answer, _ = ask(port, "POST", f"/{path}", body, **kind, **headers)
+    return status, json.loads(answer)
 
 
 def png(width: int, height: int) -> bytes:
@@ -87,7 +87,3 @@ def png(width: int, height: int) -> bytes:
     head = b"IHDR" + struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
     data = file.getvalue()
     return data[:8] + struct.pack(">I", 13) + head + struct.pack(">I", zlib.crc32(head)) + data[33:]
-
-
-def file_data(path: Any, **more: Any) -> dict[str, Any]:
-    return {"path": path, "meta": {"_type": "gradio.FileData"}, **more}

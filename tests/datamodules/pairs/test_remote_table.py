@@ -17,7 +17,6 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from datamodules import Captions
-from datamodules.loading import store
 from datamodules.loading.bad_samples import BadSamples
 from datamodules.loading.store import StoreFolder
 from datamodules.open_source import open_source
@@ -197,10 +196,6 @@ def test_bad_images_are_bad_samples_and_a_dead_store_is_not(
             source.load(row, None)
     with pytest.raises(BadSample, match="row 2"):
         source.check()
-    monkeypatch.setattr(store, "MAX_IMAGE_BYTES", 100)
-    for address in (server[0], memory):
-        with pytest.raises(BadSample, match=r"row 6: image .* has more than 0 MB"):
-            open_source(f"{address}/t.csv").load(4, None)
 
     def dead(*arguments: object, **options: object) -> bytes:
         raise ConnectionError("the line is down")

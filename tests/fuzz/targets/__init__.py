@@ -19,9 +19,9 @@ MODULES = {
     "settings": ("fit_yaml", "resumed_checkpoints"),
     "words": ("captions", "cards"),
     "evaluation": ("suites", "results", "annotations"),
-    "remote": ("hub", "store"),
+    "remote": ("hub",),
 }
-if find_spec("gradio"):  # an extra
+if find_spec("starlette"):  # an extra
     MODULES["demo"] = ("demo",)
 NAMES = tuple(name for names in MODULES.values() for name in names)
 

@@ -1,4 +1,4 @@
-"""Approximate indices: the graph, the list of its files, and the files of features beside it."""
+"""Approximate indices: the list of an index's files, and the files of features beside it."""
 
 import json
 import os
@@ -48,8 +48,8 @@ def other_files() -> dict[str, bytes]:
 def index_inputs() -> Inputs:
     names = ("", ".", "..", "/", "../a.npy", "new.npy", "b.parquet", FACTS, INDEX, *HOSTILE)
     facts = edited_json(lambda: {FACTS: json.loads(whole_index()[FACTS])}, names)
-    graph = damaged(lambda: {INDEX: whole_index()[INDEX]})
-    return st.one_of(facts, facts, graph, damaged(whole_index), exchanged(whole_index(), other_files()))
+    features = damaged(lambda: {name: data for name, data in whole_index().items() if name != INDEX})
+    return st.one_of(facts, facts, features, exchanged(whole_index(), other_files()))
 
 
 def read_index(folder: Path, given: Input) -> Iterator[str]:

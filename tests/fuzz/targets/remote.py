@@ -1,40 +1,29 @@
-"""Hostile answers of a hub and of a store."""
+"""Hostile answers of a hub."""
 
 import json
 import os
-import re
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
-import aiohttp
-from fsspec.asyn import sync
-from hypothesis import strategies as st
-
 from datamodules.open_source import open_source
-from datamodules.shards.pairs import ShardOptions
 from lit_clip.errors import InputError
 from lit_clip.evaluation.download import download_missing
 from lit_clip.evaluation.suite import SuiteEntry
 from lit_clip.models.timm_hub import timm_hub_model
-from lit_clip.tools.stores import store_of
 from lit_clip.weights import hub as weights_hub
-from lit_clip.weights.load import check_before_loading
 from tests.fuzz.inputs import CANARY, DEEP, Input, Inputs, edited_json, to_json
-from tests.fuzz.samples import shard_members, table_images, tar, whole_tables
 from tests.fuzz.target import Target
 from tests.fuzz.targets.pairs import on_error, read_pairs, whole_parquet
-from tests.fuzz.wire import Answer, Connector, Server, hub_client, opener
+from tests.fuzz.wire import Answer, Server, hub_client, opener
 
 COMMIT, SHA256 = "0123456789" * 4, "01234567" * 8
 BLOB = "9e26dfeeb6e641a33dae4961196235bdb965b21b"  # git's checksum of `{}`
 TIMM = {"architecture": "resnet18", "model_args": {"num_classes": 3}, "pretrained_cfg": {"mean": [0, 0, 0]}}
 DEEP_DOWN = "1/2/3/4"  # the caches are there, so that a path of many `..` is found in the working folder
 DEEPLY = to_json(DEEP)
-MOST = 16 << 20  # bytes that are held of an answer, so that an endless one is soon refused
-ENDLESS = 400  # megabytes
 MOVED = {  # where a file that is asked for has moved to
     "moved": "/again",
     "moved-scheme": "http://hub/again",
@@ -73,16 +62,14 @@ HOSTILE = (
 def _answer(tree: Any, bodies: dict[str, bytes]) -> Answer:
     """Return the answer that a tree describes, as far as it can be sent."""
     told = tree if isinstance(tree, dict) else {}
-    status, headers, times, cut = (told.get(key) for key in ("status", "headers", "times", "cut"))
+    status, headers, cut = (told.get(key) for key in ("status", "headers", "cut"))
     body = told.get("body")
     content = bodies.get(body) if isinstance(body, str) else None
     return Answer(
         status if type(status) is int and 200 <= status < 600 else 200,
         tuple(headers.items()) if isinstance(headers, dict) else (),
         to_json(body) if content is None else content,
-        times if type(times) is int and 0 <= times <= ENDLESS else 1,
         cut if type(cut) is int and 0 <= cut < 2**31 else None,
-        told.get("packed") is True,
     )
 
 
@@ -112,7 +99,7 @@ def hub_trees() -> dict[str, Any]:
             "info": {"status": 200, "headers": {"Content-Type": "application/json"}, "body": info},
             "tree": {"status": 200, "headers": {"Link": '<https://hub/next>; rel="x"'}, "body": listed},
             "HEAD": {"status": 200, "headers": {**headers, "X-Linked-Etag": f'"{SHA256}"', "X-Error-Code": ""}},
-            "GET": {"status": 200, "headers": headers, "body": {}, "times": 1, "cut": None, "packed": False},
+            "GET": {"status": 200, "headers": headers, "body": {}, "cut": None},
         }
         if door in MOVED:
             trees[door]["moved"] = {"status": 302, "headers": {**headers, "Location": MOVED[door]}}
@@ -203,109 +190,4 @@ def _check_files(folder: Path) -> None:
 TOPS = ("hub/", "cache/", "data/", "data.", "hub.")
 
 
-@cache
-def store_trees() -> dict[str, Any]:
-    """Return the answers of a store to each of those who read it."""
-    trees: dict[str, Any] = {}
-    for name, body in (
-        ("t.csv", "table"),
-        ("x.tar", "shard"),
-        ("y.tar", "shard"),
-        ("shards", "list"),
-        ("a.ckpt", "none"),
-    ):
-        size = len(_bodies()[body])
-        headers = {"Content-Length": str(size), "ETag": '"1"', "Accept-Ranges": "bytes", "Content-Type": "text/html"}
-        image = {"Content-Length": str(len(_bodies()["image"]))}
-        extra = {"times": 1, "cut": None, "packed": False}
-        trees[name] = {
-            "HEAD": {"status": 200, "headers": headers},
-            "GET": {"status": 200, "headers": {**headers, "Content-Encoding": "identity"}, "body": body, **extra},
-            "image": {"status": 200, "headers": {**image, "Content-Encoding": ""}, "body": "image", **extra},
-        }
-    trees["shards"]["shard"] = trees["x.tar"]["GET"]
-    trees["y.tar"]["GET"]["status"] = 206
-    return trees
-
-
-@cache
-def _bodies() -> dict[str, bytes]:
-    return {
-        "table": whole_tables()["t.csv"],
-        "shard": tar(shard_members()[:15]),
-        "list": b'<a href="x.tar">x</a> <a href="../../y.tar">y</a> <a href="http://other/z.tar">z</a>',
-        "image": next(iter(table_images().values())),
-        "none": b"no checkpoint",
-        "zeros": bytes(1 << 20),
-    }
-
-
-def store_inputs() -> Inputs:
-    bombs = [
-        Input("t.csv", json.dumps(bomb(kind, packed)).encode()) for kind in ("GET", "image") for packed in (True, False)
-    ]
-    return st.one_of(*[edited_json(store_trees, (*HOSTILE, *_bodies()))] * 20, st.sampled_from(bombs))
-
-
-def bomb(kind: str, packed: bool) -> dict[str, Any]:
-    """Return answers of which one has no end."""
-    tree = json.loads(json.dumps(store_trees()["t.csv"]))
-    headers = {"Content-Encoding": "gzip"} if packed else {}
-    tree[kind] = {"status": 200, "headers": headers, "body": "zeros", "times": ENDLESS, "packed": packed}
-    return tree
-
-
-def _store(tree: dict[str, Any]) -> Server:
-    def serve(method: str, url: str, part: str) -> Answer:
-        path = url.partition("?")[0]
-        kind = "image" if path.endswith(".png") else "shard" if path.endswith("/x.tar") and "shard" in tree else method
-        answer = _answer(tree.get(kind), _bodies())
-        asked = re.fullmatch(r"bytes=(\d+)-(\d+)", part)
-        if asked and answer.status == 206:
-            answer = answer._replace(body=answer.body[int(asked[1]) : int(asked[2]) + 1], headers=())
-        return answer._replace(status=404) if "index" in url else answer
-
-    return serve
-
-
-def connected(server: Server, options: dict[str, Any] | None = None) -> Any:
-    """Return fsspec's store of the web, connected to a server in this process.
-
-    Args:
-        server: that answers.
-        options: of the session; None: those that lit-clip sets.
-    """
-    store, _ = store_of("http://host/")
-    kept = store.client_kwargs if options is None else options
-
-    async def session() -> aiohttp.ClientSession:
-        return aiohttp.ClientSession(connector=Connector(server), cookie_jar=aiohttp.DummyCookieJar(), **kept)
-
-    store._session = sync(store.loop, session)
-    return store
-
-
-def ask_store(folder: Path, given: Input, options: dict[str, Any] | None = None) -> Iterator[str]:
-    """Have a web store answer."""
-    store = connected(_store(_read_tree(given.data)), options)
-    url, skip = f"http://host/{given.name}", on_error(given)
-    shards = ShardOptions(cache_folder=str(folder / "shards"), index_workers=0)
-    try:
-        with (
-            patch("time.sleep"),
-            patch.dict(os.environ, XDG_CACHE_HOME=str(folder / "cache")),
-            patch("datamodules.loading.store.MAX_IMAGE_BYTES", MOST),
-            patch("lit_clip.tools.store_answers.MOST", MOST),
-        ):
-            if given.name == "a.ckpt":
-                check_before_loading(url)
-            elif given.name == "shards":
-                yield from read_pairs(open_source(f"{url}/", on_error=skip, shards=shards))
-            else:
-                yield from read_pairs(open_source(url, on_error=skip, shards=shards))
-    finally:
-        sync(store.loop, store._session.close)
-
-
 hub = Target(hub_inputs, ask_hub)
-store = Target(store_inputs, ask_store)

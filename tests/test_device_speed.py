@@ -1,11 +1,18 @@
 """Calls are timed together where the host would otherwise wait for the device after each of them."""
 
+import runpy
+import time
 from typing import Any
 
 import pytest
 import torch
 
-from lit_clip.models.flops import CALLS, seconds_between, seconds_per_call
+from tests.conftest import ROOT
+
+SPEED = runpy.run_path(str(ROOT / "benchmarks/device_speed.py"))
+CALLS, matmul_peak, seconds_between, seconds_per_call = (
+    SPEED[name] for name in ("CALLS", "matmul_peak", "seconds_between", "seconds_per_call")
+)
 
 
 class Event:
@@ -40,3 +47,12 @@ def test_one_call_is_timed_on_a_cpu() -> None:
     assert seconds_per_call(lambda: calls.append(1), torch.device("cpu"), 4) < 1
     assert len(calls) == 5
     assert seconds_between(2.0, 5.0) == 3
+
+
+def test_the_matrix_product_peak_leaves_the_random_numbers_alone() -> None:
+    state = torch.get_rng_state()
+    since = time.perf_counter()
+    peak = matmul_peak(torch.device("cpu"), torch.float32, seconds=0.1)
+    elapsed = time.perf_counter() - since
+    assert torch.equal(torch.get_rng_state(), state)
+    assert peak >= 2 * 2 * 512**3 / elapsed  # at least two products of at least that size ran in that time
