@@ -323,8 +323,8 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         rows: list[Any] = permutation(len(source), 0, self.seed).tolist()
         pairs: Dataset[Any] = self.validation_pairs(source)
         if self.stored_images and self.stored_images.stored:
-            pairs, rows = StoredPairs(source, self.stored_images, self.seed), [TrainingSample(epoch, row) for row in rows]
-            decoded = stored
+            pairs = StoredPairs(source, self.stored_images, self.seed)
+            rows, decoded = [TrainingSample(epoch, row) for row in rows], stored
         return self._loader(pairs, sampler=rows[:decoded][rank::world], batch_size=self.evaluation_batch_size)
 
     def training_pairs(self, source: PairSource) -> TrainingPairs:
