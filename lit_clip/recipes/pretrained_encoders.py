@@ -21,7 +21,7 @@ from lit_clip.training.kept_memory import keep_freed_memory
 LEVELS = [Freeze(UnlockLast(image), UnlockLast(text), batch_norm=True) for image, text in ((4, 1), (2, 1), (0, 0))]
 MOST_VERSIONS = 8  # augmented, of each image
 VALIDATIONS = 6  # of a run
-FEWEST = 6  # part of a run's steps for which more blocks are trained
+LEAST = 40  # steps for which blocks are trained: fewer only move what the heads alone have found
 SHARE = 0.9  # of the time, to plan with
 # Seconds of a run before its first step, of a validation and its checkpoints, and of the heads alone (callbacks.Proof).
 START, VALIDATION, HEADS = 15.0, 2.0, 20.0
@@ -154,11 +154,11 @@ def plan_for(
 ) -> Plan:
     """Return the most trainable blocks, then steps and augmented versions, that fit into a time.
 
-    Of ``speeds``, with the most trainable blocks first, the first is taken for which a :data:`FEWEST`-th of the steps
-    fits. If nothing fits the plan is the smallest.
+    Of ``speeds``, with the most trainable blocks first, the first is taken for which :data:`LEAST` steps fit.
+    If nothing fits the plan is the smallest.
     """
     validated = facts.validation * facts.images / facts.pairs
-    least = max(1, work.steps // FEWEST)
+    least = min(work.steps, LEAST)
 
     def planned(level: tuple[Freeze, Speed], versions: int, fewest: int) -> Plan:
         """Return the plan with so many versions and as many steps as fit, but not fewer than ``fewest``."""

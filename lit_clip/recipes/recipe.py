@@ -30,11 +30,6 @@ class Facts(NamedTuple):
     validation: int = 0  # pairs to validate
     digest: str = ""  # of the pairs
 
-    @property
-    def captions_per_image(self) -> float:
-        """Mean number of pairs of an image."""
-        return self.pairs / max(1, self.images)
-
 
 class Run:
     """A run before it begins: what a recipe may look at. Data and model are made when they are first asked for.

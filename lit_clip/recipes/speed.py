@@ -34,18 +34,13 @@ class Speed(NamedTuple):
     text_step: float  # for each caption
 
 
-def freeze_only(model: CLIP, freeze: Freeze) -> None:
-    """Freeze these layers and train the others."""
+def measure(module: Any, data: Any, precision: Precision, freeze: Freeze, augmented: bool) -> Speed:
+    """Measure the layers in front of the last blocks and the heads, and steps of what is behind."""
+    model: CLIP = module.model
     frozen = frozen_names(model, freeze)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     model.frozen_prefixes.clear()
-
-
-def measure(module: Any, data: Any, precision: Precision, freeze: Freeze, augmented: bool) -> Speed:
-    """Measure the layers in front of the last blocks and the heads, and steps of what is behind."""
-    model: CLIP = module.model
-    freeze_only(model, freeze)
     images_of = data.images_once(data.image_rows(int(augmented)), np.arange(0)).dataset
     count = min(AT_ONCE, len(images_of))
     _ = images_of[0].images  # the first one is slower

@@ -37,7 +37,7 @@ CLOTHES = Facts(3_000, 3_000, 10, 300)
 
 def work_of(facts: Facts) -> Work:
     """Return what a run trains on, with all captions of an image together."""
-    return work_for(facts, rule_for(facts), facts.captions_per_image > 1)
+    return work_for(facts, rule_for(facts), facts.pairs > facts.images)
 
 
 def seconds_of(facts: Facts, plan: Any) -> float:
@@ -63,7 +63,7 @@ def test_a_plan_fits_into_its_time(minutes: int, facts: Facts) -> None:
 
 def test_more_time_is_used_first_for_blocks_and_then_for_steps_and_versions() -> None:
     plans = [plan_for(PHOTOGRAPHS, work_of(PHOTOGRAPHS), SPEEDS, 60 * minutes) for minutes in (5, 6, 10, 60)]
-    assert [LEVELS.index(plan.freeze) for plan in plans] == [2, 2, 0, 0]
+    assert [LEVELS.index(plan.freeze) for plan in plans] == [2, 1, 0, 0]
     assert plans[2].steps < plans[3].steps == work_of(PHOTOGRAPHS).steps
     assert plans[3].versions == 8
 
