@@ -102,19 +102,16 @@ class RunPlan:
         return 3 + (self.micro_batches - 1) / self.micro_batches + self.checkpointed
 
     @property
-    def forward_flops(self) -> int | None:
-        """Forward FLOPs of one pair, of which an image with several captions has its share."""
-        if self.image.forward is None or self.text.forward is None:
-            return None
-        return round(self.image.forward / self.captions) + self.text.forward
+    def flops(self) -> tuple[float, float] | None:
+        """Forward and training FLOPs of one pair, in which an image with several captions has its share.
 
-    @property
-    def training_flops(self) -> float | None:
-        """Training FLOPs of one pair; a frozen encoder costs its forward pass, a partly frozen one counts in full."""
+        In training a frozen encoder costs its forward pass, and a partly frozen one counts in full.
+        """
         if self.image.forward is None or self.text.forward is None:
             return None
-        image, text = (self.passes if work.trainable else 1 for work in (self.image, self.text))
-        return self.image.forward * image / self.captions + self.text.forward * text
+        image, text = self.image.forward / self.captions, self.text.forward
+        of_image, of_text = (self.passes if work.trainable else 1 for work in (self.image, self.text))
+        return image + text, image * of_image + text * of_text
 
     @property
     def state_bytes(self) -> int:
@@ -240,12 +237,11 @@ def print_plan(plan: RunPlan) -> None:
 def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
     """Return the rows of the plan's table."""
     rows = [("parameters", f"{plan.trainable:,} trainable, {plan.frozen:,} frozen")]
-    forward, training = plan.forward_flops, plan.training_flops
-    if forward is not None and training is not None:
-        work = f"{_short(forward)} forward, {_short(training)} in training ({plan.passes:g} x); texts of full length"
-        rows.append(("FLOPs per pair", work))
-    else:
-        rows.append(("FLOPs per pair", "unknown; an encoder cannot be counted"))
+    work = "unknown; an encoder cannot be counted"
+    if plan.flops is not None:
+        forward, training = map(_short, plan.flops)
+        work = f"{forward} forward, {training} in training ({plan.passes:g} x); texts of full length"
+    rows.append(("FLOPs per pair", work))
     kept = "weights, gradients, moments" if plan.moments is not None else "weights, gradients"
     several = plan.world > 1
     rows.append((kept, _bytes(plan.state_bytes) + " on each rank without sharding" * several))

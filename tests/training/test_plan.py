@@ -162,8 +162,8 @@ def test_recomputation_counts_in_the_training_flops() -> None:
     both = replace(GOOD, micro_batch=200, checkpointed=True)
     assert (both.passes, both.micro_batches) == (4.5, 2)
     frozen = replace(both, image=Work(100, False), text=Work(10, True))
-    assert frozen.training_flops == 100 + 45
-    assert replace(GOOD, text=Work(None, True)).training_flops is None
+    assert frozen.flops == (110, 100 + 45)
+    assert replace(GOOD, text=Work(None, True)).flops is None
 
 
 @pytest.mark.parametrize("world", [1, 8])
