@@ -12,7 +12,6 @@ from lit_clip.tools.guarded_output import log_above_bars, silence
 from .activation_checkpointing import ActivationCheckpointing
 from .compile import Compile
 from .ema import EMA
-from .expected_time import ExpectedTime
 from .frozen_features import FrozenFeatures
 from .hard_batches import HardBatches
 from .heads_first import HeadsFirst
@@ -23,7 +22,7 @@ from .patch_dropout import PatchDropout
 from .preemption import Preemption
 from .print_plan import PrintPlan
 from .print_results import PrintResults
-from .progress_lines import ProgressLines
+from .progress import ExpectedTime, ProgressLines
 from .proof import Proof
 from .random_states import RandomStates
 from .retrieval import Retrieval

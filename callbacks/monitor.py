@@ -5,7 +5,7 @@ from collections import deque
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -17,7 +17,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.layers import SCALARS
 from lit_clip.module import LitCLIP
 from lit_clip.tools.untrusted import check_entries
-from .training_clock import TimedCallback, log_interval, samples_of
+from .throughput import log_interval, samples_of
 
 STUCK = 0.99  # of the baseline: a loss above it has learned nothing
 LAST_STEPS = 50  # whose mean loss is compared with the baseline at a run's end
@@ -40,14 +40,12 @@ def gradient_norms(model: CLIP) -> dict[str, Tensor]:
     return {encoder: norm.full_tensor() if isinstance(norm, DTensor) else norm for encoder, norm in norms.items()}
 
 
-class TrainingMonitor(TimedCallback):
-    """Log learning rate, gradient norms and throughput every ``log_every_n_steps``; warn if the model does not learn.
+class TrainingMonitor(Callback):
+    """Log learning rate, gradient norms and samples every ``log_every_n_steps``; warn if the model does not learn.
 
     - ``train/learning_rate``: the highest, where parts or layers have different rates
     - ``train/image_gradient_norm``, ``train/text_gradient_norm``: before clipping, and without the scale of
       ``16-mixed``
-    - ``train/samples_per_second``: over all ranks, relative to training time (see
-      :class:`callbacks.training_clock.TimedCallback`)
     - ``train/samples_seen``
 
     It warns once if, after warm-up, the mean of the ``train/loss`` logged over ``stuck_steps`` optimiser steps is not
@@ -61,7 +59,7 @@ class TrainingMonitor(TimedCallback):
     def __init__(self, stuck_steps: int = 500) -> None:
         require(stuck_steps >= 1, f"TrainingMonitor.stuck_steps: {stuck_steps} must be at least 1")
         self.stuck_steps = stuck_steps
-        self._samples = self._samples_seen = 0
+        self._samples_seen = 0
         self._losses: deque[tuple[int, float, float]] = deque()  # step, loss, baseline
         self._last: deque[tuple[Tensor, float]] = deque(maxlen=LAST_STEPS)  # loss on this rank, not yet read; baseline
         self._warned = False
@@ -72,10 +70,6 @@ class TrainingMonitor(TimedCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_entries(state_dict, {"samples_seen": int}, "callbacks.TrainingMonitor")
         self._samples_seen = state_dict["samples_seen"]
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._samples = 0
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -88,18 +82,11 @@ class TrainingMonitor(TimedCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: CaptionBatch, batch_idx: int
     ) -> None:
         module = cast(LitCLIP, pl_module)
-        samples = samples_of(trainer, module, batch)
         if module.last_step and (baseline := module.loss.chance_loss(module.last_step.pairs)) is not None:
             self._last.append((module.last_step.loss, baseline))
-        self._samples += samples
-        self._samples_seen += samples
+        self._samples_seen += samples_of(trainer, module, batch)
         if trainer.global_step % log_interval(trainer) == 0:
-            rate = self._samples / self.clock.lap().seconds
-            if self.is_whole_interval(trainer):
-                pl_module.log("train/samples_per_second", rate)
-                trainer.progress_bar_metrics["train/samples_per_second"] = rate  # see LitCLIP.optimizer_step
             pl_module.log("train/samples_seen", float(self._samples_seen))
-            self._samples = 0
             self._warn_if_stuck(trainer, module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

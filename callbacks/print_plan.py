@@ -7,8 +7,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelSummary
 
 from lit_clip.module import LitCLIP
-from lit_clip.training.plan import measure_run
-from lit_clip.training.plan_table import fine_tunes, print_plan
+from lit_clip.training.plan import fine_tunes, measure_run, print_plan
 from lit_clip.training.schedules import known_steps
 from lit_clip.training.summary import print_trained
 

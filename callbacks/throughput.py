@@ -1,11 +1,14 @@
-"""Training throughput: samples, tokens, model FLOP utilisation, memory, and time spent waiting for data."""
+"""Training throughput, and the clock that leaves out what is not training."""
 
+import sys
+import time
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import SingleDeviceStrategy
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -15,17 +18,133 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.flops import PairFlops, training_flops
 from lit_clip.module import LitCLIP
 from lit_clip.tools import hardware
-from .monitor import TrainingMonitor
-from .training_clock import MEASURE, TimedCallback, log_interval
+from .periodic import PeriodicEvaluation
 
-DTYPES = {  # of matrix products, by Lightning's name of the precision
-    "64-true": torch.float64,
-    "32-true": torch.float32,
-    "16-true": torch.float16,
-    "16-mixed": torch.float16,
-    "bf16-true": torch.bfloat16,
-    "bf16-mixed": torch.bfloat16,
-}
+# Lightning's names of the profiled actions that fetch a batch and write a checkpoint.
+FETCH, SAVE = "[_TrainingEpochLoop].train_dataloader_next", "save_checkpoint"
+# Of matrix products, by the number of bits in Lightning's name of the precision.
+DTYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
+
+
+class Lap(NamedTuple):
+    """Seconds of training, and the part of them in which the loop waited for a batch."""
+
+    seconds: float
+    waited: float
+
+
+class TrainingClock:
+    """A stopwatch that stands still while anything but training and waiting for a batch goes on."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self.start()
+
+    def start(self) -> None:
+        """Start from zero; training is waiting for its first batch."""
+        self._seconds = self._waited = 0.0
+        self._since = self._now()
+        self._activities = {FETCH}
+
+    def _advance(self) -> None:
+        before, self._since = self._since, self._now()
+        if self._activities <= {FETCH}:
+            self._seconds += self._since - before
+            self._waited += len(self._activities) * (self._since - before)
+
+    def begin(self, activity: str) -> None:
+        """Note that something begins: ``FETCH`` is waiting for a batch, all else is a pause."""
+        self._advance()
+        self._activities.add(activity)
+
+    def end(self, activity: str) -> None:
+        """Note that something is over, or never began."""
+        self._advance()
+        self._activities.discard(activity)
+
+    def lap(self) -> Lap:
+        """Return the time since the last lap or the start."""
+        self._advance()
+        lap = Lap(self._seconds, self._waited)
+        self._seconds = self._waited = 0.0
+        return lap
+
+
+def log_interval(trainer: Any) -> int:
+    """Return the number of steps from one logged step to the next."""
+    return trainer.log_every_n_steps or sys.maxsize  # 0 means never; a connector sets it
+
+
+def samples_of(trainer: Trainer, module: Any, batch: CaptionBatch) -> int:
+    """Return how many pairs of all ranks a step has had, skipped ones included where a sample is a pair."""
+    if batch.image_of is None:  # every rank has the same number
+        return (len(batch.images) + len(batch.skipped)) * trainer.world_size
+    step = getattr(module, "last_step", None)
+    return step.pairs if step else 0
+
+
+class TimedCallback(Callback):
+    """A callback that measures training time.
+
+    Validations, checkpoints, evaluations between steps (:class:`callbacks.periodic.PeriodicEvaluation`) and the time
+    between two epochs are not counted. Waiting for data is the time in which the loop fetches a batch, which includes
+    the start of data workers and an epoch's first batch. The clock follows what is reported to Lightning's profiler.
+    """
+
+    clock: TrainingClock
+    steps_before = 0  # of the run when this process began to train; 0 unless it was resumed
+    now: Callable[[], float] = staticmethod(time.perf_counter)
+
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        self.clock = TrainingClock(self.now)
+        if stage == "fit":
+            keys = [each.state_key for each in trainer.callbacks if isinstance(each, PeriodicEvaluation)]
+            others = (f"[Callback]{key}.on_train_batch_end" for key in keys)
+            _follow(trainer.profiler, self.clock, {FETCH, SAVE, *others})
+
+    def teardown(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        for name in ("start", "stop"):  # undoes every _follow
+            vars(trainer.profiler).pop(name, None)
+
+    def on_exception(self, trainer: Any, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.steps_before = trainer.global_step
+        self.clock.start()  # a run that is resumed within an epoch has no on_train_epoch_start
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clock.end("between epochs")
+        self.clock.begin(FETCH)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clock.begin("between epochs")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clock.begin("validation")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.clock.end("validation")
+
+
+def _follow(profiler: Profiler, clock: TrainingClock, activities: Collection[str]) -> None:
+    """Tell the clock of some of the actions that are reported to the profiler.
+
+    This patches the one object instead of using a profiler of our own, because Lightning and users look for theirs.
+    """
+    start, stop = profiler.start, profiler.stop
+
+    def started(action_name: str) -> None:
+        start(action_name)
+        if action_name in activities:
+            clock.begin(action_name)
+
+    def stopped(action_name: str) -> None:
+        if action_name in activities:
+            clock.end(action_name)
+        stop(action_name)
+
+    profiler.start, profiler.stop = started, stopped
 
 
 class Count(NamedTuple):
@@ -33,12 +152,12 @@ class Count(NamedTuple):
 
     samples: int  # drawn, skipped ones included
     pairs: int  # encoded
-    tokens: int  # of their texts, without padding
+    shared: int  # pairs whose image is encoded for another pair
+    tokens: int  # of the pairs' texts, without padding
     squares: int  # sum of the texts' squared lengths
     seconds: float  # of training
     waited: float  # the part of them spent waiting for data
     memory: int  # peak so far, in bytes
-    shared: int = 0  # pairs whose image is encoded for another pair
 
 
 def throughput(
@@ -46,7 +165,7 @@ def throughput(
 ) -> dict[str, float]:
     """Return the metrics of :class:`Throughput`; there is no MFU without ``flops`` and a device's ``peak`` FLOP/s."""
     seconds = counts[0].seconds  # ranks train in parallel
-    samples, pairs, tokens, squares = (sum(column) for column in list(zip(*counts, strict=True))[:4])
+    samples, pairs, shared, tokens, squares = (sum(column) for column in list(zip(*counts, strict=True))[:5])
     metrics = {
         "train/samples_per_second": samples / seconds,
         "train/data_wait_share": max(count.waited / count.seconds for count in counts),
@@ -55,7 +174,7 @@ def throughput(
         "train/peak_memory_gib": max(count.memory for count in counts) / 2**30,
     }
     if flops and peak:
-        computed = flops.total(pairs, tokens, squares) - flops.image * sum(count.shared for count in counts)
+        computed = flops.total(pairs, tokens, squares) - flops.image * shared
         metrics["train/mfu"] = computed / (seconds * peak * len(counts))
     return metrics
 
@@ -64,8 +183,10 @@ class Throughput(TimedCallback):
     """Log the throughput of all ranks since the last logged step, every ``log_every_n_steps``.
 
     Rates and shares are relative to training time, without validations, checkpoints and other evaluations (see
-    :class:`callbacks.training_clock.TimedCallback`). Time is the host's; the device is not synchronised.
+    :class:`callbacks.throughput.TimedCallback`). Time is the host's; the device is not synchronised.
 
+    - ``train/samples_per_second``: pairs. Not logged for the first steps of a resumed run, unless they are a whole
+      interval.
     - ``train/data_wait_share``: share of the time, 0 to 1, in which the loop waited for a batch, on the rank that
       waited longest. A device may still be busy with the step before.
     - ``train/tokens_per_second``: tokens of the texts, start and end included; ``train/padded_tokens_per_second``:
@@ -78,24 +199,22 @@ class Throughput(TimedCallback):
       unknown, as on a CPU, and not with :class:`callbacks.FrozenFeatures`, which leaves layers out.
     - ``train/peak_memory_gib``: the largest peak of any rank in this process so far: of CUDA's allocator, never reset;
       on other devices of the process, without its data workers.
-    - ``train/samples_per_second``: pairs, unless a :class:`callbacks.TrainingMonitor` logs it.
     """
 
     def __init__(self) -> None:
-        self._flops: list[PairFlops | None] = []  # one, once they are counted
+        self._flops: PairFlops | None = None
         self._peak: float | None = None
         self._clear()
 
     def _clear(self) -> None:
-        self._samples = self._pairs = self._tokens = self._squares = self._shared = 0
-        self._uncounted: Tensor | None = None  # tokens and squares of texts whose lengths are known on the device only
+        self._samples = self._pairs = self._shared = 0
+        self._texts: Tensor | None = None  # their tokens and squares, maybe on a device that is not waited for
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
         if stage == "fit":
-            self._flops, self._peak = [], device_peak(trainer)
-            if self._peak and not isinstance(trainer.strategy, SingleDeviceStrategy):  # which may shard the weights
-                self._count_flops(trainer, cast(LitCLIP, pl_module).model)
+            self._peak = device_peak(trainer)
+            self._flops = _counted(cast(LitCLIP, pl_module).model) if self._peak else None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         super().on_train_start(trainer, pl_module)
@@ -105,54 +224,48 @@ class Throughput(TimedCallback):
     def on_train_batch_end(
         self, trainer: Any, pl_module: LightningModule, outputs: Any, batch: CaptionBatch, batch_idx: int
     ) -> None:
-        model = cast(LitCLIP, pl_module).model
+        model, interval = cast(LitCLIP, pl_module).model, log_interval(trainer)
         self._add(batch, model)
-        if trainer.global_step % log_interval(trainer) == 0:
-            own = self._count(trainer)
-            if not self.is_whole_interval(trainer):  # the same on every rank
-                return
-            counts: list[Count] = distributed.gather_objects([own])
-            flops = None
-            if self._peak and not model.frozen_prefixes:  # whose layers would be counted, and are not computed
-                with trainer.profiler.profile(MEASURE):  # pauses the clocks
-                    flops = self._flops[0] if self._flops else self._count_flops(trainer, model)
-            metrics = throughput(counts, model.context_length, flops, self._peak)
-            if any(isinstance(callback, TrainingMonitor) for callback in trainer.callbacks):
-                del metrics["train/samples_per_second"]
-            pl_module.log_dict(metrics)
-
-    def _count_flops(self, trainer: Trainer, model: CLIP) -> PairFlops | None:
-        device = trainer.strategy.root_device
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):  # an encoder may draw random numbers
-            self._flops = [training_flops(model)]
-        if self._flops[0] is None:
-            rank_zero_warn("Throughput: the FLOPs of these encoders cannot be counted, so there is no train/mfu")
-        return self._flops[0]
+        if trainer.global_step % interval:
+            return
+        own = self._count(trainer)
+        if trainer.global_step - self.steps_before < interval:  # too few for a rate, on every rank
+            return
+        # Of frozen layers whose output is stored all would be counted, and nothing is computed.
+        flops = None if model.frozen_prefixes else self._flops
+        metrics = throughput(distributed.gather_objects([own]), model.context_length, flops, self._peak)
+        pl_module.log_dict(metrics)
+        name = "train/samples_per_second"
+        trainer.progress_bar_metrics[name] = metrics[name]  # see LitCLIP.optimizer_step
 
     def _add(self, batch: CaptionBatch, model: CLIP) -> None:
         self._samples += batch.pairs + len(batch.skipped)
         self._pairs += batch.pairs
         self._shared += batch.pairs - len(batch.images)
-        if batch.lengths:
-            self._tokens += sum(batch.lengths)
-            self._squares += sum(length * length for length in batch.lengths)
-        elif len(batch.images):
-            lengths = model.tokenizer.lengths(batch.tokens)
+        if batch.pairs:
+            lengths = torch.tensor(batch.lengths) if batch.lengths else model.tokenizer.lengths(batch.tokens)
             sums = torch.stack([lengths.sum(), (lengths * lengths).sum()])
-            self._uncounted = sums if self._uncounted is None else self._uncounted + sums
+            self._texts = sums if self._texts is None else self._texts + sums.to(self._texts.device)
 
     def _count(self, trainer: Trainer) -> Count:
-        tokens, squares = (0, 0) if self._uncounted is None else self._uncounted.tolist()
-        tokens, squares = tokens + self._tokens, squares + self._squares
+        tokens, squares = (0, 0) if self._texts is None else self._texts.tolist()
         memory = peak_memory(trainer.strategy.root_device)
-        count = Count(self._samples, self._pairs, tokens, squares, *self.clock.lap(), memory, self._shared)
+        count = Count(self._samples, self._pairs, self._shared, tokens, squares, *self.clock.lap(), memory)
         self._clear()
         return count
 
 
+def _counted(model: CLIP) -> PairFlops | None:
+    with torch.random.fork_rng([model.device] if model.device.type == "cuda" else []):  # an encoder may draw numbers
+        flops = training_flops(model)
+    if flops is None:
+        rank_zero_warn("Throughput: the FLOPs of these encoders cannot be counted, so there is no train/mfu")
+    return flops
+
+
 def device_peak(trainer: Trainer) -> float | None:
     """Return the FLOP/s of this rank's device in the run's precision by Lightning's table; None if it has none."""
-    device, dtype = trainer.strategy.root_device, DTYPES.get(str(trainer.precision))
+    device, dtype = trainer.strategy.root_device, DTYPES.get(str(trainer.precision).partition("-")[0])
     return get_available_flops(device, dtype) if dtype and device.type == "cuda" else None
 
 

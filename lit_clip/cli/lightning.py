@@ -51,7 +51,7 @@ from lit_clip.training.lightning.folder_locks import name_folders
 from lit_clip.training.lightning.fsdp import gets_weights
 from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
 from lit_clip.training.lightning.resume_checks import evaluate_as_given
-from lit_clip.training.plan_table import print_plan_of
+from lit_clip.training.plan import print_plan_of
 from lit_clip.training.summary import print_summary, resume_command
 from lit_clip.weights.checkpoints import checked
 from lit_clip.weights.load import check_fits, weights_come_later

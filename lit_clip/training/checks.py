@@ -1,4 +1,4 @@
-"""Settings that would not train what they say: refused before the first step, or named below the plan."""
+"""Settings that would not train what they say, refused before the first step."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -18,16 +18,10 @@ from lit_clip.errors import InputError, require
 from lit_clip.losses.pairwise import Sigmoid
 from lit_clip.models.lora import is_added
 from lit_clip.training.lightning.checkpoint_io import wrapped
-from lit_clip.training.plan import RunPlan, captions_together
+from lit_clip.training.micro_batches import captions_together
 
 HALF = (torch.float16, torch.bfloat16)
 FAR_BELOW = -7.0  # logit_bias plus log batch; published SigLIPs have -2.5 to -6.4 at their own 32,768 pairs
-PAPER_BATCH = 32_768  # table 18
-PAPER_RATES = (3.6e-4, 5e-4)  # tables 19 and 20, from scratch; 5e-4 at 2,048 pairs too (the run on YFCC)
-PAPER_FINE_TUNING_RATE = 2e-5  # table 20: ViT-L/14 for one more epoch at 336 pixels
-FAR = 10
-FEW_FOR_BATCH_NORM = 16
-FEW_STEPS = 100  # after a warm-up
 
 
 class Refusal(NamedTuple):
@@ -219,75 +213,3 @@ def check_lora_gradients(model: nn.Module) -> None:
             raise InputError(
                 f"model.lora: {name} has no effect, because its layer is never called; see model.lora.targets"
             )
-
-
-def contradictions(plan: RunPlan) -> Iterator[str]:
-    """Yield the contradictions in a plan, each a sentence that says what to change."""
-    batch = plan.batch
-    if plan.accumulated != 1:
-        yield (
-            f"trainer.accumulate_grad_batches {plan.accumulated}: adds no negatives and is refused; "
-            "raise the batch size and set model.micro_batch_size"
-        )
-    yield from _short_run(plan)
-    ends = (plan.max_epochs or 0) * (plan.steps_per_epoch or 0)
-    if ends and plan.max_steps not in (None, ends):
-        by_steps = plan.max_steps is not None and plan.max_steps < ends
-        first, unreached = ("max_steps", "max_epochs") if by_steps else ("max_epochs", "max_steps")
-        yield (
-            f"trainer.max_steps {plan.max_steps} and max_epochs {plan.max_epochs} ({ends} steps) disagree: "
-            f"{first} ends the run; leave {unreached} out"
-        )
-    pairs = round((batch or 0) * plan.captions)
-    if plan.micro_batch and batch and plan.micro_batch > pairs:
-        yield (
-            f"model.micro_batch_size {plan.micro_batch} exceeds the {pairs} pairs per step of each rank: it has no "
-            "effect"
-        )
-    if plan.batch_norm and batch and batch // plan.parts < FEW_FOR_BATCH_NORM:
-        yield (
-            f"BatchNorm computes its statistics over {batch // plan.parts} pairs: set batch_size and "
-            f"model.micro_batch_size to at least {FEW_FOR_BATCH_NORM}"
-        )
-    yield from _far_rate(plan)
-    if plan.precision in ("16-true", "bf16-true"):
-        yield f"trainer.precision {plan.precision}: 16-bit weights lose small updates; use bf16-mixed"
-
-
-def _short_run(plan: RunPlan) -> Iterator[str]:
-    """Warn of a run that ends within its warm-up, or soon after it."""
-    steps, warmup = plan.steps, plan.warmup
-    if not steps or not warmup or steps - warmup >= FEW_STEPS:
-        return
-    lower = "lower --model.lr_scheduler.warmup_steps (in Python lr_scheduler=partial(WarmupCosine, warmup_steps=...))"
-    if warmup >= steps:
-        yield f"the run has {_count(steps)} and warm-up takes {warmup}: {lower}"
-    else:
-        longer = "max_steps" if plan.max_steps == steps else "max_epochs"
-        instead = f", or {lower}" if warmup > steps / 10 else ""
-        left = _count(steps - warmup)
-        yield f"the run has only {left} after its {warmup} of warm-up: raise trainer.{longer}{instead}"
-
-
-def _count(steps: int) -> str:
-    return f"{steps} {'step' if steps == 1 else 'steps'}"
-
-
-def _far_rate(plan: RunPlan) -> Iterator[str]:
-    """Warn of a learning rate of Adam or AdamW that is more than ten times away from the paper's.
-
-    From scratch it used 3.6e-4 to 5e-4 at 32,768 pairs (tables 19, 20) and 5e-4 at 2,048 too, so the batch hardly
-    matters; from pretrained weights 2e-5, for all of them: the last layers alone learn at 3e-4
-    (docs/evidence/recipe_sizes.md). Smaller rates are only suspicious with a batch as large as that.
-    """
-    rate, large = plan.learning_rate, (plan.global_batch or 0) >= 2048
-    if plan.own_rates or (plan.pretrained and plan.frozen) or rate == 0 or "Adam" not in plan.optimizer["class_path"]:
-        return
-    low, high = (PAPER_FINE_TUNING_RATE,) * 2 if plan.pretrained else PAPER_RATES
-    if rate > FAR * high or (large and not plan.pretrained and rate < low / FAR):
-        start = "from pretrained weights" if plan.pretrained else "from scratch"
-        used = f"{low:g}" if low == high else f"{low:g} to {high:g}"
-        yield (
-            f"model.optimizer.lr {rate:g} is more than {FAR} times away from the paper's {start}, {used} at "
-            f"{PAPER_BATCH:,} pairs per step"
-        )

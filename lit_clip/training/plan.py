@@ -1,28 +1,42 @@
-"""The plan of a run in numbers."""
+"""The plan of a run: its numbers as a table, and what contradicts itself in its settings."""
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Trainer
+from rich.table import Table
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lit_clip.losses.tiled import default_tile
 from lit_clip.models.flops import forward_flops
 from lit_clip.models.layers import TOWERS, tower_blocks, tower_parameters
 from lit_clip.models.rates import Rates
-from lit_clip.tools.parts import Description
+from lit_clip.tools.console import Console
+from lit_clip.tools.parts import Description, shown
+from lit_clip.tools.weight_files import read_mapped
 from lit_clip.training.activation_checkpointing import is_checkpointed
+from lit_clip.training.checks import check_counts, check_parts, check_run
+from lit_clip.training.lightning.loop_counts import resumed_counts
+from lit_clip.training.lightning.resume_checks import check_restorable
 from lit_clip.training.optimizers import state_per_weight
 from lit_clip.training.schedules import batches_per_epoch, resumed_after, total_steps
+from lit_clip.training.summary import print_trained
 
-# The methods by which a batch may get hard negatives.
-MAKE_BATCHES = (
-    *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer", "training_step"),
-    *("sources", "training_pairs", "train_dataloader"),
-)
-OURS = {"lightning", "lit_clip"}
+SEVERAL = 2  # rows of an image, on average
+FEW_PAIRS = 3_500  # docs/evidence/recipes.md: pretrained encoders were measured with up to 3,068 pairs,
+SMALL_DATA = 60_000  # training from scratch with up to 50,000;
+MANY_EPOCHS = 16_000  # between 5,000 and 50,000, of which 65 and 12 epochs were the most that were measured
+BATCH_MATTERS = 2_000  # with 5,000 and 50,000 256 pairs a step were best, with 500 the batch hardly mattered
+PAPER_BATCH = 32_768  # table 18
+PAPER_RATES = (3.6e-4, 5e-4)  # tables 19 and 20, from scratch; 5e-4 at 2,048 pairs too (the run on YFCC)
+PAPER_FINE_TUNING_RATE = 2e-5  # table 20: ViT-L/14 for one more epoch at 336 pixels
+FAR = 10
+FEW_FOR_BATCH_NORM = 16
+FEW_STEPS = 100  # after a warm-up
 
 
 class Work(NamedTuple):
@@ -52,16 +66,12 @@ class RunPlan:
     pairs: int | None  # for training
     warmup: int | None  # steps; None for a schedule without that setting
     learning_rate: float  # the highest
-    optimizer: Description
-    lr_scheduler: Description
-    loss: Description
+    parts: dict[str, Description]  # optimizer, lr_scheduler and loss
     moments: int | None  # numbers that the optimiser keeps for each weight
     pretrained: bool  # whether training starts from pretrained weights
     own_rates: bool  # of a LoRA or of parts: others than the paper's
-    accumulated: int  # batches whose gradients are accumulated
     max_steps: int | None  # as set
     max_epochs: int | None
-    precision: str  # Lightning's
     trial: bool = False  # a fast_dev_run, whose settings need not agree
     device: str = "cpu"  # its type
     rows_per_image: float | None = None  # training pairs of one image in an epoch, on average
@@ -79,7 +89,7 @@ class RunPlan:
         return self.batch and self.batch * self.world
 
     @property
-    def parts(self) -> int:
+    def micro_batches(self) -> int:
         """Micro-batches per step."""
         return math.ceil(self.batch * self.captions / self.micro_batch) if self.batch and self.micro_batch else 1
 
@@ -89,22 +99,19 @@ class RunPlan:
 
         All micro-batches but the last are computed twice, and a checkpointed block once more.
         """
-        return 3 + (self.parts - 1) / self.parts + self.checkpointed
+        return 3 + (self.micro_batches - 1) / self.micro_batches + self.checkpointed
 
     @property
-    def forward_flops(self) -> int | None:
-        """Forward FLOPs of one pair, of which an image with several captions has its share."""
-        if self.image.forward is None or self.text.forward is None:
-            return None
-        return round(self.image.forward / self.captions) + self.text.forward
+    def flops(self) -> tuple[float, float] | None:
+        """Forward and training FLOPs of one pair, in which an image with several captions has its share.
 
-    @property
-    def training_flops(self) -> float | None:
-        """Training FLOPs of one pair; a frozen encoder costs its forward pass, a partly frozen one counts in full."""
+        In training a frozen encoder costs its forward pass, and a partly frozen one counts in full.
+        """
         if self.image.forward is None or self.text.forward is None:
             return None
-        image, text = (self.passes if work.trainable else 1 for work in (self.image, self.text))
-        return self.image.forward * image / self.captions + self.text.forward * text
+        image, text = self.image.forward / self.captions, self.text.forward
+        of_image, of_text = (self.passes if work.trainable else 1 for work in (self.image, self.text))
+        return image + text, image * of_image + text * of_text
 
     @property
     def state_bytes(self) -> int:
@@ -161,9 +168,7 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         pairs=None if source is None else getattr(source, "pairs_per_epoch", len(source)),
         warmup=parts["lr_scheduler"]["init_args"].get("warmup_steps"),
         learning_rate=module.optimization.lr,
-        optimizer=parts["optimizer"],
-        lr_scheduler=parts["lr_scheduler"],
-        loss=parts["loss"],
+        parts=parts,
         moments=state_per_weight(module.optimization.optimizer),
         pretrained=module.starts_trained,
         pretrained_encoders=all(
@@ -171,10 +176,8 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
         ),
         own_rates=bool(hparams.lora)
         or any((module.optimization.rates or Rates()).of(tower).lr != 1 for tower in TOWERS),
-        accumulated=trainer.accumulate_grad_batches,
         max_steps=trainer.max_steps if trainer.max_steps >= 0 else None,
         max_epochs=trainer.max_epochs if trainer.max_epochs is not None and trainer.max_epochs >= 0 else None,
-        precision=str(trainer.precision),
         device=trainer.strategy.root_device.type,
         rows_per_image=getattr(data, "rows_per_image", None),
         captions=getattr(data, "captions_per_image", 1.0),
@@ -190,32 +193,195 @@ def tower_work(model: Any) -> tuple[Work, Work]:
     return image, text
 
 
-def even_batches(trainer: "Trainer", negatives: bool) -> int | None:
-    """Return the number of pairs in each rank's every training batch, if the data module guarantees it; else None.
+def print_plan_of(trainer: Any, module: Any, data: Any, resumed: str | None = None) -> None:
+    """Print the plan as the start of a run does, or of one ``resumed`` from a checkpoint, and start no processes.
 
-    It does if bad samples end the run (``on_error: error``), its sampler divides global batches among the ranks, and
-    a sample is a pair.
-    If hard negatives matter, files must be known to have none, as their number may differ, and no hook may add them.
+    What ``fit`` refuses before its first step is refused.
     """
-    data: Any = getattr(trainer, "datamodule", None)
-    if getattr(data, "on_error", None) != "error" or captions_together(data):
-        return None
-    if negatives and not (getattr(data, "negative_column", "unknown") is None and isinstance(data.train, str)):
-        return None
-    if negatives and _makes_batches(trainer.lightning_module, data):
-        return None
-    sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
-    world = getattr(sampler, "world", None)
-    return getattr(sampler, "batch_size", None) if world == trainer.world_size else None
+    check_parts(trainer)
+    check_counts(trainer)
+    trainer.datamodule, data.trainer, module.trainer = data, trainer, trainer  # as fit does
+    trainer.strategy.connect(module)
+    data.prepare_data()
+    data.setup("fit")
+    for callback in (each for each in trainer.callbacks if getattr(each, "changes_model", False)):
+        callback.setup(trainer, module, "fit")
+    if resumed:
+        checkpoint = {**read_mapped(Path(resumed)), "callbacks": {}}  # whose folders are not known yet
+        check_restorable(checkpoint, trainer, resumed)
+        module.resumed_after = resumed_counts(checkpoint, None)
+    trainer.precision_plugin.convert_module(module)
+    check_run(module)
+    if trainer.is_global_zero:
+        print_plan(measure_run(module, trainer))
+        if fine_tunes(module.hparams):
+            print_trained(module.optimization.groups(module), module.model)
 
 
-def captions_together(data: Any) -> bool:
-    """Return whether a sample of a data module is an image with all of its captions."""
-    return getattr(getattr(data, "captions", None), "per_image", None) == "together"
+def fine_tunes(settings: Mapping[str, Any]) -> bool:
+    """Return whether a run's parts are trained in different ways."""
+    return any(settings.get(name) for name in ("freeze", "rates", "lora"))
 
 
-def _makes_batches(*owners: Any) -> bool:
-    """Return whether a method of a module or data module by which a batch may get hard negatives is not one of ours."""
-    methods = [getattr(owner, name, None) for owner in owners for name in MAKE_BATCHES]
-    packages = {str(getattr(method, "__module__", "")).partition(".")[0] for method in methods if method is not None}
-    return not packages <= OURS
+def print_plan(plan: RunPlan) -> None:
+    """Print the table, and below it the contradictions."""
+    table = Table(title="Plan", show_header=False)
+    for row in plan_rows(plan):
+        table.add_row(*row)
+    console = Console()
+    console.print(table)
+    for sentence in contradictions(plan) if not plan.trial else ():
+        console.print(f"warning: {sentence}", style="yellow", soft_wrap=True)
+
+
+def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
+    """Return the rows of the plan's table."""
+    rows = [("parameters", f"{plan.trainable:,} trainable, {plan.frozen:,} frozen")]
+    work = "unknown; an encoder cannot be counted"
+    if plan.flops is not None:
+        forward, training = map(_short, plan.flops)
+        work = f"{forward} forward, {training} in training ({plan.passes:g} x); texts of full length"
+    rows.append(("FLOPs per pair", work))
+    kept = "weights, gradients, moments" if plan.moments is not None else "weights, gradients"
+    several = plan.world > 1
+    rows.append((kept, _bytes(plan.state_bytes) + " on each rank without sharding" * several))
+    if plan.loss_bytes is not None:
+        tiled, dense = plan.loss_bytes
+        # For a small batch the matrix is smaller.
+        instead = f" (with a similarity matrix: {_bytes(dense)})" if dense > tiled else ""
+        rows.append(("memory of the loss", _bytes(tiled) + " on each rank" * several + instead))
+        rows.append((f"{_unit(plan)} per step", _pairs_a_step(plan)))
+    if plan.steps is not None:
+        rows.append(("steps", f"{plan.steps:,}, {plan.steps_per_epoch:,} per epoch"))
+    if plan.steps is not None and plan.warmup is not None:
+        of_run = "longer than the run" if plan.warmup > plan.steps else f"{plan.warmup / plan.steps:.1%} of the run"
+        rows.append(("warm-up", f"{plan.warmup:,} step{'s' * (plan.warmup != 1)}, {of_run}"))
+    if plan.steps is not None and plan.global_batch is not None:
+        rows.append((f"{_unit(plan)} seen", f"{plan.steps * plan.global_batch:,}" + _left_out(plan)))
+    if (plan.rows_per_image or 0) >= SEVERAL:
+        rows.append(("captions", _several_captions(plan)))
+    if (
+        plan.pairs is not None
+        and plan.pairs <= SMALL_DATA
+        and not (plan.pretrained or plan.pretrained_encoders or plan.frozen)
+    ):
+        rows.append((f"training {_unit(plan)}", _small_data(plan.pairs)))
+    titles = {"loss": "loss", "optimizer": "optimiser", "lr_scheduler": "schedule"}
+    return rows + [(title, shown(plan.parts[name])) for name, title in titles.items()]
+
+
+def _pairs_a_step(plan: RunPlan) -> str:
+    nodes = f" x {plan.nodes} nodes" if plan.nodes > 1 else ""
+    ranks = f" = {plan.batch:,} x {plan.devices} ranks{nodes}" if plan.world > 1 else ""
+    parts = f", encoded in {plan.micro_batches} micro-batches" if plan.micro_batches > 1 else ""
+    captions = f", each with all of its {plan.captions:.2g} captions on average" if plan.captions > 1 else ""
+    return f"{plan.global_batch:,}{ranks}{captions}{parts}"
+
+
+def _unit(plan: RunPlan) -> str:
+    return "images" if plan.captions > 1 else "pairs"
+
+
+def _left_out(plan: RunPlan) -> str:
+    if plan.pairs is None or not plan.global_batch or plan.steps_per_epoch != plan.pairs // plan.global_batch:
+        return ""
+    return f"; {plan.pairs % plan.global_batch:,} of {plan.pairs:,} are left out of an epoch"
+
+
+def _several_captions(plan: RunPlan) -> str:
+    times = f"{plan.rows_per_image:.2g}"
+    return (
+        f"{times} of each image on average, so an epoch passes it {times} times; --data.captions.per_image one passes "
+        "it once, in each epoch with another caption, and together once with all of them"
+    )
+
+
+def _small_data(pairs: int) -> str:
+    few = " are few: pretrained encoders name new images far better (docs/encoders.md)" if pairs <= FEW_PAIRS else ""
+    batch = "with 256 pairs a step " if pairs >= BATCH_MATTERS else ""
+    how = f"{batch}at a rate of 1e-3 in {12 if pairs > MANY_EPOCHS else 65} epochs or more"
+    return f"{pairs:,}{few}; from scratch RN-tiny-64 learned most, {how} (docs/evidence/recipes.md)"
+
+
+def _short(number: float) -> str:
+    return _scaled(number, 1000, ["", "k", "M", "G", "T"])
+
+
+def _bytes(number: float) -> str:
+    return _scaled(number, 1024, ["bytes", "KiB", "MiB", "GiB"])
+
+
+def _scaled(number: float, base: int, units: list[str]) -> str:
+    while number >= base and len(units) > 1:
+        number, units = number / base, units[1:]
+    return f"{number:.3g} {units[0]}".strip()
+
+
+def contradictions(plan: RunPlan) -> Iterator[str]:
+    """Yield the contradictions in a plan, each a sentence that says what to change."""
+    batch = plan.batch
+    yield from _short_run(plan)
+    ends = (plan.max_epochs or 0) * (plan.steps_per_epoch or 0)
+    if ends and plan.max_steps not in (None, ends):
+        by_steps = plan.max_steps is not None and plan.max_steps < ends
+        first, unreached = ("max_steps", "max_epochs") if by_steps else ("max_epochs", "max_steps")
+        yield (
+            f"trainer.max_steps {plan.max_steps} and max_epochs {plan.max_epochs} ({ends} steps) disagree: "
+            f"{first} ends the run; leave {unreached} out"
+        )
+    pairs = round((batch or 0) * plan.captions)
+    if plan.micro_batch and batch and plan.micro_batch > pairs:
+        yield (
+            f"model.micro_batch_size {plan.micro_batch} exceeds the {pairs} pairs per step of each rank: it has no "
+            "effect"
+        )
+    if plan.batch_norm and batch and batch // plan.micro_batches < FEW_FOR_BATCH_NORM:
+        yield (
+            f"BatchNorm computes its statistics over {batch // plan.micro_batches} pairs: set batch_size and "
+            f"model.micro_batch_size to at least {FEW_FOR_BATCH_NORM}"
+        )
+    yield from _far_rate(plan)
+
+
+def _short_run(plan: RunPlan) -> Iterator[str]:
+    """Warn of a run that ends within its warm-up, or soon after it."""
+    steps, warmup = plan.steps, plan.warmup
+    if not steps or not warmup or steps - warmup >= FEW_STEPS:
+        return
+    lower = "lower --model.lr_scheduler.warmup_steps (in Python lr_scheduler=partial(WarmupCosine, warmup_steps=...))"
+    if warmup >= steps:
+        yield f"the run has {_count(steps)} and warm-up takes {warmup}: {lower}"
+    else:
+        longer = "max_steps" if plan.max_steps == steps else "max_epochs"
+        instead = f", or {lower}" if warmup > steps / 10 else ""
+        left = _count(steps - warmup)
+        yield f"the run has only {left} after its {warmup} of warm-up: raise trainer.{longer}{instead}"
+
+
+def _count(steps: int) -> str:
+    return f"{steps} {'step' if steps == 1 else 'steps'}"
+
+
+def _far_rate(plan: RunPlan) -> Iterator[str]:
+    """Warn of a learning rate of Adam or AdamW that is more than ten times away from the paper's.
+
+    From scratch it used 3.6e-4 to 5e-4 at 32,768 pairs (tables 19, 20) and 5e-4 at 2,048 too, so the batch hardly
+    matters; from pretrained weights 2e-5, for all of them: the last layers alone learn at 3e-4
+    (docs/evidence/recipe_sizes.md). Smaller rates are only suspicious with a batch as large as that.
+    """
+    rate, large = plan.learning_rate, (plan.global_batch or 0) >= 2048
+    if (
+        plan.own_rates
+        or (plan.pretrained and plan.frozen)
+        or rate == 0
+        or "Adam" not in plan.parts["optimizer"]["class_path"]
+    ):
+        return
+    low, high = (PAPER_FINE_TUNING_RATE,) * 2 if plan.pretrained else PAPER_RATES
+    if rate > FAR * high or (large and not plan.pretrained and rate < low / FAR):
+        start = "from pretrained weights" if plan.pretrained else "from scratch"
+        used = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        yield (
+            f"model.optimizer.lr {rate:g} is more than {FAR} times away from the paper's {start}, {used} at "
+            f"{PAPER_BATCH:,} pairs per step"
+        )

@@ -37,9 +37,8 @@ from lit_clip.training.lightning.strategies import (
     synchronise_batch_norm,
     validate_without_synchronising,
 )
-from lit_clip.training.micro_batches import StepCounts, hard_negatives
+from lit_clip.training.micro_batches import StepCounts, even_batches, hard_negatives
 from lit_clip.training.optimizers import Optimization, skip_step
-from lit_clip.training.plan import even_batches
 from lit_clip.training.schedules import batches_per_epoch, total_steps
 from lit_clip.weights.checkpoints import checked
 from lit_clip.weights.fingerprint import weights_sha256

@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 import callbacks
 from callbacks import ExpectedTime, Preemption
-from callbacks.expected_time import validations
+from callbacks.progress import validations
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
@@ -107,7 +107,7 @@ def test_the_time_is_measured_from_the_third_step_on(fit: Fit, steps: list[float
 
 def test_the_line_comes_within_30_seconds_or_after_one_step(fit: Fit, monkeypatch: pytest.MonkeyPatch) -> None:
     printed: list[float] = []
-    monkeypatch.setattr("callbacks.expected_time._print", lambda *_: printed.append(ticks[-1].time - 1000))
+    monkeypatch.setattr(BoringModel, "print", lambda *_: printed.append(ticks[-1].time - 1000))
     ticks: list[Ticks] = []
     made = Ticks.__init__
 
@@ -239,7 +239,7 @@ def test_the_log_has_the_hours_and_each_line_synchronises_once(
     tiny_config: CLIPConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     waits: list[int] = []
-    monkeypatch.setattr("callbacks.expected_time._synchronise", lambda trainer: waits.append(trainer.global_step))
+    monkeypatch.setattr("callbacks.progress._synchronise", lambda trainer: waits.append(trainer.global_step))
     module, ticks, expected = LitCLIP(tiny_config), Ticks([2.0]), ExpectedTime()
     expected.now = ticks
     used = callbacks.defaults(ticks, expected)
@@ -270,9 +270,9 @@ def slow(tmp_path: Path) -> list[str]:
     """A run in which steps take 0.1 s, measured in 0.25 s of them; it ends after 9 of 3,600."""
     (tmp_path / "slow.py").write_text(
         "import time\n"
-        "from callbacks import expected_time\n"
+        "from callbacks import progress\n"
         "from lightning.pytorch import Callback\n"
-        "expected_time.ENOUGH = 3, 0.25\n"
+        "progress.ENOUGH = 3, 0.25\n"
         "class Slow(Callback):\n"
         "    def on_train_batch_start(self, trainer, *_):\n"
         "        time.sleep(0.1)\n"
@@ -313,13 +313,13 @@ def test_it_is_printed_through_lightnings_other_bar(
 ) -> None:
     written: list[str] = []
     bar, module, ticks, expected = TQDMProgressBar(), LitCLIP(tiny_config), Ticks([2.0]), ExpectedTime()
-    monkeypatch.setattr("callbacks.progress_lines.can_draw", lambda stream: True)
+    monkeypatch.setattr("callbacks.progress.can_draw", lambda stream: True)
     monkeypatch.setattr(TQDMProgressBar, "print", lambda self, *texts, **options: written.extend(texts))
     expected.now = ticks
     options = {"max_epochs": 1, "limit_val_batches": 0, "enable_progress_bar": True}
     fitting = trainer(tmp_path, callbacks=callbacks.defaults(bar, ticks, expected), **options)
     fitting.fit(module, data_for(module, write_table(tmp_path, 32), batch_size=4))
-    assert written == ["expected time: 16 s (8 steps of 2 s)\n"]
+    assert written == ["expected time: 16 s (8 steps of 2 s)"]
 
 
 def test_two_ranks_print_it_once(slow: list[str], tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar
 
 import callbacks
 from callbacks import PrintPlan, ProgressLines
-from callbacks.expected_time import validations
+from callbacks.progress import validations
 from lit_clip.cli.subcommands import run_command
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP

@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.metrics import balanced_accuracy_score, top_k_accuracy_score
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from callbacks import EmbeddingProjector, SimilarityMatrix, TrainingMonitor, ZeroShot, ZeroShotSet
+from callbacks import EmbeddingProjector, SimilarityMatrix, Throughput, TrainingMonitor, ZeroShot, ZeroShotSet
 from callbacks.tensorboard import _thumbnails, similarity_matrix
 from datamodules import Captions, NoCaptions, OpenMojiClasses
 from lit_clip import LitCLIP, zero_shot_classifier
@@ -74,6 +74,7 @@ def test_a_run_writes_every_curve_and_image_and_its_best_checkpoint(
     callbacks = [
         ZeroShot({"groups": groups}, examples=6),
         TrainingMonitor(),
+        Throughput(),
         SimilarityMatrix(5),
         EmbeddingProjector(20),
         best,

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from callbacks import Throughput, TrainingMonitor, ZeroShot
 from callbacks.compile import compile_blocks
-from callbacks.throughput import Count, device_peak, peak_memory, throughput
-from callbacks.training_clock import FETCH, TrainingClock
+from callbacks.throughput import FETCH, Count, TrainingClock, device_peak, peak_memory, throughput
 from datamodules import Captions
 from lit_clip.batch import CaptionBatch
 from lit_clip.models.clip import CLIP
@@ -67,22 +66,21 @@ def logged(folder: Path, name: str) -> list[float]:
 
 
 def test_the_clock_leaves_out_pauses_and_measures_waiting() -> None:
-    times: Iterator[float] = iter([10, 12, 15, 16, 19, 20, 26, 27, 30, 31, 31, 33, 34, 34])
+    times: Iterator[float] = iter([10, 12, 15, 16, 17, 18, 19, 19, 20, 26, 27, 31, 31, 34])
     clock = TrainingClock(lambda: float(next(times)))  # starts at 10, waiting
-    clock.wait(False)  # 12: 2 s
-    clock.pause("validation")  # 15
-    clock.pause("checkpoint")  # already paused, so the time is not read
-    clock.resume("validation")  # 16: not yet
-    clock.wait(True)
-    clock.wait(False)  # no time passed
-    clock.resume("checkpoint")  # 19
-    clock.wait(True)  # 20
-    clock.wait(True)  # has no effect
-    clock.wait(False)  # 26: 6 s
-    assert clock.lap() == (5 + 8, 2 + 6)  # 27, and from 30 on
-    clock.wait(True)  # 31
-    assert clock.lap() == (1, 0)  # 31, and from 33 on
-    assert clock.lap() == (1, 1)  # 34: waiting continues over a lap
+    clock.end(FETCH)  # 12: 2 s
+    clock.begin("validation")  # 15
+    clock.begin("checkpoint")  # already paused
+    clock.end("validation")  # 17: not yet
+    clock.begin(FETCH)  # 18: still paused
+    clock.end(FETCH)
+    clock.end("checkpoint")  # 19
+    clock.begin(FETCH)  # 20
+    clock.end(FETCH)  # 26: 6 s
+    assert clock.lap() == (5 + 7 + 1, 2 + 6)  # 27
+    clock.begin(FETCH)  # 31
+    assert clock.lap() == (4, 0)
+    assert clock.lap() == (3, 3)  # 34: waiting continues over a lap
 
 
 # The arithmetic
@@ -218,7 +216,7 @@ def test_a_gpus_peak_is_that_of_its_data_sheet(
 
 
 def test_metrics_are_sums_over_ranks_and_the_worst_wait_and_memory() -> None:
-    counts = [Count(10, 8, 50, 400, 2.0, 0.5, 2**30), Count(10, 10, 70, 600, 2.1, 1.05, 2**31)]
+    counts = [Count(10, 8, 0, 50, 400, 2.0, 0.5, 2**30), Count(10, 10, 0, 70, 600, 2.1, 1.05, 2**31)]
     metrics = throughput(counts, 16, PairFlops(100.0, (10.0, 2.0, 1.0)), 1000.0)
     assert metrics == {
         "train/samples_per_second": 10.0,
@@ -263,7 +261,8 @@ def test_known_lengths_need_no_synchronisation_with_the_device(tiny_config: CLIP
 
     callback, model = Throughput(), LitCLIP(tiny_config).model
     callback._add(Batch(torch.zeros(2, 3, 32, 32), torch.zeros(2, 16, device="meta"), ["a", "b"]), model)
-    assert (callback._tokens, callback._squares, callback._uncounted) == (8, 34, None)
+    assert callback._texts is not None
+    assert callback._texts.tolist() == [8, 34]
 
 
 def test_skipped_samples_count_as_samples_without_tokens_and_arithmetic(tiny_config: CLIPConfig) -> None:
@@ -273,8 +272,8 @@ def test_skipped_samples_count_as_samples_without_tokens_and_arithmetic(tiny_con
     callback._add(CaptionBatch(torch.zeros(2, 3, 32, 32), tokens, ["a", "b"], skipped=skipped), model)
     callback._add(CaptionBatch(torch.zeros(0, 3, 32, 32), tokens[:0], [], skipped=skipped * 2), model)
     assert (callback._samples, callback._pairs) == (8, 2)
-    assert callback._uncounted is not None
-    assert callback._uncounted.tolist() == [8, 32]  # each: start, two words, end
+    assert callback._texts is not None
+    assert callback._texts.tolist() == [8, 32]  # each: start, two words, end
 
 
 def test_peak_memory_is_that_of_this_process() -> None:
@@ -369,7 +368,7 @@ class OnlySleeps:
         return self.seconds
 
 
-@pytest.mark.parametrize("where", ["validations", "checkpoints", "ends of epochs", "evaluations", "counting"])
+@pytest.mark.parametrize("where", ["validations", "checkpoints", "ends of epochs", "evaluations"])
 def test_time_outside_training_is_not_counted(
     where: str, tiny_config: CLIPConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -378,9 +377,6 @@ def test_time_outside_training_is_not_counted(
     monkeypatch.setattr(f"{__name__}.time", OnlySleeps())
     counting = Throughput()
     counting.now = time.perf_counter
-    if where == "counting":
-        flops = PairFlops(1, (1, 1, 1))
-        monkeypatch.setattr("callbacks.throughput.training_flops", lambda model: time.sleep(0.6) or flops)
     saving = ModelCheckpoint(tmp_path / "saved", every_n_train_steps=1, save_top_k=-1)
     sleeps = SleepyZeroShot(every_n_steps=1) if where == "evaluations" else Sleeps(where)
     options: dict[str, Any] = {"max_epochs": 2, "limit_val_batches": 1, "val_check_interval": 1}
@@ -415,22 +411,11 @@ def test_the_rest_of_an_interval_with_which_a_run_is_resumed_has_no_rate(
     """One step with the start of everything would look like a slow run."""
     table = write_table(tmp_path)
     saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    for monitor in (Throughput(), TrainingMonitor()):
-        for path, rates in ((None, 2), (tmp_path / "step=1.ckpt", 1)):
-            module, folder = LitCLIP(tiny_config), tmp_path / f"{type(monitor).__name__}-{rates}"
-            options = {"max_epochs": 2, "log_every_n_steps": 2, "ckpt_path": path}
-            fit(module, data_for(module, table, batch_size=4), folder, monitor, saving, **options)
-            assert len(logged(folder, "train/samples_per_second")) == rates  # of steps 2 and 4
-
-
-def test_with_a_training_monitor_each_number_is_logged_once(tiny_config: CLIPConfig, tmp_path: Path) -> None:
-    table = write_table(tmp_path)
-    for number, callbacks in enumerate([[Throughput(), TrainingMonitor()], [TrainingMonitor(), Throughput()]]):
-        module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
-        folder = tmp_path / str(number)
-        fit(module, data_for(module, table, batch_size=4), folder, *callbacks, log_every_n_steps=2)
-        (rate,), (tokens,) = logged(folder, "train/samples_per_second"), logged(folder, "train/tokens_per_second")
-        assert min(rate, tokens) > 0
+    for path, rates in ((None, 2), (tmp_path / "step=1.ckpt", 1)):
+        module, folder = LitCLIP(tiny_config), tmp_path / str(rates)
+        options = {"max_epochs": 2, "log_every_n_steps": 2, "ckpt_path": path}
+        fit(module, data_for(module, table, batch_size=4), folder, Throughput(), saving, **options)
+        assert len(logged(folder, "train/samples_per_second")) == rates  # of steps 2 and 4
 
 
 def test_the_users_profiler_works_as_usual_and_is_restored(tiny_config: CLIPConfig, tmp_path: Path) -> None:
@@ -471,13 +456,13 @@ def test_weights_are_those_of_a_run_without_the_callback(tiny_config: CLIPConfig
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
 
 
-def test_arithmetic_is_counted_once_and_not_before_the_first_logged_step(
+def test_arithmetic_is_counted_once_and_draws_no_random_numbers_of_the_run(
     tiny_config: CLIPConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    table, module, steps = write_table(tmp_path), LitCLIP(tiny_config), list[int]()
+    table, module, counts = write_table(tmp_path), LitCLIP(tiny_config), list[CLIP]()
 
     def counted(model: CLIP) -> PairFlops | None:
-        steps.append(module.trainer.global_step)
+        counts.append(model)
         torch.rand(1)  # as an encoder with random patches may
         return training_flops(model)
 
@@ -487,7 +472,7 @@ def test_arithmetic_is_counted_once_and_not_before_the_first_logged_step(
         torch.manual_seed(0)
         fit(module, data_for(module, table, batch_size=2), tmp_path, *callbacks, max_epochs=2, log_every_n_steps=2)
         states.append(torch.get_rng_state())
-    assert steps == [2]
+    assert counts == [module.model]
     assert module.trainer.global_step >= 4
     assert torch.equal(*states)
 

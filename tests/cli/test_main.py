@@ -448,6 +448,22 @@ def test_bad_configs_are_one_line_and_exit_code_2(
     assert_user_error(in_process(*words("fit", caption_table), "--config", "typo.yaml"), *parts)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "part"),
+    [
+        ("accumulate_grad_batches", "2", "negatives"),
+        ("precision", "16-true", "bf16-mixed"),
+        ("callbacks+", "lightning.pytorch.callbacks.StochasticWeightAveraging", "callbacks.EMA"),
+    ],
+)
+def test_what_fit_refuses_the_plan_refuses(
+    option: str, value: str, part: str, caption_table: Path, in_process: Cli
+) -> None:
+    more = ["--trainer.callbacks.swa_lrs", "0.1"] if option == "callbacks+" else []
+    result = in_process(*words("fit", caption_table), f"--trainer.{option}={value}", *more, "--print_plan")
+    assert_user_error(result, f"trainer.{option.rstrip('+')}", part)
+
+
 def test_a_checkpoint_with_other_weights_names_one_that_does_not_fit(
     trained: tuple[Path, Completed], caption_table: Path, tmp_path: Path, in_process: Cli
 ) -> None:

@@ -18,7 +18,6 @@ from lightning.fabric.utilities import registry
 from torch.utils.data import _utils as torch_workers
 
 from lit_clip import secrets
-from lit_clip.models import flops
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
@@ -34,7 +33,6 @@ SMALL = CLIPConfig(  # of ``overfitted``: the smallest that learns its table, si
 torch.set_num_threads(1)
 os.fsync = lambda fd: None  # waits for the disk thousands of times, and no test takes the power away
 torch_workers.MP_STATUS_CHECK_INTERVAL = 0.2  # not 5 s for each data worker that a test has killed
-flops.PEAK_SECONDS = 0.0  # of which each run with Throughput would spend 0.4
 registry.entry_points = cache(registry.entry_points)  # each Trainer would read the metadata of all packages
 # A quarter of the time of imports and collection would be a search for garbage among what stays until the end.
 gc.disable()

@@ -73,7 +73,6 @@ lightning.computes_in_bfloat16 = lambda accelerator: False
 lightning.CLI._choose_precision = lambda self, settings: sys.argv.extend(["--trainer.precision", "32-true"])
 
 os.fsync = lambda fd: None  # as in tests/helpers/fixtures.py
-import_module("lit_clip.models.flops").PEAK_SECONDS = 0.0  # of which each run with Throughput would spend 0.4
 
 # At the end of a process torch takes each operator of its libraries back, and a fork would copy all that they lie in.
 for each in list(weakref.finalize._registry):  # pyright: ignore

@@ -26,7 +26,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, ResNetConfig
 from lit_clip.models.rates import Rates, rated_layers
 from lit_clip.training.optimizers import PaperAdamW
-from lit_clip.training.plan_table import print_plan_of
+from lit_clip.training.plan import print_plan_of
 from lit_clip.training.schedules import WarmupConstant
 from tests.helpers.small_sets import data_for, make_trainer, write_table
 from tests.losses.test_loss_in_runs import Tempered

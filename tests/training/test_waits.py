@@ -11,7 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
 import callbacks
-from callbacks import expected_time
+from callbacks import progress
 from lit_clip.models.config import CLIPConfig
 from lit_clip.module import LitCLIP
 from lit_clip.tools import console, hardware
@@ -26,7 +26,7 @@ from tests.test_module import data_for, trainer
 def ahead(monkeypatch: pytest.MonkeyPatch) -> None:
     """Train as on a device for which the host does not wait."""
     monkeypatch.setattr(hardware, "runs_ahead", lambda device: True)
-    monkeypatch.setattr(expected_time, "ENOUGH", (0, 0.0))  # it synchronises when it is sure, and then no more
+    monkeypatch.setattr(progress, "ENOUGH", (0, 0.0))  # it synchronises when it is sure, and then no more
     for name in ("FIRST", "EVERY"):
         monkeypatch.setattr(console, name, 0.0)  # a line of progress after each step
 

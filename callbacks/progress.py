@@ -1,0 +1,272 @@
+"""The time that a run takes: how long it will, from its first steps, and lines of progress in place of a bar."""
+
+import math
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import RichProgressBar, Timer, TQDMProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
+
+from lit_clip.batch import CaptionBatch
+from lit_clip.tools.console import ProgressLog, can_draw, duration, in_words, per_second
+from lit_clip.training.schedules import known_steps, resumed_after
+from .throughput import TimedCallback, samples_of
+
+FIRST = 2  # steps that are not measured: they compile, fill caches and wait for data workers
+ENOUGH = 3, 5.0  # measured steps, and seconds in them
+LATEST = 30.0  # seconds after which an estimate by fewer steps is printed
+MUCH = 0.2  # relative change of an estimate that is printed again
+DAY = 24 * 3600.0
+MORE_THAN_A_DAY = (
+    "the run takes more than a day: lower trainer.max_epochs, choose a smaller model.architecture, train part of a "
+    "pretrained model on stored features (docs/finetuning.md), or use more GPUs (docs/many_gpus.md)"
+)
+LIGHTNINGS = (TQDMProgressBar, RichProgressBar)
+
+
+class ExpectedTime(Callback):
+    """Print how long a run will take, in one line below the plan, and warn in another if that is more than a day.
+
+    Steps are measured from the third on, until there are 3 of them and 5 seconds have passed; after 30 seconds the line
+    is printed with what is known by then. It is printed again if it changes by more than a fifth: when more steps
+    have been measured, and after the first validation, whose time is unknown before. A resumed run counts the steps and
+    validations that are left. Waiting for data, checkpoints and evaluations between steps are part of the steps'
+    time, as far as they occurred. Validations are not counted where a time decides when they run.
+
+    ``train/expected_hours`` is logged with each line. The device is synchronised when the measurement begins and for
+    each line, in no other step.
+    """
+
+    now: Callable[[], float] = staticmethod(time.perf_counter)
+    _per_validation: float | None = None  # seconds, kept from a validation before fit
+    # A resumed run may validate before it trains.
+    _measures = False
+    _last = 0.0
+    _printed: tuple[float, bool] | None = None  # seconds, and whether they were the most
+
+    def on_train_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        self._measures = trainer.is_global_zero and not trainer.fast_dev_run
+        self._first_step, self._warned, self._printed = trainer.global_step, False, None
+        self._steps = 0
+        self._start = self._seconds = 0.0  # of the first steps, and of those after them
+        self._began = self._last = self.now()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._steps += 1
+        if self._measures and self._steps == FIRST:
+            _synchronise(trainer)
+        seconds = self._count_time()
+        if not self._measures:
+            return
+        if self._steps - FIRST >= ENOUGH[0] and self._seconds >= ENOUGH[1]:
+            self._measures = False
+            self._report(trainer, pl_module)
+        elif self._printed is None and self._last + seconds - self._began > LATEST:  # the next step would be late
+            self._report(trainer, pl_module)
+
+    def _count_time(self) -> float:
+        """Count the time until now as that of the latest step, and return it."""
+        before, self._last = self._last, self.now()
+        if self._steps > FIRST:
+            self._seconds += self._last - before
+        else:
+            self._start += self._last - before
+        return self._last - before
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validation_began = self.now()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        known, seconds = self._per_validation is not None, self.now() - self._validation_began
+        self._per_validation = seconds
+        self._last += seconds  # it belongs to no step
+        if trainer.state.fn == TrainerFn.FITTING and not known and not self._measures and self._printed is not None:
+            self._report(trainer, pl_module)
+
+    def _report(self, trainer: Trainer, module: LightningModule) -> None:
+        """Print and log the expected time, if it is new."""
+        _synchronise(trainer)
+        self._count_time()
+        at_most, (before, was_at_most) = self._steps <= FIRST, self._printed or (0.0, False)
+        seconds, text = self._estimate(trainer)
+        if was_at_most or abs(seconds - before) > MUCH * before:
+            self._printed = seconds, at_most
+            module.print(f"expected time{' now' if before else ''}: {'at most ' if at_most else ''}{text}")
+            for logger in trainer.loggers if math.isfinite(seconds) else ():
+                logger.log_metrics({"train/expected_hours": seconds / 3600}, trainer.global_step)
+        if not self._warned and not at_most and DAY < seconds < math.inf:
+            self._warned = True
+            module.print(f"warning: {MORE_THAN_A_DAY}")
+
+    def _estimate(self, trainer: Trainer) -> tuple[float, str]:
+        """Return the seconds of the run, from its first step in this process, and a sentence about them."""
+        measured, start = self._steps - FIRST, 0.0
+        per_step = self._seconds / measured if measured > 0 else self._start / self._steps
+        if measured > 0:
+            start = max(0.0, self._start - FIRST * per_step)  # that the first steps took longer than others
+        limit, each = self._last - self._began + _time_left(trainer), in_words(per_step)
+        last = known_steps(trainer)
+        if last is None and math.isinf(limit):
+            return limit, f"{in_words(1000 * per_step)} per 1,000 steps of {each}; the number of steps is unknown"
+        if last is None:
+            return limit, f"{in_words(limit)} by max_time (about {int(limit / per_step):,} steps of {each})"
+        steps, count = max(0, last - self._first_step), validations(trainer, self._first_step, last)
+        seconds = start + steps * per_step + count * (self._per_validation or 0.0)
+        if limit <= seconds:
+            done = int(steps * limit / seconds)
+            return limit, f"{in_words(limit)} by max_time (about {done:,} of {steps:,} steps of {each})"
+        parts, several = [f"{_counted(steps, 'step')} of {each}"], _counted(count, "validation")
+        if count and self._per_validation is not None:
+            parts.append(f"{several} of {in_words(self._per_validation)}")
+        if start > 0.05 * seconds:
+            parts.append(f"{in_words(start)} to start")
+        unmeasured = f" and {several}" if count and self._per_validation is None else ""
+        return seconds, f"{in_words(seconds)} ({', '.join(parts)}){unmeasured}"
+
+
+def _counted(number: int, unit: str) -> str:
+    return f"{number:,} {unit if number == 1 else unit + 's'}"
+
+
+def _time_left(trainer: Any) -> float:
+    """Return the seconds until ``max_time``; infinity without one."""
+    left = [each.time_remaining() for each in trainer.callbacks if isinstance(each, Timer)]
+    return min((max(0.0, seconds) for seconds in left if seconds is not None), default=math.inf)
+
+
+def validations(trainer: Any, first: int, last: int) -> int:
+    """Return how many validations come after the steps from ``first`` (excluded) to ``last``; 0 if that is unknown."""
+    every, per_epoch, epochs = trainer.val_check_batch, trainer.num_training_batches, trainer.check_val_every_n_epoch
+    if not trainer.enable_validation or not sum(trainer.num_val_batches) or every in (None, float("inf")):
+        return 0
+
+    epochs_before, steps_before = resumed_after(trainer)
+
+    def until(step: int) -> int:
+        if epochs is None:
+            return int(step // every)
+        whole, within = divmod(step - steps_before, per_epoch)
+        whole += epochs_before
+        return int(whole // epochs * (per_epoch // every) + ((whole + 1) % epochs == 0) * (within // every))
+
+    return until(last) - until(first)
+
+
+def _synchronise(trainer: Trainer) -> None:
+    if trainer.strategy.root_device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+class ProgressLines(TimedCallback):
+    """Write progress as lines on standard error when standard output is no terminal: a file, a pipe, a notebook.
+
+    Each line has the step, the last losses of training and validation, samples per second of all ranks in training
+    time (see :class:`callbacks.throughput.TimedCallback`) and the time left until ``max_steps``, ``max_epochs`` or
+    ``max_time``, whichever is first, if steps go on to take as long as so far in this process, with validations and
+    checkpoints. The last line has the time since the start, or since the step at which the run was resumed.
+    Lightning's progress bars are disabled then. A progress bar of another class stays, and there are no lines; nor are
+    there with ``enable_progress_bar=False``.
+    """
+
+    def __init__(self) -> None:
+        self._writes = False
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        bar = trainer.progress_bar_callback
+        self._writes = trainer.is_global_zero and type(bar) in LIGHTNINGS and not can_draw(sys.stdout)
+        if self._writes and bar:
+            bar.disable()
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._log = ProgressLog("fit", self.now)
+        self._samples = self._all_samples = 0
+        self._all_seconds = 0.0
+        self._first: tuple[int, float] | None = None  # step and time after the first batch, which starts workers
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: CaptionBatch, batch_idx: int
+    ) -> None:
+        if not self._writes:
+            return
+        if self._first is None:
+            self._first = trainer.global_step, self.now()
+            self.clock.lap()
+        else:
+            self._samples += samples_of(trainer, pl_module, batch)
+        if self._log.due and trainer.global_step != known_steps(trainer):  # the last line is below
+            rate = per_second(*self._lap(), "samples")
+            self._log.write(_step(trainer), _losses(trainer), rate, _left(self._seconds_left(trainer)))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._writes:
+            self._lap()
+            rate = per_second(self._all_samples, self._all_seconds, "samples")
+            since = f"since step {self.steps_before:,}" if self.steps_before else "in all"
+            self._log.write(_step(trainer), _losses(trainer), rate, f"{duration(self._log.seconds)} {since}")
+
+    def _lap(self) -> tuple[int, float]:
+        samples, seconds = self._samples, self.clock.lap().seconds
+        self._samples, self._all_samples = 0, self._all_samples + samples
+        self._all_seconds += seconds
+        return samples, seconds
+
+    def _seconds_left(self, trainer: Trainer) -> float:
+        left, steps, (first_step, since) = _time_left(trainer), known_steps(trainer), self._first or (0, 0.0)
+        if steps is not None and trainer.global_step > first_step:
+            per_step = (self.now() - since) / (trainer.global_step - first_step)
+            left = min(left, per_step * max(0, steps - trainer.global_step))
+        return left
+
+    def on_validation_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        super().on_validation_start(trainer, pl_module)
+        if trainer.sanity_checking:
+            self._begin("sanity check", trainer.num_sanity_val_batches)
+        else:
+            self._begin("validation", trainer.num_val_batches)
+
+    def on_test_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        self._begin("test", trainer.num_test_batches)
+
+    def on_predict_start(self, trainer: Any, pl_module: LightningModule) -> None:
+        self._begin("predict", trainer.num_predict_batches)
+
+    def _begin(self, title: str, batches: Sequence[float]) -> None:
+        self._evaluation, self._batches, self._images = ProgressLog(title, self.now), 0, 0
+        self._of = sum(batches)
+
+    def on_validation_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: CaptionBatch, *_: Any, **__: Any
+    ) -> None:
+        self._batches, self._images = self._batches + 1, self._images + len(batch.images) * trainer.world_size
+        log = self._evaluation
+        if self._writes and log.due:
+            of = f" of {self._of:,}" if math.isfinite(self._of) else ""
+            left = log.seconds / self._batches * (self._of - self._batches)
+            log.write(f"batch {self._batches:,}{of}", per_second(self._images, log.seconds, "samples"), _left(left))
+
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
+
+
+def _left(seconds: float) -> str:
+    return f"{duration(seconds)} left" if math.isfinite(seconds) else ""
+
+
+def _step(trainer: Trainer) -> str:
+    steps = known_steps(trainer)
+    return f"step {trainer.global_step:,}" + ("" if steps is None else f" of {steps:,}")
+
+
+def _losses(trainer: Trainer) -> str:
+    found = trainer.progress_bar_metrics  # not read from the device here: see LitCLIP.optimizer_step
+    shown = {"train/loss": "loss", "val/loss": "val/loss"}
+    return ", ".join(f"{title} {found[name]:.3f}" for name, title in shown.items() if name in found)
