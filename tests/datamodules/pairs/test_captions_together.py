@@ -17,7 +17,7 @@ from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Sum, WeightedContrastive
 from lit_clip.models.config import Preprocessing
-from lit_clip.training.micro_batches import even_batches
+from lit_clip.training.even_batches import even_batches
 from lit_clip.training.teacher import Distillation
 from tests.conftest import TINY_YAML
 from tests.datamodules.pairs.test_kept import write

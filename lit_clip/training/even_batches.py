@@ -1,0 +1,43 @@
+"""How many pairs each batch has, where the data module guarantees it."""
+
+from typing import Any
+
+from lightning.pytorch import Trainer
+
+# The methods by which a batch may get hard negatives.
+MAKE_BATCHES = (
+    *("on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer", "training_step"),
+    *("sources", "training_pairs", "train_dataloader"),
+)
+OURS = {"lightning", "lit_clip"}
+
+
+def even_batches(trainer: Trainer, negatives: bool) -> int | None:
+    """Return the number of pairs in each rank's every training batch, if the data module guarantees it; else None.
+
+    It does if bad samples end the run (``on_error: error``), its sampler divides global batches among the ranks, and
+    a sample is a pair.
+    If hard negatives matter, files must be known to have none, as their number may differ, and no hook may add them.
+    """
+    data: Any = getattr(trainer, "datamodule", None)
+    if getattr(data, "on_error", None) != "error" or captions_together(data):
+        return None
+    if negatives and not (getattr(data, "negative_column", "unknown") is None and isinstance(data.train, str)):
+        return None
+    if negatives and _makes_batches(trainer.lightning_module, data):
+        return None
+    sampler = getattr(trainer.train_dataloader, "batch_sampler", None)
+    world = getattr(sampler, "world", None)
+    return getattr(sampler, "batch_size", None) if world == trainer.world_size else None
+
+
+def captions_together(data: Any) -> bool:
+    """Return whether a sample of a data module is an image with all of its captions."""
+    return getattr(getattr(data, "captions", None), "per_image", None) == "together"
+
+
+def _makes_batches(*owners: Any) -> bool:
+    """Return whether a method of a module or data module by which a batch may get hard negatives is not one of ours."""
+    methods = [getattr(owner, name, None) for owner in owners for name in MAKE_BATCHES]
+    packages = {str(getattr(method, "__module__", "")).partition(".")[0] for method in methods if method is not None}
+    return not packages <= OURS
