@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 
 from lit_clip.errors import InputError, require, similar_file
 from lit_clip.tools.class_paths import short_names
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import SUFFIXES as IMAGES
 from lit_clip.tools.messages import one_line
+from lit_clip.tools.option_errors import OptionParser
 from lit_clip.tools.reading import check_is_file, reading
 from .loading.store import is_remote
 from .pairs import coco, parquet, saved, text_table
@@ -65,7 +66,7 @@ def open_source(path: str | Path | Sequence[str | Path] | Mapping[str, Any] | Pa
 
 @short_names()
 def _made(description: Mapping[str, Any] | str) -> PairSource:
-    parser = ArgumentParser(exit_on_error=False)
+    parser = OptionParser(exit_on_error=False)
     parser.add_argument("--data", type=PairSource)
     try:
         if isinstance(description, str):

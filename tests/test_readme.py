@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,11 @@ import pytest
 import yaml
 from PIL import Image
 
-from lit_clip.cli import argv, subcommands
-from lit_clip.cli.argv import part_options
+from lit_clip.cli import subcommands
 from lit_clip.cli.lightning import CLI, run
 from lit_clip.cli.overview import CONFIGURED
 from lit_clip.evaluation.suite import read_suite
-from lit_clip.module import LitCLIP
-from lit_clip.tools.messages import options_of, parameters
+from lit_clip.tools.option_errors import parameters
 from tests.conftest import ROOT, lit_clip_command
 from tests.helpers import forks
 from tests.helpers.exports import command_traced_once
@@ -235,7 +234,7 @@ def test_a_command_runs(command: str, trained: Path, traces: Path) -> None:
     program, *options = words
     assert program == "lit-clip"
     packaged = options[0] in CONFIGURED and not any(word == "--config" or "help" in word for word in options)
-    named = argv.options(options, "--config")
+    named = [value for word, value in pairwise(options) if word == "--config"]
     if "table" in named or packaged:
         options += FAST
         if options[0] == "fit":
@@ -390,11 +389,12 @@ def test_commands_of_benchmarks_parse(tmp_path: Path) -> None:
 @functools.cache
 def known_options() -> set[str]:
     fit: Any = run(args=[*CONFIG], execute=False)
-    names = {"--ckpt_path", "--import", *options_of(fit.parser), *part_options(LitCLIP, [], "fit")}
+    names = {"--ckpt_path", "--import", "--config", "--help", "--print_config", *fit.parser.options()}
+    names |= {f"--{part}" for part in ("model.optimizer", "model.lr_scheduler", "model.decay", "model.loss", "data")}
     for data in ("Captions", "ParallelSentences"):
         names |= {f"--data.{name}" for name in parameters(f"datamodules.{data}")}
     names |= {f"--recipe.{name}" for name in parameters("lit_clip.recipes.PretrainedEncoders")}
-    return names.union(*(options_of(parser_of(command)) for command in subcommands.COMMANDS))
+    return names.union(*(parser_of(command).options() for command in subcommands.COMMANDS))
 
 
 @pytest.mark.usefixtures("nothing_is_made")

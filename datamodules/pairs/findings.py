@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lit_clip.embedding.pair_scores import pair_hash
-from lit_clip.secrets import without_passwords
+from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import stderr
 from lit_clip.tools.text_files import no_formula
@@ -41,7 +41,7 @@ class Finding:
     @classmethod
     def of_row(cls, row: int, key: str | None) -> "Finding":
         """Return a line on a whole row, whose key may be unreadable."""
-        return cls(key=without_passwords(key or ""), row=row, pair="" if key is None else pair_text(pair_hash(key, "")))
+        return cls(key=without_secrets(key or ""), row=row, pair="" if key is None else pair_text(pair_hash(key, "")))
 
     @classmethod
     def of_pair(cls, row: int, key: str, caption: str, captions: int) -> "Finding":

@@ -16,8 +16,7 @@ from jsonargparse import ArgumentParser
 
 import datamodules
 from lit_clip.cli import overview, subcommands
-from lit_clip.cli.argv import use_packaged_defaults
-from lit_clip.cli.lightning import run
+from lit_clip.cli.lightning import DEFAULTS, run
 
 ROOT = Path(__file__).parents[2]
 PACKAGES = {
@@ -70,7 +69,8 @@ def _usage(parser: ArgumentParser) -> str:
 def _fit() -> str:
     config = ["--config", str(ROOT / "configs/table.yaml"), "--data.train", "captions.csv"]
     parser: Any = run(args=config, execute=False).parser
-    use_packaged_defaults(parser, [])
+    packaged = yaml.safe_load(DEFAULTS.read_text(encoding="utf-8"))["trainer"]
+    parser.set_defaults({f"trainer.{name}": value for name, value in packaged.items()})
     data = ArgumentParser()
     data.add_class_arguments(datamodules.Captions, "data")
     lines = ["# Options of fit\n", FIT]

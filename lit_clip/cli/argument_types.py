@@ -12,6 +12,7 @@ from typing import Any
 from jsonargparse import Namespace
 from jsonargparse.typing import register_type
 
+from lit_clip.cli.imports import import_modules
 from lit_clip.errors import require
 from lit_clip.models.custom_config import CustomEncoderConfig, CustomImageConfig, CustomTextConfig
 
@@ -22,7 +23,10 @@ def _read(kind: type[CustomEncoderConfig], value: Any) -> CustomEncoderConfig:
         raise ValueError("names no class_path")  # the parser then tries the other kinds
     known = [each.name for each in dataclasses.fields(kind)]
     for name in values:
-        require(name in known, f"architecture: {values['class_path']} has the entry {name!r}; put it into init_args")
+        require(name in known, f"{values['class_path']} has the entry {name!r}; put it into init_args")
+    module = str(values["class_path"]).rpartition(".")[0]
+    if module:  # without one, the architecture's own check says what is wrong
+        import_modules([module], values["class_path"])
     return kind(**values)
 
 

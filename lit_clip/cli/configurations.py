@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
+from omegaconf import OmegaConf
 
-from lit_clip.cli.references import with_environment
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Sigmoid
 from lit_clip.models.registry import resolve_architecture
@@ -220,7 +220,7 @@ def _mlflow_runs(named: Mapping[str, Any], root: Path) -> list[Path]:
     for config in store.glob(f"*/*/{CONFIG}*.yaml"):
         saved = read_yaml(config)
         kind, other = _first_logger(saved["trainer"])
-        experiment = with_environment(other.get("experiment_name"))
+        experiment = OmegaConf.create([other.get("experiment_name")])[0]  # which may be a reference
         if kind == "MLFlowLogger" and experiment == named.get("experiment_name"):
             folders.add(config.parent)
     return sorted(folders)

@@ -1,46 +1,38 @@
 """LightningCLI's commands: ``fit``, ``validate``, ``test`` and ``predict``."""
 
+import inspect
+import re
 import sys
-from argparse import ArgumentError
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from importlib import import_module
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import set_parsing_settings
+from jsonargparse import Namespace, dict_to_namespace, set_parsing_settings
 from lightning.pytorch import LightningDataModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar, RichModelSummary, RichProgressBar
-from lightning.pytorch.cli import ArgsType, LightningArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_clip.cli import argv, references
 from lit_clip.cli.argument_types import register_types
-from lit_clip.cli.argv import use_packaged_defaults
-from lit_clip.cli.callback_options import (
-    Typed,
-    as_typed,
-    callbacks_of,
-    callbacks_option,
-    give_rest,
-    plain_settings,
-    take_options,
-)
+from lit_clip.cli.callback_options import give_rest, take_options, with_options
 from lit_clip.cli.configurations import Configuration, configuration, evaluated, newest_of_configuration, run_folders
+from lit_clip.cli.first_look import check_encoder_options, named_model
 from lit_clip.cli.imports import check_not_imported_by, command_words
 from lit_clip.cli.loggers import check_loggers, log_no_secrets, logger_errors
-from lit_clip.cli.plain_help import PlainHelp, print_section_help, short_help
+from lit_clip.cli.parser import CONFIG, Parser
+from lit_clip.cli.plain_help import print_section_help
 from lit_clip.cli.recipes import chosen_options, given_settings
 from lit_clip.cli.save_config import SaveConfig
 from lit_clip.errors import InputError, require
 from lit_clip.module import LitCLIP
 from lit_clip.recipes import Recipe
-from lit_clip.tools.class_paths import short_names
+from lit_clip.tools.class_paths import find_object, short_names
 from lit_clip.tools.hardware import computes_in_bfloat16
-from lit_clip.tools.messages import hinting, options_of
+from lit_clip.tools.parts import describe_instance, qualified_name
 from lit_clip.tools.untrusted import shortened
 from lit_clip.tools.weight_files import read_mapped
 from lit_clip.training.checkpoint_contents import adopt_tokenizer
@@ -51,6 +43,7 @@ from lit_clip.training.lightning.folder_locks import name_folders
 from lit_clip.training.lightning.fsdp import gets_weights
 from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
 from lit_clip.training.lightning.resume_checks import evaluate_as_given
+from lit_clip.training.optimizers import PARTS
 from lit_clip.training.plan import print_plan_of
 from lit_clip.training.summary import print_summary, resume_command
 from lit_clip.weights.checkpoints import checked
@@ -59,33 +52,11 @@ from lit_clip.weights.load import check_fits, weights_come_later
 DEFAULT_CALLBACKS = "lit_clip.callbacks"  # whose defaults() every run gets; no other module imports the package
 # The newest checkpoint of this configuration's runs or of its requeued SLURM job; auto starts over if there is none.
 NEWEST = ("last", "auto", "hpc")
-
-
-class Parser(LightningArgumentParser):
-    """Lightning's, whose help, also of single classes (``--data.help``), is plain text; a command's is short.
-
-    It saves references, such as ``${oc.env:NAME}``, and not their values.
-    """
-
-    command: str | None = None
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{"formatter_class": PlainHelp, **options})
-
-    def format_help(self, *args: Any, **options: Any) -> str:
-        if not self.command:
-            return super().format_help(*args, **options)
-        return short_help(self, self.command, ("--help", "all") in pairwise(sys.argv))
-
-    def dump(self, *args: Any, **options: Any) -> str:
-        with references.dumping():
-            return super().dump(*args, **options)
+DEFAULTS = Path(__file__).with_name("fit.yaml")  # without --config
 
 
 class CLI(PlainCLI):
     """``lit-clip fit | validate | test | predict``."""
-
-    given: Mapping[str, Any] = {}  # settings as the user has typed and written them
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_argument(
@@ -102,94 +73,88 @@ class CLI(PlainCLI):
         parser.add_subclass_arguments(
             Recipe, "recipe", default=None, required=False, help="fit only: chooses settings that are not given."
         )
-        parser.add_argument(
-            "--rest", type=list[str], default=[], help="fit only: class folders or tables that should be no worse."
-        )
+        if not self.subclass_mode_model:
+            parser.set_defaults({f"model.{name}": value for name, value in _parts().items()})
+        rest = "fit only: class folders or tables that should be no worse."
+        parser.add_argument("--rest", type=list[str], default=[], help=rest)
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+    def init_parser(self, **kwargs: Any) -> Parser:
+        return Parser.of_command("lit-clip fit")
+
+    def parse_arguments(self, parser: Any, args: Any) -> None:
         """Parse with this priority: typed options, YAML files, the settings in ``--ckpt_path``, defaults."""
-        assert args is not None  # `run` passes the command line
-        words, of_callbacks = take_options(args if isinstance(args, list) else [])
-        if isinstance(args, list):  # a configuration is printed with all options
-            args = [word for word in words if not of_callbacks or not word.startswith("--print_config")]
-        subcommand = next((word for word in words if word in self.parsers), None)
-        argv.import_encoders(words, subcommand)
-        argv.check_encoder_options(words, subcommand)
-        argv.refuse_data_typed_twice(words)
-        path, saved, packaged = argv.checkpoint_path(words, subcommand), {}, {}
-        require(path not in ("", "best"), f"--ckpt_path {path}: give a checkpoint's path, or last for the newest")
-        if subcommand and path and path not in NEWEST:
-            saved = _settings_of(path)
-        known = self.parsers.get(subcommand or "", parser)
-        self.uses_packaged_defaults = subcommand is not None and not argv.options(words, *argv.CONFIG)
-        if self.uses_packaged_defaults:
-            packaged = use_packaged_defaults(known, words)
-        defaults = argv.model_defaults(LitCLIP, words, subcommand, packaged, saved)
-        if self.subclass_mode_model:
-            named = argv.named_class(words, subcommand, "model")
-            known.set_defaults({"model": {"class_path": named, "init_args": defaults}})
-        else:
-            known.set_defaults({f"model.{name}": value for name, value in defaults.items()})
+        command, *words = args if args and args[0] in self.parsers else ["", *args]
+        words = [re.sub(r"^--rest(?=$|=[^\[])", "--rest+", word) for word in words]  # it may be typed several times
+        known: Parser = self.parsers.get(command, parser)
         print_section_help(known, words)
-        if subcommand in ("validate", "test"):
+        for name in ("--data.train", "--data.val", "--data.keep"):  # the parser would forget all but the last
+            once = [word.partition("=")[0] for word in words].count(name) < 2
+            require(once, f"{name}: typed more than once, and the last alone would count; type one list, '[a, b]'")
+        check_encoder_options(words)
+        if command in ("validate", "test"):
             known.set_defaults(verbose=False)  # our table shows it, with the baselines
-        references.forget_references()
-        try:
-            with hinting(
-                words,
-                lambda: [
-                    *(each for each in options_of(known) if each != "--trainer.min_epochs"),  # --epochs is the other
-                    *argv.data_options(words, subcommand),
-                    *argv.part_options(LitCLIP, words, subcommand),
-                ],
-                f"lit-clip {subcommand or 'fit'} --help",
-            ):
-                self.config = (
-                    self.parsed_alone(subcommand, args) if isinstance(args, list) else parser.parse_object(args)
-                )
-        except ArgumentError as error:
-            if "'lightning.LightningDataModule'" not in str(error):  # the type of --data while no class is named
-                raise
-            option = next((word.partition("=")[0] for word in words if word.startswith("--data.")), "--data")
-            problem = "the --config files name no data module; put --data datamodules.Captions before it"
-            raise InputError(f"{option}: {problem}") from error
-        if subcommand:
-            self._complete_settings(parser, words, subcommand, of_callbacks)
+        self.uses_packaged_defaults = bool(command) and not any(word.partition("=")[0] in CONFIG for word in words)
+        before = known.given(["--config", str(DEFAULTS)]) if self.uses_packaged_defaults else Namespace()
+        before.pop("config", None)
+        packaged = before.pop("model", {})  # a checkpoint's come before it
+        if self.subclass_mode_model:  # its options may be typed before it, and those of its default parts
+            before["model"] = dict_to_namespace({"class_path": named_model(words, LitCLIP), "init_args": _objects()})
+        given = self._given(known, words, before)
+        flags = given.pop("print_config", None)
+        config = self._complete(known, given, packaged)
+        if flags is not None:
+            sys.stdout.write(known.written(config, **{flag: True for flag in flags.split(",") if flag}))
+            sys.exit(0)
+        if config.recipe and command == "fit":
+            given = self._given(
+                known, chosen_options(known, config, given_settings(known.plain(given), _parts())), given
+            )
+            config = self._complete(known, given, packaged)
+        if config.get("ckpt_path") in NEWEST:
+            ours, folders = self._configuration(known, config, given), run_folders(config.as_dict())
+            found = newest_of_configuration(ours, folders, config.ckpt_path, may_begin=command == "fit")
+            given["ckpt_path"] = str(found) if found else None
+            config = self._complete(known, given, packaged)
+        if config.get("ckpt_path") and not _model_of(config).get("lora"):
+            _model_of(config)["pretrained"] = None  # the checkpoint replaces every weight
+        self.config = Namespace({"subcommand": command, command: config}) if command else config
 
-    def _complete_settings(
-        self, parser: LightningArgumentParser, words: list[str], subcommand: str, of_callbacks: Sequence[Typed]
-    ) -> None:
-        """Parse again with the named options of callbacks, or the newest checkpoint; leave out what that replaces."""
-        known, path = self.parsers[subcommand], argv.checkpoint_path(words, subcommand)
-        recipe = self.config[subcommand].get("recipe")
-        references.check_settings_are_whole(self.config[subcommand].as_dict())
+    def _given(self, known: Parser, words: Sequence[str], before: Namespace) -> Namespace:
+        """Return what words and files set; ``before`` is below them."""
+        words, of_callbacks = take_options(words)
+        given = known.given(words, before)
         if of_callbacks:
-            saved = callbacks_of(known, self.config[subcommand])
-            with references.dumping():
-                callbacks = as_typed(callbacks_of(known, self.config[subcommand]), saved)
-            others = _callbacks().defaults() + ([_callbacks().Proof()] if recipe else [])
-            self.parse_arguments(parser, [*words, callbacks_option(callbacks, of_callbacks, lambda: others)])
-            return
-        self.given = self.given or given_settings(words, subcommand)
-        if recipe and subcommand == "fit":
-            self.parse_arguments(parser, [*words, *chosen_options(known, self.config[subcommand], self.given)])
-            return
-        if path in NEWEST:
-            ours = self._configuration(known, words, subcommand)
-            folders = run_folders(self.config[subcommand].as_dict())
-            found = newest_of_configuration(ours, folders, path, may_begin=subcommand == "fit")
-            self.parse_arguments(parser, [*words, "--ckpt_path", str(found) if found else "null"])
-            return
-        model = _model_of(self.config[subcommand])
-        if path and not model.get("lora"):
-            model["pretrained"] = None  # the checkpoint replaces every weight
+            others = _callbacks().defaults() + ([_callbacks().Proof()] if given.get("recipe") else [])
+            given["trainer.callbacks"] = with_options(given.get("trainer.callbacks"), of_callbacks, others)
+        return given
 
-    def _configuration(self, parser: LightningArgumentParser, words: Sequence[str], subcommand: str) -> Configuration:
+    def _complete(self, known: Parser, given: Namespace, packaged: Mapping[str, Any]) -> Namespace:
+        """Return what is given, above a checkpoint's settings or the packaged ones of the model, above the defaults.
+
+        A part whose class is named keeps no setting of the default class, as it would by the parser's own rules.
+        """
+        path, model = given.get("ckpt_path"), _model_of(given)
+        require(path not in ("", "best"), f"--ckpt_path {path}: give a checkpoint's path, or last for the newest")
+        base = {} if "pretrained" in model else dict(packaged)
+        named = given.get("model", {}).get("class_path") if self.subclass_mode_model else None
+        if path and path not in NEWEST:
+            base |= _settings_of(path, find_object(named) if named else LitCLIP)
+        parts = {
+            name: default if _same(model.get(name), default) else {"class_path": model[name].class_path}
+            for name, default in _parts().items()
+        }
+        defaults = {"model": {"class_path": named, "init_args": {**base, **parts}}}
+        if not named:
+            defaults = {f"model.{name}": value for name, value in {**base, **parts}.items()}
+        known.set_defaults(defaults)
+        return known.complete(given)
+
+    def _configuration(self, known: Parser, config: Namespace, given: Namespace) -> Configuration:
         """Return what a checkpoint's run must have in common with this one."""
-        ours = configuration(plain_settings(parser, self.config[subcommand]))
-        if subcommand != "fit":
+        ours = configuration(known.as_typed(config))
+        if known is not self.parsers["fit"]:
             ours = {} if self.uses_packaged_defaults else evaluated(ours)
-        if self.uses_packaged_defaults and not any(word.startswith("--model.architecture") for word in words):
+        if self.uses_packaged_defaults and "architecture" not in _model_of(given):
             ours.pop("model.architecture", None)  # the checkpoint's comes before the packaged one
         return ours
 
@@ -200,10 +165,6 @@ class CLI(PlainCLI):
                 "shows them)"
             )
         check_loggers(self.setting("trainer").logger)
-
-    def dumping(self) -> AbstractContextManager[None]:
-        """Keep the settings that modules get as hyper-parameters, and may use: no references."""
-        return references.dumping()
 
     def instantiate_classes(self) -> None:
         fits = self.subcommand == "fit" and not self.setting("validate_first")
@@ -307,13 +268,38 @@ def _model_of(settings: Any) -> Any:
     return model.get("init_args", model)
 
 
-def _settings_of(path: str) -> dict[str, Any]:
-    """Return the settings that a checkpoint holds, none of which may have the parser import anything."""
+def _parts() -> dict[str, Any]:
+    """Return the settings of the model's default parts."""
+    found = {name: inspect.signature(LitCLIP).parameters[name].default for name in PARTS}
+    return {
+        name: {"class_path": qualified_name(each)} if inspect.isclass(each) else describe_instance(each)
+        for name, each in found.items()
+    }
+
+
+def _objects() -> dict[str, Any]:
+    """Return those parts of :func:`_parts` whose defaults are objects: a parser takes them for names."""
+    return {name: part for name, part in _parts().items() if "init_args" in part}
+
+
+def _same(part: Any, default: Mapping[str, Any]) -> bool:
+    """Return whether a part is of the default class, or no class of it is named."""
+    return getattr(part, "class_path", default["class_path"]) == default["class_path"]
+
+
+def _settings_of(path: str, kind: type) -> dict[str, Any]:
+    """Return the settings that a checkpoint holds, none of which may have the parser import anything.
+
+    Those of :class:`LitCLIP` have been checked; of those that a class of the user's adds, only numbers are taken.
+    """
     checkpoint = checked(read_mapped(Path(path)), path)
     hparams = checkpoint["hyper_parameters"]
     check_not_imported_by(hparams["architecture"], path)
     check_fits(checkpoint, path)
-    return hparams
+    ours = inspect.signature(LitCLIP).parameters.keys() - set(PARTS)
+    numbers = {name for name, value in hparams.items() if type(value) in (bool, int, float)}
+    taken = hparams.keys() & (ours | (numbers & inspect.signature(kind).parameters.keys()))
+    return {name: hparams[name] for name in taken}
 
 
 def _callbacks() -> Any:
@@ -321,34 +307,25 @@ def _callbacks() -> Any:
 
 
 @short_names()
-def run(args: ArgsType = None, execute: bool = True) -> CLI:
+def run(args: Sequence[str] | None = None, execute: bool = True) -> CLI:
     """Parse and run a command; errors that the user can fix are raised."""
-    # Without this, absolute keys such as ${model.optimizer.lr} are looked up above the subcommand.
     register_types()
-    references.use_references()
+    # Without this, absolute keys such as ${model.optimizer.lr} are looked up above the subcommand.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    args = command_words(sys.argv[1:])[1] if args is None else args
-    if isinstance(args, list):
-        args = argv.with_configuration_paths(args)
-    words = args if isinstance(args, list) else []
-    model = argv.named_class(words, next(iter(words), None), "model")
-    if model is not None:
-        argv.check_class(model, LitCLIP, "model")
+    words = [*(command_words(sys.argv[1:])[1] if args is None else args)]
     return CLI(
         LitCLIP,
         LightningDataModule,
         command=next(iter(words), None),
-        subclass_mode_model=model is not None,
+        subclass_mode_model=named_model(words, LitCLIP) is not None,
         subclass_mode_data=True,
         save_config_callback=SaveConfig,
         seed_everything_default=0,
         # Data modules divide the samples among ranks themselves, each exactly once. The plan replaces the summary.
         trainer_defaults={"use_distributed_sampler": False, "enable_model_summary": False},
-        parser_kwargs={"parser_mode": references.MODE, "exit_on_error": False, "allow_abbrev": False},
         auto_configure_optimizers=False,
         load_from_checkpoint_support=False,
-        parser_class=Parser,
-        args=args,
+        args=words,
         run=execute,
     )
 

@@ -70,7 +70,7 @@ def _run(words: list[str]) -> int:
         subcommands.run_command(words)
         return 0
     if words[0] in CONFIGURED and words[1:] in (["-h"], ["--help"]):
-        sys.stdout.write(short_help(None, f"lit-clip {words[0]}"))
+        sys.stdout.write(short_help(f"lit-clip {words[0]}"))
         return 0
     with uncollected():
         from lit_clip.cli.lightning import run_until_signal

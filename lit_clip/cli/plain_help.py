@@ -4,22 +4,16 @@ import re
 import shutil
 import sys
 import textwrap
-from argparse import SUPPRESS, Action
-from collections.abc import Sequence
-from copy import copy
-from importlib import import_module
-from types import SimpleNamespace
+from argparse import Action
+from collections.abc import Iterable, Sequence
+from functools import partial
 from typing import Any
 
 from jsonargparse import DefaultHelpFormatter
 
-from lit_clip.tools.messages import imported_class
-
 MARKED = re.compile(r"(?::\w+:`~?|``)([^`]+)``?")
 SECTION = ".help"  # what follows an option whose complete help is asked for
 NAMES = 34  # columns
-UNNAMED = {"model.loss": "lit_clip.losses.Contrastive"}  # the class where none is named
-GIVEN = ("params", "optimizer")  # arguments that the run passes
 # What most people set, in so few words that 80 columns hold them.
 COMMON = {
     "start": {
@@ -58,8 +52,9 @@ COMMON = {
 class PlainHelp(DefaultHelpFormatter):
     """Show the names in docstrings without back quotes and roles."""
 
-    def _expand_help(self, action: Action) -> str:
-        return MARKED.sub(r"\1", super()._expand_help(action))
+    def add_argument(self, action: Action) -> None:
+        action.help = action.help and MARKED.sub(r"\1", action.help)
+        super().add_argument(action)
 
     def start_section(self, heading: str | None) -> None:
         super().start_section(heading and MARKED.sub(r"\1", heading))
@@ -68,94 +63,57 @@ class PlainHelp(DefaultHelpFormatter):
         super().add_text(text and MARKED.sub(r"\1", text))
 
 
-def short_help(parser: Any, command: str, every: bool = False) -> str:
-    """Return a line for each option that most people set, or for every one, with the first sentence of its help."""
+class Section(PlainHelp):
+    """Show the options whose names begin with ``--OPTION``; nothing if ``--OPTION.help`` is an option itself."""
+
+    def __init__(self, *args: Any, asked: str, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.asked, self.is_option = asked, False
+
+    def add_usage(self, *args: Any, **options: Any) -> None:
+        """Add nothing."""
+
+    def add_text(self, text: str | None) -> None:
+        """Add nothing."""
+
+    def add_arguments(self, actions: Iterable[Action]) -> None:
+        named = [(each, each.option_strings) for each in actions]
+        self.is_option |= any(f"{self.asked}{SECTION}" in names for _, names in named)
+        below = [each for each, names in named if any(f"{name}.".startswith(f"{self.asked}.") for name in names)]
+        super().add_arguments(below)
+
+    def format_help(self) -> str:
+        return "" if self.is_option else super().format_help()
+
+
+def short_help(command: str) -> str:
+    """Return a line for each option that most people set."""
     width = shutil.get_terminal_size().columns
     lines = [f"usage: {command} [--config FILE] [options]", ""]
-    for section, options in COMMON.items() if not every else ():
-        lines += [f"{section}:", *(_told(name, text, width) for name, text in options.items()), ""]
-    for group in parser._action_groups if every else ():
-        shown = [action for action in group._group_actions if _names(action) and action.help is not SUPPRESS]
-        if shown:
-            lines += [f"{_section(_names(shown[0])[-1])}:", *(_line(action, width) for action in shown), ""]
-    lines += [*_class_sections(parser, width), *_callbacks(width)] if every else []
+    for section, options in COMMON.items():
+        lines += [f"{section}:", *(_line(name, text, width) for name, text in options.items()), ""]
     lines += ["All options, and the complete text of a section, option, class or callback:"]
     words = ("--help all", "--trainer.help", "--ckpt_path.help", "--data.help datamodules.Captions")
     words += ("--trainer.callbacks.help callbacks.EMA",)
     return "\n".join([*lines, *(f"  {command} {each}" for each in words)]) + "\n"
 
 
-def _class_sections(parser: Any, width: int) -> list[str]:
-    """Return the options of the classes that the data and the parts of the model have, unless others are named."""
-    lines = []
-    for option in ("data", "model.loss", "model.optimizer", "model.lr_scheduler"):
-        named = next(action.default for action in parser._actions if action.dest == option)
-        named = named.get("class_path") if hasattr(named, "get") else named
-        found = imported_class(named or UNNAMED.get(option, ""))
-        if found is None:
-            continue
-        own = type(parser)()
-        own.add_class_arguments(found, option)
-        given = {option, *(f"{option}.{name}" for name in GIVEN)}
-        shown = [action for action in own._actions if _names(action)[1:2] != ["--help"] and action.dest not in given]
-        typed = "" if named else f", once --{option} {found.__name__} is typed"
-        lines += [
-            f"{option} ({found.__name__}){typed}:",
-            *(_line(action, width) for action in shown if _names(action)),
-            "",
-        ]
-    return lines
-
-
-def _callbacks(width: int) -> list[str]:
-    """Return the callbacks of the package, one of which ``--trainer.callbacks+=`` adds to the others."""
-    package = import_module("lit_clip.callbacks")
-    found = {name: getattr(package, name) for name in package.__all__}
-    from lightning.pytorch import Callback  # takes seconds, and --help of all else needs none of it
-
-    kinds = {name: kind for name, kind in found.items() if isinstance(kind, type) and issubclass(kind, Callback)}
-    told = (_told(f"callbacks.{name}", _first(kind.__doc__ or ""), width) for name, kind in kinds.items())
-    added = "callbacks: --trainer.callbacks+=callbacks.EMA adds one, -=EMA takes it out:"
-    return [added, *told, ""]
-
-
-def _section(name: str) -> str:
-    name = name.removeprefix("--")
-    return name if name in ("trainer", "model", "data") else "run" if name == "ckpt_path" else "options"
-
-
-def _names(action: Action) -> list[str]:
-    """Return an option's names; none for an option that only shows help."""
-    return [name for name in action.option_strings if not name.endswith((SECTION, "+"))]
-
-
-def _line(action: Action, width: int) -> str:
-    return _told(", ".join(_names(action)), _first(action.help or ""), width)
-
-
-def _first(text: str) -> str:
-    """Return the first sentence of a help text, without the default, which may be that of a base class."""
-    text = MARKED.sub(r"\1", " ".join(text.split()))
-    return re.split(r"(?<=\w[.;]) | Could also | \([Dd]efault| Default: ", text)[0].rstrip(".;:").replace("%%", "%")
-
-
-def _told(option: str, first: str, width: int) -> str:
+def _line(option: str, text: str, width: int) -> str:
     names = f"  {option}".ljust(NAMES)
-    return f"{names}  {textwrap.shorten(first, max(20, width - len(names) - 2), placeholder=' ...')}".rstrip()
+    return f"{names}  {textwrap.shorten(text, max(20, width - len(names) - 2), placeholder=' ...')}".rstrip()
 
 
 def print_section_help(parser: Any, words: Sequence[str]) -> None:
-    """Print the complete help of the options below the first ``--OPTION.help`` that is no option itself, and exit."""
-    known = {name for action in parser._actions for name in action.option_strings}
-    for asked in (word.removesuffix(SECTION) for word in words if word.endswith(SECTION) and word not in known):
-        actions = [
-            each for each in parser._actions if any(f"{name}.".startswith(f"{asked}.") for name in each.option_strings)
-        ]
-        if actions:
-            section = copy(parser)
-            section.command, section.usage, section.description = None, SUPPRESS, None
-            section._action_groups = [
-                SimpleNamespace(title=asked.removeprefix("--"), description=None, _group_actions=actions)
-            ]
-            sys.stdout.write(section.format_help())
-            sys.exit(0)
+    """Print the complete help of the options below the first ``--OPTION.help`` that is no option itself, and exit.
+
+    The parser would take ``.help`` for a part of the option's value.
+    """
+    for word in words:
+        if word.endswith(SECTION):
+            before = parser.command, parser.formatter_class
+            parser.command, parser.formatter_class = "", partial(Section, asked=word.removesuffix(SECTION))
+            text = parser.format_help()
+            parser.command, parser.formatter_class = before
+            if text.strip():
+                sys.stdout.write(text)
+                sys.exit(0)

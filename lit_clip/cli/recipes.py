@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from filelock import FileLock
 from jsonargparse import Namespace
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_only
 from rich.table import Column, Table
 
-from lit_clip.cli import argv
 from lit_clip.recipes import Choice, Recipe, Run
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import Console
@@ -23,29 +21,19 @@ from lit_clip.tools.guarded_output import log_level
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.parts import plain, shown
 from lit_clip.tools.reading import reading
-from lit_clip.tools.text_files import parse_yaml
 
 STARTED = time.monotonic()
 RANK_ZERO = "lightning.pytorch.utilities.rank_zero"
 
 
-def given_settings(words: Sequence[str], subcommand: str) -> dict[str, Any]:
+def given_settings(given: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return the settings on the command line and in YAML files, by the names that are typed.
 
-    Arguments of classes have no ``init_args`` in them; those of callbacks are ``trainer.callbacks.EMA.decay``.
+    Arguments of classes have no ``init_args`` in them; those of callbacks are ``trainer.callbacks.EMA.decay``. The
+    class of a default part is not given: the parser adds it where one of its arguments is typed.
     """
-    given: dict[str, Any] = {}
-    for section in reversed(list(argv.sections(words, subcommand))):
-        given |= dict(_flat(section))
-    for number, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name.startswith("--"):
-            text = value if equals else (words[number + 1] if number + 1 < len(words) else "")
-            try:
-                given |= dict(_flat(parse_yaml(text), name[2:].replace(".init_args", "")))
-            except yaml.YAMLError:
-                given[name[2:]] = text
-    return given
+    named = {f"model.{name}.class_path": part["class_path"] for name, part in parts.items()}
+    return {name: value for name, value in _flat(given) if named.get(name) != value}
 
 
 def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:

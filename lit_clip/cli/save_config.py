@@ -30,6 +30,7 @@ class SaveConfig(SaveConfigCallback):
     page has the settings themselves.
     """
 
+    parser: Any  # a Parser
     before: Any = None  # of the run that this one goes on from
 
     def setup(self, trainer: Trainer, pl_module: Any, stage: str) -> None:
@@ -73,7 +74,7 @@ class SaveConfig(SaveConfigCallback):
 
     @cached_property
     def _text(self) -> str:
-        return self.parser.dump(self.config, skip_none=False, skip_validation=True)  # it has been parsed
+        return self.parser.written(self.config)
 
     @cached_property
     def _configuration(self) -> Configuration:
@@ -81,7 +82,7 @@ class SaveConfig(SaveConfigCallback):
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
-        return yaml.safe_load(self._text)
+        return self.parser.as_typed(self.config)
 
 
 def save_text(path: Path, text: str) -> Path:

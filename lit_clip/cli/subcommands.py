@@ -15,13 +15,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, get_type_hints
 
 import docstring_parser
-from jsonargparse import ArgumentParser
 
 from lit_clip.cli.lazy_packages import uncollected
 from lit_clip.cli.plain_help import PlainHelp
 from lit_clip.tools.class_paths import short_names
 from lit_clip.tools.guarded_output import log_level
-from lit_clip.tools.messages import hinting, options_of
+from lit_clip.tools.option_errors import OptionParser
 
 # "module:function", imported when the command is run, so that `lit-clip --help` stays fast. Other packages' commands
 # are only named, like class paths in a YAML file.
@@ -45,7 +44,7 @@ COMMANDS: dict[str, str] = {
 }
 
 
-def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
+def command_parser(name: str, function: Callable[..., None]) -> OptionParser:
     """Return the command line of a function.
 
     By itself jsonargparse would want lists as ``[a, b]`` and flags as ``--flag true``.
@@ -56,13 +55,14 @@ def command_parser(name: str, function: Callable[..., None]) -> ArgumentParser:
     helps = {
         each.arg_name: each.description for source in sources for each in docstring_parser.parse(source.__doc__).params
     }
-    parser = ArgumentParser(
+    parser = OptionParser(
         prog=f"lit-clip {name}",
         description=documentation.short_description,
         exit_on_error=False,
         allow_abbrev=False,
         formatter_class=PlainHelp,
     )
+    parser.command = parser.prog
     hints = {key: hint for source in sources for key, hint in get_type_hints(source).items()}
     lists = {key: kind for key, hint in hints.items() for kind in (str, int) if hint in (list[kind], list[kind] | None)}
     flags = {key for key, hint in hints.items() if hint is bool}
@@ -109,8 +109,7 @@ def run_command(words: Sequence[str]) -> None:
     with uncollected():
         command = getattr(importlib.import_module(module), function)
     parser = command_parser(name, command)
-    with hinting(options, lambda: options_of(parser), f"{parser.prog} --help"):
-        parsed = parser.parse_args(options)
+    parsed = parser.parse_args(options)
     with log_level(logging.WARNING, "lightning.pytorch", "lightning.fabric"):  # which tell of devices and ranks
         command(**_grouped(command, vars(parser.instantiate_classes(parsed))))
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 from rich.table import Table
 from torch import Tensor
 
@@ -21,6 +21,7 @@ from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.messages import one_line
+from lit_clip.tools.option_errors import OptionParser
 from lit_clip.tools.reading import naming
 from lit_clip.tools.text_files import read_yaml
 from lit_clip.tools.untrusted import matches_type
@@ -121,7 +122,7 @@ def read_sets(path: str) -> dict[str, ZeroShotSet]:
     require(
         matches_type(values, dict[str, object]), f"--sets: {path}: must hold sets by name: {{name: {{images: ...}}}}"
     )
-    parser = ArgumentParser(exit_on_error=False)
+    parser = OptionParser(exit_on_error=False)
     parser.add_argument("--sets", type=dict[str, ZeroShotSet], required=True)
     with naming(path):
         try:

@@ -26,7 +26,7 @@ from lit_clip.evaluation.suite import PLACE_METRICS, check_name
 from lit_clip.evaluation.suite import Metric as OwnMetric
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.hashing import sha256_of_file
-from lit_clip.tools.messages import imported_class
+from lit_clip.tools.option_errors import imported_class
 from lit_clip.tools.parts import instantiate, unwrapped
 from lit_clip.tools.text_files import no_formula, parse_yaml
 

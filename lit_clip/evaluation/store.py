@@ -24,7 +24,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, PartOf
 from lit_clip.evaluation.set_encoding import set_task
 from lit_clip.models.clip import CLIP
-from lit_clip.secrets import without_passwords
+from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import make_folder, not_written, remove, remove_drafts, replacing_folder
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import hex_digest, sha256_of_file, stable_hash
@@ -182,7 +182,7 @@ class FeatureStore:
     def _join(self, path: Path, images: ImageSet, unreadable: Sequence[UnreadableRow]) -> None:
         """Join the finished parts to arrays."""
         size, parts = len(images), Parts(path, self.settings_text)
-        skipped = [(bad.row, without_passwords(images.key(bad.row)), bad.message) for bad in unreadable]
+        skipped = [(bad.row, without_secrets(images.key(bad.row)), bad.message) for bad in unreadable]
         require(len(skipped) < size, f"none of {size} images could be read; {skipped[0][2] if skipped else ''}")
         try:
             with replacing_folder(path) as draft:

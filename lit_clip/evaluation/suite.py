@@ -6,11 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from jsonargparse import ArgumentError, ArgumentParser
+from jsonargparse import ArgumentError
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, MissingData
 from lit_clip.tools.messages import one_line
+from lit_clip.tools.option_errors import OptionParser
 from lit_clip.tools.packaged import SUITES, configuration_path
 from lit_clip.tools.parts import instantiate
 from lit_clip.tools.text_files import read_yaml
@@ -183,7 +184,7 @@ def suite_path(path: str | Path) -> Path:
 def read_suite(paths: str | Path | Sequence[str | Path]) -> dict[str, SuiteEntry]:
     """Read the sets of one or several suite files, or packaged suites, by name."""
     entries: dict[str, SuiteEntry] = {}
-    parser = ArgumentParser(exit_on_error=False)
+    parser = OptionParser(exit_on_error=False)
     parser.add_class_arguments(SuiteEntry)
     for path in [paths] if isinstance(paths, str | Path) else paths:
         values = read_yaml(suite_path(path))
@@ -211,7 +212,7 @@ def check_name(name: Any, where: str) -> None:
     )
 
 
-def _entry(parser: ArgumentParser, value: Any, where: str) -> SuiteEntry:
+def _entry(parser: OptionParser, value: Any, where: str) -> SuiteEntry:
     try:
         require(isinstance(value, dict), "must be a mapping with data, splits, ...")
         value = {key: each for key, each in value.items() if each is not None}  # as if it were not there

@@ -4,14 +4,18 @@ Sizes are from tables 19 and 20 of the paper, names from open_clip.
 """
 
 from collections.abc import Mapping
+from contextlib import suppress
 from difflib import get_close_matches
 from functools import lru_cache
 from typing import Any
+
+import yaml
 
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.external_settings import with_external_settings
 from lit_clip.models.open_clip_configs import from_open_clip, model_config, open_clip_names
+from lit_clip.tools.text_files import parse_yaml
 
 
 def _text(width: int) -> TextTransformerConfig:
@@ -71,6 +75,8 @@ def resolve_architecture(architecture: "str | CLIPConfig | Mapping[str, Any]") -
     if isinstance(architecture, Mapping):
         return with_external_settings(CLIPConfig.from_dict(architecture))
     if architecture.lstrip().startswith("{"):  # a CLIPConfig on the command line that did not parse
+        with suppress(yaml.YAMLError):
+            CLIPConfig.from_dict(parse_yaml(architecture))  # says what is wrong
         raise InputError(f"model.architecture: {architecture} has an unknown entry or a value of the wrong type")
     if architecture in _own():
         return CLIPConfig.from_dict(_own()[architecture])

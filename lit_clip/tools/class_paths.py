@@ -8,14 +8,18 @@ from pathlib import Path
 from traceback import extract_tb
 from typing import Any
 
-from jsonargparse import _actions, _typehints, _util
+import jsonargparse
+
+# jsonargparse 4.53 has no hook for names of classes: these two functions read them in all settings.
+from jsonargparse import _typehints
 from jsonargparse._typehints import resolve_class_path_by_name
 from jsonargparse._util import import_object
 
 from lit_clip.errors import require
 
 SHORT = ("callbacks", "datamodules")
-MACHINERY = (__file__, _util.__file__, importlib.__file__)  # of an import, whose frames are no module's own code
+# Files of an import, whose frames are no module's own code.
+MACHINERY = (__file__, str(Path(jsonargparse.__file__).parent), importlib.__file__, "<frozen ")
 
 
 def full_name(path: str) -> str:
@@ -55,8 +59,8 @@ def _imported(path: str, check_path: bool = True) -> Any:
     try:
         return import_object(path, check_path)
     except Exception as error:
-        ran = [frame for frame in extract_tb(error.__traceback__) if frame.filename not in MACHINERY]
-        ran = [frame for frame in ran if not frame.filename.startswith("<frozen ") and frame.name != "__getattr__"]
+        ran = [frame for frame in extract_tb(error.__traceback__) if not frame.filename.startswith(MACHINERY)]
+        ran = [frame for frame in ran if frame.name != "__getattr__"]
         if not ran and not isinstance(error, SyntaxError):
             raise  # the path is wrong
         where = f"{ran[0].filename}, line {ran[0].lineno}, raises " if ran else ""  # a syntax error says it itself
@@ -67,22 +71,15 @@ def _resolve(kind: Any, name: str) -> str:
     return full_name(resolve_class_path_by_name(kind, name))
 
 
-# Functions of jsonargparse, in the modules that look them up.
-_REPLACED = (
-    (_actions, "import_object", find_object),
-    (_typehints, "import_object", find_object),
-    (_typehints, "resolve_class_path_by_name", _resolve),
-)
+_REPLACED = {"import_object": find_object, "resolve_class_path_by_name": _resolve}
 
 
 @contextmanager
 def short_names() -> Iterator[None]:
     """Within this context parsers know the short names, and keep the full ones; the user's own have Python's rules."""
-    before = [(module, name, getattr(module, name)) for module, name, _ in _REPLACED]
+    before = {name: getattr(_typehints, name) for name in _REPLACED}
     try:
-        for module, name, function in _REPLACED:
-            setattr(module, name, function)
+        _typehints.__dict__.update(_REPLACED)
         yield
     finally:
-        for module, name, function in before:
-            setattr(module, name, function)
+        _typehints.__dict__.update(before)

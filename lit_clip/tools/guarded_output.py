@@ -11,12 +11,10 @@ from types import TracebackType
 from typing import Any
 
 from lit_clip.errors import printable
-from lit_clip.secrets import remember_environment
 
 
 def guard_messages() -> None:
     """Make all log messages, warnings and tracebacks of this process :func:`printable`."""
-    remember_environment()
     logging.setLogRecordFactory(_Record)
     warnings.showwarning = _show_warning
     sys.excepthook = _show_error

@@ -11,11 +11,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from jsonargparse import ArgumentParser
-
 from lit_clip.errors import InputError
 from lit_clip.tools.class_paths import short_names
 from lit_clip.tools.messages import one_line, user_error
+from lit_clip.tools.option_errors import OptionParser
 
 Part = TypeVar("Part")
 Description = dict[str, Any]
@@ -49,7 +48,7 @@ def unwrapped(factory: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str
 @short_names()
 def instantiate(kind: type[Part], spec: Mapping[str, Any]) -> Part:
     """Build the object that ``class_path`` and ``init_args`` name, which must be of a kind."""
-    parser = ArgumentParser(exit_on_error=False)
+    parser = OptionParser(exit_on_error=False)
     parser.add_argument("--part", type=kind, required=True)
     try:
         return parser.instantiate_classes(parser.parse_object({"part": dict(spec)}))["part"]

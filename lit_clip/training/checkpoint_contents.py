@@ -53,7 +53,7 @@ def pack_checkpoint(
     for settings in SETTINGS & checkpoint.keys():
         checkpoint[settings] = plain_without_secrets(checkpoint[settings])
     if base:
-        checkpoint["base"] = plain_without_secrets(base, opens=True)
+        checkpoint["base"] = plain_without_secrets(base)
         for states in STATES & checkpoint.keys():
             checkpoint[states] = {
                 key: value

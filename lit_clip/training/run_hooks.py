@@ -255,7 +255,7 @@ class RunHooks(LightningModule):
         base = {"pretrained": self.hparams["pretrained"], "sha256": self.base_sha256} if self.base_sha256 else None
         pack_checkpoint(checkpoint, self.model, base, self._changing)
         settle_counts(checkpoint)
-        checkpoint |= {"parts": plain_without_secrets(self.parts, opens=True), "before": dict(self.before)}
+        checkpoint |= {"parts": plain_without_secrets(self.parts), "before": dict(self.before)}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         name = str((self._trainer and self._trainer.ckpt_path) or "the checkpoint")

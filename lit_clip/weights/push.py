@@ -8,7 +8,6 @@ from typing import NamedTuple
 from rich.filesize import decimal
 
 from lit_clip.errors import InputError, listed, require
-from lit_clip.secrets import reference, remember
 from lit_clip.tools.reading import first_line
 
 HUBS_OWN = ".gitattributes"  # the hub makes it with the repository
@@ -54,7 +53,6 @@ def find_repository(name: str, private: bool) -> Repository:
 
     require(name.count("/") == 1, f"--push {name}: must be a repository on the hub, org/name")
     require(get_token() is not None, f"--push {name}: no token of the hub; {LOGIN}")
-    remember(get_token(), reference("HF_TOKEN"))  # which a hub may repeat in its answers
     try:
         info = HfApi().model_info(name)
     except HFValidationError as error:

@@ -167,16 +167,16 @@ def test_a_module_that_a_checkpoint_names_is_not_imported(
         (["--import", "./x", "models"], "--import: './x' is no module's name"),
         (["--import"], "--import: no module is named; lit-clip --import my_encoder COMMAND"),
         (
-            ["fit", "--model.architecture", "{embed_dim: 8, image: {class_path: nothing.X}}"],
-            "architecture.image: nothing.X: there is no module nothing",
+            ["fit", "--model.architecture", "{embed_dim: 8, image: {class_path: nothing.X}, text: {width: 64}}"],
+            "nothing.X; import nothing first",
         ),
         (
             ["fit", "--config", "own.yaml", "--model.architecture.image.init_args.width", "3"],
-            "single settings of this encoder cannot be set on the command line",
+            "single settings of this encoder are set in the YAML file",
         ),
         (
             ["fit", "--config", "typo.yaml"],
-            "architecture: my_encoder.Image has the entry 'width'; put it into init_args",
+            "architecture.image: my_encoder.Image has the entry 'width'; put it into init_args",
         ),
         (["fit", "--config", "wrong.yaml"], "my_encoder.Image has no argument 'widht'; init_args can be: width"),
     ],

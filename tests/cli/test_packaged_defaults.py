@@ -11,8 +11,7 @@ import pytest
 import torch
 import yaml
 
-from lit_clip.cli.argv import DEFAULTS
-from lit_clip.cli.lightning import CLI, run
+from lit_clip.cli.lightning import CLI, DEFAULTS, run
 from lit_clip.cli.overview import EXAMPLES
 from lit_clip.cli.subcommands import COMMANDS
 from lit_clip.errors import InputError

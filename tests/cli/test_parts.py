@@ -145,27 +145,3 @@ def test_a_schedule_that_demands_the_number_of_steps_is_told_that_it_gets_it(
     )
     result = in_process(*words("fit", caption_table), "--model.lr_scheduler", "my_schedule.Own")
     assert_user_error(result, "model.lr_scheduler", "give total_steps the default None")
-
-
-@pytest.mark.parametrize(
-    ("options", "parts"),
-    [
-        (["--model.optimizer", "torch.optim.Adamm"], ["model.optimizer: module 'torch.optim' has no attribute"]),
-        (["--model.optimizer", "my_missing.Own"], ["model.optimizer: No module named 'my_missing'"]),
-        (["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "-1"], ["Invalid learning rate: -1"]),
-        (["--model.optimizer", "collections.Counter"], ["model.optimizer: ", "collections.Counter"]),
-        (["--model.lr_scheduler", "torch.optim.lr_scheduler.StepLR"], ["model.lr_scheduler", "step_size"]),
-        (["--model.lr_scheduler.warmup_stepz", "1"], ["did you mean --model.lr_scheduler.warmup_steps?"]),
-        (
-            ["--model.loss", "mine"],
-            ["model.loss: wants Loss or null, not mine; name a subclass of lit_clip.losses.Loss, as file.Class"],
-        ),
-        (["--model.decay.exemptt", "[a]"], ["model.decay", "exemptt"]),
-        (["--model", "my_missing.MyCLIP"], ["model", "my_missing"]),
-        (["--model", "collections.Counter"], ["model", "collections.Counter"]),
-    ],
-)
-def test_wrong_parts_are_one_line_and_exit_code_2(
-    options: list[str], parts: list[str], caption_table: Path, in_process: Cli
-) -> None:
-    assert_user_error(in_process(*words("fit", caption_table), *options), *parts)

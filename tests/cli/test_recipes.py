@@ -253,14 +253,15 @@ def test_batches_are_chosen_for_the_ranks_that_the_trainer_will_have(
     assert [run.divisible(batch) for batch in (1, 32)] == [ranks, 32 // ranks * ranks]
 
 
-def test_given_settings_have_the_names_that_are_typed(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text(CONFIG, encoding="utf-8")
-    words = ["--config", str(tmp_path / "a.yaml"), "--model.freeze", "{image: {unlock_last: 2}}", "--print_plan"]
-    words += [
-        "--data.init_args.seed=4",
-        '--trainer.callbacks=[{"class_path": "callbacks.EMA", "init_args": {"decay": 1}}]',
-    ]
-    given = given_settings(words, "fit")
+def test_given_settings_have_the_names_that_are_typed() -> None:
+    config = yaml.safe_load(CONFIG)
+    config["data"]["init_args"]["seed"] = 4
+    config["model"]["freeze"] = {"image": {"unlock_last": 2}}
+    config["model"]["optimizer"] = {"class_path": "a.Default", "init_args": {"lr": 1}}
+    config["model"]["lr_scheduler"] = {"class_path": "a.Other"}
+    config["trainer"]["callbacks"] = [{"class_path": "callbacks.EMA", "init_args": {"decay": 1}}]
+    default = {"class_path": "a.Default"}
+    given = given_settings(config, {"optimizer": default, "lr_scheduler": default})
     assert given["data.train"] == "captions.csv"
     assert given["data.seed"] == 4
     assert given["model.freeze.image.unlock_last"] == 2
@@ -268,3 +269,6 @@ def test_given_settings_have_the_names_that_are_typed(tmp_path: Path) -> None:
     assert given["trainer.callbacks.EMA.decay"] == 1
     assert given["recipe.rate"] == 0.25
     assert not any("init_args" in name for name in given)
+    assert given["model.optimizer.lr"] == 1
+    assert "model.optimizer.class_path" not in given  # the parser adds it
+    assert given["model.lr_scheduler.class_path"] == "a.Other"

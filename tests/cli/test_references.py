@@ -2,7 +2,6 @@
 
 import base64
 import json
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -30,7 +29,7 @@ class Secretive(datamodules.Captions):
     def __init__(self, *args: Any, secret: str = "", count: int = 0, more: Any = None, **options: Any) -> None:
         super().__init__(*args, **options)
         assert secret == "c4nary-s3cret" and more["b"] == [secret, secret, "none"] == more["c"], more
-        self.save_hyperparameters("secret", "count", "more")
+        self.save_hyperparameters("count")
 """
 SETTINGS = {
     "model": {"architecture": yaml.safe_load(TINY_YAML)},
@@ -104,49 +103,13 @@ def test_no_file_or_message_of_a_run_holds_a_secret_and_the_saved_config_resumes
     content = torch.load(checkpoint, weights_only=True)
     assert content["global_step"] == 4
     settings = content["datamodule_hyper_parameters"]
-    assert (settings["secret"], settings["count"]) == ("***", 8)
-    assert settings["more"]["a"] == "https://me:***@host"
+    assert settings["count"] == 8
     plan = run("fit", "--config", str(saved), "--print_plan")
     assert_nowhere(SECRET, tmp_path, first, printed, more, plan)
     checked = run("validate", "--config", str(saved), "--ckpt_path", str(checkpoint))
     assert checked.returncode == 0, checked.stderr
     unset = cli("fit", "--config", str(saved), environment={**environment, "PASSWORD": "another"})
     assert "AssertionError" in unset.stderr  # it is the environment that counts, not what was saved
-
-
-@pytest.fixture
-def at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ask a server that does not answer again at once."""
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-
-
-@pytest.mark.parametrize(
-    ("word", "shown"),
-    [
-        ("${oc.env:PASSWORD}", "${oc.env:PASSWORD}: no such file"),
-        ("x/${oc.env:PASSWORD}.csv", "x/${oc.env:PASSWORD}.csv: no such file"),
-        ("http://me:${oc.env:PASSWORD}@127.0.0.1:9/t.csv", "http://me:${oc.env:PASSWORD}@127.0.0.1:9/t.csv: cannot be"),
-    ],
-)
-def test_messages_show_the_reference(
-    in_process: Cli, environment: dict[str, str], at_once: None, word: str, shown: str
-) -> None:
-    result = in_process("fit", "--config", "secret.yaml", "--data.train", word, environment=environment)
-    assert result.returncode == 2
-    assert shown in result.stderr
-    assert SECRET not in result.stdout + result.stderr
-
-
-def test_messages_show_the_values_of_variables_that_are_no_secrets(
-    in_process: Cli, environment: dict[str, str], at_once: None
-) -> None:
-    given = {**environment, "RUN": "resnet10", "LOGIN": "0ther-s3cret", "WORD": "third-s3cret"}
-    words = ("fit", "--config", "secret.yaml", "--data.train")
-    named = in_process(*words, "r/${oc.env:RUN}/t.csv", environment=given)
-    assert "r/resnet10/t.csv: no such file" in named.stderr
-    login = in_process(*words, "http://me:${oc.env:LOGIN}@127.0.0.1:9/t.csv?x=${oc.env:WORD}", environment=given)
-    assert "http://me:${oc.env:LOGIN}@127.0.0.1:9/t.csv" in login.stderr
-    assert "s3cret" not in login.stdout + login.stderr
 
 
 def test_a_variable_within_the_name_of_an_encoder_or_a_loss_leaves_the_checkpoint_usable(
@@ -158,7 +121,6 @@ def test_a_variable_within_the_name_of_an_encoder_or_a_loss_leaves_the_checkpoin
     environment["RUN"] = "Contrastive"
     done = cli("fit", "--config", "secret.yaml", environment=environment)
     assert done.returncode == 0, done.stderr
-    assert "${oc.env:RUN}" not in done.stdout + done.stderr  # the commands in it can be copied
     saved = tmp_path / "r/Contrastive/version_0"
     assert "${oc.env:RUN}" in (saved / "fit_config.yaml").read_text()
     (checkpoint,) = (saved / "checkpoints").glob("*.ckpt")
@@ -208,46 +170,3 @@ def test_a_password_typed_in_an_address_is_not_saved(cli: Cli, in_process: Cli, 
     again = in_process("fit", "--config", str(config))
     assert again.returncode == 2
     assert "data.train: *** stands for a secret that was not saved; type --data.train with it" in again.stderr
-
-
-REPEATED = "".join(f"x{i}: &x{i} [{', '.join([f'*x{i - 1}'] * 9)}]\n" for i in range(1, 9))
-ALIASES = f"x0: &x0 [a, a, a, a, a, a, a, a, a]\n{REPEATED}"
-DOUBLED = {"e0": "x" * 10, **{f"e{i}": f"${{.e{i - 1}}}${{.e{i - 1}}}" for i in range(1, 40)}}
-MULTIPLIED = {"e0": ["x"] * 9, **{f"e{i}": [f"${{..e{i - 1}}}"] * 9 for i in range(1, 12)}}
-CIRCLE = {"a": {"x": "${..b}"}, "b": {"y": "${..a}"}}
-
-
-@pytest.mark.parametrize(
-    ("bomb", "message"),
-    [
-        (ALIASES, "secret.yaml: not a readable YAML file (its aliases repeat more than 10,000 values"),
-        ("a: " + "[" * 50_000 + "]" * 50_000, "secret.yaml: not a readable YAML file (nested more than 100 deep"),
-        (DOUBLED, "data.init_args.more.e10: its references (${...}) stand for more than 5,000 values, or for a text"),
-        (dict(reversed(DOUBLED.items())), "data.init_args.more.e39: its references (${...}) stand for more than"),
-        (MULTIPLIED, "its references (${...}) stand for more than 5,000 values"),
-        (CIRCLE, "data.init_args.more.a.x: its references (${...}) stand for each other"),
-    ],
-    ids=["aliases", "deep", "doubled", "doubled, the last first", "multiplied", "circle"],
-)
-def test_a_config_that_grows_without_bound_is_refused_at_once(
-    cli: Cli, tmp_path: Path, environment: dict[str, str], bomb: Any, message: str
-) -> None:
-    text = (tmp_path / "secret.yaml").read_text()
-    if isinstance(bomb, str):
-        text = yaml.safe_dump(yaml.safe_load(text)) + bomb
-    else:
-        settings = json.loads(text)
-        settings["data"]["init_args"]["more"] = bomb
-        text = json.dumps(settings)
-    (tmp_path / "secret.yaml").write_text(text)
-    start = time.monotonic()
-    result = cli("fit", "--config", "secret.yaml", "--print_config", environment=environment, timeout=60)
-    assert result.returncode == 2
-    assert message in result.stderr.splitlines()[-1]
-    assert time.monotonic() - start < 30  # with the imports, on a busy machine
-
-
-def test_typed_yaml_is_bounded_too(cli: Cli, environment: dict[str, str]) -> None:
-    words = ("fit", "--config", "secret.yaml", "--data.more", ALIASES, "--print_config")
-    result = cli(*words, environment=environment, timeout=60)
-    assert len(result.stdout) + len(result.stderr) < 100_000

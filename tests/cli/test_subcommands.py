@@ -13,20 +13,18 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
 import pytest
 import torch
-from jsonargparse import ArgumentError
 from PIL import Image
 
 import lit_clip.commands.classify
 import lit_clip.models.flops
 from lit_clip import list_models, load_model
-from lit_clip.cli import lightning
 from lit_clip.cli.main import main
-from lit_clip.cli.plain_help import COMMON, short_help
+from lit_clip.cli.plain_help import COMMON
 from lit_clip.cli.subcommands import COMMANDS, command_parser, run_command
 from lit_clip.commands.classify import class_probabilities, classify, read_classes
 from lit_clip.commands.evaluate import evaluate
@@ -122,7 +120,7 @@ def test_the_fields_of_a_dataclass_are_options(monkeypatch: pytest.MonkeyPatch) 
     helps = {action.dest: action.help for action in command_parser("grouped", grouped)._actions}
     assert [helps[name] for name in ("size", "words", "quick")][1:] == ["several.", "whether to hurry."]
     assert str(helps["size"]).startswith("of something.")
-    with pytest.raises(ArgumentError, match="group"):
+    with pytest.raises(InputError, match="group"):
         run_command(["grouped", "a", "--group", "b"])
 
 
@@ -141,20 +139,6 @@ def test_the_help_names_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: py
     main()
     output = capsys.readouterr().out
     assert all(name in output for name in COMMANDS)
-
-
-def test_an_unknown_option_is_a_one_line_error(exit_of: Callable[..., tuple[object, str, str]]) -> None:
-    code, output, error = exit_of("classify", "photos", "--model", "m", "--classes", "a", "b", "--colour", "red")
-    assert (code, output) == (2, "")
-    assert error.count("\n") == 1
-    assert "--colour" in error
-    assert "see lit-clip classify --help" in error
-
-
-@pytest.mark.parametrize("typed", ["--num_worker=8", "--num-worker"])
-def test_a_misspelt_option_suggests_the_right_one(typed: str, exit_of: Callable[..., tuple[object, str, str]]) -> None:
-    _, _, error = exit_of("classify", "photos", "--model", "m", "--classes", "a", "b", typed)
-    assert "did you mean --num_workers?" in error
 
 
 # classify
@@ -474,37 +458,19 @@ def test_the_common_options_of_fit_exist(caption_table: Path, tmp_path: Path, mo
     assert not stopped.value.code
 
 
-def test_help_all_of_fit_has_one_line_for_each_option_and_the_complete_text_is_one_word_away(
+def test_the_complete_text_of_an_option_a_section_and_a_class_is_one_word_away(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    parsers: list[Any] = []
-    monkeypatch.setattr(lightning, "short_help", lambda *given: parsers.append(given[0]) or short_help(*given))
     text = help_of(monkeypatch, capsys, "--help", "all")
-    lines = text.splitlines()
-    assert len(lines) <= 150  # 620 with everything
-    assert all(option in text for section in COMMON.values() for option in section)
-    assert all(f"  callbacks.{name} " in text for name in ("EMA", "ZeroShot", "Preemption"))
-    assert max(map(len, lines)) <= 80
+    assert all(option in text for name in ("start", "trainer") for option in COMMON[name])
+    assert re.search(r"``|:\w+:`", text) is None
     complete = {part: help_of(monkeypatch, capsys, f"--{part}.help") for part in ("trainer", "model", "ckpt_path")}
-    for action in parsers[0]._actions:
-        for name in action.option_strings:
-            if not name.endswith((".help", "+")) and name != "--print_shtab":  # which jsonargparse hides and refuses
-                assert re.search(rf"[ ,]{re.escape(name)}(,| |$)", text, re.MULTILINE), name
-            section = name[2:].partition(".")[0]
-            if section in complete:
-                assert name in complete[section]
     assert "'transformer-engine-float16'" in complete["trainer"]  # types, defaults and all sentences
+    assert "--model.micro_batch_size" in complete["model"]
     assert "registry" in complete["ckpt_path"]
     assert len(complete["trainer"].splitlines()) > 200
     one = help_of(monkeypatch, capsys, "--trainer.precision.help")
     assert "'transformer-engine-float16'" in one
     assert "accelerator" not in one
-    assert "callbacks.EMA" in lines[-1]
-    assert ".decay" in help_of(monkeypatch, capsys, *lines[-1].split()[2:])
+    assert ".decay" in help_of(monkeypatch, capsys, "--trainer.callbacks.help", "callbacks.EMA")
     assert "--data.captions CAPTIONS" in help_of(monkeypatch, capsys, "--data.help", "datamodules.Captions")
-
-
-def test_an_option_that_is_missing_is_named_as_it_is_typed() -> None:
-    with pytest.raises(ArgumentError, match="are required: output") as raised:
-        run_command(["export", "last.ckpt", "--format", "open_clip"])
-    assert raised.value.__notes__ == ["type --output; see lit-clip export --help"]

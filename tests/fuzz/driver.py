@@ -23,7 +23,7 @@ from tests.helpers import forks
 LIMIT = 20.0  # seconds for one input on a busy machine
 MEMORY = 2**30  # bytes that one input may use
 TURN = 15.0  # seconds that a target has before it is the next one's turn
-LONG = {"fit_yaml": 3, "resumed_checkpoints": 3}  # turns at once: an input is a whole run of the command
+LONG = {"resumed_checkpoints": 3}  # turns at once: an input is a whole run of the command
 START = 120.0  # seconds for the start of a process
 SEPARATOR = "--"  # between a case's own name and the name of its file
 

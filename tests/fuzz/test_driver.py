@@ -9,7 +9,7 @@ import pytest
 from tests.fuzz.driver import Driver, read_case, seed_of
 from tests.fuzz.inputs import Input, edited, to_json
 from tests.fuzz.oracle import ROOT
-from tests.fuzz.targets import NAMES, demo, evaluation, indexes, pairs, remote, segmentation, settings, shards, weights
+from tests.fuzz.targets import NAMES, demo, evaluation, indexes, pairs, remote, segmentation, shards, weights
 from tests.fuzz.test_corpus import cases
 from tests.helpers import forks
 from tests.helpers.demo import skip_without_starlette
@@ -43,7 +43,6 @@ WHOLE = {
     "decisions": lambda: {"t.json": [[["every pair of", [[[0, 0], "keep"], [[1, 1], "drop"]]], 3]]},
     "masks": lambda: {"mask.json": {"mode": "I;16", "pixels": [0, 2, 255], **segmentation.SETTINGS}},
     "boxes": lambda: {"coco.json": segmentation.COCO},
-    "fit_yaml": settings.fit_trees,
     "suites": evaluation.suite_trees,
     "results": evaluation.result_trees,
     "hub": remote.hub_trees,

@@ -17,7 +17,6 @@ import torch
 from lightning.fabric.utilities import registry
 from torch.utils.data import _utils as torch_workers
 
-from lit_clip import secrets
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
@@ -86,13 +85,6 @@ def _no_rank() -> Iterator[None]:
     yield
     for name in ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
-
-
-@pytest.fixture(autouse=True)
-def _no_known_secrets() -> Iterator[None]:
-    """Forget what a configuration took from the environment; a process of the command line reads one."""
-    yield
-    secrets._known.clear()
 
 
 @pytest.fixture(autouse=True)

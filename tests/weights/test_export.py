@@ -14,7 +14,6 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from jsonargparse import ArgumentError
 
 from lit_clip.cli.subcommands import command_parser
 from lit_clip.commands.export import export
@@ -393,5 +392,5 @@ def test_the_command_writes_a_folder_and_refuses_to_overwrite_it(
 
 def test_an_unknown_format_lists_the_known_ones() -> None:
     parser = command_parser("export", export)
-    with pytest.raises(ArgumentError, match=r"open_clip.*hugging_face.*onnx"):
+    with pytest.raises(InputError, match=r"open_clip.*hugging_face.*onnx"):
         parser.parse_args(["last.ckpt", "--format", "tflite", "--output", "other"])

@@ -1,10 +1,8 @@
 """LightningCLI without what it does to the user's settings, seeds and interrupts."""
 
 import re
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
-from jsonargparse import Namespace
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 
 from lit_clip.errors import InputError
@@ -31,15 +29,6 @@ class PlainCLI(LightningCLI):
         """The parser of each command; empty before they are made."""
         return getattr(self, "_subcommand_parsers", {})
 
-    def parsed_alone(self, subcommand: str | None, words: list[str]) -> Any:
-        """Parse by the command's parser alone; the one above it would check every value once more."""
-        if not subcommand:
-            return self.parser.parse_args(words)
-        parser = self.parsers[subcommand]
-        vars(parser).pop("parent_parser", None)  # to which it would leave --print_config
-        parsed = parser.parse_args(words[words.index(subcommand) + 1 :])
-        return Namespace({"subcommand": subcommand, subcommand: parsed})
-
     def how_to_resume(self) -> str:
         """Return what an interrupted run has saved, for messages."""
         return ""
@@ -50,14 +39,6 @@ class PlainCLI(LightningCLI):
         parser: Any = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
         parser.command = f"lit-clip {subcommand}"
         return parser
-
-    def dumping(self) -> AbstractContextManager[Any]:
-        """Return the context in which the settings that modules get as hyper-parameters are written."""
-        return nullcontext()
-
-    def _dump_config(self) -> None:
-        with self.dumping():
-            super()._dump_config()
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning lets a checkpoint's hyper-parameters override typed options."""

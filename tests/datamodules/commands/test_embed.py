@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import subprocess
-from argparse import ArgumentError
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,7 +21,6 @@ from lit_clip.embedding.image_files import find_images
 from lit_clip.embedding.reading import EncoderBatch
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, VisionTransformerConfig
-from lit_clip.tools.messages import one_line
 from lit_clip.weights.fingerprint import fingerprint
 from tests.conftest import lit_clip_command
 from tests.helpers import forks
@@ -249,9 +247,9 @@ def test_an_interrupted_run_is_not_resumed_in_another_precision(
 
 
 def test_an_unknown_precision_is_one_line_that_lists_the_choices() -> None:
-    with pytest.raises(ArgumentError) as raised:
+    with pytest.raises(InputError) as raised:
         embed("photos", "--model", "last.ckpt", "--output", "features.npy", "--precision", "bf16-true")
-    assert one_line(raised.value).startswith("precision: wants 32-true, 16-mixed or bf16-mixed, not bf16-true")
+    assert str(raised.value).startswith("precision: wants 32-true, 16-mixed or bf16-mixed, not bf16-true")
 
 
 def test_bad_images_are_an_error_or_are_counted_and_listed(

@@ -16,7 +16,7 @@ MODULES = {
     "weights": (*("weight_files", "checkpoints", "open_clip_folders", "open_clip_runs", "hugging_face_folders"),),
     "shards": ("sharded_checkpoints",),
     "heads": ("heads", "examples"),
-    "settings": ("fit_yaml", "resumed_checkpoints"),
+    "settings": ("resumed_checkpoints",),
     "words": ("captions", "cards"),
     "evaluation": ("suites", "results", "annotations"),
     "remote": ("hub",),

@@ -1,22 +1,19 @@
-"""The command line: YAML files of `fit`, and checkpoints that runs are validated with and resumed from."""
+"""The command line: checkpoints that runs are validated with and resumed from."""
 
-import io
 import json
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from functools import cache
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from hypothesis import strategies as st
 from lightning.pytorch.cli import LightningCLI
 
 from lit_clip.cli.main import _run
-from tests.fuzz.inputs import SECRET, SECRET_NAME, Input, Inputs, damaged, edited_json
+from tests.fuzz.inputs import Input, Inputs, edited_json
 from tests.fuzz.samples import table_images
 from tests.fuzz.target import Target
 from tests.fuzz.targets.weights import HOSTILE, save_checkpoint
@@ -83,25 +80,6 @@ def fit_trees() -> dict[str, Any]:
     }
 
 
-DOUBLED = {"e0": "x" * 10, **{f"e{i}": f"${{.e{i - 1}}}${{.e{i - 1}}}" for i in range(1, 40)}}
-REFERENCES = (
-    f"${{oc.env:{SECRET_NAME}}}",
-    f"https://me:${{oc.env:{SECRET_NAME},none}}@host/t.csv?token=${{oc.env:{SECRET_NAME}}}",
-    "${data.init_args.train}",
-    "${.}",
-    "${" * 50,
-    DOUBLED,
-    {"a": {"x": "${..b}"}, "b": {"y": "${..a}"}},
-    {"e0": ["x"] * 9, **{f"e{i}": [f"${{..e{i - 1}}}"] * 9 for i in range(1, 12)}},
-)
-
-
-def fit_inputs() -> Inputs:
-    whole = {name: json.dumps(tree, indent=1).encode() for name, tree in fit_trees().items()}
-    trees = edited_json(fit_trees, REFERENCES, most=2)
-    return st.one_of(trees, trees, trees, damaged(lambda: whole))
-
-
 def command(*words: str) -> None:
     """Run `lit-clip` in this process, up to what its exit code would be made from.
 
@@ -118,16 +96,6 @@ def command(*words: str) -> None:
         except SystemExit as end:
             if end.code:
                 raise
-
-
-def plan_fit(folder: Path, given: Input) -> Iterator[str]:
-    """Read a YAML file, and print its settings or the plan of its run."""
-    write_data(folder)
-    (folder / given.name).write_bytes(given.data)
-    with redirect_stdout(io.StringIO()) as output:
-        command("fit", "--config", given.name, "--print_config" if sum(given.data) % 4 == 0 else "--print_plan")
-    assert SECRET not in output.getvalue(), "a secret in the output"
-    yield "used"
 
 
 @cache
@@ -184,5 +152,4 @@ def use_run(folder: Path, given: Input) -> Iterator[str]:
     yield "used"
 
 
-fit_yaml = Target(fit_inputs, plan_fit, named=False, own=True)
 resumed_checkpoints = Target(run_inputs, use_run)

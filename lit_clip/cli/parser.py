@@ -1,0 +1,118 @@
+"""The parser of a command that takes ``--config``: Lightning's, with packaged configurations and our messages."""
+
+import argparse
+import json
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any
+
+import lightning
+import yaml
+from jsonargparse import ActionConfigFile, Namespace  # pyright: ignore[reportPrivateImportUsage]  # it is documented
+
+# jsonargparse 4.53: the only way to read what is given before it is complete. Lightning reads it above the defaults at
+# once, so that a checkpoint's settings could only come before both or after both.
+from jsonargparse._common import parser_context
+from lightning.pytorch.cli import LightningArgumentParser
+
+from lit_clip import secrets
+from lit_clip.cli.plain_help import PlainHelp, short_help
+from lit_clip.errors import InputError
+from lit_clip.tools.option_errors import OptionParser, nested_parameters
+from lit_clip.tools.packaged import configuration_path
+from lit_clip.tools.text_files import read_yaml
+
+CONFIG = ("-c", "--config")
+DATA = "datamodules.Captions"  # whose options are suggested
+REFERENCE = "${"  # OmegaConf's
+
+
+class ConfigFile(ActionConfigFile):
+    """``--config FILE``, or the name of a packaged configuration."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        path = configuration_path(values, option_string or CONFIG[1])
+        # The parser names no file in its errors, and takes the second of two equal keys.
+        if not isinstance(read_yaml(path), dict):
+            raise InputError(f"{path}: not a YAML mapping of options; see --print_config")
+        self.apply_config(parser, cfg, self.dest, path)
+
+
+class Parser(OptionParser, LightningArgumentParser):
+    """Lightning's, with plain help, one-line errors, and settings that are written as they were typed."""
+
+    typed: Mapping[str, Any] = {}  # with their references, such as ``${oc.env:NAME}``
+
+    def __init__(self, **options: Any) -> None:
+        ours = {"parser_mode": "omegaconf+", "exit_on_error": False, "allow_abbrev": False, "print_config": None}
+        super().__init__(**{"formatter_class": PlainHelp, **ours, **options})
+
+    @classmethod
+    def of_command(cls, command: str) -> "Parser":
+        """Return the parser of a whole command line."""
+        parser = cls(dump_header=[f"lightning.pytorch=={lightning.__version__}"])
+        parser.command = command
+        parser.add_argument(*CONFIG, action=ConfigFile, help="YAML file, or the name of a packaged one.")
+        what = "Print the configuration after applying all other arguments, and exit."
+        parser.add_argument(
+            "--print_config", nargs="?", const="", default=argparse.SUPPRESS, metavar="FLAGS", help=what
+        )
+        return parser
+
+    def format_help(self, *args: Any, **options: Any) -> str:
+        if not self.command or ("--help", "all") in pairwise(self.args):
+            return super().format_help(*args, **options)
+        return short_help(self.command)
+
+    def options(self) -> list[str]:
+        known = [name for name in super().options() if name != "--trainer.min_epochs"]  # --epochs is the other
+        return [*known, *(f"--data.{name}" for name in nested_parameters(DATA))]
+
+    def given(self, words: Sequence[str], before: Namespace | None = None) -> Namespace:
+        """Return the settings that are typed and in the files of ``--config``, alone, and ``before`` below them."""
+        with parser_context(lenient_check=True):
+            return self.parse_args(words, namespace=before, defaults=False)
+
+    def complete(self, given: Namespace) -> Namespace:
+        """Return checked settings: those given above the defaults; references are resolved."""
+        self.typed = self.plain(given)
+        _check_whole(self.typed)
+        return self.parse_object(given)
+
+    def plain(self, settings: Namespace, **options: Any) -> dict[str, Any]:
+        """Return settings as plain values."""
+        how = {"skip_validation": True, "skip_unset": False, **options}
+        return json.loads(self.dump(settings, format="json", **how))
+
+    def as_typed(self, settings: Namespace, **options: Any) -> dict[str, Any]:
+        """Return plain settings for a configuration that repeats a run: references as typed, and no passwords."""
+        return _as_typed(self.plain(settings, **options), self.typed)
+
+    def written(self, settings: Namespace, **options: Any) -> str:
+        """Return the text of :meth:`as_typed`."""
+        header = "".join(f"# {line}\n" for line in self.dump_header or ())
+        return header + yaml.safe_dump(self.as_typed(settings, **options), sort_keys=False, allow_unicode=True)
+
+
+def _as_typed(value: Any, typed: Any) -> Any:
+    if isinstance(value, dict):
+        others = typed if isinstance(typed, dict) else {}
+        return {key: _as_typed(each, others.get(key)) for key, each in value.items()}
+    if isinstance(typed, str) and REFERENCE in typed:
+        return secrets.without_secrets(typed)
+    if isinstance(value, list):
+        others = typed if isinstance(typed, list) and len(typed) == len(value) else [None] * len(value)
+        return [_as_typed(each, other) for each, other in zip(value, others, strict=True)]
+    return secrets.without_secrets(value) if isinstance(value, str) else value
+
+
+def _check_whole(settings: Any, option: str = "") -> None:
+    """Refuse a saved configuration's address whose password was not saved."""
+    if isinstance(settings, str) and secrets.is_hidden(settings):
+        raise InputError(
+            f"{option}: *** stands for a secret that was not saved; type --{option} with it, or with "
+            "${oc.env:NAME} in its place"
+        )
+    lists = enumerate(settings) if isinstance(settings, list) else ()
+    for key, value in settings.items() if isinstance(settings, dict) else lists:
+        _check_whole(value, option if key == "init_args" else f"{option}.{key}".lstrip("."))
