@@ -16,7 +16,7 @@ from lit_clip.errors import require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.layers import SCALARS
 from lit_clip.module import LitCLIP
-from lit_clip.tools.untrusted import check_entries
+from lit_clip.tools.untrusted import Count, convert, entries
 from .throughput import log_interval, samples_of
 
 STUCK = 0.99  # of the baseline: a loss above it has learned nothing
@@ -68,8 +68,8 @@ class TrainingMonitor(Callback):
         return {"samples_seen": self._samples_seen}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_entries(state_dict, {"samples_seen": int}, "callbacks.TrainingMonitor")
-        self._samples_seen = state_dict["samples_seen"]
+        saved = convert(state_dict, entries({"samples_seen": Count}), "callbacks.TrainingMonitor")
+        self._samples_seen = saved["samples_seen"]
 
     @torch.no_grad()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:

@@ -19,7 +19,7 @@ from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.module import TrainingStep
 from lit_clip.tools import hardware
-from lit_clip.tools.untrusted import check_entries
+from lit_clip.tools.untrusted import Count, convert, entries
 from lit_clip.training.lightning.loop_counts import validation_due
 from lit_clip.training.lightning.run_folder import run_folder
 from lit_clip.training.lightning.signals import signal_of
@@ -91,8 +91,7 @@ class NonFiniteSteps(Callback):
         return {"steps": self.steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_entries(state_dict, {"steps": int}, "callbacks.NonFiniteSteps")
-        self.steps = state_dict["steps"]
+        self.steps = convert(state_dict, entries({"steps": Count}), "callbacks.NonFiniteSteps")["steps"]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._unread = None

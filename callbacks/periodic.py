@@ -15,7 +15,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.module import LitCLIP
 from lit_clip.retrieval.retrieval_set import Evaluation
-from lit_clip.tools.untrusted import check_entries
+from lit_clip.tools.untrusted import Count, convert, entries
 from lit_clip.training.lightning.fsdp import whole_weights
 
 Result = TypeVar("Result")
@@ -65,8 +65,8 @@ class PeriodicEvaluation(Callback):
         return {"metrics": self._last.metrics, "baselines": self._last.baselines, "waited": self._waited}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        types = {"metrics": dict[str, object], "baselines": dict[str, object], "waited": int}
-        check_entries(state_dict, types, f"callbacks.{type(self).__name__}")
+        types = {"metrics": dict[str, object], "baselines": dict[str, object], "waited": Count}
+        convert(state_dict, entries(types, total=True), f"callbacks.{type(self).__name__}")
         self._last = Evaluation(dict(state_dict["metrics"]), dict(state_dict["baselines"]))
         self._waited = state_dict["waited"]
 

@@ -9,7 +9,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
-from lit_clip.tools.untrusted import check_entries
+from lit_clip.tools.untrusted import convert, entries
 from lit_clip.training.lightning.run_folder import curves, run_folder
 from lit_clip.training.summary import print_next_steps, print_preferred, print_summary
 
@@ -51,8 +51,8 @@ class PrintResults(Callback):
         return {"validations": [list(each) for each in self._validations]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_entries(state_dict, {"validations": list[tuple[int, float, float]]}, type(self).__name__)
-        self._validations = [Validation(*each) for each in state_dict.get("validations", [])]
+        saved = convert(state_dict, entries({"validations": list[Validation]}), type(self).__name__)
+        self._validations = saved.get("validations", [])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for saver in trainer.checkpoint_callbacks if trainer.global_step > self._first_step else ():

@@ -41,7 +41,7 @@ from lit_clip.tools.console import Console
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.html import thumbnail
 from lit_clip.tools.parts import instantiate
-from lit_clip.tools.untrusted import check_entries
+from lit_clip.tools.untrusted import convert, entries
 from lit_clip.tools.weight_files import read_mapped
 from lit_clip.training.lightning.fsdp import FSDP
 from lit_clip.training.lightning.run_folder import run_folder, shown
@@ -105,7 +105,7 @@ class Proof(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         types = {"start": str, "before": dict[str, object], "curves": dict[str, list[tuple[int, float]]]}
-        check_entries(state_dict, types, "callbacks.Proof", complete=True)
+        convert(state_dict, entries(types, total=True), "callbacks.Proof")
         self._start, self._curves = state_dict["start"], dict(state_dict["curves"])
         self._before = {name: Measured.from_state(each, name) for name, each in state_dict["before"].items()}
 

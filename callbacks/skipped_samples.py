@@ -13,7 +13,7 @@ from lit_clip import distributed
 from lit_clip.batch import JUDGED_AFTER, CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.tools.hashing import hash64
-from lit_clip.tools.untrusted import check_entries
+from lit_clip.tools.untrusted import Count, convert, entries
 from lit_clip.training.lightning.run_folder import run_folder
 
 FILE = "skipped.jsonl"
@@ -141,7 +141,7 @@ class SkippedSamples(Callback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if saved := checkpoint.get("skipped_samples"):
-            check_entries(saved, {"drawn": int, "counts": dict[str, int]}, "skipped_samples")
+            convert(saved, entries({"drawn": Count, "counts": dict[str, Count]}, total=True), "skipped_samples")
             self.training.drawn, self.training.counts = saved["drawn"], Counter(saved["counts"])
 
     def _join(self, trainer: Trainer, tally: Tally, stage: str) -> None:

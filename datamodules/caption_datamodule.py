@@ -18,7 +18,7 @@ from lit_clip.errors import require
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
-from lit_clip.tools.untrusted import check_entries, shortened
+from lit_clip.tools.untrusted import Count, convert, entries, shortened
 from lit_clip.tools.workers import SharedMemoryCollate, shield_worker
 from lit_clip.training.lightning.strategies import divides_samples
 from .loading.augmentation import Augmentation, TrainingTransform, Transform, check_transforms
@@ -215,7 +215,8 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         return {**position._asdict(), "settings": settings}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        check_entries(state_dict, {"epoch": int, "batch": int, "settings": dict[str, Any]}, type(self).__name__)
+        types = {"epoch": Count, "batch": Count, "settings": dict[str, Any]}
+        convert(state_dict, entries(types), type(self).__name__)
         require(not state_dict or {*Position._fields, "settings"} <= state_dict.keys(), "holds no position in the data")
         self._resumed = state_dict
 

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lit_clip.batch import JUDGED_AFTER
 from lit_clip.distributed import gather_objects
 from lit_clip.errors import InputError, require
-from lit_clip.tools.untrusted import check_entries, shortened
+from lit_clip.tools.untrusted import convert, shortened
 from .caption_datamodule import CaptionDataModule
 from .loading.augmentation import Augmentation, Transform
 from .loading.bad_samples import BadSamples
@@ -165,9 +165,8 @@ class Captions(CaptionDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Open the data again as they were, if an address in them has changed since the checkpoint was saved."""
         super().load_state_dict(state_dict)
-        check_entries(state_dict, {"versions": dict[str, str]}, type(self).__name__)
+        saved = convert(state_dict.get("versions", {}), dict[str, str], f"{type(self).__name__}.versions")
         opened = self._opened_versions()
-        saved = state_dict.get("versions", {})
         fitting = self.trainer is not None and self.trainer.state.fn == TrainerFn.FITTING
         if fitting and any(saved.get(name, version) != version for name, version in opened.items()):
             self._versions = {**opened, **saved}

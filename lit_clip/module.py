@@ -6,7 +6,7 @@ from typing import Any, NamedTuple, TypedDict
 from torch import Tensor
 
 from lit_clip.batch import CaptionBatch
-from lit_clip.errors import require
+from lit_clip.errors import InputError
 from lit_clip.losses.contrastive import at_least_float32
 from lit_clip.losses.loss import Loss, evaluate_loss
 from lit_clip.losses.pairwise import default_loss
@@ -15,13 +15,13 @@ from lit_clip.models.finetuning import Freeze
 from lit_clip.models.lora import LoRA
 from lit_clip.models.rates import Rates
 from lit_clip.retrieval.retrieval_set import MEAN_RECALL, RetrievalSet, token_hashes
-from lit_clip.tools.untrusted import coerced
+from lit_clip.tools.untrusted import convert, from_plain
 from lit_clip.training.micro_batches import encode_pairs, encode_step, placeholder
 from lit_clip.training.optimizers import Optimization, OptimizerFactory, PaperAdamW
 from lit_clip.training.param_groups import EXCEPT_GAINS_AND_BIASES, Decays
 from lit_clip.training.run_hooks import RunHooks
 from lit_clip.training.schedules import ScheduleFactory, WarmupCosine
-from lit_clip.weights.checkpoints import check_settings, saved_settings
+from lit_clip.weights.checkpoints import PlainSettings, saved_settings
 from lit_clip.weights.load import create_model, whole_name
 
 
@@ -98,15 +98,14 @@ class LitCLIP(RunHooks):
     ) -> None:
         super().__init__()
         sizes = {"image_size": image_size, "context_length": context_length}
-        check_settings({**sizes, "micro_batch_size": micro_batch_size}, "model.")
-        require(
-            loss is None or isinstance(loss, Loss),
-            f"model.loss: {loss!r} is no loss; pass an object of a subclass of lit_clip.losses.Loss, as Contrastive()",
-        )
+        convert({**sizes, "micro_batch_size": micro_batch_size}, PlainSettings, "model")
+        if loss is not None and not isinstance(loss, Loss):
+            instead = "pass an object of a subclass of lit_clip.losses.Loss, as Contrastive()"
+            raise InputError(f"model.loss: {loss!r} is no loss; {instead}")
+        given = {"freeze": (Freeze, freeze), "rates": (Rates, rates), "lora": (LoRA, lora)}
         settings: dict[str, Any] = {
-            "freeze": coerced(Freeze, freeze, "model.freeze"),
-            "rates": coerced(Rates, rates, "model.rates"),
-            "lora": coerced(LoRA, lora, "model.lora"),
+            name: value if value is None else from_plain(kind, value, f"model.{name}")
+            for name, (kind, value) in given.items()
         }
         self.optimization = Optimization(optimizer, lr_scheduler, decay, settings["rates"])
         self.model = create_model(architecture, pretrained, image_size, context_length)
@@ -117,7 +116,6 @@ class LitCLIP(RunHooks):
         saved = saved_settings(self.model, settings, sizes, base)
         self.save_hyperparameters(saved | {"micro_batch_size": micro_batch_size})
         self.last_step: TrainingStep | None = None
-        self._validated = RetrievalSet()
 
     def forward(self, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
         """Return unit features ``[B, D]`` of images and captions, float32."""

@@ -1,12 +1,11 @@
 """An approximate index of files of features, which keeps up with them as files are added."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
+import msgspec
 import numpy as np
 
 from lit_clip.embedding.feature_files import WRITE_AGAIN, StoredFeatures, read_features
@@ -16,8 +15,7 @@ from lit_clip.tools.atomic import not_written, replacing
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import progress
 from lit_clip.tools.hashing import sha256_of_file
-from lit_clip.tools.reading import naming, reading
-from lit_clip.tools.untrusted import check_entries
+from lit_clip.tools.reading import reading
 from lit_clip.tools.workers import usable_cores
 
 if TYPE_CHECKING:
@@ -26,7 +24,6 @@ if TYPE_CHECKING:
 AGAIN = "wait if lit-clip index is writing there, or else build another index under a new name"
 CONNECTIVITY = 32  # links of a node on each level but the lowest, where there are twice as many
 SUFFIX = ".usearch"
-FORMAT = "lit-clip index 1"
 BUILDING = 128  # nodes kept in view while a row's neighbours are looked for
 RESCORED = 4  # rows compared exactly for each row to find
 ROWS, QUERIES = 8_192, 256  # added, and answered, at once
@@ -34,8 +31,7 @@ FIRST = 1_000  # rows that one thread adds; of 400 that several add, one of a hu
 TOLERANCE = 0.05  # between the cosines of float32 and of int8
 
 
-@dataclass(frozen=True)
-class IndexedFile:
+class IndexedFile(msgspec.Struct, frozen=True):
     """A file of features as it was when its rows were added; a ``.npy`` file has its keys in a second one."""
 
     name: str  # in the index's folder
@@ -52,6 +48,13 @@ class IndexedFile:
     def is_still(self, path: Path) -> bool:
         """Return whether a file has the same content."""
         return self.stamps == _stamps(path) or self.sha256 == [sha256_of_file(each) for each in _files(path)]
+
+
+class _Facts(msgspec.Struct):
+    """What is beside an index: its version, and the files that it is of."""
+
+    format: Literal["lit-clip index 1"]
+    files: Annotated[list[IndexedFile], msgspec.Meta(min_length=1)]
 
 
 class ApproximateIndex:
@@ -154,9 +157,9 @@ def _with_rows(path: Path, paths: Sequence[Path]) -> ApproximateIndex:
                 graph.add(keys[part], _int8(rows[part]), threads=threads)
             count += len(rows)
             advance(len(rows))
-    files = [asdict(file) for file in [*(old.files if old else []), *stamped]]
+    written = msgspec.json.encode(_Facts("lit-clip index 1", [*(old.files if old else []), *stamped]))
     with replacing(_facts(path)) as facts, replacing(path) as draft:
-        facts.write_text(json.dumps({"format": FORMAT, "files": files}, indent=1))
+        facts.write_bytes(written)
         try:
             graph.save(draft)
         except RuntimeError as error:  # of a full disk
@@ -202,16 +205,11 @@ def _read_facts(path: Path) -> list[IndexedFile]:
     """Read which files an index is of."""
     facts = _facts(path)
     with reading(facts, "list of an index's files", hint=AGAIN):
-        values = json.loads(facts.read_text(encoding="utf-8"))
-    kinds = {"name": str, "stamps": list[list[int]], "sha256": list[str]}
-    with naming(facts):
-        check_entries(values, {"format": str, "files": list[dict[str, Any]]}, complete=True)
-        require(values["format"] == FORMAT and bool(values["files"]), f"not an index of this version; {AGAIN}")
-        for entry in values["files"]:
-            check_entries(entry, kinds, "files", complete=True)
-            plain = Path(entry["name"]).name == entry["name"] not in ("", "..") and "\0" not in entry["name"]
-            require(plain, f"files: {entry['name']!r}: must be the name of a file beside the index")
-    return [IndexedFile(**{name: entry[name] for name in kinds}) for entry in values["files"]]
+        files = msgspec.json.decode(facts.read_bytes(), type=_Facts).files
+    for name in (each.name for each in files):
+        beside = Path(name).name == name not in ("", "..") and "\0" not in name
+        require(beside, f"{facts}: files: {name!r}: must be the name of a file beside the index")
+    return files
 
 
 def _files(path: Path) -> list[Path]:

@@ -36,7 +36,7 @@ def check_encoder_options(words: Sequence[str]) -> None:
     typed = [each for each in found if each]
     for file in _look(words)[1] if typed else ():
         model = file.get("model")
-        model = model.get("init_args", model) if isinstance(model, Mapping) else {}
+        model = model.get("init_args") or model if isinstance(model, Mapping) else {}
         architecture = model.get("architecture")
         for option in typed if isinstance(architecture, Mapping) else ():
             encoder = architecture.get(option[1]) or {}

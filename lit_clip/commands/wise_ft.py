@@ -24,7 +24,6 @@ from lit_clip.tools.messages import one_line
 from lit_clip.tools.option_errors import OptionParser
 from lit_clip.tools.reading import naming
 from lit_clip.tools.text_files import read_yaml
-from lit_clip.tools.untrusted import matches_type
 from lit_clip.training.lightning.checkpoint_io import WholeCheckpointIO
 from lit_clip.weights.checkpoints import saved_tokenizer
 from lit_clip.weights.load import load_model
@@ -119,9 +118,8 @@ def _read_alphas(words: str, chosen: float | None) -> list[float]:
 def read_sets(path: str) -> dict[str, ZeroShotSet]:
     """Read a YAML file of zero-shot sets: name -> ``images`` (a class with its arguments) and ``templates``."""
     values = read_yaml(path, "--sets")
-    require(
-        matches_type(values, dict[str, object]), f"--sets: {path}: must hold sets by name: {{name: {{images: ...}}}}"
-    )
+    if not (isinstance(values, dict) and all(isinstance(name, str) for name in values)):
+        raise InputError(f"--sets: {path}: must hold sets by name: {{name: {{images: ...}}}}")
     parser = OptionParser(exit_on_error=False)
     parser.add_argument("--sets", type=dict[str, ZeroShotSet], required=True)
     with naming(path):

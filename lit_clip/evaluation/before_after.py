@@ -18,7 +18,7 @@ from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.retrieval.metrics import PairIndices, pair_scores, retrieval_ranks, similarities
 from lit_clip.retrieval.retrieval_set import token_hashes
 from lit_clip.tools.hashing import hex_digest
-from lit_clip.tools.untrusted import check_entries
+from lit_clip.tools.untrusted import convert, entries
 
 HELD_OUT, NEIGHBOURS, CONFIDENCE = "held-out", 10, 0.95
 JUDGED = ("R@1", "top-1")  # a line says if one is worse
@@ -48,8 +48,7 @@ class Measured(NamedTuple):
     def from_state(cls, state: Any, where: str) -> "Measured":
         """Return what a checkpoint holds; anything else is an :class:`InputError`."""
         types = {"digest": str, "scores": dict[str, Tensor], "more": dict[str, Tensor]}
-        check_entries(state, types, where, complete=True)
-        return cls(**{name: state[name] for name in types})
+        return cls(**convert(state, entries(types, total=True), where))
 
 
 class Row(NamedTuple):

@@ -15,7 +15,7 @@ from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.hashing import hex_digest, sha256_of_file
 from lit_clip.tools.text_files import read_json
-from lit_clip.tools.untrusted import check_entries, shortened
+from lit_clip.tools.untrusted import Count, convert, entries
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import Fingerprint
 
@@ -99,7 +99,7 @@ class Results:
         if not isinstance(saved, dict) or saved.get("key") != key:
             return None
         try:
-            _check_task(saved.get("result"), "result")
+            convert(saved.get("result"), _TASK, "result")
         except InputError:  # damaged
             return None
         if not all((self.folder / file).is_file() for file in saved["result"].get("files", [])):
@@ -146,56 +146,35 @@ def read_results(path: Path) -> dict[str, Any]:
     if not isinstance(results, dict) or not {"sets", "model"} <= results.keys():
         raise InputError(f"{path}: not the results.json of lit-clip evaluate")
     try:
-        _check(results)
+        convert(results, _RESULTS)
     except InputError as error:
         raise InputError(f"{path}: not the results.json of lit-clip evaluate, or damaged ({error})") from error
     return results
 
 
 # What the table and the report of a comparison read, hours later; they check by themselves whether a number is one.
-_HEAD = {"sets": dict[str, dict[str, object]], "model": dict[str, object], "suite": list[dict[str, object]]}
-_ENTRY = {
-    **dict.fromkeys(("status", "reason", "how_to_get", "note", "metric", "paper"), str),
-    "splits": dict[str, dict[str, object]],
-    "tasks": dict[str, dict[str, object]],
-    "prompts": dict[str, object],
-}
-_SPLIT = {"images": int, "absent": int, "skipped": list[tuple[str, str]]}
-_TASK = {
-    "metrics": dict[str, object],
-    "intervals": dict[str, object],
-    **dict.fromkeys(("predictions", "predictions_sha256", "judged"), str),
-    "search": list[tuple[float, object]],
-    **dict.fromkeys(("shots", "head"), list[tuple[int, list[object]]]),
-    "confusions": list[tuple[object, object, object]],
-    "confusion_matrix": list[list[int]],
-    "thresholds": dict[str, object],
-    "given": list[str],
-    "notes": list[str],
-    "files": list[str],
-    "errors": list[dict[str, object]],
-    "iou": list[tuple[str, object, object, int]],
-    "queries": int,
-    "captions": int,
-    "references": int,
-}
-
-
-def _check(results: Mapping[str, Any]) -> None:
-    check_entries(results, _HEAD)
-    for name, entry in results["sets"].items():
-        where = f"sets.{shortened(name)}"
-        check_entries(entry, _ENTRY, where)
-        check_entries(entry.get("prompts", {}), {"texts": int}, f"{where}.prompts")
-        for split, counts in entry.get("splits", {}).items():
-            check_entries(counts, _SPLIT, f"{where}.splits.{shortened(split)}")
-        for task, result in entry.get("tasks", {}).items():
-            _check_task(result, f"{where}.tasks.{shortened(task)}")
-
-
-def _check_task(result: Any, where: str) -> None:
-    check_entries(result, _TASK, where)
-    lines = {"classes": list[tuple[str, float, int, float, float, float]]}
-    check_entries(result.get("thresholds", {}), lines, f"{where}.thresholds")
-    for error in result.get("errors", []):
-        check_entries(error, {"nearest": list[tuple[object, object]]}, f"{where}.errors")
+_TASK = entries(
+    {
+        **dict.fromkeys(("metrics", "intervals"), dict[str, object]),
+        **dict.fromkeys(("predictions", "predictions_sha256", "judged"), str),
+        **dict.fromkeys(("queries", "captions", "references"), Count),
+        **dict.fromkeys(("given", "notes", "files"), list[str]),
+        **dict.fromkeys(("shots", "head"), list[tuple[Count, list[object]]]),
+        "search": list[tuple[float, object]],
+        "confusions": list[tuple[object, object, object]],
+        "confusion_matrix": list[list[Count]],
+        "thresholds": entries({"classes": list[tuple[str, float, Count, float, float, float]]}),
+        "errors": list[entries({"nearest": list[tuple[object, object]]})],
+        "iou": list[tuple[str, object, object, Count]],
+    }
+)
+_SPLIT = entries({"images": Count, "absent": Count, "skipped": list[tuple[str, str]]})
+_SET = entries(
+    {
+        **dict.fromkeys(("status", "reason", "how_to_get", "note", "metric", "paper"), str),
+        "splits": dict[str, _SPLIT],
+        "tasks": dict[str, _TASK],
+        "prompts": entries({"texts": Count}),
+    }
+)
+_RESULTS = entries({"sets": dict[str, _SET], "model": dict[str, object], "suite": list[dict[str, object]]})

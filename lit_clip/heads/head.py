@@ -6,8 +6,10 @@ Shapes: B images, W features before the projection, D after it, C classes.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import torch
+from msgspec import Meta
 from PIL import Image
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
 from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.tools.images import open_image
+from lit_clip.tools.untrusted import Finite
 from lit_clip.weights.fingerprint import fingerprint
 
 NONE = "none of these"  # what an image may be called that shows none of a head's classes
@@ -49,9 +52,9 @@ class HeadFacts:
     names: list[str]
     templates: list[str]
     several: bool
-    none: float | None
-    none_error: float
-    examples: int
+    none: Finite | None
+    none_error: Annotated[float, Meta(ge=0, le=1)]
+    examples: Annotated[int, Meta(ge=0, le=2**53)]
 
 
 class Head(nn.Module):

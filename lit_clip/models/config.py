@@ -7,24 +7,31 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Annotated, Any, Literal, cast
 
-from lit_clip.errors import require
+from msgspec import Meta
+
+from lit_clip.errors import InputError
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
 from lit_clip.models.external_config import HuggingFaceTextConfig, HuggingFaceTokenizerConfig, TimmConfig
-from lit_clip.models.size import RANGES, Size, height_width, normalised
-from lit_clip.tools.untrusted import check_fields, coerced, from_plain, shortened
+from lit_clip.models.size import (
+    ContextLength,
+    Layers,
+    Ratio,
+    Side,
+    Size,
+    TokenID,
+    VocabSize,
+    Width,
+    height_width,
+    normalised,
+)
+from lit_clip.tools.untrusted import check_fields, from_plain, shortened
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
-# A grid of patches has sides of two bytes (lit_clip.models.patches).
-_PIXEL_RANGES: dict[str, tuple[float, float]] = {
-    "image_size": (1, 16384),
-    "patch_size": (2, 1024),
-    "max_patches": (1, 65535),
-    "std": (1e-6, 1e6),
-    "mean": (-1e6, 1e6),
-}
+Mean = Annotated[float, Meta(ge=-1e6, le=1e6)]
+Deviation = Annotated[float, Meta(ge=1e-6, le=1e6)]
 
 
 @dataclass
@@ -46,27 +53,24 @@ class Preprocessing:
     """
 
     image_size: Size = 224
-    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+    mean: tuple[Mean, Mean, Mean] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[Deviation, Deviation, Deviation] = (0.26862954, 0.26130258, 0.27577711)
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     resize_mode: Literal["shortest", "squash"] = "shortest"
-    crop_pct: float = 1.0
-    max_patches: int | None = None
-    patch_size: int | None = None
+    crop_pct: Annotated[float, Meta(gt=0, le=1)] = 1.0
+    max_patches: Annotated[int, Meta(ge=1, le=65535)] | None = None
+    patch_size: Annotated[int, Meta(ge=2, le=1024)] | None = None
 
     def __post_init__(self) -> None:
-        where = "architecture: preprocessing"
-        check_fields(self, where, _PIXEL_RANGES)
+        where = "architecture.preprocessing"
+        check_fields(self, where)
         if self.max_patches is not None:
-            patch = self.patch_size or 0
-            require(patch >= 2, f"{where}.patch_size: {self.patch_size} must be at least 2 with max_patches")
-            self.image_size = math.isqrt(self.max_patches) * patch
-        else:
-            require(self.patch_size is None, f"{where}.patch_size: is for NaFlex; set max_patches too")
-        (r, g, b), (r_std, g_std, b_std) = self.mean, self.std
-        self.mean, self.std = (r, g, b), (r_std, g_std, b_std)  # JSON gives lists
+            if self.patch_size is None:
+                raise InputError(f"{where}.patch_size: must be set with max_patches, to at least 2")
+            self.image_size = math.isqrt(self.max_patches) * self.patch_size
+        elif self.patch_size is not None:
+            raise InputError(f"{where}.patch_size: is for NaFlex; set max_patches too")
         self.image_size = normalised(self.image_size)
-        require(0 < self.crop_pct <= 1, f"{where}.crop_pct {self.crop_pct} must be above 0 and at most 1")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -77,8 +81,9 @@ class Preprocessing:
 
 
 def _check_heads(config: "VisionTransformerConfig | TextTransformerConfig", where: str) -> None:
-    problem = f"width {config.width} is not a multiple of heads {config.heads}; the paper uses width / 64 heads"
-    require(config.width % config.heads == 0, f"{where}: {problem}")
+    if config.width % config.heads:
+        problem = f"width {config.width} is not a multiple of heads {config.heads}; the paper uses width / 64 heads"
+        raise InputError(f"{where}: {problem}")
 
 
 @dataclass
@@ -100,24 +105,24 @@ class VisionTransformerConfig:
     """
 
     image_size: Size = 224
-    patch_size: int = 32
-    width: int = 768
-    layers: int = 12
-    heads: int = 12
-    mlp_ratio: float = 4.0
+    patch_size: Side = 32
+    width: Width = 768
+    layers: Layers = 12
+    heads: Width = 12
+    mlp_ratio: Ratio = 4.0
     ln_pre: bool = True
     pool: Literal["class", "mean", "attention"] = "class"
-    pool_queries: int = 256
-    pool_heads: int = 8
+    pool_queries: Width = 256
+    pool_heads: Width = 8
 
     def __post_init__(self) -> None:
         where = "architecture.image"
-        check_fields(self, where, RANGES)
+        check_fields(self, where)
         self.image_size = normalised(self.image_size)
         _check_heads(self, where)
-        whole = not any(side % self.patch_size for side in height_width(self.image_size))
-        problem = f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
-        require(whole, f"{where}: {problem}; the rest of the image would be lost")
+        if any(side % self.patch_size for side in height_width(self.image_size)):
+            problem = f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
+            raise InputError(f"{where}: {problem}; the rest of the image would be lost")
 
 
 @dataclass
@@ -130,18 +135,18 @@ class ResNetConfig:
         image_size: input size in pixels, a multiple of 32.
     """
 
-    layers: tuple[int, int, int, int]
-    width: int = 64
+    layers: tuple[Layers, Layers, Layers, Layers]
+    width: Width = 64
     image_size: Size = 224
 
     def __post_init__(self) -> None:
         where = "architecture.image"
-        check_fields(self, where, RANGES)
-        a, b, c, d = self.layers
-        self.layers, self.image_size = (a, b, c, d), normalised(self.image_size)
-        require(self.width % 2 == 0, f"{where}: width {self.width} must be even: heads are width / 2")
-        whole = not any(side < 32 or side % 32 for side in height_width(self.image_size))
-        require(whole, f"{where}: image_size {self.image_size} is not a multiple of 32, the ResNet's stride")
+        check_fields(self, where)
+        self.image_size = normalised(self.image_size)
+        if self.width % 2:
+            raise InputError(f"{where}: width {self.width} must be even: heads are width / 2")
+        if any(side < 32 or side % 32 for side in height_width(self.image_size)):
+            raise InputError(f"{where}: image_size {self.image_size} is not a multiple of 32, the ResNet's stride")
 
 
 @dataclass
@@ -166,28 +171,29 @@ class TextTransformerConfig:
         eos_id: id of the end of text, for ``pool: eos``.
     """
 
-    context_length: int = 77
-    vocab_size: int = 49408
-    width: int = 512
-    layers: int = 12
-    heads: int = 8
-    mlp_ratio: float = 4.0
+    context_length: ContextLength = 77
+    vocab_size: VocabSize = 49408
+    width: Width = 512
+    layers: Layers = 12
+    heads: Width = 8
+    mlp_ratio: Ratio = 4.0
     causal: bool = True
     projection: bool = True
     projection_bias: bool = False
-    layer_norm_eps: float = 1e-5
+    layer_norm_eps: Annotated[float, Meta(ge=0, le=1)] = 1e-5
     tokenizer: HuggingFaceTokenizerConfig | None = None
     pool: Literal["argmax", "eos", "last", "class"] | None = None
-    eos_id: int = 2
+    eos_id: TokenID = 2
 
     def __post_init__(self) -> None:
         where = "architecture.text"
         if self.pool is None:
             self.pool = "argmax" if self.causal is True else "last"
-        check_fields(self, where, RANGES)
+        check_fields(self, where)
         _check_heads(self, where)
-        known = self.pool != "class" or (self.causal and self.tokenizer is None)
-        require(known, f"{where}: pool class needs a causal encoder and CLIP's own tokenizer, whose padding is known")
+        if self.pool == "class" and not (self.causal and self.tokenizer is None):
+            needs = "pool class needs a causal encoder and CLIP's own tokenizer, whose padding is known"
+            raise InputError(f"{where}: {needs}")
 
     @property
     def padding_read(self) -> int:
@@ -210,11 +216,10 @@ def _image(values: Any) -> ImageConfig:
 
 def _text(values: Any) -> TextConfig:
     where, keys = "architecture.text", values if isinstance(values, Mapping) else {}
-    for key, kind in (("class_path", CustomTextConfig), ("hugging_face", HuggingFaceTextConfig)):
-        if key in keys:
-            return from_plain(kind, values, where)
-    tokenizer = coerced(HuggingFaceTokenizerConfig, keys.get("tokenizer"), f"{where}.tokenizer")
-    return from_plain(TextTransformerConfig, {**keys, "tokenizer": tokenizer} if keys else values, where)
+    kinds = {"class_path": CustomTextConfig, "hugging_face": HuggingFaceTextConfig}
+    if keys.get("tokenizer") is not None:
+        values = {**keys, "tokenizer": from_plain(HuggingFaceTokenizerConfig, keys["tokenizer"], f"{where}.tokenizer")}
+    return from_plain(next((kinds[key] for key in kinds if key in keys), TextTransformerConfig), values, where)
 
 
 @dataclass
@@ -231,7 +236,7 @@ class CLIPConfig:
         logit_bias: whether the logits have a learned bias, which the sigmoid loss needs (SigLIP).
     """
 
-    embed_dim: int = 512
+    embed_dim: Width = 512
     # None only until __post_init__: jsonargparse would mix a default's sizes into an encoder of another kind.
     image: ImageConfig = cast(ImageConfig, None)
     text: TextConfig = cast(TextConfig, None)
@@ -241,19 +246,23 @@ class CLIPConfig:
 
     def __post_init__(self) -> None:
         self.image, self.text = self.image or VisionTransformerConfig(), self.text or TextTransformerConfig()
-        check_fields(self, "architecture", RANGES)
-        if isinstance(self.text, TextTransformerConfig) and not self.text.projection:
-            problem = f"width {self.text.width} is not embed_dim {self.embed_dim}; set projection to true"
-            require(self.text.width == self.embed_dim, f"architecture.text: {problem}")
-        if isinstance(self.image, VisionTransformerConfig) and self.image.pool == "attention":
-            heads, problem = self.image.pool_heads, f"embed_dim {self.embed_dim} is not a multiple of pool_heads"
-            require(self.embed_dim % heads == 0, f"architecture.image: {problem} {heads}")
+        check_fields(self, "architecture", "image", "text")
+        if not (isinstance(self.image, ImageConfig) and isinstance(self.text, TextConfig)):
+            raise InputError("architecture: image and text must be configurations of encoders")
+        image, text, wide = self.image, self.text, self.embed_dim
+        if isinstance(text, TextTransformerConfig) and not text.projection and text.width != wide:
+            problem = f"width {text.width} is not embed_dim {self.embed_dim}; set projection to true"
+            raise InputError(f"architecture.text: {problem}")
+        if isinstance(image, VisionTransformerConfig) and image.pool == "attention" and wide % image.pool_heads:
+            problem = f"embed_dim {self.embed_dim} is not a multiple of pool_heads {image.pool_heads}"
+            raise InputError(f"architecture.image: {problem}")
         size = self.image.image_size
         if self.preprocessing is None and size is not None and not isinstance(self.image, TimmConfig):
             self.preprocessing = Preprocessing(size)
         if self.preprocessing is not None and size is not None:
             wanted = self.preprocessing.image_size
-            require(wanted == size, f"architecture: preprocessing.image_size {wanted} is not image.image_size {size}")
+            if wanted != size:
+                raise InputError(f"architecture: preprocessing.image_size {wanted} is not image.image_size {size}")
 
     @property
     def papers_layout(self) -> bool:
@@ -264,14 +273,11 @@ class CLIPConfig:
     def from_dict(cls, values: Mapping[str, Any]) -> "CLIPConfig":
         """Invert :meth:`to_dict`; the values may be a file's."""
         where = "architecture"
-        require(isinstance(values, Mapping), f"{where}: {shortened(values)} must be a mapping of settings")
-        for name in ("image", "text"):
-            require(name in values, f"{where}: lacks {name}")
-        parts = {
-            "image": _image(values["image"]),
-            "text": _text(values["text"]),
-            "preprocessing": coerced(Preprocessing, values.get("preprocessing"), f"{where}.preprocessing"),
-        }
+        if not (isinstance(values, Mapping) and {"image", "text"} <= values.keys()):
+            raise InputError(f"{where}: {shortened(values)} must be a mapping of settings with image and text")
+        parts: dict[str, Any] = {"image": _image(values["image"]), "text": _text(values["text"])}
+        if values.get("preprocessing") is not None:
+            parts["preprocessing"] = from_plain(Preprocessing, values["preprocessing"], f"{where}.preprocessing")
         return from_plain(cls, {**values, **parts}, where)
 
     def to_dict(self) -> dict[str, Any]:

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from lit_clip.errors import require
+from msgspec import Meta
+
+from lit_clip.errors import InputError, require
 from lit_clip.models.size import Size, normalised
 from lit_clip.tools.parts import is_plain, qualified_name
 from lit_clip.tools.untrusted import check_fields
@@ -25,12 +27,12 @@ class CustomEncoderConfig:
     def __post_init__(self) -> None:
         path = self.class_path
         self.class_path = path = qualified_name(path) if isinstance(path, type) else path
-        can = "a checkpoint can only hold numbers, strings, lists and mappings"
         for name, value in self.init_args.items() if isinstance(self.init_args, Mapping) else ():
-            where = f"architecture: init_args.{name} of {path}"
-            require(is_plain(value), f"{where} is a {type(value).__name__}; {can}")
-        check_fields(self, "architecture", {"context_length": (0, 65536), "image_size": (1, 16384)})
-        parts = path.split(".")
+            if not is_plain(value):
+                can = "a checkpoint can only hold numbers, strings, lists and mappings"
+                raise InputError(f"architecture: init_args.{name} of {path} is a {type(value).__name__}; {can}")
+        check_fields(self, "architecture", "class_path")
+        parts = path.split(".") if isinstance(path, str) else []
         named = len(parts) >= 2 and all(part.isidentifier() for part in parts)
         require(named, f"architecture: class_path {path!r} must be a module and a class of it: my_encoder.MyEncoder")
 
@@ -50,7 +52,7 @@ class CustomImageConfig(CustomEncoderConfig):
 class CustomTextConfig(CustomEncoderConfig):
     """A text encoder of your own; its context length is read from it when the model is created, 0 until then."""
 
-    context_length: int = 0
+    context_length: Annotated[int, Meta(ge=0, le=65536)] = 0
 
     @property
     def tokenizer(self) -> None:

@@ -2,11 +2,11 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
-from lit_clip.errors import InputError, require
-from lit_clip.models.size import RANGES, Size, normalised
-from lit_clip.tools.untrusted import check_entries, check_fields, check_names_nothing, check_options
+from lit_clip.errors import InputError
+from lit_clip.models.size import ContextLength, Size, normalised
+from lit_clip.tools.untrusted import check_fields, check_names_nothing, check_options, convert
 
 HUB = "hf-hub:"
 
@@ -17,6 +17,14 @@ def check_timm_options(options: dict[str, Any], where: str) -> None:
     loaders = {"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
     for name in loaders & options.keys():
         raise InputError(f"{where}.{name} is not allowed; set pretrained")
+
+
+class HubModel(TypedDict):
+    """A timm model that a hub name stands for, as plain values; see :func:`lit_clip.models.timm_hub.timm_hub_model`."""
+
+    architecture: str
+    model_args: dict[str, Any]
+    data: dict[str, Any]
 
 
 @dataclass
@@ -47,7 +55,7 @@ class TimmConfig:
 
     def __post_init__(self) -> None:
         where = "architecture.image"
-        check_fields(self, where, RANGES)
+        check_fields(self, where)
         if self.image_size is not None:
             self.image_size = normalised(self.image_size)
         check_timm_options(self.options, f"{where}: options")
@@ -55,9 +63,7 @@ class TimmConfig:
         for theirs in ours.keys() & self.options.keys():
             raise InputError(f"{where}: options.{theirs} is not allowed; set {ours[theirs]}")
         if self.model is not None:
-            types = {"architecture": str, "model_args": dict[str, object], "data": dict[str, object]}
-            require(self.model.keys() == types.keys(), f"{where}: model must have {', '.join(types)}")
-            check_entries(self.model, types, f"{where}: model")
+            convert(self.model, HubModel, f"{where}.model")
             check_timm_options(self.model["model_args"], f"{where}: model.model_args")
             check_names_nothing(self.model, f"{where}: model")
 
@@ -83,7 +89,7 @@ class HuggingFaceTokenizerConfig:
     strip_sep_token: bool = False
 
     def __post_init__(self) -> None:
-        check_fields(self, "architecture.text.tokenizer", {})
+        check_fields(self, "architecture.text.tokenizer")
 
 
 # Settings of transformers' models that fetch something, or say how a file was written; names that begin with _ too.
@@ -119,13 +125,13 @@ class HuggingFaceTextConfig:
 
     hugging_face: str
     pretrained: bool = True
-    context_length: int = 77
+    context_length: ContextLength = 77
     pooling: Literal["mean", "cls", "last", "pooler"] = "mean"
     projection: Literal["linear", "mlp", "none"] = "linear"
     model: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        check_fields(self, "architecture.text", RANGES)
+        check_fields(self, "architecture.text")
         self.model = None if self.model is None else _without_loaders(self.model)
         check_options(self.model or {}, "architecture.text: model")
 

@@ -1,6 +1,5 @@
 """Freezing for fine-tuning: what is trained, and what stays in evaluation mode."""
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -8,9 +7,9 @@ from typing import Any, Literal
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lit_clip.errors import require
+from lit_clip.errors import InputError, require
 from lit_clip.models.layers import HEAD, SCALARS, TOWERS, layer_groups, tower_parameters
-from lit_clip.tools.untrusted import check_fields, from_plain
+from lit_clip.tools.untrusted import Count, check_fields, from_plain
 
 
 @dataclass
@@ -21,10 +20,10 @@ class UnlockLast:
         unlock_last: number of trainable blocks; 0: only the head is trainable.
     """
 
-    unlock_last: int
+    unlock_last: Count
 
     def __post_init__(self) -> None:
-        check_fields(self, "model.freeze", {"unlock_last": (0, math.inf)})
+        check_fields(self, "model.freeze")
 
 
 @dataclass
@@ -53,9 +52,10 @@ class Freeze:
             value = getattr(self, tower)
             if isinstance(value, Mapping):  # from a checkpoint
                 setattr(self, tower, from_plain(UnlockLast, value, f"model.freeze.{tower}"))
-            only_head = self.head and getattr(self, tower) == UnlockLast(0)
-            require(not only_head, f"model.freeze.{tower}: unlock_last 0 with head: true trains nothing; set it to all")
-        check_fields(self, "model.freeze", {})
+            if self.head and getattr(self, tower) == UnlockLast(0):
+                problem = "unlock_last 0 with head: true trains nothing; set it to all"
+                raise InputError(f"model.freeze.{tower}: {problem}")
+        check_fields(self, "model.freeze")
 
 
 def frozen_names(model: Any, freeze: Freeze) -> set[str]:

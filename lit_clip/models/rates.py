@@ -1,17 +1,18 @@
 """Learning rates and weight decay of the parts of a model, as factors of the optimiser's."""
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
+from msgspec import Meta
 from torch import nn
 
 from lit_clip.errors import require
 from lit_clip.models.layers import HEAD, SCALARS, TOWERS, Tower, layer_groups, tower_parameters
-from lit_clip.tools.untrusted import check_fields, from_plain
+from lit_clip.tools.untrusted import Finite, NotNegative, check_fields, from_plain
 
 Part = Literal["image", "text", "head", "temperature"]
+Share = Annotated[float, Meta(gt=0, le=1)]
 PARTS: tuple[Part, ...] = ("image", "text", "head", "temperature")
 
 
@@ -24,11 +25,11 @@ class Rate:
         weight_decay: of the weight decay, at least 0; parameters that the rule ``decay`` exempts have none.
     """
 
-    lr: float = 1.0
-    weight_decay: float = 1.0
+    lr: Finite = 1.0
+    weight_decay: NotNegative = 1.0
 
     def __post_init__(self) -> None:
-        check_fields(self, "model.rates", {"weight_decay": (0, math.inf)})
+        check_fields(self, "model.rates")
 
 
 @dataclass
@@ -40,14 +41,11 @@ class LayerDecay:
         text: for the text encoder, above 0 and at most 1.
     """
 
-    image: float = 1.0
-    text: float = 1.0
+    image: Share = 1.0
+    text: Share = 1.0
 
     def __post_init__(self) -> None:
-        check_fields(self, "model.rates.layer_decay", {})
-        for tower in TOWERS:
-            value = getattr(self, tower)
-            require(0 < value <= 1, f"model.rates.layer_decay: {tower} {value} must be above 0 and at most 1")
+        check_fields(self, "model.rates.layer_decay")
 
 
 @dataclass
@@ -64,11 +62,11 @@ class Rates:
             one value, or one for each encoder.
     """
 
-    image: float | Rate = 1.0
-    text: float | Rate = 1.0
-    head: float | Rate | None = None
-    temperature: float | Rate = 1.0
-    layer_decay: float | LayerDecay = 1.0
+    image: Finite | Rate = 1.0
+    text: Finite | Rate = 1.0
+    head: Finite | Rate | None = None
+    temperature: Finite | Rate = 1.0
+    layer_decay: Share | LayerDecay = 1.0
 
     def __post_init__(self) -> None:
         for name in (*PARTS, "layer_decay"):
@@ -76,7 +74,7 @@ class Rates:
             if isinstance(value, Mapping):  # from a checkpoint
                 kind = LayerDecay if name == "layer_decay" else Rate
                 setattr(self, name, from_plain(kind, value, f"model.rates.{name}"))
-        check_fields(self, "model.rates", {})
+        check_fields(self, "model.rates")
         for part in PARTS:
             lr = self.of(part).lr
             require(lr > 0, f"model.rates.{part}: {lr:g} must be above 0; model.freeze keeps a part as it is")

@@ -1,6 +1,21 @@
 """Sizes of images, and the range of each number of an architecture."""
 
-Size = int | tuple[int, int]
+from typing import Annotated
+
+from msgspec import Meta
+
+# The largest numbers are far above any model's; beyond them a file's model would fill the memory before its weights
+# could be compared with the file's own. A grid of patches has sides of two bytes (lit_clip.models.patches).
+Side = Annotated[int, Meta(ge=1, le=16384)]
+Width = Annotated[int, Meta(ge=1, le=65536)]
+Layers = Annotated[int, Meta(ge=1, le=1000)]
+Ratio = Annotated[float, Meta(ge=1e-3, le=1000)]
+ContextLength = Annotated[int, Meta(ge=3, le=65536)]  # start, a word, end
+TokenID = Annotated[int, Meta(ge=0, le=2**24)]
+VocabSize = Annotated[int, Meta(ge=1, le=2**24)]
+
+# Not tuple[Side, Side]: msgspec (0.19 to 0.23) crashes on a number with a range beside a tuple of fixed length.
+Size = Side | Annotated[tuple[Side, ...], Meta(min_length=2, max_length=2)]
 """In pixels: the side of a square, or height and width."""
 
 
@@ -13,19 +28,3 @@ def normalised(size: Size) -> Size:
     """Return a square as one number; JSON and YAML give a list instead of a tuple."""
     height, width = height_width(size)
     return height if height == width else (height, width)
-
-
-# Least and most of the numbers in an architecture. The largest are far above any model's; beyond them a file's model
-# would fill the memory before its weights could be compared with the file's own.
-RANGES: dict[str, tuple[float, float]] = {
-    **{"image_size": (1, 16384), "width": (1, 65536), "layers": (1, 1000), "heads": (1, 65536)},
-    "pool_queries": (1, 65536),
-    "pool_heads": (1, 65536),
-    "eos_id": (0, 2**24),
-    "embed_dim": (1, 65536),
-    "patch_size": (1, 16384),
-    "mlp_ratio": (1e-3, 1000),
-    "context_length": (3, 65536),  # start, a word, end
-    "vocab_size": (1, 2**24),
-    "layer_norm_eps": (0, 1),
-}

@@ -15,7 +15,7 @@ from lit_clip.recipes.recipe import POSITIVES, Choice, Facts, Recipe, Run
 from lit_clip.recipes.speed import Speed, measure
 from lit_clip.tools.console import duration
 from lit_clip.tools.hardware import best_device, computes_in_bfloat16
-from lit_clip.tools.untrusted import coerced
+from lit_clip.tools.untrusted import from_plain
 from lit_clip.training.kept_memory import keep_freed_memory
 
 LEVELS = [Freeze(UnlockLast(image), UnlockLast(text), batch_norm=True) for image, text in ((4, 1), (2, 1), (0, 0))]
@@ -124,7 +124,7 @@ def _levels(run: Run) -> Sequence[Freeze]:
     """Return what to freeze, to choose from; as set, if the user has set it."""
     if not run.is_given("model.freeze"):
         return LEVELS
-    return [coerced(Freeze, run.module.hparams["freeze"], "model.freeze") or Freeze()]
+    return [from_plain(Freeze, run.module.hparams["freeze"] or {}, "model.freeze")]
 
 
 def rule_for(facts: Facts) -> Rule:

@@ -11,27 +11,26 @@
 :func:`lit_clip.tools.weight_files.read_sharded` opens one, and checks everything in it.
 """
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import msgspec
 import torch
 from torch import Tensor
 
-from lit_clip.errors import require
+from lit_clip.errors import InputError, require
 from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.tools.lazy_zeros import lazy_zeros
 from lit_clip.tools.reading import naming, reading
-from lit_clip.tools.untrusted import LARGEST, check_fields, from_plain, shortened
+from lit_clip.tools.untrusted import Count, shortened, wrong_value
 
 INDEX, REST = "sharded_checkpoint.json", "rest.pt"
 VERSION = 1
 LARGEST_INDEX = 2**27  # bytes; 3,000 tensors on 1,000 ranks take a fifth
-MOST_FILES = 2**16
+Files = Annotated[int, msgspec.Meta(ge=1, le=2**16)]
 INSTEAD = "copy the whole folder again, or use another checkpoint"
 
 Wanted = Callable[[str, int], range]
@@ -53,16 +52,14 @@ def rows_of_weights(name: str, rows: int) -> range:
     return range(0 if name.startswith("optimizer_states/") else rows)
 
 
-@dataclass
-class ShardedTensor:
+class ShardedTensor(msgspec.Struct, forbid_unknown_fields=True):
     """Shape and type (of torch) of a tensor, and how many of its rows, in order, each file has."""
 
-    shape: list[int]
+    shape: list[Count]
     dtype: str
-    rows: list[int]
+    rows: list[Count]
 
     def __post_init__(self) -> None:
-        check_fields(self, "a tensor", {"shape": (0, LARGEST), "rows": (0, LARGEST)})
         require(isinstance(getattr(torch, self.dtype, None), torch.dtype), f"{shortened(self.dtype)} is no type")
         require(self.shape[:1] == [sum(self.rows)], f"{shortened(self.rows)} are not the rows of {self.shape}")
 
@@ -72,8 +69,7 @@ class ShardedTensor:
         return getattr(torch, self.dtype)
 
 
-@dataclass
-class Index:
+class Index(msgspec.Struct, forbid_unknown_fields=True):
     """Contents of a sharded checkpoint; names no file, so that none outside of the folder is opened.
 
     Attributes:
@@ -86,17 +82,17 @@ class Index:
     """
 
     version: int
-    world_size: int
-    files: int
+    world_size: Files
+    files: Files
     checkpoint: str
     rest: str
-    tensors: dict[str, Any]
+    tensors: dict[str, ShardedTensor]
 
     def __post_init__(self) -> None:
-        check_fields(self, "the index", dict.fromkeys(("files", "world_size"), (1, MOST_FILES)))
-        self.tensors = {name: from_plain(ShardedTensor, each, shortened(name)) for name, each in self.tensors.items()}
+        require(self.version == VERSION, "written by a later version of lit-clip; install that one")
         for name, each in self.tensors.items():
-            require(len(each.rows) == self.files, f"{shortened(name)}: has rows of {len(each.rows)} files")
+            if len(each.rows) != self.files:
+                raise InputError(f"{shortened(name)}: has rows of {len(each.rows)} files")
 
 
 def is_sharded(path: str | Path) -> bool:
@@ -132,10 +128,10 @@ def read_index(folder: Path) -> Index:
     file = folder / INDEX
     with _reading(file):
         require(file.stat().st_size <= LARGEST_INDEX, f"larger than {LARGEST_INDEX} bytes; {INSTEAD}")
-        values = json.loads(file.read_text(encoding="utf-8"))
-        known = not isinstance(values, Mapping) or values.get("version") in (None, VERSION)
-        require(known, "written by a later version of lit-clip; install that one")
-        return from_plain(Index, values, "the index")
+        try:
+            return msgspec.json.decode(file.read_bytes(), type=Index)
+        except msgspec.ValidationError as error:
+            raise wrong_value(error, None) from error
 
 
 def checked_rest(folder: Path, index: Index) -> Path:

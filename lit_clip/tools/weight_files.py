@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import keystr, tree_flatten_with_path
 
-from lit_clip.errors import InputError, require
+from lit_clip.errors import InputError
 from lit_clip.tools.reading import reading
 from lit_clip.tools.sharded_files import (
     INDEX,
@@ -32,8 +33,6 @@ Source = str | os.PathLike[str]
 """The name of weights: a file, a folder, a name on the hub or in open_clip's registry."""
 
 SMALL = 2**24  # bytes; no view or archive of this size is worth a refusal
-FEW_BYTES = 2**27  # of weights, which may be in memory twice for a moment
-DEEPEST = 100  # mappings and lists within each other; one that holds itself has no end
 
 _KINDS = ("Double", "Float", "Half", "BFloat16", "Long", "Int", "Short", "Bool")
 _DTYPES: dict[str, torch.dtype] = {f"{kind}Storage": getattr(torch, kind.lower()) for kind in _KINDS}
@@ -46,99 +45,94 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def tensors_of(values: dict[str, Any], name: Source) -> dict[str, Tensor]:
-    """Return a file's tensors as :func:`read_tensors` does."""
+    """Return copies of a file's tensors, which may be mapped, as :func:`read_tensors` does."""
     return as_float32(checked_tensors(values.get("state_dict", values), name))
 
 
 def checked_tensors(state: Any, name: Source) -> dict[str, Tensor]:
     """Return the state dict; anything but plain tensors by name is an :class:`InputError`."""
-    problem = f"it is a {type(state).__name__}"
-    if isinstance(state, dict):
-        problem = next((found for key, value in state.items() if (found := _problem(key, value))), "")
+    problem = "" if isinstance(state, dict) else f"it is a {type(state).__name__}"
+    for key, tensor in state.items() if not problem else ():
+        if not isinstance(key, str) or not isinstance(tensor, Tensor):
+            problem = f"{shortened(key)} is of type {type(tensor).__name__}"
+        elif oddity := _oddity(tensor):
+            problem = f"{shortened(key)} is {oddity}"
+        if problem:
+            break
     if problem or not state:
         raise InputError(f"{name}: does not hold tensors by name: {problem or 'it is empty'}")
     return state
 
 
-def _problem(key: Any, tensor: Any) -> str:
-    """Return why an entry is no plain tensor with a name; an empty string if it is one."""
-    if not isinstance(key, str) or not isinstance(tensor, Tensor):
-        return f"{shortened(key)} is of type {type(tensor).__name__}"
-    found = _oddity(tensor)
-    return found and f"{shortened(key)} is {found}"
-
-
 def _oddity(tensor: Tensor) -> str:
     """Return how a tensor is not a plain one; an empty string if it is."""
-    kinds = {
-        "on the meta device, without values": tensor.is_meta,
-        f"{str(tensor.layout).removeprefix('torch.')}": tensor.layout != torch.strided or tensor.is_nested,
-        "quantised": tensor.is_quantized,
-        "complex": tensor.is_complex(),
-    }
-    problem = next((kind for kind, holds in kinds.items() if holds), "")
+    if tensor.is_meta:
+        return "on the meta device, without values"
+    if tensor.layout != torch.strided or tensor.is_nested:
+        return str(tensor.layout).removeprefix("torch.")
+    if tensor.is_quantized or tensor.is_complex():
+        return "quantised" if tensor.is_quantized else "complex"
     # A copy of a view that repeats a few values would fill the memory.
-    if not problem and tensor.nbytes > SMALL and tensor.nbytes > tensor.untyped_storage().nbytes():
-        problem = f"{list(tensor.shape)} of fewer values"
-    return problem
+    few = tensor.nbytes > SMALL and tensor.nbytes > tensor.untyped_storage().nbytes()
+    return f"{list(tensor.shape)} of fewer values" if few else ""
 
 
-def check_tensors_within(values: Any, where: str = "", depth: int = 0) -> None:
+def check_tensors_within(values: Any) -> None:
     """Raise :class:`InputError` if values hold, at any depth, a tensor that is not plain, or are nested too deeply."""
-    require(depth <= DEEPEST, f"{where.partition('.')[0]}: nested too deeply")
-    if isinstance(values, Tensor):
-        require(not (problem := _oddity(values)), f"{where}: a tensor that is {problem}")
-    elif isinstance(values, Mapping):
-        for name, value in values.items():
-            check_tensors_within(value, f"{where}.{str(name)[:80]}" if where else str(name), depth + 1)
-    elif isinstance(values, list | tuple):
-        for value in values:
-            check_tensors_within(value, where, depth + 1)
+    try:
+        leaves = tree_flatten_with_path(values)[0]
+    except RecursionError as error:
+        raise InputError("nested too deeply") from error
+    for keys, value in leaves:
+        if isinstance(value, Tensor) and (problem := _oddity(value)):
+            raise InputError(f"{keystr(keys)}: a tensor that is {problem}")
 
 
-def as_float32(state: dict[str, Any]) -> dict[str, Tensor]:
-    """Copy views, half-precision and memory-mapped tensors to float32 tensors of their own.
+def as_float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copy tensors to float32 tensors of their own: mapped ones would change or crash when the file is overwritten."""
+    return {
+        key.removeprefix("module."): value.to(
+            torch.float32 if value.is_floating_point() else value.dtype,
+            copy=True,
+            memory_format=torch.contiguous_format,
+        )
+        for key, value in state.items()
+    }
 
-    The given dictionary is emptied on the way, so that a model is never in memory twice.
+
+def read_file(path: Path, wanted: Wanted = rows_of_weights) -> dict[str, Any]:
+    """Read a weight file's dictionary: tensors by name, or a checkpoint that has those as ``state_dict``.
+
+    Tensors are mapped to the file where its format allows that: who keeps them copies them. Of tensors in shards only
+    the ``wanted`` rows are read.
     """
-    result = {}
-    for key in list(state):
-        value = state.pop(key)
-        whole = value.untyped_storage().nbytes() == value.nbytes
-        value = value.to(torch.float32) if value.is_floating_point() else value
-        result[key.removeprefix("module.")] = value if whole and value.is_contiguous() else value.clone().contiguous()
-    return result
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """Read a weight file's dictionary: tensors by name, or a checkpoint that has those as ``state_dict``."""
     with opening(path):
-        if path.is_dir():
-            return read_sharded(path, rows_of_weights)
-        if path.suffix == ".safetensors":
-            return _read_safetensors(path)
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                    return read_torchscript(archive)
-        values = _torch_load(path)
-    require(isinstance(values, dict), f"{path}: a {type(values).__name__}, not weights by name")
+        values = load_mapped(path, wanted)
+    if not isinstance(values, dict):
+        raise InputError(f"{path}: a {type(values).__name__}, not weights by name")
     return dict(values)
 
 
 def read_mapped(path: Path) -> dict[str, Any]:
-    """Read a checkpoint's values, but of its tensors only what is looked at; for checks, see :func:`read_file`."""
-    with opening(path):
-        values = load_mapped(path)
-    require(isinstance(values, dict), f"{path}: a {type(values).__name__}, not weights by name")
-    return dict(values)
+    """Read as :func:`read_file` does; tensors in shards are 0, and take no memory."""
+    return read_file(path, no_rows)
 
 
-def load_mapped(path: Path) -> Any:
-    """Read as :func:`read_mapped` does, and raise what the parser raises; tensors in shards are 0."""
+def load_mapped(path: Path, wanted: Wanted = no_rows) -> Any:
+    """Read as :func:`read_file` does, and raise what the parser raises."""
     if path.is_dir():
-        return read_sharded(path, no_rows)
-    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return read_sharded(path, wanted)
+    if path.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        path.open("rb").close()  # of a file that may not be opened the library says that it does not exist
+        return load_file(path)
+    archived = zipfile.is_zipfile(path)  # PyTorch's older format cannot be mapped
+    if archived:
+        with zipfile.ZipFile(path) as archive:
+            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
+                return read_torchscript(archive)
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=archived)
 
 
 def read_sharded(folder: Path, wanted: Wanted = all_rows) -> dict[str, Any]:
@@ -146,7 +140,8 @@ def read_sharded(folder: Path, wanted: Wanted = all_rows) -> dict[str, Any]:
     index = read_index(folder)
     with opening(rest := checked_rest(folder, index)):
         values = torch.load(rest, map_location="cpu", weights_only=True)
-    require(isinstance(values, dict), f"{rest}: a {type(values).__name__}, not a checkpoint")
+    if not isinstance(values, dict):
+        raise InputError(f"{rest}: a {type(values).__name__}, not a checkpoint")
     fill(values, folder, index, wanted)
     return values
 
@@ -175,68 +170,20 @@ def _in_folder(folder: Path) -> str:
 def opening(path: Path) -> Iterator[None]:
     """Turn any error of somebody's weight file into one line that names it."""
     with reading(path, "weight file", hint="it may be incomplete"):
-        sharded = is_sharded(path)
-        if not sharded and path.is_dir():
-            raise InputError(f"{path}: {_in_folder(path)}")
-        require(sharded or path.is_file(), f"{path}: no such checkpoint file{_newest()}")
+        if not (path.is_file() or is_sharded(path)):
+            raise InputError(f"{path}: {_in_folder(path) if path.is_dir() else f'no such checkpoint file{_newest()}'}")
         try:
-            if zipfile.is_zipfile(path):
-                _check_unpacked_size(path)
+            if zipfile.is_zipfile(path):  # torch's hold their tensors uncompressed
+                with zipfile.ZipFile(path) as archive:
+                    unpacked = sum(entry.file_size for entry in archive.infolist())
+                if unpacked > 2 * (packed := path.stat().st_size) + SMALL:
+                    raise InputError(
+                        f"{path}: {packed} bytes would unpack to {unpacked}; torch.save writes no such file"
+                    )
             yield
         except pickle.UnpicklingError as error:  # torch's message advises to load the file unsafely
             message = "not a checkpoint of tensors and plain values, or incomplete; nothing in it was run"
             raise InputError(f"{path}: {message}") from error
-
-
-def _check_unpacked_size(path: Path) -> None:
-    """Refuse an archive that unpacks to far more than it is: torch's hold their tensors uncompressed."""
-    with zipfile.ZipFile(path) as archive:
-        unpacked = sum(entry.file_size for entry in archive.infolist())
-    packed = path.stat().st_size
-    if unpacked > 2 * packed + SMALL:
-        raise InputError(f"{path}: {packed} bytes would unpack to {unpacked}; torch.save writes no such file")
-
-
-def _torch_load(path: Path) -> Any:
-    """Load a PyTorch file; of a checkpoint with optimiser states read only the weights, through a mapped file."""
-    if not zipfile.is_zipfile(path):  # PyTorch's older format cannot be mapped
-        return torch.load(path, map_location="cpu", weights_only=True)
-    values = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    if isinstance(values, dict) and isinstance(values.get("state_dict"), dict):
-        checked_tensors(values["state_dict"], path)
-        size = sum(tensor.nbytes for tensor in values["state_dict"].values())
-        if size < 0.7 * path.stat().st_size:
-            copied: dict[str, Tensor] = {}
-            for keys in _parts(list(values["state_dict"]), size):
-                whole = len(keys) == len(values["state_dict"])  # it is mapped already; reading it again takes as long
-                mapped = values if whole else torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-                copied |= {key: mapped["state_dict"][key].clone() for key in keys}
-            return {**values, "state_dict": copied}
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
-def _parts(names: list[str], size: int) -> Iterator[list[str]]:
-    """Yield the names of a file's tensors in eight parts, or in one if they have few bytes.
-
-    A mapped tensor would change or crash when the file is overwritten, so each is copied. The file is mapped anew for
-    each part, so that mapped pages do not add up to a second copy of the weights; not for each tensor, as safetensors'
-    list of tensors is read every time.
-    """
-    each = 1 + len(names) // (8 if size > FEW_BYTES else 1)
-    yield from (names[start : start + each] for start in range(0, len(names), each))
-
-
-def _read_safetensors(path: Path) -> dict[str, Any]:
-    from safetensors import safe_open
-
-    path.open("rb").close()  # of a file that may not be opened the library says that it does not exist
-    with safe_open(path, "pt") as file:
-        names = list(file.keys())
-    result: dict[str, Any] = {}
-    for part in _parts(names, path.stat().st_size):
-        with safe_open(path, "pt") as file:
-            result |= {name: file.get_tensor(name).clone() for name in part}
-    return result
 
 
 class _Script:

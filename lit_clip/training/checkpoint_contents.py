@@ -31,7 +31,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.secrets import plain_without_secrets
 from lit_clip.tools.weight_files import Source, read_mapped
-from lit_clip.weights.checkpoints import EMA_WEIGHTS, check_base, checkpoint_tokenizer, is_of, saved_tokenizer
+from lit_clip.weights.checkpoints import EMA_WEIGHTS, check_base, checkpoint_tokenizer, saved_tokenizer
 from lit_clip.weights.load import check_finite_weights, check_weights
 from lit_clip.weights.sources import check_same
 
@@ -79,8 +79,9 @@ def unpack_checkpoint(checkpoint: dict[str, Any], module: Any, name: Source, tra
     averaged = trainer is None or any(isinstance(callback, WeightAveraging) for callback in trainer.callbacks)
     if "current_model_state" in checkpoint and not averaged:
         _use_last_step(checkpoint, name)
-    if not is_of(checkpoint, model.config):
-        check_same(resolve_architecture(checkpoint["hyper_parameters"]["architecture"]), model.config, name)
+    architecture = checkpoint["hyper_parameters"]["architecture"]
+    if architecture != model.config.to_dict():
+        check_same(resolve_architecture(architecture), model.config, name)
     if module.base_sha256:
         check_base(checkpoint, module.base_sha256, name)
         for states, ours in (("state_dict", model.state_dict()), ("current_model_state", module.state_dict())):
@@ -91,7 +92,8 @@ def unpack_checkpoint(checkpoint: dict[str, Any], module: Any, name: Source, tra
     check_finite_weights(state, name)
     loss = _loss_state(checkpoint, module.loss, name, resumed=trainer is not None)
     checkpoint["state_dict"] = {PREFIX + key: value for key, value in state.items()} | loss
-    model._tokenizer = checkpoint_tokenizer(checkpoint, model.config) or model._tokenizer
+    if "tokenizer" in checkpoint:
+        model._tokenizer = checkpoint_tokenizer(checkpoint, model.config) or model._tokenizer
     if checkpoint.get("weights") == EMA_WEIGHTS and trainer is None:
         rank_zero_info(f"{name}: these weights are the exponential moving average, not those of the last step")
 

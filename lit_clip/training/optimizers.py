@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -13,9 +14,16 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from lit_clip.errors import InputError, require
 from lit_clip.models.rates import Layer, Rates, rated_layers
 from lit_clip.tools.parts import Description, describe, describe_instance, plain
-from lit_clip.tools.untrusted import check_entries, is_like, shortened
+from lit_clip.tools.untrusted import convert, entries, like, shortened
 from lit_clip.training.param_groups import Decays, parameter_groups
-from lit_clip.training.schedules import ScheduleFactory, advance, create_schedule, needs_total_steps, total_steps
+from lit_clip.training.schedules import (
+    ScheduleFactory,
+    WarmupCosine,
+    advance,
+    create_schedule,
+    needs_total_steps,
+    total_steps,
+)
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
@@ -114,7 +122,7 @@ def obeys_found_inf(optimizer: Optimizer, device: torch.device) -> bool:
 
 
 class Optimization:
-    """The optimiser, the schedule and the rule of weight decay of a run; ``descriptions`` are their plain values."""
+    """The optimiser, the schedule and the rule of weight decay of a run."""
 
     def __init__(
         self,
@@ -123,14 +131,21 @@ class Optimization:
         decay: Decays,
         rates: Rates | None = None,
     ) -> None:
-        require(callable(decay), f"model.decay: {decay!r} is no function")
+        if not callable(decay):
+            raise InputError(f"model.decay: {decay!r} is no function")
         self.optimizer, self._lr_scheduler, self._decay = optimizer, lr_scheduler, decay
         self.rates = rates
         self._resumed_steps: int | None = None  # of the whole run, from the checkpoint it resumes from
-        self.descriptions = {
-            "optimizer": describe(optimizer, probe_optimizer(optimizer)),
-            "lr_scheduler": _describe_schedule(lr_scheduler, optimizer),
-            "decay": describe_instance(decay),
+        if optimizer is not PaperAdamW or lr_scheduler is not WarmupCosine:  # what is set may be impossible
+            self.descriptions.copy()
+
+    @cached_property
+    def descriptions(self) -> dict[str, Description]:
+        """Class and settings of the optimiser, the schedule and the rule of weight decay, as plain values."""
+        return {
+            "optimizer": describe(self.optimizer, probe_optimizer(self.optimizer)),
+            "lr_scheduler": _describe_schedule(self._lr_scheduler, self.optimizer),
+            "decay": describe_instance(self._decay),
         }
 
     @property
@@ -199,11 +214,10 @@ class Optimization:
         """Check a saved schedule's values against a new one's, which torch would overwrite unchecked."""
         optimizer = self.optimizer([{**group, "params": [nn.Parameter(torch.zeros(8, 8))]} for group in groups])
         fresh = create_schedule(self._lr_scheduler, optimizer, steps).state_dict()
-        for key, value in fresh.items():
-            theirs = saved.get(key, value)
-            possible = is_like(theirs, value) and (key not in ("base_lrs", "_last_lr") or len(theirs) == len(value))
-            if not possible:
-                raise InputError(f"{where}: {key} {shortened(theirs)} is not possible")
+        convert(saved, entries({key: like(value) for key, value in fresh.items()}), where)
+        for key in ("base_lrs", "_last_lr"):
+            if len(saved.get(key, groups)) != len(groups):
+                raise InputError(f"{where}.{key}: {shortened(saved[key])} must be {len(groups)} rates")
 
     def _start_schedule(
         self, schedule: dict[str, Any], checkpoint: Mapping[str, Any], groups: Groups, steps: int
@@ -270,15 +284,12 @@ def _resume_groups(
 
 def _check_state(saved: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
     """Check a saved optimiser's settings against a new one's; flags, which no run changes, are the new one's."""
-    check_entries(saved, {"state": dict[object, object], "param_groups": list[dict[str, object]]}, where, complete=True)
+    group = entries({"name": str, "params": list[object], "lr": object}, total=True)
+    convert(saved, entries({"state": dict[object, object], "param_groups": list[group]}, total=True), where)
     for group in saved["param_groups"]:
-        check_entries(group, {"name": str, "params": list[object], "lr": object}, where, complete=True)
         for key in defaults.keys() & group.keys():
-            value, sample = group[key], defaults[key]
-            if isinstance(sample, bool):
-                group[key] = sample
-            elif key in ("foreach", "fused"):
-                require(value is None or isinstance(value, bool), f"{where}: {key} {shortened(value)} is no flag")
+            if isinstance(defaults[key], bool):
+                group[key] = defaults[key]
             else:
-                possible = is_like(value, sample) and (not isinstance(sample, tuple) or len(value) == len(sample))
-                require(possible, f"{where}: {key} {shortened(value)} is not possible")
+                kind = bool | None if key in ("foreach", "fused") else like(defaults[key])
+                convert({key: group[key]}, dict[str, kind], where)

@@ -2,6 +2,7 @@
 
 import inspect
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Self
 
@@ -43,7 +44,7 @@ from lit_clip.training.optimizers import Optimization, skip_step
 from lit_clip.training.schedules import batches_per_epoch, total_steps
 from lit_clip.weights.checkpoints import checked
 from lit_clip.weights.fingerprint import weights_sha256
-from lit_clip.weights.load import check_before_loading
+from lit_clip.weights.load import open_checkpoint, weights_come_later
 
 
 class RunHooks(LightningModule):
@@ -78,16 +79,33 @@ class RunHooks(LightningModule):
         self._changing: set[str] = set()  # names of the model's weights
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: Any, *args: Any, **kwargs: Any) -> Self:
-        """See Lightning's; arguments that this class does not know, which Lightning drops in silence, are refused."""
-        known = inspect.signature(super().load_from_checkpoint).parameters.keys()
-        parameters = inspect.signature(cls).parameters
-        if not any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values()):
-            for name in kwargs.keys() - known - parameters.keys():
-                raise InputError(f"{cls.__name__} has no argument {name!r}; there are {', '.join(parameters)}")
-        checkpoint_path = check_before_loading(checkpoint_path)
-        kwargs.setdefault("weights_only", True)  # Lightning's default would run a program that an address holds
-        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+    def load_from_checkpoint(
+        cls,
+        checkpoint_path: Any,
+        map_location: Any = None,
+        hparams_file: Any = None,
+        strict: bool | None = None,
+        weights_only: bool | None = None,
+        **kwargs: Any,
+    ) -> Self:
+        """Load a module for use, with arguments of its class in place of the checkpoint's settings; see Lightning's.
+
+        The file is read once, and only as data, whatever ``weights_only``; the settings are its own: no
+        ``hparams_file``. Without ``map_location`` the module is on the CPU.
+        """
+        require(hparams_file is None, "load_from_checkpoint: has no hparams_file; pass settings as arguments")
+        known = inspect.signature(cls).parameters
+        every = any(parameter.kind == parameter.VAR_KEYWORD for parameter in known.values())
+        for name in kwargs.keys() - known.keys() if not every else ():
+            raise InputError(f"{cls.__name__} has no argument {name!r}; there are {', '.join(known)}")
+        checkpoint, name = open_checkpoint(checkpoint_path)
+        hparams = {key: value for key, value in checkpoint["hyper_parameters"].items() if every or key in known}
+        adapted = "base" in checkpoint  # then the base has weights, and the checkpoint the LoRA's
+        with nullcontext() if adapted else weights_come_later(checkpoint["state_dict"], name):
+            module = cls(**{**hparams, **kwargs})
+        module.on_load_checkpoint(checkpoint)
+        module.load_state_dict(checkpoint["state_dict"], module.strict_loading if strict is None else strict)
+        return module.to(map_location)
 
     # Data modules ask for these two, so that nothing has to be written twice in a YAML file.
 
@@ -260,8 +278,8 @@ class RunHooks(LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         name = str((self._trainer and self._trainer.ckpt_path) or "the checkpoint")
         fitting = self._trainer is not None and self._trainer.state.fn == TrainerFn.FITTING
-        if self._trainer:  # load_from_checkpoint has checked it, and put its caller's arguments into it
-            checked(checkpoint, name, self.model.config)
+        if self._trainer:  # load_from_checkpoint has checked it
+            checked(checkpoint, name)
         if fitting:
             self.trainer.precision_plugin.convert_module(self)  # Lightning's turn comes after 64-bit weights are loaded
             if "parts" in checkpoint:

@@ -26,7 +26,7 @@ from lit_clip.models.config import (
 )
 from lit_clip.models.tokenizer import EOT_ID, SOT_ID
 from lit_clip.tools.reading import naming, reading
-from lit_clip.tools.untrusted import check_names_nothing, matches_type, shortened
+from lit_clip.tools.untrusted import check_names_nothing, convert, shortened
 from lit_clip.tools.weight_files import read_tensors
 from lit_clip.weights.hugging_face_keys import clip_pairs, renamed, siglip_pairs
 from lit_clip.weights.hugging_face_processor import (
@@ -75,9 +75,7 @@ def read_hugging_face_folder(folder: str | os.PathLike[str]) -> tuple[CLIPConfig
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
     """Read the files of an index; they are beside it, even if their names say otherwise."""
-    found = read_json(index).get("weight_map")
-    names: dict[str, str] = found if isinstance(found, dict) and matches_type(found, dict[str, str]) else {}
-    require(bool(names), f"{index}: has no weight_map of files by weight")
+    names: dict[str, str] = convert(read_json(index).get("weight_map"), dict[str, str], f"{index}: weight_map")
     files = set(names.values())
     for name in files:
         require(Path(name).name == name, f"{index}: {shortened(name)} is not a file of this folder")

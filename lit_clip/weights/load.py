@@ -1,11 +1,10 @@
 """Load published or trained weights: open them, decide on the architecture, resize, fill a model."""
 
 import dataclasses
-import io
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from functools import partial
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from lit_clip.errors import InputError, require
+from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Size
 from lit_clip.models.custom import custom_encoders
@@ -28,11 +27,10 @@ from lit_clip.models.resize import resize_weights, resized
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.lazy_zeros import lazy_zeros
 from lit_clip.tools.reading import naming, reading
-from lit_clip.tools.sharded_files import is_sharded
 from lit_clip.tools.stores import store_of
-from lit_clip.tools.untrusted import coerced, from_plain
-from lit_clip.tools.weight_files import Source, checked_tensors, is_path, read_file, read_mapped
-from lit_clip.weights.checkpoints import check_base, check_lightnings_entries, checked
+from lit_clip.tools.untrusted import from_plain
+from lit_clip.tools.weight_files import Source, checked_tensors, is_path, read_file
+from lit_clip.weights.checkpoints import check_base, checked
 from lit_clip.weights.fingerprint import weights_sha256
 from lit_clip.weights.open_clip_runs import architecture_by_shapes
 from lit_clip.weights.sources import Weights, check_same, open_weights
@@ -58,7 +56,7 @@ def create_model(
     if pretrained is not None:
         return _load(whole_name(name, pretrained), name, image_size, context_length)
     config = resized(resolve_architecture(DEFAULT_ARCHITECTURE if name is None else name), image_size, context_length)
-    return _unwritten(config) if _WEIGHTS_COME_LATER.get() else CLIP(config)
+    return _CREATE.get()(config)
 
 
 def load_model(
@@ -96,12 +94,16 @@ def _load(
     if weights.lora is not None:
         weights = _merged(weights, *weights.lora, above)
 
-    state, tokenizer = _without_decoder(weights.state, weights.name), weights.tokenizer
+    state, tokenizer = weights.state, weights.tokenizer
+    if not weights.ours:
+        state = _without_decoder(state, weights.name)
     # Where both are given they agree; the weights' also locates their tokenizer.
     stored = weights.config or expected or architecture_by_shapes(state, partial(_fits, state), weights.name)
     if stored is None:
-        text = any(re.search("text|token|transformer", name) for name in state)
-        require(text, f"{weights.name}: the weights have no text encoder, so they are no CLIP's (docs/encoders.md)")
+        if not any(re.search("text|token|transformer", name) for name in state):
+            raise InputError(
+                f"{weights.name}: the weights have no text encoder, so they are no CLIP's (docs/encoders.md)"
+            )
         raise InputError(
             f"{weights.name}: the weights do not name their model; put its name in front, as in "
             f"{DEFAULT_ARCHITECTURE}:{weights.name} (lit-clip models lists the names), or put the "
@@ -114,7 +116,8 @@ def _load(
         # Both resized: a size passed beside an architecture may be part of it already.
         check_same(wanted, resized(expected, image_size, context_length), weights.name)
 
-    state = _openai_names(state, stored)
+    if not weights.ours:
+        state = _openai_names(state, stored)
     if wanted != stored:
         check_weights(_empty(stored), state, weights.name)
         state = resize_weights(state, stored, wanted)
@@ -134,15 +137,17 @@ def _merged(weights: Weights, path: Path, checkpoint: dict[str, Any], above: tup
     """Merge a LoRA into the weights that its checkpoint names."""
     hparams = checkpoint["hyper_parameters"]
     base = hparams.get("pretrained")
-    require(bool(base) and hparams.get("lora") is not None, f"{path}: its settings have no LoRA, or no base of it")
-    require(path.resolve() not in above, f"{path}: its LoRA belongs to a model that is made of it")
+    if not base or hparams.get("lora") is None:
+        raise InputError(f"{path}: its settings have no LoRA, or no base of it")
+    if path.resolve() in above:
+        raise InputError(f"{path}: its LoRA belongs to a model that is made of it")
     beside = path.parent / Path(base).name  # both files may have moved; the fingerprint shows if it is the right one
     found = beside if is_path(base) and not Path(base).exists() and beside.exists() else base
     try:
         architecture = resolve_architecture(hparams["architecture"])
         sizes = hparams.get("image_size"), hparams.get("context_length")
         model = _load(found, architecture, *sizes, (*above, path.resolve()))
-        for name in frozen_names(model, coerced(Freeze, hparams.get("freeze"), "freeze") or Freeze()):
+        for name in frozen_names(model, from_plain(Freeze, hparams.get("freeze") or {}, "freeze")):
             model.get_parameter(name).requires_grad_(False)  # a frozen block has no additions
         sha256 = weights_sha256(model)
         add_lora(model, from_plain(LoRA, hparams["lora"], "lora"))
@@ -214,21 +219,28 @@ def _empty(config: CLIPConfig, tokenizer: TextTokenizer | None = None) -> CLIP:
         return CLIP(config.without_pretrained(), tokenizer)
 
 
-_WEIGHTS_COME_LATER = ContextVar("_WEIGHTS_COME_LATER", default=False)
+_CREATE: ContextVar[Callable[[CLIPConfig], CLIP]] = ContextVar("_CREATE", default=CLIP)
 
 
 @contextmanager
-def weights_come_later() -> Iterator[None]:
-    """Draw no random weights: those of new models are zeros without memory, for a rank that gets the first one's."""
-    token = _WEIGHTS_COME_LATER.set(True)
+def weights_come_later(state: Mapping[str, Tensor] | None = None, name: str = "") -> Iterator[None]:
+    """Draw no random weights: those of new models are zeros without memory, until they are given or loaded.
+
+    With the ``state`` that will be loaded, of the source ``name``, a model must be of its size.
+    """
+    token = _CREATE.set(partial(_unwritten, state=state, name=name))
     try:
         yield
     finally:
-        _WEIGHTS_COME_LATER.reset(token)
+        _CREATE.reset(token)
 
 
-def _unwritten(config: CLIPConfig) -> CLIP:
+def _unwritten(config: CLIPConfig, state: Mapping[str, Tensor] | None, name: str) -> CLIP:
     model = _empty(config)
+    if state is not None:
+        check_weights(model, state, name)
+        if any(buffer.is_meta for name, buffer in model.named_buffers() if name not in state):
+            return CLIP(config.without_pretrained())  # which only a real model computes
     for tensor in chain(model.parameters(), model.buffers()):
         if tensor.is_meta:
             zeros = lazy_zeros(tensor.shape, tensor.dtype)
@@ -261,9 +273,8 @@ def _filled(config: CLIPConfig, state: dict[str, Tensor], tokenizer: TextTokeniz
 def check_weights(model: CLIP, state: Mapping[str, Any], name: Source) -> None:
     """Raise :class:`InputError` naming a weight that is missing, unknown, quantised or of another shape."""
     ours = model.state_dict()
-    shapes = {key: tuple(value.shape) for key, value in ours.items()}
-    theirs = {key: tuple(getattr(value, "shape", ())) for key, value in state.items()}
-    wrong = sorted((key for key in shapes.keys() | theirs.keys() if shapes.get(key) != theirs.get(key)), key=str)
+    shapes, theirs = ({key: tuple(value.shape) for key, value in each.items()} for each in (ours, state))
+    wrong = sorted(key for key in shapes.keys() | theirs.keys() if shapes.get(key) != theirs.get(key))
     if wrong:
         there, here = (side.get(wrong[0], "absent") for side in (theirs, shapes))
         more = f" (and {len(wrong) - 1} more)" if len(wrong) > 1 else ""
@@ -278,30 +289,24 @@ def check_finite_weights(state: Mapping[str, Tensor], name: Source) -> None:
     for key, value in state.items():
         if value.is_floating_point() and value.numel():
             ends = torch.stack(torch.aminmax(value.detach()))  # NaN is both; takes no copy of the weight
-            problem = "holds NaN or infinity; its training diverged, or the file is damaged: use another"
-            require(bool(ends.isfinite().all()), f"{name}: {key} {problem}")
+            if not ends.isfinite().all():
+                problem = "holds NaN or infinity; its training diverged, or the file is damaged: use another"
+                raise InputError(f"{name}: {key} {problem}")
 
 
-def check_before_loading(source: Any) -> Any:
-    """Check a training checkpoint, a path, an address or an open file, before a model is created by its settings.
-
-    Return what Lightning can open: the source, or for a folder a file in memory, without an optimiser's states.
-    """
+def open_checkpoint(source: Any) -> tuple[dict[str, Any], str]:
+    """Return a training checkpoint, a path, an address or an open file, and its name; its weights are checked."""
     if isinstance(source, str | os.PathLike) and "://" not in str(source):
-        checkpoint, name = read_mapped(Path(source)), str(source)
+        checkpoint, name = read_file(Path(source)), str(source)
     else:
-        is_open = hasattr(source, "read")  # and is rewound
+        is_open = hasattr(source, "read")
         name = str(getattr(source, "name", "checkpoint") if is_open else source)
         opened: Any = nullcontext(source) if is_open else _opened(name)
         with naming(name), reading(name, "checkpoint"), opened as file:
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
-            file.seek(0)
-    check_fits(checked(checkpoint, name), name)
-    if not (isinstance(source, str | os.PathLike) and is_sharded(Path(source))):
-        return source
-    torch.save({**read_file(Path(source)), "optimizer_states": []}, whole := io.BytesIO())
-    whole.seek(0)
-    return whole
+    checked(checkpoint, name)
+    checked_tensors(checkpoint["state_dict"], name)
+    return checkpoint, name
 
 
 @contextmanager
@@ -312,12 +317,11 @@ def _opened(address: str) -> Iterator[Any]:
 
 
 def check_fits(checkpoint: dict[str, Any], name: Source) -> None:
-    """Raise :class:`InputError` unless Lightning can read a checkpoint, and its weights are of its architecture.
+    """Raise :class:`InputError` unless a checkpoint's weights are of its architecture.
 
     A LoRA's base is compared when it is opened, and an encoder of your own is code.
     """
-    checked_tensors(checkpoint["state_dict"], name)
-    check_lightnings_entries(checkpoint, name)
+    state = checked_tensors(checkpoint["state_dict"], name)
     config = CLIPConfig.from_dict(checkpoint["hyper_parameters"]["architecture"])
     if not custom_encoders(config) and "base" not in checkpoint:
-        check_weights(_empty(resolve_architecture(config)), checkpoint["state_dict"], name)
+        check_weights(_empty(resolve_architecture(config)), state, name)

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lit_clip.errors import InputError, listed, require
+from lit_clip.errors import InputError, listed
 from lit_clip.models.config import (
     CLIPConfig,
     HuggingFaceTextConfig,
@@ -50,7 +50,7 @@ class Weights:
     """Weights under our (OpenAI's, open_clip's) names, with what their source says about them.
 
     ``config`` is None if the source does not name its architecture. ``lora`` is a checkpoint's path and contents if
-    ``state`` holds only the additions of a LoRA.
+    ``state`` holds only the additions of a LoRA; ``ours`` says that the names are those of a model here.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Weights:
     config: CLIPConfig | None = None
     tokenizer: TextTokenizer | None = None
     lora: tuple[Path, dict[str, Any]] | None = None
+    ours: bool = False
 
 
 def check_same(theirs: CLIPConfig, ours: CLIPConfig, name: Source, hint: str = "") -> None:
@@ -74,7 +75,8 @@ def check_same(theirs: CLIPConfig, ours: CLIPConfig, name: Source, hint: str = "
 def open_weights(source: Source, named: bool = False) -> Weights:
     """Find and read any source of :func:`lit_clip.load_model`; a file need not name an architecture that is known."""
     path, name = Path(source).expanduser(), os.fspath(source)
-    require(bool(name), "no model: its name is empty")  # as a path it would be the working folder
+    if not name:
+        raise InputError("no model: its name is empty")  # as a path it would be the working folder
     if path.is_dir() and not is_sharded(path):
         return _open_folder(path)
     if path.exists():
@@ -152,7 +154,12 @@ def _open_clip_folder(folder: Path) -> Weights:
 def _open_file(path: Path, named: bool) -> Weights:
     values = read_file(path)
     if "hyper_parameters" in values:
-        return _open_checkpoint(checked(values, path), path)
+        config = resolve_architecture(checked(values, path)["hyper_parameters"]["architecture"])
+        if values.get("weights") == EMA_WEIGHTS:
+            warnings.warn(f"{path}: the weights are the moving average (EMA), not those of the last step", stacklevel=2)
+        state = as_float32(checked_tensors(values["state_dict"], path))
+        tokenizer = checkpoint_tokenizer(values, config) if "tokenizer" in values else None
+        return Weights(str(path), state, config, tokenizer, (path, values) if "base" in values else None, ours=True)
     if (path.parent / "open_clip_config.json").is_file() and path.name in hub.OPEN_CLIP_WEIGHTS:
         return Weights(str(path), tensors_of(values, path), _open_clip_config(path.parent))
     state = tensors_of(values, path)
@@ -161,19 +168,6 @@ def _open_file(path: Path, named: bool) -> Weights:
         return Weights(str(path), state, openai_architecture(state, path))
     config, origin = run_architecture(path, named) or (None, "")
     return Weights(f"{path} ({origin})" if origin else str(path), state, config)
-
-
-def _open_checkpoint(checkpoint: dict[str, Any], path: Path) -> Weights:
-    config = resolve_architecture(checkpoint["hyper_parameters"]["architecture"])
-    if checkpoint.get("weights") == EMA_WEIGHTS:
-        warnings.warn(f"{path}: the weights are the moving average (EMA), not those of the last step", stacklevel=2)
-    return Weights(
-        str(path),
-        as_float32(dict(checked_tensors(checkpoint["state_dict"], path))),
-        config,
-        checkpoint_tokenizer(checkpoint, config),
-        (path, checkpoint) if "base" in checkpoint else None,
-    )
 
 
 def openai_architecture(state: Mapping[str, Tensor], name: Source) -> CLIPConfig:

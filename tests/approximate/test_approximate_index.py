@@ -146,9 +146,9 @@ def test_a_graph_that_is_cut_off_or_of_other_rows_is_one_line_that_says_what_to_
         ({"name": "."}, "must be the name of a file beside the index"),
         ({"name": ".."}, "must be the name of a file beside the index"),
         ({"name": "\0.npy"}, "must be the name of a file beside the index"),
-        ({"name": 700}, "name: 700 must be"),
-        ({"stamps": [[0.5]]}, "stamps: .* must be"),
-        ({"sha256": None, "stamps": None}, "must be"),
+        ({"name": 700}, r"str.*files\[0\]\.name.*build another"),
+        ({"stamps": [[0.5]]}, r"int.*files\[0\]\.stamps"),
+        ({"sha256": None, "stamps": None}, "array.*files"),
     ],
 )
 def test_a_list_of_files_is_not_trusted(index: Path, values: dict[str, object], message: str) -> None:
@@ -163,7 +163,7 @@ def test_a_list_of_files_is_not_trusted(index: Path, values: dict[str, object], 
 def test_an_index_without_its_list_of_files_or_of_another_version_is_refused(index: Path) -> None:
     facts = index.with_name("all.usearch.json")
     facts.write_text(json.dumps({"format": "lit-clip index 9", "files": [{}]}))
-    with pytest.raises(InputError, match=r"all\.usearch\.json: not an index of this version; .* build another"):
+    with pytest.raises(InputError, match=r"all\.usearch\.json: .*lit-clip index 9.* build another"):
         open_index(index)
     facts.unlink()
     with pytest.raises(InputError, match=r"all\.usearch\.json: there is no such file"):

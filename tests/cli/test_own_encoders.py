@@ -133,7 +133,7 @@ IMPORT = "encoder is hostile.X; import hostile first (in Python), or name it: li
         ("architecture.image", TIMM, "architecture.image: options.drop_rate: may not name a class ('hostile.X')"),
         ("freeze", "hostile.X", "freeze: 'hostile.X' must be a mapping of settings"),
         ("freeze", {"class_path": "hostile.X"}, "freeze: has no setting 'class_path'; there are image, text"),
-        ("freeze", {"image": "hostile.X"}, "freeze: image 'hostile.X' must be 'all' or a mapping or null"),
+        ("freeze", {"image": "hostile.X"}, "freeze.image: 'hostile.X' must be one of 'all'"),
         ("lora", {"class_path": "hostile.X", "init_args": {}}, "lora: has no setting 'class_path'; there are r, alpha"),
     ],
 )

@@ -238,7 +238,7 @@ def test_gradients_of_two_ranks_without_find_unused_parameters_equal_one_process
     ("freeze", "message"),
     [
         ({"image": {"unlock_last": 2}}, "model.freeze.image: unlock_last 2, but the tower has 1 blocks"),
-        ({"text": {"unlock_last": -1}}, "unlock_last -1 must be at least 0"),
+        ({"text": {"unlock_last": -1}}, "unlock_last: -1 must be at least 0"),
     ],
 )
 def test_unlocking_an_impossible_number_of_blocks_is_refused(freeze: Any, message: str) -> None:

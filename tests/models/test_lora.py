@@ -303,7 +303,7 @@ def test_unusable_settings_are_named(base: Path, tiny_config: CLIPConfig, monkey
         InputError, match="no layer is called 'q_proj'; there are c_fc, c_proj, in_proj_weight, out_proj"
     ):
         LitCLIP(tiny_config, base, lora=LoRA(targets=["c_fc", "q_proj"]))
-    with pytest.raises(InputError, match="r 0 must be at least 1"):
+    with pytest.raises(InputError, match="r: 0 must be at least 1"):
         LoRA(r=0)
     with pytest.raises(InputError, match="the blocks that are not frozen have no linear layers"):
         LitCLIP(tiny_config, base, lora=LoRA(), freeze=Freeze("all", "all"))

@@ -213,7 +213,7 @@ def test_another_image_size_is_another_budget_for_the_same_weights(model: CLIP) 
 
 
 def test_what_does_not_fit_is_refused() -> None:
-    with pytest.raises(InputError, match=r"patch_size: None must be at least 2"):
+    with pytest.raises(InputError, match=r"patch_size: must be set with max_patches"):
         Preprocessing(max_patches=64)
     four = Preprocessing(max_patches=4, patch_size=16)
     timms = TimmConfig("naflexvit_base_patch16_siglip", projection="none", options=OPTIONS)

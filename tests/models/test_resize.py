@@ -200,8 +200,8 @@ def test_siglip_refuses_another_context_length_with_the_reason(tmp_path: Path) -
     [
         ({"image_size": 65}, "image_size 65 is not a multiple of patch_size 16"),
         ({"image_size": (64, 70)}, r"image_size \(64, 70\) is not a multiple of patch_size 16"),
-        ({"image_size": 0}, "image_size 0 must be at least 1"),
-        ({"context_length": 2}, "context_length 2 must be at least 3"),
+        ({"image_size": 0}, "image_size: 0 must be at least 1"),
+        ({"context_length": 2}, "context_length: 2 must be at least 3"),
     ],
 )
 def test_unsupported_sizes_are_refused(vit: Path, options: dict[str, Any], message: str) -> None:

@@ -239,7 +239,7 @@ def test_a_files_position_embedding_is_resized_as_in_timm(tmp_path: Path) -> Non
         ({"timm": "test_vit", "options": {"img_size": 64}}, "options.img_size is not allowed; set image_size"),
         ({"timm": "test_vit", "image_size": 72}, "timm cannot create test_vit with image_size 72"),
         ({"timm": "efficientformer_l1", "image_size": 192}, "cannot create efficientformer_l1 with image_size 192"),
-        ({"timm": "test_vit", "image_size": 0}, "image_size 0 must be at least 1"),
+        ({"timm": "test_vit", "image_size": 0}, "image_size: 0 must be at least 1"),
         (
             {"timm": "test_vit", "projection": "none"},
             "test_vit has 64 features but embed_dim is 24; set a projection",

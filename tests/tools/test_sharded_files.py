@@ -153,11 +153,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "exchanged files": (exchanged, f"{FIRST}: holds the rows of file '1 of 2'; copy the whole folder"),
     "a changed value": (flipped, f"{SECOND}: 'state_dict/a~1b': other values than were saved; copy the whole folder"),
     "no text": (lambda folder: (folder / INDEX).write_bytes(b"\xff{"), f"{INDEX}: not a readable part"),
-    "nested": (lambda folder: (folder / INDEX).write_text("[" * 10**6), f"{INDEX}: not a readable part .*too deeply"),
-    "a list": (lambda folder: (folder / INDEX).write_text("[]"), f"{INDEX}: the index: .* must be a mapping"),
+    "nested": (lambda folder: (folder / INDEX).write_text("[" * 10**6), f"{INDEX}: must be a mapping"),
+    "a list": (lambda folder: (folder / INDEX).write_text("[]"), f"{INDEX}: must be a mapping"),
     "huge": (lambda folder: os.truncate(folder / INDEX, 2**28), f"{INDEX}: larger than 134217728 bytes"),
     "later": (changed(lambda index: index.update(version=2)), f"{INDEX}: written by a later version of lit-clip"),
-    "no number": (changed(lambda index: index.update(files="2")), f"{INDEX}: .*files '2' must be a whole number"),
+    "no number": (changed(lambda index: index.update(files="2")), f"{INDEX}: .*files.* must be a whole number"),
     "few files": (changed(lambda index: index.update(files=1)), f"{INDEX}: .*a~1b': has rows of 2 files"),
     "many files": (changed(lambda index: index.update(files=10**9)), f"{INDEX}: .* must be at most 65536"),
     "a gap": (tensor(rows=[2, 2]), rf"{INDEX}: \[2, 2\] are not the rows of \[5, 3\]"),
@@ -175,7 +175,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "an option unknown": (
         changed(lambda index: index.update(path="/etc")),
-        f"{INDEX}: the index: has no setting 'path'",
+        f"{INDEX}: has no setting path",
     ),
     "a program": (
         rest(callbacks=Runs()),

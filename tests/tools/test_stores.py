@@ -19,7 +19,7 @@ from datamodules.loading.store import StoreFolder
 from datamodules.open_source import open_source
 from lit_clip.errors import InputError
 from lit_clip.tools.stores import PROTOCOLS, store_of
-from lit_clip.weights.load import check_before_loading
+from lit_clip.weights.load import open_checkpoint
 
 MB = 1 << 20
 
@@ -129,7 +129,7 @@ def test_other_protocols_are_one_line(address: str, name: str) -> None:
 
 def test_a_checkpoint_of_another_protocol_is_one_line() -> None:
     with pytest.raises(InputError, match="files are read from s3://, .* alone"):
-        check_before_loading("ftp://host/last.ckpt")
+        open_checkpoint("ftp://host/last.ckpt")
 
 
 def test_every_protocol_is_one_of_fsspecs() -> None:

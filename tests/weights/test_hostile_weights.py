@@ -4,7 +4,6 @@ import ast
 import contextlib
 import json
 import os
-import re
 import subprocess
 import sys
 import zipfile
@@ -123,7 +122,7 @@ def test_settings_under_lightnings_other_keys_are_refused(key: str, checkpoint: 
 @pytest.mark.parametrize("size", [0, [0, 2], [32, -1]])
 def test_an_image_size_below_1_is_refused_naming_the_file(size: Any, checkpoint: dict[str, Any]) -> None:
     torch.save(changed(checkpoint, ("hyper_parameters", "image_size"), size), "hostile.ckpt")
-    named = re.escape(f"hostile.ckpt: hyper_parameters.image_size: {size} must be at least 1")
+    named = r"hostile.ckpt: hyper_parameters.image_size(\[\d\])?: (0|-1) must be at least 1"
     for run in ENTRIES.values():
         with pytest.raises(InputError, match=named):
             run()
@@ -173,7 +172,7 @@ def test_names_of_weights_are_texts(checkpoint: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("sizes", "problem"),
-    [({"layers": 10**9}, "layers 1000000000 must be at most 1000"), ({"width": 65536, "layers": 50}, "do not fit")],
+    [({"layers": 10**9}, "layers: 1000000000 must be at most 1000"), ({"width": 65536, "layers": 50}, "do not fit")],
 )
 def test_a_model_larger_than_its_file_is_refused_before_it_is_created(
     sizes: dict[str, int], problem: str, checkpoint: dict[str, Any]

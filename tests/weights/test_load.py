@@ -1,8 +1,11 @@
 """load_model opens every supported source with the source's features, and refuses the rest in one line."""
 
 import json
+import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import open_clip
@@ -12,13 +15,13 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+import lit_clip
 from lit_clip import LitCLIP, create_model, load_model
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.models.tokenizer import tokenize
-from lit_clip.tools.weight_files import FEW_BYTES
 from lit_clip.weights import load
 from lit_clip.weights.hub import OPEN_CLIP_WEIGHTS
 from tests.conftest import openai_code
@@ -244,19 +247,10 @@ def test_views_and_parameters_become_tensors_of_their_own(tmp_path: Path) -> Non
         )  # else saving one tensor saves the block
 
 
-@pytest.mark.parametrize(
-    ("name", "few_bytes"),
-    [
-        *[(name, FEW_BYTES) for name in ("m.pt", "m.safetensors", "last.ckpt", "optimizer.ckpt", "archive.pt")],
-        *[("m.safetensors", 0), ("optimizer.ckpt", 0)],  # read in parts, as large ones are
-    ],
-)
+@pytest.mark.parametrize("name", ["m.pt", "m.safetensors", "last.ckpt", "optimizer.ckpt", "archive.pt"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_the_file_may_be_overwritten_or_deleted_after_loading(
-    tmp_path: Path, name: str, few_bytes: int, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_file_may_be_overwritten_or_deleted_after_loading(tmp_path: Path, name: str, tiny_checkpoint: Path) -> None:
     """Overwriting a memory-mapped file would change the weights, or end the process with a bus error."""
-    monkeypatch.setattr("lit_clip.tools.weight_files.FEW_BYTES", few_bytes)
     path, state = tmp_path / name, random_model().state_dict()
     if name == "last.ckpt":
         path.write_bytes(tiny_checkpoint.read_bytes())
@@ -379,3 +373,45 @@ def test_a_custom_encoder_draws_its_buffers_while_weights_without_memory_are_not
         with torch.device("cpu"):
             found = [torch.randn(3), torch.nn.Linear(3, 3).weight]
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
+
+
+def entered(call: Callable[[], object]) -> set[str]:
+    """Return the functions of lit_clip that a call enters, those in ``models/`` and comprehensions aside."""
+    root, found = Path(lit_clip.__file__).parent, set[str]()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        code = frame.f_code
+        place = Path(code.co_filename)
+        inside = event == "call" and not code.co_name.startswith("<") and place.is_relative_to(root)
+        if inside and place.relative_to(root).parts[0] != "models":
+            found.add(f"{place.relative_to(root)} {code.co_qualname}")
+
+    sys.setprofile(note)
+    try:
+        call()
+    finally:
+        sys.setprofile(None)
+    return found
+
+
+def test_the_way_from_a_checkpoint_to_a_model_is_short(tiny_checkpoint: Path) -> None:
+    """Counted without the model's own constructors; the modules are imported before."""
+    for opened, most in ((load_model, 25), (LitCLIP.load_from_checkpoint, 40)):
+        opened(tiny_checkpoint)
+        functions = entered(partial(opened, tiny_checkpoint))
+        assert 10 < len(functions) <= most, sorted(functions)
+
+
+def test_the_model_of_a_checkpoint_is_built_once(tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[CLIP] = []
+    create = CLIP.__init__
+
+    def noted(self: CLIP, *args: Any, **kwargs: Any) -> None:
+        built.append(self)
+        create(self, *args, **kwargs)
+
+    monkeypatch.setattr(CLIP, "__init__", noted)
+    for opened in (load_model, LitCLIP.load_from_checkpoint):
+        built.clear()
+        opened(tiny_checkpoint)
+        assert len(built) == 1

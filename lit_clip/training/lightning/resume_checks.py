@@ -15,15 +15,17 @@ from torch import Tensor
 
 from lit_clip.errors import InputError, require
 from lit_clip.tools.parts import Description, class_paths, setting_changes
-from lit_clip.tools.reading import reason
-from lit_clip.tools.untrusted import check_entries, shortened
-from lit_clip.tools.weight_files import load_mapped
+from lit_clip.tools.reading import naming, reason
+from lit_clip.tools.untrusted import Count, convert, entries, shortened
+from lit_clip.tools.weight_files import check_tensors_within, load_mapped
 from lit_clip.training.lightning.run_folder import newest_config, shown
-from lit_clip.weights.checkpoints import check_lightnings_entries, check_progress
+from lit_clip.weights.checkpoints import RESUMED
 
 # States of an optimiser that are of their parameter's shape.
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg")
 PATHS = ("best_model_path", "kth_best_model_path", "last_model_path")
+SAVER = entries({**dict.fromkeys(PATHS, str), "best_k_models": dict[str, object], "dirpath": str | None})
+LOOPS = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
 
 
 def check_same_parts(ours: Mapping[str, Description], saved: Mapping[str, Description], name: str) -> None:
@@ -47,15 +49,25 @@ def check_same_parts(ours: Mapping[str, Description], saved: Mapping[str, Descri
 def check_restorable(checkpoint: Any, trainer: Trainer, name: str) -> None:
     """Check what a trainer will restore, before it begins to."""
     require(isinstance(checkpoint, Mapping), f"{name}: not a checkpoint (a {type(checkpoint).__name__})")
-    check_lightnings_entries(checkpoint, name)
-    loops = checkpoint.get("loops") or {}
-    for kind in ("fit", "validate", "test", "predict"):
-        fresh = getattr(trainer, f"{kind}_loop").state_dict()
-        check_progress(loops.get(f"{kind}_loop", {}), fresh, f"{name}: loops.{kind}_loop")
+    with naming(name):
+        check_tensors_within(checkpoint)
+        convert(checkpoint, RESUMED)
+        for kind, state in (checkpoint.get("loops") or {}).items():
+            fresh = getattr(trainer, kind).state_dict() if kind in LOOPS else {}
+            # Versions of Lightning have different loops; a loop of other counts is damaged.
+            counts = {each: _counts(value) for each, value in fresh.items()}
+            convert(state, entries(counts), f"loops.{kind}")
     mine = {each.state_key: each for each in trainer.checkpoint_callbacks if isinstance(each, ModelCheckpoint)}
     for key, state in (checkpoint.get("callbacks") or {}).items():
         if isinstance(state, dict):  # otherwise its callback refuses it
             _settle_paths(state, mine, key, f"{name}: callbacks.{key}")
+
+
+def _counts(fresh: Any) -> Any:
+    """Return the type of the counts of a loop, by those of one that has not begun."""
+    if isinstance(fresh, Mapping):
+        return entries({name: _counts(value) for name, value in fresh.items()}, total=True)
+    return {int: Count, bool: bool}.get(type(fresh), Any)
 
 
 def _settle_paths(state: dict[str, Any], savers: Mapping[str, ModelCheckpoint], key: str, where: str) -> None:
@@ -64,7 +76,7 @@ def _settle_paths(state: dict[str, Any], savers: Mapping[str, ModelCheckpoint], 
     The best model of another folder stays the best until there is a better one: a resumed run is one run.
     """
     folders = {str(each.dirpath): each.FILE_EXTENSION for each in savers.values()}
-    check_entries(state, dict.fromkeys(PATHS, str) | {"best_k_models": dict[str, object], "dirpath": str | None}, where)
+    convert(state, SAVER, where)
     # Lightning takes the others from a state without a folder, or with this run's.
     foreign = state.get("dirpath") is not None and state["dirpath"] not in folders
     others = (*(state.get(name) for name in PATHS[1:]), *state.get("best_k_models", {}))
