@@ -35,9 +35,9 @@ def check_encoder_options(words: Sequence[str]) -> None:
     found = [re.match(r"--model\.(?:init_args\.)?architecture\.(image|text)\.", word) for word in words]
     typed = [each for each in found if each]
     for file in _look(words)[1] if typed else ():
-        model = file.get("model")
-        model = model.get("init_args") or model if isinstance(model, Mapping) else {}
-        architecture = model.get("architecture")
+        model: Any = file.get("model")
+        settings: Any = (model.get("init_args") or model) if isinstance(model, Mapping) else {}
+        architecture = settings.get("architecture")
         for option in typed if isinstance(architecture, Mapping) else ():
             encoder = architecture.get(option[1]) or {}
             if {"timm", "hugging_face", "class_path"} & encoder.keys() or isinstance(encoder.get("layers"), list):
