@@ -15,13 +15,12 @@ from lit_clip.models.finetuning import Freeze
 from lit_clip.models.lora import LoRA
 from lit_clip.models.rates import Rates
 from lit_clip.retrieval.retrieval_set import MEAN_RECALL, RetrievalSet, token_hashes
-from lit_clip.tools.untrusted import convert, from_plain
 from lit_clip.training.micro_batches import encode_pairs, encode_step, placeholder
 from lit_clip.training.optimizers import Optimization, OptimizerFactory, PaperAdamW
 from lit_clip.training.param_groups import EXCEPT_GAINS_AND_BIASES, Decays
 from lit_clip.training.run_hooks import RunHooks
 from lit_clip.training.schedules import ScheduleFactory, WarmupCosine
-from lit_clip.weights.checkpoints import PlainSettings, saved_settings
+from lit_clip.weights.checkpoints import saved_settings, typed_settings
 from lit_clip.weights.load import create_model, whole_name
 
 
@@ -98,15 +97,11 @@ class LitCLIP(RunHooks):
     ) -> None:
         super().__init__()
         sizes = {"image_size": image_size, "context_length": context_length}
-        convert({**sizes, "micro_batch_size": micro_batch_size}, PlainSettings, "model")
+        given = {"freeze": freeze, "rates": rates, "lora": lora, **sizes, "micro_batch_size": micro_batch_size}
+        settings = typed_settings(given, "model")
         if loss is not None and not isinstance(loss, Loss):
             instead = "pass an object of a subclass of lit_clip.losses.Loss, as Contrastive()"
             raise InputError(f"model.loss: {loss!r} is no loss; {instead}")
-        given = {"freeze": (Freeze, freeze), "rates": (Rates, rates), "lora": (LoRA, lora)}
-        settings: dict[str, Any] = {
-            name: value if value is None else from_plain(kind, value, f"model.{name}")
-            for name, (kind, value) in given.items()
-        }
         self.optimization = Optimization(optimizer, lr_scheduler, decay, settings["rates"])
         self.model = create_model(architecture, pretrained, image_size, context_length)
         self.loss = default_loss(self.model) if loss is None else loss

@@ -82,7 +82,10 @@ class CLI(PlainCLI):
         return Parser.of_command("lit-clip fit")
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        """Parse with this priority: typed options, YAML files, the settings in ``--ckpt_path``, defaults."""
+        """Parse typed options and YAML files, a later one above the earlier; these above a recipe's choices.
+
+        Below are the settings of ``--ckpt_path`` (of the model, but not of its parts) and the defaults.
+        """
         command, *words = args if args and args[0] in self.parsers else ["", *args]
         words = [re.sub(r"^--rest(?=$|=[^\[])", "--rest+", word) for word in words]  # it may be typed several times
         known: Parser = self.parsers.get(command, parser)

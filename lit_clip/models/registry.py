@@ -76,7 +76,7 @@ def resolve_architecture(architecture: "str | CLIPConfig | Mapping[str, Any]") -
         return with_external_settings(CLIPConfig.from_dict(architecture))
     if architecture.lstrip().startswith("{"):  # a CLIPConfig on the command line that did not parse
         with suppress(yaml.YAMLError):
-            CLIPConfig.from_dict(parse_yaml(architecture))  # says what is wrong
+            with_external_settings(CLIPConfig.from_dict(parse_yaml(architecture)))  # says what is wrong
         raise InputError(f"model.architecture: {architecture} has an unknown entry or a value of the wrong type")
     if architecture in _own():
         return CLIPConfig.from_dict(_own()[architecture])

@@ -79,7 +79,7 @@ def _problem(text: str) -> str:
         return ours[1]
     if classes := re.findall(r"Problem with given class_path '([^']+)':\s+([^\n]*)", text):
         given = text.rpartition("Given value: ")[2]
-        return _of_class(*max(classes, key=lambda one: sum(f"{name}=" in given for name in parameters(one[0]))))
+        return _of_class(*max(classes, key=lambda one: _settings_in(given, parameters(one[0]))))
     if factory := re.search(r"expects a function or a callable class: (.*?)(?:\. Got value: .*)?$", text, re.MULTILINE):
         named = re.search(r"class_path='([\w.]+)'", text)
         return _of_class(named[1] if named else "", factory[1])
@@ -92,6 +92,11 @@ def _problem(text: str) -> str:
     if unread := re.match(r"Unable to load config [^\n]*", text):
         return unread[0]
     return " ".join(text.split())
+
+
+def _settings_in(given: str, names: list[str]) -> int:
+    """Return how many of these settings a printed namespace or dictionary has."""
+    return sum(f"{name}=" in given or f"'{name}': " in given for name in names)
 
 
 def _of_class(path: str, problem: str) -> str:

@@ -25,6 +25,7 @@ from lit_clip.secrets import plain_without_secrets
 from lit_clip.tools import hardware
 from lit_clip.tools.claims import release, remove_leftovers
 from lit_clip.tools.parts import Description
+from lit_clip.tools.reading import naming
 from lit_clip.training.checkpoint_contents import pack_checkpoint, unpack_checkpoint
 from lit_clip.training.checks import check_counts, check_lora_gradients, check_parts, check_run, check_skipped_samples
 from lit_clip.training.even_batches import even_batches
@@ -103,7 +104,8 @@ class RunHooks(LightningModule):
         adapted = "base" in checkpoint  # then the base has weights, and the checkpoint the LoRA's
         with nullcontext() if adapted else weights_come_later(checkpoint["state_dict"], name):
             module = cls(**{**hparams, **kwargs})
-        module.on_load_checkpoint(checkpoint)
+        with naming(name):
+            module.on_load_checkpoint(checkpoint)
         module.load_state_dict(checkpoint["state_dict"], module.strict_loading if strict is None else strict)
         return module.to(map_location)
 

@@ -25,17 +25,19 @@ from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.parts import plain
 from lit_clip.tools.reading import naming, reason
 from lit_clip.tools.untrusted import Count, check_fields, check_names_nothing, convert, entries, from_plain
-from lit_clip.tools.weight_files import Source
+from lit_clip.tools.weight_files import Source, is_path
 
 EMA_WEIGHTS = "exponential moving average"  # a checkpoint's ``weights`` if its state_dict is an average
 _DATACLASSES: dict[str, type] = {"freeze": Freeze, "rates": Rates, "lora": LoRA}
 # Where Lightning looks for settings too: older names of hyper_parameters, and what to make of them.
 _OTHER_SETTINGS = ("hparams", "module_arguments", "hparams_name", "hparams_type")
 
+_LIBRARIES = ("torch", "torchvision", "timm", "transformers", "lit_clip")
+
 AtLeastOne = Annotated[int, Meta(ge=1)]
 
 
-class PlainSettings(TypedDict, total=False):
+class _PlainSettings(TypedDict, total=False):
     """The module's settings that are neither parts nor dataclasses; see lit_clip.tools.untrusted for the rule."""
 
     pretrained: str | None
@@ -79,6 +81,16 @@ RESUMED = entries(
 )
 
 
+def typed_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Check the module's settings, and return those that are dataclasses as such; None stays."""
+    convert(settings, _PlainSettings, where)
+    typed: dict[str, Any] = {}
+    for name, kind in _DATACLASSES.items():
+        value = settings[name]
+        typed[name] = None if value is None else from_plain(kind, value, f"{where}.{name}")
+    return typed
+
+
 @dataclass
 class SavedTokenizer:
     """A checkpoint's entry for a tokenizer, see :meth:`HuggingFaceTokenizer.to_dict`."""
@@ -105,7 +117,7 @@ def checked(checkpoint: dict[str, Any], path: Source) -> dict[str, Any]:
         except RecursionError as error:
             raise InputError("not a lit-clip checkpoint (its settings are nested too deeply)") from error
         convert(checkpoint, _OURS)
-        convert(hparams, PlainSettings, "hyper_parameters")
+        convert(hparams, _PlainSettings, "hyper_parameters")
         for name, kind in _DATACLASSES.items():
             if hparams.get(name) is not None:
                 from_plain(kind, hparams[name], name)
@@ -114,9 +126,22 @@ def checked(checkpoint: dict[str, Any], path: Source) -> dict[str, Any]:
         if problem:
             raise InputError(problem)
     for tower, class_path in custom_encoders(config):
+        named = f"{path}: its {tower} encoder is {class_path}"
+        if class_path.partition(".")[0] in _LIBRARIES:  # whose classes take as much memory as the file says
+            raise InputError(f"{named}, which is a layer of a library")
         if find_class(class_path) is None:
-            raise InputError(f"{path}: its {tower} encoder is {class_path}; {how_to_import(class_path)}")
+            raise InputError(f"{named}; {how_to_import(class_path)}")
+    if "base" in checkpoint:
+        checkpoint["hyper_parameters"] = {**hparams, "pretrained": _found_base(hparams.get("pretrained"), path)}
     return checkpoint
+
+
+def _found_base(base: Any, checkpoint: Source) -> Any:
+    """Return where a LoRA's base is: beside its checkpoint if both have moved; its fingerprint is compared later."""
+    if base is None or not is_path(base) or Path(base).exists():
+        return base
+    beside = Path(checkpoint).parent / Path(base).name
+    return str(beside) if beside.exists() else base
 
 
 def _problem(checkpoint: Mapping[str, Any], hparams: Mapping[str, Any], config: CLIPConfig) -> str:
@@ -132,7 +157,7 @@ def _problem(checkpoint: Mapping[str, Any], hparams: Mapping[str, Any], config: 
             return f"may not have {name}; its settings are hyper_parameters"
     if hparams.get("pretrained") is not None and "base" not in checkpoint:
         return "hyper_parameters.pretrained: only a LoRA's checkpoint has a base"
-    if text.tokenizer is not None and "tokenizer" not in checkpoint:
+    if text.tokenizer is not None and checkpoint.get("tokenizer") is None:
         return "holds no tokenizer"
     if getattr(text, "model", {}) is None:
         return "holds no configuration of its text encoder"

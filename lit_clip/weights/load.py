@@ -141,12 +141,10 @@ def _merged(weights: Weights, path: Path, checkpoint: dict[str, Any], above: tup
         raise InputError(f"{path}: its settings have no LoRA, or no base of it")
     if path.resolve() in above:
         raise InputError(f"{path}: its LoRA belongs to a model that is made of it")
-    beside = path.parent / Path(base).name  # both files may have moved; the fingerprint shows if it is the right one
-    found = beside if is_path(base) and not Path(base).exists() and beside.exists() else base
     try:
         architecture = resolve_architecture(hparams["architecture"])
         sizes = hparams.get("image_size"), hparams.get("context_length")
-        model = _load(found, architecture, *sizes, (*above, path.resolve()))
+        model = _load(base, architecture, *sizes, (*above, path.resolve()))
         for name in frozen_names(model, from_plain(Freeze, hparams.get("freeze") or {}, "freeze")):
             model.get_parameter(name).requires_grad_(False)  # a frozen block has no additions
         sha256 = weights_sha256(model)

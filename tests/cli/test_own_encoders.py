@@ -168,7 +168,7 @@ def test_a_module_that_a_checkpoint_names_is_not_imported(
         (["--import"], "--import: no module is named; lit-clip --import my_encoder COMMAND"),
         (
             ["fit", "--model.architecture", "{embed_dim: 8, image: {class_path: nothing.X}, text: {width: 64}}"],
-            "nothing.X; import nothing first",
+            "nothing.X is not imported; import nothing first",
         ),
         (
             ["fit", "--config", "own.yaml", "--model.architecture.image.init_args.width", "3"],

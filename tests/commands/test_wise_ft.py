@@ -175,8 +175,10 @@ def test_invalid_arguments_are_an_error_and_nothing_is_written(
         ("", "--sets: sets.yaml: must hold sets by name"),
         ("[pets]", "--sets: sets.yaml: must hold sets by name"),
         ("2024: {images: {class_path: datamodules.ImageFolderClasses}}", "--sets: sets.yaml: must hold sets by name"),
-        ("pets: &a {images: *a}", "--sets: sets.yaml: not a readable YAML file (found unconstructable recursive node"),
-        ("pets: {images: {class_path: os.system}}", "sets.yaml: sets: Problem with given class_path"),
+        (
+            "pets: {images: {class_path: os.system}}",
+            "sets.yaml: sets.images: Import path os.system does not correspond",
+        ),
         (
             "pets: {images: {class_path: datamodules.ImageFolderClasses, init_args: {root: nowhere}}}",
             "sets.yaml: nowhere: no such folder of classes",

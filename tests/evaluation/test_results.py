@@ -38,5 +38,5 @@ def test_a_result_whose_predictions_are_not_its_own_is_computed_again(tmp_path: 
 def test_a_damaged_result_of_another_run_is_one_line_before_the_evaluation(tmp_path: Path) -> None:
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"model": {}, "sets": {"pets": {"tasks": {"zero_shot": {"confusions": [3]}}}}}))
-    with pytest.raises(InputError, match=r"results.json: .*damaged \(sets.'pets'.tasks.'zero_shot'.confusions: \[3\]"):
+    with pytest.raises(InputError, match=r"results.json: .*damaged \(sets.pets.tasks.*confusions"):
         read_results(tmp_path)

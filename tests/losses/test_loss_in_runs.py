@@ -249,7 +249,10 @@ class Margin(Vector):
         (["Contrastiv"], "did you mean lit_clip.losses.Contrastive?"),
         (["mine_of_a_user.Vector"], "mine_of_a_user.Vector returned a tensor of shape [16]; return a scalar"),
         (["mine_of_a_user.Nothing"], "module 'mine_of_a_user' has no attribute 'Nothing'"),
-        (["Contrastive", "--model.loss.duplicate", "x"], "did you mean --model.loss.duplicates?"),
+        (
+            ["Contrastive", "--model.loss.duplicate", "x"],
+            "model.loss.duplicate: Contrastive has no such option; did you mean duplicates?",
+        ),
         (["Contrastive", "--model.loss.duplicates", "posit"], "did you mean positives?"),
         (["Matryoshka", "--model.loss.dims", "[9999]", "--model.loss.loss", "Contrastive"], "but the features have"),
     ],

@@ -256,6 +256,8 @@ def test_an_adapter_finds_its_base_beside_it_after_both_were_moved(
     names = ("elsewhere/adapter.ckpt", "elsewhere/base.ckpt")
     first, second = (lit_clip.load_model(tmp_path / name).state_dict()["visual.proj"] for name in names)
     assert torch.equal(first, second)
+    module = LitCLIP.load_from_checkpoint(tmp_path / names[0])
+    assert module.hparams["pretrained"] == str(tmp_path / names[1])
 
 
 @pytest.mark.parametrize("named", [False, True])

@@ -11,6 +11,7 @@ import torch
 from lit_clip.errors import InputError
 from lit_clip.losses import Alignment, Contrastive, Loss, Matryoshka, Sigmoid, Sum, WeightedContrastive
 from lit_clip.module import LitCLIP
+from lit_clip.retrieval.retrieval_set import RetrievalSet
 from lit_clip.training.place_contrastive import PlaceContrastive
 from lit_clip.training.teacher import Distillation
 from tests.helpers.ranks import CONFIG, PAIRS, make_module
@@ -82,6 +83,7 @@ def test_validation_encodes_an_image_of_several_pairs_once() -> None:
     expected = module.model.encode_image(module.model.normalize(repeated.images), normalize=True)
     seen: list[int] = []
     module.model.visual.register_forward_hook(lambda layer, inputs, _: seen.append(len(inputs[0])))
+    module._validated = RetrievalSet()  # as an epoch of validation begins
     with torch.no_grad():
         features = module.validation_step(repeated, 0)
     assert seen == [6]

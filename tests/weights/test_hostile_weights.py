@@ -222,6 +222,28 @@ def test_no_text_encoder_opens_or_starts_anything_when_it_is_created(
         assert not events
 
 
+def test_a_checkpoint_without_its_tokenizer_looks_for_none(checkpoint: dict[str, Any], bait: Path) -> None:
+    checkpoint["hyper_parameters"]["architecture"]["text"]["tokenizer"] = {"source": "org/secret"}
+    torch.save(checkpoint | {"tokenizer": None}, "hostile.ckpt")
+    for run in ENTRIES.values():
+        with (
+            watching(bait, ("hostile.ckpt",), "never_imported") as events,
+            pytest.raises(InputError, match="tokenizer"),
+        ):
+            run()
+        assert not events
+
+
+def test_a_checkpoints_numbers_for_an_imported_class_take_no_memory(checkpoint: dict[str, Any], bait: Path) -> None:
+    huge = {"num_heads": 1, "kdim": 10**12}
+    image = {"class_path": "torch.nn.MultiheadAttention", "init_args": huge}
+    checkpoint["hyper_parameters"]["architecture"]["image"] = image
+    torch.save(checkpoint, "hostile.ckpt")
+    for run in ENTRIES.values():
+        with pytest.raises(InputError, match="MultiheadAttention"):
+            run()
+
+
 @pytest.mark.parametrize("tower", ["image", "text"])
 def test_a_checkpoints_towers_start_from_no_other_weights(tower: str, checkpoint: dict[str, Any], bait: Path) -> None:
     towers = {
