@@ -21,7 +21,7 @@ from lit_clip.cli.argument_types import register_types
 from lit_clip.cli.callback_options import give_rest, take_options, with_options
 from lit_clip.cli.configurations import Configuration, configuration, evaluated, newest_of_configuration, run_folders
 from lit_clip.cli.first_look import check_encoder_options, named_model
-from lit_clip.cli.imports import check_not_imported_by, command_words
+from lit_clip.cli.imports import check_not_imported_by
 from lit_clip.cli.loggers import check_loggers, log_no_secrets, logger_errors
 from lit_clip.cli.parser import CONFIG, Parser
 from lit_clip.cli.plain_help import print_section_help
@@ -82,10 +82,7 @@ class CLI(PlainCLI):
         return Parser.of_command("lit-clip fit")
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        """Parse typed options and YAML files, a later one above the earlier; these above a recipe's choices.
-
-        Below are the settings of ``--ckpt_path`` (of the model, but not of its parts) and the defaults.
-        """
+        """Parse words and YAML files, the last above; below are a recipe, ``--ckpt_path``'s model and defaults."""
         command, *words = args if args and args[0] in self.parsers else ["", *args]
         words = [re.sub(r"^--rest(?=$|=[^\[])", "--rest+", word) for word in words]  # it may be typed several times
         known: Parser = self.parsers.get(command, parser)
@@ -310,12 +307,12 @@ def _callbacks() -> Any:
 
 
 @short_names()
-def run(args: Sequence[str] | None = None, execute: bool = True) -> CLI:
-    """Parse and run a command; errors that the user can fix are raised."""
+def run(args: Sequence[str], execute: bool = True) -> CLI:
+    """Parse and run a command, the first of the words; errors that the user can fix are raised."""
     register_types()
     # Without this, absolute keys such as ${model.optimizer.lr} are looked up above the subcommand.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
-    words = [*(command_words(sys.argv[1:])[1] if args is None else args)]
+    words = [*args]
     return CLI(
         LitCLIP,
         LightningDataModule,
@@ -333,10 +330,10 @@ def run(args: Sequence[str] | None = None, execute: bool = True) -> CLI:
     )
 
 
-def run_until_signal() -> int:
+def run_until_signal(words: Sequence[str]) -> int:
     """Run the command line and return the exit code, after a signal the one of :class:`callbacks.Preemption`."""
     try:
-        run()
+        run(words)
     except SIGTERMException as stop:
         code: Any = stop.code
         return code

@@ -74,7 +74,7 @@ def _run(words: list[str]) -> int:
         return 0
     with uncollected():
         from lit_clip.cli.lightning import run_until_signal
-    return run_until_signal()
+    return run_until_signal(words)
 
 
 def main() -> None:

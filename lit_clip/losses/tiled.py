@@ -65,7 +65,8 @@ def sharded_contrastive_loss(
     All ranks must scale the result by the same factor before ``backward``: a rank's gradient includes the terms of
     other ranks' losses that depend on its features. Without hard negatives on any rank there are no ``negatives``.
     """
-    image, text, layout = at_least_float32(image_BD), at_least_float32(text_BD), _with_tile(layout, image_BD)
+    image, text = at_least_float32(image_BD), at_least_float32(text_BD)
+    layout = _with_tile(layout, image_BD)
     hard = () if negatives is None else (at_least_float32(negatives.features), negatives.ranks)
     return ShardedLoss(*_Softmax.apply(image, text, scale.to(image.dtype), layout, *hard))  # pyright: ignore[reportGeneralTypeIssues]  # untyped apply
 
@@ -74,7 +75,8 @@ def sharded_sigmoid_loss(
     image_BD: Tensor, text_BD: Tensor, scale: Tensor, bias: Tensor, layout: PairLayout
 ) -> ShardedLoss:
     """Sigmoid loss over all ranks' pairs; see :func:`lit_clip.losses.contrastive.sigmoid_loss`."""
-    image, text, layout = at_least_float32(image_BD), at_least_float32(text_BD), _with_tile(layout, image_BD)
+    image, text = at_least_float32(image_BD), at_least_float32(text_BD)
+    layout = _with_tile(layout, image_BD)
     scale, bias = scale.to(image.dtype), bias.to(image.dtype)
     return ShardedLoss(*_Sigmoid.apply(image, text, scale, bias, layout))  # pyright: ignore[reportGeneralTypeIssues]  # untyped apply
 
@@ -95,7 +97,7 @@ class _Tile(NamedTuple):
         assert layout.ids is not None, "duplicates are found by their ids"
         assert ids_NK is not None, "gathered with the texts"
         mine, theirs = layout.ids[self.rows], ids_NK[self.columns]
-        same_bn = mine[:, None, 0] == theirs[None, :, 0]
+        same_bn = mine[:, None, 0] == theirs[None, :, 0]  # kind by kind: [b, n, K] would take K tiles of memory
         for kind in range(1, mine.shape[1]):
             same_bn |= mine[:, None, kind] == theirs[None, :, kind]
         return same_bn
@@ -158,7 +160,7 @@ class _Others(NamedTuple):
 
     @classmethod
     def of(cls, layout: PairLayout, tile: _Tile, logits_bn: Tensor, texts: _Texts) -> "_Others":
-        _own(logits_bn, tile.own).fill_(-torch.inf)
+        _own(logits_bn, tile.own).fill_(-torch.inf)  # in place: a copy would be one more tile
         if layout.duplicates == "negatives":
             return cls(logits_bn, logits_bn, None)
         same_bn = tile.same(layout, texts.ids)
@@ -201,7 +203,7 @@ def _add_hard_gradients(
 
 
 def _in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Disable autocast, which would compute the products in half precision again."""
+    """Disable autocast, which would round the float32 inputs of the products back to half precision."""
 
     @wraps(function)
     def called(ctx: Any, first: Tensor, *others: Any) -> Any:
@@ -222,12 +224,15 @@ class _Softmax(torch.autograd.Function):
         scaled_BD, mine = scale * image_BD, layout.ranks.mine
         own_B = (scaled_BD * text_BD).sum(dim=1)
         texts = _Texts.gathered(layout, text_BD, with_shares=True)
-        row_lse_B, highest_B = (torch.full_like(own_B, -torch.inf) for _ in range(2))
-        column_lse_N, linear = own_B.new_full((layout.ranks.total,), -torch.inf), own_B.new_zeros(())
+        row_lse_B = torch.full_like(own_B, -torch.inf)
+        highest_B = row_lse_B.clone()
+        column_lse_N = own_B.new_full((layout.ranks.total,), -torch.inf)
+        linear = own_B.new_zeros(())  # the sum of each pair's target times its logit
         for tile in _tiles(layout):
             logits_bn = scaled_BD[tile.rows] @ texts.features[tile.columns].T
             logits_bn, wrong_bn, same_bn = _Others.of(layout, tile, logits_bn, texts)
             if same_bn is not None:
+                # Masked, not multiplied: the own logit is -inf here, and -inf * 0 is NaN.
                 linear.add_((texts.share(layout, tile) * logits_bn).masked_fill_(~same_bn, 0).sum() / 2)
             highest_B[tile.rows] = torch.maximum(highest_B[tile.rows], wrong_bn.amax(dim=1))
             row_lse_B[tile.rows] = torch.logaddexp(row_lse_B[tile.rows], logits_bn.logsumexp(dim=1))
@@ -251,19 +256,20 @@ class _Softmax(torch.autograd.Function):
     @_in_full_precision
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         layout: PairLayout = ctx.layout
-        image_BD, scale, row_lse_B, column_lse_N, wrong_MD, *rows = ctx.saved_tensors
-        texts = _Texts(*rows)
+        image_BD, scale, row_lse_B, column_lse_N, wrong_MD, *saved_texts = ctx.saved_tensors
+        texts = _Texts(*saved_texts)
         scaled_BD, image_grad_BD = scale * image_BD, torch.zeros_like(image_BD)
         text_grad_ND = torch.zeros_like(texts.features)
         for tile in _tiles(layout):
             logits_bn = scaled_BD[tile.rows] @ texts.features[tile.columns].T
+            # Twice the gradient of the logits, halved in ``factor``. At most three tiles exist (training/plan.py).
             G_bn = (logits_bn - row_lse_B[tile.rows, None]).exp_()
             G_bn += logits_bn.sub_(column_lse_N[tile.columns]).exp_()
             if texts.shares is not None:
                 G_bn -= texts.share(layout, tile).masked_fill_(~tile.same(layout, texts.ids), 0)
             else:
                 own = _own(G_bn, tile.own)
-                kept = own - 2
+                kept = own - 2  # put back below: a pair is a duplicate of itself, so the mask erases this too
                 if layout.duplicates == "ignored":
                     G_bn.masked_fill_(tile.same(layout, texts.ids), 0)
                 own.copy_(kept)
@@ -273,6 +279,7 @@ class _Softmax(torch.autograd.Function):
             wrong_grad_MD = _add_hard_gradients(layout, wrong_MD, image_BD, scaled_BD, row_lse_B, image_grad_BD)
             features.append(sum_rows(wrong_grad_MD, ctx.negative_shards))
         factor = grads[0] * layout.ranks.world / layout.ranks.total / 2
+        # sum(G * image @ text.T) = sum(image * image_grad), which is needed before the gradient is scaled in place.
         scale_grad = (image_grad_BD * image_BD).sum() * factor
         image_grad, text_grad, *negative_grad = [gradient.mul_(factor * scale) for gradient in features]
         return image_grad, text_grad, scale_grad, None, *negative_grad, *[None] * len(negative_grad)
@@ -294,6 +301,7 @@ class _Sigmoid(torch.autograd.Function):
             logits_bn = torch.addmm(bias, scaled_BD[tile.rows], texts.features[tile.columns].T)
             logits_bn, wrong_bn, same_bn = _Others.of(layout, tile, logits_bn, texts)
             if same_bn is not None:
+                # softplus(-l) = softplus(l) - l
                 cost_B[tile.rows] -= logits_bn.masked_fill(~same_bn, 0).sum(dim=1)
             highest_B[tile.rows] = torch.maximum(highest_B[tile.rows], wrong_bn.amax(dim=1))
             cost_B[tile.rows] += F.softplus(logits_bn).sum(dim=1)
@@ -309,10 +317,12 @@ class _Sigmoid(torch.autograd.Function):
     @_in_full_precision
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, None]:
         layout: PairLayout = ctx.layout
-        image_BD, scale, bias, *rows = ctx.saved_tensors
-        texts = _Texts(*rows)
-        scaled_BD, image_grad_BD = scale * image_BD, torch.zeros_like(image_BD)
-        text_grad_ND, bias_grad_B = torch.zeros_like(texts.features), torch.zeros_like(image_BD[:, 0])
+        image_BD, scale, bias, *saved_texts = ctx.saved_tensors
+        texts = _Texts(*saved_texts)
+        scaled_BD = scale * image_BD
+        image_grad_BD = torch.zeros_like(image_BD)
+        text_grad_ND = torch.zeros_like(texts.features)
+        bias_grad_B = torch.zeros_like(image_BD[:, 0])
         for tile in _tiles(layout):
             G_bn = torch.addmm(bias, scaled_BD[tile.rows], texts.features[tile.columns].T).sigmoid_()
             own = _own(G_bn, tile.own)
@@ -326,5 +336,6 @@ class _Sigmoid(torch.autograd.Function):
             _add_gradients(tile, G_bn, image_BD, texts.features, image_grad_BD, text_grad_ND)
         text_grad_BD = sum_rows(text_grad_ND, layout.ranks)
         factor = grads[0] * layout.ranks.world / layout.ranks.total
-        scale_grad, bias_grad = (image_grad_BD * image_BD).sum() * factor, bias_grad_B.sum() * factor
+        scale_grad = (image_grad_BD * image_BD).sum() * factor
+        bias_grad = bias_grad_B.sum() * factor
         return image_grad_BD.mul_(factor * scale), text_grad_BD.mul_(factor * scale), scale_grad, bias_grad, None

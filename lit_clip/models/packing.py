@@ -39,7 +39,10 @@ class Layout(NamedTuple):
         return attention(q, k, v, self.causal, self.mask).transpose(1, 2).reshape(count * length, W)
 
     def attend_from(self, q_BW: Tensor, kv_TX: Tensor, heads: int) -> Tensor:
-        """Attend from one token per sequence to the whole sequence: ``[B, W]`` and ``[T, 2W]`` -> ``[B, W]``."""
+        """Attend from one token per sequence to the whole sequence: ``[B, W]`` and ``[T, 2W]`` -> ``[B, W]``.
+
+        The queries are in the order of ``runs``; of a causal layout each is its sequence's last token.
+        """
         if len(self.runs) == 1:
             return _one_query(q_BW, kv_TX, *self.runs[0], heads)
         queries = q_BW.split([count for count, _ in self.runs])
@@ -70,11 +73,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None
     The mask, bool, broadcast to ``[n, H, m, l]``, has the keys that each query reads; it is causal itself if
     ``causal``.
     """
+    # No mask here: layouts that have one are causal.
     if q.device.type == "cpu" and not causal and k.shape[2] <= LONGEST_PLAIN.get(q.dtype, 0) and _differentiated(q, k):
         return torch.matmul((torch.matmul(q * q.shape[3] ** -0.5, k.transpose(2, 3))).softmax(dim=3).to(v.dtype), v)
     causal_alone = causal and mask is None
     if q.device.type == "cpu" and causal and q.dtype == torch.bfloat16:  # short texts take half the time in float32
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast("cpu", enabled=False):  # which would cast the inputs back
             inputs = (q.float(), k.float(), v.float())
             return F.scaled_dot_product_attention(*inputs, mask, is_causal=causal_alone).to(q.dtype)
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal_alone)
@@ -112,15 +116,16 @@ def pack(lengths: Sequence[int], device: torch.device, row_length: int | None = 
     columns = torch.arange(len(rows)) - starts.repeat_interleave(sizes)  # [T]
     values, counts = sizes.unique_consecutive(return_counts=True)
     runs = tuple(zip(counts.tolist(), values.tolist(), strict=True))
-    places = torch.empty_like(order)
+    places = torch.empty_like(order)  # the inverse permutation
     places[order] = torch.arange(len(order))
     if row_length is None:
         return Packing(Layout(runs, True), *_moved(device, rows, columns, starts + sizes - 1, places))
     firsts, count = _fill_rows(runs, row_length)
-    firsts = torch.tensor(firsts)  # [B], sorted
+    firsts = torch.tensor(firsts)  # [B], in the order of sizes
     cells = firsts.repeat_interleave(sizes) + columns  # of the texts' tokens
     grids = (torch.zeros(count * row_length, dtype=torch.long).scatter_(0, cells, index) for index in (rows, columns))
     rows, columns, ends = _moved(device, *grids, (firsts + sizes - 1)[places])
+    # A cell that no text fills has column 0 and reads itself: a query without keys would be NaN.
     key = torch.arange(row_length, device=device)  # [C]
     first_key = key - columns.view(count, row_length)  # [R, C], of each query's text
     mask = (key >= first_key[:, :, None]) & (key <= key[:, None])  # [R, C, C]
@@ -148,7 +153,7 @@ def _fill_rows(runs: Sequence[tuple[int, int]], row_length: int) -> tuple[list[i
                 firsts.extend(range(first, end, length))
                 free[room - fitting * length].append(end)
                 left -= fitting
-    step = max(1, 1 << count.bit_length() >> 5)
+    step = max(1, 1 << count.bit_length() >> 5)  # a power of two, at most a sixteenth of the rows
     return firsts[::-1], -(-count // step) * step
 
 

@@ -110,7 +110,7 @@ class Transformer(nn.Module):
 
         With ``first`` the tokens are the input of that block, and the blocks before it are not computed.
         """
-        *blocks, last = list(self.resblocks)[first:]
+        *blocks, last = list(self.resblocks)[first:]  # a slice of a ModuleList would be a new module
         for block in blocks:
             x_TW = block(x_TW, layout)
         if read_B is not None and x_TW.is_meta:  # FLOPs are being counted; published tables count all tokens
@@ -229,7 +229,7 @@ class VisionTransformer(nn.Module):
 
     def _drop_patches(self, x: Tensor) -> Tensor:
         """Keep each image's class token and a random part of its patches: ``[B, L, W]`` -> ``[B, l, W]``."""
-        patches = x.shape[1] - 1
+        patches = x.shape[1] - 1  # in any order: their positions are added already
         kept = max(1, round((1 - self.patch_dropout) * patches))
         rows = torch.rand(len(x), patches, device=x.device).topk(kept, dim=1, sorted=False).indices + 1  # [B, l-1]
         return torch.cat([x[:, :1], x.gather(1, rows[:, :, None].expand(-1, -1, x.shape[2]))], dim=1)
@@ -289,6 +289,7 @@ class TextTransformer(nn.Module):
             entering: the texts' activations; the embeddings and the blocks before are then not computed.
         """
         context, length = len(self.positional_embedding) - (self.text_pool == "class"), tokens.shape[1]
+        # Of a class token, 1, the padding that it reads is added below.
         if length > context or (length < context and self.padding_read > 1):
             raise InputError(f"texts have {length} tokens, the model reads {context}; use model.tokenize")
         first = entering.block if entering else 0
@@ -312,7 +313,8 @@ class TextTransformer(nn.Module):
                 x = self._embed(tokens, self.positional_embedding[:L])
             read_B = torch.arange(0, B * L, L, device=x.device) + self._ends(tokens)
             layout = Layout(((B, L),), self.causal)
-            # The kernel has no causal mask for single queries.
+            # In padded rows the token that is read has others behind it, and the kernel has no causal mask for single
+            # queries. Packed, it is its text's last token and may read all of it.
             x = self.transformer(x, layout, None if self.causal else read_B, first)
             x = x.index_select(0, read_B) if self.causal else x  # [B, W]
         return self.project_text(x)
@@ -323,6 +325,7 @@ class TextTransformer(nn.Module):
         """Return the column of the token that is read: int64 ``[B, L]`` -> ``[B]``."""
         if self.text_pool == "last":
             return torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
+        # argmax takes the first of equal values, and has no kernel for bools.
         return (tokens if self.text_pool == "argmax" else (tokens == self.eos_id).int()).argmax(dim=-1)
 
     def _read_class(self, tokens: Tensor, lengths: Sequence[int] | None, entering: PartialForward | None) -> Tensor:

@@ -95,7 +95,8 @@ def encode_step(model: CLIP, batch: CaptionBatch, counts: StepCounts, size: int 
     whole = batch if pairs else placeholder(model, batch)
     parts = whole.stretched(2 * number if batch.skipped else number).split(number)  # BatchNorm may need two pairs
     encoded = sum(len(part.images) for part in parts), sum(len(part.tokens) for part in parts)
-    repeats = encoded != (len(batch.images), pairs)  # which count in no statistics
+    # A repeated pair would count twice: this rank's BatchNorm leaves the whole step out of its statistics.
+    repeats = encoded != (len(batch.images), pairs)
     norms = [layer for layer in model.modules() if isinstance(layer, _BatchNorm)] if repeats else []
     with FrozenStatistics(norms):
         image_BD, text_BD, negative_MD = _encode_parts(model, parts, counts.negatives.total > 0)
@@ -110,7 +111,7 @@ def _encode_parts(model: CLIP, parts: list[CaptionBatch], negatives: bool) -> tu
     images, texts, hard = [], [], []
     for part in parts:
         tokens, lengths = _all_texts(model, part) if negatives else (part.tokens, part.lengths)
-        # Otherwise all micro-batches share one half-precision copy of the weights and sum their gradients in it.
+        # Drop autocast's half-precision weights: all micro-batches would add their gradients in that one copy.
         torch.clear_autocast_cache()
         run = _run if part is parts[-1] else checkpoint
         images.append(run(encode_images, model, part.images, inside=model.visual))

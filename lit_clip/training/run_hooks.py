@@ -267,7 +267,7 @@ class RunHooks(LightningModule):
         validate_without_synchronising(self.trainer.strategy, self.model)
 
     def on_test_epoch_start(self) -> None:
-        self.on_validation_epoch_start()
+        self.on_validation_epoch_start()  # the module's, which begins a new set of pairs too
 
     # The optimiser, and checkpoints.
 

@@ -9,7 +9,6 @@ from functools import cache
 from importlib import import_module
 from io import StringIO
 from typing import Any
-from unittest.mock import patch
 
 import pyarrow
 
@@ -60,12 +59,8 @@ import_module("lit_clip.models.tokenizer").byte_pair_tokenizer()  # read once pe
 
 # The parser keeps the options of each class that it has read: a sixth of the time of a fork that fits for a step.
 lightning: Any = import_module("lit_clip.cli.lightning")
-with (
-    patch.object(sys, "argv", ["lit-clip", "fit", "--print_config"]),
-    redirect_stdout(StringIO()),
-    suppress(SystemExit),
-):
-    lightning.run()
+with redirect_stdout(StringIO()), suppress(SystemExit):
+    lightning.run(["fit", "--print_config"])
 
 # Tests compare numbers on any machine, so their default precision is float32 (tests/cli/ tests the real default). It is
 # said in words: Lightning starts other ranks as new programs with these, which would choose bfloat16 where they can.

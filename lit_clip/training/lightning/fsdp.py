@@ -81,9 +81,11 @@ class FSDP(DDPStrategy):
     def configure_ddp(self) -> None:
         """Broadcast rank 0's weights and shard them, a block at a time, and in the end together what is in none."""
         module: Any = self.lightning_module
+        # fully_shard divides the first dimension, which a scalar lacks; what it ignores stays on its device.
         self._scalars = [each for each in module.parameters() if each.ndim == 0]
         if is_sharded(module):  # by an earlier fit
             return
+        # Groups by length would have ranks call the blocks unequally often, and wait for each other.
         if hasattr(module.model.text_encoder, "in_groups"):
             module.model.text_encoder.in_groups = False
         shape = tuple(self.mesh_shape or (1, self.world_size))
@@ -118,7 +120,11 @@ class FSDP(DDPStrategy):
                 group["fused"] = None  # torch's fused SGD knows no shards
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Average the gradients of scalars over ranks, as FSDP does with the rest."""
+        """Average the gradients of scalars over ranks, as FSDP does with the rest.
+
+        Of accumulated batches the part of the earlier ones is averaged again, which changes nothing: it is equal on
+        all ranks.
+        """
         for parameter in self._scalars:
             if parameter.grad is not None:
                 dist.all_reduce(parameter.grad)
@@ -178,7 +184,7 @@ class FSDP(DDPStrategy):
         return range(min(each * rank, rows), min(each * (rank + 1), rows))
 
     def load_model_state_dict(self, checkpoint: Mapping[str, Any], strict: bool = True) -> None:
-        if self._gets_weights:
+        if self._gets_weights:  # configure_ddp broadcasts them
             return
         module: Any = self.lightning_module
         ours = module.state_dict()
@@ -214,8 +220,10 @@ def _state(module: nn.Module) -> Any:
 
 
 def _groups(state: Any) -> list[Any]:
-    several = getattr(state, "_fsdp_param_groups", None)  # torch 2.11 has one or None
-    return [state._fsdp_param_group] if several is None and state._fsdp_param_group else several or []
+    several = getattr(state, "_fsdp_param_groups", None)
+    if several is not None:
+        return several
+    return [state._fsdp_param_group] if state._fsdp_param_group else []  # torch 2.11 has one or None
 
 
 def gets_weights(strategy: Any) -> bool:
