@@ -15,12 +15,13 @@ from lit_clip.embedding.pair_scores import SCORES
 from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.reading import reading
-from .decisions import DROP, GROUP, KEEP, check_scores
+from .decisions import DROP, KEEP
 from .pair_filters import Cut, PairFilters
 from .source import compute
 
 WRITE_AGAIN = "write it with lit-clip score"
 UNREADABLE = "cannot be used"
+GROUP = 65_536  # lines that are written and read at once
 SCHEMA = pa.schema(
     [
         *SCORES.remove(SCORES.get_field_index("finding")),
@@ -125,9 +126,16 @@ class ScoreFile:
             first = 0
             for batch in file.iter_batches(GROUP, columns=list({*names, "score"}), use_threads=False):
                 batch.validate(full=True)
-                check_scores(self.path, batch["score"], first)
+                self._check(batch["score"], first)
                 first += len(batch)
                 yield pa.Table.from_batches([batch]).select(names)
+
+    def _check(self, scores: pa.Array, first: int) -> None:
+        """Raise :class:`InputError` unless the scores of lines from ``first`` on are finite or null."""
+        wrong = np.flatnonzero(~np.isfinite(scores.fill_null(0).to_numpy()))
+        if len(wrong):
+            row, score = first + int(wrong[0]), scores[int(wrong[0])]
+            raise InputError(f"{self.path}: the score of row {row} is {score}; {WRITE_AGAIN}")
 
     def pairs(self) -> Iterator[pa.Table]:
         """Yield all pairs as before filtering, with the columns ``SCORES``."""

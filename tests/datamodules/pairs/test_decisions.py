@@ -134,7 +134,7 @@ def test_a_line_that_a_person_adds_drops_a_row(source: PairSource) -> None:
         (2, {"row": "one"}, r"row 4: row is 'one', no whole number or hash"),
         (2, {"row": "9" * 400}, r"row 4: row is '9+\.\.\.9+', no whole number"),
         (2, {"row": ""}, r"row 4: row is empty; write its number again"),
-        (0, {"pair": "1.23457E+18"}, r"row 2: pair is '1.23457E\+18', a number that a program has rounded"),
+        (0, {"pair": "1.23457E+18"}, r"row 2: pair is '1.23457E\+18', no whole number or hash"),
         (0, {"pair": "p00"}, r"row 2: pair is 'p00', no whole number or hash"),
         (0, {"pair": ""}, r"row 2: pair is empty; write it again, or decide on all captions"),
         (0, {"pair": pair_text(5)}, r"decided on row 1 with another key or caption than 1.png has now"),
