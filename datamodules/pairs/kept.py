@@ -14,7 +14,7 @@ from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import naming
 from .decisions import ALL_PAIRS, FINDINGS, KEEP, MAKE_AGAIN, Decisions, joined, label_of, read_decisions
 from .mixture import Concatenated
-from .source import EncodedPair, Pair, PairSource, PairText, Rows
+from .source import EncodedPair, Found, PairSource, Rows
 
 CHECKED = 100  # pairs that are compared with the source before it is used
 SPREAD = 10_000  # rows that these lie within at most: of shards in a store, one or two are fetched
@@ -88,14 +88,14 @@ class FilteredPairs(Rows):
         require(same, f"{self.name}: decided on row {row} with other captions than {key} has now; {MAKE_AGAIN}")
         return kept
 
-    def _changes(self, index: int, key: str, caption: str, rng: random.Random | None) -> dict[str, str]:
+    def changed(self, index: int, found: Found, rng: random.Random | None) -> Found:
         """Draw again where the source drew a caption that is not kept: all kept ones stay equally likely."""
-        listed = self.decisions.of_row(int(self.rows[index]))
-        if pair_hash(key, caption) not in listed if self.decisions.keeps_listed else len(listed):
+        listed, caption = self.decisions.of_row(int(self.rows[index])), found.caption
+        if pair_hash(found.key, caption) not in listed if self.decisions.keeps_listed else len(listed):
             captions = self.captions(index)
             if caption not in captions:
                 caption = captions[0] if rng is None or len(captions) == 1 else rng.choice(captions)
-        return {"caption": caption, "key": self._shared(index, key)}
+        return found._replace(caption=caption, key=self._shared(index, found.key))
 
     def _shared(self, index: int, key: str) -> str:
         """Return the key of the first row with the same image."""
@@ -123,14 +123,6 @@ class FilteredPairs(Rows):
         captions = [""] if whole else self.source.captions(row)
         same = any(pair_hash(key, caption) == pair for caption in captions)
         require(same, f"{self.name}: decided on row {row} with another key or caption than {key} has now; {MAKE_AGAIN}")
-
-    def load(self, index: int, rng: random.Random | None) -> Pair:
-        pair = super().load(index, rng)
-        return pair._replace(**self._changes(index, pair.key, pair.caption, rng))
-
-    def text(self, index: int, rng: random.Random | None) -> PairText:
-        text = super().text(index, rng)
-        return text._replace(**self._changes(index, text.key, text.caption, rng))
 
     def read(self, index: int) -> EncodedPair:
         pair = super().read(index)

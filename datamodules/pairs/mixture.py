@@ -4,12 +4,11 @@ import random
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import Any
 
 import numpy as np
 
 from lit_clip.errors import InputError, require
-from .source import EncodedPair, Pair, PairSource, PairText, SkippedRows
+from .source import Derived, EncodedPair, Found, PairSource
 
 
 def proportional_counts(weights: Sequence[float], total: int) -> list[int]:
@@ -21,14 +20,15 @@ def proportional_counts(weights: Sequence[float], total: int) -> list[int]:
     return counts.tolist()
 
 
-class Concatenated(PairSource):
+class Concatenated(Derived):
     """Several sources, one after the other.
 
     Keys are prefixed with the source's number where equal keys in two sources are different images; so are groups.
     """
 
     def __init__(self, sources: Sequence[PairSource], distinct_keys: bool, distinct_groups: bool = False) -> None:
-        self.sources, self.distinct_keys, self.distinct_groups = list(sources), distinct_keys, distinct_groups
+        super().__init__(sources)
+        self.distinct_keys, self.distinct_groups = distinct_keys, distinct_groups
         self.rows_per_epoch = [source.pairs_per_epoch for source in self.sources]  # that an epoch takes from each
         self.stops = list(accumulate(len(source) for source in self.sources))
 
@@ -54,43 +54,29 @@ class Concatenated(PairSource):
         """Rows that an epoch takes from a source, int64 ``[rows_per_epoch[number]]``."""
         return self.sources[number].order(epoch, seed).astype(np.int64)
 
-    def _locate(self, index: int) -> tuple[int, int]:
-        number = bisect_right(self.stops, index)
-        return number, index - (self.stops[number - 1] if number else 0)
+    def locate(self, index: int) -> tuple[PairSource, int]:
+        number = self._number(index)
+        return self.sources[number], index - (self.stops[number - 1] if number else 0)
 
-    def _distinct(self, number: int, key: str, group: str, more: Sequence[PairText] | None = None) -> dict[str, Any]:
-        return {
-            "key": f"{number}:{key}" if self.distinct_keys else key,
-            "group": f"{number}:{group}" if self.distinct_groups and group else group,
-            **({} if more is None else {"more": [x._replace(**self._distinct(number, x.key, x.group)) for x in more]}),
-        }
+    def _number(self, index: int) -> int:
+        return bisect_right(self.stops, index)
 
-    def load(self, index: int, rng: random.Random | None) -> Pair:
-        number, row = self._locate(index)
-        pair = self.sources[number].load(row, rng)
-        return pair._replace(**self._distinct(number, pair.key, pair.group, pair.more))
+    def _key(self, index: int, key: str) -> str:
+        return f"{self._number(index)}:{key}" if self.distinct_keys else key
+
+    def _group(self, index: int, group: str) -> str:
+        return f"{self._number(index)}:{group}" if self.distinct_groups and group else group
+
+    def changed(self, index: int, found: Found, rng: random.Random | None) -> Found:
+        more = found.more and [self.changed(index, each, rng) for each in found.more]
+        return found._replace(key=self._key(index, found.key), group=self._group(index, found.group), more=more)
 
     def read(self, index: int) -> EncodedPair:
-        number, row = self._locate(index)
-        pair = self.sources[number].read(row)
-        return pair._replace(**self._distinct(number, pair.key, pair.group))
-
-    def captions(self, index: int) -> list[str]:
-        number, row = self._locate(index)
-        return self.sources[number].captions(row)
+        pair = super().read(index)
+        return pair._replace(key=self._key(index, pair.key), group=self._group(index, pair.group))
 
     def key(self, index: int) -> str:
-        number, row = self._locate(index)
-        return self._distinct(number, self.sources[number].key(row), "")["key"]
-
-    def text(self, index: int, rng: random.Random | None) -> PairText:
-        number, row = self._locate(index)
-        text = self.sources[number].text(row, rng)
-        return text._replace(**self._distinct(number, text.key, text.group, text.more))
-
-    def image_identity(self, index: int) -> object:
-        number, row = self._locate(index)
-        return self.sources[number].image_identity(row)
+        return self._key(index, super().key(index))
 
     def image_names(self) -> list[str]:
         """Names of all images, in order: an image that two sources share is held out of both."""
@@ -100,25 +86,6 @@ class Concatenated(PairSource):
             rows = (f"{number}#{row}" for row in range(len(source)))
             every += rows if names is None else (f"{prefix}{str(name).strip()}" for name in names)
         return every
-
-    def prepare(self) -> None:
-        for source in self.sources:
-            source.prepare()
-
-    def check(self) -> None:
-        for source in self.sources:
-            source.check()
-
-    @property
-    def left_out(self) -> SkippedRows:
-        total = SkippedRows()
-        for source in self.sources:
-            total.update(source.left_out)
-        return total
-
-    @property
-    def versions(self) -> dict[str, str]:
-        return {name: version for source in self.sources for name, version in source.versions.items()}
 
 
 class Mixture(Concatenated):

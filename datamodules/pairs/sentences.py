@@ -8,16 +8,13 @@ which have no terminators, are one sentence. A sentence too many or too few lose
 
 import random
 from collections.abc import Sequence
-from typing import TypeVar
 
 import regex
 
 from lit_clip.errors import require
 from lit_clip.models.custom import CallableTokenizer
 from lit_clip.models.tokenizer import TextTokenizer
-from .source import Pair, PairSource, PairText
-
-Text = TypeVar("Text", Pair, PairText)
+from .source import Derived, Found, PairSource
 
 # Words that end in a full stop before a capital letter or a number.
 _ABBREVIATIONS = (
@@ -96,7 +93,7 @@ def _joined(parts: Sequence[str], chosen: Sequence[int]) -> str:
     return "".join(parts[number] for number in chosen).strip()
 
 
-class FittingCaptions(PairSource):
+class FittingCaptions(Derived):
     """The pairs of a source as training and validation read them, with captions that fit: see :func:`fitting`.
 
     All that is random comes from the generator that a row is loaded with, after the source has drawn from it.
@@ -108,17 +105,15 @@ class FittingCaptions(PairSource):
             "data.captions.long: sentences needs a tokenizer that counts the tokens of a whole text, and the model's "
             "is a callable that returns truncated ones; make it a TextTokenizer, or set truncate",
         )
+        super().__init__([source])
         self.source, self.tokenize = source, tokenize
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def load(self, index: int, rng: random.Random | None) -> Pair:
-        return self._fitting(self.source.load(index, rng), rng)
+    def locate(self, index: int) -> tuple[PairSource, int]:
+        return self.source, index
 
-    def text(self, index: int, rng: random.Random | None) -> PairText:
-        return self._fitting(self.source.text(index, rng), rng)
-
-    def _fitting(self, text: Text, rng: random.Random | None) -> Text:
-        caption = fitting(text.caption, self.tokenize, rng)
-        return text._replace(caption=caption, more=text.more and [self._fitting(each, rng) for each in text.more])
+    def changed(self, index: int, found: Found, rng: random.Random | None) -> Found:
+        caption = fitting(found.caption, self.tokenize, rng)
+        return found._replace(caption=caption, more=found.more and [self.changed(index, each, rng) for each in found.more])

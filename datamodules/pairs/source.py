@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 import pyarrow as pa
@@ -51,6 +51,9 @@ class PairText(NamedTuple):
     negative: str = ""
     extra: Mapping[str, Any] = {}
     more: "Sequence[PairText] | None" = None
+
+
+Found = TypeVar("Found", Pair, PairText)
 
 
 class EncodedPair(NamedTuple):
@@ -179,33 +182,77 @@ def arrow_image_names(source: PairSource) -> pa.ChunkedArray | None:
     return pa.chunked_array([pa.array([str(each).encode("utf-8", "surrogateescape") for each in names], pa.binary())])
 
 
-class Rows(PairSource):
+class Derived(PairSource):
+    """Pairs of other sources: some of them, in another order, or changed; a row is read where :meth:`locate` says."""
+
+    def __init__(self, sources: Sequence[PairSource]) -> None:
+        self.sources = list(sources)
+
+    @abstractmethod
+    def locate(self, index: int) -> tuple[PairSource, int]:
+        """Return the source of a pair and its row there."""
+
+    def changed(self, index: int, found: Found, rng: random.Random | None) -> Found:
+        """Return a pair or text in place of what its source gives."""
+        return found
+
+    def load(self, index: int, rng: random.Random | None) -> Pair:
+        source, row = self.locate(index)
+        return self.changed(index, source.load(row, rng), rng)
+
+    def text(self, index: int, rng: random.Random | None) -> PairText:
+        source, row = self.locate(index)
+        return self.changed(index, source.text(row, rng), rng)
+
+    def read(self, index: int) -> EncodedPair:
+        source, row = self.locate(index)
+        return source.read(row)
+
+    def captions(self, index: int) -> list[str]:
+        source, row = self.locate(index)
+        return source.captions(row)
+
+    def key(self, index: int) -> str:
+        source, row = self.locate(index)
+        return source.key(row)
+
+    def image_identity(self, index: int) -> object:
+        source, row = self.locate(index)
+        return source.image_identity(row)
+
+    def prepare(self) -> None:
+        for source in self.sources:
+            source.prepare()
+
+    def check(self) -> None:
+        for source in self.sources:
+            source.check()
+
+    @property
+    def left_out(self) -> SkippedRows:
+        total = SkippedRows()
+        for source in self.sources:
+            total.update(source.left_out)
+        return total
+
+    @property
+    def versions(self) -> dict[str, str]:
+        return {name: version for source in self.sources for name, version in source.versions.items()}
+
+
+class Rows(Derived):
     """Some rows of a source, ascending, int ``[N]``."""
 
     def __init__(self, source: PairSource, rows: np.ndarray) -> None:
+        super().__init__([source])
         self.source = source
         self.rows = rows.astype(np.int32 if len(source) < 2**31 else np.int64, copy=False)
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def load(self, index: int, rng: random.Random | None) -> Pair:
-        return self.source.load(int(self.rows[index]), rng)
-
-    def read(self, index: int) -> EncodedPair:
-        return self.source.read(int(self.rows[index]))
-
-    def captions(self, index: int) -> list[str]:
-        return self.source.captions(int(self.rows[index]))
-
-    def key(self, index: int) -> str:
-        return self.source.key(int(self.rows[index]))
-
-    def text(self, index: int, rng: random.Random | None) -> PairText:
-        return self.source.text(int(self.rows[index]), rng)
-
-    def image_identity(self, index: int) -> object:
-        return self.source.image_identity(int(self.rows[index]))
+    def locate(self, index: int) -> tuple[PairSource, int]:
+        return self.source, int(self.rows[index])
 
     def image_names(self) -> pa.ChunkedArray | None:
         names = arrow_image_names(self.source)
@@ -218,20 +265,6 @@ class Rows(PairSource):
         ours = ours[ours >= 0]
         require(len(ours) == len(self), "a mixture repeats rows; filter or divide its parts, not the mixture")
         return ours
-
-    def prepare(self) -> None:
-        self.source.prepare()
-
-    def check(self) -> None:
-        self.source.check()
-
-    @property
-    def left_out(self) -> SkippedRows:
-        return self.source.left_out
-
-    @property
-    def versions(self) -> dict[str, str]:
-        return self.source.versions
 
 
 @dataclass(frozen=True)
