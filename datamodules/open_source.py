@@ -60,7 +60,7 @@ def open_source(path: str | Path | Sequence[str | Path] | Mapping[str, Any] | Pa
     sources = [_open_path(str(each), source_options) for each in paths]
     if len(sources) == 1:
         return sources[0]
-    roots = {str(getattr(source, "root", number)) for number, source in enumerate(sources)}
+    roots = {str(getattr(source, "root", None) or number) for number, source in enumerate(sources)}
     return Concatenated(sources, distinct_keys=len(roots) > 1)
 
 

@@ -48,7 +48,7 @@ def checked_weight(cell: Any, column: str | None, where: str) -> float:
 class Cells(NamedTuple):
     """Cells of a row, whose name in messages is ``where``."""
 
-    image: Any  # a path, bytes, or Hugging Face's struct of both
+    image: Any  # a path, bytes, a function that reads these, or Hugging Face's struct of both
     caption: Any
     group: str
     where: str
@@ -66,7 +66,7 @@ class ColumnPairs(PairSource):
 
     inside = False  # whether the paths of images must stay inside the root
 
-    def __init__(self, path: Path, root: Path | StoreFolder) -> None:
+    def __init__(self, path: Path | str, root: Path | StoreFolder | None) -> None:
         self.path, self.root = path, root
         self._left_out = SkippedRows()
         self._versions: dict[str, str] = {}
@@ -80,7 +80,7 @@ class ColumnPairs(PairSource):
         self._left_out.listed = [(where.replace(copy, shown, 1), reason) for where, reason in left_out]
         return self
 
-    def shown(self, path: Path) -> str:
+    def shown(self, path: Path | str) -> str:
         """Return the name of a file in messages."""
         return str(path).replace(self._local, self._address, 1) if self._local else str(path)
 
@@ -153,6 +153,8 @@ class ColumnPairs(PairSource):
         return self._located(cells.image, cells)
 
     def _located(self, value: Any, cells: Cells) -> tuple[Path | str | io.BytesIO, str]:
+        if callable(value):
+            value = value()
         if isinstance(value, dict):
             value = value["bytes"] if value["bytes"] is not None else value.get("path")
         if isinstance(value, bytes):
@@ -165,6 +167,7 @@ class ColumnPairs(PairSource):
         if is_remote(key) and not isinstance(self.root, StoreFolder):  # as a path it would lose a slash
             detail = f"{key} is an address; download the image, or set columns.root to its server"
             raise BadSample(cells.where, "image in a store", detail)
+        assert self.root is not None
         return self.root.locate(key, cells.where) if isinstance(self.root, StoreFolder) else self.root / key, key
 
     def check(self) -> None:

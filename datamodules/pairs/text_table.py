@@ -30,6 +30,7 @@ MARKS = {  # encodings by byte order mark; UTF-32's begins like UTF-16's
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
+NOT_UTF8 = "not UTF-8", "not UTF-8 text; save it as UTF-8"  # reason and detail
 BATCH_ROWS, BATCH_CHARACTERS = 16_384, 8 << 20
 LAYOUT = 5  # of that Arrow file; a new number makes old ones be written again
 SCHEMA = pa.schema(
@@ -88,9 +89,9 @@ def _encoding(path: Path) -> str:
     return "utf-8-sig"
 
 
-def _open_text(path: Path, skip: bool) -> TextIO:
+def _open_text(path: Path) -> TextIO:
     encoding = _encoding(path)
-    errors = "surrogateescape" if skip and encoding == "utf-8-sig" else "strict"  # so that the bad row can be named
+    errors = "surrogateescape" if encoding == "utf-8-sig" else "strict"  # so that the bad row can be named
     return path.open(encoding=encoding, errors=errors, newline="")
 
 
@@ -110,7 +111,7 @@ def _delimiter(path: Path, file: TextIO) -> tuple[str, int]:
 
 
 def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterator[RawRow]:
-    with _open_text(path, problems.skip) as file:
+    with _open_text(path) as file:
         delimiter, number = _delimiter(path, file)
         csv.field_size_limit(LONGEST_FIELD)
         reader = csv.reader(file, delimiter=delimiter, strict=True)
@@ -119,6 +120,7 @@ def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterat
             if not names:
                 return
             number += 1
+            require(is_unicode("".join(names)), f"{path} row {number}: {NOT_UTF8[1]}")
             columns = find(names)
             problems.columns = columns
             image, captions = names.index(columns.image), [names.index(name) for name in columns.captions]
@@ -128,7 +130,9 @@ def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterat
                 number += 1
                 if not values:
                     continue
-                if len(values) == len(names):
+                if not is_unicode("".join(values)):
+                    problems.add(number, *NOT_UTF8)
+                elif len(values) == len(names):
                     caption = values[captions[0]] if len(captions) == 1 else [values[column] for column in captions]
                     more = (None if column is None else values[column] for column in optional)
                     yield RawRow(number, values[image], caption, *more)
@@ -143,9 +147,12 @@ def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterat
 
 
 def _json_lines(path: Path, problems: Problems) -> Iterator[Record]:
-    with _open_text(path, problems.skip) as file:
+    with _open_text(path) as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
+                continue
+            if not is_unicode(line):
+                problems.add(number, *NOT_UTF8)
                 continue
             try:
                 values = json.loads(line)
@@ -170,41 +177,6 @@ def _record_rows(records: Iterable[Record], find: FindColumns, problems: Problem
         yield RawRow(number, values.get(columns.image), captions if len(captions) > 1 else captions[0], *more)
 
 
-def _undecodable(path: Path) -> InputError:
-    """Return the error that names the undecodable byte; the reader's own error counts from its last buffer."""
-    encoding = _encoding(path)
-    if encoding != "utf-8-sig":
-        name = encoding.upper()
-        return InputError(f"{path}: not {name} text, though it has a {name} byte order mark; save it as UTF-8")
-    start = 0
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            try:
-                line.decode("utf-8")
-            except UnicodeDecodeError as error:
-                where = f"{error.reason} at byte {start + error.start}"
-                place = _undecodable_record(path) or f"line {number}"
-                return InputError(f"{path} {place}: not UTF-8 text ({where}); save it as UTF-8")
-            start += len(line)
-    return InputError(f"{path}: changed while it was read; start again")
-
-
-def _undecodable_record(path: Path) -> str:
-    """Return the row that has the first undecodable byte, counted as everywhere; empty if there are no such rows."""
-    with _open_text(path, skip=True) as file:
-        if path.suffix.lower() in (*JSON_LINES, ".json"):
-            records: Iterable[list[str]] = ([line] for line in file)
-            before = 0
-        else:
-            delimiter, before = _delimiter(path, file)
-            records = csv.reader(file, delimiter=delimiter)
-        try:
-            number = next(number for number, record in enumerate(records, 1) if not is_unicode("".join(record)))
-        except (StopIteration, csv.Error):
-            return ""
-    return f"row {number + before}"
-
-
 def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
     """Yield the rows that have an image and a caption; the others are errors, or left out and counted."""
     for row in rows:
@@ -227,7 +199,7 @@ def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
         elif not isinstance(other, str):
             problems.add(row.number, "other image is not text", f"the other image is not a path: {shown(other)}")
         elif not is_unicode("".join([row.image, *captions, *negatives, group_name(row.group), other])):
-            problems.add(row.number, "not UTF-8", "not UTF-8 text; save it as UTF-8")
+            problems.add(row.number, *NOT_UTF8)
         else:
             image, group = row.image.strip(), group_name(row.group)
             other = None if problems.columns.other_image is None else other.strip() or image
@@ -288,8 +260,9 @@ def raw_rows(path: Path, find: FindColumns, problems: Problems | None = None) ->
             yield from _record_rows(_json_lines(path, problems), find, problems)
         else:
             yield from _delimited_rows(path, find, problems)
-    except UnicodeError:
-        raise _undecodable(path) from None
+    except UnicodeError as error:
+        name = _encoding(path).upper()
+        raise InputError(f"{path}: not {name} text, though it has a {name} byte order mark; save it as UTF-8") from error
 
 
 def open_table(path: Path, options: SourceOptions) -> PairSource:

@@ -1,30 +1,27 @@
 """Pairs in tar shards as img2dataset and webdataset write them: ``key.jpg``, ``key.txt`` and maybe ``key.json``."""
 
-import io
 import json
 import os
-import random
 import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import torch
 from torch.utils.data import Dataset
 
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.cache_folder import default_cache_dir
 from lit_clip.tools.console import progress
-from lit_clip.tools.images import OnError, open_image
+from lit_clip.tools.images import OnError
 from lit_clip.tools.workers import loader
-from ..loading.bad_samples import check_caption, is_blank
 from ..loading.store import Stamp, is_remote, stamp_of
-from ..pairs.columns import checked_weight
-from ..pairs.source import LISTED, NO_CAPTION, Columns, EncodedPair, Pair, PairSource, PairText, SkippedRows
+from ..pairs.columns import Cells, ColumnPairs, checked_weight, group_name
+from ..pairs.source import LISTED, NO_CAPTION, Columns, SkippedRows
 from .files import (
     OpenShard,
     OpenShards,
@@ -37,6 +34,7 @@ from .files import (
 from .index import BLOCK, OF_SHARD, WANTED, Summary
 
 T = TypeVar("T")
+Spans = dict[str, tuple[int, int]]  # offset and size of each file of a sample
 
 GIGABYTE = 10**9
 MAX_IMAGE_BYTES = 256 << 20  # of a file in a shard: more than Pillow's limit of pixels needs in any usual format
@@ -111,7 +109,7 @@ def shard_order(sizes: Sequence[int], shuffle_shards: int, epoch: int, seed: int
     return order
 
 
-class TarPairs(PairSource):
+class TarPairs(ColumnPairs):
     """Pairs in tar shards, with random access to each.
 
     Files that share a name are one sample: an image, a caption (``.txt``, else from ``.json``; one is drawn from a list
@@ -136,8 +134,9 @@ class TarPairs(PairSource):
         columns: Columns = Columns(),  # noqa: B008  # immutable
         on_error: OnError = "error",
     ) -> None:
+        super().__init__(str(urls), None)
         self.options = options or ShardOptions()
-        self.caption_column, self.group_column, self.weight_column = columns.caption, columns.group, columns.weight
+        self.columns = columns
         self.on_error: OnError = on_error
         self._missing: list[str] = []
         folder = Path(self.options.cache_folder or default_cache_dir() / "shards").expanduser()
@@ -224,16 +223,15 @@ class TarPairs(PairSource):
 
     def _check_columns(self) -> None:
         """Raise if the first sample lacks a named field."""
-        named = (self.caption_column, self.group_column, self.weight_column)
-        columns = [column for column in named if column is not None]
-        if not columns:
+        columns = (self.columns.caption, self.columns.group, self.columns.weight)
+        named = [column for column in columns if column is not None]
+        if not named:
             return
-        _, where, contents = self._sample(0, ["json"])
-        fields = _fields(contents, where)
-        for column in columns:
+        _, _, cells, fields = self._read(0, ["json"])
+        for column in named:
             if column not in fields:
                 has = f"its .json has {', '.join(fields)}" if fields else "it has no .json"
-                raise InputError(f"{where}: no field {column!r}; {has}")
+                raise InputError(f"{cells.where}: no field {column!r}; {has}")
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -260,46 +258,29 @@ class TarPairs(PairSource):
         shard = int(np.searchsorted(self._ends, index, side="right"))
         return shard, index - (int(self._ends[shard - 1]) if shard else 0)
 
-    def _sample(self, index: int, wanted: Sequence[str]) -> tuple[str, str, dict[str, bytes]]:
-        """Return a sample's key, its name in messages, and its files among the caption's and the ``wanted``."""
+    def _read(self, index: int, more: Sequence[str] = ()) -> tuple[OpenShard, Spans, Cells, dict[str, Any]]:
+        """Return an open shard, where a sample's files are in it, what its texts say, and the fields of its .json."""
         number, row = self._locate(index)
         shard = self._shards[number]
         key, spans = shard.index.sample(row)
         where = f"{self.urls[number]} sample {key}"
-        return f"{self._names[number]}/{key}", where, _contents(shard, self._needed(spans, wanted), where)
+        named = (self.columns.caption, self.columns.group, self.columns.weight) != (None, None, None)
+        wanted = {*more, *(["json"] if named else [])}
+        if self.columns.caption is None:
+            wanted.add(next(name for name in ("captions", "text", "json") if name in spans))
+        contents = {name: _content(shard, span, where) for name, span in spans.items() if name in wanted}
+        fields = _json(contents["json"], where, dict) if "json" in contents else {}
+        caption = self._caption(contents, fields, where)
+        return shard, spans, Cells(None, caption, "", where, f"{self._names[number]}/{key}"), fields
 
-    def _needed(self, spans: dict[str, tuple[int, int]], wanted: Sequence[str]) -> dict[str, tuple[int, int]]:
-        """Select the ``wanted`` files, and the ones with the caption, the group and the weight."""
-        fields = set(wanted)
-        if self.caption_column is None:
-            fields.add(next(name for name in ("captions", "text", "json") if name in spans))
-        if (self.caption_column, self.group_column, self.weight_column) != (None, None, None):
-            fields.add("json")
-        return {name: span for name, span in spans.items() if name in fields}
-
-    def read(self, index: int) -> EncodedPair:
-        key, where, contents = self._sample(index, ["image"])
-        captions = self._captions(contents, where)
-        return EncodedPair(contents["image"], captions, key, self._group(contents, where), where)
-
-    def _group(self, contents: dict[str, bytes], where: str) -> str:
-        group = _fields(contents, where).get(self.group_column) if self.group_column else None
-        return "" if group is None else str(group).strip()
-
-    def load(self, index: int, rng: random.Random | None) -> Pair:
-        key, where, contents = self._sample(index, ["image"])
-        image = open_image(io.BytesIO(contents["image"]), where)
-        return Pair(image, *self._text(key, where, contents, rng))
-
-    def text(self, index: int, rng: random.Random | None) -> PairText:
-        return self._text(*self._sample(index, []), rng)
-
-    def _text(self, key: str, where: str, contents: dict[str, bytes], rng: random.Random | None) -> PairText:
-        caption, column = _drawn(self._captions(contents, where), rng), self.weight_column
-        extra = {}
-        if column is not None:
-            extra = {"weight": torch.tensor(checked_weight(_fields(contents, where).get(column), column, where))}
-        return PairText(caption, key, self._group(contents, where), extra=extra)
+    def cells(self, index: int) -> Cells:
+        shard, spans, cells, fields = self._read(index)
+        columns, group, weight = self.columns, "", None
+        if columns.group is not None:
+            group = group_name(fields.get(columns.group))
+        if columns.weight is not None:
+            weight = checked_weight(fields.get(columns.weight), columns.weight, cells.where)
+        return cells._replace(image=partial(_content, shard, spans["image"], cells.where), group=group, weight=weight)
 
     def image_identity(self, index: int) -> object:
         number, row = self._locate(index)
@@ -309,41 +290,28 @@ class TarPairs(PairSource):
         number, row = self._locate(index)
         return f"{self._names[number]}/{self._shards[number].index.sample(row)[0]}"
 
-    def captions(self, index: int) -> list[str]:
-        _, where, contents = self._sample(index, [])
-        return self._captions(contents, where)
+    def check(self) -> None:
+        """Read nothing: the images are in the shards, whose headers have been read."""
 
-    def _captions(self, contents: dict[str, bytes], where: str) -> list[str]:
-        found: Any
-        if self.caption_column is not None:
-            found = _fields(contents, where).get(self.caption_column)
-        elif "captions" in contents:
-            found = _json(contents["captions"], where, list)
-        elif "text" in contents:
-            found = _text(contents["text"], where)
+    def _caption(self, contents: dict[str, bytes], fields: dict[str, Any], where: str) -> Any:
+        if self.columns.caption is None and "captions" in contents:
+            found: Any = _json(contents["captions"], where, list)
+        elif self.columns.caption is None and "text" in contents:
+            return _text(contents["text"], where)
         else:
-            found = _fields(contents, where).get("caption")
-        captions = [found]
-        if isinstance(found, list):  # entries of other kinds are ignored
-            captions = [caption for caption in found if isinstance(caption, str) and not is_blank(caption)]
-        return [check_caption(caption, where) for caption in captions or [None]]
+            found = fields.get(self.columns.caption or "caption")
+        return [each for each in found if isinstance(each, str)] if isinstance(found, list) else found
 
 
-def _drawn(captions: list[str], rng: random.Random | None) -> str:
-    return captions[0] if rng is None or len(captions) == 1 else rng.choice(captions)
-
-
-def _contents(shard: OpenShard, spans: dict[str, tuple[int, int]], where: str) -> dict[str, bytes]:
-    """Read files of a sample by field."""
-    contents = {}
-    for name, (offset, size) in spans.items():
-        if size > MAX_IMAGE_BYTES:
-            raise BadSample(where, "file too large", f"a file of more than {MAX_IMAGE_BYTES >> 20} MB; make it smaller")
-        part = os.pread(shard.file.fileno(), BLOCK + size, offset - BLOCK)
-        if not _is_member(part, size):
-            raise BadSample(where, "shard changed", "the shard changed since the run began; start again")
-        contents[name] = part[BLOCK:]
-    return contents
+def _content(shard: OpenShard, span: tuple[int, int], where: str) -> bytes:
+    """Read a file of a sample."""
+    offset, size = span
+    if size > MAX_IMAGE_BYTES:
+        raise BadSample(where, "file too large", f"a file of more than {MAX_IMAGE_BYTES >> 20} MB; make it smaller")
+    part = os.pread(shard.file.fileno(), BLOCK + size, offset - BLOCK)
+    if not _is_member(part, size):
+        raise BadSample(where, "shard changed", "the shard changed since the run began; start again")
+    return part[BLOCK:]
 
 
 def _is_member(part: bytes, size: int) -> bool:
@@ -363,10 +331,6 @@ def _json(content: bytes, where: str, kind: type[T]) -> T:
     if not isinstance(found, kind):
         raise BadSample(where, "unreadable .json", f"its .json holds no {kind.__name__}; fix or remove it")
     return found
-
-
-def _fields(contents: dict[str, bytes], where: str) -> dict[str, Any]:
-    return _json(contents["json"], where, dict) if "json" in contents else {}
 
 
 def _text(content: bytes, where: str) -> str:

@@ -174,7 +174,7 @@ def test_tables_without_lines_columns_or_text_are_one_line(source: PairSource) -
     Path("t.csv").write_text(text.splitlines()[0])  # nothing was found
     assert rows(source) == list(range(ROWS))
     save([lines[0] | {"finding": "größer"}], encoding="cp1252")
-    with pytest.raises(InputError, match="^t.csv row 2: not UTF-8 text .* save it as UTF-8"):
+    with pytest.raises(InputError, match="^t.csv row 2: not UTF-8 text"):
         kept_pairs(source, "t.csv")
     save([{**lines[0], "row": row, "pair": "", "captions": "all"} for row in range(ROWS)])
     with pytest.raises(InputError, match="^t.csv: keeps no pair; change some decisions to keep"):

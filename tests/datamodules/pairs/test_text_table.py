@@ -256,7 +256,7 @@ BROKEN: dict[str, tuple[str, bytes | None, list[str]]] = {
     "half a character": ("t.jsonl", b'{"image": "a.png", "caption": "\\ud83c"}\n', ["row 1", "UTF-8"]),
     "broken JSON": ("t.jsonl", b'{"image": "a.png", "caption": "a"}\n{"image": "a.png",\n', ["row 2", "not JSON"]),
     "JSON list": ("t.jsonl", b'["a.png", "a cat"]\n', ["row 1", "not a JSON object"]),
-    "not UTF-8": ("t.csv", "image,caption\na.png,un caf\xe9\n".encode("latin-1"), ["UTF-8", "byte 26"]),
+    "not UTF-8": ("t.csv", "image,caption\na.png,un caf\xe9\n".encode("latin-1"), ["UTF-8", "row 2"]),
     "UTF-16 without its mark": ("t.csv", VALID.encode("utf-16-le"), ["row 1", "UTF-8", "byte 1"]),
     "half of UTF-16": ("t.csv", VALID.encode("utf-16")[:-1], ["UTF-16"]),
     "unclosed quote": ("t.csv", b'image,caption\na.png,a cat\nb.png,"a dog\na.png,a cat\n', ["row 3"]),
@@ -277,15 +277,14 @@ def test_broken_table_is_an_error_that_names_file_and_row(folder: Path, case: st
 
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl"])
 def test_invalid_utf8_in_a_long_file_is_located(folder: Path, name: str) -> None:
-    """Beyond the first buffer that Python reads, the byte's position in the file or its row is right."""
+    """Beyond the first buffer that Python reads, its row is right."""
     first, row = ("image,caption\n", "a.png,{}\n") if name == "t.csv" else ("", '{{"image":"a.png","caption":"{}"}}\n')
     content = (first + row.format("a cat") * 3000 + row.format("un café")).encode("latin-1")
     (folder / name).write_bytes(content)
     message = message_of(lambda: module_of(val=str(folder / name)))
     assert name in message
     assert "UTF-8" in message
-    byte = content.index("é".encode("latin-1"))
-    assert f"byte {byte}" in message or f"row {len(content.splitlines())}" in message
+    assert f"row {len(content.splitlines())}" in message
 
 
 def test_rows_are_numbered_as_in_a_spreadsheet(folder: Path) -> None:
