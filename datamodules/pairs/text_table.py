@@ -5,7 +5,7 @@ import csv
 import json
 import re
 import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
@@ -73,8 +73,12 @@ class Problems:
     def add(self, number: int, reason: str, detail: str) -> None:
         """Raise or count a problem of a row."""
         if not self.skip:
-            raise BadSample(f"{self.path} {self.label} {number}", reason, detail)
-        self.left_out.add(f"{self.path} {self.label} {number}", reason)
+            raise BadSample(self.where(number), reason, detail)
+        self.left_out.add(self.where(number), reason)
+
+    def where(self, number: int) -> str:
+        """Return a row's name in messages."""
+        return f"{self.path} {self.label} {number}"
 
 
 def _encoding(path: Path) -> str:
@@ -188,7 +192,7 @@ def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
         other = "" if is_blank(row.other_image) else row.other_image
         is_name = row.group is None or isinstance(row.group, str | int | float)
         if not captions:
-            problems.left_out.add(f"{problems.path} {problems.label} {row.number}", NO_CAPTION)
+            problems.left_out.add(problems.where(row.number), NO_CAPTION)
         elif not all(isinstance(caption, str) for caption in captions):
             problems.add(row.number, "caption is not text", f"the caption is not text: {shown(row.caption)}")
         elif not all(isinstance(negative, str) for negative in negatives):
@@ -201,21 +205,14 @@ def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
         elif not is_unicode("".join([row.image, *captions, *negatives, group_name(row.group), other])):
             problems.add(row.number, *NOT_UTF8)
         else:
-            image, group = row.image.strip(), group_name(row.group)
+            image, column = row.image.strip(), problems.columns.weight
             other = None if problems.columns.other_image is None else other.strip() or image
-            yield from _weighted(
-                RawRow(row.number, image, captions, group, negatives or None, row.weight, other), problems
-            )
-
-
-def _weighted(row: RawRow, problems: Problems) -> Iterator[RawRow]:
-    """Yield a row with its weight as a number, unless that is bad."""
-    column = problems.columns.weight
-    try:
-        where = f"{problems.path} {problems.label} {row.number}"
-        yield row._replace(weight=None if column is None else checked_weight(row.weight, column, where))
-    except BadSample as error:
-        problems.add(row.number, error.reason, error.detail)
+            try:
+                weight = None if column is None else checked_weight(row.weight, column, problems.where(row.number))
+            except BadSample as error:
+                problems.add(row.number, error.reason, error.detail)
+                continue
+            yield RawRow(row.number, image, captions, group_name(row.group), negatives or None, weight, other)
 
 
 def shown(value: Any) -> str:
@@ -229,27 +226,20 @@ def _not_blank(cell: Any) -> list[Any]:
 
 def record_batches(rows: Iterable[RawRow]) -> Iterator[pa.RecordBatch]:
     """Collect rows into record batches of a bounded number of rows and characters."""
-    images, captions, stops, *others = columns = [[] for _ in range(len(SCHEMA) + 1)]
+    waiting: list[RawRow] = []
     characters = 0
-    for number, image, texts, *more in rows:
-        images.append(image)
-        captions.extend(texts)  # no object per row: slow to collect
-        stops.append(len(captions))
-        for column, value in zip(others, (*more, number), strict=True):
-            column.append(value)
-        characters += sum(map(len, texts)) + sum(map(len, more[1] or ()))
-        if len(images) == BATCH_ROWS or characters > BATCH_CHARACTERS:
-            yield _batch(*columns)
-            characters = 0
-            for column in columns:
-                column.clear()
-    if images:
-        yield _batch(*columns)
+    for row in rows:
+        waiting.append(row)
+        characters += sum(map(len, row.caption)) + sum(map(len, row.negative or ()))
+        if len(waiting) == BATCH_ROWS or characters > BATCH_CHARACTERS:
+            yield _batch(waiting)
+            waiting, characters = [], 0
+    if waiting:
+        yield _batch(waiting)
 
 
-def _batch(images: list[Any], captions: list[Any], stops: list[Any], *others: list[Any]) -> pa.RecordBatch:
-    lists = pa.ListArray.from_arrays(pa.array([0, *stops], pa.int32()), pa.array(captions, pa.string()))
-    return pa.record_batch(dict(zip(SCHEMA.names, (images, lists, *others), strict=True)), SCHEMA)
+def _batch(rows: Sequence[RawRow]) -> pa.RecordBatch:
+    return pa.record_batch(dict(zip(RawRow._fields, zip(*rows, strict=True), strict=True)), SCHEMA)
 
 
 def raw_rows(path: Path, find: FindColumns, problems: Problems | None = None) -> Iterator[RawRow]:
