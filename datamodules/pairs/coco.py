@@ -6,22 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-
 from lit_clip.errors import InputError, require
 from lit_clip.tools.reading import check_is_file, reading
-from .columns import TablePairs
 from .source import PairSource, SourceOptions, find_split
-from .text_table import (
-    SCHEMA,
-    Problems,
-    RawRow,
-    open_records,
-    open_table,
-    record_batches,
-    shown,
-    usable_rows,
-)
+from .text_table import Problems, RawRow, open_records, open_rows, open_table, shown
 
 
 def open_json(path: Path, options: SourceOptions) -> PairSource:
@@ -43,11 +31,10 @@ def open_json(path: Path, options: SourceOptions) -> PairSource:
     options.refuse_columns(path)
     if isinstance(values.get("annotations"), list):
         options.refuse_split(path)
-        problems = Problems(path, options.on_error == "skip", "image id")
-        return _pairs(path, _coco(path, images, values["annotations"], problems), options, problems)
+        annotations = values["annotations"]
+        return open_rows(path, options, lambda each: _coco(path, images, annotations, each), "image id", _find_root)
     if any("sentences" in image for image in images[:1]):
-        problems = Problems(path, options.on_error == "skip", "image number")
-        return _pairs(path, _karpathy(path, images, options), options, problems)
+        return open_rows(path, options, lambda _: _karpathy(path, images, options), "image number", _find_root)
     raise InputError(
         f'{path}: "images" without captions; they must be in "annotations" or in each image\'s "sentences"'
     )
@@ -112,16 +99,6 @@ def _karpathy(path: Path, images: list[dict[str, Any]], options: SourceOptions) 
         name = f"{folder}/{image['filename']}" if folder else image["filename"]
         captions = [sentence.get("raw") if isinstance(sentence, dict) else None for sentence in sentences]
         yield RawRow(number, name, captions)
-
-
-def _pairs(path: Path, rows: Iterator[RawRow], options: SourceOptions, problems: Problems) -> TablePairs:
-    table = pa.Table.from_batches(record_batches(usable_rows(rows, problems)), SCHEMA)
-    left_out = problems.left_out
-    if not table.num_rows:
-        why = f" ({left_out})" if left_out.counts else ""
-        raise InputError(f"{path}: no image with a caption{why}; add captions")
-    place = path.parent if options.columns.root is not None else _find_root(path, table["image"][0].as_py())
-    return TablePairs(table, path, options.image_root(place), problems.label, left_out=left_out)
 
 
 def _find_root(path: Path, image: str) -> Path:

@@ -265,21 +265,32 @@ def open_table(path: Path, options: SourceOptions) -> PairSource:
     require(path.is_file(), f"{path}: no such file")
     options.refuse_split(path)
     find = partial(find_columns, path, options=options)
-    return _open(path, options, lambda problems: raw_rows(path, find, problems))
+    return open_rows(path, options, lambda problems: raw_rows(path, find, problems))
 
 
 def open_records(path: Path, values: list[Any], options: SourceOptions) -> PairSource:
     """Open the array of objects that a JSON file consists of."""
     options.refuse_split(path)
     records, find = enumerate(values, start=1), partial(find_columns, path, options=options)
-    return _open(path, options, lambda problems: _record_rows(records, find, problems))
+    return open_rows(path, options, lambda problems: _record_rows(records, find, problems))
 
 
-def _open(path: Path, options: SourceOptions, read: Callable[[Problems], Iterator[RawRow]]) -> PairSource:
-    problems, mapped = Problems(path, options.on_error == "skip"), None
+def open_rows(
+    path: Path,
+    options: SourceOptions,
+    read: Callable[[Problems], Iterator[RawRow]],
+    label: str = "row",
+    find_root: Callable[[Path, str], Path] | None = None,
+) -> PairSource:
+    """Open the rows that ``read`` yields of a file, whose numbers are called ``label``.
+
+    ``find_root`` finds the folder of an image where the user names none; None: the file's folder.
+    """
+    problems, mapped = Problems(path, options.on_error == "skip", label), None
     batches = record_batches(usable_rows(read(problems), problems))
     if path.stat().st_size > IN_MEMORY:
-        settings = (LAYOUT, *(getattr(options.columns, name) for name in COLUMNS), options.on_error)
+        split = (options.split, options.default_split)
+        settings = (LAYOUT, *(getattr(options.columns, name) for name in COLUMNS), options.on_error, split)
         mapped = cache_file("tables", path, settings, ".arrow")
 
         def load(file: Path) -> tuple[pa.Table, SkippedRows]:
@@ -295,7 +306,9 @@ def _open(path: Path, options: SourceOptions, read: Callable[[Problems], Iterato
     if not table.num_rows:
         require(left_out.counts.total() > 0, f"{path}: no rows; the file is empty or has only a header")
         raise InputError(f"{path}: no row with an image and a caption ({left_out})")
-    return TablePairs(table, path, options.image_root(path.parent), mapped=mapped, left_out=left_out)
+    by_user = find_root is None or options.columns.root is not None
+    folder = path.parent if by_user else find_root(path, table["image"][0].as_py())
+    return TablePairs(table, path, options.image_root(folder), label, mapped, left_out)
 
 
 def _write(file: Path, batches: Iterator[pa.RecordBatch], problems: Problems) -> None:

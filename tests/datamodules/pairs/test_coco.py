@@ -115,7 +115,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
         broken(annotations=[{"image_id": 5, "caption": 7}]),
         r"image id 5: the caption is not text: \[7\]",
     ),
-    "no annotations": (broken(annotations=[]), r"no image with a caption \(3 rows without a caption\)"),
+    "no annotations": (broken(annotations=[]), r"no row with an image and a caption \(3 rows without a caption\)"),
     "array of words": (["a", "b"], "row 1: not a JSON object"),
     "empty array": ([], "no row"),
     "a number": (7, "found nothing"),
