@@ -20,8 +20,7 @@ import numpy as np
 from datamodules import BatchOptions
 from datamodules.open_source import open_source
 from datamodules.pairs.batch_order import BatchOrder
-from datamodules.pairs.duplicates import name_pairs
-from datamodules.pairs.neighbours import stored_neighbours
+from datamodules.pairs.related_rows import name_pairs, stored_neighbours
 from datamodules.pairs.source import PairSource
 from lit_clip.embedding.feature_files import write_features
 

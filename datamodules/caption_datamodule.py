@@ -35,16 +35,13 @@ from .loading.sampling import (
 )
 from .pairs.batch_order import BatchOptions, BatchOrder
 from .pairs.batches import Collate, SourcePairs, TrainingPairs, ValidationPairs
-from .pairs.caption_lengths import report_captions
-from .pairs.captions_together import captions_per_image, captions_together, joined
-from .pairs.duplicates import name_pairs
+from .pairs.image_captions import captions_per_image, captions_together, joined, one_caption_each, rows_of_each_image
 from .pairs.kept import digest_of_kept
-from .pairs.neighbours import distinct_images, neighbours_of_images, stored_neighbours
-from .pairs.one_caption import one_caption_each, rows_of_each_image
+from .pairs.related_rows import distinct_images, name_pairs, neighbours_of_images, stored_neighbours
+from .pairs.reports import report_captions, report_images
 from .pairs.sentences import FittingCaptions
 from .pairs.source import CaptionOptions, PairSource
 from .pairs.stored_features import StoredPairs, WithStoredFeatures
-from .pairs.unseen_images import report_images
 
 EVALUATION_BATCH_SIZE = 64
 

@@ -17,11 +17,10 @@ from lit_clip.tools.messages import one_line
 from lit_clip.tools.option_errors import OptionParser
 from lit_clip.tools.reading import check_is_file, reading
 from .loading.store import is_remote
-from .pairs import coco, parquet, saved, text_table
+from .pairs import coco, parquet, stored, text_table
 from .pairs.folder import FolderPairs, open_class_folders
-from .pairs.hub import open_hub_data, parse_hub_name
 from .pairs.mixture import Concatenated
-from .pairs.remote_table import open_remote_table, url_suffix
+from .pairs.remote import open_hub_data, open_remote_table, parse_hub_name, url_suffix
 from .pairs.source import DELIMITED, JSON_LINES, Classes, PairSource, SourceOptions
 from .shards.index import INDEX_SUFFIX
 from .shards.pairs import TarPairs
@@ -169,8 +168,8 @@ def _open_folder(folder: Path, options: SourceOptions) -> PairSource:
 
 def _format_of(folder: Path) -> Callable[[SourceOptions], PairSource] | None:
     """Return the opener of a folder that holds more than images and texts."""
-    if saved.is_saved(folder):
-        return partial(saved.open_saved, folder)
+    if stored.is_saved(folder):
+        return partial(stored.open_saved, folder)
     with reading(folder, "folder"):
         names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     for file in map(Path, names):

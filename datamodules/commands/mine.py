@@ -22,9 +22,9 @@ from ..loading.store import StoreFolder
 from ..open_source import open_source, stamp_of_data
 from ..pairs.batches import SourcePairs
 from ..pairs.columns import ColumnPairs
-from ..pairs.duplicates import caption_hash
 from ..pairs.kept import kept_pairs
 from ..pairs.mining import MiningWindow, hard_negatives
+from ..pairs.related_rows import caption_hash
 from ..pairs.source import Columns, PairSource
 
 

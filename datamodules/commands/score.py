@@ -20,8 +20,7 @@ from lit_clip.weights.fingerprint import fingerprint
 from ..open_source import open_source, stamp_of_data
 from ..pairs.batches import SourcePairs
 from ..pairs.decisions import ALL_PAIRS, label_of
-from ..pairs.pair_filters import PairFilters
-from ..pairs.score_files import Filtered, ScoreFile, write_scores
+from ..pairs.score_files import Filtered, PairFilters, ScoreFile, write_scores
 from ..pairs.source import Classes, Columns
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from lit_clip.errors import BadSample
 from lit_clip.tools.html import stored_thumbnail, write_page
 from ..near_duplicates import Groups
-from ..pairs.duplicates import caption_hash
+from ..pairs.related_rows import caption_hash
 from ..pairs.source import PairSource
 from .scan import ScanFindings
 from .summary import DuplicateGroups, SummarySection

@@ -6,7 +6,9 @@ An interrupted pass is resumed, and several jobs can share one (:class:`lit_clip
 import functools
 import io
 import json
+import re
 import time
+import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -26,9 +28,30 @@ from lit_clip.tools.console import progress
 from lit_clip.tools.images import Unseen, decoding_at_least, is_rotated, open_image, unseen
 from lit_clip.tools.workers import loader
 from ..near_duplicates import look_of
-from ..pairs.duplicates import caption_hash, number_of
+from ..pairs.related_rows import caption_hash, number_of
 from ..pairs.source import LISTED, EncodedPair, PairSource
-from .generic_captions import says_nothing
+
+WORDS = frozenset(
+    (
+        *("a", "an", "the", "of", "this", "is", "my", "no", "not", "available", "none", "null", "nan", "na"),
+        *("image", "images", "img", "photo", "photos", "photograph", "picture", "pictures", "pic", "pics"),
+        *("untitled", "unnamed", "unknown", "caption", "alt", "description", "placeholder", "thumbnail", "thumb"),
+        *("dsc", "dscn", "dscf", "pict", "pxl", "mvimg", "screenshot"),  # what cameras and phones call files
+        *("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff"),
+    )
+)
+
+
+def says_nothing(caption: str) -> bool:
+    """Whether a caption is punctuation alone, or all of its words (in English) and numbers would fit any image.
+
+    ``A photo.``, ``IMG_0123.jpg`` and ``???`` say nothing; ``7`` and ``a red photo`` do say something.
+    """
+    words = re.findall(r"[^\W\d_]+", caption.casefold())
+    if words:
+        return WORDS.issuperset(words)
+    return all(unicodedata.category(character)[0] in "PZC" for character in caption)
+
 
 CHUNK = 32  # pairs that a data worker reads at once
 DECODED = 72  # least pixels a side of a decoded image: eight for each of the hash's 9 columns

@@ -16,8 +16,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lit_clip.errors import require
 from lit_clip.tools.hashing import hex_digest
 from ..loading.sampling import draw_numbers
-from .duplicates import Shared
-from .neighbours import Neighbours
+from .related_rows import Neighbours, Shared
 from .source import PairSource
 
 MOST_LEFT, MOST_EARLIER, MOST_TRIES = 128, 256, 8  # rows, and batches, that are tried to fill another batch

@@ -116,4 +116,5 @@ class FittingCaptions(Derived):
 
     def changed(self, index: int, found: Found, rng: random.Random | None) -> Found:
         caption = fitting(found.caption, self.tokenize, rng)
-        return found._replace(caption=caption, more=found.more and [self.changed(index, each, rng) for each in found.more])
+        more = found.more and [self.changed(index, each, rng) for each in found.more]
+        return found._replace(caption=caption, more=more)

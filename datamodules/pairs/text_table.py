@@ -251,8 +251,8 @@ def raw_rows(path: Path, find: FindColumns, problems: Problems | None = None) ->
         else:
             yield from _delimited_rows(path, find, problems)
     except UnicodeError as error:
-        name = _encoding(path).upper()
-        raise InputError(f"{path}: not {name} text, though it has a {name} byte order mark; save it as UTF-8") from error
+        problem = f"not {_encoding(path).upper()} text, though it has the byte order mark of it"
+        raise InputError(f"{path}: {problem}; save it as UTF-8") from error
 
 
 def open_table(path: Path, options: SourceOptions) -> PairSource:
@@ -306,8 +306,9 @@ def open_rows(
     if not table.num_rows:
         require(left_out.counts.total() > 0, f"{path}: no rows; the file is empty or has only a header")
         raise InputError(f"{path}: no row with an image and a caption ({left_out})")
-    by_user = find_root is None or options.columns.root is not None
-    folder = path.parent if by_user else find_root(path, table["image"][0].as_py())
+    folder = path.parent
+    if find_root is not None and options.columns.root is None:
+        folder = find_root(path, table["image"][0].as_py())
     return TablePairs(table, path, options.image_root(folder), label, mapped, left_out)
 
 

@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from datamodules.captions import Captions
-from datamodules.inspection.generic_captions import says_nothing
+from datamodules.inspection.scan import says_nothing
 from datamodules.open_source import open_source
 from datamodules.pairs.kept import kept_pairs
 from datamodules.shards.pairs import TarPairs

@@ -16,8 +16,7 @@ from datamodules import BatchOptions, CaptionOptions, Captions, CustomPairs
 from datamodules.open_source import open_source
 from datamodules.pairs.batch_order import BatchOrder
 from datamodules.pairs.decisions import FINDINGS, label_of, pair_text
-from datamodules.pairs.duplicates import name_pairs
-from datamodules.pairs.neighbours import Neighbours, stored_neighbours
+from datamodules.pairs.related_rows import Neighbours, name_pairs, stored_neighbours
 from lit_clip.embedding.feature_files import write_features
 from lit_clip.embedding.pair_scores import pair_hash
 from lit_clip.errors import InputError

@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from datamodules.open_source import open_source
-from datamodules.pairs.caption_lengths import caption_statistics, report_captions
+from datamodules.pairs.reports import caption_statistics, report_captions
 from lit_clip import LitCLIP
 from lit_clip.losses import Contrastive, Loss, Sigmoid, WholeBatch
 from lit_clip.models.tokenizer import CLIPTokenizer

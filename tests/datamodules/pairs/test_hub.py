@@ -20,7 +20,7 @@ from PIL import Image
 
 from datamodules import Captions
 from datamodules.open_source import open_source
-from datamodules.pairs.hub import parse_hub_name
+from datamodules.pairs.remote import parse_hub_name
 from datamodules.pairs.source import Columns
 from lit_clip import LitCLIP
 from lit_clip.batch import CaptionBatch

@@ -21,8 +21,7 @@ from datamodules.pairs.decisions import ALL_PAIRS, label_of
 from datamodules.pairs.findings import DataOptions, Finding, write_findings
 from datamodules.pairs.kept import kept_pairs
 from datamodules.pairs.mixture import Mixture
-from datamodules.pairs.pair_filters import PairFilters
-from datamodules.pairs.score_files import write_scores
+from datamodules.pairs.score_files import PairFilters, write_scores
 from datamodules.pairs.source import Columns, PairSource
 from datamodules.shards.pairs import TarPairs
 from lit_clip.embedding.pair_scores import SCORES, pair_hash

@@ -15,8 +15,8 @@ from PIL import Image
 
 from datamodules import CaptionOptions, Captions, CustomPairs
 from datamodules.open_source import open_source
+from datamodules.pairs.image_captions import OneCaption, one_caption_each, rows_of_each_image
 from datamodules.pairs.kept import digest_of_kept
-from datamodules.pairs.one_caption import OneCaption, one_caption_each, rows_of_each_image
 from datamodules.pairs.source import PairSource, Rows
 from lit_clip.errors import InputError
 from lit_clip.models.config import Preprocessing

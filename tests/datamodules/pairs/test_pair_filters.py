@@ -6,8 +6,7 @@ import pytest
 
 from datamodules.pairs import score_files
 from datamodules.pairs.decisions import read_decisions
-from datamodules.pairs.pair_filters import PairFilters
-from datamodules.pairs.score_files import write_scores
+from datamodules.pairs.score_files import PairFilters, write_scores
 from lit_clip.embedding.pair_scores import SCORES
 from lit_clip.errors import InputError
 

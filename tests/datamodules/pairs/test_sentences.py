@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from datamodules import Captions
-from datamodules.pairs.caption_lengths import caption_statistics, report_captions
+from datamodules.pairs.reports import caption_statistics, report_captions
 from datamodules.pairs.sentences import FittingCaptions, fitting, sentences
 from datamodules.pairs.source import CaptionOptions, Rows
 from lit_clip.errors import InputError
@@ -155,7 +155,7 @@ def test_captions_that_no_sentence_of_fits_are_counted(table: Path, monkeypatch:
     found = caption_statistics(source, CLIPTokenizer(14))
     assert (found.truncated, found.endless) == (1, 1 / 12)
     lines: list[str] = []
-    monkeypatch.setattr("datamodules.pairs.caption_lengths.rank_zero_info", lines.append)
+    monkeypatch.setattr("datamodules.pairs.reports.rank_zero_info", lines.append)
     report_captions(source, CLIPTokenizer(14), "sentences")
     report_captions(source, CLIPTokenizer(14), "truncate")
     report_captions(source, CLIPTokenizer(77), "sentences")

@@ -13,7 +13,7 @@ from PIL import Image
 
 from datamodules import Captions, CustomPairs
 from datamodules.loading.bad_samples import BadSamples
-from datamodules.pairs import unseen_images
+from datamodules.pairs import reports
 from datamodules.pairs.source import Classes, EncodedPair
 from datamodules.pairs.text_table import TablePairs
 from lit_clip.models.config import Preprocessing
@@ -148,7 +148,7 @@ def test_a_slow_source_is_left_after_a_short_time(
         time.sleep(0.05)
         return read(self, index)
 
-    monkeypatch.setattr(unseen_images, "SECONDS", 0.2)
+    monkeypatch.setattr(reports, "SECONDS", 0.2)
     monkeypatch.setattr(TablePairs, "read", slowly)
     deep = {f"{row}.png": FILES["deep 1.png"] for row in range(40)}
     (line,) = said(str(table(tmp_path, deep)), caplog)
@@ -160,7 +160,7 @@ def test_a_slow_source_is_left_after_a_short_time(
 def test_only_the_first_rank_looks(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(unseen_images, "rank_and_world", lambda: (1, 2))
+    monkeypatch.setattr(reports, "rank_and_world", lambda: (1, 2))
     monkeypatch.setattr(TablePairs, "read", None)
     assert said(str(table(tmp_path)), caplog) == []
 

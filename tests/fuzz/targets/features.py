@@ -22,8 +22,7 @@ from datamodules.pairs.custom import CustomPairs
 from datamodules.pairs.decisions import ALL_PAIRS, FINDINGS
 from datamodules.pairs.findings import DataOptions, Finding, write_findings
 from datamodules.pairs.kept import kept_pairs
-from datamodules.pairs.pair_filters import PairFilters
-from datamodules.pairs.score_files import ScoreFile, write_scores
+from datamodules.pairs.score_files import PairFilters, ScoreFile, write_scores
 from datamodules.pairs.source import Columns
 from lit_clip.embedding.feature_files import FeatureTable, read_features, write_features
 from lit_clip.embedding.pair_scores import SCORES, pair_hash
