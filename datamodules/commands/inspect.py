@@ -16,11 +16,9 @@ from lit_clip.tools.console import Console, Text, stderr
 from lit_clip.tools.html import page_path
 from lit_clip.tools.shares import Share
 from lit_clip.version import __version__
-from ..inspection.copies import ValidationCopies, find_copies, find_validation_copies
-from ..inspection.findings import scan_lines
-from ..inspection.page import write_inspection
+from ..inspection.copies import ValidationCopies, find_copies, find_validation_copies, scan_lines
+from ..inspection.page import SummarySection, find_duplicates, findings_section, summarize, write_inspection
 from ..inspection.scan import ScanFindings, inspect_source, scan
-from ..inspection.summary import SummarySection, find_duplicates, findings_section, summarize
 from ..open_source import open_source, stamp_of_data
 from ..pairs.findings import DataOptions, write_findings
 from ..pairs.source import Columns, PairSource, SkippedRows

@@ -1,19 +1,184 @@
-"""The findings of an inspection as one HTML file: figures, histograms, images and lists."""
+"""The findings of an inspection: a summary as names and values, and one HTML file with histograms, images and lists."""
 
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from lit_clip.errors import BadSample
+from lit_clip.tools.console import size_in_bytes
 from lit_clip.tools.html import stored_thumbnail, write_page
-from ..near_duplicates import Groups
+from ..near_duplicates import Groups, equal_groups, look_alikes
+from ..pairs.decisions import DROP
 from ..pairs.related_rows import caption_hash
-from ..pairs.source import PairSource
-from .scan import ScanFindings
-from .summary import DuplicateGroups, SummarySection
+from ..pairs.source import PairSource, SkippedRows
+from .scan import ANIMATED, CONVERTED, DEEP, PLAIN, ROTATED, TRANSPARENT, ScanFindings, formats
+
+
+class SummaryLine(NamedTuple):
+    """A line of the summary; ``wrong`` marks a problem in the data."""
+
+    name: str
+    value: str
+    wrong: bool = False
+
+
+class SummarySection(NamedTuple):
+    """Lines under a heading."""
+
+    title: str
+    lines: list[SummaryLine]
+
+
+class DuplicateGroups(NamedTuple):
+    """Duplicates among images and captions."""
+
+    files: Groups  # rows of images with different keys and equal files
+    looks: Groups  # rows of images with different files that look the same
+    captions: Groups  # positions, among all captions, of equal captions
+    pairs: int  # beyond the first with the same file and caption
+
+
+def find_duplicates(findings: ScanFindings) -> DuplicateGroups:
+    """Find duplicates by comparing the hashes of all images and captions."""
+    images, rows = findings.images, findings.distinct
+    files = _of_rows(equal_groups(images["file"][rows]), rows)
+    first_rows = rows[np.sort(np.unique(images["file"][rows], return_index=True)[1])]  # of each file
+    first_rows = first_rows[images["state"][first_rows] & PLAIN == 0]
+    looks = _of_rows(look_alikes(images["bits"][first_rows], images["colour"][first_rows]), first_rows)
+    pairs = images["file"][findings.caption_rows] ^ (findings.captions * np.uint64(0x9E3779B97F4A7C15))
+    return DuplicateGroups(files, looks, equal_groups(findings.captions), len(pairs) - len(np.unique(pairs)))
+
+
+def _of_rows(groups: Groups, rows: np.ndarray) -> Groups:
+    return groups._replace(largest=[rows[group] for group in groups.largest])
+
+
+def summarize(
+    findings: ScanFindings,
+    left_out: SkippedRows,
+    duplicates: DuplicateGroups,
+    context_length: int,
+) -> list[SummarySection]:
+    """Summarise pairs, images and captions; ``left_out`` are the rows that were dropped at opening."""
+    sections = [SummarySection("pairs", _pair_lines(findings, left_out, duplicates))]
+    if len(findings.usable):
+        sections.append(SummarySection("images", _image_lines(findings, duplicates)))
+        sections.append(SummarySection("captions", _caption_lines(findings, duplicates, context_length)))
+    return sections
+
+
+def findings_section(counts: Mapping[tuple[str, str], int]) -> list[SummarySection]:
+    """Return the section on the table of findings, none if it has no lines."""
+    lines = [
+        SummaryLine(f"{finding}: {decision}", f"{count:,}", decision == DROP)
+        for (finding, decision), count in sorted(counts.items(), key=lambda item: (item[0][1], -item[1], item[0]))
+    ]
+    return [SummarySection("findings, with the decisions that the table proposes", lines)] if lines else []
+
+
+def share(part: int, whole: int) -> str:
+    """Return a count and its percentage."""
+    if not whole or part in (0, whole):
+        return f"{part:,}"
+    return f"{part:,} ({part / whole:.1%})" if part / whole >= 0.001 else f"{part:,} (under 0.1%)"
+
+
+def _pair_lines(findings: ScanFindings, left_out: SkippedRows, duplicates: DuplicateGroups) -> list[SummaryLine]:
+    read, usable, dropped = len(findings.images), len(findings.usable), left_out.counts.total()
+    lines = [
+        SummaryLine("rows or samples found", f"{read + dropped:,}"),
+        SummaryLine("usable", share(usable, read + dropped)),
+    ]
+    lines += [SummaryLine(f"left out: {reason}", f"{count:,}", True) for reason, count in left_out.counts.most_common()]
+    lines += [
+        SummaryLine(f"unusable: {reason}", f"{count:,}", True) for reason, count in findings.reasons.most_common()
+    ]
+    lines.append(
+        SummaryLine("same image and caption as another pair", share(duplicates.pairs, usable), duplicates.pairs > 0)
+    )
+    return lines
+
+
+def _image_lines(findings: ScanFindings, duplicates: DuplicateGroups) -> list[SummaryLine]:
+    images = findings.images[findings.distinct]
+    number = len(images)
+    kinds = {str(formats()[kind]): count for kind, count in _counts(images["format"]).items()}
+    modes = {(*Image.MODES, "other")[mode]: count for mode, count in _counts(images["mode"]).items()}
+    lines = [
+        SummaryLine("images", f"{number:,}, with {len(findings.captions):,} captions"),
+        SummaryLine("formats", _listed(kinds, number)),
+        SummaryLine("colour modes", _listed(modes, number)),
+        SummaryLine("bytes", f"{size_in_bytes(images['bytes'].sum())}, {size_in_bytes(images['bytes'].mean())} each"),
+        *_size_lines(images),
+    ]
+    states = (
+        ("more than 8 bits a grey level (models see the highest 8)", DEEP),
+        ("four or more bands, as CMYK (models see them converted to RGB)", CONVERTED),
+        ("with an EXIF rotation (models see them unrotated)", ROTATED),
+        ("animated (models see the first frame)", ANIMATED),
+        ("transparent (models see what lies underneath, often black; draw them on white)", TRANSPARENT),
+        ("a single colour", PLAIN),
+    )
+    for name, bit in states:
+        count = int((images["state"] & bit > 0).sum())
+        lines += [SummaryLine(name, share(count, number), True)] if count else []
+    lines.append(_duplicate_line("same file as another image", duplicates.files, number))
+    lines.append(_duplicate_line("other file that looks the same (64-bit difference hash)", duplicates.looks, number))
+    return lines
+
+
+def _size_lines(images: np.ndarray) -> list[SummaryLine]:
+    width, height = images["width"], images["height"]
+    area = width.astype(np.int64) * height
+    lines = []
+    for name, place in (("smallest", 0), ("median", len(area) // 2), ("largest", len(area) - 1)):
+        row = np.argpartition(area, place)[place]
+        lines.append(SummaryLine(f"{name}, width x height", f"{width[row]} x {height[row]}"))
+    small = int((np.minimum(width, height) < 224).sum())
+    lines.append(SummaryLine("shorter side under 224 pixels", share(small, len(images))))
+    return lines
+
+
+def _duplicate_line(name: str, groups: Groups, whole: int) -> SummaryLine:
+    in_groups = f" in {groups.number:,} {'group' if groups.number == 1 else 'groups'}" if groups.number else ""
+    return SummaryLine(name, share(groups.surplus, whole) + in_groups, groups.number > 0)
+
+
+def _caption_lines(findings: ScanFindings, duplicates: DuplicateGroups, context_length: int) -> list[SummaryLine]:
+    counts = findings.token_counts
+    lengths, number = np.arange(len(counts)), int(counts.sum())
+    cut = int(counts[context_length + 1 :].sum())
+    lost = int((counts * (lengths - context_length).clip(0)).sum())
+    median, most = (int(np.searchsorted(counts.cumsum(), number * part)) for part in (0.5, 0.95))
+    lines = [
+        SummaryLine("captions", f"{number:,}"),
+        SummaryLine(
+            "tokens, start and end included",
+            f"mean {(counts * lengths).sum() / number:.1f}, median {median}, 95% at most {most}, longest {lengths[-1]}",
+        ),
+        SummaryLine(f"truncated at {context_length} tokens", share(cut, number), cut > 0),
+    ]
+    if cut:
+        lines.append(SummaryLine("tokens lost per truncated caption", f"{lost / cut:.1f} on average", True))
+    lines.append(_duplicate_line("same as another caption", duplicates.captions, number))
+    if duplicates.captions.number:
+        as_right = "--model.loss Contrastive --model.loss.duplicates positives"
+        lines.append(SummaryLine("to count them as right in training", as_right))
+    return lines
+
+
+def _counts(values: np.ndarray) -> dict[int, int]:
+    return dict(Counter(dict(enumerate(np.bincount(values).tolist()))).most_common())
+
+
+def _listed(counts: Mapping[str, int], whole: int) -> str:
+    return ", ".join(f"{name} {share(count, whole)}" for name, count in counts.items() if count)
+
 
 TEMPLATE = Path(__file__).parent / "templates" / "inspect.html"
 SAMPLES = 24

@@ -120,16 +120,16 @@ class ColumnPairs(PairSource):
         negatives = [] if rng is None else _texts(cells.negative, cells.where)
         negative = rng.choice(negatives) if rng and len(negatives) > 1 else "".join(negatives)
         extra = {} if cells.weight is None else {"weight": torch.tensor(cells.weight)}
-        return PairText(caption, self._image(cells)[1], cells.group, negative, extra)
+        return PairText(caption, self._located(cells.image, cells)[1], cells.group, negative, extra)
 
     def image_identity(self, index: int) -> object:
         cells = self.cells(index)
-        image, _ = self._image(cells)
+        image, _ = self._located(cells.image, cells)
         return hash64(image.getvalue()) if isinstance(image, io.BytesIO) else file_identity(image, cells.where)
 
     def read(self, index: int) -> EncodedPair:
         cells = self.cells(index)
-        image, key = self._image(cells)
+        image, key = self._located(cells.image, cells)
         source = self._opened(image, cells.where)
         try:
             data = source.read_bytes() if isinstance(source, Path) else source.getvalue()
@@ -143,16 +143,14 @@ class ColumnPairs(PairSource):
         return _captions(self.cells(index))
 
     def key(self, index: int) -> str:
-        return self._image(self.cells(index))[1]
+        cells = self.cells(index)
+        return self._located(cells.image, cells)[1]
 
     def _opened(self, image: Path | str | io.BytesIO, where: str) -> Path | io.BytesIO:
         return io.BytesIO(cast(StoreFolder, self.root).read(image, where)) if isinstance(image, str) else image
 
-    def _image(self, cells: Cells) -> tuple[Path | str | io.BytesIO, str]:
-        """Return a row's image, which is a file, an address in a store, or the content; and its key."""
-        return self._located(cells.image, cells)
-
     def _located(self, value: Any, cells: Cells) -> tuple[Path | str | io.BytesIO, str]:
+        """Return an image of a row, which is a file, an address in a store, or the content; and its key."""
         if callable(value):
             value = value()
         if isinstance(value, dict):

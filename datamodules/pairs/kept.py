@@ -114,15 +114,13 @@ class FilteredPairs(Rows):
             first = lines[rows < rows[:1] + SPREAD][:CHECKED]
             last = lines[rows > rows[-1:] - SPREAD][-CHECKED:]
             for line in np.unique(np.concatenate([first, last])):
-                self._check_line(int(line["row"]), int(line["pair"]), whole=not line["captions"])
+                row = int(line["row"])
+                key, captions = self.source.key(row), self.source.captions(row) if line["captions"] else [""]
+                changed = f"decided on row {row} with another key or caption than {key} has now; {MAKE_AGAIN}"
+                same = any(pair_hash(key, caption) == line["pair"] for caption in captions)
+                require(same, f"{self.name}: {changed}")
         except BadSample as error:  # it could be read when it was decided on
             raise InputError(f"{self.name}: is of other data: {error}") from error
-
-    def _check_line(self, row: int, pair: int, whole: bool) -> None:
-        key = self.source.key(row)
-        captions = [""] if whole else self.source.captions(row)
-        same = any(pair_hash(key, caption) == pair for caption in captions)
-        require(same, f"{self.name}: decided on row {row} with another key or caption than {key} has now; {MAKE_AGAIN}")
 
     def read(self, index: int) -> EncodedPair:
         pair = super().read(index)
