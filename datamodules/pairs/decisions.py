@@ -222,7 +222,7 @@ class _Lines(NamedTuple):
         """
         other = f"data is not {label!r} as in the lines before; keep one table for each data set"
         self._check(self._meant("data", {label: 1}) < 0, other)
-        drop = self._meant("decision", {KEEP: 0, DROP: 1, KEEP.upper(): 0, DROP.upper(): 1})
+        drop = self._meant("decision", {KEEP: 0, DROP: 1})
         self._check(drop < 0, f"decision is {{}}; write {KEEP} or {DROP}", self.columns["decision"].to_pylist())
         row, has_row = self._numbers("row", _size_of(label))
         pair, known = self._numbers("pair")
@@ -244,9 +244,9 @@ class _Lines(NamedTuple):
         return found[has_row]
 
     def _meant(self, name: str, meanings: dict[str, int]) -> np.ndarray:
-        """Return the meaning of each text in a column, -1 for none, int64 ``[N]``."""
+        """Return the meaning of each text in a column, in any letter case, -1 for none: int64 ``[N]``."""
         column = self.columns[name].dictionary_encode()
-        words = [meanings.get(str(word).strip(), -1) for word in column.dictionary.to_pylist()]
+        words = [meanings.get(str(word).strip().lower(), -1) for word in column.dictionary.to_pylist()]
         return np.array([*words, -1])[column.indices.fill_null(len(words)).to_numpy()]
 
     def _captions(self) -> np.ndarray:
@@ -322,11 +322,25 @@ def _text_lines(path: Path) -> _Lines:
 
 def _parquet_lines(path: Path) -> _Lines:
     with reading(path, "table of decisions"):
-        names = _columns_of(path, pq.read_schema(path).names)
+        found = pq.read_schema(path).names
+        names = _columns_of(path, found)
         texts = [name for name in names if name not in NUMBERS]
-        table = pq.ParquetFile(path, read_dictionary=texts).read(names, use_threads=False)
+        scores = {"score"} & set(found)
+        table = pq.ParquetFile(path, read_dictionary=texts).read([*names, *scores], use_threads=False)
         table.validate(full=True)
+        if scores:
+            check_scores(path, table["score"].combine_chunks(), 0)
         return _Lines(path, range(len(table)), {name: _plain(table[name].combine_chunks(), name) for name in names})
+
+
+def check_scores(path: Path, scores: pa.Array, first: int) -> None:
+    """Raise :class:`InputError` unless the scores of lines from ``first`` on are finite or null."""
+    numbers = pa.types.is_floating(scores.type) or pa.types.is_integer(scores.type) or pa.types.is_null(scores.type)
+    require(numbers, f"{path}: column 'score' holds {scores.type}, not numbers; write it with lit-clip score")
+    wrong = np.flatnonzero(~np.isfinite(scores.fill_null(0).to_numpy()))
+    if len(wrong):
+        row, score = first + int(wrong[0]), scores[int(wrong[0])]
+        raise InputError(f"{path}: the score of row {row} is {score}; write it with lit-clip score")
 
 
 def _plain(column: pa.Array, name: str) -> pa.Array:

@@ -20,7 +20,7 @@ from lit_clip.embedding.pair_scores import SCORES
 from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.reading import reading
-from .decisions import DROP, KEEP
+from .decisions import DROP, KEEP, check_scores
 from .source import compute
 
 
@@ -190,16 +190,9 @@ class ScoreFile:
             first = 0
             for batch in file.iter_batches(GROUP, columns=list({*names, "score"}), use_threads=False):
                 batch.validate(full=True)
-                self._check(batch["score"], first)
+                check_scores(self.path, batch["score"], first)
                 first += len(batch)
                 yield pa.Table.from_batches([batch]).select(names)
-
-    def _check(self, scores: pa.Array, first: int) -> None:
-        """Raise :class:`InputError` unless the scores of lines from ``first`` on are finite or null."""
-        wrong = np.flatnonzero(~np.isfinite(scores.fill_null(0).to_numpy()))
-        if len(wrong):
-            row, score = first + int(wrong[0]), scores[int(wrong[0])]
-            raise InputError(f"{self.path}: the score of row {row} is {score}; {WRITE_AGAIN}")
 
     def pairs(self) -> Iterator[pa.Table]:
         """Yield all pairs as before filtering, with the columns ``SCORES``."""
