@@ -251,7 +251,7 @@ def raw_rows(path: Path, find: FindColumns, problems: Problems | None = None) ->
         else:
             yield from _delimited_rows(path, find, problems)
     except UnicodeError as error:
-        problem = f"not {_encoding(path).upper()} text, though it has the byte order mark of it"
+        problem = f"not {_encoding(path).upper()} text, though its byte order mark says so"
         raise InputError(f"{path}: {problem}; save it as UTF-8") from error
 
 
