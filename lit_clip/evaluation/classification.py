@@ -34,11 +34,18 @@ from lit_clip.evaluation.predictions import (
     predictions_entry,
     predictions_name,
     probability_columns,
-    unit_scores,
 )
 from lit_clip.evaluation.probe import MOST_PENALTIES, Probe, Split, train_probe
 from lit_clip.evaluation.robustness import subset_top1
-from lit_clip.evaluation.scores import baseline, baselines, comparable, evaluate_scores, interval, mean_over_folds
+from lit_clip.evaluation.scores import (
+    baseline,
+    baselines,
+    comparable,
+    evaluate_scores,
+    interval,
+    mean_over_folds,
+    unit_scores,
+)
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import Task
 from lit_clip.evaluation.targets import Targets

@@ -8,10 +8,8 @@ from collections.abc import Mapping
 from statistics import fmean
 from typing import NamedTuple
 
-from lit_clip.evaluation.suite import Metric
-
 PREFIX = "datacomp_"  # of the sets in configs/evaluation/datacomp.yaml
-OTHER_METRICS: dict[str, Metric] = {
+OTHER_METRICS: dict[str, str] = {
     "vtab-caltech101": "mean_per_class",
     "fgvc_aircraft": "mean_per_class",
     "vtab-flowers": "mean_per_class",
