@@ -21,7 +21,6 @@ from lit_clip.evaluation.files_read import files_read
 from lit_clip.evaluation.open_set import Fold, OpenSet, scale_and_bias, without_features
 from lit_clip.evaluation.other_classes import single_classes, trained_classes
 from lit_clip.evaluation.overview import judging, metric_words, recalls_of
-from lit_clip.evaluation.place_store import PlaceStore
 from lit_clip.evaluation.places import Recorder, place_task
 from lit_clip.evaluation.prompts import Prompts, text_classifier
 from lit_clip.evaluation.results import Results, cache_key, code_digest
@@ -150,12 +149,12 @@ class EvaluationRun:
 
     def _record(self, opened: OpenSet, name: Task, recorder: Recorder) -> None:
         """Record the places of the test images; called on all ranks."""
-        images, texts = opened.folds[0].images["test"], opened.places
-        assert texts is not None
+        images = opened.folds[0].images["test"]
+        assert opened.places is not None
         assert opened.prompts is not None
-        task = place_task(self.model, images, texts, recorder)
-        digest, title = f"{opened.prompts.sha256} {opened.prompts.alternatives}", f"{opened.name} {name}"
-        records = PlaceStore(self.store).compute(images, name, task, digest, title)
+        task = place_task(self.model, images, opened.places, recorder)
+        texts = f"{name} {opened.prompts.sha256} {opened.prompts.alternatives}"
+        records = self.store.places(images, task, texts, f"{opened.name} {name}")
         if records is not None:
             opened.records[name] = records
 
