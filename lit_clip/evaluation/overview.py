@@ -4,9 +4,9 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
-from lit_clip.evaluation.datacomp import OTHER_METRICS, PREFIX, datacomp_means
+from lit_clip.evaluation.datacomp import GROUPS, OTHER_METRICS, PREFIX
 from lit_clip.evaluation.published import (
     Published,
     canonical_set,
@@ -24,7 +24,7 @@ COLUMNS = {"zero_shot": "zero-shot", "linear_probe": "linear probe", "head": "he
 TASKS = {**COLUMNS, "geolocation": "location of the nearest neighbour", "bias": "bias probe"}
 STATUSES = {"done": "", "missing": "not on disk", "failed": "failed"}
 MERGED = "merged_"  # the beginning of recalls for which equal captions are one
-DIRECTIONS = ("image_to_text", "text_to_image")
+RECALLS = ("image_to_text_recall@1", "text_to_image_recall@1")  # by which sets of captions are compared
 Interval = tuple[float, float]
 
 
@@ -93,8 +93,6 @@ def metric_words(metric: str) -> str:
     """Format ``image_to_text_recall@1`` as ``image to text R@1``."""
     if metric.startswith("within_") and metric.endswith("km"):
         return f"within {metric[7:-2]} km"
-    if metric.startswith("top1/"):
-        return f"top-1 among the classes of {metric[5:]}"
     return METRICS[metric].words if metric in METRICS else metric.replace("_", " ").replace("recall@", "R@")
 
 
@@ -148,7 +146,8 @@ def _rows_of(name: str, entry: Mapping[str, Any], model: str, weights: str) -> I
             row.intervals.update({column: interval} if interval and value is not None else {})
             row.papers.update({column: figure} if figure else {})
             row.measured.update({column: others} if others else {})
-        row.values.update(shots_of(entry) if len(columns) > 1 else {})
+        if len(columns) > 1:
+            row.values.update((shots, mean) for shots, mean in shots_of(entry).items())
         yield row
     if not reported:
         yield Row(metric=", ".join(tasks) or str(entry.get("metric") or ""), **common)
@@ -166,7 +165,7 @@ def _reported(
         yield own or "top1", {column: column for column in COLUMNS}
     recalls = tasks.get("retrieval", {}).get("metrics") or {}
     # The field's figures are not merged, whatever captions repeat: they are compared by recall@1.
-    for metric in dict.fromkeys([*recalls_of(recalls), *(f"{way}_recall@1" for way in DIRECTIONS)]):
+    for metric in dict.fromkeys([*recalls_of(recalls), *RECALLS]):
         if metric in recalls:
             yield metric, {"zero_shot": "retrieval"}
     for task, result in tasks.items():
@@ -199,9 +198,9 @@ def _baseline(
     return next((value for value in map(number, known) if value is not None), None)
 
 
-def given_metrics(entry: Mapping[str, Any]) -> dict[str, dict[Column, float]]:
+def given_metrics(entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Return the numbers of ``--metrics``, which are no fractions of images, by name and task."""
-    found: dict[str, dict[Column, float]] = {}
+    found: dict[str, dict[str, float]] = {}
     for column in COLUMNS:
         task = tasks_of(entry).get(column, {})
         for name in task.get("given") or ():
@@ -210,15 +209,14 @@ def given_metrics(entry: Mapping[str, Any]) -> dict[str, dict[Column, float]]:
     return found
 
 
-@dataclass(frozen=True)
-class GroupMean:
+class GroupMean(NamedTuple):
     """The mean over a group of sets, each by its own metric; fractions, None if a set is missing."""
 
     group: str
     sets: int
     missing: list[str]
     ours: float | None
-    papers: float | None = None
+    papers: float | None
 
     @property
     def counted(self) -> str:
@@ -227,36 +225,25 @@ class GroupMean:
 
 
 def group_means(table: Sequence[Row], column: Column) -> list[GroupMean]:
-    """Return the mean of each group of which there is a set. Every group of sets with a mean is listed here."""
-    groups = [_papers_mean(table, column)] if column in COLUMNS else []
-    groups += _datacomp_means(table) if column == "zero_shot" else ()
-    return [mean for mean in groups if len(mean.missing) < mean.sets]
-
-
-def _papers_mean(table: Sequence[Row], column: Column) -> GroupMean:
-    """The mean over the paper's 27 sets (tables 9 to 11), by the paper's metrics."""
-    sets, found = papers_sets(), dict[str, Row]()
-    for row in table:
-        name = canonical_set(row.paper)
-        if name and column in row.values and row.metric == sets[name]:
-            found.setdefault(name, row)
-    missing = [name for name in sets if name not in found]
-    ours = [row.values[column] for row in found.values()]
-    papers = [row.papers[column].value for row in found.values() if column in row.papers]
-    means = [sum(values) / len(sets) if len(values) == len(sets) else None for values in (ours, papers)]
-    return GroupMean(f"the paper's {len(sets)} sets", len(sets), missing, *means)
-
-
-def _datacomp_means(table: Sequence[Row]) -> Iterator[GroupMean]:
-    """DataComp's means, by its metrics; a retrieval set has the mean of its two directions."""
-    values: dict[str, list[float]] = {}
-    for row in table:
-        metric = "recall@1" if row.metric.endswith("recall@1") and not row.metric.startswith(MERGED) else row.metric
-        own = row.name.startswith(PREFIX) and metric == OTHER_METRICS.get(row.name.removeprefix(PREFIX), "top1")
-        if own and "zero_shot" in row.values:
-            values.setdefault(row.name, []).append(row.values["zero_shot"])
-    for group, mean in datacomp_means({name: fmean(of_set) for name, of_set in values.items()}).items():
-        yield GroupMean(f"DataComp, {group}", mean.sets, mean.missing, mean.value)
+    """Return the mean of each group of which there is a set: the paper's 27 (tables 9 to 11), and DataComp's."""
+    found: dict[tuple[str, str], list[Row]] = {}  # by set and metric; retrieval has a row for each direction
+    for row in table if column in COLUMNS else ():
+        name = row.name if row.name.startswith(PREFIX) else canonical_set(row.paper)
+        metric = "recall@1" if row.metric in RECALLS else row.metric
+        if column in row.values:
+            found.setdefault((name, metric), []).append(row)
+    papers, means = papers_sets(), list[GroupMean]()
+    groups = {f"the paper's {len(papers)} sets": papers}
+    for group, names in GROUPS.items() if column == "zero_shot" else ():
+        groups[f"DataComp, {group}"] = {PREFIX + name: OTHER_METRICS.get(name, "top1") for name in names}
+    for group, sets in groups.items():
+        of_sets = [rows_of for key in sets.items() if (rows_of := found.get(key))]
+        missing = [name for name, metric in sets.items() if (name, metric) not in found]
+        ours = [fmean({row.metric: row.values[column] for row in reversed(each)}.values()) for each in of_sets]
+        theirs = [each[0].papers[column].value for each in of_sets if column in each[0].papers]
+        both = [fmean(values) if len(values) == len(sets) else None for values in (ours, theirs)]
+        means.append(GroupMean(group, len(sets), missing, *both))
+    return [mean for mean in means if len(mean.missing) < mean.sets]
 
 
 def shots_of(entry: Mapping[str, Any], of: str = "shots") -> dict[int, float]:

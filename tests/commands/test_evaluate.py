@@ -415,43 +415,6 @@ def test_a_wrong_suite_entry_fails_its_set_with_one_line(root: Path, change: dic
     assert json.loads(Path("out/results.json").read_text())["sets"]["noise"]["status"] == "failed"
 
 
-@pytest.mark.usefixtures("no_charts")
-def test_imagenet_accuracy_is_also_computed_over_the_classes_of_its_variants(root: Path) -> None:
-    from datamodules.evaluation.imagenet import imagenet_wnids
-    from lit_clip.evaluation.zero_shot import imagenet_class_names
-
-    few = [3, 207, 500, 999]
-    for label, wnid in enumerate(imagenet_wnids()):
-        for folder in ("imagenet/val", *(["imagenet-a"] if label in few else [])):
-            (root / "data" / folder / wnid).mkdir(parents=True)
-            for number in range(12 if label in few else 1):
-                noise(number, label % 6).resize((8, 8)).save(root / "data" / folder / wnid / f"{wnid}_{number}.png")
-    write_suite(
-        root,
-        imagenet={
-            "data": {"class_path": "datamodules.evaluation.ImageNet", "init_args": {"root": "imagenet"}},
-            "splits": {"test": {"split": "val"}},
-            "templates": ["{}"],
-            "paper": "ImageNet",
-        },
-        imagenet_a={
-            "data": {"class_path": "datamodules.evaluation.ImageNetFolders", "init_args": {"root": "imagenet-a"}},
-            "templates": ["{}"],
-            "paper": "ImageNet-A",
-        },
-    )
-    found = evaluate()["sets"]
-    metrics = found["imagenet"]["tasks"]["zero_shot"]["metrics"]
-    # ImageNet-A consists of the same images and classes here.
-    assert metrics["top1/ImageNet-A"] == found["imagenet_a"]["tasks"]["zero_shot"]["metrics"]["top1"]
-    assert 0 < metrics["top1/ImageNet-A"] < 1
-    assert metrics["top1"] < metrics["top1/ImageNet-A"]  # a thousand classes are harder than four
-    assert found["imagenet_a"]["class_names"] == [imagenet_class_names()[label] for label in few]
-    assert (
-        "top1/ImageNet-A" in evaluate()["sets"]["imagenet"]["tasks"]["zero_shot"]["metrics"]
-    )  # from cached results, too
-
-
 def test_a_suite_without_any_data_writes_the_report_and_is_an_error(root: Path) -> None:
     with pytest.raises(InputError, match="none of 2 sets is there .elsewhere/gone: not there"):
         run_command([*words(), "--data_root", "elsewhere"])

@@ -34,7 +34,7 @@ from lit_clip.evaluation.report.charts import few_shot, figures
 from lit_clip.evaluation.report.page import TEMPLATE, report_values, write_report
 from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
 from lit_clip.evaluation.report.results_table import print_results
-from lit_clip.evaluation.report.robustness_chart import effective_rows, papers_points, run_points
+from lit_clip.evaluation.report.robustness_chart import papers_points, run_points
 from lit_clip.evaluation.report.set_section import set_section
 from lit_clip.evaluation.report.tables import write_tables
 from lit_clip.evaluation.report.tensorboard import write_tensorboard
@@ -122,7 +122,7 @@ def one_of_everything() -> dict[str, Any]:
         "pcam": {**a_set("PCam"), "status": "failed", "reason": "test.h5: truncated", "tasks": {}},
     }  # fmt: skip
     sets["digits"] = a_set(zero_shot=zero_shot(0.4, given=["ece"], confusion_matrix=[[3, 1], [0, 4]]))
-    sets["digits"]["tasks"]["zero_shot"]["metrics"] |= {"ece": 0.0312, "top1/easy": 0.9}
+    sets["digits"]["tasks"]["zero_shot"]["metrics"] |= {"ece": 0.0312}
     sets["digits"]["tasks"]["head"] = {**probe(0.5), "metrics": {"top1": 0.5, "ece": 1.5}, "given": ["ece"]}
     sets["digits"] |= {"reason": "a task is left out", "note": "[red]a note[/red]"}
     sets["digits"]["splits"]["test"]["absent"] = 1234
@@ -540,18 +540,6 @@ def test_the_robustness_chart_averages_over_the_same_sets(full: dict[str, Any]) 
     assert by_name["NS EfficientNet-L2"].values["YTBB"] == pytest.approx((0.677 + 0.635) / 2)
     assert by_name["zero-shot CLIP"].values["ImageNet"] == pytest.approx(0.762)
     assert by_name["linear probe CLIP"].mean(["ImageNetV2", "ImageNet-A"]) == pytest.approx((0.759 + 0.753) / 2)
-
-
-def test_effective_robustness_compares_accuracies_over_the_same_classes(full: dict[str, Any], folder: Path) -> None:
-    assert [row.name for row in effective_rows(full)] == ["ImageNetV2"]  # ImageNet-A has fewer classes
-    full["sets"]["imagenet"]["tasks"]["zero_shot"]["metrics"]["top1/ImageNet-A"] = 0.8
-    v2, a = effective_rows(full)
-    assert (v2.point, a.point) == ((0.63, 0.56), (0.8, 0.31))
-    page = Page(report_page(full, folder, {}))
-    assert f"ImageNet-A 80.0 31.0 49.0 {100 * (a.effective or 0):+.1f}" in page.text
-    assert "zero-shot, top-1 among the classes of ImageNet-A 80.0" in page.text
-    full["sets"]["imagenet"]["tasks"]["zero_shot"]["metrics"]["top1"] = 1.0  # has no logit
-    assert [row.name for row in effective_rows(full)] == ["ImageNet-A"]
 
 
 @pytest.mark.parametrize("number", [1, 40])

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from lit_clip.evaluation.comparison import PairedDifference
-from lit_clip.evaluation.overview import STATUSES, TASKS, Row, metric_words, percent, points, rows, sets_of, task_words
+from lit_clip.evaluation.overview import STATUSES, TASKS, Row, metric_words, points, rows, sets_of, task_words
 from lit_clip.evaluation.published import PAPER, NearestModel, disagreements, measured_weights, nearest, papers_name
 from lit_clip.evaluation.report.chart_style import svg
 from lit_clip.evaluation.report.charts import figures
 from lit_clip.evaluation.report.result_columns import Groups, merged_note, result_columns
 from lit_clip.evaluation.report.results_table import incomplete_means, mean_groups, measured_note
-from lit_clip.evaluation.report.robustness_chart import effective_rows
 from lit_clip.evaluation.report.set_section import leaves, set_section
 from lit_clip.tools.html import plural, write_page
 
@@ -71,10 +70,6 @@ def report_values(
         "merged": merged_note(found),
         "disagreements": disagreements(),
         "charts": {name: svg(figure, name) for name, figure in figures(results, others).items()},
-        "effective": [
-            [row.name, *map(percent, (row.point.imagenet, row.point.shifted, row.gap)), points(row.effective)]
-            for row in effective_rows(results)
-        ],
         "provenance": list(_provenance(results, others)),
         "architecture": list(leaves(model.get("architecture"), ".")),
         "sections": [set_section(name, entry, near.name, folder, weights) for name, entry in sets],
