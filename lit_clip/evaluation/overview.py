@@ -204,8 +204,8 @@ def given_metrics(entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     for column in COLUMNS:
         task = tasks_of(entry).get(column, {})
         for name in task.get("given") or ():
-            if number(task["metrics"].get(name)) is not None:
-                found.setdefault(name, {})[column] = task["metrics"][name]
+            if (value := number((task.get("metrics") or {}).get(name))) is not None:
+                found.setdefault(name, {})[column] = value
     return found
 
 

@@ -381,12 +381,13 @@ def test_a_broken_image_fails_its_set_or_is_skipped_and_listed(root: Path) -> No
     suite = yaml.safe_load(Path("suite.yaml").read_text())["sets"]
     suite["train_only"] = {"data": {"class_path": FOLDER, "init_args": {"root": "train"}}}
     write_suite(root, **suite)
-    with pytest.raises(InputError, match=r"noise: .*cat/2\.png"):
+    with pytest.raises(InputError, match=r"noise: .*cat/2\.png.*fix or remove it, or set --on_error skip"):
         run_command(words("--tasks", "zero_shot"))
     results = json.loads(Path("out/results.json").read_text())["sets"]
     assert results["noise"]["status"] == "failed"
     assert results["train_only"]["tasks"]["zero_shot"]["images"] == 72  # other sets are still evaluated
-    skipped = evaluate("--tasks", "zero_shot", "--on_error", "skip")["sets"]["noise"]
+    one_by_one = ("--batch_size", "1")  # a batch without any readable image
+    skipped = evaluate("--tasks", "zero_shot", "--on_error", "skip", *one_by_one)["sets"]["noise"]
     assert skipped["tasks"]["zero_shot"]["images"] == 29
     assert [key for key, _ in skipped["splits"]["test"]["skipped"]] == ["cat/2.png"]
     assert "cat/2.png" in Path("out/report.html").read_text(encoding="utf-8")

@@ -1,9 +1,10 @@
 """The columns of the tables of all results, for the terminal, the page and LaTeX."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean, stdev
 from typing import Any, Literal, NamedTuple
 
-from lit_clip.evaluation.comparison import THIS, over_seeds
+from lit_clip.evaluation.comparison import THIS
 from lit_clip.evaluation.overview import COLUMNS, MERGED, Column, Row, group_means, papers_percent, percent, rows
 from lit_clip.evaluation.published import Published
 from lit_clip.evaluation.report.chart_style import run_names
@@ -105,10 +106,12 @@ def _figures(figures: Sequence[Published | None]) -> list[Cell | None]:
 
 
 def _over_seeds(cells: Sequence[Cell | None]) -> Cell | None:
-    seeds = over_seeds([cell and cell.value for cell in cells])
-    if seeds is None:
+    """Return the mean and the sample standard deviation of a recipe's runs; None if one is missing."""
+    known = [cell.value for cell in cells if cell and cell.value is not None]
+    if not len(known) == len(cells) > 1:
         return None
-    return Cell(f"{percent(seeds.mean)} ± {percent(seeds.deviation)}", seeds.mean, deviation=seeds.deviation)
+    mean, deviation = fmean(known), stdev(known)
+    return Cell(f"{percent(mean)} ± {percent(deviation)}", mean, deviation=deviation)
 
 
 def merged_note(found: Sequence[Row]) -> str:
