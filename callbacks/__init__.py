@@ -15,7 +15,6 @@ from .ema import EMA
 from .frozen_features import FrozenFeatures
 from .hard_batches import HardBatches
 from .heads_first import HeadsFirst
-from .linear_probe import LinearProbe
 from .monitor import TrainingMonitor
 from .non_finite import NonFiniteSteps
 from .patch_dropout import PatchDropout
@@ -25,13 +24,12 @@ from .print_results import PrintResults
 from .progress import ExpectedTime, ProgressLines
 from .proof import Proof
 from .random_states import RandomStates
-from .retrieval import Retrieval
 from .skipped_samples import SkippedSamples
+from .suite_evaluation import LinearProbe, Retrieval, ZeroShotSegmentation
 from .tensorboard import EmbeddingProjector, SimilarityMatrix
 from .throughput import Throughput
 from .without import Without
 from .zero_shot import ZeroShot, ZeroShotSet
-from .zero_shot_segmentation import ZeroShotSegmentation
 
 __all__ = [
     "EMA",

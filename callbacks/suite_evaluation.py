@@ -1,15 +1,17 @@
-"""Base of the callbacks that run tasks of ``lit-clip evaluate`` during training."""
+"""Tasks of ``lit-clip evaluate`` during training: when they run, and what is logged when they do not."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -31,23 +33,32 @@ from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task, read_suite
 from lit_clip.evaluation.tasks import PARTS, encode_texts, task_metrics, used_splits
 from lit_clip.models.clip import CLIP
+from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.module import LitCLIP
 from lit_clip.retrieval.retrieval_set import Evaluation
 from lit_clip.tools.images import OnError, or_skip
+from lit_clip.tools.untrusted import Count, convert, entries
+from lit_clip.training.lightning.fsdp import whole_weights
 from lit_clip.training.lightning.run_folder import run_folder
-from .periodic import PeriodicEvaluation, from_first_rank
+
+Result = TypeVar("Result")
 
 
-class SuiteEvaluation(PeriodicEvaluation):
+class SuiteEvaluation(Callback):
     """Runs tasks on sets of a suite, under ``fit``, ``validate`` and ``test``; logs ``<task>/<set>/<metric>``.
 
     Ranks divide the images and the texts; the first rank then computes the metrics while the others wait.
+
+    The first evaluation is at the first opportunity, so that a checkpoint callback always finds the metrics.
+    Validations of ``fit`` without an evaluation log the last values again, also after resuming. ``validate`` and
+    ``test`` always evaluate; with the same weights and ``trainer.precision`` their metrics equal those of ``fit``.
 
     Args:
         suite: one or several suite files of ``lit-clip evaluate``; sets without the callback's tasks are left out.
         data_root: folder that the suite's paths are relative to. Sets that are not there are skipped with a warning.
         only: names of the suite's sets to evaluate; None: all.
-        every_n_epochs: evaluate at every n-th validation of ``fit``.
+        every_n_epochs: evaluate at every n-th validation of ``fit`` (one per epoch, unless the trainer sets another
+            interval).
         every_n_steps: evaluate every n optimiser steps instead, between two steps.
         batch_size: images encoded at once on each rank.
         num_workers: data workers of each rank; None: a share of the cores, and none for a small set.
@@ -72,17 +83,24 @@ class SuiteEvaluation(PeriodicEvaluation):
         on_error: OnError = "error",
         metrics: dict[str, Any] | None = None,
     ) -> None:
-        super().__init__(every_n_epochs, every_n_steps)
-        where = f"{type(self).__name__}.metrics"
+        name = type(self).__name__
+        for option, value in (("every_n_epochs", every_n_epochs), ("every_n_steps", every_n_steps)):
+            require(value is None or value >= 1, f"{name}.{option}: {value} must be at least 1")
+        require(every_n_steps is None or every_n_epochs == 1, f"{name}: give either every_n_epochs or every_n_steps")
+        self.every_n_epochs, self.every_n_steps = every_n_epochs, every_n_steps
+        self._last = Evaluation()
+        self._waited = 0  # validations since the last evaluation
+        self._logged = False  # whether the trainer has the last values
+        where = f"{name}.metrics"
         classes = {"zero_shot", "linear_probe"}.intersection(self.tasks)
         require(
             not metrics or bool(classes), f"{where}: are of class probabilities; give them to ZeroShot or LinearProbe"
         )
-        options = TaskOptions(show_progress=False, metrics=checked(metrics or {}, where))
-        self.data_root, self.options = data_root, options
+        self.options = TaskOptions(show_progress=False, metrics=checked(metrics or {}, where))
+        self.data_root = data_root
         self._folder: Path | None = None
         self.entries = self._chosen_entries(suite, only)
-        self._encoder = SetEncoder(batch_size, num_workers, on_error, type(self).__name__)
+        self._encoder = SetEncoder(batch_size, num_workers, on_error, name)
         self._opened: list[OpenSet] | None = None
 
     def _chosen_entries(self, suite: str | list[str] | None, only: list[str] | None) -> dict[str, SuiteEntry]:
@@ -104,8 +122,11 @@ class SuiteEvaluation(PeriodicEvaluation):
         return self._generate_state_key(sets=sorted(self.entries))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
+        """Open the sets, and reset the state of an earlier run; a checkpoint's state is loaded after this."""
         self._encoder.processes = trainer.num_devices
+        if stage == "fit":
+            self._last, self._waited, self._logged = Evaluation(), 0, False
+            self._check_order(trainer)
         if self._opened is not None:
             return
         opened: list[OpenSet] = []
@@ -118,6 +139,15 @@ class SuiteEvaluation(PeriodicEvaluation):
             with named(name):
                 self._check(opened[-1])
         self._opened = opened
+
+    def _check_order(self, trainer: Trainer) -> None:
+        callbacks: list[Callback] = cast(Any, trainer).callbacks  # set by a connector
+        late = [callback for callback in callbacks[callbacks.index(self) :] if isinstance(callback, WeightAveraging)]
+        require(
+            not late or self.every_n_steps is None,
+            f"{type(self).__name__}.every_n_steps: would evaluate averaged weights without the last step; put "
+            f"{type(late[0]).__name__ if late else ''} before it in the list of callbacks",
+        )
 
     def _open(self, name: str, entry: SuiteEntry) -> list[Fold]:
         """Open the splits that the tasks use, of every fold; raise MissingData on all ranks if on any."""
@@ -167,6 +197,50 @@ class SuiteEvaluation(PeriodicEvaluation):
             train = held_out(train, 0)[0]
         LogisticProblem(train.features, train.labels, train.targets.classes)
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"metrics": self._last.metrics, "baselines": self._last.baselines, "waited": self._waited}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        types = {"metrics": dict[str, object], "baselines": dict[str, object], "waited": Count}
+        convert(state_dict, entries(types, total=True), f"callbacks.{type(self).__name__}")
+        self._last = Evaluation(dict(state_dict["metrics"]), dict(state_dict["baselines"]))
+        self._waited = state_dict["waited"]
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
+        self._waited += 1
+        due = self.every_n_steps is None and self._waited >= self.every_n_epochs
+        if due or not self._last.metrics or trainer.state.fn != TrainerFn.FITTING:
+            self._run(trainer, pl_module)
+        pl_module.log_dict(self._last.metrics)
+
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._run(trainer, pl_module)
+        pl_module.log_dict(self._last.metrics)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        if self.every_n_steps is None:
+            return
+        due = trainer.global_step % self.every_n_steps == 0 or not self._last.metrics
+        if due:
+            with _as_in_validation(trainer, pl_module):
+                self._run(trainer, pl_module)
+            for logger in trainer.loggers:  # at this step, even if it is not a logged step of training
+                logger.log_metrics(self._last.metrics, trainer.global_step)
+        if due or not self._logged:
+            pl_module.log_dict(self._last.metrics, logger=False, on_step=True, on_epoch=False)
+        self._logged = True
+
+    def _run(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        module = cast(LitCLIP, pl_module)
+        with trainer.precision_plugin.forward_context(), whole_weights(module):
+            self._last = self.evaluate(trainer, module)
+        self._waited = 0
+        module.baselines |= self._last.baselines
+
     def features(self, model: CLIP, pixels: Tensor) -> Tensor:
         """Encode normalised ``[B, 3, H, W]`` to the features ``[B, D]`` that the tasks compare."""
         return model.encode_image(pixels, True)
@@ -176,6 +250,7 @@ class SuiteEvaluation(PeriodicEvaluation):
         return text_classifier(model, prompts).cpu()
 
     def evaluate(self, trainer: Trainer, module: LitCLIP) -> Evaluation:
+        """Compute the metrics: on all ranks, in evaluation mode, without gradients, under the trainer's autocast."""
         result, options = Evaluation(), replace(self.options, device=module.device)
         self._folder = run_folder(trainer)  # every rank must ask
         for opened in self._opened or ():
@@ -222,6 +297,58 @@ class SuiteEvaluation(PeriodicEvaluation):
         return PlaceRecords(found["values"], found["rows"].tolist(), [])
 
 
+class Retrieval(SuiteEvaluation):
+    """Evaluates the sets of a suite that have captions, such as COCO and SugarCrepe, or the task ``image_retrieval``.
+
+    Logs ``retrieval/<set>/<metric>``, for sets of right and wrong captions ``caption_choice/<set>/<metric>``, and
+    ``image_retrieval/<set>/<metric>``. For the arguments see :class:`callbacks.suite_evaluation.SuiteEvaluation`.
+    """
+
+    tasks = ("retrieval", "caption_choice", "image_retrieval")
+
+
+class ZeroShotSegmentation(SuiteEvaluation):
+    """Evaluates the sets of a suite that have masks or boxes, such as ADE20K and Pascal VOC.
+
+    Logs ``segmentation/<set>/miou`` and ``pixel_accuracy``, ``pointing/<set>/accuracy`` and ``mean_per_class``. A rank
+    encodes one image at a time. For the arguments see :class:`callbacks.suite_evaluation.SuiteEvaluation`.
+    """
+
+    tasks = ("segmentation", "pointing")
+
+
+class LinearProbe(SuiteEvaluation):
+    """Trains the paper's linear probe (appendix A.3) on the image encoder's current features, for sets of a suite.
+
+    Logs ``linear_probe/<set>/<metric>``. The features are those before the projection. The first rank trains the probe
+    while the others wait, so use sets for which that takes minutes at most.
+
+    Args:
+        suite: one or several suite files of ``lit-clip evaluate``; sets without a training split are left out.
+        data_root: folder that the suite's paths are relative to.
+        only: names of the suite's sets to evaluate; None: all.
+        l2: strength of the penalty; None: search for it as in the paper, which takes about ten times as long.
+        options: see :class:`callbacks.suite_evaluation.SuiteEvaluation`.
+    """
+
+    tasks = ("linear_probe",)
+
+    def __init__(
+        self,
+        suite: str | list[str],
+        data_root: str = ".",
+        only: list[str] | None = None,
+        l2: float | None = None,
+        **options: Any,
+    ) -> None:
+        super().__init__(suite, data_root, only, **options)
+        require(l2 is None or l2 > 0, f"LinearProbe.l2: {l2} must be above 0")
+        self.options = replace(self.options, l2=l2)
+
+    def features(self, model: CLIP, pixels: Tensor) -> Tensor:
+        return model.image_features(pixels)[0]
+
+
 @contextmanager
 def named(name: str) -> Iterator[None]:
     """Prefix errors with the name of the set."""
@@ -229,3 +356,33 @@ def named(name: str) -> Iterator[None]:
         yield
     except InputError as error:
         raise InputError(f"{name}: {error}") from error
+
+
+@contextmanager
+def _as_in_validation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Set up between two steps what a validation has: averaged weights, evaluation mode, one rank's statistics."""
+    averages = [callback for callback in cast(Any, trainer).callbacks if isinstance(callback, WeightAveraging)]
+    distributed.same_buffers(cast(LitCLIP, module).model)
+    with evaluation_mode(module):
+        for average in averages:
+            average.on_validation_start(trainer, module)
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            for average in averages:
+                average.on_validation_end(trainer, module)
+
+
+def from_first_rank(compute: Callable[[], Result]) -> Result:
+    """Compute a result on the first rank while the others wait, and return it on all ranks."""
+    results: list[tuple[Result | None, str]] = []
+    if distributed.rank_and_world()[0] == 0:
+        try:
+            results.append((compute(), ""))
+        except InputError as error:
+            results.append((None, str(error) or type(error).__name__))
+    ((result, reason),) = distributed.gather_objects(results)
+    if reason:
+        raise InputError(reason)
+    return cast(Result, result)

@@ -17,9 +17,9 @@ from lit_clip.evaluation.data import CaptionChoices, Choice
 from lit_clip.evaluation.intervals import UnitScores, intervals
 from lit_clip.evaluation.prompts import Prompts, templates_of
 from lit_clip.evaluation.results import cache_key
-from lit_clip.evaluation.suite import CHOICE_METRICS, Metric
+from lit_clip.evaluation.scores import METRICS
 
-MACRO: Metric = "macro_text_score"
+MACRO = "macro_text_score"
 
 
 @dataclass
@@ -51,12 +51,13 @@ def encode_choices(
     return EncodedChoices(choices, number, features.numpy(), cache_key(choices, template))
 
 
-def evaluate_choices(metric: Metric, image_ND: np.ndarray, encoded: EncodedChoices) -> dict[str, Any]:
+def evaluate_choices(metric: str, image_ND: np.ndarray, encoded: EncodedChoices) -> dict[str, Any]:
     """Return the task's entry in ``results.json`` from unit features of the images; see :func:`answer`.
 
     ``macro_text_score`` is the mean of the groups' text scores; questions without a group do not count.
     """
-    require(metric in CHOICE_METRICS, f"metric: {metric} does not judge choices; {', '.join(CHOICE_METRICS)} do")
+    judging = [name for name, each in METRICS.items() if each.task == "caption_choice"]
+    require(metric in judging, f"metric: {metric} does not judge choices; {', '.join(judging)} do")
     answers = []
     for choice in encoded.choices:
         image_ID = image_ND[list(choice.images)].astype(np.float64)
@@ -66,7 +67,7 @@ def evaluate_choices(metric: Metric, image_ND: np.ndarray, encoded: EncodedChoic
         answers.append(answer(score_IT, choice.right))
     defined = [name for name in answers[0] if all(name in found for found in answers)]
     metrics = {name: fmean(found[name] for found in answers) for name in defined}
-    counted: Metric = "text_score" if metric == MACRO else metric
+    counted = "text_score" if metric == MACRO else metric
     if counted not in metrics:
         raise InputError(f"metric: {metric} is not defined for these questions; there are {', '.join(metrics)}")
     by_group: dict[str, list[float]] = {}
@@ -125,7 +126,7 @@ def _jaccard(score_I: np.ndarray, right: int) -> float:
     return hits / (2 * right - hits)
 
 
-def chance(metric: Metric, choice: Choice) -> float:
+def chance(metric: str, choice: Choice) -> float:
     """Return the expected score of random similarities, without ties."""
     images, texts, right = len(choice.images), len(choice.captions), choice.right
     if metric == "jaccard":  # the number of hits is hypergeometric

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from sysconfig import get_path
 from traceback import extract_tb
-from typing import TYPE_CHECKING, Any, cast, get_args
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from jsonargparse import Namespace
@@ -22,8 +22,8 @@ from torch import Tensor
 from yaml import YAMLError
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.suite import PLACE_METRICS, check_name
-from lit_clip.evaluation.suite import Metric as OwnMetric
+from lit_clip.evaluation.scores import METRICS
+from lit_clip.evaluation.suite import check_name
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.tools.option_errors import imported_class
@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 
 # Where code lies that is not the user's.
 LIBRARIES = ("<", str(Path(__file__).parents[1]), *(get_path(name) for name in ("stdlib", "purelib", "platlib")))
-OWN = (*(name for name in get_args(OwnMetric) if name not in PLACE_METRICS), "top5", "pm0", "pm10", "mwsap")
 
 Metrics = Mapping[str, Any]
 """By name: a class path, ``class_path`` and ``init_args``, a metric, or a class or ``partial`` that makes one."""
@@ -90,7 +89,8 @@ def checked(metrics: Any, where: str) -> dict[str, Any]:
         if isinstance(value, Namespace):  # the command line's, which has read it as a class with all its arguments
             value = value.as_dict()  # noqa: PLW2901
         check_name(name, where)
-        require(name not in OWN, f"{where}: {name} is a metric of lit-clip's own; choose another name")
+        own = name in METRICS and not METRICS[name].task  # those of other tasks are never beside it
+        require(not own, f"{where}: {name} is a metric of lit-clip's own; choose another name")
         spec = value if isinstance(value, Mapping) else {"class_path": value}
         written = isinstance(spec.get("class_path"), str) and spec.keys() <= {"class_path", "init_args"}
         require(

@@ -34,11 +34,16 @@ from lit_clip.evaluation.predictions import (
     predictions_entry,
     predictions_name,
     probability_columns,
-    unit_scores,
 )
 from lit_clip.evaluation.probe import MOST_PENALTIES, Probe, Split, train_probe
-from lit_clip.evaluation.robustness import subset_top1
-from lit_clip.evaluation.scores import baseline, baselines, comparable, evaluate_scores, interval, mean_over_folds
+from lit_clip.evaluation.scores import (
+    baseline,
+    baselines,
+    comparable,
+    evaluate_scores,
+    mean_over_folds,
+    unit_scores,
+)
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import Task
 from lit_clip.evaluation.targets import Targets
@@ -301,14 +306,6 @@ def _thresholds(scores: ClassScores, targets: Targets, names: Sequence[str]) -> 
     assert relevance_NC is not None
     known = bool(probability_NC.isfinite().all()) and bool((relevance_NC == 1).any())
     return {"thresholds": thresholds_entry(probability_NC, relevance_NC, names)} if known else {}
-
-
-def top1_among(opened: OpenSet, classes: Sequence[int]) -> tuple[float, Interval]:
-    """Return the zero-shot accuracy among some of the classes, see :func:`subset_top1`, and its interval."""
-    fold = opened.folds[0]
-    labels = targets_of(opened, fold, "test").labels
-    value, images = subset_top1(logits_of(opened, fold, opened.classifier), labels, classes)
-    return value, interval(value, images)
 
 
 def _errors(opened: OpenSet, scores: ClassScores, targets: Targets, folder: Path) -> list[dict[str, Any]]:

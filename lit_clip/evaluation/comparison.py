@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -66,20 +66,6 @@ def seed_groups(others: Mapping[str, OtherRun]) -> dict[str, list[str]]:
         if run.group:
             groups.setdefault(run.group, []).append(name)
     return {group: names for group, names in groups.items() if len(names) > 1 or group == THIS}
-
-
-class OverSeeds(NamedTuple):
-    """Mean and sample standard deviation of a value over the runs of a recipe."""
-
-    mean: float
-    deviation: float
-    runs: int
-
-
-def over_seeds(values: Sequence[float | None]) -> OverSeeds | None:
-    """Summarise the values of a recipe's runs; None if one is missing."""
-    known = [value for value in values if value is not None]
-    return OverSeeds(fmean(known), stdev(known), len(known)) if len(known) == len(values) > 1 else None
 
 
 @dataclass(frozen=True)

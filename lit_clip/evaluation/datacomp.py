@@ -4,14 +4,8 @@ Sets, metrics and groups are those of ``tasklist.yml`` and ``aggregate_scores.py
 Its list has two more sets, FairFace and UTKFace, which have no main metric and are in no mean.
 """
 
-from collections.abc import Mapping
-from statistics import fmean
-from typing import NamedTuple
-
-from lit_clip.evaluation.suite import Metric
-
 PREFIX = "datacomp_"  # of the sets in configs/evaluation/datacomp.yaml
-OTHER_METRICS: dict[str, Metric] = {
+OTHER_METRICS: dict[str, str] = {
     "vtab-caltech101": "mean_per_class",
     "fgvc_aircraft": "mean_per_class",
     "vtab-flowers": "mean_per_class",
@@ -67,26 +61,3 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "Retrieval": RETRIEVAL,
     ALL: (*IMAGENET, *SHIFTS, *VTAB, *RETRIEVAL, *OTHERS),
 }
-
-
-class DataCompMean(NamedTuple):
-    """Mean of the main metrics of a group's ``sets``; None if some are ``missing``, which have no value."""
-
-    value: float | None
-    sets: int
-    missing: list[str]
-
-
-def datacomp_means(values: Mapping[str, float]) -> dict[str, DataCompMean]:
-    """Return DataComp's means by group, the last one over all 38 sets; {} if none of its sets has a value.
-
-    Args:
-        values: main metrics by name of the set in ``configs/evaluation/datacomp.yaml``; other sets do not matter.
-    """
-    means: dict[str, DataCompMean] = {}
-    for group, members in GROUPS.items():
-        names = [PREFIX + name for name in members]
-        missing = [name for name in names if name not in values]
-        mean = None if missing else fmean(values[name] for name in names)
-        means[group] = DataCompMean(mean, len(names), missing)
-    return means if len(means[ALL].missing) < means[ALL].sets else {}

@@ -14,7 +14,6 @@ from lit_clip.evaluation.logistic import Advance, Fit, LogisticProblem
 from lit_clip.evaluation.other_classes import Classes, among
 from lit_clip.evaluation.probe import Split, best_l2, held_out, places_in_classes, searched
 from lit_clip.evaluation.scores import evaluate_scores
-from lit_clip.evaluation.suite import Metric
 
 SHOTS = (1, 2, 4, 8, 16)
 
@@ -30,7 +29,7 @@ class FewShotProbes(NamedTuple):
     left_out: dict[int, str]
     heads: dict[int, list[HeadFit]]
 
-    def evaluate(self, test: Split, metric: Metric, classes: Classes | None = None) -> dict[int, list[float]]:
+    def evaluate(self, test: Split, metric: str, classes: Classes | None = None) -> dict[int, list[float]]:
         """Return, by shots, the metric of each draw on a test split; ``classes`` as in :func:`among`."""
         return {
             k: [
@@ -39,7 +38,7 @@ class FewShotProbes(NamedTuple):
             for k, fits in self.fits.items()
         }
 
-    def evaluate_heads(self, test: Split, metric: Metric) -> dict[int, list[float]]:
+    def evaluate_heads(self, test: Split, metric: str) -> dict[int, list[float]]:
         """Return the same of the heads; empty without any."""
         return {
             k: [
@@ -56,7 +55,7 @@ class FewShotProbes(NamedTuple):
 def train_few_shot(
     train: Split,
     val: Split | None,
-    metric: Metric,
+    metric: str,
     shots: Sequence[int] = SHOTS,
     draws: int = 3,
     seed: int = 0,

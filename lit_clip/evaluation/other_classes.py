@@ -51,15 +51,6 @@ def _matched(test: LabelledImages, names: Sequence[str], train: LabelledImages) 
     return [labels[name] for name in names]
 
 
-def single_classes(test: ImageSet) -> list[int]:
-    """Return ImageNet's label of each class of a set that has some of its classes; empty for unions and other sets."""
-    try:
-        groups = test.imagenet_classes() if isinstance(test, SomeOfImageNet) else []
-    except InputError:  # the set's own file that says so is not there; only a probe needs it
-        return []
-    return [label for group in groups for label in group] if all(len(group) == 1 for group in groups) else []
-
-
 def among(scores: Tensor, classes: Sequence[Sequence[int]] | None) -> Tensor:
     """Return the scores of the tested set's classes ``[N, C]`` from those of the training set's.
 

@@ -15,10 +15,9 @@ from PIL import Image
 from torch import Tensor
 
 from lit_clip.errors import InputError
-from lit_clip.evaluation.accuracy import predictions, ranks_of_labels
+from lit_clip.evaluation.accuracy import predictions
 from lit_clip.evaluation.intervals import Interval, UnitScores
-from lit_clip.evaluation.scores import interval, lexicon_predictions, pm_right
-from lit_clip.evaluation.suite import Metric
+from lit_clip.evaluation.scores import METRICS, interval
 from lit_clip.evaluation.targets import Targets
 from lit_clip.retrieval.metrics import PairIndices
 from lit_clip.tools.atomic import make_folder, replacing
@@ -32,41 +31,17 @@ WHOLE = 2**23  # probabilities; a file with at most so many has those of all cla
 TOP = 10  # classes
 
 
-def unit_scores(metric: Metric, scores: Tensor, targets: Targets) -> dict[str, UnitScores]:
-    """Return the scores whose means are :func:`lit_clip.evaluation.scores.evaluate_scores`.
-
-    Metrics that are not means over images, such as average precision, are left out. Arguments are as there.
-    """
-    found: dict[str, UnitScores] = {}
-    if bool((targets.labels >= 0).all()):
-        ranks = ranks_of_labels(scores, targets.labels).cpu().numpy()
-        top1, top5 = (ranks < 1).astype(np.float64), (ranks < 5).astype(np.float64)
-        found["top1"] = UnitScores(top1)
-        if targets.classes > 5:
-            found["top5"] = UnitScores(top5)
-        found["mean_per_class"] = UnitScores(top1, targets.labels.numpy())
-        if metric == "mean_top1_top5":
-            found[metric] = UnitScores((top1 + top5) / 2)
-    if metric == "lexicon":
-        right = np.array(lexicon_predictions(scores, targets)) == targets.labels.numpy()
-        found[metric] = UnitScores(right.astype(np.float64))
-    if metric == "pm":
-        right = {name: np.array(values, dtype=np.float64) for name, values in pm_right(scores, targets).items()}
-        found |= {name: UnitScores(values) for name, values in right.items()}
-        found[metric] = UnitScores((right["pm0"] + right["pm10"]) / 2)
-    return found
-
-
 def class_columns(
-    metric: Metric, keys: Sequence[str], scores: Tensor, targets: Targets, units: Mapping[str, UnitScores], fold: int
+    metric: str, keys: Sequence[str], scores: Tensor, targets: Targets, units: Mapping[str, UnitScores], fold: int
 ) -> Columns:
     """Return the columns of a classification: one row an image, or an anchor frame with ``pm``.
 
     ``truth`` and ``prediction`` are places in ``class_names`` of the set's entry in ``results.json``, -1 for none;
     ``score`` is the image's contribution to the set's metric, absent if that is not a mean over images.
     """
-    prediction = np.array(lexicon_predictions(scores, targets)) if metric == "lexicon" else predictions(scores).cpu()
-    rows = [anchor for anchor, _ in targets.neighbours or ()] if metric == "pm" else range(len(keys))
+    record = METRICS[metric]
+    prediction = record.predictions(scores, targets) if record.predictions else predictions(scores).cpu()
+    rows = record.rows(targets) if record.rows else range(len(keys))
     places = np.array(rows, dtype=np.int64)
     columns: Columns = {
         "fold": np.full(len(places), fold, dtype=np.int16),

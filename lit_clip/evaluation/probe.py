@@ -15,7 +15,6 @@ from torch import Tensor
 from lit_clip.errors import require
 from lit_clip.evaluation.logistic import Advance, Fit, LogisticProblem
 from lit_clip.evaluation.scores import evaluate_scores
-from lit_clip.evaluation.suite import Metric
 from lit_clip.evaluation.targets import Targets
 
 STEPS_PER_DECADE = 8
@@ -60,7 +59,7 @@ class Probe:
 def train_probe(
     train: Split,
     val: Split | None,
-    metric: Metric,
+    metric: str,
     seed: int = 0,
     advance: Advance | None = None,
     l2: float | None = None,
@@ -86,7 +85,7 @@ def train_probe(
 
 
 def searched(
-    problems: Sequence[LogisticProblem], val: Split, metric: Metric, warm: bool = False
+    problems: Sequence[LogisticProblem], val: Split, metric: str, warm: bool = False
 ) -> tuple[dict[float, float], list[Fit]]:
     """Return the metric by penalty, its mean over the problems, and their classifiers of the best penalty.
 

@@ -18,14 +18,14 @@ import torch
 from torch import Tensor
 
 from lit_clip import distributed
+from lit_clip.embedding.parts import load_arrays, save_arrays
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import LabelledImages, Localised
 from lit_clip.evaluation.suite import ClassNames, SuiteEntry, as_text
 from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, ensemble, imagenet_class_names, imagenet_templates
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.atomic import make_folder, replacing
+from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.hashing import hex_digest
-from lit_clip.tools.reading import reading
 from lit_clip.tools.text_files import read_json, read_yaml
 from lit_clip.tools.untrusted import shortened
 from lit_clip.weights.fingerprint import text_sha256
@@ -265,10 +265,10 @@ def text_classifier(
     path = None if cache is None else cache / f"{_cache_key(model, tokens, counts, weights)}.npz"
     first = distributed.rank_and_world()[0] == 0
     if path is not None:
-        shape = (model.config.embed_dim, len(counts))
-        (stored,) = distributed.gather_objects([_load(path, shape)] if first else [])
+        loaded = load_arrays(path, METHOD, lambda arrays: arrays["classifier"]) if first else None
+        (stored,) = distributed.gather_objects([loaded] if first else [])
         if stored is not None:
-            return stored.to(model.device)
+            return torch.from_numpy(np.ascontiguousarray(stored)).to(model.device)
     # In the memory layout of a loaded classifier: with another one, products with it would be rounded differently.
     classifier = ensemble(model, tokens, counts, batch_size, progress, ranks=True).contiguous()
     if path is not None:
@@ -284,22 +284,11 @@ def _cache_key(model: CLIP, tokens: Tensor, counts: Sequence[int], weights: str 
     return hex_digest([parts, tokens.contiguous().numpy().tobytes()])
 
 
-def _load(path: Path, shape: tuple[int, int]) -> Tensor | None:
-    """Return a saved classifier; None if there is none or it is damaged (an ``.npz`` file has a checksum)."""
-    try:
-        with reading(path, "classifier"), np.load(path, allow_pickle=False) as file:
-            values = np.ascontiguousarray(file["classifier"])
-    except InputError:
-        return None
-    return torch.from_numpy(values) if values.shape == shape and values.dtype == np.float32 else None
-
-
 def _save(path: Path, classifier: Tensor) -> list[str]:
     """Save a classifier; return the reason if it could not be saved."""
     try:
         make_folder(path.parent)
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, classifier=classifier.float().cpu().numpy())
+        save_arrays(path, METHOD, {"classifier": classifier.float().cpu().numpy()})
     except InputError as error:
         return [str(error)]
     return []

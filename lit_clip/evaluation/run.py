@@ -14,25 +14,21 @@ from lit_clip import distributed
 from lit_clip.embedding.encode import start_processes
 from lit_clip.embedding.precision import autocast
 from lit_clip.errors import InputError
-from lit_clip.evaluation.classification import TaskOptions, class_names, top1_among
-from lit_clip.evaluation.data import MissingData, SomeOfImageNet, check_classes
+from lit_clip.evaluation.classification import TaskOptions, class_names
+from lit_clip.evaluation.data import MissingData, check_classes
 from lit_clip.evaluation.download import download_missing
 from lit_clip.evaluation.files_read import files_read
 from lit_clip.evaluation.open_set import Fold, OpenSet, scale_and_bias, without_features
-from lit_clip.evaluation.other_classes import single_classes, trained_classes
+from lit_clip.evaluation.other_classes import trained_classes
 from lit_clip.evaluation.overview import judging, metric_words, recalls_of
-from lit_clip.evaluation.place_store import PlaceStore
 from lit_clip.evaluation.places import Recorder, place_task
 from lit_clip.evaluation.prompts import Prompts, text_classifier
 from lit_clip.evaluation.results import Results, cache_key, code_digest
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.evaluation.tasks import PARTS, encode_texts, target_digests, used_splits
-from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import from_totals, progress, stderr
-
-IMAGENET = "ImageNet"  # its name in the paper
 
 
 @dataclass
@@ -50,7 +46,6 @@ class EvaluationRun:
     tasks: tuple[Task, ...]
     device: torch.device = field(default_factory=lambda: torch.device("cpu"), init=False)
     probes: dict[tuple[Any, ...], Any] = field(default_factory=dict, init=False)
-    imagenet: list[OpenSet] = field(default_factory=list, init=False)  # it and the sets that have some of its classes
     not_downloaded: dict[str, str] = field(default_factory=dict, init=False)  # why, by set; known on the first rank
 
     def evaluate(self, entries: Mapping[str, SuiteEntry], download: bool = False) -> None:
@@ -72,7 +67,6 @@ class EvaluationRun:
         if rank == 0:
             for opened in waiting:
                 self._finish(opened)
-            self._add_subset_accuracies()
 
     def _record_failure(self, name: str, error: InputError) -> None:
         missing = isinstance(error, MissingData) and name not in self.not_downloaded
@@ -150,12 +144,12 @@ class EvaluationRun:
 
     def _record(self, opened: OpenSet, name: Task, recorder: Recorder) -> None:
         """Record the places of the test images; called on all ranks."""
-        images, texts = opened.folds[0].images["test"], opened.places
-        assert texts is not None
+        images = opened.folds[0].images["test"]
+        assert opened.places is not None
         assert opened.prompts is not None
-        task = place_task(self.model, images, texts, recorder)
-        digest, title = f"{opened.prompts.sha256} {opened.prompts.alternatives}", f"{opened.name} {name}"
-        records = PlaceStore(self.store).compute(images, name, task, digest, title)
+        task = place_task(self.model, images, opened.places, recorder)
+        texts = f"{name} {opened.prompts.sha256} {opened.prompts.alternatives}"
+        records = self.store.places(images, task, texts, f"{opened.name} {name}")
         if records is not None:
             opened.records[name] = records
 
@@ -207,20 +201,6 @@ class EvaluationRun:
                 told = told or {judging(opened.entry.metric, metrics): result["value"]}
                 line = ", ".join(f"{metric} {100 * value:.1f} %" for metric, value in told.items())
                 stderr().print(f"{opened.name}: {task} {line}", soft_wrap=True)
-
-        if opened.entry.paper == IMAGENET or isinstance(opened.folds[0].images["test"], SomeOfImageNet):
-            self.imagenet.append(opened)
-
-    def _add_subset_accuracies(self) -> None:
-        """Add ImageNet's accuracy among the classes of each set that has only some, for effective robustness."""
-        done = [opened for opened in self.imagenet if "zero_shot" in self.results.sets[opened.name]["tasks"]]
-        for whole in done:
-            for other in done if whole.entry.paper == IMAGENET else ():
-                classes = single_classes(other.folds[0].images["test"])
-                if 0 < len(classes) < len(imagenet_class_names()):
-                    result, name = self.results.sets[whole.name]["tasks"]["zero_shot"], other.entry.paper or other.name
-                    value, interval = top1_among(whole, classes)
-                    result["metrics"][f"top1/{name}"], result["intervals"][f"top1/{name}"] = value, interval
 
     def _split_key(self, fold: Fold, split: str, digest: str) -> tuple[Any, ...]:
         """Return what identifies the features and the truth of a split."""

@@ -1,14 +1,17 @@
-"""Metrics of the paper's evaluation, pure functions of class scores and targets; sums are float64.
+"""Metrics of the paper's evaluation: one record each in :data:`METRICS`, which is all that others know of them.
 
-Shapes: N images, C classes. All values are fractions, 0 to 1. Ties and NaN are judged as in ``accuracy``, or against
-the model. torchmetrics has neither these rules nor the definitions of VOC2007, RareAct, WILDS and DataComp.
+Shapes: N images, C classes. All values are fractions, 0 to 1; sums are float64. Ties and NaN are judged as in
+``accuracy``, or against the model. torchmetrics has neither these rules nor the definitions of VOC2007, RareAct, WILDS
+and DataComp.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from statistics import fmean
-from typing import TypeVar
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,70 +23,107 @@ from lit_clip.evaluation.accuracy import (
     predictions,
     ranks_of_labels,
 )
+from lit_clip.evaluation.intervals import UnitScores
 from lit_clip.evaluation.overlap import clopper_pearson
-from lit_clip.evaluation.suite import CHOICE_METRICS, Metric
 from lit_clip.evaluation.targets import Targets
 
 SAMPLINGS = 100  # draws of one clip per film for RareAct's mWSAP
-Knowledge = TypeVar("Knowledge")
 
 
-def evaluate_scores(metric: Metric, scores: Tensor, targets: Targets) -> dict[str, float]:
+@dataclass(frozen=True)
+class Metric:
+    """A metric. A set of a suite can be judged by it if it has ``of_scores`` or a ``task``.
+
+    Attributes:
+        words: its name in tables and charts.
+        of_scores: class scores ``[N, C]`` and the truth -> its value, or values by name if others come with it.
+        needs: fields of :class:`Targets` that it cannot do without; ``labels``: each image has one class.
+        baseline: the truth -> the best value of an answer without looking at the images, which is always the same
+            class, or always the same score; None: none is defined.
+        units: class scores and the truth -> the scores of images, by name of the metric whose mean they are.
+        task: the task that computes it in place of a classifier.
+        softmax: whether it ranks images within a class: logits of different images cannot be compared, and a softmax
+            over the classes is what brought the paper's figures within reach (openai/CLIP, issue 153).
+        predictions: as ``of_scores`` -> the class of each image, -1 for none; None: that of the highest score.
+        rows: the truth -> the images that are judged; None: all.
+    """
+
+    words: str
+    of_scores: Callable[[Tensor, Targets], float | dict[str, float]] | None = None
+    needs: tuple[str, ...] = ("labels",)
+    baseline: Callable[[Targets], float] | None = None
+    units: Callable[[Tensor, Targets], Mapping[str, np.ndarray]] | None = None
+    task: str = ""
+    softmax: bool = False
+    predictions: Callable[[Tensor, Targets], Sequence[int]] | None = None
+    rows: Callable[[Targets], Sequence[int]] | None = None
+
+    @property
+    def judges(self) -> bool:
+        """Whether a set can be judged by it."""
+        return bool(self.of_scores or self.task)
+
+
+def evaluate_scores(metric: str, scores: Tensor, targets: Targets) -> dict[str, float]:
     """Compute a set's metric and the other metrics that its labels allow, from class scores ``[N, C]``.
 
     Returns:
         ``metric`` first; ``top1``, ``top5`` (with more than 5 classes) and ``mean_per_class`` if every image has one
         class; ``pm0`` and ``pm10`` with ``pm``, their mean; ``mwsap`` with ``mwap``.
     """
-    require(metric in _METRICS, f"metric: {metric} is not computed from class scores")
+    of_scores = METRICS[metric].of_scores
+    if of_scores is None:
+        raise InputError(f"metric: {metric} is not computed from class scores")
     require(len(targets) > 0, f"{metric}: there are no images")
     if scores.shape != (len(targets), targets.classes):
         shape = " x ".join(map(str, scores.shape))
         raise InputError(
             f"{metric}: scores are {shape}, but there are {len(targets)} images and {targets.classes} classes"
         )
-    scores = scores.detach()
-    found = _METRICS[metric](scores, targets)
-    if bool((targets.labels >= 0).all()):
+    _check_needs(metric, targets)
+    value = of_scores(scores.detach(), targets)
+    found = value if isinstance(value, dict) else {metric: value}
+    if targets.single:
         found |= {name: value for name, value in _accuracies(scores, targets).items() if name not in found}
     return {metric: found[metric], **found}
 
 
-def comparable(metric: Metric, logits: Tensor) -> Tensor:
+def unit_scores(metric: str, scores: Tensor, targets: Targets) -> dict[str, UnitScores]:
+    """Return the scores whose means are :func:`evaluate_scores`.
+
+    Metrics that are not means over images, such as average precision, are left out. Arguments are as there.
+    """
+    found: dict[str, UnitScores] = {}
+    if targets.single:
+        of_images = _right(scores, targets)
+        found = {name: UnitScores(values) for name, values in of_images.items()}
+        found["mean_per_class"] = UnitScores(of_images["top1"], targets.labels.numpy())
+    units = METRICS[metric].units
+    return found | {name: UnitScores(values) for name, values in (units(scores, targets) if units else {}).items()}
+
+
+def comparable(metric: str, logits: Tensor) -> Tensor:
     """Return the scores that a zero-shot classifier ranks by, from its logits ``[N, C]``, cosines times scale.
 
-    VOC2007 ranks images within a class, and logits of different images cannot be compared: a softmax over the classes
-    is what brought the paper's figures within reach (openai/CLIP, issue 153; here in float64, as many probabilities are
-    nearly 1). The other metrics compare the classes of one image and keep the logits.
+    A softmax is float64, as many probabilities are nearly 1.
     """
-    return logits.double().softmax(dim=1) if metric == "map11" else logits
+    return logits.double().softmax(dim=1) if METRICS[metric].softmax else logits
 
 
-def baselines(metric: Metric, targets: Targets) -> dict[str, float]:
+def baselines(metric: str, targets: Targets) -> dict[str, float]:
     """Return the :func:`baseline` of ``metric`` and of the accuracies that :func:`evaluate_scores` returns with it."""
     value = baseline(metric, targets)
     found = {} if value is None else {metric: value}
-    return found | (_baseline_accuracies(targets) if bool((targets.labels >= 0).all()) else {})
+    return found | (_baseline_accuracies(targets) if targets.single else {})
 
 
-def baseline(metric: Metric, targets: Targets) -> float | None:
-    """Return the best value of an answer without looking at the images; None for a metric without a defined one.
-
-    That answer is always the same class; for average precision and ROC AUC always the same score; for ``lexicon`` one
-    of the image's candidates at random.
-    """
-    if metric in ("within_km", "recall@1", "worst_group_top5", *CHOICE_METRICS):
+def baseline(metric: str, targets: Targets) -> float | None:
+    """Return the best value of an answer without looking at the images; None for a metric without a defined one."""
+    of_targets = METRICS[metric].baseline
+    if of_targets is None:
         return None
-    if metric == "lexicon":
-        return sum(1 / len(set(words)) for words in _known(targets.candidates, metric)) / len(targets)
-    if metric == "pm":
-        return _baseline_pm(targets)
-    if metric in ("macro_f1", "worst_group_top1"):
-        return _best_single_class(metric, targets)
-    if metric in ("map11", "roc_auc", "mwap"):
-        return evaluate_scores(metric, torch.zeros(len(targets), targets.classes), targets)[metric]
-    _require_labels(targets, metric)
-    return _with_mean_top1_top5(_baseline_accuracies(targets))[metric]
+    _check_needs(metric, targets)
+    return of_targets(targets)
 
 
 def mean_over_folds(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
@@ -97,30 +137,34 @@ def interval(value: float, n: int) -> tuple[float, float]:
     return clopper_pearson(round(value * n), n)
 
 
-def _known(knowledge: Knowledge | None, metric: Metric) -> Knowledge:
-    if knowledge is None:
-        raise InputError(f"metric: {metric} needs annotations that this set does not have; choose another metric")
-    return knowledge
-
-
-def _require_labels(targets: Targets, metric: Metric) -> None:
-    missing = (targets.labels < 0).nonzero()[:, 0]
-    if len(missing):
-        raise InputError(f"metric: {metric} needs one class per image, but row {int(missing[0])} has none")
+def _check_needs(metric: str, targets: Targets) -> None:
+    for name in METRICS[metric].needs:
+        if name == "labels":
+            missing = (targets.labels < 0).nonzero()[:, 0]
+            if len(missing):
+                raise InputError(f"metric: {metric} needs one class per image, but row {int(missing[0])} has none")
+        elif getattr(targets, name) is None:
+            raise InputError(f"metric: {metric} needs annotations that this set does not have; choose another metric")
 
 
 def _accuracies(scores: Tensor, targets: Targets) -> dict[str, float]:
-    _require_labels(targets, "top1")
     return accuracies(classification_counts(scores, targets.labels))
+
+
+def _right(scores: Tensor, targets: Targets) -> dict[str, np.ndarray]:
+    """Return whether each image is right, ``top1`` and with more than 5 classes ``top5``, float64 ``[N]``."""
+    ranks = ranks_of_labels(scores, targets.labels).cpu().numpy()
+    within = {"top1": 1, "top5": 5} if targets.classes > 5 else {"top1": 1}
+    return {name: (ranks < places).astype(np.float64) for name, places in within.items()}
 
 
 def _baseline_accuracies(targets: Targets) -> dict[str, float]:
     return baseline_accuracies(targets.labels.bincount(minlength=targets.classes))
 
 
-def _with_mean_top1_top5(found: dict[str, float]) -> dict[str, float]:
-    """Add Kinetics-700's metric; with 5 classes or fewer every image is among the top 5."""
-    return found | {"mean_top1_top5": (found["top1"] + found.get("top5", 1.0)) / 2}
+def _mean_top1_top5(found: Mapping[str, Any]) -> Any:
+    """Kinetics-700's metric, of numbers or arrays; with 5 classes or fewer every image is among the top 5."""
+    return (found["top1"] + found.get("top5", 1.0)) / 2
 
 
 def _curve(score: Tensor, right: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,15 +181,15 @@ def _curve(score: Tensor, right: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
     return (weight * right[order]).cumsum(-1)[..., last], weight.cumsum(-1)[..., last]
 
 
-def _map11(scores: Tensor, targets: Targets) -> dict[str, float]:
+def _map11(scores: Tensor, targets: Targets) -> float:
     """VOC2007's 11-point mean average precision, the mean over classes that have images.
 
     Average precision is the mean, over recalls 0, 0.1, ... 1, of the highest precision at that recall or more. The
     development kit compares rounded recalls; here they are compared exactly.
     """
-    relevance = _known(targets.relevance, "map11").cpu()
+    assert targets.relevance is not None
     values = []
-    for score, relevant in zip(scores.cpu().T, relevance.T, strict=True):
+    for score, relevant in zip(scores.cpu().T, targets.relevance.cpu().T, strict=True):
         counted = relevant >= 0
         right = relevant[counted] == 1
         if not bool(right.any()):
@@ -155,12 +199,11 @@ def _map11(scores: Tensor, targets: Targets) -> dict[str, float]:
         best = [precision[10 * right_T >= level * right_T[-1]].max() for level in range(11)]
         values.append(float(torch.stack(best).mean()))
     require(bool(values), "map11: no class has an image")
-    return {"map11": sum(values) / len(values)}
+    return sum(values) / len(values)
 
 
-def _roc_auc(scores: Tensor, targets: Targets) -> dict[str, float]:
+def _roc_auc(scores: Tensor, targets: Targets) -> float:
     """Probability that an image of class 1 scores higher than one of class 0; a tie counts half."""
-    _require_labels(targets, "roc_auc")
     require(targets.classes == 2, f"metric: roc_auc needs 2 classes, not {targets.classes}")
     pair = scores.cpu().double()
     right = targets.labels == 1
@@ -169,15 +212,16 @@ def _roc_auc(scores: Tensor, targets: Targets) -> dict[str, float]:
     margin = torch.where(margin.isnan(), torch.where(right, -torch.inf, torch.inf).double(), margin)
     negative = margin[~right].sort().values
     below, not_above = (torch.searchsorted(negative, margin[right], right=side) for side in (False, True))
-    return {"roc_auc": int((below + not_above).sum()) / (2 * len(negative) * int(right.sum()))}
+    return int((below + not_above).sum()) / (2 * len(negative) * int(right.sum()))
 
 
-def pm_right(scores: Tensor, targets: Targets) -> dict[str, list[bool]]:
+def _pm_right(scores: Tensor, targets: Targets) -> dict[str, list[bool]]:
     """Return which anchor frames are right: ``pm0`` alone, ``pm10`` with all their neighbours."""
-    accepted = _known(targets.accepted, "pm")
-    right = [predicted in classes for predicted, classes in zip(predictions(scores).tolist(), accepted, strict=True)]
-    neighbours = _known(targets.neighbours, "pm")
-    require(bool(neighbours), "pm: there are no anchor frames")
+    assert targets.accepted is not None
+    predicted = predictions(scores).tolist()
+    right = [one in classes for one, classes in zip(predicted, targets.accepted, strict=True)]
+    require(bool(targets.neighbours), "pm: there are no anchor frames")
+    neighbours = targets.neighbours or ()
     return {
         "pm0": [right[anchor] for anchor, _ in neighbours],
         "pm10": [right[anchor] and all(right[row] for row in around) for anchor, around in neighbours],
@@ -186,35 +230,43 @@ def pm_right(scores: Tensor, targets: Targets) -> dict[str, list[bool]]:
 
 def _pm(scores: Tensor, targets: Targets) -> dict[str, float]:
     """Return the fractions of anchor frames that are right, and their mean."""
-    found = {name: sum(right) / len(right) for name, right in pm_right(scores, targets).items()}
+    found = {name: sum(right) / len(right) for name, right in _pm_right(scores, targets).items()}
     return found | {"pm": (found["pm0"] + found["pm10"]) / 2}
 
 
+def _pm_units(scores: Tensor, targets: Targets) -> dict[str, np.ndarray]:
+    right = {name: np.array(values, dtype=np.float64) for name, values in _pm_right(scores, targets).items()}
+    return right | {"pm": (right["pm0"] + right["pm10"]) / 2}
+
+
 def _baseline_pm(targets: Targets) -> float:
-    accepted = _known(targets.accepted, "pm")
+    accepted, neighbours = targets.accepted or [], targets.neighbours or []
     counts = torch.zeros(2, targets.classes, dtype=torch.float64)
-    neighbours = _known(targets.neighbours, "pm")
     for anchor, around in neighbours:
         counts[0, sorted(accepted[anchor])] += 1
         counts[1, sorted(accepted[anchor].intersection(*(accepted[row] for row in around)))] += 1
     return float((counts / len(neighbours)).mean(dim=0).max())
 
 
-def lexicon_predictions(scores: Tensor, targets: Targets) -> list[int]:
+def _lexicon_predictions(scores: Tensor, targets: Targets) -> list[int]:
     """Return the class with the highest score among each image's own candidates; -1 if one of them is NaN."""
     found, scores = [], scores.cpu()
-    for row, words in enumerate(_known(targets.candidates, "lexicon")):
+    for row, words in enumerate(targets.candidates or ()):
         candidates = torch.tensor(sorted(set(words)))
         place = int(predictions(scores[row : row + 1, candidates]))
         found.append(int(candidates[place]) if place >= 0 else -1)
     return found
 
 
-def _lexicon(scores: Tensor, targets: Targets) -> dict[str, float]:
-    """Top-1 accuracy among each image's own candidates."""
-    _require_labels(targets, "lexicon")
-    found = lexicon_predictions(scores, targets)
-    return {"lexicon": sum(a == b for a, b in zip(found, targets.labels.tolist(), strict=True)) / len(targets)}
+def _lexicon_units(scores: Tensor, targets: Targets) -> dict[str, np.ndarray]:
+    """Whether each image is right among its own candidates."""
+    right = np.array(_lexicon_predictions(scores, targets)) == targets.labels.numpy()
+    return {"lexicon": right.astype(np.float64)}
+
+
+def _lexicon_chance(targets: Targets) -> float:
+    """Return the expected accuracy of one of the image's candidates at random."""
+    return sum(1 / len(set(words)) for words in targets.candidates or ()) / len(targets)
 
 
 def _mwap(scores: Tensor, targets: Targets) -> dict[str, float]:
@@ -224,7 +276,7 @@ def _mwap(scores: Tensor, targets: Targets) -> dict[str, float]:
     these groups a clip is weighted by 1 / clips of its film (``mwap``), or one clip per film is drawn, 100 times
     (``mwsap``).
     """
-    annotations = _known(targets.annotations, "mwap")
+    annotations = targets.annotations or {}
     for name in ("verb", "noun", "annotation", "video"):
         require(name in annotations, f"metric: mwap needs {name} in the set's annotations")
     verb, noun, video = (_numbers(annotations[name]) for name in ("verb", "noun", "video"))
@@ -252,43 +304,41 @@ def _mwap(scores: Tensor, targets: Targets) -> dict[str, float]:
     return {"mwap": float(mean[0]), "mwsap": float(mean[1:].mean())}
 
 
-def _macro_f1(scores: Tensor, targets: Targets) -> dict[str, float]:
+def _macro_f1(scores: Tensor, targets: Targets) -> float:
     """Mean over classes that have images of the F1 of their predictions, as WILDS computes it for iWildCam."""
-    _require_labels(targets, "macro_f1")
     labels, predicted = targets.labels, predictions(scores).cpu()
     images = labels.bincount(minlength=targets.classes)
     right = labels[predicted == labels].bincount(minlength=targets.classes)
     found = predicted[predicted >= 0].bincount(minlength=targets.classes)
     f1 = 2 * right.double() / (images + found)  # precision and recall in one
-    return {"macro_f1": float(f1[images > 0].mean())}
+    return float(f1[images > 0].mean())
 
 
-def _worst_group(metric: Metric, within: int, scores: Tensor, targets: Targets) -> dict[str, float]:
+def _macro_f1_of_one_class(targets: Targets) -> float:
+    images = targets.labels.bincount().double()
+    return float((2 * images / (images + images.sum())).max() / (images > 0).sum())
+
+
+def _worst_group(within: int, scores: Tensor, targets: Targets) -> float:
     """Lowest accuracy of a group that has images: DataComp's ``acc_wg`` (GeoDE, FMoW) and ``acc_top5_wg``."""
-    _require_labels(targets, metric)
     right = (ranks_of_labels(scores, targets.labels) < within).cpu()
-    return {metric: float(_group_means(right.double()[:, None], targets, metric).min())}
+    return float(_group_means(right.double()[:, None], targets, f"worst_group_top{within}").min())
 
 
-def _group_means(values: Tensor, targets: Targets, metric: Metric) -> Tensor:
+def _worst_group_of_one_class(targets: Targets) -> float:
+    one_hot = torch.nn.functional.one_hot(targets.labels, targets.classes).double()
+    return float(_group_means(one_hot, targets, "worst_group_top1").amin(dim=0).max())
+
+
+def _group_means(values: Tensor, targets: Targets, metric: str) -> Tensor:
     """Return the mean of float64 ``[N, K]`` in each group, ``[groups, K]``."""
-    attributes = _known(targets.groups, metric)
+    attributes = targets.groups or {}
     names = ", ".join(attributes)
     require(len(attributes) == 1, f"metric: {metric} needs groups of one kind, but the set has {names or 'none'}")
     group = _numbers(next(iter(attributes.values())))
     return torch.zeros(int(group.max()) + 1, values.shape[1], dtype=torch.float64).index_add_(
         0, group, values
     ) / group.bincount().unsqueeze(1)
-
-
-def _best_single_class(metric: Metric, targets: Targets) -> float:
-    """Return the highest metric of predicting one class for all images."""
-    _require_labels(targets, metric)
-    if metric == "worst_group_top1":
-        one_hot = torch.nn.functional.one_hot(targets.labels, targets.classes).double()
-        return float(_group_means(one_hot, targets, metric).amin(dim=0).max())
-    images = targets.labels.bincount().double()
-    return float((2 * images / (images + images.sum())).max() / (images > 0).sum())
 
 
 def _numbers(values: list[str]) -> Tensor:
@@ -308,16 +358,58 @@ def _film_weights(video: Tensor, random: torch.Generator) -> Tensor:
     return weight
 
 
-_METRICS: dict[Metric, Callable[[Tensor, Targets], dict[str, float]]] = {
-    "top1": _accuracies,
-    "mean_per_class": _accuracies,
-    "mean_top1_top5": lambda scores, targets: _with_mean_top1_top5(_accuracies(scores, targets)),
-    "map11": _map11,
-    "roc_auc": _roc_auc,
-    "pm": _pm,
-    "lexicon": _lexicon,
-    "mwap": _mwap,
-    "macro_f1": _macro_f1,
-    "worst_group_top1": partial(_worst_group, "worst_group_top1", 1),
-    "worst_group_top5": partial(_worst_group, "worst_group_top5", 5),
+def _of_equal_scores(metric: str, targets: Targets) -> float:
+    return evaluate_scores(metric, torch.zeros(len(targets), targets.classes), targets)[metric]
+
+
+METRICS: dict[str, Metric] = {
+    "top1": Metric("top-1", _accuracies, baseline=lambda targets: _baseline_accuracies(targets)["top1"]),
+    "top5": Metric("top-5"),
+    "mean_per_class": Metric(
+        "mean per class", _accuracies, baseline=lambda targets: _baseline_accuracies(targets)["mean_per_class"]
+    ),
+    "map11": Metric("11-point mAP", _map11, ("relevance",), baseline=partial(_of_equal_scores, "map11"), softmax=True),
+    "roc_auc": Metric("ROC AUC", _roc_auc, baseline=partial(_of_equal_scores, "roc_auc")),
+    "mean_top1_top5": Metric(
+        "mean of top-1 and top-5",
+        lambda scores, targets: _mean_top1_top5(_accuracies(scores, targets)),
+        baseline=lambda targets: _mean_top1_top5(_baseline_accuracies(targets)),
+        units=lambda scores, targets: {"mean_top1_top5": _mean_top1_top5(_right(scores, targets))},
+    ),
+    "pm": Metric(
+        "mean of PM-0 and PM-10",
+        _pm,
+        ("accepted", "neighbours"),
+        baseline=_baseline_pm,
+        units=_pm_units,
+        rows=lambda targets: [anchor for anchor, _ in targets.neighbours or ()],
+    ),
+    "pm0": Metric("PM-0"),
+    "pm10": Metric("PM-10"),
+    "lexicon": Metric(
+        "top-1 of its lexicon",
+        lambda scores, targets: float(_lexicon_units(scores, targets)["lexicon"].mean()),
+        ("candidates", "labels"),
+        baseline=_lexicon_chance,
+        units=_lexicon_units,
+        predictions=_lexicon_predictions,
+    ),
+    "mwap": Metric("mWAP", _mwap, ("annotations",), baseline=partial(_of_equal_scores, "mwap")),
+    "mwsap": Metric("mWSAP"),
+    "macro_f1": Metric("macro F1", _macro_f1, baseline=_macro_f1_of_one_class),
+    "worst_group_top1": Metric(
+        "top-1 of the worst group", partial(_worst_group, 1), ("labels", "groups"), baseline=_worst_group_of_one_class
+    ),
+    "worst_group_top5": Metric("top-5 of the worst group", partial(_worst_group, 5), ("labels", "groups")),
+    "text_score": Metric("text score", task="caption_choice"),
+    "macro_text_score": Metric("macro text score", task="caption_choice"),
+    "image_score": Metric("image score", task="caption_choice"),
+    "group_score": Metric("group score", task="caption_choice"),
+    "jaccard": Metric("Jaccard index", task="caption_choice"),
+    "miou": Metric("mean IoU", task="segmentation"),
+    "accuracy": Metric("pointing accuracy", task="pointing"),
+    "within_km": Metric("within km", task="geolocation"),
+    "recall@1": Metric("R@1", task="retrieval"),
+    "map@10": Metric("mAP@10"),
+    "knn_top1": Metric("top-1 of 20 neighbours"),
 }

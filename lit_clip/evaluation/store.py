@@ -1,11 +1,11 @@
-"""Image features of a set: computed once by any number of processes, kept on disk, and never mixed up.
+"""Image features of a set, and what tasks record of its places: computed once by any number of processes, kept on disk.
 
 Shapes: N images that could be read, W features before the projection, D after it.
 """
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,14 +14,15 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from lit_clip import distributed
-from lit_clip.embedding.encode import UnreadableError, encode
-from lit_clip.embedding.encoding_task import EncodingSettings
+from lit_clip.embedding.encode import UnreadableError, compute, encode
+from lit_clip.embedding.encoding_task import EncodingSettings, remaining
 from lit_clip.embedding.feature_files import FeatureTable
 from lit_clip.embedding.image_files import image_file
-from lit_clip.embedding.parts import Parts
+from lit_clip.embedding.parts import Parts, json_array, json_value, load_arrays, save_arrays
 from lit_clip.embedding.reading import UnreadableRow
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, PartOf
+from lit_clip.evaluation.places import PlaceRecords, PlaceTask
 from lit_clip.evaluation.set_encoding import set_task
 from lit_clip.models.clip import CLIP
 from lit_clip.secrets import without_secrets
@@ -33,6 +34,7 @@ from lit_clip.tools.text_files import read_json
 from lit_clip.weights.fingerprint import fingerprint
 
 ARRAYS = ("before", "after")
+PLACES = "places 1"  # part of the cache key: increase the number when what is recorded changes
 
 
 class SetFeatures(NamedTuple):
@@ -108,7 +110,7 @@ class FeatureStore:
                 distributed.maximum(0)  # wait for it
                 return encode(self.model, task, parts, self.settings, title=title)
 
-            self.share(Parts(path, self.settings_text), encode_set, partial(self._join, path, images), title)
+            self._share(Parts(path, self.settings_text), encode_set, partial(self._join, path, images), title)
         if first:
             self._hashes[path] = hashes[self.read(images).rows]
 
@@ -123,7 +125,28 @@ class FeatureStore:
                 parts.add(FeatureTable(identities, np.concatenate(both, axis=1)).arrays(), int(rows[0]))
                 stderr().print(f"{title}: {len(rows):,} of {len(hashes):,} images are encoded already, for another set")
 
-    def share(
+    def places(self, images: ImageSet, task: PlaceTask, texts: str, title: str) -> PlaceRecords | None:
+        """Return the records of a task, computed unless they are there; for all ranks, None on others than the first.
+
+        ``texts`` are the task and the texts that the images are compared with.
+        """
+        key = hex_digest([PLACES, texts, self.path(images).name, *task.settings])
+        path, first = self.folder / f"{key}.npz", distributed.rank_and_world()[0] == 0
+        known = load_arrays(path, self.settings_text, _records) if first else None
+        missing = first and (known is None or bool(known.skipped and self.settings.on_error == "error"))
+        if not distributed.maximum(int(missing)):
+            return known
+
+        def record(parts: Parts) -> list[UnreadableRow] | None:
+            done = {row for arrays in parts.read(dict) for row in arrays["rows"].tolist()}
+            batches = remaining(len(images), 1, done.__contains__)
+            return compute(self.model, task, batches, parts, self.settings, title)
+
+        parts = Parts(path, f"{self.settings_text} {key}")
+        self._share(parts, record, partial(_join_records, parts, images, self.settings_text), title)
+        return load_arrays(path, self.settings_text, _records) if first else None
+
+    def _share(
         self,
         parts: Parts,
         work: Callable[[Parts], list[UnreadableRow] | None],
@@ -232,3 +255,22 @@ def _part(images: PartOf, whole: SetFeatures) -> SetFeatures:
     own = {images.whole.key(row) for row in images.rows} if whole.skipped else set()
     skipped = [(key, reason) for key, reason in whole.skipped if key in own]
     return SetFeatures(whole.before[numbers], whole.after[numbers], rows, skipped)
+
+
+def _join_records(parts: Parts, images: ImageSet, settings: str, unreadable: Sequence[UnreadableRow]) -> None:
+    """Write the records of all parts to one file."""
+    require(len(unreadable) < len(images), f"none of {len(images)} images could be read")
+    found = list(parts.read(dict))
+    values = np.concatenate([arrays["values"] for arrays in found])
+    rows = np.sort(np.concatenate([arrays["rows"] for arrays in found]))
+    whole = len(rows) + len(unreadable) == len(images)
+    require(whole, f"{parts.output}: records are gone; another run with the same cache has ended meanwhile")
+    skipped = json_array([(images.key(bad.row), bad.message) for bad in unreadable])
+    order = values[:, 0].argsort(kind="stable")
+    save_arrays(parts.output, settings, {"rows": rows, "values": values[order], "skipped": skipped})
+    parts.remove()
+
+
+def _records(arrays: Mapping[str, np.ndarray]) -> PlaceRecords:
+    skipped = [(str(key), str(reason)) for key, reason in json_value(arrays["skipped"])]
+    return PlaceRecords(arrays["values"], arrays["rows"].tolist(), skipped)

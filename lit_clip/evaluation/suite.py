@@ -10,6 +10,7 @@ from jsonargparse import ArgumentError
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, MissingData
+from lit_clip.evaluation.scores import METRICS
 from lit_clip.tools.messages import one_line
 from lit_clip.tools.option_errors import OptionParser
 from lit_clip.tools.packaged import SUITES, configuration_path
@@ -31,20 +32,6 @@ Task = Literal[
     "pointing",
 ]
 TASKS: tuple[Task, ...] = get_args(Task)
-ClassMetric = Literal["top1", "mean_per_class", "mean_top1_top5", "macro_f1", "worst_group_top1", "worst_group_top5"]
-AnnotatedMetric = Literal["map11", "roc_auc", "pm", "lexicon", "mwap"]
-ChoiceMetric = Literal["text_score", "macro_text_score", "image_score", "group_score", "jaccard"]
-PlaceMetric = Literal["miou", "accuracy"]
-Metric = Literal[ClassMetric, AnnotatedMetric, ChoiceMetric, PlaceMetric, "within_km", "recall@1"]
-PLACE_METRICS: tuple[Metric, ...] = get_args(PlaceMetric)
-CHOICE_METRICS: tuple[Metric, ...] = get_args(ChoiceMetric)
-TASK_OF_METRIC: dict[Metric, Task] = {
-    "recall@1": "retrieval",
-    "within_km": "geolocation",
-    "miou": "segmentation",
-    "accuracy": "pointing",
-    **dict.fromkeys(CHOICE_METRICS, "caption_choice"),
-}
 LOCATION_ARGUMENTS = ("root", "path")  # relative to the data root
 NAME_BYTES = 100  # limit for a set's name, which is part of file names (at most 255 bytes)
 ClassNames = str | list[str | list[str]] | dict[str, list[str]] | None
@@ -63,7 +50,7 @@ class SuiteEntry:
         folds: arguments of predefined divisions of the set, whose results are averaged.
         class_names: see :func:`lit_clip.evaluation.prompts.prompts_of`; None: the set's own.
         templates: prompt templates, see there; None: ``a photo of a {}.``. In a retrieval set ``{}`` is the caption.
-        metric: metric that the set is evaluated by.
+        metric: the one of :data:`lit_clip.evaluation.scores.METRICS` that the set is evaluated by.
         tasks: tasks to run; None: by metric and splits, without ``bias``.
         paper: name of the set in the paper's tables, to look up published figures.
         download: how ``lit-clip evaluate --download`` gets the files: ``{torchvision: NAME}`` with the arguments of
@@ -77,7 +64,7 @@ class SuiteEntry:
     folds: list[dict[str, Any]] = field(default_factory=lambda: [{}])
     class_names: ClassNames = None
     templates: str | list[str] | None = None
-    metric: Metric = "top1"
+    metric: str = "top1"
     tasks: list[Task] | None = None
     paper: str = ""
     download: list[dict[str, str]] = field(default_factory=list)
@@ -86,6 +73,8 @@ class SuiteEntry:
 
     def __post_init__(self) -> None:
         self.data = _checked_class(self.data, "data")
+        judging = [name for name, metric in METRICS.items() if metric.judges]
+        require(self.metric in judging, f"metric: there is no {self.metric}; must be one of {', '.join(judging)}")
         commands = [_command(source) for source in self.download]
         require(not commands or bool(self.location), "download: needs the set's folder; set data.init_args.root")
         self.how_to_get = ", and ".join(filter(None, [*commands, self.how_to_get]))
@@ -117,11 +106,12 @@ class SuiteEntry:
         return "class_path" in self.splits[split]
 
     def _default_tasks(self) -> list[Task]:
-        if self.metric in TASK_OF_METRIC:
-            return [TASK_OF_METRIC[self.metric]]
+        metric = METRICS[self.metric]
+        if metric.task:
+            return [task for task in TASKS if task == metric.task]
         if "train" not in self.splits:
             return ["zero_shot"]
-        if self.metric == "map11":  # shots per class are not defined for images with several classes
+        if "relevance" in metric.needs:  # shots per class are not defined for images with several classes
             return ["zero_shot", "linear_probe"]
         return ["zero_shot", "linear_probe", "few_shot"]
 

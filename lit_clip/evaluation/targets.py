@@ -56,6 +56,11 @@ class Targets:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def single(self) -> bool:
+        """Whether every image has one class."""
+        return bool((self.labels >= 0).all())
+
     @classmethod
     def of(cls, data: ImageSet, rows: Sequence[int] | None = None, classes: int | None = None) -> "Targets":
         """Collect the labels and annotations of a set, of some rows or all.

@@ -10,12 +10,14 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score
+from sklearn.metrics import confusion_matrix, f1_score, roc_auc_score, top_k_accuracy_score
 from torchmetrics.classification import MulticlassCalibrationError
 
 from lit_clip.cli.subcommands import run_command
 from lit_clip.errors import InputError
 from lit_clip.evaluation import classification, predictions
+from lit_clip.evaluation.scores import METRICS, Metric
+from lit_clip.evaluation.targets import Targets
 from tests.helpers.small_sets import NAMES, ManyShades, Shades, cosines, entry, make_module, write_suite
 
 TORCHMETRICS = "torchmetrics.classification."
@@ -97,6 +99,37 @@ def test_probabilities_of_every_image_allow_any_metric_afterwards(root: Path) ->
     text = (root / "out/results.csv").read_text().splitlines()
     lines = {(line["task"], line["metric"]): line["value"] for line in csv.DictReader(text)}
     assert float(lines["zero_shot", "auroc"]) == found["tasks"]["zero_shot"]["metrics"]["auroc"]
+
+
+@pytest.mark.usefixtures("no_charts")
+def test_a_metric_is_one_record(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nothing else is told of it: a suite may name it, and all forms of the results show it, with its interval."""
+
+    def top3(scores: torch.Tensor, targets: Targets) -> dict[str, np.ndarray]:
+        likeliest = scores.topk(3, dim=1).indices
+        return {"top3": (likeliest == targets.labels[:, None]).any(dim=1).double().numpy()}
+
+    record = Metric("top-3", lambda *given: float(top3(*given)["top3"].mean()), baseline=lambda _: 0.25, units=top3)
+    monkeypatch.setitem(METRICS, "top3", record)
+    write_suite(root, shades=entry(metric="top3"))
+    evaluate("--tasks", "zero_shot", "linear_probe")
+    images = Shades("")
+    expected = top_k_accuracy_score(images.labels(), cosines(make_module(), images).numpy(), k=3, labels=range(7))
+    (row,) = [line.split() for line in capsys.readouterr().out.splitlines() if " top-3 " in line]
+    assert (row[0], row[2], row[-2:]) == ("shades", f"{100 * expected:.1f}", ["25.0", "40"])
+    with open("out/results.csv", newline="", encoding="utf-8") as file:
+        lines = [line for line in csv.DictReader(file) if line["metric"] == "top3"]
+    assert [line["task"] for line in lines] == ["zero_shot", "linear_probe"]
+    low, value, high, baseline = (float(lines[0][name]) for name in ("low", "value", "high", "baseline"))
+    assert (value, baseline) == (pytest.approx(expected), 0.25)
+    assert low < value < high
+    assert rf"shades & top-3 & {100 * expected:.1f} {{\scriptsize [" in Path("out/results.tex").read_text()
+    assert f'<td>zero-shot, top-3</td><td class="n">{100 * expected:.1f}</td>' in Path("out/report.html").read_text()
+    write_suite(root, shades=entry(metric="top4"))
+    with pytest.raises(InputError, match="shades: metric: there is no top4; must be one of .*top3"):
+        evaluate()
 
 
 @pytest.mark.usefixtures("no_charts")

@@ -92,17 +92,6 @@ def test_numbers_as_class_names_are_strings_and_empty_arguments_are_a_mapping(tm
 
 
 @pytest.mark.usefixtures("no_charts")
-def test_a_batch_without_any_readable_image_is_skipped_and_listed(root: Path) -> None:
-    for broken in ("ant/0", "cat/2"):
-        (Path("data/test") / broken).with_suffix(".png").write_bytes(b"no image")
-    with pytest.raises(InputError, match=r"noise: .*ant/0\.png.*fix or remove it, or set --on_error skip$"):
-        run_command(words(*ZERO_SHOT, "--batch_size", "2"))
-    found = evaluate(*ZERO_SHOT, "--on_error", "skip", "--batch_size", "1")["sets"]["noise"]
-    assert [key for key, _ in found["splits"]["test"]["skipped"]] == ["ant/0.png", "cat/2.png"]
-    assert found["tasks"]["zero_shot"]["images"] == 28
-
-
-@pytest.mark.usefixtures("no_charts")
 def test_splits_with_different_classes_are_an_error(root: Path) -> None:
     Path("data/train", CLASSES[0]).rename(
         f"data/train/{CLASSES[-1]}_too"

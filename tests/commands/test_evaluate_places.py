@@ -13,7 +13,8 @@ from PIL import Image
 from lit_clip import load_model, zero_shot_classifier
 from lit_clip.cli.subcommands import run_command
 from lit_clip.errors import InputError
-from lit_clip.evaluation import place_store
+from lit_clip.evaluation import store
+from lit_clip.evaluation.places import PlaceTask
 from tests.commands.test_evaluate import evaluate, root, words, write_suite
 from tests.conftest import ROOT, lit_clip_command
 from tests.helpers.miniature_masks import write_all, write_image, write_mask
@@ -139,13 +140,13 @@ def test_two_processes_give_the_same_places(places: Path) -> None:
 def test_records_are_kept_until_a_mask_or_a_name_changes(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = evaluate("--sets", "masks")["sets"]["masks"]["tasks"]
     computed: list[str] = []
-    compute = place_store.compute
+    compute = store.compute
 
     def counted(*given: Any) -> Any:
         computed.append(given[-1])
         return compute(*given)
 
-    monkeypatch.setattr(place_store, "compute", counted)
+    monkeypatch.setattr(store, "compute", counted)
     assert evaluate("--sets", "masks")["sets"]["masks"]["tasks"] == first
     assert computed == []
     write_mask(places / "data/ADEChallengeData2016/annotations/validation/0.png", [1])
@@ -165,7 +166,7 @@ def test_an_interrupted_evaluation_resumes_with_the_images_that_are_left(
     expected = evaluate("--sets", "masks")["sets"]["masks"]["tasks"]
     monkeypatch.setattr("lit_clip.embedding.encode.SECONDS_BETWEEN_PARTS", -1)
     rows: list[int] = []
-    step = place_store.PlaceTask.step
+    step = PlaceTask.step
 
     def fail(task: Any, batch: Any, *rest: Any) -> Any:
         if len(rows) == 3:
@@ -173,10 +174,10 @@ def test_an_interrupted_evaluation_resumes_with_the_images_that_are_left(
         rows.append(batch.rows[0])
         return step(task, batch, *rest)
 
-    monkeypatch.setattr(place_store.PlaceTask, "step", fail)
+    monkeypatch.setattr(PlaceTask, "step", fail)
     with pytest.raises(InputError, match="stop"):
         run_command(words("--output", "again", "--sets", "masks"))
-    monkeypatch.setattr(place_store.PlaceTask, "step", lambda *given: rows.append(given[1].rows[0]) or step(*given))
+    monkeypatch.setattr(PlaceTask, "step", lambda *given: rows.append(given[1].rows[0]) or step(*given))
     run_command(words("--output", "again", "--sets", "masks"))
     again = json.loads(Path("again/results.json").read_text(encoding="utf-8"))["sets"]["masks"]
     assert again["tasks"] == expected

@@ -16,7 +16,6 @@ from lit_clip.evaluation.comparison import (
     OtherRun,
     mcnemar,
     other_runs,
-    over_seeds,
     paired_differences,
     seed_groups,
 )
@@ -243,11 +242,3 @@ def test_the_run_itself_is_not_among_the_others_by_place_or_name(
         with pytest.raises(InputError, match="'this run' names the evaluated run; choose another NAME=PATH"):
             other_runs([named], Path("s1"))
     assert list(other_runs(["mine=this run"], Path("s1"))) == ["mine"]
-
-
-def test_seeds_have_the_sample_standard_deviation() -> None:
-    found = over_seeds([0.1, 0.2, 0.6])
-    assert found is not None
-    assert found == (pytest.approx(0.3), pytest.approx(math.sqrt((0.2**2 + 0.1**2 + 0.3**2) / 2)), 3)
-    assert over_seeds([0.1, None, 0.3]) is None
-    assert over_seeds([0.1]) is None

@@ -10,7 +10,7 @@ from PIL import Image
 from datamodules.evaluation import ObjectNet
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import ImageSet, LabelledImages
-from lit_clip.evaluation.other_classes import among, single_classes, trained_classes
+from lit_clip.evaluation.other_classes import among, trained_classes
 from lit_clip.evaluation.suite import SuiteEntry
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from tests.helpers.coloured_sets import write_objectnet
@@ -74,7 +74,6 @@ def test_validation_images_must_be_of_the_training_set() -> None:
 
 def test_objectnets_classes_are_unions_of_imagenets(tmp_path: Path) -> None:
     test = ObjectNet(str(write_objectnet(tmp_path / "objectnet")))
-    assert single_classes(test) == single_classes(Named("tench")) == []
     # analog clock 409, digital clock 530, jersey 610 (ILSVRC 2012)
     assert crossed(Named(*imagenet_class_names()), test) == [[409, 530], [610]]
 

@@ -16,14 +16,6 @@ from lit_clip.evaluation import logistic
 from lit_clip.evaluation.few_shot import train_few_shot
 from lit_clip.evaluation.logistic import Fit, LogisticProblem
 from lit_clip.evaluation.probe import L2_GRID, Probe, Split, best_l2, held_out, search_l2, train_probe
-from lit_clip.evaluation.robustness import (
-    TopOnePair,
-    effective_robustness,
-    imagenet_classifiers,
-    logit_line,
-    robustness_table,
-    subset_top1,
-)
 from lit_clip.evaluation.scores import evaluate_scores
 from lit_clip.evaluation.targets import Targets
 
@@ -336,45 +328,6 @@ def test_few_shot_with_several_classes_per_image_is_an_error() -> None:
     some = Split(torch.randn(4, 3), targets)
     with pytest.raises(InputError, match="few_shot"):
         train_few_shot(some, None, "map11")
-
-
-def test_effective_robustness_is_the_height_above_the_line_of_logits() -> None:
-    def probability(x: float) -> float:
-        return 1 / (1 + math.exp(-x))
-
-    baseline = [TopOnePair(probability(x), probability(0.9 * x - 0.4)) for x in (0.1, 0.5, 1.2)]
-    assert logit_line(baseline) == pytest.approx((0.9, -0.4))
-    assert effective_robustness(baseline, baseline) == pytest.approx([0, 0, 0])
-    above = TopOnePair(0.7, probability(0.9 * math.log(0.7 / 0.3) - 0.4) + 0.05)
-    assert effective_robustness([above], baseline) == pytest.approx([0.05])
-
-
-def test_the_line_equals_numpys_least_squares_and_the_papers_clip_is_far_above_it() -> None:
-    for name in ("ImageNetV2", "ImageNet-A", "ImageNet-R", "ImageNet-Sketch"):
-        points = imagenet_classifiers(name)
-        x, y = (np.log(v / (1 - v)) for v in np.array(points).T)
-        assert logit_line(points) == pytest.approx(np.polyfit(x, y, 1))
-        assert np.corrcoef(x, y)[0, 1] > 0.8  # what Taori et al. found
-    assert len(imagenet_classifiers("ImageNetV2")) == 19
-    rows = robustness_table({"ImageNetV2": TopOnePair(0.762, 0.701), "ObjectNet": TopOnePair(0.762, 0.723)})  # table 16
-    assert [row.name for row in rows] == ["ImageNetV2", "ObjectNet"]
-    assert rows[0].gap == pytest.approx(0.061)
-    assert rows[0].effective is not None
-    assert 0.04 < rows[0].effective < 0.08
-    assert rows[1].effective is None
-
-
-def test_a_line_needs_two_classifiers_with_logits() -> None:
-    with pytest.raises(InputError, match="at least two"):
-        effective_robustness([TopOnePair(0.5, 0.5)], [TopOnePair(0.7, 0.6), TopOnePair(0.7, 0.5)])
-    with pytest.raises(InputError, match="accuracy of 0"):
-        effective_robustness([TopOnePair(0.5, 0.5)], [TopOnePair(0.7, 0.6), TopOnePair(0.8, 0.0)])
-
-
-def test_subset_top1_uses_only_the_images_and_scores_of_the_subset() -> None:
-    scores = torch.tensor([[9.0, 1, 2, 3], [9, 5, 2, 4], [0, 1, 2, 9], [9, 0, 0, 0]])
-    labels = torch.tensor([3, 3, 3, 0])
-    assert subset_top1(scores, labels, [3, 1]) == (pytest.approx(2 / 3), 3)  # without class 0 and its image
 
 
 @pytest.mark.parametrize("classes", [2, 4])

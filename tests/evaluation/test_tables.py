@@ -10,7 +10,7 @@ import pytest
 from lit_clip.evaluation.overview import rows
 from lit_clip.evaluation.report.result_columns import result_columns
 from lit_clip.evaluation.report.tables import escape, latex, write_tables
-from tests.evaluation.test_report import EVIL, a_set, probe, results_of, shots, whole_paper, zero_shot
+from tests.evaluation.test_report import EVIL, a_set, results_of, whole_paper, zero_shot
 
 
 def other(value: float, **more: Any) -> dict[str, Any]:
@@ -20,31 +20,6 @@ def other(value: float, **more: Any) -> dict[str, Any]:
 def csv_lines(folder: Path) -> list[dict[str, str]]:
     with (folder / "results.csv").open(newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def test_the_csv_has_one_value_a_line_with_its_interval(tmp_path: Path) -> None:
-    few_shot = {**shots(0.5, 0.6), "head": [[1, [0.7, 0.8]]]}
-    ours = results_of({"cifar10": a_set("CIFAR10", zero_shot=zero_shot(0.85), few_shot=few_shot)})
-    write_tables(ours, tmp_path, {"runs/b": other(0.7)})
-    found = {(line["run"], line["task"], line["shots"], line["metric"]): line for line in csv_lines(tmp_path)}
-    assert list(found) == [
-        ("this run", "zero_shot", "", "top1"),
-        ("this run", "zero_shot", "", "top5"),
-        ("this run", "few_shot", "1", "top1"),
-        ("this run", "few_shot", "2", "top1"),
-        ("this run", "few_shot_head", "1", "top1"),
-        ("runs/b", "zero_shot", "", "top1"),
-        ("runs/b", "zero_shot", "", "top5"),
-    ]
-    top1 = found["this run", "zero_shot", "", "top1"]
-    assert (top1["model"], top1["set"], top1["images"]) == ("ViT-B-32-quickgelu:openai", "cifar10", "1000")
-    numbers = [float(top1[name]) for name in ("value", "low", "high", "baseline")]
-    assert numbers == pytest.approx([0.85, 0.84, 0.86, 0.1])
-    top5 = found["this run", "zero_shot", "", "top5"]
-    assert (top5["low"], top5["baseline"]) == ("", "")  # the baseline is the set's own metric's
-    assert float(found["this run", "few_shot", "2", "top1"]["value"]) == pytest.approx(0.6)
-    assert float(found["this run", "few_shot_head", "1", "top1"]["value"]) == pytest.approx(0.75)
-    assert found["runs/b", "zero_shot", "", "top1"]["model"] == "RN50:openai"
 
 
 def test_no_cell_of_the_csv_is_a_formula_and_numbers_stay_numbers(tmp_path: Path) -> None:
@@ -121,21 +96,6 @@ def test_runs_whose_paths_end_alike_have_a_column_each(tmp_path: Path) -> None:
     assert check_syntax(latex(ours, runs, {}))[0][2:] == ["this run", *names]
     titles = [column.title for column in result_columns(rows(ours), runs)]
     assert [title for title in titles if title in names] == names
-
-
-def test_the_latex_table_has_seeds_as_mean_and_deviation_and_a_table_for_each_task() -> None:
-    ours = results_of({"cifar10": a_set("CIFAR10", zero_shot=zero_shot(0.8), linear_probe=probe(0.9))})
-    runs = {"b: 1": other(0.5), "b: 2": other(0.6), "this: 2": other(0.9), "x": other(0.7)}
-    text = latex(ours, runs, {"b": ["b: 1", "b: 2"], "this": ["this: 2"]})
-    zero, best = check_syntax(text)[:2]
-    assert zero[2:] == ["this run", "x", "b, 2 runs", "this, 2 runs"]
-    assert best[2:] == [
-        r"80.0 {\scriptsize [79.0, 81.0]}",
-        r"70.0 {\scriptsize [69.0, 71.0]}",
-        r"55.0 $\pm$ 7.1",
-        r"\textbf{85.0} $\pm$ 7.1",
-    ]
-    assert re.findall(r"\\caption\{(.*)\}", text) == [r"Zero-shot, \%", r"Linear probe, \%"]
 
 
 def test_names_are_escaped() -> None:

@@ -47,7 +47,7 @@ def figures(results: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]])
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
-def bars(runs: Sequence[ChartRun], column: Column) -> "Figure | None":
+def bars(runs: Sequence[ChartRun], column: str) -> "Figure | None":
     """One bar for each set and run, its interval a line, with marks for the baseline and the paper's nearest model."""
     tables: list[Table] = [{(row.name, row.metric): row for row in rows(run.results)} for run in runs]
     keys = dict.fromkeys(key for table in tables for key in table)

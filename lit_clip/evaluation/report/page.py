@@ -9,14 +9,13 @@ from pathlib import Path
 from typing import Any
 
 from lit_clip.evaluation.comparison import PairedDifference
-from lit_clip.evaluation.overview import STATUSES, Row, metric_words, percent, points, rows, sets_of
+from lit_clip.evaluation.overview import STATUSES, TASKS, Row, metric_words, points, rows, sets_of, task_words
 from lit_clip.evaluation.published import PAPER, NearestModel, disagreements, measured_weights, nearest, papers_name
 from lit_clip.evaluation.report.chart_style import svg
 from lit_clip.evaluation.report.charts import figures
 from lit_clip.evaluation.report.result_columns import Groups, merged_note, result_columns
 from lit_clip.evaluation.report.results_table import incomplete_means, mean_groups, measured_note
-from lit_clip.evaluation.report.robustness_chart import effective_rows
-from lit_clip.evaluation.report.set_section import TASKS, leaves, set_section
+from lit_clip.evaluation.report.set_section import leaves, set_section
 from lit_clip.tools.html import plural, write_page
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
@@ -71,10 +70,6 @@ def report_values(
         "merged": merged_note(found),
         "disagreements": disagreements(),
         "charts": {name: svg(figure, name) for name, figure in figures(results, others).items()},
-        "effective": [
-            [row.name, *map(percent, (row.point.imagenet, row.point.shifted, row.gap)), points(row.effective)]
-            for row in effective_rows(results)
-        ],
         "provenance": list(_provenance(results, others)),
         "architecture": list(leaves(model.get("architecture"), ".")),
         "sections": [set_section(name, entry, near.name, folder, weights) for name, entry in sets],
@@ -85,14 +80,14 @@ def _comparison(differences: Sequence[PairedDifference]) -> dict[str, Any]:
     """Lines of the differences from a run, and why some sets are not compared, by reason."""
     lines, reasons = [], dict[str, list[str]]()
     for each in differences:
-        task = TASKS.get(each.task, each.task)
         if each.difference is None:
+            task = TASKS.get(each.task, each.task.replace("_", " "))
             reasons.setdefault(each.reason, []).append(f"{each.set} ({task})")
             continue
         p_value = "" if each.p_value is None else "< 0.0001" if each.p_value < 1e-4 else f"{each.p_value:.4f}"
         low, high = each.interval or (0, 0)
         ends = f"{points(low)} to {points(high)}" if each.interval else ""
-        cells = [each.set, f"{task}, {metric_words(each.metric)}", points(each.difference), ends, p_value]
+        cells = [each.set, task_words(each.task, each.metric), points(each.difference), ends, p_value]
         lines.append(([*cells, f"{each.images:,}"], low > 0 or high < 0))
     return {"lines": lines, "reasons": {reason: ", ".join(dict.fromkeys(sets)) for reason, sets in reasons.items()}}
 

@@ -1,87 +1,43 @@
 """The columns of the tables of all results, for the terminal, the page and LaTeX."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from statistics import fmean, stdev
+from typing import Any, Literal, NamedTuple
 
-from lit_clip.evaluation.comparison import THIS, over_seeds
+from lit_clip.evaluation.comparison import THIS
 from lit_clip.evaluation.overview import COLUMNS, MERGED, Column, Row, group_means, papers_percent, percent, rows
+from lit_clip.evaluation.published import Published
 from lit_clip.evaluation.report.chart_style import run_names
 
 DIFFERS = 0.01  # a measured figure is shown if it differs by this much from the paper's, or if the paper has none
 Groups = Mapping[str, Sequence[str]]  # see lit_clip.evaluation.comparison.seed_groups
+Kind = Literal["ours", "paper", "measured", "recipe", "run", "count"]
 
 
 class Cell(NamedTuple):
-    """A value with its interval, or a mean over seeds with its standard deviation."""
+    """A cell as text, and its value with an interval, or the standard deviation of a mean over seeds."""
 
-    value: float
+    text: str
+    value: float | None = None
     interval: tuple[float, float] | None = None
     deviation: float | None = None
 
 
-class RunColumn(NamedTuple):
-    """The cells of a run, or of the seeds of a recipe: one for each row of the overview."""
+class ResultColumn(NamedTuple):
+    """A column: a cell for each row of the overview, None if empty, and means over groups of sets, by the group's name.
 
+    ``quantity`` is what it tells: zero-shot, the linear probe, a head, or a number of shots.
+    """
+
+    kind: Kind
     title: str
     cells: list[Cell | None]
-    table: list[Row] = []  # the run's own rows
+    means: Mapping[str, str] = {}
+    quantity: str = ""
 
-
-class Block(NamedTuple):
-    """What there is of a quantity: zero-shot, the linear probe, or a number of shots, of which nothing is published."""
-
-    title: str
-    column: Column | None
-    ours: list[Cell | None]
-    runs: list[RunColumn]
-    recipes: list[RunColumn]
-
-
-class ResultColumn(NamedTuple):
-    """A column as text: a cell for each row of the overview, and means over groups of sets, by name of the group."""
-
-    title: str
-    cells: list[str]
-    means: dict[str, str] = {}
-    ours: bool = False  # whether the values are this run's
-
-
-def blocks(found: Sequence[Row], others: Mapping[str, Mapping[str, Any]], groups: Groups) -> Iterator[Block]:
-    """Yield zero-shot, the linear probe, and the largest number of shots of each set.
-
-    Args:
-        found: rows of this run.
-        others: results of other runs to compare with, by path or name.
-        groups: names of runs that are seeds of one recipe, shown as one column.
-    """
-    tables = {name: rows(run) for name, run in others.items()}
-    by_place = {name: {(row.name, row.metric): row for row in table} for name, table in tables.items()}
-    grouped = {name for names in groups.values() for name in names}
-    titles = run_names(name for name in tables if name not in grouped)
-    kinds: list[tuple[str, Column | None, int]] = [(title, column, 0) for column, title in COLUMNS.items()]
-    shots = sorted({max(row.shots) for row in found if row.shots})
-    for title, column, n in [*kinds, *((f"{n} shot{'s' * (n > 1)}", None, n) for n in shots)]:
-
-        def cell(row: Row | None, column: Column | None = column, n: int = n) -> Cell | None:
-            value = None if row is None else row.values.get(column) if column else row.shots.get(n)
-            return None if row is None or value is None else Cell(value, row.intervals.get(column) if column else None)
-
-        runs = [
-            RunColumn(titles[name], [cell(by_place[name].get((row.name, row.metric))) for row in found], tables[name])
-            for name in titles
-        ]
-        recipes = []
-        for group, names in groups.items():
-            seeds = [[cell(by_place[name].get((row.name, row.metric))) for name in names] for row in found]
-            ours = [[cell(row)] if group == THIS else [] for row in found]
-            cells = [_over_seeds([*own, *of_row]) for own, of_row in zip(ours, seeds, strict=True)]
-            recipes.append(RunColumn(f"{group}, {len(names) + (group == THIS)} runs", cells))
-        yield Block(title, column, [cell(row) for row in found], runs, recipes)
-
-
-def _over_seeds(cells: Sequence[Cell | None]) -> Cell | None:
-    seeds = over_seeds([cell and cell.value for cell in cells])
-    return Cell(seeds.mean, deviation=seeds.deviation) if seeds else None
+    def texts(self) -> list[str]:
+        """Return the cells as text."""
+        return [cell.text if cell else "" for cell in self.cells]
 
 
 def result_columns(
@@ -89,45 +45,76 @@ def result_columns(
 ) -> Iterator[ResultColumn]:
     """Yield the columns that have values: results with the paper's and other runs' beside them, then the counts.
 
-    Arguments are those of :func:`blocks`.
+    The results are zero-shot, the linear probe, heads, and the largest number of shots of each set. Nothing is
+    published of shots.
+
+    Args:
+        found: rows of this run.
+        others: results of other runs to compare with, by path or name.
+        groups: names of runs that are seeds of one recipe, shown as one column.
     """
-    for block in blocks(found, others, groups or {}):
-        ours = ResultColumn(block.title, _texts(block.ours), _means(found, block.column), ours=True)
-        recipes = [ResultColumn(each.title, _texts(each.cells)) for each in block.recipes]
-        runs = [ResultColumn(each.title, _texts(each.cells), _means(each.table, block.column)) for each in block.runs]
-        if any(any(each.cells) for each in (ours, *recipes, *runs)):
-            yield ours
-            yield from (each for each in (*_published(found, block.column), *recipes, *runs) if any(each.cells))
-    counts = (
-        ResultColumn("baseline", [percent(row.baseline) for row in found]),
-        ResultColumn("images", ["" if row.images is None else f"{row.images:,}" for row in found]),
-        ResultColumn("skipped", [f"{row.skipped:,}" if row.skipped else "" for row in found]),
-    )
-    yield from (column for column in counts if any(column.cells))
+    tables = {name: rows(run) for name, run in others.items()}
+    shots = sorted({max(row.shots) for row in found if row.shots})
+    titles: dict[Column, str] = {**COLUMNS, **{n: f"{n} shot{'s' if n > 1 else ''}" for n in shots}}
+    for quantity, title in titles.items():
+        ours, *rest = (each._replace(quantity=title) for each in _quantity(found, tables, groups or {}, quantity))
+        shown = [each for each in rest if any(each.cells)]
+        if any(ours.cells) or any(each.kind in ("recipe", "run") for each in shown):
+            yield from (ours._replace(title=title), *shown)
+    counts = {
+        "baseline": [percent(row.baseline) for row in found],
+        "images": ["" if row.images is None else f"{row.images:,}" for row in found],
+        "skipped": [f"{row.skipped:,}" if row.skipped else "" for row in found],
+    }
+    for title, texts in counts.items():
+        if any(texts):
+            yield ResultColumn("count", title, [Cell(text) if text else None for text in texts])
+
+
+def _quantity(
+    found: Sequence[Row], tables: Mapping[str, Sequence[Row]], groups: Groups, column: Column
+) -> Iterator[ResultColumn]:
+    def cells(table: Sequence[Row]) -> list[Cell | None]:
+        places = {(row.name, row.metric): row for row in table}
+        return [_cell(places.get((row.name, row.metric)), column) for row in found]
+
+    def means(table: Sequence[Row], of: str = "ours") -> dict[str, str]:
+        return {mean.group: percent(getattr(mean, of)) for mean in group_means(table, column)}
+
+    yield ResultColumn("ours", "", cells(found), means(found))
+    papers = [row.papers.get(column) for row in found]
+    yield ResultColumn("paper", "paper", _figures(papers), means(found, "papers"))
+    both = zip([row.measured.get(column) for row in found], papers, strict=True)
+    told = [None if ours and paper and abs(ours.value - paper.value) < DIFFERS else ours for ours, paper in both]
+    yield ResultColumn("measured", "measured", _figures(told))
+    for group, names in groups.items():
+        runs = [*([found] if group == THIS else []), *(tables[name] for name in names)]
+        seeds = map(_over_seeds, zip(*map(cells, runs), strict=True))
+        yield ResultColumn("recipe", f"{group}, {len(runs)} runs", list(seeds))
+    grouped = {name for names in groups.values() for name in names}
+    for name, title in run_names(name for name in tables if name not in grouped).items():
+        yield ResultColumn("run", title, cells(tables[name]), means(tables[name]))
+
+
+def _cell(row: Row | None, column: Column) -> Cell | None:
+    value = row and row.values.get(column)
+    return None if row is None or value is None else Cell(percent(value), value, row.intervals.get(column))
+
+
+def _figures(figures: Sequence[Published | None]) -> list[Cell | None]:
+    return [figure and Cell(papers_percent(figure), figure.value) for figure in figures]
+
+
+def _over_seeds(cells: Sequence[Cell | None]) -> Cell | None:
+    """Return the mean and the sample standard deviation of a recipe's runs; None if one is missing."""
+    known = [cell.value for cell in cells if cell and cell.value is not None]
+    if not len(known) == len(cells) > 1:
+        return None
+    mean, deviation = fmean(known), stdev(known)
+    return Cell(f"{percent(mean)} ± {percent(deviation)}", mean, deviation=deviation)
 
 
 def merged_note(found: Sequence[Row]) -> str:
     """Say what merged recalls are, if there are any."""
     merged = any(row.metric.startswith(MERGED) for row in found)
     return "merged: captions repeat, and equal ones count as one, right for all its images" if merged else ""
-
-
-def _texts(cells: Sequence[Cell | None]) -> list[str]:
-    deviations = ["" if cell is None or cell.deviation is None else f" ± {percent(cell.deviation)}" for cell in cells]
-    return [percent(cell and cell.value) + deviation for cell, deviation in zip(cells, deviations, strict=True)]
-
-
-def _means(table: Sequence[Row], column: Column | None) -> dict[str, str]:
-    return {mean.group: percent(mean.ours) for mean in group_means(table, column)} if column else {}
-
-
-def _published(found: Sequence[Row], column: Column | None) -> Iterator[ResultColumn]:
-    """Yield the paper's figures, and measured ones where they tell more than the paper's."""
-    if column is None:
-        return
-    papers, measured = [row.papers.get(column) for row in found], [row.measured.get(column) for row in found]
-    means = {mean.group: percent(mean.papers) for mean in group_means(found, column)}
-    yield ResultColumn("paper", list(map(papers_percent, papers)), means)
-    both = zip(measured, papers, strict=True)
-    told = [None if ours and paper and abs(ours.value - paper.value) < DIFFERS else ours for ours, paper in both]
-    yield ResultColumn("measured", list(map(papers_percent, told)))

@@ -46,7 +46,7 @@ def results_table(results: Mapping[str, Any], width: int = WIDE) -> Table:
     """
     found = [row for row in rows(results) if row.status == "done"]
     entries = dict(sets_of(results))
-    columns = _fitting([column for column in result_columns(found, {}) if any(column.cells)], width)
+    columns = _fitting(list(result_columns(found, {})), width)
     caption = Text(_caption(results, columns, found), justify="left")
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), collapse_padding=True, pad_edge=False, caption=caption)
     table.add_column("set", overflow="fold", min_width=SET)
@@ -55,7 +55,7 @@ def results_table(results: Mapping[str, Any], width: int = WIDE) -> Table:
         style = "dim" if column.title == "paper" else ""
         table.add_column(_head(column), justify="right", no_wrap=True, style=style)
     for place, row in enumerate(found):
-        cells = [column.cells[place] for column in columns]
+        cells = [column.texts()[place] for column in columns]
         table.add_row(*map(Text, [row.name, metric_words(row.metric), *cells]))
         if found[place + 1 : place + 2] and found[place + 1].name == row.name:
             continue  # a set's rows are followed by those of its --metrics
@@ -74,10 +74,10 @@ def _head(column: ResultColumn) -> str:
 
 def _fitting(columns: Sequence[ResultColumn], width: int) -> list[ResultColumn]:
     """Leave out what a terminal has no room for; the report has it."""
-    few_shot = [column.title for column in columns if column.title.split(" ")[0].isdecimal()]
+    few_shot = [column.title for column in columns if column.title[0].isdecimal()]
     for title in ("", "measured", *few_shot[:-1], "images", *few_shot[-1:], "paper", "baseline"):
         columns = [column for column in columns if column.title != title]
-        cells = [[*_head(column).split("\n"), *column.cells, *column.means.values()] for column in columns]
+        cells = [[*_head(column).split("\n"), *column.texts(), *column.means.values()] for column in columns]
         if SIDES + sum(2 + max(map(len, of_column)) for of_column in cells) <= width:
             break
     return list(columns)
@@ -106,7 +106,7 @@ def _caption(results: Mapping[str, Any], columns: Sequence[ResultColumn], found:
     notes += [note] if (note := merged_note(found)) else []
     if "paper" in titles:
         notes.append(f"paper: {PAPER}, {papers_name(near.name)} ({near.rule})")
-    if any(cell.endswith("?") for column in columns if column.title == "paper" for cell in column.cells):
+    if any(text.endswith("?") for column in columns if column.kind == "paper" for text in column.texts()):
         notes.append("? a figure that could not be checked")
     if "measured" in titles:
         notes.append(measured_note(model))

@@ -4,17 +4,15 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from lit_clip.evaluation.overview import COLUMNS, Column, number, rows, sets_of, tasks_of
+from lit_clip.evaluation.overview import COLUMNS, Column, rows
 from lit_clip.evaluation.published import Published, peers, published_metrics, same_set
 from lit_clip.evaluation.report.chart_style import MUTED, ChartRun, colour, name_lines, new_figure, short_name
-from lit_clip.evaluation.robustness import RobustnessRow, TopOnePair, robustness_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 IMAGENET = "ImageNet"
-ALL_CLASSES = ("ImageNetV2", "ImageNet-Sketch")  # shifted sets with all 1,000 classes of ImageNet
 SHIFTED = ["ImageNetV2", "ImageNet-A", "ImageNet-R", "ObjectNet", "ImageNet-Sketch", "ImageNet-Vid", "YTBB"]
 MODEL = "ViT-L-14-336"  # CLIP in table 16
 GREYS = ["#222222", "#666666", "#9A9A9A", "#C4C4C4"]
@@ -39,35 +37,12 @@ def run_points(runs: Sequence[ChartRun]) -> list[ChartPoint]:
 
 
 def _values(results: Mapping[str, Any], column: Column) -> dict[str, float]:
-    papers = {name: str(entry.get("paper") or "") for name, entry in sets_of(results)}
     values: dict[str, float] = {}
     for row in rows(results):
-        known = next((name for name in [IMAGENET, *SHIFTED] if same_set(papers[row.name], name)), None)
+        known = next((name for name in [IMAGENET, *SHIFTED] if same_set(row.paper, name)), None)
         if known and column in row.values:
             values.setdefault(known, row.values[column])
     return values
-
-
-def effective_rows(results: Mapping[str, Any]) -> list[RobustnessRow]:
-    """Return zero-shot effective robustness on the shifted sets for which it can be computed.
-
-    A set with only some of ImageNet's classes needs ImageNet's accuracy among them, the metric ``top1/ImageNet-A``.
-    """
-    ours = _values(results, "zero_shot")
-    points = {}
-    for name in SHIFTED:
-        same = ours.get(IMAGENET) if name in ALL_CLASSES else _accuracy_among_classes(results, name)
-        if same is not None and name in ours:
-            points[name] = TopOnePair(same, ours[name])
-    return robustness_table({name: point for name, point in points.items() if 0 < point.imagenet < 1})
-
-
-def _accuracy_among_classes(results: Mapping[str, Any], name: str) -> float | None:
-    """ImageNet accuracy among the classes of a shifted set."""
-    for _, entry in sets_of(results):
-        if same_set(str(entry.get("paper") or ""), IMAGENET):
-            return number((tasks_of(entry).get("zero_shot", {}).get("metrics") or {}).get(f"top1/{name}"))
-    return None
 
 
 def papers_points() -> list[ChartPoint]:

@@ -5,30 +5,22 @@ from pathlib import Path
 from typing import Any
 
 from lit_clip.evaluation.overview import (
-    COLUMNS,
     STATUSES,
+    TASKS,
     as_interval,
-    baseline_of,
     draws_of,
     interval_of,
-    metric_words,
     number,
     papers_percent,
     percent,
     skipped_of,
+    task_words,
     tasks_of,
 )
 from lit_clip.evaluation.predictions import run_image
 from lit_clip.evaluation.published import PAPER, Published, measured, measured_name, peers, published
 from lit_clip.tools.html import plural, thumbnail
 
-TASKS = {
-    **COLUMNS,
-    "geolocation": "location of the nearest neighbour",
-    "bias": "bias probe",
-    "caption_choice": "caption choice",
-    "image_retrieval": "image retrieval",
-}
 CONFUSIONS = 20
 F1 = ("f1_fixed", "f1_fitted", "f1_held_out")  # of thresholds
 Task = Mapping[str, Any]  # of results.json
@@ -42,7 +34,8 @@ def set_section(
     The paper's figures are its ``model``'s, measured ones those of published ``weights``; None: OpenAI's of the model.
     """
     tasks = tasks_of(entry)
-    errors = tasks.get("zero_shot", {}).get("errors") or []
+    classes = sorted(tasks.get("segmentation", {}).get("iou") or [], key=lambda line: -(number(line[1]) or 0))
+    searched = tasks.get("linear_probe", {}).get("search") or []
     return {
         "name": name,
         "entry": entry,
@@ -50,11 +43,11 @@ def set_section(
         "metrics": _metrics(name, entry, tasks, model, weights or model),
         "facts": list(_facts(entry, tasks)),
         "few_shot": list(_few_shot(tasks.get("few_shot", {}))),
-        "search": [(f"{l2:.3g}", percent(number(s))) for l2, s in tasks.get("linear_probe", {}).get("search") or []],
+        "search": [(f"{l2:.3g}", percent(number(score))) for l2, score in searched],
         "confusions": list(_confusions(entry, tasks)),
         "thresholds": list(_thresholds(tasks)),
-        "iou": [[name, *map(percent, map(number, shares)), f"{pixels:,}"] for name, *shares, pixels in _by_iou(tasks)],
-        "errors": [_wrong_image(error, folder) for error in errors],
+        "iou": [[name, *map(percent, map(number, shares)), f"{pixels:,}"] for name, *shares, pixels in classes],
+        "errors": [_wrong_image(error, folder) for error in tasks.get("zero_shot", {}).get("errors") or []],
         "bias": [(path.replace("_", " "), _bias_value(value)) for path, value in leaves(tasks.get("bias"), " / ")],
         "skipped": {split: images for split, images in skipped_of(entry).items() if images},
     }
@@ -67,21 +60,16 @@ def _metrics(
     paper = str(entry.get("paper") or "")
     lines = [["metric", "%", "99.5 % interval", "paper", "measured", "others in the paper"]]
     for task, result in tasks.items():
-        others = peers(paper, task)
-        numbers = _no_shares(result)
-        for metric, value in (result.get("metrics") or {}).items():
-            if metric in numbers:
-                continue
-            lines.append(
-                [
-                    f"{TASKS.get(task, task)}, {metric_words(metric)}",
-                    percent(number(value)),
-                    _between(interval_of(result, metric)),
-                    _with_source(published(paper, task, model, metric)),
-                    _with_source(measured(measured_name(name, paper), task, weights, metric)),
-                    "; ".join(f"{peer} {_with_source(of[metric])}" for peer, of in others.items() if metric in of),
-                ]
+        others, numbers = peers(paper, task), _no_shares(result)
+        shares = {name: value for name, value in (result.get("metrics") or {}).items() if name not in numbers}
+        for metric, value in shares.items():
+            ours = task_words(task, metric), percent(number(value)), _between(interval_of(result, metric))
+            figures = (
+                published(paper, task, model, metric),
+                measured(measured_name(name, paper), task, weights, metric),
             )
+            of_peers = (f"{peer} {_with_source(of[metric])}" for peer, of in others.items() if metric in of)
+            lines.append([*ours, *map(_with_source, figures), "; ".join(of_peers)])
     kept = [place for place in range(6) if any(line[place] for line in lines[1:])]
     return [[line[place] for place in kept] for line in lines]
 
@@ -105,22 +93,23 @@ def _between(interval: tuple[float, float] | None) -> str:
 def _facts(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> Iterator[tuple[str, str]]:
     for split, counts in (entry.get("splits") or {}).items():
         skipped, absent = len(counts.get("skipped") or []), int(counts.get("absent") or 0)
-        also = f", {skipped:,} skipped" if skipped else ""
-        also += f", {absent:,} of its list not on disk" if absent else ""
-        yield str(split), plural(int(counts.get("images") or 0), "image") + also
+        words = [plural(int(counts.get("images") or 0), "image")]
+        words += [f"{skipped:,} skipped"] if skipped else []
+        words += [f"{absent:,} of its list not on disk"] if absent else []
+        yield str(split), ", ".join(words)
     prompts = entry.get("prompts") or {}
     if prompts:
         yield "prompts", f"{plural(int(prompts.get('texts') or 0), 'text')} of {prompts.get('classes')} classes"
         yield "prompts' SHA-256", f"{str(prompts.get('sha256') or '')[:16]}…"
-    baseline = baseline_of(tasks)
-    if baseline is not None:
-        yield "baseline", f"{percent(baseline)} %"
+    baselines = [value for task in tasks.values() if (value := number(task.get("baseline"))) is not None]
+    if baselines:
+        yield "baseline", f"{percent(baselines[0])} %"
     for name, task in tasks.items():
         for key, words in (("captions", "captions"), ("references", "reference images"), ("queries", "queries")):
             if key in task:
                 yield words, f"{task[key]:,}"
         for metric, value in _no_shares(task).items():
-            yield f"{TASKS.get(name, name)}, {metric_words(metric)}", "" if value is None else f"{value:.4g}"
+            yield task_words(name, metric), "" if value is None else f"{value:.4g}"
         if name == "linear_probe":
             yield "regularisation (l2)", f"{number(task.get('l2')) or 0:g}"
 
@@ -128,29 +117,23 @@ def _facts(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> Iterator[tupl
 def _confusions(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> Iterator[dict[str, Any]]:
     """Confused pairs of each task and, of few classes, the names and rows of the matrix."""
     names = [str(name) for name in entry.get("class_names") or []]
-    for task, title in TASKS.items():
-        found = tasks.get(task, {})
+    for task, found in tasks.items():
         pairs, matrix = (found.get("confusions") or [])[:CONFUSIONS], found.get("confusion_matrix") or []
         if all(len(row) == len(names) == len(matrix) for row in matrix) and (pairs or matrix):
-            yield {"task": title, "pairs": pairs, "names": names if matrix else [], "matrix": matrix}
+            yield {"task": TASKS.get(task, task), "pairs": pairs, "names": names if matrix else [], "matrix": matrix}
 
 
 def _thresholds(tasks: Mapping[str, Task]) -> Iterator[dict[str, Any]]:
     """Means and lines of the thresholds of each task on a set whose images have several classes."""
-    for task, title in TASKS.items():
-        found = tasks.get(task, {}).get("thresholds") or {}
-        means = [number(found.get(name)) for name in F1]
+    for task, result in tasks.items():
+        found = result.get("thresholds") or {}
         lines = [
             [str(name), str(examples), f"{number(threshold) or 0:.3g}", *map(percent, map(number, f1))]
             for name, threshold, examples, *f1 in found.get("classes") or []
         ]
         if lines:
-            yield {"task": title, "fixed": found.get("fixed"), "means": [*map(percent, means)], "classes": lines}
-
-
-def _by_iou(tasks: Mapping[str, Task]) -> list[Any]:
-    """Return the classes of a segmentation, those with the highest IoU first."""
-    return sorted(tasks.get("segmentation", {}).get("iou") or [], key=lambda line: -(number(line[1]) or 0))
+            means = [percent(number(found.get(name))) for name in F1]
+            yield {"task": TASKS.get(task, task), "fixed": found.get("fixed"), "means": means, "classes": lines}
 
 
 def _few_shot(task: Task) -> Iterator[list[str]]:
@@ -166,10 +149,9 @@ def _few_shot(task: Task) -> Iterator[list[str]]:
 
 def _wrong_image(error: Mapping[str, Any], folder: Path) -> dict[str, Any]:
     image = run_image(folder, error.get("image"))
-    nearest = error.get("nearest") or [[error.get("prediction"), error.get("probability")]]
     return {
         "image": image and thumbnail(image),
-        "nearest": [(str(name), percent(number(probability))) for name, probability in nearest],
+        "nearest": [(str(name), percent(number(probability))) for name, probability in error.get("nearest") or []],
         **{key: str(error.get(key)) for key in ("key", "truth", "prediction")},
     }
 

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,12 +20,13 @@ from lit_clip.evaluation.overview import (
     shots_of,
     tasks_of,
 )
-from lit_clip.evaluation.report.result_columns import Block, Cell, Groups, blocks
+from lit_clip.evaluation.report.result_columns import Cell, Groups, result_columns
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.text_files import no_formula
 
 Results = Mapping[str, Any]
 MEAN = "mean"  # of a group of sets
+ORDER = ("ours", "run", "recipe")  # of columns in LaTeX
 SPECIAL = {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
@@ -94,20 +96,22 @@ def lines(run: str, results: Results) -> Iterator[Line]:
 def latex(results: Results, others: Mapping[str, Results], groups: Groups) -> str:
     """Return a ``booktabs`` table for zero-shot, the linear probe and each number of shots that there are values of."""
     found = rows(results)
-    head = [
+    lines_of = [
         r"% In %, with 99.5 % intervals; +/- is the standard deviation over seeds. Needs \usepackage{booktabs}.",
         "% Bold: not below the interval of the set's best result (Radford et al. 2021, appendix A.3).",
     ]
-    return "\n".join([*head, *(line for block in blocks(found, others, groups) for line in _table(block, found)), ""])
+    told = [column for column in result_columns(found, others, groups) if column.kind in ORDER]
+    for title, of_quantity in groupby(told, key=lambda column: column.quantity):
+        columns = sorted(of_quantity, key=lambda column: ORDER.index(column.kind))
+        titles = [THIS_RUN if column.kind == "ours" else column.title for column in columns]
+        cells = {name: column.cells for name, column in zip(titles, columns, strict=True) if any(column.cells)}
+        lines_of += _table(title, cells, found)
+    return "\n".join([*lines_of, ""])
 
 
-def _table(block: Block, found: Sequence[Row]) -> list[str]:
-    columns = [(THIS_RUN, block.ours), *((run.title, run.cells) for run in (*block.runs, *block.recipes))]
-    columns = [(title, cells) for title, cells in columns if any(cells)]
-    if not columns:
-        return []
+def _table(title: str, columns: Mapping[str, Sequence[Cell | None]], found: Sequence[Row]) -> list[str]:
     body = []
-    for row, *cells in zip(found, *(cells for _, cells in columns), strict=True):
+    for row, *cells in zip(found, *columns.values(), strict=True):
         if any(cells):
             words = [escape(row.name), escape(metric_words(row.metric)), *_texts(cells)]
             body.append(" & ".join(words) + r" \\")
@@ -115,10 +119,10 @@ def _table(block: Block, found: Sequence[Row]) -> list[str]:
         "",
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{escape(block.title.capitalize())}, \%}}",
+        rf"\caption{{{escape(title.capitalize())}, \%}}",
         rf"\begin{{tabular}}{{ll{'r' * len(columns)}}}",
         r"\toprule",
-        " & ".join(["set", "metric", *(escape(title) for title, _ in columns)]) + r" \\",
+        " & ".join(["set", "metric", *map(escape, columns)]) + r" \\",
         r"\midrule",
         *body,
         r"\bottomrule",
@@ -130,14 +134,14 @@ def _table(block: Block, found: Sequence[Row]) -> list[str]:
 def _texts(cells: Sequence[Cell | None]) -> Iterator[str]:
     """Format the cells of a row, bold by the paper's rule if there are several."""
     known = [cell for cell in cells if cell]
-    best = max(known, key=lambda cell: cell.value)
-    least = best.interval[0] if best.interval else best.value
+    best = max(known, key=lambda cell: cell.value or 0)
+    least = best.interval[0] if best.interval else best.value or 0
     for cell in cells:
         if cell is None:
             yield "--"
             continue
         text = percent(cell.value)
-        if len(known) > 1 and cell.value >= least:
+        if len(known) > 1 and (cell.value or 0) >= least:
             text = rf"\textbf{{{text}}}"
         if cell.deviation is not None:
             text += rf" $\pm$ {percent(cell.deviation)}"

@@ -9,7 +9,6 @@ from PIL import Image
 
 from datamodules.evaluation import ImageNetVidRobust, YTBBRobust
 from lit_clip.evaluation.data import MissingData
-from lit_clip.evaluation.other_classes import single_classes
 from tests.helpers.coloured_sets import message_of
 from tests.helpers.videos import Colour, write_table
 
@@ -103,7 +102,6 @@ def test_ytbb_robust_keeps_good_anchors_and_similar_neighbours(tmp_path: Path) -
     assert robust.neighbours() == [(0, [2, 1]), (3, [])]  # sorted by time
     assert pickle.loads(pickle.dumps(robust)).accepted() == robust.accepted()
     assert "rev_class_idx_map.json" in message_of(robust.imagenet_classes, MissingData)
-    assert single_classes(robust) == []
     write_json(metadata / "rev_class_idx_map.json", {"2": [404, 895], "23": [436]})  # numbers with the class "none"
     labels = dict(zip(robust.class_names, robust.imagenet_classes(), strict=True))
     assert {name: own for name, own in labels.items() if own} == {"thing 2": [404, 895], "car": [436]}
