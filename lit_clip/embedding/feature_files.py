@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lit_clip.embedding.parts import Arrays, json_array, json_value
+from lit_clip.embedding.reading import UnreadableRow
 from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.reading import reading
@@ -28,6 +29,7 @@ class FeatureTable:
 
     identities: list[Identity]  # of N items
     features: np.ndarray  # float32 [N, D], of unit length
+    unreadable: Sequence[UnreadableRow] = ()  # other items, where the table is of all that could be read
 
     def arrays(self) -> Arrays:
         """Return the content of a file."""
