@@ -3,9 +3,7 @@
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +21,6 @@ from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, VisionTransformerConfig
 from lit_clip.weights.fingerprint import fingerprint
 from tests.conftest import lit_clip_command
-from tests.helpers import forks
-from tests.helpers.fork_ranks import command_of_ranks
 
 IMAGES = ["a.png", "b.jpg", "deep/c.png", "deep/d.webp", "deep/er/e.png", "f.PNG", "g.bmp"]
 
@@ -95,28 +91,6 @@ def test_parquet_metadata_identifies_the_model(folder: Path, tiny_checkpoint: Pa
     assert "float" in str(schema.field("feature").type)
 
 
-@pytest.mark.parametrize("batch_size", ["2", "64"])  # four batches for two ranks, or a single one
-def test_two_ranks_write_the_same_bytes_as_one(folder: Path, tiny_checkpoint: Path, batch_size: str) -> None:
-    output = "features.parquet" if batch_size == "2" else "features.npy"
-    options = ["photos", "--model", str(tiny_checkpoint), "--output", output, "--batch_size", batch_size]
-    embed(*options)
-    names = [output] if output.endswith("parquet") else [output, "features.keys.json"]
-    alone = [(folder / name).read_bytes() for name in names]
-    for name in names:
-        (folder / name).unlink()
-    result: subprocess.CompletedProcess[str] = lit_clip_command(
-        folder,
-        *("embed", *options, "--devices", "2", "--accelerator", "cpu", "--num_workers", "1"),
-        function=partial(command_of_ranks, 2, forks.command_with_progress),
-    )
-    assert result.returncode == 0, result.stderr
-    assert [(folder / name).read_bytes() for name in names] == alone
-    if batch_size == "2":  # a single batch is done before there is progress to tell
-        assert "process 1 of 2" in result.stderr
-    assert result.stdout == ""
-    assert not list(folder.glob(".*"))
-
-
 def test_an_image_that_one_of_two_ranks_cannot_read_is_a_one_line_error(folder: Path, tiny_checkpoint: Path) -> None:
     (folder / "photos/deep/c.png").write_text("junk")
     options = ["--model", str(tiny_checkpoint), "--output", "features.npy", "--batch_size", "2"]
@@ -149,22 +123,6 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[str]
         return keys
 
     return watch
-
-
-def test_an_interrupted_run_resumes_with_the_remaining_images(
-    folder: Path, tiny_checkpoint: Path, encoded: Callable[[int | None], list[str]]
-) -> None:
-    options = ["photos", "--model", str(tiny_checkpoint), "--batch_size", "2"]
-    embed(*options, "--output", "whole.npy")
-    encoded(2)
-    with pytest.raises(KeyboardInterrupt, match="run the same command again to resume"):
-        embed(*options, "--output", "features.npy")
-    assert not (folder / "features.npy").exists()
-    keys = encoded(None)
-    embed(*options, "--output", "features.npy")
-    assert keys == ["photos/deep/er/e.png", "photos/f.PNG", "photos/g.bmp"]
-    assert (folder / "features.npy").read_bytes() == (folder / "whole.npy").read_bytes()
-    assert not list(folder.glob(".*"))
 
 
 def test_images_changed_since_the_interruption_are_encoded_again(
