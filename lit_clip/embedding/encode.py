@@ -28,7 +28,7 @@ from lit_clip.embedding.reading import Batches, EncoderBatch, UnreadableRow
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.claims import claimed
-from lit_clip.tools.console import progress
+from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.images import OnError, or_skip
 from lit_clip.tools.shares import Share
 from lit_clip.tools.workers import loader
@@ -108,7 +108,9 @@ def work_on(
     clip = load_model(model)
     digest = fingerprint(clip).model
     with claimed_by_first(output, settings, share):
-        parts = Parts.resumed(output, f"{digest} {stamp}", settings.precision, share)
+        parts = Parts(output, f"{digest} {stamp} {settings.precision}", share)
+        if any(parts.folder.glob("*.npz")) and next(parts.read(dict), None) is None:
+            stderr().print(f"{output}: begun with another model, data, precision or version; begun again")
         metadata = {"model": model, "model_sha256": digest, "precision": settings.precision, "lit_clip": __version__}
         yield Work(clip, parts, metadata)
 

@@ -158,19 +158,6 @@ def test_a_killed_job_and_its_successor_leave_the_bytes_of_one_process(
     assert not [path for path in folder.rglob(".*") if path.name != ".lock"]
 
 
-@pytest.mark.parametrize("command", ["embed", "score"])
-def test_parts_that_were_exchanged_are_joined_to_the_bytes_of_one_process(command: str, folder: Path) -> None:
-    run_command(words(command, "whole"))
-    for share in ("1/2", "2/2"):
-        run_command(words(command, "jobs", "--share", share))
-    one, two = sorted((folder / ".jobs.parquet.parts").glob("*.npz"))
-    one.rename(folder / "other")
-    two.rename(one)
-    (folder / "other").rename(two)
-    run_command(words(command, "jobs"))
-    assert content(command, "jobs") == content(command, "whole")
-
-
 def test_a_job_that_is_never_started_again_is_made_up_for(folder: Path) -> None:
     run_command(words("score", "whole"))
     (killed, other) = forks.run([program(words("score", "jobs", "--share", f"{job}/3")) for job in (1, 2)], 60)
