@@ -77,10 +77,8 @@ def _made(description: Mapping[str, Any] | str) -> PairSource:
         raise InputError(one_line(error)) from error
 
 
-def stamp_of_data(
-    data: Sequence[str], options: Mapping[str, Any], source: PairSource, without: Sequence[Path] = ()
-) -> str:
-    """Return a cache key of data and the options they were opened with, from the times and sizes of files.
+def stamp_of_data(data: Sequence[str], without: Sequence[Path] = ()) -> str:
+    """Return a cache key of data from the names, times and sizes of files.
 
     Files of ``without`` do not count, such as the caller's own output, nor do indexes of shards: several jobs write
     them at once.
@@ -89,14 +87,11 @@ def stamp_of_data(
     stamps = []
     for name in data:
         path = Path(name).expanduser()
-        if path.is_dir():
-            files = [file for file in path.rglob("*") if file.is_file() and os.path.abspath(file) not in outputs]
-            names = {file: f"/{file.relative_to(path)}" for file in files}
-            counted = [file for file, name in names.items() if "/." not in name and not name.endswith(INDEX_SUFFIX)]
-            stamps.append(stamp_of_files(counted))
-        else:
-            stamps.append(stamp_of_files([path]) if path.is_file() else "")
-    return repr((list(data), sorted(options.items(), key=lambda item: item[0]), len(source), source.versions, stamps))
+        files = [file for file in path.rglob("*") if file.is_file() and os.path.abspath(file) not in outputs]
+        names = {file: f"/{file.relative_to(path)}" for file in files}
+        counted = [file for file, name in names.items() if "/." not in name and not name.endswith(INDEX_SUFFIX)]
+        stamps.append(stamp_of_files([path] if path.is_file() else counted))
+    return repr((list(data), stamps))
 
 
 def holds_pairs(name: str) -> bool:

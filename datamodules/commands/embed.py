@@ -4,20 +4,17 @@ import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from lit_clip import load_model
-from lit_clip.embedding.encode import claimed_by_first, encode
+from lit_clip.embedding.encode import features_of, work_on
 from lit_clip.embedding.encoding_task import (
     EncodingSettings,
-    check_complete,
     image_task,
     report_skipped,
     text_task,
 )
-from lit_clip.embedding.feature_files import FeatureTable, Identity, check_keys, check_output, collect, write_features
+from lit_clip.embedding.feature_files import Identity, check_keys, check_output, write_features
 from lit_clip.embedding.image_files import FileRows, find_images, image_file
-from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.precision import check_precision
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.console import stderr
@@ -25,13 +22,12 @@ from lit_clip.tools.hashing import stable_hash
 from lit_clip.tools.images import OnError
 from lit_clip.tools.shares import Share
 from lit_clip.tools.text_files import read_text
-from lit_clip.version import __version__
-from lit_clip.weights.fingerprint import fingerprint
-from ..open_source import holds_pairs, open_source, stamp_of_data
+from ..open_source import holds_pairs
 from ..pairs.batches import SourcePairs
 from ..pairs.columns import ColumnPairs
-from ..pairs.kept import kept_pairs
-from ..pairs.source import Classes, Columns, PairSource
+from ..pairs.findings import DataOptions
+from ..pairs.source import Classes, PairSource
+from .opened import open_data
 
 
 class _Items(NamedTuple):
@@ -46,14 +42,12 @@ class _Items(NamedTuple):
 
 
 def embed(
-    data: list[str],
+    given: DataOptions,
     *,
     model: str,
     output: str,
     texts: str | None = None,
     captions: bool = False,
-    columns: Columns = Columns(),  # noqa: B008  # immutable
-    split: str | None = None,
     classes: Classes = Classes(),  # noqa: B008  # immutable
     keep: str | list[str] | None = None,
     settings: EncodingSettings = EncodingSettings(),  # noqa: B008  # immutable
@@ -65,14 +59,13 @@ def embed(
     own. The same command resumes an interrupted run.
 
     Args:
+        given: the data.
         data: image files, and folders with everything below, whose keys are their paths as typed; or anything
             else that training takes, such as a table or shards, whose keys are those of its pairs.
         model: a checkpoint, or a name that lit_clip.load_model understands.
         output: features.parquet (columns key and feature) or features.npy (keys in features.keys.json).
         texts: instead of data, a file with one text per line; a text is its own key.
         captions: encode the captions of the data instead of the images.
-        columns: of a table.
-        split: of data that come in splits; train by default.
         classes: of a folder of classes.
         keep: a table of lit-clip inspect, overlap or score, or several; only the pairs that all keep are encoded.
         settings: how images and texts are read and encoded.
@@ -81,10 +74,10 @@ def embed(
     """
     path = Path(output)
     check_output(path)
-    require(bool(data) != bool(texts), "give either images or --texts; instead of images also a table or other data")
+    one = bool(given.data) != bool(texts)
+    require(one, "give either images or --texts; instead of images also a table or other data")
     check_precision(settings.precision, settings.accelerator)
-    options = {"columns": columns, "split": split, "classes": classes}
-    items = _items_of_texts(Path(texts)) if texts else _items_of(data, captions, options, keep, settings.on_error)
+    items = _items_of_texts(Path(texts)) if texts else _items_of(given, captions, classes, keep, settings.on_error)
     check_keys(path, [key for key, _, _ in items.identities])
     if items.images is None:
         settings = replace(settings, num_workers=0)  # tokenizing is not worth a process
@@ -93,25 +86,20 @@ def embed(
 
 def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings, share: Share) -> None:
     """Encode items and write their features; ranks but the first only encode."""
-    clip = load_model(model)
-    name = fingerprint(clip).model
-    if items.images is None:
-        task = text_task(clip, items.texts, items.identities)
-    else:
-        task = image_task(clip, items.images, items.identities)
-    with claimed_by_first(path, settings, share):
-        parts = Parts.resumed(path, f"{name} {items.content} {items.stamp}", settings.precision, share)
-        unreadable = encode(clip, task, parts, settings)
-        if unreadable is None or parts.shared():
+    with work_on(path, model, f"{items.content} {items.stamp}", settings, share) as (clip, parts, metadata):
+        if items.images is None:
+            task = text_task(clip, items.texts, items.identities)
+        else:
+            task = image_task(clip, items.images, items.identities)
+        table = features_of(clip, task, parts, settings)
+        if table is None:
             return
-        table = collect(items.identities, parts.read(FeatureTable.of))
-        check_complete(len(table.identities), len(items.identities), unreadable)
-        metadata = {"model": model, "model_sha256": name, "precision": settings.precision, "lit_clip": __version__}
         metadata |= {"content": items.content} | ({"root": str(items.root)} if items.root is not None else {})
         texts_of = dict(zip(items.identities, items.texts, strict=True)) if items.content == "caption" else {}
         captions = [texts_of[identity] for identity in table.identities] if texts_of else None
         write_features(path, [key for key, _, _ in table.identities], table.features, metadata, captions)
-        report_skipped([key for key, _, _ in items.identities], unreadable, path.with_name(f"{path.name}.skipped.txt"))
+        keys = [key for key, _, _ in items.identities]
+        report_skipped(keys, table.unreadable, path.with_name(f"{path.name}.skipped.txt"))
         parts.remove()
         stderr().print(f"{path}: {len(table.identities)} rows of {table.features.shape[1]} numbers")
         if items.content == "image":
@@ -125,26 +113,20 @@ def _items_of_texts(path: Path) -> _Items:
 
 
 def _items_of(
-    data: list[str], captions: bool, options: dict[str, Any], keep: str | list[str] | None, on_error: OnError
+    given: DataOptions, captions: bool, classes: Classes, keep: str | list[str] | None, on_error: OnError
 ) -> _Items:
     """List image files, or open a source of pairs and list its images or captions."""
-    pairs = [name for name in data if holds_pairs(name)]
-    unset = options == {"columns": Columns(), "split": None, "classes": Classes()}
+    pairs = [name for name in given.data if holds_pairs(name)]
+    unset = given == DataOptions(given.data) and classes == Classes()
     if not pairs and not captions and unset and keep is None:
-        files = find_images(data, on_error)
+        files = find_images(given.data, on_error)
         return _Items([file.identity for file in files], FileRows(files), root=Path())
-    if 0 < len(pairs) < len(data):
-        other = next(name for name in data if name not in pairs)
+    if 0 < len(pairs) < len(given.data):
+        other = next(name for name in given.data if name not in pairs)
         raise InputError(f"{other}: holds images, and {pairs[0]} pairs; embed them into separate files")
-    source = open_source(data, **options, default_split="train", option_prefix="--", on_error=on_error)
-    source.prepare()
-    if source.left_out.counts:
-        stderr().print(f"{source.left_out} left out")
-    root = source.root if isinstance(source, ColumnPairs) and isinstance(source.root, Path) else None
-    stamp = stamp_of_data(data, options, source)
-    if keep is not None:
-        source = kept_pairs(source, keep, "--keep")
-        stamp = f"{stamp} {source.digest}"
+    opened = open_data(given, on_error, classes, keep, "train")
+    source, every, stamp = opened.pairs, opened.every, opened.stamp()
+    root = every.root if isinstance(every, ColumnPairs) and isinstance(every.root, Path) else None
     if captions:
         texts = _captions_of(source, on_error)
         identities = sorted(texts)

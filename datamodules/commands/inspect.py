@@ -19,23 +19,22 @@ from lit_clip.version import __version__
 from ..inspection.copies import ValidationCopies, find_copies, find_validation_copies, scan_lines
 from ..inspection.page import SummarySection, find_duplicates, findings_section, summarize, write_inspection
 from ..inspection.scan import ScanFindings, inspect_source, scan
-from ..open_source import open_source, stamp_of_data
+from ..open_source import stamp_of_data
 from ..pairs.findings import DataOptions, write_findings
-from ..pairs.source import Columns, PairSource, SkippedRows
+from ..pairs.source import PairSource, SkippedRows
+from .opened import Opened, open_data
 
 PAPERS_CONTEXT = 77
 SHOWN = 5  # problems that the terminal shows; the page and the table beside it have more
 
 
 def inspect(
-    data: list[str],
+    given: DataOptions,
     *,
     output: str = "inspect.html",
     val: list[str] | None = None,
     model: str | None = None,
     context_length: int | None = None,
-    columns: Columns = Columns(),  # noqa: B008  # immutable
-    split: str | None = None,
     num_workers: int = 4,
     share: str | None = None,
 ) -> None:
@@ -44,7 +43,7 @@ def inspect(
     Every image is decoded. The same command resumes an interrupted run.
 
     Args:
-        data: a table, a folder of images with captions beside them, tar shards or anything else that training takes.
+        given: the data.
         output: an HTML page with figures, sample images and problems, in one file. Beside it .findings.csv has a line
             for each pair that is broken, a copy or a near copy, or has a caption that says nothing or is too long, with
             a decision: keep or drop. Edit it, and train on the rest:
@@ -53,19 +52,17 @@ def inspect(
         model: a checkpoint, or a name that lit_clip.create_model or lit_clip.load_model accepts; its tokenizer
             measures the captions. By default CLIP's.
         context_length: tokens that a model reads of a caption; by default the model's, or 77.
-        columns: of a table.
-        split: of data that come in splits.
         num_workers: number of data workers.
         share: i/n, such as 3/16: read the third sixteenth, beside other jobs; when all have ended, the same command
             without it joins their work.
     """
-    require(bool(data), "no data: name a table, a folder or shards before the options")
     page, tokenizer = page_path("output", output), _tokenizer(model, context_length)
-    source, validation = _opened(data, columns, split), _opened(val, columns, None, "validation") if val else None
-    name, table = ", ".join(data), page.with_suffix(".findings.csv")
-    reads = f"{model} {stamp_of_data([model] if model else [], {}, source)} {tokenizer.context_length}"
-    stamp = stamp_of_data(data, {"columns": columns, "split": split}, source, [page, table])
-    parts = Parts(page, f"{__version__} {reads} {stamp}", Share.typed(share))
+    opened = _opened(given)
+    source = opened.every
+    validation = _opened(DataOptions(val, given.columns), "validation").every if val else None
+    name, table = ", ".join(given.data), page.with_suffix(".findings.csv")
+    reads = f"{model} {stamp_of_data([model] if model else [])} {tokenizer.context_length}"
+    parts = Parts(page, f"{__version__} {reads} {opened.stamp(page, table)}", Share.typed(share))
     with claimed(page, table, share=parts.share):
         if share is not None:
             scan(source, tokenizer, num_workers, parts)
@@ -77,7 +74,7 @@ def inspect(
             duplicates = find_duplicates(findings)
             copies = find_copies(findings, source, num_workers)
             lines = scan_lines(source, findings, problems, copies, leaks, tokenizer)
-            counts, command = write_findings(table, lines, source, DataOptions(data, columns, split))
+            counts, command = write_findings(table, lines, source, given)
         sections = summarize(findings, source.left_out, duplicates, tokenizer.context_length) + findings_section(counts)
         replaced = " (replaces the one before)" if page.exists() else ""
         beside = (table.name, command) if counts else None
@@ -97,12 +94,10 @@ def _check_usable(name: str, findings: ScanFindings) -> None:
         raise InputError(f"{name}: none of {len(findings.images):,} pairs can be used; the first: {first}")
 
 
-def _opened(data: list[str], columns: Columns, split: str | None, default_split: str | None = None) -> PairSource:
-    options = {"split": split, "default_split": default_split, "option_prefix": "--", "on_error": "skip"}
-    source = open_source(data, columns=columns, **options)
-    source.prepare()
-    require(len(source) > 0, f"{', '.join(data)}: has no pairs")
-    return source
+def _opened(given: DataOptions, default_split: str | None = None) -> Opened:
+    opened = open_data(given, default_split=default_split)
+    require(len(opened.every) > 0, f"{', '.join(given.data)}: has no pairs")
+    return opened
 
 
 def _leaks(found: ScanFindings, validation: PairSource, tokenizer: TextTokenizer, num_workers: int) -> ValidationCopies:

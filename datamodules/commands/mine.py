@@ -6,26 +6,23 @@ from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
-from lit_clip import load_model
-from lit_clip.embedding.encode import claimed_by_first, encode
-from lit_clip.embedding.encoding_task import EncodingSettings, check_complete, image_task, text_task
-from lit_clip.embedding.feature_files import FeatureTable, Identity, check_output, collect
-from lit_clip.embedding.parts import Parts
+from lit_clip.embedding.encode import Work, features_of, work_on
+from lit_clip.embedding.encoding_task import EncodingSettings, image_task, text_task
+from lit_clip.embedding.feature_files import Identity, check_output
 from lit_clip.embedding.precision import check_precision
 from lit_clip.errors import BadSample, require
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import OnError
-from lit_clip.weights.fingerprint import fingerprint
 from ..loading.store import StoreFolder
-from ..open_source import open_source, stamp_of_data
 from ..pairs.batches import SourcePairs
 from ..pairs.columns import ColumnPairs
-from ..pairs.kept import kept_pairs
+from ..pairs.findings import DataOptions
 from ..pairs.mining import MiningWindow, hard_negatives
 from ..pairs.related_rows import caption_hash
-from ..pairs.source import Columns, PairSource
+from ..pairs.source import PairSource
+from .opened import open_data
 
 
 class _Row(NamedTuple):
@@ -37,13 +34,11 @@ class _Row(NamedTuple):
 
 
 def mine(
-    data: list[str],
+    given: DataOptions,
     *,
     model: str,
     output: str,
     window: MiningWindow = MiningWindow(),  # noqa: B008  # immutable
-    columns: Columns = Columns(),  # noqa: B008  # immutable
-    split: str | None = None,
     keep: str | list[str] | None = None,
     settings: EncodingSettings = EncodingSettings(),  # noqa: B008  # immutable
 ) -> None:
@@ -54,30 +49,22 @@ def mine(
     resumes an interrupted run.
 
     Args:
+        given: the data.
         data: a table, a folder of images with captions beside them, or anything else whose images are files.
         model: a checkpoint, or a name that lit_clip.load_model understands.
         output: negatives.jsonl.
         window: which of the nearest captions are hard negatives.
-        columns: of a table.
-        split: of data that come in splits; train by default.
         keep: a table of lit-clip inspect, overlap or score, or several; only the pairs that all keep are read and
             written.
         settings: how images and captions are read and encoded.
     """
     path = Path(output)
     check_output(path, [".jsonl"])
-    require(bool(data), "no data: name a table or a folder before the options")
     check_precision(settings.precision, settings.accelerator)
-    options = {"columns": columns, "split": split}
-    source = open_source(data, **options, default_split="train", option_prefix="--", on_error=settings.on_error)
-    source.prepare()
-    root, stamp = _root(source, data), stamp_of_data(data, options, source, [path])
-    if keep is not None:
-        source = kept_pairs(source, keep, "--keep")
-        stamp = f"{stamp} {source.digest}"
-    rows = _rows(source, settings.on_error)
-    with claimed_by_first(path, settings):
-        found = _mined(source, rows, model, path, stamp, settings, window)
+    opened = open_data(given, settings.on_error, keep=keep, default_split="train")
+    root, rows = _root(opened.every, given.data), _rows(opened.pairs, settings.on_error)
+    with work_on(path, model, opened.stamp(path), settings) as work:
+        found = _mined(opened.pairs, rows, work, settings, window)
         if found is not None:
             _write(path, rows, found)
             _tell(path, rows, found, root)
@@ -107,29 +94,24 @@ def _rows(source: PairSource, on_error: OnError) -> dict[int, _Row]:
 def _mined(
     source: PairSource,
     rows: dict[int, _Row],
-    model: str,
-    path: Path,
-    stamp: str,
+    work: Work,
     settings: EncodingSettings,
     window: MiningWindow,
 ) -> dict[str, list[str]] | None:
     """Return the hard negatives of each image that can be read, by its key; None on other ranks than the first."""
-    clip = load_model(model)
+    clip, parts = work.model, work.parts
     texts = {caption_hash(caption): caption for row in rows.values() for caption in row.captions}
     first: dict[str, int] = {}  # row of each image
     for number, row in rows.items():
         first.setdefault(row.key, number)
     images: list[Identity] = [(key, 0, 0) for key in first]
     captions: list[Identity] = [(text, 0, 1) for text in texts.values()]  # no image has that time
-    parts = Parts.resumed(path, f"{fingerprint(clip).model} {stamp}", settings.precision)
     task = image_task(clip, SourcePairs(source, list(first.values())), images)
-    unreadable = encode(clip, task, parts, settings, title="encoding images")
-    encoded = encode(clip, text_task(clip, list(texts.values()), captions), parts, settings, title="encoding captions")
-    if unreadable is None or encoded is None:
+    image_table = features_of(clip, task, parts, settings, title="encoding images")
+    task = text_task(clip, list(texts.values()), captions)
+    text_table = features_of(clip, task, parts, settings, title="encoding captions")
+    if image_table is None or text_table is None:
         return None
-    image_table, text_table = (collect(each, parts.read(FeatureTable.of)) for each in (images, captions))
-    check_complete(len(image_table.identities), len(images), unreadable)
-    check_complete(len(text_table.identities), len(captions), [], "captions")
     keys = [key for key, _, _ in image_table.identities]
     own, other = _true_captions(rows, {hashed: number for number, hashed in enumerate(texts)})
     mined = hard_negatives(

@@ -22,13 +22,13 @@ from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.html import plural
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
-from ..open_source import open_source, stamp_of_data
 from ..overlap.findings import By, SetFindings, findings_of, leaked_rows
 from ..overlap.page import percent, points, write_overlap
 from ..overlap.search import LEAST_KEPT, NearestFound, Queries, joined, search
 from ..overlap.sets import EvaluationSet, check_prompts, open_sets, read_thresholds, recognised
 from ..pairs.findings import Counts, DataOptions, write_findings
 from ..pairs.source import Columns, PairSource
+from .opened import open_data
 
 LISTED_BAD = 20
 OUTPUTS = (".findings.csv", ".html", ".json")
@@ -80,27 +80,22 @@ def overlap(
     opened = open_sets(evaluation, suite or [], sets, Path(data_root), templates)
     thresholds = read_thresholds(threshold, list(opened))
     check_prompts(opened)
-    options = {"columns": columns, "split": split}
-    source = _opened(train, options)
+    require(bool(train), "--train: name a table, a folder or shards")
+    data = DataOptions(train, columns, split)
+    opened_data = open_data(data)
+    source = opened_data.every
     outputs = [path.with_suffix(suffix) for suffix in OUTPUTS]
     with claimed(*outputs):
         clip = load_model(model).to(best_device())
         described = {"name": model, "fingerprint": fingerprint(clip).model, "precision": precision}
-        stamp = stamp_of_data(train, options, source, outputs)
+        stamp = opened_data.stamp(*outputs)
         cache, settings = path.with_name(f".{path.stem}.found"), [described["fingerprint"], precision, stamp]
         least = min(LEAST_KEPT, *thresholds.values())
         queries, found = _searched(clip, opened, source, cache, settings, (batch_size, num_workers, precision, least))
         findings = _judged(clip, opened, queries, found, thresholds, by, precision)
         leaks = leaked_rows(found, list(queries.values()), findings, by, source)
-        written = write_findings(outputs[0], leaks, source, DataOptions(train, columns, split))
+        written = write_findings(outputs[0], leaks, source, data)
         _write(path, _report(findings, found, len(source), described, train, by), findings, source, *written)
-
-
-def _opened(train: list[str], options: Mapping[str, Any]) -> PairSource:
-    require(bool(train), "--train: name a table, a folder or shards")
-    source = open_source(train, **options, option_prefix="--", on_error="skip")
-    source.prepare()
-    return source
 
 
 def _output(output: str) -> Path:

@@ -8,10 +8,11 @@ from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import OnError
 from lit_clip.tools.shares import Share
-from ..open_source import open_source
-from ..pairs.kept import kept_pairs
+from ..pairs.findings import DataOptions
+from ..pairs.kept import digest_of_kept
 from ..pairs.source import COLUMNS, Columns, PairSource
 from ..shards.writing import MANIFEST, ShardWriter, Written, keep_manifest, manifest_of, write_shards
+from .opened import open_data
 
 
 def shard(
@@ -52,13 +53,12 @@ def shard(
         require(unused, f"--columns.{name}: shards hold captions and groups alone; train on the table itself")
     folder = Path(output)
     require(not folder.exists() or folder.is_dir(), f"{folder}: is a file; give a folder")
-    source = open_source(data, columns=columns, split=split, option_prefix="--", on_error=on_error)
-    source.prepare()
-    require(len(source) > 0, f"{data}: has no pairs")
+    opened = open_data(DataOptions([data], columns, split), on_error, keep=keep)
+    source = opened.pairs
+    require(len(opened.every) > 0, f"{data}: has no pairs")
     options = {f"{name}_column": getattr(columns, name) for name in COLUMNS} | {"root": columns.root, "split": split}
     if keep is not None:
-        source = kept_pairs(source, keep, "--keep")
-        options["keep"] = source.digest
+        options["keep"] = digest_of_kept(source)
     writer = ShardWriter(source, folder, shard_size, on_error, resize, Share.typed(share))
     make_folder(folder, "--output")
     with claimed(folder, share=writer.share):
@@ -74,7 +74,6 @@ def _report(source: PairSource, folder: Path, shards: int, counts: Written) -> N
     if not counts.pairs:
         raise InputError(f"{folder}: none of {counts.skipped} pairs could be read; see {folder}/*.skipped.jsonl")
     note = f", {counts.skipped} skipped ({folder}/*.skipped.jsonl)" if counts.skipped else ""
-    left_out = f", left out: {source.left_out}" if str(source.left_out) else ""
     before, after = (f"{number / 1e6:,.1f}" for number in (counts.bytes_before, counts.bytes_after))
     resized = f", {counts.resized} images resized now, from {before} to {after} MB" if counts.resized else ""
-    stderr().print(f"{folder}: {counts.pairs} pairs in {shards} shards{resized}{note}{left_out}")
+    stderr().print(f"{folder}: {counts.pairs} pairs in {shards} shards{resized}{note}")

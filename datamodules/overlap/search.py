@@ -160,9 +160,8 @@ class NearestFound:
         """Write an ``.npz`` file, whole or not at all."""
         values = {name: getattr(self, name) for name in ("names", "look_names", "done", "reasons", "bad")}
         nearest = {name: column.cpu().numpy() for name, column in self.nearest._asdict().items()}
-        leaks = np.concatenate([np.zeros(0, LEAK), *self.leaks])
-        columns = {f"leak_{name}": np.ascontiguousarray(leaks[name]) for name in LEAK.names or ()}
-        save_arrays(path, "", {**nearest, **columns, "look_rows": self.look_rows, "values": json_array(values)})
+        arrays = {"leaks": np.concatenate([np.zeros(0, LEAK), *self.leaks]), "look_rows": self.look_rows}
+        save_arrays(path, "", {**nearest, **arrays, "values": json_array(values)})
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "NearestFound | None":
@@ -171,10 +170,7 @@ class NearestFound:
         def make(found: Arrays) -> NearestFound:
             values = json_value(found["values"])
             nearest = NearestImages(*(torch.from_numpy(found[name]).to(device) for name in NearestImages._fields))
-            leaks = np.zeros(len(found["leak_row"]), LEAK)
-            for name in LEAK.names or ():
-                leaks[name] = found[f"leak_{name}"]
-            counted = values | {"reasons": Counter(values["reasons"]), "leaks": [leaks]}
+            counted = values | {"reasons": Counter(values["reasons"]), "leaks": [found["leaks"]]}
             return cls(nearest, look_rows=found["look_rows"], **counted)
 
         return load_arrays(path, "", make)

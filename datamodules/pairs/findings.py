@@ -6,10 +6,10 @@ import itertools
 import shlex
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import ClassVar
 
 from lit_clip.embedding.pair_scores import pair_hash
 from lit_clip.secrets import without_secrets
@@ -58,12 +58,20 @@ class Finding:
         self.decision = DROP if DROP in (decision, self.decision) else KEEP
 
 
-class DataOptions(NamedTuple):
-    """What told a command its data, to tell ``fit`` the same."""
+@dataclass(frozen=True)
+class DataOptions:
+    """The training data of a command.
 
-    data: Sequence[str]
-    columns: Columns
-    split: str | None
+    Args:
+        data: a table, a folder of images with captions beside them, tar shards or anything else that training takes.
+        columns: of a table.
+        split: of data that come in splits; embed, mine and score take train by default.
+    """
+
+    flat: ClassVar[bool] = True  # its options are typed without its name
+    data: list[str]
+    columns: Columns = Columns()  # noqa: RUF009  # immutable
+    split: str | None = None
 
 
 def write_findings(
@@ -86,7 +94,7 @@ def write_findings(
             counts.update((finding, line.decision) for finding in line.finding.split("; "))
         file.flush()
         _keep_earlier(path, draft)
-    return counts, _command(path, source, *options)
+    return counts, _command(path, source, options)
 
 
 def _keep_earlier(path: Path, draft: Path) -> None:
@@ -97,11 +105,12 @@ def _keep_earlier(path: Path, draft: Path) -> None:
         stderr().print(f"{path}: the table that was there differs; it is now {kept}")
 
 
-def _command(path: Path, source: PairSource, data: Sequence[str], columns: Columns, split: str | None) -> str:
-    train = data[0] if len(data) == 1 else f"[{','.join(data)}]"
+def _command(path: Path, source: PairSource, options: DataOptions) -> str:
+    train = options.data[0] if len(options.data) == 1 else f"[{','.join(options.data)}]"
     words = ["lit-clip", "fit", "--data.train", train, "--data.keep", str(path)]
     for name in (*COLUMNS, "root"):
-        words += [f"--data.columns.{name}", getattr(columns, name)] if getattr(columns, name) is not None else []
-    words += ["--data.splits.train", split] if split is not None else []
+        column = getattr(options.columns, name)
+        words += [f"--data.columns.{name}", column] if column is not None else []
+    words += ["--data.splits.train", options.split] if options.split is not None else []
     unusable = source.left_out.counts.keys() - {NO_CAPTION}
     return shlex.join([*words, *(("--data.bad_samples.on_error", "skip") if unusable else ())])

@@ -52,8 +52,11 @@ def command_parser(name: str, function: Callable[..., None]) -> OptionParser:
     documentation = docstring_parser.parse(function.__doc__ or "")
     groups = _groups(function)
     sources: list[Any] = [function, *groups.values()]
+    described = [*(each for kind in groups.values() for each in reversed(kind.__mro__)), function]  # the last one wins
     helps = {
-        each.arg_name: each.description for source in sources for each in docstring_parser.parse(source.__doc__).params
+        each.arg_name: each.description
+        for source in described
+        for each in docstring_parser.parse(source.__doc__ or "").params
     }
     parser = OptionParser(
         prog=f"lit-clip {name}",

@@ -18,9 +18,9 @@ from lit_clip.commands.class_examples import ExampleFiles, read_examples
 from lit_clip.commands.class_heads import LABEL_NEXT, Learned, Learning, learn, write_label_next
 from lit_clip.commands.class_output import NONE, Output, RankedClass, ranked, write_classes
 from lit_clip.commands.class_truth import NO_TRUTH, Judge, folder_names, folder_truth
-from lit_clip.embedding.encoding_task import EncodingSettings, check_complete, report_skipped
+from lit_clip.embedding.encoding_task import Encoding, EncodingSettings, check_complete, report_skipped
 from lit_clip.embedding.image_files import FileRows, find_images
-from lit_clip.embedding.precision import Precision, autocast, check_precision
+from lit_clip.embedding.precision import autocast, check_precision
 from lit_clip.embedding.reading import (
     UnreadableRow,
     check_finite,
@@ -37,30 +37,8 @@ from lit_clip.models.clip import CLIP
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import from_totals, progress, stderr
 from lit_clip.tools.hardware import best_device
-from lit_clip.tools.images import OnError, or_skip
+from lit_clip.tools.images import or_skip
 from lit_clip.tools.text_files import read_text
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How images are read and encoded.
-
-    Args:
-        batch_size: images encoded at once.
-        num_workers: processes that decode images.
-        precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
-        on_error: error ends the run at an image that cannot be read; skip reports it.
-    """
-
-    flat: ClassVar[bool] = True  # its options are typed without its name
-    batch_size: int = 64
-    num_workers: int = 4
-    precision: Precision = "32-true"
-    on_error: OnError = "error"
-
-    def settings(self) -> EncodingSettings:
-        """Return them as those of stored features."""
-        return EncodingSettings(self.batch_size, self.num_workers, precision=self.precision, on_error=self.on_error)
 
 
 class Scored(NamedTuple):
@@ -173,7 +151,7 @@ def _classifier(
     by_name = Classifier.of(model, names, prompts, encoding)
     if examples is None or by_name.weights is None:
         return by_name, None
-    learned = learn(model, examples, prompts, by_name.weights, learning.none_error, encoding.settings())
+    learned = learn(model, examples, prompts, by_name.weights, learning.none_error, EncodingSettings(**vars(encoding)))
     if learning.save_head:
         save_head(learned.head, learning.save_head)
     return Classifier(model, None, encoding, learned.head), learned

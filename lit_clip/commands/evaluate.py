@@ -61,8 +61,7 @@ class Encoding:
         if workers is None:
             processes = self.devices if self.devices > 0 else torch.accelerator.device_count()  # -1: all
             workers = workers_for_images(max(1, processes))
-        rest = (self.devices, self.accelerator, self.precision, self.on_error)
-        return EncodingSettings(self.batch_size, workers, *rest)
+        return EncodingSettings(**{**vars(self), "num_workers": workers})
 
 
 @dataclass(frozen=True)

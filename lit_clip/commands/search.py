@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_clip import load_model
 from lit_clip.approximate import ApproximateIndex, open_index
 from lit_clip.approximate.approximate_index import SUFFIX
-from lit_clip.embedding.encoding_task import EncodingSettings
+from lit_clip.embedding.encoding_task import Encoding, EncodingSettings
 from lit_clip.embedding.feature_files import WRITE_AGAIN, StoredFeatures, read_features
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.embedding.index import INDEX, combined_query, nearest, update_index
@@ -29,7 +29,7 @@ from lit_clip.models.heat_maps import place_cosines
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console, Text, progress, stderr
 from lit_clip.tools.html import page_path, thumbnail, write_page
-from lit_clip.tools.images import OnError, open_image
+from lit_clip.tools.images import open_image
 from lit_clip.weights.fingerprint import fingerprint
 
 TEMPLATE = Path(__file__).parent / "templates" / "search.html"
@@ -66,10 +66,7 @@ def search(
     top_k: int = 10,
     sheet: str = "search.html",
     index: str | None = None,
-    batch_size: int = 64,
-    num_workers: int = 4,
-    precision: Precision = "32-true",
-    on_error: OnError = "error",
+    encoding: Encoding = Encoding(),  # noqa: B008  # immutable
 ) -> None:
     """Find the images of a folder that best match a query.
 
@@ -89,24 +86,20 @@ def search(
         sheet: an HTML page with thumbnails of the images found, in one file, which replaces an earlier search's.
         index: the index, a .npz file; by default .lit-clip-index.npz in the folder, or one in the cache folder if the
             folder cannot be written to.
-        batch_size: images encoded at once.
-        num_workers: processes that decode images.
-        precision: of the image encoder for the index; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
-            Queries are always in float32.
-        on_error: error ends the run at an image that cannot be read; skip lists it in a file beside the index.
+        encoding: how images are read and encoded; queries are always encoded in float32.
     """
     _check_queries(queries, image or [], text_weight)  # before the model, which may have to be downloaded
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
     require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
-    check_precision(precision)
+    check_precision(encoding.precision)
     page, path = page_path("sheet", sheet), Path(images)
-    stored = _holds_features(path, index, precision)
-    files = [] if stored else images_in(path, on_error)
+    stored = _holds_features(path, index, encoding.precision)
+    files = [] if stored else images_in(path, encoding.on_error)
     with claimed(page, option="--sheet"):
         clip = load_model(model)
         # before the folder: an unreadable query ends the command
         titles, vectors = _titled_queries(clip, queries, image or [], text_weight)
-        settings = EncodingSettings(batch_size, num_workers, precision=precision, on_error=on_error)
+        settings = EncodingSettings(**vars(encoding))  # on one device
         searched = _stored(path, clip) if stored else search_in(clip, path, files, index, settings)
         found = zip(*(part.tolist() for part in searched.nearest(vectors, top_k)), strict=True)
         hits = [list(zip(rows, scores, strict=True)) for scores, rows in found]

@@ -9,8 +9,9 @@ import signal
 import time
 from collections.abc import Container, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
@@ -20,14 +21,14 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lit_clip import distributed
-from lit_clip.embedding.encoding_task import EncodingSettings, EncodingTask, Finished, remaining
-from lit_clip.embedding.feature_files import FeatureTable, Identity
+from lit_clip.embedding.encoding_task import EncodingSettings, EncodingTask, Finished, check_complete, remaining
+from lit_clip.embedding.feature_files import FeatureTable, Identity, collect
 from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.reading import Batches, EncoderBatch, UnreadableRow
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.claims import claimed
-from lit_clip.tools.console import progress
+from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.images import OnError, or_skip
 from lit_clip.tools.shares import Share
 from lit_clip.tools.workers import loader
@@ -35,6 +36,9 @@ from lit_clip.training.kept_memory import keep_freed_memory
 from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
 from lit_clip.training.lightning.resume_checks import evaluate_as_given
 from lit_clip.training.lightning.signals import replace_signals
+from lit_clip.version import __version__
+from lit_clip.weights.fingerprint import fingerprint
+from lit_clip.weights.load import load_model
 
 SECONDS_BETWEEN_PARTS = 10  # of work that a killed run can lose
 
@@ -61,6 +65,54 @@ def encode(
         parts.share,
     )
     return compute(model, task, batches, parts, settings, title)
+
+
+def features_of(
+    model: CLIP,
+    task: EncodingTask,
+    parts: Parts,
+    settings: EncodingSettings,
+    known: FeatureTable | None = None,
+    title: str = "encoding",
+) -> FeatureTable | None:
+    """Return the features of a task's items, encoded unless they are in ``parts`` or ``known``.
+
+    All ranks call this. The first one alone gets the table, without the items that could not be read, and not for a
+    share of the work: the parts are kept then.
+    """
+    unreadable = encode(model, task, parts, settings, set(known.identities) if known else (), title)
+    if unreadable is None or parts.shared():
+        return None
+    table = collect(task.identities, [*([known] if known else []), *parts.read(FeatureTable.of)])
+    check_complete(len(table.identities), len(task.identities), unreadable)
+    return replace(table, unreadable=unreadable)
+
+
+class Work(NamedTuple):
+    """A model, the finished parts of an output, and what the output says of its making."""
+
+    model: CLIP
+    parts: Parts
+    metadata: dict[str, str]
+
+
+@contextmanager
+def work_on(
+    output: Path,
+    model: str,
+    stamp: str,
+    settings: EncodingSettings,
+    share: Share = Share(),  # noqa: B008
+) -> Iterator[Work]:
+    """Load a model, start the other processes and hold the output; ``stamp`` changes with the data."""
+    clip = load_model(model)
+    digest = fingerprint(clip).model
+    with claimed_by_first(output, settings, share):
+        parts = Parts(output, f"{digest} {stamp} {settings.precision}", share)
+        if any(parts.folder.glob("*.npz")) and next(parts.read(dict), None) is None:
+            stderr().print(f"{output}: begun with another model, data, precision or version; begun again")
+        metadata = {"model": model, "model_sha256": digest, "precision": settings.precision, "lit_clip": __version__}
+        yield Work(clip, parts, metadata)
 
 
 def compute(

@@ -39,14 +39,12 @@ Finished = list[tuple[EncoderBatch, np.ndarray]]  # batches without their inputs
 
 
 @dataclass(frozen=True)
-class EncodingSettings:
-    """How features are computed; only ``batch_size`` and ``precision`` affect the result, by rounding.
+class Encoding:
+    """How images and texts are read and encoded; only ``batch_size`` and ``precision`` affect the result, by rounding.
 
     Args:
-        batch_size: images, and then captions, that each process encodes at once.
-        num_workers: processes that decode images, for each process.
-        devices: number of processes on each machine, one per device.
-        accelerator: cpu, gpu, mps, ...
+        batch_size: images, or texts, that a process encodes at once.
+        num_workers: processes that decode images.
         precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
         on_error: error ends the run at an image that cannot be read; skip leaves it out and lists it.
     """
@@ -54,10 +52,25 @@ class EncodingSettings:
     flat: ClassVar[bool] = True  # its options are typed without its name
     batch_size: int = 64
     num_workers: int = 4
-    devices: int = 1
-    accelerator: str = "auto"
     precision: Precision = "32-true"
     on_error: OnError = "error"
+
+    def __post_init__(self) -> None:
+        require(self.batch_size >= 1, f"--batch_size {self.batch_size} must be at least 1")
+        require(self.num_workers >= 0, f"--num_workers {self.num_workers} must be at least 0")
+
+
+@dataclass(frozen=True)
+class EncodingSettings(Encoding):
+    """How features are computed on any number of devices.
+
+    Args:
+        devices: number of processes on each machine, one per device.
+        accelerator: cpu, gpu, mps, ...
+    """
+
+    devices: int = 1
+    accelerator: str = "auto"
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from lit_clip.embedding.parts import Arrays, json_array, json_value
+from lit_clip.embedding.reading import UnreadableRow
 from lit_clip.errors import InputError, require
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.reading import reading
@@ -28,18 +29,18 @@ class FeatureTable:
 
     identities: list[Identity]  # of N items
     features: np.ndarray  # float32 [N, D], of unit length
+    unreadable: Sequence[UnreadableRow] = ()  # other items, where the table is of all that could be read
 
     def arrays(self) -> Arrays:
         """Return the content of a file."""
-        keys, sizes, modified = zip(*self.identities, strict=True) if self.identities else ((), (), ())
-        numbers = {"sizes": np.array(sizes, dtype=np.int64), "modified": np.array(modified, dtype=np.int64)}
-        return {"keys": json_array(keys), **numbers, "features": self.features}
+        return {"identities": json_array(self.identities), "features": self.features}
 
     @classmethod
     def of(cls, arrays: Arrays) -> "FeatureTable":
         """Return the table of :meth:`arrays`."""
-        numbers = arrays["sizes"].tolist(), arrays["modified"].tolist()
-        return cls(list(zip(json_value(arrays["keys"]), *numbers, strict=True)), arrays["features"])
+        return cls(
+            [(key, size, modified) for key, size, modified in json_value(arrays["identities"])], arrays["features"]
+        )
 
 
 def collect(identities: Sequence[Identity], tables: Iterable[FeatureTable]) -> FeatureTable:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lit_clip.distributed import gather_objects, rank_and_world
-from lit_clip.embedding.encoding_task import EncodingSettings, check_complete, image_task, report_skipped
-from lit_clip.embedding.feature_files import FeatureTable, Identity, collect
+from lit_clip.embedding.encoding_task import EncodingSettings, image_task, report_skipped
+from lit_clip.embedding.feature_files import FeatureTable, Identity
 from lit_clip.embedding.image_files import FileRows, ImageFile
 from lit_clip.embedding.parts import DIGEST, Parts, load_arrays, save_arrays
 from lit_clip.embedding.reading import features_of_both_kinds, image_features
@@ -85,19 +85,18 @@ def _updated(
     missing = [file for file in files if file.identity not in known]
     changed = sum(file.key in keys for file in missing)
     gone = len(keys - {file.key for file in files})
-    from lit_clip.embedding.encode import encode  # imports Lightning, which takes seconds
+    from lit_clip.embedding.encode import features_of  # imports Lightning, which takes seconds
 
     note = f"index: {len(files) - len(missing)} images unchanged, {len(missing) - changed} new"
     stderr().print(f"{note}, {changed} changed, {gone} gone")
     kind = features_of_both_kinds if both_kinds else image_features
     task = image_task(model, FileRows(files), [file.identity for file in files], kind)
     parts = Parts(path, name)
-    unreadable = encode(model, task, parts, settings, known)
-    assert unreadable is not None  # one process
-    table = collect(task.identities, [*([old] if old else []), *parts.read(FeatureTable.of)])
-    check_complete(len(table.identities), len(files), unreadable)
+    table = features_of(model, task, parts, settings, old)
+    assert table is not None  # one process
     save_arrays(path, name, table.arrays())
-    report_skipped([file.key for file in files], unreadable, path.with_name(f"{path.name}.skipped.txt"))
+    keys_of_files = [file.key for file in files]
+    report_skipped(keys_of_files, table.unreadable, path.with_name(f"{path.name}.skipped.txt"))
     parts.remove()
     return table
 

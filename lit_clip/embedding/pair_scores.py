@@ -144,18 +144,14 @@ class PairTask(EncodingTask):
 
 def score_pairs(model: CLIP, pairs: PairRows, parts: Parts, settings: EncodingSettings) -> list[UnreadableRow] | None:
     """Write into ``parts`` the scores of all rows that are not there; see :func:`lit_clip.embedding.encode.compute`."""
-    done = scored_rows(parts, len(pairs))
-    batches = remaining(len(pairs), settings.batch_size, done.__getitem__, parts.share)
-    return compute(model, pair_task(model, pairs, settings), batches, parts, settings, "scoring")
-
-
-def pair_task(model: CLIP, pairs: PairRows, settings: EncodingSettings) -> PairTask:
-    """Cosine similarities of pairs."""
 
     def read(batches: Batches, stop: Path | None) -> PairBatches:
         return PairBatches(pairs, batches, model, stop)
 
-    return PairTask((), read, image_features(model), must_be_finite=settings.on_error == "error", model=model)
+    done = scored_rows(parts, len(pairs))
+    batches = remaining(len(pairs), settings.batch_size, done.__getitem__, parts.share)
+    task = PairTask((), read, image_features(model), must_be_finite=settings.on_error == "error", model=model)
+    return compute(model, task, batches, parts, settings, "scoring")
 
 
 def _tables(parts: Parts, *names: str) -> Iterator[pa.Table]:

@@ -6,12 +6,11 @@ import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import numpy as np
 
-from lit_clip.embedding.precision import Precision
-from lit_clip.errors import InputError, require
+from lit_clip.errors import InputError
 from lit_clip.tools.atomic import not_written, replacing
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import hex_digest
@@ -68,34 +67,6 @@ class Parts:
         self.output, self.settings, self.share = output, settings, share
         self.folder = output.with_name(f".{output.name.lstrip('.')}.parts")
 
-    @classmethod
-    def resumed(cls, output: Path, settings: str, precision: Precision, share: Share = Share()) -> "Parts":  # noqa: B008
-        """Return the parts of an output; parts of an earlier run in another precision are refused.
-
-        ``settings`` are those but the precision.
-        """
-        parts = cls(output, f"{settings} {precision}", share)
-        begun = parts._begun()
-        for other in get_args(Precision):
-            require(
-                other == precision or f"{settings} {other}" not in begun,
-                f"--precision {precision}: the unfinished {output} was begun in {other}; give that, or remove "
-                f"{parts.folder}",
-            )
-        if begun - {parts.settings}:
-            stderr().print(f"{output}: parts of another model, other data or another version are made again")
-        return parts
-
-    def _begun(self) -> set[str]:
-        """Return the settings of each part; empty for a file that cannot be read."""
-        found: set[str] = set()
-        for path in self.folder.glob("[!.]*.*"):
-            settings = ""
-            with suppress(InputError), reading(path, "part"), np.load(path, allow_pickle=False) as file:
-                settings = str(file[SETTINGS]).rpartition(" ")[0]
-            found.add(settings)
-        return found
-
     @property
     def stop(self) -> Path:
         """File whose existence tells every rank that one of them met an image that ends the run."""
@@ -110,15 +81,14 @@ class Parts:
             raise not_written(self.folder, error) from error
 
     def add(self, arrays: Arrays, first: int) -> None:
-        """Write a part, of which ``first`` is the first row; a part under another's name counts as damaged."""
+        """Write a part, of which ``first`` is the first row."""
         self.folder.mkdir(exist_ok=True)  # another run with the same output may have removed it
-        name = f"{first:012}-{uuid.uuid4().hex}.npz"
-        save_arrays(self.folder / name, f"{self.settings} {name}", arrays)
+        save_arrays(self.folder / f"{first:012}-{uuid.uuid4().hex}.npz", self.settings, arrays)
 
     def read(self, make: Callable[[dict[str, np.ndarray]], T]) -> Iterator[T]:
         """Yield what is made of each whole part, one at a time, by their first row."""
         for path in sorted(self.folder.glob("*.npz")):
-            part = load_arrays(path, f"{self.settings} {path.name}", make)
+            part = load_arrays(path, self.settings, make)
             if part is not None:
                 yield part
 

@@ -13,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from lit_clip.embedding.feature_files import FeatureTable, read_features, write_features
-from lit_clip.embedding.parts import Parts, load_arrays, save_arrays
+from lit_clip.embedding.parts import load_arrays, save_arrays
 from lit_clip.errors import InputError
 
 N, D = 9, 4
@@ -64,10 +64,9 @@ def pipe(path: Path) -> None:
         changed(features=lambda rows: 3 * rows),
         changed(features=lambda rows: rows[:, :2]),
         changed(features=lambda rows: rows.astype(np.float64)),
-        changed(keys=lambda keys: encoded(json.loads(keys.tobytes())[::-1])),
-        changed(keys=lambda _: encoded(list(range(N)))),
-        changed(modified=lambda times: times + 1),
-        changed(sizes=lambda sizes: sizes[0]),
+        changed(identities=lambda array: encoded(json.loads(array.tobytes())[::-1])),
+        changed(identities=lambda _: encoded(list(range(N)))),
+        changed(identities=lambda _: encoded([(key, size, time + 1) for key, size, time in IDENTITIES])),
         lambda path: path.write_bytes(b""),
         lambda path: path.write_bytes(path.read_bytes()[:-30]),
         pipe,
@@ -176,19 +175,3 @@ def test_features_of_another_program_without_a_digest_are_read(tmp_path: Path) -
     (tmp_path / "a.keys.json").write_text(json.dumps({"keys": names, "model": "m"}))
     found = read_features(tmp_path / "a.npy")
     assert (found.keys, found.metadata) == (names, {"model": "m"})
-
-
-def test_a_part_under_another_ones_name_is_made_again(tmp_path: Path) -> None:
-    """Parts are read by the number of their first row, which their names have."""
-    parts = Parts(tmp_path / "f.npy", "a model")
-    parts.start()
-    for first in (0, 5):
-        parts.add({"rows": np.arange(first, first + 5)}, first)
-    one, two = sorted(parts.folder.iterdir())
-    assert [part["rows"].tolist() for part in parts.read(dict)] == [[0, 1, 2, 3, 4], [5, 6, 7, 8, 9]]
-    one.rename(tmp_path / "other")
-    two.rename(one)
-    (tmp_path / "other").rename(two)
-    assert list(parts.read(dict)) == []
-    parts.add({"rows": np.arange(5)}, 0)
-    assert [part["rows"].tolist() for part in parts.read(dict)] == [[0, 1, 2, 3, 4]]

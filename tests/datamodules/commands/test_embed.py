@@ -3,9 +3,7 @@
 import json
 import os
 import shutil
-import subprocess
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,8 +21,6 @@ from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, VisionTransformerConfig
 from lit_clip.weights.fingerprint import fingerprint
 from tests.conftest import lit_clip_command
-from tests.helpers import forks
-from tests.helpers.fork_ranks import command_of_ranks
 
 IMAGES = ["a.png", "b.jpg", "deep/c.png", "deep/d.webp", "deep/er/e.png", "f.PNG", "g.bmp"]
 
@@ -95,28 +91,6 @@ def test_parquet_metadata_identifies_the_model(folder: Path, tiny_checkpoint: Pa
     assert "float" in str(schema.field("feature").type)
 
 
-@pytest.mark.parametrize("batch_size", ["2", "64"])  # four batches for two ranks, or a single one
-def test_two_ranks_write_the_same_bytes_as_one(folder: Path, tiny_checkpoint: Path, batch_size: str) -> None:
-    output = "features.parquet" if batch_size == "2" else "features.npy"
-    options = ["photos", "--model", str(tiny_checkpoint), "--output", output, "--batch_size", batch_size]
-    embed(*options)
-    names = [output] if output.endswith("parquet") else [output, "features.keys.json"]
-    alone = [(folder / name).read_bytes() for name in names]
-    for name in names:
-        (folder / name).unlink()
-    result: subprocess.CompletedProcess[str] = lit_clip_command(
-        folder,
-        *("embed", *options, "--devices", "2", "--accelerator", "cpu", "--num_workers", "1"),
-        function=partial(command_of_ranks, 2, forks.command_with_progress),
-    )
-    assert result.returncode == 0, result.stderr
-    assert [(folder / name).read_bytes() for name in names] == alone
-    if batch_size == "2":  # a single batch is done before there is progress to tell
-        assert "process 1 of 2" in result.stderr
-    assert result.stdout == ""
-    assert not list(folder.glob(".*"))
-
-
 def test_an_image_that_one_of_two_ranks_cannot_read_is_a_one_line_error(folder: Path, tiny_checkpoint: Path) -> None:
     (folder / "photos/deep/c.png").write_text("junk")
     options = ["--model", str(tiny_checkpoint), "--output", "features.npy", "--batch_size", "2"]
@@ -151,22 +125,6 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[str]
     return watch
 
 
-def test_an_interrupted_run_resumes_with_the_remaining_images(
-    folder: Path, tiny_checkpoint: Path, encoded: Callable[[int | None], list[str]]
-) -> None:
-    options = ["photos", "--model", str(tiny_checkpoint), "--batch_size", "2"]
-    embed(*options, "--output", "whole.npy")
-    encoded(2)
-    with pytest.raises(KeyboardInterrupt, match="run the same command again to resume"):
-        embed(*options, "--output", "features.npy")
-    assert not (folder / "features.npy").exists()
-    keys = encoded(None)
-    embed(*options, "--output", "features.npy")
-    assert keys == ["photos/deep/er/e.png", "photos/f.PNG", "photos/g.bmp"]
-    assert (folder / "features.npy").read_bytes() == (folder / "whole.npy").read_bytes()
-    assert not list(folder.glob(".*"))
-
-
 def test_images_changed_since_the_interruption_are_encoded_again(
     folder: Path, tiny_checkpoint: Path, encoded: Callable[[int | None], list[str]]
 ) -> None:
@@ -184,22 +142,30 @@ def test_images_changed_since_the_interruption_are_encoded_again(
     assert np.abs(features - one_by_one(tiny_checkpoint, written)).max() < 1e-5
 
 
-def test_another_model_does_not_resume_from_the_first_models_features(
-    folder: Path, tiny_checkpoint: Path, tiny_config: CLIPConfig, encoded: Callable[[int | None], list[str]]
+@pytest.mark.parametrize("other", [["--model", "other.ckpt"], ["--precision", "bf16-mixed"]])
+def test_another_model_or_precision_does_not_resume_from_the_features_of_the_first(
+    folder: Path,
+    tiny_checkpoint: Path,
+    tiny_config: CLIPConfig,
+    encoded: Callable[[int | None], list[str]],
+    capsys: pytest.CaptureFixture[str],
+    other: list[str],
 ) -> None:
     from lightning.pytorch import Trainer
 
-    encoded(2)
-    with pytest.raises(KeyboardInterrupt):
-        embed("photos", "--model", str(tiny_checkpoint), "--batch_size", "2", "--output", "features.npy")
     trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
     trainer.strategy.connect(LitCLIP(tiny_config))
     trainer.save_checkpoint(folder / "other.ckpt", weights_only=True)
+    options = ["photos", "--model", str(tiny_checkpoint), "--batch_size", "2"]
+    embed(*options, *other, "--output", "whole.npy")
+    encoded(2)
+    with pytest.raises(KeyboardInterrupt):
+        embed(*options, "--output", "features.npy")
     keys = encoded(None)
-    embed("photos", "--model", "other.ckpt", "--output", "features.npy")
+    embed(*options, *other, "--output", "features.npy")
     assert len(keys) == len(IMAGES)
-    written, features = read("features.npy")
-    assert np.abs(features - one_by_one(folder / "other.ckpt", written)).max() < 1e-5
+    assert "another model, data, precision" in capsys.readouterr().err
+    assert (folder / "features.npy").read_bytes() == (folder / "whole.npy").read_bytes()
 
 
 def cosines(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
@@ -226,24 +192,6 @@ def test_features_in_bfloat16_are_float32_unit_vectors_near_the_exact_ones(
     assert (distances > 1e-9).all()  # float32 would be at 1e-14, rounding apart
     assert distances.max() < 1e-2
     assert json.loads(Path("half.keys.json").read_text())["precision"] == "bf16-mixed"
-
-
-def test_an_interrupted_run_is_not_resumed_in_another_precision(
-    folder: Path, tiny_checkpoint: Path, encoded: Callable[[int | None], list[str]]
-) -> None:
-    options = ["photos", "--model", str(tiny_checkpoint), "--batch_size", "2", "--output", "features.npy"]
-    half = [*options, "--precision", "bf16-mixed"]
-    encoded(2)
-    with pytest.raises(KeyboardInterrupt):
-        embed(*half)
-    keys = encoded(None)
-    with pytest.raises(InputError, match="--precision 32-true: the unfinished features.npy was begun in bf16-mixed"):
-        embed(*options)
-    assert keys == []
-    embed(*half)
-    assert keys == ["photos/deep/er/e.png", "photos/f.PNG", "photos/g.bmp"]
-    embed(*options)  # nothing is unfinished now
-    assert len(keys) == 3 + len(IMAGES)
 
 
 def test_an_unknown_precision_is_one_line_that_lists_the_choices() -> None:

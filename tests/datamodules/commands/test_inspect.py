@@ -21,6 +21,7 @@ from PIL import Image
 
 from datamodules.commands.inspect import inspect
 from datamodules.open_source import open_source
+from datamodules.pairs.findings import DataOptions
 from datamodules.pairs.kept import kept_pairs
 from lit_clip.cli.main import main
 from lit_clip.cli.subcommands import run_command
@@ -326,12 +327,12 @@ def test_an_unknown_column_is_asked_for_by_option(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"data": []}, "no data"),
+        ({"given": DataOptions([])}, "no data"),
         ({"context_length": 1}, "context_length"),
         ({"output": "nowhere/inspect.html"}, "no such folder"),
         ({"output": "pairs.csv"}, "must be a .html file"),
         ({"model": "ViT-B-99"}, "ViT-B-99"),
-        ({"data": ["nothing.csv"]}, "nothing.csv"),
+        ({}, "nothing.csv"),
     ],
 )
 def test_impossible_options_are_refused_before_anything_is_read(
@@ -339,5 +340,5 @@ def test_impossible_options_are_refused_before_anything_is_read(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match=message):
-        inspect(**{"data": ["nothing.csv"], **options})  # pyright: ignore[reportArgumentType]  # wrong on purpose
+        inspect(**{"given": DataOptions(["nothing.csv"]), **options})  # pyright: ignore[reportArgumentType]  # wrong on purpose
     assert list(tmp_path.iterdir()) == []

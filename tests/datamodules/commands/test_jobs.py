@@ -1,4 +1,4 @@
-"""Several jobs, each with a ``--share``, leave what one process writes, byte for byte, also when one was killed."""
+"""Several processes, jobs with a ``--share`` and resumed runs leave what one process writes, byte for byte."""
 
 import csv
 import os
@@ -10,12 +10,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from torch import Tensor
 
 from lit_clip.cli.subcommands import run_command
 from lit_clip.embedding.encode import Encoder
+from lit_clip.embedding.reading import EncoderBatch
 from lit_clip.errors import InputError
 from lit_clip.tools.shares import Share
+from tests.conftest import lit_clip_command
 from tests.helpers import forks
+from tests.helpers.fork_ranks import command_of_ranks
 
 MODEL = "--batch_size 2 --num_workers 0 --accelerator cpu --model"
 COMMANDS = {
@@ -23,6 +27,12 @@ COMMANDS = {
     "score": f"score captions.csv {MODEL} tiny.ckpt --output {{}}.parquet --fraction 0.5 --on_error skip",
     "inspect": "inspect captions.csv --num_workers 0 --output {}.html",
     "shard": "shard captions.csv {} --shard_size 2 --workers 0 --on_error skip",
+}
+ENCODING = {
+    "embed": COMMANDS["embed"],
+    "captions": f"embed captions.csv --captions {MODEL} tiny.ckpt --output {{}}.npy",
+    "score": COMMANDS["score"],
+    "mine": f"mine captions.csv {MODEL} tiny.ckpt --output {{}}.jsonl",
 }
 BROKEN = 5  # a row; not of the data that embed reads, whose skipped images have a file of their own
 
@@ -68,7 +78,7 @@ def folder(tmp_path: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatc
 
 
 def words(command: str, output: str, *more: str) -> list[str]:
-    return [*shlex.split(COMMANDS[command].format(output)), *more]
+    return [*shlex.split({**COMMANDS, **ENCODING}[command].format(output)), *more]
 
 
 def content(command: str, output: str) -> dict[str, bytes]:
@@ -84,6 +94,46 @@ def content(command: str, output: str) -> dict[str, bytes]:
 
 def program(command: list[str], function: str = "killed.py", **environment: str) -> forks.Program:
     return forks.Program(forks.script, [function, *command], Path.cwd(), {**os.environ, **environment})
+
+
+@pytest.mark.parametrize("command", ENCODING)
+def test_an_interrupted_run_resumes_with_what_is_not_encoded(
+    command: str, folder: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_command(words(command, "whole"))
+    every, plain = list(encoded), Encoder.predict_step
+    encoded.clear()
+
+    def stopped(self: Encoder, batch: EncoderBatch, batch_idx: int) -> Tensor:
+        if len(encoded) == 4:
+            raise KeyboardInterrupt
+        return plain(self, batch, batch_idx)
+
+    monkeypatch.setattr(Encoder, "predict_step", stopped)
+    with pytest.raises(KeyboardInterrupt, match="run the same command again to resume"):
+        run_command(words(command, "jobs"))
+    assert not content(command, "jobs")
+    monkeypatch.setattr(Encoder, "predict_step", plain)
+    run_command(words(command, "jobs"))
+    assert encoded == every
+    assert content(command, "jobs") == content(command, "whole")
+    assert not [path for path in folder.rglob(".*") if path.name != ".lock"]
+
+
+@pytest.mark.parametrize(
+    ("command", "batch_size"),
+    [("embed", 2), ("captions", 64), *(pytest.param(name, 2, marks=pytest.mark.slow) for name in ("score", "mine"))],
+)  # several batches for two ranks, or a single one
+def test_two_ranks_leave_the_bytes_of_one(command: str, batch_size: int, folder: Path) -> None:
+    more = ["--batch_size", str(batch_size)]
+    run_command(words(command, "whole", *more))
+    two = words(command, "jobs", *more, "--devices", "2", "--num_workers", "1")
+    result = lit_clip_command(folder, *two, function=partial(command_of_ranks, 2, forks.command_with_progress))
+    assert result.returncode == 0, result.stderr
+    assert batch_size == 64 or "process 1 of 2" in result.stderr  # a single batch is done before there is progress
+    assert result.stdout == ""
+    assert content(command, "jobs") == content(command, "whole")
+    assert not [path for path in folder.rglob(".*") if path.name != ".lock"]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -108,19 +158,6 @@ def test_a_killed_job_and_its_successor_leave_the_bytes_of_one_process(
     assert not [path for path in folder.rglob(".*") if path.name != ".lock"]
 
 
-@pytest.mark.parametrize("command", ["embed", "score"])
-def test_parts_that_were_exchanged_are_joined_to_the_bytes_of_one_process(command: str, folder: Path) -> None:
-    run_command(words(command, "whole"))
-    for share in ("1/2", "2/2"):
-        run_command(words(command, "jobs", "--share", share))
-    one, two = sorted((folder / ".jobs.parquet.parts").glob("*.npz"))
-    one.rename(folder / "other")
-    two.rename(one)
-    (folder / "other").rename(two)
-    run_command(words(command, "jobs"))
-    assert content(command, "jobs") == content(command, "whole")
-
-
 def test_a_job_that_is_never_started_again_is_made_up_for(folder: Path) -> None:
     run_command(words("score", "whole"))
     (killed, other) = forks.run([program(words("score", "jobs", "--share", f"{job}/3")) for job in (1, 2)], 60)
@@ -134,7 +171,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows that are encoded from here on."""
     step, rows = Encoder.predict_step, []
 
-    def predict_step(self: Encoder, batch, batch_idx: int):
+    def predict_step(self: Encoder, batch: EncoderBatch, batch_idx: int) -> Tensor:
         rows.extend(batch.rows)
         return step(self, batch, batch_idx)
 

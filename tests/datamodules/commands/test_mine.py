@@ -1,7 +1,6 @@
 """``lit-clip mine`` writes the hard negatives of a plain loop, which training reads, on one and two ranks."""
 
 import json
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,7 @@ from datamodules.commands.shard import shard
 from datamodules.open_source import open_source
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding.encode import Encoder
 from lit_clip.errors import InputError
-from tests.conftest import lit_clip_command
-from tests.helpers import forks
-from tests.helpers.fork_ranks import command_of_ranks
 
 ROWS = [
     ("0.png", ["a red kite", "a kite over the beach"], ""),
@@ -112,27 +107,6 @@ def test_a_margin_may_leave_an_image_without_any_and_says_so(
     assert len(open_source("negatives.jsonl", columns=Columns(negative="negative"))) == len(ROWS)
 
 
-def test_an_interrupted_run_resumes_with_what_is_not_encoded(
-    folder: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = ["pairs.jsonl", "--model", tiny_checkpoint, "--batch_size", 2]
-    mine(*options, "--output", "whole.jsonl")
-    step, steps = Encoder.predict_step, []
-
-    def failing(self: Encoder, batch: Any, batch_idx: int) -> torch.Tensor:
-        steps.append(len(batch.rows))
-        if len(steps) == 5:  # images are three batches
-            raise OSError("full")
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(Encoder, "predict_step", failing)
-    with pytest.raises(OSError, match="full"):
-        mine(*options, "--output", "negatives.jsonl")
-    mine(*options, "--output", "negatives.jsonl")
-    assert len(steps) == 5 + 3  # of captions the second and all after it
-    assert Path("negatives.jsonl").read_bytes() == Path("whole.jsonl").read_bytes()
-
-
 def test_unreadable_images_are_errors_or_left_out(folder: Path, tiny_checkpoint: Path) -> None:
     (folder / "3.png").write_text("junk")
     options = ["pairs.jsonl", "--model", tiny_checkpoint, "--output", "negatives.jsonl"]
@@ -148,16 +122,3 @@ def test_images_without_a_file_are_refused(folder: Path, tiny_checkpoint: Path) 
         mine("shards", "--model", tiny_checkpoint, "--output", "negatives.jsonl")
     with pytest.raises(InputError, match=r"^--output negatives.csv: must be a .jsonl file"):
         mine("pairs.jsonl", "--model", tiny_checkpoint, "--output", "negatives.csv")
-
-
-@pytest.mark.slow
-def test_two_ranks_write_the_bytes_of_one(folder: Path, tiny_checkpoint: Path) -> None:
-    options = ["pairs.jsonl", "--model", str(tiny_checkpoint), "--batch_size", "2", "--num_negatives", "2"]
-    mine(*options, "--output", "one.jsonl")
-    options += ["--output", "two.jsonl", "--devices", "2", "--accelerator", "cpu", "--num_workers", "1"]
-    result = lit_clip_command(
-        folder, "mine", *options, function=partial(command_of_ranks, 2, forks.command_with_progress)
-    )
-    assert result.returncode == 0, result.stderr
-    assert "process 1 of 2" in result.stderr
-    assert Path("two.jsonl").read_bytes() == Path("one.jsonl").read_bytes()

@@ -2,8 +2,6 @@
 
 import csv
 import json
-import os
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -26,9 +24,6 @@ from lit_clip.embedding.reading import EncoderBatch
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.weights.fingerprint import fingerprint
-from tests.conftest import lit_clip_command
-from tests.helpers import forks
-from tests.helpers.fork_ranks import command_of_ranks
 
 CAPTIONS = [
     ["a red kite over the beach"],
@@ -148,41 +143,6 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return rows
 
 
-KILLED = """
-import os, signal, sys
-from lit_clip.cli.main import main
-from lit_clip.embedding import encode
-from lit_clip.embedding.encode import Encoder
-
-step, encode.SECONDS_BETWEEN_PARTS = Encoder.predict_step, 0
-
-def predict_step(self, batch, batch_idx):
-    if batch_idx == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, batch, batch_idx)
-
-Encoder.predict_step = predict_step
-main()
-"""
-
-
-def test_a_killed_run_resumes_with_the_remaining_rows_and_writes_the_same_table(
-    folder: Path, tiny_checkpoint: Path, encoded: list[int]
-) -> None:
-    options = ["several.jsonl", "--model", str(tiny_checkpoint), "--batch_size", "2", "--fraction", "0.5"]
-    score(*options, "--output", "whole.parquet")
-    encoded.clear()
-    (folder / "killed.py").write_text(KILLED)
-    words = ["killed.py", "score", *options, "--output", "scores.parquet", "--accelerator", "cpu", "--num_workers", "0"]
-    (done,) = forks.run([forks.Program(forks.script, words, folder, dict(os.environ))], 60)
-    assert done.returncode == -9
-    assert not (folder / "scores.parquet").exists()
-    score(*options, "--output", "scores.parquet")
-    assert encoded == [4, 5, 6]
-    assert Path("scores.parquet").read_bytes() == Path("whole.parquet").read_bytes()
-    assert not list(folder.glob(".*"))
-
-
 def test_a_damaged_part_is_scored_again(folder: Path, tiny_checkpoint: Path, encoded: list[int]) -> None:
     options = ["captions.csv", "--model", tiny_checkpoint, "--batch_size", "2"]
     with pytest.raises(InputError, match="none of 7 pairs is kept"):  # after all were scored
@@ -195,19 +155,6 @@ def test_a_damaged_part_is_scored_again(folder: Path, tiny_checkpoint: Path, enc
     score(*options, "--output", "scores.parquet")
     assert encoded == list(range(7))
     assert np.abs(read()["score"] - one_by_one(tiny_checkpoint, read()["key"], read()["caption"])).max() < 1e-6
-
-
-@pytest.mark.slow
-def test_two_ranks_write_the_bytes_of_one(folder: Path, tiny_checkpoint: Path) -> None:
-    options = ["several.jsonl", "--model", str(tiny_checkpoint), "--batch_size", "2", "--fraction", "0.4"]
-    score(*options, "--output", "one.parquet")
-    options += ["--output", "two.parquet", "--devices", "2", "--accelerator", "cpu", "--num_workers", "1"]
-    result = lit_clip_command(
-        folder, "score", *options, function=partial(command_of_ranks, 2, forks.command_with_progress)
-    )
-    assert result.returncode == 0, result.stderr
-    assert "process 1 of 2" in result.stderr
-    assert Path("two.parquet").read_bytes() == Path("one.parquet").read_bytes()
 
 
 def test_filters_are_counted_and_named_in_the_table(

@@ -21,6 +21,7 @@ from datamodules.commands.inspect import inspect
 from datamodules.commands.shard import shard
 from datamodules.loading.bad_samples import BadSamples
 from datamodules.open_source import open_source
+from datamodules.pairs.findings import DataOptions
 from lit_clip.distributed import RankCounts
 from lit_clip.errors import BadSample, InputError
 from lit_clip.losses import Loss, WholeBatch
@@ -240,11 +241,12 @@ def test_commands_take_a_class_path_in_braces(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     own = f"{{class_path: {__name__}.Shapes, init_args: {{rows: 9}}}}"
-    inspect([own], num_workers=0)
+    inspect(DataOptions([own]), num_workers=0)
     assert "9" in capsys.readouterr().out
     assert (tmp_path / "inspect.html").exists()
     nothing = own.replace("9", "0")
-    for command in (lambda: inspect([nothing], num_workers=0), lambda: shard(nothing, "nothing", workers=1)):
+    empty = DataOptions([nothing])
+    for command in (lambda: inspect(empty, num_workers=0), lambda: shard(nothing, "nothing", workers=1)):
         with pytest.raises(InputError, match="has no pairs"):
             command()
     shard(own, "shards", workers=1)

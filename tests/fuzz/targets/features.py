@@ -112,12 +112,12 @@ def whole_feature_index() -> bytes:
 def _odd_arrays(changes: list[Edit], scale: float) -> Input:
     with np.load(io.BytesIO(whole_feature_index())) as file:
         arrays = {name: file[name] for name in file.files}
-    tree: dict[str, Any] = {name: array.tolist() for name, array in arrays.items() if name != "keys"}
-    tree["keys"] = json.loads(arrays["keys"].tobytes())
+    tree: dict[str, Any] = {name: array.tolist() for name, array in arrays.items() if name != "identities"}
+    tree["identities"] = json.loads(arrays["identities"].tobytes())
     tree = edited(tree, changes)
     for name, value in tree.items() if isinstance(tree, dict) else ():
         try:
-            made = np.frombuffer(json.dumps(value).encode(), np.uint8) if name == "keys" else np.array(value)
+            made = np.frombuffer(json.dumps(value).encode(), np.uint8) if name == "identities" else np.array(value)
         except (ValueError, OverflowError):
             continue
         if made.dtype != object:

@@ -1,0 +1,43 @@
+"""The training data of a command, opened."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from lit_clip.errors import require
+from lit_clip.tools.console import stderr
+from lit_clip.tools.images import OnError
+from ..open_source import open_source, stamp_of_data
+from ..pairs.findings import DataOptions
+from ..pairs.kept import digest_of_kept, kept_pairs
+from ..pairs.source import Classes, PairSource
+
+
+class Opened(NamedTuple):
+    """Training data, as they are and as tables of decisions leave them."""
+
+    options: tuple[DataOptions, Classes]
+    every: PairSource
+    pairs: PairSource  # without what a table of ``--keep`` drops
+
+    def stamp(self, *outputs: Path) -> str:
+        """Return a cache key of the pairs; the command's own outputs do not change it."""
+        files = stamp_of_data(self.options[0].data, outputs)
+        return repr((self.options, len(self.every), self.every.versions, files, digest_of_kept(self.pairs)))
+
+
+def open_data(
+    options: DataOptions,
+    on_error: OnError = "skip",
+    classes: Classes = Classes(),  # noqa: B008  # immutable
+    keep: str | Sequence[str] | None = None,
+    default_split: str | None = None,
+) -> Opened:
+    """Open and prepare training data, and say what is left out."""
+    require(bool(options.data), "no data: name a table, a folder or shards before the options")
+    fields = {"columns": options.columns, "split": options.split, "classes": classes, "on_error": on_error}
+    every = open_source(options.data, **fields, default_split=default_split, option_prefix="--")
+    every.prepare()
+    if every.left_out.counts:
+        stderr().print(f"{every.left_out} left out")
+    return Opened((options, classes), every, every if keep is None else kept_pairs(every, keep, "--keep"))
