@@ -17,6 +17,7 @@ from typing import Any
 from lit_clip.errors import InputError, listed, require
 from lit_clip.evaluation.data import MissingData
 from lit_clip.tools.reading import reading
+from lit_clip.tools.untrusted import convert
 
 AGAIN = "get it again"
 LONGEST_NUMBER = 18  # digits
@@ -71,11 +72,15 @@ def read_words(path: Path, columns: int) -> list[list[str]]:
     return rows
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
+def read_json(path: Path, kind: Any = Any) -> Any:
+    """Read a JSON file, whose values are converted to a type by msgspec."""
     text = read_text(path)
     with reading(path, "JSON file", hint=AGAIN):
-        return json.loads(text)
+        values = json.loads(text)
+    try:
+        return convert(values, kind)
+    except InputError as error:
+        raise InputError(f"{path}: {error}; {AGAIN}") from error
 
 
 def read_json_lines(path: Path) -> list[tuple[str, Any]]:

@@ -188,17 +188,6 @@ def _timms(name: str) -> str:
     return read_text(Path(package.origin).parent / "data/_info" / name)
 
 
-def ImageNetV2(root: str) -> ImageFiles:
-    """ImageNetV2: 10 new images of each class, in folders named 0 to 999 by label.
-
-    A loader that sorts folder names as text (0, 1, 10, 100, ...) would label nearly every image wrongly.
-    """
-    wanted = [str(label) for label in range(1000)]
-    if wrong := sorted(set(subfolders(Path(root))) ^ set(wanted)):
-        raise InputError(f"{root}: its folders are not 0 to 999 ({len(wrong)} differ: {', '.join(wrong[:3])})")
-    return ImageFiles(Path(root), *in_class_folders(Path(root), wanted), imagenet_class_names())
-
-
 class ImageNetFolders(ImageFiles, SomeOfImageNet):
     """Images of some of ImageNet's classes, in folders named by WordNet id, scored among those classes only.
 
