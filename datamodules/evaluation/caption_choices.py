@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -13,8 +12,6 @@ from PIL import Image
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import CaptionChoices, Choice
-from lit_clip.tools.hashing import hash64, stamp_of_files
-from lit_clip.tools.images import open_image
 from lit_clip.tools.reading import reading
 from .annotation_files import (
     AGAIN,
@@ -46,7 +43,7 @@ class _ChoiceFiles(UnlabelledFiles, CaptionChoices):
             self._choices.append(choice._replace(images=rows))
         require(bool(self._choices), f"{where}: no questions in it; {AGAIN}")
         super().__init__(root, list(row_of), [where])
-        refuse_no_folder(self.file(0).parent)
+        refuse_no_folder(self.files[0].parent)
 
     def choices(self) -> list[Choice]:
         return list(self._choices)
@@ -87,19 +84,21 @@ class AROVisualGenome(_ChoiceFiles):
 
     def __init__(self, root: str, subset: Literal["relation", "attribution"]) -> None:
         path = find(Path(root), (f"visual_genome_{subset}.json",), f"visual_genome_{subset}.json")
-        self._regions: dict[str, tuple[str, tuple[float, ...]]] = {}
         rows = _rows(path)
         groups = [self._group(row, subset, where) for where, row in rows]
         counts, symmetric = Counter(groups), set(read_lines(SYMMETRIC))
         questions = []
+        regions: dict[str, tuple[str, tuple[float, ...]]] = {}
         for (where, row), group in zip(rows, groups, strict=True):
             file, region = text_of(row, "image_path", where), _region(row, where)
             name = f"{file} {','.join(map(str, region))}"
-            self._regions[name] = (file, region)
+            regions[name] = (file, region)
             captions = (text_of(row, "true_caption", where), text_of(row, "false_caption", where))
             counted = group not in symmetric if subset == "relation" else counts[group] >= FEWEST
             questions.append(([name], Choice((), captions, group=group if counted else "")))
         super().__init__(Path(root) / "images", questions, path)
+        self._keys, self._regions = list(regions), [region for _, region in regions.values()]
+        self.files = [self.root / file for file, _ in regions.values()]
 
     @staticmethod
     def _group(row: Any, subset: str, where: str) -> str:
@@ -110,15 +109,11 @@ class AROVisualGenome(_ChoiceFiles):
             raise InputError(f"{where}: attributes must be a list of two; {AGAIN}")
         return "_".join(map(str, attributes))
 
-    def file(self, index: int) -> Path:
-        return self.root / self._regions[self.names[index]][0]
+    def image(self, index: int) -> Image.Image:
+        return super().image(index).convert("RGB").crop(self._regions[index])  # pyright: ignore[reportArgumentType]  # a tuple of 4
 
-    def images(self, index: int) -> list[Image.Image]:
-        return [open_image(self.file(index)).convert("RGB").crop(self._regions[self.names[index]][1])]  # pyright: ignore[reportArgumentType]  # a tuple of 4
-
-    def stamp(self) -> str:  # each file once
-        files = stamp_of_files(path for path in self.image_paths() if os.path.isfile(path))
-        return f"{files}-{hash64(repr(self.names)).hex()}"
+    def key(self, index: int) -> str:
+        return self._keys[index]
 
 
 def _region(row: Any, where: str) -> tuple[float, ...]:

@@ -8,9 +8,10 @@ from xml.etree import ElementTree
 import torch
 from torch import Tensor
 
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import MultiLabel
 from lit_clip.tools.reading import reading
+from lit_clip.tools.untrusted import entries
 from ..loading.bad_samples import is_unicode
 from .annotation_files import (
     AGAIN,
@@ -37,6 +38,7 @@ VOC_CLASSES = [
     *("motorbike", "person", "sheep", "sofa", "diningtable", "pottedplant", "train", "tvmonitor"),
 ]
 COUNTS = (10, 3, 4, 5, 6, 7, 8, 9)  # labels follow the paper's prompts: "10" sorts before "3"
+SCENES = entries({"scenes": list[entries({"image_filename": str, "objects": list}, total=True)]}, total=True)
 DISTANCES = ["a car on the left or right side", "a car nearby", "a car in the distance", "no car"]
 VEHICLES = {"Car", "Van", "Truck"}
 
@@ -175,11 +177,8 @@ def CLEVRCounts(root: str, split: TrainTest = "test", train: int = 2_000, test: 
     folder = Path(root) / "clevr" / "CLEVR_v1.0"
     part, wanted = ("train", train) if split == "train" else ("val", test)
     path = folder / "scenes" / f"CLEVR_{part}_scenes.json"
-    scenes = read_json(path)
-    with reading(path, "file of CLEVR's scenes", hint=AGAIN):
-        counts = {scene["image_filename"]: len(scene["objects"]) for scene in scenes["scenes"]}
-    if not all(isinstance(name, str) and is_unicode(name) for name in counts):
-        raise InputError(f"{path}: the name of an image is not text; get it again")
+    counts = {scene["image_filename"]: len(scene["objects"]) for scene in read_json(path, SCENES)["scenes"]}
+    require(all(map(is_unicode, counts)), f"{path}: the name of an image is not text; {AGAIN}")
     if len(counts) < wanted:
         raise InputError(f"{path}: {len(counts)} scenes, not {wanted}; get it again")
     names = sorted(by_hash(list(counts), seed)[:wanted])

@@ -199,7 +199,7 @@ HOSTILE: dict[str, tuple[Callable[[str], Any], dict[str, Any], str]] = {
     "CLEVR of lists": (
         sets.CLEVRCounts,
         {SCENES: json.dumps({"scenes": [{"image_filename": [], "objects": []}]})},
-        "scenes.json: not a readable file of CLEVR's scenes",
+        "scenes.json: .*image_filename: .* must be a text",
     ),
     "KITTI counting backwards": (
         sets.KITTI,
