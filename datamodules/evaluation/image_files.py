@@ -49,7 +49,7 @@ class UnlabelledFiles(ImageSet):
 
     def __init__(self, root: Path, files: Sequence[str | Path], annotations: Sequence[Path] = ()) -> None:
         self.root, self.annotation_paths = root, annotations
-        self.files = [root / file for file in files]
+        self.files = [file if isinstance(file, Path) else root / file for file in files]
 
     def __len__(self) -> int:
         return len(self.files)
