@@ -14,7 +14,7 @@ from .imagenet import ImageNet, ImageNetFolders, ObjectNet
 from .labelled_table import LabelledTable, LocatedImages
 from .languages import XTD10, BabelImageNet, Crossmodal3600, TranslatedImageNet
 from .masked_files import MaskedFiles
-from .non_torchvision_sets import IIIT5K, Birdsnap, Digits, HatefulMemes, SVHNNumbers
+from .non_torchvision_sets import IIIT5K, Birdsnap, Digits, SVHNNumbers
 from .retrieval_sets import COCO, CaptionedPairs, Flickr30k
 from .rules import (
     DTD,
@@ -28,6 +28,7 @@ from .rules import (
     EuroSAT,
     FGVCAircraft,
     Food101,
+    HatefulMemes,
     ImageNetV2,
     OxfordPets,
     RenderedSST2,

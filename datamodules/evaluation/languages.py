@@ -11,9 +11,9 @@ from PIL import Image
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import LabelledImages, PartOf
 from lit_clip.tools.hashing import hex_digest
-from lit_clip.tools.reading import naming, reading
-from lit_clip.tools.untrusted import convert
-from .annotation_files import AGAIN, find, read_json, read_json_lines, read_text, text_of
+from lit_clip.tools.reading import naming
+from lit_clip.tools.untrusted import convert, entries
+from .annotation_files import AGAIN, find, read_json, read_json_lines, read_text
 from .image_files import CaptionedFiles, KnownLabels
 from .imagenet import ImageNet, ImageNetSplit
 
@@ -46,11 +46,10 @@ def Crossmodal3600(root: str, language: str) -> CaptionedFiles:
     ``root`` has ``captions.jsonl`` and ``images``; the language is a code such as ``de``.
     """
     path, names, captions = find(Path(root), ("captions.jsonl",), "captions.jsonl"), [], []
-    for where, row in read_json_lines(path):
-        names.append(f"images/{text_of(row, 'image/key', where)}.jpg")
-        with reading(path, f"file of captions in {language!r}", hint="choose one of its languages"):
-            first = row[language]["caption"][0]
-        captions.append([text_of({"caption": first}, "caption", where)])
+    kind = entries({"image/key": str, language: entries({"caption": TEXTS}, total=True)}, total=True)
+    for row in read_json_lines(path, kind):
+        names.append(f"images/{row['image/key']}.jpg")
+        captions.append([row[language]["caption"][0]])
     require(bool(names), f"{path}: no images in it; {AGAIN}")
     find(Path(root), ("images",), "images")
     return CaptionedFiles(Path(root), names, captions, [path])

@@ -1,4 +1,4 @@
-"""Sets that torchvision lacks: Birdsnap, Hateful Memes, digits, SVHN's house numbers, IIIT5K."""
+"""Sets that torchvision lacks: Birdsnap, digits, SVHN's house numbers, IIIT5K."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +25,6 @@ from .image_files import (
     TrainTest,
     labels_of,
 )
-from .labelled_table import read_labels, resolve_labels
 
 DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TRAINING_DIGITS = 1000
@@ -56,19 +55,6 @@ def Birdsnap(root: str, split: TrainTest = "test") -> ImageFiles:
             files.append((images / path).relative_to(folder).as_posix())
             labels.append(label_of[species])
     return ImageFiles(folder, files, labels, [name.replace("_", " ") for name in folders], lists)
-
-
-def HatefulMemes(root: str, split: Literal["train", "dev"] = "dev") -> ImageFiles:
-    """The Hateful Memes Challenge: images with text, hateful or not; the paper tests on ``dev``.
-
-    ``root`` has ``img``, ``train.jsonl`` and ``dev_seen.jsonl`` (in the first release ``dev.jsonl``, the same rows).
-    """
-    names = ["train.jsonl"] if split == "train" else ["dev_seen.jsonl", "dev.jsonl"]
-    path = find(Path(root), names, f"list of the {split} split")
-    rows = read_labels(path, "img", "label")
-    class_names = ["not hateful", "hateful"]
-    labels, _ = resolve_labels(path, rows, class_names)
-    return ImageFiles(Path(root), [image for _, image, _ in rows], labels, class_names, [path])
 
 
 class Digits(KnownLabels):

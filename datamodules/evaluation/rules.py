@@ -18,7 +18,8 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.tools.reading import naming
 from lit_clip.tools.text_files import read_yaml
-from .annotation_files import AGAIN, find, find_folder, read_json, read_table, read_text
+from lit_clip.tools.untrusted import entries
+from .annotation_files import AGAIN, find, find_folder, read_json, read_json_lines, read_table, read_text
 from .image_files import ListedImages, by_hash, images_in, labels_of, subfolders
 
 Listing = dict[str, list[str]]  # the images of each class
@@ -96,6 +97,9 @@ def _rows(rule: Rule, path: Path) -> list[tuple[str, str]]:
         return [(image, each) for each in sorted(lists) for image in lists[each]]
     if rule.columns:
         delimiter, file, label = rule.columns
+        if path.suffix == ".jsonl":
+            kind = entries({file: str, label: int}, total=True)
+            return [(row[file], str(row[label])) for row in read_json_lines(path, kind)]
         return [(row[file], row[label]) for row in read_table(path, {file: [file], label: [label]}, delimiter)]
     rows = [(match["file"], match["class"]) for match in _matches(rule.line, path)]
     first = dict(reversed(rows))
@@ -189,6 +193,7 @@ EuroSAT = _opener("EuroSAT")
 FGVCAircraft = _opener("FGVCAircraft")
 Food101 = _opener("Food101")
 GTSRB = _opener("GTSRB")
+HatefulMemes = _opener("HatefulMemes")
 ImageNetV2 = _opener("ImageNetV2")
 OxfordPets = _opener("OxfordPets")
 RenderedSST2 = _opener("RenderedSST2")

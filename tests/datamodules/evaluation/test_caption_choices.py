@@ -165,7 +165,7 @@ SETS: dict[str, tuple[Callable[[Path], Any], Callable[[str], Any], str]] = {
     [
         ("crepe", lambda text: text.replace("negative_caption", "negative"), ("json row 0", "negative_caption")),
         ("crepe", lambda text: "{}", ("no questions",)),
-        ("crepe", lambda text: "3", ("a list or",)),
+        ("crepe", lambda text: "3", ("or a list",)),
         ("relation", lambda text: text.replace('"bbox_h": 5', '"bbox_h": "5"'), ("row 1", "bbox_h")),
         ("relation", lambda text: text.replace('"bbox_h": 5', f'"bbox_h": {"9" * 400}'), ("row 1", "bbox_h")),
         ("attribution", lambda text: text.replace('"open", ', ""), ("row 0", "attributes")),
