@@ -9,6 +9,7 @@ from PIL import Image
 from torchvision.datasets import ImageFolder
 
 from datamodules import ImageFolderClasses, OpenMojiClasses, ParquetClasses
+from datamodules.evaluation.own_classes import ClassNames
 from datamodules.openmoji import read_table
 from lit_clip.evaluation.data import MissingData
 from lit_clip.evaluation.zero_shot import ZeroShotSet
@@ -56,7 +57,8 @@ def test_given_class_names_replace_the_folder_names_in_order(folder: Path) -> No
     images = ImageFolderClasses(str(folder), class_names=["finch", "dog", "cat"])
     assert images.class_names == ["finch", "dog", "cat"]
     assert images.labels() == [0, 1, 2, 2]
-    for names, count in ((["finch", "dog"], "2 names"), ("imagenet", "1000 names")):
+    wrong: list[tuple[ClassNames, str]] = [(["finch", "dog"], "2 names"), ("imagenet", "1000 names")]
+    for names, count in wrong:
         message = message_of(lambda names=names: ImageFolderClasses(str(folder), class_names=names))
         assert all(part in message for part in (count, "3 classes", "pets", "class_names"))
 
