@@ -121,7 +121,7 @@ class COCO(CaptionedPairs):
         # COCO's own file has other images than Karpathy's test split, so that it is read for its own split alone.
         names = [VAL2017] if split == "val2017" else ["dataset_coco.json", of_split]
         places = [f"{folder}{name}" for name in names for folder in ("", "annotations/")]
-        path = find(top, places, f"file of the captions of split {split}")
+        path = find(top, places, f"file of captions for split {split} ({VAL2017} is split val2017)")
         if path.name == of_split:  # whose images are named without their folder
             self._folder = "train2014" if split == "train" else "val2014"
             super().__init__(str(path), root=str(find(top, [self._folder], "folder of images")))
