@@ -1,8 +1,8 @@
 """The data sets of the evaluation suites: functions and classes that open a split of a set.
 
 Each returns a :class:`lit_clip.evaluation.data.ImageSet` and raises :class:`lit_clip.evaluation.data.MissingData` where
-the files are not there. ``root`` is the folder of the set, or the folder that contains it. ``image_files`` has the base
-of most sets and ``annotation_files`` the readers of their lists; the other files hold sets.
+the files are not there. ``root`` is the folder of the set, or the folder that contains it. ``rules.yaml`` has the
+sets that are rules, ``image_files`` the base of most and ``annotation_files`` the readers of their lists.
 """
 
 from .boxed_files import COCOInstances, VOCBoxes
@@ -10,39 +10,31 @@ from .caption_choices import MMVPVLM, AROOrder, AROVisualGenome, SugarCrepe, Win
 from .faces import FER2013, CelebAIdentities, FairFace, FERPlus
 from .frame_robustness import ImageNetVidRobust, YTBBRobust
 from .image_grids import ImageGrids
-from .imagenet import ImageNet, ImageNetFolders, ImageNetV2, ObjectNet
+from .imagenet import ImageNet, ImageNetFolders, ObjectNet
 from .labelled_table import LabelledTable, LocatedImages
 from .languages import XTD10, BabelImageNet, Crossmodal3600, TranslatedImageNet
 from .masked_files import MaskedFiles
-from .non_torchvision_sets import (
-    IIIT5K,
-    RESISC45,
-    SUN,
-    AYahoo,
-    Birdsnap,
-    Digits,
-    HatefulMemes,
-    SVHNNumbers,
-)
+from .non_torchvision_sets import IIIT5K, Birdsnap, Digits, SVHNNumbers
 from .retrieval_sets import COCO, CaptionedPairs, Flickr30k
-from .torchvision_arrays import CIFAR10, CIFAR100, MNIST, STL10, PCam
-from .torchvision_sets import (
+from .rules import (
     DTD,
     GTSRB,
-    KITTI,
+    RESISC45,
+    SUN,
     SUN397,
-    VOC2007,
+    AYahoo,
     Caltech101,
-    CLEVRCounts,
     Country211,
     EuroSAT,
     FGVCAircraft,
-    Flowers102,
     Food101,
+    HatefulMemes,
+    ImageNetV2,
     OxfordPets,
     RenderedSST2,
-    StanfordCars,
 )
+from .torchvision_arrays import CIFAR10, CIFAR100, MNIST, STL10, PCam
+from .torchvision_sets import KITTI, VOC2007, CLEVRCounts, Flowers102, StanfordCars
 from .video_sets import UCF101, Kinetics700, RareAct
 from .webdataset import WebDataset, WebDatasetCaptions, WebDatasetGroups, WebDatasetMultiLabel
 

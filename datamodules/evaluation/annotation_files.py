@@ -16,7 +16,8 @@ from typing import Any
 
 from lit_clip.errors import InputError, listed, require
 from lit_clip.evaluation.data import MissingData
-from lit_clip.tools.reading import reading
+from lit_clip.tools.reading import naming, reading
+from lit_clip.tools.untrusted import convert
 
 AGAIN = "get it again"
 LONGEST_NUMBER = 18  # digits
@@ -71,29 +72,27 @@ def read_words(path: Path, columns: int) -> list[list[str]]:
     return rows
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file."""
+def read_json(path: Path, kind: Any = Any) -> Any:
+    """Read a JSON file, whose values are converted to a type by msgspec."""
     text = read_text(path)
     with reading(path, "JSON file", hint=AGAIN):
-        return json.loads(text)
+        values = json.loads(text)
+    try:
+        return convert(values, kind)
+    except InputError as error:
+        raise InputError(f"{path}: {error}; {AGAIN}") from error
 
 
-def read_json_lines(path: Path) -> list[tuple[str, Any]]:
-    """Return the elements of a JSON Lines file, each with its place for messages."""
+def read_json_lines(path: Path, kind: Any) -> list[Any]:
+    """Return the elements of a JSON Lines file, converted to a type by msgspec."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
             with reading(path, f"JSON text in line {number}", hint=AGAIN):
-                rows.append((f"{path} line {number}", json.loads(line)))
+                value = json.loads(line)
+            with naming(f"{path} line {number}"):
+                rows.append(convert(value, kind))
     return rows
-
-
-def text_of(row: Any, field: str, where: str) -> str:
-    """Return a field of an element of a JSON file."""
-    value = row.get(field) if isinstance(row, dict) else None
-    if not isinstance(value, str) or not value.strip():
-        raise InputError(f"{where}: {field} must be a text, not {str(value)[:40]!r}; {AGAIN}")
-    return value
 
 
 def read_table(path: Path, columns: Mapping[str, Sequence[str]], delimiter: str = ",") -> list[dict[str, str]]:

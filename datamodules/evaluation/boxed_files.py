@@ -8,11 +8,20 @@ from lit_clip.errors import InputError
 from lit_clip.evaluation.data import Box, Boxed
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
+from lit_clip.tools.untrusted import entries
 from .annotation_files import AGAIN, find, read_json, read_lines
 from .image_files import UnlabelledFiles, labels_of, refuse_no_folder
 from .torchvision_sets import VOC_CLASSES, voc_objects
 
 VOC_NAMES = {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv monitor"}
+INSTANCES = entries(
+    {
+        "categories": list[entries({"id": int, "name": str}, total=True)],
+        "images": list[entries({"id": int, "file_name": str}, total=True)],
+        "annotations": list[entries({"image_id": int, "category_id": int, "bbox": Box}, total=True)],
+    },
+    total=True,
+)
 Boxes = list[tuple[int, Box]]
 
 
@@ -30,7 +39,7 @@ class BoxedFiles(UnlabelledFiles, Boxed):
         short_side: int | None,
     ) -> None:
         super().__init__(root, names, list(annotations))
-        refuse_no_folder(self.file(0).parent)
+        refuse_no_folder(self.files[0].parent)
         self.class_names, self._boxes, self.tolerance, self._short_side = class_names, boxes, tolerance, short_side
 
     def boxes(self, index: int) -> Boxes:
@@ -83,22 +92,17 @@ def COCOInstances(root: str, split: str = "val2017", tolerance: int = 15, short_
     """
     name = f"instances_{split}.json"
     path = find(Path(root), [f"annotations/{name}", name], "list of instances")
-    content = read_json(path)
-    with reading(path, "list of instances", hint=AGAIN):
-        categories = sorted((int(each["id"]), str(each["name"])) for each in content["categories"])
-        files = {int(each["id"]): str(each["file_name"]) for each in content["images"]}
-        once = len(files) == len(content["images"]) and len(dict(categories)) == len(categories)
-        boxes = [
-            (int(each["image_id"]), int(each["category_id"]), tuple(float(side) for side in each["bbox"]))
-            for each in content["annotations"]
-        ]
-    if not once:
+    content = read_json(path, INSTANCES)
+    categories = sorted((each["id"], each["name"]) for each in content["categories"])
+    files = {each["id"]: each["file_name"] for each in content["images"]}
+    if len(files) < len(content["images"]) or len(dict(categories)) < len(categories):
         raise InputError(f"{path}: two images or two categories have the same id; {AGAIN}")
     label_of, of_image = {number: label for label, (number, _) in enumerate(categories)}, dict[int, Boxes]()
-    for image, category, sides in boxes:
-        if image not in files or category not in label_of or len(sides) != 4:
-            raise InputError(f"{path}: a box is of no image or category in it, or has no four sides; {AGAIN}")
-        left, top, width, height = sides
+    for each in content["annotations"]:
+        image, category = each["image_id"], each["category_id"]
+        if image not in files or category not in label_of:
+            raise InputError(f"{path}: a box is of no image or category in it; {AGAIN}")
+        left, top, width, height = each["bbox"]
         box = _checked((left, top, left + width, top + height), path)
         of_image.setdefault(image, []).append((label_of[category], box))
     if not of_image:

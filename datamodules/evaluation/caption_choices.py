@@ -3,19 +3,18 @@
 import csv
 import io
 import json
-import os
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, NotRequired
 
+from msgspec import Meta
 from PIL import Image
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import CaptionChoices, Choice
-from lit_clip.tools.hashing import hash64, stamp_of_files
-from lit_clip.tools.images import open_image
-from lit_clip.tools.reading import reading
+from lit_clip.evaluation.data import Box, CaptionChoices, Choice
+from lit_clip.tools.reading import naming, reading
+from lit_clip.tools.untrusted import convert, entries
 from .annotation_files import (
     AGAIN,
     find,
@@ -24,7 +23,6 @@ from .annotation_files import (
     read_lines,
     read_table,
     read_text,
-    text_of,
     whole_number,
 )
 from .image_files import UnlabelledFiles, refuse_no_folder
@@ -33,6 +31,7 @@ Subset = Literal["add_att", "add_obj", "replace_att", "replace_obj", "replace_re
 FEWEST = 25  # questions about a pair of attributes that counts in ARO's mean
 # ARO's notebook leaves these relations out of its mean, because exchanging their objects need not make them wrong.
 SYMMETRIC = Path(__file__).with_name("aro_symmetric_relations.txt")
+EDGE = Annotated[int, Meta(ge=-(10**9), le=10**9)] | Annotated[float, Meta(gt=-1e9, lt=1e9)]  # of a region, in pixels
 
 
 class _ChoiceFiles(UnlabelledFiles, CaptionChoices):
@@ -46,19 +45,22 @@ class _ChoiceFiles(UnlabelledFiles, CaptionChoices):
             self._choices.append(choice._replace(images=rows))
         require(bool(self._choices), f"{where}: no questions in it; {AGAIN}")
         super().__init__(root, list(row_of), [where])
-        refuse_no_folder(self.file(0).parent)
+        refuse_no_folder(self.files[0].parent)
 
     def choices(self) -> list[Choice]:
         return list(self._choices)
 
 
-def _rows(path: Path) -> list[tuple[str, Any]]:
-    """Return the elements of a JSON list or mapping, each with its place in the file for messages."""
-    content = read_json(path)
-    if not isinstance(content, list | dict):
-        raise InputError(f"{path}: must be a list or a mapping of questions; {AGAIN}")
+def _rows(path: Path, **fields: Any) -> list[dict[str, Any]]:
+    """Return the elements of a JSON list or mapping, which have these fields."""
+    content = read_json(path, list | dict)
     named = content.items() if isinstance(content, dict) else enumerate(content)
-    return [(f"{path} row {name}", row) for name, row in named]
+    kind = entries(fields, total=True)
+    rows = []
+    for name, row in named:
+        with naming(f"{path} row {name}"):
+            rows.append(convert(row, kind))
+    return rows
 
 
 def SugarCrepe(root: str, subset: Subset) -> _ChoiceFiles:
@@ -70,10 +72,8 @@ def SugarCrepe(root: str, subset: Subset) -> _ChoiceFiles:
     top = Path(root)
     path = find(top, (f"{subset}.json", f"data/{subset}.json"), "file of captions")
     images = find(top, ("val2017", "images/val2017", "coco/val2017"), "COCO's val2017")
-    questions = []
-    for where, row in _rows(path):
-        captions = (text_of(row, "caption", where), text_of(row, "negative_caption", where))
-        questions.append(([text_of(row, "filename", where)], Choice((), captions)))
+    rows = _rows(path, filename=str, caption=str, negative_caption=str)
+    questions = [([row["filename"]], Choice((), (row["caption"], row["negative_caption"]))) for row in rows]
     return _ChoiceFiles(images, questions, path)
 
 
@@ -87,47 +87,30 @@ class AROVisualGenome(_ChoiceFiles):
 
     def __init__(self, root: str, subset: Literal["relation", "attribution"]) -> None:
         path = find(Path(root), (f"visual_genome_{subset}.json",), f"visual_genome_{subset}.json")
-        self._regions: dict[str, tuple[str, tuple[float, ...]]] = {}
-        rows = _rows(path)
-        groups = [self._group(row, subset, where) for where, row in rows]
+        grouped = {"relation_name": str} if subset == "relation" else {"attributes": tuple[str, str]}
+        edges = dict.fromkeys(("bbox_x", "bbox_y", "bbox_w", "bbox_h"), EDGE)
+        rows = _rows(path, image_path=str, true_caption=str, false_caption=str, **grouped, **edges)
+        groups = [row["relation_name"] if subset == "relation" else "_".join(row["attributes"]) for row in rows]
         counts, symmetric = Counter(groups), set(read_lines(SYMMETRIC))
         questions = []
-        for (where, row), group in zip(rows, groups, strict=True):
-            file, region = text_of(row, "image_path", where), _region(row, where)
-            name = f"{file} {','.join(map(str, region))}"
-            self._regions[name] = (file, region)
-            captions = (text_of(row, "true_caption", where), text_of(row, "false_caption", where))
+        regions: dict[str, tuple[str, Box]] = {}
+        for row, group in zip(rows, groups, strict=True):
+            left, top = row["bbox_x"], row["bbox_y"]
+            region = (left, top, left + row["bbox_w"], top + row["bbox_h"])
+            name = f"{row['image_path']} {','.join(map(str, region))}"
+            regions[name] = (row["image_path"], region)
             counted = group not in symmetric if subset == "relation" else counts[group] >= FEWEST
+            captions = (row["true_caption"], row["false_caption"])
             questions.append(([name], Choice((), captions, group=group if counted else "")))
         super().__init__(Path(root) / "images", questions, path)
+        self._keys, self._regions = list(regions), [region for _, region in regions.values()]
+        self.files = [self.root / file for file, _ in regions.values()]
 
-    @staticmethod
-    def _group(row: Any, subset: str, where: str) -> str:
-        if subset == "relation":
-            return text_of(row, "relation_name", where)
-        attributes = row.get("attributes") if isinstance(row, dict) else None
-        if not isinstance(attributes, list) or len(attributes) != 2:
-            raise InputError(f"{where}: attributes must be a list of two; {AGAIN}")
-        return "_".join(map(str, attributes))
+    def image(self, index: int) -> Image.Image:
+        return super().image(index).convert("RGB").crop(self._regions[index])
 
-    def file(self, index: int) -> Path:
-        return self.root / self._regions[self.names[index]][0]
-
-    def images(self, index: int) -> list[Image.Image]:
-        return [open_image(self.file(index)).convert("RGB").crop(self._regions[self.names[index]][1])]  # pyright: ignore[reportArgumentType]  # a tuple of 4
-
-    def stamp(self) -> str:  # each file once
-        files = stamp_of_files(path for path in self.image_paths() if os.path.isfile(path))
-        return f"{files}-{hash64(repr(self.names)).hex()}"
-
-
-def _region(row: Any, where: str) -> tuple[float, ...]:
-    """Return left, upper, right and lower edge of a question's region."""
-    x, y, width, height = (row.get(f"bbox_{name}") for name in "xywh")
-    for value in (x, y, width, height):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e9:
-            raise InputError(f"{where}: bbox_x, bbox_y, bbox_w and bbox_h must be numbers; {AGAIN}")
-    return x, y, x + width, y + height
+    def key(self, index: int) -> str:
+        return self._keys[index]
 
 
 def AROOrder(path: str, root: str) -> _ChoiceFiles:
@@ -138,12 +121,9 @@ def AROOrder(path: str, root: str) -> _ChoiceFiles:
     first). An order that is the caption itself is no alternative.
     """
     questions = []
-    for where, row in _rows(Path(path)):
-        name, options = text_of(row, "image", where), row.get("caption_options")
-        if not isinstance(options, list) or not options or not all(isinstance(each, str) for each in options):
-            raise InputError(f"{where}: caption_options must be a list of captions; write the file again")
-        right = options[0]
-        questions.append(([name], Choice((), (right, *(option for option in options[1:] if option != right)))))
+    for row in _rows(Path(path), image=str, caption_options=Annotated[list[str], Meta(min_length=1)]):
+        right, *others = row["caption_options"]
+        questions.append(([row["image"]], Choice((), (right, *(option for option in others if option != right)))))
     return _ChoiceFiles(Path(root), questions, Path(path))
 
 
@@ -175,11 +155,12 @@ def Winoground(root: str) -> _ChoiceFiles:
     ``root`` has ``examples.jsonl`` (or ``data`` with it), beside which ``images.zip`` is unpacked.
     """
     path = find(Path(root), ("data/examples.jsonl", "examples.jsonl"), "examples.jsonl")
+    texts = dict.fromkeys(("image_0", "image_1", "caption_0", "caption_1"), str)
     questions = []
-    for where, row in read_json_lines(path):
-        names = [f"{text_of(row, f'image_{i}', where)}.png" for i in range(2)]
-        captions = tuple(text_of(row, f"caption_{i}", where) for i in range(2))
-        questions.append((names, Choice((), captions, group=str(row.get("collapsed_tag") or ""))))
+    for row in read_json_lines(path, entries({**texts, "collapsed_tag": NotRequired[Any]}, total=True)):
+        names = [f"{row['image_0']}.png", f"{row['image_1']}.png"]
+        group = str(row.get("collapsed_tag") or "")
+        questions.append((names, Choice((), (row["caption_0"], row["caption_1"]), group=group)))
     return _ChoiceFiles(path.parent / "images", questions, path)
 
 
@@ -205,7 +186,7 @@ def WinoGAViL(root: str, candidates: Literal["5-6", "10-12"] | None = None) -> _
         names = sorted(images, key=lambda name: name not in right)  # the right ones first
         hits = sum(name in right for name in images)
         require(0 < hits < len(images), f"{where}: {hits} of {len(images)} candidates are associations; {AGAIN}")
-        cue = text_of(row, "cue", where).lower()
-        caption = f"{'An' if cue[0] in 'aeiou' else 'A'} {cue}"
+        cue = row["cue"].lower()
+        caption = f"{'An' if cue[:1] in 'aeiou' else 'A'} {cue}"
         questions.append(([f"{name}.jpg" for name in names], Choice((), (caption,), right=hits)))
     return _ChoiceFiles(Path(root) / "winogavil_images", questions, path)

@@ -98,7 +98,7 @@ def _faces_in_table(path: Path, split: TrainValTest, votes: Path | None = None) 
     kept = {row: label for row, label in enumerate(labels) if usages[row] == USAGES[split] and label is not None}
     names, annotations = (EMOTIONS, [path]) if votes is None else (FER_PLUS, [path, votes])
     face = partial(_face, path, columns, starts)
-    return ImageArrays(path, partial(path.open, "rb"), list(kept.values()), names, annotations, list(kept), face)
+    return ImageArrays([path], partial(path.open, "rb"), list(kept.values()), names, annotations, list(kept), face)
 
 
 def _cells(path: Path, line: bytes) -> list[str]:

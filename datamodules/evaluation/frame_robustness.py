@@ -7,13 +7,13 @@ github.com/modestyachts/imagenet-vid-robust-example and github.com/modestyachts/
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import Neighbours, SomeOfImageNet
 from lit_clip.tools.reading import reading
+from lit_clip.tools.untrusted import entries
 from .annotation_files import AGAIN, find, read_json, read_table, whole_number
 from .image_files import ImageFiles
 
@@ -26,6 +26,8 @@ PROBLEMS = frozenset(
         *("background-change", "occlusion-increased", "blur-increase", "bad-anchor"),
     }
 )
+REVIEW = entries({"key": str, "labels": list[int | str]}, total=True)
+REVIEWS = entries({"labels": list[str] | dict[str, str], "annotations": list[REVIEW]}, total=True)
 
 
 class NeighbouringFrames(ImageFiles, Neighbours, SomeOfImageNet):
@@ -84,16 +86,10 @@ def ImageNetVidRobust(root: str) -> NeighbouringFrames:
     """
     metadata = find(Path(root), ("metadata", "imagenet-vid-robust/metadata"), "metadata")
     top = metadata.parent
-    index, sets, labelled = (
-        top / "misc/imagenet_vid_class_index.json",
-        metadata / "pmsets.json",
-        metadata / "labels.json",
-    )
-    names, anchors, labels = _class_names(index), read_json(sets), read_json(labelled)
-    for path, values, kind, items in ((sets, anchors, str, "frames"), (labelled, labels, int, "labels")):
-        lists = values.values() if isinstance(values, dict) else [None]
-        good = all(isinstance(each, list) and all(isinstance(item, kind) for item in each) for each in lists)
-        require(good, f"{path}: not a mapping from frames to lists of {items}; get it again")
+    index = top / "misc/imagenet_vid_class_index.json"
+    sets, labelled = metadata / "pmsets.json", metadata / "labels.json"
+    names = _class_names(index)
+    anchors, labels = read_json(sets, dict[str, list[str]]), read_json(labelled, dict[str, list[int]])
     find(top, ("val",), "folder of frames")
     accepted = {name: set(classes) for name, classes in labels.items()}
     in_imagenet = partial(_imagenet_labels, top, ("metadata/", "misc/"), range(len(names)))
@@ -103,21 +99,17 @@ def ImageNetVidRobust(root: str) -> NeighbouringFrames:
 def _imagenet_labels(folder: Path, places: Sequence[str], classes: Iterable[int]) -> list[list[int]]:
     """Read ImageNet's labels for each class from ``{"0": [404], ...}``; none for a class that is not there."""
     path = find(folder, [f"{place}rev_class_idx_map.json" for place in places], "classes of ImageNet")
-    values = read_json(path)
-    with reading(path, "mapping from classes to lists of ImageNet's labels", hint=AGAIN):
-        return [[int(label) for label in values.get(str(number), ())] for number in classes]
+    values = read_json(path, dict[str, list[int]])
+    return [values.get(str(number), []) for number in classes]
 
 
 def _class_names(path: Path) -> list[str]:
     """Read ``{"0": ["n02691156", "airplane"], ...}`` or ``{"0": "airplane", ...}``."""
-    values = read_json(path)
-    require(isinstance(values, dict) and bool(values), f"{path}: not a mapping from numbers to names; get it again")
-    missing = next((label for label in range(len(values)) if str(label) not in values), None)
+    values = read_json(path, dict[str, str | tuple[str, str]])
+    missing = next((label for label in range(len(values) or 1) if str(label) not in values), None)
     require(missing is None, f"{path}: no class '{missing}'; its keys must be 0 to {len(values) - 1}")
     named = [values[str(label)] for label in range(len(values))]
-    names: list[Any] = [name[1] if isinstance(name, list) and len(name) > 1 else name for name in named]
-    require(all(isinstance(name, str) for name in names), f"{path}: a class has no name; get it again")
-    return [name.replace("_", " ") for name in names]
+    return [(name if isinstance(name, str) else name[1]).replace("_", " ") for name in named]
 
 
 def YTBBRobust(root: str) -> NeighbouringFrames:
@@ -174,13 +166,9 @@ def _frame_number(name: str) -> int:
 
 def _annotations(path: Path) -> dict[str, set[str]]:
     """Read the reviewers' labels of each key; of several reviews the last counts."""
-    values = read_json(path)
+    values = read_json(path, REVIEWS)
     with reading(path, "file of lists called labels and annotations", hint=AGAIN):
-        labels = values["labels"]
-        found = {row["key"]: {labels[label] for label in row["labels"]} for row in values["annotations"]}
-    words = [word for key, own in found.items() for word in (key, *own)]
-    require(all(isinstance(word, str) for word in words), f"{path}: a key or a label is not text; get it again")
-    return found
+        return {row["key"]: {values["labels"][label] for label in row["labels"]} for row in values["annotations"]}
 
 
 def _classes_of_videos(path: Path, names: list[str]) -> dict[str, str]:

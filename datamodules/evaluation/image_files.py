@@ -11,7 +11,7 @@ from PIL import Image
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import CaptionedImages, ImageSet, LabelledImages, MissingData
-from lit_clip.tools.hashing import hash64, hex_digest, stamp_of_files
+from lit_clip.tools.hashing import hex_digest, stamp_of_files
 from lit_clip.tools.images import SUFFIXES, check_images, open_image
 from lit_clip.tools.reading import reading
 
@@ -38,32 +38,28 @@ class KnownLabels(LabelledImages):
         return list(self._labels)
 
 
-class ImageFiles(KnownLabels):
-    """Labelled images in files below a folder.
+class UnlabelledFiles(ImageSet):
+    """Images that are files below a folder.
 
     Args:
         root: the folder.
-        files: each image's path below it, as text, or its whole path; its key is its path below the folder.
-        labels: each image's class.
-        class_names: in label order.
+        files: each image's path below it, or its whole path; its key is its path below the folder.
         annotations: the files that list them.
     """
 
-    def __init__(
-        self,
-        root: Path,
-        files: Sequence[str | Path],
-        labels: Sequence[int],
-        class_names: list[str],
-        annotations: Sequence[Path] = (),
-    ) -> None:
-        require(bool(files), f"{root}: no images of this split; get the set again")
-        self.root, self.class_names, self.annotation_paths = root, class_names, annotations
+    def __init__(self, root: Path, files: Sequence[str | Path], annotations: Sequence[Path] = ()) -> None:
+        self.root, self.annotation_paths = root, annotations
         self.files = [file if isinstance(file, Path) else root / file for file in files]
-        self._labels = list(labels)
+
+    def __len__(self) -> int:
+        return len(self.files)
 
     def image(self, index: int) -> Image.Image:
+        """Decode an image."""
         return open_image(self.files[index], self.where(index))
+
+    def images(self, index: int) -> list[Image.Image]:
+        return [self.image(index)]
 
     def where(self, index: int) -> str:
         """Name an image in error messages."""
@@ -75,9 +71,6 @@ class ImageFiles(KnownLabels):
     def image_paths(self) -> list[Path]:
         return list(dict.fromkeys(self.files))
 
-    def check(self) -> None:
-        check_images([(file, self.where(index)) for index, file in enumerate(self.files)])
-
     def key(self, index: int) -> str:
         path = self.files[index]
         return (path.relative_to(self.root) if path.is_relative_to(self.root) else path).as_posix()
@@ -85,7 +78,26 @@ class ImageFiles(KnownLabels):
     def stamp(self) -> str:
         # The keys count too: the same files in another order, or with some missing, give other features.
         keys = hex_digest(self.key(index) for index in range(len(self)))
-        return f"{keys}-{stamp_of_files(path for path in self.files if os.path.isfile(path))}"
+        return f"{keys}-{stamp_of_files(path for path in self.image_paths() if os.path.isfile(path))}"
+
+
+class ImageFiles(UnlabelledFiles, KnownLabels):
+    """Labelled images in files; ``labels`` has each image's class, ``class_names`` are in label order."""
+
+    def __init__(
+        self,
+        root: Path,
+        files: Sequence[str | Path],
+        labels: Sequence[int],
+        class_names: list[str],
+        annotations: Sequence[Path] = (),
+    ) -> None:
+        require(bool(files), f"{root}: no images of this split; get the set again")
+        super().__init__(root, files, annotations)
+        self.class_names, self._labels = class_names, list(labels)
+
+    def check(self) -> None:
+        check_images([(file, self.where(index)) for index, file in enumerate(self.files)])
 
 
 class ListedImages(ImageFiles):
@@ -96,42 +108,6 @@ class ListedImages(ImageFiles):
     ) -> None:
         super().__init__(root, files, labels, class_names, annotations)
         refuse_no_folder(self.files[0].parent)
-
-
-class UnlabelledFiles(ImageSet):
-    """Images without a class that are files below a folder.
-
-    Args:
-        root: the folder.
-        names: each image's path below it, which is its key.
-        annotations: the files that list them.
-    """
-
-    def __init__(self, root: Path, names: list[str], annotations: Sequence[Path]) -> None:
-        self.root, self.names, self.annotation_paths = root, names, annotations
-
-    def __len__(self) -> int:
-        return len(self.names)
-
-    def file(self, index: int) -> Path:
-        """Return the file of an image."""
-        return self.root / self.names[index]
-
-    def whole_file(self, index: int) -> Path:
-        return self.file(index)
-
-    def images(self, index: int) -> list[Image.Image]:
-        return [open_image(self.file(index))]
-
-    def image_paths(self) -> list[Path]:
-        return list(dict.fromkeys(self.file(index) for index in range(len(self))))
-
-    def key(self, index: int) -> str:
-        return self.names[index]
-
-    def stamp(self) -> str:
-        files = (self.file(index) for index in range(len(self)))
-        return f"{stamp_of_files(path for path in files if os.path.isfile(path))}-{hash64(repr(self.names)).hex()}"
 
 
 class CaptionedFiles(UnlabelledFiles, CaptionedImages):

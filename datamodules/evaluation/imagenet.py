@@ -15,6 +15,7 @@ from lit_clip.evaluation.data import LabelledImages, MissingData, SomeOfImageNet
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.reading import reading
+from lit_clip.tools.untrusted import entries
 from .annotation_files import (
     AGAIN,
     find,
@@ -42,6 +43,7 @@ SOLUTION = "LOC_val_solution.csv"  # Kaggle's labels of the validation images
 FOLDERS = {"train": ("train",), "val": ("val", "validation")}
 TARS = {"train": "imagenet1k-train-*.tar", "val": "imagenet1k-validation-*.tar"}  # of timm/imagenet-1k-wds
 WNID = re.compile(r"(n\d{8})_")
+INFO = entries({"splits": dict[str, entries({"filenames": list[str]}, total=True)]}, total=True)
 BORDER = 2  # pixels; the red line is 1 wide, but its authors' loader cuts off 2 (abarbu/objectnet-template-pytorch)
 
 
@@ -160,11 +162,9 @@ class _ImageNetTars(TarImages, KnownLabels):
 
 def _listed_beside(info: Path, tar: Path) -> list[Path]:
     """Return the files of the split that has ``tar``."""
-    values = read_json(info)
-    with reading(info, "list of tar files", hint=AGAIN):
-        for split in values["splits"].values():
-            if tar.name in split["filenames"]:
-                return [info.with_name(str(name)) for name in split["filenames"]]
+    for split in read_json(info, INFO)["splits"].values():
+        if tar.name in split["filenames"]:
+            return [info.with_name(name) for name in split["filenames"]]
     raise InputError(f"{info}: {tar.name} is in none of its splits; {AGAIN}")
 
 
@@ -186,17 +186,6 @@ def _timms(name: str) -> str:
     if package is None or package.origin is None:
         raise InputError("the list of ImageNet's classes comes with timm, which is not installed; pip install timm")
     return read_text(Path(package.origin).parent / "data/_info" / name)
-
-
-def ImageNetV2(root: str) -> ImageFiles:
-    """ImageNetV2: 10 new images of each class, in folders named 0 to 999 by label.
-
-    A loader that sorts folder names as text (0, 1, 10, 100, ...) would label nearly every image wrongly.
-    """
-    wanted = [str(label) for label in range(1000)]
-    if wrong := sorted(set(subfolders(Path(root))) ^ set(wanted)):
-        raise InputError(f"{root}: its folders are not 0 to 999 ({len(wrong)} differ: {', '.join(wrong[:3])})")
-    return ImageFiles(Path(root), *in_class_folders(Path(root), wanted), imagenet_class_names())
 
 
 class ImageNetFolders(ImageFiles, SomeOfImageNet):
@@ -237,10 +226,7 @@ class ObjectNet(ImageFiles, SomeOfImageNet):
     def __init__(self, root: str) -> None:
         folder, mappings = Path(root), Path(root) / "mappings"
         names = ("folder_to_objectnet_label.json", "objectnet_to_imagenet_1k.json")
-        label_of, in_imagenet = (read_json(mappings / name) for name in names)
-        mappings_of_names = isinstance(label_of, dict) and all(isinstance(name, str) for name in label_of.values())
-        if not mappings_of_names or not isinstance(in_imagenet, dict):
-            raise InputError(f"{mappings}: not the mappings of ObjectNet 1.0; get them again")
+        label_of, in_imagenet = (read_json(mappings / name, dict[str, str]) for name in names)
         overlap = sorted(name for name, label in label_of.items() if label in in_imagenet)
         if len(overlap) != len(in_imagenet):
             problem = f"{len(overlap)} folders for the {len(in_imagenet)} classes that are in ImageNet"
@@ -248,7 +234,7 @@ class ObjectNet(ImageFiles, SomeOfImageNet):
         files, labels = in_class_folders(folder / "images", overlap)
         own_names = [label_of[name].lower() for name in overlap]
         super().__init__(folder / "images", files, labels, own_names, [mappings / name for name in names])
-        self._words = [str(in_imagenet[label_of[name]]).split("; ") for name in overlap]
+        self._words = [in_imagenet[label_of[name]].split("; ") for name in overlap]
 
     def imagenet_classes(self) -> list[list[int]]:
         known: dict[str, list[int]] = {}

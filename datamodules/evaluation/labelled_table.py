@@ -98,7 +98,14 @@ def resolve_labels(path: Path, rows: Rows, class_names: list[str] | None) -> tup
         both = f"label {label!r} is the name of one class and the number of another"
         raise InputError(f"{path} row {row}: {both}; give the classes other names, or write names into the table")
     if not as_names and not as_numbers:
-        raise _bad_label(path, rows, numbers, named, class_names)
+        # Most cells say whether the column is read as names or as numbers.
+        as_numbers = sum(number is not None for number in numbers) > sum(label is not None for label in named)
+        known = [number if number in range(len(class_names)) else None for number in numbers] if as_numbers else named
+        unknown = next((row for row, label in zip(rows, known, strict=True) if label is None), rows[0])
+        twice = "" if len(label_of) == len(class_names) else ", some of which have the same name"
+        some = f"{', '.join(class_names[:3])}{', ...' if len(class_names) > 3 else ''}{twice}"
+        problem = f"label {shown(unknown[2])} is none of the {len(class_names)} classes ({some})"
+        raise InputError(f"{path} row {unknown[0]}: {problem}; fix it or class_names")
     return [label for label in (named if as_names else numbers) if label is not None], class_names
 
 
@@ -107,24 +114,6 @@ def _number(label: Any) -> int | None:
         number = whole_number(label.removeprefix("-"))
         return -number if number and label.startswith("-") else number
     return label
-
-
-def _bad_label(
-    path: Path, rows: Rows, numbers: list[int | None], named: list[int | None], class_names: list[str]
-) -> InputError:
-    """Describe the first bad label, reading the column as whichever most of its cells are: names or numbers."""
-    twice = [name for label, name in enumerate(class_names) if name in class_names[:label]]
-    if twice and None not in named:
-        problem = f"two classes are called {twice[0]!r}, so a name does not identify them"
-        return InputError(f"{path}: {problem}; write numbers into the table")
-    meant_numbers = sum(number is not None for number in numbers) > sum(label is not None for label in named)
-    wrong = [number is None or not 0 <= number < len(class_names) for number in numbers]
-    bad = wrong if meant_numbers else [label is None for label in named]
-    row, _, label = next(row for row, is_bad in zip(rows, bad, strict=True) if is_bad)
-    some = ", ".join(class_names[:3]) + (", ..." if len(class_names) > 3 else "")
-    if isinstance(label, str) and _number(label) is None:
-        return InputError(f"{path} row {row}: {label!r} is none of the {len(class_names)} classes ({some})")
-    return InputError(f"{path} row {row}: label {label} is not between 0 and {len(class_names) - 1} ({some})")
 
 
 class LabelledTable(ImageFiles):

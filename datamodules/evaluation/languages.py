@@ -3,17 +3,21 @@
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from msgspec import Meta
 from PIL import Image
 
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import LabelledImages, PartOf
 from lit_clip.tools.hashing import hex_digest
-from lit_clip.tools.reading import reading
-from .annotation_files import AGAIN, find, read_json, read_json_lines, read_text, text_of
+from lit_clip.tools.reading import naming
+from lit_clip.tools.untrusted import convert, entries
+from .annotation_files import AGAIN, find, read_json, read_json_lines, read_text
 from .image_files import CaptionedFiles, KnownLabels
 from .imagenet import ImageNet, ImageNetSplit
+
+TEXTS = Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)]
 
 
 def XTD10(root: str, language: str) -> CaptionedFiles:
@@ -42,11 +46,10 @@ def Crossmodal3600(root: str, language: str) -> CaptionedFiles:
     ``root`` has ``captions.jsonl`` and ``images``; the language is a code such as ``de``.
     """
     path, names, captions = find(Path(root), ("captions.jsonl",), "captions.jsonl"), [], []
-    for where, row in read_json_lines(path):
-        names.append(f"images/{text_of(row, 'image/key', where)}.jpg")
-        with reading(path, f"file of captions in {language!r}", hint="choose one of its languages"):
-            first = row[language]["caption"][0]
-        captions.append([text_of({"caption": first}, "caption", where)])
+    kind = entries({"image/key": str, language: entries({"caption": TEXTS}, total=True)}, total=True)
+    for row in read_json_lines(path, kind):
+        names.append(f"images/{row['image/key']}.jpg")
+        captions.append([row[language]["caption"][0]])
     require(bool(names), f"{path}: no images in it; {AGAIN}")
     find(Path(root), ("images",), "images")
     return CaptionedFiles(Path(root), names, captions, [path])
@@ -88,17 +91,11 @@ def _package_file(name: str) -> Path:
     return Path(package.submodule_search_locations[0]) / "datasets" / name
 
 
-def _entry(path: Path, language: str) -> Any:
-    content = read_json(path)
-    known = list(content) if isinstance(content, dict) else []
-    require(language in known, f"{path}: no {language!r}; it has {', '.join(map(str, known)) or 'no languages'}")
-    return content[language]
-
-
-def _texts(value: Any, where: str) -> list[str]:
-    if not isinstance(value, list) or not value or not all(isinstance(text, str) and text.strip() for text in value):
-        raise InputError(f"{where}: must be a list of texts; {AGAIN}")
-    return value
+def _entry(path: Path, language: str, kind: Any) -> Any:
+    content = read_json(path, dict[str, Any])
+    require(language in content, f"{path}: no {language!r}; it has {', '.join(content) or 'no languages'}")
+    with naming(path):
+        return convert(content[language], kind, language)
 
 
 def TranslatedImageNet(root: str, language: str, split: ImageNetSplit = "val") -> _TranslatedImageNet:
@@ -107,7 +104,7 @@ def TranslatedImageNet(root: str, language: str, split: ImageNetSplit = "val") -
     The language is ``ar``, ``cn``, ``it`` or ``jp``; ``root`` is the folder of :func:`ImageNet`.
     """
     files = [_package_file(f"{language}_{part}.json") for part in ("classnames", "zeroshot_classification_templates")]
-    names, templates = (_texts(_entry(path, "imagenet1k"), str(path)) for path in files)
+    names, templates = (_entry(path, "imagenet1k", TEXTS) for path in files)
     templates = [text.replace("{c}", "{}") for text in templates]
     return _TranslatedImageNet(ImageNet(root, split), range(len(names)), names, templates)
 
@@ -127,14 +124,9 @@ def BabelImageNet(
         split: of ImageNet.
     """
     path = Path(names) if names else _package_file("babel_imagenet.json")
-    entry, where = _entry(path, language), f"{path}: {language}"
-    with reading(path, f"list of {language}", hint=AGAIN):
-        classes, class_names = entry
-        known = all(isinstance(label, int) and 0 <= label < 1000 for label in classes)
-        known = known and list(classes) == sorted(set(classes)) and len(classes) == len(class_names)
-    require(known, f"{where}: must be ascending labels from 0 to 999, and as many names; {AGAIN}")
-    own_names = _texts(class_names, where)
+    classes, own_names = _entry(path, language, tuple[list[Annotated[int, Meta(ge=0, lt=1000)]], TEXTS])
+    known = classes == sorted(set(classes)) and len(classes) == len(own_names)
+    require(known, f"{path}: {language}: must be ascending labels, and as many names; {AGAIN}")
     file = Path(prompts) if prompts else _package_file("nllb_dist13b_prompts.json")
-    content = read_json(file)
-    templates = _texts((content.get(language) if isinstance(content, dict) else None) or ["{}"], f"{file}: {language}")
+    templates = read_json(file, dict[str, TEXTS]).get(language, ["{}"])
     return _TranslatedImageNet(ImageNet(root, split), classes, own_names, templates)

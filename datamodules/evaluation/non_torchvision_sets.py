@@ -1,4 +1,4 @@
-"""Sets that torchvision lacks: Birdsnap, RESISC45, Hateful Memes, aYahoo, SUN, digits, SVHN's house numbers, IIIT5K."""
+"""Sets that torchvision lacks: Birdsnap, digits, SVHN's house numbers, IIIT5K."""
 
 from pathlib import Path
 from typing import Any, Literal
@@ -18,19 +18,13 @@ from .annotation_files import (
     own_dataset,
     read_mat,
     read_table,
-    read_text,
-    read_words,
 )
 from .image_files import (
     ImageFiles,
     KnownLabels,
     TrainTest,
-    by_hash,
-    in_class_folders,
     labels_of,
-    subfolders,
 )
-from .labelled_table import read_labels, resolve_labels
 
 DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TRAINING_DIGITS = 1000
@@ -61,69 +55,6 @@ def Birdsnap(root: str, split: TrainTest = "test") -> ImageFiles:
             files.append((images / path).relative_to(folder).as_posix())
             labels.append(label_of[species])
     return ImageFiles(folder, files, labels, [name.replace("_", " ") for name in folders], lists)
-
-
-def RESISC45(root: str, split: TrainTest = "test", seed: int = 0) -> ImageFiles:
-    """NWPU-RESISC45: aerial images of 45 kinds of places, 700 each, in class folders in or below ``root``.
-
-    The paper trains on 3,150 images and tests on 25,200. Its author said that a tenth is for training (openai/CLIP#45),
-    not which; the tenth that is in neither is probably his validation split. Here each class is sorted by
-    :func:`by_hash`: the first tenth is ``train``, the next eight tenths are ``test``, and the last tenth is not used.
-    """
-    folder = find(Path(root), ["NWPU-RESISC45", ""], "class folders")
-    classes = subfolders(folder)
-    if len(classes) != 45:
-        raise InputError(f"{folder}: {len(classes)} class folders instead of 45; unpack the archive again")
-
-    def in_split(paths: list[str]) -> list[str]:
-        shuffled, tenth = by_hash(paths, seed), len(paths) // 10
-        return sorted(shuffled[:tenth] if split == "train" else shuffled[tenth : 9 * tenth])
-
-    files, labels = in_class_folders(folder, classes, in_split)
-    return ImageFiles(folder, files, labels, [name.replace("_", " ") for name in classes])
-
-
-def HatefulMemes(root: str, split: Literal["train", "dev"] = "dev") -> ImageFiles:
-    """The Hateful Memes Challenge: images with text, hateful or not; the paper tests on ``dev``.
-
-    ``root`` has ``img``, ``train.jsonl`` and ``dev_seen.jsonl`` (in the first release ``dev.jsonl``, the same rows).
-    """
-    names = ["train.jsonl"] if split == "train" else ["dev_seen.jsonl", "dev.jsonl"]
-    path = find(Path(root), names, f"list of the {split} split")
-    rows = read_labels(path, "img", "label")
-    class_names = ["not hateful", "hateful"]
-    labels, _ = resolve_labels(path, rows, class_names)
-    return ImageFiles(Path(root), [image for _, image, _ in rows], labels, class_names, [path])
-
-
-def AYahoo(root: str) -> ImageFiles:
-    """aYahoo: search engine results for 12 classes (Farhadi et al. 2009), a test set of Visual N-Grams.
-
-    Each image is used whole and once; where several objects are marked, the first gives the class. ``root`` has
-    ``ayahoo_test_images`` and ``attribute_data/ayahoo_test.txt`` (or ``ayahoo_test.txt``).
-    """
-    folder = Path(root)
-    index = find(folder, ["attribute_data/ayahoo_test.txt", "ayahoo_test.txt"], "list of the images")
-    class_of: dict[str, str] = {}
-    for name, class_name, _ in read_words(index, 3):
-        class_of.setdefault(name, class_name)
-    class_names = sorted(set(class_of.values()))
-    images = find(folder, ["ayahoo_test_images"], "folder of images").relative_to(folder)
-    labels = [class_names.index(name) for name in class_of.values()]
-    return ImageFiles(folder, [(images / name).as_posix() for name in class_of], labels, class_names, [index])
-
-
-def SUN(root: str) -> ImageFiles:
-    """All 108,754 images of SUN397, without splits: 397 kinds of places, which ``SUN397/ClassName.txt`` lists.
-
-    Labels follow the sorted class names in words, like the paper's prompts.
-    """
-    folder = find(Path(root), ["SUN397"], "folder of the set")
-    classes = [name.strip("/") for name in read_text(folder / "ClassName.txt").split()]
-    folder_of = {" ".join(name.split("/")[1:]).replace("_", " "): name for name in classes}
-    names = sorted(folder_of)
-    files, labels = in_class_folders(folder, [folder_of[name] for name in names])
-    return ImageFiles(folder, files, labels, names, [folder / "ClassName.txt"])
 
 
 class Digits(KnownLabels):

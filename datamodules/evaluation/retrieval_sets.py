@@ -118,16 +118,10 @@ class COCO(CaptionedPairs):
     def __init__(self, root: str, split: str = "test") -> None:
         top, self._folder = Path(root), ""
         of_split = f"coco_{split}_karpathy.json"
+        # COCO's own file has other images than Karpathy's test split, so that it is read for its own split alone.
         names = [VAL2017] if split == "val2017" else ["dataset_coco.json", of_split]
-        places, others = (
-            [f"{folder}{name}" for name in each for folder in ("", "annotations/")] for each in (names, [VAL2017])
-        )
-        if any(os.path.exists(top / place) for place in others) and not any(
-            os.path.exists(top / each) for each in places
-        ):
-            what = f"{VAL2017} has other images than split {split}, which needs {' or '.join(names)}"
-            raise MissingData(f"{root}: {what}; for the images of {VAL2017} set split to val2017")
-        path = find(top, places, "file of captions")
+        places = [f"{folder}{name}" for name in names for folder in ("", "annotations/")]
+        path = find(top, places, f"file of captions for split {split} ({VAL2017} is split val2017)")
         if path.name == of_split:  # whose images are named without their folder
             self._folder = "train2014" if split == "train" else "val2014"
             super().__init__(str(path), root=str(find(top, [self._folder], "folder of images")))

@@ -39,8 +39,8 @@ class ImageArrays(KnownLabels):
     """Images that are rows of a file.
 
     Args:
-        path: the file.
-        open_pixels: opens it and returns its pixels, to be indexed by row.
+        paths: the file, or several.
+        open_pixels: opens them and returns their pixels, to be indexed by row.
         labels: each image's class.
         class_names: in label order.
         annotations: the files with the labels.
@@ -50,7 +50,7 @@ class ImageArrays(KnownLabels):
 
     def __init__(
         self,
-        path: Path,
+        paths: Sequence[Path],
         open_pixels: Callable[[], Any],
         labels: Sequence[int],
         class_names: Sequence[str],
@@ -58,7 +58,7 @@ class ImageArrays(KnownLabels):
         rows: Sequence[int] | None = None,
         image: Callable[[Any, int], Image.Image] = _as_stored,
     ) -> None:
-        self.path, self.class_names, self.annotation_paths = path, list(class_names), annotations
+        self.paths, self.class_names, self.annotation_paths = list(paths), list(class_names), annotations
         self._labels = [int(label) for label in labels]
         self.rows = range(len(self._labels)) if rows is None else [int(row) for row in rows]
         self._open_pixels, self._image = open_pixels, image
@@ -66,10 +66,10 @@ class ImageArrays(KnownLabels):
         wrong = next((label for label in self._labels if not 0 <= label < len(self.class_names)), None)
         if not self._labels or wrong is not None:
             problem = "no images" if wrong is None else f"label {wrong} is none of the {len(self.class_names)} classes"
-            raise InputError(f"{path}: {problem}; get the files again")
+            raise InputError(f"{paths[0]}: {problem}; get the files again")
 
     def image(self, index: int) -> Image.Image:
-        where = f"{self.path} row {self.rows[index]}"
+        where = f"{self.paths[0]} row {self.rows[index]}"
         try:
             return self._image(self._pixels(), self.rows[index])
         except InputError:
@@ -90,44 +90,34 @@ class ImageArrays(KnownLabels):
         return self._open_pixels()
 
     def image_paths(self) -> list[Path]:
-        return [self.path]
+        return self.paths
 
     def key(self, index: int) -> str:
         return str(self.rows[index])
 
     def stamp(self) -> str:
-        return f"{stamp_of_files([self.path])}-{hex_digest(self.rows)}"
+        return f"{stamp_of_files(self.paths)}-{hex_digest(self.rows)}"
 
 
-class _CIFAR(ImageArrays):
-    """Pickled batches of ``uint8 [N, 3072]``: 32 x 32 pixels, one channel after the other."""
-
-    def __init__(self, folder: Path, parts: Sequence[str], meta: str, names_key: str, labels_key: str) -> None:
-        self.paths = [folder / part for part in parts]
-        refuse_missing(*self.paths, folder / meta)
-        batches = [_unpickle(path, "data", labels_key) for path in self.paths]
-        labels = [label for batch in batches for label in batch[labels_key]]
-        names = [name.replace("_", " ") for name in _unpickle(folder / meta, names_key)[names_key]]
-        opened = partial(_cifar_pixels, self.paths, labels_key)
-        super().__init__(self.paths[0], opened, labels, names, [folder / meta], image=_image_of_channels)
-        self._opened = (os.getpid(), np.concatenate([batch["data"] for batch in batches]))
-
-    def image_paths(self) -> list[Path]:
-        return self.paths
-
-    def stamp(self) -> str:
-        return stamp_of_files(self.paths)
+def _cifar(folder: Path, parts: Sequence[str], meta: str, names_key: str, labels_key: str) -> ImageArrays:
+    """Open pickled batches of ``uint8 [N, 3072]``: 32 x 32 pixels, one channel after the other."""
+    paths = [folder / part for part in parts]
+    refuse_missing(*paths, folder / meta)
+    labels = [label for path in paths for label in _unpickle(path, "data", labels_key)[labels_key]]
+    names = [name.replace("_", " ") for name in _unpickle(folder / meta, names_key)[names_key]]
+    pixels = partial(_cifar_pixels, paths, labels_key)
+    return ImageArrays(paths, pixels, labels, names, [folder / meta], image=_image_of_channels)
 
 
 def CIFAR10(root: str, split: TrainTest = "test") -> ImageArrays:
     """CIFAR-10: ``cifar-10-batches-py``."""
     parts = [f"data_batch_{number}" for number in range(1, 6)] if split == "train" else ["test_batch"]
-    return _CIFAR(Path(root) / "cifar-10-batches-py", parts, "batches.meta", "label_names", "labels")
+    return _cifar(Path(root) / "cifar-10-batches-py", parts, "batches.meta", "label_names", "labels")
 
 
 def CIFAR100(root: str, split: TrainTest = "test") -> ImageArrays:
     """CIFAR-100 with its 100 fine classes: ``cifar-100-python``."""
-    return _CIFAR(Path(root) / "cifar-100-python", [split], "meta", "fine_label_names", "fine_labels")
+    return _cifar(Path(root) / "cifar-100-python", [split], "meta", "fine_label_names", "fine_labels")
 
 
 def _cifar_pixels(paths: Sequence[Path], labels_key: str) -> np.ndarray:
@@ -159,7 +149,7 @@ def MNIST(root: str, split: TrainTest = "test") -> ImageArrays:
     if _idx_size(labels, 1)[0] != shape[0]:
         raise InputError(f"{labels}: fewer or more labels than images in {images.name}; get both again")
     classes, names = np.fromfile(labels, np.uint8, offset=8).tolist(), [str(digit) for digit in range(10)]
-    return ImageArrays(images, partial(np.memmap, images, np.uint8, "r", 16, shape), classes, names, [labels])
+    return ImageArrays([images], partial(np.memmap, images, np.uint8, "r", 16, shape), classes, names, [labels])
 
 
 def _idx_size(path: Path, dimensions: int) -> tuple[int, ...]:
@@ -189,7 +179,7 @@ def STL10(root: str, split: TrainTest = "test", fold: int | None = None) -> Imag
         rows, annotations = _fold(folder, fold, len(classes)), [labels, folder / "fold_indices.txt"]
     pixels = partial(np.memmap, path, np.uint8, "r", 0, (len(classes), 3, 96, 96))
     kept = None if len(rows) == len(classes) else rows
-    return ImageArrays(path, pixels, classes[rows].tolist(), STL10_CLASSES, annotations, kept, _image_of_columns)
+    return ImageArrays([path], pixels, classes[rows].tolist(), STL10_CLASSES, annotations, kept, _image_of_columns)
 
 
 def _image_of_columns(pixels: Any, row: int) -> Image.Image:
@@ -222,7 +212,7 @@ def PCam(root: str, split: TrainValTest = "test") -> ImageArrays:
     with reading(labels, "file of labels", hint=AGAIN):
         classes = np.asarray(stored).reshape(-1)
     names = ["lymph node", "lymph node containing metastatic tumor tissue"]
-    return ImageArrays(pixels, partial(_dataset, pixels, "x"), classes.tolist(), names, [labels])
+    return ImageArrays([pixels], partial(_dataset, pixels, "x"), classes.tolist(), names, [labels])
 
 
 def _dataset(path: Path, name: str) -> Any:

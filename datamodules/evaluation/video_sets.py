@@ -16,8 +16,9 @@ from PIL import Image
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import MissingData, VerbsAndNouns
 from lit_clip.tools.hashing import hash64
-from .annotation_files import find, number, read_lines, read_table, read_words
-from .image_files import ImageFiles, TrainTest, labels_of
+from .annotation_files import find, number, read_table
+from .image_files import ImageFiles, TrainTest
+from .rules import list_set
 from .video_frames import VIDEO_SUFFIXES, WHOLE, Frames, read_frames
 
 
@@ -83,16 +84,10 @@ def UCF101(root: str, split: TrainTest, fold: int = 1, frames: Frames = "centre"
     JumpingJack. In ``classInd.txt`` it is the other way round. ``fold`` is official split 1, 2 or 3.
     """
     require(fold in (1, 2, 3), f"fold: must be 1, 2 or 3, not {fold}")
-    top = Path(root)
-    lists = find(top, ("ucfTrainTestlist", "UCF101TrainTestSplits-RecognitionTask/ucfTrainTestlist"), "lists")
-    folder = find(top, ("UCF-101", "UCF101"), "folder of videos")
-    index, path = lists / "classInd.txt", lists / f"{split}list{fold:02}.txt"
-    names = sorted(name for _, name in read_words(index, 2))
-    videos = [line.split()[0] for line in read_lines(path)]  # a training list has the class's number after it
-    labels = labels_of([video.split("/")[0] for video in videos], names, path)
-    files = [folder / video if os.path.isfile(folder / video) else None for video in videos]
-    class_names = [re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name) for name in names]  # BlowDryHair -> Blow Dry Hair
-    return Videos(folder, list(zip(files, labels, strict=True)), class_names, [index, path], frames)
+    _, listed, labels, names, annotations = list_set("UCF101", root, split, fold=fold)
+    folder = find(Path(root), ("UCF-101", "UCF101"), "folder of videos")
+    files = [folder / video if os.path.isfile(folder / video) else None for video in listed]
+    return Videos(folder, list(zip(files, labels, strict=True)), names, annotations, frames)
 
 
 def videos_below(folder: Path) -> dict[str, Path]:

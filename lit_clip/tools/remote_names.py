@@ -1,7 +1,6 @@
 """Names that a hub, a store or a listing gives, which are checked before they become a path."""
 
 import re
-from pathlib import Path
 
 from lit_clip.errors import UNPRINTABLE, require
 from lit_clip.tools.untrusted import shortened
@@ -30,10 +29,3 @@ def is_relative(value: object) -> bool:
     if not isinstance(value, str) or "\\" in value or UNPRINTABLE.search(value) or "\n" in value or "\t" in value:
         return False
     return all(part not in ("", ".", "..") and len(part.encode()) <= LONGEST_PART for part in value.split("/"))
-
-
-def checked_path(folder: Path, name: object) -> Path:
-    """Return the path of a file in a folder, into which links on disk lead as well."""
-    path = folder / checked_relative(name)
-    require(path.resolve().is_relative_to(folder.resolve()), f"{path}: is outside of {folder}")
-    return path

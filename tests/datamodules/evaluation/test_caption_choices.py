@@ -142,7 +142,7 @@ def test_winoground_pairs_images_and_captions_by_number(tmp_path: Path) -> None:
 def test_winogavil_puts_associations_first_and_the_cue_after_an_article(tmp_path: Path) -> None:
     write_winogavil(tmp_path)
     images = WinoGAViL(str(tmp_path))
-    named = [([images.names[row] for row in choice.images], choice.right) for choice in images.choices()]
+    named = [([images.key(row) for row in choice.images], choice.right) for choice in images.choices()]
     assert named[0] == (["eagle.jpg", "ash.jpg", "teepee.jpg", "tea party.jpg", "metal.jpg"], 2)
     assert [choice.captions for choice in images.choices()] == [("A bald",), ("An apple",), ("A dark",)]
     assert (named[1][1], len(named[2][0])) == (1, 10)
@@ -165,7 +165,7 @@ SETS: dict[str, tuple[Callable[[Path], Any], Callable[[str], Any], str]] = {
     [
         ("crepe", lambda text: text.replace("negative_caption", "negative"), ("json row 0", "negative_caption")),
         ("crepe", lambda text: "{}", ("no questions",)),
-        ("crepe", lambda text: "3", ("a list or",)),
+        ("crepe", lambda text: "3", ("or a list",)),
         ("relation", lambda text: text.replace('"bbox_h": 5', '"bbox_h": "5"'), ("row 1", "bbox_h")),
         ("relation", lambda text: text.replace('"bbox_h": 5', f'"bbox_h": {"9" * 400}'), ("row 1", "bbox_h")),
         ("attribution", lambda text: text.replace('"open", ', ""), ("row 0", "attributes")),

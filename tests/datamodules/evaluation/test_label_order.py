@@ -2,14 +2,15 @@
 
 import importlib.util
 import json
-import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from datamodules import evaluation as sets
+from lit_clip.evaluation.data import LabelledImages
 from lit_clip.evaluation.prompts import prompts_of
 from tests.conftest import ROOT
 from tests.helpers.coloured_sets import message_of
@@ -33,73 +34,70 @@ def prompt_names(name: str) -> list[str]:
     return [names if isinstance(names, str) else names[0] for names in classes]
 
 
-def test_sun397_labels_follow_the_papers_names(tmp_path: Path) -> None:
-    """The files list the classes backwards, with underscores and slashes where the prompts have spaces."""
-    names = prompt_names("SUN397")
+def write_sun397(root: Path, names: list[str]) -> None:
+    """Paths have underscores and slashes where the prompts have spaces."""
     paths = [f"/{name[0]}/{name.replace(' ', '_')}" for name in names]
-    folder = tmp_path / "SUN397"
-    write_text(folder / "ClassName.txt", "\n".join(reversed(paths)))
-    write_text(
-        folder / "Testing_01.txt", "\n".join(f"{path}/sun_{i}.jpg" for i, path in reversed(list(enumerate(paths))))
-    )
-    (folder / paths[-1].lstrip("/")).mkdir(parents=True)
-    images = sets.SUN397(str(tmp_path))
-    assert images.class_names == names
-    assert [(images.key(i), label) for i, label in enumerate(images.labels())] == [
-        (f"{path.lstrip('/')}/sun_{label}.jpg", label) for label, path in reversed(list(enumerate(paths)))
-    ]
+    write_text(root / "SUN397/ClassName.txt", "\n".join(paths))
+    write_text(root / "SUN397/Testing_01.txt", "\n".join(f"{path}/sun_a.jpg" for path in paths))
+    (root / f"SUN397{paths[0]}").mkdir(parents=True)
 
 
-@pytest.mark.parametrize(
-    ("path", "words"), [("/t/theater/indoor_seats", "theater indoor seats"), ("/a/abbey", "abbey")]
-)
-def test_sun397_class_names_are_paths_in_words(path: str, words: str, tmp_path: Path) -> None:
-    folder = tmp_path / "SUN397"
-    write_text(folder / "ClassName.txt", f"{path}\n")
-    write_text(folder / "Testing_01.txt", f"{path}/sun_a.jpg\n")
-    paint(folder / f"{path.lstrip('/')}/sun_a.jpg", 1)
-    assert sets.SUN397(str(tmp_path)).class_names == [words]
+def write_pets(root: Path, names: list[str]) -> None:
+    lines = [f"{name.replace(' ', '_')}_1 {i} 1 1" for i, name in enumerate(names, 1)]
+    write_text(root / "oxford-iiit-pet/annotations/test.txt", "\n".join(lines))
+    (root / "oxford-iiit-pet/images").mkdir()
 
 
-def test_oxford_pets_labels_follow_the_papers_names(tmp_path: Path) -> None:
-    """The set's own numbering ignores case: Abyssinian, american bulldog, ..."""
-    names = prompt_names("OxfordPets")
-    own = sorted(names, key=str.lower)
-    folder = tmp_path / "oxford-iiit-pet"
-    lines = [f"{name.replace(' ', '_')}_1 {i} 1 1" for i, name in enumerate(own, 1)]
-    write_text(folder / "annotations/test.txt", "\n".join(lines))
+def write_aircraft(root: Path, names: list[str]) -> None:
+    folder = root / "fgvc-aircraft-2013b/data"
+    write_text(folder / "variants.txt", "\n".join(names))
+    write_text(folder / "images_variant_test.txt", "\n".join(f"{i:07} {name}" for i, name in enumerate(names)))
     (folder / "images").mkdir()
-    images = sets.OxfordPets(str(tmp_path))
+
+
+def write_food(root: Path, names: list[str]) -> None:
+    dishes = {name.replace(" ", "_"): [f"{name.replace(' ', '_')}/1"] for name in names}
+    write_text(root / "food-101/meta/test.json", json.dumps(dishes))
+    (root / "food-101/images/apple_pie").mkdir(parents=True)
+
+
+def write_textures(root: Path, names: list[str]) -> None:
+    write_text(root / "dtd/labels/test1.txt", "\n".join(f"{name}/{name}_0001.jpg" for name in names))
+    for name in names:
+        (root / "dtd/images" / name).mkdir(parents=True)
+
+
+def write_cars(root: Path, names: list[str]) -> None:
+    """The file of classes has them in the paper's order; the list of images in another."""
+    folder = root / "stanford_cars"
+    write_mat(folder / "devkit/cars_meta.mat", class_names=np.array([names[::-1]], dtype=object))
+    annotations = np.zeros((1, len(names)), dtype=[("class", object), ("fname", object)])
+    for i in range(len(names)):
+        annotations[0, i] = (len(names) - i, f"{i:05}.jpg")
+    write_mat(folder / "cars_test_annos_withlabels.mat", annotations=annotations)
+    (folder / "cars_test").mkdir()
+
+
+LISTED: dict[str, tuple[Callable[[str], LabelledImages], Callable[[Path, list[str]], None]]] = {
+    "SUN397": (sets.SUN397, write_sun397),
+    "OxfordPets": (sets.OxfordPets, write_pets),  # whose own numbering ignores case
+    "FGVCAircraft": (sets.FGVCAircraft, write_aircraft),
+    "Food101": (sets.Food101, write_food),
+    "DTD": (sets.DTD, write_textures),
+    "StanfordCars": (sets.StanfordCars, write_cars),
+}
+
+
+@pytest.mark.parametrize("name", LISTED)
+def test_labels_follow_the_papers_names_in_whatever_order_files_list_them(name: str, tmp_path: Path) -> None:
+    make, write = LISTED[name]
+    names = prompt_names(name)
+    write(tmp_path, names[::-1])
+    images = make(str(tmp_path))
     assert images.class_names == names
-    assert [images.class_names[label] for label in images.labels()] == own
-    assert own != names
-    assert prompts_of("paper:OxfordPets", "paper:OxfordPets", images.class_names).names == names
-
-
-def test_fgvc_aircraft_labels_follow_the_papers_names(tmp_path: Path) -> None:
-    names = prompt_names("FGVCAircraft")
-    folder = tmp_path / "fgvc-aircraft-2013b/data"
-    shuffled = random.Random(0).sample(names, len(names))
-    write_text(folder / "variants.txt", "\n".join(shuffled))
-    write_text(folder / "images_variant_test.txt", "\n".join(f"{i:07} {name}" for i, name in enumerate(shuffled)))
-    (folder / "images").mkdir()
-    images = sets.FGVCAircraft(str(tmp_path))
-    assert images.class_names == names
-    assert [names[label] for label in images.labels()] == shuffled
-
-
-def test_food101_and_dtd_labels_follow_the_papers_names(tmp_path: Path) -> None:
-    food, textures = prompt_names("Food101"), prompt_names("DTD")
-    dishes = {name.replace(" ", "_"): [f"{name.replace(' ', '_')}/1"] for name in reversed(food)}
-    write_text(tmp_path / "food-101/meta/test.json", json.dumps(dishes))
-    (tmp_path / "food-101/images/apple_pie").mkdir(parents=True)
-    assert sets.Food101(str(tmp_path)).class_names == food
-    write_text(
-        tmp_path / "dtd/dtd/labels/test1.txt", "\n".join(f"{name}/{name}_0001.jpg" for name in reversed(textures))
-    )
-    for name in textures:
-        (tmp_path / "dtd/dtd/images" / name).mkdir(parents=True)
-    assert sets.DTD(str(tmp_path)).class_names == textures
+    in_json = name == "Food101"  # whose images follow the sorted classes
+    assert images.labels() == list(range(len(names)))[:: 1 if in_json else -1]
+    assert prompts_of(f"paper:{name}", f"paper:{name}", images.class_names).names == names
 
 
 CALTECH_RENAMED = {  # folder: the paper's name, where it differs
@@ -137,19 +135,14 @@ def test_caltech101_labels_follow_the_papers_names_and_thirty_images_train(tmp_p
     assert not {train.key(i) for i in range(len(train))} & {test.key(i) for i in range(len(test))}
     other = sets.Caltech101(str(tmp_path), "test", seed=1)
     assert [other.key(i) for i in range(103)] != [test.key(i) for i in range(103)]
+    paint(tmp_path / "without/caltech101/101_ObjectCategories/accordion/image_0001.jpg", 1)
+    assert "BACKGROUND_Google" in message_of(lambda: sets.Caltech101(str(tmp_path / "without")))
 
 
-def test_caltech101_without_its_background_is_an_error(tmp_path: Path) -> None:
-    paint(tmp_path / "caltech101/101_ObjectCategories/accordion/image_0001.jpg", 1)
-    assert "BACKGROUND_Google" in message_of(lambda: sets.Caltech101(str(tmp_path)))
-
-
-# The paper's names for EuroSAT's classes.
-EUROSAT_NAMES = {
-    "forest": "forest",
+# The paper's words where ours differ.
+WORDS = {
     "permanent crop": "permanent crop land",
     "residential": "residential buildings or homes or apartments",
-    "river": "river",
     "pasture": "pasture land",
     "sea lake": "lake or sea",
     "herbaceous vegetation": "brushland or shrubland",
@@ -157,64 +150,39 @@ EUROSAT_NAMES = {
     "industrial": "industrial buildings or commercial buildings",
     "highway": "highway or road",
 }
+BUILT_IN = ("CIFAR10", "VOC2007", "MNIST", "FER2013", "STL10", "EuroSAT", "PCam", "CLEVRCounts", "RenderedSST2")
 
 
-@pytest.mark.parametrize(
-    ("name", "paper"),
-    [
-        ("cifar10", "CIFAR10"),
-        ("voc2007", "VOC2007"),
-        ("mnist", "MNIST"),
-        ("fer2013", "FER2013"),
-        ("stl10", "STL10"),
-        ("eurosat", "EuroSAT"),
-        ("pcam", "PCam"),
-        ("clevr_counts", "CLEVRCounts"),
-        ("rendered_sst2", "RenderedSST2"),
-    ],
-)
-def test_built_in_class_lists_follow_the_papers_names(name: str, paper: str, tmp_path: Path) -> None:
-    miniature = MINIATURES[name]
+@pytest.mark.parametrize("paper", BUILT_IN)
+def test_built_in_class_lists_follow_the_papers_names(paper: str, tmp_path: Path) -> None:
+    miniature = next(each for each in MINIATURES.values() if each.make.__name__ == paper)
     miniature.write(tmp_path)
     names = open_miniature(miniature, tmp_path, "test").class_names
-    in_words = [EUROSAT_NAMES.get(name, name) for name in names]
+    in_words = [WORDS.get(name, name) for name in names]
     assert in_words == prompts_of(f"paper:{paper}", f"paper:{paper}", names).names
     assert paper == "EuroSAT" or in_words == prompt_names(paper)  # the package lists EuroSAT in another order
 
 
-@pytest.mark.parametrize(
-    ("label", "words"),
-    [(0, "20 kph"), (6, "end"), (14, "stop"), (17, "no entry"), (25, "work"), (40, "circle"), (42, "trucks")],
-)
-def test_gtsrb_signs_follow_the_papers_names(label: int, words: str, tmp_path: Path) -> None:
-    ours = {0: "20", 6: "end", 14: "stop", 17: "no entry", 25: "works", 40: "roundabout", 42: "trucks"}
+def test_gtsrbs_signs_follow_the_papers_names(tmp_path: Path) -> None:
     MINIATURES["gtsrb"].write(tmp_path)
-    names = sets.GTSRB(str(tmp_path)).class_names
-    assert len(names) == len(prompt_names("GTSRB")) == 43
-    assert ours[label] in names[label]
-    assert words in prompt_names("GTSRB")[label]
+    ours, papers = sets.GTSRB(str(tmp_path)).class_names, prompt_names("GTSRB")
+    assert len(ours) == len(papers) == 43
+    known = {0: ("20", "20 kph"), 6: ("end", "end"), 14: ("stop", "stop"), 17: ("no entry", "no entry")}
+    known |= {25: ("works", "work"), 40: ("roundabout", "circle"), 42: ("trucks", "trucks")}
+    for label, (our, theirs) in known.items():
+        assert our in ours[label]
+        assert theirs in papers[label]
 
 
-def test_flowers_and_cars_have_the_papers_names(tmp_path: Path) -> None:
-    MINIATURES["flowers102"].write(tmp_path)
-    ours, paper = sets.Flowers102(str(tmp_path)).class_names, prompt_names("Flowers102")
-    plain = [re.sub("[^a-z]", "", name.replace(" and ", " ").replace("air plant", "ball moss")) for name in paper]
-    assert [re.sub("[^a-z]", "", name) for name in ours] == plain  # names differ in hyphens and spelling
-    names = np.array([prompt_names("StanfordCars")], dtype=object)
-    folder = tmp_path / "stanford_cars"
-    write_mat(folder / "devkit/cars_meta.mat", class_names=names)
-    annotations = np.zeros((1, 196), dtype=[("class", object), ("fname", object)])
-    for i in range(196):
-        annotations[0, i] = (196 - i, f"{i:05}.jpg")
-    write_mat(folder / "cars_test_annos_withlabels.mat", annotations=annotations)
-    (folder / "cars_test").mkdir()
-    images = sets.StanfordCars(str(tmp_path))
-    assert images.class_names == names[0].tolist()
-    assert images.labels() == list(range(195, -1, -1))
-
-
-def test_kitti_distances_follow_the_papers_names(tmp_path: Path) -> None:
-    MINIATURES["kitti"].write(tmp_path)
+def test_flowers_and_distances_have_the_papers_names(tmp_path: Path) -> None:
+    """But for hyphens, spelling and the words around them."""
+    for name in ("flowers102", "kitti"):
+        MINIATURES[name].write(tmp_path)
+    plain = [
+        re.sub("[^a-z]", "", name.replace(" and ", " ").replace("air plant", "ball moss"))
+        for name in prompt_names("Flowers102")
+    ]
+    assert [re.sub("[^a-z]", "", name) for name in sets.Flowers102(str(tmp_path)).class_names] == plain
     paper = [re.sub(r"^a photo i took (of|with) |my |\.$", "", name) for name in prompt_names("KITTI")]
     ours = [re.sub("the left", "left", name) for name in sets.KITTI(str(tmp_path)).class_names]
     assert ours == [re.sub("on left", "on left", name) for name in paper]

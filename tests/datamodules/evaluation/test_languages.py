@@ -152,10 +152,10 @@ def test_babel_restricts_images_to_the_classes_of_the_users_own_file(tmp_path: P
     ("entry", "part"),
     [
         ([[2, 1], ["a", "b"]], "ascending"),
-        ([[1, 1000], ["a", "b"]], "0 to 999"),
+        ([[1, 1000], ["a", "b"]], "at most 999"),
         ([[1, 2], ["a"]], "as many"),
-        ([[1, "2"], ["a", "b"]], "ascending"),
-        ([[1, 2], ["a", 3]], "list of texts"),
+        ([[1, "2"], ["a", "b"]], "a whole number"),
+        ([[1, 2], ["a", 3]], "a text"),
         (3, "names.json"),
     ],
 )

@@ -171,9 +171,9 @@ def test_boxes_of_coco_have_labels_by_ascending_id(data: Path) -> None:
     path = data / "coco/annotations/instances_val2017.json"
     content = json.loads(path.read_text())
     for key, value, words in (
-        ("bbox", [1, 2, 3], "a box is of no image or category in it, or has no four sides"),
+        ("bbox", [1, 2, 3], "length 4"),
         ("image_id", 77, "a box is of no image"),
-        ("bbox", "x", "not a readable list of instances"),
+        ("bbox", "x", "must be a list"),
         ("bbox", [1, 2, -3, 4], "has no inside"),
     ):
         path.write_text(json.dumps({**content, "annotations": [{**content["annotations"][0], key: value}]}))

@@ -76,9 +76,9 @@ def test_hateful_memes_tests_on_the_rows_of_the_development_list(tmp_path: Path,
     assert HatefulMemes(str(tmp_path), "train").labels() == [0, 1]
     assert_same_after_pickling(images)
     (tmp_path / dev).write_text(json.dumps({"id": 1, "img": "img/00001.png", "text": "the hidden test list"}))
-    assert "no column 'label'" in message_of(lambda: HatefulMemes(str(tmp_path)))
+    assert "lacks label" in message_of(lambda: HatefulMemes(str(tmp_path)))
     (tmp_path / dev).write_text(json.dumps({"img": "img/00001.png", "label": 2}))
-    assert f"{dev} row 1" in message_of(lambda: HatefulMemes(str(tmp_path)))
+    assert f"{dev}: '2'" in message_of(lambda: HatefulMemes(str(tmp_path)))
     (tmp_path / dev).unlink()
     assert dev in message_of(lambda: HatefulMemes(str(tmp_path)), MissingData)
 

@@ -48,11 +48,8 @@ def test_rows_come_in_the_order_of_files_and_rows_with_their_labels(shards: Path
     assert colours_and_labels(images) == [(colour(i), label) for i, label in enumerate(LABELS)]
     assert images.labels() == LABELS
     assert len(images) == 23
-
-
-def test_path_may_be_a_single_parquet_file(shards: Path) -> None:
-    images = ParquetClasses(str(shards / "val-00001.parquet"), NAMES)
-    assert colours_and_labels(images) == [(colour(10 + i), label) for i, label in enumerate(LABELS[10:])]
+    one = ParquetClasses(str(shards / "val-00001.parquet"), NAMES)
+    assert colours_and_labels(one) == [(colour(10 + i), label) for i, label in enumerate(LABELS[10:])]
 
 
 SPLITS = {"train-00000-of-00002": 0, "train-00001-of-00002": 1, "validation-00000-of-00001": 2, "test": 3}
@@ -111,51 +108,33 @@ def test_column_names_can_be_set(tmp_path: Path) -> None:
     assert colours_and_labels(images) == [(colour(3), 0)]
 
 
-@pytest.mark.parametrize("option", ["image_column", "label_column"])
-def test_missing_column_is_an_error_listing_the_columns(shards: Path, option: str) -> None:
-    options: Any = {option: "photo"}
-    message = message_of(lambda: ParquetClasses(str(shards), NAMES, **options))
-    for part in ("val-00000.parquet", "'photo'", "image, label"):
-        assert part in message
+MISTAKES: list[tuple[str, dict[str, Any], tuple[str, ...]]] = [  # the path, other arguments, and what the error says
+    ("", {"image_column": "photo"}, ("val-00000.parquet", "'photo'", "image, label")),
+    ("", {"label_column": "photo"}, ("val-00000.parquet", "'photo'", "image, label")),
+    ("", {"class_names": ["a"] * 4}, ("4 names", "5 classes")),
+    ("", {"class_names": ["a"] * 6}, ("6 names", "5 classes")),
+    ("", {"class_names": "imagenet"}, ("1000 names",)),
+    ("hidden.parquet", {}, ("hidden.parquet", "its label is -1")),
+    ("none.parquet", {}, ("none.parquet", "its label is None")),
+    ("words.parquet", {}, ("words.parquet", "'label'")),
+    ("floats.parquet", {}, ("floats.parquet", "'label'")),
+    ("page.parquet", {}, ("page.parquet",)),
+    ("nothing.parquet", {}, ("nothing.parquet", "no such parquet file")),
+    ("empty folder", {}, ("empty folder", "no such parquet file")),
+]
 
 
-def test_hidden_labels_of_minus_one_are_an_error(tmp_path: Path) -> None:
-    path = write_parquet(tmp_path / "test.parquet", [encoded(i) for i in range(3)], [-1, -1, -1])
-    message = message_of(lambda: ParquetClasses(str(path), NAMES))
-    assert "test.parquet" in message
-    assert "its label is -1" in message
-
-
-@pytest.mark.parametrize("labels", [[0, None, 1], ["cat", "dog", "cat"], [0.5, 1.0, 0.0]])
-def test_labels_that_are_not_whole_numbers_are_an_error(tmp_path: Path, labels: list[Any]) -> None:
-    path = write_parquet(tmp_path / "a.parquet", [encoded(i) for i in range(3)], labels)
-    message = message_of(lambda: ParquetClasses(str(path), ["a", "b"]))
-    assert "a.parquet" in message
-    assert "label" in message
-
-
-@pytest.mark.parametrize("count", [4, 6])
-def test_wrong_number_of_class_names_is_an_error_with_both_numbers(shards: Path, count: int) -> None:
-    message = message_of(lambda: ParquetClasses(str(shards), ["a"] * count))
-    assert f"{count} names" in message
-    assert "5 classes" in message
-
-
-def test_imagenets_names_for_other_labels_are_an_error(shards: Path) -> None:
-    assert "1000 names" in message_of(lambda: ParquetClasses(str(shards), "imagenet"))
-
-
-@pytest.mark.parametrize("name", ["nothing.parquet", "empty folder"])
-def test_missing_file_is_an_error(tmp_path: Path, name: str) -> None:
-    (tmp_path / "empty folder").mkdir()
-    message = message_of(lambda: ParquetClasses(str(tmp_path / name), NAMES))
-    assert name in message
-    assert "no such parquet file" in message
-
-
-def test_file_that_is_not_parquet_is_an_error_naming_it(tmp_path: Path) -> None:
-    (tmp_path / "a.parquet").write_text("<html>404: not found</html>")  # what a failed download leaves
-    assert "a.parquet" in message_of(lambda: ParquetClasses(str(tmp_path), NAMES))
+@pytest.mark.parametrize(("name", "options", "parts"), MISTAKES)
+def test_mistake_is_one_line(shards: Path, name: str, options: dict[str, Any], parts: tuple[str, ...]) -> None:
+    labels = {"hidden": [-1, -1, -1], "none": [0, None, 1], "words": ["cat", "dog", "cat"], "floats": [0.5, 1.0, 0.0]}
+    stem = Path(name).stem
+    if stem in labels:
+        write_parquet(shards / name, [encoded(i) for i in range(3)], labels[stem])
+    elif stem == "page":
+        (shards / name).write_text("<html>404: not found</html>")  # what a failed download leaves
+    (shards / "empty folder").mkdir()
+    message = message_of(lambda: ParquetClasses(str(shards / name), **{"class_names": NAMES, **options}))
+    assert all(part in message for part in parts)
 
 
 @pytest.mark.parametrize("broken", [b"not an image", None])
