@@ -139,12 +139,13 @@ def test_fit_imports_no_room_that_its_settings_do_not_name(tmp_path: Path) -> No
     write_table(tmp_path)
     (tmp_path / "plain.yaml").write_text(PLAIN, encoding="utf-8")
     words = ["-c", FIT, "fit", "--config", "plain.yaml", "--data.train", "captions.csv", "--print_plan"]
+    words += ["--trainer.callbacks", "EMA", "--trainer.callbacks.decay", "0.9"]  # a name that is not imported yet
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )
     names = done.stdout.splitlines()[-1].split()
-    assert "lit_clip.module" in names
+    assert {"lit_clip.module", "lit_clip.callbacks.ema"} <= set(names)
     rooms = {name.split(".")[1] for name in names if "." in name}
     assert rooms.isdisjoint({"approximate", "commands", "evaluation", "heads", "locating"})
     assert "lit_clip.datamodules.evaluation" not in names
