@@ -5,31 +5,36 @@ if __name__ == "callbacks":  # the folder of a clone
 
     share_modules(__name__)
 
+from typing import TYPE_CHECKING
+
 from lightning.pytorch import Callback
 
 from lit_clip.errors import require
 from lit_clip.tools.guarded_output import log_above_bars, silence
-from .activation_checkpointing import ActivationCheckpointing
-from .compile import Compile
-from .ema import EMA
-from .frozen_features import FrozenFeatures
-from .hard_batches import HardBatches
-from .heads_first import HeadsFirst
-from .monitor import TrainingMonitor
+from lit_clip.tools.lazy_names import lazy_names
 from .non_finite import NonFiniteSteps
-from .patch_dropout import PatchDropout
 from .preemption import Preemption
 from .print_plan import PrintPlan
 from .print_results import PrintResults
 from .progress import ExpectedTime, ProgressLines
-from .proof import Proof
 from .random_states import RandomStates
 from .skipped_samples import SkippedSamples
-from .suite_evaluation import LinearProbe, Retrieval, ZeroShotSegmentation
-from .tensorboard import EmbeddingProjector, SimilarityMatrix
-from .throughput import Throughput
 from .without import Without
-from .zero_shot import ZeroShot, ZeroShotSet
+
+if TYPE_CHECKING:
+    from .activation_checkpointing import ActivationCheckpointing
+    from .compile import Compile
+    from .ema import EMA
+    from .frozen_features import FrozenFeatures
+    from .hard_batches import HardBatches
+    from .heads_first import HeadsFirst
+    from .monitor import TrainingMonitor
+    from .patch_dropout import PatchDropout
+    from .proof import Proof
+    from .suite_evaluation import LinearProbe, Retrieval, ZeroShotSegmentation
+    from .tensorboard import EmbeddingProjector, SimilarityMatrix
+    from .throughput import Throughput
+    from .zero_shot import ZeroShot, ZeroShotSet
 
 __all__ = [
     "EMA",
@@ -61,6 +66,8 @@ __all__ = [
     "defaults",
 ]
 
+__getattr__ = lazy_names(__name__, __file__)
+
 # Callbacks of every run that come after the given ones.
 AFTER = (PrintPlan, ExpectedTime, ProgressLines, PrintResults, SkippedSamples, NonFiniteSteps, RandomStates)
 
@@ -88,7 +95,7 @@ def defaults(*callbacks: Callback) -> list[Callback]:
     log_above_bars()
 
     left_out = {name for callback in callbacks if isinstance(callback, Without) for name in callback.names}
-    unknown = left_out - {kind.__name__ for kind in (Preemption, *AFTER, Proof)}
+    unknown = left_out - {kind.__name__ for kind in (Preemption, *AFTER)} - {"Proof"}
     require(not unknown, f"Without: {', '.join(sorted(unknown))} is none of the callbacks that every run has")
     needed = "Without: Preemption stays; it also knows which validation a resumed run has to begin with"
     require(Preemption.__name__ not in left_out, needed)
@@ -98,6 +105,6 @@ def defaults(*callbacks: Callback) -> list[Callback]:
         return [kind() for kind in wanted if not any(isinstance(callback, kind) for callback in callbacks)]
 
     callbacks = tuple(sorted(callbacks, key=lambda callback: not getattr(callback, "changes_model", False)))  # stable
-    at_the_end = [callback for callback in callbacks if isinstance(callback, Proof)]
+    at_the_end = [callback for callback in callbacks if getattr(callback, "comes_last", False)]
     others = [callback for callback in callbacks if callback not in at_the_end]
     return [*missing(Preemption), *others, *missing(*AFTER), *at_the_end]

@@ -8,8 +8,8 @@ from torch.nn.functional import dropout
 
 from lit_clip import distributed
 from lit_clip.errors import require
+from lit_clip.evaluation.heads_alone import heads_of
 from lit_clip.module import LitCLIP
-from lit_clip.recipes.heads_alone import heads_of
 from lit_clip.training.lightning.fsdp import FSDP
 from .proof import evaluating, heads_alone
 from .random_states import random_states, restore_random_states

@@ -15,8 +15,7 @@ from torch import Tensor
 
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
-from lit_clip.errors import BadSample, InputError, require
-from lit_clip.evaluation.accuracy import ranks_of_labels
+from lit_clip.errors import BadSample, require
 from lit_clip.evaluation.before_after import (
     HELD_OUT,
     Measured,
@@ -24,40 +23,25 @@ from lit_clip.evaluation.before_after import (
     compare,
     gather_pairs,
     measure,
-    retrieval_scores,
     table_of,
     worse_line,
 )
-from lit_clip.evaluation.classification import embeddings, keys_of, targets_of
-from lit_clip.evaluation.data import ImageSet
-from lit_clip.evaluation.open_set import Fold, OpenSet
-from lit_clip.evaluation.report.run_page import examples_of, write_run_page
-from lit_clip.evaluation.suite import SuiteEntry
+from lit_clip.evaluation.heads_alone import features_before_heads, heads_of, train_heads
 from lit_clip.models.clip import CLIP
 from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.module import LitCLIP
-from lit_clip.recipes.heads_alone import features_before_heads, heads_of, train_heads, versions_of
 from lit_clip.tools.console import Console
-from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.html import thumbnail
-from lit_clip.tools.parts import instantiate
 from lit_clip.tools.untrusted import convert, entries
 from lit_clip.tools.weight_files import read_mapped
+from lit_clip.training.frozen_features import versions_of
 from lit_clip.training.lightning.fsdp import FSDP
 from lit_clip.training.lightning.run_folder import run_folder, shown
 from .print_results import recommended
 from .random_states import random_states, restore_random_states
-from .suite_evaluation import SuiteEvaluation
 
 STORED, DECODED = 30_000, 1_500  # pairs that heads alone learn from: with stored features, and with decoded images
 MOST_POINTS = 1_000  # of a curve
-
-
-class Rest(SuiteEvaluation):
-    """Encodes sets; it is no callback of the trainer."""
-
-    tasks = ("zero_shot", "retrieval")
-    needs_suite = False
 
 
 class Proof(Callback):
@@ -74,13 +58,15 @@ class Proof(Callback):
         examples: images on the page.
     """
 
+    comes_last = True  # of all callbacks: what it prints is the end of a run
+
     def __init__(self, rest: list[str] | None = None, examples: int = 20) -> None:
         require(examples >= 0, f"Proof.examples: {examples} must be at least 0")
         self.rest, self.examples = rest or [], examples
         self._active, self._start = False, ""
         self._before: dict[str, Measured] = {}
         self._curves: dict[str, list[tuple[int, Any]]] = {}
-        self._rest, self._encoder = dict[str, OpenSet](), Rest(None, on_error="skip")
+        self._rest: Any = None
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         fitting: Any = trainer
@@ -93,7 +79,10 @@ class Proof(Callback):
         self._active = not reason
         if reason:
             rank_zero_info(f"Proof: the run is not compared with the model before: {reason}")
-        self._rest = {path: _open_rest(path) for path in self.rest} if self._active else {}
+        if self._active and self.rest:
+            from .proof_rest import Rest
+
+            self._rest = Rest(self.rest)
 
     def state_dict(self) -> dict[str, Any]:
         curves = {
@@ -159,6 +148,8 @@ class Proof(Callback):
         if after[HELD_OUT].digest != before.digest:
             console.print("Proof: the held-out pairs are not those of the run's beginning")
         elif folder:
+            from lit_clip.evaluation.report.run_page import examples_of, write_run_page  # imports matplotlib
+
             examples = examples_of(pairs, before, after[HELD_OUT], self.examples)
             _add_images(examples, cast(Any, trainer).datamodule.val_source)
             curves = self.state_dict()["curves"]
@@ -178,20 +169,8 @@ class Proof(Callback):
             return found["image"], found["text"]
 
         pairs = gather_pairs(encode, map(trainer.strategy.batch_to_device, batches), data.tokenize, (empty, empty))
-        rest = {Path(path).stem or path: self._measured_rest(module.model, each) for path, each in self._rest.items()}
+        rest = self._rest.measured(module.model) if self._rest else {}
         return {HELD_OUT: measure(pairs, self._before.get(HELD_OUT), neighbours), **rest}, pairs
-
-    def _measured_rest(self, model: CLIP, opened: OpenSet) -> Measured:
-        current = self._encoder.encoded(model, opened)
-        (fold,) = current.folds
-        image_ND, keys = embeddings(fold.features["test"]), keys_of(fold)
-        if current.captions is not None:
-            scores, _ = retrieval_scores(image_ND, *current.captions[:2])
-            return Measured(hex_digest([keys, current.captions.digest]), scores, {})
-        assert current.classifier is not None
-        targets = targets_of(current, fold, "test")
-        right = ranks_of_labels(image_ND @ current.classifier, targets.labels) < 1
-        return Measured(hex_digest([keys, targets.digest()]), {"zero-shot top-1": right.double()}, {})
 
 
 @contextmanager
@@ -235,19 +214,6 @@ def _recommended_weights(trainer: Trainer, module: LitCLIP) -> dict[str, Tensor]
     if distributed.maximum(int(file is None or not file.is_file())):
         return {}
     return read_mapped(cast(Path, file))["state_dict"]
-
-
-def _open_rest(path: str) -> OpenSet:
-    """Open a folder with a subfolder for each class, or pairs."""
-    classes = Path(path).is_dir() and any(each.is_dir() for each in Path(path).glob("[!.]*"))
-    kind, option = ("ImageFolderClasses", "root") if classes else ("evaluation.CaptionedPairs", "path")
-    spec = {"class_path": f"lit_clip.datamodules.{kind}", "init_args": {option: path}}
-    try:
-        images = instantiate(ImageSet, spec)
-        require(len(images) > 0, f"{path}: there are no images")
-    except InputError as error:
-        raise InputError(f"Proof.rest: {error}") from error
-    return OpenSet(path, SuiteEntry(spec), [Fold({"test": images})], ["zero_shot" if classes else "retrieval"])
 
 
 def _add_images(examples: list[dict[str, Any]], source: Any) -> None:

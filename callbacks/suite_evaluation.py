@@ -68,6 +68,7 @@ class SuiteEvaluation(Callback):
             numbers are files in the run's folder.
     """
 
+    is_evaluation = True  # told by this, so that runs without one do not import the module
     tasks: tuple[Task, ...]
     needs_suite = True
 

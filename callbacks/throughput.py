@@ -18,7 +18,6 @@ from lit_clip.models.clip import CLIP
 from lit_clip.models.flops import PairFlops, training_flops
 from lit_clip.module import LitCLIP
 from lit_clip.tools import hardware
-from .suite_evaluation import SuiteEvaluation
 
 # Lightning's names of the profiled actions that fetch a batch and write a checkpoint.
 FETCH, SAVE = "[_TrainingEpochLoop].train_dataloader_next", "save_checkpoint"
@@ -86,7 +85,7 @@ def samples_of(trainer: Trainer, module: Any, batch: CaptionBatch) -> int:
 class TimedCallback(Callback):
     """A callback that measures training time.
 
-    Validations, checkpoints, evaluations between steps (:class:`SuiteEvaluation`) and the time between two epochs are
+    Validations, checkpoints, evaluations between steps (:class:`.SuiteEvaluation`) and the time between two epochs are
     not counted. Waiting for data is the time in which the loop fetches a batch, which includes
     the start of data workers and an epoch's first batch. The clock follows what is reported to Lightning's profiler.
     """
@@ -98,7 +97,7 @@ class TimedCallback(Callback):
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         self.clock = TrainingClock(self.now)
         if stage == "fit":
-            keys = [each.state_key for each in trainer.callbacks if isinstance(each, SuiteEvaluation)]
+            keys = [each.state_key for each in trainer.callbacks if getattr(each, "is_evaluation", False)]
             others = (f"[Callback]{key}.on_train_batch_end" for key in keys)
             _follow(trainer.profiler, self.clock, {FETCH, SAVE, *others})
 

@@ -5,17 +5,22 @@ if __name__ == "datamodules":  # the folder of a clone
 
     share_modules(__name__)
 
-from .caption_datamodule import CaptionDataModule
-from .captions import Captions, NoCaptions, Splits
-from .evaluation.own_classes import ImageFolderClasses, ParquetClasses
-from .loading.augmentation import Augmentation, RandomSquareCrop
-from .loading.bad_samples import BadSamples
-from .openmoji import OpenMoji, OpenMojiClasses
-from .pairs.batch_order import BatchOptions
-from .pairs.custom import CustomPairs
-from .pairs.source import CaptionOptions, Classes, Columns
-from .parallel_sentences import ParallelSentences
-from .shards.pairs import ShardOptions
+from typing import TYPE_CHECKING
+
+from lit_clip.tools.lazy_names import lazy_names
+
+if TYPE_CHECKING:
+    from .caption_datamodule import CaptionDataModule
+    from .captions import Captions, NoCaptions, Splits
+    from .evaluation.own_classes import ImageFolderClasses, ParquetClasses
+    from .loading.augmentation import Augmentation, RandomSquareCrop
+    from .loading.bad_samples import BadSamples
+    from .openmoji import OpenMoji, OpenMojiClasses
+    from .pairs.batch_order import BatchOptions
+    from .pairs.custom import CustomPairs
+    from .pairs.source import CaptionOptions, Classes, Columns
+    from .parallel_sentences import ParallelSentences
+    from .shards.pairs import ShardOptions
 
 __all__ = [
     "Augmentation",
@@ -37,3 +42,5 @@ __all__ = [
     "ShardOptions",
     "Splits",
 ]
+
+__getattr__ = lazy_names(__name__, __file__)

@@ -1,9 +1,9 @@
 """lit-clip: CLIP in PyTorch Lightning."""
 
-from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from lit_clip.tools.lazy_names import lazy_names
 from lit_clip.version import __version__
 
 if TYPE_CHECKING:
@@ -20,19 +20,6 @@ if TYPE_CHECKING:
 if not Path(__file__).with_name("callbacks").is_dir():  # a clone has callbacks/ and datamodules/ beside this folder
     __path__.append(str(Path(__file__).parents[1]))
 
-_HOMES = {
-    "CLIP": "models.clip",
-    "CLIPConfig": "models.config",
-    "CaptionBatch": "batch",
-    "LitCLIP": "module",
-    "create_model": "weights.load",
-    "image_transform": "models.preprocess",
-    "list_models": "models.registry",
-    "load_model": "weights.load",
-    "tokenize": "models.tokenizer",
-    "zero_shot_classifier": "evaluation.zero_shot",
-}
-
 __all__ = [
     "CLIP",
     "CLIPConfig",
@@ -47,9 +34,4 @@ __all__ = [
     "zero_shot_classifier",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first used: the command line's ``--help`` pays for none of them."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'lit_clip' has no attribute {name!r}")
-    return getattr(import_module(f"lit_clip.{_HOMES[name]}"), name)
+__getattr__ = lazy_names(__name__, __file__)  # the command line's ``--help`` pays for none of them

@@ -1,7 +1,9 @@
 """docs/architecture.md says the truth about the ways through the code."""
 
 import ast
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import FrameType
@@ -14,16 +16,62 @@ from datamodules import evaluation
 from datamodules.open_source import FILES, SUPPORTED
 from lit_clip import LitCLIP
 from lit_clip.cli.subcommands import COMMANDS
+from tests.helpers.package_lines import PAGE as PAGE_OF_LINES
+from tests.helpers.package_lines import table
 from tests.helpers.small_sets import data_for, make_module, make_trainer, write_table
 
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs/architecture.md").read_text(encoding="utf-8")
 MOST_FILES, MOST_LINES, MOST_STOPS = 10, 2_000, 20
+MOST_IMPORTED = 205
+PLAIN = """
+model: {architecture: RN-tiny-64}
+data: {class_path: datamodules.Captions}
+trainer: {accelerator: cpu, logger: false, max_epochs: 1}
+"""
+FIT = """
+import atexit, sys
+ours = ("lit_clip", "callbacks", "datamodules")
+atexit.register(lambda: print(*(name for name in sys.modules if name.partition(".")[0] in ours)))
+from lit_clip.cli.main import main
+main()
+"""
 # Underscored names of Lightning's objects; its loggers', loops' and connectors' too.
 PRIVATE = re.compile(
     r"(?:trainer|strategy|loop|connector|logger|plugin|_trainer|epoch_loop|val_loop)\._[a-z]\w*|"
-    r"from lightning[\w.]* import (?:.*, )?_[A-Za-z]"
+    r"from lightning[\w.]* import (?:.*, )?_[A-Za-z]\w*"
 )
+# All that are used, each a place that another version of Lightning may break.
+OF_LIGHTNING = {
+    "_SignalConnector",
+    "_WrappingCheckpointIO",
+    "_accelerator_connector",
+    "_batches_that_stepped",
+    "_broadcast_sigterm_tensor",
+    "_checkpoint_connector",
+    "_ckpt_path",
+    "_combined_loader",
+    "_data_fetcher",
+    "_ddp_kwargs",
+    "_default_hp_metric",
+    "_ensure_setup",
+    "_error",
+    "_evaluation_loop",
+    "_executor",
+    "_get_next_version",
+    "_get_rank",
+    "_has_run",
+    "_launcher",
+    "_layer_sync",
+    "_loaded_checkpoint",
+    "_logger_connector",
+    "_parse_ckpt_path",
+    "_set_num_threads_if_needed",
+    "_should_check_val_fx",
+    "_signal_connector",
+    "_tracking_uri",
+    "_version",
+}
 
 PACKAGES = ("lit_clip", "callbacks", "datamodules")
 OTHERS = ("jsonargparse", "omegaconf", "argparse")
@@ -76,15 +124,32 @@ def test_the_module_is_small() -> None:
     assert sum(len(node.names) for node in imports) <= 35
 
 
-def test_one_room_touches_lightnings_private_parts() -> None:
-    found = {
-        f"{file.relative_to(ROOT)}: {match[0]}"
-        for package in PACKAGES
-        for file in (ROOT / package).rglob("*.py")
-        if "lightning" not in file.parent.parts
-        for match in PRIVATE.finditer(file.read_text(encoding="utf-8"))
-    }
-    assert found == set()
+def test_one_room_touches_lightnings_private_parts_and_these_alone() -> None:
+    files = [file for package in PACKAGES for file in (ROOT / package).rglob("*.py")]
+    found = [(file, match[0]) for file in files for match in PRIVATE.finditer(file.read_text(encoding="utf-8"))]
+    assert [each for each in found if "lightning" not in each[0].parent.parts] == []
+    assert {re.split(r"[. ]", text)[-1] for _, text in found} == OF_LIGHTNING
+
+
+def test_lines_are_those_of_the_table() -> None:
+    assert PAGE_OF_LINES.read_text(encoding="utf-8") == table(), "run python tests/helpers/package_lines.py"
+
+
+def test_fit_imports_no_room_that_its_settings_do_not_name(tmp_path: Path) -> None:
+    write_table(tmp_path)
+    (tmp_path / "plain.yaml").write_text(PLAIN, encoding="utf-8")
+    words = ["-c", FIT, "fit", "--config", "plain.yaml", "--data.train", "captions.csv", "--print_plan"]
+    words += ["--trainer.callbacks", "EMA", "--trainer.callbacks.decay", "0.9"]  # a name that is not imported yet
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, *words], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    names = done.stdout.splitlines()[-1].split()
+    assert {"lit_clip.module", "lit_clip.callbacks.ema"} <= set(names)
+    rooms = {name.split(".")[1] for name in names if "." in name}
+    assert rooms.isdisjoint({"approximate", "commands", "evaluation", "heads", "locating"})
+    assert "lit_clip.datamodules.evaluation" not in names
+    assert len(names) <= MOST_IMPORTED
 
 
 def test_private_names_of_other_packages_are_counted() -> None:

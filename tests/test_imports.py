@@ -55,7 +55,7 @@ for name in [name for name in sys.modules if name.partition(".")[0] in short]:
 sys.meta_path[:] = [finder for finder in sys.meta_path if not type(finder).__module__.startswith("lit_clip")]
 for name in sys.argv[1:]:
     importlib.import_module(name)
-import datamodules.pairs.source, lit_clip.datamodules.pairs.source
+import datamodules.captions, datamodules.pairs.source, lit_clip.datamodules.pairs.source
 from callbacks.ema import EMA
 from lit_clip import callbacks
 assert datamodules.pairs.source is lit_clip.datamodules.pairs.source

@@ -10,7 +10,6 @@ import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_clip.errors import BadSample, InputError, require
-from lit_clip.evaluation.prompts import Prompts, prompts_of
 from lit_clip.tools.images import SUFFIXES
 from lit_clip.tools.reading import reading
 from ..loading.bad_samples import as_unicode, is_unicode
@@ -133,16 +132,18 @@ def open_class_folders(folder: Path, options: SourceOptions) -> "ClassPairs":
         classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     require(bool(classes), f"{folder}: no subfolders; put each class's images into a subfolder of its own")
     class_names: Any = options.classes.names  # lists are invariant
+    from lit_clip.evaluation.prompts import prompts_of  # imported for such a folder alone
+
     prompts = prompts_of(class_names, options.classes.templates, [name.replace("_", " ") for name in classes])
-    return ClassPairs(folder, classes, prompts)
+    return ClassPairs(folder, classes, prompts.texts)
 
 
 class ClassPairs(ColumnPairs):
     """Images in one subfolder for each class; the captions are the prompts of the class, which is the pair's group."""
 
-    def __init__(self, folder: Path, classes: list[str], prompts: Prompts) -> None:
+    def __init__(self, folder: Path, classes: list[str], prompts: list[list[str]]) -> None:
         super().__init__(folder, folder)
-        self.classes, self.texts = classes, prompts.texts
+        self.classes, self.texts = classes, prompts
         names, counts = [], []
         for name in classes:
             require(

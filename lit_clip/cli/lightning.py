@@ -25,11 +25,9 @@ from lit_clip.cli.imports import check_not_imported_by
 from lit_clip.cli.loggers import check_loggers, log_no_secrets, logger_errors
 from lit_clip.cli.parser import CONFIG, Parser
 from lit_clip.cli.plain_help import print_section_help
-from lit_clip.cli.recipes import chosen_options, given_settings
 from lit_clip.cli.save_config import SaveConfig
 from lit_clip.errors import InputError, require
 from lit_clip.module import LitCLIP
-from lit_clip.recipes import Recipe
 from lit_clip.tools.class_paths import find_object, short_names
 from lit_clip.tools.hardware import computes_in_bfloat16
 from lit_clip.tools.parts import describe_instance, qualified_name
@@ -52,6 +50,7 @@ from lit_clip.weights.load import check_fits, weights_come_later
 DEFAULT_CALLBACKS = "lit_clip.callbacks"  # whose defaults() every run gets; no other module imports the package
 # The newest checkpoint of this configuration's runs or of its requeued SLURM job; auto starts over if there is none.
 NEWEST = ("last", "auto", "hpc")
+CHOOSERS = ["lit_clip.cli.recipes"]  # of settings that are not given
 DEFAULTS = Path(__file__).with_name("fit.yaml")  # without --config
 
 
@@ -70,9 +69,8 @@ class CLI(PlainCLI):
             action="store_true",
             help="fit only: print the plan of the run and contradictions in its settings, and do not train.",
         )
-        parser.add_subclass_arguments(
-            Recipe, "recipe", default=None, required=False, help="fit only: chooses settings that are not given."
-        )
+        for room in CHOOSERS:
+            import_module(room).add_option(parser)
         if not self.subclass_mode_model:
             parser.set_defaults({f"model.{name}": value for name, value in _parts().items()})
         rest = "fit only: class folders or tables that should be no worse."
@@ -105,11 +103,10 @@ class CLI(PlainCLI):
         if flags is not None:
             sys.stdout.write(known.written(config, **{flag: True for flag in flags.split(",") if flag}))
             sys.exit(0)
-        if config.recipe and command == "fit":
-            given = self._given(
-                known, chosen_options(known, config, given_settings(known.plain(given), _parts())), given
-            )
-            config = self._complete(known, given, packaged)
+        for room in CHOOSERS if command == "fit" else ():
+            chosen = import_module(room).chosen_options(known, config, known.plain(given), _parts())
+            given = self._given(known, chosen, given) if chosen else given
+            config = self._complete(known, given, packaged) if chosen else config
         if config.get("ckpt_path") in NEWEST:
             ours, folders = self._configuration(known, config, given), run_folders(config.as_dict())
             found = newest_of_configuration(ours, folders, config.ckpt_path, may_begin=command == "fit")

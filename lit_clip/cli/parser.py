@@ -18,6 +18,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from lit_clip import secrets
 from lit_clip.cli.plain_help import PlainHelp, short_help
 from lit_clip.errors import InputError
+from lit_clip.tools.class_paths import import_listed
 from lit_clip.tools.option_errors import OptionParser, nested_parameters
 from lit_clip.tools.packaged import configuration_path
 from lit_clip.tools.text_files import read_yaml
@@ -61,6 +62,7 @@ class Parser(OptionParser, LightningArgumentParser):
 
     def format_help(self, *args: Any, **options: Any) -> str:
         if not self.command or ("--help", "all") in pairwise(self.args):
+            import_listed()
             return super().format_help(*args, **options)
         return short_help(self.command)
 

@@ -26,6 +26,12 @@ STARTED = time.monotonic()
 RANK_ZERO = "lightning.pytorch.utilities.rank_zero"
 
 
+def add_option(parser: Any) -> None:
+    """Add ``--recipe``."""
+    what = "fit only: chooses settings that are not given."
+    parser.add_subclass_arguments(Recipe, "recipe", default=None, required=False, help=what)
+
+
 def given_settings(given: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Return the settings on the command line and in YAML files, by the names that are typed.
 
@@ -54,14 +60,19 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
         yield name, value
 
 
-def chosen_options(parser: Any, config: Any, given: Mapping[str, Any]) -> list[str]:
-    """Return the options that the configuration's recipe chooses, without the recipe, and show them in a table.
+def chosen_options(
+    parser: Any, config: Any, given: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]
+) -> list[str]:
+    """Return the options that the configuration's recipe, if any, chooses, and the one that ends it; show a table.
 
     What a recipe has measured is kept in a file, so that other processes, and the same command later, choose the same.
     """
+    if not config.recipe:
+        return []
     recipe: Recipe = _made(parser, config, "recipe")
     seed = config.seed_everything if type(config.seed_everything) is int else 0
-    run = Run(given, lambda: _data(parser, config), lambda: _module(parser, config), _seconds, seed, _world(config))
+    typed, world = given_settings(given, parts), _world(config)
+    run = Run(typed, lambda: _data(parser, config), lambda: _module(parser, config), _seconds, seed, world)
     with log_level(logging.WARNING, RANK_ZERO):  # the run says it again
         pairs = hasattr(run.data, "sources")
         choices, kept = _kept(recipe, run) if pairs and recipe.measures else (recipe.choices(run), None)

@@ -11,6 +11,7 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from importlib import import_module
 from inspect import signature
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ from lit_clip.commands.demo_trial import MOST_BYTES, MOST_IMAGES, SHOWN, Trial
 from lit_clip.errors import InputError
 from lit_clip.tools.html import plural, render, thumbnail
 
+TABS = {"locate": "lit_clip.commands.demo_locate"}  # more of the page, by the room that answers
 TEMPLATES = Path(__file__).parent / "templates"
 MOST_TEXT = 2**20  # bytes of a field of a form
 MOST_SECONDS = 120  # for a form to arrive
@@ -49,7 +51,8 @@ def web_app(trial: Trial, name: str, host: str = "127.0.0.1") -> Starlette:
     A request is a form whose fields are the arguments of the method of that name; an answer is JSON.
     """
     folder = trial.searched
-    answers: dict[str, Callable[..., Any]] = {"classify": trial.classify, "locate": trial.locate}
+    answers: dict[str, Callable[..., Any]] = {"classify": trial.classify}
+    answers |= {name: import_module(room).Tab(trial.model) for name, room in TABS.items()}
     if folder:
         answers["search"] = trial.search
     if trial.headed:

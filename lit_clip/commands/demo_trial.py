@@ -13,8 +13,6 @@ from lit_clip.commands.search import Searched, encode_queries, small_image
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, imagenet_templates, zero_shot_classifier
 from lit_clip.heads import HeadedModel
-from lit_clip.locating.locator import Locator
-from lit_clip.locating.overlay import Scale, overlay
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.images import image_size, open_image
 from lit_clip.tools.untrusted import shortened
@@ -22,7 +20,6 @@ from lit_clip.tools.untrusted import shortened
 SHOWN = 512  # pixels of the longer side of an image found; nothing larger leaves this machine
 MOST_BYTES, MOST_PIXELS = 32 * 2**20, 64_000_000  # of an image that is uploaded
 MOST_PROMPTS, LONGEST_PROMPT = 10_000, 1_000  # that a click encodes, and in characters
-MOST_TEXTS = 20  # that a click finds in an image
 MOST_IMAGES = 200  # that a search shows
 Source = Path | BinaryIO | None  # of an image: its bytes on the page
 
@@ -34,16 +31,15 @@ class Trial:
         self.model, self.searched, self.headed = model, searched, headed
         # The next image mostly has the same classes.
         self._classifier = lru_cache(maxsize=8)(partial(zero_shot_classifier, model))
-        self._locator = lru_cache(maxsize=8)(partial(Locator, model))
 
     def classify(self, image: Source = None, names: str = "", templates: str = "a photo of a {}.") -> dict[str, float]:
         """Return the probability of each class, as ``lit-clip classify`` does.
 
         Names are separated by commas or lines; templates are one a line, or ``imagenet``, the paper's 80.
         """
-        opened = _opened(image)
-        classes = list(dict.fromkeys(_words(names.replace(",", "\n"))))
-        prompts = imagenet_templates() if templates.strip() == IMAGENET else _words(templates)
+        opened = image_of(image)
+        classes = list(dict.fromkeys(words(names.replace(",", "\n"))))
+        prompts = imagenet_templates() if templates.strip() == IMAGENET else words(templates)
         least = 2 if self.model.logit_bias is None else 1
         require(len(classes) >= least, f"class names: {len(classes)}; type at least {least}, with commas between them")
         count, longest = len(classes) * len(prompts), max(map(len, classes))
@@ -60,28 +56,8 @@ class Trial:
     def own_classes(self, image: Source = None) -> dict[str, float]:
         """Return the probability of each class of the head, as ``lit-clip classify --head`` does."""
         assert self.headed is not None
-        probabilities = self.headed.classify([_opened(image)])
+        probabilities = self.headed.classify([image_of(image)])
         return dict(zip(self.headed.head.facts.names, probabilities[0].tolist(), strict=True))
-
-    def locate(self, image: Source = None, texts: str = "", background: str = "") -> list[tuple[Image.Image, str]]:
-        """Return a heat map over an image for each text, with its cosine, as ``lit-clip locate`` does.
-
-        Texts are one a line, and so are those of the background; none of them: the command's own.
-        """
-        opened = _opened(image)
-        wanted, others = list(dict.fromkeys(_words(texts))), _words(background)
-        require(bool(wanted), "nothing to find: type a text a line")
-        require(len(wanted) <= MOST_TEXTS, f"texts: {len(wanted)}; at most {MOST_TEXTS}")
-        require(len(others) <= MOST_PROMPTS, f"background: {len(others):,} texts; at most {MOST_PROMPTS:,}")
-        longest = max(map(len, [*wanted, *others]))
-        require(longest <= LONGEST_PROMPT, f"a text of {longest:,} characters; at most {LONGEST_PROMPT:,}")
-        located = self._locator(tuple(wanted), tuple(others) or None)(opened)
-        scale, shown = Scale.around(located.level, max(region.cosine for region in located.regions)), []
-        for text, cosines, region in zip(wanted, located.maps, located.regions, strict=True):
-            found = f"{region.cosine:.3f}, {region.margin:+.3f}" if region.seen else f"not seen ({region.cosine:.3f})"
-            drawn = overlay(opened, cosines, scale, region.cosine, region.box(opened.size))
-            shown.append((drawn, f"{text}: {found}"))
-        return shown
 
     def search(self, text: str = "", count: int | str = 12) -> list[tuple[Image.Image, str]]:
         """Return the images of the folder that best match a text, small, with their names and cosines."""
@@ -100,7 +76,8 @@ class Trial:
         return found
 
 
-def _opened(image: Source) -> Image.Image:
+def image_of(image: Source) -> Image.Image:
+    """Open an image that is not too large."""
     if image is None:
         raise InputError("no image: drop one, or click to choose a file")
     width, height = image_size(image, "the image")
@@ -108,6 +85,6 @@ def _opened(image: Source) -> Image.Image:
     return open_image(image, "the image")
 
 
-def _words(text: str) -> list[str]:
+def words(text: str) -> list[str]:
     """Return the lines of a text that are not empty, with single spaces; never those of a file that it may name."""
     return [" ".join(line.split()) for line in text.splitlines() if line.strip()]

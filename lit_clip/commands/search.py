@@ -2,38 +2,36 @@
 
 import os
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import Image
 from rich.table import Table
 from torch import Tensor
 
 from lit_clip import load_model
-from lit_clip.approximate import ApproximateIndex, open_index
-from lit_clip.approximate.approximate_index import SUFFIX
 from lit_clip.embedding.encoding_task import Encoding, EncodingSettings
 from lit_clip.embedding.feature_files import WRITE_AGAIN, StoredFeatures, read_features
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.embedding.index import INDEX, combined_query, nearest, update_index
 from lit_clip.embedding.precision import Precision, check_precision
 from lit_clip.embedding.reading import check_finite, encoded_batches
-from lit_clip.errors import BadSample, InputError, require
-from lit_clip.locating.locator import FALSE_ALARMS, default_background, text_features
-from lit_clip.locating.overlay import Scale, overlay
-from lit_clip.locating.regions import background_level
+from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
-from lit_clip.models.heat_maps import place_cosines
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import Console, Text, progress, stderr
 from lit_clip.tools.html import page_path, thumbnail, write_page
-from lit_clip.tools.images import open_image
+from lit_clip.tools.images import open_image, upright
 from lit_clip.weights.fingerprint import fingerprint
 
 TEMPLATE = Path(__file__).parent / "templates" / "search.html"
-FEATURE_FILES = (".parquet", ".npy", SUFFIX)
+# Rooms that need not be there: what opens an index, by its suffix, and what draws where an image fits a query.
+INDICES = {".usearch": "lit_clip.approximate"}
+HEAT_MAPS = ["lit_clip.locating.heat_maps"]
+FEATURE_FILES = (".parquet", ".npy", *INDICES)
 THUMBNAIL = 256  # pixels of the longer side
 EXPLAINED = 10  # images of each query of which the page shows where they fit it: each is encoded once more
 
@@ -44,7 +42,7 @@ class Searched(NamedTuple):
     """Images or rows of a feature file to search."""
 
     names: Sequence[str]  # of N rows, to be shown
-    features: np.ndarray | ApproximateIndex  # float32 [N, D], of unit length
+    features: Any  # float32 [N, D], of unit length, or an index of them
     files: Sequence[Path | None]  # each row's image, if it is a file
 
     def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -158,7 +156,7 @@ def search_in(
 
 def _stored(path: Path, model: CLIP) -> Searched:
     """Read a file of features, or an index with the files that it is of."""
-    index = open_index(path) if path.suffix == SUFFIX else None
+    index = import_module(INDICES[path.suffix]).open_index(path) if path.suffix in INDICES else None
     tables = index.tables if index else [read_features(path)]
     names: list[str] = []
     files: list[Path | None] = []
@@ -210,11 +208,12 @@ def _print_hits(title: str, searched: Searched, hits: Hits) -> None:
 def write_sheet(path: Path, searched: Searched, found: dict[str, Hits], model: CLIP, vectors: np.ndarray) -> None:
     """Write an HTML page with the thumbnails of the images found for each query, and where the best fit it."""
     shown: dict[str, list[tuple[str, str, str]]] = {query: [] for query in found}
-    background = text_features(model, default_background())
+    explain = next((import_module(room).HeatMaps(model, THUMBNAIL) for room in HEAT_MAPS), None)
     with progress("contact sheet", sum(map(len, found.values()))) as advance:
         for (query, hits), vector in zip(found.items(), torch.from_numpy(vectors), strict=True):
             files = [searched.files[row] for row, _ in hits]
-            why = why_found(model, vector, files[:EXPLAINED], background)
+            drawn = explain(vector, files[:EXPLAINED]) if explain else {}
+            why = {file: thumbnail(image, THUMBNAIL) for file, image in drawn.items()}
             for rank, ((row, score), file) in enumerate(zip(hits, files, strict=True), start=1):
                 image = None if file is None else small_image(file, THUMBNAIL)
                 caption = f"{rank}. {searched.names[row]} ({score:.4f})"
@@ -223,54 +222,9 @@ def write_sheet(path: Path, searched: Searched, found: dict[str, Hits], model: C
     write_page(path, TEMPLATE, title=" | ".join(found), found=shown)
 
 
-def why_found(model: CLIP, query: Tensor, files: Sequence[Path | None], background: Tensor) -> dict[Path | None, str]:
-    """Return heat maps of a query's unit features ``[D]`` over images as data URIs.
-
-    In the middle of an image's scale is the level that background texts ``[K, D]`` reach in it, as for
-    :class:`lit_clip.locating.Locator`; all scales have the same span. Images that cannot be read any more are left out,
-    and all are if the image encoder has no features of places.
-    """
-    places: dict[Path, tuple[Image.Image, Tensor, float]] = {}
-    for file in filter(None, dict.fromkeys(files)):
-        try:
-            image = open_image(file)
-            found, *others = place_cosines(model, image, torch.cat([query[None], background]), scale=1)
-        except BadSample:
-            continue
-        except InputError:
-            return {}
-        places[file] = (
-            upright(image, THUMBNAIL),
-            torch.from_numpy(np.array(_turned(Image.fromarray(found.numpy()), image))),
-            background_level(torch.stack(others).amax(dim=(1, 2)), FALSE_ALARMS),
-        )
-    highest = max((float(each.max()) - level for _, each, level in places.values()), default=0.0)
-    drawn = {
-        file: overlay(image, each, Scale.around(level, level + highest), float(each.max()))
-        for file, (image, each, level) in places.items()
-    }
-    return {file: thumbnail(image, THUMBNAIL) for file, image in drawn.items()}
-
-
-def _turned(map_: Image.Image, image: Image.Image) -> Image.Image:
-    """Turn a map of an image as a camera's rotation flag says."""
-    map_.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
-    return ImageOps.exif_transpose(map_)
-
-
 def small_image(path: Path, size: int) -> Image.Image | None:
     """Return an image of at most ``size`` pixels a side, upright and on white; None if it cannot be read any more."""
     try:
         return upright(open_image(path), size)
     except ValueError:  # a key need not be a path
         return None
-
-
-def upright(image: Image.Image, size: int) -> Image.Image:
-    """Return an image of at most ``size`` pixels a side, upright and on white."""
-    image = ImageOps.exif_transpose(image)
-    image.thumbnail((size, size))
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    return image.convert("RGB")

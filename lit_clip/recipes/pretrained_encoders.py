@@ -10,12 +10,12 @@ import torch
 from lit_clip.embedding.precision import Precision
 from lit_clip.errors import InputError, require
 from lit_clip.models.finetuning import Freeze, UnlockLast
-from lit_clip.recipes.heads_alone import versions_of
 from lit_clip.recipes.recipe import POSITIVES, Choice, Facts, Recipe, Run
 from lit_clip.recipes.speed import Speed, measure
 from lit_clip.tools.console import duration
 from lit_clip.tools.hardware import best_device, computes_in_bfloat16
 from lit_clip.tools.untrusted import from_plain
+from lit_clip.training.frozen_features import versions_of
 from lit_clip.training.kept_memory import keep_freed_memory
 
 LEVELS = [Freeze(UnlockLast(image), UnlockLast(text), batch_norm=True) for image, text in ((4, 1), (2, 1), (0, 0))]

@@ -68,7 +68,17 @@ def _imported(path: str, check_path: bool = True) -> Any:
 
 
 def _resolve(kind: Any, name: str) -> str:
-    return full_name(resolve_class_path_by_name(kind, name))
+    path = resolve_class_path_by_name(kind, name)  # knows a bare name if its class is imported; ours may not be yet
+    homes = () if "." in path else (f"lit_clip.{package}" for package in SHORT)
+    home = next((each for each in homes if path in importlib.import_module(each).__all__), None)
+    return full_name(f"{home}.{path}" if home else path)
+
+
+def import_listed() -> None:
+    """Import the classes that our packages list: a help names those that are imported."""
+    for package in (importlib.import_module(f"lit_clip.{name}") for name in SHORT):
+        for name in package.__all__:
+            getattr(package, name)
 
 
 _REPLACED = {"import_object": find_object, "resolve_class_path_by_name": _resolve}

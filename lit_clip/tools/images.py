@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lit_clip.errors import BadSample
 from lit_clip.tools.reading import reason
@@ -153,6 +153,16 @@ def unseen(source: Path | BinaryIO, where: str) -> list[Unseen]:
             Unseen.ROTATED: is_rotated(image),
         }
     return [kind for kind, holds in found.items() if holds]
+
+
+def upright(image: Image.Image, size: int) -> Image.Image:
+    """Return an image of at most ``size`` pixels a side, upright and on white."""
+    image = ImageOps.exif_transpose(image)
+    image.thumbnail((size, size))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def is_rotated(image: Image.Image) -> bool:

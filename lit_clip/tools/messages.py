@@ -105,7 +105,8 @@ def _similar_names(text: str) -> list[str]:
 
 def _public(module: ModuleType) -> list[str]:
     """Return the names of a module that are no modules."""
-    return [name for name, value in vars(module).items() if name[0] != "_" and not isinstance(value, ModuleType)]
+    names = {**dict.fromkeys(getattr(module, "__all__", ())), **vars(module)}  # some are imported when they are used
+    return [name for name, value in names.items() if name[0] != "_" and not isinstance(value, ModuleType)]
 
 
 def user_error(error: BaseException) -> BaseException | None:

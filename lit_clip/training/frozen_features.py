@@ -25,6 +25,12 @@ from lit_clip.tools.stored_rows import ABSENT, StoredRows
 from lit_clip.weights.fingerprint import tensors_sha256
 
 LAYOUT = 1  # a new number makes old files be written again
+VERSIONS, IMAGES = 4, 8_000  # of each image, and of all images, from which heads alone learn
+
+
+def versions_of(images: int, versions: int) -> int:
+    """Return of how many stored versions of each image heads alone learn."""
+    return max(1, min(versions, VERSIONS, IMAGES // max(1, images)))
 
 
 class Encoding(NamedTuple):

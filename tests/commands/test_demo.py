@@ -16,6 +16,7 @@ from PIL import Image
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
 from lit_clip.commands.demo import demo
+from lit_clip.commands.demo_locate import Tab
 from lit_clip.commands.demo_trial import LONGEST_PROMPT, SHOWN, Trial
 from lit_clip.commands.search import Searched
 from lit_clip.errors import InputError
@@ -101,7 +102,7 @@ def test_texts_are_found_in_an_image_as_by_locate(
         shutil.copy(folder / f"{name}.png", tmp_path)
     run_command(["locate", "pizza.png", "pizza", "tiger", "--model", str(checkpoint), "--output", "found"])
     rows = json.loads((tmp_path / "found/locations.json").read_text())
-    shown = trial.locate(folder / "pizza.png", "pizza\n\n tiger \npizza", " \n")
+    shown = Tab(trial.model)(folder / "pizza.png", "pizza\n\n tiger \npizza", " \n")
     for (image, caption), row in zip(shown, rows, strict=True):
         number = f"{row['cosine']:.3f}"
         seen = f"{number}, {row['margin']:+.3f}" if row["seen"] else f"not seen ({number})"
@@ -109,7 +110,7 @@ def test_texts_are_found_in_an_image_as_by_locate(
         with Image.open(tmp_path / "found" / row["overlay"]) as written:
             assert image.tobytes() == written.tobytes()
     few = "\n".join(f"a {number}" for number in range(19))
-    assert trial.locate(Path("tiger.png"), "tiger", few)[0][1] != trial.locate(Path("tiger.png"), "tiger")[0][1]
+    assert Tab(trial.model)(Path("tiger.png"), "tiger", few)[0][1] != Tab(trial.model)(Path("tiger.png"), "tiger")[0][1]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_mistakes_about_where_are_said_on_the_page(
     image: str | None, texts: str, background: str, message: str, trial: Trial, drawings: Drawings
 ) -> None:
     with pytest.raises(InputError) as caught:
-        trial.locate(drawings[1] / image if image else None, texts, background)
+        Tab(trial.model)(drawings[1] / image if image else None, texts, background)
     assert message in str(caught.value)
 
 
@@ -200,7 +201,7 @@ def test_the_page_searches_classifies_and_locates_by_http(served: tuple[int, Pat
     _, found = post(port, "classify", {"image": pizza.read_bytes(), "names": "pizza, tiger", "templates": "{}"})
     assert found == pytest.approx(trial.classify(pizza, "pizza, tiger", "{}"), abs=1e-5)
     _, found = post(port, "locate", {"image": pizza.read_bytes(), "texts": "pizza\ntiger", "background": ""})
-    assert [each["caption"] for each in found] == [caption for _, caption in trial.locate(pizza, "pizza\ntiger")]
+    assert [each["caption"] for each in found] == [caption for _, caption in Tab(trial.model)(pizza, "pizza\ntiger")]
     assert [*post(port, "own_classes", {"image": pizza.read_bytes()})[1]] == ["one", "two", "three"]
     for path in ("own_classes", "classify", "locate"):
         assert post(port, path, {"names": "a, b"}) == (400, {"detail": "no image: drop one, or click to choose a file"})

@@ -15,13 +15,13 @@ from callbacks import FrozenFeatures, HeadsFirst, Proof
 from datamodules import Captions
 from datamodules.pairs.source import CaptionOptions
 from lit_clip.evaluation.before_after import PairFeatures, measure
+from lit_clip.evaluation.heads_alone import features_before_heads, heads_of, train_heads
 from lit_clip.losses import Contrastive
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, TimmConfig
 from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.module import LitCLIP
-from lit_clip.recipes.heads_alone import features_before_heads, heads_of, train_heads
 from lit_clip.retrieval.metrics import PairIndices
 from lit_clip.training.optimizers import PaperAdamW
 from tests.helpers.coloured_sets import paint

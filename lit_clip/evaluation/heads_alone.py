@@ -21,7 +21,6 @@ from lit_clip.training.schedules import WarmupCosine
 
 BATCH, RATE, DECAY, DROPOUT, WARMUP = 1024, 3e-3, 0.1, 0.5, 20
 EPOCHS, FEWEST_STEPS = 6, 120
-VERSIONS, IMAGES = 4, 8_000  # of each image, and of all images, that are encoded
 Heads = dict[str, nn.Module]
 
 
@@ -34,11 +33,6 @@ def heads_of(model: CLIP) -> Heads | None:
     heads = {names[head]: head for head in (visual.head, text.proj)}
     trained = all(any(p.requires_grad for p in head.parameters()) for head in heads.values())
     return heads if trained else None
-
-
-def versions_of(images: int, versions: int) -> int:
-    """Return of how many stored versions of each image the heads learn."""
-    return max(1, min(versions, VERSIONS, IMAGES // max(1, images)))
 
 
 def features_before_heads(
