@@ -71,7 +71,7 @@ class CLI(PlainCLI):
         )
         for room in CHOOSERS:
             import_module(room).add_option(parser)
-        if not self.subclass_mode_model:
+        if not self.subclass_mode_model:  # options such as --model.optimizer.lr belong to a class, which must be named
             parser.set_defaults({f"model.{name}": value for name, value in _parts().items()})
         rest = "fit only: class folders or tables that should be no worse."
         parser.add_argument("--rest", type=list[str], default=[], help=rest)
@@ -94,9 +94,10 @@ class CLI(PlainCLI):
         self.uses_packaged_defaults = bool(command) and not any(word.partition("=")[0] in CONFIG for word in words)
         before = known.given(["--config", str(DEFAULTS)]) if self.uses_packaged_defaults else Namespace()
         before.pop("config", None)
-        packaged = before.pop("model", {})  # a checkpoint's come before it
+        packaged = before.pop("model", {})  # below a checkpoint's
         if self.subclass_mode_model:  # its options may be typed before it, and those of its default parts
             before["model"] = dict_to_namespace({"class_path": named_model(words, LitCLIP), "init_args": _objects()})
+        # From above: words and files, ``before``, a checkpoint's settings or the packaged ones of the model, defaults.
         given = self._given(known, words, before)
         flags = given.pop("print_config", None)
         config = self._complete(known, given, packaged)

@@ -415,11 +415,11 @@ def test_training_uses_bfloat16_where_supported_and_saves_the_choice_in_the_conf
     monkeypatch.setattr(lightning, "computes_in_bfloat16", lambda accelerator: True)
     options = ["--trainer.limit_val_batches", "1", *(["--trainer.precision", typed] if typed else [])]
     monkeypatch.setattr(sys, "argv", ["lit-clip", *bare("fit", caption_table), "--trainer.max_steps", "1", *options])
-    run()
+    run(sys.argv[1:])
     saved = yaml.safe_load((tmp_path / "lightning_logs/version_0/fit_config.yaml").read_text())
     assert saved["trainer"]["precision"] == precision
     monkeypatch.setattr(sys, "argv", ["lit-clip", *bare("validate", caption_table)])
-    run()
+    run(sys.argv[1:])
     saved = yaml.safe_load((tmp_path / "lightning_logs/validate_0/validate_config.yaml").read_text())
     assert saved["trainer"]["precision"] is None  # evaluation stays in float32
 
@@ -438,7 +438,7 @@ def test_emulated_bfloat16_warns(
     options = ["--trainer.max_steps", "1", "--trainer.precision", "bf16-mixed", "--trainer.logger", "false"]
     options += ["--trainer.limit_val_batches", "0", "--trainer.enable_checkpointing", "false"]
     monkeypatch.setattr(sys, "argv", ["lit-clip", *bare("fit", caption_table), *options])
-    run()
+    run(sys.argv[1:])
     messages = [
         str(each.message) for each in recwarn if "bf16-mixed is emulated on this processor" in str(each.message)
     ]

@@ -1,7 +1,6 @@
 """``lit-clip fit`` without ``--config`` and with a packaged one, and the examples of ``lit-clip --help``."""
 
 import shlex
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
@@ -30,8 +29,7 @@ def parsed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., Any
     monkeypatch.chdir(tmp_path)
 
     def parse(*words: str) -> Any:
-        monkeypatch.setattr(sys, "argv", ["lit-clip", *words])
-        return run().config[words[0]].as_dict()
+        return run(words).config[words[0]].as_dict()
 
     return parse
 
