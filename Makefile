@@ -9,7 +9,7 @@ BENCH := $(RUNS)/bench
 # Run a benchmark: its name, its options, and a suffix of its result file.
 measure = $(BIN)/python benchmarks/$(1).py $(2) --json $(BENCH)/$(1)$(3).json
 
-.PHONY: help install docs quickstart quickstart-towers test test-demo test-notebooks test-loggers test-slurm test-slow test-lowest fuzz check format bench bench-check tensorboard clean
+.PHONY: help install docs house quickstart quickstart-towers test test-demo test-notebooks test-loggers test-slurm test-slow test-lowest fuzz check format bench bench-check tensorboard clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -115,6 +115,10 @@ check: install  ## Check lint, format, types, import rules and the documentation
 docs: install  ## Build the documentation site, site/index.html
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo 'open site/index.html, or with its search http://localhost:8000 after: python -m http.server --directory site'
+
+house: install  ## Draw who imports whom, and write the lines of each room
+	@$(BIN)/python docs/images/house.py
+	@$(BIN)/python tests/helpers/package_lines.py
 
 format: install  ## Format the code
 	@$(BIN)/ruff check --fix .

@@ -132,7 +132,14 @@ def test_one_room_touches_lightnings_private_parts_and_these_alone() -> None:
 
 
 def test_lines_are_those_of_the_table() -> None:
-    assert PAGE_OF_LINES.read_text(encoding="utf-8") == table(), "run python tests/helpers/package_lines.py"
+    assert PAGE_OF_LINES.read_text(encoding="utf-8") == table(), "run make house"
+
+
+def test_the_drawing_is_that_of_the_imports(tmp_path: Path) -> None:
+    # In a process of its own: here the three packages share modules (lit_clip/tools/clone.py).
+    subprocess.run([sys.executable, "docs/images/house.py", tmp_path / "house.svg"], cwd=ROOT, check=True)
+    drawn = (ROOT / "docs/images/house.svg").read_text(encoding="utf-8")
+    assert drawn == (tmp_path / "house.svg").read_text(encoding="utf-8"), "run make house"
 
 
 def test_fit_imports_no_room_that_its_settings_do_not_name(tmp_path: Path) -> None:

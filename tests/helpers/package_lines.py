@@ -1,4 +1,4 @@
-"""Lines of the packages by room; run this file to write them into docs/evidence/lines.md."""
+"""Lines of the packages by room; ``make house`` writes them into docs/evidence/lines.md."""
 
 from collections import Counter
 from pathlib import Path
@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs/evidence/lines.md"
 HEAD = """# Lines of the packages
 
-All lines of Python files, by room. A test compares them; `python tests/helpers/package_lines.py` writes them.
+All lines of Python files, by room. A test compares them; `make house` writes them.
 
 | room | files | lines |
 |---|--:|--:|
