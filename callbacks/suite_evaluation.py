@@ -278,7 +278,11 @@ class SuiteEvaluation(Callback):
             for split, images in fold.images.items():
                 stamp = f"{len(images)} {images.stamp()}" if several else split
                 if stamp not in features:
-                    title = opened.name + f" {split}" * (len(fold.images) > 1) + f" {number}/{len(folds)}" * several
+                    title = opened.name
+                    if len(fold.images) > 1:
+                        title += f" {split}"
+                    if several:
+                        title += f" {number}/{len(folds)}"
                     rows, values = self._encoder.encode(model, images, partial(self.features, model), title)
                     features[stamp] = SetFeatures(values.numpy(), values.numpy(), rows, [])
                 fold.features[split] = features[stamp]

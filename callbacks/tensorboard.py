@@ -122,7 +122,10 @@ def similarity_matrix(images: Sequence[Image.Image], captions: Sequence[str], sc
     Scores are cosines ``[N captions, N images]``; NaN has no shade.
     """
     font = ImageFont.load_default(12)
-    cell, left, top, N = 56, 230, 64, len(captions)
+    cell = 56
+    left = 230
+    top = 64
+    N = len(captions)
     sheet = Image.new("RGB", (left + cell * N + MARGIN, top + cell * N + MARGIN), PAPER)
     draw = ImageDraw.Draw(sheet)
     finite = scores[np.isfinite(scores)]

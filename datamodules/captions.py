@@ -232,8 +232,8 @@ class Captions(CaptionDataModule):
             return train, self._open(self.val, "validation")
         assert self.train is not None
         train, val = self._open(self.train, "train").divide(VALIDATION_SHARE, self.split_seed)
-        of_all = " before data.keep" * (self.keep is not None)
-        few = "; too few to judge a model by, set data.val" * (len(val) < FEW)
+        of_all = " before data.keep" if self.keep is not None else ""
+        few = "; too few to judge a model by, set data.val" if len(val) < FEW else ""
         rank_zero_info(
             f"data.val: not set; {len(val):,} of {len(train) + len(val):,} pairs, a tenth of the images{of_all}, "
             f"validate{few}"

@@ -151,6 +151,8 @@ def _tell(path: Path, rows: dict[int, _Row], found: dict[str, list[str]], root: 
     total = sum(number * count for number, count in counts.items())
     stderr().print(f"{path}: {total:,} hard negatives of {len(found):,} images{none}")
     words = ["lit-clip", "fit", "--data.train", str(path), "--data.columns.negative", "negative"]
-    words += ["--data.columns.group", "group"] * any(row.group for row in rows.values())
-    words += ["--data.columns.root", root] * (root != str(path.parent))
+    if any(row.group for row in rows.values()):
+        words += ["--data.columns.group", "group"]
+    if root != str(path.parent):
+        words += ["--data.columns.root", root]
     stderr().print(f"train on them: {shlex.join(words)}")

@@ -16,10 +16,9 @@ from lit_clip.evaluation.overlap import CONFIDENCE, bonferroni
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.claims import claimed
-from lit_clip.tools.console import Console, Text, stderr
+from lit_clip.tools.console import Console, Text, plural, stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.hashing import hex_digest
-from lit_clip.tools.html import plural
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
 from ..overlap.findings import By, SetFindings, findings_of, leaked_rows

@@ -40,7 +40,10 @@ class BoxedFiles(UnlabelledFiles, Boxed):
     ) -> None:
         super().__init__(root, names, list(annotations))
         refuse_no_folder(self.files[0].parent)
-        self.class_names, self._boxes, self.tolerance, self._short_side = class_names, boxes, tolerance, short_side
+        self.class_names = class_names
+        self._boxes = boxes
+        self.tolerance = tolerance
+        self._short_side = short_side
 
     def boxes(self, index: int) -> Boxes:
         return list(self._boxes[index])

@@ -89,7 +89,10 @@ class Queries:
         """Read and encode a set."""
         batches = in_batches(range(len(images)), 1 if images.several else batch_size)
         encode = image_features(model, precision)
-        features, looks, items, bad = [torch.empty(0, model.config.embed_dim)], [], [], []
+        features = [torch.empty(0, model.config.embed_dim)]
+        looks = []
+        items = []
+        bad = []
         for batch, encoded in encoded_batches(
             model, SetRows(images), batch_size, num_workers, encode=encode, batches=batches, note=_note, title=title
         ):

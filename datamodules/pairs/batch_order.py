@@ -65,7 +65,11 @@ class _Walk:
     def __init__(
         self, order: np.ndarray, size: int, shared: Shared, near: Neighbours | None = None, hard: int = 0
     ) -> None:
-        self.order, self.size, self.shared, self.near, self.hard = order, size, shared, near, hard
+        self.order = order
+        self.size = size
+        self.shared = shared
+        self.near = near
+        self.hard = hard
         rows = len(shared.starts) - 1
         self.draws = np.bincount(order, minlength=rows).astype(np.int32)  # of each row, that are still to come
         self.repeats = draw_numbers(order) is not None  # a row is its own duplicate
@@ -215,7 +219,11 @@ class BatchOrder:
     def __init__(
         self, source: PairSource, options: BatchOptions, seed: int, shared: Shared, near: Neighbours | None = None
     ) -> None:
-        self.source, self.options, self.seed, self.shared, self.near = source, options, seed, shared, near
+        self.source = source
+        self.options = options
+        self.seed = seed
+        self.shared = shared
+        self.near = near
         self._batches: dict[int, int] = {}  # in an epoch, by their size
         self._latest = (-1, 0, np.zeros(0, np.int64))  # epoch, batch size and order
         self._told = False  # that an epoch repeats batches

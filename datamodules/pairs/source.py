@@ -15,6 +15,7 @@ import pyarrow.compute
 from PIL import Image
 
 from lit_clip.errors import BadSample, InputError, listed, require
+from lit_clip.tools.console import plural
 from lit_clip.tools.hashing import hash64
 from lit_clip.tools.images import OnError
 from ..loading.sampling import permutation
@@ -86,8 +87,7 @@ class SkippedRows:
         """Such as ``3 rows without a caption``; empty if nothing was left out."""
         texts = {NO_CAPTION: "without a caption"}
         return ", ".join(
-            f"{count} row{'s' * (count != 1)} {texts.get(reason, f'({reason})')}"
-            for reason, count in self.counts.items()
+            f"{plural(count, 'row')} {texts.get(reason, f'({reason})')}" for reason, count in self.counts.items()
         )
 
 

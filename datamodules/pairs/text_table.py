@@ -67,7 +67,10 @@ class Problems:
     """Raises the error of a row that cannot be read, or with ``skip`` leaves the row out and counts it."""
 
     def __init__(self, path: Path, skip: bool, label: str = "row") -> None:
-        self.path, self.skip, self.label, self.left_out = path, skip, label, SkippedRows()
+        self.path = path
+        self.skip = skip
+        self.label = label
+        self.left_out = SkippedRows()
         self.columns = ColumnNames("image", "caption")  # until the header is read
 
     def add(self, number: int, reason: str, detail: str) -> None:

@@ -162,7 +162,8 @@ def newest_of_configuration(ours: Configuration, folders: Sequence[Path], option
             f"anew from its weights with --model.pretrained {max(others, key=os.path.getmtime)}"
         )
     elif found is None and not (option == "auto" and may_begin):
-        raise InputError(problem + "; --ckpt_path auto starts from the beginning in that case" * may_begin)
+        instead = "; --ckpt_path auto starts from the beginning in that case" if may_begin else ""
+        raise InputError(f"{problem}{instead}")
     return found
 
 

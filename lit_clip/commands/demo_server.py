@@ -29,7 +29,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from lit_clip.commands.demo_trial import MOST_BYTES, MOST_IMAGES, SHOWN, Trial
 from lit_clip.errors import InputError
-from lit_clip.tools.html import plural, render, thumbnail
+from lit_clip.tools.console import plural
+from lit_clip.tools.html import render, thumbnail
 
 TABS = {"locate": "lit_clip.commands.demo_locate"}  # more of the page, by the room that answers
 TEMPLATES = Path(__file__).parent / "templates"

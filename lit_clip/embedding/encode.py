@@ -212,7 +212,11 @@ class Encoder(LightningModule):
     ) -> None:
         super().__init__()
         self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have no batch
-        self.model, self.task, self.batches, self.stop, self.settings = model, task, batches, stop, settings
+        self.model = model
+        self.task = task
+        self.batches = batches
+        self.stop = stop
+        self.settings = settings
 
     @property
     def my_batches(self) -> Batches:
@@ -231,7 +235,10 @@ class PartWriter(Callback):
     """Writes finished batches every few seconds, at the end and when the run is interrupted."""
 
     def __init__(self, task: EncodingTask, parts: Parts, on_error: OnError, title: str) -> None:
-        self.task, self.parts, self.on_error, self.title = task, parts, on_error, title
+        self.task = task
+        self.parts = parts
+        self.on_error = on_error
+        self.title = title
         self.unreadable: list[UnreadableRow] = []  # this rank's
         self._finished: Finished = []
         self._written = time.monotonic()

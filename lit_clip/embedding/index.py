@@ -41,7 +41,8 @@ def update_index(
     With ``both_kinds`` they are those of :func:`lit_clip.embedding.reading.features_of_both_kinds`.
     """
     require(path.absolute().parent.is_dir(), f"--index {path}: there is no such folder")
-    name = f"{fingerprint(model).model} {settings.precision}{' both kinds' * both_kinds}"
+    kinds = " both kinds" if both_kinds else ""
+    name = f"{fingerprint(model).model} {settings.precision}{kinds}"
     wanted = {file.identity for file in files}
     old = load_arrays(path, name, FeatureTable.of)
     if not _complete(old, wanted) and path.name in KEPT_BESIDE and not os.access(path.parent, os.W_OK):

@@ -83,7 +83,10 @@ class ImageBatches(Dataset[EncoderBatch]):
         note: Note | None = None,
         stop: Path | None = None,
     ) -> None:
-        self.data, self.batches, self.note, self.stop = data, batches, note, stop
+        self.data = data
+        self.batches = batches
+        self.note = note
+        self.stop = stop
         self.transform = pixels(preprocessing)
 
     def __len__(self) -> int:

@@ -19,7 +19,11 @@ from lit_clip.models.external import HuggingFaceTextEncoder, TimmImageEncoder
 from lit_clip.training.micro_batches import encode_images, encode_texts
 from lit_clip.training.schedules import WarmupCosine
 
-BATCH, RATE, DECAY, DROPOUT, WARMUP = 1024, 3e-3, 0.1, 0.5, 20
+BATCH = 1024
+RATE = 3e-3
+DECAY = 0.1
+DROPOUT = 0.5
+WARMUP = 20
 EPOCHS, FEWEST_STEPS = 6, 120
 Heads = dict[str, nn.Module]
 

@@ -53,7 +53,10 @@ class Locator:
         scale: float = 1,
     ) -> None:
         require(bool(texts), "texts: none given; say what to find")
-        self.model, self.texts, self.false_alarms, self.scale = model, list(texts), false_alarms, scale
+        self.model = model
+        self.texts = list(texts)
+        self.false_alarms = false_alarms
+        self.scale = scale
         given = default_background() if background is None else background
         others = other_texts(given, texts)
         require(0 < false_alarms < 1, f"false_alarms: {false_alarms} must be above 0 and below 1")

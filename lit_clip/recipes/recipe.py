@@ -52,7 +52,10 @@ class Run:
         seed: int = 0,
         world: int = 1,
     ) -> None:
-        self.given, self.seconds, self.seed, self.world = given, seconds, seed, world
+        self.given = given
+        self.seconds = seconds
+        self.seed = seed
+        self.world = world
         self._make_data, self._make_module = make_data, make_module
 
     @cached_property

@@ -87,6 +87,11 @@ def per_second(count: float, seconds: float, unit: str = "") -> str:
     return f"{f'{rate:,.0f}' if rate >= 100 else f'{rate:.3g}'}{unit and f' {unit}'}/s"
 
 
+def plural(count: int, noun: str) -> str:
+    """Return ``1 image`` or ``2 images``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def size_in_bytes(number: float) -> str:
     """Return a number of bytes to three digits, such as ``1.25 MB``."""
     for unit in ("B", "kB", "MB", "GB"):
@@ -104,7 +109,10 @@ class ProgressLog:
     """
 
     def __init__(self, title: str, now: Callable[[], float] = time.monotonic) -> None:
-        self.title, self.started, self._now, self._start = title, False, now, now()
+        self.title = title
+        self.started = False
+        self._now = now
+        self._start = now()
         self._next = self._start + FIRST
 
     @property

@@ -11,6 +11,7 @@ from PIL import Image
 from lit_clip.errors import require
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import replacing
+from lit_clip.tools.console import plural
 from lit_clip.tools.images import decoding_at_least, open_image
 
 if TYPE_CHECKING:
@@ -56,11 +57,6 @@ def write_page(path: Path, template: Path, **values: Any) -> None:
     """Write a page; see :func:`render`."""
     with replacing(path) as temporary:
         temporary.write_text(render(template, **values), encoding="utf-8", errors="replace")
-
-
-def plural(count: int, noun: str) -> str:
-    """Return ``1 image`` or ``2 images``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
 def thumbnail(image: Image.Image, size: int = THUMBNAIL) -> str:

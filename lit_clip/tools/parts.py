@@ -136,7 +136,8 @@ def shown(description: Description) -> str:
         for name, value in description["init_args"].items()
         if value is not None and value is not False
     ]
-    return f"{_class_name(description)}{': ' * bool(settings)}{', '.join(settings)}"
+    name = _class_name(description)
+    return f"{name}: {', '.join(settings)}" if settings else name
 
 
 def _shown_value(value: Any) -> str:

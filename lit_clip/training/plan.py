@@ -15,7 +15,7 @@ from lit_clip.losses.tiled import default_tile
 from lit_clip.models.flops import forward_flops
 from lit_clip.models.layers import TOWERS, tower_blocks, tower_parameters
 from lit_clip.models.rates import Rates
-from lit_clip.tools.console import Console
+from lit_clip.tools.console import Console, plural
 from lit_clip.tools.parts import Description, shown
 from lit_clip.tools.weight_files import read_mapped
 from lit_clip.training.activation_checkpointing import is_checkpointed
@@ -243,19 +243,20 @@ def plan_rows(plan: RunPlan) -> list[tuple[str, str]]:
         work = f"{forward} forward, {training} in training ({plan.passes:g} x); texts of full length"
     rows.append(("FLOPs per pair", work))
     kept = "weights, gradients, moments" if plan.moments is not None else "weights, gradients"
-    several = plan.world > 1
-    rows.append((kept, _bytes(plan.state_bytes) + " on each rank without sharding" * several))
+    state = _bytes(plan.state_bytes)
+    rows.append((kept, f"{state} on each rank without sharding" if plan.world > 1 else state))
     if plan.loss_bytes is not None:
         tiled, dense = plan.loss_bytes
         # For a small batch the matrix is smaller.
         instead = f" (with a similarity matrix: {_bytes(dense)})" if dense > tiled else ""
-        rows.append(("memory of the loss", _bytes(tiled) + " on each rank" * several + instead))
+        each = " on each rank" if plan.world > 1 else ""
+        rows.append(("memory of the loss", f"{_bytes(tiled)}{each}{instead}"))
         rows.append((f"{_unit(plan)} per step", _pairs_a_step(plan)))
     if plan.steps is not None:
         rows.append(("steps", f"{plan.steps:,}, {plan.steps_per_epoch:,} per epoch"))
     if plan.steps is not None and plan.warmup is not None:
         of_run = "longer than the run" if plan.warmup > plan.steps else f"{plan.warmup / plan.steps:.1%} of the run"
-        rows.append(("warm-up", f"{plan.warmup:,} step{'s' * (plan.warmup != 1)}, {of_run}"))
+        rows.append(("warm-up", f"{plural(plan.warmup, 'step')}, {of_run}"))
     if plan.steps is not None and plan.global_batch is not None:
         rows.append((f"{_unit(plan)} seen", f"{plan.steps * plan.global_batch:,}" + _left_out(plan)))
     if (plan.rows_per_image or 0) >= SEVERAL:

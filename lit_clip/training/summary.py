@@ -44,7 +44,10 @@ def print_summary(
     natural = {name: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", name)] for name in metrics}
     names = sorted((name for name in metrics if not name.startswith(("train/", "lr-"))), key=natural.__getitem__)
     for name in names:
-        value, scale, form, unit = float(metrics[name]), 1, ".4f", ""
+        value = float(metrics[name])
+        scale = 1
+        form = ".4f"
+        unit = ""
         if name in baselines and not name.endswith("/loss"):  # a share
             scale, form, unit = 100, ".2f", " %"
         row = [name, f"{scale * value:{form}}{unit}"]
@@ -55,7 +58,8 @@ def print_summary(
     notes = []
     if any("/merged_" in name for name in names):
         notes.append("merged: captions repeat, and equal ones count as one")
-        notes += ["val/mean_recall is the one number to compare: the mean of merged recalls"] * (RECALL in names)
+        if RECALL in names:
+            notes.append("val/mean_recall is the one number to compare: the mean of merged recalls")
     if 0 < pairs < FEW and any(name.startswith("val/") for name in names):
         notes.append(f"val: {pairs} pairs, of which one is {100 / pairs:.1f} points of recall")
     if alike:

@@ -5,7 +5,8 @@ from pathlib import Path
 import jinja2
 import pytest
 
-from lit_clip.tools.html import plural, render, write_page
+from lit_clip.tools.console import plural
+from lit_clip.tools.html import render, write_page
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from lit_clip.evaluation.report.chart_style import (
     short_name,
 )
 from lit_clip.evaluation.report.robustness_chart import robustness
-from lit_clip.tools.html import plural
+from lit_clip.tools.console import plural
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,7 +16,8 @@ from lit_clip.evaluation.report.charts import figures
 from lit_clip.evaluation.report.result_columns import Groups, merged_note, result_columns
 from lit_clip.evaluation.report.results_table import incomplete_means, mean_groups, measured_note
 from lit_clip.evaluation.report.set_section import leaves, set_section
-from lit_clip.tools.html import plural, write_page
+from lit_clip.tools.console import plural
+from lit_clip.tools.html import write_page
 
 TEMPLATE = Path(__file__).parent / "templates" / "report.html"
 Results = Mapping[str, Any]

@@ -7,7 +7,11 @@ from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 
-INK, PAPER, MUTED, RIGHT, WRONG = "#1a1a1a", "#ffffff", "#8a8a8a", "#157f3b", "#b3261e"
+INK = "#1a1a1a"
+PAPER = "#ffffff"
+MUTED = "#8a8a8a"
+RIGHT = "#157f3b"
+WRONG = "#b3261e"
 TILE, LINE, MARGIN = 96, 15, 10
 
 

@@ -19,7 +19,8 @@ from lit_clip.evaluation.overview import (
 )
 from lit_clip.evaluation.predictions import run_image
 from lit_clip.evaluation.published import PAPER, Published, measured, measured_name, peers, published
-from lit_clip.tools.html import plural, thumbnail
+from lit_clip.tools.console import plural
+from lit_clip.tools.html import thumbnail
 
 CONFUSIONS = 20
 F1 = ("f1_fixed", "f1_fitted", "f1_held_out")  # of thresholds

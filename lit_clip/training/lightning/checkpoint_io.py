@@ -123,9 +123,10 @@ def _check_plain(checkpoint: Mapping[str, Any], part: Path, whole: Path) -> None
         return
     entries = [*checkpoint.get("callbacks", {}).items(), *checkpoint.items()]
     name = next((name for name, value in entries if _unsafe(value)), "")
+    kept = "; the previous checkpoint is kept" if whole.exists() else ""
     raise InputError(
         f"{whole}: the state of {name} holds {found[0]}; have its state_dict return tensors and plain values, such as "
-        "array.tolist()" + "; the previous checkpoint is kept" * whole.exists()
+        f"array.tolist(){kept}"
     )
 
 
