@@ -1,10 +1,10 @@
-"""``lit-clip embed``: features of images, of pairs or of texts in a file."""
+"""``lit-clip embed``: features of images, captions or things, or of texts in a file."""
 
 import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from lit_clip.embedding.encode import features_of, work_on
 from lit_clip.embedding.encoding_task import (
@@ -17,7 +17,7 @@ from lit_clip.embedding.feature_files import Identity, check_keys, check_output,
 from lit_clip.embedding.image_files import FileRows, find_images, image_file
 from lit_clip.embedding.precision import check_precision
 from lit_clip.errors import BadSample, InputError, require
-from lit_clip.tools.console import stderr
+from lit_clip.tools.console import plural, stderr
 from lit_clip.tools.hashing import stable_hash
 from lit_clip.tools.images import OnError
 from lit_clip.tools.shares import Share
@@ -27,7 +27,10 @@ from ..pairs.batches import SourcePairs
 from ..pairs.columns import ColumnPairs
 from ..pairs.findings import DataOptions
 from ..pairs.source import Classes, PairSource
-from .opened import open_data
+from .opened import Opened, open_data
+from .things import Things, features_of_things
+
+Fields = Literal["image", "caption", "image,caption"]
 
 
 class _Items(NamedTuple):
@@ -47,7 +50,8 @@ def embed(
     model: str,
     output: str,
     texts: str | None = None,
-    captions: bool = False,
+    fields: Fields = "image",
+    text_weight: float = 0.5,
     classes: Classes = Classes(),  # noqa: B008  # immutable
     keep: str | list[str] | None = None,
     settings: EncodingSettings = EncodingSettings(),  # noqa: B008  # immutable
@@ -56,7 +60,7 @@ def embed(
     """Write the features of images, or of texts, to a file.
 
     Features are of unit length, float32; rows are sorted by key. Each image has one row, each caption its
-    own. The same command resumes an interrupted run.
+    own, or all images and captions of a thing have one. The same command resumes an interrupted run.
 
     Args:
         given: the data.
@@ -65,7 +69,9 @@ def embed(
         model: a checkpoint, or a name that lit_clip.load_model understands.
         output: features.parquet (columns key and feature) or features.npy (keys in features.keys.json).
         texts: instead of data, a file with one text per line; a text is its own key.
-        captions: encode the captions of the data instead of the images.
+        fields: of the data; image,caption is one feature of all images and captions of a thing, which are those of an
+            image, or with --columns.group of a group.
+        text_weight: of the captions' mean feature with image,caption, above 0 and below 1; the images' has the rest.
         classes: of a folder of classes.
         keep: a table of lit-clip inspect, overlap or score, or several; only the pairs that all keep are encoded.
         settings: how images and texts are read and encoded.
@@ -77,6 +83,15 @@ def embed(
     one = bool(given.data) != bool(texts)
     require(one, "give either images or --texts; instead of images also a table or other data")
     check_precision(settings.precision, settings.accelerator)
+    together = fields == "image,caption"
+    require(not (texts and fields != "image"), f"--fields {fields}: is for data, not for --texts")
+    require(together or text_weight == 0.5, f"--text_weight {text_weight}: is for --fields image,caption")
+    require(0 < text_weight < 1, f"--text_weight {text_weight}: must be above 0 and below 1")
+    if together:
+        opened = open_data(given, settings.on_error, classes, keep, "train")
+        _embed_things(opened, model, path, settings, Share.typed(share), text_weight)
+        return
+    captions = fields == "caption"
     items = _items_of_texts(Path(texts)) if texts else _items_of(given, captions, classes, keep, settings.on_error)
     check_keys(path, [key for key, _, _ in items.identities])
     if items.images is None:
@@ -86,7 +101,9 @@ def embed(
 
 def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings, share: Share) -> None:
     """Encode items and write their features; ranks but the first only encode."""
-    with work_on(path, model, f"{items.content} {items.stamp}", settings, share) as (clip, parts, metadata):
+    encoders = ["image"] if items.images is not None else ["text"]
+    stamp = f"{items.content} {items.stamp}"
+    with work_on(path, model, stamp, settings, share, encoders) as (clip, parts, metadata):
         if items.images is None:
             task = text_task(clip, items.texts, items.identities)
         else:
@@ -101,9 +118,42 @@ def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings, sh
         keys = [key for key, _, _ in items.identities]
         report_skipped(keys, table.unreadable, path.with_name(f"{path.name}.skipped.txt"))
         parts.remove()
-        stderr().print(f"{path}: {len(table.identities)} rows of {table.features.shape[1]} numbers")
-        if items.content == "image":
-            stderr().print(f"search them: {shlex.join(['lit-clip', 'search', str(path), 'TEXT', '--model', model])}")
+        _tell(path, table.features.shape, model, searched=items.content == "image")
+
+
+def _embed_things(
+    opened: Opened, model: str, path: Path, settings: EncodingSettings, share: Share, text_weight: float
+) -> None:
+    """Write a feature of each thing; ranks but the first only encode."""
+    things = Things.of(opened.pairs, settings.on_error)
+    check_keys(path, [*things.by_name, *things.rows])
+    with work_on(path, model, f"things {opened.stamp()}", settings, share) as work:
+        found = features_of_things(work, opened.pairs, things, settings, text_weight)
+        if found is None:
+            return
+        root = _root(opened)
+        metadata = work.metadata | {"content": "image,caption", "text_weight": f"{text_weight:g}"}
+        metadata |= {"root": str(root)} if root is not None else {}
+        images = found.images if things.grouped else None
+        write_features(path, found.names, found.features, metadata, images=images)
+        report_skipped(found.keys, found.unreadable, path.with_name(f"{path.name}.skipped.txt"))
+        work.parts.remove()
+        lost = len(things.by_name) - len(found.names)
+        if lost:
+            stderr().print(f"{plural(lost, 'thing')} left out: none of their images can be read")
+        _tell(path, found.features.shape, model, searched=True)
+
+
+def _tell(path: Path, shape: tuple[int, ...], model: str, searched: bool) -> None:
+    stderr().print(f"{path}: {shape[0]} rows of {shape[1]} numbers")
+    if searched:
+        stderr().print(f"search them: {shlex.join(['lit-clip', 'search', str(path), 'TEXT', '--model', model])}")
+
+
+def _root(opened: Opened) -> Path | None:
+    """Return the folder that keys of images are paths from; None if they are not paths."""
+    every = opened.every
+    return every.root if isinstance(every, ColumnPairs) and isinstance(every.root, Path) else None
 
 
 def _items_of_texts(path: Path) -> _Items:
@@ -125,8 +175,7 @@ def _items_of(
         other = next(name for name in given.data if name not in pairs)
         raise InputError(f"{other}: holds images, and {pairs[0]} pairs; embed them into separate files")
     opened = open_data(given, on_error, classes, keep, "train")
-    source, every, stamp = opened.pairs, opened.every, opened.stamp()
-    root = every.root if isinstance(every, ColumnPairs) and isinstance(every.root, Path) else None
+    source, root, stamp = opened.pairs, _root(opened), opened.stamp()
     if captions:
         texts = _captions_of(source, on_error)
         identities = sorted(texts)

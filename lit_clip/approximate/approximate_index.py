@@ -193,8 +193,8 @@ def check_alike(paths: Sequence[Path], tables: Sequence[StoredFeatures]) -> None
     first = tables[0]
     for path, table in zip(paths, tables, strict=True):
         require(bool(table.keys), f"{path}: no features in it")
-        same = table.metadata.get("model_sha256") == first.metadata.get("model_sha256")
-        require(same and _width([table]) == _width(tables), f"{path}: features of another model than {paths[0]}")
+        same = table.made_by == first.made_by and _width([table]) == _width(tables)
+        require(same, f"{path}: features of another model than {paths[0]}")
 
 
 def _facts(path: Path) -> Path:

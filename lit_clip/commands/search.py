@@ -163,7 +163,7 @@ def _stored(path: Path, model: CLIP) -> Searched:
     for stored in tables:
         _check_model(path, stored, model)
         root = stored.metadata.get("root")
-        files += [None if root is None else Path(root, key) for key in stored.keys]
+        files += [None if root is None else Path(root, image) for image in stored.images or stored.keys]
         captions = zip(stored.keys, stored.captions, strict=True) if stored.captions else ()
         names += [f"{key}: {caption}" for key, caption in captions] or stored.keys
     return Searched(names, index or tables[0].features, files)
@@ -171,7 +171,8 @@ def _stored(path: Path, model: CLIP) -> Searched:
 
 def _check_model(path: Path, stored: StoredFeatures, model: CLIP) -> None:
     theirs = stored.metadata.get("model", "an unknown model")
-    same = stored.metadata.get("model_sha256") == fingerprint(model).model
+    ours = fingerprint(model)._asdict()
+    same = all(ours[name.removesuffix("_sha256")] == digest for name, digest in stored.made_by.items())
     require(same, f"{path}: features of another model ({theirs}); give that one as --model, or embed again with yours")
     require(bool(stored.keys), f"{path}: no features in it")
     width, ours = stored.features.shape[1], model.config.embed_dim

@@ -7,7 +7,7 @@ ranks, and so are the bytes of the result.
 import os
 import signal
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -103,16 +103,20 @@ def work_on(
     stamp: str,
     settings: EncodingSettings,
     share: Share = Share(),  # noqa: B008
+    encoders: Sequence[str] = ("image", "text"),
 ) -> Iterator[Work]:
-    """Load a model, start the other processes and hold the output; ``stamp`` changes with the data."""
+    """Load a model, start the other processes and hold the output; ``stamp`` changes with the data.
+
+    Of the ``encoders`` that the output is made by, their fingerprints are in its metadata.
+    """
     clip = load_model(model)
-    digest = fingerprint(clip).model
+    digests = fingerprint(clip)._asdict()
     with claimed_by_first(output, settings, share):
-        parts = Parts(output, f"{digest} {stamp} {settings.precision}", share)
+        parts = Parts(output, f"{digests['model']} {stamp} {settings.precision}", share)
         if any(parts.folder.glob("*.npz")) and next(parts.read(dict), None) is None:
             stderr().print(f"{output}: begun with another model, data, precision or version; begun again")
-        metadata = {"model": model, "model_sha256": digest, "precision": settings.precision, "lit_clip": __version__}
-        yield Work(clip, parts, metadata)
+        made_by = {f"{name}_sha256": digests[name] for name in ("model", *encoders)}
+        yield Work(clip, parts, {"model": model, **made_by, "precision": settings.precision, "lit_clip": __version__})
 
 
 def compute(

@@ -76,15 +76,17 @@ def write_features(
     features: np.ndarray,
     metadata: Mapping[str, str],
     captions: Sequence[str] | None = None,
+    images: Sequence[str] | None = None,
 ) -> None:
-    """Write features ``[N, D]``, their keys, and the captions that they are of, if any.
+    """Write features ``[N, D]``, their keys, and the captions that they are of or an image of each, if any.
 
-    A ``.parquet`` file has the columns ``key`` (string), ``caption`` (string) if there are captions, and ``feature`` (D
-    float32 numbers), and the metadata in its schema. A ``.npy`` file is only the array; metadata, the SHA-256 of its
-    numbers and the lists ``keys`` and ``captions`` are beside it, in ``<name>.keys.json``.
+    A ``.parquet`` file has the columns ``key``, ``caption`` and ``image`` (strings), the latter if they are given, and
+    ``feature`` (D float32 numbers), and the metadata in its schema. A ``.npy`` file is only the array; metadata, the
+    SHA-256 of its numbers and the lists ``keys``, ``captions`` and ``images`` are beside it, in ``<name>.keys.json``.
     """
     if path.suffix == ".npy":
-        listed = {"keys": list(keys)} | ({"captions": list(captions)} if captions is not None else {})
+        given = {"keys": keys, "captions": captions, "images": images}
+        listed = {name: list(texts) for name, texts in given.items() if texts is not None}
         digest = sha256(np.ascontiguousarray(features).data).hexdigest()
         with replacing(path.with_suffix(".keys.json")) as names, replacing(path) as temporary:
             names.write_text(json.dumps({**metadata, DIGEST: digest, **listed}, indent=0), encoding="utf-8")
@@ -95,9 +97,9 @@ def write_features(
     import pyarrow.parquet as pq
 
     column = pa.FixedSizeListArray.from_arrays(pa.array(features.reshape(-1)), features.shape[1])
-    texts = {} if captions is None else {"caption": pa.array(list(captions), type=pa.string())}
-    columns = {"key": pa.array(list(keys), type=pa.string()), **texts, "feature": column}
-    table = pa.table(columns).replace_schema_metadata(dict(metadata))
+    given = {"key": keys, "caption": captions, "image": images}
+    columns = {name: pa.array(list(texts), type=pa.string()) for name, texts in given.items() if texts is not None}
+    table = pa.table({**columns, "feature": column}).replace_schema_metadata(dict(metadata))
     with replacing(path) as temporary:
         pq.write_table(table, temporary)
 
@@ -108,13 +110,21 @@ class StoredFeatures(NamedTuple):
     keys: list[str]  # of N rows
     features: np.ndarray  # float32 [N, D], of unit length
     captions: list[str]  # that the features are of; empty if they are of images or of the keys
+    images: list[str]  # an image of each row to show; empty if the keys are images, or there are none
     metadata: dict[str, str]  # such as the model and its SHA-256
+
+    @property
+    def made_by(self) -> dict[str, str]:
+        """Fingerprints of the encoders that made the features; of the whole model where a file names no encoder."""
+        names = [name for name in ("image_sha256", "text_sha256") if name in self.metadata] or ["model_sha256"]
+        return {name: self.metadata.get(name, "") for name in names}
 
 
 def read_features(path: Path, whole: bool = True) -> StoredFeatures:
     """Read what :func:`write_features` wrote; unless ``whole``, a ``.npy`` file's features when they are used."""
     stored = _read_array(path) if path.suffix == ".npy" else _read_parquet(path)
-    for texts, name in ((stored.keys, "keys"), (stored.captions or stored.keys, "captions")):
+    lists = {"keys": stored.keys, "captions": stored.captions or stored.keys, "images": stored.images or stored.keys}
+    for name, texts in lists.items():
         complete = isinstance(texts, list) and len(texts) == len(stored.features)
         if not complete or not all(isinstance(text, str) for text in texts):
             raise InputError(f"{path}: its {name} are not {len(stored.features)} texts; {WRITE_AGAIN}")
@@ -142,11 +152,11 @@ def _read_array(path: Path) -> StoredFeatures:
     names = path.with_suffix(".keys.json")
     with reading(names, "list of keys", hint=WRITE_AGAIN):
         listed = json.loads(names.read_text(encoding="utf-8"))
-        keys, captions = listed.pop("keys"), listed.pop("captions", [])
+        keys, captions, images = listed.pop("keys"), listed.pop("captions", []), listed.pop("images", [])
         other = next((name for name, value in listed.items() if not isinstance(value, str)), None)
         if other is not None:
             raise ValueError(f"its {other} is no text")
-    return StoredFeatures(keys, features, captions, listed)
+    return StoredFeatures(keys, features, captions, images, listed)
 
 
 def _read_parquet(path: Path) -> StoredFeatures:
@@ -160,6 +170,7 @@ def _read_parquet(path: Path) -> StoredFeatures:
         if not pa.types.is_fixed_size_list(column.type) or column.type.value_type != pa.float32():
             raise ValueError(f"its column feature holds {column.type}")
         features = column.flatten().to_numpy(zero_copy_only=False).reshape(len(table), column.type.list_size)
-        captions = table["caption"].to_pylist() if "caption" in table.column_names else []
+        names = table.column_names
+        captions, images = (table[name].to_pylist() if name in names else [] for name in ("caption", "image"))
         metadata = {key.decode(): value.decode() for key, value in (table.schema.metadata or {}).items()}
-        return StoredFeatures(table["key"].to_pylist(), features, captions, metadata)
+        return StoredFeatures(table["key"].to_pylist(), features, captions, images, metadata)

@@ -42,7 +42,7 @@ def update_index(
     """
     require(path.absolute().parent.is_dir(), f"--index {path}: there is no such folder")
     kinds = " both kinds" if both_kinds else ""
-    name = f"{fingerprint(model).model} {settings.precision}{kinds}"
+    name = f"{fingerprint(model).image} {settings.precision}{kinds}"
     wanted = {file.identity for file in files}
     old = load_arrays(path, name, FeatureTable.of)
     if not _complete(old, wanted) and path.name in KEPT_BESIDE and not os.access(path.parent, os.W_OK):

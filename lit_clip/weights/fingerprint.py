@@ -21,6 +21,7 @@ class Fingerprint(NamedTuple):
 
     model: str  # of weights, sizes and preprocessing; models with the same one give the same features
     weights: str  # of the weights only
+    image: str  # of everything image features depend on: the text encoder may be another one
     text: str  # of everything text features depend on
 
 
@@ -29,7 +30,8 @@ def fingerprint(model: CLIP) -> Fingerprint:
     tensors = _digests(model.state_dict())
     weights = _combined(tensors)
     settings = sorted(described(model.config).items())
-    return Fingerprint(_combined((weights, settings)), weights, _text_digest(model, tensors))
+    whole = _combined((weights, settings))
+    return Fingerprint(whole, weights, _image_digest(settings, tensors), _text_digest(model, tensors))
 
 
 def weights_sha256(model: CLIP) -> str:
@@ -45,6 +47,11 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 def text_sha256(model: CLIP) -> str:
     """Return the SHA-256 of everything text features depend on except the texts: weights, sizes, activation."""
     return _text_digest(model, _digests({name: value for name, value in model.state_dict().items() if _is_text(name)}))
+
+
+def _image_digest(settings: list[tuple[str, Any]], tensors: list[tuple[str, str]]) -> str:
+    of_images = [each for each in settings if not each[0].startswith(("text", "logit"))]
+    return _combined((of_images, [tensor for tensor in tensors if tensor[0].startswith("visual.")]))
 
 
 def _text_digest(model: CLIP, tensors: list[tuple[str, str]]) -> str:

@@ -84,14 +84,14 @@ def test_features_of_pairs_equal_those_of_each_image(
 @torch.no_grad()
 @pytest.mark.parametrize("output", ["features.npy", "features.parquet"])
 def test_each_distinct_caption_of_an_image_has_a_row(folder: Path, tiny_checkpoint: Path, output: str) -> None:
-    embed("images/t.csv", "--captions", "--model", str(tiny_checkpoint), "--output", output)
+    embed("images/t.csv", "--fields", "caption", "--model", str(tiny_checkpoint), "--output", output)
     found, model = read_features(Path(output)), load_model(tiny_checkpoint)
     assert list(zip(found.keys, found.captions, strict=True)) == [ROWS[0], ROWS[2], ROWS[1], ROWS[3]]
     for caption, feature in zip(found.captions, found.features, strict=True):
         expected = model.encode_text(model.tokenize(caption), normalize=True)[0]
         assert np.abs(feature - expected.numpy()).max() < 1e-5
     embed(
-        *("classes", "--captions", "--classes.templates", "a photo of a {}."),
+        *("classes", "--fields", "caption", "--classes.templates", "a photo of a {}."),
         *("--model", str(tiny_checkpoint), "--output", output),
     )
     assert read_features(Path(output)).captions == [f"a photo of a class {name}." for name in "abc"]
@@ -122,7 +122,12 @@ def test_bad_images_of_a_table_are_an_error_or_are_listed(folder: Path, tiny_che
             ["images/t.csv", "--columns.caption", "text"],
             "no column 'text'; its columns are image, caption",
         ),
-        (["classes", "--captions"], r"set --classes.templates \(such as imagenet\) if each subfolder is a class"),
+        (["images/t.csv", "--text_weight", "0.2"], "--text_weight 0.2: is for --fields image,caption"),
+        (["images/t.csv", "--fields", "image,caption", "--text_weight", "1"], "above 0 and below 1"),
+        (
+            ["classes", "--fields", "caption"],
+            r"set --classes.templates \(such as imagenet\) if each subfolder is a class",
+        ),
     ],
 )
 def test_mistakes_are_one_line(folder: Path, tiny_checkpoint: Path, words: list[str], message: str) -> None:
@@ -145,7 +150,8 @@ def test_a_search_of_features_ranks_as_a_plain_product_does(
 ) -> None:
     model = load_model(tiny_checkpoint)
     options = ["--model", str(tiny_checkpoint), "--output", output]
-    for data, shown in ((["images"], 3), (["images/t.csv"], 3), (["parquet"], 0), (["images/t.csv", "--captions"], 4)):
+    captions = ["images/t.csv", "--fields", "caption"]
+    for data, shown in ((["images"], 3), (["images/t.csv"], 3), (["parquet"], 0), (captions, 4)):
         embed(*data, *options)
         stored = read_features(Path(output))
         found = search(capsys, output, *QUERIES, "--model", str(tiny_checkpoint))
@@ -159,6 +165,111 @@ def test_a_search_of_features_ranks_as_a_plain_product_does(
             assert [score for _, score in here] == sorted((score for _, score in here), reverse=True)
         images = re.findall(r'<img src="data:image/jpeg;base64,', Path("search.html").read_text(encoding="utf-8"))
         assert len(images) == (0 if stored.captions else 2 * len(QUERIES) * shown)  # each with its heat map
+
+
+@pytest.fixture
+def products(folder: Path) -> Path:
+    """A table of two things: one with two images and titles, and one with an image."""
+    rows = [("p1", "a.png", "a red kite"), ("p1", "b.png", "a kite"), ("p2", "c.png", "two dogs")]
+    lines = ["sku,image,title", *(",".join(row) for row in rows)]
+    Path("images/products.csv").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+THINGS = ["images/products.csv", "--columns.group", "sku", "--columns.caption", "title", "--fields", "image,caption"]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("output", ["things.npy", "things.parquet"])
+@pytest.mark.parametrize("text_weight", [0.5, 0.25])
+def test_a_thing_is_the_weighted_mean_of_all_its_images_and_texts(
+    products: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str], output: str, text_weight: float
+) -> None:
+    embed(*THINGS, "--text_weight", str(text_weight), "--model", str(tiny_checkpoint), "--output", output)
+    stored, model = read_features(Path(output)), load_model(tiny_checkpoint)
+
+    def mean(*inputs: str | Path) -> np.ndarray:
+        return model.encode(list(inputs)).double().numpy().mean(axis=0)
+
+    things = {
+        "p1": (mean(Path("images/a.png"), Path("images/b.png")), mean("a red kite", "a kite")),
+        "p2": (mean(Path("images/c.png")), mean("two dogs")),
+    }
+    assert stored.keys == list(things)
+    assert stored.images == ["a.png", "c.png"]
+    for feature, (image, text) in zip(stored.features, things.values(), strict=True):
+        mixed = (1 - text_weight) * image + text_weight * text
+        assert np.abs(feature - mixed / np.linalg.norm(mixed)).max() < 1e-5
+    found = search(capsys, output, "a red kite", "--model", str(tiny_checkpoint))
+    assert sorted(name for name, _ in found) == ["p1", "p2"]
+    assert Path("search.html").read_text(encoding="utf-8").count("<img src") == 4  # each with its heat map
+
+
+def test_without_a_group_each_image_with_its_captions_is_a_thing(folder: Path, tiny_checkpoint: Path) -> None:
+    embed("images/t.csv", "--fields", "image,caption", "--model", str(tiny_checkpoint), "--output", "things.npy")
+    stored = read_features(Path("things.npy"))
+    assert (stored.keys, stored.images) == (["a.png", "b.png", "c.png"], [])
+
+
+def test_a_thing_is_of_the_images_that_can_be_read(
+    products: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = [*THINGS, "--model", str(tiny_checkpoint), "--output", "things.npy"]
+    Path("images/a.png").write_text("junk")
+    Path("images/c.png").write_text("junk")
+    with pytest.raises(InputError, match=r"row 2: cannot read .*--on_error skip"):
+        embed(*words)
+    embed(*words, "--on_error", "skip")
+    stored = read_features(Path("things.npy"))
+    assert (stored.keys, stored.images) == (["p1"], ["b.png"])
+    assert "1 thing left out" in capsys.readouterr().err
+    assert len(Path("things.npy.skipped.txt").read_text().splitlines()) == 2
+
+
+@pytest.fixture
+def tuned(folder: Path, tiny_checkpoint: Path) -> dict[str, str]:
+    """Copies of the model of which one encoder, or the temperature, was trained on."""
+    copies = {}
+    for part, name in (("image", "visual.proj"), ("text", "token_embedding.weight"), ("scale", "logit_scale")):
+        content = torch.load(tiny_checkpoint, weights_only=True)
+        key = next(key for key in content["state_dict"] if key.endswith(name))
+        content["state_dict"][key] += 0.5
+        copies[part] = f"{part}.ckpt"
+        torch.save(content, copies[part])
+    return copies
+
+
+@pytest.mark.parametrize(
+    ("words", "valid"),
+    [
+        (["images"], {"text", "scale"}),
+        (["images/t.csv", "--fields", "caption"], {"image", "scale"}),
+        (["images/t.csv", "--fields", "image,caption"], {"scale"}),
+    ],
+)
+def test_vectors_stay_valid_until_their_own_encoder_changes(
+    tuned: dict[str, str], tiny_checkpoint: Path, words: list[str], valid: set[str]
+) -> None:
+    embed(*words, "--model", str(tiny_checkpoint), "--output", "features.parquet")
+    for part, model in tuned.items():
+        command = ["search", "features.parquet", "kite", "--model", model]
+        if part in valid:
+            run_command(command)
+        else:
+            with pytest.raises(InputError, match="features of another model"):
+                run_command(command)
+
+
+def test_a_folders_index_stays_while_the_image_encoder_is_the_same(
+    tuned: dict[str, str], tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def told(model: str) -> str:
+        run_command(["search", "images", "kite", "--model", model, "--num_workers", "0"])
+        return capsys.readouterr().err
+
+    assert "3 new" in told(str(tiny_checkpoint))
+    assert "new" not in told(tuned["text"])
+    assert "everything is encoded again" in told(tuned["image"])
 
 
 def test_features_of_another_model_and_other_files_are_refused(

@@ -30,7 +30,8 @@ COMMANDS = {
 }
 ENCODING = {
     "embed": COMMANDS["embed"],
-    "captions": f"embed captions.csv --captions {MODEL} tiny.ckpt --output {{}}.npy",
+    "captions": f"embed captions.csv --fields caption {MODEL} tiny.ckpt --output {{}}.npy",
+    "things": f"embed captions.csv --fields image,caption {MODEL} tiny.ckpt --output {{}}.parquet",
     "score": COMMANDS["score"],
     "mine": f"mine captions.csv {MODEL} tiny.ckpt --output {{}}.jsonl",
 }

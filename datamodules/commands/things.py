@@ -1,0 +1,120 @@
+"""Features of things: of all images and captions of a group together."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from lit_clip.embedding.encode import Work, encode
+from lit_clip.embedding.encoding_task import EncodingSettings, check_complete, image_task, text_task
+from lit_clip.embedding.feature_files import FeatureTable, Identity, collect
+from lit_clip.embedding.reading import UnreadableRow
+from lit_clip.errors import BadSample, InputError
+from lit_clip.tools.console import stderr
+from lit_clip.tools.hashing import stable_hash
+from lit_clip.tools.images import OnError
+from ..pairs.batches import SourcePairs
+from ..pairs.source import PairSource
+
+
+@dataclass
+class Thing:
+    """The distinct images, by their keys, and captions of a thing, in the order of the rows."""
+
+    images: dict[str, None] = field(default_factory=dict)
+    captions: dict[str, None] = field(default_factory=dict)
+
+
+@dataclass
+class Things:
+    """Things by their names: groups, or the keys of images that have none."""
+
+    by_name: dict[str, Thing]
+    rows: dict[str, int]  # the first row of each image
+    grouped: bool  # whether a name is a group
+
+    @classmethod
+    def of(cls, source: PairSource, on_error: OnError) -> "Things":
+        """List the things of pairs; no image is read where the source can tell without."""
+        things = cls({}, {}, False)
+        for row in range(len(source)):
+            try:
+                key, captions, group = source.key(row), source.captions(row), source.text(row, None).group
+            except BadSample as error:
+                if on_error == "error":
+                    raise
+                stderr().print(f"skipped: {error}")
+                continue
+            thing = things.by_name.setdefault(group or key, Thing())
+            thing.images[key] = None
+            thing.captions |= dict.fromkeys(captions)
+            things.rows.setdefault(key, row)
+            things.grouped |= bool(group)
+        return things
+
+
+class ThingFeatures(NamedTuple):
+    """Features of things that could be read."""
+
+    names: list[str]  # of N things, sorted
+    features: np.ndarray  # float32 [N, D], of unit length
+    images: list[str]  # the first readable image of each
+    keys: Sequence[str]  # of all images
+    unreadable: Sequence[UnreadableRow]  # numbers of keys that could not be read
+
+
+def features_of_things(
+    work: Work, source: PairSource, things: Things, settings: EncodingSettings, text_weight: float
+) -> ThingFeatures | None:
+    """Encode images and captions, and mix them; None on ranks but the first, and for a share of the work.
+
+    All ranks call this. A thing's feature is the direction of ``text_weight`` times the mean of its captions' unit
+    features, plus the rest times that of its images: the more its mean cosine with a query, the nearer it is. One none
+    of whose images can be read is left out.
+    """
+    model, parts, _ = work
+    keys = sorted(things.rows)
+    texts = sorted({caption for thing in things.by_name.values() for caption in thing.captions})
+    images = image_task(model, SourcePairs(source, [things.rows[key] for key in keys]), [(key, 0, 0) for key in keys])
+    captions = text_task(model, texts, [_of_text(text) for text in texts])
+    unreadable = encode(model, images, parts, settings, title="images")
+    encode(model, captions, parts, replace(settings, num_workers=0), title="captions")
+    if unreadable is None or parts.shared():
+        return None
+    table = collect(images.identities, parts.read(FeatureTable.of))
+    check_complete(len(table.identities), len(keys), unreadable)
+    of_text = collect(captions.identities, parts.read(FeatureTable.of))
+    check_complete(len(of_text.identities), len(texts), [], "captions")
+    image_rows = {key: row for row, (key, _, _) in enumerate(table.identities)}
+    text_rows = {text: row for row, text in enumerate(texts)}
+    names, mixed = [], []
+    for name, thing in sorted(things.by_name.items()):
+        readable = [image_rows[key] for key in thing.images if key in image_rows]
+        if readable:
+            mean = _mean(of_text.features, [text_rows[caption] for caption in thing.captions]) * text_weight
+            mean += _mean(table.features, readable) * (1 - text_weight)
+            names.append(name)
+            mixed.append(_of_unit_length(mean, name))
+    shown = [_first(things.by_name[name], image_rows) for name in names]
+    return ThingFeatures(names, np.stack(mixed), shown, keys, unreadable)
+
+
+def _of_text(text: str) -> Identity:
+    return text, 1, stable_hash(text)  # an image's is another one: its key, 0, 0
+
+
+def _mean(features: np.ndarray, rows: Sequence[int]) -> np.ndarray:
+    return features[rows].mean(axis=0)
+
+
+def _of_unit_length(mean: np.ndarray, name: str) -> np.ndarray:
+    length = np.linalg.norm(mean)
+    if not length > 0:
+        raise InputError(f"{name}: its image and caption have opposite features, which have no mean")
+    return mean / length
+
+
+def _first(thing: Thing, readable: Mapping[str, int]) -> str:
+    return next(key for key in thing.images if key in readable)
