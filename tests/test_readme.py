@@ -124,11 +124,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
     rows = [row.replace("../", f"{table.parent.parent}/") for row in rows]
     (here / "captions.csv").write_text("\n".join(rows))
     (here / "general.csv").write_text("\n".join(rows))
+    (here / "other_pairs.csv").write_text("\n".join(rows))
     names = [row.rpartition(",")[2].strip('"') for row in rows[1:]]
     (here / "sentences.csv").write_text("\n".join(["source,target", *(f"{name},{name[::-1]}" for name in names)]))
     (here / "several_captions.csv").write_text("\n".join([*rows, *rows[1:]]))
     products = [f"{row},{number % 5},{rows[number - 1].split(',')[0]}" for number, row in enumerate(rows[2:], 2)]
     (here / "products.csv").write_text("\n".join([f"{rows[0]},score,back", *products]))
+    catalogue = [f"{row},{number // 2},{number}" for number, row in enumerate(rows[1:])]
+    (here / "catalogue.csv").write_text("\n".join([f"{rows[0]},sku,stock", *catalogue[:-2]]))
+    (here / "new.csv").write_text("\n".join([f"{rows[0]},sku,stock", *catalogue[-2:]]))
     write_own_parts(here)
     for name in ("last.ckpt", "vit.ckpt"):
         shutil.copy(checkpoint, here / name)

@@ -20,12 +20,13 @@ from lit_clip.commands.wise_ft import save
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig
-from lit_clip.models.finetuning import Freeze
+from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.models.lora import LoRA, add_lora, merge_lora, target_names
 from lit_clip.module import LitCLIP
 from lit_clip.tools.weight_files import read_tensors
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
+from lit_clip.weights.fingerprint import fingerprint
 from tests.helpers.ranks import CONFIG, PAIRS, finetuned_module, make_batch
 from tests.models.test_finetune import command, external_towers
 from tests.test_module import SaveAt, data_for, trainer
@@ -348,3 +349,32 @@ def test_the_command_trains_validates_and_resumes_an_adapter(
     assert states[0]["base"] == states[1]["base"]
     assert states[1]["global_step"] == 8
     assert math.isfinite(float(states[1]["state_dict"]["logit_scale"]))
+
+
+@pytest.mark.parametrize(
+    ("options", "kept"),
+    [
+        ({"freeze": Freeze(image="all")}, ["image"]),
+        ({"freeze": Freeze(text="all")}, ["text"]),
+        ({"freeze": Freeze(image=UnlockLast(0))}, []),
+        ({"lora": LoRA(r=2)}, []),
+        ({"lora": LoRA(r=2, tower="text")}, []),
+        ({"lora": LoRA(r=2, tower="text"), "freeze": Freeze(image="all")}, ["image"]),
+    ],
+)
+def test_a_training_keeps_the_vectors_of_what_it_freezes(
+    options: dict[str, Any], kept: list[str], base: Path, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    """The table of docs/products.md; stored vectors are searched as long as the fingerprint of their encoder stays."""
+    module = LitCLIP(
+        tiny_config,
+        base,
+        optimizer=partial(PaperAdamW, lr=0.01),
+        lr_scheduler=partial(WarmupCosine, warmup_steps=1),
+        **options,
+    )
+    fitting = trainer(tmp_path, max_steps=2, enable_checkpointing=False)
+    fitting.fit(module, data_for(module, caption_table))
+    fitting.save_checkpoint(tmp_path / "tuned.ckpt")
+    before, after = (fingerprint(lit_clip.load_model(path)) for path in (base, tmp_path / "tuned.ckpt"))
+    assert [name for name in ("image", "text") if getattr(before, name) == getattr(after, name)] == kept
