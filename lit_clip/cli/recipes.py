@@ -119,7 +119,7 @@ def _kept(recipe: Recipe, run: Run) -> tuple[list[Choice], Path | None]:
 
 def _made(parser: Any, config: Any, name: str) -> Any:
     """Create one part; with groups the parser would create a model of LitCLIP's defaults, a ViT-B-32, beside it."""
-    return parser.instantiate_classes(Namespace({name: config[name]}), instantiate_groups=False)[name]
+    return parser.instantiate(Namespace({name: config[name]}), instantiate_groups=False)[name]
 
 
 def _data(parser: Any, config: Any) -> Any:
@@ -130,7 +130,7 @@ def _data(parser: Any, config: Any) -> Any:
 
 
 def _module(parser: Any, config: Any) -> Any:
-    return parser.instantiate_classes(Namespace(model=config.model)).model
+    return parser.instantiate(Namespace(model=config.model)).model
 
 
 def _world(config: Any) -> int:

@@ -114,7 +114,7 @@ def run_command(words: Sequence[str]) -> None:
     parser = command_parser(name, command)
     parsed = parser.parse_args(options)
     with log_level(logging.WARNING, "lightning.pytorch", "lightning.fabric"):  # which tell of devices and ranks
-        command(**_grouped(command, vars(parser.instantiate_classes(parsed))))
+        command(**_grouped(command, vars(parser.instantiate(parsed))))
 
 
 def _underscores(word: str) -> str:

@@ -124,7 +124,7 @@ def read_sets(path: str) -> dict[str, ZeroShotSet]:
     parser.add_argument("--sets", type=dict[str, ZeroShotSet], required=True)
     with naming(path):
         try:
-            return parser.instantiate_classes(parser.parse_object({"sets": values}))["sets"]
+            return parser.instantiate(parser.parse_object({"sets": values}))["sets"]
         except ArgumentError as error:
             raise InputError(one_line(error)) from error
 

@@ -51,7 +51,7 @@ def instantiate(kind: type[Part], spec: Mapping[str, Any]) -> Part:
     parser = OptionParser(exit_on_error=False)
     parser.add_argument("--part", type=kind, required=True)
     try:
-        return parser.instantiate_classes(parser.parse_object({"part": dict(spec)}))["part"]
+        return parser.instantiate(parser.parse_object({"part": dict(spec)}))["part"]
     except Exception as error:  # jsonargparse wraps any error of a constructor
         ours = user_error(error)
         if ours is None:
