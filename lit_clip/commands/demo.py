@@ -1,12 +1,13 @@
 """``lit-clip demo``: a page on this machine on which to try a model."""
 
 import importlib.util
+import os
 import socket
 from pathlib import Path
 
 from lit_clip import load_model
 from lit_clip.commands.demo_trial import Trial
-from lit_clip.commands.search import search_in
+from lit_clip.commands.search import Searched, holds_features, read_searched, search_in
 from lit_clip.embedding.encoding_task import EncodingSettings
 from lit_clip.embedding.image_files import images_in
 from lit_clip.errors import InputError, require
@@ -33,7 +34,8 @@ def demo(
 
     Args:
         model: a checkpoint, or a name that lit_clip.load_model understands.
-        images: a folder, searched with everything below. The first time it is encoded, as by lit-clip search.
+        images: a folder, searched with everything below, which is encoded the first time, as by lit-clip search; or a
+            file of features, of whose images those are shown that lie below its folder.
         host: address to listen on; 0.0.0.0 lets everybody in the network use the page and see the folder's images,
             by this machine's addresses or its name.
         port: to listen on; 0 for any that is free.
@@ -46,12 +48,18 @@ def demo(
     require(not missing, f"demo needs {' and '.join(missing)}: pip install 'lit-clip[demo]'")
     require(images is not None or index is None, f"--index {index}: belongs to --images; name the folder")
     require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
-    folder = Path(images) if images is not None else None
-    files = images_in(folder, on_error) if folder else []
+    path = Path(images) if images is not None else None
+    stored = path is not None and holds_features(path, index, "32-true")
+    files = images_in(path, on_error) if path and not stored else []
     classes = load_head(head) if head else None
     with _listening(host, port) as listening:
         clip = load_model(model)
-        searched = search_in(clip, folder, files, index, EncodingSettings(on_error=on_error)) if folder else None
+        if path is None:
+            searched = None
+        elif stored:
+            searched = shown_below(path.parent, read_searched(path, clip))
+        else:
+            searched = search_in(clip, path, files, index, EncodingSettings(on_error=on_error))
         clip = clip.to(best_device())
         from lit_clip.commands.demo_server import serve, web_app  # of the extra, which need not be installed
 
@@ -59,6 +67,13 @@ def demo(
         shown = f"[{host}]" if ":" in host else host
         stderr().print(f"demo: http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends it)")
         serve(app, listening)
+
+
+def shown_below(folder: Path, searched: Searched) -> Searched:
+    """Return rows without the images that lie elsewhere: a file of features may name any, and others see the page."""
+    root = os.path.abspath(folder) + os.sep
+    inside = [file if file and os.path.abspath(file).startswith(root) else None for file in searched.files]
+    return searched._replace(files=inside)
 
 
 def _listening(host: str, port: int) -> socket.socket:

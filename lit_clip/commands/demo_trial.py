@@ -60,7 +60,7 @@ class Trial:
         return dict(zip(self.headed.head.facts.names, probabilities[0].tolist(), strict=True))
 
     def search(self, text: str = "", count: int | str = 12) -> list[tuple[Image.Image, str]]:
-        """Return the images of the folder that best match a text, small, with their names and cosines."""
+        """Return the images that best match a text, small, with their names and cosines; without those not shown."""
         assert self.searched is not None
         require(bool(text.strip()), "nothing to search for: type a sentence")
         require(len(text) <= LONGEST_PROMPT, f"sentence: {len(text):,} characters; at most {LONGEST_PROMPT:,}")

@@ -91,14 +91,14 @@ def search(
     require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
     check_precision(encoding.precision)
     page, path = page_path("sheet", sheet), Path(images)
-    stored = _holds_features(path, index, encoding.precision)
+    stored = holds_features(path, index, encoding.precision)
     files = [] if stored else images_in(path, encoding.on_error)
     with claimed(page, option="--sheet"):
         clip = load_model(model)
         # before the folder: an unreadable query ends the command
         titles, vectors = _titled_queries(clip, queries, image or [], text_weight)
         settings = EncodingSettings(**vars(encoding))  # on one device
-        searched = _stored(path, clip) if stored else search_in(clip, path, files, index, settings)
+        searched = read_searched(path, clip) if stored else search_in(clip, path, files, index, settings)
         found = zip(*(part.tolist() for part in searched.nearest(vectors, top_k)), strict=True)
         hits = [list(zip(rows, scores, strict=True)) for scores, rows in found]
         for title, each in zip(titles, hits, strict=True):
@@ -108,7 +108,7 @@ def search(
     stderr().print(f"page with images: {page}{replaced}")
 
 
-def _holds_features(path: Path, index: str | None, precision: Precision) -> bool:
+def holds_features(path: Path, index: str | None, precision: Precision) -> bool:
     """Return whether a file is searched, not a folder; without the options that are for encoding one."""
     stored = path.suffix in FEATURE_FILES and not path.is_dir()
     kinds = " or ".join(FEATURE_FILES)
@@ -154,7 +154,7 @@ def search_in(
     return Searched(keys, table.features, [folder / key for key in keys])
 
 
-def _stored(path: Path, model: CLIP) -> Searched:
+def read_searched(path: Path, model: CLIP) -> Searched:
     """Read a file of features, or an index with the files that it is of."""
     index = import_module(INDICES[path.suffix]).open_index(path) if path.suffix in INDICES else None
     tables = index.tables if index else [read_features(path)]

@@ -15,10 +15,10 @@ from PIL import Image
 
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
-from lit_clip.commands.demo import demo
+from lit_clip.commands.demo import demo, shown_below
 from lit_clip.commands.demo_locate import Tab
 from lit_clip.commands.demo_trial import LONGEST_PROMPT, SHOWN, Trial
-from lit_clip.commands.search import Searched
+from lit_clip.commands.search import Searched, read_searched
 from lit_clip.errors import InputError
 from lit_clip.evaluation.zero_shot import imagenet_templates
 from lit_clip.heads import head_from_images
@@ -130,6 +130,23 @@ def test_mistakes_about_where_are_said_on_the_page(
     with pytest.raises(InputError) as caught:
         Tab(trial.model)(drawings[1] / image if image else None, texts, background)
     assert message in str(caught.value)
+
+
+def test_of_a_file_of_features_those_images_are_shown_that_lie_below_its_folder(
+    trial: Trial, drawings: Drawings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint, folder, _ = drawings
+    monkeypatch.chdir(tmp_path)
+    Path("own/photos").mkdir(parents=True)
+    shutil.copy(folder / "pizza.png", "own/photos")
+    for name in ("elsewhere.png", "other.png"):
+        shutil.copy(folder / "pizza.png", name)
+    rows = ["own/photos/pizza.png", "own/../elsewhere.png", str(tmp_path / "other.png"), str(folder / "tiger.png")]
+    run_command(["embed", *rows, "--model", str(checkpoint), "--output", "own/all.npy", "--num_workers", "0"])
+    searched = shown_below(Path("own"), read_searched(Path("own/all.npy"), trial.model))
+    assert sorted(searched.names) == sorted(rows)
+    shown = Trial(trial.model, searched).search("pizza")
+    assert [caption.split(maxsplit=1)[1] for _, caption in shown] == ["own/photos/pizza.png"]
 
 
 def test_a_name_finds_its_drawing_and_images_found_are_small(trial: Trial, tmp_path: Path) -> None:
