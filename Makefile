@@ -81,12 +81,12 @@ test-slurm: install  ## Run jobs by a SLURM of two machines that are this one (a
 	@$(BIN)/python -m pytest tests/test_slurm.py -m slow
 
 # Parts of less than half an hour each.
-SLOW_combinations := tests/combinations
-SLOW_faults := tests/faults -k "not store"
-SLOW_stores := tests/faults -k store
+SLOW_combinations := tests/test_combinations.py
+SLOW_faults := tests/test_faults.py tests/test_surroundings.py -k "not store"
+SLOW_stores := tests/test_faults.py -k store
 SLOW_models := tests/models
 SLOW_quickstart := tests/test_quickstart.py tests/test_notebooks.py
-SLOW_rest := tests $(addprefix --ignore=tests/,combinations faults models test_quickstart.py test_notebooks.py)
+SLOW_rest := tests $(addprefix --ignore=tests/,models $(addprefix test_,combinations.py faults.py surroundings.py quickstart.py notebooks.py))
 PARTS := combinations faults stores models quickstart rest
 
 test-slow: install  ## Run the slow tests; PART=combinations, faults, stores, models, quickstart or rest runs a part

@@ -11,8 +11,8 @@ import torch
 
 from lit_clip.errors import InputError
 from lit_clip.tools.stored_rows import ABSENT, StoredRows
-from tests.faults.disks import mounted, why_no_disk
 from tests.helpers import forks
+from tests.helpers.disks import mounted, why_no_disk
 
 VALUES = torch.arange(1.0, 41.0).reshape(10, 4)
 
@@ -117,7 +117,7 @@ import sys, numpy as np, torch
 from pathlib import Path
 from lit_clip.errors import InputError
 from lit_clip.tools.stored_rows import StoredRows
-from tests.faults.disks import enter
+from tests.helpers.disks import enter
 enter(int(sys.argv[1]))
 stored = StoredRows.create(Path(sys.argv[2]), 1000, (1000,), torch.float32)
 try:

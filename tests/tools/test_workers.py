@@ -13,14 +13,14 @@ from torch.utils.data import _utils as torch_workers
 
 from lit_clip.tools.messages import user_error
 from lit_clip.tools.workers import loader
-from tests.faults.disks import mounted, why_no_disk
 from tests.helpers import forks
+from tests.helpers.disks import mounted, why_no_disk
 
 PROGRAM = """
 import sys, torch
 from torch.utils.data import Dataset
 from lit_clip.tools.workers import loader
-from tests.faults.disks import enter
+from tests.helpers.disks import enter
 enter(int(sys.argv[1]))
 class Batches(Dataset):
     def __len__(self): return 12

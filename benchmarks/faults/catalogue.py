@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.faults.clock import turn_clock
-from tests.faults.disks import Disk
-from tests.faults.recorder import BUSY
-from tests.faults.runs import Run
-from tests.faults.server import SLOW, Store
+from benchmarks.faults.clock import turn_clock
+from benchmarks.faults.recorder import BUSY
+from benchmarks.faults.runs import Run
+from benchmarks.faults.server import SLOW, Store
+from tests.helpers.disks import Disk
 
 DAY = 86400.0
 PAUSE = 2.0  # seconds

@@ -16,14 +16,14 @@ import pytest
 from lightning.pytorch import Trainer
 from PIL import Image
 
+from benchmarks.faults import surroundings
 from lit_clip.cli.subcommands import run_command
 from lit_clip.errors import InputError
 from lit_clip.tools.messages import user_error
 from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
 from tests.conftest import ROOT, lit_clip_command
-from tests.faults import surroundings
-from tests.faults.disks import mounted, why_no_disk
 from tests.helpers import forks
+from tests.helpers.disks import mounted, why_no_disk
 
 EMBED = ["embed", "images", "--model", "tiny.ckpt", "--output", "f.npy", "--num_workers", "0", "--accelerator", "cpu"]
 FIT = [
@@ -54,7 +54,7 @@ EXPORT_UNTIL_IT_FITS = """
 import os, subprocess, sys
 from lit_clip.cli.subcommands import run_command
 from lit_clip.tools.messages import user_error
-from tests.faults.disks import enter
+from tests.helpers.disks import enter
 holder, disk, model, format, step = sys.argv[1:]
 enter(int(holder))
 size = 4

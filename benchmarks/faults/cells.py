@@ -11,12 +11,12 @@ from typing import NamedTuple
 
 import torch
 
-from tests.faults import disks
-from tests.faults.catalogue import BY_NAME, FAULTS, STORE_TIMEOUT, Fault, Scene
-from tests.faults.clock import turn_clock
-from tests.faults.runs import EVERY, STEPS, Run, Settings
-from tests.faults.server import Store
-from tests.faults.sources import write_sources
+from benchmarks.faults.catalogue import BY_NAME, FAULTS, STORE_TIMEOUT, Fault, Scene
+from benchmarks.faults.clock import turn_clock
+from benchmarks.faults.runs import EVERY, STEPS, Run, Settings
+from benchmarks.faults.server import Store
+from benchmarks.faults.sources import write_sources
+from tests.helpers import disks
 
 SOURCES = ("table", "tars", "store")
 RANKS = (1, 2, 3)

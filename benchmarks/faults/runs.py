@@ -12,9 +12,9 @@ from typing import NamedTuple
 import psutil
 import torch
 
-from tests.faults import clock, disks
-from tests.faults.recorder import PREFIX
-from tests.helpers import forks
+from benchmarks.faults import clock
+from benchmarks.faults.recorder import PREFIX
+from tests.helpers import disks, forks
 from tests.helpers.fork_ranks import command_of_ranks
 
 ARCHITECTURE = (
@@ -72,7 +72,7 @@ class Settings(NamedTuple):
             *("--trainer.accelerator", "cpu", "--trainer.devices", str(self.ranks), "--trainer.strategy", strategy),
             *("--trainer.enable_progress_bar", "false", "--trainer.enable_model_summary", "false"),
             *("--trainer.logger.class_path", "lightning.pytorch.loggers.CSVLogger", "--trainer.log_every_n_steps", "1"),
-            *("--trainer.logger.init_args.save_dir", ".", "--trainer.callbacks+=tests.faults.recorder.Recorder"),
+            *("--trainer.logger.init_args.save_dir", ".", "--trainer.callbacks+=benchmarks.faults.recorder.Recorder"),
             *(f"--trainer.callbacks+={SAVING}", "--ckpt_path", "auto"),
         ]
 

@@ -1,4 +1,4 @@
-"""Run the matrix of faults and write its table: ``python -m tests.faults --markdown docs/evidence/faults.md``."""
+"""Run the matrix of faults and write its table: ``python -m benchmarks.faults --markdown docs/evidence/faults.md``."""
 
 import argparse
 import json
@@ -12,14 +12,14 @@ from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported, here and in the processes that are forked
 
-from tests.faults.cells import RANKS, SOURCES, WORKERS, Cell, Harness, Outcome, all_cells
-from tests.faults.report import markdown
-from tests.faults.server import serving
+from benchmarks.faults.cells import RANKS, SOURCES, WORKERS, Cell, Harness, Outcome, all_cells
+from benchmarks.faults.report import markdown
+from benchmarks.faults.server import serving
 
 
 def main(words: Sequence[str] | None = None) -> int:
     """Run the cells asked for and return 1 if one of them is neither the same nor a clear end."""
-    parser = argparse.ArgumentParser(prog="python -m tests.faults", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.faults", description=__doc__)
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="cells whose name contains one of these")
     parser.add_argument("--points", type=int, default=1, help="random moments for each cell")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")

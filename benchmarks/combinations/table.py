@@ -1,13 +1,13 @@
 """Every option of Lightning and every callback of ours with its outcome: works, as its checks show, or refused.
 
 ``combinations.md`` and ``combinations_parts.md`` of ``docs/evidence`` are made from this table, which
-``test_combinations.py`` runs. A row is one setting on one process or on two ranks (DDP by gloo); its name and number of
-ranks identify it.
+``tests/test_combinations.py`` runs. A row is one setting on one process or on two ranks (DDP by gloo); its name and
+number of ranks identify it.
 """
 
-from tests.combinations import callback_rows, our_rows, strategy_rows, trainer_rows  # noqa: F401  # they add rows
-from tests.combinations.our_rows import OWN
-from tests.combinations.rows import PLAIN, ROWS, Row
+from benchmarks.combinations import callback_rows, our_rows, strategy_rows, trainer_rows  # noqa: F401  # they add rows
+from benchmarks.combinations.our_rows import OWN
+from benchmarks.combinations.rows import PLAIN, ROWS, Row
 
 __all__ = ["ELSEWHERE", "OWN", "PLAIN", "ROWS", "Row"]
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, loggers
 
-from tests.combinations.checks import Check
-from tests.combinations.runs import SAVED_AT, Run
+from benchmarks.combinations.checks import Check
+from benchmarks.combinations.runs import SAVED_AT, Run
 
 Settings = Callable[[Path], dict[str, Any]]
 GROUPS = (

@@ -8,11 +8,11 @@ from urllib.parse import urlsplit
 import psutil
 import pytest
 
-from tests.faults.__main__ import main
-from tests.faults.catalogue import BY_NAME
-from tests.faults.cells import Cell, Harness, Outcome, all_cells
-from tests.faults.report import markdown
-from tests.faults.server import serving
+from benchmarks.faults.__main__ import main
+from benchmarks.faults.catalogue import BY_NAME
+from benchmarks.faults.cells import Cell, Harness, Outcome, all_cells
+from benchmarks.faults.report import markdown
+from benchmarks.faults.server import serving
 
 # The others take 5 to 20 s each. Signals, lost workers and full disks also have tests beside the code that meets them.
 FAST = Cell("kill_run", "table", 1, 0)
@@ -49,7 +49,7 @@ def test_a_cell_leaves_no_process_mount_socket_or_file(
     harness: Harness, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also one that fails: here nothing is judged right."""
-    monkeypatch.setattr("tests.faults.cells._close", lambda *_: False)
+    monkeypatch.setattr("benchmarks.faults.cells._close", lambda *_: False)
     cell, expected = Cell("read_only", "store", 1, 2), harness.expected(FAST)
     before = Path("/proc/self/mounts").read_text()
     with serving(tmp_path / "data") as store:

@@ -1,4 +1,4 @@
-"""Write the tables of open_clip's models: ``python -m tests.parity.page [--measure]``.
+"""Write the tables of open_clip's models: ``python -m benchmarks.families.page [--measure]``.
 
 ``docs/evidence/open_clip_registry.md`` lists the registry and what lit-clip says to each name. With ``--measure`` a
 small model of every family is created with random weights, and the largest differences from open_clip are written
@@ -14,22 +14,22 @@ from pathlib import Path
 import open_clip
 from open_clip.pretrained import get_pretrained_cfg
 
+from benchmarks.families.families import FAMILIES, compare, small
 from lit_clip.errors import InputError
 from lit_clip.models.config import HuggingFaceTextConfig
 from lit_clip.models.open_clip_configs import from_open_clip, model_config, open_clip_names
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.weights.hub import tagged
 from lit_clip.weights.load import load_model
-from tests.parity.families import FAMILIES, compare, small
 
 DOCS = Path(__file__).parents[2] / "docs"
 REGISTRY, MODELS = DOCS / "evidence/open_clip_registry.md", DOCS / "models.md"
-BEGIN, END = "<!-- python -m tests.parity.page --measure -->", "<!-- end -->"
+BEGIN, END = "<!-- python -m benchmarks.families.page --measure -->", "<!-- end -->"
 HEAD = """# open_clip's registry
 
 All {weights} published weights of open_clip {version} by model, and whether `load_model("model:tag")` opens them, as
-decided from the configurations: nothing is downloaded. Made by `python -m tests.parity.page`; tests compare it with the
-installed open_clip, and every weight's name and shape with open_clip's models. "Hub" names what is read from the
+decided from the configurations: nothing is downloaded. Made by `python -m benchmarks.families.page`; tests compare it
+with the installed open_clip, and every weight's name and shape with open_clip's models. "Hub" names what is read from the
 Hugging Face hub or its cache beside the weights: a tokenizer, or a text encoder with its tokenizer.
 [Models and weights](../models.md) has the differences of features.
 

@@ -1,4 +1,4 @@
-"""Record the samples of each step, so that the runs of ``tests/faults`` can be compared and hit at a step."""
+"""Record the samples of each step, so that the runs of ``benchmarks/faults`` can be compared and hit at a step."""
 
 import os
 import time

@@ -9,10 +9,10 @@ from importlib.metadata import version
 from pathlib import Path
 from string import Template
 
-from tests.faults.catalogue import FAULTS, STORE_TIMEOUT, Fault
-from tests.faults.cells import RANKS, TOLERANCE, WORKERS, Cell, Outcome, all_cells
-from tests.faults.runs import EPOCHS, EVERY, GROUP_TIMEOUT, STEPS
-from tests.faults.surroundings import tables as surroundings
+from benchmarks.faults.catalogue import FAULTS, STORE_TIMEOUT, Fault
+from benchmarks.faults.cells import RANKS, TOLERANCE, WORKERS, Cell, Outcome, all_cells
+from benchmarks.faults.runs import EPOCHS, EVERY, GROUP_TIMEOUT, STEPS
+from benchmarks.faults.surroundings import tables as surroundings
 
 Outcomes = Mapping[tuple[Cell, int], Outcome]
 

@@ -7,9 +7,19 @@ from typing import Any
 
 from lightning.pytorch import Callback, callbacks, loggers, profilers
 
-from tests.combinations.checks import RESUMED, SAME, file, shows, stopped_at
-from tests.combinations.rows import CALLBACKS, LOGGERS, callback, columns, csv_logger, option, refused, using, works
-from tests.combinations.runs import Run
+from benchmarks.combinations.checks import RESUMED, SAME, file, shows, stopped_at
+from benchmarks.combinations.rows import (
+    CALLBACKS,
+    LOGGERS,
+    callback,
+    columns,
+    csv_logger,
+    option,
+    refused,
+    using,
+    works,
+)
+from benchmarks.combinations.runs import Run
 
 
 @shows("logs CPU statistics")
@@ -148,6 +158,8 @@ refused(
 
 
 class Unfreeze(callbacks.BaseFinetuning):
+    """Train the image encoder from the second epoch."""
+
     def freeze_before_training(self, pl_module: Any) -> None:
         self.freeze(pl_module.model.visual)
 

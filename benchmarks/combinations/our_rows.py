@@ -10,6 +10,9 @@ from lightning.pytorch import Callback
 from torch import Tensor
 
 import callbacks as ours
+from benchmarks.combinations.checks import RESUMED, SAME, TRAINED, Check, near
+from benchmarks.combinations.rows import OURS, Settings, csv_logger, nothing, option, refused, strategy, works
+from benchmarks.combinations.runs import CONFIG
 from callbacks import compile as compile_file
 from datamodules import BatchOptions
 from lit_clip.losses import Loss
@@ -17,9 +20,6 @@ from lit_clip.losses.loss import WholeBatch
 from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.models.lora import LoRA
 from lit_clip.training.lightning.fsdp import FSDP
-from tests.combinations.checks import RESUMED, SAME, TRAINED, Check, near
-from tests.combinations.rows import OURS, Settings, csv_logger, nothing, option, refused, strategy, works
-from tests.combinations.runs import CONFIG
 
 COMPILE_BLOCKS = compile_file.compile_blocks
 

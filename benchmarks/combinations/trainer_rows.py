@@ -7,11 +7,11 @@ import torch
 from lightning.pytorch import Callback
 from torch.distributed.tensor import DTensor
 
+from benchmarks.combinations.checks import RESUMED, SAME, TRAINED, Check, near, shows, stopped_at
+from benchmarks.combinations.rows import TRAINER, Settings, option, refused, works
+from benchmarks.combinations.runs import CONFIG, STEPS, Run
 from lit_clip.models.config import CLIPConfig, ResNetConfig
 from lit_clip.training.lightning.fsdp import FSDP
-from tests.combinations.checks import RESUMED, SAME, TRAINED, Check, near, shows, stopped_at
-from tests.combinations.rows import TRAINER, Settings, option, refused, works
-from tests.combinations.runs import CONFIG, STEPS, Run
 
 
 class Validations(Callback):

@@ -11,7 +11,7 @@ class Surrounding(NamedTuple):
         text: what is wrong.
         commands: to which it is done.
         outcome: what must follow.
-        test: its name, after its file's if that is not ``tests/faults/test_surroundings.py``.
+        test: its name, after its file's if that is not ``tests/test_surroundings.py``.
     """
 
     text: str
@@ -122,8 +122,8 @@ RESUMED = (
 
 def tables() -> str:
     """Return the sections of ``docs/evidence/faults.md``."""
-    started = "Each has a test in `tests/faults/test_surroundings.py`."
-    resumed = "Each has a test, which `tests/faults/surroundings.py` names."
+    started = "Each has a test in `tests/test_surroundings.py`."
+    resumed = "Each has a test, which `benchmarks/faults/surroundings.py` names."
     return "\n".join(
         [
             *_section("When a command starts", started, SURROUNDINGS),

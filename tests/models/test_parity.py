@@ -11,6 +11,8 @@ import open_clip
 import pytest
 import torch
 
+from benchmarks.families.families import FAMILIES, TEXTS, compare, photos, small
+from benchmarks.families.page import REGISTRY, registry
 from lit_clip.errors import InputError
 from lit_clip.models.config import described
 from lit_clip.models.finetuning import Freeze, UnlockLast, frozen_names
@@ -29,8 +31,6 @@ from lit_clip.weights.export import (
     write_open_clip,
 )
 from lit_clip.weights.load import load_model
-from tests.parity.families import FAMILIES, TEXTS, compare, photos, small
-from tests.parity.page import REGISTRY, registry
 from tests.test_module import data_for, trainer
 
 pytestmark = [
@@ -244,9 +244,9 @@ def test_hugging_faces_format_is_refused_with_the_reason(made: Any, family: str,
 
 
 def test_the_list_of_the_registry_is_current() -> None:
-    """Every published weight is listed with what lit-clip says to it; write it by ``python -m tests.parity.page``."""
+    """Every published weight is listed with what lit-clip says to it."""
     text = registry()
-    assert REGISTRY.read_text(encoding="utf-8") == text
+    assert REGISTRY.read_text(encoding="utf-8") == text, "run python -m benchmarks.families.page"
     listed = dict(line.strip("| ").split(" | ")[:2] for line in text.splitlines() if line.startswith("| "))
     assert all(tag in listed[name].split(", ") for name, tag in open_clip.list_pretrained())
     assert "196 open, 0 are refused" in text or open_clip.__version__ != "3.3.0"

@@ -9,12 +9,12 @@ import torch
 from lightning.pytorch import plugins, strategies
 from lightning.pytorch.plugins import environments
 
+from benchmarks.combinations.checks import RESUMED, SAME, near, shows
+from benchmarks.combinations.rows import STRATEGIES, Settings, option, refused, strategy, works
+from benchmarks.combinations.runs import Run
+from benchmarks.combinations.trainer_rows import Validations, watched
 from lit_clip.training.lightning.checkpoint_io import WholeCheckpointIO
 from lit_clip.training.lightning.fsdp import FSDP
-from tests.combinations.checks import RESUMED, SAME, near, shows
-from tests.combinations.rows import STRATEGIES, Settings, option, refused, strategy, works
-from tests.combinations.runs import Run
-from tests.combinations.trainer_rows import Validations, watched
 
 for name in ("ddp", "ddp_find_unused_parameters_false", "ddp_find_unused_parameters_true"):
     works(STRATEGIES, f"strategy: {name}", SAME, RESUMED, ranks=[2], trainer=option(strategy=name), covers=[name])

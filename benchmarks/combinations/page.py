@@ -1,16 +1,16 @@
-"""Write the pages of combinations in docs/: ``python -m tests.combinations.page``."""
+"""Write the pages of combinations in docs/: ``python -m benchmarks.combinations.page``."""
 
 from pathlib import Path
 
+from benchmarks.combinations.rows import GROUPS, OURS
+from benchmarks.combinations.table import ELSEWHERE, ROWS, Row
 from lit_clip.training.checks import REFUSED
-from tests.combinations.rows import GROUPS, OURS
-from tests.combinations.table import ELSEWHERE, ROWS, Row
 
 FOLDER = Path(__file__).parents[2] / "docs/evidence"
 INTRODUCTION = """# Combinations
 
 Which options of Lightning work with lit-clip, and which it refuses with one line before the first step. Made from the
-table in `tests/combinations/`, whose rows are run: the chosen ones by `make test`, the others by `make test-slow`.
+table in `benchmarks/combinations/`, whose rows are run: the chosen ones by `make test`, the others by `make test-slow`.
 "Two ranks" is DDP by gloo on one machine, unless the row says otherwise. "The plain run" is the same training without
 the option; with one process weights must be equal to the last bit, with two ranks to rounding. "Resumes exactly" is a
 run that continues from a checkpoint of the third step and ends with weights and moments equal to the last bit.
@@ -21,7 +21,7 @@ INTRODUCTION_OF_PARTS = """# Combinations with lit-clip's parts
 Which of lit-clip's own callbacks and options work with each other, and which are refused, tested and worded as on the
 page of [Lightning's options](combinations.md).
 """
-# To be set when all rows have been run: pytest tests/combinations -m "slow or not slow"
+# To be set when all rows have been run: pytest benchmarks/combinations -m "slow or not slow"
 LAST_RUN = "26, 27 and 29 November and 1 December 2026 with Lightning 2.6.6 and torch 2.13.0 on a CPU"
 ROWS_RUN, REFUSED_THEN = 403, 25
 HEAD = "| setting | one process | two ranks | what is checked, or the line |\n|---|---|---|---|"

@@ -134,7 +134,7 @@ def examine(row: Any, folder: Path, pairs: str, plain: State) -> None:
 
 def main() -> None:
     torch.set_num_threads(1)
-    from tests.combinations.table import PLAIN, ROWS
+    from benchmarks.combinations.table import PLAIN, ROWS
 
     name, world, folder, pairs, plain = sys.argv[1:]
     if name == "plain":

@@ -14,6 +14,9 @@ from lightning.pytorch import Callback, Trainer, callbacks, loggers, plugins, pr
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.tuner import Tuner
 
+from benchmarks.combinations.page import FOLDER, REFUSED_THEN, ROWS_RUN, pages
+from benchmarks.combinations.runs import examine
+from benchmarks.combinations.table import ELSEWHERE, OWN, PLAIN, ROWS, Row
 from callbacks import compile as compiling
 from datamodules import Captions
 from lit_clip import LitCLIP
@@ -21,14 +24,11 @@ from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.tools.messages import user_error
 from lit_clip.training.checks import REFUSED, Refusal, check_parts
-from tests.combinations.page import FOLDER, REFUSED_THEN, ROWS_RUN, pages
-from tests.combinations.runs import examine
-from tests.combinations.table import ELSEWHERE, OWN, PLAIN, ROWS, Row
 from tests.conftest import ROOT, made_once
 from tests.helpers import forks
 from tests.helpers.small_sets import captions_entry, entry, write_suite, write_table
 
-SCRIPT = str(ROOT / "tests/combinations/runs.py")
+SCRIPT = str(ROOT / "benchmarks/combinations/runs.py")
 TIME_LIMIT = 240  # for a busy machine; strategies that start new interpreters take a minute there
 
 
@@ -117,7 +117,7 @@ def test_the_page_counts_the_rows_that_were_run() -> None:
 
 @pytest.mark.parametrize(("name", "text"), pages().items())
 def test_the_page_is_up_to_date(name: str, text: str) -> None:
-    assert (FOLDER / name).read_text(encoding="utf-8") == text, "run python -m tests.combinations.page"
+    assert (FOLDER / name).read_text(encoding="utf-8") == text, "run python -m benchmarks.combinations.page"
 
 
 @pytest.mark.parametrize("refusal", REFUSED, ids=lambda refusal: refusal.kind.__name__)

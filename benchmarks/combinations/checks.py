@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import torch
 
-from tests.combinations.runs import STEPS, Run, State
+from benchmarks.combinations.runs import STEPS, Run, State
 
 
 class Check(NamedTuple):
