@@ -29,8 +29,8 @@ HEAD = """# open_clip's registry
 
 All {weights} published weights of open_clip {version} by model, and whether `load_model("model:tag")` opens them, as
 decided from the configurations: nothing is downloaded. Made by `python -m benchmarks.families.page`; tests compare it
-with the installed open_clip, and every weight's name and shape with open_clip's models. "Hub" names what is read from the
-Hugging Face hub or its cache beside the weights: a tokenizer, or a text encoder with its tokenizer.
+with the installed open_clip, and every weight's name and shape with open_clip's models. "Hub" names what is read from
+the Hugging Face hub or its cache beside the weights: a tokenizer, or a text encoder with its tokenizer.
 [Models and weights](../models.md) has the differences of features.
 
 {opened} open, {refused} are refused. Of its {names} configurations without published weights these are refused:
