@@ -1,8 +1,8 @@
 """Change random lines of the heart one at a time, and count the changes that the tests of their room catch.
 
 ``python benchmarks/mutation.py --count 40 --seed 0`` flips a comparison, drops a statement or changes a constant in a
-copy of the working tree, and runs the quick tests of the room until one fails. The same seed changes the same lines of
-the same sources, so that two states of the tests can be compared: ``--tests OTHER_TREE`` takes tests from elsewhere.
+copy of the working tree, and runs the quick tests of the room, which must pass without it, until one fails. The same
+seed changes the same lines of the same sources: ``--tests OTHER_TREE`` compares two states of the tests.
 """
 
 import argparse
@@ -26,10 +26,7 @@ ROOMS = {  # sources, and the tests that are run when one of them is changed
     "datamodules/pairs": ["tests/datamodules/pairs", "tests/datamodules/test_captions.py"],
     "datamodules/loading": ["tests/datamodules/loading", "tests/datamodules/test_caption_datamodule.py"],
 }
-FLIPPED = {
-    **{ast.Lt: ">=", ast.LtE: ">", ast.Gt: "<=", ast.GtE: "<", ast.Eq: "!=", ast.NotEq: "=="},
-    **{ast.Is: "is not", ast.IsNot: "is", ast.In: "not in", ast.NotIn: "in"},
-}
+OPPOSITES = {"Lt": "< >=", "LtE": "<= >", "Gt": "> <=", "GtE": ">= <", "Eq": "== !=", "NotEq": "!= =="}
 
 
 class Mutation(NamedTuple):
@@ -45,18 +42,21 @@ class Mutation(NamedTuple):
 
 def mutations(path: Path) -> Iterator[Mutation]:
     """Yield every change of a file that stays within a line."""
-    name, tree = str(path.relative_to(ROOT)), ast.parse(path.read_text(encoding="utf-8"))
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Compare) and len(node.ops) == 1:
-            left, right, flipped = node.left, node.comparators[0], FLIPPED[type(node.ops[0])]
+    source = path.read_bytes()
+    name, lines = str(path.relative_to(ROOT)), source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Compare) and (known := OPPOSITES.get(type(node.ops[0]).__name__)):
+            left, right = node.left, node.comparators[0]
             if left.end_lineno == right.lineno and left.end_col_offset is not None:
-                yield Mutation(name, right.lineno, left.end_col_offset, right.col_offset, f" {flipped} ", "comparison")
+                between = lines[right.lineno - 1][left.end_col_offset : right.col_offset].decode()  # with brackets
+                text = between.replace(*known.split())
+                yield Mutation(name, right.lineno, left.end_col_offset, right.col_offset, text, "comparison")
         elif isinstance(node, ast.Constant) and isinstance(node.value, int | float) and node.end_col_offset:
             text = repr(not node.value) if isinstance(node.value, bool) else repr(node.value + 1)
             yield Mutation(name, node.lineno, node.col_offset, node.end_col_offset, text, "constant")
         elif isinstance(node, ast.Assign | ast.AugAssign | ast.Expr) and node.lineno == node.end_lineno:
-            text = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)  # a docstring
-            if not text and node.col_offset and node.end_col_offset:  # within a function or class
+            docstring = isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+            if not docstring and node.col_offset and node.end_col_offset:  # within a function or class
                 yield Mutation(name, node.lineno, node.col_offset, node.end_col_offset, "pass", "statement")
 
 
@@ -83,50 +83,34 @@ def sample(count: int, seed: int) -> list[tuple[Mutation, list[str]]]:
     return [room[i] for i in range(max(map(len, rooms))) for room in rooms if i < len(room)][:count]
 
 
-def copy_tree(tests: Path, folder: Path) -> None:
-    """Copy the working tree, with the tests of another one."""
-    listed = subprocess.check_output(["git", "ls-files", "-z"], cwd=ROOT, text=True).split("\0")
-    for name in filter(None, listed):
-        if not name.startswith("tests/") and (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
-    shutil.copytree(tests / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=40, help="changes")
     parser.add_argument("--seed", type=int, default=0, help="of their choice")
-    parser.add_argument(
-        "--seconds", type=float, default=300, help="time limit of the tests; a change that needs more is caught"
-    )
+    parser.add_argument("--seconds", type=float, default=300, help="a change whose tests take longer is caught")
     parser.add_argument("--tests", type=Path, default=ROOT, help="tree from which the tests are taken")
     options = parser.parse_args()
     caught, chosen = 0, sample(options.count, options.seed)
     with tempfile.TemporaryDirectory() as name:
-        copy_tree(options.tests, folder := Path(name))
-        environment = {**os.environ, "PYTHONPATH": name, "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+        ignored = shutil.ignore_patterns(".*", "__pycache__", "runs", "site", "tests")
+        folder = shutil.copytree(ROOT, Path(name) / "tree", ignore=ignored)
+        shutil.copytree(options.tests / "tests", folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+        here = {**os.environ, "PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
         for change, tests in chosen:
             source, start = (ROOT / change.path).read_text(encoding="utf-8"), time.monotonic()
             (folder / change.path).write_text(mutated(source, change), encoding="utf-8")
             command = [sys.executable, "-m", "pytest", "-xqm", "not slow", "-p", "no:cacheprovider", *tests]
-            process = subprocess.Popen(
-                command, cwd=name, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT
-            )
             try:
-                survived = process.wait(options.seconds) == 0
+                done = subprocess.run(command, cwd=folder, env=here, timeout=options.seconds, capture_output=True)
+                outcome = "caught" if done.returncode else "SURVIVED"
             except subprocess.TimeoutExpired:
-                process.kill()
-                survived = process.wait() == 0
+                outcome = "caught by the time limit"
             (folder / change.path).write_text(source, encoding="utf-8")
-            caught += not survived
-            line = source.splitlines()[change.line - 1].strip()
+            caught += outcome != "SURVIVED"
+            line, seconds = source.splitlines()[change.line - 1].strip(), time.monotonic() - start
             print(
-                "SURVIVED" if survived else "caught",
-                f"{change.path}:{change.line}",
-                f"{time.monotonic() - start:.0f} s",
+                f"{outcome} {change.path}:{change.line} in {seconds:.0f} s: {line} -> {change.text.strip()}", flush=True
             )
-            print(f"    {change.kind} -> {change.text.strip()}: {line}", flush=True)
     print(f"{caught} of {len(chosen)} changes were caught")
 
 
