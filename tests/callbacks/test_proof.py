@@ -283,6 +283,7 @@ def test_rest_that_is_not_there_is_one_line_before_training(
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.usefixtures("charts")
 def test_the_page_has_the_table_curves_and_examples_and_fetches_nothing(
     overfitted: tuple[Path, Path], repeated: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -104,6 +104,7 @@ def features(split: str, before: bool = False) -> tuple[torch.Tensor, list[int]]
     return torch.stack(rows), labels
 
 
+@pytest.mark.usefixtures("charts")
 def test_results_equal_plain_loops_and_missing_sets_are_listed(root: Path) -> None:
     results = evaluate("--draws", "2")
     found, gone = results["sets"]["noise"], results["sets"]["gone"]
@@ -139,7 +140,6 @@ def test_results_equal_plain_loops_and_missing_sets_are_listed(root: Path) -> No
     assert list((root / "out").rglob("events.out.tfevents*"))
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_a_head_is_evaluated_on_the_sets_of_its_classes(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its accuracy equals that of ``model.with_head``, whatever the order and the case of the classes' names."""
     model = load_model("last.ckpt")
@@ -167,7 +167,6 @@ def test_a_head_is_evaluated_on_the_sets_of_its_classes(root: Path, capsys: pyte
         evaluate("--tasks", "head")
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_images_are_searched_by_images_and_runs_are_compared_by_it(root: Path) -> None:
     write_suite(
         root, noise={"data": {"class_path": FOLDER}, "splits": {"test": {"root": "test"}}, "tasks": ["image_retrieval"]}
@@ -189,7 +188,6 @@ def test_images_are_searched_by_images_and_runs_are_compared_by_it(root: Path) -
     assert "image retrieval, mAP@10" in Path("out/report.html").read_text(encoding="utf-8")
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_a_probe_of_one_set_is_tested_on_others_and_trained_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sets with some of the classes, in other orders, equal the argmax among these classes of one probe."""
     trained = {"train": {"class_path": FOLDER, "init_args": {"root": "train"}}, "test": {}}
@@ -220,7 +218,6 @@ def test_a_probe_of_one_set_is_tested_on_others_and_trained_once(root: Path, mon
         assert results[name]["splits"]["train"]["images"] == 72
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_a_probe_of_another_set_is_tested_again_when_class_names_change(root: Path) -> None:
     images = [Image.open(path) for name in CLASSES[:2] for path in sorted(Path("data/train", name).glob("*.png"))]
     write_shards(root / "data/two", images, [0] * 12 + [1] * 12, [])
@@ -236,7 +233,6 @@ def test_a_probe_of_another_set_is_tested_again_when_class_names_change(root: Pa
     assert values[1] == pytest.approx(1 - values[0])
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_two_processes_give_the_same_results(root: Path) -> None:
     options = ("--draws", "1", "--shots", "2", "--metrics", "auroc=torchmetrics.classification.MulticlassAUROC")
     one = evaluate(*options)["sets"]
@@ -263,7 +259,6 @@ def counted_images(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return calls
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_cached_features_and_results_are_not_computed_again(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = counted_images(monkeypatch)
     first = evaluate("--tasks", "zero_shot")
@@ -276,7 +271,6 @@ def test_cached_features_and_results_are_not_computed_again(root: Path, monkeypa
     assert calls["images"] == 30 + 72 + 30  # an image has changed
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_another_precision_shares_no_features_and_is_in_the_results(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -375,7 +369,6 @@ def test_sigterm_stops_two_processes_and_the_next_run_resumes(root: Path) -> Non
     resume(root)
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_a_broken_image_fails_its_set_or_is_skipped_and_listed(root: Path) -> None:
     Path("data/test/cat/2.png").write_bytes(b"no image")
     suite = yaml.safe_load(Path("suite.yaml").read_text())["sets"]
@@ -395,7 +388,6 @@ def test_a_broken_image_fails_its_set_or_is_skipped_and_listed(root: Path) -> No
         run_command(words("--tasks", "zero_shot"))
 
 
-@pytest.mark.usefixtures("no_charts")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -450,7 +442,6 @@ def check_kept_ranks(result: dict[str, Any]) -> None:
     assert baselines["text_to_image_recall@1"] == pytest.approx(max(captions.values()) / captions.total())
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_accuracy_and_recall_equal_clip_benchmarks(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Equal up to rounding, on sets in CLIP_benchmark's own format."""
     pytest.importorskip("clip_benchmark")
@@ -510,7 +501,6 @@ class Darker(ImageFolderClasses):
         return super().image(index).point(lambda value: value // 2)
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_images_of_two_sets_are_encoded_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Features and results are those of sets that are evaluated apart; what shows other images is encoded itself."""
     paths = sorted(Path("data/test").rglob("*.png"))[3:]
@@ -548,7 +538,6 @@ def test_images_of_two_sets_are_encoded_once(root: Path, monkeypatch: pytest.Mon
     assert sum(encoded) == 30 + 30 + 27 + 30 + 30 + 0
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_recalls_are_shown_merged_where_captions_repeat(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The terminal and the report show what a loop over distinct captions gives, and say that they are merged."""
     paths = sorted(Path("data/test").rglob("[0-3].png"))  # four of each of six classes, whose names are the captions
@@ -585,7 +574,6 @@ def test_recalls_are_shown_merged_where_captions_repeat(root: Path, capsys: pyte
     assert "captions repeat, and equal ones count as one" in page
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_another_run_is_compared_image_by_image(root: Path) -> None:
     """The files of predictions agree with the results, and are written again if they are gone."""
     import pyarrow.parquet as pq
@@ -627,7 +615,6 @@ def test_another_run_is_compared_image_by_image(root: Path) -> None:
     assert written.read_bytes() == kept
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_distances_and_folds_are_kept_with_their_intervals(root: Path) -> None:
     """Three folds that share their test images, and images located by their neighbours."""
     import pyarrow.parquet as pq

@@ -80,7 +80,6 @@ def theirs(data: Any, images: int) -> dict[str, float]:
     return image_caption_selection.evaluate(model, loader, model.tokenizer, "cpu", amp=False)
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_choices_equal_clip_benchmarks(choices: Path, capsys: pytest.CaptureFixture[str]) -> None:
     peer = pytest.importorskip("clip_benchmark.datasets.sugar_crepe").SugarCrepe
     sets = evaluate()["sets"]
@@ -102,7 +101,6 @@ def test_choices_equal_clip_benchmarks(choices: Path, capsys: pytest.CaptureFixt
 
 
 @pytest.mark.slow  # test_evaluate.py has two processes for other sets
-@pytest.mark.usefixtures("no_charts")
 def test_two_processes_give_the_same_choices(choices: Path) -> None:
     one = evaluate()["sets"]
     result = lit_clip_command(choices, *words("--devices", "2", "--output", "two"))
@@ -110,7 +108,6 @@ def test_two_processes_give_the_same_choices(choices: Path) -> None:
     assert json.loads(Path("two/results.json").read_text(encoding="utf-8"))["sets"] == one
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_choices_are_cached_until_a_caption_changes(choices: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = evaluate()["sets"]["crepe"]["tasks"]
     calls: list[str] = []
@@ -125,7 +122,6 @@ def test_choices_are_cached_until_a_caption_changes(choices: Path, monkeypatch: 
     assert changed["caption_choice"]["choices"] == QUESTIONS
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_a_question_with_a_broken_image_is_skipped_or_an_error(choices: Path) -> None:
     (choices / "data/crepe/val2017/3.png").write_bytes(b"no image")
     with pytest.raises(InputError, match="3.png"):
@@ -134,7 +130,6 @@ def test_a_question_with_a_broken_image_is_skipped_or_an_error(choices: Path) ->
     assert (found["tasks"]["caption_choice"]["choices"], found["splits"]["test"]["images"]) == (QUESTIONS - 2, 19)
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_the_suite_runs_on_miniatures_of_all_its_sets(root: Path) -> None:
     data = root / "data"
     for subset in get_args(Subset):

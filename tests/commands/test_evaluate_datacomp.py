@@ -77,7 +77,6 @@ def worst(right: list[bool]) -> float:
     return min(sum(right[group::3]) / len(right[group::3]) for group in range(3))
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_the_suite_has_datacomps_metrics_and_means(labels: list[int]) -> None:
     opened = {name: entry.open("test", 0, Path("data")) for name, entry in read_suite(SUITE).items()}
     assert len(opened) == 38

@@ -64,7 +64,6 @@ def read_sets() -> dict[str, Any]:
     return json.loads(Path("out/results.json").read_text(encoding="utf-8"))["sets"]
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_nothing_is_downloaded_without_the_option(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:
     run_command(words())
     assert "2 of the missing sets can be downloaded with --download" in capsys.readouterr().err
@@ -79,7 +78,6 @@ def test_nothing_is_downloaded_without_the_option(hub: Hub, capsys: pytest.Captu
     assert hub.requests == []
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_missing_sets_are_downloaded_and_evaluated_and_failures_end_the_run(hub: Hub) -> None:
     with pytest.raises(InputError, match="wds_gone: a/gone: cannot be downloaded from the hub"):
         run_command(words("--download"))
@@ -97,7 +95,6 @@ def test_missing_sets_are_downloaded_and_evaluated_and_failures_end_the_run(hub:
     assert hub.requests == []
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_splits_that_the_chosen_tasks_do_not_use_are_not_downloaded(hub: Hub, tmp_path: Path) -> None:
     shutil.copytree("published/test", "published/train")
     hub.repositories["a/there"].push_folder(tmp_path / "published")
@@ -118,7 +115,6 @@ def test_only_the_first_of_two_processes_downloads(hub: Hub, tmp_path: Path) -> 
     assert len(fetched) == len(set(fetched)) == len(list((tmp_path / "data/wds_there").rglob("*.t*")))
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_results_name_the_files_that_each_split_was_read_from(hub: Hub, tmp_path: Path) -> None:
     shutil.copytree("published", "data/wds_there")
     run_command(words())

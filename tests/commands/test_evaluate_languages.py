@@ -57,7 +57,6 @@ def german_top1() -> float:
     return right / (6 * len(CLASSES))
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_languages_share_the_features_of_imagenet(babel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = counted_images(monkeypatch)
     sets = evaluate()["sets"]
@@ -78,7 +77,6 @@ def test_languages_share_the_features_of_imagenet(babel: Path, monkeypatch: pyte
     assert evaluate()["sets"] == sets
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_an_unreadable_image_is_skipped_in_the_parts_that_have_it(babel: Path) -> None:
     (babel / f"data/imagenet/val/{imagenet_wnids()[3]}/2.png").write_bytes(b"no image")
     sets = evaluate("--on_error", "skip")["sets"]

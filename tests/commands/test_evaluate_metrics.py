@@ -65,7 +65,6 @@ def likely(images: Shades) -> torch.Tensor:
     return (module.model.logit_scale.exp().item() * cosines(module, images).double()).softmax(dim=1)
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_probabilities_of_every_image_allow_any_metric_afterwards(root: Path) -> None:
     ece = f"ece={{class_path: {TORCHMETRICS}MulticlassCalibrationError, init_args: {{n_bins: 10}}}}"
     found = evaluate("--sets", "shades", "--tasks", "zero_shot", "linear_probe", "--metrics", AUROC, ece)["shades"]
@@ -101,7 +100,6 @@ def test_probabilities_of_every_image_allow_any_metric_afterwards(root: Path) ->
     assert float(lines["zero_shot", "auroc"]) == found["tasks"]["zero_shot"]["metrics"]["auroc"]
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_a_metric_is_one_record(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,7 +130,6 @@ def test_a_metric_is_one_record(
         evaluate()
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_of_a_large_set_the_likeliest_classes_are_kept(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(predictions, "WHOLE", 40 * 7 - 1)
     monkeypatch.setattr(predictions, "TOP", 3)
@@ -152,7 +149,6 @@ def test_of_a_large_set_the_likeliest_classes_are_kept(root: Path, monkeypatch: 
     )
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_own_metrics_and_files_and_what_a_set_does_not_allow(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     own = "own={class_path: own_confidence.Confidence, init_args: {power: 2}}"
     each = f"each={{class_path: {TORCHMETRICS}MulticlassAUROC, init_args: {{average: none}}}}"
@@ -174,7 +170,6 @@ def test_own_metrics_and_files_and_what_a_set_does_not_allow(root: Path, capsys:
     assert "many: metrics: each: " in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_results_are_computed_again_for_other_metrics_or_without_a_file(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -200,7 +195,6 @@ def test_results_are_computed_again_for_other_metrics_or_without_a_file(
     assert calls  # an edited metric is another one
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_thresholds_of_several_classes_an_image_are_reported_with_what_they_cost(root: Path) -> None:
     found = evaluate("--sets", "many", "--tasks", "zero_shot")["many"]["tasks"]["zero_shot"]["thresholds"]
     table = pq.read_table(root / "out/predictions/many/zero_shot.parquet")

@@ -91,7 +91,6 @@ def test_numbers_as_class_names_are_strings_and_empty_arguments_are_a_mapping(tm
     assert entry.data["init_args"] == {}
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_splits_with_different_classes_are_an_error(root: Path) -> None:
     Path("data/train", CLASSES[0]).rename(
         f"data/train/{CLASSES[-1]}_too"
@@ -119,7 +118,6 @@ def folded(root: Path, **more: Any) -> None:
     write_suite(root, parts={"data": data, "splits": splits, "folds": [{"fold": "a"}, {"fold": "b"}]})
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_a_training_split_that_lacks_a_fold_leaves_zero_shot(root: Path) -> None:
     folded(root)
     shutil.rmtree("data/parts/trainb")
@@ -128,7 +126,6 @@ def test_a_training_split_that_lacks_a_fold_leaves_zero_shot(root: Path) -> None
     assert "tasks that need training images are left out: data/parts/trainb" in found["reason"]
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_a_missing_validation_split_does_not_change_the_protocol(root: Path) -> None:
     folded(root, val={"split": "val"})
     found = evaluate()["sets"]["parts"]
@@ -136,7 +133,6 @@ def test_a_missing_validation_split_does_not_change_the_protocol(root: Path) -> 
     assert "are left out: data/parts/vala" in found["reason"]
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_few_shot_results_are_of_numbers_of_shots_that_every_fold_has(root: Path) -> None:
     folded(root)
     for path in Path("data/parts/trainb").glob("*/*.png"):
@@ -154,7 +150,6 @@ def test_few_shot_results_are_of_numbers_of_shots_that_every_fold_has(root: Path
     assert found["l2"].keys() == {"1", "2"}
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_a_mistake_in_another_sets_training_split_leaves_zero_shot(root: Path) -> None:
     shutil.copytree("data/train", "data/fewer")
     shutil.rmtree(f"data/fewer/{CLASSES[0]}")
@@ -166,7 +161,6 @@ def test_a_mistake_in_another_sets_training_split_leaves_zero_shot(root: Path) -
     assert (found["status"], list(found["tasks"])) == ("failed", ["zero_shot"])
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_an_impossible_task_does_not_stop_the_others(root: Path) -> None:
     suite = {"data": {"class_path": FOLDER}, "splits": {"train": {"root": "train"}, "test": {"root": "test"}}}
     write_suite(root, noise=suite | {"tasks": ["geolocation", "bias", "zero_shot"]})
@@ -176,7 +170,6 @@ def test_an_impossible_task_does_not_stop_the_others(root: Path) -> None:
     assert (found["status"], list(found["tasks"])) == ("failed", ["zero_shot"])
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_probes_on_images_without_a_class_are_an_error(root: Path) -> None:
     captions = [[f"image {number}"] for number in range(20)]
     write_shards(root / "data/captioned", [noise(number, 0) for number in range(20)], None, captions)
@@ -188,7 +181,6 @@ def test_probes_on_images_without_a_class_are_an_error(root: Path) -> None:
         run_command(words())
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_changed_labels_are_evaluated_again(root: Path) -> None:
     def write(shift: int) -> None:
         rows = [f"test/{name}/{n}.png,{CLASSES[(i + shift) % 6]}" for i, name in enumerate(CLASSES) for n in range(5)]
@@ -207,7 +199,6 @@ def test_changed_labels_are_evaluated_again(root: Path) -> None:
     assert any(truth.get(error["key"], error["truth"]) != error["truth"] for error in second["errors"])
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_sets_that_differ_only_in_file_contents_do_not_share_features(root: Path) -> None:
     """Archives with uncompressed images can have equal names, sizes and times."""
     for number, name in enumerate(("one", "other")):
@@ -241,7 +232,6 @@ DAMAGES: list[Callable[[], Any]] = [
 ]
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_damaged_cache_files_are_replaced(root: Path) -> None:
     first = evaluate(*ZERO_SHOT)["sets"]
     for number, damage in enumerate(DAMAGES):
@@ -251,7 +241,6 @@ def test_damaged_cache_files_are_replaced(root: Path) -> None:
         assert evaluate(*ZERO_SHOT)["sets"] == first, number
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_a_full_disk_is_an_error_and_the_images_are_not_encoded_again(
     root: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -299,7 +288,6 @@ def test_two_runs_can_share_a_cache(root: Path, monkeypatch: pytest.MonkeyPatch)
     assert [path.name for path in (root / "cache").iterdir()] == [ours.path(images).name]
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_a_rank_that_cannot_write_stops_the_others(root: Path) -> None:
     evaluate(*ZERO_SHOT)
     kept = cached()
@@ -315,7 +303,6 @@ def changed(results: Any, path: list[str], value: Any) -> Any:
     return results | {path[0]: changed(results[path[0]], path[1:], value) if path[1:] else value}
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_a_damaged_file_for_compare_is_an_error_before_anything_is_computed(root: Path) -> None:
     good = evaluate(*ZERO_SHOT)
     shutil.rmtree("out")
@@ -342,7 +329,6 @@ def test_an_impossible_number_of_shards_is_reported_as_the_first_missing_shard(r
     assert "2.tar: no such file" in Path("out/report.html").read_text()
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_sets_without_the_requested_task_are_skipped_without_failing(root: Path) -> None:
     suite = {"class_path": FOLDER, "init_args": {"root": "test"}}
     write_suite(root, noise={"data": suite}, of_another_kind={"data": suite, "tasks": ["retrieval"]})
@@ -351,7 +337,6 @@ def test_sets_without_the_requested_task_are_skipped_without_failing(root: Path)
         run_command(words("--tasks", "bias"))
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_a_huge_label_is_an_error_and_does_not_fill_the_memory(root: Path) -> None:
     Path("data/labels.csv").write_text("image,label\ntest/ant/0.png,0\ntest/bee/0.png,1000000000000\n")
     reader = {"class_path": "datamodules.evaluation.LabelledTable", "init_args": {"path": "labels.csv"}}
@@ -360,6 +345,7 @@ def test_a_huge_label_is_an_error_and_does_not_fill_the_memory(root: Path) -> No
         run_command(words())
 
 
+@pytest.mark.usefixtures("charts")
 def test_class_names_may_contain_line_breaks_and_tags(root: Path) -> None:
     names = ["<script>alert(1)</script>", "two\nlines", "x" * 300, "../x", "con", "日本語"]
     suite = {"data": {"class_path": FOLDER, "init_args": {"root": "test"}}, "class_names": names}

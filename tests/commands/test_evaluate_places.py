@@ -66,7 +66,6 @@ def places(root: Path) -> Path:
     return root
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_segmentation_equals_a_plain_loop(places: Path) -> None:
     """The width of each image is a whole number of the tiny model's places, so one window or two do not round it."""
     model = load_model("last.ckpt").eval()
@@ -111,7 +110,6 @@ def test_segmentation_equals_a_plain_loop(places: Path) -> None:
     assert Path("out", result["files"][0]).read_text().startswith("truth,background,red")
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_grids_are_compared_with_another_run_query_by_query(places: Path) -> None:
     run_command(words("--output", "first", "--sets", "grids"))
     results = evaluate("--sets", "grids", "--compare", "first")
@@ -128,7 +126,6 @@ def test_grids_are_compared_with_another_run_query_by_query(places: Path) -> Non
 
 
 @pytest.mark.slow  # test_evaluate.py has two processes for other sets
-@pytest.mark.usefixtures("no_charts")
 def test_two_processes_give_the_same_places(places: Path) -> None:
     one = evaluate()["sets"]
     result = lit_clip_command(places, *words("--devices", "2", "--output", "two"))
@@ -136,7 +133,6 @@ def test_two_processes_give_the_same_places(places: Path) -> None:
     assert json.loads(Path("two/results.json").read_text(encoding="utf-8"))["sets"] == one
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_records_are_kept_until_a_mask_or_a_name_changes(places: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = evaluate("--sets", "masks")["sets"]["masks"]["tasks"]
     computed: list[str] = []
@@ -159,7 +155,6 @@ def test_records_are_kept_until_a_mask_or_a_name_changes(places: Path, monkeypat
     assert computed == ["masks segmentation"] * 2
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_an_interrupted_evaluation_resumes_with_the_images_that_are_left(
     places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -185,7 +180,6 @@ def test_an_interrupted_evaluation_resumes_with_the_images_that_are_left(
     assert len(list(Path("again/cache").glob("*.npz"))) == 1
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_a_broken_image_or_mask_is_skipped_or_an_error(places: Path) -> None:
     Path("data/ADEChallengeData2016/annotations/validation/3.png").write_bytes(b"no image")
     with pytest.raises(InputError, match="3.png"):
@@ -195,7 +189,6 @@ def test_a_broken_image_or_mask_is_skipped_or_an_error(places: Path) -> None:
     assert found["splits"]["test"]["skipped"][0][0] == "3.jpg"
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_sets_without_masks_or_boxes_are_refused(root: Path) -> None:
     data = {"class_path": "datamodules.ImageFolderClasses", "init_args": {"root": "test"}}
     write_suite(root, noise={"data": data, "metric": "miou"})
@@ -206,7 +199,6 @@ def test_sets_without_masks_or_boxes_are_refused(root: Path) -> None:
         evaluate()
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_the_suite_runs_on_miniatures_of_its_real_sets(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_all(root / "data")
     monkeypatch.setattr("lit_clip.evaluation.data.Localised.short_side", lambda images, size: size)

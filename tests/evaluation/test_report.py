@@ -225,12 +225,12 @@ def everything_shown(folder: Path) -> str:
     return "\n".join(line.rstrip() for line in "\n".join(lines).splitlines()) + "\n"
 
 
+@pytest.mark.usefixtures("charts")
 def test_the_terminal_the_files_and_the_page_show_all_results(tmp_path: Path) -> None:
     """Equal to ``shown.txt``; ``python -m tests.evaluation.test_report`` writes it anew, to be read as a diff."""
     assert everything_shown(tmp_path) == SHOWN.read_text(encoding="utf-8")
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_what_the_snapshot_shows_are_the_papers_figures_and_the_runs_own() -> None:
     """Read off the paper's tables 10 and 11, open_clip's measurements and the results by hand."""
     text = SHOWN.read_text(encoding="utf-8")
@@ -248,7 +248,6 @@ def test_what_the_snapshot_shows_are_the_papers_figures_and_the_runs_own() -> No
     assert "this run,ViT-B-32-quickgelu:openai,cifar10,zero_shot,,top1,0.85,0.84,0.86,0.1,1000" in text
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_damaged_and_empty_results_are_shown_with_gaps(tmp_path: Path) -> None:
     nan = {"value": float("nan"), "metrics": {"top1": float("nan")}}
     damages: list[dict[str, Any]] = [
@@ -394,7 +393,6 @@ def whole_paper(zero_shot_value: float = 0.5) -> dict[str, Any]:
     return sets
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_the_mean_is_over_the_papers_27_sets_or_not_shown(full: dict[str, Any], folder: Path) -> None:
     sets = whole_paper()
     (mean,) = group_means(rows(results_of(sets)), "zero_shot")
@@ -556,6 +554,7 @@ def test_names_in_charts_are_shortened_and_printable() -> None:
     assert run_name("/somewhere/" + "x" * 40).startswith("…")
 
 
+@pytest.mark.usefixtures("charts")
 def test_the_page_loads_nothing_from_outside(full: dict[str, Any], folder: Path) -> None:
     text = report_page(full, folder, {"other": full})
     page = Page(text)
@@ -577,6 +576,7 @@ def evil(value: Any) -> Any:
     return EVIL if isinstance(value, str) else value
 
 
+@pytest.mark.usefixtures("charts")
 def test_all_text_from_the_data_is_escaped(full: dict[str, Any], folder: Path) -> None:
     changed = evil(full)
     for kept, entry in zip(full["sets"].values(), changed["sets"].values(), strict=True):

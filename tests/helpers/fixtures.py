@@ -21,6 +21,7 @@ from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTran
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from tests.conftest import made_once
+from tests.helpers import charts as leaving_out
 
 SMALL = CLIPConfig(  # of ``overfitted``: the smallest that learns its table, since many commands read the checkpoint
     embed_dim=64,
@@ -30,6 +31,7 @@ SMALL = CLIPConfig(  # of ``overfitted``: the smallest that learns its table, si
 
 
 torch.set_num_threads(1)
+leaving_out.leave_out()
 os.fsync = lambda fd: None  # waits for the disk thousands of times, and no test takes the power away
 torch_workers.MP_STATUS_CHECK_INTERVAL = 0.2  # not 5 s for each data worker that a test has killed
 registry.entry_points = cache(registry.entry_points)  # each Trainer would read the metadata of all packages
@@ -209,10 +211,11 @@ def quiet_open_clip() -> Iterator[None]:
 
 
 @pytest.fixture
-def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Evaluate without the page's charts and TensorBoard: half of the time of an evaluation of a few images."""
-    monkeypatch.setattr("lit_clip.evaluation.report.page.figures", lambda *_: {})
-    monkeypatch.setattr("lit_clip.commands.evaluate.write_tensorboard", lambda *_: None)
+def charts() -> Iterator[None]:
+    """Draw the charts of pages and TensorBoard, which other tests leave out."""
+    leaving_out.draw()
+    yield
+    leaving_out.leave_out()
 
 
 @pytest.fixture(scope="session")

@@ -41,6 +41,7 @@ for name in (
     "tests.fuzz.targets.settings",
     "tests.fuzz.targets.stores",
     "tests.fuzz.targets.words",
+    "tests.helpers.charts",
     "tests.helpers.ranks_evaluation",
     "tests.helpers.ranks_scale",
     "tests.helpers.ranks_skipped",
@@ -68,6 +69,7 @@ lightning.computes_in_bfloat16 = lambda accelerator: False
 lightning.CLI._choose_precision = lambda self, settings: sys.argv.extend(["--trainer.precision", "32-true"])
 
 os.fsync = lambda fd: None  # as in tests/helpers/fixtures.py
+sys.modules["tests.helpers.charts"].leave_out()
 
 # At the end of a process torch takes each operator of its libraries back, and a fork would copy all that they lie in.
 for each in list(weakref.finalize._registry):  # pyright: ignore
