@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from .openmoji import OpenMoji, OpenMojiClasses
     from .pairs.batch_order import BatchOptions
     from .pairs.custom import CustomPairs
-    from .pairs.source import CaptionOptions, Classes, Columns
+    from .pairs.source import CaptionOptions, Classes, Columns, ImageOptions
     from .parallel_sentences import ParallelSentences
     from .shards.pairs import ShardOptions
 
@@ -33,6 +33,7 @@ __all__ = [
     "Columns",
     "CustomPairs",
     "ImageFolderClasses",
+    "ImageOptions",
     "NoCaptions",
     "OpenMoji",
     "OpenMojiClasses",

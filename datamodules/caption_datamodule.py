@@ -35,12 +35,19 @@ from .loading.sampling import (
 )
 from .pairs.batch_order import BatchOptions, BatchOrder
 from .pairs.batches import Collate, SourcePairs, TrainingPairs, ValidationPairs
-from .pairs.image_captions import captions_per_image, captions_together, joined, one_caption_each, rows_of_each_image
+from .pairs.image_captions import (
+    captions_per_image,
+    captions_together,
+    joined,
+    one_caption_each,
+    one_image_each,
+    rows_of_each_image,
+)
 from .pairs.kept import digest_of_kept
 from .pairs.related_rows import distinct_images, name_pairs, neighbours_of_images, stored_neighbours
 from .pairs.reports import report_captions, report_images
 from .pairs.sentences import FittingCaptions
-from .pairs.source import CaptionOptions, PairSource
+from .pairs.source import CaptionOptions, ImageOptions, PairSource
 from .pairs.stored_features import StoredPairs, WithStoredFeatures
 
 EVALUATION_BATCH_SIZE = 64
@@ -78,6 +85,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         captions: CaptionOptions | None = None,
         patch_budgets: list[int] | None = None,
         batches: BatchOptions | None = None,
+        images: ImageOptions | None = None,
     ) -> None:
         super().__init__()
         require(batch_size is None or batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
@@ -86,6 +94,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         if global_batch_size is not None:
             require(global_batch_size >= 1, f"global_batch_size: {global_batch_size} must be at least 1")
         self.captions, self.batches = captions or CaptionOptions(), batches or BatchOptions()
+        self.images = images or ImageOptions()
         self.lists_captions = self.lists_captions and self.captions.long != "sentences"
         self.patch_budgets = checked_budgets(patch_budgets)
         self.on_error, self.max_skipped = astuple(bad_samples or BadSamples())
@@ -110,10 +119,13 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         """Open the training source (only needed if ``fit``) and the validation source."""
 
     def opened_sources(self, fit: bool) -> tuple[PairSource | None, PairSource]:
-        """Open the sources; for training choose one row of each image, or join them, if ``captions`` say so."""
+        """Open the sources; for training choose one row of each image or thing, or join them, if the options say so."""
         train, val = self.sources(fit)
-        if train is not None and self.captions.per_image != "all":
-            train = (one_caption_each if self.captions.per_image == "one" else captions_together)(train)
+        if train is not None:
+            train = captions_together(train) if self.captions.per_image == "together" else train
+            of_things = one_image_each(train, self.images.per_thing)  # each of one image, in one row
+            needs_one = of_things is train and self.captions.per_image == "one"
+            train = one_caption_each(train) if needs_one else of_things
         if train is not None and self.batches.reorder:
             self._names = name_pairs(train, self.num_workers)
             features = self.batches.features
@@ -198,6 +210,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
             "data.seed": self.seed,
             "checksum of the order": self._order_checksum[1],
             "data.patch_budgets": self.patch_budgets or None,
+            "data.images.per_thing": self.images.per_thing,
             "data.captions.per_image": self.captions.per_image if self.captions.per_image != "all" else None,
             "digest of the pairs that data.keep keeps": digest_of_kept(source) or None,
             "digest of data.batches": self.batch_order.digest if self.batch_order is not None else None,

@@ -22,7 +22,7 @@ from .open_source import open_source
 from .pairs.batch_order import BatchOptions
 from .pairs.kept import FilteredPairs, kept_pairs
 from .pairs.mixture import Mixture
-from .pairs.source import NO_CAPTION, CaptionOptions, Classes, Columns, PairSource
+from .pairs.source import NO_CAPTION, CaptionOptions, Classes, Columns, ImageOptions, PairSource
 from .shards.pairs import ShardOptions
 
 VALIDATION_SHARE = 0.1
@@ -97,6 +97,7 @@ class Captions(CaptionDataModule):
         keep: a table of ``lit-clip inspect``, ``overlap`` or ``score`` on ``train``, or several; only the pairs that
             all of them keep are used. Each part of a mixture has its own.
         batches: whether duplicates may share a batch, and which share of it are neighbours.
+        images: which images of a thing that has several an epoch reads.
     """
 
     def __init__(
@@ -117,12 +118,13 @@ class Captions(CaptionDataModule):
         patch_budgets: list[int] | None = None,
         keep: str | list[str] | None = None,
         batches: BatchOptions | None = None,
+        images: ImageOptions | None = None,
     ) -> None:
         nested = ((columns, Columns), (splits, Splits), (classes, Classes), (bad_samples, BadSamples))
-        for value, kind in (*nested, (captions, CaptionOptions), (batches, BatchOptions)):
+        for value, kind in (*nested, (captions, CaptionOptions), (batches, BatchOptions), (images, ImageOptions)):
             wrong = f"data: {shortened(value)} must be {kind.__module__}.{kind.__name__}(...)"
             require(value is None or isinstance(value, kind), wrong)
-        policies = (bad_samples, captions, patch_budgets, batches)
+        policies = (bad_samples, captions, patch_budgets, batches, images)
         super().__init__(batch_size, num_workers, seed, augmentation, global_batch_size, *policies)
         given = train is not None or val is not None
         require(given, "data: set train, val or both to a table, a folder or tar shards")

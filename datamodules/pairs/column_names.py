@@ -34,6 +34,12 @@ class ColumnNames(NamedTuple):
     weight: str | None = None
     other_image: str | None = None
     more_captions: tuple[str, ...] = ()  # further columns of captions of the same image
+    more_images: tuple[str, ...] = ()  # further columns of images of the same thing
+
+    @property
+    def images(self) -> list[str]:
+        """The columns of images."""
+        return [self.image, *self.more_images]
 
     @property
     def captions(self) -> list[str]:
@@ -42,7 +48,7 @@ class ColumnNames(NamedTuple):
 
     def names(self) -> list[str]:
         """Return the columns, each once."""
-        names = (self.image, *self.captions, self.group, self.negative, self.weight, self.other_image)
+        names = (*self.images, *self.captions, self.group, self.negative, self.weight, self.other_image)
         return list(dict.fromkeys(name for name in names if name is not None))
 
 
@@ -78,15 +84,17 @@ def find_column(
 def find_columns(path: object, found: list[str], options: SourceOptions) -> ColumnNames:
     """Choose the columns to read among the columns ``found``."""
     wanted, option = options.columns, f"{options.option_prefix}columns."
-    image = find_column(path, found, wanted.image, IMAGE_COLUMNS, f"{option}image")
-    numbered = [] if wanted.caption is not None else _numbered_captions(found)
-    caption = find_column(path, found, [*numbered, wanted.caption][0], CAPTION_COLUMNS, f"{option}caption", image)
+    images = [] if wanted.image is not None else _numbered(found, IMAGE_COLUMNS)
+    image = find_column(path, found, [*images, wanted.image][0], IMAGE_COLUMNS, f"{option}image")
+    captions = [] if wanted.caption is not None else _numbered(found, CAPTION_COLUMNS)
+    caption = find_column(path, found, [*captions, wanted.caption][0], CAPTION_COLUMNS, f"{option}caption", image)
     require(image != caption, f"{path}: column {image!r} cannot be both the image and the caption")
     optional = {name: getattr(wanted, name) for name in ("group", "negative", "weight", "other_image")}
     for name, column in optional.items():
         if column is not None:
             find_column(path, found, column, (), f"{option}{name}")
-    columns = ColumnNames(image, caption, **optional, more_captions=tuple(numbered[1:]))
+    more = {"more_captions": tuple(captions[1:]), "more_images": tuple(images[1:])}
+    columns = ColumnNames(image, caption, **optional, **more)
     refuse_equal(path, found, columns.names())
     return columns
 
@@ -97,11 +105,11 @@ def refuse_equal(path: object, found: Sequence[str], wanted: Sequence[str]) -> N
         require(found.count(name) < 2, f"{path}: two columns are called {name!r}; rename one")
 
 
-def _numbered_captions(found: list[str]) -> list[str]:
+def _numbered(found: list[str], usual: tuple[str, ...]) -> list[str]:
     """Return the columns ``caption_0``, ``caption_1``, ... in the order of their numbers, unless one is plain."""
-    if any(column.lower() in CAPTION_COLUMNS for column in found):
+    if any(column.lower() in usual for column in found):
         return []
-    pattern = re.compile(rf"({'|'.join(CAPTION_COLUMNS)})[_ -]?(\d+)", re.IGNORECASE)
+    pattern = re.compile(rf"({'|'.join(usual)})[_ -]?(\d+)", re.IGNORECASE)
     matches = [(match[1].lower(), int(match[2]), name) for name in found if (match := pattern.fullmatch(name))]
     return [name for stem, _, name in sorted(matches) if stem == matches[0][0]]
 

@@ -1,26 +1,25 @@
-"""One row of each image in an epoch, or all captions of each image, whether one row or several have them."""
+"""One row of each image or thing in an epoch, or all captions of each image, whether one row or several have them."""
 
 import random
+from collections.abc import Callable
 from contextlib import suppress
-from functools import cached_property
-from typing import Any
+from functools import cached_property, partial
+from typing import Literal
 
 import numpy as np
-import pyarrow.compute
+from lightning.pytorch.utilities import rank_zero_info
 
 from lit_clip.errors import BadSample, require
 from ..loading.sampling import permutation
 from .mixture import Mixture
-from .source import Pair, PairSource, PairText, Rows, arrow_image_names
-
-compute: Any = pyarrow.compute  # its functions are defined at run time
+from .source import Pair, PairSource, PairText, Rows, arrow_image_names, numbered
 
 MOST = 2_000_000  # rows whose images are counted for the plan: a second
 
 
 def one_caption_each(source: PairSource) -> PairSource:
     """Return a source whose epochs have one row of each image, as has each part of a mixture."""
-    one = _one_caption_each(source)
+    one = _one_of_each(source, image_numbers)
     name = getattr(source, "path", type(source).__name__)
     require(
         one.pairs_per_epoch < len(source),
@@ -30,11 +29,31 @@ def one_caption_each(source: PairSource) -> PairSource:
     return one
 
 
-def _one_caption_each(source: PairSource) -> PairSource:
+def one_image_each(source: PairSource, per_thing: Literal["one", "all"] | None) -> PairSource:
+    """Return a source whose epochs have one row of each thing, see :class:`ImageOptions`; or the source itself."""
+    if per_thing == "all":
+        return source
+    one = _one_of_each(source, partial(_thing_numbers, rows=per_thing is None))
+    name = getattr(source, "path", type(source).__name__)
+    if one.pairs_per_epoch < source.pairs_per_epoch:
+        of = f"one image of each of {one.pairs_per_epoch:,} things ({source.pairs_per_epoch:,} pairs)"
+        rank_zero_info(f"{name}: each epoch trains on {of}, others in the next; see data.images.per_thing")
+        return one
+    nothing = f"one would change nothing: no row of {name} lists several images, and no rows are of one group"
+    require(per_thing is None, f"data.images.per_thing: {nothing}; set data.columns.group, or leave it out")
+    return source
+
+
+def _one_of_each(source: PairSource, numbers: Callable[[PairSource], np.ndarray | None]) -> PairSource:
     if isinstance(source, Mixture):
-        return Mixture([_one_caption_each(part) for part in source.sources], source.weights)
-    images = image_numbers(source)
-    return source if images is None else OneCaption(source, images)
+        return Mixture([_one_of_each(part, numbers) for part in source.sources], source.weights)
+    found = numbers(source)
+    return source if found is None else OneOfEach(source, found)
+
+
+def _thing_numbers(source: PairSource, rows: bool) -> np.ndarray | None:
+    names = source.things(rows)
+    return None if names is None else numbered(names)
 
 
 def image_numbers(source: PairSource) -> np.ndarray | None:
@@ -42,7 +61,7 @@ def image_numbers(source: PairSource) -> np.ndarray | None:
     names = arrow_image_names(source)
     if names is None:
         return None
-    return compute.index_in(names, value_set=compute.unique(names)).to_numpy().astype(np.int32)
+    return numbered(names)
 
 
 def rows_of_each_image(source: PairSource) -> float | None:
@@ -53,12 +72,12 @@ def rows_of_each_image(source: PairSource) -> float | None:
     return None if images is None or not len(images) else len(images) / (int(images.max()) + 1)
 
 
-class OneCaption(Rows):
-    """All rows of a source, of which each epoch has one of each image, in the source's order.
+class OneOfEach(Rows):
+    """All rows of a source, of which each epoch has one of each image, or of each thing, in the source's order.
 
     The rows of an image are shuffled, and epoch after epoch has the next of them; when all were used they are shuffled
     again. The row of an epoch is a pure function of seed, epoch and the rows' images. ``images`` are the numbers of the
-    rows' images, int32 ``[len(source)]``, from 0 without a gap.
+    rows' images or things, int32 ``[len(source)]``, from 0 without a gap.
     """
 
     def __init__(self, source: PairSource, images: np.ndarray) -> None:
@@ -112,6 +131,7 @@ def captions_per_image(source: PairSource) -> float:
     """Return the mean number of captions of an image in an epoch; 1 for a source that does not have them together."""
     if isinstance(source, Mixture):
         return float(np.average([captions_per_image(part) for part in source.sources], weights=source.rows_per_epoch))
+    source = source.source if isinstance(source, OneOfEach) else source
     return source.captions_per_image if isinstance(source, Together) else 1.0
 
 

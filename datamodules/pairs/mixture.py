@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
+import pyarrow as pa
 
 from lit_clip.errors import InputError, require
-from .source import Derived, EncodedPair, Found, PairSource
+from .source import IMAGES_OF, Derived, EncodedPair, Found, PairSource
 
 
 def proportional_counts(weights: Sequence[float], total: int) -> list[int]:
@@ -64,16 +65,18 @@ class Concatenated(Derived):
     def _key(self, index: int, key: str) -> str:
         return f"{self._number(index)}:{key}" if self.distinct_keys else key
 
-    def _group(self, index: int, group: str) -> str:
-        return f"{self._number(index)}:{group}" if self.distinct_groups and group else group
+    def _group(self, number: int, group: str) -> str:
+        own = self.distinct_groups or (self.distinct_keys and group.startswith(IMAGES_OF))
+        return f"{number}:{group}" if own and group else group
 
     def changed(self, index: int, found: Found, rng: random.Random | None) -> Found:
         more = found.more and [self.changed(index, each, rng) for each in found.more]
-        return found._replace(key=self._key(index, found.key), group=self._group(index, found.group), more=more)
+        group = self._group(self._number(index), found.group)
+        return found._replace(key=self._key(index, found.key), group=group, more=more)
 
     def read(self, index: int) -> EncodedPair:
         pair = super().read(index)
-        return pair._replace(key=self._key(index, pair.key), group=self._group(index, pair.group))
+        return pair._replace(key=self._key(index, pair.key), group=self._group(self._number(index), pair.group))
 
     def key(self, index: int) -> str:
         return self._key(index, super().key(index))
@@ -86,6 +89,17 @@ class Concatenated(Derived):
             rows = (f"{number}#{row}" for row in range(len(source)))
             every += rows if names is None else (f"{prefix}{str(name).strip()}" for name in names)
         return every
+
+    def things(self, rows: bool = False) -> pa.ChunkedArray | None:
+        every, parts = [], [source.things(rows) for source in self.sources]
+        for number, (source, names) in enumerate(zip(self.sources, parts, strict=True)):
+            here = map(str, range(len(source))) if names is None else names.to_pylist()
+            groups = names is not None and not rows
+            every += (
+                self._group(number, name) if groups and not name.startswith("\0") else f"\0{number}:{name}"
+                for name in here
+            )
+        return None if all(part is None for part in parts) else pa.chunked_array([every])
 
 
 class Mixture(Concatenated):

@@ -26,6 +26,7 @@ compute: Any = pyarrow.compute  # its functions are defined at run time
 NO_CAPTION = "no caption"  # the reason, the same for samples that turn out bad when loaded
 LISTED = 1000  # left-out rows that are listed one by one
 COLUMNS = ("image", "caption", "group", "negative", "weight", "other_image")  # of :class:`Columns`
+IMAGES_OF = "images of "  # with a row's first image, the group of the images that it lists
 DELIMITED = (".csv", ".tsv", ".txt")
 JSON_LINES = (".jsonl", ".ndjson")
 LongCaptions = Literal["truncate", "sentences"]
@@ -159,9 +160,16 @@ class PairSource(ABC):
         """Names of all images, in order, the same for rows with the same image; None: every row has another image."""
         return None
 
+    def things(self, rows: bool = False) -> pa.ChunkedArray | None:
+        """Names of what the images show, in order: rows of a group, or the images that a row of a table lists, are one.
+
+        With ``rows`` the latter alone. None: each pair shows another thing, or the source does not tell.
+        """
+        return None
+
     def divide(self, share: float, seed: int) -> "tuple[PairSource, PairSource]":
-        """Divide the pairs in two; the second has about ``share`` of the images, and no image is in both."""
-        names = arrow_image_names(self)
+        """Divide the pairs in two; the second has about ``share`` of the images, and no image or thing is in both."""
+        names = _shown_together(self)
         images = None if names is None else compute.unique(names)
         count, where = len(self if images is None else images), getattr(self, "path", type(self).__name__)
         require(count > 1, f"{where}: one image cannot be divided; set data.val")
@@ -180,6 +188,36 @@ def arrow_image_names(source: PairSource) -> pa.ChunkedArray | None:
     if names is None or isinstance(names, pa.ChunkedArray):
         return names
     return pa.chunked_array([pa.array([str(each).encode("utf-8", "surrogateescape") for each in names], pa.binary())])
+
+
+def numbered(names: pa.ChunkedArray) -> np.ndarray:
+    """Number names in order of appearance, int32 ``[N]``."""
+    return compute.index_in(names, value_set=compute.unique(names)).to_numpy().astype(np.int32)
+
+
+def thing_names(groups: pa.ChunkedArray) -> pa.ChunkedArray | None:
+    """Return the things of rows with these groups, of which blank ones name none; None if all are blank."""
+    blank = compute.equal(groups, "")
+    if compute.all(blank).as_py():
+        return None
+    rows = pa.array(np.arange(len(groups))).cast(pa.string())
+    return compute.if_else(blank, compute.binary_join_element_wise("\0row", rows, ""), groups)
+
+
+def _shown_together(source: PairSource) -> pa.ChunkedArray | None:
+    """Return a name for each row, the same for rows that share an image or a thing with each other or with a third."""
+    names, things = arrow_image_names(source), source.things()
+    if names is None or things is None:
+        return names if things is None else things
+    label, numbers = numbered(things), (numbered(names), numbered(things))
+    while True:
+        before = label
+        for number in numbers:
+            lowest = np.full(int(number.max()) + 1, len(label), np.int32)
+            np.minimum.at(lowest, number, label)
+            label = lowest[number]
+        if np.array_equal(label, before):
+            return pa.chunked_array([pa.array(label)])
 
 
 class Derived(PairSource):
@@ -258,6 +296,10 @@ class Rows(Derived):
         names = arrow_image_names(self.source)
         return None if names is None else names.take(pa.array(self.rows))
 
+    def things(self, rows: bool = False) -> pa.ChunkedArray | None:
+        names = self.source.things(rows)
+        return None if names is None else names.take(pa.array(self.rows))
+
     def order(self, epoch: int, seed: int) -> np.ndarray:
         position = np.full(len(self.source), -1, dtype=self.rows.dtype)  # row of ``source`` -> row of this
         position[self.rows] = np.arange(len(self.rows), dtype=self.rows.dtype)
@@ -312,6 +354,24 @@ class CaptionOptions:
         require(self.long in policies, f"data.captions.long: {self.long!r} must be one of {', '.join(policies)}")
         known = self.per_image in ("all", "one", "together")
         require(known, f"data.captions.per_image: {self.per_image!r} must be 'all', 'one' or 'together'")
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """Which images of a thing are read.
+
+    Attributes:
+        per_thing: of a thing with several images, each epoch trains on ``one``, others in the next epochs, so that each
+            is used once before any is used again, or on ``all`` of them, each with the texts of its row. A thing is a
+            row that lists several images, or with ``one`` all rows of a group (``columns.group``). None: one of the
+            images that a row lists, and all rows of a group. Validation has all images.
+    """
+
+    per_thing: Literal["one", "all"] | None = None
+
+    def __post_init__(self) -> None:
+        known = self.per_thing in ("one", "all", None)
+        require(known, f"data.images.per_thing: {self.per_thing!r} must be 'one' or 'all'")
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from lit_clip.tools.reading import check_is_file
 from ..loading.bad_samples import is_blank, is_unicode
 from ..loading.cache import cache_file, made_once
 from .column_names import ColumnNames, find_columns
-from .columns import TablePairs, checked_weight, group_name, map_valid_table
+from .columns import TablePairs, checked_weight, group_name, group_of_images, map_valid_table
 from .source import COLUMNS, JSON_LINES, NO_CAPTION, PairSource, SkippedRows, SourceOptions
 
 IN_MEMORY = 64 << 20  # bytes; a larger file is converted once to an Arrow file, which is memory-mapped
@@ -32,7 +32,7 @@ MARKS = {  # encodings by byte order mark; UTF-32's begins like UTF-16's
 }
 NOT_UTF8 = "not UTF-8", "not UTF-8 text; save it as UTF-8"  # reason and detail
 BATCH_ROWS, BATCH_CHARACTERS = 16_384, 8 << 20
-LAYOUT = 5  # of that Arrow file; a new number makes old ones be written again
+LAYOUT = 6  # of that Arrow file; a new number makes old ones be written again
 SCHEMA = pa.schema(
     {
         "image": pa.string(),
@@ -130,7 +130,7 @@ def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterat
             require(is_unicode("".join(names)), f"{path} row {number}: {NOT_UTF8[1]}")
             columns = find(names)
             problems.columns = columns
-            image, captions = names.index(columns.image), [names.index(name) for name in columns.captions]
+            images, captions = ([names.index(name) for name in each] for each in (columns.images, columns.captions))
             wanted = (getattr(columns, name) for name in OPTIONAL)
             optional = [None if name is None else names.index(name) for name in wanted]
             for values in reader:
@@ -140,9 +140,9 @@ def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterat
                 if not is_unicode("".join(values)):
                     problems.add(number, *NOT_UTF8)
                 elif len(values) == len(names):
-                    caption = values[captions[0]] if len(captions) == 1 else [values[column] for column in captions]
                     more = (None if column is None else values[column] for column in optional)
-                    yield RawRow(number, values[image], caption, *more)
+                    both = (_one_or_list(values.__getitem__, each) for each in (images, captions))
+                    yield RawRow(number, *both, *more)
                 else:
                     fields = f"{len(values)} fields, the header has {len(names)}"
                     hint = f"put captions that contain {delimiter!r} in double quotes"
@@ -151,6 +151,11 @@ def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterat
             too_long = f"a field has more than {LONGEST_FIELD:,} characters; shorten it, or close its double quote"
             problem = too_long if "field limit" in str(error) else f"{error}; check its double quotes"
             raise InputError(f"{path} row {number + 1}: {problem}") from error
+
+
+def _one_or_list(cell: Callable[[Any], Any], columns: Sequence[Any]) -> Any:
+    """Return the cell of a column, or a list of the cells of several."""
+    return cell(columns[0]) if len(columns) == 1 else [cell(column) for column in columns]
 
 
 def _json_lines(path: Path, problems: Problems) -> Iterator[Record]:
@@ -180,14 +185,17 @@ def _record_rows(records: Iterable[Record], find: FindColumns, problems: Problem
             columns = find(list(values))
             problems.columns = columns
         more = (values.get(getattr(columns, name)) for name in OPTIONAL)
-        captions = [values.get(name) for name in columns.captions]
-        yield RawRow(number, values.get(columns.image), captions if len(captions) > 1 else captions[0], *more)
+        yield RawRow(number, *(_one_or_list(values.get, each) for each in (columns.images, columns.captions)), *more)
 
 
 def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
-    """Yield the rows that have an image and a caption; the others are errors, or left out and counted."""
+    """Yield the rows that have an image and a caption; the others are errors, or left out and counted.
+
+    A row that lists several images is yielded once for each of them.
+    """
     for row in rows:
-        if not isinstance(row.image, str) or not row.image.strip():
+        images = _paths(row.image)
+        if not images:
             detail = f"no image in column {problems.columns.image!r}; add a path or remove the row"
             problems.add(row.number, "missing image", detail)
             continue
@@ -205,17 +213,31 @@ def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
             problems.add(row.number, "group is not text", f"the group is not text: {shown(row.group)}")
         elif not isinstance(other, str):
             problems.add(row.number, "other image is not text", f"the other image is not a path: {shown(other)}")
-        elif not is_unicode("".join([row.image, *captions, *negatives, group_name(row.group), other])):
+        elif not is_unicode("".join([*images, *captions, *negatives, group_name(row.group), other])):
             problems.add(row.number, *NOT_UTF8)
         else:
-            image, column = row.image.strip(), problems.columns.weight
-            other = None if problems.columns.other_image is None else other.strip() or image
+            column = problems.columns.weight
             try:
                 weight = None if column is None else checked_weight(row.weight, column, problems.where(row.number))
             except BadSample as error:
                 problems.add(row.number, error.reason, error.detail)
                 continue
-            yield RawRow(row.number, image, captions, group_name(row.group), negatives or None, weight, other)
+            group = group_name(row.group) or group_of_images(images)
+            first = RawRow(row.number, images[0], captions, group, negatives or None, weight, other.strip())
+            yield from _each_image(first, images, problems.columns.other_image is not None)
+
+
+def _each_image(row: RawRow, images: list[str], has_other: bool) -> Iterator[RawRow]:
+    """Yield a row for each of its images; where it names no other image, that is the image itself."""
+    for image in images:
+        yield row._replace(image=image, other_image=(row.other_image or image) if has_other else None)
+
+
+def _paths(cell: Any) -> list[str]:
+    """Return the paths of images in a cell, which may be a list; none if one of them is no path."""
+    images = _not_blank(cell) if isinstance(cell, list) else [cell]
+    usable = all(isinstance(image, str) and image.strip() for image in images)
+    return [image.strip() for image in images] if usable else []
 
 
 def shown(value: Any) -> str:

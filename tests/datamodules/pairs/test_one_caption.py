@@ -15,7 +15,7 @@ from PIL import Image
 
 from datamodules import CaptionOptions, Captions, CustomPairs
 from datamodules.open_source import open_source
-from datamodules.pairs.image_captions import OneCaption, one_caption_each, rows_of_each_image
+from datamodules.pairs.image_captions import OneOfEach, one_caption_each, rows_of_each_image
 from datamodules.pairs.kept import digest_of_kept
 from datamodules.pairs.source import PairSource, Rows
 from lit_clip.errors import InputError
@@ -88,7 +88,7 @@ def test_an_epoch_has_each_image_once_and_no_caption_again_before_all_of_its_ima
 
 def test_images_with_equally_many_captions_are_shuffled_independently_and_evenly() -> None:
     """Of 3,000 images with two captions each, half begin with the first one; pairs of neighbours are independent."""
-    source = OneCaption(Numbers(6000), np.repeat(np.arange(3000, dtype=np.int32), 2))
+    source = OneOfEach(Numbers(6000), np.repeat(np.arange(3000, dtype=np.int32), 2))
     first = np.zeros(3000, dtype=bool)
     rows = source.order(0, seed=0)
     first[rows // 2] = rows % 2 == 0
@@ -147,7 +147,7 @@ def test_validation_has_all_captions_and_a_divided_table_keeps_images_apart(tabl
     data = opened(table, val=str(table))
     assert sum(len(batch.keys) for batch in data.val_dataloader()) == sum(COUNTS)
     data = opened(table)
-    assert isinstance(data.train_source, OneCaption)
+    assert isinstance(data.train_source, OneOfEach)
     assert data.val_source is not None
     train, val = ({each.key(row) for row in range(len(each))} for each in (data.train_source, data.val_source))
     assert train.isdisjoint(val)

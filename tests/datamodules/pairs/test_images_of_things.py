@@ -1,0 +1,273 @@
+"""Several images of a thing, in a row or in rows of a group, by plain loops: formats, epochs, division, bad images."""
+
+import csv
+import io
+import json
+import pickle
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from datamodules import BadSamples, CaptionOptions, Captions, Columns, ImageOptions
+from datamodules.open_source import open_source
+from datamodules.pairs.image_captions import OneOfEach
+from datamodules.pairs.source import PairSource
+from lit_clip.errors import BadSample, InputError
+from lit_clip.losses import Contrastive
+from lit_clip.models.config import Preprocessing
+from lit_clip.retrieval.retrieval_set import RetrievalSet, token_hashes
+from tests.helpers.frozen_runs import Run, fit
+
+COUNTS = [1, 3, 2, 4, 1, 2, 3, 3, 2, 4, 1, 2]  # images of the things
+IMAGES = [[f"{thing}_{view}.png" for view in range(count)] for thing, count in enumerate(COUNTS)]
+TITLES = [f"title of {thing}" for thing in range(len(COUNTS))]
+EVERY = {(image, title) for images, title in zip(IMAGES, TITLES, strict=True) for image in images}
+ALL, ONE = ImageOptions("all"), ImageOptions("one")
+
+
+def png(number: int) -> bytes:
+    file = io.BytesIO()
+    Image.effect_noise((32, 32), 10 + 8 * number).convert("RGB").save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with the images of twelve things."""
+    for number, name in enumerate(name for images in IMAGES for name in images):
+        (tmp_path / name).write_bytes(png(number))
+    return tmp_path
+
+
+def written(path: Path, rows: list[list[str]]) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerows(rows)
+    return path
+
+
+def lists(path: Path) -> Path:
+    """Write a row for each thing with a list of its images."""
+    rows = [{"title": title, "image": images} for images, title in zip(IMAGES, TITLES, strict=True)]
+    path.write_text("\n".join(map(json.dumps, rows)) if path.suffix == ".jsonl" else json.dumps(rows, indent=1))
+    return path
+
+
+def numbered(path: Path) -> Path:
+    """Write a row for each thing with a column for each image, which may be blank."""
+    rows = [[title, *images, *[""] * (4 - len(images))] for images, title in zip(IMAGES, TITLES, strict=True)]
+    return written(path, [["title", *(f"image_{number}" for number in range(1, 5))], *rows])
+
+
+def grouped(path: Path) -> Path:
+    """Write a row for each image, whose group is the thing; a thing with one image has none."""
+    rows = [
+        [image, title, title if len(images) > 1 else ""]
+        for images, title in zip(IMAGES, TITLES, strict=True)
+        for image in images
+    ]
+    return written(path, [["image", "title", "product"], *rows])
+
+
+FORMATS: dict[str, Callable[[Path], Path]] = {
+    "things.jsonl": lists,
+    "things.json": lists,
+    "things.csv": numbered,
+}
+
+
+def opened(table: Path | str | list[Any], **options: Any) -> Captions:
+    train = str(table) if isinstance(table, Path) else table
+    data = Captions(train, **{"batch_size": 4, "num_workers": 0, "augmentation": [], **options})
+    data.preprocessing = Preprocessing(image_size=8)
+    data.setup("fit")
+    return data
+
+
+def epoch_of(data: Captions, epoch: int, rank: int = 0, world: int = 1) -> list[tuple[str, str]]:
+    """Return the keys and captions of an epoch on a rank."""
+    data._rank_and_world = lambda: (rank, world)  # pyright: ignore[reportAttributeAccessIssue]
+    loader: Any = data.train_dataloader()
+    loader.batch_sampler.set_epoch(epoch)
+    return [pair for batch in loader for pair in zip(batch.keys, batch.captions, strict=True)]
+
+
+def pairs_of(source: PairSource) -> list[tuple[str, str, str]]:
+    texts = [source.text(row, None) for row in range(len(source))]
+    return [(text.key, text.caption, text.group) for text in texts]
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_each_image_of_a_row_is_a_pair_with_its_texts_and_only_they_are_a_group(name: str, folder: Path) -> None:
+    source = pickle.loads(pickle.dumps(open_source(str(FORMATS[name](folder / name)))))
+    found = pairs_of(source)
+    assert [pair[:2] for pair in found] == [
+        (image, title) for images, title in zip(IMAGES, TITLES, strict=True) for image in images
+    ]
+    thing_of: dict[str, set[str]] = defaultdict(set)
+    for _, title, group in found:
+        thing_of[title].add(group)
+    names = [groups.pop() for groups in thing_of.values() if len(groups) == 1]
+    assert [bool(each) for each in names] == [count > 1 for count in COUNTS]
+    assert len(set(filter(None, names))) == sum(count > 1 for count in COUNTS)
+    for row, (key, title, group) in enumerate(found):
+        expected = np.asarray(Image.open(folder / key))
+        assert np.array_equal(np.asarray(source.load(row, None).image), expected)
+        stored = source.read(row)
+        assert (stored.image, stored.captions, stored.key, stored.group) == (
+            (folder / key).read_bytes(),
+            [title],
+            key,
+            group,
+        )
+
+
+@pytest.mark.parametrize(
+    ("table", "options"),
+    [(lists, {}), (grouped, {"columns": Columns(group="product"), "images": ONE})],
+    ids=["lists", "groups"],
+)
+def test_an_epoch_has_one_image_of_each_thing_and_none_again_before_all_were_used(
+    table: Callable[[Path], Path], options: dict[str, Any], folder: Path
+) -> None:
+    path = table(folder / ("things.jsonl" if table is lists else "things.csv"))
+    data = opened(path, val=str(path), **options)
+    used: dict[str, list[str]] = defaultdict(list)
+    for epoch in range(24):
+        drawn = epoch_of(data, epoch)
+        assert sorted(title for _, title in drawn) == sorted(TITLES)
+        if epoch in (0, 5):
+            ranks = [opened(path, val=str(path), batch_size=2, **options) for _ in range(2)]
+            shared = [pair for rank, each in enumerate(ranks) for pair in epoch_of(each, epoch, rank, 2)]
+            assert sorted(shared) == sorted(drawn)
+        for key, title in drawn:
+            used[title].append(key)
+    for images, title in zip(IMAGES, TITLES, strict=True):
+        passes = [used[title][first : first + len(images)] for first in range(0, 24, len(images))]
+        assert all(sorted(each) == images for each in passes)
+        assert len(set(map(tuple, passes))) > 1 or len(images) == 1
+
+
+def test_all_images_are_read_if_wanted_and_rows_of_a_group_are_unless_one_is(folder: Path) -> None:
+    rows = grouped(folder / "rows.csv")
+    columns = Columns(group="product")
+    for data in (
+        opened(lists(folder / "things.jsonl"), val=str(rows), images=ALL, batch_size=1),
+        opened(rows, val=str(rows), columns=columns, batch_size=1),
+        opened(rows, val=str(rows), columns=columns, batch_size=1, images=ALL),
+    ):
+        assert len(drawn := epoch_of(data, 1)) == sum(COUNTS)
+        assert set(drawn) == EVERY
+
+
+@pytest.mark.parametrize("options", [{}, {"images": ALL}, {"images": ONE}], ids=str)
+@pytest.mark.parametrize("table", [lists, grouped])
+def test_no_thing_is_both_in_training_and_in_validation(
+    table: Callable[[Path], Path], options: dict[str, Any], folder: Path
+) -> None:
+    path = table(folder / ("things.jsonl" if table is lists else "things.csv"))
+    columns = Columns(group="product") if table is grouped else None
+    sides = []
+    for seed in range(8):
+        data = opened(path, columns=columns, seed=seed, **options)
+        assert data.train_source is not None
+        assert data.val_source is not None
+        train, val = ({pair[:2] for pair in pairs_of(each)} for each in (data.train_source, data.val_source))
+        assert train | val == EVERY
+        assert {title for _, title in train}.isdisjoint(title for _, title in val)
+        sides.append(frozenset(val))
+    assert len(set(sides)) > 3
+
+
+def test_things_that_share_an_image_are_on_one_side(folder: Path) -> None:
+    shared = [["image", "title", "product"], *([f"{n % 12}_0.png", f"{n}", f"{n // 2}"] for n in (*range(20), 0, 13))]
+    path = written(folder / "shared.csv", shared)
+    for seed in range(8):
+        train, val = open_source(str(path), columns=Columns(group="product")).divide(0.1, seed)
+        for place in (0, 2):
+            assert {pair[place] for pair in pairs_of(train)}.isdisjoint(pair[place] for pair in pairs_of(val))
+
+
+def test_parts_of_a_mixture_and_tables_of_other_folders_have_things_of_their_own(folder: Path) -> None:
+    tables = []
+    for name in "ab":
+        (folder / name).mkdir()
+        for image in folder.glob("*.png"):
+            (folder / name / image.name).write_bytes(image.read_bytes())
+        tables.append(str(lists(folder / name / "things.jsonl")))
+    both = opened(tables, val=tables[0])
+    parts = [{"data": table} for table in tables]
+    mixed = opened(parts, val=tables[0])
+    for data in (both, mixed):
+        drawn = epoch_of(data, 0)
+        assert len(drawn) == 24
+        assert len({(key[:2], title) for key, title in drawn}) == 24
+        assert data.train_source is not None
+        groups = {(key[:2], group) for key, _, group in pairs_of(data.train_source) if group}
+        assert len(groups) == len({group for _, group in groups}) == 2 * sum(count > 1 for count in COUNTS)
+
+
+@pytest.mark.parametrize("options", [{}, {"captions": CaptionOptions(per_image="together")}], ids=["plain", "together"])
+def test_a_run_resumed_within_an_epoch_continues_bit_for_bit(options: dict[str, Any], folder: Path) -> None:
+    path = folder / "things.jsonl"
+    rows = [
+        {"title": [title, f"another {title}"], "image": images} for images, title in zip(IMAGES, TITLES, strict=True)
+    ]
+    path.write_text("\n".join(map(json.dumps, rows)))
+    for name in ("whole", "stopped"):
+        (folder / name).mkdir()
+    model = {"micro_batch_size": 3, "loss": Contrastive("positives")}
+    run = Run(str(folder / "whole"), str(path), data={"batch_size": 4, **options}, model=model)
+    whole, module = fit(run)
+    assert len(whole.samples) == 2 * 3
+    stopped = run._replace(folder=str(folder / "stopped"), stop_at=4)
+    first, _ = fit(stopped)
+    second, resumed = fit(stopped._replace(stop_at=None, resume=True))
+    assert first.samples + second.samples == whole.samples
+    weights = resumed.state_dict()
+    for name, value in module.state_dict().items():
+        assert torch.equal(weights[name], value), name
+    with pytest.raises(InputError, match="per_thing"):
+        fit(stopped._replace(stop_at=None, resume=True, data={**run.data, "images": ALL, "batch_size": 4}))
+
+
+def test_an_image_that_is_missing_is_a_bad_sample_and_the_others_of_its_thing_are_used(folder: Path) -> None:
+    path = lists(folder / "things.jsonl")
+    (folder / IMAGES[3][2]).unlink()
+    with pytest.raises(BadSample, match=r"things\.jsonl row 4: no such image file: .*3_2\.png"):
+        opened(path, val=str(path))
+    data = opened(path, val=str(path), bad_samples=BadSamples("skip"), images=ALL, batch_size=len(EVERY))
+    loader: Any = data.train_dataloader()
+    (batch,) = list(loader)
+    assert set(zip(batch.keys, batch.captions, strict=True)) == EVERY - {(IMAGES[3][2], TITLES[3])}
+    assert [reason for _, reason in batch.skipped] == ["missing image"]
+
+
+def test_validation_counts_each_image_of_a_thing_as_right_for_its_texts(folder: Path) -> None:
+    """A model that knows the thing of each image, and nothing else of it, has a perfect merged recall."""
+    data = opened(lists(folder / "things.jsonl"), val=str(folder / "things.jsonl"))
+    features = torch.eye(len(COUNTS))
+    found = RetrievalSet()
+    for batch in data.val_dataloader():
+        image = torch.stack([features[int(key.split("_")[0])] for key in batch.keys])
+        text = torch.stack([features[TITLES.index(caption)] for caption in batch.captions])
+        found.add(image, text, batch.keys, token_hashes(batch.tokens, data.tokenize.context_length, 0))
+    metrics = found.evaluate(features[:0], torch.tensor(10.0), None).metrics
+    assert metrics["merged_text_to_image_recall@1"] == metrics["merged_image_to_text_recall@1"] == 1
+    assert metrics["mean_recall"] == 1
+    assert metrics["text_to_image_recall@1"] < 1
+
+
+def test_options_that_would_change_nothing_are_refused_in_one_line(folder: Path) -> None:
+    plain = written(folder / "plain.csv", [["image", "title"], *([image, title] for image, title in sorted(EVERY))])
+    with pytest.raises(InputError, match=r"^data\.images\.per_thing: one would change nothing"):
+        opened(plain, val=str(plain), images=ONE)
+    with pytest.raises(InputError, match=r"per_thing: 'mean' must be"):
+        ImageOptions("mean")  # pyright: ignore[reportArgumentType]
+    data = opened(plain, val=str(plain))
+    assert not isinstance(data.train_source, OneOfEach)
