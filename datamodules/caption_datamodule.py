@@ -35,14 +35,7 @@ from .loading.sampling import (
 )
 from .pairs.batch_order import BatchOptions, BatchOrder
 from .pairs.batches import Collate, SourcePairs, TrainingPairs, ValidationPairs
-from .pairs.image_captions import (
-    captions_per_image,
-    captions_together,
-    joined,
-    one_caption_each,
-    one_image_each,
-    rows_of_each_image,
-)
+from .pairs.image_captions import captions_per_image, chosen_pairs, joined, rows_of_each_image
 from .pairs.kept import digest_of_kept
 from .pairs.related_rows import distinct_images, name_pairs, neighbours_of_images, stored_neighbours
 from .pairs.reports import report_captions, report_images
@@ -122,10 +115,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         """Open the sources; for training choose one row of each image or thing, or join them, if the options say so."""
         train, val = self.sources(fit)
         if train is not None:
-            train = captions_together(train) if self.captions.per_image == "together" else train
-            of_things = one_image_each(train, self.images.per_thing)  # each of one image, in one row
-            needs_one = of_things is train and self.captions.per_image == "one"
-            train = one_caption_each(train) if needs_one else of_things
+            train = chosen_pairs(train, self.captions.per_image, self.images.per_thing)
         if train is not None and self.batches.reorder:
             self._names = name_pairs(train, self.num_workers)
             features = self.batches.features

@@ -233,7 +233,8 @@ class Captions(CaptionDataModule):
             train = self._open(self.train, "train") if fit and self.train is not None else None
             return train, self._open(self.val, "validation")
         assert self.train is not None
-        train, val = self._open(self.train, "train").divide(VALIDATION_SHARE, self.split_seed)
+        groups = self.images.per_thing is not None
+        train, val = self._open(self.train, "train").divide(VALIDATION_SHARE, self.split_seed, groups)
         of_all = " before data.keep" if self.keep is not None else ""
         few = "; too few to judge a model by, set data.val" if len(val) < FEW else ""
         rank_zero_info(

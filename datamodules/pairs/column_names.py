@@ -93,8 +93,7 @@ def find_columns(path: object, found: list[str], options: SourceOptions) -> Colu
     for name, column in optional.items():
         if column is not None:
             find_column(path, found, column, (), f"{option}{name}")
-    more = {"more_captions": tuple(captions[1:]), "more_images": tuple(images[1:])}
-    columns = ColumnNames(image, caption, **optional, **more)
+    columns = ColumnNames(image, caption, **optional, more_captions=tuple(captions[1:]), more_images=tuple(images[1:]))
     refuse_equal(path, found, columns.names())
     return columns
 
@@ -116,10 +115,14 @@ def _numbered(found: list[str], usual: tuple[str, ...]) -> list[str]:
 
 def check_types(path: object, schema: pa.Schema, columns: ColumnNames) -> None:
     """Raise :class:`InputError` unless images are paths or encoded images, and captions texts or lists of texts."""
-    for option, name in (("image", columns.image), ("other_image", columns.other_image)):
+    for option, name in (*(("image", each) for each in columns.images), ("other_image", columns.other_image)):
         kind = None if name is None else schema.field(name).type
+        kind = image_type(schema, columns)[0] if option == "image" and not columns.more_images else kind
         readable = kind is None or _is_text(kind) or is_encoded(kind)
         require(readable, f"{path}: column {name!r} holds {kind}, neither paths nor images; set columns.{option}")
+    kinds = {str(schema.field(name).type) for name in columns.images}
+    unequal = f"{path}: columns {listed(columns.images)} hold {' and '.join(sorted(kinds))}; write them with one type"
+    require(len(kinds) == 1, unequal)
     texts = [*(("caption", name) for name in columns.captions), ("negative", columns.negative)]
     for option, name in texts:
         kind = None if name is None else schema.field(name).type
@@ -146,6 +149,29 @@ def _is_bytes(kind: pa.DataType) -> bool:
 def is_encoded(kind: pa.DataType) -> bool:
     """Whether a column holds encoded images: bytes, or Hugging Face's struct of bytes and path."""
     return _is_bytes(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
+
+
+def image_type(schema: pa.Schema, columns: ColumnNames) -> tuple[pa.DataType, bool]:
+    """Return the type of an image, and whether a row may have several, in a list or in several columns."""
+    kind = schema.field(columns.image).type
+    return (kind.value_type, True) if _is_list(kind) else (kind, bool(columns.more_images))
+
+
+def images_of(rows: pa.RecordBatch, names: Sequence[str]) -> tuple[np.ndarray, pa.Array]:
+    """Return how many images each row has, int64 ``[N]``, and all of them in the rows' order, without blank cells.
+
+    A row without an image has a null. The columns are one of lists, or several of single images of one type.
+    """
+    columns = [rows.column(name) for name in names]
+    if _is_list(columns[0].type):
+        row_of, images = compute.list_parent_indices(columns[0]).to_numpy(), columns[0].flatten()
+    else:
+        by_row = np.arange(len(rows) * len(columns)).reshape(len(columns), len(rows)).T.reshape(-1)
+        row_of, images = np.repeat(np.arange(len(rows)), len(columns)), pa.concat_arrays(columns).take(pa.array(by_row))
+    blank = images.is_null().to_numpy(zero_copy_only=False) if is_encoded(images.type) else blank_mask(images)
+    counts = np.bincount(row_of[~blank], minlength=len(rows))
+    places = np.insert(np.flatnonzero(~blank), np.cumsum(counts)[counts == 0], -1)
+    return np.maximum(counts, 1), images.take(pa.array(places, mask=places < 0))
 
 
 def blank_mask(captions: pa.Array) -> np.ndarray:

@@ -3,7 +3,6 @@
 import io
 import random
 from abc import abstractmethod
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Self, cast
 
@@ -20,7 +19,7 @@ from lit_clip.tools.remote_names import is_relative
 from lit_clip.tools.untrusted import shortened
 from ..loading.bad_samples import BLANK, check_caption, is_blank
 from ..loading.store import StoreFolder, is_remote, stamp_of
-from .source import IMAGES_OF, NO_CAPTION, EncodedPair, Pair, PairSource, PairText, SkippedRows, compute, thing_names
+from .source import NO_CAPTION, EncodedPair, Pair, PairSource, PairText, SkippedRows, compute, thing_names
 
 CHECKED_IN_STORE = 8  # images that are read before training
 LARGEST_WEIGHT = float(np.finfo(np.float32).max)
@@ -30,11 +29,6 @@ def group_name(value: Any) -> str:
     """Return the group that a cell names, empty for none; numbers are names too."""
     name = "" if value is None else str(value).strip()
     return "" if name.lower() in BLANK else name
-
-
-def group_of_images(keys: Sequence[str]) -> str:
-    """Return the group of a row's images if it lists several and names none: only they have it."""
-    return f"{IMAGES_OF}{keys[0]}" if len(keys) > 1 else ""
 
 
 def checked_weight(cell: Any, column: str | None, where: str) -> float:

@@ -3,23 +3,30 @@
 import random
 from collections.abc import Callable
 from contextlib import suppress
-from functools import cached_property, partial
-from typing import Literal
+from functools import cached_property
 
 import numpy as np
+import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_clip.errors import BadSample, require
 from ..loading.sampling import permutation
 from .mixture import Mixture
-from .source import Pair, PairSource, PairText, Rows, arrow_image_names, numbered
+from .source import Pair, PairSource, PairText, PerImage, PerThing, Rows, arrow_image_names, numbered
 
 MOST = 2_000_000  # rows whose images are counted for the plan: a second
 
 
+def chosen_pairs(source: PairSource, per_image: PerImage, per_thing: PerThing) -> PairSource:
+    """Return a training source with the captions of an image, and the images of a thing, that an epoch reads."""
+    source = captions_together(source) if per_image == "together" else source
+    chosen = source if per_thing == "all" else one_image_each(source, per_thing)  # of an image, one row
+    return one_caption_each(source) if per_image == "one" and chosen is source else chosen
+
+
 def one_caption_each(source: PairSource) -> PairSource:
     """Return a source whose epochs have one row of each image, as has each part of a mixture."""
-    one = _one_of_each(source, image_numbers)
+    one = _one_of_each(source, arrow_image_names)
     name = getattr(source, "path", type(source).__name__)
     require(
         one.pairs_per_epoch < len(source),
@@ -29,11 +36,9 @@ def one_caption_each(source: PairSource) -> PairSource:
     return one
 
 
-def one_image_each(source: PairSource, per_thing: Literal["one", "all"] | None) -> PairSource:
+def one_image_each(source: PairSource, per_thing: PerThing) -> PairSource:
     """Return a source whose epochs have one row of each thing, see :class:`ImageOptions`; or the source itself."""
-    if per_thing == "all":
-        return source
-    one = _one_of_each(source, partial(_thing_numbers, rows=per_thing is None))
+    one = _one_of_each(source, lambda each: each.things(rows=per_thing is None))
     name = getattr(source, "path", type(source).__name__)
     if one.pairs_per_epoch < source.pairs_per_epoch:
         of = f"one image of each of {one.pairs_per_epoch:,} things ({source.pairs_per_epoch:,} pairs)"
@@ -44,24 +49,17 @@ def one_image_each(source: PairSource, per_thing: Literal["one", "all"] | None) 
     return source
 
 
-def _one_of_each(source: PairSource, numbers: Callable[[PairSource], np.ndarray | None]) -> PairSource:
+def _one_of_each(source: PairSource, names_of: Callable[[PairSource], pa.ChunkedArray | None]) -> PairSource:
     if isinstance(source, Mixture):
-        return Mixture([_one_of_each(part, numbers) for part in source.sources], source.weights)
-    found = numbers(source)
-    return source if found is None else OneOfEach(source, found)
-
-
-def _thing_numbers(source: PairSource, rows: bool) -> np.ndarray | None:
-    names = source.things(rows)
-    return None if names is None else numbered(names)
+        return Mixture([_one_of_each(part, names_of) for part in source.sources], source.weights)
+    names = names_of(source)
+    return source if names is None else OneOfEach(source, numbered(names))
 
 
 def image_numbers(source: PairSource) -> np.ndarray | None:
     """Return each row's image as a number, int32 ``[len(source)]``; None: every row has another image."""
     names = arrow_image_names(source)
-    if names is None:
-        return None
-    return numbered(names)
+    return None if names is None else numbered(names)
 
 
 def rows_of_each_image(source: PairSource) -> float | None:

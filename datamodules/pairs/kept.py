@@ -136,9 +136,9 @@ class FilteredPairs(Rows):
         """Load the first pair: the command that wrote the table has read them all, but perhaps from another root."""
         self.load(0, None)
 
-    def divide(self, share: float, seed: int) -> tuple[PairSource, PairSource]:
+    def divide(self, share: float, seed: int, groups: bool = False) -> tuple[PairSource, PairSource]:
         """Divide the source, so that an image is on the same side with any pairs kept."""
-        train, held_out = (self._within(part) for part in self.source.divide(share, seed))
+        train, held_out = (self._within(part) for part in self.source.divide(share, seed, groups))
         return train, held_out
 
     def _within(self, part: PairSource) -> "FilteredPairs":

@@ -137,7 +137,7 @@ class Mixture(Concatenated):
             position += len(rows)
         return np.concatenate(slices)
 
-    def divide(self, share: float, seed: int) -> tuple[PairSource, PairSource]:
+    def divide(self, share: float, seed: int, groups: bool = False) -> tuple[PairSource, PairSource]:
         """Divide each source: a mixture for training, and every held-out pair once for validation."""
-        train, held_out = zip(*(source.divide(share, seed) for source in self.sources), strict=True)
+        train, held_out = zip(*(source.divide(share, seed, groups) for source in self.sources), strict=True)
         return Mixture(train, self.weights), Concatenated(held_out, distinct_keys=True)

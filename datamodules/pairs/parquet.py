@@ -2,9 +2,10 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +16,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.tools.reading import reading
 from ..loading.cache import cache_file, made_once
 from ..loading.store import StoreFolder
-from .column_names import ColumnNames, check_types, find_columns, is_encoded
+from .column_names import ColumnNames, check_types, find_columns, image_type, images_of, is_encoded
 from .columns import map_table, map_valid_table
 from .source import PairSource, SourceOptions, find_split
 from .stored import ColumnarPairs, RowRange, blank_rows
@@ -24,6 +25,7 @@ BATCH_ROWS = 16_384
 IN_MEMORY = 64 << 20  # bytes of decoded texts that each process may hold; more are copied once and mapped
 IMAGE_MEMORY = 256 << 20  # bytes of encoded images that each process may hold
 REMEMBERED = 1_000_000  # rows; from this size on the list of blank captions is cached
+IMAGE_ROWS = 256  # whose images are counted at once
 THREADS = 4  # that search for blank captions
 LAYOUT = 2  # of the cached files; a new number makes old ones be written again
 
@@ -116,14 +118,17 @@ class ParquetPairs(ColumnarPairs):
         self, path: Path, root: Path | StoreFolder, parts: Sequence[RowRange], columns: ColumnNames, sizes: np.ndarray
     ) -> None:
         self.sizes = sizes
-        first = _open_file(parts[0].file) if parts else None
-        self.encoded = first is not None and is_encoded(first.schema_arrow.field(columns.image).type)
+        kind, several = image_type(_open_file(parts[0].file).schema_arrow, columns) if parts else (pa.string(), False)
+        self.encoded = is_encoded(kind)
         self.copied = not self.encoded and int(sizes.sum()) > IN_MEMORY
-        blank, start = [], 0
+        blank, images, start = [], [], 0
         for file in dict.fromkeys(part.file for part in parts):
             blank.append(_blank(file, columns.captions) + start)
+            if several:
+                images.append(_images(file, columns.images, self.encoded))
             start += sum(part.rows for part in parts if part.file == file)
-        super().__init__(path, root, parts, columns, np.concatenate(blank) if blank else np.zeros(0, dtype=np.int64))
+        unusable = np.concatenate(blank) if blank else np.zeros(0, dtype=np.int64)
+        super().__init__(path, root, parts, columns, unusable, np.concatenate(images) if images else None)
         self._recent: dict[int, None] = {}  # numbers of the parts in memory, the most recently used last
 
     def table(self, number: int) -> pa.Table:
@@ -163,7 +168,8 @@ class ParquetPairs(ColumnarPairs):
 
     def key(self, index: int) -> str:
         where, number, _ = self._where(self.row(index))
-        if self.encoded and self.opened(("bytes", number), lambda: self._has_no_paths(number)):
+        single = self.encoded and self._image_stops is None
+        if single and self.opened(("bytes", number), lambda: self._has_no_paths(number)):
             return self._place(where)
         return super().key(index)
 
@@ -183,15 +189,13 @@ class ParquetPairs(ColumnarPairs):
             for number in range(len(self._stops)):
                 self._copy(number, valid=True)
 
-    def image_names(self) -> pa.ChunkedArray | None:
-        if self.encoded:
-            return None
+    def whole(self, names: Sequence[str]) -> pa.Table:
         tables = []
         for file in self.files:
             with reading(file, "parquet file"):
-                tables.append(_open_file(file).read(columns=[self.columns.image], use_threads=False))
-        chunks = [chunk for table in tables for chunk in table[self.columns.image].chunks]
-        return self._without_blank(pa.chunked_array(chunks))
+                tables.append(_open_file(file).read(columns=list(names), use_threads=False))
+        chunks = {name: [chunk for table in tables for chunk in table[name].chunks] for name in names}
+        return pa.table({name: pa.chunked_array(each) for name, each in chunks.items()})
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
         if not self.encoded:
@@ -200,12 +204,47 @@ class ParquetPairs(ColumnarPairs):
         numbers = rng.permutation(len(self._stops))
         window = np.cumsum(self.sizes[numbers]) // IMAGE_MEMORY
         stops = self._stops - np.searchsorted(self._blank, self._stops)  # in usable rows
+        if self._image_stops is not None:
+            stops = np.concatenate([[0], self._image_stops])[self._stops]
         bounds = list(zip([0, *stops[:-1].tolist()], stops.tolist(), strict=True))
         order = []
         for number in np.unique(window):
             rows = np.concatenate([np.arange(*bounds[part]) for part in numbers[window == number].tolist()])
             order.append(rng.permutation(rows))
         return np.concatenate(order).astype(np.int32 if len(self) < 2**31 else np.int64)
+
+
+def _remembered(
+    path: Path, name: str, columns: Sequence[str], search: Callable[[], np.ndarray], valid: Callable[[np.ndarray], Any]
+) -> np.ndarray:
+    """Return what was searched for in columns of a file, int64 ``[K]``, from the cache if it is there and valid."""
+
+    def load(file: Path) -> np.ndarray:
+        found = np.load(file, allow_pickle=False)
+        assert found.dtype == np.int64
+        assert found.ndim == 1
+        assert valid(found)
+        return found
+
+    def make(file: Path) -> None:
+        with file.open("wb") as stream:
+            np.save(stream, search())
+
+    return made_once(cache_file("tables", path, (LAYOUT, name, *columns), ".npy"), load, make)
+
+
+def _images(path: Path, names: Sequence[str], encoded: bool) -> np.ndarray:
+    """Return the number of images of each row of a file, int64 ``[N]``; cached for a large file, or one of images."""
+    rows = _open_file(path).metadata.num_rows
+
+    def search() -> np.ndarray:
+        with reading(path, "parquet file"):
+            batches = _open_file(path).iter_batches(IMAGE_ROWS, columns=list(names), use_threads=False)
+            return np.concatenate([np.zeros(0, np.int64), *(images_of(batch, names)[0] for batch in batches)])
+
+    if rows < REMEMBERED and not encoded:
+        return search()
+    return _remembered(path, "images", names, search, lambda found: len(found) == rows and (found > 0).all())
 
 
 def _blank(path: Path, captions: Sequence[str]) -> np.ndarray:
@@ -225,15 +264,7 @@ def _blank(path: Path, captions: Sequence[str]) -> np.ndarray:
     if metadata.num_rows < REMEMBERED:
         return search()
 
-    def load(file: Path) -> np.ndarray:
-        blank = np.load(file, allow_pickle=False)
-        assert blank.dtype == np.int64
-        assert blank.ndim == 1
-        assert (np.diff(blank, prepend=-1, append=metadata.num_rows) > 0).all()  # ascending row numbers
-        return blank
-
-    def make(file: Path) -> None:
-        with file.open("wb") as stream:
-            np.save(stream, search())
-
-    return made_once(cache_file("tables", path, (LAYOUT, "blank", *captions), ".npy"), load, make)
+    # Ascending row numbers.
+    return _remembered(
+        path, "blank", captions, search, lambda found: (np.diff(found, prepend=-1, append=metadata.num_rows) > 0).all()
+    )

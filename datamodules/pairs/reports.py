@@ -33,10 +33,11 @@ class CaptionStatistics(NamedTuple):
 
 
 def caption_statistics(source: PairSource, tokenizer: TextTokenizer) -> CaptionStatistics:
-    """Measure the captions of the first ``SAMPLED`` rows, spread ones would fetch every shard; skip unreadable ones."""
+    """Measure the captions of the first rows of an epoch, as spread ones would fetch every shard; skip unreadable ones."""
     counts, endless, context = [], 0, tokenizer.context_length
     times: Counter[int] = Counter()
-    for index in range(min(len(source), SAMPLED)):
+    rows = range(len(source)) if source.pairs_per_epoch >= len(source) else np.sort(source.order(0, 0)).tolist()
+    for index in rows[:SAMPLED]:
         try:
             captions = source.captions(index)
         except BadSample:

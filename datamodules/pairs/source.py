@@ -30,6 +30,8 @@ IMAGES_OF = "images of "  # with a row's first image, the group of the images th
 DELIMITED = (".csv", ".tsv", ".txt")
 JSON_LINES = (".jsonl", ".ndjson")
 LongCaptions = Literal["truncate", "sentences"]
+PerImage = Literal["all", "one", "together"]
+PerThing = Literal["one", "all"] | None
 
 
 class Pair(NamedTuple):
@@ -167,9 +169,12 @@ class PairSource(ABC):
         """
         return None
 
-    def divide(self, share: float, seed: int) -> "tuple[PairSource, PairSource]":
-        """Divide the pairs in two; the second has about ``share`` of the images, and no image or thing is in both."""
-        names = _shown_together(self)
+    def divide(self, share: float, seed: int, groups: bool = False) -> "tuple[PairSource, PairSource]":
+        """Divide the pairs in two; the second has about ``share`` of the images, and no image is in both.
+
+        Nor are images that one row lists, and with ``groups`` rows of one group.
+        """
+        names = _shown_together(self, groups)
         images = None if names is None else compute.unique(names)
         count, where = len(self if images is None else images), getattr(self, "path", type(self).__name__)
         require(count > 1, f"{where}: one image cannot be divided; set data.val")
@@ -195,29 +200,33 @@ def numbered(names: pa.ChunkedArray) -> np.ndarray:
     return compute.index_in(names, value_set=compute.unique(names)).to_numpy().astype(np.int32)
 
 
+def row_names(numbers: np.ndarray) -> pa.Array:
+    """Return names of rows that no group has."""
+    return compute.binary_join_element_wise("\0row", pa.array(numbers).cast(pa.string()), "")
+
+
 def thing_names(groups: pa.ChunkedArray) -> pa.ChunkedArray | None:
     """Return the things of rows with these groups, of which blank ones name none; None if all are blank."""
     blank = compute.equal(groups, "")
     if compute.all(blank).as_py():
         return None
-    rows = pa.array(np.arange(len(groups))).cast(pa.string())
-    return compute.if_else(blank, compute.binary_join_element_wise("\0row", rows, ""), groups)
+    return compute.if_else(blank, row_names(np.arange(len(groups))), groups)
 
 
-def _shown_together(source: PairSource) -> pa.ChunkedArray | None:
+def _shown_together(source: PairSource, groups: bool) -> pa.ChunkedArray | None:
     """Return a name for each row, the same for rows that share an image or a thing with each other or with a third."""
-    names, things = arrow_image_names(source), source.things()
+    names, things = arrow_image_names(source), source.things(rows=not groups)
     if names is None or things is None:
         return names if things is None else things
-    label, numbers = numbered(things), (numbered(names), numbered(things))
-    while True:
+    numbers = numbered(names), numbered(things)
+    label, before = numbers[1], None
+    while before is None or not np.array_equal(label, before):
         before = label
         for number in numbers:
             lowest = np.full(int(number.max()) + 1, len(label), np.int32)
             np.minimum.at(lowest, number, label)
             label = lowest[number]
-        if np.array_equal(label, before):
-            return pa.chunked_array([pa.array(label)])
+    return pa.chunked_array([pa.array(label)])
 
 
 class Derived(PairSource):
@@ -347,7 +356,7 @@ class CaptionOptions:
     """
 
     long: LongCaptions = "truncate"
-    per_image: Literal["all", "one", "together"] = "all"
+    per_image: PerImage = "all"
 
     def __post_init__(self) -> None:
         policies = get_args(LongCaptions)
@@ -363,11 +372,11 @@ class ImageOptions:
     Attributes:
         per_thing: of a thing with several images, each epoch trains on ``one``, others in the next epochs, so that each
             is used once before any is used again, or on ``all`` of them, each with the texts of its row. A thing is a
-            row that lists several images, or with ``one`` all rows of a group (``columns.group``). None: one of the
-            images that a row lists, and all rows of a group. Validation has all images.
+            row that lists several images, and all rows of a group (``columns.group``). None: ``one`` of the images that
+            a row lists; a group is no thing. Validation has all images of other things than training.
     """
 
-    per_thing: Literal["one", "all"] | None = None
+    per_thing: PerThing = None
 
     def __post_init__(self) -> None:
         known = self.per_thing in ("one", "all", None)

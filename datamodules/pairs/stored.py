@@ -14,9 +14,9 @@ from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.reading import reading
 from ..loading.bad_samples import is_blank
 from ..loading.store import StoreFolder
-from .column_names import ColumnNames, blank_mask, check_types, find_columns, is_encoded
+from .column_names import ColumnNames, blank_mask, check_types, find_columns, image_type, images_of, is_encoded
 from .columns import Cells, ColumnPairs, checked_weight, group_name
-from .source import LISTED, NO_CAPTION, PairSource, SourceOptions, find_split
+from .source import IMAGES_OF, LISTED, NO_CAPTION, PairSource, SourceOptions, find_split, row_names, thing_names
 
 
 class RowRange(NamedTuple):
@@ -31,11 +31,20 @@ class RowRange(NamedTuple):
 class ColumnarPairs(ColumnPairs):
     """Pairs in the columns of several files, without the rows that have no caption.
 
-    ``blank`` are the numbers of those rows over all files, ascending, int64 ``[K]``; see :func:`blank_rows`.
+    ``blank`` are the numbers of those rows over all files, ascending, int64 ``[K]``; see :func:`blank_rows`. ``images``
+    are the numbers of images of all rows, int64 ``[N]``, each a pair of its own; None: each has one.
     """
 
+    encoded: bool  # whether the files hold encoded images, not only their paths
+
     def __init__(
-        self, path: Path, root: Path | StoreFolder, parts: Sequence[RowRange], columns: ColumnNames, blank: np.ndarray
+        self,
+        path: Path,
+        root: Path | StoreFolder,
+        parts: Sequence[RowRange],
+        columns: ColumnNames,
+        blank: np.ndarray,
+        images: np.ndarray | None = None,
     ) -> None:
         super().__init__(path, root)
         self.files = list(dict.fromkeys(part.file for part in parts))
@@ -46,6 +55,11 @@ class ColumnarPairs(ColumnPairs):
         self._kept_before = blank - np.arange(len(blank))  # usable rows before each unusable one
         self._size = int(self._stops[-1] if len(parts) else 0) - len(blank)
         require(self._size > 0, f"{path}: no row with an image and a caption ({len(blank)} without a caption)")
+        self._image_stops: np.ndarray | None = None  # of the rows over all files, in pairs
+        if images is not None:
+            images[blank] = 0
+            self._image_stops = np.cumsum(images)
+            self._size = int(self._image_stops[-1])
         self._open: dict[Any, Any] = {}
         self._process = os.getpid()
         for row in blank[:LISTED].tolist():
@@ -68,6 +82,10 @@ class ColumnarPairs(ColumnPairs):
     def table(self, number: int) -> pa.Table:
         """Return the columns of a part."""
 
+    @abstractmethod
+    def whole(self, names: Sequence[str]) -> pa.Table:
+        """Return columns of all files."""
+
     def opened(self, key: Any, make: Callable[[], Any]) -> Any:
         """Return what this process has opened under a key; what its parent opened before a fork is not shared."""
         if self._process != os.getpid():
@@ -80,13 +98,36 @@ class ColumnarPairs(ColumnPairs):
     def _blank(self) -> np.ndarray:
         return self._kept_before + np.arange(len(self._kept_before))
 
-    def _without_blank(self, rows: pa.ChunkedArray) -> pa.ChunkedArray:
-        usable = np.ones(len(rows), dtype=bool)
-        usable[self._blank] = False
-        return rows.filter(pa.array(usable)) if len(self) < len(rows) else rows
+    def _usable(self) -> np.ndarray:
+        """Return the number over all files of each pair's row, int64 ``[len(self)]``."""
+        rows = np.arange(int(self._stops[-1]))
+        if self._image_stops is not None:
+            return np.repeat(rows, np.diff(self._image_stops, prepend=0))
+        return np.delete(rows, self._blank)
+
+    def image_names(self) -> pa.ChunkedArray | None:
+        if self.encoded:
+            return None
+        rows = self.whole(self.columns.images)
+        if len(self._kept_before):
+            usable = np.ones(len(rows), dtype=bool)
+            usable[self._blank] = False
+            rows = rows.filter(pa.array(usable))
+        if self._image_stops is None:
+            return rows[self.columns.image]
+        return pa.chunked_array([images_of(batch, self.columns.images)[1] for batch in rows.to_batches()])
+
+    def things(self, rows: bool = False) -> pa.ChunkedArray | None:
+        if self.columns.group is not None and not rows:
+            groups = self.whole([self.columns.group])[self.columns.group].to_pylist()
+            if (names := thing_names(pa.chunked_array([[*map(group_name, groups)]]))) is not None:
+                return names.take(pa.array(self._usable()))
+        return None if self._image_stops is None else pa.chunked_array([row_names(self._usable())])
 
     def row(self, index: int) -> int:
-        """Return the number over all files of a usable row."""
+        """Return the number over all files of a pair's row."""
+        if self._image_stops is not None:
+            return int(np.searchsorted(self._image_stops, index, side="right"))
         return index + int(np.searchsorted(self._kept_before, index, side="right"))
 
     def _where(self, row: int) -> tuple[str, int, int]:
@@ -97,10 +138,18 @@ class ColumnarPairs(ColumnPairs):
         return f"{self.shown(part.file)} row {part.first + within}", number, within
 
     def cells(self, index: int) -> Cells:
-        where, number, within = self._where(self.row(index))
+        row = self.row(index)
+        where, number, within = self._where(row)
+        key, of_row = self._place(where), ""
         try:
             table = self.table(number)
-            image, *captions = (table[name][within].as_py() for name in (self.columns.image, *self.columns.captions))
+            captions = [table[name][within].as_py() for name in self.columns.captions]
+            if self._image_stops is None:
+                image = table[self.columns.image][within].as_py()
+            else:
+                place = index - (int(self._image_stops[row - 1]) if row else 0)
+                images = images_of(table.slice(within, 1).combine_chunks().to_batches()[0], self.columns.images)[1]
+                image, key, of_row = images[place].as_py(), f"{key}:{place}", f"{IMAGES_OF}{key}"
             group = "" if self.columns.group is None else group_name(table[self.columns.group][within].as_py())
             names = (self.columns.negative, self.columns.weight, self.columns.other_image)
             more = [None if name is None else table[name][within].as_py() for name in names]
@@ -113,7 +162,7 @@ class ColumnarPairs(ColumnPairs):
         weight = None if self.columns.weight is None else checked_weight(weight, self.columns.weight, where)
         other = image if self.columns.other_image and is_blank(other) else other
         caption = captions[0] if len(captions) == 1 else captions
-        return Cells(image, caption, group, where, self._place(where), negative, weight, other)
+        return Cells(image, caption, group or of_row, where, key, negative, weight, other)
 
     @staticmethod
     def _place(where: str) -> str:
@@ -188,7 +237,13 @@ def _open(folder: Path, options: SourceOptions) -> PairSource:
         blank.append(blank_rows(table.select(columns.captions).to_batches(), columns.captions) + start)
         start += table.num_rows
     parts = [RowRange(file, 0, 0, table.num_rows) for file, table in zip(files, tables, strict=True)]
-    return ArrowDatasetPairs(folder, options.image_root(folder), parts, columns, np.concatenate(blank))
+    images, (kind, several) = None, image_type(schema, columns)
+    if several:
+        batches = [batch for table in tables for batch in table.select(columns.images).to_batches()]
+        images = np.concatenate([images_of(batch, columns.images)[0] for batch in batches])
+    pairs = ArrowDatasetPairs(folder, options.image_root(folder), parts, columns, np.concatenate(blank), images)
+    pairs.encoded = is_encoded(kind)
+    return pairs
 
 
 def _map_stream(file: Path) -> pa.Table:
@@ -229,14 +284,8 @@ def _bytes_for_texts(kind: pa.DataType) -> pa.DataType:
 class ArrowDatasetPairs(ColumnarPairs):
     """Pairs in the mapped files of a saved data set."""
 
-    columns: ColumnNames
-
     def table(self, number: int) -> pa.Table:
         return self.opened(number, lambda: _map_stream(self.part(number).file))
 
-    def image_names(self) -> pa.ChunkedArray | None:
-        first = self.table(0)
-        if is_encoded(first.schema.field(self.columns.image).type):
-            return None
-        paths = [chunk for number in range(len(self._stops)) for chunk in self.table(number)[self.columns.image].chunks]
-        return self._without_blank(pa.chunked_array(paths))
+    def whole(self, names: Sequence[str]) -> pa.Table:
+        return pa.concat_tables([self.table(number).select(names) for number in range(len(self._stops))])

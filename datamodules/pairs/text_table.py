@@ -18,8 +18,8 @@ from lit_clip.tools.reading import check_is_file
 from ..loading.bad_samples import is_blank, is_unicode
 from ..loading.cache import cache_file, made_once
 from .column_names import ColumnNames, find_columns
-from .columns import TablePairs, checked_weight, group_name, group_of_images, map_valid_table
-from .source import COLUMNS, JSON_LINES, NO_CAPTION, PairSource, SkippedRows, SourceOptions
+from .columns import TablePairs, checked_weight, group_name, map_valid_table
+from .source import COLUMNS, IMAGES_OF, JSON_LINES, NO_CAPTION, PairSource, SkippedRows, SourceOptions
 
 IN_MEMORY = 64 << 20  # bytes; a larger file is converted once to an Arrow file, which is memory-mapped
 LONGEST_FIELD = 16 << 20  # characters; a double quote that is not closed makes one field of the rest of the file
@@ -32,6 +32,7 @@ MARKS = {  # encodings by byte order mark; UTF-32's begins like UTF-16's
 }
 NOT_UTF8 = "not UTF-8", "not UTF-8 text; save it as UTF-8"  # reason and detail
 BATCH_ROWS, BATCH_CHARACTERS = 16_384, 8 << 20
+MOST_IMAGES = 1000  # of a row: each is a row with a copy of its captions
 LAYOUT = 6  # of that Arrow file; a new number makes old ones be written again
 SCHEMA = pa.schema(
     {
@@ -195,9 +196,10 @@ def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
     """
     for row in rows:
         images = _paths(row.image)
-        if not images:
-            detail = f"no image in column {problems.columns.image!r}; add a path or remove the row"
-            problems.add(row.number, "missing image", detail)
+        if not 0 < len(images) <= MOST_IMAGES:
+            none = f"no image in column {problems.columns.image!r}; add a path or remove the row"
+            many = f"{len(images):,} images; list at most {MOST_IMAGES:,} in a row"
+            problems.add(row.number, *(("too many images", many) if images else ("missing image", none)))
             continue
         captions, negatives = _not_blank(row.caption), _not_blank(row.negative)
         other = "" if is_blank(row.other_image) else row.other_image
@@ -222,15 +224,10 @@ def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
             except BadSample as error:
                 problems.add(row.number, error.reason, error.detail)
                 continue
-            group = group_name(row.group) or group_of_images(images)
-            first = RawRow(row.number, images[0], captions, group, negatives or None, weight, other.strip())
-            yield from _each_image(first, images, problems.columns.other_image is not None)
-
-
-def _each_image(row: RawRow, images: list[str], has_other: bool) -> Iterator[RawRow]:
-    """Yield a row for each of its images; where it names no other image, that is the image itself."""
-    for image in images:
-        yield row._replace(image=image, other_image=(row.other_image or image) if has_other else None)
+            of_row = f"{IMAGES_OF}{images[0]}" if isinstance(row.image, list) else ""
+            texts = captions, group_name(row.group) or of_row, negatives or None, weight
+            other = None if problems.columns.other_image is None else other.strip()
+            yield from (RawRow(row.number, image, *texts, image if other == "" else other) for image in images)
 
 
 def _paths(cell: Any) -> list[str]:

@@ -88,8 +88,9 @@ class Run:
                 continue
         share = len(train) / max(1, rows)
         found = round(len(images) * share), round(len(captions) * share)
-        pairs = found[0] if self.per_image == "one" else len(train)
-        return Facts(pairs, *found, len(val), hex_digest([len(train), *sorted(map(str, images | captions))]))
+        return Facts(
+            train.pairs_per_epoch, *found, len(val), hex_digest([len(train), *sorted(map(str, images | captions))])
+        )
 
     def count(self, option: str) -> int | None:
         """Return a count that is given; None if it is not, or if it is none (-1: without a limit)."""

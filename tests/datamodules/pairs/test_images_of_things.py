@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -18,10 +20,12 @@ from datamodules import BadSamples, CaptionOptions, Captions, Columns, ImageOpti
 from datamodules.open_source import open_source
 from datamodules.pairs.image_captions import OneOfEach
 from datamodules.pairs.source import PairSource
+from lit_clip.cli.subcommands import run_command
 from lit_clip.errors import BadSample, InputError
 from lit_clip.losses import Contrastive
 from lit_clip.models.config import Preprocessing
 from lit_clip.retrieval.retrieval_set import RetrievalSet, token_hashes
+from tests.datamodules.pairs.test_saved import IMAGE, save
 from tests.helpers.frozen_runs import Run, fit
 
 COUNTS = [1, 3, 2, 4, 1, 2, 3, 3, 2, 4, 1, 2]  # images of the things
@@ -74,10 +78,34 @@ def grouped(path: Path) -> Path:
     return written(path, [["image", "title", "product"], *rows])
 
 
+def parquet(path: Path) -> Path:
+    """Write a row for each thing with a list of its images, in two row groups, beside rows that are left out."""
+    titles, images = [TITLES[0], "", *TITLES[1:], " "], [IMAGES[0], ["0_0.png"], *IMAGES[1:], []]
+    images[5] = [*images[5], "", None]  # pyright: ignore[reportCallIssue, reportArgumentType]  # blank cells of a list
+    pq.write_table(pa.table({"title": titles, "image": images}), path, row_group_size=5)
+    return path
+
+
+def parquet_columns(path: Path) -> Path:
+    """Write a row for each thing with a column for each image, which may be null."""
+    cells = [[*images, *[None] * (4 - len(images))] for images in IMAGES]
+    columns = {f"image_{number + 1}": pa.array([row[number] for row in cells], pa.string()) for number in range(4)}
+    pq.write_table(pa.table({"title": TITLES, **columns}), path, row_group_size=7)
+    return path
+
+
+def saved(path: Path) -> Path:
+    """Write what Hugging Face's ``datasets`` saves."""
+    return save(path, {"title": TITLES, "image": IMAGES})
+
+
 FORMATS: dict[str, Callable[[Path], Path]] = {
     "things.jsonl": lists,
     "things.json": lists,
     "things.csv": numbered,
+    "lists.parquet": parquet,
+    "columns.parquet": parquet_columns,
+    "saved": saved,
 }
 
 
@@ -104,7 +132,9 @@ def pairs_of(source: PairSource) -> list[tuple[str, str, str]]:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_each_image_of_a_row_is_a_pair_with_its_texts_and_only_they_are_a_group(name: str, folder: Path) -> None:
-    source = pickle.loads(pickle.dumps(open_source(str(FORMATS[name](folder / name)))))
+    source = pickle.loads(
+        pickle.dumps(open_source(str(FORMATS[name](folder / name)), columns=Columns(root=str(folder))))
+    )
     found = pairs_of(source)
     assert [pair[:2] for pair in found] == [
         (image, title) for images, title in zip(IMAGES, TITLES, strict=True) for image in images
@@ -113,8 +143,7 @@ def test_each_image_of_a_row_is_a_pair_with_its_texts_and_only_they_are_a_group(
     for _, title, group in found:
         thing_of[title].add(group)
     names = [groups.pop() for groups in thing_of.values() if len(groups) == 1]
-    assert [bool(each) for each in names] == [count > 1 for count in COUNTS]
-    assert len(set(filter(None, names))) == sum(count > 1 for count in COUNTS)
+    assert len(set(filter(None, names))) == len(COUNTS)
     for row, (key, title, group) in enumerate(found):
         expected = np.asarray(Image.open(folder / key))
         assert np.array_equal(np.asarray(source.load(row, None).image), expected)
@@ -125,6 +154,34 @@ def test_each_image_of_a_row_is_a_pair_with_its_texts_and_only_they_are_a_group(
             key,
             group,
         )
+
+
+@pytest.mark.parametrize("name", ["struct.parquet", "bytes.parquet", "columns.parquet", "saved"])
+def test_encoded_images_in_lists_and_columns_have_keys_and_groups_of_their_own(name: str, folder: Path) -> None:
+    files = [[(folder / image).read_bytes() for image in images] for images in IMAGES]
+    structs = pa.array([[{"bytes": each, "path": None} for each in row] for row in files], pa.list_(IMAGE))
+    column = pa.array(files, pa.list_(pa.binary())) if name == "bytes.parquet" else structs
+    columns: dict[str, Any] = {"title": TITLES, "image": column}
+    if name == "columns.parquet":
+        padded = [[*row, None, None, None] for row in files]
+        columns = {"title": TITLES, **{f"image_{n}": pa.array([r[n] for r in padded], pa.binary()) for n in range(4)}}
+    path = folder / name
+    if name == "saved":
+        save(path, columns, files=1)
+    else:
+        pq.write_table(pa.table(columns), path, row_group_size=5)
+    for _ in range(2):  # the second time with the numbers of images in the cache
+        source = pickle.loads(pickle.dumps(open_source(str(path))))
+        found = pairs_of(source)
+        assert len(found) == len({key for key, _, _ in found}) == sum(COUNTS)
+        assert [source.read(row).image for row in range(len(source))] == [each for row in files for each in row]
+        assert len({group for _, _, group in found}) == len({pair[1:] for pair in found}) == len(COUNTS)
+        assert sorted(source.order(3, 1).tolist()) == list(range(len(source)))
+        assert [source.key(row) for row in range(len(source))] == [key for key, _, _ in found]
+    data = opened(path, val=str(path))
+    assert sorted(title for _, title in epoch_of(data, 0)) == sorted(TITLES)
+    train, val = ({pair[1] for pair in pairs_of(each)} for each in source.divide(0.2, 0))
+    assert train.isdisjoint(val)
 
 
 @pytest.mark.parametrize(
@@ -165,16 +222,19 @@ def test_all_images_are_read_if_wanted_and_rows_of_a_group_are_unless_one_is(fol
         assert set(drawn) == EVERY
 
 
-@pytest.mark.parametrize("options", [{}, {"images": ALL}, {"images": ONE}], ids=str)
-@pytest.mark.parametrize("table", [lists, grouped])
+CASES = [(lists, None), (lists, ALL), (parquet, None), (parquet, ONE), (grouped, ALL), (grouped, ONE)]
+
+
+@pytest.mark.parametrize(("table", "images"), CASES)
 def test_no_thing_is_both_in_training_and_in_validation(
-    table: Callable[[Path], Path], options: dict[str, Any], folder: Path
+    table: Callable[[Path], Path], images: ImageOptions | None, folder: Path
 ) -> None:
-    path = table(folder / ("things.jsonl" if table is lists else "things.csv"))
+    names = {lists: "things.jsonl", parquet: "things.parquet", grouped: "things.csv"}
+    path = table(folder / names[table])
     columns = Columns(group="product") if table is grouped else None
     sides = []
     for seed in range(8):
-        data = opened(path, columns=columns, seed=seed, **options)
+        data = opened(path, columns=columns, seed=seed, images=images)
         assert data.train_source is not None
         assert data.val_source is not None
         train, val = ({pair[:2] for pair in pairs_of(each)} for each in (data.train_source, data.val_source))
@@ -188,7 +248,7 @@ def test_things_that_share_an_image_are_on_one_side(folder: Path) -> None:
     shared = [["image", "title", "product"], *([f"{n % 12}_0.png", f"{n}", f"{n // 2}"] for n in (*range(20), 0, 13))]
     path = written(folder / "shared.csv", shared)
     for seed in range(8):
-        train, val = open_source(str(path), columns=Columns(group="product")).divide(0.1, seed)
+        train, val = open_source(str(path), columns=Columns(group="product")).divide(0.1, seed, groups=True)
         for place in (0, 2):
             assert {pair[place] for pair in pairs_of(train)}.isdisjoint(pair[place] for pair in pairs_of(val))
 
@@ -208,8 +268,8 @@ def test_parts_of_a_mixture_and_tables_of_other_folders_have_things_of_their_own
         assert len(drawn) == 24
         assert len({(key[:2], title) for key, title in drawn}) == 24
         assert data.train_source is not None
-        groups = {(key[:2], group) for key, _, group in pairs_of(data.train_source) if group}
-        assert len(groups) == len({group for _, group in groups}) == 2 * sum(count > 1 for count in COUNTS)
+        groups = {(key[:2], group) for key, _, group in pairs_of(data.train_source)}
+        assert len(groups) == len({group for _, group in groups}) == 2 * len(COUNTS)
 
 
 @pytest.mark.parametrize("options", [{}, {"captions": CaptionOptions(per_image="together")}], ids=["plain", "together"])
@@ -248,6 +308,27 @@ def test_an_image_that_is_missing_is_a_bad_sample_and_the_others_of_its_thing_ar
     assert [reason for _, reason in batch.skipped] == ["missing image"]
 
 
+def test_rows_whose_images_are_no_paths_or_too_many_are_left_out_with_their_reason(folder: Path) -> None:
+    cells = [["0_0.png", 7], [], ["", "nan"], ["0_0.png"] * 1001, {"a": 1}, ["0_0.png", " "], "1_0.png"]
+    path = folder / "cells.jsonl"
+    path.write_text("\n".join(json.dumps({"image": cell, "title": "a title"}) for cell in cells))
+    source = open_source(str(path), on_error="skip")
+    assert [key for key, _, _ in pairs_of(source)] == ["0_0.png", "1_0.png"]
+    assert source.left_out.counts == {"missing image": 4, "too many images": 1}
+    with pytest.raises(BadSample, match=r"cells\.jsonl row 1: no image in column 'image'"):
+        open_source(str(path))
+
+
+def test_columns_of_images_with_other_types_are_refused(folder: Path) -> None:
+    pq.write_table(pa.table({"title": ["a"], "image_1": ["0_0.png"], "image_2": pa.nulls(1)}), folder / "types.parquet")
+    with pytest.raises(InputError, match=r"types\.parquet: column 'image_2' holds null"):
+        open_source(str(folder / "types.parquet"))
+    columns = {"image_1": ["0_0.png"], "image_2": [b"image"]}
+    pq.write_table(pa.table({"title": ["a"], **columns}), folder / "types.parquet")
+    with pytest.raises(InputError, match=r"columns .* hold binary and string"):
+        open_source(str(folder / "types.parquet"))
+
+
 def test_validation_counts_each_image_of_a_thing_as_right_for_its_texts(folder: Path) -> None:
     """A model that knows the thing of each image, and nothing else of it, has a perfect merged recall."""
     data = opened(lists(folder / "things.jsonl"), val=str(folder / "things.jsonl"))
@@ -271,3 +352,27 @@ def test_options_that_would_change_nothing_are_refused_in_one_line(folder: Path)
         ImageOptions("mean")  # pyright: ignore[reportArgumentType]
     data = opened(plain, val=str(plain))
     assert not isinstance(data.train_source, OneOfEach)
+
+
+@pytest.mark.parametrize("table", [lists, parquet])
+def test_commands_on_pairs_take_each_image_with_its_texts(
+    table: Callable[[Path], Path], folder: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    path = str(table(folder / ("things.jsonl" if table is lists else "things.parquet")))
+    encoding = ["--model", str(tiny_checkpoint), "--num_workers", "0", "--accelerator", "cpu"]
+    run_command(["embed", path, "--output", "features.parquet", *encoding])
+    assert pq.read_table("features.parquet")["key"].to_pylist() == sorted(image for image, _ in EVERY)
+    run_command(["score", path, "--output", "scores.parquet", *encoding])
+    assert len(pq.read_table("scores.parquet")) == len(EVERY)
+    run_command(["score", path, "--output", "kept.parquet", "--fraction", "0.5", *encoding])
+    data = opened(path, val=path, keep="kept.parquet", images=ALL)
+    assert data.train_source is not None
+    assert 0 < len(kept := {pair[:2] for pair in pairs_of(data.train_source)} & EVERY) == len(data.train_source) < 28
+    one = opened(path, val=path, keep="kept.parquet", batch_size=1)
+    assert {title for _, title in epoch_of(one, 0)} == {title for _, title in kept}
+    run_command(["inspect", path, "--num_workers", "0"])
+    run_command(["shard", path, "shards", "--workers", "0"])
+    shards = open_source("shards", columns=Columns(group="group"))
+    assert {(*pair[1:],) for pair in pairs_of(shards)} == {pair[1:] for pair in pairs_of(open_source(path))}
+    assert len(shards) == len(EVERY)
