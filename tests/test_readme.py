@@ -133,6 +133,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
     catalogue = [f"{row},{number // 2},{number}" for number, row in enumerate(rows[1:])]
     (here / "catalogue.csv").write_text("\n".join([f"{rows[0]},sku,stock", *catalogue[:-2]]))
     (here / "new.csv").write_text("\n".join([f"{rows[0]},sku,stock", *catalogue[-2:]]))
+    views = [f"{rows[number - 1].split(',')[0]},{row}" for number, row in enumerate(rows[2:], 2)]
+    (here / "views.csv").write_text("\n".join([f"image_1,{rows[0].replace('image', 'image_2')}", *views]))
     write_own_parts(here)
     for name in ("last.ckpt", "vit.ckpt"):
         shutil.copy(checkpoint, here / name)

@@ -44,7 +44,7 @@ def one_image_each(source: PairSource, per_thing: PerThing) -> PairSource:
         of = f"one image of each of {one.pairs_per_epoch:,} things ({source.pairs_per_epoch:,} pairs)"
         rank_zero_info(f"{name}: each epoch trains on {of}, others in the next; see data.images.per_thing")
         return one
-    nothing = f"one would change nothing: no row of {name} lists several images, and no rows are of one group"
+    nothing = f"one would change nothing: {name} is no table whose rows list several images or have a group in common"
     require(per_thing is None, f"data.images.per_thing: {nothing}; set data.columns.group, or leave it out")
     return source
 

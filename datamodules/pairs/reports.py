@@ -33,7 +33,7 @@ class CaptionStatistics(NamedTuple):
 
 
 def caption_statistics(source: PairSource, tokenizer: TextTokenizer) -> CaptionStatistics:
-    """Measure the captions of the first rows of an epoch, as spread ones would fetch every shard; skip unreadable ones."""
+    """Measure captions of an epoch's first rows, as spread ones would fetch every shard; skip unreadable ones."""
     counts, endless, context = [], 0, tokenizer.context_length
     times: Counter[int] = Counter()
     rows = range(len(source)) if source.pairs_per_epoch >= len(source) else np.sort(source.order(0, 0)).tolist()
