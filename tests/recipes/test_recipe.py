@@ -39,6 +39,7 @@ def test_facts_count_distinct_images_and_captions(tmp_path: Path) -> None:
     facts = Run({}, lambda: data, lambda: module).facts
     assert (facts.pairs, facts.images, facts.captions, facts.validation) == (8, 6, 7, 8)
     data.captions = dataclasses.replace(data.captions, per_image="one")
+    data.train_source, data.val_source = data.opened_sources(True)
     facts = Run({}, lambda: data, lambda: module).facts
     assert (facts.pairs, facts.images) == (6, 6)
 
