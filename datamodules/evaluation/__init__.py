@@ -11,6 +11,7 @@ from .faces import FER2013, CelebAIdentities, FairFace, FERPlus
 from .frame_robustness import ImageNetVidRobust, YTBBRobust
 from .image_grids import ImageGrids
 from .imagenet import ImageNet, ImageNetFolders, ObjectNet
+from .judged_documents import QueriesAndDocuments
 from .labelled_table import LabelledTable, LocatedImages
 from .languages import XTD10, BabelImageNet, Crossmodal3600, TranslatedImageNet
 from .masked_files import MaskedFiles
@@ -43,6 +44,7 @@ __all__ += ["CelebAIdentities", "FER2013", "FERPlus", "FairFace"]
 __all__ += ["ImageNetVidRobust", "YTBBRobust"]
 __all__ += ["ImageNet", "ImageNetFolders", "ImageNetV2", "ObjectNet"]
 __all__ += ["LabelledTable", "LocatedImages"]
+__all__ += ["QueriesAndDocuments"]
 __all__ += ["BabelImageNet", "Crossmodal3600", "TranslatedImageNet", "XTD10"]
 __all__ += ["AYahoo", "Birdsnap", "Digits", "HatefulMemes", "IIIT5K", "RESISC45", "SUN", "SVHNNumbers"]
 __all__ += ["COCO", "CaptionedPairs", "Flickr30k"]

@@ -77,7 +77,27 @@ class ImageFolderClasses(ImageFiles):
         return f"class folder {self.files[index].parent.name}"
 
 
-class ParquetClasses(KnownLabels):
+class StoredImages:
+    """Reads encoded images in the row groups of parquet files, which are read in order: the last one is kept."""
+
+    _group: tuple[object, Any] = (None, None)
+
+    def stored(self, file: Path, group: int, row: int, column: str, where: str) -> Image.Image:
+        """Decode the image of a row of a row group; ``where`` names it in messages."""
+        if self._group[0] != (file, group):
+            with reading(file, "parquet file"):
+                self._group = (file, group), pq.ParquetFile(file).read_row_group(group, columns=[column])[column]
+        value = self._group[1][row].as_py()
+        data = value.get("bytes") if isinstance(value, dict) else value
+        if not isinstance(data, bytes):
+            raise InputError(f"{where}: column {column!r} holds no encoded image")
+        return open_image(io.BytesIO(data), where)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_group": (None, None)}  # each data worker loads its own row groups
+
+
+class ParquetClasses(StoredImages, KnownLabels):
     """Parquet files with encoded images and labels, as Hugging Face stores ImageNet.
 
     Args:
@@ -108,7 +128,6 @@ class ParquetClasses(KnownLabels):
         self._labels: list[int] = []
         self._groups: list[RowRange] = []
         self._starts: list[int] = []  # first row of each group, counted over all files
-        self._loaded: tuple[int, Any] | None = None
         stored = [self._read(file, label_column) for file in self.paths]
         for file, names in zip(self.paths, stored, strict=True):
             if names != stored[0]:
@@ -145,16 +164,8 @@ class ParquetClasses(KnownLabels):
     def image(self, index: int) -> Image.Image:
         number, row = self._place(index)
         group = self._groups[number]
-        if self._loaded is None or self._loaded[0] != number:  # rows are read in order: keep the last group
-            with reading(group.file, "parquet file"):
-                table = pq.ParquetFile(group.file).read_row_group(group.group, columns=[self.image_column])
-            self._loaded = (number, table[self.image_column])
-        value = self._loaded[1][row].as_py()
-        data = value.get("bytes") if isinstance(value, dict) else value
         where = f"{group.file} row {group.first + row}"
-        if not isinstance(data, bytes):
-            raise InputError(f"{where}: column {self.image_column!r} holds no encoded image")
-        return open_image(io.BytesIO(data), where)
+        return self.stored(group.file, group.group, row, self.image_column, where)
 
     def _place(self, index: int) -> tuple[int, int]:
         """Return the number of a row's group, and its place there."""
@@ -170,9 +181,6 @@ class ParquetClasses(KnownLabels):
 
     def stamp(self) -> str:
         return f"{stamp_of_files(self.paths)}-{self.image_column}"
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_loaded": None}  # each data worker loads its own row groups
 
 
 def _files_of_split(path: str, files: Sequence[Path], split: str | None) -> list[Path]:

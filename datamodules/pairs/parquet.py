@@ -61,7 +61,7 @@ def open_parquet(paths: Sequence[Path], options: SourceOptions) -> PairSource:
     whole = paths[0] if len(paths) == 1 else paths[0].parent
     parts, sizes, columns = [], [], None
     for path in paths:
-        file = _open_file(path)
+        file = open_file(path)
         schema = file.schema_arrow
         if columns is None:
             columns = find_columns(path, schema.names, options)
@@ -73,21 +73,22 @@ def open_parquet(paths: Sequence[Path], options: SourceOptions) -> PairSource:
             parts.append(RowRange(path, group, first, file.metadata.row_group(group).num_rows))
             first += parts[-1].rows
         with reading(path, "parquet file"):  # which names its columns a second time
-            chunks = [_chunks(file, group, columns.names()) for group in range(file.num_row_groups)]
+            chunks = [chunks_of(file, group, columns.names()) for group in range(file.num_row_groups)]
         sizes += [sum(chunk.total_uncompressed_size for chunk in group.values()) for group in chunks]
     assert columns is not None
     root = options.image_root(whole if whole.is_dir() else whole.parent)
     return ParquetPairs(whole, root, parts, columns, np.array(sizes, dtype=np.int64))
 
 
-def _open_file(path: Path) -> pq.ParquetFile:
+def open_file(path: Path) -> pq.ParquetFile:
+    """Open a parquet file and parse its schema."""
     with reading(path, "parquet file"):
         file = pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False)  # read pages on demand
         assert file.schema_arrow is not None  # parsed when it is first wanted
         return file
 
 
-def _chunks(file: pq.ParquetFile, group: int, names: Sequence[str]) -> dict[str, pq.ColumnChunkMetaData]:
+def chunks_of(file: pq.ParquetFile, group: int, names: Sequence[str]) -> dict[str, pq.ColumnChunkMetaData]:
     """Return what a row group says of the leaves of columns, by their paths.
 
     pyarrow ends the process where that is damaged, unless its reader has looked at it before: that raises. Asked for
@@ -118,7 +119,7 @@ class ParquetPairs(ColumnarPairs):
         self, path: Path, root: Path | StoreFolder, parts: Sequence[RowRange], columns: ColumnNames, sizes: np.ndarray
     ) -> None:
         self.sizes = sizes
-        kind, several = image_type(_open_file(parts[0].file).schema_arrow, columns) if parts else (pa.string(), False)
+        kind, several = image_type(open_file(parts[0].file).schema_arrow, columns) if parts else (pa.string(), False)
         self.encoded = is_encoded(kind)
         self.copied = not self.encoded and int(sizes.sum()) > IN_MEMORY
         blank, images, start = [], [], 0
@@ -145,7 +146,7 @@ class ParquetPairs(ColumnarPairs):
 
     def _decoded(self, number: int) -> pa.Table:
         part = self.part(number)
-        file = self.opened(part.file, lambda: _open_file(part.file))
+        file = self.opened(part.file, lambda: open_file(part.file))
         return file.read_row_group(part.group, columns=self.columns.names(), use_threads=False)
 
     def _copy(self, number: int, valid: bool = False) -> Path:
@@ -153,7 +154,7 @@ class ParquetPairs(ColumnarPairs):
         part = self.part(number)
         path = cache_file("tables", part.file, (LAYOUT, part.group, *self.columns.names()), ".arrow")
         if valid or not path.is_file():
-            schema = self._schema(_open_file(part.file))
+            schema = self._schema(open_file(part.file))
             made_once(path, lambda file: map_valid_table(file, schema), lambda file: self._write(file, part))
         return path
 
@@ -161,7 +162,7 @@ class ParquetPairs(ColumnarPairs):
         return pa.schema([file.schema_arrow.field(name) for name in self.columns.names()])
 
     def _write(self, path: Path, part: RowRange) -> None:
-        file = _open_file(part.file)
+        file = open_file(part.file)
         with reading(part.file, "parquet file"), pa.ipc.new_file(str(path), self._schema(file)) as writer:
             for batch in _batches(file, [part.group], self.columns.names()):
                 writer.write_batch(batch)
@@ -177,7 +178,7 @@ class ParquetPairs(ColumnarPairs):
         """Whether every row of a part is known to hold an encoded image, not only the path of one."""
         part, image = self.part(number), self.columns.image
         with reading(part.file, "parquet file"):
-            chunks = _chunks(_open_file(part.file), part.group, [image])
+            chunks = chunks_of(open_file(part.file), part.group, [image])
         counts = [chunks[path].statistics for path in (image, f"{image}.bytes") if path in chunks]
         return bool(counts) and all(
             count is not None and count.has_null_count and not count.null_count for count in counts
@@ -193,7 +194,7 @@ class ParquetPairs(ColumnarPairs):
         tables = []
         for file in self.files:
             with reading(file, "parquet file"):
-                tables.append(_open_file(file).read(columns=list(names), use_threads=False))
+                tables.append(open_file(file).read(columns=list(names), use_threads=False))
         chunks = {name: [chunk for table in tables for chunk in table[name].chunks] for name in names}
         return pa.table({name: pa.chunked_array(each) for name, each in chunks.items()})
 
@@ -235,11 +236,11 @@ def _remembered(
 
 def _images(path: Path, names: Sequence[str], encoded: bool) -> np.ndarray:
     """Return the number of images of each row of a file, int64 ``[N]``; cached for a large file, or one of images."""
-    rows = _open_file(path).metadata.num_rows
+    rows = open_file(path).metadata.num_rows
 
     def search() -> np.ndarray:
         with reading(path, "parquet file"):
-            batches = _open_file(path).iter_batches(IMAGE_ROWS, columns=list(names), use_threads=False)
+            batches = open_file(path).iter_batches(IMAGE_ROWS, columns=list(names), use_threads=False)
             return np.concatenate([np.zeros(0, np.int64), *(images_of(batch, names)[0] for batch in batches)])
 
     if rows < REMEMBERED and not encoded:
@@ -249,11 +250,11 @@ def _images(path: Path, names: Sequence[str], encoded: bool) -> np.ndarray:
 
 def _blank(path: Path, captions: Sequence[str]) -> np.ndarray:
     """Return the numbers of a file's rows without a caption, int64 ``[K]``; cached for a large file."""
-    metadata = _open_file(path).metadata
+    metadata = open_file(path).metadata
     rows = np.array([metadata.row_group(group).num_rows for group in range(metadata.num_row_groups)], dtype=np.int64)
 
     def search_groups(groups: np.ndarray) -> np.ndarray:
-        numbers = blank_rows(_batches(_open_file(path), groups.tolist(), list(captions)), captions)
+        numbers = blank_rows(_batches(open_file(path), groups.tolist(), list(captions)), captions)
         return numbers + rows[: groups[0]].sum() if len(groups) else numbers
 
     def search() -> np.ndarray:

@@ -118,8 +118,9 @@ def evaluate(
             curves.
         data_root: folder that the sets' paths are relative to.
         sets: names of the sets to evaluate; all if not given.
-        tasks: tasks to run, of zero_shot, linear_probe, few_shot, head, retrieval, image_retrieval, geolocation,
-            bias, caption_choice, segmentation, pointing; all if not given, head with --head.
+        tasks: tasks to run, of zero_shot, linear_probe, few_shot, head, retrieval, image_retrieval,
+            document_retrieval, geolocation, bias, caption_choice, segmentation, pointing; all if not given, head with
+            --head.
         metrics: further metrics of zero-shot and linear probe as NAME=CLASS_PATH, of torchmetrics or of your own, such
             as auroc=torchmetrics.classification.MulticlassAUROC.
         compare: results.json of other runs, or their folders, to compare with; NAME=PATH names a run, and runs with

@@ -16,7 +16,7 @@ from lit_clip import load_model
 from lit_clip.embedding.encoding_task import Encoding, EncodingSettings
 from lit_clip.embedding.feature_files import WRITE_AGAIN, StoredFeatures, read_features
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
-from lit_clip.embedding.index import INDEX, combined_query, nearest, update_index
+from lit_clip.embedding.index import INDEX, combined, nearest, update_index
 from lit_clip.embedding.precision import Precision, check_precision
 from lit_clip.embedding.reading import check_finite, encoded_batches
 from lit_clip.errors import InputError, require
@@ -126,8 +126,10 @@ def _titled_queries(
     titles, vectors = [*texts, *(f"like {path}" for path in images)], encode_queries(model, texts, images)
     if text_weight is None:
         return titles, vectors
-    query = combined_query(vectors[: len(texts)], vectors[len(texts) :], text_weight)
-    return [f"{', '.join(titles)} (texts {text_weight:g})"], query
+    of_texts, of_images = (
+        part.mean(dim=0, keepdim=True) for part in torch.from_numpy(vectors).split([len(texts), len(images)])
+    )
+    return [f"{', '.join(titles)} (texts {text_weight:g})"], combined(of_images, of_texts, text_weight).numpy()
 
 
 def _check_queries(queries: Sequence[str], images: Sequence[str], text_weight: float | None) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lit_clip.distributed import gather_objects, rank_and_world
@@ -111,18 +112,12 @@ def _holds_other_arrays(path: Path) -> bool:
         return False
 
 
-def combined_query(texts: np.ndarray, images: np.ndarray, text_weight: float) -> np.ndarray:
-    """Return one query of texts and images together: float32 ``[1, D]``, of unit length.
+def combined(image: Tensor, text: Tensor, text_weight: float) -> Tensor:
+    """Return one unit vector for each image with its text, ``[N, D]``, from the features of both, ``[N, D]``.
 
-    It ranks by ``text_weight`` times the mean cosine with the texts, plus the rest times that with the images.
-
-    Args:
-        texts: unit features ``[T, D]``.
-        images: unit features ``[I, D]``.
-        text_weight: between 0 and 1.
+    It ranks by ``text_weight`` (0 to 1) times the text's similarity, plus the rest times the image's.
     """
-    query = text_weight * texts.mean(axis=0) + (1 - text_weight) * images.mean(axis=0)
-    return (query / np.linalg.norm(query))[None].astype(np.float32)
+    return F.normalize((1 - text_weight) * image + text_weight * text, dim=1)
 
 
 def nearest(features: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

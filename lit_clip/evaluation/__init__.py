@@ -1,7 +1,7 @@
 """The paper's evaluation.
 
-- Metrics, pure functions: ``accuracy``, ``scores``, ``image_retrieval``, ``caption_choice``, ``geolocation``,
-  ``overlap``, ``bias``, ``confusions``, ``thresholds``; ``retrieval`` (over the ranks), ``intervals``,
+- Metrics, pure functions: ``accuracy``, ``scores``, ``image_retrieval``, ``document_retrieval``, ``caption_choice``,
+  ``geolocation``, ``overlap``, ``bias``, ``confusions``, ``thresholds``; ``retrieval`` (over the ranks), ``intervals``,
   ``datacomp`` (means over sets); ``class_metrics``: torchmetrics by class path; ``segmentation``, ``pointing``.
 - Classifiers: ``prompts`` and ``zero_shot`` from texts, ``probe``, ``few_shot``, ``class_head`` and ``logistic`` from
   labels, ``other_classes`` (probes tested on another set).

@@ -17,6 +17,7 @@ from lit_clip.tools.hashing import sha256_of_file
 
 THIS = "this"  # name of the group that the run itself belongs to
 THIS_RUN = "this run"  # name of the run itself in tables and charts
+MEANS = {"pointing": "accuracy", "image_retrieval": "map@10", "document_retrieval": "ndcg@10"}  # compared by these
 NEAR_KM = 25  # the distance that geolocation is compared by
 Table = Mapping[str, np.ndarray]  # of a file of predictions
 
@@ -117,8 +118,8 @@ def _compared(entry: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[t
                 yield from ((task, f"{direction}_recall@1") for direction in ("image_to_text", "text_to_image"))
             elif task == "geolocation":
                 yield task, f"within_{NEAR_KM}km"
-            elif task in ("pointing", "image_retrieval"):
-                yield task, "accuracy" if task == "pointing" else "map@10"
+            elif task in MEANS:
+                yield task, MEANS[task]
 
 
 class _Scores(NamedTuple):

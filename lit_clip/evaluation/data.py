@@ -140,6 +140,22 @@ class CaptionChoices(ABC):
         """Return all questions, at least one."""
 
 
+class Items(NamedTuple):
+    """Queries or documents in columns of the same length; each has a text, an image or both."""
+
+    keys: list[str]  # ids, each once
+    texts: list[str]  # empty: none
+    images: list[int]  # row of its image in the set, -1: none
+
+
+class JudgedDocuments(ImageSet):
+    """Queries, the documents to search, and how relevant some are (mteb, BEIR); its images are those of both."""
+
+    queries: Items
+    documents: Items
+    relevance: list[tuple[int, int, int]]  # query, document, and grade: above 0 it is relevant; each pair once
+
+
 class PartOf(ABC):
     """Some images of a ``whole`` set, by ascending rows there, under other labels or names; both share features."""
 

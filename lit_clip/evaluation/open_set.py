@@ -12,6 +12,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.bias import bias_texts
 from lit_clip.evaluation.caption_choice import EncodedChoices, encode_choices
 from lit_clip.evaluation.data import CaptionChoices, CaptionedImages, ImageSet, LabelledImages, Localised, Masked
+from lit_clip.evaluation.document_retrieval import EncodedDocuments, encode_documents
 from lit_clip.evaluation.other_classes import Classes
 from lit_clip.evaluation.places import PlaceRecords, PlaceTexts
 from lit_clip.evaluation.prompts import Prompts, prompts_of_set, templates_of
@@ -58,6 +59,7 @@ class OpenSet:
     classifier: Tensor | None = None  # zero-shot, [D, C]
     captions: DistinctCaptions | None = None
     choices: EncodedChoices | None = None
+    documents: EncodedDocuments | None = None
     bias: dict[str, Tensor] = field(default_factory=dict)  # classifiers by bias probe
     places: PlaceTexts | None = None
     records: dict[Task, PlaceRecords] = field(default_factory=dict)  # of tasks that compare places
@@ -124,6 +126,11 @@ def choice_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
     if not isinstance(test, CaptionChoices):
         raise InputError(f"{type(test).__name__} has no questions, which caption_choice needs")
     opened.choices = encode_choices(test, rows(), opened.entry.templates, encode)
+
+
+def document_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
+    """Encode each distinct text of a set's queries and documents once."""
+    opened.documents = encode_documents(opened.folds[0].images["test"], opened.entry.templates, encode)
 
 
 def place_texts(kind: type[Localised], opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:

@@ -159,7 +159,7 @@ _TASK = entries(
     {
         **dict.fromkeys(("metrics", "intervals"), dict[str, object]),
         **dict.fromkeys(("predictions", "predictions_sha256", "judged"), str),
-        **dict.fromkeys(("queries", "captions", "references"), Count),
+        **dict.fromkeys(("queries", "captions", "references", "documents"), Count),
         **dict.fromkeys(("given", "notes", "files"), list[str]),
         **dict.fromkeys(("shots", "head"), list[tuple[Count, list[object]]]),
         "search": list[tuple[float, object]],

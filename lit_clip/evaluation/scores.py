@@ -411,5 +411,9 @@ METRICS: dict[str, Metric] = {
     "within_km": Metric("within km", task="geolocation"),
     "recall@1": Metric("R@1", task="retrieval"),
     "map@10": Metric("mAP@10"),
+    "ndcg@10": Metric("nDCG@10", task="document_retrieval"),
+    "map": Metric("mAP", task="document_retrieval"),
+    "mrr": Metric("MRR", task="document_retrieval"),
+    **{f"recall@{k}": Metric(f"R@{k}", task="document_retrieval") for k in (5, 10, 100)},
     "knn_top1": Metric("top-1 of 20 neighbours"),
 }

@@ -21,7 +21,7 @@ from lit_clip.embedding.image_files import image_file
 from lit_clip.embedding.parts import Parts, json_array, json_value, load_arrays, save_arrays
 from lit_clip.embedding.reading import UnreadableRow
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import ImageSet, PartOf
+from lit_clip.evaluation.data import ImageSet, JudgedDocuments, PartOf
 from lit_clip.evaluation.places import PlaceRecords, PlaceTask
 from lit_clip.evaluation.set_encoding import set_task
 from lit_clip.models.clip import CLIP
@@ -95,6 +95,8 @@ class FeatureStore:
 
     def compute(self, images: ImageSet, title: str) -> None:
         """Compute the features that :meth:`read` returns, unless they are there; for all ranks, in the same order."""
+        if not len(images) and isinstance(images, JudgedDocuments):
+            return
         require(len(images) > 0, f"{title}: the set is empty")
         if isinstance(images, PartOf):
             self.compute(images.whole, title)
@@ -241,6 +243,9 @@ class FeatureStore:
         """Return the features that :meth:`compute` has stored."""
         if isinstance(images, PartOf):
             return _part(images, self.read(images.whole))
+        if not len(images):  # documents of texts alone
+            nothing = np.empty((0, self.model.config.embed_dim), np.float32)
+            return SetFeatures(nothing, nothing, [], [])
         path = self.path(images)
         stored = self._stored(path, len(images))
         if stored is None:

@@ -25,6 +25,7 @@ Task = Literal[
     "head",
     "retrieval",
     "image_retrieval",
+    "document_retrieval",
     "geolocation",
     "bias",
     "caption_choice",
@@ -52,6 +53,7 @@ class SuiteEntry:
         templates: prompt templates, see there; None: ``a photo of a {}.``. In a retrieval set ``{}`` is the caption.
         metric: the one of :data:`lit_clip.evaluation.scores.METRICS` that the set is evaluated by.
         tasks: tasks to run; None: by metric and splits, without ``bias``.
+        text_weight: weight of the text of a query or document with an image, 0 to 1; the image has the rest.
         paper: name of the set in the paper's tables, to look up published figures.
         download: how ``lit-clip evaluate --download`` gets the files: ``{torchvision: NAME}`` with the arguments of
             that class, or ``{hub: OWNER/NAME}``, a data set of the Hugging Face hub.
@@ -66,6 +68,7 @@ class SuiteEntry:
     templates: str | list[str] | None = None
     metric: str = "top1"
     tasks: list[Task] | None = None
+    text_weight: float = 0.5
     paper: str = ""
     download: list[dict[str, str]] = field(default_factory=list)
     how_to_get: str = ""
@@ -75,6 +78,7 @@ class SuiteEntry:
         self.data = _checked_class(self.data, "data")
         judging = [name for name, metric in METRICS.items() if metric.judges]
         require(self.metric in judging, f"metric: there is no {self.metric}; must be one of {', '.join(judging)}")
+        require(0 <= self.text_weight <= 1, f"text_weight: {self.text_weight} must be between 0 and 1")
         commands = [_command(source) for source in self.download]
         require(not commands or bool(self.location), "download: needs the set's folder; set data.init_args.root")
         self.how_to_get = ", and ".join(filter(None, [*commands, self.how_to_get]))

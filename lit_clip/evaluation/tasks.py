@@ -30,9 +30,11 @@ from lit_clip.evaluation.classification import (
     trained,
 )
 from lit_clip.evaluation.data import CaptionedImages, Grouped, Localised, Masked
+from lit_clip.evaluation.document_retrieval import document_retrieval
 from lit_clip.evaluation.few_shot import FewShotProbes
 from lit_clip.evaluation.geolocation import nearest_km, within_km
 from lit_clip.evaluation.image_retrieval import ImageRetrieval, image_retrieval
+from lit_clip.evaluation.intervals import intervals
 from lit_clip.evaluation.open_set import (
     EncodeTexts,
     OpenSet,
@@ -42,6 +44,7 @@ from lit_clip.evaluation.open_set import (
     choice_texts,
     class_names_only,
     class_texts,
+    document_texts,
     head_texts,
     place_texts,
 )
@@ -192,6 +195,24 @@ def _image_retrieval(opened: OpenSet, options: TaskOptions, folder: Path) -> dic
     return found.entry() | predictions_entry(folder, opened.name, "image_retrieval", columns, judged)
 
 
+def _document_retrieval(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
+    found, encoded = opened.folds[0].features["test"], opened.documents
+    assert encoded is not None
+    units = document_retrieval(encoded, embeddings(found), found.rows, opened.entry.text_weight)
+    metrics = {name: scores.mean() for name, scores in units.items()}
+    keys, documents = encoded.images.queries.keys, encoded.images.documents.keys
+    columns = {"key": keys, "score": units["ndcg@10"].values.astype(np.float32)}
+    judged = ((keys[query], documents[document], grade) for query, document, grade in encoded.images.relevance)
+    return {
+        "value": metrics[judging(opened.entry.metric, metrics)],
+        "metrics": metrics,
+        "intervals": intervals(units),
+        "queries": len(keys),
+        "documents": len(documents),
+        **predictions_entry(folder, opened.name, "document_retrieval", columns, judged),
+    }
+
+
 def _geolocation(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
     fold = opened.folds[0]
     query, reference = (embeddings(fold.features[split]) for split in ("test", "train"))
@@ -280,6 +301,11 @@ PARTS: dict[Task, TaskParts] = {
     "head": TaskParts(partial(classification, "head"), class_names_only, _of_head),
     "retrieval": TaskParts(_retrieval, caption_texts, _of_captions),
     "image_retrieval": TaskParts(_image_retrieval, metrics=lambda opened: _images_found(opened).entry()),
+    "document_retrieval": TaskParts(
+        _document_retrieval,
+        document_texts,
+        lambda opened, options: (opened.documents and opened.documents.digest, opened.entry.text_weight),
+    ),
     "geolocation": TaskParts(_geolocation, needed=("train", "test")),
     "bias": TaskParts(_bias, bias_probe_texts),
     "caption_choice": TaskParts(

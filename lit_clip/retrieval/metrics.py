@@ -160,6 +160,31 @@ def retrieval_ranks(
     return Ranks(image_I, pair_E, merged_I, merged_T.masked_fill(best_T.isinf(), images))
 
 
+@torch.no_grad()
+def judged_ranks(query_QD: Tensor, document_ND: Tensor, query_J: Tensor, document_J: Tensor) -> Tensor:
+    """Return the rank of each judged document among all for its query, 1 is best: float64 ``[J]`` on the CPU.
+
+    Of documents that score alike the one of the lower row ranks first. A score that is NaN has rank infinity.
+
+    Args:
+        query_QD: unit features of the queries.
+        document_ND: unit features of the documents, on the same device.
+        query_J: row of the query of each judgement, int64, ascending.
+        document_J: row of its document, int64.
+    """
+    judged = PairIndices(document_J, query_J, document_J, document_J)
+    score_J, ahead_J = pair_scores(document_ND, query_QD, judged), torch.zeros_like(document_J)
+    for queries, documents, score in _tiles(document_ND, query_QD):
+        row_N = torch.arange(documents.start, documents.stop, device=score.device)
+        first, last = torch.searchsorted(query_J, query_J.new_tensor([queries.start, queries.stop])).tolist()
+        for span in _spans(last - first, CAPTIONS):
+            here = slice(first + span.start, first + span.stop)
+            score_jN, own_j1 = score[query_J[here] - queries.start], score_J[here, None]
+            earlier_jN = row_N < document_J[here, None]
+            ahead_J[here] += ((score_jN > own_j1) | (score_jN == own_j1) & earlier_jN).sum(dim=1)
+    return (1 + ahead_J).cpu().double().masked_fill(score_J.isnan().cpu(), torch.inf)
+
+
 def recalls(ranks: Tensor, rows: Tensor, candidates: int, ks: Sequence[int]) -> list[float]:
     """Return recall@k for each k: the fraction of queries with a right candidate among the first k.
 

@@ -106,9 +106,9 @@ def _facts(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> Iterator[tupl
     if baselines:
         yield "baseline", f"{percent(baselines[0])} %"
     for name, task in tasks.items():
-        for key, words in (("captions", "captions"), ("references", "reference images"), ("queries", "queries")):
+        for key in ("captions", "references", "queries", "documents"):
             if key in task:
-                yield words, f"{task[key]:,}"
+                yield key.replace("references", "reference images"), f"{task[key]:,}"
         for metric, value in _no_shares(task).items():
             yield task_words(name, metric), "" if value is None else f"{value:.4g}"
         if name == "linear_probe":
