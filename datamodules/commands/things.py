@@ -5,12 +5,14 @@ from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from lit_clip.embedding.encode import Work, encode
 from lit_clip.embedding.encoding_task import EncodingSettings, check_complete, image_task, text_task
 from lit_clip.embedding.feature_files import FeatureTable, Identity, collect
+from lit_clip.embedding.index import combined
 from lit_clip.embedding.reading import UnreadableRow
-from lit_clip.errors import BadSample, InputError
+from lit_clip.errors import BadSample
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import stable_hash
 from lit_clip.tools.images import OnError
@@ -88,31 +90,20 @@ def features_of_things(
     check_complete(len(of_text.identities), len(texts), [], "captions")
     image_rows = {key: row for row, (key, _, _) in enumerate(table.identities)}
     text_rows = {text: row for row, text in enumerate(texts)}
-    names, mixed = [], []
+    names, of_images, of_texts = list[str](), list[np.ndarray](), list[np.ndarray]()
     for name, thing in sorted(things.by_name.items()):
         readable = [image_rows[key] for key in thing.images if key in image_rows]
         if readable:
-            mean = _mean(of_text.features, [text_rows[caption] for caption in thing.captions]) * text_weight
-            mean += _mean(table.features, readable) * (1 - text_weight)
             names.append(name)
-            mixed.append(_of_unit_length(mean, name))
+            of_images.append(table.features[readable].mean(axis=0))
+            of_texts.append(of_text.features[[text_rows[caption] for caption in thing.captions]].mean(axis=0))
+    mixed = combined(*(torch.from_numpy(np.stack(means)) for means in (of_images, of_texts)), text_weight)
     shown = [_first(things.by_name[name], image_rows) for name in names]
-    return ThingFeatures(names, np.stack(mixed), shown, keys, unreadable)
+    return ThingFeatures(names, mixed.numpy(), shown, keys, unreadable)
 
 
 def _of_text(text: str) -> Identity:
     return text, 1, stable_hash(text)  # an image's is another one: its key, 0, 0
-
-
-def _mean(features: np.ndarray, rows: Sequence[int]) -> np.ndarray:
-    return features[rows].mean(axis=0)
-
-
-def _of_unit_length(mean: np.ndarray, name: str) -> np.ndarray:
-    length = np.linalg.norm(mean)
-    if not length > 0:
-        raise InputError(f"{name}: its image and caption have opposite features, which have no mean")
-    return mean / length
 
 
 def _first(thing: Thing, readable: Mapping[str, int]) -> str:

@@ -29,7 +29,6 @@ SPLIT = re.compile(r"(.+?)(-\d{5}-of-\d{5})?")  # in the name of a file
 Id = str | int
 ITEM = {"id": Id, "_id": Id, "title": str | None, "text": str | None, "image": Any}
 JUDGEMENT = {"query-id": Id, "corpus-id": Id, "score": float}
-Row = dict[str, Any]
 
 
 class QueriesAndDocuments(StoredImages, JudgedDocuments):
@@ -66,8 +65,7 @@ class QueriesAndDocuments(StoredImages, JudgedDocuments):
         try:
             self.relevance = [(query_row[query], document_row[key], grade) for (query, key), grade in judged.items()]
         except KeyError as error:
-            unknown = shortened(error.args[0])
-            raise InputError(f"{qrels[0]}: {unknown} is the id of no query or no document; {AGAIN}") from error
+            raise InputError(f"{qrels[0]}: {shortened(error.args[0])} is the id of no query or document") from error
 
     def _items(self, kind: str, files: Sequence[Path], wanted: Collection[str] | None = None) -> Items:
         """Read queries or documents, only the wanted ones if given, and note their images."""
@@ -126,7 +124,7 @@ def _files(root: Path, names: Sequence[str], split: str) -> list[Path]:
     raise MissingData(f"{root}: no {names[0]} in it (a folder or file of {', '.join(SUFFIXES)})")
 
 
-def _rows(files: Sequence[Path], columns: Mapping[str, Any]) -> Iterator[tuple[Path, Row]]:
+def _rows(files: Sequence[Path], columns: Mapping[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Yield the rows with those of the columns that there are; a stored image is ``(file, row group, row)``."""
     kind = entries(columns, total="score" in columns)
     for path in files:
@@ -143,7 +141,7 @@ def _rows(files: Sequence[Path], columns: Mapping[str, Any]) -> Iterator[tuple[P
             yield path, row
 
 
-def _parquet_rows(path: Path, columns: Mapping[str, Any]) -> Iterator[Row]:
+def _parquet_rows(path: Path, columns: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     file = open_file(path)
     there = file.schema_arrow.names
     names = [name for name in columns if name in there and name != "image"]

@@ -5,7 +5,7 @@ Shapes: N queries or documents, R relevant pairs of them, D embedding dimension.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -24,8 +24,7 @@ RECALLS = (1, 5, 10, 100)
 GAINS = 10  # first documents that nDCG counts
 
 
-@dataclass
-class EncodedDocuments:
+class EncodedDocuments(NamedTuple):
     """A set, unit features ``[T, D]`` of its distinct texts, each text's row there, and a hash of the set's tables."""
 
     images: JudgedDocuments

@@ -293,6 +293,10 @@ def _of_choices(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
     return (opened.choices.digest,) if opened.choices else ()
 
 
+def _of_documents(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
+    return opened.documents and opened.documents.digest, opened.entry.text_weight
+
+
 TRAINED = {"needed": ("train", "test"), "used": ("train", "val", "test")}
 PARTS: dict[Task, TaskParts] = {
     "zero_shot": TaskParts(partial(classification, "zero_shot"), class_texts, _of_classes),
@@ -301,11 +305,7 @@ PARTS: dict[Task, TaskParts] = {
     "head": TaskParts(partial(classification, "head"), class_names_only, _of_head),
     "retrieval": TaskParts(_retrieval, caption_texts, _of_captions),
     "image_retrieval": TaskParts(_image_retrieval, metrics=lambda opened: _images_found(opened).entry()),
-    "document_retrieval": TaskParts(
-        _document_retrieval,
-        document_texts,
-        lambda opened, options: (opened.documents and opened.documents.digest, opened.entry.text_weight),
-    ),
+    "document_retrieval": TaskParts(_document_retrieval, document_texts, _of_documents),
     "geolocation": TaskParts(_geolocation, needed=("train", "test")),
     "bias": TaskParts(_bias, bias_probe_texts),
     "caption_choice": TaskParts(

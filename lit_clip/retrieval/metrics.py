@@ -164,13 +164,8 @@ def retrieval_ranks(
 def judged_ranks(query_QD: Tensor, document_ND: Tensor, query_J: Tensor, document_J: Tensor) -> Tensor:
     """Return the rank of each judged document among all for its query, 1 is best: float64 ``[J]`` on the CPU.
 
-    Of documents that score alike the one of the lower row ranks first. A score that is NaN has rank infinity.
-
-    Args:
-        query_QD: unit features of the queries.
-        document_ND: unit features of the documents, on the same device.
-        query_J: row of the query of each judgement, int64, ascending.
-        document_J: row of its document, int64.
+    Of documents that score alike the one of the lower row ranks first. A score that is NaN has rank infinity. Features
+    have unit length; ``query_J`` (ascending) and ``document_J`` are rows of them, int64.
     """
     judged = PairIndices(document_J, query_J, document_J, document_J)
     score_J, ahead_J = pair_scores(document_ND, query_QD, judged), torch.zeros_like(document_J)
