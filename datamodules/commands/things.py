@@ -97,7 +97,8 @@ def features_of_things(
             names.append(name)
             of_images.append(table.features[readable].mean(axis=0))
             of_texts.append(of_text.features[[text_rows[caption] for caption in thing.captions]].mean(axis=0))
-    mixed = combined(*(torch.from_numpy(np.stack(means)) for means in (of_images, of_texts)), text_weight)
+    image_ND, text_ND = (torch.from_numpy(np.stack(means)) for means in (of_images, of_texts))
+    mixed = combined(image_ND, text_ND, text_weight)
     shown = [_first(things.by_name[name], image_rows) for name in names]
     return ThingFeatures(names, mixed.numpy(), shown, keys, unreadable)
 

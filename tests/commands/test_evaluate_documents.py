@@ -62,7 +62,7 @@ def plain_features(rows: list[tuple[str | None, int | None]], text_weight: float
             parts.append((1 - text_weight, model.encode_image(pixels, normalize=True)[0]))
         if text is not None:
             parts.append((text_weight, model.encode_text(model.tokenize([text]), normalize=True)[0]))
-        mixed = sum(weight * part for weight, part in parts) if len(parts) == 2 else parts[0][1]
+        mixed = torch.stack([part if len(parts) == 1 else weight * part for weight, part in parts]).sum(dim=0)
         found.append(mixed / mixed.norm())
     return torch.stack(found)
 
