@@ -37,6 +37,19 @@ CAPABILITIES = {
         },
         [("--help", "  index "), ("search --help", "no such text")],
     ),
+    "heads": Capability(
+        [f"lit_clip/commands/{name}.py" for name in ("class_examples", "class_heads", "head_option")],
+        {
+            "lit_clip/cli/subcommands.py": [
+                (
+                    'HEADS = {"learning": "lit_clip.commands.class_heads:Learning", '
+                    '"head": "lit_clip.commands.head_option:HeadFile"}',
+                    "HEADS: dict[str, str] = {}",
+                )
+            ],
+        },
+        [(f"{command} --help", "--head HEAD") for command in ("classify", "demo", "evaluate", "export")],
+    ),
     "locating": Capability(
         ["lit_clip/commands/locate.py", "lit_clip/commands/demo_locate.py"],
         {

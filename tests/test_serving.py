@@ -32,8 +32,9 @@ from torch.nn.functional import normalize
 
 import lit_clip
 from lit_clip import CLIP
-from lit_clip.commands.classify import class_probabilities
+from lit_clip.commands.class_sources import class_probabilities
 from lit_clip.commands.export import export
+from lit_clip.commands.head_option import HeadFile
 from lit_clip.heads import Head, head_from_images, load_head, save_head
 from lit_clip.models.config import (
     CLIPConfig,
@@ -175,7 +176,7 @@ def exported(tmp_path_factory: pytest.TempPathFactory, traces: Path) -> Callable
             logits = logits_of(head, model)
             head.facts = dataclasses.replace(head.facts, none=float(logits.amax(dim=1).sort().values[:2].mean()))
             save_head(head, head_file)
-        with_head = str(head_file) if head_file.exists() else None
+        with_head = HeadFile(str(head_file) if head_file.exists() else None)
         with traced_once(traces):
             export(str(folder / "last.ckpt"), format="onnx", output=str(folder / "onnx"), head=with_head)
 

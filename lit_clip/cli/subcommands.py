@@ -42,6 +42,8 @@ COMMANDS: dict[str, str] = {
     "shard": "lit_clip.datamodules.commands.shard:shard",
     "wise-ft": "lit_clip.commands.wise_ft:wise_ft",
 }
+# Options of rooms that need not be there, in place of those of a command's parameter.
+HEADS = {"learning": "lit_clip.commands.class_heads:Learning", "head": "lit_clip.commands.head_option:HeadFile"}
 
 
 def command_parser(name: str, function: Callable[..., None]) -> OptionParser:
@@ -69,8 +71,8 @@ def command_parser(name: str, function: Callable[..., None]) -> OptionParser:
     hints = {key: hint for source in sources for key, hint in get_type_hints(source).items()}
     lists = {key: kind for key, hint in hints.items() for kind in (str, int) if hint in (list[kind], list[kind] | None)}
     flags = {key for key, hint in hints.items() if hint is bool}
-    skip: set[str | int] = {*lists, *flags, *groups}
-    parser.add_function_arguments(function, as_positional=True, as_group=False, skip=skip)
+    skip: set[str | int] = {*lists, *flags}
+    parser.add_function_arguments(function, as_positional=True, as_group=False, skip={*skip, *groups})
     for kind in groups.values():
         parser.add_class_arguments(kind, as_group=False, skip=skip)
     parameters = [each for source in sources for each in inspect.signature(source).parameters.items()]
@@ -90,7 +92,13 @@ def command_parser(name: str, function: Callable[..., None]) -> OptionParser:
 
 def _groups(function: Callable[..., None]) -> dict[str, Any]:
     """Return the ``flat`` dataclasses, whose options are typed without their name, by a function's parameters."""
-    return {name: hint for name, hint in get_type_hints(function).items() if getattr(hint, "flat", False)}
+    flat = {name: hint for name, hint in get_type_hints(function).items() if getattr(hint, "flat", False)}
+    return {name: _imported(HEADS[name]) if name in HEADS else hint for name, hint in flat.items()}
+
+
+def _imported(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def _grouped(function: Callable[..., None], values: dict[str, Any]) -> dict[str, Any]:
@@ -108,9 +116,8 @@ def run_command(words: Sequence[str]) -> None:
     name, *options = map(_underscores, words)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")  # file names need not be Unicode
-    module, _, function = COMMANDS[name].partition(":")
     with uncollected():
-        command = getattr(importlib.import_module(module), function)
+        command = _imported(COMMANDS[name])
     parser = command_parser(name, command)
     parsed = parser.parse_args(options)
     with log_level(logging.WARNING, "lightning.pytorch", "lightning.fabric"):  # which tell of devices and ranks

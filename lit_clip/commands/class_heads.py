@@ -4,31 +4,34 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from rich.table import Table
 from torch import Tensor
 
-from lit_clip.commands.class_examples import ExampleFiles
-from lit_clip.commands.class_output import NONE, percent
+from lit_clip.commands.class_examples import ExampleFiles, read_examples
+from lit_clip.commands.class_output import percent
+from lit_clip.commands.class_sources import ClassOptions, ClassSource, Scores, prompt_weights
 from lit_clip.commands.search import TEMPLATE, THUMBNAIL, small_image
-from lit_clip.embedding.encoding_task import EncodingSettings
+from lit_clip.embedding.encoding_task import Encoding, EncodingSettings
 from lit_clip.embedding.image_files import ImageFile
 from lit_clip.embedding.index import EXAMPLES, update_index
 from lit_clip.errors import listed, require
 from lit_clip.evaluation.class_head import FOLDS, MOST_FITS
 from lit_clip.evaluation.intervals import UnitScores
-from lit_clip.evaluation.thresholds import FIXED, ClassThreshold, macro
+from lit_clip.evaluation.thresholds import FIXED, NONE, ClassThreshold, macro
 from lit_clip.heads.curve import accuracy_by_examples
-from lit_clip.heads.examples import Examples, FittedHead, fit_on
+from lit_clip.heads.examples import TEMPLATES, Examples, FittedHead, fit_on
 from lit_clip.heads.head import Head
+from lit_clip.heads.head_file import load_head, save_head
 from lit_clip.heads.labelling import label_next
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import Text, progress, stderr
 from lit_clip.tools.html import thumbnail, write_page
+from lit_clip.tools.images import OnError
 from lit_clip.tools.text_files import no_formula
 
 LABEL_NEXT = Path("label_next.csv")
@@ -37,7 +40,7 @@ Summary = list[str | Table]
 
 
 @dataclass(frozen=True)
-class Learning:
+class Learning(ClassOptions):
     """A head that is fitted on examples, or was.
 
     Args:
@@ -51,7 +54,6 @@ class Learning:
             table of examples, and label_next.html.
     """
 
-    flat: ClassVar[bool] = True  # its options are typed without its name
     examples: str | None = None
     none_error: float = 0.05
     save_head: str | None = None
@@ -71,6 +73,69 @@ class Learning:
         require(path.suffix == ".safetensors", f"--save_head {path}: must be a .safetensors file")
         require(path.absolute().parent.is_dir(), f"--save_head {path}: there is no such folder")
 
+    def source(self, classes: Sequence[str] | None, prompts: Sequence[str], on_error: OnError) -> ClassSource:
+        """Return the head's classes, or those of the examples."""
+        if self.head:
+            return _OfFile(self.head, prompts)
+        if self.examples:
+            return _OfExamples(self, read_examples(self.examples, classes, on_error))
+        return ClassSource()
+
+
+class _OfFile(ClassSource):
+    """The classes of a head, here of one from a file."""
+
+    head: Head
+    both_kinds = True
+
+    def __init__(self, path: str, prompts: Sequence[str]) -> None:
+        self.path, self.head = path, load_head(path)
+        self.names = self.head.facts.names
+        own = list(prompts) in (list(TEMPLATES), self.head.facts.templates)
+        require(own, f"--templates: {path} was fitted with its own; leave them out")
+
+    def begin(self, model: CLIP, names: Sequence[str], prompts: Sequence[str], encoding: Encoding) -> None:
+        self.head.check(model, f"--head {self.path}")
+
+    def scores(self, before: Tensor, after: Tensor) -> Scores:
+        head = self.head.to(after.device)
+        self.above = head.thresholds.cpu() if head.facts.several else None
+        logits = head(before, after)
+        return Scores(head.probabilities(logits), head.none_of(logits), after)
+
+    def summary(self, none: int, count: int) -> str:
+        if self.head.facts.several or self.head.facts.none is not None:
+            return f"{NONE}: {none:,} of {count:,} images"
+        return f"{NONE}: not said; the head was fitted on too few examples for it"
+
+
+class _OfExamples(_OfFile):
+    """The classes of examples, on which a head is fitted."""
+
+    def __init__(self, options: Learning, examples: ExampleFiles) -> None:
+        self.options, self.examples, self.names = options, examples, examples.names
+        self.keeps = options.label_next is not None
+        self.saved = [Path(options.save_head)] if options.save_head else []
+        self.listed = [LABEL_NEXT, LABEL_NEXT.with_suffix(".html")] if self.keeps else []
+
+    def begin(self, model: CLIP, names: Sequence[str], prompts: Sequence[str], encoding: Encoding) -> None:
+        """Fit the head, and save it."""
+        text, settings = prompt_weights(model, names, prompts, encoding), EncodingSettings(**vars(encoding))
+        self.learned = learn(model, self.examples, prompts, text, self.options.none_error, settings)
+        self.head = self.learned.head
+        for path in self.saved:
+            save_head(self.head, path)
+
+    def report(self, files: Sequence[ImageFile], kept: Sequence[Scores]) -> None:
+        """Say what the head costs on its examples, where it is, and which images to label next."""
+        for each in self.learned.summary:
+            stderr().print(each, highlight=False, soft_wrap=isinstance(each, str))
+        for path in self.saved:
+            stderr().print(f"head: {path}")
+        if self.options.label_next is not None:
+            probability, _, after = (torch.cat(parts) for parts in zip(*kept, strict=True))
+            write_label_next(self.options.label_next, files, probability, after, self.learned)
+
 
 class Learned(NamedTuple):
     """A head, the unit features ``[N, D]`` of its examples, and what it costs on them."""
@@ -78,10 +143,6 @@ class Learned(NamedTuple):
     head: Head
     labelled: Tensor
     summary: Summary
-
-    def print_summary(self) -> None:
-        for each in self.summary:
-            stderr().print(each, highlight=False, soft_wrap=isinstance(each, str))
 
 
 def learn(

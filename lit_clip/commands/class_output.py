@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from rich.table import Table
 from torch import Tensor
 
-from lit_clip.heads.head import NONE
+from lit_clip.evaluation.thresholds import NONE
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import Console, Text, write_results
 from lit_clip.tools.text_files import no_formula

@@ -9,13 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lit_clip.commands.class_output import NONE, percent
+from lit_clip.commands.class_output import percent
 from lit_clip.commands.search import small_image
 from lit_clip.embedding.image_files import ImageFile
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.class_metrics import Computed, build, check_metrics, compute, update, write_array
 from lit_clip.evaluation.confusions import confusion_counts, confusion_entries, write_confusions
 from lit_clip.evaluation.intervals import UnitScores
+from lit_clip.evaluation.thresholds import NONE
 from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.html import thumbnail, write_page
 

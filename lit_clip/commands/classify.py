@@ -8,19 +8,15 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar, NamedTuple, get_args
-
-import torch
-from torch import Tensor
+from typing import ClassVar, get_args
 
 from lit_clip import load_model
-from lit_clip.commands.class_examples import ExampleFiles, read_examples
-from lit_clip.commands.class_heads import LABEL_NEXT, Learned, Learning, learn, write_label_next
-from lit_clip.commands.class_output import NONE, Output, RankedClass, ranked, write_classes
+from lit_clip.commands.class_output import Output, RankedClass, ranked, write_classes
+from lit_clip.commands.class_sources import NAMES_ALONE, ClassOptions, ClassSource, Scores
 from lit_clip.commands.class_truth import NO_TRUTH, Judge, folder_names, folder_truth
-from lit_clip.embedding.encoding_task import Encoding, EncodingSettings, check_complete, report_skipped
+from lit_clip.embedding.encoding_task import Encoding, check_complete, report_skipped
 from lit_clip.embedding.image_files import FileRows, find_images
-from lit_clip.embedding.precision import autocast, check_precision
+from lit_clip.embedding.precision import check_precision
 from lit_clip.embedding.reading import (
     UnreadableRow,
     check_finite,
@@ -30,24 +26,13 @@ from lit_clip.embedding.reading import (
 )
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.class_metrics import metrics_typed
-from lit_clip.evaluation.zero_shot import check_templates, imagenet_templates, zero_shot_classifier
-from lit_clip.heads import Head, load_head, save_head
-from lit_clip.heads.examples import TEMPLATES
+from lit_clip.evaluation.zero_shot import check_templates, imagenet_templates
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.claims import claimed
-from lit_clip.tools.console import from_totals, progress, stderr
+from lit_clip.tools.console import stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.images import or_skip
 from lit_clip.tools.text_files import read_text
-
-
-class Scored(NamedTuple):
-    """Places of B files, the classes' probabilities ``[B, C]``, which show none, and unit features ``[B, D]``."""
-
-    rows: list[int]
-    probability: Tensor
-    none: Tensor
-    after: Tensor
 
 
 @dataclass(frozen=True)
@@ -66,7 +51,7 @@ class Known:
     sheet: str = "classify.html"
 
 
-ENCODING, KNOWN, LEARNING = Encoding(), Known(), Learning()
+ENCODING, KNOWN = Encoding(), Known()
 NO_LINES = (".json", ".yaml", ".yml")  # files in which names stand between other signs
 FEW = 20  # images in class folders that are shown unless --output is typed: the summary is what is read
 
@@ -81,7 +66,7 @@ def classify(
     output: Output | None = None,
     output_file: str | None = None,
     known: Known = KNOWN,
-    learning: Learning = LEARNING,
+    learning: ClassOptions = NAMES_ALONE,
     encoding: Encoding = ENCODING,
 ) -> None:
     """Classify images zero-shot, from class names, or with a head from examples.
@@ -113,59 +98,21 @@ def classify(
     prompts = imagenet_templates() if templates == ["imagenet"] else _lines(templates, "templates")
     check_templates(prompts)
     files = FileRows(find_images(images, encoding.on_error))
-    head = load_head(learning.head) if learning.head else None
-    own = head is None or tuple(templates) == TEMPLATES or prompts == head.facts.templates
-    require(own, f"--templates: {learning.head} was fitted with its own; leave them out")
-    examples = read_examples(learning.examples, typed, encoding.on_error) if learning.examples else None
-    names = head.facts.names if head else examples.names if examples else typed or folder_names(images, files)
+    source = learning.source(typed, prompts, encoding.on_error)
+    names = source.names or typed or folder_names(images, files)
     folders = [path for path in map(Path, images) if path.is_dir()]
     judge = Judge(files, names, folder_truth(files, names, folders), given)
     require(judge.known or known.sheet == Known.sheet, f"--sheet: {NO_TRUTH}")
-    sheet, saved = Path(known.sheet) if judge.known else None, _place(learning.save_head, "--save_head")
-    listed = [LABEL_NEXT, LABEL_NEXT.with_suffix(".html")] if learning.label_next else []
-    with claimed(target, sheet, saved, option="file"), claimed(*listed, option=""):
+    sheet = Path(known.sheet) if judge.known else None
+    with claimed(target, sheet, *source.saved, option="file"), claimed(*source.listed, option=""):
         clip = load_model(model).to(best_device())
-        classifier, learned = _classifier(clip, head, examples, names, prompts, learning, encoding)
-        answers = Answers(files, names, classifier.head, top_k, judge, keep=learning.label_next is not None)
+        source.begin(clip, names, prompts, encoding)
+        answers = Answers(files, names, source, top_k, judge)
         few = FEW if output is None and target is None and judge.known else None
         by_name: Output = next((kind for kind in get_args(Output) if target and target.suffix == f".{kind}"), "table")
-        answers.collect(classifier, output or by_name, target, few)
-        if learned:
-            _report(learned, learning, answers)
+        answers.collect(Classifier(clip, source, encoding), output or by_name, target, few)
+        source.report([files[row] for row in answers.rows], answers.kept)
         judge.finish(Path(known.sheet))
-
-
-def _classifier(
-    model: CLIP,
-    head: Head | None,
-    examples: ExampleFiles | None,
-    names: Sequence[str],
-    prompts: Sequence[str],
-    learning: Learning,
-    encoding: Encoding,
-) -> tuple["Classifier", Learned | None]:
-    """Return what classifies: a head, one that is fitted on examples and saved, or the names alone."""
-    if head:
-        head.check(model, f"--head {learning.head}")
-        return Classifier(model, None, encoding, head), None
-    by_name = Classifier.of(model, names, prompts, encoding)
-    if examples is None or by_name.weights is None:
-        return by_name, None
-    learned = learn(model, examples, prompts, by_name.weights, learning.none_error, EncodingSettings(**vars(encoding)))
-    if learning.save_head:
-        save_head(learned.head, learning.save_head)
-    return Classifier(model, None, encoding, learned.head), learned
-
-
-def _report(learned: Learned, learning: Learning, answers: "Answers") -> None:
-    """Say what a head costs on its examples, where it is, and which images to label next."""
-    learned.print_summary()
-    if learning.save_head:
-        stderr().print(f"head: {learning.save_head}")
-    if learning.label_next is not None:
-        files = [answers.files[row] for row in answers.rows]
-        probability, after = (torch.cat(parts) for parts in zip(*answers.kept, strict=True))
-        write_label_next(learning.label_next, files, probability, after, learned)
 
 
 def _place(name: str | None, option: str, suffix: str = "") -> Path | None:
@@ -177,33 +124,18 @@ def _place(name: str | None, option: str, suffix: str = "") -> Path | None:
 
 @dataclass
 class Classifier:
-    """Encodes images and compares them with classes; remembers the images that cannot be read."""
+    """Encodes images and scores them; remembers the images that cannot be read."""
 
     model: CLIP
-    weights: Tensor | None  # [D, C]
+    source: ClassSource
     encoding: Encoding
-    head: Head | None = None  # in place of the weights
     unreadable: list[UnreadableRow] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, model: CLIP, names: Sequence[str], prompts: Sequence[str], encoding: Encoding) -> "Classifier":
-        """Encode the prompts of the classes."""
-        if len(names) == 1 and model.logit_bias is None:
-            raise InputError(
-                f"--classes {names[0]}: a single class gets 100 % of every image; name what else it may be"
-            )
-        with (
-            autocast(model.device, encoding.precision),
-            progress("class prompts", len(names) * len(prompts)) as advance,
-        ):
-            weights = zero_shot_classifier(model, names, prompts, progress=from_totals(advance))
-        check_finite(weights, "--classes")
-        return cls(model, weights, encoding)
-
-    def scored(self, files: FileRows, title: str) -> Generator[Scored, None, None]:
-        """Yield the scores of one batch of files after the other, without those that are skipped."""
-        self.unreadable, settings = [], self.encoding
-        encode = (features_of_both_kinds if self.head else image_features)(self.model, settings.precision)
+    def scored(self, files: FileRows, title: str) -> Generator[tuple[list[int], Scores], None, None]:
+        """Yield the places and scores of one batch of files after the other, without those that are skipped."""
+        self.unreadable, settings, width = [], self.encoding, self.model.config.embed_dim
+        kind = features_of_both_kinds if self.source.both_kinds else image_features
+        encode = kind(self.model, settings.precision)
         batch_size, workers = settings.batch_size, settings.num_workers
         with closing(encoded_batches(self.model, files, batch_size, workers, encode=encode, title=title)) as batches:
             for batch, features in batches:
@@ -212,17 +144,8 @@ class Classifier:
                 self.unreadable += batch.unreadable
                 if batch.rows:
                     check_finite(features, files[batch.rows[0]].key)
-                    yield Scored(batch.rows, *(each.detach().cpu() for each in self._scores(features)))
-
-    def _scores(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return probabilities ``[B, C]``, which images show none of the classes, and unit features ``[B, D]``."""
-        if self.head is None:
-            assert self.weights is not None
-            none = torch.zeros(len(features), dtype=torch.bool)
-            return class_probabilities(self.model, features, self.weights), none, features
-        head, (before, after) = self.head.to(features.device), _kinds(self.model, features)
-        logits = head(before, after)
-        return head.probabilities(logits), head.none_of(logits), after
+                    found = self.source.scores(features[:, :-width], features[:, -width:])
+                    yield batch.rows, Scores(*(each.detach().cpu() for each in found))
 
 
 @dataclass
@@ -231,27 +154,20 @@ class Answers:
 
     files: FileRows
     names: Sequence[str]
-    head: Head | None
+    source: ClassSource
     top_k: int
     judge: Judge
-    keep: bool  # whether probabilities and features are kept
     classes: dict[str, list[RankedClass]] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)  # of the images that are classified
-    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    kept: list[Scores] = field(default_factory=list)
     none: int = 0  # number of images that show none of the classes
 
     def collect(self, classifier: Classifier, output: Output, path: Path | None, few: int | None) -> None:
         """Classify all images and write the answers, or those of the first ``few``; after Ctrl-C what is done, too."""
-        above = self.head.thresholds.cpu() if self.head and self.head.facts.several else None
         try:
             with closing(classifier.scored(self.files, "images")) as batches:
-                for scored in batches:
-                    keys, none = (self.files[row].key for row in scored.rows), scored.none.tolist()
-                    found = ranked(scored.probability, none, self.names, self.top_k, above)
-                    self.classes |= zip(keys, found, strict=True)
-                    self.judge.add(scored.rows, scored.probability, none)
-                    self.rows, self.none = self.rows + scored.rows, self.none + sum(none)
-                    self.kept += [(scored.probability, scored.after)] * self.keep
+                for rows, scores in batches:
+                    self._add(rows, scores)
         except KeyboardInterrupt:
             kept = path.with_name(f"{path.name}.partial") if path else None
             write_classes(self.classes, output, kept)
@@ -263,20 +179,23 @@ class Answers:
             stderr().print(
                 f"the first {few} of {len(self.classes):,} images; --output table shows all", highlight=False
             )
-        if self.head and (self.head.facts.several or self.head.facts.none is not None):
-            stderr().print(f"{NONE}: {self.none:,} of {len(self.classes):,} images", highlight=False)
-        elif self.head:
-            stderr().print(f"{NONE}: not said; the head was fitted on too few examples for it", highlight=False)
+        if summary := self.source.summary(self.none, len(self.classes)):
+            stderr().print(summary, highlight=False)
         if path:
             keys = [file.key for file in self.files]
             report_skipped(keys, classifier.unreadable, path.with_name(f"{path.name}.skipped.txt"))
         for bad in () if path else classifier.unreadable:
             stderr().print(f"skipped: {bad.message}")
 
-
-def _kinds(model: CLIP, features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return features before the projection and after it, from :func:`features_of_both_kinds`."""
-    return features[:, : -model.config.embed_dim], features[:, -model.config.embed_dim :]
+    def _add(self, rows: list[int], scores: Scores) -> None:
+        none = scores.none.tolist()
+        found = ranked(scores.probability, none, self.names, self.top_k, self.source.above)
+        self.classes |= zip((self.files[row].key for row in rows), found, strict=True)
+        self.judge.add(rows, scores.probability, none)
+        self.rows += rows
+        self.none += sum(none)
+        if self.source.keeps:
+            self.kept.append(scores)
 
 
 def _lines(words: Sequence[str], option: str) -> list[str]:
@@ -309,12 +228,3 @@ def read_classes(words: Sequence[str]) -> list[str]:
         listed = ", ".join(map(repr, duplicates.values()))
         raise InputError(f"--classes: named more than once: {listed}; an image has one best class, name each once")
     return names
-
-
-def class_probabilities(model: CLIP, features: Tensor, classifier: Tensor) -> Tensor:
-    """Return the probabilities ``[B, C]`` from unit features ``[B, D]`` and a classifier ``[D, C]``.
-
-    Softmax over the classes, as in the paper; with a ``logit_bias`` (SigLIP) a sigmoid for each class.
-    """
-    logits = model.logit_scale.exp() * (features @ classifier)
-    return logits.softmax(dim=1) if model.logit_bias is None else (logits + model.logit_bias).sigmoid()

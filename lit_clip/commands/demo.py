@@ -6,12 +6,12 @@ import socket
 from pathlib import Path
 
 from lit_clip import load_model
+from lit_clip.commands.class_sources import NO_HEAD, HeadOptions
 from lit_clip.commands.demo_trial import Trial
 from lit_clip.commands.search import Searched, holds_features, read_searched, search_in
 from lit_clip.embedding.encoding_task import EncodingSettings
 from lit_clip.embedding.image_files import images_in
 from lit_clip.errors import InputError, require
-from lit_clip.heads import load_head
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.images import OnError
@@ -25,7 +25,7 @@ def demo(
     port: int = 7860,
     index: str | None = None,
     on_error: OnError = "error",
-    head: str | None = None,
+    head: HeadOptions = NO_HEAD,
 ) -> None:
     """Try a model in a browser: classify an image, see where it shows texts, search a folder.
 
@@ -51,7 +51,7 @@ def demo(
     path = Path(images) if images is not None else None
     stored = path is not None and holds_features(path, index, "32-true")
     files = images_in(path, on_error) if path and not stored else []
-    classes = load_head(head) if head else None
+    classes = head.opened()
     with _listening(host, port) as listening:
         clip = load_model(model)
         if path is None:
@@ -63,7 +63,7 @@ def demo(
         clip = clip.to(best_device())
         from lit_clip.commands.demo_server import serve, web_app  # of the extra, which need not be installed
 
-        app = web_app(Trial(clip, searched, classes.on(clip) if classes else None), model, host)
+        app = web_app(Trial(clip, searched, clip.with_head(classes) if classes else None), model, host)
         shown = f"[{host}]" if ":" in host else host
         stderr().print(f"demo: http://{shown}:{listening.getsockname()[1]} (Ctrl-C ends it)")
         serve(app, listening)

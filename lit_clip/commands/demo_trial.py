@@ -3,16 +3,15 @@
 import re
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from PIL import Image
 
-from lit_clip.commands.classify import class_probabilities
+from lit_clip.commands.class_sources import class_probabilities
 from lit_clip.commands.search import Searched, encode_queries, small_image
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, imagenet_templates, zero_shot_classifier
-from lit_clip.heads import HeadedModel
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.images import image_size, open_image
 from lit_clip.tools.untrusted import shortened
@@ -25,9 +24,9 @@ Source = Path | BinaryIO | None  # of an image: its bytes on the page
 
 
 class Trial:
-    """Functions of the page: a model, the images to search, if any, and the model with a head."""
+    """Functions of the page: a model, the images to search, if any, and what the model's ``with_head`` returned."""
 
-    def __init__(self, model: CLIP, searched: Searched | None = None, headed: HeadedModel | None = None) -> None:
+    def __init__(self, model: CLIP, searched: Searched | None = None, headed: Any = None) -> None:
         self.model, self.searched, self.headed = model, searched, headed
         # The next image mostly has the same classes.
         self._classifier = lru_cache(maxsize=8)(partial(zero_shot_classifier, model))
@@ -55,7 +54,6 @@ class Trial:
 
     def own_classes(self, image: Source = None) -> dict[str, float]:
         """Return the probability of each class of the head, as ``lit-clip classify --head`` does."""
-        assert self.headed is not None
         probabilities = self.headed.classify([image_of(image)])
         return dict(zip(self.headed.head.facts.names, probabilities[0].tolist(), strict=True))
 

@@ -8,6 +8,7 @@ from typing import Any, ClassVar, get_args
 import torch
 
 from lit_clip import distributed, load_model
+from lit_clip.commands.class_sources import NO_HEAD, HeadOptions
 from lit_clip.embedding.encode import claimed_by_first
 from lit_clip.embedding.encoding_task import EncodingSettings
 from lit_clip.embedding.precision import Precision, check_precision
@@ -24,7 +25,6 @@ from lit_clip.evaluation.results import Results, provenance
 from lit_clip.evaluation.run import EvaluationRun
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import TASKS, SuiteEntry, Task, read_suite
-from lit_clip.heads import load_head
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.console import stderr
@@ -101,9 +101,9 @@ def evaluate(
     metrics: list[str] | None = None,
     compare: list[str] | None = None,
     cache: str | None = None,
+    head: HeadOptions = NO_HEAD,
     encoding: Encoding = ENCODING,
     examples: Examples = EXAMPLES,
-    head: str | None = None,
     download: bool = False,
 ) -> None:
     """Evaluate a model on a suite of sets: zero-shot, linear probe, few-shot, retrieval, caption choice, segmentation.
@@ -132,17 +132,17 @@ def evaluate(
         download: first download the missing sets that torchvision or the Hugging Face hub has.
     """
     check_precision(encoding.precision, encoding.accelerator)
-    wanted, options = _tasks(tasks, head), examples.options(metrics)
-    entries = _chosen(_with_head(read_suite(suite)) if head else read_suite(suite), sets, wanted)
+    wanted, options = _tasks(tasks, head.path), examples.options(metrics)
+    entries = _chosen(_with_head(read_suite(suite)) if head.path else read_suite(suite), sets, wanted)
     others = other_runs(compare or [], Path(output))
     clip, out = load_model(model), Path(output)
-    options = replace(options, head=_head(head, clip) if head else None)
+    options = replace(options, head=_checked_head(head, clip))
     make_folder(out, "--output")
     store = FeatureStore(clip, Path(cache) if cache else out / "cache", encoding.settings())
     run = EvaluationRun(clip, store, Path(data_root), Results(out), options, wanted)
     source = provenance(model, clip, store.fingerprint, encoding.precision, suite)
-    if head:
-        source |= {"head": {"path": head, "sha256": options.head.sha256 if options.head else ""}}
+    if options.head:
+        source |= {"head": {"path": head.path, "sha256": options.head.sha256}}
     with claimed_by_first(out, encoding.settings()):
         run.evaluate(entries, download)
         if not distributed.rank_and_world()[0]:
@@ -157,10 +157,12 @@ def _print_downloads(found: Mapping[str, Mapping[str, Any]], entries: Mapping[st
         stderr().print(f"{len(missing)} of the missing sets can be downloaded with --download")
 
 
-def _head(path: str, clip: CLIP) -> ClassHead:
-    found = load_head(path)
-    found.check(clip, path)
-    return ClassHead(found.facts.names, found, found.facts.several, sha256_of_file(Path(path)))
+def _checked_head(head: HeadOptions, clip: CLIP) -> ClassHead | None:
+    found = head.opened()
+    if found is None:
+        return None
+    found.check(clip, head.path)
+    return ClassHead(found.facts.names, found, found.facts.several, sha256_of_file(Path(head.path)))
 
 
 def _with_head(entries: Mapping[str, SuiteEntry]) -> dict[str, SuiteEntry]:
@@ -197,7 +199,7 @@ def _chosen(
     return chosen
 
 
-def _tasks(names: Sequence[str] | None, head: str | None) -> tuple[Task, ...]:
+def _tasks(names: Sequence[str] | None, head: str) -> tuple[Task, ...]:
     unknown = [name for name in names or [] if name not in get_args(Task)]
     require(not unknown, f"--tasks: there is no {', '.join(unknown)}; there are {', '.join(TASKS)}")
     require(bool(head) or "head" not in (names or ()), "--tasks head: needs --head, a file of classify --save_head")

@@ -4,12 +4,13 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from rich.filesize import decimal
 from rich.table import Table
 
+from lit_clip.commands.class_sources import NO_HEAD, HeadOptions
 from lit_clip.errors import InputError, require
-from lit_clip.heads import Head, load_head
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing_folder
 from lit_clip.tools.claims import claimed
@@ -43,7 +44,7 @@ def export(
     push: str | None = None,
     private: bool = False,
     dtype: OnnxDType = "float32",
-    head: str | None = None,
+    head: HeadOptions = NO_HEAD,
 ) -> None:
     """Write a model in another tool's format, and check that it computes the same there.
 
@@ -62,8 +63,8 @@ def export(
     """
     folder = Path(output)
     check_onnx_dtype(dtype, format)
-    require(head is None or format == "onnx", f"--head {head}: only onnx files hold a head; give --format onnx")
-    classes = load_head(head) if head is not None else None
+    require(not head.path or format == "onnx", f"--head {head.path}: only onnx files hold a head; give --format onnx")
+    classes = head.opened()
     if format == "onnx":
         check_onnx_packages()
     check_free(folder)
@@ -74,7 +75,7 @@ def export(
         original = load_model(model)
         source = source_of(model)
         if classes:
-            classes.check(original, f"--head {head}")
+            classes.check(original, f"--head {head.path}")
         advance(1)
         with (
             replacing_folder(folder) as draft,
@@ -113,7 +114,7 @@ def write_checked(
     draft: Path,
     advance: Callable[[int], object],
     dtype: OnnxDType = "float32",
-    head: Head | None = None,
+    head: Any = None,
 ) -> Parity:
     """Write the model into a folder, open it with the other tool and compare."""
     target = FORMATS[format]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lit_clip.errors import require
 
+NONE = "none of these"  # what an image may be called that shows none of the classes
 FIXED = 0.5  # threshold on a probability that is not fitted
 FOLDS = 5
 

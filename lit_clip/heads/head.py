@@ -15,14 +15,13 @@ from torch import Tensor, nn
 
 from lit_clip.embedding.reading import check_finite
 from lit_clip.errors import InputError, require
+from lit_clip.evaluation.thresholds import NONE
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
 from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.tools.images import open_image
 from lit_clip.tools.untrusted import Finite
 from lit_clip.weights.fingerprint import fingerprint
-
-NONE = "none of these"  # what an image may be called that shows none of a head's classes
 
 
 def check_names(names: Sequence[str], where: str) -> None:

@@ -20,13 +20,14 @@ import pytest
 import torch
 from PIL import Image
 
-import lit_clip.commands.classify
+import lit_clip.commands.class_sources
 import lit_clip.models.flops
 from lit_clip import list_models, load_model
 from lit_clip.cli.main import main
 from lit_clip.cli.plain_help import COMMON
 from lit_clip.cli.subcommands import COMMANDS, command_parser, run_command
-from lit_clip.commands.classify import class_probabilities, classify, read_classes
+from lit_clip.commands.class_sources import class_probabilities
+from lit_clip.commands.classify import classify, read_classes
 from lit_clip.commands.evaluate import evaluate
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
@@ -345,7 +346,7 @@ def test_ctrl_c_keeps_the_finished_rows(
             raise KeyboardInterrupt
         return class_probabilities(*arguments)  # pyright: ignore[reportArgumentType]
 
-    monkeypatch.setattr(lit_clip.commands.classify, "class_probabilities", interrupted_in_the_third_batch)
+    monkeypatch.setattr(lit_clip.commands.class_sources, "class_probabilities", interrupted_in_the_third_batch)
     options = ["--model", str(tiny_checkpoint), "--classes", "a", "b", "--output", "csv", "--top_k", "1"]
     options += ["--batch_size", "2", "--num_workers", "0"] + (["--output_file", "rows.csv"] if to_file else [])
     code, output, error = exit_of("classify", str(tmp_path), *options)

@@ -17,6 +17,7 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_m
 
 from lit_clip import zero_shot_classifier
 from lit_clip.cli.subcommands import run_command
+from lit_clip.commands.class_sources import ClassSource
 from lit_clip.commands.class_truth import folder_truth
 from lit_clip.commands.classify import Classifier, Encoding, read_classes
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
@@ -144,8 +145,10 @@ def test_copies_with_one_class_are_examples(root: Path, capsys: pytest.CaptureFi
 def test_scores_hold_no_graph_of_the_model(root: Path) -> None:
     write_folders(root / "photos", "test", 8)
     model, files = make_module().model.eval(), FileRows(images_in(root / "photos"))
-    classifier = Classifier.of(model, NAMES, ["{}"], Encoding(num_workers=0))
-    assert not any(each.requires_grad for scored in classifier.scored(files, "") for each in scored[1:])
+    encoding, source = Encoding(num_workers=0), ClassSource()
+    source.begin(model, NAMES, ["{}"], encoding)
+    classifier = Classifier(model, source, encoding)
+    assert not any(each.requires_grad for _, scores in classifier.scored(files, "") for each in scores)
 
 
 def test_images_of_no_class_are_not_counted_and_flat_folders_are_not_judged(

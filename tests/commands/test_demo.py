@@ -18,6 +18,7 @@ from lit_clip.cli.subcommands import run_command
 from lit_clip.commands.demo import demo, shown_below
 from lit_clip.commands.demo_locate import Tab
 from lit_clip.commands.demo_trial import LONGEST_PROMPT, SHOWN, Trial
+from lit_clip.commands.head_option import HeadFile
 from lit_clip.commands.search import Searched, read_searched
 from lit_clip.errors import InputError
 from lit_clip.evaluation.zero_shot import imagenet_templates
@@ -40,7 +41,7 @@ def test_without_the_extra_one_line_says_what_to_install(monkeypatch: pytest.Mon
         ({"index": "a.npz"}, "--index a.npz: belongs to --images"),
         ({"images": "photos", "index": "a"}, "--index a: must be a .npz file"),
         ({"images": "nowhere"}, "nowhere: no such folder"),
-        ({"head": "a.safetensors"}, "a.safetensors: no such head file"),
+        ({"head": HeadFile("a.safetensors")}, "a.safetensors: no such head file"),
         ({"port": 70_000}, "--port 70000: must be from 0 to 65535"),
         ({"port": "taken"}, "cannot listen there (Address already in use); set another"),
     ],

@@ -15,6 +15,7 @@ from torch.nn.functional import normalize
 
 from lit_clip import CLIP, zero_shot_classifier
 from lit_clip.commands.export import export
+from lit_clip.commands.head_option import HeadFile
 from lit_clip.errors import InputError
 from lit_clip.evaluation.class_head import fit_head
 from lit_clip.heads import Head, head_from_images, load_head, save_head
@@ -128,7 +129,7 @@ def test_onnx_holds_the_head(model: CLIP, head: Head, tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, tmp_path / "last.ckpt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lit_clip.commands.export.load_model", lambda name: model)
-        words = {"output": str(tmp_path / "out"), "head": str(tmp_path / "head.safetensors")}
+        words: Any = {"output": str(tmp_path / "out"), "head": HeadFile(str(tmp_path / "head.safetensors"))}
         with pytest.raises(InputError, match="--head .*: only onnx files hold a head; give --format onnx"):
             export(str(tmp_path / "last.ckpt"), format="open_clip", **words)
         export(str(tmp_path / "last.ckpt"), format="onnx", **words)

@@ -1,0 +1,24 @@
+"""The option of ``evaluate``, ``export`` and ``demo`` that names the file of a head."""
+
+from dataclasses import dataclass
+
+from lit_clip.commands.class_sources import HeadOptions
+from lit_clip.heads import Head, load_head
+
+
+@dataclass(frozen=True)
+class HeadFile(HeadOptions):
+    """A head from a file.
+
+    Args:
+        head: a file of classify --save_head, of this model, whose classes are evaluated, exported or tried as well.
+    """
+
+    head: str | None = None
+
+    @property
+    def path(self) -> str:  # pyright: ignore
+        return self.head or ""
+
+    def opened(self) -> Head | None:
+        return load_head(self.path) if self.head is not None else None
