@@ -38,7 +38,7 @@ CAPABILITIES = {
         [("--help", "  index "), ("search --help", "no such text")],
     ),
     "heads": Capability(
-        [f"lit_clip/commands/{name}.py" for name in ("class_examples", "class_heads", "head_option")],
+        [f"lit_clip/commands/{name}.py" for name in ("class_heads", "head_option")],
         {
             "lit_clip/cli/subcommands.py": [
                 (

@@ -152,6 +152,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
         shutil.copy(image, here / "labelled" / name / f"{number}.png")
         with (here / "labelled.csv").open("a") as table:
             table.write(f"labelled/{name}/{number}.png,{name};pizza\n")
+    (here / "attributes.yaml").write_text("colour: [red, blue]\nmaterial: [wool, leather]\n")
+    attributes = [
+        f"photos/{image.name},{('red', 'blue')[number % 2]},{('wool', 'leather')[number // 2 % 2]}"
+        for number, image in enumerate(sorted((here / "photos").iterdir())[:40])
+    ]
+    (here / "attributes.csv").write_text("\n".join(["image,colour,material", *attributes]))
     features = pa.table({"key": ["pizza.png"], "feature": [[0.6, 0.8]]})  # as `embed` writes them
     pq.write_table(features, here / "features.parquet")
     scores = {"score": [0.2, 0.4, 0.1], "decision": ["keep", "keep", "drop"]}  # as `score` writes them, among others

@@ -14,7 +14,7 @@ from torch import Tensor
 from lit_clip.commands.class_truth import folder_names, folder_truth
 from lit_clip.embedding.image_files import FileRows, ImageFile, image_file, images_in
 from lit_clip.errors import InputError, listed, require
-from lit_clip.heads.head import check_names
+from lit_clip.evaluation.thresholds import check_names
 from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.tools.images import OnError
 from lit_clip.tools.reading import reading
@@ -22,6 +22,7 @@ from lit_clip.tools.text_files import from_cell, read_text
 
 TABLES = {".csv": ",", ".tsv": "\t"}
 SEPARATOR = ";"  # of an image's classes in a table
+CLASSES = "classes"  # the column of an image's classes in a table
 TOO_MANY = f"more cells than the head has names; put {SEPARATOR} between an image's classes, in one cell"
 MOST = 2**26  # relevance of examples
 
@@ -38,14 +39,22 @@ class ExampleFiles(NamedTuple):
     place: Path
 
 
-def read_examples(path: str, names: Sequence[str] | None, on_error: OnError) -> ExampleFiles:
+def read_examples(
+    path: str, names: Sequence[str] | None, on_error: OnError, column: str = CLASSES, option: str = "--examples"
+) -> ExampleFiles:
     """Return the images of class folders, or of a table with the columns ``image`` and ``classes``.
 
     Without ``names`` the classes are the folder's subfolders, or those of the table in their order. As soon as an
     image of a table has two classes, images may have several; otherwise one without a class shows none of them.
+    Another ``column`` is that of a group of classes, of which an image has one.
     """
-    found = _table(Path(path), names) if Path(path).suffix.lower() in TABLES else _folder(path, names, on_error)
-    check_names(found.names, f"--examples {path}")
+    where = f"{option} {path}".strip()
+    if Path(path).suffix.lower() in TABLES:
+        found = _table(Path(path), names, column, option, where)
+    else:
+        require(column == CLASSES, f"{where}: groups need a .csv or .tsv table with a column for each")
+        found = _folder(path, names, on_error)
+    check_names(found.names, where)
     _check_copies(found, path)
     return found
 
@@ -74,39 +83,39 @@ def _folder(path: str, names: Sequence[str] | None, on_error: OnError) -> Exampl
     return ExampleFiles(FileRows(files), torch.tensor(labels), found, Path(path))
 
 
-def _table(path: Path, names: Sequence[str] | None) -> ExampleFiles:
-    text = io.StringIO(read_text(path, "--examples"))
-    with reading(path, "table", "--examples"):
+def _table(path: Path, names: Sequence[str] | None, column: str, option: str, where: str) -> ExampleFiles:
+    text = io.StringIO(read_text(path, option))
+    with reading(path, "table", option):
         reader = csv.DictReader(text, delimiter=TABLES[path.suffix.lower()])
         found = reader.fieldnames or []
         rows = [(reader.line_num, row) for row in reader]
-    lacking = [column for column in ("image", "classes") if column not in found]
-    require(
-        not lacking, f"--examples {path}: has no column {' and '.join(lacking)}; there are {listed(found) or 'none'}"
-    )
-    require(len(set(found)) == len(found), f"--examples {path}: two columns have the same name")
+    lacking = [name for name in ("image", column) if name not in found]
+    require(not lacking, f"{where}: has no column {' and '.join(lacking)}; there are {listed(found) or 'none'}")
+    require(len(set(found)) == len(found), f"{where}: two columns have the same name")
     images = [from_cell(row["image"] or "") for _, row in rows]
-    words_of = [from_cell(row["classes"] or "").split(SEPARATOR) for _, row in rows]
+    words_of = [from_cell(row[column] or "").split(SEPARATOR) for _, row in rows]
     split = [[word.strip() for word in words if word.strip()] for words in words_of]
     names = list(names or {word.casefold(): word for words in reversed(split) for word in reversed(words)}.values())
     places = {name.casefold(): place for place, name in enumerate(names)}
     files, relevant = dict[str, Path](), list[list[int]]()
     for (number, row), image, words in zip(rows, images, split, strict=True):
-        require(not any(row.get(None) or ()), f"--examples {path}: line {number}: {TOO_MANY}")
+        require(not any(row.get(None) or ()), f"{where}: line {number}: {TOO_MANY}")
         unknown = [word for word in words if word.casefold() not in places]
-        require(not unknown, f"--examples {path}: line {number}: {listed(unknown)} is not among --classes")
-        require(bool(image), f"--examples {path}: line {number}: names no image")
+        require(not unknown, f"{where}: line {number}: {listed(unknown)} is not among --classes")
+        one = column == CLASSES or len(words) <= 1
+        require(one, f"{where}: line {number}: {column}: {listed(words)}; name one, as an image has one of a group")
+        require(bool(image), f"{where}: line {number}: names no image")
         image = os.path.normpath(image)
         again = f"{image} is there twice; write one line with all its classes"
-        require(image not in files, f"--examples {path}: line {number}: {again}")
+        require(image not in files, f"{where}: line {number}: {again}")
         files[image] = path.parent / image
         relevant.append([places[word.casefold()] for word in words])
-    require(bool(files), f"--examples {path}: the table is empty")
-    most = f"--examples {path}: {len(files):,} images of {len(names):,} classes are too many; give fewer"
+    require(bool(files), f"{where}: the table is empty")
+    most = f"{where}: {len(files):,} images of {len(names):,} classes are too many; give fewer"
     require(len(files) * len(names) <= MOST, most)
     if all(len(set(classes)) <= 1 for classes in relevant):
         labels = torch.tensor([classes[0] if classes else -1 for classes in relevant])
-        require(bool((labels >= 0).any()), f"--examples {path}: no image has a class")
+        require(bool((labels >= 0).any()), f"{where}: no image has a class")
     else:
         labels = torch.zeros(len(files), len(names), dtype=torch.int8)
         for number, classes in enumerate(relevant):

@@ -2,7 +2,7 @@
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,13 +73,20 @@ class Learning(ClassOptions):
         require(path.suffix == ".safetensors", f"--save_head {path}: must be a .safetensors file")
         require(path.absolute().parent.is_dir(), f"--save_head {path}: there is no such folder")
 
-    def source(self, classes: Sequence[str] | None, prompts: Sequence[str], on_error: OnError) -> ClassSource:
+    def source(
+        self, classes: Sequence[str] | None, prompts: Sequence[str], on_error: OnError, group: str = ""
+    ) -> ClassSource:
         """Return the head's classes, or those of the examples."""
         if self.head:
             return _OfFile(self.head, prompts)
-        if self.examples:
+        if not self.examples:
+            return ClassSource()
+        if not group:
             return _OfExamples(self, read_examples(self.examples, classes, on_error))
-        return ClassSource()
+        require(self.label_next is None, "--label_next: lists images for one head; name the classes of one group")
+        path = Path(self.save_head).with_stem(f"{Path(self.save_head).stem}_{group}") if self.save_head else None
+        own = replace(self, save_head=str(path) if path else None)
+        return _OfExamples(own, read_examples(self.examples, classes, on_error, group), group)
 
 
 class _OfFile(ClassSource):
@@ -112,8 +119,9 @@ class _OfFile(ClassSource):
 class _OfExamples(_OfFile):
     """The classes of examples, on which a head is fitted."""
 
-    def __init__(self, options: Learning, examples: ExampleFiles) -> None:
+    def __init__(self, options: Learning, examples: ExampleFiles, group: str = "") -> None:
         self.options, self.examples, self.names = options, examples, examples.names
+        self.group = group
         self.keeps = options.label_next is not None
         self.saved = [Path(options.save_head)] if options.save_head else []
         self.listed = [LABEL_NEXT, LABEL_NEXT.with_suffix(".html")] if self.keeps else []
@@ -128,6 +136,8 @@ class _OfExamples(_OfFile):
 
     def report(self, files: Sequence[ImageFile], kept: Sequence[Scores]) -> None:
         """Say what the head costs on its examples, where it is, and which images to label next."""
+        if self.group:
+            stderr().print(f"{self.group}:", highlight=False)
         for each in self.learned.summary:
             stderr().print(each, highlight=False, soft_wrap=isinstance(each, str))
         for path in self.saved:

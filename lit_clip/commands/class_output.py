@@ -3,7 +3,9 @@
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -19,14 +21,20 @@ Output = Literal["table", "csv", "json"]
 
 
 class RankedClass(NamedTuple):
-    """A class and its probability; :data:`NONE` has no probability."""
+    """A class and its probability, and the group that it is of; :data:`NONE` has no probability."""
 
     name: str
     probability: float | None
+    group: str = ""
 
 
 def ranked(
-    probability_BC: Tensor, none_B: Sequence[bool], names: Sequence[str], top_k: int, above_C: Tensor | None = None
+    probability_BC: Tensor,
+    none_B: Sequence[bool],
+    names: Sequence[str],
+    top_k: int,
+    above_C: Tensor | None = None,
+    group: str = "",
 ) -> list[list[RankedClass]]:
     """Return the classes of each image of a batch, the most probable first, after :data:`NONE` where it is.
 
@@ -37,8 +45,8 @@ def ranked(
     for values, places, none in zip(best.values.tolist(), best.indices.tolist(), none_B, strict=True):
         pairs = zip(values, places, strict=True)
         shown = [(value, place) for value, place in pairs if above_C is None or value >= above_C[place]]
-        classes = [RankedClass(str(names[place]), value) for value, place in shown]
-        found.append([RankedClass(NONE, None)] * none + classes)
+        classes = [RankedClass(str(names[place]), value, group) for value, place in shown]
+        found.append([RankedClass(NONE, None, group), *classes] if none else classes)
     return found
 
 
@@ -61,36 +69,48 @@ def write_classes(classes_of: dict[str, list[RankedClass]], output: Output, path
         write_results(text.getvalue())
 
 
+def _numbered(best: Sequence[RankedClass]) -> Iterator[tuple[int, RankedClass]]:
+    """Yield an image's classes with their rank, in their group."""
+    for _, classes in groupby(best, key=attrgetter("group")):
+        yield from enumerate(classes, start=1)
+
+
+def _grouped(classes_of: dict[str, list[RankedClass]]) -> bool:
+    return any(each.group for best in classes_of.values() for each in best)
+
+
 def _table(classes_of: dict[str, list[RankedClass]]) -> Table:
-    table = Table("image", "class")
+    grouped = _grouped(classes_of)
+    table = Table("image", *(["group"] if grouped else []), "class")
     table.add_column("probability", justify="right")
     for key, best in classes_of.items():
-        for i, prediction in enumerate(best):
+        for i, (rank, each) in enumerate(_numbered(best)):
             image = Text(key if i == 0 else "", overflow="fold")
-            table.add_row(image, Text(prediction.name), percent(prediction.probability))
+            group = [Text(each.group if rank == 1 else "")] if grouped else []
+            table.add_row(image, *group, Text(each.name), percent(each.probability))
     return table
 
 
 def _as_csv(classes_of: dict[str, list[RankedClass]]) -> str:
-    text = io.StringIO()
-    names = (*classes_of, *(name for best in classes_of.values() for name, _ in best))
+    text, grouped = io.StringIO(), _grouped(classes_of)
+    names = (*classes_of, *(each.name for best in classes_of.values() for each in best))
     bare = any("\r" in name for name in names)  # which the writer quotes only where it ends lines
     writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if bare else csv.QUOTE_MINIMAL)
-    writer.writerow(["image", "rank", "class", "probability"])
+    writer.writerow(["image", *(["group"] if grouped else []), "rank", "class", "probability"])
     for key, best in classes_of.items():
-        writer.writerows(
-            [no_formula(key), rank, no_formula(name), "" if value is None else f"{value:.6f}"]
-            for rank, (name, value) in enumerate(best, start=1)
-        )
+        for rank, each in _numbered(best):
+            group = [no_formula(each.group)] if grouped else []
+            value = "" if each.probability is None else f"{each.probability:.6f}"
+            writer.writerow([no_formula(key), *group, rank, no_formula(each.name), value])
     return text.getvalue()
 
 
 def _as_json(classes_of: dict[str, list[RankedClass]]) -> str:
-    rows = [
-        {"image": key, "classes": [{"class": name, "probability": value and round(value, 6)} for name, value in best]}
-        for key, best in classes_of.items()
-    ]
-    return json_text(rows)
+    def entry(each: RankedClass) -> dict[str, Any]:
+        group = {"group": each.group} if each.group else {}
+        return {**group, "class": each.name, "probability": each.probability and round(each.probability, 6)}
+
+    return json_text([{"image": key, "classes": [entry(each) for each in best]} for key, best in classes_of.items()])
 
 
 def json_text(value: Any) -> str:

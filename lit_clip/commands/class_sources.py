@@ -86,27 +86,27 @@ def class_probabilities(model: CLIP, features: Tensor, classifier: Tensor) -> Te
 
 
 class ClassOptions:
-    """Options of classes that are more than names."""
+    """Options of classes that are more than names; here none."""
 
     flat = True  # options are typed without its name
 
     def check(self, classes: Sequence[str] | None) -> None:
         """Raise :class:`InputError` for options that do not belong together, before anything is read."""
 
-    def source(self, classes: Sequence[str] | None, prompts: Sequence[str], on_error: OnError) -> ClassSource:
-        """Return the source of the classes; ``classes`` and ``prompts`` are those typed."""
+    def source(
+        self, classes: Sequence[str] | None, prompts: Sequence[str], on_error: OnError, group: str = ""
+    ) -> ClassSource:
+        """Return the source of the classes, or of those of a group; ``classes`` and ``prompts`` are those typed."""
         return ClassSource()
 
-
-class HeadOptions:
-    """Options of a command that takes a head from a file."""
-
-    flat = True  # options are typed without its name
-    path = ""  # of the file
+    @property
+    def path(self) -> str:
+        """The file of a head; empty if none is named."""
+        return ""
 
     def opened(self) -> Any:
-        """Return the head in the file, a :class:`lit_clip.heads.Head`, or None."""
+        """Return the head in the file, a :class:`lit_clip.heads.Head`; None if none is named."""
         return None
 
 
-NAMES_ALONE, NO_HEAD = ClassOptions(), HeadOptions()
+NAMES_ALONE = ClassOptions()

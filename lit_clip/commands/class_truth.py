@@ -68,13 +68,14 @@ def folder_truth(files: Sequence[ImageFile], names: Sequence[str], folders: Sequ
 class Judge:
     """Compares the answers with the truth, batch by batch, and says how good they are.
 
-    ``truth`` is each file's class, -1 for none; ``given`` are metrics of torchmetrics.
+    ``truth`` is each file's class, -1 for none; ``given`` are metrics of torchmetrics; ``group`` is the classes'.
     """
 
     files: Sequence[ImageFile]
     names: Sequence[str]
     truth: Sequence[int]
     given: Mapping[str, Any]
+    group: str = ""
     rows: list[int] = field(default_factory=list)  # of the files that are judged
     prediction: list[int] = field(default_factory=list)  # -1: none of the classes
     probability: list[tuple[float, float]] = field(default_factory=list)  # of the best class and of the true one
@@ -110,6 +111,8 @@ class Judge:
         """Print accuracy, confusions and metrics, and write the page and the files beside it."""
         if not self.rows:
             return
+        if self.group:
+            page = page.with_stem(f"{page.stem}_{self.group}")
         truth, prediction = np.array([self.truth[row] for row in self.rows]), np.array(self.prediction)
         computed, stem = compute(self._metrics), page.with_suffix("")
         counts = confusion_counts(truth, prediction, len(self.names))
@@ -117,11 +120,14 @@ class Judge:
         for name, value in computed.arrays.items():
             write_array(stem.with_name(f"{stem.name}_{name}"), value, self.names)
         lines = self._lines(truth, prediction, computed)
+        title = f"{self.group}: " if self.group else ""
         for line in lines:
-            stderr().print(line, highlight=False, soft_wrap=True)
+            stderr().print(f"{title}{line}", highlight=False, soft_wrap=True)
         found = confusion_entries(truth, prediction, self.names)
         for first, other, count in found["confusions"][:3]:
-            stderr().print(f"confused: {first} taken for {other}, {count} times", highlight=False, soft_wrap=True)
+            stderr().print(
+                f"{title}confused: {first} taken for {other}, {count} times", highlight=False, soft_wrap=True
+            )
         wrong = (truth != prediction).nonzero()[0].tolist()
         wrong.sort(key=lambda number: -self.probability[number][0])
         write_page(
@@ -153,8 +159,9 @@ class Judge:
         ]
         if (prediction < 0).any():
             lines.append(f"called {NONE}: {percent(float((prediction < 0).mean()))} of them")
+        unknown = "without a class in the table" if self.group else "in no folder that is named like a class"
         if self.elsewhere:
-            lines.append(f"not counted: {len(self.elsewhere):,} images, in no folder that is named like a class")
+            lines.append(f"not counted: {len(self.elsewhere):,} images, {unknown}")
         if any(self.elsewhere):
             lines.append(f"called {NONE}: {percent(float(np.mean(self.elsewhere)))} of those not counted")
         return [*lines, *(f"{name}: {value:.4g}" for name, value in computed.numbers.items())]

@@ -3,14 +3,15 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import ClassVar, get_args
+from typing import Any, ClassVar, get_args
 
 from lit_clip import load_model
+from lit_clip.commands.class_examples import TABLES, read_examples
 from lit_clip.commands.class_output import Output, RankedClass, ranked, write_classes
 from lit_clip.commands.class_sources import NAMES_ALONE, ClassOptions, ClassSource, Scores
 from lit_clip.commands.class_truth import NO_TRUTH, Judge, folder_names, folder_truth
@@ -26,13 +27,14 @@ from lit_clip.embedding.reading import (
 )
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.class_metrics import metrics_typed
+from lit_clip.evaluation.suite import check_name
 from lit_clip.evaluation.zero_shot import check_templates, imagenet_templates
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hardware import best_device
-from lit_clip.tools.images import or_skip
-from lit_clip.tools.text_files import read_text
+from lit_clip.tools.images import OnError, or_skip
+from lit_clip.tools.text_files import read_text, read_yaml
 
 
 @dataclass(frozen=True)
@@ -75,9 +77,11 @@ def classify(
     where examples have several classes.
 
     Args:
-        images: files, and folders with everything below.
+        images: files, and folders with everything below; with groups of classes also a table (.csv, .tsv) with the
+            column image and one for each group, of the true classes.
         model: a checkpoint, or a name that lit_clip.load_model understands.
-        classes: names; or a text file with one name per line; if not given, those of the head or of the examples, or
+        classes: names; or a text file with one name per line; or a YAML file of groups, such as colour: [red, blue],
+            each of which is chosen from by itself; if not given, those of the head or of the examples, or
             the names of the folder's subfolders.
         templates: prompt templates with {} for the name; or a text file with one per line; or imagenet, the paper's 80.
         top_k: number of classes shown for each image.
@@ -94,25 +98,51 @@ def classify(
     _place(known.sheet, "--sheet", ".html")
     check_precision(encoding.precision)
     learning.check(classes)
-    given, typed = metrics_typed(known.metrics or []), read_classes(classes) if classes else None
+    given, typed = metrics_typed(known.metrics or []), read_groups(classes or [])
     prompts = imagenet_templates() if templates == ["imagenet"] else _lines(templates, "templates")
     check_templates(prompts)
-    files = FileRows(find_images(images, encoding.on_error))
-    source = learning.source(typed, prompts, encoding.on_error)
-    names = source.names or typed or folder_names(images, files)
-    folders = [path for path in map(Path, images) if path.is_dir()]
-    judge = Judge(files, names, folder_truth(files, names, folders), given)
-    require(judge.known or known.sheet == Known.sheet, f"--sheet: {NO_TRUTH}")
-    sheet = Path(known.sheet) if judge.known else None
-    with claimed(target, sheet, *source.saved, option="file"), claimed(*source.listed, option=""):
+    groups = _groups(images, typed, prompts, learning, given, encoding.on_error)
+    judged = any(group.judge.known for group in groups)
+    require(judged or known.sheet == Known.sheet, f"--sheet: {NO_TRUTH}")
+    sheet = Path(known.sheet) if judged else None
+    saved = [path for group in groups for path in group.source.saved]
+    listed = [path for group in groups for path in group.source.listed]
+    with claimed(target, sheet, *saved, option="file"), claimed(*listed, option=""):
         clip = load_model(model).to(best_device())
-        source.begin(clip, names, prompts, encoding)
-        answers = Answers(files, names, source, top_k, judge)
-        few = FEW if output is None and target is None and judge.known else None
+        for group in groups:
+            group.source.begin(clip, group.names, prompts, encoding)
+        answers = Answers(FileRows(groups[0].judge.files), groups, top_k)
+        few = FEW if output is None and target is None and judged else None
         by_name: Output = next((kind for kind in get_args(Output) if target and target.suffix == f".{kind}"), "table")
-        answers.collect(Classifier(clip, source, encoding), output or by_name, target, few)
-        source.report([files[row] for row in answers.rows], answers.kept)
-        judge.finish(Path(known.sheet))
+        answers.collect(Classifier(clip, [group.source for group in groups], encoding), output or by_name, target, few)
+        for group in groups:
+            group.source.report([answers.files[row] for row in answers.rows], group.kept)
+        for group in groups:
+            group.judge.finish(Path(known.sheet))
+
+
+def _groups(
+    images: Sequence[str],
+    typed: Mapping[str, list[str] | None],
+    prompts: Sequence[str],
+    learning: ClassOptions,
+    metrics: Mapping[str, Any],
+    on_error: OnError,
+) -> list["Group"]:
+    """Return the groups of classes, or the one without a title, each with its source and a judge of the files."""
+    labelled = "" not in typed and len(images) == 1 and Path(images[0]).suffix.lower() in TABLES
+    files = FileRows([] if labelled else find_images(images, on_error))
+    folders = [path for path in map(Path, images) if path.is_dir()]
+    groups: list[Group] = []
+    for title, own in typed.items():
+        source = learning.source(own, prompts, on_error, title)
+        names = source.names or own or folder_names(images, files)
+        truth = [-1] * len(files) if title else folder_truth(files, names, folders)
+        if labelled:
+            files, labels, *_ = read_examples(images[0], names, on_error, title, "")
+            truth = labels.tolist()
+        groups.append(Group(title, names, source, Judge(files, names, truth, metrics, title)))
+    return groups
 
 
 def _place(name: str | None, option: str, suffix: str = "") -> Path | None:
@@ -127,14 +157,14 @@ class Classifier:
     """Encodes images and scores them; remembers the images that cannot be read."""
 
     model: CLIP
-    source: ClassSource
+    sources: Sequence[ClassSource]
     encoding: Encoding
     unreadable: list[UnreadableRow] = field(default_factory=list)
 
-    def scored(self, files: FileRows, title: str) -> Generator[tuple[list[int], Scores], None, None]:
-        """Yield the places and scores of one batch of files after the other, without those that are skipped."""
+    def scored(self, files: FileRows, title: str) -> Generator[tuple[list[int], list[Scores]], None, None]:
+        """Yield the places and each source's scores of one batch after the other, without files that are skipped."""
         self.unreadable, settings, width = [], self.encoding, self.model.config.embed_dim
-        kind = features_of_both_kinds if self.source.both_kinds else image_features
+        kind = features_of_both_kinds if self.sources[0].both_kinds else image_features
         encode = kind(self.model, settings.precision)
         batch_size, workers = settings.batch_size, settings.num_workers
         with closing(encoded_batches(self.model, files, batch_size, workers, encode=encode, title=title)) as batches:
@@ -144,8 +174,20 @@ class Classifier:
                 self.unreadable += batch.unreadable
                 if batch.rows:
                     check_finite(features, files[batch.rows[0]].key)
-                    found = self.source.scores(features[:, :-width], features[:, -width:])
-                    yield batch.rows, Scores(*(each.detach().cpu() for each in found))
+                    found = [source.scores(features[:, :-width], features[:, -width:]) for source in self.sources]
+                    yield batch.rows, [Scores(*(each.detach().cpu() for each in scores)) for scores in found]
+
+
+@dataclass
+class Group:
+    """Classes of which an image has one, and what is known of them; the title is empty if they are the only ones."""
+
+    title: str
+    names: Sequence[str]
+    source: ClassSource
+    judge: Judge
+    kept: list[Scores] = field(default_factory=list)
+    none: int = 0  # number of images that show none of the classes
 
 
 @dataclass
@@ -153,14 +195,10 @@ class Answers:
     """The classes of each image, by its key; judged where the truth is known."""
 
     files: FileRows
-    names: Sequence[str]
-    source: ClassSource
+    groups: Sequence[Group]
     top_k: int
-    judge: Judge
     classes: dict[str, list[RankedClass]] = field(default_factory=dict)
     rows: list[int] = field(default_factory=list)  # of the images that are classified
-    kept: list[Scores] = field(default_factory=list)
-    none: int = 0  # number of images that show none of the classes
 
     def collect(self, classifier: Classifier, output: Output, path: Path | None, few: int | None) -> None:
         """Classify all images and write the answers, or those of the first ``few``; after Ctrl-C what is done, too."""
@@ -179,23 +217,27 @@ class Answers:
             stderr().print(
                 f"the first {few} of {len(self.classes):,} images; --output table shows all", highlight=False
             )
-        if summary := self.source.summary(self.none, len(self.classes)):
-            stderr().print(summary, highlight=False)
+        for group in self.groups:
+            if summary := group.source.summary(group.none, len(self.classes)):
+                stderr().print(f"{group.title}: {summary}" if group.title else summary, highlight=False)
         if path:
             keys = [file.key for file in self.files]
             report_skipped(keys, classifier.unreadable, path.with_name(f"{path.name}.skipped.txt"))
         for bad in () if path else classifier.unreadable:
             stderr().print(f"skipped: {bad.message}")
 
-    def _add(self, rows: list[int], scores: Scores) -> None:
-        none = scores.none.tolist()
-        found = ranked(scores.probability, none, self.names, self.top_k, self.source.above)
-        self.classes |= zip((self.files[row].key for row in rows), found, strict=True)
-        self.judge.add(rows, scores.probability, none)
+    def _add(self, rows: list[int], scores_of: Sequence[Scores]) -> None:
         self.rows += rows
-        self.none += sum(none)
-        if self.source.keeps:
-            self.kept.append(scores)
+        self.classes |= {self.files[row].key: [] for row in rows}
+        for group, scores in zip(self.groups, scores_of, strict=True):
+            none = scores.none.tolist()
+            found = ranked(scores.probability, none, group.names, self.top_k, group.source.above, group.title)
+            for row, best in zip(rows, found, strict=True):
+                self.classes[self.files[row].key] += best
+            group.judge.add(rows, scores.probability, none)
+            group.none += sum(none)
+            if group.source.keeps:
+                group.kept.append(scores)
 
 
 def _lines(words: Sequence[str], option: str) -> list[str]:
@@ -208,6 +250,23 @@ def _lines(words: Sequence[str], option: str) -> list[str]:
     lines = [" ".join(line.split()) for line in text.splitlines() if line.strip()]
     require(bool(lines), f"--{option} {path}: the file is empty; write one per line")
     return lines
+
+
+def read_groups(words: Sequence[str]) -> dict[str, list[str] | None]:
+    """Return the classes of each group in a YAML file; or one group without a title, of the classes typed, if any."""
+    path = words[0] if len(words) == 1 else ""
+    if not path.endswith((".yaml", ".yml")):
+        return {"": read_classes(words) if words else None}
+    found, groups = read_yaml(path, "--classes"), dict[str, list[str] | None]()
+    wanted = "must be groups with two names or more, such as colour: [red, blue]; put yes, no and numbers in quotes"
+    require(isinstance(found, dict) and bool(found), f"--classes {path}: {wanted}")
+    for title, names in found.items():
+        check_name(title, f"--classes {path}")
+        require(title != "image", f"--classes {path}: image is a table's column of images; rename the group")
+        fits = isinstance(names, list) and len(names) > 1 and all(isinstance(name, str) for name in names)
+        require(fits, f"--classes {path}: {title}: {wanted}")
+        groups[title] = read_classes(names)
+    return groups
 
 
 def read_classes(words: Sequence[str]) -> list[str]:

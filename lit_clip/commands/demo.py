@@ -6,7 +6,7 @@ import socket
 from pathlib import Path
 
 from lit_clip import load_model
-from lit_clip.commands.class_sources import NO_HEAD, HeadOptions
+from lit_clip.commands.class_sources import NAMES_ALONE, ClassOptions
 from lit_clip.commands.demo_trial import Trial
 from lit_clip.commands.search import Searched, holds_features, read_searched, search_in
 from lit_clip.embedding.encoding_task import EncodingSettings
@@ -25,7 +25,7 @@ def demo(
     port: int = 7860,
     index: str | None = None,
     on_error: OnError = "error",
-    head: HeadOptions = NO_HEAD,
+    head: ClassOptions = NAMES_ALONE,
 ) -> None:
     """Try a model in a browser: classify an image, see where it shows texts, search a folder.
 

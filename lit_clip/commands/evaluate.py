@@ -8,7 +8,7 @@ from typing import Any, ClassVar, get_args
 import torch
 
 from lit_clip import distributed, load_model
-from lit_clip.commands.class_sources import NO_HEAD, HeadOptions
+from lit_clip.commands.class_sources import NAMES_ALONE, ClassOptions
 from lit_clip.embedding.encode import claimed_by_first
 from lit_clip.embedding.encoding_task import EncodingSettings
 from lit_clip.embedding.precision import Precision, check_precision
@@ -101,7 +101,7 @@ def evaluate(
     metrics: list[str] | None = None,
     compare: list[str] | None = None,
     cache: str | None = None,
-    head: HeadOptions = NO_HEAD,
+    head: ClassOptions = NAMES_ALONE,
     encoding: Encoding = ENCODING,
     examples: Examples = EXAMPLES,
     download: bool = False,
@@ -157,7 +157,7 @@ def _print_downloads(found: Mapping[str, Mapping[str, Any]], entries: Mapping[st
         stderr().print(f"{len(missing)} of the missing sets can be downloaded with --download")
 
 
-def _checked_head(head: HeadOptions, clip: CLIP) -> ClassHead | None:
+def _checked_head(head: ClassOptions, clip: CLIP) -> ClassHead | None:
     found = head.opened()
     if found is None:
         return None

@@ -9,7 +9,7 @@ from typing import Any
 from rich.filesize import decimal
 from rich.table import Table
 
-from lit_clip.commands.class_sources import NO_HEAD, HeadOptions
+from lit_clip.commands.class_sources import NAMES_ALONE, ClassOptions
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing_folder
@@ -44,7 +44,7 @@ def export(
     push: str | None = None,
     private: bool = False,
     dtype: OnnxDType = "float32",
-    head: HeadOptions = NO_HEAD,
+    head: ClassOptions = NAMES_ALONE,
 ) -> None:
     """Write a model in another tool's format, and check that it computes the same there.
 

@@ -2,12 +2,12 @@
 
 from dataclasses import dataclass
 
-from lit_clip.commands.class_sources import HeadOptions
+from lit_clip.commands.class_sources import ClassOptions
 from lit_clip.heads import Head, load_head
 
 
 @dataclass(frozen=True)
-class HeadFile(HeadOptions):
+class HeadFile(ClassOptions):
     """A head from a file.
 
     Args:
@@ -17,7 +17,7 @@ class HeadFile(HeadOptions):
     head: str | None = None
 
     @property
-    def path(self) -> str:  # pyright: ignore
+    def path(self) -> str:
         return self.head or ""
 
     def opened(self) -> Head | None:

@@ -11,11 +11,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_clip.errors import require
+from lit_clip.errors import InputError, require
 
 NONE = "none of these"  # what an image may be called that shows none of the classes
 FIXED = 0.5  # threshold on a probability that is not fitted
 FOLDS = 5
+
+
+def check_names(names: Sequence[str], where: str) -> None:
+    """Raise :class:`InputError` for a class that is called like the answer that an image shows none of them."""
+    if NONE in (" ".join(name.casefold().split()) for name in names):
+        raise InputError(
+            f"{where}: a class may not be called {NONE}, which is the answer for images of no class; give examples of "
+            "none in no class's folder, or without a class in a table"
+        )
 
 
 def none_threshold(score_N: Tensor, error: float) -> float:

@@ -15,22 +15,13 @@ from torch import Tensor, nn
 
 from lit_clip.embedding.reading import check_finite
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.thresholds import NONE
+from lit_clip.evaluation.thresholds import check_names
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
 from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.tools.images import open_image
 from lit_clip.tools.untrusted import Finite
 from lit_clip.weights.fingerprint import fingerprint
-
-
-def check_names(names: Sequence[str], where: str) -> None:
-    """Raise :class:`InputError` for a class that is called like the answer that an image shows none of them."""
-    if NONE in (" ".join(name.casefold().split()) for name in names):
-        raise InputError(
-            f"{where}: a class may not be called {NONE}, which is the answer for images of no class; give examples of "
-            "none in no class's folder, or without a class in a table"
-        )
 
 
 @dataclass(frozen=True)

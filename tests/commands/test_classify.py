@@ -4,6 +4,7 @@ import csv
 import html
 import io
 import json
+import math
 import re
 import shutil
 import sys
@@ -147,8 +148,8 @@ def test_scores_hold_no_graph_of_the_model(root: Path) -> None:
     model, files = make_module().model.eval(), FileRows(images_in(root / "photos"))
     encoding, source = Encoding(num_workers=0), ClassSource()
     source.begin(model, NAMES, ["{}"], encoding)
-    classifier = Classifier(model, source, encoding)
-    assert not any(each.requires_grad for _, scores in classifier.scored(files, "") for each in scores)
+    classifier = Classifier(model, [source], encoding)
+    assert not any(each.requires_grad for _, (scores,) in classifier.scored(files, "") for each in scores)
 
 
 def test_images_of_no_class_are_not_counted_and_flat_folders_are_not_judged(
@@ -364,3 +365,93 @@ def test_several_classes_an_image_are_those_above_their_thresholds(
     truth = torch.tensor([label for _, label in photos])
     assert (likely >= head.thresholds)[torch.arange(20), truth].double().mean() > 0.6
     assert "% on held-out examples (5 folds), " in told
+
+
+GROUPS = {"hue": ["red", "green", "blue"], "shade": ["dark", "pale"]}
+
+
+def write_groups(root: Path, found: list[tuple[str, int]], name: str) -> list[list[int]]:
+    """Write ``groups.yaml`` and a table of the images' classes by group; return them, -1 for an empty cell."""
+    (root / "groups.yaml").write_text("hue: [red, green, blue]\nshade: [dark, pale]\n")
+    lines, labels = ["image,shade,hue"], [[label if label < 3 else -1, int(label > 2)] for _, label in found]
+    for (path, _), (hue, shade) in zip(found, labels, strict=True):
+        lines.append(f"{path},{GROUPS['shade'][shade]},{GROUPS['hue'][hue] if hue >= 0 else ''}")
+    (root / name).write_text("\n".join(lines))
+    return labels
+
+
+def test_groups_have_a_softmax_and_an_accuracy_each(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = write_folders(root / "photos", "test", 21)
+    labels = write_groups(root, found, "truth.csv")
+    answers, told = classify(capsys, "truth.csv", "--classes", "groups.yaml")
+    right: dict[str, list[bool]] = {title: [] for title in GROUPS}
+    scale = float(make_module().model.logit_scale.detach().exp())
+    cosines = {title: scored(found, names)[0].tolist() for title, names in GROUPS.items()}
+    for number, (answer, (path, _)) in enumerate(zip(answers, found, strict=True)):
+        assert answer["image"] == path
+        for place, (title, names) in enumerate(GROUPS.items()):
+            logits = [scale * cosine for cosine in cosines[title][number]]
+            whole = sum(math.exp(each) for each in logits)
+            expected = {name: math.exp(each) / whole for name, each in zip(names, logits, strict=True)}
+            shown = [each for each in answer["classes"] if each["group"] == title]  # pyright: ignore
+            assert {each["class"]: each["probability"] for each in shown} == pytest.approx(expected, abs=2e-6)
+            assert shown[0]["class"] == max(expected, key=lambda name: expected[name])
+            if labels[number][place] >= 0:
+                right[title].append(shown[0]["class"] == names[labels[number][place]])
+    for title, each in right.items():
+        assert f"{title}: accuracy: {100 * sum(each) / len(each):.1f} % of {len(each)} images" in told
+    assert f"hue: not counted: {21 - len(right['hue'])} images, without a class in the table" in told
+    assert {path.name for path in root.glob("classify*.html")} == {"classify_hue.html", "classify_shade.html"}
+    run_command(["classify", "photos", "--classes", "groups.yaml", *OPTIONS, "--output", "csv", "--top_k", "1"])
+    rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
+    chosen = [(row["image"], row["group"], row["class"]) for row in rows]
+    best = [(each["image"], one["group"], one["class"]) for each in answers for one in each["classes"]]  # pyright: ignore
+    firsts = {(image, title): name for image, title, name in reversed(best)}
+    assert chosen == [(image, title, firsts[image, title]) for image, _ in found for title in GROUPS]
+    assert {row["rank"] for row in rows} == {"1"}
+    run_command(["classify", "photos", "--classes", "groups.yaml", *OPTIONS])
+    table = capsys.readouterr().out
+    assert all(word in table for word in ("group", "hue", "shade", "probability"))
+
+
+def test_each_group_has_a_head_of_its_own(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    examples = write_folders(root / "examples", "train", 21)
+    photos = write_folders(root / "photos", "test", 12)
+    write_groups(root, examples, "labelled.csv")
+    words = ["photos", "--classes", "groups.yaml", "--examples", "labelled.csv", *SAVED]
+    answers, told = classify(capsys, *words)
+    assert "hue:\nhead of 3 classes, fitted on " in told
+    model = make_module().model.eval()
+    for title, names in GROUPS.items():
+        head = load_head(f"head_{title}.safetensors")
+        assert head.facts.names == names
+        likely = model.with_head(head).classify([path for path, _ in photos])  # pyright: ignore
+        for answer, values in zip(answers, likely, strict=True):
+            shown = {each["class"]: each["probability"] for each in answer["classes"] if each["group"] == title}  # pyright: ignore
+            shown.pop("none of these", None)
+            assert shown == pytest.approx(dict(zip(names, values.tolist(), strict=True)), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("text", "words", "message"),
+    [
+        ("- red\n- blue\n", [], "groups.yaml: must be groups with two names or more, such as colour"),
+        ("colour: [red]\n", [], "groups.yaml: colour: must be groups"),
+        ("striped: [yes, no]\n", [], "striped: must be groups .* put yes, no and numbers in quotes"),
+        ("a/../b: [red, blue]\n", [], "would be part of metric and file names"),
+        ("image: [red, blue]\n", [], "rename the group"),
+        ("colour: [red, RED]\n", [], "named more than once"),
+        ("colour: [red, blue]\n", ["--sheet", "x.html"], "--sheet: no image"),
+        ("colour: [red, blue]\n", ["--examples", "photos"], "groups need a .csv or .tsv table"),
+        ("colour: [red, blue]\n", ["--examples", "t.csv"], "t.csv: line 2: colour: red, blue; name one"),
+        ("shape: [round, flat]\n", ["--examples", "t.csv"], "t.csv: has no column shape"),
+        ("size: [big, small]\n", ["--examples", "t.csv", "--label_next", "2"], "--label_next: lists images for one"),
+    ],
+)
+def test_mistakes_with_groups_are_one_line(text: str, words: list[str], message: str, root: Path) -> None:
+    write_folders(root / "photos", "test", 7)
+    (root / "groups.yaml").write_text(text)
+    (root / "t.csv").write_text("image,colour,size\nphotos/red/000.png,red; blue,big\n")
+    with pytest.raises(InputError, match=message) as error:
+        run_command(["classify", "photos", "--classes", "groups.yaml", *words, *OPTIONS])
+    assert "\n" not in str(error.value)
