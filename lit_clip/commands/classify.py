@@ -81,8 +81,8 @@ def classify(
             column image and one for each group, of the true classes.
         model: a checkpoint, or a name that lit_clip.load_model understands.
         classes: names; or a text file with one name per line; or a YAML file of groups, such as colour: [red, blue],
-            each of which is chosen from by itself; if not given, those of the head or of the examples, or
-            the names of the folder's subfolders.
+            with a class of each for an image; if not given, those of the head or of the examples, or the names of the
+            folder's subfolders.
         templates: prompt templates with {} for the name; or a text file with one per line; or imagenet, the paper's 80.
         top_k: number of classes shown for each image.
         output: format of the results; by default what the name of output_file ends in, or a table, of the first 20
