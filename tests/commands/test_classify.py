@@ -425,7 +425,7 @@ def test_each_group_has_a_head_of_its_own(root: Path, capsys: pytest.CaptureFixt
     for title, names in GROUPS.items():
         head = load_head(f"head_{title}.safetensors")
         assert head.facts.names == names
-        likely = model.with_head(head).classify([path for path, _ in photos])  # pyright: ignore
+        likely = head.on(model).classify([path for path, _ in photos])
         for answer, values in zip(answers, likely, strict=True):
             shown = {each["class"]: each["probability"] for each in answer["classes"] if each["group"] == title}  # pyright: ignore
             shown.pop("none of these", None)
