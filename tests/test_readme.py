@@ -115,6 +115,15 @@ def write_own_parts(folder: Path) -> None:
     (folder / "own.yaml").write_text(own, encoding="utf-8")
 
 
+def write_attributes(here: Path) -> None:
+    """Write groups of classes, and a table of photos with a class of each."""
+    (here / "attributes.yaml").write_text("colour: [red, blue]\nmaterial: [wool, leather]\n")
+    lines = ["image,colour,material"]
+    for number, image in enumerate(sorted((here / "photos").iterdir())[:40]):
+        lines.append(f"photos/{image.name},{('red', 'blue')[number % 2]},{('wool', 'leather')[number // 2 % 2]}")
+    (here / "attributes.csv").write_text("\n".join(lines))
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path, list[str]], overfitted: Any) -> Path:
     """A reader's folder: a table of captions, photos, class folders, a small ImageNet, checkpoints."""
@@ -152,12 +161,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
         shutil.copy(image, here / "labelled" / name / f"{number}.png")
         with (here / "labelled.csv").open("a") as table:
             table.write(f"labelled/{name}/{number}.png,{name};pizza\n")
-    (here / "attributes.yaml").write_text("colour: [red, blue]\nmaterial: [wool, leather]\n")
-    attributes = [
-        f"photos/{image.name},{('red', 'blue')[number % 2]},{('wool', 'leather')[number // 2 % 2]}"
-        for number, image in enumerate(sorted((here / "photos").iterdir())[:40])
-    ]
-    (here / "attributes.csv").write_text("\n".join(["image,colour,material", *attributes]))
+    write_attributes(here)
     features = pa.table({"key": ["pizza.png"], "feature": [[0.6, 0.8]]})  # as `embed` writes them
     pq.write_table(features, here / "features.parquet")
     scores = {"score": [0.2, 0.4, 0.1], "decision": ["keep", "keep", "drop"]}  # as `score` writes them, among others
