@@ -4,7 +4,7 @@ import os
 import zlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,11 @@ from lit_clip.errors import require
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer
+from lit_clip.tools.levels import Window, check_window
 from lit_clip.tools.untrusted import Count, convert, entries, shortened
 from lit_clip.tools.workers import SharedMemoryCollate, shield_worker
 from lit_clip.training.lightning.strategies import divides_samples
+from lit_clip.training.run_hooks import RunHooks
 from .loading.augmentation import Augmentation, TrainingTransform, Transform, check_transforms
 from .loading.bad_samples import BadSamples, SkippingDataset
 from .loading.copy_stream import on_copy_stream
@@ -79,8 +81,10 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         patch_budgets: list[int] | None = None,
         batches: BatchOptions | None = None,
         images: ImageOptions | None = None,
+        window: Window | None = None,
     ) -> None:
         super().__init__()
+        check_window(window, "data.window")
         require(batch_size is None or batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
         require(num_workers >= 0, f"num_workers: {num_workers} must be at least 0")
         require(seed is None or seed >= 0, f"seed: {seed} must be at least 0")
@@ -98,7 +102,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         self.augmentation = Augmentation() if augmentation is None else augmentation
         if not isinstance(self.augmentation, Augmentation):
             check_transforms(self.augmentation)
-        self.preprocessing = Preprocessing()
+        self.preprocessing, self.window = Preprocessing(), window
         self.tokenize: TextTokenizer = CLIPTokenizer()
         self._resumed: dict[str, Any] = {}  # state from the checkpoint that training resumes from
         self._start_position, self._start_step = Position(), 0
@@ -164,13 +168,24 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
             "Trainer(use_distributed_sampler=False)",
         )
         module = getattr(trainer, "lightning_module", None)
-        self.preprocessing = getattr(module, "preprocessing", self.preprocessing)
-        self.tokenize = getattr(module, "tokenize", self.tokenize)
+        self.adopt(module)
         if self.val_source is None or (stage == "fit" and self.train_source is None):
             self.train_source, self.val_source = self.opened_sources(stage == "fit")
         if stage == "fit" and self.train_source is not None and self.val_source is not None:
             report_captions(self.train_source, self.tokenize, self.captions.long, getattr(module, "loss", None))
-            report_images(self.train_source, self.val_source, self.seed)
+            report_images(self.train_source, self.val_source, self.seed, self.preprocessing.window)
+
+    def adopt(self, module: Any) -> None:
+        """Take preprocessing and tokenizer from a module; its model, and so its checkpoints, get the window."""
+        self.preprocessing = getattr(module, "preprocessing", self.preprocessing)
+        self.tokenize = getattr(module, "tokenize", self.tokenize)
+        if self.window is None:
+            return
+        self.preprocessing = replace(self.preprocessing, window=self.window)
+        if isinstance(module, RunHooks):
+            module.model.preprocessing = self.preprocessing
+            module.model.config = replace(module.model.config, preprocessing=self.preprocessing)
+            module.hparams["architecture"] = module.model.config.to_dict()
 
     def _batches(self, start: Position = Position()) -> GlobalBatchSampler:  # noqa: B008  # immutable
         assert self.train_source is not None, "call setup('fit') first"

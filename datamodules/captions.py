@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from lit_clip.batch import JUDGED_AFTER
 from lit_clip.distributed import gather_objects
 from lit_clip.errors import InputError, require
+from lit_clip.tools.levels import Window
 from lit_clip.tools.untrusted import convert, shortened
 from .caption_datamodule import CaptionDataModule
 from .loading.augmentation import Augmentation, Transform
@@ -98,6 +99,9 @@ class Captions(CaptionDataModule):
             all of them keep are used. Each part of a mixture has its own.
         batches: whether duplicates may share a batch, and which share of it are neighbours.
         images: which images of a thing that has several an epoch reads.
+        window: of grey levels of more than 8 bits, which the model keeps: ``[low, high]`` become 0 and 255;
+            ``{percentiles: [low, high]}`` of each image; or ``bit_depth``, the range of the file's bits. None: the
+            model's, or ``bit_depth`` with a warning.
     """
 
     def __init__(
@@ -119,12 +123,13 @@ class Captions(CaptionDataModule):
         keep: str | list[str] | None = None,
         batches: BatchOptions | None = None,
         images: ImageOptions | None = None,
+        window: Window | None = None,
     ) -> None:
         nested = ((columns, Columns), (splits, Splits), (classes, Classes), (bad_samples, BadSamples))
         for value, kind in (*nested, (captions, CaptionOptions), (batches, BatchOptions), (images, ImageOptions)):
             wrong = f"data: {shortened(value)} must be {kind.__module__}.{kind.__name__}(...)"
             require(value is None or isinstance(value, kind), wrong)
-        policies = (bad_samples, captions, patch_budgets, batches, images)
+        policies = (bad_samples, captions, patch_budgets, batches, images, window)
         super().__init__(batch_size, num_workers, seed, augmentation, global_batch_size, *policies)
         given = train is not None or val is not None
         require(given, "data: set train, val or both to a table, a folder or tar shards")

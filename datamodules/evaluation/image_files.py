@@ -12,7 +12,7 @@ from PIL import Image
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import CaptionedImages, ImageSet, LabelledImages, MissingData
 from lit_clip.tools.hashing import hex_digest, stamp_of_files
-from lit_clip.tools.images import SUFFIXES, check_images, open_image
+from lit_clip.tools.images import SUFFIXES, check_images, image_for_model
 from lit_clip.tools.reading import reading
 
 TrainTest = Literal["train", "test"]
@@ -56,7 +56,7 @@ class UnlabelledFiles(ImageSet):
 
     def image(self, index: int) -> Image.Image:
         """Decode an image."""
-        return open_image(self.files[index], self.where(index))
+        return image_for_model(self.files[index], self.where(index))
 
     def images(self, index: int) -> list[Image.Image]:
         return [self.image(index)]

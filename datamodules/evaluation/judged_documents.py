@@ -14,7 +14,7 @@ from PIL import Image
 from lit_clip.errors import InputError, listed, require
 from lit_clip.evaluation.data import Items, JudgedDocuments, MissingData
 from lit_clip.tools.hashing import hex_digest, stamp_of_files
-from lit_clip.tools.images import open_image
+from lit_clip.tools.images import image_for_model
 from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.remote_names import is_relative
 from lit_clip.tools.untrusted import convert, entries, shortened
@@ -98,7 +98,7 @@ class QueriesAndDocuments(StoredImages, JudgedDocuments):
     def images(self, index: int) -> list[Image.Image]:
         key, place = self._images[index]
         where = f"{self.root}: {key}"
-        return [open_image(place, where) if isinstance(place, Path) else self.stored(*place, "image", where)]
+        return [image_for_model(place, where) if isinstance(place, Path) else self.stored(*place, "image", where)]
 
     def key(self, index: int) -> str:
         return self._images[index][0]

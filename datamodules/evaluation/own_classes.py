@@ -16,7 +16,7 @@ from lit_clip.errors import InputError, listed, require
 from lit_clip.evaluation.data import MissingData, numbered
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.tools.hashing import stamp_of_files
-from lit_clip.tools.images import SUFFIXES, open_image
+from lit_clip.tools.images import SUFFIXES, image_for_model
 from lit_clip.tools.reading import check_is_file, reading
 from ..loading.bad_samples import is_unicode
 from ..pairs.column_names import refuse_equal
@@ -91,7 +91,7 @@ class StoredImages:
         data = value.get("bytes") if isinstance(value, dict) else value
         if not isinstance(data, bytes):
             raise InputError(f"{where}: column {column!r} holds no encoded image")
-        return open_image(io.BytesIO(data), where)
+        return image_for_model(io.BytesIO(data), where)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_group": (None, None)}  # each data worker loads its own row groups

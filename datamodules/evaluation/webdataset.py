@@ -20,7 +20,7 @@ from torch import Tensor
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.evaluation.data import CaptionedImages, Grouped, ImageSet, MultiLabel, numbered
 from lit_clip.tools.hashing import stamp_of_files
-from lit_clip.tools.images import SUFFIXES, open_image
+from lit_clip.tools.images import SUFFIXES, image_for_model
 from lit_clip.tools.reading import reading
 from ..shards.index import split_name, tar_members
 from .annotation_files import AGAIN, read_text, refuse_missing, whole_number
@@ -81,7 +81,7 @@ class TarImages(ImageSet):
             raise BadSample(self.where(index), "missing image", "no image; fix the set")
         with self.tars[span.tar].open("rb") as file:  # takes microseconds, and data workers keep no file open
             file.seek(span.offset)
-            return open_image(io.BytesIO(file.read(span.size)), self.where(index))
+            return image_for_model(io.BytesIO(file.read(span.size)), self.where(index))
 
     def images(self, index: int) -> list[Image.Image]:
         return [self.image(index)]

@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as TF
 from lit_clip.errors import InputError, require
 from lit_clip.models.config import Preprocessing, Size, height_width
 from lit_clip.models.patches import patch_sequence, sequence_size
-from lit_clip.models.preprocess import resize_steps, to_rgb
+from lit_clip.models.preprocess import resize_steps, to_rgb, windowed
 from lit_clip.tools.images import LeastSize, fraction, full_size
 
 REDUCING_GAP = 2.0  # Pillow first averages whole pixels, down to this many times the final size, then filters
@@ -216,6 +216,7 @@ class TrainingTransform:
             bind(preprocessing) if (bind := getattr(each, "for_model", None)) is not None else each for each in listed
         ]
         self.size, self._resize = height_width(preprocessing.image_size), v2.Compose(resize_steps(preprocessing))
+        self._preprocessing = preprocessing
         self._patches = preprocessing if preprocessing.max_patches is not None else None
         if budgets and self._patches is None:
             raise InputError("data.patch_budgets: the model reads images of one size; leave it out, or use NaFlex")
@@ -228,6 +229,7 @@ class TrainingTransform:
         return self._at[budget] if budget else self
 
     def __call__(self, image: Image.Image) -> Tensor:
+        image = windowed(image, self._preprocessing)
         result: Any = image if self._takes_any_mode or image.mode == "RGB" else to_rgb(image)
         for transform in self.transforms:
             result = transform(result)

@@ -23,7 +23,7 @@ from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.overlap import NearestImages, nearer, nearest_of_set, nowhere
 from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.images import open_image
+from lit_clip.tools.images import image_for_model
 from ..near_duplicates import Look, LookIndex, Looks, look_of
 from ..pairs.batches import SourcePairs
 from ..pairs.source import LISTED, PairSource
@@ -38,7 +38,7 @@ class SourceRows(SourcePairs):
 
     def read(self, row: int) -> tuple[str, list[Image.Image]]:
         stored = self.source.read(row)
-        return stored.where, [open_image(io.BytesIO(stored.image), stored.where)]
+        return stored.where, [image_for_model(io.BytesIO(stored.image), stored.where)]
 
 
 def _note(name: str, image: Image.Image) -> tuple[Look, str]:

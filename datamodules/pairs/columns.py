@@ -14,7 +14,7 @@ from PIL import Image
 from lit_clip.errors import BadSample
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.hashing import hash64
-from lit_clip.tools.images import CHECKED, check_images, open_image
+from lit_clip.tools.images import CHECKED, check_images, image_for_model
 from lit_clip.tools.remote_names import is_relative
 from lit_clip.tools.untrusted import shortened
 from ..loading.bad_samples import BLANK, check_caption, is_blank
@@ -109,7 +109,7 @@ class ColumnPairs(PairSource):
         return pair._replace(extra={**pair.extra, "other_image": other})
 
     def _open_image(self, value: Any, cells: Cells) -> Image.Image:
-        return open_image(self._opened(self._located(value, cells)[0], cells.where), cells.where)
+        return image_for_model(self._opened(self._located(value, cells)[0], cells.where), cells.where)
 
     def text(self, index: int, rng: random.Random | None) -> PairText:
         return self._text(self.cells(index), rng)

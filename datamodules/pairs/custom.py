@@ -13,7 +13,8 @@ from PIL import Image
 from torch import Tensor
 
 from lit_clip.errors import BadSample, InputError, require
-from lit_clip.tools.images import FIX_HINT, eight_bits, open_image
+from lit_clip.tools.images import FIX_HINT, image_for_model
+from lit_clip.tools.levels import eight_bits, keep_levels
 from ..loading.bad_samples import check_caption
 from .source import EncodedPair, Pair, PairSource, PairText
 
@@ -65,7 +66,7 @@ class CustomPairs(PairSource):
     def load(self, index: int, rng: random.Random | None) -> Pair:
         where, text = self.where(index), self.text(index, rng)
         try:
-            return Pair(eight_bits(self._image(self.image(index), where), where), *text)
+            return Pair(keep_levels(self._image(self.image(index), where), where), *text)
         except OSError as error:
             raise self._broken(error, where) from error
 
@@ -121,7 +122,7 @@ class CustomPairs(PairSource):
 
     def _image(self, image: Image.Image | str | Path | bytes, where: str) -> Image.Image:
         if isinstance(image, str | Path | bytes):
-            return open_image(io.BytesIO(image) if isinstance(image, bytes) else Path(image), where)
+            return image_for_model(io.BytesIO(image) if isinstance(image, bytes) else Path(image), where)
         kind = type(image).__name__
         require(isinstance(image, Image.Image), f"{where}: image() returned a {kind}, not a PIL image, path or bytes")
         image.load()  # Pillow opens files lazily

@@ -14,6 +14,7 @@ from lit_clip.distributed import rank_and_world
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.images import Unseen, open_image, unseen
+from lit_clip.tools.levels import Window
 from .sentences import sentences
 from .source import LongCaptions, PairSource
 
@@ -84,10 +85,11 @@ DECODED = 4  # deep images whose levels are looked at
 DARK = 64  # a deep image that has no level above is dark: it leaves at least 2 of its bits unused
 
 
-def report_images(train: PairSource, val: PairSource, seed: int) -> None:
+def report_images(train: PairSource, val: PairSource, seed: int, window: Window | None = None) -> None:
     """Print on the first rank how many of some training and validation images have what a model does not see.
 
-    Pixels of a few deep images are read too: those of 12 bits in a file of 16 would otherwise be black without a word.
+    Without a window of deep levels, pixels of a few deep images are read too: those of 12 bits in a file of 16 would
+    otherwise be black without a word.
     """
     if rank_and_world()[0]:
         return
@@ -100,7 +102,7 @@ def report_images(train: PairSource, val: PairSource, seed: int) -> None:
     for source, row in rows:
         with suppress(InputError):  # its images are no files, it is a bad sample, or a store does not answer
             content = source.read(row).image
-            lost = unseen(io.BytesIO(content), "")
+            lost = [kind for kind in unseen(io.BytesIO(content), "") if window is None or kind != Unseen.DEEP]
             if Unseen.DEEP in lost and len(levels) < DECODED:
                 levels.append(int(np.asarray(open_image(io.BytesIO(content))).max()))
             counts.update(lost)
@@ -111,7 +113,7 @@ def report_images(train: PairSource, val: PairSource, seed: int) -> None:
     if levels and max(levels) < DARK:
         found.append(
             f"the deep ones are dark: no level of {len(levels)} is above {max(levels)} of 255, so scale their values "
-            "to the whole range of the file's bits"
+            "by data.window, such as [0, 4095] for 12 bits"
         )
     if found:
         rank_zero_info(f"images: of {looked_at:,} looked at (of {len(train) + len(val):,} pairs), {', '.join(found)}")

@@ -13,7 +13,7 @@ from lit_clip.commands.search import Searched, encode_queries, small_image
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, imagenet_templates, zero_shot_classifier
 from lit_clip.models.clip import CLIP
-from lit_clip.tools.images import image_size, open_image
+from lit_clip.tools.images import image_for_model, image_size
 from lit_clip.tools.untrusted import shortened
 
 SHOWN = 512  # pixels of the longer side of an image found; nothing larger leaves this machine
@@ -80,7 +80,7 @@ def image_of(image: Source) -> Image.Image:
         raise InputError("no image: drop one, or click to choose a file")
     width, height = image_size(image, "the image")
     require(width * height <= MOST_PIXELS, f"the image: {width} x {height} pixels; at most {MOST_PIXELS:,}")
-    return open_image(image, "the image")
+    return image_for_model(image, "the image")
 
 
 def words(text: str) -> list[str]:

@@ -1,5 +1,6 @@
 """``lit-clip export``: write a model for other tools, checked against the original before it appears."""
 
+import json
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -90,15 +91,20 @@ def export(
             advance(1)
     console.print(_table(folder, format, parity, dtype))
     console.print(f"written and checked: {folder}")
-    for note in _left_out(original) if format == "open_clip" else ():
+    for note in _left_out(original, format):
         console.print(note)
     if repository:
         stderr().print(repository.plan(folder))
         console.print(f"uploaded: {upload(folder, repository)}")
 
 
-def _left_out(model: CLIP) -> Iterator[str]:
-    """Yield what open_clip does not take from the folder of a model."""
+def _left_out(model: CLIP, format: FormatName) -> Iterator[str]:
+    """Yield what the other program does not take from the folder of a model."""
+    if (window := model.preprocessing.window) is not None:
+        reads = "; lit-clip reads the window from the folder" * (format != "onnx")
+        yield f"{format} has no window of grey levels: scale them by {json.dumps(window)} to 8 bits before{reads}"
+    if format != "open_clip":
+        return
     encoder, crop_pct = getattr(model.config.text, "hugging_face", ""), model.preprocessing.crop_pct
     if encoder and is_path(encoder):
         opens = f"open_clip opens it only where {encoder} is, with the text encoder's settings"

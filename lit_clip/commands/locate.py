@@ -27,7 +27,7 @@ from lit_clip.tools.console import Console, Text, progress, stderr
 from lit_clip.tools.hardware import best_device
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.html import thumbnail, write_page
-from lit_clip.tools.images import OnError, open_image, or_skip, png_program
+from lit_clip.tools.images import OnError, image_for_model, or_skip, png_program
 from lit_clip.tools.text_files import read_text
 
 TEMPLATE = Path(__file__).parent / "templates" / "locate.html"
@@ -147,7 +147,7 @@ class Answers:
 
     def _add(self, row: int, file: ImageFile) -> None:
         try:
-            image = open_image(file.path)
+            image = image_for_model(file.path)
         except BadSample as error:
             require(self.on_error == "skip", or_skip(str(error), "--on_error skip"))
             self.unreadable.append(UnreadableRow(row, error.reason, str(error)))

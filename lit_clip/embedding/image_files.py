@@ -10,7 +10,7 @@ from PIL import Image
 from lit_clip.embedding.feature_files import Identity
 from lit_clip.errors import require, similar_file
 from lit_clip.tools.console import stderr
-from lit_clip.tools.images import SUFFIXES, OnError, open_image, or_skip
+from lit_clip.tools.images import SUFFIXES, OnError, image_for_model, or_skip
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class FileRows(list[ImageFile]):
 
     def read(self, row: int) -> tuple[str, list[Image.Image]]:
         path = self[row].path
-        return str(path), [open_image(path)]
+        return str(path), [image_for_model(path)]
 
 
 def image_file(key: str, path: Path) -> ImageFile:

@@ -27,7 +27,7 @@ from lit_clip.evaluation.data import ImageSet, Localised
 from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import Preprocessing
-from lit_clip.models.preprocess import to_rgb
+from lit_clip.models.preprocess import to_rgb, windowed
 from lit_clip.models.size import height_width
 
 WINDOWS = 16  # encoded at once
@@ -135,7 +135,8 @@ class _WholeImages(ImageBatches):
         super().__init__(SetRows(images), batches, preprocessing, _size, stop)
         self.images, self.truth = images, truth
         resize = partial(_resized, window=window, filter=Image.Resampling[preprocessing.interpolation.upper()])
-        self.transform = v2.Compose([v2.Lambda(resize), v2.Lambda(to_rgb), v2.PILToTensor()])
+        first = v2.Lambda(partial(windowed, config=preprocessing))
+        self.transform = v2.Compose([first, v2.Lambda(resize), v2.Lambda(to_rgb), v2.PILToTensor()])
 
     def __getitem__(self, index: int) -> EncoderBatch:
         batch = super().__getitem__(index)

@@ -21,7 +21,7 @@ from lit_clip.heads.head import Head, HeadFacts
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
 from lit_clip.models.evaluation_mode import evaluation_mode
-from lit_clip.tools.images import open_image
+from lit_clip.tools.images import image_for_model
 from lit_clip.weights.fingerprint import fingerprint
 
 TEMPLATES = ("a photo of a {}.",)
@@ -119,7 +119,7 @@ def head_from_images(
     with torch.no_grad(), evaluation_mode(model):
         text = zero_shot_classifier(model, names, templates)
         for each in images:
-            image = each if isinstance(each, Image.Image) else open_image(Path(each))
+            image = each if isinstance(each, Image.Image) else image_for_model(Path(each))
             features = model.image_features(model.preprocess(image)[None].to(model.device))
             before.append(features[0].float().cpu())
             after.append(unit(features[1].float()).cpu())

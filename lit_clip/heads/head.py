@@ -19,7 +19,7 @@ from lit_clip.evaluation.thresholds import check_names
 from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
 from lit_clip.models.evaluation_mode import evaluation_mode
-from lit_clip.tools.images import open_image
+from lit_clip.tools.images import image_for_model
 from lit_clip.tools.untrusted import Finite
 from lit_clip.weights.fingerprint import fingerprint
 
@@ -120,7 +120,7 @@ class HeadedModel(nn.Module):
     @torch.no_grad()
     def classify(self, images: Sequence[str | Path | Image.Image], batch_size: int = 64) -> Tensor:
         """Return the probabilities of images and image files, float32 ``[N, C]`` on the CPU."""
-        found = [image if isinstance(image, Image.Image) else open_image(Path(image)) for image in images]
+        found = [image if isinstance(image, Image.Image) else image_for_model(Path(image)) for image in images]
         rows = []
         with evaluation_mode(self.model):
             for start in range(0, len(found), batch_size):

@@ -14,7 +14,7 @@ from lit_clip.locating.overlay import Scale, overlay
 from lit_clip.locating.regions import background_level
 from lit_clip.models.clip import CLIP
 from lit_clip.models.heat_maps import place_cosines
-from lit_clip.tools.images import open_image, upright
+from lit_clip.tools.images import image_for_model, upright
 
 
 class HeatMaps:
@@ -36,7 +36,7 @@ class HeatMaps:
         places: dict[Path, tuple[Image.Image, Tensor, float]] = {}
         for file in filter(None, dict.fromkeys(files)):
             try:
-                image = open_image(file)
+                image = image_for_model(file)
                 found, *others = place_cosines(self.model, image, torch.cat([query[None], self.background]), scale=1)
             except BadSample:
                 continue

@@ -17,7 +17,7 @@ from lit_clip.locating.regions import Region, background_level, find_regions
 from lit_clip.models.clip import CLIP
 from lit_clip.models.evaluation_mode import evaluation_mode
 from lit_clip.models.heat_maps import map_of, place_cosines
-from lit_clip.tools.images import open_image
+from lit_clip.tools.images import image_for_model
 
 FALSE_ALARMS = 0.05
 SIDE = 256  # pixels of a map's longer side: many times finer than any encoder's places
@@ -69,7 +69,7 @@ class Locator:
 
     def __call__(self, image: Image.Image | str | os.PathLike[str]) -> Located:
         """Find the texts in an image or an image file."""
-        opened = image if isinstance(image, Image.Image) else open_image(Path(image))
+        opened = image if isinstance(image, Image.Image) else image_for_model(Path(image))
         cosines = place_cosines(self.model, opened, self._features, self.scale)
         check_finite(cosines, "image")
         count, ratio = len(self.texts), min(1, SIDE / max(opened.size))

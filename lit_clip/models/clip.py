@@ -84,6 +84,7 @@ class CLIP(TextTransformer):
 
     def preprocess(self, image: Image.Image) -> Tensor:
         """An image -> float32 ``[3, H, W]`` (NaFlex: ``[1 + N, 3PP]``), the input of :meth:`encode_image`."""
+        pp.warn_of_deep_levels(image, self.preprocessing)
         return pp.image_transform(self.preprocessing)(image)
 
     @property

@@ -26,6 +26,7 @@ from lit_clip.models.size import (
     height_width,
     normalised,
 )
+from lit_clip.tools.levels import Window, check_window
 from lit_clip.tools.untrusted import check_fields, from_plain, shortened
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
@@ -50,6 +51,8 @@ class Preprocessing:
             that allows (:mod:`lit_clip.models.patches`); ``image_size`` is then the square of that many patches, and
             ``resize_mode`` has no meaning. None: images of one size.
         patch_size: side of NaFlex's patches in pixels.
+        window: grey levels of more than 8 bits that become 0 and 255: two numbers, ``{percentiles: [low, high]}`` of
+            each image, or ``bit_depth``, the range of the file's bits. None: ``bit_depth`` too, with a warning.
     """
 
     image_size: Size = 224
@@ -60,10 +63,12 @@ class Preprocessing:
     crop_pct: Annotated[float, Meta(gt=0, le=1)] = 1.0
     max_patches: Annotated[int, Meta(ge=1, le=65535)] | None = None
     patch_size: Annotated[int, Meta(ge=2, le=1024)] | None = None
+    window: Window | None = None
 
     def __post_init__(self) -> None:
         where = "architecture.preprocessing"
         check_fields(self, where)
+        check_window(self.window, f"{where}.window")
         if self.max_patches is not None:
             if self.patch_size is None:
                 raise InputError(f"{where}.patch_size: must be set with max_patches, to at least 2")
@@ -305,13 +310,17 @@ def described(config: CLIPConfig) -> dict[str, Any]:
             tower["tokenizer"] = tower["tokenizer"]["clean"]
         values[f"{name} encoder"] = type(getattr(config, name)).__name__.removesuffix("Config")
         values.update({f"{name}.{key}": value for key, value in tower.items() if key not in ("hugging_face", "model")})
-    values.update({f"preprocessing.{key}": value for key, value in values.pop("preprocessing").items()})
+    preprocessing = values.pop("preprocessing").items()
+    values.update({f"preprocessing.{key}": value for key, value in preprocessing if key != "window" or value})
     return values
 
 
 def differences(theirs: CLIPConfig, ours: CLIPConfig) -> list[str]:
-    """List how two architectures (:func:`described`) differ, each as ``image.width 768 there and 1024 here``."""
-    there, here = described(theirs), described(ours)
+    """List how two architectures (:func:`described`) differ, each as ``image.width 768 there and 1024 here``.
+
+    A window may differ: a run gives the model that of its own images.
+    """
+    there, here = ({**described(config), "preprocessing.window": None} for config in (theirs, ours))
     return [
         f"{key} {there[key]} there and {here[key]} here" for key in here if key in there and there[key] != here[key]
     ]

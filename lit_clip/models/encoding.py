@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.evaluation_mode import evaluation_mode
-from lit_clip.tools.images import SUFFIXES, open_image
+from lit_clip.tools.images import SUFFIXES, image_for_model
 
 Item = str | os.PathLike[str] | Image.Image
 """A text, an image file or an image."""
@@ -79,7 +79,7 @@ def _texts(model: Any, texts: list[str]) -> Tensor:
 
 
 def _images(model: Any, images: list[Path | Image.Image]) -> Tensor:
-    opened = (open_image(image) if isinstance(image, Path) else image for image in images)
+    opened = (image_for_model(image) if isinstance(image, Path) else image for image in images)
     pixels = torch.stack([model.preprocess(image) for image in opened])
     # In the weights' precision, which need not be float32.
     weights = next(model.visual.parameters(), model.logit_scale)

@@ -6,6 +6,7 @@ Shapes: N texts, D embedding dimension, T tiles, h x w places, H x W pixels.
 import math
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,10 @@ from torchvision.transforms import InterpolationMode, v2
 from lit_clip.errors import require
 from lit_clip.models.encoding import as_features
 from lit_clip.models.evaluation_mode import evaluation_mode
-from lit_clip.models.preprocess import to_rgb
+from lit_clip.models.preprocess import to_rgb, windowed
 from lit_clip.models.size import height_width
 from lit_clip.models.transformer import VisionTransformer
-from lit_clip.tools.images import eight_bits, open_image
+from lit_clip.tools.images import image_for_model
 
 MOST_SCALE = 4
 MOST_ELONGATED = 32  # longer to shorter side; a longer side is squashed, or one image could cost hundreds
@@ -34,7 +35,7 @@ def heat_maps(
 ) -> Tensor:
     """See :meth:`lit_clip.CLIP.locate`."""
     require(len(texts) > 0, "locate: no texts given; say what to find")
-    opened = image if isinstance(image, Image.Image) else open_image(Path(image))
+    opened = image if isinstance(image, Image.Image) else image_for_model(Path(image))
     cosines = place_cosines(model, opened, as_features(model, texts, 64), scale)
     return map_of(cosines, (opened.height, opened.width))
 
@@ -70,7 +71,7 @@ def _resized(image: Image.Image, preprocessing: Any, stride: int, scale: float) 
     sides = (scale * min(longest, now * ratio) for now in (image.height, image.width))
     size = [stride * max(1, round(side / stride)) for side in sides]
     resize = v2.Resize(size, InterpolationMode(preprocessing.interpolation))
-    steps = [v2.Lambda(eight_bits), resize, v2.Lambda(to_rgb), v2.PILToTensor()]
+    steps = [v2.Lambda(partial(windowed, config=preprocessing)), resize, v2.Lambda(to_rgb), v2.PILToTensor()]
     return v2.Compose(steps)(image)  # RGB conversion comes last, as in preprocessing
 
 

@@ -139,7 +139,8 @@ def _preprocessing(values: Mapping[str, Any] | None, vision: Mapping[str, Any], 
         values.get("std") or default.std,
         interpolation,
         mode,
-        values.get("crop_pct", 1.0),  # ours: open_clip leaves it out
+        values.get("crop_pct", 1.0),  # ours: open_clip leaves it out, and the window
+        window=values.get("window"),
     )
 
 

@@ -1,6 +1,7 @@
 """Turn images into pixels: uint8 for the data loaders, normalised float for ``encode_image``."""
 
 import math
+import warnings
 from functools import partial
 from typing import Any
 
@@ -12,16 +13,32 @@ from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.models.config import Preprocessing, height_width
 from lit_clip.models.patches import patch_sequence
-from lit_clip.tools.images import eight_bits
+from lit_clip.tools.levels import eight_bits, levels_of
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert any image to RGB by Pillow's rules, as in every peer: published models were trained on such pixels.
 
     Transparency is dropped (the colours underneath show), and a camera's rotation flag is ignored. Of 16-bit grey
-    levels, which Pillow clips at 255, the highest 8 bits are kept (:func:`lit_clip.tools.images.eight_bits`).
+    levels, which Pillow clips at 255, the highest 8 bits are kept (:func:`lit_clip.tools.levels.eight_bits`).
     """
     return eight_bits(image).convert("RGB")
+
+
+def windowed(image: Image.Image, config: Preprocessing) -> Image.Image:
+    """Scale deep grey levels to 8 bits by the model's window: the first step of all preprocessing."""
+    return eight_bits(image, window=config.window)
+
+
+def warn_of_deep_levels(image: Image.Image, config: Preprocessing) -> None:
+    """Warn of grey levels of more than 8 bits that have no window: neither the model's nor the file's own."""
+    levels = levels_of(image) if config.window is None else None
+    if levels is not None and not levels.windowed:
+        warnings.warn(
+            "preprocess: grey levels of more than 8 bits, of which the highest 8 are read: 12 bits in a file of 16 are "
+            "nearly black; set model.preprocessing.window, such as [0, 4095], or train with data.window",
+            stacklevel=3,
+        )
 
 
 class _Resize(v2.Transform):
@@ -56,11 +73,11 @@ def resize_steps(config: Preprocessing) -> list[v2.Transform]:
 
 def pixels(config: Preprocessing) -> v2.Compose:
     """Return the evaluation transform up to the pixels: PIL image -> uint8 of the shape ``config.shape``."""
+    first = v2.Lambda(partial(windowed, config=config))  # resizing forgets the range of deep levels
     if config.max_patches is not None:
-        return v2.Compose([v2.Lambda(to_rgb), v2.Lambda(partial(patch_sequence, config=config))])
-    # RGB conversion comes last, as in the peers: resizing a palette image picks entries and does not mix colours. Deep
-    # levels come first: resizing forgets their range.
-    return v2.Compose([v2.Lambda(eight_bits), *resize_steps(config), v2.Lambda(to_rgb), v2.PILToTensor()])
+        return v2.Compose([first, v2.Lambda(to_rgb), v2.Lambda(partial(patch_sequence, config=config))])
+    # RGB conversion comes last, as in the peers: resizing a palette image picks entries and does not mix colours.
+    return v2.Compose([first, *resize_steps(config), v2.Lambda(to_rgb), v2.PILToTensor()])
 
 
 def image_transform(config: Preprocessing) -> v2.Compose:

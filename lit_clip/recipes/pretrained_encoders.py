@@ -84,7 +84,7 @@ class PretrainedEncoders(Recipe):
     def choose(self, run: Run) -> list[Choice]:
         facts, module, data = run.facts, run.module, run.data
         require(facts.pairs >= 8, f"recipe: {facts.pairs} pairs are too few to train on; add some")
-        data.preprocessing, data.tokenize = module.preprocessing, module.tokenize
+        data.adopt(module)
         device = torch.device("cpu") if run.given.get("trainer.accelerator") == "cpu" else best_device()
         precision: Precision = "bf16-mixed" if computes_in_bfloat16(device.type) else "32-true"
         module.to(device)

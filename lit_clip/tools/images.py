@@ -10,13 +10,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from lit_clip.errors import BadSample
+from lit_clip.errors import BadSample, InputError
+from lit_clip.tools import dicom
+from lit_clip.tools.levels import BITS, eight_bits, keep_levels
 from lit_clip.tools.reading import reason
 
-SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+SUFFIXES = frozenset({".bmp", ".dcm", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
 CHECKED = 10_000
 MAX_PIXELS = 178_956_970  # Pillow's own limit; 0.5 GB as RGB
 MOST_ELONGATED = 500  # longer to shorter side; resized to a model's input, such an image takes a gigabyte
@@ -29,8 +30,7 @@ LeastSize = Callable[[int, int], tuple[int, int]]  # an image's width and height
 
 FULL_SIZE = "size in the file"  # key in ``info`` of an image decoded at a fraction
 FRACTIONS = (1, 2, 4, 8)  # divisors of width and height that JPEG decoders support and Pillow passes on
-BITS, BANDS = 258, 277  # TIFF tags: bits of each band, and number of bands
-PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # TIFF tag; Pillow inverts such levels of 8 bits alone
+BANDS = 277  # TIFF tag: number of bands
 
 _least_size: ContextVar[LeastSize | None] = ContextVar("_least_size", default=None)
 
@@ -60,15 +60,16 @@ def decoding_at_least(size: LeastSize | None) -> Iterator[None]:
 
 
 @cache
-def _silence_warnings() -> None:
-    """Ignore Pillow's warnings about files that it reads all the same; every odd file has its own text."""
+def _prepare() -> None:
+    """Open DICOM files, and ignore Pillow's warnings about files that it reads all the same, each in its own words."""
+    dicom.register()
     warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 @contextmanager
 def _opened(source: Path | BinaryIO, where: str | None) -> Iterator[Image.Image]:
     """Open an image without decoding it; raise :class:`BadSample` for any error inside."""
-    _silence_warnings()
+    _prepare()
     where = str(source) if where is None else where
     named_by_path = where == str(source)
     name = "this image" if named_by_path else f"image {source}" if isinstance(source, Path) else "its image"
@@ -85,7 +86,7 @@ def _opened(source: Path | BinaryIO, where: str | None) -> Iterator[Image.Image]
             if image.format in PROGRAMS:
                 raise UnidentifiedImageError
             yield image
-    except BadSample:
+    except InputError:  # ours, or a package is missing
         raise
     # For a broken file Pillow's decoders raise anything: OSError, SyntaxError, struct.error, ...
     except Exception as error:
@@ -104,7 +105,12 @@ def open_image(source: Path | BinaryIO, where: str | None = None) -> Image.Image
     its path. Raise :class:`BadSample` if there is no such file, or it is not an image, broken, too large, too
     elongated, of another program's format, or of levels whose range is unknown.
     """
-    return eight_bits(stored_image(source, where), str(source) if where is None else where)
+    return eight_bits(image_for_model(source, where))
+
+
+def image_for_model(source: Path | BinaryIO, where: str | None = None) -> Image.Image:
+    """Decode an image as :func:`open_image` does, for a model, whose window may know the range of any levels."""
+    return keep_levels(stored_image(source, where), str(source) if where is None else where)
 
 
 def stored_image(source: Path | BinaryIO, where: str | None = None) -> Image.Image:
@@ -119,25 +125,6 @@ def stored_image(source: Path | BinaryIO, where: str | None = None) -> Image.Ima
         return image
 
 
-def eight_bits(image: Image.Image, where: str = "an image") -> Image.Image:
-    """Return an image with the highest 8 bits of deeper grey levels, which Pillow's own conversion clips at 255.
-
-    Of 16-bit colours Pillow itself keeps the highest 8. In a PNG levels of fewer bits are scaled to all 16, by its
-    specification. Raise :class:`BadSample` for floats and 32-bit integers, whose range is unknown.
-    """
-    if not image.mode.startswith(("I", "F")):
-        return image
-    if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):  # these have 16 bits
-        detail = "its levels are floats or 32-bit integers, without a range in the file; scale them to 8 or 16 bits"
-        raise BadSample(where, "levels without a range", detail)
-    tags = getattr(image, "tag_v2", {})
-    levels = np.asarray(image) >> (tags.get(BITS, (16,))[0] - 8)
-    result = Image.fromarray((255 - levels if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO else levels).astype(np.uint8))
-    result.format = image.format
-    result.info = {name: value for name, value in image.info.items() if name != "transparency"}  # of 16 bits
-    return result
-
-
 def unseen(source: Path | BinaryIO, where: str) -> list[Unseen]:
     """Return what of an image a model does not see, by its header: an alpha channel may be opaque everywhere."""
     with _opened(source, where) as image:
@@ -145,6 +132,7 @@ def unseen(source: Path | BinaryIO, where: str) -> list[Unseen]:
         how = tile[0][3] if tile else ""  # to decode it: such as "I;16B"
         tags, transparent = getattr(image, "tag_v2", {}), image.has_transparency_data
         deep = max(tags.get(BITS, (8,))) > 8 or image.mode.startswith(("I", "F")) or ";16" in str(how)
+        deep = deep or getattr(image, "deep", False)  # of a DICOM file
         found = {
             Unseen.DEEP: deep or (image.format == "PPM" and isinstance(how, tuple) and how[-1] > 255),  # highest level
             Unseen.CONVERTED: not transparent and tags.get(BANDS, len(image.getbands())) > 3,

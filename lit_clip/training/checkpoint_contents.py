@@ -18,6 +18,7 @@ Beside Lightning's own keys (epoch, global_step, optimizer_states, lr_schedulers
 A data module's state is its sampler's position.
 """
 
+import json
 from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,11 @@ def unpack_checkpoint(checkpoint: dict[str, Any], module: Any, name: Source, tra
         _use_last_step(checkpoint, name)
     architecture = checkpoint["hyper_parameters"]["architecture"]
     if architecture != model.config.to_dict():
-        check_same(resolve_architecture(architecture), model.config, name)
+        saved = resolve_architecture(architecture)
+        check_same(saved, model.config, name)
+        there, here = (getattr(each.preprocessing, "window", None) for each in (saved, model.config))
+        asked = f"{name}: its model has the window {json.dumps(there)}, not {json.dumps(here)}"
+        require(there == here, f"{asked}; set data.window to the same")
     if module.base_sha256:
         check_base(checkpoint, module.base_sha256, name)
         for states, ours in (("state_dict", model.state_dict()), ("current_model_state", module.state_dict())):

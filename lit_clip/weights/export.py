@@ -142,6 +142,7 @@ def write_open_clip(model: CLIP, folder: Path) -> None:
             "interpolation": ours.interpolation,
             "resize_mode": ours.resize_mode,
             **({} if ours.crop_pct == 1 else {"crop_pct": ours.crop_pct}),
+            **({} if ours.window is None else {"window": ours.window}),
         },
         # With it lit-clip needs the folder alone; open_clip reads the text encoder's settings from where it is named.
         **({HF_MODEL_CONFIG: text.model} if isinstance(text, HuggingFaceTextConfig) else {}),

@@ -96,6 +96,7 @@ def _settings(values: Mapping[str, Any], kind: str) -> tuple[dict[str, Any], Pre
         mean=tuple(settings["image_mean"]) if normalised else (0.0, 0.0, 0.0),
         std=tuple(settings["image_std"]) if normalised else (1.0, 1.0, 1.0),
         interpolation=FILTERS[resample],
+        window=settings.get("window"),  # ours
     )
 
 
@@ -113,6 +114,7 @@ def image_processor(ours: Preprocessing, kind: str) -> dict[str, Any]:
         "resample": {name: number for number, name in FILTERS.items()}[ours.interpolation],
         "image_mean": list(ours.mean),
         "image_std": list(ours.std),
+        **({} if ours.window is None else {"window": ours.window}),
     }
     if kind == "Siglip2ImageProcessor":
         return {**PROCESSORS[kind], **shared, "patch_size": ours.patch_size, "max_num_patches": ours.max_patches}

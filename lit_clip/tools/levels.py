@@ -1,0 +1,105 @@
+"""Grey levels of more than 8 bits, and the window that scales them to 8."""
+
+import sys
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from lit_clip.errors import BadSample, InputError
+
+Window = list[float] | dict[str, list[float]] | Literal["bit_depth"]
+"""Levels that become 0 and 255: ``[low, high]``, ``{"percentiles": [low, high]}`` of each image, the file's range."""
+
+BITS = 258  # TIFF tag: bits of each band
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # TIFF tag; Pillow inverts such levels of 8 bits alone
+_WHOLE: Window = {"percentiles": [0, 100]}
+
+
+class Levels(NamedTuple):
+    """Grey levels as an image's file has them."""
+
+    values: np.ndarray  # [H, W], integers or floats
+    bits: int | None  # of the whole range, which starts at 0; None: the file says none
+    inverted: bool  # whether the lowest is white
+    where: str  # how the user knows the image
+    windowed: bool = False  # whether the file has a window of its own
+
+
+def check_window(window: Window | None, where: str) -> None:
+    """Raise :class:`InputError` unless the ends of a window ascend, and percentiles are between 0 and 100."""
+    if window is None or window == "bit_depth":
+        return
+    ends = window.get("percentiles") if isinstance(window, dict) and len(window) == 1 else window
+    if not (isinstance(ends, list | tuple) and len(ends) == 2 and all(isinstance(end, int | float) for end in ends)):
+        raise InputError(f"{where}: {window} must be [low, high], {{percentiles: [low, high]}} or bit_depth")
+    least, most = (0, 100) if isinstance(window, dict) else (-sys.float_info.max, sys.float_info.max)
+    if not least <= ends[0] < ends[1] <= most:
+        limits = "between 0 and 100" if isinstance(window, dict) else "finite"
+        raise InputError(f"{where}: {window} must be {limits}, the lower number first")
+
+
+def levels_of(image: Image.Image, where: str = "an image") -> Levels | None:
+    """Return the deep levels of an image; None for one of 8 bits, colours included."""
+    kept: Levels | None = getattr(image, "levels", None)
+    if kept is not None or not image.mode.startswith(("I", "F")):
+        return kept
+    tags = getattr(image, "tag_v2", {})
+    # Pillow's modes I and F are of 32 bits; in PNG and PPM I has 16.
+    unknown = image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM"))
+    bits = None if unknown else tags.get(BITS, (16,))[0]
+    return Levels(np.asarray(image), bits, tags.get(PHOTOMETRIC) == WHITE_IS_ZERO, where)
+
+
+def keep_levels(image: Image.Image, where: str) -> Image.Image:
+    """Return an image of 8 bits a level that remembers deeper ones, until it is changed, for a model's window.
+
+    Levels without a range are shown from the lowest to the highest.
+    """
+    levels = levels_of(image, where)
+    if levels is None or hasattr(image, "levels"):
+        return image
+    shown: Any = eight_bits(image, where, None if levels.bits else _WHOLE)
+    shown.levels = levels
+    return shown
+
+
+def eight_bits(image: Image.Image, where: str = "an image", window: Window | None = None) -> Image.Image:
+    """Return an image with its grey levels scaled to 8 bits by a window; colours, and 8 bits, stay as they are.
+
+    By default and by ``bit_depth`` the highest 8 bits are kept, which Pillow's own conversion clips at 255; of a DICOM
+    file its own window. Of 16-bit colours Pillow itself keeps the highest 8. In a PNG levels of fewer bits are scaled
+    to all 16, by its specification. Without a window raise :class:`BadSample` for floats and 32-bit integers, whose
+    range is unknown.
+    """
+    levels = levels_of(image, where)
+    if levels is None:
+        return image
+    if window is None or window == "bit_depth":
+        if levels.bits is None:
+            detail = "its levels are floats or 32-bit integers, without a range in the file; set data.window, or scale "
+            raise BadSample(levels.where, "levels without a range", f"{detail}them to 8 or 16 bits")
+        if hasattr(image, "levels"):  # it shows them already
+            return image
+        values = (levels.values >> (levels.bits - 8)).astype(np.uint8)
+    else:
+        values = scaled(levels.values, *_ends(levels.values, window))
+    result = Image.fromarray(255 - values if levels.inverted else values)
+    result.format = image.format
+    result.info = {name: value for name, value in image.info.items() if name != "transparency"}  # of 16 bits
+    return result
+
+
+def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
+    """Scale numbers so that ``low`` becomes 0 and ``high`` 255, round and clip them, uint8; NaN becomes 0."""
+    share = (values.astype(np.result_type(values, np.float32)) - low) / (high - low)
+    return np.rint(255 * np.nan_to_num(share, nan=0.0).clip(0, 1)).astype(np.uint8)
+
+
+def _ends(values: np.ndarray, window: Window) -> tuple[float, float]:
+    """Return the levels that become 0 and 255."""
+    if not isinstance(window, dict):
+        return float(window[0]), float(window[1])
+    finite = values[np.isfinite(values)]
+    low, high = np.percentile(finite, window["percentiles"]).tolist() if finite.size else (0.0, 1.0)
+    return (low, high) if high > low else (low, low + 1)  # of a single colour
