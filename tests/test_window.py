@@ -19,6 +19,7 @@ from torch.optim import AdamW
 
 from datamodules import Captions, CustomPairs
 from datamodules.loading.augmentation import Augmentation
+from datamodules.shards.writing import _image_file
 from lit_clip import CLIP, LitCLIP, load_model
 from lit_clip.cli.main import main
 from lit_clip.commands.demo_trial import image_of
@@ -293,3 +294,10 @@ def test_embed_and_classify_read_with_the_checkpoints_window(
     features = pq.read_table(tmp_path / "out.parquet")
     expected = load_model(trained).encode([tmp_path / f"photos/{number}.png" for number in range(200, 204)])
     assert np.allclose(np.stack(features["feature"].to_numpy()), expected.numpy(), atol=1e-5)
+
+
+def test_shards_keep_deep_levels(scans: Path, tmp_path: Path) -> None:
+    source = Captions(val=str(scans / "val.csv")).sources(fit=False)[1]
+    for row in range(4):  # PNG and TIFF
+        pair = source.read(row)
+        assert _image_file(pair, 16)[1:] == (pair.image, {})

@@ -18,7 +18,8 @@ from lit_clip.models.preprocess import to_rgb
 from lit_clip.tools.atomic import not_written, replacing
 from lit_clip.tools.console import progress
 from lit_clip.tools.hashing import hex_digest
-from lit_clip.tools.images import OnError, decoding_at_least, full_size, open_image
+from lit_clip.tools.images import OnError, decoding_at_least, full_size, image_for_model
+from lit_clip.tools.levels import levels_of
 from lit_clip.tools.reading import reading
 from lit_clip.tools.shares import Share
 from lit_clip.tools.workers import loader
@@ -171,12 +172,12 @@ class ShardWriter(Dataset[Written]):
 def _image_file(pair: EncodedPair, resize: int | None) -> tuple[str, bytes, dict[str, int]]:
     """Return extension and content of a pair's image, and what img2dataset notes of the size if it was resized."""
     with decoding_at_least(lambda width, height: (width, height) if reduced(width, height, resize) else (1, 1)):
-        image = open_image(io.BytesIO(pair.image), pair.where)
+        image = image_for_model(io.BytesIO(pair.image), pair.where)
     if image.format not in EXTENSIONS:
         detail = f"images in shards must be {', '.join(sorted(EXTENSIONS))}, this is {image.format}; convert it"
         raise BadSample(pair.where, "format not supported in shards", detail)
     original = full_size(image)[:2]
-    size = reduced(*original, resize)
+    size = None if levels_of(image) else reduced(*original, resize)  # a JPEG has no deep levels
     if size is None:
         return EXTENSIONS[image.format], pair.image, {}
     if image.mode in ("1", "P"):
