@@ -49,6 +49,7 @@ TEXTS = [
 ]
 # timm's models in small models, and their image sizes: small ones of the same kind.
 _SMALL_TIMM = {
+    "vit_base_patch16_224": ("test_vit", 160),
     "vit_base_mci_224": ("vit_base_mci_224", 224),
     "fastvit_mci0": ("fastvit_mci0", 64),
     "vit_large_patch14_clip_224": ("test_vit", 160),
@@ -107,7 +108,9 @@ def write_folder(folder: Path, cfg: dict[str, Any], preprocess: dict[str, Any]) 
     cfg = copy.deepcopy(cfg)
     text = cfg["text_cfg"]
     if text.get("hf_tokenizer_name"):
-        text["vocab_size"] = max(save_tokenizer(text["hf_tokenizer_name"], folder), min(text["vocab_size"], 1000))
+        text["vocab_size"] = max(
+            save_tokenizer(text["hf_tokenizer_name"], folder), min(text.get("vocab_size", 0), 1000)
+        )
     cfg["text_cfg"].pop("hf_model_pretrained", None)
     kept = ("mean", "std", "interpolation", "resize_mode")
     chosen = {key: preprocess[key] for key in kept if preprocess.get(key) is not None}
@@ -147,7 +150,7 @@ def save_tokenizer(name: str, folder: Path) -> int:
     ``bert``: WordPiece; ``xlm``: Unigram between <s> and </s>, padded with id 1; others: SigLIP's.
     """
     corpus = [emoji.name for emoji in read_table()] + TEXTS
-    if "bert" in name:
+    if "bert" in name.lower():
         special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
         tokenizer, template = Tokenizer(models.WordPiece(unk_token="[UNK]")), "[CLS] $A [SEP]"
         tokenizer.normalizer = normalizers.BertNormalizer()

@@ -31,6 +31,7 @@ from lit_clip.tools.untrusted import check_fields, from_plain, shortened
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
 
+Epsilon = Annotated[float, Meta(ge=0, le=1)]
 Mean = Annotated[float, Meta(ge=-1e6, le=1e6)]
 Deviation = Annotated[float, Meta(ge=1e-6, le=1e6)]
 
@@ -107,6 +108,8 @@ class VisionTransformerConfig:
             reads from all tokens by ``attention`` (CoCa); the last LayerNorm follows.
         pool_queries: queries of attention pooling; the first is read, CoCa's caption decoder reads the others.
         pool_heads: attention heads of attention pooling, whose width is ``embed_dim``.
+        layer_norm_eps: epsilon of every LayerNorm.
+        activation: in its MLPs; None: the architecture's.
     """
 
     image_size: Size = 224
@@ -119,6 +122,8 @@ class VisionTransformerConfig:
     pool: Literal["class", "mean", "attention"] = "class"
     pool_queries: Width = 256
     pool_heads: Width = 8
+    layer_norm_eps: Epsilon = 1e-5
+    activation: Activation | None = None
 
     def __post_init__(self) -> None:
         where = "architecture.image"
@@ -174,6 +179,7 @@ class TextTransformerConfig:
             ``eos``, the first of id ``eos_id``; ``last``, of the whole context (SigLIP); or ``class``, a token of its
             own behind a causal text (CoCa). None: ``argmax`` if causal, else ``last``.
         eos_id: id of the end of text, for ``pool: eos``.
+        activation: in its MLPs; None: the architecture's.
     """
 
     context_length: ContextLength = 77
@@ -185,10 +191,11 @@ class TextTransformerConfig:
     causal: bool = True
     projection: bool = True
     projection_bias: bool = False
-    layer_norm_eps: Annotated[float, Meta(ge=0, le=1)] = 1e-5
+    layer_norm_eps: Epsilon = 1e-5
     tokenizer: HuggingFaceTokenizerConfig | None = None
     pool: Literal["argmax", "eos", "last", "class"] | None = None
     eos_id: TokenID = 2
+    activation: Activation | None = None
 
     def __post_init__(self) -> None:
         where = "architecture.text"
@@ -235,8 +242,8 @@ class CLIPConfig:
         embed_dim: channels of that space.
         image: the image encoder, by default the one of the paper's ViT-B/32.
         text: the text encoder, by default the one of the paper's ViT-B/32.
-        activation: in every MLP of our own encoders; OpenAI's weights need ``quick_gelu``, most of open_clip's
-            ``gelu``.
+        activation: in the MLPs of our own encoders that name no other; OpenAI's weights need ``quick_gelu``, most of
+            open_clip's ``gelu``.
         preprocessing: of images; None: the paper's at the image encoder's size, or timm's for its model.
         logit_bias: whether the logits have a learned bias, which the sigmoid loss needs (SigLIP).
     """
@@ -261,6 +268,11 @@ class CLIPConfig:
         if isinstance(image, VisionTransformerConfig) and image.pool == "attention" and wide % image.pool_heads:
             problem = f"embed_dim {self.embed_dim} is not a multiple of pool_heads {image.pool_heads}"
             raise InputError(f"architecture.image: {problem}")
+        # One spelling of equal architectures: an encoder's activation is named only if it is another.
+        if getattr(image, "activation", None) == self.activation:
+            self.image = dataclasses.replace(image, activation=None)
+        if getattr(text, "activation", None) == self.activation:
+            self.text = dataclasses.replace(text, activation=None)
         size = self.image.image_size
         if self.preprocessing is None and size is not None and not isinstance(self.image, TimmConfig):
             self.preprocessing = Preprocessing(size)
@@ -273,6 +285,12 @@ class CLIPConfig:
     def papers_layout(self) -> bool:
         """Whether the text encoder's weights are named as OpenAI's, beside ``visual.``, and not below ``text.``."""
         return isinstance(self.text, TextTransformerConfig) and self.text.causal and self.text.pool in ("argmax", "eos")
+
+    @property
+    def activations(self) -> set[Activation]:
+        """The activations of our own encoders."""
+        ours = [each for each in (self.image, self.text) if hasattr(each, "activation")]
+        return {cast(Any, each).activation or self.activation for each in ours}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CLIPConfig":

@@ -26,8 +26,13 @@ from lit_clip.tools.reading import first_line, reason
 from lit_clip.tools.weight_files import read_tensors
 
 
-def projection(width: int, embed_dim: int, kind: Literal["linear", "mlp", "none"], bias: bool, name: str) -> nn.Module:
+def projection(
+    width: int, embed_dim: int, kind: Literal["linear", "mlp", "none", "norm"], bias: bool, name: str
+) -> nn.Module:
     """Create the projection from a tower's features to the embedding."""
+    if kind == "norm":
+        layers = nn.Linear(width, embed_dim), nn.Linear(embed_dim, embed_dim, bias=bias)
+        return nn.Sequential(nn.LayerNorm(width), *layers)
     if kind == "linear":
         return nn.Linear(width, embed_dim, bias=bias)
     if kind == "mlp":

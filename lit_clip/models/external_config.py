@@ -118,7 +118,8 @@ class HuggingFaceTextConfig:
         context_length: maximum tokens of a caption.
         pooling: how the last layer's tokens become one feature: the ``mean`` of all except padding, the first
             (``cls``), the ``last`` except padding, or the model's own ``pooler``, applied to the first.
-        projection: from the model's features to the embedding: one layer, two layers, or none (the widths must agree).
+        projection: from the model's features to the embedding: one layer, two layers, none (the widths must agree), or
+            a ``norm`` and two layers without an activation between them (AltCLIP).
         model: the model's own configuration, so that a checkpoint does not depend on the source; None: read from the
             source when the model is created.
     """
@@ -127,7 +128,7 @@ class HuggingFaceTextConfig:
     pretrained: bool = True
     context_length: ContextLength = 77
     pooling: Literal["mean", "cls", "last", "pooler"] = "mean"
-    projection: Literal["linear", "mlp", "none"] = "linear"
+    projection: Literal["linear", "mlp", "none", "norm"] = "linear"
     model: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:

@@ -60,6 +60,9 @@ class Freeze:
 
 def frozen_names(model: Any, freeze: Freeze) -> set[str]:
     """Return the names of the parameters to freeze."""
+    if model.stretched_from is not None and freeze.text == "all":
+        texts = f"the text encoder reads padding and must be trained for more than {model.stretched_from} tokens"
+        raise InputError(f"model.context_length: {texts}, but model.freeze.text is all; leave one of them out")
     frozen = _frozen_heads(model, freeze)
     if freeze.temperature:
         frozen |= {name for name, _ in model.named_parameters() if name in SCALARS}

@@ -97,21 +97,20 @@ def from_open_clip(model: Mapping[str, Any], preprocess: Mapping[str, Any] | Non
     Without the latter it is open_clip's default for that kind of model.
     """
     top = _CheckedDict(model, name)
-    activation: Activation = "quick_gelu" if top.take("quick_gelu", False) else "gelu"
+    plain: Activation = "quick_gelu" if top.take("quick_gelu", False) else "gelu"
     embed_dim, bias = top.take("embed_dim"), top.take("init_logit_bias") is not None
     vision, text = _CheckedDict(top.take("vision_cfg", {}), name), _CheckedDict(top.take("text_cfg", {}), name)
-    tanh = [(tower.take("act_kwargs") or {}).get("approximate") == "tanh" for tower in (vision, text)]
-    transformer = not (vision.values.get("timm_model_name") or isinstance(vision.values.get("layers"), list))
-    tanh = [*tanh[:transformer], *tanh[1 : 2 - bool(text.values.get("hf_model_name"))]]  # of the settings that read it
-    vision.check(len(set(tanh)) < 2, "act_kwargs", "of one encoder only")
-    activation = "gelu_tanh" if any(tanh) else activation
+    own_image, own_text = (_activation(tower, plain) for tower in (vision, text))
+    vit = not (vision.values.get("timm_model_name") or isinstance(vision.values.get("layers"), list))
+    texts = not text.values.get("hf_model_name")
     top.done()
     try:
         return CLIPConfig(
             embed_dim=embed_dim,
-            image=_image(vision),
-            text=_text(text),
-            activation=activation,
+            image=_image(vision, own_image),
+            text=_text(text, own_text),
+            # The one that is read: timm's and Hugging Face's encoders have their own.
+            activation=own_text if texts else own_image if vit else plain,
             preprocessing=_preprocessing(preprocess, model["vision_cfg"], bias),
             logit_bias=bias,
         )
@@ -119,6 +118,10 @@ def from_open_clip(model: Mapping[str, Any], preprocess: Mapping[str, Any] | Non
         raise InputError(str(error) if str(error).startswith(name) else f"{name}: {error}") from error
     except Exception as error:  # a file's values are of any type
         raise InputError(f"{name}: not an open_clip configuration ({reason(error)})") from error
+
+
+def _activation(tower: _CheckedDict, plain: Activation) -> Activation:
+    return "gelu_tanh" if (tower.take("act_kwargs") or {}).get("approximate") == "tanh" else plain
 
 
 def _preprocessing(values: Mapping[str, Any] | None, vision: Mapping[str, Any], siglip: bool) -> Preprocessing:
@@ -165,7 +168,7 @@ def _naflex(values: Mapping[str, Any], vision: Mapping[str, Any], size: Size, ti
     )
 
 
-def _image(values: _CheckedDict) -> ImageConfig:
+def _image(values: _CheckedDict, activation: Activation) -> ImageConfig:
     image_size = values.take("image_size", 224)
     timm_name = values.take("timm_model_name")
     if timm_name:
@@ -186,12 +189,12 @@ def _image(values: _CheckedDict) -> ImageConfig:
     elif isinstance(values.values.get("layers"), list):
         result = ResNetConfig(values.take("layers"), values.take("width", 64), image_size)
     else:
-        result = _vision_transformer(values, image_size)
+        result = _vision_transformer(values, image_size, activation)
     values.done()
     return result
 
 
-def _vision_transformer(values: _CheckedDict, image_size: Any) -> VisionTransformerConfig:
+def _vision_transformer(values: _CheckedDict, image_size: Any, activation: Activation) -> VisionTransformerConfig:
     width, head_width = values.take("width", 768), values.take("head_width", 64)
     attention, pool = values.take("attentional_pool", False), values.take("pool_type", "tok")
     norm_last = values.take("final_ln_after_pool", False)
@@ -210,10 +213,12 @@ def _vision_transformer(values: _CheckedDict, image_size: Any) -> VisionTransfor
         pool="attention" if attention else "mean" if pool == "avg" else "class",
         pool_queries=queries,
         pool_heads=heads,
+        layer_norm_eps=(values.take("norm_kwargs") or {}).get("eps", 1e-5),
+        activation=activation,
     )
 
 
-def _text(values: _CheckedDict) -> TextConfig:
+def _text(values: _CheckedDict, activation: Activation) -> TextConfig:
     context, hf = values.take("context_length", 77), values.take("hf_model_name")
     if hf:
         pooler: dict[str, Literal["mean", "cls", "pooler"]] = {
@@ -241,6 +246,7 @@ def _text(values: _CheckedDict) -> TextConfig:
             layer_norm_eps=(values.take("norm_kwargs") or {}).get("eps", 1e-5),
             tokenizer=_tokenizer(values),
             pool=pool,
+            activation=activation,
             **values.taken("vocab_size", "width", "layers", "heads", "mlp_ratio", "eos_id"),
         )
     values.done()

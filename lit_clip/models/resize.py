@@ -11,6 +11,7 @@ from lit_clip.models.config import (
     CLIPConfig,
     Preprocessing,
     Size,
+    TextConfig,
     TextTransformerConfig,
     TimmConfig,
     VisionTransformerConfig,
@@ -35,12 +36,18 @@ def resized(config: CLIPConfig, image_size: Size | None, context_length: int | N
         image = dataclasses.replace(image, image_size=image_size)
         preprocessing = dataclasses.replace(preprocessing, image_size=image_size)
     if context_length is not None and context_length != text.context_length:
-        fixed = isinstance(text, TextTransformerConfig) and text.padding_read > 0
+        shorter = context_length < text.context_length or getattr(text, "pool", None) == "class"
         why = "this text encoder attends to padding too, so another length would change the features"
-        require(not fixed, f"context_length: must be the weights' {text.context_length}, not {context_length}; {why}")
+        known = f"context_length: must be the weights' {text.context_length}"
+        require(not (shorter and reads_padding(text)), f"{known}, not {context_length}; {why}")
         _not_custom(text, "context_length")
         text = dataclasses.replace(text, context_length=context_length)
     return dataclasses.replace(config, image=image, text=text, preprocessing=preprocessing)
+
+
+def reads_padding(text: TextConfig) -> bool:
+    """Return whether the features of every text depend on the context length (SigLIP)."""
+    return isinstance(text, TextTransformerConfig) and text.padding_read > 0
 
 
 def _budget(preprocessing: Preprocessing, image_size: Size) -> int:
@@ -61,12 +68,13 @@ def resize_weights(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -
 
     The image encoder's position embedding is interpolated (bicubic, antialiased, as in open_clip and timm). The text
     encoder's is truncated at the end, or :func:`stretched`: features of captions of at most ``KEPT_POSITIONS`` tokens
-    stay bit-identical, of longer ones only when the context is shortened.
+    stay bit-identical, of longer ones only when the context is shortened. Those of a text encoder that reads padding
+    change.
     """
     state = dict(state)
     if new.image != old.image:
         state = _image(state, old, new)
-    key = "positional_embedding"
+    key = "positional_embedding" if old.papers_layout else "text.positional_embedding"
     if new.text != old.text and isinstance(new.text, TextTransformerConfig):
         positions, length = state[key], new.text.context_length
         state[key] = stretched(positions, length) if length > len(positions) else positions[:length]

@@ -144,8 +144,8 @@ class AttentionalPooler(nn.Module):
         self.query = nn.Parameter(torch.randn(config.pool_queries, embed_dim))
         width = config.width
         self.attn = nn.MultiheadAttention(embed_dim, config.pool_heads, kdim=width, vdim=width, batch_first=True)
-        self.ln_q = nn.LayerNorm(embed_dim)
-        self.ln_k = nn.LayerNorm(width)
+        self.ln_q = nn.LayerNorm(embed_dim, eps=config.layer_norm_eps)
+        self.ln_k = nn.LayerNorm(width, eps=config.layer_norm_eps)
 
     def forward(self, x_BLW: Tensor) -> Tensor:
         x = self.ln_k(x_BLW)
@@ -168,6 +168,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: VisionTransformerConfig, embed_dim: int, activation: Activation) -> None:
         super().__init__()
         width, (height, length) = config.width, height_width(config.image_size)
+        activation, eps = config.activation or activation, config.layer_norm_eps
         self.image_size = config.image_size
         self.patch_dropout = 0.0
         self.grid = (height // config.patch_size, length // config.patch_size)
@@ -175,12 +176,12 @@ class VisionTransformer(nn.Module):
         self.conv1 = nn.Conv2d(3, width, config.patch_size, stride=config.patch_size, bias=False)
         self.class_embedding = nn.Parameter(torch.randn(width).mul_(width**-0.5))
         self.positional_embedding = nn.Parameter(torch.randn(patches + 1, width).mul_(width**-0.5))
-        self.ln_pre = nn.LayerNorm(width) if config.ln_pre else nn.Identity()
-        self.transformer = Transformer(width, config.layers, config.heads, activation, config.mlp_ratio)
+        self.ln_pre = nn.LayerNorm(width, eps=eps) if config.ln_pre else nn.Identity()
+        self.transformer = Transformer(width, config.layers, config.heads, activation, config.mlp_ratio, eps)
         self.pool = config.pool
         self.attn_pool = AttentionalPooler(config, embed_dim) if config.pool == "attention" else None
         pooled = embed_dim if config.pool == "attention" else width
-        self.ln_post = nn.LayerNorm(pooled)
+        self.ln_post = nn.LayerNorm(pooled, eps=eps)
         self.proj = nn.Parameter(torch.randn(pooled, embed_dim).mul_(width**-0.5))
 
     def features(self, images: Tensor) -> Tensor:
@@ -248,7 +249,12 @@ class TextTransformer(nn.Module):
 
     OpenAI's CLIP has these parts beside its image encoder, not in a module of their own. :class:`lit_clip.CLIP` then
     is a text transformer itself, and calls :meth:`add_text` and :meth:`read_text`.
+
+    Attributes:
+        stretched_from: context length of the weights if they must be trained for a longer one; None if not.
     """
+
+    stretched_from: int | None = None
 
     def __init__(self, config: TextTransformerConfig, embed_dim: int, activation: Activation) -> None:
         super().__init__()
@@ -257,6 +263,7 @@ class TextTransformer(nn.Module):
     def add_text(self, config: TextTransformerConfig, embed_dim: int, activation: Activation) -> None:
         """Create the parts, initialised as in OpenAI's code."""
         width, eps = config.width, config.layer_norm_eps
+        activation = config.activation or activation
         self.causal, self.text_pool, self.eos_id = config.causal, config.pool, config.eos_id
         self.padding_read = config.padding_read
         self.transformer = Transformer(width, config.layers, config.heads, activation, config.mlp_ratio, eps)

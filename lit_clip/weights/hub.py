@@ -4,6 +4,7 @@ Both libraries take seconds to import, so they are imported on use.
 """
 
 import dataclasses
+import glob
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from lit_clip.models.config import Activation, CLIPConfig
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.tools.hub_client import guard_hub
 from lit_clip.tools.reading import first_line
-from lit_clip.tools.remote_names import checked_commit
+from lit_clip.tools.remote_names import checked_commit, is_relative
 
 # Files that a model needs beside its weights.
 _SMALL = [
@@ -42,6 +43,30 @@ def download(name: str) -> Path:
         words = first_line(error)
         raise InputError(f"{name}: no such file or folder, and not available from the hub ({words})") from error
     raise InputError(f"{name}: has none of {', '.join(OPEN_CLIP_WEIGHTS)} on the hub")
+
+
+def is_file(name: str) -> bool:
+    """Return whether a name is that of a file in a repository, ``org/name/file.pt``, and of none in a folder here."""
+    organisation, *rest = name.split("/")
+    weights = name.endswith((".pt", ".pth", ".bin", ".safetensors"))
+    return len(rest) > 1 and weights and is_relative(name) and not Path(organisation).exists()
+
+
+def download_file(name: str) -> Path:
+    """Download ``org/name/file.pt``, and return the file in the hub's cache."""
+    from huggingface_hub import snapshot_download
+
+    organisation, repository, file = name.split("/", 2)
+    guard_hub()
+    try:
+        folder = Path(snapshot_download(f"{organisation}/{repository}", allow_patterns=[glob.escape(file)]))
+        checked_commit(folder.name)
+    except Exception as error:  # as for a whole repository
+        words = first_line(error)
+        raise InputError(f"{name}: no such file or folder, and not available from the hub ({words})") from error
+    if not (folder / file).is_file():
+        raise InputError(f"{name}: not in the repository {organisation}/{repository}, or without a network not cached")
+    return folder / file
 
 
 def download_tag(name: str) -> tuple[Path, CLIPConfig]:

@@ -1,13 +1,13 @@
-"""Convert Hugging Face's CLIPModel, SiglipModel and Siglip2Model to ours and back: files and settings.
+"""Convert Hugging Face's models to ours (:data:`FORMS`), and ours to CLIPModel, SiglipModel and Siglip2Model.
 
 Weight names are in :mod:`lit_clip.weights.hugging_face_keys`. A setting that would silently change the features
-(another activation, epsilon or crop) is an error that names both sides. timm and transformers take seconds to import,
+(another activation or crop) is an error that names both sides. timm and transformers take seconds to import,
 so functions import them.
 """
 
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -28,6 +28,15 @@ from lit_clip.models.tokenizer import EOT_ID, SOT_ID
 from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.untrusted import check_names_nothing, convert, shortened
 from lit_clip.tools.weight_files import read_tensors
+from lit_clip.weights import altclip, chinese_clip, metaclip_2
+from lit_clip.weights.hugging_face_encoders import (
+    ACTIVATIONS,
+    activation,
+    clip_config,
+    complete,
+    ratio,
+    text_transformer,
+)
 from lit_clip.weights.hugging_face_keys import clip_pairs, renamed, siglip_pairs
 from lit_clip.weights.hugging_face_processor import (
     agree,
@@ -38,13 +47,7 @@ from lit_clip.weights.hugging_face_processor import (
     square,
 )
 
-ACTIVATIONS: dict[str, Activation] = {
-    "gelu_new": "gelu_tanh",  # the formula of gelu_pytorch_tanh, written out
-    "quick_gelu": "quick_gelu",
-    "gelu": "gelu",
-    "gelu_pytorch_tanh": "gelu_tanh",
-}
-CLIP_EPS, SIGLIP_EPS = 1e-5, 1e-6  # LayerNorm epsilons of our vision transformer and of timm's
+SIGLIP_EPS = 1e-6  # LayerNorm epsilon of timm's
 ARGMAX = 2  # with this eos_token_id CLIPModel pools at the highest id, as OpenAI's code and ours do
 # timm's SigLIP image encoders by (width, layers, heads); each exists for some patch and image sizes.
 SIGLIP_SIZES = {(768, 12, 12): "base", (1024, 24, 16): "large", (1152, 27, 16): "so400m", (1536, 40, 16): "giantopt"}
@@ -95,16 +98,24 @@ def from_hugging_face(
     preprocessor: Mapping[str, Any] | None = None,
     tokenizer: str = "",
 ) -> tuple[CLIPConfig, dict[str, Tensor]]:
-    """Convert ``config.json`` and weights of a ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model``, whose types stay.
+    """Convert ``config.json`` and weights of a model of :data:`FORMS`; the weights' types stay.
 
-    Without its ``preprocessor_config.json`` it is the default of its processor class. SigLIP's tokenizer is at
-    ``tokenizer``, a folder or a name on the hub.
+    Without its ``preprocessor_config.json`` it is the default of its processor class. The tokenizer of models other
+    than a ``CLIPModel`` is at ``tokenizer``, a folder or a name on the hub.
     """
-    kind: Any = config.get("model_type")
-    known = kind in ("clip", "siglip", "siglip2")
-    require(known, f"config.json: model_type is {kind!r}; must be 'clip', 'siglip' or 'siglip2'")
-    is_clip = kind == "clip"
-    ours = _clip_config(config, preprocessor) if is_clip else _siglip_config(kind, config, preprocessor, tokenizer)
+    kind = str(config.get("model_type"))
+    require(kind in FORMS, f"config.json: model_type is {kind!r}; must be one of {', '.join(map(repr, FORMS))}")
+    return FORMS[kind](config, state, preprocessor, tokenizer)
+
+
+def _clip(
+    values: Mapping[str, Any], state: Mapping[str, Tensor], preprocessor: Mapping[str, Any] | None, tokenizer: str
+) -> tuple[CLIPConfig, dict[str, Tensor]]:
+    theirs = complete("CLIPConfig", values)
+    text = theirs.text_config
+    if text.eos_token_id != ARGMAX:  # CLIPModel pools at this id, ours at the highest
+        agree("text_config.eos_token_id", text.eos_token_id, text.vocab_size - 1)
+    ours = clip_config(theirs, preprocessor, text_transformer(text))
     return ours, renamed(state, _pairs(ours), inwards=True)
 
 
@@ -141,7 +152,6 @@ def hugging_face_kind(config: CLIPConfig) -> Literal["clip", "siglip", "siglip2"
     require(plain, "a CLIPModel has CLIP's own tokenizer and no text bias")
     require(text.projection, "a CLIPModel has a text projection, this model has none")
     require(not config.logit_bias, "a CLIPModel has no logit bias, this model has one")
-    agree("layer_norm_eps", CLIP_EPS, text.layer_norm_eps)
     return "clip"
 
 
@@ -153,58 +163,11 @@ def _pairs(config: CLIPConfig) -> Any:
     return clip_pairs(cast(VisionTransformerConfig, config.image).layers, text.layers)
 
 
-def _activation(name: str, theirs: str) -> Activation:
-    require(theirs in ACTIVATIONS, f"{name} is {theirs}; must be one of {', '.join(ACTIVATIONS)}")
-    return ACTIVATIONS[theirs]
-
-
-def _ratio(inner: int, width: int) -> float:
-    """Return ``r`` such that ``int(width * r)`` is exactly ``inner`` in floating point."""
-    ratio = inner / width
-    return ratio if int(width * ratio) == inner else math.nextafter(ratio, math.inf)
-
-
-def _complete(kind: Literal["CLIPConfig", "SiglipConfig", "Siglip2Config"], values: Mapping[str, Any]) -> Any:
-    """Return their configuration with all defaults, which files leave out."""
-    import transformers
-
-    with reading("config.json", kind):  # their validation raises anything
-        return getattr(transformers, kind).from_dict(dict(values))
-
-
-def _clip_config(values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None) -> CLIPConfig:
-    theirs = _complete("CLIPConfig", values)
-    image, text = theirs.vision_config, theirs.text_config
-    for name, tower in (("vision_config", image), ("text_config", text)):
-        agree(f"{name}.layer_norm_eps", tower.layer_norm_eps, CLIP_EPS)
-    agree("vision_config.num_channels", image.num_channels, 3)
-    activation = _activation("vision_config.hidden_act", image.hidden_act)
-    same = _activation("text_config.hidden_act", text.hidden_act) == activation
-    require(same, f"hidden_act must be the same for images and texts, not {image.hidden_act} and {text.hidden_act}")
-    if text.eos_token_id != ARGMAX:  # CLIPModel pools at this id, ours at the highest
-        agree("text_config.eos_token_id", text.eos_token_id, text.vocab_size - 1)
-    size = square("vision_config.image_size", image.image_size)
-    return CLIPConfig(
-        embed_dim=theirs.projection_dim,
-        image=VisionTransformerConfig(
-            image_size=size,
-            patch_size=square("vision_config.patch_size", image.patch_size),
-            width=image.hidden_size,
-            layers=image.num_hidden_layers,
-            heads=image.num_attention_heads,
-            mlp_ratio=_ratio(image.intermediate_size, image.hidden_size),
-        ),
-        text=_text_config(text),
-        activation=activation,
-        preprocessing=None if preprocessor is None else preprocessing_of(preprocessor, size, "CLIPImageProcessor"),
-    )
-
-
-def _siglip_config(
-    kind: str, values: Mapping[str, Any], preprocessor: Mapping[str, Any] | None, tokenizer: str
-) -> CLIPConfig:
-    naflex = kind == "siglip2"
-    theirs = _complete("Siglip2Config" if naflex else "SiglipConfig", values)
+def _siglip(
+    values: Mapping[str, Any], state: Mapping[str, Tensor], preprocessor: Mapping[str, Any] | None, tokenizer: str
+) -> tuple[CLIPConfig, dict[str, Tensor]]:
+    naflex = values["model_type"] == "siglip2"
+    theirs = complete("Siglip2Config" if naflex else "SiglipConfig", values)
     image, text = theirs.vision_config, theirs.text_config
     agree("vision_config.layer_norm_eps", image.layer_norm_eps, SIGLIP_EPS)
     agree("vision_config.num_channels", image.num_channels, 3)
@@ -217,32 +180,33 @@ def _siglip_config(
         size = square("vision_config.image_size", image.image_size)
         unspecified = {"size": {"height": size, "width": size}}
         preprocessing = preprocessing_of(preprocessor or unspecified, size, "SiglipImageProcessor")
-    return CLIPConfig(
+    ours = CLIPConfig(
         embed_dim=text.projection_size,
         image=_timm_config(image, size, patch, naflex),
-        text=_text_config(
+        text=text_transformer(
             text,
             causal=False,
             projection_bias=True,
-            layer_norm_eps=text.layer_norm_eps,
             tokenizer=HuggingFaceTokenizerConfig(tokenizer, clean="lower" if naflex else "canonicalize"),
         ),
-        activation=_activation("text_config.hidden_act", text.hidden_act),
+        activation=activation("text_config.hidden_act", text.hidden_act),
         preprocessing=preprocessing,
         logit_bias=True,
     )
+    return ours, renamed(state, _pairs(ours), inwards=True)
 
 
-def _text_config(theirs: Any, **settings: Any) -> TextTransformerConfig:
-    return TextTransformerConfig(
-        context_length=theirs.max_position_embeddings,
-        vocab_size=theirs.vocab_size,
-        width=theirs.hidden_size,
-        layers=theirs.num_hidden_layers,
-        heads=theirs.num_attention_heads,
-        mlp_ratio=_ratio(theirs.intermediate_size, theirs.hidden_size),
-        **settings,
-    )
+Form = Callable[
+    [Mapping[str, Any], Mapping[str, Tensor], Mapping[str, Any] | None, str], tuple[CLIPConfig, dict[str, Tensor]]
+]
+FORMS: dict[str, Form] = {  # by model_type of config.json
+    "clip": _clip,
+    "siglip": _siglip,
+    "siglip2": _siglip,
+    "metaclip_2": metaclip_2.read,
+    "chinese_clip": chinese_clip.read,
+    "altclip": altclip.read,
+}
 
 
 def _timm_config(theirs: Any, size: int, patch: int, naflex: bool) -> TimmConfig:
@@ -254,8 +218,8 @@ def _timm_config(theirs: Any, size: int, patch: int, naflex: bool) -> TimmConfig
         "embed_dim": theirs.hidden_size,
         "depth": theirs.num_hidden_layers,
         "num_heads": theirs.num_attention_heads,
-        "mlp_ratio": _ratio(theirs.intermediate_size, theirs.hidden_size),
-        "act_layer": _activation("vision_config.hidden_act", theirs.hidden_act),
+        "mlp_ratio": ratio(theirs.intermediate_size, theirs.hidden_size),
+        "act_layer": activation("vision_config.hidden_act", theirs.hidden_act),
         "grid": math.isqrt(theirs.num_patches) if naflex else None,
     }
     kind = SIGLIP_SIZES.get((wanted["embed_dim"], wanted["depth"], wanted["num_heads"]), "base")
@@ -287,7 +251,7 @@ def timm_siglip(name: str, **options: Any) -> dict[str, Any]:
         "embed_dim": model.embed_dim,
         "depth": len(model.blocks),
         "num_heads": block.attn.num_heads,
-        "mlp_ratio": _ratio(block.mlp.fc1.out_features, model.embed_dim),
+        "mlp_ratio": ratio(block.mlp.fc1.out_features, model.embed_dim),
         "act_layer": "gelu_tanh" if "tanh" in activation else "quick_gelu" if "quick" in activation else "gelu",
         "grid": None if embeds is model else embeds.pos_embed.shape[1],
     }
@@ -300,10 +264,11 @@ def library_name(kind: str) -> str:
 
 def _values(config: CLIPConfig, kind: Literal["clip", "siglip", "siglip2"]) -> dict[str, Any]:
     """Return their ``config.json``."""
-    text, activation, eps = cast(TextTransformerConfig, config.text), config.activation, CLIP_EPS
+    text = cast(TextTransformerConfig, config.text)
     if kind == "clip":
         image, projection = cast(VisionTransformerConfig, config.image), {"projection_dim": config.embed_dim}
-        image_encoder = _encoder(image.width, image.layers, image.heads, image.mlp_ratio, activation, eps)
+        act, eps = image.activation or config.activation, image.layer_norm_eps
+        image_encoder = _encoder(image.width, image.layers, image.heads, image.mlp_ratio, act, eps)
         grid, patch, text_projection = None, image.patch_size, projection
         tokens = {
             "bos_token_id": min(SOT_ID, text.vocab_size - 1),
@@ -311,12 +276,13 @@ def _values(config: CLIPConfig, kind: Literal["clip", "siglip", "siglip2"]) -> d
             "pad_token_id": min(EOT_ID, text.vocab_size - 1),
         }
     else:
-        image, projection, eps = cast(TimmConfig, config.image), {}, text.layer_norm_eps
+        image, projection = cast(TimmConfig, config.image), {}
         timms = timm_siglip(image.timm, **image.options)
         sizes = (timms["embed_dim"], timms["depth"], timms["num_heads"], timms["mlp_ratio"])
         image_encoder = {"vision_use_head": True, **_encoder(*sizes, timms["act_layer"], SIGLIP_EPS)}
         grid, patch, text_projection = timms["grid"], timms["patch_size"], {"projection_size": config.embed_dim}
         tokens = {"bos_token_id": None, "eos_token_id": None}  # never read
+    text_act = text.activation or config.activation
     return {
         "model_type": kind,
         "architectures": [f"{library_name(kind)}Model"],
@@ -336,7 +302,7 @@ def _values(config: CLIPConfig, kind: Literal["clip", "siglip", "siglip2"]) -> d
             "max_position_embeddings": text.context_length,
             **text_projection,
             **tokens,
-            **_encoder(text.width, text.layers, text.heads, text.mlp_ratio, activation, eps),
+            **_encoder(text.width, text.layers, text.heads, text.mlp_ratio, text_act, text.layer_norm_eps),
         },
     }
 

@@ -38,7 +38,7 @@ _TEXT: list[Row] = [
     ("positional_embedding", "text_model.embeddings.position_embedding.weight"),
     ("ln_final.*", "text_model.final_layer_norm.*"),
 ]
-_CLIP: list[Row] = [
+_VISION: list[Row] = [
     ("logit_scale", "logit_scale"),
     ("visual.class_embedding", "vision_model.embeddings.class_embedding"),
     ("visual.conv1.weight", "vision_model.embeddings.patch_embedding.weight"),
@@ -46,7 +46,6 @@ _CLIP: list[Row] = [
     ("visual.ln_pre.*", "vision_model.pre_layrnorm.*"),  # sic
     ("visual.ln_post.*", "vision_model.post_layernorm.*"),
     ("visual.proj", "visual_projection.weight", "transposed"),
-    ("text_projection", "text_projection.weight", "transposed"),
 ]
 _SIGLIP: list[Row] = [
     ("logit_scale", "logit_scale", "theirs_in_front"),
@@ -77,9 +76,22 @@ def _blocks(rows: Iterable[Row], ours: str, theirs: str, layers: int) -> Iterato
 
 def clip_pairs(image_layers: int, text_layers: int) -> Iterator[Pair]:
     """Pair the weights of a vision transformer and a causal text transformer with a ``CLIPModel``'s."""
-    yield from _pairs([*_CLIP, *_TEXT])
-    yield from _blocks(_OPENAI_BLOCK, "visual.transformer.resblocks", "vision_model", image_layers)
+    yield from vision_pairs(image_layers)
+    yield from _pairs([*_TEXT, ("text_projection", "text_projection.weight", "transposed")])
     yield from _blocks(_OPENAI_BLOCK, "transformer.resblocks", "text_model", text_layers)
+
+
+def vision_pairs(layers: int) -> Iterator[Pair]:
+    """Pair the weights of a vision transformer and the temperature with a ``CLIPModel``'s."""
+    yield from _pairs(_VISION)
+    yield from _blocks(_OPENAI_BLOCK, "visual.transformer.resblocks", "vision_model", layers)
+
+
+def same_pairs(names: Iterable[str], ours: str, theirs: str) -> Iterator[Pair]:
+    """Pair each name with the prefix ``theirs`` with the same name behind ``ours``."""
+    for name in names:
+        if name.startswith(theirs) and not name.endswith(".position_ids"):
+            yield [ours + name.removeprefix(theirs)], [name], "same"
 
 
 def siglip_pairs(image_layers: int, text_layers: int, naflex: bool = False) -> Iterator[Pair]:

@@ -23,7 +23,7 @@ from lit_clip.models.custom import custom_encoders
 from lit_clip.models.finetuning import Freeze, frozen_names
 from lit_clip.models.lora import LoRA, add_lora, merge_lora
 from lit_clip.models.registry import resolve_architecture
-from lit_clip.models.resize import resize_weights, resized
+from lit_clip.models.resize import reads_padding, resize_weights, resized
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.lazy_zeros import lazy_zeros
 from lit_clip.tools.reading import naming, reading
@@ -122,7 +122,14 @@ def _load(
         check_weights(_empty(stored), state, weights.name)
         state = resize_weights(state, stored, wanted)
         tokenizer = tokenizer and tokenizer.with_context(wanted.text.context_length)
-    return _filled(wanted, state, tokenizer, weights.name)
+    model = _filled(wanted, state, tokenizer, weights.name)
+    length = stored.text.context_length
+    if wanted.text.context_length != length and reads_padding(stored.text):
+        model.stretched_from = length
+        change = f"{wanted.text.context_length}, longer than the weights' {length}, by stretched positions"
+        features = "this text encoder reads padding, so the features of all texts change until it is trained"
+        warnings.warn(f"{weights.name}: context_length: {change}; {features}", stacklevel=2)
+    return model
 
 
 def whole_name(architecture: str | CLIPConfig | None, pretrained: Source) -> Source:

@@ -21,9 +21,11 @@ def open_clip_model(model: CLIP) -> dict[str, Any]:
     config = model.config
     for _, own in custom_encoders(config):
         raise InputError(f"open_clip has no encoder {own}; use onnx")
+    quick = {activation == "quick_gelu" for activation in config.activations}
+    require(len(quick) < 2, "open_clip has QuickGELU in both encoders or in none; use onnx")
     values: dict[str, Any] = {
         "embed_dim": config.embed_dim,
-        "quick_gelu": config.activation == "quick_gelu",
+        "quick_gelu": True in quick,
         "vision_cfg": _open_clip_vision(model),
         "text_cfg": _open_clip_text(config),
         "custom_text": not config.papers_layout,
@@ -57,7 +59,9 @@ def _open_clip_vision(model: CLIP) -> dict[str, Any]:
         }
     assert isinstance(image, VisionTransformerConfig)  # open_clip_model has refused the others
     pooled = image.pool == "attention"
-    tanh = {"act_kwargs": {"approximate": "tanh"}} if model.config.activation == "gelu_tanh" else {}
+    activation = image.activation or model.config.activation
+    tanh = {"act_kwargs": {"approximate": "tanh"}} if activation == "gelu_tanh" else {}
+    usual = image.layer_norm_eps == VisionTransformerConfig.layer_norm_eps
     return {
         **size,
         "layers": image.layers,
@@ -66,6 +70,7 @@ def _open_clip_vision(model: CLIP) -> dict[str, Any]:
         "mlp_ratio": image.mlp_ratio,
         "patch_size": image.patch_size,
         **tanh,
+        **({} if usual else {"norm_kwargs": {"eps": image.layer_norm_eps}}),
         **({} if image.ln_pre else {"no_ln_pre": True}),
         **_POOLS[image.pool],
         **({"attn_pooler_queries": image.pool_queries, "attn_pooler_heads": image.pool_heads} if pooled else {}),
@@ -89,7 +94,8 @@ def _open_clip_text(config: CLIPConfig) -> dict[str, Any]:
     if isinstance(text, HuggingFaceTextConfig):
         poolers = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler", "pooler": "cls_pooler"}
         require(text.pooling in poolers, f"open_clip has no pooling {text.pooling!r} for text; use onnx")
-        require(text.projection != "none", "open_clip needs a projection after a Hugging Face encoder; use onnx")
+        known = text.projection in ("linear", "mlp")
+        require(known, f"open_clip has no projection {text.projection!r} after a Hugging Face encoder; use onnx")
         return {
             **values,
             "hf_model_name": text.hugging_face,
@@ -108,7 +114,7 @@ def _open_clip_text(config: CLIPConfig) -> dict[str, Any]:
         "proj_type": "linear" if text.projection else "none",
         "proj_bias": text.projection_bias,
     }
-    if config.activation == "gelu_tanh":
+    if (text.activation or config.activation) == "gelu_tanh":
         values["act_kwargs"] = {"approximate": "tanh"}
     if not text.causal:
         values["no_causal_mask"] = True

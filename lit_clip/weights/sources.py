@@ -36,7 +36,7 @@ from lit_clip.tools.weight_files import (
     read_tensors,
     tensors_of,
 )
-from lit_clip.weights import hub
+from lit_clip.weights import hub, long_clip
 from lit_clip.weights.checkpoints import EMA_WEIGHTS, checked, checkpoint_tokenizer
 from lit_clip.weights.hugging_face import read_hugging_face_folder
 from lit_clip.weights.hugging_face_processor import read_json
@@ -74,7 +74,7 @@ def check_same(theirs: CLIPConfig, ours: CLIPConfig, name: Source, hint: str = "
 
 def open_weights(source: Source, named: bool = False) -> Weights:
     """Find and read any source of :func:`lit_clip.load_model`; a file need not name an architecture that is known."""
-    path, name = Path(source).expanduser(), os.fspath(source)
+    path, name = Path(source).expanduser(), os.fspath(source).removeprefix("hf-hub:")
     if not name:
         raise InputError("no model: its name is empty")  # as a path it would be the working folder
     if path.is_dir() and not is_sharded(path):
@@ -84,16 +84,18 @@ def open_weights(source: Source, named: bool = False) -> Weights:
     architecture, _, file = name.partition(":")
     if file and is_path(file) and len(architecture) > 1:  # the file may not name its architecture; C: is a drive
         config = resolve_architecture(architecture)  # first: an address, which may hold a password, has none
-        weights = _open_file(Path(file).expanduser(), named=True)
+        weights = _open_file(hub.download_file(file) if hub.is_file(file) else Path(file).expanduser(), named=True)
         if weights.config:
             check_same(weights.config, config, weights.name, f"leave out {architecture}:, the file names its own")
         else:
             config.logit_bias |= "logit_bias" in weights.state  # open_clip's trainer can add one to any model
         return dataclasses.replace(weights, config=config, name=name)
+    if hub.is_file(name):
+        return dataclasses.replace(_open_file(hub.download_file(name), named), name=name)
     if is_path(source):
         return _open_file(path, named)
-    if name.startswith("hf-hub:") or ("/" in name and ":" not in name):
-        return dataclasses.replace(_open_folder(hub.download(name.removeprefix("hf-hub:"))), name=name)
+    if name != os.fspath(source) or ("/" in name and ":" not in name):
+        return dataclasses.replace(_open_folder(hub.download(name)), name=os.fspath(source))
     if ":" in name:
         downloaded, config = hub.download_tag(name)
         return Weights(name, tensors_of(read_file(downloaded), name), config)
@@ -163,6 +165,9 @@ def _open_file(path: Path, named: bool) -> Weights:
     if (path.parent / "open_clip_config.json").is_file() and path.name in hub.OPEN_CLIP_WEIGHTS:
         return Weights(str(path), tensors_of(values, path), _open_clip_config(path.parent))
     state = tensors_of(values, path)
+    if long_clip.POSITIONS in state:
+        state = long_clip.read(state, path)
+        return Weights(str(path), state, openai_architecture(state, path))
     # OpenAI's archives, and state dicts of models loaded by OpenAI's code, hold their sizes beside the weights.
     if "input_resolution" in state and "visual.conv1.weight" in state:
         return Weights(str(path), state, openai_architecture(state, path))

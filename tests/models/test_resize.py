@@ -23,6 +23,7 @@ from lit_clip.models.config import (
     TextTransformerConfig,
     height_width,
 )
+from lit_clip.models.finetuning import Freeze
 from lit_clip.models.open_clip_configs import from_open_clip
 from lit_clip.models.resize import stretched
 
@@ -189,10 +190,36 @@ def test_stretched_positions_of_any_table_lie_on_the_lines_between_the_old_ones(
     torch.testing.assert_close(new[kept:, 0], expected, rtol=0, atol=1e-9)
 
 
-def test_siglip_refuses_another_context_length_with_the_reason(tmp_path: Path) -> None:
+def test_siglip_refuses_a_shorter_context_with_the_reason(tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "siglip", model_cfg(TIMM, SIGLIP_TEXT))
     with pytest.raises(InputError, match=r"^context_length: must be the weights' 16, not 8; .* attends to padding too"):
         load_model(folder, context_length=8)
+
+
+def test_siglip_reads_longer_texts_by_stretched_positions_and_says_that_it_must_be_trained(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "siglip", model_cfg(TIMM, SIGLIP_TEXT))
+    before = load_model(folder)
+    with pytest.warns(UserWarning, match="reads padding, so the features of all texts change until it is trained"):
+        after = load_model(folder, context_length=40)
+    key = "text.positional_embedding"
+    assert torch.equal(after.state_dict()[key], stretched(before.state_dict()[key], 40))
+    tokens = torch.randint(2, 99, (2, 40))
+    with torch.no_grad():
+        features = after.encode_text(tokens)
+        tokens[0, 39] += 1 if tokens[0, 39] < 98 else -1
+        assert not torch.allclose(after.encode_text(tokens)[0], features[0])  # the last of 40 is read
+
+
+def test_a_frozen_siglip_text_encoder_refuses_longer_texts(tmp_path: Path) -> None:
+    folder = save_folder(tmp_path / "siglip", model_cfg(TIMM, SIGLIP_TEXT))
+    with pytest.warns(UserWarning, match="longer than the weights' 16"):
+        trained = LitCLIP(pretrained=str(folder), context_length=40, freeze=Freeze(image="all"))
+    assert trained.model.get_parameter("text.positional_embedding").requires_grad
+    with (
+        pytest.warns(UserWarning, match="longer than the weights' 16"),
+        pytest.raises(InputError, match=r"^model\.context_length: .* but model\.freeze\.text is all"),
+    ):
+        LitCLIP(pretrained=str(folder), context_length=40, freeze=Freeze(text="all"))
 
 
 @pytest.mark.parametrize(

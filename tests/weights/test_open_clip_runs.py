@@ -15,6 +15,7 @@ from lit_clip.commands.export import export
 from lit_clip.errors import InputError
 from lit_clip.models import open_clip_configs
 from tests.helpers.exports import TEXTS, photos
+from tests.weights.test_hub import put
 
 pytestmark = pytest.mark.usefixtures("offline", "registry")
 
@@ -181,3 +182,53 @@ def test_another_file_of_that_name_is_left_alone(tmp_path: Path, content: bytes)
     (path.parent / "params.txt").write_bytes(content)
     with pytest.warns(UserWarning, match="read as tiny-rn"):
         load_model(path)
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache, offline."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
+
+
+def test_a_file_in_a_repository_of_the_hub_opens_by_its_name(tmp_path: Path, cache: Path) -> None:
+    """RemoteCLIP's and GeoRSCLIP's repositories hold bare weights of several models, and no configuration."""
+    (tmp_path / "files").mkdir()
+    made = {name: open_clip.create_model_and_transforms(name) for name in ("tiny", "tiny-deep")}
+    for name, (model, _, _) in made.items():
+        torch.save(model.eval().state_dict(), tmp_path / "files" / f"Remote[{name}].pt")
+    put(cache, "somebody/remote", tmp_path / "files")
+    name = "somebody/remote/Remote[tiny].pt"
+    for source in (f"tiny:{name}", f"hf-hub:tiny:{name}"):
+        assert_same(source, made["tiny"][0], made["tiny"][2])
+    with pytest.warns(UserWarning, match=r"Remote\[tiny-deep\].pt: .*; read as tiny-deep, the only model"):
+        assert_same("hf-hub:somebody/remote/Remote[tiny-deep].pt", made["tiny-deep"][0], made["tiny-deep"][2])
+    assert f"fit tiny, tiny-quickgelu; put the name of its model in front, as in tiny:{name}" in refusal(name)
+    assert "not in the repository somebody/remote" in refusal("somebody/remote/other.pt")
+    assert "not available from the hub" in refusal("nobody/nothing/other.pt")
+
+
+def test_a_file_of_the_hub_is_data_and_its_name_stays_in_the_repository(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "files").mkdir()
+    torch.save({"weights": print}, tmp_path / "files" / "model.pt")
+    put(cache, "somebody/bad", tmp_path / "files")
+    assert "nothing in it was run" in refusal("somebody/bad/model.pt")
+    torch.save({}, cache / "outside.pt")
+    for name in ("somebody/bad/../../../outside.pt", "somebody/bad//model.pt", "somebody/../outside.pt"):
+        assert "no such" in refusal(name)
+
+
+def test_a_mistyped_path_in_a_folder_here_is_not_asked_of_the_hub(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert "hub" not in refusal("runs/table/epoch_1.pt")
+
+
+def refusal(source: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load_model(source)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)

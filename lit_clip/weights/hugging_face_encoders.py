@@ -1,0 +1,99 @@
+"""Encoders of Hugging Face's models as ours: what the forms in this package share.
+
+A form of its own, such as :mod:`lit_clip.weights.altclip`, is a file with a function that reads it, and a line in
+``FORMS`` of :mod:`lit_clip.weights.hugging_face`.
+"""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lit_clip.errors import require
+from lit_clip.models.config import (
+    Activation,
+    CLIPConfig,
+    HuggingFaceTextConfig,
+    TextConfig,
+    TextTransformerConfig,
+    VisionTransformerConfig,
+)
+from lit_clip.tools.reading import reading
+from lit_clip.weights.hugging_face_processor import agree, preprocessing_of, square
+
+ACTIVATIONS: dict[str, Activation] = {
+    "gelu_new": "gelu_tanh",  # the formula of gelu_pytorch_tanh, written out
+    "quick_gelu": "quick_gelu",
+    "gelu": "gelu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+}
+# Settings of BERT's family, which their text encoders share.
+_BERT = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("max_position_embeddings", "type_vocab_size", "hidden_act", "layer_norm_eps", "pad_token_id"),
+    *("hidden_dropout_prob", "attention_probs_dropout_prob"),
+)
+
+
+def activation(name: str, theirs: str) -> Activation:
+    """Return our name of an activation; ``name`` is the setting, for messages."""
+    require(theirs in ACTIVATIONS, f"{name} is {theirs}; must be one of {', '.join(ACTIVATIONS)}")
+    return ACTIVATIONS[theirs]
+
+
+def ratio(inner: int, width: int) -> float:
+    """Return ``r`` such that ``int(width * r)`` is exactly ``inner`` in floating point."""
+    found = inner / width
+    return found if int(width * found) == inner else math.nextafter(found, math.inf)
+
+
+def complete(kind: str, values: Mapping[str, Any]) -> Any:
+    """Return their configuration with all defaults, which files leave out."""
+    import transformers
+
+    with reading("config.json", kind):  # their validation raises anything
+        return getattr(transformers, kind).from_dict(dict(values))
+
+
+def clip_config(theirs: Any, preprocessor: Mapping[str, Any] | None, text: TextConfig) -> CLIPConfig:
+    """Return the architecture of a model with a CLIPModel's image encoder, and this text encoder."""
+    image = theirs.vision_config
+    agree("vision_config.num_channels", image.num_channels, 3)
+    size = square("vision_config.image_size", image.image_size)
+    act = activation("vision_config.hidden_act", image.hidden_act)
+    return CLIPConfig(
+        embed_dim=theirs.projection_dim,
+        image=VisionTransformerConfig(
+            image_size=size,
+            patch_size=square("vision_config.patch_size", image.patch_size),
+            width=image.hidden_size,
+            layers=image.num_hidden_layers,
+            heads=image.num_attention_heads,
+            mlp_ratio=ratio(image.intermediate_size, image.hidden_size),
+            layer_norm_eps=image.layer_norm_eps,
+            activation=act,
+        ),
+        text=text,
+        activation=getattr(text, "activation", None) or act,
+        preprocessing=None if preprocessor is None else preprocessing_of(preprocessor, size, "CLIPImageProcessor"),
+    )
+
+
+def text_transformer(theirs: Any, **settings: Any) -> TextTransformerConfig:
+    """Return a text encoder of ours by their configuration, with what it does not say."""
+    return TextTransformerConfig(
+        context_length=theirs.max_position_embeddings,
+        vocab_size=theirs.vocab_size,
+        width=theirs.hidden_size,
+        layers=theirs.num_hidden_layers,
+        heads=theirs.num_attention_heads,
+        mlp_ratio=ratio(theirs.intermediate_size, theirs.hidden_size),
+        layer_norm_eps=theirs.layer_norm_eps,
+        activation=activation("text_config.hidden_act", theirs.hidden_act),
+        **settings,
+    )
+
+
+def bert(theirs: Any, kind: str, tokenizer: str, **settings: Any) -> HuggingFaceTextConfig:
+    """Return a text encoder of BERT's family: ``kind`` is transformers' ``model_type`` with the same weights."""
+    model = {"model_type": kind, **{name: getattr(theirs, name) for name in _BERT}}
+    return HuggingFaceTextConfig(tokenizer, pretrained=False, pooling="cls", model=model, **settings)
