@@ -100,7 +100,7 @@ def from_open_clip(model: Mapping[str, Any], preprocess: Mapping[str, Any] | Non
     plain: Activation = "quick_gelu" if top.take("quick_gelu", False) else "gelu"
     embed_dim, bias = top.take("embed_dim"), top.take("init_logit_bias") is not None
     vision, text = _CheckedDict(top.take("vision_cfg", {}), name), _CheckedDict(top.take("text_cfg", {}), name)
-    own_image, own_text = (_activation(tower, plain) for tower in (vision, text))
+    own_image, own_text = _activation(vision, plain), _activation(text, plain)
     vit = not (vision.values.get("timm_model_name") or isinstance(vision.values.get("layers"), list))
     texts = not text.values.get("hf_model_name")
     top.done()

@@ -70,14 +70,16 @@ def load_model(
     Args:
         source: a checkpoint of ``lit-clip fit``; OpenAI's ``.pt``; open_clip's ``.bin``, ``.pt`` (with the
             ``params.txt`` of its run beside it or above), ``.safetensors`` or a folder with ``open_clip_config.json``;
-            a folder of Hugging Face's ``CLIPModel`` or ``SiglipModel``; a name ``org/name`` on the Hugging Face hub;
-            ``model:tag`` of open_clip's registry; or ``model:file``.
+            a folder of a class of transformers (``CLIPModel``, ``SiglipModel``, ... docs/models.md); a name ``org/name``
+            on the Hugging Face hub, or ``org/name/file.pt`` there; ``model:tag`` of open_clip's registry; or
+            ``model:file``.
         architecture: required if the file does not name its own; otherwise the two must agree. A name leaves the
             preprocessing to the weights.
         image_size: overrides the weights'; the position embedding is interpolated (bicubic, antialiased).
         context_length: overrides the weights'; positions are truncated at the end, or those beyond the 20th are
             stretched as in Long-CLIP, see :func:`lit_clip.models.resize.stretched`. The features of captions of up to
-            20 tokens stay the same.
+            20 tokens stay the same, except those of a text encoder that reads padding (SigLIP), which a longer context
+            changes until it is trained.
     """
     return _load(source, architecture, image_size, context_length).eval()
 
