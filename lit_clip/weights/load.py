@@ -70,7 +70,7 @@ def load_model(
     Args:
         source: a checkpoint of ``lit-clip fit``; OpenAI's ``.pt``; open_clip's ``.bin``, ``.pt`` (with the
             ``params.txt`` of its run beside it or above), ``.safetensors`` or a folder with ``open_clip_config.json``;
-            a folder of a class of transformers (``CLIPModel``, ``SiglipModel``, ... docs/models.md); a name ``org/name``
+            a folder of transformers' ``CLIPModel``, ``SiglipModel``, ... (docs/models.md); a name ``org/name``
             on the Hugging Face hub, or ``org/name/file.pt`` there; ``model:tag`` of open_clip's registry; or
             ``model:file``.
         architecture: required if the file does not name its own; otherwise the two must agree. A name leaves the

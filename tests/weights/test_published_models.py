@@ -5,6 +5,7 @@ names of the published files. MODELS says for each where its form is from.
 """
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     files = tmp_path / "bert"
     files.mkdir()
-    sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
     config = transformers.BertConfig(**sizes, vocab_size=save_tokenizer("bert", files))
     transformers.BertModel(config).save_pretrained(files)  # open_clip starts from the weights, lit-clip reads the sizes
     put(tmp_path / "hub", BIOMEDBERT, files)
@@ -137,3 +138,11 @@ def check(folder: Path, theirs: Any, processor: Any) -> None:
     out = theirs(input_ids=tokens, pixel_values=pixels)
     torch.testing.assert_close(ours.encode_image(pixels, normalize=True), out.image_embeds, rtol=0, atol=1e-5)
     torch.testing.assert_close(ours.encode_text(tokens, normalize=True), out.text_embeds, rtol=0, atol=1e-5)
+
+
+def test_the_table_of_published_models_has_the_sum_that_stands_above_it() -> None:
+    text = (Path(__file__).parents[2] / "docs/models.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\|[^|]+\| (\d+) \| ([^|]*)\|", text, re.MULTILINE)
+    opens = sum(int(number) for number, how in rows if not how.startswith("no:"))
+    assert f"Of the {sum(int(number) for number, _ in rows)} published CLIPs that we know by name, {opens} open" in text
+    assert f"{opens} of the [" in (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
