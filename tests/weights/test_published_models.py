@@ -82,7 +82,8 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     files = tmp_path / "bert"
     files.mkdir()
-    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48}
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    sizes["intermediate_size"] = 48
     config = transformers.BertConfig(**sizes, vocab_size=save_tokenizer("bert", files))
     transformers.BertModel(config).save_pretrained(files)  # open_clip starts from the weights, lit-clip reads the sizes
     put(tmp_path / "hub", BIOMEDBERT, files)
