@@ -8,13 +8,13 @@ import torch
 import transformers
 from safetensors.torch import save_file
 
+from benchmarks.families.families import save_tokenizer
 from lit_clip import load_model
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from tests.helpers.exports import photos
 from tests.helpers.towers import TEXTS
-from tests.parity.families import save_tokenizer
 from tests.weights.test_hugging_face import randomised
 
 pytestmark = pytest.mark.usefixtures("offline")

@@ -13,9 +13,9 @@ import pytest
 import torch
 import transformers
 
+from benchmarks.families.families import compare, made_small, model_cfg, save_tokenizer, write_folder
 from lit_clip import load_model
 from tests.helpers.exports import photos
-from tests.parity.families import compare, made_small, model_cfg, save_tokenizer, write_folder
 from tests.weights.test_hub import put
 from tests.weights.test_hugging_face import randomised
 
