@@ -19,15 +19,8 @@ from lit_clip.tools.console import Console, progress, stderr
 from lit_clip.tools.guarded_output import log_level
 from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.tools.weight_files import is_path
-from lit_clip.weights.export import (
-    FORMATS,
-    ExportSample,
-    FormatName,
-    Parity,
-    check_onnx_packages,
-    parity_of,
-    write_onnx,
-)
+from lit_clip.weights.export import ExportSample, Parity, check_onnx_packages, parity_of, write_onnx
+from lit_clip.weights.formats import FORMATS, FormatName
 from lit_clip.weights.load import load_model
 from lit_clip.weights.model_card import ExportedSource, model_card
 from lit_clip.weights.onnx_sizes import OnnxDType, check_onnx_dtype, shrink_onnx, tolerance_of
@@ -54,7 +47,8 @@ def export(
 
     Args:
         model: a checkpoint, a folder or a name: anything that lit_clip.load_model opens.
-        format: open_clip and hugging_face: float32 weights with their configuration; onnx: one file per encoder.
+        format: of float32 weights with their configuration: open_clip, hugging_face (also for sentence-transformers),
+            timm (the image encoder) and diffusers (the text encoder); onnx: one file per encoder, immich: for Immich.
         output: a folder that does not exist yet, or is empty.
         license: of the weights, for the model card; by default unknown.
         push: a repository on the Hugging Face hub, org/name, to upload the folder to; made if it does not exist.
@@ -66,7 +60,7 @@ def export(
     check_onnx_dtype(dtype, format)
     require(not head.path or format == "onnx", f"--head {head.path}: only onnx files hold a head; give --format onnx")
     classes = head.opened()
-    if format == "onnx":
+    if format in ("onnx", "immich"):
         check_onnx_packages()
     check_free(folder)
     require(push is not None or not private, "--private: belongs to --push org/name")
@@ -87,7 +81,7 @@ def export(
             card = model_card(original, format, folder.name, source, parity, license, push, dtype)
             (draft / "README.md").write_text(card, encoding="utf-8")
             if repository:
-                repository.check([path.name for path in draft.iterdir()], card)
+                repository.check([path.relative_to(draft).as_posix() for path in _files(draft)], card)
             advance(1)
     console.print(_table(folder, format, parity, dtype))
     console.print(f"written and checked: {folder}")
@@ -142,7 +136,7 @@ def write_checked(
         raise InputError(f"{format} cannot open this model ({type(error).__name__}: {reason}){instead}") from error
     advance(1)
     parity, tolerance = parity_of(original, sample, reading, head), tolerance_of(format, dtype)
-    for name, difference in (("image", parity.image), ("text", parity.text)):
+    for name, difference in parity.features():
         problem = f"{name} features differ by {difference:.1e} from the original's, more than {tolerance:.0e}"
         require(difference <= tolerance, f"{format}: {problem}; nothing was written")
     problem = f"the head's probabilities differ by {parity.head or 0:.1e}, more than {tolerance:.0e}"
@@ -183,13 +177,17 @@ def _table(folder: Path, format: str, parity: Parity, dtype: OnnxDType) -> Table
     for column in ("difference", "tolerance"):
         table.add_column(column, justify="right")
     tolerance = tolerance_of(format, dtype)
-    table.add_row("image features (unit length)", f"{parity.image:.1e}", f"{tolerance:.0e}")
-    table.add_row("text features (unit length)", f"{parity.text:.1e}", f"{tolerance:.0e}")
+    for name, difference in parity.features():
+        table.add_row(f"{name} features (unit length)", f"{difference:.1e}", f"{tolerance:.0e}")
     if parity.head is not None:
         table.add_row("probabilities of the head", f"{parity.head:.1e}", f"{tolerance:.0e}")
     if parity.pixels is not None:
         table.add_row("preprocessed pixels (of 255)", f"{parity.pixels:.2f}", "1")
     if parity.tokens is not None:
         table.add_row("token ids", "none", "none")
-    table.caption = ", ".join(f"{path.name} {decimal(path.stat().st_size)}" for path in sorted(folder.iterdir()))
+    table.caption = ", ".join(f"{path.relative_to(folder)} {decimal(path.stat().st_size)}" for path in _files(folder))
     return table
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file())

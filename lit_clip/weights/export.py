@@ -8,10 +8,9 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Self, cast
+from typing import Any, NamedTuple, Self, cast
 
 import numpy as np
 import torch
@@ -28,11 +27,16 @@ from lit_clip.models.patches import Patches, unpacked
 from lit_clip.models.preprocess import resize_size
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.weights.hugging_face import hugging_face_kind, library_name, to_hugging_face
-from lit_clip.weights.hugging_face_processor import image_processor, read_json, save_byte_pairs, save_tokenizer
+from lit_clip.weights.hugging_face_processor import (
+    image_processor,
+    read_json,
+    save_byte_pairs,
+    save_sentence_transformers,
+    save_tokenizer,
+)
 from lit_clip.weights.open_clip import open_clip_model
 from lit_clip.weights.sources import HF_MODEL_CONFIG
 
-FormatName = Literal["open_clip", "hugging_face", "onnx"]
 TEXTS = [  # with nothing that tokenizers clean differently
     "a photo of a dog",
     "two cats",
@@ -64,8 +68,8 @@ class ExportSample(NamedTuple):
 class Reading(NamedTuple):
     """The other tool's unit features ``[4, D]`` of an :class:`ExportSample`, and what else it computes, if it does."""
 
-    image: Tensor
-    text: Tensor
+    image: Tensor | None
+    text: Tensor | None
     pixels: Tensor | None = None
     tokens: Tensor | None = None
     probabilities: Tensor | None = None  # of a head
@@ -74,11 +78,15 @@ class Reading(NamedTuple):
 class Parity(NamedTuple):
     """The largest differences between a model and its export; None for what the format has no part of."""
 
-    image: float  # between unit image features
-    text: float  # between unit text features
+    image: float | None  # between unit image features
+    text: float | None  # between unit text features
     pixels: float | None  # in levels of 255, before normalisation
     tokens: bool | None  # whether the ids are equal
     head: float | None = None  # between probabilities
+
+    def features(self) -> list[tuple[str, float]]:
+        """Return the differences between features by the encoder's name, of the encoders that the format has."""
+        return [(name, value) for name, value in (("image", self.image), ("text", self.text)) if value is not None]
 
 
 @torch.no_grad()
@@ -92,8 +100,8 @@ def parity_of(model: CLIP, sample: ExportSample, reading: Reading, head: Any = N
         std = std[:, None, None] if sample.pixels.ndim == 4 else std.repeat(sample.pixels.shape[2] // 3)
         pixels = float(((reading.pixels - sample.pixels) * std).abs().max()) * 255
     return Parity(
-        float((reading.image - image).abs().max()),
-        float((reading.text - text).abs().max()),
+        None if reading.image is None else float((reading.image - image).abs().max()),
+        None if reading.text is None else float((reading.text - text).abs().max()),
         pixels,
         None if reading.tokens is None else torch.equal(reading.tokens, sample.tokens),
         None if head is None else _head_difference(model, sample, reading, head),
@@ -105,13 +113,19 @@ def _head_difference(model: CLIP, sample: ExportSample, reading: Reading, head: 
     return float((reading.probabilities - outputs_with_head(model, sample.pixels, head)[1]).abs().max())
 
 
-def _save_weights(state: dict[str, Tensor], path: Path) -> None:
+def save_weights(state: dict[str, Tensor], path: Path) -> None:
+    """Write weights as safetensors."""
     # Without the "pt" mark transformers refuses the file.
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
-    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
+    make_readable(path)
 
 
-def _naflex_format(model: CLIP) -> str:
+def make_readable(path: Path) -> None:
+    """Let those read a file who can read its folder; safetensors creates files for their owner alone."""
+    path.chmod(path.parent.stat().st_mode & 0o666)
+
+
+def naflex_format(model: CLIP) -> str:
     """Say which format holds a model of NaFlex patches."""
     try:
         hugging_face_kind(model.config)
@@ -120,7 +134,8 @@ def _naflex_format(model: CLIP) -> str:
     return "use hugging_face"
 
 
-def _save_json(values: dict[str, Any], path: Path) -> None:
+def save_json(values: dict[str, Any], path: Path) -> None:
+    """Write values as indented JSON."""
     path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
@@ -130,7 +145,7 @@ def _save_json(values: dict[str, Any], path: Path) -> None:
 def write_open_clip(model: CLIP, folder: Path) -> None:
     """Write a folder that open_clip opens as ``local-dir:FOLDER``, or from the hub once uploaded."""
     ours = model.preprocessing
-    require(ours.max_patches is None, f"open_clip's transform has no NaFlex patches; {_naflex_format(model)}")
+    require(ours.max_patches is None, f"open_clip's transform has no NaFlex patches; {naflex_format(model)}")
     text = model.config.text
     values = {
         "model_cfg": open_clip_model(model),
@@ -147,8 +162,8 @@ def write_open_clip(model: CLIP, folder: Path) -> None:
         # With it lit-clip needs the folder alone; open_clip reads the text encoder's settings from where it is named.
         **({HF_MODEL_CONFIG: text.model} if isinstance(text, HuggingFaceTextConfig) else {}),
     }
-    _save_json(values, folder / "open_clip_config.json")
-    _save_weights(model.state_dict(), folder / "open_clip_model.safetensors")
+    save_json(values, folder / "open_clip_config.json")
+    save_weights(model.state_dict(), folder / "open_clip_model.safetensors")
     if text.tokenizer is not None:
         save_tokenizer(model, folder)
 
@@ -189,12 +204,14 @@ def write_hugging_face(model: CLIP, folder: Path) -> None:
         naflex = model.preprocessing.max_patches is not None
         instead = "no format holds it, since the others have no NaFlex patches" if naflex else "use open_clip or onnx"
         raise InputError(f"hugging_face cannot represent this model: {error}; {instead}") from error
-    _save_json(values, folder / "config.json")
-    _save_weights(state, folder / "model.safetensors")
-    _save_json(processor, folder / "preprocessor_config.json")
+    save_json(values, folder / "config.json")
+    save_weights(state, folder / "model.safetensors")
+    save_json(processor, folder / "preprocessor_config.json")
     save_tokenizer(model, folder)
     if kind == "clip":
         save_byte_pairs(folder)
+    if kind != "siglip2":  # whose images sentence-transformers does not cut to patches
+        save_sentence_transformers(folder)
 
 
 @torch.no_grad()
@@ -244,17 +261,34 @@ def siglip2_inputs(patches: Patches) -> dict[str, Tensor]:
 # ONNX
 
 
-class _TracedEncoder(nn.Module):
+class TracedEncoder(nn.Module):
     """One encoder as a module, for tracing; the image encoder with a head if there is one."""
 
-    def __init__(self, model: CLIP, kind: str, head: Any = None) -> None:
+    def __init__(self, model: CLIP, kind: str, head: Any = None, unit_length: bool = False) -> None:
         super().__init__()
-        self.model, self.kind, self.head = model, kind, head
+        self.model, self.kind, self.head, self.unit_length = model, kind, head, unit_length
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         if self.kind == "text":
-            return self.model.encode_text(x)
-        return self.model.encode_image(x) if self.head is None else outputs_with_head(self.model, x, self.head)
+            return self.model.encode_text(x.long(), self.unit_length)
+        image = self.model.encode_image
+        return image(x, self.unit_length) if self.head is None else outputs_with_head(self.model, x, self.head)
+
+    def write(self, example: Tensor, path: Path, name: str, outputs: list[str]) -> None:
+        """Write an ONNX file that reads the input ``name``, for any batch size if the example has several rows."""
+        image = {id(p) for p in self.model.visual.parameters()}
+        weights = (p.nbytes for p in self.model.parameters() if (id(p) in image) == (self.kind == "image"))
+        torch.onnx.export(
+            self.eval(),
+            (example,),
+            path,
+            input_names=[name],
+            output_names=outputs,
+            dynamo=True,
+            dynamic_shapes=({0: torch.export.Dim("batch")},) if len(example) > 1 else None,
+            external_data=sum(weights) > PROTOBUF_LIMIT,
+            verbose=False,
+        )
 
 
 def outputs_with_head(model: CLIP, pixels: Tensor, head: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -279,31 +313,25 @@ def write_onnx(model: CLIP, folder: Path, head: Any = None) -> None:
 
     With a :class:`lit_clip.heads.Head` the image encoder has its outputs too.
     """
+    check_traceable(model, "onnx")
+    sample = ExportSample.of(model)
+    with_head = OUTPUTS[: 1 if head is None else 3]
+    TracedEncoder(model, "image", head).write(sample.pixels[:2], folder / "image_encoder.onnx", "pixels", with_head)
+    TracedEncoder(model, "text").write(sample.tokens[:2], folder / "text_encoder.onnx", "tokens", OUTPUTS[:1])
+    save_json(onnx_facts(model, head), folder / "model.json")
+    save_tokenizer(model, folder)
+
+
+def check_traceable(model: CLIP, format: str) -> None:
+    """Raise :class:`InputError` if a graph cannot hold the encoders, or their inputs."""
     if model.preprocessing.max_patches is not None:
-        raise InputError(f"onnx: whoever runs the graph would have to cut NaFlex's patches; {_naflex_format(model)}")
+        problem = "whoever runs the graph would have to cut NaFlex's patches"
+        raise InputError(f"{format}: {problem}; {naflex_format(model)}")
     if isinstance(model.text_encoder, CustomTextEncoder):
-        where = f"onnx: the text encoder {type(model.text_encoder.encoder).__name__}"
+        where = f"{format}: the text encoder {type(model.text_encoder.encoder).__name__}"
         require(not model.text_encoder.reads_lengths, f"{where} reads its texts' lengths, which no graph can")
         known = isinstance(model.tokenizer, CLIPTokenizer)
-        require(known, f"{where} has a tokenizer of its own, which onnx cannot hold")
-    sample = ExportSample.of(model)
-    parameters = {id(p): p.nbytes for p in model.visual.parameters()}
-    size = {"image": sum(parameters.values())}
-    size["text"] = sum(p.nbytes for p in model.parameters() if id(p) not in parameters)
-    for kind, name, example in (("image", "pixels", sample.pixels), ("text", "tokens", sample.tokens)):
-        torch.onnx.export(
-            _TracedEncoder(model, kind, head).eval(),
-            (example[:2],),
-            folder / f"{kind}_encoder.onnx",
-            input_names=[name],
-            output_names=OUTPUTS[: 3 if head is not None and kind == "image" else 1],
-            dynamo=True,
-            dynamic_shapes=({0: torch.export.Dim("batch")},),
-            external_data=size[kind] > PROTOBUF_LIMIT,
-            verbose=False,
-        )
-    _save_json(onnx_facts(model, head), folder / "model.json")
-    save_tokenizer(model, folder)
+        require(known, f"{where} has a tokenizer of its own, which {format} cannot hold")
 
 
 def onnx_facts(model: CLIP, head: Any = None) -> dict[str, Any]:
@@ -332,13 +360,18 @@ def onnx_facts(model: CLIP, head: Any = None) -> dict[str, Any]:
 OPEN = "import sys, onnxruntime as o; [o.InferenceSession(f, providers=['CPUExecutionProvider']) for f in sys.argv[1:]]"
 
 
+def check_opens(folder: Path) -> None:
+    """Raise :class:`InputError` if onnxruntime crashes on a folder's files, which would end this process."""
+    command = [sys.executable, "-P", "-c", OPEN, *map(str, sorted(folder.rglob("*.onnx")))]
+    status = subprocess.run(command, capture_output=True, check=False).returncode
+    require(status in (0, 1), f"onnx: onnxruntime crashes on opening this model (exit status {status})")  # 1: it raised
+
+
 def read_onnx(folder: Path, sample: ExportSample) -> Reading:
     """Run onnxruntime on the CPU, in batches of 1 and 3."""
     import onnxruntime
 
-    command = [sys.executable, "-P", "-c", OPEN, *map(str, sorted(folder.glob("*.onnx")))]
-    status = subprocess.run(command, capture_output=True, check=False).returncode
-    require(status in (0, 1), f"onnx: onnxruntime crashes on opening this model (exit status {status})")  # 1: it raised
+    check_opens(folder)
 
     def run(kind: str, name: str, values: Tensor) -> list[Tensor]:
         session = onnxruntime.InferenceSession(folder / f"{kind}_encoder.onnx", providers=["CPUExecutionProvider"])
@@ -348,18 +381,3 @@ def read_onnx(folder: Path, sample: ExportSample) -> Reading:
     image, *of_head = run("image", "pixels", sample.pixels)
     (text,) = run("text", "tokens", sample.tokens)
     return Reading(unit(image), unit(text), probabilities=of_head[0] if of_head else None)
-
-
-class Format(NamedTuple):
-    """How to write and read a format, and the largest accepted difference between unit features."""
-
-    write: Callable[[CLIP, Path], None]
-    read: Callable[[Path, ExportSample], Reading]
-    tolerance: float
-
-
-FORMATS: dict[str, Format] = {
-    "open_clip": Format(write_open_clip, read_open_clip, 1e-4),
-    "hugging_face": Format(write_hugging_face, read_hugging_face, 1e-4),
-    "onnx": Format(write_onnx, read_onnx, 1e-3),
-}

@@ -15,10 +15,10 @@ from lit_clip.tools.html import render
 from lit_clip.tools.weight_files import is_path
 from lit_clip.version import __version__
 from lit_clip.weights.export import Parity
+from lit_clip.weights.formats import FORMATS
 from lit_clip.weights.hugging_face import hugging_face_kind, library_name
 from lit_clip.weights.onnx_sizes import OnnxDType, tolerance_of
 
-LIBRARY = {"open_clip": "open_clip", "hugging_face": "transformers", "onnx": "onnx"}
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
 
@@ -41,10 +41,10 @@ def model_card(
 ) -> str:
     """Return the card of an export as Markdown, with the front matter that model hubs read.
 
-    ``format`` is a key of :data:`lit_clip.weights.export.FORMATS`; the ``name`` is the folder's; no ``license`` is an
+    ``format`` is a key of :data:`lit_clip.weights.formats.FORMATS`; the ``name`` is the folder's; no ``license`` is an
     unknown one. The card's code opens the model from the ``repository`` ``org/name`` on the hub, if given.
     """
-    front = {"library_name": LIBRARY[format], "pipeline_tag": "zero-shot-image-classification", "tags": ["clip"]}
+    front = {"library_name": FORMATS[format].library, "pipeline_tag": FORMATS[format].task, "tags": ["clip"]}
     if license:
         front["license"] = license
     config = json.loads(json.dumps(model.config.to_dict()))  # tuples as lists
@@ -58,7 +58,7 @@ def model_card(
         TEMPLATE,
         front=yaml.safe_dump(front, sort_keys=False),
         title=repository.rpartition("/")[2] if repository else name,
-        library=LIBRARY[format],
+        library=FORMATS[format].library,
         facts=_facts(model, format, source, parity, license, dtype),
         repository=repository,
         format=format,
@@ -82,8 +82,9 @@ def _facts(
     total = sum(p.numel() for p in model.parameters())
     image = sum(p.numel() for p in model.visual.parameters())
     digest = f", SHA-256 `{source.sha256}`" if source.sha256 else ""
-    measured = [f"image features {parity.image:.1e}", f"text features {parity.text:.1e}"]
-    tested = "" if parity.tokens is None else "; preprocessing within one of 255 levels, token ids equal"
+    measured = [f"{name} features {value:.1e}" for name, value in parity.features()]
+    tested = "" if parity.pixels is None else "; preprocessing within one of 255 levels"
+    tested += "" if parity.tokens is None else f"{',' if tested else ';'} token ids equal"
     return {
         "exported from": f"{_code(source.name)}{digest}",
         "by": f"lit-clip {__version__}",
@@ -100,11 +101,11 @@ def _facts(
 
 def _place(format: str, name: str, repository: str | None) -> str:
     """Return where the card's code finds the model: on the hub, or in the folder above the model's."""
-    if format == "open_clip":
+    if format in ("open_clip", "timm"):
         return f"hf-hub:{repository}" if repository else f"local-dir:{name}"
     if repository is None:
         return name
-    return repository.rpartition("/")[2] if format == "onnx" else repository
+    return repository.rpartition("/")[2] if format in ("onnx", "immich") else repository
 
 
 def _code(text: str) -> str:

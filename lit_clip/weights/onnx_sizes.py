@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from lit_clip.errors import require
-from lit_clip.weights.export import FORMATS
+from lit_clip.weights.formats import FORMATS
 
 OnnxDType = Literal["float32", "float16", "int8"]
 # Largest accepted difference between unit features: rounding to 11 bits, and to 8 bits of weights and activations.

@@ -61,7 +61,9 @@ def traced_once(folder: Path) -> Iterator[None]:
         state = {n: p for n, p in encoder.model.state_dict().items() if n.startswith("visual.") == image}
         weights = hashlib.sha256(b"".join(p.numpy().tobytes() for p in state.values())).hexdigest()
         tower = config.image if image else config.text
-        key = repr((tower, config.embed_dim, config.activation, example[0].shape, [*state], weights))
+        key = repr(
+            (tower, options["input_names"], config.embed_dim, config.activation, example[0].shape, [*state], weights)
+        )
         kept = folder / f"{hashlib.sha256(key.encode()).hexdigest()}.onnx"
         if encoder.head is not None:
             return plain(encoder, example, path, **options)

@@ -29,6 +29,7 @@ from lit_clip.models.config import (
     VisionTransformerConfig,
 )
 from lit_clip.weights import export as export_formats
+from lit_clip.weights.formats import FORMATS
 from lit_clip.weights.load import load_model
 from tests.helpers.exports import TEXTS, assert_identical, checkpoint, photos, traced_once, variants
 
@@ -323,9 +324,9 @@ def test_an_export_with_other_outputs_leaves_no_folder(
     tmp_path: Path, tiny_config: CLIPConfig, monkeypatch: pytest.MonkeyPatch, change: Any, message: str
 ) -> None:
     checkpoint(tiny_config, tmp_path / "last.ckpt")
-    right = export_formats.FORMATS["open_clip"]
+    right = FORMATS["open_clip"]
     wrong = right._replace(read=lambda folder, sample: change(right.read(folder, sample)))
-    monkeypatch.setitem(export_formats.FORMATS, "open_clip", wrong)
+    monkeypatch.setitem(FORMATS, "open_clip", wrong)
     with pytest.raises(InputError, match=re.escape(message)):
         export(str(tmp_path / "last.ckpt"), format="open_clip", output=str(tmp_path / "exported" / "out"))
     assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
@@ -339,8 +340,8 @@ def test_an_error_of_the_other_library_is_reported_in_one_line(
     def fail(folder: Path, sample: export_formats.ExportSample) -> export_formats.Reading:
         raise RuntimeError("size mismatch\nfor a weight")
 
-    right = export_formats.FORMATS["open_clip"]
-    monkeypatch.setitem(export_formats.FORMATS, "open_clip", right._replace(read=fail))
+    right = FORMATS["open_clip"]
+    monkeypatch.setitem(FORMATS, "open_clip", right._replace(read=fail))
     with pytest.raises(
         InputError, match=r"open_clip cannot open this model \(RuntimeError: size mismatch for a weight\)"
     ):

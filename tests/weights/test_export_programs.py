@@ -1,0 +1,265 @@
+"""Each program opens the folder that is written for it, with the model's features."""
+
+import json
+import string
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+import timm
+import tokenizers
+import torch
+import transformers
+from PIL import Image
+from torch import Tensor
+
+from lit_clip.commands.export import export
+from lit_clip.errors import InputError
+from lit_clip.losses.contrastive import unit
+from lit_clip.models.clip import CLIP
+from lit_clip.models.config import (
+    CLIPConfig,
+    HuggingFaceTokenizerConfig,
+    Preprocessing,
+    TextTransformerConfig,
+    TimmConfig,
+    VisionTransformerConfig,
+)
+from tests.helpers.exports import TEXTS, checkpoint, photos, traced_once, variants
+from tests.helpers.towers import WORDS, save_words
+
+pytestmark = pytest.mark.usefixtures("offline", "_traced_once")
+SIZES = ((70, 90), (90, 70), (33, 36))
+
+
+@pytest.fixture
+def _traced_once(traces: Path) -> Iterator[None]:
+    with traced_once(traces):
+        yield
+
+
+def siglip_config(words: Path) -> CLIPConfig:
+    """A tiny SigLIP whose tokenizer is saved in ``words``."""
+    save_words(words, ["<pad>", "</s>", "<unk>"], "$A </s>")
+    image = {"embed_dim": 48, "depth": 1, "num_heads": 4, "mlp_ratio": 2.0, "patch_size": 16}
+    return CLIPConfig(
+        embed_dim=48,
+        image=TimmConfig("vit_base_patch16_siglip_224", image_size=32, projection="none", options=image),
+        text=TextTransformerConfig(
+            context_length=16,
+            vocab_size=len(WORDS) + 3,
+            width=48,
+            layers=1,
+            heads=2,
+            causal=False,
+            pool="last",
+            projection_bias=True,
+            layer_norm_eps=1e-6,
+            tokenizer=HuggingFaceTokenizerConfig(str(words), "canonicalize"),
+        ),
+        activation="gelu_tanh",
+        preprocessing=Preprocessing(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5), resize_mode="squash"),
+        logit_bias=True,
+    )
+
+
+Exported = Callable[[str, Any], tuple[CLIP, Path]]
+
+
+@pytest.fixture
+def exported(tmp_path: Path, tiny_config: CLIPConfig) -> Exported:
+    def make(kind: str, format: Any) -> tuple[CLIP, Path]:
+        config = siglip_config(tmp_path / "words") if kind == "siglip" else variants(tiny_config)[kind]
+        model = checkpoint(config, tmp_path / "last.ckpt")
+        export(str(tmp_path / "last.ckpt"), format=format, output=str(tmp_path / "out"))
+        return model, tmp_path / "out"
+
+    return make
+
+
+def close(found: Any, expected: Tensor) -> None:
+    torch.testing.assert_close(torch.as_tensor(found), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["vit", "siglip"])
+def test_sentence_transformers_encodes_texts_and_images_as_lit_clip(exported: Exported, kind: str) -> None:
+    library = pytest.importorskip("sentence_transformers", minversion="5.4")
+    ours, folder = exported(kind, "hugging_face")
+    theirs = library.SentenceTransformer(str(folder), device="cpu")
+    texts = TEXTS[:3] if kind == "vit" else ["a dog", "red car and two cats " * 9]
+    close(theirs.encode(texts), ours.encode(texts))
+    close(theirs.encode(photos(*SIZES)), ours.encode(photos(*SIZES)))
+
+
+@pytest.mark.parametrize("kind", ["vit", "quick_gelu", "gelu_tanh", "classifier", "siglip", "timm_linear"])
+def test_timm_opens_the_image_encoder_with_our_features_and_pixels(
+    exported: Exported, tmp_path: Path, tiny_config: CLIPConfig, kind: str
+) -> None:
+    if kind == "timm_linear":
+        image = TimmConfig("resnet10t", image_size=64, projection="linear", projection_bias=True)
+        ours = checkpoint(CLIPConfig(16, image, tiny_config.text), tmp_path / "last.ckpt")
+        export(str(tmp_path / "last.ckpt"), format="timm", output=str(tmp_path / "out"))
+        folder = tmp_path / "out"
+    else:
+        ours, folder = exported(kind, "timm")
+    theirs: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+    transform: Any = timm.data.create_transform(**timm.data.resolve_model_data_config(theirs), is_training=False)
+    pixels = torch.stack([transform(image) for image in photos(*SIZES[:2])])
+    with torch.no_grad():
+        close(pixels, torch.stack([ours.preprocess(image) for image in photos(*SIZES[:2])]))
+        torch.testing.assert_close(theirs(pixels), ours.encode_image(pixels), rtol=1e-5, atol=1e-5)
+    name = json.loads((folder / "config.json").read_text())["architecture"]
+    assert timm.is_model(name)
+
+
+def test_timm_opens_the_file_of_weights_by_its_path(exported: Exported) -> None:
+    ours, folder = exported("vit", "timm")
+    settings = json.loads((folder / "config.json").read_text())
+    theirs = timm.create_model(
+        settings["architecture"], checkpoint_path=str(folder / "model.safetensors"), **settings["model_args"]
+    ).eval()
+    pixels = torch.randn(2, 3, *[ours.preprocessing.image_size] * 2)
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(pixels), ours.encode_image(pixels), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "format", "message"),
+    [
+        ("resnet", "timm", "no image encoder of this kind.*ResNet"),
+        ("timm", "timm", "one matrix"),
+        ("siglip", "diffusers", "a CLIPModel, this one is a siglip"),
+        ("resnet", "diffusers", "has ResNet and TextTransformer"),
+    ],
+)
+def test_a_model_that_a_program_cannot_hold_is_refused_and_leaves_no_folder(
+    exported: Exported, tmp_path: Path, kind: str, format: str, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        exported(kind, format)
+    assert not (tmp_path / "out").exists()
+
+
+def test_classes_of_stable_diffusion_open_the_text_encoder_and_tokenizer(exported: Exported) -> None:
+    """CLIPTextModel, as in version 1, reads each token's features; version XL also reads the projected ones."""
+    ours, folder = exported("vit", "diffusers")
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    tokens = tokenizer(TEXTS, padding="max_length", truncation=True, return_tensors="pt")
+    assert torch.equal(tokens["input_ids"] * tokens["attention_mask"], ours.tokenize(TEXTS))
+    projected = transformers.CLIPTextModelWithProjection.from_pretrained(folder, subfolder="text_encoder").eval()
+    plain = transformers.CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").eval()
+    with torch.no_grad():
+        close(unit(projected(tokens["input_ids"]).text_embeds), unit(ours.encode_text(ours.tokenize(TEXTS))))
+        pooled = plain(tokens["input_ids"]).pooler_output
+        close(unit(pooled @ projected.text_projection.weight.T), unit(ours.encode_text(ours.tokenize(TEXTS))))
+
+
+def test_a_pipeline_of_diffusers_conditions_on_the_text_encoder(exported: Exported) -> None:
+    diffusers = pytest.importorskip("diffusers")
+    ours, folder = exported("vit", "diffusers")
+    encoder = transformers.CLIPTextModel.from_pretrained(folder, subfolder="text_encoder").eval()
+    tokenizer = transformers.CLIPTokenizer.from_pretrained(folder, subfolder="tokenizer")
+    blocks = {"block_out_channels": (32,), "norm_num_groups": 8, "layers_per_block": 1}
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=8,
+        in_channels=4,
+        out_channels=4,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        cross_attention_dim=encoder.config.hidden_size,
+        attention_head_dim=8,
+        **blocks,
+    )
+    vae = diffusers.AutoencoderKL(latent_channels=4, **blocks)
+    pipeline = diffusers.StableDiffusionPipeline(
+        vae, encoder, tokenizer, unet, diffusers.DDIMScheduler(), None, None, requires_safety_checker=False
+    )
+    states: list[Tensor] = []  # of the last token of each text, which our encoder reads
+    hook = ours.text_encoder.ln_final.register_forward_hook(lambda *call: states.append(call[2]))
+    with torch.no_grad(), hook:
+        ours.encode_text(ours.tokenize(TEXTS))
+        found, _ = pipeline.encode_prompt(TEXTS, "cpu", 1, do_classifier_free_guidance=False)
+    last = ours.tokenize(TEXTS).argmax(dim=1)
+    close(found[range(len(TEXTS)), last], states[0])
+
+
+class Immich:
+    """What Immich's machine learning does with a folder, written from its code as published.
+
+    One image or text at a time; sizes are cut off, not rounded, and the middle is found in whole pixels.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.config = json.loads((folder / "config.json").read_text())
+        self.preprocess = json.loads((folder / "visual/preprocess_cfg.json").read_text())
+        self.visual, self.textual = (
+            onnxruntime.InferenceSession(folder / kind / "model.onnx") for kind in ("visual", "textual")
+        )
+        settings = json.loads((folder / "textual/tokenizer_config.json").read_text())
+        self.tokenizer: Any = tokenizers.Tokenizer.from_file(str(folder / "textual/tokenizer.json"))
+        length, pad = self.config["text_cfg"].get("context_length", 77), settings["pad_token"]
+        self.tokenizer.enable_padding(length=length, pad_token=pad, pad_id=self.tokenizer.token_to_id(pad))
+        self.tokenizer.enable_truncation(max_length=length)
+
+    def image(self, image: Image.Image) -> Tensor:
+        size, values = self.preprocess["size"][0], self.preprocess
+        filter = {each.name.lower(): each for each in Image.Resampling}[values["interpolation"].lower()]
+        if values["resize_mode"] == "squash":
+            image = image.resize((size, size), filter)
+        else:
+            wide = image.width >= image.height
+            ratio = image.width / image.height if wide else image.height / image.width
+            image = image.resize((int(ratio * size), size) if wide else (size, int(ratio * size)), filter)
+            left, top = (int(side / 2 - size / 2) for side in image.size)
+            image = image.crop((left, top, left + size, top + size))
+        pixels = np.asarray(image.convert("RGB"), np.float32) / 255.0
+        pixels = (pixels - np.float32(values["mean"])) / np.float32(values["std"])
+        return torch.from_numpy(self.visual.run(None, {"image": pixels.transpose(2, 0, 1)[None]})[0][0])
+
+    def text(self, text: str) -> Tensor:
+        text = " ".join(text.split())
+        if (self.config["text_cfg"].get("tokenizer_kwargs") or {}).get("clean") == "canonicalize":
+            text = text.translate(str.maketrans("", "", string.punctuation)).lower()
+        tokens = np.array([self.tokenizer.encode(text).ids], dtype=np.int32)
+        return torch.from_numpy(self.textual.run(None, {"text": tokens})[0][0])
+
+
+@pytest.mark.parametrize("kind", ["vit", "siglip"])
+def test_immich_has_our_features_for_images_and_texts(exported: Exported, kind: str) -> None:
+    ours, folder = exported(kind, "immich")
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    assert {"config.json", "visual/model.onnx", "visual/preprocess_cfg.json", "textual/model.onnx"} <= names
+    assert {"textual/tokenizer.json", "textual/tokenizer_config.json"} <= names
+    theirs = Immich(folder)
+    texts = [*TEXTS, "  Two  DOGS, and a cat! "]
+    close(torch.stack([theirs.text(text) for text in texts]), ours.encode(texts))
+    images = photos(*SIZES[:2], (64, 64))
+    close(torch.stack([theirs.image(image) for image in images]), ours.encode(images))
+
+
+def test_immich_lower_cases_where_the_model_does(tmp_path: Path) -> None:
+    config = siglip_config(tmp_path / "words")
+    config.text.tokenizer = HuggingFaceTokenizerConfig(str(tmp_path / "words"), "lower")
+    ours = checkpoint(config, tmp_path / "last.ckpt")
+    export(str(tmp_path / "last.ckpt"), format="immich", output=str(tmp_path / "out"))
+    text = " ".join(WORDS[:6]).upper()
+    assert not torch.equal(ours.tokenize(text), ours.tokenize("xx"))
+    close(Immich(tmp_path / "out").text(text), ours.encode([text])[0])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"crop_pct": 0.875}, "crop_pct 0.875"), ({"image_size": (32, 64)}, "32 x 64")],
+)
+def test_what_immich_would_leave_out_is_refused(
+    tmp_path: Path, tiny_config: CLIPConfig, change: dict[str, Any], message: str
+) -> None:
+    size = change.get("image_size", 32)
+    config = CLIPConfig(16, VisionTransformerConfig(size, 16, 64, 1, 1), tiny_config.text)
+    config.preprocessing = Preprocessing(**{"image_size": size, **change})
+    checkpoint(config, tmp_path / "last.ckpt")
+    with pytest.raises(InputError, match=message):
+        export(str(tmp_path / "last.ckpt"), format="immich", output=str(tmp_path / "out"))
