@@ -70,7 +70,8 @@ class FrozenFeatures(Callback):
     def _encode(self, trainer: Trainer, module: LitCLIP, data: Any) -> None:
         for tower in TOWERS if data.lists_captions else TOWERS[:1]:
             use_frozen_prefix(module.model, tower)
-        teachers = {each.teacher: each.loaded for each in module.loss.modules() if isinstance(each, Distillation)}
+        terms = [each for each in module.loss.modules() if isinstance(each, Distillation)]
+        teachers: Any = {each.teacher: each.loaded for each in terms if isinstance(each.loaded, Teacher)}
         if not module.model.frozen_prefixes and not teachers:
             raise InputError(f"FrozenFeatures: {_nothing_stored(module.model, data)}, or remove the callback")
         _refuse_loss(module, data)

@@ -48,7 +48,7 @@ def export(
     Args:
         model: a checkpoint, a folder or a name: anything that lit_clip.load_model opens.
         format: of float32 weights with their configuration: open_clip, hugging_face (also for sentence-transformers),
-            timm (the image encoder) and diffusers (the text encoder); onnx: one file per encoder, immich: for Immich.
+            timm (the image encoder alone); one file per encoder: onnx, and immich for Immich.
         output: a folder that does not exist yet, or is empty.
         license: of the weights, for the model card; by default unknown.
         push: a repository on the Hugging Face hub, org/name, to upload the folder to; made if it does not exist.

@@ -1,5 +1,6 @@
 """Distillation from a teacher: cross-entropy between probabilities over a batch, or distances of features."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -60,12 +61,13 @@ def blockwise_distillation(student: ModelFeatures, teacher: ModelFeatures, ranks
     return total / max(1, pairs) * ranks.weight
 
 
-def feature_distance(student: tuple[Tensor, Tensor], teacher: tuple[Tensor, Tensor], ranks: RankCounts) -> Tensor:
+def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], ranks: RankCounts) -> Tensor:
     """Squared distance between unit features ``[B, D]`` of a student and a teacher, images' plus texts', a scalar.
 
-    The mean over ranks is the mean of all pairs. A student may have only the teacher's first channels.
+    A teacher may have one of both. The mean over ranks is the mean of all pairs. A student may have only the teacher's
+    first channels.
     """
-    dim = student[0].shape[1]
     with torch.autocast(student[0].device.type, enabled=False):
-        distances = [(unit(a) - unit(b[:, :dim])).square().sum() for a, b in zip(student, teacher, strict=True)]
-    return (distances[0] + distances[1]) / max(1, len(student[0])) * ranks.weight
+        pairs = [(unit(a), unit(b[:, : a.shape[1]])) for a, b in zip(student, teacher, strict=True)]
+        distance = torch.stack([(a - b).square().sum() for a, b in pairs]).sum()
+    return distance / max(1, len(student[0])) * ranks.weight

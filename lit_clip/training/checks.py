@@ -19,6 +19,7 @@ from lit_clip.losses.pairwise import Sigmoid
 from lit_clip.models.lora import is_added
 from lit_clip.training.even_batches import captions_together
 from lit_clip.training.lightning.checkpoint_io import wrapped
+from lit_clip.training.teacher_tables import TeacherTables
 
 HALF = (torch.float16, torch.bfloat16)
 FAR_BELOW = -7.0  # logit_bias plus log batch; published SigLIPs have -2.5 to -6.4 at their own 32,768 pairs
@@ -150,8 +151,10 @@ def check_run(module: Any) -> None:
         f"data.columns.negative: {column!r} would have no effect, because {type(module.loss).__name__} does not use "
         "hard negatives; leave it out, or use lit_clip.losses.Contrastive",
     )
-    for part in module.loss.modules() if captions_together(data) else ():
-        if getattr(part, "duplicates", "") == "negatives":
+    for part in module.loss.modules():
+        if isinstance(getattr(part, "loaded", None), TeacherTables):
+            part.loaded.check(data)
+        if captions_together(data) and getattr(part, "duplicates", "") == "negatives":
             raise InputError(
                 f"model.loss.duplicates: negatives of {type(part).__name__} would make an image's own captions wrong "
                 "for it, which data.captions.per_image together has in a step; set it to positives"

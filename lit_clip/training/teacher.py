@@ -2,6 +2,7 @@
 
 import copy
 import math
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.batch import CaptionBatch
-from lit_clip.errors import require
+from lit_clip.errors import InputError, require
 from lit_clip.losses.contrastive import unit
 from lit_clip.losses.distillation import ModelFeatures, blockwise_distillation, feature_distance
 from lit_clip.losses.loss import Loss, Pairs
@@ -19,6 +20,7 @@ from lit_clip.models.config import height_width
 from lit_clip.models.layers import TOWERS, Tower
 from lit_clip.models.lora import is_added
 from lit_clip.tools.hardware import to_device
+from lit_clip.training.teacher_tables import TeacherTables
 from lit_clip.weights.fingerprint import tensors_sha256
 from lit_clip.weights.load import load_model
 
@@ -48,6 +50,20 @@ class Teacher:
         tokens = to_device(model.tokenizer.trim(tokens), batch.images.device)
         return model.encode_text(tokens, normalize=True, lengths=lengths)
 
+    def dim(self, tower: Tower) -> int:
+        """Return the number of channels."""
+        return self.model.config.embed_dim
+
+    @property
+    def scale(self) -> Tensor:
+        """Inverse temperature, a scalar."""
+        return self.model.logit_scale.exp()
+
+    def of_pairs(self, pairs: Pairs, tower: Tower) -> Tensor:
+        """Return unit features ``[B, D]`` of this rank's pairs."""
+        features = torch.cat([self.features(part, tower) for part in pairs.parts])
+        return pairs.batch.of_pairs(features) if tower == "image" else features[: len(pairs.image)]
+
     def resized(self, images: Tensor) -> Tensor:
         """Return uint8 images of the teacher's size."""
         preprocessing = self.model.preprocessing
@@ -60,7 +76,7 @@ class Teacher:
         return images
 
 
-def stored_name(teacher: str | None, tower: Tower) -> str:
+def stored_name(teacher: object, tower: Tower) -> str:
     """Return the name in ``CaptionBatch.extra`` of a teacher's stored features."""
     return f"{tower} features of {teacher}"
 
@@ -76,18 +92,19 @@ class Distillation(Loss):
     step, or with :class:`callbacks.FrozenFeatures` each image and caption once.
 
     Args:
-        teacher: anything :func:`lit_clip.load_model` opens; None: the model before training. A checkpoint has its
+        teacher: anything :func:`lit_clip.load_model` opens; or a parquet file of its features by key, as ``lit-clip
+            embed`` writes it, or two: of images and of captions; None: the model before training. A checkpoint has its
             SHA-256, so a run is only resumed with the same one.
         of: ``probabilities``: cross-entropy between the teacher's and the model's over the batch's images and captions;
             ``features``: squared distance of unit features. If the teacher has another number of channels, a linear
             map of the model's features is learned for each encoder (CLIP-KD, Yang et al. 2024).
     """
 
-    def __init__(self, teacher: str | None = None, of: Kind = "probabilities") -> None:
+    def __init__(self, teacher: str | list[str] | None = None, of: Kind = "probabilities") -> None:
         super().__init__()
         require(of in get_args(Kind), f"model.loss: Distillation.of {of!r} must be 'probabilities' or 'features'")
-        self.teacher, self.of = None if teacher is None else str(teacher), of
-        self.loaded: Teacher | None = None
+        self.teacher, self.of = teacher if isinstance(teacher, list) else teacher and str(teacher), of
+        self.loaded: Teacher | TeacherTables | None = None
         self._before = torch.zeros(0, dtype=torch.uint8)  # SHA-256 of the model before
         self.maps: Any = nn.ModuleDict()
 
@@ -99,39 +116,43 @@ class Distillation(Loss):
             }  # LoRA's is random
             self._before = torch.tensor(list(bytes.fromhex(tensors_sha256(given))), dtype=torch.uint8)
         elif self.loaded is None:
-            self.loaded = Teacher(load_model(str(self.teacher)))
-        ours, theirs = model.config.embed_dim, self.loaded.model.config.embed_dim
-        if self.of == "features" and ours != theirs and not self.maps:
-            self.maps.update({tower: nn.Linear(ours, theirs) for tower in TOWERS})
+            paths = self.teacher if isinstance(self.teacher, list) else [str(self.teacher)]
+            tables = all(Path(path).suffix == ".parquet" for path in paths)
+            self.loaded = TeacherTables(paths) if tables else Teacher(load_model(str(self.teacher)))
+        ours, (image, text) = model.config.embed_dim, (self.loaded.dim(tower) for tower in TOWERS)
+        if self.of == "probabilities" and (image != text or not image):
+            found = f"its teacher has {image} channels of images and {text} of captions"
+            raise InputError(f"model.loss: Distillation: {found}; give a table of each, or set of to features")
+        widths = {tower: dim for tower, dim in zip(TOWERS, (image, text), strict=True) if dim not in (0, ours)}
+        if self.of == "features" and widths and not self.maps:
+            self.maps.update({tower: nn.Linear(ours, theirs) for tower, theirs in widths.items()})
             for each in self.maps.values():  # lengths are kept; random ones would depend on the number of ranks
                 nn.init.eye_(each.weight)
                 nn.init.zeros_(each.bias)
 
     def forward(self, pairs: Pairs) -> Tensor:
         assert self.loaded is not None, "call prepare first"
-        image, text = (self._teachers(pairs, tower) for tower in TOWERS)
+        towers = [tower for tower in TOWERS if self.loaded.dim(tower)]
+        theirs = [self._teachers(pairs, tower) for tower in towers]
         if self.of == "features":
-            ours = self._mapped("image", pairs.image), self._mapped("text", pairs.text)
-            return feature_distance(ours, (image, text), pairs.ranks)
+            ours = [self._mapped(tower, getattr(pairs, tower)) for tower in towers]
+            return feature_distance(ours, theirs, pairs.ranks)
         student = ModelFeatures(pairs.image, pairs.text, pairs.scale)
-        return blockwise_distillation(
-            student, ModelFeatures(image, text, self.loaded.model.logit_scale.exp()), pairs.ranks
-        )
+        return blockwise_distillation(student, ModelFeatures(*theirs, self.loaded.scale), pairs.ranks)
 
     def _teachers(self, pairs: Pairs, tower: Tower) -> Tensor:
         """Return the teacher's unit features ``[B, D]``: stored ones where the batch has them."""
         assert self.loaded is not None
         features = pairs.batch.extra.get(stored_name(self.teacher, tower))
         if not len(pairs.image):
-            features = pairs.image.new_zeros(0, self.loaded.model.config.embed_dim)
+            features = pairs.image.new_zeros(0, self.loaded.dim(tower))
         elif features is None:
-            features = torch.cat([self.loaded.features(part, tower) for part in pairs.parts])
-            features = pairs.batch.of_pairs(features) if tower == "image" else features[: len(pairs.image)]
+            features = self.loaded.of_pairs(pairs, tower)
         return unit(features).to(pairs.image.dtype)
 
     def _mapped(self, tower: Tower, features: Tensor) -> Tensor:
         """Return the model's features with the teacher's number of channels; Matryoshka's may be the first ones."""
-        if not self.maps:
+        if tower not in self.maps:
             return features
         return F.linear(features, self.maps[tower].weight[:, : features.shape[1]], self.maps[tower].bias)
 

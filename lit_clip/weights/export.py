@@ -68,8 +68,8 @@ class ExportSample(NamedTuple):
 class Reading(NamedTuple):
     """The other tool's unit features ``[4, D]`` of an :class:`ExportSample`, and what else it computes, if it does."""
 
-    image: Tensor | None
-    text: Tensor | None
+    image: Tensor
+    text: Tensor | None  # None: the format has no text encoder
     pixels: Tensor | None = None
     tokens: Tensor | None = None
     probabilities: Tensor | None = None  # of a head
@@ -78,15 +78,15 @@ class Reading(NamedTuple):
 class Parity(NamedTuple):
     """The largest differences between a model and its export; None for what the format has no part of."""
 
-    image: float | None  # between unit image features
+    image: float  # between unit image features
     text: float | None  # between unit text features
     pixels: float | None  # in levels of 255, before normalisation
     tokens: bool | None  # whether the ids are equal
     head: float | None = None  # between probabilities
 
     def features(self) -> list[tuple[str, float]]:
-        """Return the differences between features by the encoder's name, of the encoders that the format has."""
-        return [(name, value) for name, value in (("image", self.image), ("text", self.text)) if value is not None]
+        """Return the differences between features, by the name of their encoder."""
+        return [("image", self.image), *([] if self.text is None else [("text", self.text)])]
 
 
 @torch.no_grad()
@@ -100,7 +100,7 @@ def parity_of(model: CLIP, sample: ExportSample, reading: Reading, head: Any = N
         std = std[:, None, None] if sample.pixels.ndim == 4 else std.repeat(sample.pixels.shape[2] // 3)
         pixels = float(((reading.pixels - sample.pixels) * std).abs().max()) * 255
     return Parity(
-        None if reading.image is None else float((reading.image - image).abs().max()),
+        float((reading.image - image).abs().max()),
         None if reading.text is None else float((reading.text - text).abs().max()),
         pixels,
         None if reading.tokens is None else torch.equal(reading.tokens, sample.tokens),
@@ -360,24 +360,26 @@ def onnx_facts(model: CLIP, head: Any = None) -> dict[str, Any]:
 OPEN = "import sys, onnxruntime as o; [o.InferenceSession(f, providers=['CPUExecutionProvider']) for f in sys.argv[1:]]"
 
 
-def check_opens(folder: Path) -> None:
-    """Raise :class:`InputError` if onnxruntime crashes on a folder's files, which would end this process."""
-    command = [sys.executable, "-P", "-c", OPEN, *map(str, sorted(folder.rglob("*.onnx")))]
+def run_graphs(folder: Path, inputs: dict[str, tuple[str, Tensor]], batches: list[int]) -> list[list[Tensor]]:
+    """Run files of a folder by onnxruntime on the CPU in batches of these sizes; return the outputs of each file.
+
+    A file's input has a name and values.
+    """
+    import onnxruntime
+
+    command = [sys.executable, "-P", "-c", OPEN, *(str(folder / file) for file in inputs)]
     status = subprocess.run(command, capture_output=True, check=False).returncode
     require(status in (0, 1), f"onnx: onnxruntime crashes on opening this model (exit status {status})")  # 1: it raised
+    outputs = []
+    for file, (name, values) in inputs.items():
+        session = onnxruntime.InferenceSession(folder / file, providers=["CPUExecutionProvider"])
+        parts = [session.run(None, {name: part.numpy()}) for part in values.split(batches)]
+        outputs.append([torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True)])
+    return outputs
 
 
 def read_onnx(folder: Path, sample: ExportSample) -> Reading:
-    """Run onnxruntime on the CPU, in batches of 1 and 3."""
-    import onnxruntime
-
-    check_opens(folder)
-
-    def run(kind: str, name: str, values: Tensor) -> list[Tensor]:
-        session = onnxruntime.InferenceSession(folder / f"{kind}_encoder.onnx", providers=["CPUExecutionProvider"])
-        parts = [session.run(None, {name: part.numpy()}) for part in (values[:1], values[1:])]
-        return [torch.from_numpy(np.concatenate(part)) for part in zip(*parts, strict=True)]
-
-    image, *of_head = run("image", "pixels", sample.pixels)
-    (text,) = run("text", "tokens", sample.tokens)
+    """Run onnxruntime in batches of 1 and 3."""
+    inputs = {"image_encoder.onnx": ("pixels", sample.pixels), "text_encoder.onnx": ("tokens", sample.tokens)}
+    (image, *of_head), (text,) = run_graphs(folder, inputs, [1, 3])
     return Reading(unit(image), unit(text), probabilities=of_head[0] if of_head else None)

@@ -197,23 +197,19 @@ def save_byte_pairs(folder: Path) -> None:
 
 def save_sentence_transformers(folder: Path) -> None:
     """Write what sentence-transformers (5.4 and newer) opens transformers' folder with, for features of unit length."""
-    module = "sentence_transformers.models"
-    (folder / "1_Normalize").mkdir()
-    parts = [("", "Transformer"), ("1_Normalize", "Normalize")]
-    methods = {
-        kind: {"method": f"get_{kind}_features", "method_output_name": "pooler_output"} for kind in ("text", "image")
-    }
-    values: dict[str, Any] = {
-        "modules.json": [
-            {"idx": i, "name": str(i), "path": path, "type": f"{module}.{kind}"} for i, (path, kind) in enumerate(parts)
-        ],
-        "sentence_bert_config.json": {
-            "modality_config": methods,
-            "module_output_name": "sentence_embedding",
-            "processor_kwargs": {"backend": "pil"},  # as in training
-            "processing_kwargs": {"text": {"padding": "max_length", "truncation": True}},  # SigLIP attends to padding
+    parts = {"": "Transformer", "1_Normalize": "Normalize"}
+    kinds = [(path, f"sentence_transformers.models.{name}") for path, name in parts.items()]
+    settings = {
+        "modality_config": {
+            kind: {"method": f"get_{kind}_features", "method_output_name": "pooler_output"}
+            for kind in ("text", "image")
         },
-        "1_Normalize/config.json": {"module_input_name": "sentence_embedding"},
+        "module_output_name": "sentence_embedding",
+        "processor_kwargs": {"backend": "pil"},  # as in training
+        "processing_kwargs": {"text": {"padding": "max_length", "truncation": True}},  # SigLIP attends to padding
     }
+    modules = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(kinds)]
+    (folder / "1_Normalize").mkdir()
+    values = {"modules.json": modules, "sentence_bert_config.json": settings, "1_Normalize/config.json": {}}
     for name, value in values.items():
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")

@@ -44,7 +44,8 @@ def model_card(
     ``format`` is a key of :data:`lit_clip.weights.formats.FORMATS`; the ``name`` is the folder's; no ``license`` is an
     unknown one. The card's code opens the model from the ``repository`` ``org/name`` on the hub, if given.
     """
-    front = {"library_name": FORMATS[format].library, "pipeline_tag": FORMATS[format].task, "tags": ["clip"]}
+    task = "image-feature-extraction" if format == "timm" else "zero-shot-image-classification"
+    front = {"library_name": FORMATS[format].library, "pipeline_tag": task, "tags": ["clip"]}
     if license:
         front["license"] = license
     config = json.loads(json.dumps(model.config.to_dict()))  # tuples as lists

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -14,6 +15,7 @@ from datamodules import OpenMoji
 from datamodules.loading.augmentation import Augmentation
 from datamodules.loading.bad_samples import BadSamples
 from lit_clip import load_model
+from lit_clip.cli.subcommands import run_command
 from lit_clip.commands.wise_ft import save
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Sum
@@ -159,3 +161,39 @@ def test_captions_made_up_at_random_are_encoded_in_each_step(
         trainer(Path(run.folder), max_steps=2, limit_val_batches=0, callbacks=[*storing, recorder]).fit(module, data)
         losses.append(recorder.losses)
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def embedded(model: str, run: Run) -> list[str]:
+    """Return the files of a model's features of the run's images and captions."""
+    paths = [f"{run.folder}/{name}.parquet" for name in ("of_images", "of_captions")]
+    for path, more in zip(paths, ([], ["--captions"]), strict=True):
+        options = ["--model", model, "--output", path, "--num_workers", "0", "--accelerator", "cpu"]
+        run_command(["embed", run.table, *more, *options])
+    return paths
+
+
+@pytest.mark.parametrize("of", ["features", "probabilities"])
+@pytest.mark.parametrize("cache", [False, True])
+def test_tables_of_features_teach_as_the_model_that_made_them(run: Run, of: str, cache: bool) -> None:
+    """Of the student's image size, so that both see the same pixels; also beside stored frozen layers."""
+    save(shaken(CLIP(config_of("vit"))), Path(f"{run.folder}/teacher.ckpt"), {})
+    run = run._replace(freeze="image", model={"micro_batch_size": 3}, teachers=[(f"{run.folder}/teacher.ckpt", of)])
+    online, _ = fit(run)
+    tables: Any = [(embedded(f"{run.folder}/teacher.ckpt", run), of)]
+    found, _ = (stored if cache else fit)(run._replace(teachers=tables))
+    assert found.samples == online.samples
+    assert found.losses == pytest.approx(online.losses, rel=1e-5)
+    assert online.losses != fit(run._replace(teachers=()))[0].losses
+
+
+def test_keys_that_a_table_lacks_are_counted_before_the_first_step(run: Run, teachers: list[tuple[str, str]]) -> None:
+    images, captions = embedded(teachers[0][0], run)
+    for path, kept, message in (
+        (images, IMAGES - 3, f"lacks 3 of {IMAGES} keys, such as '7.png'"),
+        (captions, 2 * ROWS - 1, f"of_captions.parquet: lacks 1 of {2 * ROWS} captions"),
+    ):
+        whole = pq.read_table(path)
+        pq.write_table(whole.slice(0, kept), path)
+        with pytest.raises(InputError, match=message):
+            fit(run._replace(teachers=[([images, captions], "features")]))  # pyright: ignore[reportArgumentType]
+        pq.write_table(whole, path)
