@@ -84,8 +84,8 @@ def needs_more(command: str) -> bool:
 
 COMMANDS = [line for line in typed() if "lit-clip " in line and not needs_more(line)]
 # 80,000 prompts of ImageNet take minutes on two cores, and so do probes on thousands of drawings; other tests export
-# to onnx.
-LONG = ("zero_shot_imagenet", "bundled", "onnx")
+# to onnx and for Immich.
+LONG = ("zero_shot_imagenet", "bundled", "onnx", "immich")
 SLOW = {command for command in COMMANDS if any(word in command for word in LONG)}
 # A training takes a second or two, and there are dozens. These words need what a run has: data, variables, and files
 # that the commands before have written.
@@ -269,7 +269,7 @@ def test_a_command_runs(command: str, trained: Path, traces: Path) -> None:
         environment |= exported(["IMAGE_WEIGHTS", "TEXT_ENCODER"])
         options += [*FAST, *FEW, "--trainer.max_epochs", "1", "--recipe", "null"]
         options += ["--model.freeze", "{image: {unlock_last: 0}, text: {unlock_last: 0}}", "--data.augmentation", "[]"]
-    function = functools.partial(command_traced_once, traces) if "onnx" in options else forks.command
+    function = functools.partial(command_traced_once, traces) if {"onnx", "immich"} & {*options} else forks.command
     result = lit_clip_command(trained, *options, environment=environment, timeout=240, function=function)
     assert result.returncode == 0, result.stdout + result.stderr
     for left in (trained / "runs").glob("*/version_[1-9]*"):  # no guide names it, and the checkpoints are large

@@ -197,7 +197,7 @@ def save_byte_pairs(folder: Path) -> None:
 
 def save_sentence_transformers(folder: Path) -> None:
     """Write what sentence-transformers (5.4 and newer) opens transformers' folder with, for features of unit length."""
-    parts = {"": "Transformer", "1_Normalize": "Normalize"}
+    parts = {"": "Transformer", "normalize": "Normalize"}
     kinds = [(path, f"sentence_transformers.models.{name}") for path, name in parts.items()]
     settings = {
         "modality_config": {
@@ -209,7 +209,7 @@ def save_sentence_transformers(folder: Path) -> None:
         "processing_kwargs": {"text": {"padding": "max_length", "truncation": True}},  # SigLIP attends to padding
     }
     modules = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in enumerate(kinds)]
-    (folder / "1_Normalize").mkdir()
-    values = {"modules.json": modules, "sentence_bert_config.json": settings, "1_Normalize/config.json": {}}
+    (folder / "normalize").mkdir()
+    values = {"modules.json": modules, "sentence_bert_config.json": settings, "normalize/config.json": {}}
     for name, value in values.items():
         (folder / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
