@@ -1,6 +1,7 @@
 """The code of docs/serving.md and docs/clip_benchmark.md for other programs runs and gives lit-clip's features."""
 
 import csv
+import dataclasses
 import re
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from PIL import Image
 from lit_clip import CLIP
 from lit_clip.cli.subcommands import run_command
 from lit_clip.commands.export import export
-from lit_clip.models.config import CLIPConfig
+from lit_clip.models.config import CLIPConfig, TimmConfig
 from tests.conftest import ROOT
 from tests.helpers.exports import checkpoint, photos
 
@@ -104,6 +105,34 @@ def test_folders_of_an_exported_model_open_in_a_pipeline_and_in_sentence_transfo
     assert [float(x) for x in re.findall(r"-?\d+\.\d+", capsys.readouterr().out)] == pytest.approx(
         shown.flatten().tolist(), abs=1e-4
     )
+
+
+@pytest.mark.parametrize("kind", ["vit", "timm"])
+def test_timm_opens_the_image_encoder_of_a_folder_for_open_clip(
+    model: CLIP, tiny_config: CLIPConfig, tmp_path: Path, kind: str
+) -> None:
+    """By its own rule for open_clip's names; another of its models by its own names, before the projection."""
+    code = block("serving.md", "import timm")
+    if kind == "vit":
+        sizes = "img_size=32, patch_size=16, embed_dim=64, depth=2, num_heads=1"
+        code = code.replace('"vit_base_patch32_clip_224"', f'"vit_base_patch32_clip_224", {sizes}')
+        code, encode = code.replace("512", "16").partition("weights =")[0], model.encode_image
+    else:
+        config = dataclasses.replace(tiny_config, image=TimmConfig("resnet10t", image_size=32), preprocessing=None)
+        trunk = checkpoint(config, tmp_path / "last.ckpt").visual
+        encode = trunk.features  # pyright: ignore[reportAttributeAccessIssue]  # of timm's encoder
+        code = (
+            code.partition("path =")[0]
+            + code[code.index("path =") :].splitlines()[0]
+            + "\nweights ="
+            + code.partition("weights =")[2]
+        )
+    export("last.ckpt", format="open_clip", output="exported/open_clip")
+    names: dict[str, Any] = {}
+    exec(code, names)
+    pixels = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(names["encoder"](pixels), encode(pixels), rtol=1e-5, atol=1e-5)
 
 
 def test_the_adapter_runs_a_task_of_mteb_with_our_features(model: CLIP, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ class Reading(NamedTuple):
     """The other tool's unit features ``[4, D]`` of an :class:`ExportSample`, and what else it computes, if it does."""
 
     image: Tensor
-    text: Tensor | None  # None: the format has no text encoder
+    text: Tensor
     pixels: Tensor | None = None
     tokens: Tensor | None = None
     probabilities: Tensor | None = None  # of a head
@@ -79,14 +79,10 @@ class Parity(NamedTuple):
     """The largest differences between a model and its export; None for what the format has no part of."""
 
     image: float  # between unit image features
-    text: float | None  # between unit text features
+    text: float  # between unit text features
     pixels: float | None  # in levels of 255, before normalisation
     tokens: bool | None  # whether the ids are equal
     head: float | None = None  # between probabilities
-
-    def features(self) -> list[tuple[str, float]]:
-        """Return the differences between features, by the name of their encoder."""
-        return [("image", self.image), *([] if self.text is None else [("text", self.text)])]
 
 
 @torch.no_grad()
@@ -101,7 +97,7 @@ def parity_of(model: CLIP, sample: ExportSample, reading: Reading, head: Any = N
         pixels = float(((reading.pixels - sample.pixels) * std).abs().max()) * 255
     return Parity(
         float((reading.image - image).abs().max()),
-        None if reading.text is None else float((reading.text - text).abs().max()),
+        float((reading.text - text).abs().max()),
         pixels,
         None if reading.tokens is None else torch.equal(reading.tokens, sample.tokens),
         None if head is None else _head_difference(model, sample, reading, head),
@@ -117,12 +113,7 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
     """Write weights as safetensors."""
     # Without the "pt" mark transformers refuses the file.
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, path, metadata={"format": "pt"})
-    make_readable(path)
-
-
-def make_readable(path: Path) -> None:
-    """Let those read a file who can read its folder; safetensors creates files for their owner alone."""
-    path.chmod(path.parent.stat().st_mode & 0o666)
+    path.chmod(path.parent.stat().st_mode & 0o666)  # safetensors creates files that only their owner can read
 
 
 def naflex_format(model: CLIP) -> str:

@@ -44,8 +44,8 @@ def model_card(
     ``format`` is a key of :data:`lit_clip.weights.formats.FORMATS`; the ``name`` is the folder's; no ``license`` is an
     unknown one. The card's code opens the model from the ``repository`` ``org/name`` on the hub, if given.
     """
-    task = "image-feature-extraction" if format == "timm" else "zero-shot-image-classification"
-    front = {"library_name": FORMATS[format].library, "pipeline_tag": task, "tags": ["clip"]}
+    library = FORMATS[format].library
+    front = {"library_name": library, "pipeline_tag": "zero-shot-image-classification", "tags": ["clip"]}
     if license:
         front["license"] = license
     config = json.loads(json.dumps(model.config.to_dict()))  # tuples as lists
@@ -59,7 +59,7 @@ def model_card(
         TEMPLATE,
         front=yaml.safe_dump(front, sort_keys=False),
         title=repository.rpartition("/")[2] if repository else name,
-        library=FORMATS[format].library,
+        library=library,
         facts=_facts(model, format, source, parity, license, dtype),
         repository=repository,
         format=format,
@@ -83,7 +83,7 @@ def _facts(
     total = sum(p.numel() for p in model.parameters())
     image = sum(p.numel() for p in model.visual.parameters())
     digest = f", SHA-256 `{source.sha256}`" if source.sha256 else ""
-    measured = [f"{name} features {value:.1e}" for name, value in parity.features()]
+    measured = [f"image features {parity.image:.1e}", f"text features {parity.text:.1e}"]
     tested = "" if parity.pixels is None else "; preprocessing within one of 255 levels"
     tested += "" if parity.tokens is None else f"{',' if tested else ';'} token ids equal"
     return {
@@ -102,7 +102,7 @@ def _facts(
 
 def _place(format: str, name: str, repository: str | None) -> str:
     """Return where the card's code finds the model: on the hub, or in the folder above the model's."""
-    if format in ("open_clip", "timm"):
+    if format == "open_clip":
         return f"hf-hub:{repository}" if repository else f"local-dir:{name}"
     if repository is None:
         return name

@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 import onnxruntime
 import pytest
-import timm
 import tokenizers
 import torch
 import transformers
@@ -91,53 +90,6 @@ def test_sentence_transformers_encodes_texts_and_images_as_lit_clip(exported: Ex
     texts = TEXTS[:3] if kind == "vit" else ["a dog", "red car and two cats " * 9]
     close(theirs.encode(texts), ours.encode(texts))
     close(theirs.encode(photos(*SIZES)), ours.encode(photos(*SIZES)))
-
-
-@pytest.mark.parametrize("kind", ["vit", "quick_gelu", "gelu_tanh", "classifier", "siglip", "timm_linear"])
-def test_timm_opens_the_image_encoder_with_our_features_and_pixels(
-    exported: Exported, tmp_path: Path, tiny_config: CLIPConfig, kind: str
-) -> None:
-    if kind == "timm_linear":
-        image = TimmConfig("resnet10t", image_size=64, projection="linear", projection_bias=True)
-        ours = checkpoint(CLIPConfig(16, image, tiny_config.text), tmp_path / "last.ckpt")
-        export(str(tmp_path / "last.ckpt"), format="timm", output=str(tmp_path / "out"))
-        folder = tmp_path / "out"
-    else:
-        ours, folder = exported(kind, "timm")
-    theirs: Any = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
-    transform: Any = timm.data.create_transform(**timm.data.resolve_model_data_config(theirs), is_training=False)
-    pixels = torch.stack([transform(image) for image in photos(*SIZES[:2])])
-    with torch.no_grad():
-        close(pixels, torch.stack([ours.preprocess(image) for image in photos(*SIZES[:2])]))
-        torch.testing.assert_close(theirs(pixels), ours.encode_image(pixels), rtol=1e-5, atol=1e-5)
-    name = json.loads((folder / "config.json").read_text())["architecture"]
-    assert timm.is_model(name)
-
-
-def test_timm_opens_the_file_of_weights_by_its_path(exported: Exported) -> None:
-    ours, folder = exported("vit", "timm")
-    settings = json.loads((folder / "config.json").read_text())
-    theirs = timm.create_model(
-        settings["architecture"], checkpoint_path=str(folder / "model.safetensors"), **settings["model_args"]
-    ).eval()
-    pixels = torch.randn(2, 3, *[ours.preprocessing.image_size] * 2)
-    with torch.no_grad():
-        torch.testing.assert_close(theirs(pixels), ours.encode_image(pixels), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("kind", "format", "message"),
-    [
-        ("resnet", "timm", "no image encoder of this kind.*ResNet"),
-        ("timm", "timm", "one matrix"),
-    ],
-)
-def test_a_model_that_a_program_cannot_hold_is_refused_and_leaves_no_folder(
-    exported: Exported, tmp_path: Path, kind: str, format: str, message: str
-) -> None:
-    with pytest.raises(InputError, match=message):
-        exported(kind, format)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_pipeline_of_diffusers_conditions_on_the_text_encoder(exported: Exported) -> None:
