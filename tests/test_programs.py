@@ -16,7 +16,7 @@ from PIL import Image
 from lit_clip import CLIP
 from lit_clip.cli.subcommands import run_command
 from lit_clip.commands.export import export
-from lit_clip.models.config import CLIPConfig, TimmConfig
+from lit_clip.models.config import CLIPConfig, TimmConfig, VisionTransformerConfig
 from tests.conftest import ROOT
 from tests.helpers.exports import checkpoint, photos
 
@@ -107,26 +107,21 @@ def test_folders_of_an_exported_model_open_in_a_pipeline_and_in_sentence_transfo
     )
 
 
-@pytest.mark.parametrize("kind", ["vit", "timm"])
+@pytest.mark.parametrize("kind", ["vit_base_patch32_clip_224", "resnet10t"])
 def test_timm_opens_the_image_encoder_of_a_folder_for_open_clip(
     model: CLIP, tiny_config: CLIPConfig, tmp_path: Path, kind: str
 ) -> None:
-    """By its own rule for open_clip's names; another of its models by its own names, before the projection."""
-    code = block("serving.md", "import timm")
-    if kind == "vit":
-        sizes = "img_size=32, patch_size=16, embed_dim=64, depth=2, num_heads=1"
-        code = code.replace('"vit_base_patch32_clip_224"', f'"vit_base_patch32_clip_224", {sizes}')
-        code, encode = code.replace("512", "16").partition("weights =")[0], model.encode_image
+    """CLIP's by timm's own rule for open_clip's names; another by its own names, before the projection."""
+    code, encode, image = block("serving.md", kind), model.encode_image, tiny_config.image
+    if kind == "resnet10t":
+        config = dataclasses.replace(tiny_config, image=TimmConfig(kind, image_size=32), preprocessing=None)
+        visual: Any = checkpoint(config, tmp_path / "last.ckpt").visual
+        encode = visual.features
     else:
-        config = dataclasses.replace(tiny_config, image=TimmConfig("resnet10t", image_size=32), preprocessing=None)
-        trunk = checkpoint(config, tmp_path / "last.ckpt").visual
-        encode = trunk.features  # pyright: ignore[reportAttributeAccessIssue]  # of timm's encoder
-        code = (
-            code.partition("path =")[0]
-            + code[code.index("path =") :].splitlines()[0]
-            + "\nweights ="
-            + code.partition("weights =")[2]
-        )
+        assert isinstance(image, VisionTransformerConfig)
+        sizes = f"img_size={image.image_size}, patch_size={image.patch_size}, embed_dim={image.width}"
+        sizes += f", depth={image.layers}, num_heads={image.heads}"
+        code = code.replace("512", str(tiny_config.embed_dim)).replace(f'"{kind}"', f'"{kind}", {sizes}')
     export("last.ckpt", format="open_clip", output="exported/open_clip")
     names: dict[str, Any] = {}
     exec(code, names)
