@@ -132,13 +132,13 @@ class Distillation(Loss):
 
     def forward(self, pairs: Pairs) -> Tensor:
         assert self.loaded is not None, "call prepare first"
-        towers = [tower for tower in TOWERS if self.loaded.dim(tower)]
+        towers: list[Tower] = [tower for tower in TOWERS if self.loaded.dim(tower)]
         theirs = [self._teachers(pairs, tower) for tower in towers]
         if self.of == "features":
             ours = [self._mapped(tower, getattr(pairs, tower)) for tower in towers]
             return feature_distance(ours, theirs, pairs.ranks)
         student = ModelFeatures(pairs.image, pairs.text, pairs.scale)
-        return blockwise_distillation(student, ModelFeatures(*theirs, self.loaded.scale), pairs.ranks)
+        return blockwise_distillation(student, ModelFeatures(theirs[0], theirs[1], self.loaded.scale), pairs.ranks)
 
     def _teachers(self, pairs: Pairs, tower: Tower) -> Tensor:
         """Return the teacher's unit features ``[B, D]``: stored ones where the batch has them."""

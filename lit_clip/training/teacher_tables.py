@@ -1,6 +1,6 @@
 """A teacher that is not loaded: tables of its features, of images by key and of captions by their text."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -51,9 +51,8 @@ class TeacherTable(NamedTuple):
         require(not wrong, f"model.loss: {path}: features of row {wrong[:1]} are 0 or not finite; leave the row out")
         return cls(path, "text" if column == "caption" else "image", rows, features, scale)
 
-    def of(self, names: Iterable[str]) -> Tensor:
+    def of(self, names: list[str]) -> Tensor:
         """Return the features ``[n, D]`` of keys, or of captions; raise :class:`InputError` for others."""
-        names = list(names)
         if absent := [name for name in names if name not in self.rows]:
             kind = "captions" if self.tower == "text" else "keys"
             lacks = f"lacks {len(absent)} of {len(names)} {kind}, such as {shortened(absent[0])}"
@@ -65,10 +64,13 @@ class TeacherTables:
     """The features of any teacher, from a table of images, of captions, or one of each."""
 
     def __init__(self, paths: list[str]) -> None:
-        self.tables = {table.tower: table for table in map(TeacherTable.read, paths)}
+        self.tables: dict[Tower, TeacherTable] = {table.tower: table for table in map(TeacherTable.read, paths)}
         one = len(self.tables) == len(paths)
         require(one, f"model.loss: {' and '.join(paths)}: give one table of images and one of captions")
         self.scale = torch.tensor(max(table.scale for table in self.tables.values()))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "TeacherTables":
+        return self
 
     def dim(self, tower: Tower) -> int:
         """Return the number of channels; 0 without a table."""
@@ -77,7 +79,8 @@ class TeacherTables:
     def of_pairs(self, pairs: Pairs, tower: Tower) -> Tensor:
         """Return the features ``[B, D]`` of this rank's pairs."""
         names = pairs.batch.keys if tower == "image" else pairs.batch.captions
-        return self.tables[tower].of(names).to(pairs.image.device)
+        require(len(names) == len(pairs.image), "model.loss: a table of captions needs batches with captions")
+        return self.tables[tower].of([*names]).to(pairs.image.device)
 
     def check(self, data: Any) -> None:
         """Raise :class:`InputError` unless each image and caption that ``data`` list for training is there."""
@@ -90,4 +93,4 @@ class TeacherTables:
 
         for tower, table in self.tables.items():
             if tower == "image" or getattr(data, "lists_captions", False):
-                table.of(dict.fromkeys(listed(tower)))
+                table.of([*dict.fromkeys(listed(tower))])

@@ -1,5 +1,7 @@
 """Distillation from tables of features, of any program and any width, equals a plain loop; no table is trusted."""
 
+import copy
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +121,12 @@ def test_probabilities_need_a_table_of_images_and_one_of_captions(
     ):
         with pytest.raises(InputError, match=message):
             Distillation(teacher).prepare(student)
-    Distillation([captions, images]).prepare(student)
+    distillation = Distillation([captions, images])
+    distillation.prepare(student)
+    assert copy.deepcopy(distillation).loaded is distillation.loaded  # large
+    pairs, _ = pairs_of(16)
+    with pytest.raises(InputError, match="batches with captions"):
+        distillation(dataclasses.replace(pairs, batch=pairs.batch._replace(captions=())))
 
 
 def test_a_damaged_or_foreign_table_is_one_line_that_names_it(tiny_config: CLIPConfig, tmp_path: Path) -> None:
