@@ -166,7 +166,7 @@ def test_captions_made_up_at_random_are_encoded_in_each_step(
 def embedded(model: str, run: Run) -> list[str]:
     """Return the files of a model's features of the run's images and captions."""
     paths = [f"{run.folder}/{name}.parquet" for name in ("of_images", "of_captions")]
-    for path, more in zip(paths, ([], ["--captions"]), strict=True):
+    for path, more in zip(paths, ([], ["--fields", "caption"]), strict=True):
         options = ["--model", model, "--output", path, "--num_workers", "0", "--accelerator", "cpu"]
         run_command(["embed", run.table, *more, *options])
     return paths
