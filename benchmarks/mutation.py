@@ -49,7 +49,8 @@ def mutations(path: Path) -> Iterator[Mutation]:
             left, right = node.left, node.comparators[0]
             if left.end_lineno == right.lineno and left.end_col_offset is not None:
                 between = lines[right.lineno - 1][left.end_col_offset : right.col_offset].decode()  # with brackets
-                text = between.replace(*known.split())
+                old, new = known.split()
+                text = between.replace(old, new)
                 yield Mutation(name, right.lineno, left.end_col_offset, right.col_offset, text, "comparison")
         elif isinstance(node, ast.Constant) and isinstance(node.value, int | float) and node.end_col_offset:
             text = repr(not node.value) if isinstance(node.value, bool) else repr(node.value + 1)
