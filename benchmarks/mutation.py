@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 ROOMS = {  # sources, and the tests that are run when one of them is changed
     "lit_clip/losses": ["tests/losses"],
     "lit_clip/training": ["tests/training", "tests/test_module.py"],

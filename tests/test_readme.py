@@ -17,15 +17,18 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
 
+from lit_clip import load_model
 from lit_clip.cli import subcommands
 from lit_clip.cli.lightning import CLI, run
 from lit_clip.cli.overview import CONFIGURED
+from lit_clip.embedding.feature_files import write_features
 from lit_clip.evaluation.suite import read_suite
 from lit_clip.tools.option_errors import parameters
 from tests.conftest import ROOT, lit_clip_command
@@ -120,8 +123,20 @@ def write_attributes(here: Path) -> None:
     (here / "attributes.yaml").write_text("colour: [red, blue]\nmaterial: [wool, leather]\n")
     lines = ["image,colour,material"]
     for number, image in enumerate(sorted((here / "photos").iterdir())[:40]):
-        lines.append(f"photos/{image.name},{('red', 'blue')[number % 2]},{('wool', 'leather')[number // 2 % 2]}")
+        colour, material = ("red", "blue")[number % 2], ("wool", "leather")[number // 2 % 2]
+        lines.append(f'"photos/{image.name}",{colour},{material}')
     (here / "attributes.csv").write_text("\n".join(lines))
+
+
+def write_things(here: Path, rows: list[str], channels: int) -> None:
+    """Write tables of things, and features of some as `embed` writes them."""
+    catalogue = [f"{row},{number // 2},{number}" for number, row in enumerate(rows[1:])]
+    (here / "catalogue.csv").write_text("\n".join([f"{rows[0]},sku,stock", *catalogue[:-2]]))
+    (here / "new.csv").write_text("\n".join([f"{rows[0]},sku,stock", *catalogue[-2:]]))
+    views = [f"{rows[number - 1].split(',')[0]},{row}" for number, row in enumerate(rows[2:], 2)]
+    (here / "views.csv").write_text("\n".join([f"image_1,{rows[0].replace('image', 'image_2')}", *views]))
+    things = np.eye(5, channels, dtype=np.float32)
+    write_features(here / "things.parquet", [str(sku) for sku in range(5)], things, {})
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +154,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
     (here / "several_captions.csv").write_text("\n".join([*rows, *rows[1:]]))
     products = [f"{row},{number % 5},{rows[number - 1].split(',')[0]}" for number, row in enumerate(rows[2:], 2)]
     (here / "products.csv").write_text("\n".join([f"{rows[0]},score,back", *products]))
-    catalogue = [f"{row},{number // 2},{number}" for number, row in enumerate(rows[1:])]
-    (here / "catalogue.csv").write_text("\n".join([f"{rows[0]},sku,stock", *catalogue[:-2]]))
-    (here / "new.csv").write_text("\n".join([f"{rows[0]},sku,stock", *catalogue[-2:]]))
-    views = [f"{rows[number - 1].split(',')[0]},{row}" for number, row in enumerate(rows[2:], 2)]
-    (here / "views.csv").write_text("\n".join([f"image_1,{rows[0].replace('image', 'image_2')}", *views]))
+    write_things(here, rows, load_model(checkpoint).config.embed_dim)
     write_own_parts(here)
     for name in ("last.ckpt", "vit.ckpt"):
         shutil.copy(checkpoint, here / name)

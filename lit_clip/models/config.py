@@ -69,7 +69,8 @@ class Preprocessing:
     def __post_init__(self) -> None:
         where = "architecture.preprocessing"
         check_fields(self, where)
-        check_window(self.window, f"{where}.window")
+        if self.window is not None:
+            check_window(self.window, f"{where}.window")
         if self.max_patches is not None:
             if self.patch_size is None:
                 raise InputError(f"{where}.patch_size: must be set with max_patches, to at least 2")

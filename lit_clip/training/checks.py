@@ -19,7 +19,6 @@ from lit_clip.losses.pairwise import Sigmoid
 from lit_clip.models.lora import is_added
 from lit_clip.training.even_batches import captions_together
 from lit_clip.training.lightning.checkpoint_io import wrapped
-from lit_clip.training.teacher_tables import TeacherTables
 
 HALF = (torch.float16, torch.bfloat16)
 FAR_BELOW = -7.0  # logit_bias plus log batch; published SigLIPs have -2.5 to -6.4 at their own 32,768 pairs
@@ -152,8 +151,9 @@ def check_run(module: Any) -> None:
         "hard negatives; leave it out, or use lit_clip.losses.Contrastive",
     )
     for part in module.loss.modules():
-        if isinstance(getattr(part, "loaded", None), TeacherTables):
-            part.loaded.check(data)
+        teacher: Any = getattr(part, "loaded", None)
+        if hasattr(teacher, "check"):  # tables, which must have what the data ask for
+            teacher.check(data)
         if captions_together(data) and getattr(part, "duplicates", "") == "negatives":
             raise InputError(
                 f"model.loss.duplicates: negatives of {type(part).__name__} would make an image's own captions wrong "

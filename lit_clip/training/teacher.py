@@ -3,7 +3,7 @@
 import copy
 import math
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -20,9 +20,11 @@ from lit_clip.models.config import height_width
 from lit_clip.models.layers import TOWERS, Tower
 from lit_clip.models.lora import is_added
 from lit_clip.tools.hardware import to_device
-from lit_clip.training.teacher_tables import TeacherTables
 from lit_clip.weights.fingerprint import tensors_sha256
 from lit_clip.weights.load import load_model
+
+if TYPE_CHECKING:
+    from lit_clip.training.teacher_tables import TeacherTables
 
 
 class Teacher:
@@ -117,8 +119,12 @@ class Distillation(Loss):
             self._before = torch.tensor(list(bytes.fromhex(tensors_sha256(given))), dtype=torch.uint8)
         elif self.loaded is None:
             paths = self.teacher if isinstance(self.teacher, list) else [str(self.teacher)]
-            tables = all(Path(path).suffix == ".parquet" for path in paths)
-            self.loaded = TeacherTables(paths) if tables else Teacher(load_model(str(self.teacher)))
+            if all(Path(path).suffix == ".parquet" for path in paths):
+                from lit_clip.training.teacher_tables import TeacherTables  # few runs have tables
+
+                self.loaded = TeacherTables(paths)
+            else:
+                self.loaded = Teacher(load_model(str(self.teacher)))
         ours, (image, text) = model.config.embed_dim, (self.loaded.dim(tower) for tower in TOWERS)
         if self.of == "probabilities" and (image != text or not image):
             found = f"its teacher has {image} channels of images and {text} of captions"

@@ -22,7 +22,6 @@ from tests.datamodules.evaluation.test_judged_documents import write_beir
 from tests.evaluation.test_document_retrieval import loops
 
 __all__ = ["root"]
-pytestmark = pytest.mark.usefixtures("no_charts")
 READER = "datamodules.evaluation.QueriesAndDocuments"
 QUERIES = [("a red hat", None), ("a hat", 3), (None, 5), ("blue", 7), ("green", None), (None, 2)]
 DOCUMENTS = [(f"thing {row}" if row % 3 else None, row if row % 3 != 1 else None) for row in range(30)]

@@ -232,19 +232,18 @@ def test_larger_images_become_jpegs_of_torchvisions_size_and_others_stay(tmp_pat
         files = {name: extracted.read() for name in tar.getnames() if (extracted := tar.extractfile(name))}
     for number, (name, before) in enumerate(images.items()):
         original, about = Image.open(io.BytesIO(before)), json.loads(files[f"00000{number:04d}.json"])
-        kept = min(original.size) <= 96
+        kept = min(original.size) <= 96 or name == "deep.png"  # whose levels a JPEG cannot hold
         after = files[f"00000{number:04d}.{Path(name).suffix[1:] if kept else 'jpg'}"]
-        assert kept == (name in ("enough.jpg", "small.jpg", "small.png"))
+        assert kept == (name in ("enough.jpg", "small.jpg", "small.png", "deep.png"))
         if kept:
             assert after == before
             assert "width" not in about
             continue
         smooth = original.convert("RGB") if original.mode == "P" else original
-        smooth = photograph((307, 201)).convert("L") if name == "deep.png" else smooth  # the highest 8 of its 16 bits
         expected = v2.Resize(96, InterpolationMode.BICUBIC)(smooth)
         result = Image.open(io.BytesIO(after))
         assert (result.format, result.size) == ("JPEG", expected.size)
-        assert result.mode == ("L" if name in ("grey.jpg", "deep.png") else "RGB")
+        assert result.mode == ("L" if name == "grey.jpg" else "RGB")
         assert not result.getexif()  # the rotation flag is ignored, and would turn the image in a viewer
         sizes = (about["width"], about["height"]), (about["original_width"], about["original_height"])
         assert sizes == (expected.size, original.size)
@@ -292,9 +291,9 @@ def test_resized_shards_are_resumed_and_other_sizes_refused(tmp_path: Path, caps
     images = images_of_all_kinds()
     table, out = str(write_images(tmp_path, images)), tmp_path / "out"
     shard(table, str(out), shard_size=5, resize=96, workers=0)
-    sizes = [len(content) for name, content in images.items() if not name.startswith(("enough", "small"))]
+    sizes = [len(content) for name, content in images.items() if not name.startswith(("enough", "small", "deep"))]
     written = sum(path.stat().st_size for path in out.glob("*.tar"))
-    resized = re.search(r"15 pairs in 3 shards, 12 images resized now, from ([\d.]+) to ([\d.]+) MB", message(capsys))
+    resized = re.search(r"15 pairs in 3 shards, 11 images resized now, from ([\d.]+) to ([\d.]+) MB", message(capsys))
     assert resized is not None
     assert float(resized[1]) == round(sum(sizes) / 1e6, 1)
     assert 0 < float(resized[2]) <= written / 1e6
