@@ -57,8 +57,9 @@ quickstart-towers: $(BIN)/.towers  ## Teach two pretrained encoders to name the 
 # Where Python may not keep what it compiles, each of the many interpreters that tests start compiles it again.
 test test-slow test-lowest: export PYTHONDONTWRITEBYTECODE =
 
-test: install  ## Run the tests (no network, about 14 minutes on 2 cores)
-	@$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile
+# Three processes on two cores: tests wait for ranks and for programs that start.
+test: install  ## Run the tests (no network, about 15 minutes on 2 cores)
+	@$(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile
 
 $(BIN)/.loggers: $(BIN)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[loggers]'
@@ -103,7 +104,7 @@ $(LOWEST)/.installed: pyproject.toml
 	@touch $@
 
 test-lowest: $(LOWEST)/.installed  ## Run the tests with the lowest admitted version of each dependency
-	@$(LOWEST)/bin/python -m pytest -m "not slow" -n 2 --dist loadfile
+	@$(LOWEST)/bin/python -m pytest -m "not slow" -n 3 --dist loadfile
 
 check: install  ## Check lint, format, types, import rules and the documentation
 	@$(BIN)/ruff check .

@@ -183,7 +183,9 @@ def exported(tmp_path_factory: pytest.TempPathFactory, traces: Path) -> Callable
     return lambda kind: made_once(tmp_path_factory, f"served_{kind}", partial(make, kind))
 
 
-@pytest.mark.parametrize("kind", ["CLIP", "SigLIP", pytest.param("CLIPA", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["CLIP", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("SigLIP", "CLIPA"))]
+)
 def test_features_and_probabilities_equal_lit_clips_where_it_cannot_be_imported(
     exported: Callable[[str], Path], kind: str, tmp_path: Path
 ) -> None:

@@ -60,6 +60,7 @@ def test_a_compiled_model_has_the_gradients_and_names_of_a_plain_one() -> None:
     assert graphs["unique_graphs"] == known
 
 
+@pytest.mark.slow
 def test_training_and_validation_stay_compiled_for_any_length() -> None:
     """Blocks of both encoders are one function to torch, which compiles at most 8 graphs of it by default."""
     torch._dynamo.reset()

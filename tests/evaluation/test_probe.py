@@ -278,6 +278,7 @@ def test_splits_that_do_not_match_are_an_error(splits: tuple[Split, Split, Split
         Split(test.features[:3], test.targets)
 
 
+@pytest.mark.slow
 def test_more_shots_give_better_metrics_and_draws_are_reproducible(splits: tuple[Split, Split, Split]) -> None:
     train, val, test = splits
     result = train_few_shot(train, val, "top1", shots=(1, 4, 16), draws=2)

@@ -237,6 +237,7 @@ print(len(metrics), held("VmHWM") - before)
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux's /proc to measure memory")
+@pytest.mark.slow
 def test_memory_is_bounded_by_the_features_and_a_tile(tmp_path: Path) -> None:
     """4,800 images and 24,000 captions: all similarities would take 460 MB, a bool for each 115 MB."""
     (tmp_path / "memory.py").write_text(MEMORY)

@@ -141,6 +141,7 @@ def assert_same(path: Path, expected: Path) -> None:
             torch.testing.assert_close(ours[state][name], value, rtol=0, atol=1e-9, msg=f"{state} {name}")
 
 
+@pytest.mark.slow
 def test_training_and_resuming_do_not_depend_on_the_format(caption_table: Path, tmp_path: Path) -> None:
     """A run of four steps, two of them in another format: moments are read in the strides of the weights."""
     run = partial(fit, tmp_path, caption_table)

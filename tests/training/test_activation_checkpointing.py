@@ -231,6 +231,7 @@ print(peak() - before)
 """
 
 
+@pytest.mark.slow
 def test_peak_memory_is_less_than_a_third(tmp_path: Path) -> None:
     """Instead of twelve blocks' activations, twelve inputs and one block's activations are kept."""
     (tmp_path / "memory.py").write_text(MEMORY)

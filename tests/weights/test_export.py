@@ -70,7 +70,7 @@ def test_open_clip_opens_the_folder_with_our_features_pixels_and_ids(
     assert_identical(ours.state_dict(), again.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["vit", "resnet", pytest.param("timm", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["vit", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("resnet", "timm"))])
 def test_onnxruntime_gives_our_features_at_any_batch_size(tmp_path: Path, tiny_config: CLIPConfig, kind: str) -> None:
     ours = checkpoint(variants(tiny_config)[kind], tmp_path / "last.ckpt")
     export(str(tmp_path / "last.ckpt"), format="onnx", output=str(tmp_path / "out"))

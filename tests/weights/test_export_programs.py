@@ -164,7 +164,7 @@ class Immich:
         return torch.from_numpy(self.textual.run(None, {"text": tokens})[0][0])
 
 
-@pytest.mark.parametrize("kind", ["vit", "siglip"])
+@pytest.mark.parametrize("kind", ["vit", pytest.param("siglip", marks=pytest.mark.slow)])
 def test_immich_has_our_features_for_images_and_texts(exported: Exported, kind: str) -> None:
     ours, folder = exported(kind, "immich")
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
