@@ -9,7 +9,7 @@ BENCH := $(RUNS)/bench
 # Run a benchmark: its name, its options, and a suffix of its result file.
 measure = $(BIN)/python benchmarks/$(1).py $(2) --json $(BENCH)/$(1)$(3).json
 
-.PHONY: help install docs house quickstart quickstart-towers test test-demo test-notebooks test-loggers test-slurm test-slow test-lowest fuzz check format bench bench-check tensorboard clean
+.PHONY: help install docs house quickstart quickstart-towers test test-demo test-notebooks test-loggers test-programs test-slurm test-slow test-lowest fuzz check format bench bench-check tensorboard clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -67,6 +67,13 @@ $(BIN)/.loggers: $(BIN)/.installed
 
 test-loggers: $(BIN)/.loggers  ## Run the tests of W&B and MLflow, in their offline modes
 	@$(BIN)/python -m pytest tests/cli/test_loggers.py
+
+$(BIN)/.programs: $(BIN)/.installed
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[programs]'
+	@touch $@
+
+test-programs: $(BIN)/.programs  ## Run the tests with other programs: sentence-transformers, diffusers, LanceDB, Qdrant, pgvector, mteb, OpenVINO
+	@$(BIN)/python -m pytest tests/test_programs.py tests/weights/test_export_programs.py tests/test_serving.py
 
 test-demo: install  ## Run the tests of the demo's page, which `make test` runs too, in Chromium if there is one
 	@$(BIN)/python -m pytest tests/commands/test_demo.py tests/commands/test_demo_server.py

@@ -14,7 +14,7 @@ from lit_clip.embedding.encoding_task import (
     text_task,
 )
 from lit_clip.embedding.feature_files import Identity, check_keys, check_output, write_features
-from lit_clip.embedding.image_files import FileRows, find_images, image_file
+from lit_clip.embedding.image_files import FileRows, find_images, identities_of
 from lit_clip.embedding.precision import check_precision
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.console import plural, stderr
@@ -126,13 +126,13 @@ def _embed_things(
     opened: Opened, model: str, path: Path, settings: EncodingSettings, share: Share, text_weight: float
 ) -> None:
     """Write a feature of each thing; ranks but the first only encode."""
-    things = Things.of(opened.pairs, settings.on_error)
+    root = _root(opened)
+    things = Things.of(opened.pairs, root, settings.on_error)
     check_keys(path, [*things.by_name, *things.rows])
     with work_on(path, model, f"things {opened.stamp()}", settings, share) as work:
         found = features_of_things(work, opened.pairs, things, settings, text_weight)
         if found is None:
             return
-        root = _root(opened)
         metadata = work.metadata | {"content": "image,caption", "text_weight": f"{text_weight:g}"}
         metadata |= {"root": str(root)} if root is not None else {}
         images = found.images if things.grouped else None
@@ -182,7 +182,7 @@ def _items_of(
         identities = sorted(texts)
         return _Items(identities, None, [texts[each] for each in identities], "caption", stamp=stamp)
     rows = _rows_of_images(source, on_error)
-    identities = [(key, 0, 0) if root is None else image_file(key, root / key).identity for key in sorted(rows)]
+    identities = identities_of(sorted(rows), root)
     return _Items(identities, SourcePairs(source, [rows[key] for key in sorted(rows)]), root=root, stamp=stamp)
 
 

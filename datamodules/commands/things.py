@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from lit_clip.embedding.encode import Work, encode
 from lit_clip.embedding.encoding_task import EncodingSettings, check_complete, image_task, text_task
 from lit_clip.embedding.feature_files import FeatureTable, Identity, collect
+from lit_clip.embedding.image_files import identities_of
 from lit_clip.embedding.index import combined
 from lit_clip.embedding.reading import UnreadableRow
 from lit_clip.errors import BadSample
@@ -34,12 +36,13 @@ class Things:
 
     by_name: dict[str, Thing]
     rows: dict[str, int]  # the first row of each image
-    grouped: bool  # whether a name is a group
+    root: Path | None  # folder that keys of images are paths from; None if they are not paths
+    grouped: bool = False  # whether a name is a group
 
     @classmethod
-    def of(cls, source: PairSource, on_error: OnError) -> "Things":
+    def of(cls, source: PairSource, root: Path | None, on_error: OnError) -> "Things":
         """List the things of pairs; no image is read where the source can tell without."""
-        things = cls({}, {}, False)
+        things = cls({}, {}, root)
         for row in range(len(source)):
             try:
                 key, captions, group = source.key(row), source.captions(row), source.text(row, None).group
@@ -78,7 +81,8 @@ def features_of_things(
     model, parts, _ = work
     keys = sorted(things.rows)
     texts = sorted({caption for thing in things.by_name.values() for caption in thing.captions})
-    images = image_task(model, SourcePairs(source, [things.rows[key] for key in keys]), [(key, 0, 0) for key in keys])
+    rows = SourcePairs(source, [things.rows[key] for key in keys])
+    images = image_task(model, rows, identities_of(keys, things.root))
     captions = text_task(model, texts, [_of_text(text) for text in texts])
     unreadable = encode(model, images, parts, settings, title="images")
     encode(model, captions, parts, replace(settings, num_workers=0), title="captions")
@@ -104,7 +108,7 @@ def features_of_things(
 
 
 def _of_text(text: str) -> Identity:
-    return text, 1, stable_hash(text)  # an image's is another one: its key, 0, 0
+    return text, 1, stable_hash(text)  # no image's, whose file has more than a byte
 
 
 def _first(thing: Thing, readable: Mapping[str, int]) -> str:

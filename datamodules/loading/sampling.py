@@ -91,7 +91,11 @@ class GlobalBatchSampler(Sampler[list[TrainingSample]]):
                 f"{size} training pairs are fewer than one batch of {batch_size} on each of {world} processes; "
                 + (f"set data.batch_size to {fits} or less" if fits else "use fewer processes")
             )
-        self.size, self.batch_size, self.rank, self.world, self.seed = size, batch_size, rank, world, seed
+        self.size = size
+        self.batch_size = batch_size
+        self.rank = rank
+        self.world = world
+        self.seed = seed
         self.budgets = tuple(budgets)
         self.order = order or (lambda epoch: permutation(size, epoch, seed))
         # Data workers fetch the first batches before Lightning calls set_epoch.

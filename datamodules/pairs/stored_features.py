@@ -81,7 +81,10 @@ class ImagesOnce(Dataset[ImageBatch]):
     """
 
     def __init__(self, rows: DistinctImageRows, training: Dataset[Any], validation: Dataset[Any], skip: bool) -> None:
-        self.rows, self.training, self.validation, self.skip = rows, training, validation, skip
+        self.rows = rows
+        self.training = training
+        self.validation = validation
+        self.skip = skip
 
     def __len__(self) -> int:
         return self.rows.count
@@ -139,7 +142,10 @@ class StoredPairs(Dataset[PairSample]):
     def __init__(
         self, source: PairSource, images: StoredImages, seed: int, decoded: Dataset[PairSample] | None = None
     ) -> None:
-        self.source, self.images, self.seed, self.decoded = source, images, seed, decoded
+        self.source = source
+        self.images = images
+        self.seed = seed
+        self.decoded = decoded
 
     def __len__(self) -> int:
         return len(self.source)

@@ -95,7 +95,8 @@ def export(
 def _left_out(model: CLIP, format: FormatName) -> Iterator[str]:
     """Yield what the other program does not take from the folder of a model."""
     if (window := model.preprocessing.window) is not None:
-        reads = "; lit-clip reads the window from the folder" * (format != "onnx")
+        reopened = format in ("open_clip", "hugging_face")
+        reads = "; lit-clip reads the window from the folder" if reopened else ""
         yield f"{format} has no window of grey levels: scale them by {json.dumps(window)} to 8 bits before{reads}"
     if format != "open_clip":
         return

@@ -45,6 +45,11 @@ def image_file(key: str, path: Path) -> ImageFile:
     return ImageFile(key, path, status.st_size, status.st_mtime_ns)
 
 
+def identities_of(keys: Sequence[str], root: Path | None) -> list[Identity]:
+    """Return identities of images by their keys, which are paths from ``root`` if there is one."""
+    return [(key, 0, 0) if root is None else image_file(key, root / key).identity for key in keys]
+
+
 def images_in(folder: Path, on_error: OnError = "error") -> list[ImageFile]:
     """List the images in a folder and below, without hidden ones, sorted by their path in the folder, which is the key.
 

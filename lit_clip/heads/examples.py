@@ -70,7 +70,8 @@ def fit_on(
     scale, text = float(model.logit_scale.detach().exp()), text.detach().cpu()
     found = fit_head(examples.before, scale * (examples.after @ text), examples.labels, advance=advance)
     held_out = found.sharpness * found.held_out
-    several, thresholds, none, problem = examples.labels.ndim == 2, list[ClassThreshold](), None, ""
+    several = examples.labels.ndim == 2
+    thresholds, none, problem = list[ClassThreshold](), None, ""
     limits = torch.full((len(names),), 0.5)
     seen = held_out.isfinite().all(dim=1)
     if several:

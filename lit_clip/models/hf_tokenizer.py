@@ -44,8 +44,12 @@ class HuggingFaceTokenizer(TextTokenizer):
     def __init__(
         self, definition: str, pad_id: int, clean: str, context_length: int, whole: bool, stripped_id: int | None = None
     ) -> None:
-        self.definition, self.pad_id, self.clean, self.whole = definition, pad_id, clean, whole
-        self.stripped_id, self.context_length = stripped_id, context_length
+        self.definition = definition
+        self.pad_id = pad_id
+        self.clean = clean
+        self.context_length = context_length
+        self.whole = whole
+        self.stripped_id = stripped_id
         self._tokenizer = Tokenizer.from_str(definition)
         self._tokenizer.enable_truncation(context_length)
         self._tokenizer.no_padding()

@@ -257,7 +257,10 @@ class TracedEncoder(nn.Module):
 
     def __init__(self, model: CLIP, kind: str, head: Any = None, unit_length: bool = False) -> None:
         super().__init__()
-        self.model, self.kind, self.head, self.unit_length = model, kind, head, unit_length
+        self.model = model
+        self.kind = kind
+        self.head = head
+        self.unit_length = unit_length
 
     def forward(self, x: Tensor) -> Tensor | tuple[Tensor, ...]:
         if self.kind == "text":

@@ -226,6 +226,26 @@ def test_a_thing_is_of_the_images_that_can_be_read(
     assert len(Path("things.npy.skipped.txt").read_text().splitlines()) == 2
 
 
+def test_an_image_that_changed_after_an_interruption_is_encoded_again(
+    products: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = [*THINGS, "--model", str(tiny_checkpoint), "--output"]
+
+    def interrupted(*given: object, **more: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("datamodules.commands.embed.write_features", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            embed(*words, "things.npy")
+    assert list(Path(".things.npy.parts").glob("*.npz"))
+    Image.new("RGB", (30, 20), "red").save("images/c.png")
+    embed(*words, "things.npy")
+    embed(*words, "anew.npy")
+    resumed, anew = (read_features(Path(name)).features for name in ("things.npy", "anew.npy"))
+    assert np.abs(resumed - anew).max() < 1e-5  # of an image by itself and of a batch
+
+
 @pytest.fixture
 def tuned(folder: Path, tiny_checkpoint: Path) -> dict[str, str]:
     """Copies of the model of which one encoder, or the temperature, was trained on."""
