@@ -28,8 +28,8 @@ class DicomFile(ImageFile.ImageFile):
         if file.read(PREAMBLE + len(MARK))[PREAMBLE:] != MARK:
             raise SyntaxError("no DICOM file")
         try:
-            from pydicom import dcmread  # pyright: ignore[reportMissingImports]  # an extra
-            from pydicom.filereader import read_dataset  # pyright: ignore[reportMissingImports]
+            from pydicom import dcmread  # an extra
+            from pydicom.filereader import read_dataset
         except ImportError as error:
             raise InputError("DICOM files need pydicom: pip install 'lit-clip[dicom]'") from error
         with warnings.catch_warnings(action="ignore"):
@@ -57,7 +57,7 @@ class DicomFile(ImageFile.ImageFile):
 
     def load(self) -> Any:
         if self._im is None:
-            from pydicom.pixels import pixel_array  # pyright: ignore[reportMissingImports]
+            from pydicom.pixels.utils import pixel_array
 
             file: Any = self.fp
             file.seek(0)
@@ -71,7 +71,7 @@ class DicomFile(ImageFile.ImageFile):
 
     def _grey(self, stored: np.ndarray) -> np.ndarray:
         """Return the levels as the file's window shows them, ``[H, W]``, and keep them, in the file's units."""
-        from pydicom.pixels import apply_modality_lut, apply_voi_lut  # pyright: ignore[reportMissingImports]
+        from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 
         header = self.header
         values = apply_modality_lut(stored, header)
@@ -91,7 +91,7 @@ class DicomFile(ImageFile.ImageFile):
 
     def _colours(self, stored: np.ndarray) -> np.ndarray:
         """Return 8 bits of red, green and blue, ``[H, W, 3]``; pydicom has converted other colour spaces."""
-        from pydicom.pixels import apply_color_lut  # pyright: ignore[reportMissingImports]
+        from pydicom.pixels.processing import apply_color_lut
 
         bits = 8 * stored.dtype.itemsize
         if self.header.PhotometricInterpretation == "PALETTE COLOR":
