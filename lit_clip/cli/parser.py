@@ -3,7 +3,7 @@
 import argparse
 import json
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
+from itertools import islice, pairwise
 from typing import Any
 
 import lightning
@@ -71,9 +71,9 @@ class Parser(OptionParser, LightningArgumentParser):
         return [*known, *(f"--data.{name}" for name in nested_parameters(DATA))]
 
     def given(self, words: Sequence[str], before: Namespace | None = None) -> Namespace:
-        """Return the settings that are typed and in the files of ``--config``, alone, and ``before`` below them."""
+        """Return the settings that are typed, above the files of ``--config``, above ``before``, alone."""
         with parser_context(lenient_check=True):
-            return self.parse_args(words, namespace=before, defaults=False)
+            return self.parse_args(_files_first(words), namespace=before, defaults=False)
 
     def complete(self, given: Namespace) -> Namespace:
         """Return checked settings: those given above the defaults; references are resolved."""
@@ -94,6 +94,15 @@ class Parser(OptionParser, LightningArgumentParser):
         """Return the text of :meth:`as_typed`."""
         header = "".join(f"# {line}\n" for line in self.dump_header or ())
         return header + yaml.safe_dump(self.as_typed(settings, **options), sort_keys=False, allow_unicode=True)
+
+
+def _files_first(words: Sequence[str]) -> list[str]:
+    """Put ``--config`` before the other words: of two values the parser takes the last, and typed ones win."""
+    files, typed, rest = [], [], iter(words)
+    for word in rest:
+        chosen = files if word.partition("=")[0] in CONFIG else typed
+        chosen += [word, *islice(rest, 1)] if word in CONFIG else [word]
+    return [*files, *typed]
 
 
 def _as_typed(value: Any, typed: Any) -> Any:

@@ -63,6 +63,17 @@ def test_several_packaged_configurations_are_merged_with_a_file(
     assert (trainer["max_epochs"], trainer["default_root_dir"]) == (3, "runs")
 
 
+@pytest.mark.parametrize("named", [["--config", "table"], ["--config=table"], ["-c", "table"]])
+def test_a_typed_option_wins_over_a_file_that_is_named_after_it(
+    named: list[str], parsed: Callable[..., Any], caption_table: Path
+) -> None:
+    typed = ("--data.train", str(caption_table), "--trainer.default_root_dir", "mine", "--data.batch_size", "7")
+    before, after = parsed("fit", *typed, *named), parsed("fit", *named, *typed)
+    assert before == after
+    assert before["trainer"]["default_root_dir"] == "mine"
+    assert before["data"]["init_args"]["batch_size"] == 7
+
+
 def test_a_file_of_the_working_folder_comes_before_the_packaged_one(
     parsed: Callable[..., Any], caption_table: Path, tmp_path: Path
 ) -> None:
