@@ -8,9 +8,8 @@ import pytest
 from tests.conftest import ROOT
 
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))]
-MOST_WORDS = 16  # of a page's sentences in the mean
-# What to write in place of a fault.
-FAULTS = {
+MOST_WORDS = 16  # a page's average sentence
+FAULTS = {  # and what to write instead
     "those (?:of|that|with)": "the noun, or a possessive",
     "that of": "the noun, or a possessive",
     "whose": "with, or a second sentence",
