@@ -158,6 +158,16 @@ def test_the_citation_is_of_this_version() -> None:
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+def test_no_file_says_to_install_from_an_index() -> None:
+    """The name is on none: extras come from a clone, ``pip install '.[export]'``, or from a wheel."""
+    folders = (*PACKAGES, "configs", "docs", "examples", "notebooks", "benchmarks", ".github")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    texts = [path for path in (*files, *ROOT.glob("*")) if path.is_file() and path.suffix != ".pyc"]
+    assert ROOT / "README.md" in texts
+    wrong = re.compile(rb"pip install[^\n#]*[\s'\"`]lit-clip(\[|\b(?!-))")
+    assert [path for path in texts if wrong.search(path.read_bytes())] == []
+
+
 def check_that_runs_go_on_in_a_clone_and_back(here: Path, wheel: Callable[..., str], options: list[str]) -> None:
     """A clone resumes the wheel's run, and the wheel the clone's; both save the same text."""
 
