@@ -209,7 +209,7 @@ def test_the_commands_of_a_plain_install_train_evaluate_and_use_a_model(wheel: P
     run = runner(programs, here, tmp_path / "cache")
     lit_clip = partial(run, "lit-clip")
     assert str(tmp_path) in run("python", "-c", "import lit_clip.callbacks; print(lit_clip.callbacks.__file__)")
-    assert "Commands that take --config" in lit_clip("--help")
+    assert "More commands" in lit_clip("--help")
     small = ("--data.num_workers", "0", "--data.batch_size", "8", "--trainer.accelerator", "cpu")
     tiny = ("--model.architecture", TINY_YAML, "--trainer.max_epochs", "1")
     lit_clip("fit", "--data.train", "captions.csv", *small, *tiny)
