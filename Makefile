@@ -126,9 +126,10 @@ docs: install  ## Build the documentation site, site/index.html
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo 'open site/index.html, or with its search http://localhost:8000 after: python -m http.server --directory site'
 
-house: install  ## Draw who imports whom, and write the lines of each room
+house: install  ## Draw who imports whom, and write the lines of each room and the list of what is public
 	@$(BIN)/python docs/images/house.py
 	@$(BIN)/python tests/helpers/package_lines.py
+	@$(BIN)/python -m tests.helpers.public_api
 
 $(BIN)/.release: pyproject.toml | $(BIN)/python
 	@echo "Installing lit-clip and what a release needs into $(VENV) ..."
