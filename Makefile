@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV ?= .venv
 LOWEST ?= .venv-lowest
+FRESH ?= .venv-release
+DIST ?= dist
 BIN := $(VENV)/bin
 RUNS ?= runs
 MINUTES ?= 10
@@ -9,7 +11,7 @@ BENCH := $(RUNS)/bench
 # Run a benchmark: its name, its options, and a suffix of its result file.
 measure = $(BIN)/python benchmarks/$(1).py $(2) --json $(BENCH)/$(1)$(3).json
 
-.PHONY: help install docs house quickstart quickstart-towers test test-demo test-notebooks test-loggers test-programs test-slurm test-slow test-lowest fuzz check format bench bench-check tensorboard clean
+.PHONY: help install docs house release quickstart quickstart-towers test test-demo test-notebooks test-loggers test-programs test-slurm test-slow test-lowest fuzz check format bench bench-check tensorboard clean
 
 help:  ## List the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -124,9 +126,28 @@ docs: install  ## Build the documentation site, site/index.html
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 	@echo 'open site/index.html, or with its search http://localhost:8000 after: python -m http.server --directory site'
 
-house: install  ## Draw who imports whom, and write the lines of each room
+house: install  ## Draw who imports whom, and write the lines of each room and the list of what is public
 	@$(BIN)/python docs/images/house.py
 	@$(BIN)/python tests/helpers/package_lines.py
+	@$(BIN)/python -m tests.helpers.public_api
+
+$(BIN)/.release: pyproject.toml | $(BIN)/python
+	@echo "Installing lit-clip and what a release needs into $(VENV) ..."
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[release]'
+	@touch $@
+
+# A published file cannot be taken back, so each archive is used before it goes out: installed by itself, away from the clone.
+release: $(BIN)/.release  ## Build wheel and source archive into dist/, check them and use them; with TAG=v0.1.0 refuse what must not be published
+	@rm -rf $(DIST)
+	@$(BIN)/python -m hatchling build --directory $(DIST)
+	@$(BIN)/python -m twine check --strict $(DIST)/*
+	@$(BIN)/check-wheel-contents $(DIST)/*.whl
+	@for archive in $(DIST)/*; do \
+	rm -rf $(FRESH) && $(PYTHON) -m venv $(FRESH) && echo "Installing $$archive into a fresh environment ..." && \
+	$(FRESH)/bin/python -m pip install --quiet --disable-pip-version-check $$archive && \
+	$(BIN)/python tests/helpers/release.py --use $(FRESH) || exit 1; done
+	@rm -rf $(FRESH)
+	@$(BIN)/python tests/helpers/release.py --finish $(DIST) --tag "$$TAG"
 
 format: install  ## Format the code
 	@$(BIN)/ruff check --fix .
@@ -167,4 +188,4 @@ tensorboard: install  ## Show the curves and images of all runs
 	@$(BIN)/tensorboard --logdir $(RUNS)
 
 clean:  ## Remove the environment and caches (not the runs)
-	@rm -rf $(VENV) $(LOWEST) .pytest_cache .ruff_cache site
+	@rm -rf $(VENV) $(LOWEST) $(FRESH) .pytest_cache .ruff_cache site

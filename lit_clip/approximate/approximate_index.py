@@ -173,7 +173,7 @@ def in_view(rows: int) -> int:
 
 
 def _new_graph(dimensions: int) -> "Index":
-    require(find_spec("usearch") is not None, "an approximate index needs usearch: pip install 'lit-clip[index]'")
+    require(find_spec("usearch") is not None, "an approximate index needs usearch: pip install usearch")
     from usearch.index import Index
 
     return Index(ndim=dimensions, metric="cos", dtype="i8", connectivity=CONNECTIVITY, expansion_add=BUILDING)

@@ -1,9 +1,8 @@
-"""The text of ``lit-clip --help``: all commands, without importing one."""
+"""The text of ``lit-clip --help``: the first six commands, and the names of the others, without importing one."""
 
 import ast
 import importlib.util
 import textwrap
-from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lit_clip.cli import subcommands
@@ -15,31 +14,30 @@ CONFIGURED = {
     "test": "The same metrics on the test data.",
     "predict": "Features of the data's images and captions, for Python callers.",
 }
+FIRST = ("fit", "evaluate", "classify", "search", "export", "demo")
 EXAMPLES = (
     "lit-clip fit --data.train captions.csv",
-    "lit-clip validate --ckpt_path last.ckpt --data.val captions.csv",
+    "lit-clip evaluate --model last.ckpt --suite mine --output my_evaluation",
     "lit-clip classify photos --model last.ckpt --classes tiger pizza bicycle",
     'lit-clip search photos "a red kite over the beach" --model last.ckpt',
-    "lit-clip embed photos --model last.ckpt --output features.parquet",
+    "lit-clip export last.ckpt --format onnx --output exported",
 )
 HELP_WIDTH = 80
 
 
 def help_text() -> str:
     """Return the text of ``lit-clip --help``."""
-    others = {name: _first_line(function) for name, function in sorted(subcommands.COMMANDS.items())}
-    lines = ["usage: lit-clip COMMAND ...", "", "Examples:", *(f"  {example}" for example in EXAMPLES)]
-    lines += ["", "Commands that take --config, a YAML file:", *_described(CONFIGURED)]
-    lines += ["", "Other commands:", *_described(others)]
+    others = ", ".join(sorted({*CONFIGURED, *subcommands.COMMANDS}.difference(FIRST)))
+    lines = ["usage: lit-clip COMMAND ...", ""]
+    for name in FIRST:
+        text = f"  {name:10} {CONFIGURED.get(name) or _first_line(subcommands.COMMANDS[name])}"
+        lines += [textwrap.fill(text, HELP_WIDTH, subsequent_indent=" " * 13, break_on_hyphens=False)]
+    lines += ["", "Examples:", *(f"  {example}" for example in EXAMPLES), ""]
+    lines += [textwrap.fill(f"More commands: {others}.", HELP_WIDTH, break_on_hyphens=False)]
     lines += ["", "lit-clip COMMAND --help lists a command's options; --version: the version."]
     lines += ["lit-clip --import MODULE COMMAND ... first imports a module, which holds the"]
     lines += ["encoders that a checkpoint names."]
     return "\n".join(lines)
-
-
-def _described(commands: Mapping[str, str]) -> Iterator[str]:
-    for name, line in commands.items():
-        yield textwrap.fill(f"  {name:10} {line}", HELP_WIDTH, subsequent_indent=" " * 13, break_on_hyphens=False)
 
 
 def _first_line(function: str) -> str:

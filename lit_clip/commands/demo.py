@@ -45,7 +45,7 @@ def demo(
         head: a file of lit-clip classify --save_head, of this model, whose classes have a tab of their own.
     """
     missing = [each for each in ("starlette", "uvicorn", "python_multipart") if importlib.util.find_spec(each) is None]
-    require(not missing, f"demo needs {' and '.join(missing)}: pip install 'lit-clip[demo]'")
+    require(not missing, f"demo needs {' and '.join(missing)}: pip install {' '.join(missing)}")
     require(images is not None or index is None, f"--index {index}: belongs to --images; name the folder")
     require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
     path = Path(images) if images is not None else None

@@ -79,7 +79,7 @@ def add_lora(model: CLIP, lora: LoRA) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise InputError("model.lora needs peft: pip install 'lit-clip[lora]'") from error
+        raise InputError("model.lora needs peft: pip install peft") from error
     names = target_names(model, lora.targets, lora.towers)
     beside = _trained_beside(model, lora)  # peft freezes what it is not told to adapt
     for name in names:

@@ -31,7 +31,7 @@ class DicomFile(ImageFile.ImageFile):
             from pydicom import dcmread  # an extra
             from pydicom.filereader import read_dataset
         except ImportError as error:
-            raise InputError("DICOM files need pydicom: pip install 'lit-clip[dicom]'") from error
+            raise InputError("DICOM files need pydicom: pip install pydicom") from error
         with warnings.catch_warnings(action="ignore"):
             meta = read_dataset(file, False, True, stop_when=lambda tag, *_: tag >> 16 != 2)
             if meta.TransferSyntaxUID == DEFLATED:

@@ -299,7 +299,7 @@ def check_onnx_packages() -> None:
     """
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # on by default since 1.29
     missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
-    require(not missing, f"onnx needs {', '.join(missing)}: pip install 'lit-clip[export]'")
+    require(not missing, f"onnx needs {', '.join(missing)}: pip install {' '.join(missing)}")
 
 
 def write_onnx(model: CLIP, folder: Path, head: Any = None) -> None:

@@ -157,7 +157,7 @@ def test_a_deflated_file_is_not_unpacked() -> None:
 def test_without_the_package_a_line_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.dcm").write_bytes(dicom())
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    with pytest.raises(InputError, match=r"pip install 'lit-clip\[dicom\]'") as refused:
+    with pytest.raises(InputError, match="pip install pydicom") as refused:
         open_image(tmp_path / "a.dcm")
     assert not isinstance(refused.value, BadSample)
     Image.new("L", (4, 4)).save(tmp_path / "a.png")
