@@ -29,8 +29,8 @@ def timm_places(encoder: TimmImageEncoder, images: Tensor) -> Tensor:
     """
     trunk: Any = encoder.trunk
     pooling, tokens = _pooling(trunk), type(trunk) in (VisionTransformer, Eva)
-    if encoder.reads_patches:
-        raise _refusal(trunk, "of patch sequences")
+    if encoder.reads_patches or encoder.joined:
+        raise _refusal(trunk, "of patch sequences" if encoder.reads_patches else "with two poolings")
     if pooling not in (*AVERAGES, *(("token", "map") if tokens else ())):
         raise _refusal(trunk, f"with pooling {pooling!r}")
     if images.ndim != 4:

@@ -25,6 +25,8 @@ from lit_clip.tools.hub_client import guard_hub
 from lit_clip.tools.reading import first_line, reason
 from lit_clip.tools.weight_files import read_tensors
 
+JOINED = "token+mean"  # a pool of ours: the class token and the mean of the patches, joined (dino.txt)
+
 
 def projection(
     width: int, embed_dim: int, kind: Literal["linear", "mlp", "none", "norm"], bias: bool, name: str
@@ -59,6 +61,12 @@ class TimmImageEncoder(nn.Module):
         self.head = nn.Sequential()
         trunk: Any = self.trunk
         features = int(trunk.head_hidden_size or trunk.num_features)
+        self.joined = config.pool == JOINED
+        if self.joined:
+            known = getattr(trunk, "cls_token", None) is not None and config.projection != "classifier"
+            needs = f"pool {JOINED} needs a class token, which {config.timm} may lack, and no classifier"
+            require(known, f"architecture.image: {needs}")
+            features *= 2
         if config.projection == "linear":
             self.head.proj = projection(features, embed_dim, "linear", config.projection_bias, config.timm)
         elif config.projection == "mlp":
@@ -75,7 +83,15 @@ class TimmImageEncoder(nn.Module):
 
             return naflex.features(self.trunk, images)
         check_images(images, self.image_size)
-        return self.trunk(images)
+        return self.pooled(cast(Any, self.trunk).forward_features(images)) if self.joined else self.trunk(images)
+
+    def pooled(self, x: Tensor) -> Tensor:
+        """Tokens or a feature map, behind the trunk's last block and norm -> ``[B, W]``."""
+        trunk: Any = self.trunk
+        if not self.joined:
+            return trunk.forward_head(x)
+        patches = x[:, trunk.num_prefix_tokens :]
+        return trunk.fc_norm(torch.stack([x[:, 0], patches.mean(dim=1)], dim=1)).flatten(1)
 
     def project(self, features: Tensor) -> Tensor:
         """``[B, W]`` -> ``[B, D]``."""
@@ -96,9 +112,10 @@ def _trunk(config: TimmConfig, classes: int) -> nn.Module:
     options = dict(config.options)
     # As in open_clip: a model whose pooling is changed afterwards keeps its norm, and so the names of its published
     # weights. Attention pooling cannot be added then, and the classifier of some models depends on the pooling.
-    pooled_later = config.pool is not None and config.pool != "map" and config.projection in ("linear", "mlp")
-    if config.pool is not None and not pooled_later:
-        options["global_pool"] = config.pool
+    pool = "token" if config.pool == JOINED else config.pool
+    pooled_later = pool is not None and pool != "map" and config.projection in ("linear", "mlp")
+    if pool is not None and not pooled_later:
+        options["global_pool"] = pool
     if cfg.fixed_input_size:  # a vision transformer: the position embedding depends on the size
         options["img_size"] = size
     guard_hub()
@@ -106,7 +123,7 @@ def _trunk(config: TimmConfig, classes: int) -> nn.Module:
         timms = config.pretrained is True and config.model is None
         trunk = timm.create_model(name, timms, num_classes=classes, **{**from_hub, **options})
         if pooled_later:
-            cast(Any, trunk).reset_classifier(0, global_pool=config.pool)
+            cast(Any, trunk).reset_classifier(0, global_pool=pool)
         if size != tuple(cfg.input_size[1:]):
             _try_size(trunk, size)
     except Exception as error:  # hundreds of models raise anything: TypeError, AssertionError, OSError, ...

@@ -35,7 +35,8 @@ class TimmConfig:
         timm: the model's name in timm, or ``hf-hub:org/name``.
         pretrained: weights to start from: true for timm's own or the hub's, or a local file of that model's weights.
         image_size: input size in pixels; None: the size timm's weights were trained with.
-        pool: timm's ``global_pool``; None: the model's own.
+        pool: timm's ``global_pool``; or ``token+mean``, the class token and the mean of the patches, joined (dino.txt);
+            None: the model's own.
         projection: from the model's features to the embedding: one layer, two layers, timm's ``classifier``, or none
             (the widths must agree).
         projection_bias: whether the last layer of the projection has a bias.

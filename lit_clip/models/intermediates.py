@@ -151,5 +151,5 @@ def _timm(encoder: TimmImageEncoder, images: Tensor, wanted: _Wanted) -> dict[st
     if wanted.prefix:
         found = {"image_intermediates": [x for x, _ in maps], "image_intermediates_prefix": [x for _, x in maps]}
     if not wanted.only:
-        found["image_features"] = encoder.project(trunk.forward_head(output[0]))
+        found["image_features"] = encoder.project(encoder.pooled(output[0]))
     return found

@@ -1,28 +1,20 @@
 """AltCLIP in transformers' form: CLIP's image encoder, an XLM-R read at its first token by a norm and two layers."""
 
-from collections.abc import Mapping
-from typing import Any
-
-from torch import Tensor
-
-from lit_clip.models.config import CLIPConfig
-from lit_clip.weights.hugging_face_encoders import bert, clip_config, complete
+from lit_clip.weights.hugging_face_encoders import Converted, Folder, bert, clip_config, complete
 from lit_clip.weights.hugging_face_keys import renamed, same_pairs, vision_pairs
 from lit_clip.weights.hugging_face_processor import agree
 
 CONTEXT = 77  # tokens of a text in its training, of XLM-R's 512 positions
 
 
-def read(
-    values: Mapping[str, Any], state: Mapping[str, Tensor], preprocessor: Mapping[str, Any] | None, tokenizer: str
-) -> tuple[CLIPConfig, dict[str, Tensor]]:
-    """Convert an ``AltCLIPModel``, whose tokenizer is at ``tokenizer``."""
-    theirs = complete("AltCLIPConfig", values)
+def read(folder: Folder) -> Converted:
+    """Convert an ``AltCLIPModel``."""
+    theirs = complete("AltCLIPConfig", folder.values)
     text = theirs.text_config
     agree("text_config.project_dim", text.project_dim, theirs.projection_dim)
     agree("text_config.layer_norm_eps", text.layer_norm_eps, 1e-5)
     # Releases of transformers disagree whether blocks are `layer` or `layers`.
-    state = {_plural(name): tensor for name, tensor in state.items()}
+    state = {_plural(name): tensor for name, tensor in folder.state.items()}
     pairs = [
         *vision_pairs(theirs.vision_config.num_hidden_layers),
         *same_pairs(state, "text.transformer.", "text_model.roberta."),
@@ -31,8 +23,8 @@ def read(
         *same_pairs(state, "text.proj.2.", "text_projection."),
     ]
     length = min(CONTEXT, text.max_position_embeddings - text.pad_token_id - 1)
-    encoder = bert(text, "xlm-roberta", tokenizer, context_length=length, projection="norm")
-    return clip_config(theirs, preprocessor, encoder), renamed(state, pairs, inwards=True)
+    encoder = bert(text, "xlm-roberta", folder.tokenizer, context_length=length, projection="norm")
+    return clip_config(theirs, folder.preprocessor, encoder), renamed(state, pairs, inwards=True)
 
 
 def _plural(name: str) -> str:

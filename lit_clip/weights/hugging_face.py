@@ -8,13 +8,15 @@ so functions import them.
 import math
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
-from lit_clip.errors import require
+from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import (
     Activation,
@@ -28,9 +30,11 @@ from lit_clip.models.tokenizer import EOT_ID, SOT_ID
 from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.untrusted import check_names_nothing, convert, shortened
 from lit_clip.tools.weight_files import read_tensors
-from lit_clip.weights import altclip, chinese_clip, metaclip_2
+from lit_clip.weights import fg_clip
 from lit_clip.weights.hugging_face_encoders import (
     ACTIVATIONS,
+    Converted,
+    Folder,
     activation,
     clip_config,
     complete,
@@ -54,7 +58,7 @@ SIGLIP_SIZES = {(768, 12, 12): "base", (1024, 24, 16): "large", (1152, 27, 16): 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
-def read_hugging_face_folder(folder: str | os.PathLike[str]) -> tuple[CLIPConfig, dict[str, Tensor]]:
+def read_hugging_face_folder(folder: str | os.PathLike[str]) -> Converted:
     """Read a folder written by ``save_pretrained`` of a model and its processor, see :func:`from_hugging_face`."""
     folder = Path(folder)
     config, preprocessor = read_json(folder / "config.json"), None
@@ -97,26 +101,28 @@ def from_hugging_face(
     state: Mapping[str, Tensor],
     preprocessor: Mapping[str, Any] | None = None,
     tokenizer: str = "",
-) -> tuple[CLIPConfig, dict[str, Tensor]]:
+) -> Converted:
     """Convert ``config.json`` and weights of a model of :data:`FORMS`; the weights' types stay.
 
     Without its ``preprocessor_config.json`` it is the default of its processor class. The tokenizer of models other
     than a ``CLIPModel`` is at ``tokenizer``, a folder or a name on the hub.
     """
     kind = str(config.get("model_type"))
-    require(kind in FORMS, f"config.json: model_type is {kind!r}; must be one of {', '.join(map(repr, FORMS))}")
-    return FORMS[kind](config, state, preprocessor, tokenizer)
+    if kind not in FORMS:
+        why = f"lit-clip lacks {LACKS[kind]}" if kind in LACKS else f"must be one of {', '.join(map(repr, FORMS))}"
+        raise InputError(f"config.json: model_type is {kind!r}; {why}")
+    return FORMS[kind](Folder(config, state, preprocessor, tokenizer))
 
 
-def _clip(
-    values: Mapping[str, Any], state: Mapping[str, Tensor], preprocessor: Mapping[str, Any] | None, tokenizer: str
-) -> tuple[CLIPConfig, dict[str, Tensor]]:
-    theirs = complete("CLIPConfig", values)
+def _clip(folder: Folder) -> Converted:
+    if fg_clip.MARK in folder.state:
+        folder = fg_clip.short_texts(folder)
+    theirs = complete("CLIPConfig", folder.values)
     text = theirs.text_config
     if text.eos_token_id != ARGMAX:  # CLIPModel pools at this id, ours at the highest
         agree("text_config.eos_token_id", text.eos_token_id, text.vocab_size - 1)
-    ours = clip_config(theirs, preprocessor, text_transformer(text))
-    return ours, renamed(state, _pairs(ours), inwards=True)
+    ours = clip_config(theirs, folder.preprocessor, text_transformer(text))
+    return ours, renamed(folder.state, _pairs(ours), inwards=True)
 
 
 def to_hugging_face(model: CLIP) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -163,23 +169,23 @@ def _pairs(config: CLIPConfig) -> Any:
     return clip_pairs(cast(VisionTransformerConfig, config.image).layers, text.layers)
 
 
-def _siglip(
-    values: Mapping[str, Any], state: Mapping[str, Tensor], preprocessor: Mapping[str, Any] | None, tokenizer: str
-) -> tuple[CLIPConfig, dict[str, Tensor]]:
-    naflex = values["model_type"] == "siglip2"
-    theirs = complete("Siglip2Config" if naflex else "SiglipConfig", values)
+def _siglip(folder: Folder) -> Converted:
+    if folder.values["model_type"] == "fgclip2":
+        folder = fg_clip.short_texts(folder)
+    naflex = folder.values["model_type"] == "siglip2"
+    theirs = complete("Siglip2Config" if naflex else "SiglipConfig", folder.values)
     image, text = theirs.vision_config, theirs.text_config
     agree("vision_config.layer_norm_eps", image.layer_norm_eps, SIGLIP_EPS)
     agree("vision_config.num_channels", image.num_channels, 3)
     agree("vision_config.vision_use_head", getattr(image, "vision_use_head", True), True)
     patch = square("vision_config.patch_size", image.patch_size)
     if naflex:
-        preprocessing = naflex_preprocessing(preprocessor or {}, patch)
+        preprocessing = naflex_preprocessing(folder.preprocessor or {}, patch)
         size = cast(int, preprocessing.image_size)
     else:
         size = square("vision_config.image_size", image.image_size)
         unspecified = {"size": {"height": size, "width": size}}
-        preprocessing = preprocessing_of(preprocessor or unspecified, size, "SiglipImageProcessor")
+        preprocessing = preprocessing_of(folder.preprocessor or unspecified, size, "SiglipImageProcessor")
     ours = CLIPConfig(
         embed_dim=text.projection_size,
         image=_timm_config(image, size, patch, naflex),
@@ -187,25 +193,33 @@ def _siglip(
             text,
             causal=False,
             projection_bias=True,
-            tokenizer=HuggingFaceTokenizerConfig(tokenizer, clean="lower" if naflex else "canonicalize"),
+            tokenizer=HuggingFaceTokenizerConfig(folder.tokenizer, clean="lower" if naflex else "canonicalize"),
         ),
         activation=activation("text_config.hidden_act", text.hidden_act),
         preprocessing=preprocessing,
         logit_bias=True,
     )
-    return ours, renamed(state, _pairs(ours), inwards=True)
+    return ours, renamed(folder.state, _pairs(ours), inwards=True)
 
 
-Form = Callable[
-    [Mapping[str, Any], Mapping[str, Tensor], Mapping[str, Any] | None, str], tuple[CLIPConfig, dict[str, Tensor]]
-]
-FORMS: dict[str, Form] = {  # by model_type of config.json
+def _by_file(kind: str, folder: Folder) -> Converted:
+    """Read a form by the file of its name, which is imported for it alone."""
+    return import_module(f"lit_clip.weights.{kind}").read(folder)
+
+
+FORMS: dict[str, Callable[[Folder], Converted]] = {  # by model_type of config.json
     "clip": _clip,
     "siglip": _siglip,
     "siglip2": _siglip,
-    "metaclip_2": metaclip_2.read,
-    "chinese_clip": chinese_clip.read,
-    "altclip": altclip.read,
+    "fgclip2": _siglip,
+    **{kind: partial(_by_file, kind) for kind in ("metaclip_2", "chinese_clip", "altclip", "tipsv2")},
+}
+
+
+LACKS = {  # what other classes of transformers need
+    "aimv2": "its RMSNorm, its gated MLPs without biases and its attention pooling",
+    "align": "its EfficientNet, which ends before the last convolution",
+    "groupvit": "the group tokens of its image encoder",
 }
 
 

@@ -4,9 +4,12 @@ A form of its own, such as :mod:`lit_clip.weights.altclip`, is a file with a fun
 ``FORMS`` of :mod:`lit_clip.weights.hugging_face`.
 """
 
+import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
+
+from torch import Tensor
 
 from lit_clip.errors import require
 from lit_clip.models.config import (
@@ -20,18 +23,25 @@ from lit_clip.models.config import (
 from lit_clip.tools.reading import reading
 from lit_clip.weights.hugging_face_processor import agree, preprocessing_of, square
 
+Converted = tuple[CLIPConfig, dict[str, Tensor]]
+"""A model's architecture, and its weights by our names."""
+
+
+class Folder(NamedTuple):
+    """What a folder of transformers holds."""
+
+    values: Mapping[str, Any]  # config.json
+    state: Mapping[str, Tensor]
+    preprocessor: Mapping[str, Any] | None  # preprocessor_config.json
+    tokenizer: str  # its place, the folder or a name on the hub
+
+
 ACTIVATIONS: dict[str, Activation] = {
     "gelu_new": "gelu_tanh",  # the formula of gelu_pytorch_tanh, written out
     "quick_gelu": "quick_gelu",
     "gelu": "gelu",
     "gelu_pytorch_tanh": "gelu_tanh",
 }
-# Settings of BERT's family, which their text encoders share.
-_BERT = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("max_position_embeddings", "type_vocab_size", "hidden_act", "layer_norm_eps", "pad_token_id"),
-    *("hidden_dropout_prob", "attention_probs_dropout_prob"),
-)
 
 
 def activation(name: str, theirs: str) -> Activation:
@@ -95,5 +105,5 @@ def text_transformer(theirs: Any, **settings: Any) -> TextTransformerConfig:
 
 def bert(theirs: Any, kind: str, tokenizer: str, **settings: Any) -> HuggingFaceTextConfig:
     """Return a text encoder of BERT's family: ``kind`` is transformers' ``model_type`` with the same weights."""
-    model = {"model_type": kind, **{name: getattr(theirs, name) for name in _BERT}}
+    model = {**json.loads(theirs.to_json_string(use_diff=False)), "model_type": kind}
     return HuggingFaceTextConfig(tokenizer, pretrained=False, pooling="cls", model=model, **settings)

@@ -17,7 +17,7 @@ from lit_clip.errors import require
 Row = tuple[str, str] | tuple[str, str, str]
 Pair = tuple[list[str], list[str], str]  # the same for one piece of a state dict
 
-_OPENAI_BLOCK: list[Row] = [
+OPENAI_BLOCK: list[Row] = [
     ("attn.in_proj_*", "self_attn.q_proj.* self_attn.k_proj.* self_attn.v_proj.*"),
     ("ln_1.*", "layer_norm1.*"),
     ("ln_2.*", "layer_norm2.*"),
@@ -69,7 +69,8 @@ def _pairs(rows: Iterable[Row], ours: str = "", theirs: str = "") -> Iterator[Pa
             yield names, [theirs + name.replace("*", kind) for name in there.split()], how[0] if how else "same"
 
 
-def _blocks(rows: Iterable[Row], ours: str, theirs: str, layers: int) -> Iterator[Pair]:
+def blocks(rows: Iterable[Row], ours: str, theirs: str, layers: int) -> Iterator[Pair]:
+    """Pair the weights of blocks, numbered below ``ours`` and ``theirs``.encoder.layers."""
     for i in range(layers):
         yield from _pairs(rows, f"{ours}.{i}.", f"{theirs}.encoder.layers.{i}.")
 
@@ -78,13 +79,13 @@ def clip_pairs(image_layers: int, text_layers: int) -> Iterator[Pair]:
     """Pair the weights of a vision transformer and a causal text transformer with a ``CLIPModel``'s."""
     yield from vision_pairs(image_layers)
     yield from _pairs([*_TEXT, ("text_projection", "text_projection.weight", "transposed")])
-    yield from _blocks(_OPENAI_BLOCK, "transformer.resblocks", "text_model", text_layers)
+    yield from blocks(OPENAI_BLOCK, "transformer.resblocks", "text_model", text_layers)
 
 
 def vision_pairs(layers: int) -> Iterator[Pair]:
     """Pair the weights of a vision transformer and the temperature with a ``CLIPModel``'s."""
     yield from _pairs(_VISION)
-    yield from _blocks(_OPENAI_BLOCK, "visual.transformer.resblocks", "vision_model", layers)
+    yield from blocks(OPENAI_BLOCK, "visual.transformer.resblocks", "vision_model", layers)
 
 
 def same_pairs(names: Iterable[str], ours: str, theirs: str) -> Iterator[Pair]:
@@ -104,9 +105,9 @@ def siglip_pairs(image_layers: int, text_layers: int, naflex: bool = False) -> I
     how, there = "ours_in_grid" if naflex else "ours_in_front", "vision_model.embeddings."
     patches = [(patch, "patch_embedding.*"), (position, "position_embedding.weight", how)]
     yield from _pairs(patches, "visual.trunk.", there)
-    yield from _blocks(_TIMM_BLOCK, "visual.trunk.blocks", "vision_model", image_layers)
+    yield from blocks(_TIMM_BLOCK, "visual.trunk.blocks", "vision_model", image_layers)
     yield from _pairs(_TEXT, "text.")
-    yield from _blocks(_OPENAI_BLOCK, "text.transformer.resblocks", "text_model", text_layers)
+    yield from blocks(OPENAI_BLOCK, "text.transformer.resblocks", "text_model", text_layers)
 
 
 def _divided(tensor: Tensor, names: list[str]) -> dict[str, Tensor]:

@@ -45,6 +45,7 @@ def _open_clip_vision(model: CLIP) -> dict[str, Any]:
         return {**size, "layers": list(image.layers), "width": image.width, "patch_size": None}
     if isinstance(image, TimmConfig):
         others = {name: value for name, value in image.options.items() if name != "drop_path_rate"}
+        require(not model.visual.joined, f"open_clip has no pool {image.pool}; use onnx")
         require(not others, f"open_clip cannot pass {others} to timm's {image.timm}; use onnx")
         trunk: Any = model.visual.trunk
         pool = getattr(trunk.global_pool, "pool_type", trunk.global_pool)  # a module in convolutional networks

@@ -273,3 +273,30 @@ def test_a_checkpoint_with_a_timm_tower_loads_unchanged_and_at_another_size(
         assert larger.preprocess(Image.new("RGB", (200, 100), "red")).shape == (3, 96, 96)
         assert larger.encode_image(photos(96)).isfinite().all()
     assert again.preprocessing == with_external_settings(config).preprocessing
+
+
+def test_a_dinov3_is_read_as_by_dino_txt() -> None:
+    """The class token and the mean of the patches behind the last norm, by a plain forward pass."""
+    options: dict[str, Any] = {"depth": 2, "embed_dim": 48, "num_heads": 3}
+    settings = {"timm": "vit_small_patch16_dinov3", "image_size": 64, "pool": "token+mean", "options": options}
+    text = TextTransformerConfig(width=32, layers=1, heads=1)
+    model = CLIP(CLIPConfig(96, TimmConfig(**settings, projection="none"), text)).eval()
+    visual: Any = shaken(model.visual)
+    theirs: Any = timm.create_model("vit_small_patch16_dinov3", num_classes=0, img_size=64, **options).eval()
+    theirs.load_state_dict(visual.trunk.state_dict())
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        tokens = theirs.forward_features(images)
+        assert theirs.num_prefix_tokens == 5  # the class token and four registers
+        joined = torch.cat([tokens[:, 0], tokens[:, 5:].mean(dim=1)], dim=1)
+        torch.testing.assert_close(model.encode_image(images), joined)
+        torch.testing.assert_close(model.forward_intermediates(images, normalize=False)["image_features"], joined)
+    with pytest.raises(InputError, match="two poolings"):
+        model.encode_patches(images)
+
+    projected: Any = CLIP(CLIPConfig(D, TimmConfig(**settings), text)).visual
+    assert projected.head.proj.weight.shape == (D, 96)
+    wrong = [{**settings, "projection": "classifier"}, {"timm": "vit_base_patch16_siglip_224", "pool": "token+mean"}]
+    for each in wrong:
+        with pytest.raises(InputError, match="(?i)needs .*class token"):
+            CLIP(CLIPConfig(D, TimmConfig(**each), text))

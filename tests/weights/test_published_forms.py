@@ -1,12 +1,14 @@
 """Models of transformers' other classes open as their owners' code reads them: features, token ids, pixels."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from benchmarks.families.families import save_tokenizer
 from lit_clip import load_model
@@ -24,7 +26,7 @@ VISION |= {"image_size": 32, "patch_size": 8}
 TEXT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
 BERT = {"max_position_embeddings": 90}
 SQUASH = {"size": {"height": 32, "width": 32}, "crop_size": {"height": 32, "width": 32}}
-CROP = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
+CROP: dict[str, Any] = {"size": {"shortest_edge": 32}, "crop_size": {"height": 32, "width": 32}}
 # name of the classes, tokenizer, settings of the texts, of the images, the owner's preprocessing, length of a text
 FORMS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], dict[str, Any], int]] = {
     "metaclip_2": ("MetaClip2", "xlm", {"max_position_embeddings": 16, "eos_token_id": 2}, {}, SQUASH, 16),
@@ -72,6 +74,127 @@ def test_features_token_ids_and_pixels_are_the_owners(tmp_path: Path, form: str)
     torch.testing.assert_close(ours.encode_text(inputs.input_ids, normalize=True), out.text_embeds, rtol=0, atol=1e-5)
     logits = ours.logit_scale.exp() * ours.encode_image(pixels, True) @ ours.encode_text(inputs.input_ids, True).T
     torch.testing.assert_close(logits, out.logits_per_image, rtol=1e-5, atol=1e-4)
+
+
+def saved_tipsv2(folder: Path, **vision: Any) -> tuple[Any, Any]:
+    """Save a small random TIPSv2 as published; return the owner's model and tokenizer."""
+    encoding = Tokenizer(models.BPE(byte_fallback=True))
+    encoding.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    special = ["<pad>", "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    encoding.train_from_iterator(TEXTS, trainers.BpeTrainer(vocab_size=600, special_tokens=special))
+    learned = json.loads(encoding.to_str())["model"]
+    tokenizer = transformers.Tipsv2Tokenizer(learned["vocab"], [tuple(each) for each in learned["merges"]])
+    tokenizer.save_pretrained(folder)
+    vision = {**VISION, "hidden_size": 32, "num_register_tokens": 1, **vision}
+    text = {**TEXT, "vocab_size": len(learned["vocab"])}
+    theirs = randomised(transformers.Tipsv2Model(transformers.Tipsv2Config(text_config=text, vision_config=vision)))
+    theirs.save_pretrained(folder)
+    transformers.Tipsv2ImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return theirs, tokenizer
+
+
+@pytest.mark.parametrize("vision", [{}, {"use_swiglu_ffn": True}], ids=["base", "giant"])
+@torch.no_grad()
+def test_tipsv2_reads_the_first_of_its_class_tokens_and_locates_texts(tmp_path: Path, vision: dict[str, Any]) -> None:
+    theirs, tokenizer = saved_tipsv2(tmp_path, **vision)
+    if not vision:  # the owner's file has DINOv2's names of the MLPs, and no temperature
+        state = load_file(tmp_path / "model.safetensors")
+        state.pop("temperature")
+        named = {name.replace("c_fc", "fc1").replace("c_proj", "fc2"): name for name in state if "vision" in name}
+        state |= {new: state.pop(old) for new, old in named.items()}
+        save_file(state, tmp_path / "model.safetensors")
+        theirs.temperature.fill_(theirs.config.temperature_init_value)
+    ours = load_model(tmp_path)
+    inputs = tokenizer(TEXTS[:-1], padding="max_length", truncation=True, max_length=64, return_tensors="pt")
+    assert torch.equal(ours.tokenize(TEXTS[:-1]), inputs.input_ids)
+    noise = photos((70, 90), (90, 70))
+    # Its own class resizes by torchvision alone, without Pillow.
+    plain: dict[str, Any] = {"size": {"height": 32, "width": 32}, "resample": 2, "do_normalize": False}
+    pixels = transformers.SiglipImageProcessorPil(**plain)(noise, return_tensors="pt").pixel_values
+    torch.testing.assert_close(torch.stack([ours.preprocess(image) for image in noise]), pixels, rtol=0, atol=1e-5)
+    out = theirs(input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, pixel_values=pixels)
+    images, texts = ours.encode_image(pixels, normalize=True), ours.encode_text(inputs.input_ids, normalize=True)
+    torch.testing.assert_close(images, out.image_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(texts, out.text_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.logit_scale.exp() * images @ texts.T, out.logits_per_image, rtol=1e-4, atol=1e-3)
+    assert ours.encode_patches(pixels).shape == (2, 32, 4, 4)
+
+
+@pytest.mark.parametrize("kind", ["aimv2", "align", "groupvit"])
+def test_a_class_that_our_encoders_cannot_express_is_refused_with_what_is_missing(tmp_path: Path, kind: str) -> None:
+    config = transformers.AutoConfig.for_model(kind)
+    config.save_pretrained(tmp_path)
+    save_file({"logit_scale": torch.ones(())}, tmp_path / "model.safetensors")
+    with pytest.raises(InputError, match=f"{kind}.*lit-clip lacks"):
+        load_model(tmp_path)
+
+
+def positions(length: int) -> dict[str, tuple[int, ...]]:
+    return {f"text_model.embeddings.position_embedding_{name}.weight": (length, 32) for name in ("res", "ori")}
+
+
+LONG = {**positions(248), "text_filip_projection.weight": (24, 32), "logit_scale_finegraind": ()}
+LONG |= {"logit_scale_hardneg": ()}
+HEADS = {**positions(196), "longtext_head.weight": (32, 32), "longtext_head.bias": (32,)}
+HEADS |= {"boxtext_head.weight": (32, 32), "boxtext_head.bias": (32,)}
+HEADS |= {f"dense_feature_head.{name}": (32,) for name in ("probe", "layernorm.weight", "attention.in_proj_bias")}
+
+
+def add_weights(folder: Path, shapes: dict[str, tuple[int, ...]], **config: Any) -> None:
+    """Add random weights to a folder's file, and settings to its configuration."""
+    state = load_file(folder / "model.safetensors")
+    save_file({**state, **{name: torch.randn(shape) for name, shape in shapes.items()}}, folder / "model.safetensors")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, **config}))
+
+
+@torch.no_grad()
+def test_fg_clip_reads_whole_images_and_short_texts_as_its_owners_examples_do(tmp_path: Path) -> None:
+    """As a CLIPModel of 77 positions with the projection for short texts; images are squashed to squares first."""
+    text = {**TEXT, "eos_token_id": 49407, "max_position_embeddings": 77}
+    config = transformers.CLIPConfig(text_config=text, vision_config=VISION, projection_dim=24)
+    theirs = randomised(transformers.CLIPModel(config))
+    theirs.save_pretrained(tmp_path)
+    transformers.CLIPImageProcessor(**CROP).save_pretrained(tmp_path)
+    add_weights(tmp_path, LONG, architectures=["FGCLIPModel"], auto_map={"AutoModelForCausalLM": "fgclip.FGCLIPModel"})
+    with pytest.warns(UserWarning, match="long texts.*text_filip_projection, logit_scale_finegraind") as warned:
+        ours = load_model(tmp_path)
+    assert len(warned) == 1
+    noise = photos((70, 90), (90, 70))
+    processor = transformers.CLIPImageProcessorPil.from_pretrained(tmp_path)
+    pixels = processor([image.resize((32, 32)) for image in noise], return_tensors="pt").pixel_values
+    torch.testing.assert_close(torch.stack([ours.preprocess(image) for image in noise]), pixels, rtol=0, atol=1e-5)
+    tokens = ours.tokenize(TEXTS)
+    out = theirs(input_ids=tokens, pixel_values=pixels)
+    torch.testing.assert_close(ours.encode_image(pixels, normalize=True), out.image_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.encode_text(tokens, normalize=True), out.text_embeds, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_fg_clip_2_is_a_siglip_2_of_patches_with_heads_that_are_left_out(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vocabulary = save_tokenizer("siglip", tmp_path)
+    text, vision = (
+        {**sizes, "vocab_size": vocabulary, "projection_size": 32},
+        {**sizes, "patch_size": 8, "num_patches": 16},
+    )
+    theirs = randomised(transformers.Siglip2Model(transformers.Siglip2Config(text_config=text, vision_config=vision)))
+    theirs.save_pretrained(tmp_path)
+    processor = transformers.Siglip2ImageProcessorPil(patch_size=8, max_num_patches=16)
+    processor.save_pretrained(tmp_path)
+    add_weights(tmp_path, HEADS, model_type="fgclip2", architectures=["FG_CLIP2_Model"])
+    with pytest.warns(UserWarning, match="longtext_head, boxtext_head, dense_feature_head") as warned:
+        ours = load_model(tmp_path)
+    assert len(warned) == 1
+    noise = photos((70, 90), (90, 40))
+    inputs, tokens = processor(noise, return_tensors="pt"), ours.tokenize(TEXTS)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    lower = [text.lower() for text in TEXTS]  # as in its owner's examples
+    assert torch.equal(tokens, tokenizer(lower, padding="max_length", max_length=64, return_tensors="pt").input_ids)
+    out = theirs(input_ids=tokens, **inputs)
+    images = ours.encode_image(torch.stack([ours.preprocess(image) for image in noise]), normalize=True)
+    torch.testing.assert_close(images, out.image_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.encode_text(tokens, normalize=True), out.text_embeds, rtol=0, atol=1e-5)
 
 
 @torch.no_grad()
