@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from PIL import Image
 
-from datamodules import CaptionDataModule, Captions, OpenMoji
+from datamodules import CaptionDataModule, Captions, NoCaptions, OpenMoji
 from lit_clip import LitCLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig, VisionTransformerConfig
 
@@ -109,3 +109,10 @@ def test_a_subclass_of_the_module_decides_how_images_are_preprocessed() -> None:
     with Image.open("0.jpg") as image:
         expected = np.asarray(image.resize((32, 32), Image.Resampling.BILINEAR))
     assert np.array_equal(batch.images[0].permute(1, 2, 0).numpy(), expected)
+
+
+def test_loader_is_empty_and_has_no_length() -> None:
+    loader = NoCaptions().val_dataloader()
+    assert list(loader) == []
+    with pytest.raises(TypeError):  # a length of 0 would make Lightning skip the epoch with its hooks
+        len(loader)
