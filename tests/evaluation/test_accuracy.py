@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import beta
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
+from sklearn.metrics import accuracy_score, top_k_accuracy_score
 from sklearn.metrics import confusion_matrix as oracle
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy
@@ -78,22 +78,6 @@ def test_accuracies_equal_scikit_learns_and_torchmetrics(classes: int, absent: t
     assert len({round(value, 3) for value in result.values()}) == 3  # three different numbers
 
 
-@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
-def test_a_class_without_images_does_not_count_in_the_mean() -> None:
-    logits, labels = unbalanced(9, absent=(4,))
-    assert (logits.argmax(dim=1) == 4).any()  # although it is predicted
-    expected = balanced_accuracy_score(labels, logits.argmax(dim=1))
-    assert accuracies(classification_counts(logits, labels))["mean_per_class"] == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize("classes", [1, 2, 5])
-def test_there_is_no_top5_with_five_classes_or_fewer(classes: int) -> None:
-    logits, labels = unbalanced(classes)
-    counts = classification_counts(logits, labels)
-    assert set(accuracies(counts)) == set(baseline_accuracies(counts[0])) == {"top1", "mean_per_class"}
-    assert accuracies(counts)["top1"] == pytest.approx(accuracy_score(labels, logits.argmax(dim=1)), abs=1e-12)
-
-
 def test_counts_of_batches_sum_to_the_counts_of_the_set() -> None:
     logits, labels = unbalanced(9, absent=(4,))
     whole = classification_counts(logits, labels)
@@ -106,23 +90,12 @@ def test_counts_of_batches_sum_to_the_counts_of_the_set() -> None:
     assert (whole[2] >= whole[1]).all()
 
 
-def test_counts_of_a_batch_by_hand() -> None:
-    falling, rising = [6.0, 5, 4, 3, 2, 1], [1.0, 2, 3, 4, 5, 6]
-    logits = torch.tensor([falling, falling, rising, rising, rising])
-    labels = torch.tensor([0, 4, 0, 4, 5])  # ranked first, fifth, sixth, second and first
-    counts = classification_counts(logits, labels)
-    assert counts.tolist() == [[2, 0, 0, 0, 2, 1], [1, 0, 0, 0, 0, 1], [1, 0, 0, 0, 2, 1]]
-    assert accuracies(counts) == pytest.approx({"top1": 2 / 5, "top5": 4 / 5, "mean_per_class": (1 / 2 + 0 + 1) / 3})
-
-
-def test_baseline_predicts_the_most_common_classes() -> None:
-    images = torch.tensor([5, 0, 3, 1, 1, 2, 8, 0])  # 20 images of 6 classes; the five largest hold 19
-    assert baseline_accuracies(images) == pytest.approx({"top1": 8 / 20, "top5": 19 / 20, "mean_per_class": 1 / 6})
-
-
-def test_baseline_equals_a_classifier_with_the_same_scores_for_every_image() -> None:
-    _, labels = unbalanced(9, absent=(4,))
-    blind = labels.bincount(minlength=9).float() + torch.linspace(0.1, 0, 9)
+@pytest.mark.parametrize(("classes", "absent"), [(1, ()), (5, (2,)), (9, (4,))])  # up to five have no top 5
+def test_baseline_equals_a_classifier_with_the_same_scores_for_every_image(
+    classes: int, absent: tuple[int, ...]
+) -> None:
+    _, labels = unbalanced(classes, absent)
+    blind = labels.bincount(minlength=classes).float() + torch.linspace(0.1, 0, classes)
     counts = classification_counts(blind.expand(len(labels), -1), labels)
     assert baseline_accuracies(counts[0]) == pytest.approx(accuracies(counts))
 
@@ -202,6 +175,7 @@ def test_accuracy_is_counted_overall_and_in_each_group() -> None:
     report = bias_report({"race": scores_of("race", predictions)}, GROUPS)
     found = report["accuracy"]["race"]
     assert (found["overall"]["count"], found["overall"]["images"], found["overall"]["value"]) == (4, 6, 4 / 6)
+    assert found["overall"]["interval"] == pytest.approx([beta.ppf(0.0025, 4, 3), beta.ppf(0.9975, 5, 2)])
     assert counts_of(found["by_race"]) == {
         **{"White": (1, 2), "Black": (2, 2), "Latino_Hispanic": (0, 1), "East Asian": (1, 1)},
         **{"Indian": (0, 0), "Southeast Asian": (0, 0), "Middle Eastern": (0, 0)},
@@ -230,13 +204,6 @@ def test_denigrating_predictions_are_counted_with_and_without_the_class_child() 
     assert counts_of(found["default"]["crime_related"]["by_gender"]) == {"Male": (2, 3), "Female": (1, 3)}
     by_age = {title: counts_of(found[title]["crime_related"]["by_age"])["0-2"] for title in found}
     assert by_age == {"default": (1, 1), "with_child": (0, 1)}
-
-
-def test_intervals_are_exact_at_99_5_percent() -> None:
-    """The Clopper-Pearson interval consists of quantiles of beta distributions."""
-    found = bias_report({"gender": scores_of("gender", ["Male"] * 6)}, GROUPS)["accuracy"]["gender"]["overall"]
-    assert (found["count"], found["images"]) == (3, 6)
-    assert found["interval"] == pytest.approx([beta.ppf(0.0025, 3, 4), beta.ppf(0.9975, 4, 3)])
 
 
 def test_the_report_is_json_and_includes_the_prompts() -> None:

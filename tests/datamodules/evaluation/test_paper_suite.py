@@ -16,47 +16,17 @@ from lit_clip.evaluation.data import ImageSet, LabelledImages, MissingData
 from lit_clip.evaluation.prompts import prompts_of
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from tests.conftest import ROOT
+from tests.evaluation.test_prompts import COUNTS
 from tests.helpers.coloured_sets import message_of, write_birdsnap, write_objectnet
 from tests.helpers.miniature_images import paint, write_mat, write_text
 from tests.helpers.miniatures import MINIATURES, open_miniature
 
-pytestmark = pytest.mark.usefixtures("_mat_read_once")
+pytestmark = pytest.mark.usefixtures("_mat_read_here")
 
 SUITE = ROOT / "configs/evaluation/paper.yaml"
 
 
-# The sets of the paper's table 9, in its order, and their metrics where they are not top-1 accuracy.
-TABLE_9 = [
-    "Food101",
-    "CIFAR10",
-    "CIFAR100",
-    "Birdsnap",
-    "SUN397",
-    "StanfordCars",
-    "FGVCAircraft",
-    "VOC2007",
-    "DTD",
-    "OxfordPets",
-    "Caltech101",
-    "Flowers102",
-    "MNIST",
-    "FER2013",
-    "STL10",
-    "EuroSAT",
-    "RESISC45",
-    "GTSRB",
-    "KITTI",
-    "Country211",
-    "PCam",
-    "UCF101",
-    "Kinetics700",
-    "CLEVRCounts",
-    "HatefulMemes",
-    "RenderedSST2",
-    "ImageNet",
-]
-
-
+TABLE_9 = list(COUNTS)
 OTHER_METRICS = {
     "FGVCAircraft": "mean_per_class",
     "OxfordPets": "mean_per_class",
