@@ -381,8 +381,17 @@ def test_placeholder_images_do_not_change_batch_norm_statistics(runs: Path) -> N
 DAMAGED = {"images": whole_images(), "sources": whole_sources()}
 
 
-def check_fuzz(target: str, count: int) -> None:
-    """Read files that are damaged in the same way with any version of hypothesis."""
+@pytest.mark.parametrize(
+    ("target", "count"),
+    [
+        ("images", 100),
+        ("sources", 50),
+        pytest.param("images", 2000, marks=pytest.mark.slow),
+        pytest.param("sources", 500, marks=pytest.mark.slow),
+    ],
+)
+def test_damaged_files_are_refused_or_skipped_without_other_errors(target: str, count: int) -> None:
+    """The files are damaged in the same way with any version of hypothesis."""
     whole, driver = DAMAGED[target], Driver()
     inputs = []
     for number in range(count):
@@ -394,14 +403,3 @@ def check_fuzz(target: str, count: int) -> None:
     (outcomes,) = driver.summary.outcomes.values()
     assert outcomes["used"] > count // 4
     assert outcomes["skipped"] + outcomes["refused"] > count // 4
-
-
-@pytest.mark.parametrize(("target", "count"), [("images", 100), ("sources", 50)])
-def test_damaged_files_are_refused_or_skipped_without_other_errors(target: str, count: int) -> None:
-    check_fuzz(target, count)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("target", "count"), [("images", 2000), ("sources", 500)])
-def test_thousands_of_damaged_files_are_refused_or_skipped(target: str, count: int) -> None:
-    check_fuzz(target, count)
