@@ -52,6 +52,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     model = make_module().model.eval()
     monkeypatch.setattr("lit_clip.commands.classify.load_model", lambda name: model)
     monkeypatch.setattr("lit_clip.heads.curve.DRAWS", 1)  # the curve's fits take half of the time of fitting a head
+    monkeypatch.setattr("lit_clip.evaluation.class_head.PENALTIES", (10.0, 0.1))  # of six
     return tmp_path
 
 
@@ -325,13 +326,14 @@ def test_a_few_rows_of_class_folders_stand_above_all_summaries(
     write_folders(root / "examples", "train", 28)
     found = write_folders(root / "photos", "test", 40)
     monkeypatch.setattr("lit_clip.commands.class_output.Console", lambda: Console(file=sys.stderr, width=100))
-    words = ["classify", "photos", "--classes", *NAMES, "--examples", "examples", *OPTIONS]
-    for more, shown in ([], 20), (["--output", "table"], 40):
-        run_command([*words, *more])
+    fitted = ["--classes", *NAMES, "--examples", "examples", *SAVED]
+    all_rows = ["--head", SAVED[1], "--output", "table"]
+    for more, shown, summary in ((fitted, 20, "none of these: a logit below"), (all_rows, 40, "none of these: ")):
+        run_command(["classify", "photos", *more, *OPTIONS])
         told = capfd.readouterr().err
         places = [told.index(f" {path} ") for path, _ in found[:shown]]
         assert sum(path in told.partition("accuracy: ")[0] for path, _ in found) == shown
-        assert max(places) < told.index("none of these: a logit below") < told.index("accuracy: ")
+        assert max(places) < told.rindex(summary, 0, told.index("accuracy: "))
         assert ("the first 20 of 40 images; --output table shows all" in told) == (shown == 20)
 
 

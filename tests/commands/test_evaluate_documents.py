@@ -18,8 +18,8 @@ from lit_clip.errors import InputError
 from lit_clip.evaluation.predictions import read_predictions
 from lit_clip.evaluation.store import FeatureStore
 from tests.commands.test_evaluate import evaluate, noise_png, root, write_suite
-from tests.datamodules.evaluation.test_judged_documents import write_beir
-from tests.evaluation.test_document_retrieval import loops
+from tests.datamodules.evaluation.test_retrieval_sets import write_beir
+from tests.evaluation.test_image_retrieval import loops
 
 __all__ = ["root"]
 READER = "datamodules.evaluation.QueriesAndDocuments"

@@ -15,7 +15,7 @@ import torch
 from PIL import ExifTags, Image
 
 import lit_clip.commands.search
-from lit_clip import LitCLIP, load_model
+from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
 from lit_clip.embedding.encode import Encoder
 from lit_clip.embedding.feature_files import write_features
@@ -154,31 +154,6 @@ def test_the_index_is_updated_when_the_folder_changes(folder: Path, tiny_checkpo
     assert len(encoded) == 5
     assert dict(mixed) == pytest.approx(dict(anew), abs=1e-4)
     assert "e.png" not in dict(mixed)
-
-
-def test_removing_an_image_needs_no_encoding(folder: Path, tiny_checkpoint: Path, search: Search) -> None:
-    words = ["photos", "kite", "--model", str(tiny_checkpoint)]
-    first, _ = search(*words)
-    (folder / "photos/e.png").unlink()
-    found, encoded = search(*words)
-    assert encoded == []
-    assert found == [row for row in first if row[0] != "e.png"]
-
-
-def test_another_model_does_not_use_the_index_of_the_first(
-    folder: Path,
-    tiny_checkpoint: Path,
-    tiny_config: CLIPConfig,
-    search: Search,
-) -> None:
-    from lightning.pytorch import Trainer
-
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    trainer.strategy.connect(LitCLIP(tiny_config))
-    trainer.save_checkpoint(folder / "other.ckpt", weights_only=True)
-    search("photos", "kite", "--model", str(tiny_checkpoint))
-    _, encoded = search("photos", "kite", "--model", "other.ckpt")
-    assert len(encoded) == 5
 
 
 def test_an_index_of_another_precision_is_made_again(folder: Path, tiny_checkpoint: Path, search: Search) -> None:

@@ -14,7 +14,6 @@ from PIL import Image
 from sklearn.metrics import accuracy_score
 
 import lit_clip
-from lit_clip.cli import subcommands
 from lit_clip.commands.wise_ft import InterpolatedModels, best_alpha, evaluate_line, read_sets, save, wise_ft
 from lit_clip.embedding.precision import Precision
 from lit_clip.errors import InputError
@@ -221,7 +220,3 @@ def test_an_unknown_entry_of_a_sets_file_is_named(tmp_path: Path) -> None:
     path.write_text(path.read_text().replace("templates", "tempaltes"))
     with pytest.raises(InputError, match=r"sets.yaml: .*tempaltes"):
         read_sets(str(path))
-
-
-def test_the_command_is_registered() -> None:
-    assert subcommands.COMMANDS["wise-ft"] == "lit_clip.commands.wise_ft:wise_ft"

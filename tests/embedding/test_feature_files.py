@@ -1,4 +1,4 @@
-"""Files of features: a damaged table is made again, and a damaged file of the user's is one line."""
+"""Files of features: damaged ones are made again or are one line; exact search in an index."""
 
 import json
 import os
@@ -12,7 +12,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from lit_clip.embedding import index
 from lit_clip.embedding.feature_files import FeatureTable, read_features, write_features
+from lit_clip.embedding.index import nearest, nearest_others
 from lit_clip.embedding.parts import load_arrays, save_arrays
 from lit_clip.errors import InputError
 
@@ -175,3 +177,25 @@ def test_features_of_another_program_without_a_digest_are_read(tmp_path: Path) -
     (tmp_path / "a.keys.json").write_text(json.dumps({"keys": names, "model": "m"}))
     found = read_features(tmp_path / "a.npy")
     assert (found.keys, found.metadata) == (names, {"model": "m"})
+
+
+@pytest.mark.parametrize("k", [1, 10, 53, 100])
+def test_search_in_chunks_equals_a_full_sort(monkeypatch: pytest.MonkeyPatch, k: int) -> None:
+    random = np.random.default_rng(1)
+    features, queries = (random.standard_normal((n, 16)).astype(np.float32) for n in (53, 3))
+    monkeypatch.setattr(index, "CHUNK", 7)
+    scores, rows = nearest(features, queries, k)
+    everything = queries @ features.T
+    expected = np.argsort(-everything, axis=1)[:, :k]
+    assert np.array_equal(rows, expected)
+    assert np.allclose(scores, np.take_along_axis(everything, expected, axis=1), atol=1e-5)
+
+
+@pytest.mark.parametrize(("rows", "k"), [(600, 32), (257, 40), (2, 32), (1, 3)])
+def test_the_nearest_others_are_those_of_a_plain_loop_in_float64(rows: int, k: int) -> None:
+    features = np.random.default_rng(rows).normal(size=(rows, 8)).astype(np.float32)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    cosines = features.astype(np.float64) @ features.T.astype(np.float64)
+    np.fill_diagonal(cosines, -2)
+    expected = np.argsort(-cosines, axis=1)[:, : min(k, rows - 1)]
+    assert np.array_equal(nearest_others(features, k), expected)

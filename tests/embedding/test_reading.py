@@ -1,7 +1,8 @@
-"""Reading and encoding images: all commands refuse the same files, and no row is lost or replaced."""
+"""Images are found, read and encoded: all commands refuse the same files, and no row is lost or replaced."""
 
 import io
 import itertools
+import os
 import re
 import subprocess
 from pathlib import Path
@@ -14,7 +15,10 @@ from PIL import EpsImagePlugin, Image
 from datamodules import ImageFolderClasses
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
+from lit_clip.embedding import precision
 from lit_clip.embedding.encoding_task import EncodingSettings
+from lit_clip.embedding.image_files import find_images, images_in
+from lit_clip.embedding.precision import autocast, check_precision
 from lit_clip.embedding.reading import ImageBatches, encoded_batches, in_batches, row_means
 from lit_clip.errors import BadSample, InputError
 from lit_clip.evaluation.set_encoding import SetEncoder
@@ -230,3 +234,78 @@ def test_loading_leaves_the_global_random_state_alone(tiny_config: CLIPConfig) -
     before = torch.get_rng_state()
     list(encoded_batches(model, Films(), batch_size=4, num_workers=2))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def names(folder: Path) -> list[str]:
+    return [file.key for file in images_in(folder)]
+
+
+def test_links_are_followed_but_not_in_circles(tmp_path: Path) -> None:
+    folder, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for path in (folder / "a.png", folder / "sub" / "b.png", elsewhere / "c.png", elsewhere / "deep" / "d.jpg"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "sub" / "up").symlink_to(folder)
+    (elsewhere / "deep" / "back").symlink_to(folder)
+    (folder / "one.png").symlink_to(elsewhere / "c.png")
+    (folder / "self").symlink_to(folder / "self")
+    assert names(folder) == ["a.png", "linked/c.png", "linked/deep/d.jpg", "one.png", "sub/b.png"]
+
+
+def test_folder_that_cannot_be_read_is_an_error_or_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "locked\x1b[31m").mkdir()
+    (tmp_path / "a.png").write_bytes(b"")
+    scandir = os.scandir
+
+    def refusing(path: Path) -> object:  # root can read any folder
+        if "locked" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(InputError, match="locked.*cannot be read .Permission denied..*--on_error skip"):
+        images_in(tmp_path)
+    assert len(find_images([str(tmp_path)], "skip")) == 1
+    said = capsys.readouterr().err
+    assert "cannot be read: 1; the first: " in said
+    assert "locked\\x1b[31m" in said.replace("\n", "")
+
+
+@pytest.mark.parametrize(("has_instructions", "lines"), [(True, 0), (False, 1), (None, 0)])
+def test_emulated_bfloat16_is_one_line(
+    has_instructions: bool | None, lines: int, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    monkeypatch.setattr(precision, "computes_in_bfloat16", lambda accelerator: has_instructions)
+    check_precision("32-true", "cpu")
+    assert not recwarn
+    check_precision("bf16-mixed", "cpu")
+    assert len(recwarn) == lines
+    assert all("--precision bf16-mixed: emulated on this processor" in str(each.message) for each in recwarn)
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "device", "refused"),
+    [("cpu", "cuda", True), ("auto", "cpu", True), ("auto", "cuda", False), ("gpu", "cuda", False)],
+)
+def test_float16_is_refused_where_the_cpu_computes(
+    accelerator: str, device: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "best_device", lambda: torch.device(device))
+    if not refused:
+        check_precision("16-mixed", accelerator)
+        return
+    with pytest.raises(InputError, match="--precision 16-mixed: needs a GPU; on a CPU use 32-true"):
+        check_precision("16-mixed", accelerator)
+
+
+def test_float32_leaves_a_trainers_autocast_as_it_is() -> None:
+    cpu = torch.device("cpu")
+    with torch.autocast("cpu", torch.bfloat16), autocast(cpu, "32-true"):
+        assert torch.is_autocast_enabled("cpu")
+    with autocast(cpu, "bf16-mixed"):
+        assert torch.get_autocast_dtype("cpu") == torch.bfloat16
+        assert torch.is_autocast_enabled("cpu")
+    assert not torch.is_autocast_enabled("cpu")

@@ -1,15 +1,25 @@
-"""Accuracies against scikit-learn, torchmetrics and a plain sort."""
+"""Accuracies and confusions against scikit-learn, torchmetrics and a plain sort; the bias probes by hand."""
 
+import csv
+import json
 from collections import defaultdict
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, top_k_accuracy_score
+from scipy.stats import beta
+from sklearn.metrics import accuracy_score, top_k_accuracy_score
+from sklearn.metrics import confusion_matrix as oracle
 from torch import Tensor
 from torchmetrics.functional.classification import multiclass_accuracy
 
+from lit_clip.errors import InputError
 from lit_clip.evaluation import accuracy as module
+from lit_clip.evaluation import confusions
 from lit_clip.evaluation.accuracy import accuracies, baseline_accuracies, classification_counts
+from lit_clip.evaluation.bias import bias_report, bias_texts
 
 
 def sorted_ranks(scores: Tensor, labels: Tensor) -> list[int]:
@@ -68,22 +78,6 @@ def test_accuracies_equal_scikit_learns_and_torchmetrics(classes: int, absent: t
     assert len({round(value, 3) for value in result.values()}) == 3  # three different numbers
 
 
-@pytest.mark.filterwarnings("ignore:y_pred contains classes not in y_true")
-def test_a_class_without_images_does_not_count_in_the_mean() -> None:
-    logits, labels = unbalanced(9, absent=(4,))
-    assert (logits.argmax(dim=1) == 4).any()  # although it is predicted
-    expected = balanced_accuracy_score(labels, logits.argmax(dim=1))
-    assert accuracies(classification_counts(logits, labels))["mean_per_class"] == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize("classes", [1, 2, 5])
-def test_there_is_no_top5_with_five_classes_or_fewer(classes: int) -> None:
-    logits, labels = unbalanced(classes)
-    counts = classification_counts(logits, labels)
-    assert set(accuracies(counts)) == set(baseline_accuracies(counts[0])) == {"top1", "mean_per_class"}
-    assert accuracies(counts)["top1"] == pytest.approx(accuracy_score(labels, logits.argmax(dim=1)), abs=1e-12)
-
-
 def test_counts_of_batches_sum_to_the_counts_of_the_set() -> None:
     logits, labels = unbalanced(9, absent=(4,))
     whole = classification_counts(logits, labels)
@@ -96,22 +90,141 @@ def test_counts_of_batches_sum_to_the_counts_of_the_set() -> None:
     assert (whole[2] >= whole[1]).all()
 
 
-def test_counts_of_a_batch_by_hand() -> None:
-    falling, rising = [6.0, 5, 4, 3, 2, 1], [1.0, 2, 3, 4, 5, 6]
-    logits = torch.tensor([falling, falling, rising, rising, rising])
-    labels = torch.tensor([0, 4, 0, 4, 5])  # ranked first, fifth, sixth, second and first
-    counts = classification_counts(logits, labels)
-    assert counts.tolist() == [[2, 0, 0, 0, 2, 1], [1, 0, 0, 0, 0, 1], [1, 0, 0, 0, 2, 1]]
-    assert accuracies(counts) == pytest.approx({"top1": 2 / 5, "top5": 4 / 5, "mean_per_class": (1 / 2 + 0 + 1) / 3})
-
-
-def test_baseline_predicts_the_most_common_classes() -> None:
-    images = torch.tensor([5, 0, 3, 1, 1, 2, 8, 0])  # 20 images of 6 classes; the five largest hold 19
-    assert baseline_accuracies(images) == pytest.approx({"top1": 8 / 20, "top5": 19 / 20, "mean_per_class": 1 / 6})
-
-
-def test_baseline_equals_a_classifier_with_the_same_scores_for_every_image() -> None:
-    _, labels = unbalanced(9, absent=(4,))
-    blind = labels.bincount(minlength=9).float() + torch.linspace(0.1, 0, 9)
+@pytest.mark.parametrize(("classes", "absent"), [(1, ()), (5, (2,)), (9, (4,))])  # up to five have no top 5
+def test_baseline_equals_a_classifier_with_the_same_scores_for_every_image(
+    classes: int, absent: tuple[int, ...]
+) -> None:
+    _, labels = unbalanced(classes, absent)
+    blind = labels.bincount(minlength=classes).float() + torch.linspace(0.1, 0, classes)
     counts = classification_counts(blind.expand(len(labels), -1), labels)
     assert baseline_accuracies(counts[0]) == pytest.approx(accuracies(counts))
+
+
+@pytest.mark.parametrize("classes", [1, 2, 30])
+def test_the_matrix_its_pairs_and_its_file_equal_scikit_learns(
+    classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    random = np.random.default_rng(classes)
+    truth, prediction = random.integers(0, classes, (2, 500)).astype(np.int32)
+    prediction[:9] = -1  # images whose scores are not numbers
+    expected = oracle(truth[9:], prediction[9:], labels=range(classes))
+    assert np.array_equal(confusions.confusion_matrix(truth, prediction, classes), expected)
+
+    names = [f"class {c}" for c in range(classes)]
+    entries = confusions.confusion_entries(truth, prediction, names)
+    assert ("confusion_matrix" in entries) == (classes <= 20)
+    wrong = np.array([expected[names.index(a), names.index(b)] for a, b, _ in entries["confusions"]])
+    assert np.array_equal(wrong, [count for _, _, count in entries["confusions"]])
+    assert len(wrong) == min(20, classes * (classes - 1))
+    off_diagonal = np.sort((expected - np.diag(np.diag(expected))).ravel())[::-1]
+    assert np.array_equal(wrong, off_diagonal[: len(wrong)])
+
+    counts = list(confusions.confusion_counts(truth, prediction, len(names)))
+    confusions.write_confusions(tmp_path / "matrix.csv", counts, names)
+    rows = list(csv.reader((tmp_path / "matrix.csv").open()))
+    assert rows[0] == ["truth", *names]
+    assert np.array_equal(np.array([row[1:] for row in rows[1:]], dtype=int), expected)
+
+    monkeypatch.setattr(confusions, "MATRIX", 0)
+    confusions.write_confusions(tmp_path / "pairs.csv", counts, names)
+    found = np.zeros_like(expected)
+    for line in csv.DictReader((tmp_path / "pairs.csv").open()):
+        found[names.index(line["truth"]), names.index(line["prediction"])] = int(line["images"])
+    assert np.array_equal(found, expected)
+
+
+GROUPS = {
+    "race": ["White", "White", "Black", "Black", "Latino Hispanic", "East Asian"],
+    "gender": ["Male", "Female", "Male", "Female", "Male", "Female"],
+    "age": ["0-2", "20-29", "20-29", "3-9", "more than 70", "20-29"],
+}
+
+
+def scores_of(probe: str, predictions: list[str], second: list[str] | None = None) -> Tensor:
+    """Return scores whose top classes are ``predictions`` and whose runners-up are ``second``."""
+    names = list(bias_texts()[probe])
+    scores = torch.zeros(len(predictions), len(names))
+    for row, name in enumerate(predictions):
+        scores[row, names.index(name)] = 2.0
+    for row, name in enumerate(second or []):
+        scores[row, names.index(name)] += 1.0
+    return scores
+
+
+def counts_of(cells: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return hits and images of each group."""
+    return {name: (cell["count"], cell["images"]) for name, cell in cells.items()}
+
+
+def test_classes_are_the_papers_in_order() -> None:
+    texts = bias_texts()
+    assert [len(texts[probe]) for probe in ("race", "gender", "age", "denigration")] == [7, 2, 9, 14 + 4 + 3 + 1]
+    assert list(texts["denigration"])[14:] == [
+        *("animal", "gorilla", "chimpanzee", "orangutan"),
+        *("thief", "criminal", "suspicious person"),
+        "child",
+    ]
+    assert texts["denigration"]["East Asian Female"] == "a photo of an East Asian woman."
+    everything = [text for classes in texts.values() for text in classes.values()]
+    assert len(set(everything)) == len(everything)
+    assert all(text.startswith("a photo of a") and text.endswith(".") for text in everything)
+
+
+def test_accuracy_is_counted_overall_and_in_each_group() -> None:
+    predictions = ["White", "Black", "Black", "Black", "White", "East Asian"]  # wrong: the second and the fifth
+    report = bias_report({"race": scores_of("race", predictions)}, GROUPS)
+    found = report["accuracy"]["race"]
+    assert (found["overall"]["count"], found["overall"]["images"], found["overall"]["value"]) == (4, 6, 4 / 6)
+    assert found["overall"]["interval"] == pytest.approx([beta.ppf(0.0025, 4, 3), beta.ppf(0.9975, 5, 2)])
+    assert counts_of(found["by_race"]) == {
+        **{"White": (1, 2), "Black": (2, 2), "Latino_Hispanic": (0, 1), "East Asian": (1, 1)},
+        **{"Indian": (0, 0), "Southeast Asian": (0, 0), "Middle Eastern": (0, 0)},
+    }
+    assert found["by_race"]["Indian"]["value"] is None
+    assert counts_of(found["by_gender"]) == {"Male": (2, 3), "Female": (2, 3)}
+    assert counts_of(found["by_white"]) == {"White": (1, 2), "Non-White": (3, 4)}
+    assert counts_of(found["by_race_and_gender"]["White"]) == {"Male": (1, 1), "Female": (0, 1)}
+    assert counts_of(found["by_age"])["20-29"] == (2, 3)
+    assert report["images"] == 6
+
+
+def test_denigrating_predictions_are_counted_with_and_without_the_class_child() -> None:
+    first = ["child", "White Female", "gorilla", "child", "criminal", "suspicious person"]
+    second = ["thief", "White Male", "White Male", "chimpanzee", "animal", "child"]
+    found = bias_report({"denigration": scores_of("denigration", first, second)}, GROUPS)["denigration"]
+    assert counts_of({kind: cells["overall"] for kind, cells in found["default"].items()}) == {
+        "non_human": (2, 6),  # the gorilla, and the chimpanzee hidden by "child"
+        "crime_related": (3, 6),  # the last two, and the thief hidden by "child"
+    }
+    assert counts_of({kind: cells["overall"] for kind, cells in found["with_child"].items()}) == {
+        "non_human": (1, 6),
+        "crime_related": (2, 6),
+    }
+    assert counts_of(found["default"]["non_human"]["by_race"])["Black"] == (2, 2)
+    assert counts_of(found["default"]["crime_related"]["by_gender"]) == {"Male": (2, 3), "Female": (1, 3)}
+    by_age = {title: counts_of(found[title]["crime_related"]["by_age"])["0-2"] for title in found}
+    assert by_age == {"default": (1, 1), "with_child": (0, 1)}
+
+
+def test_the_report_is_json_and_includes_the_prompts() -> None:
+    probes = {"age": scores_of("age", ["0-2"] * 6), "denigration": scores_of("denigration", ["animal"] * 6)}
+    report = bias_report(probes, GROUPS)
+    assert json.loads(json.dumps(report)) == report
+    assert "not published" in report["note"]
+    assert list(report["prompts"]) == ["age", "denigration"]
+    assert list(report["accuracy"]) == ["age"]
+
+
+@pytest.mark.parametrize(
+    ("probe", "scores", "changed", "parts"),
+    [
+        ("race", torch.zeros(6, 7), {"gender": ["Male"] * 5 + ["x"]}, ["gender", "image 5", "'x'", "Female"]),
+        ("race", torch.zeros(6, 7), {"age": ["0-2"] * 5}, ["different numbers", "5"]),
+    ],
+)
+def test_groups_that_fairface_does_not_have_are_an_error(
+    probe: str, scores: Tensor, changed: dict[str, list[str]], parts: list[str]
+) -> None:
+    with pytest.raises(InputError) as error:
+        bias_report({probe: scores}, {**GROUPS, **changed})
+    assert all(part in str(error.value) for part in parts)

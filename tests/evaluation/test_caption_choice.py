@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from itertools import combinations, permutations
-from typing import Any
 
 import numpy as np
 import pytest
@@ -39,37 +38,6 @@ def test_pairs_follow_winogrounds_rules_for_every_order_and_for_ties() -> None:
     for s in [*permutations((0.1, 0.2, 0.3, 0.4)), (1, 1, 1, 1), (2, 1, 1, 1), (2, 1, 2, 2), (2, 2, 1, 2)]:
         score_IT = np.array([[s[0], s[2]], [s[1], s[3]]], dtype=float)
         assert answer(score_IT) == winoground_scores(*s)
-
-
-@pytest.mark.parametrize(("images", "captions"), [(1, 2), (1, 5), (2, 2)])
-def test_scores_equal_clip_benchmarks(images: int, captions: int) -> None:
-    selection = pytest.importorskip("clip_benchmark.metrics.image_caption_selection")
-    N = 60
-    image_ND = unit(N * images, 16)
-    choices = [
-        Choice(tuple(range(n * images, (n + 1) * images)), tuple(f"{n} {t}" for t in range(captions))) for n in range(N)
-    ]
-    questions = encoded(choices)
-
-    class Model:
-        def encode_image(self, pixels: torch.Tensor) -> torch.Tensor:
-            return torch.from_numpy(image_ND)[pixels[:, 0, 0, 0].long()]
-
-        def encode_text(self, tokens: torch.Tensor) -> torch.Tensor:
-            return torch.from_numpy(questions.features)[tokens]
-
-    numbers = torch.arange(N * images, dtype=torch.float32).view(N, images, 1, 1, 1)
-    batches = [(numbers[:41], [c.captions for c in choices[:41]]), (numbers[41:], [c.captions for c in choices[41:]])]
-    tokenize: Any = lambda texts: torch.tensor([questions.captions[text] for text in texts])  # noqa: E731
-    theirs = selection.evaluate(Model(), batches, tokenize, "cpu", amp=False)
-    metrics = evaluate_choices("text_score", image_ND, questions)["metrics"]
-    assert 0 < metrics["text_score"] < 1
-    assert metrics["text_score"] == pytest.approx(theirs["text_acc"], abs=1e-7)
-    if images > 1:
-        assert metrics["image_score"] == pytest.approx(theirs["image_acc"], abs=1e-7)
-        assert metrics["group_score"] == pytest.approx(theirs["acc"], abs=1e-7)
-    else:
-        assert list(metrics) == ["text_score"]
 
 
 def test_a_tie_and_a_nan_count_against_the_model() -> None:

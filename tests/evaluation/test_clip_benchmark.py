@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from lit_clip import image_transform, load_model, zero_shot_classifier
 from lit_clip.models.clip import CLIP
@@ -96,55 +95,6 @@ def test_the_documented_command_scores_a_webdataset_like_a_plain_loop(
     expected = plain_top1(tiny_checkpoint, photos, labels)
     assert 0.4 < expected < 0.9
     assert metrics["acc1"] == pytest.approx(expected, abs=1e-9)
-
-
-def test_a_plain_folder_is_scored_like_a_plain_loop(
-    load: Callable[..., tuple[CLIP, Any, Any]], tmp_path: Path, tiny_checkpoint: Path, photos: list[Image.Image]
-) -> None:
-    from clip_benchmark.metrics import zeroshot_classification
-    from torchvision.datasets import ImageFolder
-
-    labels = [i % len(CLASSES) for i in range(len(photos))]
-    for i, (image, label) in enumerate(zip(photos, labels, strict=True)):
-        (tmp_path / "classes" / CLASSES[label]).mkdir(parents=True, exist_ok=True)
-        image.save(tmp_path / "classes" / CLASSES[label] / f"{i:03d}.png")
-    model, transform, tokenizer = load("mine", str(tiny_checkpoint))
-    data = ImageFolder(str(tmp_path / "classes"), transform=transform)
-    templates = [template.replace("{}", "{c}") for template in TEMPLATES]
-    metrics = zeroshot_classification.evaluate(
-        model, DataLoader(data, batch_size=7, num_workers=1), tokenizer, data.classes, templates, "cpu", amp=False
-    )
-    assert metrics["acc1"] == pytest.approx(plain_top1(tiny_checkpoint, photos, labels), abs=1e-9)
-
-
-@torch.no_grad()
-def test_retrieval_equals_a_plain_loop(
-    load: Callable[..., tuple[CLIP, Any, Any]], tmp_path: Path, tiny_checkpoint: Path, photos: list[Image.Image]
-) -> None:
-    from clip_benchmark.datasets.builder import build_dataset
-    from clip_benchmark.metrics import zeroshot_retrieval
-
-    captions = [[f"image {i} of {i * i % 7}", f"{CLASSES[i % 6]} number {i}"][: 1 + i % 2] for i in range(30)]
-    write_shards(tmp_path / "captioned", photos, None, captions)
-    model, transform, tokenizer = load("mine", str(tiny_checkpoint))
-    data = build_dataset("wds/captioned", str(tmp_path / "captioned"), transform, task="zeroshot_retrieval")
-    loader = DataLoader(data.batched(8), batch_size=None)
-    metrics = zeroshot_retrieval.evaluate(model, loader, tokenizer, "cpu", amp=False, recall_k_list=[1, 5])
-
-    images = torch.cat([model.encode_image(model.preprocess(p)[None], normalize=True) for p in photos])
-    texts = [
-        (i, model.encode_text(model.tokenize(text), normalize=True)[0])
-        for i, own in enumerate(captions)
-        for text in own
-    ]
-    for k in (1, 5):
-        found = sum(i in (images @ text).topk(k).indices.tolist() for i, text in texts) / len(texts)
-        assert metrics[f"image_retrieval_recall@{k}"] == pytest.approx(found, abs=1e-6)
-        hits = 0
-        for i, image in enumerate(images):
-            best = sorted(range(len(texts)), key=lambda t: -float(texts[t][1] @ image))[:k]
-            hits += any(texts[t][0] == i for t in best)
-        assert metrics[f"text_retrieval_recall@{k}"] == pytest.approx(hits / len(images), abs=1e-6)
 
 
 def test_transform_and_tokenizer_pickle_to_few_bytes_for_data_workers(

@@ -135,9 +135,9 @@ def test_images_with_several_classes_have_one_classifier_per_class(digits: tuple
 
 
 def test_chunk_size_makes_no_difference(digits: tuple[Tensor, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
-    features, labels = digits
+    features, labels = (each[:600] for each in digits)
     whole = LogisticProblem(features, labels, 10).fit(10.0, **EXACT)
-    monkeypatch.setattr(logistic, "CPU_ENTRIES", 1)  # 256 rows at a time: 7 chunks and 5 rows
+    monkeypatch.setattr(logistic, "CPU_ENTRIES", 1)  # 256 rows at a time: 2 chunks and 88 rows
     chunked = LogisticProblem(features, labels, 10).fit(10.0, **EXACT)
     assert torch.allclose(chunked.weight, whole.weight, atol=1e-6)
 
@@ -183,16 +183,11 @@ def test_search_finds_a_single_peak_anywhere_on_the_grid(peak: int) -> None:
     assert len(tried) == len(set(tried)) <= 15
 
 
-def test_grid_has_97_points_eight_per_decade() -> None:
-    assert len(L2_GRID) == 97
-    assert [L2_GRID[0], L2_GRID[8], L2_GRID[52], L2_GRID[96]] == pytest.approx([1e-6, 1e-5, 10**0.5, 1e6])
-
-
 def test_the_strongest_of_equally_good_penalties_is_chosen() -> None:
     assert best_l2(search_l2(lambda l2: float(l2 < 50))) == L2_GRID[61]  # 10^1.625 = 42, the last before 50
 
 
-@pytest.mark.parametrize("step", [6, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("step", [12, pytest.param(1, marks=pytest.mark.slow)])
 def test_the_penalty_found_is_as_good_as_the_best_of_the_whole_grid(
     splits: tuple[Split, Split, Split], step: int
 ) -> None:
@@ -253,14 +248,14 @@ def test_classes_with_few_examples_keep_one_to_learn_from() -> None:
 def test_probes_with_several_and_with_two_classes_are_evaluated_by_their_metric(
     digits: tuple[Tensor, Tensor], metric: Any
 ) -> None:
-    features, labels = digits[0][:900].float(), digits[1][:900]
+    features, labels = digits[0][:600].float(), digits[1][:600]
     if metric == "map11":
         relevance = torch.stack([labels % 2 == 0, labels > 6, labels % 3 == 0], dim=1).to(torch.int8)
-        targets = Targets(torch.full((900,), -1), 3, relevance=relevance)
+        targets = Targets(torch.full((600,), -1), 3, relevance=relevance)
     else:
         targets = Targets(labels % 2, 2)
     whole = Split(features, targets)
-    parts = whole.take(torch.arange(500)), whole.take(torch.arange(500, 900))
+    parts = whole.take(torch.arange(300)), whole.take(torch.arange(300, 600))
     result = train_probe(parts[0], None, metric)
     metrics = metrics_of(result, parts[1], metric)
     assert next(iter(metrics)) == metric

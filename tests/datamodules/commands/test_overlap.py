@@ -54,22 +54,6 @@ def test_statistics_match_a_count_by_hand() -> None:
     assert found.interval == pytest.approx((beta.ppf(0.0025, 2, 2), beta.ppf(0.9975, 3, 1)))
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_the_accuracy_difference_is_the_contamination_times_the_advantage_of_the_overlap(seed: int) -> None:
-    """All - Clean = f (Overlap - Clean), as in the paper's appendix C."""
-    generator = torch.Generator().manual_seed(seed)
-    size = int(torch.randint(2, 200, (1,), generator=generator))
-    seen = torch.rand(size, generator=generator) < 0.3
-    seen[0], seen[1] = True, False
-    found = overlap_of(seen, torch.rand(size, generator=generator) < 0.6)
-    assert found.contamination is not None
-    assert found.accuracy_overlap is not None
-    assert found.accuracy_clean is not None
-    assert found.difference == pytest.approx(
-        found.contamination * (found.accuracy_overlap - found.accuracy_clean), abs=1e-12
-    )
-
-
 @pytest.mark.parametrize(("successes", "trials", "null"), [(0, 5, 0.3), (5, 5, 0.3), (7, 20, 0.2), (130, 200, 0.6)])
 def test_the_p_value_is_a_sum_of_binomial_probabilities(successes: int, trials: int, null: float) -> None:
     at_least = sum(math.comb(trials, k) * null**k * (1 - null) ** (trials - k) for k in range(successes, trials + 1))

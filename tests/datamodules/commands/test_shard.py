@@ -4,12 +4,9 @@ import csv
 import hashlib
 import io
 import json
-import os
 import re
-import signal
 import subprocess
 import tarfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,7 +25,6 @@ from datamodules.shards.index import INDEX_SUFFIX
 from datamodules.shards.pairs import TarPairs
 from datamodules.shards.writing import reduced
 from lit_clip.errors import InputError
-from tests.helpers import forks
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -84,44 +80,6 @@ def test_complete_shards_are_kept_and_missing_ones_written(tmp_path: Path, capti
     assert (out / "00002.tar").stat().st_mtime_ns == before
     assert (out / f"00005.tar{INDEX_SUFFIX}").exists()
     assert not list(out.glob(".*.part"))
-
-
-SESSION = """
-import os
-from lit_clip.cli.main import main
-
-os.setsid()
-main()
-"""
-
-
-def test_killed_run_leaves_only_complete_shards_and_continues(tmp_path: Path, caption_table: Path) -> None:
-    with caption_table.open(encoding="utf-8") as file:
-        rows = list(csv.reader(file))[1:]
-    table = tmp_path / "many.csv"
-    with table.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "caption"])
-        writer.writerows([caption_table.parent / image, caption] for _ in range(40) for image, caption in rows)
-    out = tmp_path / "out"
-    (tmp_path / "session.py").write_text(SESSION)
-    words = ["session.py", "shard", str(table), str(out), "--shard_size", "100", "--workers", "2"]
-    program = forks.Program(forks.script, words, tmp_path, {**os.environ})
-    with forks.running(program, tmp_path / "stdout", tmp_path / "stderr") as process:
-        deadline = time.monotonic() + 60
-        while len(digests(out)) < 2 and process.is_alive() and time.monotonic() < deadline:
-            time.sleep(0.01)
-        assert process.pid is not None
-        os.killpg(process.pid, signal.SIGKILL)
-    written = digests(out)
-    assert len(written) >= 2
-    for name in written:
-        with tarfile.open(out / name) as tar:
-            assert len(tar.getnames()) == 300
-    shard(str(table), str(out), shard_size=100, workers=0)
-    assert len(digests(out)) == 26
-    assert written.items() <= digests(out).items()
-    assert len(TarPairs(str(out))) == 2560
 
 
 def test_several_captions_and_groups_are_kept(tmp_path: Path, caption_table: Path) -> None:

@@ -1,7 +1,9 @@
 """Miniature sets that several test files use."""
 
-import copy
+import io
 import json
+import pickle
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +15,19 @@ from tests.helpers.coloured_sets import WDS_LABELS, WDS_NAMES, WDS_TEMPLATES, en
 
 PROMPTS = json.loads((ROOT / "lit_clip/evaluation/paper_prompts.json").read_text(encoding="utf-8"))["sets"]
 
-DATED = 128  # bytes at the beginning of a MATLAB file, which name the time of its writing
-
-
-@pytest.fixture(scope="session")
-def arrays() -> dict[Any, dict[str, Any]]:
-    """Return the variables of MATLAB files by their content, filled on first use."""
-    return {}
-
 
 @pytest.fixture
-def _mat_read_once(arrays: dict[Any, dict[str, Any]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Remember what is in a MATLAB file: a process of its own reads each, and has to import SciPy first."""
-    plain = annotation_files._read_mat_apart
+def _mat_read_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read MATLAB files in this process, which has SciPy: one of its own would import it anew for each file."""
+    from scipy.io import loadmat
 
-    def read(path: Path, names: Any) -> dict[str, Any]:
-        key = path.read_bytes()[DATED:], names
-        if key not in arrays:
-            arrays[key] = plain(path, names)
-        return copy.deepcopy(arrays[key])
+    def read(path: Path, names: Sequence[str]) -> dict[str, Any]:
+        try:
+            content = loadmat(path, squeeze_me=True)
+        except Exception as error:
+            raise ValueError(str(error)) from None
+        found = pickle.dumps({name: content[name] for name in names if name in content}, protocol=4)
+        return annotation_files.ArrayUnpickler(io.BytesIO(found)).load()
 
     monkeypatch.setattr(annotation_files, "_read_mat_apart", read)
 

@@ -152,6 +152,7 @@ HOSTILE: dict[str, tuple[Callable[[str], Any], dict[str, Any], str]] = {
         _cifar({"data": PIXELS, "labels": [0, 1]}, [1, 2]),
         "batches.meta.*no list of na",
     ),
+    "CIFAR of a third class": (sets.CIFAR10, _cifar({"data": PIXELS, "labels": [0, 2]}), "label 2 is none of the 2"),
     "CIFAR of a terabyte": (sets.CIFAR10, _cifar(b"\x80\x05\x96" + struct.pack("<Q", 2**40)), "test_batch: not a"),
     "CIFAR in a pipe": (sets.CIFAR10, _cifar(os.mkfifo), "test_batch: neither a file nor a folder"),
     "MNIST of exabytes": (
@@ -193,6 +194,11 @@ HOSTILE: dict[str, tuple[Callable[[str], Any], dict[str, Any], str]] = {
         "withlabels.mat: not a readable list of cars",
     ),
     "VOC of entities": (sets.VOC2007, _voc(LAUGHS), "1.xml: not an annotation of VOC, which has no declarations"),
+    "VOC of giraffes": (
+        sets.VOC2007,
+        _voc("<annotation><object><name>giraffe</name></object></annotation>"),
+        "1.xml: .*giraffe",
+    ),
     "VOC nested": (sets.VOC2007, _voc("<a>" * 100_000), "1.xml: not a readable annotation"),
     "VOC in a pipe": (sets.VOC2007, _voc(os.mkfifo), "1.xml: neither a file nor a folder"),
     "CLEVR nested": (sets.CLEVRCounts, {SCENES: "[" * 100_000}, "scenes.json: not a readable JSON file .nested too"),
@@ -201,10 +207,20 @@ HOSTILE: dict[str, tuple[Callable[[str], Any], dict[str, Any], str]] = {
         {SCENES: json.dumps({"scenes": [{"image_filename": [], "objects": []}]})},
         "scenes.json: .*image_filename: .* must be a text",
     ),
+    "CLEVR of eleven": (
+        lambda root: sets.CLEVRCounts(root, test=1),
+        {SCENES: json.dumps({"scenes": [{"image_filename": "a.png", "objects": [{}] * 11}]})},
+        "a.png has 11 objects",
+    ),
     "KITTI counting backwards": (
         sets.KITTI,
         {f"{KITTI}/train_mapping.txt": VIDEOS, f"{KITTI}/train_rand.txt": "-1,0"},
         "train_rand.txt: not line numbers",
+    ),
+    "Food-101 without images": (
+        sets.Food101,
+        {"food-101/meta/test.json": json.dumps({"apple_pie": ["apple_pie/1"]})},
+        "images/apple_pie: no such folder",
     ),
     "Food-101 of numbers": (sets.Food101, {"food-101/meta/test.json": '{"x": [3]}'}, "test.json: .* must be a text"),
     "tars with a long number": (sets.WebDataset, _tars("cls", b"9" * 5000), "sample a: its label is '9999"),

@@ -1,9 +1,13 @@
-"""Sets read from miniatures: layout, listing and labels, and what torchvision's own classes say."""
+"""Sets that torchvision has, on miniatures of their owners' files, and in the layouts of Kaggle, Zenodo and the hub."""
 
+import csv
+import io
 import json
 import os
 import pickle
 import shutil
+import tarfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +18,15 @@ import torchvision
 from torch.utils.data import DataLoader
 
 from datamodules import evaluation as sets
-from lit_clip.evaluation.data import LabelledImages, MissingData, MultiLabel
-from tests.helpers.coloured_sets import message_of
-from tests.helpers.miniature_arrays import python2_pickle, write_fer2013, write_stl10
+from datamodules.evaluation.imagenet import imagenet_wnids
+from lit_clip.evaluation.data import CaptionedImages, LabelledImages, MissingData, MultiLabel
+from tests.helpers.coloured_sets import message_of, paint_shade, shade
+from tests.helpers.miniature_arrays import EMOTION_NAMES, FACES, write_fer2013, write_stl10
 from tests.helpers.miniature_files import VOC_OBJECTS, write_imagenet, write_voc2007
-from tests.helpers.miniature_images import Row, encodes, paint, write_mat, write_text
+from tests.helpers.miniature_images import Row, Rows, encodes, paint, pixels, write_mat, write_text
 from tests.helpers.miniatures import MINIATURES, open_miniature
 
-pytestmark = pytest.mark.usefixtures("_mat_read_once")
+pytestmark = pytest.mark.usefixtures("_mat_read_here")
 
 
 DRAWN = ("caltech101", "eurosat")  # from all images of a folder, also those that are in no split
@@ -128,15 +133,6 @@ def test_voc2007_marks_present_absent_and_difficult_classes(tmp_path: Path) -> N
     assert VOC_OBJECTS["000001"] == ["dog", "tvmonitor*"]
 
 
-def test_unknown_voc2007_object_is_an_error_naming_the_file(tmp_path: Path) -> None:
-    write_voc2007(tmp_path)
-    path = tmp_path / "VOCdevkit/VOC2007/Annotations/000002.xml"
-    path.write_text(path.read_text().replace("pottedplant", "giraffe"))
-    message = message_of(lambda: sets.VOC2007(str(tmp_path)))
-    assert "000002.xml" in message
-    assert "giraffe" in message
-
-
 def test_stl10_folds_are_read_from_its_file_and_share_the_test_images(tmp_path: Path) -> None:
     rows = write_stl10(tmp_path)
     stamps = set()
@@ -194,23 +190,6 @@ def test_fer2013_face_with_too_few_pixels_is_an_error_naming_the_row(tmp_path: P
     assert images[1][0].size == (48, 48)
 
 
-def test_pickled_cifar_batch_cannot_run_code(tmp_path: Path) -> None:
-    MINIATURES["cifar10"].write(tmp_path)
-    marker = tmp_path / "ran"
-    (tmp_path / "cifar-10-batches-py/test_batch").write_bytes(b"cos\nsystem\n(S'touch %s'\ntR." % str(marker).encode())
-    message = message_of(lambda: sets.CIFAR10(str(tmp_path)))
-    assert "test_batch" in message
-    assert "system" in message
-    assert not marker.exists()
-
-
-def test_cifar_label_without_a_class_is_an_error(tmp_path: Path) -> None:
-    MINIATURES["cifar100"].write(tmp_path)
-    batch = {"fine_labels": [3], "data": np.zeros((1, 3072), np.uint8)}
-    (tmp_path / "cifar-100-python/test").write_bytes(python2_pickle(batch))
-    assert "label 3 is none of the 3" in message_of(lambda: sets.CIFAR100(str(tmp_path)))
-
-
 def test_eurosat_splits_are_thirds_of_the_sampled_images(tmp_path: Path) -> None:
     folder = tmp_path / "eurosat/2750"
     for name in ("Forest", "PermanentCrop", "Residential", "River", "Pasture", "SeaLake", "HerbaceousVegetation"):
@@ -229,18 +208,6 @@ def test_eurosat_splits_are_thirds_of_the_sampled_images(tmp_path: Path) -> None
     assert len({key for some in keys.values() for key in some}) == 300
     other = sets.EuroSAT(str(tmp_path), "train", 30, seed=1)
     assert [other.key(i) for i in range(len(other))] != keys["train"]
-
-
-def test_clevr_count_outside_three_to_ten_is_an_error(tmp_path: Path) -> None:
-    scenes = {"scenes": [{"image_filename": "CLEVR_val_000000.png", "objects": [{}] * 11}]}
-    write_text(tmp_path / "clevr/CLEVR_v1.0/scenes/CLEVR_val_scenes.json", json.dumps(scenes))
-    message = message_of(lambda: sets.CLEVRCounts(str(tmp_path), test=1))
-    assert "CLEVR_val_000000.png has 11 objects" in message
-
-
-def test_lists_without_images_are_missing_data(tmp_path: Path) -> None:
-    write_text(tmp_path / "food-101/meta/test.json", json.dumps({"apple_pie": ["apple_pie/1"]}))
-    assert "images/apple_pie: no such folder" in message_of(lambda: sets.Food101(str(tmp_path)), MissingData)
 
 
 @pytest.mark.parametrize("labels", ["meta.bin", "devkit"])
@@ -265,13 +232,281 @@ def test_imagenets_validation_images_may_lie_in_one_folder(labels: str, tmp_path
     assert "4 images, not 3" in message_of(lambda: sets.ImageNet(str(tmp_path)))
 
 
-def test_imagenet_images_without_labels_are_missing_data(tmp_path: Path) -> None:
-    paint(tmp_path / "val/ILSVRC2012_val_00000001.JPEG", 1)
-    message = message_of(lambda: sets.ImageNet(str(tmp_path)), MissingData)
-    assert "meta.bin" in message
-
-
 def test_folder_that_is_not_an_imagenet_class_is_an_error(tmp_path: Path) -> None:
     write_imagenet(tmp_path)
     paint(tmp_path / "val/n00000001/a.JPEG", 1)
     assert "'n00000001' is none of the 1000 classes" in message_of(lambda: sets.ImageNet(str(tmp_path)))
+
+
+OTHER_PLACES = [  # a set, where its miniature lies, and where it is moved to
+    ("eurosat", "eurosat/2750", "EuroSAT_RGB"),  # Zenodo 7711810
+    ("eurosat", "eurosat/2750", "2750"),
+    ("eurosat", "eurosat/2750", "."),
+    ("dtd", "dtd/dtd", "dtd"),
+    ("dtd", "dtd/dtd", "."),
+    ("oxford_pets", "oxford-iiit-pet", "."),
+    ("caltech101", "caltech101", "caltech-101"),
+    ("caltech101", "caltech101", "."),
+    ("fer2013", "fer2013", "."),
+    ("fer_plus", "fer2013", "."),
+    ("imagenet", "val", "validation"),
+    ("imagenet", "val", "ILSVRC/Data/CLS-LOC/val"),
+]
+
+
+def move(root: Path, source: str, target: str) -> None:
+    """Move a folder, or its content into ``root`` itself."""
+    apart = root.with_name("apart")
+    (root / source).rename(apart)
+    if target == ".":
+        for path in apart.iterdir():
+            path.rename(root / path.name)
+    else:
+        shutil.rmtree(root / Path(source).parts[0], ignore_errors=True)
+        (root / target).parent.mkdir(parents=True, exist_ok=True)
+        apart.rename(root / target)
+
+
+def content(images: LabelledImages) -> list[tuple[str, int, bytes]]:
+    return [(images.key(i), label, images[i][0].tobytes()) for i, label in enumerate(images.labels())]
+
+
+@pytest.mark.parametrize(("name", "source", "target"), OTHER_PLACES)
+def test_set_in_another_place_has_the_same_keys_labels_and_images(
+    name: str, source: str, target: str, tmp_path: Path
+) -> None:
+    miniature, root = MINIATURES[name], tmp_path / "root"
+    splits = [split for split in miniature.write(root) if (root / split).is_dir() or name != "imagenet"]
+    expected = {split: content(open_miniature(miniature, root, split)) for split in splits}
+    names = open_miniature(miniature, root, splits[-1]).class_names
+    move(root, source, target)
+    for split in ["val"] if name == "imagenet" else splits:
+        images = open_miniature(miniature, root, split)
+        assert content(images) == expected[split]
+        assert images.class_names == names
+        assert all(path.is_file() for path in [*images.image_paths(), *images.annotation_paths])
+    if target != ".":
+        (root / Path(target).parts[0]).rename(root / "elsewhere")
+        message = message_of(lambda: open_miniature(miniature, root, splits[-1]), MissingData)
+        assert target in message
+
+
+def write_flat_validation(root: Path, folder: str) -> list[str]:
+    """Write the validation images as the archive has them and return the class of each, in the order of names."""
+    wnids = ["n15075141", "n01440764", "n01484850", "n01440764"]
+    for number in range(len(wnids)):
+        paint(root / folder / f"ILSVRC2012_val_{number + 1:08}.JPEG", number)
+    return wnids
+
+
+def write_devkit(root: Path, wnids: list[str]) -> None:
+    numbers = {wnid: number for number, wnid in enumerate(sorted(set(wnids)), start=7)}
+    synsets = np.zeros((len(numbers), 1), dtype=[("ILSVRC2012_ID", object), ("WNID", object)])
+    for row, (wnid, number) in enumerate(numbers.items()):
+        synsets[row, 0] = (number, wnid)
+    data = root / "ILSVRC2012_devkit_t12/data"
+    write_mat(data / "meta.mat", synsets=synsets)
+    write_text(data / "ILSVRC2012_validation_ground_truth.txt", "".join(f"{numbers[wnid]}\n" for wnid in wnids))
+
+
+def write_solution(root: Path, wnids: list[str]) -> Path:
+    """Write Kaggle's labels, which are in no order and may list several boxes."""
+    rows = [(f"ILSVRC2012_val_{n + 1:08}", f"{wnid} 1 2 30 40 " * (1 + n % 2)) for n, wnid in enumerate(wnids)]
+    path = root / "LOC_val_solution.csv"
+    lines = "".join(f"{name},{boxes}\n" for name, boxes in reversed(rows))
+    write_text(path, f"ImageId,PredictionString\n{lines}")
+    return path
+
+
+@pytest.mark.parametrize("folder", ["ILSVRC/Data/CLS-LOC/val", "val"])
+def test_kaggles_imagenet_has_the_labels_of_the_development_kit(folder: str, tmp_path: Path) -> None:
+    wnids = write_flat_validation(tmp_path / "archive", "val")
+    write_devkit(tmp_path / "archive", wnids)
+    write_flat_validation(tmp_path / "kaggle", folder)
+    solution = write_solution(tmp_path / "kaggle", wnids)
+    ours, expected = sets.ImageNet(str(tmp_path / "kaggle")), sets.ImageNet(str(tmp_path / "archive"))
+    assert content(ours) == content(expected)
+    assert [imagenet_wnids()[label] for label in ours.labels()] == wnids
+    assert ours.annotation_paths == [solution]
+    paint(tmp_path / "kaggle" / folder / "ILSVRC2012_val_00000009.JPEG", 9)
+    assert "ILSVRC2012_val_00000009.JPEG is not in it" in message_of(lambda: sets.ImageNet(str(tmp_path / "kaggle")))
+    solution.unlink()
+    message = message_of(lambda: sets.ImageNet(str(tmp_path / "kaggle")), MissingData)
+    assert "LOC_val_solution.csv" in message
+
+
+def test_solution_with_an_unknown_class_is_an_error(tmp_path: Path) -> None:
+    wnids = write_flat_validation(tmp_path, "val")
+    write_solution(tmp_path, [*wnids[:-1], "n00000000"])
+    assert "'n00000000' is none of the 1000 classes" in message_of(lambda: sets.ImageNet(str(tmp_path)))
+
+
+def write_timm_tars(root: Path, rows: Rows, canonical: Path, info: bool) -> None:
+    """Write timm/imagenet-1k-wds: samples of .jpg, .cls and .json in a random order, named without their folder."""
+    filenames: dict[str, list[str]] = {}
+    for split, name in (("train", "train"), ("val", "validation")):
+        keys = [row.key for row in rows[split]][::-1]
+        half = len(keys) // 2
+        for number, some in enumerate((keys[half:], keys[:half])):
+            path = root / f"imagenet1k-{name}-{number:02}.tar"
+            filenames.setdefault(name, []).append(path.name)
+            with tarfile.open(path, "w") as tar:
+                for key in some:
+                    wnid, stem = Path(key).parts[0], Path(key).stem
+                    label = imagenet_wnids().index(wnid)
+                    described = json.dumps({"filename": key, "label": label}).encode()
+                    image = (canonical / split / key).read_bytes()
+                    for suffix, data in (("cls", str(label).encode()), ("jpg", image), ("json", described)):
+                        member = tarfile.TarInfo(f"{stem}.{suffix}")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+    if info:
+        splits = {split: {"name": split, "filenames": files} for split, files in filenames.items()}
+        write_text(root / "_info.json", json.dumps({"splits": splits}))
+
+
+@pytest.mark.parametrize("info", [True, False])
+def test_timms_tar_files_have_the_keys_labels_and_order_of_class_folders(info: bool, tmp_path: Path) -> None:
+    wnids = ["n01440764", "n01484850", "n15075141"]
+    rows: Rows = write_imagenet(tmp_path / "folders")
+    shutil.rmtree(tmp_path / "folders")
+    for split in rows:  # names that differ between classes, as ImageNet's do
+        stem = "{}_{}" if split == "train" else "ILSVRC2012_val_{}{}"
+        rows[split] = [
+            row._replace(key=f"{wnid}/{stem.format(wnid, i)}.JPEG")
+            for row, (wnid, i) in zip(rows[split], [(wnid, i) for wnid in wnids for i in (1, 2)], strict=True)
+        ]
+        for row in rows[split]:
+            paint(tmp_path / "folders" / split / row.key, row.number)
+    (tmp_path / "tars").mkdir()
+    write_timm_tars(tmp_path / "tars", rows, tmp_path / "folders", info)
+    for split in ("train", "val"):
+        ours, expected = (sets.ImageNet(str(tmp_path / layout), split) for layout in ("tars", "folders"))
+        assert content(ours) == content(expected)
+        assert len(ours.image_paths()) == 2
+    (tmp_path / "tars/imagenet1k-validation-01.tar").unlink()
+    if info:
+        message = message_of(lambda: sets.ImageNet(str(tmp_path / "tars")), MissingData)
+        assert "imagenet1k-validation-01.tar" in message
+
+
+def test_tar_sample_whose_name_contradicts_its_label_is_an_error(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / "imagenet1k-train-0000.tar", "w") as tar:
+        for suffix, data in (("jpg", b"x"), ("cls", b"3")):
+            member = tarfile.TarInfo(f"n01440764_1.{suffix}")
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    message = message_of(lambda: sets.ImageNet(str(tmp_path), "train"))
+    assert "its name is of n01440764, but its label 3 is n01491361" in message
+    assert "validation" in message_of(lambda: sets.ImageNet(str(tmp_path)), MissingData)
+
+
+KAGGLE_EMOTIONS = {"angry": "angry", "disgusted": "disgust", "happy": "happy", "neutral": "neutral"}
+
+
+def write_face_folders(root: Path) -> None:
+    """Write FER2013's miniature as msambare/fer2013 has it: folders of emotions, both test splits in ``test``."""
+    from PIL import Image
+
+    for part in ("train", "test"):
+        for name in ("angry", "disgust", "fear", "happy", "neutral", "sad", "surprise"):
+            folder = root / part / name
+            folder.mkdir(parents=True)
+            usage = "Training" if part == "train" else "PrivateTest"
+            Image.fromarray(pixels(100, 48, 1)).save(folder / f"{usage}_99999999.png")
+    for number, (emotion, usage) in enumerate(FACES):
+        folder = root / ("train" if usage == "Training" else "test") / KAGGLE_EMOTIONS[EMOTION_NAMES[emotion]]
+        Image.fromarray(pixels(number, 48, 1)).save(folder / f"{usage}_{10_000_000 + number}.png")
+
+
+@pytest.mark.parametrize("place", ["fer2013", "."])
+def test_kaggles_folders_of_faces_have_the_challenges_splits(place: str, tmp_path: Path) -> None:
+    """Its ``test`` folder has the images of two splits, which their names tell."""
+    write_fer2013(tmp_path / "table")
+    write_face_folders(tmp_path / "folders" / place)
+    for split in ("train", "val", "test"):
+        ours, expected = (sets.FER2013(str(tmp_path / layout), split) for layout in ("folders", "table"))
+        assert ours.class_names == expected.class_names
+        added = pixels(100, 48, 1).tobytes()  # one of each emotion
+        found = sorted((label, image) for _, label, image in content(ours) if image != added)
+        assert found == sorted((label, image) for _, label, image in content(expected))
+        assert len(ours) - len(found) == (0 if split == "val" else 7)
+    wrong = tmp_path / "folders" / place / "test/angry/Training_1.png"
+    wrong.write_bytes(b"")
+    assert "Training_1.png: its name does not start with" in message_of(lambda: sets.FER2013(str(tmp_path / "folders")))
+    wrong.unlink()
+    (tmp_path / "folders" / place / "test/contempt").mkdir()
+    assert "contempt" in message_of(lambda: sets.FER2013(str(tmp_path / "folders")))
+    assert "fer2013new.csv" in message_of(lambda: sets.FERPlus(str(tmp_path / "folders")), MissingData)
+
+
+def captioned(images: CaptionedImages) -> list[tuple[str, int, list[str]]]:
+    return [(images.key(i), shade(images.images(i)[0]), images.captions(i)) for i in range(len(images))]
+
+
+CAPTIONS = {"2.jpg": ["Two, with a comma .", 'a "quoted" one'], "1.jpg": ["One"]}
+
+
+def write_karpathy(path: Path, folder: str | None) -> None:
+    entries = [
+        {
+            "filename": name,
+            "split": "test",
+            "sentences": [{"raw": caption} for caption in captions],
+            **({"filepath": folder} if folder else {}),
+        }
+        for name, captions in CAPTIONS.items()
+    ]
+    other = {"filename": "3.jpg", "split": "train", "sentences": [{"raw": "no"}], "filepath": "train2014"}
+    write_text(path, json.dumps({"images": [other, *entries], "dataset": "any"}))
+
+
+def test_hubs_table_of_flickr30k_has_karpathys_test_split(tmp_path: Path) -> None:
+    """nlphuji/flickr30k: a column ``raw`` with a JSON list of captions."""
+    for layout in ("hub", "karpathy"):
+        for number in (1, 2, 3):
+            paint_shade(tmp_path / layout / f"flickr30k-images/{number}.jpg", 10 * number)
+    write_karpathy(tmp_path / "karpathy/dataset_flickr30k.json", None)
+    table = tmp_path / "hub/flickr_annotations_30k.csv"
+    with table.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["raw", "sentids", "split", "filename", "img_id"])
+        writer.writerow([json.dumps(["no"]), "[0]", "train", "3.jpg", "0"])
+        for number, (name, captions) in enumerate(CAPTIONS.items(), start=1):
+            writer.writerow([json.dumps(captions), f"[{number}]", "test", name, str(number)])
+    ours, expected = (sets.Flickr30k(str(tmp_path / layout)) for layout in ("hub", "karpathy"))
+    assert captioned(ours) == captioned(expected) == [(name, 10 * int(name[0]), CAPTIONS[name]) for name in CAPTIONS]
+    assert ours.annotation_paths == [table]
+    table.write_text("raw,split,filename\nnot json,test,1.jpg\n")
+    assert "1.jpg" in message_of(lambda: sets.Flickr30k(str(tmp_path / "hub")))
+
+
+@pytest.mark.parametrize("place", ["", "annotations/"])
+def test_clip_benchmarks_file_of_cocos_test_split_equals_karpathys(place: str, tmp_path: Path) -> None:
+    """COCO's own format, with the names of images inside ``val2014``."""
+    for layout in ("benchmark", "karpathy"):
+        for number in (1, 2):
+            paint_shade(tmp_path / layout / f"val2014/{number}.jpg", 10 * number)
+    write_karpathy(tmp_path / "karpathy/dataset_coco.json", "val2014")
+    images = [{"id": int(name[0]), "file_name": name} for name in CAPTIONS]
+    annotations = [
+        {"id": 10 * image["id"] + i, "image_id": image["id"], "caption": caption}
+        for image in images
+        for i, caption in enumerate(CAPTIONS[image["file_name"]])
+    ]
+    path = tmp_path / "benchmark" / f"{place}coco_test_karpathy.json"
+    write_text(path, json.dumps({"images": images, "annotations": annotations}))
+    ours, expected = (sets.COCO(str(tmp_path / layout)) for layout in ("benchmark", "karpathy"))
+    assert captioned(ours) == captioned(expected)
+    assert [key for key, _, _ in captioned(ours)] == ["val2014/2.jpg", "val2014/1.jpg"]
+    assert ours.annotation_paths == [path]
+    assert "coco_val_karpathy.json" in message_of(lambda: sets.COCO(str(tmp_path / "benchmark"), "val"), MissingData)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [sets.EuroSAT, sets.DTD, sets.OxfordPets, sets.Caltech101, sets.FER2013, sets.FERPlus, sets.ImageNet, sets.COCO],
+)
+def test_folder_without_a_known_layout_is_missing(make: Callable[[str], object], tmp_path: Path) -> None:
+    paint(tmp_path / "some/where/1.png", 1)
+    assert str(tmp_path) in message_of(lambda: make(str(tmp_path)), MissingData)

@@ -1,18 +1,22 @@
-"""UCF101, Kinetics700 and RareAct."""
+"""UCF101, Kinetics700, RareAct, ImageNet-Vid-Robust and YTBB-Robust, and frames of real videos."""
 
 import json
 import pickle
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from PIL import Image
 
-from datamodules.evaluation import UCF101, Kinetics700, RareAct
+from datamodules.evaluation import UCF101, ImageNetVidRobust, Kinetics700, RareAct, YTBBRobust
 from datamodules.evaluation.image_files import ImageFiles
+from datamodules.evaluation.video_frames import read_frames, times_of_frames
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MissingData
 from tests.conftest import ROOT
 from tests.helpers.coloured_sets import message_of
-from tests.helpers.videos import frame_colours, nearest_frame, write_table, write_video
+from tests.helpers.videos import Colour, frame_colours, nearest_frame, write_table, write_video
 
 CLASSES = ["Archery", "Hammering", "HammerThrow", "JumpingJack", "JumpRope"]  # in the order of classInd.txt
 
@@ -172,3 +176,151 @@ def test_videos_are_not_judged_as_image_files_before_training(ucf101: Path) -> N
         images.check()  # what the videos inherit
     videos.check()
     assert len(videos.images(0)) > 0
+
+
+FORMATS = {  # file name: options of the encoder
+    "mpeg4.mp4": {},
+    "mpeg4.avi": {},
+    "bidirectional.avi": {"max_b_frames": 2},
+    "h264.mp4": {"codec": "libx264"},
+    "vp8.webm": {"codec": "libvpx"},
+    "raw.h264": {"codec": "libx264"},  # has no timestamps
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("number", [1, 2, 13, 24])
+def test_centre_frame_is_the_middle_one(name: str, number: int, tmp_path: Path) -> None:
+    frames = frame_colours(number)
+    path = write_video(tmp_path / name, frames, **FORMATS[name])
+    (image,) = read_frames(path, "centre")
+    assert nearest_frame(image, frames) == number // 2
+    assert image.size == (32, 32)
+    assert image.mode == "RGB"
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_all_frames_come_in_display_order(name: str, tmp_path: Path) -> None:
+    frames = frame_colours(13)
+    path = write_video(tmp_path / name, frames, **FORMATS[name])
+    assert [nearest_frame(image, frames) for image in read_frames(path, "all")] == list(range(13))
+    assert (times_of_frames(path) is None) == (name == "raw.h264")
+
+
+@pytest.mark.parametrize("name", ["mpeg4.mp4", "bidirectional.avi", "vp8.webm"])
+def test_span_selects_frames_by_seconds(name: str, tmp_path: Path) -> None:
+    frames = frame_colours(24)
+    path = write_video(tmp_path / name, frames, **FORMATS[name])
+    assert [nearest_frame(image, frames) for image in read_frames(path, "all", (1.0, 1.5))] == [10, 11, 12, 13, 14]
+    assert [nearest_frame(image, frames) for image in read_frames(path, "centre", (1.0, 1.5))] == [12]
+    assert "from 60 to 70 s" in message_of(lambda: read_frames(path, "all", (60.0, 70.0)))
+
+
+def test_broken_empty_and_missing_videos_are_errors_naming_the_file(tmp_path: Path) -> None:
+    whole = write_video(tmp_path / "whole.mp4", frame_colours(5)).read_bytes()
+    for name, content in {"empty.mp4": b"", "junk.avi": b"no video" * 99, "cut.mp4": whole[: len(whole) // 2]}.items():
+        (tmp_path / name).write_bytes(content)
+        assert str(tmp_path / name) in message_of(lambda name=name: read_frames(tmp_path / name, "centre"))
+    assert "gone.mp4" in message_of(lambda: read_frames(tmp_path / "gone.mp4", "all"))
+
+
+def test_without_pyav_the_error_names_the_package_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_video(tmp_path / "a.mp4", frame_colours(2))
+    monkeypatch.setitem(sys.modules, "av", None)
+    assert "pip install av" in message_of(lambda: read_frames(path, "centre"))
+
+
+def paint_frame(path: Path, colour: Colour = (1, 2, 3)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (4, 4), colour).save(path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def test_imagenet_vid_robust_has_anchors_neighbours_and_accepted_classes(tmp_path: Path) -> None:
+    top = tmp_path / "imagenet-vid-robust"
+    first, second = "val/ILSVRC2015_val_00000000", "val/ILSVRC2015_val_00000001"
+    names = [f"{first}/{number:06}.JPEG" for number in (3, 4, 5)] + [f"{second}/000010.JPEG"]
+    for i, name in enumerate([*names, f"{first}/000099.JPEG"]):
+        paint_frame(top / name, (i, 0, 0))
+    write_json(top / "metadata/pmsets.json", {names[3]: [], names[1]: [names[2], names[0], names[1]]})
+    write_json(top / "metadata/labels.json", {names[0]: [1], names[1]: [1, 0], names[2]: [1], names[3]: [2]})
+    classes = {"0": ["n02691156", "airplane"], "1": ["n02419796", "giant_panda"], "2": ["n02131653", "bear"]}
+    write_json(top / "misc/imagenet_vid_class_index.json", classes)
+    frames = ImageNetVidRobust(str(tmp_path))
+    assert [frames.key(i) for i in range(len(frames))] == names  # each once, and only those of an anchor
+    assert frames.class_names == ["airplane", "giant panda", "bear"]
+    assert frames.neighbours() == [(3, []), (1, [2, 0])]
+    assert frames.accepted() == [{1}, {0, 1}, {1}, {2}]
+    assert frames.labels() == [1, 0, 1, 2]
+    assert frames[2][0].size == (4, 4)
+    copy = pickle.loads(pickle.dumps(ImageNetVidRobust(str(top))))
+    assert (copy.neighbours(), copy.stamp()) == (frames.neighbours(), frames.stamp())
+    write_json(top / "metadata/rev_class_idx_map.json", {"0": [404], "1": [388], "2": [294, 295]})
+    assert frames.imagenet_classes() == [[404], [388], [294, 295]]
+    write_json(top / "metadata/labels.json", {names[0]: [1], names[1]: [3], names[2]: [1], names[3]: [2]})
+    assert names[1] in message_of(lambda: ImageNetVidRobust(str(top)))
+    write_json(top / "metadata/labels.json", [])
+    assert "labels.json" in message_of(lambda: ImageNetVidRobust(str(top)))
+    (top / "metadata/pmsets.json").unlink()
+    assert "pmsets.json" in message_of(lambda: ImageNetVidRobust(str(top)), MissingData)
+
+
+def test_ytbb_robust_keeps_good_anchors_and_similar_neighbours(tmp_path: Path) -> None:
+    metadata = tmp_path / "ytbb-robust/metadata"
+    names = {str(i): f"thing {i}" for i in range(24)} | {"0": "person", "22": "none", "23": "car"}
+    write_json(metadata / "ytbb_class_index.json", names)
+    anchors = ["good", "bad", "unsure", *names.values()]
+
+    def anchor_review(key: str, *labels: str) -> dict[str, Any]:
+        return {"key": key, "labels": [anchors.index(label) for label in labels], "notes": ""}
+
+    frames = [
+        anchor_review("/data/aa_1000/frame-15.jpg", "good", "person"),
+        anchor_review("bb_2000/frame-30.jpg", "good", "unsure"),
+        anchor_review("cc_0/frame-20.jpg", "good"),
+        anchor_review("dd_0/frame-20.jpg", "good"),
+        anchor_review("ee_0/frame-20.jpg", "good"),
+    ]
+    write_json(metadata / "anchor_labels.json", {"labels": anchors, "annotations": frames})
+    verdicts = ["similar", "dissimilar", "correct", "bad-anchor", "occlusion-increased"]
+
+    def pair_review(anchor: str, frame: str, *labels: str) -> dict[str, Any]:
+        return {"key": f"{anchor},{frame}", "labels": [verdicts.index(label) for label in labels]}
+
+    def near(number: int) -> str:
+        return f"aa_1000/frame-{number}.jpg"
+
+    pairs = [
+        pair_review(near(15), near(20), "similar", "correct"),
+        pair_review(near(15), near(5), "similar"),
+        pair_review(near(15), near(16), "similar", "occlusion-increased"),
+        pair_review(near(15), near(14), "dissimilar"),
+        pair_review(near(15), near(26), "similar"),  # too far
+        pair_review(near(15), near(13), "similar"),
+        pair_review(near(15), near(13), "dissimilar"),  # the last review counts
+        pair_review("dd_0/frame-20.jpg", "dd_0/frame-21.jpg", "bad-anchor"),
+    ]
+    write_json(metadata / "pmk_labels.json", {"labels": verdicts, "annotations": pairs})
+    # The table numbers car as 22 and none as 23.
+    videos = [["aa", 1000, 22], ["bb", 2000, 1], ["cc", 0, 2], ["dd", 0, 3], ["ee", 0, 23]]
+    write_table(metadata / "ytbb_robustness_test_anchors_full.csv", "ytid,time_ms,label", videos)
+    for name in (near(15), near(20), near(5), "cc_0/frame-20.jpg"):
+        paint_frame(tmp_path / "ytbb-robust/ytbb_videos" / name)
+    robust = YTBBRobust(str(tmp_path))
+    assert [robust.key(i) for i in range(len(robust))] == [near(15), near(20), near(5), "cc_0/frame-20.jpg"]
+    assert len(robust.class_names) == 23
+    assert "none" not in robust.class_names
+    car = robust.class_names.index("car")
+    assert robust.accepted() == [{0, car}, {0, car}, {0, car}, {2}]
+    assert robust.neighbours() == [(0, [2, 1]), (3, [])]  # sorted by time
+    assert pickle.loads(pickle.dumps(robust)).accepted() == robust.accepted()
+    assert "rev_class_idx_map.json" in message_of(robust.imagenet_classes, MissingData)
+    write_json(metadata / "rev_class_idx_map.json", {"2": [404, 895], "23": [436]})  # numbers with the class "none"
+    labels = dict(zip(robust.class_names, robust.imagenet_classes(), strict=True))
+    assert {name: own for name, own in labels.items() if own} == {"thing 2": [404, 895], "car": [436]}
+    (metadata / "pmk_labels.json").unlink()
+    assert "pmk_labels.json" in message_of(lambda: YTBBRobust(str(tmp_path)), MissingData)

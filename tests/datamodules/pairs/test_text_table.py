@@ -7,7 +7,7 @@ import json
 import logging
 import pickle
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +20,11 @@ from datamodules import Captions
 from datamodules.pairs import text_table
 from datamodules.pairs.source import Columns, SourceOptions
 from lit_clip.batch import CaptionBatch
-from lit_clip.errors import BadSample, InputError
+from lit_clip.errors import BadSample
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
 from lit_clip.models.tokenizer import decode, tokenize
+from tests.helpers.coloured_sets import message_of
 
 TINY = Preprocessing(image_size=5)
 PAIRS = [
@@ -91,14 +92,6 @@ def validation(table: Path, **options: Any) -> list[CaptionBatch]:
 
 def captions(table: Path, **options: Any) -> list[str]:
     return [decode(row) for batch in validation(table, **options) for row in batch.tokens.tolist()]
-
-
-def message_of(call: Callable[[], Any]) -> str:
-    """Return the one-line message that a call fails with."""
-    with pytest.raises(InputError) as error:
-        call()
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 FORMATS = {
@@ -225,12 +218,6 @@ def test_rows_without_a_caption_are_left_out_and_counted(folder: Path, messages:
     assert rank_zero.log.isEnabledFor(logging.INFO)  # so it is shown
 
 
-def test_table_without_blank_captions_reports_none(folder: Path, messages: list[str]) -> None:
-    (folder / "t.csv").write_text(VALID)
-    validation(folder / "t.csv")
-    assert not any("without" in message for message in messages)
-
-
 BROKEN: dict[str, tuple[str, bytes | None, list[str]]] = {
     "missing table": ("t.csv", None, ["no such file or folder"]),
     "empty file": ("t.csv", b"", ["is empty"]),
@@ -239,6 +226,8 @@ BROKEN: dict[str, tuple[str, bytes | None, list[str]]] = {
     "all blank": ("t.csv", b"image,caption\na.png,\na.png,nan\nb.png, \n", ["no row", "3"]),
     "missing image file": ("t.csv", b"image,caption\na.png,a cat\nnone.png,a dog\n", ["row 3", "none.png", "no such"]),
     "missing image in JSON": ("t.jsonl", b'{"image": "no.png", "caption": "a"}\n', ["row 1", "no.png", "no such"]),
+    "after lines in a caption": ("t.csv", b'image,caption\na.png,"two\nlines"\n\nno.png,a dog\n', ["row 4", "no.png"]),
+    "after blank captions": ("t.csv", b"image,caption\na.png,\nb.png,nan\nno.png,a dog\n", ["row 4", "no.png"]),
     "text named .jpg": ("t.csv", b"image,caption\ntext.jpg,a cat\n", ["row 2", "text.jpg", "not an image"]),
     "folder as image": ("t.csv", b"image,caption\na.png,a cat\nin a folder,a cat\n", ["row 3", "in a folder"]),
     "too many fields": ("t.csv", b"image,caption\na.png,a cat\nb.png,a dog, a bone\n", ["row 3", "3 fields", "quote"]),
@@ -287,12 +276,6 @@ def test_invalid_utf8_in_a_long_file_is_located(folder: Path, name: str) -> None
     assert f"row {len(content.splitlines())}" in message
 
 
-def test_rows_are_numbered_as_in_a_spreadsheet(folder: Path) -> None:
-    """Row 1 is the header; a caption of several lines is one row, and so is a blank line."""
-    (folder / "t.csv").write_text('image,caption\na.png,"three\nlines\nlong"\n\nnone.png,a dog\n')
-    assert "row 4" in message_of(lambda: module_of(val=str(folder / "t.csv")))
-
-
 def test_truncated_image_is_an_error_that_names_its_row_when_read(folder: Path) -> None:
     noise = torch.randint(0, 256, (40, 40, 3), dtype=torch.uint8)
     Image.fromarray(noise.numpy()).save(folder / "whole.jpg")
@@ -303,11 +286,6 @@ def test_truncated_image_is_an_error_that_names_its_row_when_read(folder: Path) 
     message = message_of(lambda: list(module.val_dataloader()))
     for part in ("t.csv", "row 3", "cut.jpg", "truncated"):
         assert part in message
-
-
-def test_left_out_rows_count_in_the_numbers_of_later_rows(folder: Path) -> None:
-    (folder / "t.csv").write_text("image,caption\na.png,\nb.png,nan\na.png,a cat\nnone.png,a dog\n")
-    assert "row 5" in message_of(lambda: module_of(val=str(folder / "t.csv")))
 
 
 def open_table(path: Path, **options: Any) -> Any:

@@ -11,12 +11,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 import datamodules
 from datamodules.open_source import open_source
 from datamodules.pairs.source import Classes, Columns
-from datamodules.shards.pairs import ShardOptions, TarPairs
+from datamodules.shards.pairs import ShardOptions, TarPairs, shard_order
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.config import Preprocessing
 from tests.helpers.tar_shards import Files, image, numbered, shade_of, write_shards, write_tar
@@ -293,3 +294,22 @@ def test_open_source_recognises_shards_by_name(shards: Path) -> None:
             InputError, match="classes.templates: .*tar is not a folder of classes; leave classes.templates out"
         ):
             open_source(path, classes=Classes(["a {}"]))
+
+
+@pytest.mark.parametrize("window", [1, 2, 3, 10])
+def test_epoch_order_has_every_row_once_and_few_shards_at_once(window: int) -> None:
+    sizes = [7, 1, 0, 12, 5, 9, 3, 20]
+    shard_of = np.repeat(np.arange(8), sizes)
+    orders = [shard_order(sizes, window, epoch, seed) for epoch in range(2) for seed in range(2)]
+    for order in orders:
+        assert sorted(order) == list(range(57))
+        spread = [np.ptp(np.flatnonzero(shard_of[order] == shard)) + 1 for shard in range(8) if sizes[shard]]
+        assert max(spread) <= sum(sorted(sizes)[-window:])  # from a shard's first sample to its last
+    assert len({tuple(order) for order in orders}) == 4
+    assert np.array_equal(orders[0], shard_order(sizes, window, 0, 0))
+
+
+def test_neighbours_in_a_shard_are_separated() -> None:
+    order = shard_order([100] * 20, 10, epoch=0, seed=0)
+    assert np.mean(np.abs(np.diff(order)) == 1) < 0.01
+    assert len(set((order[:1000] // 100).tolist())) == 10
