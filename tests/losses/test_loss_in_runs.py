@@ -258,12 +258,12 @@ class Margin(Vector):
     ],
 )
 def test_a_wrong_loss_on_the_command_line_is_one_line(
-    words: list[str], message: str, cli: Callable[..., Any], caption_table: Path, tmp_path: Path
+    words: list[str], message: str, in_process: Callable[..., Any], caption_table: Path, tmp_path: Path
 ) -> None:
     (tmp_path / "mine_of_a_user.py").write_text(MINE)
     data = ["--data", "datamodules.Captions", "--data.train", str(caption_table), "--data.num_workers", "0"]
     options = ["--data.batch_size", "16", "--model.architecture", "ViT-tiny-16-64", "--trainer.max_steps", "1"]
-    result = cli("fit", *data, *options, "--trainer.accelerator", "cpu", "--model.loss", *words)
+    result = in_process("fit", *data, *options, "--trainer.accelerator", "cpu", "--model.loss", *words)
     assert result.returncode == 2
     (line,) = [line for line in result.stderr.splitlines() if "error" in line]
     assert line.startswith("lit-clip: error: model.loss")
