@@ -231,7 +231,7 @@ def test_a_step_that_is_not_logged_never_waits(
 
 def test_two_ranks_send_only_the_losses_rows_and_one_check(ranks: Callable[..., None], tmp_path: Path) -> None:
     output = tmp_path / "counts.json"
-    ranks("count", 2, str(output), str(write_table(tmp_path, 32)), script="ranks_waits.py")
+    ranks("count", 2, str(output), str(write_table(tmp_path, 32)), script="ranks_callbacks.py")
     found = {int(step): Counter(calls) for step, calls in json.loads(output.read_text()).items()}
     assert found[4] != found[5]  # the logged one gathers the ranks' counts of samples
     for step in (2, 3, 5, 6):

@@ -39,7 +39,7 @@ from tests.test_module import data_for, trainer
 
 LONG_VALIDATION = (
     *("--trainer.limit_train_batches", "2", "--data.batch_size", "2", "--data.num_workers", "0"),
-    *("--trainer.num_sanity_val_steps", "0", "--trainer.callbacks+=tests.helpers.ranks_preemption.ValidationMark"),
+    *("--trainer.num_sanity_val_steps", "0", "--trainer.callbacks+=tests.helpers.ranks_stability.ValidationMark"),
 )
 SAVE_LAST = "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {save_last: true}}"
 

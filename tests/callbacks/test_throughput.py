@@ -486,7 +486,7 @@ def test_validate_logs_no_training_metrics(tiny_config: CLIPConfig, tmp_path: Pa
 
 def test_two_ranks_count_the_work_of_both(ranks: Callable[..., None], tiny_config: CLIPConfig, tmp_path: Path) -> None:
     table, module = write_table(tmp_path), LitCLIP(tiny_config)
-    ranks("fit", 2, str(tmp_path / "metrics.json"), str(table), script="ranks_throughput.py")
+    ranks("throughput", 2, str(tmp_path / "metrics.json"), str(table), script="ranks_callbacks.py")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     rate = metrics["train/samples_per_second"]
     assert metrics["train/tokens_per_second"] / rate == pytest.approx(sum(lengths_of(table, module)) / 8)

@@ -373,7 +373,7 @@ def test_ctrl_c_ends_a_run_with_exit_code_130_and_says_how_to_resume(
     cli: Callable[..., subprocess.CompletedProcess[str]], caption_table: Path, tmp_path: Path
 ) -> None:
     def interrupted(step: int, *others: str) -> str:
-        callback = f"{{class_path: tests.helpers.ranks_preemption.CtrlC, init_args: {{step: {step}}}}}"
+        callback = f"{{class_path: tests.helpers.ranks_stability.CtrlC, init_args: {{step: {step}}}}}"
         options = ["--trainer.max_steps", "12", f"--trainer.callbacks+={callback}", *others]
         done = cli(*words("fit", caption_table), *options)
         assert done.returncode == 130

@@ -197,7 +197,7 @@ def test_run_killed_at_random_steps_resumes_bit_for_bit(
 # Ranks that would resume from different checkpoints say so together.
 
 
-SCRIPT = str(ROOT / "tests/helpers/ranks_resume.py")
+SCRIPT = str(ROOT / "tests/helpers/ranks_scale.py")
 
 
 @pytest.fixture(scope="module")
