@@ -72,16 +72,8 @@ def _fit(table: Path, cache: Path, save: Path, name: str, devices: int, *options
         *("--data", "datamodules.Captions", "--data.train", str(table), "--data.val", str(table)),
         *("--data.batch_size", str(64 // devices), "--data.num_workers", "0"),
         *("--model.architecture", TINY_YAML, "--model.lr_scheduler.warmup_steps", "2"),
-        *(
-            "--trainer.max_steps",
-            "6",
-            "--trainer.check_val_every_n_epoch",
-            "3",
-            "--trainer.accelerator",
-            "cpu",
-            "--trainer.devices",
-            str(devices),
-        ),
+        *("--trainer.max_steps", "6", "--trainer.check_val_every_n_epoch", "6"),
+        *("--trainer.accelerator", "cpu", "--trainer.devices", str(devices)),
         *("--trainer.strategy", "auto" if devices == 1 else "ddp", "--trainer.log_every_n_steps", "1"),
         *("--trainer.logger.class_path", "lightning.pytorch.loggers.CSVLogger"),
         *("--trainer.logger.init_args.save_dir", str(save), "--trainer.logger.init_args.name", name),
@@ -95,7 +87,8 @@ def _fit(table: Path, cache: Path, save: Path, name: str, devices: int, *options
 def _metrics(folder: Path) -> dict[str, list[float]]:
     with (folder / "version_0" / "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows if row[name]] for name in rows[0]}
+    names = [name for name in rows[0] if name != "train/expected_hours"]  # which slow runs have alone
+    return {name: [float(row[name]) for row in rows if row[name]] for name in names}
 
 
 def test_training_and_validation_do_not_depend_on_ranks_or_micro_batches(

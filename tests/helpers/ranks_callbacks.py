@@ -165,7 +165,7 @@ def throughput(output: str, table: str) -> None:
     options = {"max_epochs": 1, "log_every_n_steps": 2, "limit_val_batches": 0, "enable_checkpointing": False}
     trainer = make_trainer(Path(output).parent, [Throughput()], **options)
     with patch("callbacks.throughput.device_peak", lambda trainer: 1e9):  # which Lightning's table lacks
-        trainer.throughput(module, data_for(module, Path(table), 4 // world))
+        trainer.fit(module, data_for(module, Path(table), 4 // world))
     metrics = numbers(trainer, "train/")
     for name in ("train/loss", "train/in_batch_accuracy"):
         metrics.pop(name)
