@@ -97,7 +97,7 @@ def value_of(loop: Callable[[], Tensor]) -> Tensor:
         return torch.zeros(())
     loss = loop()
     loss.backward()
-    return loss
+    return loss.detach()
 
 
 def write(output: str, errors: dict[str, float]) -> None:

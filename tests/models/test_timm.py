@@ -33,7 +33,6 @@ from lit_clip.models.preprocess import image_transform
 from lit_clip.models.timm_hub import timm_hub_weights
 from lit_clip.module import LitCLIP
 from lit_clip.weights.checkpoints import checked
-from lit_clip.weights.load import create_model
 from tests.helpers.towers import (
     D,
     assert_all_trainable_weights_are_used,
@@ -94,10 +93,18 @@ def test_a_convolutional_model_accepts_any_size(name: str, size: Size) -> None:
 
 
 @pytest.mark.parametrize("size", [64, (96, 64)])
-@pytest.mark.parametrize("name", ["test_vit", "swin_tiny_patch4_window7_224"])
-def test_a_fixed_size_model_is_created_for_another_size_as_in_timm(name: str, size: Size) -> None:
-    ours = image_tower(name, image_size=size)
-    peer: Any = timm.create_model(name, num_classes=0, img_size=height_width(size)).eval()
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("test_vit", {}),
+        ("swin_tiny_patch4_window7_224", {"embed_dim": 8, "depths": (1, 1, 2, 1), "num_heads": (1, 1, 2, 2)}),
+    ],
+)
+def test_a_fixed_size_model_is_created_for_another_size_as_in_timm(
+    name: str, options: dict[str, Any], size: Size
+) -> None:
+    ours = image_tower(name, image_size=size, options=options)
+    peer: Any = timm.create_model(name, num_classes=0, img_size=height_width(size), **options).eval()
     peer.load_state_dict(ours.trunk.state_dict())
     with torch.no_grad():
         expected = peer(photos(size)) @ ours.head.proj.weight.T  # type: ignore[operator]  # a Linear
@@ -161,7 +168,7 @@ def other_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 def test_weights_are_loaded_from_a_local_file(suffix: str, weights: dict[str, Tensor], tmp_path: Path) -> None:
     path = tmp_path / f"weights{suffix}"
     torch.save(weights, path) if suffix == ".pth" else save_file(weights, path)
-    tower = create_model(CLIPConfig(D, TimmConfig("test_efficientnet", pretrained=str(path)))).visual
+    tower = image_tower_from(path)
     peer: Any = timm.create_model("test_efficientnet")
     peer.load_state_dict(weights)
     peer.reset_classifier(0)

@@ -26,6 +26,7 @@ from tests.conftest import ROOT, run_lightning_ranks
 from tests.helpers.forks import CONTEXT
 from tests.helpers.resume_runs import Run, train
 from tests.helpers.small_sets import write_table
+from tests.test_module import trainer
 
 TIME_LIMIT = 120
 Runs = Callable[[int, int, bool], Run]  # world size, workers, tars -> an uninterrupted run
@@ -260,17 +261,10 @@ def test_a_run_that_max_steps_ended_goes_on_at_its_next_batch(
 ) -> None:
     def fit(steps: int, resumed: Path | None = None, *savers: Callback) -> tuple[Trainer, list[Any]]:
         seen = Seen()
-        trainer = Trainer(
-            accelerator="cpu",
-            max_steps=steps,
-            logger=False,
-            enable_progress_bar=False,
-            enable_checkpointing=bool(savers),
-            enable_model_summary=False,
-            callbacks=[*callbacks.defaults(), seen, *savers],
-        )
-        trainer.fit(LitCLIP(tiny_config), Captions(str(caption_table), batch_size=12, num_workers=0), ckpt_path=resumed)
-        return trainer, seen.steps
+        data = Captions(str(caption_table), batch_size=12, num_workers=0)
+        fitting = trainer(tmp_path, max_steps=steps, callbacks=[*callbacks.defaults(), seen, *savers])
+        fitting.fit(LitCLIP(tiny_config), data, ckpt_path=resumed)
+        return fitting, seen.steps
 
     whole = fit(10)[1]
     assert whole[3][:2] == (0, 3)
@@ -296,18 +290,10 @@ def test_a_run_resumed_with_another_batch_ends_when_its_rate_does(
         batch_size: int, resumed: Path | None = None, savers: Sequence[Callback] = (), **limits: int
     ) -> tuple[Trainer, list[float]]:
         rates = Rates()
-        trainer = Trainer(
-            accelerator="cpu",
-            logger=False,
-            enable_progress_bar=False,
-            enable_checkpointing=bool(savers),
-            enable_model_summary=False,
-            callbacks=[*callbacks.defaults(), rates, *savers],
-            **limits,
-        )
+        fitting = trainer(tmp_path, callbacks=[*callbacks.defaults(), rates, *savers], **limits)
         module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
-        trainer.fit(module, Captions(str(caption_table), batch_size=batch_size, num_workers=0), ckpt_path=resumed)
-        return trainer, rates.seen
+        fitting.fit(module, Captions(str(caption_table), batch_size=batch_size, num_workers=0), ckpt_path=resumed)
+        return fitting, rates.seen
 
     file = tmp_path / "saved.ckpt"
     fit(12, None, [ModelCheckpoint(tmp_path, "validated")], max_epochs=1)[0].save_checkpoint(file)
