@@ -126,10 +126,7 @@ def test_a_missing_or_nan_figure_is_out_of_bounds(measured: Path) -> None:
     nan = {**STEP, "name": "nan", "figures": {"share": float("nan")}}
     (measured / "c.json").write_text(json.dumps([nan]), encoding="utf-8")
     done = check(measured, {"losses/ViT-B-32": {"least": {"ratio": 1.0}}, "nan": {"least": {"share": 0.1}}})
-    assert done.stdout.splitlines()[:2] == [
-        "losses/ViT-B-32: ratio was not measured",
-        "nan: share nan is below 0.1",
-    ]
+    assert done.stdout.splitlines()[:2] == ["losses/ViT-B-32: ratio was not measured", "nan: share nan is below 0.1"]
 
 
 @pytest.mark.parametrize(

@@ -98,9 +98,7 @@ def test_a_checkpoint_loads_without_unpickling_and_without_arguments(checkpoint:
     assert loaded.tokenize(["a dog"]).shape == (1, 16)
 
 
-def test_load_model_needs_nothing_but_the_checkpoint(
-    checkpoint: tuple[LitCLIP, Path],
-) -> None:
+def test_load_model_needs_nothing_but_the_checkpoint(checkpoint: tuple[LitCLIP, Path]) -> None:
     module, path = checkpoint
     model = lit_clip.load_model(path)
     assert not model.training

@@ -165,11 +165,7 @@ def callback(name: str, **arguments: Any) -> str:
     "later", [pytest.param(False, id="read at once", marks=pytest.mark.slow), pytest.param(True, id="read later")]
 )
 def test_two_ranks_skip_the_steps_that_are_not_finite_on_one(
-    later: bool,
-    cli: Cli,
-    tiny_config: CLIPConfig,
-    caption_table: Path,
-    tmp_path: Path,
+    later: bool, cli: Cli, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     key = key_of_step(caption_table, tiny_config, 1)
     options = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]

@@ -124,11 +124,7 @@ def fit(run: Run, *callbacks: Callback) -> tuple[Recorder, LitCLIP]:
     loss = Sum([Contrastive(), *(Distillation(*each) for each in run.teachers)]) if run.teachers else None
     module = LitCLIP(config_of(run.towers), freeze=FREEZES[run.freeze], **{"loss": loss, **rate, **run.model})
     shaken(module.model)
-    data = Captions(
-        run.table,
-        run.table,
-        **{"batch_size": 8, "num_workers": 0, "augmentation": [], **run.data},
-    )
+    data = Captions(run.table, run.table, **{"batch_size": 8, "num_workers": 0, "augmentation": [], **run.data})
     recorder = Recorder(run)
     storing = [FrozenFeatures(run.cache, run.augmentations)] if run.cache else []
     options: dict[str, Any] = {

@@ -19,14 +19,7 @@ from torch import Tensor
 from lit_clip import load_model
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
-from lit_clip.models.config import (
-    CLIPConfig,
-    Preprocessing,
-    Size,
-    TextTransformerConfig,
-    TimmConfig,
-    height_width,
-)
+from lit_clip.models.config import CLIPConfig, Preprocessing, Size, TextTransformerConfig, TimmConfig, height_width
 from lit_clip.models.external_settings import timm_preprocessing, with_external_settings
 from lit_clip.models.open_clip_configs import from_open_clip
 from lit_clip.models.preprocess import image_transform
@@ -254,10 +247,7 @@ def test_a_files_position_embedding_is_resized_as_in_timm(tmp_path: Path) -> Non
         ({"timm": "test_vit", "image_size": 72}, "timm cannot create test_vit with image_size 72"),
         ({"timm": "efficientformer_l1", "image_size": 192}, "cannot create efficientformer_l1 with image_size 192"),
         ({"timm": "test_vit", "image_size": 0}, "image_size: 0 must be at least 1"),
-        (
-            {"timm": "test_vit", "projection": "none"},
-            "test_vit has 64 features but embed_dim is 24; set a projection",
-        ),
+        ({"timm": "test_vit", "projection": "none"}, "test_vit has 64 features but embed_dim is 24; set a projection"),
         ({"timm": "test_vit", "pretrained": "gone.pth"}, "gone.pth: no such"),
     ],
 )

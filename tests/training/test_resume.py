@@ -154,13 +154,7 @@ CASES = [
 
 @pytest.mark.parametrize(("world", "workers", "tars", "kill", "every"), CASES)
 def test_killed_run_resumes_bit_for_bit(
-    world: int,
-    workers: int,
-    tars: bool,
-    kill: int,
-    every: int,
-    uninterrupted: Runs,
-    tmp_path: Path,
+    world: int, workers: int, tars: bool, kill: int, every: int, uninterrupted: Runs, tmp_path: Path
 ) -> None:
     check_resumed(uninterrupted(world, workers, tars), tmp_path, kill, every)
 
