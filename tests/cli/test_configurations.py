@@ -178,7 +178,7 @@ def test_auto_begins_anew_only_where_there_is_no_checkpoint_and_takes_those_with
     )
     assert same.returncode == 0, same.stderr
     (file.parents[1] / "fit_config.yaml").unlink()
-    taken = in_process("fit", *WORDS, *data, *other, "--ckpt_path", "auto", "--print_plan")
+    taken = cli("fit", *WORDS, *data, *other, "--ckpt_path", "auto", "--print_plan")
     assert f"{file}: its configuration is not recorded; it is resumed with this command's" in taken.stderr
 
 

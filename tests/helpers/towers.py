@@ -23,7 +23,28 @@ from lit_clip.models.external_settings import with_external_settings
 from lit_clip.module import LitCLIP
 from lit_clip.weights.load import create_model
 
-WORDS = "a photo of the dog cat sofa red sports car two green birds in rain and one very long caption".split()
+WORDS = [
+    "a",
+    "photo",
+    "of",
+    "the",
+    "dog",
+    "cat",
+    "sofa",
+    "red",
+    "sports",
+    "car",
+    "two",
+    "green",
+    "birds",
+    "in",
+    "rain",
+    "and",
+    "one",
+    "very",
+    "long",
+    "caption",
+]
 TEXTS = ["a dog", "two green birds in the rain and one very long caption of a red sports car", "the cat", "a", ""]
 D = 24
 SMALL_TEXT = TextTransformerConfig(8, 50, 64, 1, 1)  # the default one has 63 million parameters
