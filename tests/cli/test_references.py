@@ -242,7 +242,7 @@ def test_nothing_that_a_checkpoint_names_is_imported_or_read(
 
 @pytest.mark.parametrize("place", ["image", "text"])
 def test_texts_within_an_architecture_create_nothing_either(
-    place: str, in_process: Callable[..., Any], tmp_path: Path
+    place: str, cli: Callable[..., Any], tmp_path: Path
 ) -> None:
     hidden = "{class_path: subprocess.Popen, init_args: {args: [touch, ran]}}"
     checkpoint, _ = saved(LitCLIP(text_config(save_family("bert", tmp_path / "bert"))), tmp_path)
@@ -253,9 +253,7 @@ def test_texts_within_an_architecture_create_nothing_either(
     else:
         towers["image"] = {"timm": "test_vit", "image_size": 32, "options": {"part": hidden}}
     torch.save(values, checkpoint)
-    result = in_process(
-        "validate", "--ckpt_path", str(checkpoint), "--data", "datamodules.Captions", "--data.val", "x.csv"
-    )
+    result = cli("validate", "--ckpt_path", str(checkpoint), "--data", "datamodules.Captions", "--data.val", "x.csv")
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
     assert "may not name a class" in result.stderr
     assert not (tmp_path / "ran").exists()
