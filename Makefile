@@ -85,7 +85,7 @@ $(BIN)/.notebooks: $(BIN)/.installed
 	@touch $@
 
 test-notebooks: $(BIN)/.notebooks  ## Run the notebooks (about 6 minutes on 2 cores)
-	@$(BIN)/python -m pytest tests/test_notebooks.py
+	@$(BIN)/python -m pytest tests/test_quickstart.py
 
 test-slurm: install  ## Run jobs by a SLURM of two machines that are this one (as root, with Debian's slurmctld, slurmd and slurm-client)
 	@$(BIN)/python -m pytest tests/test_slurm.py -m slow
@@ -95,8 +95,8 @@ SLOW_combinations := tests/test_combinations.py
 SLOW_faults := tests/test_faults.py tests/test_surroundings.py -k "not store"
 SLOW_stores := tests/test_faults.py -k store
 SLOW_models := tests/models
-SLOW_quickstart := tests/test_quickstart.py tests/test_notebooks.py
-SLOW_rest := tests $(addprefix --ignore=tests/,models $(addprefix test_,combinations.py faults.py surroundings.py quickstart.py notebooks.py))
+SLOW_quickstart := tests/test_quickstart.py
+SLOW_rest := tests $(addprefix --ignore=tests/,models $(addprefix test_,combinations.py faults.py surroundings.py quickstart.py))
 PARTS := combinations faults stores models quickstart rest
 
 test-slow: install  ## Run the slow tests; PART=combinations, faults, stores, models, quickstart or rest runs a part

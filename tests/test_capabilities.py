@@ -46,7 +46,7 @@ CAPABILITIES = {
                     '"head": "lit_clip.commands.head_option:HeadFile"}',
                     "HEADS: dict[str, str] = {}",
                 )
-            ],
+            ]
         },
         [(f"{command} --help", "--head HEAD") for command in ("classify", "demo", "evaluate", "export")],
     ),

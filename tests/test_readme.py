@@ -57,7 +57,7 @@ NOT_RUN = (
 NOT_RUN += ("jxie/flickr8k", "s3://", "--data.classes.", "laion2b", "--push ", "lit-clip demo ", "siglip2-naflex")
 PRINTING = r"^```python\n(.*?)^```\n(\n```text\n(.*?)^```)?"  # a block, and what it prints
 EXAMPLE = "# examples/"  # the first line of a block that shows a part of a file
-# Blocks; and open_clip's flags, which tests/test_from_open_clip.py compares with its parser.
+# Blocks; and open_clip's flags, which tests/test_examples.py compares with its parser.
 NO_SENTENCE = dict.fromkeys(TEXTS, r"^```.*?^```")
 NO_SENTENCE["docs/from_open_clip.md"] += r"|^\| [^|\n]*\||`--accum-freq`"
 SETUP = ("make", "pip", "source", "export", "python", "sbatch")  # other programs than lit-clip

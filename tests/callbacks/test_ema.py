@@ -49,27 +49,30 @@ def plain_average(weights: list[Tensor], start: int = 0) -> Tensor:
     return average
 
 
-def fit(
-    config: CLIPConfig, table: Path, folder: Path, *callbacks: Callback, ckpt_path: Path | None = None, **options: Any
-) -> tuple[LitCLIP, Recorder, Any]:
-    torch.manual_seed(0)
-    module, recorder = (
-        LitCLIP(config, optimizer=partial(PaperAdamW, lr=0.01), lr_scheduler=partial(WarmupCosine, warmup_steps=1)),
-        Recorder(),
-    )
-    settings = {"max_epochs": 2, "limit_val_batches": 1, "limit_test_batches": 1, **options}
-    # The recorder comes after EMA in the list, where Lightning's own callback would show it the current weights.
-    fitting = trainer(folder, callbacks=[*callbacks, recorder], **settings)
-    fitting.fit(module, data_for(module, table), ckpt_path=ckpt_path)
-    return module, recorder, fitting
+Fit = Callable[..., tuple[LitCLIP, Recorder, Any]]
+
+
+@pytest.fixture
+def fit(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> Fit:
+    """Fit a tiny model for two epochs of 4 steps."""
+
+    def run(*callbacks: Callback, ckpt_path: Path | None = None, **options: Any) -> tuple[LitCLIP, Recorder, Any]:
+        torch.manual_seed(0)
+        rates: Any = {"optimizer": partial(PaperAdamW, lr=0.01), "lr_scheduler": partial(WarmupCosine, warmup_steps=1)}
+        module, recorder = LitCLIP(tiny_config, **rates), Recorder()
+        settings = {"max_epochs": 2, "limit_val_batches": 1, "limit_test_batches": 1, **options}
+        # The recorder comes after EMA in the list, where Lightning's own callback would show it the current weights.
+        fitting = trainer(tmp_path, callbacks=[*callbacks, recorder], **settings)
+        fitting.fit(module, data_for(module, caption_table), ckpt_path=ckpt_path)
+        return module, recorder, fitting
+
+    return run
 
 
 @pytest.mark.parametrize("start", [0, 2])
-def test_the_average_is_that_of_a_plain_loop_and_training_continues_from_the_weights(
-    start: int, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
-) -> None:
-    _, without, _ = fit(tiny_config, caption_table, tmp_path)
-    module, recorder, _ = fit(tiny_config, caption_table, tmp_path, EMA(DECAY, start))
+def test_the_average_is_that_of_a_plain_loop_and_training_continues_from_the_weights(start: int, fit: Fit) -> None:
+    _, without, _ = fit()
+    module, recorder, _ = fit(EMA(DECAY, start))
     for ours, expected in zip(recorder.steps, without.steps, strict=True):
         assert torch.equal(ours, expected)
     average = plain_average(recorder.steps, start)
@@ -80,9 +83,9 @@ def test_the_average_is_that_of_a_plain_loop_and_training_continues_from_the_wei
         assert not torch.equal(validated, recorder.steps[4 * epoch - 1])
 
 
-def test_the_average_has_the_precision_of_the_run(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+def test_the_average_has_the_precision_of_the_run(fit: Fit) -> None:
     """Lightning makes the weights float64 after the callback has copied them."""
-    module, recorder, _ = fit(tiny_config, caption_table, tmp_path, EMA(DECAY), precision="64-true")
+    module, recorder, _ = fit(EMA(DECAY), precision="64-true")
     after: Any = module.model
     assert after.visual.proj.dtype == torch.float64
     torch.testing.assert_close(after.visual.proj, plain_average(recorder.steps), rtol=0, atol=1e-12)
@@ -125,24 +128,20 @@ def test_an_update_takes_a_few_operations_for_all_weights_and_equals_a_loop() ->
     torch.testing.assert_close(callback._average.module.state_dict(), expected, rtol=1e-15, atol=1e-15)
 
 
-def test_the_current_weights_are_evaluated_before_the_first_update(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
-) -> None:
+def test_the_current_weights_are_evaluated_before_the_first_update(fit: Fit, tmp_path: Path) -> None:
     """Lightning's own callback evaluates the initial weights until then (footgun L15)."""
     options: dict[str, Any] = {"num_sanity_val_steps": 2}
-    module, recorder, fitting = fit(tiny_config, caption_table, tmp_path, EMA(DECAY, start_step=6), **options)
+    module, recorder, fitting = fit(EMA(DECAY, start_step=6), **options)
     assert torch.equal(recorder.validated[0], recorder.steps[3])
     torch.testing.assert_close(recorder.validated[1], plain_average(recorder.steps, 6), rtol=0, atol=1e-6)
-    never, recorder, fitting = fit(tiny_config, caption_table, tmp_path, EMA(DECAY, start_step=100))
+    never, recorder, fitting = fit(EMA(DECAY, start_step=100))
     assert torch.equal(never.model.visual.proj, recorder.steps[-1])
     fitting.save_checkpoint(tmp_path / "never.ckpt")
     assert "weights" not in torch.load(tmp_path / "never.ckpt", weights_only=True)
 
 
-def test_the_modules_own_metrics_are_those_of_the_average(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
-) -> None:
-    module, _, fitting = fit(tiny_config, caption_table, tmp_path, EMA(DECAY), limit_val_batches=1.0)
+def test_the_modules_own_metrics_are_those_of_the_average(fit: Fit, caption_table: Path, tmp_path: Path) -> None:
+    module, _, fitting = fit(EMA(DECAY), limit_val_batches=1.0)
     fitted = {k: float(v) for k, v in fitting.callback_metrics.items() if not k.startswith("train/")}
     for validating in (trainer(tmp_path), fitting):  # the second has the callback, which must not swap again
         (again,) = validating.validate(module, data_for(module, caption_table), verbose=False)
@@ -151,11 +150,9 @@ def test_the_modules_own_metrics_are_those_of_the_average(
     assert again == pytest.approx(fitted, abs=1e-6)
 
 
-def test_a_checkpoint_names_its_weights_as_the_average_and_loads_it(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
-) -> None:
+def test_a_checkpoint_names_its_weights_as_the_average_and_loads_it(fit: Fit, tmp_path: Path) -> None:
     keep = ModelCheckpoint(tmp_path / "kept", "last")
-    _, recorder, fitting = fit(tiny_config, caption_table, tmp_path, EMA(DECAY), keep)
+    _, recorder, fitting = fit(EMA(DECAY), keep)
     average = plain_average(recorder.steps)
     fitting.save_checkpoint(tmp_path / "after.ckpt")
     for path in (tmp_path / "kept/last.ckpt", tmp_path / "after.ckpt"):
@@ -169,16 +166,12 @@ def test_a_checkpoint_names_its_weights_as_the_average_and_loads_it(
         torch.testing.assert_close(loaded.visual.proj, average, rtol=0, atol=1e-6)
 
 
-def test_a_resumed_run_keeps_both_copies_and_ends_like_an_uninterrupted_one(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
-) -> None:
-    whole, _, _ = fit(tiny_config, caption_table, tmp_path, EMA(DECAY), max_epochs=3, enable_checkpointing=False)
+def test_a_resumed_run_keeps_both_copies_and_ends_like_an_uninterrupted_one(fit: Fit, tmp_path: Path) -> None:
+    whole, _, _ = fit(EMA(DECAY), max_epochs=3, enable_checkpointing=False)
     keep = ModelCheckpoint(tmp_path, "middle-{step}", save_top_k=-1)
-    fit(tiny_config, caption_table, tmp_path, EMA(DECAY), keep, max_epochs=3)
+    fit(EMA(DECAY), keep, max_epochs=3)
     middle = tmp_path / "middle-step=4.ckpt"
-    resumed, recorder, fitting = fit(
-        tiny_config, caption_table, tmp_path, EMA(DECAY), ckpt_path=middle, max_epochs=3, enable_checkpointing=False
-    )
+    resumed, recorder, fitting = fit(EMA(DECAY), ckpt_path=middle, max_epochs=3, enable_checkpointing=False)
     assert len(recorder.steps) == 8
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
@@ -187,16 +180,16 @@ def test_a_resumed_run_keeps_both_copies_and_ends_like_an_uninterrupted_one(
 
 @pytest.mark.parametrize("length", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 6}], ids=["epochs", "steps"])
 def test_a_finished_run_that_is_resumed_has_the_average_in_its_module(
-    length: dict[str, Any], tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+    length: dict[str, Any], fit: Fit, caption_table: Path, tmp_path: Path
 ) -> None:
     """Lightning calls no hook of training when nothing is left to train."""
     keep = ModelCheckpoint(tmp_path, "last", save_on_train_epoch_end=True)
-    finished, _, first = fit(tiny_config, caption_table, tmp_path, EMA(DECAY), keep, **length)
+    finished, _, first = fit(EMA(DECAY), keep, **length)
     if "max_steps" in length:
         first.save_checkpoint(tmp_path / "last.ckpt")
     after = {name: value.clone() for name, value in finished.state_dict().items()}
     options = {"ckpt_path": tmp_path / "last.ckpt", "enable_checkpointing": False, **length}
-    resumed, recorder, fitting = fit(tiny_config, caption_table, tmp_path, EMA(DECAY), **options)
+    resumed, recorder, fitting = fit(EMA(DECAY), **options)
     assert recorder.steps == []
     data = data_for(resumed, caption_table)
     validated = [first.validate(finished, data, verbose=False)]
@@ -213,20 +206,16 @@ def test_a_finished_run_that_is_resumed_has_the_average_in_its_module(
 
 
 def test_a_run_resumed_without_the_average_goes_on_from_the_weights_of_the_last_step(
-    tiny_config: CLIPConfig,
-    caption_table: Path,
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
-    recwarn: pytest.WarningsRecorder,
+    fit: Fit, tmp_path: Path, caplog: pytest.LogCaptureFixture, recwarn: pytest.WarningsRecorder
 ) -> None:
-    _, plain, _ = fit(tiny_config, caption_table, tmp_path, enable_checkpointing=False)
+    _, plain, _ = fit(enable_checkpointing=False)
     keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1)
-    fit(tiny_config, caption_table, tmp_path, EMA(DECAY), keep)
+    fit(EMA(DECAY), keep)
     middle = tmp_path / f"step={len(plain.steps) // 2}.ckpt"
     assert torch.load(middle, weights_only=True)["weights"] == "exponential moving average"
     silence()
     keep = ModelCheckpoint(tmp_path / "more", "{step}", save_top_k=-1)
-    _, resumed, fitting = fit(tiny_config, caption_table, tmp_path, keep, ckpt_path=middle)
+    _, resumed, fitting = fit(keep, ckpt_path=middle)
     assert not [each for each in recwarn if "add the following callbacks" in str(each.message)]  # Lightning's advice
     assert len(resumed.steps) == len(plain.steps) // 2
     for ours, theirs in zip(resumed.steps, plain.steps[len(resumed.steps) :], strict=True):
@@ -237,13 +226,13 @@ def test_a_run_resumed_without_the_average_goes_on_from_the_weights_of_the_last_
 
 
 def test_an_average_that_a_resumed_run_begins_starts_from_the_weights_after_its_first_step(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+    fit: Fit, tmp_path: Path
 ) -> None:
-    _, plain, _ = fit(tiny_config, caption_table, tmp_path, enable_checkpointing=False)
-    fit(tiny_config, caption_table, tmp_path, ModelCheckpoint(tmp_path, "{step}", save_top_k=-1))
+    _, plain, _ = fit(enable_checkpointing=False)
+    fit(ModelCheckpoint(tmp_path, "{step}", save_top_k=-1))
     middle = tmp_path / f"step={len(plain.steps) // 2}.ckpt"
     options: dict[str, Any] = {"ckpt_path": middle, "enable_checkpointing": False}
-    module, resumed, _ = fit(tiny_config, caption_table, tmp_path, EMA(DECAY), **options)
+    module, resumed, _ = fit(EMA(DECAY), **options)
     after: Any = module.model
     assert torch.equal(resumed.steps[-1], plain.steps[-1])
     torch.testing.assert_close(after.visual.proj, plain_average(resumed.steps), rtol=0, atol=1e-6)
@@ -270,11 +259,11 @@ def test_after_an_error_the_module_has_the_current_weights(
     assert torch.equal(checkpoint["current_model_state"]["model.visual.proj"], recorder.steps[-1])
 
 
-def test_invalid_settings_are_refused(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+def test_invalid_settings_are_refused(fit: Fit, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"EMA.decay: 1.0"):
         EMA(1.0)
     with pytest.raises(InputError, match="save_weights_only"):
-        fit(tiny_config, caption_table, tmp_path, EMA(), ModelCheckpoint(tmp_path, save_weights_only=True))
+        fit(EMA(), ModelCheckpoint(tmp_path, save_weights_only=True))
 
 
 @pytest.mark.slow

@@ -142,7 +142,7 @@ def test_two_ranks_share_the_files_and_have_the_losses_of_one(
     two = {"cache": f"{run.folder}/cache", "data": {"batch_size": 4}, "trainer": {"devices": 2, "strategy": "ddp"}}
     script = str(ROOT / "tests/helpers/frozen_runs.py")
     words = [json.dumps([{**each._asdict(), **two} for each in runs])]
-    run_lightning_ranks(2, tmp_path, script, str(tmp_path / "found.json"), *words)
+    run_lightning_ranks(2, tmp_path, script, "some", str(tmp_path / "found.json"), *words)
     for each, found in zip(runs, json.loads((tmp_path / "found.json").read_text()), strict=True):
         assert not found["decoded"]
         if towers == "bert" and each.freeze == "unlock_last 1":

@@ -78,9 +78,9 @@ def test_a_resumed_run_uses_the_neighbours_it_was_interrupted_with(table: Path, 
 
 @pytest.mark.slow
 def test_two_ranks_train_on_the_batches_of_one(table: Path, tmp_path: Path) -> None:
-    script = str(ROOT / "tests/helpers/ranks_hard_batches.py")
+    script = str(ROOT / "tests/helpers/frozen_runs.py")
     for world in (1, 2):
-        run_lightning_ranks(world, tmp_path, script, str(tmp_path), str(world), str(table))
+        run_lightning_ranks(world, tmp_path, script, "hard_batches", str(tmp_path), str(world), str(table))
     ranks = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in ("1-0", "2-0", "2-1")}
     shared = [sorted(one[1] + other[1]) for one, other in zip(ranks["2-0"], ranks["2-1"], strict=True)]
     assert shared == [sorted(step[1]) for step in ranks["1-0"]]

@@ -7,6 +7,7 @@ import socket
 import subprocess
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -51,12 +52,7 @@ WITH_BATCH_NORM = CLIPConfig(
 def batches(table: Path, config: CLIPConfig, epochs: int = 1) -> Iterator[tuple[int, CaptionBatch]]:
     """Yield each epoch's 4 global batches of 16 pairs, with the epoch."""
     model = CLIP(config)
-    data = Captions(
-        str(table),
-        str(table),
-        batch_size=16,
-        num_workers=0,
-    )
+    data = Captions(str(table), str(table), batch_size=16, num_workers=0)
     data.preprocessing, data.tokenize = model.preprocessing, model.tokenizer
     data.setup("fit")
     loader: Any = data.train_dataloader()
@@ -80,6 +76,33 @@ def first_epoch(table: Path, config: CLIPConfig) -> list[CaptionBatch]:
 def key_of_step(table: Path, config: CLIPConfig, step: int) -> str:
     """Return the key of a pair in a given step of the first epoch."""
     return first_epoch(table, config)[step].keys[5]
+
+
+Fit = Callable[..., Trainer]
+
+
+@pytest.fixture
+def fit(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> Fit:
+    """Fit a tiny model, which learns from the first step on, for an epoch of 4 steps."""
+
+    def run(*used: Callback, module: LitCLIP | None = None, ckpt_path: Path | None = None, **options: Any) -> Trainer:
+        module = module or LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
+        data = data_for(module, caption_table, batch_size=options.pop("batch_size", 16))
+        settings = {"max_epochs": 1, "limit_val_batches": 0, "callbacks": [*used], **options}
+        fitting = trainer(tmp_path, **settings)
+        fitting.fit(module, data, ckpt_path=ckpt_path)
+        return fitting
+
+    return run
+
+
+Broken = Callable[[int], BrokenImage]
+
+
+@pytest.fixture
+def broken(tiny_config: CLIPConfig, caption_table: Path) -> Broken:
+    """Break an image of the given step of the first epoch."""
+    return lambda step: BrokenImage([key_of_step(caption_table, tiny_config, step)])
 
 
 def findings(folder: Path) -> list[dict[str, Any]]:
@@ -142,11 +165,7 @@ def callback(name: str, **arguments: Any) -> str:
     "later", [pytest.param(False, id="read at once", marks=pytest.mark.slow), pytest.param(True, id="read later")]
 )
 def test_two_ranks_skip_the_steps_that_are_not_finite_on_one(
-    later: bool,
-    cli: Cli,
-    tiny_config: CLIPConfig,
-    caption_table: Path,
-    tmp_path: Path,
+    later: bool, cli: Cli, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     key = key_of_step(caption_table, tiny_config, 1)
     options = ["--trainer.devices", "2", "--trainer.strategy", "ddp"]
@@ -262,18 +281,16 @@ def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
     ],
 )
 @pytest.mark.usefixtures("ahead")
-def test_a_skipped_step_changes_nothing(options: dict[str, Any], caption_table: Path, tmp_path: Path) -> None:
+def test_a_skipped_step_changes_nothing(options: dict[str, Any], caption_table: Path, fit: Fit) -> None:
     """Neither weights nor BatchNorm statistics nor AdamW's moments and step count."""
     if options.get("precision") == "16-mixed":
         options = {"plugins": [scaled()]}
     module = LitCLIP(
         WITH_BATCH_NORM, optimizer=partial(PaperAdamW, lr=1e-3), lr_scheduler=partial(WarmupCosine, warmup_steps=0)
     )
-    states = States()
-    callbacks = [states, BrokenImage([key_of_step(caption_table, WITH_BATCH_NORM, 2)]), NonFiniteSteps("skip")]
-    fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=callbacks, **options)
+    states, broken = States(), BrokenImage([key_of_step(caption_table, WITH_BATCH_NORM, 2)])
     with pytest.warns(UserWarning, match="step 2 is skipped: the loss is nan"):
-        fitting.fit(module, data_for(module, caption_table))
+        fitting = fit(states, broken, NonFiniteSteps("skip"), module=module, **options)
     assert changed(*states.seen[2:4]) == set()
     moved = changed(*states.seen[3:5])
     assert {"model.visual.attnpool.c_proj.weight", "model.visual.bn1.running_mean", "exp_avg 0", "step 0"} <= moved
@@ -281,50 +298,32 @@ def test_a_skipped_step_changes_nothing(options: dict[str, Any], caption_table: 
     assert fitting.global_step == 4
 
 
-@pytest.mark.parametrize("policy", ["stop", "skip"])
 @pytest.mark.parametrize("logged", [1, 50])
+@pytest.mark.parametrize(("policy", "weights_alone"), [("stop", False), ("skip", False), ("stop", True)])
+@pytest.mark.usefixtures("ahead")
 def test_no_checkpoint_is_written_of_a_step_that_stops_a_run(
-    logged: int, policy: Any, ahead: bool, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+    policy: Any, weights_alone: bool, logged: int, fit: Fit, broken: Broken, tmp_path: Path
 ) -> None:
-    key, module = key_of_step(caption_table, tiny_config, 2), LitCLIP(tiny_config)
-    every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
-    used = [every, BrokenImage([key]), NonFiniteSteps(policy)]
-    fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=used, log_every_n_steps=logged)
-    if policy == "stop":
-        with pytest.raises(InputError, match="training stopped at step 2: the loss is nan"):
-            fitting.fit(module, data_for(module, caption_table))
-    else:
-        fitting.fit(module, data_for(module, caption_table))
+    """A file of weights alone has no callback's state, whose saving reads the step before."""
+    every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1, save_weights_only=weights_alone)
+    stops = pytest.raises(InputError, match="training stopped at step 2: the loss is nan")
+    with stops if policy == "stop" else nullcontext():
+        fit(every, broken(2), NonFiniteSteps(policy), log_every_n_steps=logged)
     saved = {path.stem: torch.load(path, weights_only=True) for path in tmp_path.glob("*.ckpt")}
     assert saved.keys() == {f"step={step}" for step in ((1, 2) if policy == "stop" else (1, 2, 3, 4))}
-    counts = [saved[name]["callbacks"]["NonFiniteSteps"]["steps"] for name in sorted(saved)]
-    assert counts == ([0, 0] if policy == "stop" else [0, 0, 1, 1])
-
-
-def test_no_file_of_weights_alone_is_written_of_a_step_that_stops_a_run(
-    ahead: bool, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
-) -> None:
-    """Such a file has no callback's state, whose saving reads the step before."""
-    key, module = key_of_step(caption_table, tiny_config, 2), LitCLIP(tiny_config)
-    every = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1, save_weights_only=True)
-    used = [every, BrokenImage([key]), NonFiniteSteps("stop")]
-    fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=used, log_every_n_steps=50)
-    with pytest.raises(InputError, match="training stopped at step 2: the loss is nan"):
-        fitting.fit(module, data_for(module, caption_table))
-    assert {path.stem for path in tmp_path.glob("*.ckpt")} == {"step=1", "step=2"}
+    if not weights_alone:
+        counts = [saved[name]["callbacks"]["NonFiniteSteps"]["steps"] for name in sorted(saved)]
+        assert counts == ([0, 0] if policy == "stop" else [0, 0, 1, 1])
 
 
 def test_a_run_that_stops_late_has_the_weights_before_the_step(
-    ahead: bool, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+    ahead: bool, tiny_config: CLIPConfig, fit: Fit, broken: Broken
 ) -> None:
-    key, module, states = key_of_step(caption_table, tiny_config, 1), LitCLIP(tiny_config), States()
-    fitting = trainer(
-        tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[states, BrokenImage([key]), NonFiniteSteps()]
-    )
+    module, states = LitCLIP(tiny_config), States()
     with pytest.raises(InputError, match="training stopped at step 1: the loss is nan"):
-        fitting.fit(module, data_for(module, caption_table))
+        fit(states, broken(1), NonFiniteSteps(), module=module)
     assert len(states.seen) == 2 + ahead  # began as many steps
-    assert fitting.global_step == 1 + ahead
+    assert module.trainer.global_step == 1 + ahead
     for name, value in module.state_dict().items():
         assert torch.equal(value, states.seen[1][name]), name
 
@@ -342,33 +341,28 @@ class Told(Callback):
 @pytest.mark.parametrize("validated", [False, True])
 @pytest.mark.usefixtures("_handlers")
 def test_a_signal_with_a_step_that_stops_a_run_ends_it_with_the_steps_error_and_saves_nothing(
-    validated: bool, ahead: bool, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+    validated: bool, ahead: bool, fit: Fit, broken: Broken, tmp_path: Path
 ) -> None:
-    key, module, told = key_of_step(caption_table, tiny_config, 2), LitCLIP(tiny_config), Told()
-    last = ModelCheckpoint(tmp_path, every_n_epochs=100, save_last=True)
-    signalled = SignalAt("on_before_optimizer_step", 3)
-    used = callbacks.defaults(last, signalled, BrokenImage([key]), told)
-    options: dict[str, Any] = {"val_check_interval": 3 if validated else 4, "num_sanity_val_steps": 0}
-    fitting = trainer(tmp_path, max_epochs=1, callbacks=used, log_every_n_steps=50, **options)
+    told, last = Told(), ModelCheckpoint(tmp_path, every_n_epochs=100, save_last=True)
+    used = callbacks.defaults(last, SignalAt("on_before_optimizer_step", 3), broken(2), told)
+    options = {"limit_val_batches": 1.0, "val_check_interval": 3 if validated else 4, "num_sanity_val_steps": 0}
     with pytest.raises(InputError, match="training stopped at step 2: the loss is nan") as error:
-        fitting.fit(module, data_for(module, caption_table))
+        fit(*used, log_every_n_steps=50, **options)
     read_late = "; SIGTERM saved nothing, so resume from an earlier checkpoint"
     assert str(error.value).endswith(read_late) == ahead  # otherwise the step ended the run before the signal was seen
     assert told.errors == [error.value]
     assert not list(tmp_path.glob("*.ckpt"))
 
 
-@pytest.mark.usefixtures("_handlers")
+@pytest.mark.usefixtures("_handlers", "ahead")
 def test_a_signal_with_a_step_that_is_skipped_saves_the_weights_before_it(
-    ahead: bool, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+    fit: Fit, broken: Broken, tmp_path: Path
 ) -> None:
-    key, module, states = key_of_step(caption_table, tiny_config, 2), LitCLIP(tiny_config), States()
-    last = ModelCheckpoint(tmp_path, every_n_epochs=100, save_last=True)
+    states, last = States(), ModelCheckpoint(tmp_path, every_n_epochs=100, save_last=True)
     signalled = SignalAt("on_before_optimizer_step", 3)
-    used = callbacks.defaults(last, signalled, states, BrokenImage([key]), NonFiniteSteps("skip"))
-    fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=used, log_every_n_steps=50)
+    used = callbacks.defaults(last, signalled, states, broken(2), NonFiniteSteps("skip"))
     with pytest.raises(SystemExit, match="SIGTERM: saved step 3"):
-        fitting.fit(module, data_for(module, caption_table))
+        fit(*used, log_every_n_steps=50)
     saved = torch.load(tmp_path / "last.ckpt", weights_only=True)
     assert saved["callbacks"]["NonFiniteSteps"]["steps"] == 1
     for name, value in saved["state_dict"].items():
@@ -394,17 +388,12 @@ def test_only_torchs_fused_adam_is_told_on_the_device_to_do_nothing() -> None:
 
 
 def test_a_step_with_a_non_finite_gradient_is_skipped_and_lists_all_its_keys(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+    tiny_config: CLIPConfig, caption_table: Path, fit: Fit, tmp_path: Path
 ) -> None:
     module = LitCLIP(tiny_config, micro_batch_size=4, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
     states = States()
-    options: dict[str, Any] = {
-        "logger": CSVLogger(tmp_path),
-        "callbacks": [states, BrokenGradient(1), NonFiniteSteps("skip")],
-    }
-    fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, **options)
     with pytest.warns(UserWarning, match="step 1 is skipped: a gradient is not finite"):
-        fitting.fit(module, data_for(module, caption_table))
+        fit(states, BrokenGradient(1), NonFiniteSteps("skip"), module=module, logger=CSVLogger(tmp_path))
     assert changed(*states.seen[1:3]) == set()
     (found,) = findings(tmp_path)
     assert found["keys"] == first_epoch(caption_table, tiny_config)[1].keys
@@ -412,13 +401,9 @@ def test_a_step_with_a_non_finite_gradient_is_skipped_and_lists_all_its_keys(
     assert float(found["loss"]) > 0
 
 
-def test_overflowing_gradients_are_left_to_the_gradient_scaler(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
-) -> None:
-    module, states = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0)), States()
-    precision, non_finite = scaled(), NonFiniteSteps()
-    options: dict[str, Any] = {"plugins": [precision], "callbacks": [states, BrokenGradient(1), non_finite]}
-    trainer(tmp_path, max_epochs=1, limit_val_batches=0, **options).fit(module, data_for(module, caption_table))
+def test_overflowing_gradients_are_left_to_the_gradient_scaler(fit: Fit) -> None:
+    states, precision, non_finite = States(), scaled(), NonFiniteSteps()
+    fit(states, BrokenGradient(1), non_finite, plugins=[precision])
     assert precision.scaler is not None
     assert precision.scaler.get_scale() == 2.0**9  # halved once: it skipped that step itself
     assert changed(*states.seen[1:3]) == set()
@@ -426,103 +411,72 @@ def test_overflowing_gradients_are_left_to_the_gradient_scaler(
     assert non_finite.steps == 0
 
 
-def test_a_subclass_with_its_own_hook_trains_on_after_a_skipped_step(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
-) -> None:
+def test_a_subclass_with_its_own_hook_trains_on_after_a_skipped_step(tiny_config: CLIPConfig, fit: Fit) -> None:
     class OwnHook(LitCLIP):
         def on_train_batch_start(self, batch: CaptionBatch, batch_idx: int) -> None:
             """Does not call the base class."""
 
     module, states = OwnHook(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0)), States()
-    callbacks = [states, BrokenGradient(1), NonFiniteSteps("skip")]
-    trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=callbacks).fit(
-        module, data_for(module, caption_table)
-    )
+    fit(states, BrokenGradient(1), NonFiniteSteps("skip"), module=module)
     assert changed(*states.seen[1:3]) == set()
     assert changed(*states.seen[2:4])
 
 
-def test_a_resumed_run_continues_the_count(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
-    key, counts = key_of_step(caption_table, tiny_config, 1), []
+def test_a_resumed_run_continues_the_count(fit: Fit, broken: Broken, tmp_path: Path) -> None:
+    counts = []
     for epochs, path in ((1, None), (2, tmp_path / "last.ckpt")):
-        module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
         saver = ModelCheckpoint(tmp_path, "last", enable_version_counter=False)
-        fitting = trainer(
-            tmp_path,
-            max_epochs=epochs,
-            limit_val_batches=0,
-            callbacks=[saver, BrokenImage([key]), NonFiniteSteps("skip")],
-        )
         with pytest.warns(UserWarning, match=f"{epochs} such steps so far"):
-            fitting.fit(module, data_for(module, caption_table), ckpt_path=path)
+            fitting = fit(saver, broken(1), NonFiniteSteps("skip"), ckpt_path=path, max_epochs=epochs)
         counts.append(float(fitting.callback_metrics["train/non_finite_steps"]))
     assert counts == [1, 2]
 
 
 def test_too_many_non_finite_steps_in_a_row_stop_even_a_run_that_skips(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_config: CLIPConfig, fit: Fit, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert MOST_IN_A_ROW == 100
     monkeypatch.setattr("callbacks.non_finite.MOST_IN_A_ROW", 20)
     module = LitCLIP(tiny_config)
     with torch.no_grad():
         module.model.visual.proj.fill_(torch.nan)
-    fitting = trainer(tmp_path, max_epochs=99, limit_val_batches=0, callbacks=[NonFiniteSteps("skip")])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         with pytest.raises(InputError, match="so were 20 steps in a row: resume from a checkpoint before them"):
-            fitting.fit(module, data_for(module, caption_table, batch_size=4))
-    assert fitting.global_step == 19
+            fit(NonFiniteSteps("skip"), module=module, batch_size=4, max_epochs=99)
+    assert module.trainer.global_step == 19
     messages = [str(warning.message) for warning in caught if "is skipped" in str(warning.message)]
     assert [line.split()[1] for line in messages] == ["0", "1", "3", "7", "15"]  # the 1st, 2nd, 4th, ...
 
 
 def test_without_a_logger_only_the_message_names_the_first_pairs(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+    tiny_config: CLIPConfig, caption_table: Path, fit: Fit, tmp_path: Path
 ) -> None:
-    module = LitCLIP(tiny_config)
     batch = first_epoch(caption_table, tiny_config)[0]
     with pytest.raises(InputError) as caught:
-        trainer(tmp_path, max_epochs=1, callbacks=[BrokenImage(None), NonFiniteSteps()], num_sanity_val_steps=0).fit(
-            module, data_for(module, caption_table)
-        )
+        fit(BrokenImage(None), NonFiniteSteps())
     assert f"(pairs with such features: {', '.join(batch.keys[:3])} and 13 more)" in str(caught.value)
     assert not list(tmp_path.rglob("non_finite.jsonl"))
 
 
-def test_an_unwritable_list_of_steps_does_not_stop_the_run(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
-) -> None:
-    module, logger = LitCLIP(tiny_config), CSVLogger(tmp_path)
+def test_an_unwritable_list_of_steps_does_not_stop_the_run(fit: Fit, broken: Broken, tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
     (Path(logger.log_dir) / "non_finite.jsonl").mkdir(parents=True)
-    broken = BrokenImage([key_of_step(caption_table, tiny_config, 1)])
-    fitting = trainer(
-        tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[broken, NonFiniteSteps("skip")], logger=logger
-    )
     with pytest.warns(UserWarning, match="the keys of step 1 are lost"):
-        fitting.fit(module, data_for(module, caption_table))
-    assert fitting.global_step == 4
+        assert fit(broken(1), NonFiniteSteps("skip"), logger=logger).global_step == 4
 
 
-def test_ema_stays_finite(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
-    module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
-    broken = BrokenImage([key_of_step(caption_table, tiny_config, 0)])
-    fitting = trainer(tmp_path, max_epochs=1, limit_val_batches=0, callbacks=[EMA(0.5), broken, NonFiniteSteps("skip")])
-    fitting.fit(module, data_for(module, caption_table))
-    fitting.save_checkpoint(tmp_path / "average.ckpt")
+def test_ema_stays_finite(fit: Fit, broken: Broken, tmp_path: Path) -> None:
+    fit(EMA(0.5), broken(0), NonFiniteSteps("skip")).save_checkpoint(tmp_path / "average.ckpt")
     checkpoint = torch.load(tmp_path / "average.ckpt", weights_only=True)
     assert checkpoint["weights"] == "exponential moving average"
     assert all(value.isfinite().all() for value in checkpoint["state_dict"].values())
 
 
 @pytest.mark.parametrize("precision", ["bf16-true", "16-true"])
-def test_training_weights_in_half_precision_is_refused(
-    precision: Any, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
-) -> None:
-    module = LitCLIP(tiny_config)
-    fitting = trainer(tmp_path, max_epochs=1, precision=precision, num_sanity_val_steps=0)
+def test_training_weights_in_half_precision_is_refused(precision: str, fit: Fit) -> None:
     with pytest.raises(InputError, match=rf"trainer.precision: {precision} trains weights .*use bf16-mixed"):
-        fitting.fit(module, data_for(module, caption_table))
+        fit(precision=precision)
 
 
 def test_an_unknown_policy_is_refused() -> None:
@@ -533,16 +487,13 @@ def test_an_unknown_policy_is_refused() -> None:
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-def test_a_step_is_skipped_on_a_cuda_device_in_every_precision(
-    precision: Any, caption_table: Path, tmp_path: Path
-) -> None:
+def test_a_step_is_skipped_on_a_cuda_device_in_every_precision(precision: str, caption_table: Path, fit: Fit) -> None:
     module = LitCLIP(
         WITH_BATCH_NORM, optimizer=partial(PaperAdamW, lr=1e-3), lr_scheduler=partial(WarmupCosine, warmup_steps=0)
     )
-    states = States()
-    callbacks = [states, BrokenImage([key_of_step(caption_table, WITH_BATCH_NORM, 2)]), NonFiniteSteps("skip")]
-    options: dict[str, Any] = {"accelerator": "gpu", "devices": 1, "precision": precision, "callbacks": callbacks}
-    trainer(tmp_path, max_epochs=1, limit_val_batches=0, **options).fit(module, data_for(module, caption_table))
+    states, broken = States(), BrokenImage([key_of_step(caption_table, WITH_BATCH_NORM, 2)])
+    skipped = NonFiniteSteps("skip")
+    fit(states, broken, skipped, module=module, accelerator="gpu", devices=1, precision=precision)
     assert changed(*states.seen[2:4]) == set()
     assert changed(*states.seen[3:5])
-    assert callbacks[2].steps == 1
+    assert skipped.steps == 1

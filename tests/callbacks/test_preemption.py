@@ -39,7 +39,7 @@ from tests.test_module import data_for, trainer
 
 LONG_VALIDATION = (
     *("--trainer.limit_train_batches", "2", "--data.batch_size", "2", "--data.num_workers", "0"),
-    *("--trainer.num_sanity_val_steps", "0", "--trainer.callbacks+=tests.helpers.ranks_preemption.ValidationMark"),
+    *("--trainer.num_sanity_val_steps", "0", "--trainer.callbacks+=tests.helpers.ranks_stability.ValidationMark"),
 )
 SAVE_LAST = "{class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {save_last: true}}"
 
@@ -77,17 +77,23 @@ class Recorder(Callback):
         self.validations += 1
 
 
-def stopped_fit(
-    config: CLIPConfig, table: Path, folder: Path, *callbacks: Callback, ckpt_path: Path | None = None, **options: Any
-) -> tuple[SystemExit, Recorder]:
+StoppedFit = Callable[..., tuple[SystemExit, Recorder]]
+
+
+@pytest.fixture
+def stopped_fit(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> StoppedFit:
     """Run a fit that a signal must end; return the exit and the record. Epochs have 4 steps, validations 4 batches."""
-    module = LitCLIP(config, optimizer=partial(PaperAdamW, lr=0.01), lr_scheduler=partial(WarmupCosine, warmup_steps=1))
-    recorder = Recorder()
-    settings = {"max_epochs": 3, "num_sanity_val_steps": 2, **options}
-    settings["callbacks"] = [Preemption(), recorder, *callbacks]
-    with pytest.raises(SystemExit) as stopped:
-        trainer(folder, **settings).fit(module, data_for(module, table), ckpt_path=ckpt_path)
-    return stopped.value, recorder
+
+    def run(*callbacks: Callback, ckpt_path: Path | None = None, **options: Any) -> tuple[SystemExit, Recorder]:
+        rates: Any = {"optimizer": partial(PaperAdamW, lr=0.01), "lr_scheduler": partial(WarmupCosine, warmup_steps=1)}
+        module, recorder = LitCLIP(tiny_config, **rates), Recorder()
+        settings = {"max_epochs": 3, "num_sanity_val_steps": 2, **options}
+        settings["callbacks"] = [Preemption(), recorder, *callbacks]
+        with pytest.raises(SystemExit) as stopped:
+            trainer(tmp_path, **settings).fit(module, data_for(module, caption_table), ckpt_path=ckpt_path)
+        return stopped.value, recorder
+
+    return run
 
 
 def keeper(folder: Path, save_last: bool = True) -> ModelCheckpoint:
@@ -105,14 +111,10 @@ def names(folder: Path) -> set[str]:
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
 @pytest.mark.usefixtures("_handlers")
 def test_a_signal_during_a_step_saves_a_complete_checkpoint_after_that_step(
-    signum: signal.Signals,
-    tiny_config: CLIPConfig,
-    caption_table: Path,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
+    signum: signal.Signals, stopped_fit: StoppedFit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     sender = SignalAt("on_before_optimizer_step", 2, signum)
-    stopped, recorder = stopped_fit(tiny_config, caption_table, tmp_path, sender, keeper(tmp_path))
+    stopped, recorder = stopped_fit(sender, keeper(tmp_path))
     assert stopped.code == 128 + signum
     assert len(recorder.steps) == 2
     assert names(tmp_path) == {"last.ckpt"}
@@ -149,27 +151,24 @@ def test_where_reading_would_wait_ranks_act_one_step_later(
 @pytest.mark.parametrize("step", [3, 4])
 @pytest.mark.usefixtures("_handlers")
 def test_a_run_resumes_after_the_saved_step_and_can_be_preempted_again(
-    step: int, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+    step: int, stopped_fit: StoppedFit, tmp_path: Path
 ) -> None:
     """In the middle of an epoch and at its end; the run may replace its own checkpoint."""
-    run = tiny_config, caption_table, tmp_path
-    _, first = stopped_fit(*run, SignalAt("on_before_optimizer_step", step), keeper(tmp_path))
+    _, first = stopped_fit(SignalAt("on_before_optimizer_step", step), keeper(tmp_path))
     assert load(tmp_path / "last.ckpt")["global_step"] == len(first.steps) == step
     resume = {"ckpt_path": tmp_path / "last.ckpt"}
-    _, second = stopped_fit(*run, SignalAt("on_before_optimizer_step", 4), keeper(tmp_path), **resume)
+    _, second = stopped_fit(SignalAt("on_before_optimizer_step", 4), keeper(tmp_path), **resume)
     assert names(tmp_path) == {"last.ckpt"}
     assert load(tmp_path / "last.ckpt")["global_step"] == len(first.steps) + len(second.steps) == step + 4
 
 
 @pytest.mark.usefixtures("_handlers")
-def test_a_signal_stops_a_validation_and_discards_its_results(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
-) -> None:
+def test_a_signal_stops_a_validation_and_discards_its_results(stopped_fit: StoppedFit, tmp_path: Path) -> None:
     """With EMA, validation uses other weights than training; the checkpoint holds both as usual."""
     sender = SignalAt("on_validation_batch_start", 2)
     options = {"num_sanity_val_steps": 0, "limit_train_batches": 2}
     average = EMA(decay=0.25)
-    stopped, recorder = stopped_fit(tiny_config, caption_table, tmp_path, sender, average, keeper(tmp_path), **options)
+    stopped, recorder = stopped_fit(sender, average, keeper(tmp_path), **options)
     assert stopped.code == 128 + signal.SIGTERM
     assert (len(recorder.steps), recorder.batches, recorder.validations) == (2, 1, 0)
     saved = load(tmp_path / "last.ckpt")
@@ -181,13 +180,13 @@ def test_a_signal_stops_a_validation_and_discards_its_results(
 
 @pytest.mark.usefixtures("_handlers")
 def test_a_signal_after_the_exchange_of_a_step_is_seen_before_the_validation_that_follows(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+    stopped_fit: StoppedFit, tmp_path: Path
 ) -> None:
     """It may take longer than the grace period."""
     options = {"num_sanity_val_steps": 0, "limit_train_batches": 2}
     sender, validation = SignalAt("on_train_batch_end", 2), SignalAt("on_validation_batch_start", -1)
     used = sender, validation, keeper(tmp_path)
-    stopped, recorder = stopped_fit(tiny_config, caption_table, tmp_path, *used, **options)
+    stopped, recorder = stopped_fit(*used, **options)
     assert stopped.code == 128 + signal.SIGTERM
     assert (len(recorder.steps), validation.calls) == (2, 0)
     saved = load(tmp_path / "last.ckpt")
@@ -251,10 +250,8 @@ def test_a_resumed_run_begins_with_the_validation_that_was_stopped(
 
 @pytest.mark.parametrize("hook", ["on_sanity_check_start", "on_validation_batch_start"])
 @pytest.mark.usefixtures("_handlers")
-def test_a_signal_before_the_first_step_saves_nothing(
-    hook: str, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
-) -> None:
-    stopped, recorder = stopped_fit(tiny_config, caption_table, tmp_path, SignalAt(hook), keeper(tmp_path))
+def test_a_signal_before_the_first_step_saves_nothing(hook: str, stopped_fit: StoppedFit, tmp_path: Path) -> None:
+    stopped, recorder = stopped_fit(SignalAt(hook), keeper(tmp_path))
     assert stopped.code == 128 + signal.SIGTERM
     assert "nothing to save" in str(stopped)
     assert recorder.steps == []
@@ -262,32 +259,28 @@ def test_a_signal_before_the_first_step_saves_nothing(
 
 
 @pytest.mark.usefixtures("_handlers")
-def test_without_save_last_the_checkpoint_is_called_preempted(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
-) -> None:
+def test_without_save_last_the_checkpoint_is_called_preempted(stopped_fit: StoppedFit, tmp_path: Path) -> None:
     sender = SignalAt("on_before_optimizer_step", 1)
-    stopped, _ = stopped_fit(tiny_config, caption_table, tmp_path, sender, keeper(tmp_path, save_last=False))
+    stopped, _ = stopped_fit(sender, keeper(tmp_path, save_last=False))
     assert names(tmp_path) == {"preempted.ckpt"}
     assert load(tmp_path / "preempted.ckpt")["global_step"] == 1
     assert "preempted.ckpt" in str(stopped)
 
 
 @pytest.mark.usefixtures("_handlers")
-def test_without_checkpointing_a_signal_saves_nothing_and_says_so(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
-) -> None:
+def test_without_checkpointing_a_signal_saves_nothing_and_says_so(stopped_fit: StoppedFit, tmp_path: Path) -> None:
     sender = SignalAt("on_before_optimizer_step", 1)
-    stopped, _ = stopped_fit(tiny_config, caption_table, tmp_path, sender, enable_checkpointing=False)
+    stopped, _ = stopped_fit(sender, enable_checkpointing=False)
     assert stopped.code == 128 + signal.SIGTERM
     assert "nothing saved" in str(stopped)
     assert names(tmp_path) == set()
 
 
 @pytest.mark.usefixtures("_handlers")
-def test_another_runs_checkpoint_is_not_replaced(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
+def test_another_runs_checkpoint_is_not_replaced(stopped_fit: StoppedFit, tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").write_bytes(b"another run's")
     sender = SignalAt("on_before_optimizer_step", 1)
-    stopped, _ = stopped_fit(tiny_config, caption_table, tmp_path, sender, keeper(tmp_path))
+    stopped, _ = stopped_fit(sender, keeper(tmp_path))
     assert (tmp_path / "last.ckpt").read_bytes() == b"another run's"
     assert load(tmp_path / "last-v1.ckpt")["global_step"] == 1
     assert "last-v1.ckpt" in str(stopped)
@@ -311,10 +304,9 @@ class FullDisk(TorchCheckpointIO):
 
 
 @pytest.mark.usefixtures("_handlers")
-def test_signals_while_saving_are_ignored(tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path) -> None:
-    run = tiny_config, caption_table, tmp_path
+def test_signals_while_saving_are_ignored(stopped_fit: StoppedFit, tmp_path: Path) -> None:
     sender = SignalAt("on_before_optimizer_step", 1)
-    stopped, _ = stopped_fit(*run, sender, keeper(tmp_path), plugins=[SignalWhileSaving()])
+    stopped, _ = stopped_fit(sender, keeper(tmp_path), plugins=[SignalWhileSaving()])
     os.kill(os.getpid(), signal.SIGTERM)  # also after Lightning's teardown
     assert stopped.code == 128 + signal.SIGTERM
     assert names(tmp_path) == {"last.ckpt"}
@@ -336,11 +328,10 @@ class Wrapper(_WrappingCheckpointIO):
 @pytest.mark.parametrize("wrap", [AsyncCheckpointIO, lambda plugin: Wrapper(AsyncCheckpointIO(plugin))])
 @pytest.mark.usefixtures("_handlers")
 def test_a_checkpoint_written_in_another_thread_is_complete_when_the_run_ends(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path, wrap: Any
+    stopped_fit: StoppedFit, tmp_path: Path, wrap: Any
 ) -> None:
-    run = tiny_config, caption_table, tmp_path
     often = ModelCheckpoint(tmp_path, "often", every_n_train_steps=1, save_last=True, enable_version_counter=False)
-    stopped, _ = stopped_fit(*run, SignalAt("on_before_optimizer_step", 2), often, plugins=[wrap(Slow())])
+    stopped, _ = stopped_fit(SignalAt("on_before_optimizer_step", 2), often, plugins=[wrap(Slow())])
     assert stopped.code == 128 + signal.SIGTERM
     assert "saved step 2" in str(stopped.args[0])
     assert names(tmp_path) == {"often.ckpt", "last.ckpt"}
@@ -350,11 +341,10 @@ def test_a_checkpoint_written_in_another_thread_is_complete_when_the_run_ends(
 
 @pytest.mark.usefixtures("_handlers")
 def test_an_incomplete_checkpoint_is_an_error_and_replaces_nothing(
-    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+    stopped_fit: StoppedFit, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
     """By itself Lightning is silent when it cannot write a checkpoint (footgun L19)."""
-    run = tiny_config, caption_table, tmp_path
-    stopped_fit(*run, SignalAt("on_before_optimizer_step", 1), keeper(tmp_path))
+    stopped_fit(SignalAt("on_before_optimizer_step", 1), keeper(tmp_path))
     module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=1))
     callbacks = [Preemption(), SignalAt("on_before_optimizer_step", 1), keeper(tmp_path)]
     fitting = trainer(tmp_path, max_epochs=2, callbacks=callbacks, plugins=[FullDisk()])

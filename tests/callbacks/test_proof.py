@@ -204,11 +204,7 @@ def classes(overfitted: tuple[Path, Path], tmp_path: Path) -> Path:
 
 
 def test_the_rest_is_a_folder_of_classes_or_a_table(
-    overfitted: tuple[Path, Path],
-    repeated: Path,
-    classes: Path,
-    tmp_path: Path,
-    capfd: pytest.CaptureFixture[str],
+    overfitted: tuple[Path, Path], repeated: Path, classes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     proof = Proof(rest=[str(classes), str(repeated)])
     fit(tmp_path, overfitted[1], module_of(overfitted[0]), proof, ModelCheckpoint(tmp_path, "last"))

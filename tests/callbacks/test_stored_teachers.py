@@ -99,7 +99,7 @@ def test_two_ranks_share_the_files_and_have_the_losses_of_one_online(run: Run, t
     two = {"cache": f"{run.folder}/cache", "data": {"batch_size": 4}, "trainer": {"devices": 2, "strategy": "ddp"}}
     words = json.dumps([{**run._asdict(), **two}])
     script = str(ROOT / "tests/helpers/frozen_runs.py")
-    run_lightning_ranks(2, tmp_path, script, str(tmp_path / "found.json"), words)
+    run_lightning_ranks(2, tmp_path, script, "some", str(tmp_path / "found.json"), words)
     (found,) = json.loads((tmp_path / "found.json").read_text())
     assert found["losses"] == pytest.approx(fit(run)[0].losses, rel=1e-5)
     assert not found["decoded"]

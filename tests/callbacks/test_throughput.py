@@ -62,6 +62,11 @@ def logged(folder: Path, name: str) -> list[float]:
         return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]
 
 
+def learning(config: CLIPConfig) -> LitCLIP:
+    """Return a module whose first step changes it."""
+    return LitCLIP(config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
+
+
 # The clock
 
 
@@ -186,7 +191,7 @@ def test_without_a_count_there_is_no_mfu_and_a_warning(
             raise ValueError("cannot count")
         return VisionTransformer.project(self, VisionTransformer.features(self, images))
 
-    table, module = write_table(tmp_path), LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
+    table, module = write_table(tmp_path), learning(tiny_config)
     monkeypatch.setattr(VisionTransformer, "forward", fails)
     with pytest.warns(UserWarning, match="there is no train/mfu"):
         done = fit(module, data_for(module, table, batch_size=4), tmp_path, Throughput())
@@ -238,7 +243,7 @@ def lengths_of(table: Path, module: LitCLIP) -> list[int]:
 
 def test_tokens_and_arithmetic_are_those_of_the_captions(tiny_config: CLIPConfig, tmp_path: Path) -> None:
     table = write_table(tmp_path)
-    module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
+    module = learning(tiny_config)
     fit(module, data_for(module, table, batch_size=4), tmp_path, Throughput(), max_epochs=2, log_every_n_steps=2)
     lengths = lengths_of(table, module)
     samples, tokens, padded, mfu = (
@@ -320,11 +325,7 @@ class Steps(Callback):
 
 
 def test_waiting_for_data_is_measured_in_the_loop(tiny_config: CLIPConfig, tmp_path: Path) -> None:
-    table, module, steps = (
-        write_table(tmp_path),
-        LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0)),
-        Steps(),
-    )
+    table, module, steps = write_table(tmp_path), learning(tiny_config), Steps()
     fit(module, slow_data(table), tmp_path, steps, Throughput(), max_epochs=2)
     for rate, share in zip(
         logged(tmp_path, "train/samples_per_second"), logged(tmp_path, "train/data_wait_share"), strict=True
@@ -373,7 +374,7 @@ def test_time_outside_training_is_not_counted(
     where: str, tiny_config: CLIPConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each of four steps sleeps, and something else does before the last of them."""
-    table, module = write_table(tmp_path), LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
+    table, module = write_table(tmp_path), learning(tiny_config)
     monkeypatch.setattr(f"{__name__}.time", OnlySleeps())
     counting = Throughput()
     counting.now = time.perf_counter
@@ -388,14 +389,11 @@ def test_time_outside_training_is_not_counted(
 
 def test_a_run_resumed_within_an_epoch_counts_only_its_own_time(tiny_config: CLIPConfig, tmp_path: Path) -> None:
     table = write_table(tmp_path)
-    module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
+    module = learning(tiny_config)
     monitors = [Throughput(), TrainingMonitor()]
     saving = ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=1, save_top_k=-1)
     fit(module, data_for(module, table, batch_size=4), tmp_path / "first", *monitors, saving)
-    module, monitors = (
-        LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0)),
-        [Throughput(), TrainingMonitor()],
-    )
+    module, monitors = learning(tiny_config), [Throughput(), TrainingMonitor()]
     data, path = data_for(module, table, batch_size=4), tmp_path / "step=1.ckpt"  # of two per epoch
     since = time.perf_counter()
     fit(module, data, tmp_path / "second", *monitors, max_epochs=2, ckpt_path=path)
@@ -419,11 +417,7 @@ def test_the_rest_of_an_interval_with_which_a_run_is_resumed_has_no_rate(
 
 
 def test_the_users_profiler_works_as_usual_and_is_restored(tiny_config: CLIPConfig, tmp_path: Path) -> None:
-    table, profiler, module = (
-        write_table(tmp_path),
-        SimpleProfiler(),
-        LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0)),
-    )
+    table, profiler, module = write_table(tmp_path), SimpleProfiler(), learning(tiny_config)
     callbacks = [Throughput(), TrainingMonitor()]
     fit(module, data_for(module, table, batch_size=4), tmp_path, *callbacks, profiler=profiler)
     assert len(profiler.recorded_durations[FETCH]) == 2
@@ -436,11 +430,7 @@ class Fails(Callback):
 
 
 def test_a_failed_run_restores_the_profiler(tiny_config: CLIPConfig, tmp_path: Path) -> None:
-    table, profiler, module = (
-        write_table(tmp_path),
-        SimpleProfiler(),
-        LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0)),
-    )
+    table, profiler, module = write_table(tmp_path), SimpleProfiler(), learning(tiny_config)
     with pytest.raises(RuntimeError, match="on purpose"):
         fit(module, data_for(module, table, batch_size=4), tmp_path, Throughput(), Fails(), profiler=profiler)
     assert {"start", "stop"}.isdisjoint(vars(profiler))
@@ -450,7 +440,7 @@ def test_weights_are_those_of_a_run_without_the_callback(tiny_config: CLIPConfig
     table, weights = write_table(tmp_path), list[dict[str, Tensor]]()
     for callbacks in ([], [Throughput()]):
         torch.manual_seed(0)
-        module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
+        module = learning(tiny_config)
         fit(module, data_for(module, table, batch_size=4), tmp_path / str(len(callbacks)), *callbacks)
         weights.append(module.state_dict())
     assert all(torch.equal(tensor, weights[1][name]) for name, tensor in weights[0].items())
@@ -486,7 +476,7 @@ def test_validate_logs_no_training_metrics(tiny_config: CLIPConfig, tmp_path: Pa
 
 def test_two_ranks_count_the_work_of_both(ranks: Callable[..., None], tiny_config: CLIPConfig, tmp_path: Path) -> None:
     table, module = write_table(tmp_path), LitCLIP(tiny_config)
-    ranks("fit", 2, str(tmp_path / "metrics.json"), str(table), script="ranks_throughput.py")
+    ranks("throughput", 2, str(tmp_path / "metrics.json"), str(table), script="ranks_callbacks.py")
     metrics = json.loads((tmp_path / "metrics.json").read_text())
     rate = metrics["train/samples_per_second"]
     assert metrics["train/tokens_per_second"] / rate == pytest.approx(sum(lengths_of(table, module)) / 8)

@@ -5,13 +5,23 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 from subprocess import CompletedProcess
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from tensorboard import context
+from tensorboard.backend.event_processing import data_provider, plugin_event_multiplexer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins import base_plugin
+from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 
-from lit_clip.cli.configurations import configuration, differences, joined, saved_configuration
+from lit_clip.cli.configurations import configuration, differences, joined, run_folders, saved_configuration
+from lit_clip.cli.hparams import FIRST, flat_settings
+from lit_clip.errors import InputError
 from tests.cli.test_main import TINY_YAML
 
 Cli = Callable[..., CompletedProcess[str]]
@@ -51,7 +61,7 @@ def test_last_and_auto_take_only_checkpoints_of_the_same_configuration(
     assert f"{checkpoint(1)}: passed over; its run had another configuration (model.loss)" in named
     # The run that was resumed belongs to the configuration of the one that began, in both spellings.
     for written in ([*WORDS, *data], ["--config", str(checkpoint(2).parents[1] / "fit_config.yaml")]):
-        again = cli("fit", *written, "--ckpt_path", "auto", "--trainer.max_epochs", "2", "--print_plan")
+        again = in_process("fit", *written, "--ckpt_path", "auto", "--trainer.max_epochs", "2", "--print_plan")
         assert again.returncode == 0, again.stderr
         assert "another configuration" not in again.stderr
     other = ["--model.optimizer", "torch.optim.SGD", "--model.optimizer.lr", "0.1"]
@@ -147,14 +157,14 @@ def test_a_checkpoint_without_a_record_has_the_configuration_of_its_runs_folder(
 
 
 def test_auto_begins_anew_only_where_there_is_no_checkpoint_and_takes_those_without_a_record(
-    cli: Cli, caption_table: Path, tmp_path: Path
+    cli: Cli, in_process: Cli, caption_table: Path, tmp_path: Path
 ) -> None:
     data = ["--data.train", str(caption_table), "--data.val", str(caption_table)]
     assert cli("fit", *WORDS, *data).returncode == 0
     file = tmp_path / checkpoint(0)
     other = ["--model.loss", "lit_clip.losses.Sigmoid"]
     for record in ("in the checkpoint", "in fit_config.yaml"):
-        refused = cli("fit", *WORDS, *data, "--data.seed", "3", "--ckpt_path", "auto", "--print_plan")
+        refused = in_process("fit", *WORDS, *data, "--data.seed", "3", "--ckpt_path", "auto", "--print_plan")
         assert refused.returncode == 2, record
         (line,) = refused.stderr.strip().splitlines()
         assert (
@@ -163,10 +173,129 @@ def test_auto_begins_anew_only_where_there_is_no_checkpoint_and_takes_those_with
         content = torch.load(file, weights_only=True)
         content.pop("configuration", None)
         torch.save(content, file)
-    same = cli(
+    same = in_process(
         "fit", *WORDS, *data, "--ckpt_path", "last", "--print_plan", "--model.loss", "lit_clip.losses.Contrastive"
     )
     assert same.returncode == 0, same.stderr
     (file.parents[1] / "fit_config.yaml").unlink()
     taken = cli("fit", *WORDS, *data, *other, "--ckpt_path", "auto", "--print_plan")
     assert f"{file}: its configuration is not recorded; it is resumed with this command's" in taken.stderr
+
+
+# Checkpoints of a configuration's runs are searched for where ModelCheckpoint puts them.
+
+
+LOGGERS = "lightning.pytorch.loggers"
+KEEPER = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": "kept"}}
+
+
+def config(logger: Any, callbacks: Any = None, root: str | None = None) -> dict[str, Any]:
+    return {"trainer": {"logger": logger, "callbacks": callbacks, "default_root_dir": root}}
+
+
+def folder_of(logger: Any, root: str) -> Path:
+    """Return Lightning's own folder for a run with this logger."""
+    trainer: Any = SimpleNamespace(loggers=[logger], default_root_dir=root)
+    return Path(ModelCheckpoint()._ModelCheckpoint__resolve_ckpt_dir(trainer))  # pyright: ignore
+
+
+@pytest.mark.parametrize("options", [{"save_dir": "logs"}, {"save_dir": "logs", "name": "mine"}])
+@pytest.mark.parametrize("kind", [CSVLogger, TensorBoardLogger])
+def test_checkpoints_lie_in_the_folder_of_a_logger_on_disk(kind: Any, options: dict[str, str]) -> None:
+    (_, folder) = run_folders(config({"class_path": f"{LOGGERS}.{kind.__name__}", "init_args": options}))
+    assert folder_of(kind(**options), "root").is_relative_to(folder)
+
+
+@pytest.mark.parametrize("kind", ["CometLogger", "NeptuneLogger"])
+def test_a_logger_with_unknown_folders_needs_a_dirpath(kind: str) -> None:
+    logger = {"class_path": f"{LOGGERS}.{kind}", "init_args": {"save_dir": "logs"}}
+    with pytest.raises(InputError, match=f"--ckpt_path: the folder of {kind}'s runs is not known in advance; "):
+        run_folders(config(logger))
+    assert run_folders(config(logger, KEEPER)) == [Path("checkpoints"), Path("kept")]
+    csv = {"class_path": f"{LOGGERS}.CSVLogger", "init_args": {"save_dir": "logs"}}
+    assert run_folders(config([csv, logger]))[1:] == [Path("logs/lightning_logs")]  # the first logger's folder counts
+
+
+def test_runs_without_a_logger_use_the_root_and_callbacks_their_dirpath(tmp_path: Path) -> None:
+    (tmp_path / "hpc_ckpt_1.ckpt").touch()
+    expected = [tmp_path / "checkpoints", tmp_path / "hpc_ckpt_1.ckpt"]
+    assert run_folders(config(False, [KEEPER, None], str(tmp_path)))[:2] == expected
+    assert run_folders(config(False, KEEPER, str(tmp_path)))[-1] == Path("kept")
+    assert run_folders(config(None, None, str(tmp_path)))[-1] == tmp_path / "lightning_logs"
+
+
+# TensorBoard's HParams page compares runs of the command line, read with the page's own backend.
+
+
+TENSORBOARD = "{class_path: lightning.pytorch.loggers.TensorBoardLogger, init_args: {save_dir: runs, name: mine}}"
+
+
+def page(folder: Path) -> tuple[Any, list[Any]]:
+    """Return the lists and rows of the page for all runs in a folder."""
+    events = plugin_event_multiplexer.EventMultiplexer()
+    events.AddRunsFromDirectory(str(folder))
+    events.Reload()
+    provider = data_provider.MultiplexerDataProvider(events, str(folder))
+    backend: Any = backend_context.Context(
+        base_plugin.TBContext(logdir=str(folder), multiplexer=events, data_provider=provider)
+    )
+    request, every = context.RequestContext(), [1, 2, 3, 0]  # all states of a run
+    runs, others = backend.hparams_metadata(request, ""), backend.hparams_from_data_provider(request, "", 1000)
+    lists = backend.experiment_from_metadata(request, "", True, runs, others)
+    columns = [api_pb2.ColParams(metric=each.name) for each in lists.metric_infos]  # pyright: ignore[reportAttributeAccessIssue]  # generated
+    asked = api_pb2.ListSessionGroupsRequest(  # pyright: ignore[reportAttributeAccessIssue]  # generated
+        start_index=0, slice_size=10, allowed_statuses=every, col_params=columns, include_metrics=True
+    )
+    return lists, list(list_session_groups.Handler(request, backend, "", asked).run().session_groups)
+
+
+def test_two_runs_can_be_compared_by_settings_and_final_metrics(
+    cli: Callable[..., CompletedProcess[str]], caption_table: Path, tmp_path: Path
+) -> None:
+    data = ["--data.train", str(caption_table), "--data.val", str(caption_table), f"--trainer.logger={TENSORBOARD}"]
+    for rate in ("1e-3", "2e-3"):
+        run = cli("fit", *WORDS, *data, "--model.optimizer.lr", rate)
+        assert run.returncode == 0, run.stderr
+    lists, rows = page(tmp_path / "runs")
+    settings, metrics = [each.name for each in lists.hparam_infos], [each.name.tag for each in lists.metric_infos]
+    assert {*settings[:4]} == {*FIRST} - {
+        "model.architecture"
+    }  # which is a mapping here; the page shows the first five
+    assert {"model.optimizer", "data", "data.num_workers", "trainer.callbacks"} <= {*settings}
+    assert metrics[:3] == ["val/loss", "val/image_to_text_recall@1", "val/text_to_image_recall@1"]
+    assert [row.hparams["model.optimizer.lr"].number_value for row in rows] == [1e-3, 2e-3]
+    for number, row in enumerate(rows):
+        found = {each.name.tag: each.value for each in row.metric_values}
+        events = EventAccumulator(str(tmp_path / f"runs/mine/version_{number}")).Reload()
+        assert found.keys() == {*metrics}
+        for name, value in found.items():
+            assert value == events.Scalars(name)[-1].value
+
+
+def test_settings_are_flat_plain_values_without_passwords() -> None:
+    callback = {"class_path": "callbacks.EMA", "init_args": {"decay": 0.9, "start_step": None}}
+    lightnings = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"filename": "last"}}
+    given = {
+        "model": {"loss": {"class_path": "mine.Loss", "init_args": {"power": 2}}, "freeze": None},
+        "data": {"class_path": "datamodules.Captions", "init_args": {"train": "https://me:word@host/a.csv"}},
+        "trainer": {"max_epochs": 3, "logger": {"class_path": "x"}, "callbacks": [lightnings, callback]},
+    }
+    expected = {
+        **{"model.loss": "mine.Loss", "model.loss.power": 2, "data": "datamodules.Captions"},
+        **{"data.train": "https://me:***@host/a.csv", "trainer.max_epochs": 3},
+        "trainer.callbacks": "EMA(decay=0.9), ModelCheckpoint",
+    }
+    assert flat_settings(yaml.safe_load(yaml.safe_dump(given))) == expected
+    assert flat_settings({"trainer": {"callbacks": None}}) == {"trainer.callbacks": ""}
+
+
+@pytest.mark.parametrize(
+    "logger", ["false", "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: a}}"]
+)
+def test_runs_without_tensorboard_write_no_events(
+    logger: str, cli: Callable[..., CompletedProcess[str]], caption_table: Path, tmp_path: Path
+) -> None:
+    data = ["--data.train", str(caption_table), "--data.val", str(caption_table), f"--trainer.logger={logger}"]
+    run = cli("fit", *WORDS, *data, "--trainer.max_steps", "1")
+    assert run.returncode == 0, run.stderr
+    assert not list(tmp_path.rglob("events.out.tfevents.*"))

@@ -142,7 +142,7 @@ def test_a_logger_that_cannot_be_created_is_one_line(cli: Fit, caption_table: Pa
 def test_a_saved_configuration_is_never_overwritten(tmp_path: Path) -> None:
     file = tmp_path / "run/fit_config.yaml"
     assert [save_text(file, text).name for text in ("a", "b", "a", "c", "b")] == [
-        *("fit_config.yaml", "fit_config-v1.yaml", "fit_config.yaml", "fit_config-v2.yaml", "fit_config-v1.yaml"),
+        *("fit_config.yaml", "fit_config-v1.yaml", "fit_config.yaml", "fit_config-v2.yaml", "fit_config-v1.yaml")
     ]
     assert [path.read_text() for path in sorted(file.parent.iterdir())] == ["b", "c", "a"]
     assert newest_config(file.parent) == file.with_stem("fit_config-v1")

@@ -6,8 +6,9 @@ import shlex
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from subprocess import CompletedProcess
 from typing import Any
 
 import pytest
@@ -25,7 +26,7 @@ from lit_clip.cli.subcommands import COMMANDS
 from lit_clip.commands.export import export
 from lit_clip.errors import InputError
 from lit_clip.tools.messages import one_line, user_error
-from tests.conftest import TINY_YAML, lit_clip_command, without_packaged_defaults
+from tests.conftest import ROOT, TINY_YAML, lit_clip_command, without_packaged_defaults
 
 Completed = subprocess.CompletedProcess[str]
 Cli = Callable[..., Completed]
@@ -372,7 +373,7 @@ def test_ctrl_c_ends_a_run_with_exit_code_130_and_says_how_to_resume(
     cli: Callable[..., subprocess.CompletedProcess[str]], caption_table: Path, tmp_path: Path
 ) -> None:
     def interrupted(step: int, *others: str) -> str:
-        callback = f"{{class_path: tests.helpers.ranks_preemption.CtrlC, init_args: {{step: {step}}}}}"
+        callback = f"{{class_path: tests.helpers.ranks_stability.CtrlC, init_args: {{step: {step}}}}}"
         options = ["--trainer.max_steps", "12", f"--trainer.callbacks+={callback}", *others]
         done = cli(*words("fit", caption_table), *options)
         assert done.returncode == 130
@@ -455,3 +456,29 @@ def test_emulated_bfloat16_warns(
     ]
     assert bool(messages) == warned
     assert all("--trainer.precision 32-true" in message for message in messages)
+
+
+# What mistakes on the command line and in YAML files say: the table of ``tests/messages.yaml``.
+
+
+ROWS = yaml.safe_load((ROOT / "tests/messages.yaml").read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: next(iter(row.values()))[:60])
+def test_a_mistake_is_one_line(
+    row: Mapping[str, str], in_process: Callable[..., CompletedProcess[str]], caption_table: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "small.yaml").write_text("model: {optimizer: {lr: 1}}", encoding="utf-8")
+    (tmp_path / "typo.yaml").write_text(row.get("file", ""), encoding="utf-8")
+    fit = ["fit", "--data", "datamodules.Captions", "--data.train", str(caption_table), "--data.val"]
+    fit += [str(caption_table), "--data.batch_size", "16", "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
+    fit += ["--model.architecture", TINY_YAML, "--trainer.max_steps", "4", "--trainer.enable_progress_bar", "false"]
+    fit += ["--config", "typo.yaml"] if "file" in row else []
+    typed = shlex.split(row.get("call", row.get("command", "")))
+    result = in_process(*typed) if "command" in row else in_process(*fit, *typed)
+    assert result.returncode == 2, result.stdout + result.stderr
+    assert "Traceback" not in result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("lit-clip: error: ")
+    assert row["line"] in last
+    assert len(last) < 700

@@ -2,6 +2,7 @@
 
 import copy
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,10 +56,10 @@ trainer:
 HOSTILE = 'open("RAN", "w").close()\nimport torch\n\n\nclass X(torch.nn.Module):\n    pass\n'
 
 
-def fit(folder: Path, table: Path, *words: str) -> Completed:
+def fit_words(table: Path, *words: str) -> list[str]:
     data = ["--data", "datamodules.Captions", "--data.train", str(table), "--data.batch_size", "16"]
     quick = ["--data.num_workers", "0", "--trainer.accelerator", "cpu", "--trainer.enable_progress_bar", "false"]
-    return lit_clip_command(folder, "fit", *words, *data, *quick, "--trainer.max_steps", "4")
+    return ["fit", *words, *data, *quick, "--trainer.max_steps", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def trained(caption_table: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     (folder / "photos").mkdir()
     for i in range(3):
         Photo.new("RGB", (40, 40), (80 * i, 200, 0)).save(folder / f"photos/{i}.png")
-    done = fit(folder, caption_table, "--config", "own.yaml")
+    done = lit_clip_command(folder, *fit_words(caption_table, "--config", "own.yaml"))
     assert done.returncode == 0, done.stderr
     return folder
 
@@ -87,7 +88,8 @@ def test_a_run_resumes_from_its_saved_configuration_to_the_weights_of_an_uninter
     saved = trained / "lightning_logs/version_0/fit_config.yaml"
     (tmp_path / "my_encoder.py").write_text(ENCODERS, encoding="utf-8")
     half = str(checkpoint_of(trained, step=2))
-    resumed = fit(tmp_path, caption_table, "--config", str(saved), "--ckpt_path", half)
+    words = fit_words(caption_table, "--config", str(saved), "--ckpt_path", half)
+    resumed = lit_clip_command(tmp_path, *words)
     assert resumed.returncode == 0, resumed.stderr
     a, b = (torch.load(checkpoint_of(folder), weights_only=True) for folder in (tmp_path, trained))
     assert a["global_step"] == b["global_step"] == 4
@@ -138,7 +140,7 @@ IMPORT = "encoder is hostile.X; import hostile first (in Python), or name it: li
     ],
 )
 def test_a_module_that_a_checkpoint_names_is_not_imported(
-    key: str, value: Any, line: str, trained: Path, caption_table: Path
+    key: str, value: Any, line: str, trained: Path, caption_table: Path, in_process: Callable[..., Completed]
 ) -> None:
     checkpoint = copy.deepcopy(torch.load(checkpoint_of(trained), weights_only=True))
     *path, last = key.split(".")
@@ -147,14 +149,15 @@ def test_a_module_that_a_checkpoint_names_is_not_imported(
         settings = settings[name]
     settings[last] = value
     torch.save(checkpoint, trained / "hostile.ckpt")
-    done = fit(trained, caption_table, "--config", "own.yaml", "--ckpt_path", "hostile.ckpt", "--print_plan")
+    words = fit_words(caption_table, "--config", "own.yaml", "--ckpt_path", "hostile.ckpt", "--print_plan")
+    done = in_process(*words, folder=trained)
     assert not (trained / "RAN").exists()
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1].startswith("lit-clip: error: hostile.ckpt: ")
     assert line in done.stderr
     if "class_path" in key:
         words = ["classify", "photos", "--model", "hostile.ckpt", "--classes", "dog"]
-        done = lit_clip_command(trained, "--import", "my_encoder", *words)
+        done = in_process("--import", "my_encoder", *words, folder=trained)
         assert done.returncode == 2
         assert not (trained / "RAN").exists()
 
@@ -181,10 +184,12 @@ def test_a_module_that_a_checkpoint_names_is_not_imported(
         (["fit", "--config", "wrong.yaml"], "my_encoder.Image has no argument 'widht'; init_args can be: width"),
     ],
 )
-def test_a_mistake_is_one_line(words: list[str], message: str, trained: Path, caption_table: Path) -> None:
+def test_a_mistake_is_one_line(
+    words: list[str], message: str, trained: Path, caption_table: Path, in_process: Callable[..., Completed]
+) -> None:
     (trained / "typo.yaml").write_text(YAML.replace("init_args: {width: 6}", "width: 6"), encoding="utf-8")
     (trained / "wrong.yaml").write_text(YAML.replace("width", "widht"), encoding="utf-8")
-    done = fit(trained, caption_table, *words[1:]) if words[0] == "fit" else lit_clip_command(trained, *words)
+    done = in_process(*(fit_words(caption_table, *words[1:]) if words[0] == "fit" else words), folder=trained)
     assert done.returncode == 2, done.stderr
     assert [line for line in done.stderr.splitlines() if line.startswith("lit-clip: error: ") and message in line]
     assert "Traceback" not in done.stderr

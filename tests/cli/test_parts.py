@@ -1,13 +1,18 @@
 """Parts named on the command line and in YAML: the model, its optimiser, schedule and rule of weight decay."""
 
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from lit_clip.cli.lightning import run
+from lit_clip.cli.main import main
 from tests.cli.test_main import Cli, assert_user_error, words
-from tests.conftest import ROOT, TINY_YAML
+from tests.conftest import ROOT, TINY_YAML, lit_clip_command
 
 PARTS = """
 import torch
@@ -145,3 +150,241 @@ def test_a_schedule_that_demands_the_number_of_steps_is_told_that_it_gets_it(
     )
     result = in_process(*words("fit", caption_table), "--model.lr_scheduler", "my_schedule.Own")
     assert_user_error(result, "model.lr_scheduler", "give total_steps the default None")
+
+
+# Data of one's own, in files of the working folder: transforms, a source, a data module, an evaluation set.
+
+
+FILES = {
+    "own_transforms.py": """
+import random
+from PIL import ImageOps
+
+class Posterise:
+    def __init__(self, bits: int = 4):
+        self.bits = bits
+
+    def __call__(self, image):
+        return ImageOps.posterize(image, random.randint(1, self.bits))
+
+def grey(image):
+    return ImageOps.grayscale(image)
+""",
+    "own_source.py": """
+from PIL import Image
+from datamodules import CustomPairs
+
+class Colours(CustomPairs):
+    def __init__(self, count: int):
+        self.count = count
+
+    def __len__(self):
+        return self.count
+
+    def image(self, row):
+        return Image.new("RGB", (40, 30), (row, 100, 255 - row))
+
+    def captions(self, row):
+        return [f"colour {row}"]
+""",
+    "own_data.py": """
+from datamodules import CaptionDataModule
+from own_source import Colours
+
+class Data(CaptionDataModule):
+    def __init__(self, count: int, batch_size: int = 8, num_workers: int = 0):
+        super().__init__(batch_size, num_workers)
+        self.count = count
+
+    def sources(self, fit):
+        return Colours(self.count), Colours(10)
+""",
+    "own_loaders.py": """
+import torch
+from lightning.pytorch import LightningDataModule
+from lit_clip.batch import CaptionBatch
+
+class Loaders(LightningDataModule):
+    def val_dataloader(self):
+        tokens = self.trainer.lightning_module.tokenize(["a", "b"])
+        batch = CaptionBatch(torch.zeros(2, 3, 32, 32, dtype=torch.uint8), tokens, ["0", "1"])
+        return torch.utils.data.DataLoader([batch], batch_size=None)
+""",
+    "own_set.py": """
+from PIL import Image
+from lit_clip.evaluation.data import LabelledImages
+
+class Squares(LabelledImages):
+    class_names = ["red square", "blue square"]
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return Image.new("RGB", (40, 40), ["red", "blue"][index % 2]), index % 2
+
+    def labels(self):
+        return [index % 2 for index in range(6)]
+
+    def stamp(self):
+        return "version 1"
+""",
+}
+CONFIG = f"""
+model: {{architecture: {TINY_YAML}}}
+data:
+  class_path: datamodules.Captions
+  init_args:
+    train: {{class_path: own_source.Colours, init_args: {{count: 20}}}}
+    batch_size: 4
+    num_workers: 0
+    augmentation:
+      - {{class_path: torchvision.transforms.v2.RandomResizedCrop, init_args: {{size: 32}}}}
+      - {{class_path: own_transforms.Posterise, init_args: {{bits: 3}}}}
+      - {{class_path: torchvision.transforms.v2.RandomRotation, init_args: {{degrees: 15}}}}
+      - class_path: torchvision.transforms.v2.RandomApply
+        init_args: {{transforms: [torchvision.transforms.v2.RandAugment], p: 0.5}}
+      - own_transforms.grey
+trainer:
+  max_epochs: 1
+  accelerator: cpu
+  enable_progress_bar: false
+  logger: {{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {{save_dir: runs}}}}
+  callbacks:
+    - class_path: callbacks.ZeroShot
+      init_args: {{sets: {{squares: {{images: {{class_path: own_set.Squares}}}}}}}}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working folder with :data:`FILES` and a configuration; its modules are forgotten after the test."""
+    for name, content in FILES.items():
+        (tmp_path / name).write_text(content)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    forget_modules()
+    yield tmp_path
+    forget_modules()
+
+
+def forget_modules() -> None:
+    for name in FILES:
+        sys.modules.pop(Path(name).stem, None)
+
+
+@pytest.fixture
+def failing(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., str]:
+    """Run a command that must fail with exit code 2 and one line, which is returned."""
+
+    def run_main(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["lit-clip", *words])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert "Traceback" not in error
+        last = error.strip().splitlines()[-1]
+        assert last.startswith("lit-clip: error: ")
+        return last
+
+    return run_main
+
+
+def test_parts_of_the_working_folder_are_trained_with_and_evaluated(folder: Path) -> None:
+    done = lit_clip_command(folder, "fit", "--config", "config.yaml")
+    assert done.returncode == 0, done.stderr
+    assert "zero_shot/squares/top1" in done.stdout
+    saved = yaml.safe_load(next(folder.glob("runs/*/*/fit_config.yaml")).read_text())
+    assert [
+        part if isinstance(part, str) else part["class_path"] for part in saved["data"]["init_args"]["augmentation"]
+    ] == [
+        "torchvision.transforms.v2.RandomResizedCrop",
+        "own_transforms.Posterise",
+        "torchvision.transforms.v2.RandomRotation",
+        "torchvision.transforms.v2.RandomApply",
+        "own_transforms.grey",
+    ]
+
+
+@pytest.mark.usefixtures("folder")
+def test_the_printed_configuration_can_be_read_again(capsys: pytest.CaptureFixture[str]) -> None:
+    printed = []
+    for config in ("config.yaml", "again.yaml"):
+        with pytest.raises(SystemExit):
+            run(args=["--config", config, "--print_config"], execute=False)
+        printed.append(capsys.readouterr().out)
+        Path("again.yaml").write_text(printed[-1])
+    assert printed[0] == printed[1]
+    assert "Posterise" in printed[0]
+    command = run(args=["--config", "again.yaml"], execute=False)
+    assert [type(part).__name__ for part in command.datamodule.augmentation][:4] == [
+        "RandomResizedCrop",
+        "Posterise",
+        "RandomRotation",
+        "RandomApply",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("data", "pairs"), [(["own_data.Data", "--data.count", "9"], 10), (["own_loaders.Loaders"], 2)]
+)
+@pytest.mark.usefixtures("folder")
+def test_a_data_module_of_ones_own_is_named_on_the_command_line(data: list[str], pairs: int) -> None:
+    options = ["--trainer.logger", "false", "--trainer.enable_progress_bar", "false", "--trainer.accelerator", "cpu"]
+    command = run(args=["--data", *data, "--model.architecture", TINY_YAML, *options], execute=False)
+    predictions: Any = []
+    command.model.on_validation_batch_end = lambda outputs, *_: predictions.append(len(outputs["keys"]))
+    (metrics,) = command.trainer.validate(command.model, command.datamodule, verbose=False)
+    assert sum(predictions) == pairs
+    assert "val/loss" in metrics
+
+
+@pytest.mark.parametrize(
+    ("option", "parts"),
+    [
+        (
+            "--data.train={class_path: own_source.Colour, init_args: {count: 3}}",
+            ["'own_source' has no attribute 'Colour'"],
+        ),
+        ("--data.train={class_path: own_sourc.Colours}", ["No module named 'own_sourc'", "did you mean own_source?"]),
+        (
+            "--data.train={class_path: own_source.Colours, init_args: {cout: 3}}",
+            ["cout: Colours has no such option; did you mean count"],
+        ),
+        (
+            "--data.train=[{data: {class_path: own_source.Colours, init_args: {cout: 3}}}]",
+            ["cout: Colours has no such option; did you mean count"],
+        ),
+        ("--data.train=own_source.Colours", ["no such file or folder", "{class_path: my_source.MyPairs}"]),
+        ("--data.augmentation=[own_transforms.Posterize]", ["'own_transforms' has no attribute 'Posterize'"]),
+        (
+            "--data.augmentation=[{class_path: own_transforms.Posterise, init_args: {bit: 3}}]",
+            ["bit: Posterise has no such option; did you mean bits?"],
+        ),
+        (
+            "--data.augmentation=[{class_path: own_transforms.Posterise, init_args: {bits: x}}]",
+            ["bits: wants int, not x"],
+        ),
+        ("--data.augmentation=[torchvision.transforms.v2.CenterCrop]", ["data.augmentation.size: must be given"]),
+        (
+            "--data.augmentation=[{class_path: torchvision.transforms.v2.RandomRotation, init_args: {degrees: far}}]",
+            ["degrees: wants Number or Sequence, not far"],
+        ),
+        ("--data.augmentation=own_transforms.Posterise", ["a list of class paths", "not own_transforms.Posterise"]),
+        ("--data.augmentation={crop_scal: 1}", ["did you mean crop_scale?"]),
+        (
+            "--data.augmentation=[{class_path: datamodules.RandomSquareCrop, init_args: {scale: [2, 3]}}]",
+            ["[2.0, 3.0] must"],
+        ),
+        (
+            "--data.augmentation=[{class_path: torchvision.transforms.v2.FiveCrop, init_args: {size: 8}}]",
+            ["returned a tuple"],
+        ),
+    ],
+)
+def test_mistakes_in_own_parts_are_one_line(option: str, parts: list[str], failing: Callable[..., str]) -> None:
+    message = failing("fit", "--config", "config.yaml", option)
+    for part in parts:
+        assert part in message

@@ -18,8 +18,7 @@ from unittest.mock import patch
 from hypothesis import strategies as st
 
 from lit_clip.errors import InputError
-from tests.fuzz.inputs import CANARY, Input
-from tests.fuzz.target import Target
+from tests.fuzz.inputs import CANARY, Input, Target
 from tests.fuzz.targets import remote
 
 

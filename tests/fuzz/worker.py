@@ -17,9 +17,8 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from lit_clip.errors import InputError
 from lit_clip.tools.messages import one_line, user_error
-from tests.fuzz.inputs import CANARY, SECRET, SECRET_NAME, Input
+from tests.fuzz.inputs import CANARY, SECRET, SECRET_NAME, Input, Target
 from tests.fuzz.oracle import Finding, ForbiddenError, Guard, our_place, wrong_message
-from tests.fuzz.target import Target
 from tests.fuzz.targets import find_target
 
 MEMORY = 3 * 2**30  # bytes that an input may have reserved

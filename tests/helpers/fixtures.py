@@ -8,9 +8,10 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache, partial
 from pathlib import Path
+from subprocess import CompletedProcess
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from torch.utils.data import _utils as torch_workers
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
-from tests.conftest import made_once
+from tests.conftest import made_once, without_packaged_defaults
 from tests.helpers import charts as leaving_out
 
 SMALL = CLIPConfig(  # of ``overfitted``: the smallest that learns its table, since many commands read the checkpoint
@@ -105,6 +106,40 @@ def tiny_config() -> CLIPConfig:
         image=VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=1, heads=1),
         text=TextTransformerConfig(context_length=16, width=16, layers=1, heads=1),
     )
+
+
+def forget_modules_of(folder: Path) -> None:
+    """Remove the modules that were imported from a folder or those within it."""
+    files = {name: str(getattr(module, "__file__", None)) for name, module in sys.modules.items()}
+    for name in [name for name, file in files.items() if file.startswith(f"{folder}/")]:  # paths take 0.2 s
+        del sys.modules[name]
+
+
+@pytest.fixture
+def in_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., CompletedProcess[str]]:
+    """Like ``cli``, in this process, for commands that end before training: a fork takes several times as long."""
+    from lit_clip.cli.main import main
+
+    def run_main(
+        *command: str, environment: dict[str, str] | None = None, folder: Path = tmp_path
+    ) -> CompletedProcess[str]:
+        monkeypatch.chdir(folder)
+        for name, value in ({"COLUMNS": "200"} | (environment or {})).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.setattr(sys, "argv", ["lit-clip", *(without_packaged_defaults(command) if command else [])])
+        code = 0
+        forget_modules_of(folder.parent)  # another test's folder may have one of the same name
+        try:
+            main()
+        except SystemExit as stopped:
+            code = int(stopped.code or 0)
+        forget_modules_of(folder)
+        output = capsys.readouterr()
+        return CompletedProcess(command, code, output.out, output.err)
+
+    return run_main
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 
-from callbacks import FrozenFeatures, PrintPlan, defaults
-from datamodules import Captions
+from callbacks import FrozenFeatures, HardBatches, PrintPlan, defaults
+from datamodules import BatchOptions, Captions
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.losses import Contrastive, Sum
@@ -124,11 +124,7 @@ def fit(run: Run, *callbacks: Callback) -> tuple[Recorder, LitCLIP]:
     loss = Sum([Contrastive(), *(Distillation(*each) for each in run.teachers)]) if run.teachers else None
     module = LitCLIP(config_of(run.towers), freeze=FREEZES[run.freeze], **{"loss": loss, **rate, **run.model})
     shaken(module.model)
-    data = Captions(
-        run.table,
-        run.table,
-        **{"batch_size": 8, "num_workers": 0, "augmentation": [], **run.data},
-    )
+    data = Captions(run.table, run.table, **{"batch_size": 8, "num_workers": 0, "augmentation": [], **run.data})
     recorder = Recorder(run)
     storing = [FrozenFeatures(run.cache, run.augmentations)] if run.cache else []
     options: dict[str, Any] = {
@@ -162,16 +158,26 @@ def killed_at_second_batch(run: Run, sent: signal.Signals) -> None:
     fit(run)
 
 
-def main() -> None:
+def some(output: str, runs: str) -> None:
     """Run one rank of some runs, one after the other, and write what the first rank recorded."""
     found = []
-    for options in json.loads(sys.argv[2]):
+    for options in json.loads(runs):
         recorder, _ = fit(Run(**options))
         found.append({"losses": recorder.losses, "validations": recorder.validations, "decoded": recorder.decoded})
     if distributed.rank_and_world()[0] == 0:
-        Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")
-    distributed.exit_process()
+        Path(output).write_text(json.dumps(found), encoding="utf-8")
+
+
+def hard_batches(folder: str, ranks: str, table: str) -> None:
+    """Train with hard batches, four pairs a step on all ranks, and write the samples of each rank's steps."""
+    world = int(ranks)
+    trainer = {"devices": world, "strategy": "ddp" if world > 1 else "auto"}
+    data = {"batches": BatchOptions(hard=0.5), "batch_size": 4 // world}
+    recorder, _ = fit(Run(folder, table, freeze="nothing", data=data, trainer=trainer), HardBatches())
+    name = f"{world}-{distributed.rank_and_world()[0]}.json"
+    Path(folder, name).write_text(json.dumps(recorder.samples), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    main()
+    globals()[sys.argv[1]](*sys.argv[2:])
+    distributed.exit_process()

@@ -80,10 +80,7 @@ MINIATURES = {
     "caltech101": Miniature(sets.Caltech101, write_caltech101, options={"shots": 2}),
     "flowers102": Miniature(sets.Flowers102, write_flowers102, "flowers-102/setid.mat"),
     "mnist": Miniature(
-        sets.MNIST,
-        write_mnist,
-        "MNIST/raw/t10k-labels-idx1-ubyte",
-        pixels="MNIST/raw/t10k-images-idx3-ubyte",
+        sets.MNIST, write_mnist, "MNIST/raw/t10k-labels-idx1-ubyte", pixels="MNIST/raw/t10k-images-idx3-ubyte"
     ),
     "fer2013": Miniature(sets.FER2013, write_fer2013, "fer2013/fer2013.csv", pixels="fer2013/fer2013.csv"),
     "fer_plus": Miniature(sets.FERPlus, write_fer_plus, "fer2013/fer2013new.csv", pixels="fer2013/fer2013.csv"),

@@ -27,7 +27,7 @@ COPIES = {aten.copy_.default, aten._to_copy.default}
 CONCATENATIONS = {aten.cat.default, aten.stack.default}  # these take no scalar of the CPU
 INDEXING = {aten.index.Tensor, aten.index_put.default, aten.index_put_.default, aten._index_put_impl_.default}
 READS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default} | {
-    *(aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default, aten.bincount.default),
+    *(aten._unique2.default, aten.unique_dim.default, aten.unique_consecutive.default, aten.bincount.default)
 }
 LOW = ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "conv1d", "conv2d", "scaled_dot_product_attention")
 HIGH = ("layer_norm", "group_norm", "log_softmax.int", "softmax.int", "exp", "log", "pow.Tensor_Scalar", "logsumexp")

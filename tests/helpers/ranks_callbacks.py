@@ -2,23 +2,29 @@
 
 import json
 import os
+import sys
+from collections import Counter
 from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from lightning.pytorch import Trainer
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loggers import CSVLogger
 from torchmetrics import Metric
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassConfusionMatrix
 
-from callbacks import LinearProbe, Proof, Retrieval, ZeroShot, ZeroShotSegmentation
+import callbacks
+from callbacks import LinearProbe, Proof, Retrieval, Throughput, ZeroShot, ZeroShotSegmentation
 from callbacks import proof as proofs
 from datamodules import Captions, NoCaptions
 from lit_clip import LitCLIP, distributed
 from lit_clip.evaluation.prompts import Prompts, text_classifier
 from lit_clip.evaluation.zero_shot import ensemble
 from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, TimmConfig
+from lit_clip.tools import hardware
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from tests.helpers.ranks import serve
@@ -146,6 +152,85 @@ def proof(output: str, table: str, start: str, classes: str) -> None:
     trainer.fit(module, data)
     if rank == 0:
         Path(output).write_text(json.dumps(found), encoding="utf-8")
+
+
+# One rank of the throughput test; the ``ranks`` fixture starts it in its own process.
+
+
+def throughput(output: str, table: str) -> None:
+    """Train for an epoch of two steps on all 8 pairs; every rank has the same metrics, and rank 0 writes them."""
+    rank, world = distributed.rank_and_world()
+    os.environ["LOCAL_RANK"] = str(rank)  # keeps Lightning from starting processes
+    module = make_module()
+    options = {"max_epochs": 1, "log_every_n_steps": 2, "limit_val_batches": 0, "enable_checkpointing": False}
+    trainer = make_trainer(Path(output).parent, [Throughput()], **options)
+    with patch("callbacks.throughput.device_peak", lambda trainer: 1e9):  # which Lightning's table lacks
+        trainer.fit(module, data_for(module, Path(table), 4 // world))
+    metrics = numbers(trainer, "train/")
+    for name in ("train/loss", "train/in_batch_accuracy"):
+        metrics.pop(name)
+    for other in distributed.gather_objects([metrics]):
+        assert other == metrics
+    if rank == 0:
+        Path(output).write_text(json.dumps(metrics), encoding="utf-8")
+
+
+# One rank of the test that counts a step's collectives; the ``ranks`` fixture starts it in its own process.
+
+
+SOME_HAVE = ("barrier", "all_gather_single", "reduce_scatter_single", "monitored_barrier")
+NAMES = [name for name in SOME_HAVE if hasattr(dist, name)] + [
+    *("all_reduce", "all_gather", "all_gather_into_tensor", "all_gather_object", "broadcast", "broadcast_object_list"),
+    *("reduce", "reduce_scatter_tensor", "gather", "gather_object", "scatter", "send", "recv", "batch_isend_irecv"),
+]
+
+
+class Collectives(Callback):
+    """Count the calls of torch's collectives in each step, by the function of lit-clip that made them."""
+
+    def __init__(self) -> None:
+        self.found: dict[int, Counter[str]] = {}
+        self.step: int | None = None
+        for module, name in [*((dist, name) for name in NAMES), (distributed, "host_group")]:
+            setattr(module, name, self._counting(name, getattr(module, name)))
+
+    def _counting(self, name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.step is not None:
+                caller = sys._getframe(1).f_code
+                where = caller.co_name if caller.co_filename.endswith("lit_clip/distributed.py") else caller.co_filename
+                self.found.setdefault(self.step, Counter())[f"{name} {where}"] += 1
+            return function(*args, **kwargs)
+
+        return call
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        strategy: Any = trainer.strategy
+        move = strategy.batch_to_device
+
+        def moved(*args: Any, **kwargs: Any) -> Any:
+            self.step = trainer.global_step  # until the next batch
+            return move(*args, **kwargs)
+
+        strategy.batch_to_device = moved
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.step = None
+
+
+def count(output: str, table: str) -> None:
+    """Train 8 steps as on GPUs, of which the 5th is logged, and write each step's collectives."""
+    rank, world = distributed.rank_and_world()
+    os.environ["LOCAL_RANK"] = str(rank)  # keeps Lightning from starting processes
+    hardware.runs_ahead = lambda device: True
+    counter = Collectives()
+    used = callbacks.defaults(callbacks.TrainingMonitor(), callbacks.Throughput(), counter)
+    options = {"max_epochs": 1, "log_every_n_steps": 5, "limit_val_batches": 0, "enable_checkpointing": False}
+    trainer = make_trainer(Path(output).parent, used, **options)
+    module = make_module()
+    trainer.fit(module, data_for(module, Path(table), 4 // world))
+    if rank == 0:
+        Path(output).write_text(json.dumps(counter.found), encoding="utf-8")
 
 
 if __name__ == "__main__":

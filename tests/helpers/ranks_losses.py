@@ -384,9 +384,10 @@ def save_teacher(folder: Path) -> str:
 
 
 class Setup(NamedTuple):
-    """What all cases share: a module, and a teacher, both in float64."""
+    """What all cases share, in float64: two modules with the same weights, of which DDP wraps one, and a teacher."""
 
     module: LitCLIP
+    dense: LitCLIP
     teacher: Teacher
 
     @classmethod
@@ -397,7 +398,9 @@ class Setup(NamedTuple):
         module = make_module(architecture=CONFIG_WITH_BIAS, micro_batch_size=3)
         assert module.model.logit_bias is not None
         module.model.logit_bias.data.fill_(-2)
-        return cls(module, found)
+        dense = copy.deepcopy(module)
+        dense.model.normalize = module.model.normalize
+        return cls(module, dense, found)
 
     def loss(self, case: Case) -> Loss:
         """Return the loss, ready to be used."""
@@ -405,18 +408,18 @@ class Setup(NamedTuple):
         for module in loss.modules():
             if isinstance(module, Distillation):
                 module.loaded = self.teacher
-        loss.prepare(self.module.model)
+        loss.prepare(self.dense.model)
         for each in loss.modules():
             if isinstance(each, Distillation):
                 shaken(each.maps)
         return of_another_model(loss).double()
 
-    def module_of(self, case: Case) -> LitCLIP:
-        module = copy.deepcopy(self.module)
-        module.model.normalize = self.module.model.normalize
+    def give(self, module: LitCLIP, case: Case) -> LitCLIP:
+        """Give a module a case's loss, and no gradients."""
         module.loss = self.loss(case)
         module.loss.prepare(module.model)
         of_another_model(module.loss)
+        module.zero_grad()
         return module
 
 
@@ -479,14 +482,14 @@ def of_features(setup: Setup, case: Case, counts: tuple[int, ...]) -> list[Tenso
 def of_step(setup: Setup, case: Case, counts: tuple[int, ...]) -> float:
     """Return the largest error of the value and of every parameter's gradient after a DDP step with micro-batches."""
     ranks = distributed.RankCounts(dist.get_rank(), counts)
-    ours = setup.module_of(case)
+    ours = setup.give(setup.module, case)
     step = DistributedDataParallel(_Step(ours))  # a name: it sums nothing once it is gone
     value = step(rank_batch(ranks.mine, case.negatives))
     value.backward()
     mean = mean_over_ranks(value)
     if dist.get_rank():
         return 0.0
-    dense, batch = setup.module_of(case), whole_batch(case.negatives)
+    dense, batch = setup.give(setup.dense, case), whole_batch(case.negatives)
     model = dense.model
     image, text = encode_pairs(model, batch)
     hard = None if batch.negative_tokens is None else model.encode_text(batch.negative_tokens, normalize=True)

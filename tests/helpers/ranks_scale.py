@@ -1,4 +1,4 @@
-"""One rank of the trainings in ``test_fsdp.py`` and ``test_sharded_checkpoints.py``."""
+"""One rank of trainings by ``Trainer.fit``: with shards, on a small table, resumed from a checkpoint of its own."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lightning.pytorch import Callback, LightningDataModule, Trainer
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,15 +20,17 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.utils.data import DataLoader, Dataset
 
 from callbacks import ActivationCheckpointing
+from datamodules import Captions
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive
 from lit_clip.losses.loss import LossValue, Pairs
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.models.lora import LoRA
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.module import LitCLIP
-from lit_clip.training.lightning.fsdp import FSDP
+from lit_clip.training.lightning.fsdp import FSDP, whole_weights
 from lit_clip.training.lightning.sharded_checkpoints import save_sharded
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
@@ -81,6 +83,23 @@ class Data(LightningDataModule):
         return DataLoader(batches, batch_size=None)
 
 
+def _trainer(**options: Any) -> Trainer:
+    """Return a quiet trainer of one epoch on all ranks."""
+    settings: dict[str, Any] = {
+        "accelerator": "cpu",
+        "devices": int(os.environ["WORLD_SIZE"]),
+        "strategy": "ddp",
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+        **options,
+    }
+    return Trainer(**settings)
+
+
 def train(
     output: str,
     strategy: str,
@@ -91,7 +110,7 @@ def train(
     **options: Any,
 ) -> None:
     """Train with ``Trainer.fit``, three steps an epoch, and save a checkpoint; ``saver`` is of a ModelCheckpoint."""
-    settings = {"max_epochs": 1, "precision": "32-true", **options.pop("trainer", {})}
+    settings = {"precision": "32-true", **options.pop("trainer", {})}
     torch.manual_seed(int(os.environ["RANK"]) if strategy in STRATEGIES else 0)  # FSDP must broadcast rank 0's weights
     if own_loss:
         options["loss"] = Tempered()
@@ -103,16 +122,10 @@ def train(
     differentiated: list[bool] = []
     module.model.visual.register_forward_hook(lambda _, __, features: differentiated.append(features.requires_grad))
     savers = [ModelCheckpoint(**saver)] if saver else []
-    trainer = Trainer(
+    trainer = _trainer(
         callbacks=[*([ActivationCheckpointing()] if checkpointed else []), *savers],
-        accelerator="cpu",
-        devices=int(os.environ["WORLD_SIZE"]),
         strategy=STRATEGIES[strategy]() if strategy in STRATEGIES else strategy,
-        logger=False,
         enable_checkpointing=bool(savers),
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
         **settings,
     )
     trainer.fit(module, Data(), ckpt_path=resume)
@@ -143,8 +156,7 @@ def start(width: str) -> None:
         module = LitCLIP(config, lr_scheduler=partial(WarmupCosine, warmup_steps=1))
     module.model._tokenizer = CLIPTokenizer(16)
     created, watch = _memory("RSS"), _Memory()
-    options: Any = {"devices": 2, "strategy": FSDP(), "logger": False, "enable_progress_bar": False}
-    trainer = Trainer(accelerator="cpu", max_steps=1, enable_checkpointing=False, callbacks=[watch], **options)
+    trainer = _trainer(max_steps=1, strategy=FSDP(), callbacks=[watch])
     trainer.fit(module, Data())
     os.write(1, f"rank {rank} takes {created - before} and {watch.most - before} KiB\n".encode())
 
@@ -173,6 +185,66 @@ def train_all(jobs: str) -> None:
     """Run several trainings in the same processes; ``jobs`` is JSON of :func:`train`'s arguments."""
     for job in json.loads(jobs):
         train(**job)
+
+
+# One rank of runs on a small table: resumed from a checkpoint of this rank's own, or sharded.
+
+
+IMAGE = VisionTransformerConfig(image_size=32, patch_size=16, width=64, layers=2, heads=1)
+TINY = CLIPConfig(16, IMAGE, TextTransformerConfig(context_length=16, width=16, layers=2, heads=1))
+
+
+def _module(**options: Any) -> LitCLIP:
+    torch.manual_seed(0)
+    optimizer, schedule = partial(PaperAdamW, eps=1e-3), partial(WarmupCosine, warmup_steps=1)
+    return LitCLIP(**{"architecture": TINY, **options}, optimizer=optimizer, lr_scheduler=schedule)
+
+
+def resume(table: str, *places: str) -> None:
+    """Resume on every rank from the file of its number; write what is raised to ``<rank>.error``."""
+    rank = int(os.environ["RANK"])
+    path = places[rank]
+    try:
+        data = Captions(table, table, batch_size=3, num_workers=0)
+        _trainer().fit(_module(), data, ckpt_path=None if path == "none" else path, weights_only=True)
+    except InputError as error:
+        Path(f"{rank}.error").write_text(str(error), encoding="utf-8")
+
+
+class Encoding(Callback):
+    """Encodes images on one of two ranks between steps, as a set of few images needs."""
+
+    @torch.no_grad()
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        module: Any = pl_module
+        with whole_weights(module):
+            if not trainer.is_global_zero:
+                module.model.encode_image(module.model.normalize(batch.images))
+
+
+def shard(
+    output: str, table: str, strategy: str, batch_size: str, lora: str = "", nodes: str = "1", targets: str = ""
+) -> None:
+    """Train one step, on as many pairs as ranks can share, validate, and save the metrics and the checkpoint."""
+    world, rows = int(os.environ["WORLD_SIZE"]), len(Path(table).read_text(encoding="utf-8").splitlines()) - 1
+    kind = FSDP() if strategy == "fsdp" else strategy
+    options: dict[str, Any] = (
+        {"pretrained": lora, "lora": LoRA(r=2, targets=[*targets.split()] or None), "architecture": None}
+        if lora
+        else {}
+    )
+    training = Captions(
+        table, table, batch_size=int(batch_size), global_batch_size=rows // world * world, num_workers=0
+    )
+    trainer = _trainer(strategy=kind, devices=world // int(nodes), num_nodes=int(nodes), callbacks=[Encoding()])
+    module = _module(**options)
+    trainer.fit(module, training)
+    metrics = {name: float(value) for name, value in trainer.callback_metrics.items() if name.startswith("val/")}
+    (again,) = trainer.validate(module, training, verbose=False)
+    assert again == metrics
+    trainer.save_checkpoint(f"{output}.ckpt")
+    if trainer.is_global_zero:
+        torch.save(metrics, f"{output}.metrics")
 
 
 if __name__ == "__main__":

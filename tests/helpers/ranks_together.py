@@ -1,7 +1,9 @@
-"""One rank of a step whose images have several captions each, and the loss as a plain loop over images and captions."""
+"""One rank of a step with several captions an image or several images a thing, and the losses as plain loops."""
 
 import dataclasses
 import json
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
+from datamodules import Captions, ImageOptions
 from lit_clip.batch import CaptionBatch
-from lit_clip.losses import Contrastive, Sigmoid, tiled
+from lit_clip.losses import Contrastive, Loss, Sigmoid, WeightedContrastive, tiled
 from lit_clip.module import LitCLIP
 from tests.helpers.ranks import CONFIG, PAIRS, _Step, make_batch, make_module, serve
 
@@ -72,32 +75,115 @@ def loop(module: LitCLIP) -> Tensor:
     return total / len(texts)
 
 
-def gradients(output: str) -> None:
-    """Write each case's largest relative error, of the loss and of a parameter's gradient after a DDP step, as JSON."""
-    rank, world, errors = dist.get_rank(), dist.get_world_size(), {}
+def error_of_step(module: LitCLIP, batch: CaptionBatch, expected: LitCLIP, loss: Tensor) -> float:
+    """Return the largest relative error of the loss, and of a parameter's gradient, after a DDP step."""
+    step = DistributedDataParallel(_Step(module))
+    value = step(batch)
+    value.backward()
+    mean = value.detach().clone()
+    dist.all_reduce(mean)
+    found = [abs(float(mean / dist.get_world_size() - loss))]
+    for name, parameter in expected.model.named_parameters() if dist.get_rank() == 0 else ():
+        gradient = module.model.get_parameter(name).grad
+        assert gradient is not None, name
+        assert parameter.grad is not None, name
+        found.append(float((gradient - parameter.grad).norm() / parameter.grad.norm()))
+    return max(found)
+
+
+def value_of(loop: Callable[[], Tensor]) -> Tensor:
+    """Return the loss of a plain loop, after its backward pass; zero on other ranks than the first."""
+    if dist.get_rank():
+        return torch.zeros(())
+    loss = loop()
+    loss.backward()
+    return loss.detach()
+
+
+def write(output: str, errors: dict[str, float]) -> None:
+    if dist.get_rank() == 0:
+        Path(output).write_text(json.dumps(errors), encoding="utf-8")
+
+
+def captions(output: str) -> None:
+    """Write the error of each case with several captions an image, as JSON."""
+    rank, errors = dist.get_rank(), {}
     for sigmoid in (False, True):
-        expected, loss = module_of(sigmoid, None), torch.zeros(())
-        if rank == 0:
-            loss = loop(expected)
-            loss.backward()
-        for counts in IMAGES[world]:
+        expected = module_of(sigmoid, None)
+        loss = value_of(partial(loop, expected))
+        for counts in IMAGES[dist.get_world_size()]:
             first = sum(counts[:rank])
             for size, tiled.TILE in CASES:
-                step = DistributedDataParallel(_Step(module_of(sigmoid, size)))
-                value = step(batch_of(slice(first, first + counts[rank])))
-                value.backward()
-                mean = value.detach().clone()
-                dist.all_reduce(mean)
-                found = [abs(float(mean / world - loss))]
-                ours = step.module.module.model
-                for name, parameter in expected.model.named_parameters() if rank == 0 else ():
-                    gradient = ours.get_parameter(name).grad
-                    assert gradient is not None, name
-                    assert parameter.grad is not None, name
-                    found.append(float((gradient - parameter.grad).norm() / parameter.grad.norm()))
-                errors[f"{'sigmoid' if sigmoid else 'softmax'} {counts} {size}"] = max(found)
-    if rank == 0:
-        Path(output).write_text(json.dumps(errors), encoding="utf-8")
+                batch = batch_of(slice(first, first + counts[rank]))
+                name = f"{'sigmoid' if sigmoid else 'softmax'} {counts} {size}"
+                errors[name] = error_of_step(module_of(sigmoid, size), batch, expected, loss)
+    write(output, errors)
+
+
+# Several images of a thing are right for its texts.
+
+THINGS = [[0, 1, 2, 3], [4, 5, 6], [7]]  # the images of each
+WEIGHTS = (0.5, 3.0, 1.25)  # of each thing
+THING_COUNTS = {1: [(8,)], 2: [(5, 3), (8, 0)], 4: [(3, 2, 2, 1), (2, 0, 5, 1)]}  # pairs of each rank
+THING_SIZES = (None, 2, 3)  # of micro-batches
+THING_LOSSES: dict[str, type[Loss]] = {"plain": Contrastive, "weighted": WeightedContrastive}
+
+
+def table_of(folder: Path) -> str:
+    """Write a table with a row for each thing, which lists its images."""
+    rows = [
+        {"image": [f"{image}.png" for image in images], "caption": f"thing {thing}", "weight": WEIGHTS[thing]}
+        for thing, images in enumerate(THINGS)
+    ]
+    (folder / "things.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return str(folder / "things.jsonl")
+
+
+def batch_of_things(table: str, rows: slice) -> CaptionBatch:
+    """Return pairs with the groups, keys and weights of the table's source, and with pixels and tokens made here."""
+    source: Any = Captions(table, table, images=ImageOptions("all"))._source(table, "train")
+    texts = [source.text(row, None) for row in range(len(source))][rows]
+    made = make_batch(slice(0, PAIRS))
+    tokens = made.tokens.clone()
+    tokens[6, :2] = tokens[6, :2] % 47 + 1  # no text is another thing's, or the same as another of its thing
+    if not texts:
+        return CaptionBatch(made.images[rows], torch.zeros(0, 1, dtype=torch.long), [])
+    weights = torch.tensor([WEIGHTS[int(text.caption.split()[1])] for text in texts], dtype=torch.float64)
+    keys, captions, groups = ([getattr(text, name) for text in texts] for name in ("key", "caption", "group"))
+    return CaptionBatch(made.images[rows], tokens[rows], keys, captions, groups, extra={"weight": weights})
+
+
+def loop_of_things(module: LitCLIP, table: str, weighted: bool) -> Tensor:
+    """Return the loss: each image is right for each text of its thing, and each text for each image."""
+    model: Any = module.model
+    batch, scale = batch_of_things(table, slice(0, PAIRS)), model.logit_scale.exp()
+    images = [model.encode_image(model.normalize(image[None]), normalize=True)[0] for image in batch.images]
+    texts = [model.encode_text(tokens[None], normalize=True)[0] for tokens in batch.tokens]
+    total, weights = torch.zeros((), dtype=torch.float64), 0.0
+    for thing, own in enumerate(THINGS):
+        weight = WEIGHTS[thing] if weighted else 1.0
+        for i in own:
+            weights += weight
+            for query, candidates in ((images[i], texts), (texts[i], images)):
+                logits = [scale * (query @ candidate) for candidate in candidates]
+                every = torch.stack(logits).exp().sum().log()
+                total = total + weight * (every - torch.stack([logits[j] for j in own]).sum() / len(own)) / 2
+    return total / weights
+
+
+def things(output: str, table: str) -> None:
+    """Write the error of each case with several images a thing, as JSON."""
+    rank, errors = dist.get_rank(), {}
+    for name, kind in THING_LOSSES.items():
+        expected = make_module(loss=kind("positives"))
+        loss = value_of(partial(loop_of_things, expected, table, weighted=name == "weighted"))
+        for counts in THING_COUNTS[dist.get_world_size()]:
+            first = sum(counts[:rank])
+            for size in THING_SIZES:
+                module = make_module(loss=kind("positives"), micro_batch_size=size)
+                batch = batch_of_things(table, slice(first, first + counts[rank]))
+                errors[f"{name} {counts} {size}"] = error_of_step(module, batch, expected, loss)
+    write(output, errors)
 
 
 if __name__ == "__main__":

@@ -87,12 +87,7 @@ def train(run: Run, rank: int, port: int) -> None:
         optimizer=partial(PaperAdamW, lr=1e-3),
         lr_scheduler=partial(WarmupCosine, warmup_steps=2),
     )
-    data = Captions(
-        run.table,
-        run.table,
-        batch_size=run.batch_size,
-        num_workers=run.workers,
-    )
+    data = Captions(run.table, run.table, batch_size=run.batch_size, num_workers=run.workers)
     saving = ModelCheckpoint(
         f"{run.folder}/checkpoints", "last", every_n_train_steps=run.every, enable_version_counter=False
     )

@@ -47,6 +47,7 @@ WORDS = [
 ]
 TEXTS = ["a dog", "two green birds in the rain and one very long caption of a red sports car", "the cat", "a", ""]
 D = 24
+SMALL_TEXT = TextTransformerConfig(8, 50, 64, 1, 1)  # the default one has 63 million parameters
 
 
 def shaken(model: nn.Module) -> Any:
@@ -62,14 +63,13 @@ def shaken(model: nn.Module) -> Any:
 
 
 def image_tower(name: str, embed_dim: int = D, **settings: Any) -> TimmImageEncoder:
-    text = TextTransformerConfig(8, 50, 64, 1, 1)
-    config = with_external_settings(CLIPConfig(embed_dim, TimmConfig(name, **settings), text))
+    config = with_external_settings(CLIPConfig(embed_dim, TimmConfig(name, **settings), SMALL_TEXT))
     assert isinstance(config.image, TimmConfig)
     return shaken(TimmImageEncoder(config.image, embed_dim)).eval()
 
 
 def image_tower_from(path: Path, name: str = "test_efficientnet", **settings: Any) -> TimmImageEncoder:
-    tower = create_model(CLIPConfig(D, TimmConfig(name, pretrained=str(path), **settings))).visual
+    tower = create_model(CLIPConfig(D, TimmConfig(name, pretrained=str(path), **settings), SMALL_TEXT)).visual
     assert isinstance(tower, TimmImageEncoder)
     return tower
 

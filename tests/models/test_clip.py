@@ -15,13 +15,7 @@ from torch import Tensor
 from lit_clip.errors import InputError
 from lit_clip.losses.contrastive import contrastive_loss, unit
 from lit_clip.models.clip import CLIP
-from lit_clip.models.config import (
-    Activation,
-    CLIPConfig,
-    ResNetConfig,
-    TextTransformerConfig,
-    VisionTransformerConfig,
-)
+from lit_clip.models.config import Activation, CLIPConfig, ResNetConfig, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.models.open_clip_configs import from_open_clip
 from lit_clip.models.registry import list_models, papers_models, resolve_architecture
 from lit_clip.models.tokenizer import CLIPTokenizer, tokenize

@@ -12,7 +12,7 @@ from torch import nn
 from lit_clip import LitCLIP, load_model
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
-from lit_clip.models.config import CLIPConfig, Preprocessing
+from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
 from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.models.flops import training_flops
@@ -59,7 +59,8 @@ def test_sizes_and_preprocessing_come_from_the_encoders() -> None:
         model.encode_image(torch.zeros(1, 3, 32, 32))
     image = CustomImageConfig(own.Image)
     grey = Preprocessing(32, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-    assert CLIP(CLIPConfig(4, image, preprocessing=grey)).preprocessing == grey
+    text = TextTransformerConfig(8, 50, 64, 1, 1)
+    assert CLIP(CLIPConfig(4, image, text, preprocessing=grey)).preprocessing == grey
     with pytest.raises(InputError, match=r"preprocessing\.image_size 224 is not image\.image_size 32"):
         CLIP(CLIPConfig(4, image, preprocessing=Preprocessing()))
 

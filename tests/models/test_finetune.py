@@ -357,12 +357,12 @@ def metrics(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def test_freeze_and_rates_in_yaml_are_printed_unchanged(cli: Cli, caption_table: Path, tmp_path: Path) -> None:
+def test_freeze_and_rates_in_yaml_are_printed_unchanged(in_process: Cli, caption_table: Path, tmp_path: Path) -> None:
     freeze = {"image": "all", "text": {"unlock_last": 1}, "head": False, "temperature": True, "batch_norm": False}
     rates = {"image": 1.0, "text": {"lr": 0.1, "weight_decay": 2.0}, "head": 10.0, "temperature": 1.0}
     finetune = {"freeze": freeze, "rates": rates | {"layer_decay": {"image": 1.0, "text": 0.5}}}
     (tmp_path / "finetune.yaml").write_text(yaml.safe_dump({"model": finetune}))
-    result = cli(*command(caption_table, "--config", "finetune.yaml", "--print_config"))
+    result = in_process(*command(caption_table, "--config", "finetune.yaml", "--print_config"))
     assert result.returncode == 0, result.stderr
     printed = yaml.safe_load(result.stdout)["model"]
     assert {name: printed[name] for name in finetune} == finetune

@@ -29,7 +29,7 @@ from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.plan import print_plan_of
 from lit_clip.training.schedules import WarmupConstant
 from tests.helpers.small_sets import data_for, make_trainer, write_table
-from tests.losses.test_loss_in_runs import Tempered
+from tests.losses.test_loss import Tempered
 from tests.models.test_finetune import external_towers
 
 RATE, DECAY, STEPS = 1e-2, 0.2, 3

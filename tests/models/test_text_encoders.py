@@ -1,24 +1,35 @@
 """transformers' models as text encoders give the features of the bare models and of open_clip's adapter; offline."""
 
 import json
+import pickle
 import shutil
+import unicodedata
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
+import sentencepiece
 import torch
 import transformers
 from open_clip.hf_model import HFTextEncoder
+from open_clip.tokenizer import HFTokenizer
 from PIL import Image
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor
 
+from datamodules.openmoji import read_table
 from lit_clip import load_model
 from lit_clip.errors import InputError
+from lit_clip.models.clip import CLIP
 from lit_clip.models.config import (
     CLIPConfig,
     HuggingFaceTextConfig,
+    HuggingFaceTokenizerConfig,
+    TextTransformerConfig,
     TimmConfig,
+    VisionTransformerConfig,
 )
+from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer, clean, from_source
 from lit_clip.module import LitCLIP
 from lit_clip.retrieval.retrieval_set import token_hashes
 from tests.helpers.towers import (
@@ -32,6 +43,7 @@ from tests.helpers.towers import (
     text_config,
     text_model,
 )
+from tests.models.test_tokenizer import FRAGMENTS, random_texts
 
 
 def by_hand(folder: Path, text: str, pooling: str) -> Tensor:
@@ -227,3 +239,211 @@ def test_captions_hash_the_same_in_batches_of_different_width(folders: dict[str,
         for texts in (["a dog"], ["a dog", TEXTS[1]])
     )
     assert narrow[0] == wide[0] != wide[1]
+
+
+# Other models' tokenizers give open_clip's and transformers' ids, and fit in a checkpoint.
+
+
+Clean = Literal["whitespace", "lower", "canonicalize"]
+PUNCTUATED = [
+    "Hello, World_foo!",
+    "it's a dog's life...",
+    "{a} [b] <c>",
+    "A_photo__of_a  CAT.",
+    "“curly”",
+    "",
+    "   ",
+    "!!!",
+]
+
+
+@pytest.fixture(scope="module")
+def corpus() -> list[str]:
+    return [emoji.name for emoji in read_table()] + [*FRAGMENTS, "café naïve 中文 日本語 hello world 123 3.14"] * 5
+
+
+@pytest.fixture(scope="module")
+def t5_folder(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a Unigram tokenizer like T5's fast one, padded with the end token as in SigLIP."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer: Any = trainers.UnigramTrainer(vocab_size=600, special_tokens=special, unk_token="<unk>")
+    tokenizer.train_from_iterator(corpus, trainer)
+    end = tokenizer.token_to_id("</s>")
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", end)])
+    folder = tmp_path_factory.mktemp("t5")
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="</s>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def siglip_folder(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Save a sentencepiece model trained like SigLIP's, in the layout of its tokenizer."""
+    folder = tmp_path_factory.mktemp("siglip")
+    (folder / "corpus.txt").write_text("\n".join(corpus), encoding="utf-8")
+    train: Any = sentencepiece.SentencePieceTrainer.train
+    ids = {"pad_id": 0, "eos_id": 1, "unk_id": 2, "bos_id": -1}
+    train(input=f"{folder}/corpus.txt", model_prefix=f"{folder}/trained", vocab_size=800, minloglevel=2, **ids)
+    transformers.SiglipTokenizer(f"{folder}/trained.model").save_pretrained(folder)
+    return folder
+
+
+def tokenizer_of(folder: Path, how: Clean, context_length: int = 64) -> HuggingFaceTokenizer:
+    return from_source(HuggingFaceTokenizerConfig(str(folder), how), context_length, whole=True, vocab_size=1000)
+
+
+@pytest.mark.parametrize("how", ["canonicalize", "lower", "whitespace"])
+def test_ids_of_random_unicode_are_open_clips(how: Clean, t5_folder: Path) -> None:
+    texts = [*random_texts(2000, seed=4, extra=["</s>", "<unk>", "hello_world", "A.B"]), *PUNCTUATED]
+    ours = tokenizer_of(t5_folder, how)(texts)
+    theirs = HFTokenizer(str(t5_folder), context_length=64, clean=how)(texts)
+    differ = [text for text, a, b in zip(texts, ours, theirs, strict=True) if not torch.equal(a, b)]
+    assert differ == []
+    assert ours.shape == (len(texts), 64)
+    assert ours.dtype == torch.int64
+    assert (ours[:, -2] != ours[:, -1]).sum() > 50  # some texts are truncated
+
+
+@pytest.mark.parametrize(
+    ("how", "cleaned"),
+    [
+        ("whitespace", 'A "Photo_of" a\u2014CAT\'s <b>'),
+        ("lower", 'a "photo_of" a\u2014cat\'s <b>'),
+        ("canonicalize", "a photo of a\u2014cats b"),
+    ],
+)
+def test_texts_are_cleaned_as_configured(how: str, cleaned: str) -> None:
+    assert clean('  A "Photo_of"\n a\u2014CAT\'s &amp;lt;b&amp;gt; ', how) == cleaned
+
+
+def test_a_bare_sentencepiece_model_gives_the_ids_of_siglips_own_tokenizer(siglip_folder: Path) -> None:
+    assert not (siglip_folder / "tokenizer.json").exists()
+    theirs = transformers.SiglipTokenizer.from_pretrained(siglip_folder)
+    # transformers removes "_", where SigLIP's training and open_clip put a space. And where sentencepiece replaces a
+    # character followed by a combining mark, the library `tokenizers` loses the mark, here and in open_clip: the texts
+    # are normalised first.
+    texts = [clean(text, "canonicalize") for text in [*random_texts(2000, seed=5, extra=[]), *PUNCTUATED]]
+    texts = [clean(unicodedata.normalize("NFKC", text).replace("\ufffd", ""), "canonicalize") for text in texts]
+    expected: Any = theirs(texts, padding="max_length", max_length=64, truncation=True, return_tensors="pt")
+    ours = tokenizer_of(siglip_folder, "canonicalize")(texts)
+    differ = [text for text, a, b in zip(texts, ours, expected.input_ids, strict=True) if not torch.equal(a, b)]
+    assert differ == []
+
+
+def test_a_siglip_folder_of_hugging_face_finds_its_tokenizer(siglip_folder: Path, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 800, "max_position_embeddings": 16, "projection_size": 32}
+    vision = {**sizes, "image_size": 32, "patch_size": 16}
+    theirs = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision)).eval()
+    theirs.save_pretrained(tmp_path)
+    tokenizer = transformers.SiglipTokenizer.from_pretrained(siglip_folder)
+    tokenizer.save_pretrained(tmp_path)
+    model = load_model(tmp_path)
+    captions = ["A photo of a tiger.", "grinning face, with a hat!"]
+    tokens = model.tokenize(captions)
+    batch: Any = tokenizer(captions, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
+    assert torch.equal(tokens, batch.input_ids)
+    with torch.no_grad():
+        features: Any = theirs.get_text_features(input_ids=batch.input_ids)
+        features = getattr(features, "pooler_output", features)
+        torch.testing.assert_close(model.encode_text(tokens), features, atol=1e-5, rtol=0)
+
+
+def test_padding_is_trimmed_unless_the_encoder_attends_to_it(t5_folder: Path) -> None:
+    whole = tokenizer_of(t5_folder, "canonicalize", 16)
+    tokens = whole(["a dog", "grinning face with a hat", ""])
+    assert torch.equal(whole.trim(tokens), tokens)
+    assert whole.lengths(tokens).tolist() == [16, 16, 16]
+    other = HuggingFaceTokenizer(whole.definition, 0, "canonicalize", 16, whole=False)
+    tokens = other(["a dog", "grinning face with a hat", ""])
+    used = [len(other._tokenizer.encode(text).ids) for text in ("a dog", "grinning face with a hat", "")]
+    assert used[2] == 1  # only the end
+    assert other.lengths(tokens).tolist() == used
+    assert torch.equal(other.trim(tokens), tokens[:, : max(used)])
+    assert other.trim(tokens[:0]).shape == (0, 16)
+
+
+def test_overlong_empty_and_foreign_input(t5_folder: Path) -> None:
+    tokenizer = tokenizer_of(t5_folder, "lower", 8)
+    long, empty = tokenizer(["tiger " * 30, ""])
+    end = tokenizer.pad_id  # the same id in SigLIP
+    assert long[-1] == end
+    assert (long[:-1] != end).all()
+    assert empty.tolist() == [end] * 8
+    assert tokenizer([]).shape == (0, 8)
+    assert torch.equal(tokenizer("tiger"), tokenizer(["tiger"]))
+    for stranger in (3, None, b"a dog", ["a dog"]):
+        with pytest.raises(InputError, match=f"text 1 is a {type(stranger).__name__}, not a string"):
+            tokenizer(["a dog", stranger])  # type: ignore[list-item]  # refusing it is tested
+
+
+def test_ids_are_counted_before_truncation(t5_folder: Path) -> None:
+    theirs = transformers.PreTrainedTokenizerFast.from_pretrained(t5_folder)
+    tokenizer = from_source(HuggingFaceTokenizerConfig(str(t5_folder), "whitespace"), 4, False, 600)
+    for text in ["", "a dog", "a dog on a sofa " * 40]:
+        assert tokenizer.count(text) == len(theirs(text.strip())["input_ids"])
+    assert tokenizer("a dog on a sofa " * 40).shape == (1, 4)  # counting does not switch truncation off
+
+
+def test_a_tokenizer_survives_pickling_another_length_and_plain_values(t5_folder: Path) -> None:
+    tokenizer = tokenizer_of(t5_folder, "canonicalize", 16)
+    texts = ["A photo of a Tiger.", "grinning face"]
+    assert torch.equal(pickle.loads(pickle.dumps(tokenizer))(texts), tokenizer(texts))
+    assert torch.equal(tokenizer.with_context(9)(texts)[:, :9], tokenizer_of(t5_folder, "canonicalize", 9)(texts))
+    again = HuggingFaceTokenizer(**tokenizer.to_dict(), clean="canonicalize", context_length=16, whole=True)
+    assert torch.equal(again(texts), tokenizer(texts))
+    assert tokenizer.decode(tokenizer(texts)[0].tolist()) == "a photo of a tiger"
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        ("gone", "no tokenizer at"),
+        ("damaged", "no tokenizer at"),
+        ("no padding", "has no padding token"),
+        ("no words", "has no vocabulary; its tokenizer.json, vocab.txt or spiece.model is missing"),
+        ("no unknown", "cannot read texts"),
+        ("too small", r"has ids up to \d+, but the encoder has 100; it belongs to another model"),
+    ],
+)
+def test_a_tokenizer_that_does_not_fit_is_refused_in_one_line(
+    spoil: str, message: str, t5_folder: Path, tmp_path: Path
+) -> None:
+    if spoil == "no words":
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "BertTokenizer"}')
+    elif spoil == "no unknown":
+        words = Tokenizer(models.WordLevel({"dog": 0, "[PAD]": 1}, unk_token="[UNK]"))
+        transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]").save_pretrained(tmp_path)
+    elif spoil not in ("gone", "damaged"):
+        tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(t5_folder)
+        if spoil == "no padding":
+            tokenizer.pad_token = None
+        tokenizer.save_pretrained(tmp_path)
+    elif spoil == "damaged":
+        (tmp_path / "tokenizer.json").write_text("{", encoding="utf-8")
+        (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    text = TextTransformerConfig(16, 100, 64, 1, 1, causal=False, tokenizer=HuggingFaceTokenizerConfig(str(tmp_path)))
+    if spoil == "no padding":
+        text.vocab_size = 1000
+    model = CLIP(CLIPConfig(16, VisionTransformerConfig(32, 16, 64, 1, 1), text))
+    with pytest.raises(InputError, match=message) as refusal:
+        model.tokenize("a dog")
+    assert str(tmp_path) in str(refusal.value)
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_tokenizer_with_more_sentinels_than_the_encoder_is_accepted(t5_folder: Path, tmp_path: Path) -> None:
+    tokenizer = transformers.PreTrainedTokenizerFast.from_pretrained(t5_folder)
+    size = len(tokenizer)
+    tokenizer.add_tokens(
+        [f"<extra_id_{i}>" for i in range(100)]
+    )  # as in mT5, whose published encoders have no embeddings for them
+    tokenizer.save_pretrained(tmp_path)
+    config = HuggingFaceTokenizerConfig(str(tmp_path))
+    assert from_source(config, 16, whole=True, vocab_size=size)("tiger").shape == (1, 16)
+    with pytest.raises(InputError, match="belongs to another model"):
+        from_source(config, 16, whole=True, vocab_size=size - 1)

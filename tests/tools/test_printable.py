@@ -7,12 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jinja2
 import pytest
 from rich.table import Table
 
 from lit_clip.commands.class_output import RankedClass, _as_csv, _as_json
 from lit_clip.errors import UNPRINTABLE, InputError, printable
-from lit_clip.tools.console import Console, Text
+from lit_clip.tools.console import Console, Text, can_draw, duration, from_totals, per_second, plural, progress
+from lit_clip.tools.html import render, write_page
 
 HOSTILE = (
     "\x1b[31mred\x1b[0m",
@@ -102,3 +104,133 @@ def test_no_cell_of_a_csv_file_is_a_formula() -> None:
     assert not any(cell.startswith(tuple("=+-@\t\r\n\uff1d")) for row in rows for cell in row)
     assert [row[0].removeprefix("'") for row in rows] == names
     assert '"image": "=1+1"' in _as_json(results)  # programs find the names as they are
+
+
+# HTML pages: text is escaped, missing values are errors, and characters that cannot be encoded are replaced.
+
+
+@pytest.fixture
+def template(tmp_path: Path) -> Path:
+    path = tmp_path / "page.html"
+    path.write_text(
+        '{% extends "base.html" %}{% from "macros.html" import table %}'
+        "{% block body %}{{ table(rows, [title, 'count'], ['count']) }}{% endblock %}"
+    )
+    return path
+
+
+def test_text_is_escaped_in_the_layout_and_in_macros(template: Path) -> None:
+    page = render(template, title="<b>&", rows=[("<script>", 1)])
+    assert "<title>&lt;b&gt;&amp;</title>" in page
+    assert '<tr><td>&lt;script&gt;</td><td class="n">1</td></tr>' in page
+    assert "<script" not in page
+
+
+def test_a_missing_value_is_an_error(template: Path) -> None:
+    with pytest.raises(jinja2.UndefinedError, match="rows"):
+        render(template, title="a page")
+
+
+def test_a_lone_surrogate_is_replaced(template: Path, tmp_path: Path) -> None:
+    write_page(tmp_path / "out.html", template, title="\udcff", rows=[])
+    assert "<title>?</title>" in (tmp_path / "out.html").read_text(encoding="utf-8")
+
+
+def test_plural_adds_an_s_except_for_one() -> None:
+    assert [plural(count, "image") for count in (0, 1, 2000)] == ["0 images", "1 image", "2,000 images"]
+
+
+# Progress: lines where no bar can be drawn, at the right times and with the right numbers.
+
+
+class Clock:
+    """A clock that a test sets."""
+
+    time = 1000.0
+
+    def __call__(self) -> float:
+        return self.time
+
+
+def run(steps: int, seconds: float, total: int = 100) -> None:
+    """Do ``steps`` units, each in so many seconds."""
+    clock = Clock()
+    with progress("reading \x1b[2J", total, now=clock) as advance:
+        for _ in range(steps):
+            clock.time += seconds
+            advance(1)
+
+
+def test_the_first_line_is_after_5_seconds_and_then_there_is_one_every_30(capsys: pytest.CaptureFixture[str]) -> None:
+    run(100, 0.75)
+    assert capsys.readouterr().err.splitlines() == [
+        "reading \\x1b[2J: 7 of 100, 1.33/s, 0:01:10 left",
+        "reading \\x1b[2J: 47 of 100, 1.33/s, 0:00:40 left",
+        "reading \\x1b[2J: 87 of 100, 1.33/s, 0:00:10 left",
+        "reading \\x1b[2J: 100 in 0:01:15, 1.33/s",
+    ]
+
+
+def test_what_takes_less_than_5_seconds_writes_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    run(100, 0.04)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_the_last_line_has_the_number_done_where_the_total_was_the_most_or_unknown(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run(2, 10)
+    run(2, 10, total=0)
+    assert [line.partition(": ")[2] for line in capsys.readouterr().err.splitlines()] == [
+        "1 of 100, 0.1/s, 0:16:30 left",
+        "2 in 0:00:20, 0.1/s",
+        "1, 0.1/s",
+        "2 in 0:00:20, 0.1/s",
+    ]
+
+
+def test_ranks_other_than_the_first_write_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    clock = Clock()
+    with progress("reading", 3, enabled=False, now=clock) as advance:
+        clock.time += 60
+        advance(1)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_totals_since_the_start_become_units_since_the_last_call() -> None:
+    units: list[float] = []
+    count = from_totals(units.append)
+    for total in (3, 3, 10):
+        count(total)
+    assert units == [3, 0, 7]
+
+
+def test_times_and_rates_are_short() -> None:
+    assert [duration(seconds) for seconds in (0, 59.6, 3600, 360_000)] == ["0:00:00", "0:01:00", "1:00:00", "100:00:00"]
+    assert per_second(123_456, 10, "samples") == "12,346 samples/s"
+    assert per_second(1, 30) == "0.0333/s"
+    assert per_second(1, 0) == per_second(0, 1) == ""
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_bar_needs_a_terminal_that_can_redraw_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("TERM", "xterm")
+    assert can_draw(Terminal())
+    assert not can_draw(io.StringIO())
+    monkeypatch.setenv("TERM", "dumb")
+    assert not can_draw(Terminal())
+
+
+def test_a_terminal_gets_a_bar_with_the_number_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with progress("fits", 16) as advance:
+        advance(15)
+    assert "\x1b[" in sys.stderr.getvalue()
+    assert "15/15" in sys.stderr.getvalue()

@@ -173,10 +173,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         changed(lambda index: index["tensors"].pop("state_dict/a~1b")),
         rf"{FIRST}: has not the tensors of {INDEX} \(\['state_dict/a~1b'\]\)",
     ),
-    "an option unknown": (
-        changed(lambda index: index.update(path="/etc")),
-        f"{INDEX}: has no setting path",
-    ),
+    "an option unknown": (changed(lambda index: index.update(path="/etc")), f"{INDEX}: has no setting path"),
     "a program": (
         rest(callbacks=Runs()),
         "rest.pt: not a checkpoint of tensors and plain values.*nothing in it was run",

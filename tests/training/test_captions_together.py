@@ -1,4 +1,4 @@
-"""Steps in which an image has several captions: a plain loop, the batch that repeats the image, and what is encoded."""
+"""Steps with several captions an image, or images a thing: a plain loop, repeated images, and what is encoded."""
 
 import json
 from collections.abc import Callable
@@ -15,16 +15,32 @@ from lit_clip.retrieval.retrieval_set import RetrievalSet
 from lit_clip.training.place_contrastive import PlaceContrastive
 from lit_clip.training.teacher import Distillation
 from tests.helpers.ranks import CONFIG, PAIRS, make_module
-from tests.helpers.ranks_together import CAPTIONS, CASES, IMAGES, batch_of
+from tests.helpers.ranks_together import (
+    CAPTIONS,
+    CASES,
+    IMAGES,
+    THING_COUNTS,
+    THING_LOSSES,
+    THING_SIZES,
+    batch_of,
+    table_of,
+)
 
 
 @pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
-def test_value_and_gradients_equal_a_plain_loop_over_images_and_captions(
-    world: int, ranks: Callable[..., None], tmp_path: Path
+@pytest.mark.parametrize("several", ["captions", "things"])
+def test_value_and_gradients_equal_a_plain_loop(
+    several: str, world: int, ranks: Callable[..., None], tmp_path: Path
 ) -> None:
-    ranks("gradients", world, str(tmp_path / "errors.json"), script="ranks_together.py")
+    """Over images and their captions, or over things with their images and texts."""
+    table = [table_of(tmp_path)] if several == "things" else []
+    ranks(several, world, str(tmp_path / "errors.json"), *table, script="ranks_together.py")
     errors = json.loads((tmp_path / "errors.json").read_text(encoding="utf-8"))
-    assert len(errors) == 2 * len(IMAGES[world]) * len(CASES)
+    cases = {
+        "captions": 2 * len(IMAGES[world]) * len(CASES),
+        "things": len(THING_LOSSES) * len(THING_COUNTS[world]) * len(THING_SIZES),
+    }
+    assert len(errors) == cases[several]
     assert max(errors.values()) < 1e-9, sorted(errors.items(), key=lambda item: -item[1])[:5]
 
 

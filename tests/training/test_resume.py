@@ -2,18 +2,31 @@
 
 import csv
 import io
+import math
 import random
 import shutil
 import socket
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 
+import callbacks
+from datamodules import Captions
+from lit_clip import LitCLIP
+from lit_clip.models.config import CLIPConfig
+from lit_clip.training.schedules import WarmupCosine
+from tests.conftest import ROOT, run_lightning_ranks
 from tests.helpers.forks import CONTEXT
 from tests.helpers.resume_runs import Run, train
+from tests.helpers.small_sets import write_table
+from tests.test_module import trainer
 
 TIME_LIMIT = 120
 Runs = Callable[[int, int, bool], Run]  # world size, workers, tars -> an uninterrupted run
@@ -141,13 +154,7 @@ CASES = [
 
 @pytest.mark.parametrize(("world", "workers", "tars", "kill", "every"), CASES)
 def test_killed_run_resumes_bit_for_bit(
-    world: int,
-    workers: int,
-    tars: bool,
-    kill: int,
-    every: int,
-    uninterrupted: Runs,
-    tmp_path: Path,
+    world: int, workers: int, tars: bool, kill: int, every: int, uninterrupted: Runs, tmp_path: Path
 ) -> None:
     check_resumed(uninterrupted(world, workers, tars), tmp_path, kill, every)
 
@@ -180,3 +187,113 @@ def test_run_killed_at_random_steps_resumes_bit_for_bit(
         check_resumed(uninterrupted(world, workers, tars), tmp_path, kill, every)
         for path in tmp_path.iterdir():
             shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+# Ranks that would resume from different checkpoints say so together.
+
+
+SCRIPT = str(ROOT / "tests/helpers/ranks_scale.py")
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_table(tmp_path_factory.mktemp("table"), 8))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory, table: str) -> Path:
+    """A run's checkpoint after its only step."""
+    folder = tmp_path_factory.mktemp("one")
+    run_lightning_ranks(1, folder, SCRIPT, "shard", "one", table, "auto", "8")
+    return folder / "one.ckpt"
+
+
+def other_weights(path: Path, folder: Path) -> Path:
+    checkpoint: dict[str, Any] = torch.load(path, weights_only=True)
+    checkpoint["state_dict"]["visual.proj"][0, 0] += 1
+    torch.save(checkpoint, folder / "other.ckpt")
+    return folder / "other.ckpt"
+
+
+@pytest.mark.parametrize("case", ["none", "missing", "other"])
+def test_ranks_with_different_checkpoints_all_end_with_the_same_line(
+    case: str, checkpoint: Path, table: str, tmp_path: Path
+) -> None:
+    second = {"none": "none", "missing": str(tmp_path / "gone.ckpt")}.get(case) or other_weights(checkpoint, tmp_path)
+    run_lightning_ranks(2, tmp_path, SCRIPT, "resume", table, str(checkpoint), str(second), timeout=60)
+    lines = [(tmp_path / f"{rank}.error").read_text(encoding="utf-8") for rank in range(2)]
+    assert lines[0] == lines[1]
+    what = {"none": "from the beginning", "missing": "no such file", "other": "step 1"}[case]
+    assert lines[0] == (
+        f"--ckpt_path: ranks would resume from different checkpoints: {checkpoint} (step 1) on rank 0 and {second} "
+        f"({what}) on rank 1; put the same file on every machine, or on a disk that all of them share"
+    )
+
+
+def test_ranks_may_have_copies_of_a_checkpoint_on_their_own_disks(checkpoint: Path, table: str, tmp_path: Path) -> None:
+    copy = tmp_path / "copy.ckpt"
+    copy.write_bytes(checkpoint.read_bytes())
+    run_lightning_ranks(2, tmp_path, SCRIPT, "resume", table, str(checkpoint), str(copy), timeout=60)
+    assert not list(tmp_path.glob("*.error"))
+
+
+# A checkpoint of a run that max_steps ends resumes at its next batch, whoever saved it.
+
+
+class Seen(Callback):
+    """Keeps the epoch, the batch's number and its keys of each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[int, int, list[str]]] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        self.steps.append((trainer.current_epoch, batch_idx, list(batch.keys)))
+
+
+def test_a_run_that_max_steps_ended_goes_on_at_its_next_batch(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    def fit(steps: int, resumed: Path | None = None, *savers: Callback) -> tuple[Trainer, list[Any]]:
+        seen = Seen()
+        data = Captions(str(caption_table), batch_size=12, num_workers=0)
+        fitting = trainer(tmp_path, max_steps=steps, callbacks=[*callbacks.defaults(), seen, *savers])
+        fitting.fit(LitCLIP(tiny_config), data, ckpt_path=resumed)
+        return fitting, seen.steps
+
+    whole = fit(10)[1]
+    assert whole[3][:2] == (0, 3)
+    assert whole[4][:2] == (1, 0)
+    for steps in (2, 4):  # within an epoch, and at its end
+        fit(steps)[0].save_checkpoint(tmp_path / "by_hand.ckpt")
+        assert fit(10, tmp_path / "by_hand.ckpt")[1] == whole[steps:]
+        fit(steps, None, ModelCheckpoint(tmp_path, f"saved_{steps}", save_on_train_epoch_end=True))
+        assert fit(10, tmp_path / f"saved_{steps}.ckpt")[1] == whole[steps:]
+
+
+def test_a_run_resumed_with_another_batch_ends_when_its_rate_does(
+    tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
+) -> None:
+    class Rates(Callback):
+        def __init__(self) -> None:
+            self.seen: list[float] = []
+
+        def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            self.seen.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+    def fit(
+        batch_size: int, resumed: Path | None = None, savers: Sequence[Callback] = (), **limits: int
+    ) -> tuple[Trainer, list[float]]:
+        rates = Rates()
+        fitting = trainer(tmp_path, callbacks=[*callbacks.defaults(), rates, *savers], **limits)
+        module = LitCLIP(tiny_config, lr_scheduler=partial(WarmupCosine, warmup_steps=0))
+        fitting.fit(module, Captions(str(caption_table), batch_size=batch_size, num_workers=0), ckpt_path=resumed)
+        return fitting, rates.seen
+
+    file = tmp_path / "saved.ckpt"
+    fit(12, None, [ModelCheckpoint(tmp_path, "validated")], max_epochs=1)[0].save_checkpoint(file)
+    steps = 4 + 2 * 9  # 58 pairs in batches of 12 and of 6
+    expected = [5e-4 * (1 + math.cos(math.pi * step / steps)) / 2 for step in range(4, steps)]
+    assert fit(6, file, max_epochs=3)[1] == pytest.approx(expected)
+    assert fit(6, tmp_path / "validated.ckpt", max_epochs=3)[1] == pytest.approx(expected)
+    fit(6, file, max_epochs=3, max_steps=7)[0].save_checkpoint(file)  # within an epoch of smaller batches
+    assert fit(6, file, max_epochs=3)[1] == pytest.approx(expected[3:])

@@ -29,7 +29,7 @@ from lit_clip.weights.fingerprint import weights_sha256
 from lit_clip.weights.load import load_model
 from tests.helpers.exports import TEXTS, assert_identical, checkpoint, photos
 from tests.helpers.own_encoders import architecture
-from tests.models.test_timm_hub import NAME, repository
+from tests.models.test_timm import NAME, repository
 from tests.weights.test_export import word_tokenizer
 from tests.weights.test_hub import cache
 

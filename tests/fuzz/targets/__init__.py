@@ -4,7 +4,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 
-from tests.fuzz.target import Target
+from tests.fuzz.inputs import Target
 
 MODULES = {
     "pairs": ("images", "tables", "coco", "parquet", "classes"),

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 
 from lit_clip.commands.demo_trial import Source, Trial
 from lit_clip.commands.search import Searched
-from tests.fuzz.inputs import Input, Inputs, edited_json, texts
+from tests.fuzz.inputs import Input, Inputs, Target, edited_json, texts
 from tests.fuzz.samples import whole_images
-from tests.fuzz.target import Target
 from tests.fuzz.targets.weights import tiny_model
 from tests.helpers.demo import form
 

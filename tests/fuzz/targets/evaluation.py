@@ -22,9 +22,8 @@ from lit_clip.evaluation.report.results_table import print_results
 from lit_clip.evaluation.report.tables import write_tables
 from lit_clip.evaluation.results import read_results
 from lit_clip.evaluation.suite import read_suite
-from tests.fuzz.inputs import CANARY, Input, Inputs, damaged, edited_json
+from tests.fuzz.inputs import CANARY, Input, Inputs, Target, damaged, edited_json
 from tests.fuzz.samples import table_images
-from tests.fuzz.target import Target
 from tests.helpers.miniatures import MINIATURES, open_miniature
 
 LABELS = "image,label\n0.png,cat\n1.png,dog\n2.png,cat\n"

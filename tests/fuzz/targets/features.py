@@ -29,8 +29,7 @@ from lit_clip.embedding.pair_scores import SCORES, pair_hash
 from lit_clip.embedding.parts import load_arrays, save_arrays
 from lit_clip.tools.reading import naming
 from lit_clip.tools.stored_rows import StoredRows
-from tests.fuzz.inputs import CANARY, Edit, Input, Inputs, damaged, edited, edited_json, edits, to_json
-from tests.fuzz.target import Target
+from tests.fuzz.inputs import CANARY, Edit, Input, Inputs, Target, damaged, edited, edited_json, edits, to_json
 from tests.fuzz.targets.pairs import odd_tables, to_parquet
 
 pc: Any = pyarrow.compute  # its functions are defined at run time

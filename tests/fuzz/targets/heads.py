@@ -18,8 +18,7 @@ from lit_clip.heads import Head, load_head
 from lit_clip.heads.head import HeadFacts
 from lit_clip.tools.text_files import from_cell
 from lit_clip.weights.fingerprint import fingerprint
-from tests.fuzz.inputs import SECRET, Edit, Input, Inputs, damaged, edited, edits
-from tests.fuzz.target import Target
+from tests.fuzz.inputs import SECRET, Edit, Input, Inputs, Target, damaged, edited, edits
 from tests.fuzz.targets.weights import HOSTILE, tiny_model
 
 SHAPES = ((), (0,), (1,), (2,), (3,), (2, 16), (16, 2), (3, 0), (0, 3), (1, 3, 1))

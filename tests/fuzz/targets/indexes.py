@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 
 from lit_clip.approximate import ApproximateIndex, add_to_index, open_index
 from lit_clip.embedding.feature_files import write_features
-from tests.fuzz.inputs import Input, Inputs, damaged, edited_json, exchanged, placed
-from tests.fuzz.target import Target
+from tests.fuzz.inputs import Input, Inputs, Target, damaged, edited_json, exchanged, placed
 from tests.fuzz.targets.features import WHEN
 from tests.fuzz.targets.weights import HOSTILE
 

@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from lit_clip.commands import locate as command
-from tests.fuzz.inputs import Input, Inputs, damaged
+from tests.fuzz.inputs import Input, Inputs, Target, damaged
 from tests.fuzz.samples import encoded, whole_images
-from tests.fuzz.target import Target
 from tests.helpers.colours import PATCH, colour_model
 
 SIDE, MOST_ELONGATED = 32, 32  # of the model's images; longer to shorter side of what it reads

@@ -19,9 +19,8 @@ from datamodules.pairs.source import Classes, Pair, PairSource
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.preprocess import pixels
 from lit_clip.tools.images import open_image
-from tests.fuzz.inputs import Input, Inputs, damaged, edited_json, lines_of_json
+from tests.fuzz.inputs import Input, Inputs, Target, damaged, edited_json, lines_of_json
 from tests.fuzz.samples import CAPTIONS, table_images, table_records, whole_images, whole_tables
-from tests.fuzz.target import Target
 
 SMALL = Preprocessing(image_size=32)
 ROWS = 20  # of a source are loaded

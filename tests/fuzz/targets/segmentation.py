@@ -15,9 +15,8 @@ from PIL import Image
 from datamodules.evaluation import COCOInstances, MaskedFiles, VOCBoxes
 from datamodules.evaluation.torchvision_sets import VOC_CLASSES
 from lit_clip.evaluation.places import window_of
-from tests.fuzz.inputs import Input, Inputs, damaged, edited_json, to_json
+from tests.fuzz.inputs import Input, Inputs, Target, damaged, edited_json, to_json
 from tests.fuzz.samples import encoded, table_images
-from tests.fuzz.target import Target
 from tests.fuzz.targets.locating import DEEP, MODES, SIDE, odd_image
 from tests.helpers.colours import PATCH, colour_model
 

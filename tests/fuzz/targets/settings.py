@@ -13,9 +13,8 @@ import torch
 from lightning.pytorch.cli import LightningCLI
 
 from lit_clip.cli.main import _run
-from tests.fuzz.inputs import Input, Inputs, edited_json
+from tests.fuzz.inputs import Input, Inputs, Target, edited_json
 from tests.fuzz.samples import table_images
-from tests.fuzz.target import Target
 from tests.fuzz.targets.weights import HOSTILE, save_checkpoint
 
 ARCHITECTURE = {

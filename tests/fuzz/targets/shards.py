@@ -23,8 +23,7 @@ from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerCon
 from lit_clip.tools.sharded_files import INDEX, REST
 from lit_clip.tools.weight_files import read_sharded
 from lit_clip.training.lightning import sharded_checkpoints as writer
-from tests.fuzz.inputs import Input, Inputs, damaged, damaged_members, edited_json, exchanged, placed, to_json
-from tests.fuzz.target import Target
+from tests.fuzz.inputs import Input, Inputs, Target, damaged, damaged_members, edited_json, exchanged, placed, to_json
 from tests.fuzz.targets.weights import HOSTILE, use
 
 RANKS = 2

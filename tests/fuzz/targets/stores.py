@@ -14,9 +14,8 @@ from datamodules.open_source import open_source
 from datamodules.shards.index import INDEX_SUFFIX
 from datamodules.shards.pairs import ShardOptions
 from lit_clip.errors import InputError
-from tests.fuzz.inputs import Edit, Input, Inputs, damaged, edited, edited_json, edits
+from tests.fuzz.inputs import Edit, Input, Inputs, Target, damaged, edited, edited_json, edits
 from tests.fuzz.samples import CAPTIONS, shard_members, table_images, tar, whole_tables
-from tests.fuzz.target import Target
 from tests.fuzz.targets.pairs import (
     odd_tables,
     on_error,

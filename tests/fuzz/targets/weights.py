@@ -28,8 +28,19 @@ from lit_clip.models.config import (
     TextTransformerConfig,
     VisionTransformerConfig,
 )
-from tests.fuzz.inputs import CANARY, Edit, Input, Inputs, damaged, damaged_members, edited, edited_json, edits, to_json
-from tests.fuzz.target import Target
+from tests.fuzz.inputs import (
+    CANARY,
+    Edit,
+    Input,
+    Inputs,
+    Target,
+    damaged,
+    damaged_members,
+    edited,
+    edited_json,
+    edits,
+    to_json,
+)
 
 TINY = CLIPConfig(
     8, VisionTransformerConfig(32, 16, 8, 1, 1), TextTransformerConfig(8, 50, 8, 1, 1), preprocessing=Preprocessing(32)

@@ -274,7 +274,10 @@ def test_a_file_that_is_no_checkpoint_is_one_line_from_python_too(
 
 
 def test_ckpt_path_last_and_auto_resume_from_the_newest_checkpoint_of_the_configuration(
-    cli: Callable[..., CompletedProcess[str]], caption_table: Path, tmp_path: Path
+    cli: Callable[..., CompletedProcess[str]],
+    in_process: Callable[..., CompletedProcess[str]],
+    caption_table: Path,
+    tmp_path: Path,
 ) -> None:
     words = [
         *("--data", "datamodules.Captions", "--data.train", str(caption_table), "--data.val", str(caption_table)),
@@ -284,7 +287,7 @@ def test_ckpt_path_last_and_auto_resume_from_the_newest_checkpoint_of_the_config
         "--trainer.callbacks+={class_path: lightning.pytorch.callbacks.ModelCheckpoint, init_args: {filename: last}}",
         "--trainer.logger={class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: runs, name: mine}}",
     ]
-    refused = cli("fit", *words, "--ckpt_path", "last")
+    refused = in_process("fit", *words, "--ckpt_path", "last")
     assert refused.returncode == 2
     advice = "--ckpt_path auto starts from the beginning in that case"
     assert f"--ckpt_path last: no complete checkpoint below checkpoints, runs/mine; {advice}" in refused.stderr

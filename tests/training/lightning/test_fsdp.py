@@ -25,7 +25,7 @@ from lit_clip.training.param_groups import EXCEPT_GAINS_AND_BIASES
 from lit_clip.training.schedules import WarmupCosine
 from lit_clip.weights.fingerprint import text_sha256
 from tests.conftest import ROOT, TINY_YAML, run_lightning_ranks
-from tests.helpers.ranks_resume import CONFIG
+from tests.helpers.ranks_scale import TINY
 from tests.helpers.small_sets import write_table
 
 SCRIPT = str(ROOT / "tests/helpers/ranks_scale.py")
@@ -175,8 +175,8 @@ def test_four_ranks_train_as_one_process_does(runs: Path, strategy: str) -> None
 @pytest.mark.slow
 def test_a_lora_of_all_layers_trains_as_ddp_does(tmp_path: Path) -> None:
     """Of attention's fused weight, too, to which peft adds for the duration of a forward pass."""
-    script, table = str(ROOT / "tests/helpers/ranks_resume.py"), str(write_table(tmp_path, 4))
-    save(CLIP(CONFIG), tmp_path / "start.ckpt", {})
+    script, table = str(ROOT / "tests/helpers/ranks_scale.py"), str(write_table(tmp_path, 4))
+    save(CLIP(TINY), tmp_path / "start.ckpt", {})
     for strategy in ("fsdp", "ddp"):
         run_lightning_ranks(2, tmp_path, script, "shard", strategy, table, strategy, "2", "start.ckpt")
     assert_same_training(tmp_path / "fsdp.ckpt", tmp_path / "ddp.ckpt", 1e-8)
@@ -195,7 +195,7 @@ def test_an_average_of_weights_is_refused_by_name() -> None:
 
 
 def test_weights_that_are_gathered_for_callbacks_stay_whole_for_a_state_dict(tmp_path: Path) -> None:
-    model = CLIP(CONFIG)
+    model = CLIP(TINY)
     expected, text = {name: value.clone() for name, value in model.state_dict().items()}, text_sha256(model)
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
     try:
@@ -232,7 +232,7 @@ def test_optimisers_of_single_numbers_are_not_refused(optimizer: Any) -> None:
 
 
 def test_shards_validate_when_ranks_have_different_numbers_of_batches(tmp_path: Path) -> None:
-    script, table = str(ROOT / "tests/helpers/ranks_resume.py"), str(write_table(tmp_path, 3))
+    script, table = str(ROOT / "tests/helpers/ranks_scale.py"), str(write_table(tmp_path, 3))
     for strategy in ("fsdp", "ddp"):  # two batches of one pair, and one
         run_lightning_ranks(2, tmp_path, script, "shard", strategy, table, strategy, "1")
     sharded, plain = (torch.load(tmp_path / f"{strategy}.metrics") for strategy in ("fsdp", "ddp"))

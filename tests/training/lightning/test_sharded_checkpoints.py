@@ -20,11 +20,7 @@ from lit_clip import LitCLIP, load_model
 from lit_clip.errors import InputError
 from lit_clip.tools.sharded_files import INDEX, is_sharded
 from lit_clip.tools.weight_files import read_sharded
-from lit_clip.training.lightning.checkpoint_io import (
-    _fingerprint,
-    checkpoint_step,
-    newest_checkpoint,
-)
+from lit_clip.training.lightning.checkpoint_io import _fingerprint, checkpoint_step, newest_checkpoint
 from lit_clip.training.lightning.fsdp import FSDP, _check_saving
 from tests.conftest import ROOT, run_lightning_ranks
 
