@@ -85,7 +85,7 @@ $(BIN)/.notebooks: $(BIN)/.installed
 	@touch $@
 
 test-notebooks: $(BIN)/.notebooks  ## Run the notebooks (about 6 minutes on 2 cores)
-	@$(BIN)/python -m pytest tests/test_quickstart.py
+	@$(BIN)/python -m pytest tests/test_quickstart.py -k notebook
 
 test-slurm: install  ## Run jobs by a SLURM of two machines that are this one (as root, with Debian's slurmctld, slurmd and slurm-client)
 	@$(BIN)/python -m pytest tests/test_slurm.py -m slow
