@@ -29,6 +29,7 @@ FIELDS = ("image", "text", "captions", "json")
 SPANS = [f"{name}_{part}" for name in FIELDS for part in ("offset", "size")]  # names of columns
 COLUMNS = pa.schema({"key": pa.large_string(), **dict.fromkeys(SPANS, pa.int64())})
 _FIELD_OF = {suffix[1:]: "image" for suffix in SUFFIXES} | {"txt": "text", "captions.json": "captions", "json": "json"}
+del _FIELD_OF["npy"]  # mostly features of the image beside it
 WANTED = "an image (.jpg, .png, .webp, ...) and a caption (.txt, or .json with a caption in it) with the same name"
 OF_SHARD = "in a shard that "  # starts the reasons that concern the rest of a shard
 
