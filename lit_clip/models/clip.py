@@ -7,7 +7,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, cast
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -27,7 +26,6 @@ from lit_clip.models.intermediates import forward_intermediates
 from lit_clip.models.layers import Tower
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.models.transformer import TextTransformer
-from lit_clip.tools.bands import banded
 
 INITIAL_LOGIT_SCALE = math.log(1 / 0.07)  # paper, section 2.5
 MAX_LOGIT_SCALE = math.log(100)  # paper, section 2.5: "clipped to prevent scaling the logits by more than 100"
@@ -84,10 +82,9 @@ class CLIP(TextTransformer):
         """The device of the parameters."""
         return self.logit_scale.device
 
-    def preprocess(self, image: Image.Image | np.ndarray) -> Tensor:
-        """An image, or its bands ``[H, W, C]`` -> float32 ``[C, H, W]`` (NaFlex: ``[1 + N, 3PP]``)."""
-        image = banded(image) if isinstance(image, np.ndarray) else image
-        pp.warn_of_deep_levels(image, self.preprocessing)
+    def preprocess(self, image: Image.Image | pp.Array) -> Tensor:
+        """An image, or its bands ``[H, W, C]`` -> float32 ``[C, H, W]`` (NaFlex: ``[1 + N, 3PP]``), for its encoder."""
+        image = pp.with_warning(image, self.preprocessing)
         return pp.image_transform(self.preprocessing)(image)
 
     @property

@@ -4,8 +4,7 @@ An **image encoder** is a ``torch.nn.Module`` with
 
 - ``__init__(self, embed_dim, ...)``: further arguments come from ``init_args``,
 - ``image_size``: an attribute, the side in pixels or ``(height, width)``,
-- ``forward(self, images)``: float ``[B, 3, H, W]``, normalised -> ``[B, embed_dim]``; with as many bands as
-  ``preprocessing.mean`` has numbers,
+- ``forward(self, images)``: float ``[B, 3, H, W]``, normalised -> ``[B, embed_dim]``; 3: bands of the preprocessing,
 - ``patches(self, images)`` (optional): float ``[B, 3, H, W]`` of any size, normalised -> ``[B, embed_dim, h, w]``,
   features of each place, for :meth:`lit_clip.CLIP.encode_patches`.
 

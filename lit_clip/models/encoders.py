@@ -29,8 +29,7 @@ def image_encoder(config: CLIPConfig) -> VisionTransformer | ModifiedResNet | Ti
     assert config.preprocessing is not None  # with_external_settings has filled it in
     bands = config.preprocessing.bands
     if bands != 3 and isinstance(config.image, VisionTransformerConfig | ResNetConfig):
-        only = "the paper's encoders read 3; use one of timm or of your own"
-        raise InputError(f"architecture: preprocessing.mean has {bands} bands, {only}")
+        raise InputError(f"architecture: preprocessing.mean has {bands} bands, the paper's encoders 3; use timm's")
     if isinstance(config.image, VisionTransformerConfig):
         return VisionTransformer(config.image, config.embed_dim, config.activation)
     if isinstance(config.image, ResNetConfig):

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from numpy import ndarray as Array
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
@@ -13,7 +14,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.models.config import Preprocessing, height_width
 from lit_clip.models.patches import patch_sequence
-from lit_clip.tools.bands import check_count, eight_bit_bands
+from lit_clip.tools.bands import banded, check_count, eight_bit_bands
 from lit_clip.tools.levels import eight_bits, levels_of
 
 
@@ -40,8 +41,9 @@ def windowed(image: Image.Image, config: Preprocessing) -> Any:
     return torch.from_numpy(eight_bit_bands(image, config.bands, config.window).copy()).permute(2, 0, 1)
 
 
-def warn_of_deep_levels(image: Image.Image, config: Preprocessing) -> None:
-    """Warn of grey levels of more than 8 bits that have no window: neither the model's nor the file's own."""
+def with_warning(image: Image.Image | Array, config: Preprocessing) -> Image.Image:
+    """Return an image; warn of levels of more than 8 bits that have no window: neither the model's nor the file's."""
+    image = banded(image) if isinstance(image, Array) else image
     levels = levels_of(image) if config.window is None else None
     if levels is not None and not levels.windowed and (levels.bits or 16) > 8:
         warnings.warn(
@@ -49,6 +51,7 @@ def warn_of_deep_levels(image: Image.Image, config: Preprocessing) -> None:
             "nearly black; set model.preprocessing.window, such as [0, 4095], or train with data.window",
             stacklevel=3,
         )
+    return image
 
 
 class _Resize(v2.Transform):

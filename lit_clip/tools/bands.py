@@ -22,7 +22,6 @@ MOST_COMPRESSED = 1032  # bytes of pixels for each byte of a strip or tile, as i
 UNPACKED = (1, 5, 8, 32773, 32946)  # TIFF compressions: none, LZW, deflate, packbits, an older deflate
 TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such files start
 BANDS = 277  # TIFF tag: number of bands
-GREY = ("1", "L", "LA")  # modes of one band, beside those of deep levels
 
 
 def banded(values: np.ndarray, where: str = "an array") -> Image.Image:
@@ -143,7 +142,7 @@ def _check_page(page: Any, size: int, most: int) -> None:
 def check_count(image: Image.Image, wanted: int) -> None:
     """Raise :class:`BadSample` unless an image has the bands that a model reads, or is grey for one of colours."""
     levels = levels_of(image)
-    found = 1 if image.mode in GREY else 3
+    found = 1 if image.mode in ("1", "L", "LA") else 3
     if levels is not None:
         found = levels.values.shape[2] if levels.values.ndim == 3 else 1
     elif image.mode == "RGB" and wanted == 3:  # Pillow drops the other bands of some TIFF files

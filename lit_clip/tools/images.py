@@ -13,11 +13,12 @@ from typing import Any, BinaryIO, Literal
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lit_clip.errors import BadSample, InputError
-from lit_clip.tools import bands, dicom
+from lit_clip.tools import bands
 from lit_clip.tools.levels import BITS, eight_bits, keep_levels
 from lit_clip.tools.reading import reason
 
 SUFFIXES = frozenset({".bmp", ".dcm", ".gif", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+IN_TARS = SUFFIXES - {".npy"}  # where arrays are mostly features of the image beside them
 CHECKED = 10_000
 MAX_PIXELS = 178_956_970  # Pillow's own limit; 0.5 GB as RGB
 MOST_ELONGATED = 500  # longer to shorter side; resized to a model's input, such an image takes a gigabyte
@@ -62,6 +63,8 @@ def decoding_at_least(size: LeastSize | None) -> Iterator[None]:
 @cache
 def _prepare() -> None:
     """Open DICOM files and arrays, and ignore Pillow's warnings about files that it reads, each in its own words."""
+    from lit_clip.tools import dicom  # with the first image
+
     dicom.register()
     bands.register()
     warnings.filterwarnings("ignore", module=r"PIL\.")

@@ -55,8 +55,7 @@ def levels_of(image: Image.Image, where: str = "an image") -> Levels | None:
 def keep_levels(image: Image.Image, where: str) -> Image.Image:
     """Return an image of 8 bits a level that remembers deeper ones, until it is changed, for a model's window.
 
-    ``where``, how the user knows it, is remembered too. Levels without a range are shown from the lowest to the
-    highest.
+    Levels without a range are shown from the lowest to the highest. ``where`` is remembered too.
     """
     shown: Any = image
     levels = levels_of(image, where)
