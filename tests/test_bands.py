@@ -81,9 +81,10 @@ def scenes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fitted(scenes: Path, bands: int) -> tuple[LitCLIP, Trainer]:
-    tables = (str(scenes / f"{table}{bands}.csv") for table in ("train", "val"))
+    train, val = (str(scenes / f"{table}{bands}.csv") for table in ("train", "val"))
     flips = [v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]
-    data = Captions(*tables, batch_size=20, num_workers=0, seed=0, augmentation=[*Augmentation().transforms(), *flips])
+    steps = [*Augmentation().transforms(), *flips]
+    data = Captions(train, val, batch_size=20, num_workers=0, seed=0, augmentation=steps)
     torch.manual_seed(0)
     schedule = partial(WarmupCosine, warmup_steps=1)
     loss = Contrastive(duplicates="positives")
@@ -141,7 +142,8 @@ def test_every_way_in_has_the_pixels_of_all_bands(trained: tuple[LitCLIP, Path],
     assert batch.inputs is not None
     assert torch.equal(batch.inputs[0], expected)
     (scenes / "one.csv").write_text("image,caption\n4/160.npy,water\n")
-    data = Captions(*[str(scenes / "one.csv")] * 2, num_workers=0, augmentation=[])
+    table = str(scenes / "one.csv")
+    data = Captions(table, table, num_workers=0, augmentation=[])
     data.preprocessing = model.preprocessing
     data.setup("fit")
     for loader in (data.train_dataloader(), data.val_dataloader()):
@@ -177,7 +179,7 @@ def _banded(values: np.ndarray) -> Image.Image:
 
 @pytest.mark.parametrize("bands", [1, 2, 4, 5])
 def test_features_are_those_of_timms_own_model(bands: int) -> None:
-    model = CLIP(config(bands)).eval()
+    model: Any = CLIP(config(bands)).eval()
     peer: Any = timm.create_model("test_resnet", in_chans=bands, num_classes=0).eval()
     peer.load_state_dict(model.visual.trunk.state_dict())
     values = np.dstack([scene(0), scene(2)])[..., :bands]
@@ -250,7 +252,8 @@ def test_another_number_of_bands_is_a_bad_sample_that_names_both(given: int | st
 def test_in_training_such_a_sample_is_skipped_and_named(scenes: Path) -> None:
     (scenes / "mixed.csv").write_text("image,caption\n4/160.npy,water\n3/160.npy,water\n")
     for policy in ("error", "skip"):
-        data = Captions(*[str(scenes / "mixed.csv")] * 2, num_workers=0, bad_samples=BadSamples(policy))
+        table = str(scenes / "mixed.csv")
+        data = Captions(table, table, num_workers=0, bad_samples=BadSamples(policy))
         data.preprocessing = config(4).preprocessing or Preprocessing()
         data.setup("fit")
         for loader in (data.train_dataloader(), data.val_dataloader()):
@@ -449,7 +452,8 @@ def test_before_training_nothing_is_said_of_bands_that_the_model_reads(
 ) -> None:
     (tmp_path / "a.tif").write_bytes(tiff("8 bits of colours and alpha, as GDAL writes them")[0])
     (tmp_path / "t.csv").write_text("image,caption\na.tif,water\n")
-    data = Captions(*[str(tmp_path / "t.csv")] * 2, num_workers=0)
+    table = str(tmp_path / "t.csv")
+    data = Captions(table, table, num_workers=0)
     data.preprocessing = config(4).preprocessing or Preprocessing()
     with caplog.at_level("INFO"):
         data.setup("fit")

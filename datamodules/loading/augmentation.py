@@ -163,9 +163,8 @@ class Augmentation:
     Attributes:
         crop_scale: smallest and largest area of a crop, as a share of the largest square that fits (the paper gives
             none; open_clip's default is 0.9 to 1 of the whole image, squashed to a square).
-        color_jitter: largest relative change of brightness, contrast and saturation; 0 for none. As ``grayscale`` it
-            needs images of red, green and blue.
-        grayscale: probability of converting an image to grey.
+        color_jitter: largest relative change of brightness, contrast and saturation; 0 for none.
+        grayscale: probability of converting an image to grey; as ``color_jitter`` for red, green and blue alone.
         exact: decode JPEGs at full size and resize with Pillow, as other packages do; two to four times slower.
             Otherwise they are decoded at a half, a quarter or an eighth of their width where the crop allows it.
     """

@@ -14,8 +14,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.models.config import Preprocessing, height_width
 from lit_clip.models.patches import patch_sequence
-from lit_clip.tools.bands import banded, check_count, eight_bit_bands
-from lit_clip.tools.levels import eight_bits, levels_of
+from lit_clip.tools.levels import check_count, eight_bits, levels_of
 
 
 def to_rgb(image: Any) -> Any:
@@ -38,12 +37,17 @@ def windowed(image: Image.Image, config: Preprocessing) -> Any:
     if config.bands == 3:
         check_count(image, 3)
         return eight_bits(image, window=config.window)
+    from lit_clip.tools.bands import eight_bit_bands  # which few models need
+
     return torch.from_numpy(eight_bit_bands(image, config.bands, config.window).copy()).permute(2, 0, 1)
 
 
 def with_warning(image: Image.Image | Array, config: Preprocessing) -> Image.Image:
     """Return an image; warn of levels of more than 8 bits that have no window: neither the model's nor the file's."""
-    image = banded(image) if isinstance(image, Array) else image
+    if isinstance(image, Array):
+        from lit_clip.tools.bands import banded
+
+        image = banded(image)
     levels = levels_of(image) if config.window is None else None
     if levels is not None and not levels.windowed and (levels.bits or 16) > 8:
         warnings.warn(

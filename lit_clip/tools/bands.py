@@ -10,18 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageFile, TiffImagePlugin  # noqa: F401  # Pillow's own comes before ours
+from PIL import Image, ImageFile
 
 from lit_clip.errors import BadSample
 from lit_clip.tools.guarded_output import log_level
-from lit_clip.tools.levels import MOST_BANDS, WHOLE, Levels, Window, as_bytes, levels_of
+from lit_clip.tools.levels import MOST_BANDS, WHOLE, Levels, Window, as_bytes, check_count, levels_of
 from lit_clip.tools.reading import reason
 
 MOST_BYTES = 2**31  # of a TIFF file and of its pixels
 MOST_COMPRESSED = 1032  # bytes of pixels for each byte of a strip or tile, as in deflate at most
 UNPACKED = (1, 5, 8, 32773, 32946)  # TIFF compressions: none, LZW, deflate, packbits, an older deflate
-TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such files start
-BANDS = 277  # TIFF tag: number of bands
 
 
 def banded(values: np.ndarray, where: str = "an array") -> Image.Image:
@@ -139,19 +137,6 @@ def _check_page(page: Any, size: int, most: int) -> None:
         raise ValueError("compressed parts of more than 2 MB; write smaller strips or tiles")
 
 
-def check_count(image: Image.Image, wanted: int) -> None:
-    """Raise :class:`BadSample` unless an image has the bands that a model reads, or is grey for one of colours."""
-    levels = levels_of(image)
-    found = 1 if image.mode in ("1", "L", "LA") else 3
-    if levels is not None:
-        found = levels.values.shape[2] if levels.values.ndim == 3 else 1
-    elif image.mode == "RGB" and wanted == 3:  # Pillow drops the other bands of some TIFF files
-        found = max(3, getattr(image, "tag_v2", {}).get(BANDS, 3))
-    if found != wanted and (found, wanted) != (1, 3):
-        where = getattr(image, "where", "an image")
-        raise BadSample(where, "another number of bands", f"it has {found} bands, the model reads {wanted}")
-
-
 def eight_bit_bands(image: Image.Image, wanted: int, window: Window | None) -> np.ndarray:
     """Return the bands of an image's file, as many as wanted, in 8 bits by a window, uint8 ``[H, W, C]``."""
     source, where = getattr(image, "source", None), getattr(image, "where", "an image")
@@ -164,9 +149,3 @@ def eight_bit_bands(image: Image.Image, wanted: int, window: Window | None) -> n
     levels = levels_of(image)
     values = np.asarray(image.convert("L") if wanted == 1 else image) if levels is None else as_bytes(levels, window)
     return values.reshape(*values.shape[:2], wanted)
-
-
-def register() -> None:
-    """Have Pillow open arrays, and TIFF files that it could not read itself."""
-    Image.register_open("NPY", ArrayFile, lambda start: start.startswith(b"\x93NUMPY"))
-    Image.register_open("TIFF OF BANDS", TiffBands, lambda start: start[:4] in TIFF)

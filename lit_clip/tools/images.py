@@ -6,15 +6,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from enum import StrEnum
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from lit_clip.errors import BadSample, InputError
-from lit_clip.tools import bands
-from lit_clip.tools.levels import BITS, eight_bits, keep_levels
+from lit_clip.tools import dicom
+from lit_clip.tools.levels import BANDS, BITS, eight_bits, keep_levels
 from lit_clip.tools.reading import reason
 
 SUFFIXES = frozenset({".bmp", ".dcm", ".gif", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp"})
@@ -30,7 +30,7 @@ FIX_HINT = "; fix or remove it"  # how the message about an unreadable image end
 LeastSize = Callable[[int, int], tuple[int, int]]  # an image's width and height -> the smallest that are enough
 
 FULL_SIZE = "size in the file"  # key in ``info`` of an image decoded at a fraction
-PLANES = 284  # TIFF tag: 2 if bands are stored one after the other
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such files start; Pillow's own reader, imported above, is first
 FRACTIONS = (1, 2, 4, 8)  # divisors of width and height that JPEG decoders support and Pillow passes on
 
 _least_size: ContextVar[LeastSize | None] = ContextVar("_least_size", default=None)
@@ -63,11 +63,17 @@ def decoding_at_least(size: LeastSize | None) -> Iterator[None]:
 @cache
 def _prepare() -> None:
     """Open DICOM files and arrays, and ignore Pillow's warnings about files that it reads, each in its own words."""
-    from lit_clip.tools import dicom  # with the first image
-
     dicom.register()
-    bands.register()
+    Image.register_open("NPY", partial(_bands, "ArrayFile"), lambda start: start.startswith(b"\x93NUMPY"))
+    Image.register_open("TIFF OF BANDS", partial(_bands, "TiffBands"), lambda start: start[:4] in TIFF)
     warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _bands(name: str, *given: Any) -> Any:
+    """Call what few images need of :mod:`lit_clip.tools.bands`."""
+    from lit_clip.tools import bands
+
+    return getattr(bands, name)(*given)
 
 
 @contextmanager
@@ -131,9 +137,9 @@ def stored_image(source: Path | BinaryIO, where: str | None = None) -> Image.Ima
         try:
             image.load()
         except ValueError:
-            if getattr(image, "tag_v2", {}).get(PLANES) != 2:
+            if getattr(image, "tag_v2", {}).get(TiffImagePlugin.PLANAR_CONFIGURATION) != 2:
                 raise
-            return bands.banded(bands.tiff_values(source))  # which Pillow opens and cannot decode
+            return _bands("banded", _bands("tiff_values", source))  # which Pillow opens and cannot decode
         return image
 
 
@@ -147,7 +153,7 @@ def unseen(source: Path | BinaryIO, where: str) -> list[Unseen]:
         deep = deep or getattr(image, "deep", False)  # of a DICOM file
         found = {
             Unseen.DEEP: deep or (image.format == "PPM" and isinstance(how, tuple) and how[-1] > 255),  # highest level
-            Unseen.CONVERTED: not transparent and tags.get(bands.BANDS, len(image.getbands())) > 3,
+            Unseen.CONVERTED: not transparent and tags.get(BANDS, len(image.getbands())) > 3,
             Unseen.TRANSPARENT: transparent,
             Unseen.ANIMATED: getattr(image, "is_animated", False) and image.format != "MPO",  # a camera's preview
             Unseen.ROTATED: is_rotated(image),

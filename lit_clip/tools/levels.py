@@ -12,7 +12,7 @@ Window = list[float] | dict[str, list[float]] | Literal["bit_depth"]
 """Levels that become 0 and 255: ``[low, high]``, ``{"percentiles": [low, high]}`` of each image, the file's range."""
 
 MOST_BANDS = 1024
-BITS = 258  # TIFF tag: bits of each band
+BITS, BANDS = 258, 277  # TIFF tags: bits of each band, number of bands
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # TIFF tag; Pillow inverts such levels of 8 bits alone
 WHOLE: Window = {"percentiles": [0, 100]}
 
@@ -114,3 +114,16 @@ def _ends(values: np.ndarray, window: Window) -> tuple[float, float]:
     finite = values[np.isfinite(values)]
     low, high = np.percentile(finite, window["percentiles"]).tolist() if finite.size else (0.0, 1.0)
     return (low, high) if high > low else (low, low + 1)  # of a single colour
+
+
+def check_count(image: Image.Image, wanted: int) -> None:
+    """Raise :class:`BadSample` unless an image has the bands that a model reads, or is grey for one of colours."""
+    levels = levels_of(image)
+    found = 1 if image.mode in ("1", "L", "LA") else 3
+    if levels is not None:
+        found = levels.values.shape[2] if levels.values.ndim == 3 else 1
+    elif image.mode == "RGB" and wanted == 3:  # Pillow drops the other bands of some TIFF files
+        found = max(3, getattr(image, "tag_v2", {}).get(BANDS, 3))
+    if found != wanted and (found, wanted) != (1, 3):
+        where = getattr(image, "where", "an image")
+        raise BadSample(where, "another number of bands", f"it has {found} bands, the model reads {wanted}")
