@@ -108,7 +108,7 @@ def _pages(source: Any) -> Iterator[list[Any]]:
     try:
         from tifffile import TiffFile  # an extra
     except ImportError as error:
-        raise ImportError("a TIFF file of such bands needs tifffile: pip install 'lit-clip[tif]'") from error
+        raise ImportError("a TIFF file of such bands needs tifffile: pip install tifffile") from error
     with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
         file.seek(0)
         content = file.read()
