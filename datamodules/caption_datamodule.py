@@ -173,7 +173,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
             self.train_source, self.val_source = self.opened_sources(stage == "fit")
         if stage == "fit" and self.train_source is not None and self.val_source is not None:
             report_captions(self.train_source, self.tokenize, self.captions.long, getattr(module, "loss", None))
-            report_images(self.train_source, self.val_source, self.seed, self.preprocessing.window)
+            report_images(self.train_source, self.val_source, self.seed, self.preprocessing)
 
     def adopt(self, module: Any) -> None:
         """Take preprocessing and tokenizer from a module; its model, and so its checkpoints, get the window."""

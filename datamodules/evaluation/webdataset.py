@@ -20,7 +20,7 @@ from torch import Tensor
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.evaluation.data import CaptionedImages, Grouped, ImageSet, MultiLabel, numbered
 from lit_clip.tools.hashing import stamp_of_files
-from lit_clip.tools.images import SUFFIXES, image_for_model
+from lit_clip.tools.images import IN_TARS, image_for_model
 from lit_clip.tools.reading import reading
 from ..shards.index import split_name, tar_members
 from .annotation_files import AGAIN, read_text, refuse_missing, whole_number
@@ -53,7 +53,7 @@ def scan_tar(path: Path, number: int, target_suffix: str) -> dict[str, TarSample
         for member, tar in tar_members(file, os.path.getsize(path)):
             key, suffix = split_name(member.name)
             sample = samples.setdefault(key, TarSample())
-            if f".{suffix}" in SUFFIXES:
+            if f".{suffix}" in IN_TARS:
                 require(sample.image is None, f"{path} sample {key}: two images; write the tar again")
                 sample.image = ImageSpan(number, member.offset_data, member.size)
             elif suffix == target_suffix:

@@ -25,6 +25,7 @@ from lit_clip.models.preprocess import resize_steps, to_rgb, windowed
 from lit_clip.tools.images import LeastSize, fraction, full_size
 
 REDUCING_GAP = 2.0  # Pillow first averages whole pixels, down to this many times the final size, then filters
+OF_COLOURS = v1.ColorJitter | v1.RandomGrayscale | v2.ColorJitter | v2.RandomGrayscale | v2.RandomPhotometricDistort
 OVERSHOOT = 0.25  # by which resizing an image of floats may leave 0 to 1, which it does at sharp edges
 
 Interpolation = Literal["bicubic", "bilinear"]
@@ -87,11 +88,13 @@ class RandomSquareCrop:
         self.scale, self.exact = (low, high), exact
         self.size, self.interpolation = None if size is None else height_width(size), interpolation
         self._patches: Preprocessing | None = None  # of a NaFlex model, whose sizes are the images' own
+        self._kind: type = Image.Image  # of its input
 
     def for_model(self, preprocessing: Preprocessing) -> Self:
         """Return the same crop with the model's size and interpolation where none is set."""
         crop = copy.copy(self)
         crop._patches = preprocessing if self.size is None and preprocessing.max_patches is not None else None
+        crop._kind = Image.Image if preprocessing.bands == 3 else Tensor
         crop.size = self.size or height_width(preprocessing.image_size)
         crop.interpolation = self.interpolation or preprocessing.interpolation
         return crop
@@ -109,7 +112,7 @@ class RandomSquareCrop:
         share, y, x = torch.rand(3).tolist()
         return {"side": (low + (high - low) * share) ** 0.5, "x": x, "y": y}
 
-    def box(self, image: Image.Image, params: dict[str, Any]) -> tuple[int, int, int, int]:
+    def box(self, image: Image.Image | Tensor, params: dict[str, Any]) -> tuple[int, int, int, int]:
         """Return left, top, right and bottom of the crop in the decoded image."""
         *size, divided = full_size(image)
         step = fraction((size[0], size[1]), self.least_size(*size))  # in pixels of the file
@@ -121,18 +124,21 @@ class RandomSquareCrop:
         pixels = step // divided
         return left * pixels, top * pixels, (left + across) * pixels, (top + down) * pixels
 
-    def transform(self, inpt: Image.Image, params: dict[str, Any]) -> Any:
-        require(isinstance(inpt, Image.Image), f"RandomSquareCrop: crops PIL images, not {type(inpt).__name__}")
+    def transform(self, inpt: Image.Image | Tensor, params: dict[str, Any]) -> Any:
+        require(isinstance(inpt, self._kind), f"RandomSquareCrop: crops PIL images, not {type(inpt).__name__}")
         left, top, right, bottom = box = self.box(inpt, params)
         height, width = self._size(*full_size(inpt)[:2])
         averaged = min((right - left) / width, (bottom - top) / height) >= 2 * REDUCING_GAP  # Pillow is fast at this
-        if self.exact or averaged or inpt.mode != "RGB":
+        if isinstance(inpt, Image.Image) and (self.exact or averaged or inpt.mode != "RGB"):
             gap = None if inpt.mode.startswith(("I;", "1", "P")) else REDUCING_GAP  # Pillow cannot average those
             filtering = Image.Resampling[str(self.interpolation).upper()]
             image = to_rgb(inpt.resize((width, height), filtering, box, gap))  # after resizing, as in evaluation
             return image if self.exact else TF.pil_to_tensor(image)
         # Resized by torch: equal to within rounding, in a third of the time.
-        pixels = torch.from_numpy(np.array(inpt.crop(box))).permute(2, 0, 1)
+        if isinstance(inpt, Tensor):  # bands, uint8 [C, H, W]
+            pixels = inpt[:, top:bottom, left:right]
+        else:
+            pixels = torch.from_numpy(np.array(inpt.crop(box))).permute(2, 0, 1)
         return F.interpolate(pixels[None], (height, width), mode=str(self.interpolation), antialias=True)[0]
 
     def least_size(self, width: int, height: int) -> tuple[int, int]:
@@ -158,7 +164,7 @@ class Augmentation:
         crop_scale: smallest and largest area of a crop, as a share of the largest square that fits (the paper gives
             none; open_clip's default is 0.9 to 1 of the whole image, squashed to a square).
         color_jitter: largest relative change of brightness, contrast and saturation; 0 for none.
-        grayscale: probability of converting an image to grey.
+        grayscale: probability of converting an image to grey; as ``color_jitter`` for red, green and blue alone.
         exact: decode JPEGs at full size and resize with Pillow, as other packages do; two to four times slower.
             Otherwise they are decoded at a half, a quarter or an eighth of their width where the crop allows it.
     """
@@ -190,7 +196,8 @@ class Augmentation:
 class TrainingTransform:
     """PIL image -> uint8 of the model's shape, by any transforms one after the other.
 
-    The first gets an RGB image (:class:`RandomSquareCrop` any image, since it resizes before it converts). The last may
+    The first gets an RGB image (:class:`RandomSquareCrop` any image, since it resizes before it converts), or uint8
+    ``[C, H, W]`` if the model reads other bands than red, green and blue. The last may
     return a PIL image, a uint8 tensor, or a tensor of floats between 0 and 1; the result is resized as in evaluation if
     it does not have the model's size. What they draw from the global generators of torch, numpy and Python is
     reproducible within :func:`seeded`.
@@ -211,7 +218,7 @@ class TrainingTransform:
         budgets: Sequence[int] = (),
     ) -> None:
         listed = augmentation.transforms() if isinstance(augmentation, Augmentation) else list(augmentation)
-        check_transforms(listed)
+        check_transforms(listed, preprocessing.bands)
         self.transforms = [
             bind(preprocessing) if (bind := getattr(each, "for_model", None)) is not None else each for each in listed
         ]
@@ -230,26 +237,27 @@ class TrainingTransform:
 
     def __call__(self, image: Image.Image) -> Tensor:
         image = windowed(image, self._preprocessing)
-        result: Any = image if self._takes_any_mode or image.mode == "RGB" else to_rgb(image)
+        result: Any = image if self._takes_any_mode or getattr(image, "mode", "RGB") == "RGB" else to_rgb(image)
         for transform in self.transforms:
             result = transform(result)
         if self._patches is not None:
             is_image = isinstance(result, Image.Image)
             return patch_sequence(to_rgb(result) if is_image else self._pixels(result), self._patches)
-        if isinstance(result, Image.Image):
+        if isinstance(result, Image.Image) and self._preprocessing.bands == 3:
             fits = result.size == (self.size[1], self.size[0])
             return TF.pil_to_tensor(to_rgb(result if fits else self._resize(result)))
         pixels = self._pixels(result)
         return pixels if tuple(pixels.shape[1:]) == self.size else self._resize(pixels)
 
     def _pixels(self, result: Any) -> Tensor:
-        """Return the last transform's result as uint8 ``[3, H, W]``."""
-        last = f"augmentation: {_name(self.transforms[-1])}, the last transform, returned"
+        """Return the last transform's result as uint8 ``[C, H, W]``."""
+        bands = self._preprocessing.bands
+        last = f"augmentation: {', '.join(map(_name, self.transforms[-1:]))}, the last transform, returned"
         if not isinstance(result, Tensor):
-            raise InputError(f"{last} a {type(result).__name__}; it must return a PIL image or a tensor [3, H, W]")
+            raise InputError(f"{last} a {type(result).__name__}; it must return a PIL image or a tensor [C, H, W]")
         result = result.as_subclass(Tensor)  # of torchvision's images
-        if result.ndim != 3 or result.shape[0] not in (1, 3):
-            raise InputError(f"{last} a tensor {list(result.shape)}; it must be [3, H, W]")
+        if result.ndim != 3 or result.shape[0] not in ((1, 3) if bands == 3 else (bands,)):
+            raise InputError(f"{last} a tensor {list(result.shape)}; it must be [{bands}, H, W]")
         if result.is_floating_point():
             low, high = float(result.min()), float(result.max())
             require(
@@ -260,16 +268,19 @@ class TrainingTransform:
             result = (result.clamp(0, 1) * 255).round().to(torch.uint8)
         elif result.dtype != torch.uint8:
             raise InputError(f"{last} {result.dtype}; it must be uint8, or floats between 0 and 1")
-        return result.expand(3, -1, -1)
+        return result.expand(bands, -1, -1)
 
 
-def check_transforms(transforms: Sequence[Transform]) -> None:
-    """Raise :class:`InputError` unless all are callable and none normalises, which the model does."""
+def check_transforms(transforms: Sequence[Transform], bands: int = 3) -> None:
+    """Raise :class:`InputError` unless all are callable, none normalises, and none is of colours for other bands."""
     for transform in transforms:
         require(callable(transform), f"augmentation: {transform!r} is not a transform; it cannot be called")
         normalises = isinstance(transform, v1.Normalize | v2.Normalize)
         require(not normalises, "augmentation: the model itself normalises images; leave Normalize out")
-        check_transforms(list(getattr(transform, "transforms", ())))  # of Compose, RandomApply, RandomChoice
+        if bands != 3 and isinstance(transform, OF_COLOURS):
+            problem = f"{_name(transform)} needs red, green and blue, the model reads {bands} bands"
+            raise InputError(f"data.augmentation: {problem}; leave it out (color_jitter and grayscale: 0)")
+        check_transforms(list(getattr(transform, "transforms", ())), bands)  # of Compose, RandomApply, RandomChoice
 
 
 def _name(transform: Transform) -> str:

@@ -12,9 +12,9 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import BadSample, InputError
+from lit_clip.models.config import Preprocessing
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.images import Unseen, open_image, unseen
-from lit_clip.tools.levels import Window
 from .sentences import sentences
 from .source import LongCaptions, PairSource
 
@@ -85,7 +85,7 @@ DECODED = 4  # deep images whose levels are looked at
 DARK = 64  # a deep image that has no level above is dark: it leaves at least 2 of its bits unused
 
 
-def report_images(train: PairSource, val: PairSource, seed: int, window: Window | None = None) -> None:
+def report_images(train: PairSource, val: PairSource, seed: int, preprocessing: Preprocessing) -> None:
     """Print on the first rank how many of some training and validation images have what a model does not see.
 
     Without a window of deep levels, pixels of a few deep images are read too: those of 12 bits in a file of 16 would
@@ -93,6 +93,9 @@ def report_images(train: PairSource, val: PairSource, seed: int, window: Window 
     """
     if rank_and_world()[0]:
         return
+    seen = set() if preprocessing.window is None else {Unseen.DEEP}
+    if preprocessing.bands != 3:
+        seen |= {Unseen.CONVERTED, Unseen.TRANSPARENT, Unseen.ANIMATED}
     # Of training the first that it reads, as spread ones would fetch every shard.
     rows = [(train, row) for row in train.order(0, seed)[:LOOKED_AT].tolist()]
     rows += [(val, row) for row in range(0, len(val), -(-len(val) // LOOKED_AT) or 1)]
@@ -102,7 +105,7 @@ def report_images(train: PairSource, val: PairSource, seed: int, window: Window 
     for source, row in rows:
         with suppress(InputError):  # its images are no files, it is a bad sample, or a store does not answer
             content = source.read(row).image
-            lost = [kind for kind in unseen(io.BytesIO(content), "") if window is None or kind != Unseen.DEEP]
+            lost = [kind for kind in unseen(io.BytesIO(content), "") if kind not in seen]
             if Unseen.DEEP in lost and len(levels) < DECODED:
                 levels.append(int(np.asarray(open_image(io.BytesIO(content))).max()))
             counts.update(lost)

@@ -15,7 +15,7 @@ import pyarrow as pa
 from lit_clip.errors import InputError
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.hashing import hex_digest
-from lit_clip.tools.images import SUFFIXES
+from lit_clip.tools.images import IN_TARS
 from lit_clip.tools.reading import reading
 from ..loading.bad_samples import LONGEST_BLANK, as_unicode, is_blank
 from ..loading.store import Stamp
@@ -28,7 +28,7 @@ BLOCK = tarfile.BLOCKSIZE  # size of a header; files start at multiples of it
 FIELDS = ("image", "text", "captions", "json")
 SPANS = [f"{name}_{part}" for name in FIELDS for part in ("offset", "size")]  # names of columns
 COLUMNS = pa.schema({"key": pa.large_string(), **dict.fromkeys(SPANS, pa.int64())})
-_FIELD_OF = {suffix[1:]: "image" for suffix in SUFFIXES} | {"txt": "text", "captions.json": "captions", "json": "json"}
+_FIELD_OF = {suffix[1:]: "image" for suffix in IN_TARS} | {"txt": "text", "captions.json": "captions", "json": "json"}
 WANTED = "an image (.jpg, .png, .webp, ...) and a caption (.txt, or .json with a caption in it) with the same name"
 OF_SHARD = "in a shard that "  # starts the reasons that concern the rest of a shard
 

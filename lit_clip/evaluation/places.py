@@ -79,6 +79,7 @@ class Window(NamedTuple):
 def window_of(model: CLIP, images: Localised) -> Window:
     """Return the window of a set's images."""
     side = images.short_side(min(height_width(model.preprocessing.image_size)))
+    require(model.preprocessing.bands == 3, "places of a set: the model must read red, green and blue")
     require(0 < side <= LONGEST, f"short_side: {side} must be between 1 and {LONGEST} pixels")
     pixels = torch.zeros(1, 3, side, side, dtype=torch.uint8, device=model.device)
     try:

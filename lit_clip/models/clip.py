@@ -82,9 +82,9 @@ class CLIP(TextTransformer):
         """The device of the parameters."""
         return self.logit_scale.device
 
-    def preprocess(self, image: Image.Image) -> Tensor:
-        """An image -> float32 ``[3, H, W]`` (NaFlex: ``[1 + N, 3PP]``), the input of :meth:`encode_image`."""
-        pp.warn_of_deep_levels(image, self.preprocessing)
+    def preprocess(self, image: Image.Image | pp.Array) -> Tensor:
+        """An image, or its bands ``[H, W, C]`` -> float32 ``[C, H, W]`` (NaFlex: ``[1 + N, 3PP]``), for its encoder."""
+        image = pp.with_warning(image, self.preprocessing)
         return pp.image_transform(self.preprocessing)(image)
 
     @property

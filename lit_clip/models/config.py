@@ -26,7 +26,7 @@ from lit_clip.models.size import (
     height_width,
     normalised,
 )
-from lit_clip.tools.levels import Window, check_window
+from lit_clip.tools.levels import MOST_BANDS, Window, check_window
 from lit_clip.tools.untrusted import check_fields, from_plain, shortened
 
 Activation = Literal["quick_gelu", "gelu", "gelu_tanh"]
@@ -42,8 +42,8 @@ class Preprocessing:
 
     Attributes:
         image_size: in pixels.
-        mean: per channel, on the scale 0 to 1; the paper's by default.
-        std: per channel, on the scale 0 to 1; the paper's by default.
+        mean: per band, on the scale 0 to 1, and so the number of bands; of red, green and blue the paper's by default.
+        std: per band, on the scale 0 to 1.
         interpolation: the resampling filter.
         resize_mode: ``shortest`` resizes the shorter side and crops the centre, ``squash`` ignores the aspect ratio.
         crop_pct: fraction of the resized image's side that the crop keeps; 1 for the paper's models, less for some of
@@ -57,8 +57,8 @@ class Preprocessing:
     """
 
     image_size: Size = 224
-    mean: tuple[Mean, Mean, Mean] = (0.48145466, 0.4578275, 0.40821073)
-    std: tuple[Deviation, Deviation, Deviation] = (0.26862954, 0.26130258, 0.27577711)
+    mean: Annotated[tuple[Mean, ...], Meta(min_length=1, max_length=MOST_BANDS)] = (0.48145466, 0.4578275, 0.40821073)
+    std: tuple[Deviation, ...] = (0.26862954, 0.26130258, 0.27577711)
     interpolation: Literal["bicubic", "bilinear"] = "bicubic"
     resize_mode: Literal["shortest", "squash"] = "shortest"
     crop_pct: Annotated[float, Meta(gt=0, le=1)] = 1.0
@@ -71,20 +71,29 @@ class Preprocessing:
         check_fields(self, where)
         if self.window is not None:
             check_window(self.window, f"{where}.window")
+        if len(self.std) != self.bands:
+            raise InputError(f"{where}.std: {len(self.std)} numbers for {self.bands} bands; give one for each of mean")
         if self.max_patches is not None:
             if self.patch_size is None:
                 raise InputError(f"{where}.patch_size: must be set with max_patches, to at least 2")
+            if self.bands != 3:
+                raise InputError(f"{where}.max_patches: NaFlex patches have 3 bands, mean has {self.bands}")
             self.image_size = math.isqrt(self.max_patches) * self.patch_size
         elif self.patch_size is not None:
             raise InputError(f"{where}.patch_size: is for NaFlex; set max_patches too")
         self.image_size = normalised(self.image_size)
 
     @property
+    def bands(self) -> int:
+        """Number of bands (channels) of an image."""
+        return len(self.mean)
+
+    @property
     def shape(self) -> tuple[int, ...]:
-        """Shape of a preprocessed image: ``(3, H, W)``, or for NaFlex ``(1 + max_patches, 3PP)``."""
+        """Shape of a preprocessed image: ``(C, H, W)``, or for NaFlex ``(1 + max_patches, 3PP)``."""
         if self.max_patches is not None and self.patch_size is not None:
             return 1 + self.max_patches, 3 * self.patch_size**2
-        return 3, *height_width(self.image_size)
+        return self.bands, *height_width(self.image_size)
 
 
 def _check_heads(config: "VisionTransformerConfig | TextTransformerConfig", where: str) -> None:

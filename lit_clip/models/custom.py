@@ -4,7 +4,7 @@ An **image encoder** is a ``torch.nn.Module`` with
 
 - ``__init__(self, embed_dim, ...)``: further arguments come from ``init_args``,
 - ``image_size``: an attribute, the side in pixels or ``(height, width)``,
-- ``forward(self, images)``: float ``[B, 3, H, W]``, normalised -> ``[B, embed_dim]``,
+- ``forward(self, images)``: float ``[B, 3, H, W]``, normalised -> ``[B, embed_dim]``; 3: bands of the preprocessing,
 - ``patches(self, images)`` (optional): float ``[B, 3, H, W]`` of any size, normalised -> ``[B, embed_dim, h, w]``,
   features of each place, for :meth:`lit_clip.CLIP.encode_patches`.
 
@@ -121,15 +121,16 @@ def context_length_of(encoder: nn.Module, config: CustomTextConfig) -> int:
 class CustomImageEncoder(nn.Module):
     """An image encoder of your own (``encoder``), checked with one small batch when it is created."""
 
-    def __init__(self, config: CustomImageConfig, embed_dim: int) -> None:
+    def __init__(self, config: CustomImageConfig, embed_dim: int, bands: int = 3) -> None:
         super().__init__()
+        self.bands = bands
         assert config.image_size is not None  # with_external_settings has filled it in
         self.encoder, self.embed_dim = create_encoder(config, embed_dim), embed_dim
         self.image_size = config.image_size
         where, now = f"architecture.image: {config.class_path}", image_size_of(self.encoder, config)
         require(now == config.image_size, f"{where} has the image_size {now} now, and {config.image_size} there")
         with evaluation_mode(self), torch.no_grad():
-            features = self(torch.zeros(2, 3, *height_width(self.image_size)))
+            features = self(torch.zeros(2, bands, *height_width(self.image_size)))
         _check_features(features, embed_dim, f"{where}: forward", "image")
 
     def features(self, images: Tensor) -> Tensor:
@@ -142,7 +143,7 @@ class CustomImageEncoder(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """``[B, 3, H, W]`` float, normalised -> ``[B, D]``."""
-        check_images(images, self.image_size)
+        check_images(images, self.image_size, self.bands)
         return self.encoder(images)
 
 

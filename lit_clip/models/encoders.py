@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lit_clip.errors import require
+from lit_clip.errors import InputError, require
 from lit_clip.models.config import (
     CLIPConfig,
     HuggingFaceTextConfig,
@@ -25,15 +25,19 @@ from lit_clip.models.transformer import TextTransformer, VisionTransformer
 
 
 def image_encoder(config: CLIPConfig) -> VisionTransformer | ModifiedResNet | TimmImageEncoder | CustomImageEncoder:
-    """Create the image encoder that an architecture names."""
+    """Create the image encoder that an architecture names, for the bands of its preprocessing."""
+    assert config.preprocessing is not None  # with_external_settings has filled it in
+    bands = config.preprocessing.bands
+    if bands != 3 and isinstance(config.image, VisionTransformerConfig | ResNetConfig):
+        raise InputError(f"architecture: preprocessing.mean has {bands} bands, the paper's encoders 3; use timm's")
     if isinstance(config.image, VisionTransformerConfig):
         return VisionTransformer(config.image, config.embed_dim, config.activation)
     if isinstance(config.image, ResNetConfig):
         return ModifiedResNet(config.image, config.embed_dim)
     if isinstance(config.image, CustomImageConfig):
         with torch.device("cpu"):  # not on the meta device: its code may read values
-            return CustomImageEncoder(config.image, config.embed_dim)
-    return TimmImageEncoder(config.image, config.embed_dim)
+            return CustomImageEncoder(config.image, config.embed_dim, bands)
+    return TimmImageEncoder(config.image, config.embed_dim, bands)
 
 
 def input_dtype(visual: nn.Module, device: torch.device, fallback: torch.dtype) -> torch.dtype:

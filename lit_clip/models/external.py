@@ -48,13 +48,13 @@ def projection(
 class TimmImageEncoder(nn.Module):
     """A timm model without its classifier (``trunk``) and a projection (``head``), named as in open_clip."""
 
-    def __init__(self, config: TimmConfig, embed_dim: int) -> None:
+    def __init__(self, config: TimmConfig, embed_dim: int, bands: int = 3) -> None:
         from lit_clip.models import naflex  # imports timm
 
         super().__init__()
         assert config.image_size is not None  # with_external_settings has filled it in
-        self.image_size = config.image_size
-        self.trunk = _trunk(config, classes=embed_dim if config.projection == "classifier" else 0)
+        self.image_size, self.bands = config.image_size, bands
+        self.trunk = _trunk(config, bands, classes=embed_dim if config.projection == "classifier" else 0)
         self.reads_patches = naflex.is_naflex(self.trunk)
         if self.reads_patches:
             naflex.prepare(self.trunk)
@@ -82,7 +82,7 @@ class TimmImageEncoder(nn.Module):
             from lit_clip.models import naflex
 
             return naflex.features(self.trunk, images)
-        check_images(images, self.image_size)
+        check_images(images, self.image_size, self.bands)
         return self.pooled(cast(Any, self.trunk).forward_features(images)) if self.joined else self.trunk(images)
 
     def pooled(self, x: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class TimmImageEncoder(nn.Module):
         return self.project(self.features(images))
 
 
-def _trunk(config: TimmConfig, classes: int) -> nn.Module:
+def _trunk(config: TimmConfig, bands: int, classes: int) -> nn.Module:
     """Create a timm model with its weights."""
     import timm
 
@@ -110,6 +110,8 @@ def _trunk(config: TimmConfig, classes: int) -> nn.Module:
     cfg, size, name = timm_pretrained_cfg(config), height_width(config.image_size), timm_name(config)
     from_hub = {} if config.model is None else {**config.model["model_args"], "pretrained_cfg": cfg}
     options = dict(config.options)
+    if bands != 3:
+        options["in_chans"] = bands
     # As in open_clip: a model whose pooling is changed afterwards keeps its norm, and so the names of its published
     # weights. Attention pooling cannot be added then, and the classifier of some models depends on the pooling.
     pool = "token" if config.pool == JOINED else config.pool
@@ -125,7 +127,7 @@ def _trunk(config: TimmConfig, classes: int) -> nn.Module:
         if pooled_later:
             cast(Any, trunk).reset_classifier(0, global_pool=pool)
         if size != tuple(cfg.input_size[1:]):
-            _try_size(trunk, size)
+            _try_size(trunk, bands, size)
     except Exception as error:  # hundreds of models raise anything: TypeError, AssertionError, OSError, ...
         settings = ", ".join(f"{key} {value}" for key, value in {"image_size": config.image_size, **options}.items())
         words = " ".join(str(error).split()) or type(error).__name__
@@ -138,11 +140,11 @@ def _trunk(config: TimmConfig, classes: int) -> nn.Module:
 
 
 @torch.no_grad()
-def _try_size(trunk: nn.Module, size: tuple[int, int]) -> None:
+def _try_size(trunk: nn.Module, bands: int, size: tuple[int, int]) -> None:
     """Run one image: some models accept any size when created, and fail on images that are not of their own."""
     if next(trunk.parameters()).is_meta:
         return  # to be filled with the weights of a model that passed this
-    trunk.eval()(torch.zeros(1, 3, *size))
+    trunk.eval()(torch.zeros(1, bands, *size))
     trunk.train()
 
 

@@ -61,6 +61,7 @@ class TimmConfig:
             self.image_size = normalised(self.image_size)
         check_timm_options(self.options, f"{where}: options")
         ours = {"img_size": "image_size", "global_pool": "pool", "num_classes": "projection"}
+        ours["in_chans"] = "preprocessing.mean, one number a band"
         for theirs in ours.keys() & self.options.keys():
             raise InputError(f"{where}: options.{theirs} is not allowed; set {ours[theirs]}")
         if self.model is not None:

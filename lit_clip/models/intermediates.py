@@ -136,7 +136,7 @@ def _resnet(resnet: ModifiedResNet, images: Tensor, wanted: _Wanted) -> dict[str
 
 
 def _timm(encoder: TimmImageEncoder, images: Tensor, wanted: _Wanted) -> dict[str, Any]:
-    check_images(images, encoder.image_size)
+    check_images(images, encoder.image_size, encoder.bands)
     trunk: Any = encoder.trunk
     options: dict[str, Any] = {"indices": wanted.indices, "norm": wanted.normed, "stop_early": wanted.stop_early}
     options |= {"intermediates_only": wanted.only, "output_fmt": wanted.layout}

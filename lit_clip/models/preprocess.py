@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from numpy import ndarray as Array
 from PIL import Image
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
@@ -13,32 +14,48 @@ from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.models.config import Preprocessing, height_width
 from lit_clip.models.patches import patch_sequence
-from lit_clip.tools.levels import eight_bits, levels_of
+from lit_clip.tools.levels import check_count, eight_bits, levels_of
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Any) -> Any:
     """Convert any image to RGB by Pillow's rules, as in every peer: published models were trained on such pixels.
 
     Transparency is dropped (the colours underneath show), and a camera's rotation flag is ignored. Of 16-bit grey
     levels, which Pillow clips at 255, the highest 8 bits are kept (:func:`lit_clip.tools.levels.eight_bits`).
     """
+    if isinstance(image, Tensor):  # bands
+        return image
+    check_count(image, 3)
     return eight_bits(image).convert("RGB")
 
 
-def windowed(image: Image.Image, config: Preprocessing) -> Image.Image:
-    """Scale deep grey levels to 8 bits by the model's window: the first step of all preprocessing."""
-    return eight_bits(image, window=config.window)
+def windowed(image: Image.Image, config: Preprocessing) -> Any:
+    """Scale deep levels to 8 bits by the model's window, the first step of all preprocessing; check the bands.
+
+    Return a PIL image, or uint8 ``[C, H, W]`` for a model that reads other bands than red, green and blue.
+    """
+    if config.bands == 3:
+        check_count(image, 3)
+        return eight_bits(image, window=config.window)
+    from lit_clip.tools.bands import eight_bit_bands  # which few models need
+
+    return torch.from_numpy(eight_bit_bands(image, config.bands, config.window).copy()).permute(2, 0, 1)
 
 
-def warn_of_deep_levels(image: Image.Image, config: Preprocessing) -> None:
-    """Warn of grey levels of more than 8 bits that have no window: neither the model's nor the file's own."""
+def with_warning(image: Image.Image | Array, config: Preprocessing) -> Image.Image:
+    """Return an image; warn of levels of more than 8 bits that have no window: neither the model's nor the file's."""
+    if isinstance(image, Array):
+        from lit_clip.tools.bands import banded
+
+        image = banded(image)
     levels = levels_of(image) if config.window is None else None
-    if levels is not None and not levels.windowed:
+    if levels is not None and not levels.windowed and (levels.bits or 16) > 8:
         warnings.warn(
-            "preprocess: grey levels of more than 8 bits, of which the highest 8 are read: 12 bits in a file of 16 are "
+            "preprocess: levels of more than 8 bits, of which the highest 8 are read: 12 bits in a file of 16 are "
             "nearly black; set model.preprocessing.window, such as [0, 4095], or train with data.window",
             stacklevel=3,
         )
+    return image
 
 
 class _Resize(v2.Transform):
@@ -94,7 +111,7 @@ def normalize(images: Tensor, config: Preprocessing, dtype: torch.dtype = torch.
     offsets = [-mean / std for mean, std in zip(config.mean, config.std, strict=True)]
     # Filled on the images' device: torchvision copies the constants there, and each copy waits for the device.
     full = partial(torch.full, (1, 1), dtype=torch.float32, device=images.device)
-    divisor, offset = torch.stack([full(x) for x in divisors + offsets]).chunk(2)  # [3, 1, 1]
+    divisor, offset = torch.stack([full(x) for x in divisors + offsets]).chunk(2)  # [C, 1, 1]
     result = torch.empty(images.shape, dtype=dtype, device=images.device)
     if config.max_patches is None:
         return torch.addcdiv(offset, images, divisor, out=result)  # one pass over the pixels

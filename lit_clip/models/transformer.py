@@ -118,11 +118,11 @@ class Transformer(nn.Module):
         return last(x_TW, layout, read_B)
 
 
-def check_images(images: Tensor, image_size: Size) -> None:
-    """Raise :class:`InputError` unless a batch is ``[B, 3, H, W]`` of the model's image size."""
+def check_images(images: Tensor, image_size: Size, bands: int = 3) -> None:
+    """Raise :class:`InputError` unless a batch is ``[B, bands, H, W]`` of the model's image size."""
     height, width = height_width(image_size)
-    if images.shape[1:] != (3, height, width):
-        reads = f"the model reads [B, 3, {height}, {width}]; use model.preprocess"
+    if images.shape[1:] != (bands, height, width):
+        reads = f"the model reads [B, {bands}, {height}, {width}]; use model.preprocess"
         raise InputError(f"images are {list(images.shape)}, {reads}")
 
 

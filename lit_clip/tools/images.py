@@ -6,18 +6,19 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from enum import StrEnum
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from lit_clip.errors import BadSample, InputError
 from lit_clip.tools import dicom
-from lit_clip.tools.levels import BITS, eight_bits, keep_levels
+from lit_clip.tools.levels import BANDS, BITS, eight_bits, keep_levels
 from lit_clip.tools.reading import reason
 
-SUFFIXES = frozenset({".bmp", ".dcm", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+SUFFIXES = frozenset({".bmp", ".dcm", ".gif", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp"})
+IN_TARS = SUFFIXES - {".npy"}  # where arrays are mostly features of the image beside them
 CHECKED = 10_000
 MAX_PIXELS = 178_956_970  # Pillow's own limit; 0.5 GB as RGB
 MOST_ELONGATED = 500  # longer to shorter side; resized to a model's input, such an image takes a gigabyte
@@ -29,8 +30,8 @@ FIX_HINT = "; fix or remove it"  # how the message about an unreadable image end
 LeastSize = Callable[[int, int], tuple[int, int]]  # an image's width and height -> the smallest that are enough
 
 FULL_SIZE = "size in the file"  # key in ``info`` of an image decoded at a fraction
+TIFF = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")  # how such files start; Pillow's own reader, imported above, is first
 FRACTIONS = (1, 2, 4, 8)  # divisors of width and height that JPEG decoders support and Pillow passes on
-BANDS = 277  # TIFF tag: number of bands
 
 _least_size: ContextVar[LeastSize | None] = ContextVar("_least_size", default=None)
 
@@ -61,9 +62,18 @@ def decoding_at_least(size: LeastSize | None) -> Iterator[None]:
 
 @cache
 def _prepare() -> None:
-    """Open DICOM files, and ignore Pillow's warnings about files that it reads all the same, each in its own words."""
+    """Open DICOM files and arrays, and ignore Pillow's warnings about files that it reads, each in its own words."""
     dicom.register()
+    Image.register_open("NPY", partial(_bands, "ArrayFile"), lambda start: start.startswith(b"\x93NUMPY"))
+    Image.register_open("TIFF OF BANDS", partial(_bands, "TiffBands"), lambda start: start[:4] in TIFF)
     warnings.filterwarnings("ignore", module=r"PIL\.")
+
+
+def _bands(name: str, *given: Any) -> Any:
+    """Call what few images need of :mod:`lit_clip.tools.bands`."""
+    from lit_clip.tools import bands
+
+    return getattr(bands, name)(*given)
 
 
 @contextmanager
@@ -110,7 +120,10 @@ def open_image(source: Path | BinaryIO, where: str | None = None) -> Image.Image
 
 def image_for_model(source: Path | BinaryIO, where: str | None = None) -> Image.Image:
     """Decode an image as :func:`open_image` does, for a model, whose window may know the range of any levels."""
-    return keep_levels(stored_image(source, where), str(source) if where is None else where)
+    image: Any = keep_levels(stored_image(source, where), str(source) if where is None else where)
+    if image.format == "TIFF":
+        image.source = source  # for a model of its bands
+    return image
 
 
 def stored_image(source: Path | BinaryIO, where: str | None = None) -> Image.Image:
@@ -121,7 +134,12 @@ def stored_image(source: Path | BinaryIO, where: str | None = None) -> Image.Ima
             width, height = least_size(*image.size)
             image.info[FULL_SIZE] = image.size
             image.draft(None, (max(1, width), max(1, height)))  # pyright: ignore[reportArgumentType]  # None keeps the mode
-        image.load()
+        try:
+            image.load()
+        except ValueError:
+            if getattr(image, "tag_v2", {}).get(TiffImagePlugin.PLANAR_CONFIGURATION) != 2:
+                raise
+            return _bands("banded", _bands("tiff_values", source))  # which Pillow opens and cannot decode
         return image
 
 
@@ -184,8 +202,10 @@ def fraction(size: tuple[int, int], least: tuple[int, int]) -> int:
     return max((each for each in FRACTIONS if each <= times), default=1)
 
 
-def full_size(image: Image.Image) -> tuple[int, int, int]:
+def full_size(image: Any) -> tuple[int, int, int]:
     """Return width and height as stored in the file, and the divisor at which it was decoded (rounding up)."""
+    if not isinstance(image, Image.Image):  # bands, [C, H, W]
+        return image.shape[2], image.shape[1], 1
     width, height = image.info.get(FULL_SIZE, image.size)
     for each in FRACTIONS:
         if (math.ceil(width / each), math.ceil(height / each)) == image.size:

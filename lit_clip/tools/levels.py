@@ -1,4 +1,4 @@
-"""Grey levels of more than 8 bits, and the window that scales them to 8."""
+"""Levels of more than 8 bits, grey or of bands, and the window that scales them to 8."""
 
 import sys
 from typing import Any, Literal, NamedTuple
@@ -11,15 +11,16 @@ from lit_clip.errors import BadSample, InputError
 Window = list[float] | dict[str, list[float]] | Literal["bit_depth"]
 """Levels that become 0 and 255: ``[low, high]``, ``{"percentiles": [low, high]}`` of each image, the file's range."""
 
-BITS = 258  # TIFF tag: bits of each band
+MOST_BANDS = 1024
+BITS, BANDS = 258, 277  # TIFF tags: bits of each band, number of bands
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # TIFF tag; Pillow inverts such levels of 8 bits alone
-_WHOLE: Window = {"percentiles": [0, 100]}
+WHOLE: Window = {"percentiles": [0, 100]}
 
 
 class Levels(NamedTuple):
-    """Grey levels as an image's file has them."""
+    """Levels as an image's file has them."""
 
-    values: np.ndarray  # [H, W], integers or floats
+    values: np.ndarray  # [H, W], or [H, W, C] of bands; integers or floats
     bits: int | None  # of the whole range, which starts at 0; None: the file says none
     inverted: bool  # whether the lowest is white
     where: str  # how the user knows the image
@@ -54,13 +55,14 @@ def levels_of(image: Image.Image, where: str = "an image") -> Levels | None:
 def keep_levels(image: Image.Image, where: str) -> Image.Image:
     """Return an image of 8 bits a level that remembers deeper ones, until it is changed, for a model's window.
 
-    Levels without a range are shown from the lowest to the highest.
+    Levels without a range are shown from the lowest to the highest. ``where`` is remembered too.
     """
+    shown: Any = image
     levels = levels_of(image, where)
-    if levels is None or hasattr(image, "levels"):
-        return image
-    shown: Any = eight_bits(image, where, None if levels.bits else _WHOLE)
-    shown.levels = levels
+    if levels is not None:
+        shown = image if hasattr(image, "levels") else eight_bits(image, where, None if levels.bits else WHOLE)
+        shown.levels = levels._replace(where=where)
+    shown.where = where
     return shown
 
 
@@ -75,19 +77,28 @@ def eight_bits(image: Image.Image, where: str = "an image", window: Window | Non
     levels = levels_of(image, where)
     if levels is None:
         return image
+    if window in (None, "bit_depth") and levels.bits is not None and hasattr(image, "levels"):
+        return image  # it shows them already
+    result = Image.fromarray(as_bytes(levels, window))
+    result.format = image.format
+    result.info = {name: value for name, value in image.info.items() if name != "transparency"}  # of 16 bits
+    return result
+
+
+def as_bytes(levels: Levels, window: Window | None) -> np.ndarray:
+    """Return levels scaled to 8 bits by a window (:func:`eight_bits`), each band by itself, in the same shape."""
+    values = levels.values
+    if values.ndim == 3 and levels.bits == 8:
+        return values
     if window is None or window == "bit_depth":
         if levels.bits is None:
             detail = "its levels are floats or 32-bit integers, without a range in the file; set data.window, or scale "
             raise BadSample(levels.where, "levels without a range", f"{detail}them to 8 or 16 bits")
-        if hasattr(image, "levels"):  # it shows them already
-            return image
-        values = (levels.values >> (levels.bits - 8)).astype(np.uint8)
+        values = (values >> (levels.bits - 8)).astype(np.uint8)
     else:
-        values = scaled(levels.values, *_ends(levels.values, window))
-    result = Image.fromarray(255 - values if levels.inverted else values)
-    result.format = image.format
-    result.info = {name: value for name, value in image.info.items() if name != "transparency"}  # of 16 bits
-    return result
+        bands = [scaled(band, *_ends(band, window)) for band in np.atleast_3d(values).transpose(2, 0, 1)]
+        values = np.stack(bands, axis=2).reshape(values.shape)
+    return 255 - values if levels.inverted else values
 
 
 def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
@@ -103,3 +114,16 @@ def _ends(values: np.ndarray, window: Window) -> tuple[float, float]:
     finite = values[np.isfinite(values)]
     low, high = np.percentile(finite, window["percentiles"]).tolist() if finite.size else (0.0, 1.0)
     return (low, high) if high > low else (low, low + 1)  # of a single colour
+
+
+def check_count(image: Image.Image, wanted: int) -> None:
+    """Raise :class:`BadSample` unless an image has the bands that a model reads, or is grey for one of colours."""
+    levels = levels_of(image)
+    found = 1 if image.mode in ("1", "L", "LA") else 3
+    if levels is not None:
+        found = levels.values.shape[2] if levels.values.ndim == 3 else 1
+    elif image.mode == "RGB" and wanted == 3:  # Pillow drops the other bands of some TIFF files
+        found = max(3, getattr(image, "tag_v2", {}).get(BANDS, 3))
+    if found != wanted and (found, wanted) != (1, 3):
+        where = getattr(image, "where", "an image")
+        raise BadSample(where, "another number of bands", f"it has {found} bands, the model reads {wanted}")

@@ -31,7 +31,8 @@ class PlaceContrastive(Loss):
         require(
             trained, "model.loss: PlaceContrastive trains the image encoder, which is frozen; leave one of them out"
         )
-        blank = torch.zeros(1, 3, *height_width(model.preprocessing.image_size), dtype=torch.uint8)
+        bands, size = model.preprocessing.bands, height_width(model.preprocessing.image_size)
+        blank = torch.zeros(1, bands, *size, dtype=torch.uint8)
         try:
             with torch.no_grad(), evaluation_mode(model.visual):
                 model.encode_patches(model.normalize(blank.to(model.device)))

@@ -73,6 +73,8 @@ class Teacher:
         if images.ndim == 3 or ours is not None:
             same = images.ndim == 3 and ours is not None and images.shape[2] == 3 * ours**2
             require(same, "model.loss: a teacher and its student must both read NaFlex's patches, or neither")
+        elif images.shape[1] != preprocessing.bands:
+            raise InputError(f"model.loss: the teacher reads {preprocessing.bands} bands, not {images.shape[1]}")
         elif list(images.shape[-2:]) != size_HW:
             images = TF.resize(images, size_HW, TF.InterpolationMode.BICUBIC, antialias=True)
         return images

@@ -26,6 +26,7 @@ from lit_clip.models.custom import CustomTextEncoder
 from lit_clip.models.patches import Patches, unpacked
 from lit_clip.models.preprocess import resize_size
 from lit_clip.models.tokenizer import CLIPTokenizer
+from lit_clip.tools.bands import banded
 from lit_clip.weights.hugging_face import hugging_face_kind, library_name, to_hugging_face
 from lit_clip.weights.hugging_face_processor import (
     image_processor,
@@ -59,8 +60,8 @@ class ExportSample(NamedTuple):
     def of(cls, model: CLIP) -> Self:
         """Create images that are resized by about one half and whose centre crop is unambiguous."""
         height, width = height_width(model.preprocessing.image_size)
-        noise = np.random.default_rng(0).integers(0, 256, (4, 2 * height, 2 * width + 8, 3), dtype=np.uint8)
-        images = [Image.fromarray(image) for image in noise]
+        size = 4, 2 * height, 2 * width + 8, model.preprocessing.bands
+        images = [banded(image) for image in np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)]
         pixels = torch.stack([model.preprocess(image) for image in images])
         return cls(images, pixels, TEXTS, model.tokenize(TEXTS))
 
@@ -136,6 +137,7 @@ def save_json(values: dict[str, Any], path: Path) -> None:
 def write_open_clip(model: CLIP, folder: Path) -> None:
     """Write a folder that open_clip opens as ``local-dir:FOLDER``, or from the hub once uploaded."""
     ours = model.preprocessing
+    require(ours.bands == 3, f"open_clip's transform reads 3 bands, the model {ours.bands}; use onnx")
     require(ours.max_patches is None, f"open_clip's transform has no NaFlex patches; {naflex_format(model)}")
     text = model.config.text
     values = {

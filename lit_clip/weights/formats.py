@@ -21,6 +21,7 @@ def write_immich(model: CLIP, folder: Path) -> None:
     """
     export.check_traceable(model, "immich")
     ours, tokenizer, settings = model.preprocessing, model.tokenizer, model.config.text.tokenizer
+    require(ours.bands == 3, f"immich: reads images of 3 bands, the model {ours.bands}; use onnx")
     require(ours.crop_pct == 1, f"immich: resizes to the image size, and leaves out crop_pct {ours.crop_pct}; use onnx")
     separated = isinstance(tokenizer, HuggingFaceTokenizer) and tokenizer.stripped_id is not None
     require(not separated, "immich: its tokenizer keeps the separators that this model's leaves out; use onnx")

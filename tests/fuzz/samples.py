@@ -25,6 +25,13 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
     return file.getvalue()
 
 
+def array_file(values: np.ndarray) -> bytes:
+    """Return the bytes of an ``.npy`` file."""
+    file = io.BytesIO()
+    np.save(file, values)
+    return file.getvalue()
+
+
 @cache
 def whole_images() -> dict[str, bytes]:
     """Return an intact file of each image format, by name."""
@@ -62,6 +69,7 @@ def whole_images() -> dict[str, bytes]:
         "float.tif": encoded(rgb.convert("F"), "TIFF"),
         "pages.tif": encoded(frames[0], "TIFF", save_all=True, append_images=frames[1:]),
         "rgb.ppm": encoded(rgb, "PPM"),
+        "rgb.npy": array_file(np.asarray(rgb)),
     }
 
 

@@ -1,0 +1,151 @@
+"""Arrays of any number of bands as images: ``.npy`` files, and TIFF files that Pillow cannot read, by tifffile."""
+
+import io
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from lit_clip.errors import BadSample
+from lit_clip.tools.guarded_output import log_level
+from lit_clip.tools.levels import MOST_BANDS, WHOLE, Levels, Window, as_bytes, check_count, levels_of
+from lit_clip.tools.reading import reason
+
+MOST_BYTES = 2**31  # of a TIFF file and of its pixels
+MOST_COMPRESSED = 1032  # bytes of pixels for each byte of a strip or tile, as in deflate at most
+UNPACKED = (1, 5, 8, 32773, 32946)  # TIFF compressions: none, LZW, deflate, packbits, an older deflate
+
+
+def banded(values: np.ndarray, where: str = "an array") -> Image.Image:
+    """Return numbers ``[H, W]`` or ``[H, W, C]`` as an image that shows the first bands and keeps all."""
+    _check(values.shape, values.dtype)
+    values = np.ascontiguousarray(values, values.dtype.newbyteorder("="))
+    values = values[..., 0] if values.shape[2:] == (1,) else values
+    bits = 8 * values.dtype.itemsize if values.dtype in (np.uint8, np.uint16) else None
+    levels = Levels(values, bits, False, where)
+    first = values[..., :3] if values.shape[2:] >= (3,) else np.atleast_3d(values)[..., 0]
+    shown: Any = Image.fromarray(as_bytes(levels._replace(values=first), None if bits else WHOLE))
+    shown.where = where
+    if bits != 8 or values.shape[2:] not in ((), (3,)):  # which it shows already
+        shown.levels = levels
+    return shown
+
+
+def _check(shape: Sequence[int], dtype: np.dtype) -> None:
+    if dtype.kind not in "uif" or dtype.itemsize > 8:
+        raise ValueError(f"its values are {dtype}; they must be integers or floats")
+    if len(shape) not in (2, 3) or min(shape) < 1 or max(shape[2:], default=1) > MOST_BANDS:
+        raise ValueError(f"an array {list(shape)}; it must be [height, width] or [height, width, bands]")
+
+
+class ArrayFile(ImageFile.ImageFile):
+    """An array in an ``.npy`` file; objects in it are refused, and so is a shape that the file cannot hold."""
+
+    format, format_description = "NPY", "NumPy array"
+    levels: Levels | None = None
+    deep = False  # whether its numbers have more than 8 bits
+
+    def _open(self) -> None:
+        shape, dtype = self._header()
+        _check(shape, dtype)
+        self._size, self.deep = (shape[1], shape[0]), dtype.itemsize > 1
+        self._mode = "RGB" if shape[2:] >= (3,) else "L"
+
+    def _header(self) -> tuple[tuple[int, ...], np.dtype]:
+        """Return shape and type of the array; raise ``ValueError`` if the file cannot hold it."""
+        file: Any = self.fp
+        if np.lib.format.read_magic(file) != (1, 0):
+            raise ValueError("not version 1.0 of .npy; write it with numpy.save")
+        shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+        start = file.tell()
+        held = file.seek(0, io.SEEK_END) - start
+        if math.prod(shape) * dtype.itemsize > held:
+            raise ValueError(f"it claims an array {list(shape)} of {dtype}, more than its {held:,} bytes hold")
+        return shape, dtype
+
+    def _values(self) -> np.ndarray:
+        """Read the numbers, ``[H, W]`` or ``[H, W, C]``."""
+        file: Any = self.fp
+        file.seek(0)
+        return np.lib.format.read_array(file, allow_pickle=False)
+
+    def load(self) -> Any:
+        if self._im is None:
+            shown = banded(self._values())
+            self.im, self.levels = shown.im, levels_of(shown)
+        return Image.Image.load(self)
+
+
+class TiffBands(ArrayFile):
+    """A TIFF file of kinds that Pillow does not read, as of four bands of 16 bits, or of floats."""
+
+    format, format_description = "TIFF", "TIFF file of bands"
+
+    def _header(self) -> tuple[tuple[int, ...], np.dtype]:
+        with _pages(self.fp) as (first, *others):
+            return (first.imagelength, first.imagewidth, first.samplesperpixel * (1 + len(others))), first.dtype
+
+    def _values(self) -> np.ndarray:
+        return tiff_values(self.fp)
+
+
+def tiff_values(source: Any) -> np.ndarray:
+    """Read the bands of a TIFF file, a path or open, ``[H, W, C]``."""
+    with _pages(source) as pages:
+        values = np.stack([page.asarray(maxworkers=1) for page in pages])
+        return values[0] if pages[0].axes == "YXS" else np.moveaxis(values.reshape(-1, *values.shape[-2:]), 0, -1)
+
+
+@contextmanager
+def _pages(source: Any) -> Iterator[list[Any]]:
+    """Open the pages that have a TIFF file's bands: the first one, or if it has one band all of its size."""
+    try:
+        from tifffile import TiffFile  # an extra
+    except ImportError as error:
+        raise ImportError("a TIFF file of such bands needs tifffile: pip install tifffile") from error
+    with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
+        file.seek(0)
+        content = file.read()
+    # From memory no count in the file reads more than there is, and no name in it finds another file.
+    with log_level(logging.CRITICAL, "tifffile"), TiffFile(io.BytesIO(content)) as tiff:
+        pages: list[Any] = list(islice(tiff.pages, MOST_BANDS))
+        first = pages[0]
+        alike = [page for page in pages if (page.shape, page.dtype) == (first.shape, first.dtype)]
+        pages = alike if first.samplesperpixel == 1 else [first]
+        for page in pages:
+            _check_page(page, len(content), MOST_BYTES // len(pages))
+        yield pages
+
+
+def _check_page(page: Any, size: int, most: int) -> None:
+    """Raise ``ValueError`` for what are no bands, and for pixels above ``most`` bytes or what ``size`` bytes hold."""
+    bits, packed = page.dtype and 8 * page.dtype.itemsize, page.compression != 1
+    bands = page.axes in ("YX", "YXS", "SYX") and page.photometric in (1, 2)
+    if not bands or page.bitspersample != bits or page.compression not in UNPACKED:
+        raise ValueError("a TIFF file of another kind than bands of whole bytes, uncompressed or by deflate")
+    claimed = max(page.nbytes, math.prod(page.chunks) * page.dtype.itemsize)
+    ends = [start + count for start, count in zip(page.dataoffsets, page.databytecounts, strict=True)]
+    if claimed > min(most, size * (MOST_COMPRESSED if packed else 1)) or max(ends) > size:
+        raise ValueError(f"it claims {page.imagewidth} x {page.imagelength} pixels, more than its {size:,} bytes hold")
+    if packed and max(page.databytecounts) * MOST_COMPRESSED > MOST_BYTES:
+        raise ValueError("compressed parts of more than 2 MB; write smaller strips or tiles")
+
+
+def eight_bit_bands(image: Image.Image, wanted: int, window: Window | None) -> np.ndarray:
+    """Return the bands of an image's file, as many as wanted, in 8 bits by a window, uint8 ``[H, W, C]``."""
+    source, where = getattr(image, "source", None), getattr(image, "where", "an image")
+    try:
+        if source is not None:  # of a TIFF file, of which Pillow may have dropped or changed bands
+            image = banded(tiff_values(source), where)
+    except Exception as error:  # as of Pillow's decoders
+        raise BadSample(where, "broken image", f"cannot read its bands ({reason(error)})") from error
+    check_count(image, wanted)
+    levels = levels_of(image)
+    values = np.asarray(image.convert("L") if wanted == 1 else image) if levels is None else as_bytes(levels, window)
+    return values.reshape(*values.shape[:2], wanted)
