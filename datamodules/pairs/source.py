@@ -323,7 +323,8 @@ class Columns:
     """Columns of a table, or fields of the ``.json`` files in tar shards.
 
     Attributes:
-        image: paths or encoded images; detected automatically by default.
+        image: paths or encoded images, or several columns with an image each of one thing, of which some may be blank;
+            detected automatically by default.
         caption: texts or lists of texts; detected automatically by default.
         group: names the group of duplicates, such as a product.
         negative: hard negative captions, texts or lists of texts, of which training draws one; blank for none.
@@ -334,7 +335,7 @@ class Columns:
         root: folder or address in a store that relative paths of images start from; by default the table's.
     """
 
-    image: str | None = None
+    image: str | list[str] | None = None
     caption: str | None = None
     group: str | None = None
     negative: str | None = None

@@ -156,6 +156,53 @@ def test_each_image_of_a_row_is_a_pair_with_its_texts_and_only_they_are_a_group(
         )
 
 
+VIEWS = ["front", "back", "left", "inside"]
+
+
+def named(path: Path) -> Path:
+    """Write a row for each thing with columns of images that have names of their own, the last one first."""
+    rows = [[*reversed([*images, *[""] * (4 - len(images))])] for images in IMAGES]
+    columns = {name: [row[place] for row in rows] for place, name in enumerate(reversed(VIEWS))}
+    table = pa.table({**columns, "title": TITLES})
+    if path.suffix == ".csv":
+        return written(path, [table.column_names, *([str(cell) for cell in row.values()] for row in table.to_pylist())])
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, table.to_pylist())))
+    elif path.suffix == ".parquet":
+        pq.write_table(table, path, row_group_size=5)
+    else:
+        save(path, table.to_pydict())
+    return path
+
+
+@pytest.mark.parametrize("name", ["things.csv", "things.jsonl", "things.parquet", "saved"])
+def test_columns_of_images_that_the_user_names_are_images_of_one_thing_in_that_order(name: str, folder: Path) -> None:
+    columns = Columns(VIEWS, root=str(folder))
+    path = named(folder / name)
+    found = pairs_of(open_source(str(path), columns=columns))
+    assert [pair[:2] for pair in found] == [
+        (image, title) for images, title in zip(IMAGES, TITLES, strict=True) for image in images
+    ]
+    assert len({pair[1:] for pair in found}) == len(COUNTS)
+    data = opened(path, val=str(path), columns=columns)
+    assert sorted(title for _, title in epoch_of(data, 0)) == sorted(TITLES)
+    once = open_source(str(path), columns=Columns(["front", "front"], root=str(folder)))
+    assert [key for key, _, _ in pairs_of(once)] == [images[0] for images in IMAGES]
+
+
+def test_a_named_column_that_is_missing_or_the_caption_is_refused_and_inspect_repeats_the_names(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    named(folder / "things.csv")
+    with pytest.raises(InputError, match=r"things\.csv: no column 'bak'; its columns are .*columns\.image"):
+        open_source("things.csv", columns=Columns(["front", "bak"]))
+    with pytest.raises(InputError, match="'title' cannot be both"):
+        open_source("things.csv", columns=Columns(["front", "title"], "title"))
+    run_command(["inspect", "things.csv", "--columns.image", "[front, back]", "--num_workers", "0"])
+    assert "--data.columns.image '[front,back]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["struct.parquet", "bytes.parquet", "columns.parquet", "saved"])
 def test_encoded_images_in_lists_and_columns_have_keys_and_groups_of_their_own(name: str, folder: Path) -> None:
     files = [[(folder / image).read_bytes() for image in images] for images in IMAGES]
