@@ -22,9 +22,10 @@ from datamodules.pairs.image_captions import OneOfEach
 from datamodules.pairs.source import PairSource
 from lit_clip.cli.subcommands import run_command
 from lit_clip.errors import BadSample, InputError
-from lit_clip.losses import Contrastive
+from lit_clip.losses import Contrastive, Sum
 from lit_clip.models.config import Preprocessing
 from lit_clip.retrieval.retrieval_set import RetrievalSet, token_hashes
+from lit_clip.training.place_contrastive import PlaceContrastive
 from tests.datamodules.pairs.test_saved import IMAGE, save
 from tests.helpers.frozen_runs import Run, fit
 
@@ -32,7 +33,7 @@ COUNTS = [1, 3, 2, 4, 1, 2, 3, 3, 2, 4, 1, 2]  # images of the things
 IMAGES = [[f"{thing}_{view}.png" for view in range(count)] for thing, count in enumerate(COUNTS)]
 TITLES = [f"title of {thing}" for thing in range(len(COUNTS))]
 EVERY = {(image, title) for images, title in zip(IMAGES, TITLES, strict=True) for image in images}
-ALL, ONE = ImageOptions("all"), ImageOptions("one")
+ALL, ONE, TOGETHER = ImageOptions("all"), ImageOptions("one"), ImageOptions("together")
 
 
 def png(number: int) -> bytes:
@@ -269,6 +270,53 @@ def test_all_images_are_read_if_wanted_and_rows_of_a_group_are_unless_one_is(fol
         assert set(drawn) == EVERY
 
 
+@pytest.mark.parametrize("table", [lists, grouped], ids=["lists", "groups"])
+def test_a_step_has_a_thing_once_with_all_of_its_images(table: Callable[[Path], Path], folder: Path) -> None:
+    path = table(folder / ("things.jsonl" if table is lists else "things.csv"))
+    columns = Columns(group="product") if table is grouped else None
+    data = opened(path, val=str(path), columns=columns, images=TOGETHER, batch_size=4)
+    data.preprocessing = Preprocessing(image_size=32)  # as the files have, so pixels stay
+    loader: Any = data.train_dataloader()
+    found, keys = dict[str, list[bytes]](), set[str]()
+    for epoch in range(3):
+        loader.batch_sampler.set_epoch(epoch)
+        for batch in loader:
+            keys.update(batch.keys)
+            for row, caption in enumerate(batch.captions):
+                own = torch.arange(len(batch.images))[row] if batch.image_of is None else batch.image_of[row]
+                images = batch.images[own[own >= 0].reshape(-1)]
+                found[caption] = sorted(image.numpy().tobytes() for image in images)
+    pixels = {image: np.asarray(Image.open(folder / image)).transpose(2, 0, 1).tobytes() for image, _ in EVERY}
+    assert found == {
+        title: sorted(pixels[image] for image in images) for images, title in zip(IMAGES, TITLES, strict=True)
+    }
+    assert len(keys) > len(TITLES)  # which image comes first, with the caption of its row, is drawn
+    assert sum(len(batch.keys) for batch in data.val_dataloader()) == len(EVERY)
+
+
+def test_what_averages_cannot_be_read_with_is_refused_in_one_line(folder: Path) -> None:
+    path = str(lists(folder / "things.jsonl"))
+    plain = written(folder / "plain.csv", [["image", "title"], *([image, title] for image, title in sorted(EVERY))])
+    for given, message in (
+        ({"train": str(plain)}, r"^data\.images\.per_thing: together would change nothing"),
+        ({"captions": CaptionOptions(per_image="together")}, r"^data\.images\.per_thing: .* captions\.per_image out"),
+        ({"columns": Columns(other_image="image")}, r"^data\.columns\.other_image: .*together"),
+    ):
+        options = {"train": path, **given}
+        with pytest.raises(InputError, match=message):
+            opened(options.pop("train"), val=path, images=TOGETHER, **options)
+    for part, message in (
+        ({"cache": str(folder / "cache")}, "FrozenFeatures"),
+        (
+            {"freeze": "nothing", "model": {"loss": Sum([Contrastive(), PlaceContrastive()], [1.0, 1.0])}},
+            "PlaceContrastive reads one image",
+        ),
+    ):
+        run = Run(str(folder), path, data={"batch_size": 4, "images": TOGETHER})._replace(**part)
+        with pytest.raises(InputError, match=message):
+            fit(run)
+
+
 DIVIDED = {"things.jsonl": lists, "things.parquet": parquet, "things.csv": grouped}
 IMAGES_READ = {"things.jsonl": [None, ALL], "things.parquet": [None, ONE], "things.csv": [ALL, ONE]}
 
@@ -317,7 +365,11 @@ def test_parts_of_a_mixture_and_tables_of_other_folders_have_things_of_their_own
         assert len(groups) == len({group for _, group in groups}) == 2 * len(COUNTS)
 
 
-@pytest.mark.parametrize("options", [{}, {"captions": CaptionOptions(per_image="together")}], ids=["plain", "together"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"captions": CaptionOptions(per_image="together")}, {"images": TOGETHER}],
+    ids=["plain", "captions", "images"],
+)
 def test_a_run_resumed_within_an_epoch_continues_bit_for_bit(options: dict[str, Any], folder: Path) -> None:
     path = folder / "things.jsonl"
     rows = [
