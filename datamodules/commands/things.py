@@ -21,7 +21,7 @@ from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import stable_hash
 from lit_clip.tools.images import OnError
 from ..pairs.batches import SourcePairs
-from ..pairs.source import PairSource
+from ..pairs.source import IMAGES_OF, PairSource
 
 
 @dataclass
@@ -34,7 +34,7 @@ class Thing:
 
 @dataclass
 class Things:
-    """Things by their names: groups, or the keys of images that have none."""
+    """Things by their names: groups, or without one the key of the first image that their row lists."""
 
     by_name: dict[str, Thing]
     rows: dict[str, int]  # the first row of each image
@@ -53,7 +53,7 @@ class Things:
                     raise
                 stderr().print(f"skipped: {error}")
                 continue
-            thing = things.by_name.setdefault(group or key, Thing())
+            thing = things.by_name.setdefault(group.removeprefix(IMAGES_OF) or key, Thing())
             thing.images[key] = None
             thing.captions |= dict.fromkeys(captions)
             things.rows.setdefault(key, row)

@@ -436,6 +436,8 @@ def test_validation_counts_each_image_of_a_thing_as_right_for_its_texts(folder: 
         text = torch.stack([features[TITLES.index(caption)] for caption in batch.captions])
         found.add(image, text, batch.keys, token_hashes(batch.tokens, data.tokenize.context_length, 0))
     metrics = found.evaluate(features[:0], torch.tensor(10.0), None).metrics
+    found.add(features[[0, 0, 1]], features[[0, 0, 1]], ["a", "b", "c"], np.arange(3))  # other titles are wrong
+    assert found.evaluate(features[:0], torch.tensor(10.0), None).metrics["image_to_text_recall@1"] < 1
     assert metrics["merged_text_to_image_recall@1"] == metrics["merged_image_to_text_recall@1"] == 1
     assert metrics["mean_recall"] == 1
     assert metrics["text_to_image_recall@1"] < 1
@@ -473,3 +475,54 @@ def test_commands_on_pairs_take_each_image_with_its_texts(
     shards = open_source("shards", columns=Columns(group="group"))
     assert {(*pair[1:],) for pair in pairs_of(shards)} == {pair[1:] for pair in pairs_of(open_source(path))}
     assert len(shards) == len(EVERY)
+
+
+def test_shards_have_things_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    run_command(["shard", str(lists(folder / "things.jsonl")), "shards", "--workers", "0", "--shard_size", "9"])
+    options: dict[str, Any] = {"columns": Columns(group="group"), "images": ONE}
+    data = opened("shards", val="shards", **options)
+    used: dict[str, list[str]] = defaultdict(list)
+    for epoch in range(12):
+        drawn = epoch_of(data, epoch)
+        assert sorted(title for _, title in drawn) == sorted(TITLES)
+        for key, title in drawn:
+            used[title].append(key)
+    for images, title in zip(IMAGES, TITLES, strict=True):
+        passes = [used[title][first : first + len(images)] for first in range(0, 12, len(images))]
+        assert all(len(set(each)) == len(images) for each in passes)
+    sides = opened("shards", **{**options, "images": TOGETHER})
+    train, val = sides.train_source, sides.val_source
+    assert train is not None
+    assert val is not None
+    assert len(train) + len({pair[1] for pair in pairs_of(val)}) == len(TITLES)
+    assert {pair[1] for pair in pairs_of(train)}.isdisjoint(pair[1] for pair in pairs_of(val))
+
+
+@pytest.mark.parametrize("table", [lists, grouped], ids=["lists", "groups"])
+def test_inspect_counts_a_title_of_several_images_of_a_thing_once(
+    table: Callable[[Path], Path], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+    words = ["--num_workers", "0", *(["--columns.group", "product"] if table is grouped else [])]
+    path = table(folder / ("things.jsonl" if table is lists else "things.csv"))
+
+    def repeated() -> str:
+        run_command(["inspect", str(path), *words])
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "same as another caption" in line)
+        return line.split("│")[2].strip()
+
+    assert repeated() == "0"
+    if table is lists:  # another thing with the same title counts, once
+        path.write_text(path.read_text().replace(TITLES[2], TITLES[1]))
+        assert repeated() == "1 (3.6%) in 1 group"
+
+
+def test_a_thing_that_a_row_lists_is_named_after_its_first_image(
+    folder: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    words = ["--fields", "image,caption", "--model", str(tiny_checkpoint), "--num_workers", "0", "--accelerator", "cpu"]
+    run_command(["embed", str(lists(folder / "things.jsonl")), "--output", "things.parquet", *words])
+    assert pq.read_table("things.parquet")["key"].to_pylist() == sorted(images[0] for images in IMAGES)
