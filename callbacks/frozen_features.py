@@ -155,6 +155,8 @@ def _refuse(trainer: Trainer, module: LightningModule) -> None:
     """Raise :class:`InputError` for what cannot train on stored activations."""
     data = cast(Any, trainer).datamodule
     require(hasattr(data, "use_stored"), "FrozenFeatures: needs a data module derived from CaptionDataModule")
+    several = getattr(getattr(data, "images", None), "per_thing", None) == "together"
+    require(not several, "data.images.per_thing: together averages images anew; FrozenFeatures reads one or all")
     compiled = any(isinstance(callback, Compile) for callback in cast(Any, trainer).callbacks)
     require(not compiled, "FrozenFeatures: not together with callbacks.Compile; remove one of them")
 

@@ -30,7 +30,7 @@ class Tally:
 
     def add(self, batch: CaptionBatch) -> None:
         """Count a batch of this rank."""
-        self._drawn += len(batch.images) + len(batch.skipped)
+        self._drawn += min(len(batch.images), batch.pairs) + len(batch.skipped)
         self._skipped += batch.skipped
 
     def join(self) -> list[tuple[str, str]]:

@@ -137,9 +137,9 @@ class Captions(CaptionDataModule):
         self._versions: dict[str, str] = {}  # of addresses in the data, to be the same on all ranks and after a resume
         self._splits, self._classes, columns = splits or Splits(), classes or Classes(), columns or Columns()
         self.negative_column = columns.negative
-        one_image = columns.other_image is None or self.captions.per_image != "together"
-        both = "data.columns.other_image: captions.per_image together reads one image for all captions of an image"
-        require(one_image, f"{both}; set it to one, or leave the column out")
+        together = "together" in (self.captions.per_image, self.images.per_thing)
+        both = "data.columns.other_image: together reads several images or captions of a pair"
+        require(columns.other_image is None or not together, f"{both}; set it to one, or leave the column out")
         self._options = {"columns": columns, "shards": shards, "on_error": self.on_error, "option_prefix": "--data."}
 
     def prepare_data(self) -> None:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 JUDGED_AFTER = 100  # samples: of fewer, a single one is above any sensible limit
@@ -28,7 +29,8 @@ class CaptionBatch(NamedTuple):
         negative_lengths: number of tokens of each of them.
         stored_texts: stored activations ``[B, ...]`` of the text encoder's frozen layers; optional.
         extra: tensors ``[B, ...]`` by name, for a loss of one's own; no other part reads them.
-        image_of: the row of ``images`` that each pair has, int64 ``[B]`` ascending; None: pair i has image i.
+        image_of: the row of ``images`` that each pair has, int64 ``[B]`` ascending; or rows of all images of its thing,
+            ``[B, K]``, filled up with -1, whose mean of unit features is the pair's; None: pair i has image i.
     """
 
     images: Tensor
@@ -51,8 +53,16 @@ class CaptionBatch(NamedTuple):
         return len(self.images if self.image_of is None else self.image_of)
 
     def of_pairs(self, rows: Tensor) -> Tensor:
-        """Return the row of each pair's image, ``[B, ...]``, of a row for each image; further rows are left out."""
-        return rows[: len(self.images)] if self.image_of is None else rows[self.image_of]
+        """Return the row of each pair's image, ``[B, ...]``, of a row for each image; further rows are left out.
+
+        Of a thing with several images it is the direction of their mean; rows are then unit features ``[I, D]``.
+        """
+        if self.image_of is None:
+            return rows[: len(self.images)]
+        if self.image_of.ndim == 1:
+            return rows[self.image_of]
+        there_BK1 = (self.image_of >= 0).unsqueeze(-1)
+        return F.normalize((rows[self.image_of] * there_BK1).sum(dim=1), dim=1)
 
     def to(self, device: torch.device | str) -> "CaptionBatch":
         """Move the tensors to a device; a CUDA device's queued work is not waited for if they are pinned.

@@ -7,6 +7,7 @@ benchmark.py`` is run by tests/evaluation/test_clip_benchmark.py.
 """
 
 import functools
+import json
 import os
 import re
 import shlex
@@ -135,6 +136,12 @@ def write_things(here: Path, rows: list[str], channels: int) -> None:
     (here / "new.csv").write_text("\n".join([f"{rows[0]},sku,stock", *catalogue[-2:]]))
     views = [f"{rows[number - 1].split(',')[0]},{row}" for number, row in enumerate(rows[2:], 2)]
     (here / "views.csv").write_text("\n".join([f"image_1,{rows[0].replace('image', 'image_2')}", *views]))
+    (here / "judged" / "qrels").mkdir(parents=True)
+    texts = [json.dumps({"_id": str(number), "text": f"text {number}"}) for number in range(3)]
+    for name in ("queries", "corpus"):
+        (here / "judged" / f"{name}.jsonl").write_text("\n".join(texts))
+    judgements = ["query-id\tcorpus-id\tscore", *(f"{number}\t{number}\t1" for number in range(3))]
+    (here / "judged" / "qrels" / "train.tsv").write_text("\n".join(judgements))
     things = np.eye(5, channels, dtype=np.float32)
     write_features(here / "things.parquet", [str(sku) for sku in range(5)], things, {})
 

@@ -21,7 +21,7 @@ from ..inspection.page import SummarySection, find_duplicates, findings_section,
 from ..inspection.scan import ScanFindings, inspect_source, scan
 from ..open_source import stamp_of_data
 from ..pairs.findings import DataOptions, write_findings
-from ..pairs.source import PairSource, SkippedRows
+from ..pairs.source import PairSource, SkippedRows, numbered
 from .opened import Opened, open_data
 
 PAPERS_CONTEXT = 77
@@ -71,7 +71,8 @@ def inspect(
         with tempfile.TemporaryFile("w+", encoding="utf-8") as problems:
             findings = inspect_source(source, tokenizer, problems, num_workers, parts)
             leaks = None if validation is None else (validation, _leaks(findings, validation, tokenizer, num_workers))
-            duplicates = find_duplicates(findings)
+            things = source.things()
+            duplicates = find_duplicates(findings, None if things is None else numbered(things))
             copies = find_copies(findings, source, num_workers)
             lines = scan_lines(source, findings, problems, copies, leaks, tokenizer)
             counts, command = write_findings(table, lines, source, given)

@@ -18,6 +18,8 @@ from ..pairs.related_rows import caption_hash
 from ..pairs.source import PairSource, SkippedRows
 from .scan import ANIMATED, CONVERTED, DEEP, PLAIN, ROTATED, TRANSPARENT, ScanFindings, formats
 
+MIXED = np.uint64(0x9E3779B97F4A7C15)  # the product of one of two hashes with it, and the other: a hash of both
+
 
 class SummaryLine(NamedTuple):
     """A line of the summary; ``wrong`` marks a problem in the data."""
@@ -43,15 +45,23 @@ class DuplicateGroups(NamedTuple):
     pairs: int  # beyond the first with the same file and caption
 
 
-def find_duplicates(findings: ScanFindings) -> DuplicateGroups:
-    """Find duplicates by comparing the hashes of all images and captions."""
+def find_duplicates(findings: ScanFindings, things: np.ndarray | None = None) -> DuplicateGroups:
+    """Find duplicates by comparing the hashes of all images and captions.
+
+    Captions of rows with one number in ``things``, ``[N]``, are the same thing's, so equal ones count once.
+    """
     images, rows = findings.images, findings.distinct
     files = _of_rows(equal_groups(images["file"][rows]), rows)
     first_rows = rows[np.sort(np.unique(images["file"][rows], return_index=True)[1])]  # of each file
     first_rows = first_rows[images["state"][first_rows] & PLAIN == 0]
     looks = _of_rows(look_alikes(images["bits"][first_rows], images["colour"][first_rows]), first_rows)
-    pairs = images["file"][findings.caption_rows] ^ (findings.captions * np.uint64(0x9E3779B97F4A7C15))
-    return DuplicateGroups(files, looks, equal_groups(findings.captions), len(pairs) - len(np.unique(pairs)))
+    pairs = images["file"][findings.caption_rows] ^ (findings.captions * MIXED)
+    captions = equal_groups(findings.captions)
+    if things is not None:
+        of_thing = findings.captions ^ (things[findings.caption_rows].astype(np.uint64) * MIXED)
+        first = np.sort(np.unique(of_thing, return_index=True)[1])
+        captions = _of_rows(equal_groups(findings.captions[first]), first)
+    return DuplicateGroups(files, looks, captions, len(pairs) - len(np.unique(pairs)))
 
 
 def _of_rows(groups: Groups, rows: np.ndarray) -> Groups:

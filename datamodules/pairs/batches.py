@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from lit_clip.batch import CaptionBatch
@@ -33,7 +34,8 @@ class TrainingPairs(Dataset[PairSample]):
         with seeded(seed):
             with decoding_at_least(transform.decode_size):
                 pair = self.source.load(sample.row, random.Random(seed))
-            augmented = PairSample(transform(pair.image), *pair[1:])
+            more = [transform(image) for image in pair.more_images]
+            augmented = PairSample(transform(pair.image), *pair[1:])._replace(more_images=more)
             images = {name: transform(each) for name, each in pair.extra.items() if isinstance(each, Image.Image)}
             return augmented._replace(extra={**pair.extra, **images}) if images else augmented
 
@@ -75,7 +77,7 @@ class Collate:
             return CaptionBatch(self.nothing, tokens, [], skipped=skipped, stored_texts=stored)
         texts = [(place, text) for place, item in enumerate(items) for text in (item, *(item.more or ()))]
         captions = [text.caption for _, text in texts]
-        images = torch.stack([item.image for item in items])
+        images = torch.stack([image for item in items for image in (item.image, *item.more_images)])
         keys = [items[place].key for place, _ in texts]
         groups = [text.group for _, text in texts] if any(text.group for _, text in texts) else ()
         tokens, lengths = self._tokenized(captions)
@@ -84,6 +86,9 @@ class Collate:
         batch = CaptionBatch(images, tokens, keys, captions, groups, skipped, lengths, stored_texts=stored, extra=extra)
         if items[0].more is not None:
             batch = batch._replace(image_of=torch.tensor([place for place, _ in texts]))
+        if len(images) > len(items):
+            rows = torch.arange(len(images)).split([1 + len(item.more_images) for item in items])
+            batch = batch._replace(image_of=pad_sequence(list(rows), batch_first=True, padding_value=-1))
         negatives = [text.negative for _, text in texts]
         if not any(negatives):
             return batch

@@ -84,16 +84,17 @@ def find_column(
 def find_columns(path: object, found: list[str], options: SourceOptions) -> ColumnNames:
     """Choose the columns to read among the columns ``found``."""
     wanted, option = options.columns, f"{options.option_prefix}columns."
-    images = [] if wanted.image is not None else _numbered(found, IMAGE_COLUMNS)
-    image = find_column(path, found, [*images, wanted.image][0], IMAGE_COLUMNS, f"{option}image")
+    images = [wanted.image] if isinstance(wanted.image, str) else wanted.image or _numbered(found, IMAGE_COLUMNS)
+    names = [find_column(path, found, name, IMAGE_COLUMNS, f"{option}image") for name in images or [None]]
+    image, *more = dict.fromkeys(names)
     captions = [] if wanted.caption is not None else _numbered(found, CAPTION_COLUMNS)
     caption = find_column(path, found, [*captions, wanted.caption][0], CAPTION_COLUMNS, f"{option}caption", image)
-    require(image != caption, f"{path}: column {image!r} cannot be both the image and the caption")
+    require(caption not in (image, *more), f"{path}: column {caption!r} cannot be both the image and the caption")
     optional = {name: getattr(wanted, name) for name in ("group", "negative", "weight", "other_image")}
     for name, column in optional.items():
         if column is not None:
             find_column(path, found, column, (), f"{option}{name}")
-    columns = ColumnNames(image, caption, **optional, more_captions=tuple(captions[1:]), more_images=tuple(images[1:]))
+    columns = ColumnNames(image, caption, **optional, more_captions=tuple(captions[1:]), more_images=tuple(more))
     refuse_equal(path, found, columns.names())
     return columns
 

@@ -110,7 +110,8 @@ def _command(path: Path, source: PairSource, options: DataOptions) -> str:
     words = ["lit-clip", "fit", "--data.train", train, "--data.keep", str(path)]
     for name in (*COLUMNS, "root"):
         column = getattr(options.columns, name)
-        words += [f"--data.columns.{name}", column] if column is not None else []
+        typed = f"[{','.join(column)}]" if isinstance(column, list) else column
+        words += [f"--data.columns.{name}", typed] if column is not None else []
     words += ["--data.splits.train", options.split] if options.split is not None else []
     unusable = source.left_out.counts.keys() - {NO_CAPTION}
     return shlex.join([*words, *(("--data.bad_samples.on_error", "skip") if unusable else ())])

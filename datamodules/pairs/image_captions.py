@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_info
 
-from lit_clip.errors import BadSample, require
+from lit_clip.errors import BadSample, InputError, require
 from ..loading.sampling import permutation
 from .mixture import Mixture
 from .source import Pair, PairSource, PairText, PerImage, PerThing, Rows, arrow_image_names, numbered
@@ -19,6 +19,8 @@ MOST = 2_000_000  # rows whose images are counted for the plan: a second
 
 def chosen_pairs(source: PairSource, per_image: PerImage, per_thing: PerThing) -> PairSource:
     """Return a training source with the captions of an image, and the images of a thing, that an epoch reads."""
+    if per_thing == "together":
+        return images_together(source)
     source = captions_together(source) if per_image == "together" else source
     chosen = source if per_thing == "all" else one_image_each(source, per_thing)  # of an image, one row
     return one_caption_each(source) if per_image == "one" and chosen is source else chosen
@@ -44,9 +46,23 @@ def one_image_each(source: PairSource, per_thing: PerThing) -> PairSource:
         of = f"one image of each of {one.pairs_per_epoch:,} things ({source.pairs_per_epoch:,} pairs)"
         rank_zero_info(f"{name}: each epoch trains on {of}, others in the next; see data.images.per_thing")
         return one
-    nothing = f"one would change nothing: {name} is no table whose rows list several images or have a group in common"
-    require(per_thing is None, f"data.images.per_thing: {nothing}; set data.columns.group, or leave it out")
+    require(per_thing is None, _no_things("one", name))
     return source
+
+
+def _no_things(option: str, name: object) -> str:
+    nothing = f"{option} would change nothing: {name} has no rows that list several images or have a group in common"
+    return f"data.images.per_thing: {nothing}; set data.columns.group, or leave it out"
+
+
+def images_together(source: PairSource) -> PairSource:
+    """Return a source whose rows are things with all of their images, as are those of each part of a mixture."""
+    if isinstance(source, Mixture):
+        return Mixture([images_together(part) for part in source.sources], source.weights)
+    names = source.things()
+    if names is None:
+        raise InputError(_no_things("together", getattr(source, "path", type(source).__name__)))
+    return ImagesTogether(source, numbered(names))
 
 
 def _one_of_each(source: PairSource, names_of: Callable[[PairSource], pa.ChunkedArray | None]) -> PairSource:
@@ -139,8 +155,8 @@ class Together(Rows):
     A caption keeps its row's group and extra; a row's hard negative goes with the first of its captions.
     """
 
-    def __init__(self, source: PairSource) -> None:
-        images = image_numbers(source)
+    def __init__(self, source: PairSource, images: np.ndarray | None = None) -> None:
+        images = image_numbers(source) if images is None else images
         self._by_image = np.arange(len(source)) if images is None else np.argsort(images, kind="stable")
         counts = np.ones(len(source), np.int64) if images is None else np.bincount(images)
         self._stops = np.cumsum(counts)
@@ -181,3 +197,22 @@ class Together(Rows):
             with suppress(BadSample):
                 counts.append(len(set(self.source.captions(row))))
         return float(np.mean(counts or 1)) * len(self.source) / len(self)
+
+
+class ImagesTogether(Together):
+    """The things of a source, each with all images of its rows, and a caption of one; ``images`` are their numbers."""
+
+    @cached_property
+    def captions_per_image(self) -> float:
+        return 1.0
+
+    def load(self, index: int, rng: random.Random | None) -> Pair:
+        """Load all images, or without ``rng`` the first."""
+        if rng is None:
+            return self.source.load(self._rows_of(index)[0], None)
+        pairs = [self.source.load(row, rng) for row in self._rows_of(index)]
+        chosen = rng.choice(pairs)
+        return chosen._replace(more_images=[each.image for each in pairs if each is not chosen])
+
+    def text(self, index: int, rng: random.Random | None) -> PairText:
+        return self.source.text(self._rows_of(index)[0], rng)

@@ -31,7 +31,7 @@ DELIMITED = (".csv", ".tsv", ".txt")
 JSON_LINES = (".jsonl", ".ndjson")
 LongCaptions = Literal["truncate", "sentences"]
 PerImage = Literal["all", "one", "together"]
-PerThing = Literal["one", "all"] | None
+PerThing = Literal["one", "all", "together"] | None
 
 
 class Pair(NamedTuple):
@@ -44,6 +44,7 @@ class Pair(NamedTuple):
     negative: str = ""  # a caption that does not fit the image although it is similar
     extra: Mapping[str, Any] = {}  # tensors of one shape, for losses; an image is augmented as the pair's
     more: "Sequence[PairText] | None" = None  # the image's other captions; None if a batch has images of one caption
+    more_images: Sequence[Image.Image] = ()  # other images of the same thing, whose features are averaged in training
 
 
 class PairText(NamedTuple):
@@ -55,6 +56,7 @@ class PairText(NamedTuple):
     negative: str = ""
     extra: Mapping[str, Any] = {}
     more: "Sequence[PairText] | None" = None
+    more_images: Sequence[Image.Image] = ()
 
 
 Found = TypeVar("Found", Pair, PairText)
@@ -323,7 +325,8 @@ class Columns:
     """Columns of a table, or fields of the ``.json`` files in tar shards.
 
     Attributes:
-        image: paths or encoded images; detected automatically by default.
+        image: paths or encoded images, or several columns with an image each of one thing, of which some may be blank;
+            detected automatically by default.
         caption: texts or lists of texts; detected automatically by default.
         group: names the group of duplicates, such as a product.
         negative: hard negative captions, texts or lists of texts, of which training draws one; blank for none.
@@ -334,7 +337,7 @@ class Columns:
         root: folder or address in a store that relative paths of images start from; by default the table's.
     """
 
-    image: str | None = None
+    image: str | list[str] | None = None
     caption: str | None = None
     group: str | None = None
     negative: str | None = None
@@ -371,16 +374,18 @@ class ImageOptions:
 
     Attributes:
         per_thing: of a thing with several images, each epoch trains on ``one``, others in the next epochs, so that each
-            is used once before any is used again, or on ``all`` of them, each with the texts of its row. A thing is a
-            row that lists several images, and all rows of a group (``columns.group``). None: ``one`` of the images that
-            a row lists; a group is no thing. Validation has all images of other things than training.
+            is used once before any is used again, or on ``all`` of them, each with the texts of its row. ``together``:
+            a step has a thing once, as the mean of its images' unit features, with one of its captions; batches then
+            count things. A thing is a row that lists several images, and all rows of a group (``columns.group``). None:
+            ``one`` of the images that a row lists; a group is no thing. Validation has all images of other things than
+            training.
     """
 
     per_thing: PerThing = None
 
     def __post_init__(self) -> None:
-        known = self.per_thing in ("one", "all", None)
-        require(known, f"data.images.per_thing: {self.per_thing!r} must be 'one' or 'all'")
+        known = self.per_thing in ("one", "all", "together", None)
+        require(known, f"data.images.per_thing: {self.per_thing!r} must be 'one', 'all' or 'together'")
 
 
 @dataclass(frozen=True)

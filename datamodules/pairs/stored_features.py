@@ -119,6 +119,7 @@ class PairSample(NamedTuple):
     negative: str
     extra: Mapping[str, Any]
     more: Sequence[PairText] | None = None  # the image's other captions
+    more_images: Sequence[Any] = ()  # tensors of other images of the same thing
 
 
 class StoredImages(NamedTuple):

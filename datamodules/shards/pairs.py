@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import pyarrow as pa
 from torch.utils.data import Dataset
 
 from lit_clip.distributed import rank_and_world
@@ -21,7 +22,7 @@ from lit_clip.tools.images import OnError
 from lit_clip.tools.workers import loader
 from ..loading.store import Stamp, is_remote, stamp_of
 from ..pairs.columns import Cells, ColumnPairs, checked_weight, group_name
-from ..pairs.source import LISTED, NO_CAPTION, Columns, SkippedRows
+from ..pairs.source import LISTED, NO_CAPTION, Columns, SkippedRows, thing_names
 from .files import (
     OpenShard,
     OpenShards,
@@ -281,6 +282,18 @@ class TarPairs(ColumnPairs):
         if columns.weight is not None:
             weight = checked_weight(fields.get(columns.weight), columns.weight, cells.where)
         return cells._replace(image=partial(_content, shard, spans["image"], cells.where), group=group, weight=weight)
+
+    def things(self, rows: bool = False) -> pa.ChunkedArray | None:
+        """Return the groups by reading each sample's texts; without a readable one it is a thing of its own."""
+        if self.columns.group is None or rows:
+            return None
+        groups: list[str] = []
+        for row in range(len(self)):
+            try:
+                groups.append(group_name(self._read(row)[-1].get(self.columns.group)))
+            except BadSample:
+                groups.append("")
+        return thing_names(pa.chunked_array([groups], pa.string()))
 
     def image_identity(self, index: int) -> object:
         number, row = self._locate(index)

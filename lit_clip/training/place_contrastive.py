@@ -43,6 +43,9 @@ class PlaceContrastive(Loss):
     def forward(self, pairs: Pairs) -> Tensor:
         assert self.model is not None, "call prepare first"
         (model,) = self.model
+        image_of = pairs.batch.image_of
+        several = "model.loss: PlaceContrastive reads one image of a pair; set data.images.per_thing to one or all"
+        require(image_of is None or image_of.ndim == 1, several)
         places = pairs.batch.of_pairs(encode_again(model, _places, [part.images for part in pairs.parts]))
         ids_B3 = pairs.ids()
         all_text_ND, all_ids_N3 = gather(pairs.text, pairs.ranks), gather(ids_B3, pairs.ranks)

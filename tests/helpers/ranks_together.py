@@ -13,10 +13,13 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from datamodules import Captions, ImageOptions
+from datamodules.loading.bad_samples import Skipped
+from datamodules.pairs.batches import Collate
+from datamodules.pairs.stored_features import PairSample
 from lit_clip.batch import CaptionBatch
 from lit_clip.losses import Contrastive, Loss, Sigmoid, WeightedContrastive, tiled
 from lit_clip.module import LitCLIP
-from tests.helpers.ranks import CONFIG, PAIRS, _Step, make_batch, make_module, serve
+from tests.helpers.ranks import CONFIG, PAIRS, FewIds, _Step, make_batch, make_module, serve
 
 CAPTIONS = (3, 1, 7, 2, 5, 1, 4, 6)  # of each image
 IMAGES = {1: [(8,)], 2: [(5, 3), (8, 0)], 4: [(3, 2, 2, 1), (2, 0, 5, 1)]}  # of each rank
@@ -183,6 +186,61 @@ def things(output: str, table: str) -> None:
                 module = make_module(loss=kind("positives"), micro_batch_size=size)
                 batch = batch_of_things(table, slice(first, first + counts[rank]))
                 errors[f"{name} {counts} {size}"] = error_of_step(module, batch, expected, loss)
+    write(output, errors)
+
+
+# A thing's images are one: the mean of their unit features.
+
+MEANS = [4, 1, 3, 2, 1, 2]  # images of each thing
+MEAN_COUNTS = {1: [(6,)], 2: [(4, 2), (6, 0)], 4: [(2, 1, 2, 1), (3, 0, 2, 1)]}  # things of each rank
+
+
+def images_of_things() -> list[Tensor]:
+    """Return the images of each thing, uint8 ``[K, 3, H, W]``."""
+    generator = torch.Generator().manual_seed(2)
+    return list(torch.randint(0, 256, (sum(MEANS), 3, 32, 32), dtype=torch.uint8, generator=generator).split(MEANS))
+
+
+def batch_of_means(rows: slice) -> CaptionBatch:
+    """Collate things with all of their images."""
+    images = images_of_things()
+    samples: list[PairSample | Skipped] = [
+        PairSample(images[n][0], f"thing {n}", f"{n}", "", "", {}, None, list(images[n][1:]))
+        for n in range(len(MEANS))[rows]
+    ]
+    return Collate(FewIds(16), (3, 32, 32))(samples)
+
+
+def loop_of_means(module: LitCLIP) -> Tensor:
+    """Return the loss between the texts and the directions of the means of the images' unit features, one by one."""
+    model: Any = module.model
+    directions, texts = [], []
+    for number, images in enumerate(images_of_things()):
+        total = torch.zeros(16, dtype=torch.float64)
+        for image in images:
+            feature = model.encode_image(model.normalize(image[None]))[0]
+            total = total + feature / feature.norm() / len(images)
+        directions.append(total / total.norm())
+        texts.append(model.encode_text(FewIds(16)([f"thing {number}"]), normalize=True)[0])
+    loss = torch.zeros((), dtype=torch.float64)
+    for queries, candidates in ((directions, texts), (texts, directions)):
+        for number, query in enumerate(queries):
+            logits = torch.stack([model.logit_scale.exp() * (query @ candidate) for candidate in candidates])
+            loss = loss + (logits.exp().sum().log() - logits[number]) / (2 * len(queries))
+    return loss
+
+
+def means(output: str) -> None:
+    """Write the error of each case with things whose images' features are averaged, as JSON."""
+    rank, errors = dist.get_rank(), {}
+    expected = make_module(loss=Contrastive("positives"))
+    loss = value_of(partial(loop_of_means, expected))
+    for counts in MEAN_COUNTS[dist.get_world_size()]:
+        first = sum(counts[:rank])
+        for size in THING_SIZES:
+            module = make_module(loss=Contrastive("positives"), micro_batch_size=size)
+            batch = batch_of_means(slice(first, first + counts[rank]))
+            errors[f"{counts} {size}"] = error_of_step(module, batch, expected, loss)
     write(output, errors)
 
 

@@ -19,6 +19,7 @@ from tests.helpers.ranks_together import (
     CAPTIONS,
     CASES,
     IMAGES,
+    MEAN_COUNTS,
     THING_COUNTS,
     THING_LOSSES,
     THING_SIZES,
@@ -28,17 +29,18 @@ from tests.helpers.ranks_together import (
 
 
 @pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("several", ["captions", "things"])
+@pytest.mark.parametrize("several", ["captions", "things", "means"])
 def test_value_and_gradients_equal_a_plain_loop(
     several: str, world: int, ranks: Callable[..., None], tmp_path: Path
 ) -> None:
-    """Over images and their captions, or over things with their images and texts."""
+    """Over images and their captions, things with their images and texts, or means of the images of things."""
     table = [table_of(tmp_path)] if several == "things" else []
     ranks(several, world, str(tmp_path / "errors.json"), *table, script="ranks_together.py")
     errors = json.loads((tmp_path / "errors.json").read_text(encoding="utf-8"))
     cases = {
         "captions": 2 * len(IMAGES[world]) * len(CASES),
         "things": len(THING_LOSSES) * len(THING_COUNTS[world]) * len(THING_SIZES),
+        "means": len(MEAN_COUNTS[world]) * len(THING_SIZES),
     }
     assert len(errors) == cases[several]
     assert max(errors.values()) < 1e-9, sorted(errors.items(), key=lambda item: -item[1])[:5]

@@ -205,6 +205,58 @@ def test_a_thing_is_the_weighted_mean_of_all_its_images_and_texts(
     assert Path("search.html").read_text(encoding="utf-8").count("<img src") == 4  # each with its heat map
 
 
+def judged(folder: Path, texts: list[str], documents: list[str]) -> str:
+    """Write queries, each with one relevant document, in the form that ``evaluate`` reads."""
+    tables = {
+        "corpus": [{"_id": name, "text": name} for name in documents],
+        "queries": [{"_id": str(row), "text": text} for row, text in enumerate(texts)],
+    }
+    (folder / "qrels").mkdir(parents=True)
+    for name, rows in tables.items():
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    lines = ["query-id\tcorpus-id\tscore", *(f"{row}\t{name}\t1" for row, name in enumerate(documents))]
+    for split in ("train", "test"):
+        (folder / "qrels" / f"{split}.tsv").write_text("\n".join(lines[: 2 if split == "test" else None]))
+    return str(folder)
+
+
+@torch.no_grad()
+def test_queries_teach_the_weight_of_texts(
+    products: Path, tiny_checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    encoding = ["--model", str(tiny_checkpoint), "--output"]
+    texts, names = ["a kite", "two dogs"], ["p1", "p2"]
+    queries = judged(products / "queries", texts, names)
+    embed(*THINGS, "--queries", queries, *encoding, "learned.parquet")
+    found = re.search(r"--text_weight (0\.\d+) learned from 2 queries", capsys.readouterr().err)
+    assert found is not None
+    learned = read_features(Path("learned.parquet"))
+    assert learned.metadata["text_weight"] == found[1]
+    losses, typed, model = {}, learned.features, load_model(tiny_checkpoint)
+    query = model.encode(list(texts)).double()
+    for weight in (0.01, 0.99, float(found[1]) - 0.01, float(found[1]) + 0.01, float(found[1])):
+        if 0 < weight < 1:
+            embed(*THINGS, "--text_weight", f"{weight:g}", *encoding, "typed.parquet")
+            typed = read_features(Path("typed.parquet")).features
+            logits = float(model.logit_scale.exp()) * query @ torch.from_numpy(np.array(typed)).double().T
+            losses[weight] = float(torch.nn.functional.cross_entropy(logits, torch.tensor([0, 1])))
+    assert np.array_equal(learned.features, typed)
+    assert losses[float(found[1])] <= min(losses.values()) + 1e-6
+
+
+def test_queries_that_teach_nothing_are_one_line(products: Path, tiny_checkpoint: Path) -> None:
+    other = judged(products / "other", ["a kite"], ["a.png"])
+    words = ["--model", str(tiny_checkpoint), "--output", "things.npy", "--queries"]
+    with pytest.raises(InputError, match=r"^--queries: no text has a relevant thing; .* 'p1', not 'a\.png'"):
+        embed(*THINGS, *words, other)
+    with pytest.raises(InputError, match=r"^absent: no qrels"):
+        embed(*THINGS, *words, "absent")
+    with pytest.raises(InputError, match="leave --text_weight out"):
+        embed(*THINGS, *words, other, "--text_weight", "0.3")
+    with pytest.raises(InputError, match="image,caption"):
+        embed(*THINGS[:-2], *words, other)
+
+
 def test_without_a_group_each_image_with_its_captions_is_a_thing(folder: Path, tiny_checkpoint: Path) -> None:
     embed("images/t.csv", "--fields", "image,caption", "--model", str(tiny_checkpoint), "--output", "things.npy")
     stored = read_features(Path("things.npy"))

@@ -22,9 +22,10 @@ from datamodules.pairs.image_captions import OneOfEach
 from datamodules.pairs.source import PairSource
 from lit_clip.cli.subcommands import run_command
 from lit_clip.errors import BadSample, InputError
-from lit_clip.losses import Contrastive
+from lit_clip.losses import Contrastive, Sum
 from lit_clip.models.config import Preprocessing
 from lit_clip.retrieval.retrieval_set import RetrievalSet, token_hashes
+from lit_clip.training.place_contrastive import PlaceContrastive
 from tests.datamodules.pairs.test_saved import IMAGE, save
 from tests.helpers.frozen_runs import Run, fit
 
@@ -32,7 +33,7 @@ COUNTS = [1, 3, 2, 4, 1, 2, 3, 3, 2, 4, 1, 2]  # images of the things
 IMAGES = [[f"{thing}_{view}.png" for view in range(count)] for thing, count in enumerate(COUNTS)]
 TITLES = [f"title of {thing}" for thing in range(len(COUNTS))]
 EVERY = {(image, title) for images, title in zip(IMAGES, TITLES, strict=True) for image in images}
-ALL, ONE = ImageOptions("all"), ImageOptions("one")
+ALL, ONE, TOGETHER = ImageOptions("all"), ImageOptions("one"), ImageOptions("together")
 
 
 def png(number: int) -> bytes:
@@ -156,6 +157,53 @@ def test_each_image_of_a_row_is_a_pair_with_its_texts_and_only_they_are_a_group(
         )
 
 
+VIEWS = ["front", "back", "left", "inside"]
+
+
+def named(path: Path) -> Path:
+    """Write a row for each thing with columns of images that have names of their own, the last one first."""
+    rows = [[*reversed([*images, *[""] * (4 - len(images))])] for images in IMAGES]
+    columns = {name: [row[place] for row in rows] for place, name in enumerate(reversed(VIEWS))}
+    table = pa.table({**columns, "title": TITLES})
+    if path.suffix == ".csv":
+        return written(path, [table.column_names, *([str(cell) for cell in row.values()] for row in table.to_pylist())])
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, table.to_pylist())))
+    elif path.suffix == ".parquet":
+        pq.write_table(table, path, row_group_size=5)
+    else:
+        save(path, table.to_pydict())
+    return path
+
+
+@pytest.mark.parametrize("name", ["things.csv", "things.jsonl", "things.parquet", "saved"])
+def test_columns_of_images_that_the_user_names_are_images_of_one_thing_in_that_order(name: str, folder: Path) -> None:
+    columns = Columns(VIEWS, root=str(folder))
+    path = named(folder / name)
+    found = pairs_of(open_source(str(path), columns=columns))
+    assert [pair[:2] for pair in found] == [
+        (image, title) for images, title in zip(IMAGES, TITLES, strict=True) for image in images
+    ]
+    assert len({pair[1:] for pair in found}) == len(COUNTS)
+    data = opened(path, val=str(path), columns=columns)
+    assert sorted(title for _, title in epoch_of(data, 0)) == sorted(TITLES)
+    once = open_source(str(path), columns=Columns(["front", "front"], root=str(folder)))
+    assert [key for key, _, _ in pairs_of(once)] == [images[0] for images in IMAGES]
+
+
+def test_a_named_column_that_is_missing_or_the_caption_is_refused_and_inspect_repeats_the_names(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    named(folder / "things.csv")
+    with pytest.raises(InputError, match=r"things\.csv: no column 'bak'; its columns are .*columns\.image"):
+        open_source("things.csv", columns=Columns(["front", "bak"]))
+    with pytest.raises(InputError, match="'title' cannot be both"):
+        open_source("things.csv", columns=Columns(["front", "title"], "title"))
+    run_command(["inspect", "things.csv", "--columns.image", "[front, back]", "--num_workers", "0"])
+    assert "--data.columns.image '[front,back]'" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["struct.parquet", "bytes.parquet", "columns.parquet", "saved"])
 def test_encoded_images_in_lists_and_columns_have_keys_and_groups_of_their_own(name: str, folder: Path) -> None:
     files = [[(folder / image).read_bytes() for image in images] for images in IMAGES]
@@ -222,6 +270,53 @@ def test_all_images_are_read_if_wanted_and_rows_of_a_group_are_unless_one_is(fol
         assert set(drawn) == EVERY
 
 
+@pytest.mark.parametrize("table", [lists, grouped], ids=["lists", "groups"])
+def test_a_step_has_a_thing_once_with_all_of_its_images(table: Callable[[Path], Path], folder: Path) -> None:
+    path = table(folder / ("things.jsonl" if table is lists else "things.csv"))
+    columns = Columns(group="product") if table is grouped else None
+    data = opened(path, val=str(path), columns=columns, images=TOGETHER, batch_size=4)
+    data.preprocessing = Preprocessing(image_size=32)  # as the files have, so pixels stay
+    loader: Any = data.train_dataloader()
+    found, keys = dict[str, list[bytes]](), set[str]()
+    for epoch in range(3):
+        loader.batch_sampler.set_epoch(epoch)
+        for batch in loader:
+            keys.update(batch.keys)
+            for row, caption in enumerate(batch.captions):
+                own = torch.arange(len(batch.images))[row] if batch.image_of is None else batch.image_of[row]
+                images = batch.images[own[own >= 0].reshape(-1)]
+                found[caption] = sorted(image.numpy().tobytes() for image in images)
+    pixels = {image: np.asarray(Image.open(folder / image)).transpose(2, 0, 1).tobytes() for image, _ in EVERY}
+    assert found == {
+        title: sorted(pixels[image] for image in images) for images, title in zip(IMAGES, TITLES, strict=True)
+    }
+    assert len(keys) > len(TITLES)  # which image comes first, with the caption of its row, is drawn
+    assert sum(len(batch.keys) for batch in data.val_dataloader()) == len(EVERY)
+
+
+def test_what_averages_cannot_be_read_with_is_refused_in_one_line(folder: Path) -> None:
+    path = str(lists(folder / "things.jsonl"))
+    plain = written(folder / "plain.csv", [["image", "title"], *([image, title] for image, title in sorted(EVERY))])
+    for given, message in (
+        ({"train": str(plain)}, r"^data\.images\.per_thing: together would change nothing"),
+        ({"captions": CaptionOptions(per_image="together")}, r"^data\.images\.per_thing: .* captions\.per_image out"),
+        ({"columns": Columns(other_image="image")}, r"^data\.columns\.other_image: .*together"),
+    ):
+        options = {"train": path, **given}
+        with pytest.raises(InputError, match=message):
+            opened(options.pop("train"), val=path, images=TOGETHER, **options)
+    for part, message in (
+        ({"cache": str(folder / "cache")}, "FrozenFeatures"),
+        (
+            {"freeze": "nothing", "model": {"loss": Sum([Contrastive(), PlaceContrastive()], [1.0, 1.0])}},
+            "PlaceContrastive reads one image",
+        ),
+    ):
+        run = Run(str(folder), path, data={"batch_size": 4, "images": TOGETHER})._replace(**part)
+        with pytest.raises(InputError, match=message):
+            fit(run)
+
+
 DIVIDED = {"things.jsonl": lists, "things.parquet": parquet, "things.csv": grouped}
 IMAGES_READ = {"things.jsonl": [None, ALL], "things.parquet": [None, ONE], "things.csv": [ALL, ONE]}
 
@@ -270,7 +365,11 @@ def test_parts_of_a_mixture_and_tables_of_other_folders_have_things_of_their_own
         assert len(groups) == len({group for _, group in groups}) == 2 * len(COUNTS)
 
 
-@pytest.mark.parametrize("options", [{}, {"captions": CaptionOptions(per_image="together")}], ids=["plain", "together"])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"captions": CaptionOptions(per_image="together")}, {"images": TOGETHER}],
+    ids=["plain", "captions", "images"],
+)
 def test_a_run_resumed_within_an_epoch_continues_bit_for_bit(options: dict[str, Any], folder: Path) -> None:
     path = folder / "things.jsonl"
     rows = [
@@ -337,6 +436,8 @@ def test_validation_counts_each_image_of_a_thing_as_right_for_its_texts(folder: 
         text = torch.stack([features[TITLES.index(caption)] for caption in batch.captions])
         found.add(image, text, batch.keys, token_hashes(batch.tokens, data.tokenize.context_length, 0))
     metrics = found.evaluate(features[:0], torch.tensor(10.0), None).metrics
+    found.add(features[[0, 0, 1]], features[[0, 0, 1]], ["a", "b", "c"], np.arange(3))  # other titles are wrong
+    assert found.evaluate(features[:0], torch.tensor(10.0), None).metrics["image_to_text_recall@1"] < 1
     assert metrics["merged_text_to_image_recall@1"] == metrics["merged_image_to_text_recall@1"] == 1
     assert metrics["mean_recall"] == 1
     assert metrics["text_to_image_recall@1"] < 1
@@ -374,3 +475,54 @@ def test_commands_on_pairs_take_each_image_with_its_texts(
     shards = open_source("shards", columns=Columns(group="group"))
     assert {(*pair[1:],) for pair in pairs_of(shards)} == {pair[1:] for pair in pairs_of(open_source(path))}
     assert len(shards) == len(EVERY)
+
+
+def test_shards_have_things_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    run_command(["shard", str(lists(folder / "things.jsonl")), "shards", "--workers", "0", "--shard_size", "9"])
+    options: dict[str, Any] = {"columns": Columns(group="group"), "images": ONE}
+    data = opened("shards", val="shards", **options)
+    used: dict[str, list[str]] = defaultdict(list)
+    for epoch in range(12):
+        drawn = epoch_of(data, epoch)
+        assert sorted(title for _, title in drawn) == sorted(TITLES)
+        for key, title in drawn:
+            used[title].append(key)
+    for images, title in zip(IMAGES, TITLES, strict=True):
+        passes = [used[title][first : first + len(images)] for first in range(0, 12, len(images))]
+        assert all(len(set(each)) == len(images) for each in passes)
+    sides = opened("shards", **{**options, "images": TOGETHER})
+    train, val = sides.train_source, sides.val_source
+    assert train is not None
+    assert val is not None
+    assert len(train) + len({pair[1] for pair in pairs_of(val)}) == len(TITLES)
+    assert {pair[1] for pair in pairs_of(train)}.isdisjoint(pair[1] for pair in pairs_of(val))
+
+
+@pytest.mark.parametrize("table", [lists, grouped], ids=["lists", "groups"])
+def test_inspect_counts_a_title_of_several_images_of_a_thing_once(
+    table: Callable[[Path], Path], folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("COLUMNS", "200")
+    words = ["--num_workers", "0", *(["--columns.group", "product"] if table is grouped else [])]
+    path = table(folder / ("things.jsonl" if table is lists else "things.csv"))
+
+    def repeated() -> str:
+        run_command(["inspect", str(path), *words])
+        (line,) = (line for line in capsys.readouterr().out.splitlines() if "same as another caption" in line)
+        return line.split("│")[2].strip()
+
+    assert repeated() == "0"
+    if table is lists:  # another thing with the same title counts, once
+        path.write_text(path.read_text().replace(TITLES[2], TITLES[1]))
+        assert repeated() == "1 (3.6%) in 1 group"
+
+
+def test_a_thing_that_a_row_lists_is_named_after_its_first_image(
+    folder: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    words = ["--fields", "image,caption", "--model", str(tiny_checkpoint), "--num_workers", "0", "--accelerator", "cpu"]
+    run_command(["embed", str(lists(folder / "things.jsonl")), "--output", "things.parquet", *words])
+    assert pq.read_table("things.parquet")["key"].to_pylist() == sorted(images[0] for images in IMAGES)
