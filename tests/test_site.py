@@ -93,8 +93,8 @@ def test_an_option_stays_on_one_line_with_its_dashes_and_in_code_only(hook: Any)
 def test_pictures_of_light_and_dark_pages_follow_the_colours_of_the_site(hook: Any) -> None:
     page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
     shown = hook.on_page_markdown((ROOT / "README.md").read_text(encoding="utf-8"), page, None, None)
-    names = re.findall(r'<img alt="[^"]+" src="images/nearest_names-(\w+).png#only-(\w+)">', shown)
-    assert names == [("light", "light"), ("dark", "dark")]
+    names = re.findall(r'<img alt="[^"]+" src="images/(\w+)-(\w+).png#only-(\w+)">', shown)
+    assert names == [(name, mode, mode) for name in ("search", "places") for mode in ("light", "dark")]
     assert "<picture>" not in shown
 
 
