@@ -13,7 +13,7 @@ from lit_clip.tools.reading import read_at
 from tests.conftest import ROOT
 from tests.helpers import forks
 
-# Import this first, also in a spawned worker. Other packages keep the modules: they have rules of their own for systems.
+# Import this first, also in a spawned worker. Other packages keep these modules: they have rules of their own.
 OTHER_SYSTEM = """
 import builtins, mmap, os, signal, sys
 import lightning.pytorch, torch  # which know other systems

@@ -4,17 +4,19 @@
     python docs/images/draw.py --tables new_names
     python docs/images/draw.py --tables new_names --compare before.ckpt after.ckpt
 
-The second line writes the tables of the first page's fine-tuning: `new.csv` (the drawings that the quickstart holds out),
-`new_lines.csv` (the same as line drawings) and `known_lines.csv` (every eighth line drawing of the others). `before.ckpt` is the
-quickstart's, `after.ckpt` what `lit-clip fit --config finetune_clip --data.train new_names/new.csv --model.architecture null
---model.pretrained before.ckpt` makes of it. The third line prints how many of the line drawings each names. The pictures need
-Chromium, whose executable is `chromium` or named by $CHROMIUM.
+The second line writes tables: `new.csv` (the drawings that the quickstart holds out), `new_lines.csv` (the same as line
+drawings) and `known_lines.csv` (every eighth line drawing of the others). The third line prints how many of these line
+drawings two models name. `before.ckpt` is the quickstart's; `after.ckpt` is what `lit-clip fit --config finetune_clip` makes of
+it with `--model.architecture null --model.pretrained before.ckpt --data.train new_names/new.csv` and any folders of classes.
+
+The pictures need Chromium, whose executable is `chromium` or named by $CHROMIUM.
 """
 
 import argparse
 import csv
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -72,7 +74,7 @@ def named_correctly(tables: Path, checkpoint: str) -> None:
             rows = list(csv.DictReader(file))
         nearest = model.similarity([Path(row["image"]) for row in rows], [row["caption"] for row in rows]).argmax(dim=1)
         share = (nearest == torch.arange(len(rows))).float().mean().item()
-        print(f"{checkpoint}: {name}: {share:.1%} of {len(rows)}")
+        sys.stdout.write(f"{checkpoint}: {name}: {share:.1%} of {len(rows)}\n")
 
 
 def draw_search(model: Any) -> None:
@@ -82,9 +84,10 @@ def draw_search(model: Any) -> None:
     rows: list[dict[str, Any]] = []
     for query in QUERIES:
         scores, nearest = (features @ model.encode(query)).topk(6)
+        drawings = [images[row] for row in nearest.tolist()]
         found = [
-            {"image": thumbnail(images[row][0]), "name": images.class_names[images.files[row][1]], "score": float(score)}
-            for row, score in zip(nearest.tolist(), scores, strict=True)
+            {"image": thumbnail(image), "name": images.class_names[label], "score": float(score)}
+            for (image, label), score in zip(drawings, scores, strict=True)
         ]
         rows.append({"title": query, "found": found})
     draw_page("search", rows, (720, 404))
@@ -116,8 +119,12 @@ def draw_page(name: str, rows: list[dict[str, Any]], size: tuple[int, int]) -> N
         write_page(page, HERE / "pictures.html", title=name, name=name, rows=rows)
         for mode, number in MODES.items():
             target = page.with_suffix(f".{mode}.png")
-            flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--disable-background-networking"]
-            flags += [f"--blink-settings=preferredColorScheme={number}", f"--window-size={size[0]},{size[1]}"]
+            flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+            flags += [
+                "--disable-background-networking",
+                f"--blink-settings=preferredColorScheme={number}",
+                f"--window-size={size[0]},{size[1]}",
+            ]
             command = [chromium, *flags, f"--screenshot={target}", page.as_uri()]
             subprocess.run(command, check=True, capture_output=True, timeout=120)
             save(Image.open(target), name, mode)
