@@ -7,8 +7,8 @@
 The second line writes tables: `new.csv` (the drawings that the quickstart holds out), `new_lines.csv` (the same as line
 drawings) and `known_lines.csv` (every eighth line drawing of the others). The third line prints how many of these line
 drawings two models name. `before.ckpt` is the quickstart's; `after.ckpt` is what `lit-clip fit --config finetune_clip`
-makes of it, with `--model.architecture null --model.pretrained before.ckpt --data.train new_names/new.csv` and any folders
-of classes.
+makes of it, with `--model.architecture null --model.pretrained before.ckpt --data.train new_names/new.csv` and any
+folders of classes.
 
 The pictures need Chromium, whose executable is `chromium` or named by $CHROMIUM.
 """
