@@ -26,7 +26,7 @@ def without(name, globals=None, locals=None, fromlist=(), level=0):
     return real(name, globals, locals, fromlist, level)
 builtins.__import__ = without
 functions = {os: ["pread", "pwrite", "posix_fallocate", "sched_getaffinity", "fork"], mmap: ["MAP_PRIVATE"]}
-functions[signal] = ["sigwaitinfo", "pthread_sigmask", "SIGUSR1"]
+functions[signal] = ["sigwaitinfo"]
 for module, names in functions.items():
     for name in names:
         delattr(module, name)
