@@ -170,8 +170,9 @@ def throughput(
         "train/data_wait_share": max(count.waited / count.seconds for count in counts),
         "train/tokens_per_second": tokens / seconds,
         "train/padded_tokens_per_second": pairs * context_length / seconds,
-        "train/peak_memory_gib": max(count.memory for count in counts) / 2**30,
     }
+    if memory := max(count.memory for count in counts):
+        metrics["train/peak_memory_gib"] = memory / 2**30
     if flops and peak:
         computed = flops.total(pairs, tokens, squares) - flops.image * shared
         metrics["train/mfu"] = computed / (seconds * peak * len(counts))
@@ -197,7 +198,7 @@ class Throughput(TimedCallback):
       precision (dense; TF32 for float32 if ``torch.set_float32_matmul_precision`` allows it). Not logged if either is
       unknown, as on a CPU, and not with :class:`callbacks.FrozenFeatures`, which leaves layers out.
     - ``train/peak_memory_gib``: the largest peak of any rank in this process so far: of CUDA's allocator, never reset;
-      on other devices of the process, without its data workers.
+      on other devices of the process, without its data workers. Not logged on Windows without a GPU.
     """
 
     def __init__(self) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -79,7 +80,26 @@ def test_a_notebook_can_be_read_without_running_it(path: Path) -> None:
     assert sum("image/png" in output.get("data", {}) for output in outputs) >= 2
     assert not any(output["output_type"] == "error" or output.get("name") == "stderr" for output in outputs)
     assert path.stat().st_size < 400_000
-    assert str(Path.home()) not in path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_a_hosted_reader_opens_a_notebook_without_a_path_or_kernel_of_this_machine(path: Path) -> None:
+    text = path.read_text(encoding="utf-8")
+    book = json.loads(text)
+    assert book["nbformat"] == 4
+    assert book["metadata"]["kernelspec"] == {"display_name": "Python 3", "language": "python", "name": "python3"}
+    identifiers = [cell["id"] for cell in book["cells"]]
+    assert len({*identifiers}) == len(identifiers)
+    words = [
+        "".join(output.get("text", output.get("data", {}).get("text/plain", "")))
+        for cell in code_cells(path)
+        for output in cell["outputs"]
+    ]
+    sources = ["".join(cell["source"]) for cell in book["cells"]]
+    for said in [*words, *sources]:
+        assert not re.search(r"(?<![\w.:/<(])(?:/(?:home|root|tmp|Users|mnt|opt|usr|var)/|[A-Z]:\\)", said), said
+    assert str(ROOT) not in text
+    assert str(Path.home()) not in text
 
 
 @pytest.mark.slow

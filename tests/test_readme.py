@@ -1,4 +1,4 @@
-"""Whatever README.md and docs/ tell a reader to type works, in the order a reader would type it.
+"""Whatever README.md, docs/ and skills/ tell a reader to type works, in the order a reader would type it.
 
 ``lit-clip`` commands and Python blocks are run. Commands that need a cluster, data that is not here or hours are parsed
 by the program they call, and so are the guides' trainings, which ``make test-slow`` runs; YAML blocks and options named
@@ -41,7 +41,8 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 GUIDES = dict.fromkeys(re.findall(r"\((docs/[\w/]+\.md)", README)) | dict.fromkeys(
     path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "docs").rglob("*.md"))
 )
-TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ["README.md", "CONTRIBUTING.md", *GUIDES]}
+OTHERS = ["CONTRIBUTING.md", "AGENTS.md", "skills/lit-clip/SKILL.md"]
+TEXTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ["README.md", *OTHERS, *GUIDES]}
 FAST = ("--trainer.accelerator", "cpu", "--data.num_workers", "0")
 FEW = ("--data.batch_size", "8")  # for configs whose batch has more pairs than the table
 CONFIG = ("--config", "table")
@@ -207,6 +208,22 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_readme_has_at_most_150_lines() -> None:
     assert len(README.splitlines()) <= 150
+
+
+def test_the_page_for_assistants_has_at_most_60_lines() -> None:
+    assert len(TEXTS["AGENTS.md"].splitlines()) <= 60
+
+
+def test_the_skill_has_a_name_and_a_description() -> None:
+    _, head, body = TEXTS["skills/lit-clip/SKILL.md"].split("---\n", 2)
+    settings = yaml.safe_load(head)
+    assert settings.keys() == {"name", "description"}
+    assert settings["name"] == "lit-clip"
+    commands = typed("skills/lit-clip/SKILL.md")
+    assert all(
+        any(f"lit-clip {name} " in line for line in commands) for name in ("fit", "evaluate", "search", "export")
+    )
+    assert body.startswith("\n# lit-clip\n")
 
 
 def test_each_example_of_extending_has_under_30_lines() -> None:

@@ -93,8 +93,8 @@ def test_an_option_stays_on_one_line_with_its_dashes_and_in_code_only(hook: Any)
 def test_pictures_of_light_and_dark_pages_follow_the_colours_of_the_site(hook: Any) -> None:
     page = SimpleNamespace(file=SimpleNamespace(src_uri="index.md"))
     shown = hook.on_page_markdown((ROOT / "README.md").read_text(encoding="utf-8"), page, None, None)
-    names = re.findall(r'<img alt="[^"]+" src="images/nearest_names-(\w+).png#only-(\w+)">', shown)
-    assert names == [("light", "light"), ("dark", "dark")]
+    names = re.findall(r'<img alt="[^"]+" src="images/(\w+)-(\w+).png#only-(\w+)">', shown)
+    assert names == [(name, mode, mode) for name in ("search", "places") for mode in ("light", "dark")]
     assert "<picture>" not in shown
 
 
@@ -106,6 +106,43 @@ def test_what_a_cell_prints_in_a_row_is_one_block_and_nothing_is_none(hook: Any)
     first, drawn, last = "```text\nPlan\n a  b\n```", "![](data:image/png;base64,AA)", "```text\n  last\n```"
     parts = ["```python\nfit()\n```", first, drawn, last, "# End"]
     assert hook._notebook({"cells": cells}) == "\n\n".join(parts) + "\n"
+
+
+PAGE = """---
+search: {exclude: true}
+---
+# Title
+
+![A picture](a.png)
+
+```bash
+lit-clip fit
+
+# Not a sentence.
+```
+
+It reads [tables](two.md), e.g. those of `fit`. More follows.
+"""
+
+
+def test_llms_txt_lists_the_pages_of_each_section_with_their_first_sentence(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs", reason="of the dev extra: make install")
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    (docs / "index.md").write_text("# Site\n\nIt trains models. Quickly.\n")
+    (docs / "one.md").write_text(PAGE)
+    (docs / "two.md").write_text("# Two\n\n| a | b |\n|---|---|\n| 1 | 2 |\n")
+    nav = "[{Start: index.md}, {Guides: [{First: one.md}, {Second: two.md}]}]"
+    settings = f"site_name: x\nuse_directory_urls: false\nhooks: [{ROOT}/docs/hooks/llms.py]\nnav: {nav}\n"
+    (tmp_path / "mkdocs.yml").write_text(settings)
+    build(load_config(str(tmp_path / "mkdocs.yml")))
+    listed = (tmp_path / "site/llms.txt").read_text(encoding="utf-8")
+    assert listed.startswith("# x\n\n> It trains models.\n")
+    entries = ["- [First](one.html): It reads tables, e.g. those of `fit`.", "- [Second](two.html)"]
+    assert listed.endswith("\n- [Start](index.html): It trains models.\n\n## Guides\n\n" + "\n".join(entries) + "\n")
 
 
 @pytest.mark.slow
@@ -120,6 +157,8 @@ def test_the_site_builds_without_a_warning_and_asks_no_other_host(tmp_path: Path
             assert not re.search(r'(?:src|href)="?(?:https?:)?//', tag), f"{path}: {tag}"
     assert "LitCLIP" in html[tmp_path / "reference/lit_clip.html"]
     assert "--model.micro_batch_size" in re.sub("<[^>]*>", "", html[tmp_path / "reference/fit.html"])
+    links = re.findall(r"^- \[.*?\]\((.*?)\)", (tmp_path / "llms.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    assert links == [page.replace(".md", ".html") for page in in_nav()]
 
 
 def test_comments_beside_the_fields_of_a_class_are_its_attributes(monkeypatch: pytest.MonkeyPatch) -> None:

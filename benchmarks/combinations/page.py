@@ -9,8 +9,10 @@ from lit_clip.training.checks import REFUSED
 FOLDER = Path(__file__).parents[2] / "docs/evidence"
 INTRODUCTION = """# Combinations
 
-Which options of Lightning work with lit-clip, and which it refuses with one line before the first step. Made from the
-table in `benchmarks/combinations/`, whose rows are run: the chosen ones by `make test`, the others by `make test-slow`.
+- **Question**: which options of Lightning work with lit-clip?
+- **Answer**: all below but those marked "refused", which end with one line before the first step.
+- **Command**: `make test-slow PART=combinations`; `python -m benchmarks.combinations.page` writes this page.
+
 "Two ranks" is DDP by gloo on one machine, unless the row says otherwise. "The plain run" is the same training without
 the option; with one process weights must be equal to the last bit, with two ranks to rounding. "Resumes exactly" is a
 run that continues from a checkpoint of the third step and ends with weights and moments equal to the last bit.
@@ -18,8 +20,9 @@ run that continues from a checkpoint of the third step and ends with weights and
 """
 INTRODUCTION_OF_PARTS = """# Combinations with lit-clip's parts
 
-Which of lit-clip's own callbacks and options work with each other, and which are refused, tested and worded as on the
-page of [Lightning's options](combinations.md).
+- **Question**: which of lit-clip's own callbacks and options work with each other?
+- **Answer**: all below but those marked "refused".
+- **Command**: as for [Lightning's options](combinations.md), whose page says what the words mean.
 """
 # To be set when all rows have been run: pytest benchmarks/combinations -m "slow or not slow"
 LAST_RUN = "26, 27 and 29 November and 1 December 2026 with Lightning 2.6.6 and torch 2.13.0 on a CPU"

@@ -19,6 +19,7 @@ from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.cache_folder import default_cache_dir
 from lit_clip.tools.console import progress
 from lit_clip.tools.images import OnError
+from lit_clip.tools.reading import read_at
 from lit_clip.tools.workers import loader
 from ..loading.store import Stamp, is_remote, stamp_of
 from ..pairs.columns import Cells, ColumnPairs, checked_weight, group_name
@@ -321,7 +322,7 @@ def _content(shard: OpenShard, span: tuple[int, int], where: str) -> bytes:
     offset, size = span
     if size > MAX_IMAGE_BYTES:
         raise BadSample(where, "file too large", f"a file of more than {MAX_IMAGE_BYTES >> 20} MB; make it smaller")
-    part = os.pread(shard.file.fileno(), BLOCK + size, offset - BLOCK)
+    part = read_at(shard.file, BLOCK + size, offset - BLOCK)
     if not _is_member(part, size):
         raise BadSample(where, "shard changed", "the shard changed since the run began; start again")
     return part[BLOCK:]

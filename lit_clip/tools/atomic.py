@@ -67,7 +67,7 @@ def to_disk(draft: Path) -> None:
     """Write a file, or those of a folder, to disk: after a loss of power the name must not stand for lost content."""
     for path in [draft, *draft.rglob("*")] if draft.is_dir() and not draft.is_symlink() else [draft]:
         if path.is_file():
-            with path.open("rb") as file:
+            with path.open("r+b" if os.name == "nt" else "rb") as file:  # Windows syncs what may be written alone
                 os.fsync(file.fileno())
 
 

@@ -38,13 +38,15 @@ def computes_in_bfloat16(accelerator: object) -> bool | None:
 
 
 def peak_of_process() -> int:
-    """Peak resident memory of this process, bytes."""
+    """Peak resident memory of this process, bytes; 0 if the system does not tell (Windows)."""
     try:  # getrusage's figure includes the parent's peak before a fork
         status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
         return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
     except (OSError, StopIteration):
-        import resource  # Unix only
-
+        try:
+            import resource
+        except ImportError:
+            return 0
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return peak if sys.platform == "darwin" else 1024 * peak
 

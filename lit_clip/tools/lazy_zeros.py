@@ -13,6 +13,8 @@ def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
 
     ``torch.zeros`` writes to them at once, and what malloc has it may keep.
     """
+    if not hasattr(mmap, "MAP_PRIVATE"):  # Windows
+        return torch.zeros(tuple(shape), dtype=dtype)
     size = math.prod(shape) * dtype.itemsize
     pages = mmap.mmap(-1, max(size, 1), mmap.MAP_PRIVATE)
     return torch.frombuffer(pages, dtype=torch.uint8)[:size].view(dtype).view(torch.Size(shape))

@@ -5,6 +5,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from lit_clip.errors import InputError, no_such_file
 from lit_clip.secrets import without_secrets
@@ -59,6 +60,15 @@ def check_is_file(path: str | os.PathLike[str]) -> None:
         return
     if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
         raise InputError(f"{path}: neither a file nor a folder")
+
+
+def read_at(file: BinaryIO, size: int, offset: int) -> bytes:
+    """Read bytes at a position of an open file, without moving that of the file, which threads share."""
+    if hasattr(os, "pread"):
+        return os.pread(file.fileno(), size, offset)
+    with open(file.name, "rb") as again:  # Windows
+        again.seek(offset)
+        return again.read(size)
 
 
 def first_line(error: BaseException) -> str:

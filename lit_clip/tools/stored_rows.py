@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lit_clip.errors import InputError
 from lit_clip.tools.atomic import make_folder, not_written, remove, replacing_folder
-from lit_clip.tools.reading import reading
+from lit_clip.tools.reading import read_at, reading
 
 ABSENT, DONE, UNUSABLE = 0, 1, 2
 UNUSABLE_MARK = np.uint64(0x756E757361626C65)  # in place of a digest; damage does not make it by chance
@@ -109,14 +109,16 @@ class StoredRows:
         with reading(self.folder, "folder of stored rows", hint="delete the folder"), ThreadPoolExecutor() as pool:
             for part, damaged in zip(parts, pool.map(self._damaged, parts), strict=True):
                 for row in damaged:
-                    os.pwrite(self._file.fileno(), bytes(self._row_bytes), row * self._row_bytes)
+                    self._file.seek(row * self._row_bytes)
+                    self._file.write(bytes(self._row_bytes))
+                self._file.flush()
                 self._state[damaged] = 0
                 yield len(part), len(damaged)
 
     def _damaged(self, rows: np.ndarray) -> list[int]:
         """Return which rows have other values than were written."""
         size = self._row_bytes
-        found = ((row, os.pread(self._file.fileno(), size, row * size)) for row in rows.tolist())
+        found = ((row, read_at(self._file, size, row * size)) for row in rows.tolist())
         return [row for row, data in found if _digest(row, data) != self._state[row]]
 
     def write(self, rows: np.ndarray, values: Tensor) -> None:

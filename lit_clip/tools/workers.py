@@ -115,11 +115,10 @@ def shield_worker(worker_id: int) -> None:
 
         pl_worker_init_function(worker_id)  # Lightning sets it where there is no other worker_init_fn
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if hasattr(signal, "pthread_sigmask"):
+    if hasattr(signal, "sigwaitinfo"):  # on macOS and Windows the loader could not end a worker that blocks SIGTERM
         signals = {signal.SIGTERM, signal.SIGUSR1}
         signal.pthread_sigmask(signal.SIG_BLOCK, signals)  # before any thread starts: threads inherit the mask
-        if hasattr(signal, "sigwaitinfo"):
-            threading.Thread(target=_wait_for_signal, args=(signals, os.getppid()), daemon=True).start()
+        threading.Thread(target=_wait_for_signal, args=(signals, os.getppid()), daemon=True).start()
     end_with_parent()
 
 

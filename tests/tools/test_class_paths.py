@@ -116,7 +116,7 @@ def test_an_error_in_the_users_module_is_told_with_its_file_and_line(
 def test_short_names_hold_in_a_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datamodules", ModuleType("datamodules"))  # a stranger's
     (tmp_path / "classes/one").mkdir(parents=True)
-    (tmp_path / "classes/one/1.png").write_bytes((ROOT / "docs/images/nearest_names-light.png").read_bytes())
+    (tmp_path / "classes/one/1.png").write_bytes((ROOT / "docs/images/search-light.png").read_bytes())
     entry = {"data": {"class_path": "datamodules.ImageFolderClasses", "init_args": {"root": "classes"}}}
     (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"sets": {"mine": entry}}), encoding="utf-8")
     opened = read_suite(tmp_path / "suite.yaml")["mine"].open("test", 0, tmp_path)

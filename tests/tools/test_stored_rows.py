@@ -162,6 +162,11 @@ def test_they_equal_torchs(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     torch.testing.assert_close(lazy_zeros(shape, dtype), torch.zeros(shape, dtype=dtype), rtol=0, atol=0)
 
 
+def test_they_equal_torchs_where_the_system_has_no_private_pages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("mmap.MAP_PRIVATE")
+    assert lazy_zeros((2, 3), torch.int64).tolist() == [[0, 0, 0], [0, 0, 0]]
+
+
 def resident(address: int) -> int | None:
     """Return the bytes in memory of the mapping that an address is in; None if it is in none."""
     inside = False
