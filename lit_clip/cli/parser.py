@@ -23,6 +23,7 @@ from lit_clip.tools.class_paths import import_listed
 from lit_clip.tools.option_errors import OptionParser, nested_parameters
 from lit_clip.tools.packaged import configuration_path
 from lit_clip.tools.text_files import read_yaml
+from lit_clip.tools.untrusted import shortened
 
 CONFIG = ("-c", "--config")
 DATA = "datamodules.Captions"  # whose options are suggested
@@ -36,8 +37,11 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         path = configuration_path(values, option_string or CONFIG[1])
         # The parser names no file in its errors, and takes the second of two equal keys.
-        if not isinstance(read_yaml(path), dict):
+        settings = read_yaml(path)
+        if not isinstance(settings, dict):
             raise InputError(f"{path}: not a YAML mapping of options; see --print_config")
+        if not isinstance(trainer := settings.get("trainer", {}), dict):  # a typed option would replace it
+            raise InputError(f"{path}: trainer: {shortened(trainer)} must be a mapping of settings")
         self.apply_config(parser, cfg, self.dest, path)
 
 
