@@ -39,7 +39,7 @@ $(BIN)/.bench: $(BIN)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[bench]'
 	@touch $@
 
-quickstart: $(BIN)/.quickstart  ## Train a CLIP from scratch on 1,750 drawings, then validate it (10 to 15 minutes on 2 cores)
+quickstart: $(BIN)/.quickstart  ## Train a CLIP from scratch on 1,750 drawings, then validate it (8 to 15 minutes on 2 cores)
 	@echo "Training on OpenMoji; logs and images go to $(RUNS)/quickstart ..."
 	@$(BIN)/lit-clip fit --config configs/quickstart.yaml --trainer.logger.init_args.save_dir $(RUNS)
 	@run=$$(ls -td $(RUNS)/quickstart/version_* | head -n 1) && \

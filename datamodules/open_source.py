@@ -162,7 +162,7 @@ def _open_folder(folder: Path, options: SourceOptions) -> PairSource:
 
 
 def _format_of(folder: Path) -> Callable[[SourceOptions], PairSource] | None:
-    """Return the opener of a folder that holds more than images and texts."""
+    """Return the opener of a folder that holds more than images and texts: of the first format that it has."""
     if stored.is_saved(folder):
         return partial(stored.open_saved, folder)
     with reading(folder, "folder"):

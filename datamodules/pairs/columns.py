@@ -64,7 +64,7 @@ class ColumnPairs(PairSource):
     ``path`` names the source in messages; relative paths of images start from ``root``.
     """
 
-    inside = False  # whether the paths of images must stay inside the root
+    inside = False  # whether the paths of images must stay inside the root: not in a table of the user's own
 
     def __init__(self, path: Path | str, root: Path | StoreFolder | None) -> None:
         self.path, self.root = path, root

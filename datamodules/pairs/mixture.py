@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from lit_clip.errors import InputError, require
-from .source import IMAGES_OF, Derived, EncodedPair, Found, PairSource
+from .source import IMAGES_OF, Derived, EncodedPair, Found, PairSource, arrow_image_names, compute
 
 
 def proportional_counts(weights: Sequence[float], total: int) -> list[int]:
@@ -81,25 +81,39 @@ class Concatenated(Derived):
     def key(self, index: int) -> str:
         return self._key(index, super().key(index))
 
-    def image_names(self) -> list[str]:
+    def image_names(self) -> pa.ChunkedArray:
         """Names of all images, in order: an image that two sources share is held out of both."""
         every = []
         for number, source in enumerate(self.sources):
-            prefix, names = f"{number}:" if self.distinct_keys else ":", source.image_names()
-            rows = (f"{number}#{row}" for row in range(len(source)))
-            every += rows if names is None else (f"{prefix}{str(name).strip()}" for name in names)
-        return every
+            prefix, names = f"{number}:" if self.distinct_keys else ":", arrow_image_names(source)
+            if names is None:
+                prefix, names = f"{number}#", _numbers(source)
+            elif not pa.types.is_binary(names.type):
+                names = compute.utf8_trim_whitespace(names)
+            every += _prefixed(prefix, names.cast(pa.large_binary())).chunks
+        return pa.chunked_array(every)
 
     def things(self, rows: bool = False) -> pa.ChunkedArray | None:
         every, parts = [], [source.things(rows) for source in self.sources]
         for number, (source, names) in enumerate(zip(self.sources, parts, strict=True)):
-            here = map(str, range(len(source))) if names is None else names.to_pylist()
-            groups = names is not None and not rows
-            every += (
-                self._group(number, name) if groups and not name.startswith("\0") else f"\0{number}:{name}"
-                for name in here
-            )
-        return None if all(part is None for part in parts) else pa.chunked_array([every])
+            here = (_numbers(source) if names is None else names).cast(pa.large_string())
+            found = of_row = _prefixed(f"\0{number}:", here)
+            if names is not None and not rows:
+                own = True if self.distinct_groups else self.distinct_keys and compute.starts_with(here, IMAGES_OF)
+                group = compute.if_else(own, _prefixed(f"{number}:", here), here)
+                found = compute.if_else(compute.starts_with(here, "\0"), of_row, group)
+            every += found.chunks
+        return None if all(part is None for part in parts) else pa.chunked_array(every)
+
+
+def _numbers(source: PairSource) -> pa.ChunkedArray:
+    return pa.chunked_array([pa.array(np.arange(len(source)))]).cast(pa.string())
+
+
+def _prefixed(prefix: str, names: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return names behind a prefix: Arrow's, as millions of Python's would fill the memory."""
+    before, between = (pa.scalar(text, names.type) for text in (prefix, ""))
+    return compute.binary_join_element_wise(before, names, between)
 
 
 class Mixture(Concatenated):

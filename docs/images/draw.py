@@ -22,6 +22,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -48,8 +49,8 @@ def main() -> None:
     options = parser.parse_args()
     if options.tables:
         write_tables(options.tables)
-    for checkpoint in options.compare or []:
-        named_correctly(options.tables, checkpoint)
+    if options.compare:
+        compare(options.tables, *options.compare)
     if options.run:
         model = lit_clip.load_model(str(options.run.absolute() / "checkpoints" / "last.ckpt"))
         draw_search(model)
@@ -67,15 +68,23 @@ def write_tables(folder: Path) -> None:
             csv.writer(file).writerows([("image", "caption"), *rows])
 
 
-def named_correctly(tables: Path, checkpoint: str) -> None:
-    """Print the share of each table's line drawings whose own name is the nearest of the table's."""
-    model = lit_clip.load_model(checkpoint)
+def compare(tables: Path, *checkpoints: str) -> None:
+    """Print which shares of each table's line drawings two models name, and the interval of the difference."""
     for name in ("new_lines", "known_lines"):
-        with (tables / f"{name}.csv").open(newline="", encoding="utf-8") as file:
-            rows = list(csv.DictReader(file))
-        nearest = model.similarity([Path(row["image"]) for row in rows], [row["caption"] for row in rows]).argmax(dim=1)
-        share = (nearest == torch.arange(len(rows))).float().mean().item()
-        sys.stdout.write(f"{checkpoint}: {name}: {share:.1%} of {len(rows)}\n")
+        before, after = (named(tables / f"{name}.csv", checkpoint) for checkpoint in checkpoints)
+        draws = np.random.default_rng(0).integers(len(before), size=(10_000, len(before)))
+        low, high = np.percentile((after - before)[draws].mean(axis=1), [2.5, 97.5])
+        shares = f"{before.mean():.1%} before, {after.mean():.1%} after"
+        sys.stdout.write(f"{name}: {len(before)} drawings, {shares}, {low:+.1%} to {high:+.1%}\n")
+
+
+def named(table: Path, checkpoint: str) -> np.ndarray:
+    """Return for each drawing whether its own name is the nearest of the table's, 0 or 1."""
+    model = lit_clip.load_model(checkpoint)
+    with table.open(newline="", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    nearest = model.similarity([Path(row["image"]) for row in rows], [row["caption"] for row in rows]).argmax(dim=1)
+    return (nearest == torch.arange(len(rows))).double().numpy()
 
 
 def draw_search(model: Any) -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 from collections.abc import Mapping, Sequence
 from itertools import islice, pairwise
 from typing import Any
@@ -22,10 +23,12 @@ from lit_clip.tools.class_paths import import_listed
 from lit_clip.tools.option_errors import OptionParser, nested_parameters
 from lit_clip.tools.packaged import configuration_path
 from lit_clip.tools.text_files import read_yaml
+from lit_clip.tools.untrusted import shortened
 
 CONFIG = ("-c", "--config")
 DATA = "datamodules.Captions"  # whose options are suggested
 REFERENCE = "${"  # OmegaConf's
+ENCODER_KIND = re.compile(r"--model\.(init_args\.)?architecture\.(image|text)\.(timm|hugging_face|class_path)")
 
 
 class ConfigFile(ActionConfigFile):
@@ -34,8 +37,11 @@ class ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         path = configuration_path(values, option_string or CONFIG[1])
         # The parser names no file in its errors, and takes the second of two equal keys.
-        if not isinstance(read_yaml(path), dict):
+        settings = read_yaml(path)
+        if not isinstance(settings, dict):
             raise InputError(f"{path}: not a YAML mapping of options; see --print_config")
+        if not isinstance(trainer := settings.get("trainer", {}), dict):  # a typed option would replace it
+            raise InputError(f"{path}: trainer: {shortened(trainer)} must be a mapping of settings")
         self.apply_config(parser, cfg, self.dest, path)
 
 
@@ -73,7 +79,7 @@ class Parser(OptionParser, LightningArgumentParser):
     def given(self, words: Sequence[str], before: Namespace | None = None) -> Namespace:
         """Return the settings that are typed, above the files of ``--config``, above ``before``, alone."""
         with parser_context(lenient_check=True):
-            return self.parse_args(_files_first(words), namespace=before, defaults=False)
+            return self.parse_args(_in_order(words), namespace=before, defaults=False)
 
     def complete(self, given: Namespace) -> Namespace:
         """Return checked settings: those given above the defaults; references are resolved."""
@@ -96,13 +102,18 @@ class Parser(OptionParser, LightningArgumentParser):
         return header + yaml.safe_dump(self.as_typed(settings, **options), sort_keys=False, allow_unicode=True)
 
 
-def _files_first(words: Sequence[str]) -> list[str]:
-    """Put ``--config`` before the other words: of two values the parser takes the last, and typed ones win."""
-    files, typed, rest = [], [], iter(words)
+def _in_order(words: Sequence[str]) -> list[str]:
+    """Put ``--config`` before the other words, since typed ones win, and what names an encoder's kind behind them.
+
+    Of two values the parser takes the last. It takes an encoder for the first class that has the options so far, so
+    that ``image_size`` behind ``timm`` would make it our transformer without a word.
+    """
+    files, typed, kinds, rest = [], [], [], iter(words)
     for word in rest:
-        chosen = files if word.partition("=")[0] in CONFIG else typed
-        chosen += [word, *islice(rest, 1)] if word in CONFIG else [word]
-    return [*files, *typed]
+        name, equals, _ = word.partition("=")
+        chosen = files if name in CONFIG else kinds if ENCODER_KIND.fullmatch(name) else typed
+        chosen += [word] if equals or chosen is typed else [word, *islice(rest, 1)]
+    return [*files, *typed, *kinds]
 
 
 def _as_typed(value: Any, typed: Any) -> Any:

@@ -32,7 +32,7 @@ SAMPLINGS = 100  # draws of one clip per film for RareAct's mWSAP
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric. A set of a suite can be judged by it if it has ``of_scores`` or a ``task``.
+    """A metric; higher is better. A set of a suite can be judged by it if it has ``of_scores`` or a ``task``.
 
     Attributes:
         words: its name in tables and charts.

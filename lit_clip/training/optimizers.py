@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 OptimizerFactory = Callable[[Iterable], Optimizer]
-"""Creates an optimiser of parameter groups."""
+"""Creates an optimiser of parameter groups; jsonargparse makes one of a class path and its arguments."""
 Groups = Sequence[Mapping[str, Any]]
 PARTS = ("optimizer", "lr_scheduler", "decay")  # the arguments of LitCLIP that are kept here
 

@@ -74,6 +74,25 @@ def test_a_typed_option_wins_over_a_file_that_is_named_after_it(
     assert before["data"]["init_args"]["batch_size"] == 7
 
 
+@pytest.mark.parametrize(
+    ("kind", "other"),
+    [("image.timm=resnet18", "image_size=64"), ("image.timm=resnet18", "pool=avg")]
+    + [("text.hugging_face=folder", "context_length=32")],
+)
+def test_single_options_of_an_encoder_of_another_library_are_its_in_any_order(
+    kind: str, other: str, parsed: Callable[..., Any], caption_table: Path
+) -> None:
+    encoder, library = kind.partition("=")[0].split(".")
+    options = [f"--model.architecture.{kind}", f"--model.architecture.{encoder}.{other}"]
+    words = ["fit", "--data.train", str(caption_table), "--recipe", "null"]
+    after, before = parsed(*words, *options), parsed(*words, *reversed(options))
+    assert after == before
+    found = after["model"]["architecture"][encoder]
+    name, _, value = other.partition("=")
+    assert library in found
+    assert str(found[name]) == value
+
+
 def test_a_file_of_the_working_folder_comes_before_the_packaged_one(
     parsed: Callable[..., Any], caption_table: Path, tmp_path: Path
 ) -> None:

@@ -1,5 +1,6 @@
 """The equalities of the CPU tests on a GPU, in the precisions used for training, and a step with each loss."""
 
+import copy
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,7 +17,7 @@ from lit_clip.training.teacher import Distillation
 from tests.cuda.devices import CUDA, OTHERS
 from tests.helpers import pretended
 from tests.helpers.ranks import CONFIG, PAIRS, make_batch
-from tests.helpers.ranks_losses import CASES, PARTS_ELSEWHERE, Setup, kept_pairs, save_teacher, whole_batch
+from tests.helpers.ranks_losses import CASES, PARTS_ELSEWHERE, Case, Setup, kept_pairs, save_teacher, whole_batch
 from tests.helpers.waits import place
 
 
@@ -92,18 +93,21 @@ def step(module: LitCLIP, device: str, negatives: bool) -> dict[str, Tensor]:
     return {"loss": loss.detach(), **{n: p.grad for n, p in module.named_parameters() if p.grad is not None}}
 
 
+def module_of(setup: Setup, case: Case) -> LitCLIP:
+    """Return a module of its own, as one is moved to another device."""
+    module = copy.deepcopy(setup.dense)
+    module.model.normalize = setup.dense.model.normalize
+    return setup.give(module, case)
+
+
 @pytest.mark.parametrize("device", OTHERS)
 @pytest.mark.parametrize("case", EACH_CASE)
 def test_a_step_with_each_loss_is_the_one_on_the_cpu_and_waits_for_nothing(
     case: str, device: str, setup: Setup, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In float64; waits are counted on the pretended device."""
-    exact, module, waits = (
-        step(setup.module_of(CASES[case]), "cpu", CASES[case].negatives),
-        setup.module_of(CASES[case]),
-        [],
-    )
-    module.to(device)
+    exact = step(module_of(setup, CASES[case]), "cpu", CASES[case].negatives)
+    module, waits = module_of(setup, CASES[case]).to(device), []
     setup.teacher.model.to(device)  # otherwise the first step moves it
     monkeypatch.setattr(pretended, "watchers", [lambda what: waits.append((what, place()))])
     ours = step(module, device, CASES[case].negatives)

@@ -122,7 +122,8 @@ def curves(run: Run) -> dict[str, dict[int, float]]:
     """Return the value of each logged metric at each step."""
     with Path(run.folder, run.name, "version_0", "metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
-    names = [name for name in rows[0] if name not in ("step", "epoch", "train/samples_per_second")]
+    timed = ("train/samples_per_second", "train/expected_hours")
+    names = [name for name in rows[0] if name not in ("step", "epoch", *timed)]
     metrics = {}
     for name in names:
         points = [(int(row["step"]), float(row[name])) for row in rows if row[name]]
