@@ -75,7 +75,7 @@ def embed(
             image, or with --columns.group of a group.
         text_weight: of the captions' mean feature with image,caption, above 0 and below 1; the images' has the rest.
         queries: learn text_weight from a folder of queries, documents named as things, and judgements, as lit-clip
-            evaluate reads it; from the split train if there are several.
+            evaluate reads it; from the split train, which the judgements must have.
         classes: of a folder of classes.
         keep: a table of lit-clip inspect, overlap or score, or several; only the pairs that all keep are encoded.
         settings: how images and texts are read and encoded.
@@ -140,6 +140,9 @@ def _embed_things(
     """Write a feature of each thing; ranks but the first only encode."""
     root = _root(opened)
     judged = None if queries is None else QueriesAndDocuments(queries, "train")
+    if judged is not None and judged.split != "train":
+        only = f"has only the split {judged.split!r} of judgements, by which evaluate judges"
+        raise InputError(f"--queries: {queries} {only}; name those to learn from train, such as qrels/train.tsv")
     things = Things.of(opened.pairs, root, settings.on_error)
     check_keys(path, [*things.by_name, *things.rows])
     with work_on(path, model, f"things {opened.stamp()}", settings, share) as work:

@@ -257,6 +257,20 @@ def test_queries_that_teach_nothing_are_one_line(products: Path, tiny_checkpoint
         embed(*THINGS[:-2], *words, other)
 
 
+def test_the_weight_of_texts_is_not_learned_from_the_split_that_evaluate_judges_by(
+    products: Path, tiny_checkpoint: Path
+) -> None:
+    queries = judged(products / "queries", ["a kite"], ["p1"])
+    words = [*THINGS, "--queries", queries, "--model", str(tiny_checkpoint), "--output", "things.npy"]
+    train = Path(queries) / "qrels" / "train.tsv"
+    train.rename(train.with_name("dev.tsv"))
+    with pytest.raises(InputError, match=r"no split 'train' of qrels; add it, or .* dev, test"):
+        embed(*words)
+    train.with_name("dev.tsv").unlink()
+    with pytest.raises(InputError, match=r"--queries: .* only the split 'test' .*qrels/train\.tsv"):
+        embed(*words)
+
+
 def test_without_a_group_each_image_with_its_captions_is_a_thing(folder: Path, tiny_checkpoint: Path) -> None:
     embed("images/t.csv", "--fields", "image,caption", "--model", str(tiny_checkpoint), "--output", "things.npy")
     stored = read_features(Path("things.npy"))
