@@ -251,8 +251,9 @@ def test_queries_that_teach_nothing_are_one_line(products: Path, tiny_checkpoint
         embed(*THINGS, *words, other)
     with pytest.raises(InputError, match=r"^absent: no qrels"):
         embed(*THINGS, *words, "absent")
-    with pytest.raises(InputError, match="leave --text_weight out"):
-        embed(*THINGS, *words, other, "--text_weight", "0.3")
+    for weight in ("0.3", "0.5"):
+        with pytest.raises(InputError, match="leave --text_weight out"):
+            embed(*THINGS, *words, other, "--text_weight", weight)
     with pytest.raises(InputError, match="image,caption"):
         embed(*THINGS[:-2], *words, other)
 
