@@ -73,7 +73,7 @@ def embed(
         texts: instead of data, a file with one text per line; a text is its own key.
         fields: of the data; image,caption is one feature of all images and captions of a thing, which are those of an
             image, or with --columns.group of a group.
-        text_weight: of the captions' mean feature with image,caption, above 0 and below 1 (0.5); the images' has the rest.
+        text_weight: of the captions with image,caption, above 0 and below 1 (0.5); the images have the rest.
         queries: learn text_weight from a folder of queries, documents named as things, and judgements, as lit-clip
             evaluate reads it; from the split train, which the judgements must have.
         classes: of a folder of classes.
