@@ -294,7 +294,7 @@ class TarPairs(ColumnPairs):
         with progress("reading groups", len(self), enabled=rank_and_world()[0] == 0) as advance:
             for row in range(len(self)):
                 try:
-                    groups.append(group_name(self._read(row)[-1].get(self.columns.group)))
+                    groups.append(group_name(self._read(row)[-1].get(self.columns.group or "")))
                 except BadSample:
                     groups.append("")
                 advance(1)
