@@ -61,8 +61,8 @@ class CaptionBatch(NamedTuple):
             return rows[: len(self.images)]
         if self.image_of.ndim == 1:
             return rows[self.image_of]
-        there_BK1 = (self.image_of >= 0).unsqueeze(-1)
-        return F.normalize((rows[self.image_of] * there_BK1).sum(dim=1), dim=1)
+        absent_BK1 = (self.image_of < 0).unsqueeze(-1)
+        return F.normalize(rows[self.image_of].masked_fill(absent_BK1, 0).sum(dim=1), dim=1)
 
     def to(self, device: torch.device | str) -> "CaptionBatch":
         """Move the tensors to a device; a CUDA device's queued work is not waited for if they are pinned.
@@ -108,7 +108,7 @@ class CaptionBatch(NamedTuple):
     def stretched(self, pairs: int) -> "CaptionBatch":
         """Repeat the last image and the last pair, without its negative, until there are at least ``pairs`` of each."""
         images, more = (max(0, pairs - number) for number in (len(self.images), self.pairs))
-        if not images:
+        if not images and not more:
             return self
 
         def repeated(values: Any, more: int = more) -> Any:

@@ -342,6 +342,20 @@ def test_a_data_loader_pins_the_tensors_and_nothing_else() -> None:
     assert all(after is before for before, after in zip(whole, pinned, strict=True))
 
 
+def test_an_image_whose_feature_is_not_a_number_spoils_its_own_thing_alone() -> None:
+    things = batch()._replace(image_of=torch.tensor([[0, 1], [2, -1], [3, -1]]))
+    rows = torch.nn.functional.normalize(torch.randn(4, 8, generator=torch.Generator().manual_seed(0)), dim=1)
+    expected = torch.stack([torch.nn.functional.normalize(rows[0] + rows[1], dim=0), rows[2], rows[3]])
+    rows[3] = torch.nan
+    rows.requires_grad_()
+    found = things.of_pairs(rows)
+    assert torch.allclose(found[:2], expected[:2])
+    assert found[2].isnan().all()
+    found[:2].sum().backward()
+    assert rows.grad is not None
+    assert rows.grad[:3].isfinite().all()
+
+
 def test_what_a_source_adds_goes_where_the_images_go() -> None:
     whole = batch()._replace(negative_tokens=None, extra={"weight": torch.tensor([3.0, 5.0])})
     assert whole.to("meta").extra["weight"].device.type == "meta"

@@ -52,7 +52,7 @@ def embed(
     output: str,
     texts: str | None = None,
     fields: Fields = "image",
-    text_weight: float = 0.5,
+    text_weight: float | None = None,
     queries: str | None = None,
     classes: Classes = Classes(),  # noqa: B008  # immutable
     keep: str | list[str] | None = None,
@@ -73,9 +73,9 @@ def embed(
         texts: instead of data, a file with one text per line; a text is its own key.
         fields: of the data; image,caption is one feature of all images and captions of a thing, which are those of an
             image, or with --columns.group of a group.
-        text_weight: of the captions' mean feature with image,caption, above 0 and below 1; the images' has the rest.
+        text_weight: of the captions with image,caption, above 0 and below 1 (0.5); the images have the rest.
         queries: learn text_weight from a folder of queries, documents named as things, and judgements, as lit-clip
-            evaluate reads it; from the split train if there are several.
+            evaluate reads it; from the split train, which the judgements must have.
         classes: of a folder of classes.
         keep: a table of lit-clip inspect, overlap or score, or several; only the pairs that all keep are encoded.
         settings: how images and texts are read and encoded.
@@ -89,13 +89,14 @@ def embed(
     check_precision(settings.precision, settings.accelerator)
     together = fields == "image,caption"
     require(not (texts and fields != "image"), f"--fields {fields}: is for data, not for --texts")
-    require(together or text_weight == 0.5, f"--text_weight {text_weight}: is for --fields image,caption")
-    require(0 < text_weight < 1, f"--text_weight {text_weight}: must be above 0 and below 1")
-    one = queries is None or (together and text_weight == 0.5)
+    require(together or text_weight is None, f"--text_weight {text_weight}: is for --fields image,caption")
+    require(text_weight is None or 0 < text_weight < 1, f"--text_weight {text_weight}: must be above 0 and below 1")
+    one = queries is None or (together and text_weight is None)
     require(one, f"--queries {queries}: learns the weight of --fields image,caption; leave --text_weight out")
     if together:
         opened = open_data(given, settings.on_error, classes, keep, "train")
-        _embed_things(opened, model, path, settings, Share.typed(share), text_weight, queries)
+        weight = 0.5 if text_weight is None else text_weight
+        _embed_things(opened, model, path, settings, Share.typed(share), weight, queries)
         return
     captions = fields == "caption"
     items = _items_of_texts(Path(texts)) if texts else _items_of(given, captions, classes, keep, settings.on_error)
@@ -140,6 +141,9 @@ def _embed_things(
     """Write a feature of each thing; ranks but the first only encode."""
     root = _root(opened)
     judged = None if queries is None else QueriesAndDocuments(queries, "train")
+    if judged is not None and judged.split != "train":
+        only = f"has only the split {judged.split!r} of judgements, by which evaluate judges"
+        raise InputError(f"--queries: {queries} {only}; name those to learn from train, such as qrels/train.tsv")
     things = Things.of(opened.pairs, root, settings.on_error)
     check_keys(path, [*things.by_name, *things.rows])
     with work_on(path, model, f"things {opened.stamp()}", settings, share) as work:

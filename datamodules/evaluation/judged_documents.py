@@ -50,6 +50,7 @@ class QueriesAndDocuments(StoredImages, JudgedDocuments):
         tables = (("qrels", "default"), ("queries", "query"), ("corpus",))
         qrels, queries, corpus = (_files(self.root, names, split) for names in tables)
         self.annotation_paths = [*qrels, *queries, *corpus]
+        self.split = SPLIT.sub(r"\1", qrels[0].stem)  # of the judgements
         judged: dict[tuple[str, str], int] = {}  # if a pair has several grades the last counts, as in mteb
         for file, row in _rows(qrels, JUDGEMENT):
             pair, grade = (str(row["query-id"]), str(row["corpus-id"])), row["score"]
@@ -119,7 +120,9 @@ def _files(root: Path, names: Sequence[str], split: str) -> list[Path]:
             splits = [match[1] for path in files if (match := SPLIT.fullmatch(path.stem))]
             chosen = [path for path, of in zip(files, splits, strict=True) if of == split or len(set(splits)) == 1]
             found = listed(list(dict.fromkeys(splits)))
-            require(bool(chosen), f"{files[0].parent}: no split {split!r} of {name}; set split to one of {found}")
+            require(
+                bool(chosen), f"{files[0].parent}: no split {split!r} of {name}; add it, or set split to one of {found}"
+            )
             return chosen
     raise MissingData(f"{root}: no {names[0]} in it (a folder or file of {', '.join(SUFFIXES)})")
 

@@ -207,12 +207,16 @@ class ImagesTogether(Together):
         return 1.0
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
-        """Load all images, or without ``rng`` the first."""
+        """Load each image once, with the caption of any row; or without ``rng`` the first image."""
+        rows = self._rows_of(index)
         if rng is None:
-            return self.source.load(self._rows_of(index)[0], None)
-        pairs = [self.source.load(row, rng) for row in self._rows_of(index)]
-        chosen = rng.choice(pairs)
-        return chosen._replace(more_images=[each.image for each in pairs if each is not chosen])
+            return self.source.load(rows[0], None)
+        drawn = rng.choice(rows)
+        row_of = {self.source.key(row): row for row in [*rows, drawn]}  # an image may have a row for each caption
+        chosen = self.source.load(drawn, rng)
+        return chosen._replace(
+            more_images=[self.source.load(row, rng).image for row in row_of.values() if row != drawn]
+        )
 
     def text(self, index: int, rng: random.Random | None) -> PairText:
         return self.source.text(self._rows_of(index)[0], rng)

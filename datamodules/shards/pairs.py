@@ -6,7 +6,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -285,15 +285,19 @@ class TarPairs(ColumnPairs):
         return cells._replace(image=partial(_content, shard, spans["image"], cells.where), group=group, weight=weight)
 
     def things(self, rows: bool = False) -> pa.ChunkedArray | None:
-        """Return the groups by reading each sample's texts; without a readable one it is a thing of its own."""
-        if self.columns.group is None or rows:
-            return None
+        return None if self.columns.group is None or rows else self._things
+
+    @cached_property
+    def _things(self) -> pa.ChunkedArray | None:
+        """Groups, by reading each sample's texts; without a readable one it is a thing of its own."""
         groups: list[str] = []
-        for row in range(len(self)):
-            try:
-                groups.append(group_name(self._read(row)[-1].get(self.columns.group)))
-            except BadSample:
-                groups.append("")
+        with progress("reading groups", len(self), enabled=rank_and_world()[0] == 0) as advance:
+            for row in range(len(self)):
+                try:
+                    groups.append(group_name(self._read(row)[-1].get(self.columns.group or "")))
+                except BadSample:
+                    groups.append("")
+                advance(1)
         return thing_names(pa.chunked_array([groups], pa.string()))
 
     def image_identity(self, index: int) -> object:

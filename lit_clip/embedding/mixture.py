@@ -11,7 +11,7 @@ from torch import Tensor
 from lit_clip.embedding.index import combined
 
 WEIGHTS = np.arange(101) / 100  # 0 is the images alone, 1 the texts alone
-MOST_THINGS, MOST_QUERIES = 10_000, 2_000  # that are compared; of more, evenly spread ones
+MOST_THINGS, MOST_QUERIES = 10_000, 2_000  # judged, as many others, and queries; of more, evenly spread ones
 CHUNK = 256  # queries that are compared at once
 
 
@@ -42,7 +42,10 @@ def learn_text_weight(
     """
     query_R, thing_R, grade_R = map(np.array, zip(*judged, strict=True))
     asked = np.unique(query_R)
-    asked = asked[:: -(-len(asked) // MOST_QUERIES)]
+    step = -(-len(asked) // MOST_QUERIES)
+    while len(np.unique(thing_R[np.isin(query_R, asked[::step])])) > MOST_THINGS and step < len(asked):
+        step *= 2
+    asked = asked[::step]
     query_R, thing_R, grade_R = (column[np.isin(query_R, asked)] for column in (query_R, thing_R, grade_R))
     things = np.union1d(thing_R, np.arange(0, len(image_ND), -(-len(image_ND) // MOST_THINGS)))
     target_QN = torch.zeros(len(asked), len(things), dtype=torch.float64)

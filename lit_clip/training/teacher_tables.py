@@ -78,6 +78,9 @@ class TeacherTables:
 
     def of_pairs(self, pairs: Pairs, tower: Tower) -> Tensor:
         """Return the features ``[B, D]`` of this rank's pairs."""
+        image_of = pairs.batch.image_of
+        several = "model.loss: a table of images has one of each pair; set data.images.per_thing to one or all"
+        require(tower == "text" or image_of is None or image_of.ndim == 1, several)
         names = pairs.batch.keys if tower == "image" else pairs.batch.captions
         require(len(names) == len(pairs.image), "model.loss: a table of captions needs batches with captions")
         return self.tables[tower].of([*names]).to(pairs.image.device)

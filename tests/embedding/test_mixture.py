@@ -78,3 +78,18 @@ def test_of_many_things_and_queries_some_are_compared(monkeypatch: pytest.Monkey
     assert part.queries == 200
     assert abs(part.text_weight - whole.text_weight) <= 0.15
     assert np.argmin(part.losses) not in (0, 100)
+
+
+def test_queries_with_many_judged_things_are_fewer(monkeypatch: pytest.MonkeyPatch) -> None:
+    image, text, queries, _ = made(1.5, 0.8, things=200)
+    judged: Judged = [(query, (5 * query + n) % 200, 1) for query in range(40) for n in range(5)]
+    compared, combined = set[int](), mixture.combined
+    monkeypatch.setattr(mixture, "MOST_THINGS", 30)
+    monkeypatch.setattr(
+        mixture, "combined", lambda image, text, weight: (compared.add(len(image)), combined(image, text, weight))[1]
+    )
+    found = learn_text_weight(image, text, queries, judged, scale=20.0)
+    assert found.queries == 5
+    assert max(compared) <= 60
+    one: Judged = [(0, thing, 1) for thing in range(200)]
+    assert learn_text_weight(image, text, queries, one, scale=20.0).queries == 1

@@ -376,6 +376,9 @@ def test_probabilities_need_a_table_of_images_and_one_of_captions(
     pairs, _ = pairs_of(16)
     with pytest.raises(InputError, match="batches with captions"):
         distillation(dataclasses.replace(pairs, batch=pairs.batch._replace(captions=())))
+    things = pairs.batch._replace(image_of=torch.tensor([[0, 1], [2, -1], [3, -1], [3, -1]]))
+    with pytest.raises(InputError, match=r"^model\.loss: a table of images .* data\.images\.per_thing"):
+        distillation(dataclasses.replace(pairs, batch=things))
 
 
 def test_a_damaged_or_foreign_table_is_one_line_that_names_it(tiny_config: CLIPConfig, tmp_path: Path) -> None:

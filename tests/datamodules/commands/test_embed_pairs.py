@@ -251,10 +251,25 @@ def test_queries_that_teach_nothing_are_one_line(products: Path, tiny_checkpoint
         embed(*THINGS, *words, other)
     with pytest.raises(InputError, match=r"^absent: no qrels"):
         embed(*THINGS, *words, "absent")
-    with pytest.raises(InputError, match="leave --text_weight out"):
-        embed(*THINGS, *words, other, "--text_weight", "0.3")
+    for weight in ("0.3", "0.5"):
+        with pytest.raises(InputError, match="leave --text_weight out"):
+            embed(*THINGS, *words, other, "--text_weight", weight)
     with pytest.raises(InputError, match="image,caption"):
         embed(*THINGS[:-2], *words, other)
+
+
+def test_the_weight_of_texts_is_not_learned_from_the_split_that_evaluate_judges_by(
+    products: Path, tiny_checkpoint: Path
+) -> None:
+    queries = judged(products / "queries", ["a kite"], ["p1"])
+    words = [*THINGS, "--queries", queries, "--model", str(tiny_checkpoint), "--output", "things.npy"]
+    train = Path(queries) / "qrels" / "train.tsv"
+    train.rename(train.with_name("dev.tsv"))
+    with pytest.raises(InputError, match=r"no split 'train' of qrels; add it, or .* dev, test"):
+        embed(*words)
+    train.with_name("dev.tsv").unlink()
+    with pytest.raises(InputError, match=r"--queries: .* only the split 'test' .*qrels/train\.tsv"):
+        embed(*words)
 
 
 def test_without_a_group_each_image_with_its_captions_is_a_thing(folder: Path, tiny_checkpoint: Path) -> None:

@@ -230,6 +230,18 @@ def test_stretched_batch_repeats_its_last_pair() -> None:
     assert [part.keys for part in more.split(3)] == [["a"], ["b"], ["b", "b"]]
 
 
+@pytest.mark.parametrize("parts", [2, 3, 7])
+def test_no_part_of_a_stretched_thing_of_several_images_lacks_images_or_texts(parts: int) -> None:
+    images, tokens = torch.arange(15).reshape(5, 3, 1, 1), torch.arange(2).reshape(1, 2)
+    thing = CaptionBatch(images, tokens, ["a"], ["A"], image_of=torch.arange(5).reshape(1, 5))
+    found = thing.stretched(parts).split(parts)
+    assert len(found) == parts
+    assert all(len(part.images) and len(part.tokens) == len(part.captions) > 0 for part in found)
+    encoded = torch.cat([part.images for part in found])
+    assert torch.equal(encoded[:5], images)
+    assert thing.stretched(1) is thing
+
+
 # Counting
 
 

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import pickle
+import random
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
@@ -292,6 +293,20 @@ def test_a_step_has_a_thing_once_with_all_of_its_images(table: Callable[[Path], 
     }
     assert len(keys) > len(TITLES)  # which image comes first, with the caption of its row, is drawn
     assert sum(len(batch.keys) for batch in data.val_dataloader()) == len(EVERY)
+
+
+def test_an_image_with_a_row_for_each_caption_counts_once_and_all_captions_are_drawn(folder: Path) -> None:
+    rows = [["3_0.png", "one", "p"], ["3_0.png", "two", "p"], ["3_0.png", "three", "p"], ["3_1.png", "four", "p"]]
+    path = written(folder / "rows.csv", [["image", "title", "product"], *rows])
+    source = opened(path, val=str(path), columns=Columns(group="product"), images=TOGETHER).train_source
+    assert source is not None
+    images = sorted(Image.open(folder / name).convert("RGB").tobytes() for name in ("3_0.png", "3_1.png"))
+    first = dict[str, str]()
+    for seed in range(40):
+        pair = source.load(0, random.Random(seed))
+        assert sorted(image.convert("RGB").tobytes() for image in (pair.image, *pair.more_images)) == images
+        first[pair.caption] = pair.key
+    assert first == {caption: name for name, caption, _ in rows}
 
 
 def test_what_averages_cannot_be_read_with_is_refused_in_one_line(folder: Path) -> None:

@@ -107,6 +107,19 @@ def test_caption_is_the_text_or_else_from_the_json(tmp_path: Path) -> None:
         captions_of(tmp_path, both, caption="lang")
 
 
+def test_groups_are_read_once_in_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    products = [(f"{row}", {"png": image(), "json": json.dumps({"caption": "a", "id": row // 2})}) for row in range(6)]
+    write_tar(tmp_path / "x.tar", [(name, {**files, "json": files["json"].encode()}) for name, files in products])
+    source, read, rows = TarPairs(str(tmp_path / "x.tar"), columns=Columns(group="id")), TarPairs._read, list[int]()
+    monkeypatch.setattr(TarPairs, "_read", lambda self, row, *more: (rows.append(row), read(self, row, *more))[1])
+    for _ in range(3):
+        things = source.things()
+        assert things is not None
+        assert things.to_pylist() == ["0", "0", "1", "1", "2", "2"]
+        assert source.things(rows=True) is None
+    assert rows == list(range(6))
+
+
 def test_one_of_several_captions_is_drawn_by_the_samples_generator(tmp_path: Path) -> None:
     several = [f"caption {number}" for number in range(5)]
     source = captions_of(tmp_path, {"txt": b"caption 0", "captions.json": json.dumps(several).encode()})
