@@ -362,10 +362,33 @@ def test_every_kind_of_tiff_file_has_the_pixels_of_the_array(kind: str, tmp_path
             pixels(Preprocessing(SIZE, window=[0, 4095]))(image_for_model(tmp_path / "a.tif"))
 
 
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("planes", ["contig", "separate"])
+@pytest.mark.parametrize("window", [None, [0, 4095]])
+def test_sixteen_bit_colours_of_every_tiff_file_have_the_pixels_of_the_array(
+    window: Any, planes: str, compression: str | None, tmp_path: Path
+) -> None:
+    values = deep("uint16")[..., :3]
+    stored = values if planes == "contig" else np.moveaxis(values, 2, 0).copy()
+    tifffile.imwrite(tmp_path / "a.tif", stored, photometric="rgb", planarconfig=planes, compression=compression)
+    expected = np.rint(values / 4095 * 255) if window else values >> 8
+    found = pixels(Preprocessing((40, 48), window=window))(image_for_model(tmp_path / "a.tif"))
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)
+
+
 def test_without_tifffile_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the file is not called broken: all such files would be skipped."""
+    unreadable = tiff("16 bits")[0]
+    readable = image_for_model(io.BytesIO(tiff("8 bits of colours and alpha, as GDAL writes them")[0]), "row 1")
     monkeypatch.setitem(sys.modules, "tifffile", None)
-    with pytest.raises(BadSample, match="pip install tifffile"):
-        image_for_model(io.BytesIO(tiff("16 bits")[0]), "row 1")
+    preprocessing = Preprocessing(SIZE, mean=(0.5,) * 4, std=(0.5,) * 4)
+    for read in (
+        lambda: image_for_model(io.BytesIO(unreadable), "row 1"),
+        lambda: pixels(preprocessing)(readable),
+    ):
+        with pytest.raises(InputError, match="pip install tifffile") as refused:
+            read()
+        assert not isinstance(refused.value, BadSample)
 
 
 def array_file(header: str) -> bytes:
@@ -389,6 +412,19 @@ def claiming(kind: str, tag: int, value: int) -> bytes:
     return bytes(content)
 
 
+def pages_of_zeros(kind: str, pages: int, shared: bool) -> bytes:
+    """Return a TIFF file of pages of one strip of zeros each, which may all be the first page's."""
+    file = io.BytesIO()
+    zeros = np.zeros((pages, 512, 512), kind)
+    tifffile.imwrite(file, zeros, photometric="minisblack", compression="zlib", rowsperstrip=512, metadata=None)
+    content = bytearray(file.getvalue())
+    with tifffile.TiffFile(io.BytesIO(content)) as opened:
+        places = [page.tags[273].valueoffset for page in opened.pages]
+    for place in places if shared else ():
+        content[place : place + 4] = content[places[0] : places[0] + 4]
+    return bytes(content)
+
+
 HOSTILE = {
     "objects": pickled,
     "10^12 values": lambda: array_file("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 1000000)}"),
@@ -406,6 +442,7 @@ HOSTILE = {
     "bands": lambda: claiming("16 bits", 277, 60_000),
     "tile": lambda: claiming("16 bits in tiles, deflated", 322, 2**15),
     "truncated": lambda: tiff("16 bits")[0][:-100],
+    "pages of one strip": lambda: pages_of_zeros("float64", 24, shared=True),
 }
 
 
@@ -420,6 +457,20 @@ def test_a_hostile_file_is_refused_without_memory(kind: str, tmp_path: Path) -> 
                 image_for_model(source, "row 1")
             assert refused.value.reason in ("broken image", "not an image", "image too large")
         assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("shared", "bands", "words"), [(False, 4, "24 bands, the model reads 4"), (True, 24, "claims")]
+)
+def test_pages_that_pillow_opens_are_counted_before_they_are_decoded(shared: bool, bands: int, words: str) -> None:
+    image = image_for_model(io.BytesIO(pages_of_zeros("uint8", 24, shared)), "row 1")
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadSample, match=words):
+            pixels(Preprocessing(SIZE, mean=(0.5,) * bands, std=(0.5,) * bands))(image)
+        assert tracemalloc.get_traced_memory()[1] < 4e6  # of 6.3
     finally:
         tracemalloc.stop()
 

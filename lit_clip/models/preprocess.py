@@ -14,7 +14,7 @@ from torchvision.transforms.v2 import functional as TF
 
 from lit_clip.models.config import Preprocessing, height_width
 from lit_clip.models.patches import patch_sequence
-from lit_clip.tools.levels import check_count, eight_bits, levels_of
+from lit_clip.tools.levels import BITS, check_count, eight_bits, levels_of
 
 
 def to_rgb(image: Any) -> Any:
@@ -34,11 +34,14 @@ def windowed(image: Image.Image, config: Preprocessing) -> Any:
 
     Return a PIL image, or uint8 ``[C, H, W]`` for a model that reads other bands than red, green and blue.
     """
-    if config.bands == 3:
+    deep = image.mode == "RGB" and max(getattr(image, "tag_v2", {}).get(BITS, (8,))) > 8
+    if config.bands == 3 and not (deep and config.window):
         check_count(image, 3)
         return eight_bits(image, window=config.window)
-    from lit_clip.tools.bands import eight_bit_bands  # which few models need
+    from lit_clip.tools.bands import eight_bit_bands, tiff_bands  # which few models need
 
+    if config.bands == 3:  # 16-bit colours of a TIFF file, whose highest 8 bits Pillow has read
+        return eight_bits(tiff_bands(image, 3), window=config.window)
     return torch.from_numpy(eight_bit_bands(image, config.bands, config.window).copy()).permute(2, 0, 1)
 
 

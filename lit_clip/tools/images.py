@@ -134,12 +134,11 @@ def stored_image(source: Path | BinaryIO, where: str | None = None) -> Image.Ima
             width, height = least_size(*image.size)
             image.info[FULL_SIZE] = image.size
             image.draft(None, (max(1, width), max(1, height)))  # pyright: ignore[reportArgumentType]  # None keeps the mode
-        try:
-            image.load()
-        except ValueError:
-            if getattr(image, "tag_v2", {}).get(TiffImagePlugin.PLANAR_CONFIGURATION) != 2:
-                raise
-            return _bands("banded", _bands("tiff_values", source))  # which Pillow opens and cannot decode
+        tags = getattr(image, "tag_v2", {})
+        planes = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2 and tags.get(BANDS, 1) > 1
+        if planes and max(tags.get(BITS, (8,))) > 8:  # which Pillow opens, and reads as bytes
+            return _bands("banded", _bands("tiff_values", source))
+        image.load()
         return image
 
 

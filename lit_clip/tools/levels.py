@@ -124,6 +124,10 @@ def check_count(image: Image.Image, wanted: int) -> None:
         found = levels.values.shape[2] if levels.values.ndim == 3 else 1
     elif image.mode == "RGB" and wanted == 3:  # Pillow drops the other bands of some TIFF files
         found = max(3, getattr(image, "tag_v2", {}).get(BANDS, 3))
-    if found != wanted and (found, wanted) != (1, 3):
-        where = getattr(image, "where", "an image")
+    check_bands(found, wanted, getattr(image, "where", "an image"))
+
+
+def check_bands(found: int, wanted: int | None, where: str) -> None:
+    """Raise :class:`BadSample` unless a model can read an image of ``found`` bands; None: any number."""
+    if wanted not in (None, found) and (found, wanted) != (1, 3):
         raise BadSample(where, "another number of bands", f"it has {found} bands, the model reads {wanted}")
