@@ -16,11 +16,14 @@ import pytest
 import timm
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.optim import AdamW
 from torchvision.transforms import v2
 
+from callbacks import EmbeddingProjector, SimilarityMatrix, ZeroShot, ZeroShotSet
 from datamodules import Captions, CustomPairs
 from datamodules.evaluation.own_classes import ImageFolderClasses
 from datamodules.loading.augmentation import Augmentation, TrainingTransform
@@ -551,6 +554,31 @@ def test_an_own_set_of_classes_and_validation_read_all_bands(trained: tuple[LitC
     data = Captions(val=str(scenes / "val4.csv"), num_workers=0)
     (results,) = Trainer(**QUIET).validate(module, data, verbose=False)
     assert np.isfinite(results["val/loss"])
+
+
+@pytest.mark.parametrize("bands", [1, 2, 4])
+def test_tensorboard_shows_the_first_three_bands_or_the_first_one(bands: int, tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / f"classes/{NAMES[number % 2]}").mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / f"classes/{NAMES[number % 2]}/{number}.npy", scene(number)[..., :bands])
+    rows = [f"classes/{NAMES[number % 2]}/{number}.npy,{NAMES[number % 2]} {number}" for number in range(4)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption", *rows]) + "\n")
+    classes = ZeroShotSet(ImageFolderClasses(str(tmp_path / "classes")), ["{}"])
+    callbacks = [EmbeddingProjector(4), SimilarityMatrix(4), ZeroShot({"land": classes}, examples=4)]
+    logger = TensorBoardLogger(tmp_path, name="run", default_hp_metric=False)
+    options = {**QUIET, "logger": logger, "callbacks": callbacks, "max_epochs": 1, "log_every_n_steps": 1}
+    module = LitCLIP(config(bands), lr_scheduler=partial(WarmupCosine, warmup_steps=1))
+    table = str(tmp_path / "t.csv")
+    Trainer(**options).fit(module, Captions(table, table, batch_size=2, num_workers=0, augmentation=[]))
+    (sprite,) = (tmp_path / "run").rglob("sprite.png")
+    preprocessing = module.preprocessing
+    expected = pixels(preprocessing)(image_for_model(tmp_path / "classes/water/0.npy"))
+    expected = expected[:3] if bands > 2 else expected[:1].expand(3, -1, -1)
+    assert (
+        np.abs(np.asarray(Image.open(sprite))[:SIZE, :SIZE].astype(int) - expected.permute(1, 2, 0).numpy()).max() <= 1
+    )
+    events = EventAccumulator(str(logger.log_dir)).Reload()
+    assert set(events.Tags()["images"]) == {"val/similarity", "zero_shot/land"}
 
 
 @pytest.mark.parametrize("format", ["open_clip", "hugging_face", "immich"])

@@ -39,7 +39,7 @@ _least_size: ContextVar[LeastSize | None] = ContextVar("_least_size", default=No
 class Unseen(StrEnum):
     """Content of an image file that a model does not see as it is, and what is done with it."""
 
-    DEEP = "have more than 8 bits a grey level (the highest 8 are read)"
+    DEEP = "have more than 8 bits a level (the highest 8 are read)"
     CONVERTED = "have four or more bands, as CMYK (converted to RGB)"
     TRANSPARENT = "have an alpha channel or a transparent colour (dropped: black, or the colour underneath)"
     ANIMATED = "have several frames (the first is read)"
