@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import timm
@@ -25,14 +26,17 @@ from torchvision.transforms import v2
 
 from callbacks import EmbeddingProjector, SimilarityMatrix, ZeroShot, ZeroShotSet
 from datamodules import Captions, CustomPairs
+from datamodules.evaluation.image_files import images_in as images_of_set
 from datamodules.evaluation.own_classes import ImageFolderClasses
 from datamodules.loading.augmentation import Augmentation, TrainingTransform
 from datamodules.loading.bad_samples import BadSamples
+from datamodules.pairs.folder import FolderPairs
 from lit_clip import CLIP, LitCLIP, load_model
 from lit_clip.cli.main import main
 from lit_clip.commands.demo_trial import image_of
 from lit_clip.commands.export import export
 from lit_clip.embedding.image_files import FileRows, image_file
+from lit_clip.embedding.image_files import images_in as listed_images
 from lit_clip.embedding.reading import ImageBatches
 from lit_clip.errors import BadSample, InputError
 from lit_clip.losses import Contrastive
@@ -324,6 +328,26 @@ def test_sixteen_bits_keep_the_highest_eight_with_a_warning_and_floats_need_a_wi
         model.preprocess(deep("float32"))
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (np.zeros((40, 48, 4), bool), "preprocess: .*bool"),
+        (np.zeros((2, 40, 48, 4), np.uint8), r"preprocess: .*\[2, 40, 48, 4\]"),
+        (np.zeros((4, 40, 48), np.uint8), r"\[height, width, bands\].* 48 bands, the model reads 4"),
+        (Image.new("RGBA", (48, 40)), "image without its path.* 3 bands, the model reads 4"),
+    ],
+)
+def test_what_preprocess_cannot_read_is_one_line(given: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        CLIP(config(4)).preprocess(given)
+
+
+def test_a_transform_for_other_bands_returns_a_tensor() -> None:
+    transform = TrainingTransform([v2.Lambda(lambda bands: "text")], config(4).preprocessing or Preprocessing())
+    with pytest.raises(InputError, match=r"must return a tensor \[4, H, W\]"):
+        transform(_banded(scene(0)))
+
+
 tifffile: Any = pytest.importorskip("tifffile")  # the extra tif; scikit-image brings it too
 PLANES = {"planarconfig": "separate"}
 TIFFS: dict[str, dict[str, Any]] = {
@@ -377,6 +401,15 @@ def test_sixteen_bit_colours_of_every_tiff_file_have_the_pixels_of_the_array(
     expected = np.rint(values / 4095 * 255) if window else values >> 8
     found = pixels(Preprocessing((40, 48), window=window))(image_for_model(tmp_path / "a.tif"))
     assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_planes_of_grey_and_alpha_are_two_bands(compression: str | None) -> None:
+    values, file = scene(0)[..., :2], io.BytesIO()
+    options = {"photometric": "minisblack", "extrasamples": ["unassalpha"], "compression": compression, **PLANES}
+    tifffile.imwrite(file, np.moveaxis(values, 2, 0).copy(), **options)
+    preprocessing = Preprocessing((40, 48), mean=(0.5,) * 2, std=(0.5,) * 2)
+    assert np.array_equal(pixels(preprocessing)(image_for_model(file, "a")).permute(1, 2, 0).numpy(), values)
 
 
 def test_without_tifffile_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -579,6 +612,23 @@ def test_tensorboard_shows_the_first_three_bands_or_the_first_one(bands: int, tm
     )
     events = EventAccumulator(str(logger.log_dir)).Reload()
     assert set(events.Tags()["images"]) == {"val/similarity", "zero_shot/land"}
+
+
+def test_arrays_beside_photographs_are_no_images(tmp_path: Path) -> None:
+    """But their features; a folder of arrays alone is one of images."""
+    for kind, files in (("both", ("1.png", "1.npy", "features.npy")), ("arrays", ("1.npy", "2.NPY"))):
+        folder = tmp_path / kind / "water"
+        folder.mkdir(parents=True)
+        for name in files:
+            (folder / name).write_bytes(b"")
+            (folder / name).with_suffix(".txt").write_text("water")
+        images = ["1.png"] if kind == "both" else list(files)
+        assert [file.key for file in listed_images(folder)] == images
+        assert [file.name for file in ImageFolderClasses(str(tmp_path / kind)).files] == images
+        assert images_of_set(folder) == images
+        assert list(FolderPairs(folder).image_names() or []) == [pa.scalar(name) for name in images]
+    np.save(tmp_path / "both/features.npy", np.zeros((2, 3)))  # as embed writes for a folder of folders
+    assert [file.key for file in listed_images(tmp_path / "both")] == ["water/1.png"]
 
 
 @pytest.mark.parametrize("format", ["open_clip", "hugging_face", "immich"])

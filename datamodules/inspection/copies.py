@@ -222,8 +222,7 @@ def _unusable(source: PairSource, row: int, problem: dict[str, str]) -> Finding:
     with suppress(BadSample):
         key = source.key(row)
     line = Finding.of_row(row, key)
-    decision = KEEP if problem["reason"] == NO_RANGE else DROP  # a window gives them one
-    line.add(problem["reason"], decision, problem["error"])
+    line.add(problem["reason"], KEEP if problem["reason"] == NO_RANGE else DROP, problem["error"])  # train by a window
     return line
 
 

@@ -124,15 +124,10 @@ def _pages(source: Any) -> Iterator[list[Any]]:
             _check_page(page, len(content))
             parts.update(zip(page.dataoffsets, page.databytecounts, strict=True))
         held = min(len(content), sum(parts.values())) * (MOST_COMPRESSED if first.compression != 1 else 1)
-        if sum(map(_claimed, pages)) > min(MOST_BYTES, held):
-            raise ValueError(
-                f"it claims {len(pages)} x {first.shape} values, more than its {len(content):,} bytes hold"
-            )
+        claimed = sum(max(page.nbytes, math.prod(page.chunks) * page.dtype.itemsize) for page in pages)
+        if claimed > min(MOST_BYTES, held):
+            raise ValueError(f"it claims {len(pages)} x {first.shape} values, more than {len(content):,} bytes hold")
         yield pages
-
-
-def _claimed(page: Any) -> int:
-    return max(page.nbytes, math.prod(page.chunks) * page.dtype.itemsize)
 
 
 def _check_page(page: Any, size: int) -> None:

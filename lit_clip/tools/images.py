@@ -1,8 +1,9 @@
 """The one way to open an image, with one set of refusals."""
 
 import math
+import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from enum import StrEnum
@@ -136,8 +137,8 @@ def stored_image(source: Path | BinaryIO, where: str | None = None) -> Image.Ima
             image.draft(None, (max(1, width), max(1, height)))  # pyright: ignore[reportArgumentType]  # None keeps the mode
         tags = getattr(image, "tag_v2", {})
         planes = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2 and tags.get(BANDS, 1) > 1
-        if planes and max(tags.get(BITS, (8,))) > 8:  # which Pillow opens, and reads as bytes
-            return _bands("banded", _bands("tiff_values", source))
+        if planes and (max(tags.get(BITS, (8,))) > 8 or image.mode == "LA"):
+            return _bands("banded", _bands("tiff_values", source))  # Pillow cannot decode them, or not rightly
         image.load()
         return image
 
@@ -168,6 +169,12 @@ def upright(image: Image.Image, size: int) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def image_names(names: Iterable[str]) -> list[str]:
+    """Choose the images among the names of files; arrays only without other images, whose features they mostly are."""
+    found = [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
+    return [name for name in found if not name.lower().endswith(".npy")] or found
 
 
 def is_rotated(image: Image.Image) -> bool:

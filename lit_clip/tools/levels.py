@@ -125,7 +125,7 @@ def check_count(image: Image.Image, wanted: int) -> None:
         found = levels.values.shape[2] if levels.values.ndim == 3 else 1
     elif image.mode == "RGB" and wanted == 3:  # Pillow drops the other bands of some TIFF files
         found = max(3, getattr(image, "tag_v2", {}).get(BANDS, 3))
-    check_bands(found, wanted, getattr(image, "where", "an image"))
+    check_bands(found, wanted, getattr(image, "where", "an image without its path"))
 
 
 def check_bands(found: int, wanted: int | None, where: str) -> None:
