@@ -6,6 +6,7 @@ import numpy as np
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import MLFlowLogger, TensorBoardLogger
 from PIL import Image
+from torch import Tensor
 
 
 def log_image(trainer: Trainer, tag: str, image: Image.Image) -> None:
@@ -21,3 +22,8 @@ def log_image(trainer: Trainer, tag: str, image: Image.Image) -> None:
             logger.experiment.log_image(logger.run_id, image, key=tag, step=trainer.global_step)
         elif hasattr(logger, "log_image"):
             logger.log_image(key=tag, images=[image], step=trainer.global_step)
+
+
+def shown_bands(images: Tensor) -> Tensor:
+    """Return the first three bands of ``[..., C, H, W]``, or the first one three times."""
+    return images[..., :3, :, :] if images.shape[-3] >= 3 else images[..., [0, 0, 0], :, :]

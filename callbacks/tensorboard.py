@@ -17,7 +17,7 @@ from lit_clip.errors import require
 from lit_clip.evaluation.report.prediction_grid import INK, MARGIN, PAPER, fit
 from lit_clip.models.patches import as_image
 from lit_clip.module import Features
-from .log_image import log_image
+from .log_image import log_image, shown_bands
 
 THUMBNAIL = 64  # pixels, of images in their own aspect ratio
 FRAME = torch.tensor([0.08, 0.37, 0.58])[:, None, None]  # blue, [3, 1, 1]
@@ -46,7 +46,7 @@ class SimilarityMatrix(Callback):
         shown = min(self.pairs, len(batch.images))
         rows = [i * len(batch.images) // shown for i in range(shown)]
         scores = (features["text"][rows] @ features["image"][rows].T).float().cpu().numpy()
-        images = [to_pil_image(as_image(batch.images[row])) for row in rows]
+        images = [to_pil_image(shown_bands(as_image(batch.images[row]))) for row in rows]
         captions = [cast(Any, pl_module).tokenize.decode(batch.tokens[row].tolist()) for row in rows]
         log_image(trainer, "val/similarity", similarity_matrix(images, captions, scores))
 
@@ -109,7 +109,7 @@ def _thumbnails(photos: Tensor) -> Tensor | None:
         return None
     if photos.ndim == 3:  # patches; all thumbnails have one size
         photos = torch.stack([resize(as_image(photo), [THUMBNAIL, THUMBNAIL]) for photo in photos])
-    photos = photos.float() / 255
+    photos = shown_bands(photos).float() / 255
     edge = max(1, photos.shape[-1] // 16)
     framed = FRAME.expand_as(photos).clone()
     framed[..., edge:-edge, edge:-edge] = photos[..., edge:-edge, edge:-edge]

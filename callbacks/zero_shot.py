@@ -23,7 +23,7 @@ from lit_clip.models.preprocess import pixels
 from lit_clip.module import LitCLIP
 from lit_clip.retrieval.retrieval_set import Evaluation
 from lit_clip.weights.fingerprint import text_sha256
-from .log_image import log_image
+from .log_image import log_image, shown_bands
 from .suite_evaluation import SuiteEvaluation
 
 __all__ = ["ZeroShot", "ZeroShotSet"]
@@ -115,5 +115,6 @@ def _contact_sheet(module: LitCLIP, opened: OpenSet, examples: int) -> Image.Ima
         frames = images.images(row)
         nearest = nearest_classes(names, torch.from_numpy(features.after[number]) @ opened.classifier)
         truth = names[labels[row]] if labels[row] >= 0 else ""
-        predictions.append(Prediction(to_pil_image(as_image(transform(frames[len(frames) // 2]))), truth, nearest))
+        image = shown_bands(as_image(transform(frames[len(frames) // 2])))
+        predictions.append(Prediction(to_pil_image(image), truth, nearest))
     return prediction_grid(predictions)

@@ -11,25 +11,32 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import timm
 import torch
 from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
 from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.optim import AdamW
 from torchvision.transforms import v2
 
+from callbacks import EmbeddingProjector, SimilarityMatrix, ZeroShot, ZeroShotSet
 from datamodules import Captions, CustomPairs
+from datamodules.evaluation.image_files import images_in as images_of_set
 from datamodules.evaluation.own_classes import ImageFolderClasses
 from datamodules.loading.augmentation import Augmentation, TrainingTransform
 from datamodules.loading.bad_samples import BadSamples
+from datamodules.pairs.folder import FolderPairs
 from lit_clip import CLIP, LitCLIP, load_model
 from lit_clip.cli.main import main
 from lit_clip.commands.demo_trial import image_of
 from lit_clip.commands.export import export
 from lit_clip.embedding.image_files import FileRows, image_file
+from lit_clip.embedding.image_files import images_in as listed_images
 from lit_clip.embedding.reading import ImageBatches
 from lit_clip.errors import BadSample, InputError
 from lit_clip.losses import Contrastive
@@ -321,6 +328,26 @@ def test_sixteen_bits_keep_the_highest_eight_with_a_warning_and_floats_need_a_wi
         model.preprocess(deep("float32"))
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (np.zeros((40, 48, 4), bool), "preprocess: .*bool"),
+        (np.zeros((2, 40, 48, 4), np.uint8), r"preprocess: .*\[2, 40, 48, 4\]"),
+        (np.zeros((4, 40, 48), np.uint8), r"\[height, width, bands\].* 48 bands, the model reads 4"),
+        (Image.new("RGBA", (48, 40)), "image without its path.* 3 bands, the model reads 4"),
+    ],
+)
+def test_what_preprocess_cannot_read_is_one_line(given: Any, words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        CLIP(config(4)).preprocess(given)
+
+
+def test_a_transform_for_other_bands_returns_a_tensor() -> None:
+    transform = TrainingTransform([v2.Lambda(lambda bands: "text")], config(4).preprocessing or Preprocessing())
+    with pytest.raises(InputError, match=r"must return a tensor \[4, H, W\]"):
+        transform(_banded(scene(0)))
+
+
 tifffile: Any = pytest.importorskip("tifffile")  # the extra tif; scikit-image brings it too
 PLANES = {"planarconfig": "separate"}
 TIFFS: dict[str, dict[str, Any]] = {
@@ -362,10 +389,42 @@ def test_every_kind_of_tiff_file_has_the_pixels_of_the_array(kind: str, tmp_path
             pixels(Preprocessing(SIZE, window=[0, 4095]))(image_for_model(tmp_path / "a.tif"))
 
 
+@pytest.mark.parametrize("compression", [None, "zlib"])
+@pytest.mark.parametrize("planes", ["contig", "separate"])
+@pytest.mark.parametrize("window", [None, [0, 4095]])
+def test_sixteen_bit_colours_of_every_tiff_file_have_the_pixels_of_the_array(
+    window: Any, planes: str, compression: str | None, tmp_path: Path
+) -> None:
+    values = deep("uint16")[..., :3]
+    stored = values if planes == "contig" else np.moveaxis(values, 2, 0).copy()
+    tifffile.imwrite(tmp_path / "a.tif", stored, photometric="rgb", planarconfig=planes, compression=compression)
+    expected = np.rint(values / 4095 * 255) if window else values >> 8
+    found = pixels(Preprocessing((40, 48), window=window))(image_for_model(tmp_path / "a.tif"))
+    assert np.array_equal(found.permute(1, 2, 0).numpy(), expected)
+
+
+@pytest.mark.parametrize("compression", [None, "zlib"])
+def test_planes_of_grey_and_alpha_are_two_bands(compression: str | None) -> None:
+    values, file = scene(0)[..., :2], io.BytesIO()
+    options = {"photometric": "minisblack", "extrasamples": ["unassalpha"], "compression": compression, **PLANES}
+    tifffile.imwrite(file, np.moveaxis(values, 2, 0).copy(), **options)
+    preprocessing = Preprocessing((40, 48), mean=(0.5,) * 2, std=(0.5,) * 2)
+    assert np.array_equal(pixels(preprocessing)(image_for_model(file, "a")).permute(1, 2, 0).numpy(), values)
+
+
 def test_without_tifffile_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And the file is not called broken: all such files would be skipped."""
+    unreadable = tiff("16 bits")[0]
+    readable = image_for_model(io.BytesIO(tiff("8 bits of colours and alpha, as GDAL writes them")[0]), "row 1")
     monkeypatch.setitem(sys.modules, "tifffile", None)
-    with pytest.raises(BadSample, match="pip install tifffile"):
-        image_for_model(io.BytesIO(tiff("16 bits")[0]), "row 1")
+    preprocessing = Preprocessing(SIZE, mean=(0.5,) * 4, std=(0.5,) * 4)
+    for read in (
+        lambda: image_for_model(io.BytesIO(unreadable), "row 1"),
+        lambda: pixels(preprocessing)(readable),
+    ):
+        with pytest.raises(InputError, match="pip install tifffile") as refused:
+            read()
+        assert not isinstance(refused.value, BadSample)
 
 
 def array_file(header: str) -> bytes:
@@ -389,6 +448,19 @@ def claiming(kind: str, tag: int, value: int) -> bytes:
     return bytes(content)
 
 
+def pages_of_zeros(kind: str, pages: int, shared: bool) -> bytes:
+    """Return a TIFF file of pages of one strip of zeros each, which may all be the first page's."""
+    file = io.BytesIO()
+    zeros = np.zeros((pages, 512, 512), kind)
+    tifffile.imwrite(file, zeros, photometric="minisblack", compression="zlib", rowsperstrip=512, metadata=None)
+    content = bytearray(file.getvalue())
+    with tifffile.TiffFile(io.BytesIO(content)) as opened:
+        places = [page.tags[273].valueoffset for page in opened.pages]
+    for place in places if shared else ():
+        content[place : place + 4] = content[places[0] : places[0] + 4]
+    return bytes(content)
+
+
 HOSTILE = {
     "objects": pickled,
     "10^12 values": lambda: array_file("{'descr': '<f4', 'fortran_order': False, 'shape': (1000000, 1000000)}"),
@@ -406,6 +478,7 @@ HOSTILE = {
     "bands": lambda: claiming("16 bits", 277, 60_000),
     "tile": lambda: claiming("16 bits in tiles, deflated", 322, 2**15),
     "truncated": lambda: tiff("16 bits")[0][:-100],
+    "pages of one strip": lambda: pages_of_zeros("float64", 24, shared=True),
 }
 
 
@@ -420,6 +493,20 @@ def test_a_hostile_file_is_refused_without_memory(kind: str, tmp_path: Path) -> 
                 image_for_model(source, "row 1")
             assert refused.value.reason in ("broken image", "not an image", "image too large")
         assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("shared", "bands", "words"), [(False, 4, "24 bands, the model reads 4"), (True, 24, "claims")]
+)
+def test_pages_that_pillow_opens_are_counted_before_they_are_decoded(shared: bool, bands: int, words: str) -> None:
+    image = image_for_model(io.BytesIO(pages_of_zeros("uint8", 24, shared)), "row 1")
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadSample, match=words):
+            pixels(Preprocessing(SIZE, mean=(0.5,) * bands, std=(0.5,) * bands))(image)
+        assert tracemalloc.get_traced_memory()[1] < 4e6  # of 6.3
     finally:
         tracemalloc.stop()
 
@@ -500,6 +587,48 @@ def test_an_own_set_of_classes_and_validation_read_all_bands(trained: tuple[LitC
     data = Captions(val=str(scenes / "val4.csv"), num_workers=0)
     (results,) = Trainer(**QUIET).validate(module, data, verbose=False)
     assert np.isfinite(results["val/loss"])
+
+
+@pytest.mark.parametrize("bands", [1, 2, 4])
+def test_tensorboard_shows_the_first_three_bands_or_the_first_one(bands: int, tmp_path: Path) -> None:
+    for number in range(4):
+        (tmp_path / f"classes/{NAMES[number % 2]}").mkdir(parents=True, exist_ok=True)
+        np.save(tmp_path / f"classes/{NAMES[number % 2]}/{number}.npy", scene(number)[..., :bands])
+    rows = [f"classes/{NAMES[number % 2]}/{number}.npy,{NAMES[number % 2]} {number}" for number in range(4)]
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption", *rows]) + "\n")
+    classes = ZeroShotSet(ImageFolderClasses(str(tmp_path / "classes")), ["{}"])
+    callbacks = [EmbeddingProjector(4), SimilarityMatrix(4), ZeroShot({"land": classes}, examples=4)]
+    logger = TensorBoardLogger(tmp_path, name="run", default_hp_metric=False)
+    options = {**QUIET, "logger": logger, "callbacks": callbacks, "max_epochs": 1, "log_every_n_steps": 1}
+    module = LitCLIP(config(bands), lr_scheduler=partial(WarmupCosine, warmup_steps=1))
+    table = str(tmp_path / "t.csv")
+    Trainer(**options).fit(module, Captions(table, table, batch_size=2, num_workers=0, augmentation=[]))
+    (sprite,) = (tmp_path / "run").rglob("sprite.png")
+    preprocessing = module.preprocessing
+    expected = pixels(preprocessing)(image_for_model(tmp_path / "classes/water/0.npy"))
+    expected = expected[:3] if bands > 2 else expected[:1].expand(3, -1, -1)
+    assert (
+        np.abs(np.asarray(Image.open(sprite))[:SIZE, :SIZE].astype(int) - expected.permute(1, 2, 0).numpy()).max() <= 1
+    )
+    events = EventAccumulator(str(logger.log_dir)).Reload()
+    assert set(events.Tags()["images"]) == {"val/similarity", "zero_shot/land"}
+
+
+def test_arrays_beside_photographs_are_no_images(tmp_path: Path) -> None:
+    """But their features; a folder of arrays alone is one of images."""
+    for kind, files in (("both", ("1.png", "1.npy", "features.npy")), ("arrays", ("1.npy", "2.NPY"))):
+        folder = tmp_path / kind / "water"
+        folder.mkdir(parents=True)
+        for name in files:
+            (folder / name).write_bytes(b"")
+            (folder / name).with_suffix(".txt").write_text("water")
+        images = ["1.png"] if kind == "both" else list(files)
+        assert [file.key for file in listed_images(folder)] == images
+        assert [file.name for file in ImageFolderClasses(str(tmp_path / kind)).files] == images
+        assert images_of_set(folder) == images
+        assert list(FolderPairs(folder).image_names() or []) == [pa.scalar(name) for name in images]
+    np.save(tmp_path / "both/features.npy", np.zeros((2, 3)))  # as embed writes for a folder of folders
+    assert [file.key for file in listed_images(tmp_path / "both")] == ["water/1.png"]
 
 
 @pytest.mark.parametrize("format", ["open_clip", "hugging_face", "immich"])

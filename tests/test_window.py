@@ -171,7 +171,7 @@ def test_without_a_window_fit_and_preprocess_say_that_the_levels_are_dark(
     with caplog.at_level("INFO"):
         fitted(scans, None, 0)
     (line,) = (record.message for record in caplog.records if record.message.startswith("images: "))
-    assert "have more than 8 bits a grey level" in line
+    assert "have more than 8 bits a level" in line
     assert "dark" in line
     assert "data.window" in line
     model = CLIP(tiny())

@@ -12,7 +12,7 @@ from PIL import Image
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import CaptionedImages, ImageSet, LabelledImages, MissingData
 from lit_clip.tools.hashing import hex_digest, stamp_of_files
-from lit_clip.tools.images import SUFFIXES, check_images, image_for_model
+from lit_clip.tools.images import SUFFIXES, check_images, image_for_model, image_names
 from lit_clip.tools.reading import reading
 
 TrainTest = Literal["train", "test"]
@@ -137,7 +137,7 @@ def by_hash(names: Sequence[str], seed: int) -> list[str]:
 
 def images_in(folder: Path) -> list[str]:
     """List the names of the images in a folder, sorted, without hidden ones, which editors and macOS leave."""
-    return _entries(folder, "images", lambda entry: Path(entry.name).suffix.lower() in SUFFIXES)
+    return image_names(_entries(folder, "images", lambda entry: Path(entry.name).suffix.lower() in SUFFIXES))
 
 
 def subfolders(folder: Path) -> list[str]:

@@ -23,6 +23,7 @@ from lit_clip.errors import BadSample
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.console import progress
 from lit_clip.tools.images import decoding_at_least, open_image
+from lit_clip.tools.levels import NO_RANGE
 from lit_clip.tools.workers import loader
 from ..near_duplicates import NEAR_BITS, LookIndex, Looks, look_labels
 from ..pairs.decisions import DROP, KEEP
@@ -221,7 +222,7 @@ def _unusable(source: PairSource, row: int, problem: dict[str, str]) -> Finding:
     with suppress(BadSample):
         key = source.key(row)
     line = Finding.of_row(row, key)
-    line.add(problem["reason"], DROP, problem["error"])
+    line.add(problem["reason"], KEEP if problem["reason"] == NO_RANGE else DROP, problem["error"])  # train by a window
     return line
 
 

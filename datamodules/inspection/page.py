@@ -127,7 +127,7 @@ def _image_lines(findings: ScanFindings, duplicates: DuplicateGroups) -> list[Su
         *_size_lines(images),
     ]
     states = (
-        ("more than 8 bits a grey level (models see the highest 8)", DEEP),
+        ("more than 8 bits a level (models see the highest 8)", DEEP),
         ("four or more bands, as CMYK (models see them converted to RGB)", CONVERTED),
         ("with an EXIF rotation (models see them unrotated)", ROTATED),
         ("animated (models see the first frame)", ANIMATED),

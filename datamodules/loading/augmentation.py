@@ -254,7 +254,8 @@ class TrainingTransform:
         bands = self._preprocessing.bands
         last = f"augmentation: {', '.join(map(_name, self.transforms[-1:]))}, the last transform, returned"
         if not isinstance(result, Tensor):
-            raise InputError(f"{last} a {type(result).__name__}; it must return a PIL image or a tensor [C, H, W]")
+            wanted = "a PIL image or a tensor [C, H, W]" if bands == 3 else f"a tensor [{bands}, H, W]"
+            raise InputError(f"{last} a {type(result).__name__}; it must return {wanted}")
         result = result.as_subclass(Tensor)  # of torchvision's images
         if result.ndim != 3 or result.shape[0] not in ((1, 3) if bands == 3 else (bands,)):
             raise InputError(f"{last} a tensor {list(result.shape)}; it must be [{bands}, H, W]")

@@ -10,7 +10,7 @@ import pyarrow as pa
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_clip.errors import BadSample, InputError, require
-from lit_clip.tools.images import SUFFIXES
+from lit_clip.tools.images import SUFFIXES, image_names
 from lit_clip.tools.reading import reading
 from ..loading.bad_samples import as_unicode, is_unicode
 from .columns import Cells, ColumnPairs
@@ -42,16 +42,16 @@ def walk_images(folder: Path) -> Iterator[tuple[str, bool]]:
 def _listed(folder: Path, below: str) -> Iterator[tuple[str, bool, bool]]:
     """Yield each subfolder and image of a folder: name, whether it is a folder, and whether it has a text file."""
     with reading(folder, "folder"):
-        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+        entries = sorted((each for each in os.scandir(folder) if each.name[0] != "."), key=lambda entry: entry.name)
+    images = set(image_names(entry.name for entry in entries))
     texts = {entry.name.removesuffix(".txt") for entry in entries if entry.name.endswith(".txt")}
     for entry in entries:
-        stem, suffix = os.path.splitext(entry.name)
         try:
             is_folder = entry.is_dir()
         except OSError:  # a link to nothing that could be read
             is_folder = False
-        if not entry.name.startswith(".") and (is_folder or suffix.lower() in SUFFIXES):
-            yield below + entry.name, is_folder, stem in texts
+        if is_folder or entry.name in images:
+            yield below + entry.name, is_folder, os.path.splitext(entry.name)[0] in texts
 
 
 def _identity(folder: Path) -> tuple[int, int]:

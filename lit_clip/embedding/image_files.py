@@ -10,7 +10,7 @@ from PIL import Image
 from lit_clip.embedding.feature_files import Identity
 from lit_clip.errors import require, similar_file
 from lit_clip.tools.console import stderr
-from lit_clip.tools.images import SUFFIXES, OnError, image_for_model, or_skip
+from lit_clip.tools.images import SUFFIXES, OnError, image_for_model, image_names, or_skip
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,14 @@ def images_in(folder: Path, on_error: OnError = "error") -> list[ImageFile]:
                 continue
             if os.path.isdir(entry.path):
                 waiting.append((Path(entry.path), above | {here}))
-            elif Path(entry.name).suffix.lower() in SUFFIXES:
-                found.append(image_file(Path(entry.path).relative_to(folder).as_posix(), Path(entry.path)))
+            else:
+                found.append(entry.path)
     if unreadable:
         require(on_error == "skip", or_skip(unreadable[0], "--on_error skip to leave the folder out"))
         stderr().print(f"folders left out because they cannot be read: {len(unreadable)}; the first: {unreadable[0]}")
-    require(bool(found), f"{folder}: no images in this folder or below ({', '.join(sorted(SUFFIXES))})")
-    return sorted(found, key=lambda file: file.key)
+    images = [image_file(path.relative_to(folder).as_posix(), path) for path in map(Path, image_names(found))]
+    require(bool(images), f"{folder}: no images in this folder or below ({', '.join(sorted(SUFFIXES))})")
+    return sorted(images, key=lambda file: file.key)
 
 
 def find_images(paths: Sequence[str], on_error: OnError = "error") -> list[ImageFile]:

@@ -12,9 +12,10 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 from torchvision.transforms.v2 import functional as TF
 
+from lit_clip.errors import InputError
 from lit_clip.models.config import Preprocessing, height_width
 from lit_clip.models.patches import patch_sequence
-from lit_clip.tools.levels import check_count, eight_bits, levels_of
+from lit_clip.tools.levels import BITS, check_count, eight_bits, levels_of
 
 
 def to_rgb(image: Any) -> Any:
@@ -34,12 +35,16 @@ def windowed(image: Image.Image, config: Preprocessing) -> Any:
 
     Return a PIL image, or uint8 ``[C, H, W]`` for a model that reads other bands than red, green and blue.
     """
-    if config.bands == 3:
-        check_count(image, 3)
-        return eight_bits(image, window=config.window)
-    from lit_clip.tools.bands import eight_bit_bands  # which few models need
+    if config.bands != 3:
+        from lit_clip.tools.bands import eight_bit_bands  # which few models need
 
-    return torch.from_numpy(eight_bit_bands(image, config.bands, config.window).copy()).permute(2, 0, 1)
+        return torch.from_numpy(eight_bit_bands(image, config.bands, config.window).copy()).permute(2, 0, 1)
+    if config.window and image.mode == "RGB" and max(getattr(image, "tag_v2", {}).get(BITS, (8,))) > 8:
+        from lit_clip.tools.bands import tiff_bands
+
+        image = tiff_bands(image, 3)  # of 16 bits, of which Pillow has read the highest 8
+    check_count(image, 3)
+    return eight_bits(image, window=config.window)
 
 
 def with_warning(image: Image.Image | Array, config: Preprocessing) -> Image.Image:
@@ -47,7 +52,10 @@ def with_warning(image: Image.Image | Array, config: Preprocessing) -> Image.Ima
     if isinstance(image, Array):
         from lit_clip.tools.bands import banded
 
-        image = banded(image)
+        try:
+            image = banded(image, "an array [height, width, bands]")
+        except ValueError as error:
+            raise InputError(f"preprocess: {error}") from error
     levels = levels_of(image) if config.window is None else None
     if levels is not None and not levels.windowed and (levels.bits or 16) > 8:
         warnings.warn(

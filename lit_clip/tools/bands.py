@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageFile
 
-from lit_clip.errors import BadSample
+from lit_clip.errors import BadSample, InputError
 from lit_clip.tools.guarded_output import log_level
-from lit_clip.tools.levels import MOST_BANDS, WHOLE, Levels, Window, as_bytes, check_count, levels_of
+from lit_clip.tools.levels import MOST_BANDS, WHOLE, Levels, Window, as_bytes, check_bands, check_count, levels_of
 from lit_clip.tools.reading import reason
 
 MOST_BYTES = 2**31  # of a TIFF file and of its pixels
@@ -95,9 +95,10 @@ class TiffBands(ArrayFile):
         return tiff_values(self.fp)
 
 
-def tiff_values(source: Any) -> np.ndarray:
-    """Read the bands of a TIFF file, a path or open, ``[H, W, C]``."""
+def tiff_values(source: Any, wanted: int | None = None, where: str = "an image") -> np.ndarray:
+    """Read the bands of a TIFF file, a path or open, as many as ``wanted``, ``[H, W, C]``."""
     with _pages(source) as pages:
+        check_bands(pages[0].samplesperpixel * len(pages), wanted, where)  # before they are decoded
         values = np.stack([page.asarray(maxworkers=1) for page in pages])
         return values[0] if pages[0].axes == "YXS" else np.moveaxis(values.reshape(-1, *values.shape[-2:]), 0, -1)
 
@@ -108,7 +109,7 @@ def _pages(source: Any) -> Iterator[list[Any]]:
     try:
         from tifffile import TiffFile  # an extra
     except ImportError as error:
-        raise ImportError("a TIFF file of such bands needs tifffile: pip install tifffile") from error
+        raise InputError("a TIFF file of such bands needs tifffile: pip install tifffile") from error
     with source.open("rb") if isinstance(source, Path) else nullcontext(source) as file:
         file.seek(0)
         content = file.read()
@@ -118,33 +119,43 @@ def _pages(source: Any) -> Iterator[list[Any]]:
         first = pages[0]
         alike = [page for page in pages if (page.shape, page.dtype) == (first.shape, first.dtype)]
         pages = alike if first.samplesperpixel == 1 else [first]
+        parts: dict[int, int] = {}  # bytes by their start, as pages may share strips
         for page in pages:
-            _check_page(page, len(content), MOST_BYTES // len(pages))
+            _check_page(page, len(content))
+            parts.update(zip(page.dataoffsets, page.databytecounts, strict=True))
+        held = min(len(content), sum(parts.values())) * (MOST_COMPRESSED if first.compression != 1 else 1)
+        claimed = sum(max(page.nbytes, math.prod(page.chunks) * page.dtype.itemsize) for page in pages)
+        if claimed > min(MOST_BYTES, held):
+            raise ValueError(f"it claims {len(pages)} x {first.shape} values, more than {len(content):,} bytes hold")
         yield pages
 
 
-def _check_page(page: Any, size: int, most: int) -> None:
-    """Raise ``ValueError`` for what are no bands, and for pixels above ``most`` bytes or what ``size`` bytes hold."""
-    bits, packed = page.dtype and 8 * page.dtype.itemsize, page.compression != 1
+def _check_page(page: Any, size: int) -> None:
+    """Raise ``ValueError`` for what are no bands, and for parts outside the file's ``size`` bytes or too large ones."""
+    bits = page.dtype and 8 * page.dtype.itemsize
     bands = page.axes in ("YX", "YXS", "SYX") and page.photometric in (1, 2)
     if not bands or page.bitspersample != bits or page.compression not in UNPACKED:
         raise ValueError("a TIFF file of another kind than bands of whole bytes, uncompressed or by deflate")
-    claimed = max(page.nbytes, math.prod(page.chunks) * page.dtype.itemsize)
-    ends = [start + count for start, count in zip(page.dataoffsets, page.databytecounts, strict=True)]
-    if claimed > min(most, size * (MOST_COMPRESSED if packed else 1)) or max(ends) > size:
+    if max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=True))) > size:
         raise ValueError(f"it claims {page.imagewidth} x {page.imagelength} pixels, more than its {size:,} bytes hold")
-    if packed and max(page.databytecounts) * MOST_COMPRESSED > MOST_BYTES:
+    if page.compression != 1 and max(page.databytecounts) * MOST_COMPRESSED > MOST_BYTES:
         raise ValueError("compressed parts of more than 2 MB; write smaller strips or tiles")
+
+
+def tiff_bands(image: Image.Image, wanted: int) -> Image.Image:
+    """Return the image of a TIFF file with all bands and bits, of which Pillow may have dropped or changed some."""
+    source, where = getattr(image, "source", None), getattr(image, "where", "an image")
+    try:
+        return image if source is None else banded(tiff_values(source, wanted, where), where)
+    except InputError:  # another number of bands, or a package is missing
+        raise
+    except Exception as error:  # as of Pillow's decoders
+        raise BadSample(where, "broken image", f"cannot read its bands ({reason(error)})") from error
 
 
 def eight_bit_bands(image: Image.Image, wanted: int, window: Window | None) -> np.ndarray:
     """Return the bands of an image's file, as many as wanted, in 8 bits by a window, uint8 ``[H, W, C]``."""
-    source, where = getattr(image, "source", None), getattr(image, "where", "an image")
-    try:
-        if source is not None:  # of a TIFF file, of which Pillow may have dropped or changed bands
-            image = banded(tiff_values(source), where)
-    except Exception as error:  # as of Pillow's decoders
-        raise BadSample(where, "broken image", f"cannot read its bands ({reason(error)})") from error
+    image = tiff_bands(image, wanted)
     check_count(image, wanted)
     levels = levels_of(image)
     values = np.asarray(image.convert("L") if wanted == 1 else image) if levels is None else as_bytes(levels, window)

@@ -1,8 +1,9 @@
 """The one way to open an image, with one set of refusals."""
 
 import math
+import os
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from enum import StrEnum
@@ -39,7 +40,7 @@ _least_size: ContextVar[LeastSize | None] = ContextVar("_least_size", default=No
 class Unseen(StrEnum):
     """Content of an image file that a model does not see as it is, and what is done with it."""
 
-    DEEP = "have more than 8 bits a grey level (the highest 8 are read)"
+    DEEP = "have more than 8 bits a level (the highest 8 are read)"
     CONVERTED = "have four or more bands, as CMYK (converted to RGB)"
     TRANSPARENT = "have an alpha channel or a transparent colour (dropped: black, or the colour underneath)"
     ANIMATED = "have several frames (the first is read)"
@@ -134,12 +135,11 @@ def stored_image(source: Path | BinaryIO, where: str | None = None) -> Image.Ima
             width, height = least_size(*image.size)
             image.info[FULL_SIZE] = image.size
             image.draft(None, (max(1, width), max(1, height)))  # pyright: ignore[reportArgumentType]  # None keeps the mode
-        try:
-            image.load()
-        except ValueError:
-            if getattr(image, "tag_v2", {}).get(TiffImagePlugin.PLANAR_CONFIGURATION) != 2:
-                raise
-            return _bands("banded", _bands("tiff_values", source))  # which Pillow opens and cannot decode
+        tags = getattr(image, "tag_v2", {})
+        planes = tags.get(TiffImagePlugin.PLANAR_CONFIGURATION) == 2 and tags.get(BANDS, 1) > 1
+        if planes and (max(tags.get(BITS, (8,))) > 8 or image.mode == "LA"):
+            return _bands("banded", _bands("tiff_values", source))  # Pillow cannot decode them, or not rightly
+        image.load()
         return image
 
 
@@ -169,6 +169,12 @@ def upright(image: Image.Image, size: int) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def image_names(names: Iterable[str]) -> list[str]:
+    """Choose the images among the names of files; arrays only without other images, whose features they mostly are."""
+    found = [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
+    return [name for name in found if not name.lower().endswith(".npy")] or found
 
 
 def is_rotated(image: Image.Image) -> bool:

@@ -12,6 +12,7 @@ Window = list[float] | dict[str, list[float]] | Literal["bit_depth"]
 """Levels that become 0 and 255: ``[low, high]``, ``{"percentiles": [low, high]}`` of each image, the file's range."""
 
 MOST_BANDS = 1024
+NO_RANGE = "levels without a range"  # reason of a bad sample
 BITS, BANDS = 258, 277  # TIFF tags: bits of each band, number of bands
 PHOTOMETRIC, WHITE_IS_ZERO = 262, 0  # TIFF tag; Pillow inverts such levels of 8 bits alone
 WHOLE: Window = {"percentiles": [0, 100]}
@@ -93,7 +94,7 @@ def as_bytes(levels: Levels, window: Window | None) -> np.ndarray:
     if window is None or window == "bit_depth":
         if levels.bits is None:
             detail = "its levels are floats or 32-bit integers, without a range in the file; set data.window, or scale "
-            raise BadSample(levels.where, "levels without a range", f"{detail}them to 8 or 16 bits")
+            raise BadSample(levels.where, NO_RANGE, f"{detail}them to 8 or 16 bits")
         values = (values >> (levels.bits - 8)).astype(np.uint8)
     else:
         bands = [scaled(band, *_ends(band, window)) for band in np.atleast_3d(values).transpose(2, 0, 1)]
@@ -124,6 +125,10 @@ def check_count(image: Image.Image, wanted: int) -> None:
         found = levels.values.shape[2] if levels.values.ndim == 3 else 1
     elif image.mode == "RGB" and wanted == 3:  # Pillow drops the other bands of some TIFF files
         found = max(3, getattr(image, "tag_v2", {}).get(BANDS, 3))
-    if found != wanted and (found, wanted) != (1, 3):
-        where = getattr(image, "where", "an image")
+    check_bands(found, wanted, getattr(image, "where", "an image without its path"))
+
+
+def check_bands(found: int, wanted: int | None, where: str) -> None:
+    """Raise :class:`BadSample` unless a model can read an image of ``found`` bands; None: any number."""
+    if wanted not in (None, found) and (found, wanted) != (1, 3):
         raise BadSample(where, "another number of bands", f"it has {found} bands, the model reads {wanted}")

@@ -32,7 +32,7 @@ FILES = {
     "turned.jpg": whole_images()["turned.jpg"],
 }
 SAID = (
-    "images: of 24 looked at (of 24 pairs), 2 have more than 8 bits a grey level (the highest 8 are read), 1 have four "
+    "images: of 24 looked at (of 24 pairs), 2 have more than 8 bits a level (the highest 8 are read), 1 have four "
     "or more bands, as CMYK (converted to RGB), 3 have an alpha channel or a transparent colour (dropped: black, or "
     "the colour underneath), 1 have "
     "several frames (the first is read), 1 have a rotation flag (ignored)"
