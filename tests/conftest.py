@@ -30,6 +30,22 @@ TINY_YAML = (
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+# They wait for ranks and for programs that start: begun last, they would leave the other processors idle at the end.
+LONG_FILES = (
+    "test_other_systems.py",
+    "test_stopped_runs.py",
+    "test_resume.py",
+    "test_distributed.py",
+    "test_surroundings.py",
+    "test_lazy_packages.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, which pytest-xdist cannot know."""
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Import what tests need, seconds in which pytest-xdist's first process would let the others wait."""
     if hasattr(config, "workerinput") or not config.getoption("numprocesses", None):
