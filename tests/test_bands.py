@@ -46,16 +46,9 @@ from lit_clip.models.preprocess import pixels
 from lit_clip.tools.images import image_for_model
 from lit_clip.tools.levels import Window
 from lit_clip.training.schedules import WarmupCosine
+from tests.helpers.small_sets import QUIET
 
 NAMES, SIZE = ("water", "forest"), 32
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "use_distributed_sampler": False,
-}
 
 
 def config(bands: int, window: Window | None = None, image: Any = None) -> CLIPConfig:

@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -148,7 +149,9 @@ def write_things(here: Path, rows: list[str], channels: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path, list[str]], overfitted: Any) -> Path:
+def folder(
+    tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path, list[str]], overfitted: Any
+) -> Iterator[Path]:
     """A reader's folder: a table of captions, photos, class folders, a small ImageNet, checkpoints."""
     checkpoint, table = overfitted
     here = tmp_path_factory.mktemp("reader")
@@ -190,11 +193,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory, drawings: tuple[Path, Path,
     for label in range(1000):
         (here / f"imagenet/val/n{label:08d}").mkdir(parents=True)
         Image.new("RGB", (8, 8), (label % 256, 0, 0)).save(here / f"imagenet/val/n{label:08d}/0.png")
-    return here
+    yield here
+    shutil.rmtree(here)
 
 
 @pytest.fixture(scope="module")
-def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The reader's folder with the checkpoints of a model that the first command trains."""
     here = tmp_path_factory.mktemp("trained") / "reader"
     shutil.copytree(folder, here)
@@ -203,7 +207,8 @@ def trained(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert result.returncode == 0, result.stdout + result.stderr
     for name in ("last.ckpt", "before.ckpt"):
         shutil.copy(here / "runs/stopped/version_0/checkpoints/last.ckpt", here / name)
-    return here
+    yield here
+    shutil.rmtree(here)
 
 
 def test_the_readme_has_at_most_150_lines() -> None:

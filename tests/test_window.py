@@ -41,16 +41,9 @@ from lit_clip.tools.images import open_image
 from lit_clip.tools.levels import Window
 from lit_clip.training.schedules import WarmupCosine
 from tests.helpers.exports import checkpoint
+from tests.helpers.small_sets import QUIET
 
 SIDES, SIZE = ("left", "right"), 32
-QUIET: dict[str, Any] = {
-    "accelerator": "cpu",
-    "logger": False,
-    "enable_checkpointing": False,
-    "enable_progress_bar": False,
-    "enable_model_summary": False,
-    "use_distributed_sampler": False,
-}
 
 
 def tiny(window: Window | None = None, image: ImageConfig = ResNetConfig((1, 1, 1, 1), 4, SIZE)) -> CLIPConfig:  # noqa: B008
@@ -121,6 +114,7 @@ def windowed(levels: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def test_with_the_window_a_model_learns_where_the_blob_is(trained: Path, scans: Path) -> None:
+    """Also without one, from the highest 8 bits of these scans: what a window changes are the pixels below."""
     assert share_right(load_model(trained), scans) > 0.9
 
 

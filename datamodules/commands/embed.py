@@ -118,7 +118,7 @@ def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings, sh
         table = features_of(clip, task, parts, settings)
         if table is None:
             return
-        metadata["logit_scale"] = str(float(clip.logit_scale.exp()))  # for who learns from the features
+        metadata["logit_scale"] = str(float(clip.logit_scale.detach().exp()))  # for who learns from the features
         metadata |= {"content": items.content} | ({"root": str(items.root)} if items.root is not None else {})
         texts_of = dict(zip(items.identities, items.texts, strict=True)) if items.content == "caption" else {}
         captions = [texts_of[identity] for identity in table.identities] if texts_of else None

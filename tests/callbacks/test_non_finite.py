@@ -339,7 +339,6 @@ class Told(Callback):
 
 
 @pytest.mark.parametrize("validated", [False, True])
-@pytest.mark.usefixtures("_handlers")
 def test_a_signal_with_a_step_that_stops_a_run_ends_it_with_the_steps_error_and_saves_nothing(
     validated: bool, ahead: bool, fit: Fit, broken: Broken, tmp_path: Path
 ) -> None:
@@ -354,7 +353,7 @@ def test_a_signal_with_a_step_that_stops_a_run_ends_it_with_the_steps_error_and_
     assert not list(tmp_path.glob("*.ckpt"))
 
 
-@pytest.mark.usefixtures("_handlers", "ahead")
+@pytest.mark.usefixtures("ahead")
 def test_a_signal_with_a_step_that_is_skipped_saves_the_weights_before_it(
     fit: Fit, broken: Broken, tmp_path: Path
 ) -> None:

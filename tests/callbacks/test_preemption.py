@@ -109,7 +109,6 @@ def names(folder: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGUSR1])
-@pytest.mark.usefixtures("_handlers")
 def test_a_signal_during_a_step_saves_a_complete_checkpoint_after_that_step(
     signum: signal.Signals, stopped_fit: StoppedFit, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -149,7 +148,6 @@ def test_where_reading_would_wait_ranks_act_one_step_later(
 
 
 @pytest.mark.parametrize("step", [3, 4])
-@pytest.mark.usefixtures("_handlers")
 def test_a_run_resumes_after_the_saved_step_and_can_be_preempted_again(
     step: int, stopped_fit: StoppedFit, tmp_path: Path
 ) -> None:
@@ -162,7 +160,6 @@ def test_a_run_resumes_after_the_saved_step_and_can_be_preempted_again(
     assert load(tmp_path / "last.ckpt")["global_step"] == len(first.steps) + len(second.steps) == step + 4
 
 
-@pytest.mark.usefixtures("_handlers")
 def test_a_signal_stops_a_validation_and_discards_its_results(stopped_fit: StoppedFit, tmp_path: Path) -> None:
     """With EMA, validation uses other weights than training; the checkpoint holds both as usual."""
     sender = SignalAt("on_validation_batch_start", 2)
@@ -178,7 +175,6 @@ def test_a_signal_stops_a_validation_and_discards_its_results(stopped_fit: Stopp
     torch.testing.assert_close(saved["state_dict"]["visual.proj"], 0.25 * first + 0.75 * second)
 
 
-@pytest.mark.usefixtures("_handlers")
 def test_a_signal_after_the_exchange_of_a_step_is_seen_before_the_validation_that_follows(
     stopped_fit: StoppedFit, tmp_path: Path
 ) -> None:
@@ -218,7 +214,6 @@ class Diary(Callback):
         pytest.param(6, {}, False, id="at the end of the run"),
     ],
 )
-@pytest.mark.usefixtures("_handlers")
 def test_a_resumed_run_begins_with_the_validation_that_was_stopped(
     batch: int, options: dict[str, Any], average: bool, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:
@@ -249,7 +244,6 @@ def test_a_resumed_run_begins_with_the_validation_that_was_stopped(
 
 
 @pytest.mark.parametrize("hook", ["on_sanity_check_start", "on_validation_batch_start"])
-@pytest.mark.usefixtures("_handlers")
 def test_a_signal_before_the_first_step_saves_nothing(hook: str, stopped_fit: StoppedFit, tmp_path: Path) -> None:
     stopped, recorder = stopped_fit(SignalAt(hook), keeper(tmp_path))
     assert stopped.code == 128 + signal.SIGTERM
@@ -258,7 +252,6 @@ def test_a_signal_before_the_first_step_saves_nothing(hook: str, stopped_fit: St
     assert names(tmp_path) == set()
 
 
-@pytest.mark.usefixtures("_handlers")
 def test_without_save_last_the_checkpoint_is_called_preempted(stopped_fit: StoppedFit, tmp_path: Path) -> None:
     sender = SignalAt("on_before_optimizer_step", 1)
     stopped, _ = stopped_fit(sender, keeper(tmp_path, save_last=False))
@@ -267,7 +260,6 @@ def test_without_save_last_the_checkpoint_is_called_preempted(stopped_fit: Stopp
     assert "preempted.ckpt" in str(stopped)
 
 
-@pytest.mark.usefixtures("_handlers")
 def test_without_checkpointing_a_signal_saves_nothing_and_says_so(stopped_fit: StoppedFit, tmp_path: Path) -> None:
     sender = SignalAt("on_before_optimizer_step", 1)
     stopped, _ = stopped_fit(sender, enable_checkpointing=False)
@@ -276,7 +268,6 @@ def test_without_checkpointing_a_signal_saves_nothing_and_says_so(stopped_fit: S
     assert names(tmp_path) == set()
 
 
-@pytest.mark.usefixtures("_handlers")
 def test_another_runs_checkpoint_is_not_replaced(stopped_fit: StoppedFit, tmp_path: Path) -> None:
     (tmp_path / "last.ckpt").write_bytes(b"another run's")
     sender = SignalAt("on_before_optimizer_step", 1)
@@ -303,7 +294,6 @@ class FullDisk(TorchCheckpointIO):
         os.truncate(path, os.path.getsize(path) // 2)
 
 
-@pytest.mark.usefixtures("_handlers")
 def test_signals_while_saving_are_ignored(stopped_fit: StoppedFit, tmp_path: Path) -> None:
     sender = SignalAt("on_before_optimizer_step", 1)
     stopped, _ = stopped_fit(sender, keeper(tmp_path), plugins=[SignalWhileSaving()])
@@ -326,7 +316,6 @@ class Wrapper(_WrappingCheckpointIO):
 
 
 @pytest.mark.parametrize("wrap", [AsyncCheckpointIO, lambda plugin: Wrapper(AsyncCheckpointIO(plugin))])
-@pytest.mark.usefixtures("_handlers")
 def test_a_checkpoint_written_in_another_thread_is_complete_when_the_run_ends(
     stopped_fit: StoppedFit, tmp_path: Path, wrap: Any
 ) -> None:
@@ -339,7 +328,6 @@ def test_a_checkpoint_written_in_another_thread_is_complete_when_the_run_ends(
     assert load(tmp_path / "often.ckpt")["global_step"] == 2
 
 
-@pytest.mark.usefixtures("_handlers")
 def test_an_incomplete_checkpoint_is_an_error_and_replaces_nothing(
     stopped_fit: StoppedFit, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:

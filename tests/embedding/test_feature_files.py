@@ -1,8 +1,6 @@
 """Files of features: damaged ones are made again or are one line; exact search in an index."""
 
 import json
-import os
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +15,7 @@ from lit_clip.embedding.feature_files import FeatureTable, read_features, write_
 from lit_clip.embedding.index import nearest, nearest_others
 from lit_clip.embedding.parts import load_arrays, save_arrays
 from lit_clip.errors import InputError
+from tests.helpers.damage import pipe, scattered
 
 N, D = 9, 4
 IDENTITIES = [(f"{number}.png", number, 10 * number) for number in range(N)]
@@ -41,21 +40,6 @@ def changed(**changes: Callable[[np.ndarray], Any]) -> Callable[[Path], None]:
 
 def encoded(value: object) -> np.ndarray:
     return np.frombuffer(json.dumps(value).encode(), dtype=np.uint8)
-
-
-def scattered(seed: int) -> Callable[[Path], None]:
-    def damage(path: Path) -> None:
-        rng, content = random.Random(seed), bytearray(path.read_bytes())
-        for _ in range(rng.choice((1, 3, 20))):
-            content[rng.randrange(len(content))] = rng.randrange(256)
-        path.write_bytes(bytes(content))
-
-    return damage
-
-
-def pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
 
 
 @pytest.mark.parametrize(

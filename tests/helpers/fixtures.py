@@ -67,18 +67,14 @@ def _seeded() -> None:
 
 
 @pytest.fixture(autouse=True)
-def _interruptible() -> Iterator[None]:
-    """Restore the handler of Ctrl-C, which Lightning replaces after the first one."""
-    yield
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
-@pytest.fixture
 def _handlers() -> Iterator[None]:
-    """Restore the signal handlers: a preempted process keeps its own until it exits, but this one does not exit."""
+    """Restore the signal handlers: a preempted process keeps its own until it exits, but this one does not exit.
+
+    Lightning replaces the one of Ctrl-C after the first.
+    """
     before = {signum: signal.getsignal(signum) for signum in (signal.SIGTERM, signal.SIGUSR1)}
     yield
-    for signum, handler in before.items():
+    for signum, handler in {**before, signal.SIGINT: signal.default_int_handler}.items():
         signal.signal(signum, handler)
 
 

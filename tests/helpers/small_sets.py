@@ -117,6 +117,17 @@ def make_module(text_width: int = 16, **options: Any) -> LitCLIP:
     return module
 
 
+# Options of a trainer that writes nothing.
+QUIET: dict[str, Any] = {
+    "accelerator": "cpu",
+    "logger": False,
+    "enable_checkpointing": False,
+    "enable_progress_bar": False,
+    "enable_model_summary": False,
+    "use_distributed_sampler": False,
+}
+
+
 def make_trainer(folder: Path, callbacks: list[Any], **options: Any) -> Trainer:
     _, world = distributed.rank_and_world()
     return Trainer(

@@ -1,6 +1,8 @@
 """A run stopped up to three times, anywhere and by anything, ends as the run that nothing stopped: bit for bit."""
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +58,10 @@ NO_DEADLINE: dict[str, Any] = {"deadline": None, "suppress_health_check": list(H
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("stopped")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("stopped")
+    yield folder
+    shutil.rmtree(folder)  # a gigabyte of checkpoints
 
 
 @pytest.fixture(scope="module")

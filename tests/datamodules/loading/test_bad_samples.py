@@ -8,8 +8,9 @@ import os
 import pickle
 import random
 import re
+import shutil
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -356,7 +357,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Train each case on two ranks, some of whose batches have no pairs, and on one rank with all pairs."""
     folder = tmp_path_factory.mktemp("no_pairs")
     for world in (1, 2):
@@ -367,7 +368,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ]
         jobs = [job | ({"strategy": "auto"} if world == 1 else {}) for job in jobs]
         run_lightning_ranks(world, folder, str(ROOT / "tests/helpers/ranks_skipped.py"), "train_all", json.dumps(jobs))
-    return folder
+    yield folder
+    shutil.rmtree(folder)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "batch_norm"])

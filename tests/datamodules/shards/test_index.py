@@ -13,6 +13,7 @@ import pytest
 from datamodules.shards.index import INDEX_SUFFIX, split_name
 from datamodules.shards.pairs import ShardOptions, TarPairs
 from lit_clip.errors import BadSample, InputError
+from tests.helpers.damage import Damage, pipe, scattered
 from tests.helpers.tar_shards import numbered, shade_of, write_tar
 
 
@@ -134,7 +135,6 @@ def test_index_is_cached_where_the_shards_folder_is_not_writable(tmp_path: Path,
 
 
 SAMPLES = 12
-Damage = Callable[[Path], object]
 
 
 def pairs(path: Path) -> dict[str, int]:
@@ -163,21 +163,6 @@ def described(**metadata: str) -> Damage:
             writer.write_table(table)
 
     return damage
-
-
-def scattered(seed: int) -> Damage:
-    def damage(path: Path) -> None:
-        rng, content = random.Random(seed), bytearray(path.read_bytes())
-        for _ in range(rng.choice((1, 3, 20))):
-            content[rng.randrange(len(content))] = rng.randrange(256)
-        path.write_bytes(bytes(content))
-
-    return damage
-
-
-def pipe(path: Path) -> None:
-    path.unlink()
-    os.mkfifo(path)
 
 
 DAMAGES = {
