@@ -85,7 +85,7 @@ class Parser(OptionParser, LightningArgumentParser):
         """Return checked settings: those given above the defaults; references are resolved."""
         self.typed = self.plain(given)
         _check_whole(self.typed)
-        return self.parse_object(given)
+        return self.parse_object(given.clone())  # into which it would write the defaults of classes
 
     def plain(self, settings: Namespace, **options: Any) -> dict[str, Any]:
         """Return settings as plain values."""

@@ -52,6 +52,7 @@ recipe: {{class_path: own_recipe.Own, init_args: {{rate: 0.25}}}}
 seed_everything: 3
 model:
   architecture: {TINY_YAML}
+  optimizer: {{weight_decay: 0.125}} # its class's other defaults are not given
   lr_scheduler: {{warmup_steps: 0}}
 data:
   class_path: datamodules.Captions
@@ -110,7 +111,8 @@ def test_what_a_recipe_chooses_is_shown_used_and_saved(fit: Fit, tmp_path: Path)
     assert "Contrastive: duplicates positives" in " ".join(printed.split())
     saved = settings_of(tmp_path)
     assert saved["recipe"] is None  # a resumed run keeps what was chosen
-    assert saved["model"]["optimizer"]["init_args"]["lr"] == 0.25
+    optimizer = saved["model"]["optimizer"]["init_args"]
+    assert (optimizer["lr"], optimizer["weight_decay"]) == (0.25, 0.125)
     assert saved["model"]["loss"]["init_args"]["duplicates"] == "positives"
     assert saved["data"]["init_args"]["global_batch_size"] == 6
     ema, _ = saved["trainer"]["callbacks"]
