@@ -92,8 +92,9 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
             require(global_batch_size >= 1, f"global_batch_size: {global_batch_size} must be at least 1")
         self.captions, self.batches = captions or CaptionOptions(), batches or BatchOptions()
         self.images = images or ImageOptions()
-        one_caption = self.images.per_thing != "together" or self.captions.per_image == "all"
-        require(one_caption, "data.images.per_thing: together reads one caption; leave captions.per_image out")
+        one_caption = self.images.per_thing not in ("two", "together") or self.captions.per_image == "all"
+        reads = f"data.images.per_thing: {self.images.per_thing} reads one caption; leave captions.per_image out"
+        require(one_caption, reads)
         self.lists_captions = self.lists_captions and self.captions.long != "sentences"
         self.patch_budgets = checked_budgets(patch_budgets)
         self.on_error, self.max_skipped = astuple(bad_samples or BadSamples())

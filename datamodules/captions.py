@@ -28,11 +28,7 @@ from .shards.pairs import ShardOptions
 
 VALIDATION_SHARE = 0.1
 FEW = 10  # pairs, of which one is ten points of recall
-TRAINING_COLUMNS = ("negative", "weight", "other_image")  # which validation does not read
-READERS = {  # of columns that are for one loss
-    "weight": "lit_clip.losses.WeightedContrastive",
-    "other_image": "lit_clip.training.other_images.OtherImageContrastive",
-}
+TRAINING_COLUMNS = ("negative", "weight")  # which validation does not read
 
 
 @dataclass(frozen=True)
@@ -137,9 +133,6 @@ class Captions(CaptionDataModule):
         self._versions: dict[str, str] = {}  # of addresses in the data, to be the same on all ranks and after a resume
         self._splits, self._classes, columns = splits or Splits(), classes or Classes(), columns or Columns()
         self.negative_column = columns.negative
-        together = "together" in (self.captions.per_image, self.images.per_thing)
-        both = "data.columns.other_image: together reads several images or captions of a pair"
-        require(columns.other_image is None or not together, f"{both}; set it to one, or leave the column out")
         self._options = {"columns": columns, "shards": shards, "on_error": self.on_error, "option_prefix": "--data."}
 
     def prepare_data(self) -> None:
@@ -157,13 +150,17 @@ class Captions(CaptionDataModule):
             self._refuse_unread(getattr(getattr(self.trainer, "lightning_module", None), "loss", None))
 
     def _refuse_unread(self, loss: Any) -> None:
-        """Raise :class:`InputError` for a column that no part of the loss reads."""
+        """Raise :class:`InputError` for a column, or second images, that no part of the loss reads."""
         if not isinstance(loss, nn.Module):  # of a module of one's own
             return
         read = [name for part in loss.modules() for name in getattr(part, "reads", ())]
-        for name, ours in READERS.items():
-            unread = f"data.columns.{name}: {type(loss).__name__} does not read it; leave it out, or use {ours}"
-            require(getattr(self._options["columns"], name) is None or name in read, unread)
+        weight, two = self._options["columns"].weight is not None, self.images.per_thing == "two"
+        for given, name, option, ours in (
+            (weight, "weight", "columns.weight", "losses.WeightedContrastive"),
+            (two, "other_image", "images.per_thing", "training.other_images.OtherImageContrastive"),
+        ):
+            unread = f"data.{option}: {type(loss).__name__} does not read it; leave it out, or use lit_clip.{ours}"
+            require(not given or name in read, unread)
 
     def state_dict(self) -> dict[str, Any]:
         versions = self._opened_versions()

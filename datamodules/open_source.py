@@ -113,7 +113,7 @@ def _is_shards(name: str) -> bool:
 def _open_shards(names: list[str], options: SourceOptions) -> PairSource:
     options.refuse_split(names[0])
     options.refuse_classes(names[0])
-    options.refuse_columns(names[0], ("image", "negative", "other_image"), "shards have no such column")
+    options.refuse_columns(names[0], ("image", "negative"), "shards have no such column")
     return TarPairs(names, options.shards, options.columns, options.on_error)
 
 

@@ -32,7 +32,6 @@ class ColumnNames(NamedTuple):
     group: str | None = None
     negative: str | None = None
     weight: str | None = None
-    other_image: str | None = None
     more_captions: tuple[str, ...] = ()  # further columns of captions of the same image
     more_images: tuple[str, ...] = ()  # further columns of images of the same thing
 
@@ -48,7 +47,7 @@ class ColumnNames(NamedTuple):
 
     def names(self) -> list[str]:
         """Return the columns, each once."""
-        names = (*self.images, *self.captions, self.group, self.negative, self.weight, self.other_image)
+        names = (*self.images, *self.captions, self.group, self.negative, self.weight)
         return list(dict.fromkeys(name for name in names if name is not None))
 
 
@@ -90,7 +89,7 @@ def find_columns(path: object, found: list[str], options: SourceOptions) -> Colu
     captions = [] if wanted.caption is not None else _numbered(found, CAPTION_COLUMNS)
     caption = find_column(path, found, [*captions, wanted.caption][0], CAPTION_COLUMNS, f"{option}caption", image)
     require(caption not in (image, *more), f"{path}: column {caption!r} cannot be both the image and the caption")
-    optional = {name: getattr(wanted, name) for name in ("group", "negative", "weight", "other_image")}
+    optional = {name: getattr(wanted, name) for name in ("group", "negative", "weight")}
     for name, column in optional.items():
         if column is not None:
             find_column(path, found, column, (), f"{option}{name}")
@@ -116,11 +115,10 @@ def _numbered(found: list[str], usual: tuple[str, ...]) -> list[str]:
 
 def check_types(path: object, schema: pa.Schema, columns: ColumnNames) -> None:
     """Raise :class:`InputError` unless images are paths or encoded images, and captions texts or lists of texts."""
-    for option, name in (*(("image", each) for each in columns.images), ("other_image", columns.other_image)):
-        kind = None if name is None else schema.field(name).type
-        kind = image_type(schema, columns)[0] if option == "image" and not columns.more_images else kind
-        readable = kind is None or _is_text(kind) or is_encoded(kind)
-        require(readable, f"{path}: column {name!r} holds {kind}, neither paths nor images; set columns.{option}")
+    for name in columns.images:
+        kind = schema.field(name).type if columns.more_images else image_type(schema, columns)[0]
+        readable = _is_text(kind) or is_encoded(kind)
+        require(readable, f"{path}: column {name!r} holds {kind}, neither paths nor images; set columns.image")
     kinds = {str(schema.field(name).type) for name in columns.images}
     unequal = f"{path}: columns {listed(columns.images)} hold {' and '.join(sorted(kinds))}; write them with one type"
     require(len(kinds) == 1, unequal)

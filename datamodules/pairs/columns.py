@@ -9,7 +9,6 @@ from typing import Any, NamedTuple, Self, cast
 import numpy as np
 import pyarrow as pa
 import torch
-from PIL import Image
 
 from lit_clip.errors import BadSample
 from lit_clip.secrets import without_secrets
@@ -55,7 +54,6 @@ class Cells(NamedTuple):
     key: str  # of an image that is not a file of its own
     negative: Any = None
     weight: float | None = None
-    other_image: Any = None  # as ``image``; None if there is no such column
 
 
 class ColumnPairs(PairSource):
@@ -101,15 +99,8 @@ class ColumnPairs(PairSource):
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
         cells = self.cells(index)
-        pair = Pair(self._open_image(cells.image, cells), *self._text(cells, rng))
-        if rng is None or cells.other_image is None:
-            return pair
-        same = cells.other_image == cells.image
-        other = pair.image if same else self._open_image(cells.other_image, cells)
-        return pair._replace(extra={**pair.extra, "other_image": other})
-
-    def _open_image(self, value: Any, cells: Cells) -> Image.Image:
-        return image_for_model(self._opened(self._located(value, cells)[0], cells.where), cells.where)
+        source = self._opened(self._located(cells.image, cells)[0], cells.where)
+        return Pair(image_for_model(source, cells.where), *self._text(cells, rng))
 
     def text(self, index: int, rng: random.Random | None) -> PairText:
         return self._text(self.cells(index), rng)
@@ -171,9 +162,8 @@ class ColumnPairs(PairSource):
     def check(self) -> None:
         checked = CHECKED_IN_STORE if isinstance(self.root, StoreFolder) else CHECKED
         sample = [self.cells(index) for index in range(0, len(self), max(1, len(self) // checked))]
-        images = [(cells.image, cells) for cells in sample]
-        images += [(cells.other_image, cells) for cells in sample if cells.other_image is not None]
-        files = [(self._located(*each)[0], each[1].where) for each in images if not isinstance(each[0], bytes | dict)]
+        named = [cells for cells in sample if not isinstance(cells.image, bytes | dict)]
+        files = [(self._located(cells.image, cells)[0], cells.where) for cells in named]
         for path, where in files:
             if isinstance(path, Path) and not path.exists():
                 hint = "a path starts at the table's folder, or at columns.root"
@@ -264,7 +254,7 @@ class TablePairs(ColumnPairs):
             return latest[1]
         row = {name: self._table[name][index].as_py() for name in self._table.column_names}
         where = f"{self.shown(self.path)} {self.label} {row['number']}"
-        more = (row.get(name) for name in ("negative", "weight", "other_image"))
+        more = (row.get(name) for name in ("negative", "weight"))
         cells = Cells(row["image"], row["caption"], row.get("group") or "", where, "", *more)
         self._latest = index, cells
         return cells

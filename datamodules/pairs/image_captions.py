@@ -21,6 +21,8 @@ def chosen_pairs(source: PairSource, per_image: PerImage, per_thing: PerThing) -
     """Return a training source with the captions of an image, and the images of a thing, that an epoch reads."""
     if per_thing == "together":
         return images_together(source)
+    if per_thing == "two":
+        return two_images_each(source)
     source = captions_together(source) if per_image == "together" else source
     chosen = source if per_thing == "all" else one_image_each(source, per_thing)  # of an image, one row
     return one_caption_each(source) if per_image == "one" and chosen is source else chosen
@@ -65,6 +67,14 @@ def images_together(source: PairSource) -> PairSource:
     return ImagesTogether(source, numbered(names))
 
 
+def two_images_each(source: PairSource) -> PairSource:
+    """Return a source whose epochs have one image of each thing and another one, as has each part of a mixture."""
+    if isinstance(source, Mixture):
+        return Mixture([two_images_each(part) for part in source.sources], source.weights)
+    names = source.things()
+    return TwoOfEach(source, np.arange(len(source)) if names is None else numbered(names))
+
+
 def _one_of_each(source: PairSource, names_of: Callable[[PairSource], pa.ChunkedArray | None]) -> PairSource:
     if isinstance(source, Mixture):
         return Mixture([_one_of_each(part, names_of) for part in source.sources], source.weights)
@@ -96,8 +106,10 @@ class OneOfEach(Rows):
 
     def __init__(self, source: PairSource, images: np.ndarray) -> None:
         super().__init__(source, np.arange(len(source)))
+        self._images = images
         self._by_image = np.argsort(images, kind="stable").astype(self.rows.dtype)
         self._counts = np.bincount(images).astype(np.int32)  # rows of each image
+        self._first = np.cumsum(self._counts) - self._counts  # of each image, in _by_image
 
     @property
     def pairs_per_epoch(self) -> int:
@@ -110,13 +122,26 @@ class OneOfEach(Rows):
     def _chosen(self, epoch: int, seed: int) -> np.ndarray:
         """Return whether each row is in an epoch, bool ``[len(self)]``."""
         chosen = np.zeros(len(self), dtype=bool)
-        first = np.cumsum(self._counts) - self._counts  # of each image, in _by_image
         for count in np.unique(self._counts).tolist():  # rows of images with so many
-            rows = self._by_image[first[self._counts == count, None] + np.arange(count)]
+            rows = self._by_image[self._first[self._counts == count, None] + np.arange(count)]
             time, turn = divmod(epoch, count)
             rng = np.random.default_rng((seed, time, count, 1))  # 1: not the generator of an epoch's order
             chosen[rng.permuted(rows, axis=1)[:, turn]] = True
         return chosen
+
+
+class TwoOfEach(OneOfEach):
+    """One row of each thing in an epoch, with another image of it, or with its own where the thing has no other."""
+
+    def load(self, index: int, rng: random.Random | None) -> Pair:
+        pair = super().load(index, rng)
+        if rng is None:
+            return pair
+        thing = self._images[index]
+        rows = self._by_image[self._first[thing] :][: self._counts[thing]].tolist()
+        others = [row for row in rows if self.source.key(row) != pair.key]
+        other = self.source.load(rng.choice(others), rng).image if others else pair.image
+        return pair._replace(extra={**pair.extra, "other_image": other})
 
 
 COUNTED = 1000  # rows whose captions are counted for the plan

@@ -25,13 +25,13 @@ compute: Any = pyarrow.compute  # its functions are defined at run time
 
 NO_CAPTION = "no caption"  # the reason, the same for samples that turn out bad when loaded
 LISTED = 1000  # left-out rows that are listed one by one
-COLUMNS = ("image", "caption", "group", "negative", "weight", "other_image")  # of :class:`Columns`
+COLUMNS = ("image", "caption", "group", "negative", "weight")  # of :class:`Columns`
 IMAGES_OF = "images of "  # with a row's first image, the group of the images that it lists
 DELIMITED = (".csv", ".tsv", ".txt")
 JSON_LINES = (".jsonl", ".ndjson")
 LongCaptions = Literal["truncate", "sentences"]
 PerImage = Literal["all", "one", "together"]
-PerThing = Literal["one", "all", "together"] | None
+PerThing = Literal["one", "two", "all", "together"] | None
 
 
 class Pair(NamedTuple):
@@ -331,9 +331,6 @@ class Columns:
         group: names the group of duplicates, such as a product.
         negative: hard negative captions, texts or lists of texts, of which training draws one; blank for none.
         weight: how much a pair counts in :class:`lit_clip.losses.WeightedContrastive`, a number of at least 0.
-        other_image: another image of the same thing, as ``image``, for
-            :class:`lit_clip.training.other_images.OtherImageContrastive`. Where it is blank, or the same, training
-            augments the image a second time.
         root: folder or address in a store that relative paths of images start from; by default the table's.
     """
 
@@ -342,7 +339,6 @@ class Columns:
     group: str | None = None
     negative: str | None = None
     weight: str | None = None
-    other_image: str | None = None
     root: str | None = None
 
 
@@ -374,18 +370,19 @@ class ImageOptions:
 
     Attributes:
         per_thing: of a thing with several images, each epoch trains on ``one``, others in the next epochs, so that each
-            is used once before any is used again, or on ``all`` of them, each with the texts of its row. ``together``:
-            a step has a thing once, as the mean of its images' unit features, with one of its captions; batches then
-            count things. A thing is a row that lists several images, and all rows of a group (``columns.group``). None:
-            ``one`` of the images that a row lists; a group is no thing. Validation has all images of other things than
-            training.
+            is used once before any is used again, or on ``all`` of them, each with the texts of its row. ``two``: on
+            one, and a second one at random, for :class:`lit_clip.training.other_images.OtherImageContrastive`; where
+            there is none, on the image augmented a second time. ``together``: a step has a thing once, as the mean of
+            its images' unit features, with one of its captions; batches then count things. A thing is a row that lists
+            several images, and all rows of a group (``columns.group``). None: ``one`` of the images that a row lists; a
+            group is no thing. Validation has all images of other things than training.
     """
 
     per_thing: PerThing = None
 
     def __post_init__(self) -> None:
-        known = self.per_thing in ("one", "all", "together", None)
-        require(known, f"data.images.per_thing: {self.per_thing!r} must be 'one', 'all' or 'together'")
+        known = self.per_thing in ("one", "two", "all", "together", None)
+        require(known, f"data.images.per_thing: {self.per_thing!r} must be 'one', 'two', 'all' or 'together'")
 
 
 @dataclass(frozen=True)

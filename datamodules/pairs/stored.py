@@ -12,7 +12,6 @@ import pyarrow as pa
 
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.reading import reading
-from ..loading.bad_samples import is_blank
 from ..loading.store import StoreFolder
 from .column_names import ColumnNames, blank_mask, check_types, find_columns, image_type, images_of, is_encoded
 from .columns import Cells, ColumnPairs, checked_weight, group_name
@@ -151,18 +150,17 @@ class ColumnarPairs(ColumnPairs):
                 images = images_of(table.slice(within, 1).combine_chunks().to_batches()[0], self.columns.images)[1]
                 image, key, of_row = images[place].as_py(), f"{key}:{place}", f"{IMAGES_OF}{key}"
             group = "" if self.columns.group is None else group_name(table[self.columns.group][within].as_py())
-            names = (self.columns.negative, self.columns.weight, self.columns.other_image)
+            names = (self.columns.negative, self.columns.weight)
             more = [None if name is None else table[name][within].as_py() for name in names]
         except UnicodeDecodeError as error:
             raise BadSample(where, "not UTF-8", f"not UTF-8 text ({error.reason}); write the file again") from error
         except (pa.ArrowException, OSError) as error:  # damaged pages go unnoticed when the file is opened
             cause = str(error).splitlines()[0]
             raise BadSample(where, "damaged table", f"cannot read this part ({cause}); write the file again") from error
-        negative, weight, other = more
+        negative, weight = more
         weight = None if self.columns.weight is None else checked_weight(weight, self.columns.weight, where)
-        other = image if self.columns.other_image and is_blank(other) else other
         caption = captions[0] if len(captions) == 1 else captions
-        return Cells(image, caption, group or of_row, where, key, negative, weight, other)
+        return Cells(image, caption, group or of_row, where, key, negative, weight)
 
     @staticmethod
     def _place(where: str) -> str:

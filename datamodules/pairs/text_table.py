@@ -33,7 +33,7 @@ MARKS = {  # encodings by byte order mark; UTF-32's begins like UTF-16's
 NOT_UTF8 = "not UTF-8", "not UTF-8 text; save it as UTF-8"  # reason and detail
 BATCH_ROWS, BATCH_CHARACTERS = 16_384, 8 << 20
 MOST_IMAGES = 1000  # of a row: each is a row with a copy of its captions
-LAYOUT = 6  # of that Arrow file; a new number makes old ones be written again
+LAYOUT = 7  # of that Arrow file; a new number makes old ones be written again
 SCHEMA = pa.schema(
     {
         "image": pa.string(),
@@ -41,7 +41,6 @@ SCHEMA = pa.schema(
         "group": pa.string(),
         "negative": pa.list_(pa.string()),
         "weight": pa.float32(),
-        "other_image": pa.string(),
         "number": pa.int64(),
     }
 )
@@ -56,7 +55,6 @@ class RawRow(NamedTuple):
     group: Any = None
     negative: Any = None
     weight: Any = None
-    other_image: Any = None
 
 
 OPTIONAL = RawRow._fields[3:]  # names of the cells that a table need not have
@@ -202,7 +200,6 @@ def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
             problems.add(row.number, *(("too many images", many) if images else ("missing image", none)))
             continue
         captions, negatives = _not_blank(row.caption), _not_blank(row.negative)
-        other = "" if is_blank(row.other_image) else row.other_image
         is_name = row.group is None or isinstance(row.group, str | int | float)
         if not captions:
             problems.left_out.add(problems.where(row.number), NO_CAPTION)
@@ -213,9 +210,7 @@ def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
             problems.add(row.number, "hard negative is not text", detail)
         elif not is_name:
             problems.add(row.number, "group is not text", f"the group is not text: {shown(row.group)}")
-        elif not isinstance(other, str):
-            problems.add(row.number, "other image is not text", f"the other image is not a path: {shown(other)}")
-        elif not is_unicode("".join([*images, *captions, *negatives, group_name(row.group), other])):
+        elif not is_unicode("".join([*images, *captions, *negatives, group_name(row.group)])):
             problems.add(row.number, *NOT_UTF8)
         else:
             column = problems.columns.weight
@@ -226,8 +221,7 @@ def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
                 continue
             of_row = f"{IMAGES_OF}{images[0]}" if isinstance(row.image, list) else ""
             texts = captions, group_name(row.group) or of_row, negatives or None, weight
-            other = None if problems.columns.other_image is None else other.strip()
-            yield from (RawRow(row.number, image, *texts, image if other == "" else other) for image in images)
+            yield from (RawRow(row.number, image, *texts) for image in images)
 
 
 def _paths(cell: Any) -> list[str]:

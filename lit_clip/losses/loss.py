@@ -122,8 +122,8 @@ class Loss(nn.Module):
     uses_negatives = False
     """Whether the loss reads hard negative captions; otherwise a data module must not have them."""
     reads: tuple[str, ...] = ()
-    """Names of tensors of :attr:`lit_clip.CaptionBatch.extra` that the loss reads; ``fit`` refuses a column of a table
-    for one of them (``weight``, ``other_image``) that no loss reads."""
+    """Names of tensors of :attr:`lit_clip.CaptionBatch.extra` that the loss reads; ``fit`` refuses a setting for
+    one of them (``data.columns.weight``, ``data.images.per_thing: two``) that no loss reads."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Initialise the module here, so that a class that forgets ``super().__init__()`` works too."""

@@ -15,11 +15,11 @@ NAME = "other_image"  # of the uint8 images in CaptionBatch.extra
 
 
 class OtherImageContrastive(Loss):
-    """Symmetric softmax loss between each image and its other image (``data.columns.other_image``).
+    """Symmetric softmax loss between each image and its other image (``data.images.per_thing: two``).
 
     The other image is another photograph of the same thing, or the image augmented a second time (SLIP, Mu et al.
-    2022). Duplicates are ignored: name the thing by ``data.columns.group`` where several rows have images of it. Use it
-    beside :class:`lit_clip.losses.Contrastive`, with :class:`lit_clip.losses.Sum`.
+    2022). Duplicates are ignored. Use it beside :class:`lit_clip.losses.Contrastive`, with
+    :class:`lit_clip.losses.Sum`.
 
     Args:
         texts: add the loss between the other images and the captions, for captions that are right for both images.
@@ -42,7 +42,8 @@ class OtherImageContrastive(Loss):
         assert self.model is not None, "call prepare first"
         B, D = pairs.image.shape  # Matryoshka's have fewer channels
         there = not B or NAME in pairs.batch.extra
-        require(there, "model.loss: OtherImageContrastive: the data have no other images; set data.columns.other_image")
+        none = "model.loss: OtherImageContrastive: the data have no other images; set data.images.per_thing to two"
+        require(there, none)
         images = [part.extra.get(NAME, part.images) for part in pairs.parts]  # a placeholder has none
         other_BD = unit(encode_again(self.model[0], _encode, images)[:B, :D])
         layout = PairLayout(pairs.ranks, pairs.ids(), "ignored")

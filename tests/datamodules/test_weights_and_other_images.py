@@ -17,7 +17,8 @@ from datamodules.commands.shard import shard
 from datamodules.loading.augmentation import Augmentation
 from datamodules.loading.bad_samples import BadSamples
 from datamodules.open_source import open_source
-from datamodules.pairs.source import Columns, PairSource
+from datamodules.pairs.image_captions import two_images_each
+from datamodules.pairs.source import Columns, ImageOptions, PairSource
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import BadSample, InputError
 from lit_clip.losses import Contrastive, Sum, WeightedContrastive
@@ -30,6 +31,7 @@ from tests.helpers.tar_shards import write_tar
 
 WEIGHTS = [0.5, 2, 0, 1e-3]
 OTHERS = ["back0.png", "", None, "3.png"]  # of another colour, none, none, the image itself
+BOTH, TWO = Columns(image=["image", "back"]), ImageOptions("two")
 FORMATS = [".csv", ".jsonl", ".parquet"]
 
 
@@ -70,7 +72,7 @@ def batches(path: Path, columns: Columns, **options: Any) -> tuple[CaptionBatch,
     data.preprocessing = Preprocessing(image_size=32)
     data.setup("fit")
     (batch,), (validation, *_) = data.train_dataloader(), data.val_dataloader()
-    order = sorted(range(len(batch.keys)), key=lambda row: batch.keys[row])
+    order = sorted(range(len(batch.keys)), key=lambda row: (batch.captions[row], batch.keys[row]))
     extra = {name: value[order] for name, value in batch.extra.items()}
     captions = [batch.captions[row] for row in order]
     return batch._replace(images=batch.images[order], captions=captions, extra=extra), validation
@@ -122,47 +124,62 @@ def test_an_other_image_is_augmented_and_where_there_is_none_the_image_is_a_seco
     suffix: str, tmp_path: Path
 ) -> None:
     path, augmentation = table(tmp_path, suffix), Augmentation(crop_scale=(0.3, 0.5))
-    plain, _ = batches(path, Columns(), augmentation=augmentation)
-    batch, validation = batches(path, Columns(other_image="back"), augmentation=augmentation)
-    again, _ = batches(path, Columns(other_image="back"), augmentation=augmentation)
+    plain, _ = batches(path, BOTH, images=ImageOptions("one"), augmentation=augmentation)
+    batch, validation = batches(path, BOTH, images=TWO, augmentation=augmentation)
+    again, _ = batches(path, BOTH, images=TWO, augmentation=augmentation)
     torch.testing.assert_close(batch.images, plain.images, rtol=0, atol=0)
     assert (plain.extra, validation.extra) == ({}, {})
     others = batch.extra["other_image"]
     assert (others.dtype, others.shape) == (torch.uint8, batch.images.shape)
     torch.testing.assert_close(others, again.extra["other_image"], rtol=0, atol=0)
-    assert others[0, :2].max() == 0  # blue
-    assert others[0, 2].max() > 0
+    blue = [bool(each[:2].max() == 0) for each in (batch.images[0], others[0])]
+    assert sorted(blue) == [False, True]
     for image, other in zip(batch.images[1:], others[1:], strict=True):
         assert (other[0] == other[2]).all()  # grey, as the image
         assert (image != other).float().mean() > 0.5  # another crop
-    unchanged, _ = batches(path, Columns(other_image="image"), augmentation=[])
+    unchanged, _ = batches(path, Columns(), images=TWO, augmentation=[])  # no things: each row is one
     torch.testing.assert_close(unchanged.extra["other_image"], unchanged.images, rtol=0, atol=0)
+
+
+def test_the_other_image_is_drawn_from_all_others_of_the_group(tmp_path: Path) -> None:
+    rows = [f"{image}.png,{image},{group}" for image, group in zip("01233", "aaabb", strict=True)]
+    table(tmp_path, ".csv").write_text("\n".join(["image,caption,thing", *rows]))
+    source = open_source(tmp_path / "captions.csv", columns=Columns(group="thing"))
+    found, contents = set(), {source.load(row, None).image.tobytes(): row for row in range(4)}
+    two = two_images_each(source)
+    for row in range(5):
+        for seed in range(20):
+            pair = two.load(row, random.Random(seed))
+            assert pair.caption == rows[row][0]
+            found.add((contents[pair.image.tobytes()], contents[pair.extra["other_image"].tobytes()]))
+    assert found == {(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1), (3, 3)}
+    orders = [two.order(epoch, 0).tolist() for epoch in range(3)]
+    assert sorted(row for order in orders for row in order if row < 3) == [0, 1, 2]  # one of the thing in each epoch
+    assert all(len(order) == 2 for order in orders)
 
 
 def test_encoded_images_may_have_other_ones(tmp_path: Path) -> None:
     contents = [(tmp_path / name).read_bytes() for name in ("0.png", "back0.png") if table(tmp_path, ".csv")]
     columns = {"image": [contents[0]] * 2, "caption": ["a", "b"], "back": [contents[1], None]}
     pq.write_table(pa.table(columns), tmp_path / "a.parquet")
-    pair, second = (
-        open_source(tmp_path / "a.parquet", columns=Columns(other_image="back")).load(row, random.Random(0))
-        for row in (0, 1)
-    )
+    two = two_images_each(open_source(tmp_path / "a.parquet", columns=BOTH))
+    pair, _, second = (two.load(row, random.Random(0)) for row in range(3))
     assert pair.extra["other_image"].tobytes() == Image.open(tmp_path / "back0.png").tobytes()
     assert second.extra["other_image"].tobytes() == second.image.tobytes()
 
 
-def test_an_other_image_that_is_not_there_is_found_before_training(tmp_path: Path) -> None:
+def test_an_other_image_that_is_not_there_is_a_bad_sample_of_its_row(tmp_path: Path) -> None:
     path = table(tmp_path, ".csv")
     (tmp_path / "back0.png").unlink()
     with pytest.raises(InputError, match=r"captions\.csv row 2: .*back0\.png"):
-        batches(path, Columns(other_image="back"))
+        batches(path, BOTH, images=TWO)
 
 
 def test_columns_that_only_training_reads_are_not_asked_of_validation_data(tmp_path: Path) -> None:
     path = table(tmp_path, ".csv")
     plain = path.with_name("plain.csv")
     plain.write_text("image,caption\nback0.png,one\n3.png,two\n")
-    columns = Columns(weight="score", other_image="back", negative="caption")
+    columns = Columns(weight="score", negative="caption")
     data = Captions(str(path), str(plain), columns=columns, batch_size=2, num_workers=0)
     data.setup("fit")
     batch = next(iter(data.val_dataloader()))
@@ -175,25 +192,21 @@ def test_columns_that_only_training_reads_are_not_asked_of_validation_data(tmp_p
 
 def test_a_column_that_nothing_reads_is_refused(tmp_path: Path) -> None:
     path = table(tmp_path, ".csv")
-    for columns, ours in (
-        (Columns(weight="score"), "WeightedContrastive"),
-        (Columns(other_image="back"), "OtherImage"),
+    for options, ours in (
+        ({"columns": Columns(weight="score")}, "WeightedContrastive"),
+        ({"columns": BOTH, "images": TWO}, "OtherImage"),
     ):
-        data = Captions(str(path), str(path), columns=columns, num_workers=0)
+        data = Captions(str(path), str(path), **options, num_workers=0)
         with pytest.raises(InputError, match=rf"Contrastive does not read it; leave it out, or use lit_clip\..*{ours}"):
             make_trainer(tmp_path, [], max_steps=1).fit(make_module(), data)
-    with pytest.raises(InputError, match="shards have no such column, but columns.other_image is 'back'; leave it out"):
-        open_source(tmp_path / "a.tar", columns=Columns(other_image="back"))
-    for columns in (Columns(weight="score"), Columns(other_image="back")):
-        with pytest.raises(InputError, match=r"--columns\.\w+: shards hold captions and groups alone; train on the"):
-            shard(str(path), str(tmp_path / "out"), columns=columns)
+    with pytest.raises(InputError, match=r"--columns\.\w+: shards hold captions and groups alone; train on the"):
+        shard(str(path), str(tmp_path / "out"), columns=Columns(weight="score"))
 
 
 def test_a_step_of_both_losses_in_micro_batches_has_the_values_of_plain_functions(tmp_path: Path) -> None:
-    columns = Columns(weight="score", other_image="back")
-    path = table(tmp_path, ".csv")
+    columns, path = Columns(["image", "back"], weight="score"), table(tmp_path, ".csv")
     module = make_module(loss=Sum([WeightedContrastive(), OtherImageContrastive()], [1.0, 0.5]), micro_batch_size=2)
-    batch, _ = batches(path, columns)
+    batch, _ = batches(path, columns, images=TWO)
     with torch.no_grad():
         image, other = (
             module.model.encode_image(module.model.normalize(each), normalize=True)
@@ -205,7 +218,7 @@ def test_a_step_of_both_losses_in_micro_batches_has_the_values_of_plain_function
         weights = batch.extra["weight"]
         expected = float((weights * (entropies[0] + entropies[1])).sum() / 2 / weights.sum())
         expected_other = float(contrastive_loss(image, other, image, other, scale))
-    data = Captions(str(path), str(path), columns=columns, batch_size=4, num_workers=0)
+    data = Captions(str(path), str(path), columns=columns, batch_size=4, num_workers=0, images=TWO)
     trainer = make_trainer(tmp_path, [], max_steps=1, limit_val_batches=0, enable_checkpointing=False)
     trainer.fit(module, data)
     logged = {name: float(value) for name, value in trainer.callback_metrics.items()}
@@ -217,7 +230,7 @@ def test_a_step_of_both_losses_in_micro_batches_has_the_values_of_plain_function
 @pytest.mark.parametrize(
     ("loss", "message"),
     [
-        (OtherImageContrastive(), "the data have no other images; set data.columns.other_image"),
+        (OtherImageContrastive(), "the data have no other images; set data.images.per_thing to two"),
         (WeightedContrastive(), "the data have no weights; set data.columns.weight"),
     ],
 )

@@ -315,7 +315,6 @@ def test_what_averages_cannot_be_read_with_is_refused_in_one_line(folder: Path) 
     for given, message in (
         ({"train": str(plain)}, r"^data\.images\.per_thing: together would change nothing"),
         ({"captions": CaptionOptions(per_image="together")}, r"^data\.images\.per_thing: .* captions\.per_image out"),
-        ({"columns": Columns(other_image="image")}, r"^data\.columns\.other_image: .*together"),
     ):
         options = {"train": path, **given}
         with pytest.raises(InputError, match=message):

@@ -19,7 +19,7 @@ from datamodules import Augmentation, BadSamples, BatchOptions, CaptionOptions, 
 from datamodules.open_source import open_source
 from datamodules.pairs.image_captions import OneOfEach, one_caption_each, rows_of_each_image
 from datamodules.pairs.kept import digest_of_kept
-from datamodules.pairs.source import PairSource, Rows
+from datamodules.pairs.source import ImageOptions, PairSource, Rows
 from lit_clip.batch import CaptionBatch
 from lit_clip.errors import InputError
 from lit_clip.losses import Contrastive, Sum, WeightedContrastive
@@ -508,8 +508,8 @@ def test_what_it_does_not_fit_is_refused_in_one_line(by_number: Path, tmp_path: 
     for data in (single, write_shards(tmp_path / "shards")):
         with pytest.raises(InputError, match=r"^data\.captions\.per_image: together would change nothing: no image of"):
             together(data, val=str(by_number))
-    with pytest.raises(InputError, match=r"^data\.columns\.other_image: .* set it to one"):
-        together(by_number, val=str(by_number), columns=Columns(other_image="image"))
+    with pytest.raises(InputError, match=r"^data\.images\.per_thing: two reads one caption"):
+        together(by_number, val=str(by_number), images=ImageOptions("two"))
 
 
 def test_the_plan_counts_images_and_shares_their_cost_among_captions(

@@ -253,7 +253,7 @@ COMMANDS = {
     "inspect, one slash": ["inspect", "one.csv", "--num_workers", "0"],
     "fit": ["fit", "--data.train", *TABLE, *FIT],
     "fit, skipping": ["fit", "--data.train", *TABLE, "--data.val", *TABLE, "--data.bad_samples.on_error", "skip", *FIT],
-    "other_image": ["fit", "--data.train", "others.csv", "--data.columns.other_image", "back", *FIT],
+    "other images": ["fit", "--data.train", "others.csv", "--data.columns.image", "[image, back]", *FIT],
 }
 LISTS = (
     *("embed, skipping", "score, skipping", "fit, skipping", "evaluate, skipping", "overlap"),
