@@ -32,7 +32,6 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 # They wait for ranks and for programs that start: begun last, they would leave the other processors idle at the end.
 LONG_FILES = (
-    "test_other_systems.py",
     "test_stopped_runs.py",
     "test_resume.py",
     "test_distributed.py",

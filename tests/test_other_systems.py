@@ -76,6 +76,7 @@ def test_every_module_is_imported_without_modules_and_functions_of_linux(folder:
     assert int(done.stdout) > 300
 
 
+@pytest.mark.slow
 def test_a_fit_with_spawned_workers_and_without_proc_trains_saves_and_reports(
     folder: Path, caption_table: Path
 ) -> None:

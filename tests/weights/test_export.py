@@ -95,7 +95,8 @@ INT8 = 5e-2 if torch.cpu._is_vnni_supported() else 1e-1
 
 
 @pytest.mark.parametrize(
-    ("dtype", "kind", "share", "tolerance"), [("float16", "vit", 0.55, 5e-3), ("int8", "resnet", 0.3, INT8)]
+    ("dtype", "kind", "share", "tolerance"),
+    [("float16", "vit", 0.55, 5e-3), pytest.param("int8", "resnet", 0.3, INT8, marks=pytest.mark.slow)],
 )
 def test_smaller_onnx_files_give_our_features_within_their_tolerance(
     tmp_path: Path,

@@ -177,6 +177,7 @@ def test_immich_has_our_features_for_images_and_texts(exported: Exported, kind: 
     close(torch.stack([theirs.image(image) for image in images]), ours.encode(images))
 
 
+@pytest.mark.slow
 def test_immich_lower_cases_where_the_model_does(tmp_path: Path) -> None:
     config = siglip_config(tmp_path / "words")
     config.text.tokenizer = HuggingFaceTokenizerConfig(str(tmp_path / "words"), "lower")
