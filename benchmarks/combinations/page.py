@@ -41,9 +41,12 @@ def page() -> str:
     for group in GROUPS:
         parts += _lines(row for row in ROWS if row.group == group and row.name in names)
     parts += ["\n## Refused parts of Lightning\n", "| part | why | instead |\n|---|---|---|"]
-    parts += [f"| `{each.kind.__name__}` | {each.why} | {each.instead} |" for each in REFUSED]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for each in REFUSED:
+        reasons.setdefault((each.why, each.instead), []).append(each.kind.__name__)
+    parts += [f"| {_code(kinds)} | {why} | {instead} |" for (why, instead), kinds in reasons.items()]
     parts += ["\n## Without a row\n", "| part | why |\n|---|---|"]
-    parts += [f"| {', '.join(f'`{name}`' for name in names)} | {why} |" for why, names in ELSEWHERE.items()]
+    parts += [f"| {_code(left_out)} | {why} |" for why, left_out in ELSEWHERE.items()]
     return "\n".join(parts) + "\n"
 
 
@@ -52,6 +55,10 @@ def every_row() -> str:
     return "\n".join(
         "\n".join([f"## {group}\n", HEAD, *_lines(row for row in ROWS if row.group == group), ""]) for group in GROUPS
     )
+
+
+def _code(words: Iterable[str]) -> str:
+    return ", ".join(f"`{word}`" for word in words)
 
 
 def _lines(rows: Iterable[Row]) -> list[str]:
