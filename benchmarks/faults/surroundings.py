@@ -90,13 +90,13 @@ RESUMED = (
     Surrounding(
         "a new SLURM job finds the checkpoint of a requeued one",
         "`fit`",
-        "one line that names the checkpoint and how to resume it",
+        "one line that names the checkpoint and how to resume it, exit code 2",
         "tests/cli/test_configurations.py::test_a_requeued_job_of_another_configuration_is_not_resumed",
     ),
     Surrounding(
         "a requeued SLURM job has another configuration",
         "`fit`",
-        "one line that names the checkpoint",
+        "one line that names the checkpoint, exit code 2",
         "tests/cli/test_configurations.py::test_a_requeued_job_of_another_configuration_is_not_resumed",
     ),
     Surrounding(
@@ -114,7 +114,7 @@ RESUMED = (
     Surrounding(
         "the run had another optimiser",
         "`fit --ckpt_path`",
-        "one line that names both",
+        "one line that names both, exit code 2",
         "tests/training/test_optimizers.py::test_another_optimiser_cannot_resume",
     ),
 )
@@ -122,7 +122,7 @@ RESUMED = (
 
 def tables() -> str:
     """Return the sections of ``docs/evidence/faults.md``."""
-    ends = 'A command of "one line" ends with it and exit code 2.'
+    ends = "Where one line is required, the command ends with it and exit code 2."
     started = f"Each has a test in `tests/test_surroundings.py`. {ends}"
     resumed = "Each has a test, which `benchmarks/faults/surroundings.py` names."
     return "\n".join(
