@@ -30,7 +30,7 @@ HEAD = """# open_clip's registry
 
 - **Question**: which published weights of open_clip {version} does `load_model("model:tag")` open?
 - **Answer**: of all {weights}, {opened} open, {refused} are refused{which}.
-- **Command**: `python -m benchmarks.families.page` writes this page; with `--list` it prints every model and tag.
+- **Command**: `python -m benchmarks.families.page` writes this page; with the option `list` it prints all tags.
 
 The configurations decide; nothing is downloaded. Tests compare the page with the installed open_clip, and every
 weight's name and shape with open_clip's models. [Models and weights](../models.md) has the differences of features.
