@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, Trainer, callbacks, loggers, plugins, pr
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.tuner import Tuner
 
-from benchmarks.combinations.page import FOLDER, REFUSED_THEN, ROWS_RUN, pages
+from benchmarks.combinations.page import PAGE, REFUSED_THEN, ROWS_RUN, main, page
 from benchmarks.combinations.runs import examine
 from benchmarks.combinations.table import ELSEWHERE, OWN, PLAIN, ROWS, Row
 from callbacks import compile as compiling
@@ -115,9 +115,14 @@ def test_the_page_counts_the_rows_that_were_run() -> None:
     assert (len(ROWS), sum(bool(row.refused) for row in ROWS)) == (ROWS_RUN, REFUSED_THEN)
 
 
-@pytest.mark.parametrize(("name", "text"), pages().items())
-def test_the_page_is_up_to_date(name: str, text: str) -> None:
-    assert (FOLDER / name).read_text(encoding="utf-8") == text, "run python -m benchmarks.combinations.page"
+def test_the_page_is_up_to_date() -> None:
+    assert PAGE.read_text(encoding="utf-8") == page(), "run python -m benchmarks.combinations.page"
+
+
+def test_the_listing_has_each_setting_once(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["--rows"])
+    listed = re.findall(r"^\| `(.+?)` \|", capsys.readouterr().out, re.MULTILINE)
+    assert sorted(listed) == sorted({row.name for row in ROWS})
 
 
 @pytest.mark.parametrize("refusal", REFUSED, ids=lambda refusal: refusal.kind.__name__)

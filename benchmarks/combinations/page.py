@@ -1,28 +1,25 @@
-"""Write the pages of combinations in docs/: ``python -m benchmarks.combinations.page``."""
+"""Write docs/evidence/combinations.md: ``python -m benchmarks.combinations.page``; ``--rows`` prints every row."""
 
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks.combinations.rows import GROUPS, OURS
+from benchmarks.combinations.rows import GROUPS
 from benchmarks.combinations.table import ELSEWHERE, ROWS, Row
 from lit_clip.training.checks import REFUSED
 
-FOLDER = Path(__file__).parents[2] / "docs/evidence"
+PAGE = Path(__file__).parents[2] / "docs/evidence/combinations.md"
 INTRODUCTION = """# Combinations
 
-- **Question**: which options of Lightning work with lit-clip?
-- **Answer**: all below but those marked "refused", which end with one line before the first step.
+- **Question**: which options of Lightning, and which of lit-clip's own, work with lit-clip and with each other?
+- **Answer**: all except the settings and parts below, which end with one line before the first step.
 - **Command**: `make test-slow PART=combinations`; `python -m benchmarks.combinations.page` writes this page.
 
-"Two ranks" is DDP by gloo on one machine, unless the row says otherwise. "The plain run" is the same training without
-the option; with one process weights must be equal to the last bit, with two ranks to rounding. "Resumes exactly" is a
-run that continues from a checkpoint of the third step and ends with weights and moments equal to the last bit.
-[Another page](combinations_parts.md) has lit-clip's own parts.
-"""
-INTRODUCTION_OF_PARTS = """# Combinations with lit-clip's parts
-
-- **Question**: which of lit-clip's own callbacks and options work with each other?
-- **Answer**: all below but those marked "refused".
-- **Command**: as for [Lightning's options](combinations.md), whose page says what the words mean.
+`python -m benchmarks.combinations.page --rows` prints every row with what is checked. A row is one setting on one
+process or on two ranks of one machine (DDP by gloo, unless it names another strategy). "The plain run" is the same
+training without the setting; with one process weights must be equal to the last bit, with two ranks to rounding.
+"Resumes exactly": the run continues from a checkpoint of the third step and ends with weights and moments equal to the
+last bit.
 """
 # To be set when all rows have been run: pytest benchmarks/combinations -m "slow or not slow"
 LAST_RUN = "26, 27 and 29 November and 1 December 2026 with Lightning 2.6.6 and torch 2.13.0 on a CPU"
@@ -30,34 +27,45 @@ ROWS_RUN, REFUSED_THEN = 403, 25
 HEAD = "| setting | one process | two ranks | what is checked, or the line |\n|---|---|---|---|"
 
 
-def pages() -> dict[str, str]:
-    """Return the text of each page by its name."""
-    parts = "\n".join([INTRODUCTION_OF_PARTS, _table(OURS)])
-    return {"combinations.md": _of_lightning(), "combinations_parts.md": parts.rstrip() + "\n"}
-
-
-def _of_lightning() -> str:
+def page() -> str:
+    """Return the page: how many rows of each group work, and what is refused."""
     counts = f"{ROWS_RUN - REFUSED_THEN} work and {REFUSED_THEN} are refused"
-    parts = [
-        INTRODUCTION,
-        f"All {ROWS_RUN} rows, a setting on one process or on two, were last run on {LAST_RUN}: {counts}.\n",
-    ]
-    parts += [_table(group) for group in GROUPS if group != OURS]
-    parts.append("## Refused parts of Lightning\n\n| part | why | instead |\n|---|---|---|")
-    parts[-1] += "".join(f"\n| `{each.kind.__name__}` | {each.why} | {each.instead} |" for each in REFUSED) + "\n"
-    parts.append("## Not in the table\n\n| part | why |\n|---|---|")
-    parts[-1] += "".join(
-        f"\n| {', '.join(f'`{name}`' for name in names)} | {why} |" for why, names in ELSEWHERE.items()
-    )
+    parts = [INTRODUCTION, f"All {ROWS_RUN} rows were last run on {LAST_RUN}: {counts}.\n"]
+    parts.append("| rows | work | refused |\n|---|--:|--:|")
+    for group in GROUPS:
+        rows = [bool(row.refused) for row in ROWS if row.group == group]
+        parts.append(f"| {group} | {rows.count(False)} | {rows.count(True)} |")
+    named = {refusal.kind.__name__ for refusal in REFUSED} - {row.name for row in ROWS if not row.refused}
+    names = {row.name for row in ROWS if row.refused} - named
+    parts += ["\n## Refused settings\n", HEAD]
+    for group in GROUPS:
+        parts += _lines(row for row in ROWS if row.group == group and row.name in names)
+    parts += ["\n## Refused parts of Lightning\n", "| part | why | instead |\n|---|---|---|"]
+    reasons: dict[tuple[str, str], list[str]] = {}
+    for each in REFUSED:
+        reasons.setdefault((each.why, each.instead), []).append(each.kind.__name__)
+    parts += [f"| {_code(kinds)} | {why} | {instead} |" for (why, instead), kinds in reasons.items()]
+    parts += ["\n## Without a row\n", "| part | why |\n|---|---|"]
+    parts += [f"| {_code(left_out)} | {why} |" for why, left_out in ELSEWHERE.items()]
     return "\n".join(parts) + "\n"
 
 
-def _table(group: str) -> str:
+def every_row() -> str:
+    """Return the tables of all rows, by group."""
+    return "\n".join(
+        "\n".join([f"## {group}\n", HEAD, *_lines(row for row in ROWS if row.group == group), ""]) for group in GROUPS
+    )
+
+
+def _code(words: Iterable[str]) -> str:
+    return ", ".join(f"`{word}`" for word in words)
+
+
+def _lines(rows: Iterable[Row]) -> list[str]:
     by_name: dict[str, list[Row]] = {}
-    for row in (row for row in ROWS if row.group == group):
+    for row in rows:
         by_name.setdefault(row.name, []).append(row)
-    lines = [_line(name, same) for name, same in by_name.items()]
-    return "\n".join([f"## {group}\n", HEAD, *lines]) + "\n"
+    return [_line(name, same) for name, same in by_name.items()]
 
 
 def _line(name: str, rows: list[Row]) -> str:
@@ -71,6 +79,12 @@ def _line(name: str, rows: list[Row]) -> str:
     return f"| `{name}` | {cells[0]} | {cells[1]} | {'; '.join(notes)} |"
 
 
+def main(words: Sequence[str]) -> None:
+    if "--rows" in words:
+        sys.stdout.write(every_row())
+    else:
+        PAGE.write_text(page(), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    for name, text in pages().items():
-        (FOLDER / name).write_text(text, encoding="utf-8")
+    main(sys.argv[1:])

@@ -1,8 +1,7 @@
 """Every option of Lightning and every callback of ours with its outcome: works, as its checks show, or refused.
 
-``combinations.md`` and ``combinations_parts.md`` of ``docs/evidence`` are made from this table, which
-``tests/test_combinations.py`` runs. A row is one setting on one process or on two ranks (DDP by gloo); its name and
-number of ranks identify it.
+``docs/evidence/combinations.md`` is made from this table, which ``tests/test_combinations.py`` runs. A row is one
+setting on one process or on two ranks (DDP by gloo); its name and number of ranks identify it.
 """
 
 from benchmarks.combinations import callback_rows, our_rows, strategy_rows, trainer_rows  # noqa: F401  # they add rows

@@ -1,8 +1,8 @@
-"""Write the tables of open_clip's models: ``python -m benchmarks.families.page [--measure]``.
+"""Write the tables of open_clip's models: ``python -m benchmarks.families.page [--measure] [--list]``.
 
-``docs/evidence/open_clip_registry.md`` lists the registry and what lit-clip says to each name. With ``--measure`` a
-small model of every family is created with random weights, and the largest differences from open_clip are written
-between the marks in ``docs/models.md``.
+``docs/evidence/open_clip_registry.md`` has what of the registry opens, and from where. ``--list`` prints what lit-clip
+says to each name instead. With ``--measure`` a small model of every family is created with random weights, and the
+largest differences from open_clip are written between the marks in ``docs/models.md``.
 """
 
 import os
@@ -10,6 +10,7 @@ import sys
 import tempfile
 import warnings
 from pathlib import Path
+from typing import NamedTuple
 
 import open_clip
 from open_clip.pretrained import get_pretrained_cfg
@@ -27,18 +28,35 @@ REGISTRY, MODELS = DOCS / "evidence/open_clip_registry.md", DOCS / "models.md"
 BEGIN, END = "<!-- python -m benchmarks.families.page --measure -->", "<!-- end -->"
 HEAD = """# open_clip's registry
 
-All {weights} published weights of open_clip {version} by model, and whether `load_model("model:tag")` opens them, as
-decided from the configurations: nothing is downloaded. Made by `python -m benchmarks.families.page`; tests compare it
-with the installed open_clip, and every weight's name and shape with open_clip's models. "Hub" names what is read from
-the Hugging Face hub or its cache beside the weights: a tokenizer, or a text encoder with its tokenizer.
-[Models and weights](../models.md) has the differences of features.
+- **Question**: which published weights of open_clip {version} does `load_model("model:tag")` open?
+- **Answer**: of all {weights}, {opened} open, {refused} are refused{which}.
+- **Command**: `python -m benchmarks.families.page` writes this page; with the option `list` it prints all tags.
 
-{opened} open, {refused} are refused. Of its {names} configurations without published weights these are refused:
-{without}.
+The configurations decide; nothing is downloaded. Tests compare the page with the installed open_clip, and every
+weight's name and shape with open_clip's models. [Models and weights](../models.md) has the differences of features.
 
-| model | tags | verdict | hub |
-|---|---|---|---|
+Of the {names} configurations without published weights these are refused: {without}.
+
+Most models need only their weights. These read a tokenizer, or a text encoder with its tokenizer, from the Hugging Face
+hub or its cache too:
+
+| from the hub | models |
+|---|---|
 """
+
+
+class Verdict(NamedTuple):
+    """What lit-clip says to a model of the registry.
+
+    Attributes:
+        tags: names of its weights.
+        said: "opens", or why not.
+        source: what it needs from the hub beside its weights.
+    """
+
+    tags: list[str]
+    said: str
+    source: str
 
 
 def verdict(name: str, tags: list[str]) -> tuple[str, str]:
@@ -57,25 +75,37 @@ def verdict(name: str, tags: list[str]) -> tuple[str, str]:
     return "opens", "" if source is None else f"{source.source}{encoder}"
 
 
-def registry() -> str:
-    """Return the text of the registry's page."""
+def verdicts() -> dict[str, Verdict]:
+    """Return what lit-clip says to each model with published weights, by its name."""
     tags: dict[str, list[str]] = {}
     for name, tag in open_clip.list_pretrained():
         tags.setdefault(name, []).append(tag)
-    unpublished = [name for name in open_clip_names() if name not in tags]
-    refused = [said.removeprefix("refused: ") for name in unpublished if (said := verdict(name, [])[0]) != "opens"]
-    rows, opened = [], 0
-    for name in sorted(tags):
-        said, source = verdict(name, tags[name])
-        opened += len(tags[name]) * (said == "opens")
-        rows.append(f"| {name} | {', '.join(tags[name])} | {said} | {source} |")
-    total = sum(map(len, tags.values()))
-    without = ", ".join(refused) or "none"
+    return {name: Verdict(tags[name], *verdict(name, tags[name])) for name in sorted(tags)}
+
+
+def registry(models: dict[str, Verdict]) -> str:
+    """Return the text of the registry's page."""
+    unpublished = [name for name in open_clip_names() if name not in models]
+    without = [said.removeprefix("refused: ") for name in unpublished if (said := verdict(name, [])[0]) != "opens"]
+    refused = {name: model for name, model in models.items() if model.said != "opens"}
+    total = sum(len(model.tags) for model in models.values())
+    closed = sum(len(model.tags) for model in refused.values())
     head = HEAD.format(
-        **{"weights": total, "version": open_clip.__version__, "opened": opened, "refused": total - opened},
-        **{"names": len(unpublished), "without": without},
+        **{"weights": total, "version": open_clip.__version__, "opened": total - closed, "refused": closed},
+        **{"names": len(unpublished), "without": ", ".join(without) or "none"},
+        which="".join(f"; {name}: {model.said}" for name, model in refused.items()),
     )
-    return head + "\n".join(rows) + "\n"
+    names: dict[str, list[str]] = {}
+    for name, model in models.items():
+        if model.source:
+            names.setdefault(model.source, []).append(name)
+    return head + "".join(f"| {source} | {', '.join(names[source])} |\n" for source in sorted(names))
+
+
+def listing(models: dict[str, Verdict]) -> str:
+    """Return a table of all models with their tags."""
+    rows = (f"| {name} | {', '.join(model.tags)} | {model.said} | {model.source} |\n" for name, model in models.items())
+    return "| model | tags | verdict | hub |\n|---|---|---|---|\n" + "".join(rows)
 
 
 def measured() -> str:
@@ -94,7 +124,11 @@ def measured() -> str:
 def main() -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
     warnings.simplefilter("ignore")
-    REGISTRY.write_text(registry(), encoding="utf-8")
+    models = verdicts()
+    if "--list" in sys.argv[1:]:
+        sys.stdout.write(listing(models))
+    else:
+        REGISTRY.write_text(registry(models), encoding="utf-8")
     if "--measure" in sys.argv[1:]:
         text = MODELS.read_text(encoding="utf-8")
         before, after = text.partition(BEGIN)[0], text.partition(END)[2]

@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 
 from benchmarks.faults.catalogue import FAULTS, STORE_TIMEOUT, Fault
-from benchmarks.faults.cells import RANKS, TOLERANCE, WORKERS, Cell, Outcome, all_cells
+from benchmarks.faults.cells import TOLERANCE, Cell, Outcome, all_cells
 from benchmarks.faults.runs import EPOCHS, EVERY, GROUP_TIMEOUT, STEPS
 from benchmarks.faults.surroundings import tables as surroundings
 
@@ -25,7 +25,6 @@ def markdown(outcomes: Outcomes) -> str:
     limits = {"group": GROUP_TIMEOUT, "store": f"{STORE_TIMEOUT:g}"}
     tables = {
         "outcomes": _summary(outcomes),
-        "cells": _details(outcomes),
         "others": _others(outcomes),
         "surroundings": surroundings(),
     }
@@ -63,27 +62,6 @@ def _row(fault: Fault, outcomes: list[Outcome]) -> str:
     longest = f"{max(one.seconds for one in done):.1f} s" if done else ""
     values = (f"`{fault.name}`", fault.text, required, code, len(done), right, longest, f"{fault.limit:g} s")
     return f"| {' | '.join(map(str, values))} |"
-
-
-def _details(outcomes: Outcomes) -> str:
-    kinds = [(ranks, workers) for ranks in RANKS for workers in WORKERS]
-    heads = [f"{ranks} rank{'s' * (ranks > 1)}, {workers} workers" for ranks, workers in kinds]
-    lines = ["## By cell", "", f"| fault | source | {' | '.join(heads)} |", f"|---|---|{'---|' * len(kinds)}"]
-    for fault in FAULTS:
-        for source in fault.sources:
-            cells = [Cell(fault.name, source, *kind) for kind in kinds]
-            texts = [_cell([one for (cell, _), one in outcomes.items() if cell == wanted]) for wanted in cells]
-            lines.append(f"| `{fault.name}` | {source} | {' | '.join(texts)} |")
-    return "\n".join([*lines, "", "Empty: it makes no sense there, or was not run.", ""])
-
-
-def _cell(outcomes: list[Outcome]) -> str:
-    """Return the worst outcome of a cell's moments, and its longest time."""
-    if not outcomes:
-        return ""
-    worst = next((one for one in outcomes if one.outcome == "other"), outcomes[0])
-    seconds = "" if worst.outcome == "skipped" else f" {max(one.seconds for one in outcomes):.1f} s"
-    return f"{'**other**' if worst.outcome == 'other' else worst.outcome}{seconds}"
 
 
 def _others(outcomes: Outcomes) -> str:

@@ -33,37 +33,37 @@ SURROUNDINGS = (
     Surrounding(
         "at most 24 open files (`ulimit -n 24`)",
         "`fit`, `embed`",
-        "one line that names the limit, exit code 2",
+        "one line that names the limit",
         "test_few_open_files_are_one_line_that_names_the_limit",
     ),
     Surrounding(
         "another run writes the same output",
         "`embed`, `score`",
-        "one line that names the output, exit code 2; the other run loses nothing",
+        "one line that names the output; the other run loses nothing",
         "test_an_output_that_another_run_writes_is_refused_at_once",
     ),
     Surrounding(
         "the output folder holds other files",
         "`shard`",
-        "one line that names a file, exit code 2; nothing is written",
+        "one line that names a file; nothing is written",
         "test_a_folder_with_other_files_is_not_filled_with_shards",
     ),
     Surrounding(
         "the disk becomes full, at each of a dozen places",
         "`export`",
-        "one line that names the folder, exit code 2; no folder is left",
+        "one line that names the folder; no folder is left",
         "test_a_full_disk_ends_an_export_in_one_line_and_leaves_nothing",
     ),
     Surrounding(
         "`SLURM_NTASKS=2` without tasks per node",
         "`embed`",
-        "one line with what to set, exit code 2",
+        "one line with what to set",
         "test_slurm_tasks_that_lightning_refuses_are_one_line",
     ),
     Surrounding(
         "a SLURM script of several tasks without `srun`, or of one for several devices",
         "`fit`, `embed`",
-        "one line with what to write, exit code 2; Lightning would wait, or use one device",
+        "one line with what to write; Lightning would wait, or use one device",
         "test_tasks_that_slurm_has_not_started_are_neither_waited_for_nor_done_without",
     ),
     Surrounding(
@@ -75,7 +75,7 @@ SURROUNDINGS = (
     Surrounding(
         "`--trainer.num_nodes 2` without torchrun or SLURM",
         "`fit`",
-        "one line with what starts the others, exit code 2; Lightning would wait",
+        "one line with what starts the others; Lightning would wait",
         "test_machines_that_nobody_starts_are_not_waited_for",
     ),
 )
@@ -122,7 +122,8 @@ RESUMED = (
 
 def tables() -> str:
     """Return the sections of ``docs/evidence/faults.md``."""
-    started = "Each has a test in `tests/test_surroundings.py`."
+    ends = "Where one line is required, the command ends with it and exit code 2."
+    started = f"Each has a test in `tests/test_surroundings.py`. {ends}"
     resumed = "Each has a test, which `benchmarks/faults/surroundings.py` names."
     return "\n".join(
         [

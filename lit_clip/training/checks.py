@@ -40,7 +40,7 @@ _LAYERS = "would replace the linear layers"
 _OTHER_STRATEGY = "use ddp, or lit_clip.training.lightning.fsdp.FSDP"
 _MIXED, _EMA = "set trainer.precision to bf16-mixed", "use callbacks.EMA"
 
-# docs/evidence/combinations.md lists them beside what works.
+# docs/evidence/combinations.md lists them.
 REFUSED = (
     Refusal(callbacks.WeightAveraging, _AVERAGE, _EMA, exactly=True),
     Refusal(callbacks.EMAWeightAveraging, _AVERAGE, _EMA),
