@@ -18,7 +18,7 @@ from .source import DELIMITED, JSON_LINES, NO_CAPTION, SourceOptions
 
 BATCH_ROWS = 16_384
 LARGEST_TEXT = 1 << 20  # bytes
-TABLES = (*DELIMITED[:2], *JSON_LINES, ".json")
+TABLES = (*DELIMITED, *JSON_LINES, ".json")
 
 
 def walk_images(folder: Path) -> Iterator[tuple[str, bool]]:

@@ -107,7 +107,7 @@ def write_features(
 class StoredFeatures(NamedTuple):
     """Content of a file that :func:`write_features` wrote."""
 
-    keys: list[str]  # of N rows
+    keys: list[str]  # of N rows; those of captions repeat their image's
     features: np.ndarray  # float32 [N, D], of unit length
     captions: list[str]  # that the features are of; empty if they are of images or of the keys
     images: list[str]  # an image of each row to show; empty if the keys are images, or there are none

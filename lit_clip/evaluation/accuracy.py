@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 CHUNK_ENTRIES = 2**24  # scores compared at once
+WITHIN = {"top1": 1, "top5": 5}  # accuracies by name: the class is among so many first ones
 
 
 def ranks_of_labels(scores: Tensor, labels: Tensor) -> Tensor:
@@ -29,35 +30,37 @@ def predictions(scores: Tensor) -> Tensor:
     return scores.argmax(dim=1).masked_fill(scores.isnan().any(dim=1), -1)
 
 
-def classification_counts(scores: Tensor, labels: Tensor) -> Tensor:
-    """Count images, correct predictions and those among five by class, from scores ``[N, C]`` and labels ``[N]``.
+def within(classes: int) -> dict[str, int]:
+    """Return the accuracies of :data:`WITHIN` that a set with so many classes has: those that may miss a class."""
+    return {name: places for name, places in WITHIN.items() if places == 1 or classes > places}
 
-    The counts, float64 ``[3, C]`` on the CPU, of batches and ranks can be summed.
+
+def classification_counts(scores: Tensor, labels: Tensor) -> Tensor:
+    """Count images, and those right by each accuracy of :data:`WITHIN`, by class, from scores and labels ``[N]``.
+
+    The counts, float64 ``[1 + len(WITHIN), C]`` on the CPU, of batches and ranks can be summed.
     """
     labels, ranks = labels.cpu(), ranks_of_labels(scores, labels).cpu()
-    counts = torch.zeros(3, scores.shape[1], dtype=torch.float64)
-    for row, counted in enumerate((ranks >= 0, ranks < 1, ranks < 5)):
+    counts = torch.zeros(1 + len(WITHIN), scores.shape[1], dtype=torch.float64)
+    for row, counted in enumerate((ranks >= 0, *(ranks < places for places in WITHIN.values()))):
         counts[row].index_add_(0, labels, counted.double())
     return counts
 
 
 def accuracies(counts: Tensor) -> dict[str, float]:
-    """Turn summed :func:`classification_counts` into ``top1``, ``top5`` and ``mean_per_class``.
+    """Turn summed :func:`classification_counts` into the accuracies of :data:`WITHIN` and ``mean_per_class``.
 
-    There is no ``top5`` with 5 classes or fewer. ``mean_per_class`` is the mean over classes that have images.
+    ``mean_per_class`` is the mean over classes that have images.
     """
-    images, top1, top5 = counts
+    images, *right = counts
     present = images > 0
-    found = {"top1": float(top1.sum() / images.sum())}
-    if len(images) > 5:
-        found["top5"] = float(top5.sum() / images.sum())
-    return found | {"mean_per_class": float((top1[present] / images[present]).mean())}
+    every = dict(zip(WITHIN, right, strict=True))
+    found = {name: float(every[name].sum() / images.sum()) for name in within(len(images))}
+    return found | {"mean_per_class": float((every["top1"][present] / images[present]).mean())}
 
 
 def baseline_accuracies(images: Tensor) -> dict[str, float]:
     """Return the :func:`accuracies` of always predicting the most common classes, from each class's images ``[C]``."""
     shares = (images.double() / images.sum()).sort(descending=True).values
-    found = {"top1": float(shares[0])}
-    if len(images) > 5:
-        found["top5"] = float(shares[:5].sum())
+    found = {name: float(shares[:places].sum()) for name, places in within(len(images)).items()}
     return found | {"mean_per_class": 1 / int((images > 0).sum())}

@@ -1,4 +1,4 @@
-"""Metrics of the paper's evaluation: one record each in :data:`METRICS`, which is all that others know of them.
+"""Metrics that a set can be judged by: one record each in :data:`METRICS`, which is all that others know of them.
 
 Shapes: N images, C classes. All values are fractions, 0 to 1; sums are float64. Ties and NaN are judged as in
 ``accuracy``, or against the model. torchmetrics has neither these rules nor the definitions of VOC2007, RareAct, WILDS
@@ -22,6 +22,7 @@ from lit_clip.evaluation.accuracy import (
     classification_counts,
     predictions,
     ranks_of_labels,
+    within,
 )
 from lit_clip.evaluation.intervals import UnitScores
 from lit_clip.evaluation.overlap import clopper_pearson
@@ -152,10 +153,9 @@ def _accuracies(scores: Tensor, targets: Targets) -> dict[str, float]:
 
 
 def _right(scores: Tensor, targets: Targets) -> dict[str, np.ndarray]:
-    """Return whether each image is right, ``top1`` and with more than 5 classes ``top5``, float64 ``[N]``."""
+    """Return whether each image is right, by the accuracies of :func:`within`, float64 ``[N]``."""
     ranks = ranks_of_labels(scores, targets.labels).cpu().numpy()
-    within = {"top1": 1, "top5": 5} if targets.classes > 5 else {"top1": 1}
-    return {name: (ranks < places).astype(np.float64) for name, places in within.items()}
+    return {name: (ranks < places).astype(np.float64) for name, places in within(targets.classes).items()}
 
 
 def _baseline_accuracies(targets: Targets) -> dict[str, float]:
@@ -364,7 +364,7 @@ def _of_equal_scores(metric: str, targets: Targets) -> float:
 
 METRICS: dict[str, Metric] = {
     "top1": Metric("top-1", _accuracies, baseline=lambda targets: _baseline_accuracies(targets)["top1"]),
-    "top5": Metric("top-5"),
+    "top5": Metric("top-5"),  # words alone: accuracy.py counts it, beside the metric of any set
     "mean_per_class": Metric(
         "mean per class", _accuracies, baseline=lambda targets: _baseline_accuracies(targets)["mean_per_class"]
     ),
