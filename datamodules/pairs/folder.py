@@ -18,7 +18,7 @@ from .source import DELIMITED, JSON_LINES, NO_CAPTION, SourceOptions
 
 BATCH_ROWS = 16_384
 LARGEST_TEXT = 1 << 20  # bytes
-TABLES = (*DELIMITED, *JSON_LINES, ".json")
+TABLES = (*DELIMITED[:2], *JSON_LINES, ".json", "captions.txt")
 
 
 def walk_images(folder: Path) -> Iterator[tuple[str, bool]]:
@@ -84,7 +84,7 @@ class FolderPairs(ColumnPairs):
             problem = f"its {without} images have no .txt beside them" if without else "no images in it"
             if self._left_out.counts:
                 problem = f"no image that can be used ({self._left_out})"
-            tables = sorted(entry.name for entry in folder.iterdir() if entry.suffix.lower() in TABLES)
+            tables = sorted(entry.name for entry in folder.iterdir() if entry.name.lower().endswith(TABLES))
             hint = f"give the table itself ({', '.join(tables[:3])})" if tables else "a.jpg needs its caption in a.txt"
             if without and not tables and any(entry.is_dir() for entry in folder.iterdir()):
                 hint += f", or set {option_prefix}classes.templates (such as imagenet) if each subfolder is a class"

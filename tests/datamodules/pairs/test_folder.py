@@ -75,8 +75,9 @@ def test_folder_of_images_without_texts_is_an_error_with_a_hint(tmp_path: Path) 
     paint(tmp_path, "a.png", "b.png")
     with pytest.raises(InputError, match="its 2 images have no .txt beside them; a.jpg needs its caption in a.txt"):
         open_source(tmp_path)
-    (tmp_path / "captions.csv").write_text("image,caption\na.png,a cat\n")
-    with pytest.raises(InputError, match=r"give the table itself \(captions.csv\)"):
+    for name in ("captions.csv", "captions.txt"):
+        (tmp_path / name).write_text("image,caption\na.png,a cat\n")
+    with pytest.raises(InputError, match=r"give the table itself \(captions.csv, captions.txt\)"):
         open_source(tmp_path)
 
 
