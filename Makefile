@@ -61,7 +61,7 @@ test test-slow test-lowest: export PYTHONDONTWRITEBYTECODE =
 
 # Three processes on two cores: tests wait for ranks and for programs that start.
 test: install  ## Run the tests (no network, about 15 minutes on 2 cores)
-	@$(BIN)/python -m pytest -m "not slow" -n 4 --dist loadfile --no-loadscope-reorder
+	@$(BIN)/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
 $(BIN)/.loggers: $(BIN)/.installed
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[loggers]'
@@ -113,7 +113,7 @@ $(LOWEST)/.installed: pyproject.toml
 	@touch $@
 
 test-lowest: $(LOWEST)/.installed  ## Run the tests with the lowest admitted version of each dependency
-	@$(LOWEST)/bin/python -m pytest -m "not slow" -n 4 --dist loadfile --no-loadscope-reorder
+	@$(LOWEST)/bin/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
 check: install  ## Check lint, format, types, import rules and the documentation
 	@$(BIN)/ruff check .

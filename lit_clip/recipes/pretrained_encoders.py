@@ -136,7 +136,8 @@ def together_for(run: Run) -> bool:
     """Return whether a step has all captions of an image: where images have several, and nothing given refuses it."""
     if run.is_given("data.captions.per_image"):
         return run.per_image == "together"
-    listed = run.data.lists_captions and not run.is_given("model.loss")
+    one_caption = run.given.get("data.images.per_thing") in ("two", "together")
+    listed = run.data.lists_captions and not one_caption and not run.is_given("model.loss")
     return listed and run.data.captions_if_together >= 1.5
 
 

@@ -434,6 +434,8 @@ def test_the_choices_are_settings_of_fit(module_and_data: tuple[LitCLIP, Caption
         (["0.png,a man", "0.png,a tall man", "1.png,a dog", "1.png,a wet dog", "2.png,rain", "2.png,snow"], {}, True),
         (["0.png,a man", "1.png,a dog", "2.png,rain", "2.png,rain"], {}, False),  # one row is there twice
         (["0.png,a man", "0.png,a tall man"] * 2, {"model.loss": "Contrastive"}, False),  # refused by such a loss
+        (["0.png,a man", "0.png,a tall man"] * 2, {"data.images.per_thing": "together"}, False),  # it has one caption
+        (["0.png,a man", "0.png,a tall man"] * 2, {"data.images.per_thing": "all"}, True),
     ],
 )
 def test_captions_come_together_where_images_have_several_and_nothing_given_refuses_it(
