@@ -28,7 +28,7 @@ from .shards.pairs import ShardOptions
 
 VALIDATION_SHARE = 0.1
 FEW = 10  # pairs, of which one is ten points of recall
-TRAINING_COLUMNS = ("negative", "weight")  # which validation does not read
+TRAINING_COLUMNS = ("negative", "weight", "title")  # which validation does not read
 
 
 @dataclass(frozen=True)
@@ -154,9 +154,10 @@ class Captions(CaptionDataModule):
         if not isinstance(loss, nn.Module):  # of a module of one's own
             return
         read = [name for part in loss.modules() for name in getattr(part, "reads", ())]
-        weight, two = self._options["columns"].weight is not None, self.images.per_thing == "two"
+        columns, two = self._options["columns"], self.images.per_thing == "two"
         for given, name, option, ours in (
-            (weight, "weight", "columns.weight", "losses.WeightedContrastive"),
+            (columns.weight, "weight", "columns.weight", "losses.WeightedContrastive"),
+            (columns.title, "title", "columns.title", "training.titles.WithTitle"),
             (two, "other_image", "images.per_thing", "training.other_images.OtherImageContrastive"),
         ):
             unread = f"data.{option}: {type(loss).__name__} does not read it; leave it out, or use lit_clip.{ours}"

@@ -48,7 +48,7 @@ def shard(
     """
     require(shard_size >= 1, f"--shard_size {shard_size} must be at least 1")
     require(resize is None or resize >= 1, f"--resize {resize} must be at least 1")
-    for name in ("negative", "weight"):
+    for name in ("negative", "weight", "title"):
         unused = getattr(columns, name) is None
         require(unused, f"--columns.{name}: shards hold captions and groups alone; train on the table itself")
     folder = Path(output)

@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -82,7 +83,7 @@ class Collate:
         groups = [text.group for _, text in texts] if any(text.group for _, text in texts) else ()
         tokens, lengths = self._tokenized(captions)
         stored = self.texts and self.texts.of(tokens, lengths)
-        extra = _joined([text.extra for _, text in texts], keys)
+        extra = self._joined([text.extra for _, text in texts], keys)
         batch = CaptionBatch(images, tokens, keys, captions, groups, skipped, lengths, stored_texts=stored, extra=extra)
         if items[0].more is not None:
             batch = batch._replace(image_of=torch.tensor([place for place, _ in texts]))
@@ -101,9 +102,15 @@ class Collate:
         lengths = self.tokenize.lengths(tokens).tolist()
         return tokens[:, : max(lengths)], lengths
 
+    def _joined(self, extras: list[Mapping[str, Any]], keys: list[str]) -> dict[str, Tensor]:
+        """Stack what samples have besides image and texts; all need the same names and shapes. Texts become tokens."""
+        names = [name for name, value in extras[0].items() if isinstance(value, str)]
+        tokens = {name: self._tokenized([extra[name] for extra in extras])[0] for name in names}
+        tensors = [{name: value for name, value in extra.items() if name not in names} for extra in extras]
+        return tokens | _stacked(tensors, keys)
 
-def _joined(extras: list[Mapping[str, Tensor]], keys: list[str]) -> dict[str, Tensor]:
-    """Stack what samples have besides image and texts; all need the same names and shapes."""
+
+def _stacked(extras: list[dict[str, Tensor]], keys: list[str]) -> dict[str, Tensor]:
     kinds = [{name: (value.shape, value.dtype) for name, value in extra.items()} for extra in extras]
     for kind, key in zip(kinds, keys, strict=True):
         require(kind == kinds[0], f"{key}: extra has {_told(kind)}, and that of {keys[0]} {_told(kinds[0])}")

@@ -32,6 +32,7 @@ class ColumnNames(NamedTuple):
     group: str | None = None
     negative: str | None = None
     weight: str | None = None
+    title: str | None = None
     more_captions: tuple[str, ...] = ()  # further columns of captions of the same image
     more_images: tuple[str, ...] = ()  # further columns of images of the same thing
 
@@ -47,7 +48,7 @@ class ColumnNames(NamedTuple):
 
     def names(self) -> list[str]:
         """Return the columns, each once."""
-        names = (*self.images, *self.captions, self.group, self.negative, self.weight)
+        names = (*self.images, *self.captions, self.group, self.negative, self.weight, self.title)
         return list(dict.fromkeys(name for name in names if name is not None))
 
 
@@ -89,7 +90,7 @@ def find_columns(path: object, found: list[str], options: SourceOptions) -> Colu
     captions = [] if wanted.caption is not None else _numbered(found, CAPTION_COLUMNS)
     caption = find_column(path, found, [*captions, wanted.caption][0], CAPTION_COLUMNS, f"{option}caption", image)
     require(caption not in (image, *more), f"{path}: column {caption!r} cannot be both the image and the caption")
-    optional = {name: getattr(wanted, name) for name in ("group", "negative", "weight")}
+    optional = {name: getattr(wanted, name) for name in ("group", "negative", "weight", "title")}
     for name, column in optional.items():
         if column is not None:
             find_column(path, found, column, (), f"{option}{name}")

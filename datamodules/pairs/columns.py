@@ -44,6 +44,13 @@ def checked_weight(cell: Any, column: str | None, where: str) -> float:
     return weight
 
 
+def checked_title(cell: Any, column: str | None, where: str) -> str:
+    """Return the title that a cell holds."""
+    if is_blank(cell) or not isinstance(cell, str):
+        raise BadSample(where, "no title", f"column {column!r} holds {shortened(cell)}, not a title; write one")
+    return check_caption(cell, where)
+
+
 class Cells(NamedTuple):
     """Cells of a row, whose name in messages is ``where``."""
 
@@ -54,6 +61,7 @@ class Cells(NamedTuple):
     key: str  # of an image that is not a file of its own
     negative: Any = None
     weight: float | None = None
+    title: str | None = None
 
 
 class ColumnPairs(PairSource):
@@ -110,7 +118,8 @@ class ColumnPairs(PairSource):
         caption = captions[0] if rng is None or len(captions) == 1 else rng.choice(captions)
         negatives = [] if rng is None else _texts(cells.negative, cells.where)
         negative = rng.choice(negatives) if rng and len(negatives) > 1 else "".join(negatives)
-        extra = {} if cells.weight is None else {"weight": torch.tensor(cells.weight)}
+        extra: dict[str, Any] = {} if cells.weight is None else {"weight": torch.tensor(cells.weight)}
+        extra |= {} if cells.title is None else {"title": cells.title}
         return PairText(caption, self._located(cells.image, cells)[1], cells.group, negative, extra)
 
     def image_identity(self, index: int) -> object:
@@ -254,7 +263,7 @@ class TablePairs(ColumnPairs):
             return latest[1]
         row = {name: self._table[name][index].as_py() for name in self._table.column_names}
         where = f"{self.shown(self.path)} {self.label} {row['number']}"
-        more = (row.get(name) for name in ("negative", "weight"))
+        more = (row.get(name) for name in ("negative", "weight", "title"))
         cells = Cells(row["image"], row["caption"], row.get("group") or "", where, "", *more)
         self._latest = index, cells
         return cells

@@ -25,7 +25,7 @@ compute: Any = pyarrow.compute  # its functions are defined at run time
 
 NO_CAPTION = "no caption"  # the reason, the same for samples that turn out bad when loaded
 LISTED = 1000  # left-out rows that are listed one by one
-COLUMNS = ("image", "caption", "group", "negative", "weight")  # of :class:`Columns`
+COLUMNS = ("image", "caption", "group", "negative", "weight", "title")  # of :class:`Columns`
 IMAGES_OF = "images of "  # with a row's first image, the group of the images that it lists
 DELIMITED = (".csv", ".tsv", ".txt")
 JSON_LINES = (".jsonl", ".ndjson")
@@ -331,6 +331,7 @@ class Columns:
         group: names the group of duplicates, such as a product.
         negative: hard negative captions, texts or lists of texts, of which training draws one; blank for none.
         weight: how much a pair counts in :class:`lit_clip.losses.WeightedContrastive`, a number of at least 0.
+        title: a text that belongs to the image, for :class:`lit_clip.training.titles.WithTitle`.
         root: folder or address in a store that relative paths of images start from; by default the table's.
     """
 
@@ -339,6 +340,7 @@ class Columns:
     group: str | None = None
     negative: str | None = None
     weight: str | None = None
+    title: str | None = None
     root: str | None = None
 
 

@@ -14,7 +14,7 @@ from lit_clip.errors import BadSample, InputError, require
 from lit_clip.tools.reading import reading
 from ..loading.store import StoreFolder
 from .column_names import ColumnNames, blank_mask, check_types, find_columns, image_type, images_of, is_encoded
-from .columns import Cells, ColumnPairs, checked_weight, group_name
+from .columns import Cells, ColumnPairs, checked_title, checked_weight, group_name
 from .source import IMAGES_OF, LISTED, NO_CAPTION, PairSource, SourceOptions, find_split, row_names, thing_names
 
 
@@ -150,17 +150,18 @@ class ColumnarPairs(ColumnPairs):
                 images = images_of(table.slice(within, 1).combine_chunks().to_batches()[0], self.columns.images)[1]
                 image, key, of_row = images[place].as_py(), f"{key}:{place}", f"{IMAGES_OF}{key}"
             group = "" if self.columns.group is None else group_name(table[self.columns.group][within].as_py())
-            names = (self.columns.negative, self.columns.weight)
+            names = (self.columns.negative, self.columns.weight, self.columns.title)
             more = [None if name is None else table[name][within].as_py() for name in names]
         except UnicodeDecodeError as error:
             raise BadSample(where, "not UTF-8", f"not UTF-8 text ({error.reason}); write the file again") from error
         except (pa.ArrowException, OSError) as error:  # damaged pages go unnoticed when the file is opened
             cause = str(error).splitlines()[0]
             raise BadSample(where, "damaged table", f"cannot read this part ({cause}); write the file again") from error
-        negative, weight = more
+        negative, weight, title = more
         weight = None if self.columns.weight is None else checked_weight(weight, self.columns.weight, where)
+        title = None if self.columns.title is None else checked_title(title, self.columns.title, where)
         caption = captions[0] if len(captions) == 1 else captions
-        return Cells(image, caption, group or of_row, where, key, negative, weight)
+        return Cells(image, caption, group or of_row, where, key, negative, weight, title)
 
     @staticmethod
     def _place(where: str) -> str:

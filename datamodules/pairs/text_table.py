@@ -18,7 +18,7 @@ from lit_clip.tools.reading import check_is_file
 from ..loading.bad_samples import is_blank, is_unicode
 from ..loading.cache import cache_file, made_once
 from .column_names import ColumnNames, find_columns
-from .columns import TablePairs, checked_weight, group_name, map_valid_table
+from .columns import TablePairs, checked_title, checked_weight, group_name, map_valid_table
 from .source import COLUMNS, IMAGES_OF, JSON_LINES, NO_CAPTION, PairSource, SkippedRows, SourceOptions
 
 IN_MEMORY = 64 << 20  # bytes; a larger file is converted once to an Arrow file, which is memory-mapped
@@ -33,7 +33,7 @@ MARKS = {  # encodings by byte order mark; UTF-32's begins like UTF-16's
 NOT_UTF8 = "not UTF-8", "not UTF-8 text; save it as UTF-8"  # reason and detail
 BATCH_ROWS, BATCH_CHARACTERS = 16_384, 8 << 20
 MOST_IMAGES = 1000  # of a row: each is a row with a copy of its captions
-LAYOUT = 7  # of that Arrow file; a new number makes old ones be written again
+LAYOUT = 8  # of that Arrow file; a new number makes old ones be written again
 SCHEMA = pa.schema(
     {
         "image": pa.string(),
@@ -41,6 +41,7 @@ SCHEMA = pa.schema(
         "group": pa.string(),
         "negative": pa.list_(pa.string()),
         "weight": pa.float32(),
+        "title": pa.string(),
         "number": pa.int64(),
     }
 )
@@ -55,6 +56,7 @@ class RawRow(NamedTuple):
     group: Any = None
     negative: Any = None
     weight: Any = None
+    title: Any = None
 
 
 OPTIONAL = RawRow._fields[3:]  # names of the cells that a table need not have
@@ -213,14 +215,15 @@ def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
         elif not is_unicode("".join([*images, *captions, *negatives, group_name(row.group)])):
             problems.add(row.number, *NOT_UTF8)
         else:
-            column = problems.columns.weight
+            columns, where = problems.columns, problems.where(row.number)
             try:
-                weight = None if column is None else checked_weight(row.weight, column, problems.where(row.number))
+                weight = None if columns.weight is None else checked_weight(row.weight, columns.weight, where)
+                title = None if columns.title is None else checked_title(row.title, columns.title, where)
             except BadSample as error:
                 problems.add(row.number, error.reason, error.detail)
                 continue
             of_row = f"{IMAGES_OF}{images[0]}" if isinstance(row.image, list) else ""
-            texts = captions, group_name(row.group) or of_row, negatives or None, weight
+            texts = captions, group_name(row.group) or of_row, negatives or None, weight, title
             yield from (RawRow(row.number, image, *texts) for image in images)
 
 
@@ -246,7 +249,7 @@ def record_batches(rows: Iterable[RawRow]) -> Iterator[pa.RecordBatch]:
     characters = 0
     for row in rows:
         waiting.append(row)
-        characters += sum(map(len, row.caption)) + sum(map(len, row.negative or ()))
+        characters += sum(map(len, row.caption)) + sum(map(len, row.negative or ())) + len(row.title or "")
         if len(waiting) == BATCH_ROWS or characters > BATCH_CHARACTERS:
             yield _batch(waiting)
             waiting, characters = [], 0

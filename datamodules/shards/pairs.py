@@ -22,7 +22,7 @@ from lit_clip.tools.images import OnError
 from lit_clip.tools.reading import read_at
 from lit_clip.tools.workers import loader
 from ..loading.store import Stamp, is_remote, stamp_of
-from ..pairs.columns import Cells, ColumnPairs, checked_weight, group_name
+from ..pairs.columns import Cells, ColumnPairs, checked_title, checked_weight, group_name
 from ..pairs.source import LISTED, NO_CAPTION, Columns, SkippedRows, thing_names
 from .files import (
     OpenShard,
@@ -124,7 +124,8 @@ class TarPairs(ColumnPairs):
 
     Args:
         urls: see :func:`datamodules.shards.files.expand_urls`.
-        columns: fields of the ``.json`` that hold the caption (or a list of them) and the weight, and name the group.
+        columns: fields of the ``.json`` that hold the caption (or a list of them), the weight and the title, and name
+            the group.
         on_error: for a missing, truncated or unreadable shard, and a sample without image or caption: ``error`` raises,
             ``skip`` leaves it out. Blank captions are left out either way, as from tables. ``left_out`` counts all.
     """
@@ -225,8 +226,7 @@ class TarPairs(ColumnPairs):
 
     def _check_columns(self) -> None:
         """Raise if the first sample lacks a named field."""
-        columns = (self.columns.caption, self.columns.group, self.columns.weight)
-        named = [column for column in columns if column is not None]
+        named = self._fields()
         if not named:
             return
         _, _, cells, fields = self._read(0, ["json"])
@@ -234,6 +234,11 @@ class TarPairs(ColumnPairs):
             if column not in fields:
                 has = f"its .json has {', '.join(fields)}" if fields else "it has no .json"
                 raise InputError(f"{cells.where}: no field {column!r}; {has}")
+
+    def _fields(self) -> list[str]:
+        """Return the fields of the ``.json`` that the columns name."""
+        columns = (self.columns.caption, self.columns.group, self.columns.weight, self.columns.title)
+        return [column for column in columns if column is not None]
 
     def __len__(self) -> int:
         return int(self._ends[-1])
@@ -266,8 +271,7 @@ class TarPairs(ColumnPairs):
         shard = self._shards[number]
         key, spans = shard.index.sample(row)
         where = f"{self.urls[number]} sample {key}"
-        named = (self.columns.caption, self.columns.group, self.columns.weight) != (None, None, None)
-        wanted = {*more, *(["json"] if named else [])}
+        wanted = {*more, *(["json"] if self._fields() else [])}
         if self.columns.caption is None:
             wanted.add(next(name for name in ("captions", "text", "json") if name in spans))
         contents = {name: _content(shard, span, where) for name, span in spans.items() if name in wanted}
@@ -277,12 +281,14 @@ class TarPairs(ColumnPairs):
 
     def cells(self, index: int) -> Cells:
         shard, spans, cells, fields = self._read(index)
-        columns, group, weight = self.columns, "", None
+        columns, found = self.columns, {}
         if columns.group is not None:
-            group = group_name(fields.get(columns.group))
+            found["group"] = group_name(fields.get(columns.group))
         if columns.weight is not None:
-            weight = checked_weight(fields.get(columns.weight), columns.weight, cells.where)
-        return cells._replace(image=partial(_content, shard, spans["image"], cells.where), group=group, weight=weight)
+            found["weight"] = checked_weight(fields.get(columns.weight), columns.weight, cells.where)
+        if columns.title is not None:
+            found["title"] = checked_title(fields.get(columns.title), columns.title, cells.where)
+        return cells._replace(image=partial(_content, shard, spans["image"], cells.where), **found)
 
     def things(self, rows: bool = False) -> pa.ChunkedArray | None:
         return None if self.columns.group is None or rows else self._things

@@ -1,4 +1,4 @@
-"""Weights of pairs and other images of the same thing: from columns of a table to the batch and the loss."""
+"""Weights of pairs, titles, and other images of the same thing: from columns of a table to the batch and the loss."""
 
 import json
 import random
@@ -26,6 +26,7 @@ from lit_clip.losses.contrastive import contrastive_loss
 from lit_clip.models.config import Preprocessing
 from lit_clip.models.finetuning import Freeze
 from lit_clip.training.other_images import OtherImageContrastive
+from lit_clip.training.titles import WithTitle
 from tests.helpers.small_sets import make_module, make_trainer
 from tests.helpers.tar_shards import write_tar
 
@@ -195,12 +196,15 @@ def test_a_column_that_nothing_reads_is_refused(tmp_path: Path) -> None:
     for options, ours in (
         ({"columns": Columns(weight="score")}, "WeightedContrastive"),
         ({"columns": BOTH, "images": TWO}, "OtherImage"),
+        ({"columns": Columns(title="caption")}, "WithTitle"),
     ):
         data = Captions(str(path), str(path), **options, num_workers=0)
         with pytest.raises(InputError, match=rf"Contrastive does not read it; leave it out, or use lit_clip\..*{ours}"):
             make_trainer(tmp_path, [], max_steps=1).fit(make_module(), data)
     with pytest.raises(InputError, match=r"--columns\.\w+: shards hold captions and groups alone; train on the"):
         shard(str(path), str(tmp_path / "out"), columns=Columns(weight="score"))
+    with pytest.raises(InputError, match="--columns.title: shards hold"):
+        shard(str(path), str(tmp_path / "out"), columns=Columns(title="caption"))
 
 
 def test_a_step_of_both_losses_in_micro_batches_has_the_values_of_plain_functions(tmp_path: Path) -> None:
@@ -232,6 +236,7 @@ def test_a_step_of_both_losses_in_micro_batches_has_the_values_of_plain_function
     [
         (OtherImageContrastive(), "the data have no other images; set data.images.per_thing to two"),
         (WeightedContrastive(), "the data have no weights; set data.columns.weight"),
+        (WithTitle(Contrastive()), "the data have no titles; set data.columns.title"),
     ],
 )
 def test_a_loss_without_its_column_is_refused(loss: Any, message: str, tmp_path: Path) -> None:
@@ -245,3 +250,95 @@ def test_a_frozen_image_encoder_refuses_other_images() -> None:
     module = make_module(loss=Sum([Contrastive(), OtherImageContrastive()]), freeze=Freeze(image="all"))
     with pytest.raises(InputError, match="OtherImageContrastive trains the image encoder, which is frozen; leave one"):
         module.loss.prepare(module.model)
+
+
+def titled(folder: Path, suffix: str, titles: list[Any]) -> Path:
+    """Write the four rows with other captions and a column ``name``; shards have the same image four times."""
+    path = table(folder, ".csv")
+    columns = {"image": [f"{row}.png" for row in range(4)], "caption": list("abcd"), "name": titles}
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+    if suffix == ".tar":
+        image = (folder / "0.png").read_bytes()
+        samples = [(str(row), {"png": image, "json": json.dumps(each).encode()}) for row, each in enumerate(rows)]
+        write_tar(folder / "a.tar", samples)
+        return folder / "a.tar"
+    path = path.with_suffix(suffix)
+    if suffix == ".parquet":
+        pq.write_table(pa.table(columns), path)
+    elif suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)))
+    else:
+        path.write_text("image,caption,name\n" + "".join(f"{a},{b},{c or ''}\n" for a, b, c in rows_of(columns)))
+    return path
+
+
+def rows_of(columns: dict[str, list[Any]]) -> list[tuple[Any, ...]]:
+    return list(zip(*columns.values(), strict=True))
+
+
+@pytest.mark.parametrize("suffix", [*FORMATS, ".tar"])
+def test_each_pair_has_the_tokens_of_its_title_and_a_row_without_one_is_bad(suffix: str, tmp_path: Path) -> None:
+    titles, columns = ["kite", "a long tent", "red", "b"], Columns(title="name")
+    batch, validation = batches(titled(tmp_path, suffix, titles), columns)
+    tokens = Captions("", "").tokenize(titles)
+    assert torch.equal(batch.extra["title"], tokens[:, : batch.extra["title"].shape[1]])
+    assert batch.extra["title"].shape[1] == 5  # start, three words, end: no longer than the longest
+    assert not validation.extra
+    path = titled(tmp_path, suffix, ["kite", "tent", None, "b"])
+    skip = BadSamples(on_error="skip", max_skipped=1)
+    try:
+        found = first_problem(open_source(path, columns=columns))
+    except InputError as error:
+        found = str(error)
+    assert "column 'name' holds" in found
+    assert "not a title" in found
+    batch, _ = batches(path, columns, bad_samples=skip, batch_size=3 if suffix in (".csv", ".jsonl") else 4)
+    assert len(batch.extra["title"]) == 3
+
+
+def test_a_step_with_titles_in_micro_batches_has_the_value_of_a_plain_function(tmp_path: Path) -> None:
+    path, columns = titled(tmp_path, ".csv", ["kite", "a long tent", "red", "b"]), Columns(title="name")
+    module = make_module(loss=WithTitle(Contrastive(), 0.25), micro_batch_size=3)
+    batch, _ = batches(path, columns)
+    with torch.no_grad():
+        image = module.model.encode_image(module.model.normalize(batch.images), normalize=True)
+        text, title = (
+            module.model.encode_text(tokens, normalize=True)
+            for tokens in (module.model.tokenize(list(batch.captions)), batch.extra["title"])
+        )
+        thing = F.normalize(0.75 * image + 0.25 * title)
+        expected = float(contrastive_loss(thing, text, thing, text, module.model.logit_scale.exp()))
+    data = Captions(str(path), str(path), columns=columns, batch_size=4, num_workers=0)
+    trainer = make_trainer(tmp_path, [], max_steps=1, limit_val_batches=0, enable_checkpointing=False)
+    trainer.fit(module, data)
+    assert float(trainer.callback_metrics["train/loss"]) == pytest.approx(expected, rel=1e-5)
+    assert float(trainer.callback_metrics["train/text_weight"]) == pytest.approx(0.25)
+
+
+@pytest.mark.parametrize("told_by", ["titles", "images"])
+def test_frozen_encoders_learn_the_weight_of_what_answers_the_queries(told_by: str, tmp_path: Path) -> None:
+    names = ["kite", "tent", "red", "ball"]
+    path = titled(tmp_path, ".csv", names if told_by == "titles" else ["thing"] * 4)
+    lines = [f"{row}.png,{name},{name if told_by == 'titles' else 'thing'}" for row, name in enumerate(names)]
+    path.write_text("\n".join(["image,caption,name", *lines]))
+    module = make_module(
+        loss=WithTitle(Contrastive()),
+        freeze=Freeze(image="all", text="all"),
+        optimizer=lambda groups: torch.optim.Adam(groups, lr=0.02),
+    )
+    data = Captions(str(path), str(path), columns=Columns(title="name"), batch_size=4, num_workers=0, augmentation=[])
+    data.preprocessing = module.preprocessing
+    if told_by == "images":  # each image's features are its query's
+        data.setup("fit")
+        (batch,) = data.train_dataloader()
+        known = dict(zip(map(bytes, batch.images.flatten(1).numpy()), batch.tokens, strict=True))
+        module.model.encode_image = lambda images, normalize=False: module.model.encode_text(
+            torch.stack([known[bytes(image)] for image in images.flatten(1).numpy()]), normalize=normalize
+        )
+        module.model.normalize = lambda images: images
+    trainer = make_trainer(tmp_path, [], max_steps=30, max_epochs=30, limit_val_batches=0, enable_checkpointing=False)
+    trainer.fit(module, data)
+    learned = float(trainer.callback_metrics["train/text_weight"])
+    assert (learned > 0.7) if told_by == "titles" else (learned < 0.3)
+    trained = {name for name, value in module.named_parameters() if value.requires_grad}
+    assert trained == {"model.logit_scale", "loss.logit"}

@@ -71,6 +71,7 @@ def make_batch(rows: slice) -> CaptionBatch:
     weights = torch.tensor([0.5, 3.0, 0.0, 1.0, 0.25, 2.0, 0.0, 1.5])
     others = torch.randint(0, 256, (PAIRS, 3, 32, 32), dtype=torch.uint8, generator=generator)
     extra = {"importance": torch.arange(1.0, PAIRS + 1), "weight": weights, "other_image": others}
+    extra["title"] = tokens.roll(3, dims=0)
     extra = {name: value[rows] for name, value in extra.items()}
     return CaptionBatch(images[rows], tokens[rows], keys[rows], captions[rows], groups[rows], extra=extra)
 

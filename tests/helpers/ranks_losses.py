@@ -47,6 +47,7 @@ from lit_clip.training.other_images import OtherImageContrastive
 from lit_clip.training.place_contrastive import PlaceContrastive
 from lit_clip.training.preservation import KeptPairs, Preservation
 from lit_clip.training.teacher import Distillation, Teacher
+from lit_clip.training.titles import WithTitle
 from tests.helpers.ranks import CONFIG, DUPLICATES, PAIRS, _Step, make_batch, make_module, serve
 from tests.helpers.towers import shaken
 
@@ -145,6 +146,22 @@ def other_images_loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
     other = torch.stack([each[: x.text.shape[1]] / each[: x.text.shape[1]].norm() for each in others])
     total = inner(x._replace(text=other), loss, teacher)
     return total + inner(x._replace(image=other), loss, teacher) if term.texts else total
+
+
+def titles_loop(inner: Loop) -> Loop:
+    """Return another loop with the mixture of each image and its title in the image's place."""
+
+    def loop(x: Inputs, loss: Loss, teacher: Teacher) -> Tensor:
+        (term,) = (part for part in loss.modules() if isinstance(part, WithTitle))
+        assert term.model is not None
+        weight, mixed = 1 / (1 + (-10 * term.logit).exp()), []
+        for image, tokens in zip(x.image, whole_batch().extra["title"], strict=True):
+            title = term.model[0].encode_text(tokens[None])[0, : len(image)]
+            both = (1 - weight) * image + weight * title / title.norm()
+            mixed.append(both / both.norm())
+        return inner(x._replace(image=torch.stack(mixed)), loss, teacher)
+
+    return loop
 
 
 def sigmoid_loop(duplicates: str, pretraining_batch: int | None = None) -> Loop:
@@ -298,6 +315,12 @@ CASES: dict[str, Case] = {
     "Matryoshka of Sum with other images and texts": Case(
         lambda _: Matryoshka(Sum([Contrastive(), OtherImageContrastive(texts=True)], [1.0, 2.0]), [5, 16]),
         matryoshka_loop(sum_loop([1, 2], [contrastive_loop("negatives"), other_images_loop]), [5, 16], [1, 1]),
+    ),
+    "WithTitle of Sigmoid": Case(lambda _: WithTitle(Sigmoid(), 0.7), titles_loop(sigmoid_loop("negatives"))),
+    "Matryoshka of WithTitle, hard negatives": Case(
+        lambda _: Matryoshka(WithTitle(Contrastive("positives"), 0.3), [5, 16]),
+        matryoshka_loop(titles_loop(contrastive_loop("positives")), [5, 16], [1, 1]),
+        True,
     ),
     "Sum with Distillation": Case(
         lambda teacher: Sum([Contrastive(), Distillation(teacher)], [1.0, 2.0]),
