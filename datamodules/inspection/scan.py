@@ -7,7 +7,6 @@ import functools
 import io
 import json
 import re
-import time
 import unicodedata
 import warnings
 from collections import Counter
@@ -19,7 +18,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Dataset
 
-from lit_clip.embedding import encode
+from lit_clip.embedding.encoding_task import remaining
 from lit_clip.embedding.parts import Arrays, Parts, json_array, json_value
 from lit_clip.embedding.reading import Batches
 from lit_clip.errors import BadSample, require
@@ -208,27 +207,17 @@ def scan(source: PairSource, tokenizer: TextTokenizer, num_workers: int, parts: 
     done = np.zeros(len(source), dtype=bool)
     for _ in _finished(parts, done):
         pass
-    chunks: Any = _Chunks(source, tokenizer, encode.remaining(len(source), CHUNK, done.__getitem__, parts.share))
+    chunks: Any = _Chunks(source, tokenizer, remaining(len(source), CHUNK, done.__getitem__, parts.share))
     parts.start()
-    waiting: list[ScannedChunk] = []
-    written = time.monotonic()
-    try:
-        with progress("inspecting", sum(map(len, chunks.batches))) as advance:
-            for chunk in loader(chunks, num_workers):
-                waiting.append(chunk)
-                advance(len(chunk.rows))
-                if time.monotonic() - written > encode.SECONDS_BETWEEN_PARTS:
-                    _keep(waiting, parts)
-                    written = time.monotonic()
-    finally:
-        _keep(waiting, parts)
+    total = sum(map(len, chunks.batches))
+    with parts.written(_arrays) as keep, progress("inspecting", total) as advance:
+        for chunk in loader(chunks, num_workers):
+            keep(chunk, int(chunk.rows[0]))
+            advance(len(chunk.rows))
 
 
-def _keep(waiting: list[ScannedChunk], parts: Parts) -> None:
-    """Write chunks as a part, and forget them."""
-    if waiting:
-        parts.add(ScannedChunk.joined(waiting).arrays(), int(waiting[0].rows[0]))
-    waiting.clear()
+def _arrays(chunks: Sequence[ScannedChunk]) -> Arrays:
+    return ScannedChunk.joined(chunks).arrays()
 
 
 def _finished(parts: Parts, done: np.ndarray) -> Iterator[ScannedChunk]:
