@@ -121,19 +121,10 @@ class ImageBatches(Dataset[EncoderBatch]):
             raise unreadable_image(error, name) from error
 
 
-class TextBatches(Dataset[EncoderBatch]):
-    """Batches of texts: one item is one batch of tokens ``[N, L]``."""
-
-    def __init__(self, texts: Sequence[str], batches: Batches, tokenizer: TextTokenizer) -> None:
-        self.texts, self.batches, self.tokenizer = texts, batches, tokenizer
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> EncoderBatch:
-        rows = list(self.batches[index])
-        tokens = self.tokenizer.trim(self.tokenizer([self.texts[row] for row in rows]))
-        return EncoderBatch(tokens, rows, [1] * len(rows), [], [])
+def text_batch(texts: Sequence[str], tokenizer: TextTokenizer, rows: Sequence[int]) -> EncoderBatch:
+    """Return a batch of texts: tokens ``[N, L]``."""
+    tokens = tokenizer.trim(tokenizer([texts[row] for row in rows]))
+    return EncoderBatch(tokens, list(rows), [1] * len(rows), [], [])
 
 
 def image_features(model: CLIP, precision: Precision = "32-true") -> Encode:
