@@ -28,7 +28,7 @@ from ..pairs.batches import SourcePairs
 from ..pairs.columns import ColumnPairs
 from ..pairs.findings import DataOptions
 from ..pairs.source import Classes, PairSource
-from .opened import Opened, open_data
+from .opened import Opened, open_data, readable_rows
 from .things import Things, features_of_things
 
 Fields = Literal["image", "caption", "image,caption"]
@@ -220,14 +220,7 @@ def _captions_of(source: PairSource, on_error: OnError) -> dict[Identity, str]:
     """Return the distinct captions of each key, by an identity that has their number."""
     texts: dict[Identity, str] = {}
     seen: dict[str, dict[str, None]] = {}
-    for row in range(len(source)):
-        try:
-            key, captions = source.key(row), source.captions(row)
-        except BadSample as error:
-            if on_error == "error":
-                raise
-            stderr().print(f"skipped: {error}")
-            continue
+    for _, key, captions, _ in readable_rows(source, on_error):
         known = seen.setdefault(key, {})
         for caption in captions:
             if caption not in known:

@@ -1,6 +1,5 @@
 """``lit-clip inspect``: report what training data contain, and propose which pairs to leave out."""
 
-import os
 import tempfile
 from pathlib import Path
 
@@ -68,14 +67,13 @@ def inspect(
             scan(source, tokenizer, num_workers, parts)
             parts.shared()
             return
-        with tempfile.TemporaryFile("w+", encoding="utf-8") as problems:
-            findings = inspect_source(source, tokenizer, problems, num_workers, parts)
-            leaks = None if validation is None else (validation, _leaks(findings, validation, tokenizer, num_workers))
-            things = source.things()
-            duplicates = find_duplicates(findings, None if things is None else numbered(things))
-            copies = find_copies(findings, source, num_workers)
-            lines = scan_lines(source, findings, problems, copies, leaks, tokenizer)
-            counts, command = write_findings(table, lines, source, given)
+        findings = inspect_source(source, tokenizer, num_workers, parts)
+        leaks = None if validation is None else (validation, _leaks(findings, validation, tokenizer, num_workers))
+        things = source.things()
+        duplicates = find_duplicates(findings, None if things is None else numbered(things))
+        copies = find_copies(findings, source, num_workers)
+        lines = scan_lines(source, findings, copies, leaks, tokenizer)
+        counts, command = write_findings(table, lines, source, given)
         sections = summarize(findings, source.left_out, duplicates, tokenizer.context_length) + findings_section(counts)
         replaced = " (replaces the one before)" if page.exists() else ""
         beside = (table.name, command) if counts else None
@@ -103,9 +101,9 @@ def _opened(given: DataOptions, default_split: str | None = None) -> Opened:
 
 def _leaks(found: ScanFindings, validation: PairSource, tokenizer: TextTokenizer, num_workers: int) -> ValidationCopies:
     """Read the validation data and compare their images; what is wrong with them is not reported."""
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder:
         parts = Parts(Path(folder, "validation"), "")
-        return find_validation_copies(found, inspect_source(validation, tokenizer, nowhere, num_workers, parts))
+        return find_validation_copies(found, inspect_source(validation, tokenizer, num_workers, parts))
 
 
 def _tokenizer(model: str | None, context_length: int | None) -> TextTokenizer:

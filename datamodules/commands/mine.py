@@ -3,18 +3,17 @@
 import json
 import shlex
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from lit_clip.embedding.encode import Work, features_of, work_on
 from lit_clip.embedding.encoding_task import EncodingSettings, image_task, text_task
 from lit_clip.embedding.feature_files import Identity, check_output
 from lit_clip.embedding.precision import check_precision
-from lit_clip.errors import BadSample, require
+from lit_clip.errors import require
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import stderr
-from lit_clip.tools.images import OnError
 from ..loading.store import StoreFolder
 from ..pairs.batches import SourcePairs
 from ..pairs.columns import ColumnPairs
@@ -22,15 +21,7 @@ from ..pairs.findings import DataOptions
 from ..pairs.mining import MiningWindow, hard_negatives
 from ..pairs.related_rows import caption_hash
 from ..pairs.source import PairSource
-from .opened import open_data
-
-
-class _Row(NamedTuple):
-    """A row of the data that can be read."""
-
-    key: str
-    captions: list[str]
-    group: str
+from .opened import PairRow, open_data, readable_rows
 
 
 def mine(
@@ -62,7 +53,8 @@ def mine(
     check_output(path, [".jsonl"])
     check_precision(settings.precision, settings.accelerator)
     opened = open_data(given, settings.on_error, keep=keep, default_split="train")
-    root, rows = _root(opened.every, given.data), _rows(opened.pairs, settings.on_error)
+    root, rows = _root(opened.every, given.data), list(readable_rows(opened.pairs, settings.on_error))
+    require(bool(rows), "none of the pairs can be read")
     with work_on(path, model, opened.stamp(path), settings) as work:
         found = _mined(opened.pairs, rows, work, settings, window)
         if found is not None:
@@ -78,32 +70,19 @@ def _root(source: PairSource, data: list[str]) -> str:
     return without_secrets(source.root.url if isinstance(source.root, StoreFolder) else str(source.root))
 
 
-def _rows(source: PairSource, on_error: OnError) -> dict[int, _Row]:
-    rows = {}
-    for row in range(len(source)):
-        try:
-            rows[row] = _Row(source.key(row), source.captions(row), source.text(row, None).group)
-        except BadSample as error:
-            if on_error == "error":
-                raise
-            stderr().print(f"skipped: {error}")
-    require(bool(rows), "none of the pairs can be read")
-    return rows
-
-
 def _mined(
     source: PairSource,
-    rows: dict[int, _Row],
+    rows: Sequence[PairRow],
     work: Work,
     settings: EncodingSettings,
     window: MiningWindow,
 ) -> dict[str, list[str]] | None:
     """Return the hard negatives of each image that can be read, by its key; None on other ranks than the first."""
     clip, parts = work.model, work.parts
-    texts = {caption_hash(caption): caption for row in rows.values() for caption in row.captions}
+    texts = {caption_hash(caption): caption for row in rows for caption in row.captions}
     first: dict[str, int] = {}  # row of each image
-    for number, row in rows.items():
-        first.setdefault(row.key, number)
+    for row in rows:
+        first.setdefault(row.key, row.number)
     images: list[Identity] = [(key, 0, 0) for key in first]
     captions: list[Identity] = [(text, 0, 1) for text in texts.values()]  # no image has that time
     task = image_task(clip, SourcePairs(source, list(first.values())), images)
@@ -123,10 +102,10 @@ def _mined(
     return found
 
 
-def _true_captions(rows: dict[int, _Row], numbers: dict[int, int]) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
+def _true_captions(rows: Sequence[PairRow], numbers: dict[int, int]) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
     """Return the numbers of each image's captions, and of those of its groups, by its key."""
     own, of_group, groups = defaultdict(set), defaultdict(set), defaultdict(set)
-    for row in rows.values():
+    for row in rows:
         captions = {numbers[caption_hash(caption)] for caption in row.captions}
         own[row.key] |= captions
         if row.group:
@@ -135,23 +114,23 @@ def _true_captions(rows: dict[int, _Row], numbers: dict[int, int]) -> tuple[dict
     return own, {key: set().union(*(of_group[group] for group in groups[key])) for key in own}
 
 
-def _write(path: Path, rows: dict[int, _Row], found: dict[str, list[str]]) -> None:
-    grouped = any(row.group for row in rows.values())
+def _write(path: Path, rows: Sequence[PairRow], found: dict[str, list[str]]) -> None:
+    grouped = any(row.group for row in rows)
     with replacing(path) as draft, draft.open("w", encoding="utf-8") as file:
-        for row in rows.values():
+        for row in rows:
             if row.key in found:
                 group = {"group": row.group} if grouped else {}
                 line = {"image": row.key, "caption": row.captions, **group, "negative": found[row.key]}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
-def _tell(path: Path, rows: dict[int, _Row], found: dict[str, list[str]], root: str) -> None:
+def _tell(path: Path, rows: Sequence[PairRow], found: dict[str, list[str]], root: str) -> None:
     counts = Counter(len(found[key]) for key in found)
     none = f"; {counts[0]:,} have none" if counts[0] else ""
     total = sum(number * count for number, count in counts.items())
     stderr().print(f"{path}: {total:,} hard negatives of {len(found):,} images{none}")
     words = ["lit-clip", "fit", "--data.train", str(path), "--data.columns.negative", "negative"]
-    if any(row.group for row in rows.values()):
+    if any(row.group for row in rows):
         words += ["--data.columns.group", "group"]
     if root != str(path.parent):
         words += ["--data.columns.root", root]

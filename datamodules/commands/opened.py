@@ -1,10 +1,10 @@
 """The training data of a command, opened."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from lit_clip.errors import require
+from lit_clip.errors import BadSample, require
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import OnError
 from ..open_source import open_source, stamp_of_data
@@ -41,3 +41,25 @@ def open_data(
     if every.left_out.counts:
         stderr().print(f"{every.left_out} left out")
     return Opened((options, classes), every, every if keep is None else kept_pairs(every, keep, "--keep"))
+
+
+class PairRow(NamedTuple):
+    """A row of the data, without its image."""
+
+    number: int
+    key: str
+    captions: list[str]
+    group: str
+
+
+def readable_rows(source: PairSource, on_error: OnError) -> Iterator[PairRow]:
+    """Yield the rows whose texts can be read; the others are an error, or named and left out."""
+    for number in range(len(source)):
+        try:
+            row = PairRow(number, source.key(number), source.captions(number), source.text(number, None).group)
+        except BadSample as error:
+            if on_error == "error":
+                raise
+            stderr().print(f"skipped: {error}")
+        else:
+            yield row

@@ -65,7 +65,7 @@ def shard(
         keep_manifest(folder / MANIFEST, manifest_of(data, source, shard_size, resize, options))
         counts = write_shards(writer, workers)
     if share is None:
-        _report(source, folder, len(writer), counts)
+        _report(source, folder, len(writer.numbers), counts)
     else:
         stderr().print(writer.share.finished(folder))
 

@@ -15,13 +15,14 @@ from lit_clip.embedding.image_files import identities_of
 from lit_clip.embedding.index import combined
 from lit_clip.embedding.mixture import learn_text_weight
 from lit_clip.embedding.reading import UnreadableRow
-from lit_clip.errors import BadSample, require
+from lit_clip.errors import require
 from lit_clip.evaluation.data import JudgedDocuments
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import stable_hash
 from lit_clip.tools.images import OnError
 from ..pairs.batches import SourcePairs
 from ..pairs.source import IMAGES_OF, PairSource
+from .opened import readable_rows
 
 
 @dataclass
@@ -45,14 +46,7 @@ class Things:
     def of(cls, source: PairSource, root: Path | None, on_error: OnError) -> "Things":
         """List the things of pairs; no image is read where the source can tell without."""
         things = cls({}, {}, root)
-        for row in range(len(source)):
-            try:
-                key, captions, group = source.key(row), source.captions(row), source.text(row, None).group
-            except BadSample as error:
-                if on_error == "error":
-                    raise
-                stderr().print(f"skipped: {error}")
-                continue
+        for row, key, captions, group in readable_rows(source, on_error):
             thing = things.by_name.setdefault(group.removeprefix(IMAGES_OF) or key, Thing())
             thing.images[key] = None
             thing.captions |= dict.fromkeys(captions)

@@ -9,22 +9,22 @@ Shapes: N rows, M captions, F different files.
 """
 
 import io
-import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, TextIO
+from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
 
+from lit_clip.embedding.reading import in_batches
 from lit_clip.errors import BadSample
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.console import progress
 from lit_clip.tools.images import decoding_at_least, open_image
 from lit_clip.tools.levels import NO_RANGE
-from lit_clip.tools.workers import loader
+from lit_clip.tools.workers import Mapped, loader
 from ..near_duplicates import NEAR_BITS, LookIndex, Looks, look_labels
 from ..pairs.decisions import DROP, KEEP
 from ..pairs.findings import Finding
@@ -127,36 +127,29 @@ def _first_alike(small: np.ndarray) -> np.ndarray:
     return found
 
 
-class _SmallImages(Dataset[np.ndarray]):
-    """Rows' images at ``CELLS`` x ``CELLS``, int16 ``[CHUNK, CELLS * CELLS * 3]``; -1 for one that cannot be read."""
+def _small(source: PairSource, row: int) -> np.ndarray:
+    """Return a row's image at ``CELLS`` x ``CELLS``, int16 ``[CELLS * CELLS * 3]``; -1 if it cannot be read."""
+    try:
+        stored = source.read(row)
+        with (
+            warnings.catch_warnings(action="ignore"),
+            decoding_at_least(lambda width, height: (min(width, DECODED), min(height, DECODED))),
+        ):
+            image = open_image(io.BytesIO(stored.image), stored.where).convert("RGB")
+    except BadSample:  # readable a moment ago
+        return np.full(CELLS * CELLS * 3, -1, dtype=np.int16)
+    return np.asarray(image.resize((CELLS, CELLS), Image.Resampling.BOX), dtype=np.int16).reshape(-1)
 
-    def __init__(self, source: PairSource, rows: np.ndarray) -> None:
-        self.source, self.rows = source, rows
 
-    def __len__(self) -> int:
-        return -(-len(self.rows) // CHUNK)
-
-    def __getitem__(self, number: int) -> np.ndarray:
-        return np.stack([self._small(int(row)) for row in self.rows[number * CHUNK : (number + 1) * CHUNK]])
-
-    def _small(self, row: int) -> np.ndarray:
-        try:
-            stored = self.source.read(row)
-            with (
-                warnings.catch_warnings(action="ignore"),
-                decoding_at_least(lambda width, height: (min(width, DECODED), min(height, DECODED))),
-            ):
-                image = open_image(io.BytesIO(stored.image), stored.where).convert("RGB")
-        except BadSample:  # readable a moment ago
-            return np.full(CELLS * CELLS * 3, -1, dtype=np.int16)
-        return np.asarray(image.resize((CELLS, CELLS), Image.Resampling.BOX), dtype=np.int16).reshape(-1)
+def _small_each(source: PairSource, rows: Sequence[int]) -> np.ndarray:
+    return np.stack([_small(source, row) for row in rows])
 
 
 def _small_images(source: PairSource, rows: np.ndarray, num_workers: int) -> np.ndarray:
-    chunks: Any = _SmallImages(source, rows)
+    read: Mapped[np.ndarray] = Mapped(partial(_small_each, source), in_batches(rows.tolist(), CHUNK))
     parts = [np.zeros((0, CELLS * CELLS * 3), dtype=np.int16)]
     with progress("comparing copies", len(rows), enabled=len(rows) > 0) as advance:
-        for part in loader(chunks, num_workers if len(rows) > CHUNK else 0):
+        for part in loader(read, num_workers):
             parts.append(part)
             advance(len(part))
     return np.concatenate(parts)
@@ -189,15 +182,11 @@ def _looks(images: np.ndarray) -> Looks:
 def scan_lines(
     source: PairSource,
     found: ScanFindings,
-    problems: TextIO,
     copies: PairCopies,
     validation: tuple[PairSource, ValidationCopies] | None,
     tokenizer: TextTokenizer,
 ) -> Iterator[Finding]:
-    """Yield the lines on rows left out when the source was opened, then those on rows in their order.
-
-    ``problems`` has a line of JSON for each pair that cannot be used, as :func:`inspect_source` writes it.
-    """
+    """Yield the lines on rows left out when the source was opened, then those on rows in their order."""
     for where, reason in source.left_out.listed:
         yield Finding(DROP, reason, where)
     remarkable = (copies.row >= 0) | (found.flags > 0)
@@ -205,11 +194,11 @@ def scan_lines(
     listed[found.caption_rows[remarkable]] = True
     if validation is not None:
         listed |= validation[1].row >= 0
-    problems.seek(0)
+    problems = iter(found.problems)
     ends = np.cumsum(found.images["captions"], dtype=np.int64)
     for row in np.flatnonzero(listed).tolist():
         if not found.images["state"][row]:
-            yield _unusable(source, row, json.loads(next(problems)))
+            yield _unusable(source, row, *next(problems)[1:])
         elif validation is not None and validation[1].row[row] >= 0:
             yield _of_validation(source, row, *validation)
         else:
@@ -217,12 +206,12 @@ def scan_lines(
             yield from _of_pairs(source, row, found, place, copies, tokenizer)
 
 
-def _unusable(source: PairSource, row: int, problem: dict[str, str]) -> Finding:
+def _unusable(source: PairSource, row: int, reason: str, problem: str) -> Finding:
     key = None
     with suppress(BadSample):
         key = source.key(row)
     line = Finding.of_row(row, key)
-    line.add(problem["reason"], KEEP if problem["reason"] == NO_RANGE else DROP, problem["error"])  # train by a window
+    line.add(reason, KEEP if reason == NO_RANGE else DROP, problem)  # train by a window
     return line
 
 

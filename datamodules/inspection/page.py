@@ -15,7 +15,7 @@ from lit_clip.tools.html import stored_thumbnail, write_page
 from ..near_duplicates import Groups, equal_groups, look_alikes
 from ..pairs.decisions import DROP
 from ..pairs.related_rows import caption_hash
-from ..pairs.source import PairSource, SkippedRows
+from ..pairs.source import LISTED, PairSource, SkippedRows
 from .scan import ANIMATED, CONVERTED, DEEP, PLAIN, ROTATED, TRANSPARENT, ScanFindings, formats
 
 MIXED = np.uint64(0x9E3779B97F4A7C15)  # the product of one of two hashes with it, and the other: a hash of both
@@ -160,7 +160,7 @@ def _duplicate_line(name: str, groups: Groups, whole: int) -> SummaryLine:
 
 
 def _caption_lines(findings: ScanFindings, duplicates: DuplicateGroups, context_length: int) -> list[SummaryLine]:
-    counts = findings.token_counts
+    counts = np.bincount(findings.tokens)
     lengths, number = np.arange(len(counts)), int(counts.sum())
     cut = int(counts[context_length + 1 :].sum())
     lost = int((counts * (lengths - context_length).clip(0)).sum())
@@ -214,7 +214,7 @@ def write_inspection(
     """
     usable = findings.usable
     samples = usable[np.unique(np.linspace(0, len(usable) - 1, SAMPLES).astype(int))] if len(usable) else []
-    wrong = [(where, line) for where, _, line in findings.problems] + source.left_out.listed
+    wrong = [(where, line) for where, _, line in findings.problems[:LISTED]] + source.left_out.listed
     with warnings.catch_warnings(action="ignore"):  # from Pillow, as in the scan
         write_page(
             path,
@@ -238,7 +238,7 @@ def _histograms(findings: ScanFindings, context_length: int) -> Iterator[dict[st
     images = findings.images[findings.distinct]
     if not len(images):
         return
-    lengths = findings.token_counts
+    lengths = np.bincount(findings.tokens)
     width = -(-(context_length + 1) // (BARS // 2))  # tokens per bar; half of the bars are for truncated captions
     truncated = context_length + 1 + width * np.arange(BARS // 2)
     truncated = truncated[: np.searchsorted(truncated, len(lengths)) + 1]

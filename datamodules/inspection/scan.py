@@ -1,35 +1,30 @@
-"""One parallel pass over a source of pairs, which keeps about 50 bytes for each pair and no image.
+"""One parallel pass over a source of pairs, which keeps about 70 bytes for each pair and no image.
 
 An interrupted pass is resumed, and several jobs can share one (:class:`lit_clip.embedding.parts.Parts`).
 """
 
-import functools
 import io
-import json
 import re
-import time
 import unicodedata
 import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
-from typing import Any, TextIO
+from dataclasses import dataclass, fields
+from functools import cache, partial
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Dataset
 
-from lit_clip.embedding import encode
+from lit_clip.embedding.encoding_task import remaining
 from lit_clip.embedding.parts import Arrays, Parts, json_array, json_value
-from lit_clip.embedding.reading import Batches
 from lit_clip.errors import BadSample, require
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.console import progress
 from lit_clip.tools.images import Unseen, decoding_at_least, is_rotated, open_image, unseen
-from lit_clip.tools.workers import loader
+from lit_clip.tools.workers import Mapped, loader
 from ..near_duplicates import look_of
 from ..pairs.related_rows import caption_hash, number_of
-from ..pairs.source import LISTED, EncodedPair, PairSource
+from ..pairs.source import EncodedPair, PairSource
 
 WORDS = frozenset(
     (
@@ -75,7 +70,7 @@ IMAGE = np.dtype(
 )
 
 
-@functools.cache
+@cache
 def formats() -> list[str]:
     """Return the formats that Pillow reads, sorted."""
     Image.init()
@@ -83,8 +78,8 @@ def formats() -> list[str]:
 
 
 @dataclass
-class ScannedChunk:
-    """Findings on some pairs."""
+class ScanFindings:
+    """Findings on N pairs with M captions: of a batch, a part, or all of a source."""
 
     rows: np.ndarray  # ascending, int64 [N]
     images: np.ndarray  # IMAGE [N]; all zeros for a pair that cannot be used
@@ -93,19 +88,40 @@ class ScannedChunk:
     flags: np.ndarray  # of each caption, uint8 [M]
     problems: list[tuple[str, str, str]]  # position, reason and full message for each pair that cannot be used
 
+    @property
+    def usable(self) -> np.ndarray:
+        """Rows that can be used, ascending."""
+        return np.flatnonzero(self.images["state"])
+
+    @property
+    def distinct(self) -> np.ndarray:
+        """The first row of each image; rows of the same key are the same image."""
+        usable = self.usable
+        return usable[np.sort(np.unique(self.images["key"][usable], return_index=True)[1])]
+
+    @property
+    def caption_rows(self) -> np.ndarray:
+        """The row of each caption, ``[M]``."""
+        return np.repeat(np.arange(len(self.images)), self.images["captions"])
+
+    @property
+    def reasons(self) -> Counter[str]:
+        """Reasons why pairs cannot be used, counted."""
+        return Counter(reason for _, reason, _ in self.problems)
+
     def arrays(self) -> Arrays:
         """Return the arrays of a finished part."""
         return {**vars(self), "problems": json_array(self.problems)}
 
     @classmethod
-    def of(cls, arrays: Arrays) -> "ScannedChunk":
+    def of(cls, arrays: Arrays) -> "ScanFindings":
         """Return the findings of :meth:`arrays`."""
         problems = [(where, reason, line) for where, reason, line in json_value(arrays["problems"])]
         kept = {each.name: arrays[each.name] for each in fields(cls) if each.name != "problems"}
         return cls(**kept, problems=problems)
 
     @classmethod
-    def joined(cls, chunks: Sequence["ScannedChunk"]) -> "ScannedChunk":
+    def joined(cls, chunks: Sequence["ScanFindings"]) -> "ScanFindings":
         """Return the findings on the pairs of several chunks, at least one, by row."""
         rows, images, captions, tokens, flags = (
             np.concatenate([getattr(chunk, name) for chunk in chunks])
@@ -120,34 +136,25 @@ class ScannedChunk:
         return cls(rows[of_pair], images[of_pair], captions, tokens, flags, problems)
 
 
-class _Chunks(Dataset[ScannedChunk]):
-    """Batches of a source's pairs."""
-
-    def __init__(self, source: PairSource, tokenizer: TextTokenizer, batches: Batches) -> None:
-        self.source, self.tokenizer, self.batches = source, tokenizer, batches
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, number: int) -> ScannedChunk:
-        rows = self.batches[number]
-        images = np.zeros(len(rows), dtype=IMAGE)
-        captions: list[str] = []
-        problems = []
-        # Pillow's warnings about odd files would flood the terminal; a file that cannot be used is an error.
-        with warnings.catch_warnings(action="ignore"):
-            for place, row in enumerate(rows):
-                try:
-                    stored = self.source.read(row)
-                    images[place] = _image(stored)
-                    captions.extend(stored.captions)
-                except BadSample as error:
-                    problems.append((error.where, error.reason, str(error)))
-        hashes = np.array([caption_hash(caption) for caption in captions], dtype=np.uint64)
-        tokens = np.array([self.tokenizer.count(caption) for caption in captions], dtype=np.int64)
-        flags = SAYS_NOTHING * np.array([says_nothing(caption) for caption in captions], dtype=np.uint8)
-        flags |= TOO_LONG * (tokens > self.tokenizer.context_length).astype(np.uint8)
-        return ScannedChunk(np.array(rows), images, hashes, tokens, flags, problems)
+def _read(source: PairSource, tokenizer: TextTokenizer, rows: Sequence[int]) -> ScanFindings:
+    """Read a batch of pairs."""
+    images = np.zeros(len(rows), dtype=IMAGE)
+    captions: list[str] = []
+    problems = []
+    # Pillow's warnings about odd files would flood the terminal; a file that cannot be used is an error.
+    with warnings.catch_warnings(action="ignore"):
+        for place, row in enumerate(rows):
+            try:
+                stored = source.read(row)
+                images[place] = _image(stored)
+                captions.extend(stored.captions)
+            except BadSample as error:
+                problems.append((error.where, error.reason, str(error)))
+    hashes = np.array([caption_hash(caption) for caption in captions], dtype=np.uint64)
+    tokens = np.array([tokenizer.count(caption) for caption in captions], dtype=np.int64)
+    flags = SAYS_NOTHING * np.array([says_nothing(caption) for caption in captions], dtype=np.uint8)
+    flags |= TOO_LONG * (tokens > tokenizer.context_length).astype(np.uint8)
+    return ScanFindings(np.array(rows), images, hashes, tokens, flags, problems)
 
 
 def _image(stored: EncodedPair) -> tuple[int, ...]:
@@ -175,81 +182,37 @@ def _shows_through(image: Image.Image) -> bool:
     return bool(np.asarray(image.convert("RGBA").getchannel("A")).min() < 128)
 
 
-@dataclass
-class ScanFindings:
-    """Findings on all pairs, see :class:`ScannedChunk`."""
-
-    images: np.ndarray
-    captions: np.ndarray
-    flags: np.ndarray
-    token_counts: np.ndarray  # number of captions by length in tokens, int64 [longest + 1]
-    reasons: Counter[str] = field(default_factory=Counter)
-    problems: list[tuple[str, str, str]] = field(default_factory=list)  # the first LISTED of them
-
-    @property
-    def usable(self) -> np.ndarray:
-        """Rows that can be used, ascending."""
-        return np.flatnonzero(self.images["state"])
-
-    @property
-    def distinct(self) -> np.ndarray:
-        """The first row of each image; rows of the same key are the same image."""
-        usable = self.usable
-        return usable[np.sort(np.unique(self.images["key"][usable], return_index=True)[1])]
-
-    @property
-    def caption_rows(self) -> np.ndarray:
-        """The row of each caption, ``[M]``."""
-        return np.repeat(np.arange(len(self.images)), self.images["captions"])
-
-
 def scan(source: PairSource, tokenizer: TextTokenizer, num_workers: int, parts: Parts) -> None:
     """Write into ``parts`` the findings on all pairs of its share that are not there."""
     done = np.zeros(len(source), dtype=bool)
     for _ in _finished(parts, done):
         pass
-    chunks: Any = _Chunks(source, tokenizer, encode.remaining(len(source), CHUNK, done.__getitem__, parts.share))
+    batches = remaining(len(source), CHUNK, done.__getitem__, parts.share)
+    read: Mapped[ScanFindings] = Mapped(partial(_read, source, tokenizer), batches)
     parts.start()
-    waiting: list[ScannedChunk] = []
-    written = time.monotonic()
-    try:
-        with progress("inspecting", sum(map(len, chunks.batches))) as advance:
-            for chunk in loader(chunks, num_workers):
-                waiting.append(chunk)
-                advance(len(chunk.rows))
-                if time.monotonic() - written > encode.SECONDS_BETWEEN_PARTS:
-                    _keep(waiting, parts)
-                    written = time.monotonic()
-    finally:
-        _keep(waiting, parts)
+    with parts.written(_arrays) as keep, progress("inspecting", sum(map(len, batches))) as advance:
+        for chunk in loader(read, num_workers):
+            keep(chunk, int(chunk.rows[0]))
+            advance(len(chunk.rows))
 
 
-def _keep(waiting: list[ScannedChunk], parts: Parts) -> None:
-    """Write chunks as a part, and forget them."""
-    if waiting:
-        parts.add(ScannedChunk.joined(waiting).arrays(), int(waiting[0].rows[0]))
-    waiting.clear()
+def _arrays(chunks: Sequence[ScanFindings]) -> Arrays:
+    return ScanFindings.joined(chunks).arrays()
 
 
-def _finished(parts: Parts, done: np.ndarray) -> Iterator[ScannedChunk]:
+def _finished(parts: Parts, done: np.ndarray) -> Iterator[ScanFindings]:
     """Yield the parts that share no row with one before, and mark their rows in ``done``, bool ``[N]``."""
-    for part in parts.read(ScannedChunk.of):
+    for part in parts.read(ScanFindings.of):
         if not done[part.rows].any():  # two runs at once may both have read a chunk
             done[part.rows] = True
             yield part
 
 
-def inspect_source(
-    source: PairSource, tokenizer: TextTokenizer, problems: TextIO, num_workers: int, parts: Parts
-) -> ScanFindings:
-    """Read every pair once; write a line of JSON to ``problems`` for each pair that cannot be used."""
+def inspect_source(source: PairSource, tokenizer: TextTokenizer, num_workers: int, parts: Parts) -> ScanFindings:
+    """Read every pair once."""
     scan(source, tokenizer, num_workers, parts)
     done = np.zeros(len(source), dtype=bool)
-    whole = ScannedChunk.joined(list(_finished(parts, done)))
+    whole = ScanFindings.joined(list(_finished(parts, done)))
     lost = int(np.count_nonzero(~done))
     require(lost == 0, f"the findings on {lost} rows are gone: another run has ended meanwhile; run this one again")
-    for where, reason, line in whole.problems:
-        problems.write(json.dumps({"where": where, "reason": reason, "error": line}) + "\n")
-    reasons = Counter(reason for _, reason, _ in whole.problems)
-    counts = np.bincount(whole.tokens, minlength=1)
-    return ScanFindings(whole.images, whole.captions, whole.flags, counts, reasons, whole.problems[:LISTED])
+    return whole

@@ -41,7 +41,7 @@ class SourceRows(SourcePairs):
         return stored.where, [image_for_model(io.BytesIO(stored.image), stored.where)]
 
 
-def _note(name: str, image: Image.Image) -> tuple[Look, str]:
+def _note(row: int, name: str, image: Image.Image) -> tuple[Look, str]:
     return look_of(image), name
 
 

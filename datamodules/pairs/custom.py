@@ -3,7 +3,8 @@
 import io
 import random
 from abc import abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,17 +66,13 @@ class CustomPairs(PairSource):
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
         where, text = self.where(index), self.text(index, rng)
-        try:
+        with _opening_files(where):
             return Pair(keep_levels(self._image(self.image(index), where), where), *text)
-        except OSError as error:
-            raise self._broken(error, where) from error
 
     def text(self, index: int, rng: random.Random | None) -> PairText:
         where = self.where(index)
-        try:
+        with _opening_files(where):
             texts, extra = self._texts(index, where), self._extra(index, where)
-        except OSError as error:
-            raise self._broken(error, where) from error
         caption = texts[0] if rng is None else rng.choice(texts)
         negatives = self.negatives(index) if rng else []
         negative = rng.choice(negatives) if rng and negatives else ""
@@ -84,7 +81,7 @@ class CustomPairs(PairSource):
     def read(self, index: int) -> EncodedPair:
         """Return a pair as stored; a PIL image as PNG."""
         where = self.where(index)
-        try:
+        with _opening_files(where):
             texts, content = self._texts(index, where), self.image(index)
             if isinstance(content, str | Path):
                 content = Path(content).read_bytes()
@@ -94,8 +91,6 @@ class CustomPairs(PairSource):
                 plain = image.mode == "I;16" and not hasattr(image, "tag_v2")  # a PNG holds it as it is
                 (image if plain else eight_bits(image, where)).save(file, "PNG")
                 content = file.getvalue()
-        except OSError as error:
-            raise self._broken(error, where) from error
         return EncodedPair(content, texts, self.key(index), self.group(index), where)
 
     def check(self) -> None:
@@ -128,7 +123,13 @@ class CustomPairs(PairSource):
         image.load()  # Pillow opens files lazily
         return image
 
-    def _broken(self, error: OSError, where: str) -> BadSample:
-        if isinstance(error, FileNotFoundError):
-            return BadSample(where, "missing image", f"no such file: {error.filename}")
-        return BadSample(where, "broken image", f"cannot read its image ({error}){FIX_HINT}")
+
+@contextmanager
+def _opening_files(where: str) -> Iterator[None]:
+    """Make an ``OSError`` of a row's method a bad sample."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise BadSample(where, "missing image", f"no such file: {error.filename}") from error
+    except OSError as error:
+        raise BadSample(where, "broken image", f"cannot read its image ({error}){FIX_HINT}") from error

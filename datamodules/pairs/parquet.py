@@ -4,14 +4,15 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from operator import itemgetter
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from lightning.pytorch.utilities import rank_zero_info
 
+from lit_clip.embedding.parts import load_arrays, save_arrays
 from lit_clip.errors import InputError, require
 from lit_clip.tools.reading import reading
 from ..loading.cache import cache_file, made_once
@@ -215,23 +216,19 @@ class ParquetPairs(ColumnarPairs):
         return np.concatenate(order).astype(np.int32 if len(self) < 2**31 else np.int64)
 
 
-def _remembered(
-    path: Path, name: str, columns: Sequence[str], search: Callable[[], np.ndarray], valid: Callable[[np.ndarray], Any]
-) -> np.ndarray:
-    """Return what was searched for in columns of a file, int64 ``[K]``, from the cache if it is there and valid."""
+def _remembered(path: Path, name: str, columns: Sequence[str], search: Callable[[], np.ndarray]) -> np.ndarray:
+    """Return what was searched for in columns of a file, int64 ``[K]``, from the cache if it is there and whole."""
 
     def load(file: Path) -> np.ndarray:
-        found = np.load(file, allow_pickle=False)
-        assert found.dtype == np.int64
-        assert found.ndim == 1
-        assert valid(found)
+        found = load_arrays(file, name, itemgetter("found"))
+        assert found is not None, "damaged"
         return found
 
-    def make(file: Path) -> None:
-        with file.open("wb") as stream:
-            np.save(stream, search())
-
-    return made_once(cache_file("tables", path, (LAYOUT, name, *columns), ".npy"), load, make)
+    return made_once(
+        cache_file("tables", path, (LAYOUT, name, *columns), ".npz"),
+        load,
+        lambda file: save_arrays(file, name, {"found": search()}),
+    )
 
 
 def _images(path: Path, names: Sequence[str], encoded: bool) -> np.ndarray:
@@ -245,7 +242,7 @@ def _images(path: Path, names: Sequence[str], encoded: bool) -> np.ndarray:
 
     if rows < REMEMBERED and not encoded:
         return search()
-    return _remembered(path, "images", names, search, lambda found: len(found) == rows and (found > 0).all())
+    return _remembered(path, "images", names, search)
 
 
 def _blank(path: Path, captions: Sequence[str]) -> np.ndarray:
@@ -264,8 +261,4 @@ def _blank(path: Path, captions: Sequence[str]) -> np.ndarray:
 
     if metadata.num_rows < REMEMBERED:
         return search()
-
-    # Ascending row numbers.
-    return _remembered(
-        path, "blank", captions, search, lambda found: (np.diff(found, prepend=-1, append=metadata.num_rows) > 0).all()
-    )
+    return _remembered(path, "blank", captions, search)

@@ -1,19 +1,21 @@
 """Which rows of a source are related: duplicates have a caption, an image or a group in common; neighbours are near."""
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from torch.utils.data import Dataset
 
 from lit_clip.distributed import rank_and_world
 from lit_clip.embedding.feature_files import read_features
 from lit_clip.embedding.index import nearest_others
 from lit_clip.embedding.pair_scores import pair_hash
+from lit_clip.embedding.reading import in_batches
 from lit_clip.errors import BadSample, require
 from lit_clip.tools.console import progress
 from lit_clip.tools.hashing import hash64
-from lit_clip.tools.workers import loader
+from lit_clip.tools.workers import Mapped, loader
 from .source import PairSource
 
 CHUNK = 4096  # rows that a data worker reads at once
@@ -60,30 +62,22 @@ class _Chunk(NamedTuple):
     pairs: np.ndarray
 
 
-class _Chunks(Dataset[_Chunk]):
-    """The rows of a source in chunks of ``CHUNK``."""
+def _read_each(source: PairSource, rows: Sequence[int]) -> _Chunk:
+    names, images, pairs = zip(*(_read(source, row) for row in rows), strict=True)
+    counts = np.array([len(each) for each in names], dtype=np.int64)
+    every = np.array([name for each in names for name in each], dtype=np.uint64)
+    return _Chunk(every, counts, np.array(images, dtype=np.int64), np.array(pairs, dtype=np.int64))
 
-    def __init__(self, source: PairSource) -> None:
-        self.source = source
 
-    def __len__(self) -> int:
-        return -(-len(self.source) // CHUNK)
-
-    def __getitem__(self, number: int) -> _Chunk:
-        rows = range(number * CHUNK, min((number + 1) * CHUNK, len(self.source)))
-        names, images, pairs = zip(*map(self._read, rows), strict=True)
-        counts = np.array([len(each) for each in names], dtype=np.int64)
-        every = np.array([name for each in names for name in each], dtype=np.uint64)
-        return _Chunk(every, counts, np.array(images, dtype=np.int64), np.array(pairs, dtype=np.int64))
-
-    def _read(self, row: int) -> tuple[set[int], int, int]:
-        try:
-            pair, captions = self.source.text(row, None), self.source.captions(row)
-        except BadSample:  # loading it will raise or skip it
-            return set(), 0, 0
-        groups = {number_of(f"group\0{text.group}") for text in (pair, *(pair.more or ())) if text.group}
-        names = {number_of(f"image\0{pair.key}"), *groups, *map(caption_hash, captions)}
-        return names, pair_hash(pair.key, ""), pair_hash(pair.key, captions[0])
+def _read(source: PairSource, row: int) -> tuple[set[int], int, int]:
+    """Return a row's names, and what it is in the other columns of :class:`PairNames`."""
+    try:
+        pair, captions = source.text(row, None), source.captions(row)
+    except BadSample:  # loading it will raise or skip it
+        return set(), 0, 0
+    groups = {number_of(f"group\0{text.group}") for text in (pair, *(pair.more or ())) if text.group}
+    names = {number_of(f"image\0{pair.key}"), *groups, *map(caption_hash, captions)}
+    return names, pair_hash(pair.key, ""), pair_hash(pair.key, captions[0])
 
 
 def name_pairs(source: PairSource, num_workers: int) -> PairNames:
@@ -91,10 +85,10 @@ def name_pairs(source: PairSource, num_workers: int) -> PairNames:
 
     Images are the same if their keys are; so are the copies in the table of ``inspect`` that ``data.keep`` names.
     """
-    chunks: Any = _Chunks(source)
+    read: Mapped[_Chunk] = Mapped(partial(_read_each, source), in_batches(range(len(source)), CHUNK))
     parts: list[_Chunk] = []
     with progress("looking for duplicates", len(source), rank_and_world()[0] == 0) as advance:
-        for part in loader(chunks, num_workers):
+        for part in loader(read, num_workers):
             parts.append(part)
             advance(len(part.counts))
     hashes, counts, images, pairs = (np.concatenate(column) for column in zip(*parts, strict=True))

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from lit_clip.embedding.reading import in_batches
 from lit_clip.errors import BadSample, InputError, require
 from lit_clip.models.tokenizer import TextTokenizer
 from lit_clip.tools.cache_folder import default_cache_dir
 from lit_clip.tools.hashing import hash64, hex_digest
 from lit_clip.tools.images import OnError
 from lit_clip.tools.stored_rows import StoredRows
-from lit_clip.tools.workers import SharedMemoryCollate, shield_worker
+from lit_clip.tools.workers import Mapped, loader
 from lit_clip.training.frozen_features import ImageBatch, StoredTeacher, Texts
 from lit_clip.training.teacher import stored_name
 from ..loading.augmentation import Augmentation, described_augmentation
@@ -74,39 +75,28 @@ def _distinct_images(source: PairSource) -> tuple[np.ndarray, np.ndarray, list[o
     return image_of, np.array(first, dtype=np.int64), list(numbers)
 
 
-class ImagesOnce(Dataset[ImageBatch]):
-    """Every image of a file, from the dataset of training or of validation samples.
+class ImageReader:
+    """Reads batches of a file's images, each from the data set of training or of validation samples.
 
     Unless ``skip`` is set, an image that cannot be read is an error.
     """
 
     def __init__(self, rows: DistinctImageRows, training: Dataset[Any], validation: Dataset[Any], skip: bool) -> None:
-        self.rows = rows
-        self.training = training
-        self.validation = validation
-        self.skip = skip
+        self.rows, self.training, self.validation, self.skip = rows, training, validation, skip
 
-    def __len__(self) -> int:
-        return self.rows.count
-
-    def __getitem__(self, row: int) -> ImageBatch:
-        origin = self.rows.origin(row)
-        dataset = self.training if isinstance(origin, TrainingSample) else self.validation
-        try:
-            return ImageBatch(np.array([row]), dataset[origin].image[None], [])
-        except BadSample:
-            if not self.skip:
-                raise
-            return ImageBatch(np.zeros(0, np.int64), torch.zeros(0), [row])
-
-
-def collate_images(items: list[ImageBatch]) -> ImageBatch:
-    """Join batches to one."""
-    rows = np.concatenate([item.rows for item in items])
-    images = [item.images for item in items if len(item.rows)]
-    return ImageBatch(
-        rows, torch.cat(images) if images else torch.zeros(0), [row for item in items for row in item.unusable]
-    )
+    def __call__(self, wanted: Sequence[int]) -> ImageBatch:
+        images, unusable = dict[int, Tensor](), list[int]()
+        for row in wanted:
+            origin = self.rows.origin(row)
+            dataset = self.training if isinstance(origin, TrainingSample) else self.validation
+            try:
+                images[row] = dataset[origin].image
+            except BadSample:
+                if not self.skip:
+                    raise
+                unusable.append(row)
+        pixels = torch.stack(list(images.values())) if images else torch.zeros(0)
+        return ImageBatch(np.array(list(images), np.int64), pixels, unusable)
 
 
 class PairSample(NamedTuple):
@@ -294,20 +284,16 @@ class WithStoredFeatures:
             settings = (*settings, "together")
         return DistinctImageRows(*self._fit_sources, max(1, augmentations), settings)
 
-    def images_once(self, rows: DistinctImageRows, wanted: np.ndarray) -> DataLoader[ImageBatch]:
-        """Load the images of some rows, each as training or validation loads it."""
+    def image_reader(self, rows: DistinctImageRows) -> ImageReader:
+        """Return what loads rows' images, each as training or validation loads it."""
         train, val = self._fit_sources
         datasets = self.training_pairs(train), self.validation_pairs(val)
-        images: Any = ImagesOnce(rows, *datasets, skip=self.on_error == "skip")
-        return DataLoader(
-            images,
-            sampler=wanted.tolist(),
-            batch_size=self.evaluation_batch_size,
-            num_workers=self.num_workers if len(wanted) else 0,
-            collate_fn=SharedMemoryCollate(collate_images),
-            worker_init_fn=shield_worker,
-            generator=torch.Generator(),
-        )
+        return ImageReader(rows, *datasets, skip=self.on_error == "skip")
+
+    def images_once(self, rows: DistinctImageRows, wanted: np.ndarray) -> DataLoader[ImageBatch]:
+        """Load the images of some rows in batches."""
+        batches = in_batches(wanted.tolist(), self.evaluation_batch_size)
+        return loader(Mapped(self.image_reader(rows), batches), self.num_workers)
 
     def distinct_texts(self, teachers: TextTokenizer | None = None) -> Texts:
         """Tokenize every caption of ``fit``, equal tokens once; reads no image where that is possible.

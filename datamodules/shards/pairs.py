@@ -12,7 +12,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
-from torch.utils.data import Dataset
 
 from lit_clip.distributed import rank_and_world
 from lit_clip.errors import BadSample, InputError, require
@@ -20,7 +19,7 @@ from lit_clip.tools.cache_folder import default_cache_dir
 from lit_clip.tools.console import progress
 from lit_clip.tools.images import OnError
 from lit_clip.tools.reading import read_at
-from lit_clip.tools.workers import loader
+from lit_clip.tools.workers import Mapped, loader
 from ..loading.store import Stamp, is_remote, stamp_of
 from ..pairs.columns import Cells, ColumnPairs, checked_title, checked_weight, group_name
 from ..pairs.source import LISTED, NO_CAPTION, Columns, SkippedRows, thing_names
@@ -64,19 +63,8 @@ class ShardOptions:
         require(self.index_workers >= 0, f"shards.index_workers: {self.index_workers} must be at least 0")
 
 
-class _Indexing(Dataset[Summary]):
-    """Dataset whose items index a shard each, so that a data loader's workers do it."""
-
-    def __init__(self, shards: Sequence[tuple[str, Stamp]], folder: ShardFolder) -> None:
-        self.shards, self.folder = shards, folder
-
-    def __len__(self) -> int:
-        return len(self.shards)
-
-    def __getitem__(self, number: int) -> Summary:
-        url, stamp = self.shards[number]
-        # Another rank may have made it in the meantime.
-        return find_index(url, stamp, self.folder) or make_index(url, stamp, self.folder)
+def _indexed(folder: ShardFolder, shard: tuple[str, Stamp]) -> Summary:
+    return find_index(*shard, folder) or make_index(*shard, folder)  # another rank may have made it in the meantime
 
 
 def _distinct_names(urls: Sequence[str]) -> list[str]:
@@ -175,7 +163,7 @@ class TarPairs(ColumnPairs):
         first = len(missing) * rank // world  # ranks start at different shards and find the others' indexes
         missing = missing[first:] + missing[:first]
         with progress("indexing shards", len(missing), enabled=rank == 0 and len(missing) > 1) as advance:
-            indexing: Any = _Indexing(missing, self._folder)
+            indexing: Mapped[Summary] = Mapped(partial(_indexed, self._folder), missing)
             made = loader(indexing, self.options.index_workers)
             for (url, _), summary in zip(missing, made, strict=True):
                 self._refuse_problems(url, summary)

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from PIL import Image
-from torch.utils.data import Dataset
 
 from lit_clip.errors import BadSample, InputError
 from lit_clip.models.preprocess import to_rgb
@@ -22,7 +21,7 @@ from lit_clip.tools.images import OnError, decoding_at_least, full_size, image_f
 from lit_clip.tools.levels import levels_of
 from lit_clip.tools.reading import reading
 from lit_clip.tools.shares import Share
-from lit_clip.tools.workers import loader
+from lit_clip.tools.workers import Mapped, loader
 from ..loading.store import stamp_of
 from ..pairs.source import EncodedPair, PairSource
 from .index import INDEX_SUFFIX, read_summary, scan_shard, write_index
@@ -86,8 +85,8 @@ def keep_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 
 @dataclass
-class ShardWriter(Dataset[Written]):
-    """Dataset whose items write a shard each and return what was written."""
+class ShardWriter:
+    """Writes one shard at a time."""
 
     source: PairSource
     folder: Path
@@ -101,11 +100,8 @@ class ShardWriter(Dataset[Written]):
         """The numbers of the shards of this share."""
         return range(self.share.number, -(-len(self.source) // self.shard_size), self.share.of)
 
-    def __len__(self) -> int:
-        return len(self.numbers)
-
-    def __getitem__(self, place: int) -> Written:
-        number = self.numbers[place]
+    def write(self, number: int) -> Written:
+        """Write a shard unless it is complete; return what it has."""
         path = self.folder / f"{number:05d}.tar"
         list_of_skipped = path.with_suffix(".skipped.jsonl")
         sizes: list[tuple[int, int]] = []
@@ -218,8 +214,8 @@ def write_shards(writer: ShardWriter, workers: int) -> Written:
     for path in writer.folder.glob(f".*.tar{writer.share.suffix or '*'}.part"):  # left by a killed run
         path.unlink()
     counts = []
-    with progress("writing shards", len(writer)) as advance:
-        for count in loader(writer, workers):
+    with progress("writing shards", len(writer.numbers)) as advance:
+        for count in loader(Mapped(writer.write, writer.numbers), workers):
             counts.append(count)
             advance(1)
     return Written(*map(sum, zip(*counts, strict=True))) if counts else Written(0, 0)

@@ -5,42 +5,36 @@ ranks, and so are the bytes of the result.
 """
 
 import os
-import signal
-import time
+import sys
 from collections.abc import Container, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
-from torch.utils.data import DataLoader
+from lightning.pytorch import Trainer
 
 from lit_clip import distributed
-from lit_clip.embedding.encoding_task import EncodingSettings, EncodingTask, Finished, check_complete, remaining
+from lit_clip.embedding.encoding_task import EncodingSettings, EncodingTask, check_complete, remaining
 from lit_clip.embedding.feature_files import FeatureTable, Identity, collect
 from lit_clip.embedding.parts import Parts
-from lit_clip.embedding.reading import Batches, EncoderBatch, UnreadableRow
+from lit_clip.embedding.precision import autocast
+from lit_clip.embedding.reading import Batches, UnreadableRow
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.claims import claimed
 from lit_clip.tools.console import progress, stderr
-from lit_clip.tools.images import OnError, or_skip
+from lit_clip.tools.images import or_skip
 from lit_clip.tools.shares import Share
 from lit_clip.tools.workers import loader
 from lit_clip.training.kept_memory import keep_freed_memory
 from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
-from lit_clip.training.lightning.resume_checks import evaluate_as_given
-from lit_clip.training.lightning.signals import replace_signals
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
 from lit_clip.weights.load import load_model
-
-SECONDS_BETWEEN_PARTS = 10  # of work that a killed run can lose
 
 
 class UnreadableError(InputError):
@@ -127,23 +121,34 @@ def compute(
     Returns:
         On rank 0 the rows that could not be read; None on other ranks, which have nothing left to do.
     """
-    if not batches:
-        trainer = make_trainer([], settings)
-        if trainer.world_size > 1 and _others_run(trainer.strategy):
-            trainer.strategy.setup_environment()
-            trainer.strategy.barrier()  # until they, too, have looked into the parts, which the first one may remove
-        return None if trainer.global_rank else []
-    writer = PartWriter(task, parts, settings.on_error, title)
-    trainer = make_trainer([writer], settings)
+    device = start_processes(settings)
+    rank, world = distributed.rank_and_world()
+    if batches and not rank:
+        parts.start()
+    distributed.barrier()  # all have looked into the parts, which the first one may remove if no batch is left
+    model.to(device).eval()
+    mine = batches[rank::world]
+    bar = f"{title} (process 1 of {world})" if world > 1 else title
+    unreadable: list[UnreadableRow] = []
     try:
-        trainer.predict(Encoder(model, task, batches, parts.stop, settings), return_predictions=False)
-    except SystemExit:  # Lightning exits on Ctrl-C
-        if not trainer.interrupted or trainer.global_rank:
-            raise
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # Lightning has disabled it
+        with parts.written(task.part) as keep, progress(bar, sum(map(len, mine)), enabled=not rank) as advance:
+            for batch in loader(task.read(mine, parts.stop), settings.num_workers, device.type == "cuda"):
+                with torch.inference_mode(), autocast(device, settings.precision):
+                    outputs = task.step(batch, device, settings.batch_size)
+                if batch.rows:  # the width of an empty batch's features is unknown
+                    keep((batch._replace(inputs=None, texts=None), outputs.cpu().numpy()), batch.rows[0])
+                unreadable += batch.unreadable
+                if batch.unreadable and settings.on_error == "error":
+                    parts.stop.touch()
+                advance(len(batch.rows) + len(batch.unreadable))
+    except KeyboardInterrupt:
+        if rank:
+            sys.exit(1)
         raise KeyboardInterrupt("what is finished is kept; run the same command again to resume") from None
-    unreadable = sorted(distributed.gather_objects(writer.unreadable))  # every rank has written its last part
-    if trainer.global_rank:
+    finally:
+        model.cpu()
+    unreadable = sorted(distributed.gather_objects(unreadable))  # every rank has written its last part
+    if rank:
         return None
     if unreadable and settings.on_error == "error":
         parts.end()
@@ -151,14 +156,9 @@ def compute(
     return unreadable
 
 
-def _others_run(strategy: Any) -> bool:
-    """Return whether the other ranks have been started, by torchrun, SLURM or the first one."""
-    return distributed.rank_and_world()[1] > 1 or strategy.cluster_environment.creates_processes_externally
-
-
 def start_processes(settings: EncodingSettings) -> torch.device:
     """Start the other processes, or join them, unless that has been done; return this one's device."""
-    trainer = make_trainer([], settings)
+    trainer = make_trainer(settings)
     strategy = trainer.strategy
     if strategy.launcher is not None and trainer.world_size > 1:
         strategy.launcher.launch(strategy.setup_environment, trainer=trainer)
@@ -182,8 +182,8 @@ def machines() -> int:
     return int(os.environ.get("SLURM_NNODES", 1)) if SLURMEnvironment.detect() else 1
 
 
-def make_trainer(callbacks: list[Callback], settings: EncodingSettings) -> Trainer:
-    """Return a trainer that only computes: no logs, checkpoints or progress bar."""
+def make_trainer(settings: EncodingSettings) -> Trainer:
+    """Return a trainer that only starts processes: no logs, checkpoints or progress bar."""
     nodes = machines()
     try:
         trainer = Trainer(
@@ -191,9 +191,6 @@ def make_trainer(callbacks: list[Callback], settings: EncodingSettings) -> Train
             devices=settings.devices,
             num_nodes=nodes,
             strategy="ddp" if settings.devices * nodes != 1 else "auto",
-            precision=settings.precision,
-            use_distributed_sampler=False,  # the encoder deals the batches, each once
-            callbacks=callbacks,
             logger=False,
             enable_checkpointing=False,
             enable_progress_bar=False,
@@ -201,92 +198,6 @@ def make_trainer(callbacks: list[Callback], settings: EncodingSettings) -> Train
         )
     except (ValueError, TypeError, ImportError, RuntimeError) as error:  # of SLURM's variables the last
         raise InputError(f"devices or accelerator: {error}") from error
-    evaluate_as_given(trainer)
     watch_started_ranks(trainer)
     keep_freed_memory(trainer.strategy.root_device)
-    replace_signals(trainer)  # Lightning's own would wait for the other ranks in the handler
     return trainer
-
-
-class Encoder(LightningModule):
-    """The module that ``Trainer.predict`` runs; see :func:`compute`, and :class:`Parts` for ``stop``."""
-
-    def __init__(
-        self, model: CLIP, task: EncodingTask, batches: Batches, stop: Path, settings: EncodingSettings
-    ) -> None:
-        super().__init__()
-        self.allow_zero_length_dataloader_with_multiple_devices = True  # a rank may have no batch
-        self.model = model
-        self.task = task
-        self.batches = batches
-        self.stop = stop
-        self.settings = settings
-
-    @property
-    def my_batches(self) -> Batches:
-        """This rank's share."""
-        return self.batches[self.trainer.global_rank :: self.trainer.world_size]
-
-    def predict_dataloader(self) -> DataLoader[Any]:
-        batches = self.task.read(self.my_batches, self.stop)
-        return loader(batches, self.settings.num_workers, pin_memory=self.device.type == "cuda")
-
-    def predict_step(self, batch: EncoderBatch, batch_idx: int) -> Tensor:
-        return self.task.step(batch, self.device, self.settings.batch_size)
-
-
-class PartWriter(Callback):
-    """Writes finished batches every few seconds, at the end and when the run is interrupted."""
-
-    def __init__(self, task: EncodingTask, parts: Parts, on_error: OnError, title: str) -> None:
-        self.task = task
-        self.parts = parts
-        self.on_error = on_error
-        self.title = title
-        self.unreadable: list[UnreadableRow] = []  # this rank's
-        self._finished: Finished = []
-        self._written = time.monotonic()
-        self._bar = ExitStack()
-
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if trainer.is_global_zero:
-            self.parts.start()
-        trainer.strategy.barrier()
-
-    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, Encoder)
-        self._written = time.monotonic()
-        total = sum(len(batch) for batch in pl_module.my_batches)
-        share = f" (process 1 of {trainer.world_size})" if trainer.world_size > 1 else ""
-        bar = progress(f"{self.title}{share}", total, enabled=trainer.is_global_zero)
-        self._advance = self._bar.enter_context(bar)
-
-    def on_predict_batch_end(
-        self,
-        trainer: Trainer,
-        pl_module: LightningModule,
-        outputs: Tensor,
-        batch: EncoderBatch,
-        batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:
-        if batch.rows:  # the width of an empty batch's features is unknown
-            self._finished.append((batch._replace(inputs=None, texts=None), outputs.cpu().numpy()))
-        self.unreadable += batch.unreadable
-        if batch.unreadable and self.on_error == "error":
-            self.parts.stop.touch()
-        self._advance(len(batch.rows) + len(batch.unreadable))
-        if time.monotonic() - self._written > SECONDS_BETWEEN_PARTS:
-            self._write()
-
-    def on_predict_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._bar.close()
-        self._write()
-
-    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self.on_predict_end(trainer, pl_module)
-
-    def _write(self) -> None:
-        if self._finished:
-            self.parts.add(self.task.part(self._finished), self._finished[0][0].rows[0])
-        self._finished, self._written = [], time.monotonic()

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
@@ -19,13 +20,13 @@ from lit_clip.embedding.reading import (
     EncoderBatch,
     ImageBatches,
     ImageRows,
-    TextBatches,
     UnreadableRow,
     check_finite,
     encode_batch,
     image_features,
     in_batches,
     row_means,
+    text_batch,
 )
 from lit_clip.errors import InputError, require
 from lit_clip.models.clip import CLIP
@@ -34,6 +35,7 @@ from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import FIX_HINT, OnError
 from lit_clip.tools.shares import Share
+from lit_clip.tools.workers import Mapped
 
 Finished = list[tuple[EncoderBatch, np.ndarray]]  # batches without their inputs, and what was computed of each
 
@@ -111,7 +113,7 @@ def text_task(model: CLIP, texts: Sequence[str], identities: Sequence[Identity])
     """Unit features of texts, which have distinct identities."""
     return EncodingTask(
         identities,
-        lambda batches, _: TextBatches(texts, batches, model.tokenizer),
+        lambda batches, _: Mapped(partial(text_batch, texts, model.tokenizer), batches),
         lambda tokens: model.encode_text(tokens, normalize=True).float(),
     )
 

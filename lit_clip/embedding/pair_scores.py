@@ -7,6 +7,7 @@ A row is an image with its captions, a pair is an image with one of them. Batche
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -76,27 +77,11 @@ class _Texts(NamedTuple):
     of_image: Tensor  # number of captions of each image, int64 [N]
 
 
-class PairBatches(ImageBatches):
-    """Batches of images as in :class:`ImageBatches`, with their captions as ``texts``."""
-
-    def __init__(self, pairs: PairRows, batches: Batches, model: CLIP, stop: Path | None) -> None:
-        super().__init__(pairs, batches, model.preprocessing, _name_and_size, stop)
-        self.pairs, self.tokenizer = pairs, model.tokenizer
-
-    def __getitem__(self, index: int) -> EncoderBatch:
-        batch = super().__getitem__(index)
-        return batch._replace(texts=_texts_of(batch.notes, self.tokenizer)) if batch.rows else batch
-
-    def _read(self, row: int) -> tuple[list[Tensor], list[_Note]]:
-        pixels, [(key, width, height)] = super()._read(row)
-        return pixels, [_Note(key, self.pairs.captions(row), width, height)]
+def _note_of(pairs: PairRows, row: int, key: str, image: Image.Image) -> _Note:
+    return _Note(key, pairs.captions(row), *full_size(image)[:2])
 
 
-def _name_and_size(name: str, image: Image.Image) -> tuple[str, int, int]:
-    return name, *full_size(image)[:2]
-
-
-def _texts_of(notes: Sequence[_Note], tokenizer: TextTokenizer) -> _Texts:
+def _texts_of(tokenizer: TextTokenizer, notes: Sequence[_Note]) -> _Texts:
     number: dict[str, int] = {}
     of_pair = [number.setdefault(caption, len(number)) for note in notes for caption in note.captions]
     counts = [len(note.captions) for note in notes]
@@ -145,8 +130,9 @@ class PairTask(EncodingTask):
 def score_pairs(model: CLIP, pairs: PairRows, parts: Parts, settings: EncodingSettings) -> list[UnreadableRow] | None:
     """Write into ``parts`` the scores of all rows that are not there; see :func:`lit_clip.embedding.encode.compute`."""
 
-    def read(batches: Batches, stop: Path | None) -> PairBatches:
-        return PairBatches(pairs, batches, model, stop)
+    def read(batches: Batches, stop: Path | None) -> ImageBatches:
+        note, texts = partial(_note_of, pairs), partial(_texts_of, model.tokenizer)
+        return ImageBatches(pairs, batches, model.preprocessing, note, stop, texts)
 
     done = scored_rows(parts, len(pairs))
     batches = remaining(len(pairs), settings.batch_size, done.__getitem__, parts.share)

@@ -2,9 +2,10 @@
 
 import json
 import shutil
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from lit_clip.tools.shares import Share
 
 T = TypeVar("T")
 Arrays = Mapping[str, np.ndarray]
+SECONDS_BETWEEN_PARTS = 10  # of work that a killed run can lose
 DIGEST, SETTINGS = "digest", "model"  # names of two arrays of each file
 
 
@@ -84,6 +86,32 @@ class Parts:
         """Write a part, of which ``first`` is the first row."""
         self.folder.mkdir(exist_ok=True)  # another run with the same output may have removed it
         save_arrays(self.folder / f"{first:012}-{uuid.uuid4().hex}.npz", self.settings, arrays)
+
+    @contextmanager
+    def written(self, join: Callable[[list[T]], Arrays]) -> Iterator[Callable[[T, int], None]]:
+        """Yield a function that takes a result and its first row.
+
+        Results are joined and written every few seconds, and at the end, also of an interrupted run.
+        """
+        waiting: list[tuple[int, T]] = []
+        last = time.monotonic()
+
+        def write() -> None:
+            nonlocal last
+            if waiting:
+                self.add(join([result for _, result in waiting]), waiting[0][0])
+            waiting.clear()
+            last = time.monotonic()
+
+        def take(result: T, first: int) -> None:
+            waiting.append((first, result))
+            if time.monotonic() - last > SECONDS_BETWEEN_PARTS:
+                write()
+
+        try:
+            yield take
+        finally:
+            write()
 
     def read(self, make: Callable[[dict[str, np.ndarray]], T]) -> Iterator[T]:
         """Yield what is made of each whole part, one at a time, by their first row."""

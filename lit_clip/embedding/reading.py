@@ -24,7 +24,7 @@ from lit_clip.tools.workers import loader
 
 Encode = Callable[[Tensor], Tensor]  # inputs on the model's device, [B, ...] -> features [B, ...]
 Batches = Sequence[Sequence[int]]  # the rows of each batch
-Note = Callable[[str, Image.Image], Any]  # the user's name for an image's row, and the image -> anything
+Note = Callable[[int, str, Image.Image], Any]  # an image's row, the user's name for the row, the image -> anything
 
 
 class ImageRows(Protocol):
@@ -51,7 +51,7 @@ class EncoderBatch(NamedTuple):
     counts: list[int]  # images of each of them
     notes: list[Any]  # on each image, see ImageBatches
     unreadable: list[UnreadableRow]  # the other rows
-    texts: Any = None  # see lit_clip.embedding.pair_scores.PairBatches
+    texts: Any = None  # made of the notes, see ImageBatches
 
 
 def in_batches(rows: Sequence[int], batch_size: int) -> list[Sequence[int]]:
@@ -71,8 +71,8 @@ def unreadable_image(error: Exception, where: str) -> InputError:
 class ImageBatches(Dataset[EncoderBatch]):
     """Batches of images, decoded and cropped: one item is one batch of uint8 ``[F, 3, H, W]``.
 
-    A row that cannot be read is reported, never replaced. ``note`` is called for each image; once the file ``stop``
-    exists, nothing more is read.
+    A row that cannot be read is reported, never replaced. ``note`` is called for each image, and ``texts`` for all
+    notes of a batch; once the file ``stop`` exists, nothing more is read.
     """
 
     def __init__(
@@ -82,11 +82,9 @@ class ImageBatches(Dataset[EncoderBatch]):
         preprocessing: Preprocessing,
         note: Note | None = None,
         stop: Path | None = None,
+        texts: Callable[[list[Any]], Any] | None = None,
     ) -> None:
-        self.data = data
-        self.batches = batches
-        self.note = note
-        self.stop = stop
+        self.data, self.batches, self.note, self.stop, self.texts = data, batches, note, stop, texts
         self.transform = pixels(preprocessing)
 
     def __len__(self) -> int:
@@ -107,13 +105,15 @@ class ImageBatches(Dataset[EncoderBatch]):
             batch.rows.append(row)
             batch.counts.append(len(read))
             batch.notes.extend(notes)
-        return batch._replace(inputs=torch.stack(inputs)) if inputs else batch
+        if not inputs:
+            return batch
+        return batch._replace(inputs=torch.stack(inputs), texts=self.texts and self.texts(batch.notes))
 
     def _read(self, row: int) -> tuple[list[Tensor], list[Any]]:
         name, images = self.data.read(row)
         require(bool(images), f"{name}: has no image")
         try:
-            notes = [self.note(name, image) for image in images] if self.note else []
+            notes = [self.note(row, name, image) for image in images] if self.note else []
             return [self.transform(image) for image in images], notes
         except MemoryError:
             raise
@@ -121,19 +121,10 @@ class ImageBatches(Dataset[EncoderBatch]):
             raise unreadable_image(error, name) from error
 
 
-class TextBatches(Dataset[EncoderBatch]):
-    """Batches of texts: one item is one batch of tokens ``[N, L]``."""
-
-    def __init__(self, texts: Sequence[str], batches: Batches, tokenizer: TextTokenizer) -> None:
-        self.texts, self.batches, self.tokenizer = texts, batches, tokenizer
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-    def __getitem__(self, index: int) -> EncoderBatch:
-        rows = list(self.batches[index])
-        tokens = self.tokenizer.trim(self.tokenizer([self.texts[row] for row in rows]))
-        return EncoderBatch(tokens, rows, [1] * len(rows), [], [])
+def text_batch(texts: Sequence[str], tokenizer: TextTokenizer, rows: Sequence[int]) -> EncoderBatch:
+    """Return a batch of texts: tokens ``[N, L]``."""
+    tokens = tokenizer.trim(tokenizer([texts[row] for row in rows]))
+    return EncoderBatch(tokens, list(rows), [1] * len(rows), [], [])
 
 
 def image_features(model: CLIP, precision: Precision = "32-true") -> Encode:

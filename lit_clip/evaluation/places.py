@@ -133,8 +133,7 @@ class _WholeImages(ImageBatches):
         truth: Callable[[Any, int, Size], Any],
         stop: Path | None,
     ) -> None:
-        super().__init__(SetRows(images), batches, preprocessing, _size, stop)
-        self.images, self.truth = images, truth
+        super().__init__(SetRows(images), batches, preprocessing, partial(_truth_of, images, truth), stop)
         resize = partial(_resized, window=window, filter=Image.Resampling[preprocessing.interpolation.upper()])
         first = v2.Lambda(partial(windowed, config=preprocessing))
         self.transform = v2.Compose([first, v2.Lambda(resize), v2.Lambda(to_rgb), v2.PILToTensor()])
@@ -143,13 +142,9 @@ class _WholeImages(ImageBatches):
         batch = super().__getitem__(index)
         return batch._replace(texts=batch.notes, notes=[])
 
-    def _read(self, row: int) -> tuple[list[Tensor], list[Any]]:
-        pixels, [size] = super()._read(row)
-        return pixels, [self.truth(self.images, row, size)]
 
-
-def _size(name: str, image: Image.Image) -> Size:
-    return image.size
+def _truth_of(images: ImageSet, truth: Callable[[Any, int, Size], Any], row: int, name: str, image: Image.Image) -> Any:
+    return truth(images, row, image.size)
 
 
 def _resized(image: Image.Image, window: Window, filter: Image.Resampling) -> Image.Image:

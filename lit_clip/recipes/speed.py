@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
@@ -41,11 +40,11 @@ def measure(module: Any, data: Any, precision: Precision, freeze: Freeze, augmen
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name not in frozen)
     model.frozen_prefixes.clear()
-    images_of = data.images_once(data.image_rows(int(augmented)), np.arange(0)).dataset
-    count = min(AT_ONCE, len(images_of))
-    _ = images_of[0].images  # the first one is slower
+    stored_rows = data.image_rows(int(augmented))
+    read, count = data.image_reader(stored_rows), min(AT_ONCE, stored_rows.count)
+    read([0])  # the first one is slower
     started = time.monotonic()
-    images = torch.cat([images_of[row].images for row in range(count)])
+    images = read(range(count)).images
     decoding = (time.monotonic() - started) / count
     listed = range(min(TEXTS, len(data.train_source)))
     captions = [caption for row in listed for caption in data.train_source.captions(row)[:1]]

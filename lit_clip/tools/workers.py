@@ -3,8 +3,8 @@
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch.utils.data import DataLoader, Dataset, default_convert, get_worker_in
 from lit_clip.errors import require
 from lit_clip.tools.processes import end_with_parent
 
+Item = TypeVar("Item")
+T = TypeVar("T")
 _warned = False
 
 
@@ -45,6 +47,19 @@ def loader(batches: Dataset[Any], num_workers: int, pin_memory: bool = False) ->
         worker_init_fn=shield_worker,
         generator=torch.Generator().manual_seed(0),  # a data loader draws its workers' seeds, by default globally
     )
+
+
+class Mapped(Dataset[T]):
+    """What a function returns for each of some items; both are sent to data workers."""
+
+    def __init__(self, function: Callable[[Item], T], items: Sequence[Item]) -> None:
+        self.function, self.items = function, items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, number: int) -> T:
+        return self.function(self.items[number])
 
 
 class SharedMemoryCollate:

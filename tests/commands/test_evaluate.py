@@ -25,7 +25,8 @@ from sklearn.linear_model import LogisticRegression
 from datamodules import ImageFolderClasses
 from lit_clip import load_model, zero_shot_classifier
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding.encode import Encoder
+from lit_clip.embedding.encoding_task import EncodingTask
+from lit_clip.embedding.reading import EncoderBatch
 from lit_clip.errors import InputError
 from lit_clip.evaluation import classification
 from lit_clip.evaluation.data import LabelledImages
@@ -34,6 +35,7 @@ from lit_clip.heads import head_from_images, load_head, save_head
 from tests.conftest import ROOT, lit_clip_command
 from tests.evaluation.test_clip_benchmark import CLASSES, TEMPLATES, write_shards
 from tests.helpers import forks
+from tests.helpers.encoding import watch_encoding
 from tests.helpers.fork_ranks import command_of_ranks
 
 FOLDER = "datamodules.ImageFolderClasses"
@@ -249,13 +251,11 @@ def test_two_processes_give_the_same_results(root: Path) -> None:
 def counted_images(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Return the number of ``images`` encoded from now on."""
     calls: Counter[str] = Counter()
-    plain = Encoder.predict_step
 
-    def counted(self: Encoder, batch: Any, batch_idx: int) -> torch.Tensor:
+    def count(task: EncodingTask, batch: EncoderBatch) -> None:
         calls["images"] += len(batch.rows)
-        return plain(self, batch, batch_idx)
 
-    monkeypatch.setattr(Encoder, "predict_step", counted)
+    watch_encoding(monkeypatch, count)
     return calls
 
 
@@ -512,13 +512,7 @@ def test_images_of_two_sets_are_encoded_once(root: Path, monkeypatch: pytest.Mon
     darker = {"data": {"class_path": f"{__name__}.Darker", "init_args": {"root": "test"}}}
     write_suite(root, folders=folders, pairs=pairs, darker=darker)
     encoded: list[int] = []
-    step = Encoder.predict_step
-
-    def counted(self: Encoder, batch: Any, batch_idx: int) -> torch.Tensor:
-        encoded.append(len(batch.rows))
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(Encoder, "predict_step", counted)
+    watch_encoding(monkeypatch, lambda task, batch: encoded.append(len(batch.rows)))
     together = evaluate()["sets"]
     assert sum(encoded) == 30 + 30
     for name in ("pairs", "darker"):

@@ -159,7 +159,7 @@ def test_an_interrupted_evaluation_resumes_with_the_images_that_are_left(
     places: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = evaluate("--sets", "masks")["sets"]["masks"]["tasks"]
-    monkeypatch.setattr("lit_clip.embedding.encode.SECONDS_BETWEEN_PARTS", -1)
+    monkeypatch.setattr("lit_clip.embedding.parts.SECONDS_BETWEEN_PARTS", -1)
     rows: list[int] = []
     step = PlaceTask.step
 

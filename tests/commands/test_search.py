@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 import lit_clip.commands.search
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding.encode import Encoder
+from lit_clip.embedding.encoding_task import EncodingTask
 from lit_clip.embedding.feature_files import write_features
 from lit_clip.embedding.index import INDEX
 from lit_clip.embedding.reading import EncoderBatch
@@ -27,6 +27,7 @@ from lit_clip.models.config import CLIPConfig
 from lit_clip.tools import html
 from lit_clip.weights.fingerprint import fingerprint
 from tests.helpers.colours import BLACK, RED, beside, colour_model
+from tests.helpers.encoding import watch_encoding
 
 Search = Callable[..., tuple[list[tuple[str, float]], list[str]]]
 
@@ -47,16 +48,14 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def search(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Search:
     """A function that runs a search and returns the images found with their scores, and the keys encoded for it."""
-    step = Encoder.predict_step
 
     def run(*words: str) -> tuple[list[tuple[str, float]], list[str]]:
         keys: list[str] = []
 
-        def predict_step(self: Encoder, batch: EncoderBatch, batch_idx: int) -> torch.Tensor:
-            keys.extend(self.task.identities[row][0] for row in batch.rows)
-            return step(self, batch, batch_idx)
+        def see(task: EncodingTask, batch: EncoderBatch) -> None:
+            keys.extend(task.identities[row][0] for row in batch.rows)
 
-        monkeypatch.setattr(Encoder, "predict_step", predict_step)
+        watch_encoding(monkeypatch, see)
         run_command(["search", *words, "--num_workers", "0"])
         rows = [line.strip("│ ").split("│") for line in capsys.readouterr().out.splitlines() if line.startswith("│")]
         return [(key.strip(), float(score)) for _, score, key in rows], keys

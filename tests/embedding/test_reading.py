@@ -201,16 +201,18 @@ def test_features_do_not_depend_on_batch_size_or_workers(
     batches = in_batches(range(7), rows_at_once)
     found: dict[int, torch.Tensor] = {}
     notes, unreadable = [], []
-    for batch, features in encoded_batches(
-        model, Films(), batch_size, num_workers, batches=batches, note=lambda name, image: f"{name} {image.size}"
-    ):
+
+    def note(row: int, name: str, image: Image.Image) -> str:
+        return f"{row}: {name} {image.size}"
+
+    for batch, features in encoded_batches(model, Films(), batch_size, num_workers, batches=batches, note=note):
         assert len(features) == sum(batch.counts) == len(batch.notes)
         notes += batch.notes
         unreadable += batch.unreadable
         if batch.rows:
             found |= zip(batch.rows, row_means(features, batch.counts), strict=True)
     assert list(found) == [0, 1, 2, 4, 6]
-    assert notes == [f"film {row} (40, 36)" for row in found for _ in range(row + 1)]
+    assert notes == [f"{row}: film {row} (40, 36)" for row in found for _ in range(row + 1)]
     assert [tuple(row) for row in unreadable] == [
         (3, "broken film", "film 3: no such codec"),
         (5, "cannot be read", "film 5: has no image"),

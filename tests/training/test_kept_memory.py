@@ -29,7 +29,7 @@ at_first = pages()
 print(at_first, pages())
 """
 FIT = "run(['--data', 'datamodules.OpenMoji', '--trainer.accelerator', 'cpu'], execute=False)"
-EMBED = "make_trainer([], EncodingSettings(accelerator='cpu'))"
+EMBED = "make_trainer(EncodingSettings(accelerator='cpu'))"
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's memory")

@@ -14,12 +14,14 @@ from PIL import Image
 
 from lit_clip import LitCLIP, load_model
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding.encode import Encoder, PartWriter
+from lit_clip.embedding.encoding_task import EncodingTask
+from lit_clip.embedding.parts import Arrays, Parts
 from lit_clip.embedding.reading import EncoderBatch
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, VisionTransformerConfig
 from lit_clip.weights.fingerprint import fingerprint
 from tests.conftest import lit_clip_command
+from tests.helpers.encoding import watch_encoding
 
 IMAGES = ["a.png", "b.jpg", "deep/c.png", "deep/d.webp", "deep/er/e.png", "f.PNG", "g.bmp"]
 
@@ -108,18 +110,18 @@ def test_an_image_that_one_of_two_ranks_cannot_read_is_a_one_line_error(folder: 
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[str]]:
     """A function that records the keys encoded from then on, and simulates Ctrl-C at the given batch."""
-    step = Encoder.predict_step
 
     def watch(interrupt_at: int | None) -> list[str]:
         keys: list[str] = []
+        batches: list[EncoderBatch] = []
 
-        def predict_step(self: Encoder, batch: EncoderBatch, batch_idx: int) -> torch.Tensor:
-            if batch_idx == interrupt_at:
+        def see(task: EncodingTask, batch: EncoderBatch) -> None:
+            if len(batches) == interrupt_at:
                 raise KeyboardInterrupt
-            keys.extend(self.task.identities[row][0] for row in batch.rows)
-            return step(self, batch, batch_idx)
+            batches.append(batch)
+            keys.extend(task.identities[row][0] for row in batch.rows)
 
-        monkeypatch.setattr(Encoder, "predict_step", predict_step)
+        watch_encoding(monkeypatch, see)
         return keys
 
     return watch
@@ -270,14 +272,14 @@ def test_the_fingerprint_depends_on_the_architecture_and_not_only_on_the_weights
 def test_parts_removed_by_another_run_with_the_same_output_are_an_error(
     folder: Path, tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    write = PartWriter._write
+    add = Parts.add
 
-    def late(writer: PartWriter) -> None:
-        shutil.rmtree(writer.parts.folder)  # as the other run does once it is complete
-        write(writer)
-        shutil.rmtree(writer.parts.folder)
+    def late(parts: Parts, arrays: Arrays, first: int) -> None:
+        shutil.rmtree(parts.folder)  # as the other run does once it is complete
+        add(parts, arrays, first)
+        shutil.rmtree(parts.folder)
 
-    monkeypatch.setattr(PartWriter, "_write", late)
+    monkeypatch.setattr(Parts, "add", late)
     with pytest.raises(InputError, match="another run with the same output has ended meanwhile; run this one again"):
         embed("photos", "--model", str(tiny_checkpoint), "--output", "features.npy")
 

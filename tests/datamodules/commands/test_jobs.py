@@ -10,15 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from torch import Tensor
 
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding.encode import Encoder
+from lit_clip.embedding.encoding_task import EncodingTask
 from lit_clip.embedding.reading import EncoderBatch
 from lit_clip.errors import InputError
 from lit_clip.tools.shares import Share
 from tests.conftest import lit_clip_command
 from tests.helpers import forks
+from tests.helpers.encoding import watch_encoding
 from tests.helpers.fork_ranks import command_of_ranks
 
 MODEL = "--batch_size 2 --num_workers 0 --accelerator cpu --model"
@@ -43,7 +43,7 @@ import os, signal, sys
 from lit_clip.cli.main import main
 from lit_clip.datamodules.inspection import scan
 from lit_clip.datamodules.shards import writing
-from lit_clip.embedding import encode, parts
+from lit_clip.embedding import parts
 
 def last_word(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
@@ -52,7 +52,7 @@ def first_part(self, *arguments):
     add(self, *arguments)
     parts.Parts.add = last_word
 
-add, encode.SECONDS_BETWEEN_PARTS, scan.CHUNK = parts.Parts.add, -1, 2
+add, parts.SECONDS_BETWEEN_PARTS, scan.CHUNK = parts.Parts.add, -1, 2
 parts.Parts.add = first_part
 write = writing.ShardWriter._write
 writing.ShardWriter._write = lambda self, path, number, sizes: (
@@ -102,19 +102,19 @@ def test_an_interrupted_run_resumes_with_what_is_not_encoded(
     command: str, folder: Path, encoded: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run_command(words(command, "whole"))
-    every, plain = list(encoded), Encoder.predict_step
+    every = list(encoded)
     encoded.clear()
 
-    def stopped(self: Encoder, batch: EncoderBatch, batch_idx: int) -> Tensor:
+    def stopped(task: EncodingTask, batch: EncoderBatch) -> None:
         if len(encoded) == 4:
             raise KeyboardInterrupt
-        return plain(self, batch, batch_idx)
+        encoded.extend(batch.rows)
 
-    monkeypatch.setattr(Encoder, "predict_step", stopped)
+    watch_encoding(monkeypatch, stopped)
     with pytest.raises(KeyboardInterrupt, match="run the same command again to resume"):
         run_command(words(command, "jobs"))
     assert not content(command, "jobs")
-    monkeypatch.setattr(Encoder, "predict_step", plain)
+    watch_encoding(monkeypatch, lambda task, batch: encoded.extend(batch.rows))
     run_command(words(command, "jobs"))
     assert encoded == every
     assert content(command, "jobs") == content(command, "whole")
@@ -170,13 +170,8 @@ def test_a_job_that_is_never_started_again_is_made_up_for(folder: Path) -> None:
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows that are encoded from here on."""
-    step, rows = Encoder.predict_step, []
-
-    def predict_step(self: Encoder, batch: EncoderBatch, batch_idx: int) -> Tensor:
-        rows.extend(batch.rows)
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(Encoder, "predict_step", predict_step)
+    rows: list[int] = []
+    watch_encoding(monkeypatch, lambda task, batch: rows.extend(batch.rows))
     return rows
 
 

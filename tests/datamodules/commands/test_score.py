@@ -18,12 +18,11 @@ from datamodules.pairs.kept import kept_pairs
 from datamodules.pairs.score_files import ScoreFile
 from lit_clip import LitCLIP, load_model
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding.encode import Encoder
 from lit_clip.embedding.pair_scores import pair_hash
-from lit_clip.embedding.reading import EncoderBatch
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig
 from lit_clip.weights.fingerprint import fingerprint
+from tests.helpers.encoding import watch_encoding
 
 CAPTIONS = [
     ["a red kite over the beach"],
@@ -133,13 +132,8 @@ def test_several_tables_and_a_source_of_ones_own_are_scored_like_any_other(folde
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The rows that are encoded from here on."""
-    step, rows = Encoder.predict_step, []
-
-    def predict_step(self: Encoder, batch: EncoderBatch, batch_idx: int) -> torch.Tensor:
-        rows.extend(batch.rows)
-        return step(self, batch, batch_idx)
-
-    monkeypatch.setattr(Encoder, "predict_step", predict_step)
+    rows: list[int] = []
+    watch_encoding(monkeypatch, lambda task, batch: rows.extend(batch.rows))
     return rows
 
 
