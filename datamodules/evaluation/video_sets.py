@@ -8,13 +8,12 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import MissingData, VerbsAndNouns
+from lit_clip.evaluation.data import MissingData, Truth
 from lit_clip.tools.hashing import hash64
 from .annotation_files import find, number, read_table
 from .image_files import ImageFiles, TrainTest
@@ -138,11 +137,11 @@ def _clip_name(row: dict[str, str], table: str) -> str:
     return f"{row['id']}_{start:06}_{end:06}"
 
 
-class RareAct(Videos, VerbsAndNouns):
+class RareAct(Videos):
     """RareAct: ``rareact.csv`` and the videos, named by their id, in any folder below.
 
     A table row is a span of a video, a class (a verb and a noun), and a code for how much of the class the span shows;
-    see :class:`lit_clip.evaluation.data.VerbsAndNouns`. Rows of videos that are gone are left out and counted.
+    see :class:`lit_clip.evaluation.data.Truth`. Rows of videos that are gone are left out and counted.
     """
 
     def __init__(self, root: str, frames: Frames = "all") -> None:
@@ -164,15 +163,11 @@ class RareAct(Videos, VerbsAndNouns):
             listed.append((found.get(row["video_id"]), int(label)))
             spans.append((start, end))
             codes.append(int(code))
-        self._words = _sorted_by_label(words, table)
-        super().__init__(Path(root), listed, [" ".join(pair) for pair in self._words], [table], frames, spans)
-        self._codes = [codes[row] for row in self.rows]
-        self._videos = [rows[row]["video_id"] for row in self.rows]
-
-    def annotations(self) -> dict[str, Any]:
-        """Return the verbs and nouns of the classes, and the code and the video of each clip."""
-        verbs, nouns = (list(words) for words in zip(*self._words, strict=True))
-        return {"verb": verbs, "noun": nouns, "annotation": list(self._codes), "video": list(self._videos)}
+        pairs = _sorted_by_label(words, table)
+        super().__init__(Path(root), listed, [" ".join(pair) for pair in pairs], [table], frames, spans)
+        verbs, nouns = map(list, zip(*pairs, strict=True))
+        kept, videos = [codes[row] for row in self.rows], [rows[row]["video_id"] for row in self.rows]
+        self.truth = Truth(annotations={"verb": verbs, "noun": nouns, "annotation": kept, "video": videos})
 
     def stamp(self) -> str:
         return f"{super().stamp()}-{hash64(repr(self.spans)).hex()}"

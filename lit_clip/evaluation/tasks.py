@@ -29,7 +29,7 @@ from lit_clip.evaluation.classification import (
     targets_of,
     trained,
 )
-from lit_clip.evaluation.data import CaptionedImages, Grouped, Localised, Masked
+from lit_clip.evaluation.data import CaptionedImages, Localised, Masked
 from lit_clip.evaluation.document_retrieval import document_retrieval
 from lit_clip.evaluation.few_shot import FewShotProbes
 from lit_clip.evaluation.geolocation import nearest_km, within_km
@@ -239,10 +239,10 @@ def _caption_choice(opened: OpenSet) -> dict[str, Any]:
 
 def _bias(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
     fold = opened.folds[0]
-    test = fold.images["test"]
-    if not isinstance(test, Grouped):
-        raise InputError(f"{opened.name}: {type(test).__name__} has no groups, which the bias probes need")
-    groups = {name: [values[row] for row in fold.features["test"].rows] for name, values in test.groups().items()}
+    groups = targets_of(opened, fold, "test").groups
+    if groups is None:
+        kind = type(fold.images["test"]).__name__
+        raise InputError(f"{opened.name}: {kind} has no groups, which the bias probes need")
     return bias_report({name: logits_of(opened, fold, classifier) for name, classifier in opened.bias.items()}, groups)
 
 

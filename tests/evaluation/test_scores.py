@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lit_clip.errors import InputError
 from lit_clip.evaluation import scores as module
-from lit_clip.evaluation.data import LabelledImages, Located, Neighbours, VerbsAndNouns
+from lit_clip.evaluation.data import LabelledImages, Truth
 from lit_clip.evaluation.datacomp import ALL, GROUPS, OTHER_METRICS, PREFIX
 from lit_clip.evaluation.overview import GroupMean, group_means, rows
 from lit_clip.evaluation.scores import baseline, baselines, comparable, evaluate_scores, interval
@@ -292,11 +292,18 @@ def test_a_label_out_of_range_is_an_error_that_names_the_row(label: int) -> None
         labelled(0, label)
 
 
-class Frames(LabelledImages, Neighbours, Located, VerbsAndNouns):
+class Frames(LabelledImages):
     class_names = ["a", "b"]
 
     def __init__(self, labels: list[int]) -> None:
         self._labels = labels
+        codes = {"verb": ["v", "w"], "noun": ["n", "m"], "annotation": [0, 1, 2, 3, 4], "video": list("abcde")}
+        self.truth = Truth(
+            neighbours=[(0, [1, 2]), (3, [2, 4])],
+            accepted=[{label} for label in labels],
+            coordinates=torch.arange(10).double().view(5, 2),
+            annotations=codes,
+        )
 
     def __len__(self) -> int:
         return 5
@@ -309,18 +316,6 @@ class Frames(LabelledImages, Neighbours, Located, VerbsAndNouns):
 
     def labels(self) -> list[int]:
         return self._labels
-
-    def neighbours(self) -> list[tuple[int, list[int]]]:
-        return [(0, [1, 2]), (3, [2, 4])]
-
-    def accepted(self) -> list[set[int]]:
-        return [{label} for label in self._labels]
-
-    def coordinates(self) -> Tensor:
-        return torch.arange(10).double().view(5, 2)
-
-    def annotations(self) -> dict[str, Any]:
-        return {"verb": ["v", "w"], "noun": ["n", "m"], "annotation": [0, 1, 2, 3, 4], "video": list("abcde")}
 
 
 def test_targets_keep_only_the_rows_that_could_be_read() -> None:
