@@ -15,8 +15,8 @@ from torch import Tensor
 from lit_clip.errors import InputError
 from lit_clip.evaluation import scores as module
 from lit_clip.evaluation.data import LabelledImages, Truth
-from lit_clip.evaluation.datacomp import ALL, GROUPS, OTHER_METRICS, PREFIX
 from lit_clip.evaluation.overview import GroupMean, group_means, rows
+from lit_clip.evaluation.published import datacomp_groups
 from lit_clip.evaluation.scores import baseline, baselines, comparable, evaluate_scores, interval
 from lit_clip.evaluation.suite import read_suite
 from lit_clip.evaluation.targets import Targets
@@ -353,6 +353,9 @@ def test_macro_f1_is_scikit_learns_over_the_classes_that_have_images(classes: in
     assert "top1" in found
 
 
+ALL = "Average over 38 sets"
+
+
 def grouped(labels: torch.Tensor, groups: list[str], classes: int) -> Targets:
     return Targets(labels, classes, groups={"region": groups})
 
@@ -395,12 +398,9 @@ def test_worst_group_without_groups_of_one_kind_is_an_error(groups: Any) -> None
 
 def test_suite_has_the_38_sets_with_datacomps_metrics() -> None:
     entries = read_suite(ROOT / "configs/evaluation/datacomp.yaml")
-    names = [name.removeprefix(PREFIX) for name in entries]
-    assert sorted(names) == sorted(set(GROUPS[ALL]))
-    assert [len(members) for members in GROUPS.values()] == [1, 6, 13, 3, 38]
-    assert {
-        name.removeprefix(PREFIX): entry.metric for name, entry in entries.items() if entry.metric != "top1"
-    } == OTHER_METRICS
+    groups = datacomp_groups()
+    assert [len(members) for members in groups.values()] == [1, 6, 13, 3, 38]
+    assert {name: entry.metric for name, entry in entries.items()} == groups[f"DataComp, {ALL}"]
     for entry in entries.values():
         assert len(entry.tasks or ()) == 1
         assert entry.how_to_get
@@ -431,7 +431,7 @@ def test_means_are_those_of_aggregate_scores() -> None:
     assert list(means)[-1] == ALL
     assert means[ALL].ours == pytest.approx(sum(range(38)) / 100 / 38)
     assert (means[ALL].sets, means[ALL].missing) == (38, [])
-    numbers = {name.removeprefix(PREFIX): number / 100 for number, name in enumerate(list(sets)[:38])}
+    numbers = {name.removeprefix("datacomp_"): number / 100 for number, name in enumerate(list(sets)[:38])}
     shifts = ("imagenet_sketch", "imagenetv2", "imagenet-a", "imagenet-o", "imagenet-r", "objectnet")
     expected = sum(numbers[name] for name in shifts) / 6
     assert means["ImageNet distribution shifts"].ours == pytest.approx(expected)
