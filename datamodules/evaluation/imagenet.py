@@ -1,6 +1,5 @@
 """ImageNet in all its layouts, and test sets that share its classes: ImageNetV2, ImageNet-A, -R, -Sketch, ObjectNet."""
 
-import importlib.util
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -14,6 +13,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import LabelledImages, MissingData
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.tools.hashing import stamp_of_files
+from lit_clip.tools.packaged import installed_file
 from lit_clip.tools.reading import reading
 from lit_clip.tools.untrusted import entries
 from .annotation_files import (
@@ -187,10 +187,7 @@ def _labels_of_words(classes: Sequence[Sequence[str]]) -> list[list[int]]:
 
 
 def _timms(name: str) -> str:
-    package = importlib.util.find_spec("timm")
-    if package is None or package.origin is None:
-        raise InputError("the list of ImageNet's classes comes with timm, which is not installed; pip install timm")
-    return read_text(Path(package.origin).parent / "data/_info" / name)
+    return read_text(installed_file("timm", "timm", f"data/_info/{name}"))
 
 
 def ImageNetFolders(root: str, classes: int | None = None) -> ImageFiles:
