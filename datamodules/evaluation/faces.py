@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 
 from lit_clip.errors import InputError, require
+from lit_clip.evaluation.bias import VALUES as FAIRFACE
 from lit_clip.evaluation.data import LabelledImages, Truth
 from lit_clip.tools.reading import check_is_file, reading
 from .annotation_files import AGAIN, find, read_lines, read_table, read_words, whole_number
@@ -29,11 +30,6 @@ FACE_SIDE = 48  # pixels
 LONGEST_FACE = 100_000  # characters of a row; 48 x 48 pixels take ten thousand
 TABLES_OF_FACES = ("fer2013.csv", "icml_face_data.csv")
 Attribute = Literal["race", "gender", "age"]
-FAIRFACE: dict[str, list[str]] = {  # as the tables write them
-    "race": ["White", "Black", "Indian", "East Asian", "Southeast Asian", "Middle Eastern", "Latino_Hispanic"],
-    "gender": ["Male", "Female"],
-    "age": ["0-2", "3-9", "10-19", "20-29", "30-39", "40-49", "50-59", "60-69", "more than 70"],
-}
 
 
 def FER2013(root: str, split: TrainValTest = "test") -> LabelledImages:
