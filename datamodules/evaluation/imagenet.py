@@ -16,24 +16,8 @@ from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.packaged import installed_file
 from lit_clip.tools.reading import reading
 from lit_clip.tools.untrusted import entries
-from .annotation_files import (
-    AGAIN,
-    find,
-    read_json,
-    read_mat,
-    read_table,
-    read_text,
-    refuse_missing,
-    whole_number,
-)
-from .image_files import (
-    ImageFiles,
-    KnownLabels,
-    images_in,
-    in_class_folders,
-    labels_of,
-    subfolders,
-)
+from .annotation_files import AGAIN, find, read_json, read_mat, read_table, read_text, refuse_missing, whole_number
+from .image_files import ImageFiles, KnownLabels, images_in, in_class_folders, labels_of, subfolders
 from .webdataset import ImageSpan, TarImages, scan_tar
 
 ImageNetSplit = Literal["train", "val"]

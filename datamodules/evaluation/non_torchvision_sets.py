@@ -11,20 +11,8 @@ from lit_clip.evaluation.data import Truth
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
 from ..loading.bad_samples import is_unicode
-from .annotation_files import (
-    AGAIN,
-    find,
-    import_optional,
-    own_dataset,
-    read_mat,
-    read_table,
-)
-from .image_files import (
-    ImageFiles,
-    KnownLabels,
-    TrainTest,
-    labels_of,
-)
+from .annotation_files import AGAIN, find, import_optional, own_dataset, read_mat, read_table
+from .image_files import ImageFiles, KnownLabels, TrainTest, labels_of
 
 DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TRAINING_DIGITS = 1000

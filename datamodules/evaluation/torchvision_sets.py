@@ -12,24 +12,8 @@ from lit_clip.evaluation.data import Truth
 from lit_clip.tools.reading import reading
 from lit_clip.tools.untrusted import entries
 from ..loading.bad_samples import is_unicode
-from .annotation_files import (
-    AGAIN,
-    number,
-    read_json,
-    read_lines,
-    read_mat,
-    read_text,
-    read_words,
-    whole_number,
-)
-from .image_files import (
-    ImageFiles,
-    ListedImages,
-    TrainTest,
-    TrainValTest,
-    by_hash,
-    labels_of,
-)
+from .annotation_files import AGAIN, number, read_json, read_lines, read_mat, read_text, read_words, whole_number
+from .image_files import ImageFiles, ListedImages, TrainTest, TrainValTest, by_hash, labels_of
 
 # In the order of the paper's prompts, which is not alphabetical.
 VOC_CLASSES = [

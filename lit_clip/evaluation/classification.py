@@ -35,14 +35,7 @@ from lit_clip.evaluation.predictions import (
     probability_columns,
 )
 from lit_clip.evaluation.probe import MOST_PENALTIES, Probe, Split, train_probe
-from lit_clip.evaluation.scores import (
-    baseline,
-    baselines,
-    comparable,
-    evaluate_scores,
-    mean_over_folds,
-    unit_scores,
-)
+from lit_clip.evaluation.scores import baseline, baselines, comparable, evaluate_scores, mean_over_folds, unit_scores
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import Task
 from lit_clip.evaluation.targets import Targets

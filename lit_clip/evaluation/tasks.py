@@ -50,12 +50,7 @@ from lit_clip.evaluation.open_set import (
 from lit_clip.evaluation.overview import judging
 from lit_clip.evaluation.places import Recorder
 from lit_clip.evaluation.pointing import pointing, pointing_metrics, queries, regions_of
-from lit_clip.evaluation.predictions import (
-    predictions_entry,
-    predictions_name,
-    recall_intervals,
-    retrieval_columns,
-)
+from lit_clip.evaluation.predictions import predictions_entry, predictions_name, recall_intervals, retrieval_columns
 from lit_clip.evaluation.scores import interval
 from lit_clip.evaluation.segmentation import mask_of, pixel_pairs, segmentation, segmentation_metrics
 from lit_clip.evaluation.suite import Task
