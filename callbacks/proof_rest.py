@@ -35,8 +35,8 @@ class Rest(SuiteEvaluation):
         (fold,) = current.folds
         image_ND, keys = embeddings(fold.features["test"]), keys_of(fold)
         if current.captions is not None:
-            scores, _ = retrieval_scores(image_ND, *current.captions[:2])
-            return Measured(hex_digest([keys, current.captions.digest]), scores, {})
+            scores, _ = retrieval_scores(image_ND, *current.captions)
+            return Measured(hex_digest([keys, current.texts["retrieval"]]), scores, {})
         assert current.classifier is not None
         targets = targets_of(current, fold, "test")
         right = ranks_of_labels(image_ND @ current.classifier, targets.labels) < 1

@@ -15,16 +15,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import Box, CaptionChoices, Choice
 from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.untrusted import convert, entries
-from .annotation_files import (
-    AGAIN,
-    find,
-    read_json,
-    read_json_lines,
-    read_lines,
-    read_table,
-    read_text,
-    whole_number,
-)
+from .annotation_files import AGAIN, find, read_json, read_json_lines, read_lines, read_table, read_text, whole_number
 from .image_files import UnlabelledFiles, refuse_no_folder
 
 Subset = Literal["add_att", "add_obj", "replace_att", "replace_obj", "replace_rel", "swap_att", "swap_obj"]

@@ -12,7 +12,8 @@ import numpy as np
 from PIL import Image
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import Grouped, LabelledImages
+from lit_clip.evaluation.bias import VALUES as FAIRFACE
+from lit_clip.evaluation.data import LabelledImages, Truth
 from lit_clip.tools.reading import check_is_file, reading
 from .annotation_files import AGAIN, find, read_lines, read_table, read_words, whole_number
 from .image_files import ImageFiles, TrainValTest, in_class_folders, subfolders
@@ -29,11 +30,6 @@ FACE_SIDE = 48  # pixels
 LONGEST_FACE = 100_000  # characters of a row; 48 x 48 pixels take ten thousand
 TABLES_OF_FACES = ("fer2013.csv", "icml_face_data.csv")
 Attribute = Literal["race", "gender", "age"]
-FAIRFACE: dict[str, list[str]] = {  # as the tables write them
-    "race": ["White", "Black", "Indian", "East Asian", "Southeast Asian", "Middle Eastern", "Latino_Hispanic"],
-    "gender": ["Male", "Female"],
-    "age": ["0-2", "3-9", "10-19", "20-29", "30-39", "40-49", "50-59", "60-69", "more than 70"],
-}
 
 
 def FER2013(root: str, split: TrainValTest = "test") -> LabelledImages:
@@ -134,28 +130,24 @@ def _majority(path: Path, number: int, row: Mapping[str, str]) -> int | None:
     return VOTED.index(name) if row["image name"] and 2 * most > sum(counted) and name in VOTED else None
 
 
-class FairFace(ImageFiles, Grouped):
+def FairFace(root: str, attribute: Attribute = "race", split: Literal["train", "val"] = "val") -> ImageFiles:
     """FairFace: ``fairface_label_val.csv`` and ``val/1.jpg``; one attribute is the class, all three are groups.
 
     ``race`` has 7 classes, ``gender`` 2 and ``age`` 9; ``val`` is the usual test split.
     """
-
-    def __init__(self, root: str, attribute: Attribute = "race", split: Literal["train", "val"] = "val") -> None:
-        require(attribute in FAIRFACE, f"attribute: must be one of {', '.join(FAIRFACE)}, not {attribute!r}")
-        table = find(Path(root), (f"fairface_label_{split}.csv",), f"fairface_label_{split}.csv")
-        folders = ("", "fairface-img-margin125-trainval/", "fairface-img-margin025-trainval/")
-        images = find(Path(root), [f"{folder}{split}" for folder in folders], "images").parent
-        rows = read_table(table, {"file": ("file",), **{name: (name,) for name in get_args(Attribute)}})
-        for row in rows:
-            for name, values in FAIRFACE.items():
-                wrong = f"{table}: {row['file']}: {name} is {row[name]!r}, not {', '.join(values)}"
-                require(row[name] in values, wrong)
-        labels = [FAIRFACE[attribute].index(row[attribute]) for row in rows]
-        super().__init__(images, [row["file"] for row in rows], labels, list(FAIRFACE[attribute]), [table])
-        self._groups = {name: [row[name] for row in rows] for name in FAIRFACE}
-
-    def groups(self) -> dict[str, list[str]]:
-        return {name: list(values) for name, values in self._groups.items()}
+    require(attribute in FAIRFACE, f"attribute: must be one of {', '.join(FAIRFACE)}, not {attribute!r}")
+    table = find(Path(root), (f"fairface_label_{split}.csv",), f"fairface_label_{split}.csv")
+    folders = ("", "fairface-img-margin125-trainval/", "fairface-img-margin025-trainval/")
+    images = find(Path(root), [f"{folder}{split}" for folder in folders], "images").parent
+    rows = read_table(table, {"file": ("file",), **{name: (name,) for name in FAIRFACE}})
+    for row in rows:
+        for name, values in FAIRFACE.items():
+            wrong = f"{table}: {row['file']}: {name} is {row[name]!r}, not {', '.join(values)}"
+            require(row[name] in values, wrong)
+    labels = [FAIRFACE[attribute].index(row[attribute]) for row in rows]
+    groups = {name: [row[name] for row in rows] for name in FAIRFACE}
+    names = list(FAIRFACE[attribute])
+    return ImageFiles(images, [row["file"] for row in rows], labels, names, [table], Truth(groups=groups))
 
 
 def CelebAIdentities(

@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from lightning.pytorch.utilities import rank_zero_info
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import Neighbours, SomeOfImageNet
+from lit_clip.evaluation.data import Truth
 from lit_clip.tools.reading import reading
 from lit_clip.tools.untrusted import entries
 from .annotation_files import AGAIN, find, read_json, read_table, whole_number
@@ -30,8 +30,15 @@ REVIEW = entries({"key": str, "labels": list[int | str]}, total=True)
 REVIEWS = entries({"labels": list[str] | dict[str, str], "annotations": list[REVIEW]}, total=True)
 
 
-class NeighbouringFrames(ImageFiles, Neighbours, SomeOfImageNet):
-    """Anchor frames and their neighbours, each frame once, sorted by name.
+def _neighbouring_frames(
+    root: Path,
+    anchors: Mapping[str, list[str]],
+    accepted: Mapping[str, set[int]],
+    class_names: list[str],
+    annotations: Sequence[Path],
+    in_imagenet: Callable[[], list[list[int]]],
+) -> ImageFiles:
+    """Return anchor frames and their neighbours, each frame once, sorted by name.
 
     Args:
         root: the folder of the frames.
@@ -39,46 +46,29 @@ class NeighbouringFrames(ImageFiles, Neighbours, SomeOfImageNet):
         accepted: each frame's name -> the labels that count as correct.
         class_names: in label order.
         annotations: the files of metadata.
-        imagenet_classes: reads ImageNet's labels for each class.
+        in_imagenet: reads ImageNet's labels for each class.
     """
-
-    def __init__(
-        self,
-        root: Path,
-        anchors: Mapping[str, list[str]],
-        accepted: Mapping[str, set[int]],
-        class_names: list[str],
-        annotations: Sequence[Path],
-        imagenet_classes: Callable[[], list[list[int]]],
-    ) -> None:
-        require(bool(anchors), f"{root}: no anchors; get the metadata again")
-        names = sorted({*anchors, *(name for frames in anchors.values() for name in frames)})
-        for name in names:
-            classes = accepted.get(name)
-            if not classes or not all(0 <= label < len(class_names) for label in classes):
-                labels = sorted(classes or ())
-                raise InputError(
-                    f"{root}: {name} has the labels {labels}, with {len(class_names)} classes; get the metadata again"
-                )
-        row_of = {name: row for row, name in enumerate(names)}
-        self._neighbours = [
-            (row_of[anchor], [row_of[name] for name in frames if name != anchor]) for anchor, frames in anchors.items()
-        ]
-        self._accepted, self._imagenet_classes = [set(accepted[name]) for name in names], imagenet_classes
-        # labels() can only give one of the accepted labels: the first.
-        super().__init__(root, names, [min(accepted[name]) for name in names], class_names, annotations)
-
-    def neighbours(self) -> list[tuple[int, list[int]]]:
-        return [(row, list(rows)) for row, rows in self._neighbours]
-
-    def accepted(self) -> list[set[int]]:
-        return [set(classes) for classes in self._accepted]
-
-    def imagenet_classes(self) -> list[list[int]]:
-        return self._imagenet_classes()
+    require(bool(anchors), f"{root}: no anchors; get the metadata again")
+    names = sorted({*anchors, *(name for frames in anchors.values() for name in frames)})
+    for name in names:
+        classes = accepted.get(name)
+        if not classes or not all(0 <= label < len(class_names) for label in classes):
+            labels = sorted(classes or ())
+            raise InputError(
+                f"{root}: {name} has the labels {labels}, with {len(class_names)} classes; get the metadata again"
+            )
+    row_of = {name: row for row, name in enumerate(names)}
+    neighbours = [
+        (row_of[anchor], [row_of[name] for name in frames if name != anchor]) for anchor, frames in anchors.items()
+    ]
+    truth = Truth(neighbours=neighbours, accepted=[accepted[name] for name in names])
+    # labels() can only give one of the accepted labels: the first.
+    images = ImageFiles(root, names, [min(accepted[name]) for name in names], class_names, annotations, truth)
+    images.in_imagenet = in_imagenet
+    return images
 
 
-def ImageNetVidRobust(root: str) -> NeighbouringFrames:
+def ImageNetVidRobust(root: str) -> ImageFiles:
     """ImageNet-Vid-Robust: ``val/VIDEO/FRAME.JPEG``, ``metadata/{pmsets,labels}.json``, ``misc/``; 30 classes.
 
     A probe trained on ImageNet needs ``rev_class_idx_map.json`` of github.com/modestyachts/imagenet-testbed too, in
@@ -93,7 +83,7 @@ def ImageNetVidRobust(root: str) -> NeighbouringFrames:
     find(top, ("val",), "folder of frames")
     accepted = {name: set(classes) for name, classes in labels.items()}
     in_imagenet = partial(_imagenet_labels, top, ("metadata/", "misc/"), range(len(names)))
-    return NeighbouringFrames(top, anchors, accepted, names, [index, sets, labelled], in_imagenet)
+    return _neighbouring_frames(top, anchors, accepted, names, [index, sets, labelled], in_imagenet)
 
 
 def _imagenet_labels(folder: Path, places: Sequence[str], classes: Iterable[int]) -> list[list[int]]:
@@ -112,7 +102,7 @@ def _class_names(path: Path) -> list[str]:
     return [(name if isinstance(name, str) else name[1]).replace("_", " ") for name in named]
 
 
-def YTBBRobust(root: str) -> NeighbouringFrames:
+def YTBBRobust(root: str) -> ImageFiles:
     """YTBB-Robust: ``ytbb_videos/VIDEO_MS/frame-NUMBER.jpg``, and the metadata of its authors' testbed.
 
     An anchor counts if reviewers marked it good; its labels are its video's class and the labels that reviewers added.
@@ -149,7 +139,7 @@ def YTBBRobust(root: str) -> NeighbouringFrames:
         rank_zero_info(f"{videos}: left out {without_class} anchors without a class")
     files = ("anchor_labels.json", "pmk_labels.json", "ytbb_class_index.json", ANCHORS_TABLE)
     annotations, in_imagenet = [metadata / name for name in files], partial(_imagenet_labels, metadata, ("",), kept)
-    return NeighbouringFrames(videos, anchors, accepted, [names[label] for label in kept], annotations, in_imagenet)
+    return _neighbouring_frames(videos, anchors, accepted, [names[label] for label in kept], annotations, in_imagenet)
 
 
 def _frame_name(path: str) -> str:

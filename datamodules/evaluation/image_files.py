@@ -5,12 +5,12 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from PIL import Image
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import CaptionedImages, ImageSet, LabelledImages, MissingData
+from lit_clip.evaluation.data import CaptionedImages, ImageSet, LabelledImages, MissingData, Truth
 from lit_clip.tools.hashing import hex_digest, stamp_of_files
 from lit_clip.tools.images import SUFFIXES, check_images, image_for_model, image_names
 from lit_clip.tools.reading import reading
@@ -91,10 +91,11 @@ class ImageFiles(UnlabelledFiles, KnownLabels):
         labels: Sequence[int],
         class_names: list[str],
         annotations: Sequence[Path] = (),
+        truth: Truth | None = None,
     ) -> None:
         require(bool(files), f"{root}: no images of this split; get the set again")
         super().__init__(root, files, annotations)
-        self.class_names, self._labels = class_names, list(labels)
+        self.class_names, self._labels, self.truth = class_names, list(labels), truth or Truth()
 
     def check(self) -> None:
         check_images([(file, self.where(index)) for index, file in enumerate(self.files)])
@@ -103,10 +104,8 @@ class ImageFiles(UnlabelledFiles, KnownLabels):
 class ListedImages(ImageFiles):
     """Images that a list names; the set is missing without the folder of the first: only lists were downloaded."""
 
-    def __init__(
-        self, root: Path, files: list[str], labels: list[int], class_names: list[str], annotations: Sequence[Path]
-    ) -> None:
-        super().__init__(root, files, labels, class_names, annotations)
+    def __init__(self, root: Path, files: list[str], *more: Any) -> None:
+        super().__init__(root, files, *more)
         refuse_no_folder(self.files[0].parent)
 
 

@@ -1,39 +1,23 @@
 """ImageNet in all its layouts, and test sets that share its classes: ImageNetV2, ImageNet-A, -R, -Sketch, ObjectNet."""
 
-import importlib.util
 import os
 import re
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
 
 from PIL import Image, ImageOps
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import LabelledImages, MissingData, SomeOfImageNet
+from lit_clip.evaluation.data import LabelledImages, MissingData
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.tools.hashing import stamp_of_files
+from lit_clip.tools.packaged import installed_file
 from lit_clip.tools.reading import reading
 from lit_clip.tools.untrusted import entries
-from .annotation_files import (
-    AGAIN,
-    find,
-    read_json,
-    read_mat,
-    read_table,
-    read_text,
-    refuse_missing,
-    whole_number,
-)
-from .image_files import (
-    ImageFiles,
-    KnownLabels,
-    images_in,
-    in_class_folders,
-    labels_of,
-    subfolders,
-)
+from .annotation_files import AGAIN, find, read_json, read_mat, read_table, read_text, refuse_missing, whole_number
+from .image_files import ImageFiles, KnownLabels, images_in, in_class_folders, labels_of, subfolders
 from .webdataset import ImageSpan, TarImages, scan_tar
 
 ImageNetSplit = Literal["train", "val"]
@@ -174,21 +158,23 @@ def imagenet_wnids() -> tuple[str, ...]:
     return tuple(_timms("imagenet_synsets.txt").split())
 
 
-def _imagenet_words() -> list[str]:
-    """Read WordNet's words for ImageNet's 1,000 classes, such as ``cock``, in label order, from timm's list."""
+def _labels_of_words(classes: Sequence[Sequence[str]]) -> list[list[int]]:
+    """Return ImageNet's labels for each class, whose WordNet's words, such as ``cock``, are in timm's list."""
     lines = _timms("imagenet_synset_to_lemma.txt").splitlines()
     words = dict(line.split("\t", maxsplit=1) for line in lines if line)
-    return [words[wnid] for wnid in imagenet_wnids()]
+    known: dict[str, list[int]] = {}
+    for label, wnid in enumerate(imagenet_wnids()):
+        known.setdefault(words[wnid], []).append(label)
+    if wrong := [words for several in classes for words in several if len(known.get(words, ())) != 1]:
+        raise InputError(f"objectnet_to_imagenet_1k.json: {wrong[0]!r} does not name one class of ImageNet")
+    return [[known[words][0] for words in several] for several in classes]
 
 
 def _timms(name: str) -> str:
-    package = importlib.util.find_spec("timm")
-    if package is None or package.origin is None:
-        raise InputError("the list of ImageNet's classes comes with timm, which is not installed; pip install timm")
-    return read_text(Path(package.origin).parent / "data/_info" / name)
+    return read_text(installed_file("timm", "timm", f"data/_info/{name}"))
 
 
-class ImageNetFolders(ImageFiles, SomeOfImageNet):
+def ImageNetFolders(root: str, classes: int | None = None) -> ImageFiles:
     """Images of some of ImageNet's classes, in folders named by WordNet id, scored among those classes only.
 
     This is the layout of ImageNet-A, -R and -Sketch. Labels follow ImageNet's order, and names are the paper's.
@@ -197,25 +183,20 @@ class ImageNetFolders(ImageFiles, SomeOfImageNet):
         root: the folder.
         classes: the number of classes to expect; None: any.
     """
-
-    def __init__(self, root: str, classes: int | None = None) -> None:
-        folders = subfolders(Path(root))
-        number = {wnid: label for label, wnid in enumerate(imagenet_wnids())}
-        if unknown := sorted(set(folders) - number.keys()):
-            raise InputError(f"{root}: {unknown[0]} is not a class of ImageNet; folders must be named n01440764, ...")
-        if classes is not None and len(folders) != classes:
-            raise InputError(f"{root}: {len(folders)} class folders instead of {classes}; get the set again")
-        self.wnids = sorted(folders, key=number.__getitem__)
-        files, labels = in_class_folders(Path(root), self.wnids)
-        names = imagenet_class_names()
-        self._numbers = [number[wnid] for wnid in self.wnids]
-        super().__init__(Path(root), files, labels, [names[label] for label in self._numbers])
-
-    def imagenet_classes(self) -> list[list[int]]:
-        return [[label] for label in self._numbers]
+    folders = subfolders(Path(root))
+    number = {wnid: label for label, wnid in enumerate(imagenet_wnids())}
+    if unknown := sorted(set(folders) - number.keys()):
+        raise InputError(f"{root}: {unknown[0]} is not a class of ImageNet; folders must be named n01440764, ...")
+    if classes is not None and len(folders) != classes:
+        raise InputError(f"{root}: {len(folders)} class folders instead of {classes}; get the set again")
+    wnids, names = sorted(folders, key=number.__getitem__), imagenet_class_names()
+    files, labels = in_class_folders(Path(root), wnids)
+    images = ImageFiles(Path(root), files, labels, [names[number[wnid]] for wnid in wnids])
+    images.in_imagenet = partial(list, [[number[wnid]] for wnid in wnids])
+    return images
 
 
-class ObjectNet(ImageFiles, SomeOfImageNet):
+class ObjectNet(ImageFiles):
     """ObjectNet: everyday objects in unusual places, restricted to the 113 classes that ImageNet has too.
 
     ObjectNet's ``mappings`` list these classes and their names. Labels follow the sorted folder names, as in
@@ -234,16 +215,7 @@ class ObjectNet(ImageFiles, SomeOfImageNet):
         files, labels = in_class_folders(folder / "images", overlap)
         own_names = [label_of[name].lower() for name in overlap]
         super().__init__(folder / "images", files, labels, own_names, [mappings / name for name in names])
-        self._words = [in_imagenet[label_of[name]].split("; ") for name in overlap]
-
-    def imagenet_classes(self) -> list[list[int]]:
-        known: dict[str, list[int]] = {}
-        for label, words in enumerate(_imagenet_words()):
-            known.setdefault(words, []).append(label)
-        wrong = [words for several in self._words for words in several if len(known.get(words, ())) != 1]
-        if wrong:
-            raise InputError(f"objectnet_to_imagenet_1k.json: {wrong[0]!r} does not name one class of ImageNet")
-        return [[known[words][0] for words in several] for several in self._words]
+        self.in_imagenet = partial(_labels_of_words, [in_imagenet[label_of[name]].split("; ") for name in overlap])
 
     def image(self, index: int) -> Image.Image:
         return ImageOps.crop(super().image(index), BORDER)

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import Located, MissingData, numbered
+from lit_clip.evaluation.data import MissingData, Truth, numbered
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.tools.reading import check_is_file, reading
 from ..loading.bad_samples import BLANK, is_unicode
@@ -152,7 +151,7 @@ class LabelledTable(ImageFiles):
         return f"{self.path} row {self._numbers[index]}"
 
 
-class LocatedImages(UnlabelledFiles, Located):
+def LocatedImages(path: str, root: str | None = None) -> UnlabelledFiles:
     """A table of images and where they were taken: IM2GPS, or the reference images it is compared with.
 
     Args:
@@ -160,23 +159,20 @@ class LocatedImages(UnlabelledFiles, Located):
             ``lng``), as github.com/TIBHannover/GeoEstimation has them.
         root: folder that image paths are relative to; None: the table's.
     """
-
-    def __init__(self, path: str, root: str | None = None) -> None:
-        columns = {
-            "image": ("image", "img_id", "filename", "file", "path"),
-            "latitude": ("latitude", "lat"),
-            "longitude": ("longitude", "lon", "lng"),
-        }
-        rows = read_table(Path(path), columns)
-        self._places: list[tuple[float, float]] = []
-        for row in rows:
-            where = f"{path}: {row['image']}"
-            latitude, longitude = number(row, "latitude", where), number(row, "longitude", where)
-            on_earth = abs(latitude) <= 90 and abs(longitude) <= 180
-            require(on_earth, f"{where}: {latitude}, {longitude} is not a latitude and a longitude in degrees")
-            self._places.append((latitude, longitude))
-        folder = Path(path).parent if root is None else Path(root)
-        super().__init__(folder, [row["image"] for row in rows], [Path(path)])
-
-    def coordinates(self) -> Tensor:
-        return torch.tensor(self._places, dtype=torch.float64)
+    columns = {
+        "image": ("image", "img_id", "filename", "file", "path"),
+        "latitude": ("latitude", "lat"),
+        "longitude": ("longitude", "lon", "lng"),
+    }
+    rows = read_table(Path(path), columns)
+    places: list[tuple[float, float]] = []
+    for row in rows:
+        where = f"{path}: {row['image']}"
+        latitude, longitude = number(row, "latitude", where), number(row, "longitude", where)
+        on_earth = abs(latitude) <= 90 and abs(longitude) <= 180
+        require(on_earth, f"{where}: {latitude}, {longitude} is not a latitude and a longitude in degrees")
+        places.append((latitude, longitude))
+    folder = Path(path).parent if root is None else Path(root)
+    images = UnlabelledFiles(folder, [row["image"] for row in rows], [Path(path)])
+    images.truth = Truth(coordinates=torch.tensor(places, dtype=torch.float64))
+    return images

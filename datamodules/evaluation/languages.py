@@ -1,6 +1,5 @@
 """Sets in other languages: captions of XTD10 and Crossmodal-3600, and translated class names for ImageNet."""
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,6 +10,7 @@ from PIL import Image
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import LabelledImages, PartOf
 from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.packaged import installed_file
 from lit_clip.tools.reading import naming
 from lit_clip.tools.untrusted import convert, entries
 from .annotation_files import AGAIN, find, read_json, read_json_lines, read_text
@@ -84,11 +84,7 @@ class _TranslatedImageNet(KnownLabels, PartOf):
 
 
 def _package_file(name: str) -> Path:
-    """Return a file of ``clip-benchmark`` without importing the package, which needs more packages."""
-    package = importlib.util.find_spec("clip_benchmark")
-    if package is None or not package.submodule_search_locations:
-        raise InputError(f"{name} comes with clip-benchmark; install it (lit-clip's extra eval), or name your own file")
-    return Path(package.submodule_search_locations[0]) / "datasets" / name
+    return installed_file("clip_benchmark", "clip-benchmark", f"datasets/{name}")
 
 
 def _entry(path: Path, language: str, kind: Any) -> Any:

@@ -7,24 +7,12 @@ import numpy as np
 from PIL import Image
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import Lexicons
+from lit_clip.evaluation.data import Truth
 from lit_clip.tools.hashing import hex_digest
 from lit_clip.tools.reading import reading
 from ..loading.bad_samples import is_unicode
-from .annotation_files import (
-    AGAIN,
-    find,
-    import_optional,
-    own_dataset,
-    read_mat,
-    read_table,
-)
-from .image_files import (
-    ImageFiles,
-    KnownLabels,
-    TrainTest,
-    labels_of,
-)
+from .annotation_files import AGAIN, find, import_optional, own_dataset, read_mat, read_table
+from .image_files import ImageFiles, KnownLabels, TrainTest, labels_of
 
 DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 TRAINING_DIGITS = 1000
@@ -125,7 +113,7 @@ def _digit_structs(path: Path) -> list[tuple[str, str]]:
     return rows
 
 
-class IIIT5K(ImageFiles, Lexicons):
+def IIIT5K(root: str, split: TrainTest = "test", lexicon: Literal["small", "medium"] = "medium") -> ImageFiles:
     """IIIT 5K-Word: images of single words; each has its own list of words to choose from.
 
     Case does not count, as in the set's own scoring: all words are upper-cased. Classes are all words of all lists.
@@ -133,18 +121,14 @@ class IIIT5K(ImageFiles, Lexicons):
     ``testdata.mat`` and ``test`` are in ``root`` or in ``IIIT5K``. ``medium`` lists have 1,000 words ("1k"), ``small``
     ones 50.
     """
-
-    def __init__(self, root: str, split: TrainTest = "test", lexicon: Literal["small", "medium"] = "medium") -> None:
-        path = find(Path(root), (f"{split}data.mat", f"IIIT5K/{split}data.mat"), f"{split}data.mat")
-        rows = _words_of_images(path, f"{split}data", f"{lexicon}Lexi")
-        names = sorted({word for _, truth, words in rows for word in (truth, *words)})
-        label_of = {word: label for label, word in enumerate(names)}
-        labels = [label_of[truth] for _, truth, _ in rows]
-        super().__init__(path.parent, [name for name, _, _ in rows], labels, names, [path])
-        self._candidates = [sorted({label_of[word] for word in (truth, *words)}) for _, truth, words in rows]
-
-    def candidates(self) -> list[list[int]]:
-        return [list(labels) for labels in self._candidates]
+    path = find(Path(root), (f"{split}data.mat", f"IIIT5K/{split}data.mat"), f"{split}data.mat")
+    rows = _words_of_images(path, f"{split}data", f"{lexicon}Lexi")
+    names = sorted({word for _, truth, words in rows for word in (truth, *words)})
+    label_of = {word: label for label, word in enumerate(names)}
+    labels = [label_of[truth] for _, truth, _ in rows]
+    candidates = [sorted({label_of[word] for word in (truth, *words)}) for _, truth, words in rows]
+    files = [name for name, _, _ in rows]
+    return ImageFiles(path.parent, files, labels, names, [path], Truth(candidates=candidates))
 
 
 def _words_of_images(path: Path, variable: str, lexicon: str) -> list[tuple[str, str, list[str]]]:

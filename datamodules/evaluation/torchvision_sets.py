@@ -6,31 +6,14 @@ from typing import Literal
 from xml.etree import ElementTree
 
 import torch
-from torch import Tensor
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import MultiLabel
+from lit_clip.evaluation.data import Truth
 from lit_clip.tools.reading import reading
 from lit_clip.tools.untrusted import entries
 from ..loading.bad_samples import is_unicode
-from .annotation_files import (
-    AGAIN,
-    number,
-    read_json,
-    read_lines,
-    read_mat,
-    read_text,
-    read_words,
-    whole_number,
-)
-from .image_files import (
-    ImageFiles,
-    ListedImages,
-    TrainTest,
-    TrainValTest,
-    by_hash,
-    labels_of,
-)
+from .annotation_files import AGAIN, number, read_json, read_lines, read_mat, read_text, read_words, whole_number
+from .image_files import ImageFiles, ListedImages, TrainTest, TrainValTest, by_hash, labels_of
 
 # In the order of the paper's prompts, which is not alphabetical.
 VOC_CLASSES = [
@@ -79,20 +62,15 @@ def Flowers102(root: str, split: TrainValTest = "test") -> ImageFiles:
     return ListedImages(folder, files, classes, list(Flowers.classes), [labels_path, path])
 
 
-class VOC2007(ListedImages, MultiLabel):
+def VOC2007(root: str, split: Literal["train", "val", "trainval", "test"] = "test") -> ImageFiles:
     """PASCAL VOC 2007: which of 20 kinds of objects an image shows; ``VOCdevkit/VOC2007``."""
-
-    def __init__(self, root: str, split: Literal["train", "val", "trainval", "test"] = "test") -> None:
-        folder = Path(root) / "VOCdevkit" / "VOC2007"
-        listed = folder / "ImageSets" / "Main" / f"{split}.txt"
-        images = read_lines(listed)
-        annotations = [folder / "Annotations" / f"{image}.xml" for image in images]
-        self._relevance = [_relevance_of_classes(path) for path in annotations]
-        files = [f"JPEGImages/{image}.jpg" for image in images]
-        super().__init__(folder, files, [-1] * len(files), list(VOC_CLASSES), [listed, *annotations])
-
-    def relevance(self) -> Tensor:
-        return torch.tensor(self._relevance, dtype=torch.int8)
+    folder = Path(root) / "VOCdevkit" / "VOC2007"
+    listed = folder / "ImageSets" / "Main" / f"{split}.txt"
+    images = read_lines(listed)
+    annotations = [folder / "Annotations" / f"{image}.xml" for image in images]
+    relevance = torch.tensor([_relevance_of_classes(path) for path in annotations], dtype=torch.int8)
+    files, lists = [f"JPEGImages/{image}.jpg" for image in images], [listed, *annotations]
+    return ListedImages(folder, files, [-1] * len(files), list(VOC_CLASSES), lists, Truth(relevance=relevance))
 
 
 def _relevance_of_classes(path: Path) -> list[int]:

@@ -8,13 +8,12 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import MissingData, VerbsAndNouns
+from lit_clip.evaluation.data import MissingData, Truth
 from lit_clip.tools.hashing import hash64
 from .annotation_files import find, number, read_table
 from .image_files import ImageFiles, TrainTest
@@ -71,7 +70,8 @@ class Videos(ImageFiles):
         return name if self.spans is None else f"{name}:{self.spans[index][0]:g}-{self.spans[index][1]:g}"
 
     def stamp(self) -> str:
-        return f"{self.frames}-{super().stamp()}"
+        spans = "" if self.spans is None else f"-{hash64(repr(self.spans)).hex()}"
+        return f"{self.frames}-{super().stamp()}{spans}"
 
     def _span(self, index: int) -> tuple[float, float]:
         return WHOLE if self.spans is None else self.spans[index]
@@ -138,44 +138,36 @@ def _clip_name(row: dict[str, str], table: str) -> str:
     return f"{row['id']}_{start:06}_{end:06}"
 
 
-class RareAct(Videos, VerbsAndNouns):
+def RareAct(root: str, frames: Frames = "all") -> Videos:
     """RareAct: ``rareact.csv`` and the videos, named by their id, in any folder below.
 
     A table row is a span of a video, a class (a verb and a noun), and a code for how much of the class the span shows;
-    see :class:`lit_clip.evaluation.data.VerbsAndNouns`. Rows of videos that are gone are left out and counted.
+    see :class:`lit_clip.evaluation.data.Truth`. Rows of videos that are gone are left out and counted.
     """
-
-    def __init__(self, root: str, frames: Frames = "all") -> None:
-        table = find(Path(root), ("rareact.csv", "RareAct/rareact.csv"), "table")
-        names = ("video_id", "start", "end", "class_id", "verb", "noun", "annotation")
-        rows = read_table(table, {name: (name,) for name in names})
-        found = videos_below(Path(root))
-        listed, spans, codes = [], [], []
-        words: dict[int, tuple[str, str]] = {}
-        for row in rows:
-            where = f"{table}: {row['video_id']}"
-            label, start, end, code = (number(row, name, where) for name in ("class_id", "start", "end", "annotation"))
-            require(code in range(5), f"{where}: annotation must be 0 to 4, not {code:g}; fix the row")
-            require(label.is_integer(), f"{where}: class_id must be a whole number, not {label:g}; fix the row")
-            pair = (row["verb"], row["noun"])
-            if words.setdefault(int(label), pair) != pair:
-                both = f"{' '.join(pair)} here and {' '.join(words[int(label)])} in another row"
-                raise InputError(f"{where}: class {label:g} is {both}; fix the row")
-            listed.append((found.get(row["video_id"]), int(label)))
-            spans.append((start, end))
-            codes.append(int(code))
-        self._words = _sorted_by_label(words, table)
-        super().__init__(Path(root), listed, [" ".join(pair) for pair in self._words], [table], frames, spans)
-        self._codes = [codes[row] for row in self.rows]
-        self._videos = [rows[row]["video_id"] for row in self.rows]
-
-    def annotations(self) -> dict[str, Any]:
-        """Return the verbs and nouns of the classes, and the code and the video of each clip."""
-        verbs, nouns = (list(words) for words in zip(*self._words, strict=True))
-        return {"verb": verbs, "noun": nouns, "annotation": list(self._codes), "video": list(self._videos)}
-
-    def stamp(self) -> str:
-        return f"{super().stamp()}-{hash64(repr(self.spans)).hex()}"
+    table = find(Path(root), ("rareact.csv", "RareAct/rareact.csv"), "table")
+    names = ("video_id", "start", "end", "class_id", "verb", "noun", "annotation")
+    rows = read_table(table, {name: (name,) for name in names})
+    found = videos_below(Path(root))
+    listed, spans, codes = [], [], []
+    words: dict[int, tuple[str, str]] = {}
+    for row in rows:
+        where = f"{table}: {row['video_id']}"
+        label, start, end, code = (number(row, name, where) for name in ("class_id", "start", "end", "annotation"))
+        require(code in range(5), f"{where}: annotation must be 0 to 4, not {code:g}; fix the row")
+        require(label.is_integer(), f"{where}: class_id must be a whole number, not {label:g}; fix the row")
+        pair = (row["verb"], row["noun"])
+        if words.setdefault(int(label), pair) != pair:
+            both = f"{' '.join(pair)} here and {' '.join(words[int(label)])} in another row"
+            raise InputError(f"{where}: class {label:g} is {both}; fix the row")
+        listed.append((found.get(row["video_id"]), int(label)))
+        spans.append((start, end))
+        codes.append(int(code))
+    pairs = _sorted_by_label(words, table)
+    videos = Videos(Path(root), listed, [" ".join(pair) for pair in pairs], [table], frames, spans)
+    verbs, nouns = map(list, zip(*pairs, strict=True))
+    kept, films = [codes[row] for row in videos.rows], [rows[row]["video_id"] for row in videos.rows]
+    videos.truth = Truth(annotations={"verb": verbs, "noun": nouns, "annotation": kept, "video": films})
+    return videos
 
 
 def _sorted_by_label(words: dict[int, tuple[str, str]], table: Path) -> Sequence[tuple[str, str]]:

@@ -15,10 +15,9 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
 from lit_clip.errors import BadSample, InputError, require
-from lit_clip.evaluation.data import CaptionedImages, Grouped, ImageSet, MultiLabel, numbered
+from lit_clip.evaluation.data import CaptionedImages, ImageSet, Truth, numbered
 from lit_clip.tools.hashing import stamp_of_files
 from lit_clip.tools.images import IN_TARS, image_for_model
 from lit_clip.tools.reading import reading
@@ -179,7 +178,7 @@ class WebDataset(_Tars, KnownLabels):
         return label
 
 
-class WebDatasetGroups(WebDataset, Grouped):
+class WebDatasetGroups(WebDataset):
     """A classification set with metadata, as DataComp stores WILDS, Dollar Street and GeoDE.
 
     A ``.npy`` file beside each ``.cls`` file has one number per column. ``columns`` are the attributes in the first
@@ -192,7 +191,7 @@ class WebDatasetGroups(WebDataset, Grouped):
         for number, path in enumerate(self.tars):
             metadata |= {f"{path.stem}/{key}": it.target for key, it in scan_tar(path, number, "npy").items()}
         rows = [self._numbers(index, metadata.get(key), len(columns)) for index, key in enumerate(self.keys)]
-        self._groups = {name: [str(row[column]) for row in rows] for column, name in enumerate(columns)}
+        self.truth = Truth(groups={name: [str(row[column]) for row in rows] for column, name in enumerate(columns)})
 
     def _numbers(self, index: int, content: bytes | None, columns: int) -> list[int]:
         if content is None:
@@ -206,11 +205,8 @@ class WebDatasetGroups(WebDataset, Grouped):
             )
         return [int(number) for number in numbers]
 
-    def groups(self) -> dict[str, list[str]]:
-        return {name: list(values) for name, values in self._groups.items()}
 
-
-class WebDatasetMultiLabel(_Tars, KnownLabels, MultiLabel):
+class WebDatasetMultiLabel(_Tars, KnownLabels):
     """Images with any number of classes each; a ``.npy`` file has a 1 or a 0 for every class."""
 
     kind, suffix = "multilabel", "npy"
@@ -223,7 +219,7 @@ class WebDatasetMultiLabel(_Tars, KnownLabels, MultiLabel):
             if len(mark) != len(self.class_names):
                 problem = f"{len(mark)} marks for {len(self.class_names)} class names"
                 raise InputError(f"{self.where(index)}: {problem}; fix classnames.txt or the set")
-        self._labels, self._relevance = [-1] * len(marks), torch.tensor(np.stack(marks))
+        self._labels, self.truth = [-1] * len(marks), Truth(relevance=torch.tensor(np.stack(marks)))
 
     def _marks(self, index: int) -> np.ndarray:
         target = io.BytesIO(self.targets[index])
@@ -233,9 +229,6 @@ class WebDatasetMultiLabel(_Tars, KnownLabels, MultiLabel):
         if not good:
             raise InputError(f"{self.where(index)}: its .npy must hold a 0 or a 1 for each class; write it again")
         return marks.astype(np.int8)
-
-    def relevance(self) -> Tensor:
-        return self._relevance
 
 
 class WebDatasetCaptions(_Tars, CaptionedImages):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lit_clip.embedding.precision import Precision, autocast
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import ImageSet, LabelledImages, MissingData, MultiLabel
+from lit_clip.evaluation.data import ImageSet, LabelledImages, MissingData
 from lit_clip.evaluation.prompts import Prompts, prompts_of_set, text_classifier
 from lit_clip.evaluation.suite import SuiteEntry, read_suite
 from lit_clip.models.clip import CLIP
@@ -69,7 +69,7 @@ def check_prompts(opened: Mapping[str, EvaluationSet]) -> None:
 def _prompts(each: EvaluationSet) -> Prompts | None:
     """Return the prompts of a set's classes; None unless each image has one class."""
     images = each.images
-    if not isinstance(images, LabelledImages) or isinstance(images, MultiLabel):
+    if not isinstance(images, LabelledImages) or images.truth.relevance is not None:
         return None
     return prompts_of_set(each.entry, images)
 

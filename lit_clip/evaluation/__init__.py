@@ -1,8 +1,8 @@
 """The paper's evaluation.
 
 - Metrics, pure functions: ``accuracy``, ``scores``, ``image_retrieval``, ``document_retrieval``, ``caption_choice``,
-  ``geolocation``, ``overlap``, ``bias``, ``confusions``, ``thresholds``; ``retrieval`` (over the ranks), ``intervals``,
-  ``datacomp`` (means over sets); ``class_metrics``: torchmetrics by class path; ``segmentation``, ``pointing``.
+  ``geolocation``, ``overlap``, ``bias``, ``confusions``, ``thresholds``; ``retrieval`` (over the ranks), ``intervals``;
+  ``class_metrics``: torchmetrics by class path; ``segmentation``, ``pointing``.
 - Classifiers: ``prompts`` and ``zero_shot`` from texts, ``probe``, ``few_shot``, ``class_head`` and ``logistic`` from
   labels, ``other_classes`` (probes tested on another set).
 - Sets: ``data`` (their interface), ``targets``, ``suite`` (their YAML), ``download``, ``open_set`` and ``files_read``,

@@ -18,7 +18,7 @@ from torch import Tensor
 from lit_clip.errors import require
 from lit_clip.evaluation.overlap import clopper_pearson
 
-# FairFace's values and their wording in prompts.
+# FairFace's values, as its tables write them, and their wording in prompts.
 RACES = {
     "White": "a White",
     "Black": "a Black",

@@ -16,7 +16,6 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import CaptionChoices, Choice
 from lit_clip.evaluation.intervals import UnitScores, intervals
 from lit_clip.evaluation.prompts import Prompts, templates_of
-from lit_clip.evaluation.results import cache_key
 from lit_clip.evaluation.scores import METRICS
 
 MACRO = "macro_text_score"
@@ -24,12 +23,11 @@ MACRO = "macro_text_score"
 
 @dataclass
 class EncodedChoices:
-    """Questions with unit features ``[captions, D]``, each caption's row there, and a hash of the questions."""
+    """Questions with unit features ``[captions, D]``, and each caption's row there."""
 
     choices: list[Choice]
     captions: dict[str, int]
     features: np.ndarray
-    digest: str
 
 
 def readable_choices(choices: Sequence[Choice], rows: Sequence[int]) -> list[Choice]:
@@ -48,7 +46,7 @@ def encode_choices(
     captions = list(dict.fromkeys(caption for choice in choices for caption in choice.captions))
     features = encode(Prompts(captions, [[template.replace("{}", caption)] for caption in captions])).T
     number = {caption: row for row, caption in enumerate(captions)}
-    return EncodedChoices(choices, number, features.numpy(), cache_key(choices, template))
+    return EncodedChoices(choices, number, features.numpy())
 
 
 def evaluate_choices(metric: str, image_ND: np.ndarray, encoded: EncodedChoices) -> dict[str, Any]:

@@ -5,7 +5,6 @@ classes relevance, int64 ``[B, C]``. One process has a set's probabilities, so a
 does not depend on the number of ranks, whatever its states are.
 """
 
-import csv
 import inspect
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from lit_clip.tools.atomic import replacing
 from lit_clip.tools.hashing import sha256_of_file
 from lit_clip.tools.option_errors import imported_class
 from lit_clip.tools.parts import instantiate, unwrapped
-from lit_clip.tools.text_files import no_formula, parse_yaml
+from lit_clip.tools.text_files import parse_yaml, write_csv
 
 if TYPE_CHECKING:
     from torchmetrics import Metric
@@ -228,14 +227,11 @@ def write_array(stem: Path, value: Any, names: Sequence[str]) -> Path:
         with replacing(path) as draft:
             draft.write_text(json.dumps(_plain(value)), encoding="utf-8")
         return path
-    titles = [no_formula(name) for name in names]
-    rows = value.reshape(len(value), -1).tolist()
-    head = titles if value.ndim == 2 and value.shape[1] == len(names) else []
-    labels = titles if len(value) == len(names) else []
+    rows: list[list[Any]] = value.reshape(len(value), -1).tolist()
+    if len(value) == len(names):
+        rows = [[name, *row] for name, row in zip(names, rows, strict=True)]
+    if value.ndim == 2 and value.shape[1] == len(names):
+        rows.insert(0, [*([""] if len(value) == len(names) else []), *names])
     path = stem.with_name(f"{stem.name}.csv")
-    with replacing(path) as draft, draft.open("w", newline="", encoding="utf-8", errors="replace") as file:
-        writer = csv.writer(file)
-        if head:
-            writer.writerow([*([""] if labels else []), *head])
-        writer.writerows([*labels[number : number + 1], *row] for number, row in enumerate(rows))
+    write_csv(path, rows)
     return path

@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import fmean
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -23,7 +22,7 @@ from lit_clip.evaluation.class_metrics import Computed, check_metrics, evaluate_
 from lit_clip.evaluation.confusions import confusion_counts, confusion_entries, write_confusions
 from lit_clip.evaluation.data import ImageSet, LabelledImages
 from lit_clip.evaluation.few_shot import SHOTS, train_few_shot
-from lit_clip.evaluation.intervals import Interval, intervals, mean_interval
+from lit_clip.evaluation.intervals import UnitScores, intervals, mean_interval
 from lit_clip.evaluation.open_set import Fold, OpenSet
 from lit_clip.evaluation.other_classes import among
 from lit_clip.evaluation.predictions import (
@@ -36,14 +35,7 @@ from lit_clip.evaluation.predictions import (
     probability_columns,
 )
 from lit_clip.evaluation.probe import MOST_PENALTIES, Probe, Split, train_probe
-from lit_clip.evaluation.scores import (
-    baseline,
-    baselines,
-    comparable,
-    evaluate_scores,
-    mean_over_folds,
-    unit_scores,
-)
+from lit_clip.evaluation.scores import baseline, baselines, comparable, evaluate_scores, mean_over_folds, unit_scores
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import Task
 from lit_clip.evaluation.targets import Targets
@@ -192,23 +184,36 @@ def _set_metrics(metrics: Mapping[str, Any], scores: ClassScores, targets: Targe
     return evaluate_metrics(metrics, parts, _metric_target(targets), targets.classes)
 
 
-def classification_metrics(task: Task, opened: OpenSet, options: TaskOptions, stem: Path | None) -> Evaluation:
-    """Return metrics and baselines, averaged over folds; results that are no numbers are written to ``stem_NAME``."""
-    metric, of_folds, of_given = opened.entry.metric, list[dict[str, float]](), list[dict[str, float]]()
+class _FoldResult(NamedTuple):
+    """What a task finds on a fold; ``given`` are numbers of torchmetrics, ``files`` have its other results."""
+
+    fold: Fold
+    scores: ClassScores
+    targets: Targets
+    metrics: dict[str, float]
+    given: dict[str, float]
+    files: list[Path]
+
+
+def _folds(
+    task: Task, opened: OpenSet, options: TaskOptions, metrics: Mapping[str, Any], stem: Path | None
+) -> list[_FoldResult]:
+    """Return the results of each fold; those that are no numbers are written to ``stem_NAME``, if there is a stem."""
+    found = []
     for number, fold in enumerate(opened.folds):
         scores, targets = class_scores(task, opened, fold, options), targets_of(opened, fold, "test")
-        given = _set_metrics(options.metrics, scores, targets)
-        of_folds.append(evaluate_scores(metric, scores.ranking, targets))
-        of_given.append(given.numbers)
-        if stem:
-            _write_arrays(stem, given, opened, number)
-    metrics = mean_over_folds(of_folds) | _mean_of_all(of_given)
-    return Evaluation(metrics, baselines(metric, targets_of(opened, opened.folds[0], "test")))
+        given = _set_metrics(metrics, scores, targets)
+        values = evaluate_scores(opened.entry.metric, scores.ranking, targets)
+        files = _write_arrays(stem, given, opened, number) if stem else []
+        found.append(_FoldResult(fold, scores, targets, values, given.numbers, files))
+    return found
 
 
-def _mean_of_all(folds: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean over folds of the numbers that every fold has."""
-    return {name: fmean(fold[name] for fold in folds) for name in folds[0] if all(name in fold for fold in folds)}
+def classification_metrics(task: Task, opened: OpenSet, options: TaskOptions, stem: Path | None) -> Evaluation:
+    """Return metrics and baselines, averaged over folds; see :func:`_folds`."""
+    folds = _folds(task, opened, options, options.metrics, stem)
+    metrics = mean_over_folds([each.metrics for each in folds]) | mean_over_folds([each.given for each in folds])
+    return Evaluation(metrics, baselines(opened.entry.metric, folds[0].targets))
 
 
 def _write_arrays(stem: Path, given: Computed, opened: OpenSet, number: int) -> list[Path]:
@@ -218,17 +223,6 @@ def _write_arrays(stem: Path, given: Computed, opened: OpenSet, number: int) -> 
         make_folder(stem.parent)
     paths = {name: stem.with_name(f"{stem.name}_{name}{suffix}") for name in given.arrays}
     return [write_array(path, given.arrays[name], names) for name, path in paths.items()]
-
-
-@dataclass
-class _FoldResults:
-    """Results of one fold after the other."""
-
-    metrics: list[dict[str, float]] = field(default_factory=list)
-    given: list[dict[str, float]] = field(default_factory=list)  # of torchmetrics
-    intervals: list[dict[str, Interval]] = field(default_factory=list)
-    rows: list[Columns] = field(default_factory=list)
-    files: list[Path] = field(default_factory=list)
 
 
 def _allowed(options: TaskOptions, opened: OpenSet, targets: Targets) -> tuple[dict[str, Any], list[str]]:
@@ -243,39 +237,33 @@ def _allowed(options: TaskOptions, opened: OpenSet, targets: Targets) -> tuple[d
     return allowed, notes
 
 
-def _evaluate_folds(
-    task: Task, opened: OpenSet, options: TaskOptions, metrics: Mapping[str, Any], stem: Path
-) -> _FoldResults:
-    found, metric = _FoldResults(), opened.entry.metric
-    images = sum(len(fold.features["test"].rows) for fold in opened.folds)
-    for number, fold in enumerate(opened.folds):
-        scores, targets = class_scores(task, opened, fold, options), targets_of(opened, fold, "test")
-        units = unit_scores(metric, scores.ranking, targets)
-        given = _set_metrics(metrics, scores, targets)
-        found.metrics.append(evaluate_scores(metric, scores.ranking, targets))
-        found.given.append(given.numbers)
-        found.intervals.append(intervals(units))
-        columns = class_columns(metric, keys_of(fold), scores.ranking, targets, units, number)
-        found.rows.append(columns | probability_columns(columns, scores.probabilities, targets, images))
-        found.files += _write_arrays(stem, given, opened, number)
-    return found
+def _columns(metric: str, folds: Sequence[_FoldResult], units: Sequence[Mapping[str, UnitScores]]) -> Columns:
+    """Return the predictions for the images of all folds."""
+    rows, images = list[Columns](), sum(len(each.targets) for each in folds)
+    for number, (each, of_fold) in enumerate(zip(folds, units, strict=True)):
+        columns = class_columns(metric, keys_of(each.fold), each.scores.ranking, each.targets, of_fold, number)
+        rows.append(columns | probability_columns(columns, each.scores.probabilities, each.targets, images))
+    return joined(rows)
 
 
 def classification(task: Task, opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
     """Return the result of a task, averaged over folds, and save the predictions below ``folder``."""
-    start, metric, first = time.monotonic(), opened.entry.metric, opened.folds[0]
-    targets, names = targets_of(opened, first, "test"), class_names(opened)
+    start, metric, names = time.monotonic(), opened.entry.metric, class_names(opened)
     stem = (folder / predictions_name(opened.name, task)).with_suffix("")
-    metrics, notes = _allowed(options, opened, targets)
-    found = _evaluate_folds(task, opened, options, metrics, stem)
-    mean, columns = mean_over_folds(found.metrics), joined(found.rows)
-    given = {name: value for name, value in _mean_of_all(found.given).items() if math.isfinite(value)}
-    known = [name for name in found.intervals[0] if all(name in fold for fold in found.intervals)]
+    metrics, notes = _allowed(options, opened, targets_of(opened, opened.folds[0], "test"))
+    folds = _folds(task, opened, options, metrics, stem)
+    scores, targets, files = folds[0].scores, folds[0].targets, [path for each in folds for path in each.files]
+    units = [unit_scores(metric, each.scores.ranking, each.targets) for each in folds]
+    mean, columns = mean_over_folds([each.metrics for each in folds]), _columns(metric, folds, units)
+    of_folds = list(map(intervals, units))
+    everything = mean_over_folds([each.given for each in folds])
+    given = {name: value for name, value in everything.items() if math.isfinite(value)}
+    known = [name for name in of_folds[0] if all(name in each for each in of_folds)]
     judged = zip(*(columns[name].tolist() for name in ("fold", "key", "truth")), strict=True)
     result = {
         "value": mean[metric],
         "metrics": mean | given,
-        "intervals": {name: mean_interval([fold[name] for fold in found.intervals]) for name in known},
+        "intervals": {name: mean_interval([each[name] for each in of_folds]) for name in known},
         "baseline": baseline(metric, targets),
         "images": len(targets.labels),
         **predictions_entry(folder, opened.name, task, columns, judged),
@@ -284,20 +272,19 @@ def classification(task: Task, opened: OpenSet, options: TaskOptions, folder: Pa
         path = stem.with_name(f"{stem.name}_confusions.csv")
         counts = confusion_counts(columns["truth"], columns["prediction"], len(names))
         write_confusions(path, counts, names)
-        found.files.append(path)
+        files.append(path)
         result |= confusion_entries(columns["truth"], columns["prediction"], names)
         if task == "zero_shot":
-            scores = class_scores(task, opened, first, options)
             result["errors"] = _errors(opened, scores, targets, folder)
     elif targets.relevance is not None:
-        result |= _thresholds(class_scores(task, opened, first, options), targets, names)
+        result |= _thresholds(scores, targets, names)
     if task == "linear_probe":
         probe: Probe = trained(task, opened, opened.folds[-1], options)
         seconds = round(time.monotonic() - start, 1)
         result |= {"l2": probe.l2, "search": sorted(probe.search.items()), "seconds": seconds}
     if options.metrics:
         result |= {"given": list(given), "notes": notes}
-    return result | {"files": [path.relative_to(folder).as_posix() for path in found.files]}
+    return result | {"files": [path.relative_to(folder).as_posix() for path in files]}
 
 
 def _thresholds(scores: ClassScores, targets: Targets, names: Sequence[str]) -> dict[str, Any]:

@@ -3,15 +3,13 @@
 Shapes: N images, C classes. A prediction of -1, of an image whose scores are not numbers, is in no column.
 """
 
-import csv
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lit_clip.tools.atomic import replacing
-from lit_clip.tools.text_files import no_formula
+from lit_clip.tools.text_files import write_csv
 
 PAIRS = 20  # confused pairs of classes that are reported
 TABLE = 20  # classes; the matrix of more is no table on a page
@@ -58,14 +56,9 @@ def write_confusions(
 
     Of more than :data:`MATRIX` classes it is a line for each pair that has images: truth, prediction, images.
     """
-    titles = [no_formula(name) for name in names]
-    with replacing(path) as draft, draft.open("w", newline="", encoding="utf-8", errors="replace") as file:
-        writer = csv.writer(file)
-        if len(names) > MATRIX:
-            writer.writerow(["truth", "prediction", unit])
-            for truth, prediction, count in counts:
-                writer.writerow([titles[truth], titles[prediction], count])
-            return
-        writer.writerow(["truth", *titles])
-        matrix = _matrix(counts, len(names))
-        writer.writerows([title, *row] for title, row in zip(titles, matrix.tolist(), strict=True))
+    if len(names) > MATRIX:
+        pairs = ((names[truth], names[prediction], count) for truth, prediction, count in counts)
+        write_csv(path, [("truth", "prediction", unit), *pairs])
+    else:
+        matrix = _matrix(counts, len(names)).tolist()
+        write_csv(path, [("truth", *names), *((name, *row) for name, row in zip(names, matrix, strict=True))])

@@ -1,11 +1,12 @@
 """Interface of an evaluation set: images by index, and the annotations that metrics need.
 
-The adapters in :mod:`datamodules.evaluation` are subclasses. Each kind of annotation that only a few metrics need is a
-class of its own; an adapter that has it inherits from that class too.
+The adapters in :mod:`datamodules.evaluation` are subclasses. What only a few metrics compare with is an attribute,
+``truth``.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,12 +24,38 @@ class MissingData(InputError):  # noqa: N818 # an InputError, like everything th
     """A set's files are not there; an evaluation lists the set as missing and continues with the others."""
 
 
+@dataclass(kw_only=True)
+class Truth:
+    """What some metrics compare a set's N images and C classes with, besides their labels; None: it has none of it.
+
+    Attributes:
+        relevance: int8 ``[N, C]``: 1 the class is present, 0 absent, -1 not counted ("difficult").
+        neighbours: each anchor's row, and the rows of the frames within ten of it in its video.
+        accepted: the correct classes of each row.
+        candidates: each image's candidate classes, its own among them.
+        coordinates: float64 ``[N, 2]``: latitude and longitude in degrees.
+        groups: each image's value of each attribute, by whose values accuracies are compared.
+        annotations: ``verb`` and ``noun`` of each class, ``video`` (its film) and ``annotation`` of each clip, which is
+            RareAct's code for how it relates to its class: 1 the action occurs, 2 only the verb, 3 only the noun, 4
+            both but apart, 0 neither.
+    """
+
+    relevance: Tensor | None = None
+    neighbours: list[tuple[int, list[int]]] | None = None
+    accepted: list[set[int]] | None = None
+    candidates: list[list[int]] | None = None
+    coordinates: Tensor | None = None
+    groups: dict[str, list[str]] | None = None
+    annotations: dict[str, Any] | None = None
+
+
 class ImageSet(ABC):
     """Images by index, decoded on access; can be pickled, so that data workers can read them."""
 
     several: bool = False  # whether an item may have many images; items are then read one at a time
     absent: int = 0  # number of items that the set lists but that are not on disk, and so not here
     annotation_paths: Sequence[Path] = ()  # files that say which items there are and what they show
+    truth: Truth = Truth()
 
     @abstractmethod
     def __len__(self) -> int:
@@ -65,6 +92,9 @@ class LabelledImages(ImageSet, Dataset[tuple[Image.Image, int]]):
     """Images with one class each; class names are in label order."""
 
     class_names: list[str]
+    # Returns, for each class, the labels in ImageNet that mean it, so that a probe trained on ImageNet can be tested on
+    # the set; None: the classes are not of ImageNet, nor unions of some.
+    in_imagenet: Callable[[], list[list[int]]] | None = None
 
     @abstractmethod
     def __getitem__(self, index: int) -> tuple[Image.Image, int]:
@@ -72,7 +102,7 @@ class LabelledImages(ImageSet, Dataset[tuple[Image.Image, int]]):
 
     @abstractmethod
     def labels(self) -> list[int]:
-        """Return the label of every image without opening any; -1 where ``MultiLabel`` has the classes."""
+        """Return the label of every image without opening any; -1 where ``truth`` has the classes."""
 
     def images(self, index: int) -> list[Image.Image]:
         return [self[index][0]]
@@ -101,14 +131,6 @@ def check_classes(splits: Mapping[str, ImageSet]) -> None:
                 f"test and {split} have {sizes}{f', and {differ} there' if differ else ''}: the same label would mean "
                 "different classes; fix the splits, or give both the same class_names"
             )
-
-
-class SomeOfImageNet(ABC):
-    """Classes that are classes of ImageNet, or unions of some: a probe trained on ImageNet can be tested on them."""
-
-    @abstractmethod
-    def imagenet_classes(self) -> list[list[int]]:
-        """Return, for each class of the set, the labels in ImageNet that mean it."""
 
 
 class CaptionedImages(ImageSet):
@@ -163,34 +185,6 @@ class PartOf(ABC):
     rows: list[int]
 
 
-class MultiLabel(ABC):
-    """Any number of classes per image (VOC2007)."""
-
-    @abstractmethod
-    def relevance(self) -> Tensor:
-        """Return int8 ``[N, C]``: 1 the class is present, 0 absent, -1 not counted ("difficult")."""
-
-
-class Neighbours(ABC):
-    """Anchor frames of videos and the frames around them (ImageNet-Vid-Robust, YTBB-Robust)."""
-
-    @abstractmethod
-    def neighbours(self) -> list[tuple[int, list[int]]]:
-        """Return each anchor's row and the rows of the frames within ten of it, without the anchor itself."""
-
-    @abstractmethod
-    def accepted(self) -> list[set[int]]:
-        """Return the correct classes of each row."""
-
-
-class Lexicons(ABC):
-    """A separate list of candidate classes for each image (IIIT5K)."""
-
-    @abstractmethod
-    def candidates(self) -> list[list[int]]:
-        """Return each image's candidate classes, its own among them."""
-
-
 class Localised(ABC):
     """Images that say where each class is: :class:`Masked` or :class:`Boxed`."""
 
@@ -222,31 +216,3 @@ class Boxed(Localised):
     @abstractmethod
     def boxes(self, index: int) -> list[tuple[int, Box]]:
         """Return the boxes of an image, each with its label."""
-
-
-class Located(ABC):
-    """Images with the location where they were taken (IM2GPS)."""
-
-    @abstractmethod
-    def coordinates(self) -> Tensor:
-        """Return float64 ``[N, 2]``: latitude and longitude in degrees."""
-
-
-class Grouped(ABC):
-    """Images in groups whose accuracies are compared, such as people (FairFace)."""
-
-    @abstractmethod
-    def groups(self) -> dict[str, list[str]]:
-        """Return each image's value of each attribute, by the attribute's name."""
-
-
-class VerbsAndNouns(ABC):
-    """Video clips of unusual actions (RareAct); a class is a verb and a noun."""
-
-    @abstractmethod
-    def annotations(self) -> dict[str, Any]:
-        """Return ``verb`` and ``noun`` of each class, and ``video`` (its film) and ``annotation`` of each clip.
-
-        The annotation is the set's code for how the clip relates to its class: 1 the action occurs, 2 only the verb,
-        3 only the noun, 4 both but apart, 0 neither.
-        """

@@ -16,7 +16,6 @@ from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, Items, JudgedDocuments
 from lit_clip.evaluation.intervals import UnitScores
 from lit_clip.evaluation.prompts import Prompts, templates_of
-from lit_clip.evaluation.results import cache_key
 from lit_clip.retrieval.metrics import judged_ranks
 from lit_clip.tools.hardware import best_device
 
@@ -25,12 +24,11 @@ GAINS = 10  # first documents that nDCG counts
 
 
 class EncodedDocuments(NamedTuple):
-    """A set, unit features ``[T, D]`` of its distinct texts, each text's row there, and a hash of the set's tables."""
+    """A set, unit features ``[T, D]`` of its distinct texts, and each text's row there."""
 
     images: JudgedDocuments
     features: Tensor
     rows: dict[str, int]
-    digest: str
 
 
 def encode_documents(
@@ -39,12 +37,11 @@ def encode_documents(
     """Encode each distinct text of queries and documents once; ``encode`` returns the classifier of prompts."""
     if not isinstance(images, JudgedDocuments):
         raise InputError(f"{type(images).__name__} has no queries and documents, which document_retrieval needs")
-    template, both = templates_of(templates or "{}")[0], (images.queries, images.documents)
-    texts = list(dict.fromkeys(text for items in both for text in items.texts if text))
+    template = templates_of(templates or "{}")[0]
+    texts = list(dict.fromkeys(filter(None, [*images.queries.texts, *images.documents.texts])))
     prompts = Prompts(texts, [[template.replace("{}", text)] for text in texts])
     features = encode(prompts).T.contiguous() if texts else torch.empty(0, 1)
-    rows = {text: row for row, text in enumerate(texts)}
-    return EncodedDocuments(images, features, rows, cache_key(both, images.relevance, template))
+    return EncodedDocuments(images, features, {text: row for row, text in enumerate(texts)})
 
 
 def document_retrieval(

@@ -37,11 +37,10 @@ class Fold:
 
 
 class DistinctCaptions(NamedTuple):
-    """Unit features ``[T, D]`` of a retrieval set's distinct captions, their images, and a hash of both."""
+    """Unit features ``[T, D]`` of a retrieval set's distinct captions, and their images."""
 
     features: Tensor
     pairs: PairIndices
-    digest: str
 
 
 @dataclass
@@ -54,6 +53,7 @@ class OpenSet:
     tasks: list[Task] = field(default_factory=list)  # those to run, which the splits on disk allow
     scale: float = 100.0  # the model's inverse temperature
     logit_bias: float | None = None  # a SigLIP's, whose classes have probabilities of their own
+    texts: dict[Task, object] = field(default_factory=dict)  # what identifies the texts of each task
     probes: dict[tuple[Any, ...], Any] = field(default_factory=dict)  # of this run; several sets may be tested on one
     prompts: Prompts | None = None
     classifier: Tensor | None = None  # zero-shot, [D, C]
@@ -79,14 +79,16 @@ def without_features(opened: OpenSet) -> SetFeatures | None:
     return SetFeatures(np.empty((len(rows), 0), np.float32), np.empty((len(rows), 0), np.float32), rows, skipped)
 
 
-def class_names_only(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
+def class_names_only(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> object:
     """Name a set's classes, and encode nothing."""
-    class_prompts(opened)
+    prompts = class_prompts(opened)
+    return prompts.names, prompts.sha256, opened.logit_bias
 
 
-def class_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
+def class_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> object:
     """Encode the prompts of a set's classes, see :attr:`lit_clip.evaluation.tasks.TaskParts.texts`."""
     opened.classifier = encode(class_prompts(opened))
+    return class_names_only(opened, rows, encode)
 
 
 def class_prompts(opened: OpenSet) -> Prompts:
@@ -98,10 +100,10 @@ def class_prompts(opened: OpenSet) -> Prompts:
     return opened.prompts
 
 
-def head_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
+def head_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> object:
     """Encode the prompts of a set's classes, with which few-shot heads begin, if it has classes."""
-    if isinstance(opened.folds[0].images["test"], LabelledImages):
-        class_texts(opened, rows, encode)
+    labelled = isinstance(opened.folds[0].images["test"], LabelledImages)
+    return class_texts(opened, rows, encode) if labelled else None
 
 
 def bias_probe_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
@@ -110,30 +112,34 @@ def bias_probe_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
         opened.bias[probe] = encode(Prompts(list(texts), [[text] for text in texts.values()]))
 
 
-def caption_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
+def caption_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> object:
     """Encode each distinct caption of a retrieval set once."""
     test = opened.folds[0].images["test"]
     if not isinstance(test, CaptionedImages):
         raise InputError(f"{type(test).__name__} has no captions, which retrieval needs")
     prompts, pairs = _distinct_captions(test, rows(), opened.entry.templates)
-    digest = cache_key(prompts.sha256, [column.tolist() for column in pairs])
-    opened.captions = DistinctCaptions(encode(prompts).T.contiguous(), pairs, digest)
+    opened.captions = DistinctCaptions(encode(prompts).T.contiguous(), pairs)
+    return cache_key(prompts.sha256, [column.tolist() for column in pairs])
 
 
-def choice_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
+def choice_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> object:
     """Encode each distinct caption of a set's questions once."""
     test = opened.folds[0].images["test"]
     if not isinstance(test, CaptionChoices):
         raise InputError(f"{type(test).__name__} has no questions, which caption_choice needs")
     opened.choices = encode_choices(test, rows(), opened.entry.templates, encode)
+    return cache_key(opened.choices.choices, templates_of(opened.entry.templates or "{}")[0])
 
 
-def document_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
+def document_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> object:
     """Encode each distinct text of a set's queries and documents once."""
     opened.documents = encode_documents(opened.folds[0].images["test"], opened.entry.templates, encode)
+    images = opened.documents.images
+    template = templates_of(opened.entry.templates or "{}")[0]
+    return cache_key(images.queries, images.documents, images.relevance, template)
 
 
-def place_texts(kind: type[Localised], opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
+def place_texts(kind: type[Localised], opened: OpenSet, rows: Rows, encode: EncodeTexts) -> object:
     """Encode each name of a set's classes for itself; the set must be of a kind."""
     test = opened.folds[0].images["test"]
     if not isinstance(test, kind):
@@ -143,6 +149,7 @@ def place_texts(kind: type[Localised], opened: OpenSet, rows: Rows, encode: Enco
     opened.prompts = opened.prompts or prompts_of_set(opened.entry, test)
     by_name, classes = opened.prompts.by_name()
     opened.places = PlaceTexts(encode(by_name), torch.tensor(classes))
+    return opened.prompts.names, opened.prompts.texts, opened.prompts.alternatives, test.truth_stamp()
 
 
 def _distinct_captions(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import ImageSet, LabelledImages, SomeOfImageNet, check_classes
+from lit_clip.evaluation.data import ImageSet, LabelledImages, check_classes
 from lit_clip.evaluation.prompts import prompts_of
 from lit_clip.evaluation.suite import SuiteEntry
 from lit_clip.evaluation.zero_shot import imagenet_class_names
@@ -37,8 +37,8 @@ def _matched(test: LabelledImages, names: Sequence[str], train: LabelledImages) 
     """Match classes by their names; a set whose classes have only numbers has ``names`` from the suite."""
     if names == train.class_names:
         return [[label] for label in range(len(train.class_names))]
-    if isinstance(test, SomeOfImageNet) and train.class_names == imagenet_class_names():
-        return test.imagenet_classes()
+    if test.in_imagenet and train.class_names == imagenet_class_names():
+        return test.in_imagenet()
     labels: dict[str, list[int]] = {}
     for label, name in enumerate(train.class_names):
         labels.setdefault(name, []).append(label)

@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from lit_clip.evaluation.datacomp import GROUPS, OTHER_METRICS, PREFIX
 from lit_clip.evaluation.published import (
+    DATACOMP,
     Published,
     canonical_set,
+    datacomp_groups,
     measured,
     measured_name,
     measured_weights,
@@ -228,14 +229,12 @@ def group_means(table: Sequence[Row], column: Column) -> list[GroupMean]:
     """Return the mean of each group of which there is a set: the paper's 27 (tables 9 to 11), and DataComp's."""
     found: dict[tuple[str, str], list[Row]] = {}  # by set and metric; retrieval has a row for each direction
     for row in table if column in COLUMNS else ():
-        name = row.name if row.name.startswith(PREFIX) else canonical_set(row.paper)
+        name = row.name if row.name.startswith(DATACOMP) else canonical_set(row.paper)
         metric = "recall@1" if row.metric in RECALLS else row.metric
         if column in row.values:
             found.setdefault((name, metric), []).append(row)
     papers, means = papers_sets(), list[GroupMean]()
-    groups = {f"the paper's {len(papers)} sets": papers}
-    for group, names in GROUPS.items() if column == "zero_shot" else ():
-        groups[f"DataComp, {group}"] = {PREFIX + name: OTHER_METRICS.get(name, "top1") for name in names}
+    groups = {f"the paper's {len(papers)} sets": papers, **(datacomp_groups() if column == "zero_shot" else {})}
     for group, sets in groups.items():
         of_sets = [rows_of for key in sets.items() if (rows_of := found.get(key))]
         missing = [name for name, metric in sets.items() if (name, metric) not in found]

@@ -5,7 +5,6 @@ refers to an installed package that has the same list), ``clip_benchmark:flowers
 """
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -26,6 +25,7 @@ from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, ensemble, i
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.hashing import hex_digest
+from lit_clip.tools.packaged import installed_file
 from lit_clip.tools.text_files import read_json, read_yaml
 from lit_clip.tools.untrusted import shortened
 from lit_clip.weights.fingerprint import text_sha256
@@ -225,12 +225,9 @@ def paper_class_names(name: str) -> list[str]:
 
 @lru_cache(maxsize=2)
 def _package(option: str) -> dict[str, list[str]]:
-    """Read a file of ``clip-benchmark`` without importing the package, which takes seconds and needs more packages."""
-    package = importlib.util.find_spec("clip_benchmark")
-    if package is None or not package.submodule_search_locations:
-        raise InputError(f"{option}: this list comes with clip-benchmark; install it (lit-clip's extra eval)")
+    """Read a file of ``clip-benchmark``."""
     file = {"class_names": "en_classnames.json", "templates": "en_zeroshot_classification_templates.json"}[option]
-    return read_json(Path(package.submodule_search_locations[0]) / "datasets" / file, option)
+    return read_json(installed_file("clip_benchmark", "clip-benchmark", f"datasets/{file}"), option)
 
 
 def _package_list(spec: str, option: str) -> list[str]:

@@ -6,6 +6,7 @@ They are in ``published.yaml`` with their tables, as are others' measurements, a
 import math
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,17 +16,7 @@ from lit_clip.tools.text_files import read_yaml
 
 PAPER = "Radford et al. 2021"
 PREFIXES = ("wds", "datacomp")  # of the names of CLIP_benchmark's and DataComp's sets
-PARAMETERS = {  # in millions, as counted by `lit-clip models`
-    "RN50": 102.01,
-    "RN101": 119.69,
-    "RN50x4": 178.30,
-    "RN50x16": 290.98,
-    "RN50x64": 623.26,
-    "ViT-B-32": 151.28,
-    "ViT-B-16": 149.62,
-    "ViT-L-14": 427.62,
-    "ViT-L-14-336": 427.94,
-}
+DATACOMP = "datacomp_"  # the beginning of its sets' names in a suite
 
 
 class Published(NamedTuple):
@@ -184,6 +175,16 @@ def papers_sets() -> dict[str, str]:
     return {name: _data()["metrics"].get(name, "top1") for name in _data()["tables"][0]["sets"]}
 
 
+def datacomp_groups() -> dict[str, dict[str, str]]:
+    """Return the metrics of each group's sets whose mean DataComp reports; the last group has all 38 sets."""
+    data = _data()["datacomp"]
+    groups = {**data["groups"], "Average over 38 sets": [*chain(*data["groups"].values()), *data["others"]]}
+    return {
+        f"DataComp, {group}": {DATACOMP + name: data["metrics"].get(name, "top1") for name in names}
+        for group, names in groups.items()
+    }
+
+
 def canonical_set(name: str) -> str:
     """Return which of :func:`papers_sets` a name means, or an empty text."""
     return next((known for known in papers_sets() if same_set(name, known)), "")
@@ -228,7 +229,7 @@ def nearest(model: Mapping[str, Any]) -> NearestModel:
         return NearestModel(_closest(same_kind, _arithmetic(image)), f"a {kind} with the nearest amount of arithmetic")
     parameters = model.get("parameters")
     if isinstance(parameters, int | float) and parameters > 0:
-        return NearestModel(_closest(PARAMETERS, parameters / 1e6), "the nearest number of parameters")
+        return NearestModel(_closest(_data()["parameters"], parameters / 1e6), "the nearest number of parameters")
     return NearestModel("ViT-B-32", "the model's size is unknown, so the paper's smallest ViT")
 
 

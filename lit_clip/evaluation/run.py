@@ -14,6 +14,7 @@ from lit_clip import distributed
 from lit_clip.embedding.encode import start_processes
 from lit_clip.embedding.precision import autocast
 from lit_clip.errors import InputError
+from lit_clip.evaluation.class_metrics import describe
 from lit_clip.evaluation.classification import TaskOptions, class_names
 from lit_clip.evaluation.data import MissingData, check_classes
 from lit_clip.evaluation.download import download_missing
@@ -214,5 +215,13 @@ class EvaluationRun:
             for split in fold.images
             if split in used_splits(task)
         ]
-        entry, more = opened.entry, PARTS[task].depends_on(opened, self.options)
-        return cache_key(code_digest(), task, used, more, entry.metric, entry.data, entry.splits, entry.folds)
+        entry, options = opened.entry, self.options
+        examples, head = (options.shots, options.draws, options.seed), options.head and options.head.sha256
+        more = [
+            opened.texts.get(task),
+            (examples, [fold.classes for fold in opened.folds]) if "train" in PARTS[task].needed else (),
+            describe(options.metrics) if task in ("zero_shot", "linear_probe", "head") else (),
+            head if task == "head" else "",
+        ]
+        judged = entry.metric, entry.data, entry.splits, entry.folds, entry.text_weight
+        return cache_key(code_digest(), task, used, more, judged)

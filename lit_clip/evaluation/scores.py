@@ -128,8 +128,8 @@ def baseline(metric: str, targets: Targets) -> float | None:
 
 
 def mean_over_folds(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean of each metric over the folds of a set."""
-    return {name: fmean(fold[name] for fold in metrics) for name in metrics[0]}
+    """Return the mean over the folds of a set of each metric that every fold has."""
+    return {name: fmean(fold[name] for fold in metrics) for name in metrics[0] if all(name in fold for fold in metrics)}
 
 
 def interval(value: float, n: int) -> tuple[float, float]:

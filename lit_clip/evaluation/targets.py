@@ -8,37 +8,21 @@ import torch
 from torch import Tensor
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import (
-    Grouped,
-    ImageSet,
-    LabelledImages,
-    Lexicons,
-    Located,
-    MultiLabel,
-    Neighbours,
-    VerbsAndNouns,
-)
+from lit_clip.evaluation.data import ImageSet, LabelledImages, Truth
 from lit_clip.tools.hashing import hex_digest
 
-ANNOTATIONS_BY_ROW = ("annotation", "video")  # the other annotations of VerbsAndNouns belong to a class
+ANNOTATIONS_BY_ROW = ("annotation", "video")  # the other annotations belong to a class
 
 
 @dataclass
-class Targets:
-    """The truth about N images and C ``classes``; the annotations are those of :mod:`lit_clip.evaluation.data`.
+class Targets(Truth):
+    """The truth about N images and C ``classes``.
 
     ``labels`` is int64 ``[N]``; -1 where there is no single class.
     """
 
     labels: Tensor
     classes: int
-    relevance: Tensor | None = None
-    neighbours: list[tuple[int, list[int]]] | None = None
-    accepted: list[set[int]] | None = None
-    candidates: list[list[int]] | None = None
-    coordinates: Tensor | None = None
-    groups: dict[str, list[str]] | None = None
-    annotations: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_labels(self.labels, self.classes, lambda row: f"row {row}")
@@ -73,17 +57,7 @@ class Targets:
         labels = torch.tensor(data.labels() if labelled else [-1] * len(data), dtype=torch.int64)
         require(len(labels) == len(data), f"{type(data).__name__}: {len(labels)} labels, but {len(data)} images")
         check_labels(labels, classes, data.key)
-        everything = cls(
-            labels,
-            classes,
-            relevance=data.relevance() if isinstance(data, MultiLabel) else None,
-            neighbours=data.neighbours() if isinstance(data, Neighbours) else None,
-            accepted=data.accepted() if isinstance(data, Neighbours) else None,
-            candidates=data.candidates() if isinstance(data, Lexicons) else None,
-            coordinates=data.coordinates() if isinstance(data, Located) else None,
-            groups=data.groups() if isinstance(data, Grouped) else None,
-            annotations=data.annotations() if isinstance(data, VerbsAndNouns) else None,
-        )
+        everything = cls(labels, classes, **vars(data.truth))
         return everything if rows is None else everything.take(rows)
 
     def digest(self) -> str:

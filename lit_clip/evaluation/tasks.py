@@ -3,7 +3,7 @@
 Shapes: N images, C classes, T captions, D embedding dimension.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,6 @@ import numpy as np
 from lit_clip.errors import InputError
 from lit_clip.evaluation.bias import bias_report
 from lit_clip.evaluation.caption_choice import evaluate_choices
-from lit_clip.evaluation.class_metrics import describe
 from lit_clip.evaluation.classification import (
     TaskOptions,
     all_targets,
@@ -29,7 +28,7 @@ from lit_clip.evaluation.classification import (
     targets_of,
     trained,
 )
-from lit_clip.evaluation.data import CaptionedImages, Grouped, Localised, Masked
+from lit_clip.evaluation.data import CaptionedImages, Localised, Masked
 from lit_clip.evaluation.document_retrieval import document_retrieval
 from lit_clip.evaluation.few_shot import FewShotProbes
 from lit_clip.evaluation.geolocation import nearest_km, within_km
@@ -51,12 +50,7 @@ from lit_clip.evaluation.open_set import (
 from lit_clip.evaluation.overview import judging
 from lit_clip.evaluation.places import Recorder
 from lit_clip.evaluation.pointing import pointing, pointing_metrics, queries, regions_of
-from lit_clip.evaluation.predictions import (
-    predictions_entry,
-    predictions_name,
-    recall_intervals,
-    retrieval_columns,
-)
+from lit_clip.evaluation.predictions import predictions_entry, predictions_name, recall_intervals, retrieval_columns
 from lit_clip.evaluation.scores import interval
 from lit_clip.evaluation.segmentation import mask_of, pixel_pairs, segmentation, segmentation_metrics
 from lit_clip.evaluation.suite import Task
@@ -77,8 +71,7 @@ class TaskParts:
     Attributes:
         run: returns the result, the task's entry in ``results.json``. Predictions, and images that the report shows,
             are saved below the folder.
-        texts: encodes the texts that the images are compared with, into the set.
-        depends_on: what the result depends on besides the features and the truth; part of its cache key.
+        texts: encodes the texts that the images are compared with, into the set; returns what identifies them.
         metrics: returns the result of a task that has no files, for evaluations during training.
         recorder: of a task that compares places of the test images, and not the features of whole images.
         needed: splits that it cannot do without.
@@ -86,8 +79,7 @@ class TaskParts:
     """
 
     run: Callable[[OpenSet, TaskOptions, Path], dict[str, Any]]
-    texts: Callable[[OpenSet, Rows, EncodeTexts], None] | None = None
-    depends_on: Callable[[OpenSet, TaskOptions], Sequence[object]] = lambda opened, options: ()
+    texts: Callable[[OpenSet, Rows, EncodeTexts], object] | None = None
     metrics: Callable[[OpenSet], dict[str, Any]] | None = None
     recorder: Recorder | None = None
     needed: tuple[str, ...] = ("test",)
@@ -98,7 +90,7 @@ def encode_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
     """Encode each distinct text that a set's tasks compare its images with."""
     for task in opened.tasks:
         if texts := PARTS[task].texts:
-            texts(opened, rows, encode)
+            opened.texts[task] = texts(opened, rows, encode)
 
 
 def task_metrics(task: Task, opened: OpenSet, options: TaskOptions, stem: Path | None = None) -> Evaluation:
@@ -163,7 +155,7 @@ def _few_shot(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, 
 
 def _retrieval(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
     assert opened.captions is not None
-    fold, (text_TD, pairs, _) = opened.folds[0], opened.captions
+    fold, (text_TD, pairs) = opened.folds[0], opened.captions
     image_ID, test, keys = embeddings(fold.features["test"]), fold.images["test"], keys_of(fold)
     ranks = retrieval_ranks(image_ID, text_TD, pairs, pair_scores(image_ID, text_TD, pairs))
     metrics = retrieval_metrics(ranks, pairs)
@@ -239,17 +231,11 @@ def _caption_choice(opened: OpenSet) -> dict[str, Any]:
 
 def _bias(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
     fold = opened.folds[0]
-    test = fold.images["test"]
-    if not isinstance(test, Grouped):
-        raise InputError(f"{opened.name}: {type(test).__name__} has no groups, which the bias probes need")
-    groups = {name: [values[row] for row in fold.features["test"].rows] for name, values in test.groups().items()}
+    groups = targets_of(opened, fold, "test").groups
+    if groups is None:
+        kind = type(fold.images["test"]).__name__
+        raise InputError(f"{opened.name}: {kind} has no groups, which the bias probes need")
     return bias_report({name: logits_of(opened, fold, classifier) for name, classifier in opened.bias.items()}, groups)
-
-
-def _of_classes(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
-    prompts = opened.prompts
-    texts = (prompts.names, prompts.sha256, opened.logit_bias) if prompts else ()
-    return (*texts, describe(options.metrics))
 
 
 def _segmentation(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
@@ -262,66 +248,27 @@ def _pointing(opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, 
     return pointing(records, list(map(opened.folds[0].images["test"].key, records.rows)), opened.name, folder)
 
 
-def _of_places(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
-    test = opened.folds[0].images["test"]
-    assert isinstance(test, Localised)
-    assert opened.prompts is not None
-    return opened.prompts.names, opened.prompts.texts, opened.prompts.alternatives, test.truth_stamp()
-
-
-def _of_examples(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
-    return options.shots, options.draws, options.seed, [fold.classes for fold in opened.folds]
-
-
-def _of_shots(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
-    return (*_of_examples(opened, options), *(_of_classes(opened, options) if opened.prompts else ()))
-
-
-def _of_probe(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
-    return (*_of_examples(opened, options), describe(options.metrics))
-
-
-def _of_head(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
-    return (options.head.sha256 if options.head else "", *_of_classes(opened, options))
-
-
-def _of_captions(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
-    return (opened.captions.digest,) if opened.captions else ()
-
-
-def _of_choices(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
-    return (opened.choices.digest,) if opened.choices else ()
-
-
-def _of_documents(opened: OpenSet, options: TaskOptions) -> Sequence[object]:
-    return opened.documents and opened.documents.digest, opened.entry.text_weight
-
-
 TRAINED = {"needed": ("train", "test"), "used": ("train", "val", "test")}
 PARTS: dict[Task, TaskParts] = {
-    "zero_shot": TaskParts(partial(classification, "zero_shot"), class_texts, _of_classes),
-    "linear_probe": TaskParts(partial(classification, "linear_probe"), None, _of_probe, **TRAINED),
-    "few_shot": TaskParts(_few_shot, head_texts, _of_shots, **TRAINED),
-    "head": TaskParts(partial(classification, "head"), class_names_only, _of_head),
-    "retrieval": TaskParts(_retrieval, caption_texts, _of_captions),
+    "zero_shot": TaskParts(partial(classification, "zero_shot"), class_texts),
+    "linear_probe": TaskParts(partial(classification, "linear_probe"), **TRAINED),
+    "few_shot": TaskParts(_few_shot, head_texts, **TRAINED),
+    "head": TaskParts(partial(classification, "head"), class_names_only),
+    "retrieval": TaskParts(_retrieval, caption_texts),
     "image_retrieval": TaskParts(_image_retrieval, metrics=lambda opened: _images_found(opened).entry()),
-    "document_retrieval": TaskParts(_document_retrieval, document_texts, _of_documents),
+    "document_retrieval": TaskParts(_document_retrieval, document_texts),
     "geolocation": TaskParts(_geolocation, needed=("train", "test")),
     "bias": TaskParts(_bias, bias_probe_texts),
-    "caption_choice": TaskParts(
-        lambda opened, options, folder: _caption_choice(opened), choice_texts, _of_choices, _caption_choice
-    ),
+    "caption_choice": TaskParts(lambda opened, options, folder: _caption_choice(opened), choice_texts, _caption_choice),
     "segmentation": TaskParts(
         _segmentation,
         partial(place_texts, Masked),
-        _of_places,
         lambda opened: segmentation_metrics(opened.records["segmentation"], class_names(opened)),
         Recorder(mask_of, pixel_pairs),
     ),
     "pointing": TaskParts(
         _pointing,
         partial(place_texts, Localised),
-        _of_places,
         lambda opened: pointing_metrics(opened.records["pointing"]),
         Recorder(regions_of, queries),
     ),

@@ -1,11 +1,9 @@
 """Build zero-shot classifiers from class names and prompt templates; accuracy is computed in accuracy.py."""
 
-import importlib.util
 import runpy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,6 +13,7 @@ from lit_clip import distributed
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import LabelledImages
 from lit_clip.models.clip import CLIP
+from lit_clip.tools.packaged import installed_file
 from lit_clip.tools.untrusted import shortened
 
 IMAGENET = "imagenet"
@@ -26,11 +25,7 @@ def _imagenet() -> tuple[list[str], list[str]]:
 
     Only that file is executed, because importing the package takes seconds.
     """
-    package = importlib.util.find_spec("open_clip")
-    if package is None or not package.submodule_search_locations:
-        raise InputError("ImageNet's class names and templates come with open-clip-torch; install it")
-    path = Path(package.submodule_search_locations[0]) / "zero_shot_metadata.py"
-    metadata = runpy.run_path(str(path))
+    metadata = runpy.run_path(str(installed_file("open_clip", "open-clip-torch", "zero_shot_metadata.py")))
     templates = [template("{}") for template in metadata["OPENAI_IMAGENET_TEMPLATES"]]
     return list(metadata["IMAGENET_CLASSNAMES"]), templates
 

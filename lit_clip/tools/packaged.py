@@ -1,5 +1,6 @@
-"""Packaged configurations by name: the files of ``configs/``, which a wheel has within ``lit_clip``."""
+"""Packaged configurations by name, the files of ``configs/``, which a wheel has within ``lit_clip``; others' files."""
 
+import importlib.util
 import os
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,6 +10,14 @@ from lit_clip.errors import InputError
 PACKAGE = Path(__file__).parents[1]
 CONFIGS = (PACKAGE if (PACKAGE / "configs").is_dir() else PACKAGE.parent) / "configs"  # the second in a clone
 SUITES = CONFIGS / "evaluation"
+
+
+def installed_file(package: str, distribution: str, name: str) -> Path:
+    """Return a file of an installed package without importing that, which takes seconds and may need more packages."""
+    found = importlib.util.find_spec(package)
+    if found is None or not found.submodule_search_locations:
+        raise InputError(f"{Path(name).name} comes with {distribution}; install it: pip install {distribution}")
+    return Path(found.submodule_search_locations[0]) / name
 
 
 def configuration_path(name: str, option: str, folder: Path = CONFIGS) -> str:

@@ -1,12 +1,14 @@
 """Read text, YAML and JSON files, with one error that names the file; and cells of CSV files."""
 
+import csv
 import json
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 
+from lit_clip.tools.atomic import replacing
 from lit_clip.tools.reading import reading
 
 Content = TypeVar("Content")
@@ -32,6 +34,12 @@ def no_formula(cell: Any) -> Any:
     return (
         f"'{cell}" if isinstance(cell, str) and cell.startswith(tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")) else cell
     )
+
+
+def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
+    """Write rows as CSV, each cell by :func:`no_formula`."""
+    with replacing(path) as draft, draft.open("w", newline="", encoding="utf-8", errors="replace") as file:
+        csv.writer(file).writerows(map(no_formula, row) for row in rows)
 
 
 def from_cell(cell: str) -> str:

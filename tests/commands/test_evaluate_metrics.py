@@ -198,7 +198,8 @@ def test_results_are_computed_again_for_other_metrics_or_without_a_file(
 def test_thresholds_of_several_classes_an_image_are_reported_with_what_they_cost(root: Path) -> None:
     found = evaluate("--sets", "many", "--tasks", "zero_shot")["many"]["tasks"]["zero_shot"]["thresholds"]
     table = pq.read_table(root / "out/predictions/many/zero_shot.parquet")
-    relevance, probability = ManyShades("", size=33).relevance().numpy(), np.stack(table["probabilities"].to_numpy())
+    relevance = np.array(ManyShades("", size=33).truth.relevance)
+    probability = np.stack(table["probabilities"].to_numpy())
     assert probability == pytest.approx(likely(ManyShades("", size=33)).numpy(), abs=1e-6)
     for name, threshold, images, fixed, fitted, held_out in found["classes"]:
         c = NAMES.index(name)

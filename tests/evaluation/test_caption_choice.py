@@ -24,7 +24,7 @@ def unit(*shape: int, seed: int = 0) -> np.ndarray:
 def encoded(choices: Sequence[Choice], seed: int = 1) -> EncodedChoices:
     captions = dict.fromkeys(caption for choice in choices for caption in choice.captions)
     numbers = {caption: number for number, caption in enumerate(captions)}
-    return EncodedChoices(list(choices), numbers, unit(len(numbers), 16, seed=seed), "")
+    return EncodedChoices(list(choices), numbers, unit(len(numbers), 16, seed=seed))
 
 
 def winoground_scores(c0_i0: float, c0_i1: float, c1_i0: float, c1_i1: float) -> dict[str, float]:

@@ -214,7 +214,7 @@ def example(seed: int, queries: int = 23, documents: int = 211) -> tuple[Documen
 def found(images: Documents, query_QD: Tensor, document_ND: Tensor) -> dict[str, np.ndarray]:
     texts = [*images.queries.texts, *images.documents.texts]
     rows = {text: row for row, text in enumerate(texts)}
-    encoded = EncodedDocuments(images, torch.cat([query_QD, document_ND]), rows, "")
+    encoded = EncodedDocuments(images, torch.cat([query_QD, document_ND]), rows)
     units = document_retrieval(encoded, torch.empty(0, query_QD.shape[1]), [], 0.5)
     return {name: scores.values for name, scores in units.items()}
 
@@ -313,7 +313,7 @@ def test_an_image_and_a_text_together_find_what_neither_finds_alone() -> None:
         for first in (0, 30)
     )
     texts = torch.eye(69)[64:]
-    encoded = EncodedDocuments(images, texts, {colour: row for row, colour in enumerate(COLOURS)}, "")
+    encoded = EncodedDocuments(images, texts, {colour: row for row, colour in enumerate(COLOURS)})
     image_alone, both, text_alone = (
         document_retrieval(encoded, image_ID, list(range(60)), weight)["ndcg@10"].mean() for weight in (0, 0.5, 1)
     )

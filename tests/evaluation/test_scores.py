@@ -14,9 +14,9 @@ from torch import Tensor
 
 from lit_clip.errors import InputError
 from lit_clip.evaluation import scores as module
-from lit_clip.evaluation.data import LabelledImages, Located, Neighbours, VerbsAndNouns
-from lit_clip.evaluation.datacomp import ALL, GROUPS, OTHER_METRICS, PREFIX
+from lit_clip.evaluation.data import LabelledImages, Truth
 from lit_clip.evaluation.overview import GroupMean, group_means, rows
+from lit_clip.evaluation.published import datacomp_groups
 from lit_clip.evaluation.scores import baseline, baselines, comparable, evaluate_scores, interval
 from lit_clip.evaluation.suite import read_suite
 from lit_clip.evaluation.targets import Targets
@@ -292,11 +292,18 @@ def test_a_label_out_of_range_is_an_error_that_names_the_row(label: int) -> None
         labelled(0, label)
 
 
-class Frames(LabelledImages, Neighbours, Located, VerbsAndNouns):
+class Frames(LabelledImages):
     class_names = ["a", "b"]
 
     def __init__(self, labels: list[int]) -> None:
         self._labels = labels
+        codes = {"verb": ["v", "w"], "noun": ["n", "m"], "annotation": [0, 1, 2, 3, 4], "video": list("abcde")}
+        self.truth = Truth(
+            neighbours=[(0, [1, 2]), (3, [2, 4])],
+            accepted=[{label} for label in labels],
+            coordinates=torch.arange(10).double().view(5, 2),
+            annotations=codes,
+        )
 
     def __len__(self) -> int:
         return 5
@@ -309,18 +316,6 @@ class Frames(LabelledImages, Neighbours, Located, VerbsAndNouns):
 
     def labels(self) -> list[int]:
         return self._labels
-
-    def neighbours(self) -> list[tuple[int, list[int]]]:
-        return [(0, [1, 2]), (3, [2, 4])]
-
-    def accepted(self) -> list[set[int]]:
-        return [{label} for label in self._labels]
-
-    def coordinates(self) -> Tensor:
-        return torch.arange(10).double().view(5, 2)
-
-    def annotations(self) -> dict[str, Any]:
-        return {"verb": ["v", "w"], "noun": ["n", "m"], "annotation": [0, 1, 2, 3, 4], "video": list("abcde")}
 
 
 def test_targets_keep_only_the_rows_that_could_be_read() -> None:
@@ -356,6 +351,9 @@ def test_macro_f1_is_scikit_learns_over_the_classes_that_have_images(classes: in
     assert found["macro_f1"] == pytest.approx(expected)
     assert next(iter(found)) == "macro_f1"
     assert "top1" in found
+
+
+ALL = "Average over 38 sets"
 
 
 def grouped(labels: torch.Tensor, groups: list[str], classes: int) -> Targets:
@@ -400,12 +398,9 @@ def test_worst_group_without_groups_of_one_kind_is_an_error(groups: Any) -> None
 
 def test_suite_has_the_38_sets_with_datacomps_metrics() -> None:
     entries = read_suite(ROOT / "configs/evaluation/datacomp.yaml")
-    names = [name.removeprefix(PREFIX) for name in entries]
-    assert sorted(names) == sorted(set(GROUPS[ALL]))
-    assert [len(members) for members in GROUPS.values()] == [1, 6, 13, 3, 38]
-    assert {
-        name.removeprefix(PREFIX): entry.metric for name, entry in entries.items() if entry.metric != "top1"
-    } == OTHER_METRICS
+    groups = datacomp_groups()
+    assert [len(members) for members in groups.values()] == [1, 6, 13, 3, 38]
+    assert {name: entry.metric for name, entry in entries.items()} == groups[f"DataComp, {ALL}"]
     for entry in entries.values():
         assert len(entry.tasks or ()) == 1
         assert entry.how_to_get
@@ -436,7 +431,7 @@ def test_means_are_those_of_aggregate_scores() -> None:
     assert list(means)[-1] == ALL
     assert means[ALL].ours == pytest.approx(sum(range(38)) / 100 / 38)
     assert (means[ALL].sets, means[ALL].missing) == (38, [])
-    numbers = {name.removeprefix(PREFIX): number / 100 for number, name in enumerate(list(sets)[:38])}
+    numbers = {name.removeprefix("datacomp_"): number / 100 for number, name in enumerate(list(sets)[:38])}
     shifts = ("imagenet_sketch", "imagenetv2", "imagenet-a", "imagenet-o", "imagenet-r", "objectnet")
     expected = sum(numbers[name] for name in shifts) / 6
     assert means["ImageNet distribution shifts"].ours == pytest.approx(expected)

@@ -14,7 +14,7 @@ from torch import Tensor
 from datamodules import Captions
 from lit_clip import LitCLIP, distributed, zero_shot_classifier
 from lit_clip.errors import InputError
-from lit_clip.evaluation.data import LabelledImages, MultiLabel
+from lit_clip.evaluation.data import LabelledImages, Truth
 from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig, VisionTransformerConfig
 from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
@@ -48,13 +48,14 @@ class Shades(LabelledImages):
         return f"{self.split} {self.size} {self.shift}"
 
 
-class ManyShades(Shades, MultiLabel):
+class ManyShades(Shades):
     """Like :class:`Shades`, but grey images are also white."""
 
-    def relevance(self) -> Tensor:
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         relevance = torch.nn.functional.one_hot(torch.tensor(super().labels()), 7).to(torch.int8)
         relevance[:, 6] |= relevance[:, 5]
-        return relevance
+        self.truth = Truth(relevance=relevance)
 
     def labels(self) -> list[int]:
         return [-1] * self.size

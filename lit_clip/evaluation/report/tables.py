@@ -1,6 +1,5 @@
 """The results as files: ``results.csv``, one value a line, and ``results.tex``, tables for a paper."""
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +21,7 @@ from lit_clip.evaluation.overview import (
 )
 from lit_clip.evaluation.report.result_columns import Cell, Groups, result_columns
 from lit_clip.tools.atomic import replacing
-from lit_clip.tools.text_files import no_formula
+from lit_clip.tools.text_files import write_csv
 
 Results = Mapping[str, Any]
 MEAN = "mean"  # of a group of sets
@@ -62,13 +61,7 @@ class Line(NamedTuple):
 def write_tables(results: Results, out: Path, others: Mapping[str, Results], groups: Groups | None = None) -> None:
     """Write ``results.csv`` and ``results.tex`` to the run's folder; other runs by path or name, as on the page."""
     runs = {THIS_RUN: results, **others}
-    with (
-        replacing(out / "results.csv") as draft,
-        draft.open("w", newline="", encoding="utf-8", errors="replace") as file,
-    ):
-        writer = csv.writer(file)
-        writer.writerow(Line._fields)
-        writer.writerows(map(no_formula, line) for name, run in runs.items() for line in lines(name, run))
+    write_csv(out / "results.csv", [Line._fields, *(line for name, run in runs.items() for line in lines(name, run))])
     with replacing(out / "results.tex") as draft:
         draft.write_text(latex(results, others, groups or {}), encoding="utf-8", errors="replace")
 

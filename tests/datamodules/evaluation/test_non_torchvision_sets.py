@@ -263,7 +263,7 @@ def test_fairface_classes_are_one_attribute_and_groups_are_all_three(tmp_path: P
     for images, names in ((race, ["East Asian", "Latino_Hispanic", "White"]), (gender, ["Male", "Female", "Female"])):
         assert [images.class_names[label] for label in images.labels()] == names
     assert age.labels() == [1, 8, 0]
-    assert race.groups() == {
+    assert race.truth.groups == {
         "race": ["East Asian", "Latino_Hispanic", "White"],
         "gender": ["Male", "Female", "Female"],
         "age": ["3-9", "more than 70", "0-2"],
@@ -271,7 +271,7 @@ def test_fairface_classes_are_one_attribute_and_groups_are_all_three(tmp_path: P
     assert [shade(race[i][0]) for i in range(3)] == [10, 20, 30]
     assert race.stamp() == age.stamp()  # the same images
     assert len(FairFace(str(tmp_path), "race", "train")) == 1
-    assert pickle.loads(pickle.dumps(race)).groups() == race.groups()
+    assert pickle.loads(pickle.dumps(race)).truth.groups == race.truth.groups
     write_fairface(tmp_path, "val", [("3-9", "Male", "Martian")])
     assert "Martian" in message_of(lambda: FairFace(str(tmp_path)))
     assert "fairface_label_val.csv" in message_of(lambda: FairFace(str(tmp_path / "val")), MissingData)
@@ -453,12 +453,12 @@ def test_each_iiit5k_image_has_its_own_list_of_words(tmp_path: Path) -> None:
     images = IIIT5K(str(tmp_path))
     assert images.class_names == ["PRIVATE", "ROAD", "TAXI"]
     assert images.labels() == [0, 1]
-    assert images.candidates() == [[0, 1, 2], [1, 2]]
+    assert images.truth.candidates == [[0, 1, 2], [1, 2]]
     assert shade(images[1][0]) == 20
     small = IIIT5K(str(tmp_path), lexicon="small")
     assert small.class_names == ["PARKING", "PRIVATE", "ROAD", "TAXI"]
-    assert small.candidates() == [[1, 2], [0, 2, 3]]
-    assert pickle.loads(pickle.dumps(images)).candidates() == images.candidates()
+    assert small.truth.candidates == [[1, 2], [0, 2, 3]]
+    assert pickle.loads(pickle.dumps(images)).truth.candidates == images.truth.candidates
     assert "traindata.mat" in message_of(lambda: IIIT5K(str(tmp_path), "train"), MissingData)
     (tmp_path / "traindata.mat").write_bytes(b"no MATLAB")
     assert "traindata.mat" in message_of(lambda: IIIT5K(str(tmp_path), "train"))
@@ -471,13 +471,14 @@ def test_located_images_have_coordinates_and_bad_rows_are_errors(tmp_path: Path)
         "IMG_ID,AUTHOR,LAT,LON\nphotos/1.jpg,me,48.858,2.294\nphotos/2.jpg,you,-33.9,151.2\n"
     )
     images = LocatedImages(str(tmp_path / "a.csv"))
-    assert torch.equal(images.coordinates(), torch.tensor([[48.858, 2.294], [-33.9, 151.2]], dtype=torch.float64))
+    assert images.truth.coordinates is not None
+    assert torch.equal(images.truth.coordinates, torch.tensor([[48.858, 2.294], [-33.9, 151.2]], dtype=torch.float64))
     assert [(images.key(i), shade(images.images(i)[0])) for i in range(len(images))] == [
         ("photos/1.jpg", 10),
         ("photos/2.jpg", 20),
     ]
     copy = pickle.loads(pickle.dumps(images))
-    assert (copy.stamp(), copy.coordinates().tolist()) == (images.stamp(), images.coordinates().tolist())
+    assert (copy.stamp(), str(copy.truth.coordinates)) == (images.stamp(), str(images.truth.coordinates))
     (tmp_path / "b.csv").write_text("image,latitude,longitude\n2.jpg,1,2\n")
     assert len(LocatedImages(str(tmp_path / "b.csv"), str(tmp_path / "photos")).images(0)) == 1
     (tmp_path / "b.csv").write_text("image,latitude,longitude\n2.jpg,91,2\n")

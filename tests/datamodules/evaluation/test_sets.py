@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from datamodules import evaluation as sets
 from datamodules.evaluation.imagenet import imagenet_wnids
-from lit_clip.evaluation.data import CaptionedImages, LabelledImages, MissingData, MultiLabel
+from lit_clip.evaluation.data import CaptionedImages, LabelledImages, MissingData
 from tests.helpers.coloured_sets import message_of, paint_shade, shade
 from tests.helpers.miniature_arrays import EMOTION_NAMES, FACES, write_fer2013, write_stl10
 from tests.helpers.miniature_files import VOC_OBJECTS, write_imagenet, write_voc2007
@@ -116,9 +116,9 @@ def test_voc2007_marks_present_absent_and_difficult_classes(tmp_path: Path) -> N
     rows = write_voc2007(tmp_path)
     for split in rows:
         images = sets.VOC2007(str(tmp_path), split)  # pyright: ignore[reportArgumentType]
-        assert isinstance(images, MultiLabel)
         assert images.labels() == [-1] * len(rows[split])
-        relevance = images.relevance()
+        relevance = images.truth.relevance
+        assert relevance is not None
         assert relevance.dtype == torch.int8
         theirs = torchvision.datasets.VOCDetection(str(tmp_path), year="2007", image_set=split)
         for i, row in enumerate(rows[split]):
@@ -128,8 +128,8 @@ def test_voc2007_marks_present_absent_and_difficult_classes(tmp_path: Path) -> N
                 label = images.class_names.index(thing["name"])
                 expected[label] = max(expected[label], 2 if thing["difficult"] == "0" else 1)
             assert relevance[i].tolist() == [{0: 0, 1: -1, 2: 1}[value] for value in expected]
-    assert (sets.VOC2007(str(tmp_path), "train").relevance() == -1).sum() == 0
-    assert (sets.VOC2007(str(tmp_path), "test").relevance() == -1).sum() == 1
+    assert (sets.VOC2007(str(tmp_path), "train").truth.relevance == -1).sum() == 0
+    assert (sets.VOC2007(str(tmp_path), "test").truth.relevance == -1).sum() == 1
     assert VOC_OBJECTS["000001"] == ["dog", "tvmonitor*"]
 
 

@@ -147,7 +147,7 @@ def test_rareact_rows_are_spans_with_verb_noun_and_code(tmp_path: Path) -> None:
     clips = RareAct(str(tmp_path))
     assert clips.class_names == ["cut laptop", "cut phone", "drink egg"]
     assert clips.labels() == [1, 0, 2, 0]
-    assert clips.annotations() == {
+    assert clips.truth.annotations == {
         "verb": ["cut", "cut", "drink"],
         "noun": ["laptop", "phone", "egg"],
         "annotation": [1, 3, 0, 2],
@@ -253,14 +253,15 @@ def test_imagenet_vid_robust_has_anchors_neighbours_and_accepted_classes(tmp_pat
     frames = ImageNetVidRobust(str(tmp_path))
     assert [frames.key(i) for i in range(len(frames))] == names  # each once, and only those of an anchor
     assert frames.class_names == ["airplane", "giant panda", "bear"]
-    assert frames.neighbours() == [(3, []), (1, [2, 0])]
-    assert frames.accepted() == [{1}, {0, 1}, {1}, {2}]
+    assert frames.truth.neighbours == [(3, []), (1, [2, 0])]
+    assert frames.truth.accepted == [{1}, {0, 1}, {1}, {2}]
     assert frames.labels() == [1, 0, 1, 2]
     assert frames[2][0].size == (4, 4)
     copy = pickle.loads(pickle.dumps(ImageNetVidRobust(str(top))))
-    assert (copy.neighbours(), copy.stamp()) == (frames.neighbours(), frames.stamp())
+    assert (copy.truth.neighbours, copy.stamp()) == (frames.truth.neighbours, frames.stamp())
     write_json(top / "metadata/rev_class_idx_map.json", {"0": [404], "1": [388], "2": [294, 295]})
-    assert frames.imagenet_classes() == [[404], [388], [294, 295]]
+    assert frames.in_imagenet is not None
+    assert frames.in_imagenet() == [[404], [388], [294, 295]]
     write_json(top / "metadata/labels.json", {names[0]: [1], names[1]: [3], names[2]: [1], names[3]: [2]})
     assert names[1] in message_of(lambda: ImageNetVidRobust(str(top)))
     write_json(top / "metadata/labels.json", [])
@@ -315,12 +316,13 @@ def test_ytbb_robust_keeps_good_anchors_and_similar_neighbours(tmp_path: Path) -
     assert len(robust.class_names) == 23
     assert "none" not in robust.class_names
     car = robust.class_names.index("car")
-    assert robust.accepted() == [{0, car}, {0, car}, {0, car}, {2}]
-    assert robust.neighbours() == [(0, [2, 1]), (3, [])]  # sorted by time
-    assert pickle.loads(pickle.dumps(robust)).accepted() == robust.accepted()
-    assert "rev_class_idx_map.json" in message_of(robust.imagenet_classes, MissingData)
+    assert robust.truth.accepted == [{0, car}, {0, car}, {0, car}, {2}]
+    assert robust.truth.neighbours == [(0, [2, 1]), (3, [])]  # sorted by time
+    assert pickle.loads(pickle.dumps(robust)).truth.accepted == robust.truth.accepted
+    assert robust.in_imagenet is not None
+    assert "rev_class_idx_map.json" in message_of(robust.in_imagenet, MissingData)
     write_json(metadata / "rev_class_idx_map.json", {"2": [404, 895], "23": [436]})  # numbers with the class "none"
-    labels = dict(zip(robust.class_names, robust.imagenet_classes(), strict=True))
+    labels = dict(zip(robust.class_names, robust.in_imagenet(), strict=True))
     assert {name: own for name, own in labels.items() if own} == {"thing 2": [404, 895], "car": [436]}
     (metadata / "pmk_labels.json").unlink()
     assert "pmk_labels.json" in message_of(lambda: YTBBRobust(str(tmp_path)), MissingData)

@@ -80,8 +80,9 @@ def test_multilabel_relevance_is_read_from_npy_files(tmp_path: Path) -> None:
     marks = [[1, 0, 1], [0, 0, 0], [0, 1, 0], [1, 1, 1]]
     samples = [wds_sample(number, npy=npy(mark)) for number, mark in enumerate(marks)]
     images = WebDatasetMultiLabel(write_wds(tmp_path / "a", samples, WDS_NAMES, kind="multilabel"))
-    assert images.relevance().tolist() == marks
-    assert images.relevance().dtype == torch.int8
+    assert images.truth.relevance is not None
+    assert images.truth.relevance.tolist() == marks
+    assert images.truth.relevance.dtype == torch.int8
     assert images.labels() == [-1] * 4
     assert_same_after_pickling(images)
     samples[2] = wds_sample(2, npy=npy([0, 1]))
@@ -168,11 +169,12 @@ def write(root: Path, dtype: str = "int64", **changed: bytes) -> str:
 @pytest.mark.parametrize("dtype", ["int64", "int32", "float32"])
 def test_groups_are_the_first_columns(tmp_path: Path, dtype: str) -> None:
     images = WebDatasetGroups(write(tmp_path, dtype), ["region", "year"])
-    assert images.groups()["region"] == ["3", "0", "3", "1", "0", "3", "12"]
-    assert images.groups()["year"] == [str(row[1]) for row in METADATA]
+    assert images.truth.groups is not None
+    assert images.truth.groups["region"] == ["3", "0", "3", "1", "0", "3", "12"]
+    assert images.truth.groups["year"] == [str(row[1]) for row in METADATA]
     assert images.labels() == WDS_LABELS
     assert images.stamp() == WebDataset(str(tmp_path)).stamp()
-    assert pickle.loads(pickle.dumps(images)).groups() == images.groups()
+    assert pickle.loads(pickle.dumps(images)).truth.groups == images.truth.groups
     targets = Targets.of(images, [0, 6])
     assert targets.groups == {"region": ["3", "12"], "year": ["2016", "2017"]}
 
