@@ -58,7 +58,8 @@ def _open_clip_vision(model: CLIP) -> dict[str, Any]:
             "timm_proj": "" if image.projection == "classifier" else image.projection,
             "timm_proj_bias": image.projection_bias,
         }
-    assert isinstance(image, VisionTransformerConfig)  # open_clip_model has refused the others
+    if not isinstance(image, VisionTransformerConfig):  # open_clip_model has refused those of your own
+        raise InputError("open_clip has no image encoder of transformers; use onnx")
     pooled = image.pool == "attention"
     activation = image.activation or model.config.activation
     tanh = {"act_kwargs": {"approximate": "tanh"}} if activation == "gelu_tanh" else {}

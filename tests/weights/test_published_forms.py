@@ -15,6 +15,7 @@ from lit_clip import load_model
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.weights.hugging_face_processor import byte_pairs
 from tests.helpers.exports import photos
 from tests.helpers.towers import TEXTS
 from tests.weights.test_hugging_face import randomised
@@ -120,13 +121,92 @@ def test_tipsv2_reads_the_first_of_its_class_tokens_and_locates_texts(tmp_path: 
     assert ours.encode_patches(pixels).shape == (2, 32, 4, 4)
 
 
-@pytest.mark.parametrize("kind", ["aimv2", "align", "groupvit"])
-def test_a_class_that_our_encoders_cannot_express_is_refused_with_what_is_missing(tmp_path: Path, kind: str) -> None:
-    config = transformers.AutoConfig.for_model(kind)
-    config.save_pretrained(tmp_path)
-    save_file({"logit_scale": torch.ones(())}, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=f"{kind}.*lit-clip lacks"):
-        load_model(tmp_path)
+IN_CLIP_TOKENS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "aimv2": ("Aimv2", {}, {}, {}),
+    "groupvit": (
+        *("GroupViT", {"eos_token_id": 49407}),
+        {"num_hidden_layers": 3, "depths": [1, 1, 1], "num_group_tokens": [4, 2, 0], "num_output_groups": [4, 2, 2]},
+        {"projection_intermediate_dim": 16 * 24},
+    ),
+    # as published before transformers knew the id of the end of text
+    "groupvit of 2022": ("GroupViT", {"eos_token_id": 2}, {}, {"projection_intermediate_dim": 16 * 24}),
+}
+
+
+def saved_in_clip_tokens(folder: Path, form: str) -> tuple[Any, Any]:
+    """Save a small random model with its processor as published; return the owner's model and tokenizer."""
+    name, text, vision, settings = IN_CLIP_TOKENS[form]
+    config = getattr(transformers, f"{name}Config")(
+        text_config={**TEXT, **text}, vision_config={**VISION, **vision}, projection_dim=24, **settings
+    )
+    theirs = randomised(getattr(transformers, f"{name}Model")(config))
+    theirs.save_pretrained(folder)
+    transformers.CLIPImageProcessor(**CROP).save_pretrained(folder)
+    vocabulary, merges = byte_pairs()
+    tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+    tokenizer.save_pretrained(folder)
+    return theirs, tokenizer
+
+
+@pytest.mark.parametrize("form", IN_CLIP_TOKENS)
+@torch.no_grad()
+def test_aimv2_and_groupvit_have_the_features_ids_and_pixels_of_their_classes(tmp_path: Path, form: str) -> None:
+    theirs, tokenizer = saved_in_clip_tokens(tmp_path, form)
+    ours = load_model(tmp_path)
+    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    mask, tokens = inputs.attention_mask.bool(), ours.tokenize(TEXTS)
+    assert torch.equal(tokens[:, : mask.shape[1]][mask], inputs.input_ids[mask])
+    noise = photos((70, 90), (90, 70))
+    pixels = transformers.CLIPImageProcessorPil.from_pretrained(tmp_path)(noise, return_tensors="pt").pixel_values
+    torch.testing.assert_close(torch.stack([ours.preprocess(image) for image in noise]), pixels, rtol=0, atol=1e-5)
+    out = theirs(**inputs, pixel_values=pixels)
+    images, texts = ours.encode_image(pixels, normalize=True), ours.encode_text(tokens, normalize=True)
+    torch.testing.assert_close(images, out.image_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(texts, out.text_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.logit_scale.exp() * images @ texts.T, out.logits_per_image, rtol=1e-5, atol=1e-4)
+    # A text alone has no padding, with which AIMv2's class forgets that texts are causal.
+    alone = ours.encode_text(ours.tokenizer.trim(tokens[1:2]), normalize=True)
+    torch.testing.assert_close(alone, texts[1:2], rtol=0, atol=1e-5)
+
+
+ALIGN_VISION = {
+    **{"image_size": 40, "hidden_dim": 16, "width_coefficient": 1.0, "depth_coefficient": 1.0},
+    **{"kernel_sizes": [3, 5], "in_channels": [32, 16], "out_channels": [16, 24], "strides": [1, 2]},
+    **{"num_block_repeats": [1, 2], "expand_ratios": [1, 6]},
+}
+ALIGN_PIXELS: dict[str, Any] = {
+    **{"do_center_crop": True, "rescale_factor": 1 / 127.5, "rescale_offset": True, "do_normalize": False},
+    **{"include_top": False, "resample": 2, "size": {"height": 37, "width": 37}},
+    "crop_size": {"height": 32, "width": 32},
+}
+
+
+def saved_align(folder: Path, **pixels: Any) -> tuple[Any, Any]:
+    """Save a small random ALIGN with its processor as published; return the owner's model and tokenizer."""
+    text = {**TEXT, **BERT, "vocab_size": save_tokenizer("bert", folder)}
+    config = transformers.AlignConfig(text_config=text, vision_config=ALIGN_VISION, projection_dim=24)
+    theirs = randomised(transformers.AlignModel(config))
+    theirs.temperature.data.fill_(0.02)
+    theirs.save_pretrained(folder)
+    transformers.EfficientNetImageProcessor(**ALIGN_PIXELS, **pixels).save_pretrained(folder)
+    return theirs, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def test_align_has_the_features_ids_and_pixels_of_its_class(tmp_path: Path) -> None:
+    theirs, tokenizer = saved_align(tmp_path)
+    ours = load_model(tmp_path)
+    inputs = tokenizer(TEXTS, padding="max_length", truncation=True, max_length=64, return_tensors="pt")
+    assert torch.equal(ours.tokenize(TEXTS), inputs.input_ids)
+    noise = photos((70, 90), (90, 70))
+    processor = transformers.EfficientNetImageProcessorPil.from_pretrained(tmp_path)
+    pixels = processor(noise, return_tensors="pt").pixel_values
+    torch.testing.assert_close(torch.stack([ours.preprocess(image) for image in noise]), pixels, rtol=0, atol=1e-5)
+    out = theirs(**inputs, pixel_values=pixels)
+    images, texts = ours.encode_image(pixels, normalize=True), ours.encode_text(inputs.input_ids, normalize=True)
+    torch.testing.assert_close(images, out.image_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(texts, out.text_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.logit_scale.exp() * images @ texts.T, out.logits_per_image, rtol=1e-4, atol=1e-4)
 
 
 def positions(length: int) -> dict[str, tuple[int, ...]]:
