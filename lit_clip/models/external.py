@@ -196,7 +196,8 @@ def _part(model: Mapping[str, Any], classes: Mapping[str, str], where: str, **se
     kind = values.pop("model_type")
     with _creating(f"{where}: transformers cannot create {kind}"):
         config: Any = transformers.AutoConfig.for_model(kind, **values)
-        blocks = max(getattr(config, "num_hidden_layers", 0), sum(getattr(config, "depths", ())))
+        repeats = getattr(config, "depth_coefficient", 0) * sum(getattr(config, "num_block_repeats", ()))
+        blocks = max(config.num_hidden_layers, sum(getattr(config, "depths", ())), repeats)
         require(blocks <= COUNTS["layer"], f"{blocks} blocks must be at most {COUNTS['layer']}")
         return getattr(transformers, classes[kind])(config)
 

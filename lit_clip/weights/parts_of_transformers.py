@@ -1,6 +1,8 @@
 """AIMv2-LiT, GroupViT and ALIGN in transformers' form: its own image encoders, and AIMv2's and GroupViT's for texts."""
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from lit_clip.models.config import CLIPConfig, HuggingFaceImageConfig, HuggingFaceTextConfig, Preprocessing
 from lit_clip.models.external import GROUPVIT_RATIO
@@ -10,9 +12,8 @@ from lit_clip.weights.hugging_face_keys import renamed, same_pairs
 from lit_clip.weights.hugging_face_processor import agree, check_vocabulary, preprocessing_of, square
 
 ALIGN_CONTEXT = 64  # tokens of a text in its training, of BERT's 512 positions
-# ALIGN's processor, for entries that a file leaves out: pixels from -1 to 1.
-_ALIGN_SCALE = {"rescale_factor": 1 / 127.5, "rescale_offset": True, "do_normalize": False, "include_top": False}
-_ALIGN_SIZES = {"size": {"height": 346, "width": 346}, "crop_size": {"height": 289, "width": 289}}
+# Pixels from -1 to 1, by EfficientNet's processor.
+ALIGN_SCALE = {"rescale_factor": 1 / 127.5, "rescale_offset": True, "do_normalize": False, "include_top": False}
 
 
 def read(folder: Folder) -> Converted:
@@ -63,7 +64,7 @@ def _align(folder: Folder) -> Converted:
     agree("vision_config.num_channels", image.num_channels, 3)
     # The file has TensorFlow's momentum, the share of the old mean that stays.
     model = plain_config(image, image.model_type) | {"batch_norm_momentum": 1 - image.batch_norm_momentum}
-    preprocessing = _align_pixels(folder)
+    preprocessing = _align_pixels(folder.preprocessor or {})
     ours = CLIPConfig(
         embed_dim=theirs.projection_dim,
         image=HuggingFaceImageConfig(model, preprocessing.image_size, "none"),
@@ -86,12 +87,8 @@ def _align(folder: Folder) -> Converted:
     return ours, {**renamed(state, pairs, inwards=True), "logit_scale": -temperature.float().log()}
 
 
-def _align_pixels(folder: Folder) -> Preprocessing:
-    usual = {"do_center_crop": True, "resample": 2, **_ALIGN_SCALE, **_ALIGN_SIZES}
-    settings = {**usual, **(folder.preprocessor or {})}
-    for name, usual in _ALIGN_SCALE.items():
-        agree(f"preprocessor {name}", round(settings[name], 9), round(usual, 9))
-    crop = settings["crop_size"]
-    size = square("preprocessor crop_size", (crop["height"], crop["width"]) if isinstance(crop, dict) else crop)
+def _align_pixels(theirs: Mapping[str, Any]) -> Preprocessing:
+    for name, usual in ALIGN_SCALE.items():
+        agree(f"preprocessor {name}", theirs.get(name), usual)
     scale = {"rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    return preprocessing_of({**settings, **scale}, size, "SiglipImageProcessor")
+    return preprocessing_of({**theirs, **scale}, None, "SiglipImageProcessor")
