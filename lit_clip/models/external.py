@@ -193,7 +193,8 @@ def _part(model: Mapping[str, Any], classes: Mapping[str, str], where: str, **se
     import transformers
 
     values = {**model, **settings}
-    kind = values.pop("model_type")
+    kind = values.pop("model_type", None)
+    require(kind in classes, f"{where}.model: model_type {kind!r} must be one of {', '.join(classes)}")
     with _creating(f"{where}: transformers cannot create {kind}"):
         config: Any = transformers.AutoConfig.for_model(kind, **values)
         repeats = getattr(config, "depth_coefficient", 0) * sum(getattr(config, "num_block_repeats", ()))
@@ -231,6 +232,7 @@ def _encoder(config: HuggingFaceTextConfig) -> nn.Module:
 
     assert config.model is not None  # with_external_settings has filled it in
     if config.pooling == "end":  # eager, as AIMv2's own mask is not causal for texts without padding otherwise
+        require(not config.pretrained, "architecture.text: pooling end starts from no weights; set pretrained to false")
         return _part(config.model, TEXT_CLASSES, "architecture.text", attn_implementation="eager")
     values = dict(config.model)
     where = f"architecture.text: transformers cannot create {config.hugging_face}"
@@ -305,8 +307,7 @@ class HuggingFaceTextEncoder(nn.Module):
         require(config.pooling != "pooler" or pooled, f"{where} has no pooler; choose another pooling")
         if config.pooling != "pooler" and pooled:
             model.pooler = None  # it would get no gradient
-        bias = config.projection_bias
-        self.proj = projection(width, embed_dim, config.projection, bias, config.hugging_face)
+        self.proj = projection(width, embed_dim, config.projection, config.projection_bias, config.hugging_face)
 
     def forward(
         self, tokens: Tensor, lengths: Sequence[int] | None = None, entering: PartialForward | None = None

@@ -110,13 +110,6 @@ def _without_loaders(values: Any) -> Any:
     return [_without_loaders(value) for value in values] if isinstance(values, list) else values
 
 
-def checked_model(values: dict[str, Any], where: str) -> dict[str, Any]:
-    """Return a configuration of transformers without loaders; raise :class:`InputError` if it names anything else."""
-    values = _without_loaders(values)
-    check_options(values, f"{where}: model")
-    return values
-
-
 # Parts of transformers' models, by their model_type, that its AutoModel does not know.
 IMAGE_CLASSES = {
     "aimv2_vision_model": "Aimv2VisionModel",
@@ -144,11 +137,9 @@ class HuggingFaceImageConfig:
     def __post_init__(self) -> None:
         check_fields(self, "architecture.image")
         self.image_size = normalised(self.image_size)
-        self.model = checked_model(self.model, "architecture.image")
+        self.model = _without_loaders(self.model)
+        check_options(self.model, "architecture.image: model")
         self.model.pop("image_size", None)  # ours is used
-        kind = self.model.get("model_type")
-        if kind not in IMAGE_CLASSES:
-            raise InputError(f"architecture.image.model: model_type {kind!r} must be one of {', '.join(IMAGE_CLASSES)}")
         if self.model.get("is_native"):
             raise InputError("architecture.image.model: is_native: images of any size are not read here")
 
@@ -182,7 +173,8 @@ class HuggingFaceTextConfig:
 
     def __post_init__(self) -> None:
         check_fields(self, "architecture.text")
-        self.model = None if self.model is None else checked_model(self.model, "architecture.text")
+        self.model = None if self.model is None else _without_loaders(self.model)
+        check_options(self.model or {}, "architecture.text: model")
 
     @property
     def tokenizer(self) -> HuggingFaceTokenizerConfig | None:

@@ -96,7 +96,7 @@ def _open_clip_text(config: CLIPConfig) -> dict[str, Any]:
     if isinstance(text, HuggingFaceTextConfig):
         poolers = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler", "pooler": "cls_pooler"}
         require(text.pooling in poolers, f"open_clip has no pooling {text.pooling!r} for text; use onnx")
-        known = text.projection in ("linear", "mlp")
+        known = text.projection in ("linear", "mlp") and not text.projection_bias
         require(known, f"open_clip has no projection {text.projection!r} after a Hugging Face encoder; use onnx")
         return {
             **values,

@@ -7,7 +7,7 @@ from typing import Any
 from lit_clip.models.config import CLIPConfig, HuggingFaceImageConfig, HuggingFaceTextConfig, Preprocessing
 from lit_clip.models.external import GROUPVIT_RATIO
 from lit_clip.models.tokenizer import EOT_ID
-from lit_clip.weights.hugging_face_encoders import Converted, Folder, bert, complete, plain_config
+from lit_clip.weights.hugging_face_encoders import Converted, Folder, bert, complete, plain
 from lit_clip.weights.hugging_face_keys import renamed, same_pairs
 from lit_clip.weights.hugging_face_processor import agree, check_vocabulary, preprocessing_of, square
 
@@ -35,17 +35,11 @@ def _in_clip_tokens(folder: Folder) -> Converted:
     check_vocabulary(Path(folder.tokenizer))
     projection, inner = ("batch_norm", ("vision_model.", "text_model.")) if groups else ("linear", ("", ""))
     size = square("vision_config.image_size", image.image_size)
+    length, model = text.max_position_embeddings, plain(text)
     ours = CLIPConfig(
         embed_dim=dim,
-        image=HuggingFaceImageConfig(plain_config(image, image.model_type), size, projection),
-        text=HuggingFaceTextConfig(
-            folder.tokenizer,
-            pretrained=False,
-            context_length=text.max_position_embeddings,
-            pooling="end",
-            projection=projection,
-            model=plain_config(text, text.model_type),
-        ),
+        image=HuggingFaceImageConfig(plain(image), size, projection),
+        text=HuggingFaceTextConfig(folder.tokenizer, False, length, "end", projection, model=model),
         preprocessing=preprocessing_of(folder.preprocessor or {}, size, "CLIPImageProcessor"),
     )
     pairs = [
@@ -63,18 +57,13 @@ def _align(folder: Folder) -> Converted:
     image, text = theirs.vision_config, theirs.text_config
     agree("vision_config.num_channels", image.num_channels, 3)
     # The file has TensorFlow's momentum, the share of the old mean that stays.
-    model = plain_config(image, image.model_type) | {"batch_norm_momentum": 1 - image.batch_norm_momentum}
+    model = plain(image) | {"batch_norm_momentum": 1 - image.batch_norm_momentum}
     preprocessing = _align_pixels(folder.preprocessor or {})
+    length = min(ALIGN_CONTEXT, text.max_position_embeddings)
     ours = CLIPConfig(
         embed_dim=theirs.projection_dim,
         image=HuggingFaceImageConfig(model, preprocessing.image_size, "none"),
-        text=bert(
-            text,
-            "bert",
-            folder.tokenizer,
-            context_length=min(ALIGN_CONTEXT, text.max_position_embeddings),
-            projection_bias=True,
-        ),
+        text=bert(text, "bert", folder.tokenizer, context_length=length, projection_bias=True),
         preprocessing=preprocessing,
     )
     state = {name: tensor for name, tensor in folder.state.items() if not name.startswith("text_model.pooler.")}

@@ -17,7 +17,13 @@ from datamodules import Captions
 from lit_clip import load_model
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
-from lit_clip.models.config import CLIPConfig, Preprocessing, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.models.config import (
+    CLIPConfig,
+    HuggingFaceTextConfig,
+    Preprocessing,
+    TextTransformerConfig,
+    VisionTransformerConfig,
+)
 from lit_clip.models.finetuning import Freeze, UnlockLast
 from lit_clip.module import LitCLIP
 from lit_clip.weights.checkpoints import saved_tokenizer
@@ -304,6 +310,19 @@ def test_settings_that_would_change_the_features_of_those_encoders_are_named(
     (tmp_path / "config.json").write_text(json.dumps({**values, **change}))
     with pytest.raises(InputError, match=problem):
         load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"pooling": "end"}, "pooling end starts from no weights; set pretrained to false"),
+        ({"pooling": "end", "pretrained": False}, "model_type 'bert' must be one of aimv2_text_model"),
+    ],
+)
+def test_only_causal_encoders_of_clips_tokens_are_read_at_their_end(settings: dict[str, Any], problem: str) -> None:
+    text = HuggingFaceTextConfig("org/name", model={"model_type": "bert"}, **settings)
+    with pytest.raises(InputError, match=problem):
+        CLIP(CLIPConfig(24, VisionTransformerConfig(32, 16, 64, 1, 1), text))
 
 
 def test_align_pixels_of_another_scale_are_refused(tmp_path: Path) -> None:
