@@ -13,7 +13,12 @@ from msgspec import Meta
 
 from lit_clip.errors import InputError
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
-from lit_clip.models.external_config import HuggingFaceTextConfig, HuggingFaceTokenizerConfig, TimmConfig
+from lit_clip.models.external_config import (
+    HuggingFaceImageConfig,
+    HuggingFaceTextConfig,
+    HuggingFaceTokenizerConfig,
+    TimmConfig,
+)
 from lit_clip.models.size import (
     ContextLength,
     Layers,
@@ -226,12 +231,13 @@ class TextTransformerConfig:
 
 
 # jsonargparse must try the encoders by class path first: for others it would import what class_path names.
-ImageConfig = CustomImageConfig | VisionTransformerConfig | ResNetConfig | TimmConfig
+ImageConfig = CustomImageConfig | VisionTransformerConfig | ResNetConfig | TimmConfig | HuggingFaceImageConfig
 TextConfig = CustomTextConfig | TextTransformerConfig | HuggingFaceTextConfig
 
 
 def _image(values: Any) -> ImageConfig:
     kinds = {"class_path": CustomImageConfig, "timm": TimmConfig, "patch_size": VisionTransformerConfig}
+    kinds["model"] = HuggingFaceImageConfig
     keys = values if isinstance(values, Mapping) else {}
     return from_plain(next((kinds[key] for key in kinds if key in keys), ResNetConfig), values, "architecture.image")
 

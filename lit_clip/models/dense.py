@@ -41,7 +41,9 @@ def encode_places(visual: nn.Module, images: Tensor) -> Tensor:
         from lit_clip.models.dense_timm import timm_places  # imports timm
 
         return timm_places(visual, images)
-    return _custom(cast(CustomImageEncoder, visual), images)
+    if not isinstance(visual, CustomImageEncoder):
+        raise InputError(f"encode_patches: transformers' {type(visual.encoder).__name__} gives no features of places")
+    return _custom(visual, images)
 
 
 def _grid(images: Tensor, stride: int) -> tuple[int, int]:

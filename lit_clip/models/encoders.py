@@ -9,27 +9,31 @@ from torch import nn
 from lit_clip.errors import InputError, require
 from lit_clip.models.config import (
     CLIPConfig,
+    HuggingFaceImageConfig,
     HuggingFaceTextConfig,
     Preprocessing,
     ResNetConfig,
     TextTransformerConfig,
+    TimmConfig,
     VisionTransformerConfig,
 )
 from lit_clip.models.custom import CustomImageEncoder, CustomTextEncoder
 from lit_clip.models.custom_config import CustomImageConfig, CustomTextConfig
-from lit_clip.models.external import HuggingFaceTextEncoder, TimmImageEncoder
+from lit_clip.models.external import HuggingFaceImageEncoder, HuggingFaceTextEncoder, TimmImageEncoder
 from lit_clip.models.hf_tokenizer import from_source
 from lit_clip.models.resnet import ModifiedResNet
 from lit_clip.models.tokenizer import EOT_ID, CLIPTokenizer, TextTokenizer
 from lit_clip.models.transformer import TextTransformer, VisionTransformer
 
+ImageEncoder = VisionTransformer | ModifiedResNet | TimmImageEncoder | CustomImageEncoder | HuggingFaceImageEncoder
 
-def image_encoder(config: CLIPConfig) -> VisionTransformer | ModifiedResNet | TimmImageEncoder | CustomImageEncoder:
+
+def image_encoder(config: CLIPConfig) -> ImageEncoder:
     """Create the image encoder that an architecture names, for the bands of its preprocessing."""
     assert config.preprocessing is not None  # with_external_settings has filled it in
     bands = config.preprocessing.bands
-    if bands != 3 and isinstance(config.image, VisionTransformerConfig | ResNetConfig):
-        raise InputError(f"architecture: preprocessing.mean has {bands} bands, the paper's encoders 3; use timm's")
+    if bands != 3 and not isinstance(config.image, TimmConfig | CustomImageConfig):
+        raise InputError(f"architecture: preprocessing.mean has {bands} bands, this encoder reads 3; use timm's")
     if isinstance(config.image, VisionTransformerConfig):
         return VisionTransformer(config.image, config.embed_dim, config.activation)
     if isinstance(config.image, ResNetConfig):
@@ -37,6 +41,8 @@ def image_encoder(config: CLIPConfig) -> VisionTransformer | ModifiedResNet | Ti
     if isinstance(config.image, CustomImageConfig):
         with torch.device("cpu"):  # not on the meta device: its code may read values
             return CustomImageEncoder(config.image, config.embed_dim, bands)
+    if isinstance(config.image, HuggingFaceImageConfig):
+        return HuggingFaceImageEncoder(config.image, config.embed_dim)
     return TimmImageEncoder(config.image, config.embed_dim, bands)
 
 

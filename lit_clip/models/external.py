@@ -1,4 +1,4 @@
-"""Encoders of other libraries: any image model of timm, any text encoder of Hugging Face's transformers.
+"""Encoders of other libraries: any image model of timm, any text encoder of Hugging Face's transformers, a few images'.
 
 Either library is imported when one of its encoders is created: both take seconds.
 Shapes: B batch, L tokens, W width, D embedding dimension.
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from lit_clip.errors import InputError, require
-from lit_clip.models.config import HuggingFaceTextConfig, TimmConfig, height_width
+from lit_clip.models.config import HuggingFaceImageConfig, HuggingFaceTextConfig, TimmConfig, height_width
+from lit_clip.models.external_config import IMAGE_CLASSES, TEXT_CLASSES
 from lit_clip.models.external_settings import check_text_only, timm_name, timm_pretrained_cfg
 from lit_clip.models.packing import length_groups
 from lit_clip.models.partial_forward import PartialForward, starting_at
@@ -23,15 +24,20 @@ from lit_clip.models.transformer import check_images, is_traced
 from lit_clip.tools.hardware import to_device
 from lit_clip.tools.hub_client import guard_hub
 from lit_clip.tools.reading import first_line, reason
+from lit_clip.tools.untrusted import COUNTS
 from lit_clip.tools.weight_files import read_tensors
 
+GROUPVIT_RATIO = 16  # hidden width of its projection, as a multiple of the embedding's
 JOINED = "token+mean"  # a pool of ours: the class token and the mean of the patches, joined (dino.txt)
 
 
 def projection(
-    width: int, embed_dim: int, kind: Literal["linear", "mlp", "none", "norm"], bias: bool, name: str
+    width: int, embed_dim: int, kind: Literal["linear", "mlp", "none", "norm", "batch_norm"], bias: bool, name: str
 ) -> nn.Module:
     """Create the projection from a tower's features to the embedding."""
+    if kind == "batch_norm":
+        wide = GROUPVIT_RATIO * embed_dim
+        return nn.Sequential(nn.Linear(width, wide), nn.BatchNorm1d(wide), nn.ReLU(), nn.Linear(wide, embed_dim))
     if kind == "norm":
         layers = nn.Linear(width, embed_dim), nn.Linear(embed_dim, embed_dim, bias=bias)
         return nn.Sequential(nn.LayerNorm(width), *layers)
@@ -182,10 +188,52 @@ def _by_order(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], refusal:
     return {a: theirs[b] for a, b in pairs}
 
 
+def _part(model: Mapping[str, Any], classes: Mapping[str, str], where: str, **settings: Any) -> nn.Module:
+    """Create a part of a model of transformers by a configuration, which may be a file's."""
+    import transformers
+
+    values = {**model, **settings}
+    kind = values.pop("model_type", None)
+    require(kind in classes, f"{where}.model: model_type {kind!r} must be one of {', '.join(classes)}")
+    with _creating(f"{where}: transformers cannot create {kind}"):
+        config: Any = transformers.AutoConfig.for_model(kind, **values)
+        repeats = getattr(config, "depth_coefficient", 0) * sum(getattr(config, "num_block_repeats", ()))
+        blocks = max(config.num_hidden_layers, sum(getattr(config, "depths", ())), repeats)
+        require(blocks <= COUNTS["layer"], f"{blocks} blocks must be at most {COUNTS['layer']}")
+        return getattr(transformers, classes[kind])(config)
+
+
+class HuggingFaceImageEncoder(nn.Module):
+    """A part of a model of transformers that encodes images (``encoder``), and a projection (``proj``)."""
+
+    def __init__(self, config: HuggingFaceImageConfig, embed_dim: int) -> None:
+        super().__init__()
+        self.image_size = config.image_size
+        self.encoder = _part(config.model, IMAGE_CLASSES, "architecture.image", image_size=config.image_size)
+        width = int(getattr(cast(Any, self.encoder).config, "hidden_size", embed_dim))  # an EfficientNet has none
+        self.proj = projection(width, embed_dim, config.projection, False, type(self.encoder).__name__)
+
+    def features(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` float, normalised -> ``[B, W]``, before the projection."""
+        check_images(images, self.image_size)
+        return self.encoder(pixel_values=images).pooler_output
+
+    def project(self, features: Tensor) -> Tensor:
+        """``[B, W]`` -> ``[B, D]``."""
+        return self.proj(features)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """``[B, 3, H, W]`` float, normalised -> ``[B, D]``."""
+        return self.project(self.features(images))
+
+
 def _encoder(config: HuggingFaceTextConfig) -> nn.Module:
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding
 
     assert config.model is not None  # with_external_settings has filled it in
+    if config.pooling == "end":  # eager, as AIMv2's own mask is not causal for texts without padding otherwise
+        require(not config.pretrained, "architecture.text: pooling end starts from no weights; set pretrained to false")
+        return _part(config.model, TEXT_CLASSES, "architecture.text", attn_implementation="eager")
     values = dict(config.model)
     where = f"architecture.text: transformers cannot create {config.hugging_face}"
     with _creating(where):
@@ -244,6 +292,7 @@ class HuggingFaceTextEncoder(nn.Module):
         self.transformer = model = cast(Any, _encoder(config))
         where = f"architecture.text: {config.hugging_face}"
         pad_id, width = getattr(model.config, "pad_token_id", None), getattr(model.config, "hidden_size", None)
+        pad_id = 0 if config.pooling == "end" else pad_id  # CLIP's tokens
         if type(pad_id) is not int or type(width) is not int:
             raise InputError(f"{where} has no padding token, or no width")
         self.pooling, self.pad_id = config.pooling, pad_id
@@ -258,7 +307,7 @@ class HuggingFaceTextEncoder(nn.Module):
         require(config.pooling != "pooler" or pooled, f"{where} has no pooler; choose another pooling")
         if config.pooling != "pooler" and pooled:
             model.pooler = None  # it would get no gradient
-        self.proj = projection(width, embed_dim, config.projection, False, config.hugging_face)
+        self.proj = projection(width, embed_dim, config.projection, config.projection_bias, config.hugging_face)
 
     def forward(
         self, tokens: Tensor, lengths: Sequence[int] | None = None, entering: PartialForward | None = None
@@ -268,6 +317,9 @@ class HuggingFaceTextEncoder(nn.Module):
         Texts of similar length are encoded together if that saves padding and the lengths are known without
         synchronising the device. With ``entering`` the blocks before are not computed.
         """
+        return self.proj(self._pooled(tokens, lengths, entering))
+
+    def _pooled(self, tokens: Tensor, lengths: Sequence[int] | None, entering: PartialForward | None) -> Tensor:
         if entering:
             tokens = tokens[:, : entering.x.shape[1]]
         unknown = not lengths and tokens.device.type != "cpu"
@@ -285,20 +337,21 @@ class HuggingFaceTextEncoder(nn.Module):
         return torch.cat(features).index_select(0, to_device(torch.cat(groups).argsort(), tokens.device))
 
     def _encode(self, tokens: Tensor, entering: PartialForward | None = None) -> Tensor:
-        mask = (tokens != self.pad_id).long()  # [B, L]
-        mask[:, 0] = 1  # some tokenizers turn an empty text into padding only
+        # A causal encoder reads no padding. Some tokenizers turn an empty text into padding only.
+        mask = torch.ones_like(tokens) if self.pooling == "end" else (tokens != self.pad_id).long()  # [B, L]
+        mask[:, 0] = 1
         L = tokens.shape[1]
         with starting_at(entering.module, entering.x[:, :L], entering.skipped) if entering else nullcontext():
             out = self.transformer(input_ids=tokens, attention_mask=mask)
-        if self.pooling == "pooler":
-            return self.proj(out.pooler_output)
+        if self.pooling in ("pooler", "end"):
+            return out.pooler_output
         x = out.last_hidden_state  # [B, L, W]
         if self.pooling == "mean":
             weights = mask[:, :, None].to(x.dtype)
-            return self.proj((x * weights).sum(dim=1) / weights.sum(dim=1))
+            return (x * weights).sum(dim=1) / weights.sum(dim=1)
         positions = torch.arange(L, device=tokens.device)
         index = (positions * mask).argmax(dim=1) if self.pooling == "last" else torch.zeros_like(mask[:, 0])
-        return self.proj(x[torch.arange(x.shape[0], device=x.device), index])
+        return x[torch.arange(x.shape[0], device=x.device), index]
 
 
 def resized_trunk(state: Mapping[str, Tensor], trunk: nn.Module, prefix: str) -> dict[str, Tensor]:

@@ -110,6 +110,40 @@ def _without_loaders(values: Any) -> Any:
     return [_without_loaders(value) for value in values] if isinstance(values, list) else values
 
 
+# Parts of transformers' models, by their model_type, that its AutoModel does not know.
+IMAGE_CLASSES = {
+    "aimv2_vision_model": "Aimv2VisionModel",
+    "align_vision_model": "AlignVisionModel",
+    "groupvit_vision_model": "GroupViTVisionModel",
+}
+TEXT_CLASSES = {"aimv2_text_model": "Aimv2TextModel", "groupvit_text_model": "GroupViTTextModel"}
+
+
+@dataclass
+class HuggingFaceImageConfig:
+    """An image encoder from Hugging Face's transformers, followed by a projection.
+
+    Attributes:
+        model: its configuration there, without ``image_size``; its ``model_type`` is one of :data:`IMAGE_CLASSES`.
+        image_size: in pixels.
+        projection: from the model's features to the embedding: one layer, none (the widths must agree), or GroupViT's
+            ``batch_norm`` between two layers.
+    """
+
+    model: dict[str, Any]
+    image_size: Size = 224
+    projection: Literal["linear", "none", "batch_norm"] = "linear"
+
+    def __post_init__(self) -> None:
+        check_fields(self, "architecture.image")
+        self.image_size = normalised(self.image_size)
+        self.model = _without_loaders(self.model)
+        check_options(self.model, "architecture.image: model")
+        self.model.pop("image_size", None)  # ours is used
+        if self.model.get("is_native"):
+            raise InputError("architecture.image.model: is_native: images of any size are not read here")
+
+
 @dataclass
 class HuggingFaceTextConfig:
     """A text encoder from Hugging Face's transformers with its own tokenizer, followed by a projection.
@@ -119,9 +153,12 @@ class HuggingFaceTextConfig:
         pretrained: whether to start from that model's weights.
         context_length: maximum tokens of a caption.
         pooling: how the last layer's tokens become one feature: the ``mean`` of all except padding, the first
-            (``cls``), the ``last`` except padding, or the model's own ``pooler``, applied to the first.
-        projection: from the model's features to the embedding: one layer, two layers, none (the widths must agree), or
-            a ``norm`` and two layers without an activation between them (AltCLIP).
+            (``cls``), the ``last`` except padding, the model's own ``pooler``, applied to the first, or the ``end`` of
+            a text in CLIP's tokens, for the causal encoders of :data:`TEXT_CLASSES`.
+        projection: from the model's features to the embedding: one layer, two layers, none (the widths must agree), a
+            ``norm`` and two layers without an activation between them (AltCLIP), or GroupViT's ``batch_norm`` between
+            two layers.
+        projection_bias: whether a linear projection, or the last layer of two, has a bias.
         model: the model's own configuration, so that a checkpoint does not depend on the source; None: read from the
             source when the model is created.
     """
@@ -129,8 +166,9 @@ class HuggingFaceTextConfig:
     hugging_face: str
     pretrained: bool = True
     context_length: ContextLength = 77
-    pooling: Literal["mean", "cls", "last", "pooler"] = "mean"
-    projection: Literal["linear", "mlp", "none", "norm"] = "linear"
+    pooling: Literal["mean", "cls", "last", "pooler", "end"] = "mean"
+    projection: Literal["linear", "mlp", "none", "norm", "batch_norm"] = "linear"
+    projection_bias: bool = False
     model: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -139,6 +177,6 @@ class HuggingFaceTextConfig:
         check_options(self.model or {}, "architecture.text: model")
 
     @property
-    def tokenizer(self) -> HuggingFaceTokenizerConfig:
-        """The tokenizer that the model's source holds."""
-        return HuggingFaceTokenizerConfig(self.hugging_face)
+    def tokenizer(self) -> HuggingFaceTokenizerConfig | None:
+        """The tokenizer that the model's source holds; None: CLIP's own."""
+        return None if self.pooling == "end" else HuggingFaceTokenizerConfig(self.hugging_face)

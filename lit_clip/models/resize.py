@@ -9,6 +9,7 @@ from torch import Tensor
 from lit_clip.errors import InputError, require
 from lit_clip.models.config import (
     CLIPConfig,
+    HuggingFaceImageConfig,
     Preprocessing,
     Size,
     TextConfig,
@@ -59,6 +60,8 @@ def _budget(preprocessing: Preprocessing, image_size: Size) -> int:
 
 
 def _not_custom(tower: object, size: str) -> None:
+    if isinstance(tower, HuggingFaceImageConfig):
+        raise InputError(f"{size}: transformers' {tower.model['model_type']} keeps the weights' {tower.image_size}")
     if isinstance(tower, CustomEncoderConfig):
         raise InputError(f"{size}: {tower.class_path} chooses its own; set it with architecture's init_args")
 

@@ -109,8 +109,7 @@ def from_hugging_face(
     """
     kind = str(config.get("model_type"))
     if kind not in FORMS:
-        why = f"lit-clip lacks {LACKS[kind]}" if kind in LACKS else f"must be one of {', '.join(map(repr, FORMS))}"
-        raise InputError(f"config.json: model_type is {kind!r}; {why}")
+        raise InputError(f"config.json: model_type is {kind!r}; must be one of {', '.join(map(repr, FORMS))}")
     return FORMS[kind](Folder(config, state, preprocessor, tokenizer))
 
 
@@ -202,9 +201,9 @@ def _siglip(folder: Folder) -> Converted:
     return ours, renamed(folder.state, _pairs(ours), inwards=True)
 
 
-def _by_file(kind: str, folder: Folder) -> Converted:
-    """Read a form by the file of its name, which is imported for it alone."""
-    return import_module(f"lit_clip.weights.{kind}").read(folder)
+def _by_file(name: str, folder: Folder) -> Converted:
+    """Read a form by a file of its own, which is imported for it alone."""
+    return import_module(f"lit_clip.weights.{name}").read(folder)
 
 
 FORMS: dict[str, Callable[[Folder], Converted]] = {  # by model_type of config.json
@@ -213,13 +212,7 @@ FORMS: dict[str, Callable[[Folder], Converted]] = {  # by model_type of config.j
     "siglip2": _siglip,
     "fgclip2": _siglip,
     **{kind: partial(_by_file, kind) for kind in ("metaclip_2", "chinese_clip", "altclip", "tipsv2")},
-}
-
-
-LACKS = {  # what other classes of transformers need
-    "aimv2": "its RMSNorm, its gated MLPs without biases and its attention pooling",
-    "align": "its EfficientNet, which ends before the last convolution",
-    "groupvit": "the group tokens of its image encoder",
+    **dict.fromkeys(("aimv2", "align", "groupvit"), partial(_by_file, "parts_of_transformers")),
 }
 
 

@@ -103,7 +103,12 @@ def text_transformer(theirs: Any, **settings: Any) -> TextTransformerConfig:
     )
 
 
+def plain(theirs: Any) -> dict[str, Any]:
+    """Return a configuration of transformers as plain values."""
+    return json.loads(theirs.to_json_string(use_diff=False))
+
+
 def bert(theirs: Any, kind: str, tokenizer: str, **settings: Any) -> HuggingFaceTextConfig:
     """Return a text encoder of BERT's family: ``kind`` is transformers' ``model_type`` with the same weights."""
-    model = {**json.loads(theirs.to_json_string(use_diff=False)), "model_type": kind}
+    model = {**plain(theirs), "model_type": kind}
     return HuggingFaceTextConfig(tokenizer, pretrained=False, pooling="cls", model=model, **settings)

@@ -56,8 +56,11 @@ def square(name: str, size: Any) -> int:
     return int(height)
 
 
-def preprocessing_of(values: Mapping[str, Any], image_size: int, kind: str) -> Preprocessing:
-    """Convert their ``preprocessor_config.json``, with the defaults of :data:`PROCESSORS`."""
+def preprocessing_of(values: Mapping[str, Any], image_size: int | None, kind: str) -> Preprocessing:
+    """Convert their ``preprocessor_config.json``, with the defaults of :data:`PROCESSORS`.
+
+    The model's image size must be the file's; None: any size.
+    """
     settings, same = _settings(values, kind)
     resized = settings["size"]
     if isinstance(resized, int):
@@ -70,10 +73,10 @@ def preprocessing_of(values: Mapping[str, Any], image_size: int, kind: str) -> P
         edge = square("preprocessor size", (resized.get("height"), resized.get("width")))
     crop = settings["crop_size"] if settings["do_center_crop"] else edge
     crop = square("preprocessor crop_size", (crop["height"], crop["width"]) if isinstance(crop, dict) else crop)
-    agree("size of a preprocessed image", crop, image_size)
+    agree("size of a preprocessed image", crop, image_size or crop)
     require(edge >= crop, f"preprocessor size {edge} must be at least crop_size {crop}, or images get a black border")
     mode: Literal["shortest", "squash"] = "shortest" if shortest else "squash"
-    return replace(same, image_size=image_size, resize_mode=mode, crop_pct=_crop_pct(crop, edge))
+    return replace(same, image_size=crop, resize_mode=mode, crop_pct=_crop_pct(crop, edge))
 
 
 def naflex_preprocessing(values: Mapping[str, Any], patch_size: int) -> Preprocessing:

@@ -58,7 +58,8 @@ def _open_clip_vision(model: CLIP) -> dict[str, Any]:
             "timm_proj": "" if image.projection == "classifier" else image.projection,
             "timm_proj_bias": image.projection_bias,
         }
-    assert isinstance(image, VisionTransformerConfig)  # open_clip_model has refused the others
+    if not isinstance(image, VisionTransformerConfig):  # open_clip_model has refused those of your own
+        raise InputError("open_clip has no image encoder of transformers; use onnx")
     pooled = image.pool == "attention"
     activation = image.activation or model.config.activation
     tanh = {"act_kwargs": {"approximate": "tanh"}} if activation == "gelu_tanh" else {}
@@ -95,7 +96,7 @@ def _open_clip_text(config: CLIPConfig) -> dict[str, Any]:
     if isinstance(text, HuggingFaceTextConfig):
         poolers = {"mean": "mean_pooler", "cls": "cls_last_hidden_state_pooler", "pooler": "cls_pooler"}
         require(text.pooling in poolers, f"open_clip has no pooling {text.pooling!r} for text; use onnx")
-        known = text.projection in ("linear", "mlp")
+        known = text.projection in ("linear", "mlp") and not text.projection_bias
         require(known, f"open_clip has no projection {text.projection!r} after a Hugging Face encoder; use onnx")
         return {
             **values,

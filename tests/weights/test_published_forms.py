@@ -1,5 +1,6 @@
 """Models of transformers' other classes open as their owners' code reads them: features, token ids, pixels."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -7,14 +8,28 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from lightning.pytorch import Trainer
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from benchmarks.families.families import save_tokenizer
+from datamodules import Captions
 from lit_clip import load_model
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
-from lit_clip.models.config import CLIPConfig, TextTransformerConfig, VisionTransformerConfig
+from lit_clip.models.config import (
+    CLIPConfig,
+    HuggingFaceTextConfig,
+    Preprocessing,
+    TextTransformerConfig,
+    VisionTransformerConfig,
+)
+from lit_clip.models.finetuning import Freeze, UnlockLast
+from lit_clip.module import LitCLIP
+from lit_clip.weights.checkpoints import saved_tokenizer
+from lit_clip.weights.hugging_face import to_hugging_face
+from lit_clip.weights.hugging_face_processor import byte_pairs
+from lit_clip.weights.open_clip import open_clip_model
 from tests.helpers.exports import photos
 from tests.helpers.towers import TEXTS
 from tests.weights.test_hugging_face import randomised
@@ -120,12 +135,201 @@ def test_tipsv2_reads_the_first_of_its_class_tokens_and_locates_texts(tmp_path: 
     assert ours.encode_patches(pixels).shape == (2, 32, 4, 4)
 
 
-@pytest.mark.parametrize("kind", ["aimv2", "align", "groupvit"])
-def test_a_class_that_our_encoders_cannot_express_is_refused_with_what_is_missing(tmp_path: Path, kind: str) -> None:
-    config = transformers.AutoConfig.for_model(kind)
-    config.save_pretrained(tmp_path)
-    save_file({"logit_scale": torch.ones(())}, tmp_path / "model.safetensors")
-    with pytest.raises(InputError, match=f"{kind}.*lit-clip lacks"):
+IN_CLIP_TOKENS: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+    "aimv2": ("Aimv2", {}, {}, {}),
+    "groupvit": (
+        *("GroupViT", {"eos_token_id": 49407}),
+        {"num_hidden_layers": 3, "depths": [1, 1, 1], "num_group_tokens": [4, 2, 0], "num_output_groups": [4, 2, 2]},
+        {"projection_intermediate_dim": 16 * 24},
+    ),
+    # as published before transformers knew the id of the end of text
+    "groupvit of 2022": ("GroupViT", {"eos_token_id": 2}, {}, {"projection_intermediate_dim": 16 * 24}),
+}
+
+
+def saved_in_clip_tokens(folder: Path, form: str) -> tuple[Any, Any]:
+    """Save a small random model with its processor as published; return the owner's model and tokenizer."""
+    name, text, vision, settings = IN_CLIP_TOKENS[form]
+    config = getattr(transformers, f"{name}Config")(
+        text_config={**TEXT, **text}, vision_config={**VISION, **vision}, projection_dim=24, **settings
+    )
+    theirs = randomised(getattr(transformers, f"{name}Model")(config))
+    theirs.save_pretrained(folder)
+    transformers.CLIPImageProcessor(**CROP).save_pretrained(folder)
+    vocabulary, merges = byte_pairs()
+    tokenizer = transformers.CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
+    tokenizer.save_pretrained(folder)
+    return theirs, tokenizer
+
+
+@pytest.mark.parametrize("form", IN_CLIP_TOKENS)
+@torch.no_grad()
+def test_aimv2_and_groupvit_have_the_features_ids_and_pixels_of_their_classes(tmp_path: Path, form: str) -> None:
+    theirs, tokenizer = saved_in_clip_tokens(tmp_path, form)
+    ours = load_model(tmp_path)
+    inputs = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    mask, tokens = inputs.attention_mask.bool(), ours.tokenize(TEXTS)
+    assert torch.equal(tokens[:, : mask.shape[1]][mask], inputs.input_ids[mask])
+    noise = photos((70, 90), (90, 70))
+    pixels = transformers.CLIPImageProcessorPil.from_pretrained(tmp_path)(noise, return_tensors="pt").pixel_values
+    torch.testing.assert_close(torch.stack([ours.preprocess(image) for image in noise]), pixels, rtol=0, atol=1e-5)
+    out = theirs(**inputs, pixel_values=pixels)
+    images, texts = ours.encode_image(pixels, normalize=True), ours.encode_text(tokens, normalize=True)
+    torch.testing.assert_close(images, out.image_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(texts, out.text_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.logit_scale.exp() * images @ texts.T, out.logits_per_image, rtol=1e-5, atol=1e-4)
+    # A text alone has no padding, with which AIMv2's class forgets that texts are causal.
+    alone = ours.encode_text(ours.tokenizer.trim(tokens[1:2]), normalize=True)
+    torch.testing.assert_close(alone, texts[1:2], rtol=0, atol=1e-5)
+
+
+ALIGN_VISION = {
+    **{"image_size": 40, "hidden_dim": 16, "width_coefficient": 1.0, "depth_coefficient": 1.0},
+    **{"kernel_sizes": [3, 5], "in_channels": [32, 16], "out_channels": [16, 24], "strides": [1, 2]},
+    **{"num_block_repeats": [1, 2], "expand_ratios": [1, 6]},
+}
+ALIGN_PIXELS: dict[str, Any] = {
+    **{"do_center_crop": True, "rescale_factor": 1 / 127.5, "rescale_offset": True, "do_normalize": False},
+    **{"include_top": False, "resample": 2, "size": {"height": 37, "width": 37}},
+    "crop_size": {"height": 32, "width": 32},
+}
+
+
+def saved_align(folder: Path) -> tuple[Any, Any]:
+    """Save a small random ALIGN with its processor as published; return the owner's model and tokenizer."""
+    text = {**TEXT, **BERT, "vocab_size": save_tokenizer("bert", folder)}
+    config = transformers.AlignConfig(text_config=text, vision_config=ALIGN_VISION, projection_dim=24)
+    theirs = randomised(transformers.AlignModel(config))
+    theirs.temperature.data.fill_(0.02)
+    theirs.save_pretrained(folder)
+    transformers.EfficientNetImageProcessor(**ALIGN_PIXELS).save_pretrained(folder)
+    return theirs, transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@torch.no_grad()
+def test_align_has_the_features_ids_and_pixels_of_its_class(tmp_path: Path) -> None:
+    theirs, tokenizer = saved_align(tmp_path)
+    ours = load_model(tmp_path)
+    inputs = tokenizer(TEXTS, padding="max_length", truncation=True, max_length=64, return_tensors="pt")
+    assert torch.equal(ours.tokenize(TEXTS), inputs.input_ids)
+    noise = photos((70, 90), (90, 70))
+    processor = transformers.EfficientNetImageProcessorPil.from_pretrained(tmp_path)
+    pixels = processor(noise, return_tensors="pt").pixel_values
+    torch.testing.assert_close(torch.stack([ours.preprocess(image) for image in noise]), pixels, rtol=0, atol=1e-5)
+    out = theirs(**inputs, pixel_values=pixels)
+    images, texts = ours.encode_image(pixels, normalize=True), ours.encode_text(inputs.input_ids, normalize=True)
+    torch.testing.assert_close(images, out.image_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(texts, out.text_embeds, rtol=0, atol=1e-5)
+    torch.testing.assert_close(ours.logit_scale.exp() * images @ texts.T, out.logits_per_image, rtol=1e-4, atol=1e-4)
+
+
+SAVED = {"aimv2": saved_in_clip_tokens, "groupvit": saved_in_clip_tokens, "align": lambda to, _: saved_align(to)}
+
+
+@pytest.mark.parametrize("form", SAVED)
+def test_a_model_of_transformers_own_encoders_trains_resumes_and_embeds(
+    tmp_path: Path, form: str, caption_table: Path
+) -> None:
+    SAVED[form](tmp_path / "published", form)
+    settings: dict[str, Any] = {"accelerator": "cpu", "logger": False, "enable_checkpointing": False}
+    settings |= {"enable_progress_bar": False, "enable_model_summary": False, "limit_train_batches": 2}
+    freeze = Freeze(image=UnlockLast(1))
+    for epochs, start in ((1, None), (2, tmp_path / "1.ckpt")):
+        module = LitCLIP(pretrained=tmp_path / "published", freeze=freeze)
+        data = Captions(train=str(caption_table), batch_size=8, num_workers=0)
+        trainer = Trainer(max_epochs=epochs, **settings)
+        trainer.fit(module, data, ckpt_path=start, weights_only=True)
+        trainer.save_checkpoint(tmp_path / f"{epochs}.ckpt")
+    assert trainer.global_step == 4
+    (tmp_path / "published").rename(tmp_path / "elsewhere")  # the checkpoint alone must do
+    theirs, ours, trained = load_model(tmp_path / "elsewhere"), load_model(tmp_path / "2.ckpt"), module.model.eval()
+    items = [*photos((70, 90)), "a dog"]
+    torch.testing.assert_close(ours.encode(items), trained.encode(items), rtol=0, atol=1e-6)
+    changed = {key for key, value in ours.state_dict().items() if not torch.equal(value, theirs.state_dict()[key])}
+    assert any(key.startswith("text.") for key in changed)
+    assert {key for key in changed if "embeddings" in key and "visual" in key} == set()
+
+
+@pytest.mark.parametrize("form", SAVED)
+def test_what_transformers_own_encoders_cannot_do_is_refused_in_a_line(tmp_path: Path, form: str) -> None:
+    SAVED[form](tmp_path, form)
+    model, kind = load_model(tmp_path), form.capitalize().replace("Groupvit", "GroupViT")
+    with pytest.raises(InputError, match=f"encode_patches: transformers' {kind}VisionModel"):
+        model.encode_patches(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(InputError, match=f"forward_intermediates: .*{kind}VisionModel"):
+        model.forward_intermediates(torch.zeros(1, 3, 32, 32))
+    with pytest.raises(InputError, match=f"image_size: transformers' {form}_vision_model .* 32"):
+        load_model(tmp_path, image_size=64)
+    with pytest.raises(InputError, match="open_clip has no image encoder of transformers; use onnx"):
+        open_clip_model(model)
+    with pytest.raises(InputError, match="a CLIPModel has a vision transformer"):
+        to_hugging_face(model)
+    with pytest.raises(InputError, match="bands"):
+        CLIP(dataclasses.replace(model.config, preprocessing=Preprocessing(32, (0.5,) * 4, (0.5,) * 4)))
+
+
+@pytest.mark.parametrize(
+    ("form", "settings", "problem"),
+    [
+        ("aimv2", {"model_type": "timm_wrapper", "architecture": "hf-hub:org/secret"}, "must be one of aimv2"),
+        ("aimv2", {"is_native": True, "image_size": 10**9}, "is_native"),
+        ("aimv2", {"class_path": "subprocess.Popen"}, "may not name a class"),
+        ("aimv2", {"hidden_size": 65536, "intermediate_size": 10**9}, "do not fit"),
+        ("groupvit", {"depths": [1000] * 1000}, "1000000 blocks must be at most 1000"),
+        ("align", {"num_block_repeats": [10**9, 1]}, "blocks must be at most 1000"),
+        ("align", {"hidden_act": "no such"}, "cannot create align_vision_model"),
+    ],
+)
+def test_a_checkpoints_settings_of_transformers_encoders_name_nothing_and_take_no_memory(
+    tmp_path: Path, form: str, settings: dict[str, Any], problem: str
+) -> None:
+    SAVED[form](tmp_path, form)
+    model = load_model(tmp_path)
+    architecture = model.config.to_dict()
+    architecture["image"]["model"] |= settings
+    values = {"hyper_parameters": {"architecture": architecture}, "state_dict": model.state_dict()}
+    torch.save({**values, **saved_tokenizer(model)}, tmp_path / "hostile.ckpt")
+    with pytest.raises(InputError, match=problem):
+        load_model(tmp_path / "hostile.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "problem"),
+    [
+        ("aimv2", {"text_config": {**TEXT, "eos_token_id": 7}}, "text_config.eos_token_id is 7 there and 49407"),
+        ("aimv2", {"vision_config": {**VISION, "use_head": False}}, "vision_config.use_head is False"),
+        ("groupvit", {"projection_intermediate_dim": 64}, "projection_intermediate_dim is 64 there and 384"),
+        ("align", {"vision_config": {**ALIGN_VISION, "num_channels": 4}}, "vision_config.num_channels is 4"),
+    ],
+)
+def test_settings_that_would_change_the_features_of_those_encoders_are_named(
+    tmp_path: Path, form: str, change: dict[str, Any], problem: str
+) -> None:
+    SAVED[form](tmp_path, form)
+    values = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, **change}))
+    with pytest.raises(InputError, match=problem):
+        load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"pooling": "end"}, "pooling end starts from no weights; set pretrained to false"),
+        ({"pooling": "end", "pretrained": False}, "model_type 'bert' must be one of aimv2_text_model"),
+    ],
+)
+def test_only_causal_encoders_of_clips_tokens_are_read_at_their_end(settings: dict[str, Any], problem: str) -> None:
+    text = HuggingFaceTextConfig("org/name", model={"model_type": "bert"}, **settings)
+    with pytest.raises(InputError, match=problem):
+        CLIP(CLIPConfig(24, VisionTransformerConfig(32, 16, 64, 1, 1), text))
+
+
+def test_align_pixels_of_another_scale_are_refused(tmp_path: Path) -> None:
+    saved_align(tmp_path)
+    file = tmp_path / "preprocessor_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "rescale_offset": False}))
+    with pytest.raises(InputError, match="rescale_offset is False there and True here"):
         load_model(tmp_path)
 
 
