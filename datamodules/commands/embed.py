@@ -22,7 +22,6 @@ from lit_clip.tools.hashing import stable_hash
 from lit_clip.tools.images import OnError
 from lit_clip.tools.shares import Share
 from lit_clip.tools.text_files import read_text
-from ..evaluation.judged_documents import QueriesAndDocuments
 from ..open_source import holds_pairs
 from ..pairs.batches import SourcePairs
 from ..pairs.columns import ColumnPairs
@@ -53,7 +52,6 @@ def embed(
     texts: str | None = None,
     fields: Fields = "image",
     text_weight: float | None = None,
-    queries: str | None = None,
     classes: Classes = Classes(),  # noqa: B008  # immutable
     keep: str | list[str] | None = None,
     settings: EncodingSettings = EncodingSettings(),  # noqa: B008  # immutable
@@ -74,8 +72,6 @@ def embed(
         fields: of the data; image,caption is one feature of all images and captions of a thing, which are those of an
             image, or with --columns.group of a group.
         text_weight: of the captions with image,caption, above 0 and below 1 (0.5); the images have the rest.
-        queries: learn text_weight from a folder of queries, documents named as things, and judgements, as lit-clip
-            evaluate reads it; from the split train, which the judgements must have.
         classes: of a folder of classes.
         keep: a table of lit-clip inspect, overlap or score, or several; only the pairs that all keep are encoded.
         settings: how images and texts are read and encoded.
@@ -91,12 +87,10 @@ def embed(
     require(not (texts and fields != "image"), f"--fields {fields}: is for data, not for --texts")
     require(together or text_weight is None, f"--text_weight {text_weight}: is for --fields image,caption")
     require(text_weight is None or 0 < text_weight < 1, f"--text_weight {text_weight}: must be above 0 and below 1")
-    one = queries is None or (together and text_weight is None)
-    require(one, f"--queries {queries}: learns the weight of --fields image,caption; leave --text_weight out")
     if together:
         opened = open_data(given, settings.on_error, classes, keep, "train")
         weight = 0.5 if text_weight is None else text_weight
-        _embed_things(opened, model, path, settings, Share.typed(share), weight, queries)
+        _embed_things(opened, model, path, settings, Share.typed(share), weight)
         return
     captions = fields == "caption"
     items = _items_of_texts(Path(texts)) if texts else _items_of(given, captions, classes, keep, settings.on_error)
@@ -130,27 +124,17 @@ def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings, sh
 
 
 def _embed_things(
-    opened: Opened,
-    model: str,
-    path: Path,
-    settings: EncodingSettings,
-    share: Share,
-    text_weight: float,
-    queries: str | None,
+    opened: Opened, model: str, path: Path, settings: EncodingSettings, share: Share, text_weight: float
 ) -> None:
     """Write a feature of each thing; ranks but the first only encode."""
     root = _root(opened)
-    judged = None if queries is None else QueriesAndDocuments(queries, "train")
-    if judged is not None and judged.split != "train":
-        only = f"has only the split {judged.split!r} of judgements, by which evaluate judges"
-        raise InputError(f"--queries: {queries} {only}; name those to learn from train, such as qrels/train.tsv")
     things = Things.of(opened.pairs, root, settings.on_error)
     check_keys(path, [*things.by_name, *things.rows])
     with work_on(path, model, f"things {opened.stamp()}", settings, share) as work:
-        found = features_of_things(work, opened.pairs, things, settings, text_weight, judged)
+        found = features_of_things(work, opened.pairs, things, settings, text_weight)
         if found is None:
             return
-        metadata = work.metadata | {"content": "image,caption", "text_weight": f"{found.text_weight:g}"}
+        metadata = work.metadata | {"content": "image,caption", "text_weight": f"{text_weight:g}"}
         metadata |= {"root": str(root)} if root is not None else {}
         images = found.images if things.grouped else None
         write_features(path, found.names, found.features, metadata, images=images)

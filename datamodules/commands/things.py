@@ -13,11 +13,7 @@ from lit_clip.embedding.encoding_task import EncodingSettings, check_complete, i
 from lit_clip.embedding.feature_files import FeatureTable, Identity, collect
 from lit_clip.embedding.image_files import identities_of
 from lit_clip.embedding.index import combined
-from lit_clip.embedding.mixture import learn_text_weight
 from lit_clip.embedding.reading import UnreadableRow
-from lit_clip.errors import require
-from lit_clip.evaluation.data import JudgedDocuments
-from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import stable_hash
 from lit_clip.tools.images import OnError
 from ..pairs.batches import SourcePairs
@@ -63,29 +59,20 @@ class ThingFeatures(NamedTuple):
     images: list[str]  # the first readable image of each
     keys: Sequence[str]  # of all images
     unreadable: Sequence[UnreadableRow]  # numbers of keys that could not be read
-    text_weight: float
 
 
 def features_of_things(
-    work: Work,
-    source: PairSource,
-    things: Things,
-    settings: EncodingSettings,
-    text_weight: float,
-    queries: JudgedDocuments | None = None,
+    work: Work, source: PairSource, things: Things, settings: EncodingSettings, text_weight: float
 ) -> ThingFeatures | None:
     """Encode images and captions, and mix them; None on ranks but the first, and for a share of the work.
 
     All ranks call this. A thing's feature is the direction of ``text_weight`` times the mean of its captions' unit
-    features, plus the rest times that of its images: the more its mean cosine with a query, the nearer it is. The
-    weight may be learned from ``queries``. One none of whose images can be read is left out.
+    features, plus the rest times that of its images: the more its mean cosine with a query, the nearer it is. One
+    none of whose images can be read is left out.
     """
     model, parts, _ = work
     keys = sorted(things.rows)
-    asked = [] if queries is None else queries.queries.texts  # without images its length is 0
-    texts = sorted(
-        {caption for thing in things.by_name.values() for caption in thing.captions} | {*filter(None, asked)}
-    )
+    texts = sorted({caption for thing in things.by_name.values() for caption in thing.captions})
     rows = SourcePairs(source, [things.rows[key] for key in keys])
     images = image_task(model, rows, identities_of(keys, things.root))
     captions = text_task(model, texts, [_of_text(text) for text in texts])
@@ -107,25 +94,9 @@ def features_of_things(
             of_images.append(table.features[readable].mean(axis=0))
             of_texts.append(of_text.features[[text_rows[caption] for caption in thing.captions]].mean(axis=0))
     image_ND, text_ND = (torch.from_numpy(np.stack(means)) for means in (of_images, of_texts))
-    if queries is not None:
-        judged = _judged(queries, names)
-        query_QD = torch.from_numpy(of_text.features[[text_rows.get(text, 0) for text in asked]])
-        learned = learn_text_weight(image_ND, text_ND, query_QD, judged, float(model.logit_scale.exp()))
-        stderr().print(str(learned))
-        text_weight = learned.text_weight
     mixed = combined(image_ND, text_ND, text_weight)
     shown = [_first(things.by_name[name], image_rows) for name in names]
-    return ThingFeatures(names, mixed.numpy(), shown, keys, unreadable, text_weight)
-
-
-def _judged(queries: JudgedDocuments, names: Sequence[str]) -> list[tuple[int, int, int]]:
-    """Return query, thing and grade of the things, by their names, that are relevant for queries with a text."""
-    row_of, ids = {name: row for row, name in enumerate(names)}, queries.documents.keys
-    found = [(query, row_of.get(ids[document], -1), grade) for query, document, grade in queries.relevance if grade > 0]
-    judged = [each for each in found if each[1] >= 0 and queries.queries.texts[each[0]]]
-    none = f"--queries: no text has a relevant thing; documents are named as things are, such as {names[0]!r}"
-    require(bool(judged), f"{none}, not {ids[0]!r}")
-    return judged
+    return ThingFeatures(names, mixed.numpy(), shown, keys, unreadable)
 
 
 def _of_text(text: str) -> Identity:
