@@ -176,6 +176,7 @@ def test_a_run_that_is_no_worse_has_no_such_line(
     assert told(out)["10 nearest images stay"][:2] == [100, 100]
 
 
+@pytest.mark.slow
 def test_neighbours_are_those_of_a_plain_loop(
     overfitted: tuple[Path, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -203,6 +204,7 @@ def classes(overfitted: tuple[Path, Path], tmp_path: Path) -> Path:
     return tmp_path / "kinds"
 
 
+@pytest.mark.slow
 def test_the_rest_is_a_folder_of_classes_or_a_table(
     overfitted: tuple[Path, Path], repeated: Path, classes: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

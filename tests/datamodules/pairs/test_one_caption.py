@@ -469,7 +469,9 @@ def test_a_run_of_captions_together_resumed_within_an_epoch_continues_bit_for_bi
         fit(other)
 
 
-@pytest.mark.parametrize("freeze", ["unlock_last 0", "unlock_last 1", "image", "text"])
+@pytest.mark.parametrize(
+    "freeze", [pytest.param("unlock_last 0", marks=pytest.mark.slow), "unlock_last 1", "image", "text"]
+)
 def test_stored_features_train_as_images_and_all_their_captions_do(
     freeze: str, by_number: Path, tmp_path: Path
 ) -> None:
