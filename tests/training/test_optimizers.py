@@ -291,7 +291,11 @@ def test_a_checkpoint_that_names_no_optimiser_cannot_resume(table: Path, tmp_pat
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-@pytest.mark.parametrize("clipping", [{"gradient_clip_val": 0.1}, {}], ids=["clipped", "not clipped"])
+@pytest.mark.parametrize(
+    "clipping",
+    [{"gradient_clip_val": 0.1}, pytest.param({}, marks=pytest.mark.slow)],
+    ids=["clipped", "not clipped"],
+)
 def test_fused_adamw_learns_as_the_plain_one_does(
     clipping: dict[str, Any], precision: str, table: Path, tmp_path: Path
 ) -> None:
