@@ -95,14 +95,12 @@ LONG = ("zero_shot_imagenet", "bundled", "onnx", "immich")
 SLOW = {command for command in COMMANDS if any(word in command for word in LONG)}
 # A training takes a second or two, and there are dozens. These words need what a run has: data, variables, and files
 # that the commands before have written.
-OF_A_RUN = ("--ckpt_path", "--recipe", "--data.help", "own.yaml", "pretrained_encoders")
+OF_A_RUN = ("--ckpt_path", "--data.help", "own.yaml", "pretrained_encoders")
 OF_A_RUN += ("--data.keep", "neighbours.parquet", "negatives.jsonl", " shards")
 TRAININGS = {
     line
     for line in COMMANDS
-    if "lit-clip fit " in line
-    and line not in typed("README.md", "docs/training.md")
-    and not any(word in line for word in OF_A_RUN)
+    if "lit-clip fit " in line and line not in typed("README.md") and not any(word in line for word in OF_A_RUN)
 }
 # A command in a sentence is parsed if it is complete.
 PARSED = [line for line in typed() if needs_more(line) or line in TRAININGS] + [

@@ -140,6 +140,7 @@ def test_the_current_weights_are_evaluated_before_the_first_update(fit: Fit, tmp
     assert "weights" not in torch.load(tmp_path / "never.ckpt", weights_only=True)
 
 
+@pytest.mark.slow
 def test_the_modules_own_metrics_are_those_of_the_average(fit: Fit, caption_table: Path, tmp_path: Path) -> None:
     module, _, fitting = fit(EMA(DECAY), limit_val_batches=1.0)
     fitted = {k: float(v) for k, v in fitting.callback_metrics.items() if not k.startswith("train/")}
@@ -178,7 +179,11 @@ def test_a_resumed_run_keeps_both_copies_and_ends_like_an_uninterrupted_one(fit:
     assert fitting.global_step == 12
 
 
-@pytest.mark.parametrize("length", [{"max_epochs": 2}, {"max_epochs": -1, "max_steps": 6}], ids=["epochs", "steps"])
+@pytest.mark.parametrize(
+    "length",
+    [{"max_epochs": 2}, pytest.param({"max_epochs": -1, "max_steps": 6}, marks=pytest.mark.slow)],
+    ids=["epochs", "steps"],
+)
 def test_a_finished_run_that_is_resumed_has_the_average_in_its_module(
     length: dict[str, Any], fit: Fit, caption_table: Path, tmp_path: Path
 ) -> None:

@@ -289,6 +289,7 @@ def slow(tmp_path: Path) -> list[str]:
 REAL = re.compile(r"expected time: (?:[6-9]|[1-5]\d)(?:\.\d)? minutes \(3,600 steps of 0\.[1-9]\d* s\)")
 
 
+@pytest.mark.slow
 def test_a_run_to_a_file_has_one_line_below_the_plan(
     cli: Callable[..., subprocess.CompletedProcess[str]], slow: list[str]
 ) -> None:
@@ -322,6 +323,7 @@ def test_it_is_printed_through_lightnings_other_bar(
     assert written == ["expected time: 16 s (8 steps of 2 s)"]
 
 
+@pytest.mark.slow
 def test_two_ranks_print_it_once(slow: list[str], tmp_path: Path) -> None:
     words = [*slow, "--trainer.devices", "2", "--trainer.max_epochs", "360"]  # 10 steps each
     output = run_lightning_ranks(2, tmp_path, "lit-clip", *words)

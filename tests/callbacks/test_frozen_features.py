@@ -123,7 +123,8 @@ def of_towers(run: Run, towers: str, folders: dict[str, Path]) -> Run:
     return run._replace(towers=str(folders["bert"]) if towers == "bert" else towers)
 
 
-OTHERS = [("resnet", "unlock_last 0"), ("resnet", "unlock_last 1"), ("coca", "unlock_last 1")]
+OTHERS: list[Any] = [pytest.param("resnet", "unlock_last 0", marks=pytest.mark.slow), ("resnet", "unlock_last 1")]
+OTHERS += [pytest.param("coca", "unlock_last 1", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("towers", "freeze"), [*TOWERS, *OTHERS])
@@ -167,6 +168,7 @@ def test_losses_stay_equal_with(model: dict[str, Any], callbacks: tuple[Callable
     check_equal(run._replace(freeze="unlock_last 1", model=model), *callbacks)
 
 
+@pytest.mark.slow
 def test_losses_stay_equal_with_micro_batches_of_other_libraries_towers(run: Run, folders: dict[str, Path]) -> None:
     check_equal(run._replace(towers=str(folders["bert"]), freeze="unlock_last 1", model={"micro_batch_size": 5}))
 

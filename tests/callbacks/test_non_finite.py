@@ -298,7 +298,7 @@ def test_a_skipped_step_changes_nothing(options: dict[str, Any], caption_table: 
     assert fitting.global_step == 4
 
 
-@pytest.mark.parametrize("logged", [1, 50])
+@pytest.mark.parametrize("logged", [pytest.param(1, marks=pytest.mark.slow), 50])
 @pytest.mark.parametrize(("policy", "weights_alone"), [("stop", False), ("skip", False), ("stop", True)])
 @pytest.mark.usefixtures("ahead")
 def test_no_checkpoint_is_written_of_a_step_that_stops_a_run(

@@ -180,6 +180,7 @@ def test_a_run_to_a_file_and_its_resumption_have_whole_lines_and_no_advice_of_li
         assert "TPU" not in result.stderr
 
 
+@pytest.mark.slow
 def test_two_ranks_write_once(table: Path, tmp_path: Path) -> None:
     output = run_lightning_ranks(2, tmp_path, "lit-clip", *words(table, "--trainer.devices", "2"))
     assert len(re.findall(r"^fit: step 4 of 4,.* in all$", output, re.MULTILINE)) == 1
@@ -209,6 +210,7 @@ def _every_line(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(console, name, 0.0)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("_every_line")
 def test_commands_write_lines_to_a_file(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch

@@ -286,6 +286,7 @@ def test_metrics_and_baselines_equal_the_command(masks_folder: Path, monkeypatch
     )  # a third of the pixels, one of three classes
 
 
+@pytest.mark.slow
 def test_two_ranks_give_the_same_metrics(masks_folder: Path, ranks: Callable[..., None]) -> None:
     suite, output = str(masks_folder / "suite.yaml"), masks_folder / "two.json"
     ranks("places", 2, str(output), str(masks_folder), suite, script="ranks_callbacks.py")

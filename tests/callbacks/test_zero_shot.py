@@ -145,6 +145,7 @@ def test_a_checkpoint_has_the_metric_if_the_callback_did_not_run_and_after_resum
     assert numbers(trainer, TOP1)[TOP1] == seen.values[6]
 
 
+@pytest.mark.slow
 def test_a_checkpoint_every_few_steps_has_the_metric(folder: Path) -> None:
     module, callback, seen = (
         make_module(),

@@ -289,6 +289,7 @@ def test_settings_are_flat_plain_values_without_passwords() -> None:
     assert flat_settings({"trainer": {"callbacks": None}}) == {"trainer.callbacks": ""}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "logger", ["false", "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: a}}"]
 )

@@ -95,6 +95,7 @@ def test_mlflow_gets_metrics_and_images_and_each_run_has_its_own_folder(fit: Fit
     assert saved_steps([folder, folder.with_name(newest.info.run_id)]) == [4, 12]
 
 
+@pytest.mark.slow
 def test_several_loggers_each_have_a_line_and_csv_gets_no_image(fit: Fit, tmp_path: Path) -> None:
     kinds = ("TensorBoardLogger", "CSVLogger")
     each = [

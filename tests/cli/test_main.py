@@ -353,6 +353,7 @@ def test_resuming_past_max_epochs_says_which_option_to_raise(
     assert_user_error(in_process(*command), *parts)
 
 
+@pytest.mark.slow
 def test_a_run_that_gets_worse_keeps_the_last_and_the_best_epoch(cli: Cli, caption_table: Path, tmp_path: Path) -> None:
     config = str(Path(__file__).parents[2] / "configs/table.yaml")
     options = ["--data.batch_size", "16", "--data.num_workers", "0", "--trainer.accelerator", "cpu"]

@@ -190,6 +190,7 @@ def test_images_are_searched_by_images_and_runs_are_compared_by_it(root: Path) -
     assert "image retrieval, mAP@10" in Path("out/report.html").read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_a_probe_of_one_set_is_tested_on_others_and_trained_once(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two sets with some of the classes, in other orders, equal the argmax among these classes of one probe."""
     trained = {"train": {"class_path": FOLDER, "init_args": {"root": "train"}}, "test": {}}
@@ -568,6 +569,7 @@ def test_recalls_are_shown_merged_where_captions_repeat(root: Path, capsys: pyte
     assert "captions repeat, and equal ones count as one" in page
 
 
+@pytest.mark.slow
 def test_another_run_is_compared_image_by_image(root: Path) -> None:
     """The files of predictions agree with the results, and are written again if they are gone."""
     import pyarrow.parquet as pq

@@ -134,6 +134,7 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Watched]:
     return cache(lambda *own: fit("cpu", *(one() for one in own), **options))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("case", CASES)
 def test_training_in_bfloat16_follows_that_in_float32(
@@ -210,6 +211,7 @@ def test_one_rank_trains_as_one_device(strategy: str, device: str, tmp_path: Pat
     torch.testing.assert_close(other.numbers(), one.numbers(), rtol=1e-4, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("device", OTHERS)
 def test_callbacks_run_on_the_device(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a validation, a checkpoint and a resumed step; their values are tested on the CPU."""

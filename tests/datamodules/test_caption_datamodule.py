@@ -395,6 +395,7 @@ def _fit(folder: Path, table: Path, steps: int, resume: Path | None = None) -> t
     return recorder, path, module
 
 
+@pytest.mark.slow
 def test_a_run_with_mixed_budgets_resumes_exactly(tmp_path: Path) -> None:
     table = write_table(tmp_path, rows=16)
     whole, _, expected = _fit(tmp_path, table, 12)

@@ -132,7 +132,7 @@ def test_training_the_heads_finds_what_two_linear_maps_can_and_changes_nothing_e
     assert recall["trained"] > 0.5 > 0.1 > recall["new"]
 
 
-@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("stored", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_encoders_with_new_heads_are_compared_with_the_heads_alone_and_train_as_without(
     stored: bool, config: CLIPConfig, table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -169,6 +169,7 @@ def test_a_run_starts_with_the_heads_that_were_trained_alone_and_is_compared_wit
     assert differences == ["+0.0", "+0.0"]  # a rate of 0 changes nothing more
 
 
+@pytest.mark.slow
 def test_steps_behind_trained_heads_drop_features_in_training_alone_and_resume_exactly(
     config: CLIPConfig, table: Path, tmp_path: Path
 ) -> None:
@@ -354,6 +355,7 @@ def test_examples_of_one_class_alone_are_an_error() -> None:
         fit_head(features, zero_shot, torch.zeros_like(labels))
 
 
+@pytest.mark.slow
 def test_few_shot_heads_see_the_draws_of_the_probes_and_nothing_else() -> None:
     features, zero_shot, labels = examples(120, 6, 3)
     everything = Split(features, Targets(labels, 3), zero_shot)

@@ -616,6 +616,7 @@ def test_an_error_names_the_page_that_cannot_be_written(tmp_path: Path) -> None:
         write_report(results_of({}), tmp_path / "nowhere", {})
 
 
+@pytest.mark.slow
 def test_tensorboard_has_the_scalars_charts_and_contact_sheets_of_the_last_evaluation(
     full: dict[str, Any], folder: Path
 ) -> None:

@@ -23,6 +23,7 @@ from lit_clip.training.optimizers import PaperAdamW
 from lit_clip.training.schedules import WarmupCosine
 from tests.conftest import made_once, without_packaged_defaults
 from tests.helpers import charts as leaving_out
+from tests.helpers import counted
 
 SMALL = CLIPConfig(  # of ``overfitted``: the smallest that learns its table, since many commands read the checkpoint
     embed_dim=64,
@@ -33,6 +34,7 @@ SMALL = CLIPConfig(  # of ``overfitted``: the smallest that learns its table, si
 
 torch.set_num_threads(1)
 leaving_out.leave_out()
+counted.count_once()
 os.fsync = lambda fd: None  # waits for the disk thousands of times, and no test takes the power away
 torch_workers.MP_STATUS_CHECK_INTERVAL = 0.2  # not 5 s for each data worker that a test has killed
 registry.entry_points = cache(registry.entry_points)  # each Trainer would read the metadata of all packages

@@ -42,6 +42,7 @@ for name in (
     "tests.fuzz.targets.stores",
     "tests.fuzz.targets.words",
     "tests.helpers.charts",
+    "tests.helpers.counted",
     "tests.helpers.ranks_evaluation",
     "tests.helpers.ranks_scale",
     "tests.helpers.ranks_skipped",
@@ -70,6 +71,14 @@ lightning.CLI._choose_precision = lambda self, settings: sys.argv.extend(["--tra
 
 os.fsync = lambda fd: None  # as in tests/helpers/fixtures.py
 sys.modules["tests.helpers.charts"].leave_out()
+sys.modules["tests.helpers.counted"].count_once()
+IMAGE: Any = {"image_size": 32, "patch_size": 16, "width": 64, "layers": 1, "heads": 1}
+configs: Any = import_module("lit_clip.models.config")
+with import_module("torch").random.fork_rng([]):
+    for dim, length in ((16, 16), (64, 32)):  # the models of tests/conftest.py and tests/test_readme.py
+        text = configs.TextTransformerConfig(context_length=length, width=16, layers=1, heads=1)
+        config = configs.CLIPConfig(dim, configs.VisionTransformerConfig(**IMAGE), text)
+        import_module("lit_clip.training.plan").tower_work(import_module("lit_clip.models.clip").CLIP(config))
 
 # At the end of a process torch takes each operator of its libraries back, and a fork would copy all that they lie in.
 for each in list(weakref.finalize._registry):  # pyright: ignore

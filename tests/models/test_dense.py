@@ -291,6 +291,7 @@ def test_the_gradient_is_the_slope(kind: str) -> None:
     torch.testing.assert_close(torch.as_tensor(slope), (values[0] - values[1]) / 2, rtol=1e-4, atol=1e-10)
 
 
+@pytest.mark.slow
 def test_compiled_blocks_have_the_same_features() -> None:
     model = model_of(VIT)
     expected = model.encode_patches(photos(32))

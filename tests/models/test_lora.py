@@ -187,6 +187,7 @@ def test_a_checkpoint_holds_only_the_additions_and_opens_as_a_plain_model(
     assert torch.equal(started.model.visual.proj, plain.visual.proj)
 
 
+@pytest.mark.slow
 def test_a_resumed_adapter_ends_with_the_weights_of_an_uninterrupted_run(
     base: Path, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:

@@ -64,8 +64,15 @@ def by_hand(folder: Path, text: str, pooling: str) -> Tensor:
 
 @pytest.mark.parametrize(
     ("family", "pooling"),
-    [(family, pooling) for family in FAMILIES for pooling in ("mean", "cls", "last")]
-    + [("bert", "pooler"), ("roberta", "pooler")],
+    [(family, "mean") for family in FAMILIES]
+    + [("bert", "cls"), ("bert", "last"), ("t5", "last"), ("bert", "pooler")]
+    + [
+        pytest.param(family, pooling, marks=pytest.mark.slow)
+        for family in FAMILIES
+        for pooling in ("cls", "last")
+        if (family, pooling) not in (("bert", "cls"), ("bert", "last"), ("t5", "last"))
+    ]
+    + [pytest.param("roberta", "pooler", marks=pytest.mark.slow)],
 )
 def test_padding_changes_nothing_and_pooling_matches_the_bare_model(
     family: str, pooling: str, folders: dict[str, Path]
@@ -144,7 +151,7 @@ def test_half_precision_weights_are_loaded_as_float32(folders: dict[str, Path], 
         assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("family", ["roberta", "modernbert", "t5"])
+@pytest.mark.parametrize("family", ["roberta", pytest.param("modernbert", marks=pytest.mark.slow), "t5"])
 def test_a_checkpoint_does_not_need_the_encoders_folder(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "encoder"
     shutil.copytree(folders[family], folder)

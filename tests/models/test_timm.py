@@ -260,6 +260,7 @@ def test_settings_that_timm_does_not_support_are_refused_in_one_line(settings: d
 SHALLOW = {"depths": (1, 1), "num_heads": (2, 4), "embed_dim": 16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "options"), [("test_convnext", {}), ("test_vit3", {}), ("swin_tiny_patch4_window7_224", SHALLOW)]
 )

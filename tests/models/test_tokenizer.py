@@ -299,6 +299,7 @@ def test_ids_are_counted_before_truncation() -> None:
     assert CLIPTokenizer(77).count("cat " * 500) == 502
 
 
+@pytest.mark.slow
 def test_ids_of_long_normal_texts_are_open_clips(open_clip_tokenizer: SimpleTokenizer) -> None:
     generator = random.Random(0)
     broken = {"sch\u00c3\u00b6n", "<|startoftext|>", "<|endoftext|>"}

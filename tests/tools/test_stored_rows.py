@@ -178,6 +178,7 @@ def resident(address: int) -> int | None:
     return None
 
 
+@pytest.mark.slow
 def test_their_pages_take_memory_when_they_are_written_to_and_give_it_back_with_the_tensor() -> None:
     zeros = lazy_zeros((200, MIB), torch.uint8)
     address, before = zeros.data_ptr(), resident(zeros.data_ptr())

@@ -32,6 +32,7 @@ FIT = "run(['--data', 'datamodules.OpenMoji', '--trainer.accelerator', 'cpu'], e
 EMBED = "make_trainer(EncodingSettings(accelerator='cpu'))"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's memory")
 @pytest.mark.parametrize(
     ("start", "is_kept"),

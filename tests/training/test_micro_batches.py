@@ -111,7 +111,7 @@ def big_batch() -> CaptionBatch:
     return CaptionBatch(batch.images.repeat(8, 1, 1, 1), tokens, batch.keys * 8, list(batch.captions) * 8)
 
 
-@pytest.mark.parametrize("size", [64, 32, 8])
+@pytest.mark.parametrize("size", [64, 32, pytest.param(8, marks=pytest.mark.slow)])
 def test_every_micro_batch_but_the_last_is_computed_again(size: int) -> None:
     """Operations that torch counts, the loss apart: three forward passes, and (p - 1) / p of one more."""
     batch, module = big_batch(), make_module(micro_batch_size=size)

@@ -148,7 +148,7 @@ def check_curves(ours: dict[str, dict[int, float]], theirs: dict[str, dict[int, 
 CASES = [
     pytest.param(1, 0, False, 3, 1, id="one rank in the middle of an epoch"),
     pytest.param(1, 2, True, 5, 1, id="tars, with workers exactly at the end of an epoch"),
-    pytest.param(2, 0, False, 10, 1, id="two ranks at the end of an epoch with a validation"),
+    pytest.param(2, 0, False, 10, 1, id="two ranks at the end of an epoch with a validation", marks=pytest.mark.slow),
     pytest.param(2, 2, True, 8, 3, id="tars, two ranks with workers, some steps after the checkpoint"),
 ]
 
@@ -271,6 +271,7 @@ def test_a_run_that_max_steps_ended_goes_on_at_its_next_batch(
         assert fit(10, tmp_path / f"saved_{steps}.ckpt")[1] == whole[steps:]
 
 
+@pytest.mark.slow
 def test_a_run_resumed_with_another_batch_ends_when_its_rate_does(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
 ) -> None:

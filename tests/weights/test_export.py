@@ -206,6 +206,7 @@ def test_transformers_opens_an_exported_siglip_as_a_siglip_model(tmp_path: Path,
     assert_identical(load_model(tmp_path / "out").state_dict(), siglip.state_dict())
 
 
+@pytest.mark.slow
 def test_transformers_opens_an_exported_naflex_model_as_a_siglip2_model(tmp_path: Path, siglip: CLIP) -> None:
     """Images of several aspect ratios in one batch, through transformers' own processor."""
     image, text = siglip.config.image, siglip.config.text
@@ -260,7 +261,8 @@ def test_a_siglip_in_onnx_keeps_its_bias_and_its_tokenizer(tmp_path: Path, sigli
     assert tokens == siglip.tokenize("two cats")[0, : len(tokens)].tolist()
 
 
-@pytest.mark.parametrize("pooling", ["mean", pytest.param("pooler", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("pooling", ["mean", "pooler"])
 def test_a_hugging_face_text_encoder_is_exported_to_open_clip_and_onnx(
     tmp_path: Path, tiny_config: CLIPConfig, pooling: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -354,6 +354,7 @@ def test_the_lightning_module_starts_from_an_open_clip_folder(tmp_path: Path) ->
     assert_same(module.model.eval(), theirs)
 
 
+@pytest.mark.slow
 def test_the_models_name_in_front_of_a_bare_file_sets_its_architecture(tmp_path: Path) -> None:
     theirs = open_clip.create_model("ViT-S-32")
     torch.save(theirs.state_dict(), tmp_path / "weights.bin")

@@ -64,6 +64,7 @@ def folders() -> dict[str, Path]:
     return {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("format", "size"),
     [

@@ -61,6 +61,7 @@ def features(model: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
     return model.encode_image(pixels), model.encode_text(tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["open_clip", "hugging_face"])
 def test_a_pushed_model_opens_by_name_with_the_same_features_and_in_the_library_it_is_for(
     format: str, hub: Hub, ours: CLIP, tmp_path: Path, capsys: pytest.CaptureFixture[str]

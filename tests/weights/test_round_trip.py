@@ -140,7 +140,7 @@ def test_every_kind_of_image_encoder_opens_again(tmp_path: Path, kind: str) -> N
     assert_opens_again(CLIPConfig(**{"embed_dim": 32, "text": TEXT, **IMAGES[kind]}), tmp_path)
 
 
-@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh"])
+@pytest.mark.parametrize("activation", ["gelu", pytest.param("gelu_tanh", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("kind", TEXTS_OF)
 def test_every_kind_of_text_encoder_opens_again(tmp_path: Path, kind: str, activation: Any) -> None:
     folder = tmp_path / "bert"

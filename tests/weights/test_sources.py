@@ -89,7 +89,11 @@ def test_a_file_truncated_anywhere_is_refused_in_one_line(tmp_path: Path, kind: 
         assert "incomplete" in refusal(path, architecture=CONFIG), length
 
 
-@pytest.mark.parametrize("kind", ["archive", "zip", "legacy", "safetensors"])
+@pytest.mark.parametrize(
+    "kind",
+    ["archive", pytest.param("zip", marks=pytest.mark.slow), pytest.param("legacy", marks=pytest.mark.slow)]
+    + ["safetensors"],
+)
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
 def test_damaged_bytes_give_an_input_error_or_other_weights(tmp_path: Path, kind: str) -> None:
     """Changes random bytes of the headers, which are at both ends of a file."""

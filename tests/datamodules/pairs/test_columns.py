@@ -54,6 +54,7 @@ def test_blank_mask_equals_is_blank_of_each_text(kind: pa.DataType) -> None:
         assert blank_mask(column[start:stop]).tolist() == expected[start:stop]
 
 
+@pytest.mark.slow
 def test_only_invisible_characters_are_blank_in_a_cell_and_in_a_column() -> None:
     characters = [chr(code) for code in range(sys.maxunicode + 1) if not 0xD800 <= code < 0xE000]
     blank = [is_blank(character) for character in characters]

@@ -225,6 +225,7 @@ def train(
     return trainer, record
 
 
+@pytest.mark.slow
 def test_a_run_resumed_within_an_epoch_continues_with_the_same_pixels_to_the_same_weights(
     tiny_config: CLIPConfig, tmp_path: Path
 ) -> None:

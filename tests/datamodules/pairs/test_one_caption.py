@@ -444,7 +444,7 @@ def joined_run(by_number: Path, folder: Path, **options: Any) -> Run:
     return Run(str(folder), str(by_number), **options)
 
 
-@pytest.mark.parametrize("micro_batch", [None, 3])
+@pytest.mark.parametrize("micro_batch", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_a_run_of_captions_together_resumed_within_an_epoch_continues_bit_for_bit(
     micro_batch: int | None, by_number: Path, tmp_path: Path
 ) -> None:
@@ -469,7 +469,10 @@ def test_a_run_of_captions_together_resumed_within_an_epoch_continues_bit_for_bi
         fit(other)
 
 
-@pytest.mark.parametrize("freeze", ["unlock_last 0", "unlock_last 1", "image", "text"])
+@pytest.mark.parametrize(
+    "freeze",
+    [*(pytest.param(each, marks=pytest.mark.slow) for each in ("unlock_last 0", "text")), "unlock_last 1", "image"],
+)
 def test_stored_features_train_as_images_and_all_their_captions_do(
     freeze: str, by_number: Path, tmp_path: Path
 ) -> None:
