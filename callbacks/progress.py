@@ -25,7 +25,24 @@ MORE_THAN_A_DAY = (
     "the run takes more than a day: lower trainer.max_epochs, choose a smaller model.architecture, train part of a "
     "pretrained model on stored features (docs/finetuning.md), or use more GPUs (docs/many_gpus.md)"
 )
-LIGHTNINGS = (TQDMProgressBar, RichProgressBar)
+SHOWN = {"train/loss": "loss", "val/loss": "val/loss"}
+BAR_WIDTH = 8  # columns; a line then fits into 80
+
+
+class ShortBar(RichProgressBar):
+    """Lightning's bar in one line of a terminal: of the metrics it shows the losses alone."""
+
+    def configure_columns(self, trainer: Trainer) -> list[Any]:
+        columns = super().configure_columns(trainer)
+        columns[1].bar_width = BAR_WIDTH
+        return columns
+
+    def get_metrics(self, trainer: Trainer, pl_module: LightningModule) -> dict[str, Any]:
+        found = trainer.progress_bar_metrics
+        return {title: found[name] for name, title in SHOWN.items() if name in found}
+
+
+LIGHTNINGS = (TQDMProgressBar, RichProgressBar, ShortBar)
 
 
 class ExpectedTime(Callback):
@@ -120,6 +137,8 @@ class ExpectedTime(Callback):
             return limit, f"{in_words(limit)} by max_time (about {int(limit / per_step):,} steps of {each})"
         steps, count = max(0, last - self._first_step), validations(trainer, self._first_step, last)
         seconds = start + steps * per_step + count * (self._per_validation or 0.0)
+        if limit <= seconds and measured <= 0:
+            return limit, f"{in_words(limit)} by max_time"  # the first steps tell too little of how many are done
         if limit <= seconds:
             done = int(steps * limit / seconds)
             return limit, f"{in_words(limit)} by max_time (about {done:,} of {steps:,} steps of {each})"
@@ -268,5 +287,4 @@ def _step(trainer: Trainer) -> str:
 
 def _losses(trainer: Trainer) -> str:
     found = trainer.progress_bar_metrics  # not read from the device here: see LitCLIP.optimizer_step
-    shown = {"train/loss": "loss", "val/loss": "val/loss"}
-    return ", ".join(f"{title} {found[name]:.3f}" for name, title in shown.items() if name in found)
+    return ", ".join(f"{title} {found[name]:.3f}" for name, title in SHOWN.items() if name in found)

@@ -235,8 +235,6 @@ class Throughput(TimedCallback):
         flops = None if model.frozen_prefixes else self._flops
         metrics = throughput(distributed.gather_objects([own]), model.context_length, flops, self._peak)
         pl_module.log_dict(metrics)
-        name = "train/samples_per_second"
-        trainer.progress_bar_metrics[name] = metrics[name]  # see LitCLIP.optimizer_step
 
     def _add(self, batch: CaptionBatch, model: CLIP) -> None:
         self._samples += batch.pairs + len(batch.skipped)

@@ -11,7 +11,7 @@ from typing import Any
 
 from jsonargparse import Namespace, dict_to_namespace, set_parsing_settings
 from lightning.pytorch import LightningDataModule, Trainer
-from lightning.pytorch.callbacks import ProgressBar, RichModelSummary, RichProgressBar
+from lightning.pytorch.callbacks import ProgressBar, RichModelSummary
 from lightning.pytorch.cli import LightningArgumentParser
 from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
@@ -193,7 +193,7 @@ class CLI(PlainCLI):
             )
         has_bar = any(isinstance(callback, ProgressBar) for callback in settings.callbacks)
         if settings.enable_progress_bar is not False and not has_bar:
-            self.trainer_defaults["callbacks"] = [RichProgressBar()]
+            self.trainer_defaults["callbacks"] = [_callbacks().progress.ShortBar()]
         try:
             trainer = super().instantiate_trainer(**kwargs)
         # The last two: two callbacks with one name for their states, and a package that an option needs.

@@ -111,6 +111,8 @@ def _open_folder(folder: Path) -> Weights:
     if (folder / "config.json").is_file():
         config, state = read_hugging_face_folder(folder)
         return Weights(str(folder), state, config)
+    if (last := folder / "checkpoints" / "last.ckpt").is_file():
+        raise InputError(f"{folder}: a run's folder; give its checkpoint, {last}")
     found = sorted(path.name for path in folder.iterdir())[:8]
     raise InputError(
         f"{folder}: has neither open_clip_config.json nor config.json; found: {listed(found, 20) or 'nothing'}"

@@ -200,6 +200,8 @@ def test_on_a_terminal_the_plan_stays_whole_above_the_bar_and_results_below(tabl
     results = next(row for row, line in enumerate(shown) if line.strip() == "Results")
     bar = [row for row, line in enumerate(shown) if line.startswith("Epoch")]
     assert (len(bar), end < bar[0] < results, results - bar[0] < 6) == (1, True, True)
+    assert re.search(r"it/s loss: [\d.]+ val/loss: [\d.]+$", shown[bar[0]])  # one line, not a column of metrics
+    assert not "".join(shown[bar[0] + 1 : results]).strip()
     starts = [line.split(": ")[0] for line in shown[results:] if ": " in line]
     assert starts[-4:] == ["checkpoint", "logs and images", "validate again", "curves"]
 

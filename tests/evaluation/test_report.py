@@ -32,6 +32,7 @@ from lit_clip.evaluation.report.page import TEMPLATE, report_values, write_repor
 from lit_clip.evaluation.report.prediction_grid import Prediction, prediction_grid
 from lit_clip.evaluation.report.results_table import print_results
 from lit_clip.evaluation.report.robustness_chart import papers_points, run_points
+from lit_clip.evaluation.report.run_page import write_run_page
 from lit_clip.evaluation.report.set_section import set_section
 from lit_clip.evaluation.report.tables import write_tables
 from lit_clip.evaluation.report.tensorboard import write_tensorboard
@@ -647,3 +648,10 @@ if __name__ == "__main__":
 
     with TemporaryDirectory() as name:
         SHOWN.write_text(everything_shown(Path(name)), encoding="utf-8")
+
+
+def test_a_runs_page_has_no_heading_without_images(tmp_path: Path) -> None:
+    shown = {"key": "1.png", "own": "a tiger", "answers": [], "image": ""}
+    write_run_page(tmp_path / "report.html", [], "untrained", "", {}, [shown | {"kind": "worst"}])
+    headings = re.findall("<h2>(.*?)</h2>", (tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert headings == ["before and after", "curves", "worst"]

@@ -168,6 +168,13 @@ def test_a_source_that_is_no_model_is_refused_in_one_line(source: str, message: 
     assert message in refusal(source)
 
 
+def test_a_runs_folder_is_refused_with_its_checkpoints_path(tmp_path: Path) -> None:
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    last.parent.mkdir()
+    last.touch()
+    assert f"a run's folder; give its checkpoint, {last}" in refusal(str(tmp_path))
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "model.pt"])
 def test_a_file_that_may_not_be_opened_is_not_called_absent(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
