@@ -112,6 +112,7 @@ def test_what_only_the_fourth_band_shows_is_learned(trained: tuple[LitCLIP, Path
     assert share_right(load_model(trained[1]), scenes, 4) > 0.9
 
 
+@pytest.mark.slow
 def test_the_first_three_bands_alone_are_at_chance(scenes: Path) -> None:
     module, _ = fitted(scenes, 3)
     assert 0.25 < share_right(module.model, scenes, 3) < 0.75

@@ -89,7 +89,9 @@ print("works")
 """
 
 
-@pytest.mark.parametrize("name", CAPABILITIES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("heads", "locating"))) for name in CAPABILITIES]
+)
 def test_a_capability_can_be_removed(name: str, tmp_path: Path) -> None:
     removed = CAPABILITIES[name]
     for package in PACKAGES:

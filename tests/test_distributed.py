@@ -198,7 +198,7 @@ def fit(folder: Path, table: Path, config: CLIPConfig, **options: Any) -> dict[i
     ("config", "options"),
     [
         ("tiny", {}),
-        ("tiny", {"gradient_clip_val": 1.0}),
+        pytest.param("tiny", {"gradient_clip_val": 1.0}, marks=pytest.mark.slow),
         ("batch norm", {"precision": "bf16-mixed"}),
         pytest.param("tiny", {"precision": "bf16-mixed"}, marks=pytest.mark.slow),
         pytest.param("batch norm", {}, marks=pytest.mark.slow),

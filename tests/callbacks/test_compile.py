@@ -125,6 +125,7 @@ def test_a_block_of_rows_is_one_graph_without_a_break() -> None:
         assert (explained.graph_count, explained.graph_break_count) == (1, 0)
 
 
+@pytest.mark.slow
 def test_compiled_texts_stay_packed_and_share_a_constant_number_of_graphs() -> None:
     torch._dynamo.reset()
     plain = text_clip()

@@ -322,6 +322,7 @@ def test_it_is_printed_through_lightnings_other_bar(
     assert written == ["expected time: 16 s (8 steps of 2 s)"]
 
 
+@pytest.mark.slow
 def test_two_ranks_print_it_once(slow: list[str], tmp_path: Path) -> None:
     words = [*slow, "--trainer.devices", "2", "--trainer.max_epochs", "360"]  # 10 steps each
     output = run_lightning_ranks(2, tmp_path, "lit-clip", *words)

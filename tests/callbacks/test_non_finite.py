@@ -275,8 +275,12 @@ def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
     [
         pytest.param({}, id="fused"),
         pytest.param({"gradient_clip_val": 1.0}, id="clipped by norm"),
-        pytest.param({"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}, id="clipped by value"),
-        pytest.param({"gradient_clip_val": 1.0, "precision": "bf16-mixed"}, id="bf16-mixed"),
+        pytest.param(
+            {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
+            id="clipped by value",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"gradient_clip_val": 1.0, "precision": "bf16-mixed"}, id="bf16-mixed", marks=pytest.mark.slow),
         pytest.param({"precision": "16-mixed"}, id="16-mixed with a gradient scaler"),
     ],
 )
@@ -298,7 +302,7 @@ def test_a_skipped_step_changes_nothing(options: dict[str, Any], caption_table: 
     assert fitting.global_step == 4
 
 
-@pytest.mark.parametrize("logged", [1, 50])
+@pytest.mark.parametrize("logged", [pytest.param(1, marks=pytest.mark.slow), 50])
 @pytest.mark.parametrize(("policy", "weights_alone"), [("stop", False), ("skip", False), ("stop", True)])
 @pytest.mark.usefixtures("ahead")
 def test_no_checkpoint_is_written_of_a_step_that_stops_a_run(

@@ -126,7 +126,7 @@ class Misled(LitCLIP):
         self.log("best", -float(self.current_epoch))
 
 
-@pytest.mark.parametrize("averaged", [False, True])
+@pytest.mark.parametrize("averaged", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_after_is_the_model_that_the_run_says_to_take_and_the_module_keeps_its_last_weights(
     averaged: bool,
     overfitted: tuple[Path, Path],
@@ -296,7 +296,7 @@ def test_the_page_has_the_table_curves_and_examples_and_fetches_nothing(
     assert len(re.findall("https?://", page)) == len(re.findall("http://www.w3.org/", page))
 
 
-@pytest.mark.parametrize("kind", ["trained", "heads alone"])
+@pytest.mark.parametrize("kind", ["trained", pytest.param("heads alone", marks=pytest.mark.slow)])
 def test_two_ranks_compare_the_numbers_of_one(
     kind: str, folders: dict[str, Path], overfitted: tuple[Path, Path], classes: Path, tmp_path: Path, ranks: Any
 ) -> None:

@@ -172,8 +172,13 @@ def embedded(model: str, run: Run) -> list[str]:
     return paths
 
 
-@pytest.mark.parametrize("of", ["features", "probabilities"])
-@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize(
+    ("of", "cache"),
+    [
+        *[("features", True), ("probabilities", False)],
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in (("features", False), ("probabilities", True))],
+    ],
+)
 def test_tables_of_features_teach_as_the_model_that_made_them(run: Run, of: str, cache: bool) -> None:
     """Of the student's image size, so that both see the same pixels; also beside stored frozen layers."""
     save(shaken(CLIP(config_of("vit"))), Path(f"{run.folder}/teacher.ckpt"), {})

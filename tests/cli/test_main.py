@@ -113,6 +113,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(
     assert_user_error(result, "another architecture", "embed_dim 16 there and 32 here")
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_keeps_the_first(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
     """By itself Lightning refuses to run where a config was saved before (footgun L9)."""
     limits = ("--trainer.max_steps", "1", "--trainer.limit_val_batches", "1")
@@ -353,6 +354,7 @@ def test_resuming_past_max_epochs_says_which_option_to_raise(
     assert_user_error(in_process(*command), *parts)
 
 
+@pytest.mark.slow
 def test_a_run_that_gets_worse_keeps_the_last_and_the_best_epoch(cli: Cli, caption_table: Path, tmp_path: Path) -> None:
     config = str(Path(__file__).parents[2] / "configs/table.yaml")
     options = ["--data.batch_size", "16", "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
@@ -419,7 +421,9 @@ def test_bfloat16_support_follows_the_processors_instructions(
     assert computes_in_bfloat16(accelerator) is expected
 
 
-@pytest.mark.parametrize(("typed", "precision"), [(None, "bf16-mixed"), ("32-true", "32-true")])
+@pytest.mark.parametrize(
+    ("typed", "precision"), [(None, "bf16-mixed"), pytest.param("32-true", "32-true", marks=pytest.mark.slow)]
+)
 def test_training_uses_bfloat16_where_supported_and_saves_the_choice_in_the_config(
     typed: str | None, precision: str, caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

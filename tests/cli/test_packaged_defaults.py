@@ -42,7 +42,10 @@ def test_the_config_of_a_table_is_the_packaged_one() -> None:
     assert (ROOT / "configs/table.yaml").samefile(DEFAULTS)
 
 
-@pytest.mark.parametrize("named", [["--config", "table"], ["--config=table"], ["-c", "table"]])
+SPELLINGS = [pytest.param(words, marks=pytest.mark.slow) for words in (["--config", "table"], ["--config=table"])]
+
+
+@pytest.mark.parametrize("named", [["-c", "table"], *SPELLINGS])
 def test_a_packaged_configuration_is_that_of_its_path_in_any_folder(
     named: list[str], parsed: Callable[..., Any], caption_table: Path
 ) -> None:
@@ -63,7 +66,7 @@ def test_several_packaged_configurations_are_merged_with_a_file(
     assert (trainer["max_epochs"], trainer["default_root_dir"]) == (3, "runs")
 
 
-@pytest.mark.parametrize("named", [["--config", "table"], ["--config=table"], ["-c", "table"]])
+@pytest.mark.parametrize("named", [["-c", "table"], *SPELLINGS])
 def test_a_typed_option_wins_over_a_file_that_is_named_after_it(
     named: list[str], parsed: Callable[..., Any], caption_table: Path
 ) -> None:

@@ -87,7 +87,11 @@ def test_padded_texts_have_the_features_and_gradients_of_single_ones(device: str
     assert_close(computed(model, device, None), expected(model.cpu()))
 
 
-@pytest.mark.parametrize("device", REAL)
+@pytest.mark.parametrize(
+    # tests/callbacks/test_compile.py compares the gradients of the same on a CPU
+    "device",
+    [pytest.param("cpu", marks=pytest.mark.slow), *REAL[1:]],
+)
 def test_compiled_blocks_compute_the_same(device: str) -> None:
     model = CLIP(VIT)
     exact, compiled = expected(model), copy.deepcopy(model)
@@ -108,7 +112,13 @@ def test_a_resnet_computes_the_same_in_any_layout(device: str, layout: torch.mem
 
 
 @pytest.mark.parametrize("device", OTHERS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=[pytest.mark.slow] * (family in ("bart", "distilbert", "mt5", "roberta")))
+        for family in FAMILIES
+    ],
+)
 def test_encoders_of_other_libraries_compute_the_same(family: str, device: str, folders: dict[str, Path]) -> None:
     """A text encoder of transformers beside an image encoder of timm."""
     text = HuggingFaceTextConfig(str(folders[family]), context_length=32)

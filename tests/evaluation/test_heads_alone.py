@@ -132,7 +132,7 @@ def test_training_the_heads_finds_what_two_linear_maps_can_and_changes_nothing_e
     assert recall["trained"] > 0.5 > 0.1 > recall["new"]
 
 
-@pytest.mark.parametrize("stored", [False, True])
+@pytest.mark.parametrize("stored", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_two_encoders_with_new_heads_are_compared_with_the_heads_alone_and_train_as_without(
     stored: bool, config: CLIPConfig, table: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -70,7 +70,7 @@ def test_optimum_equals_scikit_learns(digits: tuple[Tensor, Tensor], N: int, l2:
     assert np.abs(bias - (theirs.intercept_ - theirs.intercept_.mean())).max() < 1e-2
 
 
-@pytest.mark.parametrize("l2", [1e-6, 1e-2, 10.0, 1e4])
+@pytest.mark.parametrize("l2", [pytest.param(1e-6, marks=pytest.mark.slow), 1e-2, 10.0, 1e4])
 def test_float32_accuracy_is_within_a_tenth_of_a_point_of_scikit_learns(
     digits: tuple[Tensor, Tensor], l2: float
 ) -> None:

@@ -368,7 +368,7 @@ def test_freeze_and_rates_in_yaml_are_printed_unchanged(in_process: Cli, caption
     assert {name: printed[name] for name in finetune} == finetune
 
 
-@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.parametrize("devices", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_validate_first_logs_at_step_0_and_the_change_is_reported_also_after_a_resume(
     devices: int, cli: Cli, caption_table: Path, tmp_path: Path
 ) -> None:

@@ -73,8 +73,10 @@ def photos(size: Size, number: int = 2) -> Tensor:
     ("values", "size"),
     [
         *((model_cfg(VIT), size) for size in (32, 96, 128, (48, 80), (112, 64))),
-        *((model_cfg(TIMM, SIGLIP_TEXT), size) for size in (96, 240, (128, 192))),
-        *((model_cfg(CONVNEXT), size) for size in (96, (128, 192))),
+        *((model_cfg(TIMM, SIGLIP_TEXT), size) for size in (96, (128, 192))),
+        *((model_cfg(CONVNEXT), size) for size in ((128, 192),)),
+        pytest.param(model_cfg(TIMM, SIGLIP_TEXT), 240, marks=pytest.mark.slow),
+        pytest.param(model_cfg(CONVNEXT), 96, marks=pytest.mark.slow),
     ],
 )
 def test_another_image_size_gives_open_clips_features(tmp_path: Path, values: dict[str, Any], size: Size) -> None:

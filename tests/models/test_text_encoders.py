@@ -4,6 +4,7 @@ import json
 import pickle
 import shutil
 import unicodedata
+from itertools import cycle
 from pathlib import Path
 from typing import Any, Literal
 
@@ -64,8 +65,12 @@ def by_hand(folder: Path, text: str, pooling: str) -> Tensor:
 
 @pytest.mark.parametrize(
     ("family", "pooling"),
-    [(family, pooling) for family in FAMILIES for pooling in ("mean", "cls", "last")]
-    + [("bert", "pooler"), ("roberta", "pooler")],
+    [
+        pytest.param(family, pooling, marks=[pytest.mark.slow] * (pooling != usual))
+        for family, usual in zip(FAMILIES, cycle(("mean", "cls", "last")), strict=False)
+        for pooling in ("mean", "cls", "last")
+    ]
+    + [("bert", "pooler"), pytest.param("roberta", "pooler", marks=pytest.mark.slow)],
 )
 def test_padding_changes_nothing_and_pooling_matches_the_bare_model(
     family: str, pooling: str, folders: dict[str, Path]
@@ -144,7 +149,9 @@ def test_half_precision_weights_are_loaded_as_float32(folders: dict[str, Path], 
         assert {p.dtype for p in model.parameters()} == {torch.float32}
 
 
-@pytest.mark.parametrize("family", ["roberta", "modernbert", "t5"])
+@pytest.mark.parametrize(
+    "family", ["t5", *(pytest.param(family, marks=pytest.mark.slow) for family in ("roberta", "modernbert"))]
+)
 def test_a_checkpoint_does_not_need_the_encoders_folder(family: str, folders: dict[str, Path], tmp_path: Path) -> None:
     folder = tmp_path / "encoder"
     shutil.copytree(folders[family], folder)
@@ -297,15 +304,16 @@ def tokenizer_of(folder: Path, how: Clean, context_length: int = 64) -> HuggingF
 
 
 @pytest.mark.parametrize("how", ["canonicalize", "lower", "whitespace"])
-def test_ids_of_random_unicode_are_open_clips(how: Clean, t5_folder: Path) -> None:
-    texts = [*random_texts(2000, seed=4, extra=["</s>", "<unk>", "hello_world", "A.B"]), *PUNCTUATED]
+@pytest.mark.parametrize("count", [500, pytest.param(2000, marks=pytest.mark.slow)])
+def test_ids_of_random_unicode_are_open_clips(count: int, how: Clean, t5_folder: Path) -> None:
+    texts = [*random_texts(count, seed=4, extra=["</s>", "<unk>", "hello_world", "A.B"]), *PUNCTUATED]
     ours = tokenizer_of(t5_folder, how)(texts)
     theirs = HFTokenizer(str(t5_folder), context_length=64, clean=how)(texts)
     differ = [text for text, a, b in zip(texts, ours, theirs, strict=True) if not torch.equal(a, b)]
     assert differ == []
     assert ours.shape == (len(texts), 64)
     assert ours.dtype == torch.int64
-    assert (ours[:, -2] != ours[:, -1]).sum() > 50  # some texts are truncated
+    assert (ours[:, -2] != ours[:, -1]).sum() > count / 40  # some texts are truncated
 
 
 @pytest.mark.parametrize(

@@ -211,8 +211,11 @@ def test_tiny_sets_with_identical_features_rank_the_same_on_any_ranks_as_a_float
             assert ranks.merged_text.tolist() == ranks.pair.tolist() == inverse, (seed, world)
 
 
-@pytest.mark.parametrize("dimensions", [4, 512])
-@pytest.mark.parametrize("size", [21, CAPTIONS + 1, IMAGES + 1])
+@pytest.mark.parametrize(
+    ("size", "dimensions"),
+    [(21, 4), (21, 512), (CAPTIONS + 1, 512), (IMAGES + 1, 4)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in ((CAPTIONS + 1, 4), (IMAGES + 1, 512))],
+)
 def test_collapsed_features_retrieve_nothing(size: int, dimensions: int) -> None:
     point = unit(torch.randn(dimensions, generator=torch.Generator().manual_seed(1)))
     same = point.expand(size, dimensions).contiguous()

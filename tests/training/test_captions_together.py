@@ -28,7 +28,7 @@ from tests.helpers.ranks_together import (
 )
 
 
-@pytest.mark.parametrize("world", [1, 2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("world", [2, *(pytest.param(world, marks=pytest.mark.slow) for world in (1, 4))])
 @pytest.mark.parametrize("several", ["captions", "things", "means"])
 def test_value_and_gradients_equal_a_plain_loop(
     several: str, world: int, ranks: Callable[..., None], tmp_path: Path

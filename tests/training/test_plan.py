@@ -364,7 +364,8 @@ def test_a_run_from_python_ends_with_its_results_and_without_advertisements(
 
 
 @pytest.mark.parametrize(
-    ("every", "best"), [("1", True), ("2", True), pytest.param("2", False, marks=pytest.mark.slow)]
+    ("every", "best"),
+    [("2", True), *(pytest.param(*case, marks=pytest.mark.slow) for case in (("1", True), ("2", False)))],
 )
 def test_the_last_steps_are_saved_whether_or_not_a_validation_is_due(
     every: str, best: bool, cli: Callable[..., Any], caption_table: Path, tmp_path: Path

@@ -145,10 +145,11 @@ def check_curves(ours: dict[str, dict[int, float]], theirs: dict[str, dict[int, 
         assert ours.get(name, {}) == rest, name
 
 
+# That an epoch ends where a run is killed, on one rank or two, is among the cases of test_stopped_runs.py.
 CASES = [
     pytest.param(1, 0, False, 3, 1, id="one rank in the middle of an epoch"),
-    pytest.param(1, 2, True, 5, 1, id="tars, with workers exactly at the end of an epoch"),
-    pytest.param(2, 0, False, 10, 1, id="two ranks at the end of an epoch with a validation"),
+    pytest.param(1, 2, True, 5, 1, id="tars, with workers exactly at the end of an epoch", marks=pytest.mark.slow),
+    pytest.param(2, 0, False, 10, 1, id="two ranks at the end of an epoch with a validation", marks=pytest.mark.slow),
     pytest.param(2, 2, True, 8, 3, id="tars, two ranks with workers, some steps after the checkpoint"),
 ]
 

@@ -47,7 +47,9 @@ def exported(
     return make
 
 
-@pytest.mark.parametrize("kind", ["vit", "quick_gelu", pytest.param("gelu_tanh", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", ["vit", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("quick_gelu", "gelu_tanh"))]
+)
 def test_transformers_opens_the_folder_with_our_features_pixels_and_ids(exported: Exported, kind: str) -> None:
     ours, folder = exported(kind)
     theirs = transformers.CLIPModel.from_pretrained(folder).eval()

@@ -90,13 +90,14 @@ def test_a_file_truncated_anywhere_is_refused_in_one_line(tmp_path: Path, kind: 
 
 
 @pytest.mark.parametrize("kind", ["archive", "zip", "legacy", "safetensors"])
+@pytest.mark.parametrize("times", [15, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::torch.jit.TracerWarning")
-def test_damaged_bytes_give_an_input_error_or_other_weights(tmp_path: Path, kind: str) -> None:
+def test_damaged_bytes_give_an_input_error_or_other_weights(tmp_path: Path, kind: str, times: int) -> None:
     """Changes random bytes of the headers, which are at both ends of a file."""
     path = weight_file(tmp_path, kind)
     content, chance = path.read_bytes(), random.Random(0)
     refused = 0
-    for _ in range(60):
+    for _ in range(times):
         damaged = bytearray(content)
         for _ in range(3):
             place = chance.randrange(min(len(content), 3000))

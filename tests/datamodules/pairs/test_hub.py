@@ -240,7 +240,7 @@ def train(steps: int, folder: Path, checkpoint: str | None = None, data: str = "
     return vars(model)["read"]
 
 
-@pytest.mark.parametrize("steps", [2, 6])  # within an epoch, and at its end
+@pytest.mark.parametrize("steps", [2, pytest.param(6, marks=pytest.mark.slow)])  # within an epoch, and at its end
 def test_a_resumed_run_reads_the_commit_that_it_began_with(hub: Hub, tmp_path: Path, steps: int) -> None:
     whole = train(8, tmp_path)
     first = train(steps, tmp_path)

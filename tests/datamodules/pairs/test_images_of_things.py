@@ -381,7 +381,11 @@ def test_parts_of_a_mixture_and_tables_of_other_folders_have_things_of_their_own
 
 @pytest.mark.parametrize(
     "options",
-    [{}, {"captions": CaptionOptions(per_image="together")}, {"images": TOGETHER}],
+    [
+        pytest.param({}, marks=pytest.mark.slow),
+        {"captions": CaptionOptions(per_image="together")},
+        {"images": TOGETHER},
+    ],
     ids=["plain", "captions", "images"],
 )
 def test_a_run_resumed_within_an_epoch_continues_bit_for_bit(options: dict[str, Any], folder: Path) -> None:
