@@ -149,6 +149,7 @@ def test_an_unreadable_image_is_skipped_as_with_online_teachers(run: Run) -> Non
     check_equal(run._replace(data={"bad_samples": BadSamples("skip", 1.0)}))
 
 
+@pytest.mark.slow
 def test_captions_made_up_at_random_are_encoded_in_each_step(
     run: Run, drawings_cache: Path, teachers: list[tuple[str, str]]
 ) -> None:

@@ -331,7 +331,14 @@ def test_a_checkpoint_with_other_weights_names_one_that_does_not_fit(
 
 
 @pytest.mark.parametrize("part", ["optimizer", "lr_scheduler", "decay", "loss"])
-@pytest.mark.parametrize("value", [None, "torch.optim.SGD", {"class_path": 1, "init_args": {}}, {"class_path": "a.B"}])
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        {"class_path": 1, "init_args": {}},
+        *(pytest.param(value, marks=pytest.mark.slow) for value in ("torch.optim.SGD", {"class_path": "a.B"})),
+    ],
+)
 def test_a_checkpoint_whose_names_of_parts_are_damaged_is_one_line(
     part: str, value: Any, trained: tuple[Path, Completed], caption_table: Path, tmp_path: Path, in_process: Cli
 ) -> None:

@@ -145,6 +145,7 @@ def test_what_should_be_no_worse_is_typed_in_a_short_form(fit: Fit, tmp_path: Pa
     assert settings_of(tmp_path)["rest"] == ["one", "two"]  # a resumed run measures them, too
 
 
+@pytest.mark.slow
 def test_the_comparison_has_options_as_other_callbacks_and_can_be_taken_out(fit: Fit, tmp_path: Path) -> None:
     fit("--trainer.callbacks.Proof.examples", "3", "--trainer.callbacks.EMA.decay", "0.5")
     assert proofs_of(tmp_path) == [{"rest": None, "examples": 3}]

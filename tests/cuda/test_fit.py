@@ -134,7 +134,7 @@ def exact(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Watched]:
     return cache(lambda *own: fit("cpu", *(one() for one in own), **options))
 
 
-@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=pytest.mark.slow), *DEVICES[1:]])
 @pytest.mark.parametrize("case", CASES)
 def test_training_in_bfloat16_follows_that_in_float32(
     case: str, device: str, tmp_path: Path, exact: Callable[..., Watched]

@@ -117,6 +117,7 @@ def test_the_loss_is_the_distance_to_the_teachers_features_and_half_of_the_sampl
     assert not any(none.kept)
 
 
+@pytest.mark.slow
 def test_a_run_resumed_within_an_epoch_ends_like_one_that_was_not_stopped(
     sentences: tuple[Path, list[str]], overfitted: tuple[Path, Path], tmp_path: Path
 ) -> None:

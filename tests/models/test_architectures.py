@@ -154,6 +154,7 @@ def test_features_and_logits_are_open_clips_within_1e_4(name: str) -> None:
     assert_same_features_and_logits(theirs, ours, tokenize(CAPTIONS[:2]))
 
 
+@pytest.mark.slow
 def test_the_two_activations_give_different_features() -> None:
     """Otherwise the comparison with open_clip could not detect the wrong one."""
     torch.manual_seed(0)

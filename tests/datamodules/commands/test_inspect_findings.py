@@ -158,7 +158,7 @@ def test_every_planted_problem_is_found_and_nothing_else(folder: Path, capsys: p
     assert {(name, str(count)) for name, count in counts.items()} <= {tuple(cells) for cells in counted}
 
 
-@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_exactly_the_rest_is_trained_on_and_an_edited_table_decides(folder: Path, world: int) -> None:
     Path("20.csv").write_text("image,caption\n20.jpg,one\n")
     lines = inspect("planted.jsonl")
