@@ -86,6 +86,7 @@ def printed_by(program: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_training_needs_no_heavy_metrics_and_no_compiler_and_what_is_compiled_loads_it_whole() -> None:
     assert printed_by(DEFERRED + COMPILING) == ["[] False", "16 False 0", "2 True"]
 

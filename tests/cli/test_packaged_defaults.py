@@ -165,6 +165,7 @@ def test_pretrained_weights_are_not_trained_with_the_settings_from_scratch(
     assert model["optimizer"]["init_args"]["lr"] < scratch["optimizer"]["init_args"]["lr"]
 
 
+@pytest.mark.slow
 def test_a_run_without_a_config_is_validated_and_resumed_without_one(
     caption_table: Path, cli: Cli, tmp_path: Path
 ) -> None:

@@ -133,6 +133,7 @@ def test_a_missing_validation_split_does_not_change_the_protocol(root: Path) -> 
     assert "are left out: data/parts/vala" in found["reason"]
 
 
+@pytest.mark.slow
 def test_few_shot_results_are_of_numbers_of_shots_that_every_fold_has(root: Path) -> None:
     folded(root)
     for path in Path("data/parts/trainb").glob("*/*.png"):

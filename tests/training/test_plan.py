@@ -267,6 +267,7 @@ def test_steps_are_left_out_where_the_data_module_does_not_know_them(tiny_config
     assert not [*contradictions(plan)]
 
 
+@pytest.mark.slow
 def test_the_steps_of_a_resumed_run_count_those_made_with_another_batch_size(
     cli: Callable[..., CompletedProcess[str]],
     in_process: Callable[..., CompletedProcess[str]],

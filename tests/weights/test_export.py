@@ -262,7 +262,8 @@ def test_a_siglip_in_onnx_keeps_its_bias_and_its_tokenizer(tmp_path: Path, sigli
     assert tokens == siglip.tokenize("two cats")[0, : len(tokens)].tolist()
 
 
-@pytest.mark.parametrize("pooling", ["mean", pytest.param("pooler", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("pooling", ["mean", "pooler"])
 def test_a_hugging_face_text_encoder_is_exported_to_open_clip_and_onnx(
     tmp_path: Path, tiny_config: CLIPConfig, pooling: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
