@@ -165,7 +165,8 @@ def test_last_ckpt_is_the_last_epoch_even_if_it_is_not_the_best(name: str) -> No
     assert (saving.filename, saving.monitor, saving._enable_version_counter) == ("last", None, False)
 
 
-@pytest.mark.parametrize("launcher", ["forks", pytest.param("torchrun", marks=pytest.mark.slow)])  # new interpreters
+@pytest.mark.parametrize("launcher", ["forks", "torchrun"])  # the latter: new interpreters
+@pytest.mark.slow
 def test_pretraining_config_with_fsdp_trains_under_torchrun_and_saves_a_model(
     launcher: str, tmp_path: Path, caption_table: Path
 ) -> None:

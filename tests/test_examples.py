@@ -112,6 +112,7 @@ def test_own_loss_trains_its_temperature(run: Run, tmp_path: Path) -> None:
     assert scales[1] != scales[0]
 
 
+@pytest.mark.slow
 def test_own_loss_on_the_command_line(run: Run, tmp_path: Path) -> None:
     command = "fit --data.train captions.csv --model.loss own_loss.Tempered --model.loss.initial 3"
     assert f"lit-clip {command}" in (ROOT / "examples/own_loss.py").read_text(encoding="utf-8")
@@ -174,6 +175,7 @@ def test_fine_tune_trains_the_last_blocks_alone(run: Run, tmp_path: Path, overfi
     assert "visual.conv1.weight" not in changed
 
 
+@pytest.mark.slow
 def test_resume_gives_the_weights_of_an_uninterrupted_run(run: Run, tmp_path: Path) -> None:
     weights = []
     for runs in (["2"], ["1", "2"]):

@@ -89,9 +89,10 @@ def needs_more(command: str) -> bool:
 
 
 COMMANDS = [line for line in typed() if "lit-clip " in line and not needs_more(line)]
-# 80,000 prompts of ImageNet take minutes on two cores, and so do probes on thousands of drawings; other tests export
-# to onnx and for Immich.
-LONG = ("zero_shot_imagenet", "bundled", "onnx", "immich")
+# 80,000 prompts of ImageNet take minutes on two cores, and so do probes on thousands of drawings. Other tests export to
+# onnx and for Immich, locate in a folder, and fit beside plain PyTorch; two tables of --data.keep need what one does.
+LONG = ("zero_shot_imagenet", "bundled", "onnx", "immich", "locate photos", "--recipe null", "--data.keep scores")
+LONG += ("--data.keep inspect",)
 SLOW = {command for command in COMMANDS if any(word in command for word in LONG)}
 # A training takes a second or two, and there are dozens. These words need what a run has: data, variables, and files
 # that the commands before have written.

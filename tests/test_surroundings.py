@@ -85,10 +85,18 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Pat
     return tmp_path
 
 
-@pytest.mark.parametrize(
-    ("closed", "first"),
-    [("2>&-", [])] + [pytest.param(each, [FIT], marks=pytest.mark.slow) for each in ("2>&-", ">&-")],
-)
+def test_a_command_without_a_stream_of_errors_works_and_prints_its_error_elsewhere(folder: Path) -> None:
+    """In a fork, which closes the stream itself; the next test starts without it."""
+    run = partial(lit_clip_command, folder, *EMBED, function=forks.command_without_errors)
+    assert run().returncode == 0
+    assert Path("f.npy").exists()
+    done = run("--batch_size", "0")
+    assert done.returncode == 2
+    assert done.stdout == "lit-clip: error: --batch_size 0 must be at least 1\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("closed", "first"), [("2>&-", []), ("2>&-", [FIT]), (">&-", [FIT])])
 def test_a_command_works_without_a_stream(closed: str, first: list[list[str]], folder: Path) -> None:
     commands = [*first, EMBED, [*EMBED, "--batch_size", "0"]]
     shell = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", FROM_THE_START, json.dumps(commands)]

@@ -52,7 +52,6 @@ for name, values in DDP_OPTIONS.items():
         SAME,
         RESUMED,
         ranks=[2],
-        quick=[2] if name == "static_graph" else [],
         trainer=strategy(lambda values=values: strategies.DDPStrategy(**values)),
         covers=["DDPStrategy"],
     )
@@ -137,7 +136,6 @@ works(
     SAME,
     RESUMED,
     trainer=lambda folder: {"plugins": [plugins.AsyncCheckpointIO(WholeCheckpointIO())]},
-    quick=[1],
     covers=["AsyncCheckpointIO"],
 )
 works(

@@ -54,7 +54,7 @@ def one_batch(run: Run) -> None:
 
 works(TRAINER, "accelerator: cpu", SAME, RESUMED, trainer=option(accelerator="cpu"), covers=["accelerator", "devices"])
 works(TRAINER, "precision: 32-true", SAME, trainer=option(precision="32-true"), covers=["precision"])
-works(TRAINER, "precision: bf16-mixed", near(0.01), RESUMED, trainer=option(precision="bf16-mixed"), quick=[1])
+works(TRAINER, "precision: bf16-mixed", near(0.01), RESUMED, trainer=option(precision="bf16-mixed"))
 works(TRAINER, "precision: 16-mixed", near(0.01), RESUMED, trainer=option(precision="16-mixed"))
 works(TRAINER, "precision: 64-true", near(1e-5), RESUMED, trainer=option(precision="64-true"))
 refused(TRAINER, "precision: 16-true", "weights kept in float16", trainer=option(precision="16-true"))
@@ -120,7 +120,7 @@ works(
     stopped_at(STEPS),
     trainer=lambda folder: {"overfit_batches": 1, "max_epochs": STEPS, "callbacks": [Keys()]},
 )
-works(TRAINER, "overfit_batches: 2", stopped_at(4), RESUMED, trainer=option(overfit_batches=2), quick=[1])
+works(TRAINER, "overfit_batches: 2", stopped_at(4), RESUMED, trainer=option(overfit_batches=2))
 works(TRAINER, "val_check_interval: 2", SAME, RESUMED, validates(2, 4, 6, 8), trainer=watched(val_check_interval=2))
 works(TRAINER, "val_check_interval: 0.25", SAME, validates(*range(1, 9)), trainer=watched(val_check_interval=0.25))
 works(

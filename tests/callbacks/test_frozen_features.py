@@ -127,7 +127,20 @@ OTHERS: list[Any] = [pytest.param("resnet", "unlock_last 0", marks=pytest.mark.s
 OTHERS += [pytest.param("coca", "unlock_last 1", marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize(("towers", "freeze"), [*TOWERS, *OTHERS])
+# Of the others, one stores the same layers of each kind of tower.
+QUICK = [
+    ("vit", "all"),
+    ("vit", "text"),
+    ("bert", "unlock_last 1"),
+    ("resnet", "unlock_last 1"),
+    ("coca", "unlock_last 1"),
+]
+
+
+@pytest.mark.parametrize(
+    ("towers", "freeze"),
+    [pytest.param(*case, marks=[pytest.mark.slow] * (case not in QUICK)) for case in (*TOWERS, *OTHERS)],
+)
 def test_losses_equal_those_of_the_plain_run(
     towers: str, freeze: str, run: Run, folders: dict[str, Path], plain_run: Callable[[str, str], Fitted]
 ) -> None:

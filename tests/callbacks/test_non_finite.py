@@ -275,8 +275,12 @@ def ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bo
     [
         pytest.param({}, id="fused"),
         pytest.param({"gradient_clip_val": 1.0}, id="clipped by norm"),
-        pytest.param({"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}, id="clipped by value"),
-        pytest.param({"gradient_clip_val": 1.0, "precision": "bf16-mixed"}, id="bf16-mixed"),
+        pytest.param(
+            {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"},
+            id="clipped by value",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param({"gradient_clip_val": 1.0, "precision": "bf16-mixed"}, id="bf16-mixed", marks=pytest.mark.slow),
         pytest.param({"precision": "16-mixed"}, id="16-mixed with a gradient scaler"),
     ],
 )

@@ -211,7 +211,7 @@ class Diary(Callback):
     [
         pytest.param(4, {}, True, id="at the end of an epoch, with averaged weights"),
         pytest.param(4, {"val_check_interval": 1}, False, id="after the second step of an epoch"),
-        pytest.param(6, {}, False, id="at the end of the run"),
+        pytest.param(6, {}, False, id="at the end of the run", marks=pytest.mark.slow),
     ],
 )
 def test_a_resumed_run_begins_with_the_validation_that_was_stopped(

@@ -238,7 +238,7 @@ def test_commands_write_lines_to_a_file(
         assert not re.search("[\r\x1b]", written)
 
 
-@pytest.mark.parametrize("batch", [2, 8])
+@pytest.mark.parametrize("batch", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_a_run_resumed_with_another_batch_counts_the_steps_that_are_done_and_those_that_are_left(
     batch: int, tiny_config: CLIPConfig, table: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -149,6 +149,7 @@ def test_an_unreadable_image_is_skipped_as_with_online_teachers(run: Run) -> Non
     check_equal(run._replace(data={"bad_samples": BadSamples("skip", 1.0)}))
 
 
+@pytest.mark.slow
 def test_captions_made_up_at_random_are_encoded_in_each_step(
     run: Run, drawings_cache: Path, teachers: list[tuple[str, str]]
 ) -> None:
@@ -172,8 +173,13 @@ def embedded(model: str, run: Run) -> list[str]:
     return paths
 
 
-@pytest.mark.parametrize("of", ["features", "probabilities"])
-@pytest.mark.parametrize("cache", [False, True])
+@pytest.mark.parametrize(
+    ("of", "cache"),
+    [
+        *[("features", True), ("probabilities", False)],
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in (("features", False), ("probabilities", True))],
+    ],
+)
 def test_tables_of_features_teach_as_the_model_that_made_them(run: Run, of: str, cache: bool) -> None:
     """Of the student's image size, so that both see the same pixels; also beside stored frozen layers."""
     save(shaken(CLIP(config_of("vit"))), Path(f"{run.folder}/teacher.ckpt"), {})

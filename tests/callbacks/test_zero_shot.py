@@ -259,6 +259,7 @@ def test_an_unreadable_image_stops_the_run_or_is_skipped(folder: Path) -> None:
     assert numbers(trainer, TOP1)[TOP1] == pytest.approx(float(right[rows].float().mean()), abs=1e-6)
 
 
+@pytest.mark.slow
 def test_two_ranks_log_the_metrics_of_one(folder: Path, ranks: Callable[..., None]) -> None:
     suite, output = str(folder / "suite.yaml"), folder / "results.json"
     ranks("run", 2, str(output), str(folder), suite, script="ranks_callbacks.py")

@@ -291,7 +291,11 @@ def test_settings_are_flat_plain_values_without_passwords() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "logger", ["false", "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: a}}"]
+    "logger",
+    [
+        pytest.param("false", marks=pytest.mark.slow),
+        "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: a}}",
+    ],
 )
 def test_runs_without_tensorboard_write_no_events(
     logger: str, cli: Callable[..., CompletedProcess[str]], caption_table: Path, tmp_path: Path

@@ -113,6 +113,7 @@ def test_a_checkpoint_of_another_architecture_is_refused(
     assert_user_error(result, "another architecture", "embed_dim 16 there and 32 here")
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_folder_keeps_the_first(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
     """By itself Lightning refuses to run where a config was saved before (footgun L9)."""
     limits = ("--trainer.max_steps", "1", "--trainer.limit_val_batches", "1")
@@ -330,7 +331,14 @@ def test_a_checkpoint_with_other_weights_names_one_that_does_not_fit(
 
 
 @pytest.mark.parametrize("part", ["optimizer", "lr_scheduler", "decay", "loss"])
-@pytest.mark.parametrize("value", [None, "torch.optim.SGD", {"class_path": 1, "init_args": {}}, {"class_path": "a.B"}])
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        {"class_path": 1, "init_args": {}},
+        *(pytest.param(value, marks=pytest.mark.slow) for value in ("torch.optim.SGD", {"class_path": "a.B"})),
+    ],
+)
 def test_a_checkpoint_whose_names_of_parts_are_damaged_is_one_line(
     part: str, value: Any, trained: tuple[Path, Completed], caption_table: Path, tmp_path: Path, in_process: Cli
 ) -> None:
@@ -420,7 +428,9 @@ def test_bfloat16_support_follows_the_processors_instructions(
     assert computes_in_bfloat16(accelerator) is expected
 
 
-@pytest.mark.parametrize(("typed", "precision"), [(None, "bf16-mixed"), ("32-true", "32-true")])
+@pytest.mark.parametrize(
+    ("typed", "precision"), [(None, "bf16-mixed"), pytest.param("32-true", "32-true", marks=pytest.mark.slow)]
+)
 def test_training_uses_bfloat16_where_supported_and_saves_the_choice_in_the_config(
     typed: str | None, precision: str, caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -221,6 +221,7 @@ def test_a_probe_of_one_set_is_tested_on_others_and_trained_once(root: Path, mon
         assert results[name]["splits"]["train"]["images"] == 72
 
 
+@pytest.mark.slow
 def test_a_probe_of_another_set_is_tested_again_when_class_names_change(root: Path) -> None:
     images = [Image.open(path) for name in CLASSES[:2] for path in sorted(Path("data/train", name).glob("*.png"))]
     write_shards(root / "data/two", images, [0] * 12 + [1] * 12, [])

@@ -81,7 +81,7 @@ def test_a_source_without_columns_refuses_a_column_of_negatives(tmp_path: Path) 
         open_source(tmp_path / "a.tar", columns=Columns(negative="wrong"))
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("world", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_hard_negatives_that_a_hook_adds_count_on_any_ranks_wherever_the_data_come_from(
     world: int, ranks: Callable[..., None], tmp_path: Path
 ) -> None:

@@ -68,7 +68,9 @@ def made(config: CLIPConfig, freeze: Freeze | None = None) -> LitCLIP:
     return module
 
 
-@pytest.mark.parametrize(("stored", "per_image"), [(False, "all"), (True, "together")])
+@pytest.mark.parametrize(
+    ("stored", "per_image"), [pytest.param(False, "all", marks=pytest.mark.slow), (True, "together")]
+)
 def test_features_before_the_heads_have_each_image_once_and_give_the_models_features(
     stored: bool, per_image: Any, config: CLIPConfig, table: Path, tmp_path: Path
 ) -> None:

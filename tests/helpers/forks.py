@@ -129,8 +129,8 @@ def become(program: Program, out: str, err: str) -> None:
         program.function()
     finally:
         atexit._run_exitfuncs()
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in filter(None, (sys.stdout, sys.stderr)):
+            stream.flush()
 
 
 def command() -> None:
@@ -143,6 +143,13 @@ def command() -> None:
 def command_with_few_files(limit: int) -> None:
     """Run ``lit-clip`` with a limit of open files."""
     resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+    command()
+
+
+def command_without_errors() -> None:
+    """Run ``lit-clip`` without a stream of errors, as after ``2>&-``."""
+    os.close(2)
+    sys.stderr = sys.__stderr__ = None  # pyright: ignore[reportAttributeAccessIssue]  # as Python does at its start
     command()
 
 

@@ -219,9 +219,9 @@ def test_cocas_pooling_reads_each_place_alone() -> None:
     "image",
     [
         VIT,
-        dataclasses.replace(VIT, pool="mean"),
+        pytest.param(dataclasses.replace(VIT, pool="mean"), marks=pytest.mark.slow),
         dataclasses.replace(VIT, pool="attention", pool_queries=3, pool_heads=2),
-        TimmConfig("test_vit", image_size=64, options={"depth": 2}),
+        pytest.param(TimmConfig("test_vit", image_size=64, options={"depth": 2}), marks=pytest.mark.slow),
         TimmConfig("test_vit3", image_size=64, options={"depth": 2}),
         TimmConfig("eva02_tiny_patch14_224", image_size=56, options=EVA),
         TimmConfig("eva02_tiny_patch14_224", image_size=56, options={**EVA, "rope_type": "mixed"}, pool="token"),

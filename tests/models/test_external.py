@@ -55,6 +55,7 @@ def test_a_siglip_head_trains_both_towers(folders: dict[str, Path]) -> None:
     assert [name for name, p in module.named_parameters() if p.grad is None] == []
 
 
+@pytest.mark.slow
 def test_a_yaml_file_with_both_towers_trains_resumes_and_embeds(
     folders: dict[str, Path], caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

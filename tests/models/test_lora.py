@@ -327,6 +327,7 @@ def test_an_addition_that_never_gets_a_gradient_is_an_error(
         trainer(tmp_path, max_epochs=1, enable_checkpointing=False).fit(module, data_for(module, caption_table))
 
 
+@pytest.mark.slow
 def test_the_command_trains_validates_and_resumes_an_adapter(
     base: Path, caption_table: Path, tmp_path: Path, cli: Callable[..., Any]
 ) -> None:

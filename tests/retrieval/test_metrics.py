@@ -192,9 +192,10 @@ def parted(image: Tensor, text: Tensor, pairs: PairIndices, world: int) -> Ranks
     )
 
 
-def test_tiny_sets_with_identical_features_rank_the_same_on_any_ranks_as_a_float64_loop() -> None:
+@pytest.mark.parametrize("seeds", [range(20), pytest.param(range(20, 60), marks=pytest.mark.slow)])
+def test_tiny_sets_with_identical_features_rank_the_same_on_any_ranks_as_a_float64_loop(seeds: range) -> None:
     """A product of few rows is computed, and rounded, otherwise than one of many: equal features must score equal."""
-    for seed in range(60):  # each size with each number of dimensions
+    for seed in seeds:  # each size, and in all each with each number of dimensions
         generator = torch.Generator().manual_seed(seed)
         size, dimensions = 1 + seed % 20, (16, 64, 512)[seed % 3]
         of_image, of_text = (torch.randint(max(1, size // 2), (size,), generator=generator) for _ in range(2))
@@ -211,8 +212,11 @@ def test_tiny_sets_with_identical_features_rank_the_same_on_any_ranks_as_a_float
             assert ranks.merged_text.tolist() == ranks.pair.tolist() == inverse, (seed, world)
 
 
-@pytest.mark.parametrize("dimensions", [4, 512])
-@pytest.mark.parametrize("size", [21, CAPTIONS + 1, IMAGES + 1])
+@pytest.mark.parametrize(
+    ("size", "dimensions"),
+    [(21, 4), (21, 512), (CAPTIONS + 1, 512), (IMAGES + 1, 4)]
+    + [pytest.param(*case, marks=pytest.mark.slow) for case in ((CAPTIONS + 1, 4), (IMAGES + 1, 512))],
+)
 def test_collapsed_features_retrieve_nothing(size: int, dimensions: int) -> None:
     point = unit(torch.randn(dimensions, generator=torch.Generator().manual_seed(1)))
     same = point.expand(size, dimensions).contiguous()

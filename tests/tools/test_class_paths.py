@@ -123,7 +123,8 @@ def test_short_names_hold_in_a_suite(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert type(opened) is datamodules.ImageFolderClasses
 
 
-@pytest.mark.parametrize("clone_first", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("clone_first", [False, True])
 def test_a_users_callbacks_file_breaks_no_command(
     clone_first: bool, cli: Callable[..., CompletedProcess[str]], caption_table: Path, tmp_path: Path
 ) -> None:

@@ -107,7 +107,7 @@ def own_client() -> Iterator[None]:
     huggingface_hub.set_client_factory(before)
 
 
-@pytest.mark.parametrize("name", ["ETag", "X-Linked-Etag"])
+@pytest.mark.parametrize("name", [pytest.param("ETag", marks=pytest.mark.slow), "X-Linked-Etag"])
 @pytest.mark.parametrize("location", [*MOVED, "/new", "new", "?new", "", "http://127.0.0.1:1/new"])
 def test_an_etag_of_a_redirection_never_becomes_a_path(
     hub: Hub, own_client: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, location: str, name: str

@@ -177,12 +177,13 @@ class Deadly(Dataset[Tensor]):
     [(signal.SIGKILL, "killed, probably because memory ran out"), (signal.SIGBUS, "raise --shm-size")]
     + [(signal.SIGABRT, "crashed .Aborted.; set num_workers to 0")],
 )
+@pytest.mark.parametrize("times", [2, pytest.param(5, marks=pytest.mark.slow)])
 def test_data_worker_that_is_killed_is_one_line_with_a_hint(
-    sent: signal.Signals, said: str, monkeypatch: pytest.MonkeyPatch
+    sent: signal.Signals, said: str, times: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # torch sets its handler of ended workers once, and Lightning restores the one of before at the end of each run.
     monkeypatch.setattr(torch_workers.signal_handling, "_SIGCHLD_handler_set", False)
-    for _ in range(5):  # torch's error differs with the order of the signal and the end of the worker's connection
+    for _ in range(times):  # torch's error differs with the order of the signal and the end of the worker's connection
         with pytest.raises((RuntimeError, OSError, EOFError)) as raised:
             list(loader(Deadly(sent), 2))
         fixable = user_error(raised.value)

@@ -89,7 +89,13 @@ def test_timm_towers_with_stochastic_depth_train_to_the_same_weights(name: str) 
     assert_same_training(timm_config(name))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "family",
+    [
+        pytest.param(family, marks=[pytest.mark.slow] * (family in ("bart", "distilbert", "mt5", "roberta")))
+        for family in FAMILIES
+    ],
+)
 def test_hugging_face_towers_with_dropout_train_to_the_same_weights(family: str, folders: dict[str, Path]) -> None:
     assert_same_training(text_config(folders[family], 16))
 

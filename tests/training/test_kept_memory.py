@@ -36,7 +36,11 @@ EMBED = "make_trainer(EncodingSettings(accelerator='cpu'))"
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="glibc's memory")
 @pytest.mark.parametrize(
     ("start", "is_kept"),
-    [(FIT, True), (EMBED, True), ("kept_memory.keep_freed_memory(torch.device('cuda'))", False)],
+    [
+        (FIT, True),
+        pytest.param(EMBED, True, marks=pytest.mark.slow),
+        ("kept_memory.keep_freed_memory(torch.device('cuda'))", False),
+    ],
     ids=["fit", "embed", "not on a CPU"],
 )
 def test_commands_keep_freed_memory_on_a_cpu(start: str, is_kept: bool, tmp_path: Path) -> None:

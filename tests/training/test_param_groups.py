@@ -171,7 +171,9 @@ def train_theirs(model: open_clip.CLIP, batches: list[tuple[Tensor, Tensor]]) ->
     return losses, scales
 
 
-@pytest.mark.parametrize("first_scale", [1 / 0.07, 120.0])  # the second is clamped
+@pytest.mark.parametrize(
+    "first_scale", [pytest.param(1 / 0.07, marks=pytest.mark.slow), 120.0]
+)  # the second is clamped
 def test_thirty_steps_have_open_clips_loss_curve(first_scale: float) -> None:
     torch.manual_seed(0)
     theirs, ours = tiny_open_clip(), tiny_clip()

@@ -42,7 +42,9 @@ def _traced_once(traces: Path) -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("kind", ["vit", "quick_gelu", "gelu_tanh", "resnet", "timm", "classifier"])
+@pytest.mark.parametrize(
+    "kind", ["vit", pytest.param("quick_gelu", marks=pytest.mark.slow), "gelu_tanh", "resnet", "timm", "classifier"]
+)
 def test_open_clip_opens_the_folder_with_our_features_pixels_and_ids(
     tmp_path: Path, tiny_config: CLIPConfig, kind: str
 ) -> None:

@@ -135,7 +135,14 @@ def assert_opens_again(config: CLIPConfig, tmp_path: Path, format: Any = "open_c
     assert (again.logit_bias is None) == (ours.logit_bias is None)
 
 
-@pytest.mark.parametrize("kind", IMAGES)
+# What these say is read as in the kinds beside them: another activation, pool or projection.
+ALIKE = (
+    *("resnet of gelu_tanh", "timm with avg", "timm with max and a bias", "timm's vit with a classifier"),
+    *("timm's vit with the token", "timm of a rate of dropped paths", "crop_pct of a rectangle"),
+)
+
+
+@pytest.mark.parametrize("kind", [pytest.param(kind, marks=[pytest.mark.slow] * (kind in ALIKE)) for kind in IMAGES])
 def test_every_kind_of_image_encoder_opens_again(tmp_path: Path, kind: str) -> None:
     assert_opens_again(CLIPConfig(**{"embed_dim": 32, "text": TEXT, **IMAGES[kind]}), tmp_path)
 

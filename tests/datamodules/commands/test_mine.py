@@ -153,8 +153,8 @@ def by_loop(images: Any, texts: Any, own: Any, other: Any, window: MiningWindow)
     "options",
     [
         {},
-        {"num_negatives": 7, "skip": 4, "among": 11},
-        {"num_negatives": 5, "among": 499, "margin": 0.2},
+        pytest.param({"num_negatives": 7, "skip": 4, "among": 11}, marks=pytest.mark.slow),
+        pytest.param({"num_negatives": 5, "among": 499, "margin": 0.2}, marks=pytest.mark.slow),
         {"skip": 2, "among": 40, "margin": 0.0, "most_similar": 0.45},
         {"num_negatives": 1000, "among": 2000, "most_similar": -0.3},
     ],

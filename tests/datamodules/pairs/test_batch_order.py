@@ -246,8 +246,13 @@ def embedded(table: Path) -> str:
     return str(path)
 
 
-@pytest.mark.parametrize("hard", [0.0, 0.5])
-@pytest.mark.parametrize(("world", "workers"), [(2, 1), (3, 0)])
+@pytest.mark.parametrize(
+    ("world", "workers", "hard"),
+    [
+        *[(2, 1, 0.5), (3, 0, 0.0)],
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in ((2, 1, 0.0), (3, 0, 0.5))],
+    ],
+)
 def test_any_ranks_and_workers_share_the_batches_of_one_process(
     world: int, workers: int, hard: float, table: Path
 ) -> None:

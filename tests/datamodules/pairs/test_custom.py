@@ -293,7 +293,7 @@ class Recording(Loss):
         return (weight * (1 - (pairs.image * pairs.text).sum(dim=1))).mean()
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [pytest.param(0, marks=pytest.mark.slow), 2])
 def test_a_loss_gets_what_a_source_gives_for_each_row(workers: int, tmp_path: Path) -> None:
     bad = BadSamples("skip", 0.5)
     data = Captions(Weighted(), Weighted(), batch_size=6, num_workers=workers, bad_samples=bad)

@@ -273,6 +273,7 @@ def test_a_file_that_is_no_checkpoint_is_one_line_from_python_too(
         trainer(tmp_path, max_epochs=1).fit(module, data_for(module, caption_table), ckpt_path=path, weights_only=True)
 
 
+@pytest.mark.slow
 def test_ckpt_path_last_and_auto_resume_from_the_newest_checkpoint_of_the_configuration(
     cli: Callable[..., CompletedProcess[str]],
     in_process: Callable[..., CompletedProcess[str]],

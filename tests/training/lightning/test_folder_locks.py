@@ -92,7 +92,9 @@ def fit(config: CLIPConfig, table: Path, folder: Path, *others: Any, **options: 
     return trainer
 
 
-@pytest.mark.parametrize("kind", ["dirpath", "no logger", "version", "name"])
+@pytest.mark.parametrize(
+    "kind", ["no logger", "version", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("dirpath", "name"))]
+)
 def test_a_folder_is_refused_while_a_run_writes_there_and_is_free_when_it_is_killed(
     tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path, hold: Callable[[Path], Any], kind: str
 ) -> None:
