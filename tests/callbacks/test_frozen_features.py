@@ -123,8 +123,7 @@ def of_towers(run: Run, towers: str, folders: dict[str, Path]) -> Run:
     return run._replace(towers=str(folders["bert"]) if towers == "bert" else towers)
 
 
-OTHERS: list[Any] = [pytest.param("resnet", "unlock_last 0", marks=pytest.mark.slow), ("resnet", "unlock_last 1")]
-OTHERS += [pytest.param("coca", "unlock_last 1", marks=pytest.mark.slow)]
+OTHERS = [("resnet", "unlock_last 0"), ("resnet", "unlock_last 1"), ("coca", "unlock_last 1")]
 
 
 # Of the others, one stores the same layers of each kind of tower.
