@@ -3,6 +3,7 @@
 import re
 import shutil
 import subprocess
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -125,6 +126,8 @@ def test_workflows_call_targets_of_the_makefile_alone() -> None:
 def test_workflows_run_when_they_should_and_may_only_read() -> None:
     triggers = {name: workflow[True] for name, workflow in WORKFLOWS.items()}  # YAML 1.1 reads `on` as true
     assert {*triggers["checks.yml"]} == {"push", "pull_request"}
+    kept = [step["with"].get("path") for step in WORKFLOWS["checks.yml"]["jobs"]["check"]["steps"] if "with" in step]
+    assert kept[-1] == "site"  # which `make check` has built
     assert triggers["release.yml"] == {"push": {"tags": ["v*"]}}
     (weekly,) = triggers["quickstart.yml"]["schedule"]
     assert re.fullmatch(r"\d+ \d+ \* \* \d", weekly["cron"])
@@ -139,6 +142,22 @@ def test_workflows_run_when_they_should_and_may_only_read() -> None:
 @pytest.mark.skipif(shutil.which("actionlint") is None, reason="needs actionlint")
 def test_workflows_pass_actionlint() -> None:
     subprocess.run(["actionlint"], cwd=ROOT, check=True)
+
+
+def test_a_package_index_shows_the_readme_with_its_pictures_and_links(tmp_path: Path) -> None:
+    """It has no other file: an address is absolute, and names a file of the source by the project's own address."""
+    pytest.importorskip("hatch_fancy_pypi_readme", reason="of the dev extra: make install")
+    with zipfile.ZipFile(build_wheel(tmp_path)) as wheel:
+        (metadata,) = (name for name in wheel.namelist() if name.endswith(".dist-info/METADATA"))
+        shown = wheel.read(metadata).decode()
+    pictures, links = re.findall(r'src(?:set)?="(.*?)"', shown), re.findall(r"\]\((.*?)\)", shown)
+    for kind, addresses in (("raw", pictures), ("blob", links)):
+        start = f"{PROJECT['urls']['Source']}/{kind}/HEAD/"
+        ours = [each.partition("#")[0].removeprefix(start) for each in addresses if each.startswith(start)]
+        assert len(ours) >= 4
+        assert all((ROOT / path).exists() for path in ours)
+        assert all(re.match("https://|#", each) for each in addresses)
+    assert len(pictures) == 4
 
 
 @pytest.mark.slow

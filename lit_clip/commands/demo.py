@@ -29,16 +29,13 @@ def demo(
 ) -> None:
     """Try a model in a browser: classify an image, see where it shows texts, search a folder.
 
-    The page is for this machine only, unless --host says otherwise, and nothing is sent or fetched elsewhere. Ctrl-C
-    ends it.
+    Only this machine can open the page, unless --host says otherwise; nothing leaves the machine. Ctrl-C ends the demo.
 
     Args:
         model: a checkpoint, or a name that lit_clip.load_model understands.
-        images: a folder, searched with everything below, which is encoded the first time, as by lit-clip search; or a
-            file of features, of whose images those are shown that lie below its folder.
-        host: address to listen on; 0.0.0.0 lets everybody in the network use the page and see the folder's images,
-            by this machine's addresses or its name.
-        port: to listen on; 0 for any that is free.
+        images: a folder to search, with its subfolders; or a file of features, whose images must lie below its folder.
+        host: address to listen on; 0.0.0.0 lets everybody in the network use the page and see the folder's images.
+        port: port to listen on; 0 for any that is free.
         index: the index of the folder, a .npz file; by default .lit-clip-index.npz in the folder.
         on_error: error ends the command at an image of the folder that cannot be read; skip lists it in a file
             beside the index.

@@ -11,7 +11,7 @@ class HeadFile(ClassOptions):
     """A head from a file.
 
     Args:
-        head: a file of classify --save_head, of this model, whose classes are evaluated, exported or tried as well.
+        head: a file that classify --save_head wrote with this model; its classes are used too.
     """
 
     head: str | None = None

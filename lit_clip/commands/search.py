@@ -73,7 +73,7 @@ def search(
     encoding an image; name it in place of the folder.
 
     Args:
-        images: a folder, searched with everything below; a .parquet or .npy file of features; or a .usearch file of
+        images: a folder, with its subfolders; a .parquet or .npy file of features; or a .usearch file of
             lit-clip index.
         queries: texts, each a search of its own.
         model: a checkpoint, or a name that lit_clip.load_model understands.

@@ -5,6 +5,7 @@ Both libraries take seconds to import, so they are imported on use.
 
 import dataclasses
 import glob
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,8 @@ def download_tag(name: str) -> tuple[Path, CLIPConfig]:
     if not cfg:
         tags = list_pretrained_tags_by_model(model)
         known = f"tags: {', '.join(tags)}" if tags else "lit-clip models --pretrained lists all"
+        if near := get_close_matches(tag, tags, n=1, cutoff=0.8):
+            known = f"did you mean {model}:{near[0]}?"
         raise InputError(f"{name}: not in open_clip's registry; {known}")
     config = tagged(resolve_architecture(model), cfg)
     try:

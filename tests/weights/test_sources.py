@@ -158,6 +158,7 @@ def bad_sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         ("inner", "open_clip_config.json: not a readable open_clip configuration"),
         ("half", "open_clip_config.json: not an open_clip configuration"),
         ("weightless", "no weights beside open_clip_config.json"),
+        ("ViT-B-32:openia", "not in open_clip's registry; did you mean ViT-B-32:openai?"),
         ("ViT-B-32:nope", "not in open_clip's registry; tags: openai, "),
         ("ViT-B-33:openai", "not in open_clip's registry; lit-clip models --pretrained lists all"),
         ("some-model", "no such file or folder, and neither org/name on the hub nor model:tag"),
