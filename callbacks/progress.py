@@ -140,8 +140,8 @@ class ExpectedTime(Callback):
         if limit <= seconds and measured <= 0:
             return limit, f"{in_words(limit)} by max_time"  # the first steps tell too little of how many are done
         if limit <= seconds:
-            about = f" (about {int(steps * limit / seconds):,} of {steps:,} steps of {each})" if measured > 0 else ""
-            return limit, f"{in_words(limit)} by max_time{about}"
+            done = int(steps * limit / seconds)
+            return limit, f"{in_words(limit)} by max_time (about {done:,} of {steps:,} steps of {each})"
         parts, several = [f"{_counted(steps, 'step')} of {each}"], _counted(count, "validation")
         if count and self._per_validation is not None:
             parts.append(f"{several} of {in_words(self._per_validation)}")
