@@ -36,7 +36,6 @@ LONG_FILES = (
     "test_resume.py",
     "test_distributed.py",
     "test_surroundings.py",
-    "test_lazy_packages.py",
 )
 
 
