@@ -18,7 +18,7 @@ from datamodules.pairs.kept import kept_pairs
 from datamodules.shards.pairs import TarPairs
 from lit_clip.cli.subcommands import run_command
 from lit_clip.errors import InputError
-from tests.conftest import ROOT, lit_clip_command
+from tests.conftest import ROOT, TINY_YAML, lit_clip_command
 from tests.helpers.small_sets import trained_on
 
 Planted = tuple[str, list[str], list[tuple[str, str] | None]]
@@ -211,7 +211,7 @@ def test_two_processes_train_on_exactly_the_rest(folder: Path) -> None:
         folder,
         *("fit", "--config", str(ROOT / "tests/helpers/no_settings.yaml"), "--data", "datamodules.Captions"),
         *("--data.train", "planted.jsonl", "--data.keep", "inspect.findings.csv", "--data.val", "val.csv"),
-        *("--model.architecture", "ViT-tiny-16-64", "--data.batch_size", "4", "--data.num_workers", "0"),
+        *("--model.architecture", TINY_YAML, "--data.batch_size", "4", "--data.num_workers", "0"),
         *("--trainer.max_epochs", "1", "--trainer.accelerator", "cpu", "--trainer.devices", "2"),
         *("--trainer.strategy", "ddp", "--trainer.callbacks+=recording.Recording", "--trainer.logger", "false"),
     )
