@@ -135,6 +135,7 @@ def write_things(here: Path, rows: list[str], channels: int) -> None:
     catalogue = [f"{row},{number // 2},{number}" for number, row in enumerate(rows[1:])]
     (here / "catalogue.csv").write_text("\n".join([f"{rows[0]},sku,stock", *catalogue[:-2]]))
     (here / "new.csv").write_text("\n".join([f"{rows[0]},sku,stock", *catalogue[-2:]]))
+    (here / "held_out.csv").write_text("\n".join([f"{rows[0]},sku,stock", *catalogue[1::2]]))
     views = [f"{rows[number - 1].split(',')[0]},{row}" for number, row in enumerate(rows[2:], 2)]
     (here / "views.csv").write_text("\n".join([f"image_1,{rows[0].replace('image', 'image_2')}", *views]))
     (here / "judged" / "qrels").mkdir(parents=True)
@@ -189,6 +190,8 @@ def folder(
     pq.write_table(pa.table({"key": [*"abc"], "caption": [*"abc"], **scores}), here / "scores.parquet")
     (sets,) = (block for block in blocks("yaml") if block.startswith("target:"))
     (here / "sets.yaml").write_text(sets, encoding="utf-8")
+    (products,) = (block for block in blocks("yaml") if block.startswith("# products.yaml"))
+    (here / "products.yaml").write_text(products, encoding="utf-8")
     for label in range(1000):
         (here / f"imagenet/val/n{label:08d}").mkdir(parents=True)
         Image.new("RGB", (8, 8), (label % 256, 0, 0)).save(here / f"imagenet/val/n{label:08d}/0.png")

@@ -9,6 +9,7 @@ from .boxed_files import COCOInstances, VOCBoxes
 from .caption_choices import MMVPVLM, AROOrder, AROVisualGenome, SugarCrepe, WinoGAViL, Winoground
 from .faces import FER2013, CelebAIdentities, FairFace, FERPlus
 from .frame_robustness import ImageNetVidRobust, YTBBRobust
+from .grouped_pairs import GroupedPairs
 from .image_grids import ImageGrids
 from .imagenet import ImageNet, ImageNetFolders, ObjectNet
 from .judged_documents import QueriesAndDocuments
@@ -44,7 +45,7 @@ __all__ += ["CelebAIdentities", "FER2013", "FERPlus", "FairFace"]
 __all__ += ["ImageNetVidRobust", "YTBBRobust"]
 __all__ += ["ImageNet", "ImageNetFolders", "ImageNetV2", "ObjectNet"]
 __all__ += ["LabelledTable", "LocatedImages"]
-__all__ += ["QueriesAndDocuments"]
+__all__ += ["GroupedPairs", "QueriesAndDocuments"]
 __all__ += ["BabelImageNet", "Crossmodal3600", "TranslatedImageNet", "XTD10"]
 __all__ += ["AYahoo", "Birdsnap", "Digits", "HatefulMemes", "IIIT5K", "RESISC45", "SUN", "SVHNNumbers"]
 __all__ += ["COCO", "CaptionedPairs", "Flickr30k"]

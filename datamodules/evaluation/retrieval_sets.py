@@ -38,10 +38,11 @@ class CaptionedPairs(CaptionedImages):
         image_column: str | None = None,
         caption_column: str | None = None,
         split: str | None = None,
+        group: str | None = None,
     ) -> None:
         if "://" not in path and not any(mark in path for mark in "{*") and not Path(path).exists():
             raise MissingData(f"{path}: no such file or folder")
-        columns = Columns(image_column, caption_column, root=root)
+        columns = Columns(image_column, caption_column, group, root=root)
         self.source: PairSource = open_source(path, default_split="test", columns=columns, split=split)
         self.source.prepare()
         self._path = Path(path)
@@ -61,6 +62,10 @@ class CaptionedPairs(CaptionedImages):
 
     def captions(self, index: int) -> list[str]:
         return [caption for row in self._rows[index] for caption in self.source.captions(row)]
+
+    def group(self, index: int) -> str:
+        """Return the group that an image's first row names, empty for none."""
+        return self.source.text(self._rows[index][0], None).group
 
     def key(self, index: int) -> str:
         row = self._rows[index][0]

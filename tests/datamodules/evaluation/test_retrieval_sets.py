@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from datamodules.evaluation import COCO, CaptionedPairs, Flickr30k, QueriesAndDocuments
+from datamodules.evaluation import COCO, CaptionedPairs, Flickr30k, GroupedPairs, QueriesAndDocuments
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import CaptionedImages, MissingData
 from tests.helpers.coloured_sets import colour, colour_of, encoded, message_of, paint, paint_shade, shade
@@ -278,3 +278,48 @@ def test_a_missing_table_is_missing_data_and_an_unknown_split_names_those_there(
     assert "no qrels" in message_of(lambda: QueriesAndDocuments(str(tmp_path)), MissingData)
     write_beir(tmp_path)
     assert "set split to one of dev, test" in message_of(lambda: QueriesAndDocuments(str(tmp_path), "train"))
+
+
+def write_own_products(folder: Path) -> None:
+    for number, name in enumerate(["a", "b", "c", "new", "other"]):
+        paint_shade(folder / f"{name}.png", 10 * number)
+    catalogue = ["image,title,sku", "a.png,a hat,1", "b.png,a bonnet,1", "c.png,a shoe,2", "new.png,no number,"]
+    (folder / "catalogue.csv").write_text("\n".join(catalogue))
+    asked = ["image,title,sku", "other.png,a kite,9", "new.png,a cap,1", "new.png,cap,1", "b.png,a boot,2", "a.png,x,"]
+    (folder / "asked.csv").write_text("\n".join(asked))
+
+
+def test_own_pairs_find_the_others_of_their_group(tmp_path: Path) -> None:
+    write_own_products(tmp_path)
+
+    def found(*fields: Any) -> GroupedPairs:
+        return GroupedPairs(str(tmp_path), "asked.csv", "catalogue.csv", "sku", *fields)
+
+    both = found()
+    assert both.documents.texts == ["a hat", "a bonnet", "a shoe", "no number"]
+    assert both.queries == (
+        ["query new.png", "query b.png"],
+        ["a cap", "a boot"],
+        [4, 5],
+    )  # 9 is nowhere, x in no group
+    assert both.relevance == [(0, 0, 1), (0, 1, 1), (1, 2, 1)]
+    assert [shade(both.images(row)[0]) for row in range(len(both))] == [0, 10, 20, 30, 30, 10]
+    assert [both.whole_file(row) for row in (0, 5)] == [tmp_path / "a.png", tmp_path / "b.png"]
+    assert found(["caption"]).queries == (both.queries.keys, both.queries.texts, [-1, -1])
+    assert len(found(["caption"])) == 4  # images of queries are not encoded
+    assert found(["image"]).queries == (both.queries.keys, ["", ""], [4, 5])
+    before = both.stamp()
+    assert found(["caption"]).stamp() != before == found().stamp()
+    paint_shade(tmp_path / "c.png", 99).write_bytes(b"another")
+    assert found().stamp() != before
+
+
+def test_own_pairs_without_groups_or_fields_are_refused(tmp_path: Path) -> None:
+    write_own_products(tmp_path)
+    names = str(tmp_path), "asked.csv", "catalogue.csv"
+    assert "no row's 'title' is that of a row in catalogue.csv" in message_of(lambda: GroupedPairs(*names, "title"))
+    assert "image, title, sku" in message_of(lambda: GroupedPairs(*names, "number"))
+    for fields in ([], ["text"]):
+        assert "name image, caption or both" in message_of(lambda given=fields: GroupedPairs(*names, "sku", given))
+    missing = message_of(lambda: GroupedPairs(str(tmp_path), "asked.csv", "none.csv", "sku"), MissingData)
+    assert "none.csv" in missing
