@@ -40,8 +40,6 @@ def _thread_error(thread: threading.ExceptHookArgs) -> None:
 def _check_command(words: Sequence[str]) -> None:
     """Check that the command exists; jsonargparse only knows LightningCLI's."""
     known = sorted({*CONFIGURED, *subcommands.COMMANDS})
-    if not words:
-        raise InputError(f"no command given; use one of {', '.join(known)}")
     if words[0] not in known and not words[0].startswith("-"):
         instead = ELSEWHERE.get(words[0].replace("_", "-"))
         near = [instead] if instead else get_close_matches(words[0], known, n=1)
@@ -58,6 +56,9 @@ def _check_command(words: Sequence[str]) -> None:
 def _run(words: list[str]) -> int:
     imports.find_working_folder()
     modules, words = imports.command_words(words)
+    if not words:
+        sys.stderr.write(f"{help_text()}\n")
+        return USER_ERROR
     if words[:1] in (["-h"], ["--help"], ["--version"]):
         sys.stdout.write(f"lit-clip {__version__}\n" if words[0] == "--version" else f"{help_text()}\n")
         return 0

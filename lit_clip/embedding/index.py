@@ -89,7 +89,7 @@ def _updated(
     gone = len(keys - {file.key for file in files})
     from lit_clip.embedding.encode import features_of  # imports Lightning, which takes seconds
 
-    note = f"index: {len(files) - len(missing)} images unchanged, {len(missing) - changed} new"
+    note = f"index {path}: {len(files) - len(missing)} images unchanged, {len(missing) - changed} new"
     stderr().print(f"{note}, {changed} changed, {gone} gone")
     kind = features_of_both_kinds if both_kinds else image_features
     task = image_task(model, FileRows(files), [file.identity for file in files], kind)

@@ -29,8 +29,6 @@ from lit_clip.training.summary import print_trained
 SEVERAL = 2  # rows of an image, on average
 FEW_PAIRS = 3_500  # docs/evidence/recipes.md: pretrained encoders were measured with up to 3,068 pairs,
 SMALL_DATA = 60_000  # training from scratch with up to 50,000;
-MANY_EPOCHS = 16_000  # between 5,000 and 50,000, of which 65 and 12 epochs were the most that were measured
-BATCH_MATTERS = 2_000  # with 5,000 and 50,000 256 pairs a step were best, with 500 the batch hardly mattered
 PAPER_BATCH = 32_768  # table 18
 PAPER_RATES = (3.6e-4, 5e-4)  # tables 19 and 20, from scratch; 5e-4 at 2,048 pairs too (the run on YFCC)
 PAPER_FINE_TUNING_RATE = 2e-5  # table 20: ViT-L/14 for one more epoch at 336 pixels
@@ -299,9 +297,7 @@ def _several_captions(plan: RunPlan) -> str:
 
 def _small_data(pairs: int) -> str:
     few = " are few: pretrained encoders name new images far better (docs/encoders.md)" if pairs <= FEW_PAIRS else ""
-    batch = "with 256 pairs a step " if pairs >= BATCH_MATTERS else ""
-    how = f"{batch}at a rate of 1e-3 in {12 if pairs > MANY_EPOCHS else 65} epochs or more"
-    return f"{pairs:,}{few}; from scratch RN-tiny-64 learned most, {how} (docs/evidence/recipes.md)"
+    return f"{pairs:,}{few}; from scratch RN-tiny-64 learned most (docs/evidence/recipes.md)"
 
 
 def _short(number: float) -> str:

@@ -140,6 +140,10 @@ def test_the_help_names_the_commands(monkeypatch: pytest.MonkeyPatch, capsys: py
     main()
     output = capsys.readouterr().out
     assert all(name in output for name in COMMANDS)
+    monkeypatch.setattr(sys, "argv", ["lit-clip"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert capsys.readouterr() == ("", output)
 
 
 # classify

@@ -102,10 +102,6 @@ def test_a_run_from_scratch_on_few_pairs_is_told_what_learns_more() -> None:
     few, more = (dict(plan_rows(replace(GOOD, pairs=pairs)))["training pairs"] for pairs in (500, 50_000))
     assert few.startswith("500 are few: pretrained encoders name new images far better")
     assert more.startswith("50,000; from scratch RN-tiny-64")
-    assert "256 pairs a step" in more
-    assert "in 12 epochs or more" in more
-    assert "in 65 epochs or more" in few
-    assert "256 pairs a step" not in few  # fit takes 64 for them
     assert "training pairs" not in dict(plan_rows(replace(GOOD, pairs=500, pretrained_encoders=True)))
 
 
