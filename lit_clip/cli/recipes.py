@@ -155,5 +155,12 @@ def _show(recipe: str, choices: Sequence[Choice]) -> None:
     table = Table(Column("setting", overflow="fold", no_wrap=True), "chosen", "because", title=f"Recipe: {recipe}")
     for each in choices:
         described = isinstance(each.value, dict) and "class_path" in each.value
-        table.add_row(each.option, shown(each.value) if described else str(each.value), each.why)
+        table.add_row(each.option, shown(each.value) if described else _shown(each.value), each.why)
     Console().print(table)
+
+
+def _shown(value: Any) -> str:
+    """Return a value as YAML would be typed, without settings that are off."""
+    if not isinstance(value, dict):
+        return "null" if value is None else str(value)
+    return f"{{{', '.join(f'{name}: {_shown(part)}' for name, part in value.items() if part not in (None, False))}}}"

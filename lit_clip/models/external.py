@@ -22,7 +22,7 @@ from lit_clip.models.timm_hub import timm_hub_weights
 from lit_clip.models.tokenizer import unpadded_lengths
 from lit_clip.models.transformer import check_images, is_traced
 from lit_clip.tools.hardware import to_device
-from lit_clip.tools.hub_client import guard_hub
+from lit_clip.tools.hub_client import guard_hub, without_bar
 from lit_clip.tools.reading import first_line, reason
 from lit_clip.tools.untrusted import COUNTS
 from lit_clip.tools.weight_files import read_tensors
@@ -265,7 +265,8 @@ def _pretrained(auto: Any, config: HuggingFaceTextConfig, hf_config: Any) -> Any
     guard_hub()
     try:  # in float32, however they are stored
         options = {"config": hf_config, "dtype": torch.float32, "trust_remote_code": False, "output_loading_info": True}
-        model, loaded = auto.from_pretrained(config.hugging_face, **options)
+        with without_bar() if Path(config.hugging_face).is_dir() else nullcontext():  # a download shows its bar
+            model, loaded = auto.from_pretrained(config.hugging_face, **options)
     except Exception as error:  # damaged or foreign files raise anything
         raise InputError(f"{where}: no weights of that model there ({first_line(error)})") from error
     absent = sorted(key for key in loaded["missing_keys"] if config.pooling == "pooler" or "pooler" not in key)

@@ -107,15 +107,15 @@ class PretrainedEncoders(Recipe):
         step = Choice("data.captions.per_image", "together", f"{work.captions:.1f} captions an image")
         return [
             *([step] if together and not run.is_given("data.captions.per_image") else []),
-            Choice("data.global_batch_size", work.batch, f"for {rule.captions}", ("data.batch_size",)),
-            Choice("model.optimizer.lr", rule.rate, f"for {rule.captions}"),
+            Choice("data.global_batch_size", work.batch, f"captions are {rule.captions}", ("data.batch_size",)),
+            Choice("model.optimizer.lr", rule.rate, f"captions are {rule.captions}"),
             Choice("model.lr_scheduler.warmup_steps", max(1, steps // 10), f"a tenth of {steps:,} steps"),
-            Choice("model.freeze", asdict(plan.freeze), "last blocks for which there is time"),
+            Choice("model.freeze", asdict(plan.freeze), "as many last blocks as there is time for"),
             Choice("model.loss", POSITIVES, "equal captions are no negatives of each other"),
             Choice("trainer.callbacks.FrozenFeatures.augmentations", plan.versions, encoded),
             Choice("trainer.max_steps", steps, f"{passes:.1f} times each image, {trained}", EPOCHS),
-            Choice("trainer.val_check_interval", every, "some validations", EPOCHS),
-            Choice("trainer.check_val_every_n_epoch", None, "an interval is in steps", EPOCHS),
+            Choice("trainer.val_check_interval", every, f"{steps // every} validations", EPOCHS),
+            Choice("trainer.check_val_every_n_epoch", None, "validations are counted in steps", EPOCHS),
             Choice("trainer.max_time", f"00:{duration(limit).zfill(8)}", f"{self.minutes:g} minutes in all"),
         ]
 

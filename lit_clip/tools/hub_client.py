@@ -4,8 +4,8 @@ huggingface_hub 2.4 names files in its cache after the ETag and the commit that 
 timm, open_clip and fsspec's ``hf://`` use the same client.
 """
 
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from functools import partial
 from typing import Any
 
@@ -22,6 +22,18 @@ def guard_hub() -> None:
     make = _http._GLOBAL_CLIENT_FACTORY
     if getattr(make, "func", None) is not _client:
         set_client_factory(partial(_client, make))
+
+
+@contextmanager
+def without_bar() -> Iterator[None]:
+    """Have transformers open a folder without a progress bar, which would be a line of every command's output."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.enable_progress_bar()
 
 
 def _client(make: Callable[[], Any]) -> Any:

@@ -27,6 +27,7 @@ from lit_clip.models.patches import Patches, unpacked
 from lit_clip.models.preprocess import resize_size
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.tools.bands import banded
+from lit_clip.tools.hub_client import without_bar
 from lit_clip.weights.hugging_face import hugging_face_kind, library_name, to_hugging_face
 from lit_clip.weights.hugging_face_processor import (
     image_processor,
@@ -214,13 +215,10 @@ def read_hugging_face(folder: Path, sample: ExportSample) -> Reading:
 
     kind = read_json(folder / "config.json")["model_type"]
     model_class, processor_class = (getattr(transformers, library_name(kind) + part) for part in ("Model", "Processor"))
-    transformers.utils.logging.disable_progress_bar()
-    try:
+    with without_bar():
         model = model_class.from_pretrained(folder, local_files_only=True).eval()
         # By Pillow, as in training: torch's resampling differs from it by up to two levels.
         processor: Any = processor_class.from_pretrained(folder, local_files_only=True, backend="pil")
-    finally:
-        transformers.utils.logging.enable_progress_bar()
     images = siglip2_inputs(unpacked(sample.pixels)) if kind == "siglip2" else {"pixel_values": sample.pixels}
     out = model(input_ids=sample.tokens, **images)
     ours = read_json(folder / "preprocessor_config.json")

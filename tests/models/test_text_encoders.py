@@ -143,12 +143,16 @@ def test_without_pretrained_the_weights_are_random_and_need_no_file(folders: dic
         text_model(folder)
 
 
-def test_half_precision_weights_are_loaded_as_float32(folders: dict[str, Path], tmp_path: Path) -> None:
+def test_half_precision_weights_are_loaded_as_float32_without_a_progress_bar(
+    folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     transformers.AutoModel.from_pretrained(folders["bert"]).half().save_pretrained(tmp_path)
     save_words(tmp_path, *FAMILIES["bert"][1:])
+    assert "Loading weights" in capsys.readouterr().err  # transformers' own
     for pretrained in (True, False):
         model = text_model(tmp_path, pretrained=pretrained)
         assert {p.dtype for p in model.parameters()} == {torch.float32}
+    assert "Loading weights" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("family", ["roberta", pytest.param("modernbert", marks=pytest.mark.slow), "t5"])
