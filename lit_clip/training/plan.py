@@ -341,18 +341,17 @@ def contradictions(plan: RunPlan) -> Iterator[str]:
 
 
 def _short_run(plan: RunPlan) -> Iterator[str]:
-    """Warn of a run that ends within its warm-up, or soon after it."""
+    """Warn of a run that ends within its warm-up, or soon after a long one."""
     steps, warmup = plan.steps, plan.warmup
-    if not steps or not warmup or steps - warmup >= FEW_STEPS:
+    if not steps or not warmup or steps - warmup >= FEW_STEPS or 10 * warmup <= steps:
         return
     lower = "lower --model.lr_scheduler.warmup_steps (in Python lr_scheduler=partial(WarmupCosine, warmup_steps=...))"
     if warmup >= steps:
         yield f"the run has {_count(steps)} and warm-up takes {warmup}: {lower}"
     else:
         longer = "max_steps" if plan.max_steps == steps else "max_epochs"
-        instead = f", or {lower}" if warmup > steps / 10 else ""
         left = _count(steps - warmup)
-        yield f"the run has only {left} after its {warmup} of warm-up: raise trainer.{longer}{instead}"
+        yield f"the run has only {left} after its {warmup} of warm-up: raise trainer.{longer}, or {lower}"
 
 
 def _count(steps: int) -> str:

@@ -146,6 +146,7 @@ def test_a_contradiction_says_what_to_change(change: dict[str, Any], parts: list
         {"batch_norm": True, "micro_batch": 64},
         {"max_steps": 390_624},
         {"steps": 300, "warmup": 200},
+        {"steps": 71, "warmup": 7},  # as a recipe chooses
         {"steps": 50, "warmup": 0},  # no warm-up that ends too late
         {"steps": 50, "warmup": None},
         {"steps_per_epoch": None, "steps": None, "max_steps": 5, "warmup": 10**9},  # length unknown before the run
