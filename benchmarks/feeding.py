@@ -42,7 +42,7 @@ def main() -> None:
         size: dict[int, float] = {}
         for short in [*arguments.resize, 960]:
             output = Path(folder) / str(short)
-            shard(table, str(output), resize=short, workers=0, shard_size=128)
+            shard(table, str(output), resize=short, num_workers=0, shard_size=128)
             size[short] = sum(path.stat().st_size for path in output.glob("*.tar")) / arguments.images / 1e3
             data = Captions(str(output), table, batch_size=BATCH, num_workers=0)
             data.setup("fit")

@@ -176,6 +176,8 @@ def folder(
             where = here / classes / (name if classes == "my_classes" else image.stem)  # those of a head's examples
             where.mkdir(parents=True)
             shutil.copy(image, where / "1.png")
+    shutil.copytree(here / "my_classes", here / "held_out/my_classes")
+    (here / "held_out/captions.csv").write_text("\n".join(rows))
     (here / "labelled.csv").write_text("image,classes\n")
     for number, image in enumerate(sorted((here / "photos").iterdir())[:40]):
         name = ("tiger", "pizza", "bicycle")[number % 3]

@@ -170,12 +170,12 @@ def test_a_folder_with_other_files_is_not_filled_with_shards(name: str, folder: 
     (folder / "out").mkdir()
     (folder / "out" / name).mkdir() if name == "photos" else (folder / "out" / name).write_bytes(b"x")
     with pytest.raises(InputError, match=rf"^out: {name} was not written by lit-clip shard; give an empty folder$"):
-        run_command(["shard", "pairs.csv", "out", "--workers", "0"])
+        run_command(["shard", "pairs.csv", "out", "--num_workers", "0"])
     assert [path.name for path in Path("out").iterdir() if path.name != ".lock"] == [name]
 
 
 def test_a_folder_that_shards_were_written_to_is_resumed_and_gets_no_other_files(folder: Path) -> None:
-    words = ["shard", "pairs.csv", "out", "--workers", "0", "--shard_size", "3"]
+    words = ["shard", "pairs.csv", "out", "--num_workers", "0", "--shard_size", "3"]
     run_command(words)
     whole = Path("out/00001.tar").read_bytes()
     Path("out/00001.tar").unlink()

@@ -21,7 +21,7 @@ def shard(
     *,
     shard_size: int = 10_000,
     resize: int | None = None,
-    workers: int = 8,
+    num_workers: int = 8,
     columns: Columns = Columns(),  # noqa: B008  # immutable
     split: str | None = None,
     keep: str | list[str] | None = None,
@@ -38,7 +38,7 @@ def shard(
         output: an empty folder, or one that the same command began to fill.
         shard_size: pairs in a shard.
         resize: short side in pixels; larger images are resized to it, as JPEGs of quality 95.
-        workers: processes.
+        num_workers: processes.
         columns: of a table; a group is written to the shards' .json as group.
         split: of data that come in splits.
         keep: a table of lit-clip inspect, overlap or score, or several; only the pairs that all keep are written.
@@ -63,7 +63,7 @@ def shard(
     make_folder(folder, "--output")
     with claimed(folder, share=writer.share):
         keep_manifest(folder / MANIFEST, manifest_of(data, source, shard_size, resize, options))
-        counts = write_shards(writer, workers)
+        counts = write_shards(writer, num_workers)
     if share is None:
         _report(source, folder, len(writer.numbers), counts)
     else:

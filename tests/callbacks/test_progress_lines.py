@@ -227,7 +227,7 @@ def test_commands_write_lines_to_a_file(
         (["encoding"], ["embed", str(table), "--output", "features.parquet", *model, "--accelerator", "cpu"]),
         (["encoding"], ["search", ".", "a red patch", *model]),
         (["inspecting"], ["inspect", str(table)]),
-        (["writing shards"], ["shard", str(table), "shards", "--shard_size", "8", "--workers", "0"]),
+        (["writing shards"], ["shard", str(table), "shards", "--shard_size", "8", "--num_workers", "0"]),
         (["shades test", "shades train", "shades linear probe"], ["evaluate", *suite, *model, "--accelerator", "cpu"]),
     ):
         run_command(command)

@@ -35,7 +35,7 @@ WRITERS: list[tuple[list[str], str]] = [
     (["inspect", "captions.csv", "--num_workers", "0"], "inspect.findings.csv"),
     (["overlap", "photos", "--train", "captions.csv", *MODEL, "--num_workers", "0"], "overlap.html"),
     (["overlap", "photos", "--train", "captions.csv", *MODEL, "--num_workers", "0"], "overlap.findings.csv"),
-    (["shard", "captions.csv", "shards", "--workers", "0"], "shards"),
+    (["shard", "captions.csv", "shards", "--num_workers", "0"], "shards"),
     (["index", "b.npy", "--output", "all.usearch"], "all.usearch"),
     (["search", "photos", "a cat", *MODEL, "--num_workers", "0"], "search.html"),
     (["search", "photos", "a cat", *MODEL, "--num_workers", "0"], "photos/.lit-clip-index.npz"),

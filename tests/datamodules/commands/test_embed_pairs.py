@@ -44,7 +44,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     images = [{"id": number, "file_name": f"{name}.png"} for number, name in enumerate("abc")]
     texts = [{"image_id": "abc".index(name[0]), "caption": text} for name, text in ROWS]
     Path("images/captions.json").write_text(json.dumps({"images": images, "annotations": texts}))
-    shard("images/t.csv", "shards", workers=0)
+    shard("images/t.csv", "shards", num_workers=0)
     return tmp_path
 
 

@@ -269,7 +269,7 @@ def test_a_folder_and_shards_of_the_same_pairs_have_the_same_figures(
         (folder / image).write_bytes((messy / image).read_bytes())
         (folder / image).with_suffix(".txt").write_text(text)
     (folder / "3.txt").write_text("first\nsecond\n")
-    run_command(["shard", str(folder), str(tmp_path / "shards"), "--shard_size", "10", "--workers", "0"])
+    run_command(["shard", str(folder), str(tmp_path / "shards"), "--shard_size", "10", "--num_workers", "0"])
     of_folder, of_shards = (
         run_inspect(tmp_path, str(tmp_path / name), "--num_workers", "0").figures for name in ("folder", "shards")
     )

@@ -184,7 +184,7 @@ def test_exactly_the_rest_is_trained_on_and_an_edited_table_decides(folder: Path
 
 def test_shards_and_features_are_those_of_the_kept_pairs(folder: Path, tiny_checkpoint: Path) -> None:
     inspect("planted.jsonl")
-    run_command(["shard", "planted.jsonl", "shards", "--keep", "inspect.findings.csv", "--workers", "0"])
+    run_command(["shard", "planted.jsonl", "shards", "--keep", "inspect.findings.csv", "--num_workers", "0"])
     shards = TarPairs("shards")
     written = [(shards.read(row).image, caption) for row in range(len(shards)) for caption in shards.captions(row)]
     keys = [name for name, _, _ in PLANTED] + [f"{20 + number}.jpg" for number in range(OTHERS)]
@@ -260,7 +260,7 @@ def test_kept_copies_are_never_divided_from_their_originals(folder: Path) -> Non
 
 
 def test_shards_are_inspected_and_trained_on_like_the_table(folder: Path) -> None:
-    run_command(["shard", "planted.jsonl", "shards", "--workers", "0", "--on_error", "skip", "--shard_size", "9"])
+    run_command(["shard", "planted.jsonl", "shards", "--num_workers", "0", "--on_error", "skip", "--shard_size", "9"])
     of_table = Counter(line["finding"] for line in inspect("planted.jsonl") if line["row"])
     of_shards = Counter(line["finding"] for line in inspect("shards"))
     for finding in ("broken image", "missing image", "copy"):  # skipped; rows of one image are samples of their own

@@ -26,7 +26,7 @@ COMMANDS = {
     "embed": f"embed captions.csv {MODEL} tiny.ckpt --output {{}}.parquet",
     "score": f"score captions.csv {MODEL} tiny.ckpt --output {{}}.parquet --fraction 0.5 --on_error skip",
     "inspect": "inspect captions.csv --num_workers 0 --output {}.html",
-    "shard": "shard captions.csv {} --shard_size 2 --workers 0 --on_error skip",
+    "shard": "shard captions.csv {} --shard_size 2 --num_workers 0 --on_error skip",
 }
 ENCODING = {
     "embed": COMMANDS["embed"],

@@ -118,7 +118,7 @@ def test_unreadable_images_are_errors_or_left_out(folder: Path, tiny_checkpoint:
 
 
 def test_images_without_a_file_are_refused(folder: Path, tiny_checkpoint: Path) -> None:
-    shard("pairs.jsonl", "shards", shard_size=4, workers=0)
+    shard("pairs.jsonl", "shards", shard_size=4, num_workers=0)
     with pytest.raises(InputError, match="^shards: its images are not files, which a table could name"):
         mine("shards", "--model", tiny_checkpoint, "--output", "negatives.jsonl")
     with pytest.raises(InputError, match=r"^--output negatives.csv: must be a .jsonl file"):

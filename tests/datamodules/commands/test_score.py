@@ -100,7 +100,7 @@ def test_metadata_name_the_model_and_the_data(folder: Path, tiny_checkpoint: Pat
 
 
 def test_shards_have_the_scores_of_the_table_that_they_were_written_from(folder: Path, tiny_checkpoint: Path) -> None:
-    shard("several.jsonl", "shards", shard_size=3, workers=0)
+    shard("several.jsonl", "shards", shard_size=3, num_workers=0)
     for data, output in (("several.jsonl", "table.parquet"), ("shards", "shards.parquet")):
         score(data, "--model", tiny_checkpoint, "--output", output)
     table, shards = read("table.parquet"), read("shards.parquet")

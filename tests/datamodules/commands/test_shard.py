@@ -34,7 +34,7 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def test_table_becomes_shards_of_the_same_bytes_and_captions(cli: Run, tmp_path: Path, caption_table: Path) -> None:
-    result = cli("shard", str(caption_table), "out", "--shard_size", "20", "--workers", "2")
+    result = cli("shard", str(caption_table), "out", "--shard_size", "20", "--num_workers", "2")
     assert result.returncode == 0, result.stderr
     assert "out: 64 pairs in 4 shards" in result.stderr
     assert result.stdout == ""
@@ -57,7 +57,7 @@ def test_table_becomes_shards_of_the_same_bytes_and_captions(cli: Run, tmp_path:
 
 def test_webdataset_reads_the_written_shards(tmp_path: Path, caption_table: Path) -> None:
     webdataset = pytest.importorskip("webdataset")
-    shard(str(caption_table), str(tmp_path / "out"), shard_size=40, workers=0)
+    shard(str(caption_table), str(tmp_path / "out"), shard_size=40, num_workers=0)
     urls = [str(path) for path in sorted((tmp_path / "out").glob("*.tar"))]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode("pil").to_tuple("png", "txt", "json"))
     table = open_source(str(caption_table))
@@ -67,7 +67,7 @@ def test_webdataset_reads_the_written_shards(tmp_path: Path, caption_table: Path
 
 def test_complete_shards_are_kept_and_missing_ones_written(tmp_path: Path, caption_table: Path) -> None:
     out = tmp_path / "out"
-    shard(str(caption_table), str(out), shard_size=10, workers=0)
+    shard(str(caption_table), str(out), shard_size=10, num_workers=0)
     whole = digests(out)
     assert len(whole) == 7
     for number in (1, 4):
@@ -75,7 +75,7 @@ def test_complete_shards_are_kept_and_missing_ones_written(tmp_path: Path, capti
     (out / f"00005.tar{INDEX_SUFFIX}").unlink()
     (out / ".00004.tar.part").write_bytes(b"of a killed run")
     before = (out / "00002.tar").stat().st_mtime_ns
-    shard(str(caption_table), str(out), shard_size=10, workers=0)
+    shard(str(caption_table), str(out), shard_size=10, num_workers=0)
     assert digests(out) == whole
     assert (out / "00002.tar").stat().st_mtime_ns == before
     assert (out / f"00005.tar{INDEX_SUFFIX}").exists()
@@ -92,7 +92,7 @@ def test_several_captions_and_groups_are_kept(tmp_path: Path, caption_table: Pat
     ]
     table = tmp_path / "table.jsonl"
     table.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    shard(str(table), str(tmp_path / "out"), workers=0, columns=Columns(group="product"))
+    shard(str(table), str(tmp_path / "out"), num_workers=0, columns=Columns(group="product"))
     source = TarPairs(str(tmp_path / "out"), columns=Columns(group="group"))
     assert [source.captions(index) for index in range(3)] == [
         ["a tiger", "a big cat"],
@@ -110,9 +110,9 @@ def test_unreadable_pairs_end_the_run_or_are_listed(tmp_path: Path, caption_tabl
     table = tmp_path / "table.csv"
     table.write_text("image,caption\n" + "".join(f"{image},image {i}\n" for i, image in enumerate(images)))
     with pytest.raises(InputError, match=r"table\.csv row 5: cannot read"):
-        shard(str(table), str(tmp_path / "out"), shard_size=2, workers=0)
+        shard(str(table), str(tmp_path / "out"), shard_size=2, num_workers=0)
     assert list(digests(tmp_path / "out")) == ["00000.tar"]
-    shard(str(table), str(tmp_path / "out"), shard_size=2, workers=0, on_error="skip")
+    shard(str(table), str(tmp_path / "out"), shard_size=2, num_workers=0, on_error="skip")
     source = TarPairs(str(tmp_path / "out"))
     assert [source.captions(index)[0] for index in range(4)] == ["image 0", "image 1", "image 2", "image 4"]
     listed = json.loads((tmp_path / "out/00001.skipped.jsonl").read_text())
@@ -122,17 +122,17 @@ def test_unreadable_pairs_end_the_run_or_are_listed(tmp_path: Path, caption_tabl
 
 def test_folder_with_other_content_is_refused(tmp_path: Path, caption_table: Path) -> None:
     out = tmp_path / "out"
-    shard(str(caption_table), str(out), shard_size=40, workers=0)
+    shard(str(caption_table), str(out), shard_size=40, num_workers=0)
     with pytest.raises(
         InputError, match=r"begun with other data \(shard_size 40 then and 50 now\); give an empty folder"
     ):
-        shard(str(caption_table), str(out), shard_size=50, workers=0)
+        shard(str(caption_table), str(out), shard_size=50, num_workers=0)
     (tmp_path / "others").mkdir()
     (tmp_path / "others/00000.tar").write_bytes(b"")
     with pytest.raises(InputError, match=r"00000\.tar was not written by lit-clip shard"):
-        shard(str(caption_table), str(tmp_path / "others"), workers=0)
+        shard(str(caption_table), str(tmp_path / "others"), num_workers=0)
     with pytest.raises(InputError, match="00000.tar: is a file; give a folder"):
-        shard(str(caption_table), str(out / "00000.tar"), workers=0)
+        shard(str(caption_table), str(out / "00000.tar"), num_workers=0)
     with pytest.raises(InputError, match="--shard_size 0"):
         shard(str(caption_table), str(out), shard_size=0)
 
@@ -185,7 +185,7 @@ def write_images(folder: Path, images: dict[str, bytes]) -> Path:
 
 def test_larger_images_become_jpegs_of_torchvisions_size_and_others_stay(tmp_path: Path) -> None:
     images = images_of_all_kinds()
-    shard(str(write_images(tmp_path, images)), str(tmp_path / "out"), resize=96, workers=0)
+    shard(str(write_images(tmp_path, images)), str(tmp_path / "out"), resize=96, num_workers=0)
     with tarfile.open(tmp_path / "out/00000.tar") as tar:
         files = {name: extracted.read() for name in tar.getnames() if (extracted := tar.extractfile(name))}
     for number, (name, before) in enumerate(images.items()):
@@ -233,7 +233,7 @@ def test_largest_training_crops_of_resized_images_hardly_differ(tmp_path: Path) 
     photos = [Image.fromarray(each).crop((20, 10, 620, 410)) for each in load_sample_images().images]
     images = {f"{number}.jpg": encoded(photo, "jpg", quality=90) for number, photo in enumerate(photos)}
     table = write_images(tmp_path, images)
-    shard(str(table), str(tmp_path / "out"), resize=288, workers=0)
+    shard(str(table), str(tmp_path / "out"), resize=288, num_workers=0)
     before, after = open_source(str(table)), open_source(str(tmp_path / "out"))
     for number in range(2):
         for x in (0.0, 1.0):
@@ -248,7 +248,7 @@ def test_largest_training_crops_of_resized_images_hardly_differ(tmp_path: Path) 
 def test_resized_shards_are_resumed_and_other_sizes_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     images = images_of_all_kinds()
     table, out = str(write_images(tmp_path, images)), tmp_path / "out"
-    shard(table, str(out), shard_size=5, resize=96, workers=0)
+    shard(table, str(out), shard_size=5, resize=96, num_workers=0)
     sizes = [len(content) for name, content in images.items() if not name.startswith(("enough", "small", "deep"))]
     written = sum(path.stat().st_size for path in out.glob("*.tar"))
     resized = re.search(r"15 pairs in 3 shards, 11 images resized now, from ([\d.]+) to ([\d.]+) MB", message(capsys))
@@ -256,18 +256,18 @@ def test_resized_shards_are_resumed_and_other_sizes_refused(tmp_path: Path, caps
     assert float(resized[1]) == round(sum(sizes) / 1e6, 1)
     assert 0 < float(resized[2]) <= written / 1e6
     whole = digests(out)
-    shard(table, str(out), shard_size=5, resize=96, workers=0)
+    shard(table, str(out), shard_size=5, resize=96, num_workers=0)
     assert "15 pairs in 3 shards\n" in message(capsys)  # nothing was resized
     (out / "00001.tar").unlink()
-    shard(table, str(out), shard_size=5, resize=96, workers=2)
+    shard(table, str(out), shard_size=5, resize=96, num_workers=2)
     assert "15 pairs in 3 shards, 4 images resized now" in message(capsys)
     assert digests(out) == whole
     for other in (64, None):
         with pytest.raises(InputError, match=rf"\(resize 96 then and {other} now\); give an empty folder"):
-            shard(table, str(out), shard_size=5, resize=other, workers=0)
-    shard(table, str(tmp_path / "copied"), shard_size=5, workers=0)
+            shard(table, str(out), shard_size=5, resize=other, num_workers=0)
+    shard(table, str(tmp_path / "copied"), shard_size=5, num_workers=0)
     with pytest.raises(InputError, match=r"\(resize None then and 96 now\); give an empty folder"):
-        shard(table, str(tmp_path / "copied"), shard_size=5, resize=96, workers=0)
+        shard(table, str(tmp_path / "copied"), shard_size=5, resize=96, num_workers=0)
     with pytest.raises(InputError, match="--resize 0 must be at least 1"):
         shard(table, str(tmp_path / "none"), resize=0)
 
@@ -281,8 +281,8 @@ def test_damaged_image_is_not_resized_but_refused(tmp_path: Path) -> None:
     images["tall.jpg"] = images["tall.jpg"][:-2000]
     table = str(write_images(tmp_path, images))
     with pytest.raises(InputError, match=r"images\.csv row 3: cannot read"):
-        shard(table, str(tmp_path / "out"), resize=96, workers=0)
-    shard(table, str(tmp_path / "out"), resize=96, workers=0, on_error="skip")
+        shard(table, str(tmp_path / "out"), resize=96, num_workers=0)
+    shard(table, str(tmp_path / "out"), resize=96, num_workers=0, on_error="skip")
     assert json.loads((tmp_path / "out/00000.skipped.jsonl").read_text())["where"].endswith("images.csv row 3")
     assert len(TarPairs(str(tmp_path / "out"))) == 14
 

@@ -247,10 +247,10 @@ def test_commands_take_a_class_path_in_braces(
     assert (tmp_path / "inspect.html").exists()
     nothing = own.replace("9", "0")
     empty = DataOptions([nothing])
-    for command in (lambda: inspect(empty, num_workers=0), lambda: shard(nothing, "nothing", workers=1)):
+    for command in (lambda: inspect(empty, num_workers=0), lambda: shard(nothing, "nothing", num_workers=1)):
         with pytest.raises(InputError, match="has no pairs"):
             command()
-    shard(own, "shards", workers=1)
+    shard(own, "shards", num_workers=1)
     shards = open_source("shards")
     assert [shards.captions(row)[0] for row in range(9)] == [f"shape {row}" for row in range(9)]
     with pytest.raises(InputError, match="lines: Shapes has no such option"):

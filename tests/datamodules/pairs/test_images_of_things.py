@@ -489,7 +489,7 @@ def test_commands_on_pairs_take_each_image_with_its_texts(
     one = opened(path, val=path, keep="kept.parquet", batch_size=1)
     assert {title for _, title in epoch_of(one, 0)} == {title for _, title in kept}
     run_command(["inspect", path, "--num_workers", "0"])
-    run_command(["shard", path, "shards", "--workers", "0"])
+    run_command(["shard", path, "shards", "--num_workers", "0"])
     shards = open_source("shards", columns=Columns(group="group"))
     assert {(*pair[1:],) for pair in pairs_of(shards)} == {pair[1:] for pair in pairs_of(open_source(path))}
     assert len(shards) == len(EVERY)
@@ -497,7 +497,7 @@ def test_commands_on_pairs_take_each_image_with_its_texts(
 
 def test_shards_have_things_too(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
-    run_command(["shard", str(lists(folder / "things.jsonl")), "shards", "--workers", "0", "--shard_size", "9"])
+    run_command(["shard", str(lists(folder / "things.jsonl")), "shards", "--num_workers", "0", "--shard_size", "9"])
     options: dict[str, Any] = {"columns": Columns(group="group"), "images": ONE}
     data = opened("shards", val="shards", **options)
     used: dict[str, list[str]] = defaultdict(list)

@@ -97,7 +97,7 @@ def test_of_several_captions_only_the_kept_are_drawn_and_all_alike(folder: Path)
 
 
 def test_kept_pairs_of_tar_shards_are_those_of_the_table(folder: Path) -> None:
-    shard("several.jsonl", "shards", shard_size=7, workers=0)
+    shard("several.jsonl", "shards", shard_size=7, num_workers=0)
     captions = {caption for _, caption in write(open_source("several.jsonl"), "table.parquet", 0.4)}
     assert captions == {caption for _, caption in write(TarPairs("shards"), "shards.parquet", 0.4)}
     data = Captions("shards", "captions.csv", batch_size=1, num_workers=2, keep="shards.parquet")
@@ -109,13 +109,13 @@ def test_kept_pairs_of_tar_shards_are_those_of_the_table(folder: Path) -> None:
 
 def test_shard_writes_exactly_the_kept_pairs(folder: Path) -> None:
     kept = write(open_source("several.jsonl"), "scores.parquet", 0.3)
-    shard("several.jsonl", "shards", shard_size=5, workers=0, keep="scores.parquet")
+    shard("several.jsonl", "shards", shard_size=5, num_workers=0, keep="scores.parquet")
     written = TarPairs("shards")
     pairs = [(written.read(row).image, caption) for row in range(len(written)) for caption in written.captions(row)]
     assert Counter(pairs) == Counter(((folder / key).read_bytes(), caption) for key, caption in kept)
     write(open_source("several.jsonl"), "scores.parquet", 0.3, seed=1)
     with pytest.raises(InputError, match="shards: begun with other data"):
-        shard("several.jsonl", "shards", shard_size=5, workers=0, keep="scores.parquet")
+        shard("several.jsonl", "shards", shard_size=5, num_workers=0, keep="scores.parquet")
 
 
 def find(source: PairSource, path: str, drop: float, seed: int) -> set[tuple[str, str]]:
@@ -149,7 +149,7 @@ def test_of_several_tables_a_pair_is_kept_if_all_keep_it(folder: Path, names: li
     read = {pair for epoch in range(12) for pair in trained_on(data, epoch=epoch)}
     assert read <= wanted
     assert {key for key, _ in read} == {key for key, _ in wanted}
-    shard("several.jsonl", "shards", workers=0, keep=names)
+    shard("several.jsonl", "shards", num_workers=0, keep=names)
     written = TarPairs("shards")
     assert sorted(text for row in range(len(written)) for text in written.captions(row)) == sorted(c for _, c in wanted)
 
@@ -274,7 +274,7 @@ def test_something_else_and_a_whole_mixture_are_refused(folder: Path) -> None:
     ):
         with pytest.raises(InputError, match=f"^data.keep: {name}: {message}"):
             kept_pairs(open_source("several.jsonl"), name, "data.keep")
-    shard("captions.csv", "shards", workers=0)
+    shard("captions.csv", "shards", num_workers=0)
     source = Mixture([TarPairs("shards"), open_source("captions.csv")], [1, 3])
     write(source, "scores.parquet", 0.5)
     with pytest.raises(InputError, match="a mixture repeats rows; filter or divide its parts, not the mixture"):

@@ -243,7 +243,7 @@ COMMANDS = {
     "score, skipping": ["score", *TABLE, "--output", "s.parquet", "--on_error", "skip", *ON_CPU],
     "mine": ["mine", *TABLE, "--output", "m.jsonl", *ON_CPU],
     "inspect": ["inspect", *TABLE, "--num_workers", "0"],
-    "shard": ["shard", *TABLE, "out", "--workers", "0"],
+    "shard": ["shard", *TABLE, "out", "--num_workers", "0"],
     "overlap": ["overlap", "classes", "--train", *TABLE, "--num_workers", "0"],
     "classify": ["classify", "0.png", "--examples", "examples.csv", "--num_workers", "0"],
     "evaluate": ["evaluate", "--suite", "suite.yaml", "--output", "results.json", *ON_CPU],
