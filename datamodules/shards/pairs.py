@@ -1,4 +1,4 @@
-"""Pairs in tar shards as img2dataset and webdataset write them: ``key.jpg``, ``key.txt`` and maybe ``key.json``."""
+"""Pairs in tar shards of img2dataset and webdataset: ``key.jpg``, ``key.txt`` and optionally ``key.json``."""
 
 import json
 import os
