@@ -144,7 +144,7 @@ def segmentation_metrics(records: PlaceRecords, names: Sequence[str]) -> dict[st
 
 
 def segmentation(records: PlaceRecords, names: Sequence[str], folder: Path, stem: str) -> dict[str, Any]:
-    """Return the task's entry in ``results.json``; the matrix of pixels is written to ``stem_confusions.csv``."""
+    """Return the task's entry in ``results.json``; write the pixel matrix to ``stem_confusions.csv``."""
     path = folder / f"{stem}_confusions.csv"
     make_folder(path.parent)
     matrix = confusion(records, len(names))[:, :-1]
