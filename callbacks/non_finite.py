@@ -54,7 +54,7 @@ class _Checked(NamedTuple):
 
 
 class NonFiniteSteps(Callback):
-    """Detect steps whose loss, features or gradients are not finite on any rank, and undo them on all ranks.
+    """Detect steps with loss, features or gradients that are not finite on any rank, and undo them on all ranks.
 
     Ranks sum a few numbers once a step, between the backward pass and the optimiser, together with the step's metrics.
     An undone step changes neither weights, moments nor BatchNorm's statistics; it still counts in ``global_step`` and

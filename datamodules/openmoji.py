@@ -61,7 +61,7 @@ def read_table() -> tuple[Emoji, ...]:
 
 
 def held_out(emoji: Sequence[Emoji]) -> list[bool]:
-    """Mark the emoji held out of training: every tenth except flags, because an unseen country's flag has no clue."""
+    """Mark the emoji held out of training: every tenth except flags; nobody can name an unseen country's flag."""
     candidates = [e.hexcode for e in emoji if e.group != "flags"]
     chosen = set(candidates[HOLD_OUT_EVERY // 2 :: HOLD_OUT_EVERY])
     return [e.hexcode in chosen for e in emoji]

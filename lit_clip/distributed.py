@@ -45,7 +45,7 @@ class RankCounts(NamedTuple):
         return self.world * self.counts[self.rank] / self.total
 
     def first(self, rank: int) -> int:
-        """Index of this rank's first pair among all pairs."""
+        """Return the index of a rank's first pair among all pairs."""
         return sum(self.counts[:rank])
 
     @property

@@ -112,7 +112,7 @@ def _searched(
     settings: list[str],
     how: tuple[int, int, Precision, float],
 ) -> tuple[dict[str, Queries], NearestFound]:
-    """Load or compute each set's features and looks, and the training images nearest to all sets."""
+    """Load or compute each set's features and looks, and the nearest training images of all sets."""
     make_folder(folder)
     sets = {}
     for name, each in opened.items():

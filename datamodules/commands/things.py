@@ -31,7 +31,7 @@ class Thing:
 
 @dataclass
 class Things:
-    """Things by name: the group, or else the key of the first image that their row lists."""
+    """Things by name: the group, or else the key of the first image in their row."""
 
     by_name: dict[str, Thing]
     rows: dict[str, int]  # the first row of each image

@@ -156,7 +156,7 @@ def _small_images(source: PairSource, rows: np.ndarray, num_workers: int) -> np.
 
 
 def find_validation_copies(found: ScanFindings, validation: ScanFindings) -> ValidationCopies:
-    """Compare the images of a scan with those of the validation data."""
+    """Compare the images of a scan with the validation images."""
     rows, same_file = np.full(len(found.images), -1), np.zeros(len(found.images), dtype=bool)
     others = validation.usable
     if not len(others):

@@ -18,7 +18,7 @@ MOST = 2_000_000  # rows whose images are counted for the plan: a second
 
 
 def chosen_pairs(source: PairSource, per_image: PerImage, per_thing: PerThing) -> PairSource:
-    """Return a training source whose epochs read the captions per image and images per thing that the options name."""
+    """Return a training source; its epochs have the captions per image and images per thing that options set."""
     if per_thing == "together":
         return images_together(source)
     if per_thing == "two":
@@ -58,7 +58,7 @@ def _no_things(option: str, name: object) -> str:
 
 
 def images_together(source: PairSource) -> PairSource:
-    """Return a source with one row per thing, which has all its images; a mixture's parts are treated separately."""
+    """Return a source with one row per thing, with all its images; a mixture's parts are treated separately."""
     if isinstance(source, Mixture):
         return Mixture([images_together(part) for part in source.sources], source.weights)
     names = source.things()
@@ -148,7 +148,7 @@ COUNTED = 1000  # rows whose captions are counted for the plan
 
 
 def captions_together(source: PairSource) -> PairSource:
-    """Return a source with one row per image, which has all its captions; mixed parts are treated separately."""
+    """Return a source with one row per image, with all its captions; a mixture's parts are treated separately."""
     together = joined(source)
     name = getattr(source, "path", type(source).__name__)
     require(

@@ -82,7 +82,7 @@ class Concatenated(Derived):
         return self._key(index, super().key(index))
 
     def image_names(self) -> pa.ChunkedArray:
-        """Names of all images, in order: an image in two sources is held out of both."""
+        """Return the names of all images, in order: an image in two sources is held out of both."""
         every = []
         for number, source in enumerate(self.sources):
             prefix, names = f"{number}:" if self.distinct_keys else ":", arrow_image_names(source)

@@ -28,7 +28,7 @@ _GOES_ON = r"(?! [^\p{L}\n\r]{0,20}+ \p{Ll})"  # as in "approx. 3 m" and "left .
 
 
 def _ends(small_letters: bool) -> regex.Pattern[str]:
-    """Return a linear-time pattern for ends of sentences; in lower-case text, letter case is no clue."""
+    """Return a linear-time pattern for ends of sentences; in lower-case text, letter case does not matter."""
     goes_on = "" if small_letters else _GOES_ON
     return regex.compile(
         rf"""

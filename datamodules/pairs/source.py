@@ -161,11 +161,11 @@ class PairSource(ABC):
         return {}
 
     def image_names(self) -> pa.ChunkedArray | Sequence[str] | None:
-        """Names of all images, in order, equal for rows with the same image; None: every row has another image."""
+        """Return the names of all images, in order, equal for equal images; None: every row has another image."""
         return None
 
     def things(self, rows: bool = False) -> pa.ChunkedArray | None:
-        """Names of the things shown, in order: a group's rows, or the images listed in a table's row, are one thing.
+        """Return names of the things shown, in order: a group's rows, or the images of a table's row, are one thing.
 
         With ``rows`` the latter alone. None: each pair shows another thing, or the source does not tell.
         """

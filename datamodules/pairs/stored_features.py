@@ -32,7 +32,7 @@ TOKENIZED_AT_ONCE = 4096
 
 
 class DistinctImageRows:
-    """The file row of each sample's image; equal images share a row. The identity has images and settings."""
+    """The file row of each sample's image; equal images share a row. The identity covers images and settings."""
 
     def __init__(self, train: PairSource, val: PairSource, versions: int, settings: Sequence[object]) -> None:
         self.versions = versions  # augmented, of each training image

@@ -48,7 +48,7 @@ def log_settings(loggers: Sequence[Logger], settings: Mapping[str, Any], metrics
 
 
 def flat_settings(settings: Mapping[str, Any]) -> dict[str, bool | float | str]:
-    """Return settings by dotted name: those of model and data, and trainer settings that affect training."""
+    """Return settings by dotted name: all of model and data, and the trainer's that affect training."""
     trainer = {name: settings.get("trainer", {}).get(name) for name in OF_TRAINER}
     callbacks = trainer.pop("callbacks") or []
     named = [_described(each) for each in (callbacks if isinstance(callbacks, list) else [callbacks])]

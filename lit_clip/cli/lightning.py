@@ -118,7 +118,7 @@ class CLI(PlainCLI):
         self.config = Namespace({"subcommand": command, command: config}) if command else config
 
     def _given(self, known: Parser, words: Sequence[str], before: Namespace) -> Namespace:
-        """Return the settings from words and files, over those of ``before``."""
+        """Return the settings from words and files, over ``before``."""
         words, of_callbacks = take_options(words)
         given = known.given(words, before)
         if of_callbacks:
@@ -329,7 +329,7 @@ def run(args: Sequence[str], execute: bool = True) -> CLI:
 
 
 def run_until_signal(words: Sequence[str]) -> int:
-    """Run the command line and return its exit code: after a signal, that of :class:`callbacks.Preemption`."""
+    """Run the command line and return its exit code; after a signal, :class:`callbacks.Preemption` sets it."""
     try:
         run(words)
     except SIGTERMException as stop:

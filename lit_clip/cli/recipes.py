@@ -96,7 +96,7 @@ def _named_callbacks(settings: Any) -> list[str]:
 
 
 def _kept(recipe: Recipe, run: Run) -> tuple[list[Choice], Path | None]:
-    """Return choices, and the file that keeps them for other processes with the same settings and pairs."""
+    """Return choices, and their file if an earlier process with the same settings and pairs made them."""
     folder = Path(run.data.cache_folder) / "recipes"
     folder.mkdir(parents=True, exist_ok=True)
     key = [
@@ -134,7 +134,7 @@ def _module(parser: Any, config: Any) -> Any:
 
 
 def _world(config: Any) -> int:
-    """Return the trainer's number of ranks, as far as its settings say it."""
+    """Return the trainer's number of ranks, if its settings show it."""
     if "WORLD_SIZE" in os.environ:  # torchrun's
         return max(1, int(os.environ["WORLD_SIZE"]))
     trainer = config.trainer

@@ -182,7 +182,7 @@ def learn(
 
 
 def _features(model: CLIP, examples: ExampleFiles, settings: EncodingSettings) -> Examples:
-    """Return the features of the readable examples; encode those that the index beside them lacks."""
+    """Return the features of the readable examples; encode examples that the index beside them lacks."""
     table = update_index(model, examples.files, examples.place / EXAMPLES, settings, both_kinds=True)
     rows = {file.identity: row for row, file in enumerate(examples.files)}
     labels = examples.labels[[rows[identity] for identity in table.identities]]

@@ -226,7 +226,7 @@ def write_sheet(path: Path, searched: Searched, found: dict[str, Hits], model: C
 
 
 def small_image(path: Path, size: int) -> Image.Image | None:
-    """Return an image of at most ``size`` pixels a side, upright, on white; None if it is no longer readable."""
+    """Return an image of at most ``size`` pixels a side, upright, on white; None if it has become unreadable."""
     try:
         return upright(open_image(path), size)
     except ValueError:  # a key need not be a path

@@ -69,7 +69,7 @@ def features_of(
     known: FeatureTable | None = None,
     title: str = "encoding",
 ) -> FeatureTable | None:
-    """Return the features of a task's items; encode those that are neither in ``parts`` nor ``known``.
+    """Return the features of a task's items; encode items that are neither in ``parts`` nor ``known``.
 
     All ranks call this. The first one alone gets the table, without the items that could not be read, and not for a
     share of the work: the parts are kept then.

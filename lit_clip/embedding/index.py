@@ -104,7 +104,7 @@ def _updated(
 
 
 def _holds_other_arrays(path: Path) -> bool:
-    """Return whether an undamaged ``.npz`` file is not an index: somebody's arrays must not be lost."""
+    """Return whether an undamaged ``.npz`` file is not an index: a user's own arrays must not be lost."""
     try:
         with reading(path, "index"), zipfile.ZipFile(path) as file:
             return f"{DIGEST}.npy" not in file.namelist()

@@ -93,7 +93,7 @@ class ClassScores(NamedTuple):
 
 
 def class_scores(task: Task, opened: OpenSet, fold: Fold, options: TaskOptions) -> ClassScores:
-    """Return the scores by which zero-shot, a head or a probe ranks the classes of a fold's test images."""
+    """Return scores with which zero-shot, a head or a probe ranks the classes of a fold's test images."""
     if task == "zero_shot":
         logits = logits_of(opened, fold, opened.classifier)
         return ClassScores(

@@ -197,7 +197,7 @@ def _check(features: Tensor, labels: Tensor, classes: int) -> None:
 
 
 def _wide(like: Tensor) -> torch.dtype:
-    """Return float64, which makes sums over a set comparable; on MPS, the tensor's own dtype."""
+    """Return float64, exact enough to compare sums over a set; on MPS, return the tensor's own dtype."""
     return like.dtype if like.is_mps else torch.float64
 
 

@@ -15,7 +15,7 @@ Classes = list[list[int]]  # for each class of the tested set, those of the trai
 
 
 def trained_classes(entry: SuiteEntry, splits: Mapping[str, ImageSet]) -> Classes | None:
-    """Check a fold's classes; return the ``train`` classes for each ``test`` class, or None for a single set."""
+    """Check a fold's classes; return the ``train`` classes for each ``test`` class, or None if both are of one set."""
     others = {name: images for name, images in splits.items() if name != "test" and entry.is_of_another_set(name)}
     if not others:
         check_classes(splits)

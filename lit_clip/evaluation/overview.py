@@ -193,7 +193,7 @@ def judging(metric: str, metrics: Mapping[str, Any]) -> str:
 def _baseline(
     results: Mapping[Column, Mapping[str, Any]], metric: str, tasks: Mapping[str, Mapping[str, Any]]
 ) -> float | None:
-    """Return the metric's own baseline, or that of the first task with one."""
+    """Return the metric's own baseline, or else the first baseline of a task."""
     known = [(task.get("baselines") or {}).get(metric) for task in results.values()]
     known += [task.get("baseline") for task in (tasks if len(results) > 1 else results).values()]
     return next((value for value in map(number, known) if value is not None), None)

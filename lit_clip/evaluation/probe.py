@@ -1,4 +1,4 @@
-"""The paper's linear probe: logistic regression on features, with a penalty chosen on validation images (A.3).
+"""The paper's linear probe: logistic regression with a penalty chosen on validation images (appendix A.3).
 
 The paper states scikit-learn's L-BFGS, 1,000 iterations, a grid of 97 lambdas from 1e-6 to 1e6, and the search of
 :func:`search_l2`. That lambda is scikit-learn's 1 / C is inferred: the README of openai/CLIP has C = 0.316, which is

@@ -151,7 +151,7 @@ def measured_name(name: str, paper: str) -> str:
 
 
 def measured_weights(model: Mapping[str, Any]) -> str:
-    """Return the weights to compare a ``model`` of ``results.json`` with: its own, or OpenAI's nearest."""
+    """Return the weights to compare a ``model`` of ``results.json`` with: its own, or OpenAI's for the nearest."""
     name = str(model.get("name") or "").replace("-quickgelu:", ":")
     return name if any(name == weights for _, _, weights in _figures().measured) else nearest_model(model)
 

@@ -1,4 +1,4 @@
-"""Metrics by which a set can be judged: one record each in :data:`METRICS`, which describes it completely.
+"""Metrics that can judge a set: one record each in :data:`METRICS`, which describes it completely.
 
 Shapes: N images, C classes. All values are fractions, 0 to 1; sums are float64. Ties and NaN are judged as in
 ``accuracy``, or against the model. torchmetrics has neither these rules nor the definitions of VOC2007, RareAct, WILDS
@@ -133,7 +133,7 @@ def mean_over_folds(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def interval(value: float, n: int) -> tuple[float, float]:
-    """Return the 99.5 % Clopper-Pearson interval of a fraction of n images, as in the paper's tables (A.3)."""
+    """Return the 99.5 % Clopper-Pearson interval of a fraction of n images (paper, appendix A.3)."""
     require(n > 0, "interval: there are no images")
     return clopper_pearson(round(value * n), n)
 

@@ -41,7 +41,7 @@ class PairLayout:
 
 
 class ShardedLoss(NamedTuple):
-    """A scalar whose mean over ranks is the loss of the whole batch, and a number of this rank's images.
+    """This rank's loss, a scalar (the mean over ranks is the whole batch's loss), and a number of its images.
 
     ``hits``, a scalar without gradient, are closest to their own text among all N; a tie does not count.
     """

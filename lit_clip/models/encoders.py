@@ -81,7 +81,7 @@ def text_encoder(config: CLIPConfig) -> nn.Module:
 
 
 def create_tokenizer(text: TextTransformerConfig | HuggingFaceTextConfig) -> TextTokenizer:
-    """Create the tokenizer of a text encoder: CLIP's, or that of the encoder's source."""
+    """Create the tokenizer of a text encoder: CLIP's, or the one of the encoder's source."""
     padding_read, vocab_size = 0, sys.maxsize
     if isinstance(text, TextTransformerConfig):
         padding_read, vocab_size = text.padding_read, text.vocab_size

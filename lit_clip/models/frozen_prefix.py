@@ -130,7 +130,7 @@ def _gives(model: Any, tower: Tower, stored: Tensor, expected: Tensor, tokens: T
 
 
 def _candidates(model: nn.Module, tower: Tower, blocks: Sequence[nn.Module]) -> list[str]:
-    """Return possible boundary modules: those with trainable parameters, and without a block inside."""
+    """Return possible boundary modules: they have trainable parameters, and contain no block."""
     of_blocks = {id(block) for block in blocks}
     return [
         name

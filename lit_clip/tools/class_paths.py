@@ -1,4 +1,4 @@
-"""Class paths in settings: ``callbacks.EMA`` is short for ``lit_clip.callbacks.EMA``; so is ``datamodules``."""
+"""Short class paths in settings: ``callbacks.EMA`` for ``lit_clip.callbacks.EMA``; the same for ``datamodules``."""
 
 import importlib
 from collections.abc import Iterator

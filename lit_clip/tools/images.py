@@ -203,7 +203,7 @@ def or_skip(message: str, option: str) -> str:
 
 
 def fraction(size: tuple[int, int], least: tuple[int, int]) -> int:
-    """Return the largest of 1, 2, 4 and 8 by which a JPEG can be divided and still be at least ``least``."""
+    """Return the largest divisor among 1, 2, 4 and 8 that leaves a JPEG at least ``least`` wide and high."""
     times = min(side // max(1, enough) for side, enough in zip(size, least, strict=True))
     return max((each for each in FRACTIONS if each <= times), default=1)
 

@@ -22,7 +22,7 @@ Description = dict[str, Any]
 
 
 def script_name() -> str | None:
-    """Return the name by which the running program's file could be imported; None in a notebook or a shell."""
+    """Return the name under which the running program could be imported; None in a notebook or a shell."""
     file = getattr(sys.modules["__main__"], "__file__", None)
     return Path(file).stem if file else None
 
@@ -95,7 +95,7 @@ def _described(value: Any) -> Any:
 
 
 def class_paths(description: Mapping[str, Any]) -> list[str]:
-    """Return the class path of a described part, then those of the parts within it."""
+    """Return the class path of a described part, then the class paths of the parts within it."""
     found = [str(description["class_path"])]
     for value in description["init_args"].values():
         for each in value if isinstance(value, list) else [value]:

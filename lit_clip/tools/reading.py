@@ -72,7 +72,7 @@ def read_at(file: BinaryIO, size: int, offset: int) -> bytes:
 
 
 def first_line(error: BaseException) -> str:
-    """Return why a library failed to reach the hub: the hub's own words if there are any, without advice."""
+    """Return why a library of the hub failed: the hub's own words if there are any, without advice."""
     words = getattr(error, "server_message", None) or str(error)
     return without_secrets(words.strip().partition("\n")[0])[:LONGEST_REASON] or type(error).__name__
 

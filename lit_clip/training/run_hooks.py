@@ -221,7 +221,7 @@ class RunHooks(LightningModule):
                 self.log(f"train/{name}", torch.as_tensor(value, dtype=torch.float32).detach())
 
     def sum_over_ranks(self, numbers: Tensor) -> Tensor:
-        """Return float ``[N]`` summed over ranks, in the step's one collective, which also logs its metrics.
+        """Return the sum over ranks of floats ``[N]``; this is the step's one collective, and also logs its metrics.
 
         The collective also exchanges the ranks' signals. Called in ``on_before_optimizer_step``, at most once a step
         and then by all ranks; if no callback does, the module does.

@@ -14,7 +14,7 @@ TEMPLATE = Path(__file__).parent / "templates" / "run.html"
 
 
 def examples_of(pairs: PairFeatures, before: Measured, after: Measured, count: int) -> list[dict[str, Any]]:
-    """Choose and describe images: those with the largest change in their caption's rank, the worst and the best."""
+    """Choose and describe images: first the largest changes in their caption's rank, then the worst and the best."""
     ranks = {name: model.more["rank"].numpy() for name, model in (("before", before), ("after", after))}
     moved = np.abs(np.log2(ranks["after"] + 1) - np.log2(ranks["before"] + 1))
     left, found = set(range(len(moved))), list[dict[str, Any]]()

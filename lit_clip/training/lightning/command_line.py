@@ -10,7 +10,7 @@ from lit_clip.tools.messages import LOST_RANK, one_line
 
 
 class PlainCLI(LightningCLI):
-    """Build the parser of only one ``command``, leave a checkpoint's settings to the caller, pass interrupts on."""
+    """Fill only the parser of one ``command``, leave a checkpoint's settings to the caller, and pass interrupts on."""
 
     def __init__(self, *arguments: Any, command: str | None = None, **others: Any) -> None:
         self._command = command if command in self.subcommands() else None

@@ -64,7 +64,7 @@ def check_restorable(checkpoint: Any, trainer: Trainer, name: str) -> None:
 
 
 def _counts(fresh: Any) -> Any:
-    """Return the type of a loop's counts, from those of a loop that has not begun."""
+    """Return the type of a loop's counts, from the counts of a loop that has not begun."""
     if isinstance(fresh, Mapping):
         return entries({name: _counts(value) for name, value in fresh.items()}, total=True)
     return {int: Count, bool: bool}.get(type(fresh), Any)

@@ -32,7 +32,7 @@ def validate_without_synchronising(strategy: Strategy, model: nn.Module) -> None
 
 
 class SyncBatchNorm(LayerSync):
-    """Replace BatchNorm by timm's synchronised layer with its activation; restore the same layers afterwards."""
+    """Replace BatchNorm by timm's layer, which is synchronised and keeps activations; restore the old layers later."""
 
     def __init__(self) -> None:
         self._replaced: dict[str, _BatchNorm] = {}
