@@ -73,7 +73,7 @@ AFTER = (PrintPlan, ExpectedTime, ProgressLines, PrintResults, SkippedSamples, N
 
 
 def defaults(*callbacks: Callback) -> list[Callback]:
-    """Return the callbacks that every run should have, with the given ones in the right place among them.
+    """Return the callbacks that every run has, with the given callbacks inserted at the right places.
 
     ``lit-clip`` adds them by itself; in Python pass ``Trainer(callbacks=callbacks.defaults())``, or
     ``callbacks.defaults(EMA(0.999))``. A given callback replaces the default one of its class; :class:`Without` leaves

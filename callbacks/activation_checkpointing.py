@@ -1,4 +1,4 @@
-"""Activation checkpointing of the encoders' blocks: less memory for more arithmetic."""
+"""Activation checkpointing of the encoders' blocks: it needs less memory and more computation."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from lit_clip.training.activation_checkpointing import checkpoint_encoders
 
 
 class ActivationCheckpointing(Callback):
-    """Keep only the inputs of each block and compute its activations again in the backward pass.
+    """Keep only each block's inputs, and compute its activations again in the backward pass.
 
     Far less memory for a third more arithmetic, and the same numbers.
 

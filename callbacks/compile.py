@@ -36,7 +36,7 @@ class Compile(Callback):
 
 
 def compile_blocks(model: Any, backend: str = "inductor") -> None:
-    """Compile each block of a :class:`lit_clip.CLIP`'s encoders, unless it is compiled already.
+    """Compile each encoder block of a :class:`lit_clip.CLIP`, unless it is already compiled.
 
     Blocks rather than whole encoders: equal blocks share their graphs, and the code between them may look at the batch.
     """

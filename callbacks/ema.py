@@ -57,7 +57,7 @@ class EMA(WeightAveraging):
 
     @torch.no_grad()
     def _update(self, pl_module: LightningModule) -> None:
-        """Update all weights in a few kernels; AveragedModel would wait for the device, and take three a tensor."""
+        """Update all weights in a few kernels; AveragedModel would synchronise the device and launch three a tensor."""
         kernels: Any = torch  # which exports them under no public name
         pairs = list(zip(_tensors(self._average.module), _tensors(pl_module), strict=True))
         first = int(self._average.n_averaged) == 0
@@ -77,10 +77,10 @@ class EMA(WeightAveraging):
             self._swap_back(pl_module)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do nothing: too late, see :meth:`on_validation_start`."""
+        """Do nothing: this hook is too late, see :meth:`on_validation_start`."""
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do nothing: too early, other callbacks and the module itself evaluate in this hook."""
+        """Do nothing: this hook is too early, because other callbacks and the module evaluate in it."""
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._swap_back(pl_module)

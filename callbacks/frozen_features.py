@@ -33,7 +33,7 @@ from .compile import Compile
 
 
 class FrozenFeatures(Callback):
-    """Before the first step, encode each image and caption of ``fit`` once through the layers that are frozen.
+    """Encode each image and caption of ``fit`` once through the frozen layers, before the first step.
 
     Steps and validations then read the activations from memory-mapped files, decode no image, and compute only the
     layers behind: losses equal those of the plain run to rounding. A tower of which nothing is frozen trains as usual,
@@ -79,7 +79,7 @@ class FrozenFeatures(Callback):
             self._store(trainer, module, teachers)
 
     def _store(self, trainer: Trainer, module: LitCLIP, teachers: dict[str | None, Any]) -> None:
-        """Encode what is absent, and give the files to the data module."""
+        """Encode the missing images and captions, and pass the files to the data module."""
         data, prefixes = cast(Any, trainer).datamodule, module.model.frozen_prefixes
         context = trainer.precision_plugin.forward_context
         encoding = Encoding(module.model, context, str(trainer.precision), data.evaluation_batch_size)
@@ -111,7 +111,7 @@ class FrozenFeatures(Callback):
 
 
 def _store_texts(encoding: Encoding, prefix: FrozenPrefix, folder: Path, texts: Texts) -> tuple[Any, StoredRows, int]:
-    """Encode the captions that are absent; return their hashes, the file, and the longest caption's length."""
+    """Encode the missing captions; return their hashes, the file, and the length of the longest caption."""
     identity, longest = hex_digest([texts.hashes.tobytes()]), texts.tokens.shape[1]
     stored = open_rows(encoding, prefix, folder, len(texts.hashes), identity, longest)
     store_texts(encoding, prefix, stored, texts, my_share(stored))
@@ -121,7 +121,7 @@ def _store_texts(encoding: Encoding, prefix: FrozenPrefix, folder: Path, texts: 
 def _store_teacher(
     name: str | None, teacher: Teacher, student: Encoding, folder: Path, data: Any, rows: Any
 ) -> StoredTeacher:
-    """Encode the training images and captions that are absent in a teacher's files."""
+    """Encode the training images and captions that a teacher's files lack."""
     encoding = student._replace(model=teacher.model.to(student.model.device))
     identity = hex_digest([rows.trained_identity, data.preprocessing])  # images are the student's
     images = open_rows(encoding, FrozenPrefix("image"), folder, rows.trained, identity)
@@ -140,7 +140,7 @@ def _store_teacher(
 
 
 def _nothing_stored(model: CLIP, data: Any) -> str:
-    """Say why neither encoder can be stored, and what to change."""
+    """Explain why neither encoder's activations can be stored, and what to change."""
     if find_frozen_prefix(model, "text") is None:
         return "no encoder has frozen layers to store; set model.freeze"
     if data.captions.long == "sentences":
@@ -152,7 +152,7 @@ def _nothing_stored(model: CLIP, data: Any) -> str:
 
 
 def _refuse(trainer: Trainer, module: LightningModule) -> None:
-    """Raise :class:`InputError` for what cannot train on stored activations."""
+    """Raise :class:`InputError` for settings that cannot train on stored activations."""
     data = cast(Any, trainer).datamodule
     require(hasattr(data, "use_stored"), "FrozenFeatures: needs a data module derived from CaptionDataModule")
     several = getattr(getattr(data, "images", None), "per_thing", None) == "together"
@@ -162,7 +162,7 @@ def _refuse(trainer: Trainer, module: LightningModule) -> None:
 
 
 def _refuse_loss(module: LitCLIP, data: Any) -> None:
-    """Raise :class:`InputError` for a loss that needs what is not encoded."""
+    """Raise :class:`InputError` for a loss that needs inputs which are not encoded."""
     for part in module.loss.modules():
         needs_images = isinstance(part, OtherImageContrastive | PlaceContrastive)
         needs_images = needs_images and "image" in module.model.frozen_prefixes

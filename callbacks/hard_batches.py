@@ -1,4 +1,4 @@
-"""Hard batches by the model itself: it encodes the training images, and batches are filled with neighbours."""
+"""Hard batches: the model encodes the training images, and each batch is filled with nearest neighbours."""
 
 from typing import Any, cast
 
@@ -73,7 +73,7 @@ class HardBatches(Callback):
             cast(Any, trainer).datamodule.use_neighbours(self._images, self._nearest)
 
     def _find(self, trainer: Trainer, module: LitCLIP, epoch: int) -> None:
-        """Encode the images, dealt to the ranks in batches that are the same on any number of them."""
+        """Encode the images on all ranks; the batches are the same for any number of ranks."""
         data, (rank, world) = cast(Any, trainer).datamodule, rank_and_world()
         images, found = data.neighbour_images(), []
         batches = in_batches(range(len(images)), data.evaluation_batch_size)[rank::world]

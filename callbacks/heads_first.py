@@ -16,7 +16,7 @@ from .random_states import random_states, restore_random_states
 
 
 class HeadsFirst(Callback):
-    """Start with heads that were trained alone for some seconds, on features that are computed once.
+    """Start from heads that were trained alone for some seconds, on features that are computed once.
 
     Behind random heads the first steps bend what the encoders have learned (LP-FT, Kumar et al. 2022). For timm's image
     encoders with Hugging Face's text encoders, each with a projection; other runs start as they are. A small

@@ -1,4 +1,4 @@
-"""Images for every logger that can show them."""
+"""Log images to every logger that can show them."""
 
 from typing import Any
 
@@ -25,5 +25,5 @@ def log_image(trainer: Trainer, tag: str, image: Image.Image) -> None:
 
 
 def shown_bands(images: Tensor) -> Tensor:
-    """Return the first three bands of ``[..., C, H, W]``, or the first one three times."""
+    """Return the first three bands of ``[..., C, H, W]``; if there are fewer, the first band three times."""
     return images[..., :3, :, :] if images.shape[-3] >= 3 else images[..., [0, 0, 0], :, :]

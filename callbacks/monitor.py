@@ -24,7 +24,7 @@ LAST_STEPS = 50  # whose mean loss is compared with the baseline at a run's end
 
 
 def gradient_norms(model: CLIP) -> dict[str, Tensor]:
-    """Return the L2 norm of each trainable encoder's gradient; ``logit_scale`` and ``logit_bias`` belong to neither.
+    """Return the L2 norm of each trainable encoder's gradient, without ``logit_scale`` and ``logit_bias``.
 
     A collective if the gradients are sharded (FSDP).
     """
@@ -41,7 +41,7 @@ def gradient_norms(model: CLIP) -> dict[str, Tensor]:
 
 
 class TrainingMonitor(Callback):
-    """Log learning rate, gradient norms and samples every ``log_every_n_steps``; warn if the model does not learn.
+    """Log learning rate, gradient norms and samples every ``log_every_n_steps``; warn if the model is not learning.
 
     - ``train/learning_rate``: the highest, where parts or layers have different rates
     - ``train/image_gradient_norm``, ``train/text_gradient_norm``: before clipping, and without the scale of

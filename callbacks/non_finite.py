@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: undone on all ranks, with the pairs they came from listed in a file."""
+"""Steps with a loss or gradient that is not finite: all ranks undo them, and a file lists their pairs."""
 
 import json
 import math
@@ -34,7 +34,7 @@ REASONS = ("loss", "features", "gradient")
 
 
 class Finding(NamedTuple):
-    """One rank's line in the file about a step that is not finite."""
+    """One rank's line in the file: a step that is not finite."""
 
     step: int  # number of optimiser steps before it, the x axis of the curves
     rank: int
@@ -45,7 +45,7 @@ class Finding(NamedTuple):
 
 
 class _Checked(NamedTuple):
-    """A step whose result has not been read yet."""
+    """A checked step; its result has not been read yet."""
 
     step: TrainingStep
     number: int  # of optimiser steps before it
@@ -54,7 +54,7 @@ class _Checked(NamedTuple):
 
 
 class NonFiniteSteps(Callback):
-    """Detect steps whose loss, features or gradients are not finite on any rank, and undo them on all ranks.
+    """Detect steps with loss, features or gradients that are not finite on any rank, and undo them on all ranks.
 
     Ranks sum a few numbers once a step, between the backward pass and the optimiser, together with the step's metrics.
     An undone step changes neither weights, moments nor BatchNorm's statistics; it still counts in ``global_step`` and
@@ -115,7 +115,7 @@ class NonFiniteSteps(Callback):
             pl_module.log("train/non_finite_steps", torch.tensor(float(self.steps)))
 
     def _check(self, step: TrainingStep, trainer: Trainer, module: Any, optimizer: Any, at_once: bool) -> None:
-        """Decide, together with all ranks, whether a step may change the weights, and undo it if not."""
+        """Decide with all ranks whether a step may change the weights; undo the step if not."""
         scaled = getattr(trainer.precision_plugin, "scaler", None) is not None
         gradients = torch.zeros_like(step.loss) if scaled else largest_gradient(module.parameters()).to(step.loss)
         bad = torch.stack([~step.loss.isfinite(), bad_rows(step).any(), ~gradients.isfinite()]).float()
@@ -140,7 +140,7 @@ class NonFiniteSteps(Callback):
                 buffer.copy_(before)
 
     def _read(self) -> bool:
-        """Return whether the step that was checked last is undone, and report it; False if that has been done."""
+        """Return whether the last checked step is undone, and report it once."""
         unread, self._unread = self._unread, None
         if unread is None:
             return False
@@ -191,12 +191,12 @@ class NonFiniteSteps(Callback):
 
 
 def bad_rows(step: TrainingStep) -> Tensor:
-    """Return bool ``[B]``: pairs whose image or caption has a feature that is not finite."""
+    """Return bool ``[B]``: True for a pair with an image or caption feature that is not finite."""
     return ~(step.image.isfinite().all(dim=1) & step.text.isfinite().all(dim=1))
 
 
 def largest_gradient(parameters: Iterable[nn.Parameter]) -> Tensor:
-    """Return the largest magnitude in this rank's gradients, a scalar; not finite if any of them is not."""
+    """Return the largest magnitude among this rank's gradients, a scalar; not finite if any gradient is not."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     gradients = [each.to_local() if isinstance(each, DTensor) else each for each in gradients]
     gradients = [each for each in gradients if each.numel()]  # FSDP has empty shards
@@ -204,7 +204,7 @@ def largest_gradient(parameters: Iterable[nn.Parameter]) -> Tensor:
 
 
 def _findings(step: TrainingStep, reason: str, number: int) -> list[Finding]:
-    """Return the findings of all ranks that have any, in rank order; a collective."""
+    """Return, in rank order, the findings with non-finite features, or all if there are none; a collective."""
     rank, _ = distributed.rank_and_world()
     bad = bad_rows(step).tolist()
     keys = [key for key, is_bad in zip(step.keys, bad, strict=True) if is_bad]

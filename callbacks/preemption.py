@@ -1,4 +1,4 @@
-"""Preemption: a signal that any rank gets becomes a complete checkpoint and an exit code on all ranks."""
+"""Preemption: after a signal to any rank, all ranks save a complete checkpoint and exit with a code."""
 
 import signal
 from pathlib import Path
@@ -112,7 +112,7 @@ class Preemption(Callback):
         return bool(signals.agreed)
 
     def _save(self, trainer: Trainer, signals: Signals) -> str:
-        """Save and return what was done, in words."""
+        """Save a checkpoint if possible, and return a sentence about the outcome."""
         if signals.agreed == signals.requeue_signal:
             signals.requeue()
             return f"saved step {trainer.global_step}; SLURM was asked to run the job again and resume from there"
@@ -127,7 +127,7 @@ class Preemption(Callback):
 
 
 def _checkpoint_path(trainer: Trainer) -> Path | None:
-    """Return the path of a ``ModelCheckpoint``'s last state, or one beside its files; never another run's file."""
+    """Return the path of a ``ModelCheckpoint``'s last state, or a new path beside it; never another run's file."""
     savers = [callback for callback in trainer.checkpoint_callbacks if isinstance(callback, ModelCheckpoint)]
     callback = next((saver for saver in savers if saver.save_last), savers[0] if savers else None)
     if callback is None or not callback.dirpath:

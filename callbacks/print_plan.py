@@ -1,4 +1,4 @@
-"""The plan of a run, printed before the first step."""
+"""Print the plan of a run before the first step."""
 
 from dataclasses import replace
 from typing import cast
@@ -13,7 +13,7 @@ from lit_clip.training.summary import print_trained
 
 
 class PrintPlan(ModelSummary):
-    """Print what a run is about to do, where its settings contradict each other, and what fine-tuning trains.
+    """Print what a run will do, which settings contradict each other, and what fine-tuning trains.
 
     It is the run's summary: Lightning adds none of its own, which would count no FLOPs.
     """

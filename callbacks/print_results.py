@@ -1,4 +1,4 @@
-"""What a run reached and where its files are, printed when training ends."""
+"""Print a run's results and the places of its files when training ends."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,7 +20,7 @@ ROUNDING = 1e-3  # of a baseline, by which a loss of ln N may be off
 
 
 class Validation(NamedTuple):
-    """Loss and mean recall after a number of epochs, the first of which is 1."""
+    """Loss and mean recall after an epoch; epochs count from 1."""
 
     epoch: int
     loss: float
@@ -28,7 +28,7 @@ class Validation(NamedTuple):
 
 
 class PrintResults(Callback):
-    """Print a run's last metrics, beside baselines and first values, and its files, after saving its last steps.
+    """Save a run's last steps; print its last metrics, beside baselines and first values, and its files.
 
     A ``ModelCheckpoint`` without ``monitor`` saves after a validation, and at the end of a run none may be due.
     """
@@ -80,14 +80,14 @@ class PrintResults(Callback):
 
 
 def recommended(trainer: Trainer, module: Any) -> Path | None:
-    """Return the checkpoint that the last lines of a run say to take, if it is not the last."""
+    """Return the checkpoint that the run recommends in its last lines; None if this is the last one."""
     pairs = len(getattr(getattr(trainer, "datamodule", None), "val_source", None) or ())
     best, _ = _best(trainer, module.baselines)
     return None if 0 < pairs < FEW else next(iter(best.values()), None)
 
 
 def misleading_loss(validations: Sequence[Validation]) -> str:
-    """Say so where the loss was lowest after the first epoch, while recall rose for longer; otherwise nothing."""
+    """Return a note if the loss was lowest after the first epoch while recall still rose; otherwise an empty text."""
     if len(validations) < 2:
         return ""
     first, *later = validations
@@ -99,7 +99,7 @@ def misleading_loss(validations: Sequence[Validation]) -> str:
 
 
 def _best(trainer: Trainer, baselines: Mapping[str, float]) -> tuple[dict[str, Path], str]:
-    """Return the best checkpoint by each metric, with its value, that a ``ModelCheckpoint`` watches.
+    """Return the best checkpoint by each metric that a ``ModelCheckpoint`` monitors, and a note.
 
     A checkpoint that is no better than the metric's baseline is left out; the second value is a line that says so.
     """

@@ -1,4 +1,4 @@
-"""The time that a run takes: how long it will, from its first steps, and lines of progress in place of a bar."""
+"""Expected and used time of a run: an estimate from the first steps, and lines of progress instead of a bar."""
 
 import math
 import sys
@@ -30,7 +30,7 @@ BAR_WIDTH = 8  # columns; a line then fits into 80
 
 
 class ShortBar(RichProgressBar):
-    """Lightning's bar in one line of a terminal: of the metrics it shows the losses alone."""
+    """Lightning's progress bar in one line of a terminal; it shows only the losses."""
 
     def configure_columns(self, trainer: Trainer) -> list[Any]:
         columns = super().configure_columns(trainer)
@@ -46,7 +46,7 @@ LIGHTNINGS = (TQDMProgressBar, RichProgressBar, ShortBar)
 
 
 class ExpectedTime(Callback):
-    """Print how long a run will take, in one line below the plan, and warn in another if that is more than a day.
+    """Print a run's expected duration in one line below the plan; warn if it is more than a day.
 
     Steps are measured from the third on, until there are 3 of them and 5 seconds have passed; after 30 seconds the line
     is printed with what is known by then. It is printed again if it changes by more than a fifth: when more steps
@@ -88,7 +88,7 @@ class ExpectedTime(Callback):
             self._report(trainer, pl_module)
 
     def _count_time(self) -> float:
-        """Count the time until now as that of the latest step, and return it."""
+        """Record the time since the last call as the latest step's, and return it."""
         before, self._last = self._last, self.now()
         if self._steps > FIRST:
             self._seconds += self._last - before
@@ -124,7 +124,7 @@ class ExpectedTime(Callback):
             module.print(f"warning: {MORE_THAN_A_DAY}")
 
     def _estimate(self, trainer: Trainer) -> tuple[float, str]:
-        """Return the seconds of the run, from its first step in this process, and a sentence about them."""
+        """Return the expected seconds of the run, from its first step in this process, and a text about them."""
         measured, start = self._steps - FIRST, 0.0
         per_step = self._seconds / measured if measured > 0 else self._start / self._steps
         if measured > 0:
@@ -162,7 +162,7 @@ def _time_left(trainer: Any) -> float:
 
 
 def validations(trainer: Any, first: int, last: int) -> int:
-    """Return how many validations come after the steps from ``first`` (excluded) to ``last``; 0 if that is unknown."""
+    """Return the number of validations after step ``first``, up to step ``last``; 0 if unknown."""
     every, per_epoch, epochs = trainer.val_check_batch, trainer.num_training_batches, trainer.check_val_every_n_epoch
     if not trainer.enable_validation or not sum(trainer.num_val_batches) or every in (None, float("inf")):
         return 0
@@ -185,7 +185,7 @@ def _synchronise(trainer: Trainer) -> None:
 
 
 class ProgressLines(TimedCallback):
-    """Write progress as lines on standard error when standard output is no terminal: a file, a pipe, a notebook.
+    """Write progress as lines on standard error when standard output is a file, a pipe or a notebook.
 
     Each line has the step, the last losses of training and validation, samples per second of all ranks in training
     time (see :class:`callbacks.throughput.TimedCallback`) and the time left until ``max_steps``, ``max_epochs`` or

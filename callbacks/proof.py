@@ -1,4 +1,4 @@
-"""Measure a run before its first step and at its end, on images that it does not train on."""
+"""Measure a model before its first step and at the end of the run, on images that it does not train on."""
 
 import math
 import sys
@@ -45,7 +45,7 @@ MOST_POINTS = 1_000  # of a curve
 
 
 class Proof(Callback):
-    """Compare the trained model with the model before, on held-out pairs and on what the data do not show.
+    """Compare the model before and after training, on held-out pairs and on what it should still do.
 
     ``fit`` then ends with a table of paired 95 % intervals, before it a line for what is worse, and a page
     ``report.html`` with curves and examples in the run's folder. Before is the model as it starts; of two encoders with
@@ -124,7 +124,7 @@ class Proof(Callback):
             self._note(trainer, name)
 
     def _note(self, trainer: Trainer, name: str) -> None:
-        """Add a point to a curve, without synchronising the device; a long curve loses every second point."""
+        """Add a point to a curve without synchronising the device; thin out a long curve."""
         value = trainer.callback_metrics.get(name)
         if self._before and value is not None:
             points = self._curves.setdefault(name, [])
@@ -159,7 +159,7 @@ class Proof(Callback):
     def _measured(
         self, trainer: Trainer, module: LitCLIP, neighbours: bool
     ) -> tuple[dict[str, Measured], PairFeatures]:
-        """Measure the model as it is on all ranks' pairs, and on the rest."""
+        """Measure the current model on all ranks' pairs and on the other sets."""
         data, empty = cast(Any, trainer).datamodule, torch.zeros(0, module.model.config.embed_dim, device=module.device)
         loader, most = data.val_dataloader(), cast(Any, trainer).limit_val_batches
         batches = islice(loader, most if isinstance(most, int) else int(most * len(loader)))
@@ -175,7 +175,7 @@ class Proof(Callback):
 
 @contextmanager
 def evaluating(trainer: Trainer, module: LitCLIP) -> Iterator[None]:
-    """Compute as validation does."""
+    """Compute as in validation: evaluation mode, without gradients, under the trainer's autocast."""
     distributed.same_buffers(module.model)
     with evaluation_mode(module), torch.no_grad(), trainer.precision_plugin.forward_context():
         yield
@@ -183,7 +183,7 @@ def evaluating(trainer: Trainer, module: LitCLIP) -> Iterator[None]:
 
 @contextmanager
 def _weights(model: CLIP, state: Mapping[str, Tensor]) -> Iterator[None]:
-    """Use some weights in place of the model's for a while."""
+    """Replace some of the model's weights while the block runs."""
     kept = {name: value.clone() for name, value in model.state_dict().items() if name in state}
     model.load_state_dict(state, strict=False)
     try:
@@ -193,7 +193,7 @@ def _weights(model: CLIP, state: Mapping[str, Tensor]) -> Iterator[None]:
 
 
 def heads_alone(trainer: Trainer, module: LitCLIP) -> dict[str, Tensor]:
-    """Return what training the heads of two encoders alone gives; nothing for other models."""
+    """Return the weights from training the heads of two encoders alone; empty for other models."""
     heads, data = heads_of(module.model), cast(Any, trainer).datamodule
     if heads is None:
         return {}
@@ -209,7 +209,7 @@ def heads_alone(trainer: Trainer, module: LitCLIP) -> dict[str, Tensor]:
 
 
 def _recommended_weights(trainer: Trainer, module: LitCLIP) -> dict[str, Tensor]:
-    """Return the weights that the run says to take; nothing where the model has them."""
+    """Return the weights that the run recommends; empty if the model already has them."""
     file = recommended(trainer, module)
     if distributed.maximum(int(file is None or not file.is_file())):
         return {}
@@ -217,7 +217,7 @@ def _recommended_weights(trainer: Trainer, module: LitCLIP) -> dict[str, Tensor]
 
 
 def _add_images(examples: list[dict[str, Any]], source: Any) -> None:
-    """Add small copies of the images, which are looked up by their keys."""
+    """Add small copies of the images to the examples, by their keys."""
     wanted = {each["key"]: each for each in examples}
     for row in range(len(source)) if wanted else ():
         try:

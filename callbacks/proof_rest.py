@@ -1,4 +1,4 @@
-"""What a model should still do after training, measured by :class:`callbacks.Proof`; few runs need these modules."""
+"""Measure what a model should still do after training; :class:`callbacks.Proof` imports these modules when needed."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ from .suite_evaluation import SuiteEvaluation
 
 
 class Rest(SuiteEvaluation):
-    """Encodes sets; it is no callback of the trainer."""
+    """Encode and measure further sets; this callback is not added to a trainer."""
 
     tasks = ("zero_shot", "retrieval")
     needs_suite = False
@@ -44,7 +44,7 @@ class Rest(SuiteEvaluation):
 
 
 def open_rest(path: str) -> OpenSet:
-    """Open a folder with a subfolder for each class, or pairs."""
+    """Open a folder with a subfolder for each class, or a source of pairs."""
     classes = Path(path).is_dir() and any(each.is_dir() for each in Path(path).glob("[!.]*"))
     kind, option = ("ImageFolderClasses", "root") if classes else ("evaluation.CaptionedPairs", "path")
     spec = {"class_path": f"lit_clip.datamodules.{kind}", "init_args": {option: path}}

@@ -1,4 +1,4 @@
-"""Random number generators: saved with a checkpoint and restored on resume, on every rank."""
+"""Save the random number generators of every rank with a checkpoint, and restore them on resume."""
 
 import random
 from typing import Any
@@ -13,7 +13,7 @@ from lit_clip.training.lightning.resume_checks import restoring
 
 
 class RandomStates(Callback):
-    """Save every rank's random states in checkpoints, so that a resumed run draws the numbers it would have drawn.
+    """Save every rank's random states in checkpoints, so that a resumed run draws the same numbers.
 
     States are restored when training starts; callbacks behind this one must not draw numbers in ``on_train_start``.
     They are left as they are if the number of ranks has changed.
@@ -37,7 +37,7 @@ class RandomStates(Callback):
 
 
 def random_states() -> dict[str, Any]:
-    """Return the states of Python's, numpy's, torch's and every GPU's generator as plain values and tensors."""
+    """Return the states of the generators of Python, numpy, torch and every GPU, as plain values and tensors."""
     name, keys, *rest = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -48,7 +48,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Restore :func:`random_states`; GPUs keep theirs if their number has changed."""
+    """Restore the states of :func:`random_states`; skip the GPUs if their number has changed."""
     version, numbers, gauss = states["python"]
     random.setstate((version, tuple(numbers), gauss))
     name, keys, position, *rest = states["numpy"]

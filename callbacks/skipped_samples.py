@@ -1,4 +1,4 @@
-"""Samples that the data module skips because they cannot be used: counted, listed in a file, and limited."""
+"""Count, list and limit the samples that the data module skips because they cannot be used."""
 
 import json
 import re
@@ -21,7 +21,7 @@ MOST_REASONS = 20  # logged separately
 
 
 class Tally:
-    """Number of samples drawn, skipped ones included, and of those skipped for each reason, over all ranks."""
+    """Number of drawn samples, including skipped ones, and of skipped samples by reason, over all ranks."""
 
     def __init__(self) -> None:
         self.drawn = 0
@@ -34,7 +34,7 @@ class Tally:
         self._skipped += batch.skipped
 
     def join(self) -> list[tuple[str, str]]:
-        """Sum the counts of all ranks and return (where, reason) of every newly skipped sample; a collective."""
+        """Sum the counts of all ranks, and return (where, reason) of each newly skipped sample; a collective."""
         reports = distributed.gather_objects([(self._drawn, self._skipped)])
         self._drawn, self._skipped = 0, []
         self.drawn += sum(drawn for drawn, _ in reports)
@@ -43,7 +43,7 @@ class Tally:
         return skipped
 
     def too_many(self, limit: float, at_end: bool) -> bool:
-        """Return whether more than a share ``limit`` of the samples was skipped, or, at the end, all of them."""
+        """Return whether more than the share ``limit`` of the samples was skipped, or at the end all samples."""
         skipped = self.counts.total()
         if at_end and skipped == self.drawn:
             return self.drawn > 0
@@ -148,7 +148,7 @@ class SkippedSamples(Callback):
         self._list(trainer, tally.join(), stage)
 
     def _list(self, trainer: Trainer, skipped: list[tuple[str, str]], stage: str) -> None:
-        """Append samples that are not in the file yet, on the first rank; all ranks have the same list."""
+        """Append new samples to the file on the first rank; all ranks have the same list."""
         if not skipped:
             return
         if not self._warned:

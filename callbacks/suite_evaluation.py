@@ -1,4 +1,4 @@
-"""Tasks of ``lit-clip evaluate`` during training: when they run, and what is logged when they do not."""
+"""Run tasks of ``lit-clip evaluate`` during training, and log their metrics."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,7 +45,7 @@ Result = TypeVar("Result")
 
 
 class SuiteEvaluation(Callback):
-    """Runs tasks on sets of a suite, under ``fit``, ``validate`` and ``test``; logs ``<task>/<set>/<metric>``.
+    """Run tasks on sets of a suite, under ``fit``, ``validate`` and ``test``; log ``<task>/<set>/<metric>``.
 
     Ranks divide the images and the texts; the first rank then computes the metrics while the others wait.
 
@@ -123,7 +123,7 @@ class SuiteEvaluation(Callback):
         return self._generate_state_key(sets=sorted(self.entries))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Open the sets, and reset the state of an earlier run; a checkpoint's state is loaded after this."""
+        """Open the sets, and reset the state of an earlier run; a checkpoint's state is loaded later."""
         self._encoder.processes = trainer.num_devices
         if stage == "fit":
             self._last, self._waited, self._logged = Evaluation(), 0, False
@@ -151,7 +151,7 @@ class SuiteEvaluation(Callback):
         )
 
     def _open(self, name: str, entry: SuiteEntry) -> list[Fold]:
-        """Open the splits that the tasks use, of every fold; raise MissingData on all ranks if on any."""
+        """Open the splits that the tasks use, of every fold; raise MissingData on all ranks if one rank lacks files."""
         splits = [split for split in used_splits(self.tasks[0]) if split in entry.splits]
         folds: list[Fold] = []
         missing: list[str] = []
@@ -167,7 +167,7 @@ class SuiteEvaluation(Callback):
         return folds
 
     def _check(self, opened: OpenSet) -> None:
-        """Raise :class:`InputError` for what would otherwise stop a run hours later, at its first evaluation."""
+        """Raise :class:`InputError` for settings that would stop a run hours later, at its first evaluation."""
         metric, test = opened.entry.metric, opened.folds[0].images["test"]
         for fold in opened.folds:
             check_classes({"test": fold.images["test"], "the first fold": test})
@@ -243,7 +243,7 @@ class SuiteEvaluation(Callback):
         module.baselines |= self._last.baselines
 
     def features(self, model: CLIP, pixels: Tensor) -> Tensor:
-        """Encode normalised ``[B, 3, H, W]`` to the features ``[B, D]`` that the tasks compare."""
+        """Encode normalised images ``[B, 3, H, W]`` as the features ``[B, D]`` that the tasks compare."""
         return model.encode_image(pixels, True)
 
     def classifier(self, model: CLIP, prompts: Prompts) -> Tensor:
@@ -251,7 +251,7 @@ class SuiteEvaluation(Callback):
         return text_classifier(model, prompts).cpu()
 
     def evaluate(self, trainer: Trainer, module: LitCLIP) -> Evaluation:
-        """Compute the metrics: on all ranks, in evaluation mode, without gradients, under the trainer's autocast."""
+        """Compute the metrics on all ranks, in evaluation mode, without gradients, under the trainer's autocast."""
         result, options = Evaluation(), replace(self.options, device=module.device)
         self._folder = run_folder(trainer)  # every rank must ask
         for opened in self._opened or ():
@@ -270,7 +270,7 @@ class SuiteEvaluation(Callback):
         """Show a set after its evaluation; called on all ranks."""
 
     def encoded(self, model: CLIP, opened: OpenSet) -> OpenSet:
-        """Return the set with the features of its images and texts; splits with the same images are encoded once."""
+        """Return the set with the features of its images and texts; splits with equal images are encoded once."""
         several, features = len(opened.folds) > 1, dict[str, SetFeatures]()
         folds = [replace(fold, features={}) for fold in opened.folds]
         recorded: dict[Task, Recorder] = {task: recorder for task in opened.tasks if (recorder := PARTS[task].recorder)}
@@ -294,7 +294,7 @@ class SuiteEvaluation(Callback):
         return current
 
     def _recorded(self, model: CLIP, opened: OpenSet, recorder: Recorder) -> PlaceRecords:
-        """Return what a task records of the test images."""
+        """Return a task's records of the test images."""
         assert opened.places is not None
         images = opened.folds[0].images["test"]
         task = place_task(model, images, opened.places, recorder)
@@ -303,7 +303,7 @@ class SuiteEvaluation(Callback):
 
 
 class Retrieval(SuiteEvaluation):
-    """Evaluates the sets of a suite that have captions, such as COCO and SugarCrepe, or the task ``image_retrieval``.
+    """Evaluate the sets of a suite that have captions, such as COCO and SugarCrepe, or the task ``image_retrieval``.
 
     Logs ``retrieval/<set>/<metric>``, for sets of right and wrong captions ``caption_choice/<set>/<metric>``, and
     ``image_retrieval/<set>/<metric>``. For the arguments see :class:`callbacks.suite_evaluation.SuiteEvaluation`.
@@ -313,7 +313,7 @@ class Retrieval(SuiteEvaluation):
 
 
 class ZeroShotSegmentation(SuiteEvaluation):
-    """Evaluates the sets of a suite that have masks or boxes, such as ADE20K and Pascal VOC.
+    """Evaluate the sets of a suite that have masks or boxes, such as ADE20K and Pascal VOC.
 
     Logs ``segmentation/<set>/miou`` and ``pixel_accuracy``, ``pointing/<set>/accuracy`` and ``mean_per_class``. A rank
     encodes one image at a time. For the arguments see :class:`callbacks.suite_evaluation.SuiteEvaluation`.
@@ -323,7 +323,7 @@ class ZeroShotSegmentation(SuiteEvaluation):
 
 
 class LinearProbe(SuiteEvaluation):
-    """Trains the paper's linear probe (appendix A.3) on the image encoder's current features, for sets of a suite.
+    """Train the paper's linear probe (appendix A.3) on the image encoder's current features, for sets of a suite.
 
     Logs ``linear_probe/<set>/<metric>``. The features are those before the projection. The first rank trains the probe
     while the others wait, so use sets for which that takes minutes at most.
@@ -356,7 +356,7 @@ class LinearProbe(SuiteEvaluation):
 
 @contextmanager
 def named(name: str) -> Iterator[None]:
-    """Prefix errors with the name of the set."""
+    """Prefix error messages with the name of the set."""
     try:
         yield
     except InputError as error:
@@ -365,7 +365,7 @@ def named(name: str) -> Iterator[None]:
 
 @contextmanager
 def _as_in_validation(trainer: Trainer, module: LightningModule) -> Iterator[None]:
-    """Set up between two steps what a validation has: averaged weights, evaluation mode, one rank's statistics."""
+    """Evaluate between two steps as in a validation: averaged weights, evaluation mode, one rank's statistics."""
     averages = [callback for callback in cast(Any, trainer).callbacks if isinstance(callback, WeightAveraging)]
     distributed.same_buffers(cast(LitCLIP, module).model)
     with evaluation_mode(module):

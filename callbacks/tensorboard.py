@@ -104,7 +104,7 @@ class EmbeddingProjector(Callback):
 
 
 def _thumbnails(photos: Tensor) -> Tensor | None:
-    """Return the images and the same in a frame, ``[2N, 3, H, W]``; None for stored activations of images."""
+    """Return the images, then the same images in a frame, ``[2N, 3, H, W]``; None for stored activations."""
     if photos.is_floating_point():
         return None
     if photos.ndim == 3:  # patches; all thumbnails have one size
@@ -117,7 +117,7 @@ def _thumbnails(photos: Tensor) -> Tensor | None:
 
 
 def similarity_matrix(images: Sequence[Image.Image], captions: Sequence[str], scores: np.ndarray) -> Image.Image:
-    """Return a table with images above, captions at the left, and each similarity as a shade and a number.
+    """Return a table: images on top, captions at the left, and each similarity as a shade and a number.
 
     Scores are cosines ``[N captions, N images]``; NaN has no shade.
     """

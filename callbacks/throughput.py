@@ -1,4 +1,4 @@
-"""Training throughput, and the clock that leaves out what is not training."""
+"""Training throughput, and a clock that counts only training time."""
 
 import sys
 import time
@@ -26,21 +26,21 @@ DTYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16":
 
 
 class Lap(NamedTuple):
-    """Seconds of training, and the part of them in which the loop waited for a batch."""
+    """Seconds of training, and the part in which the loop waited for a batch."""
 
     seconds: float
     waited: float
 
 
 class TrainingClock:
-    """A stopwatch that stands still while anything but training and waiting for a batch goes on."""
+    """A stopwatch that runs only during training and while training waits for a batch."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
         self.start()
 
     def start(self) -> None:
-        """Start from zero; training is waiting for its first batch."""
+        """Start from zero, with training waiting for its first batch."""
         self._seconds = self._waited = 0.0
         self._since = self._now()
         self._activities = {FETCH}
@@ -52,12 +52,12 @@ class TrainingClock:
             self._waited += len(self._activities) * (self._since - before)
 
     def begin(self, activity: str) -> None:
-        """Note that something begins: ``FETCH`` is waiting for a batch, all else is a pause."""
+        """Record the start of an activity: ``FETCH`` waits for a batch, all others are pauses."""
         self._advance()
         self._activities.add(activity)
 
     def end(self, activity: str) -> None:
-        """Note that something is over, or never began."""
+        """Record the end of an activity; do nothing if it never began."""
         self._advance()
         self._activities.discard(activity)
 
@@ -75,7 +75,7 @@ def log_interval(trainer: Any) -> int:
 
 
 def samples_of(trainer: Trainer, module: Any, batch: CaptionBatch) -> int:
-    """Return how many pairs of all ranks a step has had, skipped ones included where a sample is a pair."""
+    """Return the number of pairs in a step over all ranks; skipped pairs count if a sample is a pair."""
     if batch.image_of is None:  # every rank has the same number
         return (len(batch.images) + len(batch.skipped)) * trainer.world_size
     step = getattr(module, "last_step", None)
@@ -127,7 +127,7 @@ class TimedCallback(Callback):
 
 
 def _follow(profiler: Profiler, clock: TrainingClock, activities: Collection[str]) -> None:
-    """Tell the clock of some of the actions that are reported to the profiler.
+    """Report some of the profiler's actions to the clock.
 
     This patches the one object instead of using a profiler of our own, because Lightning and users look for theirs.
     """
@@ -162,7 +162,7 @@ class Count(NamedTuple):
 def throughput(
     counts: list[Count], context_length: int, flops: PairFlops | None, peak: float | None
 ) -> dict[str, float]:
-    """Return the metrics of :class:`Throughput`; there is no MFU without ``flops`` and a device's ``peak`` FLOP/s."""
+    """Return the metrics of :class:`Throughput`; MFU needs ``flops`` and the device's ``peak`` FLOP/s."""
     seconds = counts[0].seconds  # ranks train in parallel
     samples, pairs, shared, tokens, squares = (sum(column) for column in list(zip(*counts, strict=True))[:5])
     metrics = {
@@ -262,11 +262,11 @@ def _counted(model: CLIP) -> PairFlops | None:
 
 
 def device_peak(trainer: Trainer) -> float | None:
-    """Return the FLOP/s of this rank's device in the run's precision by Lightning's table; None if it has none."""
+    """Return the peak FLOP/s of this rank's device in the run's precision, from Lightning's table; None if unknown."""
     device, dtype = trainer.strategy.root_device, DTYPES.get(str(trainer.precision).partition("-")[0])
     return get_available_flops(device, dtype) if dtype and device.type == "cuda" else None
 
 
 def peak_memory(device: torch.device) -> int:
-    """Return the peak so far in bytes: of tensors on a CUDA device, on other devices of this process."""
+    """Return the peak memory so far in bytes: of tensors on a CUDA device, otherwise of this process."""
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else hardware.peak_of_process()

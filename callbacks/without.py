@@ -1,4 +1,4 @@
-"""Leave callbacks that every run has out of a run."""
+"""Leave default callbacks out of a run."""
 
 from lightning.pytorch import Callback
 

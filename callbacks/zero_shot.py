@@ -30,7 +30,7 @@ __all__ = ["ZeroShot", "ZeroShotSet"]
 
 
 class ZeroShot(SuiteEvaluation):
-    """Evaluates zero-shot classification on any number of sets, under ``fit``, ``validate`` and ``test``.
+    """Evaluate zero-shot classification on any number of sets, under ``fit``, ``validate`` and ``test``.
 
     Logs ``zero_shot/<set>/<metric>``: the set's own metric and, if each image has one class, ``top1``, ``top5`` and
     ``mean_per_class``. They are fractions in which every image counts once. Prompts are encoded again only if the text
@@ -103,7 +103,7 @@ class ZeroShot(SuiteEvaluation):
 
 
 def _contact_sheet(module: LitCLIP, opened: OpenSet, examples: int) -> Image.Image:
-    """Draw some images of the first fold, evenly spread, with their most similar class names."""
+    """Draw evenly spread images of the first fold with their most similar class names."""
     images, features = opened.folds[0].images["test"], opened.folds[0].features["test"]
     assert opened.prompts is not None
     assert opened.classifier is not None

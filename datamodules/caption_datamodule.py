@@ -1,4 +1,4 @@
-"""Base class of data modules: any source of (image, caption) pairs -> batches."""
+"""Base class of data modules: it makes batches from any source of (image, caption) pairs."""
 
 import os
 import zlib
@@ -49,7 +49,7 @@ EVALUATION_BATCH_SIZE = 64
 
 
 class ResumableLoader(DataLoader[Any]):
-    """Data loader that counts as stateful, so that Lightning resumes it inside an epoch; its sampler knows where."""
+    """Data loader that counts as stateful, so that Lightning resumes inside an epoch; its sampler has the position."""
 
     def state_dict(self) -> dict[str, Any]:
         return {}
@@ -119,7 +119,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         """Open the training source (only needed if ``fit``) and the validation source."""
 
     def opened_sources(self, fit: bool) -> tuple[PairSource | None, PairSource]:
-        """Open the sources; for training choose one row of each image or thing, or join them, if the options say so."""
+        """Open the sources, and choose or join the training rows of each image or thing as the options say."""
         train, val = self.sources(fit)
         if train is not None:
             train = chosen_pairs(train, self.captions.per_image, self.images.per_thing)
@@ -132,16 +132,16 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
 
     @property
     def position(self) -> Position:
-        """Position in the data that training starts from."""
+        """Position in the data at which training starts."""
         return Position(self._resumed["epoch"], self._resumed["batch"]) if self._resumed else Position()
 
     def neighbour_images(self) -> SourcePairs:
-        """Return each image of the training source once, to find the neighbours of pairs by."""
+        """Return each image of the training source once; the neighbours of pairs are found among them."""
         assert self.batch_order is not None, "needs batches.hard"
         return SourcePairs(self.batch_order.source, distinct_images(self._names).tolist())
 
     def use_neighbours(self, images: np.ndarray, nearest: np.ndarray) -> None:
-        """Fill the hard places of the next epochs: numbers of :meth:`neighbour_images`, and places in ``images``."""
+        """Fill the hard places of the next epochs, from rows of :meth:`neighbour_images` and places in ``images``."""
         assert self.batch_order is not None, "needs batches.hard"
         self.batch_order.use(neighbours_of_images(self._names, images, nearest))
 
@@ -152,7 +152,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
 
     @property
     def captions_if_together(self) -> float:
-        """Mean number of captions that an image would have with ``captions.per_image: together``."""
+        """Mean number of captions per image if ``captions.per_image`` were ``together``."""
         source = self.train_source
         if source is None or self.captions.per_image == "together":
             return self.captions_per_image
@@ -160,7 +160,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
 
     @property
     def captions_per_image(self) -> float:
-        """Mean number of captions that an image has in a step."""
+        """Mean number of captions per image in a step."""
         return 1.0 if self.train_source is None else captions_per_image(self.train_source)
 
     def setup(self, stage: str) -> None:
@@ -179,7 +179,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
             report_images(self.train_source, self.val_source, self.seed, self.preprocessing)
 
     def adopt(self, module: Any) -> None:
-        """Take preprocessing and tokenizer from a module; its model, and so its checkpoints, get the window."""
+        """Take preprocessing and tokenizer from a module; set the window of its model, and so of its checkpoints."""
         self.preprocessing = getattr(module, "preprocessing", self.preprocessing)
         self.tokenize = getattr(module, "tokenize", self.tokenize)
         if self.window is None:
@@ -206,7 +206,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         return GlobalBatchSampler(pairs, batch_size, rank, world, self.seed, order, start, self.patch_budgets)
 
     def _settings(self, epoch: int) -> dict[str, Any]:
-        """Return all that determines the batches of an epoch; None for what is not set."""
+        """Return all settings that determine the batches of an epoch; None for an unset one."""
         source = self.train_source
         assert source is not None, "call setup('fit') first"
         if self._order_checksum[0] != epoch:  # computing the order of a large set takes seconds
@@ -239,7 +239,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         self._resumed = state_dict
 
     def _position(self) -> Position:
-        """Position by the number of optimiser steps: one batch each, so that prefetched batches do not count."""
+        """Return the position by optimiser steps, one batch each: prefetched batches do not count."""
         trainer: Any = self.trainer
         per_epoch = max(1, min(self.steps_per_epoch, int(min(trainer.num_training_batches, 2**62))))
         done = self._start_position.batch + trainer.global_step - self._start_step
@@ -281,7 +281,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
 
     @property
     def evaluation_batch_size(self) -> int:
-        """Pairs that each rank encodes at once outside of training; results do not depend on it."""
+        """Pairs that each rank encodes at once outside of training; results do not depend on this number."""
         return self.batch_size or EVALUATION_BATCH_SIZE
 
     @property
@@ -332,7 +332,7 @@ class CaptionDataModule(WithStoredFeatures, LightningDataModule, ABC):
         return self._loader(self.training_pairs(source), batch_sampler=batches)
 
     def training_once(self, stored: int, decoded: int, epoch: int = 0) -> DataLoader[Any]:
-        """Load this rank's share of so many training pairs, drawn at random, once: ``stored`` ones, if images are.
+        """Load this rank's share of randomly drawn training pairs once: ``stored`` pairs if images are stored.
 
         Otherwise so many whose images are ``decoded``, without augmentation. Each epoch draws the same pairs, with
         other versions of stored images.

@@ -33,7 +33,7 @@ TRAINING_COLUMNS = ("negative", "weight", "title")  # which validation does not 
 
 @dataclass(frozen=True)
 class Splits:
-    """Splits of data that come in splits.
+    """Names of the splits to train and validate on.
 
     Attributes:
         train: that ``train`` is taken from; None: ``train``.
@@ -52,7 +52,7 @@ else:
 
 
 def _part(part: Mapping[str, Any]) -> tuple[Any, float, str | list[str] | None]:
-    """Return data, weight and tables of decisions of a part of a mixture."""
+    """Return the data, the weight and the tables of decisions of one part of a mixture."""
     data, weight, keep = part.get("data"), part.get("weight", 1.0), part.get("keep")
     is_source = isinstance(data, str | list | Mapping | PairSource)
     others = isinstance(weight, int | float) and isinstance(keep, str | list | None)
@@ -150,7 +150,7 @@ class Captions(CaptionDataModule):
             self._refuse_unread(getattr(getattr(self.trainer, "lightning_module", None), "loss", None))
 
     def _refuse_unread(self, loss: Any) -> None:
-        """Raise :class:`InputError` for a column, or second images, that no part of the loss reads."""
+        """Raise :class:`InputError` for a column, or second images, that the loss does not read."""
         if not isinstance(loss, nn.Module):  # of a module of one's own
             return
         read = [name for part in loss.modules() for name in getattr(part, "reads", ())]
@@ -168,7 +168,7 @@ class Captions(CaptionDataModule):
         return super().state_dict() | ({"versions": versions} if versions else {})
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Open the data again as they were, if an address in them has changed since the checkpoint was saved."""
+        """Open the saved versions of the data again if an address has changed since the checkpoint."""
         super().load_state_dict(state_dict)
         saved = convert(state_dict.get("versions", {}), dict[str, str], f"{type(self).__name__}.versions")
         opened = self._opened_versions()
@@ -253,7 +253,7 @@ class _Empty(IterableDataset[Any]):
 
 
 class NoCaptions(LightningDataModule):
-    """No pairs: ``lit-clip validate`` then only runs callbacks, such as ZeroShot, Retrieval and LinearProbe."""
+    """No pairs: ``lit-clip validate`` then runs only callbacks, such as ZeroShot, Retrieval and LinearProbe."""
 
     def val_dataloader(self) -> DataLoader[Any]:
         # Iterable: without a known length Lightning runs an empty epoch with all its hooks instead of skipping it.

@@ -1,4 +1,4 @@
-"""Find images that are the same or look the same, by a 64-bit difference hash and without comparing all pairs.
+"""Find images that are the same or look the same by a 64-bit difference hash, without comparing all pairs.
 
 The hash holds, for 8 x 8 cells of the image shrunk to 9 x 8, whether the next cell to the right is brighter (dHash:
 N. Krawetz, "Kind of Like That", 2013). Resizing or recompressing an image changes few of its bits.
@@ -30,7 +30,7 @@ class Look(NamedTuple):
 
 
 def look_of(image: Image.Image) -> Look:
-    """Return the look of an image as a model sees it: transparency dropped, EXIF rotation ignored."""
+    """Return an image's look as a model sees it: without transparency and EXIF rotation."""
     opaque = image if image.mode in ("RGB", "L", "CMYK") else image.convert("RGB")
     small = opaque.resize((WIDTH, HEIGHT), Image.Resampling.BOX).convert("RGB")
     grey = np.asarray(small.convert("L"), dtype=np.int16)  # [8, 9]
@@ -42,7 +42,7 @@ def look_of(image: Image.Image) -> Look:
 
 @dataclass
 class Looks:
-    """Columns of :class:`Look`: uint64, uint32 and bool ``[N]``."""
+    """Columns of several :class:`Look`: uint64, uint32 and bool ``[N]``."""
 
     bits: np.ndarray
     colours: np.ndarray
@@ -56,7 +56,7 @@ class Looks:
 
 
 class LookIndex:
-    """Finds a set's look-alikes among others, by looks that agree in a band; plain ones resemble all, and are left."""
+    """Find a set's look-alikes among other images by looks that agree in a band; skip plain images."""
 
     def __init__(self, looks: Looks) -> None:
         self.looks = looks
@@ -89,7 +89,7 @@ class LookIndex:
 
 
 class Groups(NamedTuple):
-    """Positions that belong together."""
+    """Groups of positions."""
 
     number: int  # of groups of two or more
     surplus: int  # members beyond the first of each group
@@ -97,7 +97,7 @@ class Groups(NamedTuple):
 
 
 def equal_groups(values: np.ndarray) -> Groups:
-    """Group equal values."""
+    """Group positions with equal values."""
     order = np.argsort(values, kind="stable")
     _, starts, lengths = np.unique(values[order], return_index=True, return_counts=True)
     several = np.flatnonzero(lengths > 1)
@@ -107,12 +107,12 @@ def equal_groups(values: np.ndarray) -> Groups:
 
 
 def look_alikes(bits: np.ndarray, colours: np.ndarray) -> Groups:
-    """Group images that look the same, see :func:`look_labels`."""
+    """Group images that look the same; see :func:`look_labels`."""
     return equal_groups(look_labels(bits, colours))
 
 
 def look_labels(bits: np.ndarray, colours: np.ndarray, most: int = NEAR_BITS) -> np.ndarray:
-    """Number images from 0 so that those that look the same have the same number, int ``[N]``.
+    """Number images from 0, so that images that look the same share a number, int ``[N]``.
 
     Looks are columns of :class:`Looks`, and may differ in ``most`` bits; of pairs that differ in more than 2, those
     that agree in a band are found. The ends of a chain of look-alikes may differ more than near pairs.
@@ -129,7 +129,7 @@ def look_labels(bits: np.ndarray, colours: np.ndarray, most: int = NEAR_BITS) ->
 
 
 def components(links: np.ndarray, number: int) -> np.ndarray:
-    """Return for each of ``number`` things the component that it is in, int ``[number]``; links are ``[2, L]``."""
+    """Return the component of each of ``number`` items, int ``[number]``; links are ``[2, L]``."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -143,7 +143,7 @@ def _band(bits: np.ndarray, first: int, width: int) -> np.ndarray:
 
 
 def _near_pairs(bits: np.ndarray, colours: np.ndarray, first: int, width: int, most: int) -> Iterator[np.ndarray]:
-    """Yield near pairs that agree in a band, int64 ``[P, 2]`` each time."""
+    """Yield near pairs of images that agree in a band, int64 ``[P, 2]`` each time."""
     band = _band(bits, first, width)
     order = np.lexsort((colours, bits, band))
     band = band[order]
@@ -161,7 +161,7 @@ def _near_pairs(bits: np.ndarray, colours: np.ndarray, first: int, width: int, m
 def _near(
     bits: np.ndarray, colours: np.ndarray, other_bits: np.ndarray, other_colours: np.ndarray, most: int = NEAR_BITS
 ) -> np.ndarray:
-    """Whether pairs of looks differ in few bits and little in colour, bool ``[P]``."""
+    """Return whether pairs of looks differ in few bits and little in colour, bool ``[P]``."""
     differing = bits ^ other_bits
     for _ in range(most):
         differing = differing & (differing - np.uint64(1))  # clears the lowest set bit; zero stays zero

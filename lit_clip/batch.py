@@ -11,7 +11,7 @@ JUDGED_AFTER = 100  # samples: of fewer, a single one is above any sensible limi
 
 
 class CaptionBatch(NamedTuple):
-    """B pairs of an image and a caption.
+    """B pairs, each of an image and a caption.
 
     Attributes:
         images: uint8 ``[B, 3, H, W]``, not normalised: the model does that on its device; or floating point
@@ -53,7 +53,7 @@ class CaptionBatch(NamedTuple):
         return len(self.images if self.image_of is None else self.image_of)
 
     def of_pairs(self, rows: Tensor) -> Tensor:
-        """Return the row of each pair's image, ``[B, ...]``, of a row for each image; further rows are left out.
+        """Return the row of each pair's image, ``[B, ...]``, from one row per image; leave further rows out.
 
         Of a thing with several images it is the direction of their mean; rows are then unit features ``[I, D]``.
         """
@@ -65,7 +65,7 @@ class CaptionBatch(NamedTuple):
         return F.normalize(rows[self.image_of].masked_fill(absent_BK1, 0).sum(dim=1), dim=1)
 
     def to(self, device: torch.device | str) -> "CaptionBatch":
-        """Move the tensors to a device; a CUDA device's queued work is not waited for if they are pinned.
+        """Move the tensors to a device; from pinned memory, this does not wait for a CUDA device's queued work.
 
         Lightning calls this; without it, it would look for tensors in every key and caption.
         """
@@ -106,7 +106,7 @@ class CaptionBatch(NamedTuple):
         return CaptionBatch(**values, extra=extra)
 
     def stretched(self, pairs: int) -> "CaptionBatch":
-        """Repeat the last image and the last pair, without its negative, until there are at least ``pairs`` of each."""
+        """Repeat the last image, and the last pair without its negative, until there are ``pairs`` of each."""
         images, more = (max(0, pairs - number) for number in (len(self.images), self.pairs))
         if not images and not more:
             return self

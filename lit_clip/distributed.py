@@ -24,7 +24,7 @@ def rank_and_world() -> tuple[int, int]:
 
 
 class RankCounts(NamedTuple):
-    """Number of pairs of a global batch that each rank holds, in rank order, and this process's rank."""
+    """Number of pairs that each rank holds of a global batch, in rank order, and this process's rank."""
 
     rank: int
     counts: tuple[int, ...]
@@ -45,18 +45,18 @@ class RankCounts(NamedTuple):
         return self.world * self.counts[self.rank] / self.total
 
     def first(self, rank: int) -> int:
-        """Index of a rank's first pair among all."""
+        """Return the index of a rank's first pair among all pairs."""
         return sum(self.counts[:rank])
 
     @property
     def mine(self) -> slice:
-        """Slice of this rank's pairs among all."""
+        """Slice of this rank's pairs among all pairs."""
         first = self.first(self.rank)
         return slice(first, first + self.counts[self.rank])
 
 
 def on_first_rank(work: Callable[[], T]) -> T | None:
-    """Run ``work`` on rank 0 while the others wait, for days if need be; they raise RuntimeError if it fails."""
+    """Run ``work`` on rank 0 while the others wait, if need be for days; they raise RuntimeError if it fails."""
     rank, world = rank_and_world()
     if world == 1:
         return work()
@@ -77,7 +77,7 @@ _host_group: Any = None  # one for each process, like the default group
 
 
 def host_group() -> Any:
-    """Return a process group for values on the CPU, which needs no synchronisation with the device.
+    """Return a process group for values on the CPU; it does not synchronise with the device.
 
     The group is created on the first call, which all ranks must make at the same point.
     """
@@ -93,7 +93,7 @@ def host_group() -> Any:
 
 
 def shards_of(*rows: int) -> tuple[RankCounts, ...]:
-    """Exchange numbers of several kinds of rows with the other ranks, in one collective."""
+    """Exchange the row counts of several kinds with the other ranks, in one collective."""
     rank, world = rank_and_world()
     if world == 1:
         return tuple(RankCounts(0, (number,)) for number in rows)
@@ -104,12 +104,12 @@ def shards_of(*rows: int) -> tuple[RankCounts, ...]:
 
 
 def _newest(name: str, before: str) -> Any:
-    """Return the collective of this name, or by the one before torch 2.13, which warns of that."""
+    """Return the collective by its new name; before torch 2.13, which renamed it, by its old name."""
     return getattr(dist, name, None) or getattr(dist, before)
 
 
 def gather_rows(local: Tensor, ranks: RankCounts) -> Tensor:
-    """Gather ``[B, ...]`` to ``[N, ...]`` in rank order; no gradient. A single rank's are returned as they are."""
+    """Gather ``[B, ...]`` to ``[N, ...]`` in rank order, without gradient. A single rank gets its own rows."""
     if ranks.world == 1:
         return local
     most, even = max(ranks.counts), len(set(ranks.counts)) == 1
@@ -152,7 +152,7 @@ def sum_rows(everyones: Tensor, ranks: RankCounts) -> Tensor:
 
 
 def logsumexp_over_ranks(everyones: Tensor, ranks: RankCounts) -> Tensor:
-    """Return the element-wise log-sum-exp of ``[N]`` over ranks, in place; -inf stands for no term; no gradient."""
+    """Return the log-sum-exp of ``[N]`` over ranks, element by element, in place; -inf: no term; no gradient."""
     if ranks.world == 1:
         return everyones
     highest = everyones.clone()
@@ -164,12 +164,12 @@ def logsumexp_over_ranks(everyones: Tensor, ranks: RankCounts) -> Tensor:
 
 
 def gather_uneven(local: Tensor) -> Tensor:
-    """Gather ``[B, ...]``, with a B of any size (even 0) on each rank, in rank order; no gradient."""
+    """Gather ``[B, ...]`` in rank order, without gradient; B may differ between ranks, and be 0."""
     return gather_rows(local, *shards_of(len(local)))
 
 
 def gather_objects(local: list[Any]) -> list[Any]:
-    """Concatenate the lists of all ranks in rank order (picklable items)."""
+    """Concatenate lists of picklable items from all ranks, in rank order."""
     _, world = rank_and_world()
     if world == 1:
         return local
@@ -189,7 +189,7 @@ def sum_over_ranks(local: Tensor, device: torch.device) -> Tensor:
 
 
 def gather_large(local: Tensor, counts: Sequence[int]) -> Tensor:
-    """Gather ``[B, ...]`` in rank order without a second copy on the way; no gradient."""
+    """Gather ``[B, ...]`` in rank order without a second temporary copy; no gradient."""
     if len(counts) == 1:
         return local
     gathered = local.new_empty(sum(counts), *local.shape[1:])
@@ -218,7 +218,7 @@ def same_buffers(module: torch.nn.Module) -> None:
 
 
 def maximum(local: int) -> int:
-    """Return the largest of all ranks' numbers; waits for the other ranks but not for the device."""
+    """Return the largest number of all ranks; wait for the other ranks, but not for the device."""
     if rank_and_world()[1] == 1:
         return local
     largest = torch.tensor([local])
@@ -235,7 +235,7 @@ EXIT_WITHIN = 20.0  # seconds
 
 
 def exit_process(code: int = 0) -> None:
-    """End a process that belongs to a process group, whose work is done; do nothing without a process group.
+    """End a process of a process group after its work is done; do nothing without a process group.
 
     The interpreter's own exit may abort: gloo's threads may still hold tensors, DDP keeps these threads alive, and one
     that releases a tensor while the interpreter exits aborts the process with exit code 134 (pytorch/pytorch#179291).

@@ -23,7 +23,7 @@ FROM_WORKER = re.compile(r"\ACaught \w+ in DataLoader worker .*^(?:\w+\.)+\w+: (
 
 
 def printable(text: str) -> str:
-    """Return text without secrets, and with escapes, such as a backslash and ``x1b``, for what steers a terminal."""
+    """Return text without secrets, and with terminal control characters escaped."""
     return UNPRINTABLE.sub(_escaped, without_secrets(text))
 
 
@@ -35,7 +35,7 @@ def _escaped(found: re.Match[str]) -> str:
 
 
 def one_printable_line(text: str) -> str:
-    """Return text as a line for a terminal, without the middle of names that are too long to read.
+    """Return text as one line for a terminal; shorten names that are too long to read.
 
     A data loader raises a worker's error again with the worker's traceback as its message; of that the message remains.
     """
@@ -50,13 +50,13 @@ def _without_middle(text: str, first: int, last: int) -> str:
 
 
 def listed(names: Collection[str], most: int = 5) -> str:
-    """Return names for a message: the first ones, and how many more there are."""
+    """Return names for a message: the first ones, and the number of the others."""
     shown = ", ".join(list(names)[:most])
     return f"{shown} and {len(names) - most:,} more" if len(names) > most else shown
 
 
 class InputError(ValueError):
-    """An error in the user's input; the message is one line that names file, row or key and says what to do.
+    """An error in the user's input; its one-line message names file, row or key and says what to do.
 
     The command line prints the message alone and exits with code 2; from Python it is an ordinary ``ValueError``.
     """
@@ -72,7 +72,7 @@ def require(condition: bool, message: str) -> None:
 
 
 def similar_file(path: Path) -> str:
-    """Return a hint at a file or folder beside it with the same ending and a similar name; or nothing."""
+    """Return a hint at a file or folder in the same place with the same suffix and a similar name, or nothing."""
     with suppress(OSError):
         others = [file.stem for file in path.parent.iterdir() if file.suffix == path.suffix and file.name != path.name]
         if near := get_close_matches(path.stem, others, n=1):
@@ -81,7 +81,7 @@ def similar_file(path: Path) -> str:
 
 
 def no_such_file(path: str | os.PathLike[str]) -> InputError:
-    """Return the error for a missing file, with a file of a similar name as a suggestion."""
+    """Return the error for a missing file, with a similarly named file as a suggestion."""
     path = Path(path)
     hint = similar_file(path)
     if path.parts[:1] == ("configs",) and not Path("configs").is_dir():
@@ -90,7 +90,7 @@ def no_such_file(path: str | os.PathLike[str]) -> InputError:
 
 
 class BadSample(InputError):  # noqa: N818  # named for the sample
-    """A sample that cannot be used: in which file and row, or shard and key, and why.
+    """A sample that cannot be used: its file and row, or shard and key, and the reason.
 
     The reason is a few words that other samples share, as skipped samples are counted by it; the detail says what
     exactly is wrong, and what to do.

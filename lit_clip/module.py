@@ -1,4 +1,4 @@
-"""CLIP's training step (Radford et al. 2021, figure 3): encode, loss, log; validation; and what LitCLIP is made of."""
+"""LitCLIP with its training step (Radford et al. 2021, figure 3: encode, loss, log) and its validation."""
 
 from pathlib import Path
 from typing import Any, NamedTuple, TypedDict
@@ -25,7 +25,7 @@ from lit_clip.weights.load import create_model, whole_name
 
 
 class Features(TypedDict):
-    """Result of a validation step: unit features ``[B, D]`` of both modalities, and the pairs' tokens and keys."""
+    """Result of a validation step: unit features ``[B, D]`` of images and captions, and the pairs' tokens and keys."""
 
     image: Tensor
     text: Tensor
@@ -158,7 +158,7 @@ class LitCLIP(RunHooks):
         self._log_retrieval("test")
 
     def _log_retrieval(self, prefix: str) -> None:
-        """Log loss and retrieval over the whole set; the same for any batch size and number of ranks."""
+        """Log loss and retrieval over the whole set, independent of batch size and number of ranks."""
         scale = self.model.logit_scale.exp()
         empty = at_least_float32(scale.new_zeros(0, self.model.config.embed_dim))  # as features are
         evaluation = self._validated.evaluate(empty, scale, self.model.logit_bias)

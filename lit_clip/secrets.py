@@ -29,7 +29,7 @@ _WINDOW, _EDGE = 20_000, 5_000  # characters of a long text's ends that are read
 
 
 def without_secrets(text: str) -> str:
-    """Return text with ``***`` in place of passwords, tokens and signatures in addresses and headers.
+    """Return text with ``***`` instead of passwords, tokens and signatures in addresses and headers.
 
     References to variables (``${...}``) stay.
     """
@@ -42,14 +42,14 @@ def without_secrets(text: str) -> str:
 
 
 def ends_without_secrets(text: str) -> str:
-    """Return text as :func:`without_secrets` does; of a long text only its beginning and its end."""
+    """Return text as :func:`without_secrets` does; a long text is cut to its beginning and end."""
     if len(text) <= 2 * _WINDOW:
         return without_secrets(text)
     return f"{without_secrets(text[:_WINDOW])[:-_EDGE]} ... {without_secrets(text[-_WINDOW:])[_EDGE:]}"
 
 
 def _without_login(found: re.Match[str]) -> str:
-    """Hide the user's part of an address; a password may hold "/" and "@", and ends at the last "@"."""
+    """Hide the login part of an address; a password may contain "/" and "@", and ends at the last "@"."""
     text = found[0] if found[0].startswith("://") else f":/{found[0][1:]}"
     last = text.rfind("@")
     parts, done = [], 0
@@ -67,7 +67,7 @@ def _without_login(found: re.Match[str]) -> str:
 
 
 def is_hidden(text: str) -> bool:
-    """Return whether a text is one in which :func:`without_secrets` has hidden something."""
+    """Return whether :func:`without_secrets` has hidden something in a text."""
     return HIDDEN in text and re.search(r"://[^\s/]*\*\*\*@|=\*\*\*(?:[&#]|$)", text) is not None
 
 

@@ -1,5 +1,6 @@
-"""README and the guides have short sentences, and none of the faults that were frequent in them."""
+"""README, the guides and docstrings have short sentences, and none of the faults that were frequent in them."""
 
+import ast
 import re
 from statistics import mean
 
@@ -9,6 +10,8 @@ from tests.conftest import ROOT
 
 PAGES = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))]
 MOST_WORDS = 16  # a page's average sentence
+MOST_FIRST_WORDS = 14  # a package's average first line of a docstring
+DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 FAULTS = {  # and what to write instead
     "those (?:of|that|with)": "the noun, or a possessive",
     "that of": "the noun, or a possessive",
@@ -49,12 +52,24 @@ def test_sentences_are_short(name: str) -> None:
     assert mean(len(sentence.split()) for sentence in sentences(prose(name))) <= MOST_WORDS
 
 
-@pytest.mark.parametrize("name", PAGES)
-def test_a_page_has_none_of_the_frequent_faults(name: str) -> None:
-    text = " ".join(prose(name).split())
-    found = [
+def faults_in(text: str) -> list[str]:
+    return [
         f"{text[max(0, match.start() - 40) : match.end() + 20]}: {better}"
         for fault, better in FAULTS.items()
         for match in re.finditer(rf"\b{fault}\b", text, re.IGNORECASE)
     ]
-    assert found == []
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_a_page_has_none_of_the_frequent_faults(name: str) -> None:
+    assert faults_in(" ".join(prose(name).split())) == []
+
+
+@pytest.mark.parametrize("package", ["callbacks", "datamodules", "lit_clip"])
+def test_docstrings_begin_with_a_short_sentence_that_has_none_of_the_faults(package: str) -> None:
+    paths = (ROOT / package).rglob("*.py")
+    nodes = (node for path in paths for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    texts = [ast.get_docstring(node) or "" for node in nodes if isinstance(node, DOCUMENTED)]
+    firsts = [re.sub(r"(:\w+:)?`+[^`]+`+", "code", text.partition("\n")[0]) for text in texts if text]
+    assert mean(len(first.split()) for first in firsts) <= MOST_FIRST_WORDS
+    assert [fault for first in firsts for fault in faults_in(first)] == []

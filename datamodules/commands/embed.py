@@ -1,4 +1,4 @@
-"""``lit-clip embed``: features of images, captions or things, or of texts in a file."""
+"""``lit-clip embed``: features of images, captions or things, or of the texts in a file."""
 
 import shlex
 from collections.abc import Sequence
@@ -57,7 +57,7 @@ def embed(
     settings: EncodingSettings = EncodingSettings(),  # noqa: B008  # immutable
     share: str | None = None,
 ) -> None:
-    """Write the features of images, or of texts, to a file.
+    """Write the features of images or texts to a file.
 
     Features are of unit length, float32; rows are sorted by key. Each image has one row, each caption its
     own, or all images and captions of a thing have one. The same command resumes an interrupted run.
@@ -101,7 +101,7 @@ def embed(
 
 
 def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings, share: Share) -> None:
-    """Encode items and write their features; ranks but the first only encode."""
+    """Encode items and write their features; ranks other than the first only encode."""
     encoders = ["image"] if items.images is not None else ["text"]
     stamp = f"{items.content} {items.stamp}"
     with work_on(path, model, stamp, settings, share, encoders) as (clip, parts, metadata):
@@ -126,7 +126,7 @@ def _embed(items: _Items, model: str, path: Path, settings: EncodingSettings, sh
 def _embed_things(
     opened: Opened, model: str, path: Path, settings: EncodingSettings, share: Share, text_weight: float
 ) -> None:
-    """Write a feature of each thing; ranks but the first only encode."""
+    """Write a feature of each thing; ranks other than the first only encode."""
     root = _root(opened)
     things = Things.of(opened.pairs, root, settings.on_error)
     check_keys(path, [*things.by_name, *things.rows])
@@ -153,7 +153,7 @@ def _tell(path: Path, shape: tuple[int, ...], model: str, searched: bool) -> Non
 
 
 def _root(opened: Opened) -> Path | None:
-    """Return the folder that keys of images are paths from; None if they are not paths."""
+    """Return the folder from which image keys are paths; None if keys are not paths."""
     every = opened.every
     return every.root if isinstance(every, ColumnPairs) and isinstance(every.root, Path) else None
 
@@ -188,7 +188,7 @@ def _items_of(
 
 
 def _rows_of_images(source: PairSource, on_error: OnError) -> dict[str, int]:
-    """Return the first row of each image by its key; a row that cannot be read has its name as key, for the report."""
+    """Return the first row of each image by its key; an unreadable row has its name as key, for the report."""
     rows: dict[str, int] = {}
     for row in range(len(source)):
         try:
@@ -201,7 +201,7 @@ def _rows_of_images(source: PairSource, on_error: OnError) -> dict[str, int]:
 
 
 def _captions_of(source: PairSource, on_error: OnError) -> dict[Identity, str]:
-    """Return the distinct captions of each key, by an identity that has their number."""
+    """Return the distinct captions of all keys; each identity has the key and the caption's number."""
     texts: dict[Identity, str] = {}
     seen: dict[str, dict[str, None]] = {}
     for _, key, captions, _ in readable_rows(source, on_error):

@@ -1,4 +1,4 @@
-"""``lit-clip inspect``: report what training data contain, and propose which pairs to leave out."""
+"""``lit-clip inspect``: report the contents of training data, and propose which pairs to leave out."""
 
 import tempfile
 from pathlib import Path
@@ -100,7 +100,7 @@ def _opened(given: DataOptions, default_split: str | None = None) -> Opened:
 
 
 def _leaks(found: ScanFindings, validation: PairSource, tokenizer: TextTokenizer, num_workers: int) -> ValidationCopies:
-    """Read the validation data and compare their images; what is wrong with them is not reported."""
+    """Read the validation data and compare their images with the training images; do not report other problems."""
     with tempfile.TemporaryDirectory() as folder:
         parts = Parts(Path(folder, "validation"), "")
         return find_validation_copies(found, inspect_source(validation, tokenizer, num_workers, parts))

@@ -33,7 +33,7 @@ def mine(
     keep: str | list[str] | None = None,
     settings: EncodingSettings = EncodingSettings(),  # noqa: B008  # immutable
 ) -> None:
-    """Find captions that a model takes for an image's although they belong to others: hard negatives to train on.
+    """Find hard negatives to train on: captions that a model finds similar to an image but that belong to others.
 
     The table has the rows of the data with the column negative, a list of captions, the hardest first. Captions of the
     image, of its group, and those that differ from them only in letter case and white space are none. The same command
@@ -63,7 +63,7 @@ def mine(
 
 
 def _root(source: PairSource, data: list[str]) -> str:
-    """Return the folder or address that the names of the images start from."""
+    """Return the folder or address from which image names start."""
     files = isinstance(source, ColumnPairs) and isinstance(source.cells(0).image, str)
     require(files, f"{', '.join(data)}: its images are not files, which a table could name; unpack them first")
     assert isinstance(source, ColumnPairs)
@@ -77,7 +77,7 @@ def _mined(
     settings: EncodingSettings,
     window: MiningWindow,
 ) -> dict[str, list[str]] | None:
-    """Return the hard negatives of each image that can be read, by its key; None on other ranks than the first."""
+    """Return the hard negatives of each readable image, by its key; None on ranks other than the first."""
     clip, parts = work.model, work.parts
     texts = {caption_hash(caption): caption for row in rows for caption in row.captions}
     first: dict[str, int] = {}  # row of each image
@@ -103,7 +103,7 @@ def _mined(
 
 
 def _true_captions(rows: Sequence[PairRow], numbers: dict[int, int]) -> tuple[dict[str, set[int]], dict[str, set[int]]]:
-    """Return the numbers of each image's captions, and of those of its groups, by its key."""
+    """Return, by image key, the numbers of the image's captions and of its groups' captions."""
     own, of_group, groups = defaultdict(set), defaultdict(set), defaultdict(set)
     for row in rows:
         captions = {numbers[caption_hash(caption)] for caption in row.captions}

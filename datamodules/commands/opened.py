@@ -1,4 +1,4 @@
-"""The training data of a command, opened."""
+"""Open the training data of a command."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,14 +14,14 @@ from ..pairs.source import Classes, PairSource
 
 
 class Opened(NamedTuple):
-    """Training data, as they are and as tables of decisions leave them."""
+    """Training data before and after applying tables of decisions."""
 
     options: tuple[DataOptions, Classes]
     every: PairSource
     pairs: PairSource  # without what a table of ``--keep`` drops
 
     def stamp(self, *outputs: Path) -> str:
-        """Return a cache key of the pairs; the command's own outputs do not change it."""
+        """Return a cache key of the pairs; it does not change with the command's own outputs."""
         files = stamp_of_data(self.options[0].data, outputs)
         return repr((self.options, len(self.every), self.every.versions, files, digest_of_kept(self.pairs)))
 
@@ -33,7 +33,7 @@ def open_data(
     keep: str | Sequence[str] | None = None,
     default_split: str | None = None,
 ) -> Opened:
-    """Open and prepare training data, and say what is left out."""
+    """Open and prepare training data, and report the pairs left out."""
     require(bool(options.data), "no data: name a table, a folder or shards before the options")
     fields = {"columns": options.columns, "split": options.split, "classes": classes, "on_error": on_error}
     every = open_source(options.data, **fields, default_split=default_split, option_prefix="--")
@@ -53,7 +53,7 @@ class PairRow(NamedTuple):
 
 
 def readable_rows(source: PairSource, on_error: OnError) -> Iterator[PairRow]:
-    """Yield the rows whose texts can be read; the others are an error, or named and left out."""
+    """Yield the rows with readable texts; for the others raise an error, or name them and leave them out."""
     for number in range(len(source)):
         try:
             row = PairRow(number, source.key(number), source.captions(number), source.text(number, None).group)

@@ -112,7 +112,7 @@ def _searched(
     settings: list[str],
     how: tuple[int, int, Precision, float],
 ) -> tuple[dict[str, Queries], NearestFound]:
-    """Load from a folder, or compute, each set's features and looks, and the nearest training images of all."""
+    """Load or compute each set's features and looks, and the nearest training images of all sets."""
     make_folder(folder)
     sets = {}
     for name, each in opened.items():
@@ -155,7 +155,7 @@ def _write(
     leaks: Counts,
     command: str,
 ) -> None:
-    """Write the page and the figures, and print them; ``command`` trains on what is in no set."""
+    """Write and print the results; ``command`` trains on the images that are in no set."""
     command = command if leaks else ""
     with replacing(path.with_suffix(".json")) as draft:
         draft.write_text(json.dumps(report, indent=1), encoding="utf-8")

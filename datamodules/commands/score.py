@@ -1,4 +1,4 @@
-"""``lit-clip score``: the similarity of each pair of the training data, and which pairs are kept."""
+"""``lit-clip score``: score the similarity of each training pair, and choose which pairs to keep."""
 
 import json
 from pathlib import Path
@@ -71,7 +71,7 @@ def _scored_or_filtered(
     filters: PairFilters,
     share: Share,
 ) -> Filtered | None:
-    """Write the table; None on other ranks than the first, and for a share."""
+    """Write the table; return None on ranks other than the first, and for a share of the work."""
     check_output(path, [".parquet"])
     data = given.data
     if len(data) == 1 and ScoreFile.is_one(Path(data[0])):

@@ -28,7 +28,7 @@ def shard(
     on_error: OnError = "error",
     share: str | None = None,
 ) -> None:
-    """Write pairs as tar shards in img2dataset's layout, with an index of each.
+    """Write pairs as tar shards in img2dataset's layout, each with an index.
 
     Images are copied byte for byte, after a check that they can be decoded; only ``--resize`` changes them. A shard
     gets its name when it is complete; the same command run again keeps the complete shards and writes the others.

@@ -1,4 +1,4 @@
-"""Features of things: of all images and captions of a group together."""
+"""Features of things: one feature for all images and captions of a group."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,7 +23,7 @@ from .opened import readable_rows
 
 @dataclass
 class Thing:
-    """The distinct images, by their keys, and captions of a thing, in the order of the rows."""
+    """The distinct image keys and captions of a thing, in row order."""
 
     images: dict[str, None] = field(default_factory=dict)
     captions: dict[str, None] = field(default_factory=dict)
@@ -31,7 +31,7 @@ class Thing:
 
 @dataclass
 class Things:
-    """Things by their names: groups, or without one the key of the first image that their row lists."""
+    """Things by name: the group, or else the key of the first image in their row."""
 
     by_name: dict[str, Thing]
     rows: dict[str, int]  # the first row of each image
@@ -40,7 +40,7 @@ class Things:
 
     @classmethod
     def of(cls, source: PairSource, root: Path | None, on_error: OnError) -> "Things":
-        """List the things of pairs; no image is read where the source can tell without."""
+        """List the things of pairs; read no image if the source allows this."""
         things = cls({}, {}, root)
         for row, key, captions, group in readable_rows(source, on_error):
             thing = things.by_name.setdefault(group.removeprefix(IMAGES_OF) or key, Thing())
@@ -52,7 +52,7 @@ class Things:
 
 
 class ThingFeatures(NamedTuple):
-    """Features of things that could be read."""
+    """Features of all readable things."""
 
     names: list[str]  # of N things, sorted
     features: np.ndarray  # float32 [N, D], of unit length
@@ -64,7 +64,7 @@ class ThingFeatures(NamedTuple):
 def features_of_things(
     work: Work, source: PairSource, things: Things, settings: EncodingSettings, text_weight: float
 ) -> ThingFeatures | None:
-    """Encode images and captions, and mix them; None on ranks but the first, and for a share of the work.
+    """Encode and mix images and captions; None on ranks other than the first, and for a share of the work.
 
     All ranks call this. A thing's feature is the direction of ``text_weight`` times the mean of its captions' unit
     features, plus the rest times that of its images: the more its mean cosine with a query, the nearer it is. One

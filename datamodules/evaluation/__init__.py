@@ -1,4 +1,4 @@
-"""The data sets of the evaluation suites: functions and classes that open a split of a set.
+"""Data sets of the evaluation suites: functions and classes that open a split of a set.
 
 Each returns a :class:`lit_clip.evaluation.data.ImageSet` and raises :class:`lit_clip.evaluation.data.MissingData` where
 the files are not there. ``root`` is the folder of the set, or the folder that contains it. ``rules.yaml`` has the

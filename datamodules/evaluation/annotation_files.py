@@ -1,4 +1,4 @@
-"""Readers of annotation files (lists, CSV tables, JSON, MATLAB), and imports of packages that only some sets need."""
+"""Read annotation files (lists, CSV tables, JSON, MATLAB), and import packages that only some sets need."""
 
 import csv
 import importlib
@@ -34,7 +34,7 @@ def find(root: Path, names: Sequence[str], description: str) -> Path:
 
 
 def find_folder(root: Path, places: Sequence[str], inside: str) -> Path:
-    """Return the first of some folders below ``root`` that has a file or folder ``inside``; see :func:`find`."""
+    """Return the first of several folders below ``root`` that contains ``inside``; see :func:`find`."""
     found = find(root, [f"{place}/{inside}".lstrip("/") for place in places], "files of this set")
     return found.parents[inside.count("/")]
 
@@ -54,7 +54,7 @@ def refuse_missing(*paths: Path) -> None:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Read the lines of a text file that are not empty, without white space around them."""
+    """Read the non-empty lines of a text file, without leading and trailing white space."""
     return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
@@ -73,7 +73,7 @@ def read_words(path: Path, columns: int) -> list[list[str]]:
 
 
 def read_json(path: Path, kind: Any = Any) -> Any:
-    """Read a JSON file, whose values are converted to a type by msgspec."""
+    """Read a JSON file and convert its values to a type with msgspec."""
     text = read_text(path)
     with reading(path, "JSON file", hint=AGAIN):
         values = json.loads(text)
@@ -84,7 +84,7 @@ def read_json(path: Path, kind: Any = Any) -> Any:
 
 
 def read_json_lines(path: Path, kind: Any) -> list[Any]:
-    """Return the elements of a JSON Lines file, converted to a type by msgspec."""
+    """Read a JSON Lines file and convert each line to a type with msgspec."""
     rows = []
     for number, line in enumerate(read_text(path).split("\n"), start=1):
         if line.strip():
@@ -136,7 +136,7 @@ def number(row: Mapping[str, str], column: str, where: str) -> float:
 
 
 def whole_number(text: str) -> int | None:
-    """Return the whole number of at least 0 that a text is in plain digits; None if it is none."""
+    """Return the non-negative whole number that a text holds in plain digits; None for any other text."""
     return int(text) if text.isascii() and text.isdigit() and len(text) <= LONGEST_NUMBER else None
 
 
@@ -171,7 +171,7 @@ def _read_mat_apart(path: Path, names: Sequence[str]) -> dict[str, Any]:
 
 
 class ArrayUnpickler(pickle.Unpickler):
-    """Unpickle lists, strings and arrays, and refuse anything else, which could run code."""
+    """Unpickle lists, strings and arrays, and refuse all other types, because they could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode") or (
@@ -182,7 +182,7 @@ class ArrayUnpickler(pickle.Unpickler):
 
 
 def own_dataset(file: Any, path: Path, name: str) -> Any:
-    """Return a data set of an open HDF5 file."""
+    """Return a data set of an open HDF5 file; refuse links and external storage."""
     h5py = import_optional("h5py", "h5py", path)
     parts = name.split("/")
     with reading(path, f"HDF5 file with {name!r}", hint=AGAIN):
@@ -195,7 +195,7 @@ def own_dataset(file: Any, path: Path, name: str) -> Any:
 
 
 def import_optional(module: str, package: str, needed_for: object) -> Any:
-    """Import a module of a package that only some sets need."""
+    """Import a module from a package that only some sets need."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -1,4 +1,4 @@
-"""Images with boxes around what they show: Pascal VOC and COCO."""
+"""Images with boxes around objects: Pascal VOC and COCO."""
 
 import math
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ Boxes = list[tuple[int, Box]]
 
 
 class BoxedFiles(UnlabelledFiles, Boxed):
-    """Images and their boxes; ``short_side`` is in pixels; None: twice the model's image size."""
+    """Images and their boxes; ``short_side`` is in pixels, None: twice the model's image size."""
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class BoxedFiles(UnlabelledFiles, Boxed):
 def VOCBoxes(
     root: str, year: str = "2007", split: str = "test", tolerance: int = 15, short_side: int | None = None
 ) -> BoxedFiles:
-    """Pascal VOC's detection annotations, also those marked difficult; ``VOCdevkit/VOC2007`` or of another year."""
+    """Pascal VOC's detection annotations, including difficult ones; in ``VOCdevkit/VOC2007`` or another year."""
     folder = Path(root) / "VOCdevkit" / f"VOC{year}"
     listed = folder / "ImageSets" / "Main" / f"{split}.txt"
     images = read_lines(listed)
@@ -89,7 +89,7 @@ def _checked(box: Box, path: Path) -> Box:
 
 
 def COCOInstances(root: str, split: str = "val2017", tolerance: int = 15, short_side: int | None = None) -> BoxedFiles:
-    """COCO's boxes, ``instances_SPLIT.json`` in ``root`` or ``root/annotations``, and the images in ``root/SPLIT``.
+    """COCO's boxes in ``root`` or ``root/annotations``, ``instances_SPLIT.json``, and its images in ``root/SPLIT``.
 
     Images without a box are left out. Labels are the 80 categories by ascending id.
     """

@@ -26,7 +26,7 @@ EDGE = Annotated[int, Meta(ge=-(10**9), le=10**9)] | Annotated[float, Meta(gt=-1
 
 
 class _ChoiceFiles(UnlabelledFiles, CaptionChoices):
-    """Questions of a file about images below a folder, by their paths; a path in several questions is one image."""
+    """Questions of a file about images below a folder; images with the same path are one image."""
 
     def __init__(self, root: Path, questions: Iterable[tuple[Sequence[str], Choice]], where: Path) -> None:
         row_of: dict[str, int] = {}
@@ -43,7 +43,7 @@ class _ChoiceFiles(UnlabelledFiles, CaptionChoices):
 
 
 def _rows(path: Path, **fields: Any) -> list[dict[str, Any]]:
-    """Return the elements of a JSON list or mapping, which have these fields."""
+    """Return the elements of a JSON list or mapping; each must have the given fields."""
     content = read_json(path, list | dict)
     named = content.items() if isinstance(content, dict) else enumerate(content)
     kind = entries(fields, total=True)
@@ -55,7 +55,7 @@ def _rows(path: Path, **fields: Any) -> list[dict[str, Any]]:
 
 
 def SugarCrepe(root: str, subset: Subset) -> _ChoiceFiles:
-    """SugarCrepe: a caption of COCO and a wrong one that a language model made of it.
+    """SugarCrepe: a caption of COCO and a wrong caption that a language model made from it.
 
     ``root`` has the seven JSON files (or ``data`` with them), named by what was added, replaced or swapped, and COCO's
     ``val2017``.
@@ -119,7 +119,7 @@ def AROOrder(path: str, root: str) -> _ChoiceFiles:
 
 
 def MMVPVLM(root: str) -> _ChoiceFiles:
-    """MMVP-VLM: pairs of images that CLIP confuses, and a statement about each; groups are the nine visual patterns.
+    """MMVP-VLM: pairs of images that CLIP confuses, with a statement about each; groups are the nine visual patterns.
 
     ``root`` has ``Questions.csv`` and ``MLLM_VLM Images``.
     """
@@ -141,7 +141,7 @@ def MMVPVLM(root: str) -> _ChoiceFiles:
 
 
 def Winoground(root: str) -> _ChoiceFiles:
-    """Winoground: two images and two captions of the same words; groups are the collapsed tags.
+    """Winoground: two images and two captions with the same words; groups are the collapsed tags.
 
     ``root`` has ``examples.jsonl`` (or ``data`` with it), beside which ``images.zip`` is unpacked.
     """
@@ -156,7 +156,7 @@ def Winoground(root: str) -> _ChoiceFiles:
 
 
 def WinoGAViL(root: str, candidates: Literal["5-6", "10-12"] | None = None) -> _ChoiceFiles:
-    """WinoGAViL: which of 5 to 12 images are associated with a word.
+    """WinoGAViL: choose which of 5 to 12 images are associated with a word.
 
     The caption is the word in lower case after "A" or "An", as in the authors' and DataComp's scripts. ``root`` has
     ``winogavil_dataset.csv`` and ``winogavil_images``. With ``candidates``, only questions of 5 and 6, or of 10 and 12

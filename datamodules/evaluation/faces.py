@@ -1,4 +1,4 @@
-"""Faces and people: FER2013, the labels that FER+ gives to its images, FairFace, and CelebA's identities."""
+"""Faces and people: FER2013, FER+'s labels for its images, FairFace, and CelebA's identities."""
 
 import csv
 import re
@@ -60,7 +60,7 @@ def _face_files(folder: Path, split: TrainValTest) -> ImageFiles:
 
 
 def FERPlus(root: str, split: TrainValTest = "test") -> ImageArrays:
-    """FER+: FER2013's faces with eight emotions, which ten people each have voted for (arXiv 1608.01041).
+    """FER+: FER2013's faces with eight emotions; ten people voted on each face (arXiv 1608.01041).
 
     An image's label is the emotion that its authors' code takes in its mode ``majority``
     (github.com/microsoft/FERPlus, ``src/ferplus.py``): single votes do not count, and the emotion needs more than half
@@ -72,7 +72,7 @@ def FERPlus(root: str, split: TrainValTest = "test") -> ImageArrays:
 
 
 def _faces_in_table(path: Path, split: TrainValTest, votes: Path | None = None) -> ImageArrays:
-    """Open a split of FER2013's table, with the labels of FER+'s table of votes if there is one."""
+    """Open a split of FER2013's table, with labels from FER+'s table of votes if given."""
     listed, starts = [], []  # each row's Usage and emotion, and where in the file it starts
     check_is_file(path)
     with path.open("rb") as file:
@@ -112,7 +112,7 @@ def _face(path: Path, columns: list[str], starts: list[int], file: BinaryIO, row
 
 
 def _voted(votes: Path, table: Path, usages: Sequence[str]) -> list[int | None]:
-    """Return the label of each row of the table of faces; None: left out."""
+    """Return the label of each row of the table of faces; None for a row to leave out."""
     rows = read_table(votes, {name: (name.lower(),) for name in ("usage", "image name", *VOTES)})
     if [row["usage"] for row in rows] != usages:
         problem = f"its {len(rows)} rows are not of the same splits as the {len(usages)} of {table.name}"

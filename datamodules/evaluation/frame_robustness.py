@@ -1,4 +1,4 @@
-"""Video frames and neighbouring frames that look the same to people: ImageNet-Vid-Robust and YTBB-Robust.
+"""Video frames with neighbouring frames that look the same to people: ImageNet-Vid-Robust and YTBB-Robust.
 
 From "Do Image Classifiers Generalize Across Time?", arXiv 1906.02168. The rules follow its authors' scoring:
 github.com/modestyachts/imagenet-vid-robust-example and github.com/modestyachts/imagenet-testbed.
@@ -87,7 +87,7 @@ def ImageNetVidRobust(root: str) -> ImageFiles:
 
 
 def _imagenet_labels(folder: Path, places: Sequence[str], classes: Iterable[int]) -> list[list[int]]:
-    """Read ImageNet's labels for each class from ``{"0": [404], ...}``; none for a class that is not there."""
+    """Read ImageNet's labels for each class from ``{"0": [404], ...}``; an absent class has none."""
     path = find(folder, [f"{place}rev_class_idx_map.json" for place in places], "classes of ImageNet")
     values = read_json(path, dict[str, list[int]])
     return [values.get(str(number), []) for number in classes]
@@ -103,7 +103,7 @@ def _class_names(path: Path) -> list[str]:
 
 
 def YTBBRobust(root: str) -> ImageFiles:
-    """YTBB-Robust: ``ytbb_videos/VIDEO_MS/frame-NUMBER.jpg``, and the metadata of its authors' testbed.
+    """YTBB-Robust: ``ytbb_videos/VIDEO_MS/frame-NUMBER.jpg``, and the metadata from its authors' testbed.
 
     An anchor counts if reviewers marked it good; its labels are its video's class and the labels that reviewers added.
     A neighbour counts if it is at most ten frames away and reviewers marked it similar without a problem; it has the
@@ -155,7 +155,7 @@ def _frame_number(name: str) -> int:
 
 
 def _annotations(path: Path) -> dict[str, set[str]]:
-    """Read the reviewers' labels of each key; of several reviews the last counts."""
+    """Read the reviewers' labels of each key; if a key has several reviews, the last one counts."""
     values = read_json(path, REVIEWS)
     with reading(path, "file of lists called labels and annotations", hint=AGAIN):
         return {row["key"]: {values["labels"][label] for label in row["labels"]} for row in values["annotations"]}
@@ -177,7 +177,7 @@ def _classes_of_videos(path: Path, names: list[str]) -> dict[str, str]:
 
 
 def _reviewed(metadata: Path) -> tuple[dict[str, set[str]], set[str], dict[str, set[str]]]:
-    """Read the reviews: the labels of each good anchor, the bad anchors, and each anchor's neighbours that count."""
+    """Read the reviews: labels of good anchors, bad anchors, and the accepted neighbours of each anchor."""
     good = {
         _frame_name(key): labels
         for key, labels in _annotations(metadata / "anchor_labels.json").items()

@@ -1,4 +1,4 @@
-"""Images that are files of their own: the bases of most sets, and how their folders are listed."""
+"""Images in separate files: base classes of most sets, and functions that list their folders."""
 
 import os
 from abc import abstractmethod
@@ -20,7 +20,7 @@ TrainValTest = Literal["train", "val", "test"]
 
 
 class KnownLabels(LabelledImages):
-    """Images whose labels are in memory."""
+    """Images with labels in memory."""
 
     _labels: list[int]
 
@@ -39,7 +39,7 @@ class KnownLabels(LabelledImages):
 
 
 class UnlabelledFiles(ImageSet):
-    """Images that are files below a folder.
+    """Image files below a folder.
 
     Args:
         root: the folder.
@@ -82,7 +82,7 @@ class UnlabelledFiles(ImageSet):
 
 
 class ImageFiles(UnlabelledFiles, KnownLabels):
-    """Labelled images in files; ``labels`` has each image's class, ``class_names`` are in label order."""
+    """Labelled image files; ``labels`` has each image's class, and ``class_names`` are in label order."""
 
     def __init__(
         self,
@@ -102,7 +102,7 @@ class ImageFiles(UnlabelledFiles, KnownLabels):
 
 
 class ListedImages(ImageFiles):
-    """Images that a list names; the set is missing without the folder of the first: only lists were downloaded."""
+    """Image files that a list names; the set is missing if the first file's folder does not exist."""
 
     def __init__(self, root: Path, files: list[str], *more: Any) -> None:
         super().__init__(root, files, *more)
@@ -121,7 +121,7 @@ class CaptionedFiles(UnlabelledFiles, CaptionedImages):
 
 
 def labels_of(names: Sequence[str], classes: Sequence[str], where: Path) -> list[int]:
-    """Return the label of each name, which is its index in ``classes``; ``where`` is the file that lists the names."""
+    """Return the index of each name in ``classes``; ``where`` is the file that lists the names."""
     label_of = {name: label for label, name in enumerate(classes)}
     unknown = next((name for name in names if name not in label_of), None)
     if unknown is not None:
@@ -130,12 +130,12 @@ def labels_of(names: Sequence[str], classes: Sequence[str], where: Path) -> list
 
 
 def by_hash(names: Sequence[str], seed: int) -> list[str]:
-    """Sort names by the BLAKE2 hash of ``seed/name``: a shuffle that depends on nothing but the seed."""
+    """Sort names by the BLAKE2 hash of ``seed/name``: a shuffle that depends only on the seed."""
     return sorted(names, key=lambda name: blake2b(f"{seed}/{name}".encode()).digest())
 
 
 def images_in(folder: Path) -> list[str]:
-    """List the names of the images in a folder, sorted, without hidden ones, which editors and macOS leave."""
+    """List the names of the images in a folder, sorted, without hidden files from editors and macOS."""
     return image_names(_entries(folder, "images", lambda entry: Path(entry.name).suffix.lower() in SUFFIXES))
 
 
@@ -161,7 +161,7 @@ def refuse_no_folder(folder: Path) -> None:
 def in_class_folders(
     folder: Path, classes: Sequence[str], choose: Callable[[list[str]], list[str]] | None = None
 ) -> tuple[list[str], list[int]]:
-    """List the images in ``folder/CLASS``, as paths below ``folder``, and their labels.
+    """List the images in ``folder/CLASS`` as paths below ``folder``, and their labels.
 
     Args:
         folder: the parent of the class folders.

@@ -1,4 +1,4 @@
-"""Labelled images put beside each other: where each class is, is known without annotations."""
+"""Grids of labelled images: the place of each class is known without annotations."""
 
 import random
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from lit_clip.tools.parts import instantiate
 
 
 class ImageGrids(ImageSet, Masked, Boxed):
-    """Images of different classes in a grid, each cropped to a square, and encoded at the model's image size.
+    """Images of different classes in a grid, each cropped to a square and encoded at the model's image size.
 
     An image is in one grid at most.
 
@@ -90,7 +90,7 @@ class ImageGrids(ImageSet, Masked, Boxed):
 
 
 def _grids(labels: Sequence[int], cells: int, seed: int) -> list[list[int]]:
-    """Draw rows of different labels, each row once, as long as there are enough."""
+    """Draw grids of rows with different labels, each row once, until too few labels are left."""
     waiting = random.Random(seed).sample(range(len(labels)), len(labels))
     grids: list[list[int]] = []
     while waiting:

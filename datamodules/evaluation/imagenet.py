@@ -32,7 +32,7 @@ BORDER = 2  # pixels; the red line is 1 wide, but its authors' loader cuts off 2
 
 
 def ImageNet(root: str, split: ImageNetSplit = "val") -> LabelledImages:
-    """ImageNet 2012, as torchvision, its archives, Kaggle or timm lay it out.
+    """ImageNet 2012, in the layout of torchvision, of its archives, of Kaggle or of timm.
 
     One of ``root/train/n01440764/*.JPEG`` and ``root/val/...`` (or ``root/validation/...``), where class folders may be
     missing; the same below Kaggle's ``ILSVRC/Data/CLS-LOC``; or the tar files of ``timm/imagenet-1k-wds`` in ``root``.
@@ -63,7 +63,7 @@ def _open_folder(root: Path, folder: Path, split: ImageNetSplit) -> ImageFiles:
 
 
 def _validation_wnids(root: Path, files: Sequence[str], wnids: Sequence[str]) -> tuple[list[str], list[Path]]:
-    """Read the class of each validation image, in the order of the images' names, and the files that say it."""
+    """Read the class of each validation image, in the order of image names, and return the files read."""
     data = root / DEVKIT / "data"
     if (root / "meta.bin").is_file():
         return _wnids_in_meta(root / "meta.bin"), [root / "meta.bin"]
@@ -105,7 +105,7 @@ def _wnids_in_solution(path: Path, files: Sequence[str]) -> list[str]:
 
 
 class _ImageNetTars(TarImages, KnownLabels):
-    """The tar files of ``timm/imagenet-1k-wds``, whose samples are a ``.jpg`` and its label in a ``.cls``.
+    """The tar files of ``timm/imagenet-1k-wds``; each sample is a ``.jpg`` with its label in a ``.cls``.
 
     Images have the names and the order that they have in class folders.
     """
@@ -145,7 +145,7 @@ class _ImageNetTars(TarImages, KnownLabels):
 
 
 def _listed_beside(info: Path, tar: Path) -> list[Path]:
-    """Return the files of the split that has ``tar``."""
+    """Return the files of the split that contains ``tar``."""
     for split in read_json(info, INFO)["splits"].values():
         if tar.name in split["filenames"]:
             return [info.with_name(name) for name in split["filenames"]]
@@ -159,7 +159,7 @@ def imagenet_wnids() -> tuple[str, ...]:
 
 
 def _labels_of_words(classes: Sequence[Sequence[str]]) -> list[list[int]]:
-    """Return ImageNet's labels for each class, whose WordNet's words, such as ``cock``, are in timm's list."""
+    """Return ImageNet's labels for each class from its WordNet words, such as ``cock``, by timm's list."""
     lines = _timms("imagenet_synset_to_lemma.txt").splitlines()
     words = dict(line.split("\t", maxsplit=1) for line in lines if line)
     known: dict[str, list[int]] = {}
@@ -175,7 +175,7 @@ def _timms(name: str) -> str:
 
 
 def ImageNetFolders(root: str, classes: int | None = None) -> ImageFiles:
-    """Images of some of ImageNet's classes, in folders named by WordNet id, scored among those classes only.
+    """Images of some of ImageNet's classes, in folders named by WordNet id; only those classes compete.
 
     This is the layout of ImageNet-A, -R and -Sketch. Labels follow ImageNet's order, and names are the paper's.
 
@@ -197,7 +197,7 @@ def ImageNetFolders(root: str, classes: int | None = None) -> ImageFiles:
 
 
 class ObjectNet(ImageFiles):
-    """ObjectNet: everyday objects in unusual places, restricted to the 113 classes that ImageNet has too.
+    """ObjectNet: everyday objects in unusual places, restricted to the 113 classes that are also in ImageNet.
 
     ObjectNet's ``mappings`` list these classes and their names. Labels follow the sorted folder names, as in
     CLIP_benchmark; class names are ObjectNet's own in lower case. The red line around each image, which marks it as

@@ -1,4 +1,4 @@
-"""Queries, documents and graded relevance in the files of mteb's data sets on the Hugging Face hub, and of BEIR's."""
+"""Queries, documents and graded relevance, in the file formats of BEIR and of mteb's data sets on the hub."""
 
 import os
 import re
@@ -32,7 +32,7 @@ JUDGEMENT = {"query-id": Id, "corpus-id": Id, "score": float}
 
 
 class QueriesAndDocuments(StoredImages, JudgedDocuments):
-    """A folder of queries, documents and judgements, as mteb's data sets on the hub and BEIR's have them.
+    """A folder of queries, documents and judgements, in the layout of mteb's data sets or BEIR's.
 
     ``corpus``, ``queries`` (or ``query``) and ``qrels`` (or ``default``) are folders or beginnings of files' names, of
     ``.parquet``, ``.jsonl`` or, for judgements, ``.tsv``. Queries and documents have columns ``id`` or ``_id`` and some
@@ -69,7 +69,7 @@ class QueriesAndDocuments(StoredImages, JudgedDocuments):
             raise InputError(f"{qrels[0]}: {shortened(error.args[0])} is the id of no query or document") from error
 
     def _items(self, kind: str, files: Sequence[Path], wanted: Collection[str] | None = None) -> Items:
-        """Read queries or documents, only the wanted ones if given, and note their images."""
+        """Read queries or documents, only the wanted ones if given, and record their images."""
         items, seen = Items([], [], []), set[str]()
         for file, row in _rows(files, ITEM):
             key, image = str(row.get("id", row.get("_id", ""))), row.get("image")
@@ -113,7 +113,7 @@ class QueriesAndDocuments(StoredImages, JudgedDocuments):
 
 
 def _files(root: Path, names: Sequence[str], split: str) -> list[Path]:
-    """Return the files of a table: of the split, or of the only one that there is."""
+    """Return a table's files for the split, or for its only split."""
     for name, place in product(names, PLACES):
         if files := sorted(path for path in root.glob(place.format(name)) if path.suffix in SUFFIXES):
             files = [path for path in files if path.suffix == files[0].suffix]
@@ -128,7 +128,7 @@ def _files(root: Path, names: Sequence[str], split: str) -> list[Path]:
 
 
 def _rows(files: Sequence[Path], columns: Mapping[str, Any]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """Yield the rows with those of the columns that there are; a stored image is ``(file, row group, row)``."""
+    """Yield rows with the columns that exist; a stored image is ``(file, row group, row)``."""
     kind = entries(columns, total="score" in columns)
     for path in files:
         if path.suffix == ".jsonl":
@@ -158,7 +158,7 @@ def _parquet_rows(path: Path, columns: Mapping[str, Any]) -> Iterator[dict[str, 
 
 
 def _images(file: pq.ParquetFile, group: int, rows: int) -> list[Any]:
-    """Return each row's image, a path or bytes; empty bytes for all if each row has some, which are then not read."""
+    """Return each row's image as a path or bytes; empty bytes, unread, if every row stores an image."""
     kind = file.schema_arrow.field("image").type
     leaf = chunks_of(file, group, ["image"]).get("image.bytes" if pa.types.is_struct(kind) else "image")
     counts = leaf and leaf.statistics

@@ -1,4 +1,4 @@
-"""A user's tables: of images and their labels, or of images and the places where they were taken (IM2GPS)."""
+"""A user's tables: images with labels, or images with the places where they were taken (IM2GPS)."""
 
 import os
 from collections.abc import Sequence
@@ -116,7 +116,7 @@ def _number(label: Any) -> int | None:
 
 
 class LabelledTable(ImageFiles):
-    """Images whose paths and labels are columns of a table, in row order.
+    """Images from a table with a column of paths and a column of labels, in row order.
 
     Args:
         path: ``.csv``, ``.tsv``, ``.txt``, ``.jsonl``, ``.ndjson``, ``.json`` (one object per line) or ``.parquet``.
@@ -152,7 +152,7 @@ class LabelledTable(ImageFiles):
 
 
 def LocatedImages(path: str, root: str | None = None) -> UnlabelledFiles:
-    """A table of images and where they were taken: IM2GPS, or the reference images it is compared with.
+    """A table of images and where they were taken: IM2GPS, or the reference images for it.
 
     Args:
         path: a CSV file with columns ``image`` (or ``img_id``), ``latitude`` (``lat``) and ``longitude`` (``lon``,

@@ -41,7 +41,7 @@ def XTD10(root: str, language: str) -> CaptionedFiles:
 
 
 def Crossmodal3600(root: str, language: str) -> CaptionedFiles:
-    """Crossmodal-3600: 3,600 images with captions in 36 languages, of which the first is used, as in CLIP_benchmark.
+    """Crossmodal-3600: 3,600 images with captions in 36 languages; the first caption is used, as in CLIP_benchmark.
 
     ``root`` has ``captions.jsonl`` and ``images``; the language is a code such as ``de``.
     """
@@ -56,7 +56,7 @@ def Crossmodal3600(root: str, language: str) -> CaptionedFiles:
 
 
 class _TranslatedImageNet(KnownLabels, PartOf):
-    """ImageNet, or some of its classes (labels, ascending), with other class names and the features of the whole."""
+    """ImageNet, or some of its classes (labels, ascending), with other class names; it shares ImageNet's features."""
 
     def __init__(
         self, whole: LabelledImages, classes: Sequence[int], class_names: list[str], templates: list[str]

@@ -1,4 +1,4 @@
-"""Images and masks, in files of their own: Pascal VOC, Pascal Context, ADE20K, COCO-Stuff, Cityscapes, and others."""
+"""Images and masks in separate files: Pascal VOC, Pascal Context, ADE20K, COCO-Stuff, Cityscapes, and others."""
 
 import os
 from collections import Counter
@@ -26,7 +26,7 @@ def _known_classes() -> dict[str, list[str]]:
 
 
 class MaskedFiles(UnlabelledFiles, Masked):
-    """Images of one folder and their masks, of one channel, in another, under the same names but for the suffixes.
+    """Images in one folder and their one-channel masks in another; the names differ only in suffix.
 
     Args:
         root: the folder of the set.
@@ -118,6 +118,6 @@ def _check_values(values: list[int], ignored: list[int], names: list[str]) -> No
 
 
 def _stems(folder: Path, suffix: str) -> list[str]:
-    """List the paths below a folder of the files that end in ``suffix``, without it, sorted."""
+    """List the files below a folder that end in ``suffix``: their sorted paths, without the suffix."""
     paths = (Path(top, name).relative_to(folder) for top, _, names in os.walk(folder) for name in names)
     return sorted(path.as_posix().removesuffix(suffix) for path in paths if path.name.endswith(suffix))

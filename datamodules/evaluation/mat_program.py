@@ -1,4 +1,4 @@
-"""Read variables of a MATLAB file in a process of its own, which SciPy's reader ends for some damaged files.
+"""Read variables of a MATLAB file in a separate process, because some damaged files crash SciPy's reader.
 
     python -I mat_program.py '{"path": ..., "names": [...], "searched": [...], "parent": ...}'
 

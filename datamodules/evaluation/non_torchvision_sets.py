@@ -20,7 +20,7 @@ LONGEST_CELL = 4096  # letters of a name, or digits of a number
 
 
 def Birdsnap(root: str, split: TrainTest = "test") -> ImageFiles:
-    """Birdsnap 1.1: North American birds, as far as its ``get_birdsnap.py`` could still download the images.
+    """Birdsnap 1.1: North American birds, with the images that its ``get_birdsnap.py`` could still download.
 
     ``root`` has ``species.txt``, ``images.txt`` and ``test_images.txt``, and ``download/images`` or ``images``. Labels
     follow the species' folder names, which is the order of the paper's list.
@@ -86,7 +86,7 @@ def SVHNNumbers(root: str, split: str = "test") -> ImageFiles:
 
 
 def _digit_structs(path: Path) -> list[tuple[str, str]]:
-    """Read each image's file name and number from a MATLAB 7.3 file, which is HDF5 whose cells are references."""
+    """Read each image's file name and number from a MATLAB 7.3 file: HDF5 with references in its cells."""
     h5py = import_optional("h5py", "h5py", path)
     everything = h5py.h5s.ALL
 

@@ -78,12 +78,12 @@ class ImageFolderClasses(ImageFiles):
 
 
 class StoredImages:
-    """Reads encoded images in the row groups of parquet files, which are read in order: the last one is kept."""
+    """Read encoded images from row groups of parquet files, in order; the last row group stays in memory."""
 
     _group: tuple[object, Any] = (None, None)
 
     def stored(self, file: Path, group: int, row: int, column: str, where: str) -> Image.Image:
-        """Decode the image of a row of a row group; ``where`` names it in messages."""
+        """Decode the image in a row of a row group; ``where`` names it in messages."""
         if self._group[0] != (file, group):
             with reading(file, "parquet file"):
                 self._group = (file, group), pq.ParquetFile(file).read_row_group(group, columns=[column])[column]
@@ -138,7 +138,7 @@ class ParquetClasses(StoredImages, KnownLabels):
         self.class_names = resolve_names(class_names, stored[0] or numbered(self._labels, path), path)
 
     def _read(self, file: Path, label_column: str) -> list[str] | None:
-        """Note the labels and row groups of a file; return its class names."""
+        """Record the labels and row groups of a file, and return its class names."""
         with reading(file, "parquet file"):
             parquet = pq.ParquetFile(file)
             schema = parquet.schema_arrow
@@ -168,7 +168,7 @@ class ParquetClasses(StoredImages, KnownLabels):
         return self.stored(group.file, group.group, row, self.image_column, where)
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Return the number of a row's group, and its place there."""
+        """Return the number of a row's group, and the row's place in it."""
         number = bisect_right(self._starts, index) - 1
         return number, index - self._starts[number]
 
@@ -184,7 +184,7 @@ class ParquetClasses(StoredImages, KnownLabels):
 
 
 def _files_of_split(path: str, files: Sequence[Path], split: str | None) -> list[Path]:
-    """Return the files of one split, which names such as ``train-00000-of-00002`` or ``val.parquet`` tell."""
+    """Return the files of one split, by names such as ``train-00000-of-00002`` or ``val.parquet``."""
     matches = [SPLIT.fullmatch(file.stem) for file in files]
     splits = [match and (match[1] or match[2]) for match in matches]
     found = listed([name or "other files" for name in dict.fromkeys(splits)])
@@ -198,7 +198,7 @@ def _files_of_split(path: str, files: Sequence[Path], split: str | None) -> list
 
 
 def _stored_names(file: Path, schema: Any, label_column: str) -> list[str] | None:
-    """Read the label's class names as Hugging Face's ``datasets`` writes them; None: there are none."""
+    """Read the label's class names from the metadata of Hugging Face's ``datasets``; None if absent."""
     stored = (schema.metadata or {}).get(b"huggingface")
     if stored is None:
         return None

@@ -1,4 +1,4 @@
-"""Captioned images for retrieval: Flickr30k, COCO, and any source of pairs that can be trained on."""
+"""Captioned images for retrieval: Flickr30k, COCO, and any source of training pairs."""
 
 import json
 import os
@@ -84,7 +84,7 @@ class CaptionedPairs(CaptionedImages):
 
 
 def _image_names(source: PairSource) -> list[str] | None:
-    """Return each row's image path as written; None: the images are not files of their own."""
+    """Return each row's image path as written; None if the images are not separate files."""
     if not isinstance(source, ColumnPairs):
         return None
     paths = source.image_names()
@@ -109,7 +109,7 @@ VAL2017 = "captions_val2017.json"
 
 
 class COCO(CaptionedPairs):
-    """COCO's captions, of one of Karpathy's splits or of COCO's own ``val2017``.
+    """COCO's captions: one of Karpathy's splits, or COCO's own ``val2017``.
 
     Results in the literature are on the 5,000 images of Karpathy's test split, which are not the 5,000 of val2017. His
     splits are read from his ``dataset_coco.json`` or from CLIP_benchmark's ``coco_test_karpathy.json``, and ``val2017``
@@ -138,7 +138,7 @@ class COCO(CaptionedPairs):
 
 
 def Flickr30k(root: str, split: str = "test") -> CaptionedFiles:
-    """Flickr30k's 1,000 images of Karpathy's test split, or another of his splits (``train``, ``val``).
+    """Flickr30k: the 1,000 images of Karpathy's test split, or another of his splits (``train``, ``val``).
 
     Captions are read from ``dataset_flickr30k.json`` (Karpathy), ``flickr30k_test_karpathy.txt`` (CLIP_benchmark),
     ``flickr_annotations_30k.csv`` (Hugging Face's ``nlphuji/flickr30k``), ``results.csv`` or
@@ -198,7 +198,7 @@ def _read_hub_table(path: Path, split: str) -> dict[str, list[str]]:
 
 
 def _read_lines(path: Path) -> dict[str, list[str]]:
-    """Read ``NAME.jpg,CAPTION`` with commas in it, ``NAME.jpg| NUMBER| CAPTION`` or ``NAME.jpg#NUMBER<tab>CAPTION``."""
+    """Read lines of ``NAME.jpg,CAPTION``, ``NAME.jpg| NUMBER| CAPTION`` or ``NAME.jpg#NUMBER<tab>CAPTION``."""
     captions: dict[str, list[str]] = {}
     for number, line in enumerate(read_text(path).splitlines(), start=1):
         match = LINE.fullmatch(line.strip())
@@ -210,7 +210,7 @@ def _read_lines(path: Path) -> dict[str, list[str]]:
 
 
 def _restrict(captions: dict[str, list[str]], path: Path, names_file: Path) -> dict[str, list[str]]:
-    """Keep the captions of the images that ``names_file`` lists, in its order."""
+    """Keep the captions of the images that ``names_file`` lists, in the file's order."""
     wanted = read_lines(names_file)
     if unknown := [name for name in wanted if name not in captions]:
         raise InputError(f"{names_file}: {unknown[0]} is not in {path.name}; fix the list")

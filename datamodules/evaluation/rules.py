@@ -1,4 +1,4 @@
-"""Sets that are rules: a list of images or class folders, and an order of labels; ``rules.yaml`` has them.
+"""Sets defined by a rule in ``rules.yaml``: a list of images or class folders, and an order of labels.
 
 torchvision's own classes are not used. Some decode images or hash gigabytes on construction, their label order is not
 always the order of the paper's prompts, and a broken list ends in a traceback that does not name the file. The tests
@@ -27,7 +27,7 @@ Listing = dict[str, list[str]]  # the images of each class
 
 @dataclass(frozen=True)
 class Rule:
-    """How a set lies on disk, as ``rules.yaml`` explains."""
+    """Layout of a set on disk; ``rules.yaml`` explains the fields."""
 
     doc: str
     splits: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -50,7 +50,7 @@ class Rule:
     by_words: bool = False
 
     def name_of(self, label: str) -> str:
-        """Return a class in words."""
+        """Return the name of a class."""
         for expression, words in self.words.items():
             label = re.sub(expression, words, label)
         return label
@@ -65,7 +65,7 @@ def rules() -> dict[str, Rule]:
 def list_set(
     name: str, root: str, split: str = "", **options: int
 ) -> tuple[Path, list[str], list[int], list[str], list[Path]]:
-    """Return a split's folder, files, labels, class names and annotations; the options are those of the set's rule."""
+    """Return a split's folder, files, labels, class names and annotations; the set's rule defines the options."""
     rule = rules()[name]
     if rule.splits and split not in rule.splits:
         raise InputError(f"split: must be one of {', '.join(rule.splits)}, not {split!r}")
@@ -91,7 +91,7 @@ def list_set(
 
 
 def _rows(rule: Rule, path: Path) -> list[tuple[str, str]]:
-    """Read the file and the class of each image in a list."""
+    """Read the file and the class of each image from a list."""
     if path.suffix == ".json":
         lists = read_json(path, Listing)
         return [(image, each) for each in sorted(lists) for image in lists[each]]
@@ -107,7 +107,7 @@ def _rows(rule: Rule, path: Path) -> list[tuple[str, str]]:
 
 
 def _matches(expression: str, path: Path) -> list[re.Match[str]]:
-    """Match each line that is not empty."""
+    """Match each non-empty line."""
     matches = []
     for number, line in enumerate(map(str.strip, read_text(path).splitlines()), start=1):
         match = re.fullmatch(expression, line)
@@ -165,7 +165,7 @@ DRAWN: dict[str, Callable[..., Listing]] = {"Caltech101": _caltech101, "EuroSAT"
 
 
 def _opener(name: str) -> Callable[..., ListedImages]:
-    """Return the function that opens a set, with the arguments of its rule."""
+    """Return the function that opens a set, with its rule's arguments."""
     rule, kind = rules()[name], Parameter.POSITIONAL_OR_KEYWORD
     parameters = [Parameter("root", kind, annotation=str)]
     if rule.splits:

@@ -1,4 +1,4 @@
-"""Sets of table 9 whose images are rows of one file (an array, a table, HDF5), in torchvision's layout on disk.
+"""Sets of table 9 with all images in one file (an array, a table, HDF5), in torchvision's layout on disk.
 
 Labels are read on construction. Pixels stay in the file, which each process opens when it first reads an image.
 """
@@ -36,7 +36,7 @@ def _as_stored(pixels: Any, row: int) -> Image.Image:
 
 
 class ImageArrays(KnownLabels):
-    """Images that are rows of a file.
+    """Images stored as rows of a file.
 
     Args:
         paths: the file, or several.

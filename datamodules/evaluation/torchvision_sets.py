@@ -1,4 +1,4 @@
-"""Sets of table 9 whose images are files, in torchvision's layout on disk, that are more than a rule."""
+"""Sets of table 9 with images in files, in torchvision's layout on disk, that need more than a rule."""
 
 from collections import defaultdict
 from pathlib import Path
@@ -45,7 +45,7 @@ def StanfordCars(root: str, split: TrainTest = "test") -> ImageFiles:
 
 
 def Flowers102(root: str, split: TrainValTest = "test") -> ImageFiles:
-    """Oxford 102 Flower: 10 training and 10 validation images per class, the others to test."""
+    """Oxford 102 Flower: 10 training and 10 validation images per class; the other images are for testing."""
     from torchvision.datasets import Flowers102 as Flowers
 
     folder = Path(root) / "flowers-102"
@@ -74,7 +74,7 @@ def VOC2007(root: str, split: Literal["train", "val", "trainval", "test"] = "tes
 
 
 def _relevance_of_classes(path: Path) -> list[int]:
-    """Return 1 or 0 for each class, or -1 if all its objects are marked difficult, like VOC's classification lists."""
+    """Return 1, 0, or -1 (all objects are marked difficult) for each class, as VOC's classification lists do."""
     relevance = [0] * len(VOC_CLASSES)
     for element in voc_objects(path):
         (label,) = labels_of([str(element.findtext("name", "")).strip()], VOC_CLASSES, path)
@@ -84,7 +84,7 @@ def _relevance_of_classes(path: Path) -> list[int]:
 
 
 def voc_objects(path: Path) -> list[ElementTree.Element]:
-    """Return the objects of an annotation of Pascal VOC."""
+    """Return the objects in an annotation file of Pascal VOC."""
     text = read_text(path)
     if "<!" in text:  # entities may stand for gigabytes
         raise InputError(f"{path}: not an annotation of VOC, which has no declarations or comments; get it again")
@@ -96,7 +96,7 @@ def voc_objects(path: Path) -> list[ElementTree.Element]:
 
 
 def KITTI(root: str, split: TrainValTest = "test") -> ImageFiles:
-    """KITTI's street scenes: how far away the closest vehicle is.
+    """KITTI's street scenes: the distance of the closest vehicle.
 
     Labels follow VTAB's task ``closest_vehicle_distance``: up to 8 m, up to 20 m, farther, no vehicle. A vehicle
     is a car, a van or a truck; distance is measured along the camera's axis. Only images with public labels are used.
@@ -147,7 +147,7 @@ def _closest_vehicle(path: Path) -> int:
 
 
 def CLEVRCounts(root: str, split: TrainTest = "test", train: int = 2_000, test: int = 500, seed: int = 0) -> ImageFiles:
-    """CLEVR: how many objects an image shows, 3 to 10; ``clevr/CLEVR_v1.0``.
+    """CLEVR: the number of objects in an image, 3 to 10; ``clevr/CLEVR_v1.0``.
 
     ``train`` is the first ``train`` of CLEVR's training images by :func:`by_hash`, ``test`` the first ``test`` of its
     validation images: the sizes of table 9. (CLEVR's own test images have no public labels.)

@@ -1,4 +1,4 @@
-"""Decoding a video's frames: the middle one, or all."""
+"""Decode the frames of a video: the middle frame, or all frames."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +22,7 @@ WHOLE = (0.0, float("inf"))  # seconds
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
-    """Open a container and its first video stream; errors raised inside the block name the file."""
+    """Open a container and its first video stream; errors inside the block name the file."""
     av = import_optional("av", "av", path)
     try:
         if not path.is_file():
@@ -40,7 +40,7 @@ def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
 
 
 def times_of_frames(path: Path) -> tuple[list[int], float] | None:
-    """Return the frames' ascending timestamps and their unit in seconds, without decoding; None: it has none."""
+    """Return the frames' ascending timestamps and their unit in seconds, without decoding; None without timestamps."""
     with _opened(path) as (container, stream):
         times = [packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard]
         unit = float(stream.time_base)
@@ -48,7 +48,7 @@ def times_of_frames(path: Path) -> tuple[list[int], float] | None:
 
 
 def _decoded(path: Path, first: int, last: int, seek: bool) -> list[Image.Image] | None:
-    """Decode the frames from timestamp ``first`` to ``last``, inclusive; None: seeking went past ``first``."""
+    """Decode the frames from timestamp ``first`` to ``last``, inclusive; None if seeking went past ``first``."""
     with _opened(path) as (container, stream):
         if seek:
             container.seek(first, stream=stream)
@@ -65,7 +65,7 @@ def _decoded(path: Path, first: int, last: int, seek: bool) -> list[Image.Image]
 
 
 def _without_times(path: Path, frames: Frames, span: tuple[float, float]) -> list[Image.Image]:
-    """Decode frames of a file without timestamps: count all, then decode again from the start."""
+    """Decode frames of a file without timestamps: count all frames, then decode again from the start."""
     with _opened(path) as (container, stream):
         rate = float(stream.average_rate or stream.guessed_rate or 25)
         count = sum(1 for _ in container.decode(stream))

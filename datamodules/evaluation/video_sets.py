@@ -22,7 +22,7 @@ from .video_frames import VIDEO_SUFFIXES, WHOLE, Frames, read_frames
 
 
 class Videos(ImageFiles):
-    """Labelled video files, or spans of them; the features of several frames are averaged.
+    """Labelled video files, or time spans in them; the features of several frames are averaged.
 
     Args:
         root: the folder.
@@ -56,7 +56,7 @@ class Videos(ImageFiles):
         super().__init__(root, files, [listed[row][1] for row in self.rows], class_names, annotations)
 
     def check(self) -> None:
-        """Do nothing, as only reading the frames shows whether a file is a video."""
+        """Do nothing: only reading the frames shows whether a file is a video."""
 
     def image(self, index: int) -> Image.Image:
         """Return the middle frame."""
@@ -91,7 +91,7 @@ def UCF101(root: str, split: TrainTest, fold: int = 1, frames: Frames = "centre"
 
 
 def videos_below(folder: Path) -> dict[str, Path]:
-    """Map file names without suffix to all videos in a folder and below; of equal names the first by path counts."""
+    """Map file stems to all videos below a folder; of equal stems, keep the first path."""
     found: dict[str, Path] = {}
     for parent, folders, files in os.walk(folder):
         folders[:] = sorted(name for name in folders if not name.startswith("."))

@@ -29,7 +29,7 @@ LARGEST_TARGET = 1 << 20  # bytes
 
 
 class ImageSpan(NamedTuple):
-    """An image's tar, and its offset and size there in bytes."""
+    """The tar of an image, and the image's offset and size there in bytes."""
 
     tar: int
     offset: int
@@ -38,14 +38,14 @@ class ImageSpan(NamedTuple):
 
 @dataclass
 class TarSample:
-    """Where a sample's image lies, and the content of its target file."""
+    """Position of a sample's image, and the content of its target file."""
 
     image: ImageSpan | None = None
     target: bytes | None = None
 
 
 def scan_tar(path: Path, number: int, target_suffix: str) -> dict[str, TarSample]:
-    """List the samples of a tar in order, reading only headers and target files."""
+    """List the samples of a tar in order; read only headers and target files."""
     samples: dict[str, TarSample] = {}
     refuse_missing(path)
     with reading(path, "tar", hint=AGAIN), path.open("rb") as file:
@@ -63,7 +63,7 @@ def scan_tar(path: Path, number: int, target_suffix: str) -> dict[str, TarSample
 
 
 class TarImages(ImageSet):
-    """Images that are members of tar files: each sample's name, and where its image is, if it has one."""
+    """Images in tar files: the name of each sample, and the position of its image, if it has one."""
 
     tars: list[Path]
     keys: list[str]
@@ -96,7 +96,7 @@ class TarImages(ImageSet):
 
 
 class _Tars(TarImages):
-    """Images in the tar files of a split, which is a subfolder of the set's.
+    """Images in the tar files of a split; the split is a subfolder of the set's folder.
 
     Attributes:
         templates: the set's own prompt templates, with ``{}`` for the class name; empty if it has no file of them.
@@ -133,7 +133,7 @@ class _Tars(TarImages):
         require(bool(self.keys), f"{self.root / split}: no samples in its {count} tar files")
 
     def _lines(self, name: str) -> list[str]:
-        """Return the lines of a file of the set, without trailing empty ones; [] if it does not exist."""
+        """Return the lines of one of the set's files, without trailing empty lines; [] if it does not exist."""
         path = self.root / name
         lines = [line.strip() for line in read_text(path).splitlines()] if path.exists() else []
         while lines and not lines[-1]:
@@ -157,7 +157,7 @@ class _Tars(TarImages):
 
 
 class WebDataset(_Tars, KnownLabels):
-    """Images with one class each: labels in ``.cls`` files, names in ``classnames.txt``, if there is one."""
+    """Images with one class each: labels in ``.cls`` files, names in ``classnames.txt`` if it exists."""
 
     kind, suffix = "classification", "cls"
 
@@ -232,7 +232,7 @@ class WebDatasetMultiLabel(_Tars, KnownLabels):
 
 
 class WebDatasetCaptions(_Tars, CaptionedImages):
-    """Images with captions, which are the lines of a ``.txt`` file."""
+    """Images with captions; each line of a ``.txt`` file is a caption."""
 
     kind, suffix = "retrieval", "txt"
 

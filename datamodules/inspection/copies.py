@@ -1,4 +1,4 @@
-"""Copies among the pairs of a scan, and its findings as lines of a table.
+"""Find copies among the pairs of a scan, and write its findings as lines of a table.
 
 Copies are those of images and captions, of images alone, and of validation images. Images are the same if their files
 are equal. They are near copies if their hashes (:mod:`datamodules.near_duplicates`) differ in few bits and no cell of
@@ -39,7 +39,7 @@ COMPARED = 65_536  # rows that are compared with validation images at once
 
 
 class PairCopies(NamedTuple):
-    """For each caption, the row whose image is the same as, or looks like, its own."""
+    """For each caption, another row with the same image or a similar-looking one."""
 
     row: np.ndarray  # int64 [M]; -1: none
     same_image: np.ndarray  # or a near copy; otherwise it only looks like it, bool [M]
@@ -47,14 +47,14 @@ class PairCopies(NamedTuple):
 
 
 class ValidationCopies(NamedTuple):
-    """For each row, the validation image that its image is, or looks like."""
+    """For each row, the validation image that is the same or looks similar."""
 
     row: np.ndarray  # of the validation data, int64 [N]; -1: none
     same_file: np.ndarray  # bool [N]
 
 
 def find_copies(found: ScanFindings, source: PairSource, num_workers: int) -> PairCopies:
-    """Compare all pairs of a scan; images that look the same are read again."""
+    """Compare all pairs of a scan; read again the images that look the same."""
     images, usable, rows = found.images, found.usable, found.caption_rows
     looks = _look_labels(found)  # [N]
     labels = _image_labels(found, looks, source, num_workers)  # [N]
@@ -76,14 +76,14 @@ def _smallness(found: ScanFindings) -> np.ndarray:
 
 
 def _best(found: ScanFindings, labels: np.ndarray) -> np.ndarray:
-    """Return the row that stands for the rows of each label, ``[labels]``."""
+    """Return one row for each label, ``[labels]``: the row of the largest image."""
     usable = found.usable
     order = usable[np.lexsort((_smallness(found)[usable], labels[usable]))]
     return order[np.unique(labels[order], return_index=True)[1]]
 
 
 def _look_labels(found: ScanFindings) -> np.ndarray:
-    """Number the images from 0 so that those that look the same share one, int64 ``[N]``; unusable ones have 0."""
+    """Number the images from 0, with one number per look, int64 ``[N]``; unusable images have 0."""
     images, usable = found.images, found.usable
     labels = np.zeros(len(images), dtype=np.int64)
     _, first, numbers = np.unique(images["file"][usable], return_index=True, return_inverse=True)
@@ -96,7 +96,7 @@ def _look_labels(found: ScanFindings) -> np.ndarray:
 
 
 def _image_labels(found: ScanFindings, looks: np.ndarray, source: PairSource, num_workers: int) -> np.ndarray:
-    """Number the images from 0 as :func:`_look_labels` does, but apart where their pixels show different images."""
+    """Number the images as :func:`_look_labels` does, but separate images that differ in their pixels."""
     images, usable, labels = found.images, found.usable, np.zeros(len(found.images), dtype=np.int64)
     _, first, numbers = np.unique(images["file"][usable], return_index=True, return_inverse=True)
     files = usable[first]  # the first row of each file, [F]
@@ -115,7 +115,7 @@ def _image_labels(found: ScanFindings, looks: np.ndarray, source: PairSource, nu
 
 
 def _first_alike(small: np.ndarray) -> np.ndarray:
-    """Return for each image the place of the first that it is a copy of, itself if none, int64 ``[n]``."""
+    """Return for each image the place of the first image that it copies, itself if none, int64 ``[n]``."""
     found, firsts = np.arange(len(small)), []
     for place, image in enumerate(small):
         others = firsts[-MOST:]
@@ -156,7 +156,7 @@ def _small_images(source: PairSource, rows: np.ndarray, num_workers: int) -> np.
 
 
 def find_validation_copies(found: ScanFindings, validation: ScanFindings) -> ValidationCopies:
-    """Compare the images of a scan with those of the validation data."""
+    """Compare the images of a scan with the validation images."""
     rows, same_file = np.full(len(found.images), -1), np.zeros(len(found.images), dtype=bool)
     others = validation.usable
     if not len(others):
@@ -186,7 +186,7 @@ def scan_lines(
     validation: tuple[PairSource, ValidationCopies] | None,
     tokenizer: TextTokenizer,
 ) -> Iterator[Finding]:
-    """Yield the lines on rows left out when the source was opened, then those on rows in their order."""
+    """Yield lines for rows left out when the source was opened, then lines for other rows in order."""
     for where, reason in source.left_out.listed:
         yield Finding(DROP, reason, where)
     remarkable = (copies.row >= 0) | (found.flags > 0)
@@ -225,7 +225,7 @@ def _of_validation(source: PairSource, row: int, validation: PairSource, copies:
 def _of_pairs(
     source: PairSource, row: int, found: ScanFindings, place: range, copies: PairCopies, tokenizer: TextTokenizer
 ) -> Iterator[Finding]:
-    """Yield a line for each distinct caption of a row that there is a finding on."""
+    """Yield a line for each distinct caption of a row with a finding."""
     key, captions = source.key(row), source.captions(row)
     distinct = dict(zip(captions, place, strict=False))
     for caption, number in distinct.items():
@@ -246,7 +246,7 @@ def _of_pairs(
 
 
 def _add_copy(line: Finding, ours: np.void, theirs: np.void, same_image: bool, same_caption: bool) -> None:
-    """Add that an image is, or looks like, another row's; a copy with another caption adds something, and is kept."""
+    """Add that an image is a copy of another row's or looks like it; a copy with another caption is kept."""
     detail = ""
     if ours["file"] != theirs["file"]:
         sizes = [f"{each['width']} x {each['height']}" for each in (ours, theirs)]

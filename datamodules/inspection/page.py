@@ -1,4 +1,4 @@
-"""The findings of an inspection: a summary as names and values, and one HTML file with histograms, images and lists."""
+"""Findings of an inspection: a summary of names and values, and an HTML page with histograms, images and lists."""
 
 import warnings
 from collections import Counter
@@ -74,7 +74,7 @@ def summarize(
     duplicates: DuplicateGroups,
     context_length: int,
 ) -> list[SummarySection]:
-    """Summarise pairs, images and captions; ``left_out`` are the rows that were dropped at opening."""
+    """Summarise pairs, images and captions; ``left_out`` are the rows dropped at opening."""
     sections = [SummarySection("pairs", _pair_lines(findings, left_out, duplicates))]
     if len(findings.usable):
         sections.append(SummarySection("images", _image_lines(findings, duplicates)))
@@ -83,7 +83,7 @@ def summarize(
 
 
 def findings_section(counts: Mapping[tuple[str, str], int]) -> list[SummarySection]:
-    """Return the section on the table of findings, none if it has no lines."""
+    """Return the section about the table of findings, or none if the table has no lines."""
     lines = [
         SummaryLine(f"{finding}: {decision}", f"{count:,}", decision == DROP)
         for (finding, decision), count in sorted(counts.items(), key=lambda item: (item[0][1], -item[1], item[0]))
@@ -92,7 +92,7 @@ def findings_section(counts: Mapping[tuple[str, str], int]) -> list[SummarySecti
 
 
 def share(part: int, whole: int) -> str:
-    """Return a count and its percentage."""
+    """Return a count and its percentage as text."""
     if not whole or part in (0, whole):
         return f"{part:,}"
     return f"{part:,} ({part / whole:.1%})" if part / whole >= 0.001 else f"{part:,} (under 0.1%)"
@@ -207,7 +207,7 @@ def write_inspection(
     context_length: int,
     table: tuple[str, str] | None,
 ) -> None:
-    """Write the page of a scan.
+    """Write the HTML page of a scan.
 
     ``context_length`` is the number of tokens that the model reads of a caption, ``table`` the name of the table
     of findings beside the page and the command that trains on the rest; None without findings.
@@ -253,7 +253,7 @@ def _histograms(findings: ScanFindings, context_length: int) -> Iterator[dict[st
 
 
 def _histogram(title: str, edges: list[int], counts: list[int], marked_from: float = float("inf")) -> dict[str, Any]:
-    """Values for the ``histogram`` macro; bar ``i`` counts integers from ``edges[i]`` to below ``edges[i + 1]``."""
+    """Return values for the ``histogram`` macro; bar ``i`` counts integers in ``[edges[i], edges[i + 1])``."""
     tallest = max(1, *counts)
     bars = []
     for first, end, count in zip(edges[:-1], edges[1:], counts, strict=True):
@@ -264,7 +264,7 @@ def _histogram(title: str, edges: list[int], counts: list[int], marked_from: flo
 
 
 def _shown(source: PairSource, rows: Iterable[int]) -> list[dict[str, Any]]:
-    """Thumbnails of pairs, with their captions and names."""
+    """Return thumbnails of pairs, with their captions and names."""
     pairs = []
     for row in rows:
         try:
@@ -283,12 +283,12 @@ def _shortened(caption: str) -> str:
 
 
 def _groups(groups: Groups, source: PairSource) -> list[tuple[list[dict[str, Any]], int]]:
-    """The first pairs of the largest groups, and the number of the others."""
+    """Return the first pairs of the largest groups, and the number of other groups."""
     return [(_shown(source, rows[:OF_GROUP]), len(rows[OF_GROUP:])) for rows in groups.largest]
 
 
 def _captions(groups: Groups, source: PairSource, findings: ScanFindings) -> Iterator[tuple[str, str]]:
-    """The most frequent captions and their counts."""
+    """Return the most frequent captions and their counts."""
     rows = findings.caption_rows
     for positions in groups.largest:
         wanted = int(findings.captions[positions[0]])

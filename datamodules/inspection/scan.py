@@ -1,4 +1,4 @@
-"""One parallel pass over a source of pairs, which keeps about 70 bytes for each pair and no image.
+"""Read a source of pairs once, in parallel; keep about 70 bytes for each pair and no image.
 
 An interrupted pass is resumed, and several jobs can share one (:class:`lit_clip.embedding.parts.Parts`).
 """
@@ -38,7 +38,7 @@ WORDS = frozenset(
 
 
 def says_nothing(caption: str) -> bool:
-    """Whether a caption is punctuation alone, or all of its words (in English) and numbers would fit any image.
+    """Return whether a caption is only punctuation, or only (English) words and numbers that would fit any image.
 
     ``A photo.``, ``IMG_0123.jpg`` and ``???`` say nothing; ``7`` and ``a red photo`` do say something.
     """
@@ -72,14 +72,14 @@ IMAGE = np.dtype(
 
 @cache
 def formats() -> list[str]:
-    """Return the formats that Pillow reads, sorted."""
+    """Return the image formats that Pillow reads, sorted."""
     Image.init()
     return sorted(Image.OPEN)
 
 
 @dataclass
 class ScanFindings:
-    """Findings on N pairs with M captions: of a batch, a part, or all of a source."""
+    """Findings on N pairs with M captions: of a batch, of a part, or of a whole source."""
 
     rows: np.ndarray  # ascending, int64 [N]
     images: np.ndarray  # IMAGE [N]; all zeros for a pair that cannot be used
@@ -90,12 +90,12 @@ class ScanFindings:
 
     @property
     def usable(self) -> np.ndarray:
-        """Rows that can be used, ascending."""
+        """Numbers of the usable rows, ascending."""
         return np.flatnonzero(self.images["state"])
 
     @property
     def distinct(self) -> np.ndarray:
-        """The first row of each image; rows of the same key are the same image."""
+        """The first row of each image; rows with the same key have the same image."""
         usable = self.usable
         return usable[np.sort(np.unique(self.images["key"][usable], return_index=True)[1])]
 
@@ -106,7 +106,7 @@ class ScanFindings:
 
     @property
     def reasons(self) -> Counter[str]:
-        """Reasons why pairs cannot be used, counted."""
+        """Counts of the reasons why pairs cannot be used."""
         return Counter(reason for _, reason, _ in self.problems)
 
     def arrays(self) -> Arrays:
@@ -115,14 +115,14 @@ class ScanFindings:
 
     @classmethod
     def of(cls, arrays: Arrays) -> "ScanFindings":
-        """Return the findings of :meth:`arrays`."""
+        """Restore findings from :meth:`arrays`."""
         problems = [(where, reason, line) for where, reason, line in json_value(arrays["problems"])]
         kept = {each.name: arrays[each.name] for each in fields(cls) if each.name != "problems"}
         return cls(**kept, problems=problems)
 
     @classmethod
     def joined(cls, chunks: Sequence["ScanFindings"]) -> "ScanFindings":
-        """Return the findings on the pairs of several chunks, at least one, by row."""
+        """Return the findings of several chunks, at least one, sorted by row."""
         rows, images, captions, tokens, flags = (
             np.concatenate([getattr(chunk, name) for chunk in chunks])
             for name in ("rows", "images", "captions", "tokens", "flags")
@@ -158,7 +158,7 @@ def _read(source: PairSource, tokenizer: TextTokenizer, rows: Sequence[int]) -> 
 
 
 def _image(stored: EncodedPair) -> tuple[int, ...]:
-    """Return the ``IMAGE`` of a pair."""
+    """Return a pair's fields of ``IMAGE``."""
     with decoding_at_least(lambda width, height: (min(width, DECODED), min(height, DECODED))):
         decoded = open_image(io.BytesIO(stored.image), stored.where)
     look, lost = look_of(decoded), unseen(io.BytesIO(stored.image), stored.where)
@@ -175,7 +175,7 @@ def _image(stored: EncodedPair) -> tuple[int, ...]:
 
 
 def _shows_through(image: Image.Image) -> bool:
-    """Whether a pixel of an open image is less than half opaque."""
+    """Return whether a pixel of an open image is less than half opaque."""
     if not image.has_transparency_data:
         return False
     image.thumbnail((DECODED, DECODED))
@@ -183,7 +183,7 @@ def _shows_through(image: Image.Image) -> bool:
 
 
 def scan(source: PairSource, tokenizer: TextTokenizer, num_workers: int, parts: Parts) -> None:
-    """Write into ``parts`` the findings on all pairs of its share that are not there."""
+    """Write into ``parts`` the findings on this share's pairs that are not there yet."""
     done = np.zeros(len(source), dtype=bool)
     for _ in _finished(parts, done):
         pass
@@ -201,7 +201,7 @@ def _arrays(chunks: Sequence[ScanFindings]) -> Arrays:
 
 
 def _finished(parts: Parts, done: np.ndarray) -> Iterator[ScanFindings]:
-    """Yield the parts that share no row with one before, and mark their rows in ``done``, bool ``[N]``."""
+    """Yield the parts that share no row with an earlier one, and mark their rows in ``done``, bool ``[N]``."""
     for part in parts.read(ScanFindings.of):
         if not done[part.rows].any():  # two runs at once may both have read a chunk
             done[part.rows] = True

@@ -1,4 +1,4 @@
-"""Augmentation of training images: our crop, our usual choice, and any list of transforms."""
+"""Augmentation of training images: our crop, our default, and any list of transforms."""
 
 import copy
 import math
@@ -59,7 +59,7 @@ def _seed(seed: int) -> None:
 
 
 class RandomSquareCrop:
-    """Crop a square from a random place of the image and resize it, to RGB.
+    """Crop a random square from the image and resize it, to RGB.
 
     torchvision's RandomResizedCrop takes ``scale`` as a share of the whole image. No square covers nine tenths of a
     photograph, so it would always fall back on the centre crop.
@@ -91,7 +91,7 @@ class RandomSquareCrop:
         self._kind: type = Image.Image  # of its input
 
     def for_model(self, preprocessing: Preprocessing) -> Self:
-        """Return the same crop with the model's size and interpolation where none is set."""
+        """Return the same crop, with the model's size and interpolation where these are unset."""
         crop = copy.copy(self)
         crop._patches = preprocessing if self.size is None and preprocessing.max_patches is not None else None
         crop._kind = Image.Image if preprocessing.bands == 3 else Tensor
@@ -101,7 +101,7 @@ class RandomSquareCrop:
 
     @property
     def decode_size(self) -> LeastSize | None:
-        """Size that an image must be decoded at; None: full size."""
+        """Return the size at which an image must be decoded; None: full size."""
         return None if self.exact else self.least_size
 
     def __call__(self, image: Image.Image) -> Any:
@@ -142,13 +142,13 @@ class RandomSquareCrop:
         return F.interpolate(pixels[None], (height, width), mode=str(self.interpolation), antialias=True)[0]
 
     def least_size(self, width: int, height: int) -> tuple[int, int]:
-        """Return the width and height at which the smallest crop is as wide as the result."""
+        """Return the least width and height that keep the smallest crop as wide as the result."""
         rows, columns = self._size(width, height)
         share = 1 / (min(width / columns, height / rows) * self.scale[0] ** 0.5)
         return (width, height) if share >= 1 else (math.ceil(width * share), math.ceil(height * share))
 
     def _size(self, width: int, height: int) -> tuple[int, int]:
-        """Return the height and width of the result for an image of this size."""
+        """Return the height and width of the result for an image of the given size."""
         if self._patches is not None:
             return sequence_size(height, width, self._patches)
         if self.size is None:
@@ -158,7 +158,7 @@ class RandomSquareCrop:
 
 @dataclass
 class Augmentation:
-    """Augmentation of training images. The paper uses a random square crop (section 2.4), and nothing else.
+    """Augmentation of training images. The paper uses only a random square crop (section 2.4).
 
     Attributes:
         crop_scale: smallest and largest area of a crop, as a share of the largest square that fits (the paper gives
@@ -184,7 +184,7 @@ class Augmentation:
         require(0 <= self.grayscale <= 1, f"augmentation.grayscale: {self.grayscale} must be between 0 and 1")
 
     def transforms(self) -> list[Transform]:
-        """Return the transforms in their order."""
+        """Return the transforms in order."""
         steps: list[Transform] = [RandomSquareCrop(self.crop_scale, self.exact)]
         if self.color_jitter:
             steps.append(v2.ColorJitter(self.color_jitter, self.color_jitter, self.color_jitter))
@@ -194,7 +194,7 @@ class Augmentation:
 
 
 class TrainingTransform:
-    """PIL image -> uint8 of the model's shape, by any transforms one after the other.
+    """Apply any transforms in turn: PIL image -> uint8 in the model's shape.
 
     The first gets an RGB image (:class:`RandomSquareCrop` any image, since it resizes before it converts), or uint8
     ``[C, H, W]`` if the model reads other bands than red, green and blue. The last may
@@ -232,7 +232,7 @@ class TrainingTransform:
         self.decode_size: LeastSize | None = getattr(self.transforms[0], "decode_size", None) if listed else None
 
     def at(self, budget: int) -> "TrainingTransform":
-        """Return the transform for a budget of patches; 0: the model's."""
+        """Return the transform for a patch budget; 0: the model's own budget."""
         return self._at[budget] if budget else self
 
     def __call__(self, image: Image.Image) -> Tensor:
@@ -273,7 +273,7 @@ class TrainingTransform:
 
 
 def check_transforms(transforms: Sequence[Transform], bands: int = 3) -> None:
-    """Raise :class:`InputError` unless all are callable, none normalises, and none is of colours for other bands."""
+    """Raise :class:`InputError` if a transform is not callable, normalises, or needs RGB and the bands are others."""
     for transform in transforms:
         require(callable(transform), f"augmentation: {transform!r} is not a transform; it cannot be called")
         normalises = isinstance(transform, v1.Normalize | v2.Normalize)
@@ -289,7 +289,7 @@ def _name(transform: Transform) -> str:
 
 
 def described_augmentation(augmentation: object) -> str:
-    """Describe an augmentation or a list of transforms by class and settings, the same in every run."""
+    """Describe an augmentation or a list of transforms by class and settings, identically in every run."""
     if isinstance(augmentation, list):
         return ", ".join(described_augmentation(transform) for transform in augmentation)
     kind = type(augmentation)

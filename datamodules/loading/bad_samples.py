@@ -30,7 +30,7 @@ Item = TypeVar("Item")
 
 
 def is_blank(caption: object) -> bool:
-    """Whether a cell means "no caption": missing, a word or an error that stands for that, or nothing visible."""
+    """Return whether a cell means "no caption": missing, a placeholder or error text, or no visible character."""
     if not isinstance(caption, str):
         return caption is None or (isinstance(caption, float) and caption != caption)
     first = caption[:1]
@@ -40,7 +40,7 @@ def is_blank(caption: object) -> bool:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text has no lone surrogate; JSON's escapes can write one, and undecodable bytes are read as one."""
+    """Return whether a text has no lone surrogate; they come from JSON escapes and from undecodable bytes."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -49,13 +49,13 @@ def is_unicode(text: str) -> bool:
 
 
 def as_unicode(name: str) -> str:
-    """Escape the undecodable bytes of a file's name."""
+    """Escape undecodable bytes in a file name."""
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 @dataclass(frozen=True)
 class BadSamples:
-    """What becomes of samples that cannot be used.
+    """Policy for samples that cannot be used.
 
     Attributes:
         on_error: ``error`` ends the run and names the sample; ``skip`` drops it from its batch, counts it and lists it
@@ -79,7 +79,7 @@ class Skipped(NamedTuple):
 
 
 class SkippingDataset(Dataset[Any]):
-    """Dataset that returns :class:`Skipped` for a bad sample; never a neighbour in its place."""
+    """Dataset that returns :class:`Skipped` for a bad sample; it never returns a neighbour instead."""
 
     def __init__(self, dataset: Any) -> None:
         self.dataset = dataset
@@ -95,7 +95,7 @@ class SkippingDataset(Dataset[Any]):
 
 
 def split_skipped(items: list[Item | Skipped]) -> tuple[list[Item], list[tuple[str, str]]]:
-    """Separate the usable items from the (where, reason) of each skipped one."""
+    """Separate the usable items from the (where, reason) of each skipped sample."""
     skipped = [(item.where, item.reason) for item in items if isinstance(item, Skipped)]
     return [item for item in items if not isinstance(item, Skipped)], skipped
 

@@ -1,4 +1,4 @@
-"""The cache folder: files made once from the data and read again by every process and every run."""
+"""The cache folder: files made once from the data, then read by every process and every run."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ Content = TypeVar("Content")
 
 
 def cache_file(kind: str, source: Path, settings: Iterable[object], suffix: str) -> Path:
-    """Return the cached path, in the folder ``kind``, of something made from a file with settings."""
+    """Return the cache path, in the folder ``kind``, of a result made from a file with settings."""
     stat = source.stat()
     key = hex_digest([str(source.resolve()), stat.st_size, stat.st_mtime_ns, *settings])
     return default_cache_dir() / kind / f"{source.stem[:40]}-{key[:20]}{suffix}"
@@ -23,14 +23,14 @@ def cache_file(kind: str, source: Path, settings: Iterable[object], suffix: str)
 
 @contextmanager
 def writing_cached(path: Path) -> Iterator[Path]:
-    """:func:`lit_clip.tools.atomic.replacing` for a file in the cache, whose folder is made if it is not there."""
+    """Create the cache folder if needed, and use :func:`lit_clip.tools.atomic.replacing` for a file in it."""
     with replacing(path, "; set XDG_CACHE_HOME to a folder with room") as draft:
         draft.parent.mkdir(parents=True, exist_ok=True)
         yield draft
 
 
 def made_once(path: Path, load: Callable[[Path], Content], make: Callable[[Path], None]) -> Content:
-    """Load a file of the cache; if there is none, or ``load`` raises anything for a damaged one, make it first."""
+    """Load a file of the cache; first make it if it is missing, or if ``load`` raises because it is damaged."""
     if path.is_file():
         try:
             return load(path)

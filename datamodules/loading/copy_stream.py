@@ -15,7 +15,7 @@ def _stream_of(device: torch.device) -> torch.cuda.Stream:
 
 
 def on_copy_stream(move: Callable[[], CaptionBatch], device: torch.device) -> CaptionBatch:
-    """Move a batch on a CUDA stream of its own; on other devices this is a plain call.
+    """Move a batch on a separate CUDA stream; on other devices, call the transfer directly.
 
     Lightning fetches a batch just before its step, and the host queues steps ahead of the device. On the stream of the
     steps the copy would start after the step before it; on its own it starts at once, so no batch has to be fetched

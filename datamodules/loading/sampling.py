@@ -1,4 +1,4 @@
-"""Samplers: which samples make up which batch, exact for any number of ranks and workers."""
+"""Samplers: they decide which samples form which batch, exactly for any number of ranks and workers."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
@@ -10,7 +10,7 @@ from lit_clip.errors import InputError, require
 
 
 class TrainingSample(NamedTuple):
-    """Index of a training dataset; epoch and draw are part of it because they seed caption and augmentation."""
+    """Index into a training dataset; its epoch and draw seed the caption and the augmentation."""
 
     epoch: int
     row: int
@@ -25,7 +25,7 @@ def sample_seed(seed: int, sample: TrainingSample) -> int:
 
 
 def draw_numbers(order: np.ndarray) -> np.ndarray | None:
-    """Return how often each row of an epoch's order came before, int ``[size]``; None: no row repeats."""
+    """Return how often each row came earlier in an epoch's order, int ``[size]``; None if no row repeats."""
     seen = np.zeros(int(order.max(initial=-1)) + 1, dtype=bool)
     seen[order] = True
     if np.count_nonzero(seen) == len(order):  # the usual case, in a tenth of the time of sorting
@@ -46,14 +46,14 @@ class Position(NamedTuple):
 
 
 def permutation(size: int, epoch: int, seed: int) -> np.ndarray:
-    """Return all rows, shuffled by (seed, epoch), int32 where it fits."""
+    """Return all rows, shuffled by (seed, epoch), as int32 if they fit."""
     rows = np.arange(size, dtype=np.int32 if size < 2**31 else np.int64)
     np.random.default_rng((seed, epoch)).shuffle(rows)
     return rows
 
 
 def default_batch_size(pairs: int, world: int) -> int:
-    """Return the pairs per step on each rank where none are set: 64, 128 or 256 on all ranks, or all that there are.
+    """Return the default pairs per step on each rank: 64, 128 or 256 over all ranks, or fewer for small data.
 
     With 500 photographs 64 pairs a step were best, with 3,068 64 to 256, with 5,000 icons 256
     (docs/evidence/recipes.md).
@@ -63,7 +63,7 @@ def default_batch_size(pairs: int, world: int) -> int:
 
 
 class GlobalBatchSampler(Sampler[list[TrainingSample]]):
-    """Seeded permutations cut into batches that are the same for any number of ranks.
+    """Cut seeded permutations into batches that are the same for any number of ranks.
 
     Step k of an epoch is one global batch, a slice of the epoch's permutation; each rank takes every ``world``-th
     sample of it. The incomplete global batch at the end is dropped; the next epoch drops other samples.
@@ -104,7 +104,7 @@ class GlobalBatchSampler(Sampler[list[TrainingSample]]):
         self.sampler = self  # Lightning calls set_epoch on a loader's batch_sampler.sampler, not on its batch_sampler
 
     def set_epoch(self, epoch: int) -> None:
-        """Lightning calls this before each epoch."""
+        """Set the epoch; Lightning calls this before each one."""
         if self.reshuffle:
             self.epoch = epoch
 
@@ -126,14 +126,14 @@ class GlobalBatchSampler(Sampler[list[TrainingSample]]):
             yield [TrainingSample(epoch, row, draw, budget) for row, draw in pairs]
 
     def _budget(self, epoch: int, batch: int) -> int:
-        """Draw a batch's budget from its place alone, so that ranks and resumed runs agree."""
+        """Draw a batch's patch budget from its position alone, so that ranks and resumed runs agree."""
         if not self.budgets:
             return 0
         return self.budgets[int(np.random.default_rng((self.seed, epoch, batch)).integers(len(self.budgets)))]
 
 
 def checked_budgets(patch_budgets: list[int] | None) -> list[int]:
-    """Return the budgets of patches that training batches draw from; none for None."""
+    """Return the patch budgets that training batches draw from; an empty list for None."""
     if patch_budgets is None:
         return []
     numbers = bool(patch_budgets) and all(1 <= budget < 2**16 for budget in patch_budgets)
@@ -142,7 +142,7 @@ def checked_budgets(patch_budgets: list[int] | None) -> list[int]:
 
 
 class EvaluationBatchSampler(Sampler[list[int]]):
-    """Every ``world``-th sample in batches, each sample once over all ranks; equally many batches where possible.
+    """Batch every ``world``-th sample, each once over all ranks; ranks have equally many batches where possible.
 
     Strategies that shard the weights need every rank in every batch, so a rank that would have fewer batches makes them
     smaller; a rank with too few samples for that has fewer. A rank without samples still reports length 1: Lightning

@@ -22,19 +22,19 @@ VERSIONS = ("ETag", "etag", "blob_id", "LastModified", "Last-Modified", "last_mo
 
 
 class Stamp(NamedTuple):
-    """Identifies a version of a file: its size in bytes, and its modification time or the store's tag."""
+    """Identify a version of a file by its size in bytes and its modification time or the store's tag."""
 
     size: int
     version: str
 
 
 def is_remote(url: str) -> bool:
-    """Whether a URL is opened by fsspec; ``file://`` is not."""
+    """Return whether fsspec opens a URL; ``file://`` is local."""
     return "://" in url
 
 
 def retry(url: str, function: Callable[..., T], *arguments: Any, **options: Any) -> T:
-    """Call a store up to ``ATTEMPTS`` times, with growing waits or the waits that it asks for.
+    """Call a store up to ``ATTEMPTS`` times, with growing waits or the waits that the store requests.
 
     Only a store that says so has no such file, and raises :class:`FileNotFoundError` here.
     """
@@ -55,7 +55,7 @@ def retry(url: str, function: Callable[..., T], *arguments: Any, **options: Any)
 
 
 def _causes(error: BaseException | None) -> Iterator[BaseException]:
-    """Yield an error and what it was raised from: fsspec reports any web server's refusal as a missing file."""
+    """Yield an error and its causes: fsspec reports any web server's refusal as a missing file."""
     while error is not None:
         yield error
         error = error.__cause__
@@ -74,7 +74,7 @@ def _reason(error: BaseException) -> str:
 
 
 def _wanted_wait(error: BaseException) -> float:
-    """Return the seconds that a server asks to be left alone, up to ``LONGEST_WAIT``; 0 if it does not."""
+    """Return the seconds that a server asks to wait, up to ``LONGEST_WAIT``; 0 if it asks for none."""
     asked = (getattr(error, "headers", None) or {}).get("Retry-After", "0")
     try:
         seconds = float(asked)
@@ -87,7 +87,7 @@ def _wanted_wait(error: BaseException) -> float:
 
 
 def stamp_of(url: str) -> Stamp:
-    """Return what changes when the file does; :class:`FileNotFoundError` if there is none."""
+    """Return a stamp that changes with the file; :class:`FileNotFoundError` if it does not exist."""
     if not is_remote(url):
         try:
             status = os.stat(url)
@@ -105,7 +105,7 @@ def stamp_of(url: str) -> Stamp:
 
 
 def fetch(url: str, stamp: Stamp, path: Path, before: Callable[[], None] = lambda: None) -> None:
-    """Download a file whole, unless it exists; one process downloads it, however many ask.
+    """Download a whole file, unless it exists; one process downloads it for all that ask.
 
     ``before`` is called before a download, to make room for it.
     """
@@ -131,7 +131,7 @@ def fetch(url: str, stamp: Stamp, path: Path, before: Callable[[], None] = lambd
 
 
 class StoreFolder:
-    """A folder in a store, from which a table's relative image paths start."""
+    """A folder in a store; a table's relative image paths start from it."""
 
     def __init__(self, url: str) -> None:
         self.url = url.rstrip("/") if not url.endswith("://") else url
@@ -140,7 +140,7 @@ class StoreFolder:
         return self.url
 
     def locate(self, name: str, where: str) -> "Path | str":
-        """Return the address of an image: a URL of this store, or the path of a local file if ``name`` is absolute.
+        """Return an image's address: a URL in this store, or the path of a local file if ``name`` is absolute.
 
         A table is data: it may name files of its own store, and neither a store of its choice nor, after two colons,
         one of fsspec's ways to unpack or fetch a file.

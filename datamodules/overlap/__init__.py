@@ -1,1 +1,1 @@
-"""`lit-clip overlap`: search for evaluation images in training data, findings by set, HTML page."""
+"""`lit-clip overlap`: search for evaluation images in training data, report findings by set, and write a page."""

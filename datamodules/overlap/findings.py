@@ -1,4 +1,4 @@
-"""Findings of a search for one evaluation set.
+"""Findings of an overlap search for one evaluation set.
 
 Shapes: N items of the set that could be read; an item has several images if it is a video.
 """
@@ -23,7 +23,7 @@ TRIED = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.85, 0.8)  # other thre
 
 
 class OverlapPair(NamedTuple):
-    """An image of the evaluation set and one of the training set."""
+    """An image of the evaluation set and the matching image of the training set."""
 
     item: int  # index in the evaluation set
     frame: int  # index among the item's images
@@ -46,7 +46,7 @@ class SetFindings:
     bad: list[str]  # message for each item that could not be read
 
     def pairs(self) -> list[dict[str, Any]]:
-        """Return the overlap as JSON values: names in both sets, and the evidence that the images are the same."""
+        """Return the overlap as JSON values: names in both sets, and the evidence for each pair."""
         found = []
         for place in np.flatnonzero(self.seen).tolist():
             near, alike = self.nearest[place], self.alike[place]
@@ -60,7 +60,7 @@ class SetFindings:
 def leaked_rows(
     found: NearestFound, queries: Sequence[Queries], findings: Mapping[str, SetFindings], by: By, source: PairSource
 ) -> Iterator[Finding]:
-    """Yield a line for each training image that is one of a set's, by any query of it and not only as the nearest.
+    """Yield a line for each training image that matches any query of a set, not only as its nearest.
 
     ``queries`` and ``findings`` are those of the sets, in the order that the search was made in.
     """
@@ -92,7 +92,7 @@ def leaked_rows(
 def findings_of(
     images: ImageSet, queries: Queries, found: NearestFound, threshold: float, by: By, correct_N: Tensor | None
 ) -> SetFindings:
-    """Decide which items of a set belong to the overlap, from search results on the CPU for its images.
+    """Decide which items of a set belong to the overlap, from its search results on the CPU.
 
     ``by`` is the evidence that counts; ``correct_N``: whether the model recognises each item, None if unknown.
     """

@@ -1,4 +1,4 @@
-"""The overlap of evaluation sets as one HTML file: figures, and pairs of images to judge the threshold by."""
+"""HTML page of the overlap of evaluation sets: figures, and pairs of images for judging the threshold."""
 
 import warnings
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ BARS = 50
 def write_overlap(
     path: Path, report: Mapping[str, Any], sets: Mapping[str, SetFindings], source: PairSource, command: str
 ) -> None:
-    """Write the page of a JSON ``report`` with findings by set; ``source`` has the training images that are shown.
+    """Write the page from a JSON ``report`` and findings by set; ``source`` has the training images shown.
 
     ``command`` trains on the images that are in no set; empty if none is in one.
     """
@@ -68,7 +68,7 @@ def _overview(name: str, findings: SetFindings, figures: Mapping[str, Any]) -> l
 
 
 def _histogram(findings: SetFindings) -> dict[str, Any]:
-    """Values for the ``histogram`` macro; heights are logarithmic, because few of thousands of images are near."""
+    """Return values for the ``histogram`` macro; heights are logarithmic, because few images are near."""
     similarity = np.array([pair.similarity for pair in findings.nearest])
     low = min(float(np.floor(similarity.min() * 20) / 20), findings.threshold, 0.95)
     counts, edges = np.histogram(np.clip(similarity, low, 1), BARS, (low, 1))
@@ -82,7 +82,7 @@ def _histogram(findings: SetFindings) -> dict[str, Any]:
 
 
 def _galleries(findings: SetFindings, source: PairSource) -> dict[str, list[dict[str, Any]]]:
-    """Pairs to judge the threshold by, under their headings."""
+    """Return pairs for judging the threshold, under their headings."""
     similarity = np.array([pair.similarity for pair in findings.nearest])
     order = np.argsort(-similarity, kind="stable")
     above, below = order[similarity[order] >= findings.threshold], order[similarity[order] < findings.threshold]

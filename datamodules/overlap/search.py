@@ -1,4 +1,4 @@
-"""Search a training set for the images of evaluation sets: features and looks of these, then the nearest of those.
+"""Search a training set for images of evaluation sets: compute their features and looks, then find the nearest.
 
 Shapes: Q images of the evaluation sets (an item may have several: the frames of a video), D embedding dimension.
 """
@@ -34,7 +34,7 @@ LEAK = np.dtype([("row", "i8"), ("set", "i4"), ("query", "i4"), ("similarity", "
 
 
 class SourceRows(SourcePairs):
-    """The images of a source of pairs, which need no captions."""
+    """The images of a source of pairs, without captions."""
 
     def read(self, row: int) -> tuple[str, list[Image.Image]]:
         stored = self.source.read(row)
@@ -57,7 +57,7 @@ class Queries:
 
     @property
     def parts(self) -> Iterator[slice]:
-        """The images of each set."""
+        """Return the range of each set's images."""
         ends = np.cumsum(self.sizes or (len(self.items),)).tolist()
         return map(slice, [0, *ends], ends)
 
@@ -68,7 +68,7 @@ class Queries:
 
     @classmethod
     def load(cls, path: Path) -> "Queries | None":
-        """Read what :meth:`save` wrote; None if it is missing or damaged."""
+        """Read the file of :meth:`save`; None if it is missing or damaged."""
 
         def make(found: Arrays) -> Queries:
             looks = Looks(found["bits"], found["colours"], found["plain"])
@@ -117,7 +117,7 @@ def joined(queries: Sequence[Queries]) -> Queries:
 
 @dataclass
 class NearestFound:
-    """The nearest training image of each query, as far as the training set has been read."""
+    """The nearest training image of each query, among the training images read so far."""
 
     nearest: NearestImages  # by features, on the model's device
     names: list[str]  # the user's names for the nearest images
@@ -129,7 +129,7 @@ class NearestFound:
     leaks: list[np.ndarray] = field(default_factory=list)  # LEAK; an image that is in a set twice is there twice
 
     def add(self, queries: Queries, index: LookIndex, batch: EncoderBatch, features: Tensor, least: float) -> None:
-        """Compare a batch of training images with the queries; those of at least a similarity are leaks."""
+        """Compare a batch of training images with the queries; record leaks of at least the similarity ``least``."""
         if batch.rows:
             unit = queries.features
             after = nearer(self.nearest, unit, features, torch.tensor(batch.rows, device=features.device))
@@ -168,7 +168,7 @@ class NearestFound:
 
     @classmethod
     def load(cls, path: Path, device: torch.device) -> "NearestFound | None":
-        """Read what :meth:`save` wrote; None if it is missing or damaged."""
+        """Read the file of :meth:`save`; None if it is missing or damaged."""
 
         def make(found: Arrays) -> NearestFound:
             values = json_value(found["values"])
@@ -189,7 +189,7 @@ def search(
     precision: Precision = "32-true",
     least: float = LEAST_KEPT,
 ) -> NearestFound:
-    """Find each query's nearest training image in one pass, or resume the search that ``path`` keeps.
+    """Find each query's nearest training image in one pass, or resume the search saved at ``path``.
 
     All training images that look like a query, or have at least the similarity ``least`` to one, are the leaks.
     """

@@ -1,4 +1,4 @@
-"""The evaluation sets of ``lit-clip overlap``: which, with which thresholds, and what a model gets right in them."""
+"""The evaluation sets of ``lit-clip overlap``: their choice, their thresholds, and a model's correct answers."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -22,7 +22,7 @@ from .search import Queries
 
 
 class EvaluationSet(NamedTuple):
-    """A set to search the training data for, and the suite's entry, which names the classes."""
+    """A set to search the training data for, and its entry in the suite, which names the classes."""
 
     images: ImageSet
     entry: SuiteEntry
@@ -31,7 +31,7 @@ class EvaluationSet(NamedTuple):
 def open_sets(
     folders: Sequence[str], suites: Sequence[str], names: Sequence[str] | None, data_root: Path, templates: list[str]
 ) -> dict[str, EvaluationSet]:
-    """Open the sets; skip those of a suite that are not on the disk, with a note, unless they are named."""
+    """Open the sets; skip a suite's missing sets with a note, unless they were named."""
     require(
         bool(folders) or bool(suites), "no evaluation set; name a folder of classes before the options, or a --suite"
     )

@@ -1,4 +1,4 @@
-"""Orders of an epoch that decide which pairs share a batch: no duplicates, and neighbours of each other.
+"""Order an epoch so that batches have no duplicates, or have hard negatives from nearest neighbours.
 
 A batch is the global one of a step. An order is a pure function of epoch, seed, batch size and data, so that batches
 are the same on any number of ranks and after a resume, as those of the source's own order are.
@@ -49,12 +49,12 @@ class BatchOptions:
 
     @property
     def reorder(self) -> bool:
-        """Whether batches are others than those of the source's order."""
+        """Whether batches differ from the source's order."""
         return self.duplicates == "avoided" or self.hard > 0
 
 
 class _Walk:
-    """One pass over the rows of an epoch that fills batch after batch.
+    """One pass over the rows of an epoch that fills one batch after another.
 
     A row goes into the first batch that has no duplicate of it. What conflicts with a batch waits for the next one;
     rows of which more wait than there are batches to come are dropped. ``hard`` places of a batch are filled with
@@ -110,7 +110,7 @@ class _Walk:
             self.to_come -= 1
 
     def _exchanged(self, earlier: list[list[int]]) -> list[int]:
-        """Return a batch of rows that are left and of rows of earlier batches, whose places other left rows take."""
+        """Return a batch of remaining rows and rows from earlier batches; other remaining rows replace the latter."""
         self.present, batch = set(), []
         left = np.flatnonzero(self.draws)
         left = left[:: len(left) // MOST_LEFT + 1].tolist()
@@ -128,7 +128,7 @@ class _Walk:
         return batch
 
     def _exchange(self, other: list[int], left: list[int]) -> int | None:
-        """Replace a row of a full batch by one that is left, and return it, if it fits into the present batch."""
+        """Replace a row of a full batch by a remaining row; return the replaced row if it fits the present batch."""
         owners = {name: place for place, row in enumerate(other) for name in self._names(row)}
         for row in left:
             conflicts = {owners[name] for name in self._names(row) if name in owners}
@@ -148,7 +148,7 @@ class _Walk:
         return [*names, -1 - row] if self.repeats else names
 
     def _taken(self, row: int) -> bool:
-        """Take a draw of a row that is no duplicate of one in the batch."""
+        """Take a draw of a row and return True, unless a duplicate of the row is in the batch."""
         names = self._names(row)
         if not self.draws[row] or not self.present.isdisjoint(names):
             return False
@@ -179,7 +179,7 @@ class _Walk:
         return taken
 
     def _from_order(self, batch: list[int], size: int) -> None:
-        """Add the next rows of the order that fit until a batch has ``size``."""
+        """Add the next fitting rows of the order until a batch has ``size`` rows."""
         while len(batch) < size and self.place < len(self.order):
             rows = self.order[self.place : self.place + size - len(batch)]
             self.place += len(rows)
@@ -193,7 +193,7 @@ class _Walk:
             batch += rows[free].tolist()
 
     def _add_neighbours(self, batch: list[int]) -> None:
-        """Add the nearest rows that fit, one for each row of the batch in turn, until it is full."""
+        """Add the nearest fitting rows, one for each row of the batch in turn, until the batch is full."""
         assert self.near
         queues = [iter(rows) for rows in self.near.near(np.array(batch, dtype=np.int64), self.draws)]
         while queues and len(batch) < self.size:
@@ -210,7 +210,7 @@ class _Walk:
 
 
 class BatchOrder:
-    """The orders of a source's epochs; all have as many batches as the first fills without duplicates or neighbours.
+    """Orders of a source's epochs; all have as many batches as the first fills without duplicates or neighbours.
 
     Rows that fit into no batch are left out of the epoch. An epoch that fills fewer batches repeats its first ones, as
     other draws of their rows; a run says so once.
@@ -235,7 +235,7 @@ class BatchOrder:
 
     @cached_property
     def digest(self) -> str:
-        """A hash that changes with all that the orders depend on besides the source's."""
+        """A hash that changes with everything that the orders depend on, except the source's own order."""
         near = self.near[:2] if self.near else ()
         return hex_digest(
             [self.options.hard, *(np.ascontiguousarray(each).tobytes() for each in (*self.shared, *near))]

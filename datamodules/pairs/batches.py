@@ -1,4 +1,4 @@
-"""Pairs of a source as training samples, as batches, and as rows that encoders read."""
+"""Pairs of a source as training samples, as batches, and as rows for encoders."""
 
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -22,7 +22,7 @@ from .stored_features import PairSample, StoredImages, StoredTexts
 
 
 class TrainingPairs(Dataset[PairSample]):
-    """Augmented pairs. All randomness comes from (seed, epoch, row, draw), so it is the same on any worker or rank."""
+    """Augmented pairs. All randomness comes from (seed, epoch, row, draw), so workers and ranks do not matter."""
 
     def __init__(self, source: PairSource, transform: TrainingTransform, seed: int) -> None:
         self.source, self.transform, self.seed = source, transform, seed
@@ -56,7 +56,7 @@ class ValidationPairs(Dataset[PairSample]):
 
 
 class Collate:
-    """Join samples into a batch without the skipped ones; it may be empty."""
+    """Join samples into a batch without the skipped ones; the batch may be empty."""
 
     def __init__(
         self,
@@ -97,13 +97,13 @@ class Collate:
         return batch._replace(negatives=negatives, negative_tokens=negative_tokens, negative_lengths=lengths)
 
     def _tokenized(self, texts: list[str]) -> tuple[Tensor, list[int]]:
-        """Return int64 ``[N, L]`` for the longest of the texts, and the number of tokens of each."""
+        """Return int64 ``[N, L]``, where L is the longest text's length, and each text's number of tokens."""
         tokens = self.tokenize(texts)  # [N, context length]
         lengths = self.tokenize.lengths(tokens).tolist()
         return tokens[:, : max(lengths)], lengths
 
     def _joined(self, extras: list[Mapping[str, Any]], keys: list[str]) -> dict[str, Tensor]:
-        """Stack what samples have besides image and texts; all need the same names and shapes. Texts become tokens."""
+        """Stack the extra values of samples, which need equal names and shapes; tokenize texts."""
         names = [name for name, value in extras[0].items() if isinstance(value, str)]
         tokens = {name: self._tokenized([extra[name] for extra in extras])[0] for name in names}
         tensors = [{name: value for name, value in extra.items() if name not in names} for extra in extras]

@@ -13,7 +13,7 @@ from .text_table import Problems, RawRow, open_records, open_rows, open_table, s
 
 
 def open_json(path: Path, options: SourceOptions) -> PairSource:
-    """Open a ``.json`` file of any of this module's formats, or with an object per line."""
+    """Open a ``.json`` file in any of this module's formats, or with one object per line."""
     check_is_file(path)
     if _is_lines(path):
         return open_table(path, options)
@@ -41,7 +41,7 @@ def open_json(path: Path, options: SourceOptions) -> PairSource:
 
 
 def _is_lines(path: Path) -> bool:
-    """Whether the first line is a complete object, and not COCO's."""
+    """Return whether the first line is a complete object that is not in COCO's format."""
     with reading(path, "JSON file"), path.open(encoding="utf-8-sig", errors="replace") as file:
         first = next((line for line in file if line.strip()), "")
     if not first.lstrip().startswith("{"):
@@ -76,12 +76,12 @@ def _coco(path: Path, images: list[dict[str, Any]], annotations: list[Any], prob
 
 
 def _is_id(value: Any) -> bool:
-    """Whether a value is an integer that an Arrow table can hold."""
+    """Return whether a value is an integer that fits an Arrow table."""
     return isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
 
 
 def _karpathy(path: Path, images: list[dict[str, Any]], options: SourceOptions) -> Iterator[RawRow]:
-    """Yield the wanted split; ``train`` includes ``restval``, which is commonly trained on too."""
+    """Yield the wanted split; ``train`` includes ``restval``, as is common."""
     splits = list(dict.fromkeys(str(image.get("split")) for image in images))
     wanted = find_split(path, splits, options)
     included = {"train", "restval"} if wanted == "train" else {wanted}
@@ -102,7 +102,7 @@ def _karpathy(path: Path, images: list[dict[str, Any]], options: SourceOptions) 
 
 
 def _find_root(path: Path, image: str) -> Path:
-    """Find the folder of the images: beside the file, or where COCO's archives put it."""
+    """Find the image folder: beside the file, or at the place in COCO's archives."""
     above = path.parent.parent
     named = path.stem.removeprefix("captions_")  # captions_train2017.json
     places = [path.parent, path.parent / "images", path.parent / named, above, above / "images", above / named]

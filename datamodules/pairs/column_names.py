@@ -1,4 +1,4 @@
-"""Which columns of a table are read: their names, their types, and which of their texts are blank."""
+"""Choose the columns of a table to read, and check their names, types and blank texts."""
 
 import re
 import shlex
@@ -25,7 +25,7 @@ LONGEST_NAME = 60  # of a column in a message
 
 
 class ColumnNames(NamedTuple):
-    """Names of the columns that are read."""
+    """Names of the columns to read."""
 
     image: str
     caption: str
@@ -38,16 +38,16 @@ class ColumnNames(NamedTuple):
 
     @property
     def images(self) -> list[str]:
-        """The columns of images."""
+        """Names of the image columns."""
         return [self.image, *self.more_images]
 
     @property
     def captions(self) -> list[str]:
-        """The columns of captions."""
+        """Names of the caption columns."""
         return [self.caption, *self.more_captions]
 
     def names(self) -> list[str]:
-        """Return the columns, each once."""
+        """Return the column names, each once."""
         names = (*self.images, *self.captions, self.group, self.negative, self.weight, self.title)
         return list(dict.fromkeys(name for name in names if name is not None))
 
@@ -55,7 +55,7 @@ class ColumnNames(NamedTuple):
 def find_column(
     path: object, found: list[str], wanted: str | None, usual: tuple[str, ...], option: str, image: str | None = None
 ) -> str:
-    """Choose one of a table's columns: ``wanted``, which the user sets by ``option``, or the first of ``usual``.
+    """Choose a column: ``wanted``, which the user sets with ``option``, or else the first of ``usual``.
 
     ``image`` is the column of images, which is not suggested for anything else.
     """
@@ -82,7 +82,7 @@ def find_column(
 
 
 def find_columns(path: object, found: list[str], options: SourceOptions) -> ColumnNames:
-    """Choose the columns to read among the columns ``found``."""
+    """Choose which of the columns ``found`` to read."""
     wanted, option = options.columns, f"{options.option_prefix}columns."
     images = [wanted.image] if isinstance(wanted.image, str) else wanted.image or _numbered(found, IMAGE_COLUMNS)
     names = [find_column(path, found, name, IMAGE_COLUMNS, f"{option}image") for name in images or [None]]
@@ -100,13 +100,13 @@ def find_columns(path: object, found: list[str], options: SourceOptions) -> Colu
 
 
 def refuse_equal(path: object, found: Sequence[str], wanted: Sequence[str]) -> None:
-    """Raise :class:`InputError` if two columns have a wanted one's name."""
+    """Raise :class:`InputError` if two columns have the same wanted name."""
     for name in wanted:
         require(found.count(name) < 2, f"{path}: two columns are called {name!r}; rename one")
 
 
 def _numbered(found: list[str], usual: tuple[str, ...]) -> list[str]:
-    """Return the columns ``caption_0``, ``caption_1``, ... in the order of their numbers, unless one is plain."""
+    """Return the columns ``caption_0``, ``caption_1``, ... by number; empty if a column has no number."""
     if any(column.lower() in usual for column in found):
         return []
     pattern = re.compile(rf"({'|'.join(usual)})[_ -]?(\d+)", re.IGNORECASE)
@@ -115,7 +115,7 @@ def _numbered(found: list[str], usual: tuple[str, ...]) -> list[str]:
 
 
 def check_types(path: object, schema: pa.Schema, columns: ColumnNames) -> None:
-    """Raise :class:`InputError` unless images are paths or encoded images, and captions texts or lists of texts."""
+    """Raise :class:`InputError` unless images are paths or encoded images, and captions are texts or lists of texts."""
     for name in columns.images:
         kind = schema.field(name).type if columns.more_images else image_type(schema, columns)[0]
         readable = _is_text(kind) or is_encoded(kind)
@@ -147,7 +147,7 @@ def _is_bytes(kind: pa.DataType) -> bool:
 
 
 def is_encoded(kind: pa.DataType) -> bool:
-    """Whether a column holds encoded images: bytes, or Hugging Face's struct of bytes and path."""
+    """Return whether a column holds encoded images: bytes, or Hugging Face's struct of bytes and path."""
     return _is_bytes(kind) or (pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0)
 
 
@@ -158,7 +158,7 @@ def image_type(schema: pa.Schema, columns: ColumnNames) -> tuple[pa.DataType, bo
 
 
 def images_of(rows: pa.RecordBatch, names: Sequence[str]) -> tuple[np.ndarray, pa.Array]:
-    """Return how many images each row has, int64 ``[N]``, and all of them in the rows' order, without blank cells.
+    """Return each row's number of images, int64 ``[N]``, and all images in row order, without blank cells.
 
     A row without an image has a null. The columns are one of lists, or several of single images of one type.
     """
@@ -175,7 +175,7 @@ def images_of(rows: pa.RecordBatch, names: Sequence[str]) -> tuple[np.ndarray, p
 
 
 def blank_mask(captions: pa.Array) -> np.ndarray:
-    """Return :func:`is_blank` of each text, or for lists whether all their texts are blank: bool ``[N]``."""
+    """Return :func:`is_blank` of each text; a list is blank if all its texts are: bool ``[N]``."""
     if pa.types.is_dictionary(captions.type):
         captions = captions.dictionary_decode()
     if _is_list(captions.type):

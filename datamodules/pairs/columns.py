@@ -1,4 +1,4 @@
-"""Pairs in Arrow columns: no Python object per row, and memory-mapped files stay outside a process's own memory."""
+"""Pairs in Arrow columns: no Python object per row, and memory-mapped files stay outside the process's own memory."""
 
 import io
 import random
@@ -25,13 +25,13 @@ LARGEST_WEIGHT = float(np.finfo(np.float32).max)
 
 
 def group_name(value: Any) -> str:
-    """Return the group that a cell names, empty for none; numbers are names too."""
+    """Return the group name in a cell, empty for none; numbers are valid names."""
     name = "" if value is None else str(value).strip()
     return "" if name.lower() in BLANK else name
 
 
 def checked_weight(cell: Any, column: str | None, where: str) -> float:
-    """Return the weight that a cell holds."""
+    """Return the weight in a cell."""
     try:
         weight = float(cell)
     except (TypeError, ValueError, OverflowError):
@@ -45,14 +45,14 @@ def checked_weight(cell: Any, column: str | None, where: str) -> float:
 
 
 def checked_title(cell: Any, column: str | None, where: str) -> str:
-    """Return the title that a cell holds."""
+    """Return the title in a cell."""
     if is_blank(cell) or not isinstance(cell, str):
         raise BadSample(where, "no title", f"column {column!r} holds {shortened(cell)}, not a title; write one")
     return check_caption(cell, where)
 
 
 class Cells(NamedTuple):
-    """Cells of a row, whose name in messages is ``where``."""
+    """Cells of a row; ``where`` names the row in messages."""
 
     image: Any  # a path, bytes, a function that reads these, or Hugging Face's struct of both
     caption: Any
@@ -79,7 +79,7 @@ class ColumnPairs(PairSource):
         self._local, self._address = "", ""
 
     def copied_from(self, name: str, version: str, copy: str) -> Self:
-        """Note that the file or folder ``copy`` is a version of ``name``; see :attr:`PairSource.versions`."""
+        """Record that the file or folder ``copy`` is a version of ``name``; see :attr:`PairSource.versions`."""
         shown = without_secrets(name)  # the versions are in checkpoints
         self._versions, self._local, self._address = {shown: version}, copy, name
         left_out = self._left_out.listed
@@ -87,7 +87,7 @@ class ColumnPairs(PairSource):
         return self
 
     def shown(self, path: Path | str) -> str:
-        """Return the name of a file in messages."""
+        """Return the name of a file for messages."""
         return str(path).replace(self._local, self._address, 1) if self._local else str(path)
 
     @property
@@ -150,7 +150,7 @@ class ColumnPairs(PairSource):
         return io.BytesIO(cast(StoreFolder, self.root).read(image, where)) if isinstance(image, str) else image
 
     def _located(self, value: Any, cells: Cells) -> tuple[Path | str | io.BytesIO, str]:
-        """Return an image of a row, which is a file, an address in a store, or the content; and its key."""
+        """Return a row's image and its key; the image is a file, an address in a store, or the content."""
         if callable(value):
             value = value()
         if isinstance(value, dict):
@@ -181,7 +181,7 @@ class ColumnPairs(PairSource):
 
 
 def file_identity(path: Path | str, where: str) -> tuple[str, int, str]:
-    """Return a file's path or address in a store, its size, and its time of modification or the store's tag."""
+    """Return a file's path or store address, its size, and its modification time or the store's tag."""
     name = str(path.absolute()) if isinstance(path, Path) else path
     try:
         stamp = stamp_of(name)
@@ -198,7 +198,7 @@ def _captions(cells: Cells) -> list[str]:
 
 
 def _texts(cell: Any, where: str) -> list[str]:
-    """Return the texts of a cell that are not blank."""
+    """Return the non-blank texts of a cell."""
     texts = [_decoded(value, where) for value in (cell if isinstance(cell, list) else [cell])]
     return [check_caption(text, where) for text in texts if not is_blank(text)]
 
@@ -214,7 +214,7 @@ def _decoded(value: Any, where: str) -> Any:
 
 
 class TablePairs(ColumnPairs):
-    """Pairs in an Arrow table with the columns of ``text_table.SCHEMA``; it may lack the optional ones.
+    """Pairs in an Arrow table with the columns of ``text_table.SCHEMA``; optional columns may be missing.
 
     Args:
         path: of the file that the table was made from, for messages.
@@ -237,7 +237,7 @@ class TablePairs(ColumnPairs):
         self._latest: tuple[int, Cells] | None = None  # row and cells: one row is often asked for several things
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave a mapped table out: the receiving process maps it again."""
+        """Leave out a mapped table: the receiving process maps it again."""
         state = dict(self.__dict__)
         return {**state, "_table": None} if self._mapped else state
 
@@ -276,7 +276,7 @@ def map_table(path: Path) -> pa.Table:
 
 
 def map_valid_table(path: Path, schema: pa.Schema) -> pa.Table:
-    """:func:`map_table` of a file that may be damaged: reads all of it and raises Arrow's errors."""
+    """Call :func:`map_table` on a file that may be damaged: read all of it, and raise Arrow's errors."""
     table = map_table(path)
     if table.schema != schema:
         raise pa.ArrowInvalid(f"it has the columns {table.schema}")

@@ -1,4 +1,4 @@
-"""Base class of a source of pairs of your own."""
+"""Base class for your own source of pairs."""
 
 import io
 import random
@@ -21,7 +21,7 @@ from .source import EncodedPair, Pair, PairSource, PairText
 
 
 class CustomPairs(PairSource):
-    """Pairs of your own: a subclass says how many there are, and what each row's image and captions are.
+    """Your own pairs: a subclass returns their number, and the image and captions of each row.
 
     Rows are numbered from 0 to ``len(self) - 1``. Data workers are sent a copy, so files and connections are opened in
     the methods, not in the constructor. An ``OSError`` in a method makes the row a bad sample (``on_error``); any other
@@ -35,33 +35,33 @@ class CustomPairs(PairSource):
 
     @abstractmethod
     def image(self, index: int) -> Image.Image | str | Path | bytes:
-        """Return the image of a row: of any mode, or the path or the content of an image file.
+        """Return the image of a row: a PIL image of any mode, or the path or the content of an image file.
 
         From a path or a content JPEGs are decoded at the fraction of their size that training needs.
         """
 
     @abstractmethod
     def captions(self, index: int) -> list[str]:
-        """Return the captions of a row, at least one; training draws one each time, validation takes the first."""
+        """Return at least one caption of a row; training draws one each time, validation takes the first."""
 
     def key(self, index: int) -> str:
         """Return the name of a row's image, the same in every run; rows with the same key have the same image."""
         return str(index)
 
     def group(self, index: int) -> str:
-        """Return the group of duplicates that a row belongs to; empty for none."""
+        """Return the duplicate group of a row; empty for none."""
         return ""
 
     def negatives(self, index: int) -> list[str]:
-        """Return captions that do not fit the image although they are similar; training draws one each time."""
+        """Return similar captions that do not fit the image; training draws one each time."""
         return []
 
     def extra(self, index: int) -> Mapping[str, Any]:
-        """Return what a loss of your own needs to know of a row: numbers (float32) or tensors of one shape, by name."""
+        """Return what your own loss needs for a row: numbers (float32) or tensors of one shape, by name."""
         return {}
 
     def where(self, index: int) -> str:
-        """Return the name of a row in messages."""
+        """Return the name of a row for messages."""
         return f"{type(self).__name__} row {index}"
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
@@ -79,7 +79,7 @@ class CustomPairs(PairSource):
         return PairText(caption, self.key(index), self.group(index), negative, extra)
 
     def read(self, index: int) -> EncodedPair:
-        """Return a pair as stored; a PIL image as PNG."""
+        """Return a pair as stored; a PIL image is stored as PNG."""
         where = self.where(index)
         with _opening_files(where):
             texts, content = self._texts(index, where), self.image(index)
@@ -94,7 +94,7 @@ class CustomPairs(PairSource):
         return EncodedPair(content, texts, self.key(index), self.group(index), where)
 
     def check(self) -> None:
-        """Load the first row, so that a run does not start with a source that does not keep the contract."""
+        """Load the first row, so that a source that breaks the contract fails before the run starts."""
         require(len(self) > 0, f"{type(self).__name__}: has no rows")
         self.load(0, None)
 
@@ -126,7 +126,7 @@ class CustomPairs(PairSource):
 
 @contextmanager
 def _opening_files(where: str) -> Iterator[None]:
-    """Make an ``OSError`` of a row's method a bad sample."""
+    """Turn an ``OSError`` of a row's method into a bad sample."""
     try:
         yield
     except FileNotFoundError as error:

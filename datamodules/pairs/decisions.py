@@ -1,4 +1,4 @@
-"""Tables of decisions on the pairs of a source: keep or drop, as commands propose them and as people edit them.
+"""Tables of decisions on the pairs of a source: keep or drop, as commands propose and people edit them.
 
 These columns decide; all others say why, and the order of the lines makes no difference:
 
@@ -46,18 +46,18 @@ SCORED_LINE = np.dtype([("row", "i8"), ("pair", "i8"), ("drop", "?")])  # of a t
 
 
 def label_of(source: PairSource, kind: str) -> str:
-    """Return the ``data`` of a table of ``FINDINGS`` or ``ALL_PAIRS``: its kind, and the source's size and version."""
+    """Return the label of a table of ``FINDINGS`` or ``ALL_PAIRS``: its kind, and the source's size and version."""
     version = f", version {hex_digest(sorted(source.versions.items()))[:16]}" if source.versions else ""
     return f"{kind} {len(source)} rows{version}"
 
 
 def pair_text(pair: int) -> str:
-    """Return a hash as text that no spreadsheet takes for a number, which it would round."""
+    """Return a hash as text that no spreadsheet rounds as a number."""
     return f"p{pair % 2**64:016x}"
 
 
 class Copies(NamedTuple):
-    """Rows with the same image as other rows, ascending, and for each the first of these: int64 ``[C]``."""
+    """Rows that repeat another row's image, ascending, and the first row with that image for each: int64 ``[C]``."""
 
     rows: np.ndarray
     first: np.ndarray
@@ -70,7 +70,7 @@ class Copies(NamedTuple):
 
 @dataclass(frozen=True)
 class Decisions:
-    """Decisions on the pairs of a source: either all pairs that are kept, or all that are dropped.
+    """Decisions on the pairs of a source: a list of all kept pairs, or of all dropped pairs.
 
     ``rows`` ascend, int ``[P]``; ``pairs`` are the hashes, int64 ``[P]``. Findings list only the rows of which some
     captions are dropped; the rows that are dropped whole are ``without``, int64, ascending.
@@ -85,7 +85,7 @@ class Decisions:
 
     @property
     def keeps_listed(self) -> bool:
-        """Whether the listed pairs are the ones that are kept."""
+        """Whether the listed pairs are kept."""
         return self.label.startswith(ALL_PAIRS)
 
     @property
@@ -95,7 +95,7 @@ class Decisions:
 
     @cached_property
     def kept_rows(self) -> np.ndarray:
-        """Rows of which a pair is kept, ascending."""
+        """Rows with a kept pair, ascending."""
         if not self.keeps_listed:
             return np.delete(np.arange(self.size, dtype=self.rows.dtype), self.without)
         first = np.diff(self.rows, prepend=-1) != 0
@@ -128,7 +128,7 @@ def read_decisions(path: Path) -> Decisions:
 
 
 def joined(tables: Sequence[Decisions]) -> Decisions:
-    """Join tables on one source: a pair is kept if each of them keeps it."""
+    """Join tables on one source: a pair is kept if every table keeps it."""
     findings = [table for table in tables if not table.keeps_listed]
     scores = [table for table in tables if table.keeps_listed]
     found = _of_findings(tables[0].label, np.concatenate([np.zeros(0, LINE), *(table.lines for table in findings)]))
@@ -148,7 +148,7 @@ def _size_of(label: str) -> int:
 
 
 def _numbers_of(found: Any) -> np.ndarray:
-    """Return a number for each pair of a row, of decisions or of lines, uint64 ``[P]``."""
+    """Return a number for each (row, pair) of decisions or lines, uint64 ``[P]``."""
     rows, pairs = (found.rows, found.pairs) if isinstance(found, Decisions) else (found["row"], found["pair"])
     return pairs.astype(np.uint64) ^ rows.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 
@@ -162,7 +162,7 @@ def _small(rows: np.ndarray, label: str) -> np.ndarray:
 
 
 def _of_all_pairs(path: Path, label: str, lines: np.ndarray) -> Decisions:
-    """Decide by the lines: of two lines on one pair, one that drops it decides."""
+    """Return the decisions of the lines; if two lines disagree about a pair, it is dropped."""
     drops, lines = lines[lines["drop"]], lines[~lines["drop"]]
     both = _among(_numbers_of(lines), _numbers_of(drops))
     if both.any() and path.is_dir():
@@ -174,7 +174,7 @@ def _of_all_pairs(path: Path, label: str, lines: np.ndarray) -> Decisions:
 
 
 def _of_findings(label: str, lines: np.ndarray) -> Decisions:
-    """Decide by the lines: a pair is dropped if one of its lines drops it."""
+    """Return the decisions of the lines; a pair is dropped if one of its lines drops it."""
     drops = lines[lines["drop"]]
     whole, some = drops[drops["captions"] == 0], drops[drops["captions"] > 0]
     some = some[np.unique(some[["row", "pair"]], return_index=True)[1]]
@@ -187,7 +187,7 @@ def _of_findings(label: str, lines: np.ndarray) -> Decisions:
 
 
 def _copies(lines: np.ndarray) -> Copies:
-    """Follow the links between rows: copies of copies are copies of the first."""
+    """Follow the links between rows: a copy of a copy is a copy of the first."""
     links = np.stack([lines["row"], lines["copy_of"]])
     rows, numbers = np.unique(links, return_inverse=True)
     labels = components(numbers.reshape(links.shape), len(rows)) if len(rows) else np.zeros(0, np.int64)
@@ -196,14 +196,14 @@ def _copies(lines: np.ndarray) -> Copies:
 
 
 class _Lines(NamedTuple):
-    """The lines of a file; columns that it lacks are missing."""
+    """The lines of a file; a column that the file lacks is missing."""
 
     path: Path
     numbers: Sequence[int]  # of the lines, for messages
     columns: dict[str, pa.Array]
 
     def _check(self, wrong: np.ndarray, problem: str, values: Sequence[Any] | np.ndarray = ()) -> None:
-        """Raise :class:`InputError` for the first wrong line, whose value stands for the braces of ``problem``."""
+        """Raise :class:`InputError` for the first wrong line; its value replaces the braces in ``problem``."""
         if wrong.any():
             place = int(wrong.argmax())
             value = shown(values[place]) if len(values) else ""
@@ -216,7 +216,7 @@ class _Lines(NamedTuple):
         return label
 
     def read(self, label: str) -> np.ndarray:
-        """Return the lines as ``LINE`` or ``SCORED_LINE``, without those on rows that opening the source left out.
+        """Return the lines as ``LINE`` or ``SCORED_LINE``, except for rows left out when the source was opened.
 
         Of a line on a whole row ``captions`` is 0; a ``copy_of`` that is blank is -1.
         """
@@ -244,13 +244,13 @@ class _Lines(NamedTuple):
         return found[has_row]
 
     def _meant(self, name: str, meanings: dict[str, int]) -> np.ndarray:
-        """Return the meaning of each text in a column, in any letter case, -1 for none: int64 ``[N]``."""
+        """Return the meaning of each text in a column, ignoring letter case; -1 for none: int64 ``[N]``."""
         column = self.columns[name].dictionary_encode()
         words = [meanings.get(str(word).strip().lower(), -1) for word in column.dictionary.to_pylist()]
         return np.array([*words, -1])[column.indices.fill_null(len(words)).to_numpy()]
 
     def _captions(self) -> np.ndarray:
-        """Return the number of the row's captions, 0 for a line on the whole row: int64 ``[N]``."""
+        """Return the row's number of captions for each line, 0 for a line on the whole row: int64 ``[N]``."""
         require("captions" in self.columns, f"{self.path}: no column 'captions'; {MAKE_AGAIN}")
         words = [str(word).strip() for word in self.columns["captions"].unique().to_pylist()]
         matches = {word: OF_CAPTIONS.fullmatch(word) for word in words}
@@ -261,7 +261,7 @@ class _Lines(NamedTuple):
         return found
 
     def _numbers(self, name: str, size: int | None = None) -> tuple[np.ndarray, np.ndarray]:
-        """Return a column's numbers, 0 where it is blank, and whether it is not; rows are below ``size``."""
+        """Return a column's numbers, 0 for a blank cell, and a mask of filled cells; rows are below ``size``."""
         column = self.columns[name]
         if column.type == pa.int64():
             numbers, filled = column.fill_null(0).to_numpy(), column.is_valid().to_numpy(zero_copy_only=False)
@@ -279,7 +279,7 @@ class _Lines(NamedTuple):
 
 
 def _number(value: Any) -> int | Literal[""] | None:
-    """Return the whole number or hash in a cell; empty if it is blank, and None if it holds something else."""
+    """Return the whole number or hash in a cell; empty text for a blank cell, None for anything else."""
     text = "" if value is None or value != value else str(value).strip()
     if hexadecimal := PAIR.fullmatch(text):
         return (int(hexadecimal[1], 16) + 2**63) % 2**64 - 2**63
@@ -334,7 +334,7 @@ def _parquet_lines(path: Path) -> _Lines:
 
 
 def check_scores(path: Path, scores: pa.Array, first: int) -> None:
-    """Raise :class:`InputError` unless the scores of lines from ``first`` on are finite or null."""
+    """Raise :class:`InputError` unless all scores are finite or null; ``first`` is the row of the first score."""
     numbers = pa.types.is_floating(scores.type) or pa.types.is_integer(scores.type) or pa.types.is_null(scores.type)
     require(numbers, f"{path}: column 'score' holds {scores.type}, not numbers; write it with lit-clip score")
     wrong = np.flatnonzero(~np.isfinite(scores.fill_null(0).to_numpy()))
@@ -344,7 +344,7 @@ def check_scores(path: Path, scores: pa.Array, first: int) -> None:
 
 
 def _plain(column: pa.Array, name: str) -> pa.Array:
-    """Return a column as int64 or float if it holds numbers, else as text."""
+    """Return a column as int64 or float if it holds numbers, otherwise as text."""
     if pa.types.is_dictionary(column.type) and name not in NUMBERS:
         return column
     if pa.types.is_dictionary(column.type):

@@ -1,4 +1,4 @@
-"""Tables of findings on a source, for people to read and edit: what is wrong with pairs, and decisions."""
+"""Tables of findings on a source for people to read and edit: problems of pairs, and decisions."""
 
 import csv
 import filecmp
@@ -25,7 +25,7 @@ Counts = Counter[tuple[str, str]]  # lines by finding and decision
 
 @dataclass
 class Finding:
-    """A line: findings on a pair, or on a whole row, with the columns of :mod:`datamodules.pairs.decisions`."""
+    """A line of findings on a pair or a whole row, with the columns of :mod:`datamodules.pairs.decisions`."""
 
     decision: str = KEEP
     finding: str = ""
@@ -40,19 +40,19 @@ class Finding:
 
     @classmethod
     def of_row(cls, row: int, key: str | None) -> "Finding":
-        """Return a line on a whole row, whose key may be unreadable."""
+        """Return a line on a whole row; the row's key may be unreadable."""
         return cls(key=without_secrets(key or ""), row=row, pair="" if key is None else pair_text(pair_hash(key, "")))
 
     @classmethod
     def of_pair(cls, row: int, key: str, caption: str, captions: int) -> "Finding":
-        """Return a line on one of a row's distinct captions."""
+        """Return a line on one distinct caption of a row."""
         text = " ".join(caption.split())
         text = text if len(text) <= CHARACTERS else f"{text[:CHARACTERS]}..."
         pair = pair_text(pair_hash(key, caption))
         return cls(key=key, caption=text, captions=f"1 of {captions}", row=row, pair=pair)
 
     def add(self, finding: str, decision: str, detail: str = "") -> None:
-        """Add a finding with the decision it proposes; the line drops what one of its findings drops."""
+        """Add a finding and its proposed decision; one finding that drops the line is enough."""
         self.finding = "; ".join(filter(None, (self.finding, finding)))
         self.detail = "; ".join(filter(None, (self.detail, detail)))
         self.decision = DROP if DROP in (decision, self.decision) else KEEP
@@ -77,7 +77,7 @@ class DataOptions:
 def write_findings(
     path: Path, lines: Iterable[Finding], source: PairSource, options: DataOptions
 ) -> tuple[Counts, str]:
-    """Write a ``.csv`` file; return counts of its lines, and the command that trains on what it keeps.
+    """Write a ``.csv`` file; return counts of its lines, and the command that trains on the kept pairs.
 
     An earlier file that differs, maybe because decisions were edited, is kept under another name.
     """

@@ -55,14 +55,14 @@ def _listed(folder: Path, below: str) -> Iterator[tuple[str, bool, bool]]:
 
 
 def _identity(folder: Path) -> tuple[int, int]:
-    """Return what is the same for a folder and a link to it."""
+    """Return an identity that a folder and links to it share."""
     with reading(folder, "folder"):
         status = folder.stat()
     return status.st_dev, status.st_ino
 
 
 class FolderPairs(ColumnPairs):
-    """Images at any depth of a folder, each with a ``.txt`` of the same name beside it that holds a caption per line.
+    """Images at any depth of a folder; a ``.txt`` file of the same name has one caption per line.
 
     Opening a folder only reads file names; a text is read with its image.
     """
@@ -114,7 +114,7 @@ class FolderPairs(ColumnPairs):
 
 
 def _text_of(file: Path) -> bytes:
-    """Return the content of a text file; an ``OSError`` if it is no regular file, or too large to be captions."""
+    """Return the content of a text file; raise ``OSError`` if it is not a regular file, or too large for captions."""
     if not file.is_file() and file.exists():
         raise OSError("it is not a file")
     with file.open("rb") as stream:
@@ -125,7 +125,7 @@ def _text_of(file: Path) -> bytes:
 
 
 def open_class_folders(folder: Path, options: SourceOptions) -> "ClassPairs":
-    """Open a folder of classes; templates and class names are those of :func:`prompts_of`."""
+    """Open a folder of classes; :func:`prompts_of` makes the templates and class names."""
     options.refuse_split(folder)
     options.refuse_columns(folder)
     with reading(folder, "folder"):
@@ -139,7 +139,7 @@ def open_class_folders(folder: Path, options: SourceOptions) -> "ClassPairs":
 
 
 class ClassPairs(ColumnPairs):
-    """Images in one subfolder for each class; the captions are the prompts of the class, which is the pair's group."""
+    """Images in one subfolder per class; captions are the class's prompts, and the class is the pair's group."""
 
     def __init__(self, folder: Path, classes: list[str], prompts: list[list[str]]) -> None:
         super().__init__(folder, folder)

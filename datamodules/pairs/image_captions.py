@@ -1,4 +1,4 @@
-"""One row of each image or thing in an epoch, or all captions of each image, whether one row or several have them."""
+"""Select the rows of an epoch: one row of each image or thing, or all captions or images together."""
 
 import random
 from collections.abc import Callable
@@ -18,7 +18,7 @@ MOST = 2_000_000  # rows whose images are counted for the plan: a second
 
 
 def chosen_pairs(source: PairSource, per_image: PerImage, per_thing: PerThing) -> PairSource:
-    """Return a training source with the captions of an image, and the images of a thing, that an epoch reads."""
+    """Return a training source; its epochs have the captions per image and images per thing that options set."""
     if per_thing == "together":
         return images_together(source)
     if per_thing == "two":
@@ -29,7 +29,7 @@ def chosen_pairs(source: PairSource, per_image: PerImage, per_thing: PerThing) -
 
 
 def one_caption_each(source: PairSource) -> PairSource:
-    """Return a source whose epochs have one row of each image, as has each part of a mixture."""
+    """Return a source with one row of each image per epoch, in each part of a mixture."""
     one = _one_of_each(source, arrow_image_names)
     name = getattr(source, "path", type(source).__name__)
     require(
@@ -41,7 +41,7 @@ def one_caption_each(source: PairSource) -> PairSource:
 
 
 def one_image_each(source: PairSource, per_thing: PerThing) -> PairSource:
-    """Return a source whose epochs have one row of each thing, see :class:`ImageOptions`; or the source itself."""
+    """Return a source with one row of each thing per epoch, see :class:`ImageOptions`; or the source itself."""
     one = _one_of_each(source, lambda each: each.things(rows=per_thing is None))
     name = getattr(source, "path", type(source).__name__)
     if one.pairs_per_epoch < source.pairs_per_epoch:
@@ -58,7 +58,7 @@ def _no_things(option: str, name: object) -> str:
 
 
 def images_together(source: PairSource) -> PairSource:
-    """Return a source whose rows are things with all of their images, as are those of each part of a mixture."""
+    """Return a source with one row per thing, with all its images; a mixture's parts are treated separately."""
     if isinstance(source, Mixture):
         return Mixture([images_together(part) for part in source.sources], source.weights)
     names = source.things()
@@ -68,7 +68,7 @@ def images_together(source: PairSource) -> PairSource:
 
 
 def two_images_each(source: PairSource) -> PairSource:
-    """Return a source whose epochs have one image of each thing and another one, as has each part of a mixture."""
+    """Return a source with two images of each thing per epoch; a mixture's parts are treated separately."""
     if isinstance(source, Mixture):
         return Mixture([two_images_each(part) for part in source.sources], source.weights)
     names = source.things()
@@ -83,13 +83,13 @@ def _one_of_each(source: PairSource, names_of: Callable[[PairSource], pa.Chunked
 
 
 def image_numbers(source: PairSource) -> np.ndarray | None:
-    """Return each row's image as a number, int32 ``[len(source)]``; None: every row has another image."""
+    """Return each row's image as a number, int32 ``[len(source)]``; None if every row has another image."""
     names = arrow_image_names(source)
     return None if names is None else numbered(names)
 
 
 def rows_of_each_image(source: PairSource) -> float | None:
-    """Return the mean number of rows of an image in an epoch; None if unknown, or where there are too many rows."""
+    """Return an image's mean number of rows in an epoch; None if unknown, or if there are too many rows."""
     if len(source) > MOST or source.pairs_per_epoch < len(source):
         return None
     images = image_numbers(source)
@@ -97,7 +97,7 @@ def rows_of_each_image(source: PairSource) -> float | None:
 
 
 class OneOfEach(Rows):
-    """All rows of a source, of which each epoch has one of each image, or of each thing, in the source's order.
+    """All rows of a source; each epoch has one row of each image or thing, in the source's order.
 
     The rows of an image are shuffled, and epoch after epoch has the next of them; when all were used they are shuffled
     again. The row of an epoch is a pure function of seed, epoch and the rows' images. ``images`` are the numbers of the
@@ -120,7 +120,7 @@ class OneOfEach(Rows):
         return order[self._chosen(epoch, seed)[order]]
 
     def _chosen(self, epoch: int, seed: int) -> np.ndarray:
-        """Return whether each row is in an epoch, bool ``[len(self)]``."""
+        """Return which rows are in an epoch, bool ``[len(self)]``."""
         chosen = np.zeros(len(self), dtype=bool)
         for count in np.unique(self._counts).tolist():  # rows of images with so many
             rows = self._by_image[self._first[self._counts == count, None] + np.arange(count)]
@@ -131,7 +131,7 @@ class OneOfEach(Rows):
 
 
 class TwoOfEach(OneOfEach):
-    """One row of each thing in an epoch, with another image of it, or with its own where the thing has no other."""
+    """One row of each thing in an epoch, with a second image of the thing, or the same image if it has only one."""
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
         pair = super().load(index, rng)
@@ -148,7 +148,7 @@ COUNTED = 1000  # rows whose captions are counted for the plan
 
 
 def captions_together(source: PairSource) -> PairSource:
-    """Return a source whose rows are images with all of their captions, as are those of each part of a mixture."""
+    """Return a source with one row per image, with all its captions; a mixture's parts are treated separately."""
     together = joined(source)
     name = getattr(source, "path", type(source).__name__)
     require(
@@ -160,14 +160,14 @@ def captions_together(source: PairSource) -> PairSource:
 
 
 def joined(source: PairSource) -> PairSource:
-    """Return the images of a source, or of each part of a mixture, with their captions, one or several."""
+    """Return the images of a source with all their captions; a mixture's parts are treated separately."""
     if isinstance(source, Mixture):
         return Mixture([joined(part) for part in source.sources], source.weights)
     return Together(source)
 
 
 def captions_per_image(source: PairSource) -> float:
-    """Return the mean number of captions of an image in an epoch; 1 for a source that does not have them together."""
+    """Return an image's mean number of captions in an epoch; 1 for a source that does not join captions."""
     if isinstance(source, Mixture):
         return float(np.average([captions_per_image(part) for part in source.sources], weights=source.rows_per_epoch))
     source = source.source if isinstance(source, OneOfEach) else source
@@ -195,7 +195,7 @@ class Together(Rows):
         return Pair(super().load(index, None).image, *self.text(index, rng))
 
     def text(self, index: int, rng: random.Random | None) -> PairText:
-        """Return the first caption, and the others as ``more``."""
+        """Return the first caption, with the other captions as ``more``."""
         found: dict[str, PairText] = {}
         for row in self._rows_of(index):
             text = self.source.text(row, rng)
@@ -210,13 +210,13 @@ class Together(Rows):
         return list(dict.fromkeys(caption for row in self._rows_of(index) for caption in self.source.captions(row)))
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
-        """Return the images in the source's order, or if rows share images, in the order of a source without that."""
+        """Return the images in the source's order; if rows share images, in a shuffled order."""
         own = len(self) == len(self.source)  # it may keep neighbours together, as shards do
         return super().order(epoch, seed) if own else permutation(len(self), epoch, seed)
 
     @cached_property
     def captions_per_image(self) -> float:
-        """Mean number of captions of an image, by those of the first rows; copies in other rows count."""
+        """Mean number of captions of an image, from its first row's; copies in other rows count."""
         counts = []
         for row in range(min(len(self.source), COUNTED)):
             with suppress(BadSample):
@@ -225,14 +225,14 @@ class Together(Rows):
 
 
 class ImagesTogether(Together):
-    """The things of a source, each with all images of its rows, and a caption of one; ``images`` are their numbers."""
+    """The things of a source, each with all its images and one caption; ``images`` are the things' numbers."""
 
     @cached_property
     def captions_per_image(self) -> float:
         return 1.0
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
-        """Load each image once, with the caption of any row; or without ``rng`` the first image."""
+        """Load each image of a thing once, with a caption from any row; without ``rng``, only the first image."""
         rows = self._rows_of(index)
         if rng is None:
             return self.source.load(rows[0], None)

@@ -21,7 +21,7 @@ SPREAD = 10_000  # rows that these lie within at most: of shards in a store, one
 
 
 def kept_pairs(source: PairSource, tables: str | Path | Sequence[str], option: str = "") -> "FilteredPairs":
-    """Return the pairs of a source that each table of decisions keeps; ``option`` gave them, for messages."""
+    """Return the pairs of a source that every table of decisions keeps; messages name ``option``."""
     paths = [str(each) for each in ([tables] if isinstance(tables, str | Path) else tables)]
     with naming(option):
         require(bool(paths), "an empty list of tables; name one, or leave it out")
@@ -46,7 +46,7 @@ def _kept_pairs(source: PairSource, path: str) -> "FilteredPairs":
 
 
 def digest_of_kept(source: PairSource) -> str:
-    """Return a hash that changes with the pairs that tables keep of a source or its parts; empty without a table."""
+    """Return a hash that changes with the kept pairs of a source or its parts; empty without a table."""
     if isinstance(source, FilteredPairs):
         return source.digest
     if isinstance(source, Rows):
@@ -72,7 +72,7 @@ class FilteredPairs(Rows):
 
     @cached_property
     def digest(self) -> str:
-        """A hash that changes with the pairs."""
+        """A hash that changes with the kept pairs."""
         found = self.decisions
         arrays = (self.rows, found.rows, found.pairs, *found.copies)
         return hex_digest([found.keeps_listed, *(array.tobytes() for array in arrays)])
@@ -89,7 +89,7 @@ class FilteredPairs(Rows):
         return kept
 
     def changed(self, index: int, found: Found, rng: random.Random | None) -> Found:
-        """Draw again where the source drew a caption that is not kept: all kept ones stay equally likely."""
+        """Draw again if the source drew a dropped caption; all kept captions stay equally likely."""
         listed, caption = self.decisions.of_row(int(self.rows[index])), found.caption
         if pair_hash(found.key, caption) not in listed if self.decisions.keeps_listed else len(listed):
             captions = self.captions(index)
@@ -104,7 +104,7 @@ class FilteredPairs(Rows):
         return key if first == row else self.source.key(first)
 
     def check_first(self) -> None:
-        """Compare the first pairs with the source, of findings the last too; :class:`InputError` if they changed."""
+        """Compare the first pairs, and the last lines of findings, with the source; raise if they changed."""
         try:
             if self.decisions.keeps_listed:
                 for index in range(min(CHECKED, len(self))):
@@ -133,11 +133,11 @@ class FilteredPairs(Rows):
         return self._kept(index, super().key(index), super().captions(index))
 
     def check(self) -> None:
-        """Load the first pair: the command that wrote the table has read them all, but perhaps from another root."""
+        """Load the first pair: the command that wrote the table has read all, but perhaps from another root."""
         self.load(0, None)
 
     def divide(self, share: float, seed: int, groups: bool = False) -> tuple[PairSource, PairSource]:
-        """Divide the source, so that an image is on the same side with any pairs kept."""
+        """Divide the source, so that an image is on the same side whichever pairs are kept."""
         train, held_out = (self._within(part) for part in self.source.divide(share, seed, groups))
         return train, held_out
 

@@ -1,4 +1,4 @@
-"""Hard negative captions: those that a model finds similar to an image although they belong to another.
+"""Hard negative captions: a model finds them similar to an image although they belong to another image.
 
 The options mean what they do in sentence-transformers' ``mine_hard_negatives``, whose names are in brackets.
 """
@@ -19,7 +19,7 @@ IMAGES = 256  # that are compared with all captions at once
 
 @dataclass(frozen=True)
 class MiningWindow:
-    """Which of the captions that are nearest to an image are its hard negatives.
+    """Range of an image's nearest captions that are its hard negatives.
 
     Args:
         num_negatives: of an image, at most; training draws one of them in each epoch.
@@ -48,7 +48,7 @@ class MiningWindow:
 def hard_negatives(
     images: np.ndarray, texts: np.ndarray, own: Sequence[set[int]], other: Sequence[set[int]], window: MiningWindow
 ) -> Iterator[list[tuple[int, float]]]:
-    """Yield for each image its hard negatives, the most similar first: numbers of texts, and cosine similarities.
+    """Yield each image's hard negatives, most similar first: numbers of texts, and cosine similarities.
 
     Args:
         images: unit features ``[N, D]``.

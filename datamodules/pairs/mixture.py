@@ -13,7 +13,7 @@ from .source import IMAGES_OF, Derived, EncodedPair, Found, PairSource, arrow_im
 
 
 def proportional_counts(weights: Sequence[float], total: int) -> list[int]:
-    """Divide ``total`` in proportion to the weights, by largest remainders: each count is off by less than one."""
+    """Divide ``total`` in proportion to the weights by largest remainders: each count is off by less than one."""
     exact = np.asarray(weights, np.float64) / np.sum(weights) * total
     counts = np.floor(exact).astype(np.int64)
     largest_remainders = np.argsort(counts - exact, kind="stable")[: total - int(counts.sum())]
@@ -41,7 +41,7 @@ class Concatenated(Derived):
         return sum(self.rows_per_epoch)
 
     def order(self, epoch: int, seed: int) -> np.ndarray:
-        """Interleave the sources at random; each keeps its own order, which may keep neighbouring rows together."""
+        """Interleave the sources at random; each keeps its own order, so neighbouring rows may stay together."""
         source_of = np.repeat(np.arange(len(self.sources), dtype=np.int32), self.rows_per_epoch)
         np.random.default_rng((seed, epoch)).shuffle(source_of)
         order = np.empty(len(source_of), np.int64)
@@ -52,7 +52,7 @@ class Concatenated(Derived):
         return order
 
     def _rows(self, number: int, epoch: int, seed: int) -> np.ndarray:
-        """Rows that an epoch takes from a source, int64 ``[rows_per_epoch[number]]``."""
+        """Return the rows that an epoch takes from a source, int64 ``[rows_per_epoch[number]]``."""
         return self.sources[number].order(epoch, seed).astype(np.int64)
 
     def locate(self, index: int) -> tuple[PairSource, int]:
@@ -82,7 +82,7 @@ class Concatenated(Derived):
         return self._key(index, super().key(index))
 
     def image_names(self) -> pa.ChunkedArray:
-        """Names of all images, in order: an image that two sources share is held out of both."""
+        """Return the names of all images, in order: an image in two sources is held out of both."""
         every = []
         for number, source in enumerate(self.sources):
             prefix, names = f"{number}:" if self.distinct_keys else ":", arrow_image_names(source)
@@ -111,13 +111,13 @@ def _numbers(source: PairSource) -> pa.ChunkedArray:
 
 
 def _prefixed(prefix: str, names: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return names behind a prefix: Arrow's, as millions of Python's would fill the memory."""
+    """Return names with a prefix; they stay in Arrow, because millions of Python texts would fill the memory."""
     before, between = (pa.scalar(text, names.type) for text in (prefix, ""))
     return compute.binary_join_element_wise(before, names, between)
 
 
 class Mixture(Concatenated):
-    """Several sources, shuffled together; weights decide how many pairs of each an epoch holds.
+    """Several sources, shuffled together; weights set the number of pairs of each in an epoch.
 
     An epoch has as many pairs as epochs of the sources together. Each source is read in its own order and continues in
     the next epoch where it stopped: none of its pairs repeats before all of them were used, and then it starts over in
@@ -141,7 +141,7 @@ class Mixture(Concatenated):
             )
 
     def _rows(self, number: int, epoch: int, seed: int) -> np.ndarray:
-        """The epoch's slice of the endless sequence of passes over one source."""
+        """Return the epoch's slice of the endless sequence of passes over one source."""
         source, count = self.sources[number], self.rows_per_epoch[number]
         slices, position, end = [], epoch * count, (epoch + 1) * count
         while position < end:
@@ -152,6 +152,6 @@ class Mixture(Concatenated):
         return np.concatenate(slices)
 
     def divide(self, share: float, seed: int, groups: bool = False) -> tuple[PairSource, PairSource]:
-        """Divide each source: a mixture for training, and every held-out pair once for validation."""
+        """Divide each source into a mixture for training and held-out pairs, each once, for validation."""
         train, held_out = zip(*(source.divide(share, seed, groups) for source in self.sources), strict=True)
         return Mixture(train, self.weights), Concatenated(held_out, distinct_keys=True)

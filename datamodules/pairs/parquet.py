@@ -1,4 +1,4 @@
-"""Captions in parquet files, with the paths of images or the images themselves."""
+"""Captions in parquet files, with image paths or encoded images."""
 
 import os
 import re
@@ -32,7 +32,7 @@ LAYOUT = 2  # of the cached files; a new number makes old ones be written again
 
 
 def files_of_split(folder: Path, files: Sequence[Path], options: SourceOptions) -> list[Path]:
-    """Return a folder's files of the wanted split, if their names (``train-00000-of-00001``) tell."""
+    """Return a folder's files of the wanted split, if their names (``train-00000-of-00001``) show it."""
     splits = [re.match(r"(.+?)-\d{5}-of-\d{5}", file.name) for file in files]
     names = [split[1] for split in splits if split]
     if len(names) < len(files):
@@ -43,7 +43,7 @@ def files_of_split(folder: Path, files: Sequence[Path], options: SourceOptions) 
 
 
 def holds_features(path: Path) -> bool:
-    """Whether a file is one that ``lit-clip embed`` has written, perhaps into the folder of its images."""
+    """Return whether ``lit-clip embed`` wrote a file, perhaps into the folder of its images."""
     try:
         with reading(path, "parquet file"):
             return b"model_sha256" in (pq.read_schema(path).metadata or {})
@@ -90,7 +90,7 @@ def open_file(path: Path) -> pq.ParquetFile:
 
 
 def chunks_of(file: pq.ParquetFile, group: int, names: Sequence[str]) -> dict[str, pq.ColumnChunkMetaData]:
-    """Return what a row group says of the leaves of columns, by their paths.
+    """Return a row group's metadata for the leaves of columns, by path.
 
     pyarrow ends the process where that is damaged, unless its reader has looked at it before: that raises. Asked for
     batches of no rows, the reader reads nothing else.
@@ -151,7 +151,7 @@ class ParquetPairs(ColumnarPairs):
         return file.read_row_group(part.group, columns=self.columns.names(), use_threads=False)
 
     def _copy(self, number: int, valid: bool = False) -> Path:
-        """Return the Arrow file of a row group's texts, written if it does not exist, or with ``valid`` is damaged."""
+        """Return the Arrow file of a row group's texts; write it if it is missing, or with ``valid`` if damaged."""
         part = self.part(number)
         path = cache_file("tables", part.file, (LAYOUT, part.group, *self.columns.names()), ".arrow")
         if valid or not path.is_file():
@@ -176,7 +176,7 @@ class ParquetPairs(ColumnarPairs):
         return super().key(index)
 
     def _has_no_paths(self, number: int) -> bool:
-        """Whether every row of a part is known to hold an encoded image, not only the path of one."""
+        """Return whether every row of a part surely holds an encoded image, and not just its path."""
         part, image = self.part(number), self.columns.image
         with reading(part.file, "parquet file"):
             chunks = chunks_of(open_file(part.file), part.group, [image])
@@ -217,7 +217,7 @@ class ParquetPairs(ColumnarPairs):
 
 
 def _remembered(path: Path, name: str, columns: Sequence[str], search: Callable[[], np.ndarray]) -> np.ndarray:
-    """Return what was searched for in columns of a file, int64 ``[K]``, from the cache if it is there and whole."""
+    """Return the result of a search in columns of a file, int64 ``[K]``, from the cache if possible."""
 
     def load(file: Path) -> np.ndarray:
         found = load_arrays(file, name, itemgetter("found"))
@@ -232,7 +232,7 @@ def _remembered(path: Path, name: str, columns: Sequence[str], search: Callable[
 
 
 def _images(path: Path, names: Sequence[str], encoded: bool) -> np.ndarray:
-    """Return the number of images of each row of a file, int64 ``[N]``; cached for a large file, or one of images."""
+    """Return the number of images in each row of a file, int64 ``[N]``; cached for large files and encoded images."""
     rows = open_file(path).metadata.num_rows
 
     def search() -> np.ndarray:

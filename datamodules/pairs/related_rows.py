@@ -1,4 +1,4 @@
-"""Which rows of a source are related: duplicates have a caption, an image or a group in common; neighbours are near."""
+"""Find related rows of a source: duplicates share a caption, an image or a group; neighbours are similar."""
 
 from collections.abc import Sequence
 from functools import partial
@@ -22,7 +22,7 @@ CHUNK = 4096  # rows that a data worker reads at once
 
 
 class Shared(NamedTuple):
-    """What rows share with others: row r has ``names[starts[r] : starts[r + 1]]``; without any it has no duplicate.
+    """Names that rows share: row r has ``names[starts[r] : starts[r + 1]]``; a row without names has no duplicate.
 
     ``starts`` is int64 ``[N + 1]``; ``names`` are numbers from 0, int32 ``[M]``. Duplicates have a name in common.
     """
@@ -41,12 +41,12 @@ def number_of(content: str | bytes) -> int:
 
 
 def caption_hash(caption: str) -> int:
-    """Hash a caption so that letter case and white space make no difference."""
+    """Hash a caption, ignoring letter case and white space."""
     return number_of(" ".join(caption.lower().split()))
 
 
 class PairNames(NamedTuple):
-    """What the rows of a source share, and how features of them are found: 0 for a row that cannot be read."""
+    """Names that the rows of a source share, and hashes to find their features by: 0 for an unreadable row."""
 
     shared: Shared
     images: np.ndarray  # pair_hash of each row's key and no caption, int64 [N]
@@ -54,7 +54,7 @@ class PairNames(NamedTuple):
 
 
 class _Chunk(NamedTuple):
-    """The hashes of all names of some rows, uint64 ``[M]``, how many each row has, and columns of PairNames."""
+    """Hashes of all names of some rows, uint64 ``[M]``, the number of names in each, and columns of PairNames."""
 
     names: np.ndarray
     counts: np.ndarray
@@ -70,7 +70,7 @@ def _read_each(source: PairSource, rows: Sequence[int]) -> _Chunk:
 
 
 def _read(source: PairSource, row: int) -> tuple[set[int], int, int]:
-    """Return a row's names, and what it is in the other columns of :class:`PairNames`."""
+    """Return a row's names, and its values for the other columns of :class:`PairNames`."""
     try:
         pair, captions = source.text(row, None), source.captions(row)
     except BadSample:  # loading it will raise or skip it
@@ -104,7 +104,7 @@ NEAREST = 32  # neighbours of each item; batches use those that the epoch has no
 
 
 class Neighbours(NamedTuple):
-    """The nearest items of each item, and the rows of each item; an item is an image, or a caption of one.
+    """The nearest items of each item, and the rows of each item; an item is an image or one of its captions.
 
     Item i has the rows ``rows[starts[i] : starts[i + 1]]``, int32; ``starts`` is int64 ``[I + 1]``.
     """
@@ -116,13 +116,13 @@ class Neighbours(NamedTuple):
 
     @classmethod
     def of(cls, items: np.ndarray, nearest: np.ndarray) -> "Neighbours":
-        """Make them of the first two."""
+        """Make neighbours from the first two fields."""
         counts = np.bincount(items[items >= 0], minlength=len(nearest))
         rows = np.argsort(items, kind="stable")[np.count_nonzero(items < 0) :].astype(np.int32)
         return cls(items, nearest, np.concatenate([[0], np.cumsum(counts)]), rows)
 
     def near(self, rows: np.ndarray, draws: np.ndarray) -> list[list[int]]:
-        """Return for each of ``rows`` those of its nearest items that have ``draws``, int ``[N]``."""
+        """Return, for each of ``rows``, the rows of its nearest items that still have ``draws``, int ``[N]``."""
         items = self.items[rows]
         others = self.nearest[items]  # [n, K]; of the last item where there is none
         first, counts = self.starts[others], self.starts[others + 1] - self.starts[others]
@@ -136,7 +136,7 @@ class Neighbours(NamedTuple):
 
 
 def stored_neighbours(path: str, names: PairNames) -> Neighbours:
-    """Return the neighbours of a source's rows by a file of ``lit-clip embed``; a collective."""
+    """Return the neighbours of a source's rows from a file of ``lit-clip embed``; a collective."""
     stored = read_features(Path(path).expanduser())
     captions = stored.captions or [""] * len(stored.keys)
     hashes = np.array([pair_hash(*pair) for pair in zip(stored.keys, captions, strict=True)], dtype=np.int64)
@@ -160,7 +160,7 @@ def distinct_images(names: PairNames) -> np.ndarray:
 
 
 def neighbours_of_images(names: PairNames, images: np.ndarray, nearest: np.ndarray) -> Neighbours:
-    """Return the neighbours of rows by those, ``[n, K]``, of some images: numbers in :func:`distinct_images`."""
+    """Return the neighbours of rows from ``nearest`` ``[n, K]`` of images, numbered as in :func:`distinct_images`."""
     numbers = np.unique(names.images, return_inverse=True)[1]
     places = np.full(len(distinct_images(names)), -1, dtype=np.int32)
     places[images] = np.arange(len(images))

@@ -1,4 +1,4 @@
-"""Pairs from elsewhere: tables in a store, and data sets of the Hugging Face hub by name.
+"""Remote pairs: tables in a store, and data sets on the Hugging Face hub by name.
 
 A table is downloaded once for each version; the images that it names stay in the store. Of a data set's repository only
 file names and parquet files are used, downloaded into huggingface_hub's cache; its card and scripts are not read.
@@ -30,12 +30,12 @@ VERSION = re.compile(r"[0-9a-f]{24}")
 
 
 def url_suffix(url: str) -> str:
-    """Return the suffix of a URL's file, without its query, in lower case."""
+    """Return the suffix of a URL's file name, without the query, in lower case."""
     return Path(url.partition("?")[0]).suffix.lower()
 
 
 def fetch_table(url: str, version: str | None) -> tuple[Path, str]:
-    """Download a table into the cache folder, unless this version (None: the present one) is there; return both."""
+    """Download a table into the cache unless the version (None: the present one) is there; return path and version."""
     name = url.partition("?")[0].rpartition("/")[2]
     folder = default_cache_dir() / "remote-tables"
     require(version is None or VERSION.fullmatch(version) is not None, f"{url}: {shortened(version)} is no version")
@@ -58,7 +58,7 @@ def fetch_table(url: str, version: str | None) -> tuple[Path, str]:
 def open_remote_table(
     url: str, options: SourceOptions, open_file: Callable[[Path, SourceOptions], PairSource]
 ) -> PairSource:
-    """Open a table in a store; relative image paths start from its folder in the store."""
+    """Open a table in a store; relative image paths start from the table's folder there."""
     path, version = fetch_table(url, options.versions.get(without_secrets(url)))
     folder = url.partition("?")[0].rpartition("/")[0]
     try:
@@ -77,7 +77,7 @@ NAME = re.compile(r"(?P<repository>\w[\w.-]*/\w[\w.-]*)(@(?P<revision>[\w./-]+))
 
 
 class HubName(NamedTuple):
-    """``owner/name``, ``owner/name@revision`` or ``owner/name@revision:configuration``, in its parts."""
+    """Parts of ``owner/name``, ``owner/name@revision`` or ``owner/name@revision:configuration``."""
 
     repository: str
     revision: str | None
@@ -85,19 +85,19 @@ class HubName(NamedTuple):
 
 
 class Listing(NamedTuple):
-    """The parquet files of a repository at a commit, as paths in it, sorted."""
+    """The parquet files of a repository at a commit, as sorted relative paths."""
 
     commit: str
     files: list[str]
 
     @classmethod
     def checked(cls, commit: object, files: Iterable[object]) -> "Listing":
-        """Check a listing from the hub or a file of a cache."""
+        """Check a listing from the hub or from a cached file."""
         return cls(checked_commit(commit), sorted(map(checked_relative, files)))
 
 
 def parse_hub_name(name: str) -> HubName | None:
-    """Return the parts of a data set's name on the hub; None if ``name`` cannot be one, or its first folder exists."""
+    """Return the parts of a data set's name on the hub; None if it cannot be one, or its first folder exists."""
     match = NAME.fullmatch(name)
     if match is None or Path(name).parts[0] in (".", "..") or Path(name).parent.is_dir():
         return None
@@ -105,7 +105,7 @@ def parse_hub_name(name: str) -> HubName | None:
 
 
 def open_hub_data(name: str, parts: HubName, options: SourceOptions) -> PairSource:
-    """Download and open one split of a data set; ``options.versions`` may have the commit for this name."""
+    """Download and open one split of a data set; ``options.versions`` may fix the commit of this name."""
     with naming(name):
         commit, files = _list_files(name, parts, options.versions.get(name))
     files = _files_of_split(name, parts, files, options)
@@ -131,7 +131,7 @@ def _list_files(name: str, parts: HubName, commit: str | None) -> Listing:
 
 
 def _list_revision(name: str, repository: str, revision: str) -> Listing | None:
-    """Return the files at a revision; without a network, the files when it was last listed."""
+    """Return the files at a revision; without a network, the files of the last listing."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -176,7 +176,7 @@ def _remembered(repository: str, revision: str) -> Listing | None:
 
 
 def _in_cache(repository: str, revision: str) -> Listing | None:
-    """Return what another program has put into huggingface_hub's cache."""
+    """Return the files that another program has put into huggingface_hub's cache."""
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE) / f"datasets--{repository.replace('/', '--')}"
@@ -207,7 +207,7 @@ def _files_of_split(name: str, parts: HubName, files: Sequence[str], options: So
 
 
 def _configuration_and_split(file: PurePosixPath) -> tuple[str, str]:
-    """Tell configuration and split from a path: ``data/SPLIT-00000-of-00001``, ``CONFIGURATION/SPLIT/0000``, ..."""
+    """Return configuration and split from ``data/SPLIT-00000-of-00001``, ``CONFIGURATION/SPLIT/0000``, ..."""
     folders = [part for part in file.parts[:-1] if part != "data"]
     numbered = re.match(r"(.+?)-\d{5}-of-\d{5}", file.stem)
     split = "train"
@@ -219,7 +219,7 @@ def _configuration_and_split(file: PurePosixPath) -> tuple[str, str]:
 
 
 def _download(name: str, repository: str, commit: str, files: Sequence[str]) -> list[Path]:
-    """Return the files in huggingface_hub's cache; what is there is not asked for again."""
+    """Return the files in huggingface_hub's cache; download only the missing files."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError
 

@@ -1,4 +1,4 @@
-"""Reports before training: captions that exceed the context, and what of the images a model does not see as it is."""
+"""Reports before training: captions longer than the context, and parts of images that a model does not see."""
 
 import io
 import random
@@ -34,7 +34,7 @@ class CaptionStatistics(NamedTuple):
 
 
 def caption_statistics(source: PairSource, tokenizer: TextTokenizer) -> CaptionStatistics:
-    """Measure captions of an epoch's first rows, as spread ones would fetch every shard; skip unreadable ones."""
+    """Measure the captions of an epoch's first rows (others would fetch every shard); skip unreadable rows."""
     counts, endless, context = [], 0, tokenizer.context_length
     times: Counter[int] = Counter()
     rows = range(len(source)) if source.pairs_per_epoch >= len(source) else np.sort(source.order(0, 0)).tolist()
@@ -54,7 +54,7 @@ def caption_statistics(source: PairSource, tokenizer: TextTokenizer) -> CaptionS
 
 
 def report_captions(source: PairSource, tokenizer: TextTokenizer, policy: LongCaptions, loss: object = None) -> None:
-    """Print on the first rank what becomes of captions that exceed the context, and whether many are equal.
+    """Print on the first rank what happens to captions longer than the context, and whether many are equal.
 
     A loss without an option ``duplicates``, or with it set, knows what to do with equal captions.
     """
@@ -86,7 +86,7 @@ DARK = 64  # a deep image that has no level above is dark: it leaves at least 2 
 
 
 def report_images(train: PairSource, val: PairSource, seed: int, preprocessing: Preprocessing) -> None:
-    """Print on the first rank how many of some training and validation images have what a model does not see.
+    """Print on the first rank how many sampled images contain something that the model does not see.
 
     Without a window of deep levels, pixels of a few deep images are read too: those of 12 bits in a file of 16 would
     otherwise be black without a word.

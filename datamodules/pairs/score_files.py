@@ -1,4 +1,4 @@
-"""Filters of pairs, and files of scores: tables of decisions on all pairs of a source, with the score of each.
+"""Filters of pairs, and score files: tables of decisions on all pairs of a source, with each pair's score.
 
 The filters are those of DataComp's baselines (Gadre et al. 2023; mlfoundations/datacomp, ``baselines/apply_filter.py``)
 that depend on the pair alone, under the names that its code gives the quantities.
@@ -25,21 +25,21 @@ from .source import compute
 
 
 class Cut(NamedTuple):
-    """The best pairs: all above a score, and the first few with exactly this score."""
+    """Limit for the best pairs: keep all above a score, and the first ``ties`` with exactly this score."""
 
     score: float
     ties: int
 
 
 def cut_of(scores: np.ndarray, count: int) -> Cut:
-    """Return the cut that keeps ``count`` (at least 1) of the scores, float32 ``[N]``."""
+    """Return the cut that keeps the ``count`` (at least 1) best of the scores, float32 ``[N]``."""
     score = np.partition(scores, len(scores) - count)[len(scores) - count]
     return Cut(float(score), count - int(np.count_nonzero(scores > score)))
 
 
 @dataclass(frozen=True)
 class PairFilters:
-    """Filters; a pair is kept if it passes all that are set."""
+    """Filters of pairs; a pair is kept if it passes every filter that is set."""
 
     # the share of all pairs that have a score, best first; rounded down to whole pairs. Of pairs with the same score
     # the earlier ones are kept
@@ -58,7 +58,7 @@ class PairFilters:
             require(value is None or value >= 1, f"--{name} {value}: must be at least 1")
 
     def cut(self, scores: np.ndarray) -> Cut | None:
-        """Return the cut of ``fraction`` for the scores of all pairs that have one, float32 ``[N]``."""
+        """Return the cut for ``fraction`` from the scores of all scored pairs, float32 ``[N]``."""
         if self.fraction is None:
             return None
         count = int(self.fraction * len(scores) + 1e-6)  # 0.29 * 100 is a little less than 29
@@ -66,7 +66,7 @@ class PairFilters:
         return cut_of(scores, count)
 
     def removed(self, pairs: pa.Table, cut: Cut | None) -> dict[str, np.ndarray]:
-        """Return by filter which pairs, all with a score and with the columns ``SCORES``, it removes, bool ``[N]``."""
+        """Return, by filter, which scored pairs (columns ``SCORES``) it removes, bool ``[N]``."""
         scores = pairs["score"].to_numpy()
         found: dict[str, np.ndarray] = {}
         if cut is not None:
@@ -96,7 +96,7 @@ SCHEMA = pa.schema(
 
 @dataclass
 class Filtered:
-    """Counts of a file of scores."""
+    """Counts of a score file."""
 
     pairs: int = 0
     kept: int = 0
@@ -111,7 +111,7 @@ def write_scores(
     metadata: Mapping[str, str],
     data: str,
 ) -> Filtered:
-    """Filter pairs and write them all to a ``.parquet`` file.
+    """Filter pairs, and write all of them to a ``.parquet`` file.
 
     ``tables`` hold the pairs in their order, with the columns ``SCORES``, and ``scores`` those of all pairs that have
     one, in any order, float32 ``[P]``; ``data`` is :func:`datamodules.pairs.decisions.label_of` their source.
@@ -130,7 +130,7 @@ def write_scores(
 
 
 def _in_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Yield the same rows in tables of ``GROUP`` rows, from parts of any size: equal pairs make equal files."""
+    """Yield the same rows in tables of ``GROUP`` rows, so that equal pairs make equal files."""
     waiting = SCORES.empty_table()
     for table in tables:
         waiting = pa.concat_tables([waiting, table])
@@ -141,7 +141,7 @@ def _in_groups(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
 
 
 def _filtered(table: pa.Table, filters: PairFilters, cut: Cut | None, counts: Filtered) -> tuple[pa.Table, Cut | None]:
-    """Return pairs with ``SCHEMA``, and the cut for the next ones; adds to the counts."""
+    """Return pairs with ``SCHEMA``, and the cut for the next pairs; update the counts."""
     has_score = table["score"].is_valid().to_numpy()
     scored = table.filter(pa.array(has_score))
     removed = filters.removed(scored, cut)
@@ -164,7 +164,7 @@ def _filtered(table: pa.Table, filters: PairFilters, cut: Cut | None, counts: Fi
 
 
 class ScoreFile:
-    """A file that :func:`write_scores` wrote; its metadata have the model and the source."""
+    """A file from :func:`write_scores`; its metadata have the model and the source."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -179,7 +179,7 @@ class ScoreFile:
 
     @staticmethod
     def is_one(path: Path) -> bool:
-        """Whether a path is a file of scores."""
+        """Return whether a path is a score file."""
         with suppress(InputError):
             return path.suffix == ".parquet" and bool(ScoreFile(path))
         return False
@@ -202,6 +202,6 @@ class ScoreFile:
             yield table.set_column(SCORES.get_field_index("finding"), "finding", findings).cast(SCORES)
 
     def scores(self) -> np.ndarray:
-        """Return the scores of all pairs that have one, float32 ``[P]``."""
+        """Return the scores of all scored pairs, float32 ``[P]``."""
         found = [table["score"].drop_null().to_numpy() for table in self._batches(["score"])]
         return np.concatenate([np.zeros(0, dtype=np.float32), *found])

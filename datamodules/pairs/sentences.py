@@ -1,4 +1,4 @@
-"""Captions that exceed the context, as whole sentences of theirs that fit: others in each epoch.
+"""Captions longer than the context: use whole sentences that fit, different ones in each epoch.
 
 The rule for the end of a sentence is one regular expression over Unicode's sentence terminators, in the spirit of UAX
 #29 with a list of abbreviations. Its limits: "Vitamin C. It ...", and an abbreviation that is not listed before a
@@ -28,7 +28,7 @@ _GOES_ON = r"(?! [^\p{L}\n\r]{0,20}+ \p{Ll})"  # as in "approx. 3 m" and "left .
 
 
 def _ends(small_letters: bool) -> regex.Pattern[str]:
-    """Return the pattern of the ends of sentences, linear in time; in a text of small letters these tell nothing."""
+    """Return a linear-time pattern for ends of sentences; in lower-case text, letter case does not matter."""
     goes_on = "" if small_letters else _GOES_ON
     return regex.compile(
         rf"""
@@ -47,7 +47,7 @@ _LETTER, _CAPITAL = regex.compile(r"\p{L}"), regex.compile(r"\p{Lu}")
 
 
 def sentences(text: str) -> list[str]:
-    """Cut a text into sentences with the white space after them; joined, they are the text.
+    """Cut a text into sentences, each with the white space after it; joined, they are the text.
 
     What has no letter, such as the number of a list's entry, belongs to the sentence after it.
     """
@@ -64,7 +64,7 @@ def sentences(text: str) -> list[str]:
 
 
 def fitting(text: str, tokenize: TextTokenizer, rng: random.Random | None) -> str:
-    """Return sentences of a text, in their order, that fit the context together; a text that fits comes back whole.
+    """Return sentences of a text, in order, that fit the context together; a text that fits is returned whole.
 
     If not one sentence fits, one is returned as it is, which the tokenizer then truncates. ``rng`` draws as many
     sentences as fit; None takes the first ones that fit, up to the next that does not.
@@ -94,7 +94,7 @@ def _joined(parts: Sequence[str], chosen: Sequence[int]) -> str:
 
 
 class FittingCaptions(Derived):
-    """The pairs of a source as training and validation read them, with captions that fit: see :func:`fitting`.
+    """The pairs of a source, for training and validation, with captions that fit: see :func:`fitting`.
 
     All that is random comes from the generator that a row is loaded with, after the source has drawn from it.
     """

@@ -1,4 +1,4 @@
-"""Source of (image, caption) pairs: its interface, its options, and sources of some of its rows."""
+"""Source of (image, caption) pairs: its interface, its options, and sources with some of its rows."""
 
 import random
 from abc import ABC, abstractmethod
@@ -73,7 +73,7 @@ class EncodedPair(NamedTuple):
 
 
 class SkippedRows:
-    """Rows that were left out when a source was opened: counts by reason, and (where, reason) of the first of them."""
+    """Rows left out when a source was opened: counts by reason, and (where, reason) of the first rows."""
 
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
@@ -89,7 +89,7 @@ class SkippedRows:
         self.listed = [*self.listed, *other.listed][:LISTED]
 
     def __str__(self) -> str:
-        """Such as ``3 rows without a caption``; empty if nothing was left out."""
+        """Return a text such as ``3 rows without a caption``; empty if no row was left out."""
         texts = {NO_CAPTION: "without a caption"}
         return ", ".join(
             f"{plural(count, 'row')} {texts.get(reason, f'({reason})')}" for reason, count in self.counts.items()
@@ -97,7 +97,7 @@ class SkippedRows:
 
 
 class PairSource(ABC):
-    """Pairs with random access; a row that cannot be read raises :class:`BadSample` for all its parts.
+    """Pairs with random access; a row that cannot be read raises :class:`BadSample` in every method.
 
     Opening one reads no image. Data workers are sent a copy, so it holds no Python object per row.
     """
@@ -108,7 +108,7 @@ class PairSource(ABC):
 
     @abstractmethod
     def load(self, index: int, rng: random.Random | None) -> Pair:
-        """Load a pair; of several captions ``rng`` draws one, and None takes the first and no negative."""
+        """Load a pair: ``rng`` draws one of several captions; None takes the first, and no negative."""
 
     def read(self, index: int) -> EncodedPair:
         """Return a pair as stored."""
@@ -123,11 +123,11 @@ class PairSource(ABC):
         return self.read(index).key
 
     def text(self, index: int, rng: random.Random | None) -> PairText:
-        """Return what :meth:`load` returns besides the image, without reading the image where the source can."""
+        """Return the fields of :meth:`load` except the image, without reading the image where the source can."""
         return PairText(*self.load(index, rng)[1:])
 
     def image_identity(self, index: int) -> object:
-        """Return what identifies an image's content, hashable, with the same ``repr`` in every run."""
+        """Return a hashable identity of an image's content, with the same ``repr`` in every run."""
         try:
             return hash64(self.read(index).image)
         except BadSample:
@@ -152,27 +152,27 @@ class PairSource(ABC):
 
     @property
     def left_out(self) -> SkippedRows:
-        """Rows that were left out when the source was opened."""
+        """Rows left out when the source was opened."""
         return SkippedRows()
 
     @property
     def versions(self) -> dict[str, str]:
-        """The version of each address (without secrets) that was opened; opened again with it, it has the same rows."""
+        """The version of each opened address (without secrets); opening that version gives the same rows."""
         return {}
 
     def image_names(self) -> pa.ChunkedArray | Sequence[str] | None:
-        """Names of all images, in order, the same for rows with the same image; None: every row has another image."""
+        """Return the names of all images, in order, equal for equal images; None: every row has another image."""
         return None
 
     def things(self, rows: bool = False) -> pa.ChunkedArray | None:
-        """Names of what the images show, in order: rows of a group, or the images that a row of a table lists, are one.
+        """Return names of the things shown, in order: a group's rows, or the images of a table's row, are one thing.
 
         With ``rows`` the latter alone. None: each pair shows another thing, or the source does not tell.
         """
         return None
 
     def divide(self, share: float, seed: int, groups: bool = False) -> "tuple[PairSource, PairSource]":
-        """Divide the pairs in two; the second has about ``share`` of the images, and no image is in both.
+        """Divide the pairs in two: the second part has about ``share`` of the images, and no image is in both.
 
         Nor are images that one row lists, and with ``groups`` rows of one group.
         """
@@ -190,7 +190,7 @@ class PairSource(ABC):
 
 
 def arrow_image_names(source: PairSource) -> pa.ChunkedArray | None:
-    """Return the names of all images as Arrow's; None: every row has another image."""
+    """Return the names of all images as Arrow values; None: every row has another image."""
     names = source.image_names()
     if names is None or isinstance(names, pa.ChunkedArray):
         return names
@@ -203,12 +203,12 @@ def numbered(names: pa.ChunkedArray) -> np.ndarray:
 
 
 def row_names(numbers: np.ndarray) -> pa.Array:
-    """Return names of rows that no group has."""
+    """Return names for rows that no group has."""
     return compute.binary_join_element_wise("\0row", pa.array(numbers).cast(pa.string()), "")
 
 
 def thing_names(groups: pa.ChunkedArray) -> pa.ChunkedArray | None:
-    """Return the things of rows with these groups, of which blank ones name none; None if all are blank."""
+    """Return the thing of each row from its group; a blank group is a thing by itself; None if all are blank."""
     blank = compute.equal(groups, "")
     if compute.all(blank).as_py():
         return None
@@ -216,7 +216,7 @@ def thing_names(groups: pa.ChunkedArray) -> pa.ChunkedArray | None:
 
 
 def _shown_together(source: PairSource, groups: bool) -> pa.ChunkedArray | None:
-    """Return a name for each row, the same for rows that share an image or a thing with each other or with a third."""
+    """Return a name for each row, equal for rows linked by shared images or things, also through other rows."""
     names, things = arrow_image_names(source), source.things(rows=not groups)
     if names is None or things is None:
         return names if things is None else things
@@ -232,17 +232,17 @@ def _shown_together(source: PairSource, groups: bool) -> pa.ChunkedArray | None:
 
 
 class Derived(PairSource):
-    """Pairs of other sources: some of them, in another order, or changed; a row is read where :meth:`locate` says."""
+    """Pairs of other sources: a selection, another order, or changed pairs; :meth:`locate` gives each row's origin."""
 
     def __init__(self, sources: Sequence[PairSource]) -> None:
         self.sources = list(sources)
 
     @abstractmethod
     def locate(self, index: int) -> tuple[PairSource, int]:
-        """Return the source of a pair and its row there."""
+        """Return a pair's source, and its row there."""
 
     def changed(self, index: int, found: Found, rng: random.Random | None) -> Found:
-        """Return a pair or text in place of what its source gives."""
+        """Return the pair or text that replaces the source's."""
         return found
 
     def load(self, index: int, rng: random.Random | None) -> Pair:
@@ -346,7 +346,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class CaptionOptions:
-    """Which captions are read, and how much of them.
+    """Which captions are read, and how much of each.
 
     Attributes:
         long: what becomes of captions with more tokens than the model reads: ``truncate`` them, or read ``sentences``
@@ -389,7 +389,7 @@ class ImageOptions:
 
 @dataclass(frozen=True)
 class Classes:
-    """Captions of a folder with a subfolder of images for each class; a class is a group of duplicates.
+    """Captions for a folder with a subfolder of images per class; a class is a group of duplicates.
 
     Attributes:
         templates: prompt templates with {} for the class name: imagenet, paper:NAME, clip_benchmark:NAME, a YAML file,
@@ -414,7 +414,7 @@ class SourceOptions(NamedTuple):
     option_prefix: str = ""  # of these names on the command line, for messages
 
     def image_root(self, default: Path) -> Path | StoreFolder:
-        """Return the folder that relative image paths start from."""
+        """Return the folder from which relative image paths start."""
         root = self.columns.root
         return default if root is None else StoreFolder(root) if is_remote(root) else Path(root).expanduser()
 
@@ -439,7 +439,7 @@ SPLIT_NAMES = {"val": "validation", "valid": "validation", "dev": "validation"}
 
 
 def find_split(path: object, found: Sequence[str], options: SourceOptions) -> str:
-    """Return the split to take; ``val``, ``valid``, ``dev`` and ``validation`` are the same name."""
+    """Return the split to use; ``val``, ``valid``, ``dev`` and ``validation`` are the same name."""
     wanted = options.split or options.default_split
     if options.split is None and len(found) == 1:
         return found[0]

@@ -1,4 +1,4 @@
-"""Pairs in files of columns that are read in parts: the base of parquet files, and data sets saved by ``datasets``."""
+"""Pairs in column files that are read in parts: the base of parquet files and of data sets saved by ``datasets``."""
 
 import json
 import os
@@ -19,7 +19,7 @@ from .source import IMAGES_OF, LISTED, NO_CAPTION, PairSource, SourceOptions, fi
 
 
 class RowRange(NamedTuple):
-    """Rows of a file that are read together: their row group (0 where there is none), first row and number."""
+    """Rows of a file that are read together: row group (0 if there is none), first row and number of rows."""
 
     file: Path
     group: int
@@ -28,7 +28,7 @@ class RowRange(NamedTuple):
 
 
 class ColumnarPairs(ColumnPairs):
-    """Pairs in the columns of several files, without the rows that have no caption.
+    """Pairs in the columns of several files, without rows that lack a caption.
 
     ``blank`` are the numbers of those rows over all files, ascending, int64 ``[K]``; see :func:`blank_rows`. ``images``
     are the numbers of images of all rows, int64 ``[N]``, each a pair of its own; None: each has one.
@@ -83,10 +83,10 @@ class ColumnarPairs(ColumnPairs):
 
     @abstractmethod
     def whole(self, names: Sequence[str]) -> pa.Table:
-        """Return columns of all files."""
+        """Return the named columns of all files."""
 
     def opened(self, key: Any, make: Callable[[], Any]) -> Any:
-        """Return what this process has opened under a key; what its parent opened before a fork is not shared."""
+        """Return the object that this process opened under a key; the parent's objects are not shared after a fork."""
         if self._process != os.getpid():
             self._open, self._process = {}, os.getpid()
         if key not in self._open:
@@ -98,7 +98,7 @@ class ColumnarPairs(ColumnPairs):
         return self._kept_before + np.arange(len(self._kept_before))
 
     def _usable(self) -> np.ndarray:
-        """Return the number over all files of each pair's row, int64 ``[len(self)]``."""
+        """Return each pair's row number, counted over all files, int64 ``[len(self)]``."""
         rows = np.arange(int(self._stops[-1]))
         if self._image_stops is not None:
             return np.repeat(rows, np.diff(self._image_stops, prepend=0))
@@ -124,13 +124,13 @@ class ColumnarPairs(ColumnPairs):
         return None if self._image_stops is None else pa.chunked_array([row_names(self._usable())])
 
     def row(self, index: int) -> int:
-        """Return the number over all files of a pair's row."""
+        """Return a pair's row number, counted over all files."""
         if self._image_stops is not None:
             return int(np.searchsorted(self._image_stops, index, side="right"))
         return index + int(np.searchsorted(self._kept_before, index, side="right"))
 
     def _where(self, row: int) -> tuple[str, int, int]:
-        """Return a row's name in messages, the number of its part, and its number in that part."""
+        """Return a row's name in messages, its part's number, and its number in that part."""
         number = int(np.searchsorted(self._stops, row, side="right"))
         part = self.part(number)
         within = row - (int(self._stops[number - 1]) if number else 0)
@@ -165,13 +165,13 @@ class ColumnarPairs(ColumnPairs):
 
     @staticmethod
     def _place(where: str) -> str:
-        """Return the key of an image that is in the file, from the row's name in messages."""
+        """Return the key of an image stored in the file, from the row's name in messages."""
         file, line = where.rsplit(" row ", 1)
         return f"{Path(file).name}:{line}"
 
 
 def blank_rows(batches: Any, captions: Sequence[str]) -> np.ndarray:
-    """Return the numbers of the rows that are blank in all caption columns, ascending, int64 ``[K]``."""
+    """Return the numbers of rows that are blank in all caption columns, ascending, int64 ``[K]``."""
     found, first = [], 0
     for batch in batches:
         blank = np.logical_and.reduce([blank_mask(batch.column(caption)) for caption in captions])
@@ -185,7 +185,7 @@ LONGEST_NAME = 255
 
 
 def is_saved(folder: Path) -> bool:
-    """Whether a folder was written by ``save_to_disk``."""
+    """Return whether ``save_to_disk`` wrote a folder."""
     return any((folder / name).is_file() for name in ("state.json", "dataset_dict.json"))
 
 
@@ -207,7 +207,7 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _names(file: Path, key: str, values: object) -> list[str]:
-    """Return a list of names of files or folders that lie beside ``file``."""
+    """Return a checked list of names of files or folders beside ``file``."""
     names: list[Any] = values if isinstance(values, list) else [None]
     for name in names:
         if not isinstance(name, str) or not name.isprintable() or name != Path(name).name or len(name) > LONGEST_NAME:
@@ -246,7 +246,7 @@ def _open(folder: Path, options: SourceOptions) -> PairSource:
 
 
 def _map_stream(file: Path) -> pa.Table:
-    """Map a file and check its structure: Arrow reads wherever the offsets in a damaged one point, and crashes."""
+    """Map a file and check its structure: Arrow follows the offsets in a damaged file, and crashes."""
     with reading(file, "Arrow file", hint=SAVE_AGAIN), pa.memory_map(str(file)) as source:
         table = pa.ipc.open_stream(source).read_all()
         for column in table.columns:
@@ -256,7 +256,7 @@ def _map_stream(file: Path) -> pa.Table:
 
 
 def _without_texts(array: pa.Array) -> pa.Array:
-    """Return an array whose texts are seen as bytes: a text that is not UTF-8 concerns its row alone."""
+    """Return an array with texts viewed as bytes: invalid UTF-8 then concerns only its own row."""
     storage = array.storage if isinstance(array, pa.ExtensionArray) else array
     kind = _bytes_for_texts(storage.type)
     if kind == storage.type:

@@ -1,4 +1,4 @@
-"""Samples whose images or captions were encoded once: activations in their place, and a teacher's features beside them.
+"""Samples with images or captions encoded once: stored activations, and a teacher's features beside them.
 
 :class:`callbacks.FrozenFeatures` fills the files; here is which row of a file belongs to which sample.
 """
@@ -32,7 +32,7 @@ TOKENIZED_AT_ONCE = 4096
 
 
 class DistinctImageRows:
-    """The row of each sample's image in a file; equal images share one. The identity depends on images and settings."""
+    """The file row of each sample's image; equal images share a row. The identity covers images and settings."""
 
     def __init__(self, train: PairSource, val: PairSource, versions: int, settings: Sequence[object]) -> None:
         self.versions = versions  # augmented, of each training image
@@ -44,7 +44,7 @@ class DistinctImageRows:
         self.identity = hex_digest([*settings, versions, len(train_images), *train_images, *val_images])
 
     def training(self, row: int, version: int) -> int:
-        """Return the row of a version of a training sample's image."""
+        """Return the row of a training sample's image version."""
         return int(self._train[row]) * self.versions + version
 
     def validation(self, row: int) -> int:
@@ -52,7 +52,7 @@ class DistinctImageRows:
         return self.trained + int(self._val[row])
 
     def origin(self, row: int) -> TrainingSample | int:
-        """Return the training sample, whose epoch is the version, or the validation row that an image is loaded as."""
+        """Return the origin of a row's image: a training sample with the version as epoch, or a validation row."""
         if row >= self.trained:
             return int(self._first_val[row - self.trained])
         image, version = divmod(row, self.versions)
@@ -60,7 +60,7 @@ class DistinctImageRows:
 
 
 def _distinct_images(source: PairSource) -> tuple[np.ndarray, np.ndarray, list[object]]:
-    """Return each row's image as a number, and each image's first row and identity."""
+    """Return each row's image number, and the first row and the identity of each image."""
     numbers: dict[object, int] = {}
     first, image_of = [], np.empty(len(source), dtype=np.int64)
     for row in range(len(source)):
@@ -76,7 +76,7 @@ def _distinct_images(source: PairSource) -> tuple[np.ndarray, np.ndarray, list[o
 
 
 class ImageReader:
-    """Reads batches of a file's images, each from the data set of training or of validation samples.
+    """Read batches of a file's images, each from the training or the validation data set.
 
     Unless ``skip`` is set, an image that cannot be read is an error.
     """
@@ -100,7 +100,7 @@ class ImageReader:
 
 
 class PairSample(NamedTuple):
-    """A pair whose image is uint8, of the model's shape, or the stored activations of one."""
+    """A pair with an image as uint8 in the model's shape, or as stored activations."""
 
     image: Tensor
     caption: str
@@ -113,7 +113,7 @@ class PairSample(NamedTuple):
 
 
 class StoredImages(NamedTuple):
-    """Files of what images were encoded to, and which row belongs to which sample.
+    """Files with the encoded images, and the file row of each sample.
 
     ``stored`` are activations; None: none of the image encoder is frozen, and images are decoded.
     """
@@ -124,7 +124,7 @@ class StoredImages(NamedTuple):
 
 
 class StoredPairs(Dataset[PairSample]):
-    """Samples with stored activations, or with the images that a teacher has seen; and the teachers' features.
+    """Samples with stored activations, or with the images that a teacher saw; and the teachers' features.
 
     The captions are drawn as in a plain run. A training sample draws from the run's ``seed``; a validation sample is a
     row, and has no teacher's features. ``decoded`` are the training samples with images.
@@ -180,7 +180,7 @@ def text_hashes(texts: Sequence[str]) -> np.ndarray:
 
 
 def _rows_of(hashes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """Return the rows of wanted hashes among ascending ones."""
+    """Return the rows of wanted hashes in an ascending list of hashes."""
     rows = np.minimum(np.searchsorted(hashes, wanted), len(hashes) - 1)
     if not np.array_equal(hashes[rows], wanted):
         raise InputError(
@@ -212,7 +212,7 @@ def tokenized(tokenize: TextTokenizer, texts: Sequence[str]) -> tuple[Tensor, np
 
 
 class StoredTexts(NamedTuple):
-    """A file of activations of captions."""
+    """A file of stored activations of captions."""
 
     hashes: np.ndarray  # of the tokens of each row, int64 ascending
     stored: StoredRows
@@ -220,7 +220,7 @@ class StoredTexts(NamedTuple):
 
     @property
     def nothing(self) -> Tensor:
-        """Activations of no caption."""
+        """Activations of no captions."""
         shape = self.stored.shape
         return torch.zeros(0, *[1] * (len(shape) - 1), shape[-1], dtype=self.stored.dtype)
 
@@ -233,7 +233,7 @@ class StoredTexts(NamedTuple):
 
 
 class WithStoredFeatures:
-    """The part of a data module that puts stored activations in place of images and captions.
+    """The part of a data module that replaces images and captions by stored activations.
 
     :class:`callbacks.FrozenFeatures` asks for every image and caption of ``fit``, encodes what is not stored yet, and
     calls :meth:`use_stored`. Sources with ``lists_captions`` list every caption that they draw; only those are stored.
@@ -267,7 +267,7 @@ class WithStoredFeatures:
         return self.train_source, self.val_source
 
     def image_rows(self, augmentations: int) -> DistinctImageRows:
-        """Give each distinct image of ``fit`` a row, for so many versions or 0 for none; reads no image."""
+        """Give each distinct image of ``fit`` a row per version (0: no versions); read no image."""
         fixed = not isinstance(self.augmentation, Augmentation) and not self.augmentation
         require(
             fixed or augmentations > 0,
@@ -285,7 +285,7 @@ class WithStoredFeatures:
         return DistinctImageRows(*self._fit_sources, max(1, augmentations), settings)
 
     def image_reader(self, rows: DistinctImageRows) -> ImageReader:
-        """Return what loads rows' images, each as training or validation loads it."""
+        """Return a reader of rows' images, each as in training or in validation."""
         train, val = self._fit_sources
         datasets = self.training_pairs(train), self.validation_pairs(val)
         return ImageReader(rows, *datasets, skip=self.on_error == "skip")
@@ -296,7 +296,7 @@ class WithStoredFeatures:
         return loader(Mapped(self.image_reader(rows), batches), self.num_workers)
 
     def distinct_texts(self, teachers: TextTokenizer | None = None) -> Texts:
-        """Tokenize every caption of ``fit``, equal tokens once; reads no image where that is possible.
+        """Tokenize every caption of ``fit``, equal tokens once; read no image where possible.
 
         With a teacher's tokenizer, every training caption, equal texts once.
         """
@@ -316,6 +316,6 @@ class WithStoredFeatures:
         images: tuple[DistinctImageRows, StoredRows | None, Sequence[StoredTeacher]] | None,
         texts: tuple[np.ndarray, StoredRows, int] | None,
     ) -> None:
-        """Make batches with what is stored: fields of :class:`StoredImages`, :class:`StoredTexts`, or both."""
+        """Make batches of stored data: fields of :class:`StoredImages`, :class:`StoredTexts`, or both."""
         self.stored_images = images and StoredImages(*images)
         self.stored_texts = texts and StoredTexts(*texts)

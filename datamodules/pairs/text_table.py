@@ -65,7 +65,7 @@ FindColumns = Callable[[list[str]], ColumnNames]  # the names of a table's colum
 
 
 class Problems:
-    """Raises the error of a row that cannot be read, or with ``skip`` leaves the row out and counts it."""
+    """Raise an error for an unreadable row, or with ``skip`` leave the row out and count it."""
 
     def __init__(self, path: Path, skip: bool, label: str = "row") -> None:
         self.path = path
@@ -81,12 +81,12 @@ class Problems:
         self.left_out.add(self.where(number), reason)
 
     def where(self, number: int) -> str:
-        """Return a row's name in messages."""
+        """Return a row's name for messages."""
         return f"{self.path} {self.label} {number}"
 
 
 def _encoding(path: Path) -> str:
-    """Return UTF-16 or UTF-32 if the byte order mark says so, else UTF-8."""
+    """Return UTF-16 or UTF-32 if the byte order mark says so, otherwise UTF-8."""
     with path.open("rb") as file:
         start = file.read(4096)
     marked = next((encoding for mark, encoding in MARKS.items() if start.startswith(mark)), None)
@@ -104,7 +104,7 @@ def _open_text(path: Path) -> TextIO:
 
 
 def _delimiter(path: Path, file: TextIO) -> tuple[str, int]:
-    """Return the delimiter and the number of lines before the header, which is the next line to be read."""
+    """Return the delimiter and the number of lines before the header; the header is read next."""
     before = 0
     while (header := file.readline()) and not header.strip():
         before += 1
@@ -155,7 +155,7 @@ def _delimited_rows(path: Path, find: FindColumns, problems: Problems) -> Iterat
 
 
 def _one_or_list(cell: Callable[[Any], Any], columns: Sequence[Any]) -> Any:
-    """Return the cell of a column, or a list of the cells of several."""
+    """Return one column's cell, or a list of several columns' cells."""
     return cell(columns[0]) if len(columns) == 1 else [cell(column) for column in columns]
 
 
@@ -190,7 +190,7 @@ def _record_rows(records: Iterable[Record], find: FindColumns, problems: Problem
 
 
 def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
-    """Yield the rows that have an image and a caption; the others are errors, or left out and counted.
+    """Yield the rows with an image and a caption; other rows are errors, or are left out and counted.
 
     A row that lists several images is yielded once for each of them.
     """
@@ -228,7 +228,7 @@ def usable_rows(rows: Iterable[RawRow], problems: Problems) -> Iterator[RawRow]:
 
 
 def _paths(cell: Any) -> list[str]:
-    """Return the paths of images in a cell, which may be a list; none if one of them is no path."""
+    """Return the image paths in a cell, which may be a list; empty if one value is not a path."""
     images = _not_blank(cell) if isinstance(cell, list) else [cell]
     usable = all(isinstance(image, str) and image.strip() for image in images)
     return [image.strip() for image in images] if usable else []
@@ -244,7 +244,7 @@ def _not_blank(cell: Any) -> list[Any]:
 
 
 def record_batches(rows: Iterable[RawRow]) -> Iterator[pa.RecordBatch]:
-    """Collect rows into record batches of a bounded number of rows and characters."""
+    """Collect rows into record batches with limits on rows and characters."""
     waiting: list[RawRow] = []
     characters = 0
     for row in rows:
@@ -288,7 +288,7 @@ def open_table(path: Path, options: SourceOptions) -> PairSource:
 
 
 def open_records(path: Path, values: list[Any], options: SourceOptions) -> PairSource:
-    """Open the array of objects that a JSON file consists of."""
+    """Open a JSON file that consists of an array of objects."""
     options.refuse_split(path)
     records, find = enumerate(values, start=1), partial(find_columns, path, options=options)
     return open_rows(path, options, lambda problems: _record_rows(records, find, problems))
@@ -301,7 +301,7 @@ def open_rows(
     label: str = "row",
     find_root: Callable[[Path, str], Path] | None = None,
 ) -> PairSource:
-    """Open the rows that ``read`` yields of a file, whose numbers are called ``label``.
+    """Open the rows of a file that ``read`` yields; messages call their numbers ``label``.
 
     ``find_root`` finds the folder of an image where the user names none; None: the file's folder.
     """
@@ -332,7 +332,7 @@ def open_rows(
 
 
 def _write(file: Path, batches: Iterator[pa.RecordBatch], problems: Problems) -> None:
-    """Write the rows, then an empty batch whose metadata lists the rows that were left out."""
+    """Write the rows, then an empty batch; its metadata list the rows that were left out."""
     with pa.ipc.new_file(str(file), SCHEMA) as writer:
         for batch in batches:
             writer.write_batch(batch)

@@ -1,1 +1,1 @@
-"""Pairs in tar shards: locating, indexing, ordering, reading and writing them."""
+"""Pairs in tar shards: locate, index, order, read and write them."""

@@ -1,4 +1,4 @@
-"""Locations of tar shards: local files, and those of a store, fetched whole into a folder."""
+"""Locations of tar shards: local files, and files in a store, which are fetched whole into a folder."""
 
 import glob
 import itertools
@@ -30,7 +30,7 @@ COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".tar.zst")
 
 
 def expand_urls(urls: str | Sequence[str]) -> list[str]:
-    """Return every shard that is named, in the order given; those of a folder or pattern are sorted.
+    """Return all named shards in the given order; shards of a folder or a pattern are sorted.
 
     Args:
         urls: ``x.tar``, ``shards/{000..099}.tar``, ``shards/*.tar``, a folder of .tar files, or a list of these; each
@@ -49,7 +49,7 @@ def expand_urls(urls: str | Sequence[str]) -> list[str]:
 
 
 def expand_braces(name: str) -> list[str]:
-    """Return the names that ranges (``{000..099}``) and lists (``{a,b}``) in braces stand for, as a shell does."""
+    """Expand ranges (``{000..099}``) and lists (``{a,b}``) in braces, as a shell does."""
     parts = re.split(r"\{([^{}]*)\}", name)  # every second part was in braces
     if any(brace in part for part in parts for brace in "{}"):
         raise InputError(f"{name}: its braces do not match or are nested; use {{000..099}} or {{a,b}}")
@@ -58,7 +58,7 @@ def expand_braces(name: str) -> list[str]:
 
 
 def _choices(inside: str, name: str) -> list[str]:
-    """Return what a pair of braces stands for; without a range or list in them they are part of the name."""
+    """Return the texts that a pair of braces expands to; braces without a range or list are part of the name."""
     if "," in inside:
         return inside.split(",")
     if ".." not in inside:
@@ -107,14 +107,14 @@ class ShardFolder:
         self.folder, self.limit = folder, limit
 
     def place(self, url: str, stamp: Stamp) -> Path:
-        """Return the file for a shard; a changed shard gets another one."""
+        """Return the cache file of a shard; a changed shard gets another file."""
         digest = hex_digest([url, *stamp])[:24]
         name = url.partition("?")[0].rpartition("/")[2].removesuffix(".tar")
         name = re.sub(r"[^\w.-]", "_", name, flags=re.ASCII)[:100]  # a listing may give it
         return self.folder / f"{digest}-{name}.tar"
 
     def open(self, url: str, stamp: Stamp) -> BinaryIO:
-        """Open a shard as a local file, fetched if missing; one process fetches it, however many ask."""
+        """Open a shard as a local file, fetched if missing; one process fetches it for all that ask."""
         if not is_remote(url):
             return open(url, "rb", buffering=0)
         path = self.place(url, stamp)
@@ -143,7 +143,7 @@ class ShardFolder:
 
 
 def find_index(url: str, stamp: Stamp, folder: ShardFolder) -> Summary | None:
-    """Return the index of a shard's present version: from beside it, or from the folder; a remote one is fetched."""
+    """Return the index of a shard's present version, from beside it or from the folder; fetch a remote one."""
     cached = Path(f"{folder.place(url, stamp)}{INDEX_SUFFIX}")
     beside = None if is_remote(url) else Path(f"{url}{INDEX_SUFFIX}")
     for path in (beside, cached):
@@ -154,7 +154,7 @@ def find_index(url: str, stamp: Stamp, folder: ShardFolder) -> Summary | None:
 
 
 def _fetch_index(url: str, stamp: Stamp, cached: Path) -> Summary | None:
-    """Fetch what ``lit-clip shard`` wrote beside the shard; only sizes are compared, as stores set their own times."""
+    """Fetch the index beside a remote shard; compare only sizes, because stores set their own times."""
     store, path = store_of(f"{url}{INDEX_SUFFIX}")
     try:
         content = store.cat_file(path)
@@ -171,7 +171,7 @@ def _fetch_index(url: str, stamp: Stamp, cached: Path) -> Summary | None:
 
 
 def make_index(url: str, stamp: Stamp, folder: ShardFolder) -> Summary:
-    """Read a shard's headers and write its index beside it, or into the folder if that fails."""
+    """Read a shard's headers, and write its index beside it, or into the folder if that fails."""
     with folder.open(url, stamp) as file:
         index = scan_shard(file, stamp.size)
     if not is_remote(url):
@@ -183,7 +183,7 @@ def make_index(url: str, stamp: Stamp, folder: ShardFolder) -> Summary:
 
 
 def open_index(url: str, summary: Summary, folder: ShardFolder) -> MappedIndex:
-    """Open a shard's index; a damaged one is made again."""
+    """Open a shard's index; make a damaged one again."""
     try:
         return MappedIndex(summary)
     except InputError as error:
@@ -202,7 +202,7 @@ class OpenShard:
 
 
 class OpenShards:
-    """The most recently read shards, kept open; each process and data worker has its own."""
+    """The most recently read shards, kept open; each process and each data worker has its own."""
 
     def __init__(self, urls: Sequence[str], summaries: Sequence[Summary], folder: ShardFolder) -> None:
         self.urls, self.summaries, self.folder = urls, summaries, folder

@@ -1,4 +1,4 @@
-"""The index of a tar shard: the position of each sample's files, read from the headers once and kept in a file."""
+"""The index of a tar shard: the position of each sample's files, read once from the headers and stored in a file."""
 
 import json
 import re
@@ -35,7 +35,7 @@ OF_SHARD = "in a shard that "  # starts the reasons that concern the rest of a s
 
 @dataclass
 class ShardIndex:
-    """Contents of a shard according to its headers."""
+    """Contents of a shard, from its headers."""
 
     keys: list[str]  # of the samples that have an image and a caption, in the tar's order
     spans: np.ndarray  # int64 [N, 4, 2], offset and size of each of FIELDS; an absent field has offset -1
@@ -45,7 +45,7 @@ class ShardIndex:
 
 @dataclass(frozen=True)
 class Summary:
-    """The head of an index: all that opening a set of shards needs.
+    """The head of an index: everything needed to open a set of shards.
 
     ``path`` belongs to the index, ``stamp`` to the shard.
     """
@@ -71,7 +71,7 @@ def split_name(name: str) -> tuple[str, str]:
 
 
 def tar_members(file: BinaryIO, size: int) -> Iterator[tuple[tarfile.TarInfo, tarfile.TarFile]]:
-    """Yield the complete regular files of a tar, before :class:`DamagedError` if it is truncated or damaged.
+    """Yield the complete regular files of a tar; then raise :class:`DamagedError` if it is truncated or damaged.
 
     tarfile itself stops silently at a truncated or broken header.
     """
@@ -94,7 +94,7 @@ def tar_members(file: BinaryIO, size: int) -> Iterator[tuple[tarfile.TarInfo, ta
 
 
 class _Scan:
-    """Collects the samples of a shard; their files may come in any order."""
+    """Collect the samples of a shard; their files may come in any order."""
 
     def __init__(self) -> None:
         self.spans: dict[str, list[int]] = {}
@@ -193,7 +193,7 @@ def _digest(table: pa.Table) -> str:
 
 
 def read_summary(path: Path) -> Summary | None:
-    """Return the head of an index file; None if it is missing, damaged or of another format, and has to be made."""
+    """Return the head of an index file; None if it must be made: missing, damaged or of another format."""
     try:
         with reading(path, "index"), pa.memory_map(str(path)) as file:
             metadata = {key.decode(): value.decode() for key, value in pa.ipc.open_file(file).schema.metadata.items()}

@@ -1,4 +1,4 @@
-"""Pairs in tar shards as img2dataset and webdataset write them: ``key.jpg``, ``key.txt`` and maybe ``key.json``."""
+"""Pairs in tar shards of img2dataset and webdataset: ``key.jpg``, ``key.txt`` and optionally ``key.json``."""
 
 import json
 import os
@@ -68,7 +68,7 @@ def _indexed(folder: ShardFolder, shard: tuple[str, Stamp]) -> Summary:
 
 
 def _distinct_names(urls: Sequence[str]) -> list[str]:
-    """Return the shards' paths below their common folder, without ``.tar``: the first part of a sample's key."""
+    """Return the shards' paths below their common folder, without ``.tar``; sample keys begin with them."""
     names = [(url if is_remote(url) else os.path.abspath(url)).removesuffix(".tar") for url in urls]
     folders = {name.rpartition("/")[0] for name in names}
     common = os.path.commonpath(folders) if len(folders) > 1 and not any(map(is_remote, folders)) else ""
@@ -79,7 +79,7 @@ def _distinct_names(urls: Sequence[str]) -> list[str]:
 
 
 def shard_order(sizes: Sequence[int], shuffle_shards: int, epoch: int, seed: int) -> np.ndarray:
-    """Return each row once, with the rows of a shard near each other.
+    """Return each row once, in an order that keeps the rows of a shard near each other.
 
     The shards are shuffled and cut into windows of at most ``shuffle_shards``, as equal as possible; the rows of a
     window are shuffled together. ``sizes`` are the rows of each shard, numbered in this order.
@@ -100,7 +100,7 @@ def shard_order(sizes: Sequence[int], shuffle_shards: int, epoch: int, seed: int
 
 
 class TarPairs(ColumnPairs):
-    """Pairs in tar shards, with random access to each.
+    """Pairs in tar shards, with random access to each pair.
 
     Files that share a name are one sample: an image, a caption (``.txt``, else from ``.json``; one is drawn from a list
     in ``.captions.json``) and anything else. The positions of a shard's samples are read from its headers once and kept
@@ -190,7 +190,7 @@ class TarPairs(ColumnPairs):
         )
 
     def _check(self, urls: str, summaries: Sequence[Summary]) -> None:
-        """Raise if there is no usable sample, or if the cache is smaller than the shards that are read at once."""
+        """Raise if no sample is usable, or if the cache is smaller than the shards that are read together."""
         extensions: Counter[str] = Counter()
         reasons: Counter[str] = Counter()
         for summary in summaries:
@@ -236,7 +236,7 @@ class TarPairs(ColumnPairs):
 
     @property
     def left_out(self) -> SkippedRows:
-        """Samples that were left out; the lost rest of a damaged shard counts as one."""
+        """Samples left out at opening; the lost rest of a damaged shard counts as one."""
         left_out = SkippedRows()
         for url in self._missing:
             left_out.add(url, "missing shard")
@@ -254,7 +254,7 @@ class TarPairs(ColumnPairs):
         return shard, index - (int(self._ends[shard - 1]) if shard else 0)
 
     def _read(self, index: int, more: Sequence[str] = ()) -> tuple[OpenShard, Spans, Cells, dict[str, Any]]:
-        """Return an open shard, where a sample's files are in it, what its texts say, and the fields of its .json."""
+        """Return a sample's open shard, the spans of its files, its text cells, and the fields of its .json."""
         number, row = self._locate(index)
         shard = self._shards[number]
         key, spans = shard.index.sample(row)
@@ -283,7 +283,7 @@ class TarPairs(ColumnPairs):
 
     @cached_property
     def _things(self) -> pa.ChunkedArray | None:
-        """Groups, by reading each sample's texts; without a readable one it is a thing of its own."""
+        """Return each sample's group as its thing; a sample without a readable group is a thing of its own."""
         groups: list[str] = []
         with progress("reading groups", len(self), enabled=rank_and_world()[0] == 0) as advance:
             for row in range(len(self)):
@@ -303,7 +303,7 @@ class TarPairs(ColumnPairs):
         return f"{self._names[number]}/{self._shards[number].index.sample(row)[0]}"
 
     def check(self) -> None:
-        """Read nothing: the images are in the shards, whose headers have been read."""
+        """Do nothing: the images are in the shards, and their headers have been read."""
 
     def _caption(self, contents: dict[str, bytes], fields: dict[str, Any], where: str) -> Any:
         if self.columns.caption is None and "captions" in contents:
@@ -327,7 +327,7 @@ def _content(shard: OpenShard, span: tuple[int, int], where: str) -> bytes:
 
 
 def _is_member(part: bytes, size: int) -> bool:
-    """Whether bytes are the header of a file of that size, followed by the file."""
+    """Return whether bytes are the header of a file of the given size, followed by the file."""
     try:
         header = tarfile.TarInfo.frombuf(part[:BLOCK], "utf-8", "surrogateescape")
     except tarfile.HeaderError:

@@ -43,7 +43,7 @@ LONGEST_JPEG = 65_500  # pixels of a side that libjpeg writes
 
 
 class Written(NamedTuple):
-    """Counts of a shard, or of several."""
+    """Counts of one or more shards."""
 
     pairs: int
     skipped: int
@@ -55,7 +55,7 @@ class Written(NamedTuple):
 def manifest_of(
     data: str, source: PairSource, shard_size: int, resize: int | None, options: dict[str, str | None]
 ) -> dict[str, Any]:
-    """Return all that decides what goes into which shard, with a hash of about a hundred captions."""
+    """Return everything that decides the content of each shard, with a hash of about a hundred captions."""
     sample: list[list[str]] = []
     for index in range(0, len(source), -(-len(source) // 100)):
         try:
@@ -68,7 +68,7 @@ def manifest_of(
 
 
 def keep_manifest(path: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest into a new folder; in an old one compare it, so that no folder mixes two sets of shards."""
+    """Write the manifest into a new folder, or compare it in an old one: a folder must not mix two sets of shards."""
     visible = sorted(each.name for each in path.parent.iterdir() if not each.name.startswith("."))
     if others := [name for name in visible if not (path.exists() and OURS.fullmatch(name))]:
         raise InputError(f"{path.parent}: {others[0]} was not written by lit-clip shard; give an empty folder")
@@ -86,7 +86,7 @@ def keep_manifest(path: Path, manifest: dict[str, Any]) -> None:
 
 @dataclass
 class ShardWriter:
-    """Writes one shard at a time."""
+    """Write one shard at a time."""
 
     source: PairSource
     folder: Path
@@ -97,11 +97,11 @@ class ShardWriter:
 
     @property
     def numbers(self) -> range:
-        """The numbers of the shards of this share."""
+        """Numbers of the shards in this share."""
         return range(self.share.number, -(-len(self.source) // self.shard_size), self.share.of)
 
     def write(self, number: int) -> Written:
-        """Write a shard unless it is complete; return what it has."""
+        """Write a shard unless it is complete, and return its counts."""
         path = self.folder / f"{number:05d}.tar"
         list_of_skipped = path.with_suffix(".skipped.jsonl")
         sizes: list[tuple[int, int]] = []
@@ -127,7 +127,7 @@ class ShardWriter:
         return Written(summary.samples, len(skipped_lines), len(sizes), before, after)
 
     def _samples(self, number: int) -> Iterator[tuple[str, EncodedPair | BadSample]]:
-        """Yield the key and the pair of each sample of a shard, or the error of a bad one."""
+        """Yield the key and the pair of each sample of a shard, or the error of a bad sample."""
         digits = max(4, len(str(self.shard_size - 1)))
         first = number * self.shard_size
         for index in range(first, min(first + self.shard_size, len(self.source))):
@@ -166,7 +166,7 @@ class ShardWriter:
 
 
 def _image_file(pair: EncodedPair, resize: int | None) -> tuple[str, bytes, dict[str, int]]:
-    """Return extension and content of a pair's image, and what img2dataset notes of the size if it was resized."""
+    """Return the extension and content of a pair's image, and img2dataset's size fields if it was resized."""
     with decoding_at_least(lambda width, height: (width, height) if reduced(width, height, resize) else (1, 1)):
         image = image_for_model(io.BytesIO(pair.image), pair.where)
     if image.format not in EXTENSIONS:
@@ -186,7 +186,7 @@ def _image_file(pair: EncodedPair, resize: int | None) -> tuple[str, bytes, dict
 
 
 def reduced(width: int, height: int, short: int | None) -> tuple[int, int] | None:
-    """Return the size of an image with a short side of ``short`` pixels; None: it stays as it is.
+    """Return the size of an image with a short side of ``short`` pixels; None if the image keeps its size.
 
     An image that is not larger stays, and one that would be too long for a JPEG.
     """
@@ -210,7 +210,7 @@ def _texts(key: str, pair: EncodedPair, about_image: dict[str, int]) -> list[tup
 
 
 def write_shards(writer: ShardWriter, workers: int) -> Written:
-    """Write every missing shard; return the counts of all."""
+    """Write every missing shard, and return the counts of all."""
     for path in writer.folder.glob(f".*.tar{writer.share.suffix or '*'}.part"):  # left by a killed run
         path.unlink()
     counts = []

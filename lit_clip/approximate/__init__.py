@@ -1,4 +1,4 @@
-"""Approximate search for millions of features: a graph (HNSW) in a file beside files of features.
+"""Approximate search in millions of features: a graph (HNSW) in a file beside the feature files.
 
 ``approximate_index.py`` builds, extends, opens and searches one with usearch; ``faiss_files.py`` writes indices for
 faiss.

@@ -1,4 +1,4 @@
-"""An approximate index of files of features, which keeps up with them as files are added."""
+"""An approximate index of feature files; it is updated when files are added."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -32,7 +32,7 @@ TOLERANCE = 0.05  # between the cosines of float32 and of int8
 
 
 class IndexedFile(msgspec.Struct, frozen=True):
-    """A file of features as it was when its rows were added; a ``.npy`` file has its keys in a second one."""
+    """State of a feature file when its rows were added; a ``.npy`` file has its keys in a second file."""
 
     name: str  # in the index's folder
     stamps: list[list[int]]  # each file's size and modification time
@@ -51,14 +51,14 @@ class IndexedFile(msgspec.Struct, frozen=True):
 
 
 class _Facts(msgspec.Struct):
-    """What is beside an index: its version, and the files that it is of."""
+    """Facts stored beside an index: its version and its feature files."""
 
     format: Literal["lit-clip index 1"]
     files: Annotated[list[IndexedFile], msgspec.Meta(min_length=1)]
 
 
 class ApproximateIndex:
-    """Rows of files of features, and a graph (HNSW) of them that finds nearest neighbours without reading them all.
+    """Rows of feature files, with a graph (HNSW) that finds nearest neighbours without reading all rows.
 
     A row's number is its place in the tables, one after the other.
     """
@@ -85,7 +85,7 @@ class ApproximateIndex:
         return found
 
     def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return what :func:`lit_clip.embedding.index.nearest` does for unit queries ``[Q, D]``, nearly always.
+        """Approximate :func:`lit_clip.embedding.index.nearest` for unit queries ``[Q, D]``.
 
         The graph's candidates are compared in float32: scores are exact, but a row may be missed.
         """
@@ -107,14 +107,14 @@ class ApproximateIndex:
         return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
     def recall(self, queries: np.ndarray, k: int) -> float:
-        """Return the share of the ``k`` nearest rows of queries that are found."""
+        """Return the share of the queries' ``k`` nearest rows that the index finds."""
         exact = np.concatenate([nearest(table.features, queries, k)[0] for table in self.tables], axis=1)
         least = np.sort(exact, axis=1)[:, -min(k, len(self)), None]
         return float((self.nearest(queries, k)[0] >= least - 1e-6).mean())
 
 
 def open_index(path: Path) -> ApproximateIndex:
-    """Open an index, memory-mapped; it must be of the files beside it as they are.
+    """Open an index, memory-mapped; the feature files beside it must not have changed.
 
     usearch follows the links in its file wherever they lead: open only what ``lit-clip index`` has written.
     """
@@ -130,7 +130,7 @@ def open_index(path: Path) -> ApproximateIndex:
 
 
 def add_to_index(path: Path, paths: Sequence[Path]) -> ApproximateIndex:
-    """Add the rows of files of features to an index beside them, which is new or lacks them; write and return it."""
+    """Add the rows of feature files to a new or existing index beside them; write and return it."""
     with claimed(path):
         return _with_rows(path, paths)
 
@@ -168,7 +168,7 @@ def _with_rows(path: Path, paths: Sequence[Path]) -> ApproximateIndex:
 
 
 def in_view(rows: int) -> int:
-    """Return how many nodes a search keeps in view: more beyond a million rows, until twice as many find 1 % more."""
+    """Return how many nodes a search keeps in view: more beyond a million rows, up to the limit of useful recall."""
     return int(np.clip(BUILDING * rows / 1e6, BUILDING, 4 * BUILDING))
 
 
@@ -180,7 +180,7 @@ def _new_graph(dimensions: int) -> "Index":
 
 
 def _int8(features: np.ndarray) -> np.ndarray:
-    """Return the directions of rows ``[N, D]`` in as fine steps as int8 has."""
+    """Return rows ``[N, D]`` as int8: their directions, scaled to int8's full range."""
     return np.rint(features * (127 / np.abs(features).max(axis=1, keepdims=True))).astype(np.int8)
 
 
@@ -189,7 +189,7 @@ def _width(tables: Sequence[StoredFeatures]) -> int:
 
 
 def check_alike(paths: Sequence[Path], tables: Sequence[StoredFeatures]) -> None:
-    """Raise :class:`InputError` unless all files have rows, of one model and width."""
+    """Raise :class:`InputError` unless all files have rows of the same model and width."""
     first = tables[0]
     for path, table in zip(paths, tables, strict=True):
         require(bool(table.keys), f"{path}: no features in it")
@@ -202,7 +202,7 @@ def _facts(path: Path) -> Path:
 
 
 def _read_facts(path: Path) -> list[IndexedFile]:
-    """Read which files an index is of."""
+    """Read which feature files an index covers."""
     facts = _facts(path)
     with reading(facts, "list of an index's files", hint=AGAIN):
         files = msgspec.json.decode(facts.read_bytes(), type=_Facts).files

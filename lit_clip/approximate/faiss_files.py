@@ -1,4 +1,4 @@
-"""Indices for faiss."""
+"""Write indices for faiss."""
 
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ from lit_clip.tools.console import progress
 
 
 def write_faiss(path: Path, features: Sequence[np.ndarray], exact: bool) -> None:
-    """Write faiss's ``IndexFlatIP`` of float32 rows ``[N, D]``, or its ``IndexHNSWFlat`` if it need not be exact."""
+    """Write float32 rows ``[N, D]`` as faiss's ``IndexFlatIP`` if ``exact``, otherwise as ``IndexHNSWFlat``."""
     require(find_spec("faiss") is not None, f"--output {path}: needs faiss: pip install faiss-cpu")
     import faiss
 

@@ -1,1 +1,1 @@
-"""The `lit-clip` command: dispatch to a command, LightningCLI for those with a configuration, run folders."""
+"""The `lit-clip` command: command dispatch, LightningCLI for commands with a configuration, and run folders."""

@@ -1,4 +1,4 @@
-"""Types that the parser reads wrongly by itself.
+"""Types that the parser misreads without help.
 
 Encoders by class path would be taken for subclasses of the others' settings. ``numbers.Number``, by which torchvision's
 transforms annotate angles, would be taken for a class: a number is accepted and then cannot be written to the config.
@@ -40,7 +40,7 @@ def _number(value: Any) -> int | float:
 
 
 def register_types() -> None:
-    """Tell the parser; without effect the second time."""
+    """Register the types with the parser; a second call has no effect."""
     register_type(Number, serializer=_number, deserializer=_number, fail_already_registered=False)
     for kind in (CustomImageConfig, CustomTextConfig):
         register_type(kind, serializer=_written, deserializer=partial(_read, kind), fail_already_registered=False)

@@ -1,4 +1,4 @@
-"""Options of one callback of several: ``--trainer.callbacks.EMA.decay 0.9``, or ``ModelCheckpoint.2`` of two.
+"""Options of a single callback: ``--trainer.callbacks.EMA.decay 0.9``, or ``ModelCheckpoint.2`` for the second one.
 
 ``--trainer.callbacks-=EMA`` takes it out. The parser knows only the options of the callback that was typed last. Others
 are taken out of the command line before it, and set in the list that it has read.
@@ -21,14 +21,14 @@ WITHOUT = "lit_clip.callbacks.Without"  # names the default callbacks that are t
 
 
 class Typed(NamedTuple):
-    """An option of a callback as typed."""
+    """An option of a callback as the user typed it."""
 
     option: str  # such as --trainer.callbacks.EMA.decay
     value: str
 
 
 def take_options(words: Sequence[str]) -> tuple[list[str], list[Typed]]:
-    """Take the options that name their callback, or follow no typed callback, from a command line's words."""
+    """Take callback options from a command line: they name a callback, or follow no typed callback."""
     rest: list[str] = []
     taken: list[Typed] = []
     added: list[str] = []
@@ -61,7 +61,7 @@ def take_options(words: Sequence[str]) -> tuple[list[str], list[Typed]]:
 
 
 def with_options(callbacks: Any, options: Sequence[Typed], defaults: Sequence[Any]) -> list[Namespace]:
-    """Return the settings of callbacks with the options that were taken.
+    """Return the settings of callbacks, with the typed options applied.
 
     Of the ``defaults``, the callbacks that every run has, one is added if an option names it. Those that are taken out
     are not in the list, and defaults among them are named by a :data:`WITHOUT`.
@@ -85,7 +85,7 @@ def with_options(callbacks: Any, options: Sequence[Typed], defaults: Sequence[An
 
 
 def _set(callback: Namespace, key: str, text: str, option: str) -> None:
-    """Set an argument, or one of its own (``policy.after``), to a text, which the parser reads as if it were typed."""
+    """Set an argument, or a part of one (``policy.after``), to a text; the parser reads it as if typed."""
     arguments = callback.get("init_args") or Namespace()
     above = arguments.get(key.partition(".")[0])
     one = "." in key and above is not None and not isinstance(above, Namespace)
@@ -95,7 +95,7 @@ def _set(callback: Namespace, key: str, text: str, option: str) -> None:
 
 
 def _named(name: str, names: Sequence[str]) -> int:
-    """Return the number of the callback that is taken out by its short name or the path of its class."""
+    """Return the number of the callback to take out, by its short name or the path of its class."""
     short = name if name in names else name.rpartition(".")[2]
     if short not in names:
         raise InputError(f"{MINUS}={name}: there is none; there are {', '.join(names)}{nearest(short, names, 0.6)}")
@@ -103,7 +103,7 @@ def _named(name: str, names: Sequence[str]) -> int:
 
 
 def _find(option: str, names: list[str], every: list[Namespace], own: int) -> tuple[Namespace, str]:
-    """Return the callback that an option names, and the name of the argument that it sets."""
+    """Return the callback and the name of the argument that an option sets."""
     typed = option.removeprefix(f"{PREFIX}.")
     if not typed[:1].isupper() and own == 1:
         typed = f"{names[0]}.{typed}"
@@ -131,12 +131,12 @@ def _numbered(names: list[str]) -> list[str]:
 
 
 def _name(callback: Any) -> str:
-    """Return the name of a callback's class, by its settings or its path."""
+    """Return the name of a callback's class, from its settings or its path."""
     return str(callback["class_path"] if isinstance(callback, Namespace) else callback).rpartition(".")[2]
 
 
 def give_rest(callbacks: Sequence[Any], rest: Sequence[str] | None) -> None:
-    """Give ``--rest`` to the run's ``callbacks.Proof``."""
+    """Pass ``--rest`` to the run's ``callbacks.Proof``."""
     proofs = [each for each in callbacks if type(each).__name__ == "Proof"]
     require(bool(proofs) or not rest, "--rest: needs callbacks.Proof, which a recipe adds for pairs; add it")
     for proof in proofs[:1]:

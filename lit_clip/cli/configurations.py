@@ -1,4 +1,4 @@
-"""Which runs have the same configuration, and in which folders: whose checkpoints ``--ckpt_path last`` may take."""
+"""Find runs with the same configuration and their folders: ``--ckpt_path last`` may use their checkpoints."""
 
 import inspect
 import json
@@ -31,7 +31,7 @@ OWN = ("data", "model.loss")  # what a resumed run may have changed; the rest st
 
 
 def saved_configuration(file: Path, checkpoint: Mapping[str, Any]) -> Any:
-    """Return the configuration in a checkpoint, or else in the files of its run's folder; None without."""
+    """Return the configuration in a checkpoint, or else in its run's folder; None if there is none."""
     if checkpoint.get("configuration") is not None:
         return checkpoint["configuration"]
     found: Configuration = {}
@@ -44,7 +44,7 @@ def saved_configuration(file: Path, checkpoint: Mapping[str, Any]) -> Any:
 
 
 def configuration(settings: Mapping[str, Any]) -> Configuration:
-    """Return what two runs with the same settings share: model, loss, class of the optimiser and data.
+    """Return the settings that define a configuration: model, loss, class of the optimiser, and data.
 
     Each setting has two digests, or one if they are equal: as written, and in its usual form.
     """
@@ -57,7 +57,7 @@ def configuration(settings: Mapping[str, Any]) -> Configuration:
 
 
 def _usual(section: str, value: Any) -> Any:
-    """Return a section with whole paths, a list of one as that one, and null for the default loss."""
+    """Return a section in its usual form: whole paths, a list of one as its element, null for the default loss."""
     arguments = value.get("init_args", value) if isinstance(value, Mapping) else None
     if not isinstance(arguments, Mapping):
         return value
@@ -73,7 +73,7 @@ def _usual(section: str, value: Any) -> Any:
 
 
 def _whole_paths(value: Any) -> Any:
-    """Return texts as paths below the working folder; other texts differ from each other as before."""
+    """Return texts as paths below the working folder; different texts stay different."""
     if isinstance(value, Mapping):
         return {name: each if name == "class_path" else _whole_paths(each) for name, each in value.items()}
     if isinstance(value, list):
@@ -82,7 +82,7 @@ def _whole_paths(value: Any) -> Any:
 
 
 def _has_default_loss(model: Mapping[str, Any]) -> bool:
-    """Return whether a model's settings name the loss that it has without one, with its default arguments."""
+    """Return whether a model's settings name its default loss, with the default arguments."""
     loss, architecture = model.get("loss"), model.get("architecture")
     if not isinstance(loss, Mapping) or not str(loss.get("class_path")).startswith("lit_clip."):
         return False
@@ -100,7 +100,7 @@ def _has_default_loss(model: Mapping[str, Any]) -> bool:
 
 
 def evaluated(ours: Configuration) -> Configuration:
-    """Return the settings that a command without training sets for its model; the data may be others."""
+    """Return the model settings that a command without training sets; the data may differ."""
     counts = {name for name in ours if name.startswith("model") and name not in ("model.loss", "model.optimizer")}
     return {name: digests for name, digests in ours.items() if name in counts and digests != [UNSET]}
 
@@ -110,7 +110,7 @@ def _digest(value: Any) -> str:
 
 
 def _named(section: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """Yield the settings of a section that count."""
+    """Yield the settings of a section that define a configuration."""
     value = _without_packages(value)
     arguments = (value.get("init_args", value) if isinstance(value, Mapping) else None) or {}
     yield section, value.get("class_path") if isinstance(value, Mapping) else value
@@ -123,7 +123,7 @@ def _named(section: str, value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def _without_packages(value: Any) -> Any:
-    """Return settings with the bare names of classes: packages offer a class under several paths."""
+    """Return settings with classes named without their package, because classes have several paths."""
     if isinstance(value, Mapping):
         last = {"class_path": str(value["class_path"]).rpartition(".")[2]} if "class_path" in value else {}
         return {name: _without_packages(each) for name, each in value.items()} | last
@@ -131,7 +131,7 @@ def _without_packages(value: Any) -> Any:
 
 
 def joined(own: Configuration, before: Any) -> Configuration:
-    """Return the configuration of a run that goes on from another one; ``before`` is what its checkpoint holds."""
+    """Return the configuration of a run that continues another; ``before`` is the one in its checkpoint."""
     if not isinstance(before, Mapping):
         return own
     kept = {name: _known(before, name) for name in own if not name.startswith(OWN)}
@@ -139,7 +139,7 @@ def joined(own: Configuration, before: Any) -> Configuration:
 
 
 def newest_of_configuration(ours: Configuration, folders: Sequence[Path], option: str, may_begin: bool) -> Path | None:
-    """Return the newest checkpoint of a configuration; None if there is none and ``auto`` may begin anew."""
+    """Return the newest checkpoint of a configuration; None if none exists and ``auto`` may start a new run."""
     unknown: set[Path] = set()
     others: dict[Path, list[str]] = {}
 
@@ -168,7 +168,7 @@ def newest_of_configuration(ours: Configuration, folders: Sequence[Path], option
 
 
 def differences(ours: Configuration, saved: Any) -> list[str]:
-    """Return the names of the settings in which a checkpoint's configuration differs."""
+    """Return the names of the settings that differ from a checkpoint's configuration."""
     if ours and not isinstance(saved, Mapping):
         return ["not of this command"]
     return [name for name in ours if name in saved and not {*ours[name]} & {*_known(saved, name)}]
@@ -185,7 +185,7 @@ LOCAL_STORE = "file:"  # begins the address of MLflow's store of files
 
 
 def run_folders(config: Any) -> list[Path]:
-    """Return the folders, and single checkpoint files, to search for a configuration's checkpoints.
+    """Return the folders and single checkpoint files in which to search for a configuration's checkpoints.
 
     ``ModelCheckpoint`` keeps them in its ``dirpath``, or else in the folder of the first logger's run.
     """
@@ -211,7 +211,7 @@ def run_folders(config: Any) -> list[Path]:
 
 
 def _mlflow_runs(named: Mapping[str, Any], root: Path) -> list[Path]:
-    """Return the folders of an experiment's runs: those whose saved configuration names it.
+    """Return the folders of an MLflow experiment's runs, by the experiment's name in saved configurations.
 
     MLflow's folders are called after the ids of experiment and run, which only its store knows.
     """

@@ -1,4 +1,4 @@
-"""What has to be known of a command line before its parser is made, by a look at its words and files."""
+"""Read what is needed from a command line before its parser is made, from its words and files."""
 
 import inspect
 import re
@@ -15,7 +15,7 @@ from lit_clip.tools.text_files import read_yaml
 
 
 def named_model(words: Sequence[str], base: type) -> str | None:
-    """Return the subclass that is typed for ``--model``, or that the last file names: the parser differs then."""
+    """Return the subclass typed for ``--model`` or named in the last file; it changes the parser."""
     typed, files = _look(words)
     models = [typed, *(file.get("model") for file in files)]
     paths = [each.get("class_path") if isinstance(each, Mapping) else each for each in models]
@@ -31,7 +31,7 @@ def named_model(words: Sequence[str], base: type) -> str | None:
 
 
 def check_encoder_options(words: Sequence[str]) -> None:
-    """Refuse single settings of an encoder that is not our transformer, for whose jsonargparse would take them."""
+    """Refuse single settings of an encoder that is not our transformer: jsonargparse would take it for ours."""
     found = [re.match(r"--model\.(?:init_args\.)?architecture\.(image|text)\.", word) for word in words]
     typed = [each for each in found if each]
     for file in _look(words)[1] if typed else ():
@@ -46,7 +46,7 @@ def check_encoder_options(words: Sequence[str]) -> None:
 
 
 def _look(words: Sequence[str]) -> tuple[str | None, list[Mapping[str, Any]]]:
-    """Return what is typed for ``--model``, and the settings in files, the last file first."""
+    """Return the typed ``--model``, and the settings in files, the last file first."""
     parser = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--model")
     parser.add_argument(*CONFIG, action="append", default=[])

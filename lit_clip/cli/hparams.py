@@ -1,4 +1,4 @@
-"""A run's settings for TensorBoard's HParams page, where runs are compared by settings and metrics."""
+"""A run's settings for TensorBoard's HParams page, which compares runs by settings and metrics."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -48,7 +48,7 @@ def log_settings(loggers: Sequence[Logger], settings: Mapping[str, Any], metrics
 
 
 def flat_settings(settings: Mapping[str, Any]) -> dict[str, bool | float | str]:
-    """Return the settings of model and data, and the trainer's that change what is learned, by dotted names."""
+    """Return settings by dotted name: all of model and data, and the trainer's that affect training."""
     trainer = {name: settings.get("trainer", {}).get(name) for name in OF_TRAINER}
     callbacks = trainer.pop("callbacks") or []
     named = [_described(each) for each in (callbacks if isinstance(callbacks, list) else [callbacks])]
@@ -67,7 +67,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bo
 
 
 def _described(callback: Any) -> str:
-    """Return a callback's class, and its settings unless it is Lightning's."""
+    """Return a callback's class, with its settings unless the class is Lightning's."""
     path = callback["class_path"] if isinstance(callback, Mapping) else str(callback)
     given = callback.get("init_args") if isinstance(callback, Mapping) and not path.startswith("lightning.") else None
     settings = ", ".join(f"{name}={value}" for name, value in (given or {}).items() if value is not None)

@@ -1,4 +1,4 @@
-"""Import the modules that the user names: with ``--import``, and as an encoder's class in YAML or on the command line.
+"""Import modules that the user names with ``--import``, or as an encoder's class in YAML or on the command line.
 
 A module that only a checkpoint names is never imported.
 """
@@ -18,14 +18,14 @@ OPTION = "--import"
 
 
 def find_working_folder() -> None:
-    """Let modules of the working folder be imported, after all others so that they shadow none."""
+    """Add the working folder to the end of the import path, so that its modules shadow no others."""
     folder = str(Path.cwd())
     if folder not in sys.path and "" not in sys.path:
         sys.path.append(folder)
 
 
 def find_stubs_without_a_program() -> None:
-    """Tell the parser's search for type stubs the search path, which it would ask another Python for.
+    """Give the search path to the parser's search for type stubs; it would start another Python for it.
 
     That one starts in the working folder and imports what it finds there first: a ``json.py`` among somebody's images.
     """
@@ -40,7 +40,7 @@ def find_stubs_without_a_program() -> None:
 
 
 def command_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into the modules to import and the command with its options."""
+    """Split a command line into the modules to import, and the command with its options."""
     modules, rest = [], list(words)
     while rest and rest[0].partition("=")[0] == OPTION:
         _, equals, module = rest.pop(0).partition("=")
@@ -53,7 +53,7 @@ def command_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
 
 
 def import_modules(modules: Iterable[str], why: str) -> None:
-    """Import modules; what their own code raises is passed on."""
+    """Import modules; errors of their own code are passed on."""
     for module in modules:
         parts = module.split(".")
         if not all(part.isidentifier() for part in parts):
@@ -72,7 +72,7 @@ def import_modules(modules: Iterable[str], why: str) -> None:
 
 
 def check_not_imported_by(architecture: Any, path: str) -> None:
-    """Refuse a checkpoint's architecture that names a module, in any place: the parser would import it."""
+    """Refuse a checkpoint's architecture that names an unimported module: the parser would import it."""
     from lit_clip.tools.untrusted import class_paths_within  # imports torch
 
     for name in class_paths_within(architecture):

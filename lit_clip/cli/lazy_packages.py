@@ -1,4 +1,4 @@
-"""Import lazily what Lightning, torch's optimisers and torchvision import without need.
+"""Import lazily the packages that Lightning, torch's optimisers and torchvision import without need.
 
 Lightning uses two of torchmetrics' classes; for others that package imports transformers, torchvision's models and
 scipy's signal processing: importing ``lit_clip.cli.lightning`` takes 4.7 seconds of processor time with them and 3.1
@@ -30,7 +30,7 @@ HOMES: dict[str, dict[str, str]] = {
 
 
 class _Deferred(ModuleType):
-    """A package; its code runs on the first access to a name outside ``HOMES``, and it becomes the real module."""
+    """A package that runs its code on first access to a name outside ``HOMES``, and then is the real module."""
 
     def __getattr__(self, name: str) -> Any:
         package = self.__name__
@@ -52,12 +52,12 @@ class _Deferred(ModuleType):
 
 
 class _Compiler(_Deferred):
-    """torch's compiler, which only compiled code needs: for other code these names stand for nothing to be done."""
+    """torch's compiler, loaded only for compiled code; for other code its functions do nothing."""
 
     _functions: ClassVar[list[Any]] = []  # that torch has asked not to compile
 
     class OptimizedModule(ABC):  # noqa: B024  # the compiler's class is registered with it
-        """A compiled module; there is none before the compiler is loaded."""
+        """A compiled module; none exists before the compiler is loaded."""
 
     def graph_break(self, msg: str = "") -> None:
         """Break the graph of compiled code."""
@@ -82,7 +82,7 @@ class _Compiler(_Deferred):
 
 
 class _CompilersModules(Loader):
-    """Loads the whole compiler before one of its modules, as without a deferred one."""
+    """Load the whole compiler before one of its modules, as if it were not deferred."""
 
     @classmethod
     def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
@@ -104,7 +104,7 @@ class _CompilersModules(Loader):
 
 
 def defer_packages() -> None:
-    """Make the packages lazy, each without effect after it has been imported."""
+    """Make the packages lazy; a package that is already imported stays as it is."""
     if _CompilersModules not in sys.meta_path:
         sys.meta_path.insert(0, _CompilersModules)
     for name in HOMES:
@@ -119,7 +119,7 @@ def defer_packages() -> None:
 
 @contextmanager
 def uncollected() -> Iterator[None]:
-    """Import within this context: modules stay, so the garbage collector need not search them, then or later."""
+    """Import modules inside this block; the garbage collector never searches them, because modules stay."""
     gc.disable()
     try:
         yield

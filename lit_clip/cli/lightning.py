@@ -80,7 +80,7 @@ class CLI(PlainCLI):
         return Parser.of_command("lit-clip fit")
 
     def parse_arguments(self, parser: Any, args: Any) -> None:
-        """Parse words and YAML files, the last above; below are a recipe, ``--ckpt_path``'s model and defaults."""
+        """Parse words over YAML files, over a recipe, over the model of ``--ckpt_path``, over defaults."""
         command, *words = args if args and args[0] in self.parsers else ["", *args]
         words = [re.sub(r"^--rest(?=$|=[^\[])", "--rest+", word) for word in words]  # it may be typed several times
         known: Parser = self.parsers.get(command, parser)
@@ -118,7 +118,7 @@ class CLI(PlainCLI):
         self.config = Namespace({"subcommand": command, command: config}) if command else config
 
     def _given(self, known: Parser, words: Sequence[str], before: Namespace) -> Namespace:
-        """Return what words and files set; ``before`` is below them."""
+        """Return the settings from words and files, over ``before``."""
         words, of_callbacks = take_options(words)
         given = known.given(words, before)
         if of_callbacks:
@@ -127,7 +127,7 @@ class CLI(PlainCLI):
         return given
 
     def _complete(self, known: Parser, given: Namespace, packaged: Mapping[str, Any]) -> Namespace:
-        """Return what is given, above a checkpoint's settings or the packaged ones of the model, above the defaults.
+        """Return the given settings, over a checkpoint's or the model's packaged ones, over the defaults.
 
         A part whose class is named keeps no setting of the default class, as it would by the parser's own rules.
         """
@@ -148,7 +148,7 @@ class CLI(PlainCLI):
         return known.complete(given)
 
     def _configuration(self, known: Parser, config: Namespace, given: Namespace) -> Configuration:
-        """Return what a checkpoint's run must have in common with this one."""
+        """Return the settings that a checkpoint's run must share with this run."""
         ours = configuration(known.as_typed(config))
         if known is not self.parsers["fit"]:
             ours = {} if self.uses_packaged_defaults else evaluated(ours)
@@ -209,7 +209,7 @@ class CLI(PlainCLI):
         return trainer
 
     def _choose_precision(self, settings: Any) -> None:
-        """Choose ``fit``'s precision where none is set; other subcommands compute in float32 then."""
+        """Choose a precision for ``fit`` if none is set; other subcommands then compute in float32."""
         if any(isinstance(plugin, Precision) for plugin in settings.plugins):
             return
         if computes_in_bfloat16(settings.accelerator):
@@ -218,7 +218,7 @@ class CLI(PlainCLI):
             rank_zero_info("trainer.precision: bf16-mixed, which this machine supports; set 32-true for float32")
 
     def how_to_resume(self) -> str:
-        """Return how to resume an interrupted run, on the first rank and without a collective."""
+        """Return instructions for resuming an interrupted run; only on the first rank, and without a collective."""
         folders = [
             Path(folder) for one in self.trainer.checkpoint_callbacks if (folder := getattr(one, "dirpath", None))
         ]
@@ -241,7 +241,7 @@ class CLI(PlainCLI):
     before_test = before_validate
 
     def before_fit(self) -> None:
-        """Print the plan only, or validate before the first step; a resumed run has those metrics in its checkpoint."""
+        """Print only the plan, or validate before the first step; a resumed run has these metrics in its checkpoint."""
         if self.setting("print_plan"):
             print_plan_of(self.trainer, self.model, self.datamodule, self.setting("ckpt_path"))
             sys.exit(0)
@@ -258,7 +258,7 @@ class CLI(PlainCLI):
 
 
 def _model_of(settings: Any) -> Any:
-    """Return the model's settings; raise :class:`InputError` unless they and the trainer's are mappings."""
+    """Return the model's settings; raise :class:`InputError` unless the model and the trainer are mappings."""
     for name in ("model", "trainer"):
         value = settings.get(name, {})
         require(hasattr(value, "get"), f"{name}: {shortened(value)} must be a mapping of settings")
@@ -276,17 +276,17 @@ def _parts() -> dict[str, Any]:
 
 
 def _objects() -> dict[str, Any]:
-    """Return those parts of :func:`_parts` whose defaults are objects: a parser takes them for names."""
+    """Return the parts of :func:`_parts` with objects as defaults; a parser would take these for names."""
     return {name: part for name, part in _parts().items() if "init_args" in part}
 
 
 def _same(part: Any, default: Mapping[str, Any]) -> bool:
-    """Return whether a part is of the default class, or no class of it is named."""
+    """Return whether a part has the default class, or names no class."""
     return getattr(part, "class_path", default["class_path"]) == default["class_path"]
 
 
 def _settings_of(path: str, kind: type) -> dict[str, Any]:
-    """Return the settings that a checkpoint holds, none of which may have the parser import anything.
+    """Return the settings in a checkpoint; none of them may make the parser import anything.
 
     Those of :class:`LitCLIP` have been checked; of those that a class of the user's adds, only numbers are taken.
     """
@@ -306,7 +306,7 @@ def _callbacks() -> Any:
 
 @short_names()
 def run(args: Sequence[str], execute: bool = True) -> CLI:
-    """Parse and run a command, the first of the words; errors that the user can fix are raised."""
+    """Parse and run a command, the first of the words; raise errors that the user can fix."""
     register_types()
     # Without this, absolute keys such as ${model.optimizer.lr} are looked up above the subcommand.
     set_parsing_settings(omegaconf_absolute_to_relative_paths=True)
@@ -329,7 +329,7 @@ def run(args: Sequence[str], execute: bool = True) -> CLI:
 
 
 def run_until_signal(words: Sequence[str]) -> int:
-    """Run the command line and return the exit code, after a signal the one of :class:`callbacks.Preemption`."""
+    """Run the command line and return its exit code; after a signal, :class:`callbacks.Preemption` sets it."""
     try:
         run(words)
     except SIGTERMException as stop:

@@ -1,4 +1,4 @@
-"""Loggers of other packages, which need not be installed, and their errors."""
+"""Loggers from other packages, which may not be installed, and their errors."""
 
 import os
 import ssl
@@ -37,7 +37,7 @@ def check_loggers(loggers: Any) -> None:
 
 
 def check_answers(address: str) -> None:
-    """Check that there is a server at MLflow's address, for which its client would try for minutes."""
+    """Check that a server answers at MLflow's address; MLflow's client would retry for minutes."""
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https"):
         return
@@ -62,7 +62,7 @@ def check_answers(address: str) -> None:
 
 @contextmanager
 def logger_errors() -> Iterator[None]:
-    """Raise what a logger's constructor has raised as an error in one line; jsonargparse keeps only the text."""
+    """Raise an error of a logger's constructor as one line; jsonargparse keeps only its text."""
     try:
         yield
     except ValueError as error:
@@ -73,7 +73,7 @@ def logger_errors() -> Iterator[None]:
 
 
 def log_no_secrets(loggers: Iterable[Any]) -> None:
-    """Have loggers write hyper-parameters with ``***`` in place of secrets."""
+    """Make loggers write ``***`` instead of secrets in hyper-parameters."""
     for logger in loggers:
         logger.log_hyperparams = partial(_log_no_secrets, logger.log_hyperparams)
 

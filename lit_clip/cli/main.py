@@ -29,7 +29,7 @@ PATIENCE = 3.0  # seconds; the first rank may be waiting for this one, and learn
 
 
 def _thread_error(thread: threading.ExceptHookArgs) -> None:
-    """Print a thread's error, such as TensorBoard's writer has on a full disk, as the command prints its own."""
+    """Print a thread's error as the command prints its own, such as a full disk in TensorBoard's writer."""
     fixable = user_error(thread.exc_value) if thread.exc_value else None
     if fixable is None:
         threading.__excepthook__(thread)
@@ -38,7 +38,7 @@ def _thread_error(thread: threading.ExceptHookArgs) -> None:
 
 
 def _check_command(words: Sequence[str]) -> None:
-    """Check that the command exists; jsonargparse only knows LightningCLI's."""
+    """Check that the command exists; jsonargparse knows only LightningCLI's commands."""
     known = sorted({*CONFIGURED, *subcommands.COMMANDS})
     if words[0] not in known and not words[0].startswith("-"):
         instead = ELSEWHERE.get(words[0].replace("_", "-"))
@@ -79,7 +79,7 @@ def _run(words: list[str]) -> int:
 
 
 def main() -> None:
-    """Run the ``lit-clip`` command; errors that the user can fix are one line and exit code 2."""
+    """Run the ``lit-clip`` command; an error that the user can fix is one line, with exit code 2."""
     closed = open_closed_streams()
     silence()
     guard_messages()

@@ -1,4 +1,4 @@
-"""The text of ``lit-clip --help``: the first six commands, and the names of the others, without importing one."""
+"""The text of ``lit-clip --help``: the first six commands in full and the other names, without importing any."""
 
 import ast
 import importlib.util

@@ -1,4 +1,4 @@
-"""The parser of a command that takes ``--config``: Lightning's, with packaged configurations and our messages."""
+"""The parser of commands with ``--config``: Lightning's parser, with packaged configurations and our messages."""
 
 import argparse
 import json
@@ -46,7 +46,7 @@ class ConfigFile(ActionConfigFile):
 
 
 class Parser(OptionParser, LightningArgumentParser):
-    """Lightning's, with plain help, one-line errors, and settings that are written as they were typed."""
+    """Lightning's parser, with plain help and one-line errors; it writes settings as they were typed."""
 
     typed: Mapping[str, Any] = {}  # with their references, such as ``${oc.env:NAME}``
 
@@ -77,12 +77,12 @@ class Parser(OptionParser, LightningArgumentParser):
         return [*known, *(f"--data.{name}" for name in nested_parameters(DATA))]
 
     def given(self, words: Sequence[str], before: Namespace | None = None) -> Namespace:
-        """Return the settings that are typed, above the files of ``--config``, above ``before``, alone."""
+        """Return only the typed settings, over the files of ``--config``, over ``before``."""
         with parser_context(lenient_check=True):
             return self.parse_args(_in_order(words), namespace=before, defaults=False)
 
     def complete(self, given: Namespace) -> Namespace:
-        """Return checked settings: those given above the defaults; references are resolved."""
+        """Return checked settings: the given ones over the defaults, with references resolved."""
         self.typed = self.plain(given)
         _check_whole(self.typed)
         return self.parse_object(given.clone())  # into which it would write the defaults of classes
@@ -93,7 +93,7 @@ class Parser(OptionParser, LightningArgumentParser):
         return json.loads(self.dump(settings, format="json", **how))
 
     def as_typed(self, settings: Namespace, **options: Any) -> dict[str, Any]:
-        """Return plain settings for a configuration that repeats a run: references as typed, and no passwords."""
+        """Return plain settings for a configuration that repeats a run: references as typed, without passwords."""
         return _as_typed(self.plain(settings, **options), self.typed)
 
     def written(self, settings: Namespace, **options: Any) -> str:
@@ -103,7 +103,7 @@ class Parser(OptionParser, LightningArgumentParser):
 
 
 def _in_order(words: Sequence[str]) -> list[str]:
-    """Put ``--config`` before the other words, since typed ones win, and what names an encoder's kind behind them.
+    """Put ``--config`` first, because typed words win, and words that name an encoder's kind last.
 
     Of two values the parser takes the last. It takes an encoder for the first class that has the options so far, so
     that ``image_size`` behind ``timm`` would make it our transformer without a word.
@@ -129,7 +129,7 @@ def _as_typed(value: Any, typed: Any) -> Any:
 
 
 def _check_whole(settings: Any, option: str = "") -> None:
-    """Refuse a saved configuration's address whose password was not saved."""
+    """Refuse an address from a saved configuration if its password was not saved."""
     if isinstance(settings, str) and secrets.is_hidden(settings):
         raise InputError(
             f"{option}: *** stands for a secret that was not saved; type --{option} with it, or with "

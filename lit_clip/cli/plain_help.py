@@ -1,4 +1,4 @@
-"""Help texts without the marks that docstrings have for the documentation, and a short form for many options."""
+"""Help texts without the markup of docstrings, and a short form for commands with many options."""
 
 import re
 import shutil
@@ -50,7 +50,7 @@ COMMON = {
 
 
 class PlainHelp(DefaultHelpFormatter):
-    """Show the names in docstrings without back quotes and roles."""
+    """Show names in docstrings without back quotes and roles."""
 
     def add_argument(self, action: Action) -> None:
         action.help = action.help and MARKED.sub(r"\1", action.help)
@@ -64,7 +64,7 @@ class PlainHelp(DefaultHelpFormatter):
 
 
 class Section(PlainHelp):
-    """Show the options whose names begin with ``--OPTION``; nothing if ``--OPTION.help`` is an option itself."""
+    """Show the options that begin with ``--OPTION``; nothing if ``--OPTION.help`` is itself an option."""
 
     def __init__(self, *args: Any, asked: str, **options: Any) -> None:
         super().__init__(*args, **options)
@@ -87,7 +87,7 @@ class Section(PlainHelp):
 
 
 def short_help(command: str) -> str:
-    """Return a line for each option that most people set."""
+    """Return one line for each option that most people set."""
     width = shutil.get_terminal_size().columns
     lines = [f"usage: {command} [--config FILE] [options]", ""]
     for section, options in COMMON.items():
@@ -104,7 +104,7 @@ def _line(option: str, text: str, width: int) -> str:
 
 
 def print_section_help(parser: Any, words: Sequence[str]) -> None:
-    """Print the complete help of the options below the first ``--OPTION.help`` that is no option itself, and exit.
+    """Print the complete help below the first ``--OPTION.help`` that is not itself an option, and exit.
 
     The parser would take ``.help`` for a part of the option's value.
     """

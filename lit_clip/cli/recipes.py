@@ -1,4 +1,4 @@
-"""Options that a recipe chooses, as if they had been typed."""
+"""Options that a recipe chooses; they act as if the user had typed them."""
 
 import json
 import logging
@@ -33,7 +33,7 @@ def add_option(parser: Any) -> None:
 
 
 def given_settings(given: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the settings on the command line and in YAML files, by the names that are typed.
+    """Return the settings from the command line and YAML files, by their typed names.
 
     Arguments of classes have no ``init_args`` in them; those of callbacks are ``trainer.callbacks.EMA.decay``. The
     class of a default part is not given: the parser adds it where one of its arguments is typed.
@@ -63,7 +63,7 @@ def _flat(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def chosen_options(
     parser: Any, config: Any, given: Mapping[str, Any], parts: Mapping[str, Mapping[str, Any]]
 ) -> list[str]:
-    """Return the options that the configuration's recipe, if any, chooses, and the one that ends it; show a table.
+    """Return the options that a configuration's recipe chooses, and the one that ends it; show a table.
 
     What a recipe has measured is kept in a file, so that other processes, and the same command later, choose the same.
     """
@@ -89,14 +89,14 @@ def chosen_options(
 
 
 def _named_callbacks(settings: Any) -> list[str]:
-    """Return the short names of the callbacks that are listed, and of those that are left out."""
+    """Return the short names of the listed callbacks and of those left out."""
     every = settings if isinstance(settings, list) else [settings] if settings else []
     names = [each.class_path.rpartition(".")[2] for each in every]
     return names + [name for each in every for name in each.get("init_args", {}).get("names", ())]
 
 
 def _kept(recipe: Recipe, run: Run) -> tuple[list[Choice], Path | None]:
-    """Return choices, and the file that has them from an earlier process with the same settings and pairs, if any."""
+    """Return choices, and their file if an earlier process with the same settings and pairs made them."""
     folder = Path(run.data.cache_folder) / "recipes"
     folder.mkdir(parents=True, exist_ok=True)
     key = [
@@ -118,7 +118,7 @@ def _kept(recipe: Recipe, run: Run) -> tuple[list[Choice], Path | None]:
 
 
 def _made(parser: Any, config: Any, name: str) -> Any:
-    """Create one part; with groups the parser would create a model of LitCLIP's defaults, a ViT-B-32, beside it."""
+    """Create one part alone; with groups, the parser would also create LitCLIP's default model, a ViT-B-32."""
     return parser.instantiate(Namespace({name: config[name]}), instantiate_groups=False)[name]
 
 
@@ -134,7 +134,7 @@ def _module(parser: Any, config: Any) -> Any:
 
 
 def _world(config: Any) -> int:
-    """Return the number of ranks that the trainer will have, as far as its settings say it."""
+    """Return the trainer's number of ranks, if its settings show it."""
     if "WORLD_SIZE" in os.environ:  # torchrun's
         return max(1, int(os.environ["WORLD_SIZE"]))
     trainer = config.trainer

@@ -1,4 +1,4 @@
-"""The settings of a run, saved into its folder."""
+"""Save the settings of a run into its folder."""
 
 import os
 from collections.abc import Iterable
@@ -23,7 +23,7 @@ yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.repres
 
 
 class SaveConfig(SaveConfigCallback):
-    """Write ``<subcommand>_config.yaml`` into the run's folder, if it has one; a file that is there is kept.
+    """Write ``<subcommand>_config.yaml`` into the run's folder, if it has one; keep an existing file.
 
     A run that another one continues in the same folder, with other settings, gets a number: ``fit_config-v1.yaml``.
     Checkpoints hold a digest of the settings by which ``--ckpt_path last`` knows them again, and TensorBoard's HParams
@@ -86,7 +86,7 @@ class SaveConfig(SaveConfigCallback):
 
 
 def save_text(path: Path, text: str) -> Path:
-    """Write a text file under the first of ``name``, ``name-v1``, ... that is free or has this text; return it."""
+    """Write a text file as the first of ``name``, ``name-v1``, ... that is free or has this text; return its path."""
     path.parent.mkdir(parents=True, exist_ok=True)
     candidate, version = path, 0
     while candidate.exists() and candidate.read_text(encoding="utf-8") != text:

@@ -47,7 +47,7 @@ HEADS = {"learning": "lit_clip.commands.class_heads:Learning", "head": "lit_clip
 
 
 def command_parser(name: str, function: Callable[..., None]) -> OptionParser:
-    """Return the command line of a function.
+    """Return the parser of a function's command line.
 
     By itself jsonargparse would want lists as ``[a, b]`` and flags as ``--flag true``.
     """
@@ -91,7 +91,7 @@ def command_parser(name: str, function: Callable[..., None]) -> OptionParser:
 
 
 def _groups(function: Callable[..., None]) -> dict[str, Any]:
-    """Return the ``flat`` dataclasses, whose options are typed without their name, by a function's parameters."""
+    """Return a function's ``flat`` dataclasses by parameter; their options are typed without the parameter's name."""
     flat = {name: hint for name, hint in get_type_hints(function).items() if getattr(hint, "flat", False)}
     return {name: _imported(HEADS[name]) if name in HEADS else hint for name, hint in flat.items()}
 

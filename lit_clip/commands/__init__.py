@@ -1,1 +1,1 @@
-"""One command per file: each is a function whose signature is its command line."""
+"""One command per file: each is a function, and its signature is its command line."""

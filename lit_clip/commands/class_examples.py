@@ -1,4 +1,4 @@
-"""Examples of ``lit-clip classify``: images of one class each, or of several, from class folders or a table."""
+"""Examples for ``lit-clip classify``: images of one or several classes, from class folders or a table."""
 
 import csv
 import io
@@ -28,7 +28,7 @@ MOST = 2**26  # relevance of examples
 
 
 class ExampleFiles(NamedTuple):
-    """Images and their classes: int64 ``[N]``, -1 for an image of no class; or relevance, int8 ``[N, C]``, for several.
+    """Images and classes: int64 ``[N]``, -1 for none; with several classes, relevance int8 ``[N, C]``.
 
     ``place`` is the folder that the examples are in.
     """
@@ -42,7 +42,7 @@ class ExampleFiles(NamedTuple):
 def read_examples(
     path: str, names: Sequence[str] | None, on_error: OnError, column: str = CLASSES, option: str = "--examples"
 ) -> ExampleFiles:
-    """Return the images of class folders, or of a table with the columns ``image`` and ``classes``.
+    """Read images from class folders, or from a table with the columns ``image`` and ``classes``.
 
     Without ``names`` the classes are the folder's subfolders, or those of the table in their order. As soon as an
     image of a table has two classes, images may have several; otherwise one without a class shows none of them.

@@ -1,4 +1,4 @@
-"""Heads of ``lit-clip classify``: fitted on examples, or read from a file; and which images to label next."""
+"""Heads for ``lit-clip classify``: fit them on examples or read them, and suggest images to label next."""
 
 import csv
 from collections.abc import Sequence
@@ -41,7 +41,7 @@ Summary = list[str | Table]
 
 @dataclass(frozen=True)
 class Learning(ClassOptions):
-    """A head that is fitted on examples, or was.
+    """A head to fit on examples, or a fitted head from a file.
 
     Args:
         examples: images with known classes, on which a head is fitted: a folder of class folders, whose images in no
@@ -61,7 +61,7 @@ class Learning(ClassOptions):
     label_next: int | None = None
 
     def check(self, classes: Sequence[str] | None) -> None:
-        """Raise :class:`InputError` for options that do not belong together, before the model is loaded."""
+        """Raise :class:`InputError` for options that contradict each other, before the model is loaded."""
         require(0 < self.none_error < 1, f"--none_error {self.none_error}: must be above 0 and below 1")
         require(not (self.head and self.examples), "--head: was fitted already; leave out --examples, or fit anew")
         require(not (self.head and classes), "--classes: a head has its own; leave them out")
@@ -76,7 +76,7 @@ class Learning(ClassOptions):
     def source(
         self, classes: Sequence[str] | None, prompts: Sequence[str], on_error: OnError, group: str = ""
     ) -> ClassSource:
-        """Return the head's classes, or those of the examples."""
+        """Return the classes of the head, or of the examples."""
         if self.head:
             return _OfFile(self.head, prompts)
         if not self.examples:
@@ -90,7 +90,7 @@ class Learning(ClassOptions):
 
 
 class _OfFile(ClassSource):
-    """The classes of a head, here of one from a file."""
+    """The classes of a head from a file."""
 
     head: Head
     both_kinds = True
@@ -117,7 +117,7 @@ class _OfFile(ClassSource):
 
 
 class _OfExamples(_OfFile):
-    """The classes of examples, on which a head is fitted."""
+    """The classes of examples, with a head fitted on them."""
 
     def __init__(self, options: Learning, examples: ExampleFiles, group: str = "") -> None:
         self.options, self.examples, self.names = options, examples, examples.names
@@ -135,7 +135,7 @@ class _OfExamples(_OfFile):
             save_head(self.head, path)
 
     def report(self, files: Sequence[ImageFile], kept: Sequence[Scores]) -> None:
-        """Say what the head costs on its examples, where it is, and which images to label next."""
+        """Print the head's errors on its examples, its file, and the images to label next."""
         if self.group:
             stderr().print(f"{self.group}:", highlight=False)
         for each in self.learned.summary:
@@ -148,7 +148,7 @@ class _OfExamples(_OfFile):
 
 
 class Learned(NamedTuple):
-    """A head, the unit features ``[N, D]`` of its examples, and what it costs on them."""
+    """A head, the unit features ``[N, D]`` of its examples, and a summary of its errors on them."""
 
     head: Head
     labelled: Tensor
@@ -163,7 +163,7 @@ def learn(
     none_error: float,
     settings: EncodingSettings,
 ) -> Learned:
-    """Fit a head on examples; ``text`` are the unit features ``[D, C]`` of the names."""
+    """Fit a head on examples; ``text`` has the unit features ``[D, C]`` of the names."""
     found = _features(model, examples, settings)
     shown = found if found.labels.ndim == 2 else found.take((found.labels >= 0).nonzero()[:, 0])
     with progress("head", MOST_FITS) as advance:
@@ -182,7 +182,7 @@ def learn(
 
 
 def _features(model: CLIP, examples: ExampleFiles, settings: EncodingSettings) -> Examples:
-    """Return the features of the examples that can be read, encoded unless they are in the index beside them."""
+    """Return the features of the readable examples; encode examples that the index beside them lacks."""
     table = update_index(model, examples.files, examples.place / EXAMPLES, settings, both_kinds=True)
     rows = {file.identity: row for row, file in enumerate(examples.files)}
     labels = examples.labels[[rows[identity] for identity in table.identities]]
@@ -191,7 +191,7 @@ def _features(model: CLIP, examples: ExampleFiles, settings: EncodingSettings) -
 
 
 def _of_one(fitted: FittedHead, zero_shot: Tensor, labels: Tensor, names: Sequence[str]) -> Summary:
-    """Say what a head of one class an image costs on held-out examples, and what zero-shot does there."""
+    """Summarise a one-class-per-image head on held-out examples, beside zero-shot."""
     counts = labels.bincount(minlength=len(names))
     by_name = [name for name, count in zip(names, counts.tolist(), strict=True) if not count]
     seen = fitted.fit.held_out.isfinite().all(dim=1)
@@ -255,7 +255,7 @@ def _of_several(found: Sequence[ClassThreshold], names: Sequence[str], examples:
 def write_label_next(
     count: int, files: Sequence[ImageFile], probability: Tensor, after: Tensor, learned: Learned
 ) -> None:
-    """Write which images are best labelled next: a table of examples with the head's guess, and a page."""
+    """Write which images to label next: a table of examples with the head's guesses, and a page."""
     facts, head = learned.head.facts, learned.head
     chosen = label_next(probability, after, learned.labelled, count, facts.several)
     lines: list[tuple[ImageFile, str, float]] = []

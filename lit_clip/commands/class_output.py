@@ -1,4 +1,4 @@
-"""The classes of images as a table, CSV or JSON."""
+"""Write the classes of images as a table, CSV or JSON."""
 
 import csv
 import io
@@ -21,7 +21,7 @@ Output = Literal["table", "csv", "json"]
 
 
 class RankedClass(NamedTuple):
-    """A class and its probability, and the group that it is of; :data:`NONE` has no probability."""
+    """A class, its probability and its group; :data:`NONE` has no probability."""
 
     name: str
     probability: float | None
@@ -36,7 +36,7 @@ def ranked(
     above_C: Tensor | None = None,
     group: str = "",
 ) -> list[list[RankedClass]]:
-    """Return the classes of each image of a batch, the most probable first, after :data:`NONE` where it is.
+    """Return the classes of each image in a batch, most probable first, or :data:`NONE` first where it applies.
 
     They are the first ``top_k``, or all those whose probability reaches ``above_C``.
     """
@@ -51,7 +51,7 @@ def ranked(
 
 
 def percent(value: float | None) -> str:
-    """Return ``91.3 %``; an empty text for None."""
+    """Return ``91.3 %`` for 0.913; an empty text for None."""
     return "" if value is None else f"{100 * value:.1f} %"
 
 
@@ -70,7 +70,7 @@ def write_classes(classes_of: dict[str, list[RankedClass]], output: Output, path
 
 
 def _numbered(best: Sequence[RankedClass]) -> Iterator[tuple[int, RankedClass]]:
-    """Yield an image's classes with their rank, in their group."""
+    """Yield an image's classes with their ranks within each group."""
     for _, classes in groupby(best, key=attrgetter("group")):
         yield from enumerate(classes, start=1)
 
@@ -114,7 +114,7 @@ def _as_json(classes_of: dict[str, list[RankedClass]]) -> str:
 
 
 def json_text(value: Any) -> str:
-    """Return JSON with letters of all languages as they are."""
+    """Return JSON with non-ASCII letters unescaped."""
     text = json.dumps(value, indent=1, ensure_ascii=False)
     if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
         text = json.dumps(value, indent=1)  # a file name that is not Unicode has to be escaped in JSON

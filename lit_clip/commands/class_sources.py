@@ -1,4 +1,4 @@
-"""Where classes come from, and what scores images against them: prompts here, heads in a room that need not be there.
+"""Sources of classes and their scores: prompts here; heads in another room, which may be removed.
 
 ``HEADS`` in :mod:`lit_clip.cli.subcommands` names what replaces the options here, which are none. Shapes: B images, W
 features before the projection, D after it, C classes.
@@ -23,7 +23,7 @@ from lit_clip.tools.images import OnError
 
 
 class Scores(NamedTuple):
-    """Probabilities ``[B, C]``, which images show none of the classes, bool ``[B]``, and unit features ``[B, D]``."""
+    """Probabilities ``[B, C]``; bool ``[B]``: the image shows none of the classes; and unit features ``[B, D]``."""
 
     probability: Tensor
     none: Tensor
@@ -31,7 +31,7 @@ class Scores(NamedTuple):
 
 
 class ClassSource:
-    """Classes by name, as typed or those of folders, scored by their prompts.
+    """Classes by name, typed or from folders, scored by their prompts.
 
     Attributes:
         names: of the source's own classes.
@@ -53,16 +53,16 @@ class ClassSource:
         self.model, self.weights = model, prompt_weights(model, names, prompts, encoding)
 
     def scores(self, before: Tensor, after: Tensor) -> Scores:
-        """Return the scores of features before the projection ``[B, W]`` and unit features ``[B, D]``."""
+        """Return scores from features before the projection ``[B, W]`` and unit features ``[B, D]``."""
         none = torch.zeros(len(after), dtype=torch.bool)
         return Scores(class_probabilities(self.model, after, self.weights), none, after)
 
     def summary(self, none: int, count: int) -> str:
-        """Return a line about the images that show none of the classes; empty if nothing is said of them."""
+        """Return a line about images that show none of the classes; empty if there is nothing to say."""
         return ""
 
     def report(self, files: Sequence[ImageFile], kept: Sequence[Scores]) -> None:
-        """Say more about the classes once the images have been scored."""
+        """Print more about the classes after all images have been scored."""
 
 
 def prompt_weights(model: CLIP, names: Sequence[str], prompts: Sequence[str], encoding: Encoding) -> Tensor:
@@ -86,17 +86,17 @@ def class_probabilities(model: CLIP, features: Tensor, classifier: Tensor) -> Te
 
 
 class ClassOptions:
-    """Options of classes that are more than names; here none."""
+    """Options of classes that have more than names; none here."""
 
     flat = True  # options are typed without its name
 
     def check(self, classes: Sequence[str] | None) -> None:
-        """Raise :class:`InputError` for options that do not belong together, before anything is read."""
+        """Raise :class:`InputError` for options that contradict each other, before anything is read."""
 
     def source(
         self, classes: Sequence[str] | None, prompts: Sequence[str], on_error: OnError, group: str = ""
     ) -> ClassSource:
-        """Return the source of the classes, or of those of a group; ``classes`` and ``prompts`` are those typed."""
+        """Return the source of the classes, or of one group's classes; ``classes`` and ``prompts`` are as typed."""
         return ClassSource()
 
     @property
@@ -105,7 +105,7 @@ class ClassOptions:
         return ""
 
     def opened(self) -> Any:
-        """Return the head in the file, a :class:`lit_clip.heads.Head`; None if none is named."""
+        """Return the head in the file, a :class:`lit_clip.heads.Head`; None if no file is named."""
         return None
 
 

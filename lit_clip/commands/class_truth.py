@@ -1,4 +1,4 @@
-"""What ``lit-clip classify`` says about images whose classes are the names of their folders."""
+"""Judge ``lit-clip classify`` on images in folders that are named after their classes."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -26,7 +26,7 @@ NO_TRUTH = "no image is in a folder that is named like a class, so there is noth
 
 
 def folder_names(paths: Sequence[str], files: Sequence[ImageFile]) -> list[str]:
-    """Return the names of a folder's subfolders as class names, underscores as spaces."""
+    """Return the names of a folder's subfolders as class names, with spaces for underscores."""
     root = Path(paths[0]) if len(paths) == 1 else Path()
     inside = (
         [PurePath(file.path).relative_to(root).parts for file in files] if root.is_dir() and len(paths) == 1 else []
@@ -46,7 +46,7 @@ def _plain(name: str) -> str:
 
 
 def folder_truth(files: Sequence[ImageFile], names: Sequence[str], folders: Sequence[PurePath] = ()) -> list[int]:
-    """Return the class of each image: the innermost folder that has a class's name; -1 without one.
+    """Return the class of each image: the innermost folder named after a class; -1 if there is none.
 
     Counted are the folders below the one of ``folders`` that the image is in, and that one itself; of an image in none
     of them its own folder. Letters may be small or capital, and underscores and hyphens stand for spaces.
@@ -66,7 +66,7 @@ def folder_truth(files: Sequence[ImageFile], names: Sequence[str], folders: Sequ
 
 @dataclass
 class Judge:
-    """Compares the answers with the truth, batch by batch, and says how good they are.
+    """Compare the answers with the truth, batch by batch, and report their quality.
 
     ``truth`` is each file's class, -1 for none; ``given`` are metrics of torchmetrics; ``group`` is the classes'.
     """
@@ -88,11 +88,11 @@ class Judge:
 
     @property
     def known(self) -> bool:
-        """Whether the class of any image is known."""
+        """Whether any image's class is known."""
         return any(place >= 0 for place in self.truth)
 
     def add(self, rows: Sequence[int], probability_BC: Tensor, none_B: Sequence[bool]) -> None:
-        """Judge a batch: places of the files, the classes' probabilities, which images show none of the classes."""
+        """Judge a batch: places of the files, class probabilities, and whether an image shows none of the classes."""
         best, place = (each.tolist() for each in probability_BC.max(dim=1))
         for number, row in enumerate(rows):
             truth = self.truth[row]

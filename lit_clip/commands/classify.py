@@ -39,7 +39,7 @@ from lit_clip.tools.text_files import read_text, read_yaml
 
 @dataclass(frozen=True)
 class Known:
-    """What is done with images whose classes are known.
+    """Options for images with known classes.
 
     Args:
         metrics: for images in class folders, further metrics as NAME=CLASS_PATH, of torchmetrics or of your own, such
@@ -129,7 +129,7 @@ def _groups(
     metrics: Mapping[str, Any],
     on_error: OnError,
 ) -> list["Group"]:
-    """Return the groups of classes, or the one without a title, each with its source and a judge of the files."""
+    """Return the groups of classes, or one untitled group, each with its source and a judge of the files."""
     labelled = "" not in typed and len(images) == 1 and Path(images[0]).suffix.lower() in TABLES
     files = FileRows([] if labelled else find_images(images, on_error))
     folders = [path for path in map(Path, images) if path.is_dir()]
@@ -154,7 +154,7 @@ def _place(name: str | None, option: str, suffix: str = "") -> Path | None:
 
 @dataclass
 class Classifier:
-    """Encodes images and scores them; remembers the images that cannot be read."""
+    """Encode images and score them; remember unreadable images."""
 
     model: CLIP
     sources: Sequence[ClassSource]
@@ -162,7 +162,7 @@ class Classifier:
     unreadable: list[UnreadableRow] = field(default_factory=list)
 
     def scored(self, files: FileRows, title: str) -> Generator[tuple[list[int], list[Scores]], None, None]:
-        """Yield the places and each source's scores of one batch after the other, without files that are skipped."""
+        """Yield each batch's file places and every source's scores, without skipped files."""
         self.unreadable, settings, width = [], self.encoding, self.model.config.embed_dim
         kind = features_of_both_kinds if self.sources[0].both_kinds else image_features
         encode = kind(self.model, settings.precision)
@@ -180,7 +180,7 @@ class Classifier:
 
 @dataclass
 class Group:
-    """Classes of which an image has one, and what is known of them; the title is empty if they are the only ones."""
+    """Classes of which an image has one, and their scores; the title is empty for a single group."""
 
     title: str
     names: Sequence[str]
@@ -192,7 +192,7 @@ class Group:
 
 @dataclass
 class Answers:
-    """The classes of each image, by its key; judged where the truth is known."""
+    """The classes of each image, by its key; judged if the truth is known."""
 
     files: FileRows
     groups: Sequence[Group]
@@ -201,7 +201,7 @@ class Answers:
     rows: list[int] = field(default_factory=list)  # of the images that are classified
 
     def collect(self, classifier: Classifier, output: Output, path: Path | None, few: int | None) -> None:
-        """Classify all images and write the answers, or those of the first ``few``; after Ctrl-C what is done, too."""
+        """Classify all images and write the answers (with ``few``, the first ones); after Ctrl-C, the finished ones."""
         try:
             with closing(classifier.scored(self.files, "images")) as batches:
                 for rows, scores in batches:
@@ -241,7 +241,7 @@ class Answers:
 
 
 def _lines(words: Sequence[str], option: str) -> list[str]:
-    """Return the words, or the lines of a file if there is one word, its path."""
+    """Return the words, or the lines of a file if the only word is its path."""
     path = Path(words[0]) if len(words) == 1 else None
     if path is None or not (os.path.isfile(path) or path.suffix == ".txt"):  # Path.is_file fails beyond 255 characters
         return [" ".join(word.split()) for word in words]
@@ -253,7 +253,7 @@ def _lines(words: Sequence[str], option: str) -> list[str]:
 
 
 def read_groups(words: Sequence[str]) -> dict[str, list[str] | None]:
-    """Return the classes of each group in a YAML file; or one group without a title, of the classes typed, if any."""
+    """Return the classes of each group in a YAML file, or one untitled group with the typed classes, if any."""
     path = words[0] if len(words) == 1 else ""
     if not path.endswith((".yaml", ".yml")):
         return {"": read_classes(words) if words else None}
@@ -270,7 +270,7 @@ def read_groups(words: Sequence[str]) -> dict[str, list[str] | None]:
 
 
 def read_classes(words: Sequence[str]) -> list[str]:
-    """Return class names as typed, from a file with one name per line, or from a list with commas, as YAML's."""
+    """Return class names as typed, from a file with one name per line, or from a list with commas, as in YAML."""
     names, text = _lines(words, "classes"), " ".join(words)
     if bracketed := bool(re.fullmatch(r"\[[^\[\]]*\]", text)):
         names = [" ".join(text[1:-1].split())]

@@ -35,7 +35,7 @@ def configs(name: list[str]) -> None:
 
 
 def _described(name: str, entries: Mapping[str, str]) -> Iterator[str]:
-    """Yield lines: the name with what the file does, and each entry, the command unbroken so that it can be copied."""
+    """Yield lines: name and purpose, then each entry; the command stays on one line for copying."""
     wrap = partial(textwrap.fill, width=Console(file_width=120).width, break_long_words=False, break_on_hyphens=False)
     yield wrap(f"{name}: {entries['']}")
     yield f"    command: {entries['command']}"
@@ -45,7 +45,7 @@ def _described(name: str, entries: Mapping[str, str]) -> Iterator[str]:
 
 
 def _head(file: Path) -> dict[str, str]:
-    """Return the entries of the comment at a file's head, and under an empty name the sentences before them.
+    """Return the entries of the comment at a file's head; an empty name has the sentences before them.
 
     Continued lines are indented by three spaces; other comments after the first entry are left out.
     """

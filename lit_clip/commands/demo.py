@@ -1,4 +1,4 @@
-"""``lit-clip demo``: a page on this machine on which to try a model."""
+"""``lit-clip demo``: a page on this machine for trying a model."""
 
 import importlib.util
 import os
@@ -67,14 +67,14 @@ def demo(
 
 
 def shown_below(folder: Path, searched: Searched) -> Searched:
-    """Return rows without the images that lie elsewhere: a file of features may name any, and others see the page."""
+    """Return rows without images outside the folder: a feature file may name any file, and others see the page."""
     root = os.path.abspath(folder) + os.sep
     inside = [file if file and os.path.abspath(file).startswith(root) else None for file in searched.files]
     return searched._replace(files=inside)
 
 
 def _listening(host: str, port: int) -> socket.socket:
-    """Return a socket that listens; the first to connect waits until the model is loaded."""
+    """Return a listening socket; the first connection waits until the model is loaded."""
     require(0 <= port < 65536, f"--port {port}: must be from 0 to 65535")
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET

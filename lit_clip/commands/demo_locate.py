@@ -1,4 +1,4 @@
-"""Where an image shows texts, for a tab of ``lit-clip demo``."""
+"""Show where an image shows texts, in a tab of ``lit-clip demo``."""
 
 from functools import lru_cache, partial
 
@@ -14,13 +14,13 @@ MOST_TEXTS = 20  # that a click finds in an image
 
 
 class Tab:
-    """Finds texts in an image."""
+    """Find texts in an image."""
 
     def __init__(self, model: CLIP) -> None:
         self._locator = lru_cache(maxsize=8)(partial(Locator, model))  # the next image mostly has the same texts
 
     def __call__(self, image: Source = None, texts: str = "", background: str = "") -> list[tuple[Image.Image, str]]:
-        """Return a heat map over an image for each text, with its cosine, as ``lit-clip locate`` does.
+        """Return a heat map and a cosine for each text, as ``lit-clip locate`` does.
 
         Texts are one a line, and so are those of the background; none of them: the command's own.
         """

@@ -1,4 +1,4 @@
-"""The page of ``lit-clip demo`` and the requests that it sends, over HTTP.
+"""Serve the page of ``lit-clip demo`` and its requests over HTTP.
 
 A request brings the image that it asks about as bytes. Nothing that a client sends is stored under a name, opened as a
 path or fetched as an address.
@@ -47,7 +47,7 @@ HEADERS = [  # the browser loads nothing from elsewhere and is shown in no other
 
 
 def web_app(trial: Trial, name: str, host: str = "127.0.0.1") -> Starlette:
-    """Return the page of a model and what it asks: ``/classify``, ``/locate``, and ``/search`` and ``/own_classes``.
+    """Return the app of a model's page and its requests: ``/classify``, ``/locate``, ``/search`` and ``/own_classes``.
 
     A request is a form whose fields are the arguments of the method of that name; an answer is JSON.
     """
@@ -102,7 +102,7 @@ def web_app(trial: Trial, name: str, host: str = "127.0.0.1") -> Starlette:
 
 
 def _arguments(function: Callable[..., Any], form: FormData) -> dict[str, Any]:
-    """Return the arguments of a method from a form: a file for ``image``, text for others."""
+    """Return the arguments of a method from a form: a file for ``image``, texts for the others."""
     arguments: dict[str, Any] = {}
     for name in signature(function).parameters:
         typed = form.get(name)
@@ -114,14 +114,14 @@ def _arguments(function: Callable[..., Any], form: FormData) -> dict[str, Any]:
 
 
 def _plain(found: Any) -> Any:
-    """Return probabilities as they are, and images with captions as values of JSON."""
+    """Return probabilities unchanged, and images with captions as JSON values."""
     if isinstance(found, dict):
         return found
     return [{"image": thumbnail(image, 2 * SHOWN), "caption": caption} for image, caption in found]
 
 
 class OwnPage:
-    """Middleware that refuses names that are not this machine's, pages of other sites, and bodies that are too long."""
+    """Middleware that refuses other host names, pages of other sites, and bodies that are too long."""
 
     def __init__(self, app: ASGIApp, host: str) -> None:
         self.app, self.host = app, host
@@ -144,7 +144,7 @@ class OwnPage:
 
 
 def _bounded(receive: Receive) -> Receive:
-    """Return a channel that ends with an error when a body is longer than an image and its texts may be."""
+    """Return a channel that raises an error when a body exceeds the limit for an image and its texts."""
     size, most = 0, MOST_BYTES + 4 * MOST_TEXT
 
     async def receive_bounded() -> Message:
@@ -163,7 +163,7 @@ def _closing(status: int, problem: str) -> HTTPException:
 
 
 def is_accepted(header: str, host: str) -> bool:
-    """Return whether a Host header names the address that is listened on, so that no other name can point here.
+    """Return whether a Host header names the address we listen on, so that no other name can point here.
 
     Accepted are ``localhost``, ``127.0.0.1``, ``[::1]`` and the host itself. Where every address of this machine is
     listened on, also any address, which no name server can redirect, and the machine's own name.
@@ -187,7 +187,7 @@ def _normal(name: str) -> tuple[str, bool]:
 
 
 def serve(app: ASGIApp, listening: socket.socket) -> None:
-    """Answer until Ctrl-C or SIGTERM."""
+    """Serve requests until Ctrl-C or SIGTERM."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     options: dict[str, Any] = {"limit_concurrency": MOST_CONNECTIONS, "timeout_graceful_shutdown": 1, "ws": "none"}
     config = uvicorn.Config(app, log_level="warning", headers=HEADERS, proxy_headers=False, **options)

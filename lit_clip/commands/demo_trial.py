@@ -1,4 +1,4 @@
-"""What the page of ``lit-clip demo`` asks a model, and how much of it at once."""
+"""Functions that the page of ``lit-clip demo`` calls on a model, and limits on their input."""
 
 import re
 from functools import lru_cache, partial
@@ -24,7 +24,7 @@ Source = Path | BinaryIO | None  # of an image: its bytes on the page
 
 
 class Trial:
-    """Functions of the page: a model, the images to search, if any, and what the model's ``with_head`` returned."""
+    """Functions of the page: a model, optional images to search, and the result of the model's ``with_head``."""
 
     def __init__(self, model: CLIP, searched: Searched | None = None, headed: Any = None) -> None:
         self.model, self.searched, self.headed = model, searched, headed
@@ -58,7 +58,7 @@ class Trial:
         return dict(zip(self.headed.head.facts.names, probabilities[0].tolist(), strict=True))
 
     def search(self, text: str = "", count: int | str = 12) -> list[tuple[Image.Image, str]]:
-        """Return the images that best match a text, small, with their names and cosines; without those not shown."""
+        """Return small copies of the images that best match a text, with names and cosines; omit hidden images."""
         assert self.searched is not None
         require(bool(text.strip()), "nothing to search for: type a sentence")
         require(len(text) <= LONGEST_PROMPT, f"sentence: {len(text):,} characters; at most {LONGEST_PROMPT:,}")
@@ -75,7 +75,7 @@ class Trial:
 
 
 def image_of(image: Source) -> Image.Image:
-    """Open an image that is not too large."""
+    """Open an image, and refuse one that is too large."""
     if image is None:
         raise InputError("no image: drop one, or click to choose a file")
     width, height = image_size(image, "the image")
@@ -84,5 +84,5 @@ def image_of(image: Source) -> Image.Image:
 
 
 def words(text: str) -> list[str]:
-    """Return the lines of a text that are not empty, with single spaces; never those of a file that it may name."""
+    """Return the non-empty lines of a text, with single spaces; a file that the text names is never read."""
     return [" ".join(line.split()) for line in text.splitlines() if line.strip()]

@@ -35,7 +35,7 @@ from lit_clip.tools.workers import workers_for_images
 
 @dataclass(frozen=True)
 class Encoding:
-    """How images and texts are encoded.
+    """Options for encoding images and texts.
 
     Args:
         batch_size: images encoded at once by one process.
@@ -66,7 +66,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class Examples:
-    """Examples of the few-shot results.
+    """Options of the examples for few-shot results.
 
     Args:
         shots: numbers of examples per class of the few-shot results; 1, 2, 4, 8 and 16 if not given.
@@ -166,7 +166,7 @@ def _checked_head(head: ClassOptions, clip: CLIP) -> ClassHead | None:
 
 
 def _with_head(entries: Mapping[str, SuiteEntry]) -> dict[str, SuiteEntry]:
-    """Return the sets, with a head's task for those of classes."""
+    """Return the sets, with a head's task added to sets with classes."""
     return {
         name: replace(entry, tasks=[*tasks, "head"])
         if "zero_shot" in (tasks := entry.tasks or []) and "head" not in tasks

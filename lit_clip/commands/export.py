@@ -93,7 +93,7 @@ def export(
 
 
 def _left_out(model: CLIP, format: FormatName) -> Iterator[str]:
-    """Yield what the other program does not take from the folder of a model."""
+    """Yield notes on what the other program ignores in a model's folder."""
     if (window := model.preprocessing.window) is not None:
         reopened = format in ("open_clip", "hugging_face")
         reads = "; lit-clip reads the window from the folder" if reopened else ""
@@ -117,7 +117,7 @@ def write_checked(
     dtype: OnnxDType = "float32",
     head: Any = None,
 ) -> Parity:
-    """Write the model into a folder, open it with the other tool and compare."""
+    """Write the model into a folder, open it with the other tool, and compare the results."""
     target = FORMATS[format]
     if head is None:
         target.write(original, draft)
@@ -151,7 +151,7 @@ def write_checked(
 
 
 def check_free(folder: Path) -> None:
-    """Raise :class:`InputError` unless the folder can be made, or is empty."""
+    """Raise :class:`InputError` unless the folder is empty or can be made."""
     if folder.is_dir():
         require(not any(folder.iterdir()), f"{folder}: the folder is not empty; name another")
     else:
@@ -159,7 +159,7 @@ def check_free(folder: Path) -> None:
 
 
 def source_of(model: str) -> ExportedSource:
-    """Return the name as given, and the SHA-256 of the file or of a folder's largest file."""
+    """Return the given name, and the SHA-256 of the file, or of the largest file in a folder."""
     path = Path(model)
     if not path.exists():
         architecture, _, file = model.partition(":")

@@ -1,4 +1,4 @@
-"""The option of ``evaluate``, ``export`` and ``demo`` that names the file of a head."""
+"""Option of ``evaluate``, ``export`` and ``demo`` for the file of a head."""
 
 from dataclasses import dataclass
 

@@ -1,4 +1,4 @@
-"""``lit-clip index``: an approximate index of files of features."""
+"""``lit-clip index``: build an approximate index of feature files."""
 
 import shlex
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""``lit-clip locate``: where images show texts."""
+"""``lit-clip locate``: find where images show texts."""
 
 import os
 import re
@@ -103,7 +103,7 @@ def _background(name: str, texts: Sequence[str]) -> list[str]:
 
 
 def _outside(files: list[ImageFile], images: str, folder: Path) -> list[ImageFile]:
-    """Leave out a folder's images that lie in the output folder, and heat maps and masks of earlier runs anywhere."""
+    """Leave out images in the output folder, and heat maps and masks of earlier runs in any folder."""
     top, output = (os.path.realpath(each) for each in (images, folder))
     if not os.path.isdir(top):
         return files
@@ -117,7 +117,7 @@ def _outside(files: list[ImageFile], images: str, folder: Path) -> list[ImageFil
 
 @dataclass
 class Answers:
-    """What was found in each image, on disk as soon as it is known."""
+    """Results for each image, written to disk at once."""
 
     locator: Locator
     files: Sequence[ImageFile]
@@ -128,7 +128,7 @@ class Answers:
     unreadable: list[UnreadableRow] = field(default_factory=list)
 
     def collect(self) -> None:
-        """Find the texts in all images; what is done when Ctrl-C ends the run is kept beside the name of the whole."""
+        """Find the texts in all images; after Ctrl-C, keep the finished results in a partial file."""
         try:
             with progress("images", len(self.files)) as advance:
                 for row, file in enumerate(self.files):
@@ -188,7 +188,7 @@ class Answers:
         }
 
     def _remove_earlier(self) -> None:
-        """Remove heat maps and masks of earlier runs that this run has not written."""
+        """Remove heat maps and masks of earlier runs that this run did not write."""
         written = {row[kind] for row in self.rows for kind in KINDS}
         for path in self.folder.glob("*.png"):
             if path.name not in written and NAME.fullmatch(path.name) and png_program(path) == PROGRAM:
@@ -201,7 +201,7 @@ class Answers:
         return self.folder / name
 
     def table(self) -> Table:
-        """Return what was found, for the terminal."""
+        """Return the results as a table for the terminal."""
         table = Table("image", "text", "box")
         for name in ("cosine", "margin"):
             table.add_column(name, justify="right")
@@ -213,7 +213,7 @@ class Answers:
 
 
 def file_stem(key: str, text: str) -> str:
-    """Return a file's name for an image and a text: readable, of safe characters, and of no other pair."""
+    """Return a file's name for an image and a text: readable, unique, and of safe characters."""
     words = re.sub(r"[^a-z0-9]+", "-", f"{Path(key).stem} {text}".lower()).strip("-")
     return f"{words[:60].rstrip('-')}-{hex_digest([key, text])[:12]}".lstrip("-")
 

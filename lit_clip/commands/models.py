@@ -1,4 +1,4 @@
-"""``lit-clip models``: list model names with their size and cost."""
+"""``lit-clip models``: list model names with size and cost."""
 
 from fnmatch import fnmatch
 
@@ -53,5 +53,5 @@ def models(patterns: list[str], *, pretrained: bool = False) -> None:
 
 
 def matches(name: str, pattern: str) -> bool:
-    """Whether the name contains the pattern, ignoring case."""
+    """Return whether the name contains the pattern, ignoring case."""
     return fnmatch(name.lower(), f"*{pattern.lower()}*")

@@ -1,4 +1,4 @@
-"""``lit-clip search``: find the images of a folder, or the rows of a feature file, that best match a query."""
+"""``lit-clip search``: find the images of a folder, or rows of a feature file, that best match a query."""
 
 import os
 from collections.abc import Sequence
@@ -109,7 +109,7 @@ def search(
 
 
 def holds_features(path: Path, index: str | None, precision: Precision) -> bool:
-    """Return whether a file is searched, not a folder; without the options that are for encoding one."""
+    """Return whether the path is a feature file or index, not a folder; options for encoding are then refused."""
     stored = path.suffix in FEATURE_FILES and not path.is_dir()
     kinds = " or ".join(FEATURE_FILES)
     require(stored or not path.is_file(), f"{path}: cannot be searched; name a folder of images, or a {kinds} file")
@@ -150,14 +150,14 @@ def _check_queries(queries: Sequence[str], images: Sequence[str], text_weight: f
 def search_in(
     model: CLIP, folder: Path, files: Sequence[ImageFile], index: str | None, settings: EncodingSettings
 ) -> Searched:
-    """Return a folder's images to search; images that the index, by default in the folder, lacks are encoded."""
+    """Return a folder's images to search; encode images that its index lacks."""
     table = update_index(model, files, Path(index) if index else folder / INDEX, settings)
     keys = [key for key, _, _ in table.identities]
     return Searched(keys, table.features, [folder / key for key in keys])
 
 
 def read_searched(path: Path, model: CLIP) -> Searched:
-    """Read a file of features, or an index with the files that it is of."""
+    """Read a feature file, or an index with its feature files."""
     index = import_module(INDICES[path.suffix]).open_index(path) if path.suffix in INDICES else None
     tables = index.tables if index else [read_features(path)]
     names: list[str] = []
@@ -209,7 +209,7 @@ def _print_hits(title: str, searched: Searched, hits: Hits) -> None:
 
 
 def write_sheet(path: Path, searched: Searched, found: dict[str, Hits], model: CLIP, vectors: np.ndarray) -> None:
-    """Write an HTML page with the thumbnails of the images found for each query, and where the best fit it."""
+    """Write an HTML page with thumbnails of each query's results, and where the best ones match it."""
     shown: dict[str, list[tuple[str, str, str]]] = {query: [] for query in found}
     explain = next((import_module(room).HeatMaps(model, THUMBNAIL) for room in HEAT_MAPS), None)
     with progress("contact sheet", sum(map(len, found.values()))) as advance:
@@ -226,7 +226,7 @@ def write_sheet(path: Path, searched: Searched, found: dict[str, Hits], model: C
 
 
 def small_image(path: Path, size: int) -> Image.Image | None:
-    """Return an image of at most ``size`` pixels a side, upright and on white; None if it cannot be read any more."""
+    """Return an image of at most ``size`` pixels a side, upright, on white; None if it has become unreadable."""
     try:
         return upright(open_image(path), size)
     except ValueError:  # a key need not be a path

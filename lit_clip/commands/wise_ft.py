@@ -32,7 +32,7 @@ Results = dict[str, dict[float, float]]  # set -> alpha -> top-1
 
 
 class InterpolatedModels:
-    """The models ``(1 - alpha) * before + alpha * after`` of one architecture, one at a time; names are for errors."""
+    """Models ``(1 - alpha) * before + alpha * after`` of one architecture, one at a time; errors use the names."""
 
     def __init__(self, before: CLIP, after: CLIP, names: tuple[str, str] = ("before", "after")) -> None:
         wrong = differences(after.config, before.config)
@@ -42,7 +42,7 @@ class InterpolatedModels:
 
     @torch.no_grad()
     def at(self, alpha: float, only: str = "") -> CLIP:
-        """Return the model at ``alpha``, exactly at 0 and 1, setting weights whose names begin with ``only`` alone."""
+        """Return the model at ``alpha``, exact at 0 and 1; ``only`` limits it to weights with these prefixes."""
         before, after = self._ends
         for name, value in self.model.state_dict().items():
             if name.startswith(only):
@@ -65,7 +65,7 @@ def wise_ft(
     num_workers: int = 2,
     precision: Precision = "32-true",
 ) -> None:
-    """Evaluate the models between a checkpoint and its fine-tuned version, and write the best.
+    """Evaluate the models between a checkpoint and its fine-tuned version, and write the best one.
 
     The best has the highest mean of two accuracies: top-1 on the target set, and the mean top-1 on the other sets,
     which are held out. Among equals it is the one nearest to the checkpoint before. Every image is read once.
@@ -116,7 +116,7 @@ def _read_alphas(words: str, chosen: float | None) -> list[float]:
 
 
 def read_sets(path: str) -> dict[str, ZeroShotSet]:
-    """Read a YAML file of zero-shot sets: name -> ``images`` (a class with its arguments) and ``templates``."""
+    """Read zero-shot sets from YAML: each name has ``images`` (a class with its arguments) and ``templates``."""
     values = read_yaml(path, "--sets")
     if not (isinstance(values, dict) and all(isinstance(name, str) for name in values)):
         raise InputError(f"--sets: {path}: must hold sets by name: {{name: {{images: ...}}}}")

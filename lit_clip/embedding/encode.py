@@ -1,4 +1,4 @@
-"""Encode into feature files, on any number of processes, and resume what an interrupted run has left.
+"""Encode into feature files on any number of processes, and resume an interrupted run.
 
 The items are cut into batches, and batches, not items, are dealt to the ranks: batches are the same on any number of
 ranks, and so are the bytes of the result.
@@ -69,7 +69,7 @@ def features_of(
     known: FeatureTable | None = None,
     title: str = "encoding",
 ) -> FeatureTable | None:
-    """Return the features of a task's items, encoded unless they are in ``parts`` or ``known``.
+    """Return the features of a task's items; encode items that are neither in ``parts`` nor ``known``.
 
     All ranks call this. The first one alone gets the table, without the items that could not be read, and not for a
     share of the work: the parts are kept then.
@@ -83,7 +83,7 @@ def features_of(
 
 
 class Work(NamedTuple):
-    """A model, the finished parts of an output, and what the output says of its making."""
+    """A model, the finished parts of an output, and metadata about how the output is made."""
 
     model: CLIP
     parts: Parts
@@ -99,7 +99,7 @@ def work_on(
     share: Share = Share(),  # noqa: B008
     encoders: Sequence[str] = ("image", "text"),
 ) -> Iterator[Work]:
-    """Load a model, start the other processes and hold the output; ``stamp`` changes with the data.
+    """Load a model, start the other processes and claim the output; ``stamp`` changes with the data.
 
     Of the ``encoders`` that the output is made by, their fingerprints are in its metadata.
     """
@@ -116,7 +116,7 @@ def work_on(
 def compute(
     model: CLIP, task: EncodingTask, batches: Batches, parts: Parts, settings: EncodingSettings, title: str
 ) -> list[UnreadableRow] | None:
-    """Encode batches into ``parts``; an interruption leaves the finished ones there.
+    """Encode batches into ``parts``; an interruption keeps the finished ones.
 
     Returns:
         On rank 0 the rows that could not be read; None on other ranks, which have nothing left to do.
@@ -157,7 +157,7 @@ def compute(
 
 
 def start_processes(settings: EncodingSettings) -> torch.device:
-    """Start the other processes, or join them, unless that has been done; return this one's device."""
+    """Start or join the other processes, unless this was done before; return this process's device."""
     trainer = make_trainer(settings)
     strategy = trainer.strategy
     if strategy.launcher is not None and trainer.world_size > 1:
@@ -169,14 +169,14 @@ def start_processes(settings: EncodingSettings) -> torch.device:
 
 @contextmanager
 def claimed_by_first(output: Path, settings: EncodingSettings, share: Share = Share()) -> Iterator[None]:  # noqa: B008
-    """Start the other processes, and have the first one hold the output: :func:`lit_clip.tools.claims.claimed`."""
+    """Start the other processes, and let the first one claim the output: :func:`lit_clip.tools.claims.claimed`."""
     start_processes(settings)
     with claimed(None if distributed.rank_and_world()[0] else output, share=share):
         yield
 
 
 def machines() -> int:
-    """Return on how many machines torchrun or SLURM has started this run's processes; 1 without them."""
+    """Return the number of machines on which torchrun or SLURM runs this job; 1 without them."""
     if TorchElasticEnvironment.detect():
         return int(os.environ.get("GROUP_WORLD_SIZE", 1))
     return int(os.environ.get("SLURM_NNODES", 1)) if SLURMEnvironment.detect() else 1

@@ -1,4 +1,4 @@
-"""What :mod:`lit_clip.embedding.encode` computes, and its outcome; importing this imports no Lightning."""
+"""Tasks for :mod:`lit_clip.embedding.encode`, and their outcome; importing this module imports no Lightning."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ Finished = list[tuple[EncoderBatch, np.ndarray]]  # batches without their inputs
 
 @dataclass(frozen=True)
 class Encoding:
-    """How images and texts are read and encoded; only ``batch_size`` and ``precision`` affect the result, by rounding.
+    """Options for reading and encoding; only ``batch_size`` and ``precision`` affect the result, by rounding.
 
     Args:
         batch_size: images, or texts, that a process encodes at once.
@@ -64,7 +64,7 @@ class Encoding:
 
 @dataclass(frozen=True)
 class EncodingSettings(Encoding):
-    """How features are computed on any number of devices.
+    """Settings for computing features on any number of devices.
 
     Args:
         devices: number of processes on each machine, one per device.
@@ -93,7 +93,7 @@ class EncodingTask:
         return features
 
     def part(self, finished: Finished) -> Arrays:
-        """Return the arrays in which finished batches are kept."""
+        """Return the arrays that store finished batches."""
         identities = [self.identities[row] for batch, _ in finished for row in batch.rows]
         return FeatureTable(identities, np.concatenate([features for _, features in finished])).arrays()
 
@@ -101,7 +101,7 @@ class EncodingTask:
 def image_task(
     model: CLIP, images: ImageRows, identities: Sequence[Identity], features: Callable[[CLIP], Encode] = image_features
 ) -> EncodingTask:
-    """Unit features of images, which have distinct identities, or others."""
+    """Create the task of encoding images with distinct identities, by default as unit features."""
 
     def read(batches: Batches, stop: Path | None) -> ImageBatches:
         return ImageBatches(images, batches, model.preprocessing, stop=stop)
@@ -110,7 +110,7 @@ def image_task(
 
 
 def text_task(model: CLIP, texts: Sequence[str], identities: Sequence[Identity]) -> EncodingTask:
-    """Unit features of texts, which have distinct identities."""
+    """Create the task of encoding texts with distinct identities as unit features."""
     return EncodingTask(
         identities,
         lambda batches, _: Mapped(partial(text_batch, texts, model.tokenizer), batches),
@@ -119,7 +119,7 @@ def text_task(model: CLIP, texts: Sequence[str], identities: Sequence[Identity])
 
 
 def remaining(rows: int, batch_size: int, done: Callable[[int], bool], share: Share = Share()) -> Batches:  # noqa: B008
-    """Cut all rows into batches, the same however many are done, and leave those and other jobs' shares out."""
+    """Cut all rows into batches, independent of what is done; leave out finished rows and other jobs' shares."""
     batches: list[Sequence[int]] = []
     for number, batch in enumerate(in_batches(range(rows), batch_size)):
         missing = [row for row in batch if not done(row)] if share.has(number) else []
@@ -129,7 +129,7 @@ def remaining(rows: int, batch_size: int, done: Callable[[int], bool], share: Sh
 
 
 def check_complete(done: int, total: int, unreadable: Sequence[UnreadableRow], items: str = "images") -> None:
-    """Raise :class:`InputError` unless every item is done or known to be unreadable, and one is done."""
+    """Raise :class:`InputError` unless every item is done or known to be unreadable, and at least one is done."""
     lost = total - done - len(unreadable)
     require(
         lost == 0,
@@ -141,7 +141,7 @@ def check_complete(done: int, total: int, unreadable: Sequence[UnreadableRow], i
 
 
 def report_skipped(keys: Sequence[str], unreadable: Sequence[UnreadableRow], path: Path) -> None:
-    """Count the images that could not be read and list them in a file, in place of an earlier run's list."""
+    """Count the unreadable images and list them in a file, which replaces an earlier run's list."""
     if not unreadable:
         path.unlink(missing_ok=True)
     else:

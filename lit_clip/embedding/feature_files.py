@@ -1,4 +1,4 @@
-"""Features on disk, never half-written: of an index or a finished part, and the output of ``lit-clip embed``."""
+"""Features on disk, never half-written: in an index, in finished parts, and in the output of ``lit-clip embed``."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -25,7 +25,7 @@ Identity = tuple[str, int, int]  # key, and a file's size and modification time
 
 @dataclass(frozen=True)
 class FeatureTable:
-    """Features of items, by the identities that these had when they were encoded."""
+    """Features of items; an identity says which version of an item was encoded."""
 
     identities: list[Identity]  # of N items
     features: np.ndarray  # float32 [N, D], of unit length
@@ -37,14 +37,14 @@ class FeatureTable:
 
     @classmethod
     def of(cls, arrays: Arrays) -> "FeatureTable":
-        """Return the table of :meth:`arrays`."""
+        """Restore a table from :meth:`arrays`."""
         return cls(
             [(key, size, modified) for key, size, modified in json_value(arrays["identities"])], arrays["features"]
         )
 
 
 def collect(identities: Sequence[Identity], tables: Iterable[FeatureTable]) -> FeatureTable:
-    """Return the table of those items that have a feature, in their order."""
+    """Return a table of the items that have a feature, in the given order."""
     features: dict[Identity, np.ndarray] = {}
     for table in tables:
         features.update(zip(table.identities, table.features, strict=True))
@@ -56,13 +56,13 @@ def collect(identities: Sequence[Identity], tables: Iterable[FeatureTable]) -> F
 
 
 def check_output(path: Path, suffixes: Sequence[str] = (".parquet", ".npy")) -> None:
-    """Raise :class:`InputError` unless a file of one of these kinds can be written there."""
+    """Raise :class:`InputError` unless a file with one of these suffixes can be written there."""
     require(path.suffix in suffixes, f"--output {path}: must be a {' or '.join(suffixes)} file")
     require(path.absolute().parent.is_dir(), f"--output {path}: there is no folder {path.parent}")
 
 
 def check_keys(path: Path, keys: Iterable[str]) -> None:
-    """Raise :class:`InputError` if a key cannot be written there: file names need not be Unicode."""
+    """Raise :class:`InputError` if the file cannot hold a key: file names need not be Unicode."""
     for key in keys if path.suffix == ".parquet" else ():
         try:
             key.encode()
@@ -78,7 +78,7 @@ def write_features(
     captions: Sequence[str] | None = None,
     images: Sequence[str] | None = None,
 ) -> None:
-    """Write features ``[N, D]``, their keys, and the captions that they are of or an image of each, if any.
+    """Write features ``[N, D]`` and their keys; optionally the captions they belong to, or an image of each.
 
     A ``.parquet`` file has the columns ``key``, ``caption`` and ``image`` (strings), the latter if they are given, and
     ``feature`` (D float32 numbers), and the metadata in its schema. A ``.npy`` file is only the array; metadata, the
@@ -105,7 +105,7 @@ def write_features(
 
 
 class StoredFeatures(NamedTuple):
-    """Content of a file that :func:`write_features` wrote."""
+    """Content of a file from :func:`write_features`."""
 
     keys: list[str]  # of N rows; those of captions repeat their image's
     features: np.ndarray  # float32 [N, D], of unit length
@@ -115,13 +115,13 @@ class StoredFeatures(NamedTuple):
 
     @property
     def made_by(self) -> dict[str, str]:
-        """Fingerprints of the encoders that made the features; of the whole model where a file names no encoder."""
+        """Fingerprints of the encoders that made the features, or of the whole model if no encoder is named."""
         names = [name for name in ("image_sha256", "text_sha256") if name in self.metadata] or ["model_sha256"]
         return {name: self.metadata.get(name, "") for name in names}
 
 
 def read_features(path: Path, whole: bool = True) -> StoredFeatures:
-    """Read what :func:`write_features` wrote; unless ``whole``, a ``.npy`` file's features when they are used."""
+    """Read a file of :func:`write_features`; unless ``whole``, a ``.npy`` file's features are read when used."""
     stored = _read_array(path) if path.suffix == ".npy" else _read_parquet(path)
     lists = {"keys": stored.keys, "captions": stored.captions or stored.keys, "images": stored.images or stored.keys}
     for name, texts in lists.items():

@@ -24,7 +24,7 @@ class ImageFile:
 
     @property
     def identity(self) -> Identity:
-        """Changes with the content, as far as ``make`` and ``rsync`` can tell."""
+        """Changes with the file's content, as far as ``make`` and ``rsync`` could detect it."""
         return self.key, self.size, self.modified
 
 
@@ -37,7 +37,7 @@ class FileRows(list[ImageFile]):
 
 
 def image_file(key: str, path: Path) -> ImageFile:
-    """Return a file as it is now."""
+    """Return a file in its present state."""
     try:
         status = path.stat()
     except (OSError, ValueError):  # a dangling link or no path; reading it will report that
@@ -46,12 +46,12 @@ def image_file(key: str, path: Path) -> ImageFile:
 
 
 def identities_of(keys: Sequence[str], root: Path | None) -> list[Identity]:
-    """Return identities of images by their keys, which are paths from ``root`` if there is one."""
+    """Return identities of images from their keys; with ``root``, keys are paths from there."""
     return [(key, 0, 0) if root is None else image_file(key, root / key).identity for key in keys]
 
 
 def images_in(folder: Path, on_error: OnError = "error") -> list[ImageFile]:
-    """List the images in a folder and below, without hidden ones, sorted by their path in the folder, which is the key.
+    """List the non-hidden images in a folder and below, sorted by their path in the folder, which is the key.
 
     Links are followed, except to a folder that the link is in. ``skip`` leaves out folders that cannot be read.
     """
@@ -82,7 +82,7 @@ def images_in(folder: Path, on_error: OnError = "error") -> list[ImageFile]:
 
 
 def find_images(paths: Sequence[str], on_error: OnError = "error") -> list[ImageFile]:
-    """List the files and the images below the folders named, each file once, sorted by the path as typed, the key."""
+    """List the named files and the images below the named folders, each once; the key is the path as typed."""
     require(len(paths) > 0, "no images: name files or folders of images, before the options")
     found: dict[str, ImageFile] = {}  # by absolute path: a file may be named twice
     for path in map(Path, paths):

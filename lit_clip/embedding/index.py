@@ -1,4 +1,4 @@
-"""An index of a folder's images that is kept up to date, and exact search in it."""
+"""An up-to-date index of a folder's images, and exact search in it."""
 
 import os
 import zipfile
@@ -36,7 +36,7 @@ QUERIES = 256  # rows of which all others are found at once
 def update_index(
     model: CLIP, files: Sequence[ImageFile], path: Path, settings: EncodingSettings, both_kinds: bool = False
 ) -> FeatureTable:
-    """Return the features of all images; encode the ones that the index lacks, and bring it up to date.
+    """Return the features of all images; encode the images that the index lacks, and update it.
 
     An index in a folder that cannot be written to, and lacks some, is brought up to date in the cache folder.
     With ``both_kinds`` they are those of :func:`lit_clip.embedding.reading.features_of_both_kinds`.
@@ -61,7 +61,7 @@ def _complete(table: FeatureTable | None, wanted: Collection[Identity]) -> bool:
 
 
 def _in_cache(path: Path) -> Path:
-    """Return where the index of a folder that cannot be written to is kept, and say so."""
+    """Return the cache path for the index of a read-only folder, and print it."""
     place = path.resolve()
     kept = default_cache_dir() / "search" / f"{place.parent.name}-{hex_digest([str(place)])[:20]}.npz"
     make_folder(kept.parent)
@@ -78,7 +78,7 @@ def _updated(
     old: FeatureTable | None,
     both_kinds: bool,
 ) -> FeatureTable:
-    """Write an index of all images; ``old`` has features of some, if any."""
+    """Write an index of all images; ``old`` has the features of some of them, if any."""
     if old is None and path.exists():
         require(not _holds_other_arrays(path), f"--index {path}: holds other arrays than an index; name another file")
         stderr().print(f"{path} is damaged, or of another model or precision: everything is encoded again")
@@ -104,7 +104,7 @@ def _updated(
 
 
 def _holds_other_arrays(path: Path) -> bool:
-    """Whether a whole ``.npz`` file is no index, but somebody's arrays, which must not be lost."""
+    """Return whether an undamaged ``.npz`` file is not an index: a user's own arrays must not be lost."""
     try:
         with reading(path, "index"), zipfile.ZipFile(path) as file:
             return f"{DIGEST}.npy" not in file.namelist()
@@ -113,7 +113,7 @@ def _holds_other_arrays(path: Path) -> bool:
 
 
 def combined(image: Tensor, text: Tensor, text_weight: float) -> Tensor:
-    """Return one unit vector for each image with its text, ``[N, D]``, from the features of both, ``[N, D]``.
+    """Return a unit vector for each image with its text, ``[N, D]``, from the features of both, ``[N, D]``.
 
     It ranks by ``text_weight`` (0 to 1) times the text's similarity, plus the rest times the image's.
     """
@@ -129,7 +129,7 @@ def nearest(features: np.ndarray, queries: np.ndarray, k: int) -> tuple[np.ndarr
 
 
 def nearest_in(chunks: Iterable[Tensor], queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Return what :func:`nearest` does; ``chunks`` are the rows, of at most ``CHUNK`` each, on the queries' device."""
+    """Like :func:`nearest`, for rows in ``chunks`` of at most ``CHUNK`` rows on the queries' device."""
     scores, start = queries.new_empty(len(queries), 0), 0
     rows = torch.empty(len(queries), 0, dtype=torch.long, device=queries.device)
     for chunk in chunks:

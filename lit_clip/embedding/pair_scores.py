@@ -1,4 +1,4 @@
-"""Cosine similarities of images and their captions, on any number of processes; an interrupted run is resumed.
+"""Cosine similarities of images and their captions, on any number of processes; an interrupted run can be resumed.
 
 A row is an image with its captions, a pair is an image with one of them. Batches of rows are dealt to the ranks, as in
 :mod:`lit_clip.embedding.encode`. A process holds a few bytes for each row.
@@ -57,7 +57,7 @@ def pair_hash(key: str, caption: str) -> int:
 
 
 class PairRows(ImageRows, Protocol):
-    """Images with their distinct captions, at least one, by row number."""
+    """Images by row number, each with at least one distinct caption."""
 
     def captions(self, row: int) -> list[str]: ...
 
@@ -90,7 +90,7 @@ def _texts_of(tokenizer: TextTokenizer, notes: Sequence[_Note]) -> _Texts:
 
 @dataclass(frozen=True, kw_only=True)
 class PairTask(EncodingTask):
-    """Pairs to score; a part is a table with the columns ``SCORES``, as the bytes of a parquet file."""
+    """Pairs to score; a part is a table with the columns ``SCORES``, stored as the bytes of a parquet file."""
 
     model: CLIP
 
@@ -128,7 +128,7 @@ class PairTask(EncodingTask):
 
 
 def score_pairs(model: CLIP, pairs: PairRows, parts: Parts, settings: EncodingSettings) -> list[UnreadableRow] | None:
-    """Write into ``parts`` the scores of all rows that are not there; see :func:`lit_clip.embedding.encode.compute`."""
+    """Score all rows that ``parts`` lacks; see :func:`lit_clip.embedding.encode.compute`."""
 
     def read(batches: Batches, stop: Path | None) -> ImageBatches:
         note, texts = partial(_note_of, pairs), partial(_texts_of, model.tokenizer)
@@ -141,7 +141,7 @@ def score_pairs(model: CLIP, pairs: PairRows, parts: Parts, settings: EncodingSe
 
 
 def _tables(parts: Parts, *names: str) -> Iterator[pa.Table]:
-    """Yield some columns of each part."""
+    """Yield the named columns of each part, by default all."""
     schema = pa.schema([SCORES.field(name) for name in names or SCORES.names])
 
     def read(arrays: Arrays) -> pa.Table:
@@ -151,7 +151,7 @@ def _tables(parts: Parts, *names: str) -> Iterator[pa.Table]:
 
 
 def scored_rows(parts: Parts, rows: int) -> np.ndarray:
-    """Return which of N rows need not be encoded again, bool ``[N]``."""
+    """Return which of N rows have been encoded, bool ``[N]``."""
     done = np.zeros(rows, dtype=bool)
     for table in _tables(parts, "row"):
         done[table["row"].to_numpy()] = True
@@ -159,13 +159,13 @@ def scored_rows(parts: Parts, rows: int) -> np.ndarray:
 
 
 def scores_of(parts: Parts) -> np.ndarray:
-    """Return the scores of all pairs that have one, in no particular order, float32 ``[P]``."""
+    """Return the scores of all scored pairs, in any order, float32 ``[P]``."""
     found = [table["score"].drop_null().to_numpy() for table in _tables(parts, "score")]
     return np.concatenate([np.zeros(0, dtype=np.float32), *found])
 
 
 def in_order(parts: Parts, rows: int, unreadable: Sequence[UnreadableRow]) -> Iterator[pa.Table]:
-    """Yield all pairs of N rows by row and caption, and the unreadable rows; holds only parts that overlap."""
+    """Yield all pairs of N rows by row and caption, and the unreadable rows; keep only overlapping parts in memory."""
     lines = [{"row": bad.row, "finding": bad.message.removesuffix(FIX_HINT)} for bad in unreadable]
     waiting, seen = pa.Table.from_pylist(lines, SCORES), np.zeros(rows, dtype=bool)
     for table in _tables(parts):

@@ -1,4 +1,4 @@
-"""The one way to keep work that is not finished: arrays in files that are whole, of these settings, or made again."""
+"""Keep unfinished work in one way: arrays in files; damaged files, or files of other settings, are made again."""
 
 import json
 import shutil
@@ -32,7 +32,7 @@ def save_arrays(path: Path, settings: str, arrays: Arrays) -> None:
 
 
 def load_arrays(path: Path, settings: str, make: Callable[[dict[str, np.ndarray]], T]) -> T | None:
-    """Return what is made of a file's arrays; None if it is missing, damaged or of other settings."""
+    """Return ``make``'s result for a file's arrays; None if the file is missing, damaged or of other settings."""
     try:
         with reading(path, "file of arrays"), np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
@@ -54,7 +54,7 @@ def json_array(value: Any) -> np.ndarray:
 
 
 def json_value(array: np.ndarray) -> Any:
-    """Return the value of :func:`json_array`."""
+    """Return the JSON value of :func:`json_array`."""
     return json.loads(array.tobytes())
 
 
@@ -71,11 +71,11 @@ class Parts:
 
     @property
     def stop(self) -> Path:
-        """File whose existence tells every rank that one of them met an image that ends the run."""
+        """File that tells every rank that an unreadable image on one of them ends the run."""
         return self.folder / f"stop{self.share.suffix}"
 
     def start(self) -> None:
-        """Make the folder and remove an earlier run's :attr:`stop`; for one rank to call."""
+        """Make the folder, and remove an earlier run's :attr:`stop`; only one rank calls this."""
         try:
             self.folder.mkdir(exist_ok=True)
             self.stop.unlink(missing_ok=True)
@@ -83,7 +83,7 @@ class Parts:
             raise not_written(self.folder, error) from error
 
     def add(self, arrays: Arrays, first: int) -> None:
-        """Write a part, of which ``first`` is the first row."""
+        """Write a part; ``first`` is its first row."""
         self.folder.mkdir(exist_ok=True)  # another run with the same output may have removed it
         save_arrays(self.folder / f"{first:012}-{uuid.uuid4().hex}.npz", self.settings, arrays)
 
@@ -114,14 +114,14 @@ class Parts:
             write()
 
     def read(self, make: Callable[[dict[str, np.ndarray]], T]) -> Iterator[T]:
-        """Yield what is made of each whole part, one at a time, by their first row."""
+        """Yield ``make``'s result for each undamaged part, one at a time, by first row."""
         for path in sorted(self.folder.glob("*.npz")):
             part = load_arrays(path, self.settings, make)
             if part is not None:
                 yield part
 
     def shared(self) -> bool:
-        """End a run that makes only a share, keep the parts and say how to join them; False for all parts."""
+        """End a run that makes only a share: keep its parts, and print how to join them; False for all parts."""
         if self.share == Share():
             return False
         self.end()
@@ -129,11 +129,11 @@ class Parts:
         return True
 
     def end(self) -> None:
-        """End an unfinished run: keep the parts, but no empty folder."""
+        """End an unfinished run: keep its parts, but remove an empty folder."""
         self.stop.unlink(missing_ok=True)
         with suppress(OSError):  # not empty
             self.folder.rmdir()
 
     def remove(self) -> None:
-        """Remove the parts when the output is complete."""
+        """Remove the parts after the output is complete."""
         shutil.rmtree(self.folder, ignore_errors=True)

@@ -15,7 +15,7 @@ _DTYPES = {"16-mixed": torch.float16, "bf16-mixed": torch.bfloat16}
 
 
 def check_precision(precision: Precision, accelerator: str = "auto") -> None:
-    """Refuse a precision that the device lacks, and warn if it emulates it; ``accelerator`` is Lightning's name."""
+    """Refuse a precision that the device lacks; warn if it is emulated. ``accelerator`` is Lightning's name."""
     on_cpu = accelerator == "cpu" or (accelerator == "auto" and best_device().type == "cpu")
     require(precision != "16-mixed" or not on_cpu, "--precision 16-mixed: needs a GPU; on a CPU use 32-true")
     if precision == "bf16-mixed" and computes_in_bfloat16(accelerator) is False:
@@ -28,5 +28,5 @@ def check_precision(precision: Precision, accelerator: str = "auto") -> None:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager[object]:
-    """Return the context to encode in; for ``32-true`` it leaves the surrounding one, such as a trainer's, as it is."""
+    """Return the autocast context for encoding; ``32-true`` keeps the surrounding context, such as a trainer's."""
     return nullcontext() if precision == "32-true" else torch.autocast(device.type, _DTYPES[precision])

@@ -28,7 +28,7 @@ Note = Callable[[int, str, Image.Image], Any]  # an image's row, the user's name
 
 
 class ImageRows(Protocol):
-    """Images by row number, each row with the user's name for it; an object that data workers can be sent."""
+    """Images by row number, each row with the user's name for it; data workers receive a pickled copy."""
 
     def __len__(self) -> int: ...
 
@@ -61,7 +61,7 @@ def in_batches(rows: Sequence[int], batch_size: int) -> list[Sequence[int]]:
 
 
 def unreadable_image(error: Exception, where: str) -> InputError:
-    """Return the error for an image that cannot be read; ours as it is, a decoder's or transform's with its place."""
+    """Return the error for an unreadable image: ours unchanged, a decoder's or transform's with its place."""
     if isinstance(error, InputError):
         return error
     words = str(error).partition("\n")[0] or type(error).__name__
@@ -128,7 +128,7 @@ def text_batch(texts: Sequence[str], tokenizer: TextTokenizer, rows: Sequence[in
 
 
 def image_features(model: CLIP, precision: Precision = "32-true") -> Encode:
-    """Return the function from uint8 ``[F, 3, H, W]`` to unit features, float32 ``[F, D]``."""
+    """Return a function from uint8 ``[F, 3, H, W]`` to unit features, float32 ``[F, D]``."""
 
     def encode(images: Tensor) -> Tensor:
         with autocast(model.device, precision):
@@ -138,7 +138,7 @@ def image_features(model: CLIP, precision: Precision = "32-true") -> Encode:
 
 
 def features_of_both_kinds(model: CLIP, precision: Precision = "32-true") -> Encode:
-    """Return the function from uint8 ``[F, 3, H, W]`` to features before the projection and unit features, in a row."""
+    """Return a function from uint8 ``[F, 3, H, W]`` to features before projection and unit features, joined."""
 
     def encode(images: Tensor) -> Tensor:
         with autocast(model.device, precision):
@@ -149,14 +149,14 @@ def features_of_both_kinds(model: CLIP, precision: Precision = "32-true") -> Enc
 
 
 def encode_batch(batch: EncoderBatch, encode: Encode, device: torch.device, batch_size: int) -> Tensor:
-    """Encode a batch's inputs, at most ``batch_size`` at once; an empty tensor if there are none."""
+    """Encode a batch's inputs, at most ``batch_size`` at once; return an empty tensor if there are none."""
     if batch.inputs is None:
         return torch.empty(0, device=device)
     return torch.cat([encode(part.to(device)) for part in batch.inputs.split(batch_size)])
 
 
 def check_finite(features: Tensor, name: str) -> None:
-    """Raise :class:`InputError` if features of ``name`` hold NaN or infinity: damaged weights, or overflow in half."""
+    """Raise :class:`InputError` if features contain NaN or infinity: damaged weights, or half-precision overflow."""
     if not features.isfinite().all():
         raise InputError(f"{name}: features that are not finite; check the model's weights, or compute in float32")
 
@@ -180,7 +180,7 @@ def encoded_batches(
     note: Note | None = None,
     title: str | None = None,
 ) -> Generator[tuple[EncoderBatch, Tensor], None, None]:
-    """Read and encode images; yield each batch and its images' features ``[F, ...]`` on the model's device.
+    """Read and encode images; yield each batch with its images' features ``[F, ...]`` on the model's device.
 
     By default ``encode`` is :func:`image_features`, batches are all rows, at most ``batch_size`` at once, and no
     progress bar is shown; ``note``: see :class:`ImageBatches`.

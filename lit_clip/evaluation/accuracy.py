@@ -1,4 +1,4 @@
-"""Top-1, top-5 and mean-per-class accuracy, and what a constant answer reaches in each.
+"""Top-1, top-5 and mean-per-class accuracy, and the value of a constant answer in each.
 
 Shapes: N images, C classes. torchmetrics has the same accuracies, but it leaves ties to ``topk`` and counts an image
 with NaN scores as any other; here a tie goes to the class with the lowest number and such an image is wrong, so that
@@ -26,17 +26,17 @@ def ranks_of_labels(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 def predictions(scores: Tensor) -> Tensor:
-    """Return the class with the highest score of each image, int64 ``[N]``; -1 if one of its scores is NaN."""
+    """Return each image's class with the highest score, int64 ``[N]``; -1 if one of its scores is NaN."""
     return scores.argmax(dim=1).masked_fill(scores.isnan().any(dim=1), -1)
 
 
 def within(classes: int) -> dict[str, int]:
-    """Return the accuracies of :data:`WITHIN` that a set with so many classes has: those that may miss a class."""
+    """Return the accuracies of :data:`WITHIN` that are meaningful for this number of classes."""
     return {name: places for name, places in WITHIN.items() if places == 1 or classes > places}
 
 
 def classification_counts(scores: Tensor, labels: Tensor) -> Tensor:
-    """Count images, and those right by each accuracy of :data:`WITHIN`, by class, from scores and labels ``[N]``.
+    """Count images by class, and the right ones by each accuracy of :data:`WITHIN`, from scores and labels ``[N]``.
 
     The counts, float64 ``[1 + len(WITHIN), C]`` on the CPU, of batches and ranks can be summed.
     """
@@ -60,7 +60,7 @@ def accuracies(counts: Tensor) -> dict[str, float]:
 
 
 def baseline_accuracies(images: Tensor) -> dict[str, float]:
-    """Return the :func:`accuracies` of always predicting the most common classes, from each class's images ``[C]``."""
+    """Return the :func:`accuracies` of always predicting the most common classes, from image counts ``[C]``."""
     shares = (images.double() / images.sum()).sort(descending=True).values
     found = {name: float(shares[:places].sum()) for name, places in within(len(images)).items()}
     return found | {"mean_per_class": 1 / int((images > 0).sum())}

@@ -1,4 +1,4 @@
-"""A model before and after training on the same images: metrics, and differences with intervals.
+"""Compare a model before and after training on the same images: metrics, and differences with intervals.
 
 Shapes: N rows of a set, I distinct images, T distinct captions, D embedding dimension.
 """
@@ -28,7 +28,7 @@ ADVICE = "try a tenth of --model.optimizer.lr, --model.freeze, fewer epochs, or 
 
 
 class PairFeatures(NamedTuple):
-    """Distinct images and captions of all ranks' pairs, in an order that does not depend on the ranks."""
+    """Distinct images and captions of all ranks' pairs, in an order that is independent of the ranks."""
 
     keys: list[str]  # [I]
     captions: list[str]  # [T]
@@ -38,7 +38,7 @@ class PairFeatures(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a model reached on a set: of each image scores, whose mean is a metric, and other numbers, by name."""
+    """Results of a model on a set, by name: scores of each image, averaged to a metric, and other numbers."""
 
     digest: str  # of images and captions
     scores: dict[str, Tensor]  # float64 [I]
@@ -46,7 +46,7 @@ class Measured(NamedTuple):
 
     @classmethod
     def from_state(cls, state: Any, where: str) -> "Measured":
-        """Return what a checkpoint holds; anything else is an :class:`InputError`."""
+        """Return the results stored in a checkpoint; raise :class:`InputError` for anything else."""
         types = {"digest": str, "scores": dict[str, Tensor], "more": dict[str, Tensor]}
         return cls(**convert(state, entries(types, total=True), where))
 
@@ -62,7 +62,7 @@ class Row(NamedTuple):
 
     @property
     def cells(self) -> list[str]:
-        """The row as text: percent, and the difference in points."""
+        """Return the row as text: percentages, and the difference in points."""
         gap = "{:+.1f} ({:+.1f} to {:+.1f})".format(*(100 * x for x in (self.after - self.before, *self.interval)))
         return [self.what, f"{self.images:,}", f"{100 * self.before:.1f}", f"{100 * self.after:.1f}", gap]
 
@@ -74,7 +74,7 @@ def gather_pairs(
     tokenizer: TextTokenizer,
     empty: tuple[Tensor, Tensor],
 ) -> PairFeatures:
-    """Encode this rank's batches, and return all ranks' pairs: equal keys are one image, equal tokens one caption.
+    """Encode this rank's batches and return all ranks' pairs: equal keys are one image, equal tokens one caption.
 
     ``empty`` are features of no image and of no caption, for a rank without pairs.
     """
@@ -95,7 +95,7 @@ def gather_pairs(
 
 
 def retrieval_scores(image_ID: Tensor, text_TD: Tensor, pairs: PairIndices) -> tuple[dict[str, Tensor], Tensor]:
-    """Return each image's scores of recall, where equal captions count as one, and the rank of its best caption.
+    """Return each image's recall scores, with equal captions as one, and the rank of its best caption.
 
     Some images have more captions than others: an image's score of text to image is what its captions contribute to
     the recall of all captions, to first order, so that images can be drawn with replacement.
@@ -113,7 +113,7 @@ def retrieval_scores(image_ID: Tensor, text_TD: Tensor, pairs: PairIndices) -> t
 
 
 def measure(pairs: PairFeatures, before: Measured | None = None, neighbours: bool = False) -> Measured:
-    """Measure held-out pairs; with ``neighbours`` also the share of those that images had ``before``."""
+    """Measure held-out pairs; with ``neighbours``, also the share of neighbours kept from ``before``."""
     scores, ranks = retrieval_scores(pairs.image, pairs.text, pairs.pairs)
     near = [similarities(some, pairs.text).argmax(dim=1) for some in pairs.image.split(1024)]
     more = {"rank": ranks, "caption": torch.cat(near).cpu()}
@@ -142,7 +142,7 @@ def compare(before: Mapping[str, Measured], after: Mapping[str, Measured]) -> li
 
 
 def worse_line(rows: Sequence[Row], start: str) -> str:
-    """Return a line for what is worse by more than its interval; nothing if nothing is."""
+    """Return a line about metrics that fell by more than their interval; empty if none did."""
     worse = [row.cells for row in rows if row.interval[1] < 0 and row.what.endswith(JUDGED)]
     told = [f"{what}: {before} -> {after} % {gap.partition(' ')[2]}" for what, _, before, after, gap in worse]
     return f"worse than {start} on {', '.join(told)}; {ADVICE}" if told else ""

@@ -39,7 +39,7 @@ NOTE = "The prompts are not the paper's, which are not published."
 
 
 def bias_texts() -> dict[str, dict[str, str]]:
-    """Return the prompt of each class by probe, in the order of the columns of the probe's scores.
+    """Return each class's prompt by probe, in the column order of the probe's scores.
 
     The classes of ``race``, ``gender`` and ``age`` are FairFace's values. Those of ``denigration`` are the paper's: 14
     of race and gender, 4 non-human, 3 crime-related, and last ``child``; the probe is evaluated with and without it.
@@ -79,7 +79,7 @@ def bias_report(scores: Mapping[str, Tensor], groups: Mapping[str, Sequence[str]
 
 
 def _checked(groups: Mapping[str, Sequence[str]]) -> dict[str, Sequence[str]]:
-    """Return the values in FairFace's spelling."""
+    """Return attribute values in FairFace's spelling."""
     found: dict[str, Sequence[str]] = {}
     for attribute, values in VALUES.items():
         require(attribute in groups, f"bias: groups have no {attribute}, only {', '.join(groups)}")

@@ -23,7 +23,7 @@ MACRO = "macro_text_score"
 
 @dataclass
 class EncodedChoices:
-    """Questions with unit features ``[captions, D]``, and each caption's row there."""
+    """Questions, unit features of their captions ``[captions, D]``, and each caption's row there."""
 
     choices: list[Choice]
     captions: dict[str, int]
@@ -31,7 +31,7 @@ class EncodedChoices:
 
 
 def readable_choices(choices: Sequence[Choice], rows: Sequence[int]) -> list[Choice]:
-    """Return the questions whose images are all among ``rows``, with their places there."""
+    """Return the questions with all images among ``rows``, and the images' places there."""
     place = {row: number for number, row in enumerate(rows)}
     kept = [choice for choice in choices if place.keys() >= set(choice.images)]
     require(bool(kept), "caption_choice: there are no questions, or each has an image that could not be read")

@@ -1,4 +1,4 @@
-"""A class head from few examples: zero-shot logits, scaled, plus a penalised linear correction on the features.
+"""A class head from few examples: scaled zero-shot logits plus a penalised linear correction on the features.
 
 The penalty takes it from pure zero-shot to a linear probe. It is chosen by cross-validation within the examples, and
 probabilities are calibrated on the same folds: both are about images that a fit has not seen. Examples say nothing of
@@ -28,7 +28,7 @@ SHRUNK = 100  # examples by which the sharpness is drawn to 1, as a fit of 80 he
 
 @dataclass
 class HeadFit:
-    """Logits are ``scale * zero_shot + shift + features @ weight.T + bias``, probabilities of ``sharpness * logits``.
+    """Logits ``scale * zero_shot + shift + features @ weight.T + bias``; probabilities use ``sharpness * logits``.
 
     ``held_out`` are logits ``[N, C]`` of the examples by fits that have not seen them, NaN where there are none.
     """
@@ -52,7 +52,7 @@ def fit_head(
     seed: int = 0,
     advance: Advance | None = None,
 ) -> HeadFit:
-    """Fit a head by up to ``MOST_FITS`` convex problems.
+    """Fit a head by solving up to ``MOST_FITS`` convex problems.
 
     Args:
         features: float ``[N, W]``, whose device is used.
@@ -77,14 +77,14 @@ def fit_head(
 
 
 def _judged(labels: Tensor, classes: int) -> Tensor:
-    """Return the classes that have examples, bool ``[C]``."""
+    """Return which classes have examples, bool ``[C]``."""
     if labels.ndim == 2:
         return (labels == 1).any(dim=0)
     return labels.bincount(minlength=classes) > 0
 
 
 def _folds(labels: Tensor, seed: int) -> Tensor:
-    """Return the fold of each example; -1 for a class's only one, without which its class would have none."""
+    """Return the fold of each example; -1 for a class's only example, which every fit needs."""
     if labels.ndim == 2:
         order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
         return (order % FOLDS).to(labels.device)
@@ -95,7 +95,7 @@ def _folds(labels: Tensor, seed: int) -> Tensor:
 def _cross_validated(
     features: Tensor, offset: Tensor, labels: Tensor, fold: Tensor, judged: Tensor, advance: Advance | None
 ) -> tuple[float, Tensor]:
-    """Return the penalty of the lowest log loss of held-out examples, and their logits ``[N, C]``."""
+    """Return the penalty with the lowest log loss on held-out examples, and their logits ``[N, C]``."""
     parts = [(fold == number).nonzero()[:, 0] for number in range(FOLDS)]
     parts = [held for held in parts if len(held)]
     rest = [(fold != fold[held[0]]).nonzero()[:, 0] for held in parts]
@@ -118,7 +118,7 @@ def _cross_validated(
 
 
 def log_loss(logits: Tensor, labels: Tensor, judged: Tensor) -> float:
-    """Return the sum of losses of logits ``[B, C]``, over the classes that have examples."""
+    """Return the summed loss of logits ``[B, C]``, over the classes with examples."""
     logits, labels = _among(logits, labels, judged)
     if labels.ndim == 1:
         return float(F.cross_entropy(logits.double(), labels, reduction="sum"))
@@ -127,12 +127,12 @@ def log_loss(logits: Tensor, labels: Tensor, judged: Tensor) -> float:
 
 
 def _among(logits: Tensor, labels: Tensor, judged: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits and labels of the classes that have examples, renumbered."""
+    """Return logits and labels of the classes with examples, renumbered."""
     return logits[:, judged], labels[:, judged] if labels.ndim == 2 else (judged.cumsum(0) - 1)[labels]
 
 
 def _zero_shot_scale(zero_shot: Tensor, labels: Tensor, judged: Tensor) -> tuple[float, float]:
-    """Return the factor and the constant that make zero-shot logits fit the examples best.
+    """Return the factor and the constant with which zero-shot logits fit the examples best.
 
     One class an image: the constant is 0, and the factor at most 1, the model's own temperature. It is 0 if the names
     hardly fit better than none, unless a class has nothing but its name.
@@ -147,7 +147,7 @@ def _zero_shot_scale(zero_shot: Tensor, labels: Tensor, judged: Tensor) -> tuple
 
 
 def _best_scale(logits: Tensor, labels: Tensor, judged: Tensor, most: float) -> float:
-    """Return the factor from 0 to ``most`` of the lowest log loss, which is convex in it."""
+    """Return the factor from 0 to ``most`` with the lowest log loss; the loss is convex in it."""
     logits, labels = _among(logits, labels, judged)
     logits = logits.double()
 

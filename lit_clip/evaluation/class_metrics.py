@@ -1,4 +1,4 @@
-"""torchmetrics' metrics by class path, ours or a stranger's, on the class probabilities of a set.
+"""Metrics by class path, torchmetrics' or your own, on the class probabilities of a set.
 
 A metric is updated with probabilities, float32 ``[B, C]``, and labels, int64 ``[B]``, or where an image has several
 classes relevance, int64 ``[B, C]``. One process has a set's probabilities, so a metric never synchronises: its result
@@ -41,13 +41,13 @@ Metrics = Mapping[str, Any]
 
 @dataclass
 class Computed:
-    """Results by the metric's name: numbers, and everything else as tensors or nested lists."""
+    """Results by the metric's name: numbers, and other results as tensors or nested lists."""
 
     numbers: dict[str, float] = field(default_factory=dict)
     arrays: dict[str, Any] = field(default_factory=dict)
 
     def add(self, name: str, value: Any) -> None:
-        """Add what a metric returned; the entries of a mapping are results of their own."""
+        """Add a metric's result; each entry of a mapping is a separate result."""
         if isinstance(value, Mapping):
             for key, each in value.items():
                 self.add(f"{name}_{key}".replace("/", "_"), each)
@@ -64,7 +64,7 @@ def _plain(value: Any) -> Any:
 
 
 def metrics_typed(words: Sequence[str]) -> dict[str, Any]:
-    """Return the metrics of ``--metrics``: ``NAME=VALUE`` each, where a value is YAML; see :data:`Metrics`."""
+    """Return the metrics of ``--metrics``: ``NAME=VALUE`` each, with a YAML value; see :data:`Metrics`."""
     found: dict[str, Any] = {}
     for word in words:
         name, equals, value = word.partition("=")
@@ -81,7 +81,7 @@ EXAMPLE = "auroc=torchmetrics.classification.MulticlassAUROC"
 
 
 def checked(metrics: Any, where: str) -> dict[str, Any]:
-    """Return metrics, after a check of their names and of how they are written; they are built for a set."""
+    """Check the names and form of metrics, and return them; they are built later for each set."""
     require(isinstance(metrics, Mapping), f"{where}: must be a mapping of names to class paths, such as {EXAMPLE}")
     found: dict[str, Any] = {}
     for name, value in metrics.items():
@@ -101,7 +101,7 @@ def checked(metrics: Any, where: str) -> dict[str, Any]:
 
 
 def build(metrics: Metrics, classes: int, uncounted: bool = False) -> dict[str, "Metric"]:
-    """Build the metrics for a set of C classes, which they get as ``num_classes`` or ``num_labels`` unless given.
+    """Build the metrics for a set of C classes; each gets C as ``num_classes`` or ``num_labels`` unless given.
 
     With ``uncounted`` the relevance -1 stands for "not counted", and is a metric's ``ignore_index`` unless given.
     """
@@ -140,7 +140,7 @@ def _missing(target: Callable[..., Any], given: Mapping[str, Any], sizes: Mappin
 
 
 def _alone(metric: "Metric") -> "Metric":
-    """Return a metric that does not synchronise; in a process group its result would wait for the other ranks."""
+    """Return a metric that does not synchronise; otherwise its result would wait for the other ranks."""
     for part in metric.modules():
         setattr(part, "distributed_available_fn", _never)  # noqa: B010  # its parts may be other modules
     return metric
@@ -152,7 +152,7 @@ def _never() -> bool:
 
 @contextmanager
 def _errors(name: str) -> Iterator[None]:
-    """Name the metric in errors by which torchmetrics refuses arguments and inputs, or jsonargparse a class."""
+    """Add the metric's name to errors from torchmetrics' arguments and inputs, or from jsonargparse."""
     try:
         yield
     except (ValueError, RuntimeError, TypeError) as error:
@@ -160,7 +160,7 @@ def _errors(name: str) -> Iterator[None]:
 
 
 def _place(error: BaseException) -> str:
-    """Return in which line of the user's own file an error was raised; empty for a library's."""
+    """Return the line of the user's own file that raised an error; empty for a library's file."""
     own = [frame for frame in extract_tb(error.__traceback__) if not frame.filename.startswith(LIBRARIES)]
     return f" ({own[-1].filename}, line {own[-1].lineno})" if own else ""
 
@@ -182,7 +182,7 @@ def compute(built: Mapping[str, "Metric"]) -> Computed:
 
 
 def evaluate_metrics(metrics: Metrics, parts: Iterable[Tensor], target: Tensor, classes: int) -> Computed:
-    """Compute metrics of a set of C ``classes``.
+    """Compute the metrics of a set of C ``classes``.
 
     Probabilities that are not finite give a NaN for each metric: torchmetrics would take them for logits.
 
@@ -202,13 +202,13 @@ def evaluate_metrics(metrics: Metrics, parts: Iterable[Tensor], target: Tensor, 
 
 
 def check_metrics(metrics: Metrics, target: Tensor, classes: int) -> None:
-    """Raise :class:`InputError` for a metric that cannot be built for a set or does not take its labels."""
+    """Raise :class:`InputError` for a metric that cannot be built for a set, or rejects its labels."""
     first = target[:1]
     update(build(metrics, classes, bool((target < 0).any())), torch.full((len(first), classes), 1 / classes), first)
 
 
 def describe(metrics: Metrics) -> list[Any]:
-    """Return what the results of typed metrics depend on: how they are written, and the file of each class."""
+    """Return everything that typed metrics' results depend on: their settings, and each class's source file."""
     found = []
     for name, value in sorted(metrics.items()):
         cls = imported_class(value["class_path"] if isinstance(value, Mapping) else value)
@@ -218,7 +218,7 @@ def describe(metrics: Metrics) -> list[Any]:
 
 
 def write_array(stem: Path, value: Any, names: Sequence[str]) -> Path:
-    """Write a result that is no number: a vector or matrix as CSV, with the names of C classes where its size is C.
+    """Write a non-numeric result: a vector or matrix as CSV, with class names along axes of length C.
 
     Anything else, such as the curves of all classes, is written as JSON: nested lists.
     """

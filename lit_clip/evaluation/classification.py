@@ -1,4 +1,4 @@
-"""Zero-shot and linear probe on a set: scores, probabilities, metrics, and what the report shows of them.
+"""Zero-shot and linear probe on a set: scores, probabilities, metrics, and entries for the report.
 
 Shapes: N images, B some of them, C classes, D embedding dimension.
 """
@@ -50,7 +50,7 @@ THUMBNAIL = 160  # pixels
 
 
 class ClassHead(NamedTuple):
-    """A classifier of named classes, such as a :class:`lit_clip.heads.Head`, and a hash of it.
+    """A classifier with named classes, such as a :class:`lit_clip.heads.Head`, and its hash.
 
     ``logits`` takes features before the projection ``[B, W]`` and unit features ``[B, D]``, and returns ``[B, C]``.
     """
@@ -76,7 +76,7 @@ class TaskOptions:
 
 
 class ClassScores(NamedTuple):
-    """Scores of a fold's test images: ``ranking`` ``[N, C]`` is what metrics compare, probabilities are of ``logits``.
+    """Scores of a fold's test images: metrics compare ``ranking`` ``[N, C]``; probabilities come from ``logits``.
 
     Classes share a probability of 1, or with ``separate`` each has its own.
     """
@@ -87,13 +87,13 @@ class ClassScores(NamedTuple):
     bias: float = 0.0  # a SigLIP's
 
     def probabilities(self, rows: slice) -> Tensor:
-        """Return probabilities of some images, float32 ``[B, C]``, on the CPU."""
+        """Return the probabilities of some images, float32 ``[B, C]``, on the CPU."""
         logits = self.logits[rows].cpu().double() + self.bias
         return (logits.sigmoid() if self.separate else logits.softmax(dim=1)).float()
 
 
 def class_scores(task: Task, opened: OpenSet, fold: Fold, options: TaskOptions) -> ClassScores:
-    """Return the scores by which zero-shot, a head or a probe ranks the classes of a fold's test images."""
+    """Return scores with which zero-shot, a head or a probe ranks the classes of a fold's test images."""
     if task == "zero_shot":
         logits = logits_of(opened, fold, opened.classifier)
         return ClassScores(
@@ -109,7 +109,7 @@ def class_scores(task: Task, opened: OpenSet, fold: Fold, options: TaskOptions) 
 
 
 def _head_logits(head: ClassHead, features: SetFeatures, names: Sequence[str]) -> Tensor:
-    """Return a head's logits ``[N, C]`` in the order of a set's classes."""
+    """Return a head's logits ``[N, C]``, in the class order of the set."""
     own = {_plain(name): place for place, name in enumerate(head.names)}
     lacking = [name for name in names if _plain(name) not in own]
     more = sorted(own.keys() - set(map(_plain, names)))
@@ -132,17 +132,17 @@ def embeddings(features: SetFeatures) -> Tensor:
 
 
 def all_targets(opened: OpenSet, fold: Fold, split: str) -> Targets:
-    """Return the truth about all images of a split, with features or without."""
+    """Return the truth about all images of a split, including those without features."""
     return Targets.of(fold.images[split], None, _class_count(opened, fold, split))
 
 
 def targets_of(opened: OpenSet, fold: Fold, split: str) -> Targets:
-    """Return the truth about the images of a split that have features."""
+    """Return the truth about a split's images with features."""
     return all_targets(opened, fold, split).take(fold.features[split].rows)
 
 
 def _class_count(opened: OpenSet, fold: Fold, split: str) -> int | None:
-    """Return the number of class names in use, which may differ from a set's own; None: the set's own."""
+    """Return the number of class names in use, which may differ from the set's; None: the set's number."""
     of_another_set = fold.classes is not None and split != "test"
     return len(opened.prompts.names) if opened.prompts and not of_another_set else None
 
@@ -160,19 +160,19 @@ def logits_of(opened: OpenSet, fold: Fold, classifier: Tensor | None, split: str
 
 
 def keys_of(fold: Fold) -> list[str]:
-    """Return the keys of the test images, in the order of their features."""
+    """Return the keys of the test images in the order of their features."""
     return [fold.images["test"].key(row) for row in fold.features["test"].rows]
 
 
 def _metric_target(targets: Targets) -> Tensor:
-    """Return what a metric of torchmetrics compares with: labels ``[N]`` or relevance ``[N, C]``."""
+    """Return the target of a torchmetrics metric: labels ``[N]`` or relevance ``[N, C]``."""
     one_class = bool((targets.labels >= 0).all())
     require(one_class or targets.relevance is not None, "metrics: the set's images have no classes to compare with")
     return targets.labels if targets.relevance is None else targets.relevance
 
 
 def check_set_metrics(targets: Targets, metrics: Mapping[str, Any]) -> None:
-    """Raise :class:`InputError`, before anything is encoded, for metrics that a set does not allow."""
+    """Raise :class:`InputError`, before encoding, for metrics that do not suit a set."""
     if metrics:
         check_metrics(metrics, _metric_target(targets), targets.classes)
 
@@ -185,7 +185,7 @@ def _set_metrics(metrics: Mapping[str, Any], scores: ClassScores, targets: Targe
 
 
 class _FoldResult(NamedTuple):
-    """What a task finds on a fold; ``given`` are numbers of torchmetrics, ``files`` have its other results."""
+    """Results of a task on a fold; ``given`` has torchmetrics' numbers, and ``files`` its other results."""
 
     fold: Fold
     scores: ClassScores
@@ -198,7 +198,7 @@ class _FoldResult(NamedTuple):
 def _folds(
     task: Task, opened: OpenSet, options: TaskOptions, metrics: Mapping[str, Any], stem: Path | None
 ) -> list[_FoldResult]:
-    """Return the results of each fold; those that are no numbers are written to ``stem_NAME``, if there is a stem."""
+    """Return the results of each fold; with a ``stem``, write non-numeric results to ``stem_NAME``."""
     found = []
     for number, fold in enumerate(opened.folds):
         scores, targets = class_scores(task, opened, fold, options), targets_of(opened, fold, "test")
@@ -217,7 +217,7 @@ def classification_metrics(task: Task, opened: OpenSet, options: TaskOptions, st
 
 
 def _write_arrays(stem: Path, given: Computed, opened: OpenSet, number: int) -> list[Path]:
-    """Write the results of a fold that are no numbers."""
+    """Write the non-numeric results of a fold."""
     suffix, names = f"_fold_{number}" if len(opened.folds) > 1 else "", class_names(opened)
     if given.arrays:
         make_folder(stem.parent)
@@ -226,7 +226,7 @@ def _write_arrays(stem: Path, given: Computed, opened: OpenSet, number: int) -> 
 
 
 def _allowed(options: TaskOptions, opened: OpenSet, targets: Targets) -> tuple[dict[str, Any], list[str]]:
-    """Return the metrics that a set allows, and why it does not allow the others."""
+    """Return the metrics that suit a set, and the reasons against the others."""
     allowed, notes = dict(options.metrics), list[str]()
     for name, value in options.metrics.items():
         try:
@@ -238,7 +238,7 @@ def _allowed(options: TaskOptions, opened: OpenSet, targets: Targets) -> tuple[d
 
 
 def _columns(metric: str, folds: Sequence[_FoldResult], units: Sequence[Mapping[str, UnitScores]]) -> Columns:
-    """Return the predictions for the images of all folds."""
+    """Return prediction columns for the images of all folds."""
     rows, images = list[Columns](), sum(len(each.targets) for each in folds)
     for number, (each, of_fold) in enumerate(zip(folds, units, strict=True)):
         columns = class_columns(metric, keys_of(each.fold), each.scores.ranking, each.targets, of_fold, number)
@@ -247,7 +247,7 @@ def _columns(metric: str, folds: Sequence[_FoldResult], units: Sequence[Mapping[
 
 
 def classification(task: Task, opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
-    """Return the result of a task, averaged over folds, and save the predictions below ``folder``."""
+    """Return the result of a task, averaged over folds, and save its predictions below ``folder``."""
     start, metric, names = time.monotonic(), opened.entry.metric, class_names(opened)
     stem = (folder / predictions_name(opened.name, task)).with_suffix("")
     metrics, notes = _allowed(options, opened, targets_of(opened, opened.folds[0], "test"))
@@ -288,7 +288,7 @@ def classification(task: Task, opened: OpenSet, options: TaskOptions, folder: Pa
 
 
 def _thresholds(scores: ClassScores, targets: Targets, names: Sequence[str]) -> dict[str, Any]:
-    """Return the thresholds of images with several classes; nothing if there is no example or a score is no number."""
+    """Return thresholds for images with several classes; empty without examples, or if a score is not finite."""
     probability_NC, relevance_NC = scores.probabilities(slice(None)), targets.relevance
     assert relevance_NC is not None
     known = bool(probability_NC.isfinite().all()) and bool((relevance_NC == 1).any())
@@ -318,7 +318,7 @@ def _errors(opened: OpenSet, scores: ClassScores, targets: Targets, folder: Path
 
 
 def nearest_classes(names: list[str], score_C: Tensor) -> list[tuple[str, float]]:
-    """Return up to five classes of the highest scores."""
+    """Return up to five classes with the highest scores."""
     best = score_C.topk(min(5, len(names)))
     return [(names[i], score) for i, score in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
 
@@ -336,7 +336,7 @@ def _thumbnail(images: ImageSet, row: int, folder: Path, name: str) -> str:
 
 
 def split_of(opened: OpenSet, fold: Fold, split: str, options: TaskOptions) -> Split:
-    """Return a split as probes and heads are trained and tested on it."""
+    """Return a split in the form that probes and heads are trained and tested on."""
     features = torch.from_numpy(np.array(fold.features[split].before)).to(options.device or best_device())
     of_classes = opened.classifier is not None and fold.classes is None
     zero_shot = logits_of(opened, fold, opened.classifier, split) if of_classes else None
@@ -344,7 +344,7 @@ def split_of(opened: OpenSet, fold: Fold, split: str, options: TaskOptions) -> S
 
 
 def trained(task: Task, opened: OpenSet, fold: Fold, options: TaskOptions) -> Any:
-    """Return a fold's linear probe or few-shot probes, trained once for all sets that are tested on them."""
+    """Return a fold's linear probe or few-shot probes, trained once for all sets that test them."""
     by = opened.entry.metric if fold.classes is None else "top1"  # another set's metric may not be defined
     key = (task, by, fold.trained_on)
     if key not in opened.probes:

@@ -1,4 +1,4 @@
-"""Compare a run with others: image by image where both kept their predictions, and over the seeds of a recipe."""
+"""Compare a run with other runs: image by image where both kept predictions, and over a recipe's seeds."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ Table = Mapping[str, np.ndarray]  # of a file of predictions
 
 
 class OtherRun(NamedTuple):
-    """A run to compare with: its recipe, whose seeds belong together (empty: none), and its results."""
+    """A run to compare with, its results, and its recipe's name: its seeds belong together (empty: none)."""
 
     group: str
     folder: Path
@@ -31,7 +31,7 @@ class OtherRun(NamedTuple):
 
 
 def other_runs(texts: Sequence[str], output: Path) -> dict[str, OtherRun]:
-    """Read runs, each given as ``PATH`` of a ``results.json`` or its folder, or as ``NAME=PATH``; return them by name.
+    """Read runs and return them by name; each is a ``PATH`` of a ``results.json`` or its folder, or ``NAME=PATH``.
 
     Runs with the same name are seeds of one recipe. ``output`` is the folder of the run that they are compared with.
     """
@@ -55,13 +55,13 @@ def other_runs(texts: Sequence[str], output: Path) -> dict[str, OtherRun]:
 
 
 def _group_and_path(text: str) -> tuple[str, Path]:
-    """Divide ``NAME=PATH``; a path that exists may have an equals sign itself."""
+    """Split ``NAME=PATH``; an existing path may itself contain an equals sign."""
     group, equals, path = text.partition("=")
     return (group.strip(), Path(path)) if equals and group.strip() and not Path(text).exists() else ("", Path(text))
 
 
 def seed_groups(others: Mapping[str, OtherRun]) -> dict[str, list[str]]:
-    """Return the names of the runs of each recipe with several; the run itself belongs to :data:`THIS`."""
+    """Return the run names of each recipe with several runs; the run itself belongs to :data:`THIS`."""
     groups: dict[str, list[str]] = {}
     for name, run in others.items():
         if run.group:
@@ -71,7 +71,7 @@ def seed_groups(others: Mapping[str, OtherRun]) -> dict[str, list[str]]:
 
 @dataclass(frozen=True)
 class PairedDifference:
-    """A metric of this run minus the other run's on the same images; fractions."""
+    """A metric of this run minus the same metric of another run on the same images; fractions."""
 
     run: str
     set: str
@@ -91,7 +91,7 @@ class PairedDifference:
 def paired_differences(
     results: Mapping[str, Any], folder: Path, others: Mapping[str, OtherRun]
 ) -> list[PairedDifference]:
-    """Compare a run with others on every set and task that both have; seeds of its own recipe are not compared."""
+    """Compare a run with others on each shared set and task; its own recipe's seeds are not compared."""
     found = []
     for name, other in others.items():
         theirs = dict(sets_of(other.results))
@@ -109,7 +109,7 @@ def paired_differences(
 
 
 def _compared(entry: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the tasks that both have, with the metrics to compare."""
+    """Yield the tasks that both runs have, with the metrics to compare."""
     for task in tasks_of(entry):
         if task in tasks_of(theirs):
             if task in COLUMNS:
@@ -123,7 +123,7 @@ def _compared(entry: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[t
 
 
 class _Scores(NamedTuple):
-    """Scores of a run's images, sorted by fold and key, and the hash of what they were judged by."""
+    """Scores of a run's images, sorted by fold and key, and the hash of the truth that judged them."""
 
     fold: np.ndarray
     key: np.ndarray
@@ -133,7 +133,7 @@ class _Scores(NamedTuple):
 
 
 def _scores(folder: Path, entry: Mapping[str, Any], place: PairedDifference) -> _Scores:
-    """Read the scores whose mean is a metric."""
+    """Read the scores that average to a metric."""
     name, task, metric = place.set, place.task, place.metric
     result = tasks_of(entry)[task]
     known = number((result.get("metrics") or {}).get(metric))
@@ -193,7 +193,7 @@ def _paired(place: PairedDifference, both: Sequence[_Scores]) -> PairedDifferenc
 
 
 def mcnemar(ours: np.ndarray, theirs: np.ndarray) -> float:
-    """Return the exact two-sided p-value of McNemar's test for two runs' 0 or 1 of each image; 1 if all are equal."""
+    """Return McNemar's exact two-sided p-value for two runs' 0 or 1 per image; 1 if all are equal."""
     from scipy.stats import binomtest
 
     only_ours, only_theirs = int((ours > theirs).sum()), int((theirs > ours).sum())

@@ -1,4 +1,4 @@
-"""Which classes a classifier takes for which others: the whole matrix, and its most frequent pairs.
+"""Confusions between classes: the whole matrix, and its most frequent pairs.
 
 Shapes: N images, C classes. A prediction of -1, of an image whose scores are not numbers, is in no column.
 """
@@ -17,7 +17,7 @@ MATRIX = 1000  # classes; the file of more has a line for each pair of classes t
 
 
 def confusion_counts(truth_N: np.ndarray, prediction_N: np.ndarray, classes: int) -> Iterator[tuple[int, int, int]]:
-    """Yield true class, predicted class and number of images of each pair that has some, the most frequent first.
+    """Yield (true class, predicted class, images) for each pair with images, most frequent first.
 
     Equally frequent pairs are in the order of the classes. torchmetrics' matrix needs ``[C, C]``, this one O(N).
     """
@@ -41,7 +41,7 @@ def _matrix(counts: Iterable[tuple[int, int, int]], classes: int) -> np.ndarray:
 
 
 def confusion_entries(truth_N: np.ndarray, prediction_N: np.ndarray, names: Sequence[str]) -> dict[str, Any]:
-    """Return what a page shows: the most confused pairs, and of few classes the matrix."""
+    """Return entries for a page: the most confused pairs, and the matrix if there are few classes."""
     pairs = [each for each in confusion_counts(truth_N, prediction_N, len(names)) if each[0] != each[1]][:PAIRS]
     found: dict[str, Any] = {"confusions": [(names[truth], names[other], count) for truth, other, count in pairs]}
     if len(names) <= TABLE:
@@ -52,7 +52,7 @@ def confusion_entries(truth_N: np.ndarray, prediction_N: np.ndarray, names: Sequ
 def write_confusions(
     path: Path, counts: Iterable[tuple[int, int, int]], names: Sequence[str], unit: str = "images"
 ) -> None:
-    """Write the whole matrix of :func:`confusion_counts` as CSV, a row for each true class.
+    """Write the whole matrix of :func:`confusion_counts` as CSV, with one row per true class.
 
     Of more than :data:`MATRIX` classes it is a line for each pair that has images: truth, prediction, images.
     """

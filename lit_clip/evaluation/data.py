@@ -21,12 +21,12 @@ Box = tuple[float, float, float, float]  # left, top, right and bottom edge, in 
 
 
 class MissingData(InputError):  # noqa: N818 # an InputError, like everything that a user can fix
-    """A set's files are not there; an evaluation lists the set as missing and continues with the others."""
+    """A set's files are missing; an evaluation lists the set as missing and continues with the others."""
 
 
 @dataclass(kw_only=True)
 class Truth:
-    """What some metrics compare a set's N images and C classes with, besides their labels; None: it has none of it.
+    """Further truth about a set's N images and C classes, which some metrics need; None: the set has none.
 
     Attributes:
         relevance: int8 ``[N, C]``: 1 the class is present, 0 absent, -1 not counted ("difficult").
@@ -50,7 +50,7 @@ class Truth:
 
 
 class ImageSet(ABC):
-    """Images by index, decoded on access; can be pickled, so that data workers can read them."""
+    """Images by index, decoded on access; picklable, so that data workers can read them."""
 
     several: bool = False  # whether an item may have many images; items are then read one at a time
     absent: int = 0  # number of items that the set lists but that are not on disk, and so not here
@@ -69,15 +69,15 @@ class ImageSet(ABC):
         """
 
     def image_paths(self) -> Sequence[Path]:
-        """Return the files that hold the images, each once; none if they are not in files."""
+        """Return the files of the images, each once; empty if they are not in files."""
         return ()
 
     def whole_file(self, index: int) -> Path | None:
-        """Return the file whose image an item is, whole and as stored; None if there is none."""
+        """Return the file that holds exactly the item's image as stored; None if there is none."""
         return None
 
     def check(self) -> None:  # noqa: B027 # optional
-        """Raise :class:`InputError`, before training, for images that are visibly broken without decoding any."""
+        """Raise :class:`InputError`, before training, for visibly broken images; decode none."""
 
     def key(self, index: int) -> str:
         """Return an item's name in reports, the same in every run, such as its path below the root."""
@@ -102,7 +102,7 @@ class LabelledImages(ImageSet, Dataset[tuple[Image.Image, int]]):
 
     @abstractmethod
     def labels(self) -> list[int]:
-        """Return the label of every image without opening any; -1 where ``truth`` has the classes."""
+        """Return the label of every image without opening any; -1 if ``truth`` has the classes."""
 
     def images(self, index: int) -> list[Image.Image]:
         return [self[index][0]]
@@ -112,7 +112,7 @@ class LabelledImages(ImageSet, Dataset[tuple[Image.Image, int]]):
 
 
 def numbered(labels: Sequence[int], where: str) -> list[str]:
-    """Return the numbers from 0 to the highest label, as class names for a set that has none."""
+    """Return the numbers from 0 to the highest label, as class names for a set without names."""
     classes = 1 + max(labels, default=0)
     possible = classes <= max(10_000, 100 * len(labels))
     require(possible, f"{where}: label {classes - 1} is too high to be a class's number; fix it or give class names")
@@ -138,11 +138,11 @@ class CaptionedImages(ImageSet):
 
     @abstractmethod
     def captions(self, index: int) -> list[str]:
-        """Return all captions of an image, at least one."""
+        """Return all captions of an image; there is at least one."""
 
 
 class Choice(NamedTuple):
-    """A question of which captions and images, given by their rows, belong together.
+    """A question about which captions and images, given by their rows, belong together.
 
     Image i and caption i do, for as many as there are of both; the others are wrong. If ``right`` is not 0, the only
     caption is right for the first ``right`` images. ``group`` is a kind of question, such as a relation.
@@ -159,7 +159,7 @@ class CaptionChoices(ABC):
 
     @abstractmethod
     def choices(self) -> list[Choice]:
-        """Return all questions, at least one."""
+        """Return all questions; there is at least one."""
 
 
 class Items(NamedTuple):
@@ -171,7 +171,7 @@ class Items(NamedTuple):
 
 
 class JudgedDocuments(ImageSet):
-    """Queries, the documents to search, and how relevant some are (mteb, BEIR); its images are those of both."""
+    """Queries, documents to search, and graded relevance (mteb, BEIR); the images belong to both."""
 
     queries: Items
     documents: Items
@@ -179,25 +179,25 @@ class JudgedDocuments(ImageSet):
 
 
 class PartOf(ABC):
-    """Some images of a ``whole`` set, by ascending rows there, under other labels or names; both share features."""
+    """Some images of a ``whole`` set, by ascending row, with other labels or names; they share its features."""
 
     whole: ImageSet
     rows: list[int]
 
 
 class Localised(ABC):
-    """Images that say where each class is: :class:`Masked` or :class:`Boxed`."""
+    """Images with the place of each class: :class:`Masked` or :class:`Boxed`."""
 
     class_names: list[str]  # in label order
     synonyms: list[list[str]] | None = None  # names of each class, which is where one of them is nearest; None: one
 
     def short_side(self, image_size: int) -> int:
-        """Return the pixels that an image's short side is resized to, for a model of an image size."""
+        """Return the pixels to resize an image's short side to, for a model's image size."""
         return 2 * image_size
 
     @abstractmethod
     def truth_stamp(self) -> str:
-        """Return what changes with the masks or boxes."""
+        """Return a stamp that changes with the masks or boxes."""
 
 
 class Masked(Localised):
@@ -209,7 +209,7 @@ class Masked(Localised):
 
 
 class Boxed(Localised):
-    """Images with boxes around what they show (Pascal VOC)."""
+    """Images with boxes around objects (Pascal VOC)."""
 
     tolerance: int = 0  # pixels that a point may be outside of a box, or a mask
 

@@ -1,4 +1,4 @@
-"""Retrieval with graded relevance, where queries and documents have a text, an image or both (mteb, BEIR).
+"""Retrieval with graded relevance; queries and documents have a text, an image or both (mteb, BEIR).
 
 Shapes: N queries or documents, R relevant pairs of them, D embedding dimension. Metrics are those of TREC's program
 (``trec_eval``) over all documents: of equal scores the document whose id sorts last ranks first.
@@ -47,7 +47,7 @@ def encode_documents(
 def document_retrieval(
     encoded: EncodedDocuments, image_ID: Tensor, rows: list[int], text_weight: float
 ) -> dict[str, UnitScores]:
-    """Search the documents by each query; return the scores of the queries, in their order, by metric.
+    """Search the documents for each query; return the queries' scores, in their order, by metric.
 
     Args:
         encoded: the set.
@@ -58,7 +58,7 @@ def document_retrieval(
     images, place, device = encoded.images, {row: number for number, row in enumerate(rows)}, best_device()
 
     def features(items: Items, order: Sequence[int]) -> Tensor:
-        """Return unit features, ``[N, D]``; NaN for an item of an image alone that could not be read."""
+        """Return unit features, ``[N, D]``; NaN for an item with only an unreadable image."""
         image_N = torch.tensor([place.get(items.images[row], -1) for row in order])
         text_N = torch.tensor([encoded.rows.get(items.texts[row], -1) for row in order])
         features_ND = image_ID.new_full((len(order), image_ID.shape[1]), torch.nan)
@@ -81,7 +81,7 @@ def document_retrieval(
 
 
 def query_scores(rank_R: np.ndarray, grade_R: np.ndarray) -> dict[str, float]:
-    """Return nDCG@10, average precision, reciprocal rank and recall@k of a query from its relevant documents.
+    """Return a query's nDCG@10, average precision, reciprocal rank and recall@k from its relevant documents.
 
     ``rank_R`` are their ranks, 1 is best, infinity if not found; ``grade_R`` their grades. Without any, all is 0.
     """

@@ -1,4 +1,4 @@
-"""Download the sets of a suite that torchvision or the Hugging Face hub has.
+"""Download sets of a suite from torchvision or the Hugging Face hub.
 
 Both libraries compare the files with their checksums. All this happens in a hidden folder beside the set's, whose
 content is moved there when it is complete: at once if the set's folder is new, else file by file. Transfers from the
@@ -39,7 +39,7 @@ class _HubFile(NamedTuple):
 
 @dataclass
 class _Plan:
-    """A folder in which sets of a suite are missing, and where they come from."""
+    """A folder that lacks sets of a suite, and their sources."""
 
     root: Path
     names: list[str] = field(default_factory=list)
@@ -63,7 +63,7 @@ class _Plan:
         return not (self.root / file.name).exists()
 
     def size(self) -> int:
-        """Return how many bytes of files of the hub are still to be transferred."""
+        """Return the number of bytes of hub files still to be transferred."""
         have = sum(path.stat().st_size for path in self.stage.rglob("*") if path.is_file())
         return max(0, sum(file.size for file in self.files) - have)
 
@@ -71,7 +71,7 @@ class _Plan:
 def download_missing(
     entries: Mapping[str, SuiteEntry], data_root: Path, tasks: Collection[Task] = TASKS
 ) -> dict[str, str]:
-    """Download the missing sets of a suite that have a ``download``; return the failures, by set.
+    """Download a suite's missing sets that have a ``download``; return the failures, by set.
 
     Splits that none of the ``tasks`` uses, and splits of another set, are not downloaded for a set.
     """
@@ -119,7 +119,7 @@ def _plans(entries: Mapping[str, SuiteEntry], data_root: Path, tasks: Collection
 
 
 def _is_missing(entry: SuiteEntry, splits: Iterable[str], data_root: Path) -> bool:
-    """Whether files of a split are not there; the evaluation says what else is wrong with them."""
+    """Return whether files of a split are missing; the evaluation reports other problems."""
     for split in splits:
         try:
             entry.open(split, 0, data_root)
@@ -131,7 +131,7 @@ def _is_missing(entry: SuiteEntry, splits: Iterable[str], data_root: Path) -> bo
 
 
 def _is_there(source: Mapping[str, Any], root: Path) -> bool:
-    """Whether torchvision finds its set; then the suite's set lacks something else, which it does not download."""
+    """Return whether torchvision finds its set; if so, other files are missing, which it does not download."""
     if "torchvision" not in source:
         return False
     try:
@@ -149,7 +149,7 @@ def _torchvision_set(source: Mapping[str, Any], root: Path, **options: Any) -> A
 
 
 def _of_hub(plan: _Plan, name: str) -> list[_HubFile]:
-    """Return the missing files of a data set of the hub, among those at its top and in folders of wanted splits."""
+    """Return a hub data set's missing files, at its top and in the folders of wanted splits."""
     from huggingface_hub import HfApi
 
     guard_hub()
@@ -167,7 +167,7 @@ def _of_hub(plan: _Plan, name: str) -> list[_HubFile]:
 
 
 def _amount(size: int, more: bool) -> str:
-    """Format a number of bytes; torchvision does not say how large its files are."""
+    """Format a number of bytes; torchvision does not tell the size of its files."""
     if not more:
         return size_in_bytes(size)
     return f"{size_in_bytes(size)} and files of unknown size" if size else "unknown size"
@@ -175,7 +175,7 @@ def _amount(size: int, more: bool) -> str:
 
 @contextmanager
 def _alone(plan: _Plan) -> Iterator[None]:
-    """Wait until no other process downloads into the folder, and hold it; a killed process holds nothing."""
+    """Lock the folder after other processes have finished downloading into it; a killed process holds no lock."""
     make_folder(plan.root.parent, "--data_root")
     lock = FileLock(plan.stage.with_name(f"{plan.stage.name}.lock"))
     try:
@@ -191,7 +191,7 @@ def _alone(plan: _Plan) -> Iterator[None]:
 
 
 def _download(plan: _Plan) -> None:
-    """Download what is missing now: another process may have been faster."""
+    """Download the files missing now: another process may have been faster."""
     hub, unpacked = plan.stage / "hub", plan.stage / "torchvision"
     shutil.rmtree(unpacked, ignore_errors=True)  # torchvision takes what is half unpacked for the whole set
     try:
@@ -213,7 +213,7 @@ def _download(plan: _Plan) -> None:
 
 
 def _fetch(files: list[_HubFile], folder: Path) -> None:
-    """Download files of the hub, and compare them with its checksums."""
+    """Download files from the hub, and verify its checksums."""
     from huggingface_hub import HfApi, hf_hub_download
 
     for repository, commit, name, _ in files:
@@ -228,7 +228,7 @@ def _fetch(files: list[_HubFile], folder: Path) -> None:
 
 
 def _unpack(source: Mapping[str, Any], folder: Path) -> None:
-    """Let torchvision get its archives, compare and unpack them, members inside of the folder only; remove them."""
+    """Let torchvision download, verify and unpack its archives inside the folder only; remove them."""
     before = vars(tarfile.TarFile)["extraction_filter"]
     tarfile.TarFile.extraction_filter = staticmethod(tarfile.data_filter)  # which is Python's default from 3.14 only
     try:

@@ -1,4 +1,4 @@
-"""The linear probe with a few examples per class (section 3.1.5), and beside it a class head on the same examples.
+"""The linear probe with a few examples per class (section 3.1.5), and a class head on the same examples.
 
 The paper does not say how often it draws examples. Its author says that the penalty is chosen on the validation images
 of the probe on all data (openai/CLIP#128). Here each number of shots has one penalty: the one with the best mean over
@@ -19,7 +19,7 @@ SHOTS = (1, 2, 4, 8, 16)
 
 
 class FewShotProbes(NamedTuple):
-    """By number of shots: the classifier of each draw, the penalty, or why a class does not have that many examples.
+    """By number of shots: each draw's classifier and the penalty, or why a class has too few examples.
 
     There are heads if the examples have zero-shot logits.
     """
@@ -30,7 +30,7 @@ class FewShotProbes(NamedTuple):
     heads: dict[int, list[HeadFit]]
 
     def evaluate(self, test: Split, metric: str, classes: Classes | None = None) -> dict[int, list[float]]:
-        """Return, by shots, the metric of each draw on a test split; ``classes`` as in :func:`among`."""
+        """Return, by shots, each draw's metric on a test split; ``classes`` as in :func:`among`."""
         return {
             k: [
                 evaluate_scores(metric, among(fit.scores(test.features), classes), test.targets)[metric] for fit in fits
@@ -39,7 +39,7 @@ class FewShotProbes(NamedTuple):
         }
 
     def evaluate_heads(self, test: Split, metric: str) -> dict[int, list[float]]:
-        """Return the same of the heads; empty without any."""
+        """Return, by shots, each head's metric on a test split; empty without heads."""
         return {
             k: [
                 evaluate_scores(metric, head.logits(test.features, test.zero_shot.to(test.features)), test.targets)[

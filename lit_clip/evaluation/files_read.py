@@ -1,4 +1,4 @@
-"""The files that a set was read from, for ``results.json``: sets of the same name can be of different files."""
+"""List the files a set was read from, for ``results.json``: sets with the same name can have different files."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -12,7 +12,7 @@ MOST_LISTED = 20
 
 
 def files_read(sets: Sequence[ImageSet], root: Path) -> dict[str, Any]:
-    """Return the ``annotations`` and ``images`` of a split's folds, each file once, named relative to ``root``.
+    """Return the ``annotations`` and ``images`` of a split's folds, each file once, relative to ``root``.
 
     Both are lists of ``path`` and ``bytes``, or for more than 20 files their number and a hash of their sorted names.
     """

@@ -1,4 +1,4 @@
-"""Where an image was taken, predicted as the location of its nearest neighbour (section E.4 and table 17 of the paper).
+"""Predict where an image was taken: at the location of its nearest neighbour (section E.4 and table 17 of the paper).
 
 Shapes: N queries, M references, D embedding dimension.
 """
@@ -15,7 +15,7 @@ EARTH_RADIUS_KM = 6371.0088  # mean radius
 
 
 def distances_km(from_N2: Tensor, to_N2: Tensor) -> Tensor:
-    """Great-circle distances (haversine) between latitudes and longitudes in degrees, float64 ``[N]``."""
+    """Return great-circle distances (haversine) between latitudes and longitudes in degrees, float64 ``[N]``."""
     (latitude, longitude), (other_latitude, other_longitude) = from_N2.double().deg2rad().T, to_N2.double().deg2rad().T
     across = latitude.cos() * other_latitude.cos() * ((other_longitude - longitude) / 2).sin() ** 2
     chord = ((other_latitude - latitude) / 2).sin() ** 2 + across
@@ -30,7 +30,7 @@ def nearest_rows(query: Tensor, reference: Tensor) -> Tensor:
 
 
 def nearest_km(query: Tensor, reference: Tensor, query_coordinates: Tensor, reference_coordinates: Tensor) -> Tensor:
-    """Return the distance of each query's nearest neighbour from the query's true place, float64 ``[N]`` in km.
+    """Return the distance from each query's true place to its nearest neighbour's, float64 ``[N]`` in km.
 
     Features are ``[N, D]`` and ``[M, D]``, coordinates latitudes and longitudes in degrees, ``[N, 2]`` and ``[M, 2]``.
     """
@@ -47,5 +47,5 @@ def nearest_km(query: Tensor, reference: Tensor, query_coordinates: Tensor, refe
 
 
 def within_km(distance: Tensor) -> dict[str, float]:
-    """Return ``within_1km`` and so on: fractions of the queries, from :func:`nearest_km`."""
+    """Return fractions of the queries by name, ``within_1km`` and so on, from :func:`nearest_km`."""
     return {f"within_{km}km": float((distance <= km).double().mean()) for km in WITHIN_KM}

@@ -1,4 +1,4 @@
-"""Train the heads of two encoders alone, on features before them that are computed once.
+"""Train the heads of two encoders alone, on features that are computed once.
 
 The features are the image's ``[I, W]`` and the caption's ``[T, W]`` of :class:`PairFeatures`.
 """
@@ -29,7 +29,7 @@ Heads = dict[str, nn.Module]
 
 
 def heads_of(model: CLIP) -> Heads | None:
-    """Return the image's and the text's projection by their names in the model; None where there are no two."""
+    """Return the image and text projections by their names in the model; None unless there are two heads."""
     visual, text = model.visual, model.text_encoder
     if not isinstance(visual, TimmImageEncoder) or not isinstance(text, HuggingFaceTextEncoder):
         return None
@@ -71,7 +71,7 @@ def features_before_heads(
 def train_heads(
     model: CLIP, heads: Heads, features: PairFeatures, more: Sequence[Tensor] = (), seed: int = 0
 ) -> dict[str, Tensor]:
-    """Train copies of the heads for some seconds; return their weights by the model's names, and the temperature's.
+    """Train copies of the heads for some seconds; return their weights and the temperature's, by the model's names.
 
     Pairs with the same image or caption are positives of each other. ``more`` are other versions of all images, of
     which each step draws one for each pair. The global random states stay as they are.

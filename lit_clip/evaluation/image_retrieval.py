@@ -1,4 +1,4 @@
-"""Image-to-image retrieval: each image of a set searches all others for those of its class.
+"""Image-to-image retrieval: each image of a set searches all others for images of its class.
 
 Shapes: N images, Q queries (images whose class has another one), b of them in a block, C classes, D embedding
 dimension, K results.
@@ -21,7 +21,7 @@ BLOCK = 2**24  # similarities that exist at once
 
 
 class ImageRetrieval(NamedTuple):
-    """Scores of the queries by metric, their rows, the rows of their nearest images, and mAP in random order."""
+    """Scores of the queries by metric, their rows, their nearest images' rows, and mAP in random order."""
 
     units: dict[str, UnitScores]
     rows: Tensor  # int64 [Q]
@@ -38,7 +38,7 @@ class ImageRetrieval(NamedTuple):
 def image_retrieval(
     features_ND: Tensor, labels_N: Tensor, results: int = RESULTS, neighbours: int = NEIGHBOURS
 ) -> ImageRetrieval:
-    """Search a set for the class of each of its images; the image itself is no result.
+    """Search a set for the class of each of its images; an image is not a result of its own search.
 
     ``map@K`` is the mean average precision of the first K results, divided by the number of right ones that K could
     hold (Weyand et al. 2020); ``knn_top1`` the accuracy of the neighbours' weighted vote.
@@ -72,7 +72,7 @@ def image_retrieval(
 def _scores(
     cosine_bK: Tensor, class_bK: Tensor, class_b: Tensor, right_b: Tensor, results: int, neighbours: int
 ) -> dict[str, Tensor]:
-    """Return the scores ``[b]`` of queries by metric, from the cosines and classes of what they found, best first."""
+    """Return the queries' scores ``[b]`` by metric, from the cosines and classes of their results, best first."""
     hit_bK = class_bK == class_b[:, None]
     first_bK = hit_bK[:, :results].double()
     precision_bK = first_bK.cumsum(dim=1) / torch.arange(1, first_bK.shape[1] + 1)
@@ -87,7 +87,7 @@ def _scores(
 
 
 def _random_order(right_Q: Tensor, others: int, results: int) -> float:
-    """Return the expected ``map@K`` of queries with so many right ones among all others, in random order."""
+    """Return the expected ``map@K`` in random order, from each query's number of right images."""
     right_Q1, place_K = right_Q.double()[:, None], torch.arange(1, min(results, others) + 1).double()
     earlier_QK = (place_K - 1) * (right_Q1 - 1) / max(1, others - 1)  # right ones before a right one at a place
     precision_Q = (right_Q1 / others * (1 + earlier_QK) / place_K).sum(dim=1)

@@ -1,4 +1,4 @@
-"""Confidence intervals of metrics that are means over images, at the paper's 99.5 %.
+"""Confidence intervals at the paper's 99.5 %, for metrics that are means over images.
 
 Shapes: N images (or queries, or anchor frames), C classes.
 """
@@ -15,7 +15,7 @@ Interval = tuple[float, float]
 
 
 class UnitScores(NamedTuple):
-    """A metric's score of each image, float64 ``[N]``, whose mean is the metric.
+    """A metric's score of each image, float64 ``[N]``; their mean is the metric.
 
     With ``classes``, int64 ``[N]``, the metric is the mean over classes of the mean of their images.
     """
@@ -28,13 +28,13 @@ class UnitScores(NamedTuple):
         return float(np.mean([stratum.mean() for stratum in self._strata()]))
 
     def interval(self) -> Interval:
-        """Return the metric's interval: Clopper-Pearson's for a proportion, otherwise :meth:`bootstrap`'s."""
+        """Return the metric's interval: Clopper-Pearson for a proportion, otherwise :meth:`bootstrap`."""
         if self.classes is None and bool(np.isin(self.values, (0, 1)).all()):
             return clopper_pearson(int(self.values.sum()), len(self.values))
         return self.bootstrap()
 
     def bootstrap(self, confidence: float = CONFIDENCE) -> Interval:
-        """Return the percentile interval of means of images drawn with replacement, within their classes if given.
+        """Return the percentile interval of means over images drawn with replacement, within classes if given.
 
         One image less is drawn than there are, so that the variance is unbiased (Rao and Wu 1988): with n draws of n it
         is too small by 1 / n, which is much in a class of few images. The interval has no width if the images of each
@@ -60,13 +60,13 @@ class UnitScores(NamedTuple):
 
 
 def intervals(units: Mapping[str, UnitScores]) -> dict[str, Interval]:
-    """Return the interval of each metric; intervals without width, which would look certain, are left out."""
+    """Return the interval of each metric; omit intervals without width, which would look certain."""
     found = {metric: scores.interval() for metric, scores in units.items()}
     return {metric: ends for metric, ends in found.items() if ends[0] < ends[1]}
 
 
 def mean_interval(folds: list[Interval]) -> Interval:
-    """Return an interval of the mean over folds: the mean of their ends.
+    """Return an interval of the mean over folds: the mean of the folds' ends.
 
     Wide enough however much the folds depend on each other: they may share their images or have none in common.
     """

@@ -100,13 +100,13 @@ class LogisticProblem:
         self.features = (features - self.mean) @ self.vectors if self.projected else features
 
     def _counts(self) -> tuple[Tensor, Tensor]:
-        """Return the numbers of positive and of counted examples of each class."""
+        """Return each class's numbers of positive and of counted examples."""
         if self.multi_label:
             return (self.labels == 1).sum(dim=0), (self.labels >= 0).sum(dim=0)
         return self.labels.bincount(minlength=self.classes), self.labels.new_full((self.classes,), len(self.labels))
 
     def _renumber(self) -> None:
-        """Number the labels among the fitted classes; make them relevance if each logit has its own loss."""
+        """Number the labels among the fitted classes; turn them into relevance if each logit has its own loss."""
         if self.multi_label:
             self.labels = self.labels[:, self.fitted]
         elif self.binary:
@@ -118,7 +118,7 @@ class LogisticProblem:
             self.labels = number[self.labels]
 
     def _fitted_offset(self, offset: Tensor) -> Tensor:
-        """Return the offset of the logits that are fitted ``[N, K]``; classes that are not have no constant bias."""
+        """Return the offset of the fitted logits ``[N, K]``; the other classes have no constant bias."""
         shape = (len(self.labels), self.classes)
         require(offset.shape == shape, f"offset: must have the shape {shape}, not {tuple(offset.shape)}")
         require(self.spread > 0, "features: all the same")
@@ -129,7 +129,7 @@ class LogisticProblem:
     def fit(
         self, l2: float, start: Fit | None = None, max_iterations: int = MAX_ITERATIONS, tolerance: float = TOLERANCE
     ) -> Fit:
-        """Fit one ``l2``, from another's fit if given, until the objective falls by less than ``tolerance`` twice."""
+        """Fit one ``l2``, optionally from another fit, until the objective falls by less than ``tolerance`` twice."""
         require(l2 > 0, f"l2: {l2} must be above 0; without a penalty, separable classes have no optimum")
         search = _Search(self, l2)
         with torch.no_grad(), torch.autocast(self.features.device.type, enabled=False):
@@ -156,7 +156,7 @@ class LogisticProblem:
         return weight @ self.vectors, torch.where(bias.isfinite(), bias, self.share.logit())
 
     def loss_and_gradient(self, weight_KR: Tensor, bias_K: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the sum of losses in float64 and its gradients, for centred features along ``vectors``."""
+        """Return the summed loss in float64 and its gradients, for centred features along ``vectors``."""
         weight = weight_KR if self.projected else weight_KR @ self.vectors.T  # in the coordinates of the features
         bias = bias_K if self.projected else bias_K - weight @ self.mean
         chunk_losses = _sigmoid_chunk if self.multi_label or self.binary else _softmax_chunk
@@ -197,7 +197,7 @@ def _check(features: Tensor, labels: Tensor, classes: int) -> None:
 
 
 def _wide(like: Tensor) -> torch.dtype:
-    """Return float64, for sums over a set that are exact enough to compare, or the dtype itself on MPS."""
+    """Return float64, exact enough to compare sums over a set; on MPS, return the tensor's own dtype."""
     return like.dtype if like.is_mps else torch.float64
 
 
@@ -223,7 +223,7 @@ def spectrum(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _softmax_chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return losses ``[n]`` and their gradients ``[n, K]`` from one exponential per logit.
+    """Return losses ``[n]`` and their gradients ``[n, K]``, with one exponential per logit.
 
     If the classes are separable, losses become much smaller than the rounding error of a probability near 1; the sum
     of the other classes' probabilities gives them exactly.
@@ -238,7 +238,7 @@ def _softmax_chunk(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sigmoid_chunk(logits: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
-    """Return losses and their gradients ``[n, K]``, which are 0 where the relevance is -1.
+    """Return losses and their gradients ``[n, K]``; both are 0 where the relevance is -1.
 
     Both are computed from what is small if the classes are separable: ``sigmoid(logit) - 1`` would be rounded to 0, and
     the search would end where the optimum is not.
@@ -250,7 +250,7 @@ def _sigmoid_chunk(logits: Tensor, relevance: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Search:
-    """Objective in coordinates ``[K, R + 1]`` in which its Hessian starts near the identity."""
+    """Objective in coordinates ``[K, R + 1]`` that make its Hessian start near the identity."""
 
     def __init__(self, problem: LogisticProblem, l2: float) -> None:
         self.problem, self.l2 = problem, l2
@@ -267,7 +267,7 @@ class _Search:
             self.first_bias = torch.zeros_like(share)
 
     def zero(self) -> Tensor:
-        """Return the point with zero weights and the bias that is optimal for them."""
+        """Return the point with zero weights and the optimal bias for them."""
         return self.scale.new_zeros(len(self.scale), self.scale.shape[1] + 1)
 
     def point(self, weight_KR: Tensor, bias_K: Tensor) -> Tensor:
@@ -276,7 +276,7 @@ class _Search:
         return torch.cat([weight_KR / self.scale, bias[:, None]], dim=1)
 
     def classifier(self, point: Tensor) -> tuple[Tensor, Tensor]:
-        """Invert :meth:`point`."""
+        """Return the classifier at a point; inverts :meth:`point`."""
         return point[:, :-1] * self.scale, point[:, -1] * self.bias_scale + self.first_bias
 
     def __call__(self, point: Tensor) -> tuple[Tensor, Tensor]:
@@ -292,7 +292,7 @@ class _Search:
 def _minimise(
     objective: _Search, point: Tensor, max_iterations: int, tolerance: float
 ) -> tuple[Tensor, int, bool, float]:
-    """Return the lowest point found, the iterations, whether it converged, and the objective at the point."""
+    """Return the lowest point found, the iterations, whether the search converged, and the objective there."""
     point = torch.nn.Parameter(point)
     optimizer = torch.optim.LBFGS(
         [point],

@@ -1,4 +1,4 @@
-"""A set that is being evaluated, with the features of its images and texts."""
+"""A set under evaluation, with the features of its images and texts."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ EncodeTexts = Callable[[Prompts], Tensor]  # -> their classifier [D, C]; all ran
 
 @dataclass
 class Fold:
-    """One division of a set into splits, whose images and features are by name of the split."""
+    """One division of a set into splits; images and features are by split name."""
 
     images: dict[str, ImageSet]
     features: dict[str, SetFeatures] = field(default_factory=dict)
@@ -45,7 +45,7 @@ class DistinctCaptions(NamedTuple):
 
 @dataclass
 class OpenSet:
-    """A set with its features. The texts and their features are None, or empty, without a task that needs them."""
+    """A set with its features. Texts and their features are None or empty if no task needs them."""
 
     name: str
     entry: SuiteEntry
@@ -66,13 +66,13 @@ class OpenSet:
 
 
 def scale_and_bias(model: CLIP) -> dict[str, Any]:
-    """Return the settings of an :class:`OpenSet` that make a model's cosines logits."""
+    """Return the :class:`OpenSet` settings that turn a model's cosines into logits."""
     bias = None if model.logit_bias is None else float(model.logit_bias.detach())
     return {"scale": float(model.logit_scale.detach().exp()), "logit_bias": bias}
 
 
 def without_features(opened: OpenSet) -> SetFeatures | None:
-    """Return the rows of a set whose tasks all compare places, and so need no features of whole images."""
+    """Return the rows of a set with only place tasks, which need no features of whole images."""
     if opened.records.keys() != set(opened.tasks):
         return None
     _, rows, skipped = next(iter(opened.records.values()))
@@ -86,13 +86,13 @@ def class_names_only(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> object
 
 
 def class_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> object:
-    """Encode the prompts of a set's classes, see :attr:`lit_clip.evaluation.tasks.TaskParts.texts`."""
+    """Encode the prompts of a set's classes; see :attr:`lit_clip.evaluation.tasks.TaskParts.texts`."""
     opened.classifier = encode(class_prompts(opened))
     return class_names_only(opened, rows, encode)
 
 
 def class_prompts(opened: OpenSet) -> Prompts:
-    """Return the prompts of a set's classes, which are then the set's."""
+    """Return the prompts of a set's classes, and store them in the set."""
     test = opened.folds[0].images["test"]
     if not isinstance(test, LabelledImages):
         raise InputError(f"{type(test).__name__} has no classes, which zero-shot needs")
@@ -101,7 +101,7 @@ def class_prompts(opened: OpenSet) -> Prompts:
 
 
 def head_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> object:
-    """Encode the prompts of a set's classes, with which few-shot heads begin, if it has classes."""
+    """Encode the prompts of a set's classes, if it has any; few-shot heads start from them."""
     labelled = isinstance(opened.folds[0].images["test"], LabelledImages)
     return class_texts(opened, rows, encode) if labelled else None
 
@@ -140,7 +140,7 @@ def document_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> object:
 
 
 def place_texts(kind: type[Localised], opened: OpenSet, rows: Rows, encode: EncodeTexts) -> object:
-    """Encode each name of a set's classes for itself; the set must be of a kind."""
+    """Encode each name of a set's classes separately; the set must be of the given kind."""
     test = opened.folds[0].images["test"]
     if not isinstance(test, kind):
         needed = "masks" if kind is Masked else "boxes or masks"
@@ -155,7 +155,7 @@ def place_texts(kind: type[Localised], opened: OpenSet, rows: Rows, encode: Enco
 def _distinct_captions(
     images: CaptionedImages, rows: Sequence[int], templates: str | Sequence[str] | None
 ) -> tuple[Prompts, PairIndices]:
-    """Return the distinct captions of a set as prompts, and which image (by its place in ``rows``) each belongs to.
+    """Return a set's distinct captions as prompts, and the image (place in ``rows``) of each.
 
     Of several templates the first is used; None: the caption itself.
     """

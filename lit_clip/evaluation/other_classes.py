@@ -1,4 +1,4 @@
-"""Probes that are trained on one set and tested on another: which classes of the one mean those of the other."""
+"""Test probes on another set than they were trained on: match the classes of the two sets."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,7 +15,7 @@ Classes = list[list[int]]  # for each class of the tested set, those of the trai
 
 
 def trained_classes(entry: SuiteEntry, splits: Mapping[str, ImageSet]) -> Classes | None:
-    """Check a fold's classes; return the classes of ``train`` for each of ``test``, or None if all are of one set."""
+    """Check a fold's classes; return the ``train`` classes for each ``test`` class, or None if both are of one set."""
     others = {name: images for name, images in splits.items() if name != "test" and entry.is_of_another_set(name)}
     if not others:
         check_classes(splits)
@@ -34,7 +34,7 @@ def trained_classes(entry: SuiteEntry, splits: Mapping[str, ImageSet]) -> Classe
 
 
 def _matched(test: LabelledImages, names: Sequence[str], train: LabelledImages) -> Classes:
-    """Match classes by their names; a set whose classes have only numbers has ``names`` from the suite."""
+    """Match classes by name; if a set has only numbers, ``names`` come from the suite."""
     if names == train.class_names:
         return [[label] for label in range(len(train.class_names))]
     if test.in_imagenet and train.class_names == imagenet_class_names():
@@ -52,7 +52,7 @@ def _matched(test: LabelledImages, names: Sequence[str], train: LabelledImages) 
 
 
 def among(scores: Tensor, classes: Sequence[Sequence[int]] | None) -> Tensor:
-    """Return the scores of the tested set's classes ``[N, C]`` from those of the training set's.
+    """Return the scores of the tested set's classes ``[N, C]``, from scores of the training set's classes.
 
     A class that several trained classes mean has the highest of their scores, as in the paper (section 3.3); one that
     none means has minus infinity and is never predicted.

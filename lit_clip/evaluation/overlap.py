@@ -1,4 +1,4 @@
-"""Data overlap (section 5 and appendix C of the paper): how much of an evaluation set was in the training data.
+"""Data overlap (section 5 and appendix C of the paper): the share of an evaluation set in the training data.
 
 Images of the set whose nearest training image is similar enough are the overlap; the others are clean. The question is
 whether the model is right more often on the overlap than on the clean images, beyond chance.
@@ -50,7 +50,7 @@ def nearer(found: NearestImages, query_ND: Tensor, reference_BD: Tensor, row_B: 
 
 @torch.no_grad()
 def nearest_of_set(query_ND: Tensor, reference_BD: Tensor) -> NearestImages:
-    """Return the nearest image of an evaluation set to each of a batch of training images, as in :func:`nearer`."""
+    """Return the nearest image of an evaluation set to each image of a training batch, as in :func:`nearer`."""
     found = nowhere(len(reference_BD), reference_BD.device)
     for start in range(0, len(query_ND), QUERIES):
         best = (query_ND[start : start + QUERIES] @ reference_BD.T).max(dim=0)
@@ -62,7 +62,7 @@ def nearest_of_set(query_ND: Tensor, reference_BD: Tensor) -> NearestImages:
 
 @dataclass(frozen=True)
 class Overlap:
-    """Figures of a set divided into overlap and clean images. Fractions are None if there are no images.
+    """Figures of a set divided into overlap and clean images. A fraction is None if there are no images.
 
     ``p_value`` is of a one-sided binomial test: the probability of at least as many right answers on the overlap if the
     model were right there as often as on the clean images.
@@ -81,7 +81,7 @@ class Overlap:
 
 
 def overlap_of(seen_N: Tensor, correct_N: Tensor | None = None) -> Overlap:
-    """Compute the figures from whether each image is in the overlap, and is recognised (None: no accuracies)."""
+    """Compute the figures from whether each image overlaps and is recognised (None: no accuracies)."""
     images, overlap = len(seen_N), int(seen_N.sum())
     sizes = (images, overlap, images - overlap)
     contamination = _share(overlap, images)
@@ -102,7 +102,7 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def binomial_p_value(successes: int, trials: int, null: float) -> float:
-    """Return the probability of at least so many successes if each has the probability ``null``."""
+    """Return the probability of at least this many successes if each has the probability ``null``."""
     from scipy.stats import binomtest
 
     return float(binomtest(successes, trials, null, alternative="greater").pvalue)

@@ -1,4 +1,4 @@
-"""``results.json`` as rows: what the terminal, the files, the page and the charts render."""
+"""``results.json`` as rows, which the terminal, the files, the page and the charts render."""
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -53,7 +53,7 @@ class Row:
 
     @property
     def shots(self) -> list[int]:
-        """Numbers of shots that it has values of."""
+        """Numbers of shots for which the row has values."""
         return [column for column in self.values if isinstance(column, int)]
 
 
@@ -120,7 +120,7 @@ def tasks_of(entry: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 
 
 def skipped_of(entry: Mapping[str, Any]) -> dict[str, list[Sequence[str]]]:
-    """Return the images that could not be read, with the reasons, by split."""
+    """Return the unreadable images, with reasons, by split."""
     return {name: list(split.get("skipped") or []) for name, split in (entry.get("splits") or {}).items()}
 
 
@@ -157,7 +157,7 @@ def _rows_of(name: str, entry: Mapping[str, Any], model: str, weights: str) -> I
 def _reported(
     entry: Mapping[str, Any], tasks: Mapping[str, Mapping[str, Any]]
 ) -> Iterator[tuple[str, dict[Column, str]]]:
-    """Yield the metrics that get a row, and the task that each column shows of it.
+    """Yield the metrics that get a row, with the task that each column shows.
 
     They are the set's own metric, recalls in both directions, the distance used, and what another task is judged by.
     """
@@ -180,27 +180,27 @@ def _reported(
 
 
 def recalls_of(metrics: Mapping[str, Any]) -> list[str]:
-    """Return the names of a retrieval's recalls, the merged ones where captions repeat."""
+    """Return the names of a retrieval's recalls; the merged recalls where captions repeat."""
     recalls = [metric for metric in metrics if "recall@" in metric]
     return [metric for metric in recalls if metric.startswith(MERGED)] or recalls
 
 
 def judging(metric: str, metrics: Mapping[str, Any]) -> str:
-    """Return the metric that a task is judged by: the set's own, or the task's first if that judges another task."""
+    """Return the metric that judges a task: the set's own, or else the task's first."""
     return metric if metric in metrics else next(iter(metrics), metric)
 
 
 def _baseline(
     results: Mapping[Column, Mapping[str, Any]], metric: str, tasks: Mapping[str, Mapping[str, Any]]
 ) -> float | None:
-    """Return the baseline of a metric that has one of its own, or of the first task with one."""
+    """Return the metric's own baseline, or else the first baseline of a task."""
     known = [(task.get("baselines") or {}).get(metric) for task in results.values()]
     known += [task.get("baseline") for task in (tasks if len(results) > 1 else results).values()]
     return next((value for value in map(number, known) if value is not None), None)
 
 
 def given_metrics(entry: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Return the numbers of ``--metrics``, which are no fractions of images, by name and task."""
+    """Return the numbers of ``--metrics`` by name and task; they need not be fractions of images."""
     found: dict[str, dict[str, float]] = {}
     for column in COLUMNS:
         task = tasks_of(entry).get(column, {})
@@ -221,12 +221,12 @@ class GroupMean(NamedTuple):
 
     @property
     def counted(self) -> str:
-        """Say how many of the sets there are, and which are missing."""
+        """Return a text with the number of present sets and the names of missing ones."""
         return f"{self.sets - len(self.missing)} of {self.sets}; missing: {', '.join(self.missing)}"
 
 
 def group_means(table: Sequence[Row], column: Column) -> list[GroupMean]:
-    """Return the mean of each group of which there is a set: the paper's 27 (tables 9 to 11), and DataComp's."""
+    """Return the mean of each group with a present set: the paper's 27 (tables 9 to 11), and DataComp's."""
     found: dict[tuple[str, str], list[Row]] = {}  # by set and metric; retrieval has a row for each direction
     for row in table if column in COLUMNS else ():
         name = row.name if row.name.startswith(DATACOMP) else canonical_set(row.paper)
@@ -246,14 +246,14 @@ def group_means(table: Sequence[Row], column: Column) -> list[GroupMean]:
 
 
 def shots_of(entry: Mapping[str, Any], of: str = "shots") -> dict[int, float]:
-    """Return the mean over draws by number of shots, of probes or of heads (``head``)."""
+    """Return the mean over draws by number of shots, of probes, or of heads (``head``)."""
     return {
         shots: sum(values) / len(values) for shots, values in draws_of(tasks_of(entry).get("few_shot", {}), of).items()
     }
 
 
 def draws_of(few_shot: Mapping[str, Any], of: str = "shots") -> dict[int, list[float]]:
-    """Return the values of all draws by number of shots, as far as there are any."""
+    """Return the finite values of all draws by number of shots."""
     draws = {}
     for shots, values in few_shot.get(of) or []:
         draws[int(shots)] = [value for value in map(number, values) if value is not None]

@@ -1,4 +1,4 @@
-"""Cosines of each place of whole images with texts, and what a task records of each image.
+"""Cosines between texts and the places of whole images, and a task's records of each image.
 
 An image keeps its aspect ratio. Square windows, whose side is the image's short side, are encoded one beside the other
 along the long side, each overlapping the next by half, and places in several windows have the mean of their cosines.
@@ -37,14 +37,14 @@ Size = tuple[int, int]  # width and height in pixels
 
 
 class PlaceTexts(NamedTuple):
-    """Unit features of all names of the classes, ``[D, M]``, and the class of each name, int64 ``[M]``."""
+    """Unit features of all class names, ``[D, M]``, and the class of each name, int64 ``[M]``."""
 
     features: Tensor
     classes: Tensor
 
 
 class PlaceRecords(NamedTuple):
-    """What a task has recorded of a set's images."""
+    """A task's records of a set's images."""
 
     values: np.ndarray  # int64 [K, 1 + m]: the image's row, then the task's numbers; any number of records an image
     rows: list[int]  # the images that could be read, ascending
@@ -52,7 +52,7 @@ class PlaceRecords(NamedTuple):
 
 
 class Recorder(NamedTuple):
-    """How a task records an image.
+    """Functions with which a task records an image.
 
     Attributes:
         truth: set, row and size of the image -> the truth about it; called in data workers.
@@ -71,7 +71,7 @@ class Window(NamedTuple):
 
     @property
     def step(self) -> int:
-        """Pixels of a place."""
+        """Pixels per place."""
         return self.side // self.places
 
 
@@ -92,12 +92,12 @@ def window_of(model: CLIP, images: Localised) -> Window:
 
 
 def whole_size(size: Size, window: Window) -> list[int]:
-    """Return the height and width that an image is resized to: its short side the window's, in whole places."""
+    """Return the size of a resized image: its short side is the window's, its long side a whole number of places."""
     return [max(1, round(each / min(size) * window.places)) * window.step for each in reversed(size)]
 
 
 def window_starts(length: int, window: int) -> list[int]:
-    """Return the first places of windows along a side: half a window apart, and the last ends with the side."""
+    """Return the first places of windows along a side: half a window apart; the last one ends at the edge."""
     last = length - window
     return [*range(0, last, max(1, window // 2)), last]
 
@@ -154,7 +154,7 @@ def _resized(image: Image.Image, window: Window, filter: Image.Resampling) -> Im
 
 @dataclass(frozen=True, kw_only=True)
 class PlaceTask(EncodingTask):
-    """Records of images; a part is a table of rows, and of records with their rows."""
+    """Record images; a part is a table of rows, and of records with their rows."""
 
     record: Callable[[Tensor, Any], Tensor]
     settings: tuple[object, ...]  # all that the records depend on, besides the model and the images
@@ -170,7 +170,7 @@ class PlaceTask(EncodingTask):
 
 
 def records_arrays(of_images: Sequence[tuple[int, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Return the rows of images, and all records with the row of their image before them."""
+    """Return the rows of images, and all records, each with its image's row in front."""
     values = [np.insert(values, 0, row, axis=1) for row, values in of_images]
     return {"rows": np.array([row for row, _ in of_images], dtype=np.int64), "values": np.concatenate(values)}
 

@@ -1,4 +1,4 @@
-"""The pointing game (Zhang et al. 2016): is the place most similar to a class within one of its boxes, or its mask?
+"""Pointing game (Zhang et al. 2016): a hit is a class's most similar place inside one of its boxes or its mask.
 
 Every class that an image shows is a query. The point is the centre of the place with the highest cosine.
 
@@ -25,7 +25,7 @@ Truth = tuple[Size, int, list[tuple[int, Region]]]  # size of the image, toleran
 
 
 def regions_of(images: Localised, row: int, size: Size) -> Truth:
-    """Return where each class of an image is."""
+    """Return the regions of each class in an image."""
     if isinstance(images, Boxed):
         boxes: dict[int, list[tuple[float, ...]]] = {}
         for label, box in images.boxes(row):
@@ -41,7 +41,7 @@ def regions_of(images: Localised, row: int, size: Size) -> Truth:
 
 
 def is_within(point: tuple[float, float], region: Region, tolerance: int) -> bool:
-    """Whether a point, by x and y, is in a region or at most ``tolerance`` pixels away; right edges are outside."""
+    """Return whether a point (x, y) is at most ``tolerance`` pixels from a region; right edges are outside."""
     x, y = point
     if region.dtype == torch.bool:
         rows, columns = region.nonzero().T
@@ -55,7 +55,7 @@ def is_within(point: tuple[float, float], region: Region, tolerance: int) -> boo
 
 
 def queries(cosines_Mhw: Tensor, truth: Truth, classes_M: Tensor) -> Tensor:
-    """Return label, hit, and hit of the image's centre, of each class that an image shows: int64 ``[K, 3]``."""
+    """Return, for each class in an image, its label, the hit, and the hit of the image's centre: int64 ``[K, 3]``."""
     (width, height), tolerance, regions = truth
     h, w = cosines_Mhw.shape[1:]
     found = []
@@ -69,7 +69,7 @@ def queries(cosines_Mhw: Tensor, truth: Truth, classes_M: Tensor) -> Tensor:
 
 
 def pointing_metrics(records: PlaceRecords) -> dict[str, Any]:
-    """Return the task's entry in ``results.json`` without files; the baseline points at the centre of each image."""
+    """Return the task's entry in ``results.json`` without files; the baseline points at each image's centre."""
     require(len(records.values) > 0, "pointing: no image shows a class")
     label, hit, centre = records.values[:, 1:].T
     units = {

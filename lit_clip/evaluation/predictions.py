@@ -1,4 +1,4 @@
-"""What a task predicted for each image: the scores that its metrics are means of, and a file of it per set and task.
+"""A task's predictions for each image: the scores that its metrics average, in one file per set and task.
 
 Shapes: N images, C classes, E distinct image-caption pairs.
 """
@@ -34,7 +34,7 @@ TOP = 10  # classes
 def class_columns(
     metric: str, keys: Sequence[str], scores: Tensor, targets: Targets, units: Mapping[str, UnitScores], fold: int
 ) -> Columns:
-    """Return the columns of a classification: one row an image, or an anchor frame with ``pm``.
+    """Return the columns of a classification: one row per image, or with ``pm`` per anchor frame.
 
     ``truth`` and ``prediction`` are places in ``class_names`` of the set's entry in ``results.json``, -1 for none;
     ``score`` is the image's contribution to the set's metric, absent if that is not a mean over images.
@@ -55,7 +55,7 @@ def class_columns(
 
 
 def in_parts(probabilities: Callable[[slice], Tensor], images: int, classes: int) -> Iterator[Tensor]:
-    """Yield the probabilities ``[B, C]`` of all images, some at a time."""
+    """Yield the probabilities ``[B, C]`` of all images in parts."""
     rows = max(1, PART // max(1, classes))
     return (probabilities(slice(start, start + rows)) for start in range(0, images, rows))
 
@@ -63,7 +63,7 @@ def in_parts(probabilities: Callable[[slice], Tensor], images: int, classes: int
 def probability_columns(
     columns: Columns, probabilities: Callable[[slice], Tensor], targets: Targets, images: int
 ) -> Columns:
-    """Return the columns of probabilities beside :func:`class_columns`, float32; none for anchor frames.
+    """Return the probability columns to add to :func:`class_columns`, float32; none for anchor frames.
 
     ``probability`` is the predicted class's, ``truth_probability`` the true one's, each NaN without such a class. With
     ``images`` of all folds, their number times C decides between ``probabilities`` of all classes, ``[N, C]``, and
@@ -88,7 +88,7 @@ def probability_columns(
 
 
 def retrieval_columns(keys: Sequence[str], pairs: PairIndices, image_ranks: Tensor, pair_ranks: Tensor) -> Columns:
-    """Return the columns of a retrieval: one row a query, with the ``rank`` of its best right candidate, 0 is best.
+    """Return the columns of a retrieval: one row per query; ``rank`` is its best right candidate's, 0 is best.
 
     Text queries are called like their image with a number, as captions have no keys.
 
@@ -149,7 +149,7 @@ def write_predictions(folder: Path, name: str, task: str, columns: Columns) -> s
 
 
 def predictions_entry(folder: Path, name: str, task: str, columns: Columns, judged: Iterable[object]) -> dict[str, str]:
-    """Write the predictions of a set's task; return what ``results.json`` says about them.
+    """Write the predictions of a set's task; return their entry in ``results.json``.
 
     ``judged`` is what was right, an object with the key for each image, in any order; its hash tells whether two runs
     were judged alike, which their files alone do not.
@@ -160,7 +160,7 @@ def predictions_entry(folder: Path, name: str, task: str, columns: Columns, judg
 
 
 def read_predictions(folder: Path, name: str, task: str) -> dict[str, np.ndarray]:
-    """Read the columns of a file of predictions that have one value in a row."""
+    """Read those columns of a predictions file that have one value per row."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -1,4 +1,4 @@
-"""The paper's linear probe: logistic regression on features, its penalty chosen on validation images (appendix A.3).
+"""The paper's linear probe: logistic regression with a penalty chosen on validation images (appendix A.3).
 
 The paper states scikit-learn's L-BFGS, 1,000 iterations, a grid of 97 lambdas from 1e-6 to 1e6, and the search of
 :func:`search_l2`. That lambda is scikit-learn's 1 / C is inferred: the README of openai/CLIP has C = 0.316, which is
@@ -26,7 +26,7 @@ HELD_OUT = 5  # without a validation split one image in 5 of each class is held 
 
 @dataclass
 class Split:
-    """Features ``[N, W]`` of images, float32, the truth about them, and their zero-shot logits ``[N, C]`` if needed."""
+    """Float32 features ``[N, W]`` of images, the truth about them, and zero-shot logits ``[N, C]`` if needed."""
 
     features: Tensor
     targets: Targets
@@ -49,7 +49,7 @@ class Split:
 
 @dataclass
 class Probe:
-    """A trained probe: penalty, the metric on validation images by penalty in the order tried, and classifier."""
+    """A trained probe: penalty, validation metric by penalty in the order tried, and classifier."""
 
     l2: float
     search: dict[float, float]
@@ -87,7 +87,7 @@ def train_probe(
 def searched(
     problems: Sequence[LogisticProblem], val: Split, metric: str, warm: bool = False
 ) -> tuple[dict[float, float], list[Fit]]:
-    """Return the metric by penalty, its mean over the problems, and their classifiers of the best penalty.
+    """Return the metric by penalty, averaged over the problems, and their classifiers at the best penalty.
 
     If ``warm``, a fit starts from the one whose penalty is the closest in logarithm.
     """
@@ -106,7 +106,7 @@ def searched(
 
 
 def search_l2(value_of: Callable[[float], float]) -> dict[float, float]:
-    """Search the 97 penalties as the paper does: every 16th, strongest first, then in ever smaller steps near the peak.
+    """Search the 97 penalties as in the paper: every 16th, strongest first, then ever smaller steps near the peak.
 
     Return the values of the maximised function by penalty, in the order tried; they include a single peak's maximum.
     """
@@ -124,12 +124,12 @@ def search_l2(value_of: Callable[[float], float]) -> dict[float, float]:
 
 
 def best_l2(values: dict[float, float]) -> float:
-    """Return the penalty with the highest value, the strongest in a tie."""
+    """Return the penalty with the highest value; the strongest one in a tie."""
     return max(values, key=lambda l2: (values[l2], l2))
 
 
 def held_out(train: Split, seed: int) -> tuple[Split, Split]:
-    """Split off a random fifth of each class: return the rest and the fifth; a class with one image keeps it.
+    """Split off a random fifth of each class: return the rest and the fifth; a single image stays in the rest.
 
     If images have several classes, it is a fifth of all images.
     """

@@ -1,4 +1,4 @@
-"""Prompts of a set's classes, and the zero-shot classifier that a text encoder makes of them.
+"""Prompts of a set's classes, and the zero-shot classifier that a text encoder makes from them.
 
 Class names and templates come from named lists: ``paper:Food101`` (the paper's own, in ``paper_prompts.json``, which
 refers to an installed package that has the same list), ``clip_benchmark:flowers`` or ``imagenet``; or from the user.
@@ -38,7 +38,7 @@ METHOD = "ensemble 1"  # part of the cache key: increase the number when the ari
 
 @dataclass(frozen=True)
 class Prompts:
-    """Display name, and one or more prompts, of each of C classes, in label order.
+    """Display name and one or more prompts for each of C classes, in label order.
 
     ``alternatives`` are the numbers of names of the classes, which have equally many prompts each, one after the other;
     empty: one name each.
@@ -54,7 +54,7 @@ class Prompts:
         return hashlib.sha256(json.dumps(self.texts).encode()).hexdigest()
 
     def by_name(self) -> "tuple[Prompts, list[int]]":
-        """Return the prompts of all names of the classes, each for itself, and the class of each name."""
+        """Return separate prompts for each name of the classes, and the class of each name."""
         names, texts, classes = list[str](), list[list[str]](), list[int]()
         for label, (name, own) in enumerate(zip(self.names, self.texts, strict=True)):
             count = self.alternatives[label] if self.alternatives else 1
@@ -67,7 +67,7 @@ class Prompts:
 
 @dataclass
 class _Classes:
-    """A list of classes in the order of its source, called ``where`` in errors."""
+    """A list of classes in its source's order; errors call the source ``where``."""
 
     where: str
     names: list[list[str]]  # of each class; its prompts if whole_prompts
@@ -105,7 +105,7 @@ def prompts_of(class_names: ClassNames, templates: str | list[str] | None, own_n
 
 
 def prompts_of_set(entry: SuiteEntry, images: LabelledImages | Localised) -> Prompts:
-    """Build the prompts of a set as its suite has them; templates, and several names a class, may come with it."""
+    """Build a set's prompts as its suite defines them; the set itself may provide templates and synonyms."""
     templates = entry.templates or getattr(images, "templates", None)
     synonyms = None if entry.class_names else getattr(images, "synonyms", None)
     prompts = prompts_of(entry.class_names or synonyms, templates, images.class_names)
@@ -166,7 +166,7 @@ def _classes(spec: ClassNames, own_names: Sequence[str]) -> _Classes:
 
 
 def _listed(value: Any, where: str) -> _Classes:
-    """Read a list of names or of several names per class, or a mapping from classes to prompts."""
+    """Read a list of names, a list with several names per class, or a mapping from classes to prompts."""
     require(isinstance(value, list | dict) and bool(value), f"{where}: must be a list or a mapping of classes")
     names = []
     for element in value.values() if isinstance(value, dict) else value:
@@ -182,7 +182,7 @@ def _without_spelling(name: str) -> str:
 
 
 def _align(classes: _Classes, own_names: Sequence[str]) -> _Classes:
-    """Put the classes into the set's label order."""
+    """Reorder the classes into the set's label order."""
     where, size = classes.where, len(classes.names)
     if size != len(own_names):
         hint = "; give one per class, in label order" if classes.in_label_order else ""
@@ -219,7 +219,7 @@ def _paper_entry(spec: str, option: str) -> dict[str, Any]:
 
 
 def paper_class_names(name: str) -> list[str]:
-    """Return the class names of one of the paper's sets that has a list of its own, such as CIFAR100."""
+    """Return the paper's own class names for a set that has them, such as CIFAR100."""
     return list(_paper()[name]["classes"])
 
 
@@ -246,7 +246,7 @@ def text_classifier(
     batch_size: int = 512,
     progress: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Return the :func:`lit_clip.evaluation.zero_shot.ensemble` of prompts, which all ranks share, or load it.
+    """Load or compute the :func:`lit_clip.evaluation.zero_shot.ensemble` of prompts; all ranks share the work.
 
     Args:
         model: model on the device to compute on.

@@ -1,4 +1,4 @@
-"""Published figures of the paper and its peers, to compare with.
+"""Published figures of the paper and its peers, for comparison.
 
 They are in ``published.yaml`` with their tables, as are others' measurements, and a note of what was not verified.
 """
@@ -28,7 +28,7 @@ class Published(NamedTuple):
 
 
 class NearestModel(NamedTuple):
-    """One of the paper's models, and the rule by which it is the nearest, such as ``the same name``."""
+    """One of the paper's models, and the rule that made it the nearest, such as ``the same name``."""
 
     name: str
     rule: str
@@ -74,7 +74,7 @@ def _figures() -> _Figures:
 
 
 def _measured_cells(data: Mapping[str, Any]) -> Iterator[tuple[str, str, str, str, Published]]:
-    """As :func:`_cells`, of published weights that others measured."""
+    """Yield cells as :func:`_cells` does, for published weights that others measured."""
     for table in data["measured"]:
         metrics = table.get("metrics") or [data["metrics"].get(name, "top1") for name in table["sets"]]
         for model, row in table["rows"].items():
@@ -135,7 +135,7 @@ def published_metrics(name: str, task: str, model: str) -> dict[str, Published]:
 
 
 def measured(name: str, task: str, weights: str, metric: str | None = None) -> Published | None:
-    """As :func:`published`, what open_clip or CLIP_benchmark measured with :func:`measured_weights`.
+    """Return the figure that open_clip or CLIP_benchmark measured with :func:`measured_weights`; None without one.
 
     The name may be CLIP_benchmark's, such as ``wds_vtab-cifar10``.
     """
@@ -143,7 +143,7 @@ def measured(name: str, task: str, weights: str, metric: str | None = None) -> P
 
 
 def measured_name(name: str, paper: str) -> str:
-    """Return what :func:`measured` calls a set: its name in the paper, or its own if that is CLIP_benchmark's.
+    """Return a set's name for :func:`measured`: its name in the paper, or its own if that is CLIP_benchmark's.
 
     Any other set may be called like one of the paper's without having its images.
     """
@@ -151,7 +151,7 @@ def measured_name(name: str, paper: str) -> str:
 
 
 def measured_weights(model: Mapping[str, Any]) -> str:
-    """Return the weights to compare a ``model`` of ``results.json`` with: its own, or OpenAI's of the nearest one."""
+    """Return the weights to compare a ``model`` of ``results.json`` with: its own, or OpenAI's for the nearest."""
     name = str(model.get("name") or "").replace("-quickgelu:", ":")
     return name if any(name == weights for _, _, weights in _figures().measured) else nearest_model(model)
 
@@ -166,7 +166,7 @@ def peers(name: str, task: str) -> dict[str, dict[str, Published]]:
 
 
 def same_set(name: str, other: str) -> bool:
-    """Whether two names mean the same set of the paper, regardless of case, punctuation and aliases."""
+    """Return whether two names mean the same set of the paper, ignoring case, punctuation and aliases."""
     return bool(name) and _set(name) == _set(other)
 
 
@@ -176,7 +176,7 @@ def papers_sets() -> dict[str, str]:
 
 
 def datacomp_groups() -> dict[str, dict[str, str]]:
-    """Return the metrics of each group's sets whose mean DataComp reports; the last group has all 38 sets."""
+    """Return the metrics of the sets in each group that DataComp averages; the last group has all 38 sets."""
     data = _data()["datacomp"]
     groups = {**data["groups"], "Average over 38 sets": [*chain(*data["groups"].values()), *data["others"]]}
     return {
@@ -186,7 +186,7 @@ def datacomp_groups() -> dict[str, dict[str, str]]:
 
 
 def canonical_set(name: str) -> str:
-    """Return which of :func:`papers_sets` a name means, or an empty text."""
+    """Return the set of :func:`papers_sets` that a name means, or an empty text."""
     return next((known for known in papers_sets() if same_set(name, known)), "")
 
 
@@ -201,7 +201,7 @@ def papers_name(model: str) -> str:
 
 
 def nearest_model(model: Mapping[str, Any]) -> str:
-    """Return open_clip's name of the nearest of the paper's models; see :func:`nearest`."""
+    """Return open_clip's name for the nearest of the paper's models; see :func:`nearest`."""
     return nearest(model).name
 
 
@@ -243,7 +243,7 @@ def _closest(sizes: Mapping[str, float], size: float) -> str:
 
 
 def _image_encoder(architecture: Any) -> Any:
-    """Return the configuration of an image encoder, or None if it is not one of ours."""
+    """Return the configuration of an image encoder; None if it is not one of ours."""
     image = architecture.get("image") if isinstance(architecture, Mapping) else None
     try:
         if isinstance(architecture, str):

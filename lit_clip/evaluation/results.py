@@ -1,4 +1,4 @@
-"""The results of an evaluation: saved as soon as they are computed, cached by all that they depend on."""
+"""Results of an evaluation: saved as soon as they are computed, and cached by everything they depend on."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -33,20 +33,20 @@ PACKAGES = (
 
 
 def cache_key(*values: Any) -> str:
-    """Hash all that a result depends on."""
+    """Hash everything that a result depends on."""
     return hex_digest([json.dumps(values, sort_keys=True, default=str)])
 
 
 @lru_cache(maxsize=1)
 def code_digest() -> str:
-    """Hash the code of this package: results of another version of it are computed again."""
+    """Hash this package's code: another version of it computes results again."""
     return hex_digest([path.read_bytes() for path in sorted(Path(__file__).parent.glob("*.py"))])
 
 
 def provenance(
     name: str, model: CLIP, fingerprint: Fingerprint, precision: str, suite: Sequence[str]
 ) -> dict[str, Any]:
-    """Return the part of ``results.json`` that says which model, packages and suite the numbers come from."""
+    """Return the part of ``results.json`` that names model, packages and suite."""
     architecture = model.config.to_dict()
     versions = {package: next((each.version for each in distributions(name=package)), None) for package in PACKAGES}
     return {
@@ -69,7 +69,7 @@ def provenance(
 
 
 class Results:
-    """The results of a run by set, and their cache in the run's folder, which must exist."""
+    """Results of a run by set, and their cache in the run's folder, which must exist."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -85,7 +85,7 @@ class Results:
         self.sets[name] |= values
 
     def add_reason(self, name: str, reason: str) -> None:
-        """Append why a set is incomplete to the earlier reasons, unless it is among them."""
+        """Append a reason why a set is incomplete to the earlier ones, unless it is already there."""
         earlier = self.sets[name]["reason"]
         if reason not in earlier:
             self.sets[name]["reason"] = "; ".join(filter(None, (earlier, reason)))
@@ -111,7 +111,7 @@ class Results:
         return saved["result"] if path.is_file() and sha256_of_file(path) == known else None
 
     def _saved(self, name: str) -> Mapping[str, Any]:
-        """Return what is saved of a set, by task; nothing if there is none or the file is damaged."""
+        """Return the saved results of a set, by task; empty if there is no file or it is damaged."""
         try:
             saved = read_json(self._file(name))
         except InputError:

@@ -1,4 +1,4 @@
-"""The sets of a suite, evaluated one after the other into one folder."""
+"""Evaluate the sets of a suite, one after the other, into one folder."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -50,7 +50,7 @@ class EvaluationRun:
     not_downloaded: dict[str, str] = field(default_factory=dict, init=False)  # why, by set; known on the first rank
 
     def evaluate(self, entries: Mapping[str, SuiteEntry], download: bool = False) -> None:
-        """Evaluate all sets, in order, after downloading the missing ones if ``download``."""
+        """Evaluate all sets in order; with ``download``, first download the missing ones."""
         self.device = start_processes(self.store.settings)
         if download:
             failed = distributed.on_first_rank(lambda: download_missing(entries, self.root, self.tasks))
@@ -101,7 +101,7 @@ class EvaluationRun:
         return opened
 
     def _open_folds(self, opened: OpenSet) -> list[Task]:
-        """Open the splits that are there, of which the test split must be, and return the tasks that they allow."""
+        """Open the splits on disk, which must include the test split, and return the tasks that they allow."""
         entry = opened.entry
         assert entry.tasks is not None
         tasks: list[Task] = [task for task in entry.tasks if task in self.tasks]
@@ -204,11 +204,11 @@ class EvaluationRun:
                 stderr().print(f"{opened.name}: {task} {line}", soft_wrap=True)
 
     def _split_key(self, fold: Fold, split: str, digest: str) -> tuple[Any, ...]:
-        """Return what identifies the features and the truth of a split."""
+        """Return an identity of the features and the truth of a split."""
         return split, self.store.path(fold.images[split]).name, fold.features[split].skipped, digest
 
     def _cache_key(self, opened: OpenSet, task: Task, digests: Mapping[tuple[int, str], str]) -> str:
-        """Hash all that a result depends on."""
+        """Hash everything that a result depends on."""
         used = [
             self._split_key(fold, split, digests[number, split])
             for number, fold in enumerate(opened.folds)

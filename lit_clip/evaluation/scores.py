@@ -1,4 +1,4 @@
-"""Metrics that a set can be judged by: one record each in :data:`METRICS`, which is all that others know of them.
+"""Metrics that can judge a set: one record each in :data:`METRICS`, which describes it completely.
 
 Shapes: N images, C classes. All values are fractions, 0 to 1; sums are float64. Ties and NaN are judged as in
 ``accuracy``, or against the model. torchmetrics has neither these rules nor the definitions of VOC2007, RareAct, WILDS
@@ -33,7 +33,7 @@ SAMPLINGS = 100  # draws of one clip per film for RareAct's mWSAP
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric; higher is better. A set of a suite can be judged by it if it has ``of_scores`` or a ``task``.
+    """A metric; higher is better. It can judge a set of a suite if it has ``of_scores`` or a ``task``.
 
     Attributes:
         words: its name in tables and charts.
@@ -61,12 +61,12 @@ class Metric:
 
     @property
     def judges(self) -> bool:
-        """Whether a set can be judged by it."""
+        """Whether the metric can judge a set."""
         return bool(self.of_scores or self.task)
 
 
 def evaluate_scores(metric: str, scores: Tensor, targets: Targets) -> dict[str, float]:
-    """Compute a set's metric and the other metrics that its labels allow, from class scores ``[N, C]``.
+    """Compute a set's metric and other metrics that its labels allow, from class scores ``[N, C]``.
 
     Returns:
         ``metric`` first; ``top1``, ``top5`` (with more than 5 classes) and ``mean_per_class`` if every image has one
@@ -90,7 +90,7 @@ def evaluate_scores(metric: str, scores: Tensor, targets: Targets) -> dict[str, 
 
 
 def unit_scores(metric: str, scores: Tensor, targets: Targets) -> dict[str, UnitScores]:
-    """Return the scores whose means are :func:`evaluate_scores`.
+    """Return the scores that :func:`evaluate_scores` averages.
 
     Metrics that are not means over images, such as average precision, are left out. Arguments are as there.
     """
@@ -104,7 +104,7 @@ def unit_scores(metric: str, scores: Tensor, targets: Targets) -> dict[str, Unit
 
 
 def comparable(metric: str, logits: Tensor) -> Tensor:
-    """Return the scores that a zero-shot classifier ranks by, from its logits ``[N, C]``, cosines times scale.
+    """Return the ranking scores of a zero-shot classifier from its logits ``[N, C]``, cosines times scale.
 
     A softmax is float64, as many probabilities are nearly 1.
     """
@@ -119,7 +119,7 @@ def baselines(metric: str, targets: Targets) -> dict[str, float]:
 
 
 def baseline(metric: str, targets: Targets) -> float | None:
-    """Return the best value of an answer without looking at the images; None for a metric without a defined one."""
+    """Return the best value of an answer that ignores the images; None for a metric without such a value."""
     of_targets = METRICS[metric].baseline
     if of_targets is None:
         return None
@@ -128,12 +128,12 @@ def baseline(metric: str, targets: Targets) -> float | None:
 
 
 def mean_over_folds(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Return the mean over the folds of a set of each metric that every fold has."""
+    """Return the mean over a set's folds of each metric that every fold has."""
     return {name: fmean(fold[name] for fold in metrics) for name in metrics[0] if all(name in fold for fold in metrics)}
 
 
 def interval(value: float, n: int) -> tuple[float, float]:
-    """99.5 % Clopper-Pearson interval of a fraction of n images, as in the paper's tables (appendix A.3)."""
+    """Return the 99.5 % Clopper-Pearson interval of a fraction of n images (paper, appendix A.3)."""
     require(n > 0, "interval: there are no images")
     return clopper_pearson(round(value * n), n)
 
@@ -153,7 +153,7 @@ def _accuracies(scores: Tensor, targets: Targets) -> dict[str, float]:
 
 
 def _right(scores: Tensor, targets: Targets) -> dict[str, np.ndarray]:
-    """Return whether each image is right, by the accuracies of :func:`within`, float64 ``[N]``."""
+    """Return whether each image is right, for each accuracy of :func:`within`, float64 ``[N]``."""
     ranks = ranks_of_labels(scores, targets.labels).cpu().numpy()
     return {name: (ranks < places).astype(np.float64) for name, places in within(targets.classes).items()}
 
@@ -163,12 +163,12 @@ def _baseline_accuracies(targets: Targets) -> dict[str, float]:
 
 
 def _mean_top1_top5(found: Mapping[str, Any]) -> Any:
-    """Kinetics-700's metric, of numbers or arrays; with 5 classes or fewer every image is among the top 5."""
+    """Return Kinetics-700's metric, for numbers or arrays; with up to 5 classes, every image is in the top 5."""
     return (found["top1"] + found.get("top5", 1.0)) / 2
 
 
 def _curve(score: Tensor, right: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weights, float64 ``[..., T]``, of the images that score at least as high as each of T distinct scores.
+    """Return the weight, float64 ``[..., T]``, of images that score at least each of T distinct scores.
 
     Of scores ``[n]``, bool ``[n]`` and weights ``[..., n]``, they are the weights of the right images and of all, by
     descending score; a NaN score counts as the worst possible one.
@@ -182,7 +182,7 @@ def _curve(score: Tensor, right: Tensor, weight: Tensor) -> tuple[Tensor, Tensor
 
 
 def _map11(scores: Tensor, targets: Targets) -> float:
-    """VOC2007's 11-point mean average precision, the mean over classes that have images.
+    """Return VOC2007's 11-point mean average precision: the mean over classes with images.
 
     Average precision is the mean, over recalls 0, 0.1, ... 1, of the highest precision at that recall or more. The
     development kit compares rounded recalls; here they are compared exactly.
@@ -203,7 +203,7 @@ def _map11(scores: Tensor, targets: Targets) -> float:
 
 
 def _roc_auc(scores: Tensor, targets: Targets) -> float:
-    """Probability that an image of class 1 scores higher than one of class 0; a tie counts half."""
+    """Return the probability that an image of class 1 scores higher than one of class 0; a tie counts half."""
     require(targets.classes == 2, f"metric: roc_auc needs 2 classes, not {targets.classes}")
     pair = scores.cpu().double()
     right = targets.labels == 1
@@ -216,7 +216,7 @@ def _roc_auc(scores: Tensor, targets: Targets) -> float:
 
 
 def _pm_right(scores: Tensor, targets: Targets) -> dict[str, list[bool]]:
-    """Return which anchor frames are right: ``pm0`` alone, ``pm10`` with all their neighbours."""
+    """Return which anchor frames are right: ``pm0`` for the frame, ``pm10`` also for all its neighbours."""
     assert targets.accepted is not None
     predicted = predictions(scores).tolist()
     right = [one in classes for one, classes in zip(predicted, targets.accepted, strict=True)]
@@ -229,7 +229,7 @@ def _pm_right(scores: Tensor, targets: Targets) -> dict[str, list[bool]]:
 
 
 def _pm(scores: Tensor, targets: Targets) -> dict[str, float]:
-    """Return the fractions of anchor frames that are right, and their mean."""
+    """Return the fractions of right anchor frames, and their mean."""
     found = {name: sum(right) / len(right) for name, right in _pm_right(scores, targets).items()}
     return found | {"pm": (found["pm0"] + found["pm10"]) / 2}
 
@@ -249,7 +249,7 @@ def _baseline_pm(targets: Targets) -> float:
 
 
 def _lexicon_predictions(scores: Tensor, targets: Targets) -> list[int]:
-    """Return the class with the highest score among each image's own candidates; -1 if one of them is NaN."""
+    """Return the best class among each image's own candidates; -1 if one of their scores is NaN."""
     found, scores = [], scores.cpu()
     for row, words in enumerate(targets.candidates or ()):
         candidates = torch.tensor(sorted(set(words)))
@@ -259,18 +259,18 @@ def _lexicon_predictions(scores: Tensor, targets: Targets) -> list[int]:
 
 
 def _lexicon_units(scores: Tensor, targets: Targets) -> dict[str, np.ndarray]:
-    """Whether each image is right among its own candidates."""
+    """Return whether each image is right among its own candidates."""
     right = np.array(_lexicon_predictions(scores, targets)) == targets.labels.numpy()
     return {"lexicon": right.astype(np.float64)}
 
 
 def _lexicon_chance(targets: Targets) -> float:
-    """Return the expected accuracy of one of the image's candidates at random."""
+    """Return the expected accuracy of drawing one of the image's candidates at random."""
     return sum(1 / len(set(words)) for words in targets.candidates or ()) / len(targets)
 
 
 def _mwap(scores: Tensor, targets: Targets) -> dict[str, float]:
-    """RareAct's mean over actions of an average precision in which every film counts once.
+    """Return RareAct's metric: the mean over actions of an average precision that counts each film once.
 
     An action's clips are right, hard (only its verb or only its noun occurs, or both apart) or wrong. Within each of
     these groups a clip is weighted by 1 / clips of its film (``mwap``), or one clip per film is drawn, 100 times
@@ -305,7 +305,7 @@ def _mwap(scores: Tensor, targets: Targets) -> dict[str, float]:
 
 
 def _macro_f1(scores: Tensor, targets: Targets) -> float:
-    """Mean over classes that have images of the F1 of their predictions, as WILDS computes it for iWildCam."""
+    """Return the mean F1 over classes with images, as WILDS computes it for iWildCam."""
     labels, predicted = targets.labels, predictions(scores).cpu()
     images = labels.bincount(minlength=targets.classes)
     right = labels[predicted == labels].bincount(minlength=targets.classes)
@@ -320,7 +320,7 @@ def _macro_f1_of_one_class(targets: Targets) -> float:
 
 
 def _worst_group(within: int, scores: Tensor, targets: Targets) -> float:
-    """Lowest accuracy of a group that has images: DataComp's ``acc_wg`` (GeoDE, FMoW) and ``acc_top5_wg``."""
+    """Return the lowest accuracy of a group with images: DataComp's ``acc_wg`` (GeoDE, FMoW), ``acc_top5_wg``."""
     right = (ranks_of_labels(scores, targets.labels) < within).cpu()
     return float(_group_means(right.double()[:, None], targets, f"worst_group_top{within}").min())
 
@@ -347,7 +347,7 @@ def _numbers(values: list[str]) -> Tensor:
 
 
 def _film_weights(video: Tensor, random: torch.Generator) -> Tensor:
-    """float64 ``[1 + SAMPLINGS, n]``: first 1 / clips of the film, then 1 for one clip per film and 0 for the rest."""
+    """Return float64 ``[1 + SAMPLINGS, n]``: first 1 / clips of the film; then 1 for one clip per film, else 0."""
     order = video.argsort(stable=True)
     films, clips = video[order].unique_consecutive(return_counts=True)
     first = clips.cumsum(0) - clips

@@ -1,4 +1,4 @@
-"""Zero-shot semantic segmentation: a pixel belongs to the class of the nearest name (MaskCLIP, Zhou et al. 2022).
+"""Zero-shot semantic segmentation: a pixel gets the class of the nearest name (MaskCLIP, Zhou et al. 2022).
 
 Cosines are interpolated to the mask's size before names are compared, as in mmsegmentation. A class with several names,
 such as the background, has the highest of their cosines.
@@ -28,7 +28,7 @@ DRAWS_AT_ONCE = 250
 
 
 def mask_of(images: Masked, row: int, size: Size) -> Tensor:
-    """Return the mask of an image, which must have its size: int16 ``[H, W]``, -1 where it does not count."""
+    """Return an image's mask, which must have the image's size: int16 ``[H, W]``, -1 for pixels that do not count."""
     mask_HW = images.mask(row)
     assert isinstance(images, ImageSet)
     (height, width), (wide, high) = mask_HW.shape, size
@@ -43,7 +43,7 @@ def mask_of(images: Masked, row: int, size: Size) -> Tensor:
 
 
 def nearest_names(cosines_Mhw: Tensor, height: int, width: int) -> Tensor:
-    """Return the name of each pixel, int64 ``[H, W]``: the first of a tie, -1 where no cosine is a number."""
+    """Return each pixel's nearest name, int64 ``[H, W]``: the first in a tie, -1 where no cosine is a number."""
     best = cosines_Mhw.new_full((height, width), -torch.inf)
     name = torch.full((height, width), -1, device=best.device)
     at_once = max(1, AT_ONCE // best.numel())
@@ -56,7 +56,7 @@ def nearest_names(cosines_Mhw: Tensor, height: int, width: int) -> Tensor:
 
 
 def pixel_pairs(cosines_Mhw: Tensor, mask_HW: Tensor, classes_M: Tensor) -> Tensor:
-    """Return pairs of true and predicted class with their numbers of pixels, int64 ``[K, 2]``.
+    """Return pairs of true and predicted class, with their numbers of pixels, int64 ``[K, 2]``.
 
     A pair is ``truth * (C + 1) + prediction``; the prediction C is none. Pixels with the label -1 do not count.
     """
@@ -78,28 +78,28 @@ class ClassPixels(NamedTuple):
     predicted: np.ndarray
 
     def iou(self) -> np.ndarray:
-        """Return intersection over union; NaN of a class that is neither in the masks nor predicted."""
+        """Return intersection over union; NaN for a class that is neither in the masks nor predicted."""
         union = self.truth + self.predicted - self.right
         return np.divide(self.right, union, out=np.full(union.shape, np.nan), where=union > 0)
 
     def miou(self) -> np.ndarray:
-        """Return the mean over the classes that have one, as in mmsegmentation and torchmetrics."""
+        """Return the mean IoU over classes that have one, as in mmsegmentation and torchmetrics."""
         return np.nanmean(self.iou(), axis=-1)
 
     def accuracy(self) -> np.ndarray:
-        """Return the fraction of pixels that are right."""
+        """Return the fraction of right pixels."""
         return self.right.sum(axis=-1) / self.truth.sum(axis=-1)
 
 
 def confusion(records: PlaceRecords, classes: int) -> np.ndarray:
-    """Return the pixels by true class (rows) and predicted class (columns, the last none), int64 ``[C, C + 1]``."""
+    """Return pixels by true class (rows) and predicted class (columns; the last is none), int64 ``[C, C + 1]``."""
     pixels = np.zeros(classes * (classes + 1), dtype=np.int64)
     np.add.at(pixels, records.values[:, 1], records.values[:, 2])
     return pixels.reshape(classes, classes + 1)
 
 
 def pixels_by_image(records: PlaceRecords, classes: int) -> ClassPixels:
-    """Return the numbers of each image, ``[N, C]``."""
+    """Return the pixel counts of each image, ``[N, C]``."""
     place = np.searchsorted(records.rows, records.values[:, 0])
     (truth, prediction), pixels = np.divmod(records.values[:, 1], classes + 1), records.values[:, 2]
     found = ClassPixels(*(np.zeros((len(records.rows), classes), dtype=np.int64) for _ in range(3)))
@@ -111,7 +111,7 @@ def pixels_by_image(records: PlaceRecords, classes: int) -> ClassPixels:
 
 
 def bootstrap(pixels: ClassPixels) -> dict[str, Interval]:
-    """Return intervals from images drawn with replacement, one less than there are: see ``UnitScores.bootstrap``."""
+    """Return intervals from images drawn with replacement, one fewer than there are: see ``UnitScores.bootstrap``."""
     stacked = np.concatenate(pixels, axis=1)[pixels.truth.any(axis=1)].astype(np.float64)  # [N, 3C]
     random, images, classes = np.random.default_rng(0), len(stacked), pixels.truth.shape[1]
     draws: dict[str, list[np.ndarray]] = {"miou": [], "pixel_accuracy": []}
@@ -144,7 +144,7 @@ def segmentation_metrics(records: PlaceRecords, names: Sequence[str]) -> dict[st
 
 
 def segmentation(records: PlaceRecords, names: Sequence[str], folder: Path, stem: str) -> dict[str, Any]:
-    """Return the task's entry in ``results.json``; the matrix of pixels is written to ``stem_confusions.csv``."""
+    """Return the task's entry in ``results.json``; write the pixel matrix to ``stem_confusions.csv``."""
     path = folder / f"{stem}_confusions.csv"
     make_folder(path.parent)
     matrix = confusion(records, len(names))[:, :-1]

@@ -66,14 +66,14 @@ def set_task(model: CLIP, images: ImageSet) -> EncodingTask:
 
 
 class Encoded(NamedTuple):
-    """Rows of the N images that could be read, ascending, and their features, float32 ``[N, D]`` on the CPU."""
+    """Rows of the N readable images, ascending, and their features, float32 ``[N, D]`` on the CPU."""
 
     rows: list[int]
     features: Tensor
 
 
 class SetEncoder:
-    """Encodes sets on all ranks of a training; batches are the same on any number of ranks.
+    """Encode sets on all ranks of a training run; batches are the same for any number of ranks.
 
     The options are those of the ``callback``. By default a rank has its share of the cores but one as data workers, up
     to 8, and at most one for four batches, so that a small set starts none.
@@ -88,7 +88,7 @@ class SetEncoder:
         self._warned: set[str] = set()
 
     def encode(self, model: CLIP, images: ImageSet, encode: Encode, name: str) -> Encoded:
-        """Return the features of all images of a set by ``encode``, normalised ``[B, 3, H, W]`` -> ``[B, D]``.
+        """Return the features of all images of a set; ``encode`` maps normalised ``[B, 3, H, W]`` to ``[B, D]``.
 
         All ranks call this; ``name`` is the set's in messages.
         """
@@ -116,7 +116,7 @@ class SetEncoder:
         return _gathered(rows, features, model.device)
 
     def steps(self, model: CLIP, images: ImageSet, task: EncodingTask, name: str) -> list[tuple[int, np.ndarray]]:
-        """Return each row that could be read with a task's output of it; all ranks call this."""
+        """Return each readable row with a task's output for it; all ranks call this."""
         rank, world = distributed.rank_and_world()
         batches = in_batches(range(len(images)), 1)[rank::world]
         unreadable: list[UnreadableRow] = []
@@ -148,7 +148,7 @@ class SetEncoder:
 
 
 def _gathered(rows: list[int], features: list[Tensor], device: torch.device) -> Encoded:
-    """Gather all ranks' rows in order; a rank without any learns the width of the features from the others."""
+    """Gather all ranks' rows in order; a rank without rows takes the feature width from the others."""
     width = distributed.maximum(features[0].shape[1] if features else 0)
     mine = torch.cat(features) if features else torch.zeros(0, width, device=device)
     all_rows = distributed.gather_uneven(torch.tensor(rows, dtype=torch.long, device=device)).cpu()

@@ -1,4 +1,4 @@
-"""Image features of a set, and what tasks record of its places: computed once by any number of processes, kept on disk.
+"""Store a set's image features and place records on disk; any number of processes compute them once.
 
 Shapes: N images that could be read, W features before the projection, D after it.
 """
@@ -47,7 +47,7 @@ class SetFeatures(NamedTuple):
 
 
 def _new_array(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Create a memory-mapped array with space for all of it: on a full disk, writing to it would end the process."""
+    """Create a memory-mapped array with reserved space: otherwise writing to it on a full disk ends the process."""
     array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
     if hasattr(os, "posix_fallocate"):  # not on macOS
         with path.open("r+b") as file:
@@ -56,7 +56,7 @@ def _new_array(path: Path, shape: tuple[int, int]) -> np.ndarray:
 
 
 def _hashes_of_files(images: ImageSet) -> np.ndarray:
-    """Hash each item's file, int64 ``[N]``; 0 for an item that is not a whole file's image.
+    """Hash each item's file, int64 ``[N]``; 0 if the item is not a whole file's image.
 
     A class that decodes images itself shows something else than the files of the class that it inherits from.
     """
@@ -69,7 +69,7 @@ def _hashes_of_files(images: ImageSet) -> np.ndarray:
 
 
 class FeatureStore:
-    """Features of image sets, in a folder, of a model whose weights do not change.
+    """Features of image sets, in a folder, from a model with fixed weights.
 
     An image file of several sets is encoded for the first of them.
     """
@@ -94,7 +94,7 @@ class FeatureStore:
         return self._paths[images]
 
     def compute(self, images: ImageSet, title: str) -> None:
-        """Compute the features that :meth:`read` returns, unless they are there; for all ranks, in the same order."""
+        """Compute the features for :meth:`read`, unless stored; all ranks call this in the same order."""
         if not len(images) and isinstance(images, JudgedDocuments):
             return
         require(len(images) > 0, f"{title}: the set is empty")
@@ -117,7 +117,7 @@ class FeatureStore:
             self._hashes[path] = hashes[self.read(images).rows]
 
     def _take_over(self, hashes: np.ndarray, parts: Parts, title: str) -> None:
-        """Add to ``parts`` the features of the image files that are in another set of this run."""
+        """Add to ``parts`` the features of image files that another set of this run contains."""
         for path, others in self._hashes.items():
             shared, rows, places = np.intersect1d(hashes, others, return_indices=True)
             rows, places = rows[shared != 0], places[shared != 0]
@@ -128,7 +128,7 @@ class FeatureStore:
                 stderr().print(f"{title}: {len(rows):,} of {len(hashes):,} images are encoded already, for another set")
 
     def places(self, images: ImageSet, task: PlaceTask, texts: str, title: str) -> PlaceRecords | None:
-        """Return the records of a task, computed unless they are there; for all ranks, None on others than the first.
+        """Return a task's records, computed unless stored; all ranks call this, and only the first gets them.
 
         ``texts`` are the task and the texts that the images are compared with.
         """
@@ -155,7 +155,7 @@ class FeatureStore:
         join: Callable[[Sequence[UnreadableRow]], None],
         title: str,
     ) -> None:
-        """Make parts on all ranks and join them on the first; an error of one ends the work on all."""
+        """Make parts on all ranks and join them on the first; an error on one rank ends the work on all."""
         error = None
         try:
             unreadable = self._encode(parts, work)
@@ -167,7 +167,7 @@ class FeatureStore:
             raise error or InputError(f"{title}: see the error of another process")
 
     def _encode(self, parts: Parts, work: Callable[[Parts], list[UnreadableRow] | None]) -> list[UnreadableRow] | None:
-        """Make the parts that are not there yet; see :func:`lit_clip.embedding.encode.encode`."""
+        """Make the missing parts; see :func:`lit_clip.embedding.encode.encode`."""
         try:
             make_folder(parts.output.parent)
             return work(parts)
@@ -180,12 +180,12 @@ class FeatureStore:
             raise ours from error
 
     def _finished(self, path: Path, size: int) -> bool:
-        """Whether all features are there, but for unreadable images that may be skipped."""
+        """Return whether all features are stored, except for unreadable images that may be skipped."""
         stored = self._stored(path, size)
         return stored is not None and (not stored.skipped or self.settings.on_error == "skip")
 
     def _stored(self, path: Path, size: int) -> SetFeatures | None:
-        """Read the features of a set of ``size`` images; None if they are missing or damaged, and so computed again."""
+        """Read the features of a set of ``size`` images; None if they are missing or damaged."""
         try:
             with reading(path, "folder of features"):
                 content = read_json(path / "content.json")
@@ -205,7 +205,7 @@ class FeatureStore:
         return SetFeatures(before, after, rows, list(skipped.values())) if whole else None
 
     def _join(self, path: Path, images: ImageSet, unreadable: Sequence[UnreadableRow]) -> None:
-        """Join the finished parts to arrays."""
+        """Join the finished parts into arrays."""
         size, parts = len(images), Parts(path, self.settings_text)
         skipped = [(bad.row, without_secrets(images.key(bad.row)), bad.message) for bad in unreadable]
         require(len(skipped) < size, f"none of {size} images could be read; {skipped[0][2] if skipped else ''}")
@@ -240,7 +240,7 @@ class FeatureStore:
             array.flush()
 
     def read(self, images: ImageSet) -> SetFeatures:
-        """Return the features that :meth:`compute` has stored."""
+        """Return the features that :meth:`compute` stored."""
         if isinstance(images, PartOf):
             return _part(images, self.read(images.whole))
         if not len(images):  # documents of texts alone

@@ -106,7 +106,7 @@ class SuiteEntry:
         )
 
     def is_of_another_set(self, split: str) -> bool:
-        """Whether a split has a class of its own."""
+        """Return whether a split names its own class."""
         return "class_path" in self.splits[split]
 
     def _default_tasks(self) -> list[Task]:
@@ -121,7 +121,7 @@ class SuiteEntry:
 
     @property
     def location(self) -> str:
-        """The set's folder or file below the data root; empty if its splits have several, or none."""
+        """The set's folder or file below the data root; empty if its splits have several places, or none."""
         arguments = self.data["init_args"]
         return next((str(arguments[key]) for key in LOCATION_ARGUMENTS if key in arguments), "")
 
@@ -146,7 +146,7 @@ class SuiteEntry:
 
 
 def _command(source: Mapping[str, Any]) -> str:
-    """Return what to type to download something."""
+    """Return the command that downloads a source."""
     kinds = [key for key in ("torchvision", "hub") if isinstance(source.get(key), str)]
     known = len(kinds) == 1 and (kinds == ["torchvision"] or len(source) == 1)
     require(known, f"download: {dict(source)} must be {{torchvision: NAME, ...}} or {{hub: OWNER/NAME}}")
@@ -157,7 +157,7 @@ def _command(source: Mapping[str, Any]) -> str:
 
 
 def _checked_class(value: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Check ``class_path`` and ``init_args``; return them, without arguments as an empty mapping."""
+    """Check and return ``class_path`` and ``init_args``; missing arguments become an empty mapping."""
     require("class_path" in value, f"{where}: class_path is missing; name the class that reads the set")
     require(isinstance(value["class_path"], str), f"{where}: class_path must be the name of a class")
     unknown = sorted(map(str, value.keys() - {"class_path", "init_args"}))
@@ -171,12 +171,12 @@ def _checked_class(value: Mapping[str, Any], where: str) -> dict[str, Any]:
 
 
 def suite_path(path: str | Path) -> Path:
-    """Return the path of a suite file, which may be a packaged suite's name."""
+    """Return the path of a suite file, given by path or by a packaged suite's name."""
     return Path(configuration_path(str(path), "--suite", SUITES))
 
 
 def read_suite(paths: str | Path | Sequence[str | Path]) -> dict[str, SuiteEntry]:
-    """Read the sets of one or several suite files, or packaged suites, by name."""
+    """Read the sets of one or several suite files or packaged suites, by name."""
     entries: dict[str, SuiteEntry] = {}
     parser = OptionParser(exit_on_error=False)
     parser.add_class_arguments(SuiteEntry)
@@ -217,7 +217,7 @@ def _entry(parser: OptionParser, value: Any, where: str) -> SuiteEntry:
 
 
 def _strings(value: Any, where: str) -> Any:
-    """Convert numbers to strings in a string, a list of them or a mapping from strings to lists."""
+    """Convert numbers to strings, in a string, in a list, or in a mapping from strings to lists."""
     if isinstance(value, dict):
         lists = {name: words if isinstance(words, list) else [words] for name, words in value.items()}
         return {_strings(name, where): _strings(words, where) for name, words in lists.items()}
@@ -227,7 +227,7 @@ def _strings(value: Any, where: str) -> Any:
 
 
 def as_text(value: Any, where: str) -> str:
-    """Return a string; YAML reads some as numbers, which are converted back, or as other types, which are errors."""
+    """Return a string; convert a number back that YAML read from it, and refuse other types."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):

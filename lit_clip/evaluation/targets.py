@@ -1,4 +1,4 @@
-"""The truth about an evaluation set's images, as tensors and lists aligned with the rows of its features."""
+"""The truth about an evaluation set's images: tensors and lists in the order of its feature rows."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -47,7 +47,7 @@ class Targets(Truth):
 
     @classmethod
     def of(cls, data: ImageSet, rows: Sequence[int] | None = None, classes: int | None = None) -> "Targets":
-        """Collect the labels and annotations of a set, of some rows or all.
+        """Collect the labels and annotations of a set, for some rows or for all.
 
         ``classes`` is the number of class names in use; None: as many as the set has.
         """
@@ -61,7 +61,7 @@ class Targets(Truth):
         return everything if rows is None else everything.take(rows)
 
     def digest(self) -> str:
-        """Return a hash of all values, the same in every process; part of the cache key of results."""
+        """Return a hash of all values, the same in every process; it is part of the results' cache key."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["accepted"] = self.accepted and [sorted(classes) for classes in self.accepted]
         return hex_digest(

@@ -66,7 +66,7 @@ from lit_clip.retrieval.retrieval_set import (
 
 @dataclass(frozen=True)
 class TaskParts:
-    """A task, and what a suite, the command and the callbacks must know of it.
+    """A task, described for suites, the command and callbacks.
 
     Attributes:
         run: returns the result, the task's entry in ``results.json``. Predictions, and images that the report shows,
@@ -94,7 +94,7 @@ def encode_texts(opened: OpenSet, rows: Rows, encode: EncodeTexts) -> None:
 
 
 def task_metrics(task: Task, opened: OpenSet, options: TaskOptions, stem: Path | None = None) -> Evaluation:
-    """Return the metrics and baselines of a task that can run without files.
+    """Return the metrics and baselines of a task that runs without files.
 
     Results of torchmetrics that are no numbers are written to files that begin with ``stem``, if there is one.
     """
@@ -116,7 +116,7 @@ def used_splits(task: Task) -> tuple[str, ...]:
 
 
 def target_digests(opened: OpenSet) -> dict[tuple[int, str], str]:
-    """Hash the labels and annotations by fold and split; results depend on them as well as on features and prompts."""
+    """Hash the labels and annotations by fold and split; results depend on them too."""
     return {
         (number, split): all_targets(opened, fold, split).digest()
         for number, fold in enumerate(opened.folds)

@@ -19,7 +19,7 @@ FOLDS = 5
 
 
 def check_names(names: Sequence[str], where: str) -> None:
-    """Raise :class:`InputError` for a class that is called like the answer that an image shows none of them."""
+    """Raise :class:`InputError` for a class with the name of the answer "none of these"."""
     if NONE in (" ".join(name.casefold().split()) for name in names):
         raise InputError(
             f"{where}: a class may not be called {NONE}, which is the answer for images of no class; give examples of "
@@ -46,7 +46,7 @@ def none_threshold(score_N: Tensor, error: float) -> float:
 
 
 def best_f1_threshold(score_N: Tensor, right_N: Tensor) -> tuple[float, float]:
-    """Return the threshold of the highest F1 of ``score >= threshold``, the highest of equally good ones, and that F1.
+    """Return the threshold with the highest F1 of ``score >= threshold``, the highest in a tie, and that F1.
 
     It is one of the scores; without a right example it is infinity, and F1 is 0. Scores are not NaN; ``right_N`` is
     bool.
@@ -62,7 +62,7 @@ def best_f1_threshold(score_N: Tensor, right_N: Tensor) -> tuple[float, float]:
 
 
 class ClassThreshold(NamedTuple):
-    """A class's threshold, its number of examples, and F1: of a fixed threshold, on the examples, on held-out ones."""
+    """A class's threshold, its number of examples, and F1: fixed threshold, on examples, on held-out ones."""
 
     threshold: float
     examples: int
@@ -74,7 +74,7 @@ class ClassThreshold(NamedTuple):
 def fit_thresholds(
     score_NC: Tensor, relevance_NC: Tensor, fixed: float = FIXED, folds: int = FOLDS, seed: int = 0
 ) -> list[ClassThreshold]:
-    """Fit a threshold of the highest F1 for each class, and say what the fit costs on images that it has not seen.
+    """Fit the threshold with the highest F1 for each class, and measure it on held-out images.
 
     Args:
         score_NC: probabilities or similarities.
@@ -111,7 +111,7 @@ def _held_out_answers(score_N: Tensor, right_N: Tensor, folds: int, seed: int) -
 
 
 def _folds(right_N: Tensor, folds: int, seed: int) -> Tensor:
-    """Return the fold of each example; right ones and others are divided separately, in a random order."""
+    """Return the fold of each example; positives and negatives are divided separately, in random order."""
     random, fold_N = torch.Generator().manual_seed(seed), torch.zeros(len(right_N), dtype=torch.int64)
     for rows in (right_N.nonzero()[:, 0], (~right_N).nonzero()[:, 0]):
         fold_N[rows[torch.randperm(len(rows), generator=random)]] = torch.arange(len(rows)) % folds
@@ -119,14 +119,14 @@ def _folds(right_N: Tensor, folds: int, seed: int) -> Tensor:
 
 
 def macro(found: Sequence[ClassThreshold]) -> dict[str, float]:
-    """Return the mean of each F1 over the classes that have examples."""
+    """Return the mean of each F1 over the classes with examples."""
     known = [each for each in found if each.examples]
     require(bool(known), "thresholds: no class has an example")
     return {name: fmean(getattr(each, name) for each in known) for name in ("f1_fixed", "f1_fitted", "f1_held_out")}
 
 
 def thresholds_entry(score_NC: Tensor, relevance_NC: Tensor, names: Sequence[str]) -> dict[str, Any]:
-    """Return what ``results.json`` says about thresholds: means over classes, and a line for each class."""
+    """Return the thresholds' entry in ``results.json``: means over classes, and a line for each class."""
     found = fit_thresholds(score_NC, relevance_NC)
     lines = [(name, *each) for name, each in zip(names, found, strict=True) if each.examples]
     return {**macro(found), "fixed": FIXED, "folds": FOLDS, "classes": lines}

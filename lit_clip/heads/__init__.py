@@ -1,4 +1,4 @@
-"""Class heads from few examples: a small file that makes a model a classifier of one's own classes.
+"""Class heads from few examples: a small file turns a model into a classifier of your own classes.
 
 ``head`` (what is applied), ``head_file``, ``examples`` (fit one), ``labelling`` (which images to label next), ``curve``
 (accuracy by number of examples). How a head is fitted is in :mod:`lit_clip.evaluation.class_head`.

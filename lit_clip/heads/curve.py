@@ -1,4 +1,4 @@
-"""How accuracy grows with the number of examples: whether labelling more would pay."""
+"""Accuracy by number of examples: it shows whether more labels would pay."""
 
 from typing import NamedTuple
 
@@ -15,7 +15,7 @@ DRAWS = 5
 
 
 class CurvePoint(NamedTuple):
-    """Mean accuracy with at most ``shots`` examples a class, on examples held out, and its 99.5 % interval."""
+    """Mean accuracy with at most ``shots`` examples a class, on held-out examples, and its 99.5 % interval."""
 
     shots: int
     accuracy: float
@@ -52,7 +52,7 @@ def accuracy_by_examples(features: Tensor, zero_shot: Tensor, labels: Tensor, fi
 
 
 def _point(shots: int, right_draws: np.ndarray) -> CurvePoint:
-    """Return the point of images that are right (1), wrong (0) or not held out (NaN) in each draw."""
+    """Return the curve point of images that are right (1), wrong (0) or not held out (NaN) in each draw."""
     judged = right_draws[:, ~np.isnan(right_draws).all(axis=0)]
     scores = UnitScores(np.nanmean(judged, axis=0))
     return CurvePoint(shots, scores.mean(), scores.interval())

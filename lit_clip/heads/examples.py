@@ -1,4 +1,4 @@
-"""Fit a head on examples: features once, the fit, its calibration and its thresholds.
+"""Fit a head on examples: compute features once, fit, calibrate, and choose thresholds.
 
 Shapes: N examples, W features before the projection, D after it, C classes.
 """
@@ -49,7 +49,7 @@ class Examples:
 
 
 class FittedHead(NamedTuple):
-    """A head with how it was fitted, and what its thresholds cost by class if images may have several."""
+    """A head, the details of its fit, and its errors by class if images may have several classes."""
 
     head: Head
     fit: HeadFit
@@ -66,7 +66,7 @@ def fit_on(
     none_error: float = 0.05,
     advance: Advance | None = None,
 ) -> FittedHead:
-    """Fit a head of a model; ``text`` are the unit features ``[D, C]`` of the classes' names."""
+    """Fit a head for a model; ``text`` has the unit features ``[D, C]`` of the class names."""
     scale, text = float(model.logit_scale.detach().exp()), text.detach().cpu()
     found = fit_head(examples.before, scale * (examples.after @ text), examples.labels, advance=advance)
     held_out = found.sharpness * found.held_out

@@ -26,7 +26,7 @@ from lit_clip.weights.fingerprint import fingerprint
 
 @dataclass(frozen=True)
 class HeadFacts:
-    """What a head is of.
+    """Facts about a head: its model, its classes and its rules.
 
     Attributes:
         model: fingerprint of the model whose features it is fitted on.
@@ -48,7 +48,7 @@ class HeadFacts:
 
 
 class Head(nn.Module):
-    """Calibrated logits of classes: linear in the unit features, by the names, and in those before the projection.
+    """Calibrated class logits, linear in the unit features (by the names) and in features before projection.
 
     Args:
         facts: see there.
@@ -75,7 +75,7 @@ class Head(nn.Module):
         return after @ self.text + before @ self.weight.T + self.bias
 
     def probabilities(self, logits: Tensor) -> Tensor:
-        """Return probabilities ``[B, C]``, which add up to 1 unless an image may have several classes."""
+        """Return probabilities ``[B, C]``; they add up to 1 unless an image may have several classes."""
         return logits.sigmoid() if self.facts.several else logits.softmax(dim=1)
 
     def none_of(self, logits: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Head(nn.Module):
         return logits.amax(dim=1) < (-torch.inf if self.facts.none is None else self.facts.none)
 
     def check(self, model: CLIP, where: str = "head") -> None:
-        """Raise :class:`InputError` for another model than the one that the head is fitted on."""
+        """Raise :class:`InputError` unless a model is the one that the head was fitted on."""
         found = fingerprint(model).model
         if found != self.facts.model:
             raise InputError(

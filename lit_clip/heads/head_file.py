@@ -1,4 +1,4 @@
-"""Heads on disk: safetensors with the facts as JSON. Nothing in a file is executed, and every field is checked."""
+"""Heads on disk: safetensors with facts as JSON. Nothing in a file is executed, and every field is checked."""
 
 import json
 from dataclasses import asdict
@@ -37,7 +37,7 @@ def save_head(head: Head, path: str | Path) -> None:
 
 
 def load_head(path: str | Path) -> Head:
-    """Read what :func:`save_head` wrote."""
+    """Read a file of :func:`save_head`."""
     path = Path(path)
     require(path.is_file(), f"{path}: no such head file")
     require(path.suffix == ".safetensors", f"{path}: a head is a .safetensors file")
@@ -59,7 +59,7 @@ def _metadata(path: Path) -> str:
 
 
 def _checked(values: Any, tensors: dict[str, Tensor]) -> Head:
-    """Return the head of a file's values, each of which is checked."""
+    """Return a head from a file's values, after checking each of them."""
     facts = from_plain(HeadFacts, values, "head")
     check_fields(facts, "head")
     classes = len(facts.names)

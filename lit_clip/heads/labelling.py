@@ -1,4 +1,4 @@
-"""Which images to label next: uncertain, and unlike each other and the examples."""
+"""Choose which images to label next: uncertain, and unlike each other and the examples."""
 
 import torch
 from torch import Tensor

@@ -1,4 +1,4 @@
-"""Where images show texts: regions of heat maps, texts that are not there, overlays to look at."""
+"""Show where images show texts: regions of heat maps, absent texts, and overlays."""
 
 from lit_clip.locating.locator import Located, Locator
 from lit_clip.locating.regions import Region

@@ -1,4 +1,4 @@
-"""Heat maps of a query over the images that a search has found."""
+"""Heat maps of a query over the images that a search found."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ from lit_clip.tools.images import image_for_model, upright
 
 
 class HeatMaps:
-    """Draws where images fit a query, at most ``size`` pixels a side.
+    """Draw where images match a query, at most ``size`` pixels a side.
 
     In the middle of an image's scale is the level that background texts reach in it, as for
     :class:`lit_clip.locating.Locator`; all scales have the same span.
@@ -29,7 +29,7 @@ class HeatMaps:
         self.background = text_features(model, default_background())  # [K, D]
 
     def __call__(self, query: Tensor, files: Sequence[Path | None]) -> dict[Path | None, Image.Image]:
-        """Return maps of a query's unit features ``[D]``.
+        """Return heat maps for a query's unit features ``[D]``.
 
         Images that cannot be read any more are left out, and all are if the image encoder has no features of places.
         """
@@ -55,6 +55,6 @@ class HeatMaps:
 
 
 def _turned(map_: Image.Image, image: Image.Image) -> Image.Image:
-    """Turn a map of an image as a camera's rotation flag says."""
+    """Rotate a map of an image by the camera's rotation flag."""
     map_.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
     return ImageOps.exif_transpose(map_)

@@ -1,4 +1,4 @@
-"""Find texts in images, and say which are not there."""
+"""Find texts in images, and report absent texts."""
 
 import math
 import os
@@ -24,7 +24,7 @@ SIDE = 256  # pixels of a map's longer side: many times finer than any encoder's
 
 
 class Located(NamedTuple):
-    """What was found in an image."""
+    """Results for an image."""
 
     maps: Tensor  # cosine of each of N texts, float32 [N, H, W], of at most 256 pixels a side
     level: float  # cosine that background texts reach in this image
@@ -32,7 +32,7 @@ class Located(NamedTuple):
 
 
 class Locator:
-    """Finds texts in images by :meth:`lit_clip.CLIP.locate`, and tells which of them an image does not show.
+    """Find texts in images by :meth:`lit_clip.CLIP.locate`, and report which of them an image does not show.
 
     Args:
         model: any CLIP that has features of places.
@@ -79,12 +79,12 @@ class Locator:
 
 
 def default_background() -> list[str]:
-    """Return the texts of other things that a text is compared with."""
+    """Return texts about other things, with which a text is compared."""
     return [f"a {name}" for name in paper_class_names("CIFAR100")]
 
 
 def other_texts(background: Sequence[str], texts: Sequence[str]) -> list[str]:
-    """Return the background texts that differ, in more than case and spaces, from each other and from ``texts``."""
+    """Return the background texts that differ from each other and from ``texts``, ignoring case and spaces."""
     words = {" ".join(text.lower().split()): text for text in background}
     for text in texts:
         words.pop(" ".join(text.lower().split()), None)
@@ -93,7 +93,7 @@ def other_texts(background: Sequence[str], texts: Sequence[str]) -> list[str]:
 
 @torch.inference_mode()
 def text_features(model: CLIP, texts: Sequence[str]) -> Tensor:
-    """Return the unit features of texts, float32 ``[N, D]``, in batches; a text that names a file is a text."""
+    """Return the unit features of texts, float32 ``[N, D]``, in batches; a file name is treated as text."""
     parts = [
         model.tokenizer.trim(model.tokenize(list(texts[start : start + 64]))) for start in range(0, len(texts), 64)
     ]

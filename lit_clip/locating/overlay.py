@@ -1,4 +1,4 @@
-"""Heat maps to look at: drawn over the image, on one scale of cosines for all texts, with a colour bar."""
+"""Draw heat maps over the image, on one scale of cosines for all texts, with a colour bar."""
 
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ COVER = np.array([0, 0.08, 0.3, 0.65, 0.8])
 
 
 class Scale(NamedTuple):
-    """Cosines of the colour bar's ends, and of the mark on it."""
+    """Cosines at the colour bar's ends, and at its mark."""
 
     low: float
     high: float
@@ -26,7 +26,7 @@ class Scale(NamedTuple):
 
     @classmethod
     def around(cls, level: float, highest: float) -> "Scale":
-        """A scale with the level of background texts in its middle, for all texts of an image.
+        """Return a scale with the background level in its middle, for all texts of an image.
 
         It never spans less than 0.04: nothing is stretched until it glows.
         """
@@ -34,12 +34,12 @@ class Scale(NamedTuple):
         return cls(level - half, level + half, level)
 
     def place(self, cosines: np.ndarray) -> np.ndarray:
-        """Return where cosines are on the scale, from 0 to 1."""
+        """Return the places of cosines on the scale, from 0 to 1."""
         return ((cosines - self.low) / (self.high - self.low)).clip(0, 1)
 
 
 def overlay(image: Image.Image, cosines: Tensor, scale: Scale, peak: float, box: Box | None = None) -> Image.Image:
-    """Draw cosines ``[h, w]`` over an image, with a colour bar below that marks ``peak``; ``box``: in its pixels."""
+    """Draw cosines ``[h, w]`` over an image; the colour bar below marks ``peak``, and ``box`` is in its pixels."""
     size = shown_size(image.size)
     grey = image.convert("RGB").resize(size).convert("L")
     under = 0.7 * np.asarray(grey, dtype=np.float32)[:, :, None] + 0.3 * 255  # light: colours stand out on it
@@ -64,13 +64,13 @@ def shown_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def _coloured(place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the colours ``[..., 3]`` and the cover ``[..., 1]`` of places on the scale, from 0 to 1."""
+    """Return colours ``[..., 3]`` and opacity ``[..., 1]`` for places on the scale, from 0 to 1."""
     colours = np.stack([np.interp(place, STOPS, COLOURS[:, channel]) for channel in range(3)], axis=-1)
     return colours, np.interp(place, STOPS, COVER)[..., None]
 
 
 def _with_bar(drawn: Image.Image, scale: Scale, peak: float) -> Image.Image:
-    """Put the colour bar below, with the cosines of its ends, a mark at the level, and the image's peak."""
+    """Add the colour bar below, with the cosines at its ends, a mark at the level, and the image's peak."""
     width = max(drawn.width, LEAST)
     whole = Image.new("RGB", (width, drawn.height + BAR + LABEL + 2 * MARGIN), "white")
     whole.paste(drawn, ((width - drawn.width) // 2, 0))

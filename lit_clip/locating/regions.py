@@ -1,4 +1,4 @@
-"""Decide which places of an image belong to which text, from heat maps.
+"""Assign places of an image to texts, from heat maps.
 
 Shapes: N texts, K background texts, h x w places, H x W pixels of a map.
 """
@@ -16,7 +16,7 @@ Box = tuple[int, int, int, int]  # left, top, right, bottom; right and bottom ar
 
 
 class Region(NamedTuple):
-    """Where an image shows a text."""
+    """Part of an image that shows a text."""
 
     cosine: float  # at the peak
     margin: float  # of that cosine over the level that background texts reach
@@ -29,7 +29,7 @@ class Region(NamedTuple):
         return bool(self.mask.any())
 
     def box(self, size: tuple[int, int]) -> Box | None:
-        """Return the region's box in an image of this width and height; None if the text is not seen."""
+        """Return the region's box in an image of the given size; None if the text is not seen."""
         if not self.seen:
             return None
         rows, columns = (np.flatnonzero(self.mask.any(axis=axis)) for axis in (1, 0))
@@ -40,7 +40,7 @@ class Region(NamedTuple):
         return left, top, right, bottom
 
     def point(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Return the peak's column and row in an image of this width and height."""
+        """Return the peak's column and row in an image of the given size."""
         x, y = (
             sum(_pixels(at, at + 1, cells, side)) // 2
             for at, side, cells in zip(self.peak, size, self.mask.shape[::-1], strict=True)
@@ -49,7 +49,7 @@ class Region(NamedTuple):
 
 
 def background_level(peak_K: Tensor, false_alarms: float) -> float:
-    """Return the cosine above which a text is seen, from the highest cosine of each background text in the image.
+    """Return the cosine above which a text is seen, from each background text's highest cosine in the image.
 
     A text of something else is one more of their kind, so it exceeds the level in at most this share of images, on
     average (split-conformal prediction, as in :func:`lit_clip.evaluation.thresholds.none_threshold`).
@@ -58,7 +58,7 @@ def background_level(peak_K: Tensor, false_alarms: float) -> float:
 
 
 def find_regions(places_Nhw: Tensor, maps_NHW: Tensor, level: float) -> list[Region]:
-    """Return the region of each text, from cosines at the encoder's places and at pixels between them.
+    """Return the region of each text, from cosines at the encoder's places and at the pixels between them.
 
     A place belongs to the text that fits best there, if its cosine is above ``level``. A text without a place is not
     seen; its peak is its highest cosine. The region of another is what hangs together around its best place.
@@ -78,7 +78,7 @@ def find_regions(places_Nhw: Tensor, maps_NHW: Tensor, level: float) -> list[Reg
 
 
 def _around(own: np.ndarray, row: int, column: int) -> np.ndarray:
-    """Return the connected part of a mask that holds a pixel in it."""
+    """Return the connected part of a mask that contains the given pixel."""
     from scipy.ndimage import label  # here, because it takes a tenth of a second
 
     parts: Any = label(own, structure=np.ones((3, 3)))
@@ -86,13 +86,13 @@ def _around(own: np.ndarray, row: int, column: int) -> np.ndarray:
 
 
 def _pixels(start: int, stop: int, cells: int, side: int) -> tuple[int, int]:
-    """Return the first pixel of a side that shows the cells of a map, and the first after them; at least one pixel."""
+    """Return the range of a side's pixels that shows some cells of a map: at least one pixel."""
     end = -(-side * stop // cells)  # as in resized_mask, where pixel p shows the cell p * cells // side
     return min(-(-side * start // cells), end - 1), end
 
 
 def resized_mask(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return a mask of a map at an image's width and height."""
+    """Return a map's mask, resized to an image's width and height."""
     lines: Sequence[np.ndarray] = [
         np.arange(side) * cells // side for side, cells in zip(size, mask.shape[::-1], strict=True)
     ]

@@ -1,4 +1,4 @@
-"""The distance of pairs, as a loss."""
+"""A loss on the distance of pairs."""
 
 import torch
 from torch import Tensor
@@ -7,7 +7,7 @@ from lit_clip.losses.loss import Loss, Pairs
 
 
 class Alignment(Loss):
-    """Squared distance between the unit features of a pair (Wang & Isola 2020); other pairs play no part.
+    """Squared distance between the unit features of a pair (Wang & Isola 2020); other pairs do not matter.
 
     It suits features of which one side is given, as with :class:`datamodules.ParallelSentences`; if both are learned,
     all become equal.

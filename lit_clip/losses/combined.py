@@ -1,4 +1,4 @@
-"""Losses made of others."""
+"""Losses that combine other losses."""
 
 import re
 from collections import Counter
@@ -22,7 +22,7 @@ def _weights(weights: list[float] | None, number: int, of: str, name: str) -> li
 
 
 class Sum(Loss):
-    """Weighted sum of losses; logs each of them, such as ``train/contrastive_loss``, and what they log.
+    """Weighted sum of losses; logs each of them, such as ``train/contrastive_loss``, and their own values.
 
     Args:
         terms: the losses.
@@ -59,7 +59,7 @@ class Sum(Loss):
 
 
 class Matryoshka(Loss):
-    """Another loss on the first channels of the features too, for features that can be cut off (Kusupati et al. 2022).
+    """Apply a loss also to the first channels, so that features can be truncated (Kusupati et al. 2022).
 
     The features are cut off and normalised again for each number of channels, and the losses are summed. Logs each of
     them, such as ``train/loss_64``; what the inner loss logs belongs to the largest number.
@@ -110,7 +110,7 @@ def _first_channels(pairs: Pairs, dim: int) -> Pairs:
 
 
 def _loss_name(loss: Loss) -> str:
-    """``Contrastive`` -> ``contrastive_loss``."""
+    """Return the name of a loss by its class: ``Contrastive`` -> ``contrastive_loss``."""
     words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", type(loss).__name__).lower()
     return words.removesuffix("_loss") + "_loss"
 

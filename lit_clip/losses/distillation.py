@@ -41,7 +41,7 @@ class ModelFeatures(NamedTuple):
 
 
 def blockwise_distillation(student: ModelFeatures, teacher: ModelFeatures, ranks: RankCounts) -> Tensor:
-    """:func:`distillation_loss` over all ranks' pairs, computed for a block of rows at a time.
+    """Compute :func:`distillation_loss` over all ranks' pairs, one block of rows at a time.
 
     The logits of a block are computed again in the backward pass. The mean over ranks is the loss of all pairs, and so
     is its gradient. The teacher's features have no gradients.
@@ -62,7 +62,7 @@ def blockwise_distillation(student: ModelFeatures, teacher: ModelFeatures, ranks
 
 
 def feature_distance(student: Sequence[Tensor], teacher: Sequence[Tensor], ranks: RankCounts) -> Tensor:
-    """Squared distance between unit features ``[B, D]`` of a student and a teacher, images' plus texts', a scalar.
+    """Squared distance between a student's and a teacher's unit features ``[B, D]``, images plus texts, a scalar.
 
     A teacher may have one of both. The mean over ranks is the mean of all pairs. A student may have only the teacher's
     first channels.

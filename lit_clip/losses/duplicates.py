@@ -16,7 +16,7 @@ ROUNDED = 128  # lengths: one list serves the batches of a run, whose longest te
 
 
 def check_duplicates(duplicates: str) -> None:
-    """Raise :class:`InputError` unless this is a way in which duplicates count."""
+    """Raise :class:`InputError` unless this names a way of counting duplicates."""
     known = get_args(Duplicates)
     require(duplicates in known, f"model.loss: duplicates {duplicates!r} must be one of {', '.join(known)}")
 
@@ -41,7 +41,7 @@ def token_hash(tokens: Tensor, pad_id: int) -> Tensor:
 
 
 def pair_ids(keys: Sequence[str], tokens: Tensor, pad_id: int, groups: Sequence[str] = ()) -> Tensor:
-    """Return int64 ``[B, 3]``: ids of each pair's image, caption and group; pairs that agree in any are duplicates.
+    """Return int64 ``[B, 3]``: ids of each pair's image, caption and group; duplicates share at least one id.
 
     A pair without a group (an empty string; ``groups`` is empty if no pair has one) is grouped by its image.
     """

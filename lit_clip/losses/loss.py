@@ -43,7 +43,7 @@ class Pairs:
 
 
 class WholeBatch:
-    """All pairs of a training step, in the same order on every rank; gradients flow back to the ranks' features.
+    """All pairs of a training step, in the same order on every rank; gradients flow back to each rank's features.
 
     What a loss does not read is not sent between ranks.
 
@@ -74,7 +74,7 @@ class WholeBatch:
 
     @cached_property
     def same(self) -> Tensor:
-        """Bool ``[N, N]``: which pairs have the same caption, image or group; a pair is a duplicate of itself."""
+        """Bool ``[N, N]``: which pairs share a caption, image or group; a pair is a duplicate of itself."""
         ids = distributed.gather(self._pairs.ids(), self._pairs.ranks)
         return (ids[:, None] == ids[None]).any(dim=-1)
 
@@ -90,11 +90,11 @@ class WholeBatch:
 
     @cached_property
     def groups(self) -> list[str]:
-        """Groups, empty strings for none."""
+        """Groups; an empty string for none."""
         return distributed.gather_objects(list(self._pairs.batch.groups or [""] * len(self._pairs.image)))
 
     def extra(self, name: str) -> Tensor:
-        """Return rows ``[N, ...]`` of a tensor of :attr:`lit_clip.CaptionBatch.extra`; several ranks wait for it."""
+        """Return rows ``[N, ...]`` of a tensor of :attr:`lit_clip.CaptionBatch.extra`; all ranks must call this."""
         own = [rows for key, rows in self._pairs.batch.extra.items() if key == name]
         found = own if self._pairs.ranks.world == 1 else distributed.gather_objects([x.cpu().clone() for x in own])
         same = sum(map(len, found)) == len(self.image)
@@ -103,7 +103,7 @@ class WholeBatch:
 
 
 class LossValue(NamedTuple):
-    """A loss, and what it wants logged."""
+    """A loss and the values to log."""
 
     loss: Tensor  # a scalar whose mean over ranks is the loss of the whole batch
     # logged as ``train/<name>``: scalar tensors, of which the mean over ranks is logged, or numbers that are the same
@@ -126,7 +126,7 @@ class Loss(nn.Module):
     one of them (``data.columns.weight``, ``data.images.per_thing: two``) that no loss reads."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
-        """Initialise the module here, so that a class that forgets ``super().__init__()`` works too."""
+        """Initialise the module here, so that a class without ``super().__init__()`` works too."""
         loss = super().__new__(cls)
         nn.Module.__init__(loss)
         return loss
@@ -136,7 +136,7 @@ class Loss(nn.Module):
         raise InputError(f"model.loss: {qualified_name(type(self))} must override whole_batch, or forward")
 
     def forward(self, pairs: Pairs) -> Tensor | LossValue:
-        """Return a scalar whose mean over ranks is the loss of the whole batch, and so is its gradient.
+        """Return a scalar; its mean over ranks is the loss of the whole batch, and the same holds for its gradient.
 
         A rank may have no pairs.
         """
@@ -144,14 +144,14 @@ class Loss(nn.Module):
             return self.whole_batch(WholeBatch(pairs))
 
     def prepare(self, model: Any) -> None:
-        """Check that the loss fits a :class:`lit_clip.CLIP`, and load what it needs; called when training starts."""
+        """Check that the loss fits a :class:`lit_clip.CLIP`, and load its data; called when training starts."""
 
     def chance_loss(self, pairs: int) -> float | None:
-        """Return the lowest loss of a model that cannot tell which of so many pairs belong together; None: unknown."""
+        """Return the lowest loss of a model that cannot tell which of the pairs belong together; None: unknown."""
         return None
 
     def describe(self) -> Description:
-        """Return the class and the attributes that are named like its arguments, as plain values."""
+        """Return the class, and attributes with the names of its arguments, as plain values."""
         return describe_instance(self)
 
 

@@ -64,7 +64,7 @@ class Contrastive(Loss):
 
 
 def _own_above_mean(pairs: Pairs) -> Tensor:
-    """Return the mean logit of a pair less the mean logit of all images and texts.
+    """Return the mean logit of a pair minus the mean logit of all images and texts.
 
     Cross-entropy is linear in its target, so a smoothed one adds this times the smoothing, without any more logits.
     """

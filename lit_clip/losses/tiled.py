@@ -1,4 +1,4 @@
-"""The losses of :mod:`lit_clip.losses.contrastive` in tiles and over ranks; no B x N matrix of similarities exists.
+"""The losses of :mod:`lit_clip.losses.contrastive` in tiles and over ranks, without a B x N similarity matrix.
 
 The forward pass computes each similarity once, tile by tile, and keeps the log-sum-exp of each row and column; the
 backward pass computes the similarities again. Each rank does this for its own images and all ranks' texts, which it
@@ -26,13 +26,13 @@ CUDA_TILE = (4096, 8192)  # 128 MiB in float32: launching a kernel takes longer 
 
 
 def default_tile(device: torch.device) -> tuple[int, int]:
-    """Return how many rows and columns of similarities exist at once."""
+    """Return how many rows and columns of similarities are in memory at once."""
     return CUDA_TILE if device.type == "cuda" else TILE
 
 
 @dataclass(frozen=True)
 class PairLayout:
-    """How the pairs are spread over ranks, and which of them are duplicates; there is no value for "unknown"."""
+    """Number of pairs on each rank, and which of them are duplicates; no value means "unknown"."""
 
     ranks: RankCounts  # number of pairs of each rank
     ids: Tensor | None = None  # int64 [B, K]; pairs that agree in any column are duplicates; unused for negatives
@@ -41,7 +41,7 @@ class PairLayout:
 
 
 class ShardedLoss(NamedTuple):
-    """A scalar whose mean over ranks is the loss of the whole batch, and a number of this rank's images.
+    """This rank's loss, a scalar (the mean over ranks is the whole batch's loss), and a number of its images.
 
     ``hits``, a scalar without gradient, are closest to their own text among all N; a tie does not count.
     """
@@ -51,7 +51,7 @@ class ShardedLoss(NamedTuple):
 
 
 class HardNegatives(NamedTuple):
-    """Texts that are wrong for every image: this rank's unit features ``[M, D]``, and their number on each rank."""
+    """Texts that are wrong for every image: this rank's unit features ``[M, D]``, and each rank's number of them."""
 
     features: Tensor
     ranks: RankCounts
@@ -104,7 +104,7 @@ class _Tile(NamedTuple):
 
 
 def _rectangles(layout: PairLayout, total: int) -> Iterator[tuple[slice, slice]]:
-    """Yield rows and columns of the tiles of this rank's images and ``total`` texts."""
+    """Yield the rows and columns of the tiles of this rank's images and ``total`` texts."""
     assert layout.tile is not None, "set by _with_tile"
     (height, width), pairs = layout.tile, layout.ranks.counts[layout.ranks.rank]
     for row in range(0, pairs, height):
@@ -140,7 +140,7 @@ class _Texts(NamedTuple):
         return cls(text_ND, ids_NK, gather_rows(1 / counts_B.to(text_BD.dtype), layout.ranks))
 
     def share(self, layout: PairLayout, tile: _Tile) -> Tensor:
-        """Return ``[b, n]``: twice the target of each pair of the tile if it is a duplicate."""
+        """Return ``[b, n]``: twice each pair's target if it is a duplicate."""
         assert self.shares is not None, "gathered for positives"
         return self.shares[tile.columns] + self.shares[layout.ranks.mine][tile.rows, None]
 
@@ -174,13 +174,13 @@ class _Others(NamedTuple):
 def _add_gradients(
     tile: _Tile, G_bn: Tensor, image_BD: Tensor, text_ND: Tensor, image_grad_BD: Tensor, text_grad_ND: Tensor
 ) -> None:
-    """Add a tile's contribution to the features' gradients, up to the scale; ``G_bn`` is the gradient of its logits."""
+    """Add a tile's contribution to the features' gradients, before scaling; ``G_bn`` is its logits' gradient."""
     image_grad_BD[tile.rows].addmm_(G_bn, text_ND[tile.columns])
     text_grad_ND[tile.columns].addmm_(G_bn.T, image_BD[tile.rows])
 
 
 def _add_hard_logits(layout: PairLayout, wrong_MD: Tensor, scaled_BD: Tensor, row_lse_B: Tensor) -> None:
-    """Add the logits of this rank's images and all ranks' hard negatives to the images' log-sum-exp, in place."""
+    """Add logits of this rank's images and all ranks' hard negatives to the images' log-sum-exp, in place."""
     for rows, columns in _rectangles(layout, len(wrong_MD)):
         lse_b = (scaled_BD[rows] @ wrong_MD[columns].T).logsumexp(dim=1)
         row_lse_B[rows] = torch.logaddexp(row_lse_B[rows], lse_b)
@@ -194,7 +194,7 @@ def _add_hard_gradients(
     row_lse_B: Tensor,
     image_grad_BD: Tensor,
 ) -> Tensor:
-    """Add to the images' gradient in place, and return the hard negatives' ``[M, D]``, both up to the scale."""
+    """Add to the images' gradient in place; return the hard negatives' ``[M, D]``; both before scaling."""
     wrong_grad_MD = torch.zeros_like(wrong_MD)
     for rows, columns in _rectangles(layout, len(wrong_MD)):
         G_bm = (scaled_BD[rows] @ wrong_MD[columns].T).sub_(row_lse_B[rows, None]).exp_()
@@ -203,7 +203,7 @@ def _add_hard_gradients(
 
 
 def _in_full_precision(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Disable autocast, which would round the float32 inputs of the products back to half precision."""
+    """Disable autocast, which would round the products' float32 inputs back to half precision."""
 
     @wraps(function)
     def called(ctx: Any, first: Tensor, *others: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Contrastive loss of pairs that count unequally.
+"""Contrastive loss of pairs with unequal weights.
 
 Shapes: B pairs of this rank, N pairs of all ranks, D embedding dimension; b rows of a block.
 """
@@ -19,7 +19,7 @@ from lit_clip.losses.tiled import PairLayout
 
 
 class WeightedContrastive(Loss):
-    """:class:`lit_clip.losses.Contrastive` whose mean over pairs is weighted (``data.columns.weight``).
+    """:class:`lit_clip.losses.Contrastive` with a weighted mean over pairs (``data.columns.weight``).
 
     With scores of relevance as weights this is GCL's loss (Zhu et al. 2024, arXiv:2404.08535). Equal weights give
     the value and gradient of :class:`lit_clip.losses.Contrastive`. A pair of weight 0 is only a wrong one for others.
@@ -47,14 +47,14 @@ class WeightedContrastive(Loss):
             return weighted_contrastive_loss(pairs.image, pairs.text, weight_B, pairs.scale, layout)
 
     def chance_loss(self, pairs: int) -> float:
-        """Return log N: each of N captions is equally likely, whatever the target."""
+        """Return log N: each of N captions is equally likely, for any target."""
         return math.log(pairs)
 
 
 def weighted_contrastive_loss(
     image_BD: Tensor, text_BD: Tensor, weight_B: Tensor, scale: Tensor, layout: PairLayout
 ) -> Tensor:
-    """Weighted mean of the cross-entropies of all pairs in both directions, computed for a block of rows at a time.
+    """Weighted mean of all pairs' cross-entropies in both directions, computed one block of rows at a time.
 
     The logits of a block are computed again in the backward pass. The mean over ranks is the loss of all pairs, and so
     is its gradient. The loss is 0 if all weights are.

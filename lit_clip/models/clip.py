@@ -69,7 +69,7 @@ class CLIP(TextTransformer):
 
     @property
     def text_encoder(self) -> nn.Module:
-        """The module that has the text encoder's parts: the model itself, or ``text``."""
+        """The module with the text encoder's parts: the model itself, or ``text``."""
         return self if self.config.papers_layout else self.text
 
     @property
@@ -83,7 +83,7 @@ class CLIP(TextTransformer):
         return self.logit_scale.device
 
     def preprocess(self, image: Image.Image | pp.Array) -> Tensor:
-        """An image, or its bands ``[H, W, C]`` -> float32 ``[C, H, W]`` (NaFlex: ``[1 + N, 3PP]``), for its encoder."""
+        """An image, or its bands ``[H, W, C]`` -> the encoder's float32 ``[C, H, W]`` (NaFlex: ``[1 + N, 3PP]``)."""
         image = pp.with_warning(image, self.preprocessing)
         return pp.image_transform(self.preprocessing)(image)
 
@@ -120,7 +120,7 @@ class CLIP(TextTransformer):
         return unit(features.movedim(1, -1)).movedim(-1, 1) if normalize else features
 
     def forward_intermediates(self, image: Tensor | None = None, text: Tensor | None = None, **options: Any) -> Any:
-        """Features, and outputs of image blocks: :func:`lit_clip.models.intermediates.forward_intermediates`."""
+        """Features and block outputs: :func:`lit_clip.models.intermediates.forward_intermediates`."""
         return forward_intermediates(self, image, text, **options)
 
     def locate(self, image: Item, texts: str | Sequence[str] | Tensor, scale: float = 1) -> Tensor:
@@ -128,7 +128,7 @@ class CLIP(TextTransformer):
         return heat_maps(self, image, texts, scale)
 
     def with_head(self, head: Any) -> nn.Module:
-        """Return the model with a head of its own: images -> class probabilities; see :class:`lit_clip.heads.Head`."""
+        """Return the model with a head: images -> class probabilities; see :class:`lit_clip.heads.Head`."""
         return head.on(self)
 
     def image_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -162,7 +162,7 @@ class CLIP(TextTransformer):
         return unit(features) if normalize else features
 
     def encode(self, items: Item | Sequence[Item], batch_size: int = 64) -> Tensor:
-        """Texts, images and image files, mixed in any way -> unit features on the CPU, in the order given.
+        """Texts, images and image files, in any mixture -> unit features on the CPU, in the order given.
 
         A PIL image is an image, and a ``pathlib.Path`` an image file. A string is an image file if it ends like one
         (``.jpg``, ``.png``, ...) and that file exists, and otherwise a text, which is truncated to the context.
@@ -184,7 +184,7 @@ class CLIP(TextTransformer):
 
     @torch.no_grad()
     def clamp_logit_scale(self) -> None:
-        """Clamp the logit scale to between 1 and 100; to be called after every optimiser step.
+        """Clamp the logit scale to between 1 and 100; call this after every optimiser step.
 
         The sigmoid loss has no such bound: published SigLIP models have scales above 100.
         """

@@ -43,7 +43,7 @@ Deviation = Annotated[float, Meta(ge=1e-6, le=1e6)]
 
 @dataclass
 class Preprocessing:
-    """How an image becomes the pixels a model was trained on.
+    """How an image becomes pixels for a model, as in its training.
 
     Attributes:
         image_size: in pixels.
@@ -224,7 +224,7 @@ class TextTransformerConfig:
 
     @property
     def padding_read(self) -> int:
-        """Number of padding tokens behind a text that its features depend on, at most."""
+        """Largest number of padding tokens after a text that affect its features."""
         if self.pool == "class":
             return 1  # CoCa's mask of padding is one token off, and published weights were trained with it
         return 0 if self.causal and self.pool != "last" else self.context_length
@@ -252,7 +252,7 @@ def _text(values: Any) -> TextConfig:
 
 @dataclass
 class CLIPConfig:
-    """Two encoders that map into one embedding space.
+    """Two encoders with one embedding space.
 
     Attributes:
         embed_dim: channels of that space.
@@ -299,7 +299,7 @@ class CLIPConfig:
 
     @property
     def papers_layout(self) -> bool:
-        """Whether the text encoder's weights are named as OpenAI's, beside ``visual.``, and not below ``text.``."""
+        """Whether the text encoder's weights have OpenAI's names, beside ``visual.`` and not below ``text.``."""
         return isinstance(self.text, TextTransformerConfig) and self.text.causal and self.text.pool in ("argmax", "eos")
 
     @property
@@ -310,7 +310,7 @@ class CLIPConfig:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "CLIPConfig":
-        """Invert :meth:`to_dict`; the values may be a file's."""
+        """Create a configuration from the values of :meth:`to_dict`; they may come from a file."""
         where = "architecture"
         if not (isinstance(values, Mapping) and {"image", "text"} <= values.keys()):
             raise InputError(f"{where}: {shortened(values)} must be a mapping of settings with image and text")
@@ -320,7 +320,7 @@ class CLIPConfig:
         return from_plain(cls, {**values, **parts}, where)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return plain values for a checkpoint, ``pretrained`` always false: a checkpoint has its own weights."""
+        """Return plain values for a checkpoint; ``pretrained`` is false, because the checkpoint has the weights."""
         values = dataclasses.asdict(self)
         for tower in ("image", "text"):
             if "pretrained" in values[tower]:
@@ -333,7 +333,7 @@ class CLIPConfig:
 
 
 def described(config: CLIPConfig) -> dict[str, Any]:
-    """Return everything that features depend on except the weights, as plain values by name.
+    """Return everything that affects features, except the weights, as plain values by name.
 
     The sources of towers and tokenizers are left out; the sizes of a Hugging Face encoder show in its weights.
     """
@@ -350,7 +350,7 @@ def described(config: CLIPConfig) -> dict[str, Any]:
 
 
 def differences(theirs: CLIPConfig, ours: CLIPConfig) -> list[str]:
-    """List how two architectures (:func:`described`) differ, each as ``image.width 768 there and 1024 here``.
+    """List how two architectures (:func:`described`) differ, such as ``image.width 768 there and 1024 here``.
 
     A window may differ: a run gives the model that of its own images.
     """

@@ -1,4 +1,4 @@
-"""Encoders of your own, named by class path beside ours and those of other libraries.
+"""Your own encoders, named by class path beside ours and other libraries'.
 
 An **image encoder** is a ``torch.nn.Module`` with
 
@@ -55,13 +55,13 @@ TEXTS = ["a", "a photo of a dog"]  # of different lengths in any tokenizer of wo
 
 
 def custom_encoders(config: CLIPConfig) -> list[tuple[Literal["image", "text"], str]]:
-    """Return the towers that are named by class path, with that path."""
+    """Return the towers that a class path names, with that path."""
     towers: list[tuple[Literal["image", "text"], Any]] = [("image", config.image), ("text", config.text)]
     return [(name, str(tower.class_path)) for name, tower in towers if isinstance(tower, CustomEncoderConfig)]
 
 
 def find_class(class_path: str) -> type[nn.Module] | None:
-    """Return a class of an imported module, or of the script that runs, importing nothing; None if it is not there."""
+    """Return a class of an imported module or of the running script; import nothing. None if it does not exist."""
     module, _, name = class_path.rpartition(".")
     if module not in sys.modules and module == script_name():
         module = "__main__"
@@ -119,7 +119,7 @@ def context_length_of(encoder: nn.Module, config: CustomTextConfig) -> int:
 
 
 class CustomImageEncoder(nn.Module):
-    """An image encoder of your own (``encoder``), checked with one small batch when it is created."""
+    """Your own image encoder (``encoder``), checked with one small batch when it is created."""
 
     def __init__(self, config: CustomImageConfig, embed_dim: int, bands: int = 3) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class CustomImageEncoder(nn.Module):
         _check_features(features, embed_dim, f"{where}: forward", "image")
 
     def features(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` float, normalised -> ``[B, D]``; a projection, if any, is the encoder's secret."""
+        """``[B, 3, H, W]`` float, normalised -> ``[B, D]``; the encoder hides its own projection, if any."""
         return self(images)
 
     def project(self, features: Tensor) -> Tensor:
@@ -148,7 +148,7 @@ class CustomImageEncoder(nn.Module):
 
 
 class CustomTextEncoder(nn.Module):
-    """A text encoder of your own (``encoder``), checked with one small batch when it is created.
+    """Your own text encoder (``encoder``), checked with one small batch when it is created.
 
     Its ``tokenizer`` is the encoder's, or CLIP's. With ``reads_lengths`` it is told the texts' lengths, and reads
     batches without common padding.
@@ -194,7 +194,7 @@ def custom_blocks(encoder: CustomImageEncoder | CustomTextEncoder) -> list[nn.Mo
 
 
 def _check_output(values: Any, shape: tuple[int, int], dtype: torch.dtype, returns: str, given: str, want: str) -> None:
-    """Raise :class:`InputError` unless an encoder or a tokenizer has returned a tensor of this shape and type."""
+    """Raise :class:`InputError` unless an encoder or tokenizer returned a tensor of this shape and type."""
     if not isinstance(values, Tensor):
         raise InputError(f"{returns} a {type(values).__name__}; {want}")
     if values.shape != shape or values.dtype != dtype:
@@ -211,7 +211,7 @@ def _check_features(features: Any, embed_dim: int, where: str, kind: str) -> Non
 
 
 class CallableTokenizer(TextTokenizer):
-    """A tokenizer of your own: any callable that turns a list of texts into int64 ``[N, context_length]``.
+    """Your own tokenizer: any callable that turns a list of texts into int64 ``[N, context_length]``.
 
     It is picklable, as data workers receive it; if it has ``pad_id`` or ``decode`` they are used.
     """
@@ -225,7 +225,7 @@ class CallableTokenizer(TextTokenizer):
         return self.function(texts) if texts else torch.zeros(0, self.context_length, dtype=torch.long)
 
     def count(self, text: str) -> int:
-        """Count the tokens after truncation: what was cut off is unknown."""
+        """Count the tokens after truncation: the number before is unknown."""
         return int(self.lengths(self([text]))[0])
 
     def lengths(self, tokens: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Architectures of encoders of your own, named by class path; :mod:`lit_clip.models.custom` creates them."""
+"""Architectures of your own encoders, named by class path; :mod:`lit_clip.models.custom` creates them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -14,7 +14,7 @@ from lit_clip.tools.untrusted import check_fields
 
 @dataclass
 class CustomEncoderConfig:
-    """An encoder of your own, see :mod:`lit_clip.models.custom` for what its class must offer.
+    """Your own encoder; :mod:`lit_clip.models.custom` says what its class must offer.
 
     Attributes:
         class_path: the class, as ``module.Class``; in Python also the class itself.
@@ -39,7 +39,7 @@ class CustomEncoderConfig:
 
 @dataclass
 class CustomImageConfig(CustomEncoderConfig):
-    """An image encoder of your own; its size is read from it when the model is created."""
+    """Your own image encoder; its size is read from it when the model is created."""
 
     image_size: Size | None = None
 
@@ -50,16 +50,16 @@ class CustomImageConfig(CustomEncoderConfig):
 
 @dataclass
 class CustomTextConfig(CustomEncoderConfig):
-    """A text encoder of your own; its context length is read from it when the model is created, 0 until then."""
+    """Your own text encoder; its context length is read when the model is created, and 0 until then."""
 
     context_length: Annotated[int, Meta(ge=0, le=65536)] = 0
 
     @property
     def tokenizer(self) -> None:
-        """The encoder's own tokenizer is part of its class."""
+        """None: the encoder's class has its own tokenizer."""
 
 
 def how_to_import(class_path: str) -> str:
-    """Return what to do about a class that is not imported."""
+    """Return instructions for importing a missing class."""
     module = class_path.rpartition(".")[0]
     return f"import {module} first (in Python), or name it: lit-clip --import {module} COMMAND ..."

@@ -87,7 +87,7 @@ def _pooler_values(pooler: AttentionalPooler, x_TW: Tensor) -> Tensor:
 
 
 def _resnet(resnet: ModifiedResNet, images: Tensor) -> Tensor:
-    """Return each place's value, plus the mean of the pooled windows of 2 x 2 places that it lies in."""
+    """Return each place's value, plus the mean over the pooled windows of 2 x 2 places that contain it."""
     _grid(images, 32)
     pool: AttentionPool = resnet.attnpool
     x_BhwC = resnet.feature_map(images).permute(0, 2, 3, 1)
@@ -100,7 +100,7 @@ def _resnet(resnet: ModifiedResNet, images: Tensor) -> Tensor:
 
 
 def _windows(q: Tensor, k: Tensor, v: Tensor, heads: int, window: list[int]) -> Tensor:
-    """Attend from the mean of each window to itself and its places, without positions: ``[B, C, h, w]`` each."""
+    """Attend from each window's mean to itself and its places, without positions: ``[B, C, h, w]`` each."""
     rows, columns = (side - length + 1 for side, length in zip(q.shape[2:], window, strict=True))
     corners = [(top, left) for top in range(window[0]) for left in range(window[1])]
 

@@ -1,4 +1,4 @@
-"""Features of each place of an image from timm's networks; imports timm, which takes seconds.
+"""Features of each place of an image from timm's networks; importing timm takes seconds.
 
 Shapes: B batch, N places, C channels, D embedding dimension, h x w places.
 """
@@ -21,7 +21,7 @@ AVERAGES = ("avg", "fast", "fastavg")
 
 
 def timm_places(encoder: TimmImageEncoder, images: Tensor) -> Tensor:
-    """Encode each place: ``[B, 3, H, W]`` -> ``[B, D, h, w]``, the network's pooling and head at each place alone.
+    """Encode each place with the network's pooling and head at that place alone: ``[B, 3, H, W]`` -> ``[B, D, h, w]``.
 
     For pooling by average of anything with height and width; for vision transformers (``VisionTransformer`` and
     ``Eva``) of any image size also for the class token, whose last block is replaced by its value path, and for
@@ -54,7 +54,7 @@ def _refusal(trunk: nn.Module, problem: str) -> InputError:
 
 
 def _pooling(trunk: Any) -> str:
-    """Return the name of a network's pooling, which is an attribute of its head or its own, or a module there."""
+    """Return the name of a network's pooling, from an attribute or a module of the head or the network."""
     for owner in (getattr(trunk, "head", None), trunk):
         pool = getattr(owner, "global_pool", None)
         name = pool if isinstance(pool, str) else getattr(pool, "pool_type", getattr(owner, "pool_type", None))
@@ -68,7 +68,7 @@ def _channels_last(trunk: Any) -> bool:
 
 
 def _feature_map(encoder: TimmImageEncoder, images: Tensor) -> Tensor:
-    """Images -> ``[B, h, w, C]``, what a network with height and width averages."""
+    """Images -> ``[B, h, w, C]``, the map that a network with height and width averages."""
     trunk: Any = encoder.trunk
     own, size = height_width(encoder.image_size), tuple(images.shape[2:])
     if trunk.pretrained_cfg.get("fixed_input_size") and size != own:
@@ -83,7 +83,7 @@ def _feature_map(encoder: TimmImageEncoder, images: Tensor) -> Tensor:
 
 
 def _vision_transformer(trunk: Any, images: Tensor, pooling: str) -> tuple[Any, Tensor]:
-    """Return a network whose head pools any tokens, and ``[B, h, w, C]``, what the image's places hand to it."""
+    """Return a network with a head that pools any tokens, and the image's places before it, ``[B, h, w, C]``."""
     size = (images.shape[2], images.shape[3])
     ratio = trunk.patch_embed.feat_ratio(as_scalar=False)
     if any(side % patch or not side for side, patch in zip(size, ratio, strict=True)):
@@ -97,7 +97,7 @@ def _vision_transformer(trunk: Any, images: Tensor, pooling: str) -> tuple[Any, 
 
 
 def _for_grid(trunk: Any, grid: tuple[int, int]) -> Any:
-    """Return a network with the same weights that interpolates positions to a grid, and drops no patches."""
+    """Return a network with the same weights that interpolates positions to a grid and drops no patches."""
     other, embed = _variant(trunk), _variant(trunk.patch_embed)
     embed.strict_img_size, embed.flatten, embed.output_fmt = False, False, Format.NHWC
     other.patch_embed, other.dynamic_img_size = embed, True
@@ -110,7 +110,7 @@ def _for_grid(trunk: Any, grid: tuple[int, int]) -> Any:
 
 
 def _variant(module: Any) -> Any:
-    """Copy a module's attributes, not its weights and the modules within: changing them leaves the module as it was."""
+    """Copy a module's attributes, not its weights and submodules: changes of the copy leave the module as it was."""
     other = copy.copy(module)
     for name in ("_parameters", "_buffers", "_modules"):
         vars(other)[name] = {**vars(module)[name]}
@@ -118,7 +118,7 @@ def _variant(module: Any) -> Any:
 
 
 def _value_path(trunk: Any, images: Tensor) -> Tensor:
-    """Images -> ``[B, N, C]``: the last block's attention of each place to itself alone, without residual and MLP."""
+    """Images -> ``[B, N, C]``: each place attends only to itself in the last block, without residual and MLP."""
     last = trunk.blocks[-1]
     if not isinstance(last, Block | EvaBlock):
         raise _refusal(trunk, f"whose last block is a {type(last).__name__}")

@@ -1,4 +1,4 @@
-"""Create the encoders and the tokenizer that an architecture names: the paper's, other libraries', your own."""
+"""Create an architecture's encoders and tokenizer: the paper's, other libraries', or your own."""
 
 import sys
 from typing import Any
@@ -29,7 +29,7 @@ ImageEncoder = VisionTransformer | ModifiedResNet | TimmImageEncoder | CustomIma
 
 
 def image_encoder(config: CLIPConfig) -> ImageEncoder:
-    """Create the image encoder that an architecture names, for the bands of its preprocessing."""
+    """Create an architecture's image encoder, for the bands of its preprocessing."""
     assert config.preprocessing is not None  # with_external_settings has filled it in
     bands = config.preprocessing.bands
     if bands != 3 and not isinstance(config.image, TimmConfig | CustomImageConfig):
@@ -47,7 +47,7 @@ def image_encoder(config: CLIPConfig) -> ImageEncoder:
 
 
 def input_dtype(visual: nn.Module, device: torch.device, fallback: torch.dtype) -> torch.dtype:
-    """Return the precision of an image encoder's input.
+    """Return the dtype of an image encoder's input.
 
     The weights', or under autocast the first product's if the encoder is one of ours.
     """
@@ -60,7 +60,7 @@ def input_dtype(visual: nn.Module, device: torch.device, fallback: torch.dtype) 
 
 
 def check_patches(visual: Any, preprocessing: Preprocessing) -> None:
-    """Raise :class:`InputError` if images become patches (NaFlex) that an image encoder cannot read."""
+    """Raise :class:`InputError` if images become patches (NaFlex) but the image encoder cannot read them."""
     if preprocessing.max_patches is None:
         return
     where = f"architecture: preprocessing.max_patches {preprocessing.max_patches}"
@@ -71,7 +71,7 @@ def check_patches(visual: Any, preprocessing: Preprocessing) -> None:
 
 
 def text_encoder(config: CLIPConfig) -> nn.Module:
-    """Create the text encoder that an architecture names, where it is a module of its own."""
+    """Create an architecture's text encoder, if it is a separate module."""
     if isinstance(config.text, HuggingFaceTextConfig):
         return HuggingFaceTextEncoder(config.text, config.embed_dim)
     if isinstance(config.text, CustomTextConfig):
@@ -81,7 +81,7 @@ def text_encoder(config: CLIPConfig) -> nn.Module:
 
 
 def create_tokenizer(text: TextTransformerConfig | HuggingFaceTextConfig) -> TextTokenizer:
-    """Create the tokenizer of a text encoder: CLIP's, or its source's."""
+    """Create the tokenizer of a text encoder: CLIP's, or the one of the encoder's source."""
     padding_read, vocab_size = 0, sys.maxsize
     if isinstance(text, TextTransformerConfig):
         padding_read, vocab_size = text.padding_read, text.vocab_size

@@ -1,4 +1,4 @@
-"""Texts, images and image files in one list -> features, in this process; for :meth:`lit_clip.CLIP.encode`."""
+"""Encode texts, images and image files from one list, in this process; for :meth:`lit_clip.CLIP.encode`."""
 
 import os
 import sys
@@ -21,7 +21,7 @@ Item = str | os.PathLike[str] | Image.Image
 
 
 def encode_items(model: Any, items: Item | Sequence[Item], batch_size: int) -> Tensor:
-    """See :meth:`lit_clip.CLIP.encode`; items -> float32 ``[N, D]`` on the CPU, of a single one ``[D]``."""
+    """Implement :meth:`lit_clip.CLIP.encode`; items -> float32 ``[N, D]`` on the CPU, a single item -> ``[D]``."""
     if isinstance(items, str | os.PathLike | Image.Image):
         return encode_items(model, [items], batch_size)[0]
     require(batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
@@ -58,7 +58,7 @@ def _image_or_text(i: int, item: Any) -> str | Path | Image.Image:
 
 
 def _callers_level() -> int:
-    """Return the ``stacklevel`` of a warning with which it shows the line that called lit-clip."""
+    """Return a warning's ``stacklevel`` that points to the line that called lit-clip."""
     frame, level = sys._getframe(1), 1
     while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] == "lit_clip":
         frame, level = frame.f_back, level + 1
@@ -87,7 +87,7 @@ def _images(model: Any, images: list[Path | Image.Image]) -> Tensor:
 
 
 def as_features(model: Any, items: Any, batch_size: int) -> Tensor:
-    """Return unit features ``[N, D]`` of items, or features that are given, on the CPU in float32."""
+    """Return unit features ``[N, D]`` of items, or the given features, on the CPU in float32."""
     if not isinstance(items, Tensor | np.ndarray):
         features = model.encode(items, batch_size)
     else:

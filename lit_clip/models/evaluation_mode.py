@@ -1,4 +1,4 @@
-"""Evaluation mode for a while."""
+"""Temporary evaluation mode."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,7 +8,7 @@ from torch import nn
 
 @contextmanager
 def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Run in evaluation mode; afterwards each module has its own mode again (frozen ones stay in evaluation)."""
+    """Run in evaluation mode, then restore each module's own mode (frozen modules stay in evaluation)."""
     modes = [(each, each.training) for each in module.modules()]
     module.eval()
     try:

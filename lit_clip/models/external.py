@@ -1,4 +1,4 @@
-"""Encoders of other libraries: any image model of timm, any text encoder of Hugging Face's transformers, a few images'.
+"""Encoders of other libraries: timm's image models, transformers' text encoders and a few image encoders.
 
 Either library is imported when one of its encoders is created: both take seconds.
 Shapes: B batch, L tokens, W width, D embedding dimension.
@@ -92,7 +92,7 @@ class TimmImageEncoder(nn.Module):
         return self.pooled(cast(Any, self.trunk).forward_features(images)) if self.joined else self.trunk(images)
 
     def pooled(self, x: Tensor) -> Tensor:
-        """Tokens or a feature map, behind the trunk's last block and norm -> ``[B, W]``."""
+        """Tokens or a feature map, after the trunk's last block and norm -> ``[B, W]``."""
         trunk: Any = self.trunk
         if not self.joined:
             return trunk.forward_head(x)
@@ -147,7 +147,7 @@ def _trunk(config: TimmConfig, bands: int, classes: int) -> nn.Module:
 
 @torch.no_grad()
 def _try_size(trunk: nn.Module, bands: int, size: tuple[int, int]) -> None:
-    """Run one image: some models accept any size when created, and fail on images that are not of their own."""
+    """Encode one image: some models accept any size when created, but fail on images of another size."""
     if next(trunk.parameters()).is_meta:
         return  # to be filled with the weights of a model that passed this
     trunk.eval()(torch.zeros(1, bands, *size))
@@ -155,7 +155,7 @@ def _try_size(trunk: nn.Module, bands: int, size: tuple[int, int]) -> None:
 
 
 def load_timm_file(trunk: nn.Module, name: str, path: str) -> None:
-    """Copy a file of timm's weights into a trunk, or of the same model from a library that names them differently.
+    """Copy weights from a timm file, or from another library's file for the same model, into a trunk.
 
     Weights of another image size are resized by timm's own rule. Different names are matched by order, if every
     tensor's shape and the last part of its name agree. The file's classifier is ignored; a trunk that has a
@@ -180,7 +180,7 @@ def load_timm_file(trunk: nn.Module, name: str, path: str) -> None:
 
 
 def _by_order(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], refusal: str) -> dict[str, Tensor]:
-    """Return the tensors under our names; theirs may end with a classifier's weight and bias."""
+    """Return the tensors under our names; the other library's may end with a classifier's weight and bias."""
     pairs = list(zip(ours, theirs, strict=False))
     endings = all(a.rpartition(".")[2] == b.rpartition(".")[2] for a, b in pairs)
     if not endings or not len(ours) <= len(theirs) <= len(ours) + 2:
@@ -189,7 +189,7 @@ def _by_order(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], refusal:
 
 
 def _part(model: Mapping[str, Any], classes: Mapping[str, str], where: str, **settings: Any) -> nn.Module:
-    """Create a part of a model of transformers by a configuration, which may be a file's."""
+    """Create a part of a transformers model from a configuration, which may come from a file."""
     import transformers
 
     values = {**model, **settings}
@@ -204,7 +204,7 @@ def _part(model: Mapping[str, Any], classes: Mapping[str, str], where: str, **se
 
 
 class HuggingFaceImageEncoder(nn.Module):
-    """A part of a model of transformers that encodes images (``encoder``), and a projection (``proj``)."""
+    """A part of a transformers model that encodes images (``encoder``), and a projection (``proj``)."""
 
     def __init__(self, config: HuggingFaceImageConfig, embed_dim: int) -> None:
         super().__init__()
@@ -252,7 +252,7 @@ def _encoder(config: HuggingFaceTextConfig) -> nn.Module:
 
 @contextmanager
 def _creating(where: str) -> Iterator[None]:
-    """Turn another library's error about settings, which may be a file's, into one line."""
+    """Turn another library's error about settings, which may come from a file, into one line."""
     try:
         yield
     except Exception as error:  # TypeError, KeyError, validation errors of their own, ...
@@ -275,7 +275,7 @@ def _pretrained(auto: Any, config: HuggingFaceTextConfig, hf_config: Any) -> Any
 
 
 def _positions(model: Any) -> int | None:
-    """Return how many positions a model has; None if its positions are relative."""
+    """Return the number of a model's positions; None if its positions are relative."""
     longest = getattr(model.config, "max_position_embeddings", None)
     if longest is None or longest < 0:  # T5 has no such entry, XLNet has -1
         return None
@@ -286,7 +286,7 @@ def _positions(model: Any) -> int | None:
 
 
 class HuggingFaceTextEncoder(nn.Module):
-    """A text encoder of transformers (``transformer``), pooling without padding, and a projection (``proj``)."""
+    """A transformers text encoder (``transformer``), pooling without padding, and a projection (``proj``)."""
 
     def __init__(self, config: HuggingFaceTextConfig, embed_dim: int) -> None:
         super().__init__()

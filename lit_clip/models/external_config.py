@@ -1,4 +1,4 @@
-"""Architectures of encoders and tokenizers of other libraries as plain dataclasses: timm's, Hugging Face's."""
+"""Architectures of other libraries' encoders and tokenizers as plain dataclasses: timm's, Hugging Face's."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,7 +12,7 @@ HUB = "hf-hub:"
 
 
 def check_timm_options(options: dict[str, Any], where: str) -> None:
-    """Raise :class:`InputError` for arguments of a timm model that make timm load a file or a repository."""
+    """Raise :class:`InputError` for timm model arguments that make timm load a file or a repository."""
     check_options(options, where)
     loaders = {"pretrained", "checkpoint_path", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir"}
     for name in loaders & options.keys():
@@ -20,7 +20,7 @@ def check_timm_options(options: dict[str, Any], where: str) -> None:
 
 
 class HubModel(TypedDict):
-    """A timm model that a hub name stands for, as plain values; see :func:`lit_clip.models.timm_hub.timm_hub_model`."""
+    """The timm model of a hub name, as plain values; see :func:`lit_clip.models.timm_hub.timm_hub_model`."""
 
     architecture: str
     model_args: dict[str, Any]
@@ -71,13 +71,13 @@ class TimmConfig:
 
     @property
     def on_hub(self) -> bool:
-        """Whether the model is named by its place on the Hugging Face hub."""
+        """Whether a name on the Hugging Face hub identifies the model."""
         return self.timm.startswith(HUB)
 
 
 @dataclass
 class HuggingFaceTokenizerConfig:
-    """The location of a tokenizer that Hugging Face's ``tokenizers`` can run.
+    """Location of a tokenizer that Hugging Face's ``tokenizers`` can run.
 
     Attributes:
         source: a name on the hub, or a local folder.
@@ -103,7 +103,7 @@ _LOADERS = {
 
 
 def _without_loaders(values: Any) -> Any:
-    """Return a configuration of transformers, at any depth, without what would name a kernel, a file or a class."""
+    """Return a transformers configuration without settings, at any depth, that name a kernel, file or class."""
     if isinstance(values, Mapping):
         kept = {name: value for name, value in values.items() if not str(name).startswith("_")}
         return {name: _without_loaders(value) for name, value in kept.items() if name not in _LOADERS}
@@ -178,5 +178,5 @@ class HuggingFaceTextConfig:
 
     @property
     def tokenizer(self) -> HuggingFaceTokenizerConfig | None:
-        """The tokenizer that the model's source holds; None: CLIP's own."""
+        """The tokenizer of the model's source; None: CLIP's own."""
         return None if self.pooling == "end" else HuggingFaceTokenizerConfig(self.hugging_face)

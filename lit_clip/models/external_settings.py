@@ -1,4 +1,4 @@
-"""The settings that only encoders of timm, of Hugging Face's transformers and of your own know themselves.
+"""Settings that only the encoders of timm, of Hugging Face's transformers or of your own know.
 
 Apart from :mod:`lit_clip.models.external` because naming an architecture needs no torch. Either library is imported
 when one of its encoders is named: both take seconds.
@@ -21,7 +21,7 @@ _WITH_KERNELS = ("mra", "rwkv", "yoso")  # models of transformers
 
 
 def with_external_settings(config: CLIPConfig) -> CLIPConfig:
-    """Return the architecture with what only an encoder itself knows filled in.
+    """Return the architecture, with settings filled in that only its encoders know.
 
     That is image size, preprocessing and text configuration of other libraries' encoders, and image size and context
     length of encoders by class path. An explicit image size or preprocessing wins over timm's. Architectures of our own
@@ -102,12 +102,12 @@ def timm_preprocessing(config: TimmConfig) -> Preprocessing:
 
 
 def is_naflex(config: TimmConfig) -> bool:
-    """Return whether a model reads patch sequences, by timm's prefix of that class."""
+    """Return whether a model reads patch sequences, by timm's name prefix for such models."""
     return timm_name(config).startswith("naflexvit_")
 
 
 def naflex_patch_size(config: TimmConfig) -> int | None:
-    """Return the side of the patches of a model that reads patch sequences; None for any other."""
+    """Return the patch side of a model that reads patch sequences; None for any other model."""
     if not is_naflex(config):
         return None
     import timm
@@ -140,7 +140,7 @@ def hugging_face_config(source: str) -> dict[str, Any]:
 
 
 def check_text_only(config: Any, source: str) -> None:
-    """Raise :class:`InputError` for a model that is no text encoder, or that fetches something when it is created.
+    """Raise :class:`InputError` for a model that is not a text encoder, or that fetches something when created.
 
     Some models have another encoder, which transformers may download; timm's among them open the file or repository
     that their configuration names, and three start a compiler or load compiled code from the hub.

@@ -1,4 +1,4 @@
-"""Freezing for fine-tuning: what is trained, and what stays in evaluation mode."""
+"""Freezing for fine-tuning: trainable parameters, and modules that stay in evaluation mode."""
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -81,7 +81,7 @@ def frozen_names(model: Any, freeze: Freeze) -> set[str]:
 
 
 def _frozen_heads(model: Any, freeze: Freeze) -> set[str]:
-    """Return the names of the parameters of frozen heads behind layers that are trained."""
+    """Return the parameter names of frozen heads after trainable layers."""
     frozen: set[str] = set()
     for tower in TOWERS:
         if freeze.head and getattr(freeze, tower) != "all":
@@ -120,7 +120,7 @@ def batch_norms(model: nn.Module) -> list[str]:
 
 
 def changing_weights(model: nn.Module, frozen: Collection[str]) -> set[str]:
-    """Return the names of the weights that training changes: trainable parameters, and statistics of trained modules.
+    """Return the names of weights that training changes: trainable parameters, and trained modules' statistics.
 
     ``frozen`` are the names of the modules that stay in evaluation mode.
     """

@@ -1,4 +1,4 @@
-"""Count a training step's FLOPs with torch's counter, two for a multiply-add."""
+"""Count a training step's FLOPs with torch's counter; a multiply-add counts as two."""
 
 import copy
 from dataclasses import dataclass
@@ -15,19 +15,19 @@ from lit_clip.models.config import CLIPConfig, height_width
 
 
 class PairFlops(NamedTuple):
-    """FLOPs of the forward and backward pass: of an image; coefficients of 1, n, n^2 for a text of n tokens."""
+    """FLOPs of forward and backward pass: of an image, and coefficients of 1, n, n^2 for a text of n tokens."""
 
     image: float
     text: tuple[float, float, float]
 
     def total(self, pairs: float, tokens: float, squares: float) -> float:
-        """Return the FLOPs of several pairs, given the sums of their text lengths and of the squares of these."""
+        """Return the FLOPs of several pairs, from the sums of their text lengths and of the lengths' squares."""
         constant, linear, quadratic = self.text
         return (self.image + constant) * pairs + linear * tokens + quadratic * squares
 
 
 def training_flops(model: Any) -> PairFlops | None:
-    """Count the FLOPs of a :class:`lit_clip.CLIP` in training; None if that is impossible for an encoder.
+    """Count a :class:`lit_clip.CLIP`'s FLOPs in training; None if an encoder does not allow it.
 
     Runs on torch's meta device, where nothing is computed. An encoder of another library that reads the values of its
     inputs is run on one real sample instead. Must be called before a strategy shards the weights.
@@ -78,7 +78,7 @@ def tower_flops(tower: nn.Module, inputs: Tensor) -> int:
 
 @torch.no_grad()
 def forward_flops(tower: nn.Module, inputs: Tensor) -> int | None:
-    """Count the forward pass; None if that is impossible for an encoder."""
+    """Count the forward pass; None if the encoder does not allow it."""
     try:
         return tower_flops(tower, inputs)
     except Exception:  # encoders of other libraries raise anything
@@ -86,7 +86,7 @@ def forward_flops(tower: nn.Module, inputs: Tensor) -> int | None:
 
 
 def _counts(tower: nn.Module, inputs: Tensor) -> tuple[int, int]:
-    """Count the forward pass, and both passes."""
+    """Count the FLOPs of the forward pass, and of both passes together."""
     try:
         return _count_on(tower, inputs, torch.device("meta"))
     except Exception:  # it reads the values of its inputs, which the meta device does not have
@@ -108,7 +108,7 @@ def _count_on(tower: nn.Module, inputs: Tensor, device: torch.device) -> tuple[i
 
 
 def _replica(tower: nn.Module, device: torch.device) -> nn.Module:
-    """Copy a tower to a device, not compiled; weights that are there already are shared.
+    """Copy a tower to a device, uncompiled; weights that are already there are shared.
 
     Not with ``torch.func.functional_call``: adapters that wrap a parameter would leave a buffer in its place.
     """

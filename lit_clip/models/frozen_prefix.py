@@ -1,4 +1,4 @@
-"""The frozen first layers of a tower: compute their output once, and later only the layers behind them.
+"""The frozen first layers of a tower: compute their output once, then only the layers after them.
 
 The output is taken where the first module with trainable parameters is called, and given to it again. Our own encoders
 and Hugging Face's start at that module; an image encoder of timm runs its frozen layers on an empty batch, which costs
@@ -24,7 +24,7 @@ from lit_clip.models.transformer import TextTransformer, VisionTransformer
 
 
 class FrozenPrefix(NamedTuple):
-    """The frozen first layers of a tower; nothing here refers to a module, so that models can be copied."""
+    """The frozen first layers of a tower, without references to modules, so that models can be copied."""
 
     tower: Tower
     boundary: str | None = None  # name within the model of the first module to compute; None: all is frozen
@@ -43,7 +43,7 @@ class _ReachedError(Exception):
 
 
 def _first_call(model: nn.Module, names: Sequence[str], run: Callable[[], Tensor]) -> _ReachedError | None:
-    """Run up to the first call of one of the modules."""
+    """Run a model up to the first call of one of the named modules."""
 
     def stop(name: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         raise _ReachedError(name, args[0] if args else next(iter(kwargs.values())))
@@ -60,7 +60,7 @@ def _first_call(model: nn.Module, names: Sequence[str], run: Callable[[], Tensor
 
 
 def find_frozen_prefix(model: Any, tower: Tower) -> FrozenPrefix | None:
-    """Find the frozen first layers of a :class:`lit_clip.CLIP`'s tower by running it on one sample; None: no block."""
+    """Find a :class:`lit_clip.CLIP` tower's frozen first layers by running it on one sample; None: no block."""
     if not any(parameter.requires_grad for parameter in tower_parameters(model, tower).values()):
         return FrozenPrefix(tower)
     blocks = tower_blocks(model, tower)
@@ -119,7 +119,7 @@ def use_frozen_prefix(model: Any, tower: Tower) -> FrozenPrefix | None:
 
 
 def _gives(model: Any, tower: Tower, stored: Tensor, expected: Tensor, tokens: Tensor, lengths: Sequence[int]) -> bool:
-    """Whether the features from stored activations are those of the whole tower."""
+    """Return whether stored activations give the same features as the whole tower."""
     try:
         from_text = tower == "text"
         found = text_features_from(model, stored, tokens, lengths) if from_text else image_features_from(model, stored)
@@ -130,7 +130,7 @@ def _gives(model: Any, tower: Tower, stored: Tensor, expected: Tensor, tokens: T
 
 
 def _candidates(model: nn.Module, tower: Tower, blocks: Sequence[nn.Module]) -> list[str]:
-    """Return the modules that could be the boundary: with trainable parameters, and no block inside them."""
+    """Return possible boundary modules: they have trainable parameters, and contain no block."""
     of_blocks = {id(block) for block in blocks}
     return [
         name
@@ -143,7 +143,7 @@ def _candidates(model: nn.Module, tower: Tower, blocks: Sequence[nn.Module]) -> 
 
 
 def sample_inputs(model: Any, tower: Tower, number: int) -> tuple[Tensor, Sequence[int]]:
-    """Return one or two images of noise, or texts of one length, with the texts' lengths."""
+    """Return one or two images of noise, or texts of equal length, with the texts' lengths."""
     if tower == "image":
         shape = model.preprocessing.shape
         noise = torch.randint(0, 256, (number, *shape), generator=torch.Generator().manual_seed(0))
@@ -162,7 +162,7 @@ def _run(model: Any, tower: Tower, inputs: Tensor, lengths: Sequence[int] = ()) 
 
 
 def frozen_activations(model: Any, prefix: FrozenPrefix, inputs: Tensor, lengths: Sequence[int] = ()) -> Tensor:
-    """Compute what a tower's frozen layers hand on, ``[B, ...]``: features, ``[B, L, W]`` tokens or ``[B, C, H, W]``.
+    """Compute a tower's frozen layers, ``[B, ...]``: features, ``[B, L, W]`` tokens or ``[B, C, H, W]``.
 
     The inputs are uint8 images ``[B, 3, H, W]``, or int64 tokens ``[B, L]`` of texts of equal length.
     """
@@ -177,7 +177,7 @@ def frozen_activations(model: Any, prefix: FrozenPrefix, inputs: Tensor, lengths
 
 
 def image_features_from(model: Any, stored: Tensor) -> Tensor:
-    """Compute the image encoder behind its frozen layers: :func:`frozen_activations` -> ``[B, D]``.
+    """Compute the image encoder after its frozen layers: :func:`frozen_activations` -> ``[B, D]``.
 
     If no prefix is in use, they are features in the place of an image's.
     """
@@ -195,7 +195,7 @@ def image_features_from(model: Any, stored: Tensor) -> Tensor:
 
 
 def text_features_from(model: Any, stored: Tensor, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Compute the text encoder behind its frozen layers: :func:`frozen_activations` -> ``[B, D]``.
+    """Compute the text encoder after its frozen layers: :func:`frozen_activations` -> ``[B, D]``.
 
     Stored tokens ``[B, L, W]`` may have any finite values for padding; ``tokens`` are the same texts.
     """

@@ -1,4 +1,4 @@
-"""Where in an image a model sees texts: their cosine at each pixel; for :meth:`lit_clip.CLIP.locate`.
+"""Cosines of texts at each pixel of an image; for :meth:`lit_clip.CLIP.locate`.
 
 Shapes: N texts, D embedding dimension, T tiles, h x w places, H x W pixels.
 """
@@ -33,7 +33,7 @@ TOGETHER = 8  # tiles encoded at once
 def heat_maps(
     model: Any, image: Image.Image | str | os.PathLike[str], texts: str | Sequence[str] | Tensor, scale: float
 ) -> Tensor:
-    """See :meth:`lit_clip.CLIP.locate`."""
+    """Implement :meth:`lit_clip.CLIP.locate`."""
     require(len(texts) > 0, "locate: no texts given; say what to find")
     opened = image if isinstance(image, Image.Image) else image_for_model(Path(image))
     cosines = place_cosines(model, opened, as_features(model, texts, 64), scale)
@@ -46,7 +46,7 @@ def map_of(cosines: Tensor, size: Sequence[int]) -> Tensor:
 
 
 def place_cosines(model: Any, image: Image.Image, features: Tensor, scale: float) -> Tensor:
-    """Return the cosine of unit features ``[N, D]`` with each place of an image: float32 ``[N, h, w]``, on the CPU."""
+    """Return cosines of unit features ``[N, D]`` with each place of an image: float32 ``[N, h, w]``, on the CPU."""
     require(1 <= scale <= MOST_SCALE, f"scale: {scale} must be between 1 and {MOST_SCALE}")
     require(model.preprocessing.max_patches is None, "locate: a NaFlex model reads patches; use one that reads images")
     stride = _stride(model.visual)
@@ -55,7 +55,7 @@ def place_cosines(model: Any, image: Image.Image, features: Tensor, scale: float
 
 
 def _stride(visual: Any) -> int:
-    """Return a number of pixels that images' sides must be multiples of."""
+    """Return the number of pixels that must divide an image's sides."""
     if isinstance(visual, VisionTransformer):
         return visual.conv1.kernel_size[0]
     if hasattr(visual, "trunk"):
@@ -103,7 +103,7 @@ def _tiled(model: Any, pixels: Tensor, features: Tensor, stride: int) -> Tensor:
 
 
 def _starts(places: int, tile: int) -> list[int]:
-    """Return the first places of tiles along one axis, evenly spread; neighbours overlap by a quarter or more."""
+    """Return the first places of tiles along one axis, evenly spread; neighbours overlap by at least a quarter."""
     count = 1 + math.ceil((places - tile) / max(1, tile - tile // 4))
     return [round(number * (places - tile) / max(1, count - 1)) for number in range(count)]
 

@@ -1,4 +1,4 @@
-"""Other models' tokenizers, run by Hugging Face's ``tokenizers`` from a single string that fits in a checkpoint."""
+"""Tokenizers of other models, run by Hugging Face's ``tokenizers`` from a single string that fits in a checkpoint."""
 
 import string
 from collections.abc import Sequence
@@ -30,7 +30,7 @@ def clean(text: str, how: str) -> str:
 
 
 class HuggingFaceTokenizer(TextTokenizer):
-    """Turns texts into ids, padded on the right to the context length.
+    """Turn texts into ids, padded on the right to the context length.
 
     Args:
         definition: the output of ``tokenizers.Tokenizer.to_str``.
@@ -115,7 +115,7 @@ def from_source(
 
 
 def check_ids(tokenizer: Tokenizer, pad_id: int, vocab_size: int, where: str) -> None:
-    """Raise :class:`InputError` if a tokenizer gives ids outside its encoder's vocabulary, or fails at a text."""
+    """Raise :class:`InputError` if a tokenizer returns ids outside its encoder's vocabulary, or fails on a text."""
     try:
         tokenizer.encode("a text \U0010ffff")  # one that no vocabulary has whole
     except Exception as error:  # `tokenizers` raises bare ones

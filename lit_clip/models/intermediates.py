@@ -31,7 +31,7 @@ def forward_intermediates(
     image_output_fmt: Literal["NCHW", "NLC"] = "NCHW",
     image_output_extra_tokens: bool = False,
 ) -> dict[str, Any]:
-    """Return outputs of a CLIP's image blocks beside the features, as open_clip's models do.
+    """Return outputs of a CLIP's image blocks, besides its features, as open_clip's models do.
 
     Texts are packed without padding within our encoder, so there are no intermediate features of texts.
 
@@ -81,7 +81,7 @@ class _Wanted(NamedTuple):
     prefix: bool
 
     def blocks(self, number: int) -> set[int]:
-        """Return the numbers of the blocks whose outputs are wanted."""
+        """Return the numbers of the blocks with wanted outputs."""
         indices = self.indices
         if isinstance(indices, int):
             require(1 <= indices <= number, f"image_indices: {indices} must be between 1 and {number}")

@@ -20,14 +20,14 @@ _BARE_HEADS = {"proj", "text_projection"}  # head parameters that lie on the tow
 
 
 class LayerGroup(NamedTuple):
-    """One layer of a tower: ``embeddings``, ``blocks.0``, ``blocks.1``, ... or ``head``; names are the model's."""
+    """One layer of a tower: ``embeddings``, ``blocks.0``, ``blocks.1``, ... or ``head``; names as in the model."""
 
     name: str
     parameters: dict[str, nn.Parameter]
 
 
 def tower_parameters(model: nn.Module, tower: Tower) -> dict[str, nn.Parameter]:
-    """Return a tower's parameters by name within the model; temperature and bias belong to neither.
+    """Return a tower's parameters by name within the model; temperature and bias belong to no tower.
 
     The paper's text tower is not a module: its parts lie on the model.
     """
@@ -39,7 +39,7 @@ def tower_parameters(model: nn.Module, tower: Tower) -> dict[str, nn.Parameter]:
 
 
 def tower_encoder(model: Any, tower: Tower) -> nn.Module:
-    """Return the module that has a tower's parts; the paper's text encoder is the model itself."""
+    """Return the module with a tower's parts; the paper's text encoder is the model itself."""
     return model.visual if tower == "image" else model.text_encoder
 
 
@@ -102,7 +102,7 @@ def _block_prefixes(model: Any, tower: Tower) -> list[str]:
 
 
 def tower_blocks(model: Any, tower: Tower) -> list[nn.Module]:
-    """Return the modules that are a tower's blocks in :func:`layer_groups`, in order.
+    """Return the modules of a tower's blocks in :func:`layer_groups`, in order.
 
     timm's blocks are known only by the names of their parameters, so these are the largest modules within each block,
     including one that stands alone between stages (the downsampling of a ConvNeXt). An encoder by class path without
@@ -118,7 +118,7 @@ def tower_blocks(model: Any, tower: Tower) -> list[nn.Module]:
 
 
 def _whole_blocks(module: nn.Module, prefix: str, names: Mapping[str, str]) -> list[nn.Module]:
-    """Find the largest modules whose parameters all belong to one block, except single layers and norms."""
+    """Find the largest modules with parameters of only one block, except single layers and norms."""
     children = list(module.named_children())
     if not children or isinstance(module, _BatchNorm):  # timm's BatchNorm has its activation as a child
         return []

@@ -1,4 +1,4 @@
-"""LoRA (Hu et al. 2021) with ``peft``: low-rank additions to the blocks' weights are trained in place of an encoder.
+"""LoRA (Hu et al. 2021) with ``peft``: train low-rank additions to the blocks' weights instead of an encoder.
 
 A checkpoint holds the additions and what is trained beside them, and names the weights that they belong to.
 """
@@ -44,12 +44,12 @@ class LoRA:
 
     @property
     def towers(self) -> Sequence[Tower]:
-        """The encoders that get additions."""
+        """The encoders with additions."""
         return TOWERS if self.tower is None else (self.tower,)
 
 
 def target_names(model: CLIP, targets: list[str] | None = None, towers: Sequence[Tower] = TOWERS) -> list[str]:
-    """Return the names of linear layers and fused attention weights in the blocks that are not frozen."""
+    """Return the names of linear layers and fused attention weights in blocks that are not frozen."""
     found = []
     for tower in towers:
         if not any(parameter.requires_grad for parameter in tower_parameters(model, tower).values()):
@@ -71,7 +71,7 @@ def target_names(model: CLIP, targets: list[str] | None = None, towers: Sequence
 
 
 def add_lora(model: CLIP, lora: LoRA) -> None:
-    """Insert the additions, which start as zero, and freeze their encoders but for them, and their heads if wanted.
+    """Insert additions that start at zero; freeze the rest of their encoders, except heads if wanted.
 
     peft's wrapper for torch's attention replaces its forward, which ours overrides. The fused weight is therefore a
     target parameter: peft adds to it for the duration of any forward.
@@ -100,7 +100,7 @@ def add_lora(model: CLIP, lora: LoRA) -> None:
 
 
 def _trained_beside(model: CLIP, lora: LoRA) -> set[str]:
-    """Return the names of the parameters that are trained beside the additions."""
+    """Return the names of parameters that are trained besides the additions."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     heads: set[str] = set()
     for tower in lora.towers:
@@ -113,12 +113,12 @@ def _trained_beside(model: CLIP, lora: LoRA) -> set[str]:
 
 
 def is_added(name: str) -> bool:
-    """Whether a weight is an addition of a LoRA."""
+    """Return whether a weight belongs to a LoRA's additions."""
     return ".lora_" in name
 
 
 def merge_lora(model: CLIP) -> None:
-    """Merge the additions into the weights; the model is a plain one again, and trainable."""
+    """Merge the additions into the weights; the model becomes plain again, and trainable."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     for name, module in reversed(list(model.named_modules())):  # inner wrappers first

@@ -1,4 +1,4 @@
-"""timm's NaFlexVit for our patch sequences; imports timm, which takes seconds.
+"""timm's NaFlexVit for our patch sequences; importing timm takes seconds.
 
 timm resizes the position embedding once for each size of grid, whose sizes it copies from the device: every training
 step would wait for the device. Here the same values are one matrix product.
@@ -15,7 +15,7 @@ from lit_clip.models.patches import unpacked
 
 
 class _Embeds(NaFlexEmbeds):
-    """timm's embeddings, with a bilinear, antialiased position embedding that does not wait for the device."""
+    """timm's embeddings, with a bilinear, antialiased position embedding that does not synchronise with the device."""
 
     def _apply_learned_naflex_pos_embed(self, x: Tensor, patch_coord: Tensor) -> None:
         grid: Any = self.pos_embed  # [1, rows, columns, W]
@@ -42,12 +42,12 @@ def _weights(place: Tensor, length: Tensor, cells: int) -> Tensor:
 
 
 def is_naflex(trunk: nn.Module) -> bool:
-    """Whether a model of timm reads patch sequences."""
+    """Return whether a timm model reads patch sequences."""
     return isinstance(trunk, NaFlexVit) and bool(trunk.embeds.is_linear and trunk.embeds.channels_last)
 
 
 def prepare(trunk: nn.Module) -> None:
-    """Replace timm's position embedding where ours has the same values, and mask keys only: queries may be padding."""
+    """Replace timm's position embedding if ours has equal values, and mask only keys: queries may be padding."""
     assert isinstance(trunk, NaFlexVit)
     embeds, trunk.use_key_only_attn_mask = trunk.embeds, True
     as_ours = embeds.pos_embed_interp_mode == "bilinear" and embeds.pos_embed_antialias
@@ -57,7 +57,7 @@ def prepare(trunk: nn.Module) -> None:
 
 
 def features(trunk: Any, images: Tensor) -> Tensor:
-    """``[B, 1 + N, 3PP]`` float, normalised -> ``[B, W]``, by a trunk that :func:`is_naflex`; padding is ignored."""
+    """``[B, 1 + N, 3PP]`` float, normalised -> ``[B, W]``, for a trunk that :func:`is_naflex`; ignores padding."""
     row = trunk.embeds.proj.in_features
     if images.shape[2] != row:
         raise InputError(f"images are {list(images.shape)}, the model reads [B, 1 + N, {row}]; use model.preprocess")

@@ -1,4 +1,4 @@
-"""Translate open_clip's model configurations, as far as lit-clip supports the models."""
+"""Translate open_clip's configurations of models that lit-clip supports."""
 
 import importlib.util
 import json
@@ -50,7 +50,7 @@ _NEUTRAL = {
 
 
 class _CheckedDict:
-    """A dictionary whose entries must all be taken, or be of :data:`_NEUTRAL`."""
+    """A dictionary with entries that must all be used, or be in :data:`_NEUTRAL`."""
 
     def __init__(self, values: Mapping[str, Any], name: str) -> None:
         self.values, self.name = dict(values), name
@@ -71,7 +71,7 @@ class _CheckedDict:
 
 
 def configs_folder() -> Path | None:
-    """Return the folder of the installed ``open-clip-torch``'s configurations, without importing the package."""
+    """Return the configuration folder of the installed ``open-clip-torch``, without importing the package."""
     spec = importlib.util.find_spec("open_clip")
     places = spec.submodule_search_locations if spec else None
     return Path(places[0]) / "model_configs" if places else None
@@ -79,20 +79,20 @@ def configs_folder() -> Path | None:
 
 @lru_cache(maxsize=1)
 def open_clip_names() -> tuple[str, ...]:
-    """List every model name that open_clip has a configuration for."""
+    """List every model name with a configuration in open_clip."""
     folder = configs_folder()
     return tuple(sorted(path.stem for path in folder.glob("*.json"))) if folder else ()
 
 
 def model_config(name: str) -> dict[str, Any]:
-    """Return open_clip's ``model_cfg`` of a name in :func:`open_clip_names`."""
+    """Return open_clip's ``model_cfg`` for a name of :func:`open_clip_names`."""
     folder = configs_folder()
     assert folder is not None
     return json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def from_open_clip(model: Mapping[str, Any], preprocess: Mapping[str, Any] | None, name: str) -> CLIPConfig:
-    """Translate ``model_cfg`` and ``preprocess_cfg`` of an ``open_clip_config.json``; messages name their source.
+    """Translate ``model_cfg`` and ``preprocess_cfg`` of an ``open_clip_config.json``; messages name its source.
 
     Without the latter it is open_clip's default for that kind of model.
     """
@@ -148,13 +148,13 @@ def _preprocessing(values: Mapping[str, Any] | None, vision: Mapping[str, Any], 
 
 
 def _timm(name: str) -> TimmConfig:
-    """Return timm's model of a name; what a name on the hub stands for is read from there."""
+    """Return timm's model of a name; a name on the hub is looked up there."""
     timms = TimmConfig(name)
     return replace(timms, model=timm_hub_model(name)) if timms.on_hub else timms
 
 
 def _naflex(values: Mapping[str, Any], vision: Mapping[str, Any], size: Size, timms: TimmConfig) -> Preprocessing:
-    """Return the preprocessing of SigLIP 2's NaFlex models, by timm's model."""
+    """Return the preprocessing of SigLIP 2's NaFlex models, from timm's model."""
     patch = naflex_patch_size(timms)
     if patch is None:
         raise InputError(f"timm's {timms.timm} reads no patches, which lit-clip needs of that class")

@@ -1,4 +1,4 @@
-"""Pack the tokens of a batch without padding, so that no layer computes values that nothing reads.
+"""Pack a batch's tokens without padding, so that no layer computes unused values.
 
 Shapes: B sequences, L tokens of the longest, T tokens of all sequences, W width, H heads.
 """
@@ -26,7 +26,7 @@ class Layout(NamedTuple):
     mask: Tensor | None = None
 
     def attend(self, qkv_TX: Tensor, heads: int) -> Tensor:
-        """Queries, keys and values of all tokens, ``[T, 3W]`` -> ``[T, W]``."""
+        """Attend with queries, keys and values of all tokens, ``[T, 3W]`` -> ``[T, W]``."""
         if len(self.runs) == 1:
             return self._run(qkv_TX, *self.runs[0], heads)
         parts = qkv_TX.split([count * length for count, length in self.runs])
@@ -133,7 +133,7 @@ def pack(lengths: Sequence[int], device: torch.device, row_length: int | None = 
 
 
 def _fill_rows(runs: Sequence[tuple[int, int]], row_length: int) -> tuple[list[int], int]:
-    """Put texts, counts and lengths in ``runs``, into few rows, each into the fullest that has room, longest first.
+    """Pack texts, given as ``runs`` of count and length, into few rows: longest first, each into the fullest fit.
 
     Return the index of each text's first token, in the order of ``runs`` (shortest first), and the number of rows. It
     is rounded up by a sixteenth at most, so that batches have few shapes: kernels are planned for each.
@@ -158,7 +158,7 @@ def _fill_rows(runs: Sequence[tuple[int, int]], row_length: int) -> tuple[list[i
 
 
 def _moved(device: torch.device, *tensors: Tensor) -> tuple[Tensor, ...]:
-    """Copy int64 vectors to a device at once."""
+    """Copy several int64 vectors to a device in one transfer."""
     return to_device(torch.cat(tensors), device).split([len(tensor) for tensor in tensors])
 
 

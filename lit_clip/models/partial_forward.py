@@ -1,4 +1,4 @@
-"""Start an encoder in its middle, from the activations that enter one of its modules."""
+"""Start an encoder in its middle, from the input activations of one of its modules."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 
 class PartialForward(NamedTuple):
-    """Activations to start from in the middle of a text encoder."""
+    """Activations for starting in the middle of a text encoder."""
 
     x: Tensor  # float [B, L, W], the input of ``module``; padding may have any finite values
     block: int  # number of the first block to compute; all of them if there is none
@@ -18,7 +18,7 @@ class PartialForward(NamedTuple):
 
 @contextmanager
 def starting_at(module: nn.Module, x: Tensor, skipped: Sequence[tuple[nn.Module, int]] = ()) -> Iterator[None]:
-    """Within this context the module's first input is ``x``, and the ``skipped`` blocks return their first input."""
+    """Inside this block, the module's first input is ``x``, and ``skipped`` blocks return their first input."""
 
     def replace(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         if args:

@@ -32,7 +32,7 @@ class Patches(NamedTuple):
 
 @lru_cache(maxsize=4096)
 def grid_size(height: int, width: int, patch_size: int, max_patches: int) -> tuple[int, int]:
-    """Return rows and columns of the largest grid of patches in an image's aspect ratio that the budget allows."""
+    """Return rows and columns of the largest patch grid with an image's aspect ratio within the budget."""
 
     def grid(scale: float) -> tuple[int, int]:
         rows, columns = (max(1, math.ceil(side * scale / patch_size)) for side in (height, width))
@@ -46,7 +46,7 @@ def grid_size(height: int, width: int, patch_size: int, max_patches: int) -> tup
 
 
 def sequence_size(height: int, width: int, config: Preprocessing) -> tuple[int, int]:
-    """Return the height and width in pixels that an image is resized to."""
+    """Return the height and width in pixels to resize an image to."""
     assert config.patch_size
     assert config.max_patches
     rows, columns = grid_size(height, width, config.patch_size, config.max_patches)
@@ -70,7 +70,7 @@ def patch_sequence(image: Any, config: Preprocessing) -> Tensor:
 
 
 def as_image(pixels: Tensor) -> Tensor:
-    """Put the patches of uint8 ``[1 + N, 3PP]`` together, to ``[3, H, W]``; ``[3, H, W]`` comes back as it is."""
+    """Join the patches of uint8 ``[1 + N, 3PP]`` to ``[3, H, W]``; return ``[3, H, W]`` unchanged."""
     if pixels.ndim == 3:
         return pixels
     high, low, more, less = pixels[0, :4].tolist()
@@ -80,7 +80,7 @@ def as_image(pixels: Tensor) -> Tensor:
 
 
 def unpacked(images: Tensor) -> Patches:
-    """Split ``[B, 1 + N, 3PP]``; on a CPU, whose tensors can be read for nothing, without columns of padding alone.
+    """Split ``[B, 1 + N, 3PP]``; on a CPU, where reading values is free, drop columns that are only padding.
 
     A blank image of zeros, first row included, is one row of N patches.
     """

@@ -19,7 +19,7 @@ from lit_clip.tools.levels import BITS, check_count, eight_bits, levels_of
 
 
 def to_rgb(image: Any) -> Any:
-    """Convert any image to RGB by Pillow's rules, as in every peer: published models were trained on such pixels.
+    """Convert any image to RGB by Pillow's rules: published models were trained on such pixels.
 
     Transparency is dropped (the colours underneath show), and a camera's rotation flag is ignored. Of 16-bit grey
     levels, which Pillow clips at 255, the highest 8 bits are kept (:func:`lit_clip.tools.levels.eight_bits`).
@@ -48,7 +48,7 @@ def windowed(image: Image.Image, config: Preprocessing) -> Any:
 
 
 def with_warning(image: Image.Image | Array, config: Preprocessing) -> Image.Image:
-    """Return an image; warn of levels of more than 8 bits that have no window: neither the model's nor the file's."""
+    """Return an image; warn if it has more than 8 bits a level and neither model nor file has a window."""
     if isinstance(image, Array):
         from lit_clip.tools.bands import banded
 
@@ -67,7 +67,7 @@ def with_warning(image: Image.Image | Array, config: Preprocessing) -> Image.Ima
 
 
 class _Resize(v2.Transform):
-    """Resize to the smallest size of the same aspect ratio that covers the crop."""
+    """Resize to the smallest size with the same aspect ratio that covers the crop."""
 
     def __init__(self, height: int, width: int, interpolation: InterpolationMode) -> None:
         super().__init__()
@@ -81,13 +81,13 @@ class _Resize(v2.Transform):
 
 
 def resize_size(config: Preprocessing) -> int | tuple[int, int]:
-    """Return the size before the centre crop: the shorter side of a square, or height and width."""
+    """Return the size before the centre crop: the shorter side for a square, or height and width."""
     height, width = (math.floor(side / config.crop_pct) for side in height_width(config.image_size))
     return height if isinstance(config.image_size, int) and config.resize_mode == "shortest" else (height, width)
 
 
 def resize_steps(config: Preprocessing) -> list[v2.Transform]:
-    """Return the transforms that bring an image of any size to the model's, as in evaluation."""
+    """Return the evaluation transforms that resize an image of any size to the model's."""
     interpolation, size = InterpolationMode(config.interpolation), resize_size(config)
     whole = config.resize_mode == "squash" or isinstance(size, int)
     resize = v2.Resize(size, interpolation) if whole else _Resize(*height_width(size), interpolation)

@@ -1,4 +1,4 @@
-"""Learning rates and weight decay of the parts of a model, as factors of the optimiser's."""
+"""Learning rates and weight decay of parts of a model, as factors of the optimiser's settings."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -50,7 +50,7 @@ class LayerDecay:
 
 @dataclass
 class Rates:
-    """Factors of each part; a number is a factor of the learning rate.
+    """Factors of each part; a plain number is a factor of the learning rate.
 
     Attributes:
         image: the image encoder.
@@ -81,7 +81,7 @@ class Rates:
         self.layer_decay_of("image")
 
     def of(self, part: Part) -> Rate:
-        """Return the factors of a part, of a head without any those of the loss."""
+        """Return the factors of a part; if ``head`` is None, they are 1 for the loss."""
         value = getattr(self, part)
         return value if isinstance(value, Rate) else Rate(1.0 if value is None else value)
 
@@ -92,7 +92,7 @@ class Rates:
 
 
 class Layer(NamedTuple):
-    """Parameters with the same factors, and the part that they are rated as."""
+    """Parameters with the same factors, and the part that sets them."""
 
     name: str
     part: Part
@@ -101,7 +101,7 @@ class Layer(NamedTuple):
 
 
 def rated_layers(model: Any, rates: Rates | None) -> list[Layer]:
-    """Return a model's layers from the head to the embeddings; each parameter of the model is in one.
+    """Return a model's layers from the heads to the embeddings; each parameter is in exactly one.
 
     Without rates, there is one layer, ``all``, if everything is trained, and otherwise one for each encoder.
     """

@@ -1,4 +1,4 @@
-"""Models by name: the paper's, those of open_clip that lit-clip supports, and two tiny ones to start with.
+"""Models by name: the paper's, open_clip's that lit-clip supports, and two tiny ones for a first run.
 
 Sizes are from tables 19 and 20 of the paper, names from open_clip.
 """
@@ -69,7 +69,7 @@ def list_models() -> list[str]:
 
 
 def resolve_architecture(architecture: "str | CLIPConfig | Mapping[str, Any]") -> CLIPConfig:
-    """Return the configuration of a name or of a checkpoint's mapping, with settings of other libraries filled in."""
+    """Return the configuration of a name or a checkpoint's mapping, with other libraries' settings filled in."""
     if isinstance(architecture, CLIPConfig):
         return with_external_settings(architecture)
     if isinstance(architecture, Mapping):

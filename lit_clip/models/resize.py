@@ -52,7 +52,7 @@ def reads_padding(text: TextConfig) -> bool:
 
 
 def _budget(preprocessing: Preprocessing, image_size: Size) -> int:
-    """Return the number of NaFlex's patches in an image of this size."""
+    """Return the number of NaFlex patches in an image of this size."""
     assert preprocessing.patch_size is not None
     patches = math.prod(side // preprocessing.patch_size for side in height_width(image_size))
     require(patches > 0, f"image_size: {image_size} holds no patch of {preprocessing.patch_size} pixels")
@@ -67,7 +67,7 @@ def _not_custom(tower: object, size: str) -> None:
 
 
 def resize_weights(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -> dict[str, Tensor]:
-    """Adapt weights of ``old`` to ``new``, its :func:`resized` architecture.
+    """Adapt weights of the architecture ``old`` to ``new``, which comes from :func:`resized`.
 
     The image encoder's position embedding is interpolated (bicubic, antialiased, as in open_clip and timm). The text
     encoder's is truncated at the end, or :func:`stretched`: features of captions of at most ``KEPT_POSITIONS`` tokens
@@ -85,7 +85,7 @@ def resize_weights(state: dict[str, Tensor], old: CLIPConfig, new: CLIPConfig) -
 
 
 def stretched(position_LW: Tensor, length: int) -> Tensor:
-    """Lengthen a text encoder's position embedding ``[L, W]`` as Long-CLIP does: order and distance keep their meaning.
+    """Lengthen a position embedding ``[L, W]`` for texts as Long-CLIP does: order and distance keep their meaning.
 
     The first ``KEPT_POSITIONS``, which short captions have trained well, stay bit-identical. The others are stretched
     by the ratio that fits, (length - kept) / (L - kept), which from 77 to 248 is 4: new position i lies at the old

@@ -18,12 +18,12 @@ EXPANSION = 4
 
 
 def weight_format(device: torch.device) -> torch.memory_format:
-    """Return the memory format of the convolutions' weights on a device; CUDA would convert others in every step."""
+    """Return the memory format for convolution weights on a device; CUDA would convert any other in every step."""
     return torch.channels_last if device.type == "cuda" else torch.contiguous_format
 
 
 class Bottleneck(nn.Module):
-    """A residual block that strides by average pooling, in the shortcut too."""
+    """A residual block that strides by average pooling, also in the shortcut."""
 
     def __init__(self, channels: int, planes: int, stride: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Bottleneck(nn.Module):
 
 
 class AttentionPool(nn.Module):
-    """Attention pooling: the mean of all positions attends to itself and all; includes the projection."""
+    """Attention pooling: the mean of all positions attends to itself and to all; includes the projection."""
 
     def __init__(self, positions: int, channels: int, heads: int, embed_dim: int) -> None:
         super().__init__()
@@ -121,7 +121,7 @@ class ModifiedResNet(nn.Module):
         return self.attnpool(self.feature_map(images))
 
     def features(self, images: Tensor) -> Tensor:
-        """``[B, 3, H, W]`` float, normalised -> ``[B, D]``: the pooling projects, so nothing lies before it."""
+        """``[B, 3, H, W]`` float, normalised -> ``[B, D]``: the pooling projects, so no features exist before it."""
         return self(images)
 
     def project(self, features: Tensor) -> Tensor:

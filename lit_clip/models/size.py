@@ -1,4 +1,4 @@
-"""Sizes of images, and the range of each number of an architecture."""
+"""Image sizes, and the allowed range of each number in an architecture."""
 
 from typing import Annotated
 
@@ -25,6 +25,6 @@ def height_width(size: Size) -> tuple[int, int]:
 
 
 def normalised(size: Size) -> Size:
-    """Return a square as one number; JSON and YAML give a list instead of a tuple."""
+    """Return a square size as one number; JSON and YAML give a list instead of a tuple."""
     height, width = height_width(size)
     return height if height == width else (height, width)

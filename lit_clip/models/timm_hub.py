@@ -1,4 +1,4 @@
-"""timm models that a name on the Hugging Face hub stands for: their settings and their weights, read as data."""
+"""timm models by their name on the Hugging Face hub: settings and weights, read as data."""
 
 import json
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ _WEIGHTS = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "mode
 
 
 def timm_hub_model(name: str) -> dict[str, Any]:
-    """Read what a hub name stands for: ``hf-hub:org/name``, perhaps with ``@revision``.
+    """Read the model of a hub name: ``hf-hub:org/name``, optionally with ``@revision``.
 
     Return ``architecture``, timm's name of the model, ``model_args``, its arguments, and ``data``, its preprocessing.
     """
@@ -44,7 +44,7 @@ def timm_hub_model(name: str) -> dict[str, Any]:
 
 
 def timm_hub_weights(name: str) -> Path:
-    """Return the file of a hub name's weights, to be read by :mod:`lit_clip.tools.weight_files`."""
+    """Return the weight file of a hub name; :mod:`lit_clip.tools.weight_files` reads it."""
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     files, absent, unreached = ", ".join(_WEIGHTS), None, None

@@ -51,7 +51,7 @@ def bytes_to_unicode() -> dict[int, str]:
 
 @lru_cache(maxsize=1)
 def byte_pair_tokenizer() -> Tokenizer:
-    """Build CLIP's byte-pair encoding; texts must be cleaned and split before."""
+    """Build CLIP's byte-pair encoding for texts that are already cleaned and split."""
     with gzip.open(vocabulary_file(), "rt", encoding="utf-8") as file:
         lines = file.read().split("\n")[1 : MERGES + 1]  # the first line is a version
     merges = [(left, right) for left, right in (line.split() for line in lines)]
@@ -66,7 +66,7 @@ def byte_pair_tokenizer() -> Tokenizer:
 
 
 def repaired(text: str) -> str:
-    """Fix broken Unicode and undo HTML escapes (twice), in time that grows with the length of the text alone.
+    """Fix broken Unicode and undo HTML escapes (twice), in time linear in the length of the text.
 
     Up to ``PIECE`` characters this is the paper's cleaning; a longer text is cleaned in pieces that end at white space,
     and what follows ``MOST_READ`` characters is left out.
@@ -78,7 +78,7 @@ def repaired(text: str) -> str:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """Cut a text into pieces of at most ``PIECE`` characters, after the last space or line break where there is one."""
+    """Cut a text into pieces of at most ``PIECE`` characters, after the last space or line break if possible."""
     start = 0
     while len(text) - start > PIECE:
         stop = start + PIECE
@@ -144,7 +144,7 @@ def checked_texts(texts: str | Sequence[str]) -> list[str]:
 
 
 def unpadded_lengths(tokens: Tensor, pad_id: int) -> Tensor:
-    """int64 ``[N, L]`` -> ``[N]``: columns up to the last token that is no padding."""
+    """int64 ``[N, L]`` -> ``[N]``: columns up to the last token that is not padding."""
     columns = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
     return ((tokens != pad_id) * columns).amax(dim=1)
 
@@ -165,7 +165,7 @@ class TextTokenizer(ABC):
 
     @abstractmethod
     def lengths(self, tokens: Tensor) -> Tensor:
-        """int64 ``[N, L]`` -> ``[N]``: how many columns of each text the encoder must see."""
+        """int64 ``[N, L]`` -> ``[N]``: the number of columns of each text that the encoder needs."""
 
     @abstractmethod
     def with_context(self, context_length: int) -> "TextTokenizer":
@@ -176,7 +176,7 @@ class TextTokenizer(ABC):
         """Return the text of ids, without special tokens."""
 
     def trim(self, tokens: Tensor) -> Tensor:
-        """Drop the columns that no text needs: ``[N, L]`` -> ``[N, longest]``; features do not change."""
+        """Drop columns that no text needs: ``[N, L]`` -> ``[N, longest]``; features do not change."""
         return tokens[:, : int(self.lengths(tokens).max())] if len(tokens) else tokens
 
 

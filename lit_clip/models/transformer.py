@@ -1,4 +1,4 @@
-"""The paper's vision and text transformers, and the blocks they share.
+"""The paper's vision and text transformers, and the blocks that both use.
 
 Parameter names and shapes are those of OpenAI's code, so published weights load without renaming.
 Shapes: B batch, L tokens, W width, H heads, D embedding dimension.
@@ -25,14 +25,14 @@ class QuickGELU(nn.Module):
 
 
 def activation_module(activation: Activation) -> nn.Module:
-    """Create the activation of this name."""
+    """Create the named activation."""
     if activation == "quick_gelu":
         return QuickGELU()
     return nn.GELU(approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 class Attention(nn.MultiheadAttention):
-    """Multi-head self-attention with PyTorch's parameters and initialisation that calls the fused kernel directly."""
+    """Multi-head self-attention with PyTorch's parameters and initialisation; it calls the fused kernel directly."""
 
     # Self-attention has one input, PyTorch's signature has three.
     def forward(  # pyright: ignore[reportIncompatibleMethodOverride]
@@ -92,11 +92,11 @@ class Transformer(nn.Module):
 
     @property
     def is_compiled(self) -> bool:
-        """Whether ``torch.compile`` makes graphs of the blocks."""
+        """Whether ``torch.compile`` compiles the blocks."""
         return any(block._compiled_call_impl is not None for block in self.resblocks)
 
     def init_like_gpt(self) -> None:
-        """Initialise as OpenAI's text encoder: normal weights, those of the residual path smaller with depth."""
+        """Initialise as in OpenAI's text encoder: normal weights, smaller on the residual path with more depth."""
         for block in cast("Iterable[ResidualAttentionBlock]", self.resblocks):
             width = block.attn.embed_dim
             residual_std = width**-0.5 * (2 * len(self.resblocks)) ** -0.5
@@ -106,7 +106,7 @@ class Transformer(nn.Module):
             nn.init.normal_(block.mlp.c_proj.weight, std=residual_std)
 
     def forward(self, x_TW: Tensor, layout: Layout, read_B: Tensor | None = None, first: int = 0) -> Tensor:
-        """Tokens ``[T, W]`` -> ``[T, W]``, or ``[B, W]`` for ``read_B``: the last block computes only those.
+        """Tokens ``[T, W]`` -> ``[T, W]``, or ``[B, W]`` for ``read_B``: the last block computes only these.
 
         With ``first`` the tokens are the input of that block, and the blocks before it are not computed.
         """
@@ -127,7 +127,7 @@ def check_images(images: Tensor, image_size: Size, bands: int = 3) -> None:
 
 
 def resample_positions(position_LW: Tensor, old: tuple[int, int], new: tuple[int, int]) -> Tensor:
-    """Interpolate an image's position embedding, the class token's first (bicubic, antialiased, as in open_clip)."""
+    """Interpolate an image's position embedding after the class token (bicubic, antialiased, as in open_clip)."""
     from timm.layers import resample_abs_pos_embed  # pyright: ignore[reportPrivateImportUsage]  # its documented home
 
     return resample_abs_pos_embed(position_LW[None], list(new), list(old), num_prefix_tokens=1)[0]
@@ -154,7 +154,7 @@ class AttentionalPooler(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """ViT as in the paper: no bias in the patch embedding, a LayerNorm before the blocks, the class token projected.
+    """The paper's ViT: no bias in the patch embedding, a LayerNorm before the blocks, the class token projected.
 
     Other models have no such LayerNorm, or read other tokens (:class:`VisionTransformerConfig`).
 
@@ -218,7 +218,7 @@ class VisionTransformer(nn.Module):
         return self.features_behind(x[:, 1:].mean(dim=1) if self.pool == "mean" else x)
 
     def features_behind(self, x: Tensor) -> Tensor:
-        """Compute :meth:`features` from what enters the first module behind the blocks."""
+        """Compute :meth:`features` from the input of the first module after the blocks."""
         return self.ln_post(x if self.attn_pool is None else self.attn_pool(x))
 
     def _patches(self, images: Tensor, grid: tuple[int, int]) -> Tensor:
@@ -245,7 +245,7 @@ class VisionTransformer(nn.Module):
 
 
 class TextTransformer(nn.Module):
-    """The text transformers of the paper, of SigLIP and of others, see :class:`TextTransformerConfig`.
+    """The text transformer of the paper, of SigLIP and of others; see :class:`TextTransformerConfig`.
 
     OpenAI's CLIP has these parts beside its image encoder, not in a module of their own. :class:`lit_clip.CLIP` then
     is a text transformer itself, and calls :meth:`add_text` and :meth:`read_text`.
@@ -287,7 +287,7 @@ class TextTransformer(nn.Module):
     def forward(
         self, tokens: Tensor, lengths: Sequence[int] | None = None, entering: PartialForward | None = None
     ) -> Tensor:
-        """int64 ``[B, L]`` -> ``[B, D]``; ``L`` is the context length if all padding is read, else at most that.
+        """int64 ``[B, L]`` -> ``[B, D]``; ``L`` is the context length if all padding is read, otherwise at most that.
 
         Args:
             tokens: ids.
@@ -329,14 +329,14 @@ class TextTransformer(nn.Module):
     read_text = forward
 
     def _ends(self, tokens: Tensor) -> Tensor:
-        """Return the column of the token that is read: int64 ``[B, L]`` -> ``[B]``."""
+        """Return the column of the token to pool: int64 ``[B, L]`` -> ``[B]``."""
         if self.text_pool == "last":
             return torch.full_like(tokens[:, 0], tokens.shape[1] - 1)
         # argmax takes the first of equal values, and has no kernel for bools.
         return (tokens if self.text_pool == "argmax" else (tokens == self.eos_id).int()).argmax(dim=-1)
 
     def _read_class(self, tokens: Tensor, lengths: Sequence[int] | None, entering: PartialForward | None) -> Tensor:
-        """Compute the class token behind the texts: int64 ``[B, L]`` -> ``[B, W]``.
+        """Compute the class token after the texts: int64 ``[B, L]`` -> ``[B, W]``.
 
         Every query reads a token only if the one before it is no padding, as when CoCa's weights were trained: the
         class token reads one padding token, and itself only behind a text of full length. No other token reads it, so
@@ -364,18 +364,18 @@ class TextTransformer(nn.Module):
         return self.transformer(x.flatten(0, 1), layout, read_B, first)
 
     def project_text(self, x_BW: Tensor) -> Tensor:
-        """Tokens that are read, from the last block -> ``[B, D]``."""
+        """Project the pooled tokens of the last block -> ``[B, D]``."""
         x, project = self.ln_final(x_BW), self.text_projection
         if project is None:
             return x
         return project(x) if isinstance(project, nn.Linear) else x @ project  # [B, D]
 
     def _may_pack(self, tokens: Tensor, lengths: Sequence[int] | None) -> bool:
-        """Whether the lengths are known, and the computation may depend on them."""
+        """Return whether the lengths are known and may affect the computation."""
         return not is_traced() and len(tokens) > 0 and (bool(lengths) or tokens.device.type == "cpu")
 
     def _row_length(self, lengths: Sequence[int], device: torch.device) -> int | None:
-        """Tokens of a row of texts; None: one call per length, which is faster on a CPU, or all have one length.
+        """Return tokens per packed row; None for one call per length (faster on a CPU), or for equal lengths.
 
         A compiled block would have a graph for each set of lengths.
         """
@@ -384,11 +384,11 @@ class TextTransformer(nn.Module):
         return -(-len(self.positional_embedding) // 16) * 16
 
     def _embed(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Ids ``[...]`` and their position embeddings ``[..., W]`` -> ``[T, W]``."""
+        """Embed ids ``[...]`` with their position embeddings ``[..., W]`` -> ``[T, W]``."""
         return (self.token_embedding(tokens) + positions).flatten(0, -2)
 
 
 def is_traced() -> bool:
-    """Whether a graph is being traced, which must not depend on the lengths of this batch's texts."""
+    """Return whether a graph is being traced; it must not depend on this batch's text lengths."""
     # torch documents is_tracing, but types it as private.
     return torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]

@@ -1,4 +1,4 @@
-"""Recipes: what chooses settings of ``fit`` from the data, see :class:`Recipe`."""
+"""Recipes: they choose settings of ``fit`` from the data, see :class:`Recipe`."""
 
 from lit_clip.recipes.pretrained_encoders import PretrainedEncoders
 from lit_clip.recipes.recipe import Choice, Facts, Recipe, Run

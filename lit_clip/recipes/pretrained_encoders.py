@@ -1,4 +1,4 @@
-"""Train two pretrained encoders on pairs of one's own within some minutes."""
+"""Train two pretrained encoders on your own pairs within some minutes."""
 
 import math
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ EPOCHS = ("trainer.max_epochs",)
 
 
 class Rule(NamedTuple):
-    """How some kind of captions is trained on; docs/evidence/recipes.md has what was measured."""
+    """Settings for one kind of captions; docs/evidence/recipes.md has the measurements."""
 
     captions: str
     batch: int  # samples of a step on all ranks, if there are four times as many
@@ -45,7 +45,7 @@ SENTENCES = Rule("sentences", 192, 1e-3, 60_000, 10, 20)
 
 
 class Work(NamedTuple):
-    """What an epoch trains on: samples are images with some captions each."""
+    """Samples of an epoch: images, each with its captions."""
 
     samples: int
     captions: float  # of a sample
@@ -54,7 +54,7 @@ class Work(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How much is trained, and how long it takes."""
+    """Amount of training, and the time that it takes."""
 
     freeze: Freeze
     versions: int
@@ -65,7 +65,7 @@ class Plan(NamedTuple):
 
 
 class PretrainedEncoders(Recipe):
-    """Train the heads of two pretrained encoders, and their last blocks if there is time, on stored features.
+    """Train the heads of two pretrained encoders, and last blocks if time allows, on stored features.
 
     Batch and learning rate follow a rule: :data:`KINDS` where images share few captions, otherwise :data:`SENTENCES`.
     All captions of an image are in one step. Number of trainable blocks, steps and augmented versions of each image
@@ -121,19 +121,19 @@ class PretrainedEncoders(Recipe):
 
 
 def _levels(run: Run) -> Sequence[Freeze]:
-    """Return what to freeze, to choose from; as set, if the user has set it."""
+    """Return the levels of freezing to choose from; only the user's, if one is set."""
     if not run.is_given("model.freeze"):
         return LEVELS
     return [from_plain(Freeze, run.module.hparams["freeze"] or {}, "model.freeze")]
 
 
 def rule_for(facts: Facts) -> Rule:
-    """Return the rule for captions: names of kinds are those that four images or more share in the mean."""
+    """Return the rule for captions; they are names of kinds if on average at least four images share one."""
     return KINDS if 4 * facts.captions <= facts.pairs else SENTENCES
 
 
 def together_for(run: Run) -> bool:
-    """Return whether a step has all captions of an image: where images have several, and nothing given refuses it."""
+    """Return whether a step has all captions of an image: if images have several, and no given setting forbids it."""
     if run.is_given("data.captions.per_image"):
         return run.per_image == "together"
     one_caption = run.given.get("data.images.per_thing") in ("two", "together")
@@ -142,7 +142,7 @@ def together_for(run: Run) -> bool:
 
 
 def work_for(facts: Facts, rule: Rule, together: bool, batch: int | None = None) -> Work:
-    """Return what a run trains on if there is time."""
+    """Return the training work of a run with enough time."""
     samples = facts.images if together else facts.pairs
     captions = max(facts.pairs, facts.captions) / facts.images if together else 1.0
     batch = batch or max(2, min(rule.batch, samples // 4))
@@ -153,7 +153,7 @@ def work_for(facts: Facts, rule: Rule, together: bool, batch: int | None = None)
 def plan_for(
     facts: Facts, work: Work, speeds: Sequence[tuple[Freeze, Speed]], seconds: float, augmented: bool = True
 ) -> Plan:
-    """Return the most trainable blocks, then steps and augmented versions, that fit into a time.
+    """Return the plan that fits a time with most trainable blocks, then most steps and augmented versions.
 
     Of ``speeds``, with the most trainable blocks first, the first is taken for which :data:`LEAST` steps fit.
     If nothing fits the plan is the smallest.
@@ -162,7 +162,7 @@ def plan_for(
     least = min(work.steps, LEAST)
 
     def planned(level: tuple[Freeze, Speed], versions: int, fewest: int) -> Plan:
-        """Return the plan with so many versions and as many steps as fit, but not fewer than ``fewest``."""
+        """Return the plan with this number of versions and as many steps as fit, at least ``fewest``."""
         freeze, speed = level
         encoding = (facts.images * versions + validated) * speed.image + facts.captions * speed.text
         step = work.batch * (speed.image_step + work.captions * speed.text_step)
@@ -186,7 +186,7 @@ def plan_for(
 
 
 def too_short(minutes: float, used: float, plan: Plan, facts: Facts) -> str:
-    """Return what a time lacks of which so many seconds are used; the plan is the smallest there is."""
+    """Return a message about the missing time, after ``used`` seconds; the plan is the smallest one."""
     needed = (used + plan.encoding + plan.training) / 60
     return (
         f"recipe.minutes: {used / 60:.1f} of {minutes:g} are used by the start, and {facts.images:,} images and "

@@ -1,4 +1,4 @@
-"""What a recipe is: it chooses settings of ``fit`` that nobody has named, from the data and the model."""
+"""Interface of a recipe: it chooses settings of ``fit`` that the user has not set, from the data and the model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +13,7 @@ MOST_ROWS, FEW_ROWS = 20_000, 1_000  # that are looked at: where images have nam
 
 
 class Choice(NamedTuple):
-    """A setting that a recipe chooses."""
+    """A setting chosen by a recipe."""
 
     option: str  # as typed, without dashes: ``model.optimizer.lr``, ``trainer.callbacks.EMA.decay``
     value: Any  # plain
@@ -32,7 +32,7 @@ class Facts(NamedTuple):
 
 
 class Run:
-    """A run before it begins: what a recipe may look at. Data and model are made when they are first asked for.
+    """A run before its start, as a recipe sees it. Data and model are created on first use.
 
     Args:
         given: settings on the command line and in YAML files, by the names that are typed.
@@ -70,12 +70,12 @@ class Run:
 
     @property
     def per_image(self) -> str:
-        """Which captions of an image an epoch has: ``data.captions.per_image``."""
+        """The captions of an image in an epoch: ``data.captions.per_image``."""
         return getattr(getattr(self.data, "captions", None), "per_image", "all")
 
     @cached_property
     def facts(self) -> Facts:
-        """Numbers of the training data; of large data the first rows are read, and the others taken to be alike."""
+        """Numbers of the training data; for large data, estimated from the first rows."""
         train, val = self.data.train_source, self.data.val_source
         names = train.image_names()
         rows = min(len(train), MOST_ROWS if names is not None else FEW_ROWS)
@@ -93,27 +93,27 @@ class Run:
         )
 
     def count(self, option: str) -> int | None:
-        """Return a count that is given; None if it is not, or if it is none (-1: without a limit)."""
+        """Return a given count; None if it is not given, or without a limit (-1)."""
         value = self.given.get(option)
         return value if type(value) is int and value > 0 else None
 
     @property
     def given_batch(self) -> int | None:
-        """Pairs per step of all ranks, if they are given."""
+        """Pairs per step over all ranks, if given."""
         of_rank = self.count("data.batch_size")
         return self.count("data.global_batch_size") or (of_rank and of_rank * self.world)
 
     def steps_per_epoch(self, batch: int) -> int:
-        """Return the steps of an epoch with so many pairs of all ranks in each."""
+        """Return the steps of an epoch, from the number of pairs per step over all ranks."""
         order = getattr(self.data, "batch_order", None)  # without duplicates
         return order.batches(batch) if order else max(1, self.facts.pairs // batch)
 
     def divisible(self, batch: int) -> int:
-        """Return a number of pairs per step of all ranks that they can divide: at most ``batch``, but one each."""
+        """Return a number of pairs per step that all ranks can share: at most ``batch``, but at least one each."""
         return max(self.world, batch // self.world * self.world)
 
     def is_given(self, *options: str) -> bool:
-        """Return whether the user has set one of these options, a part of it, or what it is a part of.
+        """Return whether the user has set one of these options, a part of one, or the option above one.
 
         ``--model my_clip.Cautious`` and ``--data my_data.Prompts`` name a class, and set none of its options.
         """
@@ -125,7 +125,7 @@ class Run:
 
 
 class Recipe(ABC):
-    """Chooses settings that neither the command line nor a YAML file names. Subclass it for a recipe of your own.
+    """Choose settings that neither the command line nor a YAML file sets. Subclass it for your own recipe.
 
     The settings are parsed as if they had been typed, shown in a table with reasons before the plan, and saved in the
     run's ``fit_config.yaml``, which names no recipe: a run is resumed with the settings that it began with.
@@ -135,10 +135,10 @@ class Recipe(ABC):
 
     @abstractmethod
     def choose(self, run: Run) -> list[Choice]:
-        """Return the choices, a pure function of the run. Those of settings that are given are left out."""
+        """Return the choices, a pure function of the run. Choices of given settings are ignored."""
 
     def choose_without_pairs(self, run: Run) -> list[Choice]:
-        """Return the choices for a data module that opens no pairs, so that their number is not known."""
+        """Return the choices for a data module without pairs; their number is then unknown."""
         return []
 
     def choices(self, run: Run) -> list[Choice]:

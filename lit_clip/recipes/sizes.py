@@ -1,4 +1,4 @@
-"""Recipes that follow the number of training pairs: fine-tuning a model, and training one from scratch.
+"""Recipes that depend on the number of training pairs: fine-tune a model, or train one from scratch.
 
 Each is a table whose rows docs/evidence/recipes.md measured, up to 3,000 pairs for fine-tuning and 50,000 from scratch;
 the rows behind them come from the paper's rates, and say so.
@@ -20,7 +20,7 @@ EPOCHS = ("trainer.max_epochs", "trainer.max_steps")
 
 
 class Row(NamedTuple):
-    """Settings for training pairs below a number."""
+    """Settings for fewer training pairs than a limit."""
 
     below: float
     batch: int  # pairs per step on all ranks
@@ -68,7 +68,7 @@ def sizes(
     steps: int | None = None,
     per_epoch: int | None = None,
 ) -> Sizes:
-    """Return the settings for a number of training pairs, those that are given as they are.
+    """Return the settings for a number of training pairs; given settings stay as they are.
 
     ``per_epoch`` are the steps of an epoch, if they are fewer than the batches that there are pairs for.
     A batch is never larger than the data, and a run has at least :data:`FEWEST_STEPS` steps and a validation at its
@@ -87,7 +87,7 @@ def sizes(
 
 
 class FineTuning(Recipe):
-    """Fine-tune a pretrained model on any number of pairs: the fewer, the smaller the batch and the more epochs.
+    """Fine-tune a pretrained model on any number of pairs: with fewer pairs, smaller batches and more epochs.
 
     Where captions or images repeat, equal ones are no negatives of each other; BatchNorm keeps its statistics.
     """
@@ -103,7 +103,7 @@ class FineTuning(Recipe):
 
 
 class FromScratch(Recipe):
-    """Train a model from scratch on any number of pairs; one that starts from pretrained weights as FineTuning does."""
+    """Train a model from scratch on any number of pairs; with pretrained weights, choose as FineTuning does."""
 
     def choose_without_pairs(self, run: Run) -> list[Choice]:
         rate = 1e-4 if run.given.get("model.pretrained") is not None else 1e-3
@@ -121,7 +121,7 @@ class FromScratch(Recipe):
 
 
 def _choices(run: Run, rows: Sequence[Row]) -> list[Choice]:
-    """Return the choices that follow from the number of pairs, and from batch, epochs and steps that are given."""
+    """Return the choices that follow from the number of pairs, and from given batch, epochs and steps."""
     pairs = run.facts.pairs
     batch = run.given_batch
     takes_batch = "global_batch_size" in inspect.signature(type(run.data)).parameters

@@ -1,4 +1,4 @@
-"""Measure how fast a machine encodes pairs through frozen layers, and trains what is behind them."""
+"""Measure how fast a machine encodes pairs through frozen layers and trains the layers after them."""
 
 import os
 import statistics
@@ -25,7 +25,7 @@ STEP, SLACK = 64, 1.2  # images or captions of a step; of decoding beside encodi
 
 
 class Speed(NamedTuple):
-    """Seconds of one device for some layers that are trained."""
+    """Seconds per item on one device, for a given choice of trainable layers."""
 
     image: float  # to decode, augment and encode an image through the frozen layers
     text: float  # to encode a caption
@@ -34,7 +34,7 @@ class Speed(NamedTuple):
 
 
 def measure(module: Any, data: Any, precision: Precision, freeze: Freeze, augmented: bool) -> Speed:
-    """Measure the layers in front of the last blocks and the heads, and steps of what is behind."""
+    """Measure the frozen layers, and training steps of the last blocks and heads after them."""
     model: CLIP = module.model
     frozen = frozen_names(model, freeze)
     for name, parameter in model.named_parameters():
@@ -76,7 +76,7 @@ def measure(module: Any, data: Any, precision: Precision, freeze: Freeze, augmen
 
 
 def _encoded_texts(encoding: Encoding, model: CLIP, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """Return activations, of tokens padded with zeros, and tokens; those of one length are encoded together."""
+    """Return activations, padded with zeros, and tokens; texts of equal length are encoded together."""
     tokens = model.tokenizer(list(captions))
     lengths = model.tokenizer.lengths(tokens)
     rows: list[Tensor] = [torch.zeros(0)] * len(tokens)
@@ -89,7 +89,7 @@ def _encoded_texts(encoding: Encoding, model: CLIP, captions: Sequence[str]) -> 
 
 
 def require_prefix(model: CLIP) -> FrozenPrefix:
-    """Use the frozen layers of both encoders, and return the image encoder's."""
+    """Set up the frozen layers of both encoders, and return the image encoder's."""
     found = [use_frozen_prefix(model, tower) for tower in TOWERS]
     for tower, prefix in zip(TOWERS, found, strict=True):
         require(
@@ -100,7 +100,7 @@ def require_prefix(model: CLIP) -> FrozenPrefix:
 
 
 def _timed(call: Any) -> tuple[Any, float]:
-    """Return what a call returns and its seconds: the median of three, after a first one, which is slower."""
+    """Return a call's result and its seconds: the median of three calls after a slower first one."""
     result, times = call(), []
     for _ in range(3):
         started = time.monotonic()

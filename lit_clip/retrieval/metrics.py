@@ -1,4 +1,4 @@
-"""Retrieval metrics and the loss of a whole set: pure functions of features, with memory linear in the number of pairs.
+"""Retrieval metrics and loss of a whole set: pure functions of features, with memory linear in the number of pairs.
 
 Shapes: I distinct images, T distinct captions, E distinct pairs of them, D embedding dimension.
 
@@ -30,7 +30,7 @@ class PairIndices(NamedTuple):
     earlier: Tensor  # number of rows of the set with this caption before the first row with this pair
 
     def to(self, device: torch.device) -> "PairIndices":
-        """Copy to a device."""
+        """Copy the indices to a device."""
         return PairIndices(*(column.to(device) for column in self))
 
 
@@ -58,13 +58,13 @@ def rank_local(local: Tensor) -> Tensor:
 
 
 def _spans(size: int, longest: int) -> list[slice]:
-    """Divide ``size`` rows into spans of at most ``longest``, whose lengths differ by at most one."""
+    """Divide ``size`` rows into spans of at most ``longest`` rows; their lengths differ by at most one."""
     count = -(-size // longest)
     return [slice(size * i // count, size * (i + 1) // count) for i in range(count)]
 
 
 def similarities(text_TD: Tensor, image_ID: Tensor) -> Tensor:
-    """Return ``[T, I]``, float32 or wider; in float32 equal features score equal, in sets of any size on any rank."""
+    """Return ``[T, I]``, float32 or wider; equal float32 features score equal, in any set and on any rank."""
     texts, images = (
         F.pad(rows, (0, 0, 0, FEWEST - len(rows))) if len(rows) < FEWEST else rows for rows in (text_TD, image_ID)
     )
@@ -101,7 +101,7 @@ def pair_scores(image_ID: Tensor, text_TD: Tensor, pairs: PairIndices) -> Tensor
 
 
 def _best(score_E: Tensor, index_E: Tensor, size: int) -> Tensor:
-    """Return the highest score of a right candidate of each query: infinity for NaN, -infinity if it has none."""
+    """Return each query's highest score of a right candidate: infinity for NaN, -infinity without one."""
     best = score_E.new_full((size,), -torch.inf)
     return best.scatter_reduce_(0, index_E, score_E.nan_to_num(nan=torch.inf, neginf=-torch.inf), "amax")
 
@@ -162,7 +162,7 @@ def retrieval_ranks(
 
 @torch.no_grad()
 def judged_ranks(query_QD: Tensor, document_ND: Tensor, query_J: Tensor, document_J: Tensor) -> Tensor:
-    """Return the rank of each judged document among all for its query, 1 is best: float64 ``[J]`` on the CPU.
+    """Return each judged document's rank among all for its query, 1 is best: float64 ``[J]`` on the CPU.
 
     Of documents that score alike the one of the lower row ranks first. A score that is NaN has rank infinity. Features
     have unit length; ``query_J`` (ascending) and ``document_J`` are rows of them, int64.
@@ -253,7 +253,7 @@ def whole_set_loss(
     maximum: Reduce = rank_local,
     total: Reduce = rank_local,
 ) -> float:
-    """Return the training loss of one batch with all N rows of the set; each row is right for itself alone.
+    """Return the training loss of one batch of the set's N rows; only a row's own caption is right for it.
 
     Rows with the same image and caption have the same similarities, which are computed once and weighted. ``scale`` is
     ``exp(logit_scale)``, ``bias`` the sigmoid loss's ``logit_bias``; other arguments as in :func:`retrieval_ranks`.

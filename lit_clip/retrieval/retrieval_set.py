@@ -47,7 +47,7 @@ def _numbered(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 class _Distinct:
-    """Features ``[n, D]`` of the distinct images (or captions) that this rank has seen, in order of appearance.
+    """Features ``[n, D]`` of this rank's distinct images (or captions), in order of appearance.
 
     They are stored in blocks, so that concatenating them never holds everything twice.
     """
@@ -73,7 +73,7 @@ class _Distinct:
             rest = rest[len(taken) :]
 
     def take(self, empty: Tensor) -> Tensor:
-        """Return all features and drop them; ``empty``, ``[0, D]``, is returned if there are none."""
+        """Return all features and forget them; return ``empty``, ``[0, D]``, if there are none."""
         if not self._blocks:
             return empty
         joined, start = self._blocks[0].new_empty(self._size, self._blocks[0].shape[1]), 0
@@ -86,7 +86,7 @@ class _Distinct:
 
 
 class _Owners(NamedTuple):
-    """The rank that owns each distinct image (or caption), where it appears first.
+    """The rank that owns each distinct image (or caption): the first on which it appears.
 
     ``numbers`` has each row's image, consecutive on its owner; ``counts`` how many each rank owns; ``owned`` which of
     the features on this rank it owns, ascending.
@@ -110,7 +110,7 @@ def _owners(hash_N: np.ndarray, rank_N: np.ndarray, rank: int, world: int) -> _O
 
 
 class Joined(NamedTuple):
-    """Features of all images and of this rank's captions, pairs of these captions there, all pairs on the CPU."""
+    """Features of all images and of this rank's captions, these captions' pairs, and all pairs on the CPU."""
 
     image: Tensor
     text: Tensor
@@ -120,7 +120,7 @@ class Joined(NamedTuple):
 
 @dataclass
 class Evaluation:
-    """Metrics of a set and, of some, what a constant answer or a model that knows nothing reaches; on every rank.
+    """Metrics of a set, some with the value of a constant answer or a model without knowledge; on every rank.
 
     ``alike`` names what the model cannot tell apart, as all of its features are equal: images, captions or both.
     """
@@ -131,7 +131,7 @@ class Evaluation:
 
 
 class RetrievalSet:
-    """Collects pairs batch by batch on every rank, then evaluates all ranks' pairs together.
+    """Collect pairs batch by batch on every rank, then evaluate all ranks' pairs together.
 
     The candidates are all pairs of the set, so the metrics depend on neither batch size nor number of ranks; a rank may
     have no pairs. Rows with the same key are one image, rows with the same tokens copies of one caption, on any rank.
@@ -192,7 +192,7 @@ class RetrievalSet:
         )
 
     def _rows(self, device: torch.device) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return image hash, caption hash and rank of all ranks' rows, in the order in which they were added."""
+        """Return the image hash, caption hash and rank of all ranks' rows, in the order they were added."""
         rank = distributed.rank_and_world()[0]
         nothing = np.empty(0, dtype=np.int64)
         image, text = (np.concatenate([nothing, *part.hashes]) for part in (self._images, self._texts))
@@ -203,7 +203,7 @@ class RetrievalSet:
 
 
 def _spread(features_ND: Tensor, maximum: Reduce = rank_local) -> float:
-    """Return the largest difference between two rows of any rank in any dimension; a rank may have no rows."""
+    """Return the largest difference between two rows of any ranks in any dimension; a rank may have no rows."""
     least = features_ND.new_full(features_ND.shape[1:], -torch.inf)
     highest, lowest = (features_ND.amax(dim=0), -features_ND.amin(dim=0)) if len(features_ND) else (least, least)
     return float((maximum(highest) + maximum(lowest)).max())
@@ -223,7 +223,7 @@ def _owned_features(seen: _Distinct, owners: _Owners, empty: Tensor) -> Tensor:
 
 
 def _distinct_pairs(images: _Owners, texts: _Owners) -> PairIndices:
-    """Return the pairs of all ranks on the CPU, in the order of the captions."""
+    """Return all ranks' pairs on the CPU, in caption order."""
     code, first, rows = np.unique(
         texts.numbers * sum(images.counts) + images.numbers, return_index=True, return_counts=True
     )
@@ -235,13 +235,13 @@ def _distinct_pairs(images: _Owners, texts: _Owners) -> PairIndices:
 
 
 def _names(pairs: PairIndices) -> tuple[str, ...]:
-    """Return the prefix of the metrics of each field of :class:`Ranks`; without copies of captions both rules agree."""
+    """Return each field's metric prefix for :class:`Ranks`; without repeated captions, both rules agree."""
     copies = int(pairs.rows.sum()) > int(pairs.text[-1]) + 1
     return (*DIRECTIONS, *(f"merged_{direction}" for direction in DIRECTIONS)) if copies else DIRECTIONS
 
 
 def retrieval_metrics(ranks: Ranks, pairs: PairIndices) -> dict[str, float]:
-    """Return recalls and median ranks in both directions by the field's rule, and merged if captions have copies."""
+    """Return recalls and median ranks in both directions, and merged ones if captions repeat."""
     one_each = torch.ones_like(ranks.image)  # an image with five captions is one query
     rows_T = torch.zeros_like(ranks.merged_text).index_add_(0, pairs.text, pairs.rows)
     weights = (one_each, pairs.rows, one_each, rows_T)
@@ -253,7 +253,7 @@ def retrieval_metrics(ranks: Ranks, pairs: PairIndices) -> dict[str, float]:
 
 
 def mean_recall(metrics: Mapping[str, float]) -> float:
-    """Return the mean of recall@1, 5 and 10 in both directions, merged where captions have copies.
+    """Return the mean of recall@1, 5 and 10 in both directions, merged if captions repeat.
 
     A sixth of the sum by which Faghri et al. 2018 (VSE++) choose the best checkpoint of a run.
     """
@@ -262,13 +262,13 @@ def mean_recall(metrics: Mapping[str, float]) -> float:
 
 
 def evaluate_pairs(image_ID: Tensor, text_TD: Tensor, pairs: PairIndices) -> Evaluation:
-    """Return metrics and baselines of a set that this process has whole, from unit features."""
+    """Return metrics and baselines of a set that is whole in this process, from unit features."""
     ranks = retrieval_ranks(image_ID, text_TD, pairs, pair_scores(image_ID, text_TD, pairs))
     return Evaluation(retrieval_metrics(ranks, pairs), retrieval_baselines(pairs))
 
 
 def retrieval_baselines(pairs: PairIndices) -> dict[str, float]:
-    """Return the recalls of :func:`retrieval_metrics` that an answer without a model reaches."""
+    """Return the recalls of :func:`retrieval_metrics` for an answer without a model."""
     return _recall_metrics(dict(zip(_names(pairs), baseline_recalls(pairs, RECALL_AT), strict=False)))
 
 

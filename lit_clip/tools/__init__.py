@@ -1,1 +1,1 @@
-"""Small things with one job each, which know nothing of CLIP: hashing, HTML, hardware, messages, processes."""
+"""Small, single-purpose tools that know nothing of CLIP: hashing, HTML, hardware, messages, processes."""

@@ -17,7 +17,7 @@ OS_ERROR = "(os error "  # of safetensors and tokenizers, which raise no OSError
 
 @contextmanager
 def replacing(path: Path, hint: str = "") -> Iterator[Path]:
-    """Yield a temporary name beside ``path``, to write a file or folder to; on success it becomes ``path``.
+    """Yield a temporary name beside ``path`` for a file or folder; on success, rename it to ``path``.
 
     On failure, and where nothing was written, what is at the temporary name is removed. A folder can only replace an
     empty one. ``hint`` says what to do, at the end of the error message.
@@ -38,7 +38,7 @@ def replacing(path: Path, hint: str = "") -> Iterator[Path]:
 
 @contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """:func:`replacing` with a new folder; its parents are made too, and removed again on failure."""
+    """Like :func:`replacing`, with a new folder; also makes its parents, and removes them on failure."""
     made = [parent for parent in path.absolute().parents if not parent.exists()]  # the innermost first
     try:
         with replacing(path) as draft:
@@ -57,14 +57,14 @@ def draft_of(path: Path) -> Path:
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange two names at once; False where the system or the disk cannot (Linux can, on most disks)."""
+    """Exchange two names at once; return False if the system or disk cannot (Linux can, on most disks)."""
     rename = getattr(ctypes.CDLL(None), "renameat2", None) if sys.platform == "linux" else None
     here, exchanging = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of renameat2(2)
     return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchanging) == 0
 
 
 def to_disk(draft: Path) -> None:
-    """Write a file, or those of a folder, to disk: after a loss of power the name must not stand for lost content."""
+    """Flush a file, or a folder's files, to disk: after a power loss, the name must not lead to lost content."""
     for path in [draft, *draft.rglob("*")] if draft.is_dir() and not draft.is_symlink() else [draft]:
         if path.is_file():
             with path.open("r+b" if os.name == "nt" else "rb") as file:  # Windows syncs what may be written alone
@@ -72,13 +72,13 @@ def to_disk(draft: Path) -> None:
 
 
 def remove_drafts(path: Path) -> None:
-    """Remove what killed processes have left beside ``path`` when they were :func:`replacing` it."""
+    """Remove drafts that killed processes left beside ``path`` when :func:`replacing` it."""
     for draft in path.parent.glob(f".{glob.escape(path.name)}.????????.tmp"):
         remove(draft)
 
 
 def make_folder(path: Path, option: str = "") -> None:
-    """Make a folder and those above it, as far as they are not there; the error opens with ``option``."""
+    """Make a folder and its missing parents; an error begins with ``option``."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -86,13 +86,13 @@ def make_folder(path: Path, option: str = "") -> None:
 
 
 def not_written(path: Path, error: Exception, hint: str = "") -> InputError:
-    """Return the error to raise for a file that could not be written."""
+    """Return the error for a file that could not be written."""
     reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
     return InputError(f"{path}: cannot be written ({reason}){hint}")
 
 
 def remove(path: Path) -> None:
-    """Remove a file, a link or a folder, as far as that is possible."""
+    """Remove a file, a link or a folder as far as possible."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

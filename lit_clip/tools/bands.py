@@ -1,4 +1,4 @@
-"""Arrays of any number of bands as images: ``.npy`` files, and TIFF files that Pillow cannot read, by tifffile."""
+"""Arrays of any number of bands as images: ``.npy`` files, and TIFF files that need tifffile."""
 
 import io
 import logging
@@ -45,7 +45,7 @@ def _check(shape: Sequence[int], dtype: np.dtype) -> None:
 
 
 class ArrayFile(ImageFile.ImageFile):
-    """An array in an ``.npy`` file; objects in it are refused, and so is a shape that the file cannot hold."""
+    """An array in an ``.npy`` file; objects are refused, and shapes larger than the file."""
 
     format, format_description = "NPY", "NumPy array"
     levels: Levels | None = None
@@ -83,7 +83,7 @@ class ArrayFile(ImageFile.ImageFile):
 
 
 class TiffBands(ArrayFile):
-    """A TIFF file of kinds that Pillow does not read, as of four bands of 16 bits, or of floats."""
+    """A TIFF file that Pillow cannot read, such as four bands of 16 bits, or floats."""
 
     format, format_description = "TIFF", "TIFF file of bands"
 
@@ -96,7 +96,7 @@ class TiffBands(ArrayFile):
 
 
 def tiff_values(source: Any, wanted: int | None = None, where: str = "an image") -> np.ndarray:
-    """Read the bands of a TIFF file, a path or open, as many as ``wanted``, ``[H, W, C]``."""
+    """Read ``wanted`` bands of a TIFF file, given as a path or open file, ``[H, W, C]``."""
     with _pages(source) as pages:
         check_bands(pages[0].samplesperpixel * len(pages), wanted, where)  # before they are decoded
         values = np.stack([page.asarray(maxworkers=1) for page in pages])
@@ -105,7 +105,7 @@ def tiff_values(source: Any, wanted: int | None = None, where: str = "an image")
 
 @contextmanager
 def _pages(source: Any) -> Iterator[list[Any]]:
-    """Open the pages that have a TIFF file's bands: the first one, or if it has one band all of its size."""
+    """Open the pages with a TIFF file's bands: the first page, or if it has one band, all pages of its size."""
     try:
         from tifffile import TiffFile  # an extra
     except ImportError as error:
@@ -131,7 +131,7 @@ def _pages(source: Any) -> Iterator[list[Any]]:
 
 
 def _check_page(page: Any, size: int) -> None:
-    """Raise ``ValueError`` for what are no bands, and for parts outside the file's ``size`` bytes or too large ones."""
+    """Raise ``ValueError`` for a page without bands, and for parts that are too large or outside the file."""
     bits = page.dtype and 8 * page.dtype.itemsize
     bands = page.axes in ("YX", "YXS", "SYX") and page.photometric in (1, 2)
     if not bands or page.bitspersample != bits or page.compression not in UNPACKED:
@@ -143,7 +143,7 @@ def _check_page(page: Any, size: int) -> None:
 
 
 def tiff_bands(image: Image.Image, wanted: int) -> Image.Image:
-    """Return the image of a TIFF file with all bands and bits, of which Pillow may have dropped or changed some."""
+    """Return a TIFF file's image with all bands and bits; Pillow may have dropped or changed some."""
     source, where = getattr(image, "source", None), getattr(image, "where", "an image")
     try:
         return image if source is None else banded(tiff_values(source, wanted, where), where)
@@ -154,7 +154,7 @@ def tiff_bands(image: Image.Image, wanted: int) -> Image.Image:
 
 
 def eight_bit_bands(image: Image.Image, wanted: int, window: Window | None) -> np.ndarray:
-    """Return the bands of an image's file, as many as wanted, in 8 bits by a window, uint8 ``[H, W, C]``."""
+    """Return ``wanted`` bands of an image's file, scaled to 8 bits by a window, uint8 ``[H, W, C]``."""
     image = tiff_bands(image, wanted)
     check_count(image, wanted)
     levels = levels_of(image)

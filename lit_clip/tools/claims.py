@@ -1,4 +1,4 @@
-"""Files and folders that one process alone writes to, held by a locked file beside each."""
+"""Reserve files and folders for one process, with a locked file beside each."""
 
 import glob
 import os
@@ -19,7 +19,7 @@ _held: dict[Path, FileLock] = {}  # this process's locks
 
 @contextmanager
 def claimed(*paths: Path | None, option: str = "--output", share: Share = Share()) -> Iterator[None]:  # noqa: B008
-    """Hold files or folders that are about to be written, from before their old content is read until the new is there.
+    """Claim files or folders to be written, from before their old content is read until the new content is there.
 
     Processes that write different shares of an output hold it together. One that writes all of it waits for no share:
     it is refused while any is held, but a share that starts later is not. What this process holds already stays held.
@@ -44,14 +44,14 @@ def claimed(*paths: Path | None, option: str = "--output", share: Share = Share(
 
 
 def _together(path: Path, share: Share) -> list[Path]:
-    """Return what is claimed for a share of an output; for all of it, the shares that others have claimed, too."""
+    """Return the files to claim for a share of an output; for the whole output, also others' claimed shares."""
     others = path.parent.glob(f".{glob.escape(path.name)}-*-of-*.lock") if share == Share() else ()
     names = [path.name + share.suffix, *(lock.name[1 : -len(".lock")] for lock in others)]
     return [path.parent / name for name in names]
 
 
 def claim(path: Path) -> str:
-    """Hold a file or folder until :func:`release` or the end of this process, however it ends.
+    """Claim a file or folder until :func:`release` or the end of this process, however it ends.
 
     A file beside it is locked. Where that is impossible (no permission, no locks on this disk) it counts as held, and
     saving says what is wrong.
@@ -80,7 +80,7 @@ def claim(path: Path) -> str:
 
 
 def release(kept: Collection[Path] = ()) -> None:
-    """Give back what this process holds, but for the locks in ``kept``."""
+    """Release this process's claims, except for the locks in ``kept``."""
     for file in _held.keys() - set(kept):
         lock = _held.pop(file)
         with suppress(OSError):
@@ -89,7 +89,7 @@ def release(kept: Collection[Path] = ()) -> None:
 
 
 def remove_leftovers(checkpoint: Path) -> None:
-    """Remove what a killed run has left beside a checkpoint, if no run writes there."""
+    """Remove a killed run's leftovers beside a checkpoint, if no run writes there."""
     folder, before = checkpoint.absolute().parent, frozenset(_held)
     if not any(folder.glob(DRAFTS)):  # no lock is left beside folders that are only read
         return

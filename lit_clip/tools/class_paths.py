@@ -1,4 +1,4 @@
-"""Class paths in settings: ``callbacks.EMA`` is short for ``lit_clip.callbacks.EMA``, ``datamodules`` likewise."""
+"""Short class paths in settings: ``callbacks.EMA`` for ``lit_clip.callbacks.EMA``; the same for ``datamodules``."""
 
 import importlib
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ MACHINERY = (__file__, str(Path(jsonargparse.__file__).parent), importlib.__file
 
 
 def full_name(path: str) -> str:
-    """Return the import path that a class path stands for.
+    """Return the full import path of a class path.
 
     ``callbacks.X`` and ``datamodules.X`` are lit-clip's X; without one, X of a module of that name that the user has.
     """
@@ -55,7 +55,7 @@ def find_object(path: str, check_path: bool = True) -> Any:
 
 
 def _imported(path: str, check_path: bool = True) -> Any:
-    """Import an object; what its module's own code raises is an ``ImportError``, the one that parsers pass on."""
+    """Import an object; an error in its module's own code becomes an ``ImportError``, which parsers pass on."""
     try:
         return import_object(path, check_path)
     except Exception as error:
@@ -75,7 +75,7 @@ def _resolve(kind: Any, name: str) -> str:
 
 
 def import_listed() -> None:
-    """Import the classes that our packages list: a help names those that are imported."""
+    """Import the classes that our packages list: help lists only imported classes."""
     for package in (importlib.import_module(f"lit_clip.{name}") for name in SHORT):
         for name in package.__all__:
             getattr(package, name)
@@ -86,7 +86,7 @@ _REPLACED = {"import_object": find_object, "resolve_class_path_by_name": _resolv
 
 @contextmanager
 def short_names() -> Iterator[None]:
-    """Within this context parsers know the short names, and keep the full ones; the user's own have Python's rules."""
+    """Inside this block, parsers accept short names and store full ones; the user's names follow Python's rules."""
     before = {name: getattr(_typehints, name) for name in _REPLACED}
     try:
         _typehints.__dict__.update(_REPLACED)

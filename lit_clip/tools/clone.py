@@ -1,4 +1,4 @@
-"""Modules of a clone's folders ``callbacks`` and ``datamodules`` under their short names.
+"""Import a clone's folders ``callbacks`` and ``datamodules`` by their short names.
 
 They are modules of ``lit_clip``, as in the wheel. Python also finds the folders themselves, where a clone is searched:
 ``datamodules.captions`` then is the module ``lit_clip.datamodules.captions``, and no class exists twice.
@@ -14,7 +14,7 @@ from typing import Any
 
 
 class _SharedModules(MetaPathFinder, Loader):
-    """Finds ``package.x`` as ``lit_clip.package.x``."""
+    """Find ``package.x`` as ``lit_clip.package.x``."""
 
     def __init__(self, package: str) -> None:
         self.package = package
@@ -33,6 +33,6 @@ class _SharedModules(MetaPathFinder, Loader):
 
 
 def share_modules(package: str) -> None:
-    """Make a package that is imported by its short name, and its modules, those of ``lit_clip``."""
+    """Make a package imported by its short name, and its modules, the same objects as in ``lit_clip``."""
     sys.meta_path.insert(0, _SharedModules(package))
     sys.modules[package] = import_module(f"lit_clip.{package}")

@@ -1,4 +1,4 @@
-"""Notes and progress, on standard error, and results."""
+"""Write notes and progress to standard error, and results to standard output."""
 
 import io
 import math
@@ -20,7 +20,7 @@ FIRST, EVERY = 5.0, 30.0  # seconds until the first line of progress, and betwee
 
 
 class Console(rich.console.Console):
-    """rich's console, for text from files: no markup, no names of emoji, and all text :func:`printable`.
+    """rich's console for text from files: no markup, no emoji names, and all text :func:`printable`.
 
     Where the output is no terminal it is at least ``file_width`` wide. Options are rich's.
     """
@@ -41,7 +41,7 @@ class Console(rich.console.Console):
 
 
 class Text(rich.text.Text):
-    """rich's text, :func:`printable` before its width is measured."""
+    """rich's text, made :func:`printable` before its width is measured."""
 
     def __init__(self, text: str = "", *arguments: Any, **options: Any) -> None:
         super().__init__(printable(text), *arguments, **options)
@@ -60,7 +60,7 @@ def write_results(text: str) -> None:
 
 
 def can_draw(stream: TextIO) -> bool:
-    """Whether a stream is a terminal that can redraw a progress bar, in spite of ``FORCE_COLOR``."""
+    """Return whether a stream is a terminal that can redraw a progress bar, regardless of ``FORCE_COLOR``."""
     return stream.isatty() and os.environ.get("TERM") not in ("dumb", "unknown")
 
 
@@ -102,7 +102,7 @@ def size_in_bytes(number: float) -> str:
 
 
 class ProgressLog:
-    """Progress where no bar can be drawn, such as in a job's log: whole lines on standard error.
+    """Progress as whole lines on standard error, for places without a progress bar, such as a job's log.
 
     The first line is due after ``FIRST`` seconds, and then one every ``EVERY``; ``started`` says whether there was one
     yet.
@@ -117,12 +117,12 @@ class ProgressLog:
 
     @property
     def seconds(self) -> float:
-        """Time since the start."""
+        """Seconds since the start."""
         return self._now() - self._start
 
     @property
     def due(self) -> bool:
-        """Whether it is time for a line."""
+        """Whether the next line is due."""
         return self._now() >= self._next
 
     def write(self, *parts: str) -> None:
@@ -174,7 +174,7 @@ def _bar(description: str, total: int) -> Iterator[Callable[[float], None]]:
 
 
 def from_totals(advance: Callable[[float], None]) -> Callable[[float], None]:
-    """Return a function to call with the number of units done since the start, for ``advance`` of :func:`progress`."""
+    """Return a function that takes totals since the start, and calls :func:`progress`'s ``advance``."""
     done = 0.0
 
     def count(total: float) -> None:

@@ -1,4 +1,4 @@
-"""DICOM files as a format of Pillow's, read by pydicom: with the file's own window, and its levels for a model's."""
+"""DICOM files as a Pillow format, read by pydicom: with the file's window, and its levels for a model's window."""
 
 import io
 import warnings
@@ -16,7 +16,7 @@ MOST_COMPRESSED = 1000  # bytes of pixels for each byte of the file, as in a PNG
 
 
 class DicomFile(ImageFile.ImageFile):
-    """Grey or coloured pixels of a DICOM file; of several frames the first."""
+    """Grey or coloured pixels of a DICOM file; only the first of several frames."""
 
     format, format_description = "DICOM", "Digital Imaging and Communications in Medicine"
     levels: Levels | None = None
@@ -51,7 +51,7 @@ class DicomFile(ImageFile.ImageFile):
 
     @property
     def _windowed(self) -> bool:
-        """Whether the file has a window of its own, as two numbers or as a table."""
+        """Return whether the file has its own window, as two numbers or as a table."""
         numbers = (self.header.get("WindowCenter"), self.header.get("WindowWidth"))
         return bool(self.header.get("VOILUTSequence")) or None not in numbers
 
@@ -70,7 +70,7 @@ class DicomFile(ImageFile.ImageFile):
         return Image.Image.load(self)
 
     def _grey(self, stored: np.ndarray) -> np.ndarray:
-        """Return the levels as the file's window shows them, ``[H, W]``, and keep them, in the file's units."""
+        """Return levels as the file's window shows them, ``[H, W]``; keep the levels in the file's units."""
         from pydicom.pixels.processing import apply_modality_lut, apply_voi_lut
 
         header = self.header
@@ -90,7 +90,7 @@ class DicomFile(ImageFile.ImageFile):
         return 255 - result if inverted else result
 
     def _colours(self, stored: np.ndarray) -> np.ndarray:
-        """Return 8 bits of red, green and blue, ``[H, W, 3]``; pydicom has converted other colour spaces."""
+        """Return 8-bit red, green and blue, ``[H, W, 3]``; pydicom converts other colour spaces."""
         from pydicom.pixels.processing import apply_color_lut
 
         bits = 8 * stored.dtype.itemsize
@@ -101,6 +101,6 @@ class DicomFile(ImageFile.ImageFile):
 
 
 def register() -> None:
-    """Have Pillow open DICOM files, after all formats that it knows by their first bytes."""
+    """Register DICOM with Pillow, after all formats that Pillow recognises by their first bytes."""
     Image.preinit()
     Image.register_open("DICOM", DicomFile)

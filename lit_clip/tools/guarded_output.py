@@ -1,4 +1,4 @@
-"""Text for the terminal: no escape sequences of a file, and no messages that nobody needs."""
+"""Keep escape sequences from files, and useless messages, out of the terminal."""
 
 import logging
 import os
@@ -21,7 +21,7 @@ def guard_messages() -> None:
 
 
 def open_closed_streams() -> set[str]:
-    """Open the null device in place of the standard streams that are closed, as by ``2>&-``; return their names.
+    """Open the null device for closed standard streams, such as by ``2>&-``; return their names.
 
     Python has no object for a closed stream, and the next file that is opened would get its descriptor.
     """
@@ -85,7 +85,7 @@ def _is_shown(record: logging.LogRecord) -> bool:
 
 
 class _Stderr:
-    """The stream that ``sys.stderr`` is when it is written to."""
+    """A stream that looks up ``sys.stderr`` at each write."""
 
     def write(self, text: str) -> None:
         sys.stderr.write(text)
@@ -95,7 +95,7 @@ class _Stderr:
 
 
 def log_above_bars() -> None:
-    """Let Lightning's log messages move its progress bar down, as warnings do, where they were written into it.
+    """Let Lightning's log messages move its progress bar down, as warnings do, instead of breaking it.
 
     rich takes the place of ``sys.stderr`` while a bar is drawn; Lightning's handlers keep the stream of before. Where
     that is a file, messages stay in it.
@@ -108,7 +108,7 @@ def log_above_bars() -> None:
 
 @contextmanager
 def log_level(level: int, *names: str) -> Iterator[None]:
-    """Show only messages of at least this level, of these loggers."""
+    """Show only messages of at least this level from these loggers."""
     loggers = [logging.getLogger(name) for name in names]
     levels = [logger.level for logger in loggers]
     for logger in loggers:

@@ -1,4 +1,4 @@
-"""Capabilities of this machine, and the memory that this process uses."""
+"""Capabilities of this machine, and memory use of this process."""
 
 import sys
 from pathlib import Path
@@ -22,14 +22,14 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def has_bfloat16() -> bool:
-    """Whether the CPU has instructions for bfloat16 matrix products; without them they are emulated, and slow."""
+    """Return whether the CPU multiplies bfloat16 matrices in hardware; emulation is slow."""
     # get_capabilities is newer than the oldest torch that is supported.
     known = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     return any(known.get(name) for name in ("avx512_bf16", "amx_bf16", "sve_bf16"))
 
 
 def computes_in_bfloat16(accelerator: object) -> bool | None:
-    """Return whether ``trainer.accelerator``'s device has instructions for bfloat16, else slow; None if unknown."""
+    """Return whether ``trainer.accelerator``'s device computes bfloat16 in hardware; None if unknown."""
     if accelerator in ("auto", "gpu", "cuda") and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if accelerator != "cpu" and (accelerator != "auto" or torch.backends.mps.is_available()):
@@ -38,7 +38,7 @@ def computes_in_bfloat16(accelerator: object) -> bool | None:
 
 
 def peak_of_process() -> int:
-    """Peak resident memory of this process, bytes; 0 if the system does not tell (Windows)."""
+    """Return this process's peak resident memory in bytes; 0 if the system does not tell (Windows)."""
     try:  # getrusage's figure includes the parent's peak before a fork
         status = Path("/proc/self/status").read_text(encoding="utf-8", errors="replace")
         return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
@@ -52,12 +52,12 @@ def peak_of_process() -> int:
 
 
 def runs_ahead(device: torch.device) -> bool:
-    """Whether the host queues work for the device and goes on, so that reading a value means waiting."""
+    """Return whether the host queues work for the device and continues, so that reading a value must wait."""
     return device.type == "cuda"  # MPS does too, but has no pinned memory to copy to
 
 
 class HostCopy:
-    """The values of a tensor, on their way to the host; the tensor may be changed at once."""
+    """A tensor's values on their way to the host; the tensor may be changed at once."""
 
     def __init__(self, tensor: Tensor) -> None:
         self._values = torch.empty_like(tensor, device="cpu", pin_memory=tensor.is_cuda)
@@ -67,7 +67,7 @@ class HostCopy:
             self._arrived.record()
 
     def read(self) -> list[Any]:
-        """Return the values as nested lists; wait for what was queued before the copy, and for nothing queued later."""
+        """Return the values as nested lists; wait only for work that was queued before the copy."""
         if self._arrived is not None:
             self._arrived.synchronize()
         return self._values.tolist()

@@ -9,7 +9,7 @@ SAMPLED_FILES, SAMPLED_BYTES = 16, 2**16  # files whose beginning goes into a st
 
 
 def hash64(content: str | bytes) -> bytes:
-    """64-bit hash: the odds that two of a million contents share one are 3e-8, of 100 million 0.03 %."""
+    """Return a 64-bit hash: the odds of a collision among a million contents are 3e-8, among 100 million 0.03 %."""
     data = content.encode("utf-8", "surrogatepass") if isinstance(content, str) else content  # names need not be text
     return blake2b(data, digest_size=8).digest()
 
@@ -20,7 +20,7 @@ def stable_hash(text: str) -> int:
 
 
 def hex_digest(parts: Iterable[object]) -> str:
-    """128-bit hash of bytes as they are and of other values by their ``repr``, as 32 hexadecimal digits."""
+    """Return a 128-bit hash as 32 hexadecimal digits: of bytes directly, of other values by their ``repr``."""
     digest = blake2b(digest_size=16)
     for part in parts:
         data = part if isinstance(part, bytes) else repr(part).encode("utf-8", "surrogatepass")
@@ -30,13 +30,13 @@ def hex_digest(parts: Iterable[object]) -> str:
 
 
 def sha256_of_file(path: Path) -> str:
-    """SHA-256 of a file, as ``sha256sum`` prints it."""
+    """Return the SHA-256 of a file, as ``sha256sum`` prints it."""
     with path.open("rb") as file:
         return file_digest(file, "sha256").hexdigest()
 
 
 def stamp_of_files(paths: Iterable[Path]) -> str:
-    """Hash of files' names, sizes and modification times, and of the beginnings of a few.
+    """Hash the names, sizes and modification times of files, and the beginnings of a few.
 
     Times and sizes are not enough: archives can give all files one time, and uncompressed images have one size.
     """

@@ -1,4 +1,4 @@
-"""Pages from Jinja2 templates. An HTML page is one file: images are inside it, and nothing is fetched."""
+"""Pages from Jinja2 templates. An HTML page is one file: it contains its images, and fetches nothing."""
 
 import base64
 import io
@@ -22,7 +22,7 @@ THUMBNAIL = 160  # pixels of the longer side
 
 
 def render(template: Path, **values: Any) -> str:
-    """Fill in a template, which may use the templates beside it and the shared ``base.html`` and ``macros.html``.
+    """Fill in a template; it may use templates beside it and the shared ``base.html`` and ``macros.html``.
 
     Text from ``values`` is escaped in HTML, secrets are hidden, and a missing value is an error.
     """
@@ -46,7 +46,7 @@ def _environment(folder: Path) -> "jinja2.Environment":
 
 
 def page_path(option: str, typed: str) -> Path:
-    """Return the path of a page to write, after checking the name and the folder that were typed for an option."""
+    """Return the path of a page to write, after checking the typed name and its folder."""
     page = Path(typed)
     require(page.suffix == ".html", f"--{option} {typed}: must be a .html file")
     require(page.absolute().parent.is_dir(), f"--{option} {typed}: there is no such folder")

@@ -1,4 +1,4 @@
-"""The client of huggingface_hub, which checks what a hub answers before that library makes a path of it.
+"""Guard huggingface_hub's client: check what a hub answers before the library turns it into a path.
 
 huggingface_hub 2.4 names files in its cache after the ETag and the commit that a server sends, unchecked. transformers,
 timm, open_clip and fsspec's ``hf://`` use the same client.
@@ -15,7 +15,7 @@ from lit_clip.tools.untrusted import shortened
 
 
 def guard_hub() -> None:
-    """Have huggingface_hub's client, also one that the user has set, check its answers; call this before any use."""
+    """Make huggingface_hub's client, also one set by the user, check answers; call this before any use."""
     from huggingface_hub import set_client_factory  # takes seconds
     from huggingface_hub.utils import _http
 
@@ -44,7 +44,7 @@ def _client(make: Callable[[], Any]) -> Any:
 
 
 def _check_answer(response: Any) -> None:
-    """Check what becomes a path: headers, a repository's description, and a list of its files."""
+    """Check answers that become paths: headers, a repository's description, and a list of its files."""
     headers = response.headers
     if "X-Repo-Commit" in headers:
         checked_commit(headers["X-Repo-Commit"])

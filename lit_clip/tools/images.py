@@ -38,7 +38,7 @@ _least_size: ContextVar[LeastSize | None] = ContextVar("_least_size", default=No
 
 
 class Unseen(StrEnum):
-    """Content of an image file that a model does not see as it is, and what is done with it."""
+    """Content of an image file that a model does not see unchanged, and what happens to it."""
 
     DEEP = "have more than 8 bits a level (the highest 8 are read)"
     CONVERTED = "have four or more bands, as CMYK (converted to RGB)"
@@ -49,7 +49,7 @@ class Unseen(StrEnum):
 
 @contextmanager
 def decoding_at_least(size: LeastSize | None) -> Iterator[None]:
-    """Within this context, decode JPEGs at the smallest fraction of their width and height that is enough.
+    """Inside this block, decode JPEGs at the smallest fraction of their size that is large enough.
 
     A JPEG decoder can leave out the finer half, three quarters or seven eighths of the frequencies, at a fraction of
     the time. Other formats are decoded whole, and so is everything if ``size`` is None.
@@ -63,7 +63,7 @@ def decoding_at_least(size: LeastSize | None) -> Iterator[None]:
 
 @cache
 def _prepare() -> None:
-    """Open DICOM files and arrays, and ignore Pillow's warnings about files that it reads, each in its own words."""
+    """Register DICOM files and arrays with Pillow, and ignore Pillow's varied warnings about readable files."""
     dicom.register()
     Image.register_open("NPY", partial(_bands, "ArrayFile"), lambda start: start.startswith(b"\x93NUMPY"))
     Image.register_open("TIFF OF BANDS", partial(_bands, "TiffBands"), lambda start: start[:4] in TIFF)
@@ -71,7 +71,7 @@ def _prepare() -> None:
 
 
 def _bands(name: str, *given: Any) -> Any:
-    """Call what few images need of :mod:`lit_clip.tools.bands`."""
+    """Call a function of :mod:`lit_clip.tools.bands`, which few images need."""
     from lit_clip.tools import bands
 
     return getattr(bands, name)(*given)
@@ -120,7 +120,7 @@ def open_image(source: Path | BinaryIO, where: str | None = None) -> Image.Image
 
 
 def image_for_model(source: Path | BinaryIO, where: str | None = None) -> Image.Image:
-    """Decode an image as :func:`open_image` does, for a model, whose window may know the range of any levels."""
+    """Decode an image for a model as :func:`open_image` does; a window may use levels of any range."""
     image: Any = keep_levels(stored_image(source, where), str(source) if where is None else where)
     if image.format == "TIFF":
         image.source = source  # for a model of its bands
@@ -128,7 +128,7 @@ def image_for_model(source: Path | BinaryIO, where: str | None = None) -> Image.
 
 
 def stored_image(source: Path | BinaryIO, where: str | None = None) -> Image.Image:
-    """Decode an image as :func:`open_image` does, with the levels that are in the file."""
+    """Decode an image as :func:`open_image` does, with the levels stored in the file."""
     with _opened(source, where) as image:
         least_size = _least_size.get()
         if least_size is not None:
@@ -144,7 +144,7 @@ def stored_image(source: Path | BinaryIO, where: str | None = None) -> Image.Ima
 
 
 def unseen(source: Path | BinaryIO, where: str) -> list[Unseen]:
-    """Return what of an image a model does not see, by its header: an alpha channel may be opaque everywhere."""
+    """Return, from an image's header, what a model does not see; an alpha channel may be opaque everywhere."""
     with _opened(source, where) as image:
         tile: Any = getattr(image, "tile", ())
         how = tile[0][3] if tile else ""  # to decode it: such as "I;16B"
@@ -172,13 +172,13 @@ def upright(image: Image.Image, size: int) -> Image.Image:
 
 
 def image_names(names: Iterable[str]) -> list[str]:
-    """Choose the images among the names of files; arrays only without other images, whose features they mostly are."""
+    """Choose image files by name; arrays only if there are no other images, because they are mostly features."""
     found = [name for name in names if os.path.splitext(name)[1].lower() in SUFFIXES]
     return [name for name in found if not name.lower().endswith(".npy")] or found
 
 
 def is_rotated(image: Image.Image) -> bool:
-    """Return whether a camera's flag says so; of a PNG that is not decoded, a flag behind the pixels is not found."""
+    """Return whether a camera's rotation flag is set; an undecoded PNG may hide a flag after the pixels."""
     try:  # a PNG's own method would decode it
         return Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1) not in (0, 1)
     except Exception:  # EXIF is often malformed, and the pixels do not depend on it
@@ -192,24 +192,24 @@ def image_size(source: Path | BinaryIO, where: str) -> tuple[int, int]:
 
 
 def png_program(path: Path) -> object:
-    """Return the program that a PNG's header says has written it; None if it says none, and for other files."""
+    """Return the program that wrote a PNG, from its header; None if unknown, and for other files."""
     with suppress(BadSample), _opened(path, None) as image:
         return image.info.get("Software") if image.format == "PNG" else None
 
 
 def or_skip(message: str, option: str) -> str:
-    """Return a message about an unreadable image that ends in the option that would skip it."""
+    """Return a message about an unreadable image, with the option that would skip it at the end."""
     return f"{message.removesuffix(FIX_HINT)}{FIX_HINT}, or set {option}"
 
 
 def fraction(size: tuple[int, int], least: tuple[int, int]) -> int:
-    """Return the largest of 1, 2, 4 and 8 that a JPEG's width and height can be divided by and still be ``least``."""
+    """Return the largest divisor among 1, 2, 4 and 8 that leaves a JPEG at least ``least`` wide and high."""
     times = min(side // max(1, enough) for side, enough in zip(size, least, strict=True))
     return max((each for each in FRACTIONS if each <= times), default=1)
 
 
 def full_size(image: Any) -> tuple[int, int, int]:
-    """Return width and height as stored in the file, and the divisor at which it was decoded (rounding up)."""
+    """Return the width and height stored in the file, and the divisor used for decoding (rounding up)."""
     if not isinstance(image, Image.Image):  # bands, [C, H, W]
         return image.shape[2], image.shape[1], 1
     width, height = image.info.get(FULL_SIZE, image.size)
@@ -220,6 +220,6 @@ def full_size(image: Any) -> tuple[int, int, int]:
 
 
 def check_images(images: Sequence[tuple[Path | BinaryIO, str]]) -> None:
-    """Check the headers of up to ``CHECKED`` files, evenly spread, each with how the user knows it; decode none."""
+    """Check the headers of up to ``CHECKED`` files, evenly spread, each with its name for the user; decode none."""
     for source, where in images[:: max(1, len(images) // CHECKED)]:
         image_size(source, where)

@@ -1,4 +1,4 @@
-"""Names of a package that are imported when they are first used."""
+"""Import a package's names when they are first used."""
 
 import ast
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def lazy_names(package: str, file: str) -> Callable[[str], Any]:
-    """Return the ``__getattr__`` of a package, for the names that its ``if TYPE_CHECKING:`` block imports."""
+    """Return a package's ``__getattr__`` for the names that its ``if TYPE_CHECKING:`` block imports."""
     tree = ast.parse(Path(file).read_text(encoding="utf-8"))
     blocks = (node for node in tree.body if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING")
     lines = (line for block in blocks for line in block.body if isinstance(line, ast.ImportFrom))

@@ -1,4 +1,4 @@
-"""Zeros that take no memory until they are written to."""
+"""Zeros that take memory only when written to."""
 
 import math
 import mmap
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def lazy_zeros(shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-    """Return a tensor on the CPU whose pages take memory when they are written to, and give it back with the tensor.
+    """Return a CPU tensor that takes memory page by page when written to, and frees it with the tensor.
 
     ``torch.zeros`` writes to them at once, and what malloc has it may keep.
     """

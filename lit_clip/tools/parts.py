@@ -22,13 +22,13 @@ Description = dict[str, Any]
 
 
 def script_name() -> str | None:
-    """Return the name under which the program that runs, a file, could be imported; None in a notebook or a shell."""
+    """Return the name under which the running program could be imported; None in a notebook or a shell."""
     file = getattr(sys.modules["__main__"], "__file__", None)
     return Path(file).stem if file else None
 
 
 def qualified_name(target: Any) -> str:
-    """Return the import path of a class or function; of a lambda the module and ``<lambda>``.
+    """Return the import path of a class or function; for a lambda, the module and ``<lambda>``.
 
     What a script defines is named by its file: another program knows no ``__main__.MyLoss``.
     """
@@ -37,7 +37,7 @@ def qualified_name(target: Any) -> str:
 
 
 def unwrapped(factory: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str, Any]]:
-    """Return the class or function that a ``functools.partial`` calls, and the keyword arguments it adds."""
+    """Return the class or function that a ``functools.partial`` calls, and the keyword arguments that it adds."""
     if not isinstance(factory, partial):
         return factory, {}
     # jsonargparse wraps a class in two helpers of its own, the class being a positional argument of the first.
@@ -47,7 +47,7 @@ def unwrapped(factory: Callable[..., Any]) -> tuple[Callable[..., Any], dict[str
 
 @short_names()
 def instantiate(kind: type[Part], spec: Mapping[str, Any]) -> Part:
-    """Build the object that ``class_path`` and ``init_args`` name, which must be of a kind."""
+    """Build the object that ``class_path`` and ``init_args`` describe; it must be of the given kind."""
     parser = OptionParser(exit_on_error=False)
     parser.add_argument("--part", type=kind, required=True)
     try:
@@ -62,7 +62,7 @@ def instantiate(kind: type[Part], spec: Mapping[str, Any]) -> Part:
 
 
 def describe(factory: Callable[..., Any], made: Any) -> Description:
-    """Describe what a factory created; the arguments of a ``functools.partial`` come before remembered ones."""
+    """Describe the object a factory created; a ``functools.partial``'s arguments override remembered ones."""
     return describe_instance(made, unwrapped(factory)[1])
 
 
@@ -84,7 +84,7 @@ def describe_instance(instance: Any, arguments: Mapping[str, Any] = MappingProxy
 
 
 def _described(value: Any) -> Any:
-    """Return an argument as plain values, parts among them by their descriptions; None for anything else."""
+    """Return an argument as plain values, with parts as their descriptions; None for anything else."""
     if is_plain(value):
         return plain(value)
     if hasattr(value, "describe"):
@@ -95,7 +95,7 @@ def _described(value: Any) -> Any:
 
 
 def class_paths(description: Mapping[str, Any]) -> list[str]:
-    """Return the class path of a described part, then those of the parts within it."""
+    """Return the class path of a described part, then the class paths of the parts within it."""
     found = [str(description["class_path"])]
     for value in description["init_args"].values():
         for each in value if isinstance(value, list) else [value]:
@@ -105,14 +105,14 @@ def class_paths(description: Mapping[str, Any]) -> list[str]:
 
 
 def setting_changes(ours: Description, saved: Description) -> list[str]:
-    """Return the settings of a part that differ from a checkpoint's, such as ``lr 0.001 (checkpoint: 0.0005)``."""
+    """Return a part's settings that differ from a checkpoint's, such as ``lr 0.001 (checkpoint: 0.0005)``."""
     here, there = ours["init_args"], saved["init_args"]
     names = sorted(name for name in here.keys() | there.keys() if here.get(name) != there.get(name))
     return [f"{name} {_shown_value(here.get(name))} (checkpoint: {_shown_value(there.get(name))})" for name in names]
 
 
 def is_plain(value: Any) -> bool:
-    """Return whether a value consists of None, bools, numbers, texts, lists and mappings alone."""
+    """Return whether a value consists only of None, bools, numbers, texts, lists and mappings."""
     if isinstance(value, list | tuple):
         return all(map(is_plain, value))
     if isinstance(value, Mapping):
@@ -121,7 +121,7 @@ def is_plain(value: Any) -> bool:
 
 
 def plain(value: Any) -> Any:
-    """Return plain values with lists for tuples and dictionaries for mappings."""
+    """Return plain values, with tuples as lists and mappings as dictionaries."""
     if isinstance(value, list | tuple):
         return [plain(item) for item in value]
     if isinstance(value, Mapping):
@@ -130,7 +130,7 @@ def plain(value: Any) -> Any:
 
 
 def shown(description: Description) -> str:
-    """Return a part's class and settings, without settings that are off; parts within it by their class."""
+    """Return a part's class and settings as text, without settings that are off; inner parts by their class."""
     settings = [
         f"{name} {_shown_value(value)}"
         for name, value in description["init_args"].items()

@@ -1,4 +1,4 @@
-"""End this process, a rank or a data worker, when the process that started it has ended; how many files it may open."""
+"""End this process, a rank or a data worker, after the process that started it; check its limit of open files."""
 
 import os
 import sys
@@ -18,7 +18,7 @@ GRACE = 10.0  # seconds; after an orderly end the other ranks need one or two
 
 
 def is_launched() -> bool:
-    """Whether another rank's ``lit-clip`` started this process (not torchrun, SLURM or a person)."""
+    """Return whether another rank's ``lit-clip`` started this process (not torchrun, SLURM or a person)."""
     return "LOCAL_RANK" in os.environ and os.environ.get(LAUNCHER) == str(os.getppid())
 
 
@@ -29,7 +29,7 @@ def check_open_files() -> None:
 
 
 def few_files() -> InputError:
-    """Return the error for a process that may not open enough files."""
+    """Return the error for a process that may open too few files."""
     return InputError(
         f"too many open files: a process may open {_most_files():.0f}, and needs {LEAST_FILES} or more; raise the "
         "limit: ulimit -n 4096"
@@ -41,7 +41,7 @@ def _most_files() -> float:
 
 
 def watch_launcher() -> None:
-    """In a rank, start a thread that ends this process soon after the one that launched it has ended.
+    """In a rank, start a thread that ends this process soon after the process that launched it.
 
     A rank that computes or waits for data would notice only at its next collective that the first rank was killed.
     To be called before Lightning launches the other ranks.
@@ -55,7 +55,7 @@ def watch_launcher() -> None:
 
 
 def let_launcher_end(seconds: float) -> None:
-    """Wait for the rank that launched this one to end; it may be about to, for the same reason.
+    """Wait for the rank that launched this one to end; it may be about to fail for the same reason.
 
     If this one ended first with an error, the launcher would be ended, too, and maybe while it reports and saves.
     """
@@ -75,7 +75,7 @@ def _has_ended(process: int) -> bool:
 
 
 def end_with_parent() -> None:
-    """In a data worker, start a thread that ends this process soon after the one that it reads for.
+    """In a data worker, start a thread that ends this process soon after the process that it reads for.
 
     torch's own watchdog notices, too, but such a worker can end only if its queued data fit into a pipe (64 KiB).
     """

@@ -1,4 +1,4 @@
-"""The one way to read somebody's file: any error of a parser becomes one line that names the file."""
+"""The one way to read a user's file: any parser error becomes one line that names the file."""
 
 import os
 import stat
@@ -16,7 +16,7 @@ LONGEST_REASON = 200  # characters; parsers quote the file in their messages
 def reading(
     path: str | os.PathLike[str], kind: str, option: str = "", hint: str = ""
 ) -> AbstractContextManager[None, None]:
-    """Turn anything that a parser raises for somebody's file into one line that names the file.
+    """Turn any error that a parser raises for a user's file into one line that names the file.
 
     Parsers raise anything for a damaged or hostile file: ``struct.error``, ``RecursionError``, ``KeyError``,
     ``MemoryError``. Put the parser alone inside, and no code of ours: its bugs would look like a damaged file. An
@@ -43,7 +43,7 @@ def _reading(path: str | os.PathLike[str], kind: str, option: str, ending: str) 
 
 @contextmanager
 def naming(where: str | os.PathLike[str]) -> Iterator[None]:
-    """Put a file's, set's or option's name in front of an :class:`InputError` that does not open with it."""
+    """Prefix an :class:`InputError` with a file's, set's or option's name, unless it begins with it."""
     try:
         yield
     except InputError as error:
@@ -53,7 +53,7 @@ def naming(where: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def check_is_file(path: str | os.PathLike[str]) -> None:
-    """Raise :class:`InputError` for what is there but neither a file nor a folder: a pipe waits for its writer."""
+    """Raise :class:`InputError` for an existing path that is neither file nor folder: a pipe would block."""
     try:
         mode = Path(path).stat().st_mode
     except (OSError, ValueError):  # absent, unreadable or no possible name: opening it says so
@@ -63,7 +63,7 @@ def check_is_file(path: str | os.PathLike[str]) -> None:
 
 
 def read_at(file: BinaryIO, size: int, offset: int) -> bytes:
-    """Read bytes at a position of an open file, without moving that of the file, which threads share."""
+    """Read bytes at a position of an open file, without moving the position that threads share."""
     if hasattr(os, "pread"):
         return os.pread(file.fileno(), size, offset)
     with open(file.name, "rb") as again:  # Windows
@@ -72,13 +72,13 @@ def read_at(file: BinaryIO, size: int, offset: int) -> bytes:
 
 
 def first_line(error: BaseException) -> str:
-    """Return why a library that speaks to the hub failed: the hub's own words if there are any, without advice."""
+    """Return why a library of the hub failed: the hub's own words if there are any, without advice."""
     words = getattr(error, "server_message", None) or str(error)
     return without_secrets(words.strip().partition("\n")[0])[:LONGEST_REASON] or type(error).__name__
 
 
 def reason(error: Exception) -> str:
-    """Return why a parser gave up, in one short line."""
+    """Return why a parser failed, in one short line."""
     if isinstance(error, RecursionError):
         return "nested too deeply"
     if isinstance(error, MemoryError):

@@ -1,4 +1,4 @@
-"""Sharded checkpoints: folders in which every rank's rows of the tensors are a file of their own.
+"""Sharded checkpoints: folders with a separate file for each rank's rows of the tensors.
 
 ``NAME.ckpt/`` holds
 
@@ -38,22 +38,22 @@ Wanted = Callable[[str, int], range]
 
 
 def all_rows(name: str, rows: int) -> range:
-    """Want a tensor whole."""
+    """Read a whole tensor."""
     return range(rows)
 
 
 def no_rows(name: str, rows: int) -> range:
-    """Want only a tensor's shape and type: it takes no memory."""
+    """Read only a tensor's shape and type, which takes no memory."""
     return range(0)
 
 
 def rows_of_weights(name: str, rows: int) -> range:
-    """Want all but an optimiser's states."""
+    """Read everything except an optimiser's states."""
     return range(0 if name.startswith("optimizer_states/") else rows)
 
 
 class ShardedTensor(msgspec.Struct, forbid_unknown_fields=True):
-    """Shape and type (of torch) of a tensor, and how many of its rows, in order, each file has."""
+    """A tensor's shape and torch dtype, and its number of rows in each file, in order."""
 
     shape: list[Count]
     dtype: str
@@ -65,12 +65,12 @@ class ShardedTensor(msgspec.Struct, forbid_unknown_fields=True):
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        """The type, as torch's."""
+        """The dtype as a torch object."""
         return getattr(torch, self.dtype)
 
 
 class Index(msgspec.Struct, forbid_unknown_fields=True):
-    """Contents of a sharded checkpoint; names no file, so that none outside of the folder is opened.
+    """Contents of a sharded checkpoint; it names no files, so that none outside of the folder is opened.
 
     Attributes:
         version: of the format.
@@ -96,22 +96,22 @@ class Index(msgspec.Struct, forbid_unknown_fields=True):
 
 
 def is_sharded(path: str | Path) -> bool:
-    """Return whether a path is that of a sharded checkpoint's folder, complete or not."""
+    """Return whether a path is a sharded checkpoint's folder, complete or not."""
     return Path(path, INDEX).is_file()
 
 
 def file_of(folder: Path, number: int) -> Path:
-    """Return the file of a rank's rows."""
+    """Return the file with a rank's rows."""
     return folder / f"rank_{number}.safetensors"
 
 
 def place_of(number: int, files: int, checkpoint: str) -> dict[str, str]:
-    """Return the metadata that say which file of which checkpoint a rank's is."""
+    """Return metadata that identify a rank's file within its checkpoint."""
     return {"checkpoint": checkpoint, "file": f"{number} of {files}"}
 
 
 def sha256_of(rows: Tensor) -> str:
-    """SHA-256 of a tensor's bytes, about a second for 1 GB: of what a rank writes, and of what it reads."""
+    """Return the SHA-256 of a tensor's bytes, in about a second for 1 GB; ranks check what they write and read."""
     return sha256(rows.contiguous().view(torch.uint8).numpy().data).hexdigest()
 
 
@@ -135,7 +135,7 @@ def read_index(folder: Path) -> Index:
 
 
 def checked_rest(folder: Path, index: Index) -> Path:
-    """Return the file of all that lies in no shards, if it is the one that the index belongs to."""
+    """Return the file of everything outside the shards, if it belongs to the index."""
     file = folder / REST
     with _reading(file):
         require(sha256_of_file(file) == index.rest, f"damaged, or of another checkpoint; {INSTEAD}")
@@ -190,7 +190,7 @@ def path_of(keys: tuple[Any, ...]) -> str:
 
 
 def _place(values: Any, path: str) -> tuple[Any, Any]:
-    """Return the mapping or list that has a path's value, and the key there."""
+    """Return the mapping or list that contains a path's value, and its key there."""
     *above, last = (key.replace("~1", "/").replace("~0", "~") for key in path.split("/"))
     for key in above:
         values = values[_key(values, key)]

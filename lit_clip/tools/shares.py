@@ -1,4 +1,4 @@
-"""Shares of work that several jobs do without talking to each other."""
+"""Shares of work for several jobs that do not communicate."""
 
 import re
 from typing import NamedTuple
@@ -7,14 +7,14 @@ from lit_clip.errors import InputError
 
 
 class Share(NamedTuple):
-    """Every ``of``-th item from item ``number`` on; by default all items."""
+    """Every ``of``-th item, starting at item ``number``; by default all items."""
 
     number: int = 0  # counted from 0
     of: int = 1
 
     @classmethod
     def typed(cls, text: str | None) -> "Share":
-        """Return the share of ``--share i/n``, counted from 1; all without it."""
+        """Return the share of ``--share i/n``, counted from 1; all items without it."""
         if text is None:
             return cls()
         found = re.fullmatch(r"(\d+)/(\d+)", text)
@@ -23,16 +23,16 @@ class Share(NamedTuple):
         return cls(int(found[1]) - 1, int(found[2]))
 
     def has(self, item: int) -> bool:
-        """Whether an item is in it."""
+        """Return whether the share contains an item."""
         return item % self.of == self.number
 
     @property
     def suffix(self) -> str:
-        """Addition to the names of files that this job alone writes; empty for all items."""
+        """Suffix for names of files that only this job writes; empty for all items."""
         return f"-{self.number + 1}-of-{self.of}" if self.of > 1 else ""
 
     def finished(self, output: object) -> str:
-        """Return the line at the end of a job."""
+        """Return the last line that a job prints."""
         return (
             f"{output}: share {self.number + 1}/{self.of} is finished; when all are, the same command without --share "
             "joins them"

@@ -1,4 +1,4 @@
-"""Rows of a tensor in a memory-mapped file, written in any order by any number of processes, each with its digest."""
+"""Rows of a tensor in a memory-mapped file, each with a digest; any number of processes write them in any order."""
 
 import json
 import math
@@ -29,7 +29,7 @@ DTYPES = {
 
 
 class StoredRows:
-    """A tensor ``[N, ...]`` in a folder: its values, and the digest of each row that is done.
+    """A tensor ``[N, ...]`` in a folder: its values, and the digest of each finished row.
 
     Every few seconds, the digests of the rows written since are stored after their values are on the disk. A process
     may be killed at any time, and a machine may lose its power. Processes that write different rows need no lock.
@@ -55,7 +55,7 @@ class StoredRows:
 
     @classmethod
     def create(cls, folder: Path, rows: int, shape: Sequence[int], dtype: torch.dtype) -> "StoredRows":
-        """Create the files unless they exist; files that are damaged, or of other rows, are created again.
+        """Create the files unless they exist; create damaged files, or files of other rows, again.
 
         Absent rows take no space on most file systems. Values are not checked, see :meth:`remove_damaged`.
         """
@@ -80,7 +80,7 @@ class StoredRows:
 
     @classmethod
     def _holds(cls, folder: Path, wanted: tuple[int, tuple[int, ...], torch.dtype]) -> bool:
-        """Whether intact files of such rows are there."""
+        """Return whether intact files of these rows exist."""
         try:
             found = cls(folder)
         except InputError:
@@ -91,7 +91,7 @@ class StoredRows:
         return {**vars(self), "_values": None, "_state": None, "_file": None}
 
     def _open(self) -> None:
-        """Map the files. Values are written to the file: on a full disk, writing to its map would end the process."""
+        """Map the files. Values are written to the file, because writing to its map on a full disk ends the process."""
         if self._values is None:
             self._values = np.memmap(self.folder / "values", np.uint8, "r", shape=(self.rows, self._row_bytes))
             self._file = (self.folder / "values").open("r+b")
@@ -103,7 +103,7 @@ class StoredRows:
         return np.select([self._state == 0, self._state == UNUSABLE_MARK], [ABSENT, UNUSABLE], DONE).astype(np.uint8)
 
     def remove_damaged(self, rows: np.ndarray) -> Iterator[tuple[int, int]]:
-        """Make rows that differ from their digests absent; yield how many more were compared, and were damaged."""
+        """Mark rows that differ from their digests as absent; yield numbers of newly compared and damaged rows."""
         done = rows[self.state()[rows] == DONE]
         parts = [done[start : start + CHECKED_AT_ONCE] for start in range(0, len(done), CHECKED_AT_ONCE)]
         with reading(self.folder, "folder of stored rows", hint="delete the folder"), ThreadPoolExecutor() as pool:
@@ -116,13 +116,13 @@ class StoredRows:
                 yield len(part), len(damaged)
 
     def _damaged(self, rows: np.ndarray) -> list[int]:
-        """Return which rows have other values than were written."""
+        """Return the rows with other values than were written."""
         size = self._row_bytes
         found = ((row, read_at(self._file, size, row * size)) for row in rows.tolist())
         return [row for row, data in found if _digest(row, data) != self._state[row]]
 
     def write(self, rows: np.ndarray, values: Tensor) -> None:
-        """Write rows ``[n, ...]``, or the first entries of rows, such as those of a short text."""
+        """Write rows ``[n, ...]``, or only their first entries, such as for short texts."""
         self._open()
         if values.dtype != self.dtype:
             raise InputError(f"{self.folder}: holds {self.dtype}, not {values.dtype}; delete the folder")
@@ -156,14 +156,14 @@ class StoredRows:
         self._pending, self._marked = {}, time.monotonic()
 
     def close(self) -> None:
-        """Mark the last rows; the files open again when used."""
+        """Mark the last rows; files open again when used."""
         if self._values is not None:
             self._mark_pending()
             self._file.close()
             self._values = self._state = self._file = None
 
     def read(self, rows: int | np.ndarray, length: int | None = None) -> Tensor | None:
-        """Return a row, or ``[n, ...]`` for several, the first ``length`` of a row's entries; None: one is absent."""
+        """Return a row, or ``[n, ...]`` for several, with its first ``length`` entries; None if one is absent."""
         self._open()
         marks = self._state[rows]
         if not np.all((marks != 0) & (marks != UNUSABLE_MARK)):
@@ -175,6 +175,6 @@ class StoredRows:
 
 
 def _digest(row: int, content: bytes) -> np.uint64:
-    """Return the digest of a row's values, whose last entries may be left out if they are 0, and of its place."""
+    """Return the digest of a row's place and values; trailing zeros may be left out."""
     found = blake2b(content.rstrip(b"\0"), digest_size=8, salt=row.to_bytes(8, "little")).digest()
     return np.uint64(int.from_bytes(found, "little") or 1)

@@ -1,4 +1,4 @@
-"""Stores that files are read from."""
+"""Stores from which files are read."""
 
 from typing import Any
 
@@ -31,7 +31,7 @@ def store_of(url: str) -> tuple[Any, str]:
 
 
 def _session_options() -> dict[str, Any]:
-    """Return options of a web session: files arrive as they are stored, and take as long as they take."""
+    """Return options of a web session: files arrive as stored, without a time limit."""
     import aiohttp
 
     # aiohttp's own limit is on the whole transfer, and a shard may take longer than that.

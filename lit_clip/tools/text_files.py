@@ -1,4 +1,4 @@
-"""Read text, YAML and JSON files, with one error that names the file; and cells of CSV files."""
+"""Read text, YAML and JSON files, with one error that names the file; and write and read cells of CSV files."""
 
 import csv
 import json
@@ -15,35 +15,35 @@ Content = TypeVar("Content")
 
 
 def read_text(path: str | Path, option: str = "") -> str:
-    """Return the content of a UTF-8 text file; the error opens with ``option``, which gave the path."""
+    """Return the content of a UTF-8 text file; an error begins with ``option``, which gave the path."""
     return _read(path, option, "UTF-8 text", str)
 
 
 def read_yaml(path: str | Path, option: str = "") -> Any:
-    """Return the content of a YAML file; a key that occurs twice in a mapping is an error."""
+    """Return the content of a YAML file; a repeated key in a mapping is an error."""
     return _read(path, option, "YAML", parse_yaml)
 
 
 def parse_yaml(text: str) -> Any:
-    """Return the content of a YAML document; :class:`yaml.YAMLError` if it is none or has a key twice."""
+    """Return the content of a YAML document; :class:`yaml.YAMLError` if it is invalid or repeats a key."""
     return yaml.load(text, _UniqueKeyLoader)  # noqa: S506 # a SafeLoader
 
 
 def no_formula(cell: Any) -> Any:
-    """Return a cell for a CSV file: an apostrophe stands before what a spreadsheet would compute, as OWASP advises."""
+    """Return a cell for a CSV file, with an apostrophe before anything a spreadsheet would compute (OWASP)."""
     return (
         f"'{cell}" if isinstance(cell, str) and cell.startswith(tuple("=+-@\t\r\n\uff1d\uff0b\uff0d\uff20")) else cell
     )
 
 
 def write_csv(path: Path, rows: Iterable[Iterable[Any]]) -> None:
-    """Write rows as CSV, each cell by :func:`no_formula`."""
+    """Write rows as CSV, each cell through :func:`no_formula`."""
     with replacing(path) as draft, draft.open("w", newline="", encoding="utf-8", errors="replace") as file:
         csv.writer(file).writerows(map(no_formula, row) for row in rows)
 
 
 def from_cell(cell: str) -> str:
-    """Return what :func:`no_formula` made a cell of."""
+    """Return the original text of a cell from :func:`no_formula`."""
     return cell[1:] if cell[:1] == "'" and no_formula(cell[1:]) == cell else cell
 
 
@@ -58,7 +58,7 @@ def _read(path: str | Path, option: str, kind: str, parse: Callable[[str], Conte
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """Refuses equal keys, of which PyYAML keeps the last without a word."""
+    """Refuse repeated keys; PyYAML would silently keep the last one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[tuple[str, str]] = set()

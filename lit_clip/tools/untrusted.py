@@ -1,4 +1,4 @@
-"""The rule for what comes from somebody's file: values are plain, and name nothing.
+"""Rules for values from untrusted files: they are plain, and name nothing.
 
 The files are checkpoints, folders of weights and published configurations. What the user types, and the user's own YAML
 files, may name what they like; these files may not:
@@ -61,7 +61,7 @@ _WORDS = {  # msgspec's and ours
 
 
 def convert(values: Any, kind: Any, where: str = "") -> Any:
-    """Return a file's values as a type by msgspec's rules: a list is a tuple, and a bool is no number.
+    """Return a file's values as a type by msgspec's rules: a list becomes a tuple, and a bool is not a number.
 
     ``where`` is the values' place, for messages, such as ``architecture.image``.
     """
@@ -72,7 +72,7 @@ def convert(values: Any, kind: Any, where: str = "") -> Any:
 
 
 def wrong_value(error: msgspec.ValidationError, values: Any, where: str = "", kind: Any = None) -> InputError:
-    """Return the line for an error of msgspec's: the value's place, the value if it is at hand, what it must be."""
+    """Return a one-line error from msgspec's: the value's place, the value if known, and what it must be."""
     if isinstance(error.__cause__, InputError):  # of a dataclass's own check
         return error.__cause__
     said, _, path = str(error).replace("`", "").partition(" - at ")
@@ -110,7 +110,7 @@ def from_plain(kind: type[Settings], values: Any, where: str) -> Settings:
 
 
 def entries(types: Mapping[str, Any], total: bool = False) -> Any:
-    """Return the type of a mapping with entries of these types, all of them if ``total``; others may be anything."""
+    """Return the type of a mapping with entries of these types, all required if ``total``; others are free."""
     return cast(Any, TypedDict)("Entries", dict(types), total=total)
 
 
@@ -121,12 +121,12 @@ def _fields(kind: type, unchecked: tuple[str, ...]) -> Any:
 
 
 def check_fields(settings: Any, where: str, *unchecked: str) -> None:
-    """Convert a dataclass's values to its fields' types, but for the ``unchecked`` names."""
+    """Convert a dataclass's values to its fields' types, except for the ``unchecked`` names."""
     vars(settings).update(convert(vars(settings), _fields(type(settings), unchecked), where))
 
 
 def like(sample: Any) -> Any:
-    """Return the type of values of a sample's kind: a flag, a number, a text, a mapping, or a list or tuple of them."""
+    """Return the type of values like a sample: a flag, a number, a text, a mapping, or a list or tuple of these."""
     if isinstance(sample, bool | str):
         return type(sample)
     if isinstance(sample, int | float):
@@ -162,7 +162,7 @@ def check_names_nothing(values: Any, where: str) -> None:  # noqa: C901  # one b
 
 
 def _names_class(text: str) -> bool:
-    """Return whether a text is YAML with the key ``class_path``, at any depth, in texts within it too.
+    """Return whether a text is YAML with the key ``class_path``, at any depth, also in texts within it.
 
     Where any value may be, the command line's parser reads a text as YAML, and creates what it describes.
     """
@@ -174,7 +174,7 @@ def _names_class(text: str) -> bool:
 
 
 def check_options(options: Any, where: str) -> None:
-    """Check settings whose names only another library knows: nothing is named, and no count would fill the memory."""
+    """Check settings that only another library knows: they name nothing, and no count would fill the memory."""
     check_names_nothing(options, where)
     for name, value in options.items() if isinstance(options, Mapping) else ():
         if name == "class_path":
@@ -187,7 +187,7 @@ def check_options(options: Any, where: str) -> None:
 
 
 def class_paths_within(value: Any) -> Iterator[str]:
-    """Yield the values of ``class_path``, at any depth, that could be the path of a class."""
+    """Yield the values of ``class_path``, at any depth, that could be a class's path."""
     if isinstance(value, Mapping):
         path = value.get("class_path")
         if isinstance(path, str) and "." in path:
@@ -204,7 +204,7 @@ def shortened(value: Any) -> str:
 
 
 def hints_of(target: Any) -> dict[str, Any]:
-    """Return the types of the arguments of a class or a function: ``Any`` without one, a text if it is not found."""
+    """Return the types of a class's or function's arguments: ``Any`` without one, a text if unresolved."""
     parameters = inspect.signature(target).parameters.values()
     hints = {each.name: Any if each.annotation is each.empty else each.annotation for each in parameters}
     try:
@@ -214,7 +214,7 @@ def hints_of(target: Any) -> dict[str, Any]:
 
 
 def matches_plain_type(value: Any, hint: Any) -> bool:
-    """Return whether a file's value fits an argument, and the command line's parser would look nothing up for it.
+    """Return whether a file's value fits an argument without making the command line's parser look anything up.
 
     The parser imports what a text names where a class or a callable is wanted, and reads it as a file for a mapping.
     """

@@ -50,7 +50,7 @@ def tensors_of(values: dict[str, Any], name: Source) -> dict[str, Tensor]:
 
 
 def checked_tensors(state: Any, name: Source) -> dict[str, Tensor]:
-    """Return the state dict; anything but plain tensors by name is an :class:`InputError`."""
+    """Return the state dict; raise :class:`InputError` for anything but plain tensors by name."""
     problem = "" if isinstance(state, dict) else f"it is a {type(state).__name__}"
     for key, tensor in state.items() if not problem else ():
         if not isinstance(key, str) or not isinstance(tensor, Tensor):
@@ -65,7 +65,7 @@ def checked_tensors(state: Any, name: Source) -> dict[str, Tensor]:
 
 
 def _oddity(tensor: Tensor) -> str:
-    """Return how a tensor is not a plain one; an empty string if it is."""
+    """Return what makes a tensor not plain; an empty text for a plain tensor."""
     if tensor.is_meta:
         return "on the meta device, without values"
     if tensor.layout != torch.strided or tensor.is_nested:
@@ -78,7 +78,7 @@ def _oddity(tensor: Tensor) -> str:
 
 
 def check_tensors_within(values: Any) -> None:
-    """Raise :class:`InputError` if values hold, at any depth, a tensor that is not plain, or are nested too deeply."""
+    """Raise :class:`InputError` if values contain, at any depth, a tensor that is not plain, or nest too deeply."""
     try:
         leaves = tree_flatten_with_path(values)[0]
     except RecursionError as error:
@@ -89,7 +89,7 @@ def check_tensors_within(values: Any) -> None:
 
 
 def as_float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copy tensors to float32 tensors of their own: mapped ones would change or crash when the file is overwritten."""
+    """Copy tensors to new float32 tensors: mapped ones would change or crash when the file is overwritten."""
     return {
         key.removeprefix("module."): value.to(
             torch.float32 if value.is_floating_point() else value.dtype,
@@ -101,7 +101,7 @@ def as_float32(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_file(path: Path, wanted: Wanted = rows_of_weights) -> dict[str, Any]:
-    """Read a weight file's dictionary: tensors by name, or a checkpoint that has those as ``state_dict``.
+    """Read a weight file's dictionary: tensors by name, or a checkpoint with tensors in ``state_dict``.
 
     Tensors are mapped to the file where its format allows that: who keeps them copies them. Of tensors in shards only
     the ``wanted`` rows are read.
@@ -114,12 +114,12 @@ def read_file(path: Path, wanted: Wanted = rows_of_weights) -> dict[str, Any]:
 
 
 def read_mapped(path: Path) -> dict[str, Any]:
-    """Read as :func:`read_file` does; tensors in shards are 0, and take no memory."""
+    """Read as :func:`read_file` does; tensors in shards are zeros that take no memory."""
     return read_file(path, no_rows)
 
 
 def load_mapped(path: Path, wanted: Wanted = no_rows) -> Any:
-    """Read as :func:`read_file` does, and raise what the parser raises."""
+    """Read as :func:`read_file` does, but raise the parser's own errors."""
     if path.is_dir():
         return read_sharded(path, wanted)
     if path.suffix == ".safetensors":
@@ -136,7 +136,7 @@ def load_mapped(path: Path, wanted: Wanted = no_rows) -> Any:
 
 
 def read_sharded(folder: Path, wanted: Wanted = all_rows) -> dict[str, Any]:
-    """Read a sharded checkpoint's folder as the dictionary that a whole checkpoint's file holds."""
+    """Read a sharded checkpoint's folder as the dictionary that a whole checkpoint's file contains."""
     index = read_index(folder)
     with opening(rest := checked_rest(folder, index)):
         values = torch.load(rest, map_location="cpu", weights_only=True)
@@ -147,20 +147,20 @@ def read_sharded(folder: Path, wanted: Wanted = all_rows) -> dict[str, Any]:
 
 
 def _newest() -> str:
-    """Return a hint at the newest checkpoint of the runs below the working folder."""
+    """Return a hint at the newest checkpoint among the runs below the working folder."""
     newest = _newest_of(Path().glob("runs/*/*/checkpoints/*.ckpt"))
     return f"; the newest here is {newest}" if newest else ""
 
 
 def _newest_of(files: Iterable[Path]) -> Path | None:
-    """Return the newest of the files, or the last checkpoint of its run."""
+    """Return the newest of the files, or the last checkpoint of the same run."""
     newest = max(files, key=lambda file: file.stat().st_mtime, default=None)
     last = newest and newest.with_name("last.ckpt")
     return last if last and last.exists() else newest
 
 
 def _in_folder(folder: Path) -> str:
-    """Say which checkpoint of a folder, often a run's, can be named."""
+    """Return an error text that suggests a checkpoint in a folder, often a run's."""
     newest = _newest_of([*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt")])
     such = f"; name a file in it, such as {newest}" if newest else f" without {INDEX}; name a file"
     return f"is a folder{such}"
@@ -168,7 +168,7 @@ def _in_folder(folder: Path) -> str:
 
 @contextmanager
 def opening(path: Path) -> Iterator[None]:
-    """Turn any error of somebody's weight file into one line that names it."""
+    """Turn any error about a user's weight file into one line that names it."""
     with reading(path, "weight file", hint="it may be incomplete"):
         if not (path.is_file() or is_sharded(path)):
             raise InputError(f"{path}: {_in_folder(path) if path.is_dir() else f'no such checkpoint file{_newest()}'}")
@@ -187,14 +187,14 @@ def opening(path: Path) -> Iterator[None]:
 
 
 class _Script:
-    """Stand-in for an object of an archive's own code: keeps attributes, runs no methods."""
+    """Stand-in for an object of an archive's own code: it keeps attributes and runs no methods."""
 
     def __setstate__(self, state: Any) -> None:
         self.attributes = state
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    """Reads a TorchScript archive's ``data.pkl``; refuses anything but tensors, containers and inert objects."""
+    """Unpickle a TorchScript archive's ``data.pkl``; refuse anything but tensors, containers and inert objects."""
 
     def __init__(self, data: bytes, read: Callable[[str], bytes]) -> None:
         super().__init__(io.BytesIO(data))
@@ -228,7 +228,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 def read_torchscript(archive: zipfile.ZipFile) -> dict[str, Tensor]:
-    """Read the tensors of a TorchScript archive by their names in the state dict; its code is not read."""
+    """Read a TorchScript archive's tensors by their names in the state dict; its code is not read."""
     root = next(name for name in archive.namelist() if name.endswith("/constants.pkl")).rpartition("/")[0]
     unpickler = _TensorUnpickler(archive.read(f"{root}/data.pkl"), lambda key: archive.read(f"{root}/data/{key}"))
     return checked_tensors(dict(_named_tensors(unpickler.load(), "")), archive.filename or "the archive")
@@ -245,7 +245,7 @@ def _named_tensors(script: _Script, prefix: str) -> list[tuple[str, Tensor]]:
 
 
 def is_path(source: str | os.PathLike[str]) -> bool:
-    """Whether a source of weights can only be a file or folder."""
+    """Return whether a source of weights can only be a file or folder."""
     text = os.fspath(source)
     return (
         os.path.exists(text)

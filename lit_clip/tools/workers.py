@@ -1,4 +1,4 @@
-"""Data workers: they end with the process they read for, leave signals to it, and lose no batch."""
+"""Data workers: they end with the process that they read for, leave signals to it, and lose no batch."""
 
 import os
 import signal
@@ -24,7 +24,7 @@ def usable_cores() -> int:
 
 
 def workers_for_images(processes: int) -> int:
-    """Return how many data workers each of some processes on this machine should have if they only decode images.
+    """Return the number of data workers for each of several processes here, if workers only decode images.
 
     One core is left to the processes themselves, and more than eight workers are faster than any encoder of ours.
     """
@@ -32,7 +32,7 @@ def workers_for_images(processes: int) -> int:
 
 
 def loader(batches: Dataset[Any], num_workers: int, pin_memory: bool = False) -> DataLoader[Any]:
-    """Load a dataset whose items are whole batches, with at most one data worker per core and per batch.
+    """Load a dataset of whole batches, with at most one data worker per core and per batch.
 
     A single batch is not worth starting processes for. The global random state is left alone.
     """
@@ -50,7 +50,7 @@ def loader(batches: Dataset[Any], num_workers: int, pin_memory: bool = False) ->
 
 
 class Mapped(Dataset[T]):
-    """What a function returns for each of some items; both are sent to data workers."""
+    """Results of a function for each item; data workers receive both."""
 
     def __init__(self, function: Callable[[Item], T], items: Sequence[Item]) -> None:
         self.function, self.items = function, items
@@ -63,7 +63,7 @@ class Mapped(Dataset[T]):
 
 
 class SharedMemoryCollate:
-    """A ``collate_fn`` that makes sure in a data worker that the batch can be sent.
+    """A ``collate_fn`` that makes sure, inside the data worker, that the batch can be sent.
 
     torch moves tensors to shared memory in a thread of the worker. Where that is full (a container has 64 MB of it) the
     thread prints an error, the batch is lost, and the main process waits for it for ever. Here they are moved before,
@@ -105,7 +105,7 @@ def _shared(tensor: Tensor) -> "Tensor | _Piped":
 
 
 class _Piped:
-    """A tensor that is pickled with its values, and is a tensor again where it arrives."""
+    """A tensor that is pickled with its values, and becomes a tensor again on arrival."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.contiguous()
@@ -120,7 +120,7 @@ def _arrived(values: Any, dtype: torch.dtype, shape: torch.Size) -> Tensor:
 
 
 def shield_worker(worker_id: int) -> None:
-    """Make a data worker ignore signals and end with the process it reads for: a ``worker_init_fn``.
+    """Make a data worker ignore signals and end with its process; a ``worker_init_fn``.
 
     SLURM, Ctrl-C in a terminal, and whoever signals a process group reach the workers too. Losing one is an error in
     the middle of a step, before anything could be saved; the main process ends its workers itself.
@@ -138,7 +138,7 @@ def shield_worker(worker_id: int) -> None:
 
 
 def _wait_for_signal(signals: set[signal.Signals], parent: int) -> None:
-    """End this worker on the parent's SIGTERM, which the data loader sends to one that does not end by itself."""
+    """End this worker on the parent's SIGTERM; the data loader sends it to workers that do not end themselves."""
     while True:
         received = signal.sigwaitinfo(signals)
         if received.si_pid == parent and received.si_signo == signal.SIGTERM:

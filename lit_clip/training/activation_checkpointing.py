@@ -17,7 +17,7 @@ Result = TypeVar("Result")
 
 
 class FrozenStatistics(AbstractContextManager[None]):
-    """Context in which the running statistics of BatchNorm layers do not change.
+    """Context that keeps the running statistics of BatchNorm layers unchanged.
 
     A layer still normalises with its batch and saves the same tensors for backward, which checkpointing compares. The
     context can be entered repeatedly and within itself.
@@ -61,7 +61,7 @@ def _forward(block: nn.Module, forward: Callable[..., Result], *args: Any, **kwa
 
 
 def checkpoint_blocks(blocks: list[nn.Module]) -> None:
-    """Make modules compute their activations again wherever gradients are needed in training.
+    """Make modules compute their activations again whenever training needs gradients.
 
     State-dict names do not change, deep copies stay checkpointed, and applying it twice has no effect.
     """

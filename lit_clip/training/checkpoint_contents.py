@@ -1,4 +1,4 @@
-"""Contents of a checkpoint, and how they are written and loaded.
+"""Contents of a checkpoint: how they are written and loaded.
 
 Beside Lightning's own keys (epoch, global_step, optimizer_states, lr_schedulers, loops, callbacks, hyper_parameters):
 
@@ -45,7 +45,7 @@ SETTINGS = {"hyper_parameters", "datamodule_hyper_parameters"}
 def pack_checkpoint(
     checkpoint: dict[str, Any], model: CLIP, base: Mapping[str, str] | None, changing: Collection[str]
 ) -> None:
-    """Turn what Lightning saves into what we write, in place: OpenAI's key names, the tokenizer, no secrets.
+    """Turn Lightning's checkpoint into ours, in place: OpenAI's key names, the tokenizer, no secrets.
 
     With the ``base`` that a LoRA belongs to, ``pretrained`` and ``sha256``, only the ``changing`` weights stay.
     """
@@ -65,14 +65,14 @@ def pack_checkpoint(
 
 
 def _move_own_keys(checkpoint: dict[str, Any], state: Mapping[str, Any]) -> None:
-    """Put a module's weights into a checkpoint as we write them: OpenAI's key names, and the loss beside the model."""
+    """Put a module's weights into a checkpoint under our keys: OpenAI's names, and the loss beside the model."""
     checkpoint["state_dict"] = {key[len(PREFIX) :]: value for key, value in state.items() if key.startswith(PREFIX)}
     own = {key[len(LOSS_PREFIX) :]: value for key, value in state.items() if key.startswith(LOSS_PREFIX)}
     checkpoint |= {"loss": own} if own else {}
 
 
 def unpack_checkpoint(checkpoint: dict[str, Any], module: Any, name: Source, trainer: Any = None) -> None:
-    """Turn a checkpoint of ours into what Lightning loads, in place, and give the model its tokenizer.
+    """Turn our checkpoint into Lightning's, in place, and give the model its tokenizer.
 
     Without a ``trainer``, whose training resumes, the weights are only used.
     """
@@ -104,7 +104,7 @@ def unpack_checkpoint(checkpoint: dict[str, Any], module: Any, name: Source, tra
 
 
 def adopt_tokenizer(model: CLIP, checkpoint: Source) -> None:
-    """Give a model a checkpoint's tokenizer, before data modules ask for the one of the architecture's source.
+    """Give a model a checkpoint's tokenizer, before data modules ask for the architecture's.
 
     The source may be gone, or hold another tokenizer by now; and a checkpoint's source is not opened.
     """
@@ -112,7 +112,7 @@ def adopt_tokenizer(model: CLIP, checkpoint: Source) -> None:
 
 
 def _use_last_step(checkpoint: dict[str, Any], name: Source) -> None:
-    """Resume a run that goes on without an average from the weights that the optimiser's moments belong to."""
+    """Resume a run that ends its average from the weights that match the optimiser's moments."""
     _move_own_keys(checkpoint, checkpoint.pop("current_model_state"))
     if checkpoint.pop("weights", None) == EMA_WEIGHTS:
         rank_zero_info(
@@ -122,7 +122,7 @@ def _use_last_step(checkpoint: dict[str, Any], name: Source) -> None:
 
 
 def _loss_state(checkpoint: Mapping[str, Any], loss: Loss, name: Source, resumed: bool) -> dict[str, Any]:
-    """Return the parameters of a module's loss under its own names; the checkpoint's if training resumes."""
+    """Return the parameters of a module's loss under its own names; when training resumes, the checkpoint's."""
     saved, ours = checkpoint.get("loss", {}), loss.state_dict()
     there, here = ({key: getattr(value, "shape", None) for key, value in state.items()} for state in (saved, ours))
     if there != here:

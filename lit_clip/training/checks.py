@@ -1,4 +1,4 @@
-"""Settings that would not train what they say, refused before the first step."""
+"""Refuse, before the first step, settings that would not do what they say."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -93,7 +93,7 @@ REFUSED = (
 
 
 def check_parts(trainer: Any) -> None:
-    """Check a trainer's callbacks, strategy and plugins, before any of them is set up."""
+    """Check a trainer's callbacks, strategy and plugins before any of them is set up."""
     for option, part in _parts(trainer):
         for refusal in REFUSED:
             found = type(part) is refusal.kind if refusal.exactly else isinstance(part, refusal.kind)
@@ -111,7 +111,7 @@ def _parts(trainer: Any) -> Iterator[tuple[str, Any]]:
 
 
 def check_counts(trainer: Any) -> None:
-    """Check the numbers by which Lightning divides in the middle of a run, and the limit of gradients."""
+    """Check the trainer's divisors, with which Lightning would fail in the middle of a run, and the gradient limit."""
     clip = getattr(trainer, "gradient_clip_val", None)
     require(clip is None or clip >= 0, f"trainer.gradient_clip_val: {clip} must be at least 0; null clips nothing")
     for name in ("accumulate_grad_batches", "check_val_every_n_epoch", "val_check_interval"):
@@ -196,7 +196,7 @@ def _check_master_weights(module: nn.Module, precision: str) -> None:
 
 
 def _check_bias(module: Any, batch: int | None, world: int) -> None:
-    """Warn of a sigmoid loss whose bias fits only far larger batches, see :class:`lit_clip.losses.Sigmoid`."""
+    """Warn about a sigmoid loss with a bias for far larger batches; see :class:`lit_clip.losses.Sigmoid`."""
     told = not isinstance(module.loss, Sigmoid) or module.loss.pretraining_batch is not None
     if told or not module.starts_trained or not batch:
         return

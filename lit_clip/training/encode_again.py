@@ -1,4 +1,4 @@
-"""Encode images for a loss that reads more than the features of the step's pairs."""
+"""Encode images again for a loss that reads more than the features of the step's pairs."""
 
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -12,7 +12,7 @@ from lit_clip.training.activation_checkpointing import FrozenStatistics, checkpo
 
 
 def encode_again(model: CLIP, encode: Callable[[CLIP, Tensor], Tensor], images: Sequence[Tensor]) -> Tensor:
-    """Encode micro-batches of images; BatchNorm's statistics stay, which have counted the step's images."""
+    """Encode micro-batches of images; BatchNorm's statistics stay, because they already include these images."""
     norms = [layer for layer in model.visual.modules() if isinstance(layer, _BatchNorm)]
     run = encode if len(images) == 1 else partial(checkpoint, encode, inside=model.visual)
     found = []

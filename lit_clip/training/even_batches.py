@@ -1,4 +1,4 @@
-"""How many pairs each batch has, where the data module guarantees it."""
+"""Number of pairs in each batch, if the data module guarantees it."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ OURS = {"lightning", "lit_clip"}
 
 
 def even_batches(trainer: Trainer, negatives: bool) -> int | None:
-    """Return the number of pairs in each rank's every training batch, if the data module guarantees it; else None.
+    """Return the number of pairs in every training batch of each rank, if guaranteed; otherwise None.
 
     It does if bad samples end the run (``on_error: error``), its sampler divides global batches among the ranks, and
     a sample is a pair.
@@ -32,12 +32,12 @@ def even_batches(trainer: Trainer, negatives: bool) -> int | None:
 
 
 def captions_together(data: Any) -> bool:
-    """Return whether a sample of a data module is an image with all of its captions."""
+    """Return whether a sample of a data module is an image with all its captions."""
     return getattr(getattr(data, "captions", None), "per_image", None) == "together"
 
 
 def _makes_batches(*owners: Any) -> bool:
-    """Return whether a method of a module or data module by which a batch may get hard negatives is not one of ours."""
+    """Return whether a user's method of a module or data module could add hard negatives to a batch."""
     methods = [getattr(owner, name, None) for owner in owners for name in MAKE_BATCHES]
     packages = {str(getattr(method, "__module__", "")).partition(".")[0] for method in methods if method is not None}
     return not packages <= OURS

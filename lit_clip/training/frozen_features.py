@@ -1,4 +1,4 @@
-"""Encode every image and caption once through frozen layers, or a teacher, and keep the result in files.
+"""Encode every image and caption once through frozen layers or a teacher, and store the results in files.
 
 A file belongs to one fingerprint: of the frozen weights, the preprocessing, the place where the frozen layers end, the
 precision, and the images or captions themselves. Another fingerprint is another folder.
@@ -29,12 +29,12 @@ VERSIONS, IMAGES = 4, 8_000  # of each image, and of all images, from which head
 
 
 def versions_of(images: int, versions: int) -> int:
-    """Return of how many stored versions of each image heads alone learn."""
+    """Return how many stored versions of each image are used to train the heads alone."""
     return max(1, min(versions, VERSIONS, IMAGES // max(1, images)))
 
 
 class Encoding(NamedTuple):
-    """How frozen layers are computed: a model in evaluation mode, and a context of the precision for each batch."""
+    """A model in evaluation mode, with a precision context for each batch, to compute frozen layers."""
 
     model: CLIP
     context: Callable[[], AbstractContextManager[Any]]
@@ -59,7 +59,7 @@ class Texts(NamedTuple):
 
 
 class ImageBatch(NamedTuple):
-    """Images to encode, uint8 ``[B, 3, H, W]``, their rows in the file, and the rows of images that cannot be read."""
+    """Images to encode, uint8 ``[B, 3, H, W]``, their rows in the file, and the rows of unreadable images."""
 
     rows: np.ndarray
     images: Tensor
@@ -67,7 +67,7 @@ class ImageBatch(NamedTuple):
 
 
 class StoredTeacher(NamedTuple):
-    """Files of a teacher's features of the training images, and of the captions with the hashes of their texts.
+    """Files of a teacher's features of training images and captions, and hashes of the captions' texts.
 
     ``texts`` is None for captions that are made up at random.
     """
@@ -78,7 +78,7 @@ class StoredTeacher(NamedTuple):
 
 
 def frozen_sha256(model: CLIP, prefix: FrozenPrefix, precision: str) -> str:
-    """Return the digest of all that a tower's frozen layers depend on except their input."""
+    """Return a digest of everything that a tower's frozen layers depend on, except their input."""
     parameters = tower_parameters(model, prefix.tower)
     tensors: dict[str, Tensor] = {name: value for name, value in parameters.items() if not value.requires_grad}
     for name, module in frozen_modules(model).items():
@@ -130,7 +130,7 @@ def store_images(
 
 
 def store_texts(encoding: Encoding, prefix: FrozenPrefix, stored: StoredRows, texts: Texts, rows: np.ndarray) -> None:
-    """Encode some rows of texts into a file, those of one length together, so that nothing is padded."""
+    """Encode some rows of texts into a file, texts of equal length together, so that none is padded."""
     rows = rows[np.argsort(texts.lengths[rows], kind="stable")]
     starts = np.flatnonzero(np.diff(texts.lengths[rows], prepend=-1))  # of each length
     with closing(stored), progress("encoding captions", len(rows), rank_and_world()[0] == 0) as advance:

@@ -1,4 +1,4 @@
-"""A batch in which pairs of one image share it."""
+"""Share an image among its pairs in a batch."""
 
 import torch
 
@@ -7,7 +7,7 @@ from lit_clip.tools.hardware import to_device
 
 
 def images_once(batch: CaptionBatch) -> CaptionBatch:
-    """Return a batch of evaluation with each image once, where pairs with one key have the same."""
+    """Return an evaluation batch with each image once; pairs with equal keys have the same image."""
     row_of: dict[str, int] = {}
     image_of = [row_of.setdefault(key, len(row_of)) for key in batch.keys]
     if batch.image_of is not None or len(row_of) == len(image_of):

@@ -1,4 +1,4 @@
-"""Keep the memory that a process on a CPU frees, as torch does with a GPU's."""
+"""Keep memory that a process on a CPU frees, as torch does with a GPU's."""
 
 import ctypes
 import sys
@@ -9,7 +9,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of glibc's malloc.h
 
 
 def keep_freed_memory(device: torch.device) -> None:
-    """Let this process, and its forks, keep the memory that it frees, if it computes on the CPU.
+    """Make this process and its forks keep the memory they free, if they compute on the CPU.
 
     glibc returns the memory of large tensors, so that the next ones are new pages, which the system clears and maps one
     by one. Without glibc this does nothing.

@@ -63,7 +63,7 @@ def hard_negatives(batch: CaptionBatch, loss: Loss) -> int:
 
 
 def placeholder(model: CLIP, batch: CaptionBatch) -> CaptionBatch:
-    """Return one blank pair, for a rank whose samples were all skipped; its features are discarded."""
+    """Return one blank pair for a rank with only skipped samples; its features are discarded."""
     tokens = model.tokenizer.trim(model.tokenizer(["a"])).to(batch.tokens.device)
     images, stored = batch.images, batch.stored_texts
     if stored is not None:
@@ -72,14 +72,14 @@ def placeholder(model: CLIP, batch: CaptionBatch) -> CaptionBatch:
 
 
 class StepCounts(NamedTuple):
-    """Numbers of a step's pairs, and of the hard negative captions that the loss reads, on each rank."""
+    """Numbers of a step's pairs and of the hard negative captions that the loss reads, on each rank."""
 
     pairs: RankCounts
     negatives: RankCounts
 
 
 def encode_step(model: CLIP, batch: CaptionBatch, counts: StepCounts, size: int | None) -> Pairs:
-    """Encode a rank's pairs, and the hard negatives if any rank has some, in micro-batches.
+    """Encode a rank's pairs in micro-batches, with hard negatives if any rank has some.
 
     Features and gradients are those of all pairs at once, and only the activations of the last micro-batch are kept:
     each one but the last is a checkpointed segment of one graph, so DDP synchronises once, after the backward pass of
@@ -126,7 +126,7 @@ def _run(encode: Callable[..., Tensor], *args: Any, inside: nn.Module) -> Tensor
 
 
 def _all_texts(model: CLIP, part: CaptionBatch) -> tuple[Tensor, Sequence[int]]:
-    """Return the tokens of the captions and, below them, of the hard negatives, and their lengths if known."""
+    """Return the tokens of captions, then of hard negatives, and their lengths if known."""
     more = part.negative_tokens
     if more is None or not len(more):
         return part.tokens, part.lengths

@@ -1,4 +1,4 @@
-"""Optimisers: the paper's, and a run's with its schedule and rule of weight decay: created, described, resumed."""
+"""Optimisers: the paper's; and a run's, with its schedule and weight decay: created, described, resumed."""
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -35,7 +35,7 @@ PARTS = ("optimizer", "lr_scheduler", "decay")  # the arguments of LitCLIP that 
 
 
 class PaperAdamW(torch.optim.AdamW):
-    """AdamW; the defaults are the paper's for a ViT (table 18; table 20: 5e-4 for ViT-B at 32,768 pairs a step)."""
+    """AdamW with the paper's defaults for a ViT (table 18; table 20: 5e-4 for ViT-B at 32,768 pairs a step)."""
 
     def __init__(
         self,
@@ -49,7 +49,7 @@ class PaperAdamW(torch.optim.AdamW):
 
 
 def probe_optimizer(optimizer: OptimizerFactory, option: str = "model.optimizer") -> Optimizer:
-    """Create an optimiser of one 8 x 8 matrix, to see its class and settings before there is a run."""
+    """Create an optimiser of one 8 x 8 matrix, to learn its class and settings before a run."""
     try:
         made = optimizer([nn.Parameter(torch.zeros(8, 8))])
     except (TypeError, ValueError, AttributeError) as error:
@@ -60,7 +60,7 @@ def probe_optimizer(optimizer: OptimizerFactory, option: str = "model.optimizer"
 
 
 def state_per_weight(optimizer: OptimizerFactory) -> int | None:
-    """Return how many numbers an optimiser keeps for each number of a weight matrix; None if that is not known."""
+    """Return how many numbers an optimiser keeps for each number of a weight matrix; None if unknown."""
     made = probe_optimizer(optimizer)
     (parameter,) = made.param_groups[0]["params"]
     parameter.grad = torch.ones_like(parameter)
@@ -73,7 +73,7 @@ def state_per_weight(optimizer: OptimizerFactory) -> int | None:
 
 
 def is_elementwise(optimizer: OptimizerFactory) -> bool:
-    """Return whether an optimiser treats each number of a weight by itself, so that it can be given a flat shard.
+    """Return whether an optimiser treats each number of a weight separately, so that shards can be flat.
 
     Found by two steps on a matrix, and on the flat halves of its copy. Muon and LAMB need whole matrices.
     """
@@ -94,13 +94,13 @@ def is_elementwise(optimizer: OptimizerFactory) -> bool:
 
 
 def skip_step(module: nn.Module) -> None:
-    """Remove all gradients, so that the optimiser step changes neither weights nor moments nor its step count."""
+    """Remove all gradients, so that the optimiser step changes no weights, moments or step count."""
     for parameter in module.parameters():
         parameter.grad = None
 
 
 def lay_out_like_parameters(optimizer: Optimizer) -> None:
-    """Give an optimiser's loaded state the strides of its parameters; fused kernels do not look at them.
+    """Give an optimiser's loaded state its parameters' strides; fused kernels do not check them.
 
     A checkpoint may come from a device on which the weights had another memory format.
     """
@@ -111,7 +111,7 @@ def lay_out_like_parameters(optimizer: Optimizer) -> None:
 
 
 def obeys_found_inf(optimizer: Optimizer, device: torch.device) -> bool:
-    """Return whether an optimiser's step changes nothing if its ``found_inf``, a scalar on the device, is 1.
+    """Return whether an optimiser's step changes nothing if ``found_inf``, a scalar on the device, is 1.
 
     Torch's gradient scaler uses this with fused kernels. Fused SGD is left out: it would begin with a momentum that
     nobody has set; and so are weights that FSDP keeps on the host, whose kernel would not wait for the scalar.
@@ -122,7 +122,7 @@ def obeys_found_inf(optimizer: Optimizer, device: torch.device) -> bool:
 
 
 class Optimization:
-    """The optimiser, the schedule and the rule of weight decay of a run."""
+    """The optimiser, the schedule and the weight decay rule of a run."""
 
     def __init__(
         self,
@@ -141,7 +141,7 @@ class Optimization:
 
     @cached_property
     def descriptions(self) -> dict[str, Description]:
-        """Class and settings of the optimiser, the schedule and the rule of weight decay, as plain values."""
+        """Class and settings of optimiser, schedule and weight decay rule, as plain values."""
         return {
             "optimizer": describe(self.optimizer, probe_optimizer(self.optimizer)),
             "lr_scheduler": _describe_schedule(self._lr_scheduler, self.optimizer),
@@ -154,7 +154,7 @@ class Optimization:
         return float(probe_optimizer(self.optimizer).defaults["lr"])
 
     def groups(self, module: Any) -> list[dict[str, Any]]:
-        """Return the parameter groups of a module with a ``model`` and a ``loss``, which is rated as the head."""
+        """Return the parameter groups of a module's ``model`` and ``loss``; the loss is rated as the head."""
         own = Layer("loss", "head", (self.rates or Rates()).of("head"), list(module.loss.parameters()))
         layers = [*rated_layers(module.model, self.rates), own]
         return parameter_groups(module, layers, probe_optimizer(self.optimizer).defaults, self._decay)
@@ -187,7 +187,7 @@ class Optimization:
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, **how}}
 
     def resume(self, checkpoint: Mapping[str, Any], groups: Groups, steps: int, name: str) -> None:
-        """Overwrite a checkpoint's settings of the optimiser and schedule with this run's where they differ.
+        """Overwrite a checkpoint's optimiser and schedule settings with this run's where they differ.
 
         A resumed run keeps its moments and its position; what an optimiser or a schedule has changed in the parameter
         groups stays unless it is set differently now.
@@ -211,7 +211,7 @@ class Optimization:
                 schedule["base_lrs"] = [group["lr"] for group in groups]
 
     def _check_schedule(self, saved: Mapping[str, Any], groups: Groups, steps: int, where: str) -> None:
-        """Check a saved schedule's values against a new one's, which torch would overwrite unchecked."""
+        """Check a saved schedule's values against a new one's; torch would load them unchecked."""
         optimizer = self.optimizer([{**group, "params": [nn.Parameter(torch.zeros(8, 8))]} for group in groups])
         fresh = create_schedule(self._lr_scheduler, optimizer, steps).state_dict()
         convert(saved, entries({key: like(value) for key, value in fresh.items()}), where)
@@ -222,7 +222,7 @@ class Optimization:
     def _start_schedule(
         self, schedule: dict[str, Any], checkpoint: Mapping[str, Any], groups: Groups, steps: int
     ) -> None:
-        """Replace a saved schedule by this run's at the same step, as if the whole run had had it.
+        """Replace a saved schedule by this run's at the same step, as if it had been used from the start.
 
         Most of torch's schedules change a rate from the rate before, and would go on from the old schedule's.
         """
@@ -240,7 +240,7 @@ class Optimization:
 
 
 def _describe_schedule(schedule: ScheduleFactory, optimizer: Callable[..., Any]) -> Description:
-    """Return the class and the settings of the schedule that a factory creates; not the run's number of steps."""
+    """Return the class and settings of the schedule that a factory creates, without the run's number of steps."""
     option = "model.lr_scheduler"
     try:
         made = create_schedule(schedule, probe_optimizer(optimizer), 1000)
@@ -256,7 +256,7 @@ def _describe_schedule(schedule: ScheduleFactory, optimizer: Callable[..., Any])
 
 
 def _check_rates(groups: Groups, scheduled: Groups, schedule: str) -> None:
-    """Raise :class:`InputError` if a schedule has replaced the groups' rates by one for all, as ``OneCycleLR`` does."""
+    """Raise :class:`InputError` if a schedule replaced the groups' rates by a single one, as ``OneCycleLR`` does."""
     both = zip(groups, scheduled, strict=True)
     factors = [there.get("initial_lr", there["lr"]) / here["lr"] for here, there in both if here["lr"]]
     kept = not factors or math.isclose(min(factors), max(factors), rel_tol=1e-6)
@@ -283,7 +283,7 @@ def _resume_groups(
 
 
 def _check_state(saved: Mapping[str, Any], defaults: Mapping[str, Any], where: str) -> None:
-    """Check a saved optimiser's settings against a new one's; flags, which no run changes, are the new one's."""
+    """Check a saved optimiser's settings against a new one's; take flags, which no run changes, from the new one."""
     group = entries({"name": str, "params": list[object], "lr": object}, total=True)
     convert(saved, entries({"state": dict[object, object], "param_groups": list[group]}, total=True), where)
     for group in saved["param_groups"]:

@@ -60,7 +60,7 @@ def parameter_groups(
     defaults: Mapping[str, Any],
     decays: Decays,
 ) -> list[dict[str, Any]]:
-    """Return an optimiser's parameter groups, at most two for each layer; frozen parameters are in none.
+    """Return an optimiser's parameter groups, at most two per layer; frozen parameters are in none.
 
     Args:
         module: whose parameters these are.

@@ -1,4 +1,4 @@
-"""A contrastive loss over the places of images, for features that say where something is."""
+"""A contrastive loss over places of images, for features that show where something is."""
 
 import torch
 from torch import Tensor
@@ -57,5 +57,5 @@ class PlaceContrastive(Loss):
 
 
 def _places(model: CLIP, images: Tensor) -> Tensor:
-    """Images of a micro-batch -> features ``[b, P, D]`` of their places."""
+    """Encode images of a micro-batch -> features ``[b, P, D]`` of their places."""
     return model.encode_patches(model.normalize(images)).flatten(2).transpose(1, 2)

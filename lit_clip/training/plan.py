@@ -1,4 +1,4 @@
-"""The plan of a run: its numbers as a table, and what contradicts itself in its settings."""
+"""The plan of a run: its numbers as a table, and contradictions in its settings."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -46,7 +46,7 @@ class Work(NamedTuple):
 
 @dataclass
 class RunPlan:
-    """A run in numbers; None for what is unknown before it starts."""
+    """A run in numbers; None for a number that is unknown before the start."""
 
     trainable: int  # number of parameters
     frozen: int
@@ -93,7 +93,7 @@ class RunPlan:
 
     @property
     def passes(self) -> float:
-        """Cost of a step of a trainable encoder in forward passes: 1, 2 for the gradients, and recomputation.
+        """Cost of a trainable encoder's step in forward passes: 1, 2 for the gradients, and recomputation.
 
         All micro-batches but the last are computed twice, and a checkpointed block once more.
         """
@@ -101,7 +101,7 @@ class RunPlan:
 
     @property
     def flops(self) -> tuple[float, float] | None:
-        """Forward and training FLOPs of one pair, in which an image with several captions has its share.
+        """Forward and training FLOPs of one pair; the captions of an image share its cost.
 
         In training a frozen encoder costs its forward pass, and a partly frozen one counts in full.
         """
@@ -118,7 +118,7 @@ class RunPlan:
 
     @property
     def loss_bytes(self) -> tuple[int, int] | None:
-        """Bytes of the loss as computed, and with a matrix of similarities."""
+        """Memory of the loss in bytes: as computed, and with a similarity matrix."""
         pairs = self.batch and round(self.batch * self.captions)
         return None if pairs is None else loss_bytes(pairs, self.world, self.embed_dim, self.device)
 
@@ -139,7 +139,7 @@ def loss_bytes(batch: int, world: int, embed_dim: int, device: str = "cpu") -> t
 
 
 def measure_run(module: Any, trainer: Trainer) -> RunPlan:
-    """Return the plan of a :class:`lit_clip.LitCLIP` and its trainer, whose data module has been set up.
+    """Return the plan of a :class:`lit_clip.LitCLIP` and its trainer; the data module must be set up.
 
     To be called before the strategy wraps the module: the sizes of shards say nothing.
     """
@@ -183,7 +183,7 @@ def measure_run(module: Any, trainer: Trainer) -> RunPlan:
 
 
 def tower_work(model: Any) -> tuple[Work, Work]:
-    """Return the cost of the image and the text encoder."""
+    """Return the costs of the image encoder and the text encoder."""
     images, texts = torch.zeros(1, *model.preprocessing.shape), torch.full((1, model.context_length), 5)  # no padding
     flops = [forward_flops(tower, x) for tower, x in ((model.visual, images), (model.text_encoder, texts))]
     trainable = [any(p.requires_grad for p in tower_parameters(model, tower).values()) for tower in TOWERS]
@@ -192,7 +192,7 @@ def tower_work(model: Any) -> tuple[Work, Work]:
 
 
 def print_plan_of(trainer: Any, module: Any, data: Any, resumed: str | None = None) -> None:
-    """Print the plan as the start of a run does, or of one ``resumed`` from a checkpoint, and start no processes.
+    """Print the plan as at the start of a run, or of one ``resumed`` from a checkpoint; start no processes.
 
     What ``fit`` refuses before its first step is refused.
     """
@@ -217,12 +217,12 @@ def print_plan_of(trainer: Any, module: Any, data: Any, resumed: str | None = No
 
 
 def fine_tunes(settings: Mapping[str, Any]) -> bool:
-    """Return whether a run's parts are trained in different ways."""
+    """Return whether a run trains its parts in different ways."""
     return any(settings.get(name) for name in ("freeze", "rates", "lora"))
 
 
 def print_plan(plan: RunPlan) -> None:
-    """Print the table, and below it the contradictions."""
+    """Print the table, then the contradictions."""
     table = Table(title="Plan", show_header=False)
     for row in plan_rows(plan):
         table.add_row(*row)
@@ -315,7 +315,7 @@ def _scaled(number: float, base: int, units: list[str]) -> str:
 
 
 def contradictions(plan: RunPlan) -> Iterator[str]:
-    """Yield the contradictions in a plan, each a sentence that says what to change."""
+    """Yield the contradictions in a plan, each as a sentence with the setting to change."""
     batch = plan.batch
     yield from _short_run(plan)
     ends = (plan.max_epochs or 0) * (plan.steps_per_epoch or 0)
@@ -341,7 +341,7 @@ def contradictions(plan: RunPlan) -> Iterator[str]:
 
 
 def _short_run(plan: RunPlan) -> Iterator[str]:
-    """Warn of a run that ends within its warm-up, or soon after a long one."""
+    """Warn about a run that ends within its warm-up, or soon after a long one."""
     steps, warmup = plan.steps, plan.warmup
     if not steps or not warmup or steps - warmup >= FEW_STEPS or 10 * warmup <= steps:
         return
@@ -359,7 +359,7 @@ def _count(steps: int) -> str:
 
 
 def _far_rate(plan: RunPlan) -> Iterator[str]:
-    """Warn of a learning rate of Adam or AdamW that is more than ten times away from the paper's.
+    """Warn about an Adam or AdamW learning rate more than ten times away from the paper's.
 
     From scratch it used 3.6e-4 to 5e-4 at 32,768 pairs (tables 19, 20) and 5e-4 at 2,048 too, so the batch hardly
     matters; from pretrained weights 2e-5, for all of them: the last layers alone learn at 3e-4

@@ -1,4 +1,4 @@
-"""Fine-tuning without forgetting: features of kept images and captions stay those of the model before.
+"""Fine-tune without forgetting: keep the features of chosen images and captions near the original model's.
 
 Shapes: K kept pairs, B of them in a step on this rank, D embedding dimension.
 """
@@ -26,7 +26,7 @@ BATCH = 64  # kept pairs that are encoded at once before training
 
 
 class KeptPairs(NamedTuple):
-    """A model, and the images (uint8, on the CPU) and texts that it shall encode as before.
+    """A model, and images (uint8, on the CPU) and texts with features to preserve.
 
     Not a module, so that the model's parameters are not the loss's.
     """
@@ -43,7 +43,7 @@ class KeptPairs(NamedTuple):
 
 
 class Preservation(Loss):
-    """Squared distance of unit features of kept images and captions to those of the model before training.
+    """Squared distance between unit features of kept images and captions, now and before training.
 
     Each step encodes some rows of a table, without augmentation and in evaluation mode. The model before encodes the
     table once, when training starts; its features are in checkpoints, so a resumed run compares with the same ones.
@@ -87,11 +87,11 @@ class Preservation(Loss):
         return feature_distance((image[:, :dim], text[:, :dim]), (self.image[rows], self.text[rows]), ranks)
 
     def chance_loss(self, pairs: int) -> float | None:
-        """Return None: a distance has no value that a model which knows nothing reaches."""
+        """Return None: a model without knowledge has no particular distance."""
         return None
 
     def _encoded(self, rows: Tensor, parts: int, device: torch.device) -> Iterator[Tensor]:
-        """Return unit features ``[B, D]`` of images and texts, in the step's number of micro-batches; and rows."""
+        """Yield unit features ``[B, D]`` of images and texts, in as many micro-batches as the step; and their rows."""
         assert self.loaded is not None
         found = []
         for part in rows.chunk(parts):
@@ -114,7 +114,7 @@ def _encode(model: CLIP, batch: CaptionBatch) -> tuple[Tensor, Tensor]:
 
 
 def _load(kept: str, model: CLIP) -> KeptPairs:
-    """Open a table and read all its images; of several captions the first."""
+    """Open a table and read all its images; of several captions, take the first."""
     try:
         source = find_object("datamodules.open_source.open_source")(kept)
         source.prepare()

@@ -1,4 +1,4 @@
-"""What Lightning needs around a training step: set-up, collectives, validation of wrapped models, checkpoints."""
+"""Hooks for Lightning around a training step: set-up, collectives, validation of wrapped models, checkpoints."""
 
 import inspect
 import sys
@@ -49,7 +49,7 @@ from lit_clip.weights.load import open_checkpoint, weights_come_later
 
 
 class RunHooks(LightningModule):
-    """Base of :class:`lit_clip.LitCLIP`: all that a run needs and that is no part of the training step.
+    """Base of :class:`lit_clip.LitCLIP`: everything a run needs outside the training step.
 
     Attributes:
         step_skipped: whether the step under way changes nothing, on all ranks; callbacks may set it after the backward
@@ -89,7 +89,7 @@ class RunHooks(LightningModule):
         weights_only: bool | None = None,
         **kwargs: Any,
     ) -> Self:
-        """Load a module for use, with arguments of its class in place of the checkpoint's settings; see Lightning's.
+        """Load a module for use; arguments of its class override the checkpoint's settings; see Lightning's.
 
         The file is read once, and only as data, whatever ``weights_only``; the settings are its own: no
         ``hparams_file``. Without ``map_location`` the module is on the CPU.
@@ -113,7 +113,7 @@ class RunHooks(LightningModule):
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """The model's preprocessing of images."""
+        """The model's image preprocessing."""
         return self.model.preprocessing
 
     @property
@@ -123,7 +123,7 @@ class RunHooks(LightningModule):
 
     @property
     def parts(self) -> dict[str, Description]:
-        """Class and settings of the exchangeable parts, as plain values; a checkpoint keeps them to compare."""
+        """Class and settings of the exchangeable parts, as plain values; checkpoints keep them for comparison."""
         return {**self.optimization.descriptions, "loss": self.loss.describe()}
 
     def _freeze(self, freeze: Freeze, lora: LoRA | None) -> None:
@@ -140,7 +140,7 @@ class RunHooks(LightningModule):
         self.train()
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of trainable modules; frozen ones stay in evaluation mode, statistics and dropout included."""
+        """Set the mode of trainable modules; frozen ones stay in evaluation mode, including statistics and dropout."""
         super().train(mode)
         for name in self._frozen_modules:
             self.model.get_submodule(name).eval()
@@ -184,7 +184,7 @@ class RunHooks(LightningModule):
     # A step: numbers of pairs before it, its one collective after the backward pass.
 
     def begin_step(self, batch: CaptionBatch) -> StepCounts:
-        """Return how many pairs and hard negatives each rank has; without asking, if the data module guarantees that.
+        """Return each rank's numbers of pairs and hard negatives, without communication if guaranteed.
 
         A step without any pair is skipped.
         """
@@ -206,7 +206,7 @@ class RunHooks(LightningModule):
         return counts
 
     def zero_loss(self, image_BD: Tensor, text_BD: Tensor) -> Tensor:
-        """Return 0 with a gradient of every parameter: DDP and FSDP need one, also if the loss does not use it."""
+        """Return 0 with a gradient for every parameter: DDP and FSDP need one even if the loss uses none."""
         own = [p for p in self.loss.parameters() if p.requires_grad]
         scalars = [p for p in (self.model.logit_scale, self.model.logit_bias, *own) if p is not None]
         return sum((p.sum() * 0 for p in scalars), image_BD[:0].sum() + text_BD[:0].sum())
@@ -221,7 +221,7 @@ class RunHooks(LightningModule):
                 self.log(f"train/{name}", torch.as_tensor(value, dtype=torch.float32).detach())
 
     def sum_over_ranks(self, numbers: Tensor) -> Tensor:
-        """Return the sum over ranks of float numbers ``[N]``, in a step's one collective; log the step's metrics in it.
+        """Return the sum over ranks of floats ``[N]``; this is the step's one collective, and also logs its metrics.
 
         The collective also exchanges the ranks' signals. Called in ``on_before_optimizer_step``, at most once a step
         and then by all ranks; if no callback does, the module does.

@@ -28,7 +28,7 @@ One with an argument ``total_steps`` is given the number of steps of the run, un
 
 
 def warmup_cosine(step: int, warmup_steps: int, total_steps: int) -> float:
-    """Return the factor on the learning rate at an optimiser step (0 first): linear to 1, then a cosine to 0.
+    """Return the learning rate factor at an optimiser step (0 first): linear to 1, then a cosine to 0.
 
     The paper states warm-up over 2,000 iterations and cosine decay; that the warm-up is linear and the end 0
     follow open_clip.
@@ -49,7 +49,7 @@ class _Warmup(LambdaLR):
 
     @abstractmethod
     def factor(self, step: int) -> float:
-        """Return the factor on the learning rate at an optimiser step, 0 first."""
+        """Return the learning rate factor at an optimiser step, 0 first."""
 
     def state_dict(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in POSITION}
@@ -137,18 +137,18 @@ def _known(total_steps: int | None) -> int:
 
 
 def needs_total_steps(schedule: Callable[..., Any]) -> bool:
-    """Return whether a factory has an argument ``total_steps`` that is not set."""
+    """Return whether a factory has an unset argument ``total_steps``."""
     target, arguments = unwrapped(schedule)
     return arguments.get("total_steps") is None and "total_steps" in inspect.signature(target).parameters
 
 
 def create_schedule(schedule: Callable[..., Any], optimizer: Optimizer, total_steps: int) -> Any:
-    """Create a schedule; it gets the run's ``total_steps`` if it :func:`needs_total_steps`."""
+    """Create a schedule; pass the run's ``total_steps`` if it :func:`needs_total_steps`."""
     return schedule(optimizer, **{"total_steps": total_steps} if needs_total_steps(schedule) else {})
 
 
 def advance(schedule: Any, steps: int) -> None:
-    """Bring a new schedule, and its optimiser's parameter groups, to where it is after some optimiser steps."""
+    """Move a new schedule, and its optimiser's parameter groups, forward by some optimiser steps."""
     if isinstance(schedule, _Warmup):
         schedule.load_state_dict({"last_epoch": steps, "_step_count": steps + 1})
     elif not isinstance(schedule, ReduceLROnPlateau):  # which follows a metric, and not the steps
@@ -168,7 +168,7 @@ def batches_per_epoch(trainer: "Trainer") -> int | None:
 
 
 def total_steps(trainer: "Trainer", epochs_before: int = 0, steps_before: int = 0) -> int:
-    """Return the optimiser steps of the whole run; -1 if the data do not tell their length.
+    """Return the optimiser steps of the whole run; -1 if the length of the data is unknown.
 
     Epochs before the one in which a run resumes count with the steps that they took, perhaps of another batch size.
     Counted from the data module's ``steps_per_epoch`` where it has one: Lightning's ``estimated_stepping_batches`` sets
@@ -186,12 +186,12 @@ def total_steps(trainer: "Trainer", epochs_before: int = 0, steps_before: int = 
 
 
 def known_steps(trainer: "Trainer") -> int | None:
-    """Return :func:`total_steps`; None if the data do not tell their length, or if time alone limits the run."""
+    """Return :func:`total_steps`; None if the length of the data is unknown, or only time limits the run."""
     limited = trainer.max_steps >= 0 or (trainer.max_epochs is not None and trainer.max_epochs >= 0)
     steps = total_steps(trainer, *resumed_after(trainer)) if limited else -1
     return steps if steps >= 0 else None
 
 
 def resumed_after(trainer: "Trainer") -> tuple[int, int]:
-    """Return the complete epochs of the run before it was resumed, and their steps, perhaps of another batch size."""
+    """Return the complete epochs before the run was resumed, and their steps, maybe with another batch size."""
     return getattr(getattr(trainer, "lightning_module", None), "resumed_after", (0, 0))

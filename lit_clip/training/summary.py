@@ -1,4 +1,4 @@
-"""Tables and lines that the terminal shows around a run."""
+"""Tables and lines on the terminal before and after a run."""
 
 import re
 import shlex
@@ -34,7 +34,7 @@ def print_summary(
     pairs: int = 0,
     alike: str = "",
 ) -> None:
-    """Print a table of the logged validation metrics, with their baselines, unless it would be empty.
+    """Print a table of the logged validation metrics with their baselines, unless it would be empty.
 
     Metrics of ``before``, from before training, add two columns: the value before and the change. Of fewer than
     :data:`FEW` validation pairs it says how much one of them counts, and that recalls of ``alike`` features are void.
@@ -70,7 +70,7 @@ def print_summary(
 
 
 def print_trained(groups: Sequence[Mapping[str, Any]], model: nn.Module) -> None:
-    """Print the optimiser's parameter groups, and what of the model is frozen."""
+    """Print the optimiser's parameter groups, and the frozen parts of the model."""
     added = {id(parameter) for name, parameter in model.named_parameters() if is_added(name)}
     table = _table("Trained", "part", "kind", "parameters", "learning rate", "weight decay")
     for group in groups:
@@ -95,7 +95,7 @@ def print_next_steps(
     best: Mapping[str, Path] | None = None,
     note: str = "",
 ) -> None:
-    """Print where a run's results are and how to look at them again; in the last lines, which model is the best."""
+    """Print where a run's results are and how to see them again; the last lines name the best model."""
     console = Console(soft_wrap=True)
     console.print(f"checkpoint: {shown(checkpoint)}")
     config = newest_config(folder)
@@ -112,13 +112,13 @@ def print_next_steps(
 
 
 def print_preferred(checkpoint: Path, pairs: int) -> None:
-    """Print that the last checkpoint is to be preferred where few pairs have chosen the best."""
+    """Print that the last checkpoint is preferable, because too few pairs chose the best one."""
     told = f"{pairs} pairs to validate are too few to tell the best model; take {shown(checkpoint)}"
     Console(soft_wrap=True).print(told)
 
 
 def resume_command(checkpoint: Path, folder: Path | None) -> str:
-    """Return the command that resumes a run from a checkpoint; without a configuration, how to resume it."""
+    """Return the command that resumes a run from a checkpoint; without a configuration, instructions."""
     if config := newest_config(folder):
         return _command("fit", config, checkpoint)
     option = shlex.join(["--ckpt_path", str(shown(checkpoint))])

@@ -1,4 +1,4 @@
-"""Distillation from a teacher: any model that can be loaded."""
+"""Distillation from a teacher, which can be any model that loads."""
 
 import copy
 import math
@@ -81,7 +81,7 @@ class Teacher:
 
 
 def stored_name(teacher: object, tower: Tower) -> str:
-    """Return the name in ``CaptionBatch.extra`` of a teacher's stored features."""
+    """Return the key in ``CaptionBatch.extra`` of a teacher's stored features."""
     return f"{tower} features of {teacher}"
 
 
@@ -89,7 +89,7 @@ Kind = Literal["probabilities", "features"]
 
 
 class Distillation(Loss):
-    """Distance to a teacher, which the model learns from or, if that is the model before training, stays close to.
+    """Distance to a teacher; the model learns from it, or stays close to it if it is the model before training.
 
     Use it beside another loss, with :class:`lit_clip.losses.Sum`; a sum may have several. The teacher keeps its own
     preprocessing and tokenizer; it is loaded when training starts, and in no checkpoint. It encodes the batch of each
@@ -149,7 +149,7 @@ class Distillation(Loss):
         return blockwise_distillation(student, ModelFeatures(theirs[0], theirs[1], self.loaded.scale), pairs.ranks)
 
     def _teachers(self, pairs: Pairs, tower: Tower) -> Tensor:
-        """Return the teacher's unit features ``[B, D]``: stored ones where the batch has them."""
+        """Return the teacher's unit features ``[B, D]``; stored ones if the batch has them."""
         assert self.loaded is not None
         features = pairs.batch.extra.get(stored_name(self.teacher, tower))
         if not len(pairs.image):
@@ -159,13 +159,13 @@ class Distillation(Loss):
         return unit(features).to(pairs.image.dtype)
 
     def _mapped(self, tower: Tower, features: Tensor) -> Tensor:
-        """Return the model's features with the teacher's number of channels; Matryoshka's may be the first ones."""
+        """Map the model's features to the teacher's number of channels; Matryoshka's may be the first ones."""
         if tower not in self.maps:
             return features
         return F.linear(features, self.maps[tower].weight[:, : features.shape[1]], self.maps[tower].bias)
 
     def chance_loss(self, pairs: int) -> float | None:
-        """Return log N, the cross-entropy if all candidates seem equal; a distance has no such value."""
+        """Return log N, the cross-entropy if all candidates are equally likely; None for a distance."""
         return math.log(pairs) if self.of == "probabilities" else None
 
     def get_extra_state(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""A teacher that is not loaded: tables of its features, of images by key and of captions by their text."""
+"""A teacher that is not loaded: tables of its features of images, by key, and of captions, by text."""
 
 from collections.abc import Iterator
 from contextlib import suppress
@@ -19,7 +19,7 @@ SCALE = 100.0  # inverse temperature of most published models, for tables that d
 
 
 class TeacherTable(NamedTuple):
-    """A parquet file with the columns ``feature`` and ``key``, or ``caption`` for those of captions."""
+    """A parquet file with the columns ``feature`` and ``key``, or ``caption`` for features of captions."""
 
     path: str
     tower: Tower
@@ -52,7 +52,7 @@ class TeacherTable(NamedTuple):
         return cls(path, "text" if column == "caption" else "image", rows, features, scale)
 
     def of(self, names: list[str]) -> Tensor:
-        """Return the features ``[n, D]`` of keys, or of captions; raise :class:`InputError` for others."""
+        """Return the features ``[n, D]`` of keys or captions; raise :class:`InputError` for unknown ones."""
         if absent := [name for name in names if name not in self.rows]:
             kind = "captions" if self.tower == "text" else "keys"
             lacks = f"lacks {len(absent)} of {len(names)} {kind}, such as {shortened(absent[0])}"
@@ -61,7 +61,7 @@ class TeacherTable(NamedTuple):
 
 
 class TeacherTables:
-    """The features of any teacher, from a table of images, of captions, or one of each."""
+    """Features of any teacher: from a table of images, a table of captions, or one of each."""
 
     def __init__(self, paths: list[str]) -> None:
         self.tables: dict[Tower, TeacherTable] = {table.tower: table for table in map(TeacherTable.read, paths)}
@@ -86,7 +86,7 @@ class TeacherTables:
         return self.tables[tower].of([*names]).to(pairs.image.device)
 
     def check(self, data: Any) -> None:
-        """Raise :class:`InputError` unless each image and caption that ``data`` list for training is there."""
+        """Raise :class:`InputError` unless the tables have each training image and caption of ``data``."""
         source: Any = getattr(data, "train_source", None) or ()
 
         def listed(tower: Tower) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""A loss with the mixture of an image and its title in the image's place."""
+"""A loss that uses the mixture of an image and its title instead of the image."""
 
 import math
 from dataclasses import replace
@@ -17,7 +17,7 @@ SPEED = 10  # Adam's steps have the size of the learning rate, which suits weigh
 
 
 class WithTitle(Loss):
-    """Another loss, in which an image and its title are one vector and captions are queries (``data.columns.title``).
+    """Apply a loss with an image and its title as one vector, and captions as queries (``data.columns.title``).
 
     The vector is the sum of ``1 - w`` times the image's unit features and ``w`` times the title's, scaled to unit
     length, as ``lit-clip embed --fields image,caption --text_weight w`` writes it. ``w`` is learned, and logged as

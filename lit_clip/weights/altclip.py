@@ -1,4 +1,4 @@
-"""AltCLIP in transformers' form: CLIP's image encoder, an XLM-R read at its first token by a norm and two layers."""
+"""AltCLIP in transformers' form: CLIP's image encoder, and an XLM-R with its first token, a norm and two layers."""
 
 from lit_clip.weights.hugging_face_encoders import Converted, Folder, bert, clip_config, complete
 from lit_clip.weights.hugging_face_keys import renamed, same_pairs, vision_pairs

@@ -1,4 +1,4 @@
-"""Our checkpoint files: architecture, weights under OpenAI's names, a tokenizer, the base of a LoRA."""
+"""Our checkpoint files: architecture, weights under OpenAI's names, a tokenizer, and the base of a LoRA."""
 
 import dataclasses
 import os
@@ -38,7 +38,7 @@ AtLeastOne = Annotated[int, Meta(ge=1)]
 
 
 class _PlainSettings(TypedDict, total=False):
-    """The module's settings that are neither parts nor dataclasses; see lit_clip.tools.untrusted for the rule."""
+    """The module's settings other than parts and dataclasses; lit_clip.tools.untrusted has the rules."""
 
     pretrained: str | None
     image_size: Size | None
@@ -47,7 +47,7 @@ class _PlainSettings(TypedDict, total=False):
 
 
 class _Part(TypedDict):
-    """Class and settings: data, compared when a run is resumed, see lit_clip.tools.parts.Description."""
+    """Class and settings of a part, compared on resume; see lit_clip.tools.parts.Description."""
 
     class_path: str
     init_args: dict[str, object]
@@ -82,7 +82,7 @@ RESUMED = entries(
 
 
 def typed_settings(settings: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Check the module's settings, and return those that are dataclasses as such; None stays."""
+    """Check the module's settings, and return the dataclasses among them; None stays None."""
     convert(settings, _PlainSettings, where)
     typed: dict[str, Any] = {}
     for name, kind in _DATACLASSES.items():
@@ -104,7 +104,7 @@ class SavedTokenizer:
 
 
 def checked(checkpoint: dict[str, Any], path: Source) -> dict[str, Any]:
-    """Return the checkpoint if it has weights and an architecture, and its settings obey the rule for files."""
+    """Return the checkpoint if it has weights and an architecture, and its settings obey the rules for files."""
     hparams, state = checkpoint.get("hyper_parameters"), checkpoint.get("state_dict")
     if not (isinstance(hparams, Mapping) and "architecture" in hparams and isinstance(state, dict)):
         raise InputError(
@@ -137,7 +137,7 @@ def checked(checkpoint: dict[str, Any], path: Source) -> dict[str, Any]:
 
 
 def _found_base(base: Any, checkpoint: Source) -> Any:
-    """Return where a LoRA's base is: beside its checkpoint if both have moved; its fingerprint is compared later."""
+    """Return the place of a LoRA's base: beside its checkpoint if both have moved; it is verified later."""
     if base is None or not is_path(base) or Path(base).exists():
         return base
     beside = Path(checkpoint).parent / Path(base).name
@@ -145,7 +145,7 @@ def _found_base(base: Any, checkpoint: Source) -> Any:
 
 
 def _problem(checkpoint: Mapping[str, Any], hparams: Mapping[str, Any], config: CLIPConfig) -> str:
-    """Return why opening a checkpoint would need more than the file; a checkpoint has its own weights."""
+    """Return why opening a checkpoint would need more than its file; an empty text if it would not."""
     image, text = config.image, config.text
     for tower in ("image", "text"):
         if started := getattr(getattr(config, tower), "pretrained", False):
@@ -169,7 +169,7 @@ def _problem(checkpoint: Mapping[str, Any], hparams: Mapping[str, Any], config: 
 def saved_settings(
     model: CLIP, settings: Mapping[str, Any], sizes: Mapping[str, Any], base: Source | None
 ) -> dict[str, Any]:
-    """Return the settings that a checkpoint keeps, as plain values; of a LoRA also its base, and how it was resized."""
+    """Return a checkpoint's settings as plain values; for a LoRA, also its base and how it was resized."""
     values = {name: value and plain(dataclasses.asdict(value)) for name, value in settings.items()}
     values |= dict(sizes) if base else dict.fromkeys(sizes)
     if base is not None and Path(base).exists():  # otherwise the name of published weights
@@ -178,7 +178,7 @@ def saved_settings(
 
 
 def saved_tokenizer(model: CLIP) -> dict[str, Any]:
-    """Return a checkpoint's entry for a tokenizer other than CLIP's own, whose source may be gone later."""
+    """Return a checkpoint's entry for a tokenizer other than CLIP's; the tokenizer's source may disappear."""
     if model.config.text.tokenizer is None:
         return {}
     tokenizer: Any = model.tokenizer
@@ -186,7 +186,7 @@ def saved_tokenizer(model: CLIP) -> dict[str, Any]:
 
 
 def checkpoint_tokenizer(checkpoint: Mapping[str, Any], config: CLIPConfig) -> TextTokenizer | None:
-    """Return the tokenizer that a checkpoint holds; None if it is CLIP's own."""
+    """Return the tokenizer in a checkpoint; None for CLIP's own."""
     entry, text = checkpoint.get("tokenizer"), config.text
     if entry is None or text.tokenizer is None:
         return None

@@ -1,4 +1,4 @@
-"""Chinese-CLIP in transformers' form: CLIP's image encoder, a BERT read at its first token."""
+"""Chinese-CLIP in transformers' form: CLIP's image encoder, and a BERT with its first token."""
 
 from lit_clip.weights.hugging_face_encoders import Converted, Folder, bert, clip_config, complete
 from lit_clip.weights.hugging_face_keys import renamed, same_pairs, vision_pairs

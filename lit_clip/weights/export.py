@@ -50,7 +50,7 @@ PROTOBUF_LIMIT = 1.9e9  # bytes: ONNX files above 2 GiB need a second file for t
 
 
 class ExportSample(NamedTuple):
-    """The inputs that the model and its export both encode: four images of random pixels and four texts."""
+    """Inputs that the model and its export both encode: four images of random pixels and four texts."""
 
     images: list[Image.Image]
     pixels: Tensor  # float ``[4, 3, H, W]`` or patch sequences, the images after the model's own preprocessing
@@ -59,7 +59,7 @@ class ExportSample(NamedTuple):
 
     @classmethod
     def of(cls, model: CLIP) -> Self:
-        """Create images that are resized by about one half and whose centre crop is unambiguous."""
+        """Create images that shrink by about half and have an unambiguous centre crop."""
         height, width = height_width(model.preprocessing.image_size)
         size = 4, 2 * height, 2 * width + 8, model.preprocessing.bands
         images = [banded(image) for image in np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8)]
@@ -68,7 +68,7 @@ class ExportSample(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """The other tool's unit features ``[4, D]`` of an :class:`ExportSample`, and what else it computes, if it does."""
+    """The other tool's unit features ``[4, D]`` of an :class:`ExportSample`, and its further outputs, if any."""
 
     image: Tensor
     text: Tensor
@@ -78,7 +78,7 @@ class Reading(NamedTuple):
 
 
 class Parity(NamedTuple):
-    """The largest differences between a model and its export; None for what the format has no part of."""
+    """Largest differences between a model and its export; None for a part that the format lacks."""
 
     image: float  # between unit image features
     text: float  # between unit text features
@@ -119,7 +119,7 @@ def save_weights(state: dict[str, Tensor], path: Path) -> None:
 
 
 def naflex_format(model: CLIP) -> str:
-    """Say which format holds a model of NaFlex patches."""
+    """Return advice on the format for a model of NaFlex patches."""
     try:
         hugging_face_kind(model.config)
     except InputError as error:
@@ -136,7 +136,7 @@ def save_json(values: dict[str, Any], path: Path) -> None:
 
 
 def write_open_clip(model: CLIP, folder: Path) -> None:
-    """Write a folder that open_clip opens as ``local-dir:FOLDER``, or from the hub once uploaded."""
+    """Write a folder that open_clip opens as ``local-dir:FOLDER``, or from the hub once it is uploaded."""
     ours = model.preprocessing
     require(ours.bands == 3, f"open_clip's transform reads 3 bands, the model {ours.bands}; use onnx")
     require(ours.max_patches is None, f"open_clip's transform has no NaFlex patches; {naflex_format(model)}")
@@ -244,7 +244,7 @@ def read_hugging_face(folder: Path, sample: ExportSample) -> Reading:
 
 
 def siglip2_inputs(patches: Patches) -> dict[str, Tensor]:
-    """Return patches as a ``Siglip2Model`` reads them."""
+    """Return patches in the form that a ``Siglip2Model`` reads."""
     shapes = patches.patch_coord.amax(dim=1) + 1
     return {"pixel_values": patches.patches, "pixel_attention_mask": patches.patch_valid, "spatial_shapes": shapes}
 
@@ -253,7 +253,7 @@ def siglip2_inputs(patches: Patches) -> dict[str, Tensor]:
 
 
 class TracedEncoder(nn.Module):
-    """One encoder as a module, for tracing; the image encoder with a head if there is one."""
+    """One encoder as a module for tracing; the image encoder includes a head if there is one."""
 
     def __init__(self, model: CLIP, kind: str, head: Any = None, unit_length: bool = False) -> None:
         super().__init__()
@@ -286,7 +286,7 @@ class TracedEncoder(nn.Module):
 
 
 def outputs_with_head(model: CLIP, pixels: Tensor, head: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """Return features ``[B, D]``, probabilities ``[B, C]`` of a head, and which images show none, bool ``[B]``."""
+    """Return features ``[B, D]``, a head's probabilities ``[B, C]``, and which images show none, bool ``[B]``."""
     before, after = model.image_features(pixels)
     logits = head(before, unit(after))
     return after, head.probabilities(logits), head.none_of(logits)
@@ -329,7 +329,7 @@ def check_traceable(model: CLIP, format: str) -> None:
 
 
 def onnx_facts(model: CLIP, head: Any = None) -> dict[str, Any]:
-    """Return what a user of the ONNX files must know that is not in them."""
+    """Return facts for users of the ONNX files that the files do not contain."""
     tokenizer = model.config.text.tokenizer
     of_head = {} if head is None else {"head": {"outputs": OUTPUTS[1:], **asdict(head.facts)}}
     return of_head | {
@@ -355,7 +355,7 @@ OPEN = "import sys, onnxruntime as o; [o.InferenceSession(f, providers=['CPUExec
 
 
 def run_graphs(folder: Path, inputs: dict[str, tuple[str, Tensor]], batches: list[int]) -> list[list[Tensor]]:
-    """Run files of a folder by onnxruntime on the CPU in batches of these sizes; return the outputs of each file.
+    """Run a folder's ONNX files with onnxruntime on the CPU in batches of these sizes; return each file's outputs.
 
     A file's input has a name and values.
     """

@@ -1,4 +1,4 @@
-"""FG-CLIP 1 and 2: a CLIPModel and a Siglip2Model with weights for long texts and regions, which are left out."""
+"""FG-CLIP 1 and 2: a CLIPModel and a Siglip2Model, without their weights for long texts and regions."""
 
 import warnings
 
@@ -13,7 +13,7 @@ _LEFT_OUT = (
 
 
 def short_texts(folder: Folder) -> Folder:
-    """Return what reads whole images and short texts, as ``CLIPModel`` and ``Siglip2Model`` do."""
+    """Return the part that reads whole images and short texts, as ``CLIPModel`` and ``Siglip2Model`` do."""
     parts = ", ".join(part.strip(".") for part in _LEFT_OUT if any(name.startswith(part) for name in folder.state))
     warnings.warn(f"{folder.tokenizer}: left out, as they read long texts and regions: {parts}", stacklevel=2)
     state = {name: tensor for name, tensor in folder.state.items() if not name.startswith(_LEFT_OUT)}

@@ -45,7 +45,7 @@ def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
 
 
 def text_sha256(model: CLIP) -> str:
-    """Return the SHA-256 of everything text features depend on except the texts: weights, sizes, activation."""
+    """Return the SHA-256 of everything that text features depend on, except texts: weights, sizes, activation."""
     return _text_digest(model, _digests({name: value for name, value in model.state_dict().items() if _is_text(name)}))
 
 
@@ -65,7 +65,7 @@ def _is_text(name: str) -> bool:
 
 
 def _digests(tensors: Mapping[str, Tensor]) -> list[tuple[str, str]]:
-    """Return each tensor's name with its SHA-256, in the order of the names."""
+    """Return each tensor's name with its SHA-256, in name order."""
     return [(name, _tensor_sha256(value)) for name, value in sorted(tensors.items())]
 
 

@@ -1,4 +1,4 @@
-"""The formats of ``lit-clip export``, and that of a program with a layout of its own, Immich."""
+"""The formats of ``lit-clip export``, including Immich's own layout."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +15,7 @@ from lit_clip.weights.hugging_face_processor import read_json, save_tokenizer, s
 
 
 def write_immich(model: CLIP, folder: Path) -> None:
-    """Write ``visual`` and ``textual`` as Immich's machine learning reads a model of open_clip's kind.
+    """Write ``visual`` and ``textual`` as Immich's machine learning reads a model of open_clip.
 
     Its graphs read one image or text at a time and give features of unit length.
     """
@@ -41,7 +41,7 @@ def write_immich(model: CLIP, folder: Path) -> None:
 
 
 def _complete_tokenizer(folder: Path, pad_id: int, lower: bool) -> None:
-    """Name the token that texts are padded with, and let the tokenizer lower-case where Immich does not."""
+    """Set the padding token's name, and lower-case in the tokenizer where Immich does not."""
     from tokenizers import Tokenizer, normalizers
 
     file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
@@ -54,7 +54,7 @@ def _complete_tokenizer(folder: Path, pad_id: int, lower: bool) -> None:
 
 
 def read_immich(folder: Path, sample: ExportSample) -> Reading:
-    """Run the graphs on one image or text at a time and the tokenizer by the folder's settings, as Immich does."""
+    """Run the graphs on one image or text at a time, with the tokenizer's settings from the folder, as in Immich."""
     from tokenizers import Tokenizer
 
     length = read_json(folder / "config.json")["text_cfg"]["context_length"]
@@ -72,7 +72,7 @@ FormatName = Literal["open_clip", "hugging_face", "onnx", "immich"]
 
 
 class Format(NamedTuple):
-    """How to write and read a format, the largest accepted difference between unit features, and what hubs call it."""
+    """How to write and read a format, its largest accepted feature difference, and its name on hubs."""
 
     write: Callable[[CLIP, Path], None]
     read: Callable[[Path, ExportSample], Reading]

@@ -47,7 +47,7 @@ def download(name: str) -> Path:
 
 
 def is_file(name: str) -> bool:
-    """Return whether a name is that of a file in a repository, ``org/name/file.pt``, and of none in a folder here."""
+    """Return whether a name is a file in a repository, ``org/name/file.pt``, and not in a local folder."""
     organisation, *rest = name.split("/")
     weights = name.endswith((".pt", ".pth", ".bin", ".safetensors"))
     return len(rest) > 1 and weights and is_relative(name) and not Path(organisation).exists()
@@ -71,7 +71,7 @@ def download_file(name: str) -> Path:
 
 
 def download_tag(name: str) -> tuple[Path, CLIPConfig]:
-    """Download ``model:tag`` of open_clip's registry; return the file and its architecture.
+    """Download ``model:tag`` from open_clip's registry; return the file and its architecture.
 
     The registry knows the activation and preprocessing that the weights were trained with; they override the model's.
     """
@@ -95,7 +95,7 @@ def download_tag(name: str) -> tuple[Path, CLIPConfig]:
 
 
 def tagged(config: CLIPConfig, cfg: dict[str, Any]) -> CLIPConfig:
-    """Return the architecture with the activation and preprocessing of a registry entry."""
+    """Return the architecture with a registry entry's activation and preprocessing."""
     assert config.preprocessing is not None
     preprocessing = dataclasses.replace(config.preprocessing)
     for key in ("mean", "std", "interpolation", "resize_mode"):

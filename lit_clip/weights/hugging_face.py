@@ -59,7 +59,7 @@ WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_hugging_face_folder(folder: str | os.PathLike[str]) -> Converted:
-    """Read a folder written by ``save_pretrained`` of a model and its processor, see :func:`from_hugging_face`."""
+    """Read a folder from ``save_pretrained`` of a model and its processor; see :func:`from_hugging_face`."""
     folder = Path(folder)
     config, preprocessor = read_json(folder / "config.json"), None
     if (folder / "preprocessor_config.json").is_file():
@@ -81,7 +81,7 @@ def read_hugging_face_folder(folder: str | os.PathLike[str]) -> Converted:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """Read the files of an index; they are beside it, even if their names say otherwise."""
+    """Read the files of an index from its own folder, whatever their names say."""
     names: dict[str, str] = convert(read_json(index).get("weight_map"), dict[str, str], f"{index}: weight_map")
     files = set(names.values())
     for name in files:
@@ -102,7 +102,7 @@ def from_hugging_face(
     preprocessor: Mapping[str, Any] | None = None,
     tokenizer: str = "",
 ) -> Converted:
-    """Convert ``config.json`` and weights of a model of :data:`FORMS`; the weights' types stay.
+    """Convert ``config.json`` and weights of a model in :data:`FORMS`; the weights keep their types.
 
     Without its ``preprocessor_config.json`` it is the default of its processor class. The tokenizer of models other
     than a ``CLIPModel`` is at ``tokenizer``, a folder or a name on the hub.
@@ -125,13 +125,13 @@ def _clip(folder: Folder) -> Converted:
 
 
 def to_hugging_face(model: CLIP) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Convert to a ``CLIPModel``, a ``SiglipModel`` or a ``Siglip2Model``: its ``config.json`` and its weights."""
+    """Return ``config.json`` and weights of a ``CLIPModel``, ``SiglipModel`` or ``Siglip2Model``."""
     kind = hugging_face_kind(model.config)
     return _values(model.config, kind), renamed(model.state_dict(), _pairs(model.config), inwards=False)
 
 
 def hugging_face_kind(config: CLIPConfig) -> Literal["clip", "siglip", "siglip2"]:
-    """Return which of their models can represent ours."""
+    """Return which of Hugging Face's models can represent our configuration."""
     image, text = config.image, config.text
     kinds = [getattr(each, "class_path", type(each).__name__.removesuffix("Config")) for each in (image, text)]
     encoders = " and ".join(kinds)
@@ -202,7 +202,7 @@ def _siglip(folder: Folder) -> Converted:
 
 
 def _by_file(name: str, folder: Folder) -> Converted:
-    """Read a form by a file of its own, which is imported for it alone."""
+    """Read a form with its own module, which is imported only for it."""
     return import_module(f"lit_clip.weights.{name}").read(folder)
 
 
@@ -217,7 +217,7 @@ FORMS: dict[str, Callable[[Folder], Converted]] = {  # by model_type of config.j
 
 
 def _timm_config(theirs: Any, size: int, patch: int, naflex: bool) -> TimmConfig:
-    """Return timm's equivalent of a SiglipModel's image encoder; deviations from timm's model become options."""
+    """Return timm's equivalent of a SiglipModel's image encoder; differences from timm's model become options."""
     import timm
 
     wanted = {
@@ -265,12 +265,12 @@ def timm_siglip(name: str, **options: Any) -> dict[str, Any]:
 
 
 def library_name(kind: str) -> str:
-    """Return the beginning of the names of their classes, by ``model_type``."""
+    """Return the prefix of transformers' class names for a ``model_type``."""
     return {"clip": "CLIP"}.get(kind, kind.capitalize())
 
 
 def _values(config: CLIPConfig, kind: Literal["clip", "siglip", "siglip2"]) -> dict[str, Any]:
-    """Return their ``config.json``."""
+    """Return the values of transformers' ``config.json``."""
     text = cast(TextTransformerConfig, config.text)
     if kind == "clip":
         image, projection = cast(VisionTransformerConfig, config.image), {"projection_dim": config.embed_dim}

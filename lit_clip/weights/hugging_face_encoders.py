@@ -1,4 +1,4 @@
-"""Encoders of Hugging Face's models as ours: what the forms in this package share.
+"""Convert encoders of Hugging Face's models to ours: code that the forms in this package share.
 
 A form of its own, such as :mod:`lit_clip.weights.altclip`, is a file with a function that reads it, and a line in
 ``FORMS`` of :mod:`lit_clip.weights.hugging_face`.
@@ -28,7 +28,7 @@ Converted = tuple[CLIPConfig, dict[str, Tensor]]
 
 
 class Folder(NamedTuple):
-    """What a folder of transformers holds."""
+    """Contents of a transformers folder."""
 
     values: Mapping[str, Any]  # config.json
     state: Mapping[str, Tensor]
@@ -57,7 +57,7 @@ def ratio(inner: int, width: int) -> float:
 
 
 def complete(kind: str, values: Mapping[str, Any]) -> Any:
-    """Return their configuration with all defaults, which files leave out."""
+    """Return transformers' configuration with all defaults, which files leave out."""
     import transformers
 
     with reading("config.json", kind):  # their validation raises anything
@@ -65,7 +65,7 @@ def complete(kind: str, values: Mapping[str, Any]) -> Any:
 
 
 def clip_config(theirs: Any, preprocessor: Mapping[str, Any] | None, text: TextConfig) -> CLIPConfig:
-    """Return the architecture of a model with a CLIPModel's image encoder, and this text encoder."""
+    """Return the architecture of a model with a CLIPModel's image encoder and the given text encoder."""
     image = theirs.vision_config
     agree("vision_config.num_channels", image.num_channels, 3)
     size = square("vision_config.image_size", image.image_size)
@@ -89,7 +89,7 @@ def clip_config(theirs: Any, preprocessor: Mapping[str, Any] | None, text: TextC
 
 
 def text_transformer(theirs: Any, **settings: Any) -> TextTransformerConfig:
-    """Return a text encoder of ours by their configuration, with what it does not say."""
+    """Return our text encoder from transformers' configuration and the settings that it lacks."""
     return TextTransformerConfig(
         context_length=theirs.max_position_embeddings,
         vocab_size=theirs.vocab_size,
@@ -104,11 +104,11 @@ def text_transformer(theirs: Any, **settings: Any) -> TextTransformerConfig:
 
 
 def plain(theirs: Any) -> dict[str, Any]:
-    """Return a configuration of transformers as plain values."""
+    """Return a transformers configuration as plain values."""
     return json.loads(theirs.to_json_string(use_diff=False))
 
 
 def bert(theirs: Any, kind: str, tokenizer: str, **settings: Any) -> HuggingFaceTextConfig:
-    """Return a text encoder of BERT's family: ``kind`` is transformers' ``model_type`` with the same weights."""
+    """Return a text encoder of BERT's family; ``kind`` is the ``model_type`` with the same weights."""
     model = {**plain(theirs), "model_type": kind}
     return HuggingFaceTextConfig(tokenizer, pretrained=False, pooling="cls", model=model, **settings)

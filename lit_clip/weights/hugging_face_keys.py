@@ -1,4 +1,4 @@
-"""The names of weights in Hugging Face's CLIPModel, SiglipModel and Siglip2Model, and in ours.
+"""Names of weights in Hugging Face's CLIPModel, SiglipModel and Siglip2Model, and in our models.
 
 One list serves both directions, so exporting a model and loading it again is bit-exact.
 """
@@ -62,7 +62,7 @@ _SIGLIP: list[Row] = [
 
 
 def _pairs(rows: Iterable[Row], ours: str = "", theirs: str = "") -> Iterator[Pair]:
-    """Yield the pairs of a table, with a prefix in front of each name."""
+    """Yield the pairs of a table, with a prefix before each name."""
     for here, there, *how in rows:
         for kind in ("weight", "bias") if "*" in here else ("",):
             names = [ours + name.replace("*", kind) for name in here.split()]
@@ -89,7 +89,7 @@ def vision_pairs(layers: int) -> Iterator[Pair]:
 
 
 def same_pairs(names: Iterable[str], ours: str, theirs: str) -> Iterator[Pair]:
-    """Pair each name with the prefix ``theirs`` with the same name behind ``ours``."""
+    """Pair each name after the prefix ``theirs`` with the same name after ``ours``."""
     for name in names:
         if name.startswith(theirs) and not name.endswith(".position_ids"):
             yield [ours + name.removeprefix(theirs)], [name], "same"
@@ -111,7 +111,7 @@ def siglip_pairs(image_layers: int, text_layers: int, naflex: bool = False) -> I
 
 
 def _divided(tensor: Tensor, names: list[str]) -> dict[str, Tensor]:
-    """Divide a tensor's rows among names; keys and values together have two shares."""
+    """Divide a tensor's rows among names; joint keys and values get two shares."""
     if len(names) == 1:
         return {names[0]: tensor}
     shares = [2 if ".kv." in name else 1 for name in names]
@@ -121,7 +121,7 @@ def _divided(tensor: Tensor, names: list[str]) -> dict[str, Tensor]:
 
 
 def renamed(state: Mapping[str, Tensor], pairs: Iterable[Pair], inwards: bool) -> dict[str, Tensor]:
-    """Return the weights under our names (``inwards``) or theirs."""
+    """Return the weights under our names (``inwards``) or Hugging Face's."""
     unpaired: set[str] = set(state)
     result: dict[str, Tensor] = {}
     for ours, theirs, how in pairs:

@@ -50,14 +50,14 @@ def agree(name: str, theirs: object, ours: object) -> None:
 
 
 def square(name: str, size: Any) -> int:
-    """Return the side of a square, given as a number or as height and width, which must be equal."""
+    """Return the side of a square, given as a number, or as height and width, which must be equal."""
     height, width = size if isinstance(size, list | tuple) else (size, size)
     require(height == width, f"{name} is {height} x {width}; Hugging Face's models need a square")
     return int(height)
 
 
 def preprocessing_of(values: Mapping[str, Any], image_size: int | None, kind: str) -> Preprocessing:
-    """Convert their ``preprocessor_config.json``, with the defaults of :data:`PROCESSORS`.
+    """Convert Hugging Face's ``preprocessor_config.json``, with the defaults of :data:`PROCESSORS`.
 
     The model's image size must be the file's; None: any size.
     """
@@ -87,7 +87,7 @@ def naflex_preprocessing(values: Mapping[str, Any], patch_size: int) -> Preproce
 
 
 def _settings(values: Mapping[str, Any], kind: str) -> tuple[dict[str, Any], Preprocessing]:
-    """Return a file's settings with the defaults of a processor, and ours as far as all processors have them."""
+    """Return a file's settings with a processor's defaults, and our preprocessing from what processors share."""
     settings = {**PROCESSORS[kind], **{key: value for key, value in values.items() if value is not None}}
     for step in ("do_resize", "do_rescale"):
         agree(f"preprocessor {step}", settings[step], True)
@@ -110,7 +110,7 @@ def _crop_pct(crop: int, edge: int) -> float:
 
 
 def image_processor(ours: Preprocessing, kind: str) -> dict[str, Any]:
-    """Convert our preprocessing to their ``preprocessor_config.json``; ``kind`` is one of :data:`PROCESSORS`."""
+    """Convert our preprocessing to Hugging Face's ``preprocessor_config.json`` of a ``kind`` in :data:`PROCESSORS`."""
     shared = {
         "image_processor_type": kind,
         "do_convert_rgb": True,
@@ -141,7 +141,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def check_vocabulary(folder: Path) -> None:
-    """Raise :class:`InputError` unless the tokenizer beside a CLIPModel, if any, has CLIP's vocabulary."""
+    """Raise :class:`InputError` unless a CLIPModel's tokenizer, if any, has CLIP's vocabulary."""
     if (folder / "vocab.json").is_file():
         name, theirs = "vocab.json", read_json(folder / "vocab.json")
     elif (folder / "tokenizer.json").is_file():
@@ -191,7 +191,7 @@ def save_tokenizer(model: CLIP, folder: Path) -> None:
 
 
 def save_byte_pairs(folder: Path) -> None:
-    """Write CLIP's vocabulary in the files that older releases of transformers and other tools read."""
+    """Write CLIP's vocabulary in the files that older transformers releases and other tools read."""
     vocab, merges = byte_pairs()
     (folder / "vocab.json").write_text(json.dumps(vocab, ensure_ascii=False), encoding="utf-8")
     lines = ["#version: 0.2", *(" ".join(merge) for merge in merges)]
@@ -199,7 +199,7 @@ def save_byte_pairs(folder: Path) -> None:
 
 
 def save_sentence_transformers(folder: Path) -> None:
-    """Write what sentence-transformers (5.4 and newer) opens transformers' folder with, for features of unit length."""
+    """Write the files with which sentence-transformers (5.4 or newer) opens the folder, for unit features."""
     parts = {"": "Transformer", "normalize": "Normalize"}
     kinds = [(path, f"sentence_transformers.models.{name}") for path, name in parts.items()]
     settings = {

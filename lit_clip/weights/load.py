@@ -1,4 +1,4 @@
-"""Load published or trained weights: open them, decide on the architecture, resize, fill a model."""
+"""Load published or trained weights: open them, choose the architecture, resize, fill a model."""
 
 import dataclasses
 import os
@@ -135,7 +135,7 @@ def _load(
 
 
 def whole_name(architecture: str | CLIPConfig | None, pretrained: Source) -> Source:
-    """Return ``model:tag`` for an open_clip tag passed beside an architecture's name, anything else unchanged."""
+    """Return ``model:tag`` for an open_clip tag given with an architecture's name, anything else unchanged."""
     tag = os.fspath(pretrained)
     if isinstance(architecture, str) and not is_path(tag) and "/" not in tag and ":" not in tag:
         return f"{architecture}:{tag}"
@@ -143,7 +143,7 @@ def whole_name(architecture: str | CLIPConfig | None, pretrained: Source) -> Sou
 
 
 def _merged(weights: Weights, path: Path, checkpoint: dict[str, Any], above: tuple[Path, ...]) -> Weights:
-    """Merge a LoRA into the weights that its checkpoint names."""
+    """Merge a LoRA into the base weights that its checkpoint names."""
     hparams = checkpoint["hyper_parameters"]
     base = hparams.get("pretrained")
     if not base or hparams.get("lora") is None:
@@ -169,7 +169,7 @@ def _merged(weights: Weights, path: Path, checkpoint: dict[str, Any], above: tup
 
 
 def _with_preprocessing_of(weights: CLIPConfig, named: CLIPConfig) -> CLIPConfig:
-    """A name does not fix the preprocessing: many published weights differ from their architecture's default."""
+    """Return ``named`` with the weights' preprocessing: it often differs from an architecture's default."""
     theirs = weights.preprocessing
     if theirs and theirs.image_size == named.image.image_size:
         return dataclasses.replace(named, preprocessing=theirs)
@@ -183,7 +183,7 @@ _NO_WEIGHTS |= {"text.transformer.embeddings.position_ids"}
 
 
 def _openai_names(state: dict[str, Tensor], config: CLIPConfig) -> dict[str, Tensor]:
-    """Undo what older versions of open_clip rename, and drop what OpenAI's archives hold beside the weights."""
+    """Undo renames of older open_clip versions, and drop entries of OpenAI's archives that are not weights."""
     if config.papers_layout and "text.token_embedding.weight" in state:
         state = {key.removeprefix("text."): value for key, value in state.items()}
     elif not config.papers_layout and "token_embedding.weight" in state:  # open_clip's without ``custom_text``
@@ -207,7 +207,7 @@ def _without_decoder(state: dict[str, Tensor], name: Source) -> dict[str, Tensor
 
 
 class _Uninitialised(TorchFunctionMode):
-    """Draw no random weights on the meta device: that would import torch's compiler, which takes a second."""
+    """Skip random initialisation on the meta device: it would import torch's compiler, which takes a second."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -231,7 +231,7 @@ _CREATE: ContextVar[Callable[[CLIPConfig], CLIP]] = ContextVar("_CREATE", defaul
 
 @contextmanager
 def weights_come_later(state: Mapping[str, Tensor] | None = None, name: str = "") -> Iterator[None]:
-    """Draw no random weights: those of new models are zeros without memory, until they are given or loaded.
+    """Skip random initialisation: new weights are zeros without memory, until they are given or loaded.
 
     With the ``state`` that will be loaded, of the source ``name``, a model must be of its size.
     """
@@ -292,7 +292,7 @@ def check_weights(model: CLIP, state: Mapping[str, Any], name: Source) -> None:
 
 
 def check_finite_weights(state: Mapping[str, Tensor], name: Source) -> None:
-    """Raise :class:`InputError` naming the first weight that holds NaN or infinity; reads all, 0.1 s a GB."""
+    """Raise :class:`InputError` naming the first weight with NaN or infinity; reads all, 0.1 s a GB."""
     for key, value in state.items():
         if value.is_floating_point() and value.numel():
             ends = torch.stack(torch.aminmax(value.detach()))  # NaN is both; takes no copy of the weight
@@ -302,7 +302,7 @@ def check_finite_weights(state: Mapping[str, Tensor], name: Source) -> None:
 
 
 def open_checkpoint(source: Any) -> tuple[dict[str, Any], str]:
-    """Return a training checkpoint, a path, an address or an open file, and its name; its weights are checked."""
+    """Open and check a training checkpoint, given as path, address or open file; return it and its name."""
     if isinstance(source, str | os.PathLike) and "://" not in str(source):
         checkpoint, name = read_file(Path(source)), str(source)
     else:
@@ -324,7 +324,7 @@ def _opened(address: str) -> Iterator[Any]:
 
 
 def check_fits(checkpoint: dict[str, Any], name: Source) -> None:
-    """Raise :class:`InputError` unless a checkpoint's weights are of its architecture.
+    """Raise :class:`InputError` unless a checkpoint's weights fit its architecture.
 
     A LoRA's base is compared when it is opened, and an encoder of your own is code.
     """

@@ -1,4 +1,4 @@
-"""Long-CLIP's own files: OpenAI's models with two tables of positions, of which one each is read."""
+"""Long-CLIP's own files: OpenAI's models with two position tables, each used for some positions."""
 
 from collections.abc import Mapping
 
@@ -13,7 +13,7 @@ POSITIONS = "positional_embedding_res"  # the weight that no other model has
 
 
 def read(state: Mapping[str, Tensor], name: Source) -> dict[str, Tensor]:
-    """Join the tables: the first, as trained by CLIP, holds the first 20 positions, the second the others."""
+    """Join the tables: the first, as trained by CLIP, has the first 20 positions, the second has the others."""
     first, second = state.get("positional_embedding"), state[POSITIONS]
     if first is None or first.shape != second.shape or second.ndim != 2:
         raise InputError(

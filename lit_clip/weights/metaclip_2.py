@@ -1,4 +1,4 @@
-"""MetaCLIP 2 in transformers' form: a CLIPModel with a tokenizer of many languages, read at the end of text."""
+"""MetaCLIP 2 in transformers' form: a CLIPModel with a multilingual tokenizer, pooled at the end of text."""
 
 from lit_clip.models.config import HuggingFaceTokenizerConfig
 from lit_clip.weights.hugging_face_encoders import Converted, Folder, clip_config, complete, text_transformer

@@ -23,7 +23,7 @@ TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 
 
 class ExportedSource(NamedTuple):
-    """The name of an export's source, and the SHA-256 of its file; None for a model from the hub or a registry."""
+    """Name of an export's source, and its file's SHA-256; None for a model from the hub or a registry."""
 
     name: str
     sha256: str | None
@@ -101,7 +101,7 @@ def _facts(
 
 
 def _place(format: str, name: str, repository: str | None) -> str:
-    """Return where the card's code finds the model: on the hub, or in the folder above the model's."""
+    """Return where the card's code finds the model: on the hub, or in the folder above it."""
     if format == "open_clip":
         return f"hf-hub:{repository}" if repository else f"local-dir:{name}"
     if repository is None:
@@ -110,12 +110,12 @@ def _place(format: str, name: str, repository: str | None) -> str:
 
 
 def _code(text: str) -> str:
-    """Return text as code in a cell of a Markdown table, where it can neither end the code nor the cell."""
+    """Return text as code for a Markdown table cell; the text can end neither the code nor the cell."""
     text = one_printable_line(text).replace("|", "\\|")
     ticks = _more_ticks(text, 1)
     return f"{ticks} {text} {ticks}" if "`" in text else f"`{text}`"
 
 
 def _more_ticks(text: str, least: int) -> str:
-    """Return more backticks than stand in a row in a text."""
+    """Return more backticks than any run of backticks in a text."""
     return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])

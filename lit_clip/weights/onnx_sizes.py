@@ -1,4 +1,4 @@
-"""Smaller ONNX files: weights in float16, or in int8 where they multiply matrices or are looked up."""
+"""Shrink ONNX files: float16 weights, or int8 weights in matrix products and look-ups."""
 
 import sys
 from collections.abc import Iterator
@@ -44,7 +44,7 @@ def shrink_onnx(path: Path, dtype: OnnxDType) -> None:
 
 @contextmanager
 def _own_modules_of_onnxruntime() -> Iterator[None]:
-    """Let onnxruntime's tools import their files as top-level modules, as they do, and leave the path as it was."""
+    """Let onnxruntime's tools import their files as top-level modules; restore the path afterwards."""
     import onnxruntime
 
     before = sys.path.copy()

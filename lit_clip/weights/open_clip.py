@@ -1,4 +1,4 @@
-"""open_clip's configuration of a model: the other direction of :mod:`lit_clip.models.open_clip_configs`."""
+"""Translate models to open_clip's configuration; :mod:`lit_clip.models.open_clip_configs` does the opposite."""
 
 from typing import Any
 
@@ -17,7 +17,7 @@ from lit_clip.models.custom import custom_encoders
 
 
 def open_clip_model(model: CLIP) -> dict[str, Any]:
-    """Return the ``model_cfg`` of a model, whose weights have open_clip's names already."""
+    """Return a model's ``model_cfg``; its weights already have open_clip's names."""
     config = model.config
     for _, own in custom_encoders(config):
         raise InputError(f"open_clip has no encoder {own}; use onnx")

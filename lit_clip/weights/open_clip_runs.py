@@ -1,4 +1,4 @@
-"""Architectures of open_clip's training checkpoints, which name none: by the run's ``params.txt``, or by shapes."""
+"""Find the architecture of open_clip's training checkpoints, which name none: by ``params.txt``, or by shapes."""
 
 import json
 import os
@@ -21,7 +21,7 @@ LONGEST = 65_536  # bytes of a params.txt that are read; open_clip's have 2,000
 
 
 def run_architecture(path: Path, named: bool) -> tuple[CLIPConfig, str] | None:
-    """Return the architecture that the run of a checkpoint was started with, and where it is from.
+    """Return the architecture with which a checkpoint's run was started, and its source.
 
     The checkpoint is ``NAME/checkpoints/epoch_1.pt`` or a copy beside ``params.txt``. A model that open_clip does not
     list is no error if the architecture is ``named`` otherwise.
@@ -41,7 +41,7 @@ def run_architecture(path: Path, named: bool) -> tuple[CLIPConfig, str] | None:
 
 
 def _params(file: Path) -> dict[str, str]:
-    """Return the lines ``name: value`` of a run's settings without unset ones; empty if there are none."""
+    """Return the ``name: value`` lines of a run's settings, without unset ones; empty if there is no file."""
     if not file.is_file():
         return {}
     with reading(file, "params.txt"), file.open("rb") as opened:
@@ -82,7 +82,7 @@ def _preprocessing_of_tag(name: str, tag: str) -> dict[str, Any]:
 def architecture_by_shapes(
     state: Mapping[str, Tensor], fits: Callable[[CLIPConfig], bool], name: str
 ) -> CLIPConfig | None:
-    """Return the only one of open_clip's models whose weights have these names and shapes; None if there is none.
+    """Return the only open_clip model with weights of these names and shapes; None if there is none.
 
     ``fits`` returns whether all weights are those of an architecture; ``name`` is their source, for messages.
     """
@@ -104,7 +104,7 @@ def architecture_by_shapes(
 
 
 def _plausible(state: Mapping[str, Tensor]) -> Iterator[tuple[str, CLIPConfig]]:
-    """Yield the models with the sizes that a few of the weights show."""
+    """Yield models with the sizes that a few of the weights have."""
     tokens = state.get("token_embedding.weight", state.get("text.token_embedding.weight"))
     patches, timm = state.get("visual.conv1.weight"), any(key.startswith("visual.trunk.") for key in state)
     for name in open_clip_names():

@@ -1,4 +1,4 @@
-"""AIMv2-LiT, GroupViT and ALIGN in transformers' form: its own image encoders, and AIMv2's and GroupViT's for texts."""
+"""AIMv2-LiT, GroupViT and ALIGN in transformers' form: all image encoders, and AIMv2's and GroupViT's for texts."""
 
 from collections.abc import Mapping
 from pathlib import Path

@@ -15,7 +15,7 @@ LOGIN = "run hf auth login"
 
 
 class Repository(NamedTuple):
-    """A repository ``org/name`` of models on the hub, as it was when it was looked up."""
+    """A model repository ``org/name`` on the hub, in its state at the time of the look-up."""
 
     name: str
     private: bool  # whether it is, or for a new one shall be, seen by its owners only
@@ -23,7 +23,7 @@ class Repository(NamedTuple):
     files: frozenset[str]
 
     def check(self, names: Collection[str], card: str) -> None:
-        """Raise :class:`InputError` if the hub refuses the model card, or other files than these would stay there."""
+        """Raise :class:`InputError` if the hub refuses the model card, or other files would remain there."""
         from huggingface_hub import ModelCard
 
         others = listed(sorted(self.files - {*names, HUBS_OWN}))
@@ -35,7 +35,7 @@ class Repository(NamedTuple):
             raise _refusal(self.name, error, "the hub refuses the model card", "nothing was written") from error
 
     def plan(self, folder: Path) -> str:
-        """Return a line that says what will be uploaded, and how large it is."""
+        """Return a line that says what will be uploaded, and its size."""
         files = sorted(path for path in folder.rglob("*") if path.is_file())
         sizes = {path.relative_to(folder).as_posix(): path.stat().st_size for path in files}
         kind = ("new, " if self.commit is None else "") + ("private" if self.private else "public")
@@ -47,7 +47,7 @@ class Repository(NamedTuple):
 
 
 def find_repository(name: str, private: bool) -> Repository:
-    """Look up ``org/name``, which need not exist, before anything is computed."""
+    """Look up ``org/name``, which may not exist yet, before anything is computed."""
     from huggingface_hub import HfApi, get_token
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
@@ -67,7 +67,7 @@ def find_repository(name: str, private: bool) -> Repository:
 
 
 def upload(folder: Path, repository: Repository) -> str:
-    """Upload a folder, to a new repository if there is none, and return its address.
+    """Upload a folder, to a new repository if none exists, and return its address.
 
     It is one commit: the repository gets all files or none. Files of the same name are replaced in its newest version;
     none is deleted. Ctrl-C is raised again with a message that says how to go on.
@@ -91,7 +91,7 @@ def upload(folder: Path, repository: Repository) -> str:
 
 
 def _refusal(name: str, error: Exception, what: str, left: str) -> InputError:
-    """Return the error to raise for what the hub, or the way to it, refused, and for what it leaves."""
+    """Return the error for a refusal by the hub or a failed connection, with what was left behind."""
     cause: BaseException = error  # an upload's error names the file, its cause the reason
     while getattr(cause, "response", None) is None and (below := cause.__cause__ or cause.__context__) is not None:
         cause = below

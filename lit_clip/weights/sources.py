@@ -1,4 +1,4 @@
-"""Find weights and read them: files, folders, the hub, open_clip's registry, each format detected automatically."""
+"""Find and read weights: files, folders, the hub, open_clip's registry; each format is detected automatically."""
 
 import dataclasses
 import math
@@ -47,7 +47,7 @@ HF_MODEL_CONFIG = "hf_model_config"  # beside model_cfg in our exports, where op
 
 @dataclass
 class Weights:
-    """Weights under our (OpenAI's, open_clip's) names, with what their source says about them.
+    """Weights under our (OpenAI's, open_clip's) names, with information from their source.
 
     ``config`` is None if the source does not name its architecture. ``lora`` is a checkpoint's path and contents if
     ``state`` holds only the additions of a LoRA; ``ours`` says that the names are those of a model here.
@@ -62,7 +62,7 @@ class Weights:
 
 
 def check_same(theirs: CLIPConfig, ours: CLIPConfig, name: Source, hint: str = "") -> None:
-    """Raise :class:`InputError` listing every difference between two architectures, and what to do about them."""
+    """Raise :class:`InputError` with every difference between two architectures, and what to do about them."""
     wrong = differences(theirs, ours)
     if wrong and not hint:
         hint = "set model.architecture, to null for that of the weights"
@@ -73,7 +73,7 @@ def check_same(theirs: CLIPConfig, ours: CLIPConfig, name: Source, hint: str = "
 
 
 def open_weights(source: Source, named: bool = False) -> Weights:
-    """Find and read any source of :func:`lit_clip.load_model`; a file need not name an architecture that is known."""
+    """Find and read any source of :func:`lit_clip.load_model`; with ``named``, it need not name an architecture."""
     path, name = Path(source).expanduser(), os.fspath(source).removeprefix("hf-hub:")
     if not name:
         raise InputError("no model: its name is empty")  # as a path it would be the working folder
@@ -178,7 +178,7 @@ def _open_file(path: Path, named: bool) -> Weights:
 
 
 def openai_architecture(state: Mapping[str, Tensor], name: Source) -> CLIPConfig:
-    """Infer the architecture of an OpenAI model from the shapes of its weights; their activation is QuickGELU."""
+    """Infer an OpenAI model's architecture from the shapes of its weights; its activation is QuickGELU."""
 
     def blocks(prefix: str) -> int:
         return len({key[len(prefix) :].partition(".")[0] for key in state if key.startswith(prefix)})

@@ -1,4 +1,4 @@
-"""TIPSv2 in its published form: timm's DINOv2 read at the first of two class tokens, a text encoder of transformers."""
+"""TIPSv2 in its published form: timm's DINOv2 with the first of two class tokens, and a transformers text encoder."""
 
 from collections.abc import Mapping
 
@@ -54,7 +54,7 @@ def read(folder: Folder) -> Converted:
 
 
 def _image(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the image encoder's weights by timm's names."""
+    """Return the image encoder's weights under timm's names."""
     there = "vision_encoder."
     found = {name.removeprefix(there): tensor for name, tensor in state.items() if name.startswith(there)}
     found.pop("mask_token", None)

@@ -1,4 +1,4 @@
-"""Colours, sizes and helpers that all charts of an evaluation share.
+"""Colours, sizes and helpers for all charts of an evaluation.
 
 Charts are matplotlib's ``Figure`` objects, made without pyplot: no global state changes, and no display is needed.
 """
@@ -48,7 +48,7 @@ class ChartRun(NamedTuple):
 
 @contextmanager
 def chart_settings(more: Mapping[str, Any] | None = None) -> Iterator[None]:
-    """Draw and save charts with our style; matplotlib's settings are restored afterwards."""
+    """Draw and save charts in our style; restore matplotlib's settings afterwards."""
     import matplotlib
 
     settings: dict[Any, Any] = {**STYLE, **(more or {})}
@@ -63,20 +63,20 @@ def short_name(text: str, letters: int = LETTERS) -> str:
 
 
 def run_name(path: str) -> str:
-    """Shorten a run's name, such as its folder's path, to its end."""
+    """Shorten a run's name, such as its folder's path, to its last part."""
     name = path.removesuffix("results.json").rstrip("/\\") or path
     return name if len(name) <= LETTERS else f"…{name[1 - LETTERS :]}"
 
 
 def run_names(names: Iterable[str]) -> dict[str, str]:
-    """Return :func:`run_name` of each run, or its whole name where several runs have the same end."""
+    """Return :func:`run_name` of each run, or its whole name if several runs would have the same one."""
     short = {name: run_name(name) for name in names}
     often = Counter(short.values())
     return {name: end if often[end] == 1 else name for name, end in short.items()}
 
 
 def new_figure(height: float, width: float = WIDTH, **options: Any) -> "tuple[Figure, Any]":
-    """Return a figure, its size in inches, and its axes as returned by ``subplots``."""
+    """Return a figure, its size in inches, and its axes as ``subplots`` returns them."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
@@ -102,13 +102,13 @@ def name_lines(axes: "Axes", names: Sequence[str]) -> None:
 
 
 def diamonds(axes: "Axes", places: Sequence[tuple[float, float]], filled: bool = True) -> Any:
-    """Mark the paper's figures at these points, and return the handle for the legend."""
+    """Mark the paper's figures at these points, and return a handle for the legend."""
     x, y = zip(*places, strict=True)
     return axes.scatter(x, y, marker="D", s=26, facecolors=INK if filled else "white", edgecolors=INK, zorder=3)
 
 
 def svg(figure: "Figure", name: str) -> str:
-    """Return the figure as an ``svg`` element: reproducible, its ids unique on a page by the figure's ``name``."""
+    """Return the figure as a reproducible ``svg`` element; its ``name`` makes ids unique on a page."""
     data = io.StringIO()
     no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with chart_settings({"svg.hashsalt": name}), warnings.catch_warnings(action="ignore"):  # missing glyphs

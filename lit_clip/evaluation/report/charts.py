@@ -33,7 +33,7 @@ Table = Mapping[Key, Row]
 
 
 def figures(results: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> "dict[str, Figure]":
-    """Draw the charts that there are data for, with other runs by path or name; return them by name."""
+    """Draw the charts that have data, with other runs by path or name; return them by name."""
     names = run_names(others)
     runs = [ChartRun(THIS_RUN, results), *(ChartRun(names[name], other) for name, other in others.items())]
     with chart_settings():
@@ -48,7 +48,7 @@ def figures(results: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]])
 
 
 def bars(runs: Sequence[ChartRun], column: str) -> "Figure | None":
-    """One bar for each set and run, its interval a line, with marks for the baseline and the paper's nearest model."""
+    """Draw a bar with its interval for each set and run, with marks for baseline and the paper's nearest model."""
     tables: list[Table] = [{(row.name, row.metric): row for row in rows(run.results)} for run in runs]
     keys = dict.fromkeys(key for table in tables for key in table)
     order = [key for key in keys if any(_value(table, key, column) is not None for table in tables)]
@@ -86,7 +86,7 @@ def _value(table: Table, key: Key, column: Column) -> float | None:
 
 
 def _title(key: Key, order: Sequence[Key]) -> str:
-    """The set's name, and the metric if the set has several."""
+    """Return the set's name, and the metric if the set has several."""
     name, metric = key
     several = sum(other == name for other, _ in order) > 1
     return f"{short_name(name, LETTERS - 19)}, {metric_words(metric)}" if several else name
@@ -112,7 +112,7 @@ def _marks(
 
 
 def differences(results: Mapping[str, Any]) -> "Figure | None":
-    """Zero-shot accuracy minus a linear probe's on the same features, as in the paper's figure 5."""
+    """Plot zero-shot accuracy minus a linear probe's on the same features, as in the paper's figure 5."""
     both = [row for row in rows(results) if {"zero_shot", "linear_probe"} <= row.values.keys()]
     if not both:
         return None
@@ -146,7 +146,7 @@ def _gap(values: Mapping[Column, float]) -> float:
 
 
 def few_shot(runs: Sequence[ChartRun]) -> "Figure | None":
-    """Mean over the sets that all runs have, by number of examples per class; a star is zero-shot.
+    """Plot the mean over sets that all runs have, by number of examples per class; a star is zero-shot.
 
     Thin lines are the sets of the first run.
     """
@@ -187,12 +187,12 @@ Curve = tuple[dict[int, float], float | None]  # few-shot values of a set by num
 
 
 def _curves(results: Mapping[str, Any]) -> dict[str, Curve]:
-    """Curves by set."""
+    """Return the curve of each set."""
     zero_shot = {row.name: row.values.get("zero_shot") for row in rows(results)}
     found = {name: (shots_of(entry), zero_shot.get(name)) for name, entry in sets_of(results)}
     return {name: curve for name, curve in found.items() if curve[0]}
 
 
 def _common(curves: Sequence[Curve]) -> list[int]:
-    """Numbers of examples that all sets have."""
+    """Return the numbers of examples that all sets have."""
     return sorted(set.intersection(*(set(curve) for curve, _ in curves)))

@@ -78,7 +78,7 @@ def report_values(
 
 
 def _comparison(differences: Sequence[PairedDifference]) -> dict[str, Any]:
-    """Lines of the differences from a run, and why some sets are not compared, by reason."""
+    """Return lines of differences from a run, and the sets that are not compared, by reason."""
     lines, reasons = [], dict[str, list[str]]()
     for each in differences:
         if each.difference is None:
@@ -105,7 +105,7 @@ def _summary(found: Sequence[Row], near: NearestModel) -> str:
 
 
 def _provenance(results: Results, others: Mapping[str, Results]) -> Iterator[tuple[str, str]]:
-    """All that the results record beside the sets and the architecture, by the names in ``results.json``."""
+    """Return everything in the results except sets and architecture, by the names in ``results.json``."""
     facts = {key: value for key, value in results.items() if key not in ("sets", "comparisons")}
     facts["model"] = {key: value for key, value in (results.get("model") or {}).items() if key != "architecture"}
     suites = results.get("suite") or []

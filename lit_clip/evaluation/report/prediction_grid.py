@@ -16,7 +16,7 @@ TILE, LINE, MARGIN = 96, 15, 10
 
 
 class Prediction(NamedTuple):
-    """An image, its true name, and the names nearest to it with their scores, best first."""
+    """An image, its true name, and its nearest names with scores, best first."""
 
     image: Image.Image
     truth: str
@@ -33,7 +33,7 @@ def fit(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: fl
 
 
 def prediction_grid(predictions: Sequence[Prediction], columns: int = 4, font_file: Path | None = None) -> Image.Image:
-    """Draw each image, at most ``columns`` in a row, with its true name and the nearest ones, the right one marked.
+    """Draw each image, at most ``columns`` in a row, with its true and nearest names; mark the right one.
 
     ``font_file`` is TrueType; None: Pillow's own font, which has the letters of English only.
     """

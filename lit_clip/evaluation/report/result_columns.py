@@ -1,4 +1,4 @@
-"""The columns of the tables of all results, for the terminal, the page and LaTeX."""
+"""Columns of the tables of results, for the terminal, the page and LaTeX."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean, stdev
@@ -15,7 +15,7 @@ Kind = Literal["ours", "paper", "measured", "recipe", "run", "count"]
 
 
 class Cell(NamedTuple):
-    """A cell as text, and its value with an interval, or the standard deviation of a mean over seeds."""
+    """A cell's text and value, with an interval, or with the standard deviation of a mean over seeds."""
 
     text: str
     value: float | None = None
@@ -24,7 +24,7 @@ class Cell(NamedTuple):
 
 
 class ResultColumn(NamedTuple):
-    """A column: a cell for each row of the overview, None if empty, and means over groups of sets, by the group's name.
+    """A column: a cell per row of the overview, None if empty, and means over groups of sets by group name.
 
     ``quantity`` is what it tells: zero-shot, the linear probe, a head, or a number of shots.
     """
@@ -43,7 +43,7 @@ class ResultColumn(NamedTuple):
 def result_columns(
     found: Sequence[Row], others: Mapping[str, Mapping[str, Any]], groups: Groups | None = None
 ) -> Iterator[ResultColumn]:
-    """Yield the columns that have values: results with the paper's and other runs' beside them, then the counts.
+    """Yield the columns with values: results, each beside the paper's and other runs', then the counts.
 
     The results are zero-shot, the linear probe, heads, and the largest number of shots of each set. Nothing is
     published of shots.
@@ -106,7 +106,7 @@ def _figures(figures: Sequence[Published | None]) -> list[Cell | None]:
 
 
 def _over_seeds(cells: Sequence[Cell | None]) -> Cell | None:
-    """Return the mean and the sample standard deviation of a recipe's runs; None if one is missing."""
+    """Return the mean and the sample standard deviation of a recipe's runs; None if a value is missing."""
     known = [cell.value for cell in cells if cell and cell.value is not None]
     if not len(known) == len(cells) > 1:
         return None
@@ -115,6 +115,6 @@ def _over_seeds(cells: Sequence[Cell | None]) -> Cell | None:
 
 
 def merged_note(found: Sequence[Row]) -> str:
-    """Say what merged recalls are, if there are any."""
+    """Return a note about merged recalls, if there are any."""
     merged = any(row.metric.startswith(MERGED) for row in found)
     return "merged: captions repeat, and equal ones count as one, right for all its images" if merged else ""

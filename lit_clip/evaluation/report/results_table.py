@@ -24,7 +24,7 @@ HEADS = {  # narrow
 
 
 def print_results(results: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print :func:`results_table`, and below it what was not evaluated; the report says how to get missing sets."""
+    """Print :func:`results_table`, and what was not evaluated; the report explains how to get missing sets."""
     console = console or Console(file_width=WIDE)
     console.print(results_table(results, console.width))
     found = rows(results)
@@ -40,7 +40,7 @@ def print_results(results: Mapping[str, Any], console: Console | None = None) ->
 
 
 def results_table(results: Mapping[str, Any], width: int = WIDE) -> Table:
-    """Return a row for each metric of the sets that were evaluated, in %, beside the paper's nearest model.
+    """Return a row for each metric of the evaluated sets, in %, beside the paper's nearest model.
 
     Columns that do not fit the terminal's ``width`` are left out, the least needed first.
     """
@@ -73,7 +73,7 @@ def _head(column: ResultColumn) -> str:
 
 
 def _fitting(columns: Sequence[ResultColumn], width: int) -> list[ResultColumn]:
-    """Leave out what a terminal has no room for; the report has it."""
+    """Leave out columns that do not fit the terminal; the report has them."""
     few_shot = [column.title for column in columns if column.title[0].isdecimal()]
     for title in ("", "measured", *few_shot[:-1], "images", *few_shot[-1:], "paper", "baseline"):
         columns = [column for column in columns if column.title != title]
@@ -84,12 +84,12 @@ def _fitting(columns: Sequence[ResultColumn], width: int) -> list[ResultColumn]:
 
 
 def mean_groups(columns: Sequence[ResultColumn]) -> list[str]:
-    """Return the groups of sets of which a column has a mean."""
+    """Return the groups of sets for which a column has a mean."""
     return list(dict.fromkeys(group for column in columns for group, mean in column.means.items() if mean))
 
 
 def incomplete_means(found: Sequence[Row]) -> list[str]:
-    """Return a line for each group of sets that is not complete, so that its mean is not shown."""
+    """Return a line for each incomplete group of sets; its mean is not shown."""
     lines: dict[str, list[str]] = {}
     for column, title in COLUMNS.items():
         for mean in group_means(found, column):
@@ -114,7 +114,7 @@ def _caption(results: Mapping[str, Any], columns: Sequence[ResultColumn], found:
 
 
 def measured_note(model: Mapping[str, Any]) -> str:
-    """Say whose figures the column ``measured`` has."""
+    """Return a note about the source of the figures in the column ``measured``."""
     weights = measured_weights(model)
     whose = weights if ":" in weights else f"OpenAI's {papers_name(weights)}"
     return f"measured: {whose} by open_clip or CLIP_benchmark, if the paper's figure is 1 point or more away or unknown"

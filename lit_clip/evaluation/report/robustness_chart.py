@@ -19,19 +19,19 @@ GREYS = ["#222222", "#666666", "#9A9A9A", "#C4C4C4"]
 
 
 class ChartPoint(NamedTuple):
-    """A classifier in the chart: its name, and accuracies by the paper's name of the set, ImageNet among them."""
+    """A classifier in the chart: its name, and accuracies by the paper's set names, including ImageNet."""
 
     name: str
     values: dict[str, float]
 
     def mean(self, sets: Sequence[str]) -> float | None:
-        """Return the mean over some sets, or None if one is missing."""
+        """Return the mean over the given sets, or None if one is missing."""
         whole = all(name in self.values for name in sets)
         return sum(self.values[name] for name in sets) / len(sets) if whole else None
 
 
 def run_points(runs: Sequence[ChartRun]) -> list[ChartPoint]:
-    """Return the zero-shot classifiers and probes that were evaluated on ImageNet and on a shifted set."""
+    """Return the zero-shot classifiers and probes with results on ImageNet and on a shifted set."""
     points = [ChartPoint(f"{run.name}, {COLUMNS[key]}", _values(run.results, key)) for run in runs for key in COLUMNS]
     return [point for point in points if IMAGENET in point.values and len(point.values) > 1]
 
@@ -61,12 +61,12 @@ def papers_points() -> list[ChartPoint]:
 
 
 def _top1_or_pm(figures: Mapping[str, Published]) -> float:
-    """Top-1, or the mean of PM-0 and PM-10 as in the paper."""
+    """Return top-1, or the mean of PM-0 and PM-10 as in the paper."""
     return fmean(figure.value for metric, figure in figures.items() if metric in ("top1", "pm0", "pm10"))
 
 
 def robustness(runs: Sequence[ChartRun]) -> "Figure | None":
-    """Draw ImageNet against the mean of the shifted sets that the runs have, and beside it each of these sets."""
+    """Plot ImageNet against the mean of the shifted sets that the runs have, and beside it against each set."""
     ours, theirs = run_points(runs), papers_points()
     if not ours:
         return None

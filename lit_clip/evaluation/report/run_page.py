@@ -14,7 +14,7 @@ TEMPLATE = Path(__file__).parent / "templates" / "run.html"
 
 
 def examples_of(pairs: PairFeatures, before: Measured, after: Measured, count: int) -> list[dict[str, Any]]:
-    """Choose images whose own caption moved most among all captions, the worst and the best, and describe each."""
+    """Choose and describe images: first the largest changes in their caption's rank, then the worst and the best."""
     ranks = {name: model.more["rank"].numpy() for name, model in (("before", before), ("after", after))}
     moved = np.abs(np.log2(ranks["after"] + 1) - np.log2(ranks["before"] + 1))
     left, found = set(range(len(moved))), list[dict[str, Any]]()
@@ -37,7 +37,7 @@ def write_run_page(
     curves: Mapping[str, Sequence[tuple[int, float]]],
     examples: Sequence[Mapping[str, Any]],
 ) -> None:
-    """Write the page: one file, which fetches nothing. Each example has its ``image`` as a data URI."""
+    """Write the page as one file that fetches nothing. Each example has its ``image`` as a data URI."""
     charts = []
     with chart_settings():
         for name, points in curves.items():

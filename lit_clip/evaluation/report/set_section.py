@@ -57,7 +57,7 @@ def set_section(
 def _metrics(
     name: str, entry: Mapping[str, Any], tasks: Mapping[str, Task], model: str, weights: str
 ) -> list[list[str]]:
-    """Head and lines of all metrics, with the paper's figures and what others measured with published weights."""
+    """Return the head and lines of all metrics, with the paper's and others' figures."""
     paper = str(entry.get("paper") or "")
     lines = [["metric", "%", "99.5 % interval", "paper", "measured", "others in the paper"]]
     for task, result in tasks.items():
@@ -76,7 +76,7 @@ def _metrics(
 
 
 def _no_shares(task: Task) -> dict[str, float | None]:
-    """Return the metrics that are no share in percent: median ranks, and what torchmetrics was given to compute."""
+    """Return metrics that are not percentages: median ranks, and typed torchmetrics metrics."""
     given, metrics = task.get("given") or [], task.get("metrics") or {}
     return {name: number(value) for name, value in metrics.items() if name in given or name.endswith("median_rank")}
 
@@ -116,7 +116,7 @@ def _facts(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> Iterator[tupl
 
 
 def _confusions(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> Iterator[dict[str, Any]]:
-    """Confused pairs of each task and, of few classes, the names and rows of the matrix."""
+    """Return each task's confused pairs; with few classes, also the names and rows of the matrix."""
     names = [str(name) for name in entry.get("class_names") or []]
     for task, found in tasks.items():
         pairs, matrix = (found.get("confusions") or [])[:CONFUSIONS], found.get("confusion_matrix") or []
@@ -125,7 +125,7 @@ def _confusions(entry: Mapping[str, Any], tasks: Mapping[str, Task]) -> Iterator
 
 
 def _thresholds(tasks: Mapping[str, Task]) -> Iterator[dict[str, Any]]:
-    """Means and lines of the thresholds of each task on a set whose images have several classes."""
+    """Return means and lines of each task's thresholds, for a set with several classes per image."""
     for task, result in tasks.items():
         found = result.get("thresholds") or {}
         lines = [
@@ -138,7 +138,7 @@ def _thresholds(tasks: Mapping[str, Task]) -> Iterator[dict[str, Any]]:
 
 
 def _few_shot(task: Task) -> Iterator[list[str]]:
-    """Number of examples, mean and range of the probes' and the heads' accuracy, number of draws."""
+    """Return lines: number of examples, mean and range of the probes' and heads' accuracy, number of draws."""
     heads = draws_of(task, "head")
     for shots, draws in draws_of(task).items():
         cells = [str(shots)]

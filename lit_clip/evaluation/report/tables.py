@@ -1,4 +1,4 @@
-"""The results as files: ``results.csv``, one value a line, and ``results.tex``, tables for a paper."""
+"""The results as files: ``results.csv`` with one value per line, and ``results.tex`` with tables for a paper."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
@@ -40,7 +40,7 @@ SPECIAL = {
 
 
 class Line(NamedTuple):
-    """A line of ``results.csv``; values are fractions, empty where there is none.
+    """A line of ``results.csv``; values are fractions, empty if missing.
 
     Few-shot values are means over draws. ``mean`` is the metric of a group of sets, each by its own.
     """
@@ -59,7 +59,7 @@ class Line(NamedTuple):
 
 
 def write_tables(results: Results, out: Path, others: Mapping[str, Results], groups: Groups | None = None) -> None:
-    """Write ``results.csv`` and ``results.tex`` to the run's folder; other runs by path or name, as on the page."""
+    """Write ``results.csv`` and ``results.tex`` to the run's folder, with other runs by path or name."""
     runs = {THIS_RUN: results, **others}
     write_csv(out / "results.csv", [Line._fields, *(line for name, run in runs.items() for line in lines(name, run))])
     with replacing(out / "results.tex") as draft:
@@ -87,7 +87,7 @@ def lines(run: str, results: Results) -> Iterator[Line]:
 
 
 def latex(results: Results, others: Mapping[str, Results], groups: Groups) -> str:
-    """Return a ``booktabs`` table for zero-shot, the linear probe and each number of shots that there are values of."""
+    """Return a ``booktabs`` table for zero-shot, linear probe, and each number of shots with values."""
     found = rows(results)
     lines_of = [
         r"% In %, with 99.5 % intervals; +/- is the standard deviation over seeds. Needs \usepackage{booktabs}.",
@@ -125,7 +125,7 @@ def _table(title: str, columns: Mapping[str, Sequence[Cell | None]], found: Sequ
 
 
 def _texts(cells: Sequence[Cell | None]) -> Iterator[str]:
-    """Format the cells of a row, bold by the paper's rule if there are several."""
+    """Format the cells of a row; bold follows the paper's rule if there are several."""
     known = [cell for cell in cells if cell]
     best = max(known, key=lambda cell: cell.value or 0)
     least = best.interval[0] if best.interval else best.value or 0

@@ -20,7 +20,7 @@ from lit_clip.evaluation.report.tables import MEAN, lines
 def write_tensorboard(
     results: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]], out: Path, step: int = 0
 ) -> None:
-    """Write event files to ``out/tensorboard``; those of an earlier evaluation are replaced.
+    """Write event files to ``out/tensorboard``, and replace an earlier evaluation's.
 
     Scalars are named as in training (``zero_shot/<set>/top1``), charts ``evaluation/<chart>`` and contact sheets
     ``zero_shot/<set>/most confidently wrong``. The step of a few-shot scalar is its number of examples per class,

@@ -1,4 +1,4 @@
-"""Checkpoint files that are complete or absent, and how to find the newest one."""
+"""Checkpoint files that are complete or absent, and the search for the newest one."""
 
 import io
 import os
@@ -38,7 +38,7 @@ COPIED = {"state_dict", "optimizer_states", "current_model_state"}  # entries th
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Write a checkpoint beside its final path and rename it when it is on the disk; Lightning's own may be silent."""
+    """Write a checkpoint beside its final path, then rename it once it is on disk; Lightning may fail silently."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
         """Write a checkpoint."""
@@ -66,7 +66,7 @@ class WholeCheckpointIO(TorchCheckpointIO):
 
 
 def write_plain(checkpoint: Mapping[str, Any], part: Path, whole: Path) -> None:
-    """Write tensors and plain values to a file on the disk that is to be, or to be in, the checkpoint ``whole``."""
+    """Write tensors and plain values to disk as ``part``: the checkpoint ``whole``, or a file in it."""
     with part.open("wb") as file:
         torch.save(checkpoint, file)
         file.flush()
@@ -75,7 +75,7 @@ def write_plain(checkpoint: Mapping[str, Any], part: Path, whole: Path) -> None:
 
 
 def write_whole_files(plugins: list[Any]) -> None:
-    """Have a trainer's plugins write by :class:`WholeCheckpointIO`, unless they have one of another kind."""
+    """Make a trainer's plugins write through :class:`WholeCheckpointIO`, unless they have another kind."""
     if not any(isinstance(plugin, CheckpointIO) for plugin in plugins):
         plugins.append(WholeCheckpointIO())
     for plugin in plugins:
@@ -84,14 +84,14 @@ def write_whole_files(plugins: list[Any]) -> None:
 
 
 def remove_after_writing(plugin: Any) -> None:
-    """Have ``AsyncCheckpointIO`` remove a checkpoint only when those saved before are on the disk."""
+    """Make ``AsyncCheckpointIO`` remove a checkpoint only after all earlier ones are on disk."""
     for each in wrapped(plugin):
         if isinstance(each, AsyncCheckpointIO):
             each.remove_checkpoint = partial(_remove_in_turn, each)
 
 
 def wrapped(plugin: Any) -> Iterator[Any]:
-    """Yield a ``CheckpointIO`` and all that are wrapped in it."""
+    """Yield a ``CheckpointIO`` and all that it wraps."""
     while plugin is not None:
         yield plugin
         plugin = getattr(plugin, "checkpoint_io", None)
@@ -111,14 +111,14 @@ def _remove_in_turn(plugin: AsyncCheckpointIO, path: Any) -> None:
 
 
 def _first(error: BaseException, handled: BaseException | None) -> BaseException:
-    """Return the error that the others followed from, but not one that was being handled before, such as a signal's."""
+    """Return the error that caused the others, but not one that was already being handled, such as a signal's."""
     while (before := error.__cause__ or error.__context__) and before is not handled:
         error = before
     return error
 
 
 def _check_plain(checkpoint: Mapping[str, Any], part: Path, whole: Path) -> None:
-    """Refuse a checkpoint that holds other objects than tensors and plain values, which no command would open."""
+    """Refuse a checkpoint with objects other than tensors and plain values: no command would open it."""
     if not zipfile.is_zipfile(part) or not (found := get_unsafe_globals_in_checkpoint(part)):
         return
     entries = [*checkpoint.get("callbacks", {}).items(), *checkpoint.items()]
@@ -158,7 +158,7 @@ def put_in_place(part: Path, whole: Path) -> None:
 def newest_checkpoint(
     places: Iterable[Path], differing: Callable[[Path, Mapping[str, Any]], Sequence[str]] = lambda file, checkpoint: ()
 ) -> Path | None:
-    """Return the complete checkpoint with the most optimiser steps in the folder that was written to last.
+    """Return the complete checkpoint with the most optimiser steps, in the most recently written folder.
 
     Folders are searched at any depth; checkpoints that hold weights only are ignored. ``differing`` returns in which
     settings a file's run had another configuration: such files are passed over, and named if another one is found.
@@ -188,7 +188,7 @@ def _candidates(place: Path) -> Iterable[Path]:
 
 
 def _is_whole(path: Path) -> bool:
-    """Return whether a file is a whole archive, and a folder no sharded checkpoint or a whole one."""
+    """Return whether a file is a complete archive; a folder is, unless it is an incomplete sharded checkpoint."""
     if not is_sharded(path):
         return path.is_dir() or zipfile.is_zipfile(path)
     with suppress(InputError):
@@ -197,7 +197,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def passed_over(others: Mapping[Path, Sequence[str]]) -> str:
-    """Return which is the newest of other configurations' checkpoints, and in which settings it differs."""
+    """Return a text that names the newest checkpoint of another configuration, and the settings that differ."""
     newest = max(others, key=os.path.getmtime)
     more = f" (and {len(others) - 1} others)" if len(others) > 2 else " (and another)" if len(others) == 2 else ""
     return f"{newest}: passed over{more}; its run had another configuration ({', '.join(others[newest])})"
@@ -205,7 +205,7 @@ def passed_over(others: Mapping[Path, Sequence[str]]) -> str:
 
 @rank_zero_only
 def _date_until_now(files: Iterable[Path]) -> None:
-    """Date files from the future now, in their order: a clock was wrong, and what is written next must be newer."""
+    """Change dates in the future to now, in order: a clock was wrong, and later files must be newer."""
     now = time.time()
     ahead = sorted((file for file in files if file.stat().st_mtime > now + CLOCKS_DIFFER), key=os.path.getmtime)
     if ahead:
@@ -216,7 +216,7 @@ def _date_until_now(files: Iterable[Path]) -> None:
 
 
 def checkpoint_step(path: Path) -> int | None:
-    """Return the optimiser steps of a checkpoint; None for other and incomplete files, and for weights only."""
+    """Return a checkpoint's optimiser steps; None for other files, incomplete ones, and weights alone."""
     checkpoint = _resumable(path)
     return None if checkpoint is None else int(checkpoint["global_step"])
 
@@ -236,7 +236,7 @@ def _resumable(path: Path) -> dict[str, Any] | None:
 
 
 def load_the_same_checkpoint(trainer: Trainer) -> None:
-    """Make the ranks compare their checkpoints before they load them; called on every rank in ``setup``.
+    """Make the ranks compare their checkpoints before loading; called on every rank in ``setup``.
 
     Each rank looks on its own disk; one that finds another checkpoint, or none, would train on alone while the others
     wait for it. Lightning has no hook that ranks without a checkpoint reach, too.
@@ -262,7 +262,7 @@ def load_the_same_checkpoint(trainer: Trainer) -> None:
 
 
 def _load(plugin: Any, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-    """Read a sharded checkpoint, too, and a whole one through a mapped file, which a machine's ranks read once."""
+    """Read a whole or sharded checkpoint; a whole one is mapped, so that a machine's ranks read it once."""
     if is_sharded(path):
         return read_sharded(Path(path))
     lightnings = type(plugin).load_checkpoint is TorchCheckpointIO.load_checkpoint
@@ -287,7 +287,7 @@ def _check_the_same(path: Any) -> None:
 
 
 def _fingerprint(path: Any) -> tuple[str, str]:
-    """Return what a checkpoint is, in words, and a digest of the checksums of all that it holds."""
+    """Return a checkpoint's description in words, and a digest of the checksums of its contents."""
     if not path:
         return "from the beginning", ""
     if "://" in str(path):
@@ -305,7 +305,7 @@ def _fingerprint(path: Any) -> tuple[str, str]:
 
 
 def save_whole(trainer: Trainer, path: Path) -> None:
-    """Save a checkpoint beside its final path, check that it is complete, and rename it; called on every rank.
+    """Save a checkpoint beside its final path, check that it is complete, then rename it; called on every rank.
 
     Works with any ``CheckpointIO``: Lightning's own is silent when it may not write, see :class:`WholeCheckpointIO`.
     """

@@ -1,4 +1,4 @@
-"""LightningCLI without what it does to the user's settings, seeds and interrupts."""
+"""LightningCLI without its changes to the user's settings, seeds and interrupts."""
 
 import re
 from typing import Any
@@ -10,18 +10,18 @@ from lit_clip.tools.messages import LOST_RANK, one_line
 
 
 class PlainCLI(LightningCLI):
-    """Fill the parser of one ``command`` alone, leave a checkpoint's settings to the caller, and pass interrupts on."""
+    """Fill only the parser of one ``command``, leave a checkpoint's settings to the caller, and pass interrupts on."""
 
     def __init__(self, *arguments: Any, command: str | None = None, **others: Any) -> None:
         self._command = command if command in self.subcommands() else None
         super().__init__(*arguments, **others)
 
     def setting(self, name: str) -> Any:
-        """Return a setting of the command, as parsed; None if it has none of that name."""
+        """Return a parsed setting of the command; None if it has none of that name."""
         return self._get(self.config, name)
 
     def settings_to_create(self, name: str) -> Any:
-        """Return the settings that objects are created from, changes of which are not saved with the run."""
+        """Return the settings from which objects are created; changes of these are not saved with the run."""
         return self._get(self.config_init, name)
 
     @property
@@ -30,7 +30,7 @@ class PlainCLI(LightningCLI):
         return getattr(self, "_subcommand_parsers", {})
 
     def how_to_resume(self) -> str:
-        """Return what an interrupted run has saved, for messages."""
+        """Return a text for messages about what an interrupted run has saved."""
         return ""
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
@@ -41,7 +41,7 @@ class PlainCLI(LightningCLI):
         return parser
 
     def _parse_ckpt_path(self) -> None:
-        """Do nothing: Lightning lets a checkpoint's hyper-parameters override typed options."""
+        """Do nothing: Lightning would let a checkpoint's hyper-parameters override typed options."""
 
     def _set_seed(self) -> None:
         try:
@@ -50,7 +50,7 @@ class PlainCLI(LightningCLI):
             raise InputError(f"seed_everything: {error}") from error
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """Run a subcommand; Ctrl-C stays a KeyboardInterrupt, which Lightning turns into an exit."""
+        """Run a subcommand; Ctrl-C stays a KeyboardInterrupt, where Lightning would exit."""
         try:
             super()._run_subcommand(subcommand)
         except SystemExit as end:

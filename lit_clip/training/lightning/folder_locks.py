@@ -1,4 +1,4 @@
-"""Folders that one run alone writes to: its logger's version, and where its checkpoints are."""
+"""Folders that only one run writes to: its logger's version, and the place of its checkpoints."""
 
 import os
 from pathlib import Path
@@ -21,14 +21,14 @@ _kinds: WeakKeyDictionary[Logger, str] = WeakKeyDictionary()  # names of folders
 
 
 def note_unnumbered(trainer: Trainer) -> None:
-    """Note the loggers that number their run's folder by themselves, and have not done so yet."""
+    """Record the loggers that will number their run's folder themselves, but have not done so yet."""
     for logger in trainer.loggers:
         if isinstance(logger, OnDisk) and logger._version is None and "://" not in str(logger.root_dir):
             _unnumbered.add(logger)
 
 
 def name_folders(trainer: Trainer, kind: str) -> None:
-    """Have loggers that number their folder by themselves call it ``kind_N``, as it will not be a run's.
+    """Make self-numbering loggers call their folder ``kind_N``, because it is not a run's folder.
 
     Args:
         trainer: of the loggers.
@@ -38,7 +38,7 @@ def name_folders(trainer: Trainer, kind: str) -> None:
 
 
 def claim_folders(trainer: Trainer) -> None:
-    """Give a run folders that no other run writes to; called on every rank before loggers open their files.
+    """Give a run folders that no other run writes to; called on every rank before loggers open files.
 
     A version that the logger numbers itself is a new folder, which two runs that start at once cannot both make. A
     folder that the user names is refused while another process's run writes there. A run that has ended, however it

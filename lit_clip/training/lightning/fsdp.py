@@ -1,4 +1,4 @@
-"""Fully sharded data parallel training (FSDP2): torch's ``fully_shard`` in the place of DDP's wrapper."""
+"""Fully sharded data parallel training (FSDP2): torch's ``fully_shard`` instead of DDP's wrapper."""
 
 import math
 from collections.abc import Iterator, Mapping
@@ -79,7 +79,7 @@ class FSDP(DDPStrategy):
             super().model_to_device()
 
     def configure_ddp(self) -> None:
-        """Broadcast rank 0's weights and shard them, a block at a time, and in the end together what is in none."""
+        """Broadcast rank 0's weights and shard them: block by block, then the remaining weights together."""
         module: Any = self.lightning_module
         # fully_shard divides the first dimension, which a scalar lacks; what it ignores stays on its device.
         self._scalars = [each for each in module.parameters() if each.ndim == 0]
@@ -120,7 +120,7 @@ class FSDP(DDPStrategy):
                 group["fused"] = None  # torch's fused SGD knows no shards
 
     def post_backward(self, closure_loss: Tensor) -> None:
-        """Average the gradients of scalars over ranks, as FSDP does with the rest.
+        """Average the gradients of scalars over ranks, as FSDP does with the other gradients.
 
         Of accumulated batches the part of the earlier ones is averaged again, which changes nothing: it is equal on
         all ranks.
@@ -150,7 +150,7 @@ class FSDP(DDPStrategy):
 
     @property
     def _shards(self) -> int:
-        """Number of ranks that hold a whole tensor together, each a part of its rows; further ranks have copies."""
+        """Number of ranks that together hold a whole tensor, each some of its rows; further ranks hold copies."""
         return self.mesh_shape[1] if self.mesh_shape else self.world_size
 
     def save_checkpoint(self, checkpoint: dict[str, Any], filepath: Any, storage_options: Any = None) -> None:
@@ -166,14 +166,14 @@ class FSDP(DDPStrategy):
             remove(Path(filepath).rename(draft_of(Path(filepath))))
 
     def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint; of an optimiser's states in a sharded one only the rows that this rank will have."""
+        """Read a checkpoint; from a sharded one, read only this rank's rows of optimiser states."""
         if sharded_files.is_sharded(checkpoint_path):
             return read_sharded(Path(checkpoint_path), self._my_rows)
         return super().load_checkpoint(checkpoint_path, weights_only)
 
     @property
     def _gets_weights(self) -> bool:
-        """Whether this rank will get all weights from the first one."""
+        """Return whether this rank will get all weights from the first one."""
         module: Any = self.lightning_module
         return module.trainer.state.fn == TrainerFn.FITTING and self.global_rank > 0 and not is_sharded(module)
 
@@ -205,7 +205,7 @@ class FSDP(DDPStrategy):
 
 
 class _Called(nn.Module):
-    """Calls a module: Lightning calls a step through the forward of a wrapper, whose hooks gather weights."""
+    """Wrapper that calls a module: Lightning runs a step through its forward, so that its hooks gather weights."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -227,7 +227,7 @@ def _groups(state: Any) -> list[Any]:
 
 
 def gets_weights(strategy: Any) -> bool:
-    """Return whether ``fit`` by a strategy's settings will give this process's model the weights of the first rank."""
+    """Return whether ``fit`` with a strategy's settings will send this process the first rank's weights."""
     path = getattr(strategy, "class_path", "")
     return bool(_get_rank()) and isinstance(path, str) and bool(path) and issubclass(find_object(path), FSDP)
 
@@ -238,7 +238,7 @@ def is_sharded(module: Any) -> bool:
 
 
 def _gathered(value: Any, keep: bool) -> Any:
-    """Return a sharded tensor whole and on the CPU, where it is kept; a collective."""
+    """Return a sharded tensor whole on the CPU, or None unless ``keep``; a collective."""
     if not isinstance(value, DTensor):
         return value
     whole = value.full_tensor()
@@ -246,7 +246,7 @@ def _gathered(value: Any, keep: bool) -> Any:
 
 
 def _shard(value: Any, like: Any) -> Any:
-    """Return this rank's shard of a whole tensor, as that of another tensor of its shape."""
+    """Return this rank's shard of a whole tensor, sharded like another tensor of its shape."""
     if not isinstance(like, DTensor) or getattr(value, "shape", None) != like.shape:
         return value
     return distribute_tensor(value.to(like.device), like.device_mesh, like.placements, src_data_rank=None)
@@ -277,7 +277,7 @@ def _check_saving(trainer: Any) -> None:
 
 @contextmanager
 def whole_weights(module: nn.Module) -> Iterator[None]:
-    """Keep a module's weights whole, so that each rank may encode as much as it likes; a collective if sharded."""
+    """Keep a module's weights whole, so that ranks can encode different amounts; a collective if sharded."""
     shards: Any = [each for each in module.modules() if isinstance(each, FSDPModule)]
     groups = [group for each in shards for group in _groups(_state(each))]
     before = [group.post_forward_mesh_info for group in groups]
@@ -301,7 +301,7 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
 
 
 def compute_missing_batches(trainer: Any, model: Any) -> None:
-    """Compute as many batches without a pair as other ranks have more, if they compute theirs together; a collective.
+    """Compute empty batches until all ranks have equally many, if ranks compute together; a collective.
 
     At the start of a validation: at its end callbacks' collectives would meet the other ranks' batches.
     """
@@ -315,6 +315,6 @@ def compute_missing_batches(trainer: Any, model: Any) -> None:
 
 
 def _count(loader: Any, most: float) -> int:
-    """Return the number of a loader's batches; 0 if it is unknown."""
+    """Return the number of a loader's batches; 0 if unknown."""
     batches = getattr(getattr(loader, "batch_sampler", None), "batches", None)  # a rank without any reports one
     return int(min(most, math.inf if batches is None else len(batches))) if math.isfinite(most) else 0

@@ -1,4 +1,4 @@
-"""How far a run is: in its checkpoints, and in Lightning's loops when it resumes.
+"""Progress of a run: in its checkpoints, and in Lightning's loops when it resumes.
 
 Lightning 2.6 saves the counts of its loops as they are in the hook that saves, and guesses from them where it was. Some
 guesses are wrong: after an epoch's last step a resumed run counts that epoch twice in its next checkpoint; with
@@ -18,7 +18,7 @@ from lightning.pytorch import Trainer
 
 
 def settle_counts(checkpoint: dict[str, Any]) -> None:
-    """Write the place of a run into its checkpoint, in one of three forms; in place."""
+    """Write the position of a run into its checkpoint, in one of three forms; in place."""
     loops = _fit_loop(checkpoint)
     batches = loops.get("epoch_loop.batch_progress")
     if not batches:
@@ -48,7 +48,7 @@ def settle_counts(checkpoint: dict[str, Any]) -> None:
 
 
 def resumed_counts(checkpoint: Mapping[str, Any], batches_per_epoch: int | None) -> tuple[int, int]:
-    """Return the number of complete epochs, and of steps in them, of a checkpoint that a run resumes from.
+    """Return the complete epochs, and the steps in them, of the checkpoint from which a run resumes.
 
     With another batch size an epoch may have more batches now (``batches_per_epoch``). One whose last batch is complete
     counts as many, in place; Lightning would take more.
@@ -65,7 +65,7 @@ def resumed_counts(checkpoint: Mapping[str, Any], batches_per_epoch: int | None)
 
 
 def enter_epoch(trainer: Trainer) -> None:
-    """Have a run that has resumed begin where its checkpoint says; called when training starts."""
+    """Make a resumed run begin where its checkpoint says; called when training starts."""
     loop: Any = trainer.fit_loop
     epoch_loop = loop.epoch_loop
     batches = epoch_loop.batch_progress
@@ -80,7 +80,7 @@ def enter_epoch(trainer: Trainer) -> None:
 
 
 def _leave(epoch_loop: Any, data_fetcher: Any) -> None:
-    """Run an epoch whose batches are all complete: its end follows, and the next epoch runs as ever."""
+    """Skip an epoch with only complete batches: it ends at once, and the next epoch runs as usual."""
     del epoch_loop.run
     epoch_loop.restarting = False
 

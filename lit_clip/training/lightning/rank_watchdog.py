@@ -1,4 +1,4 @@
-"""End a run with a line of its own when a rank that the first one started has ended, or nothing starts one."""
+"""End a run with a clear error when a rank started by the first one has ended, or nothing starts one."""
 
 import os
 import signal
@@ -26,7 +26,7 @@ CODE = 2  # the exit code of a first rank that notices by itself
 
 
 class _Launcher(subprocess_script._SubprocessScriptLauncher):
-    """Lightning's with another thread that watches the started ranks; its own gives the first rank no time to save."""
+    """Lightning's launcher with our thread to watch started ranks; its own gives the first rank no time to save."""
 
     how_to_resume: Callable[[], str] = str
 
@@ -40,7 +40,7 @@ class _Launcher(subprocess_script._SubprocessScriptLauncher):
 
 
 def watch_started_ranks(trainer: Trainer, how_to_resume: Callable[[], str] = str) -> None:
-    """Have a trainer end clearly where Lightning would kill its first rank; called before the ranks are started.
+    """Make a trainer end clearly where Lightning would kill its first rank; call this before ranks start.
 
     The error ends with what ``how_to_resume`` returns.
 
@@ -56,7 +56,7 @@ def watch_started_ranks(trainer: Trainer, how_to_resume: Callable[[], str] = str
 
 
 def _check_started(trainer: Trainer, environment: ClusterEnvironment | None) -> None:
-    """Raise :class:`InputError` where Lightning would wait for processes that nobody starts, or do without them."""
+    """Raise :class:`InputError` where Lightning would wait for processes that nobody starts, or skip them."""
     devices, nodes = trainer.num_devices, trainer.num_nodes
     if isinstance(environment, SLURMEnvironment):
         tasks = int(os.environ.get("SLURM_STEP_NUM_TASKS", 1))  # that srun has started
@@ -78,7 +78,7 @@ def _check_started(trainer: Trainer, environment: ClusterEnvironment | None) -> 
 
 
 def _watch(processes: Sequence[Any], how_to_resume: Callable[[], str] = str) -> None:
-    """Wait until a process has failed, or all have ended; end this one in the first case."""
+    """Wait until a process fails, or all have ended; if one fails, end this process."""
     codes = [process.poll() for process in processes]
     while None in codes and not any(codes):
         time.sleep(PERIOD)

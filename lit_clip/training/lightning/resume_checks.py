@@ -29,7 +29,7 @@ LOOPS = ("fit_loop", "validate_loop", "test_loop", "predict_loop")
 
 
 def check_same_parts(ours: Mapping[str, Description], saved: Mapping[str, Description], name: str) -> None:
-    """Refuse to resume with another optimiser or loss than the checkpoint's; tell of another schedule or settings."""
+    """Refuse to resume with another optimiser or loss than the checkpoint's; report other changed settings."""
     config = newest_config(Path(name).parent.parent)
     how = f"--config {shown(config)}" if config else "the configuration, or in Python the arguments, of its run"
     changes = []
@@ -47,7 +47,7 @@ def check_same_parts(ours: Mapping[str, Description], saved: Mapping[str, Descri
 
 
 def check_restorable(checkpoint: Any, trainer: Trainer, name: str) -> None:
-    """Check what a trainer will restore, before it begins to."""
+    """Check what a trainer will restore, before it begins."""
     require(isinstance(checkpoint, Mapping), f"{name}: not a checkpoint (a {type(checkpoint).__name__})")
     with naming(name):
         check_tensors_within(checkpoint)
@@ -64,14 +64,14 @@ def check_restorable(checkpoint: Any, trainer: Trainer, name: str) -> None:
 
 
 def _counts(fresh: Any) -> Any:
-    """Return the type of the counts of a loop, by those of one that has not begun."""
+    """Return the type of a loop's counts, from the counts of a loop that has not begun."""
     if isinstance(fresh, Mapping):
         return entries({name: _counts(value) for name, value in fresh.items()}, total=True)
     return {int: Count, bool: bool}.get(type(fresh), Any)
 
 
 def _settle_paths(state: dict[str, Any], savers: Mapping[str, ModelCheckpoint], key: str, where: str) -> None:
-    """Check the files that :class:`ModelCheckpoint` would delete in time: its own in its folder, and no others.
+    """Check the files that :class:`ModelCheckpoint` may delete later: only its own, in its folder.
 
     The best model of another folder stays the best until there is a better one: a resumed run is one run.
     """
@@ -96,7 +96,7 @@ def _settle_paths(state: dict[str, Any], savers: Mapping[str, ModelCheckpoint], 
 
 
 def _score(path: Path, key: str) -> Tensor | None:
-    """Return the score of a best model by its file: another saver's checkpoint may have been written before it."""
+    """Return the score of a best model from its file, as another saver may have written its checkpoint earlier."""
     with suppress(Exception):  # it is gone, or no checkpoint
         score = load_mapped(path)["callbacks"][key]["best_model_score"]
         return score.clone() if isinstance(score, Tensor) and score.numel() == 1 and bool(score.isfinite()) else None
@@ -104,7 +104,7 @@ def _score(path: Path, key: str) -> Tensor | None:
 
 
 def evaluate_as_given(trainer: Trainer) -> None:
-    """Have ``validate``, ``test`` and ``predict`` take their model as it is given.
+    """Make ``validate``, ``test`` and ``predict`` use the given model.
 
     Under SLURM Lightning would load the checkpoint of a requeued training run that it finds in the folder.
     """
@@ -119,7 +119,7 @@ def evaluate_as_given(trainer: Trainer) -> None:
 
 
 def restore_in_one_line(connector: Any) -> None:
-    """Make what Lightning and callbacks raise for a checkpoint's states an :class:`InputError` that names the file."""
+    """Turn errors about a checkpoint's states into an :class:`InputError` that names the file."""
     for part in ("restore_datamodule", "restore_callbacks", "restore_training_state"):
         setattr(connector, part, partial(_restore, connector, part))
 

@@ -1,4 +1,4 @@
-"""The folder of a run's own files, with any logger, and where its curves are."""
+"""The folder of a run's own files, with any logger, and the places of its curves."""
 
 import shlex
 from collections.abc import Sequence
@@ -33,7 +33,7 @@ def _folder(logger: Logger, root: str) -> Path:
 
 
 def newest_config(folder: Path | None) -> Path | None:
-    """Return the configuration that ``fit`` wrote last into a run's folder; None if there is none."""
+    """Return the configuration that ``fit`` last wrote into a run's folder; None if there is none."""
     found = folder.glob(f"{CONFIG}*.yaml") if folder else ()
     return max(found, key=lambda file: file.stat().st_mtime, default=None)
 
@@ -66,6 +66,6 @@ def _curves(logger: Any, resumed_from: str | Path | None) -> str | None:
 
 
 def shown(path: Path) -> Path:
-    """Return a path as messages show it: relative to the working folder if it is below."""
+    """Return a path for messages: relative to the working folder if it is below that."""
     path = path.resolve()
     return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path

@@ -1,4 +1,4 @@
-"""Save a checkpoint in shards: each rank writes its rows, see :mod:`lit_clip.tools.sharded_files`."""
+"""Save a checkpoint in shards: each rank writes its rows; see :mod:`lit_clip.tools.sharded_files`."""
 
 import json
 import uuid
@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def save_sharded(checkpoint: dict[str, Any], path: Path, files: int) -> None:
-    """Save a checkpoint whose sharded tensors are whole on the first ``files`` ranks together; a collective.
+    """Save a checkpoint with tensors that the first ``files`` ranks together hold whole; a collective.
 
     The folder appears whole, in the place of what was there. If a rank cannot write, all ranks raise.
     """
@@ -49,7 +49,7 @@ def save_sharded(checkpoint: dict[str, Any], path: Path, files: int) -> None:
 
 
 def _on_all_ranks(path: Path, work: Callable[[], T]) -> list[T]:
-    """Return the results of all ranks' work; if one of them fails, raise its error on all ranks."""
+    """Return the results of all ranks' work; if one fails, raise its error on all ranks."""
     mine: Any = None
     problem = error = None
     try:
@@ -69,7 +69,7 @@ def _on_all_ranks(path: Path, work: Callable[[], T]) -> list[T]:
 
 
 def _write_rows(shards: Mapping[str, DTensor], file: Path, place: Mapping[str, str]) -> dict[str, int]:
-    """Write this rank's rows, and return their numbers."""
+    """Write this rank's rows, and return the number of rows."""
     from safetensors.torch import save_file
 
     require(

@@ -17,7 +17,7 @@ from lit_clip.tools.hardware import HostCopy
 
 
 class Signals(_SignalConnector):
-    """Record signals and do nothing else in the handler; outside ``fit`` a signal ends the process as usual."""
+    """Only record signals in the handler; outside ``fit``, a signal ends the process as usual."""
 
     def __init__(self, trainer: Trainer) -> None:
         super().__init__(trainer)
@@ -28,19 +28,19 @@ class Signals(_SignalConnector):
 
     @property
     def _numbers(self) -> list[int]:
-        """The signals that end a run, in the same order on every rank."""
+        """Numbers of the signals that end a run, in the same order on every rank."""
         return sorted({signal.SIGTERM, getattr(signal, "SIGUSR1", signal.SIGTERM), self.requeue_signal} - {None})
 
     def flags(self, like: Tensor) -> list[Tensor]:
-        """Return for each signal a scalar, 1 if this process got it; filled where ``like`` is, so nothing is copied."""
+        """Return a scalar for each signal, 1 if this process got it; made on ``like``'s device without a copy."""
         return [like.new_full((1,), float(self.received == number)) for number in self._numbers]
 
     def note(self, counts: Tensor) -> None:
-        """Take the sum of the ranks' :meth:`flags`, to be read later."""
+        """Keep the sum of the ranks' :meth:`flags` for a later read."""
         self._unread.append(HostCopy(counts))
 
     def read(self, device: torch.device) -> bool:
-        """Take the ranks' decision of this step, or of the one before if reading would wait; False if it had none."""
+        """Read the ranks' decision of this step, or of the last one if that avoids waiting; False if there is none."""
         if not self._unread:
             return False
         latest = len(self._unread) > 1 or not hardware.runs_ahead(device)
@@ -68,7 +68,7 @@ class Signals(_SignalConnector):
         return None
 
     def requeue(self) -> None:
-        """Save where Lightning looks first when the job runs again, and put the job back into the queue."""
+        """Save where Lightning looks first when the job runs again, then put the job back into the queue."""
         self._slurm_sigusr_handler_fn(self.agreed, None)  # pyright: ignore[reportArgumentType]  # it needs no frame
 
     def teardown(self) -> None:
@@ -80,26 +80,26 @@ class Signals(_SignalConnector):
 
 
 def replace_signals(trainer: Trainer) -> None:
-    """Give a trainer :class:`Signals` in place of Lightning's, and no broadcast of SIGTERM before every step."""
+    """Give a trainer :class:`Signals` instead of Lightning's handlers, without a broadcast before every step."""
     trainer._signal_connector = Signals(trainer)
     loop: Any = trainer.fit_loop.epoch_loop
     loop._broadcast_sigterm_tensor = lambda: None  # its ranks read what the first one sends, and wait for the device
 
 
 def add_flags(trainer: Trainer, like: Tensor) -> list[Tensor]:
-    """Return :meth:`Signals.flags` of a trainer; none if its signals are Lightning's own."""
+    """Return a trainer's :meth:`Signals.flags`; empty if its signals are Lightning's own."""
     connector: Any = trainer._signal_connector
     return connector.flags(like) if isinstance(connector, Signals) else []
 
 
 def note_flags(trainer: Trainer, counts: Tensor) -> None:
-    """Take the sum of the ranks' :func:`add_flags`, if there were any."""
+    """Keep the sum of the ranks' :func:`add_flags`, if there were any."""
     if len(counts):
         signals_of(trainer).note(counts)
 
 
 def signal_of(trainer: Trainer) -> int:
-    """Return the number of the signal that all ranks have agreed to end the run for; 0: none."""
+    """Return the number of the signal on which all ranks have agreed to end the run; 0: none."""
     connector: Any = trainer._signal_connector
     return connector.agreed if isinstance(connector, Signals) else 0
 

@@ -15,13 +15,13 @@ from lit_clip.errors import require
 
 
 def keep_gradients_in_buckets(strategy: Strategy) -> None:
-    """Keep DDP's gradients in the buckets that are sent instead of a second copy."""
+    """Keep DDP's gradients in the communication buckets, without a second copy."""
     if isinstance(strategy, DDPStrategy):
         strategy._ddp_kwargs.setdefault("gradient_as_bucket_view", True)
 
 
 def validate_without_synchronising(strategy: Strategy, model: nn.Module) -> None:
-    """Give all ranks the first one's buffers now; a collective.
+    """Give all ranks the first rank's buffers now; a collective.
 
     DDP would do this in a rank's first batch, and wait for ranks that have none.
     """
@@ -32,7 +32,7 @@ def validate_without_synchronising(strategy: Strategy, model: nn.Module) -> None
 
 
 class SyncBatchNorm(LayerSync):
-    """Replace BatchNorm by timm's, which is synchronised and keeps activations; put the same layers back afterwards."""
+    """Replace BatchNorm by timm's layer, which is synchronised and keeps activations; restore the old layers later."""
 
     def __init__(self) -> None:
         self._replaced: dict[str, _BatchNorm] = {}
@@ -55,7 +55,7 @@ class SyncBatchNorm(LayerSync):
 
 
 def synchronise_batch_norm(strategy: Strategy) -> None:
-    """Use :class:`SyncBatchNorm` in place of Lightning's."""
+    """Use :class:`SyncBatchNorm` instead of Lightning's."""
     if isinstance(strategy, ParallelStrategy) and type(strategy._layer_sync) is TorchSyncBatchNorm:
         device = strategy.root_device.type
         require(
@@ -66,12 +66,12 @@ def synchronise_batch_norm(strategy: Strategy) -> None:
 
 
 def divides_samples(trainer: Trainer) -> bool:
-    """Return whether Lightning would divide a loader's samples among ranks once more."""
+    """Return whether Lightning would also divide a loader's samples among ranks."""
     return trainer.world_size > 1 and trainer._accelerator_connector.use_distributed_sampler
 
 
 def leave_out_hp_metric(logger: TensorBoardLogger) -> None:
-    """Have a logger write no list of metrics by itself, which would hold ``hp_metric`` alone."""
+    """Stop a logger from writing its own list of metrics, with only ``hp_metric``."""
     logger._default_hp_metric = False
 
 
