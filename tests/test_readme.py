@@ -110,12 +110,16 @@ PARSED = [line for line in typed() if needs_more(line) or line in TRAININGS] + [
 
 
 def write_own_parts(folder: Path) -> None:
-    """Write the files that the guides tell a reader to write or copy: ``# my_x.py``, examples/ and ``own.yaml``."""
+    """Write the files that the guides tell a reader to write or copy: ``# my_x.py``, examples/ and YAML files."""
     for block in blocks("python"):
         if block.startswith("# my_"):
             (folder / block.split()[1]).write_text(block, encoding="utf-8")
     for example in (ROOT / "examples").glob("*.py"):
         shutil.copy(example, folder)
+    starts = {"sets.yaml": "target:", "products.yaml": "# products.yaml"}
+    for name, start in starts.items():
+        (block,) = (block for block in blocks("yaml") if block.startswith(start))
+        (folder / name).write_text(block, encoding="utf-8")
     (own,) = (block for block in blocks("yaml", "docs/encoders.md") if "my_encoder." in block)
     (folder / "own.yaml").write_text(own, encoding="utf-8")
 
@@ -190,10 +194,6 @@ def folder(
     pq.write_table(features, here / "features.parquet")
     scores = {"score": [0.2, 0.4, 0.1], "decision": ["keep", "keep", "drop"]}  # as `score` writes them, among others
     pq.write_table(pa.table({"key": [*"abc"], "caption": [*"abc"], **scores}), here / "scores.parquet")
-    (sets,) = (block for block in blocks("yaml") if block.startswith("target:"))
-    (here / "sets.yaml").write_text(sets, encoding="utf-8")
-    (products,) = (block for block in blocks("yaml") if block.startswith("# products.yaml"))
-    (here / "products.yaml").write_text(products, encoding="utf-8")
     for label in range(1000):
         (here / f"imagenet/val/n{label:08d}").mkdir(parents=True)
         Image.new("RGB", (8, 8), (label % 256, 0, 0)).save(here / f"imagenet/val/n{label:08d}/0.png")
