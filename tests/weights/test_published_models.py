@@ -6,6 +6,7 @@ names of the published files. MODELS says for each where its form is from.
 
 import copy
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import transformers
 
 from benchmarks.families.families import compare, made_small, model_cfg, save_tokenizer, write_folder
 from lit_clip import load_model
+from tests.conftest import lit_clip_command
 from tests.helpers.exports import photos
 from tests.weights.test_hub import put
 from tests.weights.test_hugging_face import randomised
@@ -100,6 +102,34 @@ def test_a_model_of_open_clips_form_has_open_clips_features_ids_and_pixels(tmp_p
     assert parity.tokens
     assert max(parity.image, parity.text) < 1e-5
     assert parity.pixels < 1e-3
+
+
+def test_the_documented_command_fine_tunes_bioclip_2_by_its_name(
+    cache: Path, tmp_path: Path, caption_table: Path
+) -> None:
+    """docs/domains.md: with random weights of the published form, on drawings."""
+    folder = tmp_path / "model"
+    folder.mkdir()
+    write_folder(folder, made_small(copy.deepcopy(MODELS["BioCLIP 2"][0])), OPENAI)
+    put(cache, "imageomics/bioclip-2", folder)
+    for number, line in enumerate(caption_table.read_text(encoding="utf-8").splitlines()[1:7]):
+        for classes in ("my_classes", "other_classes"):
+            place = tmp_path / classes / str(number)
+            place.mkdir(parents=True)
+            shutil.copy(caption_table.parent / line.split(",")[0], place)
+    text = (Path(__file__).parents[2] / "docs/domains.md").read_text(encoding="utf-8")
+    (command,) = (line for line in text.splitlines() if "imageomics/bioclip-2 --data.train" in line)
+    environment = dict(word.split("=") for word in command.split()[:2]) | {"HF_HUB_CACHE": str(cache)}
+    words = command.replace("captions.csv", str(caption_table)).split()[3:]
+    few = ["--data.batch_size", "8", "--data.num_workers", "0", "--trainer.max_steps", "2"]
+    few += ["--trainer.accelerator", "cpu", "--model.freeze.image.unlock_last", "1"]
+    run = lit_clip_command(tmp_path, *words, *few, environment=environment, new=True)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert re.search(r"other_classes zero-shot top-1 +. +6 ", run.stdout), run.stdout[
+        -1500:
+    ]  # the table before and after
+    (checkpoint,) = tmp_path.glob("runs/*/version_0/checkpoints/last.ckpt")
+    assert load_model(checkpoint).config.image.layers == load_model(folder).config.image.layers
 
 
 @pytest.mark.parametrize("name", CLIP_MODELS)
