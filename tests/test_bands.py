@@ -1,6 +1,7 @@
 """Images of any number of bands, ``.npy`` and TIFF: learned, kept in the checkpoint, and read alike in every way in."""
 
 import csv
+import dataclasses
 import io
 import json
 import sys
@@ -188,6 +189,36 @@ def test_features_are_those_of_timms_own_model(bands: int) -> None:
     assert image.shape == (1, bands, SIZE, SIZE)
     with torch.no_grad():
         torch.testing.assert_close(model.visual.features(image), peer(image), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("bands", [1, 2, 4, 5])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "mobileone_s0"])
+def test_a_file_of_red_green_and_blue_is_adapted_as_timm_adapts_it(name: str, bands: int, tmp_path: Path) -> None:
+    """Several first layers too, as in MobileOne."""
+    size: dict[str, Any] = {"img_size": SIZE} if name == "test_vit" else {}
+    torch.save(timm.create_model(name).state_dict(), tmp_path / "rgb.pth")
+    overlay = {"file": str(tmp_path / "rgb.pth")}
+    peer = timm.create_model(
+        name, pretrained=True, in_chans=bands, num_classes=0, pretrained_cfg_overlay=overlay, **size
+    )
+    image = TimmConfig(name, image_size=SIZE, pretrained=str(tmp_path / "rgb.pth"))
+    trunk = CLIP(config(bands, image=image)).visual.trunk
+    assert isinstance(trunk, nn.Module)
+    expected = peer.state_dict()
+    assert trunk.state_dict().keys() == expected.keys()
+    for key, value in trunk.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+    torch.save(trunk.state_dict(), tmp_path / "own.pth")  # of the model's own bands: as it is
+    again = CLIP(config(bands, image=dataclasses.replace(image, pretrained=str(tmp_path / "own.pth")))).visual.trunk
+    assert all(torch.equal(value, expected[key]) for key, value in again.state_dict().items())  # type: ignore[union-attr]
+
+
+def test_a_file_of_other_bands_than_the_models_or_three_is_refused(tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_resnet", in_chans=2).state_dict(), tmp_path / "two.pth")
+    with pytest.raises(
+        InputError, match=r"two.pth: .*conv1.0.weight is \(16, 2, 3, 3\) there and \(16, 4, 3, 3\) here"
+    ):
+        CLIP(config(4, image=TimmConfig("test_resnet", image_size=SIZE, pretrained=str(tmp_path / "two.pth"))))
 
 
 class Own(nn.Module):
