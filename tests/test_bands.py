@@ -455,6 +455,22 @@ def test_without_tifffile_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) ->
         assert not isinstance(refused.value, BadSample)
 
 
+def test_without_imagecodecs_lzw_is_one_line_and_not_a_broken_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    file = io.BytesIO()
+    Image.fromarray(scene(0), "RGBA").save(file, "TIFF", compression="tiff_lzw")
+    colours = image_for_model(file, "row 1").convert("RGB")  # Pillow reads it
+    assert np.array_equal(np.asarray(colours), scene(0)[..., :3])
+    preprocessing = Preprocessing(SIZE, mean=(0.5,) * 4, std=(0.5,) * 4)
+    for read in (
+        lambda: image_for_model(io.BytesIO(claiming("16 bits", 259, 5)), "row 1"),
+        lambda: pixels(preprocessing)(image_for_model(file, "row 1")),
+    ):
+        with pytest.raises(InputError, match="LZW needs imagecodecs: pip install imagecodecs, or write") as refused:
+            read()
+        assert not isinstance(refused.value, BadSample)
+
+
 @pytest.mark.parametrize("kind", ["npy", "tif"])
 def test_training_pairs_of_shards_are_those_of_a_table(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
