@@ -1,9 +1,11 @@
 """Images of any number of bands, ``.npy`` and TIFF: learned, kept in the checkpoint, and read alike in every way in."""
 
 import csv
+import dataclasses
 import io
 import json
 import sys
+import tarfile
 import tracemalloc
 from collections.abc import Sequence
 from functools import partial
@@ -31,6 +33,7 @@ from datamodules.evaluation.own_classes import ImageFolderClasses
 from datamodules.loading.augmentation import Augmentation, TrainingTransform
 from datamodules.loading.bad_samples import BadSamples
 from datamodules.pairs.folder import FolderPairs
+from datamodules.shards.pairs import TarPairs
 from lit_clip import CLIP, LitCLIP, load_model
 from lit_clip.cli.main import main
 from lit_clip.commands.demo_trial import image_of
@@ -47,6 +50,7 @@ from lit_clip.tools.images import image_for_model
 from lit_clip.tools.levels import Window
 from lit_clip.training.schedules import WarmupCosine
 from tests.helpers.small_sets import QUIET
+from tests.helpers.tar_shards import write_tar
 
 NAMES, SIZE = ("water", "forest"), 32
 
@@ -188,6 +192,36 @@ def test_features_are_those_of_timms_own_model(bands: int) -> None:
     assert image.shape == (1, bands, SIZE, SIZE)
     with torch.no_grad():
         torch.testing.assert_close(model.visual.features(image), peer(image), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("bands", [1, 2, 4, 5])
+@pytest.mark.parametrize("name", ["test_resnet", "test_vit", "mobileone_s0"])
+def test_a_file_of_red_green_and_blue_is_adapted_as_timm_adapts_it(name: str, bands: int, tmp_path: Path) -> None:
+    """Several first layers too, as in MobileOne."""
+    size: dict[str, Any] = {"img_size": SIZE} if name == "test_vit" else {}
+    torch.save(timm.create_model(name).state_dict(), tmp_path / "rgb.pth")
+    overlay = {"file": str(tmp_path / "rgb.pth")}
+    peer = timm.create_model(
+        name, pretrained=True, in_chans=bands, num_classes=0, pretrained_cfg_overlay=overlay, **size
+    )
+    image = TimmConfig(name, image_size=SIZE, pretrained=str(tmp_path / "rgb.pth"))
+    trunk = CLIP(config(bands, image=image)).visual.trunk
+    assert isinstance(trunk, nn.Module)
+    expected = peer.state_dict()
+    assert trunk.state_dict().keys() == expected.keys()
+    for key, value in trunk.state_dict().items():
+        assert torch.equal(value, expected[key]), key
+    torch.save(trunk.state_dict(), tmp_path / "own.pth")  # of the model's own bands: as it is
+    again = CLIP(config(bands, image=dataclasses.replace(image, pretrained=str(tmp_path / "own.pth")))).visual.trunk
+    assert all(torch.equal(value, expected[key]) for key, value in again.state_dict().items())  # type: ignore[union-attr]
+
+
+def test_a_file_of_other_bands_than_the_models_or_three_is_refused(tmp_path: Path) -> None:
+    torch.save(timm.create_model("test_resnet", in_chans=2).state_dict(), tmp_path / "two.pth")
+    with pytest.raises(
+        InputError, match=r"two.pth: .*conv1.0.weight is \(16, 2, 3, 3\) there and \(16, 4, 3, 3\) here"
+    ):
+        CLIP(config(4, image=TimmConfig("test_resnet", image_size=SIZE, pretrained=str(tmp_path / "two.pth"))))
 
 
 class Own(nn.Module):
@@ -419,6 +453,88 @@ def test_without_tifffile_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) ->
         with pytest.raises(InputError, match="pip install tifffile") as refused:
             read()
         assert not isinstance(refused.value, BadSample)
+
+
+def test_without_imagecodecs_lzw_is_one_line_and_not_a_broken_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "imagecodecs", None)
+    file = io.BytesIO()
+    Image.fromarray(scene(0), "RGBA").save(file, "TIFF", compression="tiff_lzw")
+    colours = image_for_model(file, "row 1").convert("RGB")  # Pillow reads it
+    assert np.array_equal(np.asarray(colours), scene(0)[..., :3])
+    preprocessing = Preprocessing(SIZE, mean=(0.5,) * 4, std=(0.5,) * 4)
+    for read in (
+        lambda: image_for_model(io.BytesIO(claiming("16 bits", 259, 5)), "row 1"),
+        lambda: pixels(preprocessing)(image_for_model(file, "row 1")),
+    ):
+        with pytest.raises(InputError, match="LZW needs imagecodecs: pip install imagecodecs, or write") as refused:
+            read()
+        assert not isinstance(refused.value, BadSample)
+
+
+@pytest.mark.parametrize("kind", ["npy", "tif"])
+def test_training_pairs_of_shards_are_those_of_a_table(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = []
+    for number in range(6):
+        values = deep("uint16") + number
+        rows.append(f"{number}.{kind},{NAMES[number % 2]} {number}")
+        if kind == "npy":
+            np.save(tmp_path / f"{number}.npy", values)
+        else:
+            tifffile.imwrite(tmp_path / f"{number}.tif", values, photometric="minisblack", planarconfig="contig")
+    (tmp_path / "t.csv").write_text("\n".join(["image,caption", *rows]) + "\n")
+    run(["shard", tmp_path / "t.csv", tmp_path / "written", "--shard_size", 4, "--workers", 0], monkeypatch)
+    # As another program may write them, the caption first.
+    with tarfile.open(tmp_path / "other.tar", "w") as tar:
+        for number in range(6):
+            (tmp_path / f"{number}.txt").write_text(f"{NAMES[number % 2]} {number}")
+            for name in (f"{number}.txt", f"{number}.{kind}"):
+                tar.add(tmp_path / name, arcname=name)
+    batches = []
+    for source in ("t.csv", "written", "other.tar"):
+        pairs = str(tmp_path / source)
+        data = Captions(pairs, pairs, batch_size=6, num_workers=0, augmentation=[])
+        data.preprocessing = config(4, window=[0, 4095]).preprocessing or Preprocessing()
+        data.setup("fit")
+        batch = next(iter(data.train_dataloader()))
+        order = np.lexsort(batch.tokens.numpy().T)
+        batches.append((batch.images[order], batch.tokens[order]))
+    images, tokens = batches[0]
+    assert images.shape == (6, 4, SIZE, SIZE)
+    assert len(images.unique(dim=0)) == len(tokens.unique(dim=0)) == 6
+    for others in batches[1:]:
+        assert torch.equal(others[0], images)
+        assert torch.equal(others[1], tokens)
+
+
+@pytest.mark.parametrize("kind", ["objects", "10^12 values", "code", "four dimensions"])
+def test_a_hostile_array_in_a_shard_is_refused_without_memory(kind: str, tmp_path: Path) -> None:
+    write_tar(tmp_path / "x.tar", [("a", {"npy": HOSTILE[kind](), "txt": b"water"})])
+    source = TarPairs(str(tmp_path / "x.tar"))
+    tracemalloc.start()
+    try:
+        with pytest.raises(BadSample, match="x.tar sample a: cannot read"):
+            source.load(0, None)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("order", [("npy", "png"), ("png", "npy")])
+def test_an_array_beside_an_image_in_a_shard_is_no_image(order: tuple[str, str], tmp_path: Path) -> None:
+    """Even twice; but a sample of two arrays alone is ambiguous."""
+    photo, array = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (8, 8), (1, 2, 3)).save(photo, "PNG")
+    np.save(array, scene(0))
+    content = {"png": photo.getvalue(), "npy": array.getvalue()}
+    sample: Any = ("a", {**{kind: content[kind] for kind in order}, "txt": b"water"})
+    write_tar(tmp_path / "x.tar", [sample, ("a", {"npy": b"features"})])
+    source = TarPairs(str(tmp_path / "x.tar"))
+    assert source.load(0, None).image.size == (8, 8)
+    write_tar(tmp_path / "y.tar", [("a", {"npy": content["npy"], "txt": b"water"}), ("a", {"npy": content["npy"]})])
+    with pytest.raises(InputError, match="y.tar sample a: duplicate key"):
+        TarPairs(str(tmp_path / "y.tar"))
 
 
 def array_file(header: str) -> bytes:

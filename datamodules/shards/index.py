@@ -22,13 +22,15 @@ from ..loading.store import Stamp
 from ..pairs.source import NO_CAPTION
 
 INDEX_SUFFIX = ".index.arrow"
-FORMAT = "2"  # of the index; one of another format is written again
+FORMAT = "3"  # of the index; one of another format is written again
 BLOCK = tarfile.BLOCKSIZE  # size of a header; files start at multiples of it
 
 FIELDS = ("image", "text", "captions", "json")
 SPANS = [f"{name}_{part}" for name in FIELDS for part in ("offset", "size")]  # names of columns
 COLUMNS = pa.schema({"key": pa.large_string(), **dict.fromkeys(SPANS, pa.int64())})
-_FIELD_OF = {suffix[1:]: "image" for suffix in IN_TARS} | {"txt": "text", "captions.json": "captions", "json": "json"}
+SCANNED = (*FIELDS, "array")  # an array is the image of a sample without another, beside which it is mostly features
+_FIELD_OF = {suffix[1:]: "image" for suffix in IN_TARS} | {"npy": "array"}
+_FIELD_OF |= {"txt": "text", "captions.json": "captions", "json": "json"}
 WANTED = "an image (.jpg, .png, .webp, ...) and a caption (.txt, or .json with a caption in it) with the same name"
 OF_SHARD = "in a shard that "  # starts the reasons that concern the rest of a shard
 
@@ -102,6 +104,7 @@ class _Scan:
         self.problems: dict[str, list[str]] = {}
         self.blank: set[str] = set()
         self.duplicates: dict[str, None] = {}  # a set that keeps its order
+        self.double_arrays: dict[str, None] = {}
 
     def problem(self, reason: str, key: str) -> None:
         self.problems.setdefault(reason, []).append(key)
@@ -111,12 +114,12 @@ class _Scan:
         if not key:
             return
         self.extensions[extension] += 1
-        spans = self.spans.setdefault(key, [-1, 0] * len(FIELDS))
+        spans = self.spans.setdefault(key, [-1, 0] * len(SCANNED))
         if extension not in _FIELD_OF:
             return
-        start = 2 * FIELDS.index(_FIELD_OF[extension])
+        start = 2 * SCANNED.index(_FIELD_OF[extension])
         if spans[start] >= 0:
-            self.duplicates[key] = None
+            (self.double_arrays if extension == "npy" else self.duplicates)[key] = None
             return
         spans[start : start + 2] = member.offset_data, member.size
         if extension == "txt" and member.size <= LONGEST_BLANK:  # longer texts are not read for the index
@@ -126,9 +129,12 @@ class _Scan:
 
     def finish(self) -> ShardIndex:
         usable = {}
-        for key in self.duplicates:
+        doubled = {key: None for key in self.double_arrays if self.spans[key][0] < 0}
+        for key in self.duplicates | doubled:
             self.problem("duplicate key", key)
-        for key, spans in self.spans.items():
+        for key, (*spans, array_offset, array_size) in self.spans.items():
+            if spans[0] < 0:
+                spans[:2] = array_offset, array_size
             if spans[0] < 0:
                 self.problem("missing image", key)
             elif max(spans[2::2]) < 0:

@@ -37,6 +37,7 @@ EXTENSIONS = {
     "BMP": "bmp",
     "TIFF": "tiff",
     "PPM": "ppm",
+    "NPY": "npy",
 }
 QUALITY = 95  # of resized images, as img2dataset's
 LONGEST_JPEG = 65_500  # pixels of a side that libjpeg writes

@@ -139,9 +139,9 @@ def _trunk(config: TimmConfig, bands: int, classes: int) -> nn.Module:
         words = " ".join(str(error).split()) or type(error).__name__
         raise InputError(f"architecture.image: timm cannot create {config.timm} with {settings}: {words}") from error
     if config.pretrained is True and config.model is not None:
-        load_timm_file(trunk, config.timm, str(timm_hub_weights(config.timm)))
+        load_timm_file(trunk, config.timm, str(timm_hub_weights(config.timm)), bands)
     if isinstance(config.pretrained, str):
-        load_timm_file(trunk, config.timm, config.pretrained)
+        load_timm_file(trunk, config.timm, config.pretrained, bands)
     return trunk
 
 
@@ -154,12 +154,12 @@ def _try_size(trunk: nn.Module, bands: int, size: tuple[int, int]) -> None:
     trunk.train()
 
 
-def load_timm_file(trunk: nn.Module, name: str, path: str) -> None:
+def load_timm_file(trunk: nn.Module, name: str, path: str, bands: int = 3) -> None:
     """Copy weights from a timm file, or from another library's file for the same model, into a trunk.
 
-    Weights of another image size are resized by timm's own rule. Different names are matched by order, if every
-    tensor's shape and the last part of its name agree. The file's classifier is ignored; a trunk that has a
-    classifier keeps its own.
+    Weights of another image size are resized, and weights of red, green and blue adapted to other ``bands``, by timm's
+    own rules. Different names are matched by order, if every tensor's shape and the last part of its name agree. The
+    file's classifier is ignored; a trunk that has a classifier keeps its own.
     """
     theirs, state, refusal = read_tensors(Path(path)), trunk.state_dict(), f"{path}: not weights of timm's {name}"
     classifiers = cast(Any, trunk).pretrained_cfg.get("classifier") or ()
@@ -173,6 +173,7 @@ def load_timm_file(trunk: nn.Module, name: str, path: str) -> None:
         theirs = resized_trunk(theirs, trunk, "")
     else:
         theirs = _by_order(theirs, ours, refusal)
+    theirs = _in_bands(theirs, trunk, bands)
     for key, value in ours.items():
         there, here = tuple(theirs[key].shape), tuple(value.shape)
         require(there == here, f"{refusal}: {key} is {there} there and {here} here")
@@ -186,6 +187,21 @@ def _by_order(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor], refusal:
     if not endings or not len(ours) <= len(theirs) <= len(ours) + 2:
         raise InputError(f"{refusal}: {min(ours.keys() - theirs.keys())} is absent there")
     return {a: theirs[b] for a, b in pairs}
+
+
+def _in_bands(state: Mapping[str, Tensor], trunk: nn.Module, bands: int) -> dict[str, Tensor]:
+    """Return weights with first layers of red, green and blue adapted to the trunk's bands."""
+    from timm.models import adapt_input_conv
+
+    adapted, convs = dict(state), cast(Any, trunk).pretrained_cfg.get("first_conv") or ()
+    for name in (convs,) if isinstance(convs, str) else convs:
+        conv, weight = cast(Any, trunk.get_submodule(name)), state.get(f"{name}.weight")
+        if bands == 3 or weight is None or weight.ndim != 4 or weight.shape == conv.weight.shape:
+            continue
+        # A stem may see several pixels of a band as channels, or divide the channels into groups.
+        if weight.shape[1] * bands * conv.groups == 3 * conv.in_channels:
+            adapted[f"{name}.weight"] = adapt_input_conv(bands, weight)
+    return adapted
 
 
 def _part(model: Mapping[str, Any], classes: Mapping[str, str], where: str, **settings: Any) -> nn.Module:

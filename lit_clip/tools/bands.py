@@ -5,6 +5,7 @@ import logging
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from lit_clip.tools.reading import reason
 
 MOST_BYTES = 2**31  # of a TIFF file and of its pixels
 MOST_COMPRESSED = 1032  # bytes of pixels for each byte of a strip or tile, as in deflate at most
-UNPACKED = (1, 5, 8, 32773, 32946)  # TIFF compressions: none, LZW, deflate, packbits, an older deflate
+LZW = 5
+UNPACKED = (1, LZW, 8, 32773, 32946)  # TIFF compressions: none, LZW, deflate, packbits, an older deflate
 
 
 def banded(values: np.ndarray, where: str = "an array") -> Image.Image:
@@ -136,6 +138,9 @@ def _check_page(page: Any, size: int) -> None:
     bands = page.axes in ("YX", "YXS", "SYX") and page.photometric in (1, 2)
     if not bands or page.bitspersample != bits or page.compression not in UNPACKED:
         raise ValueError("a TIFF file of another kind than bands of whole bytes, uncompressed or by deflate")
+    if page.compression == LZW and find_spec("imagecodecs") is None:
+        needs = "a TIFF file of bands compressed by LZW needs imagecodecs: pip install imagecodecs"
+        raise InputError(f"{needs}, or write the file uncompressed or by deflate")
     if max(map(sum, zip(page.dataoffsets, page.databytecounts, strict=True))) > size:
         raise ValueError(f"it claims {page.imagewidth} x {page.imagelength} pixels, more than its {size:,} bytes hold")
     if page.compression != 1 and max(page.databytecounts) * MOST_COMPRESSED > MOST_BYTES:

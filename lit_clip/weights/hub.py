@@ -32,8 +32,10 @@ def download(name: str) -> Path:
     try:
         folder = Path(snapshot_download(name, allow_patterns=_SMALL))
         checked_commit(folder.name)  # without a network it is what a file of the cache says
-        if next(folder.glob("*.index.json"), None) is not None and not (folder / "open_clip_config.json").exists():
-            return Path(snapshot_download(name, allow_patterns=["*.safetensors"]))
+        indices = {path.name for path in folder.glob("*.index.json")}
+        if indices and not (folder / "open_clip_config.json").exists():
+            safe = indices != {"pytorch_model.bin.index.json"}
+            return Path(snapshot_download(name, allow_patterns=["*.safetensors" if safe else "pytorch_model-*.bin"]))
         for weights in OPEN_CLIP_WEIGHTS:
             try:
                 hf_hub_download(name, weights)

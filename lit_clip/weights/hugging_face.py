@@ -55,6 +55,7 @@ SIGLIP_EPS = 1e-6  # LayerNorm epsilon of timm's
 ARGMAX = 2  # with this eos_token_id CLIPModel pools at the highest id, as OpenAI's code and ours do
 # timm's SigLIP image encoders by (width, layers, heads); each exists for some patch and image sizes.
 SIGLIP_SIZES = {(768, 12, 12): "base", (1024, 24, 16): "large", (1152, 27, 16): "so400m", (1536, 40, 16): "giantopt"}
+PATCH_BIAS = "vision_model.embeddings.patch_embedding.bias"  # of an EvaCLIPModel, also named clip; CLIPModels have none
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -116,6 +117,8 @@ def from_hugging_face(
 def _clip(folder: Folder) -> Converted:
     if fg_clip.MARK in folder.state:
         folder = fg_clip.short_texts(folder)
+    if PATCH_BIAS in folder.state:
+        return _by_file("eva_clip", folder)
     theirs = complete("CLIPConfig", folder.values)
     text = theirs.text_config
     if text.eos_token_id != ARGMAX:  # CLIPModel pools at this id, ours at the highest
@@ -212,6 +215,7 @@ FORMS: dict[str, Callable[[Folder], Converted]] = {  # by model_type of config.j
     "siglip2": _siglip,
     "fgclip2": _siglip,
     **{kind: partial(_by_file, kind) for kind in ("metaclip_2", "chinese_clip", "altclip", "tipsv2")},
+    "evaclip": partial(_by_file, "eva_clip"),
     **dict.fromkeys(("aimv2", "align", "groupvit"), partial(_by_file, "parts_of_transformers")),
 }
 

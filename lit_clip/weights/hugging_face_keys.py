@@ -47,6 +47,13 @@ _VISION: list[Row] = [
     ("visual.ln_post.*", "vision_model.post_layernorm.*"),
     ("visual.proj", "visual_projection.weight", "transposed"),
 ]
+_EVA: list[Row] = [
+    ("visual.trunk.cls_token", "vision_model.embeddings.class_embedding", "ours_in_front"),
+    ("visual.trunk.pos_embed", "vision_model.embeddings.position_embedding.weight", "ours_in_front"),
+    ("visual.trunk.patch_embed.proj.*", "vision_model.embeddings.patch_embedding.*"),
+    ("visual.trunk.norm.*", "vision_model.post_layernorm.*"),
+    ("visual.head.proj.*", "visual_projection.*"),
+]
 _SIGLIP: list[Row] = [
     ("logit_scale", "logit_scale", "theirs_in_front"),
     ("logit_bias", "logit_bias", "theirs_in_front"),
@@ -78,14 +85,25 @@ def blocks(rows: Iterable[Row], ours: str, theirs: str, layers: int) -> Iterator
 def clip_pairs(image_layers: int, text_layers: int) -> Iterator[Pair]:
     """Pair the weights of a vision transformer and a causal text transformer with a ``CLIPModel``'s."""
     yield from vision_pairs(image_layers)
+    yield from text_pairs(text_layers)
+
+
+def text_pairs(layers: int) -> Iterator[Pair]:
+    """Pair the weights of a causal text transformer with a ``CLIPModel``'s."""
     yield from _pairs([*_TEXT, ("text_projection", "text_projection.weight", "transposed")])
-    yield from blocks(OPENAI_BLOCK, "transformer.resblocks", "text_model", text_layers)
+    yield from blocks(OPENAI_BLOCK, "transformer.resblocks", "text_model", layers)
 
 
 def vision_pairs(layers: int) -> Iterator[Pair]:
     """Pair the weights of a vision transformer and the temperature with a ``CLIPModel``'s."""
     yield from _pairs(_VISION)
     yield from blocks(OPENAI_BLOCK, "visual.transformer.resblocks", "vision_model", layers)
+
+
+def eva_pairs(layers: int) -> Iterator[Pair]:
+    """Pair the weights of timm's vision transformer and a projection with an ``EvaCLIPModel``'s."""
+    yield from _pairs(_EVA)
+    yield from blocks(_TIMM_BLOCK, "visual.trunk.blocks", "vision_model", layers)
 
 
 def same_pairs(names: Iterable[str], ours: str, theirs: str) -> Iterator[Pair]:
