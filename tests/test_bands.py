@@ -484,7 +484,7 @@ def test_training_pairs_of_shards_are_those_of_a_table(
         else:
             tifffile.imwrite(tmp_path / f"{number}.tif", values, photometric="minisblack", planarconfig="contig")
     (tmp_path / "t.csv").write_text("\n".join(["image,caption", *rows]) + "\n")
-    run(["shard", tmp_path / "t.csv", tmp_path / "written", "--shard_size", 4, "--workers", 0], monkeypatch)
+    run(["shard", tmp_path / "t.csv", tmp_path / "written", "--shard_size", 4, "--num_workers", 0], monkeypatch)
     # As another program may write them, the caption first.
     with tarfile.open(tmp_path / "other.tar", "w") as tar:
         for number in range(6):
