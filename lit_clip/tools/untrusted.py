@@ -69,6 +69,8 @@ def convert(values: Any, kind: Any, where: str = "") -> Any:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
         raise wrong_value(error, values, where, kind) from error
+    except (IndexError, RuntimeError) as error:  # msgspec indexes a tensor as if it were a mapping
+        raise InputError(f"{where or 'a setting'}: holds a tensor where it must hold plain values") from error
 
 
 def wrong_value(error: msgspec.ValidationError, values: Any, where: str = "", kind: Any = None) -> InputError:
