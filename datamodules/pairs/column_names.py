@@ -106,12 +106,13 @@ def refuse_equal(path: object, found: Sequence[str], wanted: Sequence[str]) -> N
 
 
 def _numbered(found: list[str], usual: tuple[str, ...]) -> list[str]:
-    """Return the columns ``caption_0``, ``caption_1``, ... by number; empty if a column has no number."""
-    if any(column.lower() in usual for column in found):
-        return []
-    pattern = re.compile(rf"({'|'.join(usual)})[_ -]?(\d+)", re.IGNORECASE)
-    matches = [(match[1].lower(), int(match[2]), name) for name in found if (match := pattern.fullmatch(name))]
-    return [name for stem, _, name in sorted(matches) if stem == matches[0][0]]
+    """Return the columns ``caption``, ``caption_1``, ``caption_2``, ... by number; empty if no column has a number."""
+    pattern = re.compile(rf"({'|'.join(usual)})(?:[_ -]?(\d+))?", re.IGNORECASE)
+    matches = [(match[1].lower(), int(match[2] or -1), name) for name in found if (match := pattern.fullmatch(name))]
+    plain = [stem for stem, number, _ in matches if number < 0]
+    stem = min(plain, key=usual.index) if plain else next((stem for stem, _, _ in matches), None)
+    named = sorted((number, name) for each, number, name in matches if each == stem)
+    return [name for _, name in named] if named and named[-1][0] >= 0 else []
 
 
 def check_types(path: object, schema: pa.Schema, columns: ColumnNames) -> None:

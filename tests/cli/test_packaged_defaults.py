@@ -53,6 +53,21 @@ def test_a_packaged_configuration_is_that_of_its_path_in_any_folder(
     assert config["model"]["lr_scheduler"]["init_args"]["warmup_steps"] != 0  # chosen by the file's recipe
 
 
+def test_a_model_of_your_own_has_the_packaged_settings_of_the_model(
+    parsed: Callable[..., Any], caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "packaged_for_own.py").write_text(
+        "from lit_clip import LitCLIP\nclass Own(LitCLIP):\n    def __init__(self, penalty: float = 1.0, **options):\n"
+        "        super().__init__(**options)\n"
+    )
+    words = ["--model", "packaged_for_own.Own", "--model.penalty", "2", "--recipe", "null"]
+    model = parsed("fit", "--data.train", str(caption_table), *words)["model"]
+    assert model["class_path"] == "packaged_for_own.Own"
+    assert model["init_args"]["penalty"] == 2
+    assert model["init_args"]["architecture"] == settings()["model"]["architecture"]
+
+
 def test_several_packaged_configurations_are_merged_with_a_file(
     parsed: Callable[..., Any], caption_table: Path, tmp_path: Path
 ) -> None:

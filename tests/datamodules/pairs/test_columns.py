@@ -80,6 +80,15 @@ def test_empty_and_null_columns_have_blank_masks() -> None:
     assert np.array_equal(blank_mask(pa.array([""], pa.string())), [True])
 
 
+def test_a_column_without_a_number_is_the_first_of_the_numbered_ones(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_text("text,image2,Caption,image,caption2,caption_1\nno,b.png,zero,a.png,two,one")
+    source = open_source(tmp_path / "t.csv")
+    assert source.captions(0) == ["zero", "one", "two"]
+    assert source.key(0) == "a.png"
+    (tmp_path / "one.csv").write_text("image,caption,text_1\na.png,zero,one")
+    assert open_source(tmp_path / "one.csv").captions(0) == ["zero"]
+
+
 @pytest.mark.parametrize("name", ["t.csv", "t.jsonl", "t.parquet", "saved"])
 def test_numbered_columns_are_the_captions_of_one_image(tmp_path: Path, name: str) -> None:
     rows = [("a.png", "zero", "one", "ten"), ("b.png", None, "only", ""), ("c.png", "", "nan", None)]
