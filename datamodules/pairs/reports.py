@@ -74,7 +74,7 @@ def report_captions(source: PairSource, tokenizer: TextTokenizer, policy: LongCa
             f"{what} exceed {context} tokens and are read by sentences that fit; {found.endless:.1%} are truncated, as "
             "not one sentence fits (model.context_length)"
             if policy == "sentences"
-            else f"{what} are truncated to {context} tokens and lose {found.tokens_lost:.1f} on average "
+            else f"{what} are truncated to {context} tokens and lose {found.tokens_lost:.1f} tokens on average "
             "(to read more: model.context_length, or data.captions.long: sentences)"
         )
 

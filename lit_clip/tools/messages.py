@@ -48,7 +48,7 @@ HINTS = {
     r"strategy `fsdp|invalid strategy name": "for FSDP add --config fsdp; it shows how to name a class",
     r"^data: must be given": "the --config files name no data module; add --data datamodules.Captions",
     r"^model: Unable to load config": "a model's name is the value of --model.architecture",
-    r"^unrecognized arguments: [^-\s]\S*\.(csv|tsv|jsonl?|parquet)": "a path of data is the value of --data.train",
+    r"^unrecognized arguments: [^-\s]\S*\.(csv|tsv|txt|jsonl?|parquet)": "a path of data is the value of --data.train",
     r"^data: (wants LightningDataModule|.*No module named)": "a path of data is the value of --data.train",
     r"model\.loss\.\w+: Loss has no such option": "name the loss before it, such as --model.loss Contrastive",
     r"^data\.\w+: LightningDataModule has no such option": "the --config files name no data module; put --data "
