@@ -109,6 +109,15 @@ PARSED = [line for line in typed() if needs_more(line) or line in TRAININGS] + [
 ]
 
 
+# Options that name a file to write, and the first command that writes each file, whole.
+WRITING = ("--output", "--save_head")
+WRITERS = {"inspect.findings.csv": "lit-clip inspect captions.csv"}
+for line in COMMANDS:
+    for option, value in pairwise(shlex.split(line, comments=True)):
+        if option in WRITING and "." in value and "--share" not in line:
+            WRITERS.setdefault(value, line)
+
+
 def write_own_parts(folder: Path) -> None:
     """Write the files that the guides tell a reader to write or copy: ``# my_x.py``, examples/ and YAML files."""
     for block in blocks("python"):
@@ -140,8 +149,13 @@ def write_things(here: Path, rows: list[str], channels: int) -> None:
     (here / "catalogue.csv").write_text("\n".join([f"{rows[0]},sku,stock", *catalogue[:-2]]))
     (here / "new.csv").write_text("\n".join([f"{rows[0]},sku,stock", *catalogue[-2:]]))
     (here / "held_out.csv").write_text("\n".join([f"{rows[0]},sku,stock", *catalogue[1::2]]))
-    views = [f"{rows[number - 1].split(',')[0]},{row}" for number, row in enumerate(rows[2:], 2)]
+    views = [f"{rows[number - 1].split(',')[0]},{rows[number]}" for number in range(2, len(rows), 2)]
+    asked = [f"{row},{row.partition(',')[2]},{number // 2}" for number, row in enumerate(rows[1:])]
+    (here / "asked.csv").write_text("\n".join([f"{rows[0]},title,sku", *asked]))
     (here / "views.csv").write_text("\n".join([f"image_1,{rows[0].replace('image', 'image_2')}", *views]))
+    (here / "scenes.csv").write_text("\n".join(["image,caption", *(f"{row}.npy,scene {row}" for row in range(12))]))
+    for row in range(12):
+        np.save(here / f"{row}.npy", np.full((140, 140, 4), 800 * row, np.uint16))
     (here / "judged" / "qrels").mkdir(parents=True)
     texts = [json.dumps({"_id": str(number), "text": f"text {number}"}) for number in range(3)]
     for name in ("queries", "corpus"):
@@ -167,7 +181,7 @@ def folder(
     names = [row.rpartition(",")[2].strip('"') for row in rows[1:]]
     (here / "sentences.csv").write_text("\n".join(["source,target", *(f"{name},{name[::-1]}" for name in names)]))
     (here / "several_captions.csv").write_text("\n".join([*rows, *rows[1:]]))
-    products = [f"{row},{number % 5},{rows[number - 1].split(',')[0]}" for number, row in enumerate(rows[2:], 2)]
+    products = [f"{rows[number]},{number % 5},{rows[number - 1].split(',')[0]}" for number in range(2, len(rows), 2)]
     (here / "products.csv").write_text("\n".join([f"{rows[0]},score,back", *products]))
     write_things(here, rows, load_model(checkpoint).config.embed_dim)
     write_own_parts(here)
@@ -192,8 +206,6 @@ def folder(
     write_attributes(here)
     features = pa.table({"key": ["pizza.png"], "feature": [[0.6, 0.8]]})  # as `embed` writes them
     pq.write_table(features, here / "features.parquet")
-    scores = {"score": [0.2, 0.4, 0.1], "decision": ["keep", "keep", "drop"]}  # as `score` writes them, among others
-    pq.write_table(pa.table({"key": [*"abc"], "caption": [*"abc"], **scores}), here / "scores.parquet")
     for label in range(1000):
         (here / f"imagenet/val/n{label:08d}").mkdir(parents=True)
         Image.new("RGB", (8, 8), (label % 256, 0, 0)).save(here / f"imagenet/val/n{label:08d}/0.png")
@@ -263,12 +275,13 @@ def shorter(options: list[str], packaged: bool) -> list[str]:
         or not packaged
         or any(word in options for word in ("--ckpt_path", "--model"))
         or "last.ckpt" in str(options)
+        or "preprocessing:" in str(options)
     )
     return ["--trainer.max_epochs", epochs] + ["--model.architecture", SMALLER] * (not own_model)
 
 
 def make_what_it_reads(options: list[str], folder: Path) -> None:
-    """Make the model and the evaluations of others that are compared, and a head if the command before did not run."""
+    """Make what is compared, and files that earlier commands write if these did not run."""
     if "--compare" in options and "a0.ckpt" in options:
         shutil.copy(folder / "last.ckpt", folder / "a0.ckpt")
         words = ["--suite", "bundled", "--output", "a1"]
@@ -276,10 +289,13 @@ def make_what_it_reads(options: list[str], folder: Path) -> None:
         assert result.returncode == 0, result.stdout + result.stderr
         for name in ("a2", "b0", "b1", "b2"):
             shutil.copytree(folder / "a1", folder / name)
-    if "--head" in options and not (folder / "head.safetensors").exists():
-        (saving,) = (line for line in COMMANDS if "--save_head" in line)
-        result = lit_clip_command(folder, *shlex.split(saving)[1:])
-        assert result.returncode == 0, result.stdout + result.stderr
+    outputs = [value for word, value in pairwise(options) if word in WRITING]
+    for file, command in WRITERS.items():
+        if file not in outputs and any(file in word for word in options) and not (folder / file).exists():
+            words = shlex.split(command, comments=True)[1:]
+            make_what_it_reads(words, folder)
+            result = lit_clip_command(folder, *words)
+            assert result.returncode == 0, result.stdout + result.stderr
 
 
 @pytest.mark.parametrize(
