@@ -94,8 +94,7 @@ class CLI(PlainCLI):
         self.uses_packaged_defaults = bool(command) and not any(word.partition("=")[0] in CONFIG for word in words)
         before = known.given(["--config", str(DEFAULTS)]) if self.uses_packaged_defaults else Namespace()
         before.pop("config", None)
-        packaged = _model_of(before)  # below a checkpoint's
-        before.pop("model", None)
+        packaged = _model_of({"model": before.pop("model", {})})  # below a checkpoint's
         if self.subclass_mode_model:  # its options may be typed before it, and those of its default parts
             before["model"] = dict_to_namespace({"class_path": named_model(words, LitCLIP), "init_args": _objects()})
         # From above: words and files, ``before``, a checkpoint's settings or the packaged ones of the model, defaults.
