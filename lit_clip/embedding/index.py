@@ -81,7 +81,7 @@ def _updated(
     """Write an index of all images; ``old`` has the features of some of them, if any."""
     if old is None and path.exists():
         require(not _holds_other_arrays(path), f"--index {path}: holds other arrays than an index; name another file")
-        stderr().print(f"{path} holds features of another model or precision, or is damaged: everything is encoded again")
+        stderr().print(f"{path} is of another model or precision, or damaged: everything is encoded again")
     known = set(old.identities) if old else set()
     keys = {key for key, _, _ in known}
     missing = [file for file in files if file.identity not in known]
