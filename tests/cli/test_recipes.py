@@ -4,7 +4,7 @@ import csv
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from lit_clip.cli.main import main
 from lit_clip.cli.recipes import _world, given_settings
 from lit_clip.recipes import Run
 from tests.conftest import TINY_YAML
+from tests.helpers.fixtures import forget_modules_of
 
 RECIPE = """
 from pathlib import Path
@@ -73,7 +74,7 @@ def fit(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
     caplog: pytest.LogCaptureFixture,
-) -> Fit:
+) -> Iterator[Fit]:
     """Run ``lit-clip fit`` in a folder with a recipe, a configuration and a table; return what it prints."""
     (tmp_path / "own_recipe.py").write_text(RECIPE, encoding="utf-8")
     (tmp_path / "run.yaml").write_text(CONFIG, encoding="utf-8")
@@ -97,7 +98,8 @@ def fit(
         assert status == code, printed.err
         return printed.out + printed.err + caplog.text
 
-    return run
+    yield run
+    forget_modules_of(tmp_path)  # examples/ has an own_recipe.py too
 
 
 def settings_of(folder: Path) -> dict[str, Any]:
