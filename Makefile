@@ -115,11 +115,12 @@ $(LOWEST)/.installed: pyproject.toml
 test-lowest: $(LOWEST)/.installed  ## Run the tests with the lowest admitted version of each dependency
 	@$(LOWEST)/bin/python -m pytest -m "not slow" -n 3 --dist loadfile --no-loadscope-reorder
 
-check: install  ## Check lint, format, types, import rules and the documentation
+check: install  ## Check lint, format, types, import rules, English and the documentation
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/basedpyright --pythonpath $(BIN)/python
 	@$(BIN)/lint-imports --no-logo --no-cache
+	@$(BIN)/python -m pytest -o addopts= -q tests/test_english.py
 	@$(MAKE) --no-print-directory docs
 
 docs: install  ## Build the documentation site, site/index.html

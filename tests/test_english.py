@@ -31,6 +31,8 @@ FAULTS = {  # and what to write instead
     "(?<!there )(?:is|are) no": "is not a",
     "by which": "a second sentence",
     "so many": "the number",
+    "one's own": "your own",
+    "the ones": "the noun",
 }
 NO_PROSE = r"^```.*?^```|^(?:!\[|    |\[\w+\]: )[^\n]*"  # code, pictures, addresses
 
