@@ -17,21 +17,19 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
-from lit_clip.cli.argument_types import register_types
 from lit_clip.cli.callback_options import give_rest, take_options, with_options
 from lit_clip.cli.configurations import Configuration, configuration, evaluated, newest_of_configuration, run_folders
-from lit_clip.cli.first_look import check_encoder_options, named_model
-from lit_clip.cli.imports import check_not_imported_by
 from lit_clip.cli.loggers import check_loggers, log_no_secrets, logger_errors
-from lit_clip.cli.parser import CONFIG, Parser
+from lit_clip.cli.parser import CONFIG, Parser, named_model, register_types
 from lit_clip.cli.plain_help import print_section_help
 from lit_clip.cli.save_config import SaveConfig
 from lit_clip.errors import InputError, require
+from lit_clip.models.custom_config import how_to_import
 from lit_clip.module import LitCLIP
 from lit_clip.tools.class_paths import find_object, short_names
 from lit_clip.tools.hardware import computes_in_bfloat16
 from lit_clip.tools.parts import describe_instance, qualified_name
-from lit_clip.tools.untrusted import shortened
+from lit_clip.tools.untrusted import class_paths_within, shortened
 from lit_clip.tools.weight_files import read_mapped
 from lit_clip.training.checkpoint_contents import adopt_tokenizer
 from lit_clip.training.kept_memory import keep_freed_memory
@@ -88,7 +86,6 @@ class CLI(PlainCLI):
         for name in ("--data.train", "--data.val", "--data.keep"):  # the parser would forget all but the last
             once = [word.partition("=")[0] for word in words].count(name) < 2
             require(once, f"{name}: typed more than once, and the last alone would count; type one list, '[a, b]'")
-        check_encoder_options(words)
         if command in ("validate", "test"):
             known.set_defaults(verbose=False)  # our table shows it, with the baselines
         self.uses_packaged_defaults = bool(command) and not any(word.partition("=")[0] in CONFIG for word in words)
@@ -292,7 +289,9 @@ def _settings_of(path: str, kind: type) -> dict[str, Any]:
     """
     checkpoint = checked(read_mapped(Path(path)), path)
     hparams = checkpoint["hyper_parameters"]
-    check_not_imported_by(hparams["architecture"], path)
+    for name in class_paths_within(hparams["architecture"]):
+        if name.rpartition(".")[0] not in sys.modules:  # the parser would import it
+            raise InputError(f"{path}: its architecture names {name}, which is not imported; {how_to_import(name)}")
     check_fits(checkpoint, path)
     ours = inspect.signature(LitCLIP).parameters.keys() - set(PARTS)
     numbers = {name for name, value in hparams.items() if type(value) in (bool, int, float)}

@@ -20,7 +20,7 @@ from tensorboard.plugins import base_plugin
 from tensorboard.plugins.hparams import api_pb2, backend_context, list_session_groups
 
 from lit_clip.cli.configurations import configuration, differences, joined, run_folders, saved_configuration
-from lit_clip.cli.hparams import FIRST, flat_settings
+from lit_clip.cli.save_config import FIRST, flat_settings
 from lit_clip.errors import InputError
 from tests.cli.test_main import TINY_YAML
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from PIL import Image as Photo
 
-from lit_clip.cli.imports import command_words
+from lit_clip.cli.main import command_words
 from lit_clip.errors import InputError
 from tests.conftest import lit_clip_command
 

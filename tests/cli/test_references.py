@@ -218,7 +218,7 @@ def printing(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         {"lr_scheduler": described(f"{SCHEDULES}.LambdaLR", lr_lambda="never_imported.part")},
         {"lr_scheduler": described(f"{SCHEDULES}.MultiplicativeLR", lr_lambda=["never_imported.part"])},
         {"lr_scheduler": described(f"{SCHEDULES}.SequentialLR", schedulers=[OWN], milestones=[1])},
-        {"decay": described("lit_clip.cli.imports.import_modules", modules=["never_imported"], why="")},
+        {"decay": described("lit_clip.tools.class_paths.import_modules", modules=["never_imported"], why="")},
         {"loss": "settings.yaml"},
         {"loss": described("lit_clip.losses.Sum", terms=["never_imported.Part"])},
         {"loss": described("lit_clip.losses.Sum", terms=["./settings.yaml"])},
