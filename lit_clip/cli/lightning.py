@@ -19,10 +19,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from lit_clip.cli.callback_options import give_rest, take_options, with_options
 from lit_clip.cli.configurations import Configuration, configuration, evaluated, newest_of_configuration, run_folders
-from lit_clip.cli.loggers import check_loggers, log_no_secrets, logger_errors
 from lit_clip.cli.parser import CONFIG, Parser, named_model, register_types
 from lit_clip.cli.plain_help import print_section_help
-from lit_clip.cli.save_config import SaveConfig
+from lit_clip.cli.save_config import SaveConfig, log_no_secrets
 from lit_clip.errors import InputError, require
 from lit_clip.models.custom_config import how_to_import
 from lit_clip.module import LitCLIP
@@ -159,12 +158,11 @@ class CLI(PlainCLI):
                 f"{self.subcommand}: no --config; the packaged defaults (lit-clip {self.subcommand} --print_config "
                 "shows them)"
             )
-        check_loggers(self.setting("trainer").logger)
 
     def instantiate_classes(self) -> None:
         fits = self.subcommand == "fit" and not self.setting("validate_first")
         later = fits and gets_weights(self.setting("trainer").strategy)
-        with logger_errors(), weights_come_later() if later else nullcontext():
+        with weights_come_later() if later else nullcontext():
             super().instantiate_classes()
         if self.subcommand and (path := self.setting("ckpt_path")):
             adopt_tokenizer(self.model.model, path)

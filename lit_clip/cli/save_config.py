@@ -1,9 +1,9 @@
 """Save the settings of a run into its folder, and for TensorBoard's HParams page, which compares runs by them."""
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from enum import Enum
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from lit_clip.cli.configurations import Configuration, configuration, differences, joined
 from lit_clip.errors import require
-from lit_clip.secrets import without_secrets
+from lit_clip.secrets import plain_without_secrets, without_secrets
 from lit_clip.tools.atomic import replacing
 from lit_clip.training.lightning.run_folder import run_folder
 from lit_clip.training.lightning.strategies import leave_out_hp_metric
@@ -161,3 +161,13 @@ def _described(callback: Any) -> str:
     given = callback.get("init_args") if isinstance(callback, Mapping) and not path.startswith("lightning.") else None
     settings = ", ".join(f"{name}={value}" for name, value in (given or {}).items() if value is not None)
     return path.rpartition(".")[2] + (f"({settings})" if settings else "")
+
+
+def log_no_secrets(loggers: Iterable[Any]) -> None:
+    """Make loggers write ``***`` instead of secrets in hyper-parameters."""
+    for logger in loggers:
+        logger.log_hyperparams = partial(_log_no_secrets, logger.log_hyperparams)
+
+
+def _log_no_secrets(log: Callable[..., Any], params: Any, *others: Any, **options: Any) -> Any:
+    return log(plain_without_secrets(params if isinstance(params, Mapping) else vars(params)), *others, **options)

@@ -16,9 +16,7 @@ from lit_clip.errors import InputError
 from lit_clip.tools.class_paths import SHORT
 from lit_clip.tools.processes import few_files
 
-UNION = "Does not validate against any of the Union subtypes"
-# Lines of jsonargparse's own in the list of a union's problems; any other is the message of a constructor.
-NO_REASON = ("Not a valid subclass", "Expected a", "a class path", "a dict ", "Type ", "Problem with", UNION)
+UNION = "Does not validate against any of the Union subtypes"  # an error of jsonargparse's
 LOST_WORKER = re.compile(r"DataLoader worker \(pid.*\) (?:is killed by signal: ([\w ]+)|exited unexpectedly)")
 SECONDS_FOR_CORE = 10  # to wait for a worker that has closed its connection and is not yet gone
 # The system's error, and torch's where a descriptor that a data worker sends does not arrive.
@@ -130,11 +128,11 @@ def _user_error(error: BaseException) -> BaseException | None:
         return few_files()
     if ours := next((each for each in chain if isinstance(each, InputError)), None):
         return ours
-    # Of an error that a constructor raises jsonargparse keeps only the text if the class is in a union.
-    if isinstance(error, ValueError) and text.startswith(UNION):
-        reasons = [line for line in re.findall(r"^ *- (.*)", text, re.MULTILINE) if not line.startswith(NO_REASON)]
-        if reasons:
-            return InputError(reasons[0])
+    if isinstance(error, ValueError) and text.startswith(UNION):  # a constructor's error, below jsonargparse's own
+        causes = [each for each in chain if not str(each).startswith((UNION, "Problem with given class_path"))]
+        named = re.search(r"Given value: .*?class_path='([\w.]+)'", text)
+        if causes and named:
+            return InputError(f"{named[1]}: {causes[0]}")
     if known := _of_machine(error):
         return known
     foreign = tuple(getattr(sys.modules[module], name) for module, name in FOREIGN.items() if module in sys.modules)
