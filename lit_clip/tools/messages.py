@@ -4,7 +4,6 @@ import errno
 import os
 import re
 import sys
-from contextlib import suppress
 from difflib import get_close_matches
 from pathlib import Path
 from traceback import walk_tb

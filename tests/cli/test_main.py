@@ -20,9 +20,8 @@ import lit_clip
 from lit_clip.cli import lightning
 from lit_clip.cli.lightning import CLI, computes_in_bfloat16, run
 from lit_clip.cli.main import _thread_error
-from lit_clip.cli.subcommands import CONFIGURED, help_text
 from lit_clip.cli.plain_help import short_help
-from lit_clip.cli.subcommands import COMMANDS
+from lit_clip.cli.subcommands import COMMANDS, CONFIGURED, help_text
 from lit_clip.commands.export import export
 from lit_clip.errors import InputError
 from lit_clip.tools.messages import one_line, user_error

@@ -11,8 +11,7 @@ import torch
 import yaml
 
 from lit_clip.cli.lightning import CLI, DEFAULTS, run
-from lit_clip.cli.subcommands import EXAMPLES
-from lit_clip.cli.subcommands import COMMANDS
+from lit_clip.cli.subcommands import COMMANDS, EXAMPLES
 from lit_clip.errors import InputError
 from lit_clip.recipes.sizes import FROM_SCRATCH, sizes
 from tests.conftest import ROOT, TINY_YAML
