@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lit_clip.errors import InputError
-from lit_clip.tools.lazy_zeros import lazy_zeros
+from lit_clip.tools.sharded_files import lazy_zeros
 from lit_clip.tools.stored_rows import ABSENT, StoredRows
 from tests.helpers import forks
 from tests.helpers.disks import mounted, why_no_disk
