@@ -66,12 +66,13 @@ class CLI(PlainCLI):
             action="store_true",
             help="fit only: print the plan of the run and contradictions in its settings, and do not train.",
         )
+        parser.add_argument(
+            "--rest", type=list[str], default=[], help="fit only: class folders or tables that should be no worse."
+        )
         for room in CHOOSERS:
             import_module(room).add_option(parser)
         if not self.subclass_mode_model:  # options such as --model.optimizer.lr belong to a class, which must be named
             parser.set_defaults({f"model.{name}": value for name, value in _parts().items()})
-        rest = "fit only: class folders or tables that should be no worse."
-        parser.add_argument("--rest", type=list[str], default=[], help=rest)
 
     def init_parser(self, **kwargs: Any) -> Parser:
         return Parser.of_command("lit-clip fit")
@@ -92,7 +93,10 @@ class CLI(PlainCLI):
         before.pop("config", None)
         packaged = _model_of({"model": before.pop("model", {})})  # below a checkpoint's
         if self.subclass_mode_model:  # its options may be typed before it, and those of its default parts
-            before["model"] = dict_to_namespace({"class_path": named_model(words, LitCLIP), "init_args": _objects()})
+            objects = {
+                name: part for name, part in _parts().items() if "init_args" in part
+            }  # not to be taken for names
+            before["model"] = dict_to_namespace({"class_path": named_model(words, LitCLIP), "init_args": objects})
         # From above: words and files, ``before``, a checkpoint's settings or the packaged ones of the model, defaults.
         given = self._given(known, words, before)
         flags = given.pop("print_config", None)
@@ -133,10 +137,10 @@ class CLI(PlainCLI):
         named = given.get("model", {}).get("class_path") if self.subclass_mode_model else None
         if path and path not in NEWEST:
             base |= _settings_of(path, find_object(named) if named else LitCLIP)
-        parts = {
-            name: default if _same(model.get(name), default) else {"class_path": model[name].class_path}
-            for name, default in _parts().items()
-        }
+        parts = _parts()
+        for name, default in parts.items():
+            if (named_class := getattr(model.get(name), "class_path", default["class_path"])) != default["class_path"]:
+                parts[name] = {"class_path": named_class}
         defaults = {"model": {"class_path": named, "init_args": {**base, **parts}}}
         if not named:
             defaults = {f"model.{name}": value for name, value in {**base, **parts}.items()}
@@ -154,10 +158,8 @@ class CLI(PlainCLI):
 
     def before_instantiate_classes(self) -> None:
         if self.uses_packaged_defaults:
-            rank_zero_info(
-                f"{self.subcommand}: no --config; the packaged defaults (lit-clip {self.subcommand} --print_config "
-                "shows them)"
-            )
+            shows = f"(lit-clip {self.subcommand} --print_config shows them)"
+            rank_zero_info(f"{self.subcommand}: no --config; the packaged defaults {shows}")
 
     def instantiate_classes(self) -> None:
         fits = self.subcommand == "fit" and not self.setting("validate_first")
@@ -268,16 +270,6 @@ def _parts() -> dict[str, Any]:
         name: {"class_path": qualified_name(each)} if inspect.isclass(each) else describe_instance(each)
         for name, each in found.items()
     }
-
-
-def _objects() -> dict[str, Any]:
-    """Return the parts of :func:`_parts` with objects as defaults; a parser would take these for names."""
-    return {name: part for name, part in _parts().items() if "init_args" in part}
-
-
-def _same(part: Any, default: Mapping[str, Any]) -> bool:
-    """Return whether a part has the default class, or names no class."""
-    return getattr(part, "class_path", default["class_path"]) == default["class_path"]
 
 
 def _settings_of(path: str, kind: type) -> dict[str, Any]:
