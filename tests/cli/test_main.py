@@ -112,18 +112,6 @@ def test_a_checkpoint_of_another_architecture_is_refused(
     assert_user_error(result, "another architecture", "embed_dim 16 there and 32 here")
 
 
-@pytest.mark.slow
-def test_a_second_run_in_the_same_folder_keeps_the_first(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
-    """By itself Lightning refuses to run where a config was saved before (footgun L9)."""
-    limits = ("--trainer.max_steps", "1", "--trainer.limit_val_batches", "1")
-    for command in ("fit", "validate", "fit", "validate"):
-        assert cli(*words(command, caption_table), *limits).returncode == 0
-    folder = tmp_path / "lightning_logs"
-    found = {path.relative_to(folder).as_posix() for path in folder.glob("*/*_config.yaml")}
-    runs = {f"version_{number}/fit_config.yaml" for number in range(2)}
-    assert found == runs | {f"validate_{number}/validate_config.yaml" for number in range(2)}  # no run is numbered so
-
-
 def test_a_run_without_a_logger_writes_no_config_into_the_current_folder(
     caption_table: Path, tmp_path: Path, cli: Cli
 ) -> None:
@@ -287,13 +275,6 @@ def test_help_of_a_configured_command_is_a_page(command: str) -> None:
     assert all(len(line) <= 80 for line in lines)
 
 
-def test_help_of_a_class_is_plain_text(in_process: Cli) -> None:
-    text = in_process("fit", "--data.help", "datamodules.Captions").stdout
-    assert "--data.train" in text
-    assert "Only needed by fit." in " ".join(text.split())
-    assert not re.search(r"``|:\w+:`", text)
-
-
 def test_a_given_progress_bar_replaces_the_default(caption_table: Path, tmp_path: Path, cli: Cli) -> None:
     command = [word for word in words("validate", caption_table) if "progress_bar" not in word and word != "false"]
     bar = "--trainer.callbacks+=lightning.pytorch.callbacks.TQDMProgressBar"
@@ -358,23 +339,6 @@ def test_resuming_past_max_epochs_says_which_option_to_raise(
     command = [*words("fit", caption_table), "--ckpt_path", "long.ckpt", "--trainer.max_epochs", "12"]
     parts = ["current_epoch=74", "max_epochs=12", "raise --trainer.max_epochs", "--model.pretrained FILE"]
     assert_user_error(in_process(*command), *parts)
-
-
-@pytest.mark.slow
-def test_a_run_that_gets_worse_keeps_the_last_and_the_best_epoch(cli: Cli, caption_table: Path, tmp_path: Path) -> None:
-    config = str(Path(__file__).parents[2] / "configs/table.yaml")
-    options = ["--data.batch_size", "16", "--data.num_workers", "0", "--trainer.accelerator", "cpu"]
-    options += ["--model.architecture", TINY_YAML]
-    options += ["--model.optimizer.lr", "1", "--model.lr_scheduler.warmup_steps", "0"]
-    result = cli("fit", "--config", config, "--data.train", str(caption_table), *options, "--trainer.max_epochs", "3")
-    assert result.returncode == 0, result.stderr
-    (last,) = tmp_path.rglob("last.ckpt")
-    assert torch.load(last, weights_only=True)["epoch"] == 2
-    assert (last.parent / "best.ckpt").is_file()
-    dry = cli("fit", "--config", config, "--data.train", str(caption_table), *options, "--trainer.fast_dev_run", "true")
-    assert dry.returncode == 0, dry.stderr
-    assert {path.name for path in tmp_path.rglob("*.ckpt")} == {"last.ckpt", "best.ckpt"}
-    assert len(list(tmp_path.rglob("*.ckpt"))) == 2  # a dry run leaves nothing
 
 
 def test_ctrl_c_ends_a_run_with_exit_code_130_and_says_how_to_resume(

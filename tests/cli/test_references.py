@@ -116,25 +116,6 @@ def test_no_file_or_message_of_a_run_holds_a_secret_and_the_saved_config_resumes
     assert "AssertionError" in unset.stderr  # it is the environment that counts, not what was saved
 
 
-def test_a_variable_within_the_name_of_an_encoder_or_a_loss_leaves_the_checkpoint_usable(
-    cli: Cli, tmp_path: Path, environment: dict[str, str]
-) -> None:
-    settings = json.loads((tmp_path / "secret.yaml").read_text())
-    settings["trainer"]["logger"] = {"class_path": "CSVLogger", "init_args": {"save_dir": "r", "name": "${oc.env:RUN}"}}
-    (tmp_path / "secret.yaml").write_text(json.dumps(settings))
-    environment["RUN"] = "Contrastive"
-    done = cli("fit", "--config", "secret.yaml", environment=environment)
-    assert done.returncode == 0, done.stderr
-    saved = tmp_path / "r/Contrastive/version_0"
-    assert "${oc.env:RUN}" in (saved / "fit_config.yaml").read_text()
-    (checkpoint,) = (saved / "checkpoints").glob("*.ckpt")
-    assert torch.load(checkpoint, weights_only=True)["parts"]["loss"]["class_path"].endswith(".Contrastive")
-    words = ("--config", str(saved / "fit_config.yaml"), "--ckpt_path", str(checkpoint), "--trainer.max_steps", "3")
-    more = cli("fit", *words, environment=environment)
-    assert more.returncode == 0, more.stderr
-    assert "resumes with" not in more.stderr  # the parts are the same
-
-
 class Guarded(SimpleHTTPRequestHandler):
     def do_GET(self) -> None:  # noqa: N802  # http.server's name
         wanted = "Basic " + base64.b64encode(f"me:{SECRET}".encode()).decode()

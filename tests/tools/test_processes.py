@@ -192,24 +192,6 @@ def test_data_worker_that_is_killed_is_one_line_with_a_hint(
         assert re.search(said, str(fixable))
 
 
-def test_a_workers_end_that_arrives_while_its_error_is_explained_is_the_same_line(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    late = ["DataLoader worker (pid 7) is killed by signal: Killed. ", "a mistake of ours"]
-
-    def of_machine(error: BaseException) -> None:
-        if len(late) == 1:
-            monkeypatch.undo()
-        raise RuntimeError(late.pop(0))
-
-    monkeypatch.setattr("lit_clip.tools.messages._of_machine", of_machine)
-    with pytest.raises(RuntimeError, match="a mistake of ours"):
-        user_error(EOFError())
-    late[:] = ["DataLoader worker (pid 7) is killed by signal: Killed. "]
-    monkeypatch.setattr("lit_clip.tools.messages._of_machine", of_machine)
-    assert "killed, probably because memory ran out" in str(user_error(EOFError()))
-
-
 # The device that commands use.
 
 
