@@ -112,7 +112,7 @@ def test_a_logger_that_cannot_be_created_is_one_line(cli: Fit, caption_table: Pa
     )
     done = cli("fit", "--data.train", str(caption_table), "--trainer.logger", "mine.Refusing")
     assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1] == "lit-clip: error: trainer.logger: no store"
+    assert done.stderr.splitlines()[-1] == "lit-clip: error: mine.Refusing: no store"
     assert "Traceback" not in done.stderr
 
 

@@ -247,10 +247,7 @@ def test_the_version_is_printed(in_process: Cli) -> None:
     assert in_process("--version").stdout == f"lit-clip {lit_clip.__version__}\n"
 
 
-def test_a_class_is_suggested_for_a_misspelt_one_and_no_module() -> None:
-    assert "did you mean lit_clip.losses.Contrastive?" in one_line(
-        InputError("model.loss: wants Loss or null, not Contrastiv")
-    )
+def test_no_module_is_suggested_for_a_misspelt_class() -> None:
     assert "did you mean" not in one_line(InputError("model.loss: wants Loss or null, not Combined"))  # combined.py
 
 
@@ -316,7 +313,6 @@ def test_a_checkpoint_with_other_weights_names_one_that_does_not_fit(
     [
         None,
         {"class_path": 1, "init_args": {}},
-        *(pytest.param(value, marks=pytest.mark.slow) for value in ("torch.optim.SGD", {"class_path": "a.B"})),
     ],
 )
 def test_a_checkpoint_whose_names_of_parts_are_damaged_is_one_line(
@@ -391,19 +387,16 @@ def test_bfloat16_support_follows_the_processors_instructions(
     assert computes_in_bfloat16(accelerator) is expected
 
 
-@pytest.mark.parametrize(
-    ("typed", "precision"), [(None, "bf16-mixed"), pytest.param("32-true", "32-true", marks=pytest.mark.slow)]
-)
 def test_training_uses_bfloat16_where_supported_and_saves_the_choice_in_the_config(
-    typed: str | None, precision: str, caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    caption_table: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lightning, "computes_in_bfloat16", lambda accelerator: True)
-    options = ["--trainer.limit_val_batches", "1", *(["--trainer.precision", typed] if typed else [])]
-    monkeypatch.setattr(sys, "argv", ["lit-clip", *bare("fit", caption_table), "--trainer.max_steps", "1", *options])
+    options = ["--trainer.limit_val_batches", "1", "--trainer.max_steps", "1"]
+    monkeypatch.setattr(sys, "argv", ["lit-clip", *bare("fit", caption_table), *options])
     run(sys.argv[1:])
     saved = yaml.safe_load((tmp_path / "lightning_logs/version_0/fit_config.yaml").read_text())
-    assert saved["trainer"]["precision"] == precision
+    assert saved["trainer"]["precision"] == "bf16-mixed"
     monkeypatch.setattr(sys, "argv", ["lit-clip", *bare("validate", caption_table)])
     run(sys.argv[1:])
     saved = yaml.safe_load((tmp_path / "lightning_logs/validate_0/validate_config.yaml").read_text())
@@ -415,19 +408,13 @@ def test_emulated_bfloat16_warns(
     has_instructions: bool | None,
     warned: bool,
     caption_table: Path,
-    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     recwarn: pytest.WarningsRecorder,
 ) -> None:
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(lightning, "computes_in_bfloat16", lambda accelerator: has_instructions)
-    options = ["--trainer.max_steps", "1", "--trainer.precision", "bf16-mixed", "--trainer.logger", "false"]
-    options += ["--trainer.limit_val_batches", "0", "--trainer.enable_checkpointing", "false"]
-    monkeypatch.setattr(sys, "argv", ["lit-clip", *bare("fit", caption_table), *options])
-    run(sys.argv[1:])
-    messages = [
-        str(each.message) for each in recwarn if "bf16-mixed is emulated on this processor" in str(each.message)
-    ]
+    _, *options = words("validate", caption_table)
+    run(args=[*options, "--trainer.precision", "bf16-mixed", "--trainer.logger", "false"], execute=False)
+    messages = [str(each.message) for each in recwarn if "is emulated on this processor" in str(each.message)]
     assert bool(messages) == warned
     assert all("--trainer.precision 32-true" in message for message in messages)
 

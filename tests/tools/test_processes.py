@@ -172,24 +172,16 @@ class Deadly(Dataset[Tensor]):
         return torch.zeros(3)
 
 
-@pytest.mark.parametrize(
-    ("sent", "said"),
-    [(signal.SIGKILL, "killed, probably because memory ran out"), (signal.SIGBUS, "raise --shm-size")]
-    + [(signal.SIGABRT, "crashed .Aborted.; set num_workers to 0")],
-)
-@pytest.mark.parametrize("times", [2, pytest.param(5, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGBUS, signal.SIGABRT])
 def test_data_worker_that_is_killed_is_one_line_with_a_hint(
-    sent: signal.Signals, said: str, times: int, monkeypatch: pytest.MonkeyPatch
+    sent: signal.Signals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # torch sets its handler of ended workers once, and Lightning restores the one of before at the end of each run.
     monkeypatch.setattr(torch_workers.signal_handling, "_SIGCHLD_handler_set", False)
-    for _ in range(times):  # torch's error differs with the order of the signal and the end of the worker's connection
+    for _ in range(2):  # torch's error differs with the order of the signal and the end of the worker's connection
         with pytest.raises((RuntimeError, OSError, EOFError)) as raised:
             list(loader(Deadly(sent), 2))
-        fixable = user_error(raised.value)
-        assert fixable is not None
-        assert "\n" not in str(fixable)
-        assert re.search(said, str(fixable))
+        assert re.match("a data worker was killed or crashed.*raise --shm-size", str(user_error(raised.value)))
 
 
 # The device that commands use.
