@@ -129,7 +129,6 @@ def _numbered(names: list[str]) -> list[str]:
 
 
 def _name(callback: Any) -> str:
-    """Return the name of a callback's class, from its settings or its path."""
     return str(callback["class_path"] if isinstance(callback, Namespace) else callback).rpartition(".")[2]
 
 

@@ -82,7 +82,6 @@ def _whole_paths(value: Any) -> Any:
 
 
 def _has_default_loss(model: Mapping[str, Any]) -> bool:
-    """Return whether a model's settings name its default loss, with the default arguments."""
     loss, architecture = model.get("loss"), model.get("architecture")
     if not isinstance(loss, Mapping) or not str(loss.get("class_path")).startswith("lit_clip."):
         return False

@@ -118,7 +118,6 @@ class CLI(PlainCLI):
         self.config = Namespace({"subcommand": command, command: config}) if command else config
 
     def _given(self, known: Parser, words: Sequence[str], before: Namespace) -> Namespace:
-        """Return the settings from words and files, over ``before``."""
         words, of_callbacks = take_options(words)
         given = known.given(words, before)
         if of_callbacks:
@@ -148,7 +147,6 @@ class CLI(PlainCLI):
         return known.complete(given)
 
     def _configuration(self, known: Parser, config: Namespace, given: Namespace) -> Configuration:
-        """Return the settings that a checkpoint's run must share with this run."""
         ours = configuration(known.as_typed(config))
         if known is not self.parsers["fit"]:
             ours = {} if self.uses_packaged_defaults else evaluated(ours)
@@ -264,7 +262,6 @@ def _model_of(settings: Any) -> Any:
 
 
 def _parts() -> dict[str, Any]:
-    """Return the settings of the model's default parts."""
     found = {name: inspect.signature(LitCLIP).parameters[name].default for name in PARTS}
     return {
         name: {"class_path": qualified_name(each)} if inspect.isclass(each) else describe_instance(each)

@@ -40,7 +40,6 @@ def _thread_error(thread: threading.ExceptHookArgs) -> None:
 
 
 def _check_command(words: Sequence[str]) -> None:
-    """Check that the command exists; jsonargparse knows only LightningCLI's commands."""
     known = sorted({*CONFIGURED, *subcommands.COMMANDS})
     if words[0] not in known and not words[0].startswith("-"):
         instead = ELSEWHERE.get(words[0].replace("_", "-"))

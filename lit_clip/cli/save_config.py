@@ -156,7 +156,6 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, bo
 
 
 def _described(callback: Any) -> str:
-    """Return a callback's class, with its settings unless the class is Lightning's."""
     path = callback["class_path"] if isinstance(callback, Mapping) else str(callback)
     given = callback.get("init_args") if isinstance(callback, Mapping) and not path.startswith("lightning.") else None
     settings = ", ".join(f"{name}={value}" for name, value in (given or {}).items() if value is not None)

@@ -122,7 +122,6 @@ def _imported(path: str) -> Any:
 
 
 def _grouped(function: Callable[..., None], values: dict[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a function from the values of its options."""
     groups = _groups(function).items()
     made = {
         name: kind(**{each.name: values.pop(each.name) for each in dataclasses.fields(kind)}) for name, kind in groups

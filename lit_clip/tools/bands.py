@@ -86,7 +86,6 @@ class ArrayFile(ImageFile.ImageFile):
         return shape, dtype
 
     def _values(self) -> np.ndarray:
-        """Read the numbers, ``[H, W]`` or ``[H, W, C]``."""
         file: Any = self.fp
         file.seek(0)
         return np.lib.format.read_array(file, allow_pickle=False)
@@ -217,7 +216,6 @@ class DicomFile(ImageFile.ImageFile):
 
     @property
     def _windowed(self) -> bool:
-        """Return whether the file has its own window, as two numbers or as a table."""
         numbers = (self.header.get("WindowCenter"), self.header.get("WindowWidth"))
         return bool(self.header.get("VOILUTSequence")) or None not in numbers
 

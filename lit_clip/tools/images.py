@@ -79,7 +79,6 @@ def _bands(name: str, *given: Any) -> Any:
 
 @contextmanager
 def _opened(source: Path | BinaryIO, where: str | None) -> Iterator[Image.Image]:
-    """Open an image without decoding it; raise :class:`BadSample` for any error inside."""
     _prepare()
     where = str(source) if where is None else where
     named_by_path = where == str(source)

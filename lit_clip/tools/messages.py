@@ -109,7 +109,6 @@ def user_error(error: BaseException) -> BaseException | None:
 
 
 def _of_machine(error: BaseException) -> InputError | None:
-    """Return the error for a failed disk, process or data worker; None for anything else."""
     if isinstance(error, OSError) and error.filename:
         return InputError(f"{error.filename}: {error.strerror}")
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:

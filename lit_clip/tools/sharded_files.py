@@ -203,7 +203,6 @@ def path_of(keys: tuple[Any, ...]) -> str:
 
 
 def _place(values: Any, path: str) -> tuple[Any, Any]:
-    """Return the mapping or list that contains a path's value, and its key there."""
     *above, last = (key.replace("~1", "/").replace("~0", "~") for key in path.split("/"))
     for key in above:
         values = values[_key(values, key)]
