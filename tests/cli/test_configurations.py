@@ -287,20 +287,3 @@ def test_settings_are_flat_plain_values_without_passwords() -> None:
     }
     assert flat_settings(yaml.safe_load(yaml.safe_dump(given))) == expected
     assert flat_settings({"trainer": {"callbacks": None}}) == {"trainer.callbacks": ""}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "logger",
-    [
-        pytest.param("false", marks=pytest.mark.slow),
-        "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: a}}",
-    ],
-)
-def test_runs_without_tensorboard_write_no_events(
-    logger: str, cli: Callable[..., CompletedProcess[str]], caption_table: Path, tmp_path: Path
-) -> None:
-    data = ["--data.train", str(caption_table), "--data.val", str(caption_table), f"--trainer.logger={logger}"]
-    run = cli("fit", *WORDS, *data, "--trainer.max_steps", "1")
-    assert run.returncode == 0, run.stderr
-    assert not list(tmp_path.rglob("events.out.tfevents.*"))

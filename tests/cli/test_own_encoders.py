@@ -1,8 +1,9 @@
 """Encoders in a file of the working folder: training, resuming, using; and files that name what they may not."""
 
 import copy
+import shlex
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from PIL import Image as Photo
 
 from lit_clip.cli.main import command_words
 from lit_clip.errors import InputError
+from tests.cli.test_main import ROWS
 from tests.conftest import lit_clip_command
 
 Completed = subprocess.CompletedProcess[str]
@@ -162,33 +164,17 @@ def test_a_module_that_a_checkpoint_names_is_not_imported(
         assert not (trained / "RAN").exists()
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--import", "my_encoder.py", "models"], "--import: there is no module my_encoder.py"),
-        (
-            ["fit", "--model.architecture", "{embed_dim: 8, image: {class_path: nothing.X}, text: {width: 64}}"],
-            "nothing.X is not imported; import nothing first",
-        ),
-        (
-            ["fit", "--config", "own.yaml", "--model.architecture.image.init_args.width", "3"],
-            "single settings of this encoder are set in the YAML file",
-        ),
-        (
-            ["fit", "--config", "typo.yaml"],
-            "architecture.image: my_encoder.Image has the entry 'width'; put it into init_args",
-        ),
-        (["fit", "--config", "wrong.yaml"], "my_encoder.Image has no argument 'widht'; init_args can be: width"),
-    ],
-)
+@pytest.mark.parametrize("row", [row for row in ROWS if "encoders" in row], ids=lambda row: row["encoders"])
 def test_a_mistake_is_one_line(
-    words: list[str], message: str, trained: Path, caption_table: Path, in_process: Callable[..., Completed]
+    row: Mapping[str, str], trained: Path, caption_table: Path, in_process: Callable[..., Completed]
 ) -> None:
     (trained / "typo.yaml").write_text(YAML.replace("init_args: {width: 6}", "width: 6"), encoding="utf-8")
     (trained / "wrong.yaml").write_text(YAML.replace("width", "widht"), encoding="utf-8")
+    words = shlex.split(row["encoders"])
     done = in_process(*(fit_words(caption_table, *words[1:]) if words[0] == "fit" else words), folder=trained)
     assert done.returncode == 2, done.stderr
-    assert [line for line in done.stderr.splitlines() if line.startswith("lit-clip: error: ") and message in line]
+    lines = done.stderr.splitlines()
+    assert [line for line in lines if line.startswith("lit-clip: error: ") and row["line"] in line]
     assert "Traceback" not in done.stderr
 
 
