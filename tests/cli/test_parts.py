@@ -1,7 +1,7 @@
 """Parts named on the command line and in YAML: the model, its optimiser, schedule and rule of weight decay."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import torch
 import yaml
 
 from lit_clip.cli.lightning import run
-from lit_clip.cli.main import main
 from tests.cli.test_main import ROWS, Cli, assert_user_error, words
 from tests.conftest import ROOT, TINY_YAML, lit_clip_command
 
@@ -274,24 +273,6 @@ def forget_modules() -> None:
         sys.modules.pop(Path(name).stem, None)
 
 
-@pytest.fixture
-def failing(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Callable[..., str]:
-    """Run a command that must fail with exit code 2 and one line, which is returned."""
-
-    def run_main(*words: str) -> str:
-        monkeypatch.setattr(sys, "argv", ["lit-clip", *words])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        error = capsys.readouterr().err
-        assert stopped.value.code == 2
-        assert "Traceback" not in error
-        last = error.strip().splitlines()[-1]
-        assert last.startswith("lit-clip: error: ")
-        return last
-
-    return run_main
-
-
 def test_parts_of_the_working_folder_are_trained_with_and_evaluated(folder: Path) -> None:
     done = lit_clip_command(folder, "fit", "--config", "config.yaml")
     assert done.returncode == 0, done.stderr
@@ -342,6 +323,6 @@ def test_a_data_module_of_ones_own_is_named_on_the_command_line(data: list[str],
 
 
 @pytest.mark.parametrize("row", [row for row in ROWS if "parts" in row], ids=lambda row: row["parts"])
-def test_mistakes_in_own_parts_are_one_line(row: Mapping[str, Any], failing: Callable[..., str]) -> None:
-    message = failing("fit", "--config", "config.yaml", row["parts"])
-    assert all(part in message for part in ([row["line"]] if isinstance(row["line"], str) else row["line"]))
+def test_mistakes_in_own_parts_are_one_line(row: Mapping[str, Any], folder: Path, in_process: Cli) -> None:
+    failed = in_process("fit", "--config", "config.yaml", row["parts"], folder=folder)
+    assert_user_error(failed, *([row["line"]] if isinstance(row["line"], str) else row["line"]))

@@ -17,7 +17,6 @@ import yaml
 from PIL import Image
 
 from lit_clip import LitCLIP
-from lit_clip.cli.main import main
 from tests.conftest import TINY_YAML
 from tests.helpers.towers import save_family, saved, text_config
 
@@ -170,22 +169,21 @@ def described(class_path: str, **arguments: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def printing(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Any]]:
-    """Parse ``fit`` with a checkpoint of other settings in a folder with a module; return the exit code."""
+def printing(
+    in_process: Cli, tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[Callable[..., Any]]:
+    """Parse ``fit`` with a checkpoint of other settings in a folder with a module."""
     (tmp_path / "never_imported.py").write_text("open('imported', 'w')\nclass Part: pass\ndef part(*_): return 1.0\n")
     (tmp_path / "settings.yaml").write_text("class_path: never_imported.Part\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.delitem(sys.modules, "never_imported", raising=False)
 
-    def run_main(settings: dict[str, Any], *words: str) -> Any:
+    def run_main(settings: dict[str, Any], *words: str) -> CompletedProcess[str]:
         checkpoint = torch.load(tiny_checkpoint, weights_only=True)
         checkpoint["hyper_parameters"] |= settings
         torch.save(checkpoint, "changed.ckpt")
-        monkeypatch.setattr(sys, "argv", ["lit-clip", "fit", "--ckpt_path", "changed.ckpt", "--print_config", *words])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        return stopped.value.code
+        return in_process("fit", "--ckpt_path", "changed.ckpt", "--print_config", *words)
 
     yield run_main
     sys.modules.pop("never_imported", None)  # other tests look whether it is there
@@ -217,7 +215,7 @@ def printing(tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 def test_nothing_that_a_checkpoint_names_is_imported_or_read(
     settings: dict[str, Any], printing: Callable[..., Any]
 ) -> None:
-    assert printing(settings) in (None, 0, 2)
+    assert printing(settings).returncode in (0, 2)
     assert not Path("imported").exists()
 
 
@@ -248,20 +246,19 @@ def test_a_named_class_gets_nothing_from_a_checkpoint_either(printing: Callable[
     assert Path("imported").exists()  # the user may name it
 
 
-def test_plain_settings_are_taken_from_a_checkpoint_and_parts_are_refused(
-    printing: Callable[..., Any], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plain_settings_are_taken_from_a_checkpoint_and_parts_are_refused(printing: Cli) -> None:
     settings = {
         "freeze": {"image": {"unlock_last": 1}, "text": "all"},
         "lora": {"r": 4, "alpha": 8.0, "targets": ["c_fc"]},
     }
-    assert printing(settings) in (None, 0)
-    printed = capsys.readouterr().out
-    assert "unlock_last: 1" in printed
-    assert "- c_fc" in printed
+    printed = printing(settings)
+    assert printed.returncode == 0
+    assert "unlock_last: 1" in printed.stdout
+    assert "- c_fc" in printed.stdout
     for name, part in {"optimizer": "torch.optim.sgd.SGD", "loss": "lit_clip.losses.pairwise.Contrastive"}.items():
-        assert printing({name: described(part)}) == 2
-        assert f"may not have {name}, a part; a checkpoint holds data alone" in capsys.readouterr().err
+        refused = printing({name: described(part)})
+        assert refused.returncode == 2
+        assert f"may not have {name}, a part; a checkpoint holds data alone" in refused.stderr
 
 
 def test_no_module_of_the_working_folder_is_run_that_nobody_named(cli: Callable[..., Any], tmp_path: Path) -> None:
