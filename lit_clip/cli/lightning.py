@@ -92,10 +92,8 @@ class CLI(PlainCLI):
         before = known.given(["--config", str(DEFAULTS)]) if self.uses_packaged_defaults else Namespace()
         before.pop("config", None)
         packaged = _model_of({"model": before.pop("model", {})})  # below a checkpoint's
-        if self.subclass_mode_model:  # its options may be typed before it, and those of its default parts
-            objects = {
-                name: part for name, part in _parts().items() if "init_args" in part
-            }  # not to be taken for names
+        if self.subclass_mode_model:  # its options may be typed before it, and those of its default objects
+            objects = {name: part for name, part in _parts().items() if "init_args" in part}
             before["model"] = dict_to_namespace({"class_path": named_model(words, LitCLIP), "init_args": objects})
         # From above: words and files, ``before``, a checkpoint's settings or the packaged ones of the model, defaults.
         given = self._given(known, words, before)
