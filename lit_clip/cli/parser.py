@@ -56,13 +56,13 @@ class ConfigFile(ActionConfigFile):
 def _check_encoder_options(words: Sequence[str], settings: Mapping[str, Any]) -> None:
     """Refuse single settings of a file's encoder that is not our transformer: jsonargparse would take it for ours."""
     model: Any = settings.get("model")
-    model = model.get("init_args", model) if isinstance(model, Mapping) else {}
+    model = model.get("init_args") or model if isinstance(model, Mapping) else {}
     architecture = model.get("architecture")
     for word in words if isinstance(architecture, Mapping) else ():
-        option = re.match(r"--model\.(?:init_args\.)?architecture\.(image|text)\.[^=]*", word)
-        encoder = (option and architecture.get(option[1])) or {}
-        if {"timm", "hugging_face", "class_path"} & encoder.keys() or isinstance(encoder.get("layers"), list):
-            raise InputError(f"{option[0]}: single settings of this encoder are set in the YAML file")
+        if option := re.match(r"--model\.(?:init_args\.)?architecture\.(image|text)\.[^=]*", word):
+            encoder = architecture.get(option[1]) or {}  # with a list of layers: a ResNet's stages
+            if {"timm", "hugging_face", "class_path"} & encoder.keys() or isinstance(encoder.get("layers"), list):
+                raise InputError(f"{option[0]}: single settings of this encoder are set in the YAML file")
 
 
 class Parser(OptionParser, LightningArgumentParser):
