@@ -48,7 +48,7 @@ class SaveConfig(SaveConfigCallback):
             return
         folder = run_folder(trainer)
         if folder and trainer.is_global_zero:
-            save_text(folder / self.config_filename, self._text)
+            save_text(folder / self.config_filename, self.parser.written(self.config))
         self.already_saved = True
 
     def on_fit_start(self, trainer: Trainer, pl_module: Any) -> None:
@@ -81,10 +81,6 @@ class SaveConfig(SaveConfigCallback):
         checkpoint["configuration"] = joined(self._configuration, self.before)
         if job := os.environ.get("SLURM_JOB_ID"):
             checkpoint[JOB] = job
-
-    @cached_property
-    def _text(self) -> str:
-        return self.parser.written(self.config)
 
     @cached_property
     def _configuration(self) -> Configuration:
