@@ -1,7 +1,6 @@
 """Settings that refer to the environment: resolved for the run, references in all that the run writes and prints."""
 
 import base64
-import json
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -34,43 +33,38 @@ class Secretive(datamodules.Captions):
         assert secret == "c4nary-s3cret" and more["b"] == [secret, secret, "none"] == more["c"], more
         self.save_hyperparameters("count")
 """
-SETTINGS = {
-    "model": {"architecture": yaml.safe_load(TINY_YAML)},
-    "data": {
-        "class_path": "own_data.Secretive",
-        "init_args": {
-            "train": "${oc.env:TABLE}",
-            "val": "${.train}",
-            "batch_size": "${oc.env:COUNT}",
-            "count": "${oc.env:COUNT}",
-            "num_workers": 0,
-            "secret": "${oc.env:PASSWORD}",
-            "more": {
-                "a": "https://me:${oc.env:PASSWORD}@host",
-                "b": ["${oc.env:PASSWORD,none}", "${data.init_args.secret}", "${oc.env:MISSING,none}"],
-                "c": "${..more.b}",
-                "d": ["${oc.decode:${oc.env:COUNT}}"],
-            },
-        },
-    },
-    "trainer": {
-        "accelerator": "cpu",
-        "max_steps": 2,
-        "limit_val_batches": 1,
-        "enable_progress_bar": False,
-        "log_every_n_steps": 1,
-        "logger": [
-            {"class_path": "lightning.pytorch.loggers.CSVLogger", "init_args": {"save_dir": "runs", "name": "csv"}},
-            {"class_path": "TensorBoardLogger", "init_args": {"save_dir": "runs", "name": "x"}},
-        ],
-    },
-}
+SETTINGS = f"""
+model: {{architecture: {TINY_YAML}}}
+data:
+  class_path: own_data.Secretive
+  init_args:
+    train: ${{oc.env:TABLE}}
+    val: ${{.train}}
+    batch_size: ${{oc.env:COUNT}}
+    count: ${{oc.env:COUNT}}
+    num_workers: 0
+    secret: ${{oc.env:PASSWORD}}
+    more:
+      a: https://me:${{oc.env:PASSWORD}}@host
+      b: ['${{oc.env:PASSWORD,none}}', '${{data.init_args.secret}}', '${{oc.env:MISSING,none}}']
+      c: ${{..more.b}}
+      d: ['${{oc.decode:${{oc.env:COUNT}}}}']
+trainer:
+  accelerator: cpu
+  max_steps: 2
+  limit_val_batches: 1
+  enable_progress_bar: false
+  log_every_n_steps: 1
+  logger:
+    - {{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {{save_dir: runs, name: csv}}}}
+    - {{class_path: TensorBoardLogger, init_args: {{save_dir: runs, name: x}}}}
+"""
 
 
 @pytest.fixture
 def environment(tmp_path: Path, caption_table: Path) -> dict[str, str]:
     (tmp_path / "own_data.py").write_text(OWN_DATA)
-    (tmp_path / "secret.yaml").write_text(json.dumps(SETTINGS))
+    (tmp_path / "secret.yaml").write_text(SETTINGS)
     return {"PASSWORD": SECRET, "COUNT": "8", "TABLE": str(caption_table), "PYTHONPATH": str(tmp_path)}
 
 
@@ -92,7 +86,7 @@ def test_no_file_or_message_of_a_run_holds_a_secret_and_the_saved_config_resumes
     assert first.returncode == 0, first.stderr
     saved = tmp_path / "runs/csv/version_0/fit_config.yaml"
     kept = yaml.safe_load(saved.read_text())["data"]["init_args"]
-    wanted = SETTINGS["data"]["init_args"]
+    wanted = yaml.safe_load(SETTINGS)["data"]["init_args"]
     assert {name: kept[name] for name in ("train", "batch_size", "secret")} == {
         name: wanted[name] for name in ("train", "batch_size", "secret")
     }

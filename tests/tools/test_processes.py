@@ -5,7 +5,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -35,13 +35,19 @@ class Captions(Dataset[str]):
         return LONG
 
 
-def leave_a_worker(path: str) -> None:
-    """Exit abruptly while a data worker's queue is full."""
+def started(path: str) -> Iterator[list[str]]:
+    """Read a batch, and write the data worker's process id to ``path``; its queue is then full."""
     batches = iter(DataLoader(Captions(), num_workers=1, worker_init_fn=shield_worker, multiprocessing_context="fork"))
     assert next(batches) == [LONG]
     time.sleep(0.3)
     (worker,) = psutil.Process().children()
     Path(path).write_text(str(worker.pid))
+    return batches
+
+
+def leave_a_worker(path: str) -> None:
+    batches = started(path)
+    assert batches
     os._exit(2)
 
 
@@ -91,12 +97,8 @@ def test_a_process_without_a_launcher_does_not_wait(monkeypatch: pytest.MonkeyPa
 
 
 def read_on(path: str) -> None:
-    """Read a batch, write the worker's process id to ``path``, and read the rest once the file ``go`` exists."""
-    batches = iter(DataLoader(Captions(), num_workers=1, worker_init_fn=shield_worker, multiprocessing_context="fork"))
-    assert next(batches) == [LONG]
-    time.sleep(0.3)
-    (worker,) = psutil.Process().children()
-    Path(path).write_text(str(worker.pid))
+    """Read the rest once the file ``go`` exists."""
+    batches = started(path)
     wait_until(Path(path).with_name("go").exists)
     assert sum(1 for _ in batches) == 99
 
