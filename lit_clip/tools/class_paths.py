@@ -21,7 +21,7 @@ from jsonargparse import _typehints
 from jsonargparse._typehints import resolve_class_path_by_name
 from jsonargparse._util import import_object
 
-from lit_clip.errors import InputError, require
+from lit_clip.errors import InputError
 
 SHORT = ("callbacks", "datamodules")
 # Files of an import, whose frames are no module's own code.
@@ -39,20 +39,11 @@ def full_name(path: str) -> str:
     try:
         import_object(f"lit_clip.{path}")
     except (AttributeError, ModuleNotFoundError):
-        if (found := find_spec(package)) is None:
+        if find_spec(package) is None:
             raise
-    else:
-        return f"lit_clip.{path}"
-    try:
         _imported(path)
-    except (AttributeError, ModuleNotFoundError):
-        own = Path(f"{package}.py").absolute()
-        require(
-            not own.exists() or str(own) == found.origin,
-            f"{path}: {found.origin} hides {own.name} of the working folder; rename the latter, such as my_{own.name}",
-        )
-        raise
-    return path
+        return path
+    return f"lit_clip.{path}"
 
 
 def find_object(path: str, check_path: bool = True) -> Any:
