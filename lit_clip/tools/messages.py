@@ -12,7 +12,9 @@ from lit_clip.errors import InputError
 from lit_clip.tools.class_paths import SHORT
 from lit_clip.tools.processes import few_files
 
-UNION = "Does not validate against any of the Union subtypes"  # an error of jsonargparse's
+UNION = "Does not validate against any of the Union subtypes"
+# Lines of jsonargparse's own in the list of a union's problems; any other is the message of a constructor.
+NO_REASON = ("Not a valid subclass", "Expected a", "a class path", "a dict ", "Type ", "Problem with", UNION)
 LOST_WORKER = re.compile(r"DataLoader worker \(pid.*\) (?:is killed by signal: ([\w ]+)|exited unexpectedly)")
 # The system's error, and torch's where a descriptor that a data worker sends does not arrive.
 MANY_FILES = re.compile(rf"{os.strerror(errno.EMFILE)}|received \d+ items of ancdata")
@@ -80,9 +82,10 @@ def _similar_names(text: str) -> list[str]:
     of_loss = re.search(r"model\.loss: wants Loss or null, not (\w+)", text)
     module, name = found.groups() if found else ("lit_clip.losses", of_loss[1]) if of_loss else ("", "")
     short = module.removeprefix("lit_clip.")
-    home = sys.modules.get(f"lit_clip.{short}" if short in SHORT else module)
-    names = getattr(home, "__all__", None) or [each for each in vars(home) if each[0] != "_"] if home else []
-    return [f"{short if short in SHORT else module}.{near}" for near in get_close_matches(name, names, n=1)]
+    module = short if short in SHORT else module
+    homes = [sys.modules[home] for home in (module, f"lit_clip.{module}") if home in sys.modules]
+    names = [each for home in homes for each in getattr(home, "__all__", None) or vars(home)]
+    return [f"{module}.{near}" for near in get_close_matches(name, names, n=1)]
 
 
 def user_error(error: BaseException) -> BaseException | None:
@@ -97,11 +100,15 @@ def user_error(error: BaseException) -> BaseException | None:
         return few_files()
     if ours := next((each for each in chain if isinstance(each, InputError)), None):
         return ours
-    if isinstance(error, ValueError) and text.startswith(UNION):  # a constructor's error, below jsonargparse's own
-        causes = [each for each in chain if not str(each).startswith((UNION, "Problem with given class_path"))]
-        named = re.search(r"Given value: .*?class_path='([\w.]+)'", text)
-        if causes and named:
-            return InputError(f"{named[1]}: {causes[0]}")
+    # Of an error that a constructor raises jsonargparse keeps only the text if the class is in a union.
+    if isinstance(error, ValueError) and text.startswith(UNION):
+        listed = re.findall(
+            r"^ *(?:- )?(.+)", text.partition("Errors:")[2].partition("Given value type:")[0], re.MULTILINE
+        )
+        reasons = [line for line in listed if not line.startswith(NO_REASON)]
+        if reasons:
+            named = re.search(r"class_path='([\w.]+)'", text)
+            return InputError(f"{named[1]}: {reasons[0]}" if named else reasons[0])
     if known := _of_machine(error):
         return known
     foreign = tuple(getattr(sys.modules[module], name) for module, name in FOREIGN.items() if module in sys.modules)
