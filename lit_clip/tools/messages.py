@@ -102,12 +102,10 @@ def user_error(error: BaseException) -> BaseException | None:
         return ours
     # Of an error that a constructor raises jsonargparse keeps only the text if the class is in a union.
     if isinstance(error, ValueError) and text.startswith(UNION):
-        listed = re.findall(
-            r"^ *(?:- )?(.+)", text.partition("Errors:")[2].partition("Given value type:")[0], re.MULTILINE
-        )
-        reasons = [line for line in listed if not line.startswith(NO_REASON)]
+        named = re.search(r"class_path='([\w.]+)'", text)
+        reasons = [line for line in re.findall(r"^ *- (.*)", text, re.MULTILINE) if not line.startswith(NO_REASON)]
+        reasons += [str(each) for each in chain if isinstance(each, ModuleNotFoundError)]  # of an optional package
         if reasons:
-            named = re.search(r"class_path='([\w.]+)'", text)
             return InputError(f"{named[1]}: {reasons[0]}" if named else reasons[0])
     if known := _of_machine(error):
         return known
