@@ -14,9 +14,9 @@ from PIL import Image
 from lit_clip.errors import InputError, listed, require
 from lit_clip.evaluation.data import Items, JudgedDocuments, MissingData
 from lit_clip.tools.hashing import hex_digest, stamp_of_files
+from lit_clip.tools.hub_client import is_relative
 from lit_clip.tools.images import image_for_model
 from lit_clip.tools.reading import naming, reading
-from lit_clip.tools.remote_names import is_relative
 from lit_clip.tools.untrusted import convert, entries, shortened
 from ..pairs.column_names import is_encoded
 from ..pairs.parquet import chunks_of, open_file

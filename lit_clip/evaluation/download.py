@@ -23,9 +23,8 @@ from lit_clip.evaluation.suite import TASKS, SuiteEntry, Task
 from lit_clip.evaluation.tasks import used_splits
 from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.console import size_in_bytes, stderr
-from lit_clip.tools.hub_client import guard_hub
+from lit_clip.tools.hub_client import checked_relative, guard_hub
 from lit_clip.tools.reading import first_line
-from lit_clip.tools.remote_names import checked_relative
 
 ARCHIVES = (".tar", ".tar.gz", ".tgz", ".zip", ".gz")
 

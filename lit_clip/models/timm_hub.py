@@ -7,9 +7,8 @@ from typing import Any
 
 from lit_clip.errors import InputError, require
 from lit_clip.models.external_config import HUB, check_timm_options
-from lit_clip.tools.hub_client import guard_hub
+from lit_clip.tools.hub_client import checked_relative, guard_hub
 from lit_clip.tools.reading import naming, reading, reason
-from lit_clip.tools.remote_names import checked_relative
 from lit_clip.tools.untrusted import check_names_nothing
 
 # What of timm's ``pretrained_cfg`` is about images and names of weights; the rest says where the weights are.

@@ -12,9 +12,8 @@ from typing import Any
 from lit_clip.errors import InputError
 from lit_clip.models.config import Activation, CLIPConfig
 from lit_clip.models.registry import resolve_architecture
-from lit_clip.tools.hub_client import guard_hub
+from lit_clip.tools.hub_client import checked_commit, guard_hub, is_relative
 from lit_clip.tools.reading import first_line
-from lit_clip.tools.remote_names import checked_commit, is_relative
 
 # Files that a model needs beside its weights.
 _SMALL = [

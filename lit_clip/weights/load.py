@@ -25,8 +25,8 @@ from lit_clip.models.lora import LoRA, add_lora, merge_lora
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.models.resize import reads_padding, resize_weights, resized
 from lit_clip.models.tokenizer import TextTokenizer
-from lit_clip.tools.lazy_zeros import lazy_zeros
 from lit_clip.tools.reading import naming, reading
+from lit_clip.tools.sharded_files import lazy_zeros
 from lit_clip.tools.stores import store_of
 from lit_clip.tools.untrusted import from_plain
 from lit_clip.tools.weight_files import Source, checked_tensors, is_path, read_file
