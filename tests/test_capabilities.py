@@ -38,12 +38,12 @@ CAPABILITIES = {
         [("--help", "  index "), ("search --help", "no such text")],
     ),
     "heads": Capability(
-        [f"lit_clip/commands/{name}.py" for name in ("class_heads", "head_option")],
+        ["lit_clip/commands/class_heads.py"],
         {
             "lit_clip/cli/subcommands.py": [
                 (
                     'HEADS = {"learning": "lit_clip.commands.class_heads:Learning", '
-                    '"head": "lit_clip.commands.head_option:HeadFile"}',
+                    '"head": "lit_clip.commands.class_heads:HeadFile"}',
                     "HEADS: dict[str, str] = {}",
                 )
             ]

@@ -3,13 +3,11 @@
 import csv
 import io
 import json
-from collections.abc import Iterator, Sequence
-from itertools import groupby
-from operator import attrgetter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from lit_clip.evaluation.thresholds import NONE
@@ -21,11 +19,12 @@ Output = Literal["table", "csv", "json"]
 
 
 class RankedClass(NamedTuple):
-    """A class, its probability and its group; :data:`NONE` has no probability."""
+    """A class of an image, with its rank in its group; :data:`NONE` has no probability."""
 
     name: str
     probability: float | None
     group: str = ""
+    rank: int = 1
 
 
 def ranked(
@@ -43,10 +42,11 @@ def ranked(
     best = probability_BC.topk(len(names) if above_C is not None else min(top_k, len(names)), dim=1)
     found: list[list[RankedClass]] = []
     for values, places, none in zip(best.values.tolist(), best.indices.tolist(), none_B, strict=True):
-        pairs = zip(values, places, strict=True)
-        shown = [(value, place) for value, place in pairs if above_C is None or value >= above_C[place]]
-        classes = [RankedClass(str(names[place]), value, group) for value, place in shown]
-        found.append([RankedClass(NONE, None, group), *classes] if none else classes)
+        shown: list[tuple[str, float | None]] = [(NONE, None)] if none else []
+        for value, place in zip(values, places, strict=True):
+            if above_C is None or value >= above_C[place]:
+                shown.append((str(names[place]), value))
+        found.append([RankedClass(*each, group, rank) for rank, each in enumerate(shown, start=1)])
     return found
 
 
@@ -69,39 +69,31 @@ def write_classes(classes_of: dict[str, list[RankedClass]], output: Output, path
         write_results(text.getvalue())
 
 
-def _numbered(best: Sequence[RankedClass]) -> Iterator[tuple[int, RankedClass]]:
-    """Yield an image's classes with their ranks within each group."""
-    for _, classes in groupby(best, key=attrgetter("group")):
-        yield from enumerate(classes, start=1)
-
-
 def _grouped(classes_of: dict[str, list[RankedClass]]) -> bool:
     return any(each.group for best in classes_of.values() for each in best)
 
 
 def _table(classes_of: dict[str, list[RankedClass]]) -> Table:
     grouped = _grouped(classes_of)
-    table = Table("image", *(["group"] if grouped else []), "class")
-    table.add_column("probability", justify="right")
+    table = Table("image", *(["group"] if grouped else []), "class", Column("probability", justify="right"))
     for key, best in classes_of.items():
-        for i, (rank, each) in enumerate(_numbered(best)):
+        for i, each in enumerate(best):
             image = Text(key if i == 0 else "", overflow="fold")
-            group = [Text(each.group if rank == 1 else "")] if grouped else []
+            group = [Text(each.group if each.rank == 1 else "")] if grouped else []
             table.add_row(image, *group, Text(each.name), percent(each.probability))
     return table
 
 
 def _as_csv(classes_of: dict[str, list[RankedClass]]) -> str:
     text, grouped = io.StringIO(), _grouped(classes_of)
-    names = (*classes_of, *(each.name for best in classes_of.values() for each in best))
-    bare = any("\r" in name for name in names)  # which the writer quotes only where it ends lines
-    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if bare else csv.QUOTE_MINIMAL)
-    writer.writerow(["image", *(["group"] if grouped else []), "rank", "class", "probability"])
+    rows: list[list[Any]] = [["image", *(["group"] if grouped else []), "rank", "class", "probability"]]
     for key, best in classes_of.items():
-        for rank, each in _numbered(best):
-            group = [no_formula(each.group)] if grouped else []
+        for each in best:
             value = "" if each.probability is None else f"{each.probability:.6f}"
-            writer.writerow([no_formula(key), *group, rank, no_formula(each.name), value])
+            rows.append([key, *([each.group] if grouped else []), each.rank, each.name, value])
+    bare = any("\r" in str(cell) for row in rows for cell in row)  # which the writer quotes only where it ends lines
+    writer = csv.writer(text, lineterminator="\n", quoting=csv.QUOTE_ALL if bare else csv.QUOTE_MINIMAL)
+    writer.writerows(map(no_formula, row) for row in rows)
     return text.getvalue()
 
 

@@ -3,14 +3,14 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lit_clip.commands.class_output import percent
-from lit_clip.commands.search import small_image
+from lit_clip.commands.search import small_thumbnail
 from lit_clip.embedding.image_files import ImageFile
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.class_metrics import Computed, build, check_metrics, compute, update, write_array
@@ -18,7 +18,7 @@ from lit_clip.evaluation.confusions import confusion_counts, confusion_entries, 
 from lit_clip.evaluation.intervals import UnitScores
 from lit_clip.evaluation.thresholds import NONE
 from lit_clip.tools.console import progress, stderr
-from lit_clip.tools.html import thumbnail, write_page
+from lit_clip.tools.html import write_page
 
 TEMPLATE = Path(__file__).parent / "templates" / "classify.html"
 WRONG = 120  # images on the page, the most confidently wrong ones
@@ -64,6 +64,14 @@ def folder_truth(files: Sequence[ImageFile], names: Sequence[str], folders: Sequ
     return [place(PurePath(file.key)) for file in files]
 
 
+class _Answer(NamedTuple):
+    file: ImageFile
+    truth: int
+    prediction: int  # -1: none of the classes
+    probability: float  # of the best class
+    of_truth: float  # probability of the true class
+
+
 @dataclass
 class Judge:
     """Compare the answers with the truth, batch by batch, and report their quality.
@@ -76,9 +84,7 @@ class Judge:
     truth: Sequence[int]
     given: Mapping[str, Any]
     group: str = ""
-    rows: list[int] = field(default_factory=list)  # of the files that are judged
-    prediction: list[int] = field(default_factory=list)  # -1: none of the classes
-    probability: list[tuple[float, float]] = field(default_factory=list)  # of the best class and of the true one
+    answers: list[_Answer] = field(default_factory=list)  # for the images of a class
     elsewhere: list[bool] = field(default_factory=list)  # of images of no class: whether they were called so
 
     def __post_init__(self) -> None:
@@ -94,42 +100,40 @@ class Judge:
     def add(self, rows: Sequence[int], probability_BC: Tensor, none_B: Sequence[bool]) -> None:
         """Judge a batch: places of the files, class probabilities, and whether an image shows none of the classes."""
         best, place = (each.tolist() for each in probability_BC.max(dim=1))
-        for number, row in enumerate(rows):
-            truth = self.truth[row]
+        truth_B = [self.truth[row] for row in rows]
+        for number, (row, truth, none) in enumerate(zip(rows, truth_B, none_B, strict=True)):
             if truth < 0:
-                self.elsewhere.append(none_B[number])
+                self.elsewhere.append(none)
                 continue
-            self.rows.append(row)
-            self.prediction.append(-1 if none_B[number] else place[number])
-            self.probability.append((best[number], float(probability_BC[number, truth])))
-        known = [number for number, row in enumerate(rows) if self.truth[row] >= 0]
-        if known and self._metrics:
-            target = probability_BC.new_tensor([self.truth[rows[number]] for number in known]).long()
-            update(self._metrics, probability_BC[known].cpu(), target.cpu())
+            prediction, of_truth = -1 if none else place[number], float(probability_BC[number, truth])
+            self.answers.append(_Answer(self.files[row], truth, prediction, best[number], of_truth))
+        target = torch.tensor(truth_B)
+        if self._metrics and bool((target >= 0).any()):
+            update(self._metrics, probability_BC[target >= 0], target[target >= 0])
 
     def finish(self, page: Path) -> None:
         """Print accuracy, confusions and metrics, and write the page and the files beside it."""
-        if not self.rows:
+        if not self.answers:
             return
-        if self.group:
-            page = page.with_stem(f"{page.stem}_{self.group}")
-        truth, prediction = np.array([self.truth[row] for row in self.rows]), np.array(self.prediction)
+        page = page.with_stem(f"{page.stem}_{self.group}") if self.group else page
+        truth, prediction = np.array([(each.truth, each.prediction) for each in self.answers]).T
         computed, stem = compute(self._metrics), page.with_suffix("")
         counts = confusion_counts(truth, prediction, len(self.names))
         write_confusions(stem.with_name(f"{stem.name}_confusions.csv"), counts, self.names)
         for name, value in computed.arrays.items():
             write_array(stem.with_name(f"{stem.name}_{name}"), value, self.names)
-        lines = self._lines(truth, prediction, computed)
-        title = f"{self.group}: " if self.group else ""
-        for line in lines:
-            stderr().print(f"{title}{line}", highlight=False, soft_wrap=True)
-        found = confusion_entries(truth, prediction, self.names)
-        for first, other, count in found["confusions"][:3]:
-            stderr().print(
-                f"{title}confused: {first} taken for {other}, {count} times", highlight=False, soft_wrap=True
-            )
-        wrong = (truth != prediction).nonzero()[0].tolist()
-        wrong.sort(key=lambda number: -self.probability[number][0])
+        lines, found = self._lines(truth, prediction, computed), confusion_entries(truth, prediction, self.names)
+        confused = [f"confused: {own} taken for {other}, {count} times" for own, other, count in found["confusions"]]
+        for line in lines + confused[:3]:
+            stderr().print(f"{self.group}: {line}" if self.group else line, highlight=False, soft_wrap=True)
+        wrong = sorted(
+            (each for each in self.answers if each.prediction != each.truth), key=lambda each: -each.probability
+        )
+        shown: list[dict[str, Any]] = []
+        with progress("page", len(wrong[:WRONG])) as advance:
+            for each in wrong[:WRONG]:
+                shown.append(self._shown(each))
+                advance(1)
         write_page(
             page,
             TEMPLATE,
@@ -138,16 +142,10 @@ class Judge:
             names=self.names,
             matrix_counts=found.get("confusion_matrix", []),
             pairs=found["confusions"],
-            wrong=[self._shown(number) for number in self._with_progress(wrong[:WRONG])],
+            wrong=shown,
             wrong_count=len(wrong),
         )
         stderr().print(f"wrong images and confusions: {page}")
-
-    def _with_progress(self, numbers: Sequence[int]) -> Any:
-        with progress("page", len(numbers)) as advance:
-            for number in numbers:
-                yield number
-                advance(1)
 
     def _lines(self, truth: np.ndarray, prediction: np.ndarray, computed: Computed) -> list[str]:
         right = (truth == prediction).astype(np.float64)
@@ -166,14 +164,13 @@ class Judge:
             lines.append(f"called {NONE}: {percent(float(np.mean(self.elsewhere)))} of those not counted")
         return [*lines, *(f"{name}: {value:.4g}" for name, value in computed.numbers.items())]
 
-    def _shown(self, number: int) -> dict[str, Any]:
-        file, (best, own) = self.files[self.rows[number]], self.probability[number]
-        image, place = small_image(file.path, 256), self.prediction[number]
+    def _shown(self, answer: _Answer) -> dict[str, Any]:
+        none = answer.prediction < 0
         return {
-            "image": "" if image is None else thumbnail(image, 256),
-            "truth": self.names[self.truth[self.rows[number]]],
-            "prediction": NONE if place < 0 else self.names[place],
-            "probability": "" if place < 0 else percent(best),
-            "truth_probability": percent(own),
-            "key": file.key,
+            "image": small_thumbnail(answer.file.path, 256),
+            "truth": self.names[answer.truth],
+            "prediction": NONE if none else self.names[answer.prediction],
+            "probability": "" if none else percent(answer.probability),
+            "truth_probability": percent(answer.of_truth),
+            "key": answer.file.key,
         }

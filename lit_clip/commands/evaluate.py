@@ -5,13 +5,11 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, get_args
 
-import torch
-
 from lit_clip import distributed, load_model
 from lit_clip.commands.class_sources import NAMES_ALONE, ClassOptions
 from lit_clip.embedding.encode import claimed_by_first
 from lit_clip.embedding.encoding_task import EncodingSettings
-from lit_clip.embedding.precision import Precision, check_precision
+from lit_clip.embedding.precision import check_precision
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.class_metrics import metrics_typed
 from lit_clip.evaluation.classification import ClassHead, TaskOptions
@@ -29,39 +27,6 @@ from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import sha256_of_file
-from lit_clip.tools.images import OnError
-from lit_clip.tools.workers import workers_for_images
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """Options for encoding images and texts.
-
-    Args:
-        batch_size: images encoded at once by one process.
-        num_workers: processes per device that decode images; the device's share of the cores but one, up to 8, if not
-            given. Does not change the results.
-        devices: number of processes, one per device; does not change the results.
-        accelerator: cpu, gpu, mps, ...
-        precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
-        on_error: for an image that cannot be read, skip it and list it in the report, or fail its set with an error.
-    """
-
-    flat: ClassVar[bool] = True  # its options are typed without its name
-    batch_size: int = 64
-    num_workers: int | None = None
-    devices: int = 1
-    accelerator: str = "auto"
-    precision: Precision = "32-true"
-    on_error: OnError = "error"
-
-    def settings(self) -> EncodingSettings:
-        """Return the settings, with the default number of workers."""
-        workers = self.num_workers
-        if workers is None:
-            processes = self.devices if self.devices > 0 else torch.accelerator.device_count()  # -1: all
-            workers = workers_for_images(max(1, processes))
-        return EncodingSettings(**{**vars(self), "num_workers": workers})
 
 
 @dataclass(frozen=True)
@@ -87,7 +52,7 @@ class Examples:
         return TaskOptions(tuple(shots), self.draws, self.seed, metrics=metrics_typed(metrics or []))
 
 
-ENCODING, EXAMPLES = Encoding(), Examples()
+ENCODING, EXAMPLES = EncodingSettings(), Examples()
 
 
 def evaluate(
@@ -102,7 +67,7 @@ def evaluate(
     compare: list[str] | None = None,
     cache: str | None = None,
     head: ClassOptions = NAMES_ALONE,
-    encoding: Encoding = ENCODING,
+    encoding: EncodingSettings = ENCODING,
     examples: Examples = EXAMPLES,
     download: bool = False,
 ) -> None:
@@ -138,12 +103,12 @@ def evaluate(
     clip, out = load_model(model), Path(output)
     options = replace(options, head=_checked_head(head, clip))
     make_folder(out, "--output")
-    store = FeatureStore(clip, Path(cache) if cache else out / "cache", encoding.settings())
+    store = FeatureStore(clip, Path(cache) if cache else out / "cache", encoding)
     run = EvaluationRun(clip, store, Path(data_root), Results(out), options, wanted)
     source = provenance(model, clip, store.fingerprint, encoding.precision, suite)
     if options.head:
         source |= {"head": {"path": head.path, "sha256": options.head.sha256}}
-    with claimed_by_first(out, encoding.settings()):
+    with claimed_by_first(out, encoding):
         run.evaluate(entries, download)
         if not distributed.rank_and_world()[0]:
             _write_reports(run.results, source, others)

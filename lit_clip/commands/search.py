@@ -218,9 +218,8 @@ def write_sheet(path: Path, searched: Searched, found: dict[str, Hits], model: C
             drawn = explain(vector, files[:EXPLAINED]) if explain else {}
             why = {file: thumbnail(image, THUMBNAIL) for file, image in drawn.items()}
             for rank, ((row, score), file) in enumerate(zip(hits, files, strict=True), start=1):
-                image = None if file is None else small_image(file, THUMBNAIL)
                 caption = f"{rank}. {searched.names[row]} ({score:.4f})"
-                shown[query].append(("" if image is None else thumbnail(image, THUMBNAIL), caption, why.get(file, "")))
+                shown[query].append((small_thumbnail(file, THUMBNAIL), caption, why.get(file, "")))
                 advance(1)
     write_page(path, TEMPLATE, title=" | ".join(found), found=shown)
 
@@ -231,3 +230,9 @@ def small_image(path: Path, size: int) -> Image.Image | None:
         return upright(open_image(path), size)
     except ValueError:  # a key need not be a path
         return None
+
+
+def small_thumbnail(path: Path | None, size: int) -> str:
+    """Return :func:`small_image` as a data URI; empty if there is none."""
+    image = path and small_image(path, size)
+    return thumbnail(image, size) if image else ""

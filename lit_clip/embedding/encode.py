@@ -132,7 +132,7 @@ def compute(
     unreadable: list[UnreadableRow] = []
     try:
         with parts.written(task.part) as keep, progress(bar, sum(map(len, mine)), enabled=not rank) as advance:
-            for batch in loader(task.read(mine, parts.stop), settings.num_workers, device.type == "cuda"):
+            for batch in loader(task.read(mine, parts.stop), settings.workers, device.type == "cuda"):
                 with torch.inference_mode(), autocast(device, settings.precision):
                     outputs = task.step(batch, device, settings.batch_size)
                 if batch.rows:  # the width of an empty batch's features is unknown

@@ -35,7 +35,7 @@ from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import stderr
 from lit_clip.tools.images import FIX_HINT, OnError
 from lit_clip.tools.shares import Share
-from lit_clip.tools.workers import Mapped
+from lit_clip.tools.workers import Mapped, workers_for_images
 
 Finished = list[tuple[EncoderBatch, np.ndarray]]  # batches without their inputs, and what was computed of each
 
@@ -46,20 +46,31 @@ class Encoding:
 
     Args:
         batch_size: images, or texts, that a process encodes at once.
-        num_workers: processes that decode images.
+        num_workers: processes that decode images, for each device; its share of the cores but one, up to 8, if not
+            given.
         precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
         on_error: error ends the run at an image that cannot be read; skip leaves it out and lists it.
     """
 
     flat: ClassVar[bool] = True  # its options are typed without its name
     batch_size: int = 64
-    num_workers: int = 4
+    num_workers: int | None = None
     precision: Precision = "32-true"
     on_error: OnError = "error"
 
     def __post_init__(self) -> None:
         require(self.batch_size >= 1, f"--batch_size {self.batch_size} must be at least 1")
-        require(self.num_workers >= 0, f"--num_workers {self.num_workers} must be at least 0")
+        require((self.num_workers or 0) >= 0, f"--num_workers {self.num_workers} must be at least 0")
+
+    @property
+    def processes(self) -> int:
+        """Number of processes on this machine."""
+        return 1
+
+    @property
+    def workers(self) -> int:
+        """Number of data workers of each process."""
+        return workers_for_images(self.processes) if self.num_workers is None else self.num_workers
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,10 @@ class EncodingSettings(Encoding):
 
     devices: int = 1
     accelerator: str = "auto"
+
+    @property
+    def processes(self) -> int:
+        return self.devices if self.devices > 0 else max(1, torch.accelerator.device_count())  # -1: all
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Accuracy by number of examples: it shows whether more labels would pay."""
+"""Whether more labels would pay (accuracy by number of examples), and which images to label next."""
 
 from typing import NamedTuple
 
@@ -56,3 +56,25 @@ def _point(shots: int, right_draws: np.ndarray) -> CurvePoint:
     judged = right_draws[:, ~np.isnan(right_draws).all(axis=0)]
     scores = UnitScores(np.nanmean(judged, axis=0))
     return CurvePoint(shots, scores.mean(), scores.interval())
+
+
+def label_next(probability_NC: Tensor, unit_ND: Tensor, labelled_MD: Tensor, count: int, several: bool) -> list[int]:
+    """Return up to ``count`` images, the most useful first.
+
+    One after the other, it is the image of the highest uncertainty times distance to the nearest image that is labelled
+    or chosen (greedy k-centre). The uncertainty is 1 less the margin between the two best classes, or with ``several``
+    classes an image the highest of 1 - |2 p - 1|; the distance is 1 less the cosine.
+    """
+    if several:
+        uncertainty = (1 - (2 * probability_NC - 1).abs()).amax(dim=1)
+    else:
+        best = probability_NC.topk(2, dim=1).values
+        uncertainty = 1 - (best[:, 0] - best[:, 1])
+    nearest = (unit_ND @ labelled_MD.T).amax(dim=1)
+    chosen: list[int] = []
+    for _ in range(min(count, len(unit_ND))):
+        score = uncertainty * (1 - nearest)
+        score[chosen] = -torch.inf
+        chosen.append(int(score.argmax()))
+        nearest = torch.maximum(nearest, unit_ND @ unit_ND[chosen[-1]])
+    return chosen

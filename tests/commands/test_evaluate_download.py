@@ -151,4 +151,4 @@ def test_workers_share_the_cores_by_default(
     monkeypatch.setattr(command, "FeatureStore", noted)
     with pytest.raises(InputError, match="enough"):
         run_command([word for word in words("--devices", str(devices)) if word not in ("--num_workers", "0")])
-    assert settings[0].num_workers == expected
+    assert settings[0].workers == expected
