@@ -55,10 +55,10 @@ def collect(identities: Sequence[Identity], tables: Iterable[FeatureTable]) -> F
     return FeatureTable(present, rows)
 
 
-def check_output(path: Path, suffixes: Sequence[str] = (".parquet", ".npy")) -> None:
+def check_output(path: Path, suffixes: Sequence[str] = (".parquet", ".npy"), option: str = "--output") -> None:
     """Raise :class:`InputError` unless a file with one of these suffixes can be written there."""
-    require(path.suffix in suffixes, f"--output {path}: must be a {' or '.join(suffixes)} file")
-    require(path.absolute().parent.is_dir(), f"--output {path}: there is no folder {path.parent}")
+    require(path.suffix in suffixes, f"{option} {path}: must be a {' or '.join(suffixes)} file")
+    require(path.absolute().parent.is_dir(), f"{option} {path}: there is no folder {path.parent}")
 
 
 def check_keys(path: Path, keys: Iterable[str]) -> None:

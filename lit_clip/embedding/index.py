@@ -42,8 +42,7 @@ def update_index(
     With ``both_kinds`` they are those of :func:`lit_clip.embedding.reading.features_of_both_kinds`.
     """
     require(path.absolute().parent.is_dir(), f"--index {path}: there is no such folder")
-    kinds = " both kinds" if both_kinds else ""
-    name = f"{fingerprint(model).image} {settings.precision}{kinds}"
+    name = f"{fingerprint(model).image} {settings.precision}{' both kinds' if both_kinds else ''}"
     wanted = {file.identity for file in files}
     old = load_arrays(path, name, FeatureTable.of)
     if not _complete(old, wanted) and path.name in KEPT_BESIDE and not os.access(path.parent, os.W_OK):
@@ -53,7 +52,23 @@ def update_index(
         return old
     with claimed(path, option=""):
         old = load_arrays(path, name, FeatureTable.of) or old  # another process may have written it meanwhile
-        return _updated(model, files, path, settings, name, old, both_kinds)
+        if old is None and path.exists():
+            require(
+                not _holds_other_arrays(path), f"--index {path}: holds other arrays than an index; name another file"
+            )
+            stderr().print(f"{path} is of another model or precision, or damaged: everything is encoded again")
+        _print_changes(path, files, old.identities if old else ())
+        from lit_clip.embedding.encode import features_of  # imports Lightning, which takes seconds
+
+        kind = features_of_both_kinds if both_kinds else image_features
+        task, parts = image_task(model, FileRows(files), [file.identity for file in files], kind), Parts(path, name)
+        table = features_of(model, task, parts, settings, old)
+        assert table is not None  # one process
+        save_arrays(path, name, table.arrays())
+        keys = [file.key for file in files]
+        report_skipped(keys, table.unreadable, path.with_name(f"{path.name}.skipped.txt"))
+        parts.remove()
+        return table
 
 
 def _complete(table: FeatureTable | None, wanted: Collection[Identity]) -> bool:
@@ -69,38 +84,12 @@ def _in_cache(path: Path) -> Path:
     return kept
 
 
-def _updated(
-    model: CLIP,
-    files: Sequence[ImageFile],
-    path: Path,
-    settings: EncodingSettings,
-    name: str,
-    old: FeatureTable | None,
-    both_kinds: bool,
-) -> FeatureTable:
-    """Write an index of all images; ``old`` has the features of some of them, if any."""
-    if old is None and path.exists():
-        require(not _holds_other_arrays(path), f"--index {path}: holds other arrays than an index; name another file")
-        stderr().print(f"{path} is of another model or precision, or damaged: everything is encoded again")
-    known = set(old.identities) if old else set()
-    keys = {key for key, _, _ in known}
-    missing = [file for file in files if file.identity not in known]
-    changed = sum(file.key in keys for file in missing)
-    gone = len(keys - {file.key for file in files})
-    from lit_clip.embedding.encode import features_of  # imports Lightning, which takes seconds
-
-    note = f"index {path}: {len(files) - len(missing)} images unchanged, {len(missing) - changed} new"
-    stderr().print(f"{note}, {changed} changed, {gone} gone")
-    kind = features_of_both_kinds if both_kinds else image_features
-    task = image_task(model, FileRows(files), [file.identity for file in files], kind)
-    parts = Parts(path, name)
-    table = features_of(model, task, parts, settings, old)
-    assert table is not None  # one process
-    save_arrays(path, name, table.arrays())
-    keys_of_files = [file.key for file in files]
-    report_skipped(keys_of_files, table.unreadable, path.with_name(f"{path.name}.skipped.txt"))
-    parts.remove()
-    return table
+def _print_changes(path: Path, files: Sequence[ImageFile], known: Collection[Identity]) -> None:
+    keys, known = {key for key, _, _ in known}, set(known)
+    missing = [file.key for file in files if file.identity not in known]
+    changed, gone = len(keys.intersection(missing)), len(keys - {file.key for file in files})
+    unchanged, new = len(files) - len(missing), len(missing) - changed
+    stderr().print(f"index {path}: {unchanged} images unchanged, {new} new, {changed} changed, {gone} gone")
 
 
 def _holds_other_arrays(path: Path) -> bool:

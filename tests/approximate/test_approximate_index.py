@@ -234,6 +234,6 @@ def test_a_package_that_is_not_installed_is_named(
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     monkeypatch.setattr("lit_clip.approximate.approximate_index.find_spec", lambda name: None)
-    monkeypatch.setattr("lit_clip.approximate.faiss_files.find_spec", lambda name: None)
+    monkeypatch.setattr("lit_clip.commands.index.find_spec", lambda name: None)
     with pytest.raises(InputError, match=f"needs {package}: pip install"):
         run_command(["index", *files, "--output", str(tmp_path / f"all.{output}")])
