@@ -23,7 +23,6 @@ from lit_clip.evaluation.results import Results, provenance
 from lit_clip.evaluation.run import EvaluationRun
 from lit_clip.evaluation.store import FeatureStore
 from lit_clip.evaluation.suite import TASKS, SuiteEntry, Task, read_suite
-from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import sha256_of_file
@@ -98,10 +97,13 @@ def evaluate(
     """
     check_precision(encoding.precision, encoding.accelerator)
     wanted, options = _tasks(tasks, head.path), examples.options(metrics)
-    entries = _chosen(_with_head(read_suite(suite)) if head.path else read_suite(suite), sets, wanted)
+    entries = _chosen(read_suite(suite), sets, wanted)
     others = other_runs(compare or [], Path(output))
     clip, out = load_model(model), Path(output)
-    options = replace(options, head=_checked_head(head, clip))
+    if (found := head.opened()) is not None:
+        found.check(clip, head.path)
+        own = ClassHead(found.facts.names, found, found.facts.several, sha256_of_file(Path(head.path)))
+        options = replace(options, head=own)
     make_folder(out, "--output")
     store = FeatureStore(clip, Path(cache) if cache else out / "cache", encoding)
     run = EvaluationRun(clip, store, Path(data_root), Results(out), options, wanted)
@@ -112,32 +114,10 @@ def evaluate(
         run.evaluate(entries, download)
         if not distributed.rank_and_world()[0]:
             _write_reports(run.results, source, others)
-            _print_downloads(run.results.sets, {} if download else entries)
+            absent = [name for name in entries if run.results.sets[name]["status"] == "missing" and not download]
+            if count := sum(bool(entries[name].download) for name in absent):
+                stderr().print(f"{count} of the missing sets can be downloaded with --download")
             _raise_failures(run.results.sets, data_root)
-
-
-def _print_downloads(found: Mapping[str, Mapping[str, Any]], entries: Mapping[str, SuiteEntry]) -> None:
-    missing = [name for name, entry in entries.items() if found[name]["status"] == "missing" and entry.download]
-    if missing:
-        stderr().print(f"{len(missing)} of the missing sets can be downloaded with --download")
-
-
-def _checked_head(head: ClassOptions, clip: CLIP) -> ClassHead | None:
-    found = head.opened()
-    if found is None:
-        return None
-    found.check(clip, head.path)
-    return ClassHead(found.facts.names, found, found.facts.several, sha256_of_file(Path(head.path)))
-
-
-def _with_head(entries: Mapping[str, SuiteEntry]) -> dict[str, SuiteEntry]:
-    """Return the sets, with a head's task added to sets with classes."""
-    return {
-        name: replace(entry, tasks=[*tasks, "head"])
-        if "zero_shot" in (tasks := entry.tasks or []) and "head" not in tasks
-        else entry
-        for name, entry in entries.items()
-    }
 
 
 def _write_reports(results: Results, source: dict[str, Any], others: Mapping[str, OtherRun]) -> None:
@@ -155,7 +135,10 @@ def _write_reports(results: Results, source: dict[str, Any], others: Mapping[str
 def _chosen(
     entries: dict[str, SuiteEntry], names: Sequence[str] | None, tasks: Sequence[Task]
 ) -> dict[str, SuiteEntry]:
-    """Return the named sets that have one of the tasks."""
+    """Return the named sets that have one of the tasks; a head's task is one of every set with classes."""
+    for name, entry in entries.items() if "head" in tasks else ():
+        if "zero_shot" in (entry.tasks or ()) and "head" not in (entry.tasks or ()):
+            entries[name] = replace(entry, tasks=[*(entry.tasks or ()), "head"])
     unknown = [name for name in names or [] if name not in entries]
     require(not unknown, f"--sets: no {', '.join(unknown)} in the suite; there are {', '.join(entries)}")
     named = {name: entry for name, entry in entries.items() if not names or name in names}

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.filesize import decimal
-from rich.table import Table
+from rich.table import Column, Table
 
 from lit_clip.commands.class_sources import NAMES_ALONE, ClassOptions
 from lit_clip.errors import InputError, require
@@ -62,7 +62,8 @@ def export(
     classes = head.opened()
     if format in ("onnx", "immich"):
         check_onnx_packages()
-    check_free(folder)
+    require(not folder.exists() or folder.is_dir(), f"{folder}: is a file; name a folder")
+    require(not folder.exists() or not any(folder.iterdir()), f"{folder}: the folder is not empty; name another")
     require(push is not None or not private, "--private: belongs to --push org/name")
     repository = find_repository(push, private) if push is not None else None
     console = Console(soft_wrap=True)
@@ -143,19 +144,12 @@ def write_checked(
     problem = f"the head's probabilities differ by {parity.head or 0:.1e}, more than {tolerance:.0e}"
     smaller = dtype != "float32"  # its probabilities follow the features, as far as those go
     require(smaller or (parity.head or 0) <= tolerance, f"{format}: {problem}; nothing was written")
-    same, levels = parity.tokens is not False, 0.0 if parity.pixels is None else parity.pixels
-    require(same, f"{format}: its tokenizer gives other token ids than the model's; nothing was written")
+    other_ids = f"{format}: its tokenizer gives other token ids than the model's; nothing was written"
+    require(parity.tokens is not False, other_ids)
+    levels = parity.pixels or 0.0
     problem = f"its preprocessing differs from the model's by {levels:.1f} of 255 levels; nothing was written{instead}"
     require(levels <= 1.001, f"{format}: {problem}")
     return parity
-
-
-def check_free(folder: Path) -> None:
-    """Raise :class:`InputError` unless the folder is empty or can be made."""
-    if folder.is_dir():
-        require(not any(folder.iterdir()), f"{folder}: the folder is not empty; name another")
-    else:
-        require(not folder.exists(), f"{folder}: is a file; name a folder")
 
 
 def source_of(model: str) -> ExportedSource:
@@ -174,9 +168,8 @@ def source_of(model: str) -> ExportedSource:
 
 
 def _table(folder: Path, format: str, parity: Parity, dtype: OnnxDType) -> Table:
-    table = Table("", title=f"{format} in {dtype}: largest difference from the original")
-    for column in ("difference", "tolerance"):
-        table.add_column(column, justify="right")
+    columns = (Column(name, justify="right") for name in ("difference", "tolerance"))
+    table = Table("", *columns, title=f"{format} in {dtype}: largest difference from the original")
     tolerance = tolerance_of(format, dtype)
     table.add_row("image features (unit length)", f"{parity.image:.1e}", f"{tolerance:.0e}")
     table.add_row("text features (unit length)", f"{parity.text:.1e}", f"{tolerance:.0e}")

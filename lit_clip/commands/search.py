@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from rich.table import Table
+from rich.table import Column, Table
 from torch import Tensor
 
 from lit_clip import load_model
@@ -47,11 +47,8 @@ class Searched(NamedTuple):
 
     def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the highest cosines with queries ``[Q, D]``, and their rows."""
-        return (
-            nearest(self.features, queries, k)
-            if isinstance(self.features, np.ndarray)
-            else self.features.nearest(queries, k)
-        )
+        stored = isinstance(self.features, np.ndarray)
+        return nearest(self.features, queries, k) if stored else self.features.nearest(queries, k)
 
 
 def search(
@@ -88,7 +85,6 @@ def search(
     """
     _check_queries(queries, image or [], text_weight)  # before the model, which may have to be downloaded
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
-    require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
     check_precision(encoding.precision)
     page, path = page_path("sheet", sheet), Path(images)
     stored = holds_features(path, index, encoding.precision)
@@ -103,13 +99,13 @@ def search(
         hits = [list(zip(rows, scores, strict=True)) for scores, rows in found]
         for title, each in zip(titles, hits, strict=True):
             _print_hits(title, searched, each)
-        replaced = " (replaces the one before)" if page.exists() else ""
         write_sheet(page, searched, dict(zip(titles, hits, strict=True)), clip, vectors)
-    stderr().print(f"page with images: {page}{replaced}")
+    stderr().print(f"page with images: {page}")
 
 
 def holds_features(path: Path, index: str | None, precision: Precision) -> bool:
     """Return whether the path is a feature file or index, not a folder; options for encoding are then refused."""
+    require(index is None or index.endswith(".npz"), f"--index {index}: must be a .npz file")
     stored = path.suffix in FEATURE_FILES and not path.is_dir()
     kinds = " or ".join(FEATURE_FILES)
     require(stored or not path.is_file(), f"{path}: cannot be searched; name a folder of images, or a {kinds} file")
@@ -199,10 +195,8 @@ def encode_queries(model: CLIP, texts: Sequence[str], images: Sequence[str]) -> 
 
 
 def _print_hits(title: str, searched: Searched, hits: Hits) -> None:
-    table = Table(title=Text(title))
-    table.add_column("", justify="right")
-    table.add_column("score", justify="right")
-    table.add_column("image", overflow="fold")
+    numbers = (Column(name, justify="right") for name in ("", "score"))
+    table = Table(*numbers, Column("image", overflow="fold"), title=Text(title))
     for rank, (row, score) in enumerate(hits, start=1):
         table.add_row(str(rank), f"{score:.4f}", Text(searched.names[row]))
     Console().print(table)

@@ -1,4 +1,4 @@
-"""Heat maps of a query over the images that a search found."""
+"""Heat maps over images: of located texts, and of a query over the images that a search found."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,12 +9,21 @@ from PIL import ExifTags, Image, ImageOps
 from torch import Tensor
 
 from lit_clip.errors import BadSample, InputError
-from lit_clip.locating.locator import FALSE_ALARMS, default_background, text_features
+from lit_clip.locating.locator import FALSE_ALARMS, Located, default_background, text_features
 from lit_clip.locating.overlay import Scale, overlay
 from lit_clip.locating.regions import background_level
 from lit_clip.models.clip import CLIP
 from lit_clip.models.heat_maps import place_cosines
 from lit_clip.tools.images import image_for_model, upright
+
+
+def drawn(image: Image.Image, located: Located) -> list[Image.Image]:
+    """Return an overlay of each text on an image, all on one scale."""
+    scale = Scale.around(located.level, max(region.cosine for region in located.regions))
+    return [
+        overlay(image, cosines, scale, region.cosine, region.box(image.size))
+        for cosines, region in zip(located.maps, located.regions, strict=True)
+    ]
 
 
 class HeatMaps:

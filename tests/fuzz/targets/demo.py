@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
-from lit_clip.commands.demo_trial import Source, Trial
+from lit_clip.commands.demo import Source, Trial
 from lit_clip.commands.search import Searched
 from tests.fuzz.inputs import Input, Inputs, Target, edited_json, texts
 from tests.fuzz.samples import whole_images
