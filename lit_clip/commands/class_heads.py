@@ -14,7 +14,7 @@ from lit_clip.commands.class_examples import ExampleFiles, read_examples
 from lit_clip.commands.class_output import percent
 from lit_clip.commands.class_sources import ClassOptions, ClassSource, Scores, prompt_weights
 from lit_clip.commands.search import TEMPLATE, THUMBNAIL, small_thumbnail
-from lit_clip.embedding.encoding_task import Encoding, EncodingSettings
+from lit_clip.embedding.encode import Encoding, EncodingSettings
 from lit_clip.embedding.feature_files import check_output
 from lit_clip.embedding.image_files import ImageFile
 from lit_clip.embedding.index import EXAMPLES, update_index

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lit_clip.embedding.encoding_task import Encoding
+from lit_clip.embedding.encode import Encoding
 from lit_clip.embedding.image_files import ImageFile
 from lit_clip.embedding.precision import autocast
 from lit_clip.embedding.reading import check_finite

@@ -14,7 +14,7 @@ from PIL import Image
 from lit_clip import load_model
 from lit_clip.commands.class_sources import NAMES_ALONE, ClassOptions, class_probabilities
 from lit_clip.commands.search import Searched, encode_queries, holds_features, read_searched, search_in, small_image
-from lit_clip.embedding.encoding_task import EncodingSettings
+from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.image_files import images_in
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.zero_shot import IMAGENET, check_templates, imagenet_templates, zero_shot_classifier

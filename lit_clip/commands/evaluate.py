@@ -7,8 +7,7 @@ from typing import Any, ClassVar, get_args
 
 from lit_clip import distributed, load_model
 from lit_clip.commands.class_sources import NAMES_ALONE, ClassOptions
-from lit_clip.embedding.encode import claimed_by_first
-from lit_clip.embedding.encoding_task import EncodingSettings
+from lit_clip.embedding.encode import EncodingSettings, claimed_by_first
 from lit_clip.embedding.precision import check_precision
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.class_metrics import metrics_typed

@@ -14,7 +14,7 @@ from rich.table import Column, Table
 
 from lit_clip import load_model
 from lit_clip.commands.class_output import json_text
-from lit_clip.embedding.encoding_task import check_complete, report_skipped
+from lit_clip.embedding.encode import check_complete, report_skipped
 from lit_clip.embedding.image_files import ImageFile, find_images
 from lit_clip.embedding.reading import UnreadableRow
 from lit_clip.errors import BadSample, require

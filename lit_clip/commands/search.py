@@ -13,7 +13,7 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from lit_clip import load_model
-from lit_clip.embedding.encoding_task import Encoding, EncodingSettings
+from lit_clip.embedding.encode import Encoding, EncodingSettings
 from lit_clip.embedding.feature_files import WRITE_AGAIN, StoredFeatures, read_features
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.embedding.index import INDEX, combined, nearest, update_index

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentError
 from rich.table import Column, Table
 from torch import Tensor
 
-from lit_clip.embedding.encoding_task import Encoding
+from lit_clip.embedding.encode import Encoding
 from lit_clip.embedding.feature_files import check_output
 from lit_clip.embedding.precision import autocast, check_precision
 from lit_clip.embedding.reading import encoded_batches, image_features

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_clip.distributed import gather_objects, rank_and_world
-from lit_clip.embedding.encoding_task import EncodingSettings, image_task, report_skipped
+from lit_clip.embedding.encode import EncodingSettings, features_of, image_task, report_skipped
 from lit_clip.embedding.feature_files import FeatureTable, Identity
 from lit_clip.embedding.image_files import FileRows, ImageFile
 from lit_clip.embedding.parts import DIGEST, Parts, load_arrays, save_arrays
@@ -58,8 +58,6 @@ def update_index(
             )
             stderr().print(f"{path} is of another model or precision, or damaged: everything is encoded again")
         _print_changes(path, files, old.identities if old else ())
-        from lit_clip.embedding.encode import features_of  # imports Lightning, which takes seconds
-
         kind = features_of_both_kinds if both_kinds else image_features
         task, parts = image_task(model, FileRows(files), [file.identity for file in files], kind), Parts(path, name)
         table = features_of(model, task, parts, settings, old)

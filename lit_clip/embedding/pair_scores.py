@@ -18,8 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lit_clip.embedding.encode import compute
-from lit_clip.embedding.encoding_task import EncodingSettings, EncodingTask, Finished, remaining
+from lit_clip.embedding.encode import EncodingSettings, EncodingTask, Finished, compute, remaining
 from lit_clip.embedding.parts import Arrays, Parts
 from lit_clip.embedding.reading import (
     Batches,

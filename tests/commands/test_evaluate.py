@@ -25,7 +25,7 @@ from sklearn.linear_model import LogisticRegression
 from datamodules import ImageFolderClasses
 from lit_clip import load_model, zero_shot_classifier
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding.encoding_task import EncodingTask
+from lit_clip.embedding.encode import EncodingTask
 from lit_clip.embedding.reading import EncoderBatch
 from lit_clip.errors import InputError
 from lit_clip.evaluation import classification

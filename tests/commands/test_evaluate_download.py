@@ -12,7 +12,7 @@ import yaml
 
 from lit_clip.cli.subcommands import run_command
 from lit_clip.commands import evaluate as command
-from lit_clip.embedding.encoding_task import EncodingSettings
+from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.errors import InputError
 from tests.conftest import lit_clip_command
 from tests.helpers.coloured_sets import WDS_LABELS, WDS_NAMES, WDS_TEMPLATES, paint_shade, wds_sample, write_wds

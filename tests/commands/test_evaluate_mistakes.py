@@ -17,7 +17,7 @@ from PIL import Image
 from datamodules import ImageFolderClasses
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding.encoding_task import EncodingSettings
+from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.errors import InputError
 from lit_clip.evaluation import store
 from lit_clip.evaluation.data import MissingData

@@ -16,7 +16,7 @@ from datamodules.evaluation.caption_choices import Subset
 from datamodules.evaluation.imagenet import imagenet_wnids
 from lit_clip import image_transform, load_model, zero_shot_classifier
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding.encoding_task import EncodingSettings
+from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.errors import InputError
 from lit_clip.evaluation import tasks
 from lit_clip.evaluation.overview import group_means, rows

@@ -17,7 +17,7 @@ from PIL import ExifTags, Image
 import lit_clip.commands.search
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding.encoding_task import EncodingTask
+from lit_clip.embedding.encode import EncodingTask
 from lit_clip.embedding.feature_files import write_features
 from lit_clip.embedding.index import INDEX
 from lit_clip.embedding.reading import EncoderBatch

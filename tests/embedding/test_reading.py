@@ -16,7 +16,7 @@ from datamodules import ImageFolderClasses
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
 from lit_clip.embedding import precision
-from lit_clip.embedding.encoding_task import EncodingSettings
+from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.image_files import find_images, images_in
 from lit_clip.embedding.precision import autocast, check_precision
 from lit_clip.embedding.reading import ImageBatches, encoded_batches, in_batches, row_means
