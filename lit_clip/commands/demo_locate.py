@@ -6,8 +6,8 @@ from PIL import Image
 
 from lit_clip.commands.demo import LONGEST_PROMPT, MOST_PROMPTS, Source, image_of, words
 from lit_clip.errors import require
-from lit_clip.locating.heat_maps import drawn
 from lit_clip.locating.locator import Locator
+from lit_clip.locating.overlay import overlays
 from lit_clip.models.clip import CLIP
 
 MOST_TEXTS = 20  # that a click finds in an image
@@ -33,7 +33,7 @@ class Tab:
         require(longest <= LONGEST_PROMPT, f"a text of {longest:,} characters; at most {LONGEST_PROMPT:,}")
         located = self._locator(tuple(wanted), tuple(others) or None)(opened)
         shown = []
-        for text, region, picture in zip(wanted, located.regions, drawn(opened, located), strict=True):
+        for text, region, picture in zip(wanted, located.regions, overlays(opened, located), strict=True):
             found = f"{region.cosine:.3f}, {region.margin:+.3f}" if region.seen else f"not seen ({region.cosine:.3f})"
             shown.append((picture, f"{text}: {found}"))
         return shown

@@ -18,8 +18,8 @@ from lit_clip.embedding.encode import check_complete, report_skipped
 from lit_clip.embedding.image_files import ImageFile, find_images
 from lit_clip.embedding.reading import UnreadableRow
 from lit_clip.errors import BadSample, require
-from lit_clip.locating.heat_maps import drawn
 from lit_clip.locating.locator import FALSE_ALARMS, Locator
+from lit_clip.locating.overlay import overlays
 from lit_clip.locating.regions import resized_mask
 from lit_clip.tools.atomic import make_folder, remove, replacing
 from lit_clip.tools.claims import claimed
@@ -147,8 +147,8 @@ class Answers:
             self.unreadable.append(UnreadableRow(row, error.reason, str(error)))
             return
         located, found = self.locator(image), list[tuple[dict[str, Any], str]]()
-        overlays = drawn(image, located)
-        for text, region, picture in zip(self.locator.texts, located.regions, overlays, strict=True):
+        pictures = overlays(image, located)
+        for text, region, picture in zip(self.locator.texts, located.regions, pictures, strict=True):
             stem = file_stem(file.key, text)
             facts: dict[str, Any] = {
                 "image": file.key,

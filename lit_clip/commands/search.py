@@ -30,7 +30,7 @@ from lit_clip.weights.fingerprint import fingerprint
 TEMPLATE = Path(__file__).parent / "templates" / "search.html"
 # Rooms that need not be there: what opens an index, by its suffix, and what draws where an image fits a query.
 INDICES = {".usearch": "lit_clip.approximate"}
-HEAT_MAPS = ["lit_clip.locating.heat_maps"]
+HEAT_MAPS = ["lit_clip.locating.overlay"]
 FEATURE_FILES = (".parquet", ".npy", *INDICES)
 THUMBNAIL = 256  # pixels of the longer side
 EXPLAINED = 10  # images of each query of which the page shows where they fit it: each is encoded once more
