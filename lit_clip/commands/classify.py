@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from lit_clip import load_model
-from lit_clip.commands.class_examples import TABLES, read_examples
-from lit_clip.commands.class_output import Output, RankedClass, ranked, write_classes
+from lit_clip.commands.class_examples import TABLES, folder_names, folder_truth, read_examples
+from lit_clip.commands.class_output import NO_TRUTH, Judge, Output, RankedClass, ranked, write_classes
 from lit_clip.commands.class_sources import NAMES_ALONE, ClassOptions, ClassSource
-from lit_clip.commands.class_truth import NO_TRUTH, Judge, folder_names, folder_truth
 from lit_clip.embedding.encode import Encoding, check_complete, report_skipped
 from lit_clip.embedding.image_files import FileRows, find_images
 from lit_clip.embedding.precision import check_precision

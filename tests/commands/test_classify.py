@@ -18,8 +18,8 @@ from sklearn.metrics import accuracy_score, balanced_accuracy_score, confusion_m
 
 from lit_clip import zero_shot_classifier
 from lit_clip.cli.subcommands import run_command
+from lit_clip.commands.class_examples import folder_truth
 from lit_clip.commands.class_sources import ClassSource
-from lit_clip.commands.class_truth import folder_truth
 from lit_clip.commands.classify import Classifier, Encoding, read_classes
 from lit_clip.embedding.image_files import FileRows, ImageFile, images_in
 from lit_clip.errors import InputError
