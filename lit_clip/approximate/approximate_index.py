@@ -1,4 +1,4 @@
-"""An approximate index of feature files; it is updated when files are added."""
+"""An approximate index of feature files; it is updated when files are added. Indices for faiss are written, too."""
 
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
@@ -51,8 +51,6 @@ class IndexedFile(msgspec.Struct, frozen=True):
 
 
 class _Facts(msgspec.Struct):
-    """Facts stored beside an index: its version and its feature files."""
-
     format: Literal["lit-clip index 1"]
     files: Annotated[list[IndexedFile], msgspec.Meta(min_length=1)]
 
@@ -212,3 +210,24 @@ def _files(path: Path) -> list[Path]:
 
 def _stamps(path: Path) -> list[list[int]]:
     return [[each.stat().st_size, each.stat().st_mtime_ns] for each in _files(path)]
+
+
+def write_faiss(path: Path, features: Sequence[np.ndarray], exact: bool) -> None:
+    """Write float32 rows ``[N, D]`` as faiss's ``IndexFlatIP`` if ``exact``, otherwise as ``IndexHNSWFlat``."""
+    require(find_spec("faiss") is not None, f"--output {path}: needs faiss: pip install faiss-cpu")
+    import faiss
+
+    width = features[0].shape[1]
+    index: Any = faiss.IndexFlatIP(width)
+    if not exact:
+        index = faiss.IndexHNSWFlat(width, CONNECTIVITY, faiss.METRIC_INNER_PRODUCT)
+        index.hnsw.efConstruction, index.hnsw.efSearch = BUILDING, in_view(sum(map(len, features)))
+    with progress("index", sum(map(len, features))) as advance:
+        for rows in (each[start : start + ROWS] for each in features for start in range(0, len(each), ROWS)):
+            index.add(np.ascontiguousarray(rows))
+            advance(len(rows))
+    with replacing(path) as draft:
+        try:
+            faiss.write_index(index, str(draft))
+        except RuntimeError as error:  # of a full disk
+            raise not_written(path, error) from error

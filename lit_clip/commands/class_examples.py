@@ -59,7 +59,6 @@ def read_examples(
 
 
 def _check_copies(examples: ExampleFiles, path: str) -> None:
-    """Raise :class:`InputError` for files with the same bytes and different classes."""
     sizes = Counter(file.size for file in examples.files)
     seen: dict[str, tuple[ImageFile, list[int]]] = {}
     for file, label in zip(examples.files, examples.labels.reshape(len(examples.files), -1).tolist(), strict=True):
@@ -124,10 +123,9 @@ def _table(path: Path, names: Sequence[str] | None, column: str, option: str, wh
 
 def folder_names(paths: Sequence[str], files: Sequence[ImageFile]) -> list[str]:
     """Return the names of a folder's subfolders as class names, with spaces for underscores."""
-    root = Path(paths[0]) if len(paths) == 1 else Path()
-    inside = (
-        [PurePath(file.path).relative_to(root).parts for file in files] if root.is_dir() and len(paths) == 1 else []
-    )
+    root = Path(paths[0])
+    one = len(paths) == 1 and root.is_dir()
+    inside = [PurePath(file.path).relative_to(root).parts for file in files] if one else []
     if not inside or any(len(parts) < 2 for parts in inside):
         raise InputError(
             f"--classes: not given, and {' '.join(paths[:2])} is no folder with a subfolder of images for each class; "

@@ -21,19 +21,17 @@ from lit_clip.embedding.index import EXAMPLES, update_index
 from lit_clip.errors import listed, require
 from lit_clip.evaluation.class_head import FOLDS, MOST_FITS
 from lit_clip.evaluation.intervals import UnitScores
-from lit_clip.evaluation.thresholds import FIXED, NONE, ClassThreshold, macro
-from lit_clip.heads.curve import accuracy_by_examples, label_next
-from lit_clip.heads.examples import TEMPLATES, Examples, FittedHead, fit_on
+from lit_clip.evaluation.thresholds import FIXED, NONE, macro
+from lit_clip.heads.examples import TEMPLATES, Examples, FittedHead, accuracy_by_examples, fit_on, label_next
 from lit_clip.heads.head import Head, load_head, save_head
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import replacing
-from lit_clip.tools.console import Text, progress, stderr
+from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.html import write_page
 from lit_clip.tools.images import OnError
 from lit_clip.tools.text_files import no_formula
 
 LABEL_NEXT = Path("label_next.csv")
-SHOWN = 40  # classes whose thresholds are printed
 
 
 @dataclass(frozen=True)
@@ -166,7 +164,6 @@ class _OfExamples(_OfFile):
 
 
 def _features(model: CLIP, examples: ExampleFiles, settings: EncodingSettings) -> Examples:
-    """Return the features of the readable examples; encode examples that the index beside them lacks."""
     table = update_index(model, examples.files, examples.place / EXAMPLES, settings, both_kinds=True)
     rows = {file.identity: row for row, file in enumerate(examples.files)}
     labels = examples.labels[[rows[identity] for identity in table.identities]]
@@ -176,36 +173,29 @@ def _features(model: CLIP, examples: ExampleFiles, settings: EncodingSettings) -
 
 def _summary(fitted: FittedHead, found: Examples, shown: Examples, zero_shot: Tensor) -> Iterator[str | Table]:
     """Yield what a head's fit says of it; ``shown`` are the examples of its classes."""
-    names, several = fitted.head.facts.names, bool(fitted.thresholds)
-    counts = [each.examples for each in fitted.thresholds] or shown.labels.bincount(minlength=len(names)).tolist()
-    if several:
-        yield from _of_several(fitted.thresholds, names, len(shown.labels))
+    names, total = fitted.head.facts.names, len(shown.labels)
+    if fitted.thresholds:
+        counts, means = [each.examples for each in fitted.thresholds], macro(fitted.thresholds)
+        yield (
+            f"head and thresholds of {len(names)} classes, fitted on {total:,} examples: mean F1 "
+            f"{percent(means['f1_held_out'])} on held-out examples ({FOLDS} folds), {percent(means['f1_fixed'])} with "
+            f"{FIXED} for all"
+        )
     else:
-        yield _accuracy(fitted, zero_shot, shown.labels, len(names))
-    by_name = [name for name, count in zip(names, counts, strict=True) if not count]
-    if by_name:
+        counts, seen = shown.labels.bincount(minlength=len(names)).tolist(), fitted.fit.held_out.isfinite().all(dim=1)
+        line = f"head of {len(names)} classes, fitted on {total:,} examples"
+        if bool(seen.any()):
+            right = [
+                percent(float((logits[seen].argmax(dim=1) == shown.labels[seen]).double().mean()))
+                for logits in (fitted.fit.held_out, zero_shot)
+            ]
+            line += f": {right[0]} right on held-out ones ({FOLDS} folds), zero-shot {right[1]}"
+        yield line
+    if by_name := [name for name, count in zip(names, counts, strict=True) if not count]:
         yield f"without an example, and so known by name alone: {listed(by_name)}"
-    if several:
-        return
-    yield from _of_none(fitted, found.take((found.labels < 0).nonzero()[:, 0]))
-    if points := accuracy_by_examples(shown.before, zero_shot, shown.labels, fitted.fit):
-        columns = (Column(title, justify="right") for title in ("right", "99.5 % interval"))
-        table = Table("examples a class", *columns, title="accuracy on held-out examples")
-        for shots, accuracy, (low, high) in points:
-            table.add_row(str(shots), percent(accuracy), f"{percent(low)} to {percent(high)}")
-        yield table
-
-
-def _accuracy(fitted: FittedHead, zero_shot: Tensor, labels: Tensor, classes: int) -> str:
-    line = f"head of {classes} classes, fitted on {len(labels):,} examples"
-    seen = fitted.fit.held_out.isfinite().all(dim=1)
-    if not bool(seen.any()):
-        return line
-    right = [
-        UnitScores((logits[seen].argmax(dim=1) == labels[seen]).double().numpy()).mean()
-        for logits in (fitted.fit.held_out, zero_shot)
-    ]
-    return f"{line}: {percent(right[0])} right on held-out ones ({FOLDS} folds), zero-shot {percent(right[1])}"
+    if not fitted.thresholds:
+        yield from _of_none(fitted, found.take((found.labels < 0).nonzero()[:, 0]))
+        yield from _curve(fitted, shown, zero_shot)
 
 
 def _of_none(fitted: FittedHead, others: Examples) -> Iterator[str]:
@@ -226,23 +216,16 @@ def _of_none(fitted: FittedHead, others: Examples) -> Iterator[str]:
         )
 
 
-def _of_several(found: Sequence[ClassThreshold], names: Sequence[str], examples: int) -> Iterator[str | Table]:
-    means = macro(found)
-    yield (
-        f"head and thresholds of {len(names)} classes, fitted on {examples:,} examples: mean F1 "
-        f"{percent(means['f1_held_out'])} on held-out examples ({FOLDS} folds), {percent(means['f1_fixed'])} with "
-        f"{FIXED} for all"
-    )
-    titles = ("examples", "threshold", f"F1 of {FIXED}", "F1 held out")
-    table = Table("class", *(Column(title, justify="right") for title in titles))
-    for name, each in list(zip(names, found, strict=True))[:SHOWN]:
-        numbers = (str(each.examples), f"{each.threshold:.3g}", percent(each.f1_fixed), percent(each.f1_held_out))
-        table.add_row(Text(name), *numbers)
-    yield table
+def _curve(fitted: FittedHead, examples: Examples, zero_shot: Tensor) -> Iterator[Table]:
+    columns = (Column(title, justify="right") for title in ("right", "99.5 % interval"))
+    table = Table("examples a class", *columns, title="accuracy on held-out examples")
+    for shots, accuracy, (low, high) in accuracy_by_examples(examples.before, zero_shot, examples.labels, fitted.fit):
+        table.add_row(str(shots), percent(accuracy), f"{percent(low)} to {percent(high)}")
+    if table.rows:
+        yield table
 
 
 def _write_label_next(head: Head, chosen: Sequence[tuple[ImageFile, Tensor]]) -> None:
-    """Write which images to label next: a table of examples with the head's guesses, and a page."""
     table, page, shown = LABEL_NEXT, LABEL_NEXT.with_suffix(".html"), list[tuple[str, str, str]]()
     with replacing(table) as draft, draft.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")

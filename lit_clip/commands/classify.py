@@ -8,7 +8,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -39,24 +39,7 @@ from lit_clip.tools.html import page_path
 from lit_clip.tools.images import OnError, or_skip
 from lit_clip.tools.text_files import read_text, read_yaml
 
-
-@dataclass(frozen=True)
-class Known:
-    """Options for images with known classes.
-
-    Args:
-        metrics: for images in class folders, further metrics as NAME=CLASS_PATH, of torchmetrics or of your own, such
-            as auroc=torchmetrics.classification.MulticlassAUROC.
-        sheet: for images in class folders, an HTML page with accuracy, confusions and the wrong images, which replaces
-            an earlier one.
-    """
-
-    flat: ClassVar[bool] = True  # its options are typed without its name
-    metrics: list[str] | None = None
-    sheet: str = "classify.html"
-
-
-ENCODING, KNOWN = Encoding(), Known()
+ENCODING, SHEET = Encoding(), "classify.html"
 NO_LINES = (".json", ".yaml", ".yml")  # files in which names stand between other signs
 FEW = 20  # images in class folders that are shown unless --output is typed: the summary is what is read
 
@@ -70,7 +53,8 @@ def classify(
     top_k: int = 5,
     output: Output | None = None,
     output_file: str | None = None,
-    known: Known = KNOWN,
+    metrics: list[str] | None = None,
+    sheet: str = SHEET,
     learning: ClassOptions = NAMES_ALONE,
     encoding: Encoding = ENCODING,
 ) -> None:
@@ -92,30 +76,35 @@ def classify(
             images if images lie in class folders. CSV has an apostrophe before names that a spreadsheet would compute,
             such as =1.
         output_file: write the results to this file instead of standard output.
-        known: what is done with images whose classes are known.
+        metrics: for images in class folders, further metrics as NAME=CLASS_PATH, of torchmetrics or of your own, such
+            as auroc=torchmetrics.classification.MulticlassAUROC.
+        sheet: for images in class folders, an HTML page with accuracy, confusions and the wrong images, which replaces
+            an earlier one.
         learning: a head that is fitted on examples, or was.
         encoding: how images are read and encoded.
     """
     require(top_k >= 1, f"--top_k {top_k} must be at least 1")
-    target, page = Path(output_file) if output_file else None, page_path("sheet", known.sheet)
+    target, page = Path(output_file) if output_file else None, page_path("sheet", sheet)
     require(target is None or target.absolute().parent.is_dir(), f"--output_file {target}: there is no such folder")
     check_precision(encoding.precision)
-    given, typed = metrics_typed(known.metrics or []), read_groups(classes or [])
+    given, typed = metrics_typed(metrics or []), read_groups(classes or [])
     prompts = imagenet_templates() if templates == ["imagenet"] else _lines(templates, "templates")
     check_templates(prompts)
     files, groups = _groups(images, typed, prompts, learning, given, encoding.on_error)
     judged = any(group.judge.known for group in groups)
-    require(judged or known.sheet == Known.sheet, f"--sheet: {NO_TRUTH}")
+    require(judged or sheet == SHEET, f"--sheet: {NO_TRUTH}")
     saved = [path for group in groups for path in group.source.saved]
     listed = [path for group in groups for path in group.source.listed]
     few = FEW if output is None and target is None and judged else None
-    output = output or next((kind for kind in get_args(Output) if target and target.suffix == f".{kind}"), "table")
+    form: Output = output or next(
+        (kind for kind in get_args(Output) if target and target.suffix == f".{kind}"), "table"
+    )
     with claimed(target, page if judged else None, *saved, option="file"), claimed(*listed, option=""):
         clip = load_model(model).to(best_device())
         for group in groups:
             group.source.begin(clip, group.names, prompts, encoding)
-        found, unreadable = _classified(clip, files, groups, encoding, top_k, output, target)
-        write_classes(dict(islice(found.items(), few)), output, target)
+        found, unreadable = _classified(clip, files, groups, encoding, top_k, form, target)
+        write_classes(dict(islice(found.items(), few)), form, target)
         if few and len(found) > few:
             stderr().print(f"the first {few} of {len(found):,} images; --output table shows all", highlight=False)
         for group in groups:

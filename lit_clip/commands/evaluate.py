@@ -1,9 +1,9 @@
 """``lit-clip evaluate``: evaluate a model on a suite of sets, as the paper does."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, ClassVar, get_args
+from typing import Any, get_args
 
 from lit_clip import distributed, load_model
 from lit_clip.commands.class_sources import NAMES_ALONE, ClassOptions
@@ -26,31 +26,7 @@ from lit_clip.tools.atomic import make_folder
 from lit_clip.tools.console import stderr
 from lit_clip.tools.hashing import sha256_of_file
 
-
-@dataclass(frozen=True)
-class Examples:
-    """Options of the examples for few-shot results.
-
-    Args:
-        shots: numbers of examples per class of the few-shot results; 1, 2, 4, 8 and 16 if not given.
-        draws: number of draws of the examples of each few-shot result.
-        seed: random seed of the draws and of held-out images.
-    """
-
-    flat: ClassVar[bool] = True  # its options are typed without its name
-    shots: list[int] | None = None
-    draws: int = 3
-    seed: int = 0
-
-    def options(self, metrics: list[str] | None) -> TaskOptions:
-        """Return the options of the tasks."""
-        shots = self.shots or SHOTS
-        require(self.draws >= 1, f"--draws {self.draws} must be at least 1")
-        require(min(shots) >= 1, f"--shots {min(shots)} must be at least 1")
-        return TaskOptions(tuple(shots), self.draws, self.seed, metrics=metrics_typed(metrics or []))
-
-
-ENCODING, EXAMPLES = EncodingSettings(), Examples()
+ENCODING = EncodingSettings()
 
 
 def evaluate(
@@ -66,7 +42,9 @@ def evaluate(
     cache: str | None = None,
     head: ClassOptions = NAMES_ALONE,
     encoding: EncodingSettings = ENCODING,
-    examples: Examples = EXAMPLES,
+    shots: list[int] | None = None,
+    draws: int = 3,
+    seed: int = 0,
     download: bool = False,
 ) -> None:
     """Evaluate a model on a suite of sets: zero-shot, linear probe, few-shot, retrieval, caption choice, segmentation.
@@ -90,12 +68,17 @@ def evaluate(
             one name are seeds of one recipe (this: of the evaluated model's).
         cache: folder for image and text features; cache in the output folder if not given.
         encoding: how images and texts are encoded.
-        examples: of the few-shot results.
         head: also evaluate this head, a file of classify --save_head, on the sets of its classes.
+        shots: numbers of examples per class of the few-shot results; 1, 2, 4, 8 and 16 if not given.
+        draws: number of draws of the examples of each few-shot result.
+        seed: random seed of the draws and of held-out images.
         download: first download the missing sets that torchvision or the Hugging Face hub has.
     """
     check_precision(encoding.precision, encoding.accelerator)
-    wanted, options = _tasks(tasks, head.path), examples.options(metrics)
+    require(draws >= 1, f"--draws {draws} must be at least 1")
+    require(min(shots or SHOTS) >= 1, f"--shots {min(shots or SHOTS)} must be at least 1")
+    options = TaskOptions(tuple(shots or SHOTS), draws, seed, metrics=metrics_typed(metrics or []))
+    wanted = _tasks(tasks, head.path)
     entries = _chosen(read_suite(suite), sets, wanted)
     others = other_runs(compare or [], Path(output))
     clip, out = load_model(model), Path(output)

@@ -94,7 +94,6 @@ def export(
 
 
 def _left_out(model: CLIP, format: FormatName) -> Iterator[str]:
-    """Yield notes on what the other program ignores in a model's folder."""
     if (window := model.preprocessing.window) is not None:
         reopened = format in ("open_clip", "hugging_face")
         reads = "; lit-clip reads the window from the folder" if reopened else ""
@@ -138,17 +137,17 @@ def write_checked(
         raise InputError(f"{format} cannot open this model ({type(error).__name__}: {reason}){instead}") from error
     advance(1)
     parity, tolerance = parity_of(original, sample, reading, head), tolerance_of(format, dtype)
-    for name, difference in (("image", parity.image), ("text", parity.text)):
-        problem = f"{name} features differ by {difference:.1e} from the original's, more than {tolerance:.0e}"
-        require(difference <= tolerance, f"{format}: {problem}; nothing was written")
-    problem = f"the head's probabilities differ by {parity.head or 0:.1e}, more than {tolerance:.0e}"
-    smaller = dtype != "float32"  # its probabilities follow the features, as far as those go
-    require(smaller or (parity.head or 0) <= tolerance, f"{format}: {problem}; nothing was written")
-    other_ids = f"{format}: its tokenizer gives other token ids than the model's; nothing was written"
-    require(parity.tokens is not False, other_ids)
-    levels = parity.pixels or 0.0
-    problem = f"its preprocessing differs from the model's by {levels:.1f} of 255 levels; nothing was written{instead}"
-    require(levels <= 1.001, f"{format}: {problem}")
+    head_differs, levels, more = parity.head or 0.0, parity.pixels or 0.0, f"more than {tolerance:.0e}"
+    smaller = dtype != "float32"  # a head's probabilities follow the features, as far as those go
+    checks = {
+        f"image features differ by {parity.image:.1e} from the original's, {more}": parity.image <= tolerance,
+        f"text features differ by {parity.text:.1e} from the original's, {more}": parity.text <= tolerance,
+        f"the head's probabilities differ by {head_differs:.1e}, {more}": smaller or head_differs <= tolerance,
+        "its tokenizer gives other token ids than the model's": parity.tokens is not False,
+        f"its preprocessing differs from the model's by {levels:.1f} of 255 levels": levels <= 1.001,
+    }
+    for problem, holds in checks.items():
+        require(holds, f"{format}: {problem}; nothing was written{instead}")
     return parity
 
 

@@ -1,27 +1,15 @@
 """``lit-clip index``: build an approximate index of feature files."""
 
 import shlex
-from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from lit_clip.approximate.approximate_index import (
-    BUILDING,
-    CONNECTIVITY,
-    ROWS,
-    SUFFIX,
-    add_to_index,
-    check_alike,
-    in_view,
-)
+from lit_clip.approximate.approximate_index import SUFFIX, add_to_index, check_alike, write_faiss
 from lit_clip.embedding.feature_files import check_output, read_features
 from lit_clip.errors import require
-from lit_clip.tools.atomic import not_written, replacing
 from lit_clip.tools.claims import claimed
-from lit_clip.tools.console import progress, stderr
+from lit_clip.tools.console import stderr
 
 CHECKED = 100  # rows that are searched for, to say how many of the nearest are found
 
@@ -53,24 +41,3 @@ def index(features: list[str], *, output: str, exact: bool = False) -> None:
     stderr().print(f"{path}: {len(built):,} rows of {len(built.files)} files; {recall}")
     model = built.tables[0].metadata.get("model", "MODEL")
     stderr().print(f"search them: {shlex.join(['lit-clip', 'search', str(path), 'TEXT', '--model', model])}")
-
-
-def write_faiss(path: Path, features: Sequence[np.ndarray], exact: bool) -> None:
-    """Write float32 rows ``[N, D]`` as faiss's ``IndexFlatIP`` if ``exact``, otherwise as ``IndexHNSWFlat``."""
-    require(find_spec("faiss") is not None, f"--output {path}: needs faiss: pip install faiss-cpu")
-    import faiss
-
-    width = features[0].shape[1]
-    index: Any = faiss.IndexFlatIP(width)
-    if not exact:
-        index = faiss.IndexHNSWFlat(width, CONNECTIVITY, faiss.METRIC_INNER_PRODUCT)
-        index.hnsw.efConstruction, index.hnsw.efSearch = BUILDING, in_view(sum(map(len, features)))
-    with progress("index", sum(map(len, features))) as advance:
-        for rows in (each[start : start + ROWS] for each in features for start in range(0, len(each), ROWS)):
-            index.add(np.ascontiguousarray(rows))
-            advance(len(rows))
-    with replacing(path) as draft:
-        try:
-            faiss.write_index(index, str(draft))
-        except RuntimeError as error:  # of a full disk
-            raise not_written(path, error) from error

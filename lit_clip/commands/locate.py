@@ -165,13 +165,12 @@ class Answers:
             _save(picture, self.folder / facts["overlay"])
             if region.seen:
                 _save(Image.fromarray(resized_mask(region.mask, image.size)), self.folder / facts["mask"])
-            self.rows.append(facts)
             found.append((facts, thumbnail(picture, THUMBNAIL) if len(self.shown) < SHOWN else ""))
+        self.rows += [facts for facts, _ in found]
         if len(self.shown) < SHOWN:
             self.shown.append({"key": file.key, "level": f"{located.level:.3f}", "texts": found})
 
     def _remove_earlier(self) -> None:
-        """Remove heat maps and masks of earlier runs that this run did not write."""
         written = {row[kind] for row in self.rows for kind in KINDS}
         for path in self.folder.glob("*.png"):
             if path.name not in written and NAME.fullmatch(path.name) and png_program(path) == PROGRAM:

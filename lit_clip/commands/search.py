@@ -1,10 +1,11 @@
 """``lit-clip search``: find the images of a folder, or rows of a feature file, that best match a query."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -42,13 +43,8 @@ class Searched(NamedTuple):
     """Images or rows of a feature file to search."""
 
     names: Sequence[str]  # of N rows, to be shown
-    features: Any  # float32 [N, D], of unit length, or an index of them
+    nearest: Callable[[np.ndarray, int], tuple[np.ndarray, np.ndarray]]  # queries [Q, D], k -> cosines and rows [Q, k]
     files: Sequence[Path | None]  # each row's image, if it is a file
-
-    def nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the highest cosines with queries ``[Q, D]``, and their rows."""
-        stored = isinstance(self.features, np.ndarray)
-        return nearest(self.features, queries, k) if stored else self.features.nearest(queries, k)
 
 
 def search(
@@ -118,7 +114,6 @@ def holds_features(path: Path, index: str | None, precision: Precision) -> bool:
 def _titled_queries(
     model: CLIP, texts: Sequence[str], images: Sequence[str], text_weight: float | None
 ) -> tuple[list[str], np.ndarray]:
-    """Return the titles and unit features ``[Q, D]`` of the queries."""
     titles, vectors = [*texts, *(f"like {path}" for path in images)], encode_queries(model, texts, images)
     if text_weight is None:
         return titles, vectors
@@ -149,7 +144,7 @@ def search_in(
     """Return a folder's images to search; encode images that its index lacks."""
     table = update_index(model, files, Path(index) if index else folder / INDEX, settings)
     keys = [key for key, _, _ in table.identities]
-    return Searched(keys, table.features, [folder / key for key in keys])
+    return Searched(keys, partial(nearest, table.features), [folder / key for key in keys])
 
 
 def read_searched(path: Path, model: CLIP) -> Searched:
@@ -164,7 +159,7 @@ def read_searched(path: Path, model: CLIP) -> Searched:
         files += [None if root is None else Path(root, image) for image in stored.images or stored.keys]
         captions = zip(stored.keys, stored.captions, strict=True) if stored.captions else ()
         names += [f"{key}: {caption}" for key, caption in captions] or stored.keys
-    return Searched(names, index or tables[0].features, files)
+    return Searched(names, index.nearest if index else partial(nearest, tables[0].features), files)
 
 
 def _check_model(path: Path, stored: StoredFeatures, model: CLIP) -> None:

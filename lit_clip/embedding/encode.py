@@ -79,14 +79,9 @@ class Encoding:
         require((self.num_workers or 0) >= 0, f"--num_workers {self.num_workers} must be at least 0")
 
     @property
-    def processes(self) -> int:
-        """Number of processes on this machine."""
-        return 1
-
-    @property
     def workers(self) -> int:
         """Number of data workers of each process."""
-        return workers_for_images(self.processes) if self.num_workers is None else self.num_workers
+        return workers_for_images(1) if self.num_workers is None else self.num_workers
 
 
 @dataclass(frozen=True)
@@ -102,8 +97,9 @@ class EncodingSettings(Encoding):
     accelerator: str = "auto"
 
     @property
-    def processes(self) -> int:
-        return self.devices if self.devices > 0 else max(1, torch.accelerator.device_count())  # -1: all
+    def workers(self) -> int:
+        processes = self.devices if self.devices > 0 else max(1, torch.accelerator.device_count())  # -1: all
+        return workers_for_images(processes) if self.num_workers is None else self.num_workers
 
 
 @dataclass(frozen=True)
@@ -320,23 +316,19 @@ def claimed_by_first(output: Path, settings: EncodingSettings, share: Share = Sh
         yield
 
 
-def machines() -> int:
-    """Return the number of machines on which torchrun or SLURM runs this job; 1 without them."""
-    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
-    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-
-    if TorchElasticEnvironment.detect():
-        return int(os.environ.get("GROUP_WORLD_SIZE", 1))
-    return int(os.environ.get("SLURM_NNODES", 1)) if SLURMEnvironment.detect() else 1
-
-
 def make_trainer(settings: EncodingSettings) -> "Trainer":
     """Return a trainer that only starts processes: no logs, checkpoints or progress bar."""
+    from lightning.fabric.plugins.environments.slurm import SLURMEnvironment
+    from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
     from lightning.pytorch import Trainer
 
     from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
 
-    nodes = machines()
+    nodes = 1  # machines on which torchrun or SLURM runs this job
+    if TorchElasticEnvironment.detect():
+        nodes = int(os.environ.get("GROUP_WORLD_SIZE", 1))
+    elif SLURMEnvironment.detect():
+        nodes = int(os.environ.get("SLURM_NNODES", 1))
     try:
         trainer = Trainer(
             accelerator=settings.accelerator,

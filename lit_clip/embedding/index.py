@@ -57,7 +57,8 @@ def update_index(
                 not _holds_other_arrays(path), f"--index {path}: holds other arrays than an index; name another file"
             )
             stderr().print(f"{path} is of another model or precision, or damaged: everything is encoded again")
-        _print_changes(path, files, old.identities if old else ())
+        missing = wanted.difference(old.identities if old else ())
+        stderr().print(f"index {path}: {len(missing):,} of {len(files):,} images are new or changed")
         kind = features_of_both_kinds if both_kinds else image_features
         task, parts = image_task(model, FileRows(files), [file.identity for file in files], kind), Parts(path, name)
         table = features_of(model, task, parts, settings, old)
@@ -74,20 +75,11 @@ def _complete(table: FeatureTable | None, wanted: Collection[Identity]) -> bool:
 
 
 def _in_cache(path: Path) -> Path:
-    """Return the cache path for the index of a read-only folder, and print it."""
     place = path.resolve()
     kept = default_cache_dir() / "search" / f"{place.parent.name}-{hex_digest([str(place)])[:20]}.npz"
     make_folder(kept.parent)
     stderr().print(f"{path.parent} cannot be written to: features of its images are kept in {kept}")
     return kept
-
-
-def _print_changes(path: Path, files: Sequence[ImageFile], known: Collection[Identity]) -> None:
-    keys, known = {key for key, _, _ in known}, set(known)
-    missing = [file.key for file in files if file.identity not in known]
-    changed, gone = len(keys.intersection(missing)), len(keys - {file.key for file in files})
-    unchanged, new = len(files) - len(missing), len(missing) - changed
-    stderr().print(f"index {path}: {unchanged} images unchanged, {new} new, {changed} changed, {gone} gone")
 
 
 def _holds_other_arrays(path: Path) -> bool:

@@ -1,7 +1,7 @@
 """Class heads from few examples: a small file turns a model into a classifier of your own classes.
 
-``head`` (what is applied, and its file), ``examples`` (fit one), ``curve`` (accuracy by number of examples, and which
-images to label next). How a head is fitted is in :mod:`lit_clip.evaluation.class_head`.
+``head`` (what is applied, and its file) and ``examples`` (fit one; what more examples would give). How a head is fitted
+is in :mod:`lit_clip.evaluation.class_head`.
 """
 
 from lit_clip.heads.examples import Examples, head_from_images

@@ -174,7 +174,6 @@ def load_head(path: str | Path) -> Head:
 
 
 def _checked(values: Any, tensors: dict[str, Tensor]) -> Head:
-    """Return a head from a file's values, after checking each of them."""
     facts = from_plain(HeadFacts, values, "head")
     check_fields(facts, "head")
     classes = len(facts.names)

@@ -80,7 +80,6 @@ def _coloured(place: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _with_bar(drawn: Image.Image, scale: Scale, peak: float) -> Image.Image:
-    """Add the colour bar below, with the cosines at its ends, a mark at the level, and the image's peak."""
     width = max(drawn.width, LEAST)
     whole = Image.new("RGB", (width, drawn.height + BAR + LABEL + 2 * MARGIN), "white")
     whole.paste(drawn, ((width - drawn.width) // 2, 0))
@@ -148,6 +147,5 @@ class HeatMaps:
 
 
 def _turned(map_: Image.Image, image: Image.Image) -> Image.Image:
-    """Rotate a map of an image by the camera's rotation flag."""
     map_.getexif()[ExifTags.Base.Orientation] = image.getexif().get(ExifTags.Base.Orientation, 1)
     return ImageOps.exif_transpose(map_)
