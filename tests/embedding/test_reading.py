@@ -228,6 +228,13 @@ def test_a_stop_file_stops_reading(tmp_path: Path, tiny_config: CLIPConfig) -> N
     assert batches[1] == (None, [], [], [], [], None)
 
 
+def test_loading_leaves_the_global_random_state_alone(tiny_config: CLIPConfig) -> None:
+    model = CLIP(tiny_config).eval()
+    before = torch.get_rng_state()
+    list(encoded_batches(model, Films(), batch_size=4, num_workers=2))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def names(folder: Path) -> list[str]:
     return [file.key for file in images_in(folder)]
 
