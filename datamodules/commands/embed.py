@@ -6,13 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from lit_clip.embedding.encode import features_of, work_on
-from lit_clip.embedding.encoding_task import (
-    EncodingSettings,
-    image_task,
-    report_skipped,
-    text_task,
-)
+from lit_clip.embedding.encode import EncodingSettings, features_of, image_task, report_skipped, text_task, work_on
 from lit_clip.embedding.feature_files import Identity, check_keys, check_output, write_features
 from lit_clip.embedding.image_files import FileRows, find_images, identities_of
 from lit_clip.embedding.precision import check_precision

@@ -6,8 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from lit_clip.embedding.encode import Work, features_of, work_on
-from lit_clip.embedding.encoding_task import EncodingSettings, image_task, text_task
+from lit_clip.embedding.encode import EncodingSettings, Work, features_of, image_task, text_task, work_on
 from lit_clip.embedding.feature_files import Identity, check_output
 from lit_clip.embedding.precision import check_precision
 from lit_clip.errors import require

@@ -3,8 +3,7 @@
 import json
 from pathlib import Path
 
-from lit_clip.embedding.encode import work_on
-from lit_clip.embedding.encoding_task import EncodingSettings, check_complete
+from lit_clip.embedding.encode import EncodingSettings, check_complete, work_on
 from lit_clip.embedding.feature_files import check_output
 from lit_clip.embedding.pair_scores import in_order, score_pairs, scored_rows, scores_of
 from lit_clip.embedding.precision import check_precision

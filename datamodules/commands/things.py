@@ -8,8 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from lit_clip.embedding.encode import Work, encode
-from lit_clip.embedding.encoding_task import EncodingSettings, check_complete, image_task, text_task
+from lit_clip.embedding.encode import EncodingSettings, Work, check_complete, encode, image_task, text_task
 from lit_clip.embedding.feature_files import FeatureTable, Identity, collect
 from lit_clip.embedding.image_files import identities_of
 from lit_clip.embedding.index import combined

@@ -15,7 +15,7 @@ from functools import cache, partial
 import numpy as np
 from PIL import Image
 
-from lit_clip.embedding.encoding_task import remaining
+from lit_clip.embedding.encode import remaining
 from lit_clip.embedding.parts import Arrays, Parts, json_array, json_value
 from lit_clip.errors import BadSample, require
 from lit_clip.models.tokenizer import TextTokenizer

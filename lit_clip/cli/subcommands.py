@@ -47,7 +47,7 @@ COMMANDS: dict[str, str] = {
     "wise-ft": "lit_clip.commands.wise_ft:wise_ft",
 }
 # Options of rooms that need not be there, in place of those of a command's parameter.
-HEADS = {"learning": "lit_clip.commands.class_heads:Learning", "head": "lit_clip.commands.head_option:HeadFile"}
+HEADS = {"learning": "lit_clip.commands.class_heads:Learning", "head": "lit_clip.commands.class_heads:HeadFile"}
 # LightningCLI's commands, imported when one of them is run.
 CONFIGURED = {
     "fit": "Train or fine-tune a model.",

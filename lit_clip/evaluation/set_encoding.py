@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from lit_clip import distributed
-from lit_clip.embedding.encoding_task import EncodingTask
+from lit_clip.embedding.encode import EncodingTask
 from lit_clip.embedding.reading import (
     Batches,
     Encode,

@@ -14,8 +14,7 @@ from weakref import WeakKeyDictionary
 import numpy as np
 
 from lit_clip import distributed
-from lit_clip.embedding.encode import UnreadableError, compute, encode
-from lit_clip.embedding.encoding_task import EncodingSettings, remaining
+from lit_clip.embedding.encode import EncodingSettings, UnreadableError, compute, encode, remaining
 from lit_clip.embedding.feature_files import FeatureTable
 from lit_clip.embedding.image_files import image_file
 from lit_clip.embedding.parts import Parts, json_array, json_value, load_arrays, save_arrays

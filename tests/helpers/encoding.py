@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from lit_clip.embedding.encoding_task import EncodingTask
+from lit_clip.embedding.encode import EncodingTask
 from lit_clip.embedding.pair_scores import PairTask
 from lit_clip.embedding.reading import EncoderBatch
 

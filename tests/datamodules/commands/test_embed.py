@@ -14,7 +14,7 @@ from PIL import Image
 
 from lit_clip import LitCLIP, load_model
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding.encoding_task import EncodingTask
+from lit_clip.embedding.encode import EncodingTask
 from lit_clip.embedding.parts import Arrays, Parts
 from lit_clip.embedding.reading import EncoderBatch
 from lit_clip.errors import InputError

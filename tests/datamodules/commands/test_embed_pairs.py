@@ -287,7 +287,7 @@ def test_a_folders_index_stays_while_the_image_encoder_is_the_same(
         run_command(["search", "images", "kite", "--model", model, "--num_workers", "0"])
         return capsys.readouterr().err
 
-    assert "3 new" in told(str(tiny_checkpoint))
+    assert "3 of 3 images are new" in told(str(tiny_checkpoint))
     assert "new" not in told(tuned["text"])
     assert "everything is encoded again" in told(tuned["image"])
 
