@@ -81,16 +81,11 @@ def inspect(
         parts.remove()
     _print(name, sections, findings, source.left_out)
     stderr().print(f"page with images: {page}{replaced}")
-    _check_usable(name, findings)
-    what = "all findings, and a decision on each" if counts else "nothing was found to decide on"
-    stderr().print(f"{what}: {table}\ntrain on the rest: {command}")
-
-
-def _check_usable(name: str, findings: ScanFindings) -> None:
-    """Raise :class:`InputError` if no pair is left."""
     if not len(findings.usable):
         first = findings.problems[0][2]
         raise InputError(f"{name}: none of {len(findings.images):,} pairs can be used; the first: {first}")
+    what = "all findings, and a decision on each" if counts else "nothing was found to decide on"
+    stderr().print(f"{what}: {table}\ntrain on the rest: {command}")
 
 
 def _opened(given: DataOptions, default_split: str | None = None) -> Opened:

@@ -1,8 +1,9 @@
 """``lit-clip overlap``: find evaluation images in training data, and measure how much they help a model."""
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,13 @@ from typing import Any
 from rich.table import Column, Table
 
 from lit_clip import load_model
+from lit_clip.embedding.encoding_task import EncodingSettings, check_complete
+from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.precision import Precision, check_precision
+from lit_clip.embedding.reading import UnreadableRow
 from lit_clip.errors import require
 from lit_clip.evaluation.overlap import CONFIDENCE, bonferroni
+from lit_clip.evaluation.set_encoding import SetRows
 from lit_clip.models.clip import CLIP
 from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.claims import claimed
@@ -23,7 +28,7 @@ from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import fingerprint
 from ..overlap.findings import By, SetFindings, findings_of, leaked_rows
 from ..overlap.page import percent, points, write_overlap
-from ..overlap.search import LEAST_KEPT, NearestFound, Queries, joined, search
+from ..overlap.search import EncodedImages, Searched, SourceRows, encode_images
 from ..overlap.sets import EvaluationSet, check_prompts, open_sets, read_thresholds, recognised
 from ..pairs.findings import Counts, DataOptions, write_findings
 from ..pairs.source import Columns, PairSource
@@ -74,77 +79,67 @@ def overlap(
         num_workers: number of data workers.
         precision: of the encoders; 32-true is exact, bf16-mixed and on a GPU 16-mixed are faster.
     """
-    path = _output(output)
+    path = Path(output)
+    require(path.suffix in (".html", ".json"), f"--output {output}: must be a .html or a .json file")
+    require(path.absolute().parent.is_dir(), f"--output {output}: there is no such folder")
     check_precision(precision)
+    settings = EncodingSettings(batch_size, num_workers, precision, "skip")
     opened = open_sets(evaluation, suite or [], sets, Path(data_root), templates)
     thresholds = read_thresholds(threshold, list(opened))
     check_prompts(opened)
     require(bool(train), "--train: name a table, a folder or shards")
     data = DataOptions(train, columns, split)
-    opened_data = open_data(data)
-    source = opened_data.every
+    training = open_data(data)
     outputs = [path.with_suffix(suffix) for suffix in OUTPUTS]
     with claimed(*outputs):
-        clip = load_model(model).to(best_device())
+        clip = load_model(model)
         described = {"name": model, "fingerprint": fingerprint(clip).model, "precision": precision}
-        stamp = opened_data.stamp(*outputs)
-        cache, settings = path.with_name(f".{path.stem}.found"), [described["fingerprint"], precision, stamp]
-        least = min(LEAST_KEPT, *thresholds.values())
-        queries, found = _searched(clip, opened, source, cache, settings, (batch_size, num_workers, precision, least))
-        findings = _judged(clip, opened, queries, found, thresholds, by, precision)
-        leaks = leaked_rows(found, list(queries.values()), findings, by, source)
-        written = write_findings(outputs[0], leaks, source, data)
-        _write(path, _report(findings, found, len(source), described, train, by), findings, source, *written)
-
-
-def _output(output: str) -> Path:
-    path = Path(output)
-    require(path.suffix in (".html", ".json"), f"--output {output}: must be a .html or a .json file")
-    require(path.absolute().parent.is_dir(), f"--output {output}: there is no such folder")
-    return path
+        cache = path.with_name(f".{path.stem}.found")
+        stamp = [described["fingerprint"], precision, training.stamp(*outputs)]
+        searched, unreadable = _searched(clip, opened, thresholds, training.every, cache, stamp, settings)
+        clip.to(best_device())
+        findings = {}
+        for name, each in opened.items():
+            correct = recognised(clip, each, searched[name].images, precision)
+            findings[name] = findings_of(each.images, searched[name], by, correct)
+        leaks = leaked_rows(findings, by, training.every)
+        written = write_findings(outputs[0], leaks, training.every, data)
+        report = _report(findings, unreadable, len(training.every), described, train, by)
+        _write(path, report, findings, training.every, *written)
 
 
 def _searched(
     clip: CLIP,
     opened: Mapping[str, EvaluationSet],
-    source: PairSource,
-    folder: Path,
-    settings: list[str],
-    how: tuple[int, int, Precision, float],
-) -> tuple[dict[str, Queries], NearestFound]:
-    """Load or compute each set's features and looks, and the nearest training images of all sets."""
-    make_folder(folder)
-    sets = {}
-    for name, each in opened.items():
-        kind = type(each.images).__qualname__
-        settings.append(hex_digest([*settings[:2], kind, each.images.stamp(), len(each.images)]))
-        path = folder / f"set-{settings[-1]}.npz"
-        found = Queries.load(path)
-        if found is None or found.bad:  # the unreadable images may have been fixed
-            found = Queries.compute(clip, each.images, name, *how[:3])
-            found.save(path)
-        sets[name] = found
-    sizes = [len(each.items) for each in sets.values()]
-    path = folder / f"search-{hex_digest([settings, sizes, how[3]])}.npz"
-    return sets, search(clip, joined(list(sets.values())), source, path, *how)
-
-
-def _judged(
-    clip: CLIP,
-    opened: Mapping[str, EvaluationSet],
-    queries: Mapping[str, Queries],
-    found: NearestFound,
     thresholds: Mapping[str, float],
-    by: By,
-    precision: Precision,
-) -> dict[str, SetFindings]:
-    findings, start = {}, 0
+    source: PairSource,
+    cache: Path,
+    stamp: Sequence[str],
+    settings: EncodingSettings,
+) -> tuple[dict[str, Searched], list[UnreadableRow]]:
+    """Encode all images that the ``cache`` lacks, compare them, and return the unreadable training images."""
+    make_folder(cache)
+    device = best_device()
+    searched = {}
     for name, each in opened.items():
-        ours, stop = queries[name], start + len(queries[name].items)
-        correct = recognised(clip, each, ours, precision)
-        findings[name] = findings_of(each.images, ours, _part(found, start, stop), thresholds[name], by, correct)
-        start = stop
-    return findings
+        images, size = each.images, len(each.images)
+        parts = _parts(cache, "set", *stamp[:2], type(images).__qualname__, images.stamp(), size)
+        bad = encode_images(clip, SetRows(images), parts, settings, name, images.several)
+        check_complete(size - len(bad), size, bad, f"images of {name}")
+        searched[name] = Searched(EncodedImages.joined(parts), [row.message for row in bad], thresholds[name], device)
+    parts = _parts(cache, "training", *stamp)
+    unreadable = encode_images(clip, SourceRows(source), parts, settings, "training images")
+    check_complete(len(source) - len(unreadable), len(source), unreadable, "training images")
+    for part in parts.read(EncodedImages.of):
+        for batch in part.batches(settings.batch_size):
+            for each in searched.values():
+                each.add(batch)
+    return searched, unreadable
+
+
+def _parts(cache: Path, kind: str, *stamp: object) -> Parts:
+    digest = hex_digest([__version__, *stamp])
+    return Parts(cache / f"{kind}-{digest[:16]}", digest)
 
 
 def _write(
@@ -167,38 +162,34 @@ def _write(
         stderr().print(f"train on the rest: {command}")
 
 
-def _part(found: NearestFound, start: int, stop: int) -> NearestFound:
-    """Return the results for one set."""
-    here = slice(start, stop)
-    nearest = type(found.nearest)(*(column[here].cpu() for column in found.nearest))
-    looks = {"look_rows": found.look_rows[here], "look_names": found.look_names[here]}
-    return replace(found, nearest=nearest, names=found.names[here], **looks)
-
-
 def _report(
-    judged: Mapping[str, SetFindings], found: NearestFound, rows: int, model: dict[str, str], train: list[str], by: By
+    judged: Mapping[str, SetFindings],
+    unreadable: Sequence[UnreadableRow],
+    rows: int,
+    model: dict[str, str],
+    train: list[str],
+    by: By,
 ) -> dict[str, Any]:
     adjusted = bonferroni([findings.overlap.p_value for findings in judged.values()])
     sets = {}
     for (name, findings), p_value in zip(judged.items(), adjusted, strict=True):
         sets[name] = {
-            "threshold": findings.threshold,
+            "threshold": findings.searched.threshold,
             **asdict(findings.overlap),
             "p_value_bonferroni": p_value,
-            "skipped": findings.bad,
+            "skipped": findings.searched.bad,
             "thresholds": [{"threshold": value, **asdict(other)} for value, other in findings.tried],
             "pairs": findings.pairs(),
         }
-    unread = found.reasons.total()
     return {
         "lit_clip": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": model,
         "train": {
             "data": train,
-            "images": rows - unread,
-            "skipped": dict(found.reasons),
-            "skipped_lines": found.bad[:LISTED_BAD],
+            "images": rows - len(unreadable),
+            "skipped": dict(Counter(row.reason for row in unreadable)),
+            "skipped_lines": [row.message for row in unreadable[:LISTED_BAD]],
         },
         "by": by,
         "interval_confidence": CONFIDENCE,

@@ -158,20 +158,7 @@ def refuse_no_folder(folder: Path) -> None:
         raise MissingData(f"{folder}: no such folder")
 
 
-def in_class_folders(
-    folder: Path, classes: Sequence[str], choose: Callable[[list[str]], list[str]] | None = None
-) -> tuple[list[str], list[int]]:
-    """List the images in ``folder/CLASS`` as paths below ``folder``, and their labels.
-
-    Args:
-        folder: the parent of the class folders.
-        classes: their names, in label order.
-        choose: picks some of the paths of a class; None: all.
-    """
-    files, labels = [], []
-    for label, name in enumerate(classes):
-        images = [f"{name}/{image}" for image in images_in(folder / name)]
-        chosen = choose(images) if choose else images
-        files += chosen
-        labels += [label] * len(chosen)
-    return files, labels
+def in_class_folders(folder: Path, classes: Sequence[str]) -> tuple[list[str], list[int]]:
+    """List the images in ``folder/CLASS`` as paths below ``folder``, and their labels: places in ``classes``."""
+    images = [(f"{name}/{image}", label) for label, name in enumerate(classes) for image in images_in(folder / name)]
+    return [image for image, _ in images], [label for _, label in images]

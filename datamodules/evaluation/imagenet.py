@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Literal
@@ -18,7 +18,7 @@ from lit_clip.tools.reading import reading
 from lit_clip.tools.untrusted import entries
 from .annotation_files import AGAIN, find, read_json, read_mat, read_table, read_text, refuse_missing, whole_number
 from .image_files import ImageFiles, KnownLabels, images_in, in_class_folders, labels_of, subfolders
-from .webdataset import ImageSpan, TarImages, scan_tar
+from .webdataset import TarImages, TarSample, scan_tar
 
 ImageNetSplit = Literal["train", "val"]
 DEVKIT = "ILSVRC2012_devkit_t12"
@@ -116,32 +116,29 @@ class _ImageNetTars(TarImages, KnownLabels):
         self.annotation_paths = [info] if info.is_file() else []
         for path in self.annotation_paths:
             refuse_missing(*_listed_beside(path, tars[0]))
-        samples = [sample for number in range(len(tars)) for sample in self._read(number)]
-        samples.sort(key=lambda sample: sample[0])
-        self.keys = [key for key, _, _ in samples]
-        self.spans = [span for _, span, _ in samples]
-        self._labels = [label for _, _, label in samples]
+        labelled = sorted((_tar_key(each), each) for path in tars for each in scan_tar(path, "cls"))
+        self.samples = [sample for _, sample in labelled]
+        self._keys = [key for (key, _), _ in labelled]
+        self._labels = [label for (_, label), _ in labelled]
 
-    def _read(self, number: int) -> Iterator[tuple[str, ImageSpan, int]]:
-        path, wnids = self.tars[number], imagenet_wnids()
-        for key, sample in scan_tar(path, number, "cls").items():
-            where = f"{path} sample {key}"
-            label = whole_number((sample.target or b"").decode("ascii", "replace").strip())
-            if sample.image is None or label is None or label >= len(wnids):
-                raise InputError(f"{where}: needs an image and a .cls with a label below {len(wnids)}; {AGAIN}")
-            wnid, name = wnids[label], key.rpartition("/")[2]
-            said = WNID.match(name)
-            other = f"its name is of {said[1] if said else ''}, but its label {label} is {wnid}"
-            require(said is None or said[1] == wnid, f"{where}: {other}; {AGAIN}")
-            yield f"{wnid}/{name}.JPEG", sample.image, label
-
-    def where(self, index: int) -> str:
-        span = self.spans[index]
-        assert span is not None
-        return f"{self.tars[span.tar]} sample {self.keys[index]}"
+    def key(self, index: int) -> str:
+        return self._keys[index]
 
     def stamp(self) -> str:
         return stamp_of_files(self.tars)
+
+
+def _tar_key(sample: TarSample) -> tuple[str, int]:
+    """Return an image's path in class folders, and its label."""
+    wnids = imagenet_wnids()
+    label = whole_number((sample.target or b"").decode("ascii", "replace").strip())
+    if not sample.size or label is None or label >= len(wnids):
+        raise InputError(f"{sample.where}: needs an image and a .cls with a label below {len(wnids)}; {AGAIN}")
+    wnid, name = wnids[label], sample.name.rpartition("/")[2]
+    said = WNID.match(name)
+    other = f"its name is of {said[1] if said else ''}, but its label {label} is {wnid}"
+    require(said is None or said[1] == wnid, f"{sample.where}: {other}; {AGAIN}")
+    return f"{wnid}/{name}.JPEG", label
 
 
 def _listed_beside(info: Path, tar: Path) -> list[Path]:

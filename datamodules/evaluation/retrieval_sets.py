@@ -1,26 +1,26 @@
-"""Captioned images for retrieval: Flickr30k, COCO, and any source of training pairs."""
+"""Captioned images for retrieval: Flickr30k, COCO, any source of training pairs, and pairs that search each other."""
 
 import json
 import os
-import re
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 import numpy as np
 from PIL import Image
 
-from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import CaptionedImages, MissingData
+from lit_clip.errors import listed, require
+from lit_clip.evaluation.data import CaptionedImages, Items, JudgedDocuments, MissingData
 from lit_clip.tools.hashing import hash64, stamp_of_files
 from lit_clip.tools.reading import reading
 from ..open_source import open_source
 from ..pairs.columns import ColumnPairs
 from ..pairs.source import Columns, PairSource
-from .annotation_files import AGAIN, find, read_json, read_lines, read_table, read_text
+from .annotation_files import AGAIN, find, read_json, read_table, read_text
 from .image_files import CaptionedFiles
 
 HUB_TABLE = "flickr_annotations_30k.csv"
-LINE = re.compile(r"(?P<name>[^,|#\t]+\.jpe?g)(?:,|\|\s*\d+\s*\|?|#\d+\t)(?P<caption>.*\S)", re.IGNORECASE)
 
 
 class CaptionedPairs(CaptionedImages):
@@ -140,29 +140,18 @@ class COCO(CaptionedPairs):
 def Flickr30k(root: str, split: str = "test") -> CaptionedFiles:
     """Flickr30k: the 1,000 images of Karpathy's test split, or another of his splits (``train``, ``val``).
 
-    Captions are read from ``dataset_flickr30k.json`` (Karpathy), ``flickr30k_test_karpathy.txt`` (CLIP_benchmark),
-    ``flickr_annotations_30k.csv`` (Hugging Face's ``nlphuji/flickr30k``), ``results.csv`` or
-    ``results_20130124.token`` (both from the set's owners). The last two cover all images and need a ``test.txt``
-    beside them that lists the split's images, one per line. The images are in ``root`` or in ``flickr30k-images``,
-    ``flickr30k_images`` or ``images``.
+    Captions are read from ``dataset_flickr30k.json`` (Karpathy), ``flickr30k_test_karpathy.txt`` (CLIP_benchmark) or
+    ``flickr_annotations_30k.csv`` (Hugging Face's ``nlphuji/flickr30k``). The images are in ``root`` or in
+    ``flickr30k-images``, ``flickr30k_images`` or ``images``.
     """
     top = Path(root)
-    listed = f"flickr30k_{split}_karpathy.txt"
-    names = ("dataset_flickr30k.json", listed, HUB_TABLE, "results.csv", "flickr30k_images/results.csv")
-    path = find(top, (*names, "results_20130124.token"), "file of captions")
-    annotations = [path]
+    path = find(top, ("dataset_flickr30k.json", f"flickr30k_{split}_karpathy.txt", HUB_TABLE), "file of captions")
     if path.suffix == ".json":
         captions = _read_karpathy(path, split, _folder_of(top, _first_name(path)))
-    elif path.name == HUB_TABLE:
-        captions = _read_hub_table(path, split)
     else:
-        captions = _read_lines(path)
-        if path.name != listed:
-            annotations.append(find(path.parent, (f"{split}.txt",), "list of the split's images"))
-            captions = _restrict(captions, *annotations)
+        captions = _read_hub_table(path, split) if path.name == HUB_TABLE else _read_lines(path)
     require(bool(captions), f"{path}: no captions in it; get it again")
-    folder = _folder_of(top, next(iter(captions)))
-    return CaptionedFiles(folder, list(captions), list(captions.values()), annotations)
+    return CaptionedFiles(_folder_of(top, next(iter(captions))), list(captions), list(captions.values()), [path])
 
 
 def _folder_of(root: Path, name: str) -> Path:
@@ -198,20 +187,87 @@ def _read_hub_table(path: Path, split: str) -> dict[str, list[str]]:
 
 
 def _read_lines(path: Path) -> dict[str, list[str]]:
-    """Read lines of ``NAME.jpg,CAPTION``, ``NAME.jpg| NUMBER| CAPTION`` or ``NAME.jpg#NUMBER<tab>CAPTION``."""
+    """Read lines of ``NAME.jpg,CAPTION`` after a header."""
     captions: dict[str, list[str]] = {}
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
-        match = LINE.fullmatch(line.strip())
-        if match:
-            captions.setdefault(match["name"], []).append(match["caption"].strip())
-        elif number > 1 and line.strip():  # the first line may be a header
-            raise InputError(f"{path} line {number}: {line.strip()[:60]!r} is not an image and a caption; fix the line")
+    for number, line in enumerate(read_text(path).splitlines()[1:], start=2):
+        name, _, caption = map(str.strip, line.partition(","))
+        require(
+            bool(name and caption) or not line.strip(), f"{path} line {number}: not an image and a caption; {AGAIN}"
+        )
+        if name:
+            captions.setdefault(name, []).append(caption)
     return captions
 
 
-def _restrict(captions: dict[str, list[str]], path: Path, names_file: Path) -> dict[str, list[str]]:
-    """Keep the captions of the images that ``names_file`` lists, in the file's order."""
-    wanted = read_lines(names_file)
-    if unknown := [name for name in wanted if name not in captions]:
-        raise InputError(f"{names_file}: {unknown[0]} is not in {path.name}; fix the list")
-    return {name: captions[name] for name in wanted}
+FIELDS = ("image", "caption")
+
+
+class GroupedPairs(JudgedDocuments):
+    """Images with captions search other such images; right are all of the query's group, such as a product's number.
+
+    Where an image has several captions, the first is its text. A query without a document of its group is left out.
+
+    Args:
+        root: the folder of both.
+        queries: a table of pairs that were not trained on, or another source as in :class:`CaptionedPairs`.
+        documents: the pairs that are searched.
+        group: the column of the groups, in both.
+        query_fields: what a query has: ``image``, ``caption`` or both.
+    """
+
+    def __init__(
+        self,
+        root: str,
+        queries: str,
+        documents: str,
+        group: str,
+        query_fields: Sequence[Literal["image", "caption"]] = FIELDS,
+    ) -> None:
+        known = {*query_fields} <= {*FIELDS} and bool(query_fields)
+        require(known, f"query_fields is {listed(list(query_fields))}; name image, caption or both")
+        self._parts = asked, searched = [
+            CaptionedPairs(str(Path(root, path)), group=group) for path in (queries, documents)
+        ]
+        self.annotation_paths = [*asked.annotation_paths, *searched.annotation_paths]
+        of_group = defaultdict[str, list[int]](list)
+        for row in range(len(searched)):
+            of_group[searched.group(row)].append(row)
+        of_group.pop("", None)
+        rows = [row for row in range(len(asked)) if asked.group(row) in of_group]
+        require(bool(rows), f"{queries}: no row's {group!r} is that of a row in {documents}; correct the column")
+        self._images = [(searched, row) for row in range(len(searched))]
+        self.documents = Items(
+            [f"document {searched.key(row)}" for _, row in self._images],
+            [searched.captions(row)[0] for _, row in self._images],
+            list(range(len(searched))),
+        )
+        images, texts = [-1] * len(rows), [""] * len(rows)
+        if "image" in query_fields:
+            images = list(range(len(searched), len(searched) + len(rows)))
+            self._images += [(asked, row) for row in rows]
+        if "caption" in query_fields:
+            texts = [asked.captions(row)[0] for row in rows]
+        self.queries = Items([f"query {asked.key(row)}" for row in rows], texts, images)
+        groups = [of_group[asked.group(row)] for row in rows]
+        self.relevance = [(query, document, 1) for query, found in enumerate(groups) for document in found]
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def images(self, index: int) -> list[Image.Image]:
+        pairs, row = self._images[index]
+        return pairs.images(row)
+
+    def whole_file(self, index: int) -> Path | None:
+        pairs, row = self._images[index]
+        return pairs.whole_file(row)
+
+    def key(self, index: int) -> str:
+        pairs, row = self._images[index]
+        return pairs.key(row)
+
+    def image_paths(self) -> list[Path]:
+        return list(dict.fromkeys(path for pairs in self._parts for path in pairs.image_paths()))
+
+    def stamp(self) -> str:
+        return f"{len(self._images)}-" + "-".join(pairs.stamp() for pairs in self._parts)

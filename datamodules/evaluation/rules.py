@@ -143,11 +143,12 @@ def _caltech101(listing: Listing, split: str, shots: int, seed: int) -> Listing:
 
 
 def _resisc45(listing: Listing, split: str, seed: int) -> Listing:
-    first, last = (0, 1) if split == "train" else (1, 9)  # tenths
-    tenth = {name: len(files) // 10 for name, files in listing.items()}
-    return {
-        name: sorted(by_hash(files, seed)[first * tenth[name] : last * tenth[name]]) for name, files in listing.items()
-    }
+    chosen = {}
+    for name, files in listing.items():
+        tenth = len(files) // 10
+        part = slice(tenth) if split == "train" else slice(tenth, 9 * tenth)
+        chosen[name] = sorted(by_hash(files, seed)[part])
+    return chosen
 
 
 def _eurosat(listing: Listing, split: str, sampled: int, seed: int) -> Listing:
@@ -164,7 +165,8 @@ def _eurosat(listing: Listing, split: str, sampled: int, seed: int) -> Listing:
 DRAWN: dict[str, Callable[..., Listing]] = {"Caltech101": _caltech101, "EuroSAT": _eurosat, "RESISC45": _resisc45}
 
 
-def _opener(name: str) -> Callable[..., ListedImages]:
+@cache
+def opener(name: str) -> Callable[..., ListedImages]:
     """Return the function that opens a set, with its rule's arguments."""
     rule, kind = rules()[name], Parameter.POSITIONAL_OR_KEYWORD
     parameters = [Parameter("root", kind, annotation=str)]
@@ -183,20 +185,3 @@ def _opener(name: str) -> Callable[..., ListedImages]:
     vars(open_set)["__signature__"] = signature
     open_set.__name__, open_set.__doc__, open_set.__annotations__ = name, rule.doc, hints
     return open_set
-
-
-AYahoo = _opener("AYahoo")
-Caltech101 = _opener("Caltech101")
-Country211 = _opener("Country211")
-DTD = _opener("DTD")
-EuroSAT = _opener("EuroSAT")
-FGVCAircraft = _opener("FGVCAircraft")
-Food101 = _opener("Food101")
-GTSRB = _opener("GTSRB")
-HatefulMemes = _opener("HatefulMemes")
-ImageNetV2 = _opener("ImageNetV2")
-OxfordPets = _opener("OxfordPets")
-RenderedSST2 = _opener("RenderedSST2")
-RESISC45 = _opener("RESISC45")
-SUN = _opener("SUN")
-SUN397 = _opener("SUN397")

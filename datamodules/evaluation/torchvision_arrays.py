@@ -36,16 +36,9 @@ def _as_stored(pixels: Any, row: int) -> Image.Image:
 
 
 class ImageArrays(KnownLabels):
-    """Images stored as rows of a file.
+    """Images stored as rows of one or several files.
 
-    Args:
-        paths: the file, or several.
-        open_pixels: opens them and returns their pixels, to be indexed by row.
-        labels: each image's class.
-        class_names: in label order.
-        annotations: the files with the labels.
-        rows: each image's row in the file; None: all rows, in order.
-        image: returns a row of the pixels as an image.
+    ``open_pixels`` opens them, and ``image`` returns a row of the pixels; ``rows`` are the images', by default all.
     """
 
     def __init__(
@@ -174,12 +167,12 @@ def STL10(root: str, split: TrainTest = "test", fold: int | None = None) -> Imag
         classes = np.fromfile(labels, np.uint8).astype(int) - 1
     if path.stat().st_size != len(classes) * 3 * 96 * 96:
         raise InputError(f"{path}: not {len(classes)} images, the number of labels in {labels.name}; get both again")
-    rows, annotations = list(range(len(classes))), [labels]
+    rows, annotations = None, [labels]
+    pixels = partial(np.memmap, path, np.uint8, "r", 0, (len(classes), 3, 96, 96))
     if split == "train" and fold is not None:
         rows, annotations = _fold(folder, fold, len(classes)), [labels, folder / "fold_indices.txt"]
-    pixels = partial(np.memmap, path, np.uint8, "r", 0, (len(classes), 3, 96, 96))
-    kept = None if len(rows) == len(classes) else rows
-    return ImageArrays([path], pixels, classes[rows].tolist(), STL10_CLASSES, annotations, kept, _image_of_columns)
+        classes = classes[rows]
+    return ImageArrays([path], pixels, classes.tolist(), STL10_CLASSES, annotations, rows, _image_of_columns)
 
 
 def _image_of_columns(pixels: Any, row: int) -> Image.Image:
@@ -189,12 +182,11 @@ def _image_of_columns(pixels: Any, row: int) -> Image.Image:
 def _fold(folder: Path, fold: int, count: int) -> list[int]:
     path = folder / "fold_indices.txt"
     lines = read_text(path).splitlines()
-    if not 0 <= fold < len(lines):
-        raise InputError(f"{path}: fold must be between 0 and {len(lines) - 1}, not {fold}")
-    numbers = [whole_number(word) for word in lines[fold].split()]
-    rows = [number for number in numbers if number is not None and number < count]
-    if not rows or len(rows) < len(numbers):
-        raise InputError(f"{path} line {fold + 1}: not indices of the {count} images; get the file again")
+    require(fold in range(len(lines)), f"{path}: fold must be between 0 and {len(lines) - 1}, not {fold}")
+    words = lines[fold].split()
+    rows = [number for word in words if (number := whole_number(word)) is not None and number < count]
+    whole = bool(rows) and len(rows) == len(words)
+    require(whole, f"{path} line {fold + 1}: not indices of the {count} images; get the file again")
     return rows
 
 

@@ -1,24 +1,92 @@
-"""Video sets: UCF101, Kinetics700 and RareAct.
+"""Video sets: UCF101, Kinetics700 and RareAct; the frames of a video.
 
 The paper uses the middle frame (tables 10 and 11), or all frames (table 15).
 """
 
 import os
 import re
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any, Literal
 
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
-from lit_clip.errors import InputError, require
+from lit_clip.errors import BadSample, InputError, require
 from lit_clip.evaluation.data import MissingData, Truth
 from lit_clip.tools.hashing import hash64
-from .annotation_files import find, number, read_table
+from lit_clip.tools.reading import reason
+from .annotation_files import find, import_optional, number, read_table
 from .image_files import ImageFiles, TrainTest
 from .rules import list_set
-from .video_frames import VIDEO_SUFFIXES, WHOLE, Frames, read_frames
+
+Frames = Literal["centre", "all"]
+VIDEO_SUFFIXES = frozenset({".avi", ".flv", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm"})
+CONTAINERS = {  # no lists of other files or addresses, such as HLS, by any file name
+    "format_whitelist": "avi,flv,matroska,webm,mov,mp4,m4a,3gp,3g2,mj2,mpeg,mpegvideo,mpegts,m4v,asf,ogg,h264,hevc",
+    "protocol_whitelist": "file",
+}
+WHOLE = (0.0, float("inf"))  # seconds
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[tuple[Any, Any]]:
+    """Open a container and its first video stream; errors inside the block name the file."""
+    av = import_optional("av", "av", path)
+    try:
+        if not path.is_file():
+            raise BadSample(str(path), "missing video", "no such video")
+        with av.open(str(path), container_options=CONTAINERS) as container:
+            if not container.streams.video:
+                raise BadSample(str(path), "not a video", "no video stream in it; get it again")
+            stream = container.streams.video[0]
+            stream.codec_context.thread_count = 1  # data workers already use every core
+            yield container, stream
+    except BadSample:
+        raise
+    except Exception as error:  # for a broken video anything
+        raise BadSample(str(path), "broken video", f"cannot read this video ({reason(error)}); get it again") from error
+
+
+def _decoded(path: Path, first: int, last: int, seek: bool) -> list[Image.Image] | None:
+    """Decode the frames from timestamp ``first`` to ``last``, inclusive; None if seeking went past ``first``."""
+    with _opened(path) as (container, stream):
+        if seek:
+            container.seek(first, stream=stream)
+        images: list[Image.Image] = []
+        for frame in container.decode(stream):
+            if frame.pts is None or frame.pts < first:
+                continue
+            if seek and not images and frame.pts > first:
+                return None
+            if frame.pts > last:
+                break
+            images.append(frame.to_image())
+        return images
+
+
+def read_frames(path: Path, frames: Frames, span: tuple[float, float] = WHOLE) -> list[Image.Image]:
+    """Decode the frames of a video, or of a span of it, as RGB images in display order.
+
+    Args:
+        path: the file; its frames need timestamps.
+        frames: ``centre``: the middle frame, of an even number the later of the two; ``all``: every frame.
+        span: seconds from the first frame; the end is excluded; :class:`BadSample` if it contains no frame.
+    """
+    with _opened(path) as (container, stream):  # without decoding
+        times = sorted(packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard)
+        unit = float(stream.time_base)
+    times = [time for time in times if span[0] <= (time - times[0]) * unit < span[1]]
+    if frames == "centre":
+        times = times[len(times) // 2 :][:1]
+    images = _decoded(path, times[0], times[-1], seek=True) if times else []
+    if images is None:  # the file's index is wrong: decode from the start
+        images = _decoded(path, times[0], times[-1], seek=False)
+    if not images:
+        where = "" if span == WHOLE else f" from {span[0]:g} to {span[1]:g} s"
+        raise BadSample(str(path), "no frames", f"no frame{where} can be decoded; get it again")
+    return images
 
 
 class Videos(ImageFiles):

@@ -12,7 +12,7 @@ from PIL import Image
 from lit_clip.errors import BadSample
 from lit_clip.tools.console import size_in_bytes
 from lit_clip.tools.html import stored_thumbnail, write_page
-from ..near_duplicates import Groups, equal_groups, look_alikes
+from ..near_duplicates import Groups, equal_groups, look_labels
 from ..pairs.decisions import DROP
 from ..pairs.related_rows import caption_hash
 from ..pairs.source import LISTED, PairSource, SkippedRows
@@ -54,13 +54,13 @@ def find_duplicates(findings: ScanFindings, things: np.ndarray | None = None) ->
     files = _of_rows(equal_groups(images["file"][rows]), rows)
     first_rows = rows[np.sort(np.unique(images["file"][rows], return_index=True)[1])]  # of each file
     first_rows = first_rows[images["state"][first_rows] & PLAIN == 0]
-    looks = _of_rows(look_alikes(images["bits"][first_rows], images["colour"][first_rows]), first_rows)
-    pairs = images["file"][findings.caption_rows] ^ (findings.captions * MIXED)
-    captions = equal_groups(findings.captions)
+    looks = _of_rows(equal_groups(look_labels(images[first_rows])), first_rows)
+    pairs = images["file"][findings.caption_rows] ^ (findings.captions["hash"] * MIXED)
+    captions = equal_groups(findings.captions["hash"])
     if things is not None:
-        of_thing = findings.captions ^ (things[findings.caption_rows].astype(np.uint64) * MIXED)
+        of_thing = findings.captions["hash"] ^ (things[findings.caption_rows].astype(np.uint64) * MIXED)
         first = np.sort(np.unique(of_thing, return_index=True)[1])
-        captions = _of_rows(equal_groups(findings.captions[first]), first)
+        captions = _of_rows(equal_groups(findings.captions["hash"][first]), first)
     return DuplicateGroups(files, looks, captions, len(pairs) - len(np.unique(pairs)))
 
 
@@ -160,7 +160,7 @@ def _duplicate_line(name: str, groups: Groups, whole: int) -> SummaryLine:
 
 
 def _caption_lines(findings: ScanFindings, duplicates: DuplicateGroups, context_length: int) -> list[SummaryLine]:
-    counts = np.bincount(findings.tokens)
+    counts = np.bincount(findings.captions["tokens"])
     lengths, number = np.arange(len(counts)), int(counts.sum())
     cut = int(counts[context_length + 1 :].sum())
     lost = int((counts * (lengths - context_length).clip(0)).sum())
@@ -238,7 +238,7 @@ def _histograms(findings: ScanFindings, context_length: int) -> Iterator[dict[st
     images = findings.images[findings.distinct]
     if not len(images):
         return
-    lengths = np.bincount(findings.tokens)
+    lengths = np.bincount(findings.captions["tokens"])
     width = -(-(context_length + 1) // (BARS // 2))  # tokens per bar; half of the bars are for truncated captions
     truncated = context_length + 1 + width * np.arange(BARS // 2)
     truncated = truncated[: np.searchsorted(truncated, len(lengths)) + 1]
@@ -291,7 +291,7 @@ def _captions(groups: Groups, source: PairSource, findings: ScanFindings) -> Ite
     """Return the most frequent captions and their counts."""
     rows = findings.caption_rows
     for positions in groups.largest:
-        wanted = int(findings.captions[positions[0]])
+        wanted = int(findings.captions["hash"][positions[0]])
         try:
             captions = source.captions(int(rows[positions[0]]))
         except BadSample as error:

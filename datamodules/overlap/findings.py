@@ -3,7 +3,7 @@
 Shapes: N items of the set that could be read; an item has several images if it is a video.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -16,7 +16,7 @@ from lit_clip.evaluation.overlap import Overlap, overlap_of
 from ..pairs.decisions import DROP
 from ..pairs.findings import Finding
 from ..pairs.source import PairSource
-from .search import LEAK, NearestFound, Queries
+from .search import Searched
 
 By = Literal["either", "embedding", "look"]
 TRIED = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.85, 0.8)  # other thresholds in the report
@@ -37,90 +37,78 @@ class SetFindings:
     """Findings for one evaluation set."""
 
     images: ImageSet
-    threshold: float  # least similarity of images that count as the same
+    searched: Searched
     overlap: Overlap
     nearest: list[OverlapPair]  # nearest training image of each item, by features
     alike: list[OverlapPair | None]  # first training image that looks the same as each item, or None
     seen: np.ndarray  # whether each item belongs to the overlap, bool [N]
     tried: list[tuple[float, Overlap]]  # figures at other thresholds, the highest first
-    bad: list[str]  # message for each item that could not be read
 
     def pairs(self) -> list[dict[str, Any]]:
         """Return the overlap as JSON values: names in both sets, and the evidence for each pair."""
         found = []
         for place in np.flatnonzero(self.seen).tolist():
             near, alike = self.nearest[place], self.alike[place]
-            by_features = near.similarity is not None and near.similarity >= self.threshold
+            by_features = near.similarity is not None and near.similarity >= self.searched.threshold
             pair = near if by_features or alike is None else alike
             names = {"image": self.images.key(pair.item), "train": pair.name}
             found.append({**names, "similarity": near.similarity, "same_look": alike is not None})
         return found
 
 
-def leaked_rows(
-    found: NearestFound, queries: Sequence[Queries], findings: Mapping[str, SetFindings], by: By, source: PairSource
-) -> Iterator[Finding]:
-    """Yield a line for each training image that matches any query of a set, not only as its nearest.
-
-    ``queries`` and ``findings`` are those of the sets, in the order that the search was made in.
-    """
-    leaks = np.concatenate([np.zeros(0, LEAK), *found.leaks])
-    leaks = leaks[np.lexsort((leaks["query"], leaks["set"], leaks["row"]))]
-    starts = [0, *np.cumsum([len(each.items) for each in queries]).tolist()]
+def leaked_rows(sets: Mapping[str, SetFindings], by: By, source: PairSource) -> Iterator[Finding]:
+    """Yield a line for each training image that matches any image of a set, not only as its nearest."""
+    leaks = [
+        (row, number, query, similarity)
+        for number, each in enumerate(sets.values())
+        for part in each.searched.leaks
+        for row, query, similarity in part.tolist()
+    ]
     line = None
-    for row, number, query, similarity in leaks.tolist():
-        name, judged = list(findings.items())[number]
+    for row, number, query, similarity in sorted(leaks, key=lambda leak: leak[:3]):
         by_look = similarity != similarity
-        if by == ("embedding" if by_look else "look") or similarity < judged.threshold:
+        if by == ("embedding" if by_look else "look"):
             continue
         if line is None or line.row != row:
             if line is not None:
                 yield line
             line = Finding.of_row(row, source.key(row))
-        item = judged.images.key(int(queries[number].items[query - starts[number]]))
+        name, findings = list(sets.items())[number]
         finding = f"image of the evaluation set {name}"
         line.add(
             finding if finding not in line.finding.split("; ") else "",
             DROP,
             "same look" if by_look else f"similarity {similarity:.3f}",
         )
-        line.copy_of = line.copy_of or f"{name}: {item}"
+        line.copy_of = line.copy_of or f"{name}: {findings.images.key(int(findings.searched.images.rows[query]))}"
     if line is not None:
         yield line
 
 
-def findings_of(
-    images: ImageSet, queries: Queries, found: NearestFound, threshold: float, by: By, correct_N: Tensor | None
-) -> SetFindings:
-    """Decide which items of a set belong to the overlap, from its search results on the CPU.
+def findings_of(images: ImageSet, searched: Searched, by: By, correct_N: Tensor | None) -> SetFindings:
+    """Decide which items of a set belong to the overlap.
 
     ``by`` is the evidence that counts; ``correct_N``: whether the model recognises each item, None if unknown.
     """
-    items, starts = np.unique(queries.items, return_index=True)
-    spans = list(zip(items.tolist(), starts.tolist(), [*starts[1:].tolist(), len(queries.items)], strict=True))
-    nearest = [_nearest(found, *span) for span in spans]
-    alike = [_alike(found, *span) for span in spans]
-    similarity = torch.tensor([pair.similarity for pair in nearest], dtype=torch.float64)
-    looks = torch.tensor([pair is not None for pair in alike])
+    items, starts = np.unique(searched.images.rows, return_index=True)
+    similarities, rows = searched.nearest.similarity.cpu(), searched.nearest.row.cpu()
+    nearest: list[OverlapPair] = []
+    alike: list[OverlapPair | None] = []
+    for item, start, stop in zip(items.tolist(), starts.tolist(), [*starts[1:].tolist(), len(rows)], strict=True):
+        place = start + int(similarities[start:stop].argmax())
+        similarity = float(similarities[place])
+        nearest.append(OverlapPair(item, place - start, int(rows[place]), searched.names[place], similarity))
+        place = start + int((searched.look_rows[start:stop] >= 0).argmax())
+        pair = OverlapPair(item, place - start, int(searched.look_rows[place]), searched.look_names[place], None)
+        alike.append(pair if pair.row >= 0 else None)
+    similarity_N = torch.tensor([pair.similarity for pair in nearest], dtype=torch.float64)
+    looks_N = torch.tensor([pair is not None for pair in alike])
 
     def seen_from(limit: float) -> Tensor:
-        near = similarity >= limit
-        return {"either": near | looks, "embedding": near, "look": looks}[by]
+        near_N = similarity_N >= limit
+        return {"either": near_N | looks_N, "embedding": near_N, "look": looks_N}[by]
 
-    limits = sorted({*TRIED, threshold}, reverse=True) if by != "look" else []
+    limits = sorted({*TRIED, searched.threshold}, reverse=True) if by != "look" else []
     tried = [(limit, overlap_of(seen_from(limit), correct_N)) for limit in limits]
-    seen = seen_from(threshold)
-    figures = overlap_of(seen, correct_N)
-    return SetFindings(images, threshold, figures, nearest, alike, seen.numpy(), tried, queries.bad)
-
-
-def _nearest(found: NearestFound, item: int, start: int, stop: int) -> OverlapPair:
-    place = start + int(found.nearest.similarity[start:stop].argmax())
-    row, similarity = int(found.nearest.row[place]), float(found.nearest.similarity[place])
-    return OverlapPair(item, place - start, row, found.names[place], similarity)
-
-
-def _alike(found: NearestFound, item: int, start: int, stop: int) -> OverlapPair | None:
-    place = start + int((found.look_rows[start:stop] >= 0).argmax())
-    row = int(found.look_rows[place])
-    return OverlapPair(item, place - start, row, found.look_names[place], None) if row >= 0 else None
+    seen_N = seen_from(searched.threshold)
+    return SetFindings(images, searched, overlap_of(seen_N, correct_N), nearest, alike, seen_N.numpy(), tried)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lit_clip.embedding.precision import Precision, autocast
+from lit_clip.embedding.reading import row_means
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, LabelledImages, MissingData
 from lit_clip.evaluation.prompts import Prompts, prompts_of_set, text_classifier
@@ -18,7 +19,7 @@ from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import stderr
 from lit_clip.tools.reading import naming
 from ..evaluation.own_classes import ImageFolderClasses
-from .search import Queries
+from .search import EncodedImages
 
 
 class EvaluationSet(NamedTuple):
@@ -89,13 +90,15 @@ def read_thresholds(words: Sequence[str], names: Sequence[str]) -> dict[str, flo
     return found
 
 
-def recognised(model: CLIP, each: EvaluationSet, queries: Queries, precision: Precision = "32-true") -> Tensor | None:
+def recognised(
+    model: CLIP, each: EvaluationSet, encoded: EncodedImages, precision: Precision = "32-true"
+) -> Tensor | None:
     """Return whether the model's first prediction is right, bool ``[N]``; None unless each image has one class."""
     images, prompts = each.images, _prompts(each)
     if prompts is None or not isinstance(images, LabelledImages):
         return None
-    items, counts = np.unique(queries.items, return_counts=True)
-    features = torch.stack([part.mean(dim=0) for part in queries.features.split(counts.tolist())])
+    items, counts = np.unique(encoded.rows, return_counts=True)
+    features = row_means(torch.from_numpy(encoded.features), counts.tolist())
     labels = torch.tensor(images.labels())[torch.from_numpy(items)]
     with autocast(model.device, precision):
         classifier = text_classifier(model, prompts, None).cpu().float()
