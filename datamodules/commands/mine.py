@@ -2,7 +2,7 @@
 
 import json
 import shlex
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,8 +58,7 @@ def mine(
     with work_on(path, model, opened.stamp(path), settings) as work:
         found = _mined(opened.pairs, rows, work, settings, window)
         if found is not None:
-            _write(path, rows, found)
-            _tell(path, rows, found, root)
+            _write(path, rows, found, root)
 
 
 def _root(source: PairSource, data: list[str]) -> str:
@@ -114,7 +113,8 @@ def _true_captions(rows: Sequence[PairRow], numbers: dict[int, int]) -> tuple[di
     return own, {key: set().union(*(of_group[group] for group in groups[key])) for key in own}
 
 
-def _write(path: Path, rows: Sequence[PairRow], found: dict[str, list[str]]) -> None:
+def _write(path: Path, rows: Sequence[PairRow], found: dict[str, list[str]], root: str) -> None:
+    """Write the table, and print how to train on it."""
     grouped = any(row.group for row in rows)
     with replacing(path) as draft, draft.open("w", encoding="utf-8") as file:
         for row in rows:
@@ -122,16 +122,10 @@ def _write(path: Path, rows: Sequence[PairRow], found: dict[str, list[str]]) -> 
                 group = {"group": row.group} if grouped else {}
                 line = {"image": row.key, "caption": row.captions, **group, "negative": found[row.key]}
                 file.write(json.dumps(line, ensure_ascii=False) + "\n")
-
-
-def _tell(path: Path, rows: Sequence[PairRow], found: dict[str, list[str]], root: str) -> None:
-    counts = Counter(len(found[key]) for key in found)
-    none = f"; {counts[0]:,} have none" if counts[0] else ""
-    total = sum(number * count for number, count in counts.items())
-    stderr().print(f"{path}: {total:,} hard negatives of {len(found):,} images{none}")
+    counts = [len(each) for each in found.values()]
+    none = f"; {counts.count(0):,} have none" if 0 in counts else ""
+    stderr().print(f"{path}: {sum(counts):,} hard negatives of {len(found):,} images{none}")
     words = ["lit-clip", "fit", "--data.train", str(path), "--data.columns.negative", "negative"]
-    if any(row.group for row in rows):
-        words += ["--data.columns.group", "group"]
-    if root != str(path.parent):
-        words += ["--data.columns.root", root]
+    words += ["--data.columns.group", "group"] if grouped else []
+    words += ["--data.columns.root", root] if root != str(path.parent) else []
     stderr().print(f"train on them: {shlex.join(words)}")

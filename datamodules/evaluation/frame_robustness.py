@@ -156,8 +156,9 @@ def _classes_of_videos(path: Path, names: list[str]) -> dict[str, str]:
     for row in read_table(path, {"video": ("ytid",), "time": ("time_ms",), "label": ("label",)}):
         name, number = f"{row['video']}_{row['time']}", whole_number(row["label"])
         label = len(names) if number is None else swapped.get(number, number)
-        problem = f"{name} has the label {row['label'][:40]!r}, but there are {len(names)} classes"
-        require(label < len(names), f"{path}: {problem}; {AGAIN}")
+        if label >= len(names):
+            problem = f"{name} has the label {row['label'][:40]!r}, but there are {len(names)} classes"
+            raise InputError(f"{path}: {problem}; {AGAIN}")
         found[name] = names[label]
     return found
 

@@ -48,13 +48,12 @@ def ImageNet(root: str, split: ImageNetSplit = "val") -> LabelledImages:
 
 
 def _open_folder(root: Path, folder: Path, split: ImageNetSplit) -> ImageFiles:
-    wnids = imagenet_wnids()
-    names = imagenet_class_names()
+    wnids, names = imagenet_wnids(), imagenet_class_names()
     if split == "val" and not any(entry.is_dir() and entry.name[0] == "n" for entry in os.scandir(folder)):
         files = images_in(folder)
         truth, annotations = _validation_wnids(root, files, wnids)
-        if len(truth) != len(files):
-            raise InputError(f"{folder}: {len(files)} images, not {len(truth)}; unpack the archive again")
+        whole = len(truth) == len(files)
+        require(whole, f"{folder}: {len(files)} images, not {len(truth)}; unpack the archive again")
         return ImageFiles(folder, files, labels_of(truth, wnids, root), names, annotations)
     classes = subfolders(folder)
     label_of = labels_of(classes, wnids, folder)
@@ -64,9 +63,13 @@ def _open_folder(root: Path, folder: Path, split: ImageNetSplit) -> ImageFiles:
 
 def _validation_wnids(root: Path, files: Sequence[str], wnids: Sequence[str]) -> tuple[list[str], list[Path]]:
     """Read the class of each validation image, in the order of image names, and return the files read."""
-    data = root / DEVKIT / "data"
-    if (root / "meta.bin").is_file():
-        return _wnids_in_meta(root / "meta.bin"), [root / "meta.bin"]
+    data, binary = root / DEVKIT / "data", root / "meta.bin"
+    if binary.is_file():
+        import torch
+
+        with reading(binary, "file of torchvision's", hint="remove it and let torchvision write it again"):
+            _, found = torch.load(binary, weights_only=True)
+            return [str(wnid) for wnid in found], [binary]
     if data.is_dir():
         meta, truth = data / "meta.mat", data / "ILSVRC2012_validation_ground_truth.txt"
         return _wnids_in_devkit(meta, truth, wnids), [meta, truth]
@@ -80,27 +83,17 @@ def _wnids_in_devkit(meta: Path, path: Path, wnids: Sequence[str]) -> list[str]:
     with reading(meta, "list of ImageNet's classes", hint=AGAIN):
         wnid_of: dict[int | None, str] = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table}
     words = read_text(path).split()
-    wrong = next((word for word in words if wnid_of.get(whole_number(word)) not in wnids), None)
-    if wrong is not None:
-        raise InputError(f"{path}: {wrong!r} is not a class of meta.mat; get the file again")
+    for word in words:
+        require(wnid_of.get(whole_number(word)) in wnids, f"{path}: {word!r} is not a class of meta.mat; {AGAIN}")
     return [wnid_of[whole_number(word)] for word in words]
-
-
-def _wnids_in_meta(path: Path) -> list[str]:
-    import torch
-
-    with reading(path, "file of torchvision's", hint="remove it and let torchvision write it again"):
-        _, wnids = torch.load(path, weights_only=True)
-        return [str(wnid) for wnid in wnids]
 
 
 def _wnids_in_solution(path: Path, files: Sequence[str]) -> list[str]:
     """Read Kaggle's ``ILSVRC2012_val_00000001,n01751748 111 108 230 366``: image, class and box, in any order."""
     rows = read_table(path, {"image": ("imageid",), "boxes": ("predictionstring",)})
     wnid_of = {row["image"]: row["boxes"].partition(" ")[0] for row in rows}
-    unlisted = next((file for file in files if Path(file).stem not in wnid_of), None)
-    if unlisted is not None:
-        raise InputError(f"{path}: {unlisted} is not in it; get both again")
+    for file in files:
+        require(Path(file).stem in wnid_of, f"{path}: {file} is not in it; get both again")
     return [wnid_of[Path(file).stem] for file in files]
 
 
@@ -162,8 +155,9 @@ def _labels_of_words(classes: Sequence[Sequence[str]]) -> list[list[int]]:
     known: dict[str, list[int]] = {}
     for label, wnid in enumerate(imagenet_wnids()):
         known.setdefault(words[wnid], []).append(label)
-    if wrong := [words for several in classes for words in several if len(known.get(words, ())) != 1]:
-        raise InputError(f"objectnet_to_imagenet_1k.json: {wrong[0]!r} does not name one class of ImageNet")
+    for name in (name for several in classes for name in several):
+        one = len(known.get(name, ())) == 1
+        require(one, f"objectnet_to_imagenet_1k.json: {name!r} does not name one class of ImageNet")
     return [[known[words][0] for words in several] for several in classes]
 
 
@@ -208,7 +202,7 @@ class ObjectNet(ImageFiles):
         overlap = sorted(name for name, label in label_of.items() if label in in_imagenet)
         if len(overlap) != len(in_imagenet):
             problem = f"{len(overlap)} folders for the {len(in_imagenet)} classes that are in ImageNet"
-            raise InputError(f"{mappings / 'folder_to_objectnet_label.json'}: {problem}; get the mappings again")
+            raise InputError(f"{mappings / names[0]}: {problem}; get the mappings again")
         files, labels = in_class_folders(folder / "images", overlap)
         own_names = [label_of[name].lower() for name in overlap]
         super().__init__(folder / "images", files, labels, own_names, [mappings / name for name in names])

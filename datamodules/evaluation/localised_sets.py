@@ -5,7 +5,6 @@ import os
 import random
 from collections import Counter
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +27,6 @@ from .owners_layouts import VOC_CLASSES, voc_objects
 CLASSES = Path(__file__).with_name("segmentation_classes.yaml")
 HIGHEST = 2**16  # values of a mask, exclusive
 UNKNOWN = -2
-
-
-@lru_cache(maxsize=1)
-def _known_classes() -> dict[str, list[str]]:
-    return read_yaml(CLASSES)
 
 
 class MaskedFiles(UnlabelledFiles, Masked):
@@ -71,9 +65,9 @@ class MaskedFiles(UnlabelledFiles, Masked):
         listed: str | None = None,
         short_side: int | None = None,
     ) -> None:
-        names = _known_classes().get(classes) if isinstance(classes, str) else classes
-        if not names:
-            raise InputError(f"classes: {classes!r} must be a list of names or one of {', '.join(_known_classes())}")
+        known = read_yaml(CLASSES)
+        names = known.get(classes) if isinstance(classes, str) else classes
+        require(bool(names), f"classes: {classes!r} must be a list of names or one of {', '.join(known)}")
         self.synonyms = [*([background] if background else []), *([name] for name in names)]
         self.class_names = [*(["background"] if background else []), *names]
         for given in (self.class_names, [name for group in self.synonyms for name in group]):
@@ -97,9 +91,8 @@ class MaskedFiles(UnlabelledFiles, Masked):
         stored = np.asarray(stored_image(path))
         whole = stored.ndim == 2 and np.issubdtype(stored.dtype, np.integer)
         require(whole, f"{path}: a mask must have one channel of whole numbers")
-        require(
-            int(stored.min()) >= 0 and int(stored.max()) < HIGHEST, f"{path}: values must be from 0 to {HIGHEST - 1}"
-        )
+        possible = int(stored.min()) >= 0 and int(stored.max()) < HIGHEST
+        require(possible, f"{path}: values must be from 0 to {HIGHEST - 1}")
         label_of = np.full(HIGHEST, UNKNOWN, dtype=np.int16)
         label_of[self._ignored] = -1
         label_of[self._values] = np.arange(len(self._values))
@@ -118,8 +111,8 @@ class MaskedFiles(UnlabelledFiles, Masked):
 
 
 def _check_values(values: list[int], ignored: list[int], names: list[str]) -> None:
-    if not len(set(values)) == len(values) == len(names):
-        raise InputError(f"values: {len(set(values))} for {len(names)} classes; give each class one of its own")
+    each = len(set(values)) == len(values) == len(names)
+    require(each, f"values: {len(set(values))} for {len(names)} classes; give each class one of its own")
     for option, given in (("first or values", values), ("ignored", ignored)):
         outside = [value for value in given if not 0 <= value < HIGHEST]
         require(not outside, f"{option}: {outside[:1]} must be between 0 and {HIGHEST - 1}")
@@ -281,8 +274,8 @@ class ImageGrids(ImageSet, Masked, Boxed):
             grid.paste(ImageOps.fit(image, (self.side, self.side)), (int(left), int(top)))
         return [grid]
 
-    def boxes(self, index: int) -> list[tuple[int, Box]]:
-        found: list[tuple[int, Box]] = []
+    def boxes(self, index: int) -> Boxes:
+        found: Boxes = []
         for place, row in enumerate(self.grids[index]):
             left, top = place % self.columns * self.side, place // self.columns * self.side
             found.append((self._labels[row], (left, top, left + self.side, top + self.side)))

@@ -40,10 +40,8 @@ def resolve_names(names: ClassNames | None, default: list[str], where: str) -> l
         return default
     names = imagenet_class_names() if names == "imagenet" else list(names)
     if len(names) != len(default):
-        raise InputError(
-            f"class_names: {len(names)} names for the {len(default)} classes of {where} "
-            f"({', '.join(default[:3])}, ...); labels would get the wrong names"
-        )
+        classes = f"{len(default)} classes of {where} ({', '.join(default[:3])}, ...)"
+        raise InputError(f"class_names: {len(names)} names for the {classes}; labels would get the wrong names")
     return names
 
 
@@ -62,20 +60,15 @@ class ImageFolderClasses(ImageFiles):
             raise MissingData(f"{root}: no such folder of classes")
         with reading(folder, "folder"):
             classes = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-        for name in classes:
-            require(is_unicode(name), f"{folder / name}: the name of this class is not UTF-8 text; rename the folder")
-        if not classes:
-            raise InputError(f"{root}: no subfolders; put each class's images into a subfolder of its own")
+        require(bool(classes), f"{root}: no subfolders; put each class's images into a subfolder of its own")
         names = resolve_names(class_names, [name.replace("_", " ") for name in classes], str(root))
-        files: list[Path] = []
-        labels: list[int] = []
+        images: list[tuple[Path, int]] = []
         for label, name in enumerate(classes):
-            images = sorted(folder / name / image for image, _ in walk_images(folder / name))
-            if not images:
-                raise InputError(f"{folder / name}: no images of this class ({', '.join(sorted(SUFFIXES))})")
-            files += images
-            labels += [label] * len(images)
-        super().__init__(folder, files, labels, names)
+            require(is_unicode(name), f"{folder / name}: the name of this class is not UTF-8 text; rename the folder")
+            files = sorted(folder / name / image for image, _ in walk_images(folder / name))
+            require(bool(files), f"{folder / name}: no images of this class ({', '.join(sorted(SUFFIXES))})")
+            images += [(file, label) for file in files]
+        super().__init__(folder, [file for file, _ in images], [label for _, label in images], names)
 
     def where(self, index: int) -> str:
         return f"class folder {self.files[index].parent.name}"
@@ -93,8 +86,7 @@ class StoredImages:
                 self._group = (file, group), pq.ParquetFile(file).read_row_group(group, columns=[column])[column]
         value = self._group[1][row].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
-        if not isinstance(data, bytes):
-            raise InputError(f"{where}: column {column!r} holds no encoded image")
+        require(isinstance(data, bytes), f"{where}: column {column!r} holds no encoded image")
         return image_for_model(io.BytesIO(data), where)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -165,22 +157,21 @@ class ParquetClasses(StoredImages, KnownLabels):
         return _stored_names(file, schema, label_column)
 
     def image(self, index: int) -> Image.Image:
-        number, row = self._place(index)
-        group = self._groups[number]
+        group, row = self._place(index)
         where = f"{group.file} row {group.first + row}"
         return self.stored(group.file, group.group, row, self.image_column, where)
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """Return the number of a row's group, and the row's place in it."""
+    def _place(self, index: int) -> tuple[RowRange, int]:
+        """Return a row's group, and the row's place in it."""
         number = bisect_right(self._starts, index) - 1
-        return number, index - self._starts[number]
+        return self._groups[number], index - self._starts[number]
 
     def image_paths(self) -> list[Path]:
         return self.paths
 
     def key(self, index: int) -> str:
-        number, row = self._place(index)
-        return f"{self._groups[number].file.name}:{self._groups[number].first + row}"
+        group, row = self._place(index)
+        return f"{group.file.name}:{group.first + row}"
 
     def stamp(self) -> str:
         return f"{stamp_of_files(self.paths)}-{self.image_column}"
@@ -194,10 +185,9 @@ def _files_of_split(path: str, files: Sequence[Path], split: str | None) -> list
     if split is None:
         require(len(set(splits)) == 1, f"{path}: has files of several splits ({found}); set split to one of them")
         return list(files)
-    chosen = [file for file, name in zip(files, splits, strict=True) if name == split]
-    if not chosen:
+    if split not in splits:
         raise MissingData(f"{path}: no files of split {split!r}; there are {found}")
-    return chosen
+    return [file for file, name in zip(files, splits, strict=True) if name == split]
 
 
 def _stored_names(file: Path, schema: Any, label_column: str) -> list[str] | None:
@@ -214,8 +204,6 @@ def _stored_names(file: Path, schema: Any, label_column: str) -> list[str] | Non
 
 
 LABEL_COLUMNS = ("label", "labels", "class", "target", "class_id", "class_name", "category")
-
-
 Rows = Sequence[tuple[int, str, Any]]  # number in the file, path of the image, label as written
 
 
@@ -276,10 +264,9 @@ def resolve_labels(path: Path, rows: Rows, class_names: list[str] | None) -> tup
     """
     numbers = [_number(label) for _, _, label in rows]
     if class_names is None:
-        if all(number is not None for number in numbers):
-            class_names = numbered([number or 0 for number in numbers], str(path))
-        else:
-            class_names = sorted({str(label) for _, _, label in rows})
+        numeric = [number for number in numbers if number is not None]
+        names = {str(label) for _, _, label in rows}
+        class_names = numbered(numeric, str(path)) if len(numeric) == len(rows) else sorted(names)
     label_of = {name: label for label, name in enumerate(class_names)}
     named = [label_of.get(label) if isinstance(label, str) else None for _, _, label in rows]
     as_names = len(label_of) == len(class_names) and None not in named
@@ -290,7 +277,7 @@ def resolve_labels(path: Path, rows: Rows, class_names: list[str] | None) -> tup
         raise InputError(f"{path} row {row}: {both}; give the classes other names, or write names into the table")
     if not as_names and not as_numbers:
         # Most cells say whether the column is read as names or as numbers.
-        as_numbers = sum(number is not None for number in numbers) > sum(label is not None for label in named)
+        as_numbers = numbers.count(None) < named.count(None)
         known = [number if number in range(len(class_names)) else None for number in numbers] if as_numbers else named
         unknown = next((row for row, label in zip(rows, known, strict=True) if label is None), rows[0])
         twice = "" if len(label_of) == len(class_names) else ", some of which have the same name"
@@ -300,11 +287,11 @@ def resolve_labels(path: Path, rows: Rows, class_names: list[str] | None) -> tup
     return [label for label in (named if as_names else numbers) if label is not None], class_names
 
 
-def _number(label: Any) -> int | None:
-    if isinstance(label, str):
-        number = whole_number(label.removeprefix("-"))
-        return -number if number and label.startswith("-") else number
-    return label
+def _number(label: str | int) -> int | None:
+    if isinstance(label, int):
+        return label
+    number = whole_number(label.removeprefix("-"))
+    return -number if number and label.startswith("-") else number
 
 
 class LabelledTable(ImageFiles):
@@ -350,12 +337,8 @@ def LocatedImages(path: str, root: str | None = None) -> UnlabelledFiles:
             ``lng``), as github.com/TIBHannover/GeoEstimation has them.
         root: folder that image paths are relative to; None: the table's.
     """
-    columns = {
-        "image": ("image", "img_id", "filename", "file", "path"),
-        "latitude": ("latitude", "lat"),
-        "longitude": ("longitude", "lon", "lng"),
-    }
-    rows = read_table(Path(path), columns)
+    columns = {"latitude": ("latitude", "lat"), "longitude": ("longitude", "lon", "lng")}
+    rows = read_table(Path(path), {"image": ("image", "img_id", "filename", "file", "path"), **columns})
     places: list[tuple[float, float]] = []
     for row in rows:
         where = f"{path}: {row['image']}"

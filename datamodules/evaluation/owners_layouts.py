@@ -50,8 +50,8 @@ def StanfordCars(root: str, split: TrainTest = "test") -> ImageFiles:
     (annotations,) = read_mat(path, "annotations")
     meta = folder / "devkit" / "cars_meta.mat"
     class_names = [str(name) for name in read_mat(meta, "class_names")[0]]
-    if not {"fname", "class"} <= set(annotations.dtype.names or ()):
-        raise InputError(f"{path}: no class labels in it; get the file with labels")
+    labelled = {"fname", "class"} <= set(annotations.dtype.names or ())
+    require(labelled, f"{path}: no class labels in it; get the file with labels")
     with reading(path, "list of cars and their classes", hint=AGAIN):
         labels = [int(label) - 1 for label in annotations["class"]]
     if not all(0 <= label < len(class_names) for label in labels):
@@ -131,27 +131,21 @@ def KITTI(root: str, split: TrainValTest = "test") -> ImageFiles:
 
 def _split_by_video(mapping: Path, path: Path) -> dict[str, list[int]]:
     """Return each split's image numbers, ascending; no video is in two splits."""
-    import numpy as np
-
     rows = read_words(mapping, 3)  # day, video, frame
     numbers = [whole_number(word.strip()) for word in read_text(path).split(",")]
     lines = [number - 1 for number in numbers if number is not None and 0 < number <= len(rows)]
-    if len(lines) < len(numbers):
-        raise InputError(f"{path}: not line numbers of train_mapping.txt; get devkit_object.zip again")
-    videos = [rows[line][1] for line in lines]
-    of_video: dict[str, list[int]] = defaultdict(list)
-    for image, video in enumerate(videos):
-        of_video[video].append(image)
-    if len(of_video) < 3:
-        raise InputError(f"{path}: {len(of_video)} videos cannot be three splits; get devkit_object.zip again")
+    whole = len(lines) == len(numbers)
+    require(whole, f"{path}: not line numbers of train_mapping.txt; get devkit_object.zip again")
+    of_video = defaultdict[str, list[int]](list)
+    for image, line in enumerate(lines):
+        of_video[rows[line][1]].append(image)
+    require(len(of_video) >= 3, f"{path}: {len(of_video)} videos cannot be three splits; get devkit_object.zip again")
     count = max(1, len(of_video) // 10)
     generator = np.random.RandomState(123)  # TensorFlow Datasets' seed; numpy keeps this generator's output fixed
     test = set(generator.choice(sorted(of_video), count, replace=False))
     val = set(generator.choice(sorted(of_video.keys() - test), count, replace=False))
-    splits: dict[str, list[int]] = {"train": [], "val": [], "test": []}
-    for video, images in of_video.items():
-        splits["test" if video in test else "val" if video in val else "train"] += images
-    return {split: sorted(images) for split, images in splits.items()}
+    of_split = {"train": of_video.keys() - test - val, "val": val, "test": test}
+    return {split: sorted(image for video in of_split[split] for image in of_video[video]) for split in of_split}
 
 
 def _closest_vehicle(path: Path) -> int:
@@ -173,12 +167,10 @@ def CLEVRCounts(root: str, split: TrainTest = "test", train: int = 2_000, test: 
     path = folder / "scenes" / f"CLEVR_{part}_scenes.json"
     counts = {scene["image_filename"]: len(scene["objects"]) for scene in read_json(path, SCENES)["scenes"]}
     require(all(map(is_unicode, counts)), f"{path}: the name of an image is not text; {AGAIN}")
-    if len(counts) < wanted:
-        raise InputError(f"{path}: {len(counts)} scenes, not {wanted}; get it again")
+    require(len(counts) >= wanted, f"{path}: {len(counts)} scenes, not {wanted}; {AGAIN}")
     names = sorted(by_hash(list(counts), seed)[:wanted])
-    wrong = next((name for name in names if counts[name] not in COUNTS), None)
-    if wrong is not None:
-        raise InputError(f"{path}: {wrong} has {counts[wrong]} objects; CLEVR's images have 3 to 10")
+    for name in names:
+        require(counts[name] in COUNTS, f"{path}: {name} has {counts[name]} objects; CLEVR's images have 3 to 10")
     labels = [COUNTS.index(counts[name]) for name in names]
     return ListedImages(folder, [f"images/{part}/{name}" for name in names], labels, [str(n) for n in COUNTS], [path])
 
@@ -303,14 +295,10 @@ def IIIT5K(root: str, split: TrainTest = "test", lexicon: Literal["small", "medi
 def _words_of_images(path: Path, variable: str, lexicon: str) -> list[tuple[str, str, list[str]]]:
     """Read each image's file name, its word, and the words of its list."""
     (structs,) = read_mat(path, variable)
+    rows = []
     with reading(path, f"file of IIIT5K's {variable} with {lexicon}", hint=AGAIN):
-        rows = [
-            (
-                str(row["ImgName"]),
-                str(row["GroundTruth"]).upper(),
-                [str(word).upper() for word in np.atleast_1d(row[lexicon])],
-            )
-            for row in structs
-        ]
-    require(bool(rows), f"{path}: no images in it; get it again")
+        for row in structs:
+            words = [str(word).upper() for word in np.atleast_1d(row[lexicon])]
+            rows.append((str(row["ImgName"]), str(row["GroundTruth"]).upper(), words))
+    require(bool(rows), f"{path}: no images in it; {AGAIN}")
     return rows

@@ -14,10 +14,11 @@ from lit_clip.errors import listed, require
 from lit_clip.evaluation.data import CaptionedImages, Items, JudgedDocuments, MissingData
 from lit_clip.tools.hashing import hash64, stamp_of_files
 from lit_clip.tools.reading import reading
+from lit_clip.tools.untrusted import convert
 from ..open_source import open_source
 from ..pairs.columns import ColumnPairs
 from ..pairs.source import Columns, PairSource
-from .annotation_files import AGAIN, find, read_json, read_table, read_text
+from .annotation_files import AGAIN, find, read_table, read_text
 from .image_files import CaptionedFiles
 
 HUB_TABLE = "flickr_annotations_30k.csv"
@@ -147,7 +148,8 @@ def Flickr30k(root: str, split: str = "test") -> CaptionedFiles:
     top = Path(root)
     path = find(top, ("dataset_flickr30k.json", f"flickr30k_{split}_karpathy.txt", HUB_TABLE), "file of captions")
     if path.suffix == ".json":
-        captions = _read_karpathy(path, split, _folder_of(top, _first_name(path)))
+        source = open_source(path, split=split)
+        captions = {name: source.captions(row) for row, name in enumerate(_image_names(source) or [])}
     else:
         captions = _read_hub_table(path, split) if path.name == HUB_TABLE else _read_lines(path)
     require(bool(captions), f"{path}: no captions in it; get it again")
@@ -159,30 +161,13 @@ def _folder_of(root: Path, name: str) -> Path:
     return find(root, [f"{folder}{name}" for folder in folders], "images").parent
 
 
-def _first_name(path: Path) -> str:
-    values = read_json(path)
-    with reading(path, "file of Karpathy's list of images", hint=AGAIN):
-        return str(values["images"][0]["filename"])
-
-
-def _read_karpathy(path: Path, split: str, folder: Path) -> dict[str, list[str]]:
-    source = open_source(path, columns=Columns(root=str(folder)), split=split)
-    names = _image_names(source) or []
-    return {name: source.captions(row) for row, name in enumerate(names)}
-
-
 def _read_hub_table(path: Path, split: str) -> dict[str, list[str]]:
     """Read ``raw`` (a JSON list of captions), ``split`` and ``filename``."""
-    rows = read_table(path, {"captions": ("raw",), "split": ("split",), "name": ("filename",)})
     captions: dict[str, list[str]] = {}
-    for row in rows:
-        if row["split"] != split:
-            continue
-        with reading(path, f"table: {row['name']} has no list of captions", hint=AGAIN):
-            listed = json.loads(row["captions"])
-            if not isinstance(listed, list) or not all(isinstance(caption, str) for caption in listed):
-                raise ValueError(f"{row['captions'][:40]!r} is not a list of texts")
-        captions[row["name"]] = [caption.strip() for caption in listed]
+    for row in read_table(path, {"captions": ("raw",), "split": ("split",), "name": ("filename",)}):
+        if row["split"] == split:
+            with reading(path, f"table: {row['name']} has no list of captions", hint=AGAIN):
+                captions[row["name"]] = [text.strip() for text in convert(json.loads(row["captions"]), list[str])]
     return captions
 
 
@@ -191,10 +176,8 @@ def _read_lines(path: Path) -> dict[str, list[str]]:
     captions: dict[str, list[str]] = {}
     for number, line in enumerate(read_text(path).splitlines()[1:], start=2):
         name, _, caption = map(str.strip, line.partition(","))
-        require(
-            bool(name and caption) or not line.strip(), f"{path} line {number}: not an image and a caption; {AGAIN}"
-        )
-        if name:
+        if line.strip():
+            require(bool(name and caption), f"{path} line {number}: not an image and a caption; {AGAIN}")
             captions.setdefault(name, []).append(caption)
     return captions
 

@@ -19,7 +19,7 @@ from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.tools.reading import naming
 from lit_clip.tools.text_files import read_yaml
 from lit_clip.tools.untrusted import entries
-from .annotation_files import AGAIN, find, find_folder, read_json, read_json_lines, read_table, read_text
+from .annotation_files import AGAIN, find, read_json, read_json_lines, read_table, read_text
 from .image_files import ListedImages, by_hash, images_in, labels_of, subfolders
 
 Listing = dict[str, list[str]]  # the images of each class
@@ -73,9 +73,11 @@ def list_set(
     in_paths = {"split": differs.pop("split", split), **rule.options, **options}
     rule = replace(rule, **differs)
     folder = Path(root)
-    if any(rule.places):
-        place = find_folder if rule.inside else find
-        folder = place(folder, rule.places, rule.inside or "folder of this set")
+    if rule.inside:
+        places = [f"{place}/{rule.inside}".lstrip("/") for place in rule.places]
+        folder = find(folder, places, "files of this set").parent
+    elif any(rule.places):
+        folder = find(folder, rule.places, "folder of this set")
     images = folder / rule.images.format(**in_paths)
     lists = [find(folder, [each.format(**in_paths) for each in rule.lists], "list of images")] if rule.lists else []
     rows = [row for path in lists for row in _rows(rule, path)]

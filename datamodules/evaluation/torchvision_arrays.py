@@ -99,7 +99,7 @@ def _cifar(folder: Path, parts: Sequence[str], meta: str, names_key: str, labels
     labels = [label for path in paths for label in _unpickle(path, "data", labels_key)[labels_key]]
     names = [name.replace("_", " ") for name in _unpickle(folder / meta, names_key)[names_key]]
     pixels = partial(_cifar_pixels, paths, labels_key)
-    return ImageArrays(paths, pixels, labels, names, [folder / meta], image=_image_of_channels)
+    return ImageArrays(paths, pixels, labels, names, [folder / meta])
 
 
 def CIFAR10(root: str, split: TrainTest = "test") -> ImageArrays:
@@ -114,11 +114,8 @@ def CIFAR100(root: str, split: TrainTest = "test") -> ImageArrays:
 
 
 def _cifar_pixels(paths: Sequence[Path], labels_key: str) -> np.ndarray:
-    return np.concatenate([_unpickle(path, "data", labels_key)["data"] for path in paths])
-
-
-def _image_of_channels(pixels: Any, row: int) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(pixels[row].reshape(3, 32, 32).transpose(1, 2, 0)))
+    pixels = np.concatenate([_unpickle(path, "data", labels_key)["data"] for path in paths])
+    return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
 
 
 def _unpickle(path: Path, *keys: str) -> dict[str, Any]:
@@ -168,15 +165,15 @@ def STL10(root: str, split: TrainTest = "test", fold: int | None = None) -> Imag
     if path.stat().st_size != len(classes) * 3 * 96 * 96:
         raise InputError(f"{path}: not {len(classes)} images, the number of labels in {labels.name}; get both again")
     rows, annotations = None, [labels]
-    pixels = partial(np.memmap, path, np.uint8, "r", 0, (len(classes), 3, 96, 96))
+    pixels = partial(_stl10_pixels, path, len(classes))
     if split == "train" and fold is not None:
         rows, annotations = _fold(folder, fold, len(classes)), [labels, folder / "fold_indices.txt"]
         classes = classes[rows]
-    return ImageArrays([path], pixels, classes.tolist(), STL10_CLASSES, annotations, rows, _image_of_columns)
+    return ImageArrays([path], pixels, classes.tolist(), STL10_CLASSES, annotations, rows)
 
 
-def _image_of_columns(pixels: Any, row: int) -> Image.Image:
-    return Image.fromarray(np.ascontiguousarray(pixels[row].transpose(2, 1, 0)))
+def _stl10_pixels(path: Path, count: int) -> np.ndarray:
+    return np.memmap(path, np.uint8, "r", 0, (count, 3, 96, 96)).transpose(0, 3, 2, 1)
 
 
 def _fold(folder: Path, fold: int, count: int) -> list[int]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
-from lit_clip.errors import BadSample, InputError, require
+from lit_clip.errors import BadSample, require
 from lit_clip.evaluation.data import MissingData, Truth
 from lit_clip.tools.hashing import hash64
 from lit_clip.tools.reading import reason
@@ -230,15 +230,11 @@ def RareAct(root: str, frames: Frames = "all") -> Videos:
         listed.append((found.get(row["video_id"]), int(label)))
         spans.append((start, end))
         codes.append(int(code))
-    pairs = _sorted_by_label(words, table)
+    known = sorted(words) == list(range(len(words)))
+    require(known, f"{table}: class_id must be 0 to {len(words) - 1}; get the table again")
+    pairs = [words[label] for label in sorted(words)]
     videos = Videos(Path(root), listed, [" ".join(pair) for pair in pairs], [table], frames, spans)
     verbs, nouns = map(list, zip(*pairs, strict=True))
     kept, films = [codes[row] for row in videos.rows], [rows[row]["video_id"] for row in videos.rows]
     videos.truth = Truth(annotations={"verb": verbs, "noun": nouns, "annotation": kept, "video": films})
     return videos
-
-
-def _sorted_by_label(words: dict[int, tuple[str, str]], table: Path) -> Sequence[tuple[str, str]]:
-    if sorted(words) != list(range(len(words))):
-        raise InputError(f"{table}: class_id must be 0 to {len(words) - 1}; get the table again")
-    return [words[label] for label in range(len(words))]

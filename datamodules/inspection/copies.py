@@ -188,28 +188,22 @@ def scan_lines(
     ends = np.cumsum(found.images["captions"], dtype=np.int64)
     for row in np.flatnonzero(listed).tolist():
         if not found.images["state"][row]:
-            yield _unusable(source, row, *next(problems)[1:])
+            _, reason, problem = next(problems)
+            key = None
+            with suppress(BadSample):
+                key = source.key(row)
+            line = Finding.of_row(row, key)
+            line.add(reason, KEEP if reason == NO_RANGE else DROP, problem)  # train by a window
+            yield line
         elif validation is not None and validation[1].row[row] >= 0:
-            yield _of_validation(source, row, *validation)
+            others, copied = validation
+            line = Finding.of_row(row, source.key(row))
+            line.add("copy of a validation image" if copied.same_file[row] else "looks like a validation image", DROP)
+            line.copy_of = others.key(int(copied.row[row]))
+            yield line
         else:
             place = range(int(ends[row] - found.images["captions"][row]), int(ends[row]))
             yield from _of_pairs(source, row, found, place, copies, tokenizer)
-
-
-def _unusable(source: PairSource, row: int, reason: str, problem: str) -> Finding:
-    key = None
-    with suppress(BadSample):
-        key = source.key(row)
-    line = Finding.of_row(row, key)
-    line.add(reason, KEEP if reason == NO_RANGE else DROP, problem)  # train by a window
-    return line
-
-
-def _of_validation(source: PairSource, row: int, validation: PairSource, copies: ValidationCopies) -> Finding:
-    line = Finding.of_row(row, source.key(row))
-    line.add("copy of a validation image" if copies.same_file[row] else "looks like a validation image", DROP)
-    line.copy_of = validation.key(int(copies.row[row]))
-    return line
 
 
 def _of_pairs(

@@ -124,8 +124,13 @@ def _image_lines(findings: ScanFindings, duplicates: DuplicateGroups) -> list[Su
         SummaryLine("formats", _listed(kinds, number)),
         SummaryLine("colour modes", _listed(modes, number)),
         SummaryLine("bytes", f"{size_in_bytes(images['bytes'].sum())}, {size_in_bytes(images['bytes'].mean())} each"),
-        *_size_lines(images),
     ]
+    area = images["width"].astype(np.int64) * images["height"]
+    for name, place in (("smallest", 0), ("median", number // 2), ("largest", number - 1)):
+        row = np.argpartition(area, place)[place]
+        lines.append(SummaryLine(f"{name}, width x height", f"{images['width'][row]} x {images['height'][row]}"))
+    small = int((np.minimum(images["width"], images["height"]) < 224).sum())
+    lines.append(SummaryLine("shorter side under 224 pixels", share(small, number)))
     states = (
         ("more than 8 bits a level (models see the highest 8)", DEEP),
         ("four or more bands, as CMYK (models see them converted to RGB)", CONVERTED),
@@ -139,18 +144,6 @@ def _image_lines(findings: ScanFindings, duplicates: DuplicateGroups) -> list[Su
         lines += [SummaryLine(name, share(count, number), True)] if count else []
     lines.append(_duplicate_line("same file as another image", duplicates.files, number))
     lines.append(_duplicate_line("other file that looks the same (64-bit difference hash)", duplicates.looks, number))
-    return lines
-
-
-def _size_lines(images: np.ndarray) -> list[SummaryLine]:
-    width, height = images["width"], images["height"]
-    area = width.astype(np.int64) * height
-    lines = []
-    for name, place in (("smallest", 0), ("median", len(area) // 2), ("largest", len(area) - 1)):
-        row = np.argpartition(area, place)[place]
-        lines.append(SummaryLine(f"{name}, width x height", f"{width[row]} x {height[row]}"))
-    small = int((np.minimum(width, height) < 224).sum())
-    lines.append(SummaryLine("shorter side under 224 pixels", share(small, len(images))))
     return lines
 
 
