@@ -11,13 +11,12 @@ from .caption_choices import MMVPVLM, AROOrder, AROVisualGenome, SugarCrepe, Win
 from .faces import FER2013, CelebAIdentities, FairFace, FERPlus
 from .frame_robustness import ImageNetVidRobust, YTBBRobust
 from .image_files import ListedImages
-from .imagenet import ImageNet, ImageNetFolders, ObjectNet
+from .imagenet import BabelImageNet, ImageNet, ImageNetFolders, ObjectNet, TranslatedImageNet
 from .judged_documents import QueriesAndDocuments
-from .languages import XTD10, BabelImageNet, Crossmodal3600, TranslatedImageNet
 from .localised_sets import COCOInstances, ImageGrids, MaskedFiles, VOCBoxes
 from .own_classes import LabelledTable, LocatedImages
 from .owners_layouts import IIIT5K, KITTI, VOC2007, Birdsnap, CLEVRCounts, Digits, Flowers102, StanfordCars, SVHNNumbers
-from .retrieval_sets import COCO, CaptionedPairs, Flickr30k, GroupedPairs
+from .retrieval_sets import COCO, XTD10, CaptionedPairs, Crossmodal3600, Flickr30k, GroupedPairs
 from .rules import opener, rules
 from .torchvision_arrays import CIFAR10, CIFAR100, MNIST, STL10, PCam
 from .video_sets import UCF101, Kinetics700, RareAct

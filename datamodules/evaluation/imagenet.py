@@ -1,22 +1,33 @@
-"""ImageNet in all its layouts, and test sets that share its classes: ImageNetV2, ImageNet-A, -R, -Sketch, ObjectNet."""
+"""ImageNet in all its layouts and other languages; ImageNetV2's companions -A, -R and -Sketch, and ObjectNet."""
 
 import os
 import re
 from collections.abc import Sequence
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
+from msgspec import Meta
 from PIL import Image, ImageOps
 
 from lit_clip.errors import InputError, require
-from lit_clip.evaluation.data import LabelledImages, MissingData
+from lit_clip.evaluation.data import LabelledImages, MissingData, PartOf
 from lit_clip.evaluation.zero_shot import imagenet_class_names
-from lit_clip.tools.hashing import stamp_of_files
+from lit_clip.tools.hashing import hex_digest, stamp_of_files
 from lit_clip.tools.packaged import installed_file
-from lit_clip.tools.reading import reading
-from lit_clip.tools.untrusted import entries
-from .annotation_files import AGAIN, find, read_json, read_mat, read_table, read_text, refuse_missing, whole_number
+from lit_clip.tools.reading import naming, reading
+from lit_clip.tools.untrusted import convert, entries
+from .annotation_files import (
+    AGAIN,
+    TEXTS,
+    find,
+    read_json,
+    read_mat,
+    read_table,
+    read_text,
+    refuse_missing,
+    whole_number,
+)
 from .image_files import ImageFiles, KnownLabels, images_in, in_class_folders, labels_of, subfolders
 from .webdataset import TarImages, TarSample, scan_tar
 
@@ -210,3 +221,76 @@ class ObjectNet(ImageFiles):
 
     def image(self, index: int) -> Image.Image:
         return ImageOps.crop(super().image(index), BORDER)
+
+
+class _TranslatedImageNet(KnownLabels, PartOf):
+    """ImageNet, or some of its classes (labels, ascending), with other class names; it shares ImageNet's features."""
+
+    def __init__(
+        self, whole: LabelledImages, classes: Sequence[int], class_names: list[str], templates: list[str]
+    ) -> None:
+        self.whole, self.annotation_paths = whole, whole.annotation_paths
+        self.class_names, self.templates = class_names, templates
+        label_of, labels = {label: number for number, label in enumerate(classes)}, whole.labels()
+        self.rows = [row for row, label in enumerate(labels) if label in label_of]
+        self._labels = [label_of[labels[row]] for row in self.rows]
+
+    def image_paths(self) -> Sequence[Path]:
+        return self.whole.image_paths()
+
+    def image(self, index: int) -> Image.Image:
+        return self.whole.images(self.rows[index])[0]
+
+    def check(self) -> None:
+        self.whole.check()
+
+    def key(self, index: int) -> str:
+        return self.whole.key(self.rows[index])
+
+    def stamp(self) -> str:
+        return hex_digest([self.whole.stamp(), self.rows])
+
+
+def _package_file(name: str) -> Path:
+    return installed_file("clip_benchmark", "clip-benchmark", f"datasets/{name}")
+
+
+def _entry(path: Path, language: str, kind: Any) -> Any:
+    content = read_json(path, dict[str, Any])
+    require(language in content, f"{path}: no {language!r}; it has {', '.join(content) or 'no languages'}")
+    with naming(path):
+        return convert(content[language], kind, language)
+
+
+def TranslatedImageNet(root: str, language: str, split: ImageNetSplit = "val") -> _TranslatedImageNet:
+    """ImageNet with CLIP_benchmark's translated class names and prompt templates, from the installed package.
+
+    The language is ``ar``, ``cn``, ``it`` or ``jp``; ``root`` is the folder of :func:`ImageNet`.
+    """
+    files = [_package_file(f"{language}_{part}.json") for part in ("classnames", "zeroshot_classification_templates")]
+    names, templates = (_entry(path, "imagenet1k", TEXTS) for path in files)
+    templates = [text.replace("{c}", "{}") for text in templates]
+    return _TranslatedImageNet(ImageNet(root, split), range(len(names)), names, templates)
+
+
+def BabelImageNet(
+    root: str, language: str, names: str | None = None, prompts: str | None = None, split: ImageNetSplit = "val"
+) -> _TranslatedImageNet:
+    """Babel-ImageNet: the classes of ImageNet that have a name in a language, scored among themselves.
+
+    Without prompt templates in the language, the prompt is the name, as in the authors' ``label`` prompts.
+
+    Args:
+        root: the folder of :func:`ImageNet`.
+        language: its code as in the files, such as ``DE``.
+        names: the authors' ``babel_imagenet.json``: language -> labels and names; None: ``clip-benchmark``'s.
+        prompts: the authors' ``nllb_dist13b_prompts.json``: language -> templates; None: ``clip-benchmark``'s.
+        split: of ImageNet.
+    """
+    path = Path(names) if names else _package_file("babel_imagenet.json")
+    classes, own_names = _entry(path, language, tuple[list[Annotated[int, Meta(ge=0, lt=1000)]], TEXTS])
+    known = classes == sorted(set(classes)) and len(classes) == len(own_names)
+    require(known, f"{path}: {language}: must be ascending labels, and as many names; {AGAIN}")
+    file = Path(prompts) if prompts else _package_file("nllb_dist13b_prompts.json")
+    templates = read_json(file, dict[str, TEXTS]).get(language, ["{}"])
+    return _TranslatedImageNet(ImageNet(root, split), classes, own_names, templates)

@@ -207,13 +207,7 @@ LABEL_COLUMNS = ("label", "labels", "class", "target", "class_id", "class_name",
 Rows = Sequence[tuple[int, str, Any]]  # number in the file, path of the image, label as written
 
 
-def read_labels(path: Path, image_column: str | None = None, label_column: str | None = None) -> Rows:
-    """Read a table of images and labels.
-
-    ``path`` is ``.parquet``; ``.jsonl``, ``.ndjson`` or ``.json`` with one object per line; or a delimited file with a
-    header, whose delimiter is detected (UTF-8, or UTF-16 with a byte order mark). A text file's first line is row 1, a
-    parquet file's first row is row 0. Columns that are None are the first with a usual name.
-    """
+def _read_labels(path: Path, image_column: str | None, label_column: str | None) -> Rows:
     check_is_file(path)
     if not path.is_file():
         raise MissingData(f"{path}: no such table")
@@ -256,35 +250,31 @@ def _validated(path: Path, row: RawRow) -> tuple[int, str, Any]:
     return row.number, row.image.strip(), label
 
 
-def resolve_labels(path: Path, rows: Rows, class_names: list[str] | None) -> tuple[list[int], list[str]]:
-    """Turn the labels of :func:`read_labels` into label numbers and class names.
-
-    The column is read as names or as numbers, never as a mixture. Without ``class_names``, classes are the numbers, or
-    the sorted names that occur.
-    """
+def _resolve_labels(path: Path, rows: Rows, class_names: list[str] | None) -> tuple[list[int], list[str]]:
+    """Return label numbers and class names; the column is read as names or as numbers, never as a mixture."""
     numbers = [_number(label) for _, _, label in rows]
     if class_names is None:
         numeric = [number for number in numbers if number is not None]
         names = {str(label) for _, _, label in rows}
         class_names = numbered(numeric, str(path)) if len(numeric) == len(rows) else sorted(names)
     label_of = {name: label for label, name in enumerate(class_names)}
-    named = [label_of.get(label) if isinstance(label, str) else None for _, _, label in rows]
-    as_names = len(label_of) == len(class_names) and None not in named
-    as_numbers = all(number in range(len(class_names)) for number in numbers)
-    if as_names and as_numbers and named != numbers:
-        row, _, label = next(row for row, a, b in zip(rows, named, numbers, strict=True) if a != b)
+    twice = len(label_of) < len(class_names)
+    as_names = [label_of.get(label) if isinstance(label, str) and not twice else None for _, _, label in rows]
+    as_numbers = [number if number in range(len(class_names)) else None for number in numbers]
+    whole = [[label for label in each if label is not None] for each in (as_names, as_numbers)]
+    found = [labels for labels in whole if len(labels) == len(rows)]
+    if not found:
+        read = [(a is not None) + (b is not None) for a, b in zip(as_names, as_numbers, strict=True)]
+        row, _, label = rows[read.index(min(read))]
+        some = f"{', '.join(class_names[:3])}{', ...' if len(class_names) > 3 else ''}"
+        some += ", some of which have the same name" if twice else ""
+        problem = f"label {shown(label)} is none of the {len(class_names)} classes ({some})"
+        raise InputError(f"{path} row {row}: {problem}; fix it or class_names")
+    if found[0] != found[-1]:
+        row, _, label = next(row for row, a, b in zip(rows, *found, strict=True) if a != b)
         both = f"label {label!r} is the name of one class and the number of another"
         raise InputError(f"{path} row {row}: {both}; give the classes other names, or write names into the table")
-    if not as_names and not as_numbers:
-        # Most cells say whether the column is read as names or as numbers.
-        as_numbers = numbers.count(None) < named.count(None)
-        known = [number if number in range(len(class_names)) else None for number in numbers] if as_numbers else named
-        unknown = next((row for row, label in zip(rows, known, strict=True) if label is None), rows[0])
-        twice = "" if len(label_of) == len(class_names) else ", some of which have the same name"
-        some = f"{', '.join(class_names[:3])}{', ...' if len(class_names) > 3 else ''}{twice}"
-        problem = f"label {shown(unknown[2])} is none of the {len(class_names)} classes ({some})"
-        raise InputError(f"{path} row {unknown[0]}: {problem}; fix it or class_names")
-    return [label for label in (named if as_names else numbers) if label is not None], class_names
+    return found[0], class_names
 
 
 def _number(label: str | int) -> int | None:
@@ -315,10 +305,10 @@ class LabelledTable(ImageFiles):
         root: str | None = None,
     ) -> None:
         self.path = Path(path)
-        rows = read_labels(self.path, image_column, label_column)
+        rows = _read_labels(self.path, image_column, label_column)
         names = imagenet_class_names() if class_names == "imagenet" else class_names
         require(names is None or bool(names), f"class_names: must not be empty; leave it out to use those of {path}")
-        labels, classes = resolve_labels(self.path, rows, None if names is None else list(names))
+        labels, classes = _resolve_labels(self.path, rows, None if names is None else list(names))
         self._numbers = [number for number, _, _ in rows]
         folder = Path(root).expanduser() if root else self.path.parent
         super().__init__(folder, [image for _, image, _ in rows], labels, classes, [self.path])

@@ -1,4 +1,4 @@
-"""Captioned images for retrieval: Flickr30k, COCO, any source of training pairs, and pairs that search each other."""
+"""Captioned images for retrieval: Flickr30k, COCO, XTD10, Crossmodal-3600, and any source of pairs."""
 
 import json
 import os
@@ -10,15 +10,15 @@ from typing import Literal
 import numpy as np
 from PIL import Image
 
-from lit_clip.errors import listed, require
+from lit_clip.errors import InputError, listed, require
 from lit_clip.evaluation.data import CaptionedImages, Items, JudgedDocuments, MissingData
 from lit_clip.tools.hashing import hash64, stamp_of_files
 from lit_clip.tools.reading import reading
-from lit_clip.tools.untrusted import convert
+from lit_clip.tools.untrusted import convert, entries
 from ..open_source import open_source
 from ..pairs.columns import ColumnPairs
 from ..pairs.source import Columns, PairSource
-from .annotation_files import AGAIN, find, read_table, read_text
+from .annotation_files import AGAIN, TEXTS, find, read_json_lines, read_table, read_text
 from .image_files import CaptionedFiles
 
 HUB_TABLE = "flickr_annotations_30k.csv"
@@ -254,3 +254,38 @@ class GroupedPairs(JudgedDocuments):
 
     def stamp(self) -> str:
         return f"{len(self._images)}-" + "-".join(pairs.stamp() for pairs in self._parts)
+
+
+def XTD10(root: str, language: str) -> CaptionedFiles:
+    """XTD10: 1,000 images of COCO 2014 with a caption in each of 11 languages (``en``, ``de``, ..., ``jp``, ``zh``).
+
+    ``root`` has the authors' ``XTD10``, ``MIC`` and ``STAIR`` folders or the files in them, and the images: all in
+    ``images``, or in COCO's ``train2014`` and ``val2014``.
+    """
+    top, folders = Path(root), ("XTD10/", "MIC/", "STAIR/", "")
+    listed = find(top, [f"{folder}test_image_names.txt" for folder in folders], "list of images")
+    file = f"test_1kcaptions_{language}.txt"
+    path = find(top, [f"{folder}{file}" for folder in folders], f"captions in {language}")
+    names = read_text(listed).split()
+    captions = [[caption] for caption in read_text(path).splitlines()]
+    if not names or len(captions) != len(names):
+        raise InputError(f"{path}: {len(captions)} captions for {len(names)} images; {AGAIN}")
+    images = find(top, ("images", "train2014", "val2014"), "images")
+    folder_of = {split: "images" if images.name == "images" else split for split in ("train2014", "val2014")}
+    names = [f"{folder_of['train2014' if 'train2014' in name else 'val2014']}/{name}" for name in names]
+    return CaptionedFiles(top, names, captions, [listed, path])
+
+
+def Crossmodal3600(root: str, language: str) -> CaptionedFiles:
+    """Crossmodal-3600: 3,600 images with captions in 36 languages; the first caption is used, as in CLIP_benchmark.
+
+    ``root`` has ``captions.jsonl`` and ``images``; the language is a code such as ``de``.
+    """
+    path, names, captions = find(Path(root), ("captions.jsonl",), "captions.jsonl"), [], []
+    kind = entries({"image/key": str, language: entries({"caption": TEXTS}, total=True)}, total=True)
+    for row in read_json_lines(path, kind):
+        names.append(f"images/{row['image/key']}.jpg")
+        captions.append([row[language]["caption"][0]])
+    require(bool(names), f"{path}: no images in it; {AGAIN}")
+    find(Path(root), ("images",), "images")
+    return CaptionedFiles(Path(root), names, captions, [path])

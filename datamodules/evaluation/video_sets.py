@@ -13,7 +13,7 @@ from typing import Any, Literal
 from lightning.pytorch.utilities import rank_zero_info
 from PIL import Image
 
-from lit_clip.errors import BadSample, require
+from lit_clip.errors import BadSample, InputError, require
 from lit_clip.evaluation.data import MissingData, Truth
 from lit_clip.tools.hashing import hash64
 from lit_clip.tools.reading import reason

@@ -11,7 +11,7 @@ from lit_clip.errors import InputError
 from lit_clip.evaluation.overlap import Overlap
 from lit_clip.tools.html import stored_thumbnail, thumbnail, write_page
 from ..pairs.source import PairSource
-from .findings import OverlapPair, SetFindings
+from .search import OverlapPair, SetFindings
 
 TEMPLATE = Path(__file__).parent / "templates" / "overlap.html"
 SHOWN = 12  # pairs of a kind
