@@ -27,6 +27,16 @@ from .owners_layouts import VOC_CLASSES, voc_objects
 CLASSES = Path(__file__).with_name("segmentation_classes.yaml")
 HIGHEST = 2**16  # values of a mask, exclusive
 UNKNOWN = -2
+VOC_NAMES = {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv monitor"}
+INSTANCES = entries(
+    {
+        "categories": list[entries({"id": int, "name": str}, total=True)],
+        "images": list[entries({"id": int, "file_name": str}, total=True)],
+        "annotations": list[entries({"image_id": int, "category_id": int, "bbox": Box}, total=True)],
+    },
+    total=True,
+)
+Boxes = list[tuple[int, Box]]
 
 
 class MaskedFiles(UnlabelledFiles, Masked):
@@ -124,18 +134,6 @@ def _stems(folder: Path, suffix: str) -> list[str]:
     """List the files below a folder that end in ``suffix``: their sorted paths, without the suffix."""
     paths = (Path(top, name).relative_to(folder) for top, _, names in os.walk(folder) for name in names)
     return sorted(path.as_posix().removesuffix(suffix) for path in paths if path.name.endswith(suffix))
-
-
-VOC_NAMES = {"diningtable": "dining table", "pottedplant": "potted plant", "tvmonitor": "tv monitor"}
-INSTANCES = entries(
-    {
-        "categories": list[entries({"id": int, "name": str}, total=True)],
-        "images": list[entries({"id": int, "file_name": str}, total=True)],
-        "annotations": list[entries({"image_id": int, "category_id": int, "bbox": Box}, total=True)],
-    },
-    total=True,
-)
-Boxes = list[tuple[int, Box]]
 
 
 class BoxedFiles(UnlabelledFiles, Boxed):

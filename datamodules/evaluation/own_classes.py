@@ -32,6 +32,8 @@ ClassNames = list[str] | Literal["imagenet"]
 NAMED = "train|training|val|valid|validation|dev|test|testing"
 SPLIT = re.compile(rf"(.+?)-\d{{5}}-of-\d{{5}}|({NAMED})([-_].*)?", re.IGNORECASE)
 SEPARATE = "separate the sets, or convert them again"
+LABEL_COLUMNS = ("label", "labels", "class", "target", "class_id", "class_name", "category")
+Rows = Sequence[tuple[int, str, Any]]  # number in the file, path of the image, label as written
 
 
 def resolve_names(names: ClassNames | None, default: list[str], where: str) -> list[str]:
@@ -201,10 +203,6 @@ def _stored_names(file: Path, schema: Any, label_column: str) -> list[str] | Non
         if names is not None and not (isinstance(names, list) and all(isinstance(name, str) for name in names)):
             raise ValueError("class names that are not text")
     return names
-
-
-LABEL_COLUMNS = ("label", "labels", "class", "target", "class_id", "class_name", "category")
-Rows = Sequence[tuple[int, str, Any]]  # number in the file, path of the image, label as written
 
 
 def _read_labels(path: Path, image_column: str | None, label_column: str | None) -> Rows:

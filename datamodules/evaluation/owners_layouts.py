@@ -40,6 +40,9 @@ COUNTS = (10, 3, 4, 5, 6, 7, 8, 9)  # labels follow the paper's prompts: "10" so
 SCENES = entries({"scenes": list[entries({"image_filename": str, "objects": list}, total=True)]}, total=True)
 DISTANCES = ["a car on the left or right side", "a car nearby", "a car in the distance", "no car"]
 VEHICLES = {"Car", "Van", "Truck"}
+DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
+TRAINING_DIGITS = 1000
+LONGEST_CELL = 4096  # letters of a name, or digits of a number
 
 
 def StanfordCars(root: str, split: TrainTest = "test") -> ImageFiles:
@@ -173,11 +176,6 @@ def CLEVRCounts(root: str, split: TrainTest = "test", train: int = 2_000, test: 
         require(counts[name] in COUNTS, f"{path}: {name} has {counts[name]} objects; CLEVR's images have 3 to 10")
     labels = [COUNTS.index(counts[name]) for name in names]
     return ListedImages(folder, [f"images/{part}/{name}" for name in names], labels, [str(n) for n in COUNTS], [path])
-
-
-DIGIT_NAMES = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
-TRAINING_DIGITS = 1000
-LONGEST_CELL = 4096  # letters of a name, or digits of a number
 
 
 def Birdsnap(root: str, split: TrainTest = "test") -> ImageFiles:

@@ -22,6 +22,8 @@ from .annotation_files import AGAIN, TEXTS, find, read_json_lines, read_table, r
 from .image_files import CaptionedFiles
 
 HUB_TABLE = "flickr_annotations_30k.csv"
+VAL2017 = "captions_val2017.json"
+FIELDS = ("image", "caption")
 
 
 class CaptionedPairs(CaptionedImages):
@@ -106,9 +108,6 @@ def _rows_of_images(names: Sequence[str] | None, rows: int) -> list[np.ndarray]:
     return [np.array(rows_of_image) for rows_of_image in found.values()]
 
 
-VAL2017 = "captions_val2017.json"
-
-
 class COCO(CaptionedPairs):
     """COCO's captions: one of Karpathy's splits, or COCO's own ``val2017``.
 
@@ -180,9 +179,6 @@ def _read_lines(path: Path) -> dict[str, list[str]]:
             require(bool(name and caption), f"{path} line {number}: not an image and a caption; {AGAIN}")
             captions.setdefault(name, []).append(caption)
     return captions
-
-
-FIELDS = ("image", "caption")
 
 
 class GroupedPairs(JudgedDocuments):

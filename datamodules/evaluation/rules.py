@@ -93,7 +93,6 @@ def list_set(
 
 
 def _rows(rule: Rule, path: Path) -> list[tuple[str, str]]:
-    """Read the file and the class of each image from a list."""
     if path.suffix == ".json":
         lists = read_json(path, Listing)
         return [(image, each) for each in sorted(lists) for image in lists[each]]
@@ -109,7 +108,6 @@ def _rows(rule: Rule, path: Path) -> list[tuple[str, str]]:
 
 
 def _matches(expression: str, path: Path) -> list[re.Match[str]]:
-    """Match each non-empty line."""
     matches = []
     for number, line in enumerate(map(str.strip, read_text(path).splitlines()), start=1):
         match = re.fullmatch(expression, line)

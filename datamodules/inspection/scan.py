@@ -131,7 +131,6 @@ class ScanFindings:
 
 
 def _read(source: PairSource, tokenizer: TextTokenizer, rows: Sequence[int]) -> ScanFindings:
-    """Read a batch of pairs."""
     images, texts, problems = np.zeros(len(rows), dtype=IMAGE), list[str](), []
     images["row"] = rows
     # Pillow's warnings about odd files would flood the terminal; a file that cannot be used is an error.

@@ -7,6 +7,8 @@ video) that could be read, D embedding dimension.
 import io
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -37,6 +39,8 @@ from ..pairs.findings import Finding
 from ..pairs.source import PairSource
 
 LEAK = np.dtype([("row", "i8"), ("query", "i4"), ("similarity", "f4")])  # NaN: the same look
+By = Literal["either", "embedding", "look"]
+TRIED = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.85, 0.8)  # other thresholds in the report
 
 
 class EncodedImages(NamedTuple):
@@ -157,10 +161,6 @@ class Searched:
         self.leaks.append(np.array(leaks, LEAK))
 
 
-By = Literal["either", "embedding", "look"]
-TRIED = (0.99, 0.98, 0.97, 0.96, 0.95, 0.94, 0.92, 0.9, 0.85, 0.8)  # other thresholds in the report
-
-
 class OverlapPair(NamedTuple):
     """An image of the evaluation set and the matching image of the training set."""
 
@@ -202,25 +202,16 @@ def leaked_rows(sets: Mapping[str, SetFindings], by: By, source: PairSource) -> 
         for number, each in enumerate(sets.values())
         for part in each.searched.leaks
         for row, query, similarity in part.tolist()
+        if by != ("look" if similarity == similarity else "embedding")
     ]
-    line = None
-    for row, number, query, similarity in sorted(leaks, key=lambda leak: leak[:3]):
-        by_look = similarity != similarity
-        if by == ("embedding" if by_look else "look"):
-            continue
-        if line is None or line.row != row:
-            if line is not None:
-                yield line
-            line = Finding.of_row(row, source.key(row))
-        name, findings = list(sets.items())[number]
-        finding = f"image of the evaluation set {name}"
-        line.add(
-            finding if finding not in line.finding.split("; ") else "",
-            DROP,
-            "same look" if by_look else f"similarity {similarity:.3f}",
-        )
-        line.copy_of = line.copy_of or f"{name}: {findings.images.key(int(findings.searched.images.rows[query]))}"
-    if line is not None:
+    for row, found in groupby(sorted(leaks, key=itemgetter(0, 1, 2)), key=itemgetter(0)):
+        line = Finding.of_row(row, source.key(row))
+        for _, number, query, similarity in found:
+            name, findings = list(sets.items())[number]
+            finding = f"image of the evaluation set {name}"
+            detail = f"similarity {similarity:.3f}" if similarity == similarity else "same look"
+            line.add("" if finding in line.finding.split("; ") else finding, DROP, detail)
+            line.copy_of = line.copy_of or f"{name}: {findings.images.key(int(findings.searched.images.rows[query]))}"
         yield line
 
 
