@@ -35,22 +35,8 @@ WORDS = frozenset(
         *("jpg", "jpeg", "png", "gif", "webp", "bmp", "tif", "tiff"),
     )
 )
-
-
-def says_nothing(caption: str) -> bool:
-    """Return whether a caption is only punctuation, or only (English) words and numbers that would fit any image.
-
-    ``A photo.``, ``IMG_0123.jpg`` and ``???`` say nothing; ``7`` and ``a red photo`` do say something.
-    """
-    words = re.findall(r"[^\W\d_]+", caption.casefold())
-    if words:
-        return WORDS.issuperset(words)
-    return all(unicodedata.category(character)[0] in "PZC" for character in caption)
-
-
 CHUNK = 32  # pairs that a data worker reads at once
 DECODED = 72  # least pixels a side of a decoded image: eight for each of the hash's 9 columns
-
 READABLE, PLAIN, ROTATED, ANIMATED, TRANSPARENT, DEEP, CONVERTED = (1 << bit for bit in range(7))  # of ``state``
 SAYS_NOTHING, TOO_LONG = 1, 2  # bits of a caption's ``flags``
 IMAGE = np.dtype(
@@ -70,6 +56,17 @@ IMAGE = np.dtype(
     ]
 )
 CAPTION = np.dtype([("hash", "u8"), ("tokens", "i8"), ("flags", "u1")])  # caption_hash; tokens before truncation
+
+
+def says_nothing(caption: str) -> bool:
+    """Return whether a caption is only punctuation, or only (English) words and numbers that would fit any image.
+
+    ``A photo.``, ``IMG_0123.jpg`` and ``???`` say nothing; ``7`` and ``a red photo`` do say something.
+    """
+    words = re.findall(r"[^\W\d_]+", caption.casefold())
+    if words:
+        return WORDS.issuperset(words)
+    return all(unicodedata.category(character)[0] in "PZC" for character in caption)
 
 
 @cache
