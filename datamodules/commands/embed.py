@@ -25,7 +25,6 @@ from lit_clip.embedding.index import combined
 from lit_clip.embedding.precision import check_precision
 from lit_clip.embedding.reading import UnreadableRow
 from lit_clip.errors import BadSample, InputError, require
-from lit_clip.models.clip import CLIP
 from lit_clip.tools.console import plural, stderr
 from lit_clip.tools.hashing import stable_hash
 from lit_clip.tools.images import OnError
@@ -123,14 +122,10 @@ def embed(
 
 
 def _of_one_kind(
-    work: Work,
-    content: str,
-    task_of: Callable[[CLIP], EncodingTask],
-    settings: EncodingSettings,
-    captions: Mapping[Identity, str],
+    work: Work, task: EncodingTask, settings: EncodingSettings, content: str, captions: Mapping[Identity, str]
 ) -> _Features | None:
     """Encode images or texts, each by itself."""
-    table = features_of(work.model, task_of(work.model), work.parts, settings)
+    table = features_of(work.model, task, work.parts, settings)
     if table is None:
         return None
     scale = str(float(work.model.logit_scale.detach().exp()))  # for who learns from the features
@@ -150,9 +145,8 @@ def _items_of_texts(content: str, texts: Mapping[Identity, str], settings: Encod
     settings = replace(settings, num_workers=0)  # tokenizing is not worth a process
 
     def encode_texts(work: Work) -> _Features | None:
-        listed = [texts[each] for each in identities]
-        captions = texts if content == "caption" else {}
-        return _of_one_kind(work, content, lambda model: text_task(model, listed, identities), settings, captions)
+        task = text_task(work.model, [texts[each] for each in identities], identities)
+        return _of_one_kind(work, task, settings, content, texts if content == "caption" else {})
 
     return _Items(content, [key for key, _, _ in identities], encode_texts, stamp=stamp)
 
@@ -165,7 +159,7 @@ def _items_of_images(
     stamp: str,
 ) -> _Items:
     def encode_images(work: Work) -> _Features | None:
-        return _of_one_kind(work, "image", lambda model: image_task(model, rows, identities), settings, {})
+        return _of_one_kind(work, image_task(work.model, rows, identities), settings, "image", {})
 
     return _Items("image", [key for key, _, _ in identities], encode_images, root, stamp)
 

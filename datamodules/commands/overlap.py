@@ -102,7 +102,9 @@ def overlap(
     settings = EncodingSettings(batch_size, num_workers, precision, "skip")
     opened = open_sets(evaluation, suite or [], sets, Path(data_root), templates)
     thresholds = read_thresholds(threshold, list(opened))
-    check_prompts(opened)
+    for name, each in opened.items():  # class names that do not fit are refused before the training data are read
+        with naming(name):
+            _prompts(each)
     require(bool(train), "--train: name a table, a folder or shards")
     data = DataOptions(train, columns, split)
     training = open_data(data)
@@ -135,9 +137,7 @@ def open_sets(
     folders: Sequence[str], suites: Sequence[str], names: Sequence[str] | None, data_root: Path, templates: list[str]
 ) -> dict[str, EvaluationSet]:
     """Open the sets; skip a suite's missing sets with a note, unless they were named."""
-    require(
-        bool(folders) or bool(suites), "no evaluation set; name a folder of classes before the options, or a --suite"
-    )
+    require(bool(folders or suites), "no evaluation set; name a folder of classes before the options, or a --suite")
     require(not names or bool(suites), "--sets: needs a --suite")
     opened: dict[str, EvaluationSet] = {}
     for folder in folders:
@@ -160,13 +160,6 @@ def open_sets(
             stderr().print(f"skipped: {name}: {error}")
     require(bool(opened), f"--suite: none of its {len(entries)} sets is in {data_root}; set --data_root")
     return opened
-
-
-def check_prompts(opened: Mapping[str, EvaluationSet]) -> None:
-    """Raise :class:`InputError` for class names that do not fit, before the training data are read."""
-    for name, each in opened.items():
-        with naming(name):
-            _prompts(each)
 
 
 def _prompts(each: EvaluationSet) -> Prompts | None:

@@ -184,13 +184,12 @@ def Birdsnap(root: str, split: TrainTest = "test") -> ImageFiles:
     ``root`` has ``species.txt``, ``images.txt`` and ``test_images.txt``, and ``download/images`` or ``images``. Labels
     follow the species' folder names, which is the order of the paper's list.
     """
-    folder = Path(root)
-
-    def column(path: Path, name: str) -> list[str]:
-        return [row[name] for row in read_table(path, {name: [name]}, delimiter="\t")]
-
-    lists = [folder / name for name in ("species.txt", "images.txt", "test_images.txt")]
-    folders, listed, test = sorted(column(lists[0], "dir")), column(lists[1], "path"), set(column(lists[2], "path"))
+    folder, columns = Path(root), {"species.txt": "dir", "images.txt": "path", "test_images.txt": "path"}
+    lists = [folder / name for name in columns]
+    folders, listed, test = (
+        [row["it"] for row in read_table(path, {"it": [columns[path.name]]}, delimiter="\t")] for path in lists
+    )
+    folders.sort()
     label_of = {name: label for label, name in enumerate(folders)}
     images = find(folder, ["download/images", "images"], "folder of images")
     files, labels = [], []

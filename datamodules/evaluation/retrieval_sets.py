@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-import numpy as np
 from PIL import Image
 
 from lit_clip.errors import InputError, listed, require
@@ -51,7 +50,10 @@ class CaptionedPairs(CaptionedImages):
         self._path = Path(path)
         self.annotation_paths = [self._path] if self._path.is_file() else []
         self._names = _image_names(self.source)
-        self._rows = _rows_of_images(self._names, len(self.source))
+        rows = defaultdict[object, list[int]](list)  # of each image, in order of appearance
+        for row in range(len(self.source)):
+            rows[row if self._names is None else self._names[row]].append(row)
+        self._rows = list(rows.values())
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -96,16 +98,6 @@ def _image_names(source: PairSource) -> list[str] | None:
     with reading(source.path, "table of image paths"):
         names = paths.to_pylist()
     return [str(name).strip() for name in names] if all(isinstance(name, str) for name in names) else None
-
-
-def _rows_of_images(names: Sequence[str] | None, rows: int) -> list[np.ndarray]:
-    """Group rows by image, in order of appearance."""
-    if names is None:
-        return [np.array([row]) for row in range(rows)]
-    found: dict[str, list[int]] = {}
-    for row, name in enumerate(names):
-        found.setdefault(name, []).append(row)
-    return [np.array(rows_of_image) for rows_of_image in found.values()]
 
 
 class COCO(CaptionedPairs):

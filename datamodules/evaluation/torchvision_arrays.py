@@ -75,12 +75,8 @@ class ImageArrays(KnownLabels):
 
     def _pixels(self) -> Any:
         if self._opened is None or self._opened[0] != os.getpid():  # HDF5 files do not survive a fork
-            self._opened = (os.getpid(), self.open())
+            self._opened = (os.getpid(), self._open_pixels())
         return self._opened[1]
-
-    def open(self) -> Any:
-        """Open the file and return its pixels."""
-        return self._open_pixels()
 
     def image_paths(self) -> list[Path]:
         return self.paths

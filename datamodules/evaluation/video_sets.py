@@ -176,34 +176,24 @@ def Kinetics700(root: str, split: str, frames: Frames = "centre") -> Videos:
     Labels follow the sorted class names of all splits whose tables exist. Clips that are gone are left out and counted.
     """
     folder = Path(root)
-    table = _kinetics_table(folder, split)
-    timed = "time_start" in table.read_text(encoding="utf-8-sig").partition("\n")[0]
-    times = {"start": ("time_start",), "end": ("time_end",)} if timed else {}
-    rows = read_table(table, {"label": ("label",), "id": ("youtube_id",), **times})
-    annotations = [table]
+    annotations = [_kinetics_table(folder, split)]
+    rows = read_table(annotations[0], {"label": ("label",), "id": ("youtube_id",)})
     for other in sorted({"train", "val", "validate"} - {split}):
         with suppress(MissingData):
             annotations.append(_kinetics_table(folder, other))
     others = [row for path in annotations[1:] for row in read_table(path, {"label": ("label",)})]
     names = sorted({row["label"] for row in (*rows, *others)})
     found = videos_below(find(folder, (split,), "folder of videos"))
-    for name in list(found):  # also find a clip whose name ends with its seconds by its id
+    for name in list(found):  # a clip's name may end with its seconds; no two clips are of one video
         found.setdefault(re.sub(r"_\d{6}_\d{6}$", "", name), found[name])
     label_of = {name: label for label, name in enumerate(names)}
-    listed = [(found.get(_clip_name(row, str(table))) or found.get(row["id"]), label_of[row["label"]]) for row in rows]
+    listed = [(found.get(row["id"]), label_of[row["label"]]) for row in rows]
     return Videos(folder, listed, names, annotations, frames)
 
 
 def _kinetics_table(root: Path, split: str) -> Path:
     names = (f"annotations/{split}.csv", f"{split}.csv", f"kinetics700/{split}.csv", f"kinetics_700_{split}.csv")
     return find(root, names, f"table of {split}")
-
-
-def _clip_name(row: dict[str, str], table: str) -> str:
-    if "start" not in row:
-        return row["id"]
-    start, end = (int(number(row, column, f"{table}: {row['id']}")) for column in ("start", "end"))
-    return f"{row['id']}_{start:06}_{end:06}"
 
 
 def RareAct(root: str, frames: Frames = "all") -> Videos:

@@ -81,28 +81,22 @@ class SourceRows(SourcePairs):
         return stored.where, [image_for_model(io.BytesIO(stored.image), stored.where)]
 
 
-class _Note(NamedTuple):
-    row: int
-    name: str
-    look: Look
-
-
-def _note(row: int, name: str, image: Image.Image) -> _Note:
-    return _Note(row, name, look_of(image))
+def _note(row: int, name: str, image: Image.Image) -> tuple[int, str, Look]:
+    return row, name, look_of(image)
 
 
 class _ImageTask(EncodingTask):
     def step(self, batch: EncoderBatch, device: torch.device, batch_size: int) -> Tensor:
         features = encode_batch(batch, self.encode, device, batch_size)
         if batch.rows:  # the largest similarity of a batch with NaN is NaN, which would hide its other images
-            check_finite(features, batch.notes[0].name)
+            check_finite(features, batch.notes[0][1])
         return features
 
     def part(self, finished: Finished) -> Arrays:
-        notes: list[_Note] = [note for batch, _ in finished for note in batch.notes]
-        rows, looks = np.array([note.row for note in notes]), np.array([note.look for note in notes], LOOK)
+        rows, names, looks = zip(*(note for batch, _ in finished for note in batch.notes), strict=True)
         features = np.concatenate([each for _, each in finished])
-        return {"rows": rows, "features": features, "looks": looks, "names": json_array([note.name for note in notes])}
+        looks = np.array(list(looks), LOOK)
+        return {"rows": np.array(rows), "features": features, "looks": looks, "names": json_array(names)}
 
 
 def encode_images(
