@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from datamodules.evaluation.masked_files import CLASSES
 from PIL import Image
 
 from datamodules.evaluation import COCOInstances, ImageGrids, MaskedFiles, VOCBoxes
-from datamodules.evaluation.masked_files import CLASSES
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MissingData
 from lit_clip.evaluation.prompts import prompts_of_set

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from datamodules.evaluation.video_frames import read_frames, times_of_frames
 from PIL import Image
 
 from datamodules.evaluation import UCF101, ImageNetVidRobust, Kinetics700, RareAct, YTBBRobust
 from datamodules.evaluation.image_files import ImageFiles
-from datamodules.evaluation.video_frames import read_frames, times_of_frames
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MissingData
 from tests.conftest import ROOT
