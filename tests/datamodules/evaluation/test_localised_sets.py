@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
-from datamodules.evaluation.masked_files import CLASSES
 from PIL import Image
 
 from datamodules.evaluation import COCOInstances, ImageGrids, MaskedFiles, VOCBoxes
+from datamodules.evaluation.localised_sets import CLASSES
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import MissingData
 from lit_clip.evaluation.prompts import prompts_of_set
@@ -136,13 +136,8 @@ def test_masks_without_one_channel_of_whole_numbers_are_refused(tmp_path: Path, 
 
 def test_class_names_are_distinct_and_as_many_as_published() -> None:
     names = yaml.safe_load(CLASSES.read_text(encoding="utf-8"))
-    assert {key: len(set(each)) for key, each in names.items()} == {
-        "voc": 20,
-        "context": 59,
-        "ade20k": 150,
-        "coco_stuff": 171,
-        "cityscapes": 19,
-    }
+    sizes = {"voc": 20, "context": 59, "ade20k": 150, "coco_stuff": 171, "cityscapes": 19}
+    assert {key: len(set(each)) for key, each in names.items()} == sizes
     assert all(isinstance(name, str) and name == name.strip() for each in names.values() for name in each)
 
 
