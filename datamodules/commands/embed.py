@@ -240,7 +240,8 @@ def _things(opened: Opened, root: Path | None, settings: EncodingSettings, text_
 
     def encode_things(work: Work) -> _Features | None:
         pairs = SourcePairs(opened.pairs, [rows[key] for key in keys])
-        captions = text_task(work.model, texts, [_of_text(text) for text in texts])
+        # no image has such an identity, as its file has more than a byte
+        captions = text_task(work.model, texts, [(text, 1, stable_hash(text)) for text in texts])
         encode(work.model, captions, work.parts, replace(settings, num_workers=0), title="captions")
         images = image_task(work.model, pairs, identities_of(keys, root))
         table = features_of(work.model, images, work.parts, settings, title="images")
@@ -267,7 +268,3 @@ def _things(opened: Opened, root: Path | None, settings: EncodingSettings, text_
 
 def _means(features: np.ndarray, rows: Sequence[Sequence[int]]) -> torch.Tensor:
     return torch.from_numpy(np.stack([features[each].mean(axis=0) for each in rows]))
-
-
-def _of_text(text: str) -> Identity:
-    return text, 1, stable_hash(text)  # no image's, whose file has more than a byte

@@ -46,7 +46,7 @@ from ..overlap.search import (
     findings_of,
     leaked_rows,
 )
-from ..pairs.findings import Counts, DataOptions, write_findings
+from ..pairs.findings import DataOptions, write_findings
 from ..pairs.source import Columns, PairSource
 from .opened import open_data
 
@@ -75,7 +75,7 @@ def overlap(
     """Find evaluation images in a training set, and measure how much they help a model (section 5 of the paper).
 
     The page shows pairs around each set's threshold: look at them, choose another threshold and run the command again.
-    A hidden folder beside the output caches features and search results; an interrupted run resumes from it.
+    A hidden folder beside the output caches features; an interrupted run resumes from it.
 
     Args:
         evaluation: folders with a subfolder for each class; or none, and --suite.
@@ -121,9 +121,15 @@ def overlap(
             correct = recognised(clip, each, searched[name].images, precision)
             findings[name] = findings_of(each.images, searched[name], by, correct)
         leaks = leaked_rows(findings, by, training.every)
-        written = write_findings(outputs[0], leaks, training.every, data)
-        report = _report(findings, unreadable, len(training.every), described, train, by)
-        _write(path, report, findings, training.every, *written)
+        counts, command = write_findings(outputs[0], leaks, training.every, data)
+        figures = {
+            "data": train,
+            "images": len(training.every) - len(unreadable),
+            "skipped": dict(Counter(row.reason for row in unreadable)),
+            "skipped_lines": [row.message for row in unreadable[:LISTED_BAD]],
+        }
+        report = _report(findings, described, figures, by)
+        _write(path, report, findings, training.every, command if counts else "")
 
 
 class EvaluationSet(NamedTuple):
@@ -235,15 +241,9 @@ def _parts(cache: Path, kind: str, *stamp: object) -> Parts:
 
 
 def _write(
-    path: Path,
-    report: Mapping[str, Any],
-    findings: Mapping[str, SetFindings],
-    source: PairSource,
-    leaks: Counts,
-    command: str,
+    path: Path, report: Mapping[str, Any], findings: Mapping[str, SetFindings], source: PairSource, command: str
 ) -> None:
-    """Write and print the results; ``command`` trains on the images that are in no set."""
-    command = command if leaks else ""
+    """Write and print the results; ``command`` trains on the images that are in no set, empty if none is in one."""
     with replacing(path.with_suffix(".json")) as draft:
         draft.write_text(json.dumps(report, indent=1), encoding="utf-8")
     if path.suffix == ".html":
@@ -254,14 +254,7 @@ def _write(
         stderr().print(f"train on the rest: {command}")
 
 
-def _report(
-    judged: Mapping[str, SetFindings],
-    unreadable: Sequence[UnreadableRow],
-    rows: int,
-    model: dict[str, str],
-    train: list[str],
-    by: By,
-) -> dict[str, Any]:
+def _report(judged: Mapping[str, SetFindings], model: dict[str, str], train: dict[str, Any], by: By) -> dict[str, Any]:
     adjusted = bonferroni([findings.overlap.p_value for findings in judged.values()])
     sets = {}
     for (name, findings), p_value in zip(judged.items(), adjusted, strict=True):
@@ -277,12 +270,7 @@ def _report(
         "lit_clip": __version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "model": model,
-        "train": {
-            "data": train,
-            "images": rows - len(unreadable),
-            "skipped": dict(Counter(row.reason for row in unreadable)),
-            "skipped_lines": [row.message for row in unreadable[:LISTED_BAD]],
-        },
+        "train": train,
         "by": by,
         "interval_confidence": CONFIDENCE,
         "sets": sets,

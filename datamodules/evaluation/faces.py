@@ -3,7 +3,7 @@
 import csv
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import BinaryIO, Literal, get_args
@@ -116,17 +116,16 @@ def _voted(votes: Path, table: Path, usages: Sequence[str]) -> list[int | None]:
     if [row["usage"] for row in rows] != usages:
         problem = f"its {len(rows)} rows are not of the same splits as the {len(usages)} of {table.name}"
         raise InputError(f"{votes}: {problem}; get both again")
-    return [_majority(votes, number, row) for number, row in enumerate(rows)]
-
-
-def _majority(path: Path, number: int, row: Mapping[str, str]) -> int | None:
-    votes = [whole_number(row[name]) for name in VOTES]
-    if None in votes:
-        raise InputError(f"{path} row {number}: a vote is not a whole number; get the file again")
-    counted = [vote if vote is not None and vote > 1 else 0 for vote in votes]
-    most = max(counted)
-    name = VOTES[counted.index(most)]
-    return VOTED.index(name) if row["image name"] and 2 * most > sum(counted) and name in VOTED else None
+    labels: list[int | None] = []
+    for number, row in enumerate(rows):
+        numbers = [whole_number(row[name]) for name in VOTES]
+        require(None not in numbers, f"{votes} row {number}: a vote is not a whole number; {AGAIN}")
+        counted = [vote if vote and vote > 1 else 0 for vote in numbers]
+        most = max(counted)
+        name = VOTES[counted.index(most)]
+        clear = row["image name"] and 2 * most > sum(counted) and name in VOTED
+        labels.append(VOTED.index(name) if clear else None)
+    return labels
 
 
 def FairFace(root: str, attribute: Attribute = "race", split: Literal["train", "val"] = "val") -> ImageFiles:

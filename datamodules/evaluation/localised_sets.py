@@ -5,6 +5,7 @@ import os
 import random
 from collections import Counter
 from collections.abc import Sequence
+from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -90,7 +91,8 @@ class MaskedFiles(UnlabelledFiles, Masked):
         top, self._masks = Path(root), Path(root) / masks
         refuse_no_folder(top / images)
         refuse_no_folder(self._masks)
-        stems = read_lines(top / listed) if listed else _stems(self._masks, mask_suffix)
+        found = (path.relative_to(self._masks).as_posix() for path in self._masks.rglob(f"*{escape(mask_suffix)}"))
+        stems = read_lines(top / listed) if listed else sorted(name.removesuffix(mask_suffix) for name in found)
         require(bool(stems), f"{self._masks}: no masks that end in {mask_suffix}; get the set again")
         self._files = [self._masks / f"{stem}{mask_suffix}" for stem in stems]
         lists = [top / listed] if listed else []
@@ -128,12 +130,6 @@ def _check_values(values: list[int], ignored: list[int], names: list[str]) -> No
         require(not outside, f"{option}: {outside[:1]} must be between 0 and {HIGHEST - 1}")
     for value, name in zip(values, names, strict=True):
         require(value not in ignored, f"ignored: {value} is the value of the class {name!r}; correct one of both")
-
-
-def _stems(folder: Path, suffix: str) -> list[str]:
-    """List the files below a folder that end in ``suffix``: their sorted paths, without the suffix."""
-    paths = (Path(top, name).relative_to(folder) for top, _, names in os.walk(folder) for name in names)
-    return sorted(path.as_posix().removesuffix(suffix) for path in paths if path.name.endswith(suffix))
 
 
 class BoxedFiles(UnlabelledFiles, Boxed):

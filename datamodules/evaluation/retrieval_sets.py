@@ -61,9 +61,12 @@ class CaptionedPairs(CaptionedImages):
     def images(self, index: int) -> list[Image.Image]:
         return [self.source.load(self._rows[index][0], None).image]
 
-    def whole_file(self, index: int) -> Path | None:
+    def _file(self, row: int) -> Path | None:
         root = getattr(self.source, "root", None)
-        return Path(root) / self.key(index) if self._names is not None and isinstance(root, str | Path) else None
+        return Path(root) / self._names[row] if self._names is not None and isinstance(root, str | Path) else None
+
+    def whole_file(self, index: int) -> Path | None:
+        return self._file(self._rows[index][0])
 
     def captions(self, index: int) -> list[str]:
         return [caption for row in self._rows[index] for caption in self.source.captions(row)]
@@ -78,9 +81,7 @@ class CaptionedPairs(CaptionedImages):
 
     def image_paths(self) -> list[Path]:
         files = [*self._path.rglob("*"), *map(Path, getattr(self.source, "urls", ()))]
-        root = getattr(self.source, "root", None)
-        if self._names is not None and root is not None:
-            files += [Path(root) / name for name in self._names]
+        files += [file for row in range(len(self.source)) if (file := self._file(row)) is not None]
         return sorted({file for file in files if os.path.isfile(file)})
 
     def stamp(self) -> str:

@@ -67,12 +67,10 @@ def _decoded(path: Path, first: int, last: int, seek: bool) -> list[Image.Image]
 
 
 def read_frames(path: Path, frames: Frames, span: tuple[float, float] = WHOLE) -> list[Image.Image]:
-    """Decode the frames of a video, or of a span of it, as RGB images in display order.
+    """Decode the frames of a video, which need timestamps, as RGB images in display order.
 
-    Args:
-        path: the file; its frames need timestamps.
-        frames: ``centre``: the middle frame, of an even number the later of the two; ``all``: every frame.
-        span: seconds from the first frame; the end is excluded; :class:`BadSample` if it contains no frame.
+    The ``centre`` of an even number is the later of the two. ``span`` is in seconds from the first frame, without the
+    end; :class:`BadSample` if it contains no frame.
     """
     with _opened(path) as (container, stream):  # without decoding
         times = sorted(packet.pts for packet in container.demux(stream) if packet.size and not packet.is_discard)
@@ -90,15 +88,9 @@ def read_frames(path: Path, frames: Frames, span: tuple[float, float] = WHOLE) -
 
 
 class Videos(ImageFiles):
-    """Labelled video files, or time spans in them; the features of several frames are averaged.
+    """Labelled video files, or ``spans`` of them in seconds; the features of several frames are averaged.
 
-    Args:
-        root: the folder.
-        listed: file and label of each video; None for a file that is not there, which is left out and counted.
-        class_names: in label order.
-        annotations: the files that list the videos.
-        frames: ``centre``: the middle frame; ``all``: every frame.
-        spans: each video's start and end in seconds; None: whole files.
+    ``listed`` are files and labels; a file that is not there is None, and is left out and counted.
     """
 
     def __init__(
@@ -161,12 +153,10 @@ def UCF101(root: str, split: TrainTest, fold: int = 1, frames: Frames = "centre"
 def videos_below(folder: Path) -> dict[str, Path]:
     """Map file stems to all videos below a folder; of equal stems, keep the first path."""
     found: dict[str, Path] = {}
-    for parent, folders, files in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(files):
-            stem, suffix = os.path.splitext(name)
-            if suffix.lower() in VIDEO_SUFFIXES and not name.startswith("."):
-                found.setdefault(stem, Path(parent, name))
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.suffix.lower() in VIDEO_SUFFIXES and not hidden:
+            found.setdefault(path.stem, path)
     return found
 
 

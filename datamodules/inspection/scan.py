@@ -105,13 +105,9 @@ class ScanFindings:
         """Counts of the reasons why pairs cannot be used."""
         return Counter(reason for _, reason, _ in self.problems)
 
-    def arrays(self) -> Arrays:
-        """Return the arrays of a finished part."""
-        return {**vars(self), "problems": json_array(self.problems)}
-
     @classmethod
     def of(cls, arrays: Arrays) -> "ScanFindings":
-        """Restore findings from :meth:`arrays`."""
+        """Return the findings of a finished part."""
         problems = [(where, reason, line) for where, reason, line in json_value(arrays["problems"])]
         return cls(arrays["images"], arrays["captions"], problems)
 
@@ -180,7 +176,8 @@ def scan(source: PairSource, tokenizer: TextTokenizer, num_workers: int, parts: 
     parts.start()
 
     def arrays(chunks: Sequence[ScanFindings]) -> Arrays:
-        return ScanFindings.joined(chunks).arrays()
+        found = ScanFindings.joined(chunks)
+        return {**vars(found), "problems": json_array(found.problems)}
 
     with parts.written(arrays) as keep, progress("inspecting", sum(map(len, batches))) as advance:
         for chunk in loader(read, num_workers):
