@@ -55,17 +55,14 @@ def ImageNet(root: str, split: ImageNetSplit = "val") -> LabelledImages:
     tars = sorted(top.glob(TARS[split]))
     if tars and not any((top / folder).is_dir() for folder in folders):
         return _ImageNetTars(tars)
-    return _open_folder(top, find(top, folders, f"folder of images, and no {TARS[split]},"), split)
-
-
-def _open_folder(root: Path, folder: Path, split: ImageNetSplit) -> ImageFiles:
+    folder = find(top, folders, f"folder of images, and no {TARS[split]},")
     wnids, names = imagenet_wnids(), imagenet_class_names()
     if split == "val" and not any(entry.is_dir() and entry.name[0] == "n" for entry in os.scandir(folder)):
         files = images_in(folder)
-        truth, annotations = _validation_wnids(root, files, wnids)
+        truth, annotations = _validation_wnids(top, files, wnids)
         whole = len(truth) == len(files)
         require(whole, f"{folder}: {len(files)} images, not {len(truth)}; unpack the archive again")
-        return ImageFiles(folder, files, labels_of(truth, wnids, root), names, annotations)
+        return ImageFiles(folder, files, labels_of(truth, wnids, top), names, annotations)
     classes = subfolders(folder)
     label_of = labels_of(classes, wnids, folder)
     files, places = in_class_folders(folder, classes)

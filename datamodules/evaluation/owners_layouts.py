@@ -280,22 +280,16 @@ def IIIT5K(root: str, split: TrainTest = "test", lexicon: Literal["small", "medi
     ones 50.
     """
     path = find(Path(root), (f"{split}data.mat", f"IIIT5K/{split}data.mat"), f"{split}data.mat")
-    rows = _words_of_images(path, f"{split}data", f"{lexicon}Lexi")
+    (structs,) = read_mat(path, f"{split}data")
+    rows = []  # each image's file, its word, and the words of its list
+    with reading(path, f"file of IIIT5K's {split}data with {lexicon}Lexi", hint=AGAIN):
+        for row in structs:
+            words = [str(word).upper() for word in np.atleast_1d(row[f"{lexicon}Lexi"])]
+            rows.append((str(row["ImgName"]), str(row["GroundTruth"]).upper(), words))
+    require(bool(rows), f"{path}: no images in it; {AGAIN}")
     names = sorted({word for _, truth, words in rows for word in (truth, *words)})
     label_of = {word: label for label, word in enumerate(names)}
     labels = [label_of[truth] for _, truth, _ in rows]
     candidates = [sorted({label_of[word] for word in (truth, *words)}) for _, truth, words in rows]
     files = [name for name, _, _ in rows]
     return ImageFiles(path.parent, files, labels, names, [path], Truth(candidates=candidates))
-
-
-def _words_of_images(path: Path, variable: str, lexicon: str) -> list[tuple[str, str, list[str]]]:
-    """Read each image's file name, its word, and the words of its list."""
-    (structs,) = read_mat(path, variable)
-    rows = []
-    with reading(path, f"file of IIIT5K's {variable} with {lexicon}", hint=AGAIN):
-        for row in structs:
-            words = [str(word).upper() for word in np.atleast_1d(row[lexicon])]
-            rows.append((str(row["ImgName"]), str(row["GroundTruth"]).upper(), words))
-    require(bool(rows), f"{path}: no images in it; {AGAIN}")
-    return rows

@@ -145,12 +145,9 @@ def Flickr30k(root: str, split: str = "test") -> CaptionedFiles:
     else:
         captions = _read_hub_table(path, split) if path.name == HUB_TABLE else _read_lines(path)
     require(bool(captions), f"{path}: no captions in it; get it again")
-    return CaptionedFiles(_folder_of(top, next(iter(captions))), list(captions), list(captions.values()), [path])
-
-
-def _folder_of(root: Path, name: str) -> Path:
     folders = ("flickr30k-images/", "flickr30k_images/", "images/", "", "flickr30k_images/flickr30k_images/")
-    return find(root, [f"{folder}{name}" for folder in folders], "images").parent
+    images = find(top, [f"{folder}{next(iter(captions))}" for folder in folders], "images").parent
+    return CaptionedFiles(images, list(captions), list(captions.values()), [path])
 
 
 def _read_hub_table(path: Path, split: str) -> dict[str, list[str]]:

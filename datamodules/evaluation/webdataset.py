@@ -148,19 +148,18 @@ class WebDataset(_Tars, KnownLabels):
 
     def __init__(self, root: str, split: str = "test") -> None:
         super().__init__(root, split)
-        self._labels = list(map(self._label, self.samples))
+        self._labels = []
+        for sample in self.samples:
+            text = self._target_text(sample).strip()
+            label = whole_number(text)
+            if label is None:
+                raise InputError(f"{sample.where}: its label is {text[:40]!r}, not a whole number of at least 0")
+            self._labels.append(label)
         self.class_names = self._lines("classnames.txt") or numbered(self._labels, str(self.root))
         for sample, label in zip(self.samples, self._labels, strict=True):
             if label >= len(self.class_names):
                 names = f"classnames.txt has {len(self.class_names)} names"
                 raise InputError(f"{sample.where}: its label is {label}, but {names}; labels count from 0")
-
-    def _label(self, sample: TarSample) -> int:
-        text = self._target_text(sample).strip()
-        label = whole_number(text)
-        if label is None:
-            raise InputError(f"{sample.where}: its label is {text[:40]!r}, not a whole number of at least 0")
-        return label
 
 
 class WebDatasetGroups(WebDataset):
