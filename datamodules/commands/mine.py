@@ -10,7 +10,7 @@ from lit_clip.embedding.encode import Work, features_of, work_on
 from lit_clip.embedding.encoding_task import EncodingSettings, image_task, text_task
 from lit_clip.embedding.feature_files import Identity, check_output
 from lit_clip.embedding.precision import check_precision
-from lit_clip.errors import require
+from lit_clip.errors import InputError, require
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import stderr
@@ -53,7 +53,12 @@ def mine(
     check_output(path, [".jsonl"])
     check_precision(settings.precision, settings.accelerator)
     opened = open_data(given, settings.on_error, keep=keep, default_split="train")
-    root, rows = _root(opened.every, given.data), list(readable_rows(opened.pairs, settings.on_error))
+    source = opened.every
+    if not isinstance(source, ColumnPairs) or not isinstance(source.cells(0).image, str):
+        data = ", ".join(given.data)
+        raise InputError(f"{data}: its images are not files, which a table could name; unpack them first")
+    root = without_secrets(source.root.url if isinstance(source.root, StoreFolder) else str(source.root))
+    rows = list(readable_rows(opened.pairs, settings.on_error))
     require(bool(rows), "none of the pairs can be read")
     with work_on(path, model, opened.stamp(path), settings) as work:
         found = _mined(opened.pairs, rows, work, settings, window)
@@ -61,20 +66,8 @@ def mine(
             _write(path, rows, found, root)
 
 
-def _root(source: PairSource, data: list[str]) -> str:
-    """Return the folder or address from which image names start."""
-    files = isinstance(source, ColumnPairs) and isinstance(source.cells(0).image, str)
-    require(files, f"{', '.join(data)}: its images are not files, which a table could name; unpack them first")
-    assert isinstance(source, ColumnPairs)
-    return without_secrets(source.root.url if isinstance(source.root, StoreFolder) else str(source.root))
-
-
 def _mined(
-    source: PairSource,
-    rows: Sequence[PairRow],
-    work: Work,
-    settings: EncodingSettings,
-    window: MiningWindow,
+    source: PairSource, rows: Sequence[PairRow], work: Work, settings: EncodingSettings, window: MiningWindow
 ) -> dict[str, list[str]] | None:
     """Return the hard negatives of each readable image, by its key; None on ranks other than the first."""
     clip, parts = work.model, work.parts
@@ -92,9 +85,8 @@ def _mined(
         return None
     keys = [key for key, _, _ in image_table.identities]
     own, other = _true_captions(rows, {hashed: number for number, hashed in enumerate(texts)})
-    mined = hard_negatives(
-        image_table.features, text_table.features, [own[key] for key in keys], [other[key] for key in keys], window
-    )
+    own_of, other_of = [own[key] for key in keys], [other[key] for key in keys]
+    mined = hard_negatives(image_table.features, text_table.features, own_of, other_of, window)
     every = list(texts.values())
     found = {key: [every[number] for number, _ in each] for key, each in zip(keys, mined, strict=True)}
     parts.remove()

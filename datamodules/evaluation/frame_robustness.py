@@ -47,9 +47,8 @@ def _neighbouring_frames(
             labels = f"{sorted(classes or ())}, with {len(class_names)} classes"
             raise InputError(f"{root}: {name} has the labels {labels}; get the metadata again")
     row_of = {name: row for row, name in enumerate(names)}
-    neighbours = [
-        (row_of[anchor], [row_of[name] for name in frames if name != anchor]) for anchor, frames in anchors.items()
-    ]
+    others = {anchor: [row_of[name] for name in frames if name != anchor] for anchor, frames in anchors.items()}
+    neighbours = [(row_of[anchor], rows) for anchor, rows in others.items()]
     truth = Truth(neighbours=neighbours, accepted=[accepted[name] for name in names])
     # labels() can only give one of the accepted labels: the first.
     images = ImageFiles(root, names, [min(accepted[name]) for name in names], class_names, annotations, truth)

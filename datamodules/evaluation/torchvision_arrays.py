@@ -132,8 +132,8 @@ def MNIST(root: str, split: TrainTest = "test") -> ImageArrays:
     images, labels = Path(f"{start}-images-idx3-ubyte"), Path(f"{start}-labels-idx1-ubyte")
     refuse_missing(images, labels)
     shape = _idx_size(images, 3)
-    if _idx_size(labels, 1)[0] != shape[0]:
-        raise InputError(f"{labels}: fewer or more labels than images in {images.name}; get both again")
+    equal = _idx_size(labels, 1)[0] == shape[0]
+    require(equal, f"{labels}: fewer or more labels than images in {images.name}; get both again")
     classes, names = np.fromfile(labels, np.uint8, offset=8).tolist(), [str(digit) for digit in range(10)]
     return ImageArrays([images], partial(np.memmap, images, np.uint8, "r", 16, shape), classes, names, [labels])
 

@@ -152,12 +152,10 @@ def _caption_lines(findings: ScanFindings, duplicates: DuplicateGroups, context_
     cut = int(counts[context_length + 1 :].sum())
     lost = int((counts * (lengths - context_length).clip(0)).sum())
     median, most = (int(np.searchsorted(counts.cumsum(), number * part)) for part in (0.5, 0.95))
+    sizes = f"mean {(counts * lengths).sum() / number:.1f}, median {median}, 95% at most {most}, longest {lengths[-1]}"
     lines = [
         Line("captions", f"{number:,}"),
-        Line(
-            "tokens, start and end included",
-            f"mean {(counts * lengths).sum() / number:.1f}, median {median}, 95% at most {most}, longest {lengths[-1]}",
-        ),
+        Line("tokens, start and end included", sizes),
         Line(f"truncated at {context_length} tokens", share(cut, number), cut > 0),
     ]
     if cut:
