@@ -58,12 +58,11 @@ class EncodedImages(NamedTuple):
 
     @classmethod
     def joined(cls, parts: Parts) -> "EncodedImages":
-        """Return the images of all parts."""
+        """Return the images of all parts by row: one that was mended meanwhile is in a later part."""
         found = list(parts.read(cls.of))
-        rows, features, looks = (np.concatenate(arrays) for arrays in list(zip(*found, strict=True))[:3])
-        images = cls(rows, features, looks, [name for each in found for name in each.names])
-        check_finite(torch.from_numpy(images.features), images.names[0])
-        return images
+        rows, features, looks, names = (np.concatenate(columns) for columns in zip(*found, strict=True))
+        order = np.argsort(rows, kind="stable")
+        return cls(rows[order], features[order], looks[order], names[order].tolist())
 
     def batches(self, batch_size: int) -> "Iterator[EncodedImages]":
         """Yield the images by batch, as they were encoded: resumed and whole runs multiply the same matrices."""

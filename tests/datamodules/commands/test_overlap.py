@@ -245,6 +245,19 @@ def test_a_video_is_in_the_overlap_if_one_of_its_frames_is(tiny_config: CLIPConf
     assert (judged.overlap.images, judged.overlap.overlap, judged.overlap.accuracy_overlap) == (2, 1, 0)
 
 
+def test_an_image_that_is_mended_is_encoded_then_and_takes_its_place(tiny_config: CLIPConfig, tmp_path: Path) -> None:
+    model, source = CLIP(tiny_config).eval(), open_source(write_table(tmp_path / "train", photographs()[:4]))
+    whole = (tmp_path / "train/1.png").read_bytes()
+    (tmp_path / "train/1.png").write_text("no image")
+    parts, bad = encoded(model, SourceRows(source), tmp_path / "training")
+    assert [row.row for row in bad] == [1]
+    (tmp_path / "train/1.png").write_bytes(whole)
+    assert encoded(model, SourceRows(source), tmp_path / "training")[1] == []
+    found = EncodedImages.joined(parts)
+    assert found.rows.tolist() == [0, 1, 2, 3]
+    assert found.names == [f"{source.path} row {number}" for number in (2, 3, 4, 5)]
+
+
 def test_features_that_are_not_finite_end_the_search_and_name_the_batch(
     tiny_config: CLIPConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
