@@ -59,6 +59,7 @@ class _Items(NamedTuple):
     encode: Callable[[Work], _Features | None]
     root: Path | None = None  # folder that the keys are paths from; None if they are not paths
     stamp: str = ""  # changes with the data as far as identities do not
+    things: Sequence[str] = ()  # their names
 
 
 def embed(
@@ -106,7 +107,7 @@ def embed(
     require(text_weight is None or 0 < text_weight < 1, f"--text_weight {text_weight}: must be above 0 and below 1")
     weight = 0.5 if text_weight is None else text_weight
     items = _texts(Path(texts), settings) if texts else _items_of(given, fields, classes, keep, settings, weight)
-    check_keys(path, items.keys)
+    check_keys(path, [*items.things, *items.keys])
     encoders = {"image": ["image"], "image,caption": ["image", "text"]}.get(items.content, ["text"])
     with work_on(path, model, f"{items.content} {items.stamp}", settings, Share.typed(share), encoders) as work:
         found = items.encode(work)
@@ -263,7 +264,7 @@ def _things(opened: Opened, root: Path | None, settings: EncodingSettings, text_
         features = combined(image_ND, text_ND, text_weight).numpy()
         return _Features(names, features, metadata, table.unreadable, images=shown)
 
-    return _Items("image,caption", keys, encode_things, root, opened.stamp())
+    return _Items("image,caption", keys, encode_things, root, opened.stamp(), list(images_of))
 
 
 def _means(features: np.ndarray, rows: Sequence[Sequence[int]]) -> torch.Tensor:
