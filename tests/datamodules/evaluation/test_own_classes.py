@@ -44,8 +44,7 @@ def test_imagenet_v2_folders_are_sorted_as_numbers(imagenet_v2: Path) -> None:
 
 
 def test_missing_class_folder_of_imagenet_v2_is_an_error(tmp_path: Path) -> None:
-    for label in range(999):
-        paint(tmp_path / str(label) / "a.jpeg", label)
+    write_files(tmp_path, {f"{label}/a.jpeg": label for label in range(999)})
     assert "999" in message_of(lambda: ImageNetV2(str(tmp_path)))
     assert "nowhere" in message_of(lambda: ImageNetV2(str(tmp_path / "nowhere")), MissingData)
 
