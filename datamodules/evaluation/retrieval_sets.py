@@ -140,7 +140,7 @@ def Flickr30k(root: str, split: str = "test") -> CaptionedFiles:
     top = Path(root)
     path = find(top, ("dataset_flickr30k.json", f"flickr30k_{split}_karpathy.txt", HUB_TABLE), "file of captions")
     if path.suffix == ".json":
-        source = open_source(path, split=split)
+        source = open_source(path, columns=Columns(root=str(top)), split=split)
         captions = {name: source.captions(row) for row, name in enumerate(_image_names(source) or [])}
     else:
         captions = _read_hub_table(path, split) if path.name == HUB_TABLE else _read_lines(path)

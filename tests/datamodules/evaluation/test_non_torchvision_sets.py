@@ -117,7 +117,7 @@ NOT_LABELLED = ([{"img": "img/00001.png", "text": "the hidden test list"}], "lac
 OBJECTS = [("wolf_1.jpg", "wolf"), ("bag_227.jpg", "bag"), ("bag_227.jpg", "bag"), ("zebra_3.jpg", "zebra")]
 PLACES = ["/a/abbey", "/a/apartment_building/outdoor", "/j/jail_indoor", "/j/jail_cell"]
 FACES = ("3-9,Male,East Asian", "more than 70,Female,Latino_Hispanic", "0-2,Female,White")
-RACES = ["White", "Black", "Latino_Hispanic", "East Asian", "Southeast Asian", "Indian", "Middle Eastern"]
+RACES = ["White", "Black", "Indian", "East Asian", "Southeast Asian", "Middle Eastern", "Latino_Hispanic"]
 GROUPS = {"race": ["East Asian", "Latino_Hispanic", "White"], "gender": ["Male", "Female", "Female"]}
 GROUPS |= {"age": ["3-9", "more than 70", "0-2"]}
 PEOPLE = [7, 11, 5, 7, 99, 11, 7, 5]  # 99 has no name
@@ -196,7 +196,7 @@ CASES = {
         sets.FairFace,
         fairface("val", *FACES),
         RACES,
-        [("val/1.jpg", 1, 3), ("val/2.jpg", 2, 2), ("val/3.jpg", 3, 0)],
+        [("val/1.jpg", 1, 3), ("val/2.jpg", 2, 6), ("val/3.jpg", 3, 0)],
         {"fairface_label_val.csv": ("file,age,gender,race\nval/1.jpg,3-9,Male,Martian", "Martian")},
         {"groups": GROUPS},
     ),
@@ -253,7 +253,7 @@ CASES = {
         ["stingray", "bee", "acorn"],
         [("n01498041/0.000_x.jpg", 6, 0), ("n02206856/1.jpg", 309, 1), ("n12267677/1.jpg", 988, 2)],
         {
-            "n02206858/a.jpg": (1, "4 class folders instead of 3"),
+            "n01440764/a.jpg": (1, "4 class folders instead of 3"),
             "n99999999/a.jpg": (1, "n99999999 is not a class of ImageNet"),
             "n02206856/1.jpg": (None, "n02206856: no images"),
         },
