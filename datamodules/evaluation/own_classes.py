@@ -88,7 +88,8 @@ class StoredImages:
                 self._group = (file, group), pq.ParquetFile(file).read_row_group(group, columns=[column])[column]
         value = self._group[1][row].as_py()
         data = value.get("bytes") if isinstance(value, dict) else value
-        require(isinstance(data, bytes), f"{where}: column {column!r} holds no encoded image")
+        if not isinstance(data, bytes):
+            raise InputError(f"{where}: column {column!r} holds no encoded image")
         return image_for_model(io.BytesIO(data), where)
 
     def __getstate__(self) -> dict[str, Any]:
