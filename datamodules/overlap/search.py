@@ -107,9 +107,7 @@ def encode_images(
         done[part.rows] = True
     batches = remaining(len(images), 1 if several else settings.batch_size, done.__getitem__)
     task = _ImageTask(
-        (),
-        lambda batches, stop: ImageBatches(images, batches, model.preprocessing, _note, stop),
-        image_features(model),
+        (), lambda batches, stop: ImageBatches(images, batches, model.preprocessing, _note, stop), image_features(model)
     )
     return compute(model, task, batches, parts, settings, title) or []
 

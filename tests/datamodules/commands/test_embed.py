@@ -222,15 +222,6 @@ def test_each_distinct_line_of_a_text_file_is_embedded(folder: Path, tiny_checkp
         assert np.abs(feature - (expected / expected.norm()).numpy()).max() < 1e-5
 
 
-def test_a_named_pipe_in_the_folder_does_not_block(folder: Path, tiny_checkpoint: Path) -> None:
-    os.mkfifo(folder / "photos/c.png")
-    options = ["photos", "--model", str(tiny_checkpoint), "--output", "features.npy"]
-    with pytest.raises(InputError, match=r"photos/c.png: not a file"):
-        embed(*options)
-    embed(*options, "--on_error", "skip")
-    assert len(read("features.npy")[0]) == len(IMAGES)
-
-
 def test_a_file_name_that_is_not_unicode_is_refused_for_parquet_before_encoding(
     folder: Path, tiny_checkpoint: Path
 ) -> None:

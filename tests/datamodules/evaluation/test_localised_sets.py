@@ -29,11 +29,7 @@ MASKED = {  # keys, and the labels of the first mask's stripes
     "context59": (["one.jpg", "three.jpg"], [-1, 0, -1, 1], 59),
     "ade20k": (["one.jpg", "three.jpg", "two.jpg"], [-1, 0, 149, 0], 150),
     "coco_stuff": (["one.jpg", "three.jpg", "two.jpg"], [-1, 0, 170, 0], 171),
-    "cityscapes": (
-        [f"{city}/{city}_000000_leftImg8bit.png" for city in ("bonn", "ulm")],
-        [-1, 0, 18, -1, 9],
-        19,
-    ),
+    "cityscapes": ([f"{city}/{city}_000000_leftImg8bit.png" for city in ("bonn", "ulm")], [-1, 0, 18, -1, 9], 19),
 }
 
 

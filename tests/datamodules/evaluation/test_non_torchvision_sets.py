@@ -212,10 +212,7 @@ CASES = {
         CELEBA,
         ["Ann Lee", "Bo Ek"],  # 5 and 11 have two each: the smaller number is chosen
         [(PHOTOS[number], number, int(PEOPLE[number] == 5)) for number in (0, 2, 3, 6, 7)],
-        {
-            "identity_names.txt": ("7 Ann Lee\nBo Ek\n", "'Bo Ek'"),
-            "identity_CelebA.txt": ("000001.jpg\n", "line 1"),
-        },
+        {"identity_names.txt": ("7 Ann Lee\nBo Ek\n", "'Bo Ek'"), "identity_CelebA.txt": ("000001.jpg\n", "line 1")},
     ),
     "celeba, test": Case(
         partial(sets.CelebAIdentities, identities=2, split="test"),

@@ -89,13 +89,7 @@ def test_multilabel_relevance_is_read_from_npy_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("label", "words"),
-    [
-        (b"3", "label is 3, but classnames.txt"),
-        (b"-1", "'-1'"),
-        (b"cat", "'cat'"),
-        (b"\xff", "UTF-8"),
-        (b"", "''"),
-    ],
+    [(b"3", "label is 3, but classnames.txt"), (b"-1", "'-1'"), (b"cat", "'cat'"), (b"\xff", "UTF-8"), (b"", "''")],
 )
 def test_label_without_a_class_is_an_error_naming_tar_and_sample(tmp_path: Path, label: bytes, words: str) -> None:
     samples = [wds_sample(number, cls=b"0") for number in range(6)]
