@@ -132,7 +132,7 @@ class Searched:
         self.look_names = [""] * size
 
     def add(self, training: EncodedImages) -> None:
-        """Compare a batch of training images, whose rows are above those of earlier batches."""
+        """Compare a batch of training images; batches come in the order of their rows."""
         features, rows = torch.from_numpy(training.features).to(self.device), training.rows.tolist()
         after = nearer(self.nearest, self.features, features, torch.tensor(rows, device=self.device))
         names = dict(zip(rows, training.names, strict=True))
