@@ -12,9 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
-
-from msgspec import Meta
+from typing import Any
 
 from lit_clip.errors import InputError, listed, require
 from lit_clip.evaluation.data import MissingData
@@ -22,7 +20,6 @@ from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.untrusted import convert
 
 AGAIN = "get it again"
-TEXTS = Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)]
 LONGEST_NUMBER = 18  # digits
 LONGEST_FIELD = 1 << 20  # characters of a cell
 MAT_PROGRAM = Path(__file__).with_name("mat_program.py")

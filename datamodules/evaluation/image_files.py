@@ -5,8 +5,9 @@ from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from msgspec import Meta
 from PIL import Image
 
 from lit_clip.errors import InputError, require
@@ -15,6 +16,7 @@ from lit_clip.tools.hashing import hex_digest, stamp_of_files
 from lit_clip.tools.images import SUFFIXES, check_images, image_for_model, image_names
 from lit_clip.tools.reading import reading
 
+TEXTS = Annotated[list[Annotated[str, Meta(min_length=1)]], Meta(min_length=1)]
 TrainTest = Literal["train", "test"]
 TrainValTest = Literal["train", "val", "test"]
 

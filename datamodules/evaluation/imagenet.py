@@ -17,18 +17,8 @@ from lit_clip.tools.hashing import hex_digest, stamp_of_files
 from lit_clip.tools.packaged import installed_file
 from lit_clip.tools.reading import naming, reading
 from lit_clip.tools.untrusted import convert, entries
-from .annotation_files import (
-    AGAIN,
-    TEXTS,
-    find,
-    read_json,
-    read_mat,
-    read_table,
-    read_text,
-    refuse_missing,
-    whole_number,
-)
-from .image_files import ImageFiles, KnownLabels, images_in, in_class_folders, labels_of, subfolders
+from .annotation_files import AGAIN, find, read_json, read_mat, read_table, read_text, refuse_missing, whole_number
+from .image_files import TEXTS, ImageFiles, KnownLabels, images_in, in_class_folders, labels_of, subfolders
 from .webdataset import TarImages, TarSample, scan_tar
 
 ImageNetSplit = Literal["train", "val"]

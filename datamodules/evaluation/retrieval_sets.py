@@ -17,8 +17,8 @@ from lit_clip.tools.untrusted import convert, entries
 from ..open_source import open_source
 from ..pairs.columns import ColumnPairs
 from ..pairs.source import Columns, PairSource
-from .annotation_files import AGAIN, TEXTS, find, read_json_lines, read_table, read_text
-from .image_files import CaptionedFiles
+from .annotation_files import AGAIN, find, read_json_lines, read_table, read_text
+from .image_files import TEXTS, CaptionedFiles
 
 HUB_TABLE = "flickr_annotations_30k.csv"
 VAL2017 = "captions_val2017.json"
