@@ -120,9 +120,8 @@ def _files(root: Path, names: Sequence[str], split: str) -> list[Path]:
             splits = [match[1] for path in files if (match := SPLIT.fullmatch(path.stem))]
             chosen = [path for path, of in zip(files, splits, strict=True) if of == split or len(set(splits)) == 1]
             found = listed(list(dict.fromkeys(splits)))
-            require(
-                bool(chosen), f"{files[0].parent}: no split {split!r} of {name}; add it, or set split to one of {found}"
-            )
+            if not chosen:
+                raise InputError(f"{files[0].parent}: no split {split!r} of {name}; set split to one of {found}")
             return chosen
     raise MissingData(f"{root}: no {names[0]} in it (a folder or file of {', '.join(SUFFIXES)})")
 
