@@ -15,7 +15,7 @@ from rich.table import Column, Table
 from torch import Tensor
 
 from lit_clip import load_model
-from lit_clip.embedding.encoding_task import EncodingSettings, check_complete
+from lit_clip.embedding.encode import EncodingSettings, check_complete
 from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.precision import Precision, autocast, check_precision
 from lit_clip.embedding.reading import UnreadableRow, row_means

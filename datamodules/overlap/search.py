@@ -16,8 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lit_clip.embedding.encode import compute
-from lit_clip.embedding.encoding_task import EncodingSettings, EncodingTask, Finished, remaining
+from lit_clip.embedding.encode import EncodingSettings, EncodingTask, Finished, compute, remaining
 from lit_clip.embedding.parts import Arrays, Parts, json_array, json_value
 from lit_clip.embedding.reading import (
     EncoderBatch,

@@ -28,7 +28,7 @@ from datamodules.overlap.search import EncodedImages, Searched, SourceRows, enco
 from datamodules.pairs.kept import kept_pairs
 from lit_clip import load_model
 from lit_clip.cli.subcommands import run_command
-from lit_clip.embedding.encoding_task import EncodingSettings
+from lit_clip.embedding.encode import EncodingSettings
 from lit_clip.embedding.parts import Parts
 from lit_clip.embedding.reading import ImageRows, UnreadableRow, in_batches
 from lit_clip.errors import InputError
