@@ -1,30 +1,18 @@
 """Print a run's results and the places of its files when training ends."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
-from lightning.pytorch.trainer.states import TrainerFn
 
-from lit_clip.tools.untrusted import convert, entries
-from lit_clip.training.lightning.run_folder import curves, run_folder
-from lit_clip.training.summary import print_next_steps, print_preferred, print_summary
+from lit_clip.training.lightning.run_folder import curves, run_folder, shown
+from lit_clip.training.summary import print_next_steps, print_summary
 
-LOSS, RECALL = "val/loss", "val/mean_recall"
 FEW = 100  # pairs to validate, of which the best model is chance: with 11 it was 7 points below the last
-
 ROUNDING = 1e-3  # of a baseline, by which a loss of ln N may be off
-
-
-class Validation(NamedTuple):
-    """Loss and mean recall after an epoch; epochs count from 1."""
-
-    epoch: int
-    loss: float
-    recall: float
 
 
 class PrintResults(Callback):
@@ -33,26 +21,8 @@ class PrintResults(Callback):
     A ``ModelCheckpoint`` without ``monitor`` saves after a validation, and at the end of a run none may be due.
     """
 
-    def __init__(self) -> None:
-        self._validations: list[Validation] = []
-        self._first_step = 0
-
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_step = trainer.global_step
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        found = trainer.callback_metrics
-        training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and trainer.global_step > 0
-        loss, recall = (float(found.get(name, math.nan)) for name in (LOSS, RECALL))
-        if training and math.isfinite(loss) and math.isfinite(recall):
-            self._validations.append(Validation(trainer.current_epoch + 1, loss, recall))
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"validations": [list(each) for each in self._validations]}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        saved = convert(state_dict, entries({"validations": list[Validation]}), type(self).__name__)
-        self._validations = saved.get("validations", [])
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         for saver in trainer.checkpoint_callbacks if trainer.global_step > self._first_step else ():
@@ -65,37 +35,31 @@ class PrintResults(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         module: Any = pl_module
-        pairs = len(getattr(getattr(trainer, "datamodule", None), "val_source", None) or ())
         if trainer.is_global_zero:
-            print_summary(trainer.callback_metrics, module.baselines, module.before, pairs, module.alike)
+            print_summary(trainer.callback_metrics, module.baselines, module.before, module.alike)
         saver = trainer.checkpoint_callback
         last = getattr(saver, "last_model_path", "") or getattr(saver, "best_model_path", "")
         folder = run_folder(trainer)  # every rank must ask
-        if last and trainer.is_global_zero:
-            best, unlearned = _best(trainer, module.baselines)
-            note = unlearned or misleading_loss(self._validations)
-            print_next_steps(Path(last), folder, curves(trainer.loggers, trainer.ckpt_path), best, note)
-            if Path(last) not in best.values() and (best or unlearned) and 0 < pairs < FEW:
-                print_preferred(Path(last), pairs)
+        if not last or not trainer.is_global_zero:
+            return
+        best, unlearned = _best(trainer, module.baselines)
+        lines = [f"curves: {line}" for line in curves(trainer.loggers, trainer.ckpt_path)]
+        lines += [unlearned, *(f"best {metric}: {shown(file)}" for metric, file in best.items())]
+        if (pairs := _few_pairs(trainer)) and Path(last) not in best.values() and (best or unlearned):
+            lines.append(f"{pairs} pairs to validate are too few to tell the best model; take {shown(Path(last))}")
+        print_next_steps(Path(last), folder, lines)
 
 
 def recommended(trainer: Trainer, module: Any) -> Path | None:
     """Return the checkpoint that the run recommends in its last lines; None if this is the last one."""
-    pairs = len(getattr(getattr(trainer, "datamodule", None), "val_source", None) or ())
     best, _ = _best(trainer, module.baselines)
-    return None if 0 < pairs < FEW else next(iter(best.values()), None)
+    return None if _few_pairs(trainer) else next(iter(best.values()), None)
 
 
-def misleading_loss(validations: Sequence[Validation]) -> str:
-    """Return a note if the loss was lowest after the first epoch while recall still rose; otherwise an empty text."""
-    if len(validations) < 2:
-        return ""
-    first, *later = validations
-    best = max(later, key=lambda each: each.recall)
-    if best.recall <= first.recall or min(each.loss for each in later) <= first.loss:
-        return ""
-    rose = f"{LOSS} rose from epoch {first.epoch} on, while {RECALL} rose until epoch {best.epoch}"
-    return f"{rose}: the best model is by recall"
+def _few_pairs(trainer: Any) -> int:
+    """Return the number of pairs to validate if they are too few to choose the best model; otherwise 0."""
+    pairs = len(getattr(getattr(trainer, "datamodule", None), "val_source", None) or ())
+    return pairs if pairs < FEW else 0
 
 
 def _best(trainer: Trainer, baselines: Mapping[str, float]) -> tuple[dict[str, Path], str]:
