@@ -2,13 +2,12 @@
 
 import sys
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.profilers import Profiler
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 
@@ -23,13 +22,6 @@ from lit_clip.tools import hardware
 FETCH, SAVE = "[_TrainingEpochLoop].train_dataloader_next", "save_checkpoint"
 # Of matrix products, by the number of bits in Lightning's name of the precision.
 DTYPES = {"64": torch.float64, "32": torch.float32, "16": torch.float16, "bf16": torch.bfloat16}
-
-
-class Lap(NamedTuple):
-    """Seconds of training, and the part in which the loop waited for a batch."""
-
-    seconds: float
-    waited: float
 
 
 class TrainingClock:
@@ -61,12 +53,31 @@ class TrainingClock:
         self._advance()
         self._activities.discard(activity)
 
-    def lap(self) -> Lap:
-        """Return the time since the last lap or the start."""
+    def lap(self) -> tuple[float, float]:
+        """Return the seconds since the last lap or the start, and the part in which training waited for a batch."""
         self._advance()
-        lap = Lap(self._seconds, self._waited)
+        lap = self._seconds, self._waited
         self._seconds = self._waited = 0.0
         return lap
+
+    def follow(self, profiler: Any, activities: set[str]) -> None:
+        """Note activities that Lightning reports to a profiler.
+
+        This patches the one object instead of using a profiler of our own, because Lightning and users look for theirs.
+        """
+        start, stop = profiler.start, profiler.stop
+
+        def started(action_name: str) -> None:
+            start(action_name)
+            if action_name in activities:
+                self.begin(action_name)
+
+        def stopped(action_name: str) -> None:
+            if action_name in activities:
+                self.end(action_name)
+            stop(action_name)
+
+        profiler.start, profiler.stop = started, stopped
 
 
 def log_interval(trainer: Any) -> int:
@@ -80,70 +91,6 @@ def samples_of(trainer: Trainer, module: Any, batch: CaptionBatch) -> int:
         return (len(batch.images) + len(batch.skipped)) * trainer.world_size
     step = getattr(module, "last_step", None)
     return step.pairs if step else 0
-
-
-class TimedCallback(Callback):
-    """A callback that measures training time.
-
-    Validations, checkpoints, evaluations between steps (:class:`.SuiteEvaluation`) and the time between two epochs are
-    not counted. Waiting for data is the time in which the loop fetches a batch, which includes
-    the start of data workers and an epoch's first batch. The clock follows what is reported to Lightning's profiler.
-    """
-
-    clock: TrainingClock
-    steps_before = 0  # of the run when this process began to train; 0 unless it was resumed
-    now: Callable[[], float] = staticmethod(time.perf_counter)
-
-    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        self.clock = TrainingClock(self.now)
-        if stage == "fit":
-            keys = [each.state_key for each in trainer.callbacks if getattr(each, "is_evaluation", False)]
-            others = (f"[Callback]{key}.on_train_batch_end" for key in keys)
-            _follow(trainer.profiler, self.clock, {FETCH, SAVE, *others})
-
-    def teardown(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
-        for name in ("start", "stop"):  # undoes every _follow
-            vars(trainer.profiler).pop(name, None)
-
-    def on_exception(self, trainer: Any, pl_module: LightningModule, exception: BaseException) -> None:
-        self.teardown(trainer, pl_module, "fit")
-
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.steps_before = trainer.global_step
-        self.clock.start()  # a run that is resumed within an epoch has no on_train_epoch_start
-
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.clock.end("between epochs")
-        self.clock.begin(FETCH)
-
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.clock.begin("between epochs")
-
-    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.clock.begin("validation")
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self.clock.end("validation")
-
-
-def _follow(profiler: Profiler, clock: TrainingClock, activities: Collection[str]) -> None:
-    """Report some of the profiler's actions to the clock.
-
-    This patches the one object instead of using a profiler of our own, because Lightning and users look for theirs.
-    """
-    start, stop = profiler.start, profiler.stop
-
-    def started(action_name: str) -> None:
-        start(action_name)
-        if action_name in activities:
-            clock.begin(action_name)
-
-    def stopped(action_name: str) -> None:
-        if action_name in activities:
-            clock.end(action_name)
-        stop(action_name)
-
-    profiler.start, profiler.stop = started, stopped
 
 
 class Count(NamedTuple):
@@ -179,16 +126,16 @@ def throughput(
     return metrics
 
 
-class Throughput(TimedCallback):
+class Throughput(Callback):
     """Log the throughput of all ranks since the last logged step, every ``log_every_n_steps``.
 
-    Rates and shares are relative to training time, without validations, checkpoints and other evaluations (see
-    :class:`callbacks.throughput.TimedCallback`). Time is the host's; the device is not synchronised.
+    Rates and shares are relative to training time, without validations, checkpoints, evaluations between steps
+    (:class:`.SuiteEvaluation`) and the time between two epochs. Time is the host's; the device is not synchronised.
 
     - ``train/samples_per_second``: pairs. Not logged for the first steps of a resumed run, unless they are a whole
       interval.
     - ``train/data_wait_share``: share of the time, 0 to 1, in which the loop waited for a batch, on the rank that
-      waited longest. A device may still be busy with the step before.
+      waited longest, the start of data workers included. A device may still be busy with the step before.
     - ``train/tokens_per_second``: tokens of the texts, start and end included; ``train/padded_tokens_per_second``:
       what an encoder that pads to the context length would have read instead.
     - ``train/mfu``: model FLOP utilisation, 0 to 1: matrix products, convolutions and attention (causal attention in
@@ -204,21 +151,45 @@ class Throughput(TimedCallback):
     def __init__(self) -> None:
         self._flops: PairFlops | None = None
         self._peak: float | None = None
+        self._clock = TrainingClock()
         self._clear()
 
     def _clear(self) -> None:
         self._samples = self._pairs = self._shared = 0
         self._texts: Tensor | None = None  # their tokens and squares, maybe on a device that is not waited for
 
-    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        super().setup(trainer, pl_module, stage)
+    def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         if stage == "fit":
+            evaluations = [each.state_key for each in trainer.callbacks if getattr(each, "is_evaluation", False)]
+            between_steps = {f"[Callback]{key}.on_train_batch_end" for key in evaluations}
+            self._clock.follow(trainer.profiler, {FETCH, SAVE} | between_steps)
             self._peak = device_peak(trainer)
             self._flops = _counted(cast(LitCLIP, pl_module).model) if self._peak else None
 
+    def teardown(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        for name in ("start", "stop"):  # of the clock
+            vars(trainer.profiler).pop(name, None)
+
+    def on_exception(self, trainer: Any, pl_module: LightningModule, exception: BaseException) -> None:
+        self.teardown(trainer, pl_module, "fit")
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
+        self._steps_before = trainer.global_step
+        self._clock.start()  # a run that is resumed within an epoch has no on_train_epoch_start
         self._clear()
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock.end("between epochs")
+        self._clock.begin(FETCH)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock.begin("between epochs")
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock.begin("validation")
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._clock.end("validation")
 
     @torch.no_grad()
     def on_train_batch_end(
@@ -229,7 +200,7 @@ class Throughput(TimedCallback):
         if trainer.global_step % interval:
             return
         own = self._count(trainer)
-        if trainer.global_step - self.steps_before < interval:  # too few for a rate, on every rank
+        if trainer.global_step - self._steps_before < interval:  # too few for a rate, on every rank
             return
         # Of frozen layers whose output is stored all would be counted, and nothing is computed.
         flops = None if model.frozen_prefixes else self._flops
@@ -248,7 +219,7 @@ class Throughput(TimedCallback):
     def _count(self, trainer: Trainer) -> Count:
         tokens, squares = (0, 0) if self._texts is None else self._texts.tolist()
         memory = peak_memory(trainer.strategy.root_device)
-        count = Count(self._samples, self._pairs, self._shared, tokens, squares, *self.clock.lap(), memory)
+        count = Count(self._samples, self._pairs, self._shared, tokens, squares, *self._clock.lap(), memory)
         self._clear()
         return count
 
