@@ -19,11 +19,9 @@ from .print_results import PrintResults
 from .progress import ExpectedTime, ProgressLines
 from .random_states import RandomStates
 from .skipped_samples import SkippedSamples
-from .without import Without
 
 if TYPE_CHECKING:
-    from .activation_checkpointing import ActivationCheckpointing
-    from .compile import Compile
+    from .compile import ActivationCheckpointing, Compile
     from .ema import EMA
     from .frozen_features import FrozenFeatures
     from .hard_batches import HardBatches
@@ -70,6 +68,17 @@ __getattr__ = lazy_names(__name__, __file__)
 
 # Callbacks of every run that come after the given ones.
 AFTER = (PrintPlan, ExpectedTime, ProgressLines, PrintResults, SkippedSamples, NonFiniteSteps, RandomStates)
+
+
+class Without(Callback):
+    """Leave out callbacks of :func:`defaults`; ``--trainer.callbacks-=NAME`` adds it.
+
+    Args:
+        names: class names of the callbacks, such as ProgressLines.
+    """
+
+    def __init__(self, names: list[str]) -> None:
+        self.names = names
 
 
 def defaults(*callbacks: Callback) -> list[Callback]:
