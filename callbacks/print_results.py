@@ -1,18 +1,22 @@
 """Print a run's results and the places of its files when training ends."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.trainer.states import TrainerFn
 
+from lit_clip.tools.untrusted import convert, entries
 from lit_clip.training.lightning.run_folder import curves, run_folder, shown
 from lit_clip.training.summary import print_next_steps, print_summary
 
+LOSS, RECALL = "val/loss", "val/mean_recall"
 FEW = 100  # pairs to validate, of which the best model is chance: with 11 it was 7 points below the last
 ROUNDING = 1e-3  # of a baseline, by which a loss of ln N may be off
+Validation = tuple[int, float, float]  # epoch, counted from 1, loss, and mean recall
 
 
 class PrintResults(Callback):
@@ -20,6 +24,22 @@ class PrintResults(Callback):
 
     A ``ModelCheckpoint`` without ``monitor`` saves after a validation, and at the end of a run none may be due.
     """
+
+    def __init__(self) -> None:
+        self._validations: list[Validation] = []
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        loss, recall = (float(trainer.callback_metrics.get(name, math.nan)) for name in (LOSS, RECALL))
+        training = trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking and trainer.global_step > 0
+        if training and math.isfinite(loss) and math.isfinite(recall):
+            self._validations.append((trainer.current_epoch + 1, loss, recall))
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"validations": [list(each) for each in self._validations]}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        saved = convert(state_dict, entries({"validations": list[Validation]}), type(self).__name__)
+        self._validations = saved.get("validations", [])
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._first_step = trainer.global_step
@@ -44,10 +64,22 @@ class PrintResults(Callback):
             return
         best, unlearned = _best(trainer, module.baselines)
         lines = [f"curves: {line}" for line in curves(trainer.loggers, trainer.ckpt_path)]
-        lines += [unlearned, *(f"best {metric}: {shown(file)}" for metric, file in best.items())]
+        lines.append(unlearned or misleading_loss(self._validations))
+        lines += [f"best {metric}: {shown(file)}" for metric, file in best.items()]
         if (pairs := _few_pairs(trainer)) and Path(last) not in best.values() and (best or unlearned):
             lines.append(f"{pairs} pairs to validate are too few to tell the best model; take {shown(Path(last))}")
         print_next_steps(Path(last), folder, lines)
+
+
+def misleading_loss(validations: Sequence[Validation]) -> str:
+    """Return a note if the loss was lowest after the first epoch while recall still rose; otherwise an empty text."""
+    if len(validations) < 2:
+        return ""
+    (first, first_loss, first_recall), *later = validations
+    best, _, best_recall = max(later, key=lambda each: each[2])
+    if best_recall <= first_recall or min(loss for _, loss, _ in later) <= first_loss:
+        return ""
+    return f"{LOSS} rose from epoch {first} on, while {RECALL} rose until epoch {best}: the best model is by recall"
 
 
 def recommended(trainer: Trainer, module: Any) -> Path | None:
