@@ -148,10 +148,11 @@ class Throughput(Callback):
       on other devices of the process, without its data workers. Not logged on Windows without a GPU.
     """
 
+    now: Callable[[], float] = staticmethod(time.perf_counter)
+
     def __init__(self) -> None:
         self._flops: PairFlops | None = None
         self._peak: float | None = None
-        self._clock = TrainingClock()
         self._clear()
 
     def _clear(self) -> None:
@@ -159,6 +160,7 @@ class Throughput(Callback):
         self._texts: Tensor | None = None  # their tokens and squares, maybe on a device that is not waited for
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
+        self._clock = TrainingClock(self.now)
         if stage == "fit":
             evaluations = [each.state_key for each in trainer.callbacks if getattr(each, "is_evaluation", False)]
             between_steps = {f"[Callback]{key}.on_train_batch_end" for key in evaluations}

@@ -180,11 +180,6 @@ def test_losses_stay_equal_with(model: dict[str, Any], callbacks: tuple[Callable
     check_equal(run._replace(freeze="unlock_last 1", model=model), *callbacks)
 
 
-@pytest.mark.slow
-def test_losses_stay_equal_with_micro_batches_of_other_libraries_towers(run: Run, folders: dict[str, Path]) -> None:
-    check_equal(run._replace(towers=str(folders["bert"]), freeze="unlock_last 1", model={"micro_batch_size": 5}))
-
-
 def test_losses_stay_equal_with_kept_images_that_are_encoded_in_each_step(run: Run, table: Path) -> None:
     loss = Sum([Contrastive(), Preservation(str(table), 4)])
     check_equal(run._replace(freeze="unlock_last 1", model={"loss": loss}))
@@ -333,14 +328,6 @@ def test_another_image_size_or_precision_is_another_file(run: Run) -> None:
         before = folders_of(run)
         stored(run._replace(epochs=1, **change))
         assert any(name.startswith("image-") for name in folders_of(run) - before)
-
-
-@pytest.mark.usefixtures("whole")
-def test_trained_weights_do_not_change_the_file(run: Run) -> None:
-    before = folders_of(run)
-    stored(run._replace(stop_at=2, trainer={"max_steps": 2}))
-    stored(run._replace(resume=True))
-    assert folders_of(run) == before
 
 
 @pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])

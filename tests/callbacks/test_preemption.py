@@ -147,19 +147,6 @@ def test_where_reading_would_wait_ranks_act_one_step_later(
     assert agreed == ([0, 0, signal.SIGTERM] if later else [0, signal.SIGTERM, signal.SIGTERM])
 
 
-@pytest.mark.parametrize("step", [3, 4])
-def test_a_run_resumes_after_the_saved_step_and_can_be_preempted_again(
-    step: int, stopped_fit: StoppedFit, tmp_path: Path
-) -> None:
-    """In the middle of an epoch and at its end; the run may replace its own checkpoint."""
-    _, first = stopped_fit(SignalAt("on_before_optimizer_step", step), keeper(tmp_path))
-    assert load(tmp_path / "last.ckpt")["global_step"] == len(first.steps) == step
-    resume = {"ckpt_path": tmp_path / "last.ckpt"}
-    _, second = stopped_fit(SignalAt("on_before_optimizer_step", 4), keeper(tmp_path), **resume)
-    assert names(tmp_path) == {"last.ckpt"}
-    assert load(tmp_path / "last.ckpt")["global_step"] == len(first.steps) + len(second.steps) == step + 4
-
-
 def test_a_signal_stops_a_validation_and_discards_its_results(stopped_fit: StoppedFit, tmp_path: Path) -> None:
     """With EMA, validation uses other weights than training; the checkpoint holds both as usual."""
     sender = SignalAt("on_validation_batch_start", 2)
