@@ -44,8 +44,6 @@ class Finding(NamedTuple):
 
 
 class _Checked(NamedTuple):
-    """A checked step; its result has not been read yet."""
-
     step: TrainingStep
     number: int  # of optimiser steps before it
     counts: hardware.HostCopy  # how many ranks found each of REASONS

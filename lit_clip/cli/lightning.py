@@ -37,10 +37,10 @@ from lit_clip.training.checkpoint_contents import adopt_tokenizer
 from lit_clip.training.kept_memory import keep_freed_memory
 from lit_clip.training.lightning.checkpoint_io import checkpoint_step, newest_checkpoint, write_whole_files
 from lit_clip.training.lightning.command_line import PlainCLI
-from lit_clip.training.lightning.folder_locks import name_folders
 from lit_clip.training.lightning.fsdp import gets_weights
 from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
 from lit_clip.training.lightning.resume_checks import evaluate_as_given
+from lit_clip.training.lightning.run_folder import name_folders
 from lit_clip.training.optimizers import PARTS
 from lit_clip.training.plan import print_plan_of
 from lit_clip.training.summary import print_summary, resume_command

@@ -30,10 +30,10 @@ from lit_clip.training.checkpoint_contents import pack_checkpoint, unpack_checkp
 from lit_clip.training.checks import check_counts, check_lora_gradients, check_parts, check_run, check_skipped_samples
 from lit_clip.training.even_batches import even_batches
 from lit_clip.training.lightning.checkpoint_io import load_the_same_checkpoint, remove_after_writing
-from lit_clip.training.lightning.folder_locks import claim_folders, note_unnumbered
 from lit_clip.training.lightning.fsdp import compute_missing_batches
 from lit_clip.training.lightning.loop_counts import enter_epoch, resumed_counts, settle_counts
 from lit_clip.training.lightning.resume_checks import check_same_parts
+from lit_clip.training.lightning.run_folder import claim_folders, note_unnumbered
 from lit_clip.training.lightning.signals import signals_of
 from lit_clip.training.lightning.strategies import (
     keep_gradients_in_buckets,
