@@ -3,13 +3,13 @@
 import sys
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass
+from typing import Any, cast
 
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
 
 from lit_clip import distributed
 from lit_clip.batch import CaptionBatch
@@ -93,35 +93,35 @@ def samples_of(trainer: Trainer, module: Any, batch: CaptionBatch) -> int:
     return step.pairs if step else 0
 
 
-class Count(NamedTuple):
+@dataclass
+class Count:
     """Work of one rank since the last logged step."""
 
-    samples: int  # drawn, skipped ones included
-    pairs: int  # encoded
-    shared: int  # pairs whose image is encoded for another pair
-    tokens: int  # of the pairs' texts, without padding
-    squares: int  # sum of the texts' squared lengths
-    seconds: float  # of training
-    waited: float  # the part of them spent waiting for data
-    memory: int  # peak so far, in bytes
+    samples: int = 0  # drawn, skipped ones included
+    pairs: int = 0  # encoded
+    shared: int = 0  # pairs whose image is encoded for another pair
+    texts: Any = None  # their tokens without padding, and the sum of their squared lengths; maybe still on a device
+    time: tuple[float, float] = (0.0, 0.0)  # seconds of training, and the part of them spent waiting for data
+    memory: int = 0  # peak so far, in bytes
 
 
 def throughput(
     counts: list[Count], context_length: int, flops: PairFlops | None, peak: float | None
 ) -> dict[str, float]:
     """Return the metrics of :class:`Throughput`; MFU needs ``flops`` and the device's ``peak`` FLOP/s."""
-    seconds = counts[0].seconds  # ranks train in parallel
-    samples, pairs, shared, tokens, squares = (sum(column) for column in list(zip(*counts, strict=True))[:5])
+    seconds = counts[0].time[0]  # ranks train in parallel
+    pairs = sum(count.pairs for count in counts)
+    tokens, squares = (sum(column) for column in zip(*(count.texts for count in counts), strict=True))
     metrics = {
-        "train/samples_per_second": samples / seconds,
-        "train/data_wait_share": max(count.waited / count.seconds for count in counts),
+        "train/samples_per_second": sum(count.samples for count in counts) / seconds,
+        "train/data_wait_share": max(waited / trained for trained, waited in (count.time for count in counts)),
         "train/tokens_per_second": tokens / seconds,
         "train/padded_tokens_per_second": pairs * context_length / seconds,
     }
     if memory := max(count.memory for count in counts):
         metrics["train/peak_memory_gib"] = memory / 2**30
     if flops and peak:
-        computed = flops.total(pairs, tokens, squares) - flops.image * shared
+        computed = flops.total(pairs, tokens, squares) - flops.image * sum(count.shared for count in counts)
         metrics["train/mfu"] = computed / (seconds * peak * len(counts))
     return metrics
 
@@ -153,11 +153,7 @@ class Throughput(Callback):
     def __init__(self) -> None:
         self._flops: PairFlops | None = None
         self._peak: float | None = None
-        self._clear()
-
-    def _clear(self) -> None:
-        self._samples = self._pairs = self._shared = 0
-        self._texts: Tensor | None = None  # their tokens and squares, maybe on a device that is not waited for
+        self._count = Count()
 
     def setup(self, trainer: Any, pl_module: LightningModule, stage: str) -> None:
         self._clock = TrainingClock(self.now)
@@ -178,7 +174,7 @@ class Throughput(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._steps_before = trainer.global_step
         self._clock.start()  # a run that is resumed within an epoch has no on_train_epoch_start
-        self._clear()
+        self._count = Count()
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._clock.end("between epochs")
@@ -201,7 +197,9 @@ class Throughput(Callback):
         self._add(batch, model)
         if trainer.global_step % interval:
             return
-        own = self._count(trainer)
+        own, self._count = self._count, Count()
+        own.texts = (0, 0) if own.texts is None else own.texts.tolist()
+        own.time, own.memory = self._clock.lap(), peak_memory(trainer.strategy.root_device)
         if trainer.global_step - self._steps_before < interval:  # too few for a rate, on every rank
             return
         # Of frozen layers whose output is stored all would be counted, and nothing is computed.
@@ -210,20 +208,14 @@ class Throughput(Callback):
         pl_module.log_dict(metrics)
 
     def _add(self, batch: CaptionBatch, model: CLIP) -> None:
-        self._samples += batch.pairs + len(batch.skipped)
-        self._pairs += batch.pairs
-        self._shared += batch.pairs - len(batch.images)
+        count = self._count
+        count.samples += batch.pairs + len(batch.skipped)
+        count.pairs += batch.pairs
+        count.shared += batch.pairs - len(batch.images)
         if batch.pairs:
             lengths = torch.tensor(batch.lengths) if batch.lengths else model.tokenizer.lengths(batch.tokens)
             sums = torch.stack([lengths.sum(), (lengths * lengths).sum()])
-            self._texts = sums if self._texts is None else self._texts + sums.to(self._texts.device)
-
-    def _count(self, trainer: Trainer) -> Count:
-        tokens, squares = (0, 0) if self._texts is None else self._texts.tolist()
-        memory = peak_memory(trainer.strategy.root_device)
-        count = Count(self._samples, self._pairs, self._shared, tokens, squares, *self._clock.lap(), memory)
-        self._clear()
-        return count
+            count.texts = sums if count.texts is None else count.texts + sums.to(count.texts.device)
 
 
 def _counted(model: CLIP) -> PairFlops | None:

@@ -222,7 +222,7 @@ def test_a_gpus_peak_is_that_of_its_data_sheet(
 
 
 def test_metrics_are_sums_over_ranks_and_the_worst_wait_and_memory() -> None:
-    counts = [Count(10, 8, 0, 50, 400, 2.0, 0.5, 2**30), Count(10, 10, 0, 70, 600, 2.1, 1.05, 2**31)]
+    counts = [Count(10, 8, 0, (50, 400), (2.0, 0.5), 2**30), Count(10, 10, 0, (70, 600), (2.1, 1.05), 2**31)]
     metrics = throughput(counts, 16, PairFlops(100.0, (10.0, 2.0, 1.0)), 1000.0)
     assert metrics == {
         "train/samples_per_second": 10.0,
@@ -267,8 +267,8 @@ def test_known_lengths_need_no_synchronisation_with_the_device(tiny_config: CLIP
 
     callback, model = Throughput(), LitCLIP(tiny_config).model
     callback._add(Batch(torch.zeros(2, 3, 32, 32), torch.zeros(2, 16, device="meta"), ["a", "b"]), model)
-    assert callback._texts is not None
-    assert callback._texts.tolist() == [8, 34]
+    assert callback._count.texts is not None
+    assert callback._count.texts.tolist() == [8, 34]
 
 
 def test_skipped_samples_count_as_samples_without_tokens_and_arithmetic(tiny_config: CLIPConfig) -> None:
@@ -277,9 +277,9 @@ def test_skipped_samples_count_as_samples_without_tokens_and_arithmetic(tiny_con
     tokens = model.tokenize(["a cat", "two cats"])
     callback._add(CaptionBatch(torch.zeros(2, 3, 32, 32), tokens, ["a", "b"], skipped=skipped), model)
     callback._add(CaptionBatch(torch.zeros(0, 3, 32, 32), tokens[:0], [], skipped=skipped * 2), model)
-    assert (callback._samples, callback._pairs) == (8, 2)
-    assert callback._texts is not None
-    assert callback._texts.tolist() == [8, 32]  # each: start, two words, end
+    assert (callback._count.samples, callback._count.pairs) == (8, 2)
+    assert callback._count.texts is not None
+    assert callback._count.texts.tolist() == [8, 32]  # each: start, two words, end
 
 
 def test_peak_memory_is_that_of_this_process() -> None:
