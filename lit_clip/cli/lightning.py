@@ -202,7 +202,7 @@ class CLI(PlainCLI):
         log_no_secrets(trainer.loggers)
         evaluate_as_given(trainer)
         if not self.setting("print_plan"):  # which starts no other ranks
-            watch_started_ranks(trainer, self.how_to_resume if self.subcommand == "fit" else str)
+            watch_started_ranks(trainer)
         keep_freed_memory(trainer.strategy.root_device)
         if self.subcommand and self.subcommand != "fit":  # the newest version_N is the newest run's
             name_folders(trainer, self.subcommand)
