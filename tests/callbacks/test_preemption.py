@@ -239,20 +239,17 @@ def test_a_signal_before_the_first_step_saves_nothing(hook: str, stopped_fit: St
     assert names(tmp_path) == set()
 
 
-def test_without_save_last_the_checkpoint_is_called_preempted(stopped_fit: StoppedFit, tmp_path: Path) -> None:
-    sender = SignalAt("on_before_optimizer_step", 1)
-    stopped, _ = stopped_fit(sender, keeper(tmp_path, save_last=False))
-    assert names(tmp_path) == {"preempted.ckpt"}
-    assert load(tmp_path / "preempted.ckpt")["global_step"] == 1
-    assert "preempted.ckpt" in str(stopped)
-
-
-def test_without_checkpointing_a_signal_saves_nothing_and_says_so(stopped_fit: StoppedFit, tmp_path: Path) -> None:
-    sender = SignalAt("on_before_optimizer_step", 1)
-    stopped, _ = stopped_fit(sender, enable_checkpointing=False)
+@pytest.mark.parametrize(
+    ("saves", "message", "files"), [(True, "preempted.ckpt", {"preempted.ckpt"}), (False, "nothing saved", set())]
+)
+def test_without_save_last_the_checkpoint_is_called_preempted_and_without_a_saver_there_is_none(
+    saves: bool, message: str, files: set[str], stopped_fit: StoppedFit, tmp_path: Path
+) -> None:
+    savers = [keeper(tmp_path, save_last=False)] if saves else []
+    stopped, _ = stopped_fit(SignalAt("on_before_optimizer_step", 1), *savers, enable_checkpointing=saves)
     assert stopped.code == 128 + signal.SIGTERM
-    assert "nothing saved" in str(stopped)
-    assert names(tmp_path) == set()
+    assert message in str(stopped)
+    assert names(tmp_path) == files
 
 
 def test_another_runs_checkpoint_is_not_replaced(stopped_fit: StoppedFit, tmp_path: Path) -> None:

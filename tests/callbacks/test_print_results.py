@@ -11,7 +11,6 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from PIL import Image
-from torch import Tensor
 
 import callbacks
 from callbacks.print_results import PrintResults, misleading_loss
@@ -106,28 +105,25 @@ def test_a_loss_that_does_not_mislead_is_not_mentioned(losses: tuple[float, ...]
     assert misleading_loss(seen) == ""
 
 
-def test_validations_before_the_first_step_and_of_nothing_do_not_count() -> None:
-    found: dict[str, Tensor] = {}
-    state = SimpleNamespace(fn="fit")
-    trainer: Any = SimpleNamespace(
-        callback_metrics=found, state=state, sanity_checking=False, global_step=0, current_epoch=0
-    )
+@pytest.mark.parametrize(
+    ("changes", "loss", "counted"),
+    [
+        ({}, 1.0, 1),
+        ({}, float("nan"), 0),
+        ({"global_step": 0}, 1.0, 0),
+        ({"sanity_checking": True}, 1.0, 0),
+        ({"state": SimpleNamespace(fn="validate")}, 1.0, 0),
+    ],
+)
+def test_validations_before_the_first_step_and_of_nothing_do_not_count(
+    changes: dict[str, Any], loss: float, counted: int
+) -> None:
+    found = {"val/loss": torch.tensor(loss), "val/mean_recall": torch.tensor(0.5)}
+    values = {"callback_metrics": found, "state": SimpleNamespace(fn="fit"), "sanity_checking": False}
+    trainer: Any = SimpleNamespace(**{**values, "global_step": 3, "current_epoch": 0, **changes})
     results = PrintResults()
-
-    def validated(**changes: Any) -> int:
-        vars(trainer).update(changes)
-        results.on_validation_end(trainer, cast(Any, None))
-        return len(results.state_dict()["validations"])
-
-    assert validated(global_step=3) == 0
-    found |= {"val/loss": torch.tensor(float("nan")), "val/mean_recall": torch.tensor(0.5)}
-    assert validated() == 0
-    found["val/loss"] = torch.tensor(1.0)
-    assert validated(global_step=0) == 0
-    assert validated(global_step=3, sanity_checking=True) == 0
-    assert validated(sanity_checking=False) == 1
-    state.fn = "validate"
-    assert validated() == 1
+    results.on_validation_end(trainer, cast(Any, None))
+    assert len(results.state_dict()["validations"]) == counted
 
 
 def white(folder: Path, caption: str) -> Path:

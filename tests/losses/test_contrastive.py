@@ -111,9 +111,12 @@ def test_half_precision_features_give_a_float32_loss(dtype: torch.dtype, autocas
     image, text = (x.to(dtype) for x in random_units(33, dim=16, seed=5))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
         loss = contrastive_loss(image, text, image, text, torch.tensor(100.0))
+        other = sigmoid_loss(image, text, torch.tensor(100.0), torch.tensor(-10.0))
     exact = loss_in_plain_loops(image.tolist(), text.tolist(), 100.0)  # for the rounded features
-    assert loss.dtype == torch.float32
+    assert loss.dtype == other.dtype == torch.float32
     assert loss.item() == pytest.approx(exact, rel=1e-5)  # logits in bfloat16 would be off by up to 0.4
+    exact = sigmoid_loss_in_plain_loops(image.tolist(), text.tolist(), 100, -10)
+    assert other.item() == pytest.approx(exact, rel=1e-5)
 
 
 def test_unit_converts_half_precision_and_no_other_to_float32() -> None:
@@ -184,14 +187,6 @@ def test_a_bias_learned_with_large_batches_fits_small_ones_if_the_loss_knows_of_
     assert abs(slope) < 1e-9
     assert pull(Sigmoid()) > 0.7
     assert abs(pull(Sigmoid(pretraining_batch=512))) < 0.1
-
-
-def test_half_precision_features_give_a_float32_sigmoid_loss() -> None:
-    image, text = (x.bfloat16() for x in random_units(9, dim=16, seed=5))
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        loss = sigmoid_loss(image, text, torch.tensor(100.0), torch.tensor(-10.0))
-    assert loss.dtype == torch.float32
-    assert loss.item() == pytest.approx(sigmoid_loss_in_plain_loops(image.tolist(), text.tolist(), 100, -10), rel=1e-5)
 
 
 def test_distillation_loss_and_gradients_equal_open_clips() -> None:

@@ -136,12 +136,6 @@ def test_the_reason_is_that_of_the_disk_while_a_signal_ends_the_run(tmp_path: Pa
             WholeCheckpointIO().save_checkpoint(CHECKPOINT, tmp_path / "checkpoints/last.ckpt")
 
 
-def test_a_file_in_place_of_the_folder_is_an_error(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(InputError, match=r"file/last.ckpt: the checkpoint cannot be written \("):
-        WholeCheckpointIO().save_checkpoint(CHECKPOINT, tmp_path / "file" / "last.ckpt")
-
-
 @pytest.mark.parametrize("new", ["file", "folder"])
 @pytest.mark.parametrize("former", ["nothing", "file", "folder", "link"])
 @pytest.mark.parametrize("exchanges", [True, False])
