@@ -18,10 +18,10 @@ class EncodesAgain(Loss):
 
     def __init__(self) -> None:
         super().__init__()
-        self._model: tuple[CLIP] | None = None  # not a part: its parameters are the module's
+        self.model: tuple[CLIP] | None = None  # not a part: its parameters are the module's
 
     def prepare(self, model: CLIP) -> None:
-        self._model = (model,)
+        self.model = (model,)
 
     def require_trained_images(self, model: CLIP) -> None:
         """Raise :class:`InputError` if the image encoder is frozen."""
@@ -31,8 +31,8 @@ class EncodesAgain(Loss):
 
     def encode(self, encode: Callable[[CLIP, Tensor], Tensor], parts: Sequence[Tensor]) -> Tensor:
         """Encode micro-batches; BatchNorm's statistics stay, because they already include these images."""
-        assert self._model is not None, "call prepare first"
-        (model,) = self._model
+        assert self.model is not None, "call prepare first"
+        (model,) = self.model
         norms = [layer for layer in model.visual.modules() if isinstance(layer, _BatchNorm)]
         run = encode if len(parts) == 1 else partial(checkpoint, encode, inside=model.visual)
         found = []
