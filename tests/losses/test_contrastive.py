@@ -60,17 +60,6 @@ def test_loss_and_gradients_of_a_worked_example() -> None:
     torch.testing.assert_close(V.grad, 2 * G.T @ U.detach(), **close)
 
 
-@pytest.mark.parametrize(("text", "loss"), [("own", 0.358551), ("other", 0.437932)])
-def test_each_direction_of_the_worked_example(text: str, loss: float) -> None:
-    # One direction only: the other direction's features are zeros, so its cross-entropy is log 3.
-    U = torch.tensor([[1, 0], [0, 1], [-1, 0]], dtype=torch.float64)
-    V = torch.tensor([[0.8, 0.6], [0, 1], [-0.8, 0.6]], dtype=torch.float64)
-    image, all_text = (U, V) if text == "own" else (V, U)
-    zeros = torch.zeros_like(U)
-    both = contrastive_loss(image, zeros, zeros, all_text, torch.tensor(2.0, dtype=torch.float64))
-    assert 2 * both.item() - math.log(3) == pytest.approx(loss, abs=1e-6)
-
-
 @pytest.mark.parametrize("size", [1, 2, 7])
 @pytest.mark.parametrize("scale", [1.0, 14.3, 100.0])
 def test_loss_equals_plain_loops(size: int, scale: float) -> None:
@@ -78,31 +67,6 @@ def test_loss_equals_plain_loops(size: int, scale: float) -> None:
     loss = contrastive_loss(image, text, image, text, torch.tensor(scale, dtype=torch.float64))
     assert loss.dtype == torch.float64
     assert loss.item() == pytest.approx(loss_in_plain_loops(image.tolist(), text.tolist(), scale), rel=1e-12, abs=1e-12)
-
-
-def test_gradients_equal_the_closed_form() -> None:
-    # G = (P + Q - 2 I) / 2N with P, Q the softmax over texts and over images; dU = s G V, dV = s G' U, ds = sum(G C).
-    size, scale = 7, 14.3
-    image, text = (x.requires_grad_() for x in random_units(size, dim=5, seed=3))
-    s = torch.tensor(scale, dtype=torch.float64, requires_grad=True)
-    contrastive_loss(image, text, image, text, s).backward()
-    U, V = image.detach(), text.detach()
-    C = U @ V.T
-    weights = (scale * C).exp()
-    identity = torch.eye(size, dtype=torch.float64)
-    G = (weights / weights.sum(1, keepdim=True) + weights / weights.sum(0, keepdim=True) - 2 * identity) / (2 * size)
-    torch.testing.assert_close(image.grad, scale * G @ V, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(text.grad, scale * G.T @ U, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(s.grad, (G * C).sum(), rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize("size", [1, 2, 7, 100])
-@pytest.mark.parametrize("scale", [1.0, 100.0])
-def test_loss_of_identical_features_is_the_log_of_the_batch_size(size: int, scale: float) -> None:
-    same = unit(torch.ones(size, 4))
-    assert contrastive_loss(same, same, same, same, torch.tensor(scale)).item() == pytest.approx(
-        math.log(size), rel=1e-5, abs=1e-6
-    )
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -221,24 +185,6 @@ def test_equal_weights_give_the_value_and_the_gradients_of_contrastive(duplicate
         found.append([value.detach(), pairs.image.grad, pairs.text.grad])
     for ours, theirs in zip(*found, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-6)
-
-
-def test_of_two_results_of_a_query_the_one_with_the_greater_weight_becomes_the_more_similar() -> None:
-    """The probabilities of a caption's images become their shares of the weight."""
-    pairs, weights = pairs_of([1.0] * PAIRS), torch.tensor([1.0, 1.0, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0])
-    batch = pairs.batch._replace(extra={"weight": weights})  # 2 and 6 have the same caption
-    features = [pairs.image.detach().requires_grad_(), pairs.text.detach().requires_grad_()]
-    optimizer = torch.optim.Adam(features, lr=0.05)
-    for _ in range(80):
-        optimizer.zero_grad()
-        both = [unit(each) for each in features]
-        step = Pairs(*both, pairs.scale, None, pairs.ranks, batch, [batch], 0)
-        evaluate_loss(WeightedContrastive("positives"), step).loss.backward()
-        optimizer.step()
-    image, text = (unit(each.detach()) for each in features)
-    probabilities = (pairs.scale * text[2] @ image.T).softmax(dim=0)
-    assert probabilities[2] + probabilities[6] > 0.95
-    assert probabilities[2] / probabilities[6] == pytest.approx(3, rel=0.1)
 
 
 def test_weights_of_nothing_but_zeros_train_nothing() -> None:
