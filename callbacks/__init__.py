@@ -14,20 +14,18 @@ from lit_clip.tools.guarded_output import log_above_bars, silence
 from lit_clip.tools.lazy_names import lazy_names
 from .non_finite import NonFiniteSteps
 from .preemption import Preemption
-from .print_plan import PrintPlan
-from .print_results import PrintResults
+from .print_results import PrintPlan, PrintResults
 from .progress import ExpectedTime, ProgressLines
 from .random_states import RandomStates
 from .skipped_samples import SkippedSamples
 
 if TYPE_CHECKING:
-    from .compile import ActivationCheckpointing, Compile
+    from .compile import ActivationCheckpointing, Compile, PatchDropout
     from .ema import EMA
     from .frozen_features import FrozenFeatures
     from .hard_batches import HardBatches
     from .heads_first import HeadsFirst
     from .monitor import TrainingMonitor
-    from .patch_dropout import PatchDropout
     from .proof import Proof
     from .suite_evaluation import LinearProbe, Retrieval, ZeroShotSegmentation
     from .tensorboard import EmbeddingProjector, SimilarityMatrix

@@ -1,22 +1,52 @@
-"""Print a run's results and the places of its files when training ends."""
+"""Print a run's plan before its first step, and its results and the places of its files when it ends."""
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelSummary, RichProgressBar
 from lightning.pytorch.trainer.states import TrainerFn
 
+from lit_clip.module import LitCLIP
 from lit_clip.tools.untrusted import convert, entries
 from lit_clip.training.lightning.run_folder import curves, run_folder, shown
-from lit_clip.training.summary import print_next_steps, print_summary
+from lit_clip.training.plan import fine_tunes, measure_run, print_plan
+from lit_clip.training.schedules import known_steps
+from lit_clip.training.summary import print_next_steps, print_summary, print_trained
 
 LOSS, RECALL = "val/loss", "val/mean_recall"
 FEW = 100  # pairs to validate, of which the best model is chance: with 11 it was 7 points below the last
 ROUNDING = 1e-3  # of a baseline, by which a loss of ln N may be off
 Validation = tuple[int, float, float]  # epoch, counted from 1, loss, and mean recall
+
+
+class PrintPlan(ModelSummary):
+    """Print what a run will do, which settings contradict each other, and what fine-tuning trains.
+
+    It is the run's summary: Lightning adds none of its own, which would count no FLOPs.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(max_depth=0)  # of Lightning's table
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        # Not when training starts: by then a strategy may have sharded the weights.
+        if stage == "fit" and trainer.is_global_zero:
+            self._plan = measure_run(pl_module, trainer)
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and not trainer.ckpt_path:  # which is not known before
+            print_plan(self._plan)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero and trainer.ckpt_path:  # the checkpoint tells how many steps are done
+            steps = known_steps(trainer) if self._plan.steps is not None else None
+            print_plan(replace(self._plan, steps=steps))
+        if trainer.is_global_zero and fine_tunes(pl_module.hparams):
+            print_trained(trainer.optimizers[0].param_groups, cast(LitCLIP, pl_module).model)
 
 
 class PrintResults(Callback):
