@@ -164,7 +164,8 @@ def test_memory_of_the_loss_grows_linearly_with_the_batch(world: int) -> None:
 def test_tiles_are_larger_on_a_gpu() -> None:
     """Three of 2^25 numbers instead of 2^21; a batch smaller than a tile takes what it needs."""
     assert loss_bytes(16_384, 8, 512, "cuda")[0] - loss_bytes(16_384, 8, 512)[0] == 3 * 4 * (2**25 - 2**21)
-    assert replace(GOOD, device="cuda").loss_bytes == loss_bytes(256, GOOD.world, 512)
+    assert loss_bytes(256, 8, 512, "cuda")[0] == loss_bytes(256, 8, 512)[0]
+    assert replace(GOOD, batch=16_384, device="cuda").loss_bytes == loss_bytes(16_384, GOOD.world, 512, "cuda")
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
