@@ -1,4 +1,4 @@
-"""How the encoders run: compiled, with activations that are computed again, or on part of each image's patches."""
+"""How the encoders run: compiled, checkpointed, or on part of the patches."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Print a run's plan before its first step, and its results and the places of its files when it ends."""
+"""Print a run's plan before its first step, and its results at its end."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -102,7 +102,7 @@ class PrintResults(Callback):
 
 
 def misleading_loss(validations: Sequence[Validation]) -> str:
-    """Return a note if the loss was lowest after the first epoch while recall still rose; otherwise an empty text."""
+    """Return a note if the loss was lowest after the first epoch while recall still rose; else nothing."""
     if len(validations) < 2:
         return ""
     (first, first_loss, first_recall), *later = validations
@@ -119,7 +119,7 @@ def recommended(trainer: Trainer, module: Any) -> Path | None:
 
 
 def _few_pairs(trainer: Any) -> int:
-    """Return the number of pairs to validate if they are too few to choose the best model; otherwise 0."""
+    """Return the number of pairs to validate if they are too few; otherwise 0."""
     pairs = len(getattr(getattr(trainer, "datamodule", None), "val_source", None) or ())
     return pairs if pairs < FEW else 0
 

@@ -1,4 +1,4 @@
-"""Expected and used time of a run: an estimate from the first steps, and lines of progress instead of a bar."""
+"""A run's expected time, from its first steps, and its progress in lines or a bar."""
 
 import math
 import sys

@@ -54,7 +54,7 @@ class TrainingClock:
         self._activities.discard(activity)
 
     def lap(self) -> tuple[float, float]:
-        """Return the seconds since the last lap or the start, and the part in which training waited for a batch."""
+        """Return the seconds since the last lap, and the part spent waiting for a batch."""
         self._advance()
         lap = self._seconds, self._waited
         self._seconds = self._waited = 0.0
