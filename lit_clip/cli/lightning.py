@@ -34,10 +34,10 @@ from lit_clip.training.checkpoint_contents import adopt_tokenizer
 from lit_clip.training.kept_memory import keep_freed_memory
 from lit_clip.training.lightning.checkpoint_io import checkpoint_step, newest_checkpoint, write_whole_files
 from lit_clip.training.lightning.command_line import PlainCLI
-from lit_clip.training.lightning.folder_locks import name_folders
 from lit_clip.training.lightning.fsdp import gets_weights
 from lit_clip.training.lightning.rank_watchdog import watch_started_ranks
 from lit_clip.training.lightning.resume_checks import evaluate_as_given
+from lit_clip.training.lightning.run_folder import name_folders
 from lit_clip.training.optimizers import PARTS
 from lit_clip.training.plan import print_plan_of
 from lit_clip.training.summary import print_summary, resume_command
@@ -195,7 +195,7 @@ class CLI(PlainCLI):
         log_no_secrets(trainer.loggers)
         evaluate_as_given(trainer)
         if not self.setting("print_plan"):  # which starts no other ranks
-            watch_started_ranks(trainer, self.how_to_resume if self.subcommand == "fit" else str)
+            watch_started_ranks(trainer)
         keep_freed_memory(trainer.strategy.root_device)
         if self.subcommand and self.subcommand != "fit":  # the newest version_N is the newest run's
             name_folders(trainer, self.subcommand)
