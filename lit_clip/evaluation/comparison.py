@@ -17,9 +17,14 @@ from lit_clip.tools.hashing import sha256_of_file
 
 THIS = "this"  # name of the group that the run itself belongs to
 THIS_RUN = "this run"  # name of the run itself in tables and charts
-MEANS = {"pointing": "accuracy", "image_retrieval": "map@10", "document_retrieval": "ndcg@10"}  # compared by these
 NEAR_KM = 25  # the distance that geolocation is compared by
-Table = Mapping[str, np.ndarray]  # of a file of predictions
+METRICS = {  # that tasks are compared by, other than the set's own
+    "retrieval": ("image_to_text_recall@1", "text_to_image_recall@1"),
+    "geolocation": (f"within_{NEAR_KM}km",),
+    "pointing": ("accuracy",),
+    "image_retrieval": ("map@10",),
+    "document_retrieval": ("ndcg@10",),
+}
 
 
 class OtherRun(NamedTuple):
@@ -110,16 +115,9 @@ def paired_differences(
 
 def _compared(entry: Mapping[str, Any], theirs: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield the tasks that both runs have, with the metrics to compare."""
-    for task in tasks_of(entry):
-        if task in tasks_of(theirs):
-            if task in COLUMNS:
-                yield task, str(entry.get("metric") or "top1")
-            elif task == "retrieval":
-                yield from ((task, f"{direction}_recall@1") for direction in ("image_to_text", "text_to_image"))
-            elif task == "geolocation":
-                yield task, f"within_{NEAR_KM}km"
-            elif task in MEANS:
-                yield task, MEANS[task]
+    own = (str(entry.get("metric") or "top1"),)
+    for task in filter(tasks_of(theirs).__contains__, tasks_of(entry)):
+        yield from ((task, metric) for metric in (own if task in COLUMNS else METRICS.get(task, ())))
 
 
 class _Scores(NamedTuple):

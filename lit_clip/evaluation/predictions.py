@@ -19,7 +19,7 @@ from lit_clip.evaluation.accuracy import predictions
 from lit_clip.evaluation.intervals import Interval, UnitScores
 from lit_clip.evaluation.scores import METRICS, interval
 from lit_clip.evaluation.targets import Targets
-from lit_clip.retrieval.metrics import PairIndices
+from lit_clip.retrieval.metrics import PairIndices, Ranks
 from lit_clip.tools.atomic import make_folder, replacing
 from lit_clip.tools.hashing import hex_digest, sha256_of_file
 from lit_clip.tools.images import open_image
@@ -87,16 +87,10 @@ def probability_columns(
     return joined(parts)
 
 
-def retrieval_columns(keys: Sequence[str], pairs: PairIndices, image_ranks: Tensor, pair_ranks: Tensor) -> Columns:
+def retrieval_columns(keys: Sequence[str], pairs: PairIndices, ranks: Ranks) -> Columns:
     """Return the columns of a retrieval: one row per query; ``rank`` is its best right candidate's, 0 is best.
 
-    Text queries are called like their image with a number, as captions have no keys.
-
-    Args:
-        keys: of the images.
-        pairs: of the set.
-        image_ranks: int64 ``[I]``, ranks of the images' best captions.
-        pair_ranks: int64 ``[E]``, rank of its image for the caption of each pair.
+    Text queries are called like their image (whose ``keys`` are given) with a number, as captions have no keys.
     """
     captions: Counter[int] = Counter()
     names = []
@@ -106,7 +100,7 @@ def retrieval_columns(keys: Sequence[str], pairs: PairIndices, image_ranks: Tens
     return {
         "direction": ["image_to_text"] * len(keys) + ["text_to_image"] * len(names),
         "key": [*keys, *names],
-        "rank": torch.cat([image_ranks, pair_ranks.repeat_interleave(pairs.rows)]).numpy().astype(np.int32),
+        "rank": torch.cat([ranks.image, ranks.pair.repeat_interleave(pairs.rows)]).numpy().astype(np.int32),
     }
 
 

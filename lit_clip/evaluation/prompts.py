@@ -6,7 +6,7 @@ refers to an installed package that has the same list), ``clip_benchmark:flowers
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
@@ -47,6 +47,12 @@ class Prompts:
     names: list[str]
     texts: list[list[str]]
     alternatives: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> "Prompts":
+        """Return the prompts of classes that each have one text, which is also the name."""
+        names = list(texts)
+        return cls(names, [[text] for text in names])
 
     @property
     def sha256(self) -> str:

@@ -1,7 +1,8 @@
 """Results of an evaluation: saved as soon as they are computed, and cached by everything they depend on."""
 
 import json
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from functools import lru_cache
 from importlib.metadata import distributions
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_clip.errors import InputError
+from lit_clip.evaluation.data import ImageSet
 from lit_clip.evaluation.suite import SuiteEntry, Task, suite_path
 from lit_clip.models.clip import CLIP
 from lit_clip.secrets import without_secrets
@@ -19,6 +21,7 @@ from lit_clip.tools.untrusted import Count, convert, entries
 from lit_clip.version import __version__
 from lit_clip.weights.fingerprint import Fingerprint
 
+MOST_LISTED = 20  # files by name
 PACKAGES = (
     "torch",
     "torchmetrics",
@@ -66,6 +69,25 @@ def provenance(
         "suite": [{"path": path, "sha256": sha256_of_file(suite_path(path))} for path in suite],
         "packages": versions,
     }
+
+
+def files_read(sets: Sequence[ImageSet], root: Path) -> dict[str, Any]:
+    """Return the ``annotations`` and ``images`` of a split's folds, each file once, relative to ``root``.
+
+    Sets with the same name can have different files. Both are lists of ``path`` and ``bytes``, or for more than 20
+    files their number and a hash of their sorted names.
+    """
+    prefix = os.path.join(os.fspath(root), "")  # text, since there can be a million paths
+    annotations = {os.fspath(path) for images in sets for path in images.annotation_paths}
+    images = {os.fspath(path) for images in sets for path in images.image_paths()}
+    return {"annotations": _described(annotations, prefix), "images": _described(images - annotations, prefix)}
+
+
+def _described(paths: Iterable[str], prefix: str) -> list[dict[str, Any]] | dict[str, Any]:
+    named = sorted((path.removeprefix(prefix), path) for path in paths)
+    if len(named) > MOST_LISTED:
+        return {"files": len(named), "names_hash": hex_digest(name for name, _ in named)}
+    return [{"path": name, "bytes": os.path.getsize(path) if os.path.isfile(path) else None} for name, path in named]
 
 
 class Results:

@@ -93,6 +93,11 @@ class FeatureStore:
             self._paths[images] = self.folder / key
         return self._paths[images]
 
+    def features(self, images: ImageSet, title: str) -> SetFeatures:
+        """Return a set's features, computed unless stored; all ranks call this in the same order."""
+        self.compute(images, title)
+        return self.read(images)
+
     def compute(self, images: ImageSet, title: str) -> None:
         """Compute the features for :meth:`read`, unless stored; all ranks call this in the same order."""
         if not len(images) and isinstance(images, JudgedDocuments):

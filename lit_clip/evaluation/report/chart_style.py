@@ -6,8 +6,7 @@ Charts are matplotlib's ``Figure`` objects, made without pyplot: no global state
 import io
 import re
 import warnings
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -63,16 +62,8 @@ def short_name(text: str, letters: int = LETTERS) -> str:
 
 
 def run_name(path: str) -> str:
-    """Shorten a run's name, such as its folder's path, to its last part."""
-    name = path.removesuffix("results.json").rstrip("/\\") or path
-    return name if len(name) <= LETTERS else f"…{name[1 - LETTERS :]}"
-
-
-def run_names(names: Iterable[str]) -> dict[str, str]:
-    """Return :func:`run_name` of each run, or its whole name if several runs would have the same one."""
-    short = {name: run_name(name) for name in names}
-    often = Counter(short.values())
-    return {name: end if often[end] == 1 else name for name, end in short.items()}
+    """Return a run's name, or its folder for the path of its ``results.json``."""
+    return path.removesuffix("results.json").rstrip("/\\") or path
 
 
 def new_figure(height: float, width: float = WIDTH, **options: Any) -> "tuple[Figure, Any]":

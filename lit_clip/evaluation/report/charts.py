@@ -1,15 +1,19 @@
-"""Charts of an evaluation, for the page and TensorBoard."""
+"""Charts of an evaluation, for the page and TensorBoard.
+
+The robustness chart is the paper's figure 13, with table 16: accuracy on ImageNet and under distribution shift.
+"""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from statistics import fmean
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_clip.evaluation.comparison import THIS_RUN
 from lit_clip.evaluation.overview import COLUMNS, Column, Row, metric_words, percent, rows, sets_of, shots_of
-from lit_clip.evaluation.published import nearest_model, papers_name
+from lit_clip.evaluation.published import Published, nearest, papers_name, peers, published_metrics, same_set
 from lit_clip.evaluation.report.chart_style import (
-    COLOURS,
     INK,
     LETTERS,
+    MUTED,
     ChartRun,
     chart_settings,
     colour,
@@ -17,10 +21,9 @@ from lit_clip.evaluation.report.chart_style import (
     legend,
     name_lines,
     new_figure,
-    run_names,
+    run_name,
     short_name,
 )
-from lit_clip.evaluation.report.robustness_chart import robustness
 from lit_clip.tools.console import plural
 
 if TYPE_CHECKING:
@@ -28,19 +31,21 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 TALL = 12  # rows above which the top of the chart has a scale too
+IMAGENET = "ImageNet"
+SHIFTED = ["ImageNetV2", "ImageNet-A", "ImageNet-R", "ObjectNet", "ImageNet-Sketch", "ImageNet-Vid", "YTBB"]
+MODEL = "ViT-L-14-336"  # CLIP in table 16
+GREYS = ["#222222", "#666666", "#9A9A9A", "#C4C4C4"]
 Key = tuple[str, str]  # names of a set and a metric
 Table = Mapping[Key, Row]
 
 
 def figures(results: Mapping[str, Any], others: Mapping[str, Mapping[str, Any]]) -> "dict[str, Figure]":
     """Draw the charts that have data, with other runs by path or name; return them by name."""
-    names = run_names(others)
-    runs = [ChartRun(THIS_RUN, results), *(ChartRun(names[name], other) for name, other in others.items())]
+    runs = [ChartRun(THIS_RUN, results), *(ChartRun(run_name(name), other) for name, other in others.items())]
     with chart_settings():
         drawn = {
             "zero_shot": bars(runs, "zero_shot"),
             "linear_probe": bars(runs, "linear_probe"),
-            "zero_shot_minus_probe": differences(results),
             "few_shot": few_shot(runs),
             "robustness": robustness(runs),
         }
@@ -69,7 +74,7 @@ def bars(runs: Sequence[ChartRun], column: str) -> "Figure | None":
             if value is not None and column in tables[place][key].intervals:
                 low, high = tables[place][key].intervals[column]
                 axes.plot([100 * low, 100 * high], [y, y], color=INK, linewidth=1.0, solid_capstyle="butt")
-    marked, model = [tables[0].get(key) for key in order], nearest_model(runs[0].results.get("model") or {})
+    marked, model = [tables[0].get(key) for key in order], nearest(runs[0].results.get("model") or {}).name
     for handle, label in _marks(axes, marked, column, model, thick / 2 - 0.4):
         handles.append(handle)
         labels.append(label)
@@ -111,50 +116,15 @@ def _marks(
     return marks
 
 
-def differences(results: Mapping[str, Any]) -> "Figure | None":
-    """Plot zero-shot accuracy minus a linear probe's on the same features, as in the paper's figure 5."""
-    both = [row for row in rows(results) if {"zero_shot", "linear_probe"} <= row.values.keys()]
-    if not both:
-        return None
-    gaps = sorted(((_gap(row.values), row) for row in both), key=lambda pair: -pair[0])
-    figure, axes = new_figure(1.0 + 0.25 * len(both))
-    values = [gap for gap, _ in gaps]
-    axes.barh(range(len(gaps)), values, 0.7, color=[COLOURS[0] if gap >= 0 else COLOURS[1] for gap in values])
-    marks: dict[bool, list[tuple[float, float]]] = {}
-    for line, (_, row) in enumerate(gaps):
-        if {"zero_shot", "linear_probe"} <= row.papers.keys():
-            verified = row.papers["zero_shot"].verified and row.papers["linear_probe"].verified
-            gap = _gap({column: figure.value for column, figure in row.papers.items()})
-            marks.setdefault(verified, []).append((gap, line))
-    model = papers_name(nearest_model(results.get("model") or {}))
-    names = {True: f"paper, {model}", False: f"paper, {model}, unchecked"}
-    legend(figure, [diamonds(axes, marks[key], key) for key in sorted(marks)], [names[key] for key in sorted(marks)])
-    all_values = [0.0, *values, *(value for places in marks.values() for value, _ in places)]
-    low, high = min(all_values), max(all_values)
-    room = 0.05 * max(5.0, high - low)
-    for line, gap in enumerate(values):
-        axes.text(high + 3 * room, line, f"{gap:+.1f}", va="center", ha="right", fontsize=7.5)
-    name_lines(axes, [row.name for _, row in gaps])
-    axes.axvline(0, color=INK, linewidth=0.8)
-    axes.set(xlim=(low - room, high + 3 * room), xlabel="zero-shot minus linear probe on the same features, points")
-    axes.grid(axis="x")
-    return figure
-
-
-def _gap(values: Mapping[Column, float]) -> float:
-    return 100 * (values["zero_shot"] - values["linear_probe"])
-
-
 def few_shot(runs: Sequence[ChartRun]) -> "Figure | None":
     """Plot the mean over sets that all runs have, by number of examples per class; a star is zero-shot.
 
     Thin lines are the sets of the first run.
     """
-    found = {place: _curves(run.results) for place, run in enumerate(runs)}
-    found = {place: curves for place, curves in found.items() if curves}
-    shared = set.intersection(*map(set, found.values())) if found else set[str]()
-    of_shared = {place: [curve for name, curve in curves.items() if name in shared] for place, curves in found.items()}
-    drawn = [(place, runs[place], curves) for place, curves in of_shared.items() if curves and _common(curves)]
+    found = [(place, run, curves) for place, run in enumerate(runs) if (curves := _curves(run.results))]
+    shared = set.intersection(*(set(curves) for *_, curves in found)) if found else set[str]()
+    of_shared = [(place, run, [curves[name] for name in curves if name in shared]) for place, run, curves in found]
+    drawn = [each for each in of_shared if each[2] and _common(each[2])]
     if not drawn:
         return None
     figure, axes = new_figure(4.6, 7.5)
@@ -196,3 +166,87 @@ def _curves(results: Mapping[str, Any]) -> dict[str, Curve]:
 def _common(curves: Sequence[Curve]) -> list[int]:
     """Return the numbers of examples that all sets have."""
     return sorted(set.intersection(*(set(curve) for curve, _ in curves)))
+
+
+class ChartPoint(NamedTuple):
+    """A classifier in the chart: its name, and accuracies by the paper's set names, including ImageNet."""
+
+    name: str
+    values: dict[str, float]
+
+    def mean(self, sets: Sequence[str]) -> float | None:
+        """Return the mean over the given sets, or None if one is missing."""
+        whole = all(name in self.values for name in sets)
+        return sum(self.values[name] for name in sets) / len(sets) if whole else None
+
+
+def run_points(runs: Sequence[ChartRun]) -> list[ChartPoint]:
+    """Return the zero-shot classifiers and probes with results on ImageNet and on a shifted set."""
+    points = [ChartPoint(f"{run.name}, {COLUMNS[key]}", _values(run.results, key)) for run in runs for key in COLUMNS]
+    return [point for point in points if IMAGENET in point.values and len(point.values) > 1]
+
+
+def _values(results: Mapping[str, Any], column: Column) -> dict[str, float]:
+    values: dict[str, float] = {}
+    for row in rows(results):
+        known = next((name for name in [IMAGENET, *SHIFTED] if same_set(row.paper, name)), None)
+        if known and column in row.values:
+            values.setdefault(known, row.values[column])
+    return values
+
+
+def papers_points() -> list[ChartPoint]:
+    """Return the rows of table 16."""
+    sets = [IMAGENET, *SHIFTED]
+    figures = dict[str, Mapping[str, Mapping[str, Published]]]()
+    for task, name in COLUMNS.items():
+        figures[f"{name} CLIP"] = {known: published_metrics(known, task, MODEL) for known in sets}
+    for peer in peers("ImageNetV2", "zero_shot"):
+        figures[peer] = {known: peers(known, "zero_shot").get(peer, {}) for known in sets}
+    return [
+        ChartPoint(name, {known: _top1_or_pm(values) for known, values in of.items() if values})
+        for name, of in figures.items()
+        if any(of.values())
+    ]
+
+
+def _top1_or_pm(figures: Mapping[str, Published]) -> float:
+    """Return top-1, or the mean of PM-0 and PM-10 as in the paper."""
+    return fmean(figure.value for metric, figure in figures.items() if metric in ("top1", "pm0", "pm10"))
+
+
+def robustness(runs: Sequence[ChartRun]) -> "Figure | None":
+    """Plot ImageNet against the mean of the shifted sets that the runs have, and beside it against each set."""
+    ours, theirs = run_points(runs), papers_points()
+    if not ours:
+        return None
+    sets = [known for known in SHIFTED if any(known in point.values for point in ours)]
+    figure, (left, right) = new_figure(4.9, 11.0, ncols=2, width_ratios=[1, 1.2])
+    handles, labels = [], []
+    for place, point in enumerate(ours):
+        handles.append(_draw(left, right, point, sets, {"marker": "o", "s": 70, "color": colour(place)}))
+        labels.append(short_name(point.name, 36))
+    for grey, point in zip(GREYS, theirs, strict=True):
+        handles.append(_draw(left, right, point, sets, {"marker": "D", "s": 34, "color": grey}))
+        labels.append(f"paper: {point.name}")
+    left.plot([0, 100], [0, 100], color=MUTED, linewidth=1, linestyle="--", zorder=1)
+    left.text(52, 48, "y = x", color=MUTED, va="top", fontsize=8)
+    shifted = f"mean of {len(sets)} shifted sets, %" if len(sets) > 1 else f"{sets[0]}, %"
+    left.set(xlim=(0, 100), ylim=(0, 100), aspect="equal", xlabel="ImageNet, %", ylabel=shifted)
+    left.tick_params(length=0)
+    name_lines(right, sets)
+    right.set(xlim=(0, 101), xlabel="each shifted set, %")
+    for axes in (left, right):
+        axes.grid()
+    figure.legend(handles, labels, loc="outside upper left", ncols=3)
+    return figure
+
+
+def _draw(left: "Axes", right: "Axes", point: ChartPoint, sets: Sequence[str], style: Mapping[str, Any]) -> Any:
+    options: dict[str, Any] = {**style, "edgecolors": "white", "linewidths": 0.8, "zorder": 3}
+    mean = point.mean(sets)
+    if mean is not None:
+        left.scatter([100 * point.values[IMAGENET]], [100 * mean], **options)
+    known_sets = [(100 * point.values[known], line) for line, known in enumerate(sets) if known in point.values]
+    x, y = zip(*known_sets, strict=True)
+    return right.scatter(x, y, **options)

@@ -19,7 +19,7 @@ from lit_clip.evaluation.overview import (
     shots_of,
     tasks_of,
 )
-from lit_clip.evaluation.report.result_columns import Cell, Groups, result_columns
+from lit_clip.evaluation.report.results_table import Cell, Groups, result_columns
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.text_files import write_csv
 
