@@ -41,8 +41,7 @@ from lit_clip.evaluation.published import (
     peers,
     published,
 )
-from lit_clip.evaluation.report.chart_style import svg
-from lit_clip.evaluation.report.charts import figures
+from lit_clip.evaluation.report.charts import figures, svg
 from lit_clip.evaluation.report.results_table import (
     Groups,
     incomplete_means,

@@ -23,7 +23,7 @@ from lit_clip.evaluation.overview import (
     sets_of,
 )
 from lit_clip.evaluation.published import PAPER, Published, measured_weights, nearest, papers_name
-from lit_clip.evaluation.report.chart_style import run_name
+from lit_clip.evaluation.report.charts import run_name
 from lit_clip.tools.console import Console, Text
 
 DIFFERS = 0.01  # a measured figure is shown if it differs by this much from the paper's, or if the paper has none

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lit_clip.errors import InputError
-from lit_clip.evaluation.report.chart_style import chart_settings
-from lit_clip.evaluation.report.charts import figures
+from lit_clip.evaluation.report.charts import chart_settings, figures
 from lit_clip.evaluation.report.tables import MEAN, lines
 
 
