@@ -22,8 +22,7 @@ from lit_clip.evaluation.class_metrics import checked
 from lit_clip.evaluation.classification import TaskOptions, all_targets, check_set_metrics
 from lit_clip.evaluation.data import ImageSet, MissingData, check_classes
 from lit_clip.evaluation.logistic import LogisticProblem
-from lit_clip.evaluation.open_set import Encoder, Fold, OpenSet, scale_and_bias
-from lit_clip.evaluation.other_classes import trained_classes
+from lit_clip.evaluation.open_set import Encoder, Fold, OpenSet, scale_and_bias, trained_classes
 from lit_clip.evaluation.places import PlaceRecords, PlaceTask, records_arrays
 from lit_clip.evaluation.probe import Split, held_out
 from lit_clip.evaluation.prompts import Prompts, text_classifier
@@ -166,7 +165,7 @@ class SuiteEvaluation(Callback):
 
     def _check(self, opened: OpenSet) -> None:
         """Raise :class:`InputError` for settings that would stop a run hours later, at its first evaluation."""
-        metric, test = opened.entry.metric, opened.folds[0].images["test"]
+        metric, test = opened.entry.metric, opened.test
         for fold in opened.folds:
             check_classes({"test": fold.images["test"], "the first fold": test})
             fold.classes = trained_classes(opened.entry, fold.images)
@@ -187,14 +186,11 @@ class SuiteEvaluation(Callback):
                 evaluate_scores(metric, torch.zeros(()).expand(len(targets), targets.classes), targets)
                 check_set_metrics(targets, self.options.metrics)
                 if task == "linear_probe":
-                    self._check_learnable(opened, fold)
-
-    def _check_learnable(self, opened: OpenSet, fold: Fold) -> None:
-        targets = {split: all_targets(opened, fold, split) for split in fold.images}
-        train = Split(torch.zeros(len(targets["train"]), 1), targets["train"])
-        if self.options.l2 is None and "val" not in fold.images:
-            train = held_out(train, 0)[0]
-        LogisticProblem(train.features, train.labels, train.targets.classes)
+                    labels = all_targets(opened, fold, "train")
+                    train = Split(torch.zeros(len(labels), 1), labels)
+                    if self.options.l2 is None and "val" not in fold.images:
+                        train = held_out(train, 0)[0]
+                    LogisticProblem(train.features, train.labels, labels.classes)
 
     def state_dict(self) -> dict[str, Any]:
         return {"metrics": self._last.metrics, "baselines": self._last.baselines, "waited": self._waited}

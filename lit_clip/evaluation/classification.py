@@ -24,7 +24,6 @@ from lit_clip.evaluation.data import ImageSet, LabelledImages
 from lit_clip.evaluation.few_shot import SHOTS, train_few_shot
 from lit_clip.evaluation.intervals import UnitScores, intervals, mean_interval
 from lit_clip.evaluation.open_set import Fold, OpenSet
-from lit_clip.evaluation.other_classes import among
 from lit_clip.evaluation.predictions import (
     Columns,
     class_columns,
@@ -34,7 +33,7 @@ from lit_clip.evaluation.predictions import (
     predictions_name,
     probability_columns,
 )
-from lit_clip.evaluation.probe import MOST_PENALTIES, Probe, Split, train_probe
+from lit_clip.evaluation.probe import MOST_PENALTIES, Probe, Split, among, train_probe
 from lit_clip.evaluation.scores import baseline, baselines, comparable, evaluate_scores, mean_over_folds, unit_scores
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import Task

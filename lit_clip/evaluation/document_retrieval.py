@@ -44,11 +44,7 @@ def document_retrieval(
 ) -> dict[str, UnitScores]:
     """Search the documents for each query; return the queries' scores, in their order, by metric.
 
-    Args:
-        encoded: the set.
-        image_ID: unit features of its images that could be read.
-        rows: their rows in the set.
-        text_weight: of an item with both, see :func:`lit_clip.embedding.index.combined`.
+    ``image_ID`` are unit features of the images that could be read, ``rows`` their rows in the set.
     """
     images, place, device = encoded.images, {row: number for number, row in enumerate(rows)}, best_device()
 

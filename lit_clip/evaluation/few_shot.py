@@ -13,8 +13,7 @@ from torch import Tensor
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.class_head import HeadFit, fit_head
 from lit_clip.evaluation.logistic import Advance, Fit, LogisticProblem
-from lit_clip.evaluation.other_classes import Classes, among
-from lit_clip.evaluation.probe import Split, best_l2, held_out, places_in_classes, searched
+from lit_clip.evaluation.probe import Classes, Split, among, best_l2, held_out, places_in_classes, searched
 from lit_clip.evaluation.scores import evaluate_scores
 
 SHOTS = (1, 2, 4, 8, 16)

@@ -41,13 +41,7 @@ def image_retrieval(
     """Search a set for the class of each of its images; an image is not a result of its own search.
 
     ``map@K`` is the mean average precision of the first K results, divided by the number of right ones that K could
-    hold (Weyand et al. 2020); ``knn_top1`` the accuracy of the neighbours' weighted vote.
-
-    Args:
-        features_ND: of the images, of any length.
-        labels_N: int64, one class for each image.
-        results: K.
-        neighbours: that vote.
+    hold (Weyand et al. 2020); ``knn_top1`` the accuracy of the neighbours' weighted vote. Features may have any length.
     """
     require(bool((labels_N >= 0).all()), "image_retrieval: needs images of one class each; remove it from the tasks")
     right_N = labels_N.bincount()[labels_N] - 1

@@ -1,20 +1,21 @@
 """A set under evaluation, with the features of its images and texts."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from torch import Tensor
 
-from lit_clip.errors import InputError
+from lit_clip.errors import InputError, require
 from lit_clip.evaluation.caption_choice import EncodedChoices
-from lit_clip.evaluation.data import ImageSet
+from lit_clip.evaluation.data import ImageSet, LabelledImages, check_classes
 from lit_clip.evaluation.document_retrieval import EncodedDocuments
-from lit_clip.evaluation.other_classes import Classes
 from lit_clip.evaluation.places import PlaceRecords, PlaceTask, PlaceTexts
-from lit_clip.evaluation.prompts import Prompts, templates_of
+from lit_clip.evaluation.probe import Classes
+from lit_clip.evaluation.prompts import Prompts, prompts_of, templates_of
 from lit_clip.evaluation.store import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task
+from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.models.clip import CLIP
 from lit_clip.retrieval.metrics import PairIndices
 
@@ -39,7 +40,7 @@ class Fold:
 
     images: dict[str, ImageSet]
     features: dict[str, SetFeatures] = field(default_factory=dict)
-    classes: Classes | None = None  # of a probe that is trained on another set, see other_classes
+    classes: Classes | None = None  # of a probe that is trained on another set
     trained_on: str = ""  # the same for the same images and labels that probes are trained on
 
 
@@ -98,3 +99,40 @@ def scale_and_bias(model: CLIP) -> dict[str, Any]:
     """Return the :class:`OpenSet` settings that turn a model's cosines into logits."""
     bias = None if model.logit_bias is None else float(model.logit_bias.detach())
     return {"scale": float(model.logit_scale.detach().exp()), "logit_bias": bias}
+
+
+def trained_classes(entry: SuiteEntry, splits: Mapping[str, ImageSet]) -> Classes | None:
+    """Check a fold's classes; return the ``train`` classes for each ``test`` class, or None if both are of one set."""
+    others = {name: images for name, images in splits.items() if name != "test" and entry.is_of_another_set(name)}
+    if not others:
+        check_classes(splits)
+        return None
+    train = others.get("train")
+    require("train" in others and len(others) == len(splits) - 1, "splits: train and val must be of the same set")
+    check_classes({"test": others["train"], **{name: images for name, images in others.items() if name != "train"}})
+    test = splits["test"]
+    for images in (train, test):
+        require(isinstance(images, LabelledImages), f"{type(images).__name__} has no classes, which a probe needs")
+    assert isinstance(train, LabelledImages)
+    assert isinstance(test, LabelledImages)
+    named = all(name.isdecimal() for name in test.class_names) and entry.class_names is not None
+    names = prompts_of(entry.class_names, "{}", test.class_names).names if named else test.class_names
+    return _matched(test, names, train)
+
+
+def _matched(test: LabelledImages, names: Sequence[str], train: LabelledImages) -> Classes:
+    """Match classes by name; if a set has only numbers, ``names`` come from the suite."""
+    if names == train.class_names:
+        return [[label] for label in range(len(train.class_names))]
+    if test.in_imagenet and train.class_names == imagenet_class_names():
+        return test.in_imagenet()
+    labels: dict[str, list[int]] = {}
+    for label, name in enumerate(train.class_names):
+        labels.setdefault(name, []).append(label)
+    unknown = [name for name in names if name not in labels]
+    if unknown:
+        raise InputError(
+            f"splits: train has no class {unknown[0]!r}, which test has ({len(unknown)} of {len(names)} classes are "
+            "not there); train on a set with the same names"
+        )
+    return [labels[name] for name in names]

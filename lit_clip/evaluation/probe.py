@@ -21,6 +21,7 @@ STEPS_PER_DECADE = 8
 L2_GRID = tuple(10 ** (step / STEPS_PER_DECADE - 6) for step in range(12 * STEPS_PER_DECADE + 1))
 FIRST_SPAN = 2 * STEPS_PER_DECADE  # 1e-6, 1e-4, ... 1e6
 MOST_PENALTIES = 15  # that search_l2 tries: 7, and then up to 2 for each of 4 spans
+Classes = list[list[int]]  # for each class of a tested set, those of another set, which a probe is trained on
 HELD_OUT = 5  # without a validation split one image in 5 of each class is held out to choose the penalty
 
 
@@ -57,12 +58,7 @@ class Probe:
 
 
 def train_probe(
-    train: Split,
-    val: Split | None,
-    metric: str,
-    seed: int = 0,
-    advance: Advance | None = None,
-    l2: float | None = None,
+    train: Split, val: Split | None, metric: str, seed: int = 0, advance: Advance | None = None, l2: float | None = None
 ) -> Probe:
     """Train a classifier on features by up to ``MOST_PENALTIES + 1`` fits.
 
@@ -156,3 +152,15 @@ def places_in_classes(labels: Tensor, seed: int) -> tuple[Tensor, Tensor]:
     place = torch.empty_like(labels)
     place[order] = torch.arange(len(labels)) - first[labels[order]]
     return place, count[labels]
+
+
+def among(scores: Tensor, classes: Sequence[Sequence[int]] | None) -> Tensor:
+    """Return the scores of the tested set's classes ``[N, C]``, from scores of the training set's classes.
+
+    A class that several trained classes mean has the highest of their scores, as in the paper (section 3.3); one that
+    none means has minus infinity and is never predicted.
+    """
+    if classes is None:
+        return scores
+    never = scores.new_full((len(scores), 1), -torch.inf)
+    return torch.cat([scores[:, list(labels)].amax(dim=1, keepdim=True) if labels else never for labels in classes], 1)

@@ -98,12 +98,10 @@ class Results:
         self.sets: dict[str, dict[str, Any]] = {}
 
     def begin(self, name: str, entry: SuiteEntry) -> None:
-        """Start the entry of a set."""
         told = {key: getattr(entry, key) for key in ("how_to_get", "note", "metric", "paper")}
         self.sets[name] = {"status": "done", "reason": "", **told, "splits": {}, "tasks": {}}
 
     def update(self, name: str, **values: Any) -> None:
-        """Add values to a set's entry."""
         self.sets[name] |= values
 
     def add_reason(self, name: str, reason: str) -> None:
@@ -141,7 +139,6 @@ class Results:
         return saved if isinstance(saved, dict) else {}
 
     def add(self, name: str, task: Task, key: str, result: Mapping[str, Any]) -> None:
-        """Add the result of a task and save it under its cache key."""
         self.sets[name]["tasks"][task] = dict(result)
         path = self._file(name)
         make_folder(path.parent)
@@ -153,7 +150,6 @@ class Results:
         return self.folder / "sets" / f"{name}.json"
 
     def write(self, head: Mapping[str, Any]) -> dict[str, Any]:
-        """Write ``results.json`` and return its content."""
         everything = {**head, "sets": self.sets}
         with replacing(self.folder / "results.json") as draft:
             text = without_secrets(json.dumps(everything, indent=1, ensure_ascii=False))

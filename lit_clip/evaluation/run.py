@@ -18,8 +18,7 @@ from lit_clip.evaluation.class_metrics import describe
 from lit_clip.evaluation.classification import TaskOptions, class_names
 from lit_clip.evaluation.data import MissingData, check_classes
 from lit_clip.evaluation.download import download_missing
-from lit_clip.evaluation.open_set import Encoder, Fold, OpenSet, scale_and_bias
-from lit_clip.evaluation.other_classes import trained_classes
+from lit_clip.evaluation.open_set import Encoder, Fold, OpenSet, scale_and_bias, trained_classes
 from lit_clip.evaluation.overview import judging, metric_words, recalls_of
 from lit_clip.evaluation.prompts import Prompts, text_classifier
 from lit_clip.evaluation.results import Results, cache_key, code_digest, files_read
@@ -148,7 +147,6 @@ class EvaluationRun:
             self.results.add_reason(opened.name, reason)
 
     def _finish(self, opened: OpenSet) -> None:
-        """Run the tasks of a set, on the first rank."""
         try:
             digests = target_digests(opened)
         except InputError as error:
@@ -178,11 +176,9 @@ class EvaluationRun:
                 stderr().print(f"{opened.name}: {task} {line}", soft_wrap=True)
 
     def _split_key(self, fold: Fold, split: str, digest: str) -> tuple[Any, ...]:
-        """Return an identity of the features and the truth of a split."""
         return split, self.store.path(fold.images[split]).name, fold.features[split].skipped, digest
 
     def _cache_key(self, opened: OpenSet, task: Task, digests: Mapping[tuple[int, str], str]) -> str:
-        """Hash everything that a result depends on."""
         used = [
             self._split_key(fold, split, digests[number, split])
             for number, fold in enumerate(opened.folds)

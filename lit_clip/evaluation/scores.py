@@ -61,7 +61,6 @@ class Metric:
 
     @property
     def judges(self) -> bool:
-        """Whether the metric can judge a set."""
         return bool(self.of_scores or self.task)
 
 

@@ -92,7 +92,6 @@ class ClassPixels(NamedTuple):
         return np.nanmean(self.iou(), axis=-1)
 
     def accuracy(self) -> np.ndarray:
-        """Return the fraction of right pixels."""
         return self.right.sum(axis=-1) / self.truth.sum(axis=-1)
 
 

@@ -210,7 +210,6 @@ class FeatureStore:
         return SetFeatures(before, after, rows, list(skipped.values())) if whole else None
 
     def _join(self, path: Path, images: ImageSet, unreadable: Sequence[UnreadableRow]) -> None:
-        """Join the finished parts into arrays."""
         size, parts = len(images), Parts(path, self.settings_text)
         skipped = [(bad.row, without_secrets(images.key(bad.row)), bad.message) for bad in unreadable]
         require(len(skipped) < size, f"none of {size} images could be read; {skipped[0][2] if skipped else ''}")

@@ -151,7 +151,6 @@ Curve = tuple[dict[int, float], float | None]  # few-shot values of a set by num
 
 
 def _curves(results: Mapping[str, Any]) -> dict[str, Curve]:
-    """Return the curve of each set."""
     zero_shot = {row.name: row.values.get("zero_shot") for row in rows(results)}
     found = {name: (shots_of(entry), zero_shot.get(name)) for name, entry in sets_of(results)}
     return {name: curve for name, curve in found.items() if curve[0]}

@@ -78,14 +78,9 @@ def report_values(
     groups: Groups | None = None,
     differences: Sequence[PairedDifference] = (),
 ) -> dict[str, Any]:
-    """Compute the values of ``report.html``.
+    """Compute the values of ``report.html`` of a run and its folder, which holds the images.
 
-    Args:
-        results: contents of ``results.json``.
-        folder: of the run, which holds the images.
-        others: results of other runs to compare with, by path or name.
-        groups: names of runs that are seeds of one recipe, see :func:`lit_clip.evaluation.comparison.seed_groups`.
-        differences: from the other runs on the same images.
+    Other runs are by path or name; ``differences`` are from them on the same images.
     """
     model = results.get("model") or {}
     near, everything = nearest(model), rows(results)

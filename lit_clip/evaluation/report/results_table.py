@@ -63,7 +63,6 @@ class ResultColumn(NamedTuple):
     quantity: str = ""
 
     def texts(self) -> list[str]:
-        """Return the cells as text."""
         return [cell.text if cell else "" for cell in self.cells]
 
 
@@ -73,12 +72,7 @@ def result_columns(
     """Yield the columns with values: results, each beside the paper's and other runs', then the counts.
 
     The results are zero-shot, the linear probe, heads, and the largest number of shots of each set. Nothing is
-    published of shots.
-
-    Args:
-        found: rows of this run.
-        others: results of other runs to compare with, by path or name.
-        groups: names of runs that are seeds of one recipe, shown as one column.
+    published of shots. Other runs are by path or name; runs of a group are seeds of one recipe, shown as one column.
     """
     tables = {name: rows(run) for name, run in others.items()}
     shots = sorted({max(row.shots) for row in found if row.shots})
