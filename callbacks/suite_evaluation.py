@@ -27,8 +27,7 @@ from lit_clip.evaluation.places import PlaceRecords, PlaceTask, records_arrays
 from lit_clip.evaluation.probe import Split, held_out
 from lit_clip.evaluation.prompts import Prompts, text_classifier
 from lit_clip.evaluation.scores import evaluate_scores
-from lit_clip.evaluation.set_encoding import SetEncoder
-from lit_clip.evaluation.store import SetFeatures
+from lit_clip.evaluation.set_encoding import SetEncoder, SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task, read_suite
 from lit_clip.evaluation.tasks import encode_set, encode_texts, task_metrics, used_splits
 from lit_clip.models.clip import CLIP
@@ -271,8 +270,7 @@ class SuiteEvaluation(Callback):
         def features(images: ImageSet, title: str) -> SetFeatures:
             stamp = f"{len(images)} {images.stamp()}" if len(opened.folds) > 1 else title
             if stamp not in known:
-                rows, values = self._encoder.encode(model, images, partial(self.features, model), title)
-                known[stamp] = SetFeatures(values.numpy(), values.numpy(), rows, [])
+                known[stamp] = self._encoder.encode(model, images, partial(self.features, model), title)
             return known[stamp]
 
         def records(images: ImageSet, task: PlaceTask, texts: str, title: str) -> PlaceRecords:

@@ -14,8 +14,8 @@ from lit_clip.commands.search import small_image
 from lit_clip.embedding.image_files import ImageFile
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.class_metrics import Computed, build, check_metrics, compute, update, write_array
-from lit_clip.evaluation.confusions import confusion_counts, confusion_entries, write_confusions
 from lit_clip.evaluation.intervals import UnitScores
+from lit_clip.evaluation.predictions import confusion_counts, confusion_entries, write_confusions
 from lit_clip.evaluation.thresholds import NONE
 from lit_clip.tools.console import progress, stderr
 from lit_clip.tools.html import thumbnail, write_page

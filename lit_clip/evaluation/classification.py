@@ -19,7 +19,6 @@ from lit_clip.errors import InputError, listed, require
 from lit_clip.evaluation.accuracy import predictions
 from lit_clip.evaluation.class_head import MOST_FITS
 from lit_clip.evaluation.class_metrics import Computed, check_metrics, evaluate_metrics, write_array
-from lit_clip.evaluation.confusions import confusion_counts, confusion_entries, write_confusions
 from lit_clip.evaluation.data import ImageSet, LabelledImages
 from lit_clip.evaluation.few_shot import SHOTS, train_few_shot
 from lit_clip.evaluation.intervals import UnitScores, intervals, mean_interval
@@ -27,15 +26,18 @@ from lit_clip.evaluation.open_set import Fold, OpenSet
 from lit_clip.evaluation.predictions import (
     Columns,
     class_columns,
+    confusion_counts,
+    confusion_entries,
     in_parts,
     joined,
     predictions_entry,
     predictions_name,
     probability_columns,
+    write_confusions,
 )
 from lit_clip.evaluation.probe import MOST_PENALTIES, Probe, Split, among, train_probe
 from lit_clip.evaluation.scores import baseline, baselines, comparable, evaluate_scores, mean_over_folds, unit_scores
-from lit_clip.evaluation.store import SetFeatures
+from lit_clip.evaluation.set_encoding import SetFeatures
 from lit_clip.evaluation.suite import Task
 from lit_clip.evaluation.targets import Targets
 from lit_clip.evaluation.thresholds import thresholds_entry

@@ -13,7 +13,7 @@ from lit_clip.evaluation.document_retrieval import EncodedDocuments
 from lit_clip.evaluation.places import PlaceRecords, PlaceTask, PlaceTexts
 from lit_clip.evaluation.probe import Classes
 from lit_clip.evaluation.prompts import Prompts, prompts_of, templates_of
-from lit_clip.evaluation.store import SetFeatures
+from lit_clip.evaluation.set_encoding import SetFeatures
 from lit_clip.evaluation.suite import SuiteEntry, Task
 from lit_clip.evaluation.zero_shot import imagenet_class_names
 from lit_clip.models.clip import CLIP

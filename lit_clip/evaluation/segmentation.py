@@ -19,11 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lit_clip.errors import require
-from lit_clip.evaluation.confusions import write_confusions
 from lit_clip.evaluation.data import Boxed, ImageSet, Localised, Masked
 from lit_clip.evaluation.intervals import DRAWS, Interval, UnitScores
 from lit_clip.evaluation.overlap import CONFIDENCE
 from lit_clip.evaluation.places import PlaceRecords, Size
+from lit_clip.evaluation.predictions import write_confusions
 from lit_clip.tools.atomic import make_folder
 
 Region = Tensor  # of a class: its boxes, float64 [n, 4], or its mask, bool [H, W]

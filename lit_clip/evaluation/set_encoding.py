@@ -65,11 +65,13 @@ def set_task(model: CLIP, images: ImageSet) -> EncodingTask:
     return EncodingTask(rows, read, features_of_both_kinds(model), images.several, False)
 
 
-class Encoded(NamedTuple):
-    """Rows of the N readable images, ascending, and their features, float32 ``[N, D]`` on the CPU."""
+class SetFeatures(NamedTuple):
+    """Features of a set, read from disk as they are needed."""
 
-    rows: list[int]
-    features: Tensor
+    before: np.ndarray  # float32 [N, W], before the projection
+    after: np.ndarray  # float32 [N, D], unit length; for rows of several images, the mean of their unit features
+    rows: list[int]  # the images that could be read, ascending
+    skipped: list[tuple[str, str]]  # key and message of the others
 
 
 class SetEncoder:
@@ -88,8 +90,8 @@ class SetEncoder:
         self._warned: set[str] = set()
 
     @torch.no_grad()
-    def encode(self, model: CLIP, images: ImageSet, encode: Encode, name: str) -> Encoded:
-        """Return the features of all images of a set; ``encode`` maps normalised ``[B, 3, H, W]`` to ``[B, D]``.
+    def encode(self, model: CLIP, images: ImageSet, encode: Encode, name: str) -> SetFeatures:
+        """Return features of one kind for all images of a set; ``encode`` maps normalised ``[B, 3, H, W]`` to them.
 
         All ranks call this; ``name`` is the set's in messages.
         """
@@ -100,7 +102,8 @@ class SetEncoder:
         rows = torch.tensor([row for rows, _ in found for row in rows], dtype=torch.long, device=model.device)
         all_rows = distributed.gather_uneven(rows).cpu()
         order = all_rows.argsort()
-        return Encoded(all_rows[order].tolist(), distributed.gather_uneven(mine).cpu()[order])
+        features = distributed.gather_uneven(mine).cpu()[order].numpy()
+        return SetFeatures(features, features, all_rows[order].tolist(), [])
 
     def steps(self, model: CLIP, images: ImageSet, task: EncodingTask, name: str) -> list[tuple[int, np.ndarray]]:
         """Return each readable row with the output for it of a task of single rows; all ranks call this."""

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import numpy as np
@@ -23,7 +23,7 @@ from lit_clip.embedding.reading import UnreadableRow
 from lit_clip.errors import InputError, require
 from lit_clip.evaluation.data import ImageSet, JudgedDocuments, PartOf
 from lit_clip.evaluation.places import PlaceRecords, PlaceTask
-from lit_clip.evaluation.set_encoding import set_task
+from lit_clip.evaluation.set_encoding import SetFeatures, set_task
 from lit_clip.models.clip import CLIP
 from lit_clip.secrets import without_secrets
 from lit_clip.tools.atomic import make_folder, not_written, remove, remove_drafts, replacing_folder
@@ -35,15 +35,6 @@ from lit_clip.weights.fingerprint import fingerprint
 
 ARRAYS = ("before", "after")
 PLACES = "places 1"  # part of the cache key: increase the number when what is recorded changes
-
-
-class SetFeatures(NamedTuple):
-    """Features of a set, read from disk as they are needed."""
-
-    before: np.ndarray  # float32 [N, W], before the projection
-    after: np.ndarray  # float32 [N, D], unit length; for rows of several images, the mean of their unit features
-    rows: list[int]  # the images that could be read, ascending
-    skipped: list[tuple[str, str]]  # key and message of the others
 
 
 def _new_array(path: Path, shape: tuple[int, int]) -> np.ndarray:

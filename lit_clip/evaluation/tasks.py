@@ -55,7 +55,7 @@ from lit_clip.evaluation.predictions import (
 from lit_clip.evaluation.prompts import Prompts, prompts_of_set
 from lit_clip.evaluation.results import cache_key
 from lit_clip.evaluation.segmentation import mask_of, pixel_pairs, pointing_units, queries, regions_of, segmentation
-from lit_clip.evaluation.store import SetFeatures
+from lit_clip.evaluation.set_encoding import SetFeatures
 from lit_clip.evaluation.suite import Task
 from lit_clip.retrieval.metrics import PairIndices, pair_scores, retrieval_ranks
 from lit_clip.retrieval.retrieval_set import DIRECTIONS, Evaluation, retrieval_baselines, retrieval_metrics

@@ -1,4 +1,4 @@
-"""Charts of an evaluation, for the page and TensorBoard, and their style.
+"""Charts of an evaluation for its page, and their style.
 
 The robustness chart is the paper's figure 13, with table 16: accuracy on ImageNet and under distribution shift.
 Charts are matplotlib's ``Figure`` objects, made without pyplot: no global state changes, and no display is needed.
