@@ -18,7 +18,8 @@ from torch import Tensor
 from lit_clip.errors import InputError
 from lit_clip.evaluation.accuracy import predictions
 from lit_clip.evaluation.intervals import Interval, UnitScores
-from lit_clip.evaluation.scores import METRICS, interval
+from lit_clip.evaluation.overlap import clopper_pearson
+from lit_clip.evaluation.scores import METRICS
 from lit_clip.evaluation.targets import Targets
 from lit_clip.retrieval.metrics import PairIndices, Ranks
 from lit_clip.tools.atomic import make_folder, replacing
@@ -111,8 +112,8 @@ def retrieval_columns(keys: Sequence[str], pairs: PairIndices, ranks: Ranks) -> 
 
 def recall_intervals(metrics: Mapping[str, float], images: int, captions: int) -> dict[str, Interval]:
     """Return the intervals of recalls, as proportions of independent queries."""
-    recalls = {name: value for name, value in metrics.items() if "recall@" in name}
-    return {name: interval(value, captions if "text_to_image" in name else images) for name, value in recalls.items()}
+    queries = {name: captions if "text_to_image" in name else images for name in metrics if "recall@" in name}
+    return {name: clopper_pearson(round(metrics[name] * count), count) for name, count in queries.items()}
 
 
 def joined(folds: Sequence[Columns]) -> Columns:

@@ -177,9 +177,8 @@ def nearest(model: Mapping[str, Any]) -> NearestModel:
     """Return the nearest of the paper's models, with open_clip's name, by the first of these rules that applies.
 
     1. The name is one of the paper's, apart from a tag and ``-quickgelu``.
-    2. The image encoder has the same sizes.
-    3. The image encoder is of the same kind (ResNet or ViT) and needs the nearest amount of arithmetic.
-    4. The number of parameters is nearest.
+    2. The image encoder is of the same kind (ResNet or ViT) and needs the nearest amount of arithmetic.
+    3. The number of parameters is nearest.
     """
     named = {_key(papers_name(name)): name for name in papers_models()}
     named |= {_key(name): name for name in papers_models()}
@@ -187,11 +186,8 @@ def nearest(model: Mapping[str, Any]) -> NearestModel:
     if _key(name) in named:
         return NearestModel(named[_key(name)], "the same name")
     image = _image_encoder(model.get("architecture"))
-    theirs = _papers_image_encoders()
-    for name, encoder in theirs.items():
-        if encoder == image:
-            return NearestModel(name, "the same image encoder")
     if isinstance(image, ResNetConfig | VisionTransformerConfig):
+        theirs = _papers_image_encoders()
         same_kind = {name: _arithmetic(encoder) for name, encoder in theirs.items() if type(encoder) is type(image)}
         kind = "ResNet" if isinstance(image, ResNetConfig) else "ViT"
         return NearestModel(_closest(same_kind, _arithmetic(image)), f"a {kind} with the nearest amount of arithmetic")

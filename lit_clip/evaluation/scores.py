@@ -25,7 +25,6 @@ from lit_clip.evaluation.accuracy import (
     within,
 )
 from lit_clip.evaluation.intervals import UnitScores
-from lit_clip.evaluation.overlap import clopper_pearson
 from lit_clip.evaluation.targets import Targets
 
 SAMPLINGS = 100  # draws of one clip per film for RareAct's mWSAP
@@ -125,12 +124,6 @@ def baseline(metric: str, targets: Targets) -> float | None:
 def mean_over_folds(metrics: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Return the mean over a set's folds of each metric that every fold has."""
     return {name: fmean(fold[name] for fold in metrics) for name in metrics[0] if all(name in fold for fold in metrics)}
-
-
-def interval(value: float, n: int) -> tuple[float, float]:
-    """Return the 99.5 % Clopper-Pearson interval of a fraction of n images (paper, appendix A.3)."""
-    require(n > 0, "interval: there are no images")
-    return clopper_pearson(round(value * n), n)
 
 
 def _check_needs(metric: str, targets: Targets) -> None:

@@ -37,15 +37,6 @@ ARRAYS = ("before", "after")
 PLACES = "places 1"  # part of the cache key: increase the number when what is recorded changes
 
 
-def _new_array(path: Path, shape: tuple[int, int]) -> np.ndarray:
-    """Create a memory-mapped array with reserved space: otherwise writing to it on a full disk ends the process."""
-    array = np.lib.format.open_memmap(path, "w+", np.float32, shape)
-    if hasattr(os, "posix_fallocate"):  # not on macOS
-        with path.open("r+b") as file:
-            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)
-    return array
-
-
 def _hashes_of_files(images: ImageSet) -> np.ndarray:
     """Hash each item's file, int64 ``[N]``; 0 if the item is not a whole file's image.
 
@@ -226,7 +217,11 @@ class FeatureStore:
             numbers = [place[int(key)] for key, _, _ in table.identities]
             filled[numbers] = True
             for name, values in zip(ARRAYS[len(arrays) :], columns, strict=False):
-                arrays.append(_new_array(folder / f"{name}.npy", (len(rows), values.shape[1])))
+                file, shape = folder / f"{name}.npy", (len(rows), values.shape[1])
+                arrays.append(np.lib.format.open_memmap(file, "w+", np.float32, shape))
+                if hasattr(os, "posix_fallocate"):  # not on macOS; without it a full disk ends the process
+                    with file.open("r+b") as opened:
+                        os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
             for array, values in zip(arrays, columns, strict=True):
                 array[numbers] = values
         message = "features are gone; another run with the same cache has ended meanwhile"

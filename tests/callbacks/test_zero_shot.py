@@ -225,7 +225,7 @@ def test_data_workers_are_by_default_a_share_of_the_cores_and_none_for_small_set
 ) -> None:
     asked: list[int] = []
     monkeypatch.setattr(workers, "usable_cores", lambda: cores)
-    monkeypatch.setattr(set_encoding, "encoded_batches", lambda *words, **_: asked.append(words[3]) or iter(()))
+    monkeypatch.setattr(set_encoding, "loader", lambda _, workers, **__: asked.append(workers) or ())
     reader = set_encoding.SetEncoder(7, given, "error", "ZeroShot")
     reader.processes = ranks
     reader.encode(make_module().model, Shades("", size=7 * batches), lambda pixels: pixels, "shades")
@@ -252,7 +252,7 @@ def test_an_unreadable_image_stops_the_run_or_is_skipped(folder: Path) -> None:
     with pytest.raises(InputError, match=r"shades: 5.png: not an image; fix or remove it, or set ZeroShot.on_error"):
         make_trainer(folder, [ZeroShot(**options)]).validate(module, NoCaptions(), verbose=False)
     trainer = make_trainer(folder, [ZeroShot(on_error="skip", **options)])
-    with pytest.warns(UserWarning, match=r"shades: 1 of 40 images are skipped; the first: 5.png: not an image"):
+    with pytest.warns(UserWarning, match=r"shades test: 1 of 40 images are skipped; the first: 5.png: not an image"):
         trainer.validate(module, NoCaptions(), verbose=False)
     right = cosines(module, Shades("")).argmax(dim=1) == torch.tensor(Shades("").labels())
     rows = [row for row in range(40) if row != 5]

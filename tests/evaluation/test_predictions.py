@@ -20,12 +20,12 @@ from lit_clip.evaluation.predictions import (
     retrieval_columns,
     write_predictions,
 )
-from lit_clip.evaluation.report.result_columns import result_columns
+from lit_clip.evaluation.report.results_table import result_columns
 from lit_clip.evaluation.report.tables import escape, latex, write_tables
 from lit_clip.evaluation.results import Results, read_results
 from lit_clip.evaluation.scores import evaluate_scores, unit_scores
 from lit_clip.evaluation.targets import Targets
-from lit_clip.retrieval.metrics import PairIndices
+from lit_clip.retrieval.metrics import PairIndices, Ranks
 from tests.evaluation.test_report import EVIL, a_set, results_of, whole_paper, zero_shot
 
 N = 40
@@ -75,7 +75,8 @@ def test_a_caption_is_called_like_its_image_and_repeated_as_often_as_it_occurs()
     pairs = PairIndices(
         torch.tensor([0, 1, 0]), torch.tensor([0, 0, 1]), torch.tensor([1, 1, 2]), torch.tensor([0, 1, 0])
     )
-    columns = retrieval_columns(["a", "b"], pairs, torch.tensor([4, 0]), torch.tensor([1, 2, 3]))
+    ranks = Ranks(torch.tensor([4, 0]), torch.tensor([1, 2, 3]), *[torch.zeros(2)] * 2)
+    columns = retrieval_columns(["a", "b"], pairs, ranks)
     assert columns["key"] == ["a", "b", "a#0", "b#0", "a#1", "a#2"]
     assert columns["rank"].tolist() == [4, 0, 1, 2, 3, 3]
     assert columns["direction"] == ["image_to_text"] * 2 + ["text_to_image"] * 4

@@ -11,7 +11,8 @@ from PIL import Image
 from datamodules.evaluation import ObjectNet
 from lit_clip.errors import InputError
 from lit_clip.evaluation.data import ImageSet, LabelledImages
-from lit_clip.evaluation.other_classes import among, trained_classes
+from lit_clip.evaluation.open_set import trained_classes
+from lit_clip.evaluation.probe import among
 from lit_clip.evaluation.suite import SuiteEntry
 from lit_clip.evaluation.zero_shot import (
     imagenet_class_names,
