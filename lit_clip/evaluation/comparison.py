@@ -1,5 +1,6 @@
 """Compare a run with other runs: image by image where both kept predictions, and over a recipe's seeds."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -156,7 +157,8 @@ def _scores(folder: Path, entry: Mapping[str, Any], place: PairedDifference) -> 
         found = _Scores(*columns, judged=result.get("judged"))
     except (KeyError, ValueError, TypeError) as error:
         raise InputError(stale) from error
-    require(len(found.key) > 0 and known is not None and abs(_mean(found, metric) - known) < 1e-5, stale)
+    mean = fmean(fold.mean() for fold in _folds(found, metric)) if len(found.key) else math.nan
+    require(known is not None and abs(mean - known) < 1e-5, stale)
     return found
 
 
@@ -164,10 +166,6 @@ def _folds(scores: _Scores, metric: str) -> list[UnitScores]:
     classes = scores.truth if metric == "mean_per_class" else None
     of_fold = [scores.fold == fold for fold in np.unique(scores.fold)]
     return [UnitScores(scores.value[rows], None if classes is None else classes[rows]) for rows in of_fold]
-
-
-def _mean(scores: _Scores, metric: str) -> float:
-    return fmean(fold.mean() for fold in _folds(scores, metric))
 
 
 def _paired(place: PairedDifference, both: Sequence[_Scores]) -> PairedDifference:

@@ -148,12 +148,16 @@ def write_predictions(folder: Path, name: str, task: str, columns: Columns) -> s
     return predictions_name(name, task)
 
 
-def predictions_entry(folder: Path, name: str, task: str, columns: Columns, judged: Iterable[object]) -> dict[str, str]:
-    """Write the predictions of a set's task; return their entry in ``results.json``.
+def predictions_entry(
+    folder: Path | None, name: str, task: str, columns: Columns, judged: Iterable[object]
+) -> dict[str, str]:
+    """Write the predictions of a set's task; return their entry in ``results.json``, which is empty without a folder.
 
     ``judged`` is what was right, an object with the key for each image, in any order; its hash tells whether two runs
     were judged alike, which their files alone do not.
     """
+    if folder is None:
+        return {}
     path = write_predictions(folder, name, task, columns)
     digest = hex_digest(sorted(map(repr, judged)))
     return {"predictions": path, "predictions_sha256": sha256_of_file(folder / path), "judged": digest}

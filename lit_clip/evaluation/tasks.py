@@ -4,7 +4,7 @@ Shapes: N images, C classes, T captions, D embedding dimension.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -30,14 +30,7 @@ from lit_clip.evaluation.classification import (
     targets_of,
     trained,
 )
-from lit_clip.evaluation.data import (
-    CaptionChoices,
-    CaptionedImages,
-    JudgedDocuments,
-    LabelledImages,
-    Localised,
-    Masked,
-)
+from lit_clip.evaluation.data import CaptionChoices, CaptionedImages, JudgedDocuments, LabelledImages, Localised, Masked
 from lit_clip.evaluation.document_retrieval import document_retrieval, encode_documents
 from lit_clip.evaluation.few_shot import FewShotProbes
 from lit_clip.evaluation.image_retrieval import image_retrieval, nearest_km, within_km
@@ -45,13 +38,7 @@ from lit_clip.evaluation.intervals import UnitScores, intervals
 from lit_clip.evaluation.open_set import DistinctCaptions, Encoder, EncodeTexts, OpenSet
 from lit_clip.evaluation.overview import judging
 from lit_clip.evaluation.places import PlaceTexts, Recorder, place_task
-from lit_clip.evaluation.predictions import (
-    Columns,
-    predictions_entry,
-    predictions_name,
-    recall_intervals,
-    retrieval_columns,
-)
+from lit_clip.evaluation.predictions import predictions_entry, predictions_name, recall_intervals, retrieval_columns
 from lit_clip.evaluation.prompts import Prompts, prompts_of_set
 from lit_clip.evaluation.results import cache_key
 from lit_clip.evaluation.segmentation import mask_of, pixel_pairs, pointing_units, queries, regions_of, segmentation
@@ -142,17 +129,6 @@ def _judged(opened: OpenSet, units: Mapping[str, UnitScores], **more: Any) -> di
     return {"value": value, "metrics": metrics, "intervals": intervals(units), **more}
 
 
-def _with_predictions(
-    result: dict[str, Any],
-    opened: OpenSet,
-    task: Task,
-    folder: Path | None,
-    columns: Columns,
-    judged: Iterable[object],
-) -> dict[str, Any]:
-    return result | predictions_entry(folder, opened.name, task, columns, judged) if folder else result
-
-
 def _class_prompts(opened: OpenSet) -> Prompts:
     test = opened.test_of(LabelledImages, "classes, which zero-shot needs")
     opened.prompts = opened.prompts or prompts_of_set(opened.entry, test)
@@ -233,7 +209,7 @@ def _retrieval(opened: OpenSet, options: TaskOptions, folder: Path | None) -> di
     result["baselines"] = retrieval_baselines(pairs)
     result["intervals"] = recall_intervals(metrics, result["images"], result["captions"])
     columns = retrieval_columns(keys, pairs, ranks)
-    return _with_predictions(result, opened, "retrieval", folder, columns, judged)
+    return result | predictions_entry(folder, opened.name, "retrieval", columns, judged)
 
 
 def _image_retrieval(opened: OpenSet, options: TaskOptions, folder: Path | None) -> dict[str, Any]:
@@ -247,7 +223,7 @@ def _image_retrieval(opened: OpenSet, options: TaskOptions, folder: Path | None)
     }
     result = _judged(opened, found.units, baseline=found.baseline, queries=len(found.rows))
     judged = zip(keys, labels_N.tolist(), strict=True)
-    return _with_predictions(result, opened, "image_retrieval", folder, columns, judged)
+    return result | predictions_entry(folder, opened.name, "image_retrieval", columns, judged)
 
 
 def _document_texts(opened: OpenSet, encode: EncodeTexts) -> object:
@@ -264,7 +240,7 @@ def _document_retrieval(opened: OpenSet, options: TaskOptions, folder: Path | No
     columns = {"key": keys, "score": units["ndcg@10"].values.astype(np.float32)}
     judged = ((keys[query], documents[document], grade) for query, document, grade in encoded.images.relevance)
     result = _judged(opened, units, queries=len(keys), documents=len(documents))
-    return _with_predictions(result, opened, "document_retrieval", folder, columns, judged)
+    return result | predictions_entry(folder, opened.name, "document_retrieval", columns, judged)
 
 
 def _geolocation(opened: OpenSet, options: TaskOptions, folder: Path | None) -> dict[str, Any]:
@@ -277,7 +253,7 @@ def _geolocation(opened: OpenSet, options: TaskOptions, folder: Path | None) -> 
     result = _judged(opened, within_km(distances), images=len(query), references=len(reference))
     result["value"] = result["metrics"]["within_25km"]
     columns, judged = {"key": keys, "km": distances.numpy()}, zip(keys, query_places.tolist(), strict=True)
-    return _with_predictions(result, opened, "geolocation", folder, columns, judged)
+    return result | predictions_entry(folder, opened.name, "geolocation", columns, judged)
 
 
 def _choice_texts(opened: OpenSet, encode: EncodeTexts) -> object:
@@ -322,15 +298,14 @@ def _segmentation(opened: OpenSet, options: TaskOptions, folder: Path | None) ->
 
 def _pointing(opened: OpenSet, options: TaskOptions, folder: Path | None) -> dict[str, Any]:
     records = opened.records["pointing"]
-    units = pointing_units(records)
     row, label, hit, centre = records.values.T
     keys = {image: opened.test.key(image) for image in records.rows}
     names = [f"{keys[image]}#{of_class}" for image, of_class in zip(row.tolist(), label.tolist(), strict=True)]
     columns = {"key": names, "truth": label.astype(np.int32), "score": hit.astype(np.float32)}
-    more = {"baseline": float(centre.mean()), "images": len(records.rows), "queries": len(hit)}
-    result = {**_judged(opened, units), **more}
+    counts = {"images": len(records.rows), "queries": len(hit)}
+    result = _judged(opened, pointing_units(records), baseline=float(centre.mean()), **counts)
     judged = zip(names, label.tolist(), strict=True)
-    return _with_predictions(result, opened, "pointing", folder, columns, judged)
+    return result | predictions_entry(folder, opened.name, "pointing", columns, judged)
 
 
 TRAINED = {"needed": ("train", "test"), "used": ("train", "val", "test")}

@@ -9,7 +9,6 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from statistics import fmean
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lit_clip.evaluation.comparison import THIS_RUN
@@ -197,15 +196,10 @@ def papers_points() -> list[ChartPoint]:
     for peer in peers("ImageNetV2", "zero_shot"):
         figures[peer] = {known: peers(known, "zero_shot").get(peer, {}) for known in sets}
     return [
-        ChartPoint(name, {known: _top1_or_pm(values) for known, values in of.items() if values})
+        ChartPoint(name, {known: (values.get("pm") or values["top1"]).value for known, values in of.items() if values})
         for name, of in figures.items()
         if any(of.values())
     ]
-
-
-def _top1_or_pm(figures: Mapping[str, Published]) -> float:
-    """Return top-1, or the mean of PM-0 and PM-10 as in the paper."""
-    return fmean(figure.value for metric, figure in figures.items() if metric in ("top1", "pm0", "pm10"))
 
 
 def robustness(runs: Sequence[ChartRun]) -> "Figure | None":

@@ -96,8 +96,11 @@ def _quantity(
     found: Sequence[Row], tables: Mapping[str, Sequence[Row]], groups: Groups, column: Column
 ) -> Iterator[ResultColumn]:
     def cells(table: Sequence[Row]) -> list[Cell | None]:
-        places = {(row.name, row.metric): row for row in table}
-        return [_cell(places.get((row.name, row.metric)), column) for row in found]
+        known = {(row.name, row.metric): row for row in table if column in row.values}
+        same = [known.get((row.name, row.metric)) for row in found]
+        return [
+            row and Cell(percent(row.values[column]), row.values[column], row.intervals.get(column)) for row in same
+        ]
 
     def means(table: Sequence[Row], of: str = "ours") -> dict[str, str]:
         return {mean.group: percent(getattr(mean, of)) for mean in group_means(table, column)}
@@ -116,11 +119,6 @@ def _quantity(
     for name, table in tables.items():
         if name not in grouped:
             yield ResultColumn("run", run_name(name), cells(table), means(table))
-
-
-def _cell(row: Row | None, column: Column) -> Cell | None:
-    value = row and row.values.get(column)
-    return None if row is None or value is None else Cell(percent(value), value, row.intervals.get(column))
 
 
 def _figures(figures: Sequence[Published | None]) -> list[Cell | None]:
