@@ -1,7 +1,6 @@
 """Accuracies and confusions against scikit-learn, torchmetrics and a plain sort; the bias probes by hand."""
 
 import csv
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -204,15 +203,6 @@ def test_denigrating_predictions_are_counted_with_and_without_the_class_child() 
     assert counts_of(found["default"]["crime_related"]["by_gender"]) == {"Male": (2, 3), "Female": (1, 3)}
     by_age = {title: counts_of(found[title]["crime_related"]["by_age"])["0-2"] for title in found}
     assert by_age == {"default": (1, 1), "with_child": (0, 1)}
-
-
-def test_the_report_is_json_and_includes_the_prompts() -> None:
-    probes = {"age": scores_of("age", ["0-2"] * 6), "denigration": scores_of("denigration", ["animal"] * 6)}
-    report = bias_report(probes, GROUPS)
-    assert json.loads(json.dumps(report)) == report
-    assert "not published" in report["note"]
-    assert list(report["prompts"]) == ["age", "denigration"]
-    assert list(report["accuracy"]) == ["age"]
 
 
 def test_groups_that_fairface_does_not_have_are_an_error() -> None:

@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from lit_clip.errors import InputError
-from lit_clip.evaluation.overview import rows
 from lit_clip.evaluation.predictions import (
     class_columns,
     joined,
@@ -20,7 +19,6 @@ from lit_clip.evaluation.predictions import (
     retrieval_columns,
     write_predictions,
 )
-from lit_clip.evaluation.report.results_table import result_columns
 from lit_clip.evaluation.report.tables import escape, latex, write_tables
 from lit_clip.evaluation.results import Results, read_results
 from lit_clip.evaluation.scores import evaluate_scores, unit_scores
@@ -215,16 +213,6 @@ def test_the_latex_table_has_intervals_and_bold_by_the_papers_rule() -> None:
         ],
         ["mine", "top-1", r"50.0 {\scriptsize [49.0, 51.0]}", "--", "--"],
     ]
-
-
-def test_runs_whose_paths_end_alike_have_a_column_each(tmp_path: Path) -> None:
-    end = "/evaluation/of/the/last/checkpoint"
-    runs = {f"a{end}": other(0.5), f"b{end}": other(0.6), "x/results.json": other(0.7)}
-    ours = results_of({"cifar10": a_set("CIFAR10", 0.8)})
-    names = [f"a{end}", f"b{end}", "x"]
-    assert check_syntax(latex(ours, runs, {}))[0][2:] == ["this run", *names]
-    titles = [column.title for column in result_columns(rows(ours), runs)]
-    assert [title for title in titles if title in names] == names
 
 
 def test_names_are_escaped() -> None:
