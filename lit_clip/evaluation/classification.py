@@ -230,8 +230,9 @@ def _columns(metric: str, folds: Sequence[_FoldResult], units: Sequence[Mapping[
     return joined(rows)
 
 
-def classification(task: Task, opened: OpenSet, options: TaskOptions, folder: Path) -> dict[str, Any]:
+def classification(task: Task, opened: OpenSet, options: TaskOptions, folder: Path | None) -> dict[str, Any]:
     """Return the result of a task, averaged over folds, and save its predictions below ``folder``."""
+    assert folder is not None
     start, metric, names = time.monotonic(), opened.entry.metric, class_names(opened)
     stem = (folder / predictions_name(opened.name, task)).with_suffix("")
     metrics, notes = _allowed(options, opened, targets_of(opened, opened.folds[0], "test"))

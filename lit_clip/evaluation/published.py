@@ -97,7 +97,8 @@ def published(name: str, task: str, model: str, metric: str | None = None) -> Pu
         model: one of :func:`lit_clip.models.registry.papers_models`.
         metric: the metric, for a set with several; None: its first.
     """
-    return _select(published_metrics(name, task, model), metric)
+    figures = published_metrics(name, task, model)
+    return next(iter(figures.values()), None) if metric is None else figures.get(metric)
 
 
 def published_metrics(name: str, task: str, model: str) -> dict[str, Published]:
@@ -105,12 +106,12 @@ def published_metrics(name: str, task: str, model: str) -> dict[str, Published]:
     return dict(_figures().get(("paper", _set(name), task, model), {}))
 
 
-def measured(name: str, task: str, weights: str, metric: str | None = None) -> Published | None:
+def measured(name: str, task: str, weights: str, metric: str) -> Published | None:
     """Return the figure that open_clip or CLIP_benchmark measured with :func:`measured_weights`; None without one.
 
     The name may be CLIP_benchmark's, such as ``wds_vtab-cifar10``.
     """
-    return _select(_figures().get(("measured", _set(name), task, weights), {}), metric)
+    return _figures().get(("measured", _set(name), task, weights), {}).get(metric)
 
 
 def measured_name(name: str, paper: str) -> str:
@@ -126,10 +127,6 @@ def measured_weights(model: Mapping[str, Any]) -> str:
     name = str(model.get("name") or "").replace("-quickgelu:", ":")
     known = any(kind == "measured" and weights == name for kind, _, _, weights in _figures())
     return name if known else nearest(model).name
-
-
-def _select(figures: Mapping[str, Published], metric: str | None) -> Published | None:
-    return next(iter(figures.values()), None) if metric is None else figures.get(metric)
 
 
 def peers(name: str, task: str) -> dict[str, dict[str, Published]]:
@@ -209,11 +206,9 @@ def _closest(sizes: Mapping[str, float], size: float) -> str:
 def _image_encoder(architecture: Any) -> Any:
     """Return the configuration of an image encoder; None if it is not one of ours."""
     image = architecture.get("image") if isinstance(architecture, Mapping) else None
+    if not isinstance(image, Mapping) or "timm" in image:
+        return None
     try:
-        if isinstance(architecture, str):
-            return resolve_architecture(architecture).image
-        if not isinstance(image, Mapping) or "timm" in image:
-            return None
         return CLIPConfig.from_dict({"image": image, "text": {}}).image
     except (TypeError, ValueError, KeyError):  # written by another version of lit-clip
         return None
