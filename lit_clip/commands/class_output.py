@@ -17,8 +17,8 @@ from lit_clip.commands.search import small_thumbnail
 from lit_clip.embedding.image_files import ImageFile
 from lit_clip.errors import require
 from lit_clip.evaluation.class_metrics import Computed, build, check_metrics, compute, update, write_array
-from lit_clip.evaluation.confusions import confusion_counts, confusion_entries, write_confusions
 from lit_clip.evaluation.intervals import UnitScores
+from lit_clip.evaluation.predictions import confusion_counts, confusion_entries, write_confusions
 from lit_clip.evaluation.thresholds import NONE
 from lit_clip.tools.atomic import replacing
 from lit_clip.tools.console import Console, Text, progress, stderr, write_results

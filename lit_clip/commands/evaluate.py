@@ -16,8 +16,7 @@ from lit_clip.evaluation.comparison import OtherRun, other_runs, paired_differen
 from lit_clip.evaluation.few_shot import SHOTS
 from lit_clip.evaluation.report.page import write_report
 from lit_clip.evaluation.report.results_table import print_results
-from lit_clip.evaluation.report.tables import write_tables
-from lit_clip.evaluation.report.tensorboard import write_tensorboard
+from lit_clip.evaluation.report.tables import write_tables, write_tensorboard
 from lit_clip.evaluation.results import Results, provenance
 from lit_clip.evaluation.run import EvaluationRun
 from lit_clip.evaluation.store import FeatureStore
@@ -109,7 +108,7 @@ def _write_reports(results: Results, source: dict[str, Any], others: Mapping[str
     written, runs = results.write({**source, **compared}), {name: run.results for name, run in others.items()}
     write_report(written, folder, runs, groups, differences)
     write_tables(written, folder, runs, groups)
-    write_tensorboard(written, runs, folder)
+    write_tensorboard(written, folder)
     print_results(written)
     stderr().print(f"{folder / 'results.json'} and {folder / 'report.html'}")
 
