@@ -1,7 +1,6 @@
 """Encode texts, images and image files from one list, in this process; for :meth:`lit_clip.CLIP.encode`."""
 
 import os
-import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -53,16 +52,8 @@ def _image_or_text(i: int, item: Any) -> str | Path | Image.Image:
         return item
     # A caption may be a file name; a mistyped path must not become one in silence.
     message = f"encode: {item!r} is no file here and is encoded as a text; pass a Path for files"
-    warnings.warn(message, stacklevel=_callers_level())
+    warnings.warn(message, stacklevel=5)  # the line that called CLIP.encode
     return item
-
-
-def _callers_level() -> int:
-    """Return a warning's ``stacklevel`` that points to the line that called lit-clip."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and str(frame.f_globals.get("__name__")).partition(".")[0] == "lit_clip":
-        frame, level = frame.f_back, level + 1
-    return level
 
 
 def _is_file(text: str) -> bool:
