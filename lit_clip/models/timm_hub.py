@@ -45,22 +45,16 @@ def timm_hub_model(name: str) -> dict[str, Any]:
 
 def timm_hub_weights(name: str) -> Path:
     """Return the weight file of a hub name; :mod:`lit_clip.tools.weight_files` reads it."""
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError
 
-    files, absent, unreached = ", ".join(_WEIGHTS), None, None
     for file in _WEIGHTS:  # all of them even without the network: the cache may hold a later one
         try:
             return _download(name, file)
         except InputError as error:
             if not isinstance(error.__cause__, EntryNotFoundError):
                 raise
-            absent = error
-            unreached = error if isinstance(error.__cause__, LocalEntryNotFoundError) else unreached
-    if unreached is not None:
-        problem = f"none of {files} of {name} is in the hub's cache, and the hub cannot be reached"
-        advice = "download them once with the network, and without HF_HUB_OFFLINE"
-        raise InputError(f"architecture.image: {problem}; {advice}") from unreached
-    raise InputError(f"architecture.image: {name} has none of {files}") from absent
+    problem = f"{name} has none of {', '.join(_WEIGHTS)} on the hub, or without the network in its cache"
+    raise InputError(f"architecture.image: {problem}")
 
 
 def _download(name: str, file: str) -> Path:

@@ -345,25 +345,6 @@ def test_a_bare_sentencepiece_model_gives_the_ids_of_siglips_own_tokenizer(sigli
     assert differ == []
 
 
-def test_a_siglip_folder_of_hugging_face_finds_its_tokenizer(siglip_folder: Path, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**sizes, "vocab_size": 800, "max_position_embeddings": 16, "projection_size": 32}
-    vision = {**sizes, "image_size": 32, "patch_size": 16}
-    theirs = transformers.SiglipModel(transformers.SiglipConfig(text_config=text, vision_config=vision)).eval()
-    theirs.save_pretrained(tmp_path)
-    tokenizer = transformers.SiglipTokenizer.from_pretrained(siglip_folder)
-    tokenizer.save_pretrained(tmp_path)
-    model = load_model(tmp_path)
-    captions = ["A photo of a tiger.", "grinning face, with a hat!"]
-    tokens = model.tokenize(captions)
-    batch: Any = tokenizer(captions, padding="max_length", max_length=16, truncation=True, return_tensors="pt")
-    assert torch.equal(tokens, batch.input_ids)
-    with torch.no_grad():
-        features: Any = theirs.get_text_features(input_ids=batch.input_ids)
-        features = getattr(features, "pooler_output", features)
-        torch.testing.assert_close(model.encode_text(tokens), features, atol=1e-5, rtol=0)
-
-
 def test_padding_is_trimmed_unless_the_encoder_attends_to_it(t5_folder: Path) -> None:
     whole = tokenizer_of(t5_folder, "canonicalize", 16)
     tokens = whole(["a dog", "grinning face with a hat", ""])
