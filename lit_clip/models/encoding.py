@@ -3,6 +3,7 @@
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +47,15 @@ def _image_or_text(i: int, item: Any) -> str | Path | Image.Image:
         raise InputError(f"encode: item {i} is a {kind}; it must be a text, a PIL image or the path of an image file")
     if not item.lower().endswith(tuple(SUFFIXES)):
         return item
-    if _is_file(item):
-        return Path(item)
+    with suppress(OSError, ValueError):  # too long for a path, or holds a null character
+        if Path(item).is_file():
+            return Path(item)
     if len(item.split()) > 1:
         return item
     # A caption may be a file name; a mistyped path must not become one in silence.
     message = f"encode: {item!r} is no file here and is encoded as a text; pass a Path for files"
     warnings.warn(message, stacklevel=5)  # the line that called CLIP.encode
     return item
-
-
-def _is_file(text: str) -> bool:
-    try:
-        return Path(text).is_file()
-    except (OSError, ValueError):  # too long for a path, or holds a null character
-        return False
 
 
 def _texts(model: Any, texts: list[str]) -> Tensor:

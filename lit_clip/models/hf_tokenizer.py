@@ -128,7 +128,6 @@ def check_ids(tokenizer: Tokenizer, pad_id: int, vocab_size: int, where: str) ->
 
 
 def _backend(loaded: Any) -> Tokenizer | None:
-    """Return the ``tokenizers`` object behind a tokenizer of transformers; None if there is none."""
     if hasattr(loaded, "backend_tokenizer"):
         return loaded.backend_tokenizer
     from transformers import SiglipTokenizer  # takes seconds

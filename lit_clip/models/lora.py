@@ -92,7 +92,6 @@ def add_lora(model: CLIP, lora: LoRA) -> None:
 
 
 def _trained_beside(model: CLIP, lora: LoRA) -> set[str]:
-    """Return the names of parameters that are trained besides the additions."""
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     heads: set[str] = set()
     for tower in lora.towers:

@@ -21,7 +21,7 @@ from lit_clip.losses.contrastive import unit
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import HuggingFaceTextConfig, Preprocessing, height_width
 from lit_clip.models.custom import CustomTextEncoder
-from lit_clip.models.patches import Patches, unpacked
+from lit_clip.models.patches import unpacked
 from lit_clip.models.preprocess import resize_size
 from lit_clip.models.tokenizer import CLIPTokenizer
 from lit_clip.tools.bands import banded
@@ -207,7 +207,10 @@ def read_hugging_face(folder: Path, sample: ExportSample) -> Reading:
         model = model_class.from_pretrained(folder, local_files_only=True).eval()
         # By Pillow, as in training: torch's resampling differs from it by up to two levels.
         processor: Any = processor_class.from_pretrained(folder, local_files_only=True, backend="pil")
-    images = siglip2_inputs(unpacked(sample.pixels)) if kind == "siglip2" else {"pixel_values": sample.pixels}
+    images = {"pixel_values": sample.pixels}
+    if kind == "siglip2":
+        patches, places, valid = unpacked(sample.pixels)
+        images = {"pixel_values": patches, "pixel_attention_mask": valid, "spatial_shapes": places.amax(dim=1) + 1}
     out = model(input_ids=sample.tokens, **images)
     ours = read_json(folder / "preprocessor_config.json")
     inputs = processor(
@@ -229,12 +232,6 @@ def read_hugging_face(folder: Path, sample: ExportSample) -> Reading:
         pixels = torch.where(valid, pixels, sample.pixels[:, 1:]) if same else torch.full_like(pixels, torch.inf)
         pixels = torch.cat([sample.pixels[:, :1], pixels], dim=1)
     return Reading(out.image_embeds, out.text_embeds, pixels, tokens)
-
-
-def siglip2_inputs(patches: Patches) -> dict[str, Tensor]:
-    """Return patches in the form that a ``Siglip2Model`` reads."""
-    shapes = patches.patch_coord.amax(dim=1) + 1
-    return {"pixel_values": patches.patches, "pixel_attention_mask": patches.patch_valid, "spatial_shapes": shapes}
 
 
 # ONNX

@@ -277,7 +277,6 @@ def library_name(kind: str) -> str:
 
 
 def _values(config: CLIPConfig, kind: Literal["clip", "siglip", "siglip2"]) -> dict[str, Any]:
-    """Return the values of transformers' ``config.json``."""
     text = cast(TextTransformerConfig, config.text)
     if kind == "clip":
         image, projection = cast(VisionTransformerConfig, config.image), {"projection_dim": config.embed_dim}

@@ -1,16 +1,13 @@
 """Models of transformers with CLIP's image encoder or transformers' own classes, one function for each form."""
 
 import warnings
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from lit_clip.models.config import (
     CLIPConfig,
     HuggingFaceImageConfig,
     HuggingFaceTextConfig,
     HuggingFaceTokenizerConfig,
-    Preprocessing,
 )
 from lit_clip.models.external import GROUPVIT_RATIO
 from lit_clip.models.tokenizer import EOT_ID
@@ -140,7 +137,11 @@ def align(folder: Folder) -> Converted:
     agree("vision_config.num_channels", image.num_channels, 3)
     # The file has TensorFlow's momentum, the share of the old mean that stays.
     model = plain(image) | {"batch_norm_momentum": 1 - image.batch_norm_momentum}
-    preprocessing = _align_pixels(folder.preprocessor or {})
+    pixels = dict(folder.preprocessor or {})
+    for name, usual in ALIGN_SCALE.items():
+        agree(f"preprocessor {name}", pixels.get(name), usual)
+    pixels |= {"rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    preprocessing = preprocessing_of(pixels, None, "SiglipImageProcessor")
     length = min(ALIGN_CONTEXT, text.max_position_embeddings)
     ours = CLIPConfig(
         embed_dim=theirs.projection_dim,
@@ -156,10 +157,3 @@ def align(folder: Folder) -> Converted:
         *same_pairs(state, "text.proj.", "text_projection."),
     ]
     return ours, {**renamed(state, pairs, inwards=True), "logit_scale": -temperature.float().log()}
-
-
-def _align_pixels(theirs: Mapping[str, Any]) -> Preprocessing:
-    for name, usual in ALIGN_SCALE.items():
-        agree(f"preprocessor {name}", theirs.get(name), usual)
-    scale = {"rescale_factor": 1 / 255, "do_normalize": True, "image_mean": [0.5] * 3, "image_std": [0.5] * 3}
-    return preprocessing_of({**theirs, **scale}, None, "SiglipImageProcessor")

@@ -113,8 +113,9 @@ def _load(
         )
     wanted = resized(stored, image_size, context_length)
     if weights.config and expected:
-        if isinstance(architecture, str):
-            expected = _with_preprocessing_of(weights.config, expected)
+        theirs = weights.config.preprocessing  # often differs from an architecture's default
+        if isinstance(architecture, str) and theirs and theirs.image_size == expected.image.image_size:
+            expected = dataclasses.replace(expected, preprocessing=theirs)
         # Both resized: a size passed beside an architecture may be part of it already.
         check_same(wanted, resized(expected, image_size, context_length), weights.name)
 
@@ -166,14 +167,6 @@ def _merged(weights: Weights, path: Path, checkpoint: dict[str, Any], above: tup
     model.load_state_dict(state)
     merge_lora(model)
     return dataclasses.replace(weights, state=model.state_dict(), lora=None)
-
-
-def _with_preprocessing_of(weights: CLIPConfig, named: CLIPConfig) -> CLIPConfig:
-    """Return ``named`` with the weights' preprocessing: it often differs from an architecture's default."""
-    theirs = weights.preprocessing
-    if theirs and theirs.image_size == named.image.image_size:
-        return dataclasses.replace(named, preprocessing=theirs)
-    return named
 
 
 _TEXT_PARTS = ("token_embedding", "positional_embedding", "transformer", "ln_final", "text_projection")

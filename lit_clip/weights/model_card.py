@@ -79,7 +79,6 @@ def model_card(
 def _facts(
     model: CLIP, format: str, source: ExportedSource, parity: Parity, license: str | None, dtype: OnnxDType
 ) -> dict[str, str]:
-    """Return the rows of the card's table."""
     total = sum(p.numel() for p in model.parameters())
     image = sum(p.numel() for p in model.visual.parameters())
     digest = f", SHA-256 `{source.sha256}`" if source.sha256 else ""
@@ -117,5 +116,4 @@ def _code(text: str) -> str:
 
 
 def _more_ticks(text: str, least: int) -> str:
-    """Return more backticks than any run of backticks in a text."""
     return "`" * max([least, *(len(run) + 1 for run in re.findall("`+", text))])

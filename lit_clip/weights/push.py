@@ -88,7 +88,6 @@ def upload(folder: Path, repository: Repository) -> str:
 
 
 def _refusal(name: str, error: Exception, what: str, left: str) -> InputError:
-    """Return the error for a refusal by the hub or a failed connection, with what was left behind."""
     cause: BaseException = error  # an upload's error names the file, its cause the reason
     while getattr(cause, "response", None) is None and (below := cause.__cause__ or cause.__context__) is not None:
         cause = below

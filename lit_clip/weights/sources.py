@@ -109,7 +109,12 @@ def open_weights(source: Source, named: bool = False) -> Weights:
 
 def _open_folder(folder: Path) -> Weights:
     if (folder / "open_clip_config.json").is_file():
-        return _open_clip_folder(folder)
+        found = next((folder / name for name in hub.OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
+        if found is None:
+            expected = ", ".join(hub.OPEN_CLIP_WEIGHTS)
+            raise InputError(f"{folder}: no weights beside open_clip_config.json; expected one of {expected}")
+        config = _open_clip_config(folder)
+        return Weights(str(found), read_tensors(found), config)
     if (folder / "config.json").is_file():
         from lit_clip.weights.hugging_face import read_hugging_face_folder  # with all forms, which no run of ours needs
 
@@ -117,10 +122,8 @@ def _open_folder(folder: Path) -> Weights:
         return Weights(str(folder), state, config)
     if (last := folder / "checkpoints" / "last.ckpt").is_file():
         raise InputError(f"{folder}: a run's folder; give its checkpoint, {last}")
-    found = sorted(path.name for path in folder.iterdir())[:8]
-    raise InputError(
-        f"{folder}: has neither open_clip_config.json nor config.json; found: {listed(found, 20) or 'nothing'}"
-    )
+    files = listed(sorted(path.name for path in folder.iterdir())[:8], 20) or "nothing"
+    raise InputError(f"{folder}: has neither open_clip_config.json nor config.json; found: {files}")
 
 
 def _open_clip_config(folder: Path) -> CLIPConfig:
@@ -147,16 +150,6 @@ def _open_clip_config(folder: Path) -> CLIPConfig:
         elif text.tokenizer is not None:
             config.text = dataclasses.replace(text, tokenizer=dataclasses.replace(text.tokenizer, source=str(folder)))
     return config
-
-
-def _open_clip_folder(folder: Path) -> Weights:
-    file = next((folder / name for name in hub.OPEN_CLIP_WEIGHTS if (folder / name).is_file()), None)
-    if file is None:
-        raise InputError(
-            f"{folder}: no weights beside open_clip_config.json; expected one of {', '.join(hub.OPEN_CLIP_WEIGHTS)}"
-        )
-    config = _open_clip_config(folder)
-    return Weights(str(file), read_tensors(file), config)
 
 
 def _open_file(path: Path, named: bool) -> Weights:

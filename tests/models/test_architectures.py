@@ -223,20 +223,6 @@ def test_a_resnets_initial_weights_have_the_standard_deviations_of_the_papers_co
     assert {name for name, p in gains.items() if bool((p == 0).all())} == set(gains) - {"bn3.weight"}
 
 
-@pytest.mark.parametrize("name", ["RN50", "ViT-B-32"])
-def test_no_convolution_or_projection_of_the_papers_models_has_a_bias(name: str) -> None:
-    model = on_meta(resolve_architecture(name))
-    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    assert convolutions
-    assert all(module.bias is None for module in convolutions)
-    assert isinstance(model.text_projection, nn.Parameter)
-    pooled = {
-        f"visual.attnpool.{part}_proj.bias" for part in "qkvc"
-    }  # includes the ResNet's projection, which has a bias
-    biases = {key for key in model.state_dict() if key.endswith("proj.bias") and "resblocks" not in key}
-    assert biases == (pooled if name == "RN50" else set())
-
-
 def test_siglip_has_its_logit_bias_preprocessing_and_tokenizer() -> None:
     config = resolve_architecture("ViT-B-16-SigLIP")
     assert config.logit_bias

@@ -13,27 +13,18 @@ from lightning.pytorch import Trainer
 from torch import Tensor
 
 from datamodules import Captions
-from lit_clip.batch import CaptionBatch
 from lit_clip.cli.main import main
 from lit_clip.errors import InputError
 from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, Preprocessing, TimmConfig
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.module import LitCLIP
 from tests.conftest import lit_clip_command
-from tests.helpers.towers import TEXTS, D, image_tower_from, photos, save_family, saved, text_config, text_model
+from tests.helpers.towers import D, image_tower_from, photos, save_family, saved, text_config, text_model
 
 
 def two_towers(folder: Path, **settings: Any) -> CLIPConfig:
     text = HuggingFaceTextConfig(str(folder), context_length=16)
     return CLIPConfig(D, TimmConfig("test_convnext", image_size=32), text, **settings)
-
-
-def test_a_siglip_head_trains_both_towers(folders: dict[str, Path]) -> None:
-    module = LitCLIP(two_towers(folders["t5"], logit_bias=True))
-    module.log = lambda *_, **__: None  # type: ignore[method-assign]  # there is no trainer
-    images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
-    module.training_step(CaptionBatch(images, module.tokenize(TEXTS[:4]), list("abcd"), TEXTS[:4]), 0).backward()
-    assert [name for name, p in module.named_parameters() if p.grad is None] == []
 
 
 def test_data_are_read_with_the_tokenizer_that_the_checkpoint_holds(caption_table: Path, tmp_path: Path) -> None:

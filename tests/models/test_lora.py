@@ -29,7 +29,7 @@ from lit_clip.training.schedules import WarmupCosine
 from lit_clip.weights.fingerprint import fingerprint
 from tests.helpers.ranks import CONFIG, PAIRS, finetuned_module, make_batch
 from tests.models.test_finetune import external_towers
-from tests.test_module import SaveAt, data_for, trainer
+from tests.test_module import data_for, trainer
 
 MEMBERS = ("attn.in_proj_weight", "attn.out_proj", "mlp.c_fc", "mlp.c_proj")
 
@@ -183,29 +183,6 @@ def test_a_checkpoint_holds_only_the_additions_and_opens_as_a_plain_model(
                 torch.testing.assert_close(getattr(model, encode)(x, normalize=True), expected, rtol=0, atol=1e-5)
     started = LitCLIP(tiny_config, tmp_path / "adapter.ckpt")
     assert torch.equal(started.model.visual.proj, plain.visual.proj)
-
-
-@pytest.mark.slow
-def test_a_resumed_adapter_ends_with_the_weights_of_an_uninterrupted_run(
-    base: Path, tiny_config: CLIPConfig, caption_table: Path, tmp_path: Path
-) -> None:
-    def run(ckpt_path: Path | None = None) -> LitCLIP:
-        torch.manual_seed(0)
-        module = LitCLIP(
-            tiny_config,
-            base,
-            lora=LoRA(r=2),
-            optimizer=partial(PaperAdamW, lr=0.01),
-            lr_scheduler=partial(WarmupCosine, warmup_steps=1),
-        )
-        callbacks = [] if ckpt_path else [SaveAt(4, tmp_path / "middle.ckpt")]
-        fitting = trainer(tmp_path, max_epochs=2, callbacks=callbacks, enable_checkpointing=False)
-        fitting.fit(module, data_for(module, caption_table), ckpt_path=ckpt_path)
-        return module
-
-    whole, resumed = run(), run(tmp_path / "middle.ckpt")
-    for name, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value), name
 
 
 @pytest.mark.parametrize(

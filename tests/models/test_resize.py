@@ -8,7 +8,6 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -17,7 +16,6 @@ from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import (
     CLIPConfig,
-    HuggingFaceTextConfig,
     ResNetConfig,
     Size,
     TextTransformerConfig,
@@ -238,47 +236,9 @@ def test_unsupported_sizes_are_refused(vit: Path, options: dict[str, Any], messa
         load_model(vit, **options)
 
 
-@pytest.mark.parametrize("size", [96, (48, 80)])
-def test_a_checkpoint_keeps_the_new_sizes(vit: Path, tmp_path: Path, size: Size) -> None:
-    from lightning.pytorch import Trainer
-
-    source = load_model(vit, image_size=size, context_length=20)
-    module = LitCLIP(source.config)
-    module.model.load_state_dict(source.state_dict())
-    trainer = Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
-    trainer.strategy.connect(module)
-    trainer.save_checkpoint(tmp_path / "last.ckpt", weights_only=True)
-    again = load_model(tmp_path / "last.ckpt")
-    assert again.config == source.config
-    images, tokens = photos(size), source.tokenize(["a dog"])
-    assert tokens.shape == (1, 20)
-    with torch.no_grad():
-        assert torch.equal(again.encode_image(images), source.encode_image(images))
-        assert torch.equal(again.encode_text(tokens), source.encode_text(tokens))
-    resized = load_model(tmp_path / "last.ckpt", image_size=64, context_length=16)
-    assert (resized.config.image.image_size, resized.context_length) == (64, 16)
-
-
 def test_a_random_model_by_name_has_the_requested_sizes() -> None:
     model = create_model("ViT-tiny-16-64", image_size=(32, 48), context_length=9)
     assert model.visual.grid == (2, 3)
     assert model.tokenize("a dog").shape == (1, 9)
     with torch.no_grad():
         assert model.encode_image(photos((32, 48))).shape == (2, 256)
-
-
-def test_a_hugging_face_encoder_accepts_any_context_up_to_its_positions(tmp_path: Path) -> None:
-    sizes: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    bert = transformers.BertConfig(**sizes, intermediate_size=64, max_position_embeddings=32)
-    transformers.BertModel(bert).save_pretrained(tmp_path / "bert")
-    text = HuggingFaceTextConfig(str(tmp_path / "bert"), pretrained=False, context_length=12)
-    source = randomised(CLIP(CLIPConfig(32, from_open_clip(model_cfg(VIT), None, "").image, text)))
-    torch.save(source.state_dict(), tmp_path / "weights.pt")
-    options: dict[str, Any] = {"architecture": source.config}
-    longer = load_model(tmp_path / "weights.pt", context_length=20, **options)
-    assert longer.context_length == 20
-    tokens = torch.randint(5, 60, (2, 12))
-    with torch.no_grad():
-        torch.testing.assert_close(longer.encode_text(tokens), source.eval().encode_text(tokens), rtol=0, atol=0)
-    with pytest.raises(InputError, match="context_length 33 exceeds the 32 positions"):
-        load_model(tmp_path / "weights.pt", context_length=33, **options)

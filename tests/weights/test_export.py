@@ -15,7 +15,6 @@ import tokenizers
 import torch
 import transformers
 
-from lit_clip.cli.subcommands import command_parser
 from lit_clip.commands.export import export
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
@@ -244,16 +243,6 @@ def test_transformers_opens_an_exported_naflex_model_as_a_siglip2_model(tmp_path
             export(str(tmp_path / "naflex.ckpt"), format=format, output=str(tmp_path / format))
 
 
-@pytest.mark.slow  # traces timm's encoder; tests/test_serving.py compares the probabilities of another SigLIP
-def test_a_siglip_in_onnx_keeps_its_bias_and_its_tokenizer(tmp_path: Path, siglip: CLIP) -> None:
-    export(str(tmp_path / "last.ckpt"), format="onnx", output=str(tmp_path / "out"))
-    facts = json.loads((tmp_path / "out/model.json").read_text())
-    assert siglip.logit_bias is not None
-    assert facts["bias"] == pytest.approx(float(siglip.logit_bias))
-    tokens = tokenizers.Tokenizer.from_file(str(tmp_path / "out/tokenizer.json")).encode("two cats").ids
-    assert tokens == siglip.tokenize("two cats")[0, : len(tokens)].tolist()
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("pooling", ["mean", "pooler"])
 def test_a_hugging_face_text_encoder_is_exported_to_open_clip_and_onnx(
@@ -385,9 +374,3 @@ def test_the_command_writes_a_folder_and_refuses_to_overwrite_it(
     again = cli(*words)
     assert again.returncode == 2
     assert again.stderr.strip().splitlines()[-1].endswith("out: the folder is not empty; name another")
-
-
-def test_an_unknown_format_lists_the_known_ones() -> None:
-    parser = command_parser("export", export)
-    with pytest.raises(InputError, match=r"open_clip.*hugging_face.*onnx"):
-        parser.parse_args(["last.ckpt", "--format", "tflite", "--output", "other"])

@@ -332,15 +332,3 @@ def test_a_folder_without_weights_lists_the_expected_files(tmp_path: Path) -> No
     clip_model().config.save_pretrained(tmp_path)
     with pytest.raises(InputError, match=r"has no model.safetensors or pytorch_model.bin"):
         read_hugging_face_folder(tmp_path)
-
-
-@pytest.mark.slow
-def test_siglip_b16_at_full_size_has_the_features_of_transformers() -> None:
-    torch.manual_seed(0)
-    theirs = transformers.SiglipModel(transformers.SiglipConfig()).eval()
-    ours = opened(*from_hugging_face(theirs.config.to_dict(), theirs.state_dict()))
-    images, texts = torch.randn(2, 3, 224, 224), torch.randint(1, 32000, (2, 64))
-    with torch.no_grad():
-        out = theirs(input_ids=texts, pixel_values=images)
-        torch.testing.assert_close(ours.encode_image(images, normalize=True), out.image_embeds, rtol=0, atol=1e-4)
-        torch.testing.assert_close(ours.encode_text(texts, normalize=True), out.text_embeds, rtol=0, atol=1e-4)

@@ -9,6 +9,7 @@ import pytest
 import torch
 import transformers
 from lightning.pytorch import Trainer
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
@@ -79,18 +80,19 @@ def assert_owners(
     theirs: Any,
     tokens: Tensor,
     pixels: Tensor,
+    noise: list[Image.Image] = NOISE,
     texts: list[str] = TEXTS,
     tolerance: float = 1e-4,
     **masks: Tensor,
 ) -> None:
-    """Compare pixels of ``NOISE``, features and, within a tolerance, logits with the owner's model."""
-    found = torch.stack([ours.preprocess(image) for image in NOISE])
+    """Compare pixels, features and, within a tolerance, logits with the owner's model."""
+    found = torch.stack([ours.preprocess(image) for image in noise])
     torch.testing.assert_close(found, pixels, rtol=0, atol=1e-5)
     out = theirs(input_ids=tokens, pixel_values=pixels, **masks)
     images, words = ours.encode_image(pixels, normalize=True), ours.encode_text(ours.tokenize(texts), normalize=True)
     torch.testing.assert_close(images, out.image_embeds, rtol=0, atol=1e-5)
     torch.testing.assert_close(words, out.text_embeds, rtol=0, atol=1e-5)
-    logits = ours.logit_scale.exp() * images @ words.T
+    logits = ours.logit_scale.exp() * images @ words.T + (0 if ours.logit_bias is None else ours.logit_bias)
     torch.testing.assert_close(logits, out.logits_per_image, rtol=1e-5, atol=tolerance)
 
 
