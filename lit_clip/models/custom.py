@@ -40,7 +40,7 @@ from lit_clip.errors import InputError, require
 from lit_clip.models.config import CLIPConfig
 from lit_clip.models.custom_config import CustomEncoderConfig, CustomImageConfig, CustomTextConfig, how_to_import
 from lit_clip.models.evaluation_mode import evaluation_mode
-from lit_clip.models.size import Size, height_width, normalised
+from lit_clip.models.size import height_width, normalised
 from lit_clip.models.tokenizer import CLIPTokenizer, TextTokenizer, checked_texts, unpadded_lengths
 from lit_clip.models.transformer import check_images, is_traced
 from lit_clip.tools.parts import script_name
@@ -90,22 +90,16 @@ def create_encoder(config: CustomImageConfig | CustomTextConfig, embed_dim: int)
         return found(**arguments)
 
 
-def image_size_of(encoder: nn.Module, config: CustomImageConfig) -> Size:
-    """Return an encoder's ``image_size``."""
-    size: Any = getattr(encoder, "image_size", None)
-    sides = list(size) if isinstance(size, list | tuple) else [size, size]
-    if len(sides) != 2 or not all(type(side) is int and side >= 1 for side in sides):
-        raise InputError(f"architecture.image: {config.class_path} has the image_size {size!r}; {CONTRACT['image']}")
+def size_of(encoder: nn.Module, config: CustomImageConfig | CustomTextConfig) -> Any:
+    """Return an encoder's ``image_size`` or ``context_length``."""
+    kind, name = ("image", "image_size") if isinstance(config, CustomImageConfig) else ("text", "context_length")
+    size: Any = getattr(encoder, name, None)
+    sides = size if kind == "image" and isinstance(size, list | tuple) else [size, size]
+    least = 1 if kind == "image" else 3  # start, a word, end
+    if len(sides) != 2 or not all(type(side) is int and side >= least for side in sides):
+        wrong = f"architecture.{kind}: {config.class_path} has the {name} {size!r}, at least {least}"
+        raise InputError(f"{wrong}; {CONTRACT[kind]}")
     return normalised((sides[0], sides[1]))
-
-
-def context_length_of(encoder: nn.Module, config: CustomTextConfig) -> int:
-    """Return an encoder's ``context_length``."""
-    length: Any = getattr(encoder, "context_length", None)
-    if type(length) is not int or length < 3:  # start, a word, end
-        where = f"architecture.text: {config.class_path}"
-        raise InputError(f"{where} has the context_length {length!r}, at least 3; {CONTRACT['text']}")
-    return length
 
 
 class CustomImageEncoder(nn.Module):
@@ -117,7 +111,7 @@ class CustomImageEncoder(nn.Module):
         assert config.image_size is not None  # with_external_settings has filled it in
         self.encoder, self.embed_dim = create_encoder(config, embed_dim), embed_dim
         self.image_size = config.image_size
-        where, now = f"architecture.image: {config.class_path}", image_size_of(self.encoder, config)
+        where, now = f"architecture.image: {config.class_path}", size_of(self.encoder, config)
         require(now == config.image_size, f"{where} has the image_size {now} now, and {config.image_size} there")
         with evaluation_mode(self), torch.no_grad():
             features = self(torch.zeros(2, bands, *height_width(self.image_size)))
@@ -148,7 +142,7 @@ class CustomTextEncoder(nn.Module):
         super().__init__()
         self.encoder = create_encoder(config, embed_dim)
         self.context_length = config.context_length
-        where, now = f"architecture.text: {config.class_path}", context_length_of(self.encoder, config)
+        where, now = f"architecture.text: {config.class_path}", size_of(self.encoder, config)
         there = self.context_length
         require(now == there, f"{where} has the context_length {now} now, and {there} there")
         self.tokenizer = _tokenizer(self.encoder, self.context_length, where)

@@ -15,10 +15,9 @@ from torch import Tensor, nn
 from lit_clip.errors import InputError, require
 from lit_clip.models.config import HuggingFaceImageConfig, HuggingFaceTextConfig, TimmConfig, height_width
 from lit_clip.models.external_config import IMAGE_CLASSES, TEXT_CLASSES
-from lit_clip.models.external_settings import check_text_only, timm_name, timm_pretrained_cfg
+from lit_clip.models.external_settings import check_text_only, timm_hub_weights, timm_name, timm_pretrained_cfg
 from lit_clip.models.packing import length_groups
 from lit_clip.models.partial_forward import PartialForward, starting_at
-from lit_clip.models.timm_hub import timm_hub_weights
 from lit_clip.models.tokenizer import unpadded_lengths
 from lit_clip.models.transformer import check_images, is_traced
 from lit_clip.tools.hardware import to_device

@@ -64,7 +64,11 @@ def forward_intermediates(
     )
     found: dict[str, Any] = {}
     if image is not None:
-        found = _image_encoder(model.visual)(model.visual, image, wanted)
+        kinds = {VisionTransformer: _transformer, ModifiedResNet: _resnet, TimmImageEncoder: _timm}
+        function: Any = next((kinds[kind] for kind in kinds if isinstance(model.visual, kind)), None)
+        if function is None:
+            raise InputError(f"{where}: the blocks of {type(model.visual.encoder).__name__} are unknown")
+        found = function(model.visual, image, wanted)
     if text is not None and not intermediates_only:
         found["text_features"] = model.encode_text(text)
     if normalize:
@@ -89,13 +93,6 @@ class _Wanted(NamedTuple):
         wrong = [i for i in indices or () if not -number <= i < number]
         require(not wrong, f"image_indices: {wrong} are not among the {number} blocks")
         return set(range(number)) if indices is None else {i % number for i in indices}
-
-
-def _image_encoder(visual: Any) -> Any:
-    for kind, function in ((VisionTransformer, _transformer), (ModifiedResNet, _resnet), (TimmImageEncoder, _timm)):
-        if isinstance(visual, kind):
-            return function
-    raise InputError(f"forward_intermediates: the blocks of {type(visual.encoder).__name__} are unknown")
 
 
 def _transformer(vit: VisionTransformer, images: Tensor, wanted: _Wanted) -> dict[str, Any]:

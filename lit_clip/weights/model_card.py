@@ -15,9 +15,8 @@ from lit_clip.tools.html import render
 from lit_clip.tools.weight_files import is_path
 from lit_clip.version import __version__
 from lit_clip.weights.export import Parity
-from lit_clip.weights.formats import FORMATS
+from lit_clip.weights.formats import FORMATS, OnnxDType, tolerance_of
 from lit_clip.weights.hugging_face import hugging_face_kind, library_name
-from lit_clip.weights.onnx_sizes import OnnxDType, tolerance_of
 
 TEMPLATE = Path(__file__).parent / "templates" / "model_card.md"
 

@@ -82,7 +82,7 @@ PATH = "tests.helpers.own_encoders"
         ("image", "NotAModule", {}, r"is no torch\.nn\.Module; an image encoder is a torch\.nn\.Module"),
         ("image", "NoForward", {}, r"has no forward; an image encoder .* forward\(images \[B, 3, H, W\]\)"),
         ("image", "NoEmbedDim", {}, "unexpected keyword argument 'embed_dim'.*; an image encoder"),
-        ("image", "NoSize", {}, "has the image_size None; an image encoder"),
+        ("image", "NoSize", {}, "has the image_size None, at least 1; an image encoder"),
         ("image", "Wider", {}, r"forward returns float32 \[2, 5\] for a batch of 2 and embed_dim 4; an image encoder"),
         ("image", "Float64", {}, r"forward returns float64 \[2, 4\] for a batch of 2 and embed_dim 4"),
         ("image", "Pair", {}, "forward returns a tuple; an image encoder"),

@@ -20,10 +20,9 @@ from lit_clip import load_model
 from lit_clip.errors import InputError
 from lit_clip.models.clip import CLIP
 from lit_clip.models.config import CLIPConfig, Preprocessing, Size, TextTransformerConfig, TimmConfig, height_width
-from lit_clip.models.external_settings import timm_preprocessing, with_external_settings
+from lit_clip.models.external_settings import timm_hub_weights, timm_preprocessing, with_external_settings
 from lit_clip.models.open_clip_configs import from_open_clip
 from lit_clip.models.preprocess import image_transform
-from lit_clip.models.timm_hub import timm_hub_weights
 from lit_clip.module import LitCLIP
 from lit_clip.weights.checkpoints import checked
 from tests.helpers.towers import (
