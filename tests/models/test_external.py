@@ -15,16 +15,11 @@ from torch import Tensor
 from datamodules import Captions
 from lit_clip.cli.main import main
 from lit_clip.errors import InputError
-from lit_clip.models.config import CLIPConfig, HuggingFaceTextConfig, Preprocessing, TimmConfig
+from lit_clip.models.config import CLIPConfig, Preprocessing, TimmConfig
 from lit_clip.models.registry import resolve_architecture
 from lit_clip.module import LitCLIP
 from tests.conftest import lit_clip_command
 from tests.helpers.towers import D, image_tower_from, photos, save_family, saved, text_config, text_model
-
-
-def two_towers(folder: Path, **settings: Any) -> CLIPConfig:
-    text = HuggingFaceTextConfig(str(folder), context_length=16)
-    return CLIPConfig(D, TimmConfig("test_convnext", image_size=32), text, **settings)
 
 
 def test_data_are_read_with_the_tokenizer_that_the_checkpoint_holds(caption_table: Path, tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ from lit_clip.models.config import (
 from lit_clip.models.finetuning import Freeze
 from lit_clip.models.open_clip_configs import from_open_clip
 from lit_clip.models.resize import stretched
+from tests.helpers.towers import shaken
 
 TEXT = {"context_length": 16, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 2}
 SIGLIP_TEXT = {
@@ -40,18 +41,10 @@ def model_cfg(vision: dict[str, Any], text: dict[str, Any] | None = None) -> dic
     return values if text is None else {**values, "custom_text": True, "init_logit_bias": -10}
 
 
-def randomised(model: CLIP) -> CLIP:
-    torch.manual_seed(0)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
-
-
 def save_folder(folder: Path, values: dict[str, Any]) -> Path:
     """Save a model with random weights in open_clip's layout."""
     folder.mkdir(exist_ok=True)
-    model = randomised(CLIP(from_open_clip(values, None, "tiny")))
+    model = shaken(CLIP(from_open_clip(values, None, "tiny")))
     state = model.state_dict()
     (folder / "open_clip_config.json").write_text(json.dumps({"model_cfg": values}), encoding="utf-8")
     save_file(state, folder / "open_clip_model.safetensors")
@@ -97,7 +90,7 @@ def test_a_resnets_attention_pool_is_interpolated_in_two_dimensions(tmp_path: Pa
     """open_clip cannot resize these; the oracle is the interpolation, written out."""
     text = TextTransformerConfig(context_length=16, width=64, layers=1, heads=1)
     config = CLIPConfig(32, ResNetConfig((1, 1, 1, 1), width=16, image_size=64), text)
-    state = randomised(CLIP(config)).state_dict()
+    state = shaken(CLIP(config)).state_dict()
     torch.save(state, tmp_path / "weights.pt")
     model = load_model(tmp_path / "weights.pt", architecture=config, image_size=size)
     key, (height, width) = "visual.attnpool.positional_embedding", (side // 32 for side in height_width(size))

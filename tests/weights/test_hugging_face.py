@@ -22,6 +22,7 @@ from lit_clip.models.config import CLIPConfig, TextTransformerConfig, TimmConfig
 from lit_clip.weights.hugging_face import from_hugging_face, read_hugging_face_folder, to_hugging_face
 from lit_clip.weights.hugging_face_processor import image_processor, preprocessing_of
 from lit_clip.weights.open_clip import open_clip_model
+from tests.helpers.exports import assert_identical
 
 END = 98  # of text, in the small models
 VISION = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "image_size": 32, "patch_size": 8}
@@ -74,11 +75,6 @@ def assert_same_features(ours: CLIP, theirs: Any) -> None:
     logits = ours.logit_scale.exp() * out.image_embeds @ out.text_embeds.T
     logits = logits if ours.logit_bias is None else logits + ours.logit_bias
     torch.testing.assert_close(logits, out.logits_per_image, rtol=1e-5, atol=1e-4)
-
-
-def assert_identical(a: dict[str, Tensor], b: dict[str, Tensor]) -> None:
-    assert a.keys() == b.keys()
-    assert [name for name in a if not torch.equal(a[name], b[name])] == []
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,6 @@ from lit_clip.weights import load
 from lit_clip.weights.hub import OPEN_CLIP_WEIGHTS
 from tests.conftest import openai_code
 
-Cli = Callable[..., Any]
 MODEL_CFG: dict[str, Any] = {
     "embed_dim": 32,
     "quick_gelu": True,

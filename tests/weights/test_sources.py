@@ -19,8 +19,6 @@ from lit_clip.errors import InputError
 from lit_clip.tools.weight_files import read_tensors
 from tests.weights.test_load import CONFIG, MODEL_CFG, openai_model, random_model, refusal, save_archive
 
-Cli = Callable[..., Any]
-
 
 class Evil:
     """Creates a file when unpickled."""
