@@ -22,8 +22,8 @@ Item = str | os.PathLike[str] | Image.Image
 
 def encode_items(model: Any, items: Item | Sequence[Item], batch_size: int) -> Tensor:
     """Implement :meth:`lit_clip.CLIP.encode`; items -> float32 ``[N, D]`` on the CPU, a single item -> ``[D]``."""
-    if isinstance(items, str | os.PathLike | Image.Image):
-        return encode_items(model, [items], batch_size)[0]
+    single = isinstance(items, str | os.PathLike | Image.Image)
+    items = [items] if single else items
     require(batch_size >= 1, f"batch_size: {batch_size} must be at least 1")
     found: list[Any] = [_image_or_text(i, item) for i, item in enumerate(items)]
     result = torch.zeros(len(found), model.config.embed_dim)
@@ -34,7 +34,7 @@ def encode_items(model: Any, items: Item | Sequence[Item], batch_size: int) -> T
             for start in range(0, len(rows), batch_size):
                 batch = rows[start : start + batch_size]
                 result[batch] = encode(model, [found[i] for i in batch]).float().cpu()
-    return result
+    return result[0] if single else result
 
 
 def _image_or_text(i: int, item: Any) -> str | Path | Image.Image:
@@ -54,7 +54,7 @@ def _image_or_text(i: int, item: Any) -> str | Path | Image.Image:
         return item
     # A caption may be a file name; a mistyped path must not become one in silence.
     message = f"encode: {item!r} is no file here and is encoded as a text; pass a Path for files"
-    warnings.warn(message, stacklevel=5)  # the line that called CLIP.encode
+    warnings.warn(message, stacklevel=4)  # the line that called CLIP.encode
     return item
 
 

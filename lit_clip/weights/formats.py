@@ -1,8 +1,7 @@
 """The formats of ``lit-clip export``: Immich's own layout, and ONNX files of float16 or int8 weights."""
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -120,20 +119,14 @@ def shrink_onnx(path: Path, dtype: OnnxDType) -> None:
     - ``int8``: the weights of :data:`QUANTIZED`, each channel with its own scale, by ``onnxruntime.quantization``'s
       ``quantize_dynamic``: activations are quantised as they come.
     """
-    if dtype != "float32":
-        with _own_modules_of_onnxruntime():
-            _shrink(path, dtype)
-
-
-@contextmanager
-def _own_modules_of_onnxruntime() -> Iterator[None]:
-    """Let onnxruntime's tools import their files as top-level modules; restore the path afterwards."""
+    if dtype == "float32":
+        return
     import onnxruntime
 
-    before = sys.path.copy()
+    before = sys.path.copy()  # its tools import their own files as top-level modules
     sys.path.append(str(Path(onnxruntime.__file__).parent / "transformers"))
     try:
-        yield
+        _shrink(path, dtype)
     finally:
         sys.path[:] = before
 

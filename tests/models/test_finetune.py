@@ -273,21 +273,6 @@ def test_a_layer_decay_outside_0_to_1_is_refused(decay: float) -> None:
         LitCLIP(CONFIG, rates={"layer_decay": decay})
 
 
-def test_fine_tuning_options_are_saved_as_plain_values(tmp_path: Path, caption_table: Path) -> None:
-    module = LitCLIP(CONFIG, freeze=Freeze(image="all", text=UnlockLast(1)), rates={"layer_decay": 0.5})
-    hparams: Any = module.hparams
-    assert hparams.freeze == {
-        "image": "all",
-        "text": {"unlock_last": 1},
-        "head": False,
-        "temperature": False,
-        "batch_norm": False,
-    }
-    assert hparams.rates == {"image": 1.0, "text": 1.0, "head": None, "temperature": 1.0, "layer_decay": 0.5}
-    again = LitCLIP(**hparams)
-    assert rates(again).keys() == rates(module).keys()
-
-
 def command(table: Path, *options: str) -> list[str]:
     return [
         *("fit", "--data", "datamodules.Captions", "--data.val", str(table), "--data.batch_size", "16"),

@@ -135,12 +135,6 @@ def test_half_precision_keeps_the_grids(model: CLIP, images: list[Image.Image]) 
     torch.testing.assert_close(features, expected, rtol=0, atol=0.05)
 
 
-def test_texts_and_images_encode_in_one_list(model: CLIP, images: list[Image.Image]) -> None:
-    features = model.encode(["a dog", *images])
-    expected = model.encode_image(batch(model, images), normalize=True)
-    torch.testing.assert_close(features[1:], expected.detach(), rtol=0, atol=1e-5)
-
-
 def test_a_blank_image_is_finite_with_its_gradients() -> None:
     model = make()
     blank = torch.zeros(1, *model.preprocessing.shape)
