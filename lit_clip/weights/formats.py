@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from tokenizers import Tokenizer, normalizers
 
 from lit_clip.errors import require
 from lit_clip.models.clip import CLIP
@@ -38,26 +39,17 @@ def write_immich(model: CLIP, folder: Path) -> None:
     texts = {"context_length": model.context_length, "tokenizer_kwargs": {"clean": clean}}
     save_json({"embed_dim": model.config.embed_dim, "text_cfg": texts}, folder / "config.json")
     save_tokenizer(model, folder / "textual")
-    _complete_tokenizer(folder / "textual", tokenizer.pad_id, clean == "lower")
-
-
-def _complete_tokenizer(folder: Path, pad_id: int, lower: bool) -> None:
-    """Set the padding token's name, and lower-case in the tokenizer where Immich does not."""
-    from tokenizers import Tokenizer, normalizers
-
-    file, settings = folder / "tokenizer.json", folder / "tokenizer_config.json"
-    tokenizer: Any = Tokenizer.from_file(str(file))
-    if lower:
-        own = [] if tokenizer.normalizer is None else [tokenizer.normalizer]
-        tokenizer.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
-        tokenizer.save(str(file))
-    save_json(read_json(settings) | {"pad_token": tokenizer.id_to_token(pad_id)}, settings)
+    file, saved = folder / "textual" / "tokenizer.json", folder / "textual" / "tokenizer_config.json"
+    written: Any = Tokenizer.from_file(str(file))
+    if clean == "lower":  # which Immich does not
+        own = [] if written.normalizer is None else [written.normalizer]
+        written.normalizer = normalizers.Sequence([normalizers.Lowercase(), *own])
+        written.save(str(file))
+    save_json(read_json(saved) | {"pad_token": written.id_to_token(tokenizer.pad_id)}, saved)
 
 
 def read_immich(folder: Path, sample: ExportSample) -> Reading:
     """Run the graphs on one image or text at a time, with the tokenizer's settings from the folder, as in Immich."""
-    from tokenizers import Tokenizer
-
     length = read_json(folder / "config.json")["text_cfg"]["context_length"]
     pad = read_json(folder / "textual" / "tokenizer_config.json")["pad_token"]
     tokenizer: Any = Tokenizer.from_file(str(folder / "textual" / "tokenizer.json"))

@@ -5,7 +5,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager
 from contextvars import ContextVar
 from functools import partial
 from itertools import chain
@@ -301,19 +301,13 @@ def open_checkpoint(source: Any) -> tuple[dict[str, Any], str]:
     else:
         is_open = hasattr(source, "read")
         name = str(getattr(source, "name", "checkpoint") if is_open else source)
-        opened: Any = nullcontext(source) if is_open else _opened(name)
-        with naming(name), reading(name, "checkpoint"), opened as file:
+        with naming(name), reading(name, "checkpoint"), ExitStack() as stack:
+            store, path = (None, "") if is_open else store_of(name)
+            file = source if store is None else stack.enter_context(store.open(path, "rb"))
             checkpoint = torch.load(file, map_location="cpu", weights_only=True)
     checked(checkpoint, name)
     checked_tensors(checkpoint["state_dict"], name)
     return checkpoint, name
-
-
-@contextmanager
-def _opened(address: str) -> Iterator[Any]:
-    store, path = store_of(address)
-    with store.open(path, "rb") as file:
-        yield file
 
 
 def check_fits(checkpoint: dict[str, Any], name: Source) -> None:
