@@ -340,21 +340,3 @@ def test_missing_packages_of_the_export_extra_are_named(
     )
     with pytest.raises(InputError, match="onnx needs onnxscript: pip install onnxscript"):
         export(str(tmp_path / "last.ckpt"), format="onnx", output=str(tmp_path / "out"))
-
-
-def test_the_command_writes_a_folder_and_refuses_to_overwrite_it(
-    tmp_path: Path, tiny_config: CLIPConfig, cli: Any
-) -> None:
-    checkpoint(tiny_config, tmp_path / "last.ckpt")
-    words = ("export", "last.ckpt", "--format", "open_clip", "--output", "out")
-    first = cli(*words)
-    assert first.returncode == 0, first.stderr
-    assert "image features (unit length)" in first.stdout
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "README.md",
-        "open_clip_config.json",
-        "open_clip_model.safetensors",
-    ]
-    again = cli(*words)
-    assert again.returncode == 2
-    assert again.stderr.strip().splitlines()[-1].endswith("out: the folder is not empty; name another")
