@@ -81,11 +81,11 @@ def create_encoder(config: CustomImageConfig | CustomTextConfig, embed_dim: int)
     is_module = isinstance(found, type) and issubclass(found, nn.Module)
     require(is_module, f"{where} is no torch.nn.Module; {CONTRACT[kind]}")
     require(found.forward is not nn.Module.forward, f"{where} has no forward; {CONTRACT[kind]}")
-    arguments = {"embed_dim": embed_dim, **config.init_args}
+    arguments, signature = {"embed_dim": embed_dim, **config.init_args}, inspect.signature(found)
     try:
-        inspect.signature(found).bind(**arguments)
+        signature.bind(**arguments)
     except TypeError as error:
-        raise InputError(f"{where} {error} (embed_dim and init_args); {CONTRACT[kind]}") from error
+        raise InputError(f"{where}{signature}: {error}; {CONTRACT[kind]}") from error
     with torch.device("cpu"):
         return found(**arguments)
 

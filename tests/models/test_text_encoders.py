@@ -31,7 +31,6 @@ from lit_clip.models.config import (
 )
 from lit_clip.models.hf_tokenizer import HuggingFaceTokenizer, clean, from_source
 from lit_clip.module import LitCLIP
-from lit_clip.retrieval.retrieval_set import token_hashes
 from tests.helpers.towers import (
     FAMILIES,
     TEXTS,
@@ -242,16 +241,6 @@ def test_settings_that_the_encoder_does_not_support_are_refused(folders: dict[st
         text_model(folders["distilbert"], pooling="pooler")
 
 
-def test_captions_hash_the_same_in_batches_of_different_width(folders: dict[str, Path]) -> None:
-    tokenizer = text_model(folders["roberta"]).tokenizer
-    assert tokenizer.pad_id == 1
-    narrow, wide = (
-        token_hashes(tokenizer.trim(tokenizer(texts)), tokenizer.context_length, tokenizer.pad_id)
-        for texts in (["a dog"], ["a dog", TEXTS[1]])
-    )
-    assert narrow[0] == wide[0] != wide[1]
-
-
 # Other models' tokenizers give open_clip's and transformers' ids, and fit in a checkpoint.
 
 
@@ -368,9 +357,8 @@ def test_overlong_empty_and_foreign_input(t5_folder: Path) -> None:
     assert empty.tolist() == [end] * 8
     assert tokenizer([]).shape == (0, 8)
     assert torch.equal(tokenizer("tiger"), tokenizer(["tiger"]))
-    for stranger in (3, None, b"a dog", ["a dog"]):
-        with pytest.raises(InputError, match=f"text 1 is a {type(stranger).__name__}, not a string"):
-            tokenizer(["a dog", stranger])  # type: ignore[list-item]  # refusing it is tested
+    with pytest.raises(InputError, match="text 1 is a int, not a string"):
+        tokenizer(["a dog", 3])  # type: ignore[list-item]  # refusing it is tested
 
 
 def test_ids_are_counted_before_truncation(t5_folder: Path) -> None:

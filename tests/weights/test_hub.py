@@ -223,8 +223,3 @@ def test_a_failed_download_is_reported_in_one_line(error: OSError, shown: str, m
     message = refusal("ViT-B-32:openai")
     hint = "without a network, get the file elsewhere and give ViT-B-32:FILE"
     assert message == f"ViT-B-32:openai: cannot be downloaded ({shown}); {hint}"
-
-
-@pytest.mark.usefixtures("cache")
-def test_offline_a_tag_outside_the_cache_is_refused_in_one_line() -> None:
-    assert "cannot be downloaded" in refusal("ViT-B-16-SigLIP:webli")

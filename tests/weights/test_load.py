@@ -345,13 +345,6 @@ def test_integers_in_place_of_weights_are_refused(tmp_path: Path) -> None:
     assert "visual.proj" in refusal(tmp_path / "weights.safetensors", architecture=CONFIG)
 
 
-def test_the_lightning_module_starts_from_an_open_clip_folder(tmp_path: Path) -> None:
-    theirs = open_clip_model()
-    folder = save_folder(tmp_path, theirs.state_dict(), preprocess_cfg={})
-    module = LitCLIP(CONFIG, pretrained=str(folder))
-    assert_same(module.model.eval(), theirs)
-
-
 def test_a_custom_encoder_draws_its_buffers_while_weights_without_memory_are_not_drawn() -> None:
     torch.manual_seed(0)
     wanted = [torch.randn(3), torch.nn.Linear(3, 3).weight]
