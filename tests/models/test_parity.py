@@ -202,7 +202,7 @@ def test_patch_dropout_keeps_what_is_read_and_trains(made: Any, family: str) -> 
         ("CLIPA", "a CLIPModel has image.pool class, this model mean"),
         ("MetaCLIP 2 worldwide", "a CLIPModel has text.pool argmax, this model eos"),
         ("CoCa", "a CLIPModel has image.pool class, this model attention"),
-        ("MobileCLIP2-L", "not a SigLIP image encoder"),
+        ("MobileCLIP2-L", "a SiglipModel has image.projection none, this model classifier"),
     ],
 )
 def test_hugging_faces_format_is_refused_with_the_reason(made: Any, family: str, why: str, tmp_path: Path) -> None:
