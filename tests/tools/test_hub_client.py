@@ -12,9 +12,8 @@ import pytest
 from datamodules.open_source import open_source
 from lit_clip.errors import InputError
 from lit_clip.models.config import HuggingFaceTokenizerConfig
-from lit_clip.models.external_settings import hugging_face_config
+from lit_clip.models.external_settings import hugging_face_config, timm_hub_model, timm_hub_weights
 from lit_clip.models.hf_tokenizer import from_source
-from lit_clip.models.timm_hub import timm_hub_model, timm_hub_weights
 from lit_clip.tools import hub_client
 from lit_clip.tools.hub_client import checked_commit, checked_relative
 from lit_clip.weights import hub as weights_hub
