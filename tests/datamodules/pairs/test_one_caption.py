@@ -266,20 +266,6 @@ def test_rows_of_each_image_are_counted_without_reading_images(table: Path, tmp_
     assert rows_of_each_image(shards) is None
 
 
-def test_the_plan_recommends_it_where_images_have_several_captions(
-    cli: Callable[..., subprocess.CompletedProcess[str]], table: Path, tmp_path: Path
-) -> None:
-    words = ["fit", "--data", "datamodules.Captions", "--data.train", str(table), "--data.val", str(table)]
-    words += ["--data.batch_size", "4", "--model.architecture", TINY_YAML, "--print_plan"]
-    plan = " ".join(cli(*words).stdout.replace("│", " ").split())
-    assert "captions 3 of each image on average" in plan
-    assert "--data.captions.per_image one" in plan
-    assert "9 per epoch" in plan
-    plan = " ".join(cli(*words, "--data.captions.per_image", "one").stdout.replace("│", " ").split())
-    assert "of each image on average" not in plan
-    assert "3 per epoch" in plan
-
-
 # All captions of an image in one step
 
 TOGETHER = CaptionOptions(per_image="together")
